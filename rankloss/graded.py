@@ -1,8 +1,8 @@
-r"""The three models of a graded list, each with the number of its terms.
+r"""The models of a graded list, each with the number of its terms.
 
-A list has scores x and grades g, ``[n, K]`` in float64; a larger grade is better. Items of grade −∞ rank
-below all graded items and are not counted. Padding has the grade +∞. ``rest``, ``[n, M]``, has the scores of
-further items of grade −∞, or −∞ for an item outside the list.
+A list has scores x and grades g, ``[n, K]``, in float64 on devices that have it; a larger grade is better.
+Items of grade −∞ rank below all graded items and are not counted. Padding has the grade +∞. ``rest``,
+``[n, M]``, has the scores of further items of grade −∞, or −∞ for an item outside the list.
 
 Every model returns values and numbers of terms, both ``[n]``.
 """
@@ -10,13 +10,36 @@ Every model returns values and numbers of terms, both ``[n]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss import precision
+from rankloss.log_sums import log_cumsum_exp
+
 LARGEST_INTEGER = 2**53
 """The largest integer up to which all are distinct in float64."""
+
+LARGEST_INTEGERS = {torch.float64: "2⁵³", torch.float32: "2²⁴"}
+"""The same by dtype, as it is written in errors."""
+
+_PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Float64, or float32 on a device without it."""
+    return torch.float64 if precision.has_float64(device) else torch.float32
+
+
+def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
+    """True for integers beyond those that are all distinct in a floating-point dtype."""
+    if grades.is_floating_point():
+        return torch.zeros_like(grades, dtype=torch.bool)
+    largest = round(2 / torch.finfo(dtype).eps)
+    return (grades.long() > largest) | (grades.long() < -largest)
 
 
 def plackett_luce(
@@ -26,32 +49,38 @@ def plackett_luce(
 
     Terms are the graded items of rank ≤ ``top_k`` whose denominators include other items.
     """
+    x, grades = _with_rest(x, grades, rest)
     grades, order = grades.sort(-1)  # ascending, so that {q : g_q ≤ g_p} is a prefix; padding comes last
     is_item = grades < math.inf
     x = x.gather(-1, order).masked_fill(~is_item, -math.inf)
-    largest = x.detach().amax(-1, keepdim=True)
+    x = x - x.detach().amax(-1, keepdim=True)
     last_tied = torch.searchsorted(grades, grades, right=True) - 1
-    has_others, below = last_tied > 0, torch.zeros_like(largest)
-    if rest is not None:
-        log_sum = rest.logsumexp(-1, keepdim=True).to(x.dtype)
-        largest = torch.maximum(largest, log_sum.detach())
-        has_others, below = has_others | (log_sum > -math.inf), (log_sum - largest).exp()
-    denominators = ((x - largest).exp().cumsum(-1) + below).gather(-1, last_tied)
+    log_denominators = log_cumsum_exp(x).gather(-1, last_tied)
     counts = is_item & (grades > -math.inf)
     if top_k is not None:
         counts &= is_item.sum(-1, keepdim=True) - last_tied <= top_k  # tied items share the best rank
-    terms = torch.where(counts, denominators.log() + largest - x, 0.0)
-    return terms.sum(-1), (counts & has_others).sum(-1)
+    terms = torch.where(counts, log_denominators - x, 0.0)
+    return terms.sum(-1), (counts & (last_tied > 0)).sum(-1)
 
 
 def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy from softmax(g) to softmax(x): one term."""
+    x, grades = _with_rest(x, grades, rest)
     is_item = grades < math.inf
     log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
-    if rest is not None:
-        log_sum = torch.logaddexp(log_sum, rest.logsumexp(-1, keepdim=True).to(x.dtype))
     p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN without graded items
     return (p * (log_sum - x)).sum(-1), is_item.any(-1).long()
+
+
+def _with_rest(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lists with one more item, which has the score log Σ e^rest and the grade −∞; padding without a rest."""
+    if rest is None:
+        return x, grades
+    is_empty = rest.detach().amax(-1, keepdim=True) == -math.inf
+    # Without items the derivative of the logarithm is NaN.
+    log_sum = rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).to(x.dtype)
+    grade = torch.full_like(log_sum, -math.inf).masked_fill(is_empty, math.inf)
+    return torch.cat([x, log_sum], -1), torch.cat([grades, grade], -1)
 
 
 def pairwise(
@@ -60,16 +89,102 @@ def pairwise(
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
     better, worse = grades[:, :, None], grades[:, None, :]
     is_pair = (worse < better) & (better < math.inf)
-    terms = -F.logsigmoid(x[:, :, None] - x[:, None, :])
+    terms = _softplus(x[:, None, :] - x[:, :, None])
     if by_difference:
         terms = terms * (better - worse).where(is_pair, 0.0)
     values, pairs = torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_pair.sum((-1, -2))
     if rest is not None:
         is_graded = grades.abs() < math.inf
-        of_rest = -F.logsigmoid(x.to(rest.dtype)[:, :, None] - rest[:, None, :]).sum(-1)
+        of_rest: Tensor = _SoftplusSums.apply(x.to(rest.dtype), rest)  # type: ignore[no-untyped-call]
         values = values + torch.where(is_graded, of_rest, 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
     return values, pairs
+
+
+def lambda_loss(
+    x: Tensor, grades: Tensor, ranked_by: Tensor, *, gain: str = "linear", mu: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Σ −w_pq·log σ(x_p − x_q) over the pairs with g_p > g_q, with NDCG-Loss2++'s weights: one term.
+
+    ``ranked_by`` has the scores x, equal for equal items. Items of equal scores share their mean rank, and
+    their distance in ranks is 1.
+    """
+    is_item = grades < math.inf
+    gains = _normalized_gains(grades.masked_fill(~is_item, 0.0), gain)
+    scores = ranked_by.detach().masked_fill(~is_item, -math.inf)
+    better, worse = scores[:, :, None], scores[:, None, :]
+    ranks = 0.5 + (worse > better).sum(-1) + (worse == better).sum(-1) / 2
+    ranks = ranks.to(x.dtype)
+    discounts = _discount(ranks)
+    distances = (ranks[:, :, None] - ranks[:, None, :]).abs().clamp_min(1.0)
+    changes = (discounts[:, :, None] - discounts[:, None, :]).abs()
+    changes = changes + mu * (_discount(distances) - _discount(distances + 1))
+    weights = (gains[:, :, None] - gains[:, None, :]).clamp_min(0.0) * changes
+    is_pair = (is_item[:, :, None] & is_item[:, None, :]) & (weights > 0)
+    terms = weights * _softplus(x[:, None, :] - x[:, :, None])
+    return torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_item.any(-1).long()
+
+
+def _normalized_gains(grades: Tensor, gain: str) -> Tensor:
+    """Gains over the ideal DCG, the largest that an order of the list reaches; 0 if it has no gain."""
+    gains = grades
+    if gain == "exponential":  # 2^g − 1, divided by the largest power so that none is infinite
+        gains = -torch.expm1(-math.log(2) * grades) * (grades - grades.amax(-1, keepdim=True)).exp2()
+    ordered = gains.sort(-1, descending=True).values
+    places = torch.arange(1, grades.shape[-1] + 1, dtype=grades.dtype, device=grades.device)
+    ideal = (ordered * _discount(places)).sum(-1, keepdim=True)
+    return gains / ideal.clamp_min(torch.finfo(ideal.dtype).tiny)
+
+
+def _discount(rank: Tensor) -> Tensor:
+    return 1 / (1 + rank).log2()
+
+
+def _softplus(z: Tensor) -> Tensor:
+    """``log(1 + e^z)``, which is −log σ(−z)."""
+    return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
+
+
+class _SoftplusSums(torch.autograd.Function):
+    """``Σ_q log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
+
+    A block of pairs is computed at a time, which stays in a processor's cache. The derivative of the gradient
+    holds all pairs at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        sums = torch.empty_like(x)
+        for rows, columns in _blocks(x, y):
+            sums[rows, columns] = _softplus(y[rows, None] - x[rows, columns, None]).sum(-1)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        (g,) = upstream
+        if torch.is_grad_enabled():
+            slopes = (y[:, None] - x[:, :, None]).sigmoid()
+            return -g * slopes.sum(-1), (g[:, :, None] * slopes).sum(1)
+        by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
+        with precision.full_precision(x.device):
+            for rows, columns in _blocks(x, y):
+                slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
+                by_x[rows, columns] = -g[rows, columns] * slopes.sum(-1)
+                by_y[rows] += (g[rows, None, columns] @ slopes).squeeze(1)
+        return by_x, by_y
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of lists and columns of x whose pairs with all y are of a block's size."""
+    size = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
+    (n, width), pairs = x.shape, max(1, y.shape[1])
+    columns = min(width, max(1, size // pairs))
+    rows = max(1, size // (columns * pairs))
+    for i in range(0, n, rows):
+        for k in range(0, width, columns):
+            yield slice(i, i + rows), slice(k, k + columns)
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
@@ -83,6 +198,12 @@ def first_of_id(ids: Tensor) -> Tensor:
     """Index of the first item with the id of item i, for every i: ``[M]``."""
     ordered, order = ids.sort(stable=True)
     return order[torch.searchsorted(ordered, ids)]
+
+
+def equal_scores(x: Tensor, items: Tensor) -> Tensor:
+    """The scores of lists ``[n, K]``, for equal items that of the first: products may round them apart."""
+    first = (items[:, :, None] == items[:, None, :]).byte().argmax(-1)
+    return x.gather(1, first)
 
 
 def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 r"""Metrics of an embedding space and of graded lists. Nothing here is differentiated.
 
 Functions of features take unit-norm ``[N, D]``; image row i and text row i are a pair. Functions of lists
-take ``[..., N]`` and return ``[...]`` in float64, one value per list; ``mask``, of the same shape, is False
-at padding.
+take ``[..., N]`` and return ``[...]``, one value per list; ``mask``, of the same shape, is False at padding.
+Integers beyond 2⁵³ are refused, since float64 rounds them.
+
+Values are float64. On a device without it, such as MPS, they are float32; integers are at most 2²⁴ there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rankloss import graded
 from rankloss.batch import first_occurrence
 from rankloss.checks import check_features, check_is_tensor
 from rankloss.options import check_choice, check_count
@@ -64,7 +67,7 @@ def kendall_tau(
     agreement, unequal_x, unequal_y, distinct = _concordance(x, y, mask)
     if variant == "b":
         return agreement / (unequal_x * unequal_y).sqrt()
-    n = x.shape[-1] if mask is None else mask.sum(-1).double()
+    n = x.shape[-1] if mask is None else mask.sum(-1).to(agreement.dtype)
     return 2 * agreement / (n**2 * (distinct - 1) / distinct)
 
 
@@ -125,7 +128,7 @@ def ndcg(
     if ((grades < 0) & (grades > -math.inf)).any():
         raise ValueError(f"grades must be at least 0, or −infinity; got {grades[grades > -math.inf].min():g}")
     places = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    discounts = places.add(1).double().log2().reciprocal()
+    discounts = places.add(1).to(grades.dtype).log2().reciprocal()
     if k is not None:
         discounts = discounts.where(places <= check_count("k", k), 0.0)
     # Discounts of the first r ranks; tied items share the discounts of their ranks.
@@ -134,7 +137,7 @@ def ndcg(
     gains = gains.exp2() - 1 if gain == "exponential" else gains
 
     def dcg(x: Tensor) -> Tensor:
-        below, ties = smaller_and_equal(x)
+        below, ties = smaller_and_equal(_padding_last(x, mask))
         last = x.shape[-1] - below
         return (gains * (cumulated[last] - cumulated[last - ties - 1]) / (ties + 1)).sum(-1)
 
@@ -164,8 +167,9 @@ def reciprocal_rank(
     (scores, grades), is_nan = _checked_lists(mask, scores=scores, grades=grades)
     is_relevant = grades >= at_least
     best = scores.masked_fill(~is_relevant, -math.inf).amax(-1, keepdim=True)
-    before = ((scores >= best) & ~is_relevant).sum(-1)
-    return torch.where(is_nan | ~is_relevant.any(-1), math.nan, 1 / (1 + before.double()))
+    is_before = (scores >= best) & ~is_relevant
+    before = (is_before if mask is None else is_before & mask).sum(-1)
+    return torch.where(is_nan | ~is_relevant.any(-1), math.nan, 1 / (1 + before.to(scores.dtype)))
 
 
 def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
@@ -184,11 +188,12 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
         >>> spearman_rho(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
         0.8
     """
-    _checked_lists(None, x=x, y=y)
-    a, b = (below.double() + ties.double() / 2 for below, ties in map(smaller_and_equal, (x, y)))
+    lists, is_nan = _checked_lists(None, x=x, y=y)
+    dtype = lists[0].dtype
+    a, b = (below.to(dtype) + ties.to(dtype) / 2 for below, ties in map(smaller_and_equal, lists))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where((x.isnan() | y.isnan()).any(-1), math.nan, rho)
+    return torch.where(is_nan, math.nan, rho)
 
 
 @torch.no_grad()
@@ -301,17 +306,18 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
 
 
 def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int = 1) -> tuple[Tensor, Tensor]:
-    """The features in float64, without a graph.
+    """The features in float64 if the device has it, without a graph.
 
     Raises:
         TypeError, ValueError: as :func:`rankloss.checks.check_features`.
     """
     check_features(image_features, text_features, min_pairs=min_pairs)
-    return image_features.detach().double(), text_features.detach().double()
+    dtype = graded.sum_dtype(image_features.device)
+    return image_features.detach().to(dtype), text_features.detach().to(dtype)
 
 
 def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Two lists in float64 with −∞ at padding, and True for lists with NaN: ``[...]``."""
+    """Two lists in float64 if the device has it, −∞ at padding, and True for lists with NaN: ``[...]``."""
     (first, x), (second, y) = lists.items()
     check_is_tensor(first, x)
     check_is_tensor(second, y)
@@ -319,34 +325,47 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
         raise ValueError(
             f"{first} and {second} must have one shape [..., N]; got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    x, y = x.detach().double(), y.detach().double()
     if mask is not None:
         check_is_tensor("mask", mask)
         if mask.shape != x.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask must be bool of shape {tuple(x.shape)}; got {mask.dtype} {tuple(mask.shape)}"
             )
-        x, y = x.masked_fill(~mask, -math.inf), y.masked_fill(~mask, -math.inf)
-    return [x, y], (x.isnan() | y.isnan()).any(-1)
+    dtype = graded.sum_dtype(x.device)
+    checked = []
+    for name, z in lists.items():
+        is_rounded = graded.is_rounded(z, dtype) if mask is None else graded.is_rounded(z, dtype) & mask
+        if not z.is_floating_point() and bool(is_rounded.any()):
+            raise ValueError(
+                f"{name} must be at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}; got "
+                f"{z[is_rounded][0].item()}"
+            )
+        z = z.detach().to(dtype)
+        checked.append(z if mask is None else z.masked_fill(~mask, -math.inf))
+    return checked, (checked[0].isnan() | checked[1].isnan()).any(-1)
+
+
+def _padding_last(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Numbers in the order of x; padding is below every item, also one of −∞."""
+    return x if mask is None else smaller_and_equal(x)[0].add(1).masked_fill(~mask, 0)
 
 
 def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P − Q, the pairs not tied in x, those not tied in y, and the smaller number of distinct values."""
     lists, is_nan = _checked_lists(mask, x=x, y=y)
-    n = x.shape[-1]
-    if mask is not None:  # padding ranks below every item, also below −∞
-        lists = [smaller_and_equal(z)[0].add(1).masked_fill(~mask, 0) for z in lists]
-    (x_below, x_ties), (y_below, y_ties) = map(smaller_and_equal, lists)
+    n, dtype = x.shape[-1], lists[0].dtype
+    (x_below, x_ties), (y_below, y_ties) = (smaller_and_equal(_padding_last(z, mask)) for z in lists)
     both = x_below * n + y_below
-    x_tied, y_tied = (ties.sum(-1).double() / 2 for ties in (x_ties, y_ties))
-    both_tied = smaller_and_equal(both)[1].sum(-1).double() / 2
-    discordant = _inversions(both.sort(dim=-1).values % n).double()
+    x_tied, y_tied, both_tied = (ties.sum(-1) // 2 for ties in (x_ties, y_ties, smaller_and_equal(both)[1]))
+    discordant = _inversions(both.sort(dim=-1).values % n)
     is_item = torch.ones_like(both, dtype=torch.bool) if mask is None else mask
-    # Each item is concordant with all padding; pairs of padding are tied.
-    pairs = n * (n - 1) / 2 - (is_item.sum(-1) * (~is_item).sum(-1)).double()
-    agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
+    # Each item is concordant with all padding; pairs of padding are tied. Counts are integers: float32 has
+    # not all of them.
+    pairs = n * (n - 1) // 2 - is_item.sum(-1) * (~is_item).sum(-1)
+    agreement = (pairs - x_tied - y_tied + both_tied - 2 * discordant).to(dtype)
     distinct = torch.minimum(*((is_item / (ties + 1.0)).sum(-1).round() for ties in (x_ties, y_ties)))
-    return torch.where(is_nan, math.nan, agreement), pairs - x_tied, pairs - y_tied, distinct.double()
+    agreement = torch.where(is_nan, math.nan, agreement)
+    return agreement, (pairs - x_tied).to(dtype), (pairs - y_tied).to(dtype), distinct.to(dtype)
 
 
 def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:

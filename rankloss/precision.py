@@ -20,6 +20,18 @@ def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
+def has_float64(device: torch.device) -> bool:
+    """True if the device computes in float64; MPS and some of Intel's accelerators do not.
+
+    Example:
+        >>> has_float64(torch.device("cpu")), has_float64(torch.device("mps"))
+        (True, False)
+    """
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_capability(device)["has_fp64"])
+    return device.type != "mps"
+
+
 def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> Tensor:
     """A tensor or number in a dtype, on ``home``; on the CPU instead of MPS, which has no float64."""
     device = torch.device("cpu") if home.type == "mps" else home

@@ -16,6 +16,8 @@ __all__ = [
     "clip",
     "cross_modal",
     "in_modal",
+    "lambda_loss",
+    "lambda_weights",
     "plackett_luce_nll",
     "siglip",
 ]
@@ -133,6 +135,41 @@ def siglip(
     n = len(logits)
     own = np.eye(n, dtype=bool)
     return math.fsum(np.logaddexp(0, np.where(own, -logits, logits)).ravel()) / n
+
+
+def lambda_loss(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", mu: float = 10.0) -> float:
+    """``Σ_{p, q : g_p > g_q} w_pq·log(1 + e^{x_q − x_p})`` of one list, with :func:`lambda_weights`.
+
+    Example:
+        >>> round(lambda_loss([0.0, 0.0], [1.0, 0.0], mu=0.0), 4)  # items of equal scores share their rank
+        0.0
+    """
+    x, weights = np.asarray(scores, np.float64), lambda_weights(scores, grades, gain=gain, mu=mu)
+    return math.fsum((weights * np.logaddexp(0, x[None, :] - x[:, None])).ravel())
+
+
+def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", mu: float = 10.0) -> Array:
+    """NDCG-Loss2++'s weights ``w_pq = (ρ_pq + μ·δ_pq)·(G_p − G_q)`` of one list's pairs, 0 unless g_p > g_q.
+
+    With ranks r by score, D(r) = log₂(1 + r) and d = |r_p − r_q|, ρ_pq = |1/D(r_p) − 1/D(r_q)| and δ_pq =
+    1/D(d) − 1/D(d + 1). G is g, or 2^g − 1 with ``gain="exponential"``, divided by the ideal DCG. Items of
+    equal scores share their mean rank, and for them d is 1.
+
+    Example:
+        >>> lambda_weights([2.0, 1.0], [1.0, 0.0], mu=0.0).round(4).tolist()  # 1 − 1/log₂ 3
+        [[0.0, 0.3691], [0.0, 0.0]]
+    """
+    x, g = np.asarray(scores, np.float64), np.asarray(grades, np.float64)
+    gains = {"linear": g, "exponential": 2.0**g - 1}[gain]
+    ideal = math.fsum(value / math.log2(2 + place) for place, value in enumerate(sorted(gains, reverse=True)))
+    ranks = [float(np.mean(1 + np.flatnonzero(np.sort(-x) == -score))) for score in x]
+    weights = np.zeros((len(x), len(x)))
+    for p, q in zip(*np.nonzero(g[:, None] > g[None, :]), strict=True):
+        distance = max(1.0, abs(ranks[p] - ranks[q]))
+        rho = abs(1 / math.log2(1 + ranks[p]) - 1 / math.log2(1 + ranks[q]))
+        delta = 1 / math.log2(1 + distance) - 1 / math.log2(2 + distance)
+        weights[p, q] = (rho + mu * delta) * (gains[p] - gains[q]) / ideal
+    return weights
 
 
 def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:

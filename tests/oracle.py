@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rankloss import reference
 
 __all__ = ["alip", "clip", "cyclic", "exact_products", "nll", "rank_terms", "ranked_lists", "siglip", "term"]
 
@@ -226,12 +229,15 @@ def ranked_lists(
     model: str = "plackett_luce",
     top_k: int | None = None,
     pair_weight: str | None = None,
+    gain: str = "linear",
     in_batch_negatives: bool = False,
     reduction: str = "mean",
+    frozen: Any = None,
 ) -> Any:
     """:class:`rankloss.RankedLists`, item by item.
 
-    ``items`` are ``[M, D]``, ``index`` has the rows of each list's candidates.
+    ``items`` are ``[M, D]``, ``index`` has the rows of each list's candidates; ``frozen`` has the reference's
+    scores of all queries and items.
     """
     is_item = grades == grades if mask is None else mask
     rows = [[int(i) for i in places[kept]] for places, kept in zip(index, is_item, strict=True)]
@@ -244,7 +250,14 @@ def ranked_lists(
             others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
         g += [-math.inf] * len(others)
         x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
-        value, count = _list_value(x, g, model, top_k, pair_weight)
+        if frozen is not None:
+            x = [score - float(frozen[n, j]) for score, j in zip(x, [*own, *others], strict=True)]
+        if model == "lambda":
+            weights = reference.lambda_weights([score.item() for score in x], g, gain=gain)
+            pairs = np.argwhere(weights)
+            value, count = sum(weights[p, q] * _log_sum([0 * x[p], x[q] - x[p]]) for p, q in pairs), 1
+        else:
+            value, count = _list_value(x, g, model, top_k, pair_weight)
         ranked = len(set(g)) > 1
         values.append(value if ranked else 0 * x[0])
         terms.append(count if ranked else 0)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
+from devices import without_float64
 from rankloss import metrics
 
 pair_of_lists = st.integers(2, 40).flatmap(
@@ -40,10 +41,10 @@ def padded(lists: list[list[float]], fill: float) -> torch.Tensor:
 
 @st.composite
 def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
-    """Scores and grades with ties; some grades are −∞."""
+    """Scores and grades with ties; some are −∞."""
     sizes = draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
     grade = st.one_of(st.integers(0, 3).map(float), st.just(-math.inf))
-    score = st.integers(-3, 3).map(float)
+    score = st.one_of(st.integers(-3, 3).map(float), st.just(-math.inf))
     return [
         (draw(st.lists(score, min_size=n, max_size=n)), draw(st.lists(grade, min_size=n, max_size=n)))
         for n in sizes
@@ -68,7 +69,7 @@ def test_kendalls_taus_are_scipys(lists: Any) -> None:
             if len(set(x)) == 1 or len(set(y)) == 1:
                 assert math.isnan(found)
             else:
-                y = scipy.stats.rankdata(y)  # of infinities it makes NaN
+                x, y = map(scipy.stats.rankdata, (x, y))  # of infinities SciPy makes NaN
                 assert found == pytest.approx(
                     scipy.stats.kendalltau(x, y, variant=variant).statistic, abs=1e-12
                 )
@@ -88,7 +89,8 @@ def test_ndcg_is_scikit_learns(lists: Any, k: int | None) -> None:
         for found, (x, y) in zip(of_each(metrics.ndcg, lists, k=k, gain=gain), lists, strict=True):
             gains = [max(g, 0.0) if gain == "linear" else 2 ** max(g, 0.0) - 1 for g in y]
             if any(gains):
-                assert found == pytest.approx(sklearn.metrics.ndcg_score([gains], [x], k=k), abs=1e-12)
+                ranked = scipy.stats.rankdata(x)  # scikit-learn takes no infinities
+                assert found == pytest.approx(sklearn.metrics.ndcg_score([gains], [ranked], k=k), abs=1e-12)
             else:
                 assert math.isnan(found)
 
@@ -111,6 +113,54 @@ def test_metrics_of_lists_refuse_what_they_cannot_measure() -> None:
         metrics.reciprocal_rank(x, y, mask=torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="variant must be one of 'b', 'c'; got 'a'"):
         metrics.kendall_tau(x, y, variant="a")  # type: ignore[arg-type]
+
+
+LISTS: dict[str, Callable[..., Any]] = {
+    "kendall_tau": metrics.kendall_tau,
+    "tau_c": lambda x, y, **mask: metrics.kendall_tau(x, y, variant="c", **mask),
+    "pairwise_accuracy": metrics.pairwise_accuracy,
+    "ndcg": lambda x, y, **mask: metrics.ndcg(x, y, k=3, **mask),
+    "reciprocal_rank": metrics.reciprocal_rank,
+    "spearman_rho": metrics.spearman_rho,
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_integers_that_a_float_rounds_are_refused(name: str) -> None:
+    small, large = torch.tensor([1, 2, 3]), torch.tensor([1, 2**53 + 1, 2**53 + 1])
+    with pytest.raises(ValueError, match=r"must be at most 2⁵³, .*; got 9007199254740993"):
+        LISTS[name](small, large)
+    with without_float64(), pytest.raises(ValueError, match=r"must be at most 2²⁴, .*float32; got 16777217"):
+        LISTS[name](torch.tensor([2**24 + 1, 2, 3]), small)
+    if name != "spearman_rho":
+        mask = torch.tensor([True, False, False])
+        assert LISTS[name](small, large, mask=mask).shape == ()  # padding may hold anything
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_device_without_float64_measures_lists_in_float32(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(0, 9, (2, 5, 20), generator=generator).float() for _ in range(2))
+    masks = (
+        [{}] if name == "spearman_rho" else [{}, {"mask": torch.rand(2, 5, 20, generator=generator) < 0.7}]
+    )
+    for mask in masks:
+        owed = LISTS[name](x, y, **mask)
+        with without_float64():
+            found = LISTS[name](x, y, **mask)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), owed, rtol=1e-6, atol=1e-6)
+
+
+def test_a_device_without_float64_measures_features_in_float32() -> None:
+    batch = random_batch(1, 30, 8, 1.0, duplicates=4)
+    measures: list[Callable[..., Any]] = [metrics.modality_gap, metrics.alignment, metrics.uniformity]
+    measures.append(lambda *features: torch.stack(list(metrics.rank_agreement(*features).values())))
+    single = batch.image.float(), batch.text.float()
+    for measure in measures:
+        with without_float64():
+            found = measure(*single)
+        torch.testing.assert_close(found.double(), measure(batch.image, batch.text), rtol=1e-4, atol=1e-5)
 
 
 def test_leading_dimensions_are_lists() -> None:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from batches import gradients, unit_rows
+from batches import assert_close, gradients, unit_rows
 from collectives import Collectives
-from devices import DEVICE
+from devices import DEVICE, without_float64
 from memory import LargestTensor, saved_bytes
 from process_pool import Pools
-from rankloss import ClipLoss, Gather, InputWarning, RankedLists, plackett_luce_nll
+from rankloss import ClipLoss, Gather, InputWarning, RankedLists, graded, plackett_luce_nll, reference
 
 F64 = torch.float64
 
@@ -42,18 +42,24 @@ class Lists:
 
     def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **more: Any) -> Tensor:
         given = {"candidate_index": self.index, "mask": self.mask, **more}
-        found: Tensor = loss(q, c, self.grades, s, **given)
+        found: Tensor = loss(q, c, fitting(self.grades, loss.model), s, **given)
         return found
 
-    def differentiated(self, value_of: Callable[..., Tensor], upstream: float = 1.3) -> list[Tensor]:
+    def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
         """A value of queries, items and scale, and its gradients."""
         inputs = self.leaves()
         value = value_of(*inputs)
         return [value, *gradients(value, inputs, upstream)]
 
     def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
-        found: Tensor = oracle.ranked_lists(q, c, self.index, self.grades, s, self.mask, **options)
+        grades = fitting(self.grades, options.get("model"))
+        found: Tensor = oracle.ranked_lists(q, c, self.index, grades, s, self.mask, **options)
         return found
+
+
+def fitting(grades: Tensor, model: str | None) -> Tensor:
+    """Grades that the model takes: the lowest is 0 and not −∞ for ``"lambda"``."""
+    return grades.clamp_min(0.0) if model == "lambda" else grades
 
 
 def lists_of(
@@ -90,6 +96,8 @@ MODELS: list[dict[str, Any]] = [
     {"top_k": 2},
     {"model": "top_one"},
     {"model": "pairwise"},
+    {"model": "lambda"},
+    {"model": "lambda", "gain": "exponential"},
     {"in_batch_negatives": True},
     {"in_batch_negatives": True, "top_k": 1},
     {"in_batch_negatives": True, "model": "top_one"},
@@ -144,6 +152,16 @@ def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]
 
 
 @models
+def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
+    lists, later = lists_of(4, 5, 4, 9), RankedLists(model="pairwise", pair_weight="difference")
+    defaults = {"model": "plackett_luce", "pair_weight": None, **options}
+    for name, value in defaults.items():
+        setattr(later, name, value)
+    value_of = lambda loss: lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))  # noqa: E731
+    assert_same(value_of(later), value_of(RankedLists(**options)), 0.0)
+
+
+@models
 @given(lists=lists, data=st.data())
 def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists, data: st.DataObject) -> None:
     loss = RankedLists(**options)
@@ -156,10 +174,12 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
     )
 
     def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan), grades, s, candidate_index=index, mask=mask)
+        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
+        return loss(q, pool, fitting(grades, loss.model), s, candidate_index=index, mask=mask)
 
     def one_by_one(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan)[index], grades, s, mask=mask)
+        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
+        return loss(q, pool[index], fitting(grades, loss.model), s, mask=mask)
 
     def of_own_rows(q: Tensor, c: Tensor, s: Tensor) -> Tensor:  # a candidate of several lists is several
         own = torch.arange(n * k).view(n, k)
@@ -177,6 +197,101 @@ def test_pairs_may_be_weighed_by_the_difference_of_their_grades() -> None:
     found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
     assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
     assert found[0] != lists.owed(*lists.leaves(), model="pairwise")
+
+
+@models
+@pytest.mark.parametrize("scale", [356.0, 680.0, 5000.0])
+def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> None:
+    """The candidates' scores are s, 0 and −s."""
+    lists = lists_of(0, 6, 3, 3, d=2, masked=False, scale=scale)
+    axis = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=F64)
+    grades = torch.tensor(list(itertools.permutations([0.0, 1.0, 2.0])), dtype=F64)
+    near = F.normalize(torch.tensor([[1.0, 1e-3 * k] for k in range(6)], dtype=F64), dim=-1)
+    lists = replace(lists, queries=near, items=axis, index=torch.arange(3).expand(6, 3), grades=grades)
+    found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    assert_close(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), 1e-11)
+
+
+@models
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
+    """With a list of one candidate, a list without items below it, and ungraded candidates."""
+    lists = lists_of(1, 3, 3, 3, masked=False)
+    mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, -math.inf, -math.inf], [1.0, 0.0, 0.0]], dtype=F64)
+    lists, by = replace(lists, grades=grades, mask=mask), []
+    for value_of in (lambda *x: lists.loss(RankedLists(**options), *x), lambda *x: lists.owed(*x, **options)):
+        inputs = lists.leaves()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            first = torch.autograd.grad(value_of(*inputs), inputs, create_graph=True)
+            along = sum((g * torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g)).sum() for g in first)
+            by.append([*first, *torch.autograd.grad(along, inputs)])
+    assert_same(by[0], by[1], 1e-9)
+
+
+# --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
+
+
+def by_ranks(x: Tensor, grades: Tensor, gain: str) -> Tensor:
+    """One list's value as allRank defines it: everything in the order of the scores, without ties."""
+    order = x.argsort(descending=True)
+    x, g = x[order], grades[order]
+    places = torch.arange(1, len(x) + 1, dtype=F64)
+    discounts = torch.log2(1 + places)
+    gains = {"linear": lambda y: y, "exponential": lambda y: 2**y - 1}[gain]
+    ideal = (gains(g.sort(descending=True).values) / discounts).sum()
+    distances = (places[:, None] - places[None, :]).abs()
+    deltas = (1 / torch.log2(1 + distances) - 1 / torch.log2(2 + distances)).abs().fill_diagonal_(0)
+    swaps = (1 / discounts[:, None] - 1 / discounts[None, :]).abs()
+    change = (gains(g)[:, None] - gains(g)[None, :]).abs() / ideal
+    weights = (10 * deltas + swaps) * change
+    is_pair = g[:, None] > g[None, :]
+    return -(weights * F.logsigmoid(x[:, None] - x[None, :]))[is_pair].sum()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["linear", "exponential"]))
+def test_lambda_is_allranks_definition_and_the_references(seed: int, k: int, gain: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(4, k, dtype=F64, generator=generator)
+    grades = torch.randint(0, 5, (4, k), generator=generator).double()
+    grades[:, 0] = 5.0
+    found = []
+    for value_of in (
+        lambda x: graded.lambda_loss(x, grades, x, gain=gain)[0],
+        lambda x: torch.stack([by_ranks(a, b, gain) for a, b in zip(x, grades, strict=True)]),
+    ):
+        leaf = x.clone().requires_grad_()
+        value = value_of(leaf)
+        found.append([value, *gradients(value, (leaf,), torch.linspace(-1, 2, 4, dtype=F64))])
+    assert_close(found[0], found[1], 1e-12)
+    of_reference = [reference.lambda_loss(a, b, gain=gain) for a, b in zip(x, grades, strict=True)]
+    assert_close([found[0][0]], [of_reference], 1e-12)
+
+
+def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
+    x, grades = (
+        torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64),
+        torch.tensor([[2.0, 0.0, 1.0, 1.0]], dtype=F64),
+    )
+    owed = reference.lambda_loss(x[0], grades[0])
+    for order in itertools.permutations(range(4)):
+        value, terms = graded.lambda_loss(x[:, order], grades[:, order], x[:, order])
+        assert value.item() == pytest.approx(owed, rel=1e-14)
+        assert terms.tolist() == [1]
+
+
+def test_exponential_gains_of_any_grade_are_finite() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0]], dtype=F64)
+    grades = torch.tensor([[2.0**53, 0.0, 2000.0]], dtype=F64)
+    value, _ = graded.lambda_loss(x, grades, x, gain="exponential")
+    swapped, _ = graded.lambda_loss(x, (grades > 2000).double(), x, gain="exponential")
+    assert value.item() == pytest.approx(
+        swapped.item(), rel=1e-14
+    )  # all but the largest gain vanish beside it
+
+
+def test_lists_without_a_gain_count_nothing() -> None:
+    assert call(RankedLists(model="lambda"), grades=torch.zeros(3, 2)) == 0
 
 
 # --- beyond one chunk, and in other surroundings ------------------------------------------------------------
@@ -197,6 +312,42 @@ def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
     assert kept[2] - kept[1] == 2 * (kept[1] - kept[0])
     assert kept[2] < 64 * 64 * 8 + 8 * 64 * 3 * 8 * 5
     assert max(largest) <= max(64 * 3 * 5, 2 * 64 * 3)
+
+
+@models
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_a_device_without_float64_computes_in_float32(options: dict[str, Any], scale: float) -> None:
+    lists = lists_of(2, 5, 6, 9, scale=scale, equal=2)
+    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    single, inputs = replace(lists, grades=lists.grades.float()), lists.leaves(torch.float32)
+    with without_float64():
+        value = single.loss(RankedLists(**options), *inputs)
+        found = [value, *gradients(value, inputs, 1.3)]
+    assert_close(found, owed, 1e-4)
+
+
+def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None:
+    grades = torch.tensor([[2**24 + 1, 2**24]])
+    given = torch.eye(2)[:1], torch.eye(2)[None], grades
+    assert RankedLists()(*given).isfinite()
+    with without_float64(), pytest.raises(ValueError, match=r"grades must be at most 2²⁴, .*float32; row 0"):
+        RankedLists()(*given)
+
+
+def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor holds all pairs, and no more is kept for the backward pass than with Plackett–Luce."""
+    lists = lists_of(0, 8, 16, 512, masked=False)
+    loss = RankedLists(model="pairwise", in_batch_negatives=True)
+    owed = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
+    monkeypatch.setattr(graded, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
+    with LargestTensor() as tensors:
+        assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, 1e-12)
+    negatives = len(lists.index.unique())
+    assert tensors.elements < 16 * negatives * 8 / 2
+    loss.model, inputs = "plackett_luce", lists.leaves()
+    kept = saved_bytes(lambda: lists.loss(loss, *inputs))
+    loss.model = "pairwise"
+    assert saved_bytes(lambda: lists.loss(loss, *inputs)) <= kept + 8 * (4 * 16 * 16 + 2 * 512) * 8
 
 
 # --- several processes --------------------------------------------------------------------------------------
@@ -227,8 +378,13 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     found = {}
     for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
-        loss = RankedLists(**SHARDED[case], gather=gather)
+        options = SHARDED[case]
+        loss = RankedLists(**options, gather=gather)
         found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
+        if options["reduction"] == "sum":
+            loss.reduction, upstream = "none", torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)[rows]
+            value = lambda q, c, s: own.loss(loss, q[rows], c[places], s)  # noqa: B023, E731
+            found[case, flags, "none"] = own.differentiated(value, upstream)
     bad = own.leaves()
     if rank == world_size - 1:
         bad[0].data[rows.start, 0] = math.nan
@@ -257,6 +413,22 @@ def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[
             assert_same(averaged[1:3], [x / world_size for x in by[:2]])
         else:
             assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
+
+
+@pytest.mark.parametrize(
+    "case", [k for k, options in enumerate(SHARDED) if options["reduction"] == "sum"], ids=str
+)
+def test_values_per_query_are_those_of_the_processs_own_queries(table: list[Any], case: int) -> None:
+    options = {**SHARDED[case], "reduction": "none"}
+    lists = whole(len(table))
+    upstream = torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options), upstream)
+    for flags in [*FLAGS, None]:
+        values, *gradients_of = zip(*(of[case, flags, "none"] for of in table), strict=True)
+        assert_same([torch.cat(values)], [value])
+        assert_same([sum(gradients_of[0]), sum(gradients_of[2])], [by[0], by[2]])
+        if flags in (None, (True, True), (False, True)) or not options.get("in_batch_negatives"):
+            assert_same([sum(gradients_of[1])], [by[1]])
 
 
 def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
@@ -342,6 +514,10 @@ MASK = torch.ones(3, 2, dtype=torch.bool)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"grades": with_((1, 0), math.inf)}, r"grades must be numbers.*; row 1 has \[inf\]"),
     "large integers": ({"grades": torch.full((3, 2), 2**53 + 1)}, "grades must be at most 2⁵³.*; row 0 has"),
+    "the least integer": (
+        {"grades": torch.full((3, 2), -(2**63))},
+        "grades must be at most 2⁵³.*; row 0 has",
+    ),
     "words": ({"grades": [["a", "b"]]}, r"grades must be a torch\.Tensor; got list"),
     "booleans": ({"grades": MASK}, r"grades must be of .*; got torch\.bool"),
     "one list": ({"grades": torch.zeros(2)}, r"grades must have shape \[N, K\].*; got \(2,\)"),
@@ -388,6 +564,14 @@ def test_a_query_may_not_be_its_own_negative() -> None:
     assert call(query_features=twice).isfinite()
 
 
+@pytest.mark.parametrize("grade", [-1.0, -math.inf, math.inf, math.nan, 2.0**54])
+def test_lambda_needs_grades_that_have_a_gain(grade: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"grades must be numbers from 0 to 2⁵³ for model='lambda'; row 1 has \["
+    ):
+        call(RankedLists(model="lambda"), grades=with_((1, 1), grade))
+
+
 def test_weights_by_difference_need_finite_grades() -> None:
     weighted = RankedLists(model="pairwise", pair_weight="difference")
     with pytest.raises(ValueError, match=r"grades must be finite.*; row 1 has \[-inf\]"):
@@ -401,6 +585,11 @@ def test_weights_by_difference_need_finite_grades() -> None:
         {"top_k": 0},
         {"pair_weight": "difference"},
         {"pair_weight": "difference", "model": "pairwise", "in_batch_negatives": True},
+        {"gain": "exponential"},
+        {"gain": "log", "model": "lambda"},
+        {"top_k": 2, "model": "lambda"},
+        {"pair_weight": "difference", "model": "lambda"},
+        {"model": "lambda", "in_batch_negatives": True},
         {"in_batch_negatives": 1},
         {"reduction": "batchmean"},
         {"chunk_size": 0},
@@ -411,6 +600,12 @@ def test_weights_by_difference_need_finite_grades() -> None:
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         RankedLists(**options)
+    if "gather" not in options:
+        loss = RankedLists()
+        for name, value in options.items():
+            setattr(loss, name, value)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            call(loss)
 
 
 def test_suspicious_features_are_warned_of_once_and_padding_is_not() -> None:

@@ -57,3 +57,18 @@ def test_mean_of_a_list_written_out_by_hand() -> None:
     actual = reference.cross_modal(np.eye(3), np.eye(3), 2.0, discount="log")
     assert actual == pytest.approx(expected, rel=1e-14)
     assert reference.cross_modal(np.eye(3), np.eye(3), 2.0, top_k=1) == pytest.approx(terms[0], rel=1e-14)
+
+
+def test_lambda_weights_written_out_by_hand() -> None:
+    # Ranks 1, 2, 3; grades 0, 2, 1: the ideal DCG of the linear gains is 2 + 1/log₂ 3.
+    ideal, second = 2 + 1 / math.log2(3), 1 / math.log2(3)
+    owed = np.zeros((3, 3))
+    owed[1, 0] = (1 - second + 10 * (1 - second)) * 2 / ideal
+    owed[1, 2] = (second - 1 / 2 + 10 * (1 - second)) * 1 / ideal
+    owed[2, 0] = (1 - 1 / 2 + 10 * (second - 1 / 2)) * 1 / ideal
+    found = reference.lambda_weights([3.0, 2.0, 1.0], [0.0, 2.0, 1.0])
+    np.testing.assert_allclose(found, owed, rtol=1e-14)
+    value = 0.0
+    for p, q, difference in ((1, 0, 1.0), (1, 2, -1.0), (2, 0, 2.0)):  # x_q − x_p
+        value += owed[p, q] * math.log1p(math.exp(difference))
+    assert reference.lambda_loss([3.0, 2.0, 1.0], [0.0, 2.0, 1.0]) == pytest.approx(value, rel=1e-14)

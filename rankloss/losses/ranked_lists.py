@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -16,15 +16,15 @@ from rankloss import checks, graded, precision
 from rankloss.batch import first_equal, first_occurrence
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss
+from rankloss.losses.list_inputs import ListInputs, first_row
 from rankloss.options import Reduction, check_choice, check_count
 
-ListModel = Literal["plackett_luce", "top_one", "pairwise"]
+ListModel = Literal["plackett_luce", "top_one", "pairwise", "lambda"]
 PairWeight = Literal["difference"]
+Gain = Literal["linear", "exponential"]
 
 _SCORES_AT_ONCE = 2**24  # 64 MiB in float32
 _IGNORED = -100  # torch's losses ignore this target
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class RankedLists(GatheringLoss):
@@ -37,10 +37,24 @@ class RankedLists(GatheringLoss):
         plackett_luce   Σ_p [log Σ_{q : g_q ≤ g_p} e^{x_q} − x_p]
         top_one         Σ_p softmax(g)_p · [log Σ_q e^{x_q} − x_p]
         pairwise        Σ_{p, q : g_p > g_q} −log σ(x_p − x_q)
+        lambda          Σ_{p, q : g_p > g_q} −(ρ_pq + μ·δ_pq)·(G_p − G_q)·log σ(x_p − x_q)
 
     where p runs over the graded candidates: ListMLE with exact ties (:func:`rankloss.plackett_luce_nll`),
-    ListNet's cross-entropy, and Bradley–Terry's or RankNet's likelihood of all pairs. For two candidates with
-    unequal grades the first and the last are equal. A list in which all grades are equal counts nothing.
+    ListNet's cross-entropy, Bradley–Terry's or RankNet's likelihood of all pairs, and NDCG-Loss2++ of the
+    LambdaLoss framework. For two candidates with unequal grades the first and the third are equal. A list in
+    which all grades are equal counts nothing.
+
+    The weights of ``"lambda"`` have no gradient. With ranks r by the present scores, D(r) = log₂(1 + r) and
+    the distance d = \|r_p − r_q\|,
+
+        ρ_pq = |1/D(r_p) − 1/D(r_q)|,   δ_pq = 1/D(d) − 1/D(d + 1),   μ = 10,
+
+    and G is the gain of a grade divided by the list's ideal DCG. Candidates of equal scores share their mean
+    rank, and for them d is 1.
+
+    With a reference, the scores x' of a frozen model, x_q is s·⟨query n, candidate q⟩ − x'_q in every model:
+    the change of a score. With grades 1 and 0 the pairwise model is then DPO's loss, and Plackett–Luce its
+    listwise form. The reference has no gradient.
 
     With ``in_batch_negatives`` other queries' candidates, of all processes, are items of grade −∞ in every
     list, except for the list's own candidates. Candidates with the same id in ``candidate_ids`` are one item,
@@ -48,7 +62,8 @@ class RankedLists(GatheringLoss):
     of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
     cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
 
-    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast. With
+    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast; on a
+    device without float64, such as MPS, in float32, and integers as grades are at most 2²⁴ there. With
     negatives the N·M scores are computed for some queries at a time, and again in the backward pass
     (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. Compiled, the
     loss is one call between two graphs.
@@ -59,12 +74,13 @@ class RankedLists(GatheringLoss):
             for all.
         pair_weight: for ``"pairwise"``: None, or ``"difference"`` to multiply each pair's term by g_p − g_q,
             which needs finite grades and no negatives.
-        in_batch_negatives: rank the other queries' candidates below a query's own.
+        gain: for ``"lambda"``: ``"linear"``, the grade g itself, or ``"exponential"``, 2^g − 1.
+        in_batch_negatives: rank the other queries' candidates below a query's own; not for ``"lambda"``.
         reduction: ``"mean"``: each list divided by the number of its terms, averaged over the lists that
             count. The terms of Plackett–Luce are the counted candidates whose denominator includes another
-            item (all except an untied last one), those of ``"pairwise"`` the pairs; ``"top_one"`` has one
-            term. ``"sum"``: the plain sum. ``"none"``: one value per query of this process; the values add up
-            to ``"sum"``.
+            item (all except an untied last one), those of ``"pairwise"`` the pairs; ``"top_one"`` and
+            ``"lambda"``, whose weights are shares of the ideal DCG, have one term. ``"sum"``: the plain sum.
+            ``"none"``: one value per query of this process; the values add up to ``"sum"``.
         chunk_size: queries computed at a time; None: enough for 2²⁴ scores.
         gather: gathering of other processes' candidates, see :class:`rankloss.Gather`. All processes need
             tensors of the same shapes.
@@ -73,7 +89,10 @@ class RankedLists(GatheringLoss):
         ``query_features``: ``[N, D]``; ``candidate_features``: ``[N, K, D]``, or ``[M, D]`` with
         ``candidate_index`` ``[N, K]``, integers in [0, M), so that a candidate of several lists is embedded
         once; ``grades``: ``[N, K]``; ``mask``: ``[N, K]``, False at padding, where features, index and grade
-        are ignored; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. Features are unit-norm;
+        are ignored; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. The reference is either
+        ``reference_scores``, ``[N, K]``, or the frozen model's own ``reference_query_features``, ``[N, D']``,
+        ``reference_candidate_features``, in the form of ``candidate_features``, and ``reference_scale``, the
+        multiplier of their products; negatives need the latter. Features are unit-norm;
         ``logit_scale`` is the multiplier s itself. The result is a scalar in nats, ``[N]`` with
         ``reduction="none"``, or with ``output_dict=True`` ``{"ranked_lists_loss": …}``. NaN or infinity in a
         feature gives NaN.
@@ -81,15 +100,18 @@ class RankedLists(GatheringLoss):
     Raises:
         ValueError: for an option out of range or unsupported by the model; in ``forward`` for mismatched
             shapes, dtypes or devices, a list without candidates, a grade of NaN, +∞ or an integer beyond 2⁵³,
-            an index out of range, or with ``in_batch_negatives`` two equal queries, also of two processes,
-            whose candidates would be each other's negatives. Values are read on a CPU at every call, on an
-            accelerator at the first call; a grade of NaN or +∞ gives NaN in later calls.
+            for ``"lambda"`` any grade that is negative, infinite or beyond 2⁵³, a reference that is not
+            finite, is incomplete or is given twice, an index out of range, or with ``in_batch_negatives`` two
+            equal queries, also of two processes, whose candidates would be each other's negatives. Values are
+            read on a CPU at every call, on an accelerator at the first call; a grade of NaN or +∞, a rounded
+            integer, and a reference that is not finite give NaN in later calls.
         TypeError: for an argument that is not a tensor.
 
     References:
         "Listwise Approach to Learning to Rank: Theory and Algorithm", ICML 2008 (ListMLE); "Learning to Rank:
         From Pairwise Approach to Listwise Approach", ICML 2007 (ListNet); "Learning to Rank Using Gradient
-        Descent", ICML 2005 (RankNet).
+        Descent", ICML 2005 (RankNet); "The LambdaLoss Framework for Ranking Metric Optimization", CIKM 2018;
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023 (DPO).
 
     Example:
         >>> query, candidates = torch.eye(3)[:1], torch.eye(3)[None]  # scores s, 0, 0
@@ -104,33 +126,50 @@ class RankedLists(GatheringLoss):
         model: ListModel = "plackett_luce",
         top_k: int | None = None,
         pair_weight: PairWeight | None = None,
+        gain: Gain = "linear",
         in_batch_negatives: bool = False,
         reduction: Reduction = "mean",
         chunk_size: int | None = None,
         gather: GatherOption = None,
     ) -> None:
-        check_choice("model", model, get_args(ListModel))
-        check_choice("pair_weight", pair_weight, (None, *get_args(PairWeight)))
-        check_choice("in_batch_negatives", in_batch_negatives, (True, False))
-        check_choice("reduction", reduction, get_args(Reduction))
-        if top_k is not None and model != "plackett_luce":
-            raise ValueError(f"top_k={top_k!r} only applies to model='plackett_luce'; got model={model!r}")
-        if pair_weight is not None and (model != "pairwise" or in_batch_negatives):
-            raise ValueError(
-                f"pair_weight={pair_weight!r} needs model='pairwise' without in_batch_negatives; "
-                f"got model={model!r}, in_batch_negatives={in_batch_negatives!r}"
-            )
         super().__init__(gather)
-        self.model, self.pair_weight, self.reduction = model, pair_weight, reduction
-        self.in_batch_negatives = in_batch_negatives
-        self.top_k = None if top_k is None else check_count("top_k", top_k)
-        self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
-        models: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
-            "plackett_luce": functools.partial(graded.plackett_luce, top_k=self.top_k),
-            "top_one": graded.top_one,
-            "pairwise": functools.partial(graded.pairwise, by_difference=pair_weight is not None),
-        }
-        self._model = models[model]
+        self.model, self.top_k, self.pair_weight, self.gain = model, top_k, pair_weight, gain
+        self.in_batch_negatives, self.reduction, self.chunk_size = in_batch_negatives, reduction, chunk_size
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raise a ValueError for a wrong option; options are attributes and may change between calls."""
+        check_choice("model", self.model, get_args(ListModel))
+        check_choice("pair_weight", self.pair_weight, (None, *get_args(PairWeight)))
+        check_choice("gain", self.gain, get_args(Gain))
+        check_choice("in_batch_negatives", self.in_batch_negatives, (True, False))
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        for name in ("top_k", "chunk_size"):
+            if (count := getattr(self, name)) is not None:
+                check_count(name, count)
+        model, has_negatives = self.model, self.in_batch_negatives
+        of_pairs = model == "pairwise" and not has_negatives
+        needs = [
+            (
+                self.top_k is None or model == "plackett_luce",
+                f"top_k={self.top_k!r} only applies to model='plackett_luce'",
+            ),
+            (
+                self.pair_weight is None or of_pairs,
+                f"pair_weight={self.pair_weight!r} needs model='pairwise' without in_batch_negatives",
+            ),
+            (
+                self.gain == "linear" or model == "lambda",
+                f"gain={self.gain!r} only applies to model='lambda'",
+            ),
+            (
+                model != "lambda" or not has_negatives,
+                "model='lambda' weighs pairs of lists that are graded in full, without in_batch_negatives",
+            ),
+        ]
+        for is_met, need in needs:
+            if not is_met:
+                raise ValueError(f"{need}; got model={model!r}, in_batch_negatives={has_negatives!r}")
 
     def extra_repr(self) -> str:
         """The model, and the option of negatives."""
@@ -147,6 +186,10 @@ class RankedLists(GatheringLoss):
         candidate_index: Tensor | None = None,
         candidate_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        reference_scores: Tensor | None = None,
+        reference_query_features: Tensor | None = None,
+        reference_candidate_features: Tensor | None = None,
+        reference_scale: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it.
@@ -159,109 +202,148 @@ class RankedLists(GatheringLoss):
             candidate_index: ``[N, K]``, each query's candidates as rows of ``[M, D]``.
             candidate_ids: ``[N, K]`` or ``[M]``, equal for one candidate on all processes.
             mask: ``[N, K]``, bool; False is padding.
+            reference_scores: ``[N, K]``, the candidates' scores by a frozen model.
+            reference_query_features: ``[N, D']``, the frozen model's.
+            reference_candidate_features: ``[N, K, D']``, or ``[M, D']``, the frozen model's.
+            reference_scale: the frozen model's multiplier.
             output_dict: return a dict.
         """
-        given = _Given(
-            query_features, candidate_features, logit_scale, grades, candidate_index, mask, candidate_ids
+        self._check_options()
+        loss = self._loss_of(
+            ListInputs(
+                query_features,
+                candidate_features,
+                logit_scale,
+                grades,
+                candidate_index,
+                mask,
+                candidate_ids,
+                reference_scores,
+                reference_query_features,
+                reference_candidate_features,
+                reference_scale,
+            )
         )
-        loss = self._loss_of(given)
         return {"ranked_lists_loss": loss} if output_dict else loss
 
-    def _loss_of(self, given: _Given) -> Tensor:
-        tensors = given._asdict()
-        del tensors["logit_scale"]  # may be a number
-        self.gather.check_agreement(self, **tensors)
-        _check_shapes(given)
-        checks.check_scale(given.logit_scale, given.query_features)
+    def _loss_of(self, given: ListInputs) -> Tensor:
+        self.gather.check_agreement(self, **given.tensors)
+        given.check(self.in_batch_negatives)
         self._look_at_values(given)
 
-        queries, items, logit_scale, grades, index, _, ids = given
-        is_item = given.is_item
-        is_right = (~is_item | (grades < math.inf)).all()
-        is_mps = grades.device.type == "mps"  # MPS has no float64
-        grades = (
-            grades.detach().to(torch.float32 if is_mps else torch.float64).masked_fill(~is_item, math.inf)
-        )
+        is_item, sum_dtype = given.is_item, graded.sum_dtype(given.grades.device)
+        is_right, _ = self._valid(given.grades)
+        is_wrong = is_item & (~is_right | graded.is_rounded(given.grades, sum_dtype))
+        grades = given.grades.detach().to(sum_dtype).masked_fill(~is_item, math.inf)
+        offsets = given.reference_scores
+        if offsets is not None:
+            offsets = offsets.detach().to(sum_dtype).masked_fill(~is_item, 0.0)
+            is_wrong = is_wrong | ~offsets.isfinite()
+        index, items = given.candidate_index, given.candidate_features.flatten(0, -2)
         if index is None:
-            items = items.flatten(0, 1)
             index = torch.arange(len(items), device=items.device).view(grades.shape)
         # Padding repeats a candidate of the list.
         index = index.long().where(is_item, index.gather(1, is_item.byte().argmax(-1, keepdim=True)))
         is_listed = torch.zeros(len(items), dtype=torch.uint8, device=items.device)
         is_listed = is_listed.index_fill(0, index.flatten(), 1)
-        gather = self.gather
-        if self.in_batch_negatives or not gather.anchors_are_local:
+        queries, ids = given.query_features, given.candidate_ids
+        of_reference, reference_items = given.scaled_reference()
+
+        gather, has_own_lists = self.gather, self._has_own_lists
+        if self.in_batch_negatives or not has_own_lists:
             index = index + gather.place[0] * len(items)
             items, is_listed = gather.items(items, are_anchors=False), gather.items(is_listed)
             ids = None if ids is None else gather.items(ids.flatten())
-        if not gather.anchors_are_local:
+            (reference_items,) = gather.constants(reference_items)
+        if not has_own_lists:
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
+            (offsets,), (of_reference,) = gather.constants(offsets), gather.constants(of_reference)
 
         dtype = precision.arithmetic_dtype(queries, items)
-        items, is_listed = items.to(dtype), is_listed.bool()
+        is_listed = is_listed.bool()
+        candidates = [items] if reference_items is None else [items, reference_items]
+        candidates = [x.to(dtype) for x in candidates]
         if given.mask is not None or given.candidate_index is not None:
             # Rows in no list may hold any values, and 0 · NaN is NaN.
-            items = items.masked_fill(~is_listed[:, None], 0.0)
+            candidates = [x.masked_fill(~is_listed[:, None], 0.0) for x in candidates]
         equal = None
         if self.in_batch_negatives and ids is not None:
             equal = graded.first_of_id(ids.long().masked_fill(~is_listed, torch.iinfo(torch.int64).max))
             is_listed = is_listed & (equal == torch.arange(len(equal), device=equal.device))
         elif self.in_batch_negatives:
-            equal = first_equal(items)
-        scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
-        queries = queries.to(dtype) * scale
+            equal = first_equal(candidates[0])
+        elif self.model == "lambda":  # whose weights depend on ties
+            equal = first_equal(torch.cat(candidates, 1))
+        scale = given.logit_scale.reshape(()) if isinstance(given.logit_scale, Tensor) else given.logit_scale
+        factors = [queries.to(dtype) * scale]
+        if of_reference is not None:
+            factors.append(of_reference.to(dtype))
         with precision.full_precision(items.device):
-            values, terms = self._values(queries, items, is_listed, equal, index, grades)
-        values = precision.nan_unless_finite(values, queries, items) * torch.where(is_right, 1.0, math.nan)
-        return self._reduced(values, terms).to(dtype)
+            values, terms = self._values(
+                _Items(candidates, is_listed, equal), _Lists(index, grades, offsets, *factors)
+            )
+        values = precision.nan_unless_finite(values, *factors, *candidates)
+        return self._reduced(values * torch.where(is_wrong.any(), math.nan, 1.0), terms).to(dtype)
 
-    def _values(
-        self,
-        queries: Tensor,
-        items: Tensor,
-        is_listed: Tensor,
-        equal: Tensor | None,
-        index: Tensor,
-        grades: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _values(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
-        scores = len(items) if self.in_batch_negatives else index.shape[1]
-        if self.model == "pairwise":
-            scores *= index.shape[1]
-        rows = self.chunk_size or max(1, _SCORES_AT_ONCE // scores)
-        chunks = list(zip(queries.split(rows), index.split(rows), grades.split(rows), strict=True))
-        of_chunk = functools.partial(self._of_chunk, items, is_listed, equal)
+        width = lists.places.shape[1]
+        scores = len(items.is_listed) if self.in_batch_negatives else width
+        if self.model in ("pairwise", "lambda"):
+            scores += width**2
+        chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores))
+        of_chunk = functools.partial(self._of_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():
             of_chunk = functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
-        values, terms = zip(*(of_chunk(*chunk) for chunk in chunks), strict=True)
+        values, terms = zip(*(of_chunk(chunk) for chunk in chunks), strict=True)
         return torch.cat(values), torch.cat(terms)
 
-    def _of_chunk(
-        self,
-        items: Tensor,
-        is_listed: Tensor,
-        equal: Tensor | None,
-        queries: Tensor,
-        index: Tensor,
-        grades: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        rest = has_rest = None
+    def _of_chunk(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
+        index, grades = lists.places, lists.grades
+        scores = self._scores(lists.queries, items.features[0], index)
+        if lists.of_reference is not None:
+            scores = scores - self._scores(lists.of_reference, items.features[1], index)
+        x, rest, has_rest = scores, None, None
         if self.in_batch_negatives:
-            scores = precision.product(queries, items.T)
-            is_rest = graded.others(index, equal, is_listed)
+            is_rest = graded.others(index, items.equal, items.is_listed)
             rest, has_rest = scores.masked_fill(~is_rest, -math.inf), is_rest.any(-1)
             x = scores.gather(1, index)
-        else:
-            own = items.index_select(0, index.flatten()).view(*index.shape, -1)
-            x = precision.product(own, queries[:, :, None]).squeeze(-1)
         if rest is not None and index.shape[1] == 1 and self.model != "pairwise":
             # Both models are the cross-entropy of one candidate; this way is bit-exact.
             values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
             terms = torch.ones_like(index[:, 0])
         else:
-            values, terms = self._model(x.to(grades.dtype), grades, rest)
+            values, terms = self._of_lists(x.to(grades.dtype), rest, items, lists)
         counts = graded.is_ranked(grades, has_rest)
         return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
+
+    def _scores(self, queries: Tensor, items: Tensor, index: Tensor) -> Tensor:
+        """Products of queries and all items, ``[n, M]``, or without negatives their own, ``[n, K]``."""
+        if self.in_batch_negatives:
+            return precision.product(queries, items.T)
+        own = items.index_select(0, index.flatten()).view(*index.shape, -1)
+        return precision.product(own, queries[:, :, None]).squeeze(-1)
+
+    def _of_lists(
+        self, x: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
+    ) -> tuple[Tensor, Tensor]:
+        grades, offsets = lists.grades, lists.offsets
+        change = x if offsets is None else x - offsets
+        if self.model == "plackett_luce":
+            return graded.plackett_luce(change, grades, rest, top_k=self.top_k)
+        if self.model == "top_one":
+            return graded.top_one(change, grades, rest)
+        if self.model == "pairwise":
+            return graded.pairwise(change, grades, rest, by_difference=self.pair_weight is not None)
+        places = lists.places if items.equal is None else items.equal[lists.places]
+        ranked_by = graded.equal_scores(x, places)
+        ranked_by = ranked_by if offsets is None else ranked_by - offsets
+        return graded.lambda_loss(change, grades, ranked_by, gain=self.gain)
+
+    @property
+    def _has_own_lists(self) -> bool:
+        """True if this process computes its own lists only: values per query are those of its queries."""
+        return self.gather.anchors_are_local or self.reduction == "none"
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
         """The reduction over all processes; DDP averages their shares."""
@@ -279,30 +361,33 @@ class RankedLists(GatheringLoss):
         total = F.nll_loss(-by_list, target, ignore_index=_IGNORED, reduction="sum")
         return total / (lists.clamp_min(1) / shares)
 
+    def _valid(self, grades: Tensor) -> tuple[Tensor, str]:
+        """True for grades that the model takes, and the condition in words."""
+        if self.model == "lambda":
+            return (grades >= 0) & (
+                grades <= graded.LARGEST_INTEGER
+            ), "numbers from 0 to 2⁵³ for model='lambda'"
+        if self.pair_weight is not None:
+            return grades.abs() < math.inf, "finite for pair_weight='difference'"
+        return grades < math.inf, "numbers or −infinity"
+
     @torch.no_grad()
-    def _look_at_values(self, given: _Given) -> None:
+    def _look_at_values(self, given: ListInputs) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
-        queries, candidates, logit_scale, grades, index, *_ = given
-        is_item = given.is_item
+        queries, candidates, grades = given.query_features, given.candidate_features, given.grades
         is_first = not self._looked_at and precision.can_be_read(queries)
         if not (is_first or queries.is_cpu):
             return
-        if (row := _first(~is_item.any(-1))) is not None:
-            raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
-        is_wrong = ~(grades.abs() < math.inf if self.pair_weight else grades < math.inf)
-        needed = "finite for pair_weight='difference'" if self.pair_weight else "numbers or −infinity"
-        _refuse("grades", grades, is_item & is_wrong, needed)
-        if not grades.is_floating_point():
-            is_wrong = grades.long().abs() > graded.LARGEST_INTEGER
-            _refuse("grades", grades, is_item & is_wrong, "at most 2⁵³, to stay distinct in float64")
-        if index is not None:
-            is_wrong = (index < 0) | (index >= len(candidates))
-            needed = f"at least 0 and less than {len(candidates)}"
-            _refuse("candidate_index", index, is_item & is_wrong, needed)
+        given.refuse_wrong_places()
+        is_right, needed = self._valid(grades)
+        given.refuse("grades", ~is_right, needed)
+        dtype = graded.sum_dtype(grades.device)
+        needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
+        given.refuse("grades", graded.is_rounded(grades, dtype), needed)
         if self.in_batch_negatives:
             everyone = self.gather.items(queries)
             equal = first_occurrence(everyone.to(precision.arithmetic_dtype(everyone)))
-            row = _first(equal != torch.arange(len(equal), device=equal.device))
+            row = first_row(equal != torch.arange(len(equal), device=equal.device))
             if row is not None:
                 raise ValueError(
                     "query_features must not hold a query twice with in_batch_negatives: candidates of "
@@ -310,75 +395,43 @@ class RankedLists(GatheringLoss):
                 )
         if is_first:
             checks.look_at_rows("query_features", queries)
-            listed = candidates[is_item] if index is None else candidates[index[is_item].long()]
-            checks.look_at_rows("candidate_features", listed)
-            checks.look_at_scale("logit_scale", logit_scale, queries)
+            checks.look_at_rows("candidate_features", given.listed(candidates))
+            checks.look_at_scale("logit_scale", given.logit_scale, queries)
             self._looked_at.add("all")
 
 
-class _Given(NamedTuple):
-    """The arguments of a call."""
+class _Items(NamedTuple):
+    """The candidates of all lists.
 
-    query_features: Tensor
-    candidate_features: Tensor
-    logit_scale: Tensor | float
+    Attributes:
+        features: ``[M, D]``, and ``[M, D']`` if a frozen model is the reference.
+        is_listed: ``[M]``, True for a candidate of any list, once for equal ones.
+        equal: ``[M]``, the first candidate equal to each; None if no two are, or without negatives.
+    """
+
+    features: list[Tensor]
+    is_listed: Tensor
+    equal: Tensor | None
+
+
+class _Lists(NamedTuple):
+    """Lists with places and grades of their candidates.
+
+    Attributes:
+        places: ``[n, K]``, rows of the candidates.
+        grades: ``[n, K]``, +∞ at padding.
+        offsets: ``[n, K]``, reference scores.
+        queries: ``[n, D]``, times the scale.
+        of_reference: ``[n, D']``, the frozen model's queries, times its scale.
+    """
+
+    places: Tensor
     grades: Tensor
-    candidate_index: Tensor | None
-    mask: Tensor | None
-    candidate_ids: Tensor | None
+    offsets: Tensor | None
+    queries: Tensor
+    of_reference: Tensor | None = None
 
-    @property
-    def is_item(self) -> Tensor:
-        return torch.ones_like(self.grades, dtype=torch.bool) if self.mask is None else self.mask
-
-
-def _check_shapes(given: _Given) -> None:
-    """Raise an error that names the argument unless types, shapes and devices fit."""
-    queries, candidates, _, grades, index, mask, ids = given
-    checks.check_matrix("query_features", queries)
-    n, d = queries.shape
-    of_lists = {
-        "grades": (grades, _REALS),
-        "candidate_index": (index, _INTEGERS),
-        "mask": (mask, {torch.bool}),
-    }
-    for name, (x, dtypes) in of_lists.items():
-        if x is None and name != "grades":
-            continue
-        checks.check_is_tensor(name, x)
-        assert x is not None
-        if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != grades.shape:
-            raise ValueError(
-                f"{name} must have shape [N, K], with N = {n} queries and K at least 1 as in grades; "
-                f"got {tuple(x.shape)}"
-            )
-        if x.dtype not in dtypes:
-            raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
-        checks.check_device(name, x, queries, "query_features")
-    checks.check_is_tensor("candidate_features", candidates)
-    shape = candidates.shape
-    if shape != (*(grades.shape if index is None else shape[:1]), d):
-        raise ValueError(
-            f"candidate_features must have shape [N, K, D] = {(*grades.shape, d)}, or [M, D] with "
-            f"candidate_index; got {tuple(shape)}"
-        )
-    if ids is not None:
-        checks.check_is_tensor("candidate_ids", ids)
-        if ids.shape != shape[:-1] or ids.dtype not in _INTEGERS:
-            needed = f"integers of shape {tuple(shape[:-1])}"
-            raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
-        checks.check_device("candidate_ids", ids, queries, "query_features")
-    checks.check_matrix("candidate_features", candidates.flatten(0, -2))
-    checks.check_device("candidate_features", candidates, queries, "query_features")
-
-
-def _refuse(name: str, values: Tensor, is_wrong: Tensor, needed: str) -> None:
-    """Raise a ValueError that shows the first row with wrong values, if any."""
-    if (row := _first(is_wrong)) is not None:
-        raise ValueError(f"{name} must be {needed}; row {row} has {values[row][is_wrong[row]].tolist()}")
-
-
-def _first(is_wrong: Tensor) -> int | None:
-    """The first row that is True, or None."""
-    rows = is_wrong.nonzero()
-    return int(rows[0, 0]) if len(rows) else None
+    def split(self, rows: int) -> list[_Lists]:
+        """Chunks of lists."""
+        parts = (itertools.repeat(None) if x is None else x.split(rows) for x in self)
+        return [_Lists(*chunk) for chunk in zip(*parts, strict=False)]

@@ -176,6 +176,7 @@ def _distance(actual: Tensor, wanted: Tensor, at_least: float = 1e-3) -> float:
 
 
 TEACHER = ("reference_image_features", "reference_text_features")
+FROZEN = ("reference_query_features", "reference_candidate_features", "reference_scale")
 
 
 def rank_terms(name: str, *, teacher: tuple[str, ...] = (), **options: Any) -> Subject:
@@ -240,22 +241,50 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
     return Subject(name, name, lambda: call, in_float64, None, inputs or PAIR, ())
 
 
-def ranked_lists(name: str, **options: Any) -> Subject:
-    """``RankedLists`` of each text's candidates, some of which several lists share."""
+class Lists(nn.Module):
+    """``RankedLists`` of grades that its model takes: NDCG's gains begin at 0."""
 
-    def literal(candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any) -> Any:
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.lists = rankloss.RankedLists(chunk_size=4, **options)
+
+    def forward(self, grades: Tensor, **inputs: Tensor) -> Tensor:
+        value: Tensor = self.lists(grades=_fitting(grades, self.lists.model), **inputs)
+        return value
+
+
+def _fitting(grades: Tensor, model: str | None) -> Tensor:
+    return grades.clamp_min(0.0) if model == "lambda" else grades
+
+
+def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
+    """``RankedLists`` of each text's candidates, some of which several lists share.
+
+    With ``frozen`` the scores are those beyond a frozen model's.
+    """
+
+    def literal(
+        candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any, **of_frozen: Any
+    ) -> Any:
         n, k = grades.shape
         items, index = candidate_features.reshape(n * k, -1), np.arange(n * k).reshape(n, k)
-        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, **options)
+        scores = None
+        if frozen:
+            queries, candidates, scale = of_frozen.values()
+            scores = scale * queries @ candidates.reshape(n * k, -1).T
+        grades = _fitting(grades, options.get("model"))
+        return oracle.ranked_lists(
+            query_features, items, index, grades, logit_scale, frozen=scores, **options
+        )
 
     features = ("candidate_features", "query_features")  # in this order, since queries have to differ
     return Subject(
         f"RankedLists[{name}]",
         "RankedLists",
-        functools.partial(rankloss.RankedLists, chunk_size=4, **options),
+        functools.partial(Lists, **options),
         None,
         literal,
-        inputs=(*features, "grades", "logit_scale"),
+        inputs=(*features, "grades", "logit_scale", *(FROZEN if frozen else ())),
         differentiable=(*features, "logit_scale"),
     )
 
@@ -330,6 +359,9 @@ SUBJECTS = [
     mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), _taught_rankclip, weight=0.5),
     mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, contrast=0.5),
     ranked_lists("default"),
+    ranked_lists("lambda", model="lambda", gain="exponential"),
+    ranked_lists("pairwise, frozen", model="pairwise", frozen=True),
+    ranked_lists("negatives, frozen", in_batch_negatives=True, frozen=True),
     ranked_lists("negatives, top k", in_batch_negatives=True, top_k=2),
     ranked_lists("negatives, top one", in_batch_negatives=True, model="top_one"),
     ranked_lists("negatives, pairwise", in_batch_negatives=True, model="pairwise"),
@@ -433,6 +465,9 @@ def _data(kind: str) -> Inputs:
         **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, seed=8), strict=True)},
         "query_features": _queries(kind),
         "candidate_features": torch.stack([t, t.roll(1, 0), v], 1),
+        "reference_query_features": _features("plain", seed=10)[0][:, :5],
+        "reference_candidate_features": torch.stack([v, t, t.roll(1, 0)], 1)[:, :, :5],
+        "reference_scale": torch.tensor(SCALE / 2, dtype=torch.float64),
         "grades": torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]] * 2).double(),
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),

@@ -1,0 +1,158 @@
+"""The inputs of a loss of graded lists, and the errors of wrong ones."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankloss import checks, precision
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_OF_REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
+
+
+class ListInputs(NamedTuple):
+    """The arguments of :meth:`rankloss.RankedLists.forward`."""
+
+    query_features: Tensor
+    candidate_features: Tensor
+    logit_scale: Tensor | float
+    grades: Tensor
+    candidate_index: Tensor | None
+    mask: Tensor | None
+    candidate_ids: Tensor | None
+    reference_scores: Tensor | None
+    reference_query_features: Tensor | None
+    reference_candidate_features: Tensor | None
+    reference_scale: Tensor | float | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The arguments of more than one number."""
+        return {name: x for name, x in self._asdict().items() if not name.endswith("_scale")}
+
+    @property
+    def is_item(self) -> Tensor:
+        """``[N, K]``, False at padding."""
+        return torch.ones_like(self.grades, dtype=torch.bool) if self.mask is None else self.mask
+
+    def listed(self, features: Tensor) -> Tensor:
+        """The rows of candidates that are in a list."""
+        index = self.candidate_index
+        return features[self.is_item] if index is None else features[index[self.is_item].long()]
+
+    def scaled_reference(self) -> tuple[Tensor | None, Tensor | None]:
+        """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``."""
+        queries, candidates, scale = (getattr(self, name) for name in _OF_REFERENCE)
+        if queries is None:
+            return None, None
+        dtype = precision.arithmetic_dtype(queries, candidates)
+        scale = scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
+        return precision.constant(queries).to(dtype) * scale, precision.constant(candidates.flatten(0, -2))
+
+    # --- errors ---------------------------------------------------------------------------------------------
+
+    def check(self, has_negatives: bool) -> None:
+        """Raise an error that names the argument unless types, shapes and devices fit."""
+        queries, candidates, ids = self.query_features, self.candidate_features, self.candidate_ids
+        checks.check_matrix("query_features", queries)
+        n, d = queries.shape
+        of_lists = {
+            "grades": _REALS,
+            "candidate_index": _INTEGERS,
+            "mask": {torch.bool},
+            "reference_scores": _REALS,
+        }
+        for name, dtypes in of_lists.items():
+            x = getattr(self, name)
+            if x is None and name != "grades":
+                continue
+            checks.check_is_tensor(name, x)
+            if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != self.grades.shape:
+                raise ValueError(
+                    f"{name} must have shape [N, K], with N = {n} queries and K at least 1 as in grades; "
+                    f"got {tuple(x.shape)}"
+                )
+            if x.dtype not in dtypes:
+                raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
+            checks.check_device(name, x, queries, "query_features")
+        self._check_candidates("candidate_features", candidates, d)
+        if ids is not None:
+            checks.check_is_tensor("candidate_ids", ids)
+            shape = candidates.shape[:-1]
+            if ids.shape != shape or ids.dtype not in _INTEGERS:
+                needed = f"integers of shape {tuple(shape)}"
+                raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
+            checks.check_device("candidate_ids", ids, queries, "query_features")
+        checks.check_scale(self.logit_scale, queries)
+        self._check_reference(has_negatives)
+
+    def _check_candidates(self, name: str, x: Tensor, d: int) -> None:
+        checks.check_is_tensor(name, x)
+        index, rows = self.candidate_index, len(self.candidate_features)
+        if x.shape != (*(self.grades.shape if index is None else (rows,)), d):
+            raise ValueError(
+                f"{name} must have shape [N, K, D] = {(*self.grades.shape, d)}, or [M, D] with "
+                f"candidate_index; got {tuple(x.shape)}"
+            )
+        checks.check_matrix(name, x.flatten(0, -2))
+        checks.check_device(name, x, self.query_features, "query_features")
+
+    def _check_reference(self, has_negatives: bool) -> None:
+        queries, candidates, scale = (getattr(self, name) for name in _OF_REFERENCE)
+        given = [name for name in _OF_REFERENCE if getattr(self, name) is not None]
+        if self.reference_scores is not None:
+            if given:
+                raise ValueError(f"reference_scores and {given[0]} are two references; give one")
+            if has_negatives:
+                raise ValueError(
+                    "reference_scores are of a query's own candidates; with in_batch_negatives give "
+                    f"{', '.join(_OF_REFERENCE)}"
+                )
+        if not given:
+            return
+        if len(given) < len(_OF_REFERENCE):
+            raise ValueError(f"{', '.join(_OF_REFERENCE)} go together; got {' and '.join(given)} alone")
+        checks.check_matrix("reference_query_features", queries)
+        if len(queries) != len(self.query_features):
+            raise ValueError(
+                f"reference_query_features must have one row per query, {len(self.query_features)}; got "
+                f"shape {tuple(queries.shape)}"
+            )
+        checks.check_device("reference_query_features", queries, self.query_features, "query_features")
+        self._check_candidates("reference_candidate_features", candidates, queries.shape[1])
+        checks.check_is_number("reference_scale", scale, self.query_features)
+        if (not isinstance(scale, Tensor) or scale.is_cpu) and not 0 < scale < math.inf:
+            raise ValueError(f"reference_scale must be positive and finite; got {float(scale):g}")
+
+    def refuse_wrong_places(self) -> None:
+        """Raise a ValueError for an empty list, an index out of range, or a reference that is not finite."""
+        if (row := first_row(~self.is_item.any(-1))) is not None:
+            raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
+        index, rows = self.candidate_index, len(self.candidate_features)
+        if index is not None:
+            self.refuse("candidate_index", (index < 0) | (index >= rows), f"at least 0 and less than {rows}")
+        if self.reference_scores is not None:
+            self.refuse("reference_scores", ~self.reference_scores.isfinite(), "finite")
+        queries, candidates, _ = (getattr(self, name) for name in _OF_REFERENCE)
+        if queries is not None:
+            for name, x in zip(_OF_REFERENCE, (queries, self.listed(candidates)), strict=False):
+                if (row := first_row(~x.isfinite().all(-1))) is not None:
+                    raise ValueError(f"{name} must be finite; row {row} is not")
+
+    def refuse(self, name: str, is_wrong: Tensor, needed: str) -> None:
+        """Raise a ValueError that shows the first row with wrong values of candidates, if any."""
+        is_wrong = self.is_item & is_wrong
+        if (row := first_row(is_wrong)) is not None:
+            values = getattr(self, name)[row][is_wrong[row]].tolist()
+            raise ValueError(f"{name} must be {needed}; row {row} has {values}")
+
+
+def first_row(is_wrong: Tensor) -> int | None:
+    """The first row that is True, or None."""
+    rows = is_wrong.nonzero()
+    return int(rows[0, 0]) if len(rows) else None
