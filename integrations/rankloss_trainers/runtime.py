@@ -53,6 +53,7 @@ class Host:
         teacher: The ways to give a teacher's features: ``"give the columns …"``.
         progress: The remedy where the loss is not told where training stands.
         serves: The needs of losses that it serves, of :data:`NEEDS`.
+        instead: Advice for needs that something else here serves.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Host:
     teacher: str
     progress: str
     serves: Collection[str] = ()
+    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def given_loss(loss: str | NamedLoss | nn.Module, options: Options | None = None) -> NamedLoss:
@@ -312,9 +314,9 @@ class Runtime(nn.Module):
             "parameters": any(parameter.requires_grad for parameter in loss.parameters()),
             "state": bool(loss.state_dict()),
         }
-        unserved = [NEEDS[need] for need in needs if needs[need] and need not in host.serves]
-        if unserved:
-            raise ValueError(f"{self.name} needs {unserved[0]}, which {host.name} does not serve")
+        for need in [need for need in needs if needs[need] and need not in host.serves]:
+            text = f"{self.name} needs {NEEDS[need]}, which {host.name} does not serve"
+            raise ValueError("; ".join([text, *filter(None, [host.instead.get(need)])]))
         self.teacher, self.features = self._use_of_a_teacher(), self._folder()
         self.unit, self.step = "step", 0
         self._log, self.has_fixed_entries = chosen.log(), False

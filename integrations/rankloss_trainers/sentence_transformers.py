@@ -43,6 +43,7 @@ HOST = Host(
     teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("folder",),
+    instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers_lists trains them"},
 )
 
 Columns = Iterable[dict[str, Tensor]]
@@ -156,8 +157,11 @@ class ContrastiveLoss(EmbeddingLoss):
         """
         columns = list(sentence_features)
         if len(columns) != 2:
+            text = "; train a positive and its negatives by RankedListsLoss(model, "
+            text += "rankloss.RankedLists(in_batch_negatives=True)) of sentence_transformers_lists"
             raise ValueError(
                 f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
+                + text * (len(columns) > 2)
             )
         embeddings = map(self.embedded, reversed(columns) if self.image_column else columns)
         entries = self._entries(dict(zip(NAMES, embeddings, strict=True)), labels)

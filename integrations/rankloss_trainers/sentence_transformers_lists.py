@@ -6,7 +6,8 @@ A dataset with columns of queries, of lists of candidates and of lists of grades
     trainer = RankedListsTrainer(model, args, data, loss=loss)
 
 Lists of one length may be columns, (query, candidate_1, …, candidate_K) with a list of K grades as the label;
-then any ``SentenceTransformerTrainer`` serves.
+then any ``SentenceTransformerTrainer`` serves. Without a label the first candidate is the positive, and the
+others are negatives: triplets.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rankloss import RankedLists
 from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
 from rankloss_trainers.lists import GRADES, arguments, check_unique, graded, pooled
+from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.sentence_transformers import EmbeddingLoss
 
 with extra("sentence-transformers"):
@@ -35,6 +37,7 @@ _CITATIONS = {
     "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
     "top_one": ("cao2007learning", "Learning to Rank: From Pairwise Approach to Listwise Approach", 2007),
     "pairwise": ("burges2005learning", "Learning to Rank using Gradient Descent", 2005),
+    "lambda": ("wang2018lambdaloss", "The LambdaLoss Framework for Ranking Metric Optimization", 2018),
 }
 
 
@@ -43,8 +46,9 @@ class RankedListsCollator(SentenceTransformerDataCollator):
     """Collates queries with lists of candidates of any length; a candidate of several lists is embedded once.
 
     The rows have a query, a list of candidates (texts or pictures) and, in a label column, a list of as many
-    grades. The candidates of a batch become one column without repetitions; the label becomes ``[N, K, 2]``,
-    int64, the row of each candidate in this column, or −1 for padding, and the bits of its grade.
+    grades; between query and candidates there may be the query's own, for a loss of these pairs. The
+    candidates of a batch become one column without repetitions; the label becomes ``[N, K, 2]``, int64, the
+    row of each candidate in this column, or −1 for padding, and the bits of its grade.
 
     Raises:
         ValueError: unless the rows have these three columns; for a list without candidates, a grade for each
@@ -57,12 +61,12 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         labels = [name for name in self.valid_label_columns if name in features[0]]
         shared = {"dataset_name", *labels[:1]}
         names = [name for name in features[0] if name not in shared]
-        if len(names) != 2 or not labels:
+        if len(names) not in (2, 3) or not labels:
             raise ValueError(
                 "the data must have a column of queries, one of lists of candidates and a label column "
                 f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(features[0])}"
             )
-        query, candidates = names
+        query, *own, candidates = names
         named = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
         remedy = "Join its lists, or train with batch_sampler=BatchSamplers.NO_DUPLICATES"
         check_unique([row[query] for row in features], named, remedy)
@@ -73,7 +77,7 @@ class RankedListsCollator(SentenceTransformerDataCollator):
             ]
         )
         name = {k: features[0][k] for k in ("dataset_name",) if k in features[0]}
-        batch = super().__call__([{**name, query: row[query]} for row in features])
+        batch = super().__call__([{**name, **{x: row[x] for x in (query, *own)}} for row in features])
         batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
         batch[f"{candidates}_{_IDS}"] = pool.ids
         # Integers, since DeepSpeed rounds the others to the model's precision.
@@ -89,24 +93,33 @@ class RankedListsTrainer(SentenceTransformerTrainer):
 class RankedListsLoss(EmbeddingLoss):
     r"""A loss of graded lists: :class:`rankloss.RankedLists` of the columns' embeddings.
 
-        L(Q, C, g, s),   Q, C: embeddings of queries and candidates divided by their norms,   s: the scale
+        L_base(Q, O, s) + weight·L(Q, C, g, s)
+
+    Q, C, O are the embeddings of the queries, the candidates and the queries' own, divided by their norms; s
+    is the scale. Without a ``base`` the loss is that of the lists alone.
 
     The columns are a query and its K candidates, the label their K grades; or, from
     :class:`RankedListsCollator`, lists of any length, padded also to the longest of all processes. A larger
-    grade is better, equal grades are tied.
+    grade is better, equal grades are tied. Without a label the first candidate is above the others: triplets
+    (anchor, positive, negatives) train with ``rankloss.RankedLists(in_batch_negatives=True)``.
+
+    With a ``base`` the second column is the query's own, the other text or picture of its pair.
 
     Args:
         model: The ``SentenceTransformer`` that is trained.
         criterion: The loss of the lists; by default ``rankloss.RankedLists()``, Plackett–Luce.
+        base: A loss of the pairs of query and own, such as ``rankloss.ClipLoss()``; None for none.
+        weight: The weight of the lists beside it.
         scale: The multiplier of the similarities, 1/temperature.
         mini_batch_size: Embed each column in mini-batches of so many rows, in the memory of one, for a second
             forward pass's time (GradCache). Loss and gradients are those of the whole batch. By default a
             column is embedded at once.
 
     Raises:
-        ValueError: for a scale that is not positive, a mini-batch size below
-            1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels,
-            for labels of another number of candidates, and as the criterion.
+        ValueError: for a scale that is not positive, a weight that is negative, a mini-batch size below 1,
+            mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` for columns without
+            candidates, for one candidate without a label, for labels of another number of candidates, and as
+            the criterion.
 
     References:
         Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
@@ -118,22 +131,32 @@ class RankedListsLoss(EmbeddingLoss):
         model: nn.Module,
         criterion: RankedLists | None = None,
         *,
+        base: nn.Module | None = None,
+        weight: float = 1.0,
         scale: float = 20.0,
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__(model, check_weight("scale", scale, above=0.0), mini_batch_size)
         self.criterion = RankedLists() if criterion is None else criterion
+        self.term = RankedListsTerm(self.criterion, base, weight=weight)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
 
         Args:
-            sentence_features: The tokenized columns, a query and its candidates.
-            labels: The grades, ``[N, K]``, or ``[N, K, 2]`` from :class:`RankedListsCollator`.
+            sentence_features: The tokenized columns: a query, with a base its own, and its candidates.
+            labels: The grades, ``[N, K]``, or ``[N, K, 2]`` from :class:`RankedListsCollator`; None for a
+                positive and its negatives.
         """
         columns = [dict(column) for column in sentence_features]
         ids = [column.pop(_IDS, None) for column in columns]
         queries, *candidates = map(self.embedded, columns)
+        pairs = {}
+        if self.term.base is not None and candidates:
+            pairs = {"image_features": queries, "text_features": candidates.pop(0)}
+        if labels is None and len(candidates) > 1:
+            below = torch.full((len(queries), len(candidates) - 1), -torch.inf, device=queries.device)
+            labels = torch.cat([torch.ones_like(below[:, :1]), below], dim=1)
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
@@ -148,7 +171,7 @@ class RankedListsLoss(EmbeddingLoss):
                 f"({len(queries)}, {len(candidates)}); got {tuple(labels.shape)}. Lists of several lengths "
                 "need RankedListsTrainer"
             )
-        loss: Tensor = self.criterion(queries, logit_scale=self.scale, **lists)
+        loss: Tensor = self.term(self.scale, query_features=queries, **pairs, **lists)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:

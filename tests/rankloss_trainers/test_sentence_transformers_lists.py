@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from launch import torchrun
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from tiny_sentences import WORDS, tiny, weights
 
-from rankloss import RankedLists
+from rankloss import ClipLoss, RankedLists
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
 from rankloss_trainers.sentence_transformers_lists import (
     RankedListsCollator,
     RankedListsLoss,
@@ -115,6 +116,44 @@ def test_lists_of_one_length_may_be_columns_of_the_usual_trainer(tmp_path: Path,
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
 
 
+def test_triplets_train_as_lists_with_in_batch_negatives(tmp_path: Path, bert: Path) -> None:
+    """As sentence-transformers' own loss of positives and negatives does."""
+    columns = dict(
+        zip(("anchor", "positive", "negative"), (texts(seed, 8) for seed in (1, 2, 3)), strict=True)
+    )
+    trained = []
+    for loss_of in (
+        lambda model: RankedListsLoss(model, RankedLists(in_batch_negatives=True)),
+        MultipleNegativesRankingLoss,
+    ):
+        model = tiny(bert)
+        data = datasets.Dataset.from_dict(columns)
+        train(tmp_path, loss_of(model), model, data, SentenceTransformerTrainer, max_steps=1)
+        trained.append(weights(model))
+    assert not torch.allclose(trained[0], weights(tiny(bert)), atol=1e-4)
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+    loss = ContrastiveLoss(tiny(bert), "clip-streamed")
+    features = [loss.model.preprocess(columns[name]) for name in columns]
+    with pytest.raises(ValueError, match=r"columns of pairs; got 3; train a positive .* RankedListsLoss"):
+        loss(features)
+
+
+@pytest.mark.parametrize("kind", [RankedListsTrainer, SentenceTransformerTrainer])
+def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, bert: Path, kind: Any) -> None:
+    model, own, data = tiny(bert), tiny(bert), lists(length=3)
+    owns = texts(3, 8)
+    table = data if kind is RankedListsTrainer else in_columns(data)
+    table = datasets.Dataset.from_dict({"query": table["query"], "own": owns, **table.to_dict()})
+    loss = RankedListsLoss(model, base=ClipLoss(), weight=0.5)
+    train(tmp_path, loss, model, table, kind, max_steps=1)
+    pairs = [own(own.preprocess(list(x)))["sentence_embedding"] for x in (data["query"], owns)]
+    value = ClipLoss()(*(F.normalize(x, dim=-1) for x in pairs), 20.0) + 0.5 * owed(own, data, 20.0)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    value.backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
 def test_the_example_of_the_page_trains(tmp_path: Path, bert: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
     section = page.partition("## In sentence-transformers\n")[2].partition("\n## ")[0]
@@ -189,7 +228,7 @@ def test_labels_and_arguments_are_checked(bert: Path) -> None:
     columns = [model.preprocess(texts(k, 3)) for k in range(3)]
     loss = RankedListsLoss(model)
     with pytest.raises(ValueError, match="need columns of candidates and a label column"):
-        loss(columns, None)
+        loss(columns[:2], None)
     with pytest.raises(ValueError, match=r"for each of 2 candidates, \(3, 2\); got \(3, 3\)"):
         loss(columns, torch.zeros(3, 3))
     with pytest.raises(ValueError, match="scale must be"):
