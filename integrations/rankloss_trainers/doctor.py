@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-import re
 from typing import NamedTuple
 
 from rankloss._version import __version__
@@ -71,9 +70,7 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
         version = importlib.metadata.version(trainer.distribution)
     except importlib.metadata.PackageNotFoundError:
         return True, [f"{trainer.name}: not installed: pip install 'rankloss[{trainer.name}]'"]
-    wanted = rf"{trainer.distribution}(?:\[[^]]*\])?([^;]*); extra == ['\"]{trainer.name}['\"]"
-    ranges = (re.match(wanted, line) for line in importlib.metadata.requires("rankloss") or [])
-    shown = f"{trainer.name} {version} (tested with {next(found[1] for found in ranges if found)})"
+    shown = f"{trainer.name} {version} (tested with {_tested(trainer)})"
     module, _, function = trainer.plugin.partition(":")
     try:
         loaded = importlib.import_module(module)
@@ -85,6 +82,15 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
     if problems:
         return False, [f"{shown}: no", *(f"- {problem}" for problem in problems)]
     return True, [f"{shown}: yes, {trainer.use}"]
+
+
+def _tested(trainer: Trainer) -> str:
+    """The range of versions that the extra of a trainer asks for."""
+    from packaging.requirements import Requirement  # every trainer brings it
+
+    wanted = map(Requirement, importlib.metadata.requires("rankloss") or [])
+    named = (x for x in wanted if x.name.replace("_", "-") == trainer.distribution and x.marker is not None)
+    return str(next(x.specifier for x in named if x.marker and x.marker.evaluate({"extra": trainer.name})))
 
 
 def machine() -> list[str]:
