@@ -165,7 +165,8 @@ def _same(n: int, pair_ids: ArrayLike | None, same_id: str | None) -> NDArray[np
     if (pair_ids is None) != (same_id is None) or same_id not in (None, "ignore", "share"):
         raise ValueError(f"pair_ids and same_id='ignore' or 'share' go together; got same_id={same_id!r}")
     ids = np.arange(n) if pair_ids is None else np.asarray(pair_ids)
-    return ids[:, None] == ids
+    same: NDArray[np.bool_] = ids[:, None] == ids
+    return same
 
 
 def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -52,7 +53,8 @@ class GatheringLoss(nn.Module):
         """Raise an error that names a wrong input; warn of a suspicious one.
 
         The values of an argument are read at its first call, which waits for an accelerator once, but not
-        while a graph is captured. Before that the processes of the gathering compare their inputs.
+        while a graph is captured. Several processes raise the same error: that of the first which has one,
+        see :meth:`rankloss.Gather.agreement`.
 
         Args:
             image_features: ``[N, D]``.
@@ -64,26 +66,26 @@ class GatheringLoss(nn.Module):
             **references: a teacher's features of the same pairs, or None.
         """
         features = {"image_features": image_features, "text_features": text_features}
-        self.gather.check_agreement(self, **features, **references, pair_ids=pair_ids)
-        min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
-        checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
-        checks.check_scale(logit_scale, image_features)
-        if logit_bias is not None:
-            checks.check_is_number("logit_bias", logit_bias, image_features)
-        if pair_ids is not None:
-            checks.check_ids("pair_ids", pair_ids, image_features)
-        looked_at = self._looked_at
-        for name, x in references.items():
-            first_look = name not in looked_at
-            if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
-                looked_at.add(name)
-        for name, x in features.items():
-            if name not in looked_at and checks.look_at_rows(name, x):
-                looked_at.add(name)
-        if "logit_scale" not in looked_at and checks.look_at_scale(
-            "logit_scale", logit_scale, image_features
-        ):
-            looked_at.add("logit_scale")
+        with self.gather.agreement(self, **features, **references, pair_ids=pair_ids):
+            min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
+            checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
+            checks.check_scale(logit_scale, image_features)
+            if logit_bias is not None:
+                checks.check_is_number("logit_bias", logit_bias, image_features)
+            if pair_ids is not None:
+                checks.check_ids("pair_ids", pair_ids, image_features)
+            looked_at = self._looked_at
+            for name, x in references.items():
+                first_look = name not in looked_at
+                if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
+                    looked_at.add(name)
+            for name, x in features.items():
+                if name not in looked_at and checks.look_at_rows(name, x):
+                    looked_at.add(name)
+            if "logit_scale" not in looked_at and checks.look_at_scale(
+                "logit_scale", logit_scale, image_features
+            ):
+                looked_at.add("logit_scale")
 
     def weighted_terms(
         self,
@@ -109,7 +111,10 @@ class GatheringLoss(nn.Module):
             return nan_unless_finite(zeros, image_features, text_features).unbind()
         batch = self._batch(*inputs[:3], teacher)
         factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        contrastive, *terms = weighted_terms(batch, options, factors, wanted)
+        has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
+        features = {"image_features": image_features, "text_features": text_features}
+        with self.gather.agreement(self, **features) if has_values else nullcontext():
+            contrastive, *terms = weighted_terms(batch, options, factors, wanted)
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms

@@ -23,7 +23,7 @@ PairWeight = Literal["difference"]
 
 _SCORES_AT_ONCE = 2**24  # 64 MiB in float32
 _IGNORED = -100  # torch's losses ignore this target
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS = checks.INTEGERS
 _REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -170,10 +170,17 @@ class RankedLists(GatheringLoss):
     def _loss_of(self, given: _Given) -> Tensor:
         tensors = given._asdict()
         del tensors["logit_scale"]  # may be a number
-        self.gather.check_agreement(self, **tensors)
-        _check_shapes(given)
-        checks.check_scale(given.logit_scale, given.query_features)
-        self._look_at_values(given)
+        with self.gather.agreement(self, **tensors):
+            _check_shapes(given)
+            checks.check_scale(given.logit_scale, given.query_features)
+            is_first = not self._looked_at and precision.can_be_read(given.query_features)
+            looks = is_first or given.query_features.is_cpu
+            if looks:
+                self._look_at_values(given, is_first)
+        if looks and self.in_batch_negatives:
+            _check_distinct(self.gather.items(given.query_features))
+        if is_first:
+            self._looked_at.add("all")
 
         queries, items, logit_scale, grades, index, _, ids = given
         is_item = given.is_item
@@ -280,13 +287,10 @@ class RankedLists(GatheringLoss):
         return total / (lists.clamp_min(1) / shares)
 
     @torch.no_grad()
-    def _look_at_values(self, given: _Given) -> None:
+    def _look_at_values(self, given: _Given, is_first: bool) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
         queries, candidates, logit_scale, grades, index, *_ = given
         is_item = given.is_item
-        is_first = not self._looked_at and precision.can_be_read(queries)
-        if not (is_first or queries.is_cpu):
-            return
         if (row := _first(~is_item.any(-1))) is not None:
             raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
         is_wrong = ~(grades.abs() < math.inf if self.pair_weight else grades < math.inf)
@@ -299,21 +303,11 @@ class RankedLists(GatheringLoss):
             is_wrong = (index < 0) | (index >= len(candidates))
             needed = f"at least 0 and less than {len(candidates)}"
             _refuse("candidate_index", index, is_item & is_wrong, needed)
-        if self.in_batch_negatives:
-            everyone = self.gather.items(queries)
-            equal = first_occurrence(everyone.to(precision.arithmetic_dtype(everyone)))
-            row = _first(equal != torch.arange(len(equal), device=equal.device))
-            if row is not None:
-                raise ValueError(
-                    "query_features must not hold a query twice with in_batch_negatives: candidates of "
-                    f"one would be negatives of the other; row {row} equals row {int(equal[row])}"
-                )
         if is_first:
             checks.look_at_rows("query_features", queries)
             listed = candidates[is_item] if index is None else candidates[index[is_item].long()]
             checks.look_at_rows("candidate_features", listed)
             checks.look_at_scale("logit_scale", logit_scale, queries)
-            self._looked_at.add("all")
 
 
 class _Given(NamedTuple):
@@ -370,6 +364,18 @@ def _check_shapes(given: _Given) -> None:
         checks.check_device("candidate_ids", ids, queries, "query_features")
     checks.check_matrix("candidate_features", candidates.flatten(0, -2))
     checks.check_device("candidate_features", candidates, queries, "query_features")
+
+
+@torch.no_grad()
+def _check_distinct(queries: Tensor) -> None:
+    """Raise a ValueError, the same on all processes, if two of all queries are equal."""
+    equal = first_occurrence(queries.to(precision.arithmetic_dtype(queries)))
+    row = _first(equal != torch.arange(len(equal), device=equal.device))
+    if row is not None:
+        raise ValueError(
+            "query_features must not hold a query twice with in_batch_negatives: candidates of "
+            f"one would be negatives of the other; row {row} equals row {int(equal[row])}"
+        )
 
 
 def _refuse(name: str, values: Tensor, is_wrong: Tensor, needed: str) -> None:
