@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -235,8 +236,7 @@ class Gather:
         """The column of the first of this process's ``own`` rows; 0 if all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
-    @contextlib.contextmanager
-    def agreement(self, owner: object, **features: Tensor | None) -> Iterator[None]:
+    def agreement(self, owner: object, **features: Tensor | None) -> AbstractContextManager[None]:
         """A context for the checks of a call, in which an error of one process is raised on all.
 
         Enter it before gathering, with all features of the call by name, including a teacher's, and None for
@@ -267,8 +267,13 @@ class Gather:
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
         if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
-            yield
-            return
+            return contextlib.nullcontext()
+        return self._exchange(owner, features, tensors[0].device)
+
+    @contextlib.contextmanager
+    def _exchange(
+        self, owner: object, features: dict[str, Tensor | None], device: torch.device
+    ) -> Iterator[None]:
         error: Exception | None = None
         try:
             yield
@@ -281,7 +286,7 @@ class Gather:
         ]
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
         own = ", ".join([*given, flags]).replace("torch.", "")
-        agreed, device = _agreed.setdefault(owner, set()), tensors[0].device
+        agreed = _agreed.setdefault(owner, set())
         has_news = own not in agreed
         if device.type == "cpu":
             any_has = torch.tensor(has_news or error is not None, dtype=torch.int32, device=device)

@@ -102,7 +102,10 @@ class ClipLoss(StreamedLoss):
     ) -> Tensor:
         if ids is None:
             return self.weighted_terms((images, texts, scale, bias), self._options, (1.0, 0.0, 0.0))[0]
-        batch = self._batch(images, texts, scale)
+        gather = self.gather
+        anchors = (images, texts) if gather.anchors_are_local else None
+        first_row = gather.first_row(len(images))
+        batch = Batch.of(*gather(images, texts), scale, anchors=anchors, first_row=first_row)
         ids = ids.to(batch.inputs.image.device)
         terms = PairSoftmax(batch, ids, self.same_id, self._options.chunk_size)
         weights = torch.ones(1, dtype=torch.float64, device=ids.device)

@@ -104,12 +104,19 @@ class GatheringLoss(nn.Module):
             weights: of the three terms; a term of weight 0 is zero and not computed.
             teacher: a teacher's features, image and text, or None for each.
         """
-        image_features, text_features, _, bias = inputs
+        image_features, text_features, logit_scale, bias = inputs
         wanted = [weight != 0 for weight in weights]
         if not any(wanted):
             zeros = image_features.new_zeros(3, dtype=arithmetic_dtype(image_features, text_features))
             return nan_unless_finite(zeros, image_features, text_features).unbind()
-        batch = self._batch(*inputs[:3], teacher)
+        batch = Batch.of(
+            *self.gather(image_features, text_features),
+            logit_scale,
+            # This process's own features, if only they have lists.
+            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
+            first_row=self.gather.first_row(len(image_features)),
+            teacher=self.gather.constants(*teacher),
+        )
         factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
         has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
         features = {"image_features": image_features, "text_features": text_features}
@@ -118,23 +125,6 @@ class GatheringLoss(nn.Module):
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms
-
-    def _batch(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Number,
-        teacher: Sequence[Tensor | None] = (None, None),
-    ) -> Batch:
-        """The batch of all processes, with the anchors of this one."""
-        return Batch.of(
-            *self.gather(image_features, text_features),
-            logit_scale,
-            # This process's own features, if only they have lists.
-            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
-            first_row=self.gather.first_row(len(image_features)),
-            teacher=self.gather.constants(*teacher),
-        )
 
 
 class StreamedLoss(GatheringLoss):
