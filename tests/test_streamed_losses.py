@@ -102,6 +102,7 @@ def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int 
     assert torch.equal(loss(*inputs, pair_ids=names), value)
     assert_same(loss(*inputs, pair_ids=torch.arange(11)), plain(*inputs), inputs, 1e-12, 1e-12)
     assert not torch.isclose(value, plain(*inputs), rtol=1e-3)
+    assert repr(loss) == repr(plain).replace("(", f"(same_id={same_id!r}, ", 1)
     if name == "clip" and same_id == "ignore":  # no other column is left
         of_one = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
         assert all(x.abs().max() < 1e-14 for x in (of_one, *gradients(of_one, inputs, -1.3)))

@@ -149,7 +149,7 @@ class PairSoftmax(NamedTuple):
         given = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
         sums = {name: torch.zeros_like(x) for name, x in given.items()} if with_gradient else None
 
-        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, None, Tensor]:
+        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
             x, rows = scale * cosines, cosines.shape[1]
             if self.same_id == "ignore":
                 x.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
@@ -158,13 +158,15 @@ class PairSoftmax(NamedTuple):
                 shares = _shares(self.ids, first_row, rows, x.dtype)
                 right = (shares * x).sum(-1)
             log_sums = x.logsumexp(-1)
-            value = log_sums - right
+            value = (log_sums - right).double()
+            if not with_gradient:
+                return value, None, None
             gradient = torch.sub(x, log_sums[..., None], out=cosines).exp_()
             if self.same_id == "ignore":
                 gradient.diagonal(first_row, 1, 2).sub_(1)
             else:
                 gradient.sub_(shares)
-            return value.double(), None, gradient
+            return value, None, gradient
 
         matrices = batch.matrices("cross_modal")
         found = engine.accumulate(of_rows, matrices, (), sums, batch.first_row, self.chunk_size)

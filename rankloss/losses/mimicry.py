@@ -116,7 +116,7 @@ class MimicryLoss(GatheringLoss):
             reference_image_features: a teacher's features. A base whose signature takes a teacher's features
                 gets them, too.
             reference_text_features: also a teacher's. Without ``contrast`` one of the two is enough.
-            **base_inputs: passed on to the base, which refuses unknown ones.
+            **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
         """
         given: dict[str, Any] = dict(
             zip(TEACHER, (reference_image_features, reference_text_features), strict=True)

@@ -146,17 +146,17 @@ class PairSigmoid(NamedTuple):
 
         def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
             y, rows = torch.addcmul(bias, scale, cosines, out=cosines), cosines.shape[1]
-            sign = None
+            right = y.diagonal(first_row, 1, 2)
+            sign: Number = -1.0
             if self.ids is not None and self.same_id == "share":
-                sign = 1 - 2 * of_one_id(self.ids, first_row, rows).to(y.dtype)
+                right, sign = y, 1 - 2 * of_one_id(self.ids, first_row, rows).to(y.dtype)
             elif self.ids is not None:
                 # log(1 + e^y) and its slope are 0 at −∞.
                 y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
-            right = y.diagonal(first_row, 1, 2)
-            right.neg_() if sign is None else y.mul_(sign)
+            right.mul_(sign)
             value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
             gradient = y.sigmoid_()
-            right.neg_() if sign is None else gradient.mul_(sign)
+            right.mul_(sign)
             return value, gradient.sum(-1, dtype=torch.float64), gradient
 
         matrix = Matrix(images, texts, ("image", "text"))

@@ -142,6 +142,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
     "every second row": lambda x: x.repeat_interleave(2, 0)[::2] if x.dim() else x,
     "columns of a wider matrix": lambda x: torch.cat([x, x + 1], -1)[..., : x.shape[-1]] if x.dim() else x,
+    "negative bit": lambda x: torch.complex(0 * x, -x).conj().imag if x.is_floating_point() else x,
     "not at the start of its storage": lambda x: torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape),
 }
 
