@@ -90,7 +90,7 @@ def first_equal(features: Tensor) -> Tensor | None:
     count as equal. If different rows share a hash, expected once in some 10⁹ batches, the later rows may miss
     their equals. Memory is O(N·D), and an accelerator's host does not wait.
     """
-    features = features.detach()
+    features = features.detach().resolve_neg()  # NumPy has no negative bit
     looks = features.is_cpu
     if looks:  # equal rows have the same first eight bytes
         first = np.add(features.numpy()[:, : 8 // features.itemsize], 0.0, order="C")  # −0.0 equals 0.0

@@ -210,6 +210,26 @@ def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool 
 
 # --- other arguments ---------------------------------------------------------------------------------------
 
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+"""The dtypes of ids and of indices."""
+
+
+def check_ids(name: str, ids: Tensor, image_features: Tensor) -> None:
+    """Raise an error that names the argument unless it has an integer for every pair, on its device.
+
+    Raises:
+        TypeError: for anything but a tensor.
+        ValueError: for all else.
+
+    Example:
+        >>> check_ids("pair_ids", torch.tensor([0, 1, 0]), torch.eye(3))
+    """
+    check_is_tensor(name, ids)
+    n = len(image_features)
+    if ids.dtype not in INTEGERS or ids.shape != (n,):
+        raise ValueError(f"{name} must be {n} integers, one for every pair; got {ids.dtype} {[*ids.shape]}")
+    check_device(name, ids, image_features)
+
 
 def check_is_tensor(name: str, value: object) -> None:
     """Raise a TypeError that names the argument unless it is a tensor."""

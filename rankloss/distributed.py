@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -12,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.checks import kind_of
@@ -126,6 +129,18 @@ def _check_group(group: Any) -> None:
 _agreed: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 """By owner: the descriptions that all processes had at the same call."""
 
+_RAISED_BY_ALL = {kind.__name__: kind for kind in (ValueError, TypeError)}
+"""The errors of arguments by name; another error of one process is a RuntimeError of all."""
+
+
+def _gather_text(text: str, device: torch.device, group: Any) -> list[str]:
+    """The texts of all processes, by way of a device: a process may train on another than CUDA's current."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = _gather(torch.tensor([len(own)], device=device), group).tolist()
+    gathered = _gather(F.pad(own, (0, max(sizes) - len(own))), group)
+    rows = gathered.view(len(sizes), -1).tolist()
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
@@ -221,37 +236,49 @@ class Gather:
         """The column of the first of this process's ``own`` rows; 0 if all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
-    def check_agreement(self, owner: object, **features: Tensor | None) -> None:
-        """Raise the same ValueError on every process unless the features of all processes agree.
+    def agreement(self, owner: object, **features: Tensor | None) -> AbstractContextManager[None]:
+        """A context for the checks of a call, in which an error of one process is raised on all.
 
-        Call this before gathering, with all features of the call by name, including a teacher's, and None for
-        missing ones. A description of the features (names, dtypes, shapes, and the flags) is compared when it
-        is new for ``owner``, the gathering loss. It is not compared again, so later batches have no extra
-        cost.
+        Enter it before gathering, with all features of the call by name, including a teacher's, and None for
+        missing ones. Inside, a process checks its own arguments, without collectives. At the end processes
+        exchange their errors, and descriptions of the features (names, dtypes, shapes, and the flags). All
+        raise the error of the first process that has one, or a ValueError if the descriptions differ. So no
+        process waits for one that has stopped, provided that all run the same program.
 
-        No process waits forever for another, provided that all run the same program. Every process makes the
-        same sequence of calls. The first call of an owner is compared on all processes, for any features.
-        While the descriptions of an owner are equal call by call, all processes remember the same ones. So a
-        batch that changes on all processes at once, such as the last one of an epoch, is new and compared on
-        all of them. After an error nothing is remembered, and the next call is compared again.
+        On a CPU this is one reduction of one number per call, and more only if a process has an error or a
+        description that is new for ``owner``. On an accelerator, whose host would wait at each call, only new
+        descriptions are exchanged, with the errors of that call. While the descriptions of an owner are equal
+        call by call, all processes remember the same ones. After an error nothing is remembered.
 
-        One case is not detected: a later change on some processes alone, while the others have features
-        compared before. The former enter this collective and the latter the next one. Their sizes differ, so
-        gloo fails at once and NCCL waits until its timeout. A named error would need a comparison at every
-        call, which makes an accelerator wait once per step.
-
-        In a captured graph nothing is compared.
+        Not detected: on an accelerator a later error or change on some processes alone, while the others have
+        features compared before. NCCL then waits until its timeout. In a captured graph nothing is compared.
 
         Args:
             owner: the gathering loss, or any object that supports weak references.
-            **features: by name.
+            **features: by name; the first tensor's device carries the exchange.
 
         Raises:
             ValueError: if the processes differ; it shows rank 0's features and the first that differ.
+            Exception: an error raised inside, on several processes with the rank that has it.
+
+        Example:
+            >>> with Gather().agreement(object(), grades=torch.ones(2)):  # one process: any error passes
+            ...     pass
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
         if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
-            return
+            return contextlib.nullcontext()
+        return self._exchange(owner, features, tensors[0].device)
+
+    @contextlib.contextmanager
+    def _exchange(
+        self, owner: object, features: dict[str, Tensor | None], device: torch.device
+    ) -> Iterator[None]:
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
         given = [
             f"{name} {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {kind_of(x)}"
             for name, x in features.items()
@@ -260,15 +287,26 @@ class Gather:
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
         own = ", ".join([*given, flags]).replace("torch.", "")
         agreed = _agreed.setdefault(owner, set())
-        if own in agreed:
+        has_news = own not in agreed
+        if device.type == "cpu":
+            any_has = torch.tensor(has_news or error is not None, dtype=torch.int32, device=device)
+            dist.all_reduce(any_has, dist.ReduceOp.MAX, group=self.group)
+            has_news = bool(any_has)
+        if not has_news:
+            if error is not None:
+                raise error
             return
-        everyone = [own] * self.place[1]
-        dist.all_gather_object(everyone, own, self.group)
-        for rank, other in enumerate(everyone):
-            if other != everyone[0]:
+        message = [type(error).__name__, str(error)] if error else None
+        everyone = [json.loads(x) for x in _gather_text(json.dumps([own, message]), device, self.group)]
+        for rank, (_, message) in enumerate(everyone):
+            if message is not None:
+                kind = _RAISED_BY_ALL.get(message[0], RuntimeError)
+                raise kind(f"{message[1]} (on rank {rank} of {len(everyone)})") from error
+        for rank, (other, _) in enumerate(everyone):
+            if other != everyone[0][0]:
                 raise ValueError(
                     "all processes must give features of the same names, dtypes and shapes; got "
-                    f"{everyone[0]} on rank 0, but {other} on rank {rank}"
+                    f"{everyone[0][0]} on rank 0, but {other} on rank {rank}"
                 )
         agreed.add(own)
 

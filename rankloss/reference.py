@@ -110,8 +110,15 @@ def in_modal(
     return _term(matrices, references, logit_scale, **options)
 
 
-def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
-    """CLIP's symmetric InfoNCE, ``½[CE(S) + CE(Sᵀ)]``.
+def clip(
+    image_features: ArrayLike,
+    text_features: ArrayLike,
+    logit_scale: float = 1.0,
+    *,
+    pair_ids: ArrayLike | None = None,
+    same_id: str | None = None,
+) -> float:
+    """CLIP's symmetric InfoNCE, ``½[CE(S) + CE(Sᵀ)]``, with ids as :class:`rankloss.ClipLoss`.
 
     Example:
         >>> round(float(clip(np.eye(2), np.eye(2))), 4)  # log(1 + 1/e)
@@ -119,13 +126,29 @@ def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float
     """
     s = logit_scale * _cosines(image_features, text_features)
     n = len(s)
-    return math.fsum(_log_sum_exp(row) - float(row[i]) for m in (s, s.T) for i, row in enumerate(m)) / (2 * n)
+    same = _same(n, pair_ids, same_id)
+    own = np.eye(n, dtype=bool)
+    counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
+    right = own if same_id == "ignore" else same
+    return math.fsum(
+        _log_sum_exp(row[counted[i]]) - math.fsum(row[right[i]]) / int(right[i].sum())
+        for m in (s, s.T)
+        for i, row in enumerate(m)
+    ) / (2 * n)
 
 
 def siglip(
-    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, logit_bias: float = 0.0
+    image_features: ArrayLike,
+    text_features: ArrayLike,
+    logit_scale: float = 1.0,
+    logit_bias: float = 0.0,
+    *,
+    pair_ids: ArrayLike | None = None,
+    same_id: str | None = None,
 ) -> float:
     """SigLIP's loss, ``−(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b))``, z_ij = 1 if i = j, else −1.
+
+    Ids as in :class:`rankloss.SigLipLoss`.
 
     Example:
         >>> round(siglip(np.eye(2), np.eye(2)), 4)  # log(1 + 1/e) + log 2
@@ -133,8 +156,19 @@ def siglip(
     """
     logits = logit_scale * _cosines(image_features, text_features) + logit_bias
     n = len(logits)
+    same = _same(n, pair_ids, same_id)
     own = np.eye(n, dtype=bool)
-    return math.fsum(np.logaddexp(0, np.where(own, -logits, logits)).ravel()) / n
+    counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
+    return math.fsum(np.logaddexp(0, np.where(same, -logits, logits))[counted]) / n
+
+
+def _same(n: int, pair_ids: ArrayLike | None, same_id: str | None) -> NDArray[np.bool_]:
+    """``[N, N]``, True for pairs of one id; without ids every pair has its own."""
+    if (pair_ids is None) != (same_id is None) or same_id not in (None, "ignore", "share"):
+        raise ValueError(f"pair_ids and same_id='ignore' or 'share' go together; got same_id={same_id!r}")
+    ids = np.arange(n) if pair_ids is None else np.asarray(pair_ids)
+    same: NDArray[np.bool_] = ids[:, None] == ids
+    return same
 
 
 def lambda_loss(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", mu: float = 10.0) -> float:

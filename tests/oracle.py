@@ -124,9 +124,20 @@ def rank_terms(
     )
 
 
-def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **of_ids: Any) -> Tensor:
     """:class:`rankloss.ClipLoss`."""
-    return _pair_nll(image_features, text_features, logit_scale).mean()
+    logits = logit_scale * image_features @ text_features.T
+    return (row_losses(logits, **of_ids) + row_losses(logits.T, **of_ids)).mean() / 2
+
+
+def row_losses(
+    logits: Tensor, first_row: int = 0, pair_ids: Tensor | None = None, same_id: str | None = None
+) -> Tensor:
+    """CLIP's loss of rows of logits, one direction; row i's own pair is in column ``first_row + i``."""
+    own, same = _own_and_same(logits, first_row, pair_ids)
+    if same_id == "ignore":
+        return logits.masked_fill(same & ~own, -math.inf).logsumexp(1) - logits[own]
+    return logits.logsumexp(1) - (logits * same).sum(1) / same.sum(1)
 
 
 def siglip(
@@ -135,13 +146,24 @@ def siglip(
     logit_scale: Tensor,
     logit_bias: Tensor,
     first_row: int = 0,
+    pair_ids: Tensor | None = None,
+    same_id: str | None = None,
 ) -> Tensor:
     """:class:`rankloss.SigLipLoss`; the own text of image i is ``first_row + i``."""
     logits = logit_scale * image_features @ text_features.T + logit_bias
-    labels = -torch.ones(logits.shape, dtype=logits.dtype, device="cpu")
-    for i in range(len(labels)):
-        labels[i, first_row + i] = 1
-    return torch.logaddexp(torch.zeros_like(logits), -labels * logits).sum() / len(logits)
+    own, same = _own_and_same(logits, first_row, pair_ids)
+    terms = torch.logaddexp(torch.zeros_like(logits), torch.where(same, -logits, logits))
+    return (terms[own | ~same] if same_id == "ignore" else terms).sum() / len(logits)
+
+
+def _own_and_same(logits: Tensor, first_row: int, pair_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """True at each row's own pair, and at the pairs of its id."""
+    rows, columns = range(first_row, first_row + len(logits)), range(logits.shape[1])
+    own = torch.tensor([[i == j for j in columns] for i in rows], device="cpu")
+    if pair_ids is None:
+        return own, own
+    ids = pair_ids.tolist()
+    return own, torch.tensor([[ids[i] == ids[j] for j in columns] for i in rows], device="cpu")
 
 
 def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import one_process
 from batches import random_batch
 from collectives import Collectives
-from oracle import siglip
+from oracle import row_losses, siglip
 from process_pool import Pools
 from rankloss import (
     ClipLoss,
@@ -30,12 +31,14 @@ from rankloss import (
     MimicryLoss,
     RankClipLoss,
     RankConsistency,
+    RankedLists,
     SigLipLoss,
     distributed,
 )
 from rankloss.distributed import all_gather, gather_once
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
+F64 = torch.float64
 
 Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias
 
@@ -43,15 +46,38 @@ Values = list[Tensor]  # a value, then its gradients by images, texts, scale and
 # --- the losses, and what they owe ------------------------------------------------------------------------
 
 
-def siglip_of(view: one_process.View, bias: Tensor) -> Tensor:
+def ids_of(images: Tensor) -> Tensor:
+    """Of a few values, the same wherever an image is."""
+    return 2 * (images[:, 0] > 0) - 3 * (images[:, 1] > 0)
+
+
+def clip_of(view: one_process.View, bias: Tensor, same_id: str) -> Tensor:
+    directions = (view.image_anchors, view.text), (view.text_anchors, view.image)
+    rows = [row_losses(view.scale * a @ b.T, view.first, ids_of(view.image), same_id) for a, b in directions]
+    return sum(rows).mean() / 2 + 0 * bias  # type: ignore[union-attr]
+
+
+def siglip_of(view: one_process.View, bias: Tensor, same_id: str | None = None) -> Tensor:
+    of_ids = {} if same_id is None else {"pair_ids": ids_of(view.image), "same_id": same_id}
     # A text has no row that would carry its gradient: a process's own texts always have one.
     first, n = view.first, len(view.text_anchors)
     texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
-    return siglip(view.image_anchors, texts, view.scale, bias, first)
+    return siglip(view.image_anchors, texts, view.scale, bias, first, **of_ids)
 
 
 def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.Module:
     return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
+
+
+class OfIds(nn.Module):
+    """A loss of pairs with ids."""
+
+    def __init__(self, loss: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.loss = loss(**options)
+
+    def forward(self, v: Tensor, *inputs: Any, **more: Any) -> Any:
+        return self.loss(v, *inputs, **more, pair_ids=ids_of(v))
 
 
 class Taught(nn.Module):
@@ -102,6 +128,15 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }
+for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
+    for of_pairs, (make, oracle) in {"clip": (ClipLoss, clip_of), "siglip": (SigLipLoss, siglip_of)}.items():
+        make = functools.partial(OfIds, make, same_id=same_id, memory_budget=budget)
+        name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
+        LOSSES[name] = make, functools.partial(oracle, same_id=same_id)
+LOSSES["rank_clip over clip of ids"] = (
+    functools.partial(OfIds, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))),
+    lambda view, bias: clip_of(view, bias, "ignore") + one_process.rank_terms(view),
+)
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
 LAYOUTS = [*FLAGS, "default", "group", "inference mode"]
 
@@ -337,7 +372,8 @@ def test_training_ends_at_the_single_process_weights(pools: Pools, gather: Gathe
     expected, _ = train(0, 1, None)
     for weights, calls in pools[3].run(train, gather):
         assert_same(weights, expected)
-        assert (calls["allgather"], calls["allreduce"]) == (2, 3)  # all parameters fit one of DDP's buckets
+        # One of the loss's checks, two of its backward pass; all parameters fit one of DDP's buckets.
+        assert (calls["allgather"], calls["allreduce"]) == (2, 4)
     assert all((x - y).norm() > 1e-3 * y.norm() for x, y in zip(expected, Towers().parameters(), strict=True))
 
 
@@ -402,14 +438,17 @@ def counted(rank: int, world_size: int, one_tensor: bool = False) -> dict[Any, A
 def test_a_step_gathers_each_modality_once(pools: Pools) -> None:
     for of_rank in pools[2].run(counted):
         for (flags, name), (_, forward, filled, backward) in of_rank.items():
+            checks = 1 + (name == "mimicry" or " over " in name)  # of every loss that is called
+            assert forward["allreduce"] == checks, name
             if name == "rank_clip over siglip":
                 continue
             if name == "mimicry":  # the teacher, and the distances where all rows are computed
-                assert forward == {"allgather": 3 + (not flags[0])}
+                assert forward["allgather"] == 3 + (not flags[0])
                 continue
-            gathered = 1 if "siglip" in name and flags[0] else 2  # its texts alone
-            assert forward == {"allgather": gathered}, name
-            assert filled == gathered * 2 * N * D * 8, name
+            gathered = 1 if name.startswith("siglip") and flags[0] else 2  # its texts alone
+            has_ids = " ids" in name
+            assert forward["allgather"] == gathered + has_ids, name
+            assert filled == gathered * 2 * N * D * 8 + has_ids * 2 * N * 8 + 4 * checks, name
             assert backward == ({"allreduce": gathered} if flags[1] else {}), name
 
 
@@ -422,7 +461,7 @@ def test_collectives_of_one_tensor_give_the_same(pools: Pools) -> None:
         for (flags, name), (values, _, filled, backward) in of_rank.items():
             assert_same(values, expected[flags, name][0], 1e-14)
             if name in ("clip", "rank_clip"):
-                assert filled == 2 * 3 * N * D * 8
+                assert filled == 2 * 3 * N * D * 8 + 4
                 assert all("reduce_scatter" in call for call in backward)
                 assert sum(backward.values()) == (2 if flags[1] else 0)
 
@@ -464,6 +503,7 @@ def shared_and_separate(rank: int, world_size: int) -> list[tuple[dict[str, int]
 def test_one_gathering_serves_several_losses(pools: Pools) -> None:
     for of_rank in pools[2].run(shared_and_separate):
         for counts, shared, separate in of_rank:
+            assert counts.pop("allreduce") in (2, 3)  # the checks of each loss that is called
             assert counts == {"allgather": 2}
             assert_same(shared, separate, 1e-14)
 
@@ -520,53 +560,181 @@ def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None
 # --- processes that disagree ------------------------------------------------------------------------------
 
 
-def disagreement(rank: int, world_size: int, kind: str) -> list[str]:
-    """The error of a loss that meets the others for the first time, and what the next batch gives."""
-    teacher: dict[str, Tensor] = {}
-    rows, width, dtype, options = 4, 6, torch.float32, {}
-    if kind == "name":
-        options["cross_modal"] = 0.0
-        teacher = {TEACHER[rank % 2]: torch.eye(4)}
-    elif kind == "a teacher on one process only" and rank == 1:
-        teacher = dict.fromkeys(TEACHER, torch.eye(4))
-    elif kind == "count":
-        rows = 4 + rank
-    elif kind == "dtype":
-        dtype = torch.float16 if rank else torch.bfloat16
-    elif kind == "shape":
-        rows, width = (6, 4) if rank else (4, 6)
-    elif kind == "flags":
-        options["gather"] = Gather(gather_with_grad=rank == 0)
-    v, t = F.normalize(torch.randn(2, rows, width), dim=-1).to(dtype)
-    messages = []
+def pairs_of(rank: int, **changed: Any) -> dict[str, Any]:
+    v, t = F.normalize(torch.randn(2, 4, D, generator=torch.Generator().manual_seed(rank)), dim=-1)
+    return {"image_features": v, "text_features": t, "logit_scale": 10.0, **changed}
+
+
+def lists_of(rank: int, **changed: Any) -> dict[str, Any]:
+    pairs = pairs_of(rank)
+    features = {"query_features": pairs["image_features"], "candidate_features": pairs["text_features"]}
+    index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
+    return {**features, "grades": torch.eye(2).repeat(2, 1), "candidate_index": index, **changed}
+
+
+def without(x: Tensor, value: float, rank: int) -> Tensor:
+    """The tensor, on rank 1 with a value in its third row."""
+    return x.index_fill(0, torch.tensor([2]), value) if rank == 1 else x
+
+
+def of_worth(rank: int) -> dict[str, Any]:
+    """On rank 1 two images have an angle of more than 90°."""
+    image = torch.tensor([[0.6, 0.8], [0.6, -0.8]]) if rank == 1 else torch.tensor([[1.0, 0.0]] * 2)
+    return pairs_of(rank, image_features=image, text_features=torch.tensor([[1.0, 0.0]] * 2))
+
+
+class FailsElsewhere(nn.Module):
+    """A check with an error that is of no argument."""
+
+    def forward(self, image_features: Tensor, is_first: bool) -> None:
+        with Gather().agreement(self, image_features=image_features):
+            if not is_first:
+                raise KeyError("a name")
+
+
+Rows = functools.partial(RankConsistency, cross_modal=0.0)
+Lists = functools.partial(RankedLists, in_batch_negatives=True)
+FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]], tuple[str, ...]]] = {
+    "teachers": (Rows, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER),
+    "a teacher": (
+        MimicryLoss,
+        lambda rank: pairs_of(rank, **(dict.fromkeys(TEACHER, torch.eye(4, D)) if rank == 1 else {})),
+        ("reference_text_features float32 [4, 6]",),
+    ),
+    "the number of pairs": (
+        RankConsistency,
+        lambda rank: {k: x[rank:] if isinstance(x, Tensor) else x for k, x in pairs_of(rank).items()},
+        ("image_features float32 [4, 6]", "image_features float32 [3, 6]"),
+    ),
+    "dtypes": (
+        ClipLoss,
+        lambda rank: {
+            k: x.to(torch.float16 if rank else torch.bfloat16) if isinstance(x, Tensor) else x
+            for k, x in pairs_of(rank).items()
+        },
+        ("text_features bfloat16 [4, 6]", "text_features float16 [4, 6]"),
+    ),
+    "flags": (
+        lambda: ClipLoss(gather=Gather(gather_with_grad=dist.get_rank() == 0)),
+        pairs_of,
+        ("gather_with_grad=True on rank 0", "gather_with_grad=False on rank 1"),
+    ),
+    "ids": (
+        functools.partial(ClipLoss, same_id="share"),
+        lambda rank: pairs_of(rank, pair_ids=torch.arange(4) if rank == 1 else None),
+        ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
+    ),
+    "ids that are numbers": (
+        functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share")),
+        lambda rank: pairs_of(
+            rank, logit_bias=0.0, pair_ids=torch.arange(4).to([torch.int64, F64][rank % 2])
+        ),
+        ("pair_ids must be 4 integers, one for every pair; got torch.float64 [4] (on rank 1 of 3)",),
+    ),
+    "a scale": (
+        ClipLoss,
+        lambda rank: pairs_of(rank, logit_scale=1.0 - rank),
+        ("logit_scale must be positive", "got 0 (on rank 1 of 3)"),
+    ),
+    "a type": (
+        ClipLoss,
+        lambda rank: pairs_of(rank, **({"text_features": [1.0]} if rank == 2 else {})),
+        ("TypeError: text_features must be a torch.Tensor; got list (on rank 2 of 3)",),
+    ),
+    "a teacher's row of zeros": (
+        rank_clip,
+        lambda rank: pairs_of(rank, **{name: without(torch.eye(4), 0.0, rank) for name in TEACHER}),
+        ("reference_image_features must not have rows of zeros", "the first is row 2", "(on rank 1 of 3)"),
+    ),
+    "a cosine without worth": (
+        functools.partial(Rows, worth="identity"),
+        of_worth,
+        ("worth='identity' needs", "(on rank 1 of 3)"),
+    ),
+    "a grade": (
+        Lists,
+        lambda rank: lists_of(rank, grades=without(torch.eye(2).repeat(2, 1), math.nan, rank)),
+        ("grades must be numbers or −infinity; row 2 has [nan, nan] (on rank 1 of 3)",),
+    ),
+    "an index": (
+        Lists,
+        lambda rank: lists_of(rank, candidate_index=torch.tensor([[0, 1]] * 3 + [[2, 3 + rank // 2]])),
+        ("candidate_index must be at least 0 and less than 4; row 3 has [4] (on rank 2 of 3)",),
+    ),
+    "an error of another kind": (
+        FailsElsewhere,
+        lambda rank: {"image_features": torch.eye(2), "is_first": rank == 0},
+        ("RuntimeError: 'a name' (on rank 1 of 3)",),
+    ),
+}
+
+
+def faulty(rank: int, world_size: int, kind: str) -> list[str]:
+    """The error of a loss that meets the others for the first time, and what the same batch gives again."""
+    loss, inputs, found = FAULTS[kind][0](), FAULTS[kind][1](rank), []
+    began = time.monotonic()
     for _ in range(2):
         try:
-            RankConsistency(**options)(v, t, 10.0, **teacher)
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
+            loss(**inputs)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    assert time.monotonic() - began < 10
+    return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        ("name", TEACHER),
-        ("a teacher on one process only", ("reference_text_features float32 [4, 4]",)),
-        ("count", ("image_features float32 [4, 6]", "image_features float32 [5, 6]")),
-        ("dtype", ("text_features bfloat16 [4, 6]", "text_features float16 [4, 6]")),
-        ("shape", ("image_features float32 [4, 6]", "image_features float32 [6, 4]")),
-        ("flags", ("gather_with_grad=True on rank 0", "gather_with_grad=False on rank 1")),
-    ],
-)
-def test_processes_that_disagree_all_get_the_same_error(
-    pools: Pools, kind: str, names: tuple[str, ...]
-) -> None:
-    results = pools[3].run(disagreement, kind)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_an_error_of_one_process_is_the_error_of_all(pools: Pools, kind: str) -> None:
+    results = pools[3].run(faulty, kind)
     assert all(messages == results[0] for messages in results)
     first, again = results[0]
     assert first == again  # nothing was taken as agreed
-    for name in names:
-        assert name in first
+    for part in FAULTS[kind][2]:
+        assert part in first
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is on an accelerator."""
+
+    device = property(lambda _: torch.device("cuda", 1))  # type: ignore[assignment]
+
+
+def on_an_accelerator(rank: int, world_size: int) -> list[Any]:
+    """Four checks of a loss: good, good, and bad on rank 1; then bad ones of a new batch."""
+    by_device, found = [], []
+    gather_text = distributed._gather_text
+
+    def on_cpu(text: str, device: torch.device, group: Any) -> list[str]:
+        by_device.append(str(device))
+        return gather_text(text, torch.device("cpu"), group)
+
+    distributed._gather_text = on_cpu
+    owner = nn.Identity()
+    try:
+        for rows, is_bad in ((2, False), (2, False), (2, rank == 1), (3, rank == 1), (3, rank == 1)):
+            x = torch.ones(rows, 2).as_subclass(Elsewhere)
+            try:
+                with Collectives() as calls, Gather().agreement(owner, image_features=x):
+                    if is_bad:
+                        raise ValueError("bad")
+                found.append(calls.counts.total())
+            except ValueError as error:
+                found.append(str(error))
+    finally:
+        distributed._gather_text = gather_text
+    return [*found, by_device]
+
+
+def test_an_accelerator_waits_for_others_where_a_batch_is_new(pools: Pools) -> None:
+    devices = ["cuda:1"] * 3
+    new = ["bad (on rank 1 of 2)"] * 2  # an error is not remembered as agreed
+    assert pools[2].run(on_an_accelerator) == [[2, 0, 0, *new, devices], [2, 0, "bad", *new, devices]]
+
+
+def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, answers = [], iter([torch.tensor([3, 2]), torch.tensor([97, 98, 99, 100, 101, 0])])
+    monkeypatch.setattr(distributed, "_gather", lambda x, _: devices.append(x.device.type) or next(answers))
+    assert distributed._gather_text("abc", torch.device("meta"), None) == ["abc", "de"]
+    assert devices == ["meta"] * 2
 
 
 def batches_that_change(rank: int, world_size: int) -> list[int]:
@@ -638,7 +806,7 @@ def not_finite(rank: int, world_size: int) -> list[Tensor]:
         if rank == 0:
             inputs[0].data[0, 0] = math.nan
         value, _, of_texts, *_ = differentiated(called(make(gather=of_flags(flags)), *inputs), inputs)
-        is_siglip = name in ("siglip", "siglip, streamed")
+        is_siglip = name.startswith("siglip")
         found += [] if is_siglip and not flags[1] else [of_texts.sum() if is_siglip else value]
     return found
 

@@ -374,13 +374,6 @@ def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) 
         torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
 
 
-@modules
-def test_negative_views_are_their_values(name: str) -> None:
-    negative = torch.complex(torch.zeros_like(V), -V).conj().imag  # a view with the negative bit
-    assert negative.is_neg()
-    torch.testing.assert_close(MODULES[name]()(negative, T, S), MODULES[name]()(V, T, S))
-
-
 @pytest.mark.parametrize("name", TEACHER)
 @pytest.mark.parametrize(
     ("bad", "error", "shown"),

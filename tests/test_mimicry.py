@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from batches import random_batch
 from memory import LargestTensor
-from rankloss import ClipLoss, MimicryLoss, RankClipLoss
+from rankloss import ClipLoss, MimicryLoss, RankClipLoss, RankedLists
 from rankloss_baselines import CyClipLoss
+from rankloss_trainers.ranked_lists import RankedListsTerm
 
 IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 
@@ -89,6 +90,19 @@ def test_a_teacher_reaches_every_loss_of_a_composition() -> None:
     for loss in (ranks(CyClipLoss(MimicryLoss())), MimicryLoss(CyClipLoss(ranks()))):
         for name, value in alone.items():
             torch.testing.assert_close(entry_of(loss, name), value)
+
+
+@pytest.mark.parametrize("same_id", ["ignore", "share"])
+def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
+    v, t, s = batch()
+    base, ids = ClipLoss(same_id=same_id), {"pair_ids": torch.tensor([1, 2, 1, 3, 3, 1])}
+    lists = {"query_features": v, "candidate_features": t[:, None], "grades": torch.zeros(6, 1)}
+    given = {"image_features": v, "text_features": t, "logit_scale": s, **teacher_of(), **ids}
+    for loss in (ranks(CyClipLoss(MimicryLoss(base))), MimicryLoss(CyClipLoss(ranks(base)))):
+        assert torch.equal(loss(**given, output_dict=True)["contrastive_loss"], base(v, t, s, **ids))
+    del given[IMAGE], given[TEXT]
+    entries = RankedListsTerm(RankedLists(in_batch_negatives=True), base)(**given, **lists, output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], base(v, t, s, **ids))
 
 
 # --- errors -----------------------------------------------------------------------------------------------

@@ -467,7 +467,7 @@ def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
 
 
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
-    assert pools[2].run(collectives) == [[{"allgather": 1}, {"allgather": 4}]] * 2
+    assert pools[2].run(collectives) == [[{"allreduce": 1, "allgather": n} for n in (1, 4)]] * 2
 
 
 def of_one_query(rank: int, world_size: int) -> str:

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from batches import Batch, batches, gradients, random_batch
 from memory import LargestTensor, LiveBytes, saved_bytes
+from oracle import clip as clip_of_ids
 from oracle import siglip
 from rankloss import ClipLoss, InputWarning, RankClipLoss, SigLipLoss
 
 MIB = 2**20
 
 
-def clip(v: Tensor, t: Tensor, s: Tensor, b: Tensor) -> Tensor:
+def clip(v: Tensor, t: Tensor, s: Tensor, b: Tensor, **of_ids: Any) -> Tensor:
+    if of_ids:
+        return clip_of_ids(v, t, s, **of_ids) + 0 * b
     x = s * v @ t.T + b
     return (x.logsumexp(1) + x.logsumexp(0) - 2 * x.diagonal()).mean() / 2
 
@@ -32,6 +35,7 @@ LOSSES: dict[str, tuple[Loss, Callable[..., Tensor]]] = {
     "siglip": (SigLipLoss, siglip),
 }
 both = pytest.mark.parametrize("name", LOSSES)
+any_use_of_ids = pytest.mark.parametrize("same_id", [None, "ignore", "share"])
 
 
 def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7.5) -> tuple[Tensor, ...]:
@@ -61,15 +65,47 @@ def assert_same(
     times=st.sampled_from([1.0, 30.0]),
     chunk=st.integers(1, 18),
     bias=st.sampled_from([-10.0, 0.0, 2.0]),
+    budget=st.sampled_from([0, None]),
+    same_id=st.sampled_from([None, "ignore", "share"]),
+    ids=st.lists(st.integers(0, 4), min_size=17, max_size=17),
 )
 def test_value_and_all_gradients_are_the_formulas(
-    name: str, batch: Batch, times: float, chunk: int, bias: float
+    name: str,
+    batch: Batch,
+    times: float,
+    chunk: int,
+    bias: float,
+    budget: int | None,
+    same_id: Any,
+    ids: list[int],
 ) -> None:
     """Also of logits that no exponential function holds."""
     loss, formula = LOSSES[name]
     inputs = inputs_of(replace(batch, scale=times * batch.scale), bias=bias)
-    value = loss(memory_budget=0, chunk_size=chunk)(*inputs)
-    assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
+    pair_ids = {"pair_ids": torch.tensor(ids[: len(inputs[0])])} if same_id else {}
+    value = loss(memory_budget=budget, chunk_size=chunk, same_id=same_id)(*inputs, **pair_ids)
+    expected = formula(*inputs, **pair_ids, **({"same_id": same_id} if same_id else {}))
+    assert_same(value, expected, inputs, 1e-10, 1e-11)
+
+
+@both
+@pytest.mark.parametrize("same_id", ["ignore", "share"])
+@pytest.mark.parametrize("budget", [0, None])
+def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int | None) -> None:
+    inputs = v, t, s, b = inputs_of(random_batch(0, 11, 6, 20.0))
+    options = {"memory_budget": budget, "chunk_size": 4}
+    plain, loss = LOSSES[name][0](**options), LOSSES[name][0](**options, same_id=same_id)
+    ids = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4, 5, 6, 1], dtype=torch.uint8)
+    value, order = loss(*inputs, pair_ids=ids), torch.randperm(11, generator=torch.manual_seed(0))
+    assert_same(loss(v[order], t[order], s, b, pair_ids=ids[order]), value, inputs, 1e-12, 1e-12)
+    names = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**62, 2**62 + 1, 7])[ids.long()]
+    assert torch.equal(loss(*inputs, pair_ids=names), value)
+    assert_same(loss(*inputs, pair_ids=torch.arange(11)), plain(*inputs), inputs, 1e-12, 1e-12)
+    assert not torch.isclose(value, plain(*inputs), rtol=1e-3)
+    assert repr(loss) == repr(plain).replace("(", f"(same_id={same_id!r}, ", 1)
+    if name == "clip" and same_id == "ignore":  # no other column is left
+        of_one = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
+        assert all(x.abs().max() < 1e-14 for x in (of_one, *gradients(of_one, inputs, -1.3)))
 
 
 @both
@@ -137,12 +173,14 @@ def test_a_streamed_loss_is_float32_at_least_and_gradients_have_the_dtypes_of_th
 
 
 @both
-def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str) -> None:
+@any_use_of_ids
+def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any) -> None:
     d = 4
 
     def kept(n: int, budget: int | None) -> int:
         inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
-        return saved_bytes(lambda: LOSSES[name][0](memory_budget=budget)(*inputs))
+        loss = LOSSES[name][0](memory_budget=budget, same_id=same_id)
+        return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if same_id else None))
 
     features = 2 * 512 * d * 4
     assert kept(512, 0) <= 2 * features + 256  # the features, their gradients, and some numbers
@@ -150,11 +188,17 @@ def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str) -> None:
     assert kept(1024, None) > 4 * 1024**2  # within the budget: whole matrices
 
 
+def ids_of(n: int) -> Tensor:
+    return torch.arange(n) % (n // 4)
+
+
 @both
-def test_no_matrix_is_held_beyond_the_default_budget(name: str) -> None:
-    inputs = inputs_of(random_batch(0, 4352, 4, 10.0), torch.float32)
+@any_use_of_ids
+def test_no_matrix_is_held_beyond_the_default_budget(name: str, same_id: Any) -> None:
+    n = 4352
+    inputs = inputs_of(random_batch(0, n, 4, 10.0), torch.float32)
     with LiveBytes() as live:
-        LOSSES[name][0]()(*inputs).backward()
+        LOSSES[name][0](same_id=same_id)(*inputs, pair_ids=ids_of(n) if same_id else None).backward()
     assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 72
 
 

@@ -32,13 +32,14 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True if a base is CLIP's loss with the same ``gather``, without hooks or an overridden forward.
+    """True if a base is CLIP's loss without ids, with the same ``gather``, without hooks or an own forward.
 
     The pass of the rank terms also gives this loss.
     """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
         type(base) is ClipLoss
+        and base.same_id is None
         and base.gather == gather
         and "forward" not in base.__dict__
         and not any(len(getattr(base, kind)) for kind in kinds)

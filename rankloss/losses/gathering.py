@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeAlias
+from contextlib import nullcontext
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,14 @@ from rankloss import checks
 from rankloss.batch import Batch
 from rankloss.distributed import Gather, GatherOption
 from rankloss.engine import weighted_terms
-from rankloss.options import RankOptions
+from rankloss.options import RankOptions, check_choice
 from rankloss.precision import arithmetic_dtype, nan_unless_finite, outside_graphs
 
 Number: TypeAlias = Tensor | float
 """A number, or a tensor of one element."""
+
+SameId = Literal["ignore", "share"]
+"""Use of the pairs of one id: left out of each other's terms, or right for each other."""
 
 
 class GatheringLoss(nn.Module):
@@ -43,12 +47,14 @@ class GatheringLoss(nn.Module):
         logit_bias: Number | None = None,
         *,
         one_space: bool = True,
+        pair_ids: Tensor | None = None,
         **references: Tensor | None,
     ) -> None:
         """Raise an error that names a wrong input; warn of a suspicious one.
 
         The values of an argument are read at its first call, which waits for an accelerator once, but not
-        while a graph is captured. Before that the processes of the gathering compare their inputs.
+        while a graph is captured. Several processes raise the same error: that of the first which has one,
+        see :meth:`rankloss.Gather.agreement`.
 
         Args:
             image_features: ``[N, D]``.
@@ -56,27 +62,30 @@ class GatheringLoss(nn.Module):
             logit_scale: the multiplier s.
             logit_bias: one number, or None.
             one_space: True if images are compared with texts.
+            pair_ids: ``[N]`` integers, equal for pairs that belong together, or None.
             **references: a teacher's features of the same pairs, or None.
         """
         features = {"image_features": image_features, "text_features": text_features}
-        self.gather.check_agreement(self, **features, **references)
-        min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
-        checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
-        checks.check_scale(logit_scale, image_features)
-        if logit_bias is not None:
-            checks.check_is_number("logit_bias", logit_bias, image_features)
-        looked_at = self._looked_at
-        for name, x in references.items():
-            first_look = name not in looked_at
-            if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
-                looked_at.add(name)
-        for name, x in features.items():
-            if name not in looked_at and checks.look_at_rows(name, x):
-                looked_at.add(name)
-        if "logit_scale" not in looked_at and checks.look_at_scale(
-            "logit_scale", logit_scale, image_features
-        ):
-            looked_at.add("logit_scale")
+        with self.gather.agreement(self, **features, **references, pair_ids=pair_ids):
+            min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
+            checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
+            checks.check_scale(logit_scale, image_features)
+            if logit_bias is not None:
+                checks.check_is_number("logit_bias", logit_bias, image_features)
+            if pair_ids is not None:
+                checks.check_ids("pair_ids", pair_ids, image_features)
+            looked_at = self._looked_at
+            for name, x in references.items():
+                first_look = name not in looked_at
+                if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
+                    looked_at.add(name)
+            for name, x in features.items():
+                if name not in looked_at and checks.look_at_rows(name, x):
+                    looked_at.add(name)
+            if "logit_scale" not in looked_at and checks.look_at_scale(
+                "logit_scale", logit_scale, image_features
+            ):
+                looked_at.add("logit_scale")
 
     def weighted_terms(
         self,
@@ -109,7 +118,10 @@ class GatheringLoss(nn.Module):
             teacher=self.gather.constants(*teacher),
         )
         factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        contrastive, *terms = weighted_terms(batch, options, factors, wanted)
+        has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
+        features = {"image_features": image_features, "text_features": text_features}
+        with self.gather.agreement(self, **features) if has_values else nullcontext():
+            contrastive, *terms = weighted_terms(batch, options, factors, wanted)
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms
@@ -119,6 +131,7 @@ class StreamedLoss(GatheringLoss):
     """A loss of all pairs: the formula for logits within a budget, else a pass over chunks of rows.
 
     Args:
+        same_id: the use of pairs of one id, or None for a loss without ids.
         gather: as in :class:`GatheringLoss`.
         chunk_size: see :class:`rankloss.RankOptions`.
         memory_budget: see :class:`rankloss.RankOptions`.
@@ -133,9 +146,16 @@ class StreamedLoss(GatheringLoss):
     """The same in chunks of rows."""
 
     def __init__(
-        self, *, gather: GatherOption = None, chunk_size: int | None = None, memory_budget: int | None = None
+        self,
+        *,
+        same_id: SameId | None = None,
+        gather: GatherOption = None,
+        chunk_size: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__(gather)
+        check_choice("same_id", same_id, (None, *get_args(SameId)))
+        self.same_id = same_id
         self._options = RankOptions(chunk_size=chunk_size, memory_budget=memory_budget)
 
     @outside_graphs
@@ -146,6 +166,8 @@ class StreamedLoss(GatheringLoss):
         logit_scale: Number,
         logit_bias: Number | None = None,
         output_dict: bool = False,
+        *,
+        pair_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it.
 
@@ -155,17 +177,43 @@ class StreamedLoss(GatheringLoss):
             logit_scale: the multiplier s.
             logit_bias: b, added to all logits.
             output_dict: return a dict.
+            pair_ids: ``[N]`` integers, equal for pairs that belong together; with ``same_id``.
         """
-        self.check_inputs(image_features, text_features, logit_scale, logit_bias)
+        self.check_inputs(image_features, text_features, logit_scale, logit_bias, pair_ids=pair_ids)
+        name = type(self).__name__
+        if pair_ids is None and self.same_id is not None:
+            raise ValueError(f"{name}(same_id={self.same_id!r}) needs pair_ids, an integer for every pair")
+        if pair_ids is not None and self.same_id is None:
+            choices = " or ".join(map(repr, get_args(SameId)))
+            raise ValueError(f"pair_ids needs same_id={choices}; got {name}(same_id=None)")
+        ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         image_features, text_features = (x.resolve_neg().to(dtype) for x in (image_features, text_features))
         columns = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
         compute = self._whole if fits or columns == 1 else self._streamed
-        loss = compute(image_features, text_features, logit_scale, logit_bias)
+        loss = compute(image_features, text_features, logit_scale, logit_bias, ids)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
         """The options with other values than their defaults."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
+        same_id = {} if self.same_id is None else {"same_id": self.same_id}
+        return ", ".join(f"{name}={value!r}" for name, value in {**same_id, **self._options.changed}.items())
+
+
+def of_one_id(ids: Tensor, first_row: int, rows: int) -> Tensor:
+    """True at the columns with a row's id: ``[rows, N]``; row i has its own pair in column first_row + i.
+
+    Example:
+        >>> of_one_id(torch.tensor([7, 3, 7]), 1, 2).int().tolist()
+        [[0, 1, 0], [1, 0, 1]]
+    """
+    return ids[first_row : first_row + rows, None] == ids
+
+
+def partners(ids: Tensor, first_row: int, rows: int) -> Tensor:
+    """As :func:`of_one_id`, without a row's own pair."""
+    same = of_one_id(ids, first_row, rows)
+    same.diagonal(first_row).fill_(False)
+    return same

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rankloss import checks, precision
 
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-_REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_REALS = checks.INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _OF_REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
 
 
@@ -63,7 +62,7 @@ class ListInputs(NamedTuple):
         n, d = queries.shape
         of_lists = {
             "grades": _REALS,
-            "candidate_index": _INTEGERS,
+            "candidate_index": checks.INTEGERS,
             "mask": {torch.bool},
             "reference_scores": _REALS,
         }
@@ -84,7 +83,7 @@ class ListInputs(NamedTuple):
         if ids is not None:
             checks.check_is_tensor("candidate_ids", ids)
             shape = candidates.shape[:-1]
-            if ids.shape != shape or ids.dtype not in _INTEGERS:
+            if ids.shape != shape or ids.dtype not in checks.INTEGERS:
                 needed = f"integers of shape {tuple(shape)}"
                 raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
             checks.check_device("candidate_ids", ids, queries, "query_features")

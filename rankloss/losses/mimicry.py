@@ -116,17 +116,17 @@ class MimicryLoss(GatheringLoss):
             reference_image_features: a teacher's features. A base whose signature takes a teacher's features
                 gets them, too.
             reference_text_features: also a teacher's. Without ``contrast`` one of the two is enough.
-            **base_inputs: passed on to the base, which refuses unknown ones.
+            **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
         """
         given: dict[str, Any] = dict(
             zip(TEACHER, (reference_image_features, reference_text_features), strict=True)
         )
         teacher = {name: x for name, x in given.items() if x is not None}
+        # The base decides whether images are compared with texts.
+        self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
         if len(teacher) < (2 if self.contrast else 1):
             needed = f" {'and' if self.contrast else 'or'} ".join(TEACHER)
             raise ValueError(f"MimicryLoss needs {needed}; got {', '.join(teacher) or 'neither'}")
-        # The base decides whether images are compared with texts.
-        self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))
         dtype = arithmetic_dtype(image_features, text_features)
         targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}

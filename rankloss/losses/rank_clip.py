@@ -195,7 +195,7 @@ class RankClipLoss(nn.Module):
             reference_image_features: ``[N, D']``, a teacher's features, which rank the terms' lists, see
                 :class:`RankConsistency`. A base whose signature takes a teacher's features gets them, too.
             reference_text_features: ``[N, D']``, also a teacher's.
-            **base_inputs: passed on to the base, which refuses unknown ones.
+            **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
         """
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, logit_bias

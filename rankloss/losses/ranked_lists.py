@@ -227,9 +227,17 @@ class RankedLists(GatheringLoss):
         return {"ranked_lists_loss": loss} if output_dict else loss
 
     def _loss_of(self, given: ListInputs) -> Tensor:
-        self.gather.check_agreement(self, **given.tensors)
-        given.check(self.in_batch_negatives)
-        self._look_at_values(given)
+        queries = given.query_features
+        is_first = not self._looked_at and precision.can_be_read(queries)
+        looks = is_first or queries.is_cpu
+        with self.gather.agreement(self, **given.tensors):
+            given.check(self.in_batch_negatives)
+            if looks:
+                self._look_at_values(given, is_first)
+        if looks and self.in_batch_negatives:
+            _check_distinct(self.gather.items(queries))
+        if is_first:
+            self._looked_at.add("all")
 
         is_item, sum_dtype = given.is_item, graded.sum_dtype(given.grades.device)
         is_right, _ = self._valid(given.grades)
@@ -372,32 +380,30 @@ class RankedLists(GatheringLoss):
         return grades < math.inf, "numbers or −infinity"
 
     @torch.no_grad()
-    def _look_at_values(self, given: ListInputs) -> None:
+    def _look_at_values(self, given: ListInputs, is_first: bool) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
-        queries, candidates, grades = given.query_features, given.candidate_features, given.grades
-        is_first = not self._looked_at and precision.can_be_read(queries)
-        if not (is_first or queries.is_cpu):
-            return
+        grades = given.grades
         given.refuse_wrong_places()
         is_right, needed = self._valid(grades)
         given.refuse("grades", ~is_right, needed)
         dtype = graded.sum_dtype(grades.device)
         needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
         given.refuse("grades", graded.is_rounded(grades, dtype), needed)
-        if self.in_batch_negatives:
-            everyone = self.gather.items(queries)
-            equal = first_occurrence(everyone.to(precision.arithmetic_dtype(everyone)))
-            row = first_row(equal != torch.arange(len(equal), device=equal.device))
-            if row is not None:
-                raise ValueError(
-                    "query_features must not hold a query twice with in_batch_negatives: candidates of "
-                    f"one would be negatives of the other; row {row} equals row {int(equal[row])}"
-                )
         if is_first:
-            checks.look_at_rows("query_features", queries)
-            checks.look_at_rows("candidate_features", given.listed(candidates))
-            checks.look_at_scale("logit_scale", given.logit_scale, queries)
-            self._looked_at.add("all")
+            checks.look_at_rows("query_features", given.query_features)
+            checks.look_at_rows("candidate_features", given.listed(given.candidate_features))
+            checks.look_at_scale("logit_scale", given.logit_scale, given.query_features)
+
+
+def _check_distinct(queries: Tensor) -> None:
+    """Raise a ValueError, the same on all processes, if two of all queries are equal."""
+    equal = first_occurrence(queries.to(precision.arithmetic_dtype(queries)))
+    row = first_row(equal != torch.arange(len(equal), device=equal.device))
+    if row is not None:
+        raise ValueError(
+            "query_features must not hold a query twice with in_batch_negatives: candidates of "
+            f"one would be negatives of the other; row {row} equals row {int(equal[row])}"
+        )
 
 
 class _Items(NamedTuple):

@@ -1,13 +1,16 @@
 r"""SigLIP's loss, from the whole matrix of logits or in blocks of rows.
 
-With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij if j is image i's own text, else x_ij,
+With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij if text j is right for image i, else x_ij,
 
     L = (1/n)·Σ_ij log(1 + e^{y_ij}),
-    G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),   ∂b = (1/n)·Σ G.
+    G_ij = n·∂L/∂x_ij = −σ(y_ij) where text j is right for image i, else σ(y_ij),   ∂b = (1/n)·Σ G.
+
+Where pairs of one id are ignored, their terms and gradients are 0.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ from torch import Tensor
 from rankloss import engine
 from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
-from rankloss.losses.gathering import Number, StreamedLoss
+from rankloss.losses.gathering import Number, SameId, StreamedLoss, of_one_id, partners
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
@@ -29,6 +32,11 @@ class SigLipLoss(StreamedLoss):
     r"""SigLIP's loss: a binary classification of every pair of an image and a text.
 
         L = −(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b)),   z_ij = 1 where i = j, else −1
+
+    Pairs of one id belong together: their images and texts are right for each other. With
+    ``same_id="share"`` z_ij = 1 where id_i = id_j. With ``"ignore"`` the sum runs over the pairs (i, j) with
+    i = j or id_i ≠ id_j; it is still divided by N. So every remaining term has the weight and the gradient
+    that it has without ids, and processes need not know each other's numbers of terms.
 
     Memory: within the budget the loss is open_clip's formula, bit for bit in one process. A batch with more
     logits is computed in chunks of images, value and gradient together, in float32 at least. It differs from
@@ -41,6 +49,8 @@ class SigLipLoss(StreamedLoss):
     other processes' features are constants; a process's own features never are.
 
     Args:
+        same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss
+            without ids.
         gather: gathering of other processes' features. None: exact, from the default process group, if one of
             several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
         chunk_size: see :class:`rankloss.RankOptions`.
@@ -51,20 +61,27 @@ class SigLipLoss(StreamedLoss):
         itself, not its logarithm; ``logit_bias``: b, None for 0 (SigLIP starts from −10; without a bias the
         many pairs that do not match dominate). Both are a number or a tensor of one element. The result is a
         scalar in nats (within the budget in the dtype of torch's formula), or with ``output_dict=True``
-        ``{"contrastive_loss": …}``.
+        ``{"contrastive_loss": …}``. ``pair_ids``: ``[N]`` integers of any dtype, gathered as the texts are;
+        only their equality counts.
 
     Raises:
-        ValueError: for a negative budget; in ``forward`` for features that are not two floating-point
-            matrices of one shape with at least one row, a bias that is not one number, or a scale that is
-            not one positive number (its sign is not checked on an accelerator, where reading it would wait).
+        ValueError: for another ``same_id`` or a negative budget; in ``forward`` for features that are not two
+            floating-point matrices of one shape with at least one row, a bias that is not one number, a scale
+            that is not one positive number (its sign is not checked on an accelerator, where reading it would
+            wait), or ``pair_ids`` that are not N integers on the features' device, or are given without
+            ``same_id`` or missing with it.
 
     References:
-        "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
+        "Sigmoid Loss for Language Image Pre-Training", ICCV 2023. Several right texts of an image: "Unified
+        Contrastive Learning in Image-Text-Label Space", CVPR 2022 (UniCL), there with a softmax.
 
     Example:
         >>> v = torch.eye(2)
         >>> round(SigLipLoss()(v, v, logit_scale=1.0).item(), 4)  # log(1 + 1/e) + log 2
         1.0064
+        >>> ids = torch.tensor([4, 4])  # two pairs of one caption
+        >>> round(SigLipLoss(same_id="ignore")(v, v, 1.0, 0.0, pair_ids=ids).item(), 4)  # log(1 + 1/e)
+        0.3133
     """
 
     def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
@@ -79,24 +96,29 @@ class SigLipLoss(StreamedLoss):
                 stacklevel=1,
             )
 
-    def _whole(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
+    def _whole(
+        self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
+    ) -> Tensor:
         first_row = self.gather.first_row(len(images))
         images, texts = self._pairs(images, texts)
-        own = torch.arange(len(images), device=images.device) + first_row
         logits = scale * images @ texts.T
         if bias is not None:
             logits += bias  # in place: a bias of shape [1] does not change the dtype
-        labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
-        loss = -F.logsigmoid(labels * logits).sum() / len(images)
+        total = _log_likelihood(logits, images.dtype, first_row, ids, self.same_id)
+        loss = -total / len(images)
         # With infinite features or overflowing products the sigmoid loss could be a finite number.
         return nan_unless_finite(loss, images, texts).to(loss.dtype)
 
-    def _streamed(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
+    def _streamed(
+        self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
+    ) -> Tensor:
         dtype, home = arithmetic_dtype(images, texts), images.device
-        terms = PairSigmoid(self.gather.first_row(len(images)), self._options.chunk_size)
+        first_row = self.gather.first_row(len(images))
         pairs = [in_arithmetic(x, dtype, home) for x in self._pairs(images, texts)]
         numbers = [in_arithmetic(x, dtype, home).reshape(()) for x in (scale, 0.0 if bias is None else bias)]
         inputs = [*pairs, *numbers]
+        ids = None if ids is None else ids.to(inputs[0].device)
+        terms = PairSigmoid(first_row, self._options.chunk_size, ids, self.same_id)
         weights = torch.ones(1, dtype=torch.float64, device=inputs[0].device)
         (loss,) = engine.apply(terms, weights, inputs)
         return loss.to(home)
@@ -113,6 +135,8 @@ class PairSigmoid(NamedTuple):
 
     first_row: int
     chunk_size: int | None
+    ids: Tensor | None = None
+    same_id: SameId | None = None
     wanted: Sequence[bool] = (True,)
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
@@ -121,11 +145,18 @@ class PairSigmoid(NamedTuple):
         sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else None
 
         def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
-            y = torch.addcmul(bias, scale, cosines, out=cosines)
-            y.diagonal(first_row, 1, 2).neg_()
+            y, rows = torch.addcmul(bias, scale, cosines, out=cosines), cosines.shape[1]
+            right = y.diagonal(first_row, 1, 2)
+            sign: Number = -1.0
+            if self.ids is not None and self.same_id == "share":
+                right, sign = y, 1 - 2 * of_one_id(self.ids, first_row, rows).to(y.dtype)
+            elif self.ids is not None:
+                # log(1 + e^y) and its slope are 0 at −∞.
+                y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
+            right.mul_(sign)
             value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
             gradient = y.sigmoid_()
-            gradient.diagonal(first_row, 1, 2).neg_()
+            right.mul_(sign)
             return value, gradient.sum(-1, dtype=torch.float64), gradient
 
         matrix = Matrix(images, texts, ("image", "text"))
@@ -143,6 +174,18 @@ class PairSigmoid(NamedTuple):
         """The same from the whole matrix."""
         images, texts, scale, bias = inputs
         x = scale * Matrix(images, texts, ("image", "text")).cosines() + bias
-        own = self.first_row + torch.arange(len(images), device=images.device)
-        y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
-        return [weights.squeeze().to(x.dtype) * -F.logsigmoid(-y).sum() / len(images)]
+        total = _log_likelihood(x, x.dtype, self.first_row, self.ids, self.same_id)
+        return [weights.squeeze().to(x.dtype) * -total / len(images)]
+
+
+def _log_likelihood(
+    logits: Tensor, dtype: torch.dtype, first_row: int, ids: Tensor | None, same_id: SameId | None
+) -> Tensor:
+    """Σ_ij log σ(z_ij·x_ij) over the pairs that count, with z in a dtype."""
+    rows, columns = logits.shape
+    everyone = torch.arange(columns, device=logits.device)
+    is_right = of_one_id(everyone if ids is None or same_id == "ignore" else ids, first_row, rows)
+    terms = F.logsigmoid((2 * is_right.to(dtype) - 1) * logits)
+    if ids is not None and same_id == "ignore":
+        terms = terms.masked_fill(partners(ids, first_row, rows), 0.0)
+    return terms.sum()

@@ -69,8 +69,8 @@ class Subject:
         return built
 
     def pick(self, data: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
-        """The inputs that it takes, in a dtype."""
-        return {name: data[name].to(dtype) for name in self.inputs}
+        """The inputs that it takes, in a dtype; ids stay integers."""
+        return {name: data[name].to(dtype) if name != "pair_ids" else data[name] for name in self.inputs}
 
 
 @dataclass(frozen=True)
@@ -200,29 +200,32 @@ def rank_terms(name: str, *, teacher: tuple[str, ...] = (), **options: Any) -> S
     )
 
 
-def _clip(name: str, **options: Any) -> Subject:
+def _of_pairs(
+    name: str,
+    build: Callable[..., Any],
+    twin: Callable[..., Any],
+    literal: Callable[..., Any],
+    **options: Any,
+) -> Subject:
+    """A loss of all pairs; with ``same_id`` some pairs have the same id."""
+    of_ids = {"same_id": options["same_id"]} if "same_id" in options else {}
+    inputs = (*PAIR, "logit_scale", *(["logit_bias"] if build is rankloss.SigLipLoss else []))
     return Subject(
-        name,
-        "ClipLoss",
-        functools.partial(rankloss.ClipLoss, **options),
-        lambda **inputs: reference.clip(*inputs.values()),
-        oracle.clip,
+        f"{build.__name__}{name}",
+        build.__name__,
+        functools.partial(build, **options),
+        functools.partial(twin, **of_ids),
+        functools.partial(literal, **of_ids),
+        inputs=(*inputs, *(["pair_ids"] if of_ids else [])),
+        differentiable=inputs,
         half=True,  # beyond the budget only the dtype of the result is
     )
 
 
-def _siglip(name: str, **options: Any) -> Subject:
-    inputs = (*PAIR, "logit_scale", "logit_bias")
-    return Subject(
-        name,
-        "SigLipLoss",
-        functools.partial(rankloss.SigLipLoss, **options),
-        lambda **inputs: reference.siglip(*inputs.values()),
-        oracle.siglip,
-        inputs=inputs,
-        differentiable=inputs,
-        half=True,
-    )
+_clip = functools.partial(_of_pairs, build=rankloss.ClipLoss, twin=reference.clip, literal=oracle.clip)
+_siglip = functools.partial(
+    _of_pairs, build=rankloss.SigLipLoss, twin=reference.siglip, literal=oracle.siglip
+)
 
 
 def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
@@ -358,6 +361,18 @@ SUBJECTS = [
     mimicry("contrast", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs), contrast=2.0),
     mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), _taught_rankclip, weight=0.5),
     mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, contrast=0.5),
+    Subject(
+        "RankClipLoss[over ClipLoss of ids]",
+        "RankClipLoss",
+        lambda: _rankclip_loss(rankloss.ClipLoss(same_id="ignore")),
+        None,
+        lambda pair_ids, **inputs: (
+            oracle.clip(**inputs, pair_ids=pair_ids, same_id="ignore")
+            + RANK_FACTOR * oracle.rank_terms(**inputs)
+        ),
+        inputs=(*PAIR, "logit_scale", "pair_ids"),
+        half=True,
+    ),
     ranked_lists("default"),
     ranked_lists("lambda", model="lambda", gain="exponential"),
     ranked_lists("pairwise, frozen", model="pairwise", frozen=True),
@@ -365,10 +380,14 @@ SUBJECTS = [
     ranked_lists("negatives, top k", in_batch_negatives=True, top_k=2),
     ranked_lists("negatives, top one", in_batch_negatives=True, model="top_one"),
     ranked_lists("negatives, pairwise", in_batch_negatives=True, model="pairwise"),
-    _clip("ClipLoss"),
-    _clip("ClipLoss[streamed]", memory_budget=0),
-    _siglip("SigLipLoss"),
-    _siglip("SigLipLoss[streamed]", memory_budget=0),
+    _clip(""),
+    _clip("[streamed]", memory_budget=0),
+    _clip("[share]", same_id="share"),
+    _clip("[ignore, streamed]", same_id="ignore", memory_budget=0, chunk_size=4),
+    _siglip(""),
+    _siglip("[streamed]", memory_budget=0),
+    _siglip("[ignore]", same_id="ignore"),
+    _siglip("[share, streamed]", same_id="share", memory_budget=0, chunk_size=4),
     Subject(
         "plackett_luce_nll",
         "plackett_luce_nll",
@@ -471,6 +490,7 @@ def _data(kind: str) -> Inputs:
         "grades": torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]] * 2).double(),
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
+        "pair_ids": torch.tensor([3, -1, 3, 7, -1, 3]),
         "scores": SCALE * cosines,
         "reference": oracle.exact_products(t, v),
         "x": cosines,

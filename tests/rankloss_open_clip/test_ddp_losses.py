@@ -145,7 +145,7 @@ def agreement(rank: int, world_size: int, flags: tuple[bool, bool]) -> list[dict
     steps = [loss(**outputs, output_dict=True) for _ in range(2)]
     with Collectives() as calls:
         steps.append(loss(**outputs, output_dict=True))
-    assert calls.counts == {"allgather": 2}, "each modality once, for the loss and the log"
+    assert calls.counts["allgather"] == 2, "each modality once, for the loss and the log"
     return [{name: x.item() for name, x in step.items() if name.endswith("tau")} for step in steps]
 
 

@@ -1,0 +1,92 @@
+"""Ids of pairs as data: the same in every process, refused where they are none, and counted."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankloss_trainers.pair_ids import Partners, check_column, have_partners, ids_of
+
+TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
+
+
+def test_texts_have_one_id_in_every_process() -> None:
+    ids = ids_of(TEXTS, "caption")
+    assert ids.dtype == torch.int64
+    assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
+    code = f"from rankloss_trainers.pair_ids import ids_of; print(ids_of({TEXTS}, 'caption').tolist())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3, -1, 2**63 - 1, -(2**63)],
+        [np.int16(3), np.int64(-1)],
+        torch.tensor([3, -1], dtype=torch.int8),
+        np.array([3, -1], dtype=np.int32),
+    ],
+)
+def test_integers_are_ids_as_they_are(values: Any) -> None:
+    ids = ids_of(values, "id")
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [int(x) for x in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([0.5], r"texts or integers; column id has the float 0\.5 in row 0"),
+        (["a", None], "the NoneType None in row 1"),
+        ([1, math.nan], "the float nan in row 1"),
+        ([True, False], "the bool True in row 0"),
+        ([("a", "b")], "the tuple"),
+        ([1, "1"], "all texts or all integers; column id has 1 in row 0 and '1' in row 1"),
+        ([2**63], "64 bits; column id has 9223372036854775808 in row 0"),
+        (torch.ones(3), r"integers \[N\]; column id has float32 \[3\]"),
+        (torch.ones(3, dtype=torch.bool), r"bool \[3\]"),
+        (torch.ones(3, 1, dtype=torch.int64), r"int64 \[3, 1\]"),
+    ],
+)
+def test_values_that_are_no_ids_are_shown(values: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ids_of(values, "id")
+
+
+def test_a_column_of_one_value_is_refused() -> None:
+    with pytest.raises(ValueError, match="column split has one value in all 5 rows"):
+        check_column(ids_of(["train"] * 5, "split"), "split")
+    for ids in ([7, 7, 8], [7], []):
+        check_column(torch.tensor(ids), "split")
+
+
+@given(st.lists(st.integers(-3, 3)))
+def test_partners_are_counted(ids: list[int]) -> None:
+    assert have_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
+
+
+def test_an_epoch_says_its_share_and_a_run_without_partners_that_it_has_none() -> None:
+    alone, twins = torch.arange(4), torch.tensor([1, 1, 2, 3])
+    partners = Partners("key")
+    assert partners.end_of_epoch() is None
+    said = [partners.add(alone) for _ in range(101)]
+    assert [i for i, x in enumerate(said) if x] == [99]
+    assert said[99] == "no pair had a partner of the same key in its batch in the first 100 batches: " + (
+        "ids change nothing"
+    )
+    assert partners.end_of_epoch() == (
+        "no pair had a partner of the same key in its batch in 404 pairs: ids change nothing"
+    )
+    for ids in (twins, alone):
+        partners.add(ids)
+    assert partners.end_of_epoch() == "25.0 % of the pairs had a partner of the same key in their batch"
+    partners = Partners("key")
+    assert not any(partners.add(ids) for ids in [twins, *[alone] * 150])
