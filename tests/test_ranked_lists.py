@@ -229,6 +229,91 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
     assert_same(by[0], by[1], 1e-9)
 
 
+# --- a frozen model's scores --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen model of another width, and its scores of all queries and items."""
+
+    queries: Tensor
+    items: Tensor
+    scale: float = 7.0
+
+    @classmethod
+    def of(cls, lists: Lists, seed: int = 5) -> Frozen:
+        rng = np.random.default_rng(seed)
+        return cls(*(torch.from_numpy(unit_rows(rng, len(x), 3)) for x in (lists.queries, lists.items)))
+
+    @property
+    def scores(self) -> Tensor:
+        return self.scale * self.queries @ self.items.T
+
+    def as_features(self, rows: slice = slice(None), places: slice = slice(None)) -> dict[str, Any]:
+        return {
+            "reference_query_features": self.queries[rows],
+            "reference_candidate_features": self.items[places],
+            "reference_scale": self.scale,
+        }
+
+
+@models
+@given(lists=lists, chunk_size=st.sampled_from([None, 1, 2]))
+def test_a_frozen_models_scores_are_subtracted(
+    options: dict[str, Any], lists: Lists, chunk_size: int | None
+) -> None:
+    frozen, loss = Frozen.of(lists), RankedLists(**options, chunk_size=chunk_size)
+    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, frozen=frozen.scores))
+    given = [frozen.as_features()]
+    if not loss.in_batch_negatives:
+        scores = frozen.scores.gather(1, lists.index)
+        padded = scores if lists.mask is None else scores.where(lists.mask, math.nan)
+        given.append({"reference_scores": padded})
+    for more in given:
+        found = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs, **more))  # noqa: B023
+        assert_same(found, owed, 1e-9)
+
+
+def test_a_frozen_copy_leaves_equal_scores() -> None:
+    """Exactly, so that a training begins at the loss of a list without an order."""
+    lists = lists_of(6, 4, 5, 9, masked=False)
+    q, c, s = lists.leaves(torch.float32)
+    frozen = Frozen(lists.queries.float(), lists.items.float(), lists.scale).as_features()
+    loss = RankedLists(model="pairwise")
+    assert lists.loss(loss, q, c, s, **frozen).item() == pytest.approx(math.log(2), rel=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:candidate_features should be unit-norm")
+def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
+    """−log σ(β·[(log π − log π_ref)(better) − (…)(worse)]), with log π as a model of texts has it."""
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(5, 2, dtype=F64, generator=generator, requires_grad=True)
+    frozen = torch.randn(5, 2, dtype=F64, generator=generator)
+    beta, better = 0.3, torch.tensor([0, 1, 1, 0, 1])
+    log_ratios = policy.log_softmax(-1) - frozen.log_softmax(-1)
+    worse, rows = 1 - better, torch.arange(5)
+    dpo = -F.logsigmoid(beta * (log_ratios[rows, better] - log_ratios[rows, worse])).mean()
+    grades = F.one_hot(better)
+    queries = torch.ones(5, 1, dtype=F64)
+    found = RankedLists(model="pairwise")(
+        queries, policy[:, :, None], grades, beta, reference_scores=beta * frozen
+    )
+    assert_same([found], [dpo], 1e-14)
+    assert_same(gradients(found, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
+
+
+def test_a_frozen_model_has_no_gradient() -> None:
+    lists = lists_of(6, 4, 5, 9, masked=False)
+    features = {**Frozen.of(lists).as_features(), "reference_scale": torch.tensor(7.0, dtype=F64)}
+    for options, frozen in (
+        ({"in_batch_negatives": True}, features),
+        ({}, {"reference_scores": torch.randn(4, 5, dtype=F64)}),
+    ):
+        leaves = {name: x.clone().requires_grad_() for name, x in frozen.items()}
+        lists.loss(RankedLists(**options), *lists.leaves(), **leaves).backward()
+        assert all(x.grad is None for x in leaves.values())
+
+
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
 
 
@@ -381,6 +466,9 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
         options = SHARDED[case]
         loss = RankedLists(**options, gather=gather)
         found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
+        frozen = Frozen.of(lists).as_features(rows, places)
+        value = lambda q, c, s: own.loss(loss, q[rows], c[places], s, **frozen)  # noqa: B023, E731
+        found[case, flags, "frozen"] = own.differentiated(value)
         if options["reduction"] == "sum":
             loss.reduction, upstream = "none", torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)[rows]
             value = lambda q, c, s: own.loss(loss, q[rows], c[places], s)  # noqa: B023, E731
@@ -397,14 +485,19 @@ def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[T
     return pools[request.param].run(of_this_rank)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
-def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[Any], case: int) -> None:
+def test_values_and_gradients_of_several_processes_are_those_of_one(
+    table: list[Any], case: int, is_frozen: bool
+) -> None:
     world_size, options = len(table), SHARDED[case]
     lists = whole(world_size)
-    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    more = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, **more))
     for flags in [*FLAGS, None]:
         local_loss, gather_with_grad = flags or (True, True)
-        averaged = [torch.stack(x).mean(0) for x in zip(*(of[case, flags] for of in table), strict=True)]
+        key = (case, flags, "frozen") if is_frozen else (case, flags)
+        averaged = [torch.stack(x).mean(0) for x in zip(*(of[key] for of in table), strict=True)]
         assert_same([averaged[0], averaged[3]], [value, by[2]])
         is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered
         if gather_with_grad or is_local or world_size == 1:
@@ -511,6 +604,11 @@ def with_(place: tuple[int, int], value: Any) -> Callable[[Tensor], Tensor]:
 INDEX = torch.tensor([[0, 1], [2, 3], [4, 5]])
 POOL = {"candidate_features": lambda x: x.flatten(0, 1), "candidate_index": INDEX}
 MASK = torch.ones(3, 2, dtype=torch.bool)
+FROZEN: dict[str, Any] = {
+    "reference_query_features": torch.ones(3, 7),
+    "reference_candidate_features": torch.ones(3, 2, 7),
+    "reference_scale": 1.0,
+}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"grades": with_((1, 0), math.inf)}, r"grades must be numbers.*; row 1 has \[inf\]"),
     "large integers": ({"grades": torch.full((3, 2), 2**53 + 1)}, "grades must be at most 2⁵³.*; row 0 has"),
@@ -543,6 +641,44 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**POOL, "candidate_ids": INDEX},
         r"candidate_ids must be integers of shape \(6,\); got .*\(3, 2\)",
     ),
+    "reference's shape": (
+        {"reference_scores": torch.zeros(3, 3)},
+        r"reference_scores must have shape \[N, K\].*; got \(3, 3\)",
+    ),
+    "reference's type": ({"reference_scores": MASK}, r"reference_scores must be of .*; got torch\.bool"),
+    "reference's value": (
+        {"reference_scores": torch.tensor([[0.0, 0.0], [math.nan, 0.0], [0.0, math.inf]])},
+        r"reference_scores must be finite; row 1 has \[nan\]",
+    ),
+    "two references": (
+        {"reference_scores": torch.zeros(3, 2), "reference_scale": 1.0},
+        "reference_scores and reference_scale are two references; give one",
+    ),
+    "half a reference": (
+        {"reference_query_features": torch.zeros(3, 7)},
+        "reference_scale go together; got reference_query_features alone",
+    ),
+    "reference queries": (
+        {**FROZEN, "reference_query_features": torch.ones(2, 7)},
+        r"reference_query_features must have one row per query, 3; got shape \(2, 7\)",
+    ),
+    "reference candidates": (
+        {**FROZEN, "reference_candidate_features": torch.ones(3, 2, 4)},
+        r"reference_candidate_features must have shape \[N, K, D\] = \(3, 2, 7\).*; got \(3, 2, 4\)",
+    ),
+    "infinite reference queries": (
+        {**FROZEN, "reference_query_features": with_((2, 0), math.inf)(torch.ones(3, 7))},
+        "reference_query_features must be finite; row 2 is not",
+    ),
+    "infinite reference candidates": (
+        {**FROZEN, "reference_candidate_features": torch.full((3, 2, 7), math.nan)},
+        "reference_candidate_features must be finite; row 0 is not",
+    ),
+    "reference's scale": ({**FROZEN, "reference_scale": -1.0}, "reference_scale must be positive.*; got -1"),
+    "reference's device": (
+        {"reference_scores": torch.zeros(3, 2, device="meta")},
+        "reference_scores must be on the device of query_features, cpu; got meta",
+    ),
     "device": (
         {"grades": lambda x: x.to("meta")},
         "grades must be on the device of query_features, cpu; got meta",
@@ -555,6 +691,11 @@ def test_bad_input_is_refused_with_the_argument_and_the_row(kind: str) -> None:
     changed, message = BAD[kind]
     with pytest.raises((ValueError, TypeError), match=message):
         call(**changed)
+
+
+def test_negatives_need_a_frozen_models_features() -> None:
+    with pytest.raises(ValueError, match=r"reference_scores are of a query's own.*give reference_query_feat"):
+        call(RankedLists(in_batch_negatives=True), reference_scores=torch.zeros(3, 2))
 
 
 def test_a_query_may_not_be_its_own_negative() -> None:
