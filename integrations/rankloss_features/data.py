@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import itertools
 import os
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rankloss_features.folder import name_of
 
-_BLOCK = 4096  # pairs that are hashed together
+_BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the extensions of images in open_clip's trainer, by preference
 
 
@@ -82,6 +83,7 @@ class Table:
         except Exception as error:  # Arrow raises many
             raise ValueError(f"column {image_column!r} must hold images or their paths: {error}") from error
         self.names = self.dataset.select_columns(["image.path", "caption"])
+        self.contents = self.dataset.select_columns(["image.bytes"])
 
     def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
         """Captions and image names, in the order of the rows. It is called first, and counts them."""
@@ -92,8 +94,27 @@ class Table:
         for row, caption in enumerate(block["caption"], first):
             if not (caption and isinstance(caption, str)):
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
-        paths = enumerate(block["image.path"], first)  # those of pictures without a name are missing
-        return block["caption"], [name_of(path) if path else f"row {row}" for row, path in paths]
+        paths = block["image.path"]
+        if not all(paths):
+            contents = self.contents[first : first + len(paths)]["image.bytes"]
+            paths = [path or content for path, content in zip(paths, contents, strict=True)]
+        return block["caption"], list(map(name_of, paths))
+
+    def identity(self) -> Any:
+        """A value that differs for other data: by captions, paths, and sizes of the pictures inside."""
+        import pyarrow.compute  # type: ignore[import-untyped]
+
+        digest, contents = hashlib.blake2b(digest_size=16), self.contents.with_format("arrow")
+        for first in range(0, len(self.names), _BLOCK):
+            block = self.names[first : first + _BLOCK]
+            sizes = pyarrow.compute.binary_length(contents[first : first + _BLOCK]["image.bytes"]).to_pylist()
+            paths = [
+                path and (path if size else os.path.abspath(path))
+                for path, size in zip(block["image.path"], sizes, strict=True)
+            ]
+            described = repr((paths, sizes, self._named(first, block)))
+            digest.update(described.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
@@ -125,6 +146,11 @@ class Shards:
         self.text_keys = text_key.split(";")
         self.about = {"kind": "webdataset", "data": urls}
         self.counts: list[int] = []
+
+    def identity(self) -> Any:
+        """See :class:`Table`: by the shards' names and sizes."""
+        sizes = [os.path.getsize(url) if os.path.isfile(url) else None for url in self.urls]
+        return [[*map(os.path.abspath, self.urls)], sizes, self.text_keys]
 
     def _samples(self, url: str) -> Iterator[tuple[str, str, bytes]]:
         """The caption, the key and the picture of each sample that has them all."""
@@ -226,7 +252,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_data(args: Any) -> Data:
-    """The data that the command line names.
+    """The data that a command line names.
 
     Raises:
         ValueError: There are none, they are of no known kind, or they have no captions.

@@ -87,7 +87,7 @@ def companions_of(args: Any) -> Companions | None:
         two = error_of(lambda: [part.in_separate_spaces(part.values) for part in loss.parts]) is None
         parts.append(SampleFeatures(where, two_widths=two))
     elif where is not None:
-        parts.append(RowCompanion("row of features", Features(where), "reference_"))
+        parts.append(RowCompanion(Features(where)))
     return Companions(parts) if parts else None
 
 

@@ -35,7 +35,7 @@ def npy(array: Any) -> bytes:
 def companion_of(where: str) -> Any:
     if where in IN_SAMPLES:
         return SampleFeatures(where, two_widths=True)
-    return RowCompanion("row of features", Features(where), "reference_")
+    return RowCompanion(Features(where))
 
 
 def taken_apart(companion: Any, texts: list[str]) -> dict[str, Tensor]:
