@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
 from rankloss_features.data import IMAGES, Table, named_sample
-from rankloss_features.folder import NAMES, Array, Features, Rows, hash_of_pair
+from rankloss_features.folder import NAMES, Array, Features, hash_of_pair
 
 COLUMN = "reference_pair"
 """The column with each row's own row of a folder and the hash of its pair."""
@@ -42,9 +43,10 @@ def bind(
         ValueError: A row has another pair than the folder's, which the error names, or there are fewer.
     """
     features, table = Features(folder), Table(dataset, image_column, caption_column)
-    features.compare(table.pairs(), "the data")
+    features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)
-    return dataset.add_column(column, list(bound))
+    starts = np.arange(0, bound.size + 1, bound.shape[1])
+    return dataset.add_column(column, pa.ListArray.from_arrays(starts, bound.ravel()))
 
 
 def references(features: Features, bound: Array) -> dict[str, Tensor]:
@@ -94,21 +96,19 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
 
 
 class RowCompanion:
-    """The rows of a folder, whose numbers travel with the captions through open_clip's trainer.
+    """A teacher's features, whose rows' numbers travel with the captions through open_clip's trainer.
 
     A companion as :class:`rankloss_open_clip.companions.Companion` describes it. Its text is the number of a
     row; the workers that load the data look the row up.
 
     Args:
-        name: The noun for a row in messages.
-        folder: The folder.
-        prefix: The beginning of the names that the loss has for the arrays of a row.
+        folder: The folder of features.
     """
 
-    def __init__(self, name: str, folder: Rows, prefix: str = "") -> None:
-        self.name, self.folder = name, folder
-        none = {prefix + x: torch.from_numpy(array) for x, array in folder.take(np.arange(0)).items()}
-        self._layout = {x: (array.dtype, array.shape[1:]) for x, array in none.items()}
+    name = "row of features"
+
+    def __init__(self, folder: Features) -> None:
+        self.folder = folder
 
     def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
         """The numbers of the rows, once every pair is compared with the folder's."""
@@ -132,20 +132,17 @@ class RowCompanion:
         return str(row)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """The bytes of each row's arrays, eight to an integer."""
-        arrays = self.folder.take(np.array(texts, np.int64)).values()
-        flat = [np.ascontiguousarray(x.reshape(len(x), -1)).view(np.uint8) for x in arrays]
-        rows = np.concatenate(flat, axis=1)
-        return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.int64))
+        """The bits of each row's numbers, two to an integer."""
+        numbers = np.concatenate([*self.folder.take(np.array(texts, np.int64)).values()], axis=1)
+        return torch.from_numpy(np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2))).view(np.int64))
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
         """The texts, to which a row adds none."""
         return texts
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """The output and the arrays, by the names that the loss has for them."""
-        added, numbers = {}, encoded.contiguous().view(torch.uint8)
-        for name, (dtype, shape) in self._layout.items():
-            own, numbers = numbers.tensor_split([dtype.itemsize * shape.numel()], dim=1)
-            added[name] = own.contiguous().view(dtype).reshape(-1, *shape)
-        return {**output, **added}
+        """The output and the features, by the names that the loss has for them."""
+        widths = {f"reference_{name}": array.shape[1] for name, array in self.folder.arrays.items()}
+        numbers = encoded.contiguous().view(torch.float32)[:, : sum(widths.values())]
+        features = numbers.split([*widths.values()], dim=1)
+        return {**output, **{name: x.contiguous() for name, x in zip(widths, features, strict=True)}}

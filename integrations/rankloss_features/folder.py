@@ -8,11 +8,11 @@
     text_features.npy     likewise; one of the two may be missing
     pairs.npy             [rows], uint64: the hash of each row's caption and image name
     rows.npy              [rows], uint64: the hash of each row's pair and numbers
-    components.npz        the principal components of the features, once a training has asked for them
 
 A row's hash is written after its numbers; a row whose picture cannot be read has its pair's hash, and no
 numbers. ``features.json`` has a hash of its entries, one of which is a hash of ``rows.npy`` once every row is
-written. So a file that is cut, changed or from another folder is refused.
+written. So a file that is cut, changed or from another folder is refused. Every file is written beside, under
+a name that begins with a dot, and takes its name once it is whole: what a training has mapped never changes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ def hash_of_pair(caption: str, image: str) -> int:
 
 
 def name_of(image: object) -> str:
-    """The name of an image, without the folders of its path, which may move."""
-    return os.path.basename(str(image))
+    """The name of an image: of bytes their hash, of a path its last part, since its folders may move."""
+    return hash_of(image).hex() if isinstance(image, bytes) else os.path.basename(str(image))
 
 
 def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
@@ -109,12 +110,35 @@ def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) 
         rows: The numbers of ``rows.npy``, once every row is written.
     """
     about = {**about, "format": FORMAT, "rows_hash": None if rows is None else hash_of(rows).hex()}
-    partial = folder / f".{_ABOUT}"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / _ABOUT)
+    with replacing(folder / _ABOUT) as file:
+        file.write((json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n").encode())
+
+
+@contextmanager
+def opened(file: Path, mode: str) -> Iterator[BinaryIO]:
+    """A file to write, whose errors name it."""
+    try:
+        with open(file, mode) as written:
+            yield written  # type: ignore[misc]
+    except OSError as error:
+        advice = "Make room, and give the same command"
+        raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
+
+
+def beside(file: Path) -> Path:
+    """The name under which a file is written."""
+    return file.with_name(f".{file.name}")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A new file, which takes a file's place once it is on the disk. A link there is replaced."""
+    beside(file).unlink(missing_ok=True)
+    with opened(beside(file), "xb") as written:
+        yield written
+        written.flush()
+        os.fsync(written.fileno())
+    beside(file).replace(file)
 
 
 def spaces_of(about: dict[str, Any]) -> str:
@@ -128,36 +152,47 @@ def spaces_of(about: dict[str, Any]) -> str:
     return str(about.get("spaces", SPACES[separate]))
 
 
-class Rows:
-    """The rows of a folder, each of which belongs to a pair of the data.
+def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
+    """An array in a file, mapped into memory.
+
+    Raises:
+        ValueError: It cannot be read, or is of another type or shape.
+    """
+    try:
+        array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
+    except Exception as error:  # NumPy raises many of a damaged header
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{file} must be {dtype} {shape}; got {array.dtype} {array.shape}")
+    return array
+
+
+class Pairs:
+    """The pairs of a folder's rows, which are known before their features.
+
+    Args:
+        path: The folder.
 
     Attributes:
-        path: The folder.
+        about: The entries of ``features.json``.
         pairs: The hash of each row's pair.
+
+    Raises:
+        ValueError: It is no such folder, or a file is not as ``features.json`` says.
     """
 
-    path: str
-    pairs: Array
-
-    def take(self, rows: Array) -> dict[str, Array]:
-        """The arrays of some rows, by name."""
-        raise NotImplementedError
+    def __init__(self, path: str) -> None:
+        self.path, about = path, read_about(Path(path))
+        if about is None:
+            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
+        self.about = about
+        self.pairs = read_array(Path(path, "pairs.npy"), "uint64", (about["rows"],))
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> Array:
-        file = Path(self.path, f"{name}.npy")
-        try:
-            array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
-        except Exception as error:  # NumPy raises many of a damaged header
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        if array.dtype != dtype or array.shape != shape:
-            raise ValueError(f"{file} must be {dtype} {shape}; got {array.dtype} {array.shape}")
-        return array
 
     @functools.cached_property
     def _sorted(self) -> tuple[Array, Array]:
@@ -170,12 +205,13 @@ class Rows:
         place = int(np.searchsorted(pairs, np.uint64(pair)))
         return int(order[place]) if place < len(pairs) and pairs[place] == pair else None
 
-    def compare(self, pairs: Iterable[tuple[list[str], list[str]]], where: str) -> None:
+    def compare(self, pairs: Iterable[tuple[list[str], list[str]]], where: str, advice: str = "") -> None:
         """Compare the rows, in their order, with pairs: captions and image names, block by block.
 
         Args:
             pairs: The blocks.
             where: The name of the data in errors.
+            advice: The end of an error about data that are shuffled, or a part of the folder's.
 
         Raises:
             ValueError: A row is of another pair, or missing; the error names the first.
@@ -186,13 +222,15 @@ class Rows:
             wanted = self.pairs[row : row + len(found)]
             if not np.array_equal(found, wanted):
                 i = next(i for i, x in enumerate(found) if i >= len(wanted) or x != wanted[i])
-                raise ValueError(
-                    f"row {row + i} of {where}, image {images[i]!r} with caption {captions[i]!r}, is not row "
-                    f"{row + i} of {self.path}, whose {len(self)} rows have it in row {self.find(found[i])}"
-                )
+                named = f"row {row + i} of {where}, image {images[i]!r} with caption {captions[i]!r},"
+                place = self.find(found[i])
+                if place is None:
+                    raise ValueError(f"{named} is none of the {len(self)} rows of {self.path}")
+                raise ValueError(f"{named} is row {place} of the {len(self)} of {self.path}{advice}")
             row += len(found)
         if row != len(self):
-            raise ValueError(f"{self.path} has {len(self)} rows, {where} has {row}: row {row} is missing")
+            missing = f"row {row} is missing{advice}"
+            raise ValueError(f"{self.path} has {len(self)} rows, {where} has {row}: {missing}")
 
     def compare_columns(self, captions: Sequence[Any], images: Sequence[Any], where: str) -> None:
         """Compare the rows with two columns, the captions and the images or their paths.
@@ -205,12 +243,11 @@ class Rows:
         self.compare(pairs, where)
 
 
-class Features(Rows):
+class Features(Pairs):
     """A folder of a teacher's features.
 
     Args:
         path: The folder.
-        unfinished: Accept a folder that lacks some of its rows.
 
     Attributes:
         about: The entries of ``features.json``.
@@ -223,20 +260,24 @@ class Features(Rows):
         ValueError: It is no such folder, unfinished, or a file is not as ``features.json`` says.
     """
 
-    def __init__(self, path: str, *, unfinished: bool = False) -> None:
-        self.path, about = path, read_about(Path(path))
-        if about is None:
-            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
-        if not (about["complete"] or unfinished):
+    drafts = False
+    """True for arrays that are written, which :mod:`rankloss_features.writing` reads again."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        about, prefix = self.about, "." * self.drafts
+        if not (about["complete"] or self.drafts):
             raise ValueError(
                 f"{path} is unfinished: the command that began it goes on where it stopped. {_ABOUT}, which "
                 f"anyone may have written, quotes it as {about.get('command')!r}"
             )
-        self.about, widths, rows = about, about["widths"], about["rows"]
         self.common_space = spaces_of(about) == SPACES[0]
-        self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
-        self.pairs = self._array("pairs", "uint64", (rows,))
-        self.rows = self._array("rows", "uint64", (rows,))
+        self.arrays = {
+            x: read_array(Path(path, f"{prefix}{x}.npy"), about["dtype"], (len(self), about["widths"][x]))
+            for x in NAMES
+            if x in about["widths"]
+        }
+        self.rows = read_array(Path(path, f"{prefix}rows.npy"), "uint64", (len(self),))
 
     def present(self, rows: Any) -> Array:
         """Presence of features per row: a picture that could not be read has none."""
@@ -264,8 +305,8 @@ class Features(Rows):
 
         They are the eigenvectors of Σ x·xᵀ over the unit-norm features x of both modalities: the projection
         to ``width`` dimensions that keeps the features' products best, and one matrix for both modalities.
-        They are computed once, in ``components.npz`` of the folder, or in memory where it cannot be written.
-        The logger ``rankloss_features`` gets the explained variance.
+        Each call reads all rows and computes them. The logger ``rankloss_features`` gets the explained
+        variance.
 
         Args:
             width: The number of components.
@@ -274,7 +315,8 @@ class Features(Rows):
             The matrix, ``[D', width]``, and the fraction of Σ ‖x‖² that it keeps.
 
         Raises:
-            ValueError: Images and texts have separate spaces; or ``width`` exceeds D' or the number of rows.
+            ValueError: Images and texts have separate spaces, ``width`` exceeds D' or the number of rows, or
+                a row is not as it was written.
 
         Example:
             >>> Features("teacher/").components(256).matrix.shape  # doctest: +SKIP

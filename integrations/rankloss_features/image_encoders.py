@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,11 +17,7 @@ from torch import Tensor, nn
 from rankloss_features import packages
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Teacher, hash_of_weights, image_encoder
-from rankloss_features.weights import fill, untrained
-
-_SIZE = 224  # pixels of an ONNX model that takes any
-_logger = logging.getLogger("rankloss_features")
-
+from rankloss_features.weights import SUFFIXES, fill, untrained
 
 Loaded: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Any], Tensor], str]
 """An encoder of pixels ``[n, 3, height, width]``, the transform of a picture, and the hash of the weights."""
@@ -35,7 +28,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
 
     Args:
         name: The name or path of ``--image-encoder``.
-        weights: The file or folder of ``--image-weights``, for a model of timm or torchvision.
+        weights: The file or folder of ``--image-weights``, for a model of timm.
         device: The device that it computes on.
 
     Raises:
@@ -43,9 +36,10 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
             another one each time.
         ImportError: A package is not installed.
     """
-    loader = _loader(name)
-    if weights is not None and loader not in (_timm, _torchvision):
-        raise ValueError(f"--image-weights {weights} is for a name of timm or torchvision alone")
+    name = packages.SHORT.get(name, name)
+    loader = loader_of(name)
+    if weights is not None and loader is not _timm:
+        raise ValueError(f"--image-weights {weights} is for a name of timm alone")
     encode, transform, digest = loader(name, weights, device)
     probe = transform(Image.linear_gradient("L").convert("RGB"))[None].to(device)
     with torch.inference_mode():
@@ -58,15 +52,17 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
     return Teacher({"image_encoder": name, "image_weights": digest}, {NAMES[0]: encoder})
 
 
-def _loader(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
-    """The loader of a name or path."""
+def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
+    """The loader of a name or path.
+
+    Raises:
+        ValueError: No loader has it.
+    """
     import timm
     from timm.models import split_model_name_tag
 
     if name in packages.IMAGES:
         return _package
-    if name.endswith(".onnx"):
-        return _onnx
     if os.path.isdir(name):
         file = Path(name, "config.json")
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -74,28 +70,20 @@ def _loader(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
         if found is None:
             raise ValueError(f"the folder has no config.json with {' or '.join(_FOLDERS)}")
         return found
-    if os.path.isfile(name):
+    if os.path.isfile(name) and name.endswith(SUFFIXES):
         raise ValueError("a file of weights is given by --image-weights, beside its model's name")
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(split_model_name_tag(name)[0]):
         return _timm
-    if name.startswith("torchvision:") or name in _torchvision_names():
-        return _torchvision
-    if "/" in name:
+    if "/" in name and not os.path.isfile(name):
         return _transformers
-    known = [*timm.list_models(), *_torchvision_names(), *packages.IMAGES]
-    raise ValueError(f"unknown name{did_you_mean(name, known)}")
+    close = did_you_mean(name.rpartition(":")[2], [*timm.list_models(), *packages.IMAGES, *packages.SHORT])
+    raise ValueError(f"unknown name{close or '; --features takes the rows of any other model'}")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """The names that are like an unknown one, as the end of an error."""
     close = difflib.get_close_matches(name, known)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return list(models.list_models(module=models))
 
 
 # --- kinds ------------------------------------------------------------------------------------------------
@@ -113,10 +101,7 @@ def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
         name, weights = f"local-dir:{folder}", weights or folder
     model: Any = timm.create_model(name, pretrained=weights is None, num_classes=0)
     if weights is not None:
-        heads = model.pretrained_cfg.get("classifier") or ()
-        # timm's own conversion of the weights that a model's authors published.
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        fill(model, weights, (heads,) if isinstance(heads, str) else tuple(heads), convert)
+        fill(model, weights)
     return _of_timm(model, device)
 
 
@@ -127,25 +112,6 @@ def _of_timm(model: nn.Module, device: torch.device) -> Loaded:
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     model = model.to(device).eval()
     return model, create_transform(**config, is_training=False), hash_of_weights(model)
-
-
-def _torchvision(name: str, weights: str | None, device: torch.device) -> Loaded:
-    """The input of the last linear layer; the transform is that of the model's default weights."""
-    from torchvision import models
-
-    name = name.removeprefix("torchvision:")
-    if name not in _torchvision_names():
-        raise ValueError(f"unknown name{did_you_mean(name, _torchvision_names())}")
-    model = models.get_model(name, weights=None if weights else "DEFAULT")
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError("its classifier is no linear layer, whose input would be the features")
-    model.set_submodule(linear[-1], nn.Identity())
-    if weights:
-        fill(model, weights, (linear[-1],))
-    model = model.to(device).eval()
-    default: Any = models.get_model_weights(name)
-    return model, default.DEFAULT.transforms(), hash_of_weights(model)
 
 
 def _transformers(name: str, weights: str | None, device: torch.device) -> Loaded:  # noqa: ARG001
@@ -178,38 +144,6 @@ def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
 def _processed(processor: Any, picture: Any) -> Tensor:
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     return pixels
-
-
-def _onnx(name: str, weights: str | None, device: torch.device) -> Loaded:  # noqa: ARG001
-    """The first output that is a matrix; a file says nothing of its pictures but their size."""
-    import onnxruntime
-    from timm.data.transforms_factory import create_transform
-
-    wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
-    providers = [x for x in wanted if x in onnxruntime.get_available_providers()]
-    session = onnxruntime.InferenceSession(name, providers=providers)
-    inputs = {x.name: (x.type, x.shape) for x in session.get_inputs()}
-    kind, shape = next(iter(inputs.values()))
-    if len(inputs) > 1 or kind != "tensor(float)" or len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"it must have one input, tensor(float) [N, 3, height, width]; got {inputs}")
-    outputs = session.get_outputs()
-    output = next((x for x in outputs if len(x.shape) == 2), outputs[0]).name
-    height, width = (x if isinstance(x, int) else _SIZE for x in shape[2:])
-    _logger.warning(
-        "%s does not say how its pictures are prepared: assumed are %d × %d pixels, cut from the middle, "
-        "with ImageNet's mean and standard deviation; the features are its output %r",
-        *(name, height, width, output),
-    )
-    transform = create_transform((3, height, width), interpolation="bicubic", is_training=False)
-    encode = partial(_run, session, next(iter(inputs)), output, shape[0])
-    return encode, transform, hashlib.sha256(Path(name).read_bytes()).hexdigest()
-
-
-def _run(session: Any, given: str, output: str, batch: Any, pixels: Tensor) -> Tensor:
-    """The features of a batch, in pieces of the size that the file fixes, if it does."""
-    pieces = pixels.split(batch) if isinstance(batch, int) else [pixels]
-    found = [session.run([output], {given: x.cpu().numpy()})[0] for x in pieces]
-    return torch.cat([torch.from_numpy(x) for x in found])
 
 
 _FOLDERS = {"architecture": _timm, "model_type": _transformers}  # by a key of config.json

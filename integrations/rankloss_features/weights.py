@@ -1,15 +1,13 @@
-"""Weights of encoders, which have to fit their models."""
+"""Weights of encoders, which have to fill their models."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # by preference
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # by preference
 _SHOWN = 3  # keys in an error
 
 
@@ -30,57 +28,43 @@ def untrained(info: dict[str, Any], name: str) -> bool:
     return not missing
 
 
-def fill(
-    model: nn.Module,
-    path: str,
-    heads: tuple[str, ...],
-    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-) -> None:
-    """Load weights, all of them, into a model without its classifier.
+def fill(model: Any, path: str) -> None:
+    """Load weights, all of them, into a model of timm without its classifier.
+
+    timm's own ``pretrained_cfg_overlay`` leaves what a file lacks as it is initialised, once a model has no
+    classifier.
 
     Args:
         model: The model.
         path: A file, or a folder with one.
-        heads: The names of the layers that the model lacks.
-        convert: A conversion of weights that do not fit as they are.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: Keys are missing, or there are others than the model's and its classifier's.
+        RuntimeError: Weights are of another shape.
     """
-    from timm.models import load_state_dict
+    from timm.models import load_checkpoint
 
-    stored: dict[str, Tensor] = load_state_dict(_file_of(path))
-    misfits = _misfits(model, stored, heads)
-    if misfits and convert is not None:
-        stored = convert(stored, model)
-        misfits = _misfits(model, stored, heads)
+    # timm's conversion of the weights that a model's authors published; it changes none of its own.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    missing, unexpected = load_checkpoint(model, _file_of(path), strict=False, filter_fn=convert)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    unexpected = [key for key in unexpected if not key.startswith(heads)]
+    kinds = {"missing": missing, "unexpected": unexpected}
+    misfits = [f"{_listed(keys)} {kind}" for kind, keys in kinds.items() if keys]
     if misfits:
         raise ValueError(f"--image-weights {path} does not fit the model: {'; '.join(misfits)}")
-    model.load_state_dict(stored, strict=False)
 
 
 def _file_of(path: str) -> str:
     if not os.path.isdir(path):
         return path
-    found = [sorted(map(str, Path(path).glob(f"*{suffix}"))) for suffix in _SUFFIXES]
+    found = [sorted(map(str, Path(path).glob(f"*{suffix}"))) for suffix in SUFFIXES]
     files = next(filter(None, found), [])
     if len(files) != 1:
-        shown = ", ".join(os.path.basename(x) for x in files) or f"no file of {', '.join(_SUFFIXES)}"
+        shown = ", ".join(os.path.basename(x) for x in files) or f"no file of {', '.join(SUFFIXES)}"
         raise ValueError(f"--image-weights {path} must be a file, or a folder with one; it has {shown}")
     return files[0]
-
-
-def _misfits(model: nn.Module, stored: dict[str, Tensor], heads: tuple[str, ...]) -> list[str]:
-    """Descriptions of the keys that are missing, unexpected or of another shape."""
-    needed = model.state_dict()
-    kinds = {
-        "missing": [x for x in needed if x not in stored and not x.endswith("num_batches_tracked")],
-        "unexpected": [
-            x for x in stored if x not in needed and not x.startswith(tuple(f"{head}." for head in heads))
-        ],
-        "of another shape": [x for x in needed if x in stored and needed[x].shape != stored[x].shape],
-    }
-    return [f"{_listed(keys)} {kind}" for kind, keys in kinds.items() if keys]
 
 
 def _listed(keys: list[str]) -> str:

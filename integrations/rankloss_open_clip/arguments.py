@@ -77,7 +77,7 @@ def companions_of(args: Any) -> Companions | None:
     loss = chosen(args)
     parts, where = [*loss.companions()], loss.reference_features
     if where is not None:
-        parts.append(RowCompanion("row of features", Features(where), "reference_"))
+        parts.append(RowCompanion(Features(where)))
     return Companions(parts) if parts else None
 
 

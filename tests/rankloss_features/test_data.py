@@ -1,10 +1,11 @@
-"""Pictures of the data are those that the trainers see."""
+"""Pairs are those that the trainers see, and are bound to their own rows alone."""
 
 from __future__ import annotations
 
 import inspect
 import io
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ import numpy as np
 import open_clip_train.data
 import pytest
 from PIL import Image
+from tiny_teacher import ROWS, WIDTH, data_of, picture, teacher, written
 
+from rankloss_features import Features, bind
+from rankloss_features.binding import COLUMN, references
+from rankloss_features.checking import report
 from rankloss_features.data import IMAGES, Table
+from rankloss_features.folder import NAMES, hashes_of_pairs, write_about
 
 
 def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
@@ -39,3 +45,85 @@ def test_the_cameras_orientation_counts_where_it_counts_in_training(
     trained = data[0]["image"].convert("RGB") if kind == "datasets" else picture
     np.testing.assert_array_equal(np.asarray(samples[0].open()), np.asarray(trained))
     assert data[0]["image"].size == (4, 2) != picture.size
+
+
+# --- binding ----------------------------------------------------------------------------------------------
+
+
+def pairs(*, is_named: bool) -> Any:
+    """Pictures in memory, with a path's name or without, of seven captions."""
+    images = [{"bytes": picture(i), "path": f"{i}.png" if is_named else None} for i in range(ROWS)]
+    columns = {"image": images, "caption": [f"a photograph of class {i % 7}" for i in range(ROWS)]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["named", "nameless"])
+def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """Data, and the folder of their features."""
+    data, folder = pairs(is_named=request.param), tmp_path_factory.mktemp("bound")
+    return data, written(folder / "x", Table(data, "image", "caption", data="given"), teacher()).path
+
+
+def another_caption(row: dict[str, Any], i: int) -> dict[str, Any]:
+    return {"caption": "another"} if i == 5 else row
+
+
+HINT = "bind before you shuffle, select or split$"
+SPOILT = [
+    (
+        lambda x: x.select([7, *range(1, 7), 0, *range(8, ROWS)]),
+        f"row 0 of the data, .*is row 7 of the 40.*{HINT}",
+    ),
+    (
+        lambda x: x.map(another_caption, with_indices=True),
+        "row 5 .*'another', is none of the 40 rows of .*/x$",
+    ),
+    (lambda x: x.select(range(ROWS - 1)), f"has 39: row 39 is missing: {HINT}"),
+    (lambda x: x.select([3, 4]), f"row 0 .*is row 3 .*{HINT}"),
+    (lambda x: x.select([*range(ROWS), 0]), f"row 40 .*is row 0 of the 40 .*{HINT}"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SPOILT)
+def test_data_are_bound_to_their_own_rows_alone(bound: tuple[Any, str], change: Any, message: str) -> None:
+    data, path = bound
+    with pytest.raises(ValueError, match=message):
+        bind(change(data), path)
+    with pytest.raises(ValueError, match=message.removesuffix(HINT).rstrip(": ")):
+        report(path, Table(change(data), "image", "caption", data="the data"))
+
+
+def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) -> None:
+    data, path = bound
+    features, rows = Features(path), np.random.default_rng(0).permutation(ROWS)[:9]
+    shuffled = bind(data, path).select(rows)
+    shuffled.save_to_disk(tmp_path / "saved")
+    for found in (shuffled, datasets.load_from_disk(tmp_path / "saved")):
+        taken = references(features, np.array(found[COLUMN]))
+        for name in NAMES:
+            np.testing.assert_array_equal(taken[f"reference_{name}"], features.take(rows)[name])
+    other = written(tmp_path / "other", data_of("csv", tmp_path / "data"), teacher()).path
+    with pytest.raises(ValueError, match=f"row {rows[0]} of the data is not row {rows[0]} of {other}"):
+        references(Features(other), np.array(shuffled[COLUMN]))
+
+
+def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
+    """A row's number and hash are 16 bytes, of which there are some copies; a list of arrays takes 1,380."""
+    rows = 50_000
+    images, captions = [f"a/{i}.png" for i in range(rows)], [f"caption {i}" for i in range(rows)]
+    found = hashes_of_pairs(captions, (x[2:] for x in images))
+    arrays = {
+        "text_features": np.ones((rows, WIDTH), np.float16),
+        "pairs": found,
+        "rows": found + np.uint64(1),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    about = {"complete": True, "rows": rows, "widths": {NAMES[1]: WIDTH}, "dtype": "float16", "skipped": 0}
+    write_about(tmp_path, about, arrays["rows"])
+    data = datasets.Dataset.from_dict({"image": images, "caption": captions})
+    tracemalloc.start()
+    bind(data, str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * rows

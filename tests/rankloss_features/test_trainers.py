@@ -1,4 +1,4 @@
-"""Data are bound to their own rows, and the examples of the teachers' page train as printed."""
+"""The examples of the teachers' page train as printed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import tiny_transformers
 from taught import ROWS, features, folder
 from tiny_transformers import Pairs, clip
 
-from rankloss_features import bind
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 from rankloss_trainers.transformers import ContrastiveTrainer
 
@@ -33,25 +32,6 @@ def pairs() -> Any:
         "caption": [f"caption {i}" for i in range(ROWS)],
     }
     return datasets.Dataset.from_dict({**names, **columns}).with_format("torch")
-
-
-def another_caption(row: dict[str, Any], i: int) -> dict[str, Any]:
-    return {"caption": "another"} if i == 5 else row
-
-
-SPOILT = [
-    (lambda data: data.select([1, 0, *range(2, ROWS)]), "row 0 .* in row 1"),
-    (lambda data: data.map(another_caption, with_indices=True), "row 5 .*'another'"),
-    (lambda data: data.select(range(ROWS - 1)), "row 31 is missing"),
-    (lambda data: data.select([*range(ROWS), 0]), "row 32 .*32 rows"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), SPOILT)
-def test_data_are_bound_to_their_own_rows_alone(tmp_path: Path, change: Any, message: str) -> None:
-    path = folder(tmp_path / "x", pairs(), features(), "image", "caption")
-    with pytest.raises(ValueError, match=message):
-        bind(change(pairs()), path)
 
 
 # --- the page ---------------------------------------------------------------------------------------------

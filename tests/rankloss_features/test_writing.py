@@ -37,7 +37,7 @@ from tiny_teacher import (
 )
 from torch import Tensor
 
-from rankloss_features import Features
+from rankloss_features import Features, writing
 from rankloss_features.data import Shards, groups_of
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
@@ -45,8 +45,13 @@ from rankloss_features.teachers import Encoder, Teacher
 KINDS = ("csv", "webdataset")
 
 
-def test_only_rows_that_do_not_fit_are_computed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_older", [False, True])
+def test_only_rows_that_do_not_fit_are_computed_again(
+    tmp_path: Path, is_older: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In an unfinished folder, which earlier releases wrote under the files' own names."""
     data, output, calls = data_of("csv", tmp_path), tmp_path / "output", []
+    monkeypatch.setattr(writing, "_ESTIMATED", 0.0)
 
     def count(_: str, features: Tensor) -> Tensor:
         calls.append(len(features))
@@ -55,13 +60,18 @@ def test_only_rows_that_do_not_fit_are_computed_again(tmp_path: Path) -> None:
     assert killed_at(3, output, data) == -9
     with pytest.raises(ValueError, match="unfinished"):
         Features(str(output))
-    images = np.load(output / "image_features.npy", mmap_mode="r+")
+    images = np.load(output / ".image_features.npy", mmap_mode="r+")
     images[1, 2:] = 0  # a page that never reached the disk
     images.flush()
+    for draft in output.glob(".*.npy") if is_older else ():
+        draft.rename(output / draft.name[1:])
     for left in (ROWS - BATCH, 0):  # of two batches that were done, one is damaged
         written(output, data, teacher(count)).check()
         assert sum(calls) == 2 * left
         calls.clear()
+        said = capsys.readouterr().err
+        assert said.count("about 00:0") == (left > 0)
+        assert said.count("left; 40 rows will take 0.0 MB") == (left > 0)
 
 
 def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(

@@ -114,7 +114,7 @@ def test_companions_join_the_output_of_one_call_of_the_model(
     tmp_path: Path, kinds: str, named: bool, wrap: str
 ) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    rows = RowCompanion("row", Features(stored(tmp_path / "x", **arrays)), "reference_")
+    rows = RowCompanion(Features(stored(tmp_path / "x", **arrays)))
     possible = {"caption": CAPTION, "features": rows}
     companions = Companions([possible[kind] for kind in kinds.split(" and ")])
     plain, clip = model(), model()

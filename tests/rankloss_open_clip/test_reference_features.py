@@ -24,7 +24,7 @@ BOTH = unit_rows(4, 2)
 
 
 def companion_of(where: str) -> Any:
-    return RowCompanion("row of features", Features(where), "reference_")
+    return RowCompanion(Features(where))
 
 
 def taken_apart(companion: Any, texts: list[str]) -> dict[str, Tensor]:

