@@ -36,7 +36,7 @@ class TrainerLoss(Runtime):
 
     Args:
         base: The loss that the trainer built.
-        args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.command_line`.
+        args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.arguments`.
         sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
 
     Attributes:

@@ -47,7 +47,7 @@ from rankloss_features.checking import report
 from rankloss_features.data import Data, Sample, Shards
 from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
-from rankloss_open_clip.command_line import check_run
+from rankloss_open_clip.arguments import check_run
 from rankloss_trainers import catalog
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
