@@ -37,7 +37,8 @@ class Candidates:
 
     It is a companion of the picture's own caption (:class:`rankloss_open_clip.companions.Companion`). The
     model encodes the own captions and all candidates of a batch in one call. In each row of integers are the
-    number of places in use, and for each place an id of its text, the bits of its grade, and its tokens.
+    number of places in use, an id of the picture, and for each place an id of its text, the bits of its
+    grade, and its tokens.
 
     Args:
         own_on_top: The own caption has the first place of its list and the largest grade.
@@ -62,7 +63,8 @@ class Candidates:
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
-        return [json.dumps(x) for x in lists]
+        pictures = map(id_of, map(str, dataset.images))
+        return [json.dumps([picture, *x]) for picture, x in zip(pictures, lists, strict=True)]
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
         """The two members of a webdataset sample, which are taken out of it.
@@ -82,7 +84,8 @@ class Candidates:
                 "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
             )
         candidates, grades = (sample.pop(name) for name in members)
-        return json.dumps(self._list(caption, candidates, grades, where))
+        picture = id_of((sample.get("__url__"), sample["__key__"]))
+        return json.dumps([picture, *self._list(caption, candidates, grades, where)])
 
     def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
         """The texts of a list, with the own caption where it has a place, and their grades."""
@@ -113,7 +116,7 @@ class Candidates:
         return torch.stack([self._encoded(tokenize, *json.loads(text)) for text in texts])
 
     def _encoded(
-        self, tokenize: Callable[[list[str]], Tensor], captions: list[str], grades: list[float]
+        self, tokenize: Callable[[list[str]], Tensor], picture: int, captions: list[str], grades: list[float]
     ) -> Tensor:
         used = len(captions)
         free = self._places - used
@@ -121,7 +124,7 @@ class Candidates:
         bits = torch.tensor(grades, dtype=torch.float64).view(torch.int64)
         tokens = tokenize(captions[self.own :])
         parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
-        return torch.cat([torch.tensor([used]), *parts])
+        return torch.cat([torch.tensor([used, picture]), *parts])
 
     @property
     def _places(self) -> int:
@@ -132,7 +135,7 @@ class Candidates:
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
         """The texts, then the candidates of all lists, padding left out."""
         is_used = self._is_used(encoded)[:, self.own :]
-        tokens = encoded[:, 1 + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
+        tokens = encoded[:, 2 + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
         return torch.cat([texts, tokens.unflatten(1, (-1, texts.shape[1]))[is_used]])
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
@@ -150,8 +153,9 @@ class Candidates:
             "text_features": texts,
             "query_features": output["image_features"],
             "candidate_features": features,
-            "candidate_ids": encoded[:, 1 : 1 + places],
-            "grades": encoded[:, 1 + places : 1 + 2 * places].contiguous().view(torch.float64),
+            "query_ids": encoded[:, 1],
+            "candidate_ids": encoded[:, 2 : 2 + places],
+            "grades": encoded[:, 2 + places : 2 + 2 * places].contiguous().view(torch.float64),
             "mask": mask,
         }
 

@@ -31,13 +31,14 @@ BUILT_IN = {
     "rankclip-in": "rankloss_trainers.own_losses:RankClipIn",
     "rankclip-distill": "rankloss_trainers.own_losses:RankClipDistill",
     "mimicry": "rankloss_trainers.own_losses:Mimicry",
+    "clip-ids": "rankloss_trainers.clip_ids:ClipIds",
     "clip-streamed": "rankloss_trainers.own_losses:ClipStreamed",
     "siglip-streamed": "rankloss_trainers.own_losses:SigLipStreamed",
     "ranked-lists": "rankloss_trainers.ranked_lists:RankedListsBesidePairs",
 }
 """rankloss's own losses."""
 
-PREFIXES = ("rankclip", "mimicry", "streamed", "ranked-lists")
+PREFIXES = ("rankclip", "mimicry", "clip-ids", "streamed", "ranked-lists")
 """The prefixes of the options of rankloss's own losses."""
 
 TRAINERS_OWN = "clip"

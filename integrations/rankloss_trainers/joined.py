@@ -23,6 +23,7 @@ class Joined(NamedLoss):
     teacher = property(lambda self: next(iter(self._each("teacher")), None))
     reference_features = property(lambda self: next(iter(self._each("reference_features")), None))
     caption_key = property(lambda self: next(iter(self._each("caption_key")), None))
+    pair_key = property(lambda self: next(iter(self._each("pair_key")), None))
     keeps_distillation = property(lambda self: all(part.keeps_distillation for part in self.parts))
     citation = property(lambda self: "\n".join(self._each("citation")))
 

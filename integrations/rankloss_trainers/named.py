@@ -237,6 +237,8 @@ class NamedLoss:
         reference_features: The folder of the teacher's features, usually an option.
         caption_key: The key of a second caption in the training data, usually an option. The module is then
             called with ``caption_features`` too.
+        pair_key: The key of the pairs' ids in the training data, usually an option. The module is then called
+            with ``pair_ids`` too.
         keeps_distillation: The distillation term of a trainer that has a teacher stays in the base.
         no_sigmoid: The reason why it does not work where the trainer's own is a sigmoid loss; or empty.
         only_sigmoid: The reason why it works only there; or empty.
@@ -252,6 +254,7 @@ class NamedLoss:
     teacher: Any = None
     reference_features: Any = None
     caption_key: Any = None
+    pair_key: Any = None
     keeps_distillation: Any = True
     no_sigmoid: Any = ""
     only_sigmoid: Any = ""

@@ -122,7 +122,8 @@ class RankClip(NamedLoss):
             raise OptionError("distill_loss", "exclude needs reference teacher, or the teacher has no use")
 
     def build(self, base: Any, gather: Gather) -> rankloss.RankClipLoss:
-        if type(base) in (rankloss.ClipLoss, rankloss.SigLipLoss):  # a subclass has other arguments
+        # A subclass has other arguments, and a loss with ids is clip-ids, which has options of its own.
+        if type(base) in (rankloss.ClipLoss, rankloss.SigLipLoss) and base.same_id is None:
             streaming = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
             base = type(base)(gather=base.gather, **streaming)
         return rankloss.RankClipLoss(

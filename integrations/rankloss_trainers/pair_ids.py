@@ -1,7 +1,8 @@
-"""Ids of pairs that belong together, as data: made from texts or integers, checked, and counted per batch."""
+"""Ids of pairs that belong together, as data: made from texts or integers, checked, and counted."""
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from rankloss_trainers.lists import id_of, identity
 
 _LARGEST = 2**63 - 1
-_BATCHES = 100  # after so many without a partner a run is told
+_LONGEST = 2**16  # tokens of a text
 
 
 def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
@@ -67,6 +68,35 @@ def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
+def ids_of_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The ids of tokenized texts, ``[N]``: hashes of the rows, made on their device without a wait.
+
+    They are linear in the tokens, modulo 2⁶⁴, with odd factors that are the same everywhere.
+
+    Args:
+        tokens: ``[N, L]``, integers, L at most 2¹⁶.
+        mask: ``[N, L]``, zero at padding; None where padding is part of the text.
+
+    Example:
+        >>> tokens, mask = torch.tensor([[5, 7, 0], [7, 5, 0], [5, 7, 9]]), torch.tensor([[1, 1, 0]] * 3)
+        >>> ids = ids_of_tokens(tokens, mask)
+        >>> (ids[:, None] == ids).int().tolist()
+        [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    """
+    factor, offset = _factors(tokens.device)[:, : tokens.shape[1]]
+    used = torch.ones_like(tokens) if mask is None else (mask != 0).to(tokens.dtype)
+    ids: Tensor = ((tokens.long() * factor + offset) * used.long()).sum(-1)  # a token 0 counts too
+    return ids
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """Odd numbers of 64 bits, two for each place of a text; they do not depend on a batch's longest one."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-(2**62), 2**62, (2, _LONGEST), generator=generator, device="cpu")
+    return (numbers * 2 + 1).to(device)
+
+
 def check_column(ids: Tensor, column: str) -> None:
     """Raise a ValueError for a whole column of one id, by which all pairs would belong together.
 
@@ -96,51 +126,3 @@ def have_partners(ids: Tensor) -> Tensor:
     equals_next = ordered[1:] == ordered[:-1]
     edge = equals_next.new_zeros(1)
     return (torch.cat([edge, equals_next]) | torch.cat([equals_next, edge])).sum()
-
-
-class Partners:
-    """The share of the pairs of an epoch that had a partner in their batch.
-
-    The ids of a batch are those of all processes, as the loss has them. Counts stay on their device; they are
-    read after the hundredth batch, if no earlier epoch had a partner, and at the end of an epoch.
-
-    Example:
-        >>> partners = Partners("captions")
-        >>> partners.add(torch.tensor([1, 2, 1, 3]))
-        >>> partners.end_of_epoch()
-        '50.0 % of the pairs had a partner of the same captions in their batch'
-    """
-
-    def __init__(self, column: str) -> None:
-        self.column = column
-        self._found: Tensor | int = 0
-        self._pairs = self._batches = 0
-        self._has_any = False
-
-    def add(self, ids: Tensor) -> str | None:
-        """Count a batch; after the first hundred without any partner, a sentence that says so."""
-        self._found = self._found + have_partners(ids)
-        self._pairs += len(ids)
-        self._batches += 1
-        if self._batches != _BATCHES or self._has_any:
-            return None
-        self._has_any = bool(self._found)
-        return (
-            None
-            if self._has_any
-            else f"{self._none_of()} in the first {_BATCHES} batches: ids change nothing"
-        )
-
-    def end_of_epoch(self) -> str | None:
-        """The sentence for the log, or None after an epoch without batches; the next epoch starts at 0."""
-        if not self._pairs:
-            return None
-        found = int(self._found)
-        share = f"{found / self._pairs:.1%}".replace("%", " %")
-        said = f"{share} of the pairs had a partner of the same {self.column} in their batch"
-        self._has_any, pairs = self._has_any or found > 0, self._pairs
-        self._found = self._pairs = 0
-        return said if found else f"{self._none_of()} in {pairs} pairs: ids change nothing"
-
-    def _none_of(self) -> str:
-        return f"no pair had a partner of the same {self.column} in its batch"

@@ -65,9 +65,23 @@ class RankedListsTerm(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        query_ids: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands; inputs that are of no list are the base's."""
+        """The loss, or with ``output_dict`` its summands.
+
+        Args:
+            logit_scale: The multiplier s.
+            logit_bias: A bias of the base.
+            output_dict: Return a dict.
+            query_ids: ``[N]`` integers, which tell a query that is twice in the batch where its features
+                differ, as those of two crops of a picture do. With in-batch negatives they are compared at
+                each call, for which an accelerator's host waits.
+            **inputs: Those of the lists; the others are the base's.
+        """
+        if query_ids is not None and self.lists.in_batch_negatives:
+            _check_distinct(self.lists.gather.items(query_ids))
         lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}
         has_pairs = "text_features" in inputs
         if self.base is not None and self.needs_pairs and not has_pairs:
@@ -83,6 +97,17 @@ class RankedListsTerm(nn.Module):
                 logit_scale = logit_scale + 0.0 * logit_bias
         loss = self.lists(**lists, logit_scale=logit_scale)
         return combined(entries, {"ranked_lists_loss": self.weight * loss}, output_dict)
+
+
+def _check_distinct(ids: Tensor) -> None:
+    """Raise a ValueError, the same on all processes, for a query twice in a batch."""
+    values, counts = ids.unique(return_counts=True)
+    if len(values) < len(ids):
+        rows = (ids == values[counts.argmax()]).nonzero().flatten()[:2].tolist()
+        raise ValueError(
+            f"rows {rows[0]} and {rows[1]} of the batch are one query, whose candidates would be each "
+            "other's in-batch negatives: give all candidates of a query as one list"
+        )
 
 
 # --- as it is named ---------------------------------------------------------------------------------------

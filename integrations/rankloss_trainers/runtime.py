@@ -321,7 +321,8 @@ class Runtime(nn.Module):
         self.unit, self.step = "step", 0
         self._log, self.has_fixed_entries = chosen.log(), False
         innermost = innermost_of(loss)
-        self._base = base if innermost is loss else innermost
+        # Evaluation data have no ids, so the trainer's own loss is evaluated.
+        self._base = base if innermost is loss or getattr(innermost, "same_id", None) else innermost
         if isinstance(innermost, RankedListsTerm):  # without a base
             self._base = None
         self._first_state = deepcopy(loss.state_dict())

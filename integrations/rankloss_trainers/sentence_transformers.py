@@ -24,8 +24,10 @@ from rankloss_features.binding import taught
 from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
-from rankloss_trainers.named import NamedLoss, Options
+from rankloss_trainers.named import NamedLoss, OptionError, Options
+from rankloss_trainers.pair_ids import ids_of_tokens
 from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, given_loss
 
 with extra("sentence-transformers"):
@@ -145,6 +147,9 @@ class ContrastiveLoss(EmbeddingLoss):
         self.run = Runtime(HOST, given_loss(loss, options), gather=gather)
         self.run.has_fixed_entries = True  # the trainer divides every entry by all steps
         self.image_column = None if self.run.features is not None else 0
+        if self.run.chosen.pair_key not in (None, CAPTIONS, "label"):
+            text = f"must be {CAPTIONS} or label, the columns that a loss is given"
+            raise OptionError("key", f"{text}; got {self.run.chosen.pair_key!r}")
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
@@ -163,17 +168,26 @@ class ContrastiveLoss(EmbeddingLoss):
                 f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
                 + text * (len(columns) > 2)
             )
-        embeddings = map(self.embedded, reversed(columns) if self.image_column else columns)
-        entries = self._entries(dict(zip(NAMES, embeddings, strict=True)), labels)
+        columns = columns[::-1] if self.image_column else columns
+        features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
+        entries = self._entries(features, labels, columns[1])
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
-    def _entries(self, features: dict[str, Tensor], labels: Tensor | None) -> Entries:
+    def _entries(
+        self, features: dict[str, Tensor], labels: Tensor | None, texts: dict[str, Tensor]
+    ) -> Entries:
         if not torch.is_grad_enabled():
             return self.run.evaluate(**features, logit_scale=self.scale)
         if self.image_column is None:
             raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
-        teacher = taught(self.run.features, labels)
-        entries: Entries = self.run(**features, logit_scale=self.scale, **teacher)
+        key, more = self.run.chosen.pair_key, taught(self.run.features, labels)
+        if key == CAPTIONS:
+            more["pair_ids"] = ids_of_tokens(texts["input_ids"], texts.get("attention_mask"))
+        elif key is not None:
+            if labels is None:
+                raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
+            more["pair_ids"] = labels
+        entries: Entries = self.run(**features, logit_scale=self.scale, **more)
         return entries
 
     def get_config_dict(self) -> dict[str, Any]:

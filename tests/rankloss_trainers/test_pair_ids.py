@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankloss_trainers.pair_ids import Partners, check_column, have_partners, ids_of
+from rankloss_trainers.pair_ids import check_column, have_partners, ids_of, ids_of_tokens
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
 
@@ -73,20 +73,13 @@ def test_partners_are_counted(ids: list[int]) -> None:
     assert have_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
 
 
-def test_an_epoch_says_its_share_and_a_run_without_partners_that_it_has_none() -> None:
-    alone, twins = torch.arange(4), torch.tensor([1, 1, 2, 3])
-    partners = Partners("key")
-    assert partners.end_of_epoch() is None
-    said = [partners.add(alone) for _ in range(101)]
-    assert [i for i, x in enumerate(said) if x] == [99]
-    assert said[99] == "no pair had a partner of the same key in its batch in the first 100 batches: " + (
-        "ids change nothing"
-    )
-    assert partners.end_of_epoch() == (
-        "no pair had a partner of the same key in its batch in 404 pairs: ids change nothing"
-    )
-    for ids in (twins, alone):
-        partners.add(ids)
-    assert partners.end_of_epoch() == "25.0 % of the pairs had a partner of the same key in their batch"
-    partners = Partners("key")
-    assert not any(partners.add(ids) for ids in [twins, *[alone] * 150])
+def test_ids_of_tokens_are_equal_for_equal_texts_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3, (400, 6), generator=generator)
+    mask = (torch.arange(6) < torch.randint(1, 7, (400, 1), generator=generator)).long()
+    texts = [tuple(row[: int(used)].tolist()) for row, used in zip(tokens, mask.sum(1), strict=True)]
+    ids = ids_of_tokens(tokens, mask)
+    assert len({*ids.tolist()}) == len({*texts}) < 400
+    assert len({*zip(ids.tolist(), texts, strict=True)}) == len({*texts})
+    padded = torch.nn.functional.pad(tokens, (0, 3), value=7), torch.nn.functional.pad(mask, (0, 3))
+    assert torch.equal(ids_of_tokens(*padded), ids)

@@ -61,6 +61,15 @@ def test_a_base_is_trained_where_the_data_have_pairs() -> None:
         terms[1](SCALE, **LISTS)
 
 
+def test_a_query_twice_in_a_batch_is_refused_where_its_candidates_would_be_negatives() -> None:
+    ids = torch.tensor([3, 1, 2, 1, 0])
+    RankedListsTerm(rankloss.RankedLists())(SCALE, query_ids=ids, **LISTS)
+    term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=True))
+    term(SCALE, query_ids=torch.arange(5), **LISTS)
+    with pytest.raises(ValueError, match=r"rows 1 and 3 of the batch are one query, .* as one list"):
+        term(SCALE, query_ids=ids, **LISTS)
+
+
 def test_options_reach_the_loss() -> None:
     given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": "7", "base_loss": "exclude"}
     gather = rankloss.Gather(rank=0, world_size=1)

@@ -177,6 +177,8 @@ def check_loader(loader: Any) -> None:
 def check_run(run: Runtime) -> None:
     """Raise an OptionError for options that are for other trainers."""
     for part in run.chosen.parts:
+        if part.pair_key is not None:
+            raise ValueError(f"{part.name} needs a table of pairs; one of lists has no ids")
         for key in {"own_caption", "max_candidates"} & part.changed.keys():
             text = f"is for open_clip's trainer; got {part.changed[key]!r}"
             raise OptionError(key, text, part.name if run.chosen is not part else "")

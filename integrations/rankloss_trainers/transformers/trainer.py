@@ -14,10 +14,12 @@ import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
+from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss
+from rankloss_trainers.pair_ids import ids_of_tokens
 from rankloss_trainers.runtime import Entries, Runtime, given_loss
-from rankloss_trainers.transformers import embeddings, teacher_columns
+from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
 
 with extra("transformers"):
@@ -123,11 +125,21 @@ class ContrastiveTrainer(transformers.Trainer):
         padding: bool | str = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
         return list_table.RankedListsCollator(self.processing_class, padding, unique)
 
+    @property
+    def _pair_column(self) -> str | None:
+        """The column of the pairs' ids; None where the captions are the ids, or without."""
+        key: str | None = self.loss_runtime.chosen.pair_key
+        return None if key == CAPTIONS else key
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
-        collate, run = self.data_collator, self.loss_runtime
-        run.name_columns(teacher_columns.columns_of(self.train_dataset))
-        self.data_collator = functools.partial(teacher_columns.collate_checked, collate, run.features)
+        collate, run, key = self.data_collator, self.loss_runtime, self._pair_column
+        run.name_columns(pair_columns.columns_of(self.train_dataset))
+        checked = functools.partial(pair_columns.collate_checked, collate, run.features)
+        if key is not None:
+            pair_columns.check_ids(self.train_dataset, key)
+            checked = functools.partial(pair_columns.collate_ids, checked, key)
+        self.data_collator = checked
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -164,7 +176,13 @@ class ContrastiveTrainer(transformers.Trainer):
         return outputs, run.evaluate(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
-        of_loss = {name: inputs[name] for name in TEACHER if name in inputs}
+        of_loss = {name: inputs[name] for name in (*TEACHER, "pair_ids") if name in inputs}
+        if self.loss_runtime.chosen.pair_key == CAPTIONS:
+            if "input_ids" not in inputs:
+                raise ValueError(
+                    f"clip-ids needs input_ids, or the name of a column; got {', '.join(inputs)}"
+                )
+            of_loss["pair_ids"] = ids_of_tokens(inputs["input_ids"], inputs.get("attention_mask"))
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         own = self.accelerator.unwrap_model(model)
@@ -217,7 +235,8 @@ class ContrastiveTrainer(transformers.Trainer):
         columns = cast("list[str]", self._signature_columns)
         # Columns that the loss takes and the model does not, which would be dropped as unused.
         of_lists = list_table.COLUMNS if self.loss_runtime.takes_lists else ()
-        kept = dict.fromkeys([*columns, *of_lists, *TEACHER, COLUMN])
+        of_ids = [] if self._pair_column is None else [self._pair_column]
+        kept = dict.fromkeys([*columns, *of_lists, *of_ids, *TEACHER, COLUMN])
         self._signature_columns: Any = list(kept)
 
 

@@ -1,4 +1,4 @@
-"""A teacher's features of each pair: columns of the training data, or a folder that these are bound to."""
+"""Data of each pair for the loss: a teacher's features as columns or from a folder, and ids as a column."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rankloss.checks import check_teacher
 from rankloss.losses import TEACHER
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
+from rankloss_trainers.pair_ids import check_column, ids_of
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
@@ -45,6 +46,41 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
+
+
+def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
+    """A batch with the ids of its pairs, ``pair_ids``, from a column that the collator is not given.
+
+    Args:
+        collate: The collator that makes the batch.
+        key: The column, of texts or integers.
+        examples: The examples of the batch.
+
+    Raises:
+        ValueError: There is no such column, or its values are no ids.
+    """
+    missing = [n for n, example in enumerate(examples) if key not in example]
+    if missing:
+        raise ValueError(
+            f"the data have no column {key} of ids; row {missing[0]} has {', '.join(examples[0])}"
+        )
+    ids = ids_of([_plain(example[key]) for example in examples], key)
+    return {**collate([{name: x[name] for name in x if name != key} for x in examples]), "pair_ids": ids}
+
+
+def check_ids(dataset: Any, key: str) -> None:
+    """Raise a ValueError for a column of ids that a table lacks, or in which all rows are equal."""
+    names = getattr(dataset, "column_names", None)
+    if not isinstance(names, list) or isinstance(dataset, IterableDataset):
+        return
+    if key not in names:
+        raise ValueError(f"the data have no column {key} of ids; they have {', '.join(names)}")
+    check_column(ids_of([_plain(x) for x in dataset[key]], key), key)
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python in place of a tensor or an array of one."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def columns_of(dataset: Any) -> list[str]:

@@ -1,0 +1,161 @@
+"""The loss ``clip-ids``: pairs that belong together, by the id that each of them has in the data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import rankloss
+from rankloss.distributed import Gather
+from rankloss.options import RankOptions
+from rankloss_features.data import named_sample
+from rankloss_trainers.candidates import columns_of
+from rankloss_trainers.named import NamedLoss, option, option_of
+from rankloss_trainers.pair_ids import check_column, have_partners, ids_of
+
+CAPTIONS = "captions"
+"""The key of ids that are equal for equal captions."""
+
+_logger = logging.getLogger("rankloss_trainers")
+_BATCHES = 100  # after so many without a partner a run is told
+
+
+class ClipIds(NamedLoss):
+    """The trainer's own loss, in which pairs of one id are no negatives of each other."""
+
+    citation = """@inproceedings{yang2022unicl,
+    title = {Unified Contrastive Learning in Image-Text-Label Space},
+    author = {Yang, Jianwei and Li, Chunyuan and Zhang, Pengchuan and Xiao, Bin and Liu, Ce and Yuan, Lu and Gao, Jianfeng},
+    booktitle = {CVPR},
+    year = {2022},
+}"""  # noqa: E501
+
+    same: Literal["ignore", "share"] = option(
+        "ignore", "pairs of one id leave each other's terms, or share their targets"
+    )
+    key: str = option(
+        CAPTIONS,
+        "where the ids are: captions, of which equal texts have one; or a column of the data; in a "
+        "webdataset __key__, the extension of a text file, or json:FIELD",
+        metavar="KEY",
+        for_trainer=True,
+    )
+    chunk_size: int | None = option_of(RankOptions, "chunk_size")
+    memory_budget: int | None = option_of(RankOptions, "memory_budget")
+
+    @property
+    def pair_key(self) -> str:
+        return self.key
+
+    def build(self, base: Any, gather: Gather) -> nn.Module:
+        """CLIP's or SigLIP's loss with ids in place of the one without."""
+        kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
+        if not kinds:
+            text = f"clip-ids is CLIP's or SigLIP's loss, but the trainer trains with {type(base).__name__}"
+            raise ValueError(text)
+        streaming = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
+        return kinds[0](same_id=self.same, gather=gather, **streaming)
+
+    def companions(self) -> list[PairIds]:
+        return [PairIds(self.key)]
+
+    def log(self) -> PartnersLog:
+        return PartnersLog(self.key)
+
+
+class PairIds:
+    """The id of each pair in open_clip's data, which joins the model's output as ``pair_ids``.
+
+    It is a companion of the caption (:class:`rankloss_open_clip.companions.Companion`): a hash that is made
+    where the text is read, and so the same on all processes.
+
+    Args:
+        key: The option ``key`` of :class:`ClipIds`.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.name = f"id of the pairs ({key})"
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> list[int]:
+        """The ids of a CSV file's rows.
+
+        Raises:
+            ValueError: The file has no such column, or a column of it that holds no ids.
+        """
+        if self.key == CAPTIONS:
+            return ids_of([str(x) for x in dataset.captions], CAPTIONS).tolist()
+        (column,) = columns_of(path, separator, self.key)
+        ids = ids_of(column.tolist(), self.key)
+        check_column(ids, self.key)
+        return ids.tolist()
+
+    def of_sample(self, sample: Mapping[str, Any], caption: str) -> int:
+        """The id of a webdataset sample.
+
+        Raises:
+            ValueError: The sample has none.
+        """
+        kind, _, field = self.key.partition(":")
+        try:
+            if self.key == CAPTIONS:
+                value: Any = caption
+            else:
+                value = json.loads(sample["json"])[field] if kind == "json" else sample[self.key]
+        except (KeyError, TypeError, ValueError):
+            members = ", ".join(name for name in sample if not name.startswith("__"))
+            where = named_sample(sample)
+            raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}") from None
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        return int(ids_of([value], self.key))
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """The ids as integers, ``[n, 1]``."""
+        return torch.tensor([[int(text)] for text in texts])
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
+        """The texts as they are."""
+        return texts
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """The output and the ids."""
+        return {**output, "pair_ids": encoded[:, 0]}
+
+
+class PartnersLog:
+    """The share of a batch's pairs that have a partner of their id in it, of all processes.
+
+    After the first hundred batches without any partner the log says so once: ids change nothing then.
+
+    Args:
+        key: The option ``key`` of :class:`ClipIds`.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._found: Tensor | int = 0
+        self._batches = 0
+
+    def __call__(
+        self,
+        criterion: nn.Module,
+        entries: Mapping[str, Tensor],  # noqa: ARG002
+        step: int,  # noqa: ARG002
+        inputs: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """``pairs_with_partner``, from 0 to 1."""
+        losses = (x for x in criterion.modules() if getattr(x, "same_id", None) is not None)
+        gather: Gather = next(losses).gather  # type: ignore[assignment]
+        ids = gather.items(inputs["pair_ids"])
+        found = have_partners(ids)
+        self._batches += 1
+        self._found = self._found + found if self._batches <= _BATCHES else 0
+        if self._batches == _BATCHES and not bool(self._found) and gather.place[0] == 0:
+            text = "No pair had a partner of the same %s in the first %d batches: clip-ids changes nothing"
+            _logger.warning(text, self.key, _BATCHES)
+        return {"pairs_with_partner": found / len(ids)}

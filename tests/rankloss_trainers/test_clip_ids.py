@@ -1,0 +1,168 @@
+"""The loss clip-ids: where ids come from in each trainer, and that they reach the loss."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_sentences import pairs as sentences
+from tiny_sentences import tiny
+from tiny_sentences import train as train_sentences
+from tiny_sentences import weights as weights_of_sentences
+from tiny_transformers import SGD, Pairs, build, clip, column, train, weights
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import rankloss
+import rankloss_trainers
+from rankloss_trainers.catalog import choose
+from rankloss_trainers.clip_ids import PartnersLog
+from rankloss_trainers.pair_ids import ids_of_tokens
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
+
+IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
+ALONE = rankloss.Gather(rank=0, world_size=1)
+
+
+def batch(seed: int = 0) -> list[Tensor]:
+    return [*normalize(torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(seed)), dim=-1)]
+
+
+@pytest.mark.parametrize("same", ["ignore", "share"])
+@pytest.mark.parametrize("name", ["clip-ids", "clip-ids+rankclip", "clip-ids+cyclip"])
+def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
+    options = {"same": same} if name == "clip-ids" else {"clip-ids": {"same": same}}
+    loss = rankloss_trainers.create(name, **options)
+    loss.set_progress(1, 3)
+    entries = loss(*batch(), 8.0, output_dict=True, pair_ids=IDS)
+    expected = rankloss.ClipLoss(same_id=same)(*batch(), 8.0, pair_ids=IDS)
+    assert torch.equal(entries["contrastive_loss"], expected)
+    with pytest.raises(ValueError, match="needs pair_ids"):
+        loss(*batch(), 8.0)
+    sigmoid = choose(name, options).build(rankloss.SigLipLoss(gather=False), ALONE)
+    bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
+    assert [x.same_id for x in bases] == [same]
+
+
+def test_it_replaces_clips_or_siglips_loss_alone() -> None:
+    with pytest.raises(ValueError, match="the trainer trains with CoCaLoss"):
+        choose("clip-ids").build(type("CoCaLoss", (torch.nn.Module,), {})(), ALONE)
+    with pytest.raises(ValueError, match=r"trains with RankClipLoss"):
+        choose("rankclip+clip-ids").build(rankloss.ClipLoss(gather=False), ALONE)
+    with pytest.raises(ValueError, match=r"^key: is for a trainer's plug-in"):
+        rankloss_trainers.create("clip-ids", key="group")
+
+
+def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loss = rankloss.ClipLoss(same_id="ignore", gather=False)
+    alone, some = torch.arange(8), IDS
+    for ids, share, warned in ((some, 5 / 8, 0), (alone, 0.0, 1)):
+        log, text = PartnersLog("group"), "same group in the first 100 batches: clip-ids changes nothing"
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "rankloss_trainers"):
+            entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]
+        assert {x["pairs_with_partner"].item() for x in entries} == {share}
+        assert caplog.text.count(text) == warned
+
+
+# --- transformers' Trainer --------------------------------------------------------------------------------
+
+
+class Grouped(Pairs):
+    """Pairs with a column of ids, and some captions twice."""
+
+    def __init__(self, number: int = 16) -> None:
+        super().__init__(number)
+        self.columns["input_ids"][1::4] = self.columns["input_ids"][::4]
+        self.group = [f"picture {n % 5}" for n in range(number)]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "group": self.group[i]}
+
+
+@pytest.mark.parametrize("key", ["captions", "group"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
+    tmp_path: Path, key: str, size: int | None
+) -> None:
+    data, model = Grouped(8), clip()
+    given = {"loss_options": {"clip-ids": {"key": key}, "rankclip": {"schedule": "constant"}}}
+    ended = train(
+        tmp_path,
+        **{"pairs": data, "loss": "clip-ids+rankclip", "max_steps": 1, "mini_batch_size": size},
+        **{"eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1},
+        **given,
+        **SGD,
+    )
+    ids = torch.tensor([data.group.index(x) for x in data.group])
+    if key == "captions":
+        ids = ids_of_tokens(data.columns["input_ids"])
+    assert 0 < len({*ids.tolist()}) < 8
+    output = model(**data.batch())
+    features = (output.image_embeds, output.text_embeds, model.logit_scale.exp())
+    base = rankloss.ClipLoss(same_id="ignore")
+    rankloss.RankClipLoss(base, schedule="constant")(*features, pair_ids=ids).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-2 * parameter.grad if parameter.grad is not None else 0
+    torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
+    assert column(ended, "pairs_with_partner")[0] > 0
+    assert column(ended, "eval_loss")
+
+
+@pytest.mark.parametrize(
+    ("columns", "key", "message"),
+    [
+        ({}, "group", "the data have no column group of ids; they have .*"),
+        ({"group": [0.5] * 8}, "group", "ids of pairs must be texts or integers; column group has the float"),
+        ({"group": ["train"] * 8}, "group", "column group has one value in all 8 rows"),
+    ],
+)
+def test_a_column_of_no_ids_is_refused_before_the_first_step(
+    tmp_path: Path, columns: dict[str, Any], key: str, message: str
+) -> None:
+    data = datasets.Dataset.from_dict({**{x: y.tolist() for x, y in Pairs(8).columns.items()}, **columns})
+    model = build("CLIP")
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=model, pairs=data, loss="clip-ids", loss_options={"key": key}, max_steps=1)
+    assert torch.equal(weights(model), before)
+
+
+# --- sentence-transformers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["captions", "label"])
+def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, key: str
+) -> None:
+    bert = tmp_path_factory.mktemp("bert")
+    model, own = tiny(bert), tiny(bert)
+    rows = sentences().select(range(8)).to_dict()
+    rows["text"][1] = rows["text"][6] = rows["text"][0]
+    labels = [0, 1, 0, 2, 2, 3, 4, 5]
+    data = datasets.Dataset.from_dict({**rows, **({"label": labels} if key == "label" else {})})
+    loss = ContrastiveLoss(model, "clip-ids", {"key": key})
+    train_sentences(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
+    ids = torch.tensor(labels if key == "label" else [7, 7, 1, 2, 3, 4, 7, 5])
+    both = [
+        F.normalize(own(own.preprocess(rows[x]))["sentence_embedding"], dim=-1) for x in ("image", "text")
+    ]
+    rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=ids).backward()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
+    torch.testing.assert_close(weights_of_sentences(model), weights_of_sentences(own), rtol=1e-4, atol=1e-5)
+
+
+def test_sentence_transformers_hands_no_other_column_to_a_loss(tmp_path_factory: Any) -> None:
+    model = tiny(tmp_path_factory.mktemp("bert"))
+    with pytest.raises(ValueError, match=r"^key must be captions or label.*; got 'group'"):
+        ContrastiveLoss(model, "clip-ids", {"key": "group"})
