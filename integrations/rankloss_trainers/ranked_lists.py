@@ -91,7 +91,8 @@ class RankedListsBesidePairs(NamedLoss):
 
     model: ListModel = option(
         "plackett_luce",
-        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs",
+        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), of all its pairs, or of its "
+        "pairs by their part in NDCG (LambdaLoss)",
     )
     top_k: int | None = option(
         None, "of model plackett_luce, count only the best ranks of each list", none="all"
@@ -123,7 +124,7 @@ class RankedListsBesidePairs(NamedLoss):
     )
 
     def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
-        by_value = self.model == "top_one" or self.pair_weight is not None
+        by_value = self.model in ("top_one", "lambda") or self.pair_weight is not None
         if self.own_caption == "top" and by_value:
             return "own_caption: top is an order and no grade; it needs a model that goes by the order alone"
         return None
