@@ -87,15 +87,12 @@ def pairwise(
     x: Tensor, grades: Tensor, rest: Tensor | None, *, by_difference: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
-    better, worse = grades[:, :, None], grades[:, None, :]
-    is_pair = (worse < better) & (better < math.inf)
-    terms = _softplus(x[:, None, :] - x[:, :, None])
-    if by_difference:
-        terms = terms * (better - worse).where(is_pair, 0.0)
-    values, pairs = torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_pair.sum((-1, -2))
+    is_item, is_graded = grades < math.inf, grades.abs() < math.inf
+    better = grades.masked_fill(~is_item, -math.inf)  # padding is better than nothing, and worse than nothing
+    values = _pair_sums(x, x, better, grades, by_difference).sum(-1)
+    pairs = torch.searchsorted(grades.sort(-1).values, grades).where(is_item, 0).sum(-1)
     if rest is not None:
-        is_graded = grades.abs() < math.inf
-        of_rest: Tensor = _SoftplusSums.apply(x.to(rest.dtype), rest)  # type: ignore[no-untyped-call]
+        of_rest = _pair_sums(x.to(rest.dtype), rest)
         values = values + torch.where(is_graded, of_rest, 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
     return values, pairs
@@ -113,8 +110,8 @@ def lambda_loss(
     gains = _normalized_gains(grades.masked_fill(~is_item, 0.0), gain)
     scores = ranked_by.detach().masked_fill(~is_item, -math.inf)
     better, worse = scores[:, :, None], scores[:, None, :]
-    ranks = 0.5 + (worse > better).sum(-1) + (worse == better).sum(-1) / 2
-    ranks = ranks.to(x.dtype)
+    is_above, is_equal = worse > better, worse == better
+    ranks = 0.5 + is_above.sum(-1, dtype=x.dtype) + is_equal.sum(-1, dtype=x.dtype) / 2
     discounts = _discount(ranks)
     distances = (ranks[:, :, None] - ranks[:, None, :]).abs().clamp_min(1.0)
     changes = (discounts[:, :, None] - discounts[:, None, :]).abs()
@@ -145,35 +142,67 @@ def _softplus(z: Tensor) -> Tensor:
     return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
 
 
-class _SoftplusSums(torch.autograd.Function):
-    """``Σ_q log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
+def _pair_sums(
+    x: Tensor,
+    y: Tensor,
+    better: Tensor | None = None,
+    worse: Tensor | None = None,
+    by_difference: bool = False,
+) -> Tensor:
+    """``Σ_q w_pq·log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
 
-    A block of pairs is computed at a time, which stays in a processor's cache. The derivative of the gradient
-    holds all pairs at once.
+    The weight w_pq is 1; with grades of x and y, ``better`` and ``worse``, it is 1 for the pairs in this
+    order, or the difference of their grades, and 0 for the others. A block of pairs is computed at a time,
+    which stays in a processor's cache; the derivative of the gradient holds all pairs at once.
     """
+    sums: Tensor = _PairSums.apply(x, y, better, worse, by_difference)  # type: ignore[no-untyped-call]
+    return sums
 
+
+class _PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, better: Tensor | None, worse: Tensor | None, by_difference: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, y, better, worse)
+        ctx.by_difference = by_difference
         sums = torch.empty_like(x)
         for rows, columns in _blocks(x, y):
-            sums[rows, columns] = _softplus(y[rows, None] - x[rows, columns, None]).sum(-1)
+            terms = _softplus(y[rows, None] - x[rows, columns, None])
+            sums[rows, columns] = _weighted(terms, better, worse, by_difference, rows, columns).sum(-1)
         return sums
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, better, worse = ctx.saved_tensors
         (g,) = upstream
         if torch.is_grad_enabled():
             slopes = (y[:, None] - x[:, :, None]).sigmoid()
-            return -g * slopes.sum(-1), (g[:, :, None] * slopes).sum(1)
+            slopes = g[:, :, None] * _weighted(slopes, better, worse, ctx.by_difference)
+            return -slopes.sum(-1), slopes.sum(1), None, None, None
         by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
         with precision.full_precision(x.device):
             for rows, columns in _blocks(x, y):
                 slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
+                slopes = _weighted(slopes, better, worse, ctx.by_difference, rows, columns)
                 by_x[rows, columns] = -g[rows, columns] * slopes.sum(-1)
                 by_y[rows] += (g[rows, None, columns] @ slopes).squeeze(1)
-        return by_x, by_y
+        return by_x, by_y, None, None, None
+
+
+def _weighted(
+    terms: Tensor,
+    better: Tensor | None,
+    worse: Tensor | None,
+    by_difference: bool,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """The terms of a block of pairs times their weights."""
+    if better is None or worse is None:
+        return terms
+    of_x, of_y = better[rows, columns, None], worse[rows, None]
+    return terms * ((of_x - of_y).clamp_min(0.0) if by_difference else of_y < of_x)
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -118,7 +118,8 @@ class RankedListsBesidePairs(NamedLoss):
 
     model: ListModel = option(
         "plackett_luce",
-        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs",
+        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), of all its pairs, or of its "
+        "pairs by their part in NDCG (LambdaLoss)",
     )
     top_k: int | None = option(
         None, "of model plackett_luce, count only the best ranks of each list", none="all"
@@ -158,7 +159,7 @@ class RankedListsBesidePairs(NamedLoss):
 
     def check(self) -> None:
         rankloss.RankedLists(**self._of_lists, gather=False)
-        by_value = self.model == "top_one" or self.pair_weight is not None
+        by_value = self.model in ("top_one", "lambda") or self.pair_weight is not None
         if self.own_caption == "top" and by_value:
             text = "top is an order and no grade; it needs a model that goes by the order alone"
             raise OptionError("own_caption", text)

@@ -297,8 +297,8 @@ class RankedLists(GatheringLoss):
         """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
         width = lists.places.shape[1]
         scores = len(items.is_listed) if self.in_batch_negatives else width
-        if self.model in ("pairwise", "lambda"):
-            scores += width**2
+        if self.model == "lambda":
+            scores *= width
         chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores))
         of_chunk = functools.partial(self._of_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():

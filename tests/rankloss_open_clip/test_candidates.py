@@ -84,6 +84,7 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ("--ranked-lists-own-caption top --ranked-lists-model top_one", "--ranked-lists-own-caption: top is"),
+        ("--ranked-lists-own-caption top --ranked-lists-model lambda", "--ranked-lists-own-caption: top is"),
         (
             "--ranked-lists-max-candidates 0",
             "--ranked-lists-max-candidates: must be an integer of at least 1; got '0'",
