@@ -158,7 +158,7 @@ class PairSoftmax(NamedTuple):
                 shares = _shares(self.ids, first_row, rows, x.dtype)
                 right = (shares * x).sum(-1)
             log_sums = x.logsumexp(-1)
-            value = (log_sums - right).double()
+            value = log_sums - right
             if not with_gradient:
                 return value, None, None
             gradient = torch.sub(x, log_sums[..., None], out=cosines).exp_()
