@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rankloss
 from fake_cuda import fake_cuda
@@ -31,14 +33,31 @@ def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dt
 
 
 @pytest.mark.parametrize("scalars", ["numbers", "tensors"])
-def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(scalars: str) -> None:
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize(
+    ("make", "same_id"),
+    [
+        *((rankloss.SigLipLoss, same_id) for same_id in (None, "ignore", "share")),
+        *((rankloss.ClipLoss, same_id) for same_id in ("ignore", "share")),
+    ],
+)
+def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
+    make: Any, same_id: Any, budget: int | None, scalars: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[Any] = []
+
+    def apply(terms: Any, weights: Tensor, inputs: Any) -> Any:
+        values, gradients = terms.stream(inputs, weights, True)
+        shapes.append([x.shape for x in (*values, *gradients) if x is not None])
+        return values
+
+    monkeypatch.setattr(engine, "apply", apply)  # fake tensors have no autograd
     with fake_cuda() as copies:
         v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
         s, b = (10.0, -10.0) if scalars == "numbers" else (torch.empty((), device="cuda") for _ in range(2))
-        value = rankloss.SigLipLoss(memory_budget=0)(v, t, s, b)
+        of_ids = {"pair_ids": torch.empty(32, dtype=torch.int32, device="cuda")} if same_id else {}
+        value = make(memory_budget=budget, same_id=same_id, chunk_size=7)(v, t, s, b, **of_ids)
         assert value.device == v.device
-        inputs = (v, t, *(torch.empty((), device="cuda") for _ in range(2)))
-        weights = torch.ones(1, dtype=torch.float64, device="cuda")
-        (value,), found = PairSigmoid(0, 7).stream(inputs, weights, True)
-        assert [x.shape for x in (value, *found)] == [(), (32, 8), (32, 8), (), ()]
         assert copies.found == []
+    numbers = [()] * (2 if make is rankloss.SigLipLoss else 1)
+    assert shapes == ([] if budget is None else [[(), (32, 8), (32, 8), *numbers]])

@@ -30,11 +30,11 @@ class ClipLoss(StreamedLoss):
     Pairs of one id belong together: their images and texts are right for each other. With ``same_id`` the
     loss of row i is, in both directions,
 
-        "ignore"   −x_ii + log Σ_{j : j = i or id_j ≠ id_i} e^{x_ij}
-        "share"    −(1/|P_i|)·Σ_{j ∈ P_i} x_ij + log Σ_j e^{x_ij},   P_i = {j : id_j = id_i},
+        ignore   L_i = log[e^{x_ii} + Σ_{j : id_j ≠ id_i} e^{x_ij}] − x_ii
+        share    L_i = log Σ_j e^{x_ij} − (1/n_i)·Σ_{j : id_j = id_i} x_ij
 
-    with the logits x of the row: its partners leave the denominator, or share its target. Ids that all differ
-    give CLIP's loss.
+    with the logits x of the row and the number n_i of pairs of its id: its partners leave the denominator, or
+    share its target. Ids that all differ give CLIP's loss.
 
     Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
     computed in chunks of rows, value and gradient together, in float32 at least. It differs from the formula
@@ -158,7 +158,7 @@ class PairSoftmax(NamedTuple):
                 shares = _shares(self.ids, first_row, rows, x.dtype)
                 right = (shares * x).sum(-1)
             log_sums = x.logsumexp(-1)
-            value = (log_sums - right).double()
+            value = log_sums - right
             if not with_gradient:
                 return value, None, None
             gradient = torch.sub(x, log_sums[..., None], out=cosines).exp_()

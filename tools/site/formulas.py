@@ -17,6 +17,7 @@ _SIGNS = {
     "∘": r"\circ ",
     "≤": r"\le ",
     "≥": r"\ge ",
+    "≠": r"\neq ",
     "∂": r"\partial ",
     "⌊": r"\lfloor ",
     "⌋": r"\rfloor ",
