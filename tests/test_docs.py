@@ -31,9 +31,9 @@ def test_examples_with_a_prompt_run(page: Path) -> None:
 
 
 def test_examples_without_a_prompt_are_on_pages_whose_tests_run_them() -> None:
-    # By test_trainers_document.py, test_trainers_page.py, rankloss_features/test_trainers.py, and below.
+    # By test_trainers_document.py, test_trainers_page.py, rankloss_features, and below.
     # test_sentence_transformers_lists.py among them.
-    run = {"lists.md", "trainers.md", "trainers-more.md", "teachers.md", "writing.md"}
+    run = {"features.md", "lists.md", "trainers.md", "trainers-more.md", "teachers.md", "writing.md"}
     assert {page.name for page in PAGES if any(">>> " not in x for x in blocks(page, "python"))} == run
 
 

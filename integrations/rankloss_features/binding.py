@@ -109,6 +109,7 @@ class RowCompanion:
 
     def __init__(self, folder: Features) -> None:
         self.folder = folder
+        self._widths = {f"reference_{name}": x.shape[1] for name, x in folder.arrays.items()}
 
     def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
         """The numbers of the rows, once every pair is compared with the folder's."""
@@ -142,7 +143,6 @@ class RowCompanion:
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
-        widths = {f"reference_{name}": array.shape[1] for name, array in self.folder.arrays.items()}
-        numbers = encoded.contiguous().view(torch.float32)[:, : sum(widths.values())]
-        features = numbers.split([*widths.values()], dim=1)
-        return {**output, **{name: x.contiguous() for name, x in zip(widths, features, strict=True)}}
+        widths = [*self._widths.values()]
+        features = encoded.contiguous().view(torch.float32)[:, : sum(widths)].split(widths, dim=1)
+        return {**output, **{name: x.contiguous() for name, x in zip(self._widths, features, strict=True)}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -23,14 +22,14 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, files, in_process, shards, table
+from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
 from rankloss_features.folder import read_about, write_about
-from rankloss_features.teachers import Teacher
 from rankloss_trainers.console import main
 
+PAGE = Path(__file__).parents[2] / "docs/features.md"
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 
 
@@ -129,30 +128,6 @@ def test_teachers_of_one_modality_and_of_two_encoders(
     assert all(f"{name}: float16, {width} columns" in said for name, width in widths.items())
 
 
-def stopped_at(call: int, argv: list[str]) -> None:
-    """The command, killed at its ``call``-th batch; 0 for never."""
-    calls, encode = itertools.count(1), Teacher.encode
-
-    def killing(*given: Any) -> Any:
-        if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return encode(*given)
-
-    Teacher.encode = killing  # type: ignore[method-assign]
-    assert main(argv) == 0
-
-
-def test_two_encoders_folder_is_the_same_after_a_kill(place: Path, tmp_path: Path) -> None:
-    given = [x.replace("PLACE", str(place)) for x in (*BACKBONE, *SENTENCES)]
-    given += ["--data", str(place / "pairs.csv"), "--batch-size", "8", "--workers", "0"]
-    for output, calls in {"whole": (0,), "resumed": (3, 0)}.items():
-        for call in calls:
-            argv = ["features", *given, "--output", str(tmp_path / output)]
-            assert in_process(stopped_at, call, argv) == (-signal.SIGKILL if call else 0)
-    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
-    assert not Features(str(tmp_path / "resumed")).check().common_space
-
-
 @pytest.mark.parametrize(
     ("teacher", "is_common"),
     [
@@ -178,6 +153,22 @@ def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understoo
     write_about(tmp_path / "x", entries, np.load(tmp_path / "x/rows.npy"))
     assert Features(output).check().common_space is is_common
     assert features(place, "pairs.csv", *teacher, "--output", output) == 0
+
+
+def test_the_pages_rows_of_several_teachers_have_the_mean_of_their_cosines(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for output, teacher in {"first": CLIP, "second": ("--features", "PLACE/equal.npz")}.items():
+        assert features(place, "pairs.csv", *teacher, "--output", output) == 0
+    exec(code, {"np": np, "Features": Features, "rows": np.arange(ROWS)})
+    assert features(place, "pairs.csv", "--features", "both.npz", "--output", "teacher") == 0
+    cosines = []
+    for name in ("teacher", "first", "second"):
+        images, texts = (x.astype(np.float64) for x in Features(name).check().arrays.values())
+        cosines.append(images @ texts.T)
+    np.testing.assert_allclose(cosines[0], (cosines[1] + cosines[2]) / 2, atol=2e-3)
 
 
 @pytest.mark.parametrize(

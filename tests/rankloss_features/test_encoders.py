@@ -36,7 +36,7 @@ from transformers import (
 
 from rankloss_features import image_encoders, text_encoders
 from rankloss_features.data import Sample
-from rankloss_features.teachers import Teacher, image_encoder
+from rankloss_features.teachers import Teacher
 
 CPU = torch.device("cpu")
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -88,21 +88,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
     for i in range(2):
         (folder / f"{i}.png").write_bytes(picture(i, 40))
     return [Image.open(folder / f"{i}.png").convert("RGB").resize((300, 260)) for i in range(2)]
-
-
-def test_a_picture_of_several_captions_is_encoded_once() -> None:
-    seen, random = [], torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-
-    def encode(pixels: Tensor) -> Tensor:
-        seen.append(len(pixels))
-        return 2 * pixels
-
-    encoder = image_encoder(lambda x: x, encode, 5, CPU)
-    sources = ["a", "b", "a", "c", "d", "a"]
-    rows = [0, 1, 0, 2, 2, 0]
-    samples = [Sample(i, "", "", lambda i=i: random[rows[i]], x) for i, x in enumerate(sources)]
-    equal(encoder.encode(encoder.prepare(samples)), 2 * random[rows])
-    assert seen == [4]
 
 
 def cut(pictures: list[Image.Image], resized: int, size: int, mean: Any, std: Any) -> Tensor:

@@ -38,7 +38,7 @@ from tiny_teacher import (
 from torch import Tensor
 
 from rankloss_features import Features, writing
-from rankloss_features.data import Shards, groups_of
+from rankloss_features.data import Shards
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
 
@@ -98,20 +98,6 @@ def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
     features, of_pictures = found.check().take(rows), single.take(rows // 3)
     np.testing.assert_allclose(features[NAMES[0]], of_pictures[NAMES[0]], atol=1e-3)
     np.testing.assert_array_equal(features[NAMES[1]], single.take(rows)[NAMES[1]])
-
-
-def test_features_are_the_teachers(tmp_path: Path) -> None:
-    given = teacher()
-    for kind, dtype in zip(KINDS, ("float16", "float32"), strict=True):
-        data = data_of(kind, tmp_path / kind)
-        features = written(tmp_path / f"{kind}-features", data, given, workers=1, dtype=dtype).check()
-        assert features.about["scale"] == 100
-        assert features.about["rows"] == len(features) == ROWS
-        (samples,) = [x for source, spans in groups_of(data, ROWS)[:1] for x in data.read(source, spans)]
-        for name, encoder in given.encoders.items():
-            expected = torch.nn.functional.normalize(encoder.encode(encoder.prepare(samples)), dim=-1)
-            assert features.arrays[name].dtype == dtype
-            np.testing.assert_allclose(features.arrays[name][: len(samples)], expected, atol=1e-3)
 
 
 def write_as(rank: int, port: int, *args: Any) -> Any:
