@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples_common.trainer import TrainingError
 from openmoji_demo import arms, command, data, evaluate, report, train
+from openmoji_demo.trainer import TrainingError
 from PIL import Image
 from rich.console import Console
 
