@@ -18,7 +18,7 @@ from openmoji_demo.terminal import bars, say, status_of
 from rich.console import Console
 
 from . import STUDIES
-from .plan import Find, MissingError
+from .plan import Find, MissingError, read
 from .records import Record, Store, conditions, key_of
 from .report import write
 
@@ -42,28 +42,32 @@ class Study:
     Attributes:
         folder: Of its plan, records and report.
         setting: The class of its settings, a dataclass; ``arm``, ``side`` and ``seed`` are among what it has.
-        sizes: Returns what differs between the presets ``full`` and ``quick``.
         records: The folders of records below ``results``, by data set.
         data: Returns the data sets that are there, given the sizes and the command's options.
         results: Returns the values of the report's template, given the sizes, the records of each data set,
             and a function that returns both of another study. It asks for all trainings of the plan, and
             thereby decides which are done.
+        plan: A file in the folder, see :func:`studies.plan.read`; or a function of the preset's name.
         report: The name of the report, without its ending.
-        template: The report's template, in the folder.
+        template: The report's template, in the folder; empty for one of the report's name.
         packages: Whose versions the records have.
     """
 
     folder: Path
     setting: type
-    sizes: Callable[[str], SimpleNamespace]
     records: Mapping[str, str]
     data: Callable[[SimpleNamespace, argparse.Namespace], Mapping[str, DataSet]]
     results: Callable[
         [SimpleNamespace, Finds, Callable[[str], tuple[SimpleNamespace, Finds]]], dict[str, Any]
     ]
+    plan: str | Callable[[str], SimpleNamespace]
     report: str
-    template: str
+    template: str = ""
     packages: Sequence[str] = ("torch", "numpy", "scipy", "rankloss")
+
+    def sizes(self, preset: str) -> SimpleNamespace:
+        """Return the plan in one of its sizes."""
+        return read(self.folder / self.plan, preset) if isinstance(self.plan, str) else self.plan(preset)
 
 
 def load(name: str) -> Study:
@@ -150,7 +154,7 @@ class Run:
             raise RuntimeError(
                 f"{missing} in {missing.data}: nothing is reported before they are there"
             ) from None
-        template = self.study.folder / self.study.template
+        template = self.study.folder / (self.study.template or f"{self.study.report}.md")
         return write(self.home / "report" / f"{self.study.report}.md", template, preset=self.preset, **values)
 
 

@@ -13,7 +13,7 @@ import studies.report
 from openmoji_demo import metrics, trainer
 from openmoji_demo.trainer import Job, TrainingError
 from studies.icons import labels
-from studies.miniature import captions
+from studies.miniature import captions, rivals
 
 
 def line(epoch, seen, total, terms):
@@ -62,7 +62,7 @@ def test_the_examples_use_public_names_only():
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
-@pytest.mark.parametrize("module", [captions, labels, metrics, studies.report])
+@pytest.mark.parametrize("module", [captions, labels, metrics, rivals, studies.report])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

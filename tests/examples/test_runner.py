@@ -58,17 +58,16 @@ def results(sizes, finds, _):
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path / "report.md").write_text("# Report\n\n{{ chosen.lr }}, {{ preset }}\n", encoding="utf-8")
+    (tmp_path / "made.md").write_text("# Report\n\n{{ chosen.lr }}, {{ preset }}\n", encoding="utf-8")
     sizes = SimpleNamespace(seeds=[0, 1, 2])
     study = Study(
         folder=tmp_path,
         setting=Setting,
-        sizes=lambda _: sizes,
+        plan=lambda _: sizes,
         records={"set": "."},
         data=lambda *_: {},
         results=results,
         report="made",
-        template="report.md",
         packages=("torch",),
     )
     return Run(study, "full", tmp_path / "output")

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     folder = root / "data" / f"split{args.split}"
     root.mkdir(parents=True, exist_ok=True)
 
+    say(console, "About 5 minutes on 2 idle cores; repeat the command to resume.")
     console.rule("1/4  Data")
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.print(Markdown(report.markdown(blocks, found, rankings)))
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
         say(console, f"Wrote {root / name}")
+    for text in report.closing(blocks[0], found, rankings):
+        say(console, text)
 
 
 def _train(runs: list[Run], device: str, console: Console) -> None:

@@ -63,60 +63,43 @@ def bars(console: Console) -> Progress:
 
 
 async def run_all(
-    runs: Sequence[Any],
-    work: Callable[[Any, Report], Awaitable[None]],
-    *,
-    jobs: int,
-    console: Console,
-    expected: tuple[type[Exception], ...],
-) -> dict[Any, Exception]:
-    """Do every run in the given order, ``jobs`` at a time, with a bar for each and one for all of them.
+    runs: Sequence[Any], work: Callable[[Any, Report], Awaitable[None]], *, jobs: int, console: Console
+) -> None:
+    """Do every run, ``jobs`` at a time, with a bar for each and one for all of them.
 
-    Runs are hashable and have a ``name``. One that fails with an ``expected`` error, which is returned, does
-    not stop the others; any other error cancels these and is raised. Cancelling, also by SIGTERM, cancels
-    every run and waits until each has cleaned up.
+    Runs are hashable and have a ``name``. The first that fails cancels the others. Cancelling, also by
+    SIGTERM, cancels every run and waits until each has cleaned up.
     """
-    waiting, finished, failed = iter(runs), itertools.count(1), {}
+    free, finished = asyncio.Semaphore(jobs), itertools.count(1)
     shares: dict[Any, float] = {}  # of every run that has started
     with bars(console) as progress:
         total = progress.add_task("All runs", total=len(runs))
 
         async def one(run: Any) -> None:
-            bar, started = progress.add_task(run.name, total=1.0), time.monotonic()
+            async with free:
+                bar, started = progress.add_task(run.name, total=1.0), time.monotonic()
 
-            def report(stage: str, share: float) -> None:
-                shares[run] = share
-                progress.update(bar, completed=share, description=f"{run.name}: {stage}")
-                progress.update(total, completed=sum(shares.values()))
+                def report(stage: str, share: float) -> None:
+                    shares[run] = share
+                    progress.update(bar, completed=share, description=f"{run.name}: {stage}")
+                    progress.update(total, completed=sum(shares.values()))
 
-            try:
                 await work(run, report)
-                outcome = f"{time.monotonic() - started:.0f} s"
-            except expected as error:
-                failed[run] = error
-                outcome = f"failed: {error}"
-            report("done", 1.0)
-            progress.remove_task(bar)
-            line = f"{next(finished)}/{len(runs)}  {run.name}  {outcome}"
-            say(console, line, "red" if run in failed else "")
+                report("done", 1.0)
+                progress.remove_task(bar)
+                say(console, f"{next(finished)}/{len(runs)}  {run.name}  {time.monotonic() - started:.0f} s")
 
-        async def worker() -> None:
-            for run in waiting:
-                await one(run)
-
-        workers = [asyncio.create_task(worker()) for _ in range(min(jobs, len(runs)))]
+        tasks = [asyncio.create_task(one(run)) for run in runs]
         with contextlib.suppress(NotImplementedError, ValueError):  # Windows, or not in the main thread
             cancel = asyncio.current_task().cancel
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
         try:
-            # Not gather, which on cancellation cancels the workers again while their children shut down.
-            if workers:
-                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            # Not gather, which on cancellation cancels the runs again while their children shut down.
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            for task in workers:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-    for task in workers:
+            await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
         if not task.cancelled():
             task.result()
-    return failed

@@ -157,4 +157,4 @@ def train_all(runs: Sequence[Run], device: str, console: Console) -> None:
     async def one(run: Run, report: Report) -> None:
         await run.train(threads, report, console)
 
-    asyncio.run(run_all(runs, one, jobs=jobs, console=console, expected=()))
+    asyncio.run(run_all(runs, one, jobs=jobs, console=console))

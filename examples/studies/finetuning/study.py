@@ -16,7 +16,7 @@ from typing import Any
 import open_clip
 
 from studies import icons
-from studies.plan import Best, Find, best_of, read
+from studies.plan import Best, Find, best_of
 from studies.records import Record
 from studies.report import conditions_texts, mean_text, test_cells, tries_row
 from studies.runner import Study
@@ -33,6 +33,7 @@ BASELINES, TEACHERS = (GENTLE, AVERAGED), ("mimicry", "ranks")
 ARMS = (PLAIN, *BASELINES, *TEACHERS)
 COMPARISONS = [*((arm, PLAIN) for arm in ARMS[1:]), *itertools.product(TEACHERS, BASELINES)]
 KEPT, LEARNED, MEAN = MEASURES = [Measure(name, (name,)) for name in ("kept", "learned", "mean")]
+PACKAGES = ("torch", "numpy", "open_clip_torch", "rankloss")
 _HERE = Path(__file__).parent
 
 
@@ -142,13 +143,12 @@ def _text(setting: Setting) -> str:
 def study(_: str) -> Study:
     """Return the study."""
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=lambda preset: read(_HERE / "plan.yaml", preset),
-        records={"icons": "."},
-        data=data,
-        results=results,
+        _HERE,
+        Setting,
+        {"icons": "."},
+        data,
+        results,
+        plan="plan.yaml",
         report="finetuning",
-        template="report.md",
-        packages=("torch", "numpy", "open_clip_torch", "rankloss"),
+        packages=PACKAGES,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from studies.photographs import features, folder
 from studies.photographs.heads import Heads
-from studies.plan import Best, Find, best_of, read
+from studies.plan import Best, Find, best_of
 from studies.records import Record
 from studies.report import conditions_texts, marked, mean_text, test_row, tries_row
 from studies.runner import Study
@@ -181,12 +181,5 @@ def _text(setting: Setting) -> str:
 def study(_: str) -> Study:
     """Return the study."""
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=lambda preset: read(_HERE / "plan.yaml", preset),
-        records={name: name for name in TITLES},
-        data=data,
-        results=results,
-        report="lists",
-        template="report.md",
+        _HERE, Setting, {name: name for name in TITLES}, data, results, plan="plan.yaml", report="lists"
     )

@@ -24,7 +24,7 @@ from studies.runner import Study
 from studies.statistics import Arms
 
 from . import figures, tables
-from .settings import PRESETS, WEIGHTS, Setting
+from .settings import PACKAGES, PRESETS, WEIGHTS, Setting
 from .tables import Exhibit, Tally
 from .trainings import Miniature
 
@@ -177,13 +177,13 @@ def study(_: str) -> Study:
         return {"icons": Miniature(options, preset.sizes)}
 
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=PRESETS.__getitem__,
-        records={"icons": "full"},
-        data=data,
-        results=results,
+        _HERE,
+        Setting,
+        {"icons": "full"},
+        data,
+        results,
+        plan=PRESETS.__getitem__,
         report="report",
         template="templates/report.md",
-        packages=("open_clip_torch", "torch", "numpy", "rankloss"),
+        packages=PACKAGES,
     )

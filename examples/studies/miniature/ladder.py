@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, reduce
 from itertools import chain, combinations, product
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,7 @@ from studies.runner import Study
 from studies.statistics import Arms, Difference, Pair, correct
 
 from . import ladder_report, scores
-from .settings import PLANS, PRESETS, Attempt, size_of
+from .settings import PACKAGES, PLANS, PRESETS, Attempt, size_of
 from .trainings import Miniature
 
 LOSS, REFERENCE, SETTING = "rankclip", "clip", "setting"
@@ -149,7 +149,7 @@ def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
     groups = [group for size in range(2, len(first) + 1) for group in combinations(first, size)]
     if len(helped) > limit:
         groups.append(tuple(sorted(helped, key=lambda trial: trial.name)))
-    return [functools.reduce(Trial.__add__, group) for group in groups]
+    return [reduce(Trial.__add__, group) for group in groups]
 
 
 # --- the plan ---
@@ -167,7 +167,7 @@ def load(name: str, preset: str) -> SimpleNamespace:
 
     def meant(entries: Mapping[str, str]) -> dict[str, str]:
         return {
-            flag: functools.reduce(lambda text, of: text.replace(*of), filled.items(), value)
+            flag: reduce(lambda text, of: text.replace(*of), filled.items(), value)
             for flag, value in entries.items()
         }
 
@@ -438,13 +438,13 @@ def study(name: str) -> Study:
         return ladder_report.values(plan, steps, winners, confirm(plan, winners, find), find, teacher)
 
     return Study(
-        folder=_HERE,
-        setting=Attempt,
-        sizes=lambda preset: load(own, preset),
-        records={"icons": own},
-        data=data,
-        results=results,
+        _HERE,
+        Attempt,
+        {"icons": own},
+        data,
+        results,
+        plan=partial(load, own),
         report=own,
         template="templates/study.md",
-        packages=("open_clip_torch", "torch", "numpy", "rankloss"),
+        packages=PACKAGES,
     )

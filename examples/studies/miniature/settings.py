@@ -14,6 +14,7 @@ _HERE = Path(__file__).parent
 # open_clip gives "vit" in a path a meaning. The teacher is no backbone of the exhibits.
 MODELS = {name: _HERE / "models" / folder for name, folder in
           {"resnet": "resnet", "vit": "transformer", "teacher": "teacher"}.items()}  # fmt: skip
+PACKAGES = ("open_clip_torch", "torch", "numpy", "rankloss")
 AUGMENTATION = ("scale=(0.6,1.0)",)
 WEIGHTS = {"rankclip": (1.0, 1.0), "rankclip-cross": (1.0, 0.0), "rankclip-in": (0.0, 1.0)}
 # λ is set per step, so that its course does not depend on how many epochs a data size takes.
@@ -33,7 +34,7 @@ PLANS = _yaml("studies.yaml")
 
 
 def size_of(name: str) -> SimpleNamespace:
-    """Return a preset's size; of ``teacher-full``, a study's, and of ``teacher-full-teacher`` its teacher's."""
+    """Return a preset's size; of ``teacher-full`` a study's, of ``teacher-full-teacher`` its teacher's."""
     study, _, rest = name.partition("-")
     if not rest:
         return SimpleNamespace(**{**vars(PRESETS[name]), "whole": False, "teacher": None})

@@ -10,7 +10,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from studies.plan import ByFactor, Find, by_factor, read
+from studies.plan import ByFactor, Find, by_factor
 from studies.report import conditions_texts, forest, marked, mean_text, test_row
 from studies.runner import Study
 from studies.statistics import Arms
@@ -131,13 +131,4 @@ def _conditions(arms: Arms) -> list[list[str]]:
 
 def study(_: str) -> Study:
     """Return the study."""
-    return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=lambda preset: read(_HERE / "part1.yaml", preset),
-        records={"photographs": "part1"},
-        data=data,
-        results=results,
-        report="part1",
-        template="part1.md",
-    )
+    return Study(_HERE, Setting, {"photographs": "part1"}, data, results, plan="part1.yaml", report="part1")

@@ -10,7 +10,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from studies.plan import ByFactor, ByGrid, Find, MissingError, Scores, by_factor, by_grid, read
+from studies.plan import ByFactor, ByGrid, Find, MissingError, Scores, by_factor, by_grid
 from studies.report import conditions_texts, forest, marked, mean_text, test_row
 from studies.runner import Study
 from studies.statistics import Arms, Difference, Pair
@@ -158,12 +158,5 @@ def sentences(
 def study(_: str) -> Study:
     """Return the study."""
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=lambda preset: read(_HERE / "part2a.yaml", preset),
-        records={"photographs": "part2a"},
-        data=data,
-        results=results,
-        report="part2a",
-        template="part2a.md",
+        _HERE, Setting, {"photographs": "part2a"}, data, results, plan="part2a.yaml", report="part2a"
     )

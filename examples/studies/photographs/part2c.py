@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies import icons
-from studies.plan import Find, MissingError, by_factor, read
+from studies.plan import Find, MissingError, by_factor
 from studies.report import conditions_texts, forest, mean_text, test_cells
 from studies.runner import Study
 from studies.statistics import Arms, Difference, correct
@@ -129,12 +129,5 @@ def _on_photographs(arms: list[str], other: Any) -> dict[str, Difference]:
 def study(_: str) -> Study:
     """Return the study."""
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=lambda preset: read(_HERE / "part2c.yaml", preset),
-        records={name: name for name in SETS},
-        data=data,
-        results=results,
-        report="part2c",
-        template="part2c.md",
+        _HERE, Setting, {name: name for name in SETS}, data, results, plan="part2c.yaml", report="part2c"
     )

@@ -175,13 +175,7 @@ def study(name: str) -> Study:
         of_part_1 = part1.data(run.other("photographs-1")[0], options)["photographs"]
         return {"photographs": Taught(of_part_1, Ensemble(of_heads(run.other), sizes.teacher, sizes.weak))}
 
+    of = f"part{part}"
     return Study(
-        folder=_HERE,
-        setting=Setting,
-        sizes=sizes,
-        records={"photographs": f"part{part}"},
-        data=data,
-        results=results,
-        report=f"part{part}",
-        template="taught.md",
+        _HERE, Setting, {"photographs": of}, data, results, plan=sizes, report=of, template="taught.md"
     )
