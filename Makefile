@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/openmoji
-MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 GPU_OUTPUT ?= outputs/gpu
 
@@ -39,72 +38,17 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.base
 
 ## Train a small CLIP on OpenMoji as CLIP, as RankCLIP and with two encoders' ranks side by side, evaluate and draw.
 demo: $(VENV)/.examples
-	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
+	$(BIN)/python examples/demo/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
-## The paper in miniature, as examples/miniature/README.md describes it: a smoke test of 15 minutes; at its full size;
-## and its fixed comparisons. What is finished is not trained again, so that repeating a command resumes it.
-MINIATURE_SIZES := miniature-quick miniature-full
-MINIATURE_STUDIES := miniature-search miniature-question miniature-teacher miniature-distil
-.PHONY: miniature miniature-all $(MINIATURE_SIZES) $(MINIATURE_STUDIES)
-miniature: miniature-quick
-$(MINIATURE_SIZES): miniature-%: $(VENV)/.examples
-	$(BIN)/python examples/miniature/run.py --preset $* --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
-$(MINIATURE_STUDIES): miniature-%: $(VENV)/.examples
-	$(BIN)/python examples/miniature/study.py $* --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
+## A study of examples/studies, `make study NAME=lists PRESET=quick`: its missing trainings, then its report. Without
+## NAME their names; DATA is the folder of Flickr8k, which some need. Repeat to resume.
+PRESET ?= quick
+.PHONY: study
+study: $(VENV)/.studies
+	$(BIN)/python -m studies $(if $(NAME),$(NAME) --preset $(PRESET),--help) $(if $(DATA),--data '$(DATA)') $(STUDY_ARGS)
 
-## Everything that docs/evidence.md rests on.
-miniature-all: miniature-question miniature-teacher miniature-distil miniature-full miniature-search
-
-# One of its arms is a sentence encoder.
-miniature-distil: $(VENV)/.distil
-$(VENV)/.distil: $(VENV)/.examples
-	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
-	touch $@
-
-## RankCLIP and plain CLIP on Flickr8k, in the folder DATA: hours, or a smoke test under five minutes. Repeat to resume.
-PHOTOGRAPHS := photographs-quick photographs-full
-.PHONY: photographs $(PHOTOGRAPHS)
-photographs: photographs-full
-$(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
-	$(BIN)/python examples/photographs/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
-	$(BIN)/python examples/photographs/run.py --part 2a --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
-	$(BIN)/python examples/photographs/run.py --part 2b --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
-	$(BIN)/python examples/photographs/run.py --part 3 --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
-
-## The weights of rankclip-distill on two encoders, on icons and emojis: an hour of one core after the icons are built,
-## or a smoke test of a minute. Repeat to resume.
-DRAWINGS := drawings-quick drawings-full
-.PHONY: drawings $(DRAWINGS)
-drawings: drawings-full
-$(DRAWINGS): drawings-%: $(VENV)/.photographs
-	$(BIN)/python examples/photographs/run.py --part 2c --preset $* $(DRAWINGS_ARGS)
-
-## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
-## of a minute. Repeat to resume.
-LISTS := lists-quick lists-full
-.PHONY: lists $(LISTS)
-lists: lists-full
-$(LISTS): lists-%: $(VENV)/.photographs
-	$(BIN)/python examples/lists/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(LISTS_ARGS)
-
-## In-batch ranking by ordered ids, in random batches and in batches drawn with neighbours: under an hour of one core, or
-## a smoke test of a minute. Repeat to resume.
-ORDERS := orders-quick orders-full
-.PHONY: orders $(ORDERS)
-orders: orders-full
-$(ORDERS): orders-%: $(VENV)/.photographs
-	$(BIN)/python examples/orders/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(ORDERS_ARGS)
-
-## A CLIP of icons fine-tuned on emojis, with and without its own past as teacher: a quarter of an hour of one core
-## after the icons are built, or a smoke test of a minute. Repeat to resume.
-FINETUNING := finetuning-quick finetuning-full
-.PHONY: finetuning $(FINETUNING)
-finetuning: finetuning-full
-$(FINETUNING): finetuning-%: $(VENV)/.examples
-	$(BIN)/python examples/finetuning/run.py --preset $* $(FINETUNING_ARGS)
-
-$(VENV)/.photographs: $(VENV)/.examples
-	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[photographs]'
+$(VENV)/.studies: $(VENV)/.examples
+	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[studies]'
 	touch $@
 
 # One worker per core, and one thread in each: most tests compute too little to share. Files come in their order: the

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *(ROOT / "docs").glob("*.md"),
-    *(ROOT / "examples").glob("*/README.md"),
+    *(ROOT / "examples").glob("**/README.md"),
 ]
 
 

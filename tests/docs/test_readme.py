@@ -55,7 +55,7 @@ def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
 
 def recalls(study: str, *settings: str) -> tuple[list[str], str]:
     """R@10 of these settings in a study's confirmation, as its report shows it, and the number of seeds."""
-    report = (ROOT / f"examples/miniature/report/{study}.md").read_text(encoding="utf-8")
+    report = (ROOT / f"examples/studies/miniature/report/{study}.md").read_text(encoding="utf-8")
     table = report.partition("## The confirmation")[2]
     lines = (re.findall(rf"^\| `{setting}` .*", table, re.M)[0] for setting in settings)
     cells = [line.split("|")[3].strip() for line in lines]  # 8.75 ± 0.38 (8)
@@ -65,7 +65,7 @@ def recalls(study: str, *settings: str) -> tuple[list[str], str]:
 
 def answer() -> list[str]:
     """The README's numbers of the recipe are those of the question's report."""
-    report = (ROOT / "examples/miniature/report/question.md").read_text(encoding="utf-8")
+    report = (ROOT / "examples/studies/miniature/report/question.md").read_text(encoding="utf-8")
     low, high, seeds = re.findall(r"interval \+([\d.]+) to \+([\d.]+), (\d+) seeds\), paired", report)[0]
     (before, after), _ = recalls("question", "clip", "rankclip-recipe")
     return [f"from {before} to {after}", f"{low} to {high}", f"{seeds} pairs of seeds"]
@@ -87,7 +87,7 @@ def ways_to_learn() -> list[str]:
 
 def of_photographs(part: str) -> str:
     """The report of a part of the photographs' study."""
-    return (ROOT / f"examples/photographs/report/part{part}.md").read_text(encoding="utf-8")
+    return (ROOT / f"examples/studies/photographs/report/part{part}.md").read_text(encoding="utf-8")
 
 
 def table_of_tests(report: str) -> str:
@@ -153,7 +153,7 @@ def encoders_on_photographs() -> list[str]:
 
 def founds() -> list[dict[str, dict[str, float]]]:
     """The demo's R@10 by seed and model, as it wrote them."""
-    files = sorted((ROOT / "examples/openmoji/results").glob("seed*.json"))
+    files = sorted((ROOT / "examples/demo/results").glob("seed*.json"))
     return [json.loads(file.read_text(encoding="utf-8"))["found"] for file in files]
 
 
@@ -182,7 +182,7 @@ def demo_table() -> list[str]:
     [
         ("README.md", [answer, ways_to_learn, photographs, demo, encoders_on_photographs]),
         ("docs/teachers.md", [demo_by_seed]),
-        ("examples/openmoji/README.md", [demo_table]),
+        ("examples/demo/README.md", [demo_table]),
         (
             "docs/evidence.md",
             [
@@ -195,7 +195,7 @@ def demo_table() -> list[str]:
                 parts_of_a_teacher,
             ],
         ),
-        ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
+        ("examples/studies/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],
 )
 def test_numbers_are_the_reports(path: str, said: list[Callable[[], list[str]]]) -> None:

@@ -102,3 +102,14 @@ def cka(student, teacher):
         k, m = (centring @ x @ x.T @ centring for x in both)
         found.append(1 - (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
     return np.mean(found)
+
+
+def plackett_luce(x, grades, top_k=None):
+    """Return the NLL of one list's order by grades, per counted item; items of −∞ are not counted."""
+    terms = []
+    for rank, place in enumerate(np.argsort(-grades, kind="stable")):
+        below = x[grades <= grades[place]]
+        is_counted = grades[place] > -np.inf and len(below) > 1 and (top_k is None or rank < top_k)
+        if is_counted:
+            terms.append(np.log(np.exp(below).sum()) - x[place])
+    return np.mean(terms)

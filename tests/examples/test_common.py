@@ -8,16 +8,12 @@ import pkgutil
 import sys
 from pathlib import Path
 
-import finetuningstudy.plan
-import liststudy.plan
-import orderstudy.plan
-import photostudy.plan
 import pytest
-from clip_evaluation import metrics
-from examples_common import trainer, wording
-from examples_common.trainer import Job, TrainingError
-from icons_data import labels
-from miniature_paper import captions
+import studies.report
+from openmoji_demo import metrics, trainer
+from openmoji_demo.trainer import Job, TrainingError
+from studies.icons import labels
+from studies.miniature import captions, rivals
 
 
 def line(epoch, seen, total, terms):
@@ -66,14 +62,7 @@ def test_the_examples_use_public_names_only():
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
-def test_no_seed_is_of_two_studies():
-    plans = photostudy.plan.FULL, liststudy.plan.FULL, orderstudy.plan.FULL, finetuningstudy.plan.FULL
-    seeds = [seed for one in plans for seed in (*one.seeds, *getattr(one, "tuning_seeds", ()))]
-    seeds += [one.choice_seed for one in plans[1:]]
-    assert len({*seeds}) == len(seeds)
-
-
-@pytest.mark.parametrize("module", [captions, labels, metrics, wording])
+@pytest.mark.parametrize("module", [captions, labels, metrics, rivals, studies.report])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

@@ -7,16 +7,17 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_evaluation import metrics, probe
-from clip_evaluation.model import ClipModel
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-from miniature_paper.grid import model_folder
+from openmoji_demo import metrics
+from openmoji_demo.model import ClipModel
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
+from studies.miniature import probe
+from studies.miniature.settings import MODELS
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
@@ -101,7 +102,7 @@ def test_probe_is_logistic_regression_with_the_best_strength_of_the_validation_s
 
 
 def test_features_are_those_of_the_trainers_checkpoint(tmp_path):
-    name, checkpoint = f"local-dir:{model_folder('vit')}", tmp_path / "epoch_3.pt"
+    name, checkpoint = f"local-dir:{MODELS['vit']}", tmp_path / "epoch_3.pt"
     model = open_clip.create_model(name).eval()
     model.logit_scale.data.fill_(math.log(23.0))
     state = {f"module.{key}": value for key, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from icons_data import command, draw, labels, load, package, records, split
+from studies.icons import command, draw, labels, load, package, records, split
 
 
 def _drawing(key: str) -> str:
@@ -147,24 +147,12 @@ def test_the_loader_returns_what_was_drawn_and_written(built, data, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_shards_and_the_benchmark_hold_pictures_texts_and_labels(built, data):
-    items, mdi = data.retrieval(), data.labelled["mdi"]
+def test_shards_hold_pictures_and_texts(built, data):
     train, test = data.part("train"), data.part("test")
     for name, images, kind, targets in (
         ("shards/train-0000.tar", train.images, "txt", train.texts),
         ("shards/test-0000.tar", test.images, "txt", [record.caption for record in test.records]),
-        (
-            "benchmark/retrieval/test/0.tar",
-            items.images,
-            "txt",
-            ["\n".join(data.records[i].captions) for i in items.index],
-        ),
-        ("benchmark/mdi/test/0.tar", mdi.test.images, "cls", [str(label) for label in mdi.test.labels]),
     ):
         samples = list(webdataset.WebDataset(str(built / name), shardshuffle=False))
         assert [one[kind].decode() for one in samples] == targets
         assert (np.stack([draw.pixels(one["png"]) for one in samples]) == images).all()
-    folder = built / "benchmark" / "mdi"
-    assert (folder / "test" / "nshards.txt").read_text() == "1\n"
-    assert (folder / "classnames.txt").read_text().splitlines() == mdi.classes
-    assert "{c} icon" in (folder / "zeroshot_classification_templates.txt").read_text()

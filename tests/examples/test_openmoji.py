@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples_common.trainer import TrainingError
 from openmoji_demo import arms, command, data, evaluate, report, train
+from openmoji_demo.trainer import TrainingError
 from PIL import Image
 from rich.console import Console
 
@@ -140,6 +140,8 @@ def test_the_demo_trains_evaluates_draws_and_resumes(tmp_path, few, capsys, monk
     assert command.main(argv) == 0
     out = capsys.readouterr().out
     assert "pretrained" not in out
+    assert "5 minutes on 2 idle cores" in out
+    assert "Look at R@10 of" in out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     labels = [arms.find(name).label for name in arms.DEFAULT]
     assert [list(block["rows"])[2:] for block in results["results"]] == [labels, labels]
@@ -149,3 +151,27 @@ def test_the_demo_trains_evaluates_draws_and_resumes(tmp_path, few, capsys, monk
     assert command.main(argv) == 0
     assert capsys.readouterr().out.count("Complete already") == 4
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_end_says_what_to_look_at(seed):
+    """Of the committed results: the encoders' ranks find most, and agree least on training concepts."""
+    path = Path(__file__).parents[2] / f"examples/demo/results/seed{seed}.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = {name: {task: {int(k): x for k, x in of.items()} for task, of in row.items()}
+            for name, row in results["results"][0]["rows"].items()}  # fmt: skip
+    block = report.Block("color", 270, 0, 0, rows)
+    found = {
+        name: evaluate.Found(of["percent"], of["minus_first"], of["half_width"])
+        for name, of in results["found"].items()
+    }
+    first, second = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
+    best = found[arms.find("encoders").label]
+    assert f"finds most, {best.percent:.1f} %, +{best.minus_first:.1f} ±" in first
+    pixels = (rows[report.KNN]["image_to_text"][10] + rows[report.KNN]["text_to_image"][10]) / 2
+    assert f"Untrained pixels find {pixels:.1f} %" in first
+    assert "lowest on training concepts" in second
+    assert (
+        max(results["tau"].values(), key=lambda of: of["held-out"])
+        == results["tau"][arms.find("encoders").label]
+    )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib")
 
-from examples_common import slope_chart as charts
 from matplotlib.colors import same_color
+from openmoji_demo import slope_chart as charts
 
 from batches import Batch, batches
 from oracle import exact_products

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from examples_common.slope_chart import compare_rankings
 from matplotlib.figure import Figure
+from openmoji_demo.slope_chart import compare_rankings
 from style import WIDTH, Colors
 
 RECORD = Path(__file__).parents[2] / "docs/assets/agreement.json"  # a copy of what the demo wrote

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from style import NARROW, SMALL, Colors
 
-REPORTS = Path(__file__).parents[2] / "examples/miniature/report"
+REPORTS = Path(__file__).parents[2] / "examples/studies/miniature/report"
 SCORE = "R@10, both ways"
 STUDIES = {  # report: settings of its confirmation, as the picture names them
     "distil": {

@@ -1,0 +1,1 @@
+"""RankCLIP on emojis: the parts behind ``examples/demo/run.py``."""

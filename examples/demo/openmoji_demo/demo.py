@@ -1,0 +1,123 @@
+"""The demo's stages: data, trainings, evaluation and picture; finished ones are skipped."""
+
+import argparse
+import shlex
+import subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+import rankloss
+
+from . import data, draw, evaluate, report
+from .terminal import say, tracker
+from .train import Run, arguments_for, features_command, train_all
+from .trainer import TrainingError, place_model
+
+_MODEL = Path(__file__).resolve().parents[1] / "model"
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    """Go through all stages."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    root: Path = args.output.resolve()
+    folder = root / "data" / f"split{args.split}"
+    root.mkdir(parents=True, exist_ok=True)
+
+    say(console, "About 5 minutes on 2 idle cores; repeat the command to resume.")
+    console.rule("1/4  Data")
+    if data.is_complete(folder, args.split):
+        say(console, f"Complete already: {folder}")
+    else:
+        counts = data.build(folder, root=root, split=args.split, track=tracker(console))["counts"]
+        say(
+            console,
+            f"{counts['train_rows']} captions of {counts['train_images']} pictures "
+            f"({counts['train_concepts']} concepts) to train on, "
+            f"{counts['test_concepts']} held-out concepts: {folder}",
+        )
+    say(console, "Emojis by OpenMoji, CC BY-SA 4.0; see ATTRIBUTION.md there.", "dim")
+    place_model(_MODEL, root / "model")
+
+    console.rule("2/4  Training, by open_clip's own command")
+    pairs = folder.relative_to(root).as_posix()
+    runs = [
+        Run(root, pairs, arm, args.seed, args.epochs, device, arguments_for(arm.loss, args.extra))
+        for arm in args.arms
+    ]
+    _train(runs, device, console)
+
+    console.rule("3/4  Evaluation on held-out concepts")
+    load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
+    models = {run.arm.label: load(checkpoint=run.checkpoint) for run in runs}
+    emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
+    methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
+    methods |= {name: model.scores for name, model in models.items()}
+    blocks, similarities, test_sets = [], {}, {}
+    for style in tracker(console)(evaluate.STYLES, len(evaluate.STYLES), "Evaluating"):
+        test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
+        rows = {report.CHANCE: evaluate.chance_scores(test_set)}
+        for name, method in methods.items():
+            rows[name], similarities[style, name] = evaluate.score(method, test_set)
+        classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
+        blocks.append(report.Block(style, len(test_set.images), *classes, rows))
+    tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
+    training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
+    rankings = evaluate.measure_agreement(models, training, held_out)
+    found = evaluate.compare({name: similarities["color", name] for name in models})
+    conditions = {
+        "device": device,
+        "torch": torch.__version__,
+        "rankloss": rankloss.__version__,
+        "split": args.split,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "runs": {run.arm.name: run.record() for run in runs},
+    }
+    report.save(blocks, found, rankings, conditions, root)
+    rankings.save(root / "agreement.json")
+
+    console.rule("4/4  Picture")
+    draw.draw(
+        root / "openmoji.png",
+        agreement=rankings,
+        picture=training.images[rankings.anchor],
+        block=blocks[0],
+        found=found,
+        test_set=test_sets["color"],
+        similarities={name: similarities["color", name] for name in models},
+    )
+    console.print(Markdown(report.markdown(blocks, found, rankings)))
+    for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
+        say(console, f"Wrote {root / name}")
+    for text in report.closing(blocks[0], found, rankings):
+        say(console, text)
+
+
+def _train(runs: list[Run], device: str, console: Console) -> None:
+    todo = []
+    for run in runs:
+        if run.is_complete():
+            say(console, f"Complete already: {run.folder}")
+        else:
+            todo.append(run)
+    taught = [run for run in todo if run.arm.features]
+    if taught:
+        _say_command(console, taught[0].root, features_command(taught[0].data))
+        done = subprocess.run(features_command(taught[0].data), cwd=taught[0].root, check=False)
+        if done.returncode != 0:
+            raise TrainingError(f"rankloss features ended with status {done.returncode}: see above")
+    for run in todo:
+        _say_command(console, run.root, run.command())
+        say(console, f"Log: {run.folder / 'out.log'}")
+    if todo:
+        train_all(todo, device, console)
+
+
+def _say_command(console: Console, root: Path, command: Sequence[str]) -> None:
+    words = shlex.join(["python", *command[1:]]).replace("\t", "\\t")
+    say(console, f"$ cd {root} && {words}", "dim")

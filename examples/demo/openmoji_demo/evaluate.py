@@ -1,0 +1,195 @@
+"""Retrieval and classification of held-out emojis, and how far a picture and its caption rank alike."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.datasets.folder import default_loader
+
+from rankloss.metrics import kendall_tau, rank_agreement
+
+from . import data, metrics, model, pixel_knn
+
+STYLES = ("color", "line")
+LEVELS = ("subgroup", "group")
+TASKS = ("image_to_text", "text_to_image", *LEVELS)
+TRAINING, HELD_OUT = "training", "held-out"
+SHOWN = "food and drink"  # the group of the concept whose rankings are drawn: no gesture, no flag
+Scores = dict[str, dict[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures of a build, and its table's row of each: ``title``, ``name``, ``concept`` and the levels."""
+
+    images: list[Image.Image]
+    rows: pd.DataFrame
+
+    @property
+    def captions(self) -> list[str]:
+        """The one caption of each picture."""
+        return self.rows["title"].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet(Pictures):
+    """The held-out concepts, drawn in one style; one caption and one class of each level per picture."""
+
+    classes: dict[str, list[str]]  # to choose from, by level, in the order of the score columns
+
+    def labels(self, level: str) -> Tensor:
+        """Return the right column of every picture."""
+        return torch.tensor([self.classes[level].index(name) for name in self.rows[level]])
+
+
+def load_test_set(root: Path, folder: Path, style: str) -> TestSet:
+    """Read the held-out pictures of a build, in colour or as line art.
+
+    Line drawings that look exactly like another emoji's are left out: their caption cannot be found by
+    any method. The classes are the same for both styles.
+    """
+    every = data.read_table(folder / "test.csv")
+    rows = every if style == "color" else every[every["line_is_unique"] == "1"]
+    images = open_all(root, rows["filepath" if style == "color" else "line_filepath"])
+    return TestSet(images, rows, {level: sorted(every[level].unique()) for level in LEVELS})
+
+
+def load_pictures(root: Path, table: Path, *, once: bool = False) -> Pictures:
+    """Read the pictures of a table of a build; with ``once`` only the first one of every concept."""
+    rows = data.read_table(table)
+    rows = rows.drop_duplicates("concept") if once else rows
+    return Pictures(open_all(root, rows["filepath"]), rows)
+
+
+def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
+    """Read pictures."""
+    return [default_loader(str(root / path)) for path in paths]
+
+
+class ClipModel(model.ClipModel):
+    """A trained model."""
+
+    def features(self, shown: Pictures) -> tuple[Tensor, Tensor]:
+        """Return the unit-norm features of the pictures and of the captions."""
+        features = self.image_features([self.preprocess(image) for image in shown.images])
+        return normalize(features, dim=-1), self.text_features(shown.captions)
+
+    def scores(self, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cosine of every picture with every caption, and with every class of each level."""
+        images, texts = self.features(shown)
+        prompts = {level: self.classifier(names, data.TEMPLATES) for level, names in shown.classes.items()}
+        return images @ texts.T, {level: images @ classes for level, classes in prompts.items()}
+
+
+Method = Callable[[TestSet], tuple[Tensor, dict[str, Tensor]]]
+
+
+def knn_scores(training: Pictures, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the same for the baseline that learns nothing: see :mod:`openmoji_demo.pixel_knn`."""
+    seen, pixels = _pixels(training), _pixels(shown)
+    _, neighbours = pixel_knn.nearest(seen, pixels)
+    votes = {
+        level: pixel_knn.class_scores(seen, training.rows[level], pixels, names)
+        for level, names in shown.classes.items()
+    }
+    return pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes
+
+
+def _pixels(pictures: Pictures) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pictures.images])
+
+
+def score(method: Method, test_set: TestSet) -> tuple[Scores, Tensor]:
+    """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
+    similarity, by_level = method(test_set)
+    levels = {k: metrics.accuracy_at_k(columns, test_set.labels(k)) for k, columns in by_level.items()}
+    return {**metrics.recall(similarity), **levels}, similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The share of the held-out concepts that a model finds, against that of the first model."""
+
+    percent: float  # R@10, mean of both ways
+    minus_first: float | None = None  # in points; None for the first model itself
+    half_width: float | None = None  # half of the difference's 95 % interval over the concepts
+
+    @property
+    def is_noise(self) -> bool:
+        """True if the interval of the difference has 0."""
+        return self.minus_first is None or self.half_width is None or abs(self.minus_first) <= self.half_width
+
+
+def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]:
+    """Compare every model with the first by R@k, paired by concept; given are picture × caption matrices."""
+    hits = {name: 100 * _hits(similarity, k) for name, similarity in similarities.items()}
+    first, *others = hits
+    found = {first: Found(hits[first].mean().item())}
+    for name in others:
+        differences = hits[name] - hits[first]
+        half = 1.96 * differences.std().item() / len(differences) ** 0.5
+        found[name] = Found(hits[name].mean().item(), differences.mean().item(), half)
+    return found
+
+
+def _hits(similarity: Tensor, k: int) -> Tensor:
+    """Return the share of each concept's searches, by picture and by caption, that succeed within k."""
+    own = similarity.diagonal()
+    above = (similarity > own.unsqueeze(1)).sum(dim=1), (similarity > own).sum(dim=0)
+    return torch.stack([ranks < k for ranks in above]).double().mean(dim=0)
+
+
+def chance_scores(test_set: TestSet) -> Scores:
+    """Return what guessing scores at each task."""
+    recall = metrics.chance(len(test_set.images), metrics.RETRIEVAL_KS)
+    levels = {k: metrics.chance(len(v), metrics.CLASS_KS) for k, v in test_set.classes.items()}
+    return {"image_to_text": recall, "text_to_image": recall, **levels}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Kendall's τ of every model, and the rankings of the food or drink with τ nearest to the averages."""
+
+    averages: Mapping[str, Mapping[str, float]]  # by model, on the training and on the held-out concepts
+    concepts: Mapping[str, int]  # how many
+    anchor: int
+    labels: Sequence[str]  # names of the training concepts
+    scores: Mapping[str, tuple[Tensor, Tensor]]  # by model: those of the picture, and of its caption
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        lists = {name: torch.stack(of).double().numpy().round(5) for name, of in self.scores.items()}
+        scores = {name: both.tolist() for name, both in lists.items()}
+        text = json.dumps({**vars(self), "scores": scores}, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+def measure_agreement(models: Mapping[str, ClipModel], training: Pictures, held_out: Pictures) -> Agreement:
+    """Compare the rankings of all pictures with those of their captions, under every model."""
+    averages: dict[str, dict[str, float]] = {}
+    lists: dict[str, tuple[Tensor, Tensor]] = {}
+    distance = torch.zeros(len(training.images), dtype=torch.float64)
+    for name, one in models.items():
+        v, t = one.features(training)
+        averages[name] = {
+            key: rank_agreement(*features)["cross_modal_tau"].item()
+            for key, features in ((TRAINING, (v, t)), (HELD_OUT, one.features(held_out)))
+        }
+        lists[name] = (v @ t.T, t @ v.T)
+        distance += (kendall_tau(*lists[name]) - averages[name][TRAINING]).square()
+    is_shown = torch.tensor([group == SHOWN for group in training.rows["group"]])
+    anchor = int(distance.nan_to_num(torch.inf).masked_fill(~is_shown, torch.inf).argmin())
+    return Agreement(
+        averages=averages,
+        concepts={TRAINING: len(training.images), HELD_OUT: len(held_out.images)},
+        anchor=anchor,
+        labels=training.rows["name"].tolist(),
+        scores={name: (first[anchor], second[anchor]) for name, (first, second) in lists.items()},
+    )

@@ -1,0 +1,136 @@
+"""One table of all methods, as Markdown and as JSON, and what may be read from it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import metrics, page, tables
+from .evaluate import HELD_OUT, TASKS, TRAINING, Agreement, Found, Scores
+
+HEADS = {
+    "image_to_text": "image → text",
+    "text_to_image": "text → image",
+    "subgroup": "sub-group",
+    "group": "group",
+}
+_STYLES = {"color": "Colour", "line": "Line art"}
+_TITLE = "Held-out emojis: how many are found"
+_FOUND_TITLE = (
+    "In colour, R@10 in percent, mean of image → text and text → image; ± 95 % interval over the emojis"
+)
+_TASKS_TITLE = "Percent: R@1/5/10 of image → text and text → image, top-1/3/5 of zero-shot classes"
+_TAU_TITLE = "Kendall's τ between a picture's ranking of the concepts and its caption's"
+
+CHANCE = "chance"
+KNN = "untrained pixel kNN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The results on the held-out concepts in one style."""
+
+    style: str  # color or line
+    n: int  # number of concepts
+    subgroups: int  # number of sub-groups to choose from
+    groups: int  # number of groups to choose from
+    rows: dict[str, Scores]  # the scores of each method, in the order of the table
+
+    @property
+    def title(self) -> str:
+        """The heading of the block, with n."""
+        return f"{_STYLES[self.style]}, n = {self.n}"
+
+    def cells(self) -> list[list[str]]:
+        """Return the rows as text."""
+        return [
+            [name, *("/".join(f"{value:.1f}" for value in scores[task].values()) for task in TASKS)]
+            for name, scores in self.rows.items()
+        ]
+
+
+def verdict(found: Found) -> str:
+    """Return the words for a difference."""
+    if found.minus_first is None:
+        return ""
+    return "noise" if found.is_noise else "higher" if found.minus_first > 0 else "lower"
+
+
+def difference(found: Found) -> str:
+    """Return a difference with its interval as text; empty for the first model itself."""
+    if found.minus_first is None:
+        return ""
+    return f"{found.minus_first:+.1f} ± {found.half_width:.1f}".replace("-", "−")
+
+
+def _founds(found: dict[str, Found]) -> tuple[list[str], list[list[str]]]:
+    rows = [[name, f"{of.percent:.1f}", difference(of), verdict(of)] for name, of in found.items()]
+    return ["trained with", "R@10", f"minus {next(iter(found))}", "verdict"], rows
+
+
+def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
+    keys = (TRAINING, HELD_OUT)
+    rows = [[name, *(f"{tau[key]:.3f}" for key in keys)] for name, tau in agreement.averages.items()]
+    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
+
+
+def notes(n: int) -> list[str]:
+    """Say in plain words what numbers of n concepts cannot show."""
+    errors = {level: metrics.standard_error(level, n) for level in (10, 35)}
+    text = page.fill(Path(__file__).with_name("notes.md"), {}, n=n, errors=errors)
+    return [line.removeprefix("- ") for line in text.splitlines() if line]
+
+
+def closing(block: Block, found: dict[str, Found], agreement: Agreement) -> list[str]:
+    """Say what to look at, beside the baseline that learns nothing."""
+    best = max(found, key=lambda name: found[name].percent)
+    gain = (
+        f", {difference(found[best])} points against {next(iter(found))}" if difference(found[best]) else ""
+    )
+    pixels = sum(block.rows[KNN][way][10] for way in TASKS[:2]) / 2
+    said = [
+        f"Look at R@10 of {block.n} unseen emojis: {best} finds most, {found[best].percent:.1f} %{gain}. "
+        f"Untrained pixels find {pixels:.1f} %: with so few data they are hard to beat."
+    ]
+    taus = agreement.averages
+    if len(taus) > 1 and best == min(taus, key=lambda name: taus[name][TRAINING]):
+        said.append(
+            f"Its τ is the lowest on training concepts ({taus[best][TRAINING]:.2f}): picture and caption follow "
+            "two encoders that rank differently, and the training captions are fitted less; retrieval is "
+            f"measured on unseen concepts, where its τ is {taus[best][HELD_OUT]:.2f}."
+        )
+    return said
+
+
+def markdown(blocks: Sequence[Block], found: dict[str, Found], agreement: Agreement) -> str:
+    """Return the tables and the notes as Markdown; no row of a table is longer than 100 columns."""
+    blank = [""] * len(TASKS)
+    rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
+    shown = {
+        _FOUND_TITLE: tables.markdown(*_founds(found), right=3),
+        _TASKS_TITLE: tables.markdown(["method", *HEADS.values()], rows, right=len(TASKS)),
+        _TAU_TITLE: tables.markdown(*_taus(agreement), right=2),
+    }
+    parts = [text for title, table in shown.items() for text in (f"{title}:", "", table, "")]
+    return "\n".join([f"# {_TITLE}", "", *parts, *(f"- {line}" for line in notes(blocks[0].n)), ""])
+
+
+def save(
+    blocks: Sequence[Block],
+    found: dict[str, Found],
+    agreement: Agreement,
+    conditions: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write ``results.md`` and ``results.json``."""
+    (folder / "results.md").write_text(markdown(blocks, found, agreement), encoding="utf-8")
+    results = {
+        "conditions": conditions,
+        "found": {name: dataclasses.asdict(of) | {"is_noise": of.is_noise} for name, of in found.items()},
+        "results": [dataclasses.asdict(block) for block in blocks],
+        "tau": agreement.averages,
+        "notes": notes(blocks[0].n),
+    }
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")

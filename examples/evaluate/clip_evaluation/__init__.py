@@ -1,1 +1,0 @@
-"""Evaluation of CLIP-like models: what the examples measure with."""

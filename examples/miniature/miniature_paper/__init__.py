@@ -1,1 +1,0 @@
-"""RankCLIP's tables and figures in miniature, on icons: train, measure, record, report."""

@@ -1,1 +1,0 @@
-"""RankCLIP on emojis: the parts behind ``examples/openmoji/run.py``."""

@@ -1,0 +1,1 @@
+"""RankCLIP's tables and figures in miniature, and comparisons that were fixed before their records."""

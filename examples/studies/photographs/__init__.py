@@ -1,0 +1,1 @@
+"""Losses compared on Flickr8k, by registered plans: retrieval, and agreement with people."""

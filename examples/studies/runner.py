@@ -1,0 +1,219 @@
+"""The one runner: from a study's plan to its missing trainings, its records and its report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from openmoji_demo.terminal import bars, say, status_of
+from rich.console import Console
+
+from . import STUDIES
+from .plan import Find, MissingError, read
+from .records import Record, Store, conditions, key_of
+from .report import write
+
+Finds = Mapping[str, Find]  # by data set
+
+
+class DataSet(Protocol):
+    """What a study's trainings are done on."""
+
+    fingerprint: str | Callable[[Any], str]
+    """Of all that a training's numbers depend on beside its setting; or a function of the setting."""
+
+    def train(self, setting: Any) -> Record:
+        """Train and measure a setting; return ``metrics`` and whatever else its record is to hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study, as its folder declares it.
+
+    Attributes:
+        folder: Of its plan, records and report.
+        setting: The class of its settings, a dataclass; ``arm``, ``side`` and ``seed`` are among what it has.
+        records: The folders of records below ``results``, by data set.
+        data: Returns the data sets that are there, given the sizes and the command's options.
+        results: Returns the values of the report's template, given the sizes, the records of each data set,
+            and a function that returns both of another study. It asks for all trainings of the plan, and
+            thereby decides which are done.
+        plan: A file in the folder, see :func:`studies.plan.read`; or a function of the preset's name.
+        report: The name of the report, without its ending.
+        template: The report's template, in the folder; empty for one of the report's name.
+        packages: Whose versions the records have.
+    """
+
+    folder: Path
+    setting: type
+    records: Mapping[str, str]
+    data: Callable[[SimpleNamespace, argparse.Namespace], Mapping[str, DataSet]]
+    results: Callable[
+        [SimpleNamespace, Finds, Callable[[str], tuple[SimpleNamespace, Finds]]], dict[str, Any]
+    ]
+    plan: str | Callable[[str], SimpleNamespace]
+    report: str
+    template: str = ""
+    packages: Sequence[str] = ("torch", "numpy", "scipy", "rankloss")
+
+    def sizes(self, preset: str) -> SimpleNamespace:
+        """Return the plan in one of its sizes."""
+        return read(self.folder / self.plan, preset) if isinstance(self.plan, str) else self.plan(preset)
+
+
+def load(name: str) -> Study:
+    """Return a study by its name."""
+    study: Study = importlib.import_module(STUDIES[name]).study(name)
+    return study
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A study in one of its sizes.
+
+    The full preset's records are part of the repository: trainings go on from them.
+    """
+
+    study: Study
+    preset: str
+    output: Path
+
+    @property
+    def home(self) -> Path:
+        """The folder of records and report."""
+        full = self.preset == "full"
+        return self.study.folder if full else self.output / self.preset / self.study.folder.name
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """The records of each data set."""
+        folder = self.home / "results"
+        return {name: Store(folder / below, self.study.setting) for name, below in self.study.records.items()}
+
+    def other(self, name: str) -> tuple[SimpleNamespace, Finds]:
+        """Return another study's sizes and records."""
+        run = dataclasses.replace(self, study=load(name))
+        return run.study.sizes(self.preset), run.finds()
+
+    def finds(self, data: Mapping[str, DataSet] | None = None) -> dict[str, Find]:
+        """Return the records that were made from these data; else all of them, where there are any."""
+        stores = self.stores
+        if data is None:
+            return {name: Find(name, store.find()) for name, store in stores.items() if store.path.is_file()}
+        return {name: Find(name, stores[name].find(_fingerprints(of))) for name, of in data.items()}
+
+    def results(self, finds: Finds) -> dict[str, Any]:
+        """Return what the records say."""
+        if not finds:
+            raise RuntimeError(f"{self.home / 'results'} holds no record: nothing to report")
+        return self.study.results(self.study.sizes(self.preset), finds, self.other)
+
+    def train(self, data: Mapping[str, DataSet], console: Console) -> None:
+        """Do the trainings that the plan asks for, until none is missing."""
+        while True:
+            try:
+                self.results(self.finds(data))
+                return
+            except MissingError as missing:
+                if missing.data not in data:
+                    raise RuntimeError(f"of another study {missing}: finish it first") from missing
+                self._do(missing, data[missing.data], console)
+
+    def _do(self, missing: MissingError, data: DataSet, console: Console) -> None:
+        store, fingerprint = self.stores[missing.data], _fingerprints(data)
+        keys = {one: key_of(one, fingerprint(one)) for one in missing.settings}
+        with bars(console) as progress:
+            bar = progress.add_task(f"{missing.data}: {missing}", total=len(keys))
+            for setting in _shared({one: self.output / "locks" / f"{key}.lock" for one, key in keys.items()}):
+                if setting not in store.find(fingerprint):  # another process may have finished it
+                    say(console, keys[setting])
+                    versions = conditions(self.study.packages, threads=torch.get_num_threads())
+                    record = {"key": keys[setting], "setting": dataclasses.asdict(setting)}
+                    found = {**data.train(setting), "data": fingerprint(setting), "conditions": versions}
+                    store.save({**record, **found})
+                progress.advance(bar)
+
+    def write(self) -> Path:
+        """Write the report, of all records there are.
+
+        Raises:
+            RuntimeError: If a training is missing.
+        """
+        try:
+            values = self.results(self.finds())
+        except MissingError as missing:
+            raise RuntimeError(
+                f"{missing} in {missing.data}: nothing is reported before they are there"
+            ) from None
+        template = self.study.folder / (self.study.template or f"{self.study.report}.md")
+        return write(self.home / "report" / f"{self.study.report}.md", template, preset=self.preset, **values)
+
+
+def _fingerprints(data: DataSet) -> Callable[[Any], str]:
+    of = data.fingerprint
+    return of if callable(of) else lambda _: of
+
+
+def _shared(locks: Mapping[Any, Path]) -> Iterator[Any]:
+    """Yield every setting while its lock is held; those that another process holds come last."""
+    waiting = list(locks)
+    while waiting:
+        started = len(waiting)
+        for setting in list(waiting):
+            locks[setting].parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(locks[setting], timeout=0):
+                    yield setting
+            except Timeout:
+                continue
+            waiting.remove(setting)
+        if len(waiting) == started:
+            time.sleep(2)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies",
+        description="Do a study's missing trainings, and write its report. Finished trainings are kept: "
+        "repeat an interrupted command; start it once more, and both processes share the work.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("--preset", choices=("quick", "full"), default="quick", help="size (default: %(default)s)")
+    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
+    add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
+    add(
+        "--output", type=Path, default=Path("outputs/studies"), help="features, checkpoints, the quick preset"
+    )
+    add("--device", help="of the miniature: cpu or cuda (default: a GPU if there is one)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the missing trainings and write the report."""
+    args = parse(argv)
+    return status_of(lambda console: _run(args, console))
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    run = Run(load(args.study), args.preset, args.output.resolve())
+    if not args.report_only:
+        torch.set_num_threads(1)
+        if hasattr(os, "nice"):
+            os.nice(5)
+        args.output, args.icons = run.output, args.icons.resolve()
+        run.train(run.study.data(run.study.sizes(args.preset), args), console)
+    say(console, str(run.write()))
+    return 0

@@ -1,0 +1,181 @@
+"""The runner on a study that is made up: choices, resuming, shared trainings, corrected tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from rich.console import Console
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from studies.plan import Find, MissingError, best_of, by_factor, by_grid
+from studies.records import key_of, read_lines
+from studies.runner import Run, Study
+from studies.statistics import Arms, Measure
+
+SCORE = Measure("score", ("score",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    arm: str
+    seed: int
+    side: str
+    lr: float = 1.0
+    weight: float = 0.0
+
+
+def value(one):
+    """The score of a setting, which is best at a rate of 4, and a weight of 8."""
+    noise = random.Random(f"{one.arm}{one.seed}").gauss(0, 0.01)
+    return -abs(np.log2(one.lr) - 2) - abs(one.weight - 8) / 8 + noise
+
+
+class Data:
+    fingerprint = "made up"
+
+    def __init__(self, broken=()):
+        self.made, self.broken = [], broken
+
+    def train(self, setting):
+        if setting.arm in self.broken:
+            raise RuntimeError("out of luck")
+        self.made.append(setting)
+        return {"metrics": {"score": value(setting)}}
+
+
+def results(sizes, finds, _):
+    find = finds["set"]
+    plain = best_of("plain", [Setting("plain", 9, "dev", lr) for lr in (1, 2, 4)], find.scores(SCORE))
+    settings = {"plain": plain.chosen, "other": dataclasses.replace(plain.chosen, arm="other", weight=8.0)}
+    arms = Arms(find.arms(settings, sizes.seeds))
+    return {"tests": arms.tests([("other", "plain")], [SCORE]), "arms": arms, "chosen": plain.chosen}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "made.md").write_text("# Report\n\n{{ chosen.lr }}, {{ preset }}\n", encoding="utf-8")
+    sizes = SimpleNamespace(seeds=[0, 1, 2])
+    study = Study(
+        folder=tmp_path,
+        setting=Setting,
+        plan=lambda _: sizes,
+        records={"set": "."},
+        data=lambda *_: {},
+        results=results,
+        report="made",
+        packages=("torch",),
+    )
+    return Run(study, "full", tmp_path / "output")
+
+
+def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
+    console, data = Console(quiet=True), Data(broken=("other",))
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        run.write()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run.train({"set": data}, console)
+    assert [(one.arm, one.side, one.seed) for one in data.made] == [("plain", "dev", 9)] * 3 + [
+        ("plain", "test", 0)
+    ]
+    with pytest.raises(RuntimeError, match="5 trainings are missing in set"):
+        run.write()
+    again = Data()
+    run.train({"set": again}, console)
+    assert [(one.arm, one.seed) for one in again.made][:2] == [("other", 0), ("plain", 1)]
+    assert len(data.made) + len(again.made) == 9
+    more = Data()
+    run.train({"set": more}, console)
+    assert not more.made
+    assert run.write().read_text(encoding="utf-8") == "# Report\n\n4, full\n"
+    lines = read_lines(run.stores["set"].path)
+    assert [*lines[0]] == ["conditions", "conditions_id"]
+    assert len(lines) == 10
+    other = Data()
+    other.fingerprint = "other data"
+    run.train({"set": other}, console)
+    assert len(other.made) == 9  # records of other data do not count
+    with pytest.raises(ValueError, match="are of one setting: delete the outdated line"):
+        run.write()
+
+
+def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
+    data = Data()
+    taken = Setting("plain", 9, "dev", 1)
+    key = key_of(taken, data.fingerprint)
+    (run.output / "locks").mkdir(parents=True)
+    lock = FileLock(run.output / "locks" / f"{key}.lock")
+    lock.acquire()
+    train = data.train
+
+    def release(setting):
+        if setting.lr == 4 and setting.side == "dev":
+            lock.release()
+        return train(setting)
+
+    data.train = release
+    run.train({"set": data}, Console(quiet=True))
+    assert [one.lr for one in data.made[:3]] == [2, 4, 1]
+
+
+def test_the_last_line_of_a_killed_writer_is_dropped_and_a_damaged_one_named(run):
+    store = run.stores["set"]
+    store.save(
+        {
+            "key": "a",
+            "setting": dataclasses.asdict(Setting("plain", 9, "dev", 1)),
+            "data": "made up",
+            "metrics": {},
+        }
+    )
+    with store.path.open("a", encoding="utf-8") as file:
+        file.write('{"key": "half')
+    assert len(store.find()) == 1
+    store.path.write_text("no JSON\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1, is damaged"):
+        store.find()
+
+
+def test_a_search_by_factor_keeps_the_best_mean_of_two_seeds():
+    found = by_factor(Setting("plain", 0, "dev"), {"lr": (2.0, 4.0), "weight": (8.0, 4.0)}, (5, 6), scored)
+    assert (found.chosen.lr, found.chosen.weight) == (4.0, 8.0)
+    assert [(one.level, len(one.scores), one.taken) for one in found.tries] == [
+        (2.0, 2, False),
+        (4.0, 2, True),
+        (8.0, 2, True),
+        (4.0, 2, False),
+    ]
+    assert found.score == pytest.approx(
+        np.mean([value(dataclasses.replace(found.chosen, seed=s)) for s in (5, 6)])
+    )
+    with pytest.raises(MissingError, match="3 trainings are missing"):
+        by_factor(Setting("plain", 0, "dev"), {"lr": (2.0, 4.0)}, (5, 6), Find("set", {}).scores(SCORE))
+
+
+def scored(settings):
+    return [value(one) for one in settings]
+
+
+@pytest.mark.parametrize(("rounds", "weight"), [(0, 2.0), (1, 4.0), (2, 8.0), (5, 8.0)])
+def test_a_search_on_a_grid_goes_on_beyond_its_edge(rounds, weight):
+    sizes = SimpleNamespace(try_seed=3, best_seeds=(4, 5), tries=6, rounds=rounds)
+    found = by_grid("other", Setting("other", 0, "dev", lr=4.0), {"weight": (1.0, 2.0)}, sizes, scored)
+    assert found.chosen.weight == weight
+    assert [*found.tries[1.0,]] == [3, 4, 5]
+    assert found.row()[:2] == ["`other`", f"weight {weight:g}"]
+
+
+def test_the_tests_are_paired_and_corrected_together_with_others():
+    rng = np.random.default_rng(0)
+    values = {arm: rng.normal(size=6) for arm in "abc"}
+    arms = Arms({arm: {i: {"metrics": {"score": x}} for i, x in enumerate(of)} for arm, of in values.items()})
+    (beside,) = arms.tests([("c", "b")], [SCORE]).values()
+    found = arms.tests([("a", "b"), ("a", "c")], [SCORE], [beside])
+    p = [stats.ttest_rel(values[x], values[y]).pvalue for x, y in ("ab", "ac", "cb")]
+    expected = multipletests(p, method="holm")[1][:2]
+    assert [d.adjusted for d in found.values()] == pytest.approx(list(expected))
+    assert [d.mean for d in found.values()] == pytest.approx([np.mean(values["a"] - values[x]) for x in "bc"])

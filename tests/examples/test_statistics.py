@@ -1,0 +1,75 @@
+"""The miniature's statistics against other ways to compute them, and by simulation."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.weightstats import DescrStatsW
+from studies import statistics
+from studies.statistics import Difference, correct, estimate, paired_difference, verdict
+
+# Hundredths, as accuracies on finite sets are: ties and equal differences do occur.
+scores = st.integers(0, 10_000).map(lambda n: n / 100)
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=40)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
+def test_what_has_no_mean_is_refused_and_one_seed_has_no_interval(values):
+    with pytest.raises(ValueError, match=r"^values: "):
+        estimate(values)
+    found = estimate([12.5])
+    assert (found.mean, found.half_width, found.n) == (12.5, None, 1)
+    assert found.low == found.high == 12.5
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=10))
+def test_the_paired_difference_is_scipys_and_its_interval_the_t_interval(pairs):
+    values, reference = map(np.array, zip(*pairs, strict=True))
+    assume(np.ptp(values - reference) > 1e-6)
+    found = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
+    assert found.p == pytest.approx(stats.ttest_rel(values, reference).pvalue, rel=1e-6, abs=1e-12)
+    interval = DescrStatsW(values - reference).tconfint_mean(0.05)
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-6)
+    alone = estimate(values - reference)
+    assert (alone.mean, alone.low, alone.high, alone.n) == (found.mean, found.low, found.high, len(pairs))
+
+
+# --- many tests ---
+
+
+@given(p_values)
+def test_holm_steps_down_from_the_smallest(values):
+    """Each p times the number of hypotheses from its rank on, never below an earlier one, and at most 1."""
+    family = {i: Difference(1.0, 0.1, 5, p) for i, p in enumerate(values)}
+    adjusted = [d.adjusted for d in correct(family).values()]
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(values, kind="stable")):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        assert adjusted[i] == pytest.approx(largest)
+
+
+# --- verdicts ---
+
+
+@given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_nothing_is_claimed_whose_interval_holds_zero(rows):
+    family = {}
+    for number, pairs in enumerate(rows):
+        values, reference = zip(*pairs, strict=True)
+        family[number] = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
+    for difference in correct(family).values():
+        said = verdict(difference)
+        if said in ("better", "worse"):
+            assert difference.n >= statistics.MIN_SEEDS
+            assert (difference.low > 0) if said == "better" else (difference.high < 0)
+        if difference.established:
+            assert difference.nominal
+
+
+@given(scores, scores, st.integers(2, 8))
+def test_differences_without_any_spread_prove_nothing(value, other, n):
+    """A variance of zero is what the seeds happened to give, not knowledge."""
+    found = paired_difference({s: value + s for s in range(n)}, {s: other + s for s in range(n)})
+    assert found.p is None
+    assert verdict(correct({0: found})[0]) in ("no significant difference", "too few seeds")
