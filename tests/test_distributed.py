@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,12 +101,10 @@ def mimicry_terms(view: one_process.View) -> Tensor:
     targets = [taught(x) for x in items]
     own = [x[first : first + n] for x in targets]
     distances = sum((x - y).square().sum() / n for x, y in zip(students, own, strict=True))
-    crossed = replace(view, image=targets[0], text=targets[1], scale=torch.tensor(20.0))
-    return 8 * distances + 0.5 * one_process.clip(crossed)
+    return 8 * distances
 
 
 Rank = functools.partial(RankConsistency, chunk_size=3)
-Mimicry = functools.partial(MimicryLoss, contrast=0.5)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "clip": (ClipLoss, lambda view, bias: one_process.clip(view) + 0 * bias),
     "clip, streamed": (
@@ -124,7 +121,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: siglip_of(view, bias) + one_process.rank_terms(view),
     ),
     "mimicry": (
-        functools.partial(Taught, Mimicry),
+        functools.partial(Taught, MimicryLoss),
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }

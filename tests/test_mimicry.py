@@ -37,15 +37,11 @@ def ranks(base: nn.Module | None = None) -> RankClipLoss:
 
 
 def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
-    loss, teacher = MimicryLoss(contrast=0.5), teacher_of()
+    loss, teacher = MimicryLoss(weight=0.5), teacher_of()
     entries = loss(*batch(), output_dict=True, **teacher)
-    assert list(entries) == ["contrastive_loss", "mimicry_loss", "mimicry_contrast_loss"]
+    assert list(entries) == ["contrastive_loss", "mimicry_loss"]
     assert torch.equal(entries["contrastive_loss"], ClipLoss()(*batch()))
     torch.testing.assert_close(loss(*batch(), **teacher), sum(entries.values()))
-    assert list(MimicryLoss(weight=0, contrast=1)(*batch(), output_dict=True, **teacher)) == [
-        "contrastive_loss",
-        "mimicry_contrast_loss",
-    ]
 
 
 def test_one_modality_has_the_distances_of_that_modality() -> None:
@@ -57,7 +53,7 @@ def test_one_modality_has_the_distances_of_that_modality() -> None:
 def test_a_teacher_gets_no_gradient_and_a_copy_of_it_costs_nothing() -> None:
     v, t, s = batch()
     teacher = {name: x.requires_grad_() for name, x in teacher_of().items()}
-    MimicryLoss(contrast=1)(v, t, s, **teacher).backward()
+    MimicryLoss()(v, t, s, **teacher).backward()
     assert all(x.grad is None for x in teacher.values())
     loss = MimicryLoss(weight=1)
     same = loss(v, t, s, output_dict=True, **{IMAGE: v, TEXT: t})
@@ -68,7 +64,7 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
     n = 4096  # beyond the size up to which whole matrices are kept
     v, t, s = (x.float().detach() for x in batch(n))
     with LargestTensor() as largest:
-        loss = MimicryLoss(ClipLoss(memory_budget=0), contrast=1.0)
+        loss = MimicryLoss(ClipLoss(memory_budget=0))
         loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n).items()}).backward()
     assert largest.elements < n * n
 
@@ -111,10 +107,8 @@ def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"weight": -1}, "weight must be a finite number >= 0; got -1"),
-        ({"contrast_scale": 0}, "contrast_scale must be a finite number > 0; got 0"),
-        ({"weight": 0}, "weight or contrast must be above 0"),
-        ({"contrast_scale": 5.0}, "contrast_scale=5.0 needs contrast above 0"),
+        ({"weight": -1}, "weight must be a finite number > 0; got -1"),
+        ({"weight": 0}, "weight must be a finite number > 0; got 0"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:
@@ -126,7 +120,6 @@ def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:
     ("options", "teacher", "named"),
     [
         ({}, {}, "needs reference_image_features or reference_text_features; got neither"),
-        ({"contrast": 1}, {IMAGE: teacher_of()[IMAGE]}, f"needs {IMAGE} and {TEXT}; got {IMAGE}"),
         ({}, teacher_of(6, 5), rf"{IMAGE} must have the student's width, 4, .*; got 5.*components\(4\)"),
         ({}, teacher_of(5), rf"{IMAGE} must have one row per pair, 6"),
         ({}, {TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT} must be finite"),

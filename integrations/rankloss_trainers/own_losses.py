@@ -199,7 +199,7 @@ class Mimicry(NamedLoss):
     year = {2024},
 }"""  # noqa: E501
 
-    weight: float = option(8.0, "weight of the squared distances", at_least=0)
+    weight: float = option(8.0, "weight of the squared distances", above=0)
     reference_features: str | None = option(
         None,
         f"learn from {_FOLDER}",

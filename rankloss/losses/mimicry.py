@@ -8,40 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Batch
 from rankloss.distributed import GatherOption, gather_once
-from rankloss.engine import weighted_terms
 from rankloss.losses.composition import TEACHER, Base, base_entries, check_base, combined
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.options import RankOptions, check_weight
+from rankloss.options import check_weight
 from rankloss.precision import arithmetic_dtype, constant, outside_graphs, product
-
-_CONTRAST_SCALE = 20.0
 
 
 class MimicryLoss(GatheringLoss):
     r"""A base loss plus the squared distances of the features v, t from a teacher's v', t'.
 
         L_base + weight · [mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²]
-               + contrast · ½[CE(c·V·T'ᵀ) + CE(c·T·V'ᵀ)],   c = contrast_scale,
 
-    with target i for row i. The last term, interactive contrastive learning, contrasts each modality with the
-    teacher's other modality. With a teacher of one modality, only that modality has distances.
+    With a teacher of one modality, only that modality has distances.
 
     If the teacher's width differs from the student's, the teacher's features are projected onto its principal
     components, V'·P divided by its norms, with P in :attr:`components`. The trainers' plug-ins set P from a
     folder of features.
 
-    The terms are computed in float32 at least, under autocast too. Their memory grows linearly with N. Under
-    ``torch.compile`` the loss is one call between two graphs.
+    The distances are computed in float32 at least, under autocast too. Under ``torch.compile`` the loss is
+    one call between two graphs.
 
     Args:
-        base: the base loss, to which the terms are added: a module or function with the forward convention of
-            open_clip's losses. None: :class:`ClipLoss`.
-        weight: of the distances; 0 leaves them out.
-        contrast: weight of the contrastive term; 0 leaves it out.
-        contrast_scale: the multiplier c of its similarities.
-        gather: gathering of other processes' features, for the terms and for the default base. None: exact,
+        base: the base loss, to which the distances are added: a module or function with the forward convention
+            of open_clip's losses. None: :class:`ClipLoss`.
+        weight: of the distances, above 0.
+        gather: gathering of other processes' features, for the default base and for processes that each
+            compute all rows. None: exact,
             from the default process group, if one of several processes is initialised. False: none. Otherwise
             a :class:`rankloss.Gather`.
 
@@ -52,12 +45,11 @@ class MimicryLoss(GatheringLoss):
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm. ``logit_scale``: the multiplier s of
         the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D]``, or ``[N, D']``
         with components, unit-norm; they carry no gradient. ``output_dict=True`` gives the base's entries,
-        then ``mimicry_loss`` and, with ``contrast``, ``mimicry_contrast_loss``, both weighted.
+        then the weighted ``mimicry_loss``.
 
     Raises:
-        ValueError: for a weight that is negative or not finite, both weights 0, a scale that is not positive
-            or has no use, or a base that cannot be called; in ``forward`` without a teacher's features, for
-            one modality alone with ``contrast``, and for features of another shape.
+        ValueError: for a weight that is not above 0 or not finite, or a base that cannot be called; in
+            ``forward`` without a teacher's features, and for features of another shape.
 
     References:
         "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024.
@@ -77,19 +69,11 @@ class MimicryLoss(GatheringLoss):
         base: Base | None = None,
         *,
         weight: float = 8.0,
-        contrast: float = 0.0,
-        contrast_scale: float = _CONTRAST_SCALE,
         gather: GatherOption = None,
     ) -> None:
         super().__init__(gather)
         self.base = check_base(base, self.gather)
-        self.weight = check_weight("weight", weight)
-        self.contrast = check_weight("contrast", contrast)
-        self.contrast_scale = check_weight("contrast_scale", contrast_scale, above=0.0)
-        if self.weight == self.contrast == 0:
-            raise ValueError(f"weight or contrast must be above 0; got weight={weight!r}, {contrast=}")
-        if self.contrast == 0 and self.contrast_scale != _CONTRAST_SCALE:
-            raise ValueError(f"contrast_scale={contrast_scale!r} needs contrast above 0; got {contrast=}")
+        self.weight = check_weight("weight", weight, above=0.0)
         self.components: Tensor | None = None  # no buffer: to_empty() would leave it without numbers
 
     @outside_graphs
@@ -115,7 +99,7 @@ class MimicryLoss(GatheringLoss):
             output_dict: return the summands by name instead of their sum.
             reference_image_features: a teacher's features. A base whose signature takes a teacher's features
                 gets them, too.
-            reference_text_features: also a teacher's. Without ``contrast`` one of the two is enough.
+            reference_text_features: also a teacher's; one of the two is enough.
             **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
         """
         given: dict[str, Any] = dict(
@@ -124,19 +108,14 @@ class MimicryLoss(GatheringLoss):
         teacher = {name: x for name, x in given.items() if x is not None}
         # The base decides whether images are compared with texts.
         self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
-        if len(teacher) < (2 if self.contrast else 1):
-            needed = f" {'and' if self.contrast else 'or'} ".join(TEACHER)
-            raise ValueError(f"MimicryLoss needs {needed}; got {', '.join(teacher) or 'neither'}")
+        if not teacher:
+            raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))
         dtype = arithmetic_dtype(image_features, text_features)
         targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}
         with gather_once():
-            own = {}
-            if self.weight:
-                distances = [students[name].to(dtype) - target for name, target in targets.items()]
-                own["mimicry_loss"] = self.weight * self._mean(distances)
-            if self.contrast:
-                own["mimicry_contrast_loss"] = self._contrasted(image_features, text_features, targets)
+            distances = [students[name].to(dtype) - target for name, target in targets.items()]
+            own = {"mimicry_loss": self.weight * self._mean(distances)}
             inputs = image_features, text_features, logit_scale, logit_bias
             entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
         return combined(entries, own, output_dict)
@@ -165,21 +144,6 @@ class MimicryLoss(GatheringLoss):
         squared = torch.stack([x.square().sum(-1) for x in differences]).sum(0)[:, None]
         return (squared if self.gather.anchors_are_local else self.gather.items(squared)).mean()
 
-    def _contrasted(self, images: Tensor, texts: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """CLIP's loss with the student's features as anchors and the teacher's as items, weighted."""
-        of_images, of_texts = self.gather.constants(*(targets[name] for name in TEACHER))
-        assert of_images is not None
-        assert of_texts is not None
-        is_local = self.gather.anchors_are_local
-        anchors = (images, texts) if is_local else self.gather(images, texts)
-        first_row = self.gather.first_row(len(images))
-        batch = Batch.of(of_images, of_texts, self.contrast_scale, anchors=anchors, first_row=first_row)
-        weights = torch.tensor([self.contrast, 0.0, 0.0], dtype=torch.float64, device="cpu")
-        return weighted_terms(batch, RankOptions(), weights, (True, False, False))[0]
-
     def extra_repr(self) -> str:
-        """The weights."""
-        shown = {"weight": self.weight, "contrast": self.contrast}
-        if self.contrast:
-            shown["contrast_scale"] = self.contrast_scale
-        return ", ".join(f"{name}={value:g}" for name, value in shown.items())
+        """The weight."""
+        return f"weight={self.weight:g}"

@@ -293,17 +293,14 @@ def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
 
 
 RANK_FACTOR = 0.5
-CONTRAST_SCALE = 7.0
 
 
-def mimicry_terms(features: Any, teacher: Any, weight: float, contrast: float) -> Any:
-    """The terms that ``MimicryLoss`` adds to its base."""
+def mimicry_term(features: Any, teacher: Any, weight: float = 8.0) -> Any:
+    """The term that ``MimicryLoss`` adds to its base."""
     (v, t), (taught_v, taught_t) = features, [x[:, :D] for x in teacher]
     taught_v, taught_t = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (taught_v, taught_t))
     distances = ((v - taught_v) ** 2).sum(-1).mean() + ((t - taught_t) ** 2).sum(-1).mean()
-    logits = CONTRAST_SCALE * (v @ taught_t.T), CONTRAST_SCALE * (t @ taught_v.T)
-    crossed = [(x.logsumexp(-1) - x.diagonal()).mean() for x in logits]
-    return weight * distances + contrast * sum(crossed) / 2
+    return weight * distances
 
 
 def mimicry(
@@ -311,18 +308,15 @@ def mimicry(
 ) -> Subject:
     """A composition with ``MimicryLoss``, whose teacher is wider than the student."""
 
-    scale = {"contrast_scale": CONTRAST_SCALE} if weights.get("contrast") else {}
-
     def built() -> nn.Module:
-        loss = build(functools.partial(rankloss.MimicryLoss, **weights, **scale))
+        loss = build(functools.partial(rankloss.MimicryLoss, **weights))
         part = next(x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
 
     def literal(image_features: Any, text_features: Any, logit_scale: Any, **teacher: Any) -> Any:
         own = base(image_features, text_features, logit_scale, **teacher)
-        both = {"weight": 8.0, "contrast": 0.0, **weights}
-        return own + mimicry_terms((image_features, text_features), teacher.values(), **both)
+        return own + mimicry_term((image_features, text_features), teacher.values(), **weights)
 
     return Subject(
         f"MimicryLoss[{name}]",
@@ -358,9 +352,8 @@ SUBJECTS = [
         lambda **inputs: oracle.clip(**inputs) + RANK_FACTOR * oracle.rank_terms(**inputs),
     ),
     mimicry("default", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs)),
-    mimicry("contrast", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs), contrast=2.0),
     mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), _taught_rankclip, weight=0.5),
-    mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, contrast=0.5),
+    mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, weight=2.0),
     Subject(
         "RankClipLoss[over ClipLoss of ids]",
         "RankClipLoss",
