@@ -30,8 +30,8 @@ class MimicryLoss(GatheringLoss):
     one call between two graphs.
 
     Args:
-        base: the base loss, to which the distances are added: a module or function with the forward convention
-            of open_clip's losses. None: :class:`ClipLoss`.
+        base: the loss to which the distances are added: a module or function with the forward convention of
+            open_clip's losses. None: :class:`ClipLoss`.
         weight: of the distances, above 0.
         gather: gathering of other processes' features, for the default base and for processes that each
             compute all rows. None: exact,
