@@ -8,6 +8,7 @@ filled in, and ``params.txt`` names everything the run depended on.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,15 +28,16 @@ from rankloss_trainers.command_line import (
     misspelt,
     with_flag,
 )
+from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss, OptionError
-from rankloss_trainers.runtime import Host, tried
+from rankloss_trainers.runtime import Host, tried, with_folder
 
 HOST = Host(
     name="open_clip's trainer",
     biased="--siglip",
     teacher="name it with --distill-model and --distill-pretrained",
     progress="run `rankloss doctor` for advice",
-    serves=("caption", "folder", "lists", "state"),
+    serves=("caption", "folder", "lists", "state", "teacher"),
 )
 
 # --- the run that is asked for --------------------------------------------------------------------------
@@ -79,6 +81,22 @@ def companions_of(args: Any) -> Companions | None:
     if where is not None:
         parts.append(RowCompanion(Features(where)))
     return Companions(parts) if parts else None
+
+
+def compute_teacher(args: Any) -> None:
+    """Compute the teacher's features of the training data, unless a cache has them, and note their folder."""
+    loss = chosen(args)
+    if loss.teacher is None:
+        return
+    with extra("features"):
+        from rankloss_features import caching
+
+    spec = caching.Spec.of(loss.teacher)
+    place = os.path.join(getattr(args, "logs", None) or "logs", "teachers")
+    folder = caching.cached(spec, caching.of_open_clip(args, spec), place, getattr(args, "device", None))
+    for part in with_folder(loss, folder).parts:
+        for key in ("teacher", "reference_features") if part.reference_features == folder else ():
+            setattr(args, dest(part, part.options()[key]), getattr(part, key))
 
 
 def flags_of(loss: NamedLoss, *keys: str) -> dict[str, str]:
@@ -160,17 +178,17 @@ def check_run(loss: NamedLoss, args: Any) -> None:
 
 def _check_trainer(loss: NamedLoss, args: Any) -> None:
     """Raise a ValueError for a reason against the loss that lies in this trainer."""
-    name, flags = loss.name, flags_of(loss, "reference_features", "distill_loss")
+    name, flags = loss.name, flags_of(loss, "teacher", "reference_features", "distill_loss")
 
     def given(*names: str) -> str:
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
-    caption, features = loss.caption_key, loss.reference_features
+    caption, features = loss.caption_key, loss.reference_features or loss.teacher
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
     other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
     more_texts = caption or [*loss.companions()]
-    companion, needs_teacher = more_texts or features, loss.teacher == "required"
+    companion, needs_teacher = more_texts or features, loss.use_of_teacher == "required"
     excluded = {
         "--horovod": given("horovod"),
         model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
@@ -184,9 +202,10 @@ def _check_trainer(loss: NamedLoss, args: Any) -> None:
     if caption and not loss.companions():
         raise ValueError(f"{name} needs a second caption, but it has no companions() that read it")
     if features and teacher:
-        raise OptionError("reference_features", f"excludes {teacher}, which is a teacher too")
+        key = "teacher" if loss.teacher else "reference_features"
+        raise OptionError(key, f"excludes {teacher}, which is a teacher too")
     if needs_teacher and not (features or teacher):
-        hint = ", or give its features with {reference_features}" if "reference_features" in flags else ""
+        hint = ", or give {teacher} or {reference_features}" if "reference_features" in flags else ""
         raise ValueError(f"{name} needs a teacher: {HOST.teacher}{hint.format(**flags)}")
     if teacher and given("siglip") and loss.keeps_distillation:
         hint = "; {distill_loss} exclude leaves it out" if needs_teacher and "distill_loss" in flags else ""

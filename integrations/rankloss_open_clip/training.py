@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.arguments import HOST, chosen, companions_of, distils, gather_of
+from rankloss_open_clip.arguments import HOST, chosen, companions_of, compute_teacher, distils, gather_of
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
 _COMPANIONS = "_rankloss_open_clip_companions"  # the attribute of the training data that holds them
@@ -165,6 +165,8 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
 def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     """Data of the trainer, whose training texts have the companions that the loss needs."""
     given, args = bound.arguments, bound.arguments["args"]
+    if given["is_train"]:
+        compute_teacher(args)
     companions = companions_of(args) if given["is_train"] else None
     if companions is None:
         return original(*bound.args, **bound.kwargs)

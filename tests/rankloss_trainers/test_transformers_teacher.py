@@ -11,13 +11,18 @@ from typing import Any
 
 import datasets
 import pytest
+import tiny_teacher
 import torch
 from cka_clip import CkaLoss
 from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
+from torch import nn
 
-from rankloss_features import bind
+import rankloss_trainers
+from rankloss_features import bind, sources
 from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Teacher
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 TEACHER = ("image", "text")
 ORDER = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
@@ -148,3 +153,53 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> 
     trained = train(tmp_path, pairs=pairs, loss=CkaLoss(), max_steps=3, mini_batch_size=3)
     first, *_, last = column(trained, "cka_loss")
     assert last < first
+
+
+# --- a teacher that computes its features ---------------------------------------------------------------
+
+
+def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+
+    def load(given: list[str], args: Any, device: torch.device) -> Any:
+        loaded.append(given)
+        whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
+        return Teacher(whole.about, {NAMES[1]: whole.encoders[NAMES[1]]}, whole.scale)
+
+    monkeypatch.setattr(sources, "load", load)
+    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
+    options: Any = {"schedule": "constant", "top_k": 4}
+    given = {"loss": "rankclip-distill", "max_steps": 2, **SGD}
+    computed = [
+        train(tmp_path, pairs=joined(captioned()), loss_options={"teacher": "text=other", **options}, **given)
+        for _ in range(2)
+    ]
+    assert len(loaded) == 1
+    (path,) = (tmp_path / "cache").glob("*/features.json")
+    options.update(reference_features=str(path.parent), lambda_cross=0.0, lambda_in=16.0)
+    by_folder = train(
+        tmp_path, pairs=joined(bind(captioned(), str(path.parent))), loss_options=options, **given
+    )
+    assert by_folder.loss_runtime.teacher == "required"
+    for trained in computed:
+        assert torch.equal(weights(trained.model), weights(by_folder.model))
+    with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
+        trainer(tmp_path, pairs=Words(), loss="rankclip", loss_options={"teacher": "text=other"})
+
+
+class Words(datasets.Dataset):
+    """A table without pictures."""
+
+    def __init__(self) -> None:
+        super().__init__(datasets.Dataset.from_dict({"caption": ["a", "b"]}).data)
+
+
+def test_other_trainers_name_the_two_steps() -> None:
+    for build in (
+        lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"),
+        lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
+    ):
+        with pytest.raises(ValueError, match=r"needs a teacher that computes .*; compute them, `rankloss f"):
+            build()

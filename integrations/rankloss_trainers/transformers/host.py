@@ -10,5 +10,5 @@ HOST = Host(
     biased="a model that has a logit_bias",
     teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
     progress="train with trainer.train()",
-    serves=("folder", "lists", "state"),
+    serves=("folder", "lists", "state", "teacher"),
 )

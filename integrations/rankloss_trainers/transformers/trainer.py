@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss
 from rankloss_trainers.pair_ids import ids_of_tokens
-from rankloss_trainers.runtime import Entries, Runtime, given_loss
+from rankloss_trainers.runtime import Entries, Runtime, given_loss, with_folder
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
 
@@ -110,7 +111,10 @@ class ContrastiveTrainer(transformers.Trainer):
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        self.loss_runtime = Runtime(HOST, given_loss(loss, loss_options), base=base).to(self.args.device)
+        chosen = given_loss(loss, loss_options)
+        if chosen.teacher is not None:
+            chosen = self._with_computed_teacher(chosen)
+        self.loss_runtime = Runtime(HOST, chosen, base=base).to(self.args.device)
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
@@ -118,6 +122,18 @@ class ContrastiveTrainer(transformers.Trainer):
             list_table.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
                 self.data_collator = self._collator_of_lists()
+
+    def _with_computed_teacher(self, chosen: NamedLoss) -> NamedLoss:
+        """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
+        with extra("features"):
+            from rankloss_features import bind, caching
+
+        spec = caching.Spec.of(chosen.teacher)
+        data = caching.of_dataset(self.train_dataset, spec)
+        place = os.path.join(self.args.output_dir or ".", "teachers")
+        folder = caching.cached(spec, data, place, self.args.device)
+        self.train_dataset = bind(self.train_dataset, folder)
+        return with_folder(chosen, folder)
 
     def _collator_of_lists(self) -> list_table.RankedListsCollator:
         parts = self.loss_runtime.criterion.modules()
