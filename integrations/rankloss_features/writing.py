@@ -25,6 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from rankloss.checks import check_teacher
 from rankloss_features.data import Data, Sample, Spans, groups_of
 from rankloss_features.folder import (
+    NAMES,
     Array,
     Features,
     Pairs,
@@ -240,6 +241,8 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         rows = len(pairs)
         if teacher.rows not in (None, rows):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {rows}")
+        for name in (*NAMES, "rows"):  # drafts of another teacher, if only the visible files were deleted
+            beside(output / f"{name}.npy").unlink(missing_ok=True)
         write_about(output, {**about, "complete": False, "rows": rows, "data": data.about})
         with replacing(output / "pairs.npy") as file:
             np.save(file, pairs)

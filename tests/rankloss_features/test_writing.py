@@ -160,6 +160,18 @@ def test_resumed_with_something_else_is_an_error_and_loses_nothing(
     written(output, csv_data(table(tmp_path / "moved")), teacher()).check()
 
 
+def test_rows_of_another_teacher_are_not_taken_up(begun: Path, tmp_path: Path) -> None:
+    """Where the files were deleted, but those whose names begin with a dot."""
+    output, data = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path / "data")
+    for file in output.glob("[!.]*"):
+        file.unlink()
+    assert (output / ".rows.npy").exists()
+    other = teacher(lambda _, features: features.flip(-1), weights="1")
+    assert files(Path(written(output, data, other).path)) == files(
+        Path(written(tmp_path / "x", data, other).path)
+    )
+
+
 def spoilt(row: int | slice, value: float) -> Any:
     def change(name: str, features: Tensor) -> Tensor:
         if name == NAMES[1]:
