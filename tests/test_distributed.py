@@ -695,8 +695,8 @@ class Elsewhere(Tensor):
     device = property(lambda _: torch.device("cuda", 1))  # type: ignore[assignment]
 
 
-def on_an_accelerator(rank: int, world_size: int) -> list[Any]:
-    """Four checks of a loss: good, good, and bad on rank 1; then bad ones of a new batch."""
+def on_device(rank: int, world_size: int, kind: type[Tensor]) -> list[Any]:
+    """Five checks of a loss: good, good, bad on rank 1; then twice bad ones of a new batch."""
     by_device, found = [], []
     gather_text = distributed._gather_text
 
@@ -708,7 +708,7 @@ def on_an_accelerator(rank: int, world_size: int) -> list[Any]:
     owner = nn.Identity()
     try:
         for rows, is_bad in ((2, False), (2, False), (2, rank == 1), (3, rank == 1), (3, rank == 1)):
-            x = torch.ones(rows, 2).as_subclass(Elsewhere)
+            x = torch.ones(rows, 2).as_subclass(kind)
             try:
                 with Collectives() as calls, Gather().agreement(owner, image_features=x):
                     if is_bad:
@@ -721,10 +721,12 @@ def on_an_accelerator(rank: int, world_size: int) -> list[Any]:
     return [*found, by_device]
 
 
-def test_an_accelerator_waits_for_others_where_a_batch_is_new(pools: Pools) -> None:
-    devices = ["cuda:1"] * 3
-    new = ["bad (on rank 1 of 2)"] * 2  # an error is not remembered as agreed
-    assert pools[2].run(on_an_accelerator) == [[2, 0, 0, *new, devices], [2, 0, "bad", *new, devices]]
+def test_a_cpu_asks_others_at_each_call_and_an_accelerator_where_a_batch_is_new(pools: Pools) -> None:
+    bad, devices = "bad (on rank 1 of 2)", ["cuda:1"] * 3  # an error is not remembered as agreed
+    assert pools[2].run(on_device, Tensor) == [[3, 1, bad, bad, bad, ["cpu"] * 4]] * 2
+    later = [0, "bad"]  # of each rank, where nobody asks
+    expected = [[2, 0, later[rank], bad, bad, devices] for rank in range(2)]
+    assert pools[2].run(on_device, Elsewhere) == expected
 
 
 def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch) -> None:
