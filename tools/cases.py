@@ -235,7 +235,8 @@ def table_of_readme() -> str:
 def table_of_losses() -> str:
     """Every case: the options of a command line, the call, the gain."""
     rows = [
-        (f"[{case.have}]({case.page})", f"`{case.command()}`", f"`{case.python()}`", case.gain) for case in CASES
+        (f"[{case.have}]({case.page})", f"`{case.command()}`", f"`{case.python()}`", case.gain)
+        for case in CASES
     ]
     return table(("your data", "in a trainer", "in Python", "gain"), rows)
 

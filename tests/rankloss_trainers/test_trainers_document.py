@@ -28,7 +28,7 @@ CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
         (ARGUMENTS, {"top_k": 3}),
         (TEACHER, {"reference": "teacher", "top_k": 8}),
         (LARGE_BATCHES, {"schedule": "rankclip"}),
-        (FINE_TUNING, {"schedule": "linear", "schedule_unit": "step"}),
+        (FINE_TUNING, {"schedule": "linear", "schedule_unit": "auto"}),
     ],
     ids=["class", "arguments", "teacher", "large batches", "fine-tuning"],
 )
