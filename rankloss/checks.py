@@ -31,7 +31,7 @@ def check_matrix(name: str, x: object) -> None:
         raise ValueError(f"{name} must be a dense tensor; got {kind}")
     _check_untransformed(name, x)
     if x.dim() != 2:
-        hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
+        hint = ". Several captions per image are several batches: see docs/losses.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
@@ -67,7 +67,7 @@ def check_features(
         raise ValueError(
             "image_features and text_features must have one row per pair; "
             f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}. "
-            "Extra texts are for the base loss: see docs/data.md"
+            "Extra texts are for the base loss: see docs/losses.md"
         )
     if image_features.shape[0] < min_pairs:
         raise ValueError(

@@ -339,7 +339,7 @@ V, T, S = (x.detach() for x in features())
 
 META = torch.device("meta")
 UNREAL = (torch.bool, torch.complex64)
-# Beyond those of docs/bad_input.md and of the table beside its test.
+# Beyond those of docs/loops.md and of the table beside its test.
 BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T.tolist(), S), TypeError, "text_features .*list"),
     ((V[:0], T[:0], S), ValueError, r"image_features and text_features .*\(0, 4\)"),

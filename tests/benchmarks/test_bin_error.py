@@ -1,4 +1,4 @@
-"""The gradient of ``method="bin"`` beside that of the exact order: as close as docs/engine.md says."""
+"""The gradient of ``method="bin"`` beside that of the exact order: as close as docs/performance.md says."""
 
 from __future__ import annotations
 

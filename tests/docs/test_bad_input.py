@@ -1,4 +1,4 @@
-"""The page of bad input, and a table beside it: every row does what it says."""
+"""The errors of the page of loops, and a table beside it: every row does what it says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.nn.functional import normalize
 import rankloss
 from rankloss import InputWarning
 
-PAGE = Path(__file__).parents[2] / "docs/bad_input.md"
+PAGE = Path(__file__).parents[2] / "docs/loops.md"
 TABLE = Path(__file__).parent / "bad_input_table.md"
-LINES = [line for file in (PAGE, TABLE) for line in file.read_text().splitlines() if line.startswith("| `")]
+TEXT = PAGE.read_text().partition("## Errors")[2] + TABLE.read_text()
+LINES = [line for line in TEXT.splitlines() if line.startswith("| `")]
 ROWS = [re.split(r" *(?<!\\)\| *", line)[1:4] for line in LINES]
 NUMBERS = [row[:2] for row in ROWS if row[1] == "`nan`"]
 WARNINGS = [row for row in ROWS if row[1] == "`InputWarning`"]
@@ -39,7 +40,6 @@ def pattern_of(message: str) -> str:
 
 def test_every_row_of_the_page_is_run() -> None:
     assert len(ERRORS) + len(WARNINGS) + len(NUMBERS) == len(LINES)
-    assert len(PAGE.read_text().split()) <= 600
 
 
 @pytest.mark.parametrize(("expression", "error", "message"), ERRORS)

@@ -192,24 +192,28 @@ def test_two_processes_train_as_one(trainer: Trainer, data: dict[str, list[str]]
     assert_equal_weights(run, own_step(trainer, run))
 
 
-def test_the_pages_file_and_commands_train(trainer: Trainer, data: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(("section", "number"), [("Hard negatives", 1), ("In open_clip's trainer", 2)])
+def test_the_pages_file_and_commands_train(
+    trainer: Trainer, data: dict[str, list[str]], section: str, number: int
+) -> None:
     """The file of the page, and the options of its commands on the test's data."""
-    page = PAGE.read_text().partition("## In open_clip's trainer")[2]
-    (text,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:1]
+    page = PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    (text,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     for name in re.findall(r"^\w+\.jpg", text, re.MULTILINE):
-        text = text.replace(name, trainer.rows[0][0])
-    (trainer.directory / "page.csv").write_text(text)
-    (block,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:1]
+        text = text.replace(name, trainer.rows[ord(name[0]) - ord("a")][0])
+    (trainer.directory / f"page {number}.csv").write_text(text)
+    (block,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     commands = block.replace("\\\n", " ").splitlines()
-    assert len(commands) == 2
-    for number, command in enumerate(commands):
+    assert len(commands) == number
+    for command in commands:
         options = shlex.split(command)
         given = options[options.index("--loss") :]
-        files = ["--train-data", str(trainer.directory / "page.csv"), "--batch-size", "2"]
-        files = files if number == 0 else data["webdataset"][:-2]
-        run = trainer.call(f"page {number}", "--epochs", "1", *files, *given)
+        files = ["--train-data", str(trainer.directory / f"page {number}.csv"), "--batch-size", "2"]
+        files = data["webdataset"][:-2] if "webdataset" in options else files
+        run = trainer.call(f"page, {section} {len(given)}", "--epochs", "1", *files, *given)
         assert run.returncode == 0, run.output[-4000:]
         assert run.scalars["ranked_lists_loss"]
+        assert run.scalars["contrastive_loss"]
 
 
 def test_a_bad_sample_ends_the_run_before_a_checkpoint(trainer: Trainer, data: dict[str, list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""The examples of docs/trainers.md, run as they are printed."""
+"""The examples of docs/transformers.md, run as they are printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_transformers import Pairs, arguments, clip, lines
 from rankloss_trainers.command_line import LossArguments
 from rankloss_trainers.transformers import ContrastiveTrainer
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
 CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
     r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE
 )
@@ -28,7 +28,7 @@ CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
         (ARGUMENTS, {"top_k": 3}),
         (TEACHER, {"reference": "teacher", "top_k": 8}),
         (LARGE_BATCHES, {"schedule": "rankclip"}),
-        (FINE_TUNING, {"schedule": "linear", "schedule_unit": "step"}),
+        (FINE_TUNING, {"schedule": "linear", "schedule_unit": "auto"}),
     ],
     ids=["class", "arguments", "teacher", "large batches", "fine-tuning"],
 )

@@ -1,4 +1,4 @@
-"""The code of docs/trainers-more.md, executed with the trainers it is for."""
+"""The code of docs/loops.md and docs/sentence_transformers.md, executed with the trainers it is for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import rankloss
 from open_clip_main import unpacked
 from process_pool import Pools
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainers-more.md"
+PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
 EPOCHS, PAIRS = 2, 32
 
 
@@ -77,7 +77,9 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         **{"logging_steps": 1, "max_steps": 4, "dataloader_pin_memory": False},
     )
     names = {"model": tiny.tiny(tmp_path), "args": arguments, "pairs": tiny.pairs()}
-    exec(block("sentence-transformers"), names)
+    page = PAGE.with_name("sentence_transformers.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(code, names)
     lines = [line for line in names["trainer"].state.log_history if "loss" in line]
     expected = [rankloss.schedules.rankclip(step, 4) for step in range(1, 5)]
     assert [line["rank_lambda"] for line in lines] == pytest.approx(expected, abs=1e-4)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankloss
+from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.list_table import RankedListsCollator
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
@@ -312,13 +313,21 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
 # --- the page ---------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_page_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", ["In Hugging Face's Trainer", "Hard negatives"])
+def test_the_examples_of_the_page_train(tmp_path: Path, section: str) -> None:
     page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
-    section = page.partition("## In Hugging Face's Trainer\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n([^>].*?)^```$", text, re.DOTALL | re.MULTILINE)
     arguments = trainer(tmp_path, pairs=Pairs(), max_steps=1).args
+    pictures = table(False)["query"]
+    with_negatives = {
+        "query": pictures[: len(WORDS)],
+        "caption": [f"red {word}" for word in WORDS],
+        "negatives": [[f"blue {word}", f"dark {word}"] for word in WORDS],
+    }
+    pairs = datasets.Dataset.from_dict(with_negatives)
     given = {"model": Towers(), "args": arguments, "processor": Processor(), "lists": table(True)}
-    exec(code, given)
+    exec(code, {**given, "pairs": pairs, "ContrastiveTrainer": ContrastiveTrainer})
     assert not torch.equal(weights(given["model"]), weights(Towers()))
 
 

@@ -29,7 +29,7 @@ class Compared:
     mean: float
     half_width: float
     seeds: int
-    tested: bool  # one of the tests that the study was made for: bold
+    significant: bool  # after the correction of its study: bold
 
 
 def comparisons(table: str, document: Path = DOCUMENT) -> list[Compared]:
@@ -60,9 +60,9 @@ def comparisons(table: str, document: Path = DOCUMENT) -> list[Compared]:
                 raise ValueError(f"{document}: no difference ± half an interval: {cells[number]}")
             mean, half_width = (float(x.replace("−", "-")) for x in difference.groups()[1:])
             name, score = (before, title) if before and minus else (title, shared if minus else column)
-            tested = bool(difference[1])
+            significant = bool(difference[1])
             found.append(
-                Compared(study, report, name, other or CLIP, score, mean, half_width, int(seeds), tested)
+                Compared(study, report, name, other or CLIP, score, mean, half_width, int(seeds), significant)
             )
     return found
 
@@ -90,16 +90,18 @@ def draw(colors: Colors, tables: Sequence[str]) -> Figure:
         shared = ", ".join(word for word in (f"{name or '…'} − {other}", score) if word)
         axes.set_title(f"{study} ({shared})", loc="right", fontsize=SMALL)
     figure.supxlabel(
-        "points, 95 % interval (seeds); filled: the tests that count", fontsize=SMALL, color=colors.text
+        "points, 95 % interval (seeds); filled: significant after correction",
+        fontsize=SMALL,
+        color=colors.text,
     )
     return figure
 
 
 def _fill(axes: Axes, rows: list[Compared], colors: Colors) -> None:
-    """One line per comparison; the tests that count are filled and coloured."""
+    """One line per comparison; those that are significant are filled and coloured."""
     for y, row in enumerate(rows):
-        color = colors.ours if row.tested else colors.other
-        looks = {"color": color, "mfc": color if row.tested else "none"}
+        color = colors.ours if row.significant else colors.other
+        looks = {"color": color, "mfc": color if row.significant else "none"}
         axes.errorbar(row.mean, y, xerr=row.half_width, fmt="o", ms=5, lw=1.6, **looks)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color=colors.text, lw=1, ls="--")
