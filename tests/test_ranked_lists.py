@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -258,6 +258,7 @@ class Frozen:
 
 
 @models
+@settings(max_examples=15)
 @given(lists=lists, chunk_size=st.sampled_from([None, 1, 2]))
 def test_a_frozen_models_scores_are_subtracted(
     options: dict[str, Any], lists: Lists, chunk_size: int | None
@@ -433,6 +434,36 @@ def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyP
     kept = saved_bytes(lambda: lists.loss(loss, *inputs))
     loss.model = "pairwise"
     assert saved_bytes(lambda: lists.loss(loss, *inputs)) <= kept + 8 * (4 * 16 * 16 + 2 * 512) * 8
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_long_lists_are_summed_by_cells(dtype: torch.dtype, spread: float) -> None:
+    """To rounding in value and gradients, also of the second order, and without a tensor of all pairs."""
+    generator = torch.Generator().manual_seed(0)
+    x, rest = (spread * torch.randn(3, n, dtype=F64, generator=generator).clamp(-3, 3) for n in (64, 8000))
+    rest[0, 5:900] = rest[1] = -math.inf  # the second list has no rest
+    upstream = torch.rand(3, 64, dtype=F64, generator=generator)
+    found = []
+    for sums, kind in ((graded._rest_sums, dtype), (graded._pair_sums, F64)):
+        inputs = [z.to(dtype).to(kind).requires_grad_() for z in (x, rest)]
+        with LargestTensor() as tensors:
+            value = sums(*inputs)
+            first = torch.autograd.grad(value, inputs, upstream.to(kind), retain_graph=True)
+        again = torch.autograd.grad(value, inputs, upstream.to(kind), create_graph=True)
+        second = torch.autograd.grad(sum((g * g.detach()).sum() for g in again), inputs)
+        found.append([value, *first, *second])
+        assert kind is F64 or tensors.elements < 3 * 64 * 8000
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= {F64: 1e-10, torch.float32: 2e-6}[dtype] * b.norm()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_long_lists_of_any_span_are_summed(bad: float) -> None:
+    x, rest = torch.zeros(1, 64), torch.zeros(1, 8000)
+    rest[0, 7] = bad
+    owed = (torch.nn.functional.softplus(rest[:, None] - x[:, :, None])).sum(-1)
+    torch.testing.assert_close(graded._rest_sums(x, rest), owed, equal_nan=True)
 
 
 # --- several processes --------------------------------------------------------------------------------------

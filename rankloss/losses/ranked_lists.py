@@ -62,11 +62,13 @@ class RankedLists(GatheringLoss):
     of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
     cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
 
-    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast; on a
-    device without float64, such as MPS, in float32, and integers as grades are at most 2²⁴ there. With
-    negatives the N·M scores are computed for some queries at a time, and again in the backward pass
-    (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. Compiled, the
-    loss is one call between two graphs.
+    Scores are in float32 at least, also under autocast. Sums over a list's own candidates are in float64. On
+    a device without it, such as MPS, they are in float32, and integers as grades are at most 2²⁴ there.
+    With negatives the N·M scores are computed for some queries at a time, and again in the backward pass
+    (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. ``"pairwise"``
+    then compares N·K·M pairs in the scores' dtype; on a CPU, lists of 64 candidates or more are compared with
+    a few points for each half a nat of scores, exact to rounding. Compiled, the loss is one call between two
+    graphs.
 
     Args:
         model: the likelihood.
