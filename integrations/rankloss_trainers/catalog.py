@@ -25,22 +25,23 @@ from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mea
 GROUP = "rankloss.losses"
 """The group of the entry points."""
 
+_OWN = "rankloss_trainers.own_losses"
 BUILT_IN = {
-    "rankclip": "rankloss_trainers.own_losses:RankClip",
-    "rankclip-cross": "rankloss_trainers.own_losses:RankClipCross",
-    "rankclip-in": "rankloss_trainers.own_losses:RankClipIn",
-    "rankclip-distill": "rankloss_trainers.own_losses:RankClipDistill",
-    "rankclip-encoders": "rankloss_trainers.own_losses:RankClipEncoders",
-    "mimicry": "rankloss_trainers.own_losses:Mimicry",
+    "rankclip": f"{_OWN}:RankClip",
+    "rankclip-cross": f"{_OWN}:RankClipCross",
+    "rankclip-in": f"{_OWN}:RankClipIn",
+    "rankclip-distill": f"{_OWN}:RankClipDistill",
+    "rankclip-encoders": f"{_OWN}:RankClipEncoders",
+    "mimicry": f"{_OWN}:Mimicry",
     "clip-ids": "rankloss_trainers.clip_ids:ClipIds",
-    "clip-streamed": "rankloss_trainers.own_losses:ClipStreamed",
-    "siglip-streamed": "rankloss_trainers.own_losses:SigLipStreamed",
+    "clip-streamed": f"{_OWN}:ClipStreamed",
+    "siglip-streamed": f"{_OWN}:SigLipStreamed",
     "ranked-lists": "rankloss_trainers.ranked_lists:RankedListsBesidePairs",
 }
 """rankloss's own losses."""
 
 PREFIXES = ("rankclip", "mimicry", "clip-ids", "streamed", "ranked-lists")
-"""The prefixes of the options of rankloss's own losses."""
+"""The prefixes of the options of rankloss's own losses, each of which is in the names of those losses."""
 
 TRAINERS_OWN = "clip"
 """The value of ``--loss`` that leaves the trainer's own loss alone."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import BUILT_IN, JOIN, TRAINERS_OWN
+from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN
 from rankloss_trainers.named import NamedLoss, Option, OptionError, did_you_mean
 
 Loss = type[NamedLoss]
@@ -41,15 +41,18 @@ def chosen_by(args: Any, losses: Sequence[Loss]) -> NamedLoss:
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
-    """The losses that a command line may mean: rankloss's own, those named, and those whose options begin so.
+    """The losses that a command line may mean: those that it names, and those whose options it has.
 
     Only these have to be imported, so that another package's loss cannot affect other runs.
     """
     words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
-    names = catalog.known()
-    begun = {name for name in names if any(word.startswith(f"--{name}-") for word in words)}
-    return [name for name in names if shows_all or name in {*BUILT_IN, *words, *begun}]
+    begun = [x for x in (*catalog.PREFIXES, *catalog.known()) if any(w.startswith(f"--{x}-") for w in words)]
+    return [
+        name
+        for name in catalog.known()
+        if shows_all or name in words or any(x == name or (x in PREFIXES and x in name) for x in begun)
+    ]
 
 
 def misspelt(words: Iterable[str], known: Iterable[str]) -> str:

@@ -16,9 +16,9 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
-from rankloss._version import __version__
-from rankloss_trainers import catalog, doctor
+from rankloss_trainers import catalog
 from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = importlib.import_module(_OF_DATA[argv[0]]).main(argv[1:])
         return int(found)
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
-    parser.add_argument("--version", action="version", version=f"rankloss {__version__}")
+    parser.add_argument("--version", action="version", version=f"rankloss {version('rankloss')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say which installed trainers will honour --loss")
     losses = commands.add_parser("losses", help="list the losses, or the options of some")
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if args.command == "doctor":
+        from rankloss_trainers import doctor
+
         return doctor.main()
     try:
         for name in args.names or catalog.known():

@@ -313,7 +313,8 @@ class NamedLoss:
     @property
     def changed(self) -> dict[str, Any]:
         """The options with other values than their defaults."""
-        return {key: x for key, x in self.values.items() if x != self.options()[key].default}
+        options = self.options()
+        return {key: x for key, x in self.values.items() if x != options[key].default}
 
     def told(self, *leaving_out: str) -> str:
         """The options that are not at their defaults, as text."""
