@@ -187,8 +187,8 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
     with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of the
-    worths below bin k. docs/performance.md has the measured error of the gradient: under 1 % with 640 bins and
-    512 dimensions.
+    worths below bin k. docs/performance.md has the measured error of the gradient: under 1 % with 640 bins
+    and 512 dimensions.
 
     Args:
         reference: ``[..., N]``, floating point.

@@ -14,7 +14,7 @@ from rankloss import RankClipLoss, RankOptions
 from rankloss.distributed import Gather
 from rankloss.losses import base_entries
 from rankloss.options import Discount, FixedReference, ListsOption, Worth
-from rankloss_trainers.named import NamedLoss, option, taken_over
+from rankloss_trainers.named import NamedLoss, option, option_of
 from studies import distillation
 
 TERMS = ("mimicry", "contrast", "relation", "softmax", "pearson", "distances")
@@ -84,7 +84,7 @@ class RivalsLoss(nn.Module):
 
 
 class _Rivals(NamedLoss):
-    teacher = "required"
+    use_of_teacher = "required"
     keeps_distillation = False
     no_sigmoid = "its terms are those of a softmax loss"
 
@@ -97,10 +97,10 @@ class _Rivals(NamedLoss):
         None, "the teacher's precomputed features", none="those of the trainer's teacher", metavar="PATH"
     )
 
-    def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
-        """Return the reason against several processes."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        return "its terms are of one process" if several else None
+    def check(self) -> None:
+        """Refuse several processes."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("the terms are of one process")
 
     def build(self, base: Any, gather: Gather) -> RivalsLoss:
         """Return the terms with a weight, beside what ``--loss rankclip-distill`` trains with."""
@@ -130,12 +130,12 @@ class Ablation(NamedLoss):
     schedule: str = option("rankclip", "course of lambda over training")
     lambda_cross: float = option(1.0, "multiplies lambda in the cross-modal term", at_least=0)
     lambda_in: float = option(1.0, "multiplies lambda in the in-modal term", at_least=0)
-    lists: ListsOption = taken_over(RankOptions, "lists")
-    worth: Worth = taken_over(RankOptions, "worth")
-    discount: Discount = taken_over(RankOptions, "discount")
-    top_k: int | None = taken_over(RankOptions, "top_k")
-    diagonal: bool = taken_over(RankOptions, "diagonal")
-    fixed_reference: FixedReference = taken_over(RankOptions, "fixed_reference")
+    lists: ListsOption = option_of(RankOptions, "lists")
+    worth: Worth = option_of(RankOptions, "worth")
+    discount: Discount = option_of(RankOptions, "discount")
+    top_k: int | None = option_of(RankOptions, "top_k")
+    diagonal: bool = option_of(RankOptions, "diagonal")
+    fixed_reference: FixedReference = option_of(RankOptions, "fixed_reference")
 
     def build(self, base: Any, gather: Gather) -> RankClipLoss:
         """Return the library's loss."""
