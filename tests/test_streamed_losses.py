@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -60,23 +60,24 @@ def assert_same(
 
 
 @both
+@any_use_of_ids
+@pytest.mark.parametrize("budget", [0, None])
+@settings(max_examples=settings.default.max_examples // 3)
 @given(
     batch=batches(max_n=17),
     times=st.sampled_from([1.0, 30.0]),
     chunk=st.integers(1, 18),
     bias=st.sampled_from([-10.0, 0.0, 2.0]),
-    budget=st.sampled_from([0, None]),
-    same_id=st.sampled_from([None, "ignore", "share"]),
     ids=st.lists(st.integers(0, 4), min_size=17, max_size=17),
 )
 def test_value_and_all_gradients_are_the_formulas(
     name: str,
+    same_id: Any,
+    budget: int | None,
     batch: Batch,
     times: float,
     chunk: int,
     bias: float,
-    budget: int | None,
-    same_id: Any,
     ids: list[int],
 ) -> None:
     """Also of logits that no exponential function holds."""
