@@ -230,10 +230,10 @@ class RankedLists(GatheringLoss):
 
     def _loss_of(self, given: ListInputs) -> Tensor:
         queries = given.query_features
-        is_first = not self._looked_at and precision.can_be_read(queries)
-        looks = is_first or queries.is_cpu
         with self.gather.agreement(self, **given.tensors):
             given.check(self.in_batch_negatives)
+            is_first = not self._looked_at and precision.can_be_read(queries)
+            looks = is_first or queries.is_cpu
             if looks:
                 self._look_at_values(given, is_first)
         if looks and self.in_batch_negatives:
