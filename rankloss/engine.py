@@ -70,10 +70,13 @@ Streamed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None]]
 def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The terms times ``weights``, differentiable by the inputs.
 
-    The inputs and the gradients of the terms' sum are kept for the backward pass. If the terms have different
-    upstream values, the pass is run once more. A backward pass with ``create_graph=True`` differentiates the
-    definition, in quadratic memory.
+    The inputs and the gradients of the terms' sum are kept for the backward pass; under ``torch.no_grad()``,
+    or if no input requires a gradient, only values are computed. If the terms have different upstream values,
+    the pass is run once more. A backward pass with ``create_graph=True`` differentiates the definition, in
+    quadratic memory.
     """
+    if not torch.is_grad_enabled():  # otherwise autograd asks for the gradients of inputs that have a graph
+        inputs = [None if x is None else x.detach() for x in inputs]
     return tuple(_Streamed.apply(terms, weights, *inputs))  # type: ignore[no-untyped-call]
 
 

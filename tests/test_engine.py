@@ -278,6 +278,34 @@ def test_a_step_takes_as_many_products_as_it_says(
     assert counted.count == (of_student + 4 * has_teacher) * n * n * d
 
 
+STREAMED: dict[str, tuple[Any, int]] = {  # with the products that its values take
+    "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
+    "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
+    "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
+    "ranks": (lambda: rankloss.RankConsistency(), 4),
+    "bins": (lambda: rankloss.RankConsistency(method="bin", bins=8, in_modal=0.0), 2),
+    "top_one": (lambda: rankloss.RankConsistency(model="top_one", cross_modal=0.0), 2),
+}
+
+
+@pytest.mark.parametrize("without", ["no_grad", "inference_mode", "enable_grad"])
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.filterwarnings("ignore:logit_bias is not given")
+def test_without_gradients_only_values_are_computed(name: str, without: str) -> None:
+    """Also if the features have a graph; with gradients enabled they have none."""
+    n, d = 32, 8
+    loss, products = STREAMED[name]
+    inputs = random_batch(0, n, d, 10.0).leaves()
+    expected = loss()(*inputs)
+    if without == "enable_grad":
+        inputs = tuple(x.detach() for x in inputs)
+    with getattr(torch, without)(), Products() as counted:
+        value = loss()(*inputs)
+    assert counted.count == products * n * n * d
+    assert torch.equal(value, expected)
+    assert not value.requires_grad
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 2}, {"model": "top_one"}, {"method": "bin", "bins": 16}, {"diagonal": False}]
 )
