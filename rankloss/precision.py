@@ -20,6 +20,18 @@ def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
+def has_float64(device: torch.device) -> bool:
+    """True if the device computes in float64; MPS and some of Intel's accelerators do not.
+
+    Example:
+        >>> has_float64(torch.device("cpu")), has_float64(torch.device("mps"))
+        (True, False)
+    """
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_capability(device)["has_fp64"])
+    return device.type != "mps"
+
+
 def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> Tensor:
     """A tensor or number in a dtype, on ``home``; on the CPU instead of MPS, which has no float64."""
     device = torch.device("cpu") if home.type == "mps" else home
@@ -43,8 +55,9 @@ def constant(x: Tensor) -> Tensor:
 
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
-    norms = (torch.linalg.vector_norm(x.detach()) for x in features)
     # A product of two rows is at most the product of the norms; the cube overflows earlier. 0 · ∞ is NaN.
+    dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
+    norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
 
 

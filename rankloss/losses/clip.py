@@ -15,7 +15,8 @@ class ClipLoss(StreamedLoss):
     Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
     computed in chunks of rows, value and gradient together, in float32 at least. It differs from the formula
     by rounding; if the formula's logits are half precision, by their rounding. The backward pass keeps
-    O(N·D), the forward pass holds O(chunk·N).
+    O(N·D), the forward pass holds O(chunk·N). Features in float16, where the formula's sum over a large batch
+    overflows, are always computed in chunks.
 
     Args:
         gather: gathering of other processes' features. None: exact, from the default process group, if one of

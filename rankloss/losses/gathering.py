@@ -162,6 +162,7 @@ class StreamedLoss(GatheringLoss):
         columns = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
+        fits = fits and dtype != torch.float16  # in which a sum over a large batch overflows
         compute = self._whole if fits or columns == 1 else self._streamed
         loss = compute(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
