@@ -38,7 +38,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(scalars: s
         value = rankloss.SigLipLoss(memory_budget=0)(v, t, s, b)
         assert value.device == v.device
         inputs = (v, t, *(torch.empty((), device="cuda") for _ in range(2)))
-        weights = torch.ones(1, dtype=torch.float64, device="cuda")
+        weights = torch.ones(1, device="cuda")
         (value,), found = PairSigmoid(0, 7).stream(inputs, weights, True)
         assert [x.shape for x in (value, *found)] == [(), (32, 8), (32, 8), (), ()]
         assert copies.found == []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
+from rankloss.precision import has_float64
 
 _KIND = ("shape", "dtype", "device")
 
@@ -163,5 +164,5 @@ class AlipLoss(GatheringLoss):
         held, self.histories = self.histories, self.histories.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held, device = self.histories if held.is_meta else held, self.histories.device
-        self.histories = held.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self.histories = held.to(device, torch.float64 if has_float64(device) else torch.float32)
         return self

@@ -108,8 +108,7 @@ class GatheringLoss(nn.Module):
             first_row=self.gather.first_row(len(image_features)),
             teacher=self.gather.constants(*teacher),
         )
-        factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        contrastive, *terms = weighted_terms(batch, options, factors, wanted)
+        contrastive, *terms = weighted_terms(batch, options, weights, wanted)
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms

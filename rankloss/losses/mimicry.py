@@ -174,8 +174,7 @@ class MimicryLoss(GatheringLoss):
         anchors = (images, texts) if is_local else self.gather(images, texts)
         first_row = self.gather.first_row(len(images))
         batch = Batch.of(of_images, of_texts, self.contrast_scale, anchors=anchors, first_row=first_row)
-        weights = torch.tensor([self.contrast, 0.0, 0.0], dtype=torch.float64, device="cpu")
-        return weighted_terms(batch, RankOptions(), weights, (True, False, False))[0]
+        return weighted_terms(batch, RankOptions(), (self.contrast, 0.0, 0.0), (True, False, False))[0]
 
     def extra_repr(self) -> str:
         """The weights."""

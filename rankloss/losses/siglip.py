@@ -20,7 +20,7 @@ from rankloss import engine
 from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
 from rankloss.losses.gathering import Number, StreamedLoss
-from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
+from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, sum_dtype
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
 
@@ -93,14 +93,15 @@ class SigLipLoss(StreamedLoss):
         return nan_unless_finite(loss, images, texts).to(loss.dtype)
 
     def _streamed(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
-        dtype, home = arithmetic_dtype(images, texts), images.device
+        dtype, device = arithmetic_dtype(images, texts), images.device
         terms = PairSigmoid(self.gather.first_row(len(images)), self._options.chunk_size)
-        pairs = [in_arithmetic(x, dtype, home) for x in self._pairs(images, texts)]
-        numbers = [in_arithmetic(x, dtype, home).reshape(()) for x in (scale, 0.0 if bias is None else bias)]
-        inputs = [*pairs, *numbers]
-        weights = torch.ones(1, dtype=torch.float64, device=inputs[0].device)
-        (loss,) = engine.apply(terms, weights, inputs)
-        return loss.to(home)
+        pairs = [in_arithmetic(x, dtype, device) for x in self._pairs(images, texts)]
+        numbers = [
+            in_arithmetic(x, dtype, device).reshape(()) for x in (scale, 0.0 if bias is None else bias)
+        ]
+        weights = pairs[0].new_ones(1, dtype=sum_dtype(pairs[0]))
+        (loss,) = engine.apply(terms, weights, [*pairs, *numbers])
+        return loss
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The images of this process's rows, and all texts."""
@@ -124,10 +125,10 @@ class PairSigmoid(NamedTuple):
         def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
             y = torch.addcmul(bias, scale, cosines, out=cosines)
             y.diagonal(first_row, 1, 2).neg_()
-            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
+            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=weights.dtype)
             gradient = y.sigmoid_()
             gradient.diagonal(first_row, 1, 2).neg_()
-            return value, gradient.sum(-1, dtype=torch.float64), gradient
+            return value, gradient.sum(-1, dtype=weights.dtype), gradient
 
         matrix = Matrix(images, texts, ("image", "text"))
         value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
