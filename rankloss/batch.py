@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.precision import arithmetic_dtype, constant, in_arithmetic, product
+from rankloss.precision import arithmetic_dtype, constant, in_arithmetic, product, sum_dtype
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -129,7 +129,7 @@ def row_hashes(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch's features, in the dtype of the arithmetic and on its device.
+    """A batch's features, in the dtype of the arithmetic.
 
     Attributes:
         inputs: ``image`` and ``text``, ``[N, D]``, the items of all lists; ``image_anchors`` and
@@ -140,7 +140,7 @@ class Batch:
         first_row: the place of the first anchor among the items.
         teacher: ``[N, D']`` by modality, a teacher's features of the items, which rank the lists; or None. A
             teacher of one modality ranks both modalities, since the items of a list are the same pairs.
-        home: the device of the given features, where the terms are returned.
+        sum_dtype: of the sums over a list, see :func:`rankloss.precision.sum_dtype`.
         find_equal: the search for equal items, see :func:`first_equal`.
     """
 
@@ -149,7 +149,7 @@ class Batch:
     items: int
     first_row: int
     teacher: dict[str, Tensor] | None
-    home: torch.device
+    sum_dtype: torch.dtype
     find_equal: Callable[[Tensor], Tensor | None] = first_equal
 
     @classmethod
@@ -167,15 +167,15 @@ class Batch:
 
         A teacher's features, image and text, are converted to the same dtype and lose their graph.
         """
-        dtype, home = arithmetic_dtype(image_features, text_features), image_features.device
+        dtype, device = arithmetic_dtype(image_features, text_features), image_features.device
         features = image_features, text_features, *(anchors or (None, None))
-        inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, home) for x in features]
-        inputs.append(in_arithmetic(logit_scale, dtype, home).reshape(()))
-        given = [in_arithmetic(constant(x), dtype, home) for x in teacher if x is not None]
+        inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, device) for x in features]
+        inputs.append(in_arithmetic(logit_scale, dtype, device).reshape(()))
+        given = [in_arithmetic(constant(x), dtype, device) for x in teacher if x is not None]
         ranked_by = {"image": given[0], "text": given[-1]} if given else None
         n_items = len(image_features)
         n = len(anchors[0]) if anchors else n_items
-        return cls(Inputs(*inputs), n, n_items, first_row, ranked_by, home)
+        return cls(Inputs(*inputs), n, n_items, first_row, ranked_by, sum_dtype(inputs[0]))
 
     @property
     def positives(self) -> Tensor:

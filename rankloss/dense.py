@@ -80,18 +80,29 @@ class _LogCumSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        # ∂/∂x_q = Σ_{p ≥ q} g_p·e^{x_q − y_p}
         x: Tensor
         y: Tensor
         x, y = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            parts = (g.clamp(min=0).log() - y for g in (upstream[0], -upstream[0]))
-            plus, minus = (x + part.flip(-1).logcumsumexp(-1).flip(-1) for part in parts)
-            return plus.exp() - minus.exp()
-        # As sums of products in float64, with the middle of the range as the origin: up to a span of 1,400.
-        origin = ((x.amax(-1, keepdim=True) + x.amin(-1, keepdim=True)) / 2).detach().double()
-        of_sums = upstream[0].double() * (origin - y.double()).exp()
-        return ((x.double() - origin).exp() * of_sums.flip(-1).cumsum(-1).flip(-1)).to(x.dtype)
+        # ∂/∂x_q = Σ_{p ≥ q} g_p·e^{x_q − y_p}
+        return _Sums.apply(upstream[0].flip(-1), -y.flip(-1), x.flip(-1)).flip(-1)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Sums(torch.autograd.Function):
+    """``Σ_{p ≤ q} g_p·e^{a_p + b_q}`` without overflow of a sum, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        plus, minus = (b + (part.clamp(min=0).log() + a).logcumsumexp(-1) for part in (g, -g))
+        sums = plus.exp_() - minus.exp_()
+        ctx.save_for_backward(g, a, b, sums)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g, a, b, sums = ctx.saved_tensors
+        # The derivative by g_p is the same sum with the roles of a and b exchanged, over q ≥ p.
+        by_g = _Sums.apply(*(x.flip(-1) for x in (upstream[0], b, a))).flip(-1)  # type: ignore[no-untyped-call]
+        return by_g, g * by_g, upstream[0] * sums
 
 
 def _last_of_ties(ordered: Tensor) -> Tensor:
@@ -227,10 +238,10 @@ def _symmetric_reference(batch: Batch, matrix: Matrix, cosines: Tensor) -> Tenso
     if equal is None:
         equal = torch.arange(len(matrix.items), device=upper.device)
     reference = reference[equal][:, equal]
-    squares = matrix.items.detach().double().square().sum(-1)
+    squares = matrix.items.detach().square().sum(-1)[equal]
     is_unit = (squares.sqrt() - 1).abs() <= _UNIT
     unit = squares.where(is_unit, 0.0).amax()
-    squares = torch.where(is_unit, unit, squares).to(reference.dtype)
+    squares = torch.where(is_unit, unit, squares)
     return torch.where(equal[:, None] == equal, squares[:, None], reference)
 
 

@@ -11,8 +11,9 @@ U_q = Σ_{p : y_p ≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
     ∂/∂x_q = e^{x_q}·(α / Σ e^x + (β/M)·U_q) − α·[q = k] − (β/M)·[q counts].
 
 Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y); its part of the gradient
-is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which suffices for scores of up to ±680 nats; features are
-expected to be unit-norm, and a model's scale is at most 100.
+is β·(e^{x_q} / Σ e^x − p_q). On a CPU sums are in float64, which suffices for scores of up to ±680 nats; on
+other devices they are sums of logarithms, of scores relative to the own pair's. Features are expected to be
+unit-norm, and a model's scale is at most 100.
 
 With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
 
@@ -37,7 +38,7 @@ from rankloss import dense
 from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, other_items
 from rankloss.options import RankOptions
 from rankloss.precision import full_precision, nan_unless_finite
-from rankloss.ranking import rank
+from rankloss.ranking import LogSums, rank
 
 # Limits in matrix entries: of a matrix whose gradient is kept until its mirror image is known, of a chunk of
 # rows, and of a slice of lists that fits a core's cache. Below the fewest rows or lists, overhead exceeds the
@@ -70,10 +71,13 @@ Streamed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None]]
 def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The terms times ``weights``, differentiable by the inputs.
 
-    The inputs and the gradients of the terms' sum are kept for the backward pass. If the terms have different
-    upstream values, the pass is run once more. A backward pass with ``create_graph=True`` differentiates the
-    definition, in quadratic memory.
+    The inputs and the gradients of the terms' sum are kept for the backward pass; under ``torch.no_grad()``,
+    or if no input requires a gradient, only values are computed. If the terms have different upstream values,
+    the pass is run once more. A backward pass with ``create_graph=True`` differentiates the definition, in
+    quadratic memory.
     """
+    if not torch.is_grad_enabled():  # otherwise autograd asks for the gradients of inputs that have a graph
+        inputs = [None if x is None else x.detach() for x in inputs]
     return tuple(_Streamed.apply(terms, weights, *inputs))  # type: ignore[no-untyped-call]
 
 
@@ -158,7 +162,7 @@ def accumulate(
     chunk_size: int | None = None,
     *,
     in_slices: bool = True,
-) -> list[Tensor]:
+) -> list[Any]:
     """Add up the values of all rows of the matrices, and add their gradients to ``sums``.
 
     Args:
@@ -172,42 +176,34 @@ def accumulate(
         in_slices: evaluate the lists of a chunk in slices that fit a core's cache; otherwise all at once.
 
     Returns:
-        Both values of a list, summed over the rows: ``[matrices]`` each.
+        Both values of a list, summed over the rows: ``[matrices]`` each; None if ``of_lists`` gives None.
     """
     n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
     chunk = chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
     lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
     lists = lists if in_slices else n
-    values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
+    values: list[Sequence[Tensor | None]] = []
     keeps = chunk >= n or (chunk_size is None and n_items**2 <= _KEPT)
     earlier: Kept = [] if keeps and _mirrors(matrices) else None
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
-        block = _multiply(matrices, rows)
+        block = matrices[0].items.new_empty(len(matrices), len(matrices[0].anchors[rows]), n_items)
+        for matrix, cosines in zip(matrices, block, strict=True):  # the gradient may overwrite them
+            torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
         for start in range(0, block.shape[1], lists):
             part = slice(start, start + lists)
             reference = None if taught is None else taught[:, part]
             *found, gradient = of_lists(block[:, part], reference, first_row + first + start)
-            for total, value in zip(values, found, strict=True):
-                total += 0 if value is None else value.sum(-1)
+            values.append(found)
             if gradient is not None and not in_slices:
                 block = gradient
         if sums is not None:
             _add_gradients(matrices, rows, block, sums, earlier)
-    return values
+    return [None if x[0] is None else torch.cat(x, -1).sum(-1) for x in zip(*values, strict=True)]
 
 
-# --- products of features ---------------------------------------------------------------------------------
-
-
-def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
-    """Given rows of every matrix, ``[matrices, n, N]``; the gradient may overwrite them."""
-    items = matrices[0].items
-    out = items.new_empty(len(matrices), len(matrices[0].anchors[rows]), len(items))
-    for matrix, cosines in zip(matrices, out, strict=True):
-        torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
-    return out
+# --- gradients by features --------------------------------------------------------------------------------
 
 
 Kept: TypeAlias = list[tuple[int, list[Tensor]]] | None
@@ -289,53 +285,73 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
-    """Values of a block of lists; if wanted, the gradient overwrites the cosines."""
+    """Values of a block of lists; if wanted, the gradient overwrites the cosines.
+
+    Sums are in float64 where the weights are; otherwise they are sums of logarithms, of scores relative to
+    the own pair's.
+    """
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, with_gradient=with_gradient)
     own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient overwrites it
+    weights = block.beta if block.alpha is None else block.alpha
+    origin = None if weights is None or weights.dtype == torch.float64 else own[..., None]
     is_ranked = block.beta is not None and options.model == "plackett_luce"
-    nll, log_sums = (_plackett_luce if is_ranked else _softmax)(block, options, with_gradient)
+    nll, log_sums = (_plackett_luce if is_ranked else _softmax)(block, options, origin, with_gradient)
     gradient = block.cosines if with_gradient else None
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
     if gradient is not None:
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    scale = block.scale.double().view(1)
-    return Evaluated(torch.addcmul(log_sums.squeeze(-1), own, scale, value=-1), nll, gradient)
+    cross_entropy = log_sums.squeeze(-1)
+    if origin is None:
+        cross_entropy = torch.addcmul(cross_entropy, own, block.scale.double().view(1), value=-1)
+    return Evaluated(cross_entropy, nll, gradient)
 
 
-def _plackett_luce(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
-    """C(x | y) and log Σ e^x; the gradient, except for α·[q = k], overwrites the cosines."""
+def _plackett_luce(
+    block: Block, options: RankOptions, origin: Tensor | None, with_gradient: bool
+) -> tuple[Tensor | None, Tensor]:
+    """C(x | y) and log Σ e^x; the gradient, except for α·[q = k], overwrites the cosines.
+
+    Without an origin x is in float64, otherwise relative to the origin's.
+    """
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
-    ranking = rank(_reference(block), options)
-    c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
-    x = c * block.scale.double().view(1)  # one dimension, so that the product is float64
-    scores = ranking.counted_sum(x)
-    C = ranking.denominators(x.exp_())
-    log_sums = C[..., -1:].log()
-    divisor = ranking.items if options.reduction == "mean" else 1
-    nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
-    if not with_gradient:
-        return nll, log_sums
     assert beta is not None
+    ranking = rank(_reference(block), options, by_numpy=origin is None and beta.is_cpu)
+    c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
+    divisor = ranking.items if options.reduction == "mean" else 1
     share = beta / divisor
-    of_all = None if alpha is None else alpha / C[..., -1:]
-    by_slot = ranking.weigh(torch.div(share, C, out=C))
-    if of_all is not None:
-        by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
-    slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
-    share = share if ranking.counted is None else share * ranking.counted
-    torch.addcmul(-share, x, slope, out=c)
-    if ranking.order is not None:
+    if origin is not None:
+        sums = LogSums(ranking, (c - origin).mul_(block.scale))
+        nll, log_sums = sums.nll(), sums.log_sum
+        if with_gradient:
+            sums.gradient(share, alpha, out=c)
+    else:
+        x = c * block.scale.double().view(1)  # one dimension, so that the product is float64
+        scores = (x if ranking.counted is None else x * ranking.counted).sum(-1, keepdim=True)
+        C = ranking.denominators(x.exp_())
+        log_sums = C[..., -1:].log()
+        nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores)
+        if with_gradient:
+            of_all = None if alpha is None else alpha / C[..., -1:]
+            by_slot = ranking.weigh(torch.div(share, C, out=C))
+            if of_all is not None:
+                by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
+            slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+            share = share if ranking.counted is None else share * ranking.counted
+            torch.addcmul(-share, x, slope, out=c)
+    if with_gradient and ranking.order is not None:
         block.cosines.scatter_(-1, ranking.order, c)
-    return nll, log_sums
+    return nll.div_(divisor).squeeze(-1), log_sums
 
 
-def _softmax(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
+def _softmax(
+    block: Block, options: RankOptions, origin: Tensor | None, with_gradient: bool
+) -> tuple[Tensor | None, Tensor]:
     """As :func:`_plackett_luce`, with C(x | y) of ``top_one``, or None without beta."""
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
-    scale = block.scale.double().view(1)
-    x = block.cosines * scale
+    scale = block.scale.double().view(1) if origin is None else block.scale
+    x = block.cosines * scale if origin is None else (block.cosines - origin).mul_(scale)
     log_sums = x.logsumexp(-1, keepdim=True)
     x -= log_sums
     zero = log_sums.new_zeros(())
@@ -350,11 +366,13 @@ def _softmax(block: Block, options: RankOptions, with_gradient: bool) -> tuple[T
 
 def _reference(block: Block) -> Tensor:
     """``[matrices, n, N]``, equal items tied exactly despite rounding of their cosines."""
-    reference = block.cosines.flip(0) if block.reference is None else block.reference
-    if all(equal is None for equal in block.first_equal):
-        return reference
-    pairs = zip(reference, block.first_equal, strict=True)
-    return torch.stack([y if equal is None else y.index_select(-1, equal) for y, equal in pairs])
+    if block.reference is not None and all(equal is None for equal in block.first_equal):
+        return block.reference
+    given = block.cosines.unbind()[::-1] if block.reference is None else block.reference
+    reference = torch.empty_like(block.cosines)
+    for y, equal, out in zip(given, block.first_equal, reference, strict=True):
+        out.copy_(y) if equal is None else torch.index_select(y, -1, equal, out=out)
+    return reference
 
 
 def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
@@ -366,15 +384,19 @@ def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> 
     lists = block._replace(
         cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
     )
-    found = evaluate(lists, replace(options, diagonal=True), with_gradient=with_gradient)
-    if block.alpha is None:
-        of_all = Evaluated(None, None, block.cosines.zero_() if with_gradient else None)
-    else:
-        of_all = evaluate(block._replace(beta=None), options, with_gradient=with_gradient)
-    gradient = of_all.gradient
-    if gradient is not None and found.gradient is not None:
-        gradient.scatter_add_(-1, others, found.gradient)
-    return Evaluated(of_all.cross_entropy, found.nll, gradient)
+    assert block.beta is not None
+    origin = None if block.beta.dtype == torch.float64 else cosines[..., :1].clone()
+    evaluator = _plackett_luce if options.model == "plackett_luce" else _softmax
+    nll, _ = evaluator(lists, options, origin, with_gradient)
+    cross_entropy = None
+    if block.alpha is not None:
+        cross_entropy = evaluate(
+            block._replace(beta=None), options, with_gradient=with_gradient
+        ).cross_entropy
+    elif with_gradient:
+        block.cosines.zero_()
+    gradient = block.cosines.scatter_add_(-1, others, cosines) if with_gradient else None
+    return Evaluated(cross_entropy, nll, gradient)
 
 
 # --- the terms of a batch ---------------------------------------------------------------------------------
@@ -445,7 +467,7 @@ class RowLists(NamedTuple):
 
 
 def weighted_terms(
-    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
+    batch: Batch, options: RankOptions, weights: Sequence[float], wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
@@ -457,21 +479,21 @@ def weighted_terms(
     Args:
         batch: the features.
         options: of the rank terms.
-        weights: ``[3]``, of the terms, without gradient.
+        weights: of the three terms.
         wanted: True for each term to compute; the others are zero. Only row lists of worth ``exp`` can
             include the cross-entropy.
 
     Returns:
-        Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the given
-        features.
+        Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``.
     """
     inputs = batch.inputs
-    weights = weights.to(inputs.image.device, non_blocking=True).double()
+    factors = torch.tensor(weights, dtype=batch.sum_dtype, device="cpu")
+    factors = factors.to(inputs.image.device, non_blocking=True)
     lists = RowLists(batch, options, wanted)
     if options.kernel != "torch":
         lists = _by_kernels(lists)
-    terms = lists.definition(inputs, weights) if options.is_dense else apply(lists, weights, inputs)
-    return tuple(x.to(batch.home) for x in terms)
+    terms = lists.definition(inputs, factors) if options.is_dense else apply(lists, factors, inputs)
+    return tuple(terms)
 
 
 def _by_kernels(lists: RowLists) -> RowLists:

@@ -32,9 +32,16 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> Tensor:
-    """A tensor or number in a dtype, on ``home``; on the CPU instead of MPS, which has no float64."""
-    device = torch.device("cpu") if home.type == "mps" else home
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over lists of scores in ``x``: float64 on a CPU, that of ``x`` elsewhere.
+
+    Sums of logarithms in float32 move fewer bytes than sums in float64, which some devices do not have.
+    """
+    return torch.float64 if x.is_cpu and has_float64(x.device) else x.dtype
+
+
+def in_arithmetic(x: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor or number in a dtype, on a device."""
     if isinstance(x, Tensor):
         return x.resolve_neg().to(device, non_blocking=x.numel() == 1).to(dtype)
     # Filled on the device: copying a number to it would make the host wait.
@@ -55,8 +62,9 @@ def constant(x: Tensor) -> Tensor:
 
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
-    norms = (torch.linalg.vector_norm(x.detach()) for x in features)
     # A product of two rows is at most the product of the norms; the cube overflows earlier. 0 · ∞ is NaN.
+    dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
+    norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
 
 

@@ -12,6 +12,7 @@ item after one for the rest (:class:`Selected`).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +23,8 @@ from torch import Tensor
 from rankloss.options import RankOptions
 
 
-def rank(reference: Tensor, options: RankOptions) -> Ranking:
-    """The ranking of lists ``[..., N]`` under ``method``, ``bins`` and ``top_k``."""
+def rank(reference: Tensor, options: RankOptions, *, by_numpy: bool) -> Ranking:
+    """The ranking of lists ``[..., N]`` under ``method``, ``bins`` and ``top_k``, by NumPy or by torch."""
     n_items = reference.shape[-1]
     if options.method == "bin":
         index = quantize(reference, options.bins)
@@ -32,7 +33,7 @@ def rank(reference: Tensor, options: RankOptions) -> Ranking:
         reference = index.to(reference.dtype)  # exact: bins are at most 2²⁴
     if options.top_k is not None and options.top_k < n_items:
         return Selected(reference, options.top_k)
-    return Sorted(reference)
+    return Sorted(reference, by_numpy=by_numpy)
 
 
 class Ranking:
@@ -51,21 +52,35 @@ class Ranking:
     items: int | Tensor
     sizes: Tensor
 
-    def counted_sum(self, scores: Tensor) -> Tensor:
-        """The sum of the scores of the counted items, ``[..., 1]``."""
-        return (scores if self.counted is None else scores * self.counted).sum(-1, keepdim=True)
-
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot; the last is the sum of all worths. The worths are not changed."""
         return worths.cumsum(-1)
 
+    def logs_by_slot(self, scores: Tensor) -> LogsBySlot:
+        """The logarithms of the sums of worths e^x of every slot."""
+        return LogsBySlot(scores, scores, None)
+
     def weigh(self, by_slot: Tensor) -> Tensor:
-        """``by_slot`` in place times the number of items of each slot."""
-        return by_slot.mul_(self.sizes)
+        """``by_slot`` times the number of items of each slot; a float64 argument may be overwritten."""
+        return by_slot * self.sizes
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """The value of every item's slot."""
         return by_slot
+
+
+class LogsBySlot(NamedTuple):
+    """Logarithms of the sums of worths of every slot.
+
+    Attributes:
+        sums: ``[..., slots]``.
+        base: ``[..., slots]``, the logarithm of the worth that an item's is relative to.
+        relative: ``[..., N]``, every item's worth divided by its slot's base; None if all are 1.
+    """
+
+    sums: Tensor
+    base: Tensor
+    relative: Tensor | None
 
 
 class Sorted(Ranking):
@@ -75,10 +90,20 @@ class Sorted(Ranking):
     group, and every item of the group gets its share of U.
     """
 
-    def __init__(self, reference: Tensor) -> None:
-        ordered, self.order = ascending(reference)
+    def __init__(self, reference: Tensor, *, by_numpy: bool) -> None:
+        ordered, self.order = ascending(reference, by_numpy=by_numpy)
         self.items = reference.shape[-1]
-        self.weigh = Runs.of(ordered).weigh  # type: ignore[method-assign]
+        self._tied = tied_places(ordered) if by_numpy else None
+        if not by_numpy:
+            self.sizes = run_lengths(ordered)
+
+    def weigh(self, by_slot: Tensor) -> Tensor:
+        """As :meth:`Ranking.weigh`; on a CPU only the few sizes that differ from 1."""
+        if self._tied is None:
+            return by_slot * self.sizes
+        places, sizes = self._tied
+        by_slot.view(-1)[places] *= sizes
+        return by_slot
 
 
 class Binned(Ranking):
@@ -86,19 +111,29 @@ class Binned(Ranking):
 
     def __init__(self, index: Tensor, bins: int) -> None:
         self.items, self._index, self._bins = index.shape[-1], index, bins
-        one = torch.ones((), device=index.device)
+        one = torch.ones((), dtype=torch.float32, device=index.device)
         self.sizes = self._by_bin(one.expand_as(index))
 
     def denominators(self, worths: Tensor) -> Tensor:
         """As :meth:`Ranking.denominators`; bin 0 is never empty, so none is 0."""
         return self._by_bin(worths).cumsum_(-1)
 
+    def logs_by_slot(self, scores: Tensor) -> LogsBySlot:
+        """As :meth:`Ranking.logs_by_slot`, relative to the largest worth of each bin."""
+        largest = self._filled(scores, -math.inf).scatter_reduce_(-1, self._index, scores, "amax")
+        relative = self.of_items(largest)
+        torch.sub(scores, relative, out=relative).exp_()
+        return LogsBySlot(self._by_bin(relative).log_().add_(largest), largest, relative)
+
     def of_items(self, by_slot: Tensor) -> Tensor:
         """As :meth:`Ranking.of_items`."""
         return by_slot.gather(-1, self._index)
 
     def _by_bin(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self._bins).scatter_add_(-1, self._index, x)
+        return self._filled(x, 0.0).scatter_add_(-1, self._index, x)
+
+    def _filled(self, like: Tensor, value: float) -> Tensor:
+        return like.new_full((*like.shape[:-1], self._bins), value)
 
 
 class Selected(Ranking):
@@ -113,7 +148,7 @@ class Selected(Ranking):
         ordered, self._best = best.flip(-1), order.flip(-1)  # worst first
         self.counted = reference >= ordered[..., :1]
         self.items = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
-        sizes = Runs.of(ordered).weigh(torch.ones_like(ordered))
+        sizes = run_lengths(ordered)
         # The first run also includes the tied items that were not selected.
         is_first = (ordered == ordered[..., :1]) & (sizes > 0)
         self.sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
@@ -124,6 +159,12 @@ class Selected(Ranking):
         others = worths.scatter(-1, self._best, 0).sum(-1, keepdim=True)
         return torch.cat([others, worths.gather(-1, self._best)], -1).cumsum_(-1)
 
+    def logs_by_slot(self, scores: Tensor) -> LogsBySlot:
+        """As :meth:`Ranking.logs_by_slot`."""
+        others = scores.scatter(-1, self._best, -math.inf).logsumexp(-1, keepdim=True)
+        sums = torch.cat([others, scores.gather(-1, self._best)], -1)
+        return LogsBySlot(sums, sums, (scores - self.of_items(sums)).exp_())
+
     def of_items(self, by_slot: Tensor) -> Tensor:
         """As :meth:`Ranking.of_items`."""
         assert self.counted is not None
@@ -131,47 +172,79 @@ class Selected(Ranking):
         return others.scatter(-1, self._best, by_slot[..., 1:])
 
 
-class Runs(NamedTuple):
-    """Runs of equal values in sorted lists, as factors of the slots: the length at its last place, else 0.
+def run_lengths(ordered: Tensor) -> Tensor:
+    """The length of each run of equal values in sorted lists, at its last place, else 0.
+
+    Example:
+        >>> run_lengths(torch.tensor([0.1, 0.3, 0.3, 0.7])).tolist()
+        [1.0, 0.0, 2.0, 1.0]
+    """
+    first = torch.searchsorted(ordered, ordered, out_int32=True)
+    # A run ends if the next value differs. Otherwise both values have the same first place.
+    lengths = torch.empty_like(ordered)
+    torch.sub(first[..., 1:], first[..., :-1], out=lengths[..., :-1])
+    lengths[..., -1] = ordered.shape[-1] - first[..., -1]
+    return lengths
+
+
+def tied_places(ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of tied values in the flattened sorted lists, and their :func:`run_lengths`; on a CPU.
+
+    NumPy compares in a third of torch's time; usually few values are tied.
+    """
+    values, n_items = ordered.numpy().reshape(-1), ordered.shape[-1]
+    is_tied = values[1:] == values[:-1]
+    is_tied[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
+    tied = np.flatnonzero(is_tied)
+    is_break = np.diff(tied) > 1
+    is_first, is_last = np.append(True, is_break), np.append(is_break, True)
+    firsts, lasts = (tied[x[: len(tied)]] for x in (is_first, is_last))
+    lengths = np.concatenate([np.zeros(len(tied)), lasts - firsts + 2])
+    return torch.from_numpy(np.concatenate([tied, lasts + 1])), torch.from_numpy(lengths)
+
+
+# --- running sums of logarithms ---------------------------------------------------------------------------
+
+
+class LogSums:
+    """C and U of a ranking as running sums of logarithms: in any dtype, for scores any distance apart.
 
     Attributes:
-        factors: ``[..., N]``; None if only a few differ from 1.
-        places: indices of the factors that differ from 1, in the flattened lists.
-        values: the factors at ``places``.
+        log_sum: log Σ e^x, ``[..., 1]``.
     """
 
-    factors: Tensor | None
-    places: Tensor
-    values: Tensor
+    def __init__(self, ranking: Ranking, scores: Tensor) -> None:
+        counted = scores if ranking.counted is None else scores * ranking.counted
+        self._ranking, self._mean = ranking, counted.sum(-1, keepdim=True) / ranking.items
+        self._slots = ranking.logs_by_slot(scores)
+        self._logs = self._slots.sums.logcumsumexp(-1)
+        self.log_sum = self._logs[..., -1:]
 
-    @classmethod
-    def of(cls, ordered: Tensor) -> Runs:
-        """The runs of sorted ``[..., N]``."""
-        n_items, none = ordered.shape[-1], ordered.new_empty(0)
-        if not ordered.is_cpu:
-            first = torch.searchsorted(ordered, ordered, out_int32=True)
-            end = F.pad(first[..., 1:], (0, 1), value=n_items)
-            # A run ends if the next value differs; otherwise both values have the same first place, and the
-            # factor is 0.
-            return cls(end - first, none, none)
-        # NumPy compares in a third of torch's time; usually few values are tied.
-        values = ordered.numpy().reshape(-1)
-        is_tied = values[1:] == values[:-1]
-        is_tied[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
-        tied = np.flatnonzero(is_tied)
-        is_break = np.diff(tied) > 1
-        is_first, is_last = np.append(True, is_break), np.append(is_break, True)
-        firsts, lasts = (tied[x[: len(tied)]] for x in (is_first, is_last))
-        lengths = np.concatenate([np.zeros(len(tied)), lasts - firsts + 2])
-        return cls(None, torch.from_numpy(np.concatenate([tied, lasts + 1])), torch.from_numpy(lengths))
+    def nll(self) -> Tensor:
+        """``Σ_p (log C_p − x_p)``, ``[..., 1]``; most summands are small relative to the mean score."""
+        return self._ranking.weigh(self._logs - self._mean).sum(-1, keepdim=True)
 
-    def weigh(self, by_slot: Tensor) -> Tensor:
-        """``by_slot`` in place times the factors."""
-        if self.factors is not None:
-            return by_slot.mul_(self.factors)
-        flat = by_slot.view(-1)
-        flat[self.places] *= self.values.to(flat.dtype)
-        return by_slot
+    def gradient(self, share: Tensor, of_all: Tensor | None, out: Tensor) -> None:
+        """Write ``share``·(e^x·U − [counts]) + ``of_all``·e^x / Σ e^x of every item, in the scores' order.
+
+        To be called last: it overwrites the sizes of the slots.
+        """
+        _, base, relative = self._slots
+        log_sizes = self._ranking.sizes.to(self._logs.dtype).log_()
+        slopes = log_sizes.sub_(self._logs).flip(-1).logcumsumexp(-1).flip(-1).add_(base).exp_()
+        if relative is None:
+            torch.addcmul(-share, share, slopes, out=out)
+            slopes = out
+        else:
+            slopes *= share
+        if of_all is not None:
+            slopes.addcmul_(of_all, (base - self.log_sum).exp_())
+        if relative is not None:
+            counted = -share if self._ranking.counted is None else -share * self._ranking.counted
+            torch.addcmul(counted, relative, self._ranking.of_items(slopes), out=out)
+
+
+# --- bins -------------------------------------------------------------------------------------------------
 
 
 def quantize(reference: Tensor, bins: int) -> Tensor:
@@ -221,7 +294,7 @@ _INDEX_BITS = 29  # of a float64's significand, zero in a float32
 _OFF_ZERO = 2.0**-300  # below half a unit in the last place of every float32 but 0
 
 
-def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
+def ascending(x: Tensor, *, by_numpy: bool) -> tuple[Tensor, Tensor]:
     """``x.sort(-1)``: values and indices. Equal values may come in any order, always the same one.
 
     On a CPU, torch sorts keys and indices side by side, without vector instructions. A float32 leaves 29 bits
@@ -230,13 +303,14 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[..., N]``, finite. With NaN or infinity in a row its order is undefined.
+        by_numpy: True on a CPU, False elsewhere.
 
     Example:
-        >>> values, indices = ascending(torch.tensor([[0.5, -1.0, 0.0]]))
+        >>> values, indices = ascending(torch.tensor([[0.5, -1.0, 0.0]]), by_numpy=True)
         >>> values.tolist(), indices.tolist()
         ([[-1.0, 0.0, 0.5]], [[1, 2, 0]])
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] >= 2 ** (_INDEX_BITS - 1):
+    if not by_numpy or x.dtype != torch.float32 or x.shape[-1] >= 2 ** (_INDEX_BITS - 1):
         values, indices = x.sort(dim=-1)
         return values, indices
     # An index in the bits of 0.0 would be a subnormal number, which some processors flush to 0.

@@ -30,6 +30,6 @@ def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tens
     nll = terms.sum(-1) / (mu.sum(-1) if options.reduction == "mean" else 1)
     cross_entropy = x.logsumexp(-1) - x.diagonal(block.first_row, 1, 2)
     zero = torch.zeros(n_matrices, dtype=torch.float64)
-    alpha, beta = (zero if w is None else w.cpu() for w in (block.alpha, block.beta))
+    alpha, beta = (zero if w is None else w.double().cpu() for w in (block.alpha, block.beta))
     total = (alpha[:, None] * cross_entropy + beta[:, None] * nll).sum()
     return cross_entropy.detach(), nll.detach(), torch.autograd.grad(total, x)[0]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fake_cuda import fake_cuda
 from rankloss.batch import Batch
 
 
@@ -18,11 +17,3 @@ def test_a_teacher_has_no_graph_and_the_dtype_of_the_features() -> None:
     teacher = torch.eye(4).bfloat16().requires_grad_()
     reference = Batch.of(torch.eye(4, 3), torch.eye(4, 3), 1.0, teacher=(teacher, None)).teacher["text"]
     assert (reference.requires_grad, reference.dtype) == (False, torch.float32)
-
-
-def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
-    with fake_cuda():
-        v = torch.empty(4, 3, device="mps")
-        batch = Batch.of(v, v, 10.0)
-        assert {x.device.type for x in batch.inputs if x is not None} == {"cpu"}
-        assert batch.home == v.device

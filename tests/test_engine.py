@@ -27,7 +27,8 @@ from rankloss.engine import Block, RowLists, evaluate, weighted_terms
 from rankloss.options import RankOptions
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
-WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64, device=DEVICE)
+FACTORS = (0.8, 1.3, 0.6)
+WEIGHTS = torch.tensor(FACTORS, dtype=torch.float64, device=DEVICE)
 IMAGE, TEXT = "reference_image_features", "reference_text_features"
 LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
@@ -88,6 +89,9 @@ def test_a_block_is_its_lists_in_value_and_gradient(
 ) -> None:
     """Also where no look is free, as on an accelerator."""
     options = RankOptions(**ranking, **lists)
+    if not looks and block.cosines.dtype == torch.float32:  # sums of logarithms
+        alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
+        block = block._replace(alpha=alpha, beta=beta)
     is_absent = (block.alpha is None, block.beta is None, not with_gradient)
     expected = [x for x, absent in zip(definition(block, options), is_absent, strict=True) if not absent]
     given_cosines = block.cosines.clone()
@@ -97,7 +101,10 @@ def test_a_block_is_its_lists_in_value_and_gradient(
         found = evaluate(block, options, with_gradient=with_gradient)
     assert with_gradient or torch.equal(block.cosines, given_cosines)
     assert tuple(x is None for x in found) == is_absent
-    assert_close([x for x in found if x is not None], expected, TOLERANCE[block.cosines.dtype])
+    tolerance = TOLERANCE[block.cosines.dtype]
+    if not looks:  # scores are rounded, too
+        tolerance *= max(1.0, block.scale.item() / 10)
+    assert_close([x for x in found if x is not None], expected, tolerance)
 
 
 # --- the pass ---------------------------------------------------------------------------------------------
@@ -220,7 +227,7 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
         if not looks:
             patch.setattr(Tensor, "is_cpu", False)
             patch.setattr(torch, "equal", None)
-        terms = weighted_terms(batch, checked, WEIGHTS, wanted)
+        terms = weighted_terms(batch, checked, FACTORS, wanted)
         found = differentiated(weighted(terms, upstream), inputs, again=again)
     assert_close([*terms, *found], [*owed, *expected], 1e-9)
 
@@ -278,6 +285,34 @@ def test_a_step_takes_as_many_products_as_it_says(
     assert counted.count == (of_student + 4 * has_teacher) * n * n * d
 
 
+STREAMED: dict[str, tuple[Any, int]] = {  # with the products that its values take
+    "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
+    "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
+    "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
+    "ranks": (lambda: rankloss.RankConsistency(), 4),
+    "bins": (lambda: rankloss.RankConsistency(method="bin", bins=8, in_modal=0.0), 2),
+    "top_one": (lambda: rankloss.RankConsistency(model="top_one", cross_modal=0.0), 2),
+}
+
+
+@pytest.mark.parametrize("without", ["no_grad", "inference_mode", "enable_grad"])
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.filterwarnings("ignore:logit_bias is not given")
+def test_without_gradients_only_values_are_computed(name: str, without: str) -> None:
+    """Also if the features have a graph; with gradients enabled they have none."""
+    n, d = 32, 8
+    loss, products = STREAMED[name]
+    inputs = random_batch(0, n, d, 10.0).leaves()
+    expected = loss()(*inputs)
+    if without == "enable_grad":
+        inputs = tuple(x.detach() for x in inputs)
+    with getattr(torch, without)(), Products() as counted:
+        value = loss()(*inputs)
+    assert counted.count == products * n * n * d
+    assert torch.equal(value, expected)
+    assert not value.requires_grad
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 2}, {"model": "top_one"}, {"method": "bin", "bins": 16}, {"diagonal": False}]
 )
@@ -310,9 +345,9 @@ def test_an_input_computed_of_another_is_differentiated_twice_along_its_own_path
     """As gathered features are, of which the local ones are a part."""
     inputs = v, t, _ = random_batch(1, 6, 3, 5.0, duplicates=1).leaves()
     results = []
-    for f in (weighted_terms, dense.terms):
+    for f, weights in ((weighted_terms, FACTORS), (dense.terms, WEIGHTS)):
         batch = Batch.of(*inputs, anchors=(v[1:4], t[1:4]), first_row=1)
-        value = weighted(f(batch, RankOptions(), WEIGHTS, (True,) * 3), upstream)
+        value = weighted(f(batch, RankOptions(), weights, (True,) * 3), upstream)  # type: ignore[arg-type]
         first = torch.autograd.grad(value, inputs, create_graph=True)
         results.append([*first, *torch.autograd.grad(sum(x.square().sum() for x in first), inputs)])
     assert_close(*results, 1e-9)
@@ -322,7 +357,7 @@ def test_an_input_computed_of_another_is_differentiated_twice_along_its_own_path
 @pytest.mark.parametrize("scale", [1e3, 1e5])
 def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float) -> None:
     inputs = random_batch(1, 12, 3, scale).leaves()
-    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), WEIGHTS, (False, True, True))
+    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), FACTORS, (False, True, True))
     assert not torch.stack(terms).isfinite().any()
 
 
@@ -332,7 +367,7 @@ def test_a_product_of_hessian_and_vector_by_two_backward_passes_is_right(options
     checked, other = RankOptions(**options), torch.ones_like(v)
 
     def f(x: Tensor) -> Tensor:
-        return torch.stack(weighted_terms(Batch.of(x, t, s), checked, WEIGHTS, (True,) * 3)).sum()
+        return torch.stack(weighted_terms(Batch.of(x, t, s), checked, FACTORS, (True,) * 3)).sum()
 
     _, found = torch.autograd.functional.hvp(f, v, other)
     x = v.clone().requires_grad_()
@@ -384,31 +419,32 @@ STEPS += [(options, True, k % 2 == 1, k % 3 == 1) for k, options in enumerate(TE
 STEPS += [(*case, False, False) for case in NOT_STREAMED]
 
 
-def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> tuple[Batch, Tensor]:
+def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> Batch:
     v, t, f, g = (torch.empty(n, d, device="cuda") for d in (8, 8, 5, 5))
     if has_teacher:
         arguments |= {"teacher": (f, g)}
     if arguments.pop("is_share", False):
         arguments |= {"anchors": (v[:16], t[:16]), "first_row": 4}
     scale = torch.empty((), device="cuda") if has_teacher else 10.0
-    return Batch.of(v, t, scale, **arguments), torch.empty(3, dtype=torch.float64, device="cuda")
+    return Batch.of(v, t, scale, **arguments)
 
 
 @pytest.mark.parametrize(("options", "has_teacher", "is_share", "is_chunked"), STEPS)
-def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
+def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
     options, has_teacher: bool, is_share: bool, is_chunked: bool
 ) -> None:
     checked = RankOptions(chunk_size=8 if is_chunked else None, **options)
     wanted = (checked.worth == "exp", True, True)
     with fake_cuda() as copies:
-        batch, weights = on_cuda(has_teacher, is_share=is_share)
-        terms = weighted_terms(batch, checked, weights, wanted)
+        batch = on_cuda(has_teacher, is_share=is_share)
+        terms = weighted_terms(batch, checked, FACTORS, wanted)
         shape = (32,) if checked.reduction == "none" else ()
         assert all((x.device, x.shape) == (batch.inputs.image.device, shape) for x in terms)
         if not checked.is_dense:
+            weights = torch.empty(3, device="cuda")
             _, found = RowLists(batch, checked, wanted).stream(batch.inputs, weights, with_gradient=True)
             assert [x is None or x.shape for x in found] == [y is None or y.shape for y in batch.inputs]
-        assert copies.found == []
+        assert copies.found == ["aten._to_copy.default"]
 
 
 def test_a_wait_and_a_copy_would_be_seen() -> None:

@@ -20,12 +20,14 @@ from rankloss import (
     ClipLoss,
     Gather,
     InputWarning,
+    MimicryLoss,
     RankClipLoss,
     RankConsistency,
     SigLipLoss,
     schedules,
 )
 from rankloss.checks import check_teacher
+from rankloss.precision import nan_unless_finite
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +139,46 @@ def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, va
     assert {x.dtype for x in loss(*inputs, output_dict=True).values()} == {expected}
     assert loss(*inputs).dtype == expected
     assert [g.dtype for g in gradients(loss(*inputs), inputs, 1.0)] == [dtype] * 3
+
+
+LARGE_BATCH: dict[str, Callable[[], nn.Module]] = {
+    "clip": ClipLoss,
+    "siglip": SigLipLoss,
+    "rank": lambda: RankConsistency(method="bin"),
+    "rank_clip at 0": lambda: at(0.0, base=SigLipLoss()),
+    "mimicry": MimicryLoss,
+}
+
+
+def of_large_batch(name: str, dtype: torch.dtype, values: torch.dtype) -> list[Tensor]:
+    """Value and gradients of 4,096 pairs, rounded to a dtype and given as ``values``."""
+    v, t = (x.detach().to(dtype).to(values) for x in random_batch(0, 4096, 16, 100.0).leaves()[:2])
+    teacher = {IMAGE: t.detach(), TEXT: v.detach()} if name == "mimicry" else {}
+    inputs = v.requires_grad_(), t.requires_grad_(), torch.tensor(100.0, requires_grad=True)
+    value = LARGE_BATCH[name]()(*inputs, **teacher)
+    return [value.detach(), *gradients(value, inputs, 4096.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LARGE_BATCH)
+@pytest.mark.filterwarnings("ignore:logit_bias is not given")
+def test_a_large_batch_in_half_precision_has_float32s_value_and_gradient(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Sums over the batch exceed float16's range: of norms, of SigLIP's terms, of cross-entropies."""
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 6e-2}[dtype]
+    found, expected = (of_large_batch(name, dtype, x) for x in (dtype, torch.float32))
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_norms_of_65536_rows_are_no_overflow(dtype: torch.dtype) -> None:
+    rows = torch.full((2**16, 4), 0.5, dtype=dtype)
+    weights = torch.ones(3, dtype=torch.float64)
+    assert torch.equal(nan_unless_finite(weights, rows, rows, rows), weights)
+    rows[7, 2] = math.inf
+    assert nan_unless_finite(weights, rows).isnan().all()
 
 
 @pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from batches import assert_close
 from rankloss import plackett_luce_nll
-from rankloss.ranking import ascending, quantize
+from rankloss.options import RankOptions
+from rankloss.ranking import LogSums, ascending, quantize, rank
 
 # --- sorting ----------------------------------------------------------------------------------------------
 
@@ -27,7 +29,7 @@ from rankloss.ranking import ascending, quantize
 def test_values_are_sorted_and_indices_say_where_they_came_from(rows) -> None:
     """Zeros of both signs and subnormal numbers, too."""
     x = torch.from_numpy(rows)
-    values, indices = ascending(x)
+    values, indices = ascending(x, by_numpy=True)
     assert torch.equal(values, x.sort(dim=-1).values)
     assert torch.equal(x.gather(-1, indices), values)
     assert torch.equal(indices.sort(dim=-1).values, torch.arange(x.shape[-1]).expand(x.shape))
@@ -37,7 +39,7 @@ def test_flushed_subnormals_lose_no_index() -> None:
     x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, 1e-38]])
     assert torch.set_flush_denormal(True)
     try:
-        values, indices = ascending(x)
+        values, indices = ascending(x, by_numpy=True)
     finally:
         torch.set_flush_denormal(False)
     assert indices.sort(dim=-1).values.tolist() == [list(range(8))]
@@ -96,3 +98,33 @@ def test_the_documented_bound_holds(x: list[float], seed: int, bins: int) -> Non
         inside, below = scores[b == k].exp(), scores[b < k].exp().sum()
         bound += (len(inside) - 1) * math.log((below + inside.sum()) / (below + inside.min()))
     assert -1e-9 <= excess <= bound + 1e-9
+
+
+# --- running sums -----------------------------------------------------------------------------------------
+
+
+@given(
+    x=st.lists(st.floats(-600, 600), min_size=2, max_size=12),
+    seed=st.integers(0, 2**16),
+    steps=st.sampled_from([2, 5, 2**20]),
+    options=st.sampled_from([{}, {"top_k": 1}, {"top_k": 4}, {"method": "bin", "bins": 3}]),
+)
+def test_sums_of_logarithms_give_the_formulas_value_and_gradient(x, seed: int, steps: int, options) -> None:
+    """In float64, for a sharp comparison."""
+    scores = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+    y = (torch.rand(1, len(x), generator=torch.Generator().manual_seed(seed)) * steps).floor()
+    ranking = rank(y, RankOptions(**options), by_numpy=False)
+    ordered = scores if ranking.order is None else scores.gather(-1, ranking.order)
+    sums = LogSums(ranking, ordered.detach())
+    nll = plackett_luce_nll(scores, quantize(y, 3) if "bins" in options else y, top_k=options.get("top_k"))
+    share, of_all = (
+        torch.full((1, 1), -0.7, dtype=torch.float64),
+        torch.full((1, 1), 1.3, dtype=torch.float64),
+    )
+    (expected,) = torch.autograd.grad((share * nll).sum() + (of_all * scores.logsumexp(-1)).sum(), scores)
+    assert_close([sums.nll().squeeze(-1), sums.log_sum], [nll, scores.logsumexp(-1, keepdim=True)], 1e-12)
+    found = torch.empty_like(scores)
+    sums.gradient(share, of_all, out=found)
+    if ranking.order is not None:
+        found = torch.empty_like(found).scatter(-1, ranking.order, found)
+    assert_close([found], [expected], 1e-10)

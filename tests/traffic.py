@@ -157,10 +157,10 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     read = list(by_place.values())
     if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
         return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
-    if name in ("scatter", "scatter_add", "index_put", "index_add"):
+    if name in ("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add"):
         sources = sum(map(_footprint, read if written else read[1:]))
         index = next(x for x in read if not x.is_floating_point())
-        touched = index.numel() * outputs[0].element_size() * (2 if name.endswith("add") else 1)
+        touched = index.numel() * outputs[0].element_size() * (2 if name.endswith(("add", "reduce")) else 1)
         return sources + touched + (0 if written else 2 * _footprint(outputs[0]))
     writes = sum(map(_footprint, written or outputs))
     # mul_ reads what it writes; copy_, fill_ and an out= do not.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
+from rankloss.precision import has_float64
 from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.named import NamedLoss, OptionError, option
 
@@ -165,7 +166,7 @@ class AlipLoss(GatheringLoss):
         held, self.histories = self.histories, self.histories.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held, device = self.histories if held.is_meta else held, self.histories.device
-        self.histories = held.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self.histories = held.to(device, torch.float64 if has_float64(device) else torch.float32)
         return self
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloss import precision
 from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss.precision import product
 from rankloss_trainers.named import NamedLoss, option
 
 
@@ -20,7 +22,8 @@ class CyClipLoss(GatheringLoss):
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
     Both compare cosines, without the scale. As squared Frobenius norms of differences of N×N products they
-    are computed from D×D moments of the features: memory and arithmetic grow linearly with N.
+    are computed from D×D moments of the features: memory and arithmetic grow linearly with N. A device
+    without float64 (MPS) computes whole N×N matrices.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
@@ -91,23 +94,30 @@ class CyClipLoss(GatheringLoss):
         """Both terms without their weights."""
         self.check_inputs(image_features, text_features, logit_scale=1.0)
         own = image_features, text_features
-        anchors = items = _in_float64(*map(self.gather.items, own))
+        anchors = items = _widened(*map(self.gather.items, own))
         if self.gather.anchors_are_local:
-            anchors = _in_float64(*own)
+            anchors = _widened(*own)
         dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
-        squares = _squares(anchors, items)
-        cross, in_ = ((x / len(anchors[0])).to(image_features.device, dtype) for x in squares)
+        squares = (_squares if items[0].dtype == torch.float64 else _differences)(anchors, items)
+        cross, in_ = ((x / len(anchors[0])).to(dtype) for x in squares)
         return cross, in_
 
 
-def _in_float64(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The features as the terms, small differences of large norms, need them.
+def _widened(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The features as the terms, small differences of large norms, need them: float64 if the device has it.
 
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
     and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
-    device = "cpu" if image.device.type == "mps" else image.device  # MPS has no float64
-    return image.to(device, torch.float64), text.to(device, torch.float64)
+    dtype = torch.float64 if precision.has_float64(image.device) else torch.float32
+    return image.to(dtype), text.to(dtype)
+
+
+def _differences(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As :func:`_squares`, by a direct sum over the entries of N×N matrices."""
+    (v, t), (w, u) = anchors, items
+    cross, in_ = (product(v, x.T) - product(t, y.T) for x, y in ((u, w), (w, u)))
+    return cross.square().sum(), in_.square().sum()
 
 
 def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -142,8 +142,8 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         **flags,
     )
     return Evaluated(
-        None if block.alpha is None else cross_entropy.double(),
-        nll.double(),
+        None if block.alpha is None else cross_entropy.to(block.beta.dtype),
+        nll.to(block.beta.dtype),
         gradient if with_gradient else None,
     )
 

@@ -39,7 +39,8 @@ class ClipLoss(StreamedLoss):
     Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
     computed in chunks of rows, value and gradient together, in float32 at least. It differs from the formula
     by rounding; if the formula's logits are half precision, by their rounding. The backward pass keeps
-    O(N·D), the forward pass holds O(chunk·N).
+    O(N·D), the forward pass holds O(chunk·N). Features in float16, where the formula's sum over a large batch
+    overflows, are always computed in chunks.
 
     Args:
         same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss
@@ -106,11 +107,9 @@ class ClipLoss(StreamedLoss):
         anchors = (images, texts) if gather.anchors_are_local else None
         first_row = gather.first_row(len(images))
         batch = Batch.of(*gather(images, texts), scale, anchors=anchors, first_row=first_row)
-        ids = ids.to(batch.inputs.image.device)
         terms = PairSoftmax(batch, ids, self.same_id, self._options.chunk_size)
-        weights = torch.ones(1, dtype=torch.float64, device=ids.device)
+        weights = ids.new_ones(1, dtype=batch.sum_dtype)
         (loss,) = engine.apply(terms, weights, batch.inputs)
-        loss = loss.to(batch.home)
         return loss + 0 * bias.sum() if isinstance(bias, Tensor) else loss
 
 

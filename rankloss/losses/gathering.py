@@ -117,11 +117,10 @@ class GatheringLoss(nn.Module):
             first_row=self.gather.first_row(len(image_features)),
             teacher=self.gather.constants(*teacher),
         )
-        factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
         has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, **features) if has_values else nullcontext():
-            contrastive, *terms = weighted_terms(batch, options, factors, wanted)
+            contrastive, *terms = weighted_terms(batch, options, weights, wanted)
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms
@@ -192,6 +191,7 @@ class StreamedLoss(GatheringLoss):
         columns = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
+        fits = fits and dtype != torch.float16  # in which a sum over a large batch overflows
         compute = self._whole if fits or columns == 1 else self._streamed
         loss = compute(image_features, text_features, logit_scale, logit_bias, ids)
         return {"contrastive_loss": loss} if output_dict else loss

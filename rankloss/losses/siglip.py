@@ -23,7 +23,7 @@ from rankloss import engine
 from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
 from rankloss.losses.gathering import Number, SameId, StreamedLoss, of_one_id, partners
-from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
+from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, sum_dtype
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
 
@@ -41,7 +41,8 @@ class SigLipLoss(StreamedLoss):
     Memory: within the budget the loss is open_clip's formula, bit for bit in one process. A batch with more
     logits is computed in chunks of images, value and gradient together, in float32 at least. It differs from
     the formula by rounding; if the formula's logits are half precision, by their rounding. The backward pass
-    keeps O(N·D), the forward pass holds O(chunk·N).
+    keeps O(N·D), the forward pass holds O(chunk·N). Features in float16, where the formula's sum over a large
+    batch overflows, are always computed in chunks.
 
     Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
     the number of its own images. With both flags of ``gather`` this loss is the same, and DDP's average has
@@ -112,16 +113,16 @@ class SigLipLoss(StreamedLoss):
     def _streamed(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
-        dtype, home = arithmetic_dtype(images, texts), images.device
+        dtype, device = arithmetic_dtype(images, texts), images.device
         first_row = self.gather.first_row(len(images))
-        pairs = [in_arithmetic(x, dtype, home) for x in self._pairs(images, texts)]
-        numbers = [in_arithmetic(x, dtype, home).reshape(()) for x in (scale, 0.0 if bias is None else bias)]
-        inputs = [*pairs, *numbers]
-        ids = None if ids is None else ids.to(inputs[0].device)
+        pairs = [in_arithmetic(x, dtype, device) for x in self._pairs(images, texts)]
+        numbers = [
+            in_arithmetic(x, dtype, device).reshape(()) for x in (scale, 0.0 if bias is None else bias)
+        ]
         terms = PairSigmoid(first_row, self._options.chunk_size, ids, self.same_id)
-        weights = torch.ones(1, dtype=torch.float64, device=inputs[0].device)
-        (loss,) = engine.apply(terms, weights, inputs)
-        return loss.to(home)
+        weights = pairs[0].new_ones(1, dtype=sum_dtype(pairs[0]))
+        (loss,) = engine.apply(terms, weights, [*pairs, *numbers])
+        return loss
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The images of this process's rows, and all texts."""
@@ -154,10 +155,10 @@ class PairSigmoid(NamedTuple):
                 # log(1 + e^y) and its slope are 0 at −∞.
                 y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
             right.mul_(sign)
-            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
+            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=weights.dtype)
             gradient = y.sigmoid_()
             right.mul_(sign)
-            return value, gradient.sum(-1, dtype=torch.float64), gradient
+            return value, gradient.sum(-1, dtype=weights.dtype), gradient
 
         matrix = Matrix(images, texts, ("image", "text"))
         value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
