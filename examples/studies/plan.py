@@ -23,11 +23,11 @@ Scores = Callable[[Sequence[Any]], list[float]]
 Point = tuple[float, ...]  # a value of each field of a grid
 
 
-class MissingError(Exception):
-    """Trainings of a data set that have no record, and what they are for."""
+class MissingError(RuntimeError):
+    """Trainings of a data set that have no record."""
 
     def __init__(self, data: str, settings: Sequence[Any]) -> None:
-        super().__init__(f"{len(settings)} trainings are missing")
+        super().__init__(f"{data}: {len(settings)} trainings are missing")
         self.data, self.settings = data, settings
 
 

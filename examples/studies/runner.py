@@ -100,9 +100,10 @@ class Run:
         return {name: Store(folder / below, self.study.setting) for name, below in self.study.records.items()}
 
     def other(self, name: str) -> tuple[SimpleNamespace, Finds]:
-        """Return another study's sizes and records."""
+        """Return another study's sizes and records; its missing trainings are not done here."""
         run = dataclasses.replace(self, study=load(name))
-        return run.study.sizes(self.preset), run.finds()
+        finds = {data: Find(f"{name}, {data}", store.find()) for data, store in run.stores.items()}
+        return run.study.sizes(self.preset), finds
 
     def finds(self, data: Mapping[str, DataSet] | None = None) -> dict[str, Find]:
         """Return the records that were made from these data; else all of them, where there are any."""
@@ -125,14 +126,14 @@ class Run:
                 return
             except MissingError as missing:
                 if missing.data not in data:
-                    raise RuntimeError(f"of another study {missing}: finish it first") from missing
+                    raise
                 self._do(missing, data[missing.data], console)
 
     def _do(self, missing: MissingError, data: DataSet, console: Console) -> None:
         store, fingerprint = self.stores[missing.data], _fingerprints(data)
         keys = {one: key_of(one, fingerprint(one)) for one in missing.settings}
         with bars(console) as progress:
-            bar = progress.add_task(f"{missing.data}: {missing}", total=len(keys))
+            bar = progress.add_task(str(missing), total=len(keys))
             for setting in _shared({one: self.output / "locks" / f"{key}.lock" for one, key in keys.items()}):
                 if setting not in store.find(fingerprint):  # another process may have finished it
                     say(console, keys[setting])
@@ -146,14 +147,9 @@ class Run:
         """Write the report, of all records there are.
 
         Raises:
-            RuntimeError: If a training is missing.
+            MissingError: If a training is missing.
         """
-        try:
-            values = self.results(self.finds())
-        except MissingError as missing:
-            raise RuntimeError(
-                f"{missing} in {missing.data}: nothing is reported before they are there"
-            ) from None
+        values = self.results(self.finds())
         template = self.study.folder / (self.study.template or f"{self.study.report}.md")
         return write(self.home / "report" / f"{self.study.report}.md", template, preset=self.preset, **values)
 

@@ -82,7 +82,7 @@ def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
     assert [(one.arm, one.side, one.seed) for one in data.made] == [("plain", "dev", 9)] * 3 + [
         ("plain", "test", 0)
     ]
-    with pytest.raises(RuntimeError, match="5 trainings are missing in set"):
+    with pytest.raises(RuntimeError, match="set: 5 trainings are missing"):
         run.write()
     again = Data()
     run.train({"set": again}, console)
@@ -101,6 +101,19 @@ def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
     assert len(other.made) == 9  # records of other data do not count
     with pytest.raises(ValueError, match="are of one setting: delete the outdated line"):
         run.write()
+
+
+def test_a_training_of_another_study_is_named_and_not_done_here(run, monkeypatch):
+    def dependent(sizes, finds, other):
+        plan, others = other("first")
+        return results(plan, others, None)
+
+    second = dataclasses.replace(run, study=dataclasses.replace(run.study, results=dependent))
+    monkeypatch.setattr("studies.runner.load", lambda name: {"first": run.study}[name])
+    data = Data()
+    with pytest.raises(MissingError, match="first, set: 3 trainings are missing"):
+        second.train({"set": data}, Console(quiet=True))
+    assert not data.made
 
 
 def test_trainings_of_another_process_are_left_to_it_and_come_last(run):

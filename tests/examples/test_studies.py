@@ -19,7 +19,16 @@ from studies.finetuning.train import Setting as FineTuningSetting
 from studies.miniature import ladder
 from studies.miniature.settings import PLANS, PRESETS, Attempt
 from studies.miniature.trainings import Miniature
-from studies.photographs import features, heads, teacher, view_losses, views
+from studies.photographs import (
+    drawings,
+    features,
+    heads,
+    student_losses,
+    teacher,
+    train,
+    view_losses,
+    views,
+)
 from studies.photographs.features import Side
 from studies.photographs.taught import Taught
 from studies.runner import Run, load
@@ -57,11 +66,16 @@ class Encoders:
         return np.stack([np.random.default_rng(seed).normal(size=12).astype(np.float32) for seed in seeds])
 
 
-@pytest.mark.parametrize("name", ["lists", "photographs-2c"])
-def test_a_small_study_is_trained_and_reported_and_not_repeated(name, icons, tmp_path, monkeypatch, capsys):
+class Unused(Encoders):
+    """Encoders whose features are all there."""
+
+    def __init__(self):
+        raise AssertionError("features are computed again")
+
+
+def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "FrozenEncoders", Encoders)
-    monkeypatch.setattr("studies.photographs.part2c.FrozenEncoders", Encoders)
-    arguments = [name, "--output", str(tmp_path), "--icons", str(icons.folder)]
+    arguments = ["lists", "--output", str(tmp_path)]
     assert runner.main([*arguments, "--report-only"]) == 1
     assert "nothing to report" in capsys.readouterr().out
     assert runner.main(arguments) == 0
@@ -73,6 +87,18 @@ def test_a_small_study_is_trained_and_reported_and_not_repeated(name, icons, tmp
     assert trained
     assert runner.main(arguments) == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")} == trained
+
+
+@pytest.mark.parametrize("arm", [*student_losses.ARMS, student_losses.PER_STEP])
+def test_a_student_of_each_kind(arm, icons, tmp_path):
+    """On icons as part 2c has them; the features are kept."""
+    sides = drawings.icons(icons, 60, 20)
+    data = drawings.data_set(sides, tmp_path, Encoders)
+    again = drawings.data_set(sides, tmp_path, Unused)
+    assert again.fingerprint == data.fingerprint
+    sizes = {"epochs": 2, "batch_size": 20, "train_pictures": 60}
+    found = data.train(train.Setting(arm, 0, "dev", **sizes, weight=1.0, top_k=4, scale=10.0))
+    assert found["metrics"].keys() == {"retrieval", "geometry"}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +130,8 @@ ARMS = [
 def test_a_heads_training_of_each_kind(view, loss):
     train = side(60, 0)
     common = normalize(torch.randn(60, 300, generator=torch.Generator().manual_seed(1)), dim=-1)
-    seen = Side(common, common[:, None].expand(-1, 5, -1) + 0.1 * torch.randn(60, 5, 300))
-    weak = Side(common[:, :9], common[:, None, :9].expand(-1, 5, -1))
+    sentences = normalize(common[:, None] + 0.1 * torch.randn(60, 5, 300), dim=-1)
+    seen, weak = Side(common, sentences), Side(common[:, :9], sentences[..., :9])
     taught = Taught.__new__(Taught)
     taught.of = argparse.Namespace(sides={"train": train})
     taught.teacher = teacher.Teacher({"train": seen}, **teacher.lists(seen, weak))
@@ -137,7 +163,7 @@ def test_a_model_of_the_miniature_is_trained_and_measured(icons, tmp_path, monke
     found = data.train(student)
     assert "mimicry_loss" in found["training"]["last"]
     assert found["metrics"].keys() >= {"retrieval/test", "teacher/test", "geometry/test"}
-    assert not (tmp_path / "miniature/runs").exists() or not [*(tmp_path / "miniature/runs").iterdir()]
+    assert not [*(tmp_path / "miniature/runs").iterdir()]
 
 
 def test_no_seed_is_of_two_studies():

@@ -97,8 +97,8 @@ def closing(block: Block, found: dict[str, Found], agreement: Agreement) -> list
     if len(taus) > 1 and best == min(taus, key=lambda name: taus[name][TRAINING]):
         said.append(
             f"Its τ is the lowest on training concepts ({taus[best][TRAINING]:.2f}): picture and caption "
-            "follow two encoders that rank differently, and the training captions are fitted less; "
-            f"retrieval is measured on unseen concepts, where its τ is {taus[best][HELD_OUT]:.2f}."
+            "follow two encoders that rank differently, and the training captions are fitted less; retrieval "
+            f"is measured on unseen concepts, where its τ is {taus[best][HELD_OUT]:.2f}."
         )
     return said
 

@@ -97,8 +97,9 @@ class Miniature:
         folder = self._teachers_folder
         if not (folder / _WEIGHTS).is_file():
             assert self.teacher is not None
-            log = self._trained(self.teacher, self.root / "runs" / "teacher")
-            self._place(folder, log.checkpoint)
+            run = self.root / "runs" / "teacher"
+            self._place(folder, self._trained(self.teacher, run).checkpoint)
+            shutil.rmtree(run)
         for word in student.job().arguments:
             path = self.root / word.removeprefix("local-dir:")
             if path.parent != folder.parent and path.parent != folder:

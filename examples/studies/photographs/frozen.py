@@ -8,7 +8,7 @@ from pathlib import Path
 from studies.records import Record
 
 from . import heads
-from .features import cached, standardised
+from .features import Side, cached, standardised
 from .folder import SPLITS, read
 from .heads import Setting
 from .measure import Metrics, Model, measure, recorded
@@ -26,10 +26,10 @@ class Frozen:
         content = "\n".join([*blocks, *map(str, self.photographs.judgements)])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def measured(self, model: Model, side: str) -> Metrics:
-        """Measure a model of these features on a side."""
+    def measured(self, model: Model, side: str, features: Side | None = None) -> Metrics:
+        """Measure a model of these features, or of other ones, on a side."""
         judgements = self.photographs.judgements if side == "test" else None
-        return measure(model, self.sides[side], self.names[side], judgements)
+        return measure(model, features or self.sides[side], self.names[side], judgements)
 
     def train(self, setting: Setting) -> Record:
         """Train and measure heads."""

@@ -120,7 +120,7 @@ def _on_photographs(arms: list[str], other: Any) -> dict[str, Difference]:
     try:
         sizes, finds = other("photographs-2a")
         found, _, _ = part2a.trained(sizes, finds["photographs"])
-    except (MissingError, KeyError):
+    except MissingError:
         return {}
     tests = part2a.corrected(found, part2a.comparisons(sizes), part2a.of_part_2b(sizes, other))
     return {arm: tests[(arm, CLIP), PRIMARY.title] for arm in arms}

@@ -54,10 +54,8 @@ class Taught:
     def train(self, setting: Setting) -> Record:
         """Train and measure heads; or measure the teacher."""
         if setting.loss == TEACHER:
-            side = self.teacher.sides[setting.side]
-            taught = Frozen.__new__(Frozen)
-            taught.__dict__.update(vars(self.of), sides={setting.side: side})
-            return recorded(Itself, lambda model: taught.measured(model, setting.side))
+            own = self.teacher.sides[setting.side]
+            return recorded(Itself, lambda model: self.of.measured(model, setting.side, own))
         return recorded(lambda: self.heads(setting), lambda model: self.of.measured(model, setting.side))
 
     def heads(self, setting: Setting) -> Heads:
