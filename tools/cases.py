@@ -1,4 +1,4 @@
-"""The loss for each kind of data, its options and its measured gain, once: the tables of the pages are made of it.
+"""The loss for each kind of data, its options and its measured gain: the source of the pages' tables.
 
 ``python tools/cases.py`` writes them into README.md, docs/losses.md and docs/teachers.md.
 """
@@ -106,7 +106,7 @@ CAPTIONS = Case(
 REPEATED = Case(
     "repeated captions, such as class names",
     "clip-ids",
-    gain="a pilot of four seeds: +3.2 points of zero-shot top-1 where captions are classes; none where few repeat",
+    gain="a pilot, four seeds: zero-shot top-1 +3.2 where captions are classes; none where few repeat",
     page="losses.md#repeated-and-several-captions",
 )
 SEVERAL = Case(
