@@ -106,7 +106,8 @@ CAPTIONS = Case(
 REPEATED = Case(
     "repeated captions, such as class names",
     "clip-ids",
-    gain="a pilot, four seeds: zero-shot top-1 +3.2 where captions are classes; none where few repeat",
+    gain="a pilot of four seeds: +3.2 points of zero-shot top-1 where captions are classes; "
+    "none where few repeat",
     page="losses.md#repeated-and-several-captions",
 )
 SEVERAL = Case(
