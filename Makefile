@@ -120,7 +120,7 @@ bench-once: $(VENV)/.dev
 	$(ON_ALL_CORES) $(BIN)/pytest benchmarks --benchmark-disable
 
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
-## the losses cost there, as JSON in outputs/gpu and as tables in docs/gpu.md.
+## the losses cost there, as JSON in outputs/gpu and as tables in docs/performance.md.
 GPU_TESTS := tests/rankloss_triton tests/test_functional.py tests/test_losses.py tests/gpu
 gpu: test-gpu bench-gpu
 test-gpu: $(VENV)/.dev
@@ -129,7 +129,7 @@ ON_A_CARD := test_losses.py test_training_step.py
 bench-gpu: $(VENV)/.dev
 	mkdir -p $(GPU_OUTPUT)
 	RANKLOSS_TEST_DEVICE=cuda $(BENCH) $(GPU_OUTPUT)/bench.json $(addprefix benchmarks/,$(ON_A_CARD)) $(BENCH_ARGS)
-	$(BIN)/python benchmarks/page.py $(GPU_OUTPUT)/bench.json docs/gpu.md
+	$(BIN)/python benchmarks/page.py $(GPU_OUTPUT)/bench.json docs/performance.md gpu
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.

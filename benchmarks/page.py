@@ -1,4 +1,4 @@
-"""Tables of a page from pytest-benchmark's JSON: ``python benchmarks/page.py JSON [PAGE]``.
+"""Tables of a page from pytest-benchmark's JSON: ``python benchmarks/page.py JSON [PAGE NAME]``.
 
 PAGE has a line ``<!-- bench:NAME -->`` and a line ``<!-- /bench:NAME -->``; the tables replace what is
 between them. Without PAGE they are printed.
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _MIB = 2**20
-_MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
 class Measured(NamedTuple):
@@ -217,16 +216,19 @@ def _in_memory(group: dict[str, Measured]) -> dict[str, Measured]:
     return {name: x for name, x in group.items() if not name.endswith("-products")}
 
 
-def fill(path: Path, text: str) -> None:
+def fill(path: Path, name: str, text: str) -> None:
     """Put the tables between the markers of a page.
 
     Raises:
         ValueError: unless the page has one pair of them.
     """
     before = path.read_text(encoding="utf-8")
-    if len(_MARKED.findall(before)) != 1:
-        raise ValueError(f"{path} must have <!-- bench:NAME --> and <!-- /bench:NAME --> once, in this order")
-    path.write_text(_MARKED.sub(lambda m: m[1] + text + m[3], before), encoding="utf-8")
+    marked = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+    if len(marked.findall(before)) != 1:
+        raise ValueError(
+            f"{path} must have <!-- bench:{name} --> and <!-- /bench:{name} --> once, in this order"
+        )
+    path.write_text(marked.sub(lambda m: m[1] + text + m[2], before), encoding="utf-8")
 
 
 def main() -> None:
@@ -236,12 +238,13 @@ def main() -> None:
     parser.add_argument(
         "page", type=Path, nargs="?", help="the page to fill; without it the tables are printed"
     )
+    parser.add_argument("name", nargs="?", default="cpu", help="the name of the page's markers")
     args = parser.parse_args()
     text = tables(json.loads(args.json.read_text(encoding="utf-8")))
     if args.page is None:
         print(text)
     else:
-        fill(args.page, text)
+        fill(args.page, args.name, text)
 
 
 if __name__ == "__main__":

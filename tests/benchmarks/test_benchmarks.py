@@ -94,11 +94,11 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
     path = tmp_path / "doc.md"
     path.write_text("a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n")
     for text in ("new \\1\n", "newer\n"):
-        page.fill(path, text)
+        page.fill(path, "x", text)
         assert path.read_text() == f"a\n<!-- bench:x -->\n{text}<!-- /bench:x -->\nb\n"
     path.write_text("a\n<!-- bench:x -->\nb\n")
-    with pytest.raises(ValueError, match="<!-- /bench:NAME --> once"):
-        page.fill(path, "text\n")
+    with pytest.raises(ValueError, match="<!-- /bench:x --> once"):
+        page.fill(path, "x", "text\n")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from statistics import mean
 
 import pytest
 from tools_folder import ROOT, tool
@@ -95,16 +94,6 @@ def table_of_tests(report: str) -> str:
     return report.partition("## The tests")[2].partition("## Secondary")[0]
 
 
-def photographs() -> list[str]:
-    """… and of photographs, from their report."""
-    report = of_photographs("1")
-    (below,) = re.findall(r"^\| `rankclip` +\| `clip` +\| −([\d.]+ ± [\d.]+)", report, re.MULTILINE)
-    arms = report.partition("## The test side")[2].partition("## The tests")[0]
-    lines = re.findall(r"^\| `(?:clip|rankclip)` .*$", arms, re.MULTILINE)
-    clip, rankclip = (f"{float(line.split('|')[5].split(' ±')[0]):.1f}" for line in lines)
-    return [f"{below} below", f"τ_c {rankclip} against {clip}"]
-
-
 def photographs_table() -> list[str]:
     """… in R@10 and in the agreement with experts, of every comparison."""
     report = of_photographs("1")
@@ -141,26 +130,10 @@ def two_encoders() -> list[str]:
     return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
 
 
-def encoders_on_photographs() -> list[str]:
-    """… with ranks and without, on photographs."""
-    report = of_photographs("2a")
-    clip, ranks = (
-        re.findall(rf"^\| `{arm}` +\| ([\d.]+) ± [\d.]+ \((\d)\)", report, re.M)[0]
-        for arm in ("clip", "ranks")
-    )
-    return [f"photographs from {clip[0]} to {ranks[0]} ({ranks[1]} seeds)"]
-
-
 def founds() -> list[dict[str, dict[str, float]]]:
     """The demo's R@10 by seed and model, as it wrote them."""
     files = sorted((ROOT / "examples/demo/results").glob("seed*.json"))
     return [json.loads(file.read_text(encoding="utf-8"))["found"] for file in files]
-
-
-def demo() -> list[str]:
-    """… and of the demo, on the average of its seeds."""
-    of = {name: mean(found[name]["percent"] for found in founds()) for name in ("CLIP", ENCODERS)}
-    return [f"from {of['CLIP']:.1f} to {of[ENCODERS]:.1f} ({len(founds())} seeds)"]
 
 
 def demo_by_seed() -> list[str]:
@@ -180,7 +153,6 @@ def demo_table() -> list[str]:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("README.md", [answer, ways_to_learn, photographs, demo, encoders_on_photographs]),
         ("docs/teachers.md", [demo_by_seed]),
         ("examples/demo/README.md", [demo_table]),
         (
@@ -196,6 +168,7 @@ def demo_table() -> list[str]:
             ],
         ),
         ("examples/studies/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
+        ("docs/teachers.md", [ways_to_learn]),
     ],
 )
 def test_numbers_are_the_reports(path: str, said: list[Callable[[], list[str]]]) -> None:

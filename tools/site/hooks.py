@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import guarantees
 import notebooks
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if notebook.exists():
         markdown = notebooks.to_markdown(notebook, notebook.name)
 
-    markdown = _BADGES.sub("", markdown).replace("<!-- guarantees -->", guarantees.page())
+    markdown = _BADGES.sub("", markdown)
     markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
 
     def resolve(match: re.Match[str]) -> str:

@@ -1,0 +1,93 @@
+"""One case has one setting: both columns of every row build the same loss, on every page."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tools_folder import ROOT, tool
+
+from rankloss_trainers import catalog, create, own_losses
+from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.named import NamedLoss
+
+cases = tool("cases.py")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in cases.TABLES}
+COMMANDS = re.compile(r"`([^`\n]*--loss [^`\n]*)`")
+
+
+def by_command(command: str) -> NamedLoss:
+    """The loss that a command line chooses."""
+    parser = argparse.ArgumentParser()
+    words = shlex.split(command)[shlex.split(command).index("--loss") :]
+    names = words[1].split("+")
+    losses = LossArguments(parser, list(catalog.known()), names[0])
+    chosen = losses.chosen(parser.parse_args(words))
+    assert chosen is not None
+    return chosen
+
+
+def options_of(loss: NamedLoss) -> dict[str, dict[str, Any]]:
+    """The options of every part that act on the loss itself; the others are the trainer's plug-in's."""
+    return {
+        part.name: {key: x for key, x in part.values.items() if not part.options()[key].for_trainer}
+        for part in loss.parts
+    }
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """The folder of a case, as far as the choice of options reads it: one of two spaces, or of one."""
+
+    def folder(case: Any) -> None:
+        def is_separate(where: str | None) -> bool:
+            return where is not None and bool(case.of_folder)
+
+        monkeypatch.setattr(own_losses, "has_separate_spaces", is_separate)
+
+    return folder
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.have)
+def test_both_columns_of_a_row_build_the_same_loss(case: Any, teacher: Callable[[Any], None]) -> None:
+    teacher(case)
+    found: list[NamedLoss] = []
+    typed = by_command(case.command())
+    made = {"create": lambda name, **options: found.append(catalog.choose(name, options))}
+    eval(case.python(), made)
+    assert options_of(typed) == options_of(found[0])
+    assert typed.name == found[0].name == case.loss
+    loss = eval(case.python(), {"create": create})
+    assert list(loss.parameters()) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tables_are_generated(name: str) -> None:
+    assert cases.SECTION.findall(PAGES[name]) == [cases.TABLES[name]()], "python tools/cases.py writes them"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_beside_the_tables_parse(name: str, teacher: Callable[[Any], None]) -> None:
+    teacher(cases.TEACHER)
+    prose = cases.SECTION.sub("", PAGES[name]).replace("\\\n", " ").replace("\n  ", " ")
+    typed = [x for x in COMMANDS.findall(prose) if "…" not in x and x.split("--loss ")[1].strip()]
+    typed += re.findall(r"^python -m open_clip_train.main .*?(--loss [^\n]*)$", prose, re.MULTILINE)
+    for command in typed:
+        flags = re.sub(r"start/", "teacher/", command[command.index("--loss") :])
+        by_command(flags)
+
+
+OF_HISTORY = {"1.27 ± 0.59", "0.06 ± 0.11"}  # of a study that went, with what it found of no use
+
+
+def test_every_gain_is_in_a_report() -> None:
+    reports = "".join(x.read_text(encoding="utf-8") for x in (ROOT / "examples").rglob("report/*.md"))
+    for name in (*PAGES, "docs/lists.md", "docs/evidence.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("*", "")
+        gains = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", text)
+        assert gains
+        assert [x for x in gains if x.lstrip("+−") not in reports and x.lstrip("+−") not in OF_HISTORY] == []
