@@ -183,6 +183,11 @@ class ContrastiveLoss(EmbeddingLoss):
             return self.run.evaluate(**features, logit_scale=self.scale)
         if self.image_column is None:
             raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
+        if labels is not None and labels.is_floating_point() and _is_cut(labels):
+            raise ValueError(
+                f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
+                "dimensions: bind the data to a folder of them, and give reference_features"
+            )
         key, more = self.run.chosen.pair_key, taught(self.run.features, labels)
         if key == CAPTIONS:
             more["pair_ids"] = ids_of_tokens(texts["input_ids"], texts.get("attention_mask"))
@@ -201,6 +206,11 @@ class ContrastiveLoss(EmbeddingLoss):
     def citation(self) -> str:
         """The BibTeX entry of the loss's paper, for the model card."""
         return str(self.run.chosen.citation)
+
+
+def _is_cut(labels: Tensor) -> bool:
+    """True for a view of the first numbers of each row."""
+    return labels.dim() > 1 and labels.stride(-2) > labels.shape[-1]
 
 
 class Progress(TrainerProgress):

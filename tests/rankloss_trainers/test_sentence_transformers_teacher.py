@@ -11,6 +11,7 @@ import taught
 import torch
 import torch.nn.functional as F
 from cka_clip import CkaLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from taught import LOSS, ROWS, features, folder, references
 from tiny_sentences import pairs, tiny, train, weights
 
@@ -172,3 +173,16 @@ def test_model_card_has_the_citation_and_the_options(tmp_path: Path) -> None:
     loss = ContrastiveLoss(tiny(tmp_path), "rankclip", {"top_k": 3})
     assert "RankCLIP" in loss.citation
     assert loss.get_config_dict()["options"]["top_k"] == 3
+
+
+def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
+    """Its first numbers alone would be another teacher."""
+    model = tiny(tmp_path)
+    loss = ContrastiveLoss(model, "rankclip", {"schedule": "constant"}, output_dict=False)
+    wrapped, given = MatryoshkaLoss(model, loss, [16, 4]), pairs(8)
+    columns = [model.preprocess(list(given[name])) for name in given.column_names]
+    loss.run.set_progress(1, 1)
+    labels = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
+    with pytest.raises(ValueError, match=r"cut the teacher's labels to 4 of 16 dimensions: .*reference_feat"):
+        wrapped(columns, labels)
+    wrapped(columns, labels[..., :12].contiguous())  # of a teacher of another width, which it leaves whole
