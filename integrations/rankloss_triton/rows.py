@@ -59,6 +59,8 @@ def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: i
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
         return f"the kernels take lists of 2 to {LARGEST_LIST:,} items; these have {N:,}"
+    if device.type == "xpu":
+        return "the kernels were never run on XPU, whose programs have other sizes"
     if not launching.is_interpreted() and device.type != "cuda":
         return f"the kernels run on CUDA, not on {device.type}"
     triton = launching.triton_version()
