@@ -14,6 +14,19 @@ import rankloss
 _AGREEMENT_ANCHORS = 256
 
 
+def remark_on_products(device: torch.device) -> str | None:
+    """A remark for the log where a GPU computes float32 products in TF32; None elsewhere.
+
+    open_clip's trainer allows TF32; Ampere is the first generation that has it.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32 or torch.version.hip:
+        return None
+    return (
+        "float32 products are computed in TF32, which changes places of neighbouring items in a list and the "
+        "gradient by about 0.1 %; torch.backends.cuda.matmul.allow_tf32 = False ranks exactly"
+    )
+
+
 @dataclass
 class RankClipLog:
     """Entries to log beside the terms of RankCLIP: the ``log`` of a named loss.

@@ -36,7 +36,7 @@ from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import choose
-from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.logging import RankClipLog, remark_on_products
 from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mean, naming_options
 from rankloss_trainers.ranked_lists import OF_LISTS, RankedListsTerm
 
@@ -346,6 +346,7 @@ class Runtime(nn.Module):
             self._base = None
         self._first_state = deepcopy(loss.state_dict())
         self._is_told = not any(map(units_of, loss.modules()))
+        self._has_remarked = False
         self._found: list[str] = []  # the teacher's features of the last batch
 
     def _arguments(self, *names: str) -> list[inspect.Parameter]:
@@ -412,6 +413,7 @@ class Runtime(nn.Module):
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
         found = [name for name in TEACHER if inputs.get(name) is not None]
         self.check_teacher(found)
+        self._remark(inputs["image_features"].device if "image_features" in inputs else None)
         if found:
             self._find_components(inputs["image_features"].shape[1], inputs[found[0]].shape[1])
         # Always by name: only the names tell which entry is a term.
@@ -424,6 +426,16 @@ class Runtime(nn.Module):
             elif self.has_fixed_entries:
                 entries[name] = torch.full((), math.nan, device=inputs["image_features"].device)
         return Entries.of(self.criterion, entries)
+
+    def _remark(self, device: torch.device | None) -> None:
+        """Log once, on the first process, when TF32 products rank the lists."""
+        ranks = any(isinstance(x, rankloss.RankConsistency) for x in self.criterion.modules())
+        if device is None or self._has_remarked or not ranks:
+            return
+        self._has_remarked = True
+        text = remark_on_products(device)
+        if text is not None and self.gather.place[0] == 0:
+            _logger.info("%s: %s", self.name, text)
 
     def evaluate(self, **features: Any) -> Entries:
         """The terms of the innermost base, without those that a schedule weighs, and of graded lists.
