@@ -129,10 +129,10 @@ def of_arm(setting: Setting, name: str, started: Heads) -> Callable[[Heads, Part
         needed, index = lists.index.unique(return_inverse=True)
         given = {"candidate_index": index, "mask": lists.mask}
         if has_reference:
-            with torch.inference_mode():
+            with torch.no_grad():
                 v, t = started.pictures(lists.pictures), started.sentences(part.candidates[needed])
                 scores = (started.log_scale.exp() * v @ t.T).gather(1, index)
-            given["reference_scores"] = setting.worth * scores.clone()
+            given["reference_scores"] = setting.worth * scores
         v, t = heads.pictures(lists.pictures), heads.sentences(part.candidates[needed])
         grades = changed(model, lists.grades)
         value: Tensor = loss(v, t, grades, setting.worth * heads.log_scale.exp(), **given)
