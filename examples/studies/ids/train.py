@@ -1,71 +1,53 @@
-"""Pairs that belong together: the partners of a pair as any others, left out, or sharing its target.
-
-The plan is ``plan.md`` beside this file. The command does the missing trainings, and writes ``report.md``
-once all are there; nothing is tested before.
-"""
+"""Pairs that belong together: their data, and the trainings of towers on them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import itertools
 import math
 import random
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from examples_common.machine import conditions
-from examples_common.optimization import parameter_groups
-from examples_common.records import Record, Store
-from examples_common.statistics import Difference, correct, estimate, paired_difference
-from examples_common.terminal import say, status_of
-from examples_common.trainings import Trainings, finder
-from examples_common.wording import conditions_texts, marked, mean_text, p_text, write_report
-from icons_data.load import load
-from openmoji_demo.data import draw, held_out_caption, load_emojis, read_svg, split_by_concept, train_captions
-from photostudy import heads
-from photostudy.features import Cache, FrozenEncoders, Side, standardised
-from photostudy.folder import read
-from photostudy.heads import Heads
-from photostudy.students.data import Thumbnails, numbered, vocabulary
-from photostudy.students.model import Student
-from photostudy.students.train import crops
+from openmoji_demo.data import (
+    draw,
+    held_out_caption,
+    load_emojis,
+    read_svg,
+    split_by_concept,
+    train_captions,
+)
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 import rankloss
+from studies.icons.load import Icons
+from studies.photographs import heads
+from studies.photographs.data import Thumbnails, numbered, vocabulary
+from studies.photographs.features import Cache, Side, standardised
+from studies.photographs.heads import Heads
+from studies.photographs.model import Student
+from studies.photographs.train import crops
+from studies.records import Record
+from studies.training import parameter_groups
 
-HERE = Path(__file__).parent
-SEEDS = tuple(range(7100, 7108))
-SHARES = {"all": 1.0, "half": 0.5, "tenth": 0.1}  # of the pictures whose caption is their class
-BATCHES = (250, 1000)  # of Flickr8k's rows
-DRAWN = tuple(f"{name}, {share}" for name in ("emojis", "icons") for share in SHARES)
-ROWS = tuple(f"rows, {batch}" for batch in BATCHES)
-LOSSES = ("clip", "rankclip")
+CLIP, RANKCLIP = "clip", "rankclip"
 OWN, IGNORE, SHARE = "own", "ignore", "share"
-USES = {**dict.fromkeys(DRAWN, (OWN, IGNORE)), **dict.fromkeys(ROWS, (OWN, IGNORE, SHARE))}
 RECALL, ZERO_SHOT = "R@10", "zero-shot top-1"
-MEASURES = {**dict.fromkeys(DRAWN, (RECALL, ZERO_SHOT)), **dict.fromkeys(ROWS, (RECALL,))}
+ROWS = "rows"  # of Flickr8k
 ICONS = "mdi"  # the labelled set
-_EPOCHS = {"emojis": 30, "icons": 15, "rows": 3}
-_RATES = {"emojis": 2e-3, "icons": 1e-3, "rows": 1e-3}
 _DECAY, _CEILING = 0.05, 100.0
-_PACKAGES = {name: name for name in ("torch", "numpy", "rankloss")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """All that determines a training, beside its data."""
 
-    cell: str  # a name of DRAWN or ROWS
+    cell: str  # a kind of data, and the share of classes or the size of a batch
     arm: str  # a loss and a use of ids, such as "clip ignore"
     seed: int
     epochs: int
@@ -74,27 +56,11 @@ class Setting:
     side: str = "test"
 
 
-def setting(cell: str, loss: str, use: str, seed: int) -> Setting:
-    """Return the setting of a training."""
-    kind, _, size = cell.partition(", ")
-    batch = int(size) if cell in ROWS else 250
-    return Setting(cell, f"{loss} {use}", seed, _EPOCHS[kind], _RATES[kind], batch)
-
-
-def planned() -> list[Setting]:
-    """Return all trainings, seed by seed."""
-    return [
-        setting(cell, loss, use, seed)
-        for seed, cell, loss in itertools.product(SEEDS, USES, LOSSES)
-        for use in USES[cell]
-    ]
-
-
 def build(arm: str) -> nn.Module:
     """Return an arm's loss."""
     loss, _, use = arm.partition(" ")
     base = rankloss.ClipLoss(same_id=None if use == OWN else use)
-    return base if loss == "clip" else rankloss.RankClipLoss(base)
+    return base if loss == CLIP else rankloss.RankClipLoss(base)
 
 
 # --- data ---
@@ -193,7 +159,7 @@ class Rows:
 
     def model(self) -> Heads:
         """Return heads for frozen features."""
-        return Heads(self.train, heads.Setting("clip", 0, "test"))
+        return Heads(self.train, heads.Setting(CLIP, 0, "test"))
 
     def batch(self, model: Heads, rows: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return features of pictures and of their sentences, and the pictures' numbers."""
@@ -228,9 +194,9 @@ def of_class(keys: Sequence[str], share: float) -> set[str]:
     return set(shuffled[: round(share * len(keys))])
 
 
-def emojis(share: float) -> Drawings:
+def emojis(share: float, limit: int | None = None) -> Drawings:
     """Return emojis, so many of which have their sub-group as caption."""
-    split = split_by_concept(load_emojis())
+    split = split_by_concept(load_emojis()[:limit])
     train, test = split_by_concept(split.train, 1).train, split.test
     chosen = of_class([one.hexcode for one in (*train, *test)], share)
     classes = sorted({one.subgroup for one in train})
@@ -249,9 +215,8 @@ def emojis(share: float) -> Drawings:
     return Drawings(*sides, classes, [classes.index(one.subgroup) for one in test])
 
 
-def icons(folder: Path, share: float) -> Drawings:
+def icons(build: Icons, share: float) -> Drawings:
     """Return the icons of a labelled set, so many of which have their category as caption."""
-    build = load(folder)
     labelled = build.labelled[ICONS]
     sides = {"train": labelled.train, "test": labelled.test}
     keys = [build.records[i].name for of in sides.values() for i in of.index]
@@ -270,12 +235,23 @@ def icons(folder: Path, share: float) -> Drawings:
 
 
 class Data:
-    """The cells' pairs, made when they are needed."""
+    """The cells' pairs, made when they are needed, and the trainings on them.
 
-    def __init__(self, photographs: Path, icons: Path) -> None:
-        self.photographs, self.icons = read(photographs), icons
-        self.names = self.photographs.used(6000)
-        self.cache = Cache(self.photographs, FrozenEncoders.name)
+    Args:
+        cells: Their names.
+        shares: Of pictures whose caption is their class, by name.
+        cache: The photographs with their features; None without cells of rows.
+        train_pictures: Photographs to train on.
+        icons: A function that returns them.
+        limit: The first so many emojis; None: all.
+    """
+
+    def __init__(
+        self, cells: Sequence[str], shares: Mapping[str, float], cache: Cache | None, train_pictures: int,
+        icons: Callable[[], Icons], limit: int | None,
+    ) -> None:  # fmt: skip
+        self.cells, self.shares, self.cache, self.icons, self.limit = cells, shares, cache, icons, limit
+        self.names = {} if cache is None else cache.photographs.used(train_pictures)
         self._made: dict[str, Pairs] = {}
 
     @cached_property
@@ -283,26 +259,40 @@ class Data:
         """Fingerprint of all that the numbers depend on."""
         blocks = [path.stem for of in self.names.values() for path in self.cache.blocks(of)]
         found = hashlib.sha256("\n".join(blocks).encode())
-        for cell in DRAWN:
-            of = self[cell]
-            assert isinstance(of, Drawings)
-            for tensor in (of.pictures, of.sentences, of.test, of.texts, of.classes, of.labels):
-                found.update(tensor.contiguous().numpy())
+        for cell in self.cells:
+            if not cell.startswith(ROWS):
+                of = self[cell]
+                assert isinstance(of, Drawings)
+                for tensor in (of.pictures, of.sentences, of.test, of.texts, of.classes, of.labels):
+                    found.update(tensor.contiguous().numpy())
         return found.hexdigest()[:16]
 
     def __getitem__(self, cell: str) -> Pairs:
         kind, _, share = cell.partition(", ")
-        key = kind if kind == "rows" else cell
+        key = kind if kind == ROWS else cell
         if key not in self._made:
-            if kind == "rows":
-                self._made[key] = Rows(
-                    standardised({side: self.cache.side(of) for side, of in self.names.items()})
-                )
-            else:
-                self._made[key] = (
-                    emojis(SHARES[share]) if kind == "emojis" else icons(self.icons, SHARES[share])
-                )
+            self._made[key] = self._make(kind, self.shares.get(share, 0.0))
         return self._made[key]
+
+    def _make(self, kind: str, share: float) -> Pairs:
+        if kind == "emojis":
+            return emojis(share, self.limit)
+        if kind == "icons":
+            return icons(self.icons(), share)
+        return Rows(standardised({side: self.cache.side(of) for side, of in self.names.items()}))
+
+    def train(self, setting: Setting) -> Record:
+        """Train and measure a setting."""
+        pairs, began = self[setting.cell], time.process_time()
+        model, share = train(setting, pairs)
+        with torch.inference_mode():
+            metrics = pairs.measure(model)
+        return {
+            "metrics": {name: round(value, 4) for name, value in metrics.items()},
+            "partnered": round(share, 3),
+            "items": {"train": len(pairs)},
+            "processor_seconds": round(time.process_time() - began, 1),
+        }
 
 
 # --- trainings ---
@@ -349,125 +339,3 @@ def partnered(ids: Tensor) -> float:
     """
     _, places, counts = ids.unique(return_inverse=True, return_counts=True)
     return 100 * (counts[places] > 1).double().mean().item()
-
-
-@dataclasses.dataclass(frozen=True)
-class Study(Trainings):
-    """The trainings and their records."""
-
-    cells: Data
-    store: Store
-    locks: Path
-
-    @property
-    def data(self) -> str:
-        """Fingerprint of the data."""
-        return self.cells.fingerprint
-
-    def record(self, setting: Setting) -> Record:
-        """Train and measure a setting, and return its record."""
-        pairs, began = self.cells[setting.cell], time.process_time()
-        model, share = train(setting, pairs)
-        with torch.inference_mode():
-            metrics = pairs.measure(model)
-        return {
-            "setting": dataclasses.asdict(setting),
-            "metrics": {name: round(value, 4) for name, value in metrics.items()},
-            "partnered": round(share, 3),
-            "chance": {},
-            "items": {"train": len(pairs)},
-            "data": self.data,
-            "processor_seconds": round(time.process_time() - began, 1),
-            "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
-        }
-
-
-# --- tests ---
-
-Key = tuple[str, str, str, str]  # cell, loss, use minus OWN, measure
-
-
-def tests(records: Mapping[Setting, Record]) -> dict[Key, Difference]:
-    """Return the planned differences to OWN, paired by seed, corrected by Holm over all of them."""
-    found = {}
-    for cell, loss in itertools.product(USES, LOSSES):
-        for use, measure in itertools.product(USES[cell][1:], MEASURES[cell]):
-            of = (
-                {seed: records[setting(cell, loss, one, seed)]["metrics"][measure] for seed in SEEDS}
-                for one in (use, OWN)
-            )
-            found[cell, loss, use, measure] = paired_difference(*of)
-    return correct(found)
-
-
-def write(records: Mapping[Setting, Record]) -> Path:
-    """Write the report of all records.
-
-    Raises:
-        RuntimeError: If a training is missing.
-    """
-    if missing := sum(one not in records for one in planned()):
-        raise RuntimeError(f"{missing} of {len(planned())} trainings are missing: nothing is reported yet")
-    found = tests(records)
-    shares = {
-        cell: fmean(records[setting(cell, LOSSES[0], OWN, seed)]["partnered"] for seed in SEEDS)
-        for cell in USES
-    }
-    rows = []
-    for (cell, loss, use, measure), d in sorted(found.items(), key=lambda of: -shares[of[0][0]]):
-        own = [records[setting(cell, loss, OWN, seed)]["metrics"][measure] for seed in SEEDS]
-        rows.append(
-            [cell, f"{shares[cell]:.1f} %", f"`{loss}`", measure, mean_text(estimate(own), len(SEEDS)), use,
-             marked(d), p_text(d.adjusted)]
-        )  # fmt: skip
-    return write_report(
-        HERE / "report.md",
-        HERE / "template.md",
-        tests=len(found),
-        rows=rows,
-        matters=[list(of) for of in matters(found, shares)],
-        made=conditions_texts(records.values()),
-    )
-
-
-def matters(found: Mapping[Key, Difference], shares: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Return for each kind of data and measure the smallest share from which leaving out is above OWN.
-
-    It is above at that share and at every larger one of the kind, with CLIP's loss, after the correction.
-    """
-    rows = []
-    for kind, measure in (("emojis", RECALL), ("emojis", ZERO_SHOT), ("icons", RECALL), ("icons", ZERO_SHOT),
-                          ("rows", RECALL)):  # fmt: skip
-        cells = sorted((cell for cell in shares if cell.startswith(kind)), key=lambda cell: -shares[cell])
-        above = [found[cell, LOSSES[0], IGNORE, measure] for cell in cells]
-        n = next((i for i, d in enumerate(above) if not (d.established and d.mean > 0)), len(cells))
-        text = "at none" if n == 0 else f"from {shares[cells[n - 1]]:.1f} % on"
-        rows.append((kind, measure, text))
-    return rows
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do the missing trainings, and write the report once all are there."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--data", type=Path, help="the folder of Flickr8k, with its features")
-    parser.add_argument("--icons", type=Path, default=Path("outputs/icons"), help="folder of the icons")
-    parser.add_argument("--output", type=Path, default=Path("outputs/ids"), help="folder of the locks")
-    parser.add_argument("--report-only", action="store_true", help="train nothing")
-    args = parser.parse_args(argv)
-    if not args.report_only and args.data is None:
-        parser.error("argument --data: needed")
-
-    def run(console: Console) -> int:
-        store = Store(HERE)
-        if not args.report_only:
-            torch.set_num_threads(1)  # sums keep one order
-            study = Study(Data(args.data, args.icons), store, args.output / "locks")
-            study.do("Trainings", planned(), console)
-        say(console, str(write(finder(store, Setting)(planned()))))
-        return 0
-
-    return status_of(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
