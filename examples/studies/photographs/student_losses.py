@@ -24,6 +24,7 @@ RANKED: dict[str, tuple[bool, bool]] = {  # whether the pictures' and the senten
 }
 TEACHER = ("reference_image_features", "reference_text_features")
 PER_STEP = "ranks-per-step"  # ranks, with a λ that rises at every step
+TOP_ONE = "top-one"  # softmax, by the library's own options
 
 
 def cka(student: Pair, teacher: Pair) -> Tensor:
@@ -107,7 +108,7 @@ def build(
     """Return an arm's loss.
 
     Args:
-        arm: A name of :data:`ARMS`, or :data:`PER_STEP`.
+        arm: A name of :data:`ARMS`, :data:`PER_STEP` or :data:`TOP_ONE`.
         width: Of the student's features.
         widths: Of the teacher's.
         weight: Of the added term; of ranks, what multiplies λ.
@@ -125,6 +126,11 @@ def build(
         return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
     if arm in RANKED or arm == PER_STEP:
         return rankloss.RankClipLoss(base, lambda_cross=0.0, lambda_in=weight, top_k=top_k or None)
+    if arm == TOP_ONE:
+        return rankloss.RankClipLoss(
+            base, lambda_cross=0.0, lambda_in=weight, schedule="constant", model="top_one",
+            reference_scale=scale, diagonal=False,
+        )  # fmt: skip
     if arm in TERMS:
         return Term(base, TERMS[arm], weight, scale)
     if arm == "projected-mimicry":

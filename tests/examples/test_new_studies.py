@@ -1,0 +1,266 @@
+"""Softmax against ranks, ids, references: plans, measures, choices, tests and decisions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from studies.ids import study as ids
+from studies.ids import train as pairs
+from studies.photographs import part2d, student_losses
+from studies.plan import Find, MissingError
+from studies.references import study as references
+from studies.references.train import Setting, changed
+from studies.report import fill
+from studies.runner import load
+from studies.statistics import Arms, Difference
+from torch.nn.functional import normalize
+
+NAMES = ("photographs-2d", "ids", "references")
+SIZES = {name: load(name).sizes("full") for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_said_before_all_trainings_are_there(name):
+    study = load(name)
+    finds = {data: Find(data, {}) for data in study.records}
+    with pytest.raises(MissingError):
+        study.results(SIZES[name], finds, None)
+
+
+def difference(mean, adjusted, half=0.1):
+    return Difference(mean, half, 8, adjusted, adjusted)
+
+
+# --- softmax against ranks ---
+
+
+@pytest.mark.parametrize("scale", [20.0, 40.0])
+def test_the_librarys_options_are_softmax_within_a_modality(scale):
+    torch.manual_seed(0)
+    v, t, pictures, texts = (
+        normalize(torch.randn(60, width, dtype=torch.float64), dim=-1) for width in (8, 8, 20, 12)
+    )
+    logit_scale = torch.tensor(14.3, dtype=torch.float64)
+    found = []
+    for arm, weight in (("top-one", 16.0), ("softmax", 1.0)):
+        inputs = [x.clone().requires_grad_() for x in (v, t, logit_scale)]
+        loss = student_losses.build(arm, 8, (20, 12), weight=weight, scale=scale)
+        value = loss(*inputs, **student_losses.references(arm, (pictures, texts)))
+        found.append((value, *torch.autograd.grad(3 * value, inputs)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_stop_leaves_whole_blocks():
+    sizes, asked = SIZES["photographs-2d"], []
+
+    def find(name):
+        def of(settings):
+            wanted = list(settings)
+            asked.extend((name, one.seed) for one in wanted)
+            return {one: {} for one in wanted}
+
+        return of
+
+    part2d.found(sizes, {name: find(name) for name in part2d.SETS})
+    assert len(asked) == 144
+    assert [len(list(of)) for _, of in itertools.groupby(asked, key=lambda of: of[1])] == [9] * 16
+
+
+def records_of(score):
+    """Records of part 2d, whose R@10 is ``score(data set, arm, seed)``."""
+    sizes, finds = SIZES["photographs-2d"], {}
+    for name in part2d.SETS:
+        settings = [one for seed in sizes.seeds for one in part2d.planned(sizes, name, seed).values()]
+        finds[name] = Find(
+            name,
+            {
+                one: {
+                    "metrics": {"retrieval": {"R@10, mean of both": score(name, one.arm, one.seed)}},
+                    "conditions": {"cores": 2},
+                }
+                for one in settings
+            },
+        )
+    return finds
+
+
+def test_the_primary_test_weighs_data_sets_alike():
+    rng = np.random.default_rng(0)
+    sizes, scores = SIZES["photographs-2d"], {}
+    finds = records_of(lambda *key: scores.setdefault(key, rng.normal(10, 1)))
+    arms = part2d.found(sizes, finds)
+    blocks = [
+        np.mean([scores[name, "top-one", seed] - scores[name, "ranks", seed] for name in part2d.SETS])
+        for seed in sizes.seeds
+    ]
+    found, test = part2d.pooled(arms), stats.ttest_1samp(blocks, 0.0)
+    assert (found.mean, found.p) == pytest.approx((np.mean(blocks), test.pvalue), rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval()), rel=1e-12)
+    assert found.adjusted == found.p
+    nine = part2d.secondary(arms)
+    smallest = min(nine.values(), key=lambda d: d.p)
+    assert len(nine) == 9
+    assert smallest.adjusted == pytest.approx(min(1.0, 9 * smallest.p))
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"), [(1.0, "Softmax wins"), (-1.0, "Ranks win"), (0.0, "Neither is shown")]
+)
+def test_the_report_decides_as_the_plan_says(gain, said):
+    rng, sizes = np.random.default_rng(2), SIZES["photographs-2d"]
+
+    def score(_, arm, seed):
+        return 10 + rng.normal(0, 1e-3) + (gain + 0.1 * (-1) ** seed) * (arm == "top-one")
+
+    study = load("photographs-2d")
+    values = study.results(sizes, records_of(score), None)
+    text = fill(study.folder / "part2d.md", preset="full", **values)
+    assert said in text
+    assert ("below `ranks` on photographs and emojis and icons" in text) is (gain < 0)
+
+
+# --- ids ---
+
+
+def test_ids_are_trained_seed_by_seed():
+    settings = ids.planned(SIZES["ids"])
+    assert len(set(settings)) == len(settings) == 8 * (6 * 2 * 2 + 2 * 2 * 3)
+    assert [seed for seed, _ in itertools.groupby(settings, key=lambda one: one.seed)] == SIZES["ids"].seeds
+
+
+@pytest.mark.parametrize("loss", ids.LOSSES)
+def test_sharing_is_clips_loss_where_partners_have_one_caption(loss):
+    torch.manual_seed(0)
+    captions = normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1).requires_grad_()
+    v = normalize(torch.randn(30, 8, dtype=torch.float64), dim=-1).requires_grad_()
+    of = torch.randint(5, (30,))
+    found = []
+    for use in (pairs.OWN, pairs.SHARE):
+        criterion = pairs.build(f"{loss} {use}")
+        if loss == "rankclip":
+            criterion.set_progress(5, 10)
+        value = criterion(v, captions[of], 14.3, **({} if use == pairs.OWN else {"pair_ids": of}))
+        found.append((value, *torch.autograd.grad(3 * value, (v, captions))))
+    for own, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, own, rtol=1e-12, atol=1e-13)
+
+
+def test_recall_counts_any_right_partner():
+    similarity = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]])
+    right = torch.tensor([[False, True, False], [True, False, True], [False, False, True]])
+    # Rows: the second place, the first, the first; columns: the last place, the first, the first.
+    found = [pairs.recall(similarity, right, k) for k in (1, 2, 3)]
+    assert found == pytest.approx([200 / 3, 250 / 3, 100])
+
+
+def test_pictures_of_a_smaller_share_are_among_those_of_a_larger():
+    keys = [f"{number:04x}" for number in range(1000)]
+    found = [pairs.of_class(keys, share) for share in SIZES["ids"].shares.values()]
+    assert [len(of) for of in found] == [1000, 500, 100]
+    assert found[0] > found[1] > found[2]
+    assert found == [pairs.of_class(keys[::-1], share) for share in SIZES["ids"].shares.values()]
+
+
+@pytest.mark.parametrize("arm", ["clip own", "clip ignore", "rankclip share"])
+def test_towers_learn_from_some_emojis(arm):
+    of = pairs.emojis(0.5, 300)
+    model, share = pairs.train(pairs.Setting("emojis, half", arm, 0, 1, 1e-3, 50), of)
+    found = of.measure(model)
+    assert 0 < share < 100
+    assert {*found} == {"R@10", "zero-shot top-1"}
+    assert all(0 <= value <= 100 for value in found.values())
+
+
+def test_it_matters_from_the_smallest_share_without_a_gap():
+    shares = {
+        "emojis, all": 90.0, "emojis, half": 38.0, "emojis, tenth": 3.0, "icons, all": 99.0,
+        "icons, half": 47.0, "icons, tenth": 6.0, "rows, 250": 3.0, "rows, 1000": 13.0,
+    }  # fmt: skip
+    above = {"emojis, all", "emojis, half", "icons, tenth", "rows, 250", "rows, 1000"}
+    found = {
+        (cell, "clip", pairs.IGNORE, measure): difference(1.0, 0.01 if cell in above else 0.2)
+        for cell in shares
+        for measure in ids.measures(cell)
+    }
+    assert ids.matters(found, shares) == [
+        ["emojis", "R@10", "from 38.0 % on"],
+        ["emojis", "zero-shot top-1", "from 38.0 % on"],
+        ["icons", "R@10", "at none"],
+        ["icons", "zero-shot top-1", "at none"],
+        ["rows", "R@10", "from 3.0 % on"],
+    ]
+
+
+def test_ids_have_32_tests():
+    rng, sizes, study = np.random.default_rng(0), SIZES["ids"], load("ids")
+    records = {
+        one: {
+            "metrics": {
+                m: 30 + 2 * one.arm.endswith("ignore") + rng.normal(0, 0.1) for m in ids.measures(one.cell)
+            },
+            "partnered": 50.0,
+            "conditions": {"cores": 2},
+        }
+        for one in ids.planned(sizes)
+    }
+    values = study.results(sizes, {"ids": Find("ids", records)}, None)
+    assert values["tests"] == len(values["rows"]) == 32
+    assert "from 50.0 % on" in fill(study.folder / "ids.md", preset="full", **values)
+
+
+# --- references ---
+
+
+def test_a_choice_keeps_recall_where_a_try_does():
+    a, b, c = (Setting("lambda", 0, "choice", lr) for lr in (1.0, 2.0, 3.0))
+    assert references.best({a: (48.0, 60.0), b: (47.0, 61.6), c: (46.0, 63.0)}, 62.0, 0.5) == b
+    assert references.best({a: (48.0, 50.0), b: (47.0, 52.0)}, 62.0, 0.5) == b  # the larger sum
+
+
+@pytest.mark.parametrize(
+    ("lists", "recall", "yes"),
+    [
+        (difference(1.5, 0.01), difference(0.0, 0.9), True),
+        (difference(1.4, 0.01), difference(0.0, 0.9), False),  # too small a gain
+        (difference(1.5, 0.06), difference(0.0, 0.9), False),  # not shown
+        (difference(1.5, 0.01), difference(-0.01, 0.9), False),  # R@10 is below
+        (difference(1.5, 0.01), difference(0.1, 0.9, half=1.2), False),  # it may be a point below
+    ],
+)
+def test_the_question_is_answered_as_the_plan_says(lists, recall, yes):
+    found = {
+        ("emojis", (arm, "clip"), m): difference(0.0, 1.0)
+        for arm in references.LISTS
+        for m in ("nDCG@10", "R@10")
+    }
+    found["emojis", ("lambda", "clip"), "nDCG@10"] = lists
+    found["emojis", ("lambda", "clip"), "R@10"] = recall
+    assert references.answers(SIZES["references"], found, "emojis") == (["lambda"] if yes else [])
+
+
+def test_references_have_72_tests():
+    rng = np.random.default_rng(0)
+    arms = {
+        name: Arms(
+            {
+                arm: {seed: {"metrics": {m.title: rng.normal(), "R@10": rng.normal()}} for seed in range(12)}
+                for arm in ("clip", *references.LISTS)
+            }
+        )
+        for name, m in references.LISTED.items()
+    }
+    found = references.tests(arms)
+    assert len(found) == 72
+    assert ("emojis", ("lambda − reference beside clip", "lambda beside clip"), "R@10") in found
+
+
+def test_grades_of_zero_are_unranked_for_plackett_luce_alone():
+    grades = torch.tensor([[1.0, 0.0]])
+    assert changed("plackett_luce", grades).tolist() == [[1.0, -math.inf]]
+    assert changed("lambda", grades) is grades
