@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from liststudy import losses
+from studies.lists import losses
 from torch.nn.functional import normalize
 
 import rankloss
