@@ -39,7 +39,7 @@ def programs() -> dict[str, set[str]]:
     """The options that the documents give to every Python program: a file, or ``-m MODULE``."""
     options: dict[str, set[str]] = {}
     for command in commands():
-        module = re.search(r"-m (open_clip_train\.main|rankloss\S+)(.*)", command)
+        module = re.search(r"-m (open_clip_train\.main|rankloss\S+|studies\S*)(.*)", command)
         file = re.match(r"python (\w\S+\.py)(.*)", command)
         if match := module or file:
             name = f"-m {match[1]}" if module else match[1]
@@ -65,7 +65,7 @@ def test_make_knows_the_target(command: str) -> None:
 
 def test_files_of_the_commands_exist() -> None:
     named = {word for command in commands() for word in re.findall(r"\b\w[\w/.-]*\.(?:py|sh)\b", command)}
-    assert len(named) >= 10
+    assert len(named) >= 5
     elsewhere = {"run_clip.py"}  # transformers' own
     assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()
 
