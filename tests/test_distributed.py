@@ -439,8 +439,8 @@ def test_a_step_gathers_each_modality_once(pools: Pools) -> None:
             assert forward["allreduce"] == checks, name
             if name == "rank_clip over siglip":
                 continue
-            if name == "mimicry":  # the teacher, and the distances where all rows are computed
-                assert forward["allgather"] == 3 + (not flags[0])
+            if name == "mimicry":  # the base's features, and the distances where all rows are computed
+                assert forward["allgather"] == 2 + (not flags[0])
                 continue
             gathered = 1 if name.startswith("siglip") and flags[0] else 2  # its texts alone
             has_ids = " ids" in name

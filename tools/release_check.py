@@ -32,7 +32,7 @@ PACKAGES = (
     "rankloss_triton",
 )
 MODULES = {  # what an installation with an extra has to be able to import
-    "open-clip": ["rankloss_open_clip.command_line"],
+    "open-clip": ["rankloss_open_clip.arguments"],
     "transformers": ["rankloss_trainers.transformers"],
     "sentence-transformers": ["rankloss_trainers.sentence_transformers"],
     "lightning": ["rankloss_trainers.lightning"],

@@ -65,7 +65,7 @@ def test_make_knows_the_target(command: str) -> None:
 
 def test_files_of_the_commands_exist() -> None:
     named = {word for command in commands() for word in re.findall(r"\b\w[\w/.-]*\.(?:py|sh)\b", command)}
-    assert len(named) >= 5
+    assert len(named) >= 4
     elsewhere = {"run_clip.py"}  # transformers' own
     assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()
 

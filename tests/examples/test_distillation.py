@@ -1,11 +1,11 @@
 """The rivals of ranking by a teacher: their terms against NumPy."""
 
-import formulas
 import numpy as np
 import pytest
+import study_formulas
 import torch
-from formulas import both_ways, cross_entropy, mean_of, pearson, unit, within
 from studies.miniature.rivals import TERMS, RivalsLoss
+from study_formulas import both_ways, cross_entropy, mean_of, pearson, unit, within
 
 import rankloss
 
@@ -14,7 +14,7 @@ S, S_TEACHER = 12.0, 30.0
 STUDENT = unit(N, D, 0), unit(N, D, 1)
 TEACHER = unit(N, WIDE, 2), unit(N, WIDE, 3)
 COMPONENTS = np.linalg.qr(np.random.default_rng(4).normal(size=(WIDE, D)))[0]
-PROJECTED = [formulas.normalized(x @ COMPONENTS) for x in TEACHER]
+PROJECTED = [study_formulas.normalized(x @ COMPONENTS) for x in TEACHER]
 
 
 def relation(*x):
@@ -22,12 +22,12 @@ def relation(*x):
 
 
 FORMULAS = {
-    "mimicry": lambda *x: formulas.mimicry(x, PROJECTED),
-    "contrast": lambda *x: formulas.contrast(x, PROJECTED, 20.0),
+    "mimicry": lambda *x: study_formulas.mimicry(x, PROJECTED),
+    "contrast": lambda *x: study_formulas.contrast(x, PROJECTED, 20.0),
     "relation": relation,
     "softmax": lambda *x: relation(*x) + mean_of(cross_entropy, within(x, S), within(TEACHER, S_TEACHER)),
     "pearson": lambda *x: mean_of(pearson, both_ways(x, S), both_ways(TEACHER, S_TEACHER)),
-    "distances": lambda *x: formulas.distances(x, TEACHER),
+    "distances": lambda *x: study_formulas.distances(x, TEACHER),
 }
 
 
@@ -47,4 +47,4 @@ def test_a_term_is_its_papers_formula(name):
         torch.testing.assert_close(entries["contrastive_loss"], rankloss.ClipLoss()(*features, S))
         return entries[f"{name}_loss"]
 
-    formulas.assert_is_formula(term, FORMULAS[name], STUDENT, 2.5)
+    study_formulas.assert_is_formula(term, FORMULAS[name], STUDENT, 2.5)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import formulas
 import pytest
+import study_formulas
 import torch
-from formulas import cross_entropy, mean_of, pearson, unit, within
 from studies.photographs import data, model, train
 from studies.photographs import student_losses as losses
+from study_formulas import cross_entropy, mean_of, pearson, unit, within
 
 import rankloss
 
@@ -75,14 +75,14 @@ def numpy_mimicry(v, t, loss):
         x @ project.weight.detach().numpy().T
         for x, project in zip((v, t), loss.term.projections, strict=True)
     )
-    return formulas.mimicry([*map(formulas.normalized, projected)], TEACHER)
+    return study_formulas.mimicry([*map(study_formulas.normalized, projected)], TEACHER)
 
 
 RIVALS = {
     "softmax": lambda v, t, _: mean_of(cross_entropy, within((v, t), S), within(TEACHER, S_TEACHER)),
     "pearson": lambda v, t, _: mean_of(pearson, within((v, t), S), within(TEACHER, S_TEACHER)),
-    "distances": lambda v, t, _: formulas.distances((v, t), TEACHER),
-    "cka": lambda v, t, _: formulas.cka((v, t), TEACHER),
+    "distances": lambda v, t, _: study_formulas.distances((v, t), TEACHER),
+    "cka": lambda v, t, _: study_formulas.cka((v, t), TEACHER),
     "projected-mimicry": numpy_mimicry,
 }
 
@@ -99,7 +99,7 @@ def test_a_rival_is_its_formula(arm):
     def term(*features):
         return loss(*features, scale, **given(arm)) - base(*features, scale)
 
-    formulas.assert_is_formula(term, lambda *x: RIVALS[arm](*x, loss), STUDENT, 2.5)
+    study_formulas.assert_is_formula(term, lambda *x: RIVALS[arm](*x, loss), STUDENT, 2.5)
 
 
 def test_ranks_are_the_librarys_by_the_encoders_of_the_arm():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 
-import formulas
 import numpy as np
 import pytest
+import study_formulas
 import torch
-from formulas import both_ways, cross_entropy, log_softmax, pearson, within
 from studies.photographs import teacher, views
 from studies.photographs import view_losses as losses
 from studies.photographs.features import Side
 from studies.photographs.heads import WIDTH
 from studies.photographs.teacher import Teacher
 from studies.photographs.views import Setting
+from study_formulas import both_ways, cross_entropy, log_softmax, pearson, within
 from torch.nn.functional import normalize
 
 import rankloss
@@ -70,7 +70,7 @@ def built(view, arm, **changes):
 
 
 def nll(x, y, top_k):
-    return np.mean([formulas.plackett_luce(*rows, top_k) for rows in zip(x, y, strict=True)])
+    return np.mean([study_formulas.plackett_luce(*rows, top_k) for rows in zip(x, y, strict=True)])
 
 
 def standardised_squares(x, y):
@@ -78,7 +78,7 @@ def standardised_squares(x, y):
 
 
 TAUGHT = [x.numpy() for x in TRAINED]
-REDUCED = [formulas.normalized(x[:, :WIDTH]) for x in TAUGHT]
+REDUCED = [study_formulas.normalized(x[:, :WIDTH]) for x in TAUGHT]
 
 
 def four(v, t):
@@ -118,23 +118,23 @@ def ids_ranked(v, t):
             grades[i, place] = grade
     total = (
         sum(
-            formulas.plackett_luce(S * row, y)
+            study_formulas.plackett_luce(S * row, y)
             for x in both_ways((v, t))
             for row, y in zip(x, grades, strict=True)
         )
         / N
     )
-    others = formulas.without_diagonal(grades)
+    others = study_formulas.without_diagonal(grades)
     for x in within((v, t)):
         rows = [(S * row, y) for row, y in zip(x, others, strict=True) if (y > -math.inf).any()]
-        total += np.mean([formulas.plackett_luce(*row) for row in rows])
+        total += np.mean([study_formulas.plackett_luce(*row) for row in rows])
     return total / 2
 
 
 NUMPY = {
-    ("features", "mimicry"): (lambda *x: formulas.mimicry(x, REDUCED), {}),
+    ("features", "mimicry"): (lambda *x: study_formulas.mimicry(x, REDUCED), {}),
     ("features", "contrast"): (
-        lambda *x: formulas.contrast(x, REDUCED, 20.0),
+        lambda *x: study_formulas.contrast(x, REDUCED, 20.0),
         {"scale": 20.0},
     ),
     ("features", "softmax"): (of_four("scores", cross_entropy, 20.0), {"scale": 20.0}),
@@ -158,7 +158,7 @@ def test_a_loss_is_its_formula(view, arm):
     def term(*features):
         return loss(*features, scale, **given) - base(*features, scale)
 
-    formulas.assert_is_formula(term, formula, [x.numpy() for x in STUDENT], 2.5)
+    study_formulas.assert_is_formula(term, formula, [x.numpy() for x in STUDENT], 2.5)
 
 
 def test_the_lists_of_the_formulas_are_no_trivial_ones():
@@ -176,7 +176,7 @@ def test_ranks_of_features_are_the_librarys_terms():
     loss = built("features", "ranks", weight=16.0, top_k=3)(*features, scale, **given)
     assert (loss - clip).item() == pytest.approx(2 * terms.item())
     both = built("features", "mimicry-and-ranks", weight=16.0, top_k=3, mimicry=4.0)
-    added = 2 * terms.item() + 4 * formulas.mimicry([x.numpy() for x in features], REDUCED)
+    added = 2 * terms.item() + 4 * study_formulas.mimicry([x.numpy() for x in features], REDUCED)
     assert (both(*features, scale, **given) - clip).item() == pytest.approx(added)
 
 

@@ -29,7 +29,7 @@ from rankloss_features import Features
 from rankloss_features.folder import read_about, write_about
 from rankloss_trainers.console import main
 
-PAGE = Path(__file__).parents[2] / "docs/features.md"
+PAGE = Path(__file__).parents[2] / "docs/teachers.md"
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 
 
@@ -158,7 +158,9 @@ def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understoo
 def test_the_pages_rows_of_several_teachers_have_the_mean_of_their_cosines(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(
+        r"^```python\n(first, second = .*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
     monkeypatch.chdir(tmp_path)
     for output, teacher in {"first": CLIP, "second": ("--features", "PLACE/equal.npz")}.items():
         assert features(place, "pairs.csv", *teacher, "--output", output) == 0

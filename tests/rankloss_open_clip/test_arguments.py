@@ -151,7 +151,10 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
         ("--loss rankclip --rankclip-reference teacher", "--rankclip-reference-features"),
-        ("--loss rankclip-distill", "--distill-model and --distill-pretrained, or give its features"),
+        (
+            "--loss rankclip-distill",
+            "--distill-pretrained, or give --rankclip-teacher or --rankclip-reference-features",
+        ),
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip and --distill-model"),
         (
             f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}",

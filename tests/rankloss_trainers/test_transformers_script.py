@@ -188,7 +188,10 @@ def test_help_is_the_runners_before_the_script(
     text = " ".join(capsys.readouterr().out.split())
     assert "multiplies lambda in the in-modal term (default: 1.0; rankclip-cross: 0.0; " in text
     assert "auto: per epoch in a run of ten or more (default: auto)" in text
-    assert "count only the best ranks of each list (default: all; rankclip-distill: 8)" in text
+    assert (
+        "count only the best ranks of each list (default: all; rankclip-distill: 8; rankclip-encoders: 8)"
+        in text
+    )
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):
         main()
