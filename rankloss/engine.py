@@ -188,8 +188,8 @@ def accumulate(
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
         block = matrices[0].items.new_empty(len(matrices), len(matrices[0].anchors[rows]), n_items)
-        for matrix, cosines in zip(matrices, block, strict=True):  # the gradient may overwrite them
-            torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
+        for k, matrix in enumerate(matrices):  # the gradient may overwrite the cosines
+            torch.mm(matrix.anchors[rows], matrix.items.T, out=block[k])
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
         for start in range(0, block.shape[1], lists):
             part = slice(start, start + lists)
@@ -230,7 +230,7 @@ def _add_gradients(
     for k, (matrix, g) in enumerate(zip(matrices, by_scores, strict=True)):
         for start, images in earlier or ():
             image = images[k][first - start :][:n]
-            g[:, start : start + image.shape[1]] += image
+            g[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
         of_anchors, of_items = matrix.factors
         sums[of_anchors][rows].addmm_(g[:, :end], matrix.items[:end])
         sums[of_items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
