@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DISTRIBUTIONS = (
+    *("triton", "pytorch-triton", "triton-windows"),
+    *("pytorch-triton-rocm", "triton-rocm"),  # AMD's, up to and after torch 2.10
+)
 EARLIEST_TRITON = "3.4"
 """In the interpreter of earlier ones the kernels corrupt memory."""
 
@@ -48,7 +52,7 @@ def triton_version() -> str | None:
     """Version of the installed Triton, None without one; Triton is not imported."""
     if importlib.util.find_spec("triton") is None:
         return None
-    for distribution in ("triton", "pytorch-triton", "triton-windows"):
+    for distribution in _DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return None

@@ -42,9 +42,13 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
     }
     names = kernel.arg_names
     kinds = {**dict.fromkeys(FLOATS, "*fp32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in names}
+    # The runtime tells the compiler that tensors, and lists of such lengths, begin at multiples of 16 bytes.
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name == "N"]
     source = ASTSource(
         kernel,
-        signature={name: kinds.get(name, "i32") for name in names},
+        signature=signature,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
     )
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}

@@ -35,6 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_nothing_spills_on_hopper_and_a_launchs_programs_fit_together(compiled: list[dict[str, Any]]) -> None:
+    """As the runtime compiles."""
     assert len(compiled) == 8
     for kernel in compiled:
         assert kernel["stack"] == kernel["local"] == 0, kernel

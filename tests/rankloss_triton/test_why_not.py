@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
         ({"model": "top_one"}, "model='top_one' has no kernel"),
         ({"dtype": torch.float64}, "not in float64"),
         ({"device": "cpu"}, "on CUDA, not on cpu"),
+        ({"device": "xpu"}, "never run on XPU"),
         ({"N": 131_073}, "131,073"),
         ({"method": "bin", "bins": 2**20}, "1,048,576"),
     ],
@@ -54,6 +57,19 @@ def test_triton_must_be_there_and_not_too_old(monkeypatch: pytest.MonkeyPatch) -
     ):
         monkeypatch.setattr(launching, "triton_version", lambda version=version: version)
         assert ask() == reason
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"])
+def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def version(asked: str) -> str:
+        if asked != name:
+            raise importlib.metadata.PackageNotFoundError(asked)
+        return "3.5.1"
+
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert launching.triton_version.__wrapped__() == "3.5.1"
 
 
 def test_the_interpreter_takes_cpu_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
