@@ -26,7 +26,6 @@ known, and their sum takes the products of one.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -188,8 +187,8 @@ def accumulate(
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
         block = matrices[0].items.new_empty(len(matrices), len(matrices[0].anchors[rows]), n_items)
-        for matrix, cosines in zip(matrices, block, strict=True):  # the gradient may overwrite them
-            torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
+        for k, matrix in enumerate(matrices):  # the gradient may overwrite the cosines
+            torch.mm(matrix.anchors[rows], matrix.items.T, out=block[k])
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
         for start in range(0, block.shape[1], lists):
             part = slice(start, start + lists)
@@ -230,7 +229,7 @@ def _add_gradients(
     for k, (matrix, g) in enumerate(zip(matrices, by_scores, strict=True)):
         for start, images in earlier or ():
             image = images[k][first - start :][:n]
-            g[:, start : start + image.shape[1]] += image
+            g[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
         of_anchors, of_items = matrix.factors
         sums[of_anchors][rows].addmm_(g[:, :end], matrix.items[:end])
         sums[of_items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
@@ -287,50 +286,39 @@ class Evaluated(NamedTuple):
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
     """Values of a block of lists; if wanted, the gradient overwrites the cosines.
 
-    Sums are in float64 where the weights are; otherwise they are sums of logarithms, of scores relative to
+    Sums are in float64 where the weights are. Otherwise they are sums of logarithms, of scores relative to
     the own pair's.
     """
     if block.beta is not None and not options.diagonal:
-        return _without_own(block, options, with_gradient=with_gradient)
-    own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient overwrites it
-    weights = block.beta if block.alpha is None else block.alpha
-    origin = None if weights is None or weights.dtype == torch.float64 else own[..., None]
+        return _without_own(block, options, with_gradient)
+    own = block.cosines.diagonal(block.first_row, 1, 2)[..., None].clone()  # the gradient overwrites it
     is_ranked = block.beta is not None and options.model == "plackett_luce"
-    nll, log_sums = (_plackett_luce if is_ranked else _softmax)(block, options, origin, with_gradient)
+    nll, cross_entropy = (_plackett_luce if is_ranked else _softmax)(block, options, own, with_gradient)
     gradient = block.cosines if with_gradient else None
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
     if gradient is not None:
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    cross_entropy = log_sums.squeeze(-1)
-    if origin is None:
-        cross_entropy = torch.addcmul(cross_entropy, own, block.scale.double().view(1), value=-1)
-    return Evaluated(cross_entropy, nll, gradient)
+    return Evaluated(cross_entropy.squeeze(-1), nll, gradient)
 
 
 def _plackett_luce(
-    block: Block, options: RankOptions, origin: Tensor | None, with_gradient: bool
+    block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """C(x | y) and log Σ e^x; the gradient, except for α·[q = k], overwrites the cosines.
-
-    Without an origin x is in float64, otherwise relative to the origin's.
-    """
+    """C(x | y) and log Σ e^x − s·origin; the gradient, except for α·[q = k], overwrites the cosines."""
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     assert beta is not None
-    ranking = rank(_reference(block), options, by_numpy=origin is None and beta.is_cpu)
+    in_float64 = beta.dtype == torch.float64
+    ranking = rank(_reference(block), options, by_numpy=in_float64 and beta.is_cpu)
     c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
     divisor = ranking.items if options.reduction == "mean" else 1
     share = beta / divisor
-    if origin is not None:
-        sums = LogSums(ranking, (c - origin).mul_(block.scale))
-        nll, log_sums = sums.nll(), sums.log_sum
-        if with_gradient:
-            sums.gradient(share, alpha, out=c)
-    else:
-        x = c * block.scale.double().view(1)  # one dimension, so that the product is float64
+    if in_float64:
+        scale = block.scale.double().view(1)  # one dimension, so that a product with it is float64
+        x = c * scale
         scores = (x if ranking.counted is None else x * ranking.counted).sum(-1, keepdim=True)
         C = ranking.denominators(x.exp_())
-        log_sums = C[..., -1:].log()
+        log_sum = C[..., -1:].log() - origin * scale
         nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores)
         if with_gradient:
             of_all = None if alpha is None else alpha / C[..., -1:]
@@ -340,28 +328,35 @@ def _plackett_luce(
             slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
             share = share if ranking.counted is None else share * ranking.counted
             torch.addcmul(-share, x, slope, out=c)
+    else:
+        # Subtract first: a difference of close cosines is exact, where a product's rounding would matter.
+        sums = LogSums(ranking, (c - origin).mul_(block.scale))
+        nll, log_sum = sums.nll(), sums.log_sum
+        if with_gradient:
+            sums.gradient(share, alpha, out=c)
     if with_gradient and ranking.order is not None:
         block.cosines.scatter_(-1, ranking.order, c)
-    return nll.div_(divisor).squeeze(-1), log_sums
+    return nll.div_(divisor).squeeze(-1), log_sum
 
 
 def _softmax(
-    block: Block, options: RankOptions, origin: Tensor | None, with_gradient: bool
+    block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
     """As :func:`_plackett_luce`, with C(x | y) of ``top_one``, or None without beta."""
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
-    scale = block.scale.double().view(1) if origin is None else block.scale
-    x = block.cosines * scale if origin is None else (block.cosines - origin).mul_(scale)
-    log_sums = x.logsumexp(-1, keepdim=True)
-    x -= log_sums
-    zero = log_sums.new_zeros(())
+    in_float64 = torch.float64 in (x.dtype for x in (alpha, beta) if x is not None)
+    scale = block.scale.double().view(1) if in_float64 else block.scale
+    x = block.cosines * scale if in_float64 else (block.cosines - origin).mul_(scale)
+    log_sum = x.logsumexp(-1, keepdim=True)
+    x -= log_sum
+    zero = log_sum.new_zeros(())
     nll, slope, share = None, zero if alpha is None else alpha, zero
     if beta is not None:
         p = dense.top_one_probabilities(_reference(block), scale, options)
         nll, slope, share = -(p * x).sum(-1), slope + beta, beta * p
     if with_gradient:
         torch.addcmul(-share, x.exp_(), slope, out=block.cosines)
-    return nll, log_sums
+    return nll, log_sum - origin * scale if in_float64 else log_sum
 
 
 def _reference(block: Block) -> Tensor:
@@ -375,7 +370,7 @@ def _reference(block: Block) -> Tensor:
     return reference
 
 
-def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
+def _without_own(block: Block, options: RankOptions, with_gradient: bool) -> Evaluated:
     """With ``diagonal=False``: cross-entropy of all items, lists of all items except the own pair."""
     n, n_items = block.cosines.shape[1:]
     own = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
@@ -384,10 +379,8 @@ def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> 
     lists = block._replace(
         cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
     )
-    assert block.beta is not None
-    origin = None if block.beta.dtype == torch.float64 else cosines[..., :1].clone()
     evaluator = _plackett_luce if options.model == "plackett_luce" else _softmax
-    nll, _ = evaluator(lists, options, origin, with_gradient)
+    nll, _ = evaluator(lists, options, cosines[..., :1].clone(), with_gradient)
     cross_entropy = None
     if block.alpha is not None:
         cross_entropy = evaluate(
@@ -491,20 +484,7 @@ def weighted_terms(
     factors = factors.to(inputs.image.device, non_blocking=True)
     lists = RowLists(batch, options, wanted)
     if options.kernel != "torch":
-        lists = _by_kernels(lists)
-    terms = lists.definition(inputs, factors) if options.is_dense else apply(lists, factors, inputs)
-    return tuple(terms)
-
-
-def _by_kernels(lists: RowLists) -> RowLists:
-    """The same with the package of ``kernel``; a ValueError if it is missing or does not support the case."""
-    batch, options, features = lists.batch, lists.options, lists.batch.inputs.image
-    try:
-        module = importlib.import_module(f"rankloss_{options.kernel}")
-    except ImportError as error:
-        raise ValueError(f"kernel={options.kernel!r} cannot be loaded: {error}") from error
-    reason = module.why_not(options, features.device, features.dtype, batch.anchors, batch.items)
-    if reason is not None:
-        raise ValueError(f"kernel={options.kernel!r} does not serve here: {reason}")
-    batch = replace(batch, find_equal=module.first_equal)
-    return lists._replace(batch=batch, evaluate=module.evaluate)
+        module = options.kernel_module(inputs.image, batch.anchors)
+        batch = replace(batch, find_equal=module.first_equal)
+        lists = lists._replace(batch=batch, evaluate=module.evaluate)
+    return tuple(lists.definition(inputs, factors) if options.is_dense else apply(lists, factors, inputs))

@@ -11,9 +11,10 @@ T' each matrix is ranked by the teacher's matrix, S' = V'·T'ᵀ and so on,
     cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
 
 Similarities, order and sums are computed in float32 at least, for any dtype of the features and in any
-autocast region: half-precision similarities would tie neighbours. In float32 the gradient is that of the
-float32 products' order. If reference items are closer than a rounding error, or TF32 products are allowed, it
-differs from float64's by up to some 1e-3.
+autocast region: half-precision similarities would tie neighbours. The exception is a GPU where torch allows
+TF32 products, as open_clip's trainer does: the features are float32, their products have TF32's precision.
+The gradient is that of the products' order. If reference items are closer than a rounding error, or the
+products are TF32's, it differs from float64's by up to some 1e-3.
 """
 
 from __future__ import annotations

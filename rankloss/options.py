@@ -7,6 +7,7 @@ trainers' argument classes are generated from its fields.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from torch import Tensor
 
 ListsOption = Literal["row", "batch"]
 Model = Literal["plackett_luce", "top_one"]
@@ -181,6 +183,21 @@ class RankOptions:
         if budget is None:
             budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
         return rows * columns * dtype.itemsize <= budget
+
+    def kernel_module(self, features: Tensor, anchors: int) -> Any:
+        """The package of ``kernel``, for features ``[N, D]`` and lists of so many of them.
+
+        Raises:
+            ValueError: if it is missing or does not support the case.
+        """
+        try:
+            module = importlib.import_module(f"rankloss_{self.kernel}")
+        except ImportError as error:
+            raise ValueError(f"kernel={self.kernel!r} cannot be loaded: {error}") from error
+        reason = module.why_not(self, features.device, features.dtype, anchors, len(features))
+        if reason is not None:
+            raise ValueError(f"kernel={self.kernel!r} does not serve here: {reason}")
+        return module
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {

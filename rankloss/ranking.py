@@ -218,7 +218,7 @@ class LogSums:
         self._ranking, self._mean = ranking, counted.sum(-1, keepdim=True) / ranking.items
         self._slots = ranking.logs_by_slot(scores)
         self._logs = self._slots.sums.logcumsumexp(-1)
-        self.log_sum = self._logs[..., -1:]
+        self.log_sum = self._logs[..., -1:].clone()  # a view would keep all
 
     def nll(self) -> Tensor:
         """``Σ_p (log C_p − x_p)``, ``[..., 1]``; most summands are small relative to the mean score."""

@@ -36,7 +36,7 @@ class RankConsistency(GatheringLoss):
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N;
     :class:`rankloss.RankOptions` lists the options that need whole matrices. Similarities, order and sums are
-    float32 at least, under autocast too.
+    float32 at least, under autocast too; products are TF32's where torch allows them (docs/gpu.md).
 
     Args:
         cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation.
