@@ -20,14 +20,16 @@ class Arm:
     features: bool = False  # learns from the encoders' features of the training pairs
 
 
+_PER_EPOCH = ("--rankclip-schedule-unit", "epoch")  # as the results beside this package were trained
+
 _ARMS = (
     Arm("clip", "CLIP", "clip"),
-    Arm("rankclip", "RankCLIP", "rankclip"),
+    Arm("rankclip", "RankCLIP", "rankclip", _PER_EPOCH),
     Arm(
         "encoders",
         "CLIP + encoders' ranks",
         "rankclip-distill",
-        ("--rankclip-lambda-in", "32", "--rankclip-top-k", "8", "--rankclip-lambda-cross", "0"),
+        ("--rankclip-lambda-in", "32", "--rankclip-top-k", "8", "--rankclip-lambda-cross", "0", *_PER_EPOCH),
         features=True,
     ),
 )
