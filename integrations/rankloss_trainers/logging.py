@@ -19,12 +19,20 @@ def remark_on_products(device: torch.device) -> str | None:
 
     open_clip's trainer allows TF32; Ampere is the first generation that has it.
     """
-    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32 or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip or not _allows_tf32():
         return None
     return (
         "float32 products are computed in TF32, which changes places of neighbouring items in a list and the "
         "gradient by about 0.1 %; torch.backends.cuda.matmul.allow_tf32 = False ranks exactly"
     )
+
+
+def _allows_tf32() -> bool:
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # of releases that have another setting, once that was used
+        return bool(matmul.fp32_precision == "tf32")
 
 
 @dataclass

@@ -158,6 +158,10 @@ def test_validation_of_joined_losses_is_the_innermost_base_and_does_not_grow(nam
         assert torch.equal(loss.base(*pair, SCALE), rankloss.ClipLoss()(*pair, SCALE))
 
 
+def _mixed(_: object) -> bool:
+    raise RuntimeError("mix of the legacy and new APIs")
+
+
 def test_tf32_products_are_told_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +177,10 @@ def test_tf32_products_are_told_of_once(
         for each in (run, run, other):
             each(**inputs(features()))
     assert caplog.text.count("rankclip: float32 products are computed in TF32") == 1
+    newer = type("Newer", (), {"allow_tf32": property(_mixed), "fp32_precision": "tf32"})()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", newer)
+    assert remark_on_products(torch.device("cuda")) == said
+    monkeypatch.setattr(torch.backends.cuda, "matmul", tf32)
     tf32.allow_tf32 = False
     assert remark_on_products(torch.device("cuda")) is None
 
