@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -57,7 +58,9 @@ def distilled(x: Features) -> Step:
 
 def in_the_first_epoch(x: Features) -> Step:
     """``--loss rankclip`` in open_clip's trainer while λ is 0, with what it logs."""
-    loss = loss_of_the_trainer("--loss rankclip", epoch=0)
+    official = "--rankclip-schedule official --rankclip-schedule-unit epoch"
+    loss: Any = loss_of_the_trainer(f"--loss rankclip {official}", epoch=0)
+    assert loss.criterion.schedule_value == 0
     return lambda: sum(loss(*x, output_dict=True).values()).backward()
 
 

@@ -18,7 +18,7 @@ from trainer import loss_of_the_trainer
 from turns import Step
 
 ON_CARD = DEVICE.type == "cuda"
-DEMO = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model" / "open_clip_config.json"
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo" / "model" / "open_clip_config.json"
 MODELS = {"ViT-B-32": 1024, "ViT-B-16": 384} if ON_CARD else {"demo": 128}  # and the batch
 LOSSES = {"clip": "--loss clip", "rankclip": "--loss rankclip"}
 if ON_CARD:
