@@ -165,9 +165,10 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
 def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     """Data of the trainer, whose training texts have the companions that the loss needs."""
     given, args = bound.arguments, bound.arguments["args"]
-    if given["is_train"]:
-        compute_teacher(args)
-    companions = companions_of(args) if given["is_train"] else None
+    if not given["is_train"]:
+        return original(*bound.args, **bound.kwargs)
+    compute_teacher(args)
+    companions = companions_of(args)
     if companions is None:
         return original(*bound.args, **bound.kwargs)
     given["tokenizer"] = companions.tokenizer(given["tokenizer"])

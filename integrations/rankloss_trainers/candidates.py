@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.precision import has_float64
 from rankloss_features.data import IMAGES, named_sample
-from rankloss_trainers.lists import graded, id_of
+from rankloss_trainers.lists import graded, grades_of, id_of
 
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
@@ -142,9 +141,6 @@ class Candidates:
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the lists, by the names that the loss has for them."""
         places, mask = self._places, self._is_used(encoded)
-        bits = encoded[:, 2 + places : 2 + 2 * places].contiguous()
-        on_device = has_float64(bits.device)
-        grades = (bits if on_device else bits.cpu()).view(torch.float64)
         is_used = mask[:, self.own :]
         first = len(output["text_features"]) - int(is_used.sum())
         texts, candidates = output["text_features"][:first], output["text_features"][first:]
@@ -159,7 +155,7 @@ class Candidates:
             "candidate_features": features,
             "query_ids": encoded[:, 1],
             "candidate_ids": encoded[:, 2 : 2 + places],
-            "grades": grades if on_device else grades.float().to(bits.device),
+            "grades": grades_of(encoded[:, 2 + places : 2 + 2 * places]),
             "mask": mask,
         }
 

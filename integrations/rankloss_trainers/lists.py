@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankloss.distributed import Gather
 from rankloss.graded import LARGEST_INTEGER
+from rankloss.precision import has_float64
 
 PADDING = -1
 """The index of a place without a candidate."""
@@ -70,6 +71,14 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
         if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
             raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
     return list(zip(candidates, map(float, grades), strict=True))
+
+
+def grades_of(bits: Tensor) -> Tensor:
+    """The float64 grades whose bits integers hold, on their device; float32 where it has no float64."""
+    bits = bits.contiguous()
+    if has_float64(bits.device):
+        return bits.view(torch.float64)
+    return bits.cpu().view(torch.float64).float().to(bits.device)
 
 
 def identity(candidate: Any) -> Hashable:

@@ -295,7 +295,6 @@ class Runtime(nn.Module):
         criterion: The module.
         teacher: ``"required"``, ``"optional"``, or ``"none"``.
         features: The folder of the teacher's features, or None.
-        captions: The key of a second caption, or None.
         takes_lists: True if a part of the loss takes a list of graded candidates of each query.
         columns: The columns of the training data, where a host names them (:meth:`name_columns`).
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
@@ -323,10 +322,9 @@ class Runtime(nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
         self.criterion: nn.Module = loss
         self.columns: Collection[str] = ()
-        self.captions = chosen.caption_key
         self.takes_lists = bool(self._arguments("candidate_features"))
         needs = {
-            "caption": self.captions is not None,
+            "caption": chosen.caption_key is not None,
             "folder": chosen.reference_features is not None,
             "lists": self.takes_lists,
             "parameters": any(parameter.requires_grad for parameter in loss.parameters()),

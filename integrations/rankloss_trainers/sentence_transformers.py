@@ -264,6 +264,6 @@ def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
     for place in (0, 1):
         with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
             (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
-            if pair in (hash_of_pair(caption, image), hash_of_pair(caption, f"row {row}")):
+            if pair == hash_of_pair(caption, image):
                 return [place]
     return [None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rankloss import RankedLists
 from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
-from rankloss_trainers.lists import GRADES, arguments, check_unique, graded, pooled
+from rankloss_trainers.lists import arguments, check_unique, graded, grades_of, pooled
 from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.sentence_transformers import EmbeddingLoss
 
@@ -161,8 +161,7 @@ class RankedListsLoss(EmbeddingLoss):
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
             index, bits = labels.unbind(-1)
-            grades = bits.contiguous().cpu().view(torch.float64).to(GRADES).to(bits.device)
-            lists = arguments(self.criterion.gather, candidates[0], index, grades, ids[-1])
+            lists = arguments(self.criterion.gather, candidates[0], index, grades_of(bits), ids[-1])
         elif labels.shape == (len(queries), len(candidates)):
             lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
         else:
