@@ -33,11 +33,6 @@ _LONG_LIST, _MOST_POINTS = 64, 1024
 _CELL, _NODES = 0.5, {torch.float32: 7, torch.float64: 12}
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Float64, or float32 on a device without it."""
-    return torch.float64 if precision.has_float64(device) else torch.float32
-
-
 def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
     """True for integers beyond those that are all distinct in a floating-point dtype."""
     if grades.is_floating_point():

@@ -19,6 +19,7 @@ from rankloss import graded
 from rankloss.batch import first_occurrence
 from rankloss.checks import check_features, check_is_tensor
 from rankloss.options import check_choice, check_count
+from rankloss.precision import widest_dtype
 
 __all__ = [
     "alignment",
@@ -312,7 +313,7 @@ def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int =
         TypeError, ValueError: as :func:`rankloss.checks.check_features`.
     """
     check_features(image_features, text_features, min_pairs=min_pairs)
-    dtype = graded.sum_dtype(image_features.device)
+    dtype = widest_dtype(image_features.device)
     return image_features.detach().to(dtype), text_features.detach().to(dtype)
 
 
@@ -331,7 +332,7 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
             raise ValueError(
                 f"mask must be bool of shape {tuple(x.shape)}; got {mask.dtype} {tuple(mask.shape)}"
             )
-    dtype = graded.sum_dtype(x.device)
+    dtype = widest_dtype(x.device)
     checked = []
     for name, z in lists.items():
         is_rounded = graded.is_rounded(z, dtype) if mask is None else graded.is_rounded(z, dtype) & mask

@@ -32,6 +32,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Float64, or float32 on a device without it."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
 def sum_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums over lists of scores in ``x``: float64 on a CPU, that of ``x`` elsewhere.
 

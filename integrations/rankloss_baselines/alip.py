@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
-from rankloss.precision import has_float64
+from rankloss.precision import widest_dtype
 from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.named import NamedLoss, OptionError, option
 
@@ -123,8 +123,9 @@ class AlipLoss(GatheringLoss):
         """The loss, or with ``output_dict`` its two parts."""
         self.check_inputs(image_features, text_features, logit_scale)
         kinds = [[getattr(x, name, None) for name in _KIND] for x in (text_features, caption_features)]
-        if kinds[0] != kinds[1]:
-            raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
+        with self.gather.agreement(self, text_features=text_features, caption_features=caption_features):
+            if kinds[0] != kinds[1]:
+                raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
         images = self.gather.items(image_features)
         # Both captions in one collective.
         texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
@@ -166,7 +167,7 @@ class AlipLoss(GatheringLoss):
         held, self.histories = self.histories, self.histories.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held, device = self.histories if held.is_meta else held, self.histories.device
-        self.histories = held.to(device, torch.float64 if has_float64(device) else torch.float32)
+        self.histories = held.to(device, widest_dtype(device))
         return self
 
 

@@ -109,7 +109,7 @@ def _widened(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
     and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
-    dtype = torch.float64 if precision.has_float64(image.device) else torch.float32
+    dtype = precision.widest_dtype(image.device)
     return image.to(dtype), text.to(dtype)
 
 

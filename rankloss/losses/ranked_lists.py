@@ -241,13 +241,13 @@ class RankedLists(GatheringLoss):
         if is_first:
             self._looked_at.add("all")
 
-        is_item, sum_dtype = given.is_item, graded.sum_dtype(given.grades.device)
+        is_item, widest = given.is_item, precision.widest_dtype(given.grades.device)
         is_right, _ = self._valid(given.grades)
-        is_wrong = is_item & (~is_right | graded.is_rounded(given.grades, sum_dtype))
-        grades = given.grades.detach().to(sum_dtype).masked_fill(~is_item, math.inf)
+        is_wrong = is_item & (~is_right | graded.is_rounded(given.grades, widest))
+        grades = given.grades.detach().to(widest).masked_fill(~is_item, math.inf)
         offsets = given.reference_scores
         if offsets is not None:
-            offsets = offsets.detach().to(sum_dtype).masked_fill(~is_item, 0.0)
+            offsets = offsets.detach().to(widest).masked_fill(~is_item, 0.0)
             is_wrong = is_wrong | ~offsets.isfinite()
         index, items = given.candidate_index, given.candidate_features.flatten(0, -2)
         if index is None:
@@ -388,7 +388,7 @@ class RankedLists(GatheringLoss):
         given.refuse_wrong_places()
         is_right, needed = self._valid(grades)
         given.refuse("grades", ~is_right, needed)
-        dtype = graded.sum_dtype(grades.device)
+        dtype = precision.widest_dtype(grades.device)
         needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
         given.refuse("grades", graded.is_rounded(grades, dtype), needed)
         if is_first:

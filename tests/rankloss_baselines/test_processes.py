@@ -172,6 +172,21 @@ def test_composition_is_exact_too(pool: Pool) -> None:
     assert_same(averaged(pool.run(composed)), with_gradients(sum(entries.values()), inputs))
 
 
+def with_a_bad_caption(rank: int, world_size: int) -> str:
+    v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
+    try:
+        AlipLoss()(v, t, s, caption_features=c[:, :-1] if rank == 1 else c)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_bad_caption_of_one_process_is_an_error_of_all(pool: Pool) -> None:
+    for error in pool.run(with_a_bad_caption):
+        assert error.startswith("caption_features must be like text_features")
+        assert error.endswith(f"(on rank 1 of {pool.world_size})")
+
+
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
     v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
     loss, given = make(name), {"caption_features": c} if name == "alip" else {}
@@ -184,5 +199,5 @@ def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", ["cyclip", "alip"])
 def test_features_are_gathered_once(pool: Pool, name: str) -> None:
     """Images, and texts: ALIP's two captions in one call, CyCLIP's for its terms and its base."""
-    checks = {"cyclip": 2, "alip": 1}[name]  # of every loss that is called
+    checks = 2  # of CyCLIP and its base; of ALIP's inputs and its second captions
     assert pool.run(collectives, name) == [{"allreduce": checks, "allgather": 2}] * pool.world_size
