@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss.distributed import Gather
 from rankloss.losses import Base, base_entries, check_weight, combined
-from rankloss.losses.ranked_lists import ListModel, PairWeight
+from rankloss.losses.ranked_lists import Gain, ListModel, PairWeight
 from rankloss_trainers.candidates import Candidates
 from rankloss_trainers.named import NamedLoss, OptionError, option
 
@@ -127,6 +127,9 @@ class RankedListsBesidePairs(NamedLoss):
     pair_weight: PairWeight | None = option(
         None, "of model pairwise, multiply each pair's term by the difference of its grades"
     )
+    gain: Gain = option(
+        "linear", "of model lambda, the gain of a grade g: g itself, or 2 to the power g, minus 1"
+    )
     in_batch_negatives: bool = option(False, "put the other queries' candidates below each list, ungraded")
     chunk_size: int | None = option(
         None, "queries computed at a time: less memory, same result", none="from the sizes"
@@ -154,7 +157,7 @@ class RankedListsBesidePairs(NamedLoss):
 
     @property
     def _of_lists(self) -> dict[str, Any]:
-        names = ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size")
+        names = ("model", "top_k", "pair_weight", "gain", "in_batch_negatives", "chunk_size")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:

@@ -77,5 +77,9 @@ def test_options_reach_the_loss() -> None:
     term = chosen.build(rankloss.ClipLoss(), gather)
     assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
     default = choose("ranked-lists").build(rankloss.ClipLoss(), gather).lists
-    for name in ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size"):
+    lambdas = choose("ranked-lists", {"model": "lambda", "gain": "exponential"})
+    assert lambdas.build(rankloss.ClipLoss(), gather).lists.gain == "exponential"
+    with pytest.raises(ValueError, match="gain='exponential' only applies to model='lambda'"):
+        choose("ranked-lists", {"gain": "exponential"})
+    for name in ("model", "top_k", "pair_weight", "gain", "in_batch_negatives", "chunk_size"):
         assert getattr(default, name) == getattr(rankloss.RankedLists(), name)
