@@ -65,11 +65,10 @@ class Case:
     def python(self) -> str:
         """The call that builds the same loss."""
         given = {**self.of_folder, **self.options}
-        if "+" not in self.loss:  # a trainer's option is no option of the call
-            known = catalog.load(self.loss).options()
-            given = {key: x for key, x in given.items() if not known[key].for_trainer}
         if "+" in self.loss:
-            return f'create("{self.loss}", **{shown(given)})'
+            return f'create("{self.loss}"' + (f", **{shown(given)})" if given else ")")
+        known = catalog.load(self.loss).options()  # a trainer's option is no option of the call
+        given = {key: x for key, x in given.items() if not known[key].for_trainer}
         return f"create({', '.join([shown(self.loss), *(f'{key}={shown(x)}' for key, x in given.items())])})"
 
     def before(self) -> str:
@@ -156,7 +155,6 @@ TEACHER = Case(
 TEACHER_AND_RANKS = Case(
     "… whose ranks shall count, too",
     "rankclip-distill+mimicry",
-    {"rankclip-distill": {"lambda_cross": 16.0, "lambda_in": 16.0, "top_k": 4}, "mimicry": {"weight": 16.0}},
     features=CLIP,
     gain="icons +9.17 ± 0.48",
     on=("+9.17 ± 0.48", "*+1.15 ± 0.62*, with other weights", "–"),

@@ -108,6 +108,11 @@ def _of_function(build: Callable[..., Any]) -> type[NamedLoss]:
     return type("Built", (NamedLoss,), about)
 
 
+def beside(loss: type[NamedLoss], names: Sequence[str]) -> dict[str, Any]:
+    """The defaults of a loss that differ where it is joined with losses of these names."""
+    return {key: x for name in names for key, x in loss.beside.get(name, {}).items()}
+
+
 def choose(name: str, given: Options = MappingProxyType({})) -> NamedLoss:
     """The loss of a name with options.
 
@@ -147,7 +152,8 @@ def chosen(losses: Sequence[type[NamedLoss]], given: Options) -> NamedLoss:
         shared.update({key: found.pop()} if len(found) == 1 else {})
     joined = []
     for loss in losses:
-        own = {key: x for key, x in shared.items() if key in loss.options()} | {**given.get(loss.name, {})}
+        own = beside(loss, names) | {key: x for key, x in shared.items() if key in loss.options()}
+        own.update(given.get(loss.name, {}))
         try:
             joined.append(loss.of(own))
         except OptionError as error:

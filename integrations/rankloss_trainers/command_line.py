@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
@@ -174,12 +175,15 @@ def by_prefix(losses: Iterable[Loss]) -> dict[str, list[Loss]]:
     return groups
 
 
-def add_options(parser: argparse.ArgumentParser, losses: Sequence[Loss]) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, losses: Sequence[Loss], changed: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Add the options that some losses share; each is absent unless it is given.
 
     Args:
         parser: The parser.
         losses: The losses. Those after the first may differ in defaults, which ``--help`` shows.
+        changed: Defaults of the first in place of its own.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
@@ -188,6 +192,7 @@ def add_options(parser: argparse.ArgumentParser, losses: Sequence[Loss]) -> None
     group = parser.add_argument_group(f"--loss {', '.join(loss.name for loss in losses)}")
     for key, option in first.options().items():
         defaults = {loss.name: loss.options()[key].default for loss in others if key in loss.options()}
+        default = option.text(changed.get(key, option.default))
         presets = [f"; {x}: {option.text(y)}" for x, y in defaults.items() if y != option.default]
         group.add_argument(
             flag(first, option),
@@ -195,7 +200,7 @@ def add_options(parser: argparse.ArgumentParser, losses: Sequence[Loss]) -> None
             default=argparse.SUPPRESS,
             type=_typed(option),
             metavar=option.metavar,
-            help=f"{option.help} (default: {option.text(option.default)}{''.join(presets)})",
+            help=f"{option.help} (default: {default}{''.join(presets)})",
         )
 
 
@@ -210,10 +215,11 @@ def _typed(option: Option) -> Callable[[str], Any]:
 
 
 def described(losses: Iterable[Loss]) -> str:
-    """The options of losses, one a line, with their defaults."""
-    texts = []
+    """The options of a loss or of joined ones, one a line, with their defaults."""
+    losses, texts = [*losses], []
+    names = [loss.name for loss in losses]
     for loss in losses:
         parser = argparse.ArgumentParser(add_help=False)
-        add_options(parser, [loss])
+        add_options(parser, [loss], catalog.beside(loss, names))
         texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())
     return "\n".join(texts)

@@ -27,6 +27,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 if typing.TYPE_CHECKING:
@@ -233,6 +234,7 @@ class NamedLoss:
         name: The value of ``--loss``, which the catalogue sets.
         package: The distribution that registers it.
         prefix: The prefix of its options on a command line; empty for the name.
+        beside: Its defaults beside other losses that it is joined with, by their names.
         use_of_teacher: ``"required"``, ``"none"``, or None where the signature of its module decides.
         reference_features: The folder of the teacher's features, usually an option.
         teacher: The teacher whose features a trainer computes before its first step, usually an option, see
@@ -253,6 +255,7 @@ class NamedLoss:
     name: ClassVar[str] = ""
     package: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
+    beside: ClassVar[Mapping[str, Options]] = MappingProxyType({})
     use_of_teacher: Any = None
     reference_features: Any = None
     teacher: Any = None

@@ -7,6 +7,7 @@ help stand there, and only there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -184,6 +185,10 @@ class RankClipDistill(RankClip):
 
     # The best setting of two encoders on emojis and icons (docs/evidence.md).
     of_two_encoders: ClassVar[Options] = {"lambda_in": 16.0, "top_k": 16}
+    # The setting of both that the miniature confirmed.
+    beside: ClassVar[Mapping[str, Options]] = {
+        "mimicry": {"lambda_cross": 16.0, "lambda_in": 16.0, "top_k": 4}
+    }
 
     # The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
     lambda_cross: float = option_of(RankClip, "lambda_cross", 64.0)
@@ -232,6 +237,7 @@ class Mimicry(NamedLoss):
     booktitle = {CVPR},
     year = {2024},
 }"""  # noqa: E501
+    beside: ClassVar[Mapping[str, Options]] = {"rankclip-distill": {"weight": 16.0}}
 
     weight: float = option(8.0, "weight of the squared distances", above=0)
     reference_features: str | None = option(

@@ -109,7 +109,7 @@ def test_what_pytest_benchmark_writes_becomes_tables(tmp_path: Path) -> None:
         "benchmarks",
         "--benchmark-only",
         "-k",
-        "test_loss and 512-1-ClipLoss",
+        "test_loss and 512-1-ClipLoss and not ids",
     ]
     found = tmp_path / "bench.json"
     subprocess.run([*line, f"--benchmark-json={found}"], cwd=ROOT, check=True, timeout=600)

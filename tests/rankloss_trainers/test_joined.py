@@ -38,7 +38,7 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
         mimicry={"weight": 0.5},
         cyclip={"lambda_in": 2.0},
     )
-    ranks = RankClipLoss(schedule="constant", lambda_cross=64, lambda_in=64, top_k=3)
+    ranks = RankClipLoss(schedule="constant", lambda_cross=16, lambda_in=16, top_k=3)
     expected = {
         **ranks(v, t, 9.0, output_dict=True, **taught),
         **MimicryLoss(weight=0.5)(v, t, 9.0, output_dict=True, **taught),
@@ -55,7 +55,11 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     [
         ("rankclip+mimicry", {"mimicry": {"weight": 2}}, 1, "weight", 2.0),
         ("rankclip+mimicry", {"mimicry": {"weight": "2"}}, 1, "weight", 2.0),
-        ("rankclip-distill+mimicry", {}, 0, "top_k", 8),
+        ("rankclip-distill+cyclip", {}, 0, "top_k", 8),
+        ("rankclip-distill+mimicry", {}, 0, "top_k", 4),
+        ("rankclip-distill+mimicry", {"rankclip-distill": {"top_k": 8}}, 0, "top_k", 8),
+        ("mimicry+rankclip-distill", {}, 0, "weight", 16.0),
+        ("mimicry+rankclip", {}, 0, "weight", 8.0),
         ("rankclip+cyclip", {"cyclip": {"lambda_in": 2}}, 1, "lambda_in", 2.0),
     ],
 )
