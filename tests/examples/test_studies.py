@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from statsmodels.stats.power import TTestPower
 from studies import STUDIES, runner
 from studies.finetuning import task as finetuning_task
 from studies.finetuning.study import FineTuning
@@ -199,29 +198,3 @@ def test_no_seed_is_of_two_studies():
             seed for one in (*plan["full"]["rounds"], plan["full"]["confirmation"]) for seed in one["seeds"]
         ]
         assert len({*own}) == len(own), name
-
-
-def test_the_questions_number_of_seeds_follows_from_earlier_differences():
-    spread = PLANS["question"]["full"]["spread"]
-    ds = []
-    for name, seeds in (("miniature", range(3)), ("miniature-search", range(100, 105))):
-        (records,) = (find.records for find in Run(load(name), "full", None).finds().values())
-        for seed in seeds:
-            pair = {
-                one.loss: ladder.recall_at_10(record)
-                for one, record in records.items()
-                if (one.seed, one.side) == (seed, "test") and _is_recipe_or_clip(one)
-            }
-            ds.append(pair["rankclip"] - pair["clip"])
-    assert len(ds) == spread["earlier"]
-    deviation = np.std(ds, ddof=1)
-    assert deviation == pytest.approx(spread["deviation"], abs=5e-4)
-    needed = TTestPower().solve_power(spread["difference"] / deviation, alpha=0.05, power=spread["power"])
-    assert int(np.ceil(needed)) == len(PLANS["question"]["full"]["confirmation"]["seeds"])
-
-
-def _is_recipe_or_clip(one):
-    if isinstance(one, Attempt):
-        return one.trial in ("recipe", "clip")
-    same = (one.backbone, one.pairs) == ("resnet", 71680)
-    return same and (one.loss, one.lambda_cross, one.lambda_in) in (("clip", 0, 0), ("rankclip", 1, 1))
