@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracle
 from batches import assert_close, gradients, unit_rows
 from collectives import Collectives
 from devices import DEVICE, without_float64
@@ -53,8 +52,84 @@ class Lists:
 
     def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
         grades = fitting(self.grades, options.get("model"))
-        found: Tensor = oracle.ranked_lists(q, c, self.index, grades, s, self.mask, **options)
+        found: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
         return found
+
+
+def literal(
+    query_features: Any,
+    items: Any,
+    index: Any,
+    grades: Any,
+    logit_scale: Any,
+    mask: Any = None,
+    *,
+    model: str = "plackett_luce",
+    top_k: int | None = None,
+    pair_weight: str | None = None,
+    gain: str = "linear",
+    in_batch_negatives: bool = False,
+    reduction: str = "mean",
+    frozen: Any = None,
+) -> Any:
+    """The loss item by item, differentiable: ``rankloss.reference`` has no lists of their own lengths.
+
+    ``frozen`` has the reference's scores of all queries and items.
+    """
+    is_item = grades == grades if mask is None else mask
+    rows = [[int(i) for i in places[kept]] for places, kept in zip(index, is_item, strict=True)]
+    values, terms = [], []
+    for n, own in enumerate(rows):
+        g = [float(y) for y in grades[n][is_item[n]]]
+        others = []
+        if in_batch_negatives:
+            listed = sorted({j for row in rows for j in row})
+            others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
+        g += [-math.inf] * len(others)
+        x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
+        if frozen is not None:
+            x = [score - float(frozen[n, j]) for score, j in zip(x, [*own, *others], strict=True)]
+        if model == "lambda":
+            weights = reference.lambda_weights([score.item() for score in x], g, gain=gain)
+            pairs = np.argwhere(weights)
+            value, count = sum(weights[p, q] * _log_sum([0 * x[p], x[q] - x[p]]) for p, q in pairs), 1
+        else:
+            value, count = _list_value(x, g, model, top_k, pair_weight)
+        ranked = len(set(g)) > 1
+        values.append(value if ranked else 0 * x[0])
+        terms.append(count if ranked else 0)
+    if reduction == "mean":
+        kept = [value / count for value, count in zip(values, terms, strict=True) if count]
+        return sum(kept) / len(kept) if kept else 0 * sum(values)
+    return sum(values) if reduction == "sum" else torch.stack(values)
+
+
+def _log_sum(x: list[Any]) -> Any:
+    return torch.stack(x).logsumexp(0)
+
+
+def _list_value(
+    x: list[Any], g: list[float], model: str, top_k: int | None, pair_weight: str | None
+) -> tuple[Any, int]:
+    """The value of one list and the number of its terms."""
+
+    graded = [p for p in range(len(g)) if g[p] > -math.inf]
+    value, count = 0 * x[0], 0
+    if model == "top_one":
+        total = sum(math.exp(g[p] - max(g)) for p in graded)
+        for p in graded:
+            value = value + math.exp(g[p] - max(g)) / total * (_log_sum(x) - x[p])
+        return value, 1
+    for p in graded:
+        worse = [q for q in range(len(g)) if g[q] < g[p]]
+        if model == "pairwise":
+            for q in worse:
+                weight = g[p] - g[q] if pair_weight else 1.0
+                value, count = value + weight * _log_sum([0 * x[p], x[q] - x[p]]), count + 1
+        elif top_k is None or 1 + sum(y > g[p] for y in g) <= top_k:
+            below = [x[q] for q in range(len(g)) if g[q] <= g[p]]
+            value, count = value + _log_sum(below) - x[p], count + (len(below) > 1)
+    return value, count
 
 
 def fitting(grades: Tensor, model: str | None) -> Tensor:
