@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -187,26 +186,6 @@ def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
 
 
 # --- bad input --------------------------------------------------------------------------------------------
-
-NAN_TABLE: list[dict[str, Any]] = [
-    {"worth": "shifted"},
-    {"worth": "identity", "lists": "batch"},
-    {"model": "top_one", "lists": "batch"},
-    {"reduction": "none", "ties": "random"},
-]
-"""What is not among the subjects of ``conditions``."""
-
-
-@pytest.mark.parametrize("options", NAN_TABLE)
-def test_a_feature_that_is_not_finite_makes_value_and_gradients_nan(options) -> None:
-    places = itertools.product((0, 1), (math.nan, math.inf, -math.inf))
-    for (where, bad), (loss, _) in itertools.product(places, TERMS.values()):
-        inputs = random_batch(0, 5, 3, 10.0, positive=True).leaves(torch.float32)
-        inputs[where].data[1, 2] = bad
-        value = loss(*inputs, **options)
-        assert value.isnan().all()
-        wanted = inputs[:2] if "worth" in options else inputs  # the others do not depend on the scale
-        assert all(g.isnan().any() for g in gradients(value, wanted, 1.0))
 
 
 def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
