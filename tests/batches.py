@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -117,3 +118,25 @@ def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | floa
             value, inputs, torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
         )
     )
+
+
+def upstream_for(value: Tensor) -> Tensor:
+    """A gradient from above that is neither 1 nor the same for every entry."""
+    return torch.linspace(0.7, -1.9, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
+
+
+def assert_slopes(value: Tensor, inputs: tuple[Tensor, ...], literal: Callable[..., Any]) -> None:
+    """Every input's gradient, along a random direction, is the difference quotient of a NumPy function.
+
+    The inputs are images, texts, the scale and what else is one number.
+    """
+    upstream, rng = upstream_for(value), np.random.default_rng(0)
+    found = torch.autograd.grad(value, inputs, upstream, allow_unused=True, materialize_grads=True)
+    arrays = [x.detach().numpy() for x in inputs]
+    scale = max(1.0, float(arrays[2]))
+    for k, (gradient, x) in enumerate(zip(found, arrays, strict=True)):
+        step = min(1e-5, 1e-4 / scale) if x.ndim else 1e-6 * scale
+        along = rng.standard_normal(x.shape)
+        above, below = (literal(*arrays[:k], x + d * along, *arrays[k + 1 :]) for d in (step, -step))
+        slope = ((np.asarray(above) - below) * upstream.numpy()).sum() / (2 * step)
+        assert (gradient.numpy() * along).sum() == pytest.approx(slope, rel=1e-5, abs=1e-5)

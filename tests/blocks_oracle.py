@@ -1,14 +1,13 @@
-"""A block of lists by the formulas in float64, for the tests of the engine and of the kernels."""
+"""A block of lists by ``rankloss.dense`` and autograd, for the tests of the engine and of the kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-import oracle
+from rankloss import dense
 from rankloss.engine import Block
 from rankloss.options import RankOptions
-from rankloss.ranking import quantize
 
 
 def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,11 +22,10 @@ def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tens
     lists, y = (a[:, kept].view(n_matrices, n, -1) for a in (x, y.cpu()))
     if options.model == "top_one":
         factor = float(block.scale) if options.reference_scale is None else options.reference_scale
-        terms, mu = oracle.top_one_terms(lists, factor * y.double())
+        p = (factor * y.double()).softmax(-1)
+        nll = (p * (lists.logsumexp(-1, keepdim=True) - lists)).sum(-1)
     else:
-        y = quantize(y, options.bins) if options.method == "bin" else y
-        terms, mu = oracle.nll_terms(lists, y, top_k=options.top_k)
-    nll = terms.sum(-1) / (mu.sum(-1) if options.reduction == "mean" else 1)
+        nll = dense.nll_terms(lists, y, options).sum(-1)
     cross_entropy = x.logsumexp(-1) - x.diagonal(block.first_row, 1, 2)
     zero = torch.zeros(n_matrices, dtype=torch.float64)
     alpha, beta = (zero if w is None else w.double().cpu() for w in (block.alpha, block.beta))

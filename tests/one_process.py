@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,10 +25,30 @@ class View:
     first: int  # position of the first anchor among the items
 
 
-def clip(view: View) -> Tensor:
-    target = view.first + torch.arange(len(view.image_anchors))
-    logits = (view.image_anchors @ view.text.T, view.text_anchors @ view.image.T)
-    return sum(F.cross_entropy(view.scale * x, target) for x in logits) / 2  # type: ignore[return-value]
+def clip(view: View, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
+    own, same = _own_and_same(view, ids)
+    right = own if same_id == "ignore" else same
+    values = []
+    for a, b in ((view.image_anchors, view.text), (view.text_anchors, view.image)):
+        logits = (view.scale * a @ b.T).masked_fill(same & ~right, -math.inf)
+        values.append((logits.logsumexp(1) - torch.where(right, logits, 0.0).sum(1) / right.sum(1)).mean())
+    return sum(values) / 2  # type: ignore[return-value]
+
+
+def siglip(view: View, bias: Tensor, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
+    # A text has no row that would carry its gradient: a process's own texts always have one.
+    first, n = view.first, len(view.text_anchors)
+    texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
+    logits, (own, same) = view.scale * view.image_anchors @ texts.T + bias, _own_and_same(view, ids)
+    terms = -F.logsigmoid(torch.where(same, logits, -logits))
+    return (terms[own | ~same] if same_id == "ignore" else terms).sum() / n
+
+
+def _own_and_same(view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """True at each anchor's own item, and at the items of its id."""
+    rows = view.first + torch.arange(len(view.image_anchors))
+    own = rows[:, None] == torch.arange(len(view.image))
+    return own, own if ids is None else ids[rows, None] == ids
 
 
 def cross(view: View) -> Tensor:

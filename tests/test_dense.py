@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.duration.hazard_regression import PHReg
 from torch import Tensor
@@ -80,6 +80,15 @@ def test_gradients_of_a_list_sum_to_zero_and_none_reaches_the_reference(lists, d
     (3.7 * plackett_luce_nll(x, y, discount=discount, top_k=top_k)).backward()
     assert x.grad.sum().item() == pytest.approx(0, abs=1e-10)
     assert y.grad is None
+
+
+@settings(max_examples=20)
+@given(scored_lists(bound=5.0), list_options)
+def test_derivatives_are_differences_of_the_values(lists, options) -> None:
+    """Of the first and the second order."""
+    x, y = for_worth(lists[0], options["worth"]).requires_grad_(), lists[1]
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: plackett_luce_nll(x, y, **options), x, atol=1e-5)
 
 
 # --- independent oracles ----------------------------------------------------------------------------------

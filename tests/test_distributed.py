@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 import one_process
 from batches import random_batch
 from collectives import Collectives
-from oracle import row_losses, siglip
 from process_pool import Pools
 from rankloss import (
     ClipLoss,
@@ -50,18 +49,12 @@ def ids_of(images: Tensor) -> Tensor:
     return 2 * (images[:, 0] > 0) - 3 * (images[:, 1] > 0)
 
 
-def clip_of(view: one_process.View, bias: Tensor, same_id: str) -> Tensor:
-    directions = (view.image_anchors, view.text), (view.text_anchors, view.image)
-    rows = [row_losses(view.scale * a @ b.T, view.first, ids_of(view.image), same_id) for a, b in directions]
-    return sum(rows).mean() / 2 + 0 * bias  # type: ignore[union-attr]
+def clip_of(view: one_process.View, bias: Tensor, **of_ids: Any) -> Tensor:
+    return one_process.clip(view, **of_ids) + 0 * bias
 
 
-def siglip_of(view: one_process.View, bias: Tensor, same_id: str | None = None) -> Tensor:
-    of_ids = {} if same_id is None else {"pair_ids": ids_of(view.image), "same_id": same_id}
-    # A text has no row that would carry its gradient: a process's own texts always have one.
-    first, n = view.first, len(view.text_anchors)
-    texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
-    return siglip(view.image_anchors, texts, view.scale, bias, first, **of_ids)
+def with_ids(oracle: Callable[..., Tensor], same_id: str) -> Callable[..., Tensor]:
+    return lambda view, bias: oracle(view, bias, ids=ids_of(view.image), same_id=same_id)
 
 
 def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.Module:
@@ -106,19 +99,16 @@ def mimicry_terms(view: one_process.View) -> Tensor:
 
 Rank = functools.partial(RankConsistency, chunk_size=3)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
-    "clip": (ClipLoss, lambda view, bias: one_process.clip(view) + 0 * bias),
-    "clip, streamed": (
-        functools.partial(ClipLoss, memory_budget=0),
-        lambda view, bias: one_process.clip(view) + 0 * bias,
-    ),
-    "siglip": (SigLipLoss, siglip_of),
-    "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), siglip_of),
+    "clip": (ClipLoss, clip_of),
+    "clip, streamed": (functools.partial(ClipLoss, memory_budget=0), clip_of),
+    "siglip": (SigLipLoss, one_process.siglip),
+    "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), one_process.siglip),
     "cross": (functools.partial(Rank, in_modal=0), lambda view, bias: one_process.cross(view)),
     "in": (functools.partial(Rank, cross_modal=0), lambda view, bias: one_process.in_(view)),
     "rank_clip": (rank_clip, lambda view, bias: one_process.rank_clip(view)),
     "rank_clip over siglip": (
         functools.partial(rank_clip, SigLipLoss),
-        lambda view, bias: siglip_of(view, bias) + one_process.rank_terms(view),
+        lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
     ),
     "mimicry": (
         functools.partial(Taught, MimicryLoss),
@@ -126,13 +116,14 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     ),
 }
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
-    for of_pairs, (make, oracle) in {"clip": (ClipLoss, clip_of), "siglip": (SigLipLoss, siglip_of)}.items():
+    for of_pairs in ("clip", "siglip"):
+        make, oracle = LOSSES[of_pairs]
         make = functools.partial(OfIds, make, same_id=same_id, memory_budget=budget)
         name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
-        LOSSES[name] = make, functools.partial(oracle, same_id=same_id)
+        LOSSES[name] = make, with_ids(oracle, same_id)
 LOSSES["rank_clip over clip of ids"] = (
     functools.partial(OfIds, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))),
-    lambda view, bias: clip_of(view, bias, "ignore") + one_process.rank_terms(view),
+    lambda view, bias: with_ids(clip_of, "ignore")(view, bias) + one_process.rank_terms(view),
 )
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
 LAYOUTS = [*FLAGS, "default", "group", "inference mode"]

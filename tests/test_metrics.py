@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
-from devices import without_float64
+from no_float64 import no_float64
 from rankloss import metrics
 
 pair_of_lists = st.integers(2, 40).flatmap(
@@ -130,7 +130,7 @@ def test_integers_that_a_float_rounds_are_refused(name: str) -> None:
     small, large = torch.tensor([1, 2, 3]), torch.tensor([1, 2**53 + 1, 2**53 + 1])
     with pytest.raises(ValueError, match=r"must be at most 2⁵³, .*; got 9007199254740993"):
         LISTS[name](small, large)
-    with without_float64(), pytest.raises(ValueError, match=r"must be at most 2²⁴, .*float32; got 16777217"):
+    with no_float64(), pytest.raises(ValueError, match=r"must be at most 2²⁴, .*float32; got 16777217"):
         LISTS[name](torch.tensor([2**24 + 1, 2, 3]), small)
     if name != "spearman_rho":
         mask = torch.tensor([True, False, False])
@@ -146,7 +146,7 @@ def test_a_device_without_float64_measures_lists_in_float32(name: str) -> None:
     )
     for mask in masks:
         owed = LISTS[name](x, y, **mask)
-        with without_float64():
+        with no_float64():
             found = LISTS[name](x, y, **mask)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), owed, rtol=1e-6, atol=1e-6)
@@ -158,7 +158,7 @@ def test_a_device_without_float64_measures_features_in_float32() -> None:
     measures.append(lambda *features: torch.stack(list(metrics.rank_agreement(*features).values())))
     single = batch.image.float(), batch.text.float()
     for measure in measures:
-        with without_float64():
+        with no_float64():
             found = measure(*single)
         torch.testing.assert_close(found.double(), measure(batch.image, batch.text), rtol=1e-4, atol=1e-5)
 

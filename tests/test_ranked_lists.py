@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracle
-from batches import assert_close, gradients, unit_rows
+from batches import assert_close, gradients, unit_rows, upstream_for
 from collectives import Collectives
-from devices import DEVICE, without_float64
+from devices import DEVICE
 from memory import LargestTensor, saved_bytes
+from no_float64 import no_float64
 from process_pool import Pools
 from rankloss import ClipLoss, Gather, InputWarning, RankedLists, graded, plackett_luce_nll, reference
 
@@ -53,8 +53,84 @@ class Lists:
 
     def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
         grades = fitting(self.grades, options.get("model"))
-        found: Tensor = oracle.ranked_lists(q, c, self.index, grades, s, self.mask, **options)
+        found: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
         return found
+
+
+def literal(
+    query_features: Any,
+    items: Any,
+    index: Any,
+    grades: Any,
+    logit_scale: Any,
+    mask: Any = None,
+    *,
+    model: str = "plackett_luce",
+    top_k: int | None = None,
+    pair_weight: str | None = None,
+    gain: str = "linear",
+    in_batch_negatives: bool = False,
+    reduction: str = "mean",
+    frozen: Any = None,
+) -> Any:
+    """The loss item by item, differentiable: ``rankloss.reference`` has no lists of their own lengths.
+
+    ``frozen`` has the reference's scores of all queries and items.
+    """
+    is_item = grades == grades if mask is None else mask
+    rows = [[int(i) for i in places[kept]] for places, kept in zip(index, is_item, strict=True)]
+    values, terms = [], []
+    for n, own in enumerate(rows):
+        g = [float(y) for y in grades[n][is_item[n]]]
+        others = []
+        if in_batch_negatives:
+            listed = sorted({j for row in rows for j in row})
+            others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
+        g += [-math.inf] * len(others)
+        x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
+        if frozen is not None:
+            x = [score - float(frozen[n, j]) for score, j in zip(x, [*own, *others], strict=True)]
+        if model == "lambda":
+            weights = reference.lambda_weights([score.item() for score in x], g, gain=gain)
+            pairs = np.argwhere(weights)
+            value, count = sum(weights[p, q] * _log_sum([0 * x[p], x[q] - x[p]]) for p, q in pairs), 1
+        else:
+            value, count = _list_value(x, g, model, top_k, pair_weight)
+        ranked = len(set(g)) > 1
+        values.append(value if ranked else 0 * x[0])
+        terms.append(count if ranked else 0)
+    if reduction == "mean":
+        kept = [value / count for value, count in zip(values, terms, strict=True) if count]
+        return sum(kept) / len(kept) if kept else 0 * sum(values)
+    return sum(values) if reduction == "sum" else torch.stack(values)
+
+
+def _log_sum(x: list[Any]) -> Any:
+    return torch.stack(x).logsumexp(0)
+
+
+def _list_value(
+    x: list[Any], g: list[float], model: str, top_k: int | None, pair_weight: str | None
+) -> tuple[Any, int]:
+    """The value of one list and the number of its terms."""
+
+    graded = [p for p in range(len(g)) if g[p] > -math.inf]
+    value, count = 0 * x[0], 0
+    if model == "top_one":
+        total = sum(math.exp(g[p] - max(g)) for p in graded)
+        for p in graded:
+            value = value + math.exp(g[p] - max(g)) / total * (_log_sum(x) - x[p])
+        return value, 1
+    for p in graded:
+        worse = [q for q in range(len(g)) if g[q] < g[p]]
+        if model == "pairwise":
+            for q in worse:
+                weight = g[p] - g[q] if pair_weight else 1.0
+                value, count = value + weight * _log_sum([0 * x[p], x[q] - x[p]]), count + 1
+        elif top_k is None or 1 + sum(y > g[p] for y in g) <= top_k:
+            below = [x[q] for q in range(len(g)) if g[q] <= g[p]]
+            value, count = value + _log_sum(below) - x[p], count + (len(below) > 1)
+    return value, count
 
 
 def fitting(grades: Tensor, model: str | None) -> Tensor:
@@ -110,18 +186,20 @@ models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "-".join(map(s
 
 
 @models
-@given(lists=lists, chunk_size=st.sampled_from([None, 1, 2]))
+@given(
+    lists=lists,
+    chunk_size=st.sampled_from([None, 1, 2]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
 def test_values_and_gradients_are_those_of_the_definition(
-    options: dict[str, Any], lists: Lists, chunk_size: int | None
+    options: dict[str, Any], lists: Lists, chunk_size: int | None, reduction: Any
 ) -> None:
-    for reduction in ("mean", "sum", "none"):
-        inputs = lists.leaves()
-        value = lists.loss(RankedLists(**options, reduction=reduction, chunk_size=chunk_size), *inputs)
-        owed = lists.owed(*inputs, **options, reduction=reduction)
-        torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
-        upstream = torch.linspace(-1.7, 0.6, value.numel(), dtype=F64).view_as(value)
-        for a, b in zip(gradients(value, inputs, upstream), gradients(owed, inputs, upstream), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    inputs = lists.leaves()
+    value = lists.loss(RankedLists(**options, reduction=reduction, chunk_size=chunk_size), *inputs)
+    owed = lists.owed(*inputs, **options, reduction=reduction)
+    torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
+    found, expected = (gradients(x, inputs, upstream_for(value)) for x in (value, owed))
+    assert_same(found, expected, 1e-9)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
@@ -406,7 +484,7 @@ def test_a_device_without_float64_computes_in_float32(options: dict[str, Any], s
     lists = lists_of(2, 5, 6, 9, scale=scale, equal=2)
     owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
     single, inputs = replace(lists, grades=lists.grades.float()), lists.leaves(torch.float32)
-    with without_float64():
+    with no_float64():
         value = single.loss(RankedLists(**options), *inputs)
         found = [value, *gradients(value, inputs, 1.3)]
     assert_close(found, owed, 1e-4)
@@ -416,7 +494,7 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None
     grades = torch.tensor([[2**24 + 1, 2**24]])
     given = torch.eye(2)[:1], torch.eye(2)[None], grades
     assert RankedLists()(*given).isfinite()
-    with without_float64(), pytest.raises(ValueError, match=r"grades must be at most 2²⁴, .*float32; row 0"):
+    with no_float64(), pytest.raises(ValueError, match=r"grades must be at most 2²⁴, .*float32; row 0"):
         RankedLists()(*given)
 
 

@@ -1,7 +1,8 @@
 """One subject for each way in which a value is computed, with the value that it owes.
 
-A :class:`Subject` is built, called with inputs by name, and compared with an oracle in float64: value, and
-the gradient of every input under an upstream gradient that is not 1. The conditions are in the test files.
+A :class:`Subject` is built, and called with inputs by name. Its value is compared with ``rankloss.reference``
+where that has it, the gradient of every input, under an upstream gradient that is not 1, with that of the
+differentiable formula, which a graph of the gradients asks for. The conditions are in the test files.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import oracle
 import rankloss
+from batches import upstream_for
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
 
@@ -38,10 +39,8 @@ class Subject:
     covers: str
     """The public name: a name of ``rankloss``, or ``module.function``."""
     build: Callable[..., Callable[..., Any]]
-    reference: Callable[..., Any] | None
+    reference: Callable[..., Any] | None = None
     """The value in NumPy, of arrays by the same names; None where the NumPy twins do not have it."""
-    oracle: Callable[..., Tensor] | None = None
-    """The value in differentiable float64 torch; None where nothing is differentiated."""
     inputs: tuple[str, ...] = (*PAIR, "logit_scale")
     differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
     half: bool = False
@@ -58,7 +57,7 @@ class Subject:
     @property
     def differentiates(self) -> bool:
         """True if its value has a gradient."""
-        return self.oracle is not None
+        return bool(self.differentiable)
 
     def started(self, built: Any = None) -> Any:
         """A built subject, new by default, that knows where training stands."""
@@ -86,11 +85,6 @@ def leaves(inputs: Inputs, wanted: tuple[str, ...]) -> Inputs:
     return {k: x.detach().requires_grad_() if k in wanted else x.detach() for k, x in inputs.items()}
 
 
-def upstream_of(value: Tensor) -> Tensor:
-    """A gradient from above that is neither 1 nor the same for every entry."""
-    return torch.linspace(0.7, -1.9, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
-
-
 def differentiated(
     value: Tensor,
     inputs: Inputs,
@@ -101,7 +95,7 @@ def differentiated(
     """The value and its gradients; an input without one is an error."""
     if not wanted:
         return Result(value, {})
-    upstream = upstream_of(value) if upstream is None else upstream
+    upstream = upstream_for(value) if upstream is None else upstream
     found = torch.autograd.grad(value, [inputs[k] for k in wanted], upstream, create_graph=create_graph)
     return Result(value.detach(), {k: g.detach() for k, g in zip(wanted, found, strict=True)})
 
@@ -121,14 +115,15 @@ def run(
 
 def expected(subject: Subject, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> Result:
     """The value and gradients owed, in float64 at the inputs' own values."""
-    taken = {k: x.detach().double().cpu() for k, x in inputs.items()}
-    if subject.oracle is None:
-        assert subject.reference is not None
-        value = subject.reference(**{k: x.numpy() for k, x in taken.items()})
-        return Result(torch.as_tensor(value, dtype=torch.float64), {})
     wanted = subject.differentiable if wanted is None else wanted
-    taken = leaves(taken, wanted)
-    return differentiated(subject.oracle(**taken), taken, wanted)
+    exact = {k: x.detach().cpu() for k, x in inputs.items()}
+    exact = {k: x.double() if x.is_floating_point() else x for k, x in exact.items()}
+    taken = leaves(exact, wanted)
+    owed = differentiated(subject.started()(**taken), taken, wanted, create_graph=True)
+    if subject.reference is not None:
+        value = subject.reference(**{k: x.numpy() for k, x in exact.items()})
+        owed = Result(torch.as_tensor(value, dtype=torch.float64), owed.gradients)
+    return owed
 
 
 TOLERANCES = {  # value, gradient
@@ -177,36 +172,28 @@ def _distance(actual: Tensor, wanted: Tensor, at_least: float = 1e-3) -> float:
 
 TEACHER = ("reference_image_features", "reference_text_features")
 FROZEN = ("reference_query_features", "reference_candidate_features", "reference_scale")
+RANK_FACTOR = 0.5
+
+
+def ranks(image_features: Any, text_features: Any, logit_scale: Any, **options: Any) -> Any:
+    """The two rank terms in NumPy."""
+    inputs = (image_features, text_features, float(logit_scale))
+    return reference.cross_modal(*inputs, **options) + reference.in_modal(*inputs, **options)
 
 
 def rank_terms(name: str, *, teacher: tuple[str, ...] = (), **options: Any) -> Subject:
     """``RankConsistency`` with some options, ranked by a teacher's features where those are named."""
-    formula = {k: v for k, v in options.items() if k not in ("chunk_size", "method")}
-    literal = {k: v for k, v in formula.items() if k != "bins"}
-
-    def of_reference(image_features: Any, text_features: Any, logit_scale: Any, **of_teacher: Any) -> Any:
-        inputs = (image_features, text_features, float(logit_scale))
-        terms = (reference.cross_modal, reference.in_modal)
-        return sum(term(*inputs, **of_teacher, **literal) for term in terms)
-
+    formula = {k: v for k, v in options.items() if k != "chunk_size"}
     return Subject(
         f"RankConsistency[{name}]",
         "RankConsistency",
         functools.partial(rankloss.RankConsistency, **options),
-        None if "bins" in options else of_reference,
-        functools.partial(oracle.rank_terms, **formula),
+        None if "bins" in options else functools.partial(ranks, **formula),
         inputs=(*PAIR, *teacher, "logit_scale"),
-        differentiable=(*PAIR, "logit_scale"),
     )
 
 
-def _of_pairs(
-    name: str,
-    build: Callable[..., Any],
-    twin: Callable[..., Any],
-    literal: Callable[..., Any],
-    **options: Any,
-) -> Subject:
+def of_pairs(name: str, build: Callable[..., Any], literal: Callable[..., Any], **options: Any) -> Subject:
     """A loss of all pairs; with ``same_id`` some pairs have the same id."""
     of_ids = {"same_id": options["same_id"]} if "same_id" in options else {}
     inputs = (*PAIR, "logit_scale", *(["logit_bias"] if build is rankloss.SigLipLoss else []))
@@ -214,7 +201,6 @@ def _of_pairs(
         f"{build.__name__}{name}",
         build.__name__,
         functools.partial(build, **options),
-        functools.partial(twin, **of_ids),
         functools.partial(literal, **of_ids),
         inputs=(*inputs, *(["pair_ids"] if of_ids else [])),
         differentiable=inputs,
@@ -222,10 +208,8 @@ def _of_pairs(
     )
 
 
-_clip = functools.partial(_of_pairs, build=rankloss.ClipLoss, twin=reference.clip, literal=oracle.clip)
-_siglip = functools.partial(
-    _of_pairs, build=rankloss.SigLipLoss, twin=reference.siglip, literal=oracle.siglip
-)
+_clip = functools.partial(of_pairs, build=rankloss.ClipLoss, literal=reference.clip)
+_siglip = functools.partial(of_pairs, build=rankloss.SigLipLoss, literal=reference.siglip)
 
 
 def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
@@ -238,10 +222,7 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
         found = public(**arguments)
         return torch.stack(list(found.values())) if isinstance(found, dict) else found
 
-    def in_float64(**arrays: Any) -> Any:
-        return call(**{name: torch.from_numpy(x.copy()) for name, x in arrays.items()}).numpy()
-
-    return Subject(name, name, lambda: call, in_float64, None, inputs or PAIR, ())
+    return Subject(name, name, lambda: call, inputs=inputs or PAIR, differentiable=())
 
 
 class Lists(nn.Module):
@@ -252,41 +233,21 @@ class Lists(nn.Module):
         self.lists = rankloss.RankedLists(chunk_size=4, **options)
 
     def forward(self, grades: Tensor, **inputs: Tensor) -> Tensor:
-        value: Tensor = self.lists(grades=_fitting(grades, self.lists.model), **inputs)
+        grades = grades.clamp_min(0.0) if self.lists.model == "lambda" else grades
+        value: Tensor = self.lists(grades=grades, **inputs)
         return value
-
-
-def _fitting(grades: Tensor, model: str | None) -> Tensor:
-    return grades.clamp_min(0.0) if model == "lambda" else grades
 
 
 def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
     """``RankedLists`` of each text's candidates, some of which several lists share.
 
-    With ``frozen`` the scores are those beyond a frozen model's.
+    With ``frozen`` the scores are those beyond a frozen model's. ``test_ranked_lists`` has the values owed.
     """
-
-    def literal(
-        candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any, **of_frozen: Any
-    ) -> Any:
-        n, k = grades.shape
-        items, index = candidate_features.reshape(n * k, -1), np.arange(n * k).reshape(n, k)
-        scores = None
-        if frozen:
-            queries, candidates, scale = of_frozen.values()
-            scores = scale * queries @ candidates.reshape(n * k, -1).T
-        grades = _fitting(grades, options.get("model"))
-        return oracle.ranked_lists(
-            query_features, items, index, grades, logit_scale, frozen=scores, **options
-        )
-
     features = ("candidate_features", "query_features")  # in this order, since queries have to differ
     return Subject(
         f"RankedLists[{name}]",
         "RankedLists",
         functools.partial(Lists, **options),
-        None,
-        literal,
         inputs=(*features, "grades", "logit_scale", *(FROZEN if frozen else ())),
         differentiable=(*features, "logit_scale"),
     )
@@ -295,42 +256,47 @@ def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
 RANK_FACTOR = 0.5
 
 
-def mimicry_term(features: Any, teacher: Any, weight: float = 8.0) -> Any:
-    """The term that ``MimicryLoss`` adds to its base."""
-    (v, t), (taught_v, taught_t) = features, [x[:, :D] for x in teacher]
-    taught_v, taught_t = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (taught_v, taught_t))
-    distances = ((v - taught_v) ** 2).sum(-1).mean() + ((t - taught_t) ** 2).sum(-1).mean()
-    return weight * distances
-
-
 def mimicry(
-    name: str, build: Callable[..., nn.Module], base: Callable[..., Any], **weights: float
+    name: str, build: Callable[..., nn.Module], has_ranks: bool = True, weight: float = 8.0
 ) -> Subject:
     """A composition with ``MimicryLoss``, whose teacher is wider than the student."""
 
     def built() -> nn.Module:
-        loss = build(functools.partial(rankloss.MimicryLoss, **weights))
+        loss = build(functools.partial(rankloss.MimicryLoss, weight=weight))
         part = next(x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
 
     def literal(image_features: Any, text_features: Any, logit_scale: Any, **teacher: Any) -> Any:
-        own = base(image_features, text_features, logit_scale, **teacher)
-        return own + mimicry_term((image_features, text_features), teacher.values(), **weights)
+        inputs = (image_features, text_features, logit_scale)
+        value = reference.clip(*inputs)
+        for x, taught in zip(inputs, teacher.values(), strict=False):
+            copied = taught[:, :D] / np.linalg.norm(taught[:, :D], axis=-1, keepdims=True)
+            value += weight * ((x - copied) ** 2).sum(-1).mean()
+        return value + (RANK_FACTOR * ranks(*inputs, **teacher) if has_ranks else 0.0)
 
     return Subject(
         f"MimicryLoss[{name}]",
         "MimicryLoss",
         built,
-        None,
         literal,
         inputs=(*PAIR, "logit_scale", *TEACHER),
         half=name != "over RankClipLoss",  # in which CLIP's loss is a term of the rank terms' pass
     )
 
 
-def _taught_rankclip(*inputs: Any, **teacher: Any) -> Any:
-    return oracle.clip(*inputs) + RANK_FACTOR * oracle.rank_terms(*inputs, **teacher)
+def _rankclip(name: str = "", **of_ids: Any) -> Subject:
+    def literal(pair_ids: Any = None, **inputs: Any) -> Any:
+        return reference.clip(**inputs, pair_ids=pair_ids, **of_ids) + RANK_FACTOR * ranks(**inputs)
+
+    return Subject(
+        f"RankClipLoss{name}",
+        "RankClipLoss",
+        lambda: _rankclip_loss(rankloss.ClipLoss(**of_ids) if of_ids else None),
+        literal,
+        inputs=(*PAIR, "logit_scale", *(["pair_ids"] if of_ids else [])),
+        half=bool(of_ids),
+    )
 
 
 def _rankclip_loss(base: Any = None) -> nn.Module:
@@ -339,33 +305,16 @@ def _rankclip_loss(base: Any = None) -> nn.Module:
 
 SUBJECTS = [
     rank_terms("default"),
-    rank_terms("top k", top_k=3, diagonal=False, chunk_size=2),
+    rank_terms("top k", top_k=3, diagonal=False, fixed_reference="text", chunk_size=2),
     rank_terms("bins", method="bin", bins=17),  # a prime: no code's cosine is on a bin's edge
-    rank_terms("top one", model="top_one", fixed_reference="text"),
+    rank_terms("top one", teacher=TEACHER, model="top_one"),
     rank_terms("teacher", teacher=TEACHER, chunk_size=4),
     rank_terms("batch", lists="batch"),
-    Subject(
-        "RankClipLoss",
-        "RankClipLoss",
-        functools.partial(rankloss.RankClipLoss, normalizer=RANK_FACTOR),
-        None,
-        lambda **inputs: oracle.clip(**inputs) + RANK_FACTOR * oracle.rank_terms(**inputs),
-    ),
-    mimicry("default", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs)),
-    mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), _taught_rankclip, weight=0.5),
-    mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, weight=2.0),
-    Subject(
-        "RankClipLoss[over ClipLoss of ids]",
-        "RankClipLoss",
-        lambda: _rankclip_loss(rankloss.ClipLoss(same_id="ignore")),
-        None,
-        lambda pair_ids, **inputs: (
-            oracle.clip(**inputs, pair_ids=pair_ids, same_id="ignore")
-            + RANK_FACTOR * oracle.rank_terms(**inputs)
-        ),
-        inputs=(*PAIR, "logit_scale", "pair_ids"),
-        half=True,
-    ),
+    _rankclip(),
+    _rankclip("[over ClipLoss of ids]", same_id="ignore"),
+    mimicry("default", lambda build: build(), has_ranks=False),
+    mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), weight=0.5),
+    mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), weight=2.0),
     ranked_lists("default"),
     ranked_lists("lambda", model="lambda", gain="exponential"),
     ranked_lists("pairwise, frozen", model="pairwise", frozen=True),
@@ -386,7 +335,6 @@ SUBJECTS = [
         "plackett_luce_nll",
         lambda: functools.partial(rankloss.plackett_luce_nll, top_k=4),
         functools.partial(reference.plackett_luce_nll, top_k=4),
-        functools.partial(oracle.nll, top_k=4),
         inputs=("scores", "reference"),
         differentiable=("scores",),
     ),
@@ -395,7 +343,6 @@ SUBJECTS = [
         "distributed.all_gather",
         lambda: all_gather,
         lambda x: x,
-        lambda x: 1 * x,
         inputs=("x",),
         differentiable=("x",),
     ),
@@ -469,7 +416,7 @@ def _queries(kind: str) -> Tensor:
 @functools.cache
 def _data(kind: str) -> Inputs:
     v, t = _features(kind)
-    cosines = oracle.exact_products(v, t)
+    cosines = torch.tensor(reference._cosines(v, t))  # rounded once
     of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
     return {
         "image_features": v,
@@ -485,7 +432,7 @@ def _data(kind: str) -> Inputs:
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "pair_ids": torch.tensor([3, -1, 3, 7, -1, 3]),
         "scores": SCALE * cosines,
-        "reference": oracle.exact_products(t, v),
+        "reference": cosines.T.contiguous(),
         "x": cosines,
         "y": cosines.T.contiguous(),
     }

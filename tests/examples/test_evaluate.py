@@ -1,4 +1,4 @@
-"""The examples' measures: metrics against other ways to count, the probe, a model's features."""
+"""The examples' measures: metrics against other ways to count, a model's features."""
 
 import itertools
 import math
@@ -13,10 +13,7 @@ from hypothesis.extra import numpy as st_numpy
 from openmoji_demo import metrics
 from openmoji_demo.model import ClipModel
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score, top_k_accuracy_score
-from sklearn.preprocessing import StandardScaler
-from studies.miniature import probe
 from studies.miniature.settings import MODELS
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
@@ -72,33 +69,6 @@ def test_accuracies_are_what_scikit_learn_counts():
     assert metrics.standard_error(10, 270) == pytest.approx(1.8257, abs=1e-3)
     expected = recall_score(labels, scores.argmax(dim=1), labels=range(6), average="macro")
     assert metrics.mean_per_class_accuracy(scores, labels) == pytest.approx(100 * expected)
-
-
-def _clusters(n, *, classes=4, noise=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(99))
-    labels = torch.randint(classes, (n,), generator=generator)
-    return centres[labels] + noise * torch.randn(n, 16, generator=generator), labels
-
-
-def test_probe_is_logistic_regression_with_the_best_strength_of_the_validation_split():
-    train, held_out, test = (_clusters(n, noise=3.0, seed=s) for n, s in ((80, 1), (200, 2), (150, 3)))
-    found = probe.linear_probe(train, held_out, test[0], classes=5, strengths=(1.0, 1e-4, 1e-2))
-
-    def fit(x, y, strength):
-        scaler = StandardScaler().fit(x)
-        model = LogisticRegression(C=strength, max_iter=5000).fit(scaler.transform(x), y)
-        return lambda z: model.predict_proba(scaler.transform(z))
-
-    (x, y), (u, v), (z, _) = ((a.double().numpy(), b.numpy()) for a, b in (train, held_out, test))
-    # Of equally good strengths the strongest regularisation.
-    best = max((1e-4, 1e-2, 1.0), key=lambda strength: (fit(x, y, strength)(u).argmax(axis=1) == v).mean())
-    expected = fit(np.concatenate([x, u]), np.concatenate([y, v]), best)(z)
-    assert found[:, :4].numpy() == pytest.approx(expected, abs=1e-3)
-    assert found[:, 4].abs().max() == 0  # a class that training lacks
-    assert metrics.accuracy_at_k(found, test[1])[1] > 60
-    with pytest.raises(ValueError, match="fits failed"):
-        probe.linear_probe((train[0] * math.nan, train[1]), held_out, test[0], classes=4, strengths=(1.0,))
 
 
 def test_features_are_those_of_the_trainers_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from studies.icons import command, draw, labels, load, package, records, split
+from studies.icons import command, draw, labels, load, package, split
 
 
 def _drawing(key: str) -> str:
@@ -129,21 +129,6 @@ def test_only_what_may_be_used_is_used_and_everybody_is_named(built, data):
         for s, n in used.items()
     }
     assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
-
-
-def test_the_loader_returns_what_was_drawn_and_written(built, data, tmp_path):
-    sets = _sets()
-    assert data.shifts == ["pixel-art", "noto"]
-    assert isinstance(data.images, np.memmap)
-    icons = {(one, icon.name): icon for one in USED for icon in package.icons_of(one, sets[one])}
-    for record in data.records[::7]:
-        icon = icons[record.set, record.name]
-        assert (data.images[record.index] == draw.pixels(draw.rasterise(icon.svg, 64))).all()
-        assert (record.caption, record.text) == (icon.caption, records.training_text(icon))
-    records.write_table(tmp_path / "records.csv", data.records)
-    assert records.read_table(tmp_path / "records.csv") == data.records
-    with pytest.raises(FileNotFoundError, match="no finished build"):
-        load.load(built.parent)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

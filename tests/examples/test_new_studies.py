@@ -1,24 +1,18 @@
-"""Softmax against ranks, ids, references: plans, measures, choices, tests and decisions."""
+"""Softmax against ranks, ids, references: the tests of the reports, and what they decide."""
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 from studies.ids import study as ids
 from studies.ids import train as pairs
-from studies.photographs import part2d, student_losses
+from studies.photographs import part2d
 from studies.plan import Find, MissingError
 from studies.references import study as references
-from studies.references.train import Setting, changed
 from studies.report import fill
 from studies.runner import load
 from studies.statistics import Arms, Difference
-from torch.nn.functional import normalize
 
 NAMES = ("photographs-2d", "ids", "references")
 SIZES = {name: load(name).sizes("full") for name in NAMES}
@@ -37,39 +31,6 @@ def difference(mean, adjusted, half=0.1):
 
 
 # --- softmax against ranks ---
-
-
-@pytest.mark.parametrize("scale", [20.0, 40.0])
-def test_the_librarys_options_are_softmax_within_a_modality(scale):
-    torch.manual_seed(0)
-    v, t, pictures, texts = (
-        normalize(torch.randn(60, width, dtype=torch.float64), dim=-1) for width in (8, 8, 20, 12)
-    )
-    logit_scale = torch.tensor(14.3, dtype=torch.float64)
-    found = []
-    for arm, weight in (("top-one", 16.0), ("softmax", 1.0)):
-        inputs = [x.clone().requires_grad_() for x in (v, t, logit_scale)]
-        loss = student_losses.build(arm, 8, (20, 12), weight=weight, scale=scale)
-        value = loss(*inputs, **student_losses.references(arm, (pictures, texts)))
-        found.append((value, *torch.autograd.grad(3 * value, inputs)))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_a_stop_leaves_whole_blocks():
-    sizes, asked = SIZES["photographs-2d"], []
-
-    def find(name):
-        def of(settings):
-            wanted = list(settings)
-            asked.extend((name, one.seed) for one in wanted)
-            return {one: {} for one in wanted}
-
-        return of
-
-    part2d.found(sizes, {name: find(name) for name in part2d.SETS})
-    assert len(asked) == 144
-    assert [len(list(of)) for _, of in itertools.groupby(asked, key=lambda of: of[1])] == [9] * 16
 
 
 def records_of(score):
@@ -128,55 +89,6 @@ def test_the_report_decides_as_the_plan_says(gain, said):
 # --- ids ---
 
 
-def test_ids_are_trained_seed_by_seed():
-    settings = ids.planned(SIZES["ids"])
-    assert len(set(settings)) == len(settings) == 8 * (6 * 2 * 2 + 2 * 2 * 3)
-    assert [seed for seed, _ in itertools.groupby(settings, key=lambda one: one.seed)] == SIZES["ids"].seeds
-
-
-@pytest.mark.parametrize("loss", ids.LOSSES)
-def test_sharing_is_clips_loss_where_partners_have_one_caption(loss):
-    torch.manual_seed(0)
-    captions = normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1).requires_grad_()
-    v = normalize(torch.randn(30, 8, dtype=torch.float64), dim=-1).requires_grad_()
-    of = torch.randint(5, (30,))
-    found = []
-    for use in (pairs.OWN, pairs.SHARE):
-        criterion = pairs.build(f"{loss} {use}")
-        if loss == "rankclip":
-            criterion.set_progress(5, 10)
-        value = criterion(v, captions[of], 14.3, **({} if use == pairs.OWN else {"pair_ids": of}))
-        found.append((value, *torch.autograd.grad(3 * value, (v, captions))))
-    for own, shared in zip(*found, strict=True):
-        torch.testing.assert_close(shared, own, rtol=1e-12, atol=1e-13)
-
-
-def test_recall_counts_any_right_partner():
-    similarity = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]])
-    right = torch.tensor([[False, True, False], [True, False, True], [False, False, True]])
-    # Rows: the second place, the first, the first; columns: the last place, the first, the first.
-    found = [pairs.recall(similarity, right, k) for k in (1, 2, 3)]
-    assert found == pytest.approx([200 / 3, 250 / 3, 100])
-
-
-def test_pictures_of_a_smaller_share_are_among_those_of_a_larger():
-    keys = [f"{number:04x}" for number in range(1000)]
-    found = [pairs.of_class(keys, share) for share in SIZES["ids"].shares.values()]
-    assert [len(of) for of in found] == [1000, 500, 100]
-    assert found[0] > found[1] > found[2]
-    assert found == [pairs.of_class(keys[::-1], share) for share in SIZES["ids"].shares.values()]
-
-
-@pytest.mark.parametrize("arm", ["clip own", "clip ignore", "rankclip share"])
-def test_towers_learn_from_some_emojis(arm):
-    of = pairs.emojis(0.5, 300)
-    model, share = pairs.train(pairs.Setting("emojis, half", arm, 0, 1, 1e-3, 50), of)
-    found = of.measure(model)
-    assert 0 < share < 100
-    assert {*found} == {"R@10", "zero-shot top-1"}
-    assert all(0 <= value <= 100 for value in found.values())
-
-
 def test_it_matters_from_the_smallest_share_without_a_gap():
     shares = {
         "emojis, all": 90.0, "emojis, half": 38.0, "emojis, tenth": 3.0, "icons, all": 99.0,
@@ -217,12 +129,6 @@ def test_ids_have_32_tests():
 # --- references ---
 
 
-def test_a_choice_keeps_recall_where_a_try_does():
-    a, b, c = (Setting("lambda", 0, "choice", lr) for lr in (1.0, 2.0, 3.0))
-    assert references.best({a: (48.0, 60.0), b: (47.0, 61.6), c: (46.0, 63.0)}, 62.0, 0.5) == b
-    assert references.best({a: (48.0, 50.0), b: (47.0, 52.0)}, 62.0, 0.5) == b  # the larger sum
-
-
 @pytest.mark.parametrize(
     ("lists", "recall", "yes"),
     [
@@ -258,9 +164,3 @@ def test_references_have_72_tests():
     found = references.tests(arms)
     assert len(found) == 72
     assert ("emojis", ("lambda − reference beside clip", "lambda beside clip"), "R@10") in found
-
-
-def test_grades_of_zero_are_unranked_for_plackett_luce_alone():
-    grades = torch.tensor([[1.0, 0.0]])
-    assert changed("plackett_luce", grades).tolist() == [[1.0, -math.inf]]
-    assert changed("lambda", grades) is grades

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from statsmodels.stats.power import TTestPower
 from studies import STUDIES, runner
-from studies.finetuning import task as finetuning_task
-from studies.finetuning.study import FineTuning
-from studies.finetuning.train import Setting as FineTuningSetting
-from studies.miniature import ladder
-from studies.miniature.settings import PLANS, PRESETS, Attempt
-from studies.miniature.trainings import Miniature
+from studies.miniature.settings import PLANS
 from studies.photographs import (
     drawings,
     features,
-    heads,
     student_losses,
-    teacher,
     train,
-    view_losses,
-    views,
 )
-from studies.photographs.features import Side
-from studies.photographs.taught import Taught
 from studies.runner import Run, load
-from torch.nn.functional import normalize
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -109,71 +94,6 @@ def test_a_student_of_each_kind(arm, icons, tmp_path):
     assert found["metrics"].keys() == {"retrieval", "geometry"}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"loss": "mimicry", "weight": 8.0}, {"loss": "rankclip-distill", "weight": 8.0}, {"share": 0.5}],
-)
-def test_a_fine_tuning_of_each_kind(changes, icons, tmp_path):
-    pairs = finetuning_task.read(icons, pretrained=256, held_out=20, emojis=400)
-    data = FineTuning(pairs, tmp_path)
-    found = data.train(FineTuningSetting("any", 0, "choice", 1, 1, 1e-3, **changes))
-    assert {*found["metrics"]} == {"kept", "learned", "mean"}
-    assert [*tmp_path.iterdir()] == [tmp_path / f"{data.fingerprint}-1-seed0.pt"]
-
-
-def side(n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    pictures, sentences = torch.randn(n, 16, generator=generator), torch.randn(n, 5, 12, generator=generator)
-    return Side(pictures, sentences)
-
-
-ARMS = [
-    (one["view"], one["loss"])
-    for name in ("photographs-2b", "photographs-3")
-    for one in load(name).sizes("quick").arms.values()
-]
-
-
-@pytest.mark.parametrize(("view", "loss"), ARMS)
-def test_a_heads_training_of_each_kind(view, loss):
-    train = side(60, 0)
-    common = normalize(torch.randn(60, 300, generator=torch.Generator().manual_seed(1)), dim=-1)
-    sentences = normalize(common[:, None] + 0.1 * torch.randn(60, 5, 300), dim=-1)
-    seen, weak = Side(common, sentences), Side(common[:, :9], sentences[..., :9])
-    taught = Taught.__new__(Taught)
-    taught.of = argparse.Namespace(sides={"train": train})
-    taught.teacher = teacher.Teacher({"train": seen}, **teacher.lists(seen, weak))
-    sizes = {"epochs": 2, "batch_size": 20, "train_pictures": 60}
-    own = {"weight": 1.0, "top_k": 4, "scale": 10.0, "mimicry": 1.0}
-    setting = views.Setting(loss, 0, "dev", view=view, **sizes, **own)
-    model, plain = taught.heads(setting), heads.train(heads.Setting("clip", 0, "dev", **sizes), train)
-    assert (model.pictures(train.pictures) - plain.pictures(train.pictures)).abs().max() > 1e-5
-    with pytest.raises(ValueError, match="has no arm 'other'"):
-        view_losses.build(dataclasses.replace(setting, loss="other"), (300, 300))
-
-
-def test_a_model_of_the_miniature_is_trained_and_measured(icons, tmp_path, monkeypatch):
-    """By open_clip's own command: an option that is no flag, and a student of a teacher of its own."""
-    monkeypatch.setitem(vars(PRESETS["quick"]), "pairs", 256)
-    monkeypatch.setitem(PLANS["distil"]["quick"], "size", {"preset": "quick", "pairs": 256})
-    monkeypatch.setitem(PLANS["distil"]["quick"]["teacher"], "pairs", 384)
-    plan, search = ladder.load("distil", "quick"), ladder.load("search", "quick")
-    options = argparse.Namespace(output=tmp_path, icons=icons.folder, device="cpu")
-    data = Miniature(options, [256, 384], plan.teacher_attempt)
-    (one_list,) = [one for one in search.tries_of[ladder.SETTING] if one.name == "one-list"]
-    attempt = Attempt(one_list.name, one_list.loss, one_list.changes, 1, 10, "validation", search.label)
-    alone = Miniature(options, [256])
-    found = alone.train(attempt)
-    assert {"cross_modal_loss", "in_modal_loss"} <= found["training"]["last"].keys()
-    assert attempt.job().loss == "ablation"
-    trial = plan.tries_of["mimicry"][0]
-    student = Attempt(trial.name, trial.loss, trial.changes, 1, 3000, "test", plan.label)
-    found = data.train(student)
-    assert "mimicry_loss" in found["training"]["last"]
-    assert found["metrics"].keys() >= {"retrieval/test", "teacher/test", "geometry/test"}
-    assert not [*(tmp_path / "miniature/runs").iterdir()]
-
-
 def test_no_seed_is_of_two_studies():
     """Of those whose results are beside each other: no setting was chosen by a seed that tests it."""
     seeds = []
@@ -199,29 +119,3 @@ def test_no_seed_is_of_two_studies():
             seed for one in (*plan["full"]["rounds"], plan["full"]["confirmation"]) for seed in one["seeds"]
         ]
         assert len({*own}) == len(own), name
-
-
-def test_the_questions_number_of_seeds_follows_from_earlier_differences():
-    spread = PLANS["question"]["full"]["spread"]
-    ds = []
-    for name, seeds in (("miniature", range(3)), ("miniature-search", range(100, 105))):
-        (records,) = (find.records for find in Run(load(name), "full", None).finds().values())
-        for seed in seeds:
-            pair = {
-                one.loss: ladder.recall_at_10(record)
-                for one, record in records.items()
-                if (one.seed, one.side) == (seed, "test") and _is_recipe_or_clip(one)
-            }
-            ds.append(pair["rankclip"] - pair["clip"])
-    assert len(ds) == spread["earlier"]
-    deviation = np.std(ds, ddof=1)
-    assert deviation == pytest.approx(spread["deviation"], abs=5e-4)
-    needed = TTestPower().solve_power(spread["difference"] / deviation, alpha=0.05, power=spread["power"])
-    assert int(np.ceil(needed)) == len(PLANS["question"]["full"]["confirmation"]["seeds"])
-
-
-def _is_recipe_or_clip(one):
-    if isinstance(one, Attempt):
-        return one.trial in ("recipe", "clip")
-    same = (one.backbone, one.pairs) == ("resnet", 71680)
-    return same and (one.loss, one.lambda_cross, one.lambda_in) in (("clip", 0, 0), ("rankclip", 1, 1))

@@ -1,16 +1,12 @@
-"""CyCLIP and ALIP on gloo processes: every combination of the flags, against one process in plain torch."""
+"""CyCLIP and ALIP on gloo processes, against one process; test_distributed has the flags of gathering."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import oracle
 from batches import unit_rows
 from collectives import Collectives
 from process_pool import Pool
@@ -18,9 +14,6 @@ from rankloss import Gather, RankClipLoss
 from rankloss_baselines import AlipLoss, CyClipLoss
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
-HISTORIES = (0.2, 0.1, -0.1)
-FLAGS = [(False, False), (False, True), (True, False), (True, True)]
-LOSSES = ("cyclic", "cyclip", "alip")
 Features = tuple[Tensor, ...]
 
 
@@ -29,46 +22,6 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
     rng = np.random.default_rng(world_size)
     rows = [torch.from_numpy(unit_rows(rng, N_PER_RANK * world_size, D)) for _ in range(3)]
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
-
-
-# --- what W processes compute, in one -------------------------------------------------------------------
-
-
-def formula(name: str, items: Features, anchors: Features, scale: Tensor, first: int) -> Tensor:
-    """A loss of some anchors against all items; the anchors' own items begin at ``first``."""
-    (v, t, c), (a, b, d) = items, anchors
-    rows = first + torch.arange(len(a))
-
-    def nll(i: Tensor, u: Tensor, own_i: Tensor, own_u: Tensor) -> Tensor:
-        pairs = scale * own_i @ u.T, scale * own_u @ i.T
-        return sum(F.cross_entropy(x, rows, reduction="none") for x in pairs) / 2  # type: ignore[return-value]
-
-    if name == "alip":
-        w_s, w_r, w_c = oracle.alip(*items, scale, histories=HISTORIES)["weights"][:, rows]
-        return (nll(v, t, a, b) * w_s * w_r + nll(v, c, a, d) * w_s * w_c).mean()
-    cross, in_ = a @ t.T - b @ v.T, a @ v.T - b @ t.T
-    terms = (0.3 * cross.square().sum() + 0.7 * in_.square().sum()) / len(a)
-    return terms if name == "cyclic" else terms + nll(v, t, a, b).mean()
-
-
-def simulated(
-    name: str, inputs: Features, world_size: int, local_loss: bool, with_grad: bool
-) -> list[Tensor]:
-    """The mean of the processes' losses and of their gradients, by open_clip's rules for the flags."""
-    results = []
-    for rank in range(world_size):
-
-        def seen(x: Tensor, rank: int = rank) -> Tensor:
-            chunks = [chunk if with_grad else chunk.detach() for chunk in x.chunk(world_size)]
-            if not with_grad and not local_loss:
-                chunks[rank] = x.chunk(world_size)[rank]
-            return torch.cat(chunks)
-
-        items = tuple(seen(x) for x in inputs[:3])
-        anchors = tuple(x.chunk(world_size)[rank] for x in inputs[:3]) if local_loss else items
-        value = formula(name, items, anchors, inputs[3], rank * N_PER_RANK if local_loss else 0)
-        results.append(with_gradients(value, inputs))
-    return averaged(results)
 
 
 def with_gradients(value: Tensor, inputs: Features) -> list[Tensor]:
@@ -88,48 +41,17 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 # --- what they compute ----------------------------------------------------------------------------------
 
 
-def make(name: str, gather: Gather | None = None) -> torch.nn.Module:
-    if name == "alip":
-        loss = AlipLoss(gather=gather)
-        loss.histories.copy_(torch.tensor(HISTORIES, dtype=torch.float64))
-        return loss
-    base = (lambda **inputs: 0 * inputs["logit_scale"]) if name == "cyclic" else None
-    return CyClipLoss(base, lambda_cross=0.3, lambda_in=0.7, gather=gather)
-
-
-def called(name: str, inputs: Features, gather: Gather | None = None, own: Any = slice(None)) -> Tensor:
-    v, t, c = (x[own] for x in inputs[:3])
-    given = {"caption_features": c} if name == "alip" else {}
-    value: Tensor = make(name, gather)(v, t, inputs[3], **given)
-    return value
+def make(name: str) -> torch.nn.Module:
+    return AlipLoss() if name == "alip" else CyClipLoss()
 
 
 def rows_of(rank: int) -> slice:
     return slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
 
 
-def shard(rank: int, world_size: int, name: str, local_loss: bool, with_grad: bool) -> list[Tensor]:
-    inputs = leaves(world_size)
-    gather = Gather(local_loss=local_loss, gather_with_grad=with_grad)
-    return with_gradients(called(name, inputs, gather, rows_of(rank)), inputs)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_combination_of_the_flags(pool: Pool, name: str) -> None:
-    """The two exact ones are the single process; the others follow open_clip's rules."""
-    w = pool.world_size
-    inputs = leaves(w)
-    single = with_gradients(called(name, inputs), inputs)
-    for local_loss, with_grad in FLAGS:
-        actual = averaged(pool.run(shard, name, local_loss, with_grad))
-        assert_same(actual, simulated(name, inputs, w, local_loss, with_grad))
-        if with_grad:
-            assert_same(actual, single)
-
-
-def histories(rank: int, world_size: int, local_loss: bool, with_grad: bool) -> list[Tensor]:
+def histories(rank: int, world_size: int) -> list[Tensor]:
     v, t, c, s = leaves(world_size)
-    loss = AlipLoss(gather=Gather(local_loss=local_loss, gather_with_grad=with_grad))
+    loss = AlipLoss()
     own, seen = rows_of(rank), []
     for step in (1, 1, 2):
         if len(seen) != 1:
@@ -139,17 +61,15 @@ def histories(rank: int, world_size: int, local_loss: bool, with_grad: bool) -> 
     return seen
 
 
-@pytest.mark.parametrize(("local_loss", "with_grad"), FLAGS)
-def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(
-    pool: Pool, local_loss: bool, with_grad: bool
-) -> None:
-    results = pool.run(histories, local_loss, with_grad)
-    inputs = leaves(pool.world_size)
-    once = oracle.alip(*inputs)["histories"]
-    twice = oracle.alip(*inputs, histories=once)["histories"]
+def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(pool: Pool) -> None:
+    results = pool.run(histories)
+    v, t, c, s = leaves(pool.world_size)
+    loss, owed = AlipLoss(), []
+    for _ in range(2):
+        loss(v, t, s, caption_features=c)
+        owed.append(loss.histories.clone())
     for first, accumulated, second in results:
-        np.testing.assert_allclose(first, once, rtol=1e-12)
-        np.testing.assert_allclose(second, twice, rtol=1e-12)
+        torch.testing.assert_close([first, second], owed, rtol=1e-12, atol=0)
         assert torch.equal(accumulated, first)
         assert torch.equal(first, results[0][0])
         assert torch.equal(second, results[0][2])
@@ -157,9 +77,12 @@ def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(
 
 def composed(rank: int, world_size: int) -> list[Tensor]:
     v, t, c, s = inputs = leaves(world_size)
-    own = rows_of(rank)
-    loss = RankClipLoss(CyClipLoss(AlipLoss()), schedule="constant")  # gather=None finds the default group
-    return with_gradients(loss(v[own], t[own], s, caption_features=c[own]), inputs)
+    own, values = rows_of(rank), []
+    for gather in (None, Gather(local_loss=False)):  # None finds the default group
+        base = CyClipLoss(AlipLoss(gather=gather), gather=gather)
+        loss = RankClipLoss(base, schedule="constant", gather=gather)
+        values.append(loss(v[own], t[own], s, caption_features=c[own]))
+    return with_gradients(sum(values) / 2, inputs)  # both are exact
 
 
 def test_composition_is_exact_too(pool: Pool) -> None:

@@ -239,7 +239,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
     return data, folder / "whole"
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.booleans(), st.lists(FAULTS, min_size=1, max_size=3))
 @example(False, [("full", 0), ("full", 130), ("full", 610)])
 @example(False, [("second", 2), ("killed", 40)])

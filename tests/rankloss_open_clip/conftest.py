@@ -9,7 +9,7 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import BOTH, OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Runs, Trainer
+    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Runs, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,6 @@ def runs(trainer: Trainer) -> Runs:
     alip = [*whole, "--alip-caption-key", "synthetic"]
     add("alip", [*alip, "--val-data", str(trainer.directory / "data.csv")], 3)
     add("alip webdataset", [*whole, "--alip-caption-key", "blip.txt", *trainer.webdataset])
-    halves = ["--batch-size", "16", "--accum-freq", "2", *BOTH]
-    add("alip, two processes, accumulation", [*alip, *halves], processes=2)
     first = str(trainer.directory / "logs/alip/checkpoints/epoch_1.pt")
     table.add(
         "alip resumed",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from open_clip_train.params import parse_args
 from own_steps import SETTING, assert_equal_weights, encoded, resumed
 from torch import Tensor
-from trainer_runs import BOTH, SAMPLES, Run, Trainer, add_sample
+from trainer_runs import SAMPLES, Run, Trainer, add_sample
 
 from rankloss_trainers.candidates import Candidates
 
@@ -182,14 +182,6 @@ def test_accumulation_over_a_webdataset_is_the_whole_batch(
     run = trainer.call("lists, accumulated", *SETTING, *OPTIONS, *data["webdataset"], *halves)
     assert run.returncode == 0, run.output[-4000:]
     assert_equal_weights(run, own_step(trainer, run, scale_factor=2.0))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(trainer: Trainer, data: dict[str, list[str]]) -> None:
-    halves = ["--batch-size", str(SAMPLES // 2), *BOTH]
-    run = trainer.call("lists, two processes", *SETTING, *OPTIONS, *data["csv"], *halves, processes=2)
-    assert run.returncode == 0, run.output[-4000:]
-    assert_equal_weights(run, own_step(trainer, run))
 
 
 @pytest.mark.parametrize(("section", "number"), [("Hard negatives", 1), ("In open_clip's trainer", 2)])

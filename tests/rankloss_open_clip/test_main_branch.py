@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,27 @@ pickle.dump(done, open(sys.argv[1], "wb"))
 """
 
 
+FEW = ("steps", "single", "stock", "task")
+
+
 @pytest.fixture(scope="module")
-def main_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    path = unpacked(tmp_path_factory.mktemp("main"))
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return unpacked(tmp_path_factory.mktemp("main"))
+
+
+@pytest.fixture(scope="module")
+def main_runs(trainer: Trainer, path: str) -> dict[str, Run]:
+    return trained(trainer, path, {name: given for name, given in runs_of(trainer).items() if name in FEW})
+
+
+@pytest.fixture(scope="module")
+def slow_runs(trainer: Trainer, path: str, main_runs: dict[str, Run]) -> dict[str, Run]:
+    rest = {name: given for name, given in runs_of(trainer).items() if name not in FEW}
+    return {**main_runs, **trained(trainer, path, rest)}
+
+
+def runs_of(trainer: Trainer) -> dict[str, Any]:
+    """The options of each run, and the keywords of its start."""
     runs = {}
 
     def add(name: str, *options: str, epochs: int = EPOCHS, **keywords: object) -> None:
@@ -44,19 +63,22 @@ def main_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dic
     eager = ["--torchcompile", "--torchcompile-backend", "eager", "--torchcompile-strategy"]
     for strategy in STRATEGIES:
         add(strategy, *PER_STEP, *eager, strategy, epochs=1, change=NoRecompilation())
-
-    vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
-    pooled = {"timm_pool": "avg", "timm_proj": "linear"}
-    text = {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 1}
-    towers = {"custom_text": True, "vision_cfg": {**vision, **pooled}, "text_cfg": text}
-    trainer.write_model("tiny-naflex", towers)
     model = ("--model", f"local-dir:{trainer.directory / 'tiny-naflex'}", "--use-naflex")
     sizes = ("--naflex-seq-lens", "4", "16", "--naflex-patch-sizes", "16")
     batches = ("--naflex-max-tokens-per-batch", "64", "--naflex-batch-divisor", "4")
     add("naflex", *PER_STEP, *model, *sizes, *batches, *trainer.webdataset, epochs=1)
     add("generative", *OFFICIAL, "--model", "naflexgenlip_b16")
     add("audio", *OFFICIAL, "--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
+    return runs
 
+
+def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]:
+    if "naflex" in runs:
+        vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
+        pooled = {"timm_pool": "avg", "timm_proj": "linear"}
+        text = {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 1}
+        towers = {"custom_text": True, "vision_cfg": {**vision, **pooled}, "text_cfg": text}
+        trainer.write_model("tiny-naflex", towers)
     file = trainer.directory / "main.pickle"
     file.write_bytes(pickle.dumps((trainer, runs)))
     driver = trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
@@ -70,9 +92,12 @@ def main_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dic
 LAMBDAS = {step: schedules.linear(step + 1, STEPS) for step in range(STEPS)}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lambda_changes_without_a_recompilation(main_runs: dict[str, Run], strategy: str) -> None:
-    run, eager = main_runs[strategy], main_runs["steps"]
+@pytest.mark.parametrize(
+    "strategy", ["task", *(pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES[1:])]
+)
+def test_lambda_changes_without_a_recompilation(request: pytest.FixtureRequest, strategy: str) -> None:
+    runs = request.getfixturevalue("main_runs" if strategy in FEW else "slow_runs")
+    run, eager = runs[strategy], runs["steps"]
     (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
     assert frames > 0
     if strategy == "task":
@@ -83,8 +108,9 @@ def test_lambda_changes_without_a_recompilation(main_runs: dict[str, Run], strat
         assert trained == pytest.approx(eager.scalars[name], rel=1e-5), name
 
 
-def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: dict[str, Run]) -> None:
-    fsdp, single = main_runs["fsdp"], main_runs["whole batch"]
+@pytest.mark.slow
+def test_fsdp2_trains_as_one_process_with_the_whole_batch(slow_runs: dict[str, Run]) -> None:
+    fsdp, single = slow_runs["fsdp"], slow_runs["whole batch"]
     assert "world_size: 2" in fsdp.log
     assert len(fsdp.train_lines()) == EPOCHS
     for name in (*TERMS, *METRICS, "loss"):
@@ -124,16 +150,18 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: dict[str, Run]) -
     assert "rank" not in "".join(stock.scalars)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"), [("generative", "naflexgenlip_b16"), ("audio", "--dataset-type synthetic-audio")]
 )
-def test_what_has_no_contrastive_pairs_is_refused(main_runs: dict[str, Run], name: str, said: str) -> None:
-    assert f"argument --loss: rankclip does not work with {said}" in main_runs[name].output
+def test_what_has_no_contrastive_pairs_is_refused(slow_runs: dict[str, Run], name: str, said: str) -> None:
+    assert f"argument --loss: rankclip does not work with {said}" in slow_runs[name].output
 
 
-def test_naflex_batches_change_their_size(main_runs: dict[str, Run]) -> None:
+@pytest.mark.slow
+def test_naflex_batches_change_their_size(slow_runs: dict[str, Run]) -> None:
     """Few large pictures in one step, many small ones in the next: λ counts the steps of the schedule."""
-    run = main_runs["naflex"]
+    run = slow_runs["naflex"]
     seen = [0, *map(int, re.findall(r"Train Epoch: 0 \[ *(\d+)/", run.log))]
     assert {after - before for before, after in itertools.pairwise(seen)} == {4, 16}
     steps = len(seen) - 1

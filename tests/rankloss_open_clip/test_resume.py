@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_training
+from trainer_runs import STEPS, EpochSeeds, Run, Trainer, assert_equal_training
 
 from rankloss import schedules
 
@@ -18,29 +18,24 @@ LAMBDAS = {step: schedules.linear(step + 1, EPOCHS * PER_EPOCH) for step in rang
 class Training:
     """One training, in one piece and in two."""
 
-    def __init__(self, trainer: Trainer, processes: int) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         options = ["--epochs", str(EPOCHS), "--accum-freq", "2"]
-        if processes > 1:  # of the unmodified trainer, whose sampler is then seeded by the epoch
-            options += [*BOTH, "--precision", "amp_bf16", "--batch-size", "8"]
-            options += ["--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"]
 
         def start(how: str, *more: str, kill_in_epoch: int | None = None) -> Run:
-            epochs = EpochSeeds(kill_in_epoch, seeds=processes == 1)
-            name = f"{processes} processes, {how}"
-            run = trainer.call(name, *options, *more, processes=processes, change=epochs)
+            run = trainer.call(how, *options, *more, change=EpochSeeds(kill_in_epoch))
             assert run.returncode == (-signal.SIGKILL if kill_in_epoch else 0), run.output[-4000:]
             return run
 
-        self.whole = start("whole", *PER_STEP)
+        self.whole = start("resume, whole", *PER_STEP)
         path = ("--resume", str(self.whole.directory / "checkpoints" / "epoch_1.pt"))
-        self.by_path = start("by path", *PER_STEP, *path)
-        self.killed_log = start("killed", *PER_STEP, kill_in_epoch=1).log
-        self.latest = start("killed", *PER_STEP, "--resume", "latest")
+        self.by_path = start("resume, by path", *PER_STEP, *path)
+        self.killed_log = start("resume, killed", *PER_STEP, kill_in_epoch=1).log
+        self.latest = start("resume, killed", *PER_STEP, "--resume", "latest")
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
-def training(request: pytest.FixtureRequest, trainer: Trainer) -> Training:
-    return Training(trainer, request.param)
+@pytest.fixture(scope="module")
+def training(trainer: Trainer) -> Training:
+    return Training(trainer)
 
 
 def test_resumed_by_path_ends_with_the_same_bits_and_lines(training: Training) -> None:

@@ -27,13 +27,12 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     keys = stored(directory / "keys", [(f"{i:03}", title) for i, (_, title) in enumerate(pairs)], **TEACHER)
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
-    def add(name: str, where: str, *options: str, processes: int = 1) -> None:
+    def add(name: str, where: str, *options: str) -> None:
         given = (f"features, {name}", *WHOLE_SET, "--rankclip-top-k", "4", OPTION, where, *options)
-        table.add(name, trainer.call, *given, processes=processes)
+        table.add(name, trainer.call, *given)
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
     add("webdataset", keys, *trainer.webdataset)
-    add("two processes", both, *halves, processes=2)
     wide = stored(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
     given = ("features, mimicry", *WHOLE_SET, *mimicry, "--mimicry-reference-features", wide)
@@ -41,14 +40,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return table
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "accumulation, a worker",
-        "webdataset",
-        pytest.param("two processes", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["accumulation, a worker", "webdataset"])
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
     assert ", reference-features " in run.log

@@ -263,7 +263,6 @@ class EpochSeeds:
     """
 
     kill_in_epoch: int | None = None
-    seeds: bool = True
 
     def install(self, trainer: Any) -> None:
         original = trainer.train_one_epoch
@@ -272,9 +271,8 @@ class EpochSeeds:
         def train_one_epoch(
             model: torch.nn.Module, data: Any, loss: torch.nn.Module, epoch: int, *rest: Any, **named: Any
         ) -> Any:
-            if self.seeds:
-                trainer.random_seed(epoch)
-            if epoch == self.kill_in_epoch and os.environ.get("RANK", "0") == "0":
+            trainer.random_seed(epoch)
+            if epoch == self.kill_in_epoch:
                 kill_at_call(loss, 3)
             return original(model, data, loss, epoch, *rest, **named)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import torchrun
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from tiny_sentences import WORDS, tiny, weights
@@ -241,28 +237,3 @@ def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:
     loss = RankedListsLoss(tiny(bert), RankedLists(model="top_one"), mini_batch_size=4)
     assert "model='top_one'" in loss.get_config_dict()["criterion"]
     assert "Listwise Approach" in loss.citation
-
-
-def trained(directory: Path, rows: slice | None) -> list[float]:
-    """All lists in one process, or a process's share; the lists' lengths and pools differ."""
-    model = tiny(directory)
-    loss = RankedListsLoss(model, RankedLists(in_batch_negatives=True))
-    data = lists()
-    size = 8 // int(os.environ.get("WORLD_SIZE", "1"))
-    train(directory / "run", loss, model, data, per_device_train_batch_size=size, max_steps=1)
-    return weights(model).tolist()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, bert: Path) -> None:
-    tiny(tmp_path)
-    torchrun(__file__, tmp_path)
-    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
-    assert of_ranks[0] == of_ranks[1]
-    alone = torch.tensor(trained(tmp_path, None))
-    torch.testing.assert_close(torch.tensor(of_ranks[0]), alone, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    (directory / f"result-{os.environ['RANK']}.json").write_text(json.dumps(trained(directory, None)))

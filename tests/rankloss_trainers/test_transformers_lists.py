@@ -1,12 +1,9 @@
-"""Lists of graded candidates in transformers' Trainer: pictures, texts and weights against NumPy."""
+"""Lists of graded candidates in transformers' Trainer: pictures, texts, and weights against an own loop."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import torchrun
 from PIL import Image
-from tiny_transformers import SGD, Pairs, build, column, leave, lines, train, trainer, weights
+from tiny_transformers import SGD, Pairs, build, column, lines, train, trainer, weights
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankloss
+from rankloss import metrics
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.list_table import RankedListsCollator
 
@@ -81,63 +78,55 @@ def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
     return datasets.Dataset.from_dict({name: values for name, values in lists.items() if values is not None})
 
 
-# --- NumPy's weights --------------------------------------------------------------------------------------
+# --- an own loop --------------------------------------------------------------------------------------------
 
 
-def vector(x: Any, image: Any, words: Any) -> Any:
-    v = (
-        words[[1 + WORDS.index(word) for word in x.split()]].sum(0)
-        if isinstance(x, str)
-        else colour(x) @ image
-    )
-    return v / np.linalg.norm(v)
+def embed(model: Towers, items: list[Any]) -> Tensor:
+    """Texts, or pictures."""
+    if isinstance(items[0], str):
+        tokens = Processor().tokenizer(items)
+        features = (model.words[tokens["input_ids"]] * tokens["attention_mask"][..., None]).sum(1)
+    else:
+        features = Processor().image_processor(items)["pixel_values"] @ model.image
+    return F.normalize(features, dim=-1)
 
 
-def loss_of(theta: Any, rows: list[Any], *, pairwise: bool = False, negatives: bool = False) -> float:
-    """The formulas of the docstring, item by item."""
-    image, words, scale = theta[:12].reshape(3, 4), theta[12:-1].reshape(-1, 4), math.exp(theta[-1])
-    means = []
-    for row in rows:
-        x = [scale * vector(row["query"], image, words) @ vector(c, image, words) for c in row["candidates"]]
-        others = {c if isinstance(c, str) else c.tobytes(): c for r in rows for c in r["candidates"]}
-        for c in row["candidates"]:
-            others.pop(c if isinstance(c, str) else c.tobytes())
-        below = [
-            scale * vector(row["query"], image, words) @ vector(c, image, words) for c in others.values()
-        ]
-        below, g, terms = below if negatives else [], row["grades"], []
-        if len(set(g)) == 1 and not (below and g[0] > -math.inf):
-            continue
-        for p in range(len(g)):
-            if pairwise:
-                terms += [math.log1p(math.exp(x[q] - x[p])) for q in range(len(g)) if g[p] > g[q]]
-                terms += [math.log1p(math.exp(y - x[p])) for y in below if g[p] > -math.inf]
-            elif g[p] > -math.inf:
-                tail = [x[q] for q in range(len(g)) if g[q] <= g[p]] + below
-                if len(tail) > 1:
-                    terms.append(math.log(sum(map(math.exp, tail))) - x[p])
-        means.append(sum(terms) / len(terms))
-    return sum(means) / max(1, len(means))
+def key(x: Any) -> Any:
+    return x if isinstance(x, str) else x.tobytes()
 
 
-def trained(batches: list[list[list[Any]]], **given: Any) -> Any:
-    """The weights after steps of gradients by differences, averaged over a step's micro-batches."""
-    theta = weights(Towers()).double().numpy()
-    eye = np.eye(len(theta)) * 1e-5
+def lists_of(model: Towers, rows: list[Any]) -> dict[str, Any]:
+    """The lists of these rows, as the loss takes them."""
+    pool = {key(x): x for row in rows for x in row["candidates"]}
+    places = {x: n for n, x in enumerate(pool)}
+    index = [torch.tensor([places[key(x)] for x in row["candidates"]]) for row in rows]
+    grades = [torch.tensor(row["grades"], dtype=torch.float64) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=-1)
+    return {
+        "query_features": embed(model, [row["query"] for row in rows]),
+        "candidate_features": embed(model, [*pool.values()]),
+        "grades": nn.utils.rnn.pad_sequence(grades, batch_first=True),
+        "logit_scale": model.logit_scale.exp(),
+        **{"candidate_index": padded, "mask": padded >= 0},
+    }
+
+
+def trained(batches: list[list[list[Any]]], **options: Any) -> Tensor:
+    """The weights after steps whose losses are averaged over a step's micro-batches."""
+    model, loss = Towers(), rankloss.RankedLists(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for micro in batches:
-        gradient = [
-            sum(loss_of(theta + d, rows, **given) - loss_of(theta - d, rows, **given) for rows in micro)
-            / (2e-5 * len(micro))
-            for d in eye
-        ]
-        theta = theta - 0.5 * np.array(gradient)
-    return torch.tensor(theta, dtype=torch.float32)
+        optimizer.zero_grad()
+        for rows in micro:
+            (loss(**lists_of(model, rows)) / len(micro)).backward()
+        optimizer.step()
+    return weights(model)
 
 
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "order": ({}, {}),
-    "pairs": ({"model": "pairwise"}, {"pairwise": True}),
-    "negatives": ({"in_batch_negatives": True}, {"negatives": True}),
+MODELS: dict[str, dict[str, Any]] = {
+    "order": {},
+    "pairs": {"model": "pairwise"},
+    "negatives": {"in_batch_negatives": True},
 }
 
 
@@ -149,10 +138,10 @@ def run(directory: Path, data: Any, **given: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "of_texts"), [("order", False), ("order", True), ("pairs", True), ("negatives", False)]
 )
-def test_weights_are_numpys(tmp_path: Path, kind: str, of_texts: bool) -> None:
+def test_weights_are_those_of_an_own_loop(tmp_path: Path, kind: str, of_texts: bool) -> None:
     """Lists of texts of pictures, and of pictures of texts."""
-    data, (options, given) = table(of_texts), MODELS[kind]
-    expected = trained([[list(data)]] * 3, **given)
+    data, options = table(of_texts), MODELS[kind]
+    expected = trained([[list(data)]] * 3, **options)
     for size in (None, 3):
         ended = run(tmp_path, data, loss_options=options, mini_batch_size=size, max_steps=3)
         torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
@@ -208,7 +197,7 @@ def own_of(data: Any) -> list[Any]:
 def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool, size: int | None) -> None:
     """The own candidates are no negatives of a list; λ does not reach the evaluation."""
     data = table(of_texts)
-    owns, rows, words = own_of(data), list(data), Processor()
+    owns, rows = own_of(data), list(data)
     data = (
         data.add_column("own", owns)
         if not of_texts
@@ -226,37 +215,11 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     }
     ended = run(tmp_path, data, **given)
     model = Towers()
-    pool = {x if isinstance(x, str) else x.tobytes(): x for row in rows for x in row["candidates"]}
-    queries, pairs, others = [row["query"] for row in rows], owns, [*pool.values()]
-
-    def embed(items: list[Any]) -> Tensor:
-        if isinstance(items[0], str):
-            tokens = words.tokenizer(items)
-            features = (model.words[tokens["input_ids"]] * tokens["attention_mask"][..., None]).sum(1)
-        else:
-            features = words.image_processor(items)["pixel_values"] @ model.image
-        return F.normalize(features, dim=-1)
-
-    places = {key: n for n, key in enumerate(pool)}
-    index = nn.utils.rnn.pad_sequence(
-        [
-            torch.tensor([places[x if isinstance(x, str) else x.tobytes()] for x in row["candidates"]])
-            for row in rows
-        ],
-        batch_first=True,
-        padding_value=-1,
-    )
-    grades = nn.utils.rnn.pad_sequence(
-        [torch.tensor(row["grades"], dtype=torch.float64) for row in rows], batch_first=True
-    )
-    both = (embed(pairs), embed(queries)) if of_texts else (embed(queries), embed(pairs))
+    queries, pairs = (embed(model, x) for x in ([row["query"] for row in rows], owns))
+    both = (pairs, queries) if of_texts else (queries, pairs)
     scale = model.logit_scale.exp()
-    lists = rankloss.RankedLists(in_batch_negatives=True)
-    of_lists = 0.5 * lists(
-        embed(queries), embed(others), grades, scale, candidate_index=index, mask=index >= 0
-    )
+    of_lists = 0.5 * rankloss.RankedLists(in_batch_negatives=True)(**lists_of(model, rows))
     total = rankloss.RankClipLoss(schedule="constant", lambda_in=16.0)(*both, scale) + of_lists
-    (rankloss.ClipLoss()(*both, scale) + of_lists).detach()
     total.backward()
     for (name, ours), theirs in zip(ended.model.named_parameters(), model.parameters(), strict=True):
         expected = theirs.detach() - 0.5 * theirs.grad
@@ -295,18 +258,17 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
     data = table(True)
     given = {"model": Towers(), "processing_class": Processor(), "per_device_eval_batch_size": 3, **LISTS}
     found = trainer(tmp_path, pairs=data, **given).evaluate(data)
-    theta = weights(Towers()).double().numpy()
-    rows = list(data)
-    losses = [loss_of(theta, rows[n : n + 3]) * len(rows[n : n + 3]) for n in (0, 3, 6)]
+    model, rows = Towers(), list(data)
+    losses = [
+        rankloss.RankedLists()(**lists_of(model, part)).item() * len(part)
+        for part in (rows[:3], rows[3:6], rows[6:])
+    ]
     assert found["eval_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
-    image, words = theta[:12].reshape(3, 4), theta[12:-1].reshape(-1, 4)
     shares = []
     for row in rows:
-        x = [vector(row["query"], image, words) @ vector(c, image, words) for c in row["candidates"]]
-        g = row["grades"]
-        pairs = [(p, q) for p in range(len(g)) for q in range(len(g)) if g[p] > g[q]]
-        shares += [sum(x[p] > x[q] for p, q in pairs) / len(pairs)] if pairs else []
-    assert found["eval_pairwise_accuracy"] == pytest.approx(sum(shares) / len(shares))
+        x = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
+        shares.append(metrics.pairwise_accuracy(x, torch.tensor(row["grades"])))
+    assert found["eval_pairwise_accuracy"] == pytest.approx(torch.stack(shares).nanmean().item())
     assert {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"} <= found.keys()
 
 
@@ -430,27 +392,3 @@ def test_other_trainers_refuse_the_loss_by_name() -> None:
         ValueError, match=r"ranked-lists needs a list of graded candidates .*; RankedListsLoss of"
     ):
         ContrastiveLoss(nn.Identity(), loss="ranked-lists")
-
-
-# --- processes --------------------------------------------------------------------------------------------
-
-
-def alone_or_together(directory: Path) -> list[float]:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    given = {"per_device_train_batch_size": 8 // processes, "max_steps": 2}
-    ended = run(directory, table(True), loss_options={"in_batch_negatives": True}, **given)
-    return [*weights(ended.model).tolist(), *column(ended, "ranked_lists_loss")]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torchrun(__file__, tmp_path)
-    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
-    assert of_ranks[0] == pytest.approx(alone_or_together(tmp_path), rel=1e-4, abs=1e-5)
-    assert of_ranks[1][: len(weights(Towers()))] == of_ranks[0][: len(weights(Towers()))]
-
-
-if __name__ == "__main__":
-    ended = alone_or_together(Path(sys.argv[1]))
-    (Path(sys.argv[1]) / f"result-{os.environ['RANK']}.json").write_text(json.dumps(ended))
-    leave()

@@ -22,7 +22,6 @@ from rankloss_trainers.transformers.__main__ import main, parse
 
 SCRIPT = Path(__file__).parent / "contrastive_script.py"
 RUNNER = ("-m", "rankloss_trainers.transformers")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1", "--quiet")
 TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss", "rank_lambda")
 
@@ -109,18 +108,6 @@ def test_script_that_would_train_something_else_fails(
 ) -> None:
     with pytest.raises(error, match=message):
         here(tmp_path, "--loss", "rankclip", *argv)
-
-
-@pytest.mark.slow
-def test_two_processes_contrast_the_whole_batch(tmp_path: Path, here: Callable[..., Path]) -> None:
-    argv = ("--loss", "rankclip", "--rankclip-schedule", "constant")
-    given = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "do_eval": False}
-    whole = history(here(tmp_path / "1", *argv, per_device_train_batch_size=16, **given))
-    two = history(started((*TORCHRUN, *RUNNER), tmp_path / "2", *argv, **given))
-    assert len(whole) == len(two) == 4
-    for a, b in zip(two, whole, strict=True):
-        names = {*TERMS, "loss"} & b.keys()
-        assert {n: a[n] for n in names} == pytest.approx({n: b[n] for n in names}, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
