@@ -62,7 +62,7 @@ test: $(VENV)/.dev
 
 ## The slow part (trainings under torchrun, installations), then every property on 2,000 random examples.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(ON_ALL_CORES) $(BIN)/python -m pytest -m slow $(WORKERS) $(PYTEST_ARGS)
 	$(ON_ALL_CORES) HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'hypothesis and not slow' $(WORKERS) $(PYTEST_ARGS)
 
 ## Style and spelling; `make typecheck` has the types. pre-commit runs the same.
