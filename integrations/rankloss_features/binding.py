@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -42,6 +41,8 @@ def bind(
     Raises:
         ValueError: A row has another pair than the folder's, which the error names, or there are fewer.
     """
+    import pyarrow as pa  # type: ignore[import-untyped]  # which datasets brings
+
     features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)

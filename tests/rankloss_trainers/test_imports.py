@@ -99,3 +99,38 @@ for extra, package, call, module in (
 
 def test_package_that_is_missing_is_named_with_its_extra() -> None:
     subprocess.run([sys.executable, "-c", MISSING], check=True)
+
+
+BARE = """
+import importlib.metadata, re, sys
+
+def needed(name, seen):
+    if name not in seen:
+        seen.add(name)
+        for text in importlib.metadata.requires(name) or []:
+            if "extra ==" not in text:
+                try:
+                    needed(re.match(r"[\\w.-]+", text)[0].lower().replace("_", "-"), seen)
+                except importlib.metadata.PackageNotFoundError:
+                    pass  # of another platform
+    return seen
+
+there = needed("rankloss", set())
+for module, names in importlib.metadata.packages_distributions().items():
+    if not there & {name.lower().replace("_", "-") for name in names}:
+        sys.modules.setdefault(module, None)
+
+import rankloss_baselines, rankloss_trainers
+from rankloss_trainers import catalog
+for name in catalog.BUILT_IN:
+    loss = catalog.load(name)
+    if name != "rankclip-encoders":  # whose encoders are packages of an extra
+        loss()
+rankloss_trainers.create("clip-ids+rankclip")
+rankloss_baselines.AlipLoss(), rankloss_baselines.CyClipLoss()
+"""
+
+
+def test_losses_are_built_where_torch_and_numpy_alone_are_installed() -> None:
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
