@@ -37,7 +37,7 @@ def lists_of(found):
 def main(folder="outputs/trainers/graded_lists"):
     """Train on the lists, and on the pairs of a picture and its caption."""
     model, processor = emojis.hugging_face_clip(Path(folder, "model"))
-    args = TrainingArguments(folder, num_train_epochs=2, **emojis.SHORT_RUN)
+    args = TrainingArguments(folder, num_train_epochs=8, **emojis.SHORT_RUN)
     lists = lists_of(emojis.chosen())
     trainer = ContrastiveTrainer(
         model,

@@ -49,7 +49,7 @@ def main(folder="outputs/trainers/own_loss"):
         own = processor(images=rows["image"], text=rows["caption"], return_tensors="pt", padding="max_length")
         return {**own, "reference_text_features": rows["reference_text_features"]}
 
-    args = TrainingArguments(folder, remove_unused_columns=False, **emojis.SHORT_RUN)
+    args = TrainingArguments(folder, num_train_epochs=8, remove_unused_columns=False, **emojis.SHORT_RUN)
     pairs = data.with_transform(encoded)
     ContrastiveTrainer(model, args, train_dataset=pairs, loss=Soft(weight=2.0)).train()
 

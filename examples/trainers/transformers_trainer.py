@@ -25,7 +25,7 @@ def main(folder="outputs/trainers/transformers"):
     pairs, held_out = data["train"], data["test"]
     args = TrainingArguments(
         folder,
-        num_train_epochs=3,
+        num_train_epochs=8,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
         dataloader_drop_last=True,
