@@ -1,30 +1,53 @@
-"""The documents: their examples run, and the code they show is the code that is tested."""
+"""The code of the pages: with a prompt it is a doctest, else it is quoted from an example, or run here.
+
+Examples are run by ``tests/examples/test_trainer_examples.py``, console blocks are read by
+``tests/docs/test_commands.py``.
+"""
 
 from __future__ import annotations
 
+import ast
 import doctest
+import importlib
+import importlib.util
 import inspect
+import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import rankloss
-from rankloss.losses import takes_teacher
+from open_clip_main import unpacked
 from rankloss_trainers.named import NamedLoss, option
 
 ROOT = Path(__file__).parents[1]
-WRITING = ROOT / "docs/writing.md"
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
-
-
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PROMPTED = [page for page in PAGES if ">>> " in page.read_text()]
+WRITING = ROOT / "docs/writing.md"
+EXAMPLES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples/trainers").glob("*.py")}
+
+sys.path += [str(Path(__file__).parent / name) for name in ("rankloss_trainers", "rankloss_features")]
+
+
+def blocks(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+PROMPTED = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
+CODE = [
+    pytest.param(page.name, code, id=f"{page.stem} {number}")
+    for page in PAGES
+    for number, code in enumerate(blocks(page.read_text(encoding="utf-8")))
+    if ">>> " not in code
+]
 
 
 @pytest.mark.parametrize("page", PROMPTED, ids=lambda page: page.name)
@@ -34,43 +57,240 @@ def test_examples_with_a_prompt_run(page: Path) -> None:
     assert failures == 0
 
 
-def test_examples_without_a_prompt_are_on_pages_whose_tests_run_them() -> None:
-    # By test_trainers_document.py, test_trainers_page.py, rankloss_features/test_trainers.py, the tests of
-    # lists, and below.
-    run = {
-        f"{x}.md" for x in ("lists", "loops", "sentence_transformers", "teachers", "transformers", "writing")
+# --- quotations -------------------------------------------------------------------------------------------
+
+
+def quoted_from(code: str) -> list[str]:
+    """The examples that have the code: its paragraphs in their order, each as deep as it stands there."""
+
+    def has(text: str) -> bool:
+        start = 0
+        for part in re.split(r"\n{2,}", code.strip("\n")):
+            ends = (text.find(f"\n{textwrap.indent(part, ' ' * depth)}\n", start) for depth in (0, 4, 8, 12))
+            start = max(ends)
+            if start < 0:
+                return False
+        return True
+
+    return [name for name, text in EXAMPLES.items() if has(text)]
+
+
+@pytest.mark.parametrize(("page", "code"), CODE)
+def test_code_without_a_prompt_is_quoted_or_run(
+    page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = quoted_from(code)
+    if examples:
+        before = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(code)[0]
+        links = re.findall(r"\]\(\.\./examples/trainers/(\w+\.py)\)", before)
+        assert links, f"{page} does not link the example"
+        assert links[-1] in examples
+        return
+    runs = [run for mark, run in RUNS.items() if mark in code]
+    assert len(runs) == 1, "code of a page is quoted from an example, or has a function below that runs it"
+    monkeypatch.chdir(tmp_path)
+    runs[0](code)
+
+
+def test_every_short_example_is_linked() -> None:
+    linked = {
+        name for page in PAGES for name in re.findall(r"examples/trainers/(\w+\.\w+)", page.read_text())
     }
-    assert {page.name for page in PAGES if any(">>> " not in x for x in blocks(page, "python"))} == run
+    assert linked == {x.name for x in (ROOT / "examples/trainers").glob("*.*")} - {"emojis.py"}
 
 
-def test_writing_a_loss_shows_a_loss_that_the_tests_train_in_25_lines() -> None:
-    package = ROOT / "tests/rankloss_open_clip/third_party_loss"
-    short = (ROOT / "tests/rankloss_trainers/soft_clip.py").read_text()
-    assert short in blocks(WRITING, "python")
-    assert len([line for line in short.splitlines() if line.strip()]) <= 25
-    (registration,) = blocks(WRITING, "toml")
-    assert registration in (package / "pyproject.toml").read_text()
+# --- what is run: the names that a page takes for granted, and what its code has to bring about -------------
 
 
-def test_the_short_loss_trains_on_the_bases_gradient_and_its_own() -> None:
+def options_of_a_script(code: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    tiny, ours = (importlib.import_module(x) for x in ("tiny_transformers", "rankloss_trainers.transformers"))
+    line = importlib.import_module("rankloss_trainers.command_line")
+    typed = {"rankclip-top-k": 3, "output_dir": "out", "max_steps": 2, "logging_steps": 1, "use_cpu": True}
+
+    class Parser(transformers.HfArgumentParser):
+        def parse_args_into_dataclasses(self) -> Any:
+            return super().parse_args_into_dataclasses([f"--{name}={x}" for name, x in typed.items()])
+
+    names = {
+        **{"HfArgumentParser": Parser, "TrainingArguments": transformers.TrainingArguments},
+        **{"LossArguments": line.LossArguments, "ContrastiveTrainer": ours.ContrastiveTrainer},
+        **{"model": tiny.clip(), "pairs": tiny.Pairs(8)},
+    }
+    exec(code, names)
+    names["trainer"].train()
+    assert names["trainer"].loss_runtime.chosen.values["top_k"] == 3
+    assert tiny.lines(names["trainer"], "in_modal_loss")
+
+
+def hard_negatives(code: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = {"query": "a.png", "caption": "a dog", "negatives": ["a cat", "no dog"]}
+    names: dict[str, Any] = {"pairs": datasets.Dataset.from_list([row])}
+    exec(code, names)
+    candidates = ["a dog", "a cat", "no dog"]
+    found = {"query": "a.png", "own": "a dog", "candidates": candidates, "grades": [1, 0, 0]}
+    assert names["lists"][0] == found
+
+
+def lists_of_sentences(code: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    sentences = pytest.importorskip("sentence_transformers")
+    tiny = importlib.import_module("tiny_sentences")
+    words = tiny.WORDS
+    rows = [{"query": words[n], "candidates": words[10 + n : 12 + n], "label": [n % 2, 2]} for n in range(8)]
+    model, before = tiny.tiny(Path()), tiny.weights(tiny.tiny(Path()))
+    args = sentences.SentenceTransformerTrainingArguments(
+        "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
+    )
+    exec(code, {"model": model, "args": args, "lists": datasets.Dataset.from_list(rows)})
+    assert not torch.equal(tiny.weights(model), before)
+
+
+def taught(width: int, **columns: Any) -> Any:
+    """Pairs whose teacher's features are in the folder ``teacher``."""
+    datasets, made = pytest.importorskip("datasets"), importlib.import_module("taught")
+    names = {
+        "image": [f"{n}.png" for n in range(made.ROWS)],
+        "caption": [f"word{n}" for n in range(made.ROWS)],
+    }
+    data = datasets.Dataset.from_dict({**names, **columns})
+    made.folder(Path("teacher"), data, made.features(width), "image", "caption")
+    return data
+
+
+def taught_in_transformers(code: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    tiny, ours = (importlib.import_module(x) for x in ("tiny_transformers", "rankloss_trainers.transformers"))
+
+    def processor(images: list[str], text: list[str], **_: Any) -> dict[str, Tensor]:
+        rows = [int(Path(image).stem) for image in images]
+        assert text == [f"word{row}" for row in rows]
+        return {name: x[rows] for name, x in tiny.Pairs(len(pairs)).columns.items()}
+
+    def arguments(_: str, **given: Any) -> transformers.TrainingArguments:
+        return tiny.arguments(Path(), max_steps=2, **given)
+
+    pairs = taught(12)  # wider than the model's 8
+    names = {"TrainingArguments": arguments, "ContrastiveTrainer": ours.ContrastiveTrainer}
+    names.update(model=tiny.clip(), processor=processor, pairs=pairs)
+    exec(code, names)
+    names["trainer"].train()
+    assert tiny.lines(names["trainer"])[-1]["mimicry_loss"] > 0
+
+
+def taught_sentences(code: str) -> None:
+    pytest.importorskip("sentence_transformers")
+    tiny = importlib.import_module("tiny_sentences")
+    ours = importlib.import_module("rankloss_trainers.sentence_transformers")
+    pairs = taught(20, image=tiny.WORDS[:-33:-1])  # wider than the model's 16
+    if "teacher.encode" in code:
+        pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
+    model, teacher = tiny.tiny(Path()), tiny.tiny(Path())
+    numpy = importlib.import_module("numpy")
+    names = {"ContrastiveLoss": ours.ContrastiveLoss, "np": numpy, "model": model, "teacher": teacher}
+    names["pairs"] = pairs
+    exec(code, names)
+    ended = tiny.train(Path(), names["loss"], model, train_dataset=names["pairs"], max_steps=2)
+    assert ended.state.log_history[-2]["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
+
+
+def several_teachers(code: str) -> None:
+    features, np = importlib.import_module("rankloss_features").Features, importlib.import_module("numpy")
+    rows = np.arange(len(taught(6)))
+    Path("teacher").rename("first")
+    taught(4)
+    Path("teacher").rename("second")
+    exec(code, {"np": np, "Features": features, "rows": rows})
+    both = {name: x.astype(float) for name, x in np.load("both.npz").items()}
+    cosines = [
+        (x / np.linalg.norm(x, axis=1, keepdims=True)) @ (y / np.linalg.norm(y, axis=1, keepdims=True)).T
+        for x, y in (
+            features.values() for features in (both, *(features(n).take(rows) for n in ("first", "second")))
+        )
+    ]
+    np.testing.assert_allclose(cosines[0], (cosines[1] + cosines[2]) / 2, atol=2e-3)
+
+
+def own_script_of_a_fork(code: str) -> None:
+    """The script that test_attached_trainers.py trains with."""
+    path = ROOT / "tests/rankloss_open_clip/test_attached_trainers.py"
+    (by_hand,) = re.findall(r"^BY_HAND = (\(.*?^\))", path.read_text(), re.DOTALL | re.MULTILINE)
+    assert code.strip() == ast.literal_eval(by_hand)[1]
+
+
+def loss_that_is_a_scalar(code: str) -> None:
     names: dict[str, Any] = {}
-    exec((ROOT / "tests/rankloss_trainers/soft_clip.py").read_text(), names)
-    chosen = names["Soft"](weight=0.5, scale=10.0)
-    v, t = torch.eye(4, 8), torch.eye(4, 8).flip(0).requires_grad_()
-    teacher = torch.ones(4, 3) / 3**0.5  # to which all captions are equal
-    loss = chosen.build(rankloss.ClipLoss(), rankloss.Gather())
-    entries = loss(v, t, logit_scale=1.0, reference_text_features=teacher, output_dict=True)
-    logits = 10 * torch.eye(4)
-    assert entries["soft_loss"].item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
-    assert entries["contrastive_loss"] == rankloss.ClipLoss()(v, t, 1.0)
-    entries["soft_loss"].backward()
-    assert t.grad is not None
-    assert chosen.teacher is None
-    assert takes_teacher(loss)
+    exec(code, names)
+    loss = names["RankLoss"](local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    loss.set_progress(2, 3)
+    features = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
+    assert loss(*features, 10.0).shape == ()
+    assert loss(*features, 10.0) > rankloss.ClipLoss()(*features, 10.0)
+
+
+TASK = """
+import json, pathlib, sys, torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower, self.logit_scale = torch.nn.Linear(6, 4), torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image, text):
+        images, texts = (torch.nn.functional.normalize(self.tower(x)) for x in (image, text))
+        return {"image_features": images, "text_features": texts, "logit_scale": self.logit_scale.exp()}
+
+model, (images, texts), step, total_steps = Model(), torch.randn(2, 8, 6), 3, 4
+exec(pathlib.Path("code.py").read_text())
+assert all(x.grad is not None for x in model.parameters())
+print(json.dumps({name: value.item() for name, value in losses.items()}))
+"""
+
+
+def task_of_the_main_branch(code: str) -> None:
+    Path("code.py").write_text(code)
+    path = os.pathsep.join(filter(None, [unpacked(Path()), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", TASK], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = json.loads(done.stdout.splitlines()[-1])
+    total = losses.pop("loss")
+    assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
+    assert total == pytest.approx(sum(losses.values()))
+
+
+RUNS: dict[str, Callable[[str], None]] = {
+    "HfArgumentParser(": options_of_a_script,
+    "pairs.map(": hard_negatives,
+    "RankedListsTrainer(": lists_of_sentences,
+    "def encoded(rows)": taught_in_transformers,
+    'column="label")': taught_sentences,
+    "teacher.encode": taught_sentences,
+    "np.savez(": several_teachers,
+    "import sys, rankloss_open_clip": own_script_of_a_fork,
+    "class RankLoss": loss_that_is_a_scalar,
+    "CLIPTask(": task_of_the_main_branch,
+}
+"""By a mark in the code."""
+
+
+# --- the page of writing a loss ---------------------------------------------------------------------------
+
+
+def test_writing_a_loss_takes_25_lines_and_is_registered_as_the_tests_package_is() -> None:
+    text = WRITING.read_text(encoding="utf-8")
+    assert len([line for line in blocks(text)[0].splitlines() if line.strip()]) <= 25
+    (registration,) = blocks(text, "toml")
+    package = ROOT / "tests/rankloss_open_clip/third_party_loss"
+    assert registration in (package / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_writing_a_loss_names_all_that_a_loss_may_define_and_an_option_takes() -> None:
-    shown = re.findall(r"^\| `(\w+)` \|", WRITING.read_text(), re.MULTILINE)
+    shown = re.findall(r"^\| `(\w+)` \|", WRITING.read_text(encoding="utf-8"), re.MULTILINE)
     of_the_catalogue = {"name", "package", "options", "help", "with_defaults", "of"}
     derived = {"parts", "values", "changed", "told"}
     own = [x for x in vars(NamedLoss) if not x.startswith("_") and x not in of_the_catalogue | derived]

@@ -1,6 +1,6 @@
 """The loss for each kind of data, its options and its measured gain: the source of the pages' tables.
 
-``python tools/cases.py`` writes them into README.md, docs/losses.md and docs/teachers.md.
+``python tools/cases.py`` writes them into README.md, docs/losses.md, docs/teachers.md and examples/README.md.
 """
 
 from __future__ import annotations
@@ -206,6 +206,21 @@ CASES = (
 """All, in the order of docs/losses.md."""
 
 
+EXAMPLES = (
+    ("open_clip.sh", "open_clip", PAIRS),
+    ("transformers_trainer.py", "Hugging Face's Trainer", PAIRS),
+    ("sentence_transformers_trainer.py", "sentence-transformers", PAIRS),
+    ("lightning_module.py", "Lightning", PAIRS),
+    ("accelerate_loop.py", "accelerate", PAIRS),
+    ("plain_loop.py", "a loop of your own, with DDP", PAIRS),
+    ("repeated_captions.sh", "open_clip", REPEATED),
+    ("graded_lists.py", "Hugging Face's Trainer", GRADES_BY_RULE),
+    ("two_encoders.py", "a loop of your own", ENCODERS),
+    ("own_loss.py", "Hugging Face's Trainer", None),
+)
+"""The files of examples/trainers: each with its trainer, and the case whose loss it trains, or None."""
+
+
 def table_of_readme() -> str:
     """What a reader has, the loss, its gain, its page."""
     rows = [
@@ -248,6 +263,20 @@ def table_of_teachers() -> str:
     return table(("you have", "once", "train with", "icons", "photographs", "emojis"), rows)
 
 
+def table_of_examples() -> str:
+    """The files of examples/trainers."""
+    rows = [
+        (
+            f"[`{file}`](trainers/{file})",
+            trainer,
+            "a loss of your own" if case is None else case.have,
+            "–" if case is None else f"`{case.loss}`",
+        )
+        for file, trainer, case in EXAMPLES
+    ]
+    return table(("file", "trainer", "data", "loss"), rows)
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A table of Markdown."""
     lines = [head, ("---",) * len(head), *rows]
@@ -258,6 +287,7 @@ TABLES = {
     "README.md": table_of_readme,
     "docs/losses.md": table_of_losses,
     "docs/teachers.md": table_of_teachers,
+    "examples/README.md": table_of_examples,
 }
 SECTION = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
 

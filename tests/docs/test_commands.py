@@ -45,7 +45,7 @@ def programs() -> dict[str, set[str]]:
             name = f"-m {match[1]}" if module else match[1]
             given = match[2].partition(" -- ")[0].partition("|")[0]
             options.setdefault(name, set()).update(re.findall(r" (--[a-z][\w-]*)", given))
-    return options
+    return {name: given for name, given in options.items() if given}
 
 
 @functools.cache

@@ -29,7 +29,6 @@ from rankloss_features import Features
 from rankloss_features.folder import read_about, write_about
 from rankloss_trainers.console import main
 
-PAGE = Path(__file__).parents[2] / "docs/teachers.md"
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 
 
@@ -153,24 +152,6 @@ def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understoo
     write_about(tmp_path / "x", entries, np.load(tmp_path / "x/rows.npy"))
     assert Features(output).check().common_space is is_common
     assert features(place, "pairs.csv", *teacher, "--output", output) == 0
-
-
-def test_the_pages_rows_of_several_teachers_have_the_mean_of_their_cosines(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (code,) = re.findall(
-        r"^```python\n(first, second = .*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
-    )
-    monkeypatch.chdir(tmp_path)
-    for output, teacher in {"first": CLIP, "second": ("--features", "PLACE/equal.npz")}.items():
-        assert features(place, "pairs.csv", *teacher, "--output", output) == 0
-    exec(code, {"np": np, "Features": Features, "rows": np.arange(ROWS)})
-    assert features(place, "pairs.csv", "--features", "both.npz", "--output", "teacher") == 0
-    cosines = []
-    for name in ("teacher", "first", "second"):
-        images, texts = (x.astype(np.float64) for x in Features(name).check().arrays.values())
-        cosines.append(images @ texts.T)
-    np.testing.assert_allclose(cosines[0], (cosines[1] + cosines[2]) / 2, atol=2e-3)
 
 
 @pytest.mark.parametrize(

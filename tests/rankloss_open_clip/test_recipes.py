@@ -1,10 +1,11 @@
-"""The commands of ``examples/recipes``: what the shell makes of them, what the trainer parses and runs."""
+"""The scripts of ``examples``: what the shell makes of their commands, what the trainer parses and runs."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from open_clip_train.params import parse_args
 from trainer_runs import Trainer
 
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "examples/recipes"
 NAMES = sorted(script.stem for script in RECIPES.glob("*.sh"))
 PROCESSES = {"1": 1, "8": 8, "slurm": 8}  # started by each way to launch
 COMMANDS = [(name, launch) for name in NAMES for launch in PROCESSES]
@@ -117,3 +119,23 @@ def test_command_trains_a_step(command: Command, trainer: Trainer) -> None:
     assert all(list(values) == [0] and np.isfinite(values[0]) for values in run.scalars.values())
     assert run.scalars["rank_lambda"][0] == 2.0  # the last step of one
     assert run.epoch(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("open_clip", {"Contrastive_loss", "Cross_modal_loss", "In_modal_loss", "Rank_lambda"}),
+        ("repeated_captions", {"Contrastive_loss", "Pairs_with_partner"}),
+    ],
+)
+def test_short_example_trains(command: Command, trainer: Trainer, name: str, terms: set[str]) -> None:
+    pytest.importorskip("openmoji_demo")
+    words = command(f"../trainers/{name}", FOLDER=str(trainer.directory / name))
+    script, folder = words[1:3]
+    runpy.run_path(str(ROOT / script))["write"](Path(folder))
+    here = {"--model": f"local-dir:{ROOT / 'examples/demo/model'}", "--logs": str(trainer.directory / "logs")}
+    options = itertools.chain(*{**here, "--name": name, "--epochs": "1"}.items())
+    run = trainer.call(name, *trainer_arguments(words), *options, alone=True)
+    assert run.returncode == 0, run.output[-4000:]
+    assert terms <= run.train_lines()[-1].keys()
+    assert name == "open_clip" or run.train_lines()[-1]["Pairs_with_partner"] > 0.5

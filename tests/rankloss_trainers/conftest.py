@@ -11,7 +11,6 @@ sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tin
 NEEDED = {
     "test_transformers*.py": ("transformers", "accelerate"),
     "test_transformers_lists.py": ("datasets", "PIL"),
-    "test_trainers_document.py": ("transformers", "accelerate"),
     "test_sentence_transformers*.py": ("sentence_transformers", "datasets"),
     "test_*_teacher.py": ("datasets", "PIL"),
     "test_lightning.py": ("lightning",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +147,6 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, bert: Path, kin
     value.backward()
     optimizer.step()
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
-
-
-def test_the_example_of_the_page_trains(tmp_path: Path, bert: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
-    section = page.partition("## In sentence-transformers\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    model, before = tiny(bert), weights(tiny(bert))
-    args = SentenceTransformerTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
-    )
-    exec(code, {"model": model, "args": args, "lists": lists()})
-    assert not torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("wrapping", [None, [1, 0.25]])

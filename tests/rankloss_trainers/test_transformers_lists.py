@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_transformers import SGD, Pairs, build, column, lines, train, trainer, weights
+from tiny_transformers import SGD, build, column, lines, train, trainer, weights
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankloss
 from rankloss import metrics
-from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.list_table import RankedListsCollator
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
@@ -270,27 +268,6 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
         shares.append(metrics.pairwise_accuracy(x, torch.tensor(row["grades"])))
     assert found["eval_pairwise_accuracy"] == pytest.approx(torch.stack(shares).nanmean().item())
     assert {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"} <= found.keys()
-
-
-# --- the page ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("section", ["In Hugging Face's Trainer", "Hard negatives"])
-def test_the_examples_of_the_page_train(tmp_path: Path, section: str) -> None:
-    page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
-    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"^```python\n([^>].*?)^```$", text, re.DOTALL | re.MULTILINE)
-    arguments = trainer(tmp_path, pairs=Pairs(), max_steps=1).args
-    pictures = table(False)["query"]
-    with_negatives = {
-        "query": pictures[: len(WORDS)],
-        "caption": [f"red {word}" for word in WORDS],
-        "negatives": [[f"blue {word}", f"dark {word}"] for word in WORDS],
-    }
-    pairs = datasets.Dataset.from_dict(with_negatives)
-    given = {"model": Towers(), "args": arguments, "processor": Processor(), "lists": table(True)}
-    exec(code, {**given, "pairs": pairs, "ContrastiveTrainer": ContrastiveTrainer})
-    assert not torch.equal(weights(given["model"]), weights(Towers()))
 
 
 # --- bad input --------------------------------------------------------------------------------------------

@@ -33,14 +33,14 @@ from studies.photographs.heads import Heads
 from studies.photographs.model import Student
 from studies.photographs.train import crops
 from studies.records import Record
-from studies.training import parameter_groups
+from studies.training import Descent
 
 CLIP, RANKCLIP = "clip", "rankclip"
 OWN, IGNORE, SHARE = "own", "ignore", "share"
 RECALL, ZERO_SHOT = "R@10", "zero-shot top-1"
 ROWS = "rows"  # of Flickr8k
 ICONS = "mdi"  # the labelled set
-_DECAY, _CEILING = 0.05, 100.0
+_DECAY = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,11 +306,9 @@ def train(setting: Setting, pairs: Pairs) -> tuple[Any, float]:
     torch.manual_seed(setting.seed)
     drawing = torch.Generator().manual_seed(setting.seed)
     model, loss = pairs.model().train(), build(setting.arm)
-    groups = parameter_groups(list(model.parameters()), _DECAY)
-    optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
     each = len(pairs) // setting.batch_size
     steps = setting.epochs * each
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    descent = Descent(model.log_scale, [model], lr=setting.lr, weight_decay=_DECAY, steps=steps)
     shares, step = [], 0
     for _ in range(setting.epochs):
         for rows in torch.randperm(len(pairs), generator=drawing).split(setting.batch_size)[:each]:
@@ -320,13 +318,7 @@ def train(setting: Setting, pairs: Pairs) -> tuple[Any, float]:
             v, t, ids = pairs.batch(model, rows, drawing)
             shares.append(partnered(ids))
             known = {} if setting.arm.endswith(OWN) else {"pair_ids": ids}
-            value = loss(v, t, model.log_scale.exp(), **known)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.log_scale.clamp_(0.0, math.log(_CEILING))
+            descent.step(loss(v, t, model.log_scale.exp(), **known))
     return model.eval(), fmean(shares)
 
 

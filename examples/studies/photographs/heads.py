@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from studies.training import parameter_groups
+from studies.training import CEILING, Descent
 
 from . import losses
 from .features import Side
@@ -34,7 +34,7 @@ class Setting:
     dropout: float = 0.3
     label_smoothing: float = 0.0
     scale_start: float = 14.3  # or the ceiling, where that is lower
-    scale_ceiling: float = 100.0
+    scale_ceiling: float = CEILING
     scale_fixed: bool = False  # the scale stays at its start
     train_pictures: int = 6000
 
@@ -109,11 +109,8 @@ def train(
     order = torch.Generator().manual_seed(setting.seed)
     model = Heads(train, setting, times=times).train()
     loss = loss or losses.build(setting.loss, label_smoothing=setting.label_smoothing)
-    parameters = [*model.parameters(), *loss.parameters()]
-    groups = parameter_groups(parameters, setting.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * setting.steps)
-    ceiling = math.log(setting.scale_ceiling)
+    sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "ceiling": setting.scale_ceiling}
+    descent = Descent(model.log_scale, [model, loss], steps=setting.epochs * setting.steps, **sizes)
     for epoch in range(1, setting.epochs + 1):
         for part in loss.modules():
             if hasattr(part, "set_epoch"):
@@ -123,11 +120,5 @@ def train(
             drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
             v = model.pictures(train.pictures[rows])
             t = model.sentences(train.sentences[rows, drawn])
-            value = loss(v, t, model.log_scale.exp(), **seen(model, rows, drawn))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            decay.step()
-            with torch.no_grad():
-                model.log_scale.clamp_(0.0, ceiling)
+            descent.step(loss(v, t, model.log_scale.exp(), **seen(model, rows, drawn)))
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from studies import icons
 from studies.plan import Find, MissingError, by_factor
 from studies.report import conditions_texts, forest, mean_text, test_cells
 from studies.runner import Study
-from studies.statistics import Arms, Difference, correct
+from studies.statistics import Arms, Difference, Pair, correct
 
 from . import drawings, part2a
 from .data import DataSet
@@ -100,18 +100,26 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], other: Any) -> di
         "rivals": {
             arm: {"above": where((arm, RANKS), 1), "below": where((arm, RANKS), -1)} for arm in rivals
         },
-        "arms": [
-            [f"`{arm}`", *(mean_text(arms[name].estimate(arm, PRIMARY)) for name in SETS)] for arm in chosen
-        ],
-        "tests": [
-            [f"`{arm}`", f"`{of}`", *(cell for name in SETS for cell in test_cells(tests[name, (arm, of)]))]
-            for arm, of in pairs
-        ],
-        "tests_head": ["arm", "minus", *(cell for name in SETS for cell in (name, "p", ""))],
+        **tables(arms, tests, pairs),
         "clip": [[name, *one.text] for name in SETS for one in searches[name].tries],
         "tries": [one.row() for one in choices.values()],
         "variants": [[f"`{arm}`", *(f"{of[name]:.2f}" for name in SETS)] for arm, of in variants.items()],
         "made": conditions_texts(record for name in SETS for record in arms[name].all),
+    }
+
+
+def tables(
+    arms: Mapping[str, Arms], tests: Mapping[tuple[str, Pair], Difference], pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """Return the tables of means and of tests whose columns are data sets."""
+    trained = next(iter(arms.values())).records
+    cells = {pair: [cell for name in arms for cell in test_cells(tests[name, pair])] for pair in pairs}
+    return {
+        "arms": [
+            [f"`{arm}`", *(mean_text(of.estimate(arm, PRIMARY)) for of in arms.values())] for arm in trained
+        ],
+        "tests": [[f"`{arm}`", f"`{of}`", *cells[arm, of]] for arm, of in pairs],
+        "tests_head": ["arm", "minus", *(cell for name in arms for cell in (name, "p", ""))],
     }
 
 

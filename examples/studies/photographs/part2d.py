@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.plan import Find
-from studies.report import conditions_texts, mean_text, test_cells
+from studies.report import conditions_texts
 from studies.runner import Study
 from studies.statistics import Arms, Difference, Pair, correct, paired_difference
 
@@ -78,15 +78,8 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
         "seeds": sizes.seeds,
         "primary": pooled(arms),
         "below": [name for name in SETS if (d := tests[name, COMPARISONS[2]]).established and d.mean < 0],
-        "arms": [
-            [f"`{arm}`", *(mean_text(arms[name].estimate(arm, PRIMARY)) for name in SETS)] for arm in ARMS
-        ],
+        **part2c.tables(arms, tests, COMPARISONS),
         "arms_head": ["arm", *SETS],
-        "tests": [
-            [f"`{arm}`", f"`{of}`", *(cell for name in SETS for cell in test_cells(tests[name, (arm, of)]))]
-            for arm, of in COMPARISONS
-        ],
-        "tests_head": ["arm", "minus", *(cell for name in SETS for cell in (name, "p", ""))],
         "made": conditions_texts(record for of in arms.values() for record in of.all),
     }
 

@@ -7,13 +7,14 @@ the features of two encoders, which have no common space.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
-from studies.distillation import Pair, distances, pearson_within, softmax_within
+from studies.distillation import Pair, distances, pearson_within, softmax_within, sum_of
 
 from . import losses
 
@@ -50,33 +51,35 @@ TERMS: dict[str, Callable[[Pair, Pair, tuple[Tensor, float]], Tensor]] = {
 ARMS = ("clip", "rankclip", *RANKED, *TERMS, "projected-mimicry")
 
 
-class Term(nn.Module):
-    """CLIP's loss, and a weighted term.
+class Beside(nn.Module):
+    """CLIP's loss and a weighted term: ``L(V, T, s) + weight·term(V, T, s, …)``.
 
     Args:
         base: CLIP's loss.
-        term: ``(student, teacher, scales) → value``.
         weight: Of the term.
-        scale: Of the teacher's similarities.
-        base_is_taught: The base has the teacher's features, too.
+        term: Of the student's features, the scale, and what is seen by its names.
+        base_is_taught: The base gets what is seen, too.
     """
 
     def __init__(
-        self, base: nn.Module, term: Callable[..., Tensor], weight: float, scale: float = 0.0, *,
-        base_is_taught: bool = False,
-    ) -> None:  # fmt: skip
+        self, base: nn.Module, weight: float, term: Callable[..., Tensor], *, base_is_taught: bool = False
+    ) -> None:
         super().__init__()
-        self.base, self.term, self.weight, self.scale = base, term, weight, scale
-        self.base_is_taught = base_is_taught
+        self.base, self.weight, self.term, self.base_is_taught = base, weight, term, base_is_taught
 
-    def forward(
-        self, v: Tensor, t: Tensor, scale: Tensor, *, reference_image_features: Tensor,
-        reference_text_features: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, v: Tensor, t: Tensor, scale: Tensor, **seen: Any) -> Tensor:
         """Return the loss."""
-        teacher = reference_image_features, reference_text_features
-        given = dict(zip(TEACHER, teacher, strict=True)) if self.base_is_taught else {}
-        return self.base(v, t, scale, **given) + self.weight * self.term((v, t), teacher, (scale, self.scale))
+        given = seen if self.base_is_taught else {}
+        return self.base(v, t, scale, **given) + self.weight * self.term(v, t, scale, **seen)
+
+
+def of_teacher(term: Callable[..., Tensor], teachers_scale: float = 0.0) -> Callable[..., Tensor]:
+    """Return a term ``(student, teacher, scales)`` as :class:`Beside` calls it."""
+
+    def called(v: Tensor, t: Tensor, scale: Tensor, **teacher: Tensor) -> Tensor:
+        return term((v, t), tuple(teacher[name] for name in TEACHER), (scale, teachers_scale))
+
+    return called
 
 
 class ProjectedMimicry(nn.Module):
@@ -91,14 +94,13 @@ class ProjectedMimicry(nn.Module):
         super().__init__()
         self.projections = nn.ModuleList(nn.Linear(width, of, bias=False) for of in widths)
 
-    def forward(self, student: Pair, teacher: Pair, _: object = None) -> Tensor:
+    def forward(self, v: Tensor, t: Tensor, _: object, **teacher: Tensor) -> Tensor:
         """Return the term."""
-        return torch.stack(
-            [
-                (normalize(project(x), dim=-1) - y).square().sum(-1).mean()
-                for project, x, y in zip(self.projections, student, teacher, strict=True)
-            ]
-        ).sum()
+        pairs = zip(self.projections, (v, t), TEACHER, strict=True)
+        return sum_of(
+            (normalize(project(x), dim=-1) - teacher[name]).square().sum(-1).mean()
+            for project, x, name in pairs
+        )
 
 
 def build(
@@ -132,9 +134,9 @@ def build(
             reference_scale=scale, diagonal=False,
         )  # fmt: skip
     if arm in TERMS:
-        return Term(base, TERMS[arm], weight, scale)
+        return Beside(base, weight, of_teacher(TERMS[arm], scale))
     if arm == "projected-mimicry":
-        return Term(base, ProjectedMimicry(width, widths), weight)
+        return Beside(base, weight, ProjectedMimicry(width, widths))
     raise ValueError(f"arm: must be one of {', '.join(ARMS)}, got {arm!r}")
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
-from studies.training import parameter_groups
+from studies.training import Descent
 
 from . import student_losses as losses
 from .features import Side
 from .model import CROP, WIDTH, Student
-
-_CEILING = 100.0  # of the scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +68,9 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     widths = teacher.pictures.shape[-1], teacher.sentences.shape[-1]
     names = ("weight", "top_k", "scale", "label_smoothing")
     loss = losses.build(setting.arm, WIDTH, widths, **{name: getattr(setting, name) for name in names})
-    parameters = [*model.parameters(), *loss.parameters()]
-    groups = parameter_groups(parameters, setting.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
     steps = setting.train_pictures // setting.batch_size
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * steps)
+    sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "steps": setting.epochs * steps}
+    descent = Descent(model.log_scale, [model, loss], **sizes)
     for epoch in range(1, setting.epochs + 1):
         if hasattr(loss, "set_epoch") and setting.arm != losses.PER_STEP:
             loss.set_epoch(epoch, setting.epochs)
@@ -89,11 +84,5 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
             v = model.pictures(crops(seen.pictures[rows], drawing))
             t = model.sentences(seen.sentences[rows, drawn])
             given = losses.references(setting.arm, (teacher.pictures[rows], teacher.sentences[rows, drawn]))
-            value = loss(v, t, model.log_scale.exp(), **given)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.log_scale.clamp_(0.0, math.log(_CEILING))
+            descent.step(loss(v, t, model.log_scale.exp(), **given))
     return model.eval()

@@ -19,7 +19,7 @@ from studies.distillation import Pair
 
 from . import losses, student_losses
 from .heads import WIDTH
-from .student_losses import Term
+from .student_losses import Beside, of_teacher
 from .views import MAPS, Setting, matrices
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # of the student's scores and of those that are seen
@@ -70,106 +70,62 @@ def squares(x: Tensor, y: Tensor) -> Tensor:
     return (mine - theirs).square().mean()
 
 
-class OfScores(nn.Module):
-    """CLIP's loss + ``weight·½·Σ d(x, y)``: matrices x = s·V·Tᵀ, s·T·Vᵀ, s·V·Vᵀ, s·T·Tᵀ, and y that are seen.
+def of_scores(distance: Distance) -> Callable[..., Tensor]:
+    """``½·Σ d(x, y)``: x = s·V·Tᵀ, s·T·Vᵀ, s·V·Vᵀ, s·T·Tᵀ, y the matrices that are seen, d the distance."""
 
-    Args:
-        base: CLIP's loss.
-        distance: d.
-        weight: Of the term.
-    """
-
-    def __init__(self, base: nn.Module, distance: Distance, weight: float) -> None:
-        super().__init__()
-        self.base, self.distance, self.weight = base, distance, weight
-
-    def forward(self, v: Tensor, t: Tensor, scale: Tensor, *, scores: Sequence[Tensor]) -> Tensor:
-        """Return the loss."""
+    def term(v: Tensor, t: Tensor, scale: Tensor, *, scores: Sequence[Tensor]) -> Tensor:
         mine = [scale * x for x in matrices(v, t)]
-        term = distillation.sum_of(self.distance(x, y) for x, y in zip(mine, scores, strict=True)) / 2
-        return self.base(v, t, scale) + self.weight * term
+        return distillation.sum_of(distance(x, y) for x, y in zip(mine, scores, strict=True)) / 2
+
+    return term
 
 
-class OfIds(nn.Module):
-    """CLIP's loss + ``weight·½·Σ C(x)``: x = S, Sᵀ, V·Vᵀ, T·Tᵀ times the scale, ranked by lists of ids.
+def of_ids(
+    v: Tensor, t: Tensor, scale: Tensor, *, order_pictures: Tensor, order_listed: Tensor, order_grades: Tensor
+) -> Tensor:
+    """``½·Σ C(x)``: x = S, Sᵀ, V·Vᵀ, T·Tᵀ times the scale, ranked by lists of ids.
 
     A pair's own item is the best of the cross-modal lists and left out of the others; the listed ones of the
     batch follow by their grades, and the rest stands below and is not counted. C is the Plackett–Luce NLL per
     counted item, the mean over the lists that have one.
-
-    Args:
-        base: CLIP's loss.
-        weight: Of the term.
     """
-
-    def __init__(self, base: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.base, self.weight = base, weight
-
-    def forward(
-        self, v: Tensor, t: Tensor, scale: Tensor, *, order_pictures: Tensor, order_listed: Tensor,
-        order_grades: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Return the loss."""
-        own = torch.eye(len(v), dtype=torch.bool)
-        there = order_listed[:, :, None] == order_pictures  # [N, K, N]
-        grades = torch.where(there, order_grades[:, :, None].double(), -torch.inf).amax(1)
-        best = grades.masked_fill(own, grades.amax() + 1)
-        matrices = ((v @ t.T, best), (t @ v.T, best), (v @ v.T, grades), (t @ t.T, grades))
-        terms = [self._of_lists(scale * x, of, is_rest=of.isneginf() & ~own) for x, of in matrices]
-        return self.base(v, t, scale) + self.weight * distillation.sum_of(terms) / 2
-
-    def _of_lists(self, x: Tensor, grades: Tensor, *, is_rest: Tensor) -> Tensor:
-        padded = grades.masked_fill(grades.isneginf(), torch.inf)
-        rest = x.masked_fill(~is_rest, -torch.inf)
-        values, counted = graded.plackett_luce(x.double(), padded, rest)
-        return ((values / counted.clamp_min(1)).sum() / (counted > 0).sum().clamp_min(1)).to(x.dtype)
+    own = torch.eye(len(v), dtype=torch.bool)
+    there = order_listed[:, :, None] == order_pictures  # [N, K, N]
+    grades = torch.where(there, order_grades[:, :, None].double(), -torch.inf).amax(1)
+    best = grades.masked_fill(own, grades.amax() + 1)
+    matrices = ((v @ t.T, best), (t @ v.T, best), (v @ v.T, grades), (t @ t.T, grades))
+    terms = [_of_list(scale * x, of, is_rest=of.isneginf() & ~own) for x, of in matrices]
+    return distillation.sum_of(terms) / 2
 
 
-class SoftLabels(nn.Module):
-    """CLIP's loss + weight · cross-entropy from the listed ids in the batch, equally likely, both ways' mean.
+def _of_list(x: Tensor, grades: Tensor, *, is_rest: Tensor) -> Tensor:
+    padded = grades.masked_fill(grades.isneginf(), torch.inf)
+    rest = x.masked_fill(~is_rest, -torch.inf)
+    values, counted = graded.plackett_luce(x.double(), padded, rest)
+    return ((values / counted.clamp_min(1)).sum() / (counted > 0).sum().clamp_min(1)).to(x.dtype)
+
+
+def soft_labels(
+    v: Tensor, t: Tensor, scale: Tensor, *, order_pictures: Tensor, order_listed: Tensor, **_: Tensor
+) -> Tensor:
+    """Cross-entropy from the listed ids in the batch, equally likely, both ways' mean.
 
     A row without a listed id in the batch counts nothing.
-
-    Args:
-        base: CLIP's loss.
-        weight: Of the term.
     """
-
-    def __init__(self, base: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.base, self.weight = base, weight
-
-    def forward(
-        self, v: Tensor, t: Tensor, scale: Tensor, *, order_pictures: Tensor, order_listed: Tensor,
-        order_grades: Tensor,  # noqa: ARG002 - ids alone are spread over
-    ) -> Tensor:  # fmt: skip
-        """Return the loss."""
-        listed = (order_listed[:, :, None] == order_pictures).any(1)
-        counted, logits = listed.any(1), scale * v @ t.T
-        labels = F.normalize(listed[counted].to(logits.dtype), p=1, dim=1)
-        total = sum(F.cross_entropy(x[counted], labels, reduction="sum") for x in (logits, logits.T)) / 2
-        return self.base(v, t, scale) + self.weight * total / counted.sum().clamp_min(1)
+    listed = (order_listed[:, :, None] == order_pictures).any(1)
+    counted, logits = listed.any(1), scale * v @ t.T
+    labels = F.normalize(listed[counted].to(logits.dtype), p=1, dim=1)
+    total = sum(F.cross_entropy(x[counted], labels, reduction="sum") for x in (logits, logits.T)) / 2
+    return total / counted.sum().clamp_min(1)
 
 
-class OfLists(nn.Module):
-    """CLIP's loss + weight · a loss of lists: the orders of sentences of the batch's first pictures.
+def of_lists(lists: rankloss.RankedLists, grades_scale: float) -> Callable[..., Tensor]:
+    """A loss of lists: the orders of sentences of the batch's first pictures, their grades times a scale."""
 
-    Args:
-        base: CLIP's loss.
-        lists: Of the lists.
-        weight: Of the term.
-        scale: What the grades are multiplied by.
-    """
+    def term(v: Tensor, _: Tensor, scale: Tensor, *, candidates: Tensor, grades: Tensor) -> Tensor:
+        return lists(v[: len(grades)], candidates, grades_scale * grades, scale)
 
-    def __init__(self, base: nn.Module, lists: rankloss.RankedLists, weight: float, scale: float) -> None:
-        super().__init__()
-        self.base, self.lists, self.weight, self.scale = base, lists, weight, scale
-
-    def forward(self, v: Tensor, t: Tensor, scale: Tensor, *, candidates: Tensor, grades: Tensor) -> Tensor:
-        """Return the loss; candidates ``[M, K, D]`` with grades ``[M, K]``, larger ones better."""
-        term: Tensor = self.lists(v[: len(grades)], candidates, self.scale * grades, scale)
-        return self.base(v, t, scale) + self.weight * term
+    return term
 
 
 _LISTS: dict[tuple[str, str], rankloss.losses.ranked_lists.ListModel] = {
@@ -195,30 +151,30 @@ def build(setting: Setting, widths: tuple[int, int]) -> nn.Module:
         names = ("weight", "top_k", "scale", "label_smoothing")
         named = {name: getattr(setting, name) for name in names}
         return student_losses.build(arm, WIDTH, widths, **named)
-    of_scores: dict[str, Distance] = {
+    distances: dict[str, Distance] = {
         "ranks": functools.partial(ranks, top_k=setting.top_k),
         "softmax": functools.partial(softmax, scale=scale),
         "pearson": functools.partial(pearson, scale=scale),
         "squares": squares,
     }
-    if view in MAPS and arm in of_scores:
-        return OfScores(base, of_scores[arm], weight)
-    ranked = {"lambda_cross": weight, "lambda_in": weight, "top_k": setting.top_k or None}
-    made: dict[tuple[str, str], Callable[[], nn.Module]] = {
-        ("", "clip"): lambda: base,
-        ("features", "mimicry"): lambda: Term(base, mimicry, weight),
-        ("features", "contrast"): lambda: Term(base, contrast, weight, scale),
-        ("features", "ranks"): lambda: rankloss.RankClipLoss(base, **ranked),
-        ("features", "softmax"): lambda: Term(base, distillation.softmax, weight, scale),
-        ("features", "mimicry-and-ranks"): lambda: Term(
-            rankloss.RankClipLoss(base, **ranked), mimicry, setting.mimicry, base_is_taught=True
-        ),
-        ("ten ids", "ranks"): lambda: OfIds(base, weight),
-        ("ten ids", "soft-labels"): lambda: SoftLabels(base, weight),
+    terms: dict[tuple[str, str], Callable[..., Tensor]] = {
+        ("features", "mimicry"): of_teacher(mimicry),
+        ("features", "contrast"): of_teacher(contrast, scale),
+        ("features", "softmax"): of_teacher(distillation.softmax, scale),
+        ("ten ids", "ranks"): of_ids,
+        ("ten ids", "soft-labels"): soft_labels,
+        **{(view, arm): of_scores(distance) for view in MAPS for arm, distance in distances.items()},
     }
+    if (view, arm) in terms:
+        return Beside(base, weight, terms[view, arm])
     if (view, arm) in _LISTS:
         grades = scale if view == "reranker with scores" else 1.0
-        return OfLists(base, rankloss.RankedLists(model=_LISTS[view, arm]), weight, grades)
-    if (view, arm) not in made:
-        raise ValueError(f"loss: the view {view!r} has no arm {arm!r}")
-    return made[view, arm]()
+        return Beside(base, weight, of_lists(rankloss.RankedLists(model=_LISTS[view, arm]), grades))
+    if (view, arm) == ("", "clip"):
+        return base
+    ranked = rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight, top_k=setting.top_k or None)
+    if (view, arm) == ("features", "ranks"):
+        return ranked
+    if (view, arm) == ("features", "mimicry-and-ranks"):
+        return Beside(ranked, setting.mimicry, of_teacher(mimicry), base_is_taught=True)
+    raise ValueError(f"loss: the view {view!r} has no arm {arm!r}")

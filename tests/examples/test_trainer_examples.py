@@ -1,0 +1,175 @@
+"""The short examples of trainers: each trains the loss of its case, and a loop the same on two processes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("docs", "rankloss_trainers")]
+
+from launch import torchrun
+from tools_folder import ROOT, tool
+
+import rankloss
+from rankloss.losses import takes_teacher
+from rankloss_trainers import catalog, runtime
+
+cases = tool("cases.py")
+FOLDER = ROOT / "examples/trainers"
+PYTHON = [pytest.param(x.removesuffix(".py"), case, id=x) for x, _, case in cases.EXAMPLES if x[-3:] == ".py"]
+
+
+def imported(name):
+    """The module of an example, which finds the emojis beside it."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_all_examples_are_in_the_table_and_begin_with_their_command():
+    assert {name for name, _, _ in cases.EXAMPLES} == {x.name for x in FOLDER.glob("*.*")} - {"emojis.py"}
+    for name, *_ in cases.EXAMPLES:
+        lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 60
+        head = "\n".join(lines[:8])
+        assert f"python examples/trainers/{name}" in head or f"sh examples/trainers/{name}" in head
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
+@pytest.mark.parametrize(("name", "case"), PYTHON)
+def test_example_trains_the_loss_of_its_case(name, case, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lightning" if "lightning" in name else "accelerate")
+    module, emojis = imported(name), imported("emojis")
+    few = emojis.chosen()[::3]  # 44 animals
+    chosen, norms, choose = [], [], runtime.choose
+
+    def kept(name, given):
+        chosen.append(choose(name, given))
+        return chosen[-1]
+
+    def measured(optimizer, *_):
+        found = (p.grad for group in optimizer.param_groups for p in group["params"])
+        norms.append(sum(x.norm().item() for x in found if x is not None))
+
+    monkeypatch.setattr(emojis, "chosen", lambda: few)
+    monkeypatch.setattr(runtime, "choose", kept)
+    monkeypatch.chdir(tmp_path)
+    hook = register_optimizer_step_post_hook(measured)
+    try:
+        module.main()
+    finally:
+        hook.remove()
+    assert len(norms) >= 1
+    assert all(math.isfinite(x) and x > 0 for x in norms)
+    logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", capsys.readouterr().out)]
+    assert logged
+    assert all(map(math.isfinite, logged))
+    if case is not None:
+        (loss,) = chosen
+        expected = eval(case.python(), {"create": lambda name, **options: catalog.choose(name, options)})
+        assert type(loss) is type(expected)
+        assert loss.values == expected.values
+
+
+def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
+    chosen = imported("own_loss").Soft(weight=0.5, scale=10.0)
+    v, t = torch.eye(4, 8), torch.eye(4, 8).flip(0).requires_grad_()
+    teacher = torch.ones(4, 3) / 3**0.5  # to which all captions are equal
+    loss = chosen.build(rankloss.ClipLoss(), rankloss.Gather())
+    entries = loss(v, t, logit_scale=1.0, reference_text_features=teacher, output_dict=True)
+    logits = 10 * torch.eye(4)
+    assert entries["soft_loss"].item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
+    assert entries["contrastive_loss"] == rankloss.ClipLoss()(v, t, 1.0)
+    entries["soft_loss"].backward()
+    assert t.grad is not None
+    assert chosen.teacher is None
+    assert takes_teacher(loss)
+
+
+# --- two processes ----------------------------------------------------------------------------------------
+
+PAIRS, EPOCHS = 32, 2
+
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = torch.nn.Linear(6, 4), torch.nn.Linear(5, 4)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(PAIRS, 6, generator=generator), torch.randn(PAIRS, 5, generator=generator)
+    )
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def looped(rank, processes):
+    """The last step's loss of the plain loop, and the weights; each process has its share of the batches."""
+    model = Towers() if processes == 1 else DistributedDataParallel(Towers())
+    batches = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), 16)]
+    value = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
+    if processes > 1:
+        torch.distributed.all_reduce(value)
+    return [value.item() / processes, *weights(model)]
+
+
+def accelerated(rank, processes):
+    """The last step's loss as it is logged, and the weights."""
+    accelerate = importlib.import_module("accelerate")
+    model, batches = Towers(), DataLoader(pairs(), 16 // processes)
+    accelerator = accelerate.Accelerator(cpu=True)
+    value = imported("accelerate_loop").train(accelerator, model, batches, sgd(model), EPOCHS)
+    return [value.item(), *weights(model)]
+
+
+def assert_one_training(alone, shares):
+    assert math.dist(alone[1:], weights(Towers())) > 0.01
+    for ended in shares:
+        assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def test_the_plain_loop_in_two_processes_is_the_one_in_one(pools):
+    assert_one_training(looped(0, 1), pools[2].run(looped))
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path):
+    pytest.importorskip("accelerate")
+    for processes in (1, 2):
+        torchrun(__file__, tmp_path, processes=processes)
+    alone, *shares = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json")))
+    assert len(shares) == 2
+    assert_one_training(alone, shares)
+
+
+if __name__ == "__main__":
+    rank, processes = (int(os.environ.get(x, n)) for x, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    Path(sys.argv[1], f"{processes}-{rank}.json").write_text(json.dumps(accelerated(rank, processes)))
