@@ -19,6 +19,8 @@ def train(model, batches, optimizer, epochs):
     criterion = rankloss_trainers.create("rankclip")
     step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
+        if isinstance(batches.sampler, DistributedSampler):
+            batches.sampler.set_epoch(epoch)  # or every epoch has the same batches
         for images, texts in batches:
             step += 1
             criterion.set_progress(step, total_steps)

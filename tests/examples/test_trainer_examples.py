@@ -134,7 +134,8 @@ def sgd(model):
 def looped(rank, processes):
     """The last step's loss of the plain loop, and the weights; each process has its share of the batches."""
     model = Towers() if processes == 1 else DistributedDataParallel(Towers())
-    batches = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), 16)]
+    shares = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), 16)]
+    batches = DataLoader(shares, batch_size=None)
     value = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
     if processes > 1:
         torch.distributed.all_reduce(value)
