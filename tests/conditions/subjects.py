@@ -305,7 +305,7 @@ def _rankclip_loss(base: Any = None) -> nn.Module:
 
 SUBJECTS = [
     rank_terms("default"),
-    rank_terms("top k", top_k=3, diagonal=False, fixed_reference="text", chunk_size=2),
+    rank_terms("top k", top_k=3, diagonal=False, chunk_size=2),
     rank_terms("bins", method="bin", bins=17),  # a prime: no code's cosine is on a bin's edge
     rank_terms("top one", teacher=TEACHER, model="top_one"),
     rank_terms("teacher", teacher=TEACHER, chunk_size=4),

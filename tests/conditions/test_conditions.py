@@ -41,7 +41,6 @@ from torch.utils.checkpoint import checkpoint
 
 import rankloss
 from batches import upstream_for
-from defaults import default_device, default_dtype
 
 pytestmark = [
     # Zero rows are not unit-norm, and of that a loss may warn.
@@ -256,6 +255,25 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def autocast(dtype: torch.dtype) -> Context:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-from PIL import Image
+from own_steps import encoded, resumed
 from trainer_runs import SAMPLES, Run, Trainer
 
 from rankloss_features.folder import NAMES, hashes_of_pairs, hashes_of_rows, write_about
@@ -41,14 +40,9 @@ TEACHER = {name: unit_rows(SAMPLES, 7, seed) for seed, name in enumerate(NAMES)}
 
 def student(trainer: Trainer, run: Run) -> tuple[dict[str, np.ndarray[Any, Any]], float]:
     """The features of all pairs, by row, and the scale at the second and last step of a run."""
-    tiny = f"local-dir:{trainer.directory / 'tiny'}"
-    weights = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
-    clip, _, preprocess = open_clip.create_model_and_transforms(tiny, load_weights=False, output_dict=True)
-    clip.load_state_dict({k.removeprefix("module."): x for k, x in weights["state_dict"].items()})
-    clip.eval()
-    images = torch.stack([preprocess(Image.open(file)) for file, _, _ in trainer.rows])
-    tokens = open_clip.get_tokenizer(tiny)([title for _, title, _ in trainer.rows])
+    clip, _ = resumed(trainer, run)
     with torch.no_grad():
-        output = clip(images, tokens)
-    features = {name: output[name].double().numpy() for name in NAMES}
-    return features, output["logit_scale"].item()
+        features = encoded(trainer, clip.eval())
+    return dict(
+        zip(NAMES, (x.double().numpy() for x in features), strict=True)
+    ), clip.logit_scale.exp().item()

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+import tiny_sentences
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -63,16 +64,8 @@ def owed(model: Any, data: Any, scale: float, loss: RankedLists | None = None) -
 def train(
     directory: Path, loss: Any, model: Any, data: Any, kind: Any = RankedListsTrainer, **given: Any
 ) -> Any:
-    arguments = {
-        **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
-        **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "logging_steps": 1, "seed": 0},
-        **{"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"},
-        **{"save_strategy": "no", "dataloader_pin_memory": False},
-        **given,
-    }
-    trainer = kind(model, SentenceTransformerTrainingArguments(**arguments), data, loss=loss)
-    trainer.train()
-    return trainer
+    given = {"learning_rate": 0.1, "num_train_epochs": 1, **given}
+    return tiny_sentences.train(directory, loss, model, train_dataset=data, kind=kind, **given)
 
 
 def gradient(model: Any) -> torch.Tensor:

@@ -64,8 +64,9 @@ def train(
     model: nn.Module,
     *,
     resume: str | None = None,
+    kind: type[SentenceTransformerTrainer] = Trainer,
     **given: Any,
-) -> Trainer:
+) -> Any:
     keywords = {name: given.pop(name) for name in ("eval_dataset", "train_dataset") if name in given}
     arguments = {
         **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
@@ -75,13 +76,10 @@ def train(
         **given,
     }
     keywords.setdefault("train_dataset", pairs())
-    trainer = Trainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(**arguments),
-        loss=loss,
-        callbacks=[ours.Progress(loss)],
-        **keywords,
-    )
+    if kind is Trainer:
+        keywords["callbacks"] = [ours.Progress(loss)]
+    args = SentenceTransformerTrainingArguments(**arguments)
+    trainer = kind(model=model, args=args, loss=loss, **keywords)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
