@@ -11,7 +11,7 @@ import pytest
 import tiny_sentences
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from tiny_sentences import WORDS, tiny, weights
 
