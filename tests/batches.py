@@ -140,4 +140,4 @@ def assert_slopes(value: Tensor, inputs: tuple[Tensor, ...], literal: Callable[.
         above, below = (literal(*arrays[:k], x + d * along, *arrays[k + 1 :]) for d in (step, -step))
         slope = ((np.asarray(above) - below) * upstream.numpy()).sum() / (2 * step)
         tolerance = {"rel": 1e-5, "abs": max(1e-5, 1e-7 * scale)}
-        assert (gradient.numpy() * along).sum() == pytest.approx(slope, **tolerance)
+        assert (gradient.detach().numpy() * along).sum() == pytest.approx(slope, **tolerance)
