@@ -96,6 +96,31 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
     assert all(not any("modal" in name for name in line) for line in evaluated)
 
 
+@CACHED
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_of_a_model_are_trained(tmp_path: Path, bert: Path, mini_batch_size: int | None) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        model = tiny(bert)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+        model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
+        return model
+
+    model, own = adapted(), adapted()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    loss = rank_clip(model, mini_batch_size=mini_batch_size, schedule="linear")
+    train(tmp_path, loss, model, learning_rate=0.1, max_steps=1)
+    terms = at(rank_clip(own, schedule="linear"), 1, 1)(columns(own))
+    sum(terms[name] for name in TERMS).backward()
+    torch.optim.SGD(own.parameters(), lr=0.1).step()
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-6)
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
 @pytest.mark.parametrize(
     ("mini_batch_size", "wrapping"),  # MatryoshkaLoss, its weights
     [(1, None), (3, None), (3, [3, 0.0])],

@@ -111,6 +111,38 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, 
     assert lines(trained)[-1]["in_modal_loss"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(("mini_batch_size", "scale"), [(None, False), (3, False), (3, True)])
+def test_of_a_model_with_adapters_these_are_trained(
+    tmp_path: Path, mini_batch_size: int | None, scale: bool
+) -> None:
+    """And the scale, which modules_to_save does not reach, if it is thawed."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
+        model = peft.get_peft_model(clip(), peft.LoraConfig(r=4, **names))
+        model.base_model.model.logit_scale.requires_grad_(scale)
+        return model
+
+    start, model, pairs = adapted(), adapted(), Pairs(72)
+    expected = own_loop(model, linear(), pairs, [8])
+    trained = train(
+        tmp_path, model=adapted(), pairs=pairs, max_steps=3, mini_batch_size=mini_batch_size, **SGD
+    )
+    torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-5, atol=1e-6)
+    for line, terms in zip(lines(trained), expected, strict=True):
+        assert {name: line[name] for name in terms} == pytest.approx(terms, rel=1e-4, abs=1e-6)
+    before = dict(start.named_parameters())
+    changed = {name for name, x in trained.model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if "lora_" in name or (scale and "logit_scale" in name)}
+    trained.save_model(str(tmp_path))
+    saved = peft.utils.load_peft_weights(str(tmp_path))
+    assert len(saved) == 8
+    assert all("lora_" in name for name in saved)  # not the scale
+
+
 # --- cached gradients -------------------------------------------------------------------------------------
 
 
