@@ -83,6 +83,29 @@ def companions_of(args: Any) -> Companions | None:
     return Companions(parts) if parts else None
 
 
+def check_data(args: Any) -> None:
+    """Read what a loss takes from the training data beside pairs, before the trainer makes a folder of logs.
+
+    Of a webdataset samples are compared when they are read.
+
+    Raises:
+        ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
+    """
+    loss, companions, path = chosen(args), companions_of(args), getattr(args, "train_data", None)
+    by_name = "csv" if str(path).rpartition(".")[2] in ("csv", "tsv") else ""
+    kind = {"auto": by_name}.get(args.dataset_type, args.dataset_type)
+    try:
+        if loss.teacher is not None:
+            from rankloss_features import caching
+
+            caching.of_open_clip(args, caching.Spec.of(loss.teacher))
+        if companions is not None and path and kind == "csv":
+            companions.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
+
+
 def compute_teacher(args: Any) -> None:
     """Compute the teacher's features of the training data, unless a cache has them, and note their folder."""
     loss = chosen(args)
@@ -157,6 +180,7 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
             check_run(loss, args)
             for part in loss.parts:
                 vars(args).update({dest(part, x): getattr(part, x.key) for x in part.options().values()})
+            check_data(args)
     except ValueError as error:
         parser.error(f"argument {error}")
     requested(args)
