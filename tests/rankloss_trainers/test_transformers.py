@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,12 +307,19 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         ("epoch", {"num_train_epochs": 3, "callbacks": [Halving()]}, [0, 0, 0.5, 0.5, 1, 1]),
         ("step", {"gradient_accumulation_steps": 2, "num_train_epochs": 1}, [0, 1]),
         ("step", {"pairs": Stream(), "max_steps": 6}, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        ("auto", {"num_train_epochs": 9, "pairs": Pairs(8)}, [i / 8 for i in range(9)]),
+        ("auto", {"num_train_epochs": 10, "pairs": Pairs(16)}, [i // 2 / 9 for i in range(20)]),
     ],
 )
-def test_lambda_follows_what_the_trainer_trains(tmp_path: Path, unit: str, given: Any, expected: Any) -> None:
+def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
+    tmp_path: Path, unit: str, given: Any, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     options = {"schedule": "linear", "schedule_unit": unit}
-    trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
+    with caplog.at_level(logging.INFO, "rankloss_trainers"):
+        trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
     assert column(trained, "rank_lambda") == pytest.approx(expected)
+    repeats = expected[:2] == [0, 0]
+    assert f"schedule linear per {'epoch' if repeats else 'step'}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["clip-streamed", "siglip-streamed"])
