@@ -51,6 +51,20 @@ def test_images_of_the_site_are_files_of_their_type(tmp_path: Path, caplog: pyte
     assert said == [f"page/index.html shows {x}, which is no image of the site" for x in addresses[2:]]
 
 
+def test_a_table_of_commands_becomes_a_list_on_a_phone() -> None:
+    def table(cell: str, columns: int) -> str:
+        heads = "".join(f"<th>{name}</th>" for name in "abc"[:columns])
+        cells = [f"<td{more}>{cell}</td>" for more in ("", ' style="x"', "")[:columns]]
+        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody><tr>\n{''.join(cells)}</tr></tbody></table>"
+
+    hooks = tool("site/hooks.py")
+    found = hooks.on_page_content(table("<code>x</code>", 3))
+    assert re.findall(r'<td data-label="(\w)"', found) == ["a", "b", "c"]
+    assert "<table data-stacked>" in found
+    for other in (table("<code>x</code>", 2), table("1.2 ± 0.3", 3)):
+        assert hooks.on_page_content(other) == other
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_bold_in_a_table_means_one_thing(page: Path) -> None:
     """The significance that the page explains."""

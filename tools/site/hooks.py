@@ -27,6 +27,11 @@ _THEMED_PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"'
     r"(?P<layout>[^>]*)>\s*</picture>"
 )
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_HEAD = re.compile(r"<th[ >].*?</th>", re.DOTALL)
+_ROW = re.compile(r"<tr>\s*<td.*?</tr>", re.DOTALL)
+_CELL = re.compile(r"<td(?=[ >])")
+_CODE_BESIDE = re.compile(r"</td>\s*<td[^>]*>(?:(?!</td>).)*<code>", re.DOTALL)  # not in the first cell
 _IMAGE = re.compile(r"""<img\b[^>]*?\bsrc=["']?([^"'\s>]+)""")
 _BEGINNINGS = {"image/svg+xml": (b"<svg", b"<?xml"), "image/png": (b"\x89PNG",), "image/jpeg": (b"\xff\xd8",)}
 
@@ -65,6 +70,23 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _LINK.sub(resolve, markdown)
     return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a phone show a table of commands as a list: each cell is labelled with the head of its column."""
+    return _TABLE.sub(lambda match: _stacked(match[0]), html)
+
+
+def _stacked(table: str) -> str:
+    heads = [re.sub("<[^>]*>", "", head).strip() for head in _HEAD.findall(table)]
+    if len(heads) < 3 or not _CODE_BESIDE.search(table):
+        return table
+
+    def labelled(row: re.Match[str]) -> str:
+        labels = iter(heads)
+        return _CELL.sub(lambda _: f'<td data-label="{next(labels)}"', row[0])
+
+    return _ROW.sub(labelled, table).replace("<table>", "<table data-stacked>", 1)
 
 
 def on_post_build(config: Any, **_: Any) -> None:
