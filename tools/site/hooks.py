@@ -83,7 +83,7 @@ def _stacked(table: str) -> str:
         return table
 
     def labelled(row: re.Match[str]) -> str:
-        labels = iter(heads)
+        labels = (f"{head}: " if head else "" for head in heads)
         return _CELL.sub(lambda _: f'<td data-label="{next(labels)}"', row[0])
 
     return _ROW.sub(labelled, table).replace("<table>", "<table data-stacked>", 1)
