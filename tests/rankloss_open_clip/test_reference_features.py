@@ -136,6 +136,10 @@ def test_sources_that_contradict_are_refused_with_both_names(
             "--csv-caption-key nope: ",
         ),
         ("mimicry --mimicry-teacher local-dir:no", "--mimicry-teacher: --model local-dir:no: there is no fo"),
+        (
+            "clip-ids --csv-separator ;",
+            "has no column 'filepath'; it has filepath\ttitle\tcandidates\tgrades; wr",
+        ),
         ("clip-ids --clip-ids-key nope", "--train-data: FILE has no column 'nope'"),
         ("alip --alip-caption-key nope", "--train-data: FILE has no column 'nope'"),
         ("ranked-lists", "--train-data: a list must have candidates, and a grade for each; got 1 candidates"),
