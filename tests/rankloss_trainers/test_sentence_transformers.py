@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +58,9 @@ def steps(trainer: Any) -> list[dict[str, float]]:
 
 @CACHED
 def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
-    tmp_path: Path, bert: Path, mini_batch_size: int | None
+    tmp_path: Path, bert: Path, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "rankloss_trainers")
     model, own = tiny(bert), tiny(bert)
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
@@ -71,6 +73,8 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         embeddings = [own(column)["sentence_embedding"] for column in columns(own, rows)]
         return [*map(F.normalize, embeddings), 30.0]
 
+    assert "Loss: rankclip (rankloss" in caplog.text
+    assert "schedule linear per step over 2 epoch(s)" in caplog.text
     lines = steps(trainer)
     assert len(lines) == 8
     for number, line in enumerate(lines):
