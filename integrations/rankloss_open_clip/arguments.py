@@ -91,9 +91,10 @@ def check_data(args: Any) -> None:
     Raises:
         ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
     """
-    loss, companions, path = chosen(args), companions_of(args), getattr(args, "train_data", None)
-    by_name = "csv" if str(path).rpartition(".")[2] in ("csv", "tsv") else ""
-    kind = {"auto": by_name}.get(args.dataset_type, args.dataset_type)
+    loss, companions = chosen(args), companions_of(args)
+    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
+    if kind == "auto" and str(path).endswith((".csv", ".tsv")):
+        kind = "csv"
     try:
         if loss.teacher is not None:
             from rankloss_features import caching
