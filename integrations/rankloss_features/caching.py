@@ -104,7 +104,7 @@ class Spec(NamedTuple):
 
     def _look_up(self, name: str, value: str) -> None:
         place = value.removeprefix("local-dir:")
-        if (place != value or value.startswith((".", "/", "~"))) and not os.path.isdir(place):
+        if (place != value or value.startswith((".", "/", "~"))) and not os.path.exists(place):
             raise ValueError(f"there is no folder {place}")
         package = value.replace("-", "_")
         if package in packages.MODULES and importlib.util.find_spec(package) is None:

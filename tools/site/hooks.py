@@ -78,7 +78,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _stacked(table: str) -> str:
-    heads = [re.sub("<[^>]*>", "", head).strip() for head in _HEAD.findall(table)]
+    heads = [re.sub("<[^>]*>", "", head).strip().replace('"', "&quot;") for head in _HEAD.findall(table)]
     if len(heads) < 3 or not _CODE_BESIDE.search(table):
         return table
 
