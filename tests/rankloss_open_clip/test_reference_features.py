@@ -135,7 +135,7 @@ def test_sources_that_contradict_are_refused_with_both_names(
             "rankclip-distill --rankclip-teacher text=FOLDER --csv-caption-key nope",
             "--csv-caption-key nope: ",
         ),
-        ("mimicry --mimicry-teacher local-dir:no", "--mimicry-teacher: --model local-dir:no: there is no fo"),
+        ("mimicry --mimicry-teacher local-dir:no", "--mimicry-teacher: --model local-dir:no: there is no "),
         (
             "clip-ids --csv-separator ;",
             "has no column 'filepath'; it has filepath\ttitle\tcandidates\tgrades; wr",
