@@ -108,7 +108,7 @@ def judged(groups: Groups, targets: Iterable[Target] = TARGETS) -> str:
         cells = ["not measured", "–"]
         if value is not None:
             met = value >= x.bound if x.at_least else value <= x.bound
-            cells = [form.format(value), "yes" if met else "**no**"]
+            cells = [form.format(value), "yes" if met else "no"]
         rows.append([x.what, bound, *cells])
     return markdown_table(["what", "target", "measured", "met"], rows)
 

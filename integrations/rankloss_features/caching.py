@@ -103,6 +103,9 @@ class Spec(NamedTuple):
         return self
 
     def _look_up(self, name: str, value: str) -> None:
+        place = value.removeprefix("local-dir:")
+        if (place != value or value.startswith((".", "/", "~"))) and not os.path.exists(place):
+            raise ValueError(f"there is no folder {place}")
         package = value.replace("-", "_")
         if package in packages.MODULES and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)

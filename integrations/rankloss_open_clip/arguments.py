@@ -83,6 +83,30 @@ def companions_of(args: Any) -> Companions | None:
     return Companions(parts) if parts else None
 
 
+def check_data(args: Any) -> None:
+    """Read what a loss takes from the training data beside pairs, before the trainer makes a folder of logs.
+
+    Of a webdataset samples are compared when they are read.
+
+    Raises:
+        ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
+    """
+    loss, companions = chosen(args), companions_of(args)
+    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
+    if kind == "auto" and str(path).endswith((".csv", ".tsv")):
+        kind = "csv"
+    try:
+        if loss.teacher is not None:
+            from rankloss_features import caching
+
+            caching.of_open_clip(args, caching.Spec.of(loss.teacher))
+        if companions is not None and path and kind == "csv":
+            companions.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
+
+
 def compute_teacher(args: Any) -> None:
     """Compute the teacher's features of the training data, unless a cache has them, and note their folder."""
     loss = chosen(args)
@@ -157,6 +181,7 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
             check_run(loss, args)
             for part in loss.parts:
                 vars(args).update({dest(part, x): getattr(part, x.key) for x in part.options().values()})
+            check_data(args)
     except ValueError as error:
         parser.error(f"argument {error}")
     requested(args)

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rankloss_trainers.candidates import columns_of
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
@@ -82,6 +85,13 @@ class Companions:
         self.name = " and a ".join(part.name for part in parts)
 
     # --- reading ------------------------------------------------------------------------------------------
+
+    def check_csv(self, path: str, separator: str, image_key: str, caption_key: str) -> None:
+        """Read the companions of a CSV file as the trainer will; see :meth:`Companion.of_rows`."""
+        images, captions = columns_of(path, separator, image_key, caption_key)
+        rows = SimpleNamespace(images=images.tolist(), captions=captions.tolist())
+        for part in self.parts:
+            part.of_rows(path, separator, rows)
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Add the companions to the captions of the trainer's CSV dataset; see :meth:`Companion.of_rows`."""

@@ -28,7 +28,8 @@ def columns_of(path: str, separator: str, *names: str) -> list[Any]:
     table = pandas.read_csv(path, sep=separator)
     for name in names:
         if name not in table:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, table))}")
+            hint = "; wrong --csv-separator?" if any(name in str(x) for x in table) else ""
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, table))}{hint}")
     return [table[name] for name in names]
 
 

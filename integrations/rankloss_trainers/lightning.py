@@ -15,11 +15,13 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
+from rankloss_trainers.own_losses import SHORT_RAMP
 from rankloss_trainers.runtime import METHODS, listeners
 
 with extra("lightning"):
     from lightning.pytorch import Callback
     from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+    from lightning.pytorch.utilities import rank_zero_info
 
 __all__ = ["Progress"]
 
@@ -35,7 +37,8 @@ class Progress(Callback):
     Args:
         unit: ``"step"`` calls ``set_progress(step, total_steps)`` once before each optimizer step, whose
             batches may be several; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both
-            count from 1.
+            count from 1. ``"auto"`` goes by steps in a run of fewer than ten epochs, of ``max_steps`` or of
+            ``total_steps``, by epochs otherwise. The log says which.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
             a length, a ``GradientAccumulationScheduler`` or ``StochasticWeightAveraging``, unless
             ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer.
@@ -49,12 +52,14 @@ class Progress(Callback):
     Example:
         >>> Progress(unit="batch")
         Traceback (most recent call last):
-        ValueError: unit must be one of 'step', 'epoch'; got 'batch'
+        ValueError: unit must be one of 'auto', 'step', 'epoch'; got 'batch'
     """
 
-    def __init__(self, unit: Literal["step", "epoch"] = "step", *, total_steps: int | None = None) -> None:
-        check_choice("unit", unit, ("step", "epoch"))
-        self.unit = unit
+    def __init__(
+        self, unit: Literal["auto", "step", "epoch"] = "auto", *, total_steps: int | None = None
+    ) -> None:
+        check_choice("unit", unit, ("auto", "step", "epoch"))
+        self._given, self.unit = unit, unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
             raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
@@ -68,6 +73,8 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
+        if self._given == "auto":
+            self.unit = self._unit_of(trainer)
         other = "epoch" if self.unit == "step" else "step"
         told, untold = (
             [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
@@ -78,11 +85,18 @@ class Progress(Callback):
             raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
         self._tellers, self._told = told, 0
         self._end = self._end_of(trainer, pl_module) if told else 0
+        if told and not trainer.sanity_checking:
+            rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
+
+    def _unit_of(self, trainer: Any) -> Literal["step", "epoch"]:
+        """The unit of a run that chooses none."""
+        by_steps = self.total_steps is not None or trainer.max_steps != -1
+        return "step" if by_steps or (trainer.max_epochs or 0) < SHORT_RAMP else "epoch"
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""

@@ -27,7 +27,7 @@ _OF_TERMS = (
     *("model", "reference_scale", "top_k", "diagonal", "method", "bins"),
     *("chunk_size", "memory_budget", "kernel"),
 )
-_SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
+SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
 _FOLDER = "a teacher's features from a folder of `rankloss features`"
 _SPEC = (
     "a teacher whose features of the training data are computed before the first step: MODEL:PRETRAINED of "
@@ -147,7 +147,7 @@ class RankClip(NamedLoss):
 
     def unit(self, epochs: float) -> str:
         if self.schedule_unit == "auto":
-            return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
+            return "epoch" if SHORT_RAMP <= epochs < math.inf else "step"
         return "step" if epochs == 1 and self.schedule != "constant" else self.schedule_unit
 
     def describe(self, epochs: float) -> str:

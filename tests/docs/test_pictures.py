@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tools_folder import tool
 
 pytest.importorskip("matplotlib")
 
@@ -33,3 +35,39 @@ def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) 
         there = [one for one in report.splitlines() if score in one and difference in one]
         seeds = f" {row['seeds']} |", f"({row['seeds']})"
         assert any(x in one for one in there for x in seeds), row
+
+
+def test_images_of_the_site_are_files_of_their_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "page").mkdir()
+    (tmp_path / "good.svg").write_text("<svg/>")
+    (tmp_path / "page/text.png").write_text("<!doctype html>")
+    addresses = ["../good.svg#gh-light-mode-only", "data:image/png;base64,AA", "none.svg", "text.png"]
+    addresses += ["https://github.com/rankloss/rankloss/blob/main/examples/some.svg"]
+    html = "".join(f'<img alt="a" src="{address}">' for address in addresses)
+    (tmp_path / "page/index.html").write_text(html)
+    hooks = tool("site/hooks.py")
+    hooks.on_post_build(SimpleNamespace(site_dir=str(tmp_path)))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"page/index.html shows {x}, which is no image of the site" for x in addresses[2:]]
+
+
+def test_a_table_of_commands_becomes_a_list_on_a_phone() -> None:
+    def table(cell: str, columns: int) -> str:
+        heads = "".join(f"<th>{name}</th>" for name in ("a", "b", "")[:columns])
+        cells = [f"<td{more}>{cell}</td>" for more in ("", ' style="x"', "")[:columns]]
+        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody><tr>\n{''.join(cells)}</tr></tbody></table>"
+
+    hooks = tool("site/hooks.py")
+    found = hooks.on_page_content(table("<code>x</code>", 3))
+    assert re.findall(r'<td data-label="([^"]*)"', found) == ["a: ", "b: ", ""]
+    assert "<table data-stacked>" in found
+    for other in (table("<code>x</code>", 2), table("1.2 ± 0.3", 3)):
+        assert hooks.on_page_content(other) == other
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_bold_in_a_table_means_one_thing(page: Path) -> None:
+    """The significance that the page explains."""
+    text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
+    bold = [line for line in text.splitlines() if line.startswith("|") and "**" in line]
+    assert not bold or re.search(r"bold\W*: significant", text), bold

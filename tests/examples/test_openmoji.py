@@ -165,12 +165,14 @@ def test_the_end_says_what_to_look_at(seed):
         name: evaluate.Found(of["percent"], of["minus_first"], of["half_width"])
         for name, of in results["found"].items()
     }
-    first, second = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
+    first, second, last = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
     best = found[arms.find("encoders").label]
     assert f"finds most, {best.percent:.1f} %, +{best.minus_first:.1f} ±" in first
     pixels = (rows[report.KNN]["image_to_text"][10] + rows[report.KNN]["text_to_image"][10]) / 2
     assert f"Untrained pixels find {pixels:.1f} %" in first
     assert "lowest on training concepts" in second
+    assert "mimicry, which gains most" in last
+    assert (Path(__file__).parents[2] / last.rpartition(" ")[2].rstrip(".")).is_file()
     assert (
         max(results["tau"].values(), key=lambda of: of["held-out"])
         == results["tau"][arms.find("encoders").label]

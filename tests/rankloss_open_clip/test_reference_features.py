@@ -124,3 +124,41 @@ def test_sources_that_contradict_are_refused_with_both_names(
             parse_args(["--loss", "rankclip", OPTION, *argv.split()])
         said = capsys.readouterr().err
         assert all(name in said for name in named)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (f"rankclip {OPTION} FOLDER", "row 0 of FILE, image '0.png' with caption 'a0', is row 1 of the 2 of"),
+        ("mimicry --mimicry-reference-features FOLDER", "row 0 of FILE, image '0.png'"),
+        (
+            "rankclip-distill --rankclip-teacher text=FOLDER --csv-caption-key nope",
+            "--csv-caption-key nope: ",
+        ),
+        ("mimicry --mimicry-teacher local-dir:no", "--mimicry-teacher: --model local-dir:no: there is no "),
+        (
+            "clip-ids --csv-separator ;",
+            "has no column 'filepath'; it has filepath\ttitle\tcandidates\tgrades; wr",
+        ),
+        ("clip-ids --clip-ids-key nope", "--train-data: FILE has no column 'nope'"),
+        ("alip --alip-caption-key nope", "--train-data: FILE has no column 'nope'"),
+        ("ranked-lists", "--train-data: a list must have candidates, and a grade for each; got 1 candidates"),
+        ("clip-ids --train-data no.csv", "--train-data: [Errno 2] No such file or directory: 'no.csv'"),
+    ],
+)
+def test_what_is_not_the_datas_is_refused_before_the_trainer_makes_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str, named: str
+) -> None:
+    """By the parser, as the trainer makes it from the parsed arguments."""
+    pairs = [("0.png", "a0"), ("1.png", "a1")]
+    good = stored(tmp_path / "good", pairs, image_features=BOTH[:2], text_features=BOTH[:2])
+    wrong = stored(tmp_path / "wrong", pairs[::-1], image_features=BOTH[:2], text_features=BOTH[:2])
+    file, lists = tmp_path / "data.csv", "\tcandidates\tgrades\n"
+    rows = [f'{image}\t{caption}\t["x"]\t[1{", 2" * n}]\n' for n, (image, caption) in enumerate(pairs)]
+    file.write_text("".join(["filepath\ttitle", lists, *rows]))
+    data = ["--train-data", str(file)]
+    assert parse_args([*data, "--loss", "rankclip", OPTION, good]).rankclip_reference_features == good
+    options, named = (text.replace("FOLDER", wrong).replace("FILE", str(file)) for text in (options, named))
+    with pytest.raises(SystemExit):
+        parse_args([*data, "--loss", *options.split()])
+    assert named in capsys.readouterr().err

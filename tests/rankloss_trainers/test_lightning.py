@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -124,6 +125,9 @@ def averaging() -> lightning.Callback:
     [
         ({}, linear(*range(1, 9))),
         ({"accumulate_grad_batches": 2}, linear(1, 1, 2, 2, 3, 3, 4, 4)),
+        ({"max_epochs": 10}, [epoch / 9 for epoch in range(10) for _ in range(4)]),
+        ({"max_epochs": 10, "max_steps": 6}, linear(*range(1, 7))),
+        ({"progress": Progress("step"), "max_epochs": 10}, linear(*range(1, 41))),
         ({"progress": Progress("epoch"), "max_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
         ({"progress": Progress(total_steps=5), "data": Stream()}, linear(1, 2, 3, 4, 5, 5, 5, 5)),
         ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, linear(*range(1, 7))),
@@ -134,12 +138,15 @@ def averaging() -> lightning.Callback:
         ({"progress": Progress(total_steps=8), "callbacks": [averaging()]}, linear(*range(1, 9))),
     ],
 )
-def test_lambda_follows_the_steps_or_the_epochs(
-    tmp_path: Path, given: dict[str, Any], expected: list[float]
+def test_lambda_follows_the_steps_or_the_epochs_and_the_log_says_which(
+    tmp_path: Path, given: dict[str, Any], expected: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     module = Module()
-    trainer = fit(tmp_path, module, **given)
-    assert lambdas(module) == expected
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer = fit(tmp_path, module, **given)
+    assert lambdas(module) == pytest.approx(expected, rel=1e-12)
+    unit = "epoch" if len({*expected}) < len(expected) / 3 else "step"
+    assert caplog.text.count(f"Loss: lambda per {unit} over ") == 1
     assert trainer.logged_metrics.keys() >= {*TERMS}
     assert module.seen[-1]["cross_modal_loss"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +58,9 @@ def steps(trainer: Any) -> list[dict[str, float]]:
 
 @CACHED
 def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
-    tmp_path: Path, bert: Path, mini_batch_size: int | None
+    tmp_path: Path, bert: Path, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "rankloss_trainers")
     model, own = tiny(bert), tiny(bert)
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
@@ -71,6 +73,8 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         embeddings = [own(column)["sentence_embedding"] for column in columns(own, rows)]
         return [*map(F.normalize, embeddings), 30.0]
 
+    assert "Loss: rankclip (rankloss" in caplog.text
+    assert "schedule linear per step over 2 epoch(s)" in caplog.text
     lines = steps(trainer)
     assert len(lines) == 8
     for number, line in enumerate(lines):
@@ -94,6 +98,31 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         total = sum(8 * rankloss.ClipLoss()(*features(rows)).item() for rows in (range(8), range(8, 16)))
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
     assert all(not any("modal" in name for name in line) for line in evaluated)
+
+
+@CACHED
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_of_a_model_are_trained(tmp_path: Path, bert: Path, mini_batch_size: int | None) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        model = tiny(bert)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+        model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
+        return model
+
+    model, own = adapted(), adapted()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    loss = rank_clip(model, mini_batch_size=mini_batch_size, schedule="linear")
+    train(tmp_path, loss, model, learning_rate=0.1, max_steps=1)
+    terms = at(rank_clip(own, schedule="linear"), 1, 1)(columns(own))
+    sum(terms[name] for name in TERMS).backward()
+    torch.optim.SGD(own.parameters(), lr=0.1).step()
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-6)
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,6 +109,38 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, 
     for line in lines(trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
     assert lines(trained)[-1]["in_modal_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(("mini_batch_size", "scale"), [(None, False), (3, False), (3, True)])
+def test_of_a_model_with_adapters_these_are_trained(
+    tmp_path: Path, mini_batch_size: int | None, scale: bool
+) -> None:
+    """And the scale, which modules_to_save does not reach, if it is thawed."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
+        model = peft.get_peft_model(clip(), peft.LoraConfig(r=4, **names))
+        model.base_model.model.logit_scale.requires_grad_(scale)
+        return model
+
+    start, model, pairs = adapted(), adapted(), Pairs(72)
+    expected = own_loop(model, linear(), pairs, [8])
+    trained = train(
+        tmp_path, model=adapted(), pairs=pairs, max_steps=3, mini_batch_size=mini_batch_size, **SGD
+    )
+    torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-5, atol=1e-6)
+    for line, terms in zip(lines(trained), expected, strict=True):
+        assert {name: line[name] for name in terms} == pytest.approx(terms, rel=1e-4, abs=1e-6)
+    before = dict(start.named_parameters())
+    changed = {name for name, x in trained.model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if "lora_" in name or (scale and "logit_scale" in name)}
+    trained.save_model(str(tmp_path))
+    saved = peft.utils.load_peft_weights(str(tmp_path))
+    assert len(saved) == 8
+    assert all("lora_" in name for name in saved)  # not the scale
 
 
 # --- cached gradients -------------------------------------------------------------------------------------
@@ -262,12 +295,19 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         ("epoch", {"num_train_epochs": 3, "callbacks": [Halving()]}, [0, 0, 0.5, 0.5, 1, 1]),
         ("step", {"gradient_accumulation_steps": 2, "num_train_epochs": 1}, [0, 1]),
         ("step", {"pairs": Stream(), "max_steps": 6}, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        ("auto", {"num_train_epochs": 9, "pairs": Pairs(8)}, [i / 8 for i in range(9)]),
+        ("auto", {"num_train_epochs": 10, "pairs": Pairs(16)}, [i // 2 / 9 for i in range(20)]),
     ],
 )
-def test_lambda_follows_what_the_trainer_trains(tmp_path: Path, unit: str, given: Any, expected: Any) -> None:
+def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
+    tmp_path: Path, unit: str, given: Any, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     options = {"schedule": "linear", "schedule_unit": unit}
-    trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
+    with caplog.at_level(logging.INFO, "rankloss_trainers"):
+        trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
     assert column(trained, "rank_lambda") == pytest.approx(expected)
+    repeats = expected[:2] == [0, 0]
+    assert f"schedule linear per {'epoch' if repeats else 'step'}" in caplog.text
 
 
 # --- what changes nothing ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ live at the root. Here such links lead to the repository's own site; a file that
 from __future__ import annotations
 
 import logging
+import mimetypes
 import posixpath
 import re
 import sys
@@ -26,6 +27,13 @@ _THEMED_PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"'
     r"(?P<layout>[^>]*)>\s*</picture>"
 )
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_HEAD = re.compile(r"<th[ >].*?</th>", re.DOTALL)
+_ROW = re.compile(r"<tr>\s*<td.*?</tr>", re.DOTALL)
+_CELL = re.compile(r"<td(?=[ >])")
+_CODE_BESIDE = re.compile(r"</td>\s*<td[^>]*>(?:(?!</td>).)*<code>", re.DOTALL)  # not in the first cell
+_IMAGE = re.compile(r"""<img\b[^>]*?\bsrc=["']?([^"'\s>]+)""")
+_BEGINNINGS = {"image/svg+xml": (b"<svg", b"<?xml"), "image/png": (b"\x89PNG",), "image/jpeg": (b"\xff\xd8",)}
 
 log = logging.getLogger("mkdocs.hooks.links")
 
@@ -62,6 +70,36 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _LINK.sub(resolve, markdown)
     return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a phone show a table of commands as a list: each cell is labelled with the head of its column."""
+    return _TABLE.sub(lambda match: _stacked(match[0]), html)
+
+
+def _stacked(table: str) -> str:
+    heads = [re.sub("<[^>]*>", "", head).strip().replace('"', "&quot;") for head in _HEAD.findall(table)]
+    if len(heads) < 3 or not _CODE_BESIDE.search(table):
+        return table
+
+    def labelled(row: re.Match[str]) -> str:
+        labels = (f"{head}: " if head else "" for head in heads)
+        return _CELL.sub(lambda _: f'<td data-label="{next(labels)}"', row[0])
+
+    return _ROW.sub(labelled, table).replace("<table>", "<table data-stacked>", 1)
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Look at every image of the built site: a file of the site, of the type that its name says."""
+    site = Path(config.site_dir)
+    for page in sorted(site.rglob("*.html")):
+        for address in _IMAGE.findall(page.read_text(encoding="utf-8")):
+            if address.startswith("data:image/"):
+                continue
+            file = page.parent / address.partition("#")[0]
+            beginnings = _BEGINNINGS.get(mimetypes.guess_type(file.name)[0] or "")
+            if not (beginnings and file.is_file() and file.read_bytes().startswith(beginnings)):
+                log.warning("%s shows %s, which is no image of the site", page.relative_to(site), address)
 
 
 def _themed_picture(match: re.Match[str]) -> str:

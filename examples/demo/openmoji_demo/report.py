@@ -100,6 +100,10 @@ def closing(block: Block, found: dict[str, Found], agreement: Agreement) -> list
             "follow two encoders that rank differently, and the training captions are fitted less; retrieval "
             f"is measured on unseen concepts, where its τ is {taus[best][HELD_OUT]:.2f}."
         )
+    said.append(
+        "Not here: mimicry, which gains most and needs a CLIP as teacher. It is measured on icons and on "
+        "photographs: docs/teachers.md."
+    )
     return said
 
 
