@@ -125,7 +125,9 @@ def test_evaluation_is_the_innermost_base_and_counts_a_single_pair_0() -> None:
     run = run_of(HOST, CyClipLoss(rankloss.RankClipLoss(schedule="linear")))
     pair = features()
     assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
-    assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
+    sigmoid = run_of(HOST, "rankclip", base=rankloss.SigLipLoss())  # which is no 0 by itself
+    for one in (run, sigmoid):
+        assert one.evaluate(**inputs([x[:1] for x in pair])).total == 0
 
 
 def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
@@ -302,6 +304,10 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
     at(run, 1)(**inputs(features()), caption_features=features(seed=2)[0])
     saved = run.saved()
     assert saved is not None
+    histories = run.criterion.histories.clone()
+    at(run, 2)(**inputs(features()), caption_features=features(seed=3)[0])
+    assert torch.equal(saved["state_dict"]["histories"], histories), "it does not move with the loss"
+    run.restore(saved)
     as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
     other.restore(as_lists)
     assert torch.equal(other.criterion.histories, run.criterion.histories)
