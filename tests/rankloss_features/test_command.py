@@ -185,7 +185,8 @@ def test_help_shows_a_tab(capsys: Any) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.console import main
 encode = Teacher.encode
