@@ -113,7 +113,8 @@ def test_what_pytest_benchmark_writes_becomes_tables(tmp_path: Path) -> None:
         "test_loss and 512-1-ClipLoss and not ids",
     ]
     found = tmp_path / "bench.json"
-    alone = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # else untimed
+    # Beside xdist nothing is timed.
+    alone = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     subprocess.run([*line, f"--benchmark-json={found}"], cwd=ROOT, env=alone, check=True, timeout=600)
     results = json.loads(found.read_text())
     assert [len(x["stats"]["data"]) for x in results["benchmarks"]] == [40, 40]
