@@ -94,7 +94,7 @@ TARGETS = [
     ),
     Target("a step of the demo's model, rankclip / clip", (STEP, "rankclip"), (STEP, "clip"), 1.03),
     Target("import rankloss, after torch", ("start: imports", "rankloss-after-torch"), None, 0.1),
-    Target("python -m rankloss --help", ("start: python -m rankloss", "--help"), None, 1),
+    Target("python -m rankloss --help", ("start: python -m rankloss", "--help"), None, 3),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +14,13 @@ from rankloss import Gather, RankedLists
 from turns import Step
 
 N, K, D, SCALE = 512, 64, 512, 1 / 0.07  # lists, candidates of each, dimensions
-REFERENCE = "-reference"  # a frozen model's scores are subtracted
 CLIP = "cross-entropy"
 
 
 def contenders(negatives: bool) -> list[str]:
     """Names, the cross-entropy's first; what this revision of rankloss lacks is left out."""
     models = ("plackett_luce", "top_one") if negatives else ("plackett_luce", "top_one", "pairwise", "lambda")
-    found = list(filter(_is_known, models))
-    if not negatives and "reference_scores" in inspect.signature(RankedLists.forward).parameters:
-        found += [f"{model}{REFERENCE}" for model in found]
-    return [CLIP, *found]
+    return [CLIP, *filter(_is_known, models)]
 
 
 def _is_known(model: Any) -> bool:
@@ -49,11 +44,10 @@ def step(name: str, negatives: bool, queries: Tensor, candidates: Tensor) -> Ste
         return lambda: F.cross_entropy(
             scale * torch.einsum("nd,nkd->nk", queries, candidates), first
         ).backward()
-    model: Any = name.removesuffix(REFERENCE)
+    model: Any = name
     loss = RankedLists(model=model, in_batch_negatives=negatives, gather=Gather(rank=0, world_size=1))
     grades = torch.randint(0, 5, (n, k), generator=generator)
-    given = {"reference_scores": torch.randn(n, k, generator=generator)} if name.endswith(REFERENCE) else {}
-    return lambda: loss(queries, candidates, grades, scale, **given).backward()
+    return lambda: loss(queries, candidates, grades, scale).backward()
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,13 @@ if "same_id" in inspect.signature(rankloss.ClipLoss).parameters:  # not in every
 if DEVICE.type == "cuda":
     CONTENDERS["RankClipLoss-triton"] = training(rankloss.RankClipLoss(schedule="constant", kernel="triton"))
 OF_A_SHARE = ("ClipLoss", "RankClipLoss", "RankClipLoss-bin", "RankClipLoss-triton")
+AT_MOST_4096 = ("RankConsistency", "RankClipLoss-", "rankclip-", "ClipLoss-ids")  # a CPU takes minutes beyond
 
 
 def contenders(n: int, processes: int) -> list[str]:
     names = CONTENDERS if processes == 1 else filter(CONTENDERS.__contains__, OF_A_SHARE)
-    return [name for name in names if name != "naive" or n <= NAIVE_UP_TO]
+    slow = AT_MOST_4096 if DEVICE.type == "cpu" and n > 4096 else ()
+    return [x for x in names if (x != "naive" or n <= NAIVE_UP_TO) and not x.startswith(slow)]
 
 
 def features(n: int, d: int, seed: int = 0) -> Features:

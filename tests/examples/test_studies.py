@@ -31,7 +31,7 @@ def test_a_report_is_that_of_its_records(name, tmp_path):
     shutil.copytree(study.folder, copy, ignore=shutil.ignore_patterns("report", "*.py", "__pycache__"))
     run = Run(dataclasses.replace(study, folder=copy), "full", tmp_path)
     if not (study.folder / "report" / f"{study.report}.md").is_file():
-        with pytest.raises(RuntimeError, match="nothing to report|trainings are missing"):
+        with pytest.raises(RuntimeError, match=r"nothing to report|trainings are missing"):
             run.write()
         return
     written = run.write()
