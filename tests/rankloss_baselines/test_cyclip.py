@@ -67,7 +67,7 @@ def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int
     for rotated in (False, True):
         leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
         for actual, expected in zip(CyClipLoss().terms(*leaves), direct(*leaves), strict=True):
-            if expected < 1e-12:  # below what float32 features say of one another
+            if expected < 1e-9 * n:  # cosines that differ by less than some hundred roundings of float32
                 continue
             assert actual.dtype == torch.float32
             assert relative_error(actual, expected) < 1e-5
