@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import RANK_TERMS, Batch, Matrix, Term, other_items
+from rankloss.log_sums import log_cumsum_exp
 from rankloss.options import RankOptions, Worth
 from rankloss.ranking import quantize
 
@@ -55,8 +55,7 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         order = shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
         last = torch.arange(n, device=scores.device).expand(order.shape)
     ranked = log_worth(scores, options.worth).gather(-1, order)
-    log_sums: Tensor = _LogCumSumExp.apply(ranked)  # type: ignore[no-untyped-call]
-    terms = log_sums.gather(-1, last) - ranked
+    terms = log_cumsum_exp(ranked).gather(-1, last) - ranked
     mu = _mu(n - last, options, scores.dtype)  # tied items share their best rank
     if mu is not None:
         terms = terms * mu
@@ -64,45 +63,6 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         terms = terms / (n if mu is None else mu.sum(-1, keepdim=True))
     terms = torch.empty_like(terms).scatter(-1, order, terms)
     return terms if ordered_or_nan is None else terms * ordered_or_nan  # by a product, for a NaN gradient
-
-
-class _LogCumSumExp(torch.autograd.Function):
-    """``x.logcumsumexp(-1)``, differentiable any number of times.
-
-    torch's own second derivative is NaN if an upstream value is 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.logcumsumexp(x, -1)
-        ctx.save_for_backward(x, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        x: Tensor
-        y: Tensor
-        x, y = ctx.saved_tensors
-        # ∂/∂x_q = Σ_{p ≥ q} g_p·e^{x_q − y_p}
-        return _Sums.apply(upstream[0].flip(-1), -y.flip(-1), x.flip(-1)).flip(-1)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Sums(torch.autograd.Function):
-    """``Σ_{p ≤ q} g_p·e^{a_p + b_q}`` without overflow of a sum, differentiable any number of times."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        plus, minus = (b + (part.clamp(min=0).log() + a).logcumsumexp(-1) for part in (g, -g))
-        sums = plus.exp_() - minus.exp_()
-        ctx.save_for_backward(g, a, b, sums)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        g, a, b, sums = ctx.saved_tensors
-        # The derivative by g_p is the same sum with the roles of a and b exchanged, over q ≥ p.
-        by_g = _Sums.apply(*(x.flip(-1) for x in (upstream[0], b, a))).flip(-1)  # type: ignore[no-untyped-call]
-        return by_g, g * by_g, upstream[0] * sums
 
 
 def _last_of_ties(ordered: Tensor) -> Tensor:
