@@ -15,7 +15,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.own_losses import SHORT_RAMP
+from rankloss_trainers.own_losses import unit_of
 from rankloss_trainers.runtime import METHODS, listeners
 
 with extra("lightning"):
@@ -74,7 +74,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
         if self._given == "auto":
-            self.unit = self._unit_of(trainer)
+            by_steps = self.total_steps is not None or trainer.max_steps != -1
+            self.unit = unit_of(math.inf if by_steps else trainer.max_epochs or 0)
         other = "epoch" if self.unit == "step" else "step"
         told, untold = (
             [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
@@ -92,11 +93,6 @@ class Progress(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
-
-    def _unit_of(self, trainer: Any) -> Literal["step", "epoch"]:
-        """The unit of a run that chooses none."""
-        by_steps = self.total_steps is not None or trainer.max_steps != -1
-        return "step" if by_steps or (trainer.max_epochs or 0) < SHORT_RAMP else "epoch"
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""

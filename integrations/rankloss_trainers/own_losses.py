@@ -27,12 +27,17 @@ _OF_TERMS = (
     *("model", "reference_scale", "top_k", "diagonal", "method", "bins"),
     *("chunk_size", "memory_budget", "kernel"),
 )
-SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
+_SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
 _FOLDER = "a teacher's features from a folder of `rankloss features`"
 _SPEC = (
     "a teacher whose features of the training data are computed before the first step: MODEL:PRETRAINED of "
     "open_clip, image=A,text=B, image=A or text=B"
 )
+
+
+def unit_of(epochs: float) -> Literal["epoch", "step"]:
+    """The unit of a schedule in a run that chooses none; steps where the number of epochs is unknown."""
+    return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
 
 
 class RankClip(NamedLoss):
@@ -147,7 +152,7 @@ class RankClip(NamedLoss):
 
     def unit(self, epochs: float) -> str:
         if self.schedule_unit == "auto":
-            return "epoch" if SHORT_RAMP <= epochs < math.inf else "step"
+            return unit_of(epochs)
         return "step" if epochs == 1 and self.schedule != "constant" else self.schedule_unit
 
     def describe(self, epochs: float) -> str:
