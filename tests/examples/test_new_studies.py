@@ -1,4 +1,4 @@
-"""Softmax against ranks, ids, references: the tests of the reports, and what they decide."""
+"""Softmax against ranks, the preset, ids, references: the tests of the reports, and what they decide."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import pytest
 from scipy import stats
 from studies.ids import study as ids
 from studies.ids import train as pairs
-from studies.photographs import part2d
+from studies.photographs import part2d, part2e
+from studies.photographs.student_losses import ENCODERS
 from studies.plan import Find, MissingError
 from studies.references import study as references
 from studies.report import fill
 from studies.runner import load
 from studies.statistics import Arms, Difference
 
-NAMES = ("photographs-2d", "ids", "references")
+NAMES = ("photographs-2d", "photographs-2e", "ids", "references")
 SIZES = {name: load(name).sizes("full") for name in NAMES}
 
 
@@ -33,11 +34,11 @@ def difference(mean, adjusted, half=0.1):
 # --- softmax against ranks ---
 
 
-def records_of(score):
-    """Records of part 2d, whose R@10 is ``score(data set, arm, seed)``."""
-    sizes, finds = SIZES["photographs-2d"], {}
+def records_of(score, planned=part2d.planned, sizes=SIZES["photographs-2d"]):
+    """Records of a part, whose R@10 is ``score(data set, arm, seed)``."""
+    finds = {}
     for name in part2d.SETS:
-        settings = [one for seed in sizes.seeds for one in part2d.planned(sizes, name, seed).values()]
+        settings = [one for seed in sizes.seeds for one in planned(sizes, name, seed).values()]
         finds[name] = Find(
             name,
             {
@@ -84,6 +85,26 @@ def test_the_report_decides_as_the_plan_says(gain, said):
     text = fill(study.folder / "part2d.md", preset="full", **values)
     assert said in text
     assert ("below `ranks` on photographs and emojis and icons" in text) is (gain < 0)
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ({"photographs": 1.6, "emojis": 3.0, "icons": 2.0}, "at least 1.5 points of R@10 on each"),
+        ({"photographs": 1.4, "emojis": 3.0, "icons": 2.0}, "is missed on photographs"),
+        ({"photographs": 1.6, "emojis": 0.0, "icons": -2.0}, "is missed on emojis and icons"),
+    ],
+)
+def test_the_presets_goal_is_missed_by_name(gains, said):
+    rng, study = np.random.default_rng(3), load("photographs-2e")
+
+    def score(name, arm, seed):
+        return 10 + rng.normal(0, 1e-3) + gains[name] * (arm == ENCODERS)
+
+    other = SIZES["photographs-2d"], records_of(score)
+    finds = records_of(score, part2e.planned, SIZES["photographs-2e"])
+    values = study.results(SIZES["photographs-2e"], finds, lambda _: other)
+    assert said in fill(study.folder / "part2e.md", preset="full", **values)
 
 
 # --- ids ---
