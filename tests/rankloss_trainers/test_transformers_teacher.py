@@ -21,7 +21,7 @@ from torch import nn
 import rankloss_trainers
 from rankloss_features import bind, sources
 from rankloss_features.caching import Spec
-from rankloss_features.folder import NAMES
+from rankloss_features.folder import NAMES, SPACES
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
@@ -175,7 +175,7 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
         loaded.append(given)
         whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
         by_caption = whole.encoders[NAMES[1]]  # the table's pictures are names of no files
-        return Teacher(whole.about, dict.fromkeys(names, by_caption), whole.scale)
+        return Teacher(whole.about, dict.fromkeys(names, by_caption), spaces=SPACES[len(names) - 1])
 
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
@@ -204,9 +204,13 @@ class Words(datasets.Dataset):
 
 
 def test_other_trainers_name_the_two_steps() -> None:
-    for build in (
-        lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"),
-        lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
+    command = "`rankloss features --text-encoder other --data PAIRS --output FOLDER`"
+    for build, then in (
+        (lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"), "call it with refer"),
+        (
+            lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
+            "give labels, .*or the option reference_features",
+        ),
     ):
-        with pytest.raises(ValueError, match=r"needs a teacher that computes .*; compute them, `rankloss f"):
+        with pytest.raises(ValueError, match=f"teacher.*; compute them, {command}, and {then}"):
             build()
