@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from studies.ids import study as ids
 from studies.ids import train as pairs
@@ -128,6 +129,22 @@ def test_it_matters_from_the_smallest_share_without_a_gap():
         ["icons", "zero-shot top-1", "at none"],
         ["rows", "R@10", "from 3.0 % on"],
     ]
+
+
+@pytest.mark.parametrize(("captions", "partnered"), [(8, 100.0), (64, 0.0)])
+def test_leaving_partners_out_changes_a_training_that_has_any(captions, partnered):
+    noise = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (64, 64, 64, 3), generator=noise, dtype=torch.uint8)
+    side = pairs.Captioned(pictures, [[f"word{n % captions}"] for n in range(64)])
+    drawn = pairs.Drawings(side, side, ["word1", "word2"], [0] * 64)
+    weights = {}
+    for arm in ("clip own", "clip ignore"):
+        setting = pairs.Setting("emojis, all", arm, 1, 1, 0.01, 32)
+        model, share = pairs.train(setting, drawn)
+        assert abs(share - partnered) < 5
+        assert drawn.measure(model).keys() == {pairs.RECALL, pairs.ZERO_SHOT}
+        weights[arm] = torch.cat([x.detach().flatten() for x in model.parameters()])
+    assert torch.equal(*weights.values()) is (partnered == 0)
 
 
 def test_ids_have_32_tests():
