@@ -30,7 +30,6 @@ class Case:
         loss: The name of the loss.
         options: Those that the case needs; of joined losses by the name of each.
         features: The teacher of ``rankloss features``; empty without one.
-        of_folder: Options that the loss takes from the folder of features by itself.
         gain: Points over CLIP's loss, with 95 % intervals.
         on: The gain by data set, for the table of teachers.
         page: The page that has more, without its folder.
@@ -40,7 +39,6 @@ class Case:
     loss: str
     options: Mapping[str, Any] = field(default_factory=dict)
     features: str = ""
-    of_folder: Mapping[str, Any] = field(default_factory=dict)
     gain: str = ""
     on: tuple[str, str, str] = ("–", "–", "–")
     page: str = ""
@@ -64,7 +62,7 @@ class Case:
 
     def python(self) -> str:
         """The call that builds the same loss."""
-        given = {**self.of_folder, **self.options}
+        given = dict(self.options)
         if "+" in self.loss:
             return f'create("{self.loss}"' + (f", **{shown(given)})" if given else ")")
         known = catalog.load(self.loss).options()  # a trainer's option is no option of the call
@@ -162,9 +160,8 @@ TEACHER_AND_RANKS = Case(
 )
 ENCODERS = Case(
     "an image backbone and a sentence encoder",
-    "rankclip-distill",
+    "rankclip-encoders",
     features=f"{IMAGES} {TEXTS}",
-    of_folder={"lambda_cross": 0.0, "lambda_in": 16.0, "top_k": 16},
     gain="emojis +3.39 ± 1.22; icons +1.48 ± 0.74; photographs +1.18 ± 0.60 with other weights",
     on=("+1.48 ± 0.74", "+1.18 ± 0.60, with other weights", "+3.39 ± 1.22"),
     page="teachers.md",

@@ -8,6 +8,7 @@ STUDIES = {
     "photographs-2b": "studies.photographs.taught",
     "photographs-2c": "studies.photographs.part2c",
     "photographs-2d": "studies.photographs.part2d",
+    "photographs-2e": "studies.photographs.part2e",
     "photographs-3": "studies.photographs.taught",
     "ids": "studies.ids.study",
     "references": "studies.references.study",

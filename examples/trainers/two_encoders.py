@@ -19,7 +19,7 @@ ENCODERS = ("--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm")
 def train(model, images, texts, folder, epochs):
     """Train on pairs in the order of the folder of features, and return the last step's loss."""
     features = Features(folder).check()
-    criterion = create("rankclip-distill", lambda_cross=0, lambda_in=16, top_k=16)
+    criterion = create("rankclip-encoders")
     batches = DataLoader(range(len(features)), 32, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step, total_steps = 0, epochs * len(batches)

@@ -13,22 +13,21 @@ from rankloss.losses import TEACHER
 from rankloss_trainers.named import OptionError, Options
 from rankloss_trainers.runtime import (
     METHODS,
-    TWO_STEPS,
     Host,
     Runtime,
     check_use_of_teacher,
     given_loss,
     innermost_of,
+    two_steps,
     units_of,
 )
 
 HOST = Host(
     name="a loop of one's own",
     biased="a SigLipLoss as base",
-    teacher=f"call it with {' and '.join(TEACHER)}",
+    teacher=f"call it with {' and '.join(TEACHER)}, for instance rows of rankloss_features.Features(FOLDER)",
     progress="call set_epoch or set_progress",
-    serves=("caption", "lists", "state", "parameters"),
-    instead={"teacher": TWO_STEPS},
+    serves=("caption", "lists", "state", "parameters", "teacher"),
 )
 
 
@@ -63,7 +62,8 @@ def created(name: str, base: Any, gather: GatherOption, options: Options) -> nn.
     for part in chosen.parts:
         own = options if part is chosen else options.get(part.name, {})
         for key in (key for key, option in part.options().items() if option.for_trainer and key in own):
-            raise OptionError(key, f"is for a trainer's plug-in, which acts on it; got {own[key]!r}")
+            advice = f"; {two_steps(HOST, own[key])}" if key == "teacher" else ""
+            raise OptionError(key, f"is for a trainer's plug-in, which acts on it; got {own[key]!r}{advice}")
     loss = JoinedLoss(run.criterion) if len(chosen.parts) > 1 else run.criterion
     if "required" in (run.teacher, chosen.use_of_teacher) or chosen.use_of_teacher == "none":
         hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -16,10 +16,13 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import KernelOption, Method, Model, RankOptions
-from rankloss_features.folder import has_separate_spaces
+from rankloss_features.folder import has_separate_spaces, is_of_one_model
 from rankloss_trainers.extras import extra
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.named import NamedLoss, OptionError, Options, option, option_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -111,7 +114,7 @@ class RankClip(NamedLoss):
         return {name: getattr(self, name) for name in _OF_TERMS}
 
     @classmethod
-    def of(cls, given: Options) -> RankClip:
+    def of(cls, given: Options) -> Self:
         """The loss with the options that were given; two encoders rank the in-modal lists alone."""
         spec = given.get("teacher", cls.options()["teacher"].default)
         if not (has_separate_spaces(given.get("reference_features")) or _is_of_encoders(spec)):
@@ -207,6 +210,23 @@ class RankClipEncoders(RankClipDistill):
     """rankclip-distill taught by two small encoders of the extra `encoders`: pairs alone are needed."""
 
     teacher: str | None = option_of(RankClip, "teacher", "image=efficientnet-lite0,text=minilm")
+
+    @classmethod
+    def of(cls, given: Options) -> Self:
+        """The loss with the options that were given; a folder of features stands for the encoders."""
+        where = given.get("reference_features")
+        return super().of(given if where is None else {"teacher": None, **given})
+
+    def check(self) -> None:
+        super().check()
+        named = self.teacher is not None and not _is_of_encoders(self.teacher)
+        for key, is_wrong in (
+            ("teacher", named),
+            ("reference_features", is_of_one_model(self.reference_features)),
+        ):
+            if is_wrong:
+                text = "must be of encoders; rankclip-distill learns from a model of both modalities"
+                raise OptionError(key, f"{text}; got {getattr(self, key)}")
 
 
 def _is_of_encoders(spec: Any) -> bool:

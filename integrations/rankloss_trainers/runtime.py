@@ -64,13 +64,6 @@ class Host:
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-TWO_STEPS = (
-    "compute them, `rankloss features --model MODEL --pretrained TAG --data PAIRS --output FOLDER`, and give "
-    "each batch its rows of rankloss_features.Features(FOLDER)"
-)
-"""Advice in a host that does not compute a teacher's features."""
-
-
 def with_folder(loss: Any, folder: str) -> NamedLoss:
     """The loss with the folder of its teacher's features, which have been computed."""
     if loss.parts != (loss,):
@@ -128,6 +121,14 @@ NEEDS = {
     "parameters": "parameters of its own, which an optimizer has to train",
 }
 """The needs of a loss that not every host serves."""
+
+
+def two_steps(host: Host, spec: str) -> str:
+    """Advice in a host that does not compute a teacher's features."""
+    from rankloss_features.caching import Spec
+
+    command = Spec.of(spec).command("--data", "PAIRS", "--output", "FOLDER")
+    return f"compute them, `{command}`, and {host.teacher}"
 
 
 def tried(host: Host, loss: NamedLoss, gather: Gather, *, sigmoid: bool) -> None:
@@ -333,7 +334,8 @@ class Runtime(nn.Module):
         }
         for need in [need for need in needs if needs[need] and need not in host.serves]:
             text = f"{self.name} needs {NEEDS[need]}, which {host.name} does not serve"
-            raise ValueError("; ".join([text, *filter(None, [host.instead.get(need)])]))
+            advice = two_steps(host, chosen.teacher) if need == "teacher" else host.instead.get(need)
+            raise ValueError("; ".join([text, *filter(None, [advice])]))
         self.teacher, self.features = self._use_of_a_teacher(), self._folder()
         self.unit, self.step = "step", 0
         self._log, self.has_fixed_entries = chosen.log(), False

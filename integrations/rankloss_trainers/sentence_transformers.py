@@ -28,7 +28,7 @@ from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss, OptionError, Options
 from rankloss_trainers.pair_ids import ids_of_tokens
-from rankloss_trainers.runtime import TWO_STEPS, Entries, Host, LoggedTerms, Runtime, given_loss
+from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, given_loss
 
 with extra("sentence-transformers"):
     import datasets as datasets
@@ -45,10 +45,7 @@ HOST = Host(
     teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("folder",),
-    instead={
-        "teacher": TWO_STEPS,
-        "lists": "RankedListsLoss of rankloss_trainers.sentence_transformers_lists trains them",
-    },
+    instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers_lists trains them"},
 )
 
 Columns = Iterable[dict[str, Tensor]]

@@ -29,7 +29,7 @@ pickle.dump(done, open(sys.argv[1], "wb"))
 """
 
 
-FEW = ("steps", "single", "stock", "task")
+FEW = ("single", "stock")
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +92,10 @@ def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]
 LAMBDAS = {step: schedules.linear(step + 1, STEPS) for step in range(STEPS)}
 
 
-@pytest.mark.parametrize(
-    "strategy", ["task", *(pytest.param(x, marks=pytest.mark.slow) for x in STRATEGIES[1:])]
-)
-def test_lambda_changes_without_a_recompilation(request: pytest.FixtureRequest, strategy: str) -> None:
-    runs = request.getfixturevalue("main_runs" if strategy in FEW else "slow_runs")
-    run, eager = runs[strategy], runs["steps"]
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lambda_changes_without_a_recompilation(slow_runs: dict[str, Run], strategy: str) -> None:
+    run, eager = slow_runs[strategy], slow_runs["steps"]
     (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
     assert frames > 0
     if strategy == "task":

@@ -152,6 +152,8 @@ def test_two_encoders_without_a_common_space_rank_the_in_modal_lists() -> None:
     encoders = catalog.load("rankclip-encoders").of({})
     assert encoders.teacher == "image=efficientnet-lite0,text=minilm"
     assert (encoders.lambda_cross, encoders.lambda_in, encoders.top_k) == (0, 16, 16)
+    with pytest.raises(ValueError, match=r"^teacher must be of encoders; rankclip-distill learns from a mod"):
+        catalog.load("rankclip-encoders").of({"teacher": "ViT-B-32:openai"})
     assert RANKCLIP.of({"teacher": "text=minilm"}).lambda_cross == 0
     assert RANKCLIP.of({"teacher": "ViT-B-32:openai"}).lambda_cross == 1
     with pytest.raises(ValueError, match=r"^lambda_cross must be 0, as .*separate spaces"):

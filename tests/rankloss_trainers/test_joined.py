@@ -118,12 +118,15 @@ def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
     columns = {name: [f"{name} {i}" for i in range(ROWS)] for name in ("image", "text")}
     data = pytest.importorskip("datasets").Dataset.from_dict(columns)
     path = folder(tmp_path / "x", data, features(), "image", "text", "separate")
-    loss = load("rankclip-distill")
-    for given in ({}, {"lambda_cross": 0}):
-        chosen = loss.of({"reference_features": path, **given})
+    loss, encoders = load("rankclip-distill"), load("rankclip-encoders")
+    for loss_, given in ((loss, {}), (loss, {"lambda_cross": 0}), (encoders, {})):
+        chosen = loss_.of({"reference_features": path, **given})
         assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 16, 16)
     chosen = loss.of({"reference_features": path, "lambda_in": 3.0, "top_k": None})
     assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 3, None)
+    one = folder(tmp_path / "one", data, features(), "image", "text")
+    with pytest.raises(ValueError, match=f"reference_features must be of encoders; .*; got {one}"):
+        encoders.of({"reference_features": one})
     with pytest.raises(ValueError, match=r"lambda_cross must be 0, as .*separate spaces.*; got 1"):
         loss.of({"reference_features": path, "lambda_cross": 1})
     parts = choose("cyclip+rankclip", {"rankclip": {"reference_features": path}}).parts

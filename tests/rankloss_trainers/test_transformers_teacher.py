@@ -20,7 +20,8 @@ from torch import nn
 
 import rankloss_trainers
 from rankloss_features import bind, sources
-from rankloss_features.folder import NAMES
+from rankloss_features.caching import Spec
+from rankloss_features.folder import NAMES, SPACES
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
@@ -158,30 +159,36 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> 
 # --- a teacher that computes its features ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("loss", "teacher", "names"),
+    [
+        ("rankclip-distill", {"teacher": "text=other"}, NAMES[1:]),
+        ("rankclip-encoders", {}, NAMES),
+    ],
+)
 def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: dict[str, str], names: list[str]
 ) -> None:
     loaded: list[Any] = []
 
     def load(given: list[str], args: Any, device: torch.device) -> Any:
         loaded.append(given)
         whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
-        return Teacher(whole.about, {NAMES[1]: whole.encoders[NAMES[1]]}, whole.scale)
+        by_caption = whole.encoders[NAMES[1]]  # the table's pictures are names of no files
+        return Teacher(whole.about, dict.fromkeys(names, by_caption), spaces=SPACES[len(names) - 1])
 
     monkeypatch.setattr(sources, "load", load)
+    monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
     options: Any = {"schedule": "constant", "top_k": 4}
-    given = {"loss": "rankclip-distill", "max_steps": 2, **SGD}
-    computed = [
-        train(tmp_path, pairs=joined(captioned()), loss_options={"teacher": "text=other", **options}, **given)
-        for _ in range(2)
-    ]
+    given = {"max_steps": 2, **SGD}
+    taught = {"loss": loss, "loss_options": {**teacher, **options}, **given}
+    computed = [train(tmp_path, pairs=joined(captioned()), **taught) for _ in range(2)]
     assert len(loaded) == 1
     (path,) = (tmp_path / "cache").glob("*/features.json")
     options.update(reference_features=str(path.parent), lambda_cross=0.0, lambda_in=16.0)
-    by_folder = train(
-        tmp_path, pairs=joined(bind(captioned(), str(path.parent))), loss_options=options, **given
-    )
+    bound = joined(bind(captioned(), str(path.parent)))
+    by_folder = train(tmp_path, pairs=bound, loss="rankclip-distill", loss_options=options, **given)
     assert by_folder.loss_runtime.teacher == "required"
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
@@ -197,9 +204,13 @@ class Words(datasets.Dataset):
 
 
 def test_other_trainers_name_the_two_steps() -> None:
-    for build in (
-        lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"),
-        lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
+    command = "`rankloss features --text-encoder other --data PAIRS --output FOLDER`"
+    for build, then in (
+        (lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"), "call it with refer"),
+        (
+            lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
+            "give labels, .*or the option reference_features",
+        ),
     ):
-        with pytest.raises(ValueError, match=r"needs a teacher that computes .*; compute them, `rankloss f"):
+        with pytest.raises(ValueError, match=f"teacher.*; compute them, {command}, and {then}"):
             build()

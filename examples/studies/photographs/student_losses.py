@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
+from rankloss_trainers.own_losses import RankClipEncoders, unit_of
 from studies.distillation import Pair, distances, pearson_within, softmax_within, sum_of
 
 from . import losses
@@ -26,6 +27,7 @@ RANKED: dict[str, tuple[bool, bool]] = {  # whether the pictures' and the senten
 TEACHER = ("reference_image_features", "reference_text_features")
 PER_STEP = "ranks-per-step"  # ranks, with a λ that rises at every step
 TOP_ONE = "top-one"  # softmax, by the library's own options
+ENCODERS = "rankclip-encoders"  # the trainers' loss of this name, as it is
 
 
 def cka(student: Pair, teacher: Pair) -> Tensor:
@@ -110,7 +112,7 @@ def build(
     """Return an arm's loss.
 
     Args:
-        arm: A name of :data:`ARMS`, :data:`PER_STEP` or :data:`TOP_ONE`.
+        arm: A name of :data:`ARMS`, :data:`PER_STEP`, :data:`TOP_ONE` or :data:`ENCODERS`.
         width: Of the student's features.
         widths: Of the teacher's.
         weight: Of the added term; of ranks, what multiplies λ.
@@ -133,11 +135,18 @@ def build(
             base, lambda_cross=0.0, lambda_in=weight, schedule="constant", model="top_one",
             reference_scale=scale, diagonal=False,
         )  # fmt: skip
+    if arm == ENCODERS:
+        return RankClipEncoders.of({}).build(base, rankloss.Gather())
     if arm in TERMS:
         return Beside(base, weight, of_teacher(TERMS[arm], scale))
     if arm == "projected-mimicry":
         return Beside(base, weight, ProjectedMimicry(width, widths))
     raise ValueError(f"arm: must be one of {', '.join(ARMS)}, got {arm!r}")
+
+
+def by_step(arm: str, epochs: int) -> bool:
+    """True if λ goes by steps."""
+    return arm == PER_STEP or (arm == ENCODERS and unit_of(epochs) == "step")
 
 
 def references(arm: str, teacher: Pair) -> dict[str, Tensor]:

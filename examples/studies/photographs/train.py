@@ -26,7 +26,7 @@ class Pairs:
 class Setting:
     """All that determines a training, beside its data."""
 
-    arm: str  # a name of losses.ARMS, or losses.PER_STEP
+    arm: str  # a name that losses.build has
     seed: int
     side: str  # that is measured
     epochs: int = 20
@@ -71,14 +71,15 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     steps = setting.train_pictures // setting.batch_size
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "steps": setting.epochs * steps}
     descent = Descent(model.log_scale, [model, loss], **sizes)
+    by_step = losses.by_step(setting.arm, setting.epochs)
     for epoch in range(1, setting.epochs + 1):
-        if hasattr(loss, "set_epoch") and setting.arm != losses.PER_STEP:
+        if hasattr(loss, "set_epoch") and not by_step:
             loss.set_epoch(epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=drawing)
         for step, rows in enumerate(
             shuffled.split(setting.batch_size)[:steps], start=(epoch - 1) * steps + 1
         ):
-            if setting.arm == losses.PER_STEP:
+            if by_step:
                 loss.set_progress(step, setting.epochs * steps)
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
             v = model.pictures(crops(seen.pictures[rows], drawing))

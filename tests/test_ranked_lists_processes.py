@@ -1,0 +1,155 @@
+"""`RankedLists` on one, two and three processes: values, gradients and collectives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from collectives import Collectives
+from graded_lists import F64, MODELS, Frozen, Lists, assert_same, lists_of
+from process_pool import Pools
+from rankloss import Gather, RankedLists
+
+FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
+SHARDED = [{**options, "reduction": reduction} for options in MODELS for reduction in ("mean", "sum")]
+N, K, M = 3, 3, 7  # lists, candidates and rows of a process
+
+
+def whole(world_size: int) -> Lists:
+    """Every process's lists have candidates of its own rows; some rows are equal across processes."""
+    shards = [lists_of(rank, N, K, M) for rank in range(world_size)]
+    for shard in shards[1:]:
+        shard.items[:2] = shards[0].items[:2]
+    queries, items, grades, mask = (
+        torch.cat([getattr(x, name) for x in shards]) for name in ("queries", "items", "grades", "mask")
+    )
+    index = torch.cat([x.index + rank * M for rank, x in enumerate(shards)])
+    return Lists(queries, items, index, grades, 10.0, mask)
+
+
+def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
+    lists = whole(world_size)
+    rows, places = slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
+    own = Lists(
+        lists.queries, lists.items, lists.index[rows] - rank * M, lists.grades[rows], 10.0, lists.mask[rows]
+    )
+    found = {}
+    for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
+        gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
+        options = SHARDED[case]
+        loss = RankedLists(**options, gather=gather)
+        found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
+        frozen = Frozen.of(lists).as_features(rows, places)
+        value = lambda q, c, s: own.loss(loss, q[rows], c[places], s, **frozen)  # noqa: B023, E731
+        found[case, flags, "frozen"] = own.differentiated(value)
+        if options["reduction"] == "sum":
+            loss.reduction, upstream = "none", torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)[rows]
+            value = lambda q, c, s: own.loss(loss, q[rows], c[places], s)  # noqa: B023, E731
+            found[case, flags, "none"] = own.differentiated(value, upstream)
+    bad = own.leaves()
+    if rank == world_size - 1:
+        bad[0].data[rows.start, 0] = math.nan
+    found["nan"] = [own.loss(RankedLists(), bad[0][rows], bad[1][places], bad[2])]
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[Tensor]]]:
+    return pools[request.param].run(of_this_rank)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
+def test_values_and_gradients_of_several_processes_are_those_of_one(
+    table: list[Any], case: int, is_frozen: bool
+) -> None:
+    world_size, options = len(table), SHARDED[case]
+    lists = whole(world_size)
+    more = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, **more))
+    for flags in [*FLAGS, None]:
+        local_loss, gather_with_grad = flags or (True, True)
+        key = (case, flags, "frozen") if is_frozen else (case, flags)
+        averaged = [torch.stack(x).mean(0) for x in zip(*(of[key] for of in table), strict=True)]
+        assert_same([averaged[0], averaged[3]], [value, by[2]])
+        is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered
+        if gather_with_grad or is_local or world_size == 1:
+            assert_same(averaged[1:3], by[:2])
+        elif not local_loss:  # as in CLIP's loss
+            assert_same(averaged[1:3], [x / world_size for x in by[:2]])
+        else:
+            assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
+
+
+@pytest.mark.parametrize(
+    "case", [k for k, options in enumerate(SHARDED) if options["reduction"] == "sum"], ids=str
+)
+def test_values_per_query_are_those_of_the_processs_own_queries(table: list[Any], case: int) -> None:
+    options = {**SHARDED[case], "reduction": "none"}
+    lists = whole(len(table))
+    upstream = torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options), upstream)
+    for flags in [*FLAGS, None]:
+        values, *gradients_of = zip(*(of[case, flags, "none"] for of in table), strict=True)
+        assert_same([torch.cat(values)], [value])
+        assert_same([sum(gradients_of[0]), sum(gradients_of[2])], [by[0], by[2]])
+        if flags in (None, (True, True), (False, True)) or not options.get("in_batch_negatives"):
+            assert_same([sum(gradients_of[1])], [by[1]])
+
+
+def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
+    assert all(of_rank["nan"][0].isnan() for of_rank in table)
+
+
+def collectives(rank: int, world_size: int) -> list[dict[str, int]]:
+    counts = []
+    for options in ({}, {"in_batch_negatives": True}):
+        lists, loss = lists_of(rank, N, K, M), RankedLists(**options)
+        for _ in range(2):
+            with Collectives() as calls:
+                lists.loss(loss, *lists.leaves())
+        counts.append(dict(calls.counts))
+    return counts
+
+
+def of_ids(rank: int, world_size: int) -> list[Tensor]:
+    """Processes share candidates, whose features differ by a rounding."""
+    lists = lists_of(0, 2 * N, K, M)
+    rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
+    own = Lists(lists.queries, lists.items, lists.index[rows], lists.grades[rows], 10.0, lists.mask[rows])
+    loss, ids = RankedLists(in_batch_negatives=True), torch.arange(M) - 3
+
+    def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return own.loss(loss, q[rows], c * (1 + rank * 1e-14), s, candidate_ids=ids)
+
+    return own.differentiated(value)
+
+
+def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
+    (alone,), of_ranks = pools[1].run(of_ids), pools[2].run(of_ids)
+    assert_same([torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)], alone)
+    lists = lists_of(0, 2 * N, K, M)
+    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, in_batch_negatives=True)))
+
+
+def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
+    assert pools[2].run(collectives) == [[{"allreduce": 1, "allgather": n} for n in (1, 4)]] * 2
+
+
+def of_one_query(rank: int, world_size: int) -> str:
+    lists = lists_of(rank, N, K, M)
+    q, *inputs = lists.leaves()
+    q.data[1] = lists_of(0, N, K, M).queries[0]
+    with pytest.raises(ValueError, match="must not hold a query twice") as caught:
+        lists.loss(RankedLists(in_batch_negatives=True), q, *inputs)
+    return str(caught.value)
+
+
+def test_a_query_of_two_processes_may_not_be_its_own_negative(pools: Pools) -> None:
+    first, second = pools[2].run(of_one_query)
+    assert first == second
