@@ -132,6 +132,27 @@ def two_encoders() -> list[str]:
     return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
 
 
+def two_forms() -> list[str]:
+    """… of softmax minus ranks, one test over all three data sets."""
+    return [re.findall(r"\*\*\+?([\d.]+ ± [\d.]+)", of_photographs("2d"))[0]]
+
+
+def preset() -> list[str]:
+    """… of the preset minus CLIP's, on photographs, emojis and icons."""
+    (row,) = re.findall(r"^\| `rankclip-encoders` +\| `clip` .*$", of_photographs("2e"), re.MULTILINE)
+    return [x.lstrip("+") for x in re.findall(r"\+?[\d.]+ ± [\d.]+", row)]
+
+
+def ids() -> list[str]:
+    """… where pairs belong together, of the tests that are named, and their shares of partners."""
+    report = (ROOT / "examples/studies/ids/report/ids.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+, \w+) +\| ([\d.]+) % .*ignore +\| ([^|]+?) +\|", report, re.MULTILINE)
+    significant = [(share, d) for _, share, d in rows if "**" in d]
+    found = [text.strip("*+") for row in significant for text in row]
+    assert len(significant) == 3
+    return [*found, *(d[1:] for cell, _, d in rows if cell == "emojis, all" and d.startswith("+1"))]
+
+
 def founds() -> list[dict[str, dict[str, float]]]:
     """The demo's R@10 by seed and model, as it wrote them."""
     files = sorted((ROOT / "examples/demo/results").glob("seed*.json"))
@@ -155,7 +176,8 @@ def demo_table() -> list[str]:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("docs/teachers.md", [demo_by_seed]),
+        ("docs/teachers.md", [demo_by_seed, two_forms, preset]),
+        ("README.md", [preset]),
         ("examples/demo/README.md", [demo_table]),
         (
             "docs/evidence.md",
@@ -167,6 +189,9 @@ def demo_table() -> list[str]:
                 taught_heads,
                 two_encoders,
                 parts_of_a_teacher,
+                two_forms,
+                preset,
+                ids,
             ],
         ),
         ("examples/studies/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),

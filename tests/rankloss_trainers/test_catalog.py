@@ -151,7 +151,9 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
 def test_two_encoders_without_a_common_space_rank_the_in_modal_lists() -> None:
     encoders = catalog.load("rankclip-encoders").of({})
     assert encoders.teacher == "image=efficientnet-lite0,text=minilm"
-    assert (encoders.lambda_cross, encoders.lambda_in, encoders.top_k) == (0, 16, 16)
+    assert (encoders.lambda_cross, encoders.lambda_in, encoders.model) == (0, 16, "top_one")
+    one = catalog.load("rankclip-distill").of({"teacher": "text=minilm"})
+    assert (one.lambda_cross, one.lambda_in, one.model, one.top_k) == (0, 16, "plackett_luce", 16)
     with pytest.raises(ValueError, match=r"^teacher must be of encoders; rankclip-distill learns from a mod"):
         catalog.load("rankclip-encoders").of({"teacher": "ViT-B-32:openai"})
     assert RANKCLIP.of({"teacher": "text=minilm"}).lambda_cross == 0

@@ -121,9 +121,12 @@ def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
     loss, encoders = load("rankclip-distill"), load("rankclip-encoders")
     for loss_, given in ((loss, {}), (loss, {"lambda_cross": 0}), (encoders, {})):
         chosen = loss_.of({"reference_features": path, **given})
-        assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 16, 16)
-    chosen = loss.of({"reference_features": path, "lambda_in": 3.0, "top_k": None})
-    assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 3, None)
+        assert (chosen.lambda_cross, chosen.lambda_in, chosen.model) == (0, 16, "top_one")
+        assert (chosen.schedule, chosen.reference_scale, chosen.diagonal) == ("constant", 40, False)
+    chosen = loss.of({"reference_features": path, "lambda_in": 3.0, "reference_scale": 20.0})
+    assert (chosen.lambda_cross, chosen.lambda_in, chosen.reference_scale) == (0, 3, 20)
+    with pytest.raises(ValueError, match=r"model='top_one' needs top_k=None; got top_k=4 \(a default where"):
+        loss.of({"reference_features": path, "top_k": 4})
     one = folder(tmp_path / "one", data, features(), "image", "text")
     with pytest.raises(ValueError, match=f"reference_features must be of encoders; .*; got {one}"):
         encoders.of({"reference_features": one})

@@ -162,12 +162,12 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("loss", "teacher", "names"),
     [
-        ("rankclip-distill", {"teacher": "text=other"}, NAMES[1:]),
+        ("rankclip-distill", {"teacher": "text=other", "top_k": 4}, NAMES[1:]),
         ("rankclip-encoders", {}, NAMES),
     ],
 )
 def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: dict[str, str], names: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: dict[str, Any], names: list[str]
 ) -> None:
     loaded: list[Any] = []
 
@@ -180,13 +180,13 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    options: Any = {"schedule": "constant", "top_k": 4}
+    options: dict[str, Any] = {"schedule": "constant", **teacher}
     given = {"max_steps": 2, **SGD}
-    taught = {"loss": loss, "loss_options": {**teacher, **options}, **given}
+    taught = {"loss": loss, "loss_options": {**options}, **given}
     computed = [train(tmp_path, pairs=joined(captioned()), **taught) for _ in range(2)]
     assert len(loaded) == 1
     (path,) = (tmp_path / "cache").glob("*/features.json")
-    options.update(reference_features=str(path.parent), lambda_cross=0.0, lambda_in=16.0)
+    options.update(teacher=None, reference_features=str(path.parent), lambda_cross=0.0, lambda_in=16.0)
     bound = joined(bind(captioned(), str(path.parent)))
     by_folder = train(tmp_path, pairs=bound, loss="rankclip-distill", loss_options=options, **given)
     assert by_folder.loss_runtime.teacher == "required"

@@ -28,7 +28,7 @@ _ARMS = (
     Arm(
         "encoders",
         "CLIP + encoders' ranks",
-        "rankclip-distill",
+        "rankclip",
         ("--rankclip-lambda-in", "32", "--rankclip-top-k", "8", "--rankclip-lambda-cross", "0", *_PER_EPOCH),
         features=True,
     ),
