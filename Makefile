@@ -60,7 +60,7 @@ WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev
 	$(ON_ALL_CORES) $(BIN)/python -m pytest -m 'not slow' $(WORKERS) $(PYTEST_ARGS)
 
-## The slow part (trainings under torchrun, installations), then every property on 1,000 random examples.
+## The slow part (trainings under torchrun, installations), then every property on 2,000 random examples.
 test-slow: $(VENV)/.dev
 	$(ON_ALL_CORES) $(BIN)/python -m pytest -m slow $(WORKERS) $(PYTEST_ARGS)
 	$(ON_ALL_CORES) HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'hypothesis and not slow' $(WORKERS) $(PYTEST_ARGS)
