@@ -134,7 +134,8 @@ def two_encoders() -> list[str]:
 
 def two_forms() -> list[str]:
     """… of softmax minus ranks, one test over all three data sets."""
-    return [re.findall(r"\*\*\+?([\d.]+ ± [\d.]+)", of_photographs("2d"))[0]]
+    numbers = r"\*\*\+([\d.]+) points \(95 % interval \+([\d.]+) to \+([\d.]+)"
+    return ["{} ({} to {})".format(*of) for of in re.findall(numbers, of_photographs("2d"))]
 
 
 def preset() -> list[str]:
