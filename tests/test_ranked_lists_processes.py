@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from collectives import Collectives
-from graded_lists import F64, MODELS, Frozen, Lists, assert_same, lists_of
+from lists_item_by_item import F64, MODELS, Frozen, Lists, assert_same, lists_of
 from process_pool import Pools
 from rankloss import Gather, RankedLists
 

@@ -157,6 +157,7 @@ def assert_one_training(alone, shares):
         assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_in_two_processes_is_the_one_in_one(pools):
     assert_one_training(looped(0, 1), pools[2].run(looped))
 

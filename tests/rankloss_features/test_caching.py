@@ -218,6 +218,7 @@ def train(tmp_path: Path, rank: int, said: Any, kill_at: int | None = None) -> N
     said.put(("computes" if computes else "finds", folder))
 
 
+@pytest.mark.slow
 def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

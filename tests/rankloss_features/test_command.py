@@ -195,6 +195,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
     """With processes that read the data, and the signal sent to all of them, as a terminal does."""
     given = ["features", *CLIP, "--data", "PLACE/pairs.csv", "--workers", "2", "--batch-size", "1"]
