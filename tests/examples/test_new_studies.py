@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from studies.ids import study as ids
 from studies.ids import train as pairs
-from studies.photographs import part2d, part2e
+from studies.photographs import part2d
 from studies.photographs.student_losses import ENCODERS
 from studies.plan import Find, MissingError
 from studies.references import study as references
@@ -35,11 +35,11 @@ def difference(mean, adjusted, half=0.1):
 # --- softmax against ranks ---
 
 
-def records_of(score, planned=part2d.planned, sizes=SIZES["photographs-2d"]):
+def records_of(score, arms=part2d.ARMS, sizes=SIZES["photographs-2d"]):
     """Records of a part, whose R@10 is ``score(data set, arm, seed)``."""
     finds = {}
     for name in part2d.SETS:
-        settings = [one for seed in sizes.seeds for one in planned(sizes, name, seed).values()]
+        settings = [one for seed in sizes.seeds for one in part2d.planned(sizes, name, seed, arms).values()]
         finds[name] = Find(
             name,
             {
@@ -103,7 +103,7 @@ def test_the_presets_goal_is_missed_by_name(gains, said):
         return 10 + rng.normal(0, 1e-3) + gains[name] * (arm == ENCODERS)
 
     other = SIZES["photographs-2d"], records_of(score)
-    finds = records_of(score, part2e.planned, SIZES["photographs-2e"])
+    finds = records_of(score, [ENCODERS], SIZES["photographs-2e"])
     values = study.results(SIZES["photographs-2e"], finds, lambda _: other)
     assert said in fill(study.folder / "part2e.md", preset="full", **values)
 

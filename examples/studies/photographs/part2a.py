@@ -17,7 +17,7 @@ from studies.statistics import Arms, Difference, Pair
 
 from . import data as data_sets
 from . import taught
-from .features import FrozenEncoders, cached
+from .features import Encoders, FrozenEncoders, cached
 from .folder import needed
 from .folder import read as read_folder
 from .measure import CORRELATION, DRAWN, PRIMARY, SECONDARY, SHOWN
@@ -28,11 +28,13 @@ MEASURES = (PRIMARY, *SECONDARY)
 _HERE = Path(__file__).parent
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, data_sets.DataSet]:
-    """Return the photographs, whose missing pixels and features are computed."""
+def data(
+    sizes: SimpleNamespace, options: argparse.Namespace, kind: type[Encoders] = FrozenEncoders
+) -> dict[str, data_sets.DataSet]:
+    """Return the photographs, whose missing pixels and encoders' features are computed."""
     photographs = read_folder(needed(options.data))
     pictures = Setting(CLIP, 0, "dev", **sizes.start).train_pictures
-    caches = [cached(photographs, pictures, kind) for kind in (data_sets.Thumbnails, FrozenEncoders)]
+    caches = [cached(photographs, pictures, of) for of in (data_sets.Thumbnails, kind)]
     return {"photographs": data_sets.of_photographs(*caches, pictures)}
 
 

@@ -18,7 +18,7 @@ from studies.statistics import Arms, Difference, Pair, correct
 
 from . import drawings, part2a
 from .data import DataSet
-from .features import FrozenEncoders
+from .features import Encoders, FrozenEncoders
 from .measure import PRIMARY
 from .part2a import CLIP, RANKS
 from .train import Setting
@@ -27,14 +27,16 @@ SETS = ("emojis", "icons")
 _HERE = Path(__file__).parent
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, DataSet]:
+def data(
+    sizes: SimpleNamespace, options: argparse.Namespace, kind: type[Encoders] = FrozenEncoders
+) -> dict[str, DataSet]:
     """Return both data sets; icons and features are made if they are missing."""
     sides = {
         "emojis": drawings.emojis(sizes.emojis),
         "icons": drawings.icons(icons.built(options.icons), *sizes.icons),
     }
     kept = options.output / "drawings"
-    return {name: drawings.data_set(sides[name], kept, FrozenEncoders) for name in SETS}
+    return {name: drawings.data_set(sides[name], kept, kind) for name in SETS}
 
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find], other: Any) -> dict[str, Any]:

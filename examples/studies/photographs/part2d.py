@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from studies.statistics import Arms, Difference, Pair, correct, paired_differenc
 
 from . import part2a, part2c
 from .data import DataSet
+from .features import Encoders, FrozenEncoders
 from .measure import PRIMARY
 from .part2a import CLIP, RANKS
 from .student_losses import TOP_ONE
@@ -27,24 +28,26 @@ COMPARISONS: list[Pair] = [(TOP_ONE, CLIP), (RANKS, CLIP), (TOP_ONE, RANKS)]
 _HERE = Path(__file__).parent
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, DataSet]:
+def data(
+    sizes: SimpleNamespace, options: argparse.Namespace, kind: type[Encoders] = FrozenEncoders
+) -> dict[str, DataSet]:
     """Return the three data sets; what is missing of them is made."""
     photographs = SimpleNamespace(start=sizes.start["photographs"])
-    return {**part2a.data(photographs, options), **part2c.data(sizes, options)}
+    return {**part2a.data(photographs, options, kind), **part2c.data(sizes, options, kind)}
 
 
-def planned(sizes: SimpleNamespace, name: str, seed: int) -> dict[str, Setting]:
+def planned(sizes: SimpleNamespace, name: str, seed: int, arms: Sequence[str] = ARMS) -> dict[str, Setting]:
     """Return the trainings of a data set with a seed, by arm."""
     own = sizes.chosen[name]
-    return {arm: Setting(arm, seed, "test", **sizes.start[name], **own.get(arm, {})) for arm in ARMS}
+    return {arm: Setting(arm, seed, "test", **sizes.start[name], **own.get(arm, {})) for arm in arms}
 
 
-def found(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Arms]:
+def found(sizes: SimpleNamespace, finds: Mapping[str, Find], arms: Sequence[str] = ARMS) -> dict[str, Arms]:
     """Return the records of each data set, which are asked for seed by seed: a stop leaves whole blocks."""
-    records: dict[str, dict[str, dict[int, Any]]] = {name: {arm: {} for arm in ARMS} for name in SETS}
+    records: dict[str, dict[str, dict[int, Any]]] = {name: {arm: {} for arm in arms} for name in SETS}
     for seed in sizes.seeds:
         for name in SETS:
-            settings = planned(sizes, name, seed)
+            settings = planned(sizes, name, seed, arms)
             there = finds.get(name, Find(name, {}))(settings.values())
             for arm, one in settings.items():
                 records[name][arm][seed] = there[one]

@@ -14,21 +14,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rankloss_features import sources
 from rankloss_features.caching import Spec
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES
 from rankloss_trainers.own_losses import RankClipEncoders
-from studies import icons
-from studies.plan import Find
+from studies.plan import Find, read
 from studies.report import conditions_texts
 from studies.runner import Study
 from studies.statistics import Arms, correct
 
-from . import drawings, part2c
-from .data import DataSet, Thumbnails, of_photographs
-from .features import cached
-from .folder import needed, read
+from . import part2c, part2d
+from .data import DataSet
 from .measure import PRIMARY
 from .part2a import CLIP
 from .part2d import SETS
@@ -46,9 +42,7 @@ class ShippedEncoders:
 
     def __init__(self) -> None:
         spec = Spec.of(str(RankClipEncoders().teacher)).check()
-        none = dict.fromkeys(("features", "image_weights", "spaces"))
-        args = argparse.Namespace(**none, **spec._asdict(), batch_size=128)
-        self._teacher = sources.load(sources.given(args), args, torch.device("cpu"))
+        self._teacher = spec.load(torch.device("cpu"), batch_size=128)
 
     def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Return features, ``[N, 1280]``."""
@@ -68,39 +62,22 @@ class ShippedEncoders:
         return one.encode({name: encoder.prepare(samples)}, torch.float32)[name].numpy()
 
 
-def planned(sizes: SimpleNamespace, name: str, seed: int, arm: str = ENCODERS) -> dict[str, Setting]:
-    """Return the training of a data set with a seed, by arm."""
-    return {arm: Setting(arm, seed, "test", **sizes.start[name])}
+def planned(preset: str) -> SimpleNamespace:
+    """Return part 2d's data and starts, with part 2e's own seeds."""
+    of_2d, own = (read(_HERE / f"part2{part}.yaml", preset) for part in "de")
+    return SimpleNamespace(**{**vars(of_2d), **vars(own)})
 
 
 def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, DataSet]:
-    """Return the three data sets; pixels and features that are missing are computed."""
-    photographs, pictures = read(needed(options.data)), Setting(CLIP, 0, "test", **sizes.start["photographs"])
-    caches = [cached(photographs, pictures.train_pictures, kind) for kind in (Thumbnails, ShippedEncoders)]
-    sides = {
-        "emojis": drawings.emojis(sizes.emojis),
-        "icons": drawings.icons(icons.built(options.icons), *sizes.icons),
-    }
-    kept = options.output / "drawings"
-    return {
-        "photographs": of_photographs(*caches, pictures.train_pictures),
-        **{name: drawings.data_set(of, kept, ShippedEncoders) for name, of in sides.items()},
-    }
+    """Return part 2d's data sets, as the shipped encoders see them."""
+    return part2d.data(sizes, options, ShippedEncoders)
 
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find], other: Any) -> dict[str, Any]:
     """Return the report's values."""
-    records: dict[str, dict[str, dict[int, Any]]] = {name: {ENCODERS: {}, CLIP: {}} for name in SETS}
-
-    def fill(arm: str, of: Mapping[str, Find]) -> None:
-        for seed in sizes.seeds:  # a stop leaves whole seeds
-            for name in SETS:
-                one = planned(sizes, name, seed, arm)[arm]
-                records[name][arm][seed] = of.get(name, Find(name, {}))([one])[one]
-
-    fill(ENCODERS, finds)
-    fill(CLIP, other("photographs-2d")[1])
-    arms = {name: Arms(of) for name, of in records.items()}
+    own = part2d.found(sizes, finds, [ENCODERS])
+    clip = part2d.found(sizes, other("photographs-2d")[1], [CLIP])
+    arms = {name: Arms({**own[name].records, **clip[name].records}) for name in SETS}
     pair = (ENCODERS, CLIP)
     tests = correct({(name, pair): arms[name].difference(pair, PRIMARY) for name in SETS})
     found = {name: tests[name, pair] for name in SETS}
@@ -119,7 +96,7 @@ def study(_: str) -> Study:
     return Study(
         folder=_HERE,
         setting=Setting,
-        plan="part2e.yaml",
+        plan=planned,
         records={name: f"part2e/{name}" for name in SETS},
         data=data,
         results=results,

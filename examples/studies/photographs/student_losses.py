@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss_trainers.own_losses import RankClipEncoders, unit_of
+from rankloss_trainers.own_losses import RankClipEncoders
 from studies.distillation import Pair, distances, pearson_within, softmax_within, sum_of
 
 from . import losses
@@ -142,11 +142,6 @@ def build(
     if arm == "projected-mimicry":
         return Beside(base, weight, ProjectedMimicry(width, widths))
     raise ValueError(f"arm: must be one of {', '.join(ARMS)}, got {arm!r}")
-
-
-def by_step(arm: str, epochs: int) -> bool:
-    """True if λ goes by steps."""
-    return arm == PER_STEP or (arm == ENCODERS and unit_of(epochs) == "step")
 
 
 def references(arm: str, teacher: Pair) -> dict[str, Tensor]:

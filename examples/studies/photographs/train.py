@@ -71,15 +71,14 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     steps = setting.train_pictures // setting.batch_size
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "steps": setting.epochs * steps}
     descent = Descent(model.log_scale, [model, loss], **sizes)
-    by_step = losses.by_step(setting.arm, setting.epochs)
     for epoch in range(1, setting.epochs + 1):
-        if hasattr(loss, "set_epoch") and not by_step:
+        if hasattr(loss, "set_epoch") and setting.arm != losses.PER_STEP:
             loss.set_epoch(epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=drawing)
         for step, rows in enumerate(
             shuffled.split(setting.batch_size)[:steps], start=(epoch - 1) * steps + 1
         ):
-            if by_step:
+            if setting.arm == losses.PER_STEP:
                 loss.set_progress(step, setting.epochs * steps)
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
             v = model.pictures(crops(seen.pictures[rows], drawing))
