@@ -28,6 +28,7 @@ from rankloss_features import image_encoders, packages, sources
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.folder import read_about
 from rankloss_features.image_encoders import did_you_mean
+from rankloss_features.teachers import Teacher
 from rankloss_features.writing import precision_on, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
@@ -101,6 +102,16 @@ class Spec(NamedTuple):
                 with sources.named_errors(f"{sources.flag(name)} {value}"):
                     self._look_up(name, packages.SHORT.get(value, value))
         return self
+
+    def load(self, device: torch.device, batch_size: int) -> Teacher:
+        """The teacher, on a device; its texts are encoded so many at a time.
+
+        Raises:
+            ValueError: It is not installed, not found, or has no weights.
+        """
+        names = dict.fromkeys(("features", "image_weights", "spaces"))
+        args = Namespace(**names, **self._asdict(), batch_size=batch_size)
+        return sources.load(sources.given(args), args, device)
 
     def _look_up(self, name: str, value: str) -> None:
         place = value.removeprefix("local-dir:")
@@ -207,11 +218,9 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
     with _turn(folder):
         if not _is_complete(folder):
             _logger.info("a teacher's features are computed into %s", folder)
-            names = dict.fromkeys(("features", "image_weights", "spaces"))
-            args = Namespace(**names, **spec._asdict(), batch_size=_BATCH_SIZE)
             command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                teacher = sources.load(sources.given(args), args, device)
+                teacher = spec.load(device, _BATCH_SIZE)
                 write(folder, data, teacher, {**settings, "command": command}, _WORKERS, shared=False)
     return str(folder)
 
