@@ -62,11 +62,10 @@ class Case:
 
     def python(self) -> str:
         """The call that builds the same loss."""
-        given = dict(self.options)
         if "+" in self.loss:
-            return f'create("{self.loss}"' + (f", **{shown(given)})" if given else ")")
+            return f'create("{self.loss}"' + (f", **{shown(self.options)})" if self.options else ")")
         known = catalog.load(self.loss).options()  # a trainer's option is no option of the call
-        given = {key: x for key, x in given.items() if not known[key].for_trainer}
+        given = {key: x for key, x in self.options.items() if not known[key].for_trainer}
         return f"create({', '.join([shown(self.loss), *(f'{key}={shown(x)}' for key, x in given.items())])})"
 
     def before(self) -> str:

@@ -237,14 +237,11 @@ class RankClipEncoders(RankClipDistill):
 
     def check(self) -> None:
         super().check()
-        named = self.teacher is not None and not _is_of_encoders(self.teacher)
-        for key, is_wrong in (
-            ("teacher", named),
-            ("reference_features", is_of_one_model(self.reference_features)),
-        ):
-            if is_wrong:
-                text = "must be of encoders; rankclip-distill learns from a model of both modalities"
-                raise OptionError(key, f"{text}; got {getattr(self, key)}")
+        text = "must be of encoders; rankclip-distill learns from a model of both modalities"
+        if self.teacher is not None and not _is_of_encoders(self.teacher):
+            raise OptionError("teacher", f"{text}; got {self.teacher}")
+        if is_of_one_model(self.reference_features):
+            raise OptionError("reference_features", f"{text}; got {self.reference_features}")
 
 
 def _is_of_encoders(spec: Any) -> bool:
