@@ -41,18 +41,7 @@ TRAINED = {
     "mimicry": ("contrastive_loss", "mimicry_loss"),
     "alip": ALIP,
 }
-SLOW = {
-    "amp",
-    "bf16",
-    "cyclip",
-    "fp32",
-    "pure_bf16",
-    "siglip",
-    "siglip-streamed",
-    "coca",
-    "mimicry",
-    "runner",
-}
+SLOW = {"amp", "bf16", "cyclip", "pure_bf16", "siglip", "siglip-streamed", "coca", "mimicry", "runner"}
 
 
 def some_slow(*names: str) -> list[Any]:
