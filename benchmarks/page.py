@@ -92,6 +92,7 @@ TARGETS = [
         (LISTS, "cross-entropy"),
         2,
     ),
+    Target("pairwise lists with negatives / Plackett–Luce", (LISTS, "pairwise"), (LISTS, "plackett_luce"), 3),
     Target("a step of the demo's model, rankclip / clip", (STEP, "rankclip"), (STEP, "clip"), 1.03),
     Target("import rankloss, after torch", ("start: imports", "rankloss-after-torch"), None, 0.1),
     Target("python -m rankloss --help", ("start: python -m rankloss", "--help"), None, 3),

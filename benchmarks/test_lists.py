@@ -19,7 +19,7 @@ CLIP = "cross-entropy"
 
 def contenders(negatives: bool) -> list[str]:
     """Names, the cross-entropy's first; what this revision of rankloss lacks is left out."""
-    models = ("plackett_luce", "top_one") if negatives else ("plackett_luce", "top_one", "pairwise", "lambda")
+    models = ["plackett_luce", "top_one", "pairwise", *["lambda"] * (not negatives)]
     return [CLIP, *filter(_is_known, models)]
 
 

@@ -9,28 +9,19 @@ Every model returns values and numbers of terms, both ``[n]``.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from rankloss import precision
 from rankloss.log_sums import log_cumsum_exp
+from rankloss.pair_sums import pair_sums, rest_sums, softplus
 
 LARGEST_INTEGER = 2**53
 """The largest integer up to which all are distinct in float64."""
 
 LARGEST_INTEGERS = {torch.float64: "2⁵³", torch.float32: "2²⁴"}
 """The same by dtype, as it is written in errors."""
-
-_PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
-_LONG_LIST, _MOST_POINTS = 64, 1024
-_CELL, _NODES = 0.5, {torch.float32: 7, torch.float64: 12}
 
 
 def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,9 +83,9 @@ def pairwise(
     x = x if rest is None else x.to(rest.dtype)
     worse = (grades if by_difference else worse_items).to(x.dtype)
     better = worse.masked_fill(~is_item, -math.inf)  # padding is neither better nor worse than an item
-    values = _pair_sums(x, x, better, worse, by_difference).to(grades.dtype).sum(-1)
+    values = pair_sums(x, x, better, worse, by_difference).to(grades.dtype).sum(-1)
     if rest is not None:
-        values = values + torch.where(is_graded, _rest_sums(x, rest), 0.0).sum(-1)
+        values = values + torch.where(is_graded, rest_sums(x, rest), 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
     return values, pairs
 
@@ -119,7 +110,7 @@ def lambda_loss(
     changes = changes + mu * (_discount(distances) - _discount(distances + 1))
     weights = (gains[:, :, None] - gains[:, None, :]).clamp_min(0.0) * changes
     is_pair = (is_item[:, :, None] & is_item[:, None, :]) & (weights > 0)
-    terms = weights * _softplus(x[:, None, :] - x[:, :, None])
+    terms = weights * softplus(x[:, None, :] - x[:, :, None])
     return torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_item.any(-1).long()
 
 
@@ -136,132 +127,6 @@ def _normalized_gains(grades: Tensor, gain: str) -> Tensor:
 
 def _discount(rank: Tensor) -> Tensor:
     return 1 / (1 + rank).log2()
-
-
-def _softplus(z: Tensor) -> Tensor:
-    """``log(1 + e^z)``, which is −log σ(−z)."""
-    return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
-
-
-def _rest_sums(x: Tensor, rest: Tensor) -> Tensor:
-    """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the rest."""
-    nodes = _NODES[rest.dtype]
-    if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
-        return _pair_sums(x, rest)
-    low = rest.detach().masked_fill(rest == -math.inf, math.inf).amin(-1, keepdim=True)
-    spans = rest.detach().amax(-1, keepdim=True) - low
-    cells = float(spans.amax()) / _CELL + 1
-    if not 1 <= cells <= min(_MOST_POINTS, rest.shape[1] / 4) / nodes:  # also for an infinity or NaN
-        return _pair_sums(x, rest)
-    by_cell = functools.partial(_sums_by_cell, cells=int(cells), nodes=nodes)
-    if torch.is_grad_enabled():
-        by_cell = functools.partial(checkpoint, by_cell, use_reentrant=False, preserve_rng_state=False)
-    rows = max(1, _PAIRS_AT_ONCE["cpu"] // rest.shape[1])
-    low = low.where(low < math.inf, 0.0)
-    return torch.cat([by_cell(*part) for part in zip(*(z.split(rows) for z in (x, rest, low)), strict=True)])
-
-
-def _sums_by_cell(x: Tensor, rest: Tensor, low: Tensor, *, cells: int, nodes: int) -> Tensor:
-    """The sums of :func:`_rest_sums`, where a cell of half a nat has a few points in place of its items.
-
-    log(1 + e^{y − x}) is analytic in y within π of the real axis. So its interpolation in Chebyshev's points
-    of a cell converges by a factor of 25 with every point, relative to its value there. The weight of a point
-    is the sum of its Lagrange polynomial over the items.
-    """
-    is_item = rest > -math.inf
-    place = (rest.where(is_item, low).double() - low) / _CELL
-    cell = place.detach().long().clamp_max(cells - 1)
-    t = (2 * (place - cell) - 1).to(x.dtype)
-    polynomials = [is_item.to(x.dtype), t * is_item]
-    while len(polynomials) < nodes:
-        polynomials.append(2 * t * polynomials[-1] - polynomials[-2])
-    none = t.new_zeros(len(t), cells)
-    moments = torch.stack([none.scatter_add(-1, cell, z) for z in polynomials], -1)
-    degrees = torch.arange(nodes, dtype=place.dtype, device=place.device)
-    angles = math.pi * (degrees + 0.5) / nodes
-    lagrange = (degrees[:, None] * angles).cos() * (2 / nodes)
-    lagrange[0] /= 2
-    weights = precision.product(moments.double(), lagrange).flatten(1)
-    corners = low + _CELL * torch.arange(cells, device=low.device)
-    points = (corners[..., None] + _CELL * (1 + angles.cos()) / 2).flatten(1)
-    terms = _softplus(points[:, None] - x[:, :, None])
-    return precision.product(terms, weights[:, :, None]).squeeze(-1).to(x.dtype)
-
-
-def _pair_sums(
-    x: Tensor,
-    y: Tensor,
-    better: Tensor | None = None,
-    worse: Tensor | None = None,
-    by_difference: bool = False,
-) -> Tensor:
-    """``Σ_q w_pq·log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
-
-    The weight w_pq is 1. With numbers ``better`` of x and ``worse`` of y it is 0 for a pair that is not in
-    this order, and ``by_difference`` their difference for the others; integers make it 1.
-
-    A block of pairs is computed at a time, which stays in a processor's cache; the derivative of the gradient
-    holds all pairs at once.
-    """
-    sums: Tensor = _PairSums.apply(x, y, better, worse, by_difference)  # type: ignore[no-untyped-call]
-    return sums
-
-
-class _PairSums(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, better: Tensor | None, worse: Tensor | None, by_difference: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, y, better, worse)
-        ctx.by_difference = by_difference
-        sums = torch.empty_like(x)
-        for rows, columns in _blocks(x, y):
-            terms = _softplus(y[rows, None] - x[rows, columns, None])
-            sums[rows, columns] = _weighted(terms, better, worse, by_difference, rows, columns).sum(-1)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, better, worse = ctx.saved_tensors
-        (g,) = upstream
-        if torch.is_grad_enabled():
-            slopes = (y[:, None] - x[:, :, None]).sigmoid()
-            slopes = g[:, :, None] * _weighted(slopes, better, worse, ctx.by_difference)
-            return -slopes.sum(-1), slopes.sum(1), None, None, None
-        by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
-        with precision.full_precision(x.device):
-            for rows, columns in _blocks(x, y):
-                slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
-                slopes = _weighted(slopes, better, worse, ctx.by_difference, rows, columns)
-                by_x[rows, columns] = -g[rows, columns] * slopes.sum(-1)
-                by_y[rows] += (g[rows, None, columns] @ slopes).squeeze(1)
-        return by_x, by_y, None, None, None
-
-
-def _weighted(
-    terms: Tensor,
-    better: Tensor | None,
-    worse: Tensor | None,
-    by_difference: bool,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
-) -> Tensor:
-    """The terms of a block of pairs times their weights."""
-    if better is None or worse is None:
-        return terms
-    differences = better[rows, columns, None] - worse[rows, None]
-    return terms * differences.clamp(0.0, None if by_difference else 1.0)
-
-
-def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of lists and columns of x whose pairs with all y are of a block's size."""
-    size = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
-    (n, width), pairs = x.shape, max(1, y.shape[1])
-    columns = min(width, max(1, size // pairs))
-    rows = max(1, size // (columns * pairs))
-    for i in range(0, n, rows):
-        for k in range(0, width, columns):
-            yield slice(i, i + rows), slice(k, k + columns)
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:

@@ -26,16 +26,17 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     return sum(storages.values())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
+class TensorSizes(TorchDispatchMode):
+    """Counts the elements of what operations return: those of the largest storage, and of all results."""
 
-    elements = 0
+    largest = total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+                self.total += x.numel()
         return result
 
 

@@ -19,7 +19,7 @@ from batches import assert_close, batches, random_batch, teacher_of
 from blocks_oracle import definition
 from devices import DEVICE
 from fake_cuda import fake_cuda
-from memory import LargestTensor, saved_bytes
+from memory import TensorSizes, saved_bytes
 from rankloss import dense, engine, reference
 from rankloss.batch import Batch
 from rankloss.engine import Block, RowLists, evaluate, weighted_terms
@@ -322,9 +322,9 @@ def test_no_tensor_as_large_as_n_by_n_is_made_of_a_large_batch(options, has_teac
     inputs, teacher = random_batch(0, n, d, 10.0).leaves(), teacher_of(n, d) if has_teacher else {}
     largest = []
     for rows in (chunk_size, None):
-        with LargestTensor() as seen:
+        with TensorSizes() as sizes:
             rankloss.RankConsistency(chunk_size=rows, **options)(*inputs, **teacher).backward()
-        largest.append(seen.elements)
+        largest.append(sizes.largest)
     assert n * d <= largest[0] <= 2 * n * chunk_size < n * n  # of two matrices
     assert largest[1] >= n * n  # the measurement sees such a tensor where there is one
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batches import random_batch
-from memory import LargestTensor
+from memory import TensorSizes
 from rankloss import ClipLoss, MimicryLoss, RankClipLoss, RankedLists
 from rankloss_baselines import CyClipLoss
 from rankloss_trainers.ranked_lists import RankedListsTerm
@@ -63,10 +63,10 @@ def test_a_teacher_gets_no_gradient_and_a_copy_of_it_costs_nothing() -> None:
 def test_no_matrix_of_all_pairs_is_held() -> None:
     n = 4096  # beyond the size up to which whole matrices are kept
     v, t, s = (x.float().detach() for x in batch(n))
-    with LargestTensor() as largest:
+    with TensorSizes() as sizes:
         loss = MimicryLoss(ClipLoss(memory_budget=0))
         loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n).items()}).backward()
-    assert largest.elements < n * n
+    assert sizes.largest < n * n
 
 
 # --- compositions -----------------------------------------------------------------------------------------

@@ -66,9 +66,11 @@ class RankedLists(GatheringLoss):
     a device without it, such as MPS, they are in float32, and integers as grades are at most 2²⁴ there.
     With negatives the N·M scores are computed for some queries at a time, and again in the backward pass
     (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. ``"pairwise"``
-    then compares N·K·M pairs in the scores' dtype; on a CPU, lists of 64 candidates or more are compared with
-    a few points for each half a nat of scores, exact to rounding. Compiled, the loss is one call between two
-    graphs.
+    then compares N·K·M pairs in the scores' dtype. On a CPU, for lists of 16 candidates or more, polynomials
+    take the place of the pairs, exact to rounding, if the scores of a list span up to 292 nats (146 in
+    float64) and the batch is large enough to gain by it: 512 queries of 32 candidates take 1.4 to 2.7 times
+    Plackett–Luce's time, of 15 candidates up to 3.8 times. All pairs of 64 queries of 1,000 candidates take
+    20 times. Compiled, the loss is one call between two graphs.
 
     Args:
         model: the likelihood.

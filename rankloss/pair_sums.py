@@ -1,0 +1,217 @@
+"""Sums over the pairs of two lists of scores, without a tensor of all pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss import precision
+
+_PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
+_LONG_LIST, _MOST_POINTS = 16, 2048
+_NODES = {torch.float32: 7, torch.float64: 14}
+
+
+def softplus(z: Tensor) -> Tensor:
+    """``log(1 + e^z)``, which is −log σ(−z)."""
+    return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
+
+
+def pair_sums(
+    x: Tensor,
+    y: Tensor,
+    better: Tensor | None = None,
+    worse: Tensor | None = None,
+    by_difference: bool = False,
+) -> Tensor:
+    """``Σ_q w_pq·log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
+
+    The weight w_pq is 1. With numbers ``better`` of x and ``worse`` of y it is 0 for a pair that is not in
+    this order, and ``by_difference`` their difference for the others; integers make it 1.
+
+    A block of pairs is computed at a time, which stays in a processor's cache; the derivative of the gradient
+    holds all pairs at once.
+    """
+    sums: Tensor = _PairSums.apply(x, y, better, worse, by_difference)  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _PairSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, better: Tensor | None, worse: Tensor | None, by_difference: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, y, better, worse)
+        ctx.by_difference = by_difference
+        sums = torch.empty_like(x)
+        for rows, columns in _blocks(x, y):
+            terms = softplus(y[rows, None] - x[rows, columns, None])
+            sums[rows, columns] = _weighted(terms, better, worse, by_difference, rows, columns).sum(-1)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, better, worse = ctx.saved_tensors
+        (g,) = upstream
+        if torch.is_grad_enabled():
+            return *_pair_gradients(x, y, g, better, worse, ctx.by_difference), None, None, None
+        by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
+        with precision.full_precision(x.device):
+            for rows, columns in _blocks(x, y):
+                slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
+                slopes = _weighted(slopes, better, worse, ctx.by_difference, rows, columns)
+                by_x[rows, columns] = -g[rows, columns] * slopes.sum(-1)
+                by_y[rows] += (g[rows, None, columns] @ slopes).squeeze(1)
+        return by_x, by_y, None, None, None
+
+
+def _pair_gradients(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    better: Tensor | None = None,
+    worse: Tensor | None = None,
+    by_difference: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`pair_sums`, which can be differentiated again."""
+    slopes = (y[:, None] - x[:, :, None]).sigmoid()
+    slopes = g[:, :, None] * _weighted(slopes, better, worse, by_difference)
+    return -slopes.sum(-1), slopes.sum(1)
+
+
+def _weighted(
+    terms: Tensor,
+    better: Tensor | None,
+    worse: Tensor | None,
+    by_difference: bool,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """The terms of a block of pairs times their weights."""
+    if better is None or worse is None:
+        return terms
+    differences = better[rows, columns, None] - worse[rows, None]
+    return terms * differences.clamp(0.0, None if by_difference else 1.0)
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of lists and columns of x whose pairs with all y are of a block's size."""
+    size = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
+    (n, width), pairs = x.shape, max(1, y.shape[1])
+    columns = min(width, max(1, size // pairs))
+    rows = max(1, size // (columns * pairs))
+    for i in range(0, n, rows):
+        for k in range(0, width, columns):
+            yield slice(i, i + rows), slice(k, k + columns)
+
+
+# --- by cells of the scores ---------------------------------------------------------------------------------
+
+
+def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
+    """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the scores."""
+    if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
+        return pair_sums(x, rest)
+    of_items = rest.detach().masked_fill(rest == -math.inf, math.inf)
+    low = torch.minimum(of_items.amin(-1, keepdim=True), x.detach().amin(-1, keepdim=True))
+    high = torch.maximum(rest.detach().amax(-1, keepdim=True), x.detach().amax(-1, keepdim=True))
+    cells = float((high - low).amax()) + 1
+    # The tables of P² numbers shall cost less than the pairs. NaN compares false.
+    if not _NODES[rest.dtype] * cells <= min(_MOST_POINTS, math.sqrt(x.numel() * rest.shape[1] / 8)):
+        return pair_sums(x, rest)
+    sums: Tensor = _CellSums.apply(x, rest, low, int(cells))  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _CellSums(torch.autograd.Function):
+    """``Σ_q log(1 + e^{y_q − x_p})`` for x ``[n, K]`` and y ``[n, M]``, by polynomials in cells of one nat.
+
+    log(1 + e^{y − x}) and its derivative are analytic in x and in y within π of the real axis. So the
+    coefficients of Chebyshev's polynomials in a cell fall by a factor of 12 with every degree, relative to
+    the value there. Scores enter by the sums of these polynomials over the items of a cell.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, low: Tensor, cells: int) -> Tensor:
+        nodes = _NODES[y.dtype]
+        table = _chebyshev_table(softplus, cells, nodes)
+        sums, moments = torch.empty_like(x), table.new_empty(len(x), len(table))
+        for rows in _rows(y):
+            moments[rows] = _moments(y[rows], torch.ones_like(y[rows]), low[rows], cells, nodes)
+            sums[rows] = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
+        ctx.save_for_backward(x, y, low, moments)
+        ctx.cells = cells
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, low, moments = ctx.saved_tensors
+        (g,) = upstream
+        if torch.is_grad_enabled():
+            return *_pair_gradients(x, y, g), None, None
+        by_x, by_y = torch.empty_like(x), torch.empty_like(y)
+        with precision.full_precision(x.device):
+            table = _chebyshev_table(torch.sigmoid, ctx.cells, _NODES[y.dtype])
+            for rows in _rows(y):
+                of_x = _moments(x[rows], g[rows], low[rows], ctx.cells, _NODES[y.dtype])
+                by_x[rows] = -g[rows] * _interpolated(x[rows], moments[rows] @ table, low[rows], ctx.cells)
+                by_y[rows] = _interpolated(y[rows], of_x @ table.T, low[rows], ctx.cells)
+        return by_x, by_y, None, None
+
+
+def _rows(y: Tensor) -> Iterator[slice]:
+    """Rows of y, a block's size at a time."""
+    size = max(1, _PAIRS_AT_ONCE["cpu"] // y.shape[1])
+    for i in range(0, len(y), size):
+        yield slice(i, i + size)
+
+
+def _chebyshev_table(kernel: Callable[[Tensor], Tensor], cells: int, nodes: int) -> Tensor:
+    """Coefficients of ``kernel(y − x)`` by y's cell and degree in rows, by x's in columns, in float64."""
+    degrees = torch.arange(nodes, dtype=torch.float64)
+    angles = math.pi * (degrees + 0.5) / nodes
+    points = angles.cos() / 2
+    transform = (degrees[:, None] * angles).cos() * (2 / nodes)
+    transform[0] /= 2
+    distances = torch.arange(1 - cells, cells, dtype=torch.float64)
+    blocks = transform @ kernel(distances[:, None, None] + points[:, None] - points) @ transform.T
+    cell = torch.arange(cells)
+    return blocks[cell[:, None] - cell + cells - 1].transpose(1, 2).reshape(cells * nodes, -1)
+
+
+def _moments(y: Tensor, weights: Tensor, low: Tensor, cells: int, nodes: int) -> Tensor:
+    """Sums of weighted Chebyshev polynomials over the items of each cell, ``[n, cells·nodes]`` in float64."""
+    weights = weights.where(y > -math.inf, 0.0)
+    cell, polynomials = _chebyshev(y, low, cells, nodes)
+    sums = [y.new_zeros(len(y), cells).scatter_add_(-1, cell, weights * z) for z in polynomials]
+    return torch.stack(sums, -1).flatten(1).double()
+
+
+def _interpolated(x: Tensor, coefficients: Tensor, low: Tensor, cells: int) -> Tensor:
+    """The sums of polynomials at x, 0 at −∞; ``coefficients`` is ``[n, cells·nodes]``."""
+    by_degree = coefficients.to(x.dtype).unflatten(1, (cells, -1)).unbind(-1)
+    cell, polynomials = _chebyshev(x, low, cells, len(by_degree))
+    sums = torch.zeros_like(x)
+    for given, z in zip(by_degree, polynomials, strict=True):
+        sums.addcmul_(given.gather(1, cell), z)
+    return sums.masked_fill_(x == -math.inf, 0.0)
+
+
+def _chebyshev(y: Tensor, low: Tensor, cells: int, nodes: int) -> tuple[Tensor, Iterator[Tensor]]:
+    """The cell of each score, and the Chebyshev polynomials of its place in it, by degree."""
+    place = y.clamp_min(low).double() - low
+    cell = place.long().clamp_max_(cells - 1)
+    t = place.sub_(cell).mul_(2).sub_(1).to(y.dtype)
+    return cell, _polynomials(t, nodes)
+
+
+def _polynomials(t: Tensor, nodes: int) -> Iterator[Tensor]:
+    before, last = t, torch.ones_like(t)  # T₋₁ = T₁
+    for _ in range(nodes):
+        yield last
+        before, last = last, (2 * t).mul_(last).sub_(before)
