@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -127,7 +128,7 @@ def _check_group(group: Any) -> None:
 # --- agreement of the processes -----------------------------------------------------------------------------
 
 _agreed: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
-"""By owner: the descriptions that all processes had at the same call."""
+"""By owner: the descriptions that all processes had at the same call, of features on an accelerator."""
 
 _RAISED_BY_ALL = {kind.__name__: kind for kind in (ValueError, TypeError)}
 """The errors of arguments by name; another error of one process is a RuntimeError of all."""
@@ -245,13 +246,15 @@ class Gather:
         raise the error of the first process that has one, or a ValueError if the descriptions differ. So no
         process waits for one that has stopped, provided that all run the same program.
 
-        On a CPU this is one reduction of one number per call, and more only if a process has an error or a
-        description that is new for ``owner``. On an accelerator, whose host would wait at each call, only new
-        descriptions are exchanged, with the errors of that call. While the descriptions of an owner are equal
-        call by call, all processes remember the same ones. After an error nothing is remembered.
+        On a CPU this is one reduction of three numbers per call, among them a hash of the description, and
+        more only if a process has an error or the hashes differ. On an accelerator, whose host would wait at
+        each call, only descriptions that are new for ``owner`` are exchanged, with the errors of that call.
+        While the descriptions of an owner are equal call by call, all processes remember the same ones. After
+        an error nothing is remembered.
 
         Not detected: on an accelerator a later error or change on some processes alone, while the others have
-        features compared before. NCCL then waits until its timeout. In a captured graph nothing is compared.
+        features compared before; NCCL then waits until its timeout. An error before the call of the loss, or
+        a call without any tensor, on some processes alone. In a captured graph nothing is compared.
 
         Args:
             owner: the gathering loss, or any object that supports weak references.
@@ -286,13 +289,15 @@ class Gather:
         ]
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
         own = ", ".join([*given, flags]).replace("torch.", "")
-        agreed = _agreed.setdefault(owner, set())
-        has_news = own not in agreed
         if device.type == "cpu":
-            any_has = torch.tensor(has_news or error is not None, dtype=torch.int32, device=device)
-            dist.all_reduce(any_has, dist.ReduceOp.MAX, group=self.group)
-            has_news = bool(any_has)
-        if not has_news:
+            key = int.from_bytes(hashlib.blake2b(own.encode(), digest_size=7).digest(), "big")
+            largest = torch.tensor([error is not None, key, -key], dtype=torch.int64, device=device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+            fails, highest, lowest = largest.tolist()
+            differs = bool(fails) or highest != -lowest
+        else:
+            differs = own not in _agreed.get(owner, ())
+        if not differs:
             if error is not None:
                 raise error
             return
@@ -308,7 +313,7 @@ class Gather:
                     "all processes must give features of the same names, dtypes and shapes; got "
                     f"{everyone[0][0]} on rank 0, but {other} on rank {rank}"
                 )
-        agreed.add(own)
+        _agreed.setdefault(owner, set()).add(own)
 
     def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all processes, image and text, in the order of the ranks.

@@ -34,6 +34,8 @@ from rankloss import (
     distributed,
 )
 from rankloss.distributed import all_gather, gather_once
+from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss_trainers.ranked_lists import RankedListsTerm
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
 F64 = torch.float64
@@ -441,7 +443,7 @@ def test_a_step_gathers_each_modality_once(plain: list[dict[Any, Any]]) -> None:
             gathered = 1 if name.startswith("siglip") and flags[0] else 2  # its texts alone
             has_ids = " ids" in name
             assert forward["allgather"] == gathered + has_ids, name
-            assert filled == gathered * 2 * N * D * 8 + has_ids * 2 * N * 8 + 4 * checks, name
+            assert filled == gathered * 2 * N * D * 8 + has_ids * 2 * N * 8 + 24 * checks, name
             assert backward == ({"allreduce": gathered} if flags[1] else {}), name
 
 
@@ -453,7 +455,7 @@ def test_collectives_of_one_tensor_give_the_same(plain: list[dict[Any, Any]], po
         for (flags, name), (values, _, filled, backward) in of_rank.items():
             assert_same(values, expected[flags, name][0], 1e-14)
             if name in ("clip", "rank_clip"):
-                assert filled == 2 * 2 * N * D * 8 + 4
+                assert filled == 2 * 2 * N * D * 8 + 24
                 assert all("reduce_scatter" in call for call in backward)
                 assert sum(backward.values()) == (2 if flags[1] else 0)
 
@@ -617,11 +619,21 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
     ),
     "ids that are numbers": (
-        functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share")),
+        functools.partial(SigLipLoss, same_id="share"),
         lambda rank: pairs_of(
             rank, logit_bias=0.0, pair_ids=torch.arange(4).to([torch.int64, F64][rank % 2])
         ),
         ("pair_ids must be 4 integers, one for every pair; got torch.float64 [4] (on rank 1 of 3)",),
+    ),
+    "ids that a base refuses": (
+        functools.partial(RankClipLoss, schedule="constant"),
+        lambda rank: pairs_of(rank, **({"pair_ids": torch.arange(4)} if rank == 1 else {})),
+        ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
+    ),
+    "ids of queries": (
+        lambda: RankedListsTerm(Lists()),
+        lambda rank: lists_of(rank, logit_scale=1.0, query_ids=torch.arange(4) if rank == 1 else None),
+        ("query_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
     ),
     "a scale": (
         ClipLoss,
@@ -718,7 +730,7 @@ def on_device(rank: int, world_size: int, kind: type[Tensor]) -> list[Any]:
 
 def test_a_cpu_asks_others_at_each_call_and_an_accelerator_where_a_batch_is_new(pools: Pools) -> None:
     bad, devices = "bad (on rank 1 of 2)", ["cuda:1"] * 3  # an error is not remembered as agreed
-    assert pools[2].run(on_device, Tensor) == [[3, 1, bad, bad, bad, ["cpu"] * 4]] * 2
+    assert pools[2].run(on_device, Tensor) == [[1, 1, bad, bad, bad, ["cpu"] * 3]] * 2
     later = [0, "bad"]  # of each rank, where nobody asks
     expected = [[2, 0, later[rank], bad, bad, devices] for rank in range(2)]
     assert pools[2].run(on_device, Elsewhere) == expected
@@ -731,19 +743,43 @@ def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch
     assert devices == ["meta"] * 2
 
 
-def batches_that_change(rank: int, world_size: int) -> list[int]:
-    losses = RankConsistency(), RankConsistency()
-    counts = []
-    for loss, rows in ((losses[0], 5), (losses[0], 5), (losses[0], 3), (losses[0], 5), (losses[1], 5)):
-        v, t = F.normalize(torch.randn(2, rows, D), dim=-1)
-        with Collectives() as calls:
-            loss(v, t, 10.0)
-        counts.append(calls.counts["allgather"])
-    return counts
+def kinds_that_change(rank: int, world_size: int) -> list[str]:
+    """Two kinds of batches that all have in turn, then one of either kind at once."""
+    loss, found = ClipLoss(), []
+    kinds = [(4, F64), (3, F64), (4, torch.float32), (4 - rank, F64), (4, (F64, torch.float32)[rank])]
+    for rows, dtype in kinds:
+        v, t = F.normalize(torch.randn(2, rows, D, dtype=dtype), dim=-1)
+        try:
+            with Collectives() as calls:
+                loss(v, t, 10.0)
+            found.append(str(calls.counts["allgather"]))
+        except ValueError as error:
+            found.append(str(error).partition(";")[0])
+    return found
 
 
-def test_a_loss_compares_each_kind_of_batch_once(pools: Pools) -> None:
-    assert pools[2].run(batches_that_change) == [[4, 2, 4, 2, 4]] * 2
+def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools) -> None:
+    differ = "all processes must give features of the same names, dtypes and shapes"
+    assert pools[2].run(kinds_that_change) == [["2", "2", "2", differ, differ]] * 2
+
+
+def compiled_baseline(rank: int, world_size: int, name: str) -> list[str]:
+    """Batches of equal numbers of rows, then one of fewer on rank 1."""
+    loss, found = torch.compile({"alip": AlipLoss, "cyclip": CyClipLoss}[name](), backend="eager"), []
+    for rows in (4, 4, 4 - rank, 4):
+        v, t, c = F.normalize(torch.randn(3, rows, D), dim=-1)
+        try:
+            loss(v, t, 10.0, **({"caption_features": c} if name == "alip" else {}))
+            found.append("")
+        except ValueError as error:
+            found.append(str(error).partition(";")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", ["alip", "cyclip"])
+def test_compiled_baselines_compare_batches_as_eager_ones(pools: Pools, name: str) -> None:
+    differ = "all processes must give features of the same names, dtypes and shapes"
+    assert pools[2].run(compiled_baseline, name) == [["", "", differ, ""]] * 2
 
 
 # --- what else processes must not get wrong ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class CyClipLoss(GatheringLoss):
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
 
+    @precision.outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -80,7 +82,7 @@ class CyClipLoss(GatheringLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
         with gather_once():
-            cross, in_ = self.terms(image_features, text_features)
+            cross, in_ = self.terms(image_features, text_features, base_inputs)
             entries = base_entries(
                 self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
             )
@@ -90,9 +92,11 @@ class CyClipLoss(GatheringLoss):
         }
         return combined(entries, own, output_dict)
 
-    def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(
+        self, image_features: Tensor, text_features: Tensor, base_inputs: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Both terms without their weights."""
-        self.check_inputs(image_features, text_features, logit_scale=1.0)
+        self.check_inputs(image_features, text_features, logit_scale=1.0, base_inputs=base_inputs)
         own = image_features, text_features
         anchors = items = _widened(*map(self.gather.items, own))
         if self.gather.anchors_are_local:

@@ -80,6 +80,10 @@ class RankedListsTerm(nn.Module):
                 each call, for which an accelerator's host waits.
             **inputs: Those of the lists; the others are the base's.
         """
+        if self.lists.in_batch_negatives:
+            queries = inputs.get("query_features")
+            with self.lists.gather.agreement(self, query_features=queries, query_ids=query_ids):
+                pass
         if query_ids is not None and self.lists.in_batch_negatives:
             _check_distinct(self.lists.gather.items(query_ids))
         lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class GatheringLoss(nn.Module):
         self.gather = Gather.of(gather)
         self._looked_at: set[str] = set()  # arguments whose values were read
 
+    @outside_graphs
     def check_inputs(
         self,
         image_features: Tensor,
@@ -48,6 +49,7 @@ class GatheringLoss(nn.Module):
         *,
         one_space: bool = True,
         pair_ids: Tensor | None = None,
+        base_inputs: Mapping[str, Any] | None = None,
         **references: Tensor | None,
     ) -> None:
         """Raise an error that names a wrong input; warn of a suspicious one.
@@ -63,10 +65,12 @@ class GatheringLoss(nn.Module):
             logit_bias: one number, or None.
             one_space: True if images are compared with texts.
             pair_ids: ``[N]`` integers, equal for pairs that belong together, or None.
+            base_inputs: further inputs of the base, by name, which processes compare.
             **references: a teacher's features of the same pairs, or None.
         """
         features = {"image_features": image_features, "text_features": text_features}
-        with self.gather.agreement(self, **features, **references, pair_ids=pair_ids):
+        given = {**features, **references, "pair_ids": pair_ids, **(base_inputs or {})}
+        with self.gather.agreement(self, **given):
             min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
             checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
             checks.check_scale(logit_scale, image_features)

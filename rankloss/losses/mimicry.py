@@ -107,7 +107,9 @@ class MimicryLoss(GatheringLoss):
         )
         teacher = {name: x for name, x in given.items() if x is not None}
         # The base decides whether images are compared with texts.
-        self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
+        self.check_inputs(
+            image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs, **given
+        )
         if not teacher:
             raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))

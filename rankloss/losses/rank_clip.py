@@ -204,7 +204,7 @@ class RankClipLoss(nn.Module):
         # The rank terms' pass also gives the loss of such a base.
         is_fused = bool(cross or in_) and not (base_inputs or options.is_dense)
         is_fused = is_fused and is_streamed_clip(self.base, gather)
-        self.consistency.check(inputs, teacher, one_space=is_fused)
+        self.consistency.check(inputs, teacher, one_space=is_fused, base_inputs=base_inputs)
         with gather_once():
             entries = {}
             if not is_fused:

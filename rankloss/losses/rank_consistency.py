@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,7 @@ class RankConsistency(GatheringLoss):
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N;
     :class:`rankloss.RankOptions` lists the options that need whole matrices. Similarities, order and sums are
-    float32 at least, under autocast too; products are TF32's where torch allows them (docs/gpu.md).
+    float32 at least, under autocast too; products are TF32's where torch allows them (docs/performance.md).
 
     Args:
         cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation.
@@ -132,7 +133,12 @@ class RankConsistency(GatheringLoss):
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
     def check(
-        self, inputs: tuple[Any, ...], teacher: dict[str, Tensor | None], *, one_space: bool = False
+        self,
+        inputs: tuple[Any, ...],
+        teacher: dict[str, Tensor | None],
+        *,
+        one_space: bool = False,
+        base_inputs: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the inputs, and a teacher's features against the options and the terms.
 
@@ -140,10 +146,11 @@ class RankConsistency(GatheringLoss):
             inputs: the arguments of :meth:`check_inputs`.
             teacher: a teacher's features by name.
             one_space: True if images are compared with texts, apart from the terms.
+            base_inputs: see :meth:`check_inputs`.
         """
         is_crossed = self.cross_modal != 0
         named: dict[str, Any] = {**teacher, "one_space": one_space or is_crossed}
-        self.check_inputs(*inputs, **named)
+        self.check_inputs(*inputs, base_inputs=base_inputs, **named)
         check_references(self.options, cross_modal=is_crossed, **teacher)
 
     def extra_repr(self) -> str:
