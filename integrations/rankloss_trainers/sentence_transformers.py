@@ -9,6 +9,7 @@ It takes the loss, and the callback that tells it where training stands::
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,8 +113,12 @@ class ContrastiveLoss(EmbeddingLoss):
             default a column is embedded at once.
         output_dict: Return the terms by name, which the trainer adds up and logs, and with them λ and other
             values, which it only logs. False returns their sum, which a loss that is wrapped in another
-            (``MatryoshkaLoss``) has to.
+            (``MatryoshkaLoss``) has to. A raw term is logged from the first line on of whose steps all have λ
+            above 0.
         gather: The gathering of a named loss, see :class:`rankloss.Gather`.
+
+    Attributes:
+        metrics: The names of the metrics until the log's next line; None before its first step.
 
     Shapes:
         The embeddings are ``[N, D]`` per column and process; all entries are scalars.
@@ -145,7 +150,7 @@ class ContrastiveLoss(EmbeddingLoss):
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
         self.run = Runtime(HOST, given_loss(loss, options), gather=gather)
-        self.run.has_fixed_entries = True  # the trainer divides every entry by all steps
+        self.metrics: tuple[str, ...] | None = None
         self.image_column = None if self.run.features is not None else 0
         if self.run.chosen.pair_key not in (None, CAPTIONS, "label"):
             text = f"must be {CAPTIONS} or label, the columns that a loss is given"
@@ -171,7 +176,20 @@ class ContrastiveLoss(EmbeddingLoss):
         columns = columns[::-1] if self.image_column else columns
         features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
         entries = self._entries(features, labels, columns[1])
-        return LoggedTerms(*entries) if self.output_dict else entries.total
+        return LoggedTerms(entries.terms, self._logged(entries)) if self.output_dict else entries.total
+
+    def _logged(self, entries: Entries) -> dict[str, Tensor]:
+        """The metrics of this interval of the log; the trainer divides their sums by all of its steps.
+
+        One that appears later waits for the next interval, and NaN stands for one that ends: the trainer
+        takes the average so far in its place.
+        """
+        if not entries.metrics:  # in an evaluation
+            return {}
+        if self.metrics is None:
+            self.metrics = tuple(entries.metrics)
+        none = entries.total.detach() * math.nan
+        return {name: entries.metrics.get(name, none) for name in self.metrics}
 
     def _entries(
         self, features: dict[str, Tensor], labels: Tensor | None, texts: dict[str, Tensor]
@@ -241,6 +259,11 @@ class Progress(TrainerProgress):
                     raise ValueError(f"reference_features needs the two columns and the label of {bind}")
                 loss.image_column = found[0]
         super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """After a line about training an interval begins."""
+        for loss in self._losses if "loss" in logs else ():
+            loss.metrics = None
 
 
 def _image_columns(folder: Features, dataset: Any) -> list[int | None]:

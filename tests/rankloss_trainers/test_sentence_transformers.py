@@ -90,7 +90,7 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         )
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
-        assert line["in_modal_raw"] > 0 or number == 0  # λ is 0
+        assert ("in_modal_raw" in line) == (number > 0)  # λ is 0 at the first step
     assert not torch.allclose(weights(own), weights(tiny(bert)), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -98,6 +98,23 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         total = sum(8 * rankloss.ClipLoss()(*features(rows)).item() for rows in (range(8), range(8, 16)))
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
     assert all(not any("modal" in name for name in line) for line in evaluated)
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("logging_steps", [1, 4, 6])
+def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
+    tmp_path: Path, bert: Path, unit: str, logging_steps: int
+) -> None:
+    """Without a learning rate, of equal batches: λ is 0 in a third of the training, the term the same."""
+    loss = rank_clip(tiny(bert), schedule="official", schedule_unit=unit)
+    given = {"train_dataset": pairs(8), "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **given)
+    lines = steps(trainer)
+    assert not any("in_modal_raw" in line for line in lines if line["rank_lambda"] == 0)
+    found = [line["in_modal_raw"] for line in lines if "in_modal_raw" in line]
+    assert len(lines) / 2 <= len(found) < len(lines)
+    assert found[0] > 0.1
+    assert found == pytest.approx(found[:1] * len(found), abs=2e-4)
 
 
 @CACHED
