@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss_features.data import IMAGES, named_sample
-from rankloss_trainers.lists import graded, grades_of, id_of
+from rankloss_trainers.lists import bits_of, graded, grades_of, id_of
 
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
@@ -59,12 +59,14 @@ class Candidates:
         Raises:
             ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
         """
+        from os.path import normpath
+
         candidates, grades = columns_of(path, separator, CANDIDATES, GRADES)
         cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
-        pictures = map(id_of, map(str, dataset.images))
+        pictures = (id_of(normpath(str(image))) for image in dataset.images)
         return [json.dumps([picture, *x]) for picture, x in zip(pictures, lists, strict=True)]
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
@@ -122,7 +124,7 @@ class Candidates:
         used = len(captions)
         free = self._places - used
         ids = torch.tensor([id_of(caption) for caption in captions])
-        bits = torch.tensor(grades, dtype=torch.float64).view(torch.int64)
+        bits = bits_of(torch.tensor(grades, dtype=torch.float64))
         tokens = tokenize(captions[self.own :])
         parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
         return torch.cat([torch.tensor([used, picture]), *parts])

@@ -20,9 +20,6 @@ from rankloss.precision import has_float64
 PADDING = -1
 """The index of a place without a candidate."""
 
-GRADES = torch.float32 if torch.backends.mps.is_available() else torch.float64
-"""The dtype of grades: float32 would tie some, but MPS has no other."""
-
 
 @dataclass(frozen=True)
 class Pooled:
@@ -32,7 +29,8 @@ class Pooled:
         candidates: The M distinct candidates.
         ids: ``[M]``, equal for equal candidates on all processes.
         index: ``[N, K]``, the row of each candidate, or :data:`PADDING`.
-        grades: ``[N, K]``, float64, since float32 would tie some; 0 at padding.
+        grades: ``[N, K]``, float64, since float32 would tie some; 0 at padding. A device may lack float64,
+            and DeepSpeed rounds it to the model's precision: see :func:`bits_of`.
     """
 
     candidates: list[Any]
@@ -73,12 +71,32 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
     return list(zip(candidates, map(float, grades), strict=True))
 
 
+def bits_of(grades: Tensor) -> Tensor:
+    """The bits of float64 grades as integers, which reach any device unchanged."""
+    return grades.view(torch.int64)
+
+
 def grades_of(bits: Tensor) -> Tensor:
-    """The float64 grades whose bits integers hold, on their device; float32 where it has no float64."""
+    """The grades of :func:`bits_of`, on the device of the bits; float32 where it has no float64.
+
+    Raises:
+        ValueError: for unequal grades of a list that float32 would tie, or a grade that it cannot hold.
+    """
     bits = bits.contiguous()
     if has_float64(bits.device):
         return bits.view(torch.float64)
-    return bits.cpu().view(torch.float64).float().to(bits.device)
+    grades = bits.cpu().view(torch.float64)
+    ordered = grades.sort(-1).values
+    narrow = ordered.float()
+    is_tied = (narrow[:, 1:] == narrow[:, :-1]) & (ordered[:, 1:] != ordered[:, :-1])
+    lists = is_tied.any(-1) | (narrow == math.inf).any(-1)
+    if bool(lists.any()):
+        row = int(lists.byte().argmax())
+        raise ValueError(
+            f"grades must stay distinct and finite in float32, the widest dtype of {bits.device}; list {row} "
+            f"of the batch has {ordered[row].tolist()}"
+        )
+    return grades.float().to(bits.device)
 
 
 def identity(candidate: Any) -> Hashable:
@@ -112,7 +130,7 @@ def pooled(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
     pool = {key: candidate for pairs in keyed for key, candidate, _ in pairs}
     rows = {key: row for row, key in enumerate(pool)}
     index = [torch.tensor([rows[key] for key, *_ in pairs]) for pairs in keyed]
-    grades = [torch.tensor([grade for *_, grade in pairs], dtype=GRADES) for pairs in keyed]
+    grades = [torch.tensor([grade for *_, grade in pairs], dtype=torch.float64) for pairs in keyed]
     ids = torch.tensor([id_of(key) for key in pool])
     padded = pad_sequence(index, True, PADDING), pad_sequence(grades, True)
     return Pooled(list(pool.values()), ids, *padded)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rankloss import RankedLists
 from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
-from rankloss_trainers.lists import arguments, check_unique, graded, grades_of, pooled
+from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
 from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.sentence_transformers import EmbeddingLoss
 
@@ -80,8 +80,7 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         batch = super().__call__([{**name, **{x: row[x] for x in (query, *own)}} for row in features])
         batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
         batch[f"{candidates}_{_IDS}"] = pool.ids
-        # Integers, since DeepSpeed rounds the others to the model's precision.
-        return {**batch, "label": torch.stack([pool.index, pool.grades.double().view(torch.int64)], dim=-1)}
+        return {**batch, "label": torch.stack([pool.index, bits_of(pool.grades)], dim=-1)}
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from PIL import Image
 
-from rankloss_trainers.lists import graded, pooled
+from rankloss_trainers.lists import bits_of, graded, grades_of, pooled
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,25 @@ def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
 def test_grades_that_float32_would_tie_keep_their_order() -> None:
     grades = [1_700_000_001.0, 1_700_000_000.0]
     assert pooled([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]
+
+
+def test_grades_reach_any_device_or_are_refused() -> None:
+    grades = [[0.5, -math.inf, 2.0**24], [1.0, 1.0, 0.0]]
+    bits = bits_of(torch.tensor(grades, dtype=torch.float64))
+    assert grades_of(bits).dtype == torch.float64
+    assert grades_of(bits).tolist() == grades
+    with mock.patch("rankloss_trainers.lists.has_float64", return_value=False):
+        assert grades_of(bits).dtype == torch.float32
+        assert grades_of(bits).tolist() == grades
+
+
+@pytest.mark.parametrize("grades", [[2.0**24 + 1, 2.0**24], [1e300, 1.0]])
+def test_grades_that_float32_would_tie_or_lose_are_refused_there(
+    grades: list[float],
+) -> None:
+    bits = bits_of(torch.tensor([[1.0, 0.0], grades], dtype=torch.float64))
+    with (
+        mock.patch("rankloss_trainers.lists.has_float64", return_value=False),
+        pytest.raises(ValueError, match=r"distinct and finite in float32, .* list 1 of the batch has \["),
+    ):
+        grades_of(bits)

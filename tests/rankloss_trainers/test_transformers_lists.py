@@ -289,7 +289,7 @@ def test_bad_rows_are_refused_by_their_row(kind: str) -> None:
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:
-    assert len(RankedListsCollator(Processor())([ROW, ROW])["grades"]) == 2
+    assert len(RankedListsCollator(Processor())([ROW, ROW])["grade_bits"]) == 2
     twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
     given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
     with pytest.raises(ValueError, match=r"got it in row 0 and row 8 of the batch, query .* Join its lists"):

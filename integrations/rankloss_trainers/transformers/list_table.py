@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import RankedLists, metrics
-from rankloss_trainers.lists import arguments, check_unique, graded, pooled
+from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
 from rankloss_trainers.named import OptionError
 from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
@@ -27,7 +27,15 @@ METRICS = ("ndcg", "reciprocal_rank", "pairwise_accuracy", "kendall_tau_b", "ken
 """The metrics of an evaluation, with the defaults of :mod:`rankloss.metrics`."""
 
 # Of a batch, beside the model's inputs.
-_BATCH = ("grades", "graded_by", "query_index", "own_index", "candidate_index", "candidate_ids", "queries")
+_BATCH = (
+    "grade_bits",
+    "graded_by",
+    "query_index",
+    "own_index",
+    "candidate_index",
+    "candidate_ids",
+    "queries",
+)
 _REMEDY = "Join its lists"
 
 
@@ -40,9 +48,9 @@ class RankedListsCollator:
     column ``own``, of the candidates' kind, query and own are a pair for a loss of pairs beside the lists.
 
     The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own
-    ones that are no candidates; ``grades`` and ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``,
-    ``query_index`` and, with pairs, ``own_index`` ``[N]``; ``queries``, ``"image"`` or ``"text"``, and
-    ``graded_by``, ``"grades"`` or ``"ranks"``.
+    ones that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.lists.bits_of`) and
+    ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` and, with pairs, ``own_index``
+    ``[N]``; ``queries``, ``"image"`` or ``"text"``, and ``graded_by``, ``"grades"`` or ``"ranks"``.
 
     Args:
         processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
@@ -90,7 +98,8 @@ class RankedListsCollator:
         texts, pictures = sides if of_texts else sides[::-1]
         inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
         return {
-            "grades": pool.grades,  # the first, whose length is the number of lists to the Trainer
+            # The first: its length is the number of lists to the Trainer.
+            "grade_bits": bits_of(pool.grades),
             "graded_by": grades,
             "query_index": distinct.index[:, 0],
             "candidate_index": pool.index,
@@ -203,7 +212,7 @@ def embedded(
         KeyError: The batch is of another collator.
         ValueError: as :func:`check_batch`.
     """
-    index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
+    index, bits, ids = (inputs[name] for name in ("candidate_index", "grade_bits", "candidate_ids"))
     check_batch(run, inputs)
     own_index = inputs.get("own_index")
     others = len(ids) if own_index is None else max(len(ids), int(own_index.max()) + 1)
@@ -230,7 +239,7 @@ def embedded(
         scale["logit_bias"] = features["logit_bias"]
     elif "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
         scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
-    lists = arguments(run.gather, candidates[: len(ids)], index, grades, ids)
+    lists = arguments(run.gather, candidates[: len(ids)], index, grades_of(bits), ids)
     return outputs, {"query_features": queries, **scale, **pairs, **lists}
 
 

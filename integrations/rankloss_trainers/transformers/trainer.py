@@ -167,7 +167,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on its device; DeepSpeed rounds the model's inputs alone, and not the loss's."""
-        own = {x: inputs[x].to(self.args.device) for x in (*TEACHER, "grades") if x in inputs}
+        own = {x: inputs[x].to(self.args.device) for x in TEACHER if x in inputs}
         return {**super()._prepare_inputs(inputs), **own}
 
     def compute_loss(
