@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from rankloss_features import image_encoders, packages, sources
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.folder import read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
-from rankloss_features.writing import precision_on, write
+from rankloss_features.writing import lock_of, precision_on, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
@@ -205,7 +205,8 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
         device: The device that computes; by default a GPU where there is one.
 
     Raises:
-        ValueError: The teacher cannot be loaded, or gives no teacher's features; a picture cannot be read.
+        ValueError: The teacher cannot be loaded, or gives no teacher's features; a picture cannot be read; a
+            lock is a link.
         OSError: The disk is full, or the cache cannot be written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -228,7 +229,7 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
     """Be the only process that computes a folder."""
-    lock = FileLock(f"{folder}.lock")
+    lock = lock_of(Path(f"{folder}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -10,9 +10,10 @@ import datetime
 import math
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def write(
             begins and finishes the folder. False: this process writes all.
 
     Raises:
-        ValueError: The folder holds something else, was begun with other pairs, another teacher or other
-            settings, or is being written by another run; the teacher gives no teacher's features. Nothing in
-            the folder is lost.
+        ValueError: It is no folder, or its lock is a link; it holds something else, was begun with other
+            pairs, another teacher or other settings, or is being written by another run; the teacher gives no
+            teacher's features. Nothing in the folder is lost.
         OSError: The disk is full, or the folder cannot be written.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -133,6 +134,8 @@ def write(
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if rank == 0:
+        if os.path.lexists(output) and not output.is_dir():
+            raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
         output.mkdir(parents=True, exist_ok=True)
         if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
             raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
@@ -192,14 +195,27 @@ def _compute(
 # --- the beginning and the end ----------------------------------------------------------------------------
 
 
+def lock_of(file: Path) -> FileLock:
+    """The lock that a file is.
+
+    Raises:
+        ValueError: The file is a link: filelock before 4.2.1 empties a file that has a second name.
+    """
+    with suppress(FileNotFoundError):
+        found = file.lstat()
+        if stat.S_ISLNK(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+            raise ValueError(f"{file} is a link to another file, which a lock might empty: delete the link")
+    return FileLock(file)
+
+
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Hold the lock of a folder, which ends with the process, however that ends.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process holds it, or it is a link.
     """
-    lock, holder = FileLock(output / ".lock"), output / ".holder"
+    lock, holder = lock_of(output / ".lock"), output / ".holder"
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -59,14 +60,12 @@ class Candidates:
         Raises:
             ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
         """
-        from os.path import normpath
-
         candidates, grades = columns_of(path, separator, CANDIDATES, GRADES)
         cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
-        pictures = (id_of(normpath(str(image))) for image in dataset.images)
+        pictures = (id_of(os.path.normpath(str(image))) for image in dataset.images)
         return [json.dumps([picture, *x]) for picture, x in zip(pictures, lists, strict=True)]
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import signal
 import time
 from argparse import Namespace
@@ -188,6 +189,24 @@ def test_data_without_pairs_are_refused_with_the_two_commands(
 def test_data_that_cannot_be_read_are_named_as_the_trainer_names_them() -> None:
     with pytest.raises(ValueError, match=r"^--train-data none\.csv cannot be read"):
         of_open_clip(trained("none.csv"), SPEC)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["{}.lock", "{}/.lock"])
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) -> None:
+    """Beside the folder, where trainings take turns, and in it."""
+    table(tmp_path)
+    data, mine = csv_data(tmp_path / "pairs.csv"), tmp_path / "mine"
+    folder = cached(SPEC, data, tmp_path / "cache", "cpu")
+    shutil.rmtree(folder)
+    os.mkdir(folder)
+    mine.write_text("mine")
+    lock = Path(name.format(folder))
+    lock.unlink(missing_ok=True)
+    link(mine, lock)
+    with pytest.raises(ValueError, match=rf"^{lock} is a link to another file, .*: delete the link"):
+        cached(SPEC, data, tmp_path / "cache", "cpu")
+    assert mine.read_text() == "mine"
 
 
 # --- several processes ------------------------------------------------------------------------------------

@@ -275,14 +275,22 @@ def test_nothing_is_written_through_a_link(place: Place, tmp_path: Path, link: A
     (tmp_path / "elsewhere").mkdir()
     for name in [*(FILES if is_written else ["rows.npy"]), *(f".{x}" for x in FILES), ".holder", "..holder"]:
         kept, original = tmp_path / "elsewhere" / name, place.whole / name.lstrip(".")
-        content = original.read_bytes() if original.exists() else b"mine"
-        kept.write_bytes(bytes(len(content)) if name == "rows.npy" else content)  # all is to be computed
+        if name.lstrip(".") in (*ARRAYS, "rows.npy"):  # whose rows are all to be computed
+            np.save(kept, np.zeros_like(np.load(original)))
+        else:
+            kept.write_bytes(original.read_bytes() if original.exists() else b"mine")
         (folder / name).unlink(missing_ok=True)
         link(kept, folder / name)
     before = {file.name: file.read_bytes() for file in (tmp_path / "elsewhere").iterdir()}
     written(folder, place.data, teacher()).check()
     assert files(folder) == files(place.whole)
     assert {file.name: file.read_bytes() for file in (tmp_path / "elsewhere").iterdir()} == before
+
+
+def test_an_output_that_is_no_folder_is_refused(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"--output .*x is no folder, nor a link to one that is there"):
+        written(tmp_path / "x", place.data, teacher())
 
 
 def test_what_a_training_has_mapped_is_not_changed(place: Place, tmp_path: Path) -> None:

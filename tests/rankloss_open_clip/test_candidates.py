@@ -21,7 +21,9 @@ from own_steps import SETTING, assert_equal_weights, encoded, resumed
 from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer, add_sample
 
+from rankloss import RankedLists
 from rankloss_trainers.candidates import Candidates
+from rankloss_trainers.ranked_lists import RankedListsTerm
 
 PAGE = Path(__file__).parents[2] / "docs/lists.md"
 
@@ -78,6 +80,30 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
         Candidates(False).of_sample({**sample, "grades.json": b"[1]"}, "a")
     assert Candidates(False, 3).of_sample({"__key__": "7", "txt": b"a"}, "a") is None  # without a picture
+
+
+def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:
+    """By its file, however its path is written, or by its sample; captions do not matter."""
+    lists, term = Candidates(False, 2), RankedListsTerm(RankedLists(in_batch_negatives=True))
+    dataset, file = csv(tmp_path, GOOD, GOOD, GOOD)
+    dataset.images = ["0.png", "a/0.png", "./0.png"]
+    rows = lists.of_rows(file, "\t", dataset)
+    members = {"png": b"", "candidates.json": b'["a dog", "a cat"]', "grades.json": b"[2, 1]"}
+    keys = [("x.tar", "0", "a"), ("x.tar", "1", "a"), ("x.tar", "0", "b"), ("y.tar", "0", "a")]
+    samples = [
+        lists.of_sample({"__url__": url, "__key__": key, **members}, text) or "" for url, key, text in keys
+    ]
+
+    def loss(*texts: str) -> Tensor:
+        encoded = lists.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), [*texts])
+        v, t = torch.eye(4)[: len(texts)], torch.full((3 * len(texts), 4), 0.5)
+        return term(1.0, **lists.outputs({"image_features": v, "text_features": t}, encoded))
+
+    for texts in (rows, samples[:3]):
+        with pytest.raises(ValueError, match="rows 0 and 2 of the batch are one query"):
+            loss(*texts)
+    loss(*rows[:2])
+    loss(*samples[:2], samples[3])
 
 
 @pytest.mark.parametrize(

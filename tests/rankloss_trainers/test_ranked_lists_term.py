@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import rankloss
+from process_pool import Pools
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.ranked_lists import RankedListsTerm
 
@@ -68,6 +69,19 @@ def test_a_query_twice_in_a_batch_is_refused_where_its_candidates_would_be_negat
     term(SCALE, query_ids=torch.arange(5), **LISTS)
     with pytest.raises(ValueError, match=r"rows 1 and 3 of the batch are one query, .* as one list"):
         term(SCALE, query_ids=ids, **LISTS)
+
+
+def error_of_ids(rank: int, world_size: int) -> str:
+    """The error of ids that are distinct on each process."""
+    term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=True))
+    with pytest.raises(ValueError, match="in-batch negatives") as error:
+        term(SCALE, query_ids=torch.tensor([[0, 1, 2, 3, 4], [5, 6, 2, 8, 9]][rank]), **LISTS)
+    return str(error.value)
+
+
+def test_a_query_on_two_processes_is_refused_on_both(pools: Pools) -> None:
+    for message in pools[2].run(error_of_ids):
+        assert message.startswith("rows 2 and 7 of the batch are one query")
 
 
 def test_options_reach_the_loss() -> None:
