@@ -335,6 +335,10 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
     dtype = widest_dtype(x.device)
     checked = []
     for name, z in lists.items():
+        if z.is_complex() or z.dtype == torch.uint64:  # torch would drop the imaginary part, and wrap
+            raise ValueError(
+                f"{name} must hold floating-point numbers, or integers up to int64; got {z.dtype}"
+            )
         is_rounded = graded.is_rounded(z, dtype) if mask is None else graded.is_rounded(z, dtype) & mask
         if not z.is_floating_point() and bool(is_rounded.any()):
             raise ValueError(

@@ -99,6 +99,13 @@ def test_every_short_example_is_linked() -> None:
     assert linked == {x.name for x in (ROOT / "examples/trainers").glob("*.*")} - {"emojis.py"}
 
 
+def test_pages_that_the_code_names_are_there() -> None:
+    for folder in ("rankloss", "integrations"):
+        for path in (ROOT / folder).rglob("*.py"):
+            pages = re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))
+            assert [page for page in pages if not (ROOT / page).exists()] == [], path
+
+
 # --- what is run: the names that a page takes for granted, and what its code has to bring about -------------
 
 

@@ -138,6 +138,19 @@ def test_integers_that_a_float_rounds_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LISTS)
+def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
+    x, y = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([2**64 - 1, 2**64 - 2, 5], dtype=torch.uint64)
+    with pytest.raises(ValueError, match=r"(grades|y) must hold floating-point.*; got torch.uint64"):
+        LISTS[name](x, y)
+    with pytest.raises(ValueError, match=r"(scores|x) must hold floating-point.*; got torch.complex64"):
+        LISTS[name](torch.complex(x, x), x)
+    expected = LISTS[name](x, x)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int64, torch.float16):
+        assert torch.equal(LISTS[name](x, x.to(dtype)), expected)
+    assert torch.equal(LISTS[name](x, x > 1), LISTS[name](x, (x > 1).double()))
+
+
+@pytest.mark.parametrize("name", LISTS)
 def test_a_device_without_float64_measures_lists_in_float32(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 9, (2, 5, 20), generator=generator).float() for _ in range(2))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
-from rankloss.precision import widest_dtype
+from rankloss.precision import outside_graphs, widest_dtype
 from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.named import NamedLoss, OptionError, option
 
@@ -97,7 +97,8 @@ class AlipLoss(GatheringLoss):
         if not (isinstance(initial_history, (int, float)) and math.isfinite(initial_history)):
             raise ValueError(f"initial_history must be finite; got {initial_history!r}")
         self.initial_history = initial_history
-        self.register_buffer("histories", torch.empty(3, dtype=torch.float64))
+        widest = widest_dtype(torch.get_default_device())
+        self.register_buffer("histories", torch.empty(3, dtype=widest))
         self.reset_parameters()
         self._steps_are_announced = False
         self._step_begins = True
@@ -110,6 +111,7 @@ class AlipLoss(GatheringLoss):
         """A training step begins: the next call in training mode moves the histories, later ones do not."""
         self._steps_are_announced = self._step_begins = True
 
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,

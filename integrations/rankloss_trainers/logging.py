@@ -17,9 +17,9 @@ _AGREEMENT_ANCHORS = 256
 def remark_on_products(device: torch.device) -> str | None:
     """A remark for the log where a GPU computes float32 products in TF32; None elsewhere.
 
-    open_clip's trainer allows TF32; Ampere is the first generation that has it.
+    open_clip's trainer allows TF32, also on cards without it.
     """
-    if device.type != "cuda" or torch.version.hip or not _allows_tf32():
+    if device.type != "cuda" or not _allows_tf32() or not _has_tf32(device):
         return None
     return (
         "float32 products are computed in TF32, which changes places of neighbouring items in a list and the "
@@ -33,6 +33,13 @@ def _allows_tf32() -> bool:
         return bool(matmul.allow_tf32)
     except RuntimeError:  # of releases that have another setting, once that was used
         return bool(matmul.fp32_precision == "tf32")
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """As ``torch.cuda.is_tf32_supported``, which asks the current device."""
+    if torch.version.hip:
+        return bool(torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95")))
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass

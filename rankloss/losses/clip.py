@@ -37,10 +37,10 @@ class ClipLoss(StreamedLoss):
     share its target. Ids that all differ give CLIP's loss.
 
     Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
-    computed in chunks of rows, value and gradient together, in float32 at least. It differs from the formula
-    by rounding; if the formula's logits are half precision, by their rounding. The backward pass keeps
-    O(N·D), the forward pass holds O(chunk·N). Features in float16, where the formula's sum over a large batch
-    overflows, are always computed in chunks.
+    computed in chunks of rows, value and gradient together, in float32 at least; products are TF32's where
+    torch allows them. It differs from the formula by rounding; if the formula's logits are half precision, by
+    their rounding. The backward pass keeps O(N·D), the forward pass holds O(chunk·N). Features in float16,
+    where the formula's sum over a large batch overflows, are always computed in chunks.
 
     Args:
         same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss

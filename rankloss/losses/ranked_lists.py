@@ -62,8 +62,9 @@ class RankedLists(GatheringLoss):
     of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
     cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
 
-    Scores are in float32 at least, also under autocast. Sums over a list's own candidates are in float64. On
-    a device without it, such as MPS, they are in float32, and integers as grades are at most 2²⁴ there.
+    Scores are in float32 at least, also under autocast; products are TF32's where torch allows them. Sums
+    over a list's own candidates are in float64. On a device without it, such as MPS, they are in float32, and
+    integers as grades are at most 2²⁴ there.
     With negatives the N·M scores are computed for some queries at a time, and again in the backward pass
     (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. ``"pairwise"``
     then compares N·K·M pairs in the scores' dtype. On a CPU, for lists of 16 candidates or more, polynomials

@@ -39,10 +39,10 @@ class SigLipLoss(StreamedLoss):
     that it has without ids, and processes need not know each other's numbers of terms.
 
     Memory: within the budget the loss is open_clip's formula, bit for bit in one process. A batch with more
-    logits is computed in chunks of images, value and gradient together, in float32 at least. It differs from
-    the formula by rounding; if the formula's logits are half precision, by their rounding. The backward pass
-    keeps O(N·D), the forward pass holds O(chunk·N). Features in float16, where the formula's sum over a large
-    batch overflows, are always computed in chunks.
+    logits is computed in chunks of images, value and gradient together, in float32 at least; products are
+    TF32's where torch allows them. It differs from the formula by rounding; if the formula's logits are half
+    precision, by their rounding. The backward pass keeps O(N·D), the forward pass holds O(chunk·N). Features
+    in float16, where the formula's sum over a large batch overflows, are always computed in chunks.
 
     Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
     the number of its own images. With both flags of ``gather`` this loss is the same, and DDP's average has

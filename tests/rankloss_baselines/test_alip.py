@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from batches import gradients, relative_error, unit_rows
+from no_float64 import MPS, meta_is_mps, no_float64
 from rankloss_baselines import AlipLoss
 
 KEYS = ("contrastive_loss", "caption_contrastive_loss")
@@ -182,6 +183,25 @@ def test_module_of_the_meta_device_is_materialised_and_reset() -> None:
     loss.to_empty(device="cpu").reset_parameters()
     assert (loss.histories.dtype, loss.histories.device.type) == (torch.float64, "cpu")
     assert torch.equal(call(loss, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
+
+
+def test_a_device_without_float64_has_histories_of_float32() -> None:
+    inputs = triples(*R1)
+    expected = call(AlipLoss(initial_history=0.0), inputs)
+    single = tuple(x.detach().float() for x in inputs)
+    with no_float64():
+        loss = AlipLoss(initial_history=0.0)
+        for cast in (loss.half(), loss.bfloat16(), loss.float(), loss.to("cpu")):
+            assert cast.histories.dtype == torch.float32
+        value = call(loss, single)  # type: ignore[arg-type]
+        assert loss.histories.dtype == torch.float32
+    assert relative_error(value, expected) < 1e-5
+    moved = AlipLoss()
+    with meta_is_mps():
+        with MPS:
+            built = AlipLoss()
+        for there in (built, built.half(), moved.to(MPS)):
+            assert (there.histories.device, there.histories.dtype) == (MPS, torch.float32)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -33,7 +33,7 @@ EPOCHS = 3  # of the run called "agreement"
 # The terms that each run trains.
 TRAINED = {
     **dict.fromkeys(("--loss rankclip", "agreement", "one epoch"), TERMS),
-    **dict.fromkeys((*PRECISIONS, "siglip", "rankclip-distill"), TERMS),
+    **dict.fromkeys((*PRECISIONS, "siglip", "siglip, fp16", "rankclip-distill"), TERMS),
     "coca": (*TERMS, "caption_loss"),
     **dict.fromkeys(("distill", "ranked by the teacher"), (*TERMS, "distill_loss")),
     "clip-streamed": TERMS[:1],

@@ -169,6 +169,7 @@ def test_tf32_products_are_told_of_once(
 ) -> None:
     tf32 = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", tf32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     said = remark_on_products(torch.device("cuda"))
     assert said is not None
     assert "computed in TF32" in said
@@ -185,6 +186,27 @@ def test_tf32_products_are_told_of_once(
     monkeypatch.setattr(torch.backends.cuda, "matmul", tf32)
     tf32.allow_tf32 = False
     assert remark_on_products(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("hip", "card", "has_tf32"),
+    [
+        *[(None, (7, 5), False), (None, (8, 0), True), (None, (8, 9), True), (None, (12, 0), True)],
+        *[("7.0", "gfx90a:sramecc+:xnack-", False), ("7.0", "gfx942:sramecc+:xnack-", True)],
+        *[("7.0", "gfx950", True), ("7.0", "gfx1100", False)],
+    ],
+)
+def test_tf32_is_told_of_on_cards_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, card: Any, has_tf32: bool
+) -> None:
+    asked = torch.device("cuda", 1)
+    # AMD's capabilities are 9.0 and above, with TF32 or without.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x: (9, 0) if hip else {asked: card}[x])
+    properties = {asked: SimpleNamespace(gcnArchName=card)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    assert (remark_on_products(asked) is not None) is has_tf32
 
 
 # --- progress -------------------------------------------------------------------------------------------

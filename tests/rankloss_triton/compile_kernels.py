@@ -21,8 +21,8 @@ from rankloss_triton.device.binned_rows import binned_rows
 from rankloss_triton.device.sorted_rows import sorted_rows
 from rankloss_triton.rows import choose_launch
 
-POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
-FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")
+POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64"}
+FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale", "ALPHA", "BETA")
 CAPABILITY, PROCESSORS = 90, 132  # of Hopper
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -62,6 +62,7 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
     found = {
         "threads": 32 * launch.warps,
         "programs_per_processor": launch.programs // PROCESSORS,
+        "tensors": [kind for kind in signature.values() if kind.startswith("*")],
         **dict(zip(("registers", "stack", "local"), map(int, found), strict=True)),
     }
     return {"kernel": kernel.fn.__name__, "N": N, "plain": plain, **found}

@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+
+import rankloss
+from rankloss_triton import launching
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +52,15 @@ def test_two_registers_spill_at_most_and_a_launchs_programs_fit_together(
         warp = -(-32 * kernel["registers"] // 256) * 256
         used = kernel["programs_per_processor"] * (kernel["threads"] // 32) * warp
         assert used <= REGISTERS, kernel
+
+
+@pytest.mark.parametrize("method", ["sort", "bin"])
+def test_compiled_tensors_have_the_dtypes_of_a_launch(compiled: list[dict[str, Any]], method: str) -> None:
+    v, t = torch.empty(2, 64, 8, device="meta", requires_grad=True)
+    with mock.patch.object(launching, "launch") as launch:
+        rankloss.RankClipLoss(schedule="constant", method=method, kernel="triton")(v, t, 10.0)
+    kernel = {"sort": "sorted_rows", "bin": "binned_rows"}[method]
+    calls = [call.args for call in launch.call_args_list if call.args[0].endswith(f".{kernel}")]
+    kinds = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    passed = [kinds[x.dtype] for x in calls[0][2]]  # by the cross-modal term, with CLIP's loss
+    assert [x["tensors"] for x in compiled if x["kernel"] == kernel] == [passed] * 4
