@@ -164,7 +164,7 @@ def with_negatives(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
 LARGE_BATCH: dict[str, tuple[Callable[..., Tensor], int]] = {
     "clip": (ClipLoss(), 4096),
     "siglip": (SigLipLoss(), 4096),
-    "rank": (RankConsistency(method="bin"), 4096),
+    "rank": (RankConsistency(method="bin"), 1024),
     "rank_clip at 0": (at(0.0, base=SigLipLoss()), 4096),
     "mimicry": (mimicked, 4096),
     "clip, ids": (in_pairs, 1024),
