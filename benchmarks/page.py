@@ -65,7 +65,7 @@ def _of_losses(
     return Target(f"{what}, N = {n:,}", (group, above), (group, below), bound, at_least, quantity)
 
 
-STEP, LISTS = "training step: demo, N = 128", "lists: 512 of 64 candidates, and the others' as negatives"
+STEP, LISTS = "training step: demo, N = 128", "lists: 512 of 64 candidates, with negatives"
 TARGETS = [
     _of_losses("naive / sort", 4096, "naive", "RankConsistency", 4, at_least=True),
     _of_losses("naive / bin", 4096, "naive", "RankConsistency-bin", 5, at_least=True),
@@ -207,7 +207,7 @@ def tables(results: dict[str, Any]) -> str:
         ]
         parts += [by_column({one: _in_memory(group) for one, group in losses.items()}, _memory)]
     for family, found in families.items():
-        parts += [f"{CAPTIONS[family]}; ratios are to the first row of a group.", by_row(found)]
+        parts += [f"{CAPTIONS[family]}.", by_row(found)]
     if any(value_of(target, groups) is not None for target in TARGETS):
         parts += ["**Targets**", judged(groups)]
     return "\n\n".join(parts) + "\n"

@@ -60,5 +60,5 @@ def test_lists(
     n, k, d = size(N), size(K), size(D)
     features = (torch.randn(*shape, generator=generator) for shape in ((n, d), (n, k, d)))
     inputs = [F.normalize(x, dim=-1).requires_grad_() for x in features]
-    group = f"lists: {N} of {K} candidates" + ", and the others' as negatives" * negatives
+    group = f"lists: {N} of {K} candidates" + ", with negatives" * negatives
     compare(group, contender, lambda name: step(name, negatives, *inputs), rounds=10 if negatives else 40)
