@@ -62,6 +62,15 @@ def trainer(session: nox.Session, name: str, version: str) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Trainings of two processes under DeepSpeed, whose build needs this environment's torch."""
+    session.install("--editable", ".[test]", "setuptools", "wheel")
+    session.install("--no-build-isolation", "deepspeed>=0.19", env={"DS_BUILD_OPS": "0"})
+    engines = tests("rankloss_trainers/test_transformers_engines.py")
+    session.run("pytest", *engines, "-m", "slow", "-k", "zero_2", *session.posargs)
+
+
+@nox.session
 def links(session: nox.Session) -> None:
     """Request every external link of the site that `make docs` built; needs the public web."""
     session.install("linkchecker>=10.5")
