@@ -375,7 +375,7 @@ def gatherings(rank: int, world_size: int) -> dict[str, Any]:
     y = all_gather(x)
     # Every rank weighs the whole by another factor: the gradient has to add them up.
     weights = (rank + 1) * torch.arange(1, len(y) + 1.0)[:, None]
-    (first,) = torch.autograd.grad((weights * y).sum(), x)
+    first, of_whole = torch.autograd.grad((weights * y).sum(), (x, y))
     (once,) = torch.autograd.grad((rank + 1) * all_gather(x).pow(3).sum(), x, create_graph=True)
     (twice,) = torch.autograd.grad(once.pow(2).sum(), x)
     half = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
@@ -384,7 +384,8 @@ def gatherings(rank: int, world_size: int) -> dict[str, Any]:
     group = parity_group(rank, world_size)
     of_group = all_gather(x[:1], group)
     is_own = all_gather(x, group) is x
-    return {"y": y, "first": first, "twice": twice, "half": of_half, "group": of_group, "is_own": is_own}
+    found = {"y": y, "first": first, "twice": twice, "half": of_half, "group": of_group, "is_own": is_own}
+    return {**found, "of_whole": torch.equal(of_whole, weights)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -393,6 +394,7 @@ def test_all_gather_concatenates_and_its_gradient_adds_up(pools: Pools, world_si
     for rank, found in enumerate(pools[world_size].run(gatherings)):
         members = range(rank % 2, world_size, 2)
         assert found["y"].flatten().tolist() == [x for r in range(world_size) for x in (1.0 + r, 0.5)]
+        assert found["of_whole"]  # the reduction leaves the gradient of the whole as it was
         assert found["first"].flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
         # Σ_w L_w = total·Σ x³; the square of its gradient is 9·total²·x⁴.
         second = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]

@@ -40,7 +40,9 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return table
 
 
-@pytest.mark.parametrize("name", ["accumulation, a worker", "webdataset"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("accumulation, a worker", marks=pytest.mark.slow), "webdataset"]
+)
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
     assert ", reference-features " in run.log
