@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     folder = root / "data" / f"split{args.split}"
     root.mkdir(parents=True, exist_ok=True)
 
-    say(console, "About 5 minutes on 2 idle cores; repeat the command to resume.")
+    say(console, "About 6 minutes on 2 idle cores; repeat the command to resume.")
     console.rule("1/4  Data")
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
