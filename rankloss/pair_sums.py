@@ -117,9 +117,10 @@ def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
     """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the scores."""
     if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
         return pair_sums(x, rest)
-    of_items = rest.detach().masked_fill(rest == -math.inf, math.inf)
-    low = torch.minimum(of_items.amin(-1, keepdim=True), x.detach().amin(-1, keepdim=True))
-    high = torch.maximum(rest.detach().amax(-1, keepdim=True), x.detach().amax(-1, keepdim=True))
+    own, others = x.detach(), rest.detach()
+    items = others.masked_fill(others == -math.inf, math.inf)
+    low = torch.minimum(own.amin(-1, keepdim=True), items.amin(-1, keepdim=True))
+    high = torch.maximum(own.amax(-1, keepdim=True), others.amax(-1, keepdim=True))
     cells = float((high - low).amax()) + 1
     # The tables of P² numbers shall cost less than the pairs. NaN compares false.
     if not _NODES[rest.dtype] * cells <= min(_MOST_POINTS, math.sqrt(x.numel() * rest.shape[1] / 8)):
@@ -141,7 +142,7 @@ class _CellSums(torch.autograd.Function):
         nodes = _NODES[y.dtype]
         table = _chebyshev_table(softplus, cells, nodes)
         sums, moments = torch.empty_like(x), table.new_empty(len(x), len(table))
-        for rows in _rows(y):
+        for rows, _ in _blocks(low, y):
             moments[rows] = _moments(y[rows], torch.ones_like(y[rows]), low[rows], cells, nodes)
             sums[rows] = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
         ctx.save_for_backward(x, y, low, moments)
@@ -157,18 +158,11 @@ class _CellSums(torch.autograd.Function):
         by_x, by_y = torch.empty_like(x), torch.empty_like(y)
         with precision.full_precision(x.device):
             table = _chebyshev_table(torch.sigmoid, ctx.cells, _NODES[y.dtype])
-            for rows in _rows(y):
+            for rows, _ in _blocks(low, y):
                 of_x = _moments(x[rows], g[rows], low[rows], ctx.cells, _NODES[y.dtype])
                 by_x[rows] = -g[rows] * _interpolated(x[rows], moments[rows] @ table, low[rows], ctx.cells)
                 by_y[rows] = _interpolated(y[rows], of_x @ table.T, low[rows], ctx.cells)
         return by_x, by_y, None, None
-
-
-def _rows(y: Tensor) -> Iterator[slice]:
-    """Rows of y, a block's size at a time."""
-    size = max(1, _PAIRS_AT_ONCE["cpu"] // y.shape[1])
-    for i in range(0, len(y), size):
-        yield slice(i, i + size)
 
 
 def _chebyshev_table(kernel: Callable[[Tensor], Tensor], cells: int, nodes: int) -> Tensor:

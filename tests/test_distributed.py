@@ -745,6 +745,9 @@ def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch
     assert devices == ["meta"] * 2
 
 
+DIFFER = "all processes must give features of the same names, dtypes and shapes"
+
+
 def kinds_that_change(rank: int, world_size: int) -> list[str]:
     """Two kinds of batches that all have in turn, then one of either kind at once."""
     loss, found = ClipLoss(), []
@@ -761,8 +764,7 @@ def kinds_that_change(rank: int, world_size: int) -> list[str]:
 
 
 def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools) -> None:
-    differ = "all processes must give features of the same names, dtypes and shapes"
-    assert pools[2].run(kinds_that_change) == [["2", "2", "2", differ, differ]] * 2
+    assert pools[2].run(kinds_that_change) == [["2", "2", "2", DIFFER, DIFFER]] * 2
 
 
 def compiled_baseline(rank: int, world_size: int, name: str) -> list[str]:
@@ -780,8 +782,7 @@ def compiled_baseline(rank: int, world_size: int, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["alip", "cyclip"])
 def test_compiled_baselines_compare_batches_as_eager_ones(pools: Pools, name: str) -> None:
-    differ = "all processes must give features of the same names, dtypes and shapes"
-    assert pools[2].run(compiled_baseline, name) == [["", "", differ, ""]] * 2
+    assert pools[2].run(compiled_baseline, name) == [["", "", DIFFER, ""]] * 2
 
 
 # --- what else processes must not get wrong ----------------------------------------------------------------

@@ -84,8 +84,8 @@ class RankedListsTerm(nn.Module):
             queries = inputs.get("query_features")
             with self.lists.gather.agreement(self, query_features=queries, query_ids=query_ids):
                 pass
-        if query_ids is not None and self.lists.in_batch_negatives:
-            _check_distinct(self.lists.gather.items(query_ids))
+            if query_ids is not None:
+                _check_distinct(self.lists.gather.items(query_ids))
         lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}
         has_pairs = "text_features" in inputs
         if self.base is not None and self.needs_pairs and not has_pairs:

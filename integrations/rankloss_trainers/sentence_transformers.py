@@ -188,8 +188,10 @@ class ContrastiveLoss(EmbeddingLoss):
             return {}
         if self.metrics is None:
             self.metrics = tuple(entries.metrics)
-        none = entries.total.detach() * math.nan
-        return {name: entries.metrics.get(name, none) for name in self.metrics}
+        return {
+            name: entries.metrics[name] if name in entries.metrics else entries.total.detach() * math.nan
+            for name in self.metrics
+        }
 
     def _entries(
         self, features: dict[str, Tensor], labels: Tensor | None, texts: dict[str, Tensor]
