@@ -237,12 +237,14 @@ class Gather:
         """The column of the first of this process's ``own`` rows; 0 if all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
-    def agreement(self, owner: object, **features: Tensor | None) -> AbstractContextManager[None]:
+    def agreement(
+        self, owner: object, *further: str, **features: Tensor | None
+    ) -> AbstractContextManager[None]:
         """A context for the checks of a call, in which an error of one process is raised on all.
 
         Enter it before gathering, with all features of the call by name, including a teacher's, and None for
         missing ones. Inside, a process checks its own arguments, without collectives. At the end processes
-        exchange their errors, and descriptions of the features (names, dtypes, shapes, and the flags). All
+        exchange their errors, and descriptions of the call (names, dtypes, shapes, and the flags). All
         raise the error of the first process that has one, or a ValueError if the descriptions differ. So no
         process waits for one that has stopped, provided that all run the same program.
 
@@ -258,6 +260,7 @@ class Gather:
 
         Args:
             owner: the gathering loss, or any object that supports weak references.
+            *further: the names of inputs that another loss will compare.
             **features: by name; the first tensor's device carries the exchange.
 
         Raises:
@@ -271,11 +274,15 @@ class Gather:
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
         if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
             return contextlib.nullcontext()
-        return self._exchange(owner, features, tensors[0].device)
+        return self._exchange(owner, further, features, tensors[0].device)
 
     @contextlib.contextmanager
     def _exchange(
-        self, owner: object, features: dict[str, Tensor | None], device: torch.device
+        self,
+        owner: object,
+        further: tuple[str, ...],
+        features: dict[str, Tensor | None],
+        device: torch.device,
     ) -> Iterator[None]:
         error: Exception | None = None
         try:
@@ -288,7 +295,7 @@ class Gather:
             if x is not None
         ]
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
-        own = ", ".join([*given, flags]).replace("torch.", "")
+        own = ", ".join([*given, *further, flags]).replace("torch.", "")
         if device.type == "cpu":
             key = int.from_bytes(hashlib.blake2b(own.encode(), digest_size=7).digest(), "big")
             largest = torch.tensor([error is not None, key, -key], dtype=torch.int64, device=device)

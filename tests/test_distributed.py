@@ -621,7 +621,7 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
     ),
     "ids that are numbers": (
-        functools.partial(SigLipLoss, same_id="share"),
+        functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share")),
         lambda rank: pairs_of(
             rank, logit_bias=0.0, pair_ids=torch.arange(4).to([torch.int64, F64][rank % 2])
         ),
@@ -630,7 +630,12 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
     "ids that a base refuses": (
         functools.partial(RankClipLoss, schedule="constant"),
         lambda rank: pairs_of(rank, **({"pair_ids": torch.arange(4)} if rank == 1 else {})),
-        ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
+        ("text_features float32 [4, 6], pair_ids, local_loss=True, gather_with_grad=True on rank 1",),
+    ),
+    "an input of the base that is None": (
+        functools.partial(RankClipLoss, schedule="constant"),
+        lambda rank: pairs_of(rank, **({"pair_ids": None} if rank == 1 else {})),
+        ("text_features float32 [4, 6], pair_ids, local_loss=True, gather_with_grad=True on rank 1",),
     ),
     "ids of queries": (
         lambda: RankedListsTerm(Lists()),

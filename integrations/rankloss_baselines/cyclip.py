@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class CyClipLoss(GatheringLoss):
         return combined(entries, own, output_dict)
 
     def terms(
-        self, image_features: Tensor, text_features: Tensor, base_inputs: Mapping[str, Any] | None = None
+        self, image_features: Tensor, text_features: Tensor, base_inputs: Collection[str] = ()
     ) -> tuple[Tensor, Tensor]:
         """Both terms without their weights."""
         self.check_inputs(image_features, text_features, logit_scale=1.0, base_inputs=base_inputs)

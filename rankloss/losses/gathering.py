@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class GatheringLoss(nn.Module):
         *,
         one_space: bool = True,
         pair_ids: Tensor | None = None,
-        base_inputs: Mapping[str, Any] | None = None,
+        base_inputs: Collection[str] = (),
         **references: Tensor | None,
     ) -> None:
         """Raise an error that names a wrong input; warn of a suspicious one.
@@ -65,12 +65,11 @@ class GatheringLoss(nn.Module):
             logit_bias: one number, or None.
             one_space: True if images are compared with texts.
             pair_ids: ``[N]`` integers, equal for pairs that belong together, or None.
-            base_inputs: further inputs of the base, by name, which processes compare.
+            base_inputs: the names of further inputs, which the base checks.
             **references: a teacher's features of the same pairs, or None.
         """
         features = {"image_features": image_features, "text_features": text_features}
-        given = {**features, **references, "pair_ids": pair_ids, **(base_inputs or {})}
-        with self.gather.agreement(self, **given):
+        with self.gather.agreement(self, *sorted(base_inputs), **features, **references, pair_ids=pair_ids):
             min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
             checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
             checks.check_scale(logit_scale, image_features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -138,7 +138,7 @@ class RankConsistency(GatheringLoss):
         teacher: dict[str, Tensor | None],
         *,
         one_space: bool = False,
-        base_inputs: Mapping[str, Any] | None = None,
+        base_inputs: Collection[str] = (),
     ) -> None:
         """Check the inputs, and a teacher's features against the options and the terms.
 
