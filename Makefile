@@ -40,12 +40,13 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.base
 demo: $(VENV)/.examples
 	$(BIN)/python examples/demo/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
-## A study of examples/studies, `make study NAME=lists PRESET=quick`: its missing trainings, then its report. Without
-## NAME their names; DATA is the folder of Flickr8k, which some need. Repeat to resume.
+## A living study of examples/studies, `make study NAME=baselines PRESET=quick`: its missing trainings, then its report;
+## DATA is the folder of Flickr8k, which some need; repeat to resume. Of a finished study the commands that repeat it.
+## Without NAME all names.
 PRESET ?= quick
 .PHONY: study
 study: $(VENV)/.studies
-	$(BIN)/python -m studies $(if $(NAME),$(NAME) --preset $(PRESET),--help) $(if $(DATA),--data '$(DATA)') $(STUDY_ARGS)
+	$(BIN)/python -m studies $(NAME) $(if $(NAME),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') $(STUDY_ARGS)
 
 $(VENV)/.studies: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[studies]'

@@ -18,6 +18,8 @@ from openmoji_demo.terminal import bars, say, status_of
 from rich.console import Console
 
 from . import STUDIES
+from .manifest import FINISHED
+from .manifest import commands as commands_of
 from .plan import Find, MissingError, read
 from .records import Record, Store, conditions, key_of
 from .report import write
@@ -181,11 +183,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m studies",
         description="Do a study's missing trainings, and write its report. Finished trainings are kept: "
-        "repeat an interrupted command; start it once more, and both processes share the work.",
+        "repeat an interrupted command; start it once more, and both processes share the work. Of a finished "
+        "study the commands that repeat it are shown; without a name, the names.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("study", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("study", nargs="?", choices=[*STUDIES, *FINISHED], metavar="STUDY", help="its name")
     add("--preset", choices=("quick", "full"), default="quick", help="size (default: %(default)s)")
     add("--report-only", action="store_true", help="train nothing; report the records that are there")
     add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
@@ -193,13 +196,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--output", type=Path, default=Path("outputs/studies"), help="features, checkpoints, the quick preset"
     )
-    add("--device", help="of the miniature: cpu or cuda (default: a GPU if there is one)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the missing trainings and write the report."""
+    """Do the missing trainings and write the report; of a finished study show how it is repeated."""
     args = parse(argv)
+    if args.study is None:
+        print(f"living: {', '.join(STUDIES)}\nfinished: {', '.join(FINISHED)}")
+        return 0
+    if args.study in FINISHED:
+        print(*commands_of(args.study), sep="\n")
+        return 0
     return status_of(lambda console: _run(args, console))
 
 

@@ -12,7 +12,7 @@ SMOKE = {
     "test_evaluate": ("test_retrieval_with_several_captions",),
     "test_icons": ("test_shards_hold",),
     "test_openmoji": ("test_build_is_complete", "test_the_end_says"),
-    "test_studies": ("test_a_report_is_that_of_its_records[finetuning]", "test_no_seed"),
+    "test_studies": ("test_finished", "test_a_finished", "test_without_a_name"),
 }
 
 

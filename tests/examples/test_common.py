@@ -12,8 +12,9 @@ import pytest
 import studies.report
 from openmoji_demo import metrics, trainer
 from openmoji_demo.trainer import Job, TrainingError
+from studies.data import pairs
 from studies.icons import labels
-from studies.miniature import captions, rivals
+from studies.students import measure
 
 
 def line(epoch, seen, total, terms):
@@ -62,7 +63,7 @@ def test_the_examples_use_public_names_only():
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
-@pytest.mark.parametrize("module", [captions, labels, metrics, rivals, studies.report])
+@pytest.mark.parametrize("module", [labels, measure, metrics, pairs, studies.report])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

@@ -14,7 +14,7 @@ from openmoji_demo import metrics
 from openmoji_demo.model import ClipModel
 from PIL import Image
 from sklearn.metrics import recall_score, top_k_accuracy_score
-from studies.miniature.settings import MODELS
+from studies.manifest import HERE
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
@@ -72,7 +72,7 @@ def test_accuracies_are_what_scikit_learn_counts():
 
 
 def test_features_are_those_of_the_trainers_checkpoint(tmp_path):
-    name, checkpoint = f"local-dir:{MODELS['vit']}", tmp_path / "epoch_3.pt"
+    name, checkpoint = f"local-dir:{HERE / 'miniature/models/transformer'}", tmp_path / "epoch_3.pt"
     model = open_clip.create_model(name).eval()
     model.logit_scale.data.fill_(math.log(23.0))
     state = {f"module.{key}": value for key, value in model.state_dict().items()}

@@ -1,46 +1,41 @@
-"""Every study: its report follows from its records, its small size is trained to its end."""
+"""Finished studies are data that nothing changes; students of each kind are trained."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
-from studies import STUDIES, runner
-from studies.miniature.settings import PLANS
-from studies.photographs import (
-    drawings,
-    features,
-    student_losses,
-    train,
-)
-from studies.runner import Run, load
+from studies import STUDIES, manifest, runner
+from studies.data import drawings
+from studies.manifest import FINISHED, KINDS
+from studies.students import losses, train
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_report_is_that_of_its_records(name, tmp_path):
-    """Byte for byte, and pictures of the same size, whose pixels depend on versions.
+def test_finished_studies_are_as_the_manifest_has_them():
+    """After an intended change: ``python -m studies.manifest``."""
+    assert manifest.lines() == manifest.MANIFEST.read_text(encoding="utf-8").splitlines()
 
-    A study without a report is one whose trainings are not all there.
-    """
-    study = load(name)
-    copy = tmp_path / study.folder.name
-    shutil.copytree(study.folder, copy, ignore=shutil.ignore_patterns("report", "*.py", "__pycache__"))
-    run = Run(dataclasses.replace(study, folder=copy), "full", tmp_path)
-    if not (study.folder / "report" / f"{study.report}.md").is_file():
-        with pytest.raises(RuntimeError, match=r"nothing to report|trainings are missing"):
-            run.write()
-        return
-    written = run.write()
-    committed = study.folder / "report" / written.name
-    assert written.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
-    for picture in written.parent.rglob("*.png"):
-        there = committed.parent / picture.relative_to(written.parent)
-        with Image.open(picture) as new, Image.open(there) as old:
-            assert new.size == old.size
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_study_is_whole_and_its_report_says_how_it_is_repeated(name, capsys):
+    of_kind = {kind: [manifest.HERE / path for path in FINISHED[name][kind]] for kind in KINDS}
+    assert all(path.exists() for of in of_kind.values() for path in of)
+    assert all(of_kind[kind] for kind in ("plan", "records", "report"))
+    (report,) = (path for path in manifest.files(name) if "report" in path.parts and path.suffix == ".md")
+    made, repeated = manifest.commands(name)
+    assert f"`{made.partition(' && ')[0]} && {repeated}`" in report.read_text(encoding="utf-8")
+    assert runner.main([name]) == 0
+    assert capsys.readouterr().out.splitlines() == [made, repeated]
+
+
+def test_without_a_name_all_names_are_shown(capsys):
+    assert runner.main([]) == 0
+    shown = capsys.readouterr().out
+    page = (manifest.HERE / "README.md").read_text(encoding="utf-8")
+    for name in (*STUDIES, *FINISHED):
+        assert name in shown
+        assert f"`{name}`" in page
 
 
 class Encoders:
@@ -66,56 +61,12 @@ class Unused(Encoders):
         raise AssertionError("features are computed again")
 
 
-def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "FrozenEncoders", Encoders)
-    arguments = ["lists", "--output", str(tmp_path)]
-    assert runner.main([*arguments, "--report-only"]) == 1
-    assert "nothing to report" in capsys.readouterr().out
-    assert runner.main(arguments) == 0
-    (report,) = (tmp_path / "quick").glob("*/report/*.md")
-    text = report.read_text(encoding="utf-8")
-    assert "smoke test" in text
-    assert "Nothing is concluded from fewer than 3 seeds" in text
-    trained = {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")}
-    assert trained
-    assert runner.main(arguments) == 0
-    assert {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")} == trained
-
-
-@pytest.mark.parametrize("arm", [*student_losses.ARMS, student_losses.PER_STEP])
+@pytest.mark.parametrize("arm", losses.NAMES)
 def test_a_student_of_each_kind(arm, icons, tmp_path):
-    """On icons as part 2c has them; the features are kept."""
+    """On icons; the features are kept."""
     sides = drawings.icons(icons, 60, 20)
     data = drawings.data_set(sides, tmp_path, Encoders)
     again = drawings.data_set(sides, tmp_path, Unused)
     assert again.fingerprint == data.fingerprint
-    sizes = {"epochs": 2, "batch_size": 20, "train_pictures": 60}
-    found = data.train(train.Setting(arm, 0, "dev", **sizes, weight=1.0, top_k=4, scale=10.0))
+    found = data.train(train.Setting(arm, 0, "dev", epochs=2, batch_size=20, train_pictures=60))
     assert found["metrics"].keys() == {"retrieval", "geometry"}
-
-
-def test_no_seed_is_of_two_studies():
-    """Of those whose results are beside each other: no setting was chosen by a seed that tests it."""
-    seeds = []
-    for name in (
-        "photographs-1",
-        "lists",
-        "finetuning",
-        "photographs-2a",
-        "photographs-2c",
-        "photographs-2d",
-        "ids",
-        "references",
-    ):
-        sizes = load(name).sizes("full")
-        for several in ("seeds", "tuning_seeds", "best_seeds", "choice_seeds"):
-            seeds += getattr(sizes, several, ())
-        seeds += [
-            seed for own in ("choice_seed", "try_seed") if (seed := getattr(sizes, own, None)) is not None
-        ]
-    assert len({*seeds}) == len(seeds)
-    for name, plan in PLANS.items():
-        own = [
-            seed for one in (*plan["full"]["rounds"], plan["full"]["confirmation"]) for seed in one["seeds"]
-        ]
-        assert len({*own}) == len(own), name

@@ -1,0 +1,123 @@
+"""Emojis and icons: drawings with their names, as a student and as two frozen encoders see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from openmoji_demo.data import (
+    Emoji,
+    draw,
+    held_out_caption,
+    load_emojis,
+    read_svg,
+    split_by_concept,
+    train_captions,
+)
+from PIL import Image
+from torch.nn.functional import normalize
+
+from studies.icons.load import Icons
+from studies.students.measure import Metrics, Model, measure
+from studies.students.train import Pairs
+
+from .features import Encoders, Side, save
+from .pairs import DataSet, Thumbnails, numbered, vocabulary
+
+_OTHER_SET = "moji"  # in the names of the icons' sets of emojis, which are left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawings:
+    """Pictures, each with the same number of captions."""
+
+    pictures: Sequence[Image.Image]
+    captions: Sequence[Sequence[str]]
+
+
+Sides = Mapping[str, Drawings]  # "train", "dev", "test"
+
+
+def emojis(limit: int | None = None) -> Sides:
+    """Return all emojis, or the first so many.
+
+    The demo's held-out concepts are tested on; its split 1 of the others is what settings are chosen on.
+    """
+    test = split_by_concept(load_emojis()[:limit])
+    dev = split_by_concept(test.train, 1)
+
+    def searched(of: Sequence[Emoji]) -> Drawings:
+        return Drawings([draw(read_svg(one.hexcode)) for one in of], [[held_out_caption(one)] for one in of])
+
+    pictures = [draw(read_svg(one.hexcode)) for one in dev.train]
+    train = Drawings(pictures, [train_captions(one) for one in dev.train])
+    return {"train": train, "dev": searched(dev.test), "test": searched(test.test)}
+
+
+def icons(build: Icons, train: int, held_out: int) -> Sides:
+    """Return so many icons to train on, and so many of other concepts to choose and to test on."""
+
+    def side(name: str, count: int) -> Drawings:
+        searched = name != "train"
+        of = [
+            one for one in build.part(name).records if _OTHER_SET not in one.set and one.retrieval >= searched
+        ][:count]
+        if len(of) < count:
+            raise ValueError(f"{build.folder}: {count} icons are needed of {name}, got {len(of)}")
+        pictures = [Image.fromarray(build.images[one.index]) for one in of]
+        return Drawings(pictures, [[one.caption if searched else one.text] for one in of])
+
+    return {
+        "train": side("train", train),
+        "dev": side("validation", held_out),
+        "test": side("test", held_out),
+    }
+
+
+def data_set(sides: Sides, folder: Path, kind: type[Encoders]) -> DataSet:
+    """Return drawings as a data set; the folder keeps the features, of which missing ones are computed."""
+    pixels = {side: Thumbnails().pictures(of.pictures) for side, of in sides.items()}
+    load = functools.cache(kind)  # once for all sides, and only where features are missing
+    kept = {side: _features(of, pixels[side], folder, kind.name, load) for side, of in sides.items()}
+    words = vocabulary(caption for of in sides["train"].captions for caption in of)
+
+    def pairs(side: str) -> Pairs:
+        of = sides[side]
+        with np.load(kept[side]) as found:
+            teacher = {of: torch.from_numpy(found[of]).float() for of in ("pictures", "sentences")}
+        return Pairs(
+            Side(torch.from_numpy(pixels[side]), numbered(of.captions, words)),
+            Side(
+                normalize(teacher["pictures"], dim=-1),
+                normalize(teacher["sentences"], dim=-1).unflatten(0, (len(of.captions), -1)),
+            ),
+        )
+
+    found = {side: pairs(side) for side in sides}
+
+    def measured(model: Model, side: str) -> Metrics:
+        return measure(model, found[side].student, ())
+
+    fingerprint = hashlib.sha256("\n".join(path.stem for path in kept.values()).encode()).hexdigest()[:16]
+    return DataSet(2 + len(words), found, measured, fingerprint)
+
+
+def _features(
+    of: Drawings, pixels: np.ndarray, folder: Path, encoders_name: str, load: Callable[[], Encoders]
+) -> Path:
+    """Return the file of the encoders' features of a side, named by all that they depend on."""
+    sentences = [text for captions in of.captions for text in captions]
+    content = hashlib.sha256("\n".join([encoders_name, str(pixels.shape), *sentences]).encode())
+    content.update(pixels)
+    for picture in of.pictures:
+        content.update(picture.tobytes())
+    path = folder / f"{content.hexdigest()[:16]}.npz"
+    if not path.is_file():
+        encoders = load()
+        save(path, pictures=encoders.pictures(of.pictures), sentences=encoders.sentences(sentences))
+    return path

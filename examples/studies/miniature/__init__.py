@@ -1,1 +1,0 @@
-"""RankCLIP's tables and figures in miniature, and comparisons that were fixed before their records."""

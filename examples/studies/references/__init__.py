@@ -1,1 +1,0 @@
-"""Graded lists that keep what the model knows: list losses with and without a frozen model's scores."""
