@@ -76,6 +76,11 @@ class EmbeddingLoss(nn.Module):
     def embedded(self, column: dict[str, Tensor]) -> Tensor:
         """The embeddings of a column, divided by their norms, in float32 at least."""
         inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
+        if self.mini_batch_size is not None and type(inner[0].forward).__name__ == "TransformerDecorator":
+            raise ValueError(
+                "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
+                f"layer of the whole batch; got {self.mini_batch_size}"
+            )
         with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
             embeddings: Tensor = self.model(column)[name]
         return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
@@ -200,7 +205,7 @@ class ContrastiveLoss(EmbeddingLoss):
             return self.run.evaluate(**features, logit_scale=self.scale)
         if self.image_column is None:
             raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
-        if labels is not None and labels.is_floating_point() and _is_cut(labels):
+        if labels is not None and labels.is_floating_point() and is_cut(labels):
             raise ValueError(
                 f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
                 "dimensions: bind the data to a folder of them, and give reference_features"
@@ -225,7 +230,7 @@ class ContrastiveLoss(EmbeddingLoss):
         return str(self.run.chosen.citation)
 
 
-def _is_cut(labels: Tensor) -> bool:
+def is_cut(labels: Tensor) -> bool:
     """True for a view of the first numbers of each row."""
     return labels.dim() > 1 and labels.stride(-2) > labels.shape[-1]
 

@@ -24,7 +24,7 @@ from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
 from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
 from rankloss_trainers.ranked_lists import RankedListsTerm
-from rankloss_trainers.sentence_transformers import EmbeddingLoss
+from rankloss_trainers.sentence_transformers import EmbeddingLoss, is_cut
 
 with extra("sentence-transformers"):
     from sentence_transformers import SentenceTransformerTrainer
@@ -102,7 +102,8 @@ class RankedListsLoss(EmbeddingLoss):
     grade is better, equal grades are tied. Without a label the first candidate is above the others: triplets
     (anchor, positive, negatives) train with ``rankloss.RankedLists(in_batch_negatives=True)``.
 
-    With a ``base`` the second column is the query's own, the other text or picture of its pair.
+    With a ``base`` the second column is the query's own, the other text or picture of its pair. With a label
+    it has no grade; without one it is the positive, both the base's pair and the best of the list.
 
     Args:
         model: The ``SentenceTransformer`` that is trained.
@@ -145,14 +146,18 @@ class RankedListsLoss(EmbeddingLoss):
         Args:
             sentence_features: The tokenized columns: a query, with a base its own, and its candidates.
             labels: The grades, ``[N, K]``, or ``[N, K, 2]`` from :class:`RankedListsCollator`; None for a
-                positive and its negatives.
+                positive, which is the own of a base, and its negatives.
         """
-        columns = [dict(column) for column in sentence_features]
-        ids = [column.pop(_IDS, None) for column in columns]
-        queries, *candidates = map(self.embedded, columns)
+        columns = list(sentence_features)
+        ids = [column.get(_IDS) for column in columns]
+        inputs = [{name: column[name] for name in column if name != _IDS} for column in columns]
+        queries, *candidates = map(self.embedded, inputs)
+        for column, given in zip(columns, inputs, strict=True):
+            column.update(given)  # with the model's output, where AdaptiveLayerLoss looks for the layers
         pairs = {}
         if self.term.base is not None and candidates:
-            pairs = {"image_features": queries, "text_features": candidates.pop(0)}
+            pairs = {"image_features": queries, "text_features": candidates[0]}
+            candidates = candidates[labels is not None :]  # without labels the own is the list's positive
         if labels is None and len(candidates) > 1:
             below = torch.full((len(queries), len(candidates) - 1), -torch.inf, device=queries.device)
             labels = torch.cat([torch.ones_like(below[:, :1]), below], dim=1)
@@ -163,6 +168,11 @@ class RankedListsLoss(EmbeddingLoss):
             lists = arguments(self.criterion.gather, candidates[0], index, grades_of(bits), ids[-1])
         elif labels.shape == (len(queries), len(candidates)):
             lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
+        elif len(candidates) != labels.shape[-1] and is_cut(labels):
+            raise ValueError(
+                f"labels are grades, which MatryoshkaLoss cut to {labels.shape[-1]} of {labels.stride(-2)} "
+                "as if they were embeddings of as many dimensions: train such lists by RankedListsTrainer"
+            )
         else:
             raise ValueError(
                 f"labels must have a grade for each of {len(candidates)} candidates, "

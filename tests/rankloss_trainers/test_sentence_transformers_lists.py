@@ -12,7 +12,12 @@ import tiny_sentences
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    AdaptiveLayerLoss,
+    Matryoshka2dLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from tiny_sentences import WORDS, tiny, weights
 
 from rankloss import ClipLoss, RankedLists
@@ -59,6 +64,18 @@ def owed(model: Any, data: Any, scale: float, loss: RankedLists | None = None) -
         values.append((loss or RankedLists())(q, c[None], torch.tensor([row["label"]]), scale))
     counted = [len(set(row["label"])) > 1 for row in data]
     return sum(v for v, counts in zip(values, counted, strict=True) if counts) / sum(counted)
+
+
+def of_triplets(model: Any) -> RankedListsLoss:
+    return RankedListsLoss(model, RankedLists(in_batch_negatives=True))
+
+
+def of_layers(model: Any, loss: Any, dimensions: list[int] | None) -> AdaptiveLayerLoss:
+    """A loss of all layers, and of some dimensions of each."""
+    given: Any = {"n_layers_per_step": -1, "kl_div_weight": 0.0}
+    if dimensions is None:
+        return AdaptiveLayerLoss(model, loss, **given)
+    return Matryoshka2dLoss(model, loss, dimensions, n_dims_per_step=-1, **given)
 
 
 def train(
@@ -110,10 +127,7 @@ def test_triplets_train_as_lists_with_in_batch_negatives(tmp_path: Path, bert: P
         zip(("anchor", "positive", "negative"), (texts(seed, 8) for seed in (1, 2, 3)), strict=True)
     )
     trained = []
-    for loss_of in (
-        lambda model: RankedListsLoss(model, RankedLists(in_batch_negatives=True)),
-        MultipleNegativesRankingLoss,
-    ):
+    for loss_of in (of_triplets, MultipleNegativesRankingLoss):
         model = tiny(bert)
         data = datasets.Dataset.from_dict(columns)
         train(tmp_path, loss_of(model), model, data, SentenceTransformerTrainer, max_steps=1)
@@ -140,6 +154,53 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, bert: Path, kin
     value.backward()
     optimizer.step()
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_batch_negatives", [False, True])
+def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
+    tmp_path: Path, bert: Path, in_batch_negatives: bool
+) -> None:
+    """Beside a base loss too; the expected value is made of cross-entropies alone."""
+    model, own = tiny(bert), tiny(bert)
+    names = ("anchor", "positive", "negative_1", "negative_2")
+    columns = dict(zip(names, (texts(seed, 8) for seed in range(1, 5)), strict=True))
+    criterion = RankedLists(in_batch_negatives=in_batch_negatives)
+    loss = RankedListsLoss(model, criterion, base=ClipLoss(), weight=0.5)
+    data = datasets.Dataset.from_dict(columns)
+    trainer = train(tmp_path, loss, model, data, SentenceTransformerTrainer, max_steps=1)
+    embedded = [own(own.preprocess(columns[name]))["sentence_embedding"] for name in names]
+    anchor, positive, *negatives = (F.normalize(x, dim=-1) for x in embedded)
+    x, diagonal = 20 * anchor @ positive.T, torch.arange(8)
+    below = [20 * anchor @ other.T for other in negatives]
+    if not in_batch_negatives:
+        x_of_list = torch.stack([each.diagonal() for each in (x, *below)], dim=1)
+        of_lists = F.cross_entropy(x_of_list, torch.zeros(8, dtype=torch.int64))
+    else:
+        of_lists = F.cross_entropy(torch.cat([x, *below], dim=1), diagonal)
+    expected = (F.cross_entropy(x, diagonal) + F.cross_entropy(x.T, diagonal)) / 2 + 0.5 * of_lists
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    expected.backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dimensions", [None, [16, 4]])
+def test_losses_of_layers_take_lists_and_refuse_mini_batches(
+    bert: Path, dimensions: list[int] | None
+) -> None:
+    found = []
+    for kind in (of_triplets, MultipleNegativesRankingLoss):
+        model = tiny(bert).double()
+        loss = of_layers(model, kind(model), dimensions)
+        value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
+        value.backward()
+        found.append(torch.cat([value.detach()[None], gradient(model)]))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+    columns = [model.preprocess(texts(seed, 4)) for seed in (1, 2)]
+    for loss in (RankedListsLoss(model, mini_batch_size=2), ContrastiveLoss(model, mini_batch_size=2)):
+        with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*; got 2"):
+            of_layers(model, loss, dimensions)(columns, None)
 
 
 @pytest.mark.parametrize("wrapping", [None, [1, 0.25]])
@@ -207,6 +268,9 @@ def test_labels_and_arguments_are_checked(bert: Path) -> None:
         loss(columns[:2], None)
     with pytest.raises(ValueError, match=r"for each of 2 candidates, \(3, 2\); got \(3, 3\)"):
         loss(columns, torch.zeros(3, 3))
+    columns = [model.preprocess(texts(k, 3)) for k in range(17)]
+    with pytest.raises(ValueError, match=r"^labels .* MatryoshkaLoss cut .* 4 of 16.*RankedListsTrainer"):
+        MatryoshkaLoss(model, loss, [16, 4])(columns, torch.arange(16.0).expand(3, 16).contiguous())
     with pytest.raises(ValueError, match="scale must be"):
         RankedListsLoss(model, scale=0.0)
     with pytest.raises(ValueError, match="mini_batch_size must be"):
