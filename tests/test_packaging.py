@@ -12,7 +12,8 @@ else:
     import tomli as tomllib  # pytest depends on it there
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
@@ -41,3 +42,9 @@ def test_every_typed_extra_exists_as_it_is_spelt() -> None:
 def test_citation_has_the_version_of_the_package() -> None:
     version = (ROOT / "rankloss/_version.py").read_text().split('"')[-2]
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+
+
+def test_every_package_has_its_types() -> None:
+    packages = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert len(packages) == 6
+    assert [package for package in packages if not (ROOT / package / "py.typed").exists()] == []

@@ -1,7 +1,7 @@
 """``python -m rankloss_open_clip [--trainer MODULE] …``: a trainer with ``--loss`` attached by hand.
 
 Without ``--trainer`` it takes the arguments of ``python -m open_clip_train.main`` and does the same, also in
-environments in which torch does not load the plug-in: ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
+environments in which torch does not load the plug-in, as with ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 
 ``--trainer training.main`` runs the ``main`` of a trainer that is laid out like open_clip's before 2.26, or
 of a fork; see :func:`rankloss_open_clip.attach`.

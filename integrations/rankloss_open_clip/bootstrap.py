@@ -1,21 +1,22 @@
 """Called by torch when it is imported: waits for open_clip's trainer, and patches it once it is loaded.
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
-environment. This module therefore imports the standard library only, does next to nothing, and never raises.
+environment. This module therefore imports the standard library only and does next to nothing.
 :func:`attach` waits for the modules named in :data:`SEAMS` (:mod:`rankloss_trainers.import_hook`), and
 :mod:`rankloss_open_clip.patches` patches each after it has been executed.
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
 something else: the trainer's parser would take ``--loss rankclip`` for an abbreviation of
 ``--loss-dist-impl`` and train plain CLIP. So failures are kept in :data:`failures`, and ``parse_args``,
-patched or guarded, raises when the command line asks for a loss.
+patched or guarded, raises when the command line asks for a loss. If modules cannot be waited for at all, the
+process ends at ``import torch``, if it is the trainer's and asks for a loss.
 """
 
 from __future__ import annotations
 
 import sys
 
-from rankloss_open_clip.failures import failures, raise_failures
+from rankloss_open_clip.failures import asks_for_loss, failures, raise_failures, report_no_hook
 
 # Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
@@ -37,14 +38,18 @@ SEAMS = (
 
 
 def attach() -> None:
-    """Patch the modules that are loaded, and the others once they are. Safe to call twice; never raises."""
+    """Patch the modules that are loaded, and the others once they are. Safe to call twice.
+
+    Raises:
+        SystemExit: That is impossible, and this process is the trainer, started with ``--loss``.
+    """
     try:
         from rankloss_trainers.import_hook import after_import, waits_for
 
         if not waits_for(PARAMS):
             after_import(dict.fromkeys(SEAMS, patch))
     except Exception as error:
-        failures["rankloss_open_clip"] = error
+        report_no_hook(error)
 
 
 def patch(module: ModuleType) -> None:
@@ -62,14 +67,21 @@ def patch(module: ModuleType) -> None:
 def problems() -> list[str]:
     """Import the trainer, and list the reasons why it would not honour ``--loss``."""
     import importlib
-
-    from rankloss_trainers.import_hook import waits_for
+    import os
 
     importlib.import_module("open_clip_train.main")
-    off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), so `--loss rankclip`"
-    off += " means `--loss-dist-impl rankclip`, and plain CLIP: start with `python -m rankloss_open_clip`"
-    found = [] if waits_for(PARAMS) else [off]
-    return found + [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
+    if failures:
+        return [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
+    from rankloss_trainers.import_hook import waits_for
+
+    if waits_for(PARAMS):
+        return []
+    switch = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    return [
+        f"torch loaded no plug-in ({switch} is {os.environ.get(switch)!r}; it has to be 1 or unset), so "
+        "`--loss rankclip` means `--loss-dist-impl rankclip`, and plain CLIP: start with "
+        "`python -m rankloss_open_clip`"
+    ]
 
 
 def _guard(module: Any) -> None:
@@ -78,8 +90,7 @@ def _guard(module: Any) -> None:
 
     def parse_args(argv: Any = None) -> Any:
         given = sys.argv[1:] if argv is None else argv
-        # The trainer's own parser reads both as --loss-dist-impl.
-        if {"--los", "--loss"} & {word.partition("=")[0] for word in given}:
+        if asks_for_loss(given):
             raise_failures()
         return original(argv)
 

@@ -1,7 +1,7 @@
 """The command ``rankloss``: the losses, their options, and the trainers here that will honour them.
 
 ``rankloss doctor``: for each trainer its version, and the loss's way into it or the reason against it. The
-exit code is 0 if no installed trainer has a problem, else 1.
+exit code is 0 if a trainer is ready and none has a problem, else 1.
 
 ``rankloss losses``: the losses, one a line. ``rankloss losses NAME …``: their options and defaults.
 

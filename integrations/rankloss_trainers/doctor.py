@@ -53,30 +53,33 @@ TRAINERS = [
 
 
 def main() -> int:
-    """Print the report and return 0 if no installed trainer has a problem, else 1."""
+    """Print the report and return 0 if a trainer is ready and none has a problem, else 1."""
     print(*machine(), sep="\n")
     reports = [examined(trainer) for trainer in TRAINERS]
     for _, lines in reports:
         print(*lines, sep="\n")
-    return 0 if all(works for works, _ in reports) else 1
+    states = [state for state, _ in reports]
+    if True not in states:
+        print("No trainer is ready. Install one, for instance: pip install 'rankloss[open-clip]'")
+    return 0 if True in states and False not in states else 1
 
 
-def examined(trainer: Trainer) -> tuple[bool, list[str]]:
-    """Examine a trainer: True unless it is installed and will not honour a loss; and the lines of the report.
+def examined(trainer: Trainer) -> tuple[bool | None, list[str]]:
+    """Examine a trainer: True if it will honour a loss, False if it will not; and the lines of the report.
 
-    A trainer that lacks packages to train has no problem: others may have brought it.
+    None if it is not installed, or lacks packages to train: others may have brought it.
     """
     try:
         version = importlib.metadata.version(trainer.distribution)
     except importlib.metadata.PackageNotFoundError:
-        return True, [f"{trainer.name}: not installed: pip install 'rankloss[{trainer.name}]'"]
+        return None, [f"{trainer.name}: not installed: pip install 'rankloss[{trainer.name}]'"]
     shown = f"{trainer.name} {version} (tested with {_tested(trainer)})"
     module, _, function = trainer.plugin.partition(":")
     try:
         loaded = importlib.import_module(module)
         problems: list[str] = getattr(loaded, function)() if function else []
     except ModuleNotFoundError as error:
-        return True, [f"{shown}: not ready to train: {error}"]
+        return None, [f"{shown}: not ready to train: {error}"]
     except Exception as error:  # of any other package's import
         problems = [f"{module} cannot be imported: {type(error).__name__}: {error}"]
     if problems:

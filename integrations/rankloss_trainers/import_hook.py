@@ -65,12 +65,15 @@ class Finder:
         finally:
             self._searching.remove(search)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            _act_afterwards(spec.loader, self.actions[fullname])
+            spec.loader = _acting(spec.loader, self.actions[fullname])
         return spec
 
 
-def _act_afterwards(loader: Any, act: Callable[[ModuleType], None]) -> None:
-    """Let a loader, which is of one module, act on it when it has executed it, once."""
+def _acting(loader: Any, act: Callable[[ModuleType], None]) -> Any:
+    """Copy a loader, so that it acts on the one module that it executes, once."""
+    from copy import copy
+
+    loader = copy(loader)  # all modules of a zip file share one
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
@@ -79,3 +82,4 @@ def _act_afterwards(loader: Any, act: Callable[[ModuleType], None]) -> None:
         act(module)
 
     loader.exec_module = exec_module
+    return loader

@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import pickle
 import sys
+import warnings
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,10 +18,10 @@ import open_clip_train.train
 import pytest
 from stand_ins import Base, epoch_begins, features, ready
 from torch import nn
-from trainer_runs import OFF, Trainer
+from trainer_runs import Trainer
 
 from rankloss_open_clip import __main__ as runner
-from rankloss_open_clip import bootstrap, patches
+from rankloss_open_clip import bootstrap, failures, patches
 
 FUNCTIONS = [
     open_clip.factory.create_loss,
@@ -84,32 +86,87 @@ def test_unknown_layout_is_kept_as_a_failure(
     exec(source, vars(module))
     bootstrap.patch(module)
     assert reason in str(bootstrap.failures[name])
+    assert name in bootstrap.problems()[0]
 
 
-def test_broken_plugin_fails_a_run_that_asks(trainer: Trainer) -> None:
-    # The first line of the trainer's main; the rest of it takes seconds to import.
-    script = (
-        "import sys; sys.modules['rankloss_open_clip.patches'] = None\n"
-        "import torch; from open_clip_train.params import parse_args; parse_args(sys.argv[1:])"
-    )
-    done = trainer.run("plug-in broken", "--loss", "rankclip", command=("-c", script))
+PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
+# The first line of the trainer's main; the rest of it takes seconds to import.
+PARSES = "import sys, torch; from open_clip_train.params import parse_args; parse_args(sys.argv[1:])"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "command"), [(PATCHES, ("-c", PARSES)), (HOOK, ("-m", "open_clip_train.main"))]
+)
+def test_damaged_plugin_stops_a_run_that_asks(
+    trainer: Trainer, tmp_path: Path, damaged: str, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{damaged!r}] = None")
+    done = trainer.run("damaged", "--loss", "rankclip", command=command, PYTHONPATH=str(tmp_path))
     assert done.returncode not in (0, 2)
-    assert "rankloss_open_clip could not attach" in done.output
+    assert "--loss was given" in done.output
+    assert damaged in done.output
+    assert not done.directory.exists()
 
 
-# --- what `rankloss doctor` asks ------------------------------------------------------------------------
+MAIN, RUNNER = "/x/open_clip_train/main.py", "C:\\x\\rankloss_open_clip\\__main__.py"
+
+
+@pytest.fixture
+def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "failures", {})
+    monkeypatch.setitem(sys.modules, HOOK, None)
+
+
+@pytest.mark.usefixtures("without_hook")
+@pytest.mark.parametrize("argv", [[MAIN, "--loss", "rankclip"], [RUNNER, "--epochs", "1", "--los=cyclip"]])
+def test_hook_that_cannot_be_loaded_ends_the_trainer_at_once(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match=HOOK):
+        bootstrap.attach()
+
+
+@pytest.mark.usefixtures("without_hook")
+@pytest.mark.parametrize("argv", [[], ["run_clip.py", "--loss", "rankclip"], [MAIN, "--loss-dist-impl", "x"]])
+def test_hook_that_cannot_be_loaded_is_one_warning_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bootstrap.attach()
+        bootstrap.attach()
+    assert [HOOK in str(warning.message) for warning in caught] == [True]
+
+
+@pytest.mark.usefixtures("without_hook")
+def test_warning_that_is_an_error_does_not_stop_an_import_of_torch() -> None:
+    bootstrap.attach()  # warnings are errors in this suite
+    assert HOOK in repr(failures.failures)
+
+
+# --- torch's switch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["", "true"])
+def test_torch_calls_nothing_of_ours_unless_the_switch_is_1(trainer: Trainer, value: str) -> None:
+    """... and `rankloss doctor` shows the value and the way that is left."""
+    script = (
+        "import sys, torch; print([name for name in sys.modules if name.startswith('rankloss')])\n"
+        "sys.modules['open_clip_train.main'] = sys\n"  # whose import takes seconds
+        "from rankloss_open_clip import bootstrap; print(*bootstrap.problems())\n"
+        "bootstrap.attach(); print(bootstrap.problems())"
+    )
+    done = trainer.python("-c", script, TORCH_DEVICE_BACKEND_AUTOLOAD=value)
+    first, problem, last = done.output.splitlines()
+    assert first == last == "[]"
+    for word in ("TORCH_DEVICE_BACKEND_AUTOLOAD", repr(value), "python -m rankloss_open_clip"):
+        assert word in problem
 
 
 def test_nothing_is_wrong_here() -> None:
     assert bootstrap.problems() == []
-
-
-@pytest.mark.slow
-def test_plugin_that_torch_does_not_load_is_a_problem(trainer: Trainer) -> None:
-    script = "from rankloss_open_clip import bootstrap; print(bootstrap.problems())"
-    said = trainer.python("-c", script, **OFF).output
-    for word in ("TORCH_DEVICE_BACKEND_AUTOLOAD=0", "python -m rankloss_open_clip", "--loss-dist-impl"):
-        assert word in said
 
 
 def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+import zipfile
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +45,24 @@ def test_module_is_acted_on_when_it_is_loaded_now_and_again(seen: list[str]) -> 
     assert seen == ["executed", NAME] * 2
     after_import(actions)
     assert seen[4:] == [NAME]
+
+
+def test_modules_of_a_zip_file_share_a_loader_and_each_has_its_own_action(
+    seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["zipped_first", "zipped_second", "zipped_sibling"]
+    with zipfile.ZipFile(tmp_path / "trainer.zip", "w") as archive:
+        for name in names:
+            archive.writestr(f"{name}.py", "x = 1\n")
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "trainer.zip")
+    after_import({name: lambda module: seen.append(module.__name__) for name in names[:2]})
+    assert find_spec("zipped_first") is not None
+    assert find_spec("zipped_second") is not None
+    for name in reversed(names):
+        importlib.import_module(name)
+    assert seen == ["zipped_second", "zipped_first"]
+    assert inspect.getsource(sys.modules["zipped_first"]) == "x = 1\n"
 
 
 def test_import_raises_what_the_function_raises(seen: list[str]) -> None:
