@@ -88,10 +88,18 @@ CONTENDERS: dict[str, Callable[[Features], Step]] = {
 }
 if "same_id" in inspect.signature(rankloss.ClipLoss).parameters:  # not in every revision to compare with
     CONTENDERS["ClipLoss-ids"] = sharing_ids
+if "label_smoothing" in inspect.signature(rankloss.ClipLoss).parameters:
+    CONTENDERS["ClipLoss-smoothed"] = training(rankloss.ClipLoss(label_smoothing=0.2))
 if DEVICE.type == "cuda":
     CONTENDERS["RankClipLoss-triton"] = training(rankloss.RankClipLoss(schedule="constant", kernel="triton"))
 OF_A_SHARE = ("ClipLoss", "RankClipLoss", "RankClipLoss-bin", "RankClipLoss-triton")
-AT_MOST_4096 = ("RankConsistency", "RankClipLoss-", "rankclip-", "ClipLoss-ids")  # a CPU takes minutes beyond
+AT_MOST_4096 = (
+    "RankConsistency",
+    "RankClipLoss-",
+    "rankclip-",
+    "ClipLoss-ids",
+    "ClipLoss-smoothed",
+)  # a CPU takes minutes beyond
 
 
 def contenders(n: int, processes: int) -> list[str]:

@@ -139,7 +139,7 @@ def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
 def first_of_id(ids: Tensor) -> Tensor:
     """Index of the first item with the id of item i, for every i: ``[M]``."""
     ordered, order = ids.sort(stable=True)
-    return order[torch.searchsorted(ordered, ids)]
+    return order[torch.searchsorted(ordered, ids.contiguous())]
 
 
 def equal_scores(x: Tensor, items: Tensor) -> Tensor:

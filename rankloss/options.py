@@ -226,13 +226,15 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     return int(value)
 
 
-def check_weight(name: str, value: object, *, above: float | None = None) -> float:
+def check_weight(name: str, value: object, *, above: float | None = None, below: float = math.inf) -> float:
     """``value`` as a float, or a ValueError that names the argument.
 
-    It must be a finite number, no tensor, and greater than ``above``, or without it at least 0.
+    It must be a finite number, no tensor, less than ``below``, and greater than ``above``, or without it at
+    least 0.
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and (number >= 0 if above is None else number > above)):
+    if not (math.isfinite(number) and (number >= 0 if above is None else number > above) and number < below):
         bound = ">= 0" if above is None else f"> {above:g}"
+        bound += f" and < {below:g}" if below < math.inf else ""
         raise ValueError(f"{name} must be a finite number {bound}; got {value!r}")
     return number

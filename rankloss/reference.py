@@ -117,8 +117,9 @@ def clip(
     *,
     pair_ids: ArrayLike | None = None,
     same_id: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> float:
-    """CLIP's symmetric InfoNCE, ``½[CE(S) + CE(Sᵀ)]``, with ids as :class:`rankloss.ClipLoss`.
+    """CLIP's symmetric InfoNCE, ``½[CE(S) + CE(Sᵀ)]``, with ids and smoothing as :class:`rankloss.ClipLoss`.
 
     Example:
         >>> round(float(clip(np.eye(2), np.eye(2))), 4)  # log(1 + 1/e)
@@ -130,11 +131,13 @@ def clip(
     own = np.eye(n, dtype=bool)
     counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
     right = own if same_id == "ignore" else same
-    return math.fsum(
-        _log_sum_exp(row[counted[i]]) - math.fsum(row[right[i]]) / int(right[i].sum())
-        for m in (s, s.T)
-        for i, row in enumerate(m)
-    ) / (2 * n)
+    values = []
+    for m in (s, s.T):
+        for row, is_counted, is_right in zip(m, counted, right, strict=True):
+            right_mean, mean = (math.fsum(row[x]) / int(x.sum()) for x in (is_right, is_counted))
+            target = (1 - label_smoothing) * right_mean + label_smoothing * mean
+            values.append(_log_sum_exp(row[is_counted]) - target)
+    return math.fsum(values) / (2 * n)
 
 
 def siglip(

@@ -25,13 +25,18 @@ class View:
     first: int  # position of the first anchor among the items
 
 
-def clip(view: View, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
+def clip(
+    view: View, ids: Tensor | None = None, same_id: str = "share", label_smoothing: float = 0.0
+) -> Tensor:
     own, same = _own_and_same(view, ids)
     right = own if same_id == "ignore" else same
     values = []
     for a, b in ((view.image_anchors, view.text), (view.text_anchors, view.image)):
-        logits = (view.scale * a @ b.T).masked_fill(same & ~right, -math.inf)
-        values.append((logits.logsumexp(1) - torch.where(right, logits, 0.0).sum(1) / right.sum(1)).mean())
+        logits, counted = view.scale * a @ b.T, right | ~same
+        target, spread = (x / x.sum(1, keepdim=True, dtype=logits.dtype) for x in (right, counted))
+        target = (1 - label_smoothing) * target + label_smoothing * spread
+        log_sums = logits.masked_fill(~counted, -math.inf).logsumexp(1)
+        values.append((log_sums - (target * logits).sum(1)).mean())
     return sum(values) / 2  # type: ignore[return-value]
 
 

@@ -51,8 +51,8 @@ def ids_of(images: Tensor) -> Tensor:
     return 2 * (images[:, 0] > 0) - 3 * (images[:, 1] > 0)
 
 
-def clip_of(view: one_process.View, bias: Tensor, **of_ids: Any) -> Tensor:
-    return one_process.clip(view, **of_ids) + 0 * bias
+def clip_of(view: one_process.View, bias: Tensor, **options: Any) -> Tensor:
+    return one_process.clip(view, **options) + 0 * bias
 
 
 def with_ids(oracle: Callable[..., Tensor], same_id: str) -> Callable[..., Tensor]:
@@ -103,6 +103,10 @@ Rank = functools.partial(RankConsistency, chunk_size=3)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "clip": (ClipLoss, clip_of),
     "clip, streamed": (functools.partial(ClipLoss, memory_budget=0), clip_of),
+    "clip, smoothed": (
+        functools.partial(ClipLoss, label_smoothing=0.2, memory_budget=0),
+        functools.partial(clip_of, label_smoothing=0.2),
+    ),
     "siglip": (SigLipLoss, one_process.siglip),
     "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), one_process.siglip),
     "cross": (functools.partial(Rank, in_modal=0), lambda view, bias: one_process.cross(view)),
@@ -118,7 +122,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     ),
 }
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
-    for of_pairs in ("clip", "siglip"):
+    for of_pairs in ("clip", "clip, smoothed", "siglip"):
         make, oracle = LOSSES[of_pairs]
         make = functools.partial(OfIds, make, same_id=same_id, memory_budget=budget)
         name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"

@@ -54,6 +54,7 @@ def at(value: float, **options: Any) -> RankClipLoss:
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "clip": ClipLoss,
     "clip, streamed": lambda **options: ClipLoss(memory_budget=0, **options),
+    "clip, smoothed": lambda **options: ClipLoss(label_smoothing=0.2, **options),
     "siglip": SigLipLoss,
     "siglip, streamed": lambda **options: SigLipLoss(memory_budget=0, **options),
     "rank": RankConsistency,
@@ -167,6 +168,7 @@ LARGE_BATCH: dict[str, Callable[..., Tensor]] = {
     "rank_clip at 0": at(0.0, base=SigLipLoss()),
     "mimicry": mimicked,
     "clip, ids": in_pairs,
+    "clip, smoothed": ClipLoss(label_smoothing=0.2),
     "rank, top_one": RankConsistency(model="top_one"),
     "rank_clip": at(1.0),
     "cyclip": CyClipLoss(),
@@ -342,6 +344,15 @@ def test_any_base_with_the_forward_convention_composes() -> None:
     for value in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"base must give one value per entry.*\(6,\)"):
             at(value, base=base_per_sample)(v, t, s)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_base_keeps_its_smoothing(value: float) -> None:
+    v, t, s = features()
+    base = ClipLoss(label_smoothing=0.2)
+    entries = at(value, base=base)(v, t, s, output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], base(v, t, s))
+    assert (base(v, t, s) - ClipLoss()(v, t, s)).abs() > 0.1
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

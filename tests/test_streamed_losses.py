@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -58,6 +60,7 @@ def assert_same(
     batch=batches(max_n=17),
     times=st.sampled_from([1.0, 30.0]),
     chunk=st.integers(1, 18),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
     bias=st.sampled_from([-10.0, 0.0, 2.0]),
     ids=st.lists(st.integers(0, 4), min_size=17, max_size=17),
 )
@@ -65,6 +68,7 @@ def test_value_and_all_gradients_are_the_formulas(
     name: str,
     same_id: Any,
     budget: int | None,
+    smoothing: float,
     batch: Batch,
     times: float,
     chunk: int,
@@ -75,8 +79,11 @@ def test_value_and_all_gradients_are_the_formulas(
     loss, formula = LOSSES[name]
     inputs = inputs_of(replace(batch, scale=times * batch.scale), bias=bias)
     pair_ids = torch.tensor(ids[: len(inputs[0])]) if same_id else None
-    value = loss(memory_budget=budget, chunk_size=chunk, same_id=same_id)(*inputs, pair_ids=pair_ids)
-    literal = partial(formula, pair_ids=pair_ids, same_id=same_id)
+    options: dict[str, Any] = {"same_id": same_id}
+    if name == "clip":
+        options["label_smoothing"] = smoothing
+    value = loss(memory_budget=budget, chunk_size=chunk, **options)(*inputs, pair_ids=pair_ids)
+    literal = partial(formula, pair_ids=pair_ids, **options)
     assert_close([value], [literal(*(x.detach().numpy() for x in inputs))], 1e-10)
     assert_slopes(value, inputs, literal)
 
@@ -99,6 +106,43 @@ def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int 
     if name == "clip" and same_id == "ignore":  # no other column is left
         of_one = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
         assert all(x.abs().max() < 1e-14 for x in (of_one, *gradients(of_one, inputs, -1.3)))
+
+
+@pytest.mark.parametrize("budget", [0, None])
+@given(batch=batches(max_n=9), smoothing=st.floats(0.0, 1.0, exclude_max=True))
+def test_smoothing_is_torchs(budget: int | None, batch: Batch, smoothing: float) -> None:
+    v, t, s = inputs = batch.leaves()
+    own, logits = torch.arange(len(v)), s * v @ t.T
+    a, b = (F.cross_entropy(x, own, label_smoothing=smoothing) for x in (logits, logits.T))
+    loss = ClipLoss(label_smoothing=smoothing, memory_budget=budget, chunk_size=4)
+    assert_same(loss(*inputs), (a + b) / 2, inputs, 1e-10, 1e-10)
+
+
+@any_use_of_ids
+@pytest.mark.parametrize("budget", [0, None])
+def test_no_smoothing_changes_no_bit(same_id: Any, budget: int | None) -> None:
+    inputs = inputs_of(random_batch(0, 11, 6, 20.0), torch.float32)
+    options = {"same_id": same_id, "memory_budget": budget}
+    ids = torch.arange(11) // 2 if same_id else None
+    with mock.patch("rankloss.losses.clip._excess_over_mean", side_effect=AssertionError):
+        value = ClipLoss(label_smoothing=0, **options)(*inputs, pair_ids=ids)
+    assert torch.equal(value, ClipLoss(**options)(*inputs, pair_ids=ids))
+
+
+@pytest.mark.parametrize("n_others", [0, 1])
+def test_smoothing_over_the_few_columns_that_are_left(n_others: int) -> None:
+    """All other columns are of the row's id: their sum has to leave no rounding behind."""
+    v, t, s, _ = inputs_of(random_batch(0, 3000, 3, 100.0), torch.float32)
+    ids = (torch.arange(3000) < n_others).long()
+    loss = ClipLoss(same_id="ignore", label_smoothing=0.9)
+    value = loss(v, t, s, pair_ids=ids)
+    exact = [x.detach().double().requires_grad_() for x in (v, t, s)]
+    owed = loss(*exact, pair_ids=ids)
+    torch.testing.assert_close(value, owed.float(), rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(
+        gradients(value, (v, t, s), 1.0), gradients(owed, tuple(exact), 1.0), strict=True
+    ):
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-6)
 
 
 @both
@@ -171,15 +215,17 @@ def test_a_streamed_loss_is_float32_at_least_and_gradients_have_the_dtypes_of_th
 def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any) -> None:
     d = 4
 
-    def kept(n: int, budget: int | None) -> int:
+    def kept(n: int, budget: int | None, **options: float) -> int:
         inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
-        loss = LOSSES[name][0](memory_budget=budget, same_id=same_id)
+        loss = LOSSES[name][0](memory_budget=budget, same_id=same_id, **options)
         return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if same_id else None))
 
     features = 2 * 512 * d * 4
     assert kept(512, 0) <= 2 * features + 256  # the features, their gradients, and some numbers
     assert 1.9 < kept(1024, 0) / kept(512, 0) < 2.1
     assert kept(1024, None) > 4 * 1024**2  # within the budget: whole matrices
+    if name == "clip":
+        assert 1.9 < kept(1024, 0, label_smoothing=0.2) / kept(512, 0, label_smoothing=0.2) < 2.1
 
 
 def ids_of(n: int) -> Tensor:

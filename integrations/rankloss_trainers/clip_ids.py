@@ -58,8 +58,10 @@ class ClipIds(NamedLoss):
         if not kinds:
             text = f"clip-ids is CLIP's or SigLIP's loss, but the trainer trains with {type(base).__name__}"
             raise ValueError(text)
-        streaming = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
-        return kinds[0](same_id=self.same, gather=gather, **streaming)
+        options: dict[str, Any] = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
+        if smoothing := getattr(base, "label_smoothing", 0.0):
+            options["label_smoothing"] = smoothing
+        return kinds[0](same_id=self.same, gather=gather, **options)
 
     def companions(self) -> list[PairIds]:
         return [PairIds(self.key)]

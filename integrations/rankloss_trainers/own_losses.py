@@ -150,8 +150,9 @@ class RankClip(NamedLoss):
             raise OptionError("distill_loss", "exclude needs reference teacher, or the teacher has no use")
 
     def build(self, base: Any, gather: Gather) -> rankloss.RankClipLoss:
-        # A subclass has other arguments, and a loss with ids is clip-ids, which has options of its own.
-        if type(base) in (rankloss.ClipLoss, rankloss.SigLipLoss) and base.same_id is None:
+        # A subclass, and a loss with ids or smoothing, has options of its own.
+        is_plain = type(base) in (rankloss.ClipLoss, rankloss.SigLipLoss) and base.same_id is None
+        if is_plain and not getattr(base, "label_smoothing", 0.0):
             streaming = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
             base = type(base)(gather=base.gather, **streaming)
         return rankloss.RankClipLoss(

@@ -4,7 +4,8 @@ A row of logits x_i = s·c_i has the loss and the gradient by c_i
 
     L_i = log Z_i − Σ_j t_ij·x_ij,   G_ij = s·(e^{x_ij} / Z_i − t_ij),   Z_i = Σ_j e^{x_ij},
 
-with the target t_i. Columns that the row ignores are in no sum and have no gradient.
+with the target t_i. Columns that the row ignores are in no sum and have no gradient. Smoothing changes the
+target alone, so it adds a linear function of the logits, which sums of features give without a matrix.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from rankloss import engine
 from rankloss.batch import Batch, Inputs
+from rankloss.distributed import GatherOption, gather_once
+from rankloss.graded import first_of_id
 from rankloss.losses.gathering import Number, SameId, StreamedLoss, of_one_id, partners
-from rankloss.precision import nan_unless_finite
+from rankloss.options import check_weight
+from rankloss.precision import nan_unless_finite, widest_dtype
 
 
 class ClipLoss(StreamedLoss):
@@ -36,6 +40,14 @@ class ClipLoss(StreamedLoss):
     with the logits x of the row and the number n_i of pairs of its id: its partners leave the denominator, or
     share its target. Ids that all differ give CLIP's loss.
 
+    ``label_smoothing`` ε spreads a share of the target evenly over the columns that the row counts: all N, or
+    with ``"ignore"`` the N − n_i + 1 of the denominator. In each of the formulas
+
+        L_i = log Z_i − (1 − ε)·right_i − ε·mean_j x_ij
+
+    where log Z_i is the logarithm of the denominator, right_i the row's right logit x_ii, or with ``"share"``
+    the mean of those of its id, and j runs over the counted columns.
+
     Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
     computed in chunks of rows, value and gradient together, in float32 at least; products are TF32's where
     torch allows them. It differs from the formula by rounding; if the formula's logits are half precision, by
@@ -45,6 +57,7 @@ class ClipLoss(StreamedLoss):
     Args:
         same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss
             without ids.
+        label_smoothing: ε, at least 0 and below 1.
         gather: gathering of other processes' features. None: exact, from the default process group, if one of
             several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
         chunk_size: see :class:`rankloss.RankOptions`.
@@ -58,16 +71,17 @@ class ClipLoss(StreamedLoss):
         ``pair_ids``: ``[N]`` integers of any dtype, gathered as the features are; only their equality counts.
 
     Raises:
-        ValueError: for another ``same_id`` or a negative budget; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least one row, a scale that is not positive (not
-            checked on an accelerator, where reading it would wait), a bias that is not one number, or
-            ``pair_ids`` that are not N integers on the features' device, or are given without ``same_id`` or
-            missing with it.
+        ValueError: for another ``same_id``, a ``label_smoothing`` outside [0, 1) or a negative budget; in
+            ``forward`` for features that are not two floating-point matrices of one shape with at least one
+            row, a scale that is not positive (not checked on an accelerator, where reading it would wait), a
+            bias that is not one number, or ``pair_ids`` that are not N integers on the features' device, or
+            are given without ``same_id`` or missing with it.
 
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
         fig. 3. Shared targets: "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022 (UniCL);
         "Supervised Contrastive Learning", NeurIPS 2020 (SupCon), L_out with the own pair among the positives.
+        Label smoothing: "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
 
     Example:
         >>> v = torch.eye(2)
@@ -78,7 +92,43 @@ class ClipLoss(StreamedLoss):
         0.0
         >>> round(ClipLoss(same_id="share")(v, v, logit_scale=1.0, pair_ids=ids).item(), 4)
         0.8133
+        >>> round(ClipLoss(label_smoothing=0.2)(v, v, logit_scale=1.0).item(), 4)  # 0.3133 + 0.2·(1 − ½)
+        0.4133
     """
+
+    def __init__(
+        self,
+        *,
+        same_id: SameId | None = None,
+        label_smoothing: float = 0.0,
+        gather: GatherOption = None,
+        chunk_size: int | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(same_id=same_id, gather=gather, chunk_size=chunk_size, memory_budget=memory_budget)
+        self.label_smoothing = check_weight("label_smoothing", label_smoothing, below=1.0)
+
+    def compute(
+        self,
+        is_whole: bool,
+        images: Tensor,
+        texts: Tensor,
+        scale: Number,
+        bias: Number | None,
+        ids: Tensor | None,
+    ) -> Tensor:
+        """The loss of checked inputs, by the formula or in chunks."""
+        with gather_once():
+            loss = super().compute(is_whole, images, texts, scale, bias, ids)
+            if self.label_smoothing == 0:
+                return loss
+            excess = _excess_over_mean(self._batch(images, texts, scale), ids, self.same_id)
+        return loss + (self.label_smoothing * excess).to(loss.dtype)
+
+    def extra_repr(self) -> str:
+        """The options with other values than their defaults."""
+        smoothing = [f"label_smoothing={self.label_smoothing!r}"] if self.label_smoothing else []
+        return ", ".join([*smoothing, *filter(None, [super().extra_repr()])])
 
     def _whole(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
@@ -103,14 +153,41 @@ class ClipLoss(StreamedLoss):
     ) -> Tensor:
         if ids is None:
             return self.weighted_terms((images, texts, scale, bias), self._options, (1.0, 0.0, 0.0))[0]
-        gather = self.gather
-        anchors = (images, texts) if gather.anchors_are_local else None
-        first_row = gather.first_row(len(images))
-        batch = Batch.of(*gather(images, texts), scale, anchors=anchors, first_row=first_row)
+        batch = self._batch(images, texts, scale)
         terms = PairSoftmax(batch, ids, self.same_id, self._options.chunk_size)
         weights = ids.new_ones(1, dtype=batch.sum_dtype)
         (loss,) = engine.apply(terms, weights, batch.inputs)
         return loss + 0 * bias.sum() if isinstance(bias, Tensor) else loss
+
+    def _batch(self, images: Tensor, texts: Tensor, scale: Number) -> Batch:
+        anchors = (images, texts) if self.gather.anchors_are_local else None
+        first_row = self.gather.first_row(len(images))
+        return Batch.of(*self.gather(images, texts), scale, anchors=anchors, first_row=first_row)
+
+
+def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) -> Tensor:
+    """The right logit of a row less the mean of its counted logits, averaged over rows and directions."""
+    rows = slice(batch.first_row, batch.first_row + batch.anchors)
+    excess = []
+    for anchors, items, _ in batch.matrices("cross_modal"):
+        right, mean = items[rows], items.mean(0)
+        if ids is not None:
+            # In float64 where there is one: the sum of all less that of an id may be a small difference.
+            items = items.to(widest_dtype(items.device))
+            of_id, size = (_sums_by_id(x, ids)[rows] for x in (items, torch.ones_like(items[:, :1])))
+            if same_id == "share":
+                right = of_id / size
+            else:
+                mean = (items.sum(0) - of_id + right) / (len(items) - size + 1)
+        excess.append((anchors * (right - mean)).sum())
+    total: Tensor = batch.inputs.scale * (excess[0] + excess[1])
+    return total / (2 * batch.anchors)
+
+
+def _sums_by_id(x: Tensor, ids: Tensor) -> Tensor:
+    """The sum over the rows that have the id of row i, for every i: as ``x``."""
+    first = first_of_id(ids)
+    return torch.zeros_like(x).index_add(0, first, x)[first]
 
 
 def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None, first_row: int) -> Tensor:

@@ -32,7 +32,7 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True if a base is CLIP's loss without ids, with the same ``gather``, without hooks or an own forward.
+    """True for CLIP's loss without ids, smoothing, hooks or an own forward, with the same ``gather``.
 
     The pass of the rank terms also gives this loss.
     """
@@ -40,6 +40,7 @@ def is_streamed_clip(base: Base, gather: Gather) -> bool:
     return (
         type(base) is ClipLoss
         and base.same_id is None
+        and base.label_smoothing == 0
         and base.gather == gather
         and "forward" not in base.__dict__
         and not any(len(getattr(base, kind)) for kind in kinds)

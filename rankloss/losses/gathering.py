@@ -195,9 +195,21 @@ class StreamedLoss(GatheringLoss):
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
         fits = fits and dtype != torch.float16  # in which a sum over a large batch overflows
-        compute = self._whole if fits or columns == 1 else self._streamed
-        loss = compute(image_features, text_features, logit_scale, logit_bias, ids)
+        is_whole = fits or columns == 1
+        loss = self.compute(is_whole, image_features, text_features, logit_scale, logit_bias, ids)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def compute(
+        self,
+        is_whole: bool,
+        images: Tensor,
+        texts: Tensor,
+        scale: Number,
+        bias: Number | None,
+        ids: Tensor | None,
+    ) -> Tensor:
+        """The loss of checked inputs, by the formula or in chunks."""
+        return (self._whole if is_whole else self._streamed)(images, texts, scale, bias, ids)
 
     def extra_repr(self) -> str:
         """The options with other values than their defaults."""

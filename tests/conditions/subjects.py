@@ -195,14 +195,14 @@ def rank_terms(name: str, *, teacher: tuple[str, ...] = (), **options: Any) -> S
 
 def of_pairs(name: str, build: Callable[..., Any], literal: Callable[..., Any], **options: Any) -> Subject:
     """A loss of all pairs; with ``same_id`` some pairs have the same id."""
-    of_ids = {"same_id": options["same_id"]} if "same_id" in options else {}
+    formula = {name: options[name] for name in ("same_id", "label_smoothing") if name in options}
     inputs = (*PAIR, "logit_scale", *(["logit_bias"] if build is rankloss.SigLipLoss else []))
     return Subject(
         f"{build.__name__}{name}",
         build.__name__,
         functools.partial(build, **options),
-        functools.partial(literal, **of_ids),
-        inputs=(*inputs, *(["pair_ids"] if of_ids else [])),
+        functools.partial(literal, **formula),
+        inputs=(*inputs, *(["pair_ids"] if "same_id" in options else [])),
         differentiable=inputs,
         half=True,  # beyond the budget only the dtype of the result is
     )
@@ -326,6 +326,8 @@ SUBJECTS = [
     _clip("[streamed]", memory_budget=0),
     _clip("[share]", same_id="share"),
     _clip("[ignore, streamed]", same_id="ignore", memory_budget=0, chunk_size=4),
+    _clip("[smoothed, streamed]", label_smoothing=0.2, memory_budget=0),
+    _clip("[smoothed, ignore]", label_smoothing=0.2, same_id="ignore"),
     _siglip(""),
     _siglip("[streamed]", memory_budget=0),
     _siglip("[ignore]", same_id="ignore"),

@@ -49,6 +49,13 @@ def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
     assert [x.same_id for x in bases] == [same]
 
 
+@pytest.mark.parametrize("name", ["clip-ids", "rankclip", "clip-ids+rankclip"])
+def test_smoothing_of_the_base_is_kept(name: str) -> None:
+    base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
+    loss = choose(name).build(base, ALONE)
+    assert [x.label_smoothing for x in loss.modules() if isinstance(x, rankloss.ClipLoss)] == [0.2]
+
+
 def test_it_replaces_clips_or_siglips_loss_alone() -> None:
     with pytest.raises(ValueError, match="the trainer trains with CoCaLoss"):
         choose("clip-ids").build(type("CoCaLoss", (torch.nn.Module,), {})(), ALONE)
