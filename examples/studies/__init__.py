@@ -1,4 +1,6 @@
 """The studies: each is a folder with its plan, its settings, its records and its report."""
 
-STUDIES: dict[str, str] = {}
+STUDIES = {
+    "baselines": "studies.baselines.study",
+}
 """Modules of the living studies by name; each has the function ``study(name)``."""

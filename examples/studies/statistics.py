@@ -98,6 +98,25 @@ def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float
     return _tested([values[seed] - reference[seed] for seed in common]) if common else None
 
 
+def two_way(differences: np.ndarray, draws: int = 5000) -> tuple[float, float]:
+    """Return the ends of a 95 % interval over seeds and pictures, both samples: a bootstrap that draws both.
+
+    Args:
+        differences: Of two arms, ``[seeds, pictures]``.
+        draws: Of the bootstrap, always the same ones.
+    """
+    seeds, pictures = differences.shape
+    rng = np.random.default_rng(0)
+    means = [
+        (rng.multinomial(seeds, [1 / seeds] * seeds) / seeds)
+        @ differences
+        @ (rng.multinomial(pictures, [1 / pictures] * pictures) / pictures)
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
+
+
 def correct(family: Mapping[Key, Difference]) -> dict[Key, Difference]:
     """Adjust the differences of one exhibit together, by Holm's step-down procedure.
 

@@ -1,5 +1,7 @@
 """The miniature's statistics against other ways to compute them, and by simulation."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 from studies import statistics
-from studies.statistics import Difference, correct, estimate, paired_difference, verdict
+from studies.statistics import Difference, correct, estimate, paired_difference, two_way, verdict
 
 # Hundredths, as accuracies on finite sets are: ties and equal differences do occur.
 scores = st.integers(0, 10_000).map(lambda n: n / 100)
@@ -73,3 +75,19 @@ def test_differences_without_any_spread_prove_nothing(value, other, n):
     found = paired_difference({s: value + s for s in range(n)}, {s: other + s for s in range(n)})
     assert found.p is None
     assert verdict(correct({0: found})[0]) in ("no significant difference", "too few seeds")
+
+
+def test_an_interval_over_seeds_and_pictures_knows_both_variances():
+    """Of independent effects of seeds, pictures and cells its width is that of the sum of their variances."""
+    rng = np.random.default_rng(5)
+    seeds, pictures = 40, 900
+    parts = [
+        rng.normal(0, s, shape) for s, shape in ((2, (seeds, 1)), (9, (1, pictures)), (3, (seeds, pictures)))
+    ]
+    effects = sum(parts)
+    low, high = two_way(1 + effects)
+    error = math.sqrt(4 / seeds + 81 / pictures + 9 / (seeds * pictures))
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.2)
+    assert (high + low) / 2 == pytest.approx(1 + effects.mean(), abs=0.2 * error)
+    of_one_seed = two_way(np.broadcast_to(effects[:1], (3, pictures)))
+    assert (of_one_seed[1] - of_one_seed[0]) / 2 == pytest.approx(1.96 * effects[0].std() / 30, rel=0.1)

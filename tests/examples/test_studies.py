@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from studies import STUDIES, manifest, runner
-from studies.data import drawings
+from studies.baselines import search
+from studies.baselines import study as baselines
+from studies.data import drawings, features
 from studies.manifest import FINISHED, KINDS
 from studies.students import losses, train
+from studies.students.measure import hits_of_pictures
 
 
 def test_finished_studies_are_as_the_manifest_has_them():
@@ -61,6 +67,40 @@ class Unused(Encoders):
         raise AssertionError("features are computed again")
 
 
+def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path):
+    study = runner.load("baselines")
+    options = SimpleNamespace(output=tmp_path, icons=None, data=None)
+    run = runner.Run(study, "quick", tmp_path)
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        run.write()
+    console = Console(quiet=True)
+    run.train(baselines.data(study.sizes("quick"), options, Encoders), console)
+    text = run.write().read_text(encoding="utf-8")
+    assert "smoke test" in text
+    trained = run.stores["emojis"].path.read_bytes()
+    run.train(baselines.data(study.sizes("quick"), options, Unused), console)
+    assert run.stores["emojis"].path.read_bytes() == trained
+    for record in run.stores["emojis"].find().values():
+        found = hits_of_pictures(record)
+        assert found.mean() == pytest.approx(record["metrics"]["retrieval"]["R@10, mean of both"], abs=2)
+    assert len(found) == record["metrics"]["hits"]["pictures"] > 50
+
+
+def test_pairs_of_one_caption_have_one_id_and_a_search_finds_a_copy():
+    """A picture and a caption of a training pair are each other's best answer."""
+    generator = torch.Generator().manual_seed(0)
+    side = features.Side(torch.randn(40, 6, generator=generator), torch.randn(40, 2, 5, generator=generator))
+    model = search.Search(side, 1)
+    v, t = model.pictures(side.pictures), model.sentences(side.sentences.mean(1, keepdim=True))[:, 0]
+    assert torch.equal((v @ t.T).argmax(1), torch.arange(40))
+    assert torch.equal((v @ t.T).argmax(0), torch.arange(40))
+    torch.testing.assert_close((v @ t.T).diagonal(), torch.ones(40))
+    sides = {"train": train.Pairs(side, side)}
+    data = SimpleNamespace(sides=sides, fingerprint="")
+    made = baselines.Baselines(data, [["a", "b"], ["b", "c"]])
+    assert made.ids.tolist() == [[0, 1], [1, 2]]
+
+
 @pytest.mark.parametrize("arm", losses.NAMES)
 def test_a_student_of_each_kind(arm, icons, tmp_path):
     """On icons; the features are kept."""
@@ -69,4 +109,4 @@ def test_a_student_of_each_kind(arm, icons, tmp_path):
     again = drawings.data_set(sides, tmp_path, Unused)
     assert again.fingerprint == data.fingerprint
     found = data.train(train.Setting(arm, 0, "dev", epochs=2, batch_size=20, train_pictures=60))
-    assert found["metrics"].keys() == {"retrieval", "geometry"}
+    assert found["metrics"].keys() == {"retrieval", "geometry", "hits"}

@@ -100,8 +100,8 @@ def data_set(sides: Sides, folder: Path, kind: type[Encoders]) -> DataSet:
 
     found = {side: pairs(side) for side in sides}
 
-    def measured(model: Model, side: str) -> Metrics:
-        return measure(model, found[side].student, ())
+    def measured(model: Model, side: str, of: Side | None = None) -> Metrics:
+        return measure(model, of or found[side].student, ())
 
     fingerprint = hashlib.sha256("\n".join(path.stem for path in kept.values()).encode()).hexdigest()[:16]
     return DataSet(2 + len(words), found, measured, fingerprint)

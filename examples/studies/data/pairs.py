@@ -31,7 +31,7 @@ class DataSet:
 
     words: int  # numbers of words
     sides: Mapping[str, Pairs]  # "train", "dev", "test"
-    measure: Callable[[Model, str], Metrics]  # of a model, on a side
+    measure: Callable[..., Metrics]  # of a model, on a side, and on other features of it
     fingerprint: str  # of all that the numbers depend on
 
     def train(self, setting: Setting) -> Record:
@@ -103,9 +103,9 @@ def of_photographs(pixels: Cache, features: Cache, train_pictures: int) -> DataS
 
     sides = {side: pairs(side) for side in names}
 
-    def measured(model: Model, side: str) -> Metrics:
+    def measured(model: Model, side: str, of: Side | None = None) -> Metrics:
         judgements = photographs.judgements if side == "test" else None
-        return measure(model, sides[side].student, names[side], judgements)
+        return measure(model, of or sides[side].student, names[side], judgements)
 
     blocks = [path.stem for cache in (pixels, features) for of in names.values() for path in cache.blocks(of)]
     content = "\n".join([*blocks, *map(str, photographs.judgements)])

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from studies.data.features import Side
-from studies.training import CEILING, Descent
+from studies.training import Descent
 
 from . import losses
 
 HIDDEN, WIDTH = 512, 256
+_SCALE = 14.3  # at the start
 Seen = Callable[["Heads", Tensor, Tensor], Mapping[str, Any]]
 
 
@@ -24,7 +25,7 @@ Seen = Callable[["Heads", Tensor, Tensor], Mapping[str, Any]]
 class Setting:
     """All that determines a training, beside the features."""
 
-    loss: str  # of losses.NAMES
+    arm: str  # of losses.NAMES
     seed: int
     side: str  # the split that is measured
     epochs: int = 40
@@ -33,22 +34,13 @@ class Setting:
     weight_decay: float = 0.05
     dropout: float = 0.3
     label_smoothing: float = 0.0
-    scale_start: float = 14.3  # or the ceiling, where that is lower
-    scale_ceiling: float = CEILING
-    scale_fixed: bool = False  # the scale stays at its start
+    weight: float = 1.0  # of the added terms
+    same_id: str = ""  # what is done with pairs of one id; empty: nothing
     train_pictures: int = 6000
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= self.train_pictures:
             raise ValueError(f"batch_size: must be from 1 to {self.train_pictures}, got {self.batch_size}")
-        if not (self.scale_start >= 1 and self.scale_ceiling >= 1):
-            bounds = f"scale_start {self.scale_start} and scale_ceiling {self.scale_ceiling}"
-            raise ValueError(f"scale_start, scale_ceiling: must be at least 1, got {bounds}")
-
-    @property
-    def arm(self) -> str:
-        """The loss, which names a record."""
-        return self.loss
 
     @property
     def steps(self) -> int:
@@ -59,12 +51,11 @@ class Setting:
 class Heads(nn.Module):
     """A head for each modality, and the scale of the similarities."""
 
-    def __init__(self, train: Side, setting: Setting, *, times: int = 1) -> None:
+    def __init__(self, train: Side, setting: Setting) -> None:
         super().__init__()
-        self.of_pictures = _head(train.pictures.shape[-1], setting.dropout, times)
-        self.of_sentences = _head(train.sentences.shape[-1], setting.dropout, times)
-        start = math.log(min(setting.scale_start, setting.scale_ceiling))
-        self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=not setting.scale_fixed)
+        self.of_pictures = _head(train.pictures.shape[-1], setting.dropout)
+        self.of_sentences = _head(train.sentences.shape[-1], setting.dropout)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
 
     def pictures(self, features: Tensor) -> Tensor:
         """Return unit-norm features in the common space, from an encoder's features."""
@@ -75,20 +66,19 @@ class Heads(nn.Module):
         return normalize(self.of_sentences(features), dim=-1)
 
 
-def _head(width: int, dropout: float, times: int) -> nn.Sequential:
+def _head(width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Dropout(dropout),
-        nn.Linear(width, times * HIDDEN),
+        nn.Linear(width, HIDDEN),
         nn.GELU(),
         nn.Dropout(dropout),
-        nn.Linear(times * HIDDEN, times * WIDTH),
+        nn.Linear(HIDDEN, WIDTH),
     )
 
 
 def train(
-    setting: Setting, train: Side, *, times: int = 1, loss: nn.Module | None = None,
-    seen: Seen = lambda *_: {},
-) -> Heads:  # fmt: skip
+    setting: Setting, train: Side, *, loss: nn.Module | None = None, seen: Seen = lambda *_: {}
+) -> Heads:
     """Train two heads, and return them in evaluation mode.
 
     A seed gives every loss the same initial weights, batches, sentences and units that drop out.
@@ -96,7 +86,6 @@ def train(
     Args:
         setting: All that determines the training, beside the other arguments.
         train: The features.
-        times: A factor of the heads' widths.
         loss: None: the setting's own, by its name. Its parameters learn, too.
         seen: Further arguments of the loss, from the heads, a batch's pictures and their sentences' numbers.
 
@@ -107,9 +96,10 @@ def train(
         raise ValueError(f"train_pictures: {setting.train_pictures} of {len(train.pictures)} are needed")
     torch.manual_seed(setting.seed)
     order = torch.Generator().manual_seed(setting.seed)
-    model = Heads(train, setting, times=times).train()
-    loss = loss or losses.build(setting.loss, label_smoothing=setting.label_smoothing)
-    sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "ceiling": setting.scale_ceiling}
+    model = Heads(train, setting).train()
+    names = ("weight", "label_smoothing", "same_id")
+    loss = loss or losses.build(setting.arm, **{name: getattr(setting, name) for name in names})
+    sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay}
     descent = Descent(model.log_scale, [model, loss], steps=setting.epochs * setting.steps, **sizes)
     for epoch in range(1, setting.epochs + 1):
         for part in loss.modules():

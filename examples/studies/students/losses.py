@@ -13,23 +13,26 @@ CLIP, RANKCLIP, ENCODERS = "clip", "rankclip", "rankclip-encoders"
 NAMES = (CLIP, RANKCLIP, ENCODERS)
 
 
-def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0) -> nn.Module:
+def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_id: str = "") -> nn.Module:
     """Return the loss of a name.
 
     Args:
         name: Of :data:`NAMES`.
-        weight: Of RankCLIP's terms; multiplies λ.
+        weight: Multiplies λ of RankCLIP; of the encoders' terms it is λ.
         label_smoothing: Of CLIP's term, alone or as a base.
+        same_id: What CLIP's term does with pairs of one id; empty: nothing.
 
     Raises:
         ValueError: For another name.
     """
     if name not in NAMES:
         raise ValueError(f"loss: must be one of {', '.join(NAMES)}, got {name!r}")
-    base = SmoothedClipLoss(label_smoothing) if label_smoothing else rankloss.ClipLoss()
+    base = (
+        SmoothedClipLoss(label_smoothing) if label_smoothing else rankloss.ClipLoss(same_id=same_id or None)
+    )
     if name == RANKCLIP:
         return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
-    return create(name, base) if name == ENCODERS else base
+    return create(name, base, lambda_in=weight) if name == ENCODERS else base
 
 
 def references(name: str, teacher: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from openmoji_demo.metrics import named_recall
 from scipy.stats import kendalltau
@@ -17,7 +18,7 @@ from studies.data.flickr8k import Judgement
 from studies.records import Record
 from studies.statistics import Measure
 
-Metrics = dict[str, dict[str, float]]
+Metrics = dict[str, dict[str, Any]]
 ANCHORS = 200  # rows whose rankings are compared
 BOTH_WAYS = "R@10, mean of both"
 
@@ -68,6 +69,27 @@ def median_rank(scores: Tensor, right: Tensor) -> float:
     return (1 + (scores > best).sum(dim=1) + ties / 2).double().quantile(0.5).item()
 
 
+def packed_hits(scores: Tensor, right: Tensor, k: int = 10) -> str:
+    """Return a bit for each row, in hexadecimal: 1 where fewer than k columns are above the best right.
+
+    Example:
+        >>> packed_hits(torch.eye(9), torch.eye(9, dtype=torch.bool), k=1)
+        'ff80'
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return np.packbits(((scores > best).sum(dim=1) < k).numpy()).tobytes().hex()
+
+
+def hits_of_pictures(record: Mapping[str, Any]) -> np.ndarray:
+    """Return R@10 of each picture, in percent: the mean of its own hit and of its captions' mean hit."""
+    hits = record["metrics"]["hits"]
+    n = hits["pictures"]
+    bits = {way: np.unpackbits(np.frombuffer(bytes.fromhex(hits[way]), np.uint8)) for way in _WAYS}
+    each = len(bits["text_to_image"]) // n  # captions of a picture
+    captions = bits["text_to_image"][: n * each].reshape(n, each).mean(1)
+    return 50 * (bits["image_to_text"][:n] + captions)
+
+
 def correlation_with_experts(
     scores: Mapping[tuple[str, tuple[str, int]], float], judgements: Sequence[Judgement]
 ) -> dict[str, float]:
@@ -115,7 +137,9 @@ def measure(
         "modality_gap": modality_gap(v, first).item(),
         "logit_scale": model.log_scale.exp().item(),
     }
-    found = {"retrieval": retrieval, "geometry": geometry}
+    ways = zip(_WAYS, ((similarity, own), (similarity.T, own.T)), strict=True)
+    hits = {"pictures": len(v), **{way: packed_hits(*of) for way, of in ways}}
+    found = {"retrieval": retrieval, "geometry": geometry, "hits": hits}
     if judgements is not None:
         row = {name: number for number, name in enumerate(names)}
         scores = {

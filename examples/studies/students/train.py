@@ -34,7 +34,7 @@ class Setting:
     lr: float = 1e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.0
-    weight: float = 1.0  # of RankCLIP's terms
+    weight: float = 1.0  # of the added terms
     train_pictures: int = 6000
 
 

@@ -1,0 +1,186 @@
+"""The study: arms without training and on frozen encoders, beside the records of students from scratch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from studies import icons
+from studies.data import drawings
+from studies.data.features import Encoders, FrozenEncoders, cached, standardised
+from studies.data.flickr8k import needed, read
+from studies.data.pairs import DataSet, Thumbnails, of_photographs
+from studies.manifest import HERE
+from studies.plan import Best, Find, best_of
+from studies.records import Record, read_lines
+from studies.report import conditions_texts, mean_text, signed, test_cells, tries_row
+from studies.runner import Study
+from studies.statistics import Arms, Difference, correct, estimate, two_way
+from studies.students import heads, losses
+from studies.students.measure import PRIMARY, hits_of_pictures, recorded
+
+from .search import Search, without_encoders
+
+SEARCHES = ("search", "pixels")
+LOSSES = {"smoothing": "clip", "rankclip": "rankclip", "encoders": "rankclip-encoders", "ids": "clip"}
+"""The loss of each arm that is compared with ``heads``."""
+SCRATCH = HERE / "photographs/results/part2d"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting(heads.Setting):
+    """All that determines a measurement, beside its data."""
+
+    neighbours: int = 0  # of a search
+
+
+class Baselines:
+    """A data set as frozen encoders see it, and the arms on it.
+
+    Args:
+        data: The data set.
+        captions: Of the pictures to train on.
+    """
+
+    def __init__(self, data: DataSet, captions: Sequence[Sequence[str]]) -> None:
+        self.data, self.fingerprint = data, data.fingerprint
+        self.frozen = standardised({side: of.teacher for side, of in data.sides.items()})
+        numbers = {text: n for n, text in enumerate(dict.fromkeys(itertools.chain(*captions)))}
+        self.ids = torch.tensor([[numbers[text] for text in of] for of in captions])
+
+    def train(self, setting: Setting) -> Record:
+        """Train heads, or only search, and measure."""
+        sides = without_encoders(self.data.sides) if setting.arm == "pixels" else self.frozen
+
+        def model() -> Any:
+            if setting.arm in SEARCHES:
+                return Search(sides["train"], setting.neighbours)
+            return heads.train(setting, sides["train"], seen=lambda _, *of: self._seen(setting, *of))
+
+        return recorded(model, lambda of: self.data.measure(of, setting.side, sides[setting.side]))
+
+    def _seen(self, setting: Setting, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+        """Return what an arm's loss is given beside the features."""
+        if setting.same_id:
+            return {"pair_ids": self.ids[rows, drawn]}
+        teacher = self.data.sides["train"].teacher
+        return losses.references(setting.arm, (teacher.pictures[rows], teacher.sentences[rows, drawn]))
+
+
+def data(
+    sizes: SimpleNamespace, options: argparse.Namespace, kind: type[Encoders] = FrozenEncoders
+) -> dict[str, Baselines]:
+    """Return the plan's data sets; what is missing of them is made."""
+    found = {}
+    for name, own in sizes.sizes.items():
+        if name == "photographs":
+            pictures = read(needed(options.data))
+            caches = [cached(pictures, own["train_pictures"], of) for of in (Thumbnails, kind)]
+            names = pictures.used(own["train_pictures"])["train"]
+            captions = [pictures.sentences[of] for of in names]
+            found[name] = Baselines(of_photographs(*caches, own["train_pictures"]), captions)
+            continue
+        if name == "emojis":
+            sides = drawings.emojis(sizes.emojis)
+        else:
+            sides = drawings.icons(icons.built(options.icons), *sizes.icons)
+        of = drawings.data_set(sides, options.output / "drawings", kind)
+        found[name] = Baselines(of, sides["train"].captions)
+    return found
+
+
+def chosen(sizes: SimpleNamespace, name: str, find: Find) -> dict[str, Best]:
+    """Return the tries of every arm on a data set; those of heads have the learning rate of plain ones."""
+    start = Setting("clip", sizes.try_seed, "dev", **sizes.sizes[name])
+    found: dict[str, Best] = {}
+    for arm, grid in sizes.tries.items():
+        base = dataclasses.replace(start, arm=arm)
+        if arm not in SEARCHES:
+            of = found["heads"].chosen if arm in LOSSES else start
+            base = dataclasses.replace(of, arm=LOSSES.get(arm, "clip"))
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        tries = [dataclasses.replace(base, **point) for point in points]
+        found[arm] = best_of(arm, tries, find.scores(PRIMARY))
+    return found
+
+
+def scratch(name: str) -> list[float]:
+    """Return R@10 of part 2d's students by CLIP's loss."""
+    lines = read_lines(SCRATCH / name / "records.jsonl")
+    return [PRIMARY(line) for line in lines if line.get("setting", {}).get("arm") == "clip"]
+
+
+def over_pictures(arms: Arms, arm: str) -> tuple[float, float]:
+    """Return the interval over seeds and pictures of an arm minus plain heads."""
+    both = (arms.records[of] for of in (arm, "heads"))
+    mine, plain = (np.stack([hits_of_pictures(of[seed]) for seed in sorted(of)]) for of in both)
+    return two_way(mine - plain)
+
+
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
+    """Return the report's values."""
+    tries, arms = {}, {}
+    for name in sizes.sizes:
+        find = finds.get(name, Find(name, {}))
+        tries[name] = chosen(sizes, name, find)
+        settings = {arm: best.chosen for arm, best in tries[name].items()}
+        searched = find.arms({arm: settings.pop(arm) for arm in SEARCHES}, [0])
+        arms[name] = Arms(searched | find.arms(settings, sizes.seeds))
+    tests = correct(
+        {(name, arm): arms[name].difference((arm, "heads"), PRIMARY) for name in arms for arm in LOSSES}
+    )
+    means = [
+        [f"`{arm}`", *(mean_text(of.estimate(arm, PRIMARY)) for of in arms.values())] for arm in sizes.tries
+    ]
+    return {
+        "seeds": sizes.seeds,
+        "sets": list(arms),
+        "means": [*means, ["`scratch`", *(mean_text(estimate(scratch(name))) for name in arms)]],
+        "adds": {arm: [name for name in arms if _above(tests[name, arm])] for arm in LOSSES},
+        "tests": [
+            [f"`{arm}`", name, *test_cells(tests[name, arm]), _ends(over_pictures(arms[name], arm))]
+            for arm in LOSSES
+            for name in arms
+        ],
+        "tries": [[name, *tries_row(best, _text)] for name, of in tries.items() for best in of.values()],
+        "made": conditions_texts(record for of in arms.values() for record in of.all),
+    }
+
+
+def _above(d: Difference) -> bool:
+    return d.established and d.mean > 0
+
+
+def _ends(interval: tuple[float, float]) -> str:
+    return " to ".join(map(signed, interval))
+
+
+def _text(one: Setting) -> str:
+    if one.arm in SEARCHES:
+        return f"k {one.neighbours}"
+    own = {"label smoothing": one.label_smoothing, "weight": one.weight if one.arm != "clip" else 0}
+    texts = [f"lr {one.lr:g}", f"dropout {one.dropout:g}", *(f"{k} {v:g}" for k, v in own.items() if v)]
+    return ", ".join([*texts, one.same_id] if one.same_id else texts)
+
+
+def study(_: str) -> Study:
+    """Return the study."""
+    return Study(
+        folder=Path(__file__).parent,
+        setting=Setting,
+        plan="settings.yaml",
+        records={name: name for name in ("emojis", "icons", "photographs")},
+        data=data,
+        results=results,
+        report="baselines",
+        template="template.md",
+    )
