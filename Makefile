@@ -41,12 +41,13 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/demo/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
 ## A living study of examples/studies, `make study NAME=baselines PRESET=quick`: its missing trainings, then its report;
-## DATA is the folder of Flickr8k, which some need; repeat to resume. Of a finished study the commands that repeat it.
-## Without NAME all names.
+## DATA is the folder of Flickr8k, which some need; repeat to resume. Of a finished study the commands that repeat it,
+## or one SEED of it. Without NAME all names.
 PRESET ?= quick
 .PHONY: study
 study: $(VENV)/.studies
-	$(BIN)/python -m studies $(NAME) $(if $(NAME),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') $(STUDY_ARGS)
+	$(BIN)/python -m studies $(NAME) $(if $(NAME),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') $(if $(SEED),--seed $(SEED)) \
+		$(STUDY_ARGS)
 
 $(VENV)/.studies: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[studies]'

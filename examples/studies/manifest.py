@@ -33,18 +33,23 @@ def lines() -> list[str]:
     ]
 
 
-def commands(name: str) -> list[str]:
-    """Return the two commands that repeat a finished study: its code without its records, and its run."""
+def commands(name: str, seed: int | None = None) -> list[str]:
+    """Return the two commands that repeat a finished study: its code without its records, and its run.
+
+    Args:
+        name: Of the study.
+        seed: The one whose trainings are repeated; None: all trainings.
+    """
     study = FINISHED[name]
-    records = " ".join(f"../study/{_folder(name)}/{path}" for path in study["records"])
+    folder = study.get("folder", "examples/studies")
+    records = " ".join(f"../study/{folder}/{path}" for path in study["records"])
+    left_out = f"rm -r {records}"
+    if seed is not None:
+        left_out = f"find {records} -name records.jsonl -exec sed -i '/\"seed\":{seed}[,}}]/d' {{}} +"
     return [
-        f"git worktree add ../study {study['commit']} && rm -rf {records}",
+        f"git worktree add ../study {study['commit']} && {left_out}",
         f"make -C ../study {study['command']}",
     ]
-
-
-def _folder(name: str) -> str:
-    return FINISHED[name].get("folder", "examples/studies")
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("study", nargs="?", choices=[*STUDIES, *FINISHED], metavar="STUDY", help="its name")
+    add("--seed", type=int, help="of a finished study: the seed that is repeated (default: all)")
     add("--preset", choices=("quick", "full"), default="quick", help="size (default: %(default)s)")
     add("--report-only", action="store_true", help="train nothing; report the records that are there")
     add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"living: {', '.join(STUDIES)}\nfinished: {', '.join(FINISHED)}")
         return 0
     if args.study in FINISHED:
-        print(*commands_of(args.study), sep="\n")
+        print(*commands_of(args.study, args.seed), sep="\n")
         return 0
     return status_of(lambda console: _run(args, console))
 

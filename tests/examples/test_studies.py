@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from studies.baselines import search
 from studies.baselines import study as baselines
 from studies.data import drawings, features
 from studies.manifest import FINISHED, KINDS
+from studies.records import read_lines
 from studies.students import losses, train
 from studies.students.measure import hits_of_pictures
 
@@ -33,6 +36,22 @@ def test_a_finished_study_is_whole_and_its_report_says_how_it_is_repeated(name, 
     assert f"`{made.partition(' && ')[0]} && {repeated}`" in report.read_text(encoding="utf-8")
     assert runner.main([name]) == 0
     assert capsys.readouterr().out.splitlines() == [made, repeated]
+
+
+def test_a_seed_is_left_out_of_the_records_alone(tmp_path, monkeypatch):
+    """The first command without git, on a copy."""
+    copy = tmp_path / "study/examples/studies/lists/results"
+    shutil.copytree(manifest.HERE / "lists/results", copy)
+    made, _ = manifest.commands("lists", 4003)
+    (tmp_path / "clone").mkdir()
+    subprocess.run(made.partition(" && ")[2], shell=True, cwd=tmp_path / "clone", check=True)
+    for name in ("emojis", "photographs"):
+        before = read_lines(manifest.HERE / f"lists/results/{name}/records.jsonl")
+        after = read_lines(copy / name / "records.jsonl")
+        left_out = [line for line in before if line not in after]
+        assert len(left_out) == 11
+        assert {line["setting"]["seed"] for line in left_out} == {4003}
+        assert len(before) - len(after) == 11
 
 
 def test_without_a_name_all_names_are_shown(capsys):
