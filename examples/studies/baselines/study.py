@@ -128,30 +128,40 @@ def over_pictures(arms: Arms, arm: str) -> tuple[float, float]:
     return two_way(mine - plain)
 
 
+def measured(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> tuple[dict[str, Best], Arms]:
+    """Return the tries and the arms on a data set.
+
+    Raises:
+        MissingError: If a record is missing.
+    """
+    find = finds.get(name, Find(name, {}))
+    tries = chosen(sizes, name, find)
+    settings = {arm: best.chosen for arm, best in tries.items()}
+    searched = find.arms({arm: settings.pop(arm) for arm in SEARCHES}, [0])
+    return tries, Arms(searched | find.arms(settings, sizes.seeds))
+
+
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
     """Return the report's values."""
-    tries, arms = {}, {}
-    for name in sizes.sizes:
-        find = finds.get(name, Find(name, {}))
-        tries[name] = chosen(sizes, name, find)
-        settings = {arm: best.chosen for arm, best in tries[name].items()}
-        searched = find.arms({arm: settings.pop(arm) for arm in SEARCHES}, [0])
-        arms[name] = Arms(searched | find.arms(settings, sizes.seeds))
-    tests = correct(
-        {(name, arm): arms[name].difference((arm, "heads"), PRIMARY) for name in arms for arm in LOSSES}
-    )
-    means = [
-        [f"`{arm}`", *(mean_text(of.estimate(arm, PRIMARY)) for of in arms.values())] for arm in sizes.tries
-    ]
+    found = {name: measured(sizes, name, finds) for name in sizes.sizes}
+    tries, arms = ({name: of[part] for name, of in found.items()} for part in (0, 1))
+    compared = [(name, arm) for arm in LOSSES for name in arms if arm in arms[name].records]
+    tests = correct({(name, arm): arms[name].difference((arm, "heads"), PRIMARY) for name, arm in compared})
+
+    def mean(arms: Arms, arm: str) -> str:
+        return mean_text(arms.estimate(arm, PRIMARY)) if arm in arms.records else "–"
+
+    means = [[f"`{arm}`", *(mean(of, arm) for of in arms.values())] for arm in sizes.tries]
     return {
         "seeds": sizes.seeds,
         "sets": list(arms),
         "means": [*means, ["`scratch`", *(mean_text(estimate(scratch(name))) for name in arms)]],
-        "adds": {arm: [name for name in arms if _above(tests[name, arm])] for arm in LOSSES},
+        "adds": {
+            arm: [name for name, of in compared if of == arm and _above(tests[name, arm])] for arm in LOSSES
+        },
         "tests": [
             [f"`{arm}`", name, *test_cells(tests[name, arm]), _ends(over_pictures(arms[name], arm))]
-            for arm in LOSSES
-            for name in arms
+            for name, arm in compared
         ],
         "tries": [[name, *tries_row(best, _text)] for name, of in tries.items() for best in of.values()],
         "made": conditions_texts(record for of in arms.values() for record in of.all),
