@@ -2,5 +2,6 @@
 
 STUDIES = {
     "baselines": "studies.baselines.study",
+    "captions": "studies.captions.study",
 }
 """Modules of the living studies by name; each has the function ``study(name)``."""

@@ -48,6 +48,10 @@ class Find:
             raise MissingError(self.data, missing)
         return {one: self.records[one] for one in wanted}
 
+    def there(self, settings: Iterable[Any]) -> dict[Any, Record]:
+        """Return the records of those settings that have one."""
+        return {one: self.records[one] for one in settings if one in self.records}
+
     def scores(self, measure: Callable[[Record], float]) -> Scores:
         """Return a function that returns the scores of settings by a measure."""
         return lambda settings: [measure(record) for record in self(settings).values()]

@@ -53,6 +53,8 @@ class Study:
         report: The name of the report, without its ending.
         template: The report's template, in the folder; empty for one of the report's name.
         packages: Whose versions the records have.
+        ask: Asks for all trainings of the plan, in their order, given the sizes and the records. With it the
+            report is of the records that are there; without it ``results`` asks for all.
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Study:
     report: str
     template: str = ""
     packages: Sequence[str] = ("torch", "numpy", "scipy", "rankloss")
+    ask: Callable[[SimpleNamespace, Finds], None] | None = None
 
     def sizes(self, preset: str) -> SimpleNamespace:
         """Return the plan in one of its sizes."""
@@ -123,8 +126,12 @@ class Run:
     def train(self, data: Mapping[str, DataSet], console: Console) -> None:
         """Do the trainings that the plan asks for, until none is missing."""
         while True:
+            finds = self.finds(data)
             try:
-                self.results(self.finds(data))
+                if self.study.ask is None:
+                    self.results(finds)
+                else:
+                    self.study.ask(self.study.sizes(self.preset), finds)
                 return
             except MissingError as missing:
                 if missing.data not in data:

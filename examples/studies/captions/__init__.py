@@ -1,0 +1,1 @@
+"""The captions as teacher, and rivals that need nothing but pairs."""

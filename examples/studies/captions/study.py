@@ -1,0 +1,197 @@
+"""The study: the order of its trainings, the tests of its plan, and the report's values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from studies.plan import Find, MissingError
+from studies.report import conditions_texts, difference_text, mark, mean_text, p_text, signed
+from studies.runner import Study
+from studies.statistics import Arms, Difference, Measure, Pair, correct, two_way
+from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
+
+from .data import data
+from .train import ARMS, Setting
+
+CLIP, SMOOTHING, CAPTIONS, SHUFFLED = "clip", "smoothing", "captions", "shuffled"
+GOAL = 1.5  # points
+SETS = ("emojis", "icons", "photographs")
+ZERO_SHOT = Measure("zero-shot top-1", ("zero-shot", "top-1"))
+_HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A data set with a batch and epochs, with the choices on its dev side."""
+
+    name: str
+    find: Find
+    rates: dict[float, float]  # R@10 by learning rate
+    smoothing: float  # R@10 with smoothing at the best of them
+    base: Setting
+
+    @property
+    def reference(self) -> str:
+        """The better of CLIP's loss with and without smoothing."""
+        return SMOOTHING if self.smoothing > max(self.rates.values()) else CLIP
+
+    def setting(self, arm: str, seed: int) -> Setting:
+        """Return a training of the test side."""
+        return dataclasses.replace(self.base, arm=arm, seed=seed, side="test")
+
+
+def cell(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> Cell:
+    """Return a cell, whose choices are asked for.
+
+    Raises:
+        MissingError: If a try has no record.
+    """
+    own = {"epochs": getattr(sizes, "epochs", sizes.cells[name]["epochs"])}
+    tuned = sizes.cells[sizes.cells[name].get("rate_of", name)]
+    find = finds[tuned["data"]]
+    epochs = getattr(sizes, "epochs", tuned["epochs"])
+    start = Setting(CLIP, sizes.tuning_seed, "dev", tuned["batch_size"], epochs, 0.0)
+    tries = [dataclasses.replace(start, lr=lr) for lr in sizes.tries]
+    rates = dict(zip(sizes.tries, find.scores(PRIMARY)(tries), strict=True))
+    best = dataclasses.replace(start, lr=max(rates, key=rates.__getitem__))
+    (smoothing,) = find.scores(PRIMARY)([dataclasses.replace(best, arm=SMOOTHING)])
+    return Cell(name, find, rates, smoothing, dataclasses.replace(best, **own))
+
+
+def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
+    """Ask for all trainings in their order; data sets that are not there are passed over.
+
+    Raises:
+        MissingError: If a training has no record; the first.
+    """
+    for block in sizes.blocks:
+        cells = [cell(sizes, name, finds) for name in block["cells"] if sizes.cells[name]["data"] in finds]
+        for seed in block["seeds"]:
+            for one in cells:
+                one.find(one.setting(arm, seed) for arm in block["arms"])
+
+
+def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[tuple[Cell, Arms]]:
+    """Yield the cells whose choices are made, with the records of their test sides."""
+    for name, of in sizes.cells.items():
+        if of["data"] not in finds:
+            continue
+        try:
+            one = cell(sizes, name, finds)
+        except MissingError:
+            continue
+        seeds = {seed for block in sizes.blocks if name in block["cells"] for seed in block["seeds"]}
+        wanted = {arm: {seed: one.setting(arm, seed) for seed in sorted(seeds)} for arm in ARMS}
+        there = {
+            arm: {
+                seed: record for seed, setting in of.items() for record in one.find.there([setting]).values()
+            }
+            for arm, of in wanted.items()
+        }
+        arms = Arms({arm: of for arm, of in there.items() if of})
+        if arms.records:
+            yield one, arms
+
+
+def both_ways(arms: Arms, pair: Pair) -> tuple[float, float]:
+    """Return the interval of a difference over seeds and pictures."""
+    first, second = (arms.records[arm] for arm in pair)
+    common = sorted(set(first) & set(second))
+    return two_way(
+        np.stack([hits_of_pictures(first[seed]) - hits_of_pictures(second[seed]) for seed in common])
+    )
+
+
+def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
+    """Return the differences of all cells that have both arms, corrected together."""
+    found = {}
+    for one, arms in cells:
+        for pair in pairs:
+            named = tuple(one.reference if arm is None else arm for arm in pair)
+            if set(named) <= set(arms.records) and (d := arms.difference(named, PRIMARY)) is not None:
+                found[one.name, named] = d
+    return correct(found)
+
+
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
+    """Return the report's values, of the records that are there."""
+    cells = list(by_cell(sizes, finds))
+    arms_of = {one.name: arms for one, arms in cells}
+    primary = compared(cells, [(CAPTIONS, None)])
+    control = compared(cells, [(CAPTIONS, SHUFFLED)])
+    others = [arm for arm in ARMS if arm not in (CLIP, CAPTIONS)]
+    rivals = [(CAPTIONS, CLIP), *((CAPTIONS, arm) for arm in ("encoders", "sentence"))]
+    secondary = compared(cells, [*((arm, CLIP) for arm in others), *rivals])
+
+    def row(key: tuple[str, Pair], d: Difference) -> list[str]:
+        low, high = both_ways(arms_of[key[0]], key[1])
+        arms = [f"`{arm}`" for arm in key[1]]
+        tested = [difference_text(d), str(d.n), p_text(d.adjusted), mark(d)]
+        return [key[0], *arms, *tested, f"{signed(low)} to {signed(high)}"]
+
+    batches = sorted({of["batch_size"] for of in sizes.cells.values()})
+    gains = {name: d for (name, _), d in primary.items()}
+    held = {name for (name, _), d in control.items() if d.established and d.mean > 0}
+    met = {name for name, d in gains.items() if d.established and d.mean >= GOAL}
+    above = {name for name, d in gains.items() if d.established and d.mean > 0}
+    on_data = {key[0] for key in primary if both_ways(arms_of[key[0]], key[1])[0] > 0}
+    goal = {size: [f"{of}-{size}" for of in SETS] for size in batches}
+    extra = (ZERO_SHOT, CORRELATION)
+
+    def number(arms: Arms, arm: str, measure: Measure) -> str:
+        has = [record for record in arms.records[arm].values() if measure.path[0] in record["metrics"]]
+        return mean_text(arms.estimate(arm, measure)) if has else "–"
+
+    return {
+        "goal": GOAL,
+        "tests_head": ["cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures"],
+        "records": sum(len(find.records) for find in finds.values()),
+        "verdicts": {
+            size: {
+                "met": all(name in met and name in held for name in names),
+                "missed": [name for name in names if name in gains and name not in met],
+                "absent": [name for name in names if name not in gains],
+            }
+            for size, names in goal.items()
+        },
+        "captions_own": [name for name in gains if name in above and name in held],
+        "not_captions": [name for name in gains if name in above and name not in held],
+        "not_shown": [name for name in gains if name not in above],
+        "on_data": [name for name in gains if name in on_data],
+        "primary": [row(key, d) for key, d in primary.items()],
+        "control": [row(key, d) for key, d in control.items()],
+        "secondary": [row(key, d) for key, d in secondary.items()],
+        "arms": [
+            [one.name, f"`{arm}`", *(number(arms, arm, measure) for measure in (PRIMARY, *extra))]
+            for one, arms in cells
+            for arm in arms.records
+        ],
+        "tries": [
+            [one.name, *(f"{x:.1f}" for x in (*one.rates.values(), one.smoothing)), f"`{one.reference}`"]
+            for one, _ in cells
+            if "rate_of" not in sizes.cells[one.name]
+        ],
+        "rates": [f"{lr:g}" for lr in sizes.tries],
+        "made": conditions_texts(record for _, arms in cells for record in arms.all),
+    }
+
+
+def study(_: str) -> Study:
+    """Return the study."""
+    return Study(
+        folder=_HERE,
+        setting=Setting,
+        plan="plan.yaml",
+        records={name: name for name in SETS},
+        data=data,
+        results=results,
+        report="captions",
+        ask=ask,
+        packages=("torch", "numpy", "scipy", "scikit-learn", "rankloss"),
+    )

@@ -1,0 +1,77 @@
+"""The teachers: rows of the training pairs' captions or pictures, made once for all trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, normalize
+
+from rankloss_features.captions import CaptionVectors
+from studies.data.features import FrozenEncoders
+from studies.training import kept
+
+_LSA = 256  # dimensions
+_THUMBNAIL = 8  # pixels of a side
+_SHUFFLED = "shuffled "
+
+
+class Teachers:
+    """The unit rows of a training side, by the teacher's name.
+
+    Args:
+        captions: Of each picture as many.
+        pixels: uint8 ``[N, H, W, 3]``.
+        pictures: Returns the pictures as the frozen encoder is to see them.
+        folder: Keeps the encoders' features.
+    """
+
+    def __init__(
+        self, captions: Sequence[Sequence[str]], pixels: Tensor,
+        pictures: Callable[[], Sequence[Image.Image]], folder: Path,
+    ) -> None:  # fmt: skip
+        self.texts = [text for of in captions for text in of]
+        self.pixels, self.pictures, self.folder = pixels, pictures, folder
+        self._made: dict[str, Tensor] = {}
+
+    def rows(self, name: str) -> Tensor:
+        """Return the rows of a name.
+
+        Of texts, ``[N, S, D]``: "tf-idf", "lsa", "minilm"; two joined by +, whose cosines are the mean of
+        both; "shuffled " before a name gives each picture the rows of another. Of pictures, ``[N, D]``:
+        "thumbnails", "efficientnet".
+        """
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: str) -> Tensor:
+        n = len(self.pixels)
+        if name.startswith(_SHUFFLED):
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+            return self.rows(name.removeprefix(_SHUFFLED))[order]
+        if "+" in name:
+            parts = [self.rows(one) for one in name.split("+")]
+            return torch.cat(parts, dim=-1) / len(parts) ** 0.5
+        if name == "thumbnails":
+            small = avg_pool2d(self.pixels.permute(0, 3, 1, 2).float(), self.pixels.shape[1] // _THUMBNAIL)
+            return normalize((small - small.mean(0)).flatten(1), dim=-1)
+        if name in ("minilm", "efficientnet"):
+            encode = self._minilm if name == "minilm" else self._efficientnet
+            made = kept(self.folder / f"{name}.pt", lambda: {"rows": torch.from_numpy(encode())})["rows"]
+            found = normalize(made, dim=-1)
+            return found.unflatten(0, (n, -1)) if name == "minilm" else found
+        vectors = CaptionVectors.fit(self.texts, dimensions={"lsa": _LSA, "tf-idf": None}[name])
+        return torch.from_numpy(vectors.transform(self.texts)).unflatten(0, (n, -1))
+
+    def _minilm(self) -> np.ndarray:
+        return FrozenEncoders().sentences(self.texts)
+
+    def _efficientnet(self) -> np.ndarray:
+        pictures, encoders = self.pictures(), FrozenEncoders()
+        parts = (pictures[start : start + 64] for start in range(0, len(pictures), 64))
+        return np.concatenate([encoders.pictures(part) for part in parts])
