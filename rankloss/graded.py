@@ -116,13 +116,24 @@ def lambda_loss(
 
 def _normalized_gains(grades: Tensor, gain: str) -> Tensor:
     """Gains over the ideal DCG, the largest that an order of the list reaches; 0 if it has no gain."""
-    gains = grades
-    if gain == "exponential":  # 2^g − 1, divided by the largest power so that none is infinite
-        gains = -torch.expm1(-math.log(2) * grades) * (grades - grades.amax(-1, keepdim=True)).exp2()
+    gains = relative_gains(grades, gain)
     ordered = gains.sort(-1, descending=True).values
     places = torch.arange(1, grades.shape[-1] + 1, dtype=grades.dtype, device=grades.device)
     ideal = (ordered * _discount(places)).sum(-1, keepdim=True)
     return gains / ideal.clamp_min(torch.finfo(ideal.dtype).tiny)
+
+
+def relative_gains(grades: Tensor, gain: str) -> Tensor:
+    """The gains g or 2^g − 1 of grades ≥ 0, the latter divided by the list's largest 2^g: finite for any g.
+
+    Example:
+        >>> relative_gains(torch.tensor([2000.0, 1999.0, 0.0]), "exponential").tolist()
+        [1.0, 0.5, 0.0]
+    """
+    if gain == "linear":
+        return grades
+    largest = grades.amax(-1, keepdim=True)
+    return torch.expm1(math.log(2) * -grades).neg() * (grades - largest).exp2()
 
 
 def _discount(rank: Tensor) -> Tensor:

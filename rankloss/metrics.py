@@ -134,8 +134,7 @@ def ndcg(
         discounts = discounts.where(places <= check_count("k", k), 0.0)
     # Discounts of the first r ranks; tied items share the discounts of their ranks.
     cumulated = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
-    gains = grades.clamp_min(0.0)
-    gains = gains.exp2() - 1 if gain == "exponential" else gains
+    gains = graded.relative_gains(grades.clamp_min(0.0), gain)
 
     def dcg(x: Tensor) -> Tensor:
         below, ties = smaller_and_equal(_padding_last(x, mask))

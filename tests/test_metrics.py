@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -93,6 +94,17 @@ def test_ndcg_is_scikit_learns(lists: Any, k: int | None) -> None:
                 assert found == pytest.approx(sklearn.metrics.ndcg_score([gains], [ranked], k=k), abs=1e-12)
             else:
                 assert math.isnan(found)
+
+
+def test_exponential_gains_of_large_grades_are_exact() -> None:
+    """2^2000 is no float64, and 2^60 − 1 is rounded: integers have both."""
+    rows = [[2000, 1999, 0, 1998], [3, 1, 0, 2], [0, 0, 0, 0], [9001, 1, 9000, 9000], [60, 59, 1, 0]]
+    scores = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
+    found = metrics.ndcg(scores.expand(5, 4), torch.tensor(rows), gain="exponential", k=3)
+    for value, row in zip(found.tolist(), rows, strict=True):
+        gains = [float(Fraction(2**g - 1, 2 ** max(row))) for g in row]
+        owed = sklearn.metrics.ndcg_score([gains], scores.numpy(), k=3) if any(row) else math.nan
+        assert value == pytest.approx(owed, rel=1e-14, nan_ok=True)
 
 
 @given(graded_lists())

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rankloss import checks, graded, precision
 from rankloss.batch import first_equal, first_occurrence
@@ -307,6 +306,9 @@ class RankedLists(GatheringLoss):
         chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores))
         of_chunk = functools.partial(self._of_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():
+            # Not at the top: the lowest supported torch loads sympy with this module.
+            from torch.utils.checkpoint import checkpoint
+
             of_chunk = functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
         values, terms = zip(*(of_chunk(chunk) for chunk in chunks), strict=True)
         return torch.cat(values), torch.cat(terms)
