@@ -8,7 +8,7 @@ BENCH_OUTPUT ?= outputs/bench
 GPU_OUTPUT ?= outputs/gpu
 
 .PHONY: demo test test-slow lint format typecheck docs clean
-.PHONY: bench bench-once gpu test-gpu bench-gpu mutants release-check
+.PHONY: bench bench-once gpu test-gpu bench-gpu mutants release-check test-wheel
 
 # Of the installed modules most are never imported, so none is compiled beforehand; those that are, are compiled once.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
@@ -29,7 +29,7 @@ $(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
 	touch $@ $(VENV)/.docs
 
 $(VENV)/.release: pyproject.toml | $(VENV)/.base
-	$(PIP_INSTALL) 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
+	$(PIP_INSTALL) 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6' 'uv>=0.5'
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.base
@@ -144,9 +144,15 @@ KILLERS := tests/test_dense.py tests/test_engine.py tests/test_ranking.py tests/
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 
-## Build what a release would publish; install, import and uninstall it in fresh environments, once per extra.
+## Build what a release would publish; install, import and uninstall it in fresh environments, for each extra with the
+## newest and the lowest versions; check its types. RELEASE_ARGS="--python 3.10 3.13" does so for other Pythons.
 release-check: $(VENV)/.release
 	$(BIN)/python tools/release_check.py $(RELEASE_ARGS)
+
+## The tests that need nothing but the library, against the built wheel in an environment of its own.
+WHEEL_TESTS ?= tests/test_*.py tests/conditions tests/rankloss_trainers/test_imports.py
+test-wheel: $(VENV)/.release
+	$(ON_ALL_CORES) $(BIN)/python tools/release_check.py $(RELEASE_ARGS) --tests $(foreach x,$(WHEEL_TESTS),'$(x)')
 
 clean:
 	rm -rf $(VENV) .nox build dist

@@ -1,6 +1,7 @@
 """The project's tests in other environments than that of ``make test``; ``nox -l`` lists the sessions.
 
     nox -s lowest                            the core on the lowest torch and NumPy
+    nox -s lowest_of_extra                   the lowest versions of each extra, imported
     nox -t transformers                      a trainer in its lowest and its newest supported version
     nox -s "trainer(lightning-2.4.0)"        one version of it
 
@@ -9,15 +10,19 @@ What stands after ``--`` is handed to pytest. Every session has an environment o
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nox
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from release_check import MODULES, OWN_TORCH, lowest_of_core
 
 nox.options.sessions = []  # of a plain `nox`: all of them would install many gigabytes
 ROOT = Path(__file__).parent
 
 # The lower bounds of pyproject.toml's dependencies. Only Python 3.10 and 3.11 have wheels of this NumPy.
-LOWEST = {"torch": "2.6.0", "numpy": "1.24.0"}
+LOWEST = lowest_of_core((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # The lowest and the newest supported version of each trainer, under the name of its extra.
 TRAINERS = {
@@ -45,10 +50,20 @@ def tests(*patterns: str) -> list[str]:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The core on the lowest torch and NumPy."""
-    session.install("--editable", ".[test]", *(f"{name}=={version}" for name, version in LOWEST.items()))
+    session.install("--editable", ".[test]", *LOWEST)
     core = [*tests("test_*.py", "conditions"), "rankloss", "README.md"]
     workers = ["-m", "not slow", "-n", "auto", "--dist", "loadfile"]
     session.run("pytest", *core, *workers, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="uv")
+@nox.parametrize("extra", list(MODULES))
+def lowest_of_extra(session: nox.Session, extra: str) -> None:
+    """The lowest versions of what an extra requires, and an import of what it is for."""
+    pins = [] if extra in OWN_TORCH else LOWEST
+    session.install("--resolution", "lowest-direct", f".[{extra}]", *pins)
+    for module in MODULES[extra]:
+        session.run("python", "-c", f"import {module}")
 
 
 @nox.session

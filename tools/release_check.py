@@ -1,8 +1,11 @@
 """Builds the package and checks what a release would publish: ``make release-check``.
 
-The files are built into ``dist``: a source distribution, and the wheel from it. Then, for the core alone and
-for every extra, the wheel is installed into a fresh environment with ``dist`` as a local index, imported, and
-uninstalled. The first check that fails ends the run with an error.
+The files are built into ``dist``: a source distribution, and the wheel from it. Then the wheel is installed
+into a fresh environment, imported, and uninstalled: for the core alone and for every extra, with the newest
+versions of what they require and, on Python 3.10 and 3.11, with the lowest. mypy checks a user's code against
+it. The first check that fails ends the run with an error.
+
+``--tests`` runs the tests against the installed wheel instead: ``make test-wheel``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,21 +27,56 @@ DIST = ROOT / "dist"
 SIZE_LIMIT = 1_000_000  # bytes
 IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
-PACKAGES = (
-    "rankloss",
-    "rankloss_trainers",
-    "rankloss_open_clip",
-    "rankloss_features",
-    "rankloss_baselines",
-    "rankloss_triton",
-)
+SNIPPETS = {  # a user's code, by the package that it is typed against
+    "rankloss": """
+import torch
+from rankloss import ClipLoss, Gather, RankClipLoss, metrics
+loss = RankClipLoss(ClipLoss(gather=Gather(local_loss=True)), top_k=8, schedule="constant")
+loss.set_progress(1, 2)
+scale: float | None = loss.schedule_value
+tau: torch.Tensor = metrics.kendall_tau(torch.rand(2, 3), torch.rand(2, 3))
+""",
+    "rankloss_trainers": """
+import rankloss_trainers
+from torch import nn
+loss: nn.Module = rankloss_trainers.create("rankclip", top_k=8)
+""",
+    "rankloss_open_clip": """
+import types
+import rankloss_open_clip
+def attach(trainer: types.ModuleType) -> None:
+    rankloss_open_clip.attach(trainer, "create_loss")
+""",
+    "rankloss_features": """
+import numpy as np
+from rankloss_features import Features
+def widths(folder: str) -> list[int]:
+    return [rows.shape[1] for rows in Features(folder).check().take(np.arange(2)).values()]
+""",
+    "rankloss_baselines": """
+from rankloss_baselines import AlipLoss, CyClipLoss
+from torch import nn
+losses: list[nn.Module] = [AlipLoss(), CyClipLoss(lambda_in=0.5)]
+""",
+    "rankloss_triton": """
+import torch
+import rankloss_triton
+from rankloss import RankOptions
+reason: str | None = rankloss_triton.why_not(RankOptions(), torch.device("cpu"), torch.float32, 8, 8)
+""",
+}
+PACKAGES = tuple(SNIPPETS)
 MODULES = {  # what an installation with an extra has to be able to import
-    "open-clip": ["rankloss_open_clip.arguments"],
+    "open-clip": ["rankloss_open_clip.training", "open_clip_train.main"],
     "transformers": ["rankloss_trainers.transformers"],
     "sentence-transformers": ["rankloss_trainers.sentence_transformers"],
     "lightning": ["rankloss_trainers.lightning"],
     "features": ["rankloss_features.command"],
+    "encoders": ["rankloss_features.packages"],
+    "gpu": ["rankloss_triton.rows"],
 }
+OF_A_CLONE = {"examples", "test", "docs", "dev"}  # extras that no user installs from the registry
+OWN_TORCH = {"gpu"}  # extras that need a newer torch than the core
 EXTRAS = "from importlib.metadata import metadata; print(*metadata('rankloss').get_all('Provides-Extra'))"
 IMPORT_TIME = """
 import time, torch, numpy
@@ -51,14 +90,59 @@ class CheckError(Exception):
     """Defect with which a release must not be published."""
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
     """Run a command in an environment that names no Python path, and give what it prints."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     arguments = [str(argument) for argument in command]
-    result = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        arguments, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True
+    )
     if result.returncode:
         raise CheckError(f"{' '.join(arguments)}\n{result.stdout}{result.stderr}")
     return result.stdout
+
+
+def uv(*arguments: str | Path) -> str:
+    """Run uv, which links packages from its cache: an environment takes seconds instead of minutes."""
+    return run(sys.executable, "-m", "uv", "--quiet", "--no-python-downloads", *arguments)
+
+
+def release_of(interpreter: str) -> str:
+    """The release of an interpreter, such as 3.12."""
+    found = uv("python", "find", interpreter).strip()
+    return run(found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+
+
+def lowest_of_core(project: str) -> list[str]:
+    """The lower bounds of the core's requirements in the text of ``pyproject.toml``, as exact versions."""
+    (listed,) = re.findall(r"^dependencies = \[(.*)\]$", project, re.MULTILINE)
+    return [text.replace(">=", "==") for text in re.findall(r'"([^"]+)"', listed)]
+
+
+@contextmanager
+def environment_with(
+    interpreter: str, *requirements: str, lowest: bool = False, pins: Sequence[str] = ()
+) -> Iterator[tuple[Path, Path]]:
+    """A fresh environment with the wheel and its requirements: its folder, and its interpreter.
+
+    Args:
+        interpreter: Its Python: a version, or a path.
+        *requirements: Packages to install; the project's own come from ``dist``.
+        lowest: Install the lowest versions of the direct requirements.
+        pins: Versions of packages that other requirements bring.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name).resolve()
+        uv("venv", "--clear", "--python", interpreter, directory)
+        python = directory / ("Scripts" if os.name == "nt" else "bin") / "python"
+        constraints = directory / "constraints.txt"
+        constraints.write_text("\n".join(pins), encoding="utf-8")
+        resolution = "lowest-direct" if lowest else "highest"
+        # Not a wheel of the same version that an earlier run has left in the cache.
+        fresh = ["--find-links", DIST, "--refresh-package", "rankloss", "--resolution", resolution]
+        uv("pip", "install", "--python", python, *fresh, "--constraint", constraints, *requirements)
+        uv("pip", "check", "--python", python)
+        yield directory, python
 
 
 def version_in(source: str) -> str:
@@ -93,14 +177,13 @@ def build() -> None:
             raise CheckError(f"{file.name} has {file.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}")
 
 
-def check_installation(requirement: str, modules: list[str]) -> list[str]:
+def check_installation(
+    interpreter: str, version: str, extra: str, lowest: bool = False, pins: Sequence[str] = ()
+) -> list[str]:
     """Install the wheel into a fresh environment, import it, and uninstall it; the extras that it has."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name).resolve()
-        venv.create(directory, with_pip=True)
-        python = directory / ("Scripts" if os.name == "nt" else "bin") / "python"
-        run(python, "-m", "pip", "install", "--quiet", "--find-links", DIST, requirement)
-        run(python, "-m", "pip", "check")
+    requirement = f"rankloss[{extra}]=={version}" if extra else f"rankloss=={version}"
+    modules = ["rankloss", *MODULES.get(extra, [])]
+    with environment_with(interpreter, requirement, lowest=lowest, pins=pins) as (directory, python):
         # From another directory than the source tree, which would be imported in place of the wheel.
         for module in modules:
             where = run(python, "-c", f"import {module}; print({module}.__file__)", cwd=directory).strip()
@@ -112,27 +195,76 @@ def check_installation(requirement: str, modules: list[str]) -> list[str]:
                 f"import rankloss takes {seconds:.3f} s over torch; the limit is {IMPORT_LIMIT} s"
             )
         extras = run(python, "-c", EXTRAS, cwd=directory).split()
-        run(python, "-m", "pip", "uninstall", "--yes", "--quiet", "rankloss")
+        uv("pip", "uninstall", "--python", python, "rankloss")
         left = [path for path in directory.rglob("*") if "rankloss" in str(path.relative_to(directory))]
         if left:
-            raise CheckError(f"pip uninstall rankloss left {', '.join(map(str, left))}")
-    print(f"{requirement}: installs, imports {', '.join(modules)}, uninstalls")
+            raise CheckError(f"uninstalling rankloss left {', '.join(map(str, left))}")
+    versions = "lowest" if lowest else "newest"
+    print(f"{requirement}, Python {interpreter}, {versions} requirements: imports {', '.join(modules)}")
     print(f"    import rankloss: {seconds * 1000:.0f} ms over torch", flush=True)
     return extras
+
+
+def check_types(interpreter: str, requirement: str) -> None:
+    """Let mypy check a user's code against the types of the installed packages."""
+    with environment_with(interpreter, requirement, "mypy>=1.11") as (directory, python):
+        files = []
+        for package, code in SNIPPETS.items():
+            files.append(directory / f"uses_{package}.py")
+            files[-1].write_text(f"from __future__ import annotations\n{code}", encoding="utf-8")
+        run(python, "-m", "mypy", "--strict", *files, cwd=directory)
+    print(f"mypy --strict accepts a user's code for {', '.join(SNIPPETS)}", flush=True)
+
+
+TESTS = """
+import sys, pytest
+root, *arguments = sys.argv[1:]
+code = pytest.main(arguments)
+checkout = (f"{root}/rankloss/", f"{root}/integrations/")
+files = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
+own = sorted(file for file in files if file.startswith(checkout))
+sys.exit(f"imported from the checkout: {own}" if own else code)
+"""
+
+
+def check_tests(interpreter: str, version: str, tests: list[str]) -> None:
+    """Run tests of the checkout against the wheel; the checkout's packages are not on the path."""
+    with environment_with(interpreter, f"rankloss[test]=={version}") as (directory, python):
+        command = [python, "-c", TESTS, ROOT, "-c", ROOT / "pyproject.toml", "-m", "not slow"]
+        command += ["-p", "no:cacheprovider", *(path for x in tests for path in sorted(ROOT.glob(x)))]
+        # Neither this process nor those that tests start find the checkout's packages in their folder.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        environment["PYTHONSAFEPATH"] = "1"
+        if subprocess.run(command, cwd=directory, env=environment).returncode:
+            raise CheckError(f"tests fail against the wheel: {' '.join(tests)}")
 
 
 def main() -> None:
     """Check everything, or stop at the first check that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tag", help="the release's tag, which has to be v and the version")
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="versions or interpreters")
+    parser.add_argument("--tests", nargs="+", metavar="PATTERN", help="run these tests against the wheel")
     options = parser.parse_args()
     source = (ROOT / "rankloss/_version.py").read_text(encoding="utf-8")
     if options.tag is not None:  # first, as nothing has to be built for it
         check_tag(options.tag, source, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
     build()
     version = version_in(source)
-    for extra in check_installation(f"rankloss=={version}", ["rankloss"]):
-        check_installation(f"rankloss[{extra}]=={version}", ["rankloss", *MODULES.get(extra, [])])
+    core = lowest_of_core((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for interpreter in options.python:
+        if options.tests is not None:
+            check_tests(interpreter, version, options.tests)
+            continue
+        check_types(interpreter, f"rankloss=={version}")
+        extras = check_installation(interpreter, version, "")
+        for extra in ["", *extras]:
+            if extra:
+                check_installation(interpreter, version, extra)
+            # Only these Pythons have wheels of the lowest NumPy.
+            if extra not in OF_A_CLONE and release_of(interpreter) in ("3.10", "3.11"):
+                pins = [] if extra in OWN_TORCH else core
+                check_installation(interpreter, version, extra, lowest=True, pins=pins)
 
 
 if __name__ == "__main__":
