@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,10 @@ from torch import Tensor
 from studies import icons
 from studies.data import drawings
 from studies.data.features import Encoders, FrozenEncoders, cached, standardised
-from studies.data.flickr8k import needed, read
+from studies.data.flickr8k import read
 from studies.data.pairs import DataSet, Thumbnails, of_photographs
 from studies.manifest import HERE
-from studies.plan import Best, Find, best_of
+from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record, read_lines
 from studies.report import conditions_texts, mean_text, signed, test_cells, tries_row
 from studies.runner import Study
@@ -79,22 +80,19 @@ class Baselines:
 def data(
     sizes: SimpleNamespace, options: argparse.Namespace, kind: type[Encoders] = FrozenEncoders
 ) -> dict[str, Baselines]:
-    """Return the plan's data sets; what is missing of them is made."""
-    found = {}
-    for name, own in sizes.sizes.items():
-        if name == "photographs":
-            pictures = read(needed(options.data))
-            caches = [cached(pictures, own["train_pictures"], of) for of in (Thumbnails, kind)]
-            names = pictures.used(own["train_pictures"])["train"]
-            captions = [pictures.sentences[of] for of in names]
-            found[name] = Baselines(of_photographs(*caches, own["train_pictures"]), captions)
-            continue
-        if name == "emojis":
-            sides = drawings.emojis(sizes.emojis)
-        else:
-            sides = drawings.icons(icons.built(options.icons), *sizes.icons)
-        of = drawings.data_set(sides, options.output / "drawings", kind)
-        found[name] = Baselines(of, sides["train"].captions)
+    """Return the data sets that are there: icons if they are built, photographs if their folder is given."""
+    sides = {"emojis": drawings.emojis(sizes.emojis)}
+    if "icons" in sizes.sizes and (options.icons / "manifest.json").is_file():
+        sides["icons"] = drawings.icons(icons.built(options.icons), *sizes.icons)
+    kept = options.output / "drawings"
+    found = {
+        name: Baselines(drawings.data_set(of, kept, kind), of["train"].captions) for name, of in sides.items()
+    }
+    if "photographs" in sizes.sizes and options.data is not None:
+        count, pictures = sizes.sizes["photographs"]["train_pictures"], read(options.data)
+        caches = [cached(pictures, count, of) for of in (Thumbnails, kind)]
+        captions = [pictures.sentences[name] for name in pictures.used(count)["train"]]
+        found["photographs"] = Baselines(of_photographs(*caches, count), captions)
     return found
 
 
@@ -141,9 +139,18 @@ def measured(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> tu
     return tries, Arms(searched | find.arms(settings, sizes.seeds))
 
 
+def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
+    """Ask for all measurements of the plan, one data set after the other."""
+    for name in sizes.sizes:
+        measured(sizes, name, finds)
+
+
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
-    """Return the report's values."""
-    found = {name: measured(sizes, name, finds) for name in sizes.sizes}
+    """Return the report's values, of the data sets whose measurements are all there."""
+    found = {}
+    for name in sizes.sizes:
+        with contextlib.suppress(MissingError):
+            found[name] = measured(sizes, name, finds)
     tries, arms = ({name: of[part] for name, of in found.items()} for part in (0, 1))
     compared = [(name, arm) for arm in LOSSES for name in arms if arm in arms[name].records]
     tests = correct({(name, arm): arms[name].difference((arm, "heads"), PRIMARY) for name, arm in compared})
@@ -155,6 +162,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
     return {
         "seeds": sizes.seeds,
         "sets": list(arms),
+        "absent": [name for name in sizes.sizes if name not in arms],
         "means": [*means, ["`scratch`", *(mean_text(estimate(scratch(name))) for name in arms)]],
         "adds": {
             arm: [name for name, of in compared if of == arm and _above(tests[name, arm])] for arm in LOSSES
@@ -195,4 +203,5 @@ def study(_: str) -> Study:
         results=results,
         report="baselines",
         template="template.md",
+        ask=ask,
     )

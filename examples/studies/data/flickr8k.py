@@ -29,17 +29,6 @@ class FolderError(RuntimeError):
         super().__init__(f"{path}: {problem}\n{WHERE}")
 
 
-def needed(folder: Path | None) -> Path:
-    """Return the folder.
-
-    Raises:
-        RuntimeError: If none is given.
-    """
-    if folder is None:
-        raise RuntimeError(f"--data is needed\n{WHERE}")
-    return folder
-
-
 # Hashes of the sorted lines that are used: line ends and order make no difference.
 HASHES = {
     "Flickr_8k.trainImages.txt": "0e91c191ca46f050",
