@@ -147,10 +147,11 @@ def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
     return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
 
 
-def first_of_id(ids: Tensor) -> Tensor:
-    """Index of the first item with the id of item i, for every i: ``[M]``."""
-    ordered, order = ids.sort(stable=True)
-    return order[torch.searchsorted(ordered, ids.contiguous())]
+def first_of_id(ids: Tensor, is_listed: Tensor) -> Tensor:
+    """Index of the first item with the id of item i, a listed one if there is any, for every i: ``[M]``."""
+    listed_first = is_listed.byte().argsort(descending=True, stable=True)
+    ordered, order = ids[listed_first].sort(stable=True)
+    return listed_first[order[torch.searchsorted(ordered, ids.contiguous())]]
 
 
 def equal_scores(x: Tensor, items: Tensor) -> Tensor:

@@ -53,6 +53,19 @@ def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
         assert torch.equal(sum(directions) / 2, ClipLoss()(v, t, scale))
 
 
+@models
+@pytest.mark.parametrize("id_of", [lambda row: 2**63 - 1 - row, lambda row: row - 2**63, lambda row: -row])
+def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: Any) -> None:
+    """Also where an item of no list, here the first two, comes before the candidate, or has its id."""
+    lists = lists_of(0, 4, 3, 9)
+    lists = replace(lists, index=lists.index % 7 + 2)
+    ids = torch.tensor([id_of(max(row - 2, 0)) for row in range(9)])
+    found = lists.differentiated(
+        lambda *inputs: lists.loss(RankedLists(**options), *inputs, candidate_ids=ids)
+    )
+    assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
+
+
 @given(st.integers(0, 2**32 - 1), st.permutations(range(5)))
 def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]) -> None:
     lists = lists_of(seed, 4, 5, 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from rankloss_trainers.lists import id_of, identity
 
 _LARGEST = 2**63 - 1
-_LONGEST = 2**16  # tokens of a text
+_LONGEST = 2**16  # tokens of a text; later places begin anew
 
 
 def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
@@ -68,25 +68,53 @@ def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
-def ids_of_tokens(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The ids of tokenized texts, ``[N]``: hashes of the rows, made on their device without a wait.
+def ids_of_inputs(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
+    """The ids of tokenized texts, ``[N]``: hashes of the tokens, made on their device without a wait.
 
-    They are linear in the tokens, modulo 2⁶⁴, with odd factors that are the same everywhere.
+    They are linear in the tokens, modulo 2⁶⁴, with odd factors that are the same everywhere. Padding, on
+    either side, does not count.
 
     Args:
-        tokens: ``[N, L]``, integers, L at most 2¹⁶.
-        mask: ``[N, L]``, zero at padding; None where padding is part of the text.
+        inputs: The inputs of a model. ``input_ids``, ``[N, L]``, with ``attention_mask``, zero at padding; or
+            the tokens of all texts in a row, with ``offsets``, ``[N]``, the places where texts begin.
+        processor: The tokenizer, or a processor that holds it; without a mask its ``pad_token_id`` tells the
+            padding.
+
+    Raises:
+        ValueError: There are no tokens, or nothing tells their padding.
 
     Example:
-        >>> tokens, mask = torch.tensor([[5, 7, 0], [7, 5, 0], [5, 7, 9]]), torch.tensor([[1, 1, 0]] * 3)
-        >>> ids = ids_of_tokens(tokens, mask)
+        >>> tokens, mask = torch.tensor([[5, 7, 0], [7, 5, 0], [0, 5, 7]]), [[1, 1, 0], [1, 1, 0], [0, 1, 1]]
+        >>> ids = ids_of_inputs({"input_ids": tokens, "attention_mask": torch.tensor(mask)}, None)
         >>> (ids[:, None] == ids).int().tolist()
         [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
-    factor, offset = _factors(tokens.device)[:, : tokens.shape[1]]
-    used = torch.ones_like(tokens) if mask is None else (mask != 0).to(tokens.dtype)
-    ids: Tensor = ((tokens.long() * factor + offset) * used.long()).sum(-1)  # a token 0 counts too
+    if "input_ids" not in inputs:
+        raise ValueError(f"input_ids are needed for ids of captions; got {', '.join(inputs)}")
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if "offsets" in inputs:  # of a StaticEmbedding
+        starts, place = inputs["offsets"], torch.arange(len(tokens), device=tokens.device)
+        text = torch.searchsorted(starts, place, right=True) - 1
+        return torch.zeros_like(starts).index_add(0, text, _hashes(tokens, place - starts[text]))
+    if mask is None:
+        pad = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
+        if pad is None:
+            raise ValueError(
+                "attention_mask, or a tokenizer with a pad_token_id, has to tell the padding, which ids of "
+                f"captions leave out; got {', '.join(inputs)}"
+            )
+        is_text = (tokens != pad).long()  # a text may have the token inside
+        mask = is_text.cumsum(-1) * is_text.flip(-1).cumsum(-1).flip(-1)
+    used = (mask != 0).long()
+    ids: Tensor = (_hashes(tokens, used.cumsum(-1) - used) * used).sum(-1)
     return ids
+
+
+def _hashes(tokens: Tensor, places: Tensor) -> Tensor:
+    """A number of 64 bits for each token and its place in its text; a token 0 has one too."""
+    factor, offset = _factors(tokens.device)[:, places % _LONGEST]
+    hashes: Tensor = tokens.long() * factor + offset
+    return hashes
 
 
 @functools.cache

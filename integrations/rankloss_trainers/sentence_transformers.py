@@ -28,7 +28,7 @@ from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss, OptionError, Options
-from rankloss_trainers.pair_ids import ids_of_tokens
+from rankloss_trainers.pair_ids import check_column, ids_of_inputs
 from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, given_loss
 
 with extra("sentence-transformers"):
@@ -212,13 +212,17 @@ class ContrastiveLoss(EmbeddingLoss):
             )
         key, more = self.run.chosen.pair_key, taught(self.run.features, labels)
         if key == CAPTIONS:
-            more["pair_ids"] = ids_of_tokens(texts["input_ids"], texts.get("attention_mask"))
+            more["pair_ids"] = ids_of_inputs(texts, self._tokenizer)
         elif key is not None:
             if labels is None:
                 raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
             more["pair_ids"] = labels
         entries: Entries = self.run(**features, logit_scale=self.scale, **more)
         return entries
+
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(extract_model_from_parallel(self.model)[0], "tokenizer", None)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
@@ -244,7 +248,8 @@ class Progress(TrainerProgress):
     Raises:
         ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
             of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
-            and for columns that are not those of the folder of a teacher's features.
+            for a label that all pairs share and that is their id, and for columns that are not those of the
+            folder of a teacher's features.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -259,6 +264,9 @@ class Progress(TrainerProgress):
             if len(parts) > 1 and loss.run.gather.place[1] > 1:
                 raise ValueError("several datasets on several processes: give each loss gather=False")
             folder = loss.run.features
+            if loss.run.chosen.pair_key == "label":
+                for dataset in parts:
+                    _check_labels(dataset)
             if folder is not None:
                 found = [place for dataset in parts for place in _image_columns(folder, dataset)]
                 if len({*found}) != 1 or None in found:
@@ -271,6 +279,14 @@ class Progress(TrainerProgress):
         """After a line about training an interval begins."""
         for loss in self._losses if "loss" in logs else ():
             loss.metrics = None
+
+
+def _check_labels(dataset: Any) -> None:
+    """Raise a ValueError for a table whose pairs all have one label."""
+    if isinstance(dataset, datasets.Dataset) and "label" in dataset.column_names:
+        labels = torch.as_tensor(dataset.with_format("numpy")["label"][:])
+        if not labels.is_floating_point() and labels.dim() == 1:  # others are of another loss
+            check_column(labels, "label")
 
 
 def _image_columns(folder: Features, dataset: Any) -> list[int | None]:

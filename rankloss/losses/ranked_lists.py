@@ -280,7 +280,7 @@ class RankedLists(GatheringLoss):
             candidates = [x.masked_fill(~is_listed[:, None], 0.0) for x in candidates]
         equal = None
         if self.in_batch_negatives and ids is not None:
-            equal = graded.first_of_id(ids.long().masked_fill(~is_listed, torch.iinfo(torch.int64).max))
+            equal = graded.first_of_id(ids.long(), is_listed)
             is_listed = is_listed & (equal == torch.arange(len(equal), device=equal.device))
         elif self.in_batch_negatives:
             equal = first_equal(candidates[0])

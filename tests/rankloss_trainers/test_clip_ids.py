@@ -10,11 +10,16 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import pairs as sentences
 from tiny_sentences import tiny
 from tiny_sentences import train as train_sentences
 from tiny_sentences import weights as weights_of_sentences
 from tiny_transformers import SGD, Pairs, build, clip, column, train, weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -22,7 +27,7 @@ import rankloss
 import rankloss_trainers
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.clip_ids import PartnersLog
-from rankloss_trainers.pair_ids import ids_of_tokens
+from rankloss_trainers.pair_ids import ids_of_inputs
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
@@ -110,7 +115,7 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     )
     ids = torch.tensor([data.group.index(x) for x in data.group])
     if key == "captions":
-        ids = ids_of_tokens(data.columns["input_ids"])
+        ids = ids_of_inputs(data.columns, None)
     assert 0 < len({*ids.tolist()}) < 8
     output = model(**data.batch())
     features = (output.image_embeds, output.text_embeds, model.logit_scale.exp())
@@ -167,6 +172,32 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
         for parameter in own.parameters():
             parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
     torch.testing.assert_close(weights_of_sentences(model), weights_of_sentences(own), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_captions_are_known_in_bags_of_words(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of a StaticEmbedding, whose texts stand in one row."""
+    words = {word: n for n, word in enumerate(["[UNK]", "a", "b", "c"])}
+    static = StaticEmbedding(Tokenizer(WordLevel(words, unk_token="[UNK]")), embedding_dim=8)
+    static.tokenizer.pre_tokenizer = Whitespace()
+    model = SentenceTransformer(modules=[static], device="cpu")
+    texts = ["a b", "b a", "b", "a b", "c"]
+    columns = [model.preprocess(x) for x in (["a", "b", "c", "a b c", "c b"], texts)]
+    entries = ContrastiveLoss(model, "clip-ids")(columns)
+    both = [F.normalize(model(column)["sentence_embedding"], dim=-1) for column in columns]
+    owed = rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=torch.tensor([1, 2, 3, 1, 4]))
+    torch.testing.assert_close(entries["contrastive_loss"], owed)
+
+
+def test_a_label_of_one_value_is_refused_before_the_first_step(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny(tmp_path_factory.mktemp("bert"))
+    before = weights_of_sentences(model)
+    data = sentences().add_column("label", [7] * 32)
+    loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
+    with pytest.raises(ValueError, match=r"label .* one value .* 32 rows"):
+        train_sentences(tmp_path, loss, model, train_dataset=data)
+    assert torch.equal(weights_of_sentences(model), before)
 
 
 def test_sentence_transformers_hands_no_other_column_to_a_loss(tmp_path_factory: Any) -> None:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,6 +42,29 @@ def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
     assert pool.candidates == [red, blue]
     assert pool.index.tolist() == [[0, 1], [0, -1]]
     assert len(pool.ids.unique()) == 2
+
+
+@pytest.mark.parametrize(
+    ("candidate", "equal", "other"),
+    [
+        (np.eye(2), np.eye(4)[::2, ::2].copy(), np.ones((2, 2))),
+        (np.eye(2), np.asfortranarray(np.eye(2)), np.eye(2, dtype=np.float32)),
+        (torch.eye(2), torch.eye(2).mT, torch.eye(2).reshape(4)),
+        (torch.eye(2).bfloat16(), torch.eye(2).bfloat16(), torch.eye(2).half()),
+        ({"array": np.eye(2), "rate": 8}, {"rate": 8, "array": np.eye(2)}, {"array": np.eye(2), "rate": 9}),
+        (["a", b"b"], ("a", b"b"), ["a", "b"]),
+    ],
+)
+def test_other_candidates_are_told_apart_by_their_content(candidate: Any, equal: Any, other: Any) -> None:
+    pool = pooled([[(candidate, 1.0), (other, 0.0)], [(equal, 2.0)]])
+    assert pool.index.tolist() == [[0, 1], [0, -1]]
+    assert len(pool.ids.unique()) == 2
+
+
+@pytest.mark.parametrize("wrong", [object(), np.array([object()]), {"a": object()}])
+def test_candidates_without_a_content_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^candidates .*object"):
+        pooled([[("a", 1.0), (wrong, 0.0)]])
 
 
 def test_grades_that_float32_would_tie_keep_their_order() -> None:

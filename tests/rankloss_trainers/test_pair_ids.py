@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from rankloss_trainers.pair_ids import check_column, have_partners, ids_of, ids_of_tokens
+from rankloss_trainers.pair_ids import check_column, have_partners, ids_of, ids_of_inputs
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
 
@@ -73,13 +76,37 @@ def test_partners_are_counted(ids: list[int]) -> None:
     assert have_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
 
 
-def test_ids_of_tokens_are_equal_for_equal_texts_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 3, (400, 6), generator=generator)
-    mask = (torch.arange(6) < torch.randint(1, 7, (400, 1), generator=generator)).long()
-    texts = [tuple(row[: int(used)].tolist()) for row, used in zip(tokens, mask.sum(1), strict=True)]
-    ids = ids_of_tokens(tokens, mask)
-    assert len({*ids.tolist()}) == len({*texts}) < 400
-    assert len({*zip(ids.tolist(), texts, strict=True)}) == len({*texts})
-    padded = torch.nn.functional.pad(tokens, (0, 3), value=7), torch.nn.functional.pad(mask, (0, 3))
-    assert torch.equal(ids_of_tokens(*padded), ids)
+TOKENIZED = st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=2)
+
+
+@given(TOKENIZED)
+def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -> None:
+    """Wherever the padding is, however long a batch's other texts are, and without padding, as in bags."""
+
+    def padded(width: int, left: bool, pad: int) -> Tensor:
+        pads = [[pad] * (width - len(text)) for text in texts]
+        return torch.tensor([[*p, *x] if left else [*x, *p] for x, p in zip(texts, pads, strict=True)])
+
+    starts = torch.tensor([0, *map(len, texts)]).cumsum(0)[:-1]
+    bag = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+    ids = ids_of_inputs({"input_ids": bag, "offsets": starts}, None)
+    assert (ids[:, None] == ids).tolist() == [[a == b for b in texts] for a in texts]
+    tokenizer = SimpleNamespace(pad_token_id=9)
+    for width, left in itertools.product((4, 7), (False, True)):
+        mask = {"attention_mask": (padded(width, left, 9) != 9).float()}
+        assert torch.equal(ids_of_inputs({"input_ids": padded(width, left, 0), **mask}, None), ids)
+        for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
+            assert torch.equal(ids_of_inputs({"input_ids": padded(width, left, 9)}, processor), ids)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokenizer", "named"),
+    [
+        ({"pixel_values": torch.ones(2, 3)}, None, "^input_ids .*pixel_values"),
+        ({"input_ids": torch.ones(2, 3)}, None, "^attention_mask,"),
+        ({"input_ids": torch.ones(2, 3)}, SimpleNamespace(pad_token_id=None), "^attention_mask,"),
+    ],
+)
+def test_inputs_whose_padding_is_unknown_have_no_ids(inputs: Any, tokenizer: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ids_of_inputs(inputs, tokenizer)

@@ -18,7 +18,7 @@ from rankloss_features.binding import COLUMN
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.named import NamedLoss
-from rankloss_trainers.pair_ids import ids_of_tokens
+from rankloss_trainers.pair_ids import ids_of_inputs
 from rankloss_trainers.runtime import Entries, Runtime, given_loss, with_folder
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
@@ -194,11 +194,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         of_loss = {name: inputs[name] for name in (*TEACHER, "pair_ids") if name in inputs}
         if self.loss_runtime.chosen.pair_key == CAPTIONS:
-            if "input_ids" not in inputs:
-                raise ValueError(
-                    f"clip-ids needs input_ids, or the name of a column; got {', '.join(inputs)}"
-                )
-            of_loss["pair_ids"] = ids_of_tokens(inputs["input_ids"], inputs.get("attention_mask"))
+            of_loss["pair_ids"] = ids_of_inputs(inputs, self.processing_class)
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         own = self.accelerator.unwrap_model(model)
