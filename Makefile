@@ -95,7 +95,8 @@ docs/vendor/katex:
 	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
 
 ## Time and memory of the losses beside open_clip's and a naive one, as pytest-benchmark's JSON in outputs/bench; from
-## it the tables and the chart of docs/performance.md. A quarter of an hour on 2 idle cores.
+## it the tables and the chart of docs/performance.md, and the bytes and launches of a step on a GPU, counted without one.
+## A quarter of an hour on 2 idle cores.
 ## BENCH_AGAINST=REVISION leaves the page as it is, runs them on that revision's rankloss too, and compares.
 ## BENCH_ARGS="-k 'test_loss and 4096'" runs a part.
 BENCH := $(BIN)/pytest --benchmark-only --benchmark-json
@@ -106,6 +107,7 @@ bench: $(VENV)/.dev
 	$(BENCH) $(BENCH_OUTPUT)/bench.json benchmarks $(BENCH_ARGS)
 	$(BIN)/python benchmarks/page.py $(BENCH_OUTPUT)/bench.json docs/performance.md
 	$(BIN)/python tools/pictures
+	PYTHONPATH=tests $(BIN)/python benchmarks/traffic.py
 else
 bench: $(VENV)/.dev
 	rm -rf $(AGAINST)
