@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -380,24 +379,6 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
         RankClipLoss(lists="batch", gather=Gather())
 
 
-# --- what constructors refuse -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("owner", "options", "error", "named"),
-    [
-        *((RankClipLoss, {name: -1.0}, ValueError, name) for name in ("lambda_cross", "normalizer")),
-        *((RankClipLoss, {"lambda_in": bad}, ValueError, "lambda_in") for bad in (math.inf, math.nan, "1")),
-        (RankClipLoss, {"cross_modal": 0.5}, TypeError, "cross_modal"),
-        (RankClipLoss, {"base": ClipLoss}, ValueError, "base"),
-        *((make, {"gather": {}}, ValueError, "gather must be") for make in MODULES.values()),
-    ],
-)
-def test_arguments_that_a_constructor_refuses(owner: Any, options: Any, error: Any, named: str) -> None:
-    with pytest.raises(error, match=named):
-        owner(**options)
-
-
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
     loss = RankConsistency()
     before = loss(*features(), output_dict=True)
@@ -416,67 +397,12 @@ def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
 V, T, S = (x.detach() for x in features())
 
 
-META = torch.device("meta")
-UNREAL = (torch.bool, torch.complex64)
-# Beyond those of docs/loops.md and of the table beside its test.
-BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-    ((V, T.tolist(), S), TypeError, "text_features .*list"),
-    ((V[:0], T[:0], S), ValueError, r"image_features and text_features .*\(0, 4\)"),
-    ((V, T.to(torch.complex64), S), ValueError, "text_features .*complex64"),
-    ((V, T.to(torch.float8_e5m2), S), ValueError, "text_features .*at least 16 bits; got torch.float8_e5m2"),
-    (
-        (torch.nested.nested_tensor([V, V], layout=torch.jagged), T, S),
-        ValueError,
-        "image_features must be a dense tensor; got a nested tensor",
-    ),
-    ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
-    *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
-    *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
-    *(((V, T, S.to(bad)), ValueError, f"logit_scale must be a real number; got {bad}") for bad in UNREAL),
-    # torch does not multiply by a fraction
-    *(((V, T, bad), TypeError, "logit_scale") for bad in (None, True, "ten", Fraction(10), np.array(10.0))),
-]
-
-
-@modules
-@pytest.mark.parametrize(("inputs", "error", "named"), BAD_INPUTS)
-def test_bad_inputs_are_named_whatever_lambda_is(name: str, inputs: Any, error: Any, named: str) -> None:
-    with pytest.raises(error, match=named):
-        MODULES[name]()(*inputs)
-
-
 @modules
 @pytest.mark.parametrize("argument", ["image_features", "text_features", "logit_scale"])
 def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) -> None:
     loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
     with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
         torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
-
-
-@pytest.mark.parametrize("name", TEACHER)
-@pytest.mark.parametrize(
-    ("bad", "error", "shown"),
-    [
-        (np.ones((6, 5)), TypeError, "numpy.ndarray"),
-        (torch.ones(3, 5), ValueError, r"one row per pair, 6; .*\(3, 5\)"),
-        (torch.ones(6), ValueError, r"\(6,\)"),
-        (torch.ones(6, 5, device=META), ValueError, "cpu.*meta"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_named_and_shown(name: str, bad: Any, error: Any, shown: str) -> None:
-    with pytest.raises(error, match=f"{name} .*{shown}"):
-        RankConsistency()(V, T, S, **teacher_of(6) | {name: bad})
-
-
-@modules
-@pytest.mark.parametrize(
-    "bias", [torch.zeros(6), torch.zeros(1, 1, 1), torch.zeros(1, device="meta"), "-10", [-10.0]], ids=str
-)
-def test_bias_that_is_not_one_number_is_refused(name: str, bias: Any) -> None:
-    if name == "rank":
-        pytest.skip("takes none")
-    with pytest.raises((ValueError, TypeError), match="logit_bias must be"):
-        MODULES[name]()(V, T, S, logit_bias=bias)
 
 
 # --- looks at values --------------------------------------------------------------------------------------

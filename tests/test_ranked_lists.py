@@ -313,6 +313,14 @@ def test_a_device_without_float64_computes_in_float32(options: dict[str, Any], s
     assert_close(found, owed, 1e-4)
 
 
+def test_padding_is_not_looked_at_nor_are_equal_queries_without_negatives() -> None:
+    v, t = (torch.from_numpy(unit_rows(np.random.default_rng(0), 4, 3)) for _ in range(2))
+    mask = torch.tensor([[True, False], [True, True]])
+    given = {"grades": torch.eye(2), "mask": mask, "candidate_features": t.view(2, 2, 3) * mask[..., None]}
+    entries = RankedLists()(v[[0, 0]], logit_scale=10.0, output_dict=True, **given)  # a warning is an error
+    assert entries["ranked_lists_loss"].isfinite()
+
+
 def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None:
     grades = torch.tensor([[2**24 + 1, 2**24]])
     given = torch.eye(2)[:1], torch.eye(2)[None], grades

@@ -3,61 +3,111 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import math
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss import InputWarning
+from rankloss import ClipLoss, InputWarning, RankClipLoss, RankConsistency, RankedLists, SigLipLoss
+from rankloss_baselines import CyClipLoss
 
 PAGE = Path(__file__).parents[2] / "docs/loops.md"
 TABLE = Path(__file__).parent / "bad_input_table.md"
 TEXT = PAGE.read_text().partition("## Errors")[2] + TABLE.read_text()
 LINES = [line for line in TEXT.splitlines() if line.startswith("| `")]
-ROWS = [re.split(r" *(?<!\\)\| *", line)[1:4] for line in LINES]
-NUMBERS = [row[:2] for row in ROWS if row[1] == "`nan`"]
-WARNINGS = [row for row in ROWS if row[1] == "`InputWarning`"]
-ERRORS = [row for row in ROWS if row[1].endswith("Error`")]
+ROWS = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in LINES]
+NUMBERS = [row[0] for row in ROWS if row[1] == "`nan`"]
+ERRORS = [row for row in ROWS if row[1] != "`nan`"]
+ON_THE_PAGE = PAGE.read_text().count("\n| `")
+
+v, t = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+LOSSES: list[Callable[..., nn.Module]] = [
+    ClipLoss,
+    functools.partial(ClipLoss, memory_budget=0, label_smoothing=0.2),
+    SigLipLoss,
+    functools.partial(SigLipLoss, memory_budget=0),
+    functools.partial(RankClipLoss, schedule="constant"),
+    functools.partial(RankClipLoss, schedule=lambda i, n: 0.0),
+    CyClipLoss,
+    RankConsistency,
+]
 
 
-def evaluate(expression: str) -> object:
-    v, t = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    names = {**vars(rankloss), "torch": torch, "v": v, "t": t}
-    return eval(
-        expression.strip("`"), {**names, "loss": rankloss.RankConsistency(), "clip": rankloss.RankClipLoss()}
-    )
+def use(make: Callable[..., nn.Module], inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Build a loss, and call it if there are inputs."""
+    loss = make(**({} if inputs else named))
+    if isinstance(loss, RankClipLoss):
+        loss.set_epoch(1, 2)
+    loss(*inputs, **named)
 
 
-def pattern_of(message: str) -> str:
-    """The message as a regular expression: a last … stands for anything."""
-    head, dots, tail = message.rpartition(" …")
-    return f"^{re.escape(head)} .*" if dots and not tail else f"^{re.escape(message)}$"
+def every(*inputs: Any, **named: Any) -> None:
+    """Use each loss, and raise the error that all of them raise."""
+    errors = []
+    for make in LOSSES[:-1] if "logit_bias" in named else LOSSES:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            use(make, inputs, named)
+        errors.append(caught.value)
+    assert len({(type(error), str(error)) for error in errors}) == 1
+    raise errors[0]
 
 
-def test_every_row_of_the_page_is_run() -> None:
-    assert len(ERRORS) + len(WARNINGS) + len(NUMBERS) == len(LINES)
+def lists(**changed: Any) -> Any:
+    """Call RankedLists with lists of two candidates, and what is changed, of the options too."""
+    options = {name: changed.pop(name) for name in vars(RankedLists()) & changed.keys()}
+    given = {"candidate_features": torch.stack([t, v], 1), "grades": torch.tensor([[1.0, 0.0]] * 6)}
+    return RankedLists(**options)(**{"query_features": v, "logit_scale": 10.0} | given | changed)
 
 
-@pytest.mark.parametrize(("expression", "error", "message"), ERRORS)
-def test_bad_input_is_refused_as_the_page_says(expression: str, error: str, message: str) -> None:
-    kind = getattr(builtins, error.strip("`"))
-    with pytest.raises(kind, match=pattern_of(message)):
-        evaluate(expression)
+def frozen(**changed: Any) -> Any:
+    """Call it with a frozen model's features."""
+    features = {"reference_query_features": v, "reference_candidate_features": torch.stack([t, v], 1)}
+    return lists(**features | {"reference_scale": 1.0} | changed)
 
 
-@pytest.mark.parametrize(("expression", "_", "message"), WARNINGS)
-def test_suspicious_input_is_computed_with_a_warning(expression: str, _: str, message: str) -> None:
-    with pytest.warns(InputWarning, match=pattern_of(message)):
-        value = evaluate(expression)
-    assert isinstance(value, torch.Tensor)
-    assert value.isfinite()
+def changed(loss: Any, **options: Any) -> Any:
+    """Call a loss whose options were set after it was built."""
+    vars(loss).update(options)
+    return loss(v, v[:, None], torch.zeros(6, 1))
 
 
-@pytest.mark.parametrize(("expression", "value"), NUMBERS)
-def test_what_is_not_finite_gives_nan(expression: str, value: str) -> None:
-    assert value == "`nan`"
+def evaluate(expression: str) -> Any:
+    names = {**vars(rankloss), **globals(), "loss": RankConsistency(), "clip": RankClipLoss()}
+    names["Fraction"] = Fraction
+    return eval(expression.strip("`"), names)
+
+
+def first_and_last_word(message: str) -> tuple[str, str]:
+    """The argument and the value in a message of the page, which may end in a …"""
+    words = re.split(r"[\s,;:]+", message.removesuffix(" …").removesuffix("."))
+    return words[0], words[-1]
+
+
+@pytest.mark.parametrize("row", ERRORS, ids=[row[0] for row in ERRORS])
+def test_bad_input_is_named_and_shown(row: list[str]) -> None:
+    call, kind, *named = row
+    argument, value = first_and_last_word(named[0]) if row in ERRORS[:ON_THE_PAGE] else named
+    if kind == "`InputWarning`":
+        with pytest.warns(InputWarning) as warned:
+            assert evaluate(call).isfinite()
+        text = str(warned[0].message)
+    else:
+        with pytest.raises(getattr(builtins, kind.strip("`"))) as caught:
+            evaluate(call)
+        text = str(caught.value)
+    assert re.search(rf"(?<!\w){argument}(?!\w)", text), text
+    assert value in text
+
+
+@pytest.mark.parametrize("expression", NUMBERS)
+def test_what_is_not_finite_gives_nan(expression: str) -> None:
     assert math.isnan(evaluate(expression))
