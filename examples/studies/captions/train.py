@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rankloss
 from studies.data.features import Side
-from studies.students.losses import TEACHER, SmoothedClipLoss
+from studies.students.losses import TEACHER
 from studies.training import Descent
 
 from .memory import MemoryLoss
@@ -71,7 +71,7 @@ def build(arm: Arm, pairs: int) -> nn.Module:
     if arm.loss == "memory":
         return MemoryLoss(pairs)
     if arm.loss == "smoothing":
-        return SmoothedClipLoss(0.1)
+        return rankloss.ClipLoss(label_smoothing=0.1)
     base = rankloss.ClipLoss()
     if arm.loss == "clip":
         return base
