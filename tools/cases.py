@@ -238,15 +238,15 @@ def table_of_readme() -> str:
             "grades, preferences, hard negatives",
             "people's grades: τ_c +1.96 ± 0.07, R@10 −1.05 ± 0.34",
         ),
-        (REPEATED, "repeated or several captions", "class names: zero-shot top-1 +3.55 ± 0.67"),
+        (REPEATED, "several photographs per product, repeated captions", "class names: zero-shot top-1 +3.55 ± 0.67"),
         (START, "a CLIP to fine-tune that must not forget", "kept +8.64 ± 1.05"),
     ]
     cells = [(f"[{have}](docs/{case.page})", f"`{case.command()}`", gain) for case, have, gain in rows]
     cells.append(
         (
             f"[nothing but pairs](docs/{PRESET.page})",
-            f"`{PRESET.command()}`, two small encoders; without them `{PAIRS.command()}`",
-            "as with two encoders; alone between −0.3 and +0.5",
+            f"`{PRESET.command()}` (two small encoders), or `{PAIRS.command()}`",
+            "as with two encoders; alone −0.3 to +0.5",
         )
     )
     return table(("you have", "add", "gain in R@10, points"), cells)
