@@ -1,7 +1,8 @@
 """Tables of a page from pytest-benchmark's JSON: ``python benchmarks/page.py JSON [PAGE NAME]``.
 
 PAGE has a line ``<!-- bench:NAME -->`` and a line ``<!-- /bench:NAME -->``; the tables replace what is
-between them. Without PAGE they are printed.
+between them. Without PAGE they are printed. The targets, and the times before the first step, are always
+printed.
 """
 
 from __future__ import annotations
@@ -176,7 +177,6 @@ CAPTIONS = {
     "lists": "**Graded lists**, forward and backward",
     "training step": "**A training step**, as open_clip's trainer makes it",
     "processes": "**RankClipLoss on gloo processes** of one thread, forward and backward of the slowest",
-    "start": "**Before the first step**",
 }
 
 
@@ -207,10 +207,15 @@ def tables(results: dict[str, Any]) -> str:
         ]
         parts += [by_column({one: _in_memory(group) for one, group in losses.items()}, _memory)]
     for family, found in families.items():
-        parts += [f"{CAPTIONS[family]}.", by_row(found)]
-    if any(value_of(target, groups) is not None for target in TARGETS):
-        parts += ["**Targets**", judged(groups)]
+        parts += [f"{CAPTIONS[family]}.", by_row(found)] if family in CAPTIONS else []
     return "\n\n".join(parts) + "\n"
+
+
+def printed(results: dict[str, Any]) -> str:
+    """What only a developer reads: the times before the first step, and the targets."""
+    groups = groups_of(results)
+    start = {title: group for title, group in groups.items() if title.startswith("start: ")}
+    return "\n\n".join(([by_row(start)] if start else []) + [judged(groups)])
 
 
 def _in_memory(group: dict[str, Measured]) -> dict[str, Measured]:
@@ -241,7 +246,9 @@ def main() -> None:
     )
     parser.add_argument("name", nargs="?", default="cpu", help="the name of the page's markers")
     args = parser.parse_args()
-    text = tables(json.loads(args.json.read_text(encoding="utf-8")))
+    results = json.loads(args.json.read_text(encoding="utf-8"))
+    text = tables(results)
+    print(printed(results))
     if args.page is None:
         print(text)
     else:

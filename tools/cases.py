@@ -238,7 +238,11 @@ def table_of_readme() -> str:
             "grades, preferences, hard negatives",
             "people's grades: τ_c +1.96 ± 0.07, R@10 −1.05 ± 0.34",
         ),
-        (REPEATED, "several photographs per product, repeated captions", "class names: zero-shot top-1 +3.55 ± 0.67"),
+        (
+            REPEATED,
+            "several photographs per product, repeated captions",
+            "class names: zero-shot top-1 +3.55 ± 0.67",
+        ),
         (START, "a CLIP to fine-tune that must not forget", "kept +8.64 ± 1.05"),
     ]
     cells = [(f"[{have}](docs/{case.page})", f"`{case.command()}`", gain) for case, have, gain in rows]

@@ -16,6 +16,7 @@ from rankloss_trainers.named import NamedLoss
 
 cases = tool("cases.py")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in cases.TABLES}
+PAPERS = "docs/papers.md"
 COMMANDS = re.compile(r"`([^`\n]*--loss [^`\n]*)`")
 
 
@@ -70,9 +71,13 @@ def test_the_tables_are_generated(name: str) -> None:
     assert cases.SECTION.findall(PAGES[name]) == [cases.TABLES[name]()], "python tools/cases.py writes them"
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, PAPERS])
 def test_the_commands_beside_the_tables_parse(name: str) -> None:
-    prose = cases.SECTION.sub("", PAGES[name]).replace("\\\n", " ").replace("\n  ", " ")
+    prose = (
+        cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
+        .replace("\\\n", " ")
+        .replace("\n  ", " ")
+    )
     typed = [x for x in COMMANDS.findall(prose) if "…" not in x and x.split("--loss ")[1].strip()]
     typed += re.findall(r"^python -m open_clip_train.main .*?(--loss [^\n]*)$", prose, re.MULTILINE)
     for command in typed:
@@ -85,7 +90,7 @@ OF_HISTORY = {"1.27 ± 0.59", "0.06 ± 0.11"}  # of a study that went, with what
 
 def test_every_gain_is_in_a_report() -> None:
     reports = "".join(x.read_text(encoding="utf-8") for x in (ROOT / "examples").rglob("report/*.md"))
-    for name in (*PAGES.keys() - {"examples/README.md"}, "docs/lists.md", "docs/evidence.md"):
+    for name in (*PAGES.keys() - {"examples/README.md"}, "docs/lists.md", "docs/evidence.md", PAPERS):
         text = (ROOT / name).read_text(encoding="utf-8").replace("*", "")
         gains = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", text)
         assert gains
