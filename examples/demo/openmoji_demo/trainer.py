@@ -15,7 +15,7 @@ from pathlib import Path
 _NOT_ATTACHED = """\
 Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains plain CLIP.
 Reinstall the plug-in (pip install -e '.[examples]'), make sure that TORCH_DEVICE_BACKEND_AUTOLOAD
-is not 0, and run rankloss doctor. A command of your own that cannot be wrong is
+is unset or 1, and run rankloss doctor. A command of your own that cannot be wrong is
 python -m rankloss_open_clip, which fails where the plug-in is missing"""
 _STEP = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
 _TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
