@@ -109,7 +109,7 @@ def uv(*arguments: str | Path) -> str:
 
 def release_of(interpreter: str) -> str:
     """The release of an interpreter, such as 3.12."""
-    found = uv("python", "find", interpreter).strip()
+    found = run(sys.executable, "-m", "uv", "python", "find", interpreter).strip()
     return run(found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
 
 

@@ -1,0 +1,142 @@
+"""The pages: their words, tables and formulas are what the code has, and notebooks run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tools_folder import ROOT, tool
+
+import rankloss
+import rankloss_baselines
+from rankloss import schedules
+
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+README, SECURITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "SECURITY.md"))
+
+
+def test_readme_is_read_in_a_few_minutes_and_all_pages_in_an_hour() -> None:
+    assert len(README.split()) < 600
+    assert len(PAGES) <= 16
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
+    assert sum(len(text.split()) for text in [README, *pages]) <= 16_000
+
+
+def test_readme_says_what_a_reader_looks_for_and_what_an_installation_does() -> None:
+    words = ("several photographs per product", "SigLIP", "loss runs out of memory", "Before 1.0")
+    said = " ".join(README.split())
+    assert [word for word in (*words, "Installing it runs code", "five modules") if word not in said] == []
+    fold = README.partition("## ")[0]
+    assert re.findall(r'src="([^"]+)"', README) == re.findall(r'src="([^"]+)"', fold)
+    assert len(re.findall(r'src="([^"]+)"', fold)) == 1
+
+
+def test_every_value_of_the_switch_is_named_where_it_matters() -> None:
+    for text in (SECURITY, PAGES["open_clip"]):
+        assert re.search(r"any value\s+but `1`", text)
+    assert "loads no checkpoint" not in SECURITY
+
+
+def test_long_lines_of_code_wrap() -> None:
+    css = (ROOT / "docs/stylesheets/site.css").read_text(encoding="utf-8")
+    (rule,) = re.findall(r"pre > code \{([^}]*)\}", css)
+    assert "pre-wrap" in rule
+
+
+# --- notebooks --------------------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+
+
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_opens_with_a_sentence_and_a_picture(notebook: Path) -> None:
+    opening = "".join(cells(notebook)[0]["source"])
+    title, sentence, _ = opening.split("\n\n", 2)
+    assert title.startswith("# ")
+    assert sentence.endswith(".")
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', opening)
+    assert len(pictures) == 2
+    assert all((notebook.parent / picture).exists() for picture in pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    if notebook.stem == "openmoji":
+        pytest.importorskip("resvg_py")
+        monkeypatch.setenv("OPENMOJI_EPOCHS", "1")
+        monkeypatch.setenv("OPENMOJI_OUTPUT", str(tmp_path / "openmoji"))
+    read = nbformat.read(notebook, as_version=4)
+    # The longest cell takes minutes on two idle cores, and has taken half an hour on busy ones.
+    resources = {"metadata": {"path": str(notebook.parent)}}
+    nbclient.NotebookClient(read, timeout=5400, kernel_name="python3", resources=resources).execute()
+    expected = [len(cell["outputs"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
+    assert [len(cell["outputs"]) for cell in read.cells if cell["cell_type"] == "code"] == expected
+
+
+# --- formulas and options ---------------------------------------------------------------------------------
+
+
+def test_no_sign_of_a_docstring_is_left_untranslated() -> None:
+    formulas, blocks = tool("site/formulas.py"), []
+    for path in (ROOT / "rankloss").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                head = re.split(r"^\w+:$", ast.get_docstring(node) or "", flags=re.MULTILINE)[0]
+                blocks += re.findall(r"(?<=\n\n)(?: {4}.*\n?)+", head)
+    assert len(blocks) >= 8
+    for block in blocks:
+        tex = formulas.to_tex(block)
+        assert tex.isascii(), tex
+        assert tex.count("{") == tex.count("}")
+
+
+def test_the_table_of_the_rank_terms_is_generated() -> None:
+    options_table = tool("options_table.py")
+    (shown,) = options_table.SECTION.findall(PAGES["options"])
+    assert shown == options_table.table(), "python tools/options_table.py writes it"
+
+
+def test_every_schedule_is_named_with_its_last_value() -> None:
+    (row,) = re.findall(r"^\| `schedule` .*", PAGES["options"], re.MULTILINE)
+    assert re.findall(r"`\"(\w+)\"`", row.partition(": ")[2]) == list(schedules.NAMES)
+
+
+# --- papers -----------------------------------------------------------------------------------------------
+
+ROWS = [line.strip("| ").split(" | ") for line in PAGES["papers"].splitlines() if line.startswith("| [")]
+PAPERS = "RankCLIP CyCLIP ALIP CLIP-KD UniCL NegCLIP LambdaLoss ListNet ListMLE DPO SigLIP LiT"
+
+
+def test_every_paper_has_a_row_with_a_link_and_what_was_measured() -> None:
+    assert [re.findall(r"\[([\w-]+)\]\(https:", row[0]) for row in ROWS] == [[x] for x in PAPERS.split()]
+    for _, _, _, measured in ROWS:
+        assert re.search(r"\d\.\d\d ± \d|not measured|\]\(\w+\.md#", measured)
+
+
+@pytest.mark.parametrize("call", re.findall(r"`([\w.]+\([^`]*\))`", PAGES["papers"]))
+def test_what_a_row_of_the_papers_names_can_be_built(call: str) -> None:
+    names = {**vars(rankloss), **vars(rankloss_baselines), "rankloss": rankloss}
+    assert isinstance(eval(call, names), torch.nn.Module)
+
+
+def test_feature_distillation_is_that_of_the_paper() -> None:
+    """There 2000 times the mean over pairs and dimensions."""
+    v, t, teacher_v, teacher_t = torch.nn.functional.normalize(torch.randn(4, 6, 512), dim=-1)
+    (call,) = re.findall(r"`(MimicryLoss\([^`]*\))`", PAGES["papers"])
+    loss = eval(call, vars(rankloss))
+    teacher = {"reference_image_features": teacher_v, "reference_text_features": teacher_t}
+    found = loss(v, t, 10.0, output_dict=True, **teacher)["mimicry_loss"]
+    expected = 2000 * ((v - teacher_v).square().mean() + (t - teacher_t).square().mean())
+    torch.testing.assert_close(found, expected)
