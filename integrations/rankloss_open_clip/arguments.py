@@ -100,8 +100,10 @@ def check_data(args: Any) -> None:
             from rankloss_features import caching
 
             caching.of_open_clip(args, caching.Spec.of(loss.teacher))
-        if companions is not None and path and kind == "csv":
-            companions.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+        if path and kind == "csv":
+            (companions or Companions([])).check_csv(
+                path, args.csv_separator, args.csv_img_key, args.csv_caption_key
+            )
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error

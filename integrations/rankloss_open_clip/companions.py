@@ -17,6 +17,7 @@ folder of features are a companion, and so is whatever the loss names (``NamedLo
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss_trainers.candidates import columns_of
+from rankloss_trainers.candidates import check_header, columns_of, forget_files
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
@@ -87,15 +88,23 @@ class Companions:
     # --- reading ------------------------------------------------------------------------------------------
 
     def check_csv(self, path: str, separator: str, image_key: str, caption_key: str) -> None:
-        """Read the companions of a CSV file as the trainer will; see :meth:`Companion.of_rows`."""
-        images, captions = columns_of(path, separator, image_key, caption_key)
-        rows = SimpleNamespace(images=images.tolist(), captions=captions.tolist())
-        for part in self.parts:
-            part.of_rows(path, separator, rows)
+        """Read the companions of a CSV file as the trainer will; see :meth:`Companion.of_rows`.
+
+        Raises:
+            ValueError: The file lacks a column, also one of the trainer's own.
+        """
+        if self.parts:
+            images, captions = columns_of(path, separator, image_key, caption_key)
+            rows = SimpleNamespace(images=images.tolist(), captions=captions.tolist())
+            for part in self.parts:
+                part.of_rows(path, separator, rows)
+        elif os.path.exists(path):  # the trainer names a missing file
+            check_header(path, separator, image_key, caption_key)
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Add the companions to the captions of the trainer's CSV dataset; see :meth:`Companion.of_rows`."""
         columns = [part.of_rows(path, separator, dataset) for part in self.parts]
+        forget_files()
         dataset.captions = [_joined(texts) for texts in zip(dataset.captions, *columns, strict=True)]
 
     def join_samples(

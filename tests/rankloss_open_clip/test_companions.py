@@ -8,9 +8,11 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import open_clip_train.data
+import pandas
 import pytest
 import torch
 from open_clip_train.params import parse_args
@@ -23,6 +25,7 @@ from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.arguments import companions_of
 from rankloss_open_clip.companions import Companion, Companions, _joined, _separated
+from rankloss_trainers.clip_ids import PairIds
 
 CONTEXT = 9
 CAPTION = SecondCaption("syn")
@@ -55,6 +58,32 @@ def test_first_caption_is_the_one_the_trainer_prefers() -> None:
     given = ({"caption": b"a", "syn": b"b\x1fc"}, {"txt": b"c", "caption": b"d", "syn": b"e"}, {"txt": b"f"})
     texts = [(x.get("txt"), x["caption"]) for x in read([CAPTION], *given, text_key="txt;caption")]
     assert texts == [(None, b"a\x1fb\x1b1c"), (b"c\x1fe", b"d")]
+
+
+@pytest.mark.parametrize("loss", ["rankclip", "clip-ids", "ranked-lists"])
+def test_a_wrong_separator_is_named_before_a_row_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    """Also where the loss reads no column, and where the rows cannot be read with this separator."""
+    (tmp_path / "data.csv").write_text("filepath,title\n0.png,a\n1.png,a\tb\tc\n")
+    with pytest.raises(SystemExit):
+        parse_args(["--loss", loss, "--train-data", str(tmp_path / "data.csv")])
+    said = capsys.readouterr().err
+    assert all(x in said for x in ("--train-data", "'filepath'", "filepath,title", "--csv-separator"))
+    parse_args(["--loss", loss, "--train-data", str(tmp_path / "data.tar")])
+
+
+def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -> None:
+    """Beside the trainer's own reading; a file that has changed is read again."""
+    parts = [CAPTION, PairIds("group"), PairIds("title")]
+    dataset, file = csv(tmp_path, "filepath;title;syn;group\n0.png;a;b;1\n1.png;c;d;2\n")
+    with mock.patch("pandas.read_csv", wraps=pandas.read_csv) as reads:
+        Companions(parts).check_csv(file, ";", "filepath", "title")
+        Companions(parts).join_csv(dataset, file, ";")
+        assert [call.kwargs.get("nrows") for call in reads.mock_calls].count(None) == 1
+        Companions([CAPTION]).check_csv(file, ";", "filepath", "title")
+        csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
+        assert SecondCaption("syn").of_rows(file, ";", None) == ["other"]
 
 
 def test_a_caption_keeps_every_character() -> None:
