@@ -73,11 +73,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let a phone show a table of commands as a list: each cell is labelled with the head of its column."""
-    return _TABLE.sub(lambda match: _stacked(match[0]), html)
+    """Let a phone show a table of commands as a list, and no line break part a value from its interval."""
+    return _TABLE.sub(lambda match: _stacked(match[0]), html).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def _stacked(table: str) -> str:
+    """The table with each cell labelled with the head of its column, if it has commands."""
     heads = [re.sub("<[^>]*>", "", head).strip().replace('"', "&quot;") for head in _HEAD.findall(table)]
     if len(heads) < 3 or not _CODE_BESIDE.search(table):
         return table
