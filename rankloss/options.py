@@ -1,7 +1,7 @@
 """Every option of the rank terms, once, with its type, default, choices, bounds and meaning.
 
-Constructors pass their ``**options`` to :class:`RankOptions`, which checks them. Command lines and other
-trainers' argument classes are generated from its fields.
+Constructors pass their ``**options`` to :class:`RankOptions`, which checks them. Command lines are generated
+from its fields and from the first sentence of each entry of its ``Args``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,9 @@ _BUDGET, _BUDGET_ELSEWHERE = {"cpu": 2**26}, 2**30  # bytes
 _BINS = 640
 
 
-def _option(default: Any, help: str, *, none: str = "", **bounds: float) -> Any:
-    """A field with its help, the meaning of None, and the bounds of a number.
-
-    A number with a bound ``above`` is real; any other is a count.
-    """
-    return field(default=default, metadata={"help": help, "none": none, "bounds": bounds})
+def _bounded(default: Any, **bounds: float) -> Any:
+    """A field with the bounds of a number: real if it has a bound ``above``, else a count."""
+    return field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +47,46 @@ class RankOptions:
     in linear memory; all other options use whole N×N matrices.
 
     Args:
-        lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
-            printed in the paper.
-        model: the C(x | y) of a list. ``"plackett_luce"``: the NLL of the reference's ranking,
+        lists: One list per anchor, or one list of all pairs of the batch. ``"row"``: N lists of N.
+            ``"batch"``: one list of N², the formula as printed in the paper.
+        model: Likelihood of the reference's ranking, or cross-entropy of top-one probabilities. It is the C(x
+            | y) of a list. ``"plackett_luce"``: the NLL of the reference's ranking,
             :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy between the softmax of the
             reference list and that of the scores, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the top-one
             probabilities of ListNet. It emphasises the top of a list and needs no sort. y has the scale of
             the scores and carries no gradient. This model needs ``worth="exp"``, ``ties="shared"`` and
             ``method="sort"``, without ``discount`` and ``top_k``; ``reduction="mean"`` averages the lists'
             cross-entropies.
-        reference_scale: for ``model="top_one"`` with a teacher's features, the multiplier of the teacher's
-            similarities; None takes the scale of the scores. A suitable value is the teacher's
-            ``logit_scale.exp()``.
-        worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
-            cosine itself. The last two do not depend on ``logit_scale``. A cosine whose worth is not positive
-            is a ValueError on a CPU; on an accelerator or in a compiled graph, where reading would wait or
-            break the graph, the loss is NaN.
-        ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
-        discount: None or ``"log"``, likewise.
-        top_k: None or the number of best-ranked positions that count, likewise.
-        reduction: ``"mean"``: nats per counted item, averaged over the lists: every list is divided by its
-            Σ_p μ_p, which is its number of items without ``discount`` and ``top_k``. ``"sum"``: the plain sum
-            of the lists. ``"none"``: one value per anchor of this process; the values add up to ``"sum"``,
-            with ``local_loss`` over all processes.
-        diagonal: include an anchor's own pair (in the in-modal term the anchor itself) in its lists, as in
-            the paper. The contrastive loss ranks it first in either case.
-        fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and in = C(I
-            | X). ``"image"``: vice versa. None: both directions.
-        method: ``"sort"``: lists are ranked by their exact order. ``"bin"``: by evenly spaced bins of the
-            reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
-        bins: the number of bins.
-        chunk_size: rows computed at a time; None chooses from the sizes and the device, and keeps symmetric
-            gradients, 64 MiB at most, to save products.
-        memory_budget: limit in bytes for one matrix of the whole batch. Within it CLIP's and SigLIP's losses
-            without rank terms use torch's formula; beyond it they stream like the rank terms. None is 64 MiB
-            on a CPU and 1 GiB elsewhere.
-        kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists, in
-            float32 (the package ``rankloss_triton``); unsupported cases raise a ValueError with the reason.
+        reference_scale: Multiplier of a teacher's similarities, with model top_one. None takes the scale of
+            the scores. A suitable value is the teacher's ``logit_scale.exp()``.
+        worth: Worth of an item: exp of the scaled similarity, (1 + cosine)/2, or the cosine. ``"shifted"``
+            and ``"identity"`` do not depend on ``logit_scale``. A cosine whose worth is not positive is a
+            ValueError on a CPU; on an accelerator or in a compiled graph, where reading would wait or break
+            the graph, the loss is NaN.
+        ties: Equal reference scores share one denominator, or are shuffled. See
+            :func:`rankloss.plackett_luce_nll`.
+        discount: Weight of a rank: 1, or 1/log(1 + rank). See :func:`rankloss.plackett_luce_nll`.
+        top_k: Number of best ranks of each list that count; None counts all. See
+            :func:`rankloss.plackett_luce_nll`.
+        reduction: Reduction of the lists' values. ``"mean"``: nats per counted item, averaged over the lists:
+            every list is divided by its Σ_p μ_p, which is its number of items without ``discount`` and
+            ``top_k``. ``"sum"``: the plain sum of the lists. ``"none"``: one value per anchor of this
+            process; the values add up to ``"sum"``, with ``local_loss`` over all processes.
+        diagonal: Include or exclude an anchor's own pair as an item of its lists. In the in-modal term it is
+            the anchor itself. The paper includes it; the contrastive loss ranks it first in either case.
+        fixed_reference: Modality whose rankings are a fixed reference for the other's; None is neither.
+            ``"text"``: cross = C(S | R) and in = C(I | X). ``"image"``: vice versa. None: both directions.
+        method: Rank a list by its exact order, or faster by bins of the reference. ``"bin"``: evenly spaced
+            bins (:func:`rankloss.ranking.quantize`), whose items are tied.
+        bins: Number of bins of method bin.
+        chunk_size: Rows computed at a time: less memory, same result. None chooses from the sizes and the
+            device, and keeps symmetric gradients, 64 MiB at most, to save products.
+        memory_budget: Bytes of a matrix of the whole batch above which CLIP's and SigLIP's losses stream,
+            too. Within it, without rank terms, they use torch's formula. None is 64 MiB on a CPU and 1 GiB
+            elsewhere.
+        kernel: Torch's own operations, or one fused kernel of Triton per block of lists. ``"triton"``
+            computes in float32 (the package ``rankloss_triton``); unsupported cases raise a ValueError with
+            the reason.
 
     Raises:
         ValueError: for a value outside the choices or the bounds, or options that exclude each other; the
@@ -98,39 +98,25 @@ class RankOptions:
         RankOptions(top_k=8)
     """
 
-    lists: ListsOption = _option("row", "one list per anchor, or one list of all pairs of the batch")
-    model: Model = _option(
-        "plackett_luce", "likelihood of the reference's ranking, or cross-entropy of top-one probabilities"
-    )
-    reference_scale: float | None = _option(
-        None, "multiplier of a teacher's similarities, with top_one", none="that of the scores", above=0.0
-    )
-    worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
-    ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
-    discount: Discount = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
-    top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
-    reduction: Reduction = _option("mean", "reduction of the lists' values")
-    diagonal: bool = _option(True, "keep an anchor's own pair as an item of its lists")
-    fixed_reference: FixedReference = _option(
-        None, "the modality whose rankings are a fixed reference for the other's", none="neither"
-    )
-    method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(_BINS, "number of bins of method bin", at_least=2, at_most=2**24)
-    chunk_size: int | None = _option(
-        None, "rows computed at a time: less memory, same result", none="from the sizes and the device"
-    )
-    memory_budget: int | None = _option(
-        None,
-        "bytes of a matrix of the whole batch above which CLIP's loss alone streams, too",
-        at_least=0,
-        at_most=2**63 - 1,
-        none="64 MiB on a CPU, 1 GiB elsewhere",
-    )
-    kernel: KernelOption = _option("torch", "torch's operations, or fused kernels of Triton on CUDA")
+    lists: ListsOption = "row"
+    model: Model = "plackett_luce"
+    reference_scale: float | None = _bounded(None, above=0.0)
+    worth: Worth = "exp"
+    ties: Ties = "shared"
+    discount: Discount = None
+    top_k: int | None = None
+    reduction: Reduction = "mean"
+    diagonal: bool = True
+    fixed_reference: FixedReference = None
+    method: Method = "sort"
+    bins: int = _bounded(_BINS, at_least=2, at_most=2**24)
+    chunk_size: int | None = None
+    memory_budget: int | None = _bounded(None, at_least=0, at_most=2**63 - 1)
+    kernel: KernelOption = "torch"
 
     def __post_init__(self) -> None:
         for option in fields(RankOptions):  # a derived class checks its own
-            name, value, bounds = option.name, getattr(self, option.name), option.metadata["bounds"]
+            name, value, bounds = option.name, getattr(self, option.name), option.metadata
             if CHOICES[name]:
                 check_choice(name, value, CHOICES[name])
             elif value is not None or option.default is not None:

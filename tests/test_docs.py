@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 import torch
+from rankloss_trainers.named import NamedLoss, option
 from torch import Tensor
 
 import rankloss
 from open_clip_main import unpacked
-from rankloss_trainers.named import NamedLoss, option
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

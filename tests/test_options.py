@@ -22,7 +22,7 @@ COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]
 def values_of(name: str) -> st.SearchStrategy[Any]:
     if CHOICES[name]:
         return st.sampled_from(CHOICES[name])
-    bounds = FIELDS[name].metadata["bounds"]
+    bounds = FIELDS[name].metadata
     if name in NUMBERS:
         return st.none() | st.floats(bounds["above"], exclude_min=True, allow_infinity=False)
     counts = st.integers(bounds.get("at_least", 1), bounds.get("at_most", LARGEST))
@@ -63,7 +63,7 @@ def test_a_value_that_it_does_not_take_is_refused_by_name(name: str, value: obje
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_bounds_are_inclusive(name: str) -> None:
-    bounds = FIELDS[name].metadata["bounds"]
+    bounds = FIELDS[name].metadata
     beside = {"method": "bin"} if name == "bins" else {}
     least, largest = bounds.get("at_least", 1), bounds.get("at_most", LARGEST)
     for value in (least, largest, np.int64(64)):

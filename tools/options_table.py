@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from rankloss.options import RankOptions
-from rankloss_trainers.named import options_of
+from rankloss_trainers.declared import options_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"
 SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)", re.DOTALL)
@@ -16,11 +16,10 @@ def table() -> str:
     """One row per option: its values, the default first, and its effect."""
     lines = ["| option | values | effect |", "|---|---|---|"]
     for key, option in options_of(RankOptions).items():
-        none = f" ({option.none})" if option.none else ""
-        values = [f"`{option.default!r}`{none}, the default"]
+        values = [f"`{option.default!r}`, the default"]
         values += [f"`{choice!r}`" for choice in option.choices.values() if choice != option.default]
         if not option.choices:
-            values.append("a positive number" if option.type is float else "a whole number")
+            values.append("a positive number" if float in option.types else "a whole number")
         lines.append(f"| `{key}` | {'; '.join(values)} | {option.help} |")
     return "\n".join(lines) + "\n"
 

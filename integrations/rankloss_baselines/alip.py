@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss.distributed import Gather, GatherOption
+from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
 from rankloss.precision import outside_graphs, widest_dtype
 from rankloss_baselines.second_caption import SecondCaption
-from rankloss_trainers.named import NamedLoss, OptionError, option
+from rankloss_trainers.declared import Named
 
 _KIND = ("shape", "dtype", "device")
 
@@ -40,12 +40,12 @@ class AlipLoss(GatheringLoss):
     histories, twice.
 
     Args:
-        gamma_sample: γ_s, how steeply a sample's weight falls with the similarity of its two captions.
-        gamma_pair: γ_p, how steeply a pair's weight changes with its similarity.
-        momentum: share of a history that an update keeps, in [0, 1].
-        initial_history: where all three histories start. The published 1 closes almost every gate at first,
+        gamma_sample: Steepness γ_s of a sample's weight over the similarity of its two captions.
+        gamma_pair: Steepness γ_p of a pair's weight over its similarity.
+        momentum: Share of the histories that a step keeps, in [0, 1].
+        initial_history: Start of all three histories. The published 1 closes almost every gate at first,
             and makes the loss small until the histories have come down.
-        gather: how features of other processes are gathered. None: from the default process group, if one of
+        gather: Gathering of other processes' features. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
 
     Attributes:
@@ -173,40 +173,18 @@ class AlipLoss(GatheringLoss):
         return self
 
 
-class Alip(NamedLoss):
-    """CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)."""
-
-    no_sigmoid = "it weighs the pairs of a softmax loss of its own"
-
-    caption_key: str | None = option(
-        None,
-        "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
-        "file, or json:FIELD",
-        none="must be given",
-        metavar="KEY",
-    )
-    gamma_sample: float = option(2.0, "how steeply a weight falls with the captions' similarity", at_least=0)
-    gamma_pair: float = option(2.0, "how steeply a weight changes with the pair's similarity", at_least=0)
-    momentum: float = option(0.99, "share of the histories that a step keeps", at_least=0)
-    initial_history: float = option(1.0, "where the histories start; 1 closes nearly all gates at first")
-
-    def check(self) -> None:
-        if self.caption_key is None:
-            raise OptionError("caption_key", "must name the second caption of each image, which alip needs")
-
-    def build(self, base: Any, gather: Gather) -> AlipLoss:  # noqa: ARG002
-        return AlipLoss(**{key: x for key, x in self.values.items() if key != "caption_key"}, gather=gather)
-
-    def companions(self) -> list[SecondCaption]:
-        return [SecondCaption(str(self.caption_key))]
-
-    def log(self) -> Any:
-        return alip_log
-
-
 def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
     """ALIP's histories: of the two captions, and of the image with each."""
     names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
     alip = next(x for x in criterion.modules() if isinstance(x, AlipLoss))
     histories = alip.histories.to(torch.float32, copy=True).unbind()
     return dict(zip(names, histories, strict=True))
+
+
+ALIP = Named(
+    AlipLoss,
+    columns=SecondCaption,
+    kind="softmax",
+    log=lambda: alip_log,
+    help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
+)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from rankloss import precision
-from rankloss.distributed import Gather, GatherOption, gather_once
+from rankloss.distributed import GatherOption, gather_once
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss.precision import product
-from rankloss_trainers.named import NamedLoss, option
 
 
 class CyClipLoss(GatheringLoss):
@@ -27,12 +26,12 @@ class CyClipLoss(GatheringLoss):
     without float64 (MPS) computes whole N×N matrices.
 
     Args:
-        base: the loss that the terms are added to: a module or function with the forward convention of
+        base: The loss that the terms are added to: a module or function with the forward convention of
             open_clip's losses, including ``output_dict``; it may also return a plain scalar. None:
             :class:`rankloss.ClipLoss`.
-        lambda_cross: weight of the cross-modal term.
-        lambda_in: weight of the in-modal term.
-        gather: how features of other processes are gathered, for the terms and for the base that None builds.
+        lambda_cross: Weight of the cross-modal term.
+        lambda_in: Weight of the in-modal term.
+        gather: Gathering of other processes' features, for the terms and for the base that None builds.
             None: from the default process group, if one of more than one process is initialised, exactly.
             False: not at all. Else a :class:`rankloss.Gather`.
 
@@ -139,13 +138,3 @@ def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tu
 
 def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return v.T @ v, t.T @ t, v.T @ t
-
-
-class CyClip(NamedLoss):
-    """The trainer's own plus CyCLIP's cyclic consistency terms."""
-
-    lambda_cross: float = option(0.25, "weight of the cross-modal term", at_least=0)
-    lambda_in: float = option(0.25, "weight of the in-modal term", at_least=0)
-
-    def build(self, base: Any, gather: Gather) -> CyClipLoss:
-        return CyClipLoss(base, **self.values, gather=gather)

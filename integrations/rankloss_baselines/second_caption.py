@@ -19,12 +19,13 @@ class SecondCaption:
     in one call.
 
     Args:
-        key: A column of a CSV file; in a webdataset the extension of a text file, or ``json:FIELD``.
+        caption_key: The source of the second caption: a column of a CSV file; in a webdataset the extension
+            of a text file, or ``json:FIELD``.
     """
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.name = f"second caption {key!r}"
+    def __init__(self, *, caption_key: str) -> None:
+        self.key = caption_key
+        self.name = f"second caption {caption_key!r}"
 
     def of_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
         """The column of a CSV file.

@@ -81,7 +81,7 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     is_bound = labels is not None and labels.dtype == torch.int64 and labels.shape[1:] == (2,)
     if is_bound != (features is not None):
         raise ValueError(
-            "reference_features and the column label go together: rankloss_features.bind(dataset, folder, "
+            "teacher and the column label go together: rankloss_features.bind(dataset, folder, "
             f"column='label'); got {features and features.path!r} and labels {labels}"
         )
     if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):

@@ -186,7 +186,7 @@ def of_dataset(
 
 def _two_commands(spec: Spec) -> str:
     command = spec.command("--data", "PAIRS", "--output", "FOLDER")
-    return f"Compute them first, `{command}`, and give the training reference_features FOLDER"
+    return f"Compute them first, `{command}`, and give the training teacher FOLDER"
 
 
 # --- the cache --------------------------------------------------------------------------------------------

@@ -1,44 +1,46 @@
-"""The command line: ``--loss``, the options of each loss, and the combinations that are refused.
+"""The command line: ``--loss``, the options of losses and of a run, and the combinations that are refused.
 
 Every option is absent from the parsed arguments unless it was given, so that a run without ``--loss`` writes
-the same ``params.txt`` as one without the plug-in. With ``--loss`` the defaults of that loss's options are
-filled in, and ``params.txt`` names everything the run depended on.
+the same ``params.txt`` as one without the plug-in. With ``--loss`` the options' defaults are filled in, and
+``params.txt`` names everything the run depended on.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankloss.distributed import Gather
-from rankloss_features import Features
-from rankloss_features.binding import RowCompanion
-from rankloss_open_clip.companions import Companions
 from rankloss_open_clip.failures import raise_failures
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import (
+    RUN,
     LossArguments,
     chosen_by,
     dest,
     flag,
     mentioned,
     misspelt,
-    with_flag,
+    prefix_of,
+    typed_options,
 )
-from rankloss_trainers.extras import extra
-from rankloss_trainers.named import NamedLoss, OptionError
-from rankloss_trainers.runtime import Host, tried, with_folder
+from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Host, Runtime
 
 HOST = Host(
     name="open_clip's trainer",
     biased="--siglip",
     teacher="name it with --distill-model and --distill-pretrained",
     progress="run `rankloss doctor` for advice",
-    serves=("caption", "folder", "lists", "state", "teacher"),
+    serves=("columns", "ids", "lists", "folder", "state", "teacher"),
 )
+Start = Callable[[Any, Sequence[Loss], RunOptions], Any]
+"""A function that builds and checks the losses of parsed arguments."""
 
 # --- the run that is asked for --------------------------------------------------------------------------
 
@@ -65,78 +67,21 @@ def _is_named(name: str) -> bool:
     return all(part in catalog.known() for part in name.split(catalog.JOIN))
 
 
-def chosen(args: Any) -> NamedLoss:
-    """The loss that a run with ``--loss`` asks for.
+def chosen(args: Any) -> tuple[list[Loss], RunOptions]:
+    """The losses and the options of a run with ``--loss``, from its parsed arguments.
 
     Raises:
         ValueError: An option cannot have its value; the error begins with the flag.
     """
-    return chosen_by(args, [catalog.load(name) for name in catalog.names_of(args.loss)])
-
-
-def companions_of(args: Any) -> Companions | None:
-    """Companions of every training text in a run with ``--loss``; None for a loss of pairs alone."""
-    loss = chosen(args)
-    parts, where = [*loss.companions()], loss.reference_features
-    if where is not None:
-        parts.append(RowCompanion(Features(where)))
-    return Companions(parts) if parts else None
-
-
-def check_data(args: Any) -> None:
-    """Read what a loss takes from the training data beside pairs, before the trainer makes a folder of logs.
-
-    Of a webdataset samples are compared when they are read.
-
-    Raises:
-        ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
-    """
-    loss, companions = chosen(args), companions_of(args)
-    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
-    if kind == "auto" and str(path).endswith((".csv", ".tsv")):
-        kind = "csv"
-    try:
-        if loss.teacher is not None:
-            from rankloss_features import caching
-
-            caching.of_open_clip(args, caching.Spec.of(loss.teacher))
-        if path and kind == "csv":
-            (companions or Companions([])).check_csv(
-                path, args.csv_separator, args.csv_img_key, args.csv_caption_key
-            )
-    except (OSError, ValueError) as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
-
-
-def compute_teacher(args: Any) -> None:
-    """Compute the teacher's features of the training data, unless a cache has them, and note their folder."""
-    loss = chosen(args)
-    if loss.teacher is None:
-        return
-    with extra("features"):
-        from rankloss_features import caching
-
-    spec = caching.Spec.of(loss.teacher)
-    place = os.path.join(getattr(args, "logs", None) or "logs", "teachers")
-    folder = caching.cached(spec, caching.of_open_clip(args, spec), place, getattr(args, "device", None))
-    for part in with_folder(loss, folder).parts:
-        for key in ("teacher", "reference_features") if part.reference_features == folder else ():
-            setattr(args, dest(part, part.options()[key]), getattr(part, key))
-
-
-def flags_of(loss: NamedLoss, *keys: str) -> dict[str, str]:
-    """The flags of options by key; of joined losses that have one, the first's."""
-    found = [(part, part.options()) for part in reversed(loss.parts)]
-    return {key: flag(part, options[key]) for part, options in found for key in keys if key in options}
+    return chosen_by(args, args.loss, {name: catalog.load(name) for name in catalog.names_of(args.loss)})
 
 
 def gather_of(args: Any) -> Gather:
-    """The gathering that the trainer's arguments ask for; until they are completed, that of one process."""
+    """The gathering that the trainer's arguments ask for; the processes are those of the first call."""
     # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
     exact = getattr(args, "siglip", False)
     flags = {name: exact or getattr(args, name, False) for name in ("local_loss", "gather_with_grad")}
-    return Gather(**flags, rank=getattr(args, "rank", 0), world_size=getattr(args, "world_size", 1))
+    return Gather(**flags)
 
 
 def distils(args: Any) -> bool:
@@ -152,7 +97,7 @@ def distils(args: Any) -> bool:
 # --- the parser -----------------------------------------------------------------------------------------
 
 
-def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
+def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str], start: Start) -> Any:
     """Parse a command line: the losses and their options here, and the rest by the trainer's function.
 
     With a loss the arguments gain its name and the values of all its options.
@@ -160,6 +105,7 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     Args:
         parse_args: The trainer's function.
         argv: The command line.
+        start: Builds the losses, and checks them and their data.
     """
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
@@ -168,73 +114,71 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
     own, rest = losses.parsed(argv)
-    try:
-        args = parse_args(rest)
-    except SystemExit as exit_:
-        hint = misspelt(rest, parser._option_string_actions)
-        if exit_.code and hint:
-            print(hint.removeprefix("; "), file=sys.stderr)
-        raise
+    args = _parsed_by_trainer(parse_args, rest, parser)
     vars(args).update(vars(own))
     try:
-        loss = losses.chosen(own)
-        if loss is not None:
+        found = losses.chosen(own)
+        if found is not None:
             raise_failures()
-            check_run(loss, args)
-            for part in loss.parts:
-                vars(args).update({dest(part, x): getattr(part, x.key) for x in part.options().values()})
-            check_data(args)
+            _fill_in(args, *found)
+            start(args, *found)
     except ValueError as error:
         parser.error(f"argument {error}")
     requested(args)
     return args
 
 
-def check_run(loss: NamedLoss, args: Any) -> None:
-    """Refuse a loss that cannot work in a run.
-
-    Raises:
-        ValueError: The reason, which begins with the flag of an option.
-    """
+def _parsed_by_trainer(parse_args: Callable[[list[str]], Any], rest: list[str], parser: Any) -> Any:
+    """The trainer's arguments; after an error about unknown words, a question about misspelt ones of ours."""
+    errors = io.StringIO()
     try:
-        _check_trainer(loss, args)
-        tried(HOST, loss, gather_of(args), sigmoid=getattr(args, "siglip", False))
-    except ValueError as error:
-        raise ValueError(with_flag(loss.parts, error)) from error
+        with contextlib.redirect_stderr(errors):
+            return parse_args(rest)
+    except SystemExit:
+        unknown = errors.getvalue().partition("unrecognized arguments:")[2].split()
+        hint = misspelt(unknown, parser._option_string_actions)
+        errors.write(hint.removeprefix("; ") + "\n" if hint else "")
+        raise
+    finally:
+        sys.stderr.write(errors.getvalue())
 
 
-def _check_trainer(loss: NamedLoss, args: Any) -> None:
-    """Raise a ValueError for a reason against the loss that lies in this trainer."""
-    name, flags = loss.name, flags_of(loss, "teacher", "reference_features", "distill_loss")
+def _fill_in(args: Any, losses: Sequence[Loss], options: RunOptions) -> None:
+    """Set every option of the losses and of the run as an attribute of the arguments."""
+    for loss in losses:
+        prefix, values = prefix_of(loss.name, loss.named), loss.values
+        for key, option in typed_options(loss.named).items():
+            value = None if option.is_required and key not in loss.given else values[key]
+            setattr(args, dest(prefix, key), value)
+    for key, value in options.values.items():
+        setattr(args, dest(RUN, key), value)
+
+
+def check_run(run: Runtime, args: Any) -> None:
+    """Raise a ValueError for a reason against losses that lies in this trainer and its arguments."""
+    name = run.name
 
     def given(*names: str) -> str:
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
-    caption, features = loss.caption_key, loss.reference_features or loss.teacher
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
     other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
-    more_texts = caption or [*loss.companions()]
-    companion, needs_teacher = more_texts or features, loss.use_of_teacher == "required"
+    more_texts = any(loss.columns is not None for loss in run.losses)
+    column = more_texts or run.teacher is not None
     excluded = {
         "--horovod": given("horovod"),
         model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
-        f"--dataset-type {data_type}": "audio" in data_type or (companion and data_type == "synthetic"),
-        other_texts: companion and other_texts,
-        "CoCa": companion and "coca" in model,
+        f"--dataset-type {data_type}": "audio" in data_type or (column and data_type == "synthetic"),
+        other_texts: column and other_texts,
+        "CoCa": column and "coca" in model,
         f"{teacher}, whose teacher takes one caption per image": more_texts and teacher,
     }
     for word in [word for word, holds in excluded.items() if holds]:
         raise ValueError(f"{name} does not work with {word}")
-    if caption and not loss.companions():
-        raise ValueError(f"{name} needs a second caption, but it has no companions() that read it")
-    if features and teacher:
-        key = "teacher" if loss.teacher else "reference_features"
-        raise OptionError(key, f"excludes {teacher}, which is a teacher too")
-    if needs_teacher and not (features or teacher):
-        hint = ", or give {teacher} or {reference_features}" if "reference_features" in flags else ""
-        raise ValueError(f"{name} needs a teacher: {HOST.teacher}{hint.format(**flags)}")
-    if teacher and given("siglip") and loss.keeps_distillation:
-        hint = "; {distill_loss} exclude leaves it out" if needs_teacher and "distill_loss" in flags else ""
-        text = f"{name} does not work with --siglip and {teacher}, whose loss takes no bias"
-        raise ValueError(text + hint.format(**flags))
+    if run.teacher is not None and teacher:
+        raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
+    if run.use_of_teacher == "required" and run.teacher is None and not teacher:
+        raise ValueError(f"{name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
+    if teacher and given("siglip") and run.use_of_teacher != "required":
+        raise ValueError(f"{name} does not work with --siglip and {teacher}, whose loss takes no bias")

@@ -92,10 +92,14 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
     return wrapper
 
 
+def _start(*run: Any) -> Any:
+    return importlib.import_module("rankloss_open_clip.training").start(*run)
+
+
 def _parsing(original: Original) -> Original:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         given = next(iter((*args, *kwargs.values())), None)
-        return arguments.parsed(original, sys.argv[1:] if given is None else given)
+        return arguments.parsed(original, sys.argv[1:] if given is None else given, _start)
 
     return parse_args
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from inspect import BoundArguments
 from typing import Any
 
@@ -16,9 +17,15 @@ from open_clip.version import __version__
 from torch import Tensor, nn
 
 import rankloss
+from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.arguments import HOST, chosen, companions_of, compute_teacher, distils, gather_of
+from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
+from rankloss_open_clip.companions import Companions
+from rankloss_trainers.command_line import with_flag
+from rankloss_trainers.declared import Loss
+from rankloss_trainers.extras import extra
+from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
 _COMPANIONS = "_rankloss_open_clip_companions"  # the attribute of the training data that holds them
@@ -29,39 +36,90 @@ _SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
 
 
 class TrainerLoss(Runtime):
-    """A loss of the catalogue as open_clip's trainers call it: its terms and its metrics in one dict.
+    """Losses in open_clip's trainer, which takes their terms and their metrics in one dict.
 
-    The trainers announce epochs and no steps, so the calls of each epoch are counted. There is no other
+    The trainer announces epochs and no steps, so the calls of each epoch are counted. There is no other
     state, so a resumed run is where an uninterrupted one would be.
 
     Args:
-        base: The loss that the trainer built.
-        args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.arguments`.
-        sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
+        args: The trainer's parsed arguments.
+        losses: The losses.
+        options: The options of the run.
+        base: The loss that the trainer built, where it is known; None: CLIP's or SigLIP's.
 
     Attributes:
+        sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
         place: The epoch that began last, counted from 0, the number of epochs, the optimizer steps of each,
             and the calls of the loss per step; None before the first.
     """
 
-    def __init__(self, base: nn.Module, args: Any, *, sums_every_value: bool) -> None:
-        loss = chosen(args)
-        self._keeps_distillation = loss.keeps_distillation
-        if distils(args) and not self._keeps_distillation:
-            # The loss of a run without a teacher; the trainer refuses to distil CoCa.
-            base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
+    def __init__(self, args: Any, losses: Sequence[Loss], options: RunOptions, base: Any = None) -> None:
         gather = gather_of(args)
-        super().__init__(HOST, loss, base=_shareable(base, gather), gather=gather)
-        # An option that names whose rankings to match decides over a teacher that the loss does not need.
-        chooses = self.teacher == "optional" and not any("reference" in x.options() for x in loss.parts)
-        self._takes_teacher = distils(args) and (chooses or self.teacher == "required")
+        if base is None and getattr(args, "siglip", False):
+            base = rankloss.SigLipLoss(gather=gather)
+        super().__init__(HOST, losses, options, base=base, gather=gather)
+        self.args = args
+        # It replaces the trainer's own distillation term.
+        self._takes_trainers_teacher = distils(args) and self.use_of_teacher == "required"
         self.has_fixed_entries = getattr(args, "torchcompile", False)
-        self.sums_every_value = sums_every_value
+        self.sums_every_value = True
         self.place: tuple[int, int, int, int] | None = None
         self._calls = 0  # of the epoch
 
-    def _folder(self) -> None:
-        """Nothing: the companions of the texts read it."""
+    def on(self, base: Any) -> TrainerLoss:
+        """The losses on the trainer's loss: this object where that is CLIP's or SigLIP's, else another."""
+        if self._takes_trainers_teacher or type(base) in (open_clip.ClipLoss, _SigLipLoss):
+            return self
+        run = TrainerLoss(self.args, self.losses, self.options, base)
+        run.features = self.features
+        return run
+
+    def companions(self) -> Companions | None:
+        """Companions of every training text, as far as they are known; None for losses of pairs alone."""
+        parts = [x for loss in self.losses if (x := loss.columns) is not None]
+        parts += [] if self.features is None else [RowCompanion(self.features)]
+        return Companions(parts) if parts else None
+
+    def check_data(self) -> None:
+        """Read the columns of the training data beside pairs, before the trainer makes a folder of logs.
+
+        Of a webdataset samples are compared when they are read.
+
+        Raises:
+            ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is
+                wrong.
+        """
+        args = self.args
+        path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
+        if kind == "auto" and str(path).endswith((".csv", ".tsv")):
+            kind = "csv"
+        try:
+            if self._spec is not None:
+                self._data_of_teacher()
+            if path and kind == "csv" and (companions := self.companions()) is not None:
+                companions.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+        except (OSError, ValueError) as error:
+            text = str(error)
+            raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
+
+    @property
+    def _spec(self) -> Any:
+        return None if self.teacher is None else self.teacher.spec
+
+    def _data_of_teacher(self) -> Any:
+        with extra("features"):
+            from rankloss_features import caching
+        return caching.of_open_clip(self.args, self._spec)
+
+    def compute_teacher(self) -> None:
+        """Compute the teacher's features of the training data, unless a cache has them."""
+        if self._spec is None or self.features is not None:
+            return
+        data = self._data_of_teacher()
+        from rankloss_features import caching
+
+        place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
+        self.open_folder(caching.cached(self._spec, data, place, getattr(self.args, "device", None)))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
@@ -77,11 +135,10 @@ class TrainerLoss(Runtime):
         Some trainers give the features and the scale by position.
         """
         inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
-        if self._takes_teacher:
+        if self._takes_trainers_teacher:
             # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
             taught = {name: F.normalize(inputs[f"dist_{name}"].float(), dim=-1) for name in NAMES}
             inputs.update({f"reference_{name}": x for name, x in taught.items()})
-        if not self._keeps_distillation:
             inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
         self._count()
         entries: Entries = super().forward(**inputs)
@@ -102,6 +159,32 @@ class TrainerLoss(Runtime):
 # --- the patched functions ------------------------------------------------------------------------------
 
 
+_run: TrainerLoss | None = None
+"""The losses of the run of this process."""
+
+
+def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss:
+    """Build the losses of a run, and check them and their data.
+
+    Raises:
+        ValueError: The reason against them, which begins with the flag of an option.
+    """
+    global _run
+    try:
+        run = TrainerLoss(args, losses, options)
+        check_run(run, args)
+    except ValueError as error:
+        raise ValueError(with_flag(losses, error)) from error
+    run.check_data()
+    _run = run
+    return run
+
+
+def run_of(args: Any) -> TrainerLoss:
+    """The losses of the run with these arguments; built anew where another parser than ours made them."""
+    return _run if _run is not None and _run.args is args else start(args, *chosen(args))
+
+
 def create_loss(original: Callable[..., Any], bound: BoundArguments) -> nn.Module:
     """A loss for a trainer that adds up every value of the dict that a loss returns."""
     return build_loss(original(*bound.args, **bound.kwargs), bound.arguments["args"], sums_every_value=True)
@@ -115,24 +198,16 @@ def create_task(original: Callable[..., Any], bound: BoundArguments) -> Any:
 
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
-    """Build the loss that the trainer's arguments ask for, and log it. See :class:`TrainerLoss`."""
+    """The losses of a run on the loss that the trainer built, which are logged. See :class:`TrainerLoss`."""
     if isinstance(base, TrainerLoss):  # from a factory within this one
         return base
-    loss = TrainerLoss(base, args, sums_every_value=sums_every_value).to(getattr(args, "device", None))
+    run = run_of(args)
+    run.compute_teacher()
+    loss = run.on(base).to(getattr(args, "device", None))
+    loss.sums_every_value = sums_every_value
     if getattr(args, "rank", 0) == 0:
-        _logger.info("%s, open_clip %s", loss.described(args.epochs), __version__)
+        _logger.info("%s, open_clip %s", loss.summary(args.epochs), __version__)
     return loss
-
-
-def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
-    """CLIP's or SigLIP's loss of rankloss, in linear memory.
-
-    CLIP's shares its gathering, and its products, with the terms on it. Any other loss, a subclass of these
-    two included, stays as it is.
-    """
-    if type(base) is open_clip.ClipLoss:
-        return rankloss.ClipLoss(gather=gather)
-    return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
 
 
 def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
@@ -167,8 +242,9 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     given, args = bound.arguments, bound.arguments["args"]
     if not given["is_train"]:
         return original(*bound.args, **bound.kwargs)
-    compute_teacher(args)
-    companions = companions_of(args)
+    run = run_of(args)
+    run.compute_teacher()
+    companions = run.companions()
     if companions is None:
         return original(*bound.args, **bound.kwargs)
     given["tokenizer"] = companions.tokenizer(given["tokenizer"])

@@ -15,24 +15,30 @@ if TYPE_CHECKING:
     from rankloss.distributed import GatherOption
 
 
-def create(name: str, base: Any = None, *, gather: GatherOption = None, **options: Any) -> nn.Module:
+def create(
+    name: str, base: Any = None, *, teacher: str | None = None, gather: GatherOption = None, **options: Any
+) -> nn.Module:
     """Build the loss that ``--loss NAME`` builds.
 
     Args:
-        name: A loss of the catalogue; ``rankloss losses`` lists them.
+        name: A loss of the catalogue, or several joined by ``+``; ``rankloss losses`` lists them. ``"clip"``
+            and ``"siglip"``, alone or as the first of joined ones, are the losses of pairs.
         base: The loss to stand on. None: :class:`rankloss.ClipLoss`.
+        teacher: A folder of ``rankloss features``, whose rows each call gives as ``reference_image_features``
+            and ``reference_text_features``.
         gather: See :class:`rankloss.Gather`. None: the default process group, exactly.
-        **options: Options by their names without prefix; ``rankloss losses NAME`` lists them.
+        **options: Options by their names without prefix, those of joined losses by loss; ``rankloss losses
+            NAME`` lists them.
 
     Returns:
-        A module that is called with ``image_features``, ``text_features`` and ``logit_scale``, and tells its
-        schedule by ``set_epoch`` or ``set_progress``. One that needs a teacher refuses a call without
-        ``reference_image_features`` and ``reference_text_features``.
+        A module that is called with ``image_features``, ``text_features`` and ``logit_scale``, and is told
+        its progress by ``set_epoch`` or ``set_progress``. Its ``base`` is the loss under all others, for a
+        validation. One that needs a teacher refuses a call without its features.
 
     Raises:
         TypeError: The loss has no such option.
-        ValueError: There is no such loss, an option has another value, only a trainer can serve it
-            (``reference_features``), or the options exclude each other.
+        ValueError: There is no such loss, an option has another value, only a trainer can serve it, or the
+            options exclude each other.
 
     Example:
         >>> loss = create("rankclip", top_k=8, schedule="linear")
@@ -40,6 +46,6 @@ def create(name: str, base: Any = None, *, gather: GatherOption = None, **option
         >>> loss.schedule_value
         0.5
     """
-    from rankloss_trainers.own_loop import created
+    from rankloss_trainers.loop import created
 
-    return created(name, base, gather, options)
+    return created(name, base, gather, teacher, options)

@@ -6,12 +6,13 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.options import check_choice, check_count
 from rankloss_features.data import IMAGES, named_sample
 from rankloss_trainers.lists import bits_of, graded, grades_of, id_of
 
@@ -63,12 +64,21 @@ class Candidates:
     grade, and its tokens.
 
     Args:
-        own_on_top: The own caption has the first place of its list and the largest grade.
-        max_candidates: Candidates of a list, at most; None for those of the longest list of a CSV file.
+        own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all
+            graded candidates; to grade it, name it among the candidates.
+        max_candidates: Places of a list, which a webdataset has to be told; a longer list is an error. None:
+            the longest list of a CSV file.
     """
 
-    def __init__(self, own_on_top: bool, max_candidates: int | None = None) -> None:
-        self.own = int(own_on_top)
+    need = "lists"
+
+    def __init__(
+        self, *, own_caption: Literal["apart", "top"] = "apart", max_candidates: int | None = None
+    ) -> None:
+        check_choice("own_caption", own_caption, ("apart", "top"))
+        if max_candidates is not None:
+            check_count("max_candidates", max_candidates)
+        self.own = int(own_caption == "top")
         self.max_candidates: Any = max_candidates
         self.name = f"list of {CANDIDATES} and {GRADES}"
 

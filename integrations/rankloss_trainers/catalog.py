@@ -1,66 +1,140 @@
-"""The catalogue of losses: rankloss's own, and those that other packages register.
+"""The losses by name: rankloss's own, and those that other packages register.
 
-Another package registers a loss as an entry point. Its name is the value of ``--loss``, its object a class
-derived from :class:`rankloss_trainers.named.NamedLoss`, or only a function ``(base, gather) → module``::
+Another package registers a loss as an entry point, whose name is the value of ``--loss`` and whose object is
+the class of a module, a function ``(base, *, …, gather) → module``, or a
+:class:`rankloss_trainers.declared.Named`::
 
     [project.entry-points."rankloss.losses"]
-    mine = "my_package.losses:Mine"
+    soft = "my_package.losses:SoftLoss"
 
-Entry points are imported lazily, when their loss is asked for or described, so a broken or slow package
-cannot affect other runs. Only the standard library is imported here.
+A loss is imported when it is asked for or described, so that a broken or slow package cannot affect other
+runs. Only the standard library is imported here.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any
 
-from rankloss_trainers.joined import JOIN as JOIN
-from rankloss_trainers.joined import Joined
-from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mean
+from rankloss_trainers import citations
+from rankloss_trainers.declared import Loss, Named, Options, did_you_mean
 
 GROUP = "rankloss.losses"
 """The group of the entry points."""
 
-_OWN = "rankloss_trainers.own_losses"
-BUILT_IN = {
-    "rankclip": f"{_OWN}:RankClip",
-    "rankclip-cross": f"{_OWN}:RankClipCross",
-    "rankclip-in": f"{_OWN}:RankClipIn",
-    "rankclip-distill": f"{_OWN}:RankClipDistill",
-    "rankclip-encoders": f"{_OWN}:RankClipEncoders",
-    "mimicry": f"{_OWN}:Mimicry",
-    "clip-ids": "rankloss_trainers.clip_ids:ClipIds",
-    "clip-streamed": f"{_OWN}:ClipStreamed",
-    "siglip-streamed": f"{_OWN}:SigLipStreamed",
-    "ranked-lists": "rankloss_trainers.ranked_lists:RankedListsBesidePairs",
-}
-"""rankloss's own losses."""
-
-PREFIXES = ("rankclip", "mimicry", "clip-ids", "streamed", "ranked-lists")
-"""The prefixes of the options of rankloss's own losses, each of which is in the names of those losses."""
+JOIN = "+"
+"""The sign between the names of losses that are trained together, the innermost first."""
 
 TRAINERS_OWN = "clip"
 """The value of ``--loss`` that leaves the trainer's own loss alone."""
 
+_rank_clip = functools.partial(
+    Named,
+    "rankloss:RankClipLoss",
+    more="rankloss:RankOptions",
+    prefix="rankclip",
+    # Searched without a gain, or of no use beside a base.
+    python_only=frozenset(
+        {"normalizer", "lists", "worth", "ties", "discount", "fixed_reference", "reduction"}
+    ),
+    citation=citations.RANKCLIP,
+)
+# Softmax beats ranks where encoders teach, pooled over three data sets (docs/evidence.md).
+_ENCODERS = {
+    "schedule": "constant",
+    "lambda_cross": 0.0,
+    "lambda_in": 16.0,
+    "model": "top_one",
+    "reference_scale": 40.0,
+    "diagonal": False,
+}
 
-@functools.cache  # a run asks some ten times, and each time every installed package would be read
+LOSSES: Mapping[str, Named] = {
+    "rankclip": _rank_clip(help="the trainer's own plus RankCLIP's ranking terms"),
+    "rankclip-cross": _rank_clip({"lambda_in": 0.0}, help="rankclip without its in-modal term"),
+    "rankclip-in": _rank_clip({"lambda_cross": 0.0}, help="rankclip without its cross-modal term"),
+    "rankclip-distill": _rank_clip(
+        {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 8},
+        teacher="required",
+        help="rankclip trained to match a teacher's eight best ranks",
+    ),
+    "rankclip-encoders": _rank_clip(
+        _ENCODERS,
+        teacher="image=efficientnet-lite0,text=minilm",
+        help="rankclip taught by two small encoders of the extra `encoders`: pairs alone are needed",
+    ),
+    "mimicry": Named(
+        "rankloss:MimicryLoss",
+        teacher="required",
+        help="the trainer's own plus the distance of the features from a teacher's",
+        citation=citations.MIMICRY,
+    ),
+    "clip-ids": Named(
+        "rankloss_trainers.clip_ids:clip_ids",
+        {"same_id": "ignore"},
+        more="rankloss:ClipLoss",
+        columns="rankloss_trainers.clip_ids:PairIds",
+        log="rankloss_trainers.clip_ids:PartnersLog",
+        citation=citations.CLIP_IDS,
+    ),
+    "clip-smooth": Named(
+        "rankloss:ClipLoss",
+        {"label_smoothing": 0.1},
+        kind="softmax",
+        python_only=frozenset({"same_id"}),
+        help="CLIP's loss with label smoothing",
+    ),
+    "clip-streamed": Named(
+        "rankloss:ClipLoss",
+        prefix="streamed",
+        kind="softmax",
+        python_only=frozenset({"same_id", "label_smoothing"}),
+        help="CLIP's loss in memory linear in the batch",
+    ),
+    "siglip-streamed": Named(
+        "rankloss:SigLipLoss",
+        prefix="streamed",
+        kind="sigmoid",
+        python_only=frozenset({"same_id"}),
+        help="SigLIP's loss in memory linear in the batch",
+    ),
+    "ranked-lists": Named(
+        "rankloss_trainers.ranked_lists:ranked_lists",
+        more="rankloss:RankedLists",
+        columns="rankloss_trainers.candidates:Candidates",
+        python_only=frozenset({"reduction"}),
+    ),
+}
+"""rankloss's own losses."""
+
+JOINT_DEFAULTS: Mapping[frozenset[str], Mapping[str, Options]] = {
+    # The setting of both that the miniature confirmed (docs/evidence.md).
+    frozenset({"rankclip-distill", "mimicry"}): {
+        "rankclip-distill": {"lambda_cross": 16.0, "lambda_in": 16.0, "top_k": 4},
+        "mimicry": {"weight": 16.0},
+    },
+}
+"""Defaults of two losses where they are joined, by both names."""
+
+PREFIXES = frozenset(x.prefix or name for name, x in LOSSES.items())
+"""The prefixes of the options of rankloss's own losses."""
+
+
+@functools.cache  # each time every installed package would be read
 def known() -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
-    """All losses that can be named, rankloss's own first, with all who register the name."""
-    found = {name: (metadata.EntryPoint(name, reference, GROUP),) for name, reference in BUILT_IN.items()}
+    """All losses that can be named, rankloss's own first, with the entry points that register them."""
+    found: dict[str, tuple[metadata.EntryPoint, ...]] = dict.fromkeys(LOSSES, ())
     for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
-        if point.name not in (TRAINERS_OWN, *BUILT_IN):  # which mean the same whatever is installed
+        if point.name not in (TRAINERS_OWN, *LOSSES):  # which mean the same whatever is installed
             found[point.name] = (*found.get(point.name, ()), point)
     return found
 
 
 def package_of(name: str) -> str:
     """The distribution that registers a loss, with its version; empty for rankloss's own."""
-    points = () if name in BUILT_IN else known()[name]
-    dists = (point.dist for point in points)
+    dists = (point.dist for point in known()[name])
     return " and ".join(f"{x.name} {x.version}" if x is not None else "unknown package" for x in dists)
 
 
@@ -68,53 +142,53 @@ def names_of(name: str) -> list[str]:
     """The name of a loss, or the several that :data:`JOIN` joins.
 
     Raises:
-        ValueError: There is no such loss.
+        ValueError: There is no such loss, or two of them are one.
 
     Example:
         >>> names_of("rankclip+mimcry")
         Traceback (most recent call last):
         ValueError: loss must be one of rankclip, ...; got 'mimcry'; did you mean mimicry?
     """
-    found, parts = known(), name.split(JOIN)
-    for part in parts:
-        if part not in found:
-            hint = did_you_mean(part, found)
-            raise ValueError(f"loss must be one of {', '.join(found)}; got {part!r}{hint}")
-    return parts
+    found, names = known(), name.split(JOIN)
+    for each in names:
+        if each not in found:
+            raise ValueError(
+                f"loss must be one of {', '.join(found)}; got {each!r}{did_you_mean(each, found)}"
+            )
+    prefixes = [LOSSES[each].prefix or each if each in LOSSES else each for each in names]
+    if len({*prefixes}) < len(names):
+        raise ValueError(f"loss {name} names a loss twice")
+    return names
 
 
-def load(name: str) -> type[NamedLoss]:
-    """Import one loss.
+def load(name: str) -> Named:
+    """The declaration of one loss.
 
     Raises:
         ValueError: There is no such loss, or its name or prefix is taken.
         Exception: Any error of the import.
     """
     names_of(name)
+    if name in LOSSES:
+        return LOSSES[name]
     point, *others = known()[name]
     if any(other.value != point.value for other in others):
         raise ValueError(f"{name} is registered by both {package_of(name)}; uninstall one")
     loaded = point.load()
-    is_class = isinstance(loaded, type) and issubclass(loaded, NamedLoss)
-    loss: type[NamedLoss] = loaded if is_class else _of_function(loaded)
-    loss.name, loss.package = name, package_of(name)
-    if name not in BUILT_IN and loss.prefix in PREFIXES:
-        raise ValueError(f"the prefix {loss.prefix!r} belongs to another loss")
-    return loss
+    named = loaded if isinstance(loaded, Named) else Named(loaded)
+    if named.prefix in PREFIXES:
+        raise ValueError(f"the prefix {named.prefix!r} belongs to another loss")
+    return named
 
 
-def _of_function(build: Callable[..., Any]) -> type[NamedLoss]:
-    about = {"__doc__": build.__doc__, "build": lambda _, base, gather: build(base, gather)}
-    return type("Built", (NamedLoss,), about)
+def joint_defaults(names: list[str]) -> dict[str, Options]:
+    """The defaults of losses that differ where these are joined, by loss."""
+    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= {*names}]
+    return {name: {k: x for table in tables for k, x in table.get(name, {}).items()} for name in names}
 
 
-def beside(loss: type[NamedLoss], names: Sequence[str]) -> dict[str, Any]:
-    """The defaults of a loss that differ where it is joined with losses of these names."""
-    return {key: x for name in names for key, x in loss.beside.get(name, {}).items()}
-
-
-def choose(name: str, given: Options = MappingProxyType({})) -> NamedLoss:
-    """The loss of a name with options.
+def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
+    """The losses of a name with options, the innermost first.
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
@@ -122,40 +196,21 @@ def choose(name: str, given: Options = MappingProxyType({})) -> NamedLoss:
 
     Raises:
         TypeError: There is no such option.
-        ValueError: There is no such loss, two of them are one, or an option cannot have its value
-            (:class:`rankloss_trainers.named.OptionError`).
+        ValueError: There is no such loss, or two of them are one.
 
     Example:
-        >>> choose("rankclip", {"top_k": 8}).top_k
-        8
-        >>> choose("rankclip+mimicry", {"mimicry": {"weight": 2.0}}).parts[1].weight
-        2.0
+        >>> choose("rankclip", {"top_k": 8})[0].given
+        {'top_k': 8}
+        >>> [loss.name for loss in choose("rankclip+mimicry", {"mimicry": {"weight": 2.0}})]
+        ['rankclip', 'mimicry']
     """
-    return chosen([load(part) for part in names_of(name)], given)
-
-
-def chosen(losses: Sequence[type[NamedLoss]], given: Options) -> NamedLoss:
-    """The loss of a class, or of several that are joined, with options; see :func:`choose`."""
-    if len(losses) == 1:
-        return losses[0].of(given)
-    names = [loss.name for loss in losses]
-    if len({loss.prefix or loss.name for loss in losses}) < len(losses):
-        raise ValueError(f"loss {JOIN.join(names)} names a loss twice")
-    for key, options in given.items():
+    names = names_of(name)
+    by_loss = given if len(names) > 1 else {name: given}
+    for key, options in by_loss.items():
         if key not in names or not isinstance(options, Mapping):
-            raise TypeError(
-                f"options of {JOIN.join(names)} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}"
-            )
-    shared = {}  # a teacher that is given once serves all
-    for key in ("reference_features", "teacher"):
-        found = {options.get(key) for options in given.values()} - {None}
-        shared.update({key: found.pop()} if len(found) == 1 else {})
-    joined = []
-    for loss in losses:
-        own = beside(loss, names) | {key: x for key, x in shared.items() if key in loss.options()}
-        own.update(given.get(loss.name, {}))
-        try:
-            joined.append(loss.of(own))
-        except OptionError as error:
-            raise OptionError(error.key, error.reason, loss.name) from None
-    return Joined(joined=tuple(joined))
+            raise TypeError(f"options of {name} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}")
+    defaults = joint_defaults(names)
+    return [
+        Loss(each, load(each), {**defaults[each], **by_loss.get(each, {})}, package_of(each))
+        for each in names
+    ]

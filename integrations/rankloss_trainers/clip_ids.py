@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rankloss
-from rankloss.distributed import Gather
-from rankloss.options import RankOptions
+from rankloss.distributed import Gather, GatherOption
 from rankloss_features.data import named_sample
 from rankloss_trainers.candidates import columns_of
-from rankloss_trainers.named import NamedLoss, option, option_of
 from rankloss_trainers.pair_ids import check_column, have_partners, ids_of
 
 CAPTIONS = "captions"
@@ -25,49 +23,26 @@ _logger = logging.getLogger("rankloss_trainers")
 _BATCHES = 100  # after so many without a partner a run is told
 
 
-class ClipIds(NamedLoss):
-    """The trainer's own loss, in which pairs of one id are no negatives of each other."""
+def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Module:
+    """The trainer's own loss, in which pairs of one id are no negatives of each other.
 
-    citation = """@inproceedings{yang2022unicl,
-    title = {Unified Contrastive Learning in Image-Text-Label Space},
-    author = {Yang, Jianwei and Li, Chunyuan and Zhang, Pengchuan and Xiao, Bin and Liu, Ce and Yuan, Lu and Gao, Jianfeng},
-    booktitle = {CVPR},
-    year = {2022},
-}"""  # noqa: E501
+    Args:
+        base: CLIP's or SigLIP's loss, which is replaced by the one with ids.
+        gather: The gathering.
+        **options: Those of :class:`rankloss.ClipLoss`.
 
-    same: Literal["ignore", "share"] = option(
-        "ignore", "pairs of one id leave each other's terms, or share their targets"
-    )
-    key: str = option(
-        CAPTIONS,
-        "where the ids are: captions, of which equal texts have one; or a column of the data; in a "
-        "webdataset __key__, the extension of a text file, or json:FIELD",
-        metavar="KEY",
-        for_trainer=True,
-    )
-    chunk_size: int | None = option_of(RankOptions, "chunk_size")
-    memory_budget: int | None = option_of(RankOptions, "memory_budget")
-
-    @property
-    def pair_key(self) -> str:
-        return self.key
-
-    def build(self, base: Any, gather: Gather) -> nn.Module:
-        """CLIP's or SigLIP's loss with ids in place of the one without."""
-        kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
-        if not kinds:
-            text = f"clip-ids is CLIP's or SigLIP's loss, but the trainer trains with {type(base).__name__}"
-            raise ValueError(text)
-        options: dict[str, Any] = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
-        if smoothing := getattr(base, "label_smoothing", 0.0):
-            options["label_smoothing"] = smoothing
-        return kinds[0](same_id=self.same, gather=gather, **options)
-
-    def companions(self) -> list[PairIds]:
-        return [PairIds(self.key)]
-
-    def log(self) -> PartnersLog:
-        return PartnersLog(self.key)
+    Raises:
+        ValueError: The base is another loss, or SigLIP's with label smoothing.
+    """
+    kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
+    if not kinds:
+        text = f"clip-ids is CLIP's or SigLIP's loss, but the trainer trains with {type(base).__name__}"
+        raise ValueError(text)
+    options.setdefault("label_smoothing", getattr(base, "label_smoothing", 0.0))
+    if kinds == [rankloss.SigLipLoss] and (smoothing := options.pop("label_smoothing")):
+        raise ValueError(f"label_smoothing is for CLIP's loss; got {smoothing!r} with SigLIP's")
+    loss: nn.Module = kinds[0](gather=gather, **options)
+    return loss
 
 
 class PairIds:
@@ -77,10 +52,15 @@ class PairIds:
     where the text is read, and so the same on all processes.
 
     Args:
-        key: The option ``key`` of :class:`ClipIds`.
+        key: The source of the ids: captions, of which equal texts have one; or a column of the data; in a
+            webdataset __key__, the extension of a text file, or json:FIELD.
     """
 
-    def __init__(self, key: str) -> None:
+    need = "ids"
+
+    def __init__(self, *, key: str = CAPTIONS) -> None:
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"key must be captions or the name of a column; got {key!r}")
         self.key = key
         self.name = f"id of the pairs ({key})"
 
@@ -133,13 +113,9 @@ class PartnersLog:
     """The share of a batch's pairs that have a partner of their id in it, of all processes.
 
     After the first hundred batches without any partner the log says so once: ids change nothing then.
-
-    Args:
-        key: The option ``key`` of :class:`ClipIds`.
     """
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self) -> None:
         self._found: Tensor | int = 0
         self._batches = 0
 
@@ -158,6 +134,6 @@ class PartnersLog:
         self._batches += 1
         self._found = self._found + found if self._batches <= _BATCHES else 0
         if self._batches == _BATCHES and not bool(self._found) and gather.place[0] == 0:
-            text = "No pair had a partner of the same %s in the first %d batches: clip-ids changes nothing"
-            _logger.warning(text, self.key, _BATCHES)
+            text = "No pair had a partner of the same id in the first %d batches: clip-ids changes nothing"
+            _logger.warning(text, _BATCHES)
         return {"pairs_with_partner": found / len(ids)}

@@ -1,44 +1,48 @@
-"""``--loss`` and the options of losses on a command line, for every trainer."""
+"""``--loss``, the options of losses and of a run on a command line, for every trainer."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN
-from rankloss_trainers.named import NamedLoss, Option, OptionError, did_you_mean
+from rankloss_trainers.declared import (
+    Loss,
+    Named,
+    Option,
+    OptionError,
+    did_you_mean,
+    naming_options,
+    options_of,
+    replaced,
+)
+from rankloss_trainers.run_options import RunOptions
 
-Loss = type[NamedLoss]
+RUN = "loss"
+"""The prefix of the options of a run."""
 
 
-def flag(loss: Loss | NamedLoss, option: Option) -> str:
-    """An option of a loss, as it is typed."""
-    return f"--{loss.prefix or loss.name}-{option.name}"
+def flag(prefix: str, key: str) -> str:
+    """An option as it is typed, by the prefix of its loss."""
+    return f"--{prefix}-{key}".replace("_", "-")
 
 
-def dest(loss: Loss | NamedLoss, option: Option) -> str:
-    """An option of a loss, as an attribute of the parsed arguments."""
-    return flag(loss, option)[2:].replace("-", "_")
+def dest(prefix: str, key: str) -> str:
+    """An option as an attribute of the parsed arguments."""
+    return f"{prefix}_{key}".replace("-", "_")
 
 
-def chosen_by(args: Any, losses: Sequence[Loss]) -> NamedLoss:
-    """The loss of classes that parsed arguments name, with the options that they give.
+def prefix_of(name: str, named: Named) -> str:
+    """The prefix of the options of a loss."""
+    return named.prefix or name
 
-    Raises:
-        ValueError: An option cannot have its value; the error begins with its flag.
-    """
-    own = {}
-    for loss in losses:
-        dests = {key: dest(loss, option) for key, option in loss.options().items()}
-        own[loss.name] = {key: getattr(args, name) for key, name in dests.items() if hasattr(args, name)}
-    try:
-        return catalog.chosen(losses, own if len(losses) > 1 else own[losses[0].name])
-    except ValueError as error:
-        raise ValueError(with_flag(losses, error)) from None
+
+def typed_options(named: Named) -> dict[str, Option]:
+    """The options of a loss that a command line has, by key."""
+    return {key: x for key, x in named.options.items() if key not in named.python_only}
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
@@ -48,7 +52,7 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     """
     words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
-    begun = [x for x in (*catalog.PREFIXES, *catalog.known()) if any(w.startswith(f"--{x}-") for w in words)]
+    begun = [x for x in (*PREFIXES, *catalog.known()) if any(w.startswith(f"--{x}-") for w in words)]
     return [
         name
         for name in catalog.known()
@@ -70,20 +74,48 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
 
 def beginnings() -> tuple[str, ...]:
     """The beginnings of the options of all losses."""
-    return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.known()))
+    return tuple(f"--{x}-" for x in (*PREFIXES, *catalog.known()))
 
 
-def with_flag(losses: Iterable[Loss | NamedLoss], error: ValueError) -> str:
-    """An error of a loss, or of joined ones, that begins with the flag of an option; else with ``--loss``."""
+def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
+    """An error of losses or of a run that begins with the flag of an option; else with ``--loss``."""
     if isinstance(error, OptionError):
+        if error.loss == "" and error.key in options_of(RunOptions):
+            return f"{flag(RUN, error.key)}: {error.reason}"
         for loss in losses:
-            if error.key in loss.options() and error.loss in ("", loss.name):
-                return f"{flag(loss, loss.options()[error.key])}: {error.reason}"
+            if error.key in loss.named.options and error.loss in ("", loss.name):
+                return f"{flag(prefix_of(loss.name, loss.named), error.key)}: {error.reason}"
     return f"--loss: {error}"
 
 
+def chosen_by(args: Any, names: str, losses: Mapping[str, Named]) -> tuple[list[Loss], RunOptions]:
+    """The losses of joined names, and the run's options, with the values that parsed arguments have.
+
+    Raises:
+        ValueError: An option cannot have its value; the error begins with its flag.
+    """
+    by_loss = {
+        name: {
+            key: getattr(args, where)
+            for key, option in typed_options(losses[name]).items()
+            if hasattr(args, where := dest(prefix_of(name, losses[name]), key))
+            and not (getattr(args, where) is None and option.is_required)
+        }
+        for name in catalog.names_of(names)
+    }
+    run = {
+        key: getattr(args, dest(RUN, key)) for key in options_of(RunOptions) if hasattr(args, dest(RUN, key))
+    }
+    found = catalog.choose(names, by_loss if len(by_loss) > 1 else by_loss[names])
+    try:
+        with naming_options(options_of(RunOptions)):
+            return found, RunOptions(**run)
+    except ValueError as error:
+        raise ValueError(with_flag(found, error)) from None
+
+
 class LossArguments:
-    """``--loss`` and the options of losses on an argparse parser.
+    """``--loss``, the options of losses and of a run on an argparse parser.
 
     Args:
         parser: The parser. An option that is not given is no attribute of what it parses.
@@ -99,29 +131,33 @@ class LossArguments:
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> losses = LossArguments(parser, ["rankclip"])
-        >>> losses.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal", "exclude"])).changed
-        {'diagonal': False}
+        >>> arguments = LossArguments(parser, ["rankclip"])
+        >>> losses, run = arguments.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal",
+        "exclude"])) >>> losses[0].given, run ({'diagonal': False}, RunOptions(teacher=None,
+        schedule_unit='auto', agreement_every=None))
     """
 
     def __init__(
         self, parser: argparse.ArgumentParser, names: Iterable[str], default: str | None = None
     ) -> None:
         self.parser = parser
-        self.losses: dict[str, Loss] = {}
+        self.losses: dict[str, Named] = {}
         self.unusable: dict[str, str] = {}
-        loss = parser.add_argument_group("loss (rankloss)").add_argument(
-            "--loss", default=default or argparse.SUPPRESS, metavar="NAME"
-        )
+        group = parser.add_argument_group("loss (rankloss)")
+        loss = group.add_argument("--loss", default=default or argparse.SUPPRESS, metavar="NAME")
+        for option in options_of(RunOptions).values():
+            _add(group, RUN, option, {})
         for name in names:
             try:
                 self.losses[name] = catalog.load(name)
+                self.losses[name].options  # noqa: B018  # which imports its module
             except Exception as error:  # another package's, say, which stops only a run that asks for it
+                self.losses.pop(name, None)
                 package = catalog.package_of(name) or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
-        for alike in by_prefix(self.losses.values()).values():
+        for alike in by_prefix(self.losses).values():
             add_options(parser, alike)
-        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help() for x, y in self.losses.items()}}
+        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.summary for x, y in self.losses.items()}}
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
         loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
@@ -136,12 +172,15 @@ class LossArguments:
         before = itertools.takewhile("--".__ne__, rest)
         unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
         if unknown and hasattr(args, "loss"):
-            hint = misspelt(unknown, self.parser._option_string_actions)
-            self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+            word = unknown[0].partition("=")[0].replace("_", "-")
+            key = next(word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x))
+            hint = replaced(key.replace("-", "_"), f"--{RUN}-")
+            hint = hint or misspelt(unknown, self.parser._option_string_actions)
+            self.parser.error(f"{word}: there is no such option{hint}")
         return args, rest
 
-    def chosen(self, args: Any) -> NamedLoss | None:
-        """The loss that parsed arguments ask for, with its options; None for the trainer's own.
+    def chosen(self, args: Any) -> tuple[list[Loss], RunOptions] | None:
+        """The losses that parsed arguments ask for, with their options; None for the trainer's own.
 
         Raises:
             ValueError: There is no such loss, it cannot be used, or an option cannot have its value or
@@ -149,34 +188,33 @@ class LossArguments:
         """
         name = getattr(args, "loss", TRAINERS_OWN)
         try:
-            losses = [] if name == TRAINERS_OWN else [self._loss(part) for part in catalog.names_of(name)]
+            names = [] if name == TRAINERS_OWN else catalog.names_of(name)
+            for each in names:
+                if each in self.unusable:
+                    raise ValueError(f"{each} {self.unusable[each]}")
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from None
-        dests = {dest(loss, x) for loss in losses for x in loss.options().values()}
-        for alike in by_prefix(self.losses.values()).values():
-            given = [x for x in alike[0].options().values() if hasattr(args, dest(alike[0], x))]
-            others = [flag(alike[0], x) for x in given if dest(alike[0], x) not in dests]
-            if others:
-                names = " or ".join(loss.name for loss in alike)
-                raise ValueError(f"{', '.join(others)}: only with --loss {names}")
-        return chosen_by(args, losses) if losses else None
-
-    def _loss(self, name: str) -> Loss:
-        if name in self.unusable:
-            raise ValueError(f"{name} {self.unusable[name]}")
-        return self.losses[name]
+        used = {prefix_of(each, self.losses[each]) for each in names}
+        groups = by_prefix(self.losses)
+        known = {prefix: typed_options(next(iter(alike.values()))) for prefix, alike in groups.items()}
+        for prefix, options in {RUN: options_of(RunOptions), **known}.items():
+            others = [flag(prefix, key) for key in options if hasattr(args, dest(prefix, key))]
+            if others and not (prefix in used or (prefix == RUN and names)):
+                owners = "NAME" if prefix == RUN else " or ".join(groups[prefix])
+                raise ValueError(f"{', '.join(others)}: only with --loss {owners}")
+        return chosen_by(args, name, self.losses) if names else None
 
 
-def by_prefix(losses: Iterable[Loss]) -> dict[str, list[Loss]]:
+def by_prefix(losses: Mapping[str, Named]) -> dict[str, dict[str, Named]]:
     """Losses by the prefix of their options."""
-    groups: dict[str, list[Loss]] = {}
-    for loss in losses:
-        groups.setdefault(loss.prefix or loss.name, []).append(loss)
+    groups: dict[str, dict[str, Named]] = {}
+    for name, named in losses.items():
+        groups.setdefault(prefix_of(name, named), {})[name] = named
     return groups
 
 
 def add_options(
-    parser: argparse.ArgumentParser, losses: Sequence[Loss], changed: Mapping[str, Any] = MappingProxyType({})
+    parser: argparse.ArgumentParser, losses: Mapping[str, Named], changed: Mapping[str, Any] | None = None
 ) -> None:
     """Add the options that some losses share; each is absent unless it is given.
 
@@ -188,38 +226,45 @@ def add_options(
     Raises:
         argparse.ArgumentError: The parser has such an option.
     """
-    first, *others = losses
-    group = parser.add_argument_group(f"--loss {', '.join(loss.name for loss in losses)}")
-    for key, option in first.options().items():
-        defaults = {loss.name: loss.options()[key].default for loss in others if key in loss.options()}
-        default = option.text(changed.get(key, option.default))
-        presets = [f"; {x}: {option.text(y)}" for x, y in defaults.items() if y != option.default]
-        group.add_argument(
-            flag(first, option),
-            dest=dest(first, option),
-            default=argparse.SUPPRESS,
-            type=_typed(option),
-            metavar=option.metavar,
-            help=f"{option.help} (default: {default}{''.join(presets)})",
+    (first, named), *others = losses.items()
+    group = parser.add_argument_group(f"--loss {', '.join(losses)}")
+    for key, option in typed_options(named).items():
+        defaults = {name: x.options[key].default for name, x in others if key in x.options}
+        if changed is not None and key in changed:
+            defaults = {"here": changed[key]}
+        _add(
+            group, prefix_of(first, named), option, {x: y for x, y in defaults.items() if y != option.default}
         )
+
+
+def _add(group: Any, prefix: str, option: Option, presets: Mapping[str, Any]) -> None:
+    default = "must be given" if option.is_required else f"default: {option.spelled(option.default)}"
+    other = "".join(f"; {name}: {option.spelled(x)}" for name, x in presets.items())
+    group.add_argument(
+        flag(prefix, option.key),
+        dest=dest(prefix, option.key),
+        default=argparse.SUPPRESS,
+        type=_typed(option),
+        metavar=option.metavar,
+        help=f"{option.help} ({default}{other})".replace("%", "%%"),
+    )
 
 
 def _typed(option: Option) -> Callable[[str], Any]:
     def typed(text: str) -> Any:
         try:
-            return option.checked(text)
-        except OptionError as error:
-            raise argparse.ArgumentTypeError(error.reason) from None
+            return option.parsed(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return typed
 
 
-def described(losses: Iterable[Loss]) -> str:
+def described(names: Sequence[str]) -> str:
     """The options of a loss or of joined ones, one a line, with their defaults."""
-    losses, texts = [*losses], []
-    names = [loss.name for loss in losses]
-    for loss in losses:
+    texts, defaults = [], catalog.joint_defaults([*names])
+    for name in names:
         parser = argparse.ArgumentParser(add_help=False)
-        add_options(parser, [loss], catalog.beside(loss, names))
-        texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())
+        add_options(parser, {name: catalog.load(name)}, defaults[name])
+        texts.append(parser.format_help().partition(f"--loss {name}:\n")[2].rstrip())
     return "\n".join(texts)

@@ -61,13 +61,13 @@ def _lines(name: str, *, options: bool) -> Iterator[str]:
     packages = dict.fromkeys(filter(None, map(catalog.package_of, names)))
     title = name + (f" ({', '.join(packages)})" if packages else "")
     try:
-        losses = [catalog.load(part) for part in names]
+        summaries = [catalog.load(part).summary for part in names]
     except Exception as error:  # another package's
         yield f"{title}: cannot be used: {type(error).__name__}: {error}"
         return
-    yield f"{title}: {' and '.join(loss.help() for loss in losses)}"
+    yield f"{title}: {' and '.join(summaries)}"
     if options:
-        yield described(losses)
+        yield described(names)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.own_losses import unit_of
+from rankloss_trainers.run_options import unit_of
 from rankloss_trainers.runtime import METHODS, listeners
 
 with extra("lightning"):

@@ -1,15 +1,15 @@
-"""Logged values of RankCLIP beside its terms: λ, raw terms, agreement."""
+"""Values to log beside the terms of a loss: λ and raw terms of RankCLIP, rank agreement, TF32."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rankloss
+from rankloss.distributed import Gather
 
 _AGREEMENT_ANCHORS = 256
 
@@ -42,57 +42,60 @@ def _has_tf32(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@dataclass
-class RankClipLog:
-    """Entries to log beside the terms of RankCLIP: the ``log`` of a named loss.
+def rank_clip_entries(criterion: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Entries to log beside the terms of RankCLIP, empty without it.
 
     - ``rank_lambda``: the schedule's λ.
     - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While a term's
       weight is 0 it is not computed, and its entry is None.
-    - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
-      with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
-      most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
-      a trainer's averages, and the processes must log the same names at every step. The first step that a
-      process takes is therefore measured, wherever a resumed run begins.
 
-    Attributes:
-        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, and at the first
-            step that the process takes; where the loss is not called for such a step, at the next one. None
-            never does.
+    Args:
+        criterion: The whole loss.
+        entries: Its entries of one call.
+    """
+    loss = next((x for x in criterion.modules() if isinstance(x, rankloss.RankClipLoss)), None)
+    if loss is None:
+        return {}
+    raw = {
+        f"{name}_raw": entries[f"{name}_loss"].detach() / weight if weight else None
+        for name, weight in loss.rank_weights.items()
+        if getattr(loss.consistency, name)
+    }
+    device = next(iter(entries.values())).device
+    return {"rank_lambda": torch.full((), loss.schedule_value, device=device), **raw}
+
+
+class Agreement:
+    """The rank agreement of the batch of all processes, from at most 256 of its rows: Kendall's τ.
+
+    ``cross_modal_tau`` and ``in_modal_tau`` compare an image's ranking with its text's
+    (:func:`rankloss.metrics.rank_agreement`). Between two measurements they keep the last value: a gap, or a
+    NaN, would spoil a trainer's averages, and the processes must log the same names at every step. The first
+    step that a process takes is therefore measured, wherever a resumed run begins.
+
+    Args:
+        every: Measure at every so many optimizer steps, and at the first step that the process takes; where
+            the loss is not called for such a step, at the next one. None never does.
     """
 
-    agreement_every: int | None = None
-    _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+        self._values: dict[str, Tensor] = {}
+        self._measured: int | None = None  # the last multiple
 
-    def __call__(
-        self,
-        criterion: nn.Module,
-        entries: Mapping[str, Tensor],
-        step: int,
-        inputs: Mapping[str, Any],
-    ) -> dict[str, Tensor | None]:
-        """The entries of one call, of which ``entries`` are those of the whole loss, ``criterion``."""
-        images, texts = inputs["image_features"], inputs["text_features"]
-        rank_clip = next(x for x in criterion.modules() if isinstance(x, rankloss.RankClipLoss))
-        raw = {
-            f"{name}_raw": entries[f"{name}_loss"].detach() / weight if weight else None
-            for name, weight in rank_clip.rank_weights.items()
-            if getattr(rank_clip.consistency, name)
-        }
+    def __call__(self, gather: Gather, inputs: Mapping[str, Any], step: int) -> dict[str, Tensor]:
+        """The entries of one call with these inputs of the loss."""
         if self._measures(step):
-            both = rank_clip.consistency.gather(
-                images, texts
-            )  # with gradients, as the loss has gathered them
+            # With gradients, as the loss has gathered them.
+            both = gather(inputs["image_features"], inputs["text_features"])
             with torch.no_grad():
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
-            self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
-        schedule = torch.full((), rank_clip.schedule_value, device=images.device)
-        return {"rank_lambda": schedule, **raw, **self._agreement}
+            self._values = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
+        return self._values
 
     def _measures(self, step: int) -> bool:
-        if self.agreement_every is None:
+        if self.every is None:
             return False
-        multiple, since = divmod(step, self.agreement_every)
+        multiple, since = divmod(step, self.every)
         last, self._measured = self._measured, multiple
         return since == 0 or multiple != last

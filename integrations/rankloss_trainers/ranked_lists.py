@@ -8,11 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import rankloss
-from rankloss.distributed import Gather
+from rankloss.distributed import GatherOption
 from rankloss.losses import Base, base_entries, check_weight, combined
-from rankloss.losses.ranked_lists import Gain, ListModel, PairWeight
-from rankloss_trainers.candidates import Candidates
-from rankloss_trainers.named import NamedLoss, OptionError, option
+from rankloss.options import check_choice
 
 OF_LISTS = tuple(
     name
@@ -114,67 +112,35 @@ def _check_distinct(ids: Tensor) -> None:
         )
 
 
-# --- as it is named ---------------------------------------------------------------------------------------
+def ranked_lists(
+    base: Any,
+    *,
+    weight: float = 1.0,
+    base_loss: Literal["auto", "include", "exclude"] = "auto",
+    own_caption: Literal["apart", "top"] = "apart",
+    gather: GatherOption = None,
+    **options: Any,
+) -> RankedListsTerm:
+    """The trainer's own plus the likelihood of lists of graded candidates, which come with the data.
 
+    Args:
+        base: The loss of the pairs.
+        weight: Weight of the lists beside the trainer's own loss.
+        base_loss: Include or exclude the trainer's own loss, of the pairs of a picture and its caption; auto
+            includes it where the data have pairs beside the lists.
+        own_caption: See :class:`rankloss_trainers.candidates.Candidates`.
+        gather: The gathering.
+        **options: Those of :class:`rankloss.RankedLists`.
 
-class RankedListsBesidePairs(NamedLoss):
-    """The trainer's own plus the likelihood of lists of graded candidates, which come with the data."""
-
-    model: ListModel = option(
-        "plackett_luce",
-        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), of all its pairs, or of its "
-        "pairs by their part in NDCG (LambdaLoss)",
-    )
-    top_k: int | None = option(
-        None, "of model plackett_luce, count only the best ranks of each list", none="all"
-    )
-    pair_weight: PairWeight | None = option(
-        None, "of model pairwise, multiply each pair's term by the difference of its grades"
-    )
-    gain: Gain = option(
-        "linear", "of model lambda, the gain of a grade g: g itself, or 2 to the power g, minus 1"
-    )
-    in_batch_negatives: bool = option(False, "put the other queries' candidates below each list, ungraded")
-    chunk_size: int | None = option(
-        None, "queries computed at a time: less memory, same result", none="from the sizes"
-    )
-    weight: float = option(1.0, "weight of the lists beside the trainer's own loss", at_least=0)
-    base_loss: Literal["auto", "include", "exclude"] = option(
-        "auto",
-        "include or exclude the trainer's own loss, of the pairs of a picture and its caption; auto includes "
-        "it where the data have pairs beside the lists",
-    )
-    own_caption: Literal["apart", "top"] = option(
-        "apart",
-        "the place of a picture's own caption in its list: apart from it, or at the top, above all graded "
-        "candidates; to grade it, name it among the candidates",
-        for_trainer=True,
-    )
-    max_candidates: int | None = option(
-        None,
-        "places of a list, which a webdataset has to be told; a longer list is an error",
-        none="the longest list of a CSV file",
-        metavar="K",
-        for_trainer=True,
-        at_least=1,
-    )
-
-    @property
-    def _of_lists(self) -> dict[str, Any]:
-        names = ("model", "top_k", "pair_weight", "gain", "in_batch_negatives", "chunk_size")
-        return {name: getattr(self, name) for name in names}
-
-    def check(self) -> None:
-        rankloss.RankedLists(**self._of_lists, gather=False)
-        by_value = self.model in ("top_one", "lambda") or self.pair_weight is not None
-        if self.own_caption == "top" and by_value:
-            text = "top is an order and no grade; it needs a model that goes by the order alone"
-            raise OptionError("own_caption", text)
-
-    def build(self, base: Any, gather: Gather) -> RankedListsTerm:
-        lists = rankloss.RankedLists(**self._of_lists, gather=gather)
-        base, needs_pairs = None if self.base_loss == "exclude" else base, self.base_loss == "include"
-        return RankedListsTerm(lists, base, weight=self.weight, needs_pairs=needs_pairs)
-
-    def companions(self) -> list[Candidates]:
-        return [Candidates(self.own_caption == "top", self.max_candidates)]
+    Raises:
+        ValueError: ``own_caption="top"`` with a model that goes by the grades' values, another ``base_loss``,
+            and as the two classes.
+    """
+    check_choice("base_loss", base_loss, ("auto", "include", "exclude"))
+    lists = rankloss.RankedLists(gather=gather, **options)
+    by_value = lists.model in ("top_one", "lambda") or lists.pair_weight is not None
+    if own_caption == "top" and by_value:
+        text = "top is an order and no grade; it needs a model that goes by the order alone"
+        raise ValueError(f"own_caption: {text}")
+    base, needs_pairs = None if base_loss == "exclude" else base, base_loss == "include"
+    return RankedListsTerm(lists, base, weight=weight, needs_pairs=needs_pairs)

@@ -1,8 +1,8 @@
-"""The runtime of a loss in any trainer: its progress, its teacher, its entries, its state.
+"""The runtime of losses in any trainer: their progress, teacher, entries and state.
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, given_loss("rankclip", {"top_k": 8}), base=base, gather=gather)
+    run = Runtime(HOST, losses("rankclip", {"top_k": 8}), RunOptions(teacher=…), base=base, gather=gather)
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
@@ -10,22 +10,18 @@ A trainer's plug-in, here a host, describes itself by a :class:`Host` and transl
     terms, metrics = run.evaluate(image_features=…, text_features=…, logit_scale=…)   # the base alone
 
 A host makes all of these calls for any loss: the runtime tells each part of the loss by the method that it
-has. It refuses, by name, a loss that needs more than the host serves, a teacher that nobody uses, a teacher
-that is missing, and a step of which the loss was not told. ``run.saved()`` and ``run.restore(…)`` serve
-checkpoints. :func:`tried` refuses a loss before any of it.
+has. ``run.saved()`` and ``run.restore(…)`` serve checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import math
-import os
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +31,11 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
-from rankloss_trainers.catalog import choose
-from rankloss_trainers.logging import RankClipLog, remark_on_products
-from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mean, naming_options
+from rankloss_trainers.catalog import JOIN, choose
+from rankloss_trainers.declared import Loss, Named, OptionError, Options, did_you_mean
+from rankloss_trainers.logging import Agreement, rank_clip_entries, remark_on_products
 from rankloss_trainers.ranked_lists import OF_LISTS, RankedListsTerm
+from rankloss_trainers.run_options import GIVEN, RunOptions, Teacher
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -61,99 +58,40 @@ class Host:
     teacher: str
     progress: str
     serves: Collection[str] = ()
-    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
 
 
-def with_folder(loss: Any, folder: str) -> NamedLoss:
-    """The loss with the folder of its teacher's features, which have been computed."""
-    if loss.parts != (loss,):
-        parts = tuple(with_folder(part, folder) if part.teacher else part for part in loss.parts)
-        joined: NamedLoss = dataclasses.replace(loss, joined=parts)
-        return joined
-    found: NamedLoss = dataclasses.replace(loss, teacher=None, reference_features=folder)
-    return found
+NEEDS = {
+    "columns": "a column of the training data",
+    "ids": "ids of the pairs",
+    "lists": "a list of graded candidates of each query",
+    "folder": "a folder of a teacher's features",
+    "state": "a state in checkpoints",
+    "teacher": "a teacher that computes its features before the first step",
+    "parameters": "parameters of its own, which an optimizer has to train",
+}
+"""The needs of losses that not every host serves."""
 
 
-def given_loss(loss: str | NamedLoss | nn.Module, options: Options | None = None) -> NamedLoss:
-    """The loss that a user of a trainer gives.
+def losses(loss: str | nn.Module, options: Options | None = None) -> list[Loss]:
+    """The losses that a user of a trainer gives, the innermost first.
 
     Args:
-        loss: The name of a loss of the catalogue, a chosen loss, or a module with the forward convention of
-            open_clip's losses.
-        options: Options of a named loss; the others have their defaults.
+        loss: A name, or several joined by ``+``; or a module with the forward convention of open_clip's
+        losses.
+        options: Options of a named loss; those of joined ones by loss.
 
     Raises:
-        TypeError: An option does not exist, or options come beside a module or a chosen loss.
-        ValueError: The loss does not exist, or cannot have these options.
+        TypeError: An option does not exist, or options come beside a module.
+        ValueError: The loss does not exist.
     """
     if isinstance(loss, str):
         return choose(loss, options or {})
     if options:
-        raise TypeError("options are for a loss that is given by its name; another has its own")
-    return loss if isinstance(loss, NamedLoss) else GivenModule(module=loss)
-
-
-class GivenModule(NamedLoss):
-    """A module that a trainer is given in place of a name."""
-
-    module: Any = None
-    name = property(lambda self: type(self.module).__name__)
-
-    def build(self, base: Any, gather: Any) -> Any:  # noqa: ARG002
-        """The module."""
-        return self.module
-
-    def unit(self, epochs: float) -> str:  # noqa: ARG002
-        """Steps, for a part of the module that goes by either."""
-        return "step"
-
-    def log(self) -> RankClipLog | None:
-        """λ and raw terms of RankCLIP."""
-        return RankClipLog() if isinstance(self.module, rankloss.RankClipLoss) else None
-
-
-NEEDS = {
-    "caption": "a second caption of each image",
-    "folder": "a folder of a teacher's features (reference_features)",
-    "lists": "a list of graded candidates of each query",
-    "state": "a state in checkpoints",
-    "teacher": "a teacher that computes its features before the first step (teacher)",
-    "parameters": "parameters of its own, which an optimizer has to train",
-}
-"""The needs of a loss that not every host serves."""
-
-
-def two_steps(host: Host, spec: str) -> str:
-    """Advice in a host that does not compute a teacher's features."""
-    from rankloss_features.caching import Spec
-
-    command = Spec.of(spec).command("--data", "PAIRS", "--output", "FOLDER")
-    return f"compute them, `{command}`, and {host.teacher}"
-
-
-def tried(host: Host, loss: NamedLoss, gather: Gather, *, sigmoid: bool) -> None:
-    """Read the loss's folder and build it once, before the trainer reads its data and builds a model.
-
-    Args:
-        host: The trainer.
-        loss: The loss.
-        gather: The run's gathering.
-        sigmoid: True if the trainer's own loss is a sigmoid loss.
-
-    Raises:
-        ValueError: The loss does not work in the host.
-    """
-    base = rankloss.SigLipLoss if sigmoid else rankloss.ClipLoss
-    alone = dataclasses.replace(gather, rank=0, world_size=1)  # which warns of nothing
-    Runtime(host, loss, base=base(gather=False), gather=alone)
-
-
-def _check_own_loss(host: Host, loss: NamedLoss, *, sigmoid: bool) -> None:
-    for part in loss.parts:
-        if sigmoid and part.no_sigmoid:
-            raise ValueError(f"{part.name} does not work with {host.biased}: {part.no_sigmoid}")
-        if part.only_sigmoid and not sigmoid:
-            raise ValueError(f"{part.name} needs {host.biased}: {part.only_sigmoid}")
+        raise TypeError("options are for a loss that is given by its name; a module has its own")
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"loss must be a module, or the name of a loss; got {loss!r}")
+    return [Loss(type(loss).__name__, Named(lambda: loss), package=None)]
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -281,21 +219,43 @@ def check_use_of_teacher(
         raise ValueError(f"the data have {dropped[0]}, and the batch has not: let its collator pass it on")
 
 
+def set_components(loss: nn.Module, features: Features | None, width: int, of_teacher: int) -> None:
+    """Give the principal components of a folder to the parts that compare features of other widths.
+
+    Raises:
+        ValueError: The teacher is narrower than the student, which cannot copy it.
+    """
+    parts: list[Any] = [x for x in loss.modules() if getattr(x, "components", loss) is None]
+    if parts and width > of_teacher:
+        raise ValueError(
+            f"the teacher has {of_teacher} dimensions, fewer than the student's {width}, which "
+            "cannot copy them; rankclip-distill ranks by a teacher of any width"
+        )
+    if parts and width < of_teacher and features is not None:
+        matrix = features.components(width).matrix
+        for part in parts:
+            part.components = matrix
+
+
 class Runtime(nn.Module):
-    """A loss in a trainer.
+    """Losses in a trainer.
 
     Args:
         host: The trainer.
-        chosen: The loss with its options.
+        losses: The losses with their options, the innermost first: each stands on the one before.
+        options: The options of the run.
         base: The loss of the trainer, to stand on or to replace. None: :class:`rankloss.ClipLoss`.
-        gather: The gathering of the loss and of the default base.
+        gather: The gathering of the losses and of the default base.
 
     Attributes:
-        chosen: The loss with its options.
-        name: The name in the catalogue, or the class of a module.
+        losses: The losses with their options.
+        options: The options of the run.
+        name: The names of the losses, or the class of a module.
+        own_base: The loss of the trainer.
         criterion: The module.
-        teacher: ``"required"``, ``"optional"``, or ``"none"``.
-        features: The folder of the teacher's features, or None.
+        use_of_teacher: ``"required"``, ``"optional"``, or ``"none"``.
+        teacher: The teacher that the run names, or None.
+        features: The folder of the teacher's features, or None while there is none.
         takes_lists: True if a part of the loss takes a list of graded candidates of each query.
         columns: The columns of the training data, where a host names them (:meth:`name_columns`).
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
@@ -304,50 +264,90 @@ class Runtime(nn.Module):
             a compiled caller would be compiled again when it appears.
 
     Raises:
-        TypeError: The loss builds no module.
-        ValueError: The loss does not work in this host, or its folder is no teacher's; an ``OptionError``
-            where it is about an option.
+        TypeError: A loss builds no module.
+        ValueError: A loss does not work in this host, or a folder is no teacher's; an ``OptionError`` where
+            it is about an option.
     """
 
     def __init__(
-        self, host: Host, chosen: NamedLoss, *, base: Any = None, gather: GatherOption = None
+        self,
+        host: Host,
+        losses: Sequence[Loss],
+        options: RunOptions | None = None,
+        *,
+        base: Any = None,
+        gather: GatherOption = None,
     ) -> None:
         super().__init__()
-        self.host, self.chosen, self.name, self._gather = host, chosen, chosen.name, Gather.of(gather)
-        base = rankloss.ClipLoss(gather=gather) if base is None else base
-        sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
-        _check_own_loss(host, chosen, sigmoid=sigmoid)
-        with naming_options(chosen):
-            loss = chosen.build(base, self._gather)
-        if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
-        self.criterion: nn.Module = loss
-        self.columns: Collection[str] = ()
+        self.host, self.losses, self.options = host, losses, options or RunOptions()
+        self.name, self._gather = JOIN.join(loss.name for loss in losses), Gather.of(gather)
+        self.own_base = self._own_base() if base is None else base
+        self._check_kind()
+        self.criterion: nn.Module = self._built()
+        self.teacher = self._named_teacher()
+        self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
-        needs = {
-            "caption": chosen.caption_key is not None,
-            "folder": chosen.reference_features is not None,
-            "lists": self.takes_lists,
-            "parameters": any(parameter.requires_grad for parameter in loss.parameters()),
-            "state": bool(loss.state_dict()),
-            "teacher": chosen.teacher is not None,
-        }
-        for need in [need for need in needs if needs[need] and need not in host.serves]:
-            text = f"{self.name} needs {NEEDS[need]}, which {host.name} does not serve"
-            advice = two_steps(host, chosen.teacher) if need == "teacher" else host.instead.get(need)
-            raise ValueError("; ".join([text, *filter(None, [advice])]))
-        self.teacher, self.features = self._use_of_a_teacher(), self._folder()
-        self.unit, self.step = "step", 0
-        self._log, self.has_fixed_entries = chosen.log(), False
-        innermost = innermost_of(loss)
-        # Evaluation data have no ids, so the trainer's own loss is evaluated.
-        self._base = base if innermost is loss or getattr(innermost, "same_id", None) else innermost
-        if isinstance(innermost, RankedListsTerm):  # without a base
-            self._base = None
-        self._first_state = deepcopy(loss.state_dict())
-        self._is_told = not any(map(units_of, loss.modules()))
+        self._check_needs()
+        self.features: Features | None = None
+        if self.teacher is not None:
+            self._check_spaces(are_separate=self.teacher.are_encoders)
+            if self.teacher.folder is not None:
+                self.open_folder(self.teacher.folder)
+        self.columns: Collection[str] = ()
+        self.unit, self.step, self.has_fixed_entries = "step", 0, False
+        self._agreement = Agreement(self.options.agreement_every)
+        self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
+        self._evaluated = self._evaluated_base()
+        self._first_state = deepcopy(self.criterion.state_dict())
+        self._is_told = not any(map(units_of, self.criterion.modules()))
         self._has_remarked = False
         self._found: list[str] = []  # the teacher's features of the last batch
+
+    # --- construction ---
+
+    def _own_base(self) -> nn.Module:
+        """CLIP's loss, in the memory that a loss on it is given; SigLIP's under a loss that needs it."""
+        values = {key: x for loss in self.losses for key, x in loss.given.items()}
+        streaming = {key: values[key] for key in ("chunk_size", "memory_budget") if key in values}
+        is_sigmoid = any(loss.named.kind == "sigmoid" for loss in self.losses)
+        kind = rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss
+        return kind(gather=self._gather, **streaming)
+
+    def _check_kind(self) -> None:
+        names = {each.__name__ for each in type(self.own_base).__mro__}
+        is_sigmoid = "SigLipLoss" in names
+        for loss in self.losses:
+            kind = loss.named.kind
+            if is_sigmoid and kind == "softmax":
+                raise ValueError(f"{loss.name} does not work with {self.host.biased}: it is a softmax loss")
+            if kind == "sigmoid" and not is_sigmoid:
+                raise ValueError(f"{loss.name} needs {self.host.biased}: it is a sigmoid loss")
+
+    def _built(self) -> nn.Module:
+        """The module of the last loss, which stands on those before."""
+        built = self.own_base
+        for i, loss in enumerate(self.losses):
+            if not loss.takes_base and type(built).__name__ not in ("ClipLoss", "SigLipLoss"):
+                raise ValueError(
+                    f"{loss.name} replaces the trainer's loss, and cannot replace {type(built).__name__}"
+                )
+            below, built = built, loss.build(built, self._gather)
+            if not isinstance(built, nn.Module):
+                raise TypeError(f"loss must be a module, or the name of one; {loss.name} is {built!r}")
+            if i > 0 and not any(x is below for x in built.modules()):
+                raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
+        return built
+
+    def _named_teacher(self) -> Teacher | None:
+        """The teacher of the run's option, else the one that a loss has by default."""
+        if self.options.teacher is not None:
+            return None if self.options.teacher == GIVEN else Teacher(self.options.teacher)
+        found = {loss.named.teacher for loss in self.losses} - {None, "required"}
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.name} has two teachers, {' and '.join(sorted(map(str, found)))}: name one"
+            )
+        return Teacher(str(found.pop())) if found else None
 
     def _arguments(self, *names: str) -> list[inspect.Parameter]:
         """The arguments of these names of all parts of the loss."""
@@ -355,32 +355,131 @@ class Runtime(nn.Module):
         return [forward[name] for forward in forwards for name in names if name in forward]
 
     def _use_of_a_teacher(self) -> str:
-        uses = self.chosen.use_of_teacher
-        if uses == "required" or any(x.default is x.empty for x in self._arguments(*TEACHER)):
-            return "required"
-        return "optional" if takes_teacher(self.criterion) and uses is None else "none"
+        takes = takes_teacher(self.criterion)
+        if self.options.teacher is not None and not takes:
+            raise OptionError("teacher", f"{self.name} does not use a teacher; got {self.options.teacher}")
+        needs = any(loss.named.teacher is not None for loss in self.losses)
+        needs = needs or any(x.default is x.empty for x in self._arguments(*TEACHER))
+        return "required" if needs or self.options.teacher is not None else "optional" if takes else "none"
 
-    def _folder(self) -> Features | None:
-        where = self.chosen.reference_features
+    def _check_needs(self) -> None:
+        columns = [x for loss in self.losses if (x := loss.named.columns_class) is not None]
+        found = {
+            **{getattr(x, "need", "columns"): True for x in columns},
+            "lists": self.takes_lists,
+            "parameters": any(parameter.requires_grad for parameter in self.criterion.parameters()),
+            "state": bool(self.criterion.state_dict()),
+            "folder": self.teacher is not None and self.teacher.folder is not None,
+            "teacher": self.teacher is not None and self.teacher.spec is not None,
+        }
+        for need in [need for need, holds in found.items() if holds and need not in self.host.serves]:
+            text = f"{self.name} needs {NEEDS[need]}, which {self.host.name} does not serve"
+            advice = self.host.instead.get(need)
+            if need == "teacher" and self.teacher is not None:
+                advice = self.teacher.two_steps(self.host.teacher)
+            raise ValueError("; ".join([text, *filter(None, [advice])]))
+
+    def _check_spaces(self, *, are_separate: bool) -> None:
+        """Raise a ValueError if a part compares images with texts of a teacher that has no common space."""
+        if not are_separate:
+            return
+        for part in self.criterion.modules():
+            if isinstance(part, rankloss.MimicryLoss):
+                raise ValueError("mimicry cannot copy two encoders that have no common space")
+        for part in self.criterion.modules():
+            if isinstance(part, rankloss.RankConsistency) and part.cross_modal:
+                text = "must be 0: this teacher has two encoders without a common space, so it can rank only "
+                raise OptionError(
+                    "lambda_cross", f"{text}in-modal lists; rankclip-in and rankclip-encoders do"
+                )
+
+    def open_folder(self, folder: str) -> None:
+        """Take the features of a folder for the teacher's.
+
+        Raises:
+            OptionError: It is no complete folder of features, or its encoders have no common space that a
+                loss needs.
+        """
         try:
-            return None if where is None else Features(where).check()
+            self.features = Features(folder).check()
         except (OSError, ValueError) as error:
-            raise OptionError("reference_features", str(error)) from error
+            raise OptionError("teacher", str(error)) from error
+        self._check_spaces(are_separate=not self.features.common_space)
 
-    def described(self, epochs: float) -> str:
-        """The line of the log about a run of so many epochs."""
-        text, package = self.chosen.describe(epochs), self.chosen.package
-        if not package and not isinstance(self.chosen, GivenModule):
-            package = f"rankloss {rankloss.__version__}"
-        return f"Loss: {self.name}" + f" ({package})" * bool(package) + f", {text}" * bool(text)
+    def _evaluated_base(self) -> Any:
+        """The innermost base, which an evaluation calls; None without one."""
+        innermost = innermost_of(self.criterion)
+        if isinstance(innermost, RankedListsTerm):  # without a base
+            return None
+        # Evaluation data have no ids, so the trainer's own loss is evaluated.
+        replaces = innermost is self.criterion or getattr(innermost, "same_id", None)
+        return self.own_base if replaces else innermost
+
+    def on(self, base: Any) -> Runtime:
+        """These losses on the loss that the trainer built: the same object where it is the expected one."""
+        if type(base) is type(self.own_base):
+            return self
+        return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
+
+    @property
+    def package(self) -> str:
+        """The distributions of the losses; empty for a module."""
+        own = f"rankloss {rankloss.__version__}"
+        return ", ".join(dict.fromkeys(x.package or own for x in self.losses if x.package is not None))
+
+    @property
+    def id_key(self) -> str | None:
+        """The source of the pairs' ids: captions, or a column; None for losses without ids."""
+        columns = [x.columns for x in self.losses if getattr(x.named.columns_class, "need", None) == "ids"]
+        return str(columns[0].key) if columns else None
+
+    # --- progress ---
+
+    def summary(self, epochs: float) -> str:
+        """The line of the log about a run of so many epochs; infinity where its data have no length."""
+        given = [
+            f"{loss.name}: {text}" * (len(self.losses) > 1) or text
+            for loss in self.losses
+            if (text := loss.summary)
+        ]
+        texts = ["; ".join(given), self._summary_of_schedule(epochs), self._summary_of_teacher()]
+        package = f" ({self.package})" * bool(self.package)
+        return f"Loss: {self.name}{package}" + "".join(f", {text}" for text in texts if text)
+
+    def _summary_of_schedule(self, epochs: float) -> str:
+        if not any(len(units_of(part)) == len(METHODS) for part in self.criterion.modules()):
+            return ""
+        unit, asked = self.options.unit(epochs), self.options.schedule_unit
+        text = f"schedule per {unit}" + f" over {epochs:g} epoch(s)" * math.isfinite(epochs)
+        if unit == "step" and asked == "auto":
+            return (
+                f"{text} (fewer than ten epochs are few steps of a ramp per epoch; schedule-unit decides it)"
+            )
+        return text + " (one epoch has no ramp over epochs)" * (unit != asked != "auto")
+
+    def _summary_of_teacher(self) -> str:
+        if self.use_of_teacher != "required":
+            return ""
+        weights = [
+            max(part.lambda_cross, part.lambda_in) * part.normalizer
+            for part in self.criterion.modules()
+            if isinstance(part, rankloss.RankClipLoss)
+        ]
+        text = f"teacher {GIVEN if self.teacher is None else self.teacher.text}"
+        if not weights or max(weights) <= 1 / 16:
+            return text
+        large = (
+            f"the rank terms weigh lambda * {max(weights):g} and dominate the total: compare contrastive_loss"
+        )
+        return f"{text}, {large}"
 
     def begin(self, epochs: float) -> None:
         """A training of so many epochs begins; infinity where its data have no length.
 
         Raises:
-            ValueError: The loss goes by epochs, and their number is not known.
+            ValueError: A part goes by epochs, and their number is not known.
         """
-        self.unit = self.chosen.unit(epochs) or "epoch"
+        self.unit = self.options.unit(epochs)
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
@@ -396,6 +495,8 @@ class Runtime(nn.Module):
         self._is_told, self.step = True, step - 1
         for tell in listeners(self.criterion, "step", self.unit):
             tell(step, total_steps)
+
+    # --- batches ---
 
     # The step moves at every call, which would recompile a compiled caller: the graph breaks here, once.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -415,17 +516,27 @@ class Runtime(nn.Module):
         self.check_teacher(found)
         self._remark(inputs["image_features"].device if "image_features" in inputs else None)
         if found:
-            self._find_components(inputs["image_features"].shape[1], inputs[found[0]].shape[1])
+            widths = inputs["image_features"].shape[1], inputs[found[0]].shape[1]
+            set_components(self.criterion, self.features, *widths)
         # Always by name: only the names tell which entry is a term.
         with gather_once():
             entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
-            logged = {} if self._log is None else self._log(self.criterion, entries, self.step, inputs)
+            logged = self._logged(entries, inputs)
         for name, value in logged.items():
             if value is not None:
                 entries[name] = value
             elif self.has_fixed_entries:
                 entries[name] = torch.full((), math.nan, device=inputs["image_features"].device)
         return Entries.of(self.criterion, entries)
+
+    def _logged(self, entries: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
+        """Entries to log beside those of a call; None has no value in this call."""
+        found: dict[str, Tensor | None] = dict(rank_clip_entries(self.criterion, entries))
+        if "image_features" in inputs:
+            found.update(self._agreement(self.gather, inputs, self.step))
+        for log in self._logs:
+            found.update(log(self.criterion, entries, self.step, inputs))
+        return found
 
     def _remark(self, device: torch.device | None) -> None:
         """Log once, on the first process, when TF32 products rank the lists."""
@@ -447,10 +558,10 @@ class Runtime(nn.Module):
         if lists and not parts:  # a module of one's own
             return Entries.of(self.criterion, dict(self.criterion(**features, **lists, output_dict=True)))
         terms: dict[str, Tensor] = {}
-        if (images := features.get("image_features")) is not None and self._base is not None:
+        if (images := features.get("image_features")) is not None and self._evaluated is not None:
             terms = {"contrastive_loss": images.new_zeros(())}
             if len(images) > 1 or self.gather.place[1] > 1:
-                terms = Entries.of(self._base, base_entries(self._base, **features)).terms
+                terms = Entries.of(self._evaluated, base_entries(self._evaluated, **features)).terms
         for part in parts if lists else ():
             loss = part.lists(**lists, logit_scale=features["logit_scale"])
             terms["ranked_lists_loss"] = part.weight * loss
@@ -469,7 +580,7 @@ class Runtime(nn.Module):
             ValueError: A teacher's column is misspelt, and the loss would train without it.
         """
         self.columns = columns
-        for column in columns if self.teacher == "optional" else ():
+        for column in columns if self.use_of_teacher == "optional" else ():
             hint = did_you_mean(column, TEACHER, cutoff=0.8)
             if hint and column not in TEACHER:
                 raise ValueError(f"the data have {column}, which {self.name} does not use{hint}")
@@ -480,24 +591,10 @@ class Runtime(nn.Module):
         Args:
             found: The names of the features that a batch has, of :data:`TEACHER`.
         """
-        check_use_of_teacher(self.name, self.teacher, self.host.teacher, found, self.columns)
+        check_use_of_teacher(self.name, self.use_of_teacher, self.host.teacher, found, self.columns)
         if found not in ([], self._found) and self.gather.place[0] == 0:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
         self._found = found
-
-    def _find_components(self, width: int, of_teacher: int) -> None:
-        """Give the principal components of the folder to the parts that compare features of other widths."""
-        where = self.chosen.reference_features
-        parts = [x for x in self.criterion.modules() if getattr(x, "components", self) is None]
-        if parts and width > of_teacher:
-            raise ValueError(
-                f"the teacher has {of_teacher} dimensions, fewer than the student's {width}, which "
-                "cannot copy them; rankclip-distill ranks by a teacher of any width"
-            )
-        if parts and width < of_teacher and where is not None and os.path.isdir(where):
-            found = (self.features or Features(where)).components(width)
-            for part in parts:
-                part.components = found.matrix
 
     # --- checkpoints ---
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.clip_ids import CAPTIONS
+from rankloss_trainers.declared import OptionError, Options
 from rankloss_trainers.extras import extra
-from rankloss_trainers.named import NamedLoss, OptionError, Options
 from rankloss_trainers.pair_ids import check_column, ids_of_inputs
-from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, given_loss
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, losses
 
 with extra("sentence-transformers"):
     import datasets as datasets
@@ -43,9 +44,9 @@ __all__ = ["ContrastiveLoss", "Progress"]
 HOST = Host(
     name="sentence-transformers",
     biased="a trainer with a sigmoid loss",
-    teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
+    teacher="give labels, [N, 2, D'], or teacher=FOLDER and data that are bound to it",
     progress="give the trainer callbacks=[Progress(loss)]",
-    serves=("folder",),
+    serves=("ids", "folder"),
     instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers_lists trains them"},
 )
 
@@ -110,8 +111,12 @@ class ContrastiveLoss(EmbeddingLoss):
         loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
             losses.
         options: Options of a named loss by their names without prefix; ``rankloss losses NAME`` lists them.
-            With ``{"reference_features": FOLDER}``, a folder of ``rankloss features`` that the data are bound
-            to (:func:`rankloss_features.bind` with ``column="label"``), the loss uses this teacher.
+        teacher: A folder of ``rankloss features`` that the data are bound to (:func:`rankloss_features.bind`
+            with ``column="label"``). None: the labels, where they are a teacher's embeddings; ``"given"``
+            needs these.
+        schedule_unit: ``"epoch"`` or ``"step"``: the unit of λ's schedule; ``"auto"`` is the step in runs of
+            fewer than ten epochs.
+        agreement_every: Log the batch's rank agreement at every so many optimizer steps.
         scale: The multiplier of the similarities, 1/temperature.
         mini_batch_size: Embed each column in mini-batches of so many rows at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch. By
@@ -144,9 +149,12 @@ class ContrastiveLoss(EmbeddingLoss):
     def __init__(
         self,
         model: nn.Module,
-        loss: str | NamedLoss | nn.Module = "rankclip",
+        loss: str | nn.Module = "rankclip",
         options: Options | None = None,
         *,
+        teacher: str | None = None,
+        schedule_unit: Literal["auto", "epoch", "step"] = "auto",
+        agreement_every: int | None = None,
         scale: float = 20.0,
         mini_batch_size: int | None = None,
         output_dict: bool = True,
@@ -154,12 +162,13 @@ class ContrastiveLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
-        self.run = Runtime(HOST, given_loss(loss, options), gather=gather)
+        of_run = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
+        self.run = Runtime(HOST, losses(loss, options), of_run, gather=gather)
         self.metrics: tuple[str, ...] | None = None
         self.image_column = None if self.run.features is not None else 0
-        if self.run.chosen.pair_key not in (None, CAPTIONS, "label"):
+        if self.run.id_key not in (None, CAPTIONS, "label"):
             text = f"must be {CAPTIONS} or label, the columns that a loss is given"
-            raise OptionError("key", f"{text}; got {self.run.chosen.pair_key!r}")
+            raise OptionError("key", f"{text}; got {self.run.id_key!r}")
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
@@ -208,9 +217,9 @@ class ContrastiveLoss(EmbeddingLoss):
         if labels is not None and labels.is_floating_point() and is_cut(labels):
             raise ValueError(
                 f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
-                "dimensions: bind the data to a folder of them, and give reference_features"
+                "dimensions: bind the data to a folder of them, and give it as teacher"
             )
-        key, more = self.run.chosen.pair_key, taught(self.run.features, labels)
+        key, more = self.run.id_key, taught(self.run.features, labels)
         if key == CAPTIONS:
             more["pair_ids"] = ids_of_inputs(texts, self._tokenizer)
         elif key is not None:
@@ -226,12 +235,13 @@ class ContrastiveLoss(EmbeddingLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
-        return {"loss": self.run.name, "options": self.run.chosen.values, **super().get_config_dict()}
+        options = {loss.name: loss.values for loss in self.run.losses}
+        return {"loss": self.run.name, "options": options, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:
         """The BibTeX entry of the loss's paper, for the model card."""
-        return str(self.run.chosen.citation)
+        return "\n".join(loss.named.citation for loss in self.run.losses if loss.named.citation)
 
 
 def is_cut(labels: Tensor) -> bool:
@@ -271,7 +281,7 @@ class Progress(TrainerProgress):
                 found = [place for dataset in parts for place in _image_columns(folder, dataset)]
                 if len({*found}) != 1 or None in found:
                     bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
-                    raise ValueError(f"reference_features needs the two columns and the label of {bind}")
+                    raise ValueError(f"teacher needs the two columns and the label of {bind}")
                 loss.image_column = found[0]
         super().on_train_begin(args, state, control, **kwargs)
 

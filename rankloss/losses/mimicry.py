@@ -30,10 +30,10 @@ class MimicryLoss(GatheringLoss):
     one call between two graphs.
 
     Args:
-        base: the loss to which the distances are added: a module or function with the forward convention of
+        base: The loss to which the distances are added: a module or function with the forward convention of
             open_clip's losses. None: :class:`ClipLoss`.
-        weight: of the distances, above 0.
-        gather: gathering of other processes' features, for the default base and for processes that each
+        weight: Weight of the squared distances, above 0.
+        gather: Gathering of other processes' features, for the default base and for processes that each
             compute all rows. None: exact,
             from the default process group, if one of several processes is initialised. False: none. Otherwise
             a :class:`rankloss.Gather`.

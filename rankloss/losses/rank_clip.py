@@ -40,19 +40,19 @@ class RankClipLoss(nn.Module):
     error. A CUDA graph would keep the λ of its capture; torch refuses to capture its copy to the device.
 
     Args:
-        base: the base loss, to which the rank terms are added: a module or function with the forward
+        base: The base loss, to which the rank terms are added: a module or function with the forward
             convention of open_clip's losses, including ``output_dict``; it may also return a plain scalar.
             None: :class:`ClipLoss`.
-        schedule: a name from :data:`rankloss.schedules.NAMES`, or a function (i, n) → λ with i counted
-            from 1.
-        lambda_cross: multiplies the schedule for the cross-modal term; 0 leaves the term out.
-        lambda_in: multiplies the schedule for the in-modal term; 0 leaves the term out.
-        normalizer: the constant factor of both terms; 1/16 is the published recipe's (1/32 on a sum of two
+        schedule: Course of lambda over training: rankclip, official, constant, linear or cosine. Or a
+            function (i, n) → λ with i counted from 1; see :mod:`rankloss.schedules`.
+        lambda_cross: Multiplier of the schedule for the cross-modal term; 0 leaves the term out.
+        lambda_in: Multiplier of the schedule for the in-modal term; 0 leaves the term out.
+        normalizer: Constant factor of both terms. 1/16 is the published recipe's (1/32 on a sum of two
             directions).
-        gather: gathering of other processes' features, for the terms and for the default base. None: exact,
+        gather: Gathering of other processes' features, for the terms and for the default base. None: exact,
             from the default process group, if one of several processes is initialised. False: none. Otherwise
             a :class:`rankloss.Gather`.
-        **options: of the rank terms: the fields of :class:`rankloss.RankOptions`.
+        **options: Those of the rank terms: the fields of :class:`rankloss.RankOptions`.
 
     Shapes:
         As :class:`RankConsistency`: unit-norm features, and the multiplier s itself as ``logit_scale``.

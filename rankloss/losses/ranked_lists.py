@@ -73,20 +73,23 @@ class RankedLists(GatheringLoss):
     20 times. Compiled, the loss is one call between two graphs.
 
     Args:
-        model: the likelihood.
-        top_k: for Plackett–Luce, the number of ranks that count; tied candidates share their best rank. None
-            for all.
-        pair_weight: for ``"pairwise"``: None, or ``"difference"`` to multiply each pair's term by g_p − g_q,
-            which needs finite grades and no negatives.
-        gain: for ``"lambda"``: ``"linear"``, the grade g itself, or ``"exponential"``, 2^g − 1.
-        in_batch_negatives: rank the other queries' candidates below a query's own; not for ``"lambda"``.
-        reduction: ``"mean"``: each list divided by the number of its terms, averaged over the lists that
-            count. The terms of Plackett–Luce are the counted candidates whose denominator includes another
-            item (all except an untied last one), those of ``"pairwise"`` the pairs; ``"top_one"`` and
-            ``"lambda"``, whose weights are shares of the ideal DCG, have one term. ``"sum"``: the plain sum.
-            ``"none"``: one value per query of this process; the values add up to ``"sum"``.
-        chunk_size: queries computed at a time; None: enough for 2²⁴ scores.
-        gather: gathering of other processes' candidates, see :class:`rankloss.Gather`. All processes need
+        model: Likelihood of a list: of its order (ListMLE), of its softmax (ListNet), of all its pairs, or of
+            its pairs by their part in NDCG (LambdaLoss).
+        top_k: Number of best ranks of each list that count, of model plackett_luce; None counts all. Tied
+            candidates share their best rank.
+        pair_weight: Weight of a pair, of model pairwise: 1, or the difference of its grades. ``"difference"``
+            multiplies each pair's term by g_p − g_q, which needs finite grades and no negatives.
+        gain: Gain of a grade g, of model lambda: g itself, or 2^g − 1.
+        in_batch_negatives: Include the other queries' candidates below each list, ungraded, or exclude them.
+            Not for model lambda.
+        reduction: Reduction of the lists' values. ``"mean"``: each list divided by the number of its terms,
+            averaged over the lists that count. The terms of Plackett–Luce are the counted candidates whose
+            denominator includes another item (all except an untied last one), those of ``"pairwise"`` the
+            pairs; ``"top_one"`` and ``"lambda"``, whose weights are shares of the ideal DCG, have one term.
+            ``"sum"``: the plain sum. ``"none"``: one value per query of this process; the values add up to
+            ``"sum"``.
+        chunk_size: Queries computed at a time: less memory, same result. None: enough for 2²⁴ scores.
+        gather: Gathering of other processes' candidates, see :class:`rankloss.Gather`. All processes need
             tensors of the same shapes.
 
     Shapes:

@@ -8,11 +8,11 @@ import shlex
 from typing import Any
 
 import pytest
+from rankloss_trainers.named import NamedLoss
 from tools_folder import ROOT, tool
 
 from rankloss_trainers import catalog, create, own_losses
 from rankloss_trainers.command_line import LossArguments
-from rankloss_trainers.named import NamedLoss
 
 cases = tool("cases.py")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in cases.TABLES}

@@ -11,6 +11,7 @@ from typing import Any
 import open_clip.factory
 import pytest
 from open_clip_train.params import parse_args
+from rankloss_trainers.named import NamedLoss, option
 from stand_ins import Base, ready
 from torch import nn
 
@@ -20,7 +21,6 @@ from rankloss_open_clip import arguments, bootstrap
 from rankloss_open_clip.training import build_loss
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import dest, flag
-from rankloss_trainers.named import NamedLoss, option
 
 ALIP = "--loss alip --alip-caption-key synthetic"
 SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"

@@ -1,8 +1,9 @@
 """A loss with a teacher: each modality's features have the similarities of the teacher's."""
 
+from rankloss_trainers.named import NamedLoss, option
+
 from rankloss.distributed import gather_once
 from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
-from rankloss_trainers.named import NamedLoss, option
 
 
 class CkaLoss(GatheringLoss):

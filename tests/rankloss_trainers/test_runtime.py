@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cka_clip import CkaLoss
+from rankloss_trainers.named import NamedLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -20,7 +21,6 @@ from rankloss.losses import TEACHER
 from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.logging import remark_on_products
-from rankloss_trainers.named import NamedLoss
 from rankloss_trainers.runtime import NEEDS, Host, Runtime, given_loss, listeners
 
 SCALE = torch.tensor(8.0)

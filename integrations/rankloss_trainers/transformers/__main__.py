@@ -19,12 +19,14 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from rankloss_trainers.command_line import LossArguments, beginnings, mentioned, with_flag
+from rankloss_trainers.declared import Loss
 from rankloss_trainers.import_hook import after_import
-from rankloss_trainers.named import NamedLoss
+from rankloss_trainers.run_options import RunOptions
 
 
 def main() -> None:
@@ -36,10 +38,10 @@ def main() -> None:
             parser.error(f"the script comes first, got {script}")
         parser.print_help()
         return
-    loss, rest = parse(given)
+    run, rest = parse(given)
     sys.argv = [script, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    attached = None if loss is None else Attached(loss)
+    attached = None if run is None else Attached(run)
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
@@ -49,35 +51,33 @@ def main() -> None:
         sys.exit(attached.missed)
 
 
-def parse(argv: list[str]) -> tuple[NamedLoss | None, list[str]]:
+def parse(argv: list[str]) -> tuple[Any, list[str]]:
     """Take ``--loss`` and the options of losses out of a script's arguments.
 
     Returns:
-        The loss, None for the script's own; and the script's arguments.
+        The losses as a :class:`~rankloss_trainers.runtime.Runtime`, None for the script's own; and the
+        script's arguments.
     """
     if not any(argument.startswith(("--loss", *beginnings())) for argument in argv):
         return None, argv
-    losses = _losses(argv)
-    args, rest = losses.parsed(argv)
+    arguments = _losses(argv)
+    args, rest = arguments.parsed(argv)
     try:
-        loss = losses.chosen(args)
-        if loss is not None:
-            _check(loss)
+        chosen = arguments.chosen(args)
+        return (None if chosen is None else _built(*chosen)), rest
     except ValueError as error:
-        losses.parser.error(f"argument {error}")
-    return loss, rest
+        arguments.parser.error(f"argument {error}")
 
 
-def _check(loss: NamedLoss) -> None:
-    """Raise a ValueError, which begins with the argument, for a loss that no model could be trained with."""
-    from rankloss import Gather
-    from rankloss_trainers.runtime import tried
+def _built(losses: Sequence[Loss], options: RunOptions) -> Any:
+    """Losses for any model; a ValueError, which begins with the argument, where no model could be trained."""
+    from rankloss_trainers.runtime import Runtime
     from rankloss_trainers.transformers.host import HOST
 
     try:
-        tried(HOST, loss, Gather.of(False), sigmoid=any(part.only_sigmoid for part in loss.parts))
+        return Runtime(HOST, losses, options)
     except ValueError as error:
-        raise ValueError(with_flag(loss.parts, error)) from error
+        raise ValueError(with_flag(losses, error)) from error
 
 
 def _losses(argv: list[str]) -> LossArguments:
@@ -92,18 +92,22 @@ class Attached:
     """Replaces ``transformers.Trainer`` once it is loaded, and stops a script that trains without it.
 
     Args:
-        loss: The loss.
+        run: The losses, a :class:`~rankloss_trainers.runtime.Runtime`.
     """
 
-    def __init__(self, loss: NamedLoss) -> None:
+    def __init__(self, run: Any) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-        self.loss = loss
+        self.run = run
         self.built: list[Any] = []
         self.used: set[Any] = set()
-        self.missed = f"--loss {loss.name} was not used: {sys.argv[0]} built no transformers.Trainer"
+        self.missed = f"--loss {run.name} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
         register_optimizer_step_pre_hook(self._guard)
+
+    def take(self) -> Any:
+        """The losses for a Trainer; each but the first gets losses of its own."""
+        return self.run if not self.built else _built(self.run.losses, self.run.options)
 
     def _guard(self, optimizer: Any, *_: Any) -> None:
         if not self.built:
@@ -124,7 +128,7 @@ class Attached:
                 if type(self).compute_loss is not ContrastiveTrainer.compute_loss:
                     text = "which --loss would not reach; derive it from ContrastiveTrainer"
                     raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
-                super().__init__(*args, loss=attached.loss, **kwargs)
+                super().__init__(*args, loss=attached.take(), **kwargs)
                 attached.built.append(self)
                 self.loss_runtime.register_forward_pre_hook(lambda run, _: attached.used.add(run))
 

@@ -8,7 +8,7 @@ from rankloss_trainers.runtime import Host
 HOST = Host(
     name="transformers' Trainer",
     biased="a model that has a logit_bias",
-    teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
+    teacher=f"give the columns {' and '.join(TEACHER)}, or teacher=FOLDER and data that are bound to it",
     progress="train with trainer.train()",
-    serves=("folder", "lists", "state", "teacher"),
+    serves=("ids", "folder", "lists", "state", "teacher"),
 )

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import RankedLists, metrics
+from rankloss_trainers.declared import OptionError
 from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
-from rankloss_trainers.named import OptionError
 from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings
@@ -185,12 +185,12 @@ def check_loader(loader: Any) -> None:
 
 def check_run(run: Runtime) -> None:
     """Raise an OptionError for options that are for other trainers."""
-    for part in run.chosen.parts:
-        if part.pair_key is not None:
-            raise ValueError(f"{part.name} needs a table of pairs; one of lists has no ids")
-        for key in {"own_caption", "max_candidates"} & part.changed.keys():
-            text = f"is for open_clip's trainer; got {part.changed[key]!r}"
-            raise OptionError(key, text, part.name if run.chosen is not part else "")
+    if run.id_key is not None:
+        raise ValueError(f"{run.name} needs a table of pairs; one of lists has no ids")
+    for loss in run.losses:
+        for key in {"own_caption", "max_candidates"} & loss.given.keys():
+            text = f"is for open_clip's trainer; got {loss.given[key]!r}"
+            raise OptionError(key, text, loss.name if len(run.losses) > 1 else "")
 
 
 def embedded(

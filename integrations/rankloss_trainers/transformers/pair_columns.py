@@ -30,11 +30,11 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
     columns = [name for name in TEACHER if name in names]
     if features is None and COLUMN in names:
-        raise ValueError(f"the data have {COLUMN}, of a folder that no option reference_features names")
+        raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
     if features is None:
         batch = collate(examples)
     elif columns:
-        raise ValueError(f"reference_features {features.path!r} and {', '.join(columns)} are two teachers")
+        raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
     elif COLUMN not in names:
         bind = f"rankloss_features.bind(dataset, {features.path!r})"
         raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,9 +17,9 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
-from rankloss_trainers.named import NamedLoss
 from rankloss_trainers.pair_ids import ids_of_inputs
-from rankloss_trainers.runtime import Entries, Runtime, given_loss, with_folder
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Entries, Runtime, losses
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
 
@@ -40,9 +40,8 @@ class ContrastiveTrainer(transformers.Trainer):
 
     For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``.
 
-    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. With the
-      option ``schedule_unit="epoch"`` it follows the epochs, as many as the Trainer trains. What a loss
-      remembers (ALIP's histories) is in the checkpoints.
+    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, in a run of fewer than ten epochs or of
+      unknown length, else the epochs, and is right after a resume. The state of a loss is in the checkpoints.
     - Each process's pairs are contrasted with those of all processes, exactly under DDP's averaging.
     - The loss is a mean over the pairs of a forward pass. With gradient accumulation the means are averaged,
       and pairs are contrasted within a micro-batch only.
@@ -62,12 +61,13 @@ class ContrastiveTrainer(transformers.Trainer):
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
             whose innermost ``base``, if it has one, is evaluated.
         loss_options: Options of the named loss, by their names without prefix; those of joined ones by loss.
-            With the columns ``reference_image_features`` and ``reference_text_features``, or one of them, the
-            lists are ranked by a teacher, whose features of each pair they hold. The loss gets them, the
-            model does not, and evaluation does not need them. They can also be in a folder of ``rankloss
-            features``, ``{"reference_features": FOLDER}``, that the data are bound to
-            (:func:`rankloss_features.bind`). With ``{"reference": "teacher"}``, and in ``rankclip-distill``,
-            data without them are an error.
+        teacher: A folder of ``rankloss features`` that the data are bound to
+            (:func:`rankloss_features.bind`); or a teacher whose features are computed before the first step,
+            ``"ViT-L-14:openai"`` or ``"image=…,text=…"``. None: the columns ``reference_image_features`` and
+            ``reference_text_features``, or one of them, where the data have them; ``"given"`` needs them. The
+            loss gets a teacher's features, the model does not, and evaluation does not need them.
+        schedule_unit: ``"epoch"`` or ``"step"``: the unit of λ's schedule; ``"auto"`` as above.
+        agreement_every: Log the batch's rank agreement at every so many optimizer steps.
         mini_batch_size: Embed each batch in mini-batches of so many pairs at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch, which
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
@@ -94,8 +94,11 @@ class ContrastiveTrainer(transformers.Trainer):
     def __init__(
         self,
         *args: Any,
-        loss: str | NamedLoss | nn.Module = "rankclip",
+        loss: str | nn.Module = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
+        teacher: str | None = None,
+        schedule_unit: Literal["auto", "epoch", "step"] = "auto",
+        agreement_every: int | None = None,
         mini_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -111,10 +114,15 @@ class ContrastiveTrainer(transformers.Trainer):
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        chosen = given_loss(loss, loss_options)
-        if chosen.teacher is not None:
-            chosen = self._with_computed_teacher(chosen)
-        self.loss_runtime = Runtime(HOST, chosen, base=base).to(self.args.device)
+        if isinstance(loss, Runtime):  # of `python -m rankloss_trainers.transformers`, which has checked it
+            run = loss.on(base)
+        else:
+            options = RunOptions(
+                teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every
+            )
+            run = Runtime(HOST, losses(loss, loss_options), options, base=base)
+        self.loss_runtime: Runtime = run.to(self.args.device)
+        self._compute_teacher()
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
@@ -123,17 +131,19 @@ class ContrastiveTrainer(transformers.Trainer):
             if self.data_collator is transformers.default_data_collator:
                 self.data_collator = self._collator_of_lists()
 
-    def _with_computed_teacher(self, chosen: NamedLoss) -> NamedLoss:
+    def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
+        run = self.loss_runtime
+        if run.teacher is None or run.teacher.spec is None:
+            return
         with extra("features"):
             from rankloss_features import bind, caching
 
-        spec = caching.Spec.of(chosen.teacher)
-        data = caching.of_dataset(self.train_dataset, spec)
+        data = caching.of_dataset(self.train_dataset, run.teacher.spec)
         place = os.path.join(self.args.output_dir or ".", "teachers")
-        folder = caching.cached(spec, data, place, self.args.device)
-        self.train_dataset = bind(self.train_dataset, folder)
-        return with_folder(chosen, folder)
+        run.open_folder(caching.cached(run.teacher.spec, data, place, self.args.device))
+        if run.features is not None:
+            self.train_dataset = bind(self.train_dataset, run.features.path)
 
     def _collator_of_lists(self) -> list_table.RankedListsCollator:
         parts = self.loss_runtime.criterion.modules()
@@ -144,7 +154,7 @@ class ContrastiveTrainer(transformers.Trainer):
     @property
     def _pair_column(self) -> str | None:
         """The column of the pairs' ids; None where the captions are the ids, or without."""
-        key: str | None = self.loss_runtime.chosen.pair_key
+        key = self.loss_runtime.id_key
         return None if key == CAPTIONS else key
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -193,7 +203,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         of_loss = {name: inputs[name] for name in (*TEACHER, "pair_ids") if name in inputs}
-        if self.loss_runtime.chosen.pair_key == CAPTIONS:
+        if self.loss_runtime.id_key == CAPTIONS:
             of_loss["pair_ids"] = ids_of_inputs(inputs, self.processing_class)
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}

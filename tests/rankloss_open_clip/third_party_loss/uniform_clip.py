@@ -1,11 +1,11 @@
 """A term of one's own: spread the embeddings of each modality over the sphere."""
 
 import torch
+from rankloss_trainers.named import NamedLoss, option
 from torch import nn
 
 import rankloss
 from rankloss.losses import base_entries, combined
-from rankloss_trainers.named import NamedLoss, option
 
 
 class UniformLoss(nn.Module):

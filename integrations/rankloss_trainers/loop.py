@@ -1,0 +1,117 @@
+"""Losses by name for a loop of one's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+import rankloss
+from rankloss.distributed import Gather, GatherOption
+from rankloss.losses import TEACHER
+from rankloss_features.folder import Features
+from rankloss_trainers.catalog import JOIN, choose
+from rankloss_trainers.declared import OptionError, Options, options_of
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import (
+    METHODS,
+    Host,
+    Runtime,
+    check_use_of_teacher,
+    innermost_of,
+    set_components,
+    units_of,
+)
+
+HOST = Host(
+    name="a loop of one's own",
+    biased="a SigLipLoss as base",
+    teacher=f"call it with {' and '.join(TEACHER)}, for instance rows of rankloss_features.Features(FOLDER)",
+    progress="call set_epoch or set_progress",
+    serves=("columns", "ids", "lists", "state", "parameters", "folder"),
+)
+BASES = {"clip": rankloss.ClipLoss, "siglip": rankloss.SigLipLoss}
+"""Losses of pairs by name, alone or as the first of joined ones."""
+
+
+class CreatedLoss(nn.Module):
+    """Joined losses, or one that replaces the loss of pairs; it is called like its module.
+
+    Args:
+        loss: The module of the last loss, which stands on the others.
+        own_base: The loss of pairs, which may be replaced.
+    """
+
+    def __init__(self, loss: nn.Module, own_base: Any) -> None:
+        super().__init__()
+        self.loss = loss
+        self._own_base = [own_base]  # in a list: where it is replaced, it is no part of the loss
+
+    @property
+    def base(self) -> Any:
+        """The loss under all others, which a validation calls: it does not grow with λ."""
+        innermost = innermost_of(self.loss)
+        return self._own_base[0] if innermost is self.loss else innermost
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss, or with ``output_dict`` its terms by name."""
+        return self.loss(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the loss, such as ``schedule_value``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "loss":  # of an object that is being made
+                raise
+            return getattr(self.loss, name)
+
+
+def created(name: str, base: Any, gather: GatherOption, teacher: str | None, options: Options) -> nn.Module:
+    """See :func:`rankloss_trainers.create`."""
+    first, _, rest = name.partition(JOIN)
+    if first in BASES:
+        if base is not None:
+            raise ValueError(f"base and {first} are two bases; got {base!r}")
+        base, name = BASES[first](gather=Gather.of(gather), **({} if rest else options)), rest
+    losses = choose(name, options) if name else []
+    for loss in losses:
+        of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
+        for key in (key for key in of_data if key in loss.given):
+            text = (
+                f"is for a trainer that reads the data; got {loss.given[key]!r}. Give the inputs at each call"
+            )
+            raise OptionError(key, text, loss.name if len(losses) > 1 else "")
+    run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
+    module = run.criterion
+    if len(losses) != 1 or not hasattr(module, "base"):
+        module = CreatedLoss(module, run.own_base)
+    if run.use_of_teacher != "optional":
+        hook = functools.partial(_before_call, name, run.use_of_teacher, run.features)  # which can be pickled
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    for unit, method in METHODS.items():
+        setattr(module, method, functools.partial(_tell, run.criterion, unit))
+    return module
+
+
+def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
+    """Tell all parts of a loss that have the method where training stands."""
+    for part in loss.modules():
+        units_of(part).get(unit, lambda *_: None)(part, now, end)
+
+
+def _before_call(
+    name: str,
+    use: str,
+    features: Features | None,
+    module: nn.Module,
+    args: Sequence[Any],
+    inputs: Mapping[str, Any],
+) -> None:
+    found = [x for x in TEACHER if inputs.get(x) is not None]
+    check_use_of_teacher(name, use, HOST.teacher, found)
+    images = inputs.get("image_features", args[0] if args else None)
+    if found and images is not None:
+        set_components(module, features, images.shape[1], inputs[found[0]].shape[1])

@@ -1,0 +1,112 @@
+"""Options of a run, whichever losses it trains: its teacher, the unit of schedules, the logged agreement."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rankloss_trainers.declared import OptionError, options_of
+from rankloss_trainers.extras import extra
+
+GIVEN = "given"
+"""The teacher that the trainer or its data have: columns of features, or open_clip's --distill-model."""
+
+_SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
+_UNITS = ("auto", "epoch", "step")
+
+
+def unit_of(epochs: float) -> Literal["epoch", "step"]:
+    """The unit of a schedule in a run that chooses none; steps where the number of epochs is unknown."""
+    return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of a run.
+
+    Args:
+        teacher: A folder of `rankloss features`; or a teacher whose features of the training data are
+            computed before the first step, MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B;
+            or "given", the one that the trainer or the data have. None is a loss's own, or "given" for a loss
+            that needs one.
+        schedule_unit: Evaluate schedules per epoch or per optimizer step; auto is per epoch in a run of ten
+        or more.
+        agreement_every: Log the batch's rank agreement, Kendall's tau, at every so many optimizer steps.
+
+    Raises:
+        OptionError: An option cannot have its value.
+
+    Example:
+        >>> RunOptions(schedule_unit="batch")
+        Traceback (most recent call last):
+        rankloss_trainers.declared.OptionError: schedule_unit must be one of auto, epoch, step; got 'batch'
+    """
+
+    teacher: str | None = None
+    schedule_unit: Literal["auto", "epoch", "step"] = "auto"
+    agreement_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, os.PathLike):
+            object.__setattr__(self, "teacher", os.fspath(self.teacher))
+        if not isinstance(self.teacher, str | None) or self.teacher == "":
+            raise OptionError("teacher", f"must be a folder or the name of a teacher; got {self.teacher!r}")
+        if self.schedule_unit not in _UNITS:
+            raise OptionError(
+                "schedule_unit", f"must be one of {', '.join(_UNITS)}; got {self.schedule_unit!r}"
+            )
+        steps: Any = self.agreement_every
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise OptionError("agreement_every", f"must be an integer of at least 1; got {steps!r}")
+
+    def unit(self, epochs: float) -> Literal["epoch", "step"]:
+        """The unit of schedules in a run of so many epochs; one epoch has no ramp over epochs."""
+        if self.schedule_unit == "auto":
+            return unit_of(epochs)
+        return "step" if epochs == 1 else self.schedule_unit
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values by key."""
+        return {key: getattr(self, key) for key in options_of(RunOptions)}
+
+
+class Teacher:
+    """A teacher of a run by the text that names it.
+
+    Args:
+        text: As the option ``teacher`` of :class:`RunOptions`, but for "given".
+
+    Attributes:
+        folder: The folder of its features, which exists or has to; None while they are to be computed.
+        spec: The teacher to compute, of :class:`rankloss_features.caching.Spec`; or None.
+
+    Raises:
+        OptionError: No teacher has this name.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        is_folder = os.path.isdir(text) or not any(sign in text for sign in "=:")
+        self.folder = text if is_folder else None
+        self.spec: Any = None
+        if is_folder:
+            return
+        with extra("features"):
+            from rankloss_features.caching import Spec
+        try:
+            self.spec = Spec.of(text).check()
+        except ValueError as error:
+            raise OptionError("teacher", str(error)) from error
+
+    @property
+    def are_encoders(self) -> bool:
+        """True for a teacher to compute whose images and texts have no common space."""
+        return self.spec is not None and self.spec.model is None
+
+    def two_steps(self, remedy: str) -> str:
+        """Advice where a trainer does not compute a teacher's features."""
+        command = self.spec.command("--data", "PAIRS", "--output", "FOLDER")
+        return f"compute them, `{command}`, and {remedy}"
