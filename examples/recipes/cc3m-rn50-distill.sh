@@ -43,7 +43,7 @@ recipe=(
   --loss rankclip-distill
   --distill-model ViT-L-14-quickgelu
   --distill-pretrained openai
-  --rankclip-agreement-every 100
+  --loss-agreement-every 100
   --report-to tensorboard
   --log-every-n-steps 100
   --logs logs

@@ -42,7 +42,7 @@ recipe=(
   --precision amp
   --seed 0
   --loss rankclip
-  --rankclip-agreement-every 100
+  --loss-agreement-every 100
   --report-to tensorboard
   --log-every-n-steps 100
   --logs logs

@@ -96,8 +96,10 @@ class TrainerLoss(Runtime):
         try:
             if self._spec is not None:
                 self._data_of_teacher()
-            if path and kind == "csv" and (companions := self.companions()) is not None:
-                companions.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
+            if path and kind == "csv":
+                (self.companions() or Companions([])).check_csv(
+                    path, args.csv_separator, args.csv_img_key, args.csv_caption_key
+                )
         except (OSError, ValueError) as error:
             text = str(error)
             raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error

@@ -106,7 +106,7 @@ def test_an_arm_is_a_name_with_a_loss_and_arguments():
     taught = train.Run(Path(), "data/split0", command.parse([]).arms[-1], 0, 1, "cpu").command()
     options = taught[taught.index("--loss") :]
     assert options[1] == "rankclip"
-    folder = options[options.index("--rankclip-reference-features") + 1]
+    folder = options[options.index("--loss-teacher") + 1]
     assert folder == train.features_command("data/split0")[-1]
     (other,) = command.parse(["--arms", "siglip-streamed"]).arms
     assert (other.label, other.loss, other.arguments) == ("siglip-streamed", "siglip-streamed", ())

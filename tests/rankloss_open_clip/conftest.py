@@ -33,7 +33,7 @@ def runs(trainer: Trainer) -> Runs:
     add("runner", ["--loss=rankclip", *OFFICIAL[2:]], 3, command=("-m", "rankloss_open_clip"), **OFF)
 
     add("no --loss", [], 3)
-    add("agreement", [*OFFICIAL, "--rankclip-agreement-every", "3"], 3)
+    add("agreement", [*OFFICIAL, "--loss-agreement-every", "3"], 3)
     add("one epoch", [*rankclip, "--skip-scheduler"], 1)
     for precision in PRECISIONS:
         add(precision, [*rankclip, "--precision", precision])

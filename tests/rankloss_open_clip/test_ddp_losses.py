@@ -94,7 +94,7 @@ def test_every_base_has_the_terms_of_one_process(pools: Pools, base: str, argv: 
 
 def agreement(rank: int, world_size: int, flags: list[str]) -> list[dict[str, float]]:
     """The agreement that three steps log; the first and the third measure it."""
-    argv = ["--rankclip-agreement-every", "2", *flags]
+    argv = ["--loss-agreement-every", "2", *flags]
     loss, outputs = built(rank, world_size, "ClipLoss", argv), share(inputs(argv), rank, world_size)
     steps = [loss(**outputs, output_dict=True) for _ in range(2)]
     with Collectives() as calls:

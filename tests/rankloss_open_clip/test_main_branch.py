@@ -18,8 +18,8 @@ TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
 EPOCHS = 3
 STRATEGIES = ("task", "step", "model")
-WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--rankclip-agreement-every", "1"]  # one step an epoch
-PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
+WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--loss-agreement-every", "1"]  # one step an epoch
+PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--loss-schedule-unit", "step"]
 # Runs that are forked from one process, which has imported the trainer.
 ALL_RUNS = """
 import pickle, sys

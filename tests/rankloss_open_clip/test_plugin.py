@@ -182,7 +182,7 @@ def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch
 def arguments() -> Any:
     return ready(
         open_clip_train.params.parse_args(
-            ["--loss", "rankclip", "--epochs", "3", "--rankclip-schedule-unit", "epoch", "--device", "cpu"]
+            ["--loss", "rankclip", "--epochs", "3", "--loss-schedule-unit", "epoch", "--device", "cpu"]
         )
     )
 

@@ -19,7 +19,7 @@ from rankloss_features.command import main
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.companions import Companions
 
-OPTION = "--rankclip-reference-features"
+OPTION = "--loss-teacher"
 BOTH = unit_rows(4, 2)
 
 
@@ -130,12 +130,12 @@ def test_sources_that_contradict_are_refused_with_both_names(
     ("options", "named"),
     [
         (f"rankclip {OPTION} FOLDER", "row 0 of FILE, image '0.png' with caption 'a0', is row 1 of the 2 of"),
-        ("mimicry --mimicry-reference-features FOLDER", "row 0 of FILE, image '0.png'"),
+        ("mimicry --loss-teacher FOLDER", "row 0 of FILE, image '0.png'"),
         (
-            "rankclip-distill --rankclip-teacher text=FOLDER --csv-caption-key nope",
+            "rankclip-distill --loss-teacher text=FOLDER --csv-caption-key nope",
             "--csv-caption-key nope: ",
         ),
-        ("mimicry --mimicry-teacher local-dir:no", "--mimicry-teacher: --model local-dir:no: there is no "),
+        ("mimicry --loss-teacher local-dir:no", "--loss-teacher: --model local-dir:no: there is no "),
         (
             "clip-ids --csv-separator ;",
             "has no column 'filepath'; it has filepath\ttitle\tcandidates\tgrades; wr",

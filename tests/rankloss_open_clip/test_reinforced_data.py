@@ -94,5 +94,5 @@ def test_the_option_names_a_teacher() -> None:
     args = arguments(loss="rankclip-distill")
     check_run(chosen(args), args)
     args.rankclip_reference_features = "folder"
-    with pytest.raises(ValueError, match=r"--rankclip-reference-features: .*--dataset-reinforcement"):
+    with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
         check_run(chosen(args), args)

@@ -10,7 +10,7 @@ from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_tra
 from rankloss import schedules
 
 EPOCHS = 3
-PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
+PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--loss-schedule-unit", "step"]
 PER_EPOCH = STEPS // 2  # optimizer steps: every second batch makes one
 LAMBDAS = {step: schedules.linear(step + 1, EPOCHS * PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)}
 

@@ -13,7 +13,7 @@ from rankloss import reference
 from rankloss_features import Features
 from rankloss_features.folder import NAMES
 
-OPTION = "--rankclip-reference-features"
+OPTION = "--loss-teacher"
 WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
 ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
 
@@ -35,7 +35,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     add("webdataset", keys, *trainer.webdataset)
     wide = stored(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
-    given = ("features, mimicry", *WHOLE_SET, *mimicry, "--mimicry-reference-features", wide)
+    given = ("features, mimicry", *WHOLE_SET, *mimicry, "--loss-teacher", wide)
     table.add("mimicry", trainer.call, *given)
     return table
 

@@ -35,7 +35,7 @@ STEPS = 4  # optimizer steps of an epoch, without accumulation
 TIMEOUT = 600  # seconds; a busy machine takes minutes for what takes seconds
 OFFICIAL = [
     *("--loss", "rankclip", "--rankclip-schedule", "official"),
-    *("--rankclip-schedule-unit", "epoch"),
+    *("--loss-schedule-unit", "epoch"),
 ]
 WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any order
     *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),

@@ -20,7 +20,7 @@ class Arm:
     features: bool = False  # learns from the encoders' features of the training pairs
 
 
-_PER_EPOCH = ("--rankclip-schedule-unit", "epoch")  # as the results beside this package were trained
+_PER_EPOCH = ("--loss-schedule-unit", "epoch")  # as the results beside this package were trained
 
 _ARMS = (
     Arm("clip", "CLIP", "clip"),

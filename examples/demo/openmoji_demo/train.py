@@ -67,7 +67,7 @@ class Run:
         """Return the training job."""
         numbers = {"epochs": self.epochs, "batch_size": 64, "warmup": 30, "seed": self.seed}
         recipe = trainer.recipe(self.arm.loss, **numbers, augmentation=AUGMENTATION)
-        folder = ("--rankclip-reference-features", features_of(self.data)) if self.arm.features else ()
+        folder = ("--loss-teacher", features_of(self.data)) if self.arm.features else ()
         return Job(self.arm.loss, self.epochs, "model", (*recipe, *folder, *self.arm.arguments))
 
     def command(self) -> list[str]:
