@@ -165,10 +165,15 @@ def options_of(make: Make) -> dict[str, Option]:
     hints = typing.get_type_hints(made_by)
     helps = _helps(make.__doc__)
     return {
-        key: Option(key, _members(hints.get(key, Any)), x.default, helps.get(key, ""))
+        key: Option(key, _members(hints.get(key, _type_of(x.default))), x.default, helps.get(key, ""))
         for key, x in inspect.signature(make).parameters.items()
         if x.kind is x.KEYWORD_ONLY and key not in ("base", "gather")
     }
+
+
+def _type_of(default: Any) -> Any:
+    """The type of an option without an annotation."""
+    return type(default) if type(default) in (bool, int, float) else str
 
 
 def _helps(doc: str | None) -> dict[str, str]:

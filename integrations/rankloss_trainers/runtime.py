@@ -339,9 +339,11 @@ class Runtime(nn.Module):
         return built
 
     def _named_teacher(self) -> Teacher | None:
-        """The teacher of the run's option, else the one that a loss has by default."""
+        """The teacher of the run's option, else the one that a loss has where the trainer computes it."""
         if self.options.teacher is not None:
             return None if self.options.teacher == GIVEN else Teacher(self.options.teacher)
+        if "teacher" not in self.host.serves:
+            return None
         found = {loss.named.teacher for loss in self.losses} - {None, "required"}
         if len(found) > 1:
             raise ValueError(

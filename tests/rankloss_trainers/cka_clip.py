@@ -1,13 +1,15 @@
 """A loss with a teacher: each modality's features have the similarities of the teacher's."""
 
-from rankloss_trainers.named import NamedLoss, option
-
 from rankloss.distributed import gather_once
 from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
 
 
 class CkaLoss(GatheringLoss):
-    """``base + weight · [2 − CKA(V, V') − CKA(T, T')]`` with :func:`cka`."""
+    """The trainer's own plus the alignment with a teacher's similarities, :func:`cka`.
+
+    Args:
+        weight: Weight of the term.
+    """
 
     def __init__(self, base=None, *, weight=1.0, gather=None):
         super().__init__(gather)
@@ -44,18 +46,3 @@ def cka(x, y):
     """Linear centred kernel alignment: ``‖XᵀY‖² / (‖XᵀX‖ · ‖YᵀY‖)``, rows without their mean."""
     x, y = (z - z.mean(0) for z in (x, y))
     return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
-
-
-class Cka(NamedLoss):
-    """The trainer's own plus the alignment with a teacher's similarities."""
-
-    weight: float = option(1.0, "weight of the term", at_least=0)
-    reference_features: str | None = option(
-        None, "the teacher's features", metavar="FOLDER", for_trainer=True
-    )
-
-    def refuse(self, gather):
-        return "weight: 0 leaves nothing to learn" if self.weight == 0 else None
-
-    def build(self, base, gather):
-        return CkaLoss(base, weight=self.weight, gather=gather)

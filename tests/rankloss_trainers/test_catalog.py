@@ -1,184 +1,232 @@
-"""The catalogue: what it finds, and options from one place."""
+"""The table of losses: options by the constructor's signature, on a command line and in Python."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.command_line import LossArguments, typed_options
+from rankloss_trainers.declared import Named, OptionError, options_of
+from rankloss_trainers.run_options import RunOptions, Teacher
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
+SPELLED = {None: "none", True: "include", False: "exclude"}
+FIELDS = {x.name: x for x in dataclasses.fields(RankOptions)}
+TYPED = [x for x in FIELDS if x not in catalog.LOSSES["rankclip"].python_only]
 
 
-# --- options from RankOptions ---------------------------------------------------------------------------
-
-RANKCLIP: Any = catalog.load("rankclip")
-
-
-IN_PYTHON_ALONE = {"reduction", "lists", "worth", "ties", "discount", "fixed_reference"}
-FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in IN_PYTHON_ALONE]
-
-
-def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
-    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
-    own |= {"reference", "reference_features", "teacher", "distill_loss"}
-    assert {*RANKCLIP.options()} == own | {field.name for field in FIELDS}
-
-
-def parsed(*argv: str) -> Any:
+def parsed(*argv: str, name: str = "rankclip") -> Any:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    losses = LossArguments(parser, ["rankclip"], default="rankclip")
+    losses = LossArguments(parser, [name], default=name)
     return losses.chosen(parser.parse_args(argv))
 
 
+def built(name: str, **given: Any) -> Any:
+    (loss,) = catalog.choose(name, given)
+    return loss.build(rankloss.ClipLoss(gather=False), ALONE)
+
+
+# --- options ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", catalog.known())
+def test_every_option_is_an_argument_of_a_constructor_with_a_help(name: str) -> None:
+    named = catalog.load(name)
+    makes = [named.constructor, rankloss.RankOptions, rankloss.ClipLoss, rankloss.RankedLists]
+    arguments = {
+        x for make in [*makes, named.columns_class] if make for x in inspect.signature(make).parameters
+    }
+    assert {*named.options, *named.defaults, *named.python_only} <= arguments
+    for key, option in typed_options(named).items():
+        assert option.help, key
+        assert any(kind in (int, float, str) for kind in option.types) or option.choices, key
+    assert named.summary
+
+
 def test_defaults_are_those_of_the_library() -> None:
-    loss = parsed().build(None, ALONE)
-    assert loss.consistency.options == RankOptions()
+    (loss,), run = parsed()
+    assert (loss.given, run) == ({}, RunOptions())
+    assert built("rankclip").consistency.options == RankOptions()
 
 
 @given(st.data())
-def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
-    field = data.draw(st.sampled_from([f for f in FIELDS if f.name not in ("reference_scale", "bins")]))
-    spelled = {None: "none", True: "include", False: "exclude"}
-    if CHOICES[field.name]:
-        value = data.draw(st.sampled_from(CHOICES[field.name]))
-        text = spelled[value] if value is None or isinstance(value, bool) else value
+def test_the_typed_value_reaches_the_library(data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from([x for x in TYPED if x not in ("reference_scale", "bins")]))
+    if CHOICES[key]:
+        value = data.draw(st.sampled_from(CHOICES[key]))
     else:
-        bounds = field.metadata["bounds"]
+        bounds = FIELDS[key].metadata
         value = data.draw(st.integers(bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)))
-        text = str(value)
-    options = parsed(f"--rankclip-{field.name.replace('_', '-')}", text)
-    loss = options.build(nn.Identity(), ALONE)
-    assert loss.consistency.options == RankOptions(**{field.name: value})
-    # From Python the same, as text and as Python has it.
-    assert all(RANKCLIP.of({field.name: given}) == options for given in (text, value))
+    (loss,), _ = parsed(f"--rankclip-{key.replace('_', '-')}", str(SPELLED.get(value, value)))
+    assert loss.given == {key: value}
+    assert built("rankclip", **loss.given).consistency.options == RankOptions(**{key: value})
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value"),
     [
-        (
-            "reference",
-            "Teacher",
-            "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher",
-        ),
-        ("distill_loss", "exclud", "distill_loss .*did you mean exclude"),
-        ("schedule_unit", "x", "schedule_unit must be one of auto, epoch, step; got 'x'$"),
-        ("diagonal", 1, "diagonal must be one of include, exclude; got 1"),
-        ("lambda_in", None, "lambda_in must be a finite number of at least 0; got None"),
-        *(("lambda_in", x, "lambda_in must be a finite number") for x in (math.nan, True, "x")),
-        *(("top_k", x, "top_k must be an integer") for x in (2.5, "2.5", True)),
-        ("reference_features", 3, "reference_features must be text; got 3"),
+        *(("lambda_in", x) for x in (None, math.nan, True, "x")),
+        *(("top_k", x) for x in (2.5, "2.5", True)),
+        ("diagonal", 1),
+        ("diagonal", "x"),
+        ("schedule", "x"),
+        ("bins", 9),
     ],
 )
-def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any, message: str) -> None:
-    """The same from a command line, where it can be typed."""
-    with pytest.raises(ValueError, match=message):
-        RANKCLIP(**{key: value})
-    if isinstance(value, str):
-        with pytest.raises(argparse.ArgumentError, match=message.partition(" ")[2]):
+def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        built("rankclip", **{key: value})
+    assert caught.value.key == key
+    assert repr(value) in str(caught.value)
+    if isinstance(value, str) and key != "schedule":
+        with pytest.raises(argparse.ArgumentError, match=value):
             parsed(f"--rankclip-{key.replace('_', '-')}", value)
 
 
-def test_values_that_python_has_are_taken() -> None:
-    values = {"top_k": np.int64(3), "lambda_in": 2, "reference_features": Path("x"), "diagonal": False}
-    options = RANKCLIP(**values)
-    assert {key: getattr(options, key) for key in values} == {**values, "reference_features": "x"}
-    assert catalog.load("rankclip-distill").of({"top_k": None}).top_k is None
-    with pytest.raises(TypeError, match="rankclip has no option 'topk'; did you mean top_k"):
-        RANKCLIP.of({"topk": 1})
-
-
-SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
+def test_options_for_python_alone_are_not_typed() -> None:
+    assert built("rankclip", lists="batch").consistency.options.lists == "batch"
+    with pytest.raises((SystemExit, argparse.ArgumentError)):
+        parsed("--rankclip-lists", "batch")
 
 
 @pytest.mark.parametrize(
-    ("typed", "refused", "described"),
+    ("name", "key", "hint"),
     [
-        ("", None, "per step over 3 epoch(s) (in fewer than ten epochs a ramp per epoch has few steps; "),
-        ("--loss-schedule-unit epoch", None, "per epoch over 3 epoch(s)"),
-        (
-            "--loss-teacher given --rankclip-lambda-in 64",
-            None,
-            ", reference teacher, the rank terms weigh lambda * 64/16",
-        ),
-        (f"{SCALED} --loss-teacher t", None, ", reference-scale 2.5, reference-features t"),
-        ("--loss-teacher given", None, "distill-loss exclude"),
-        (SCALED, "--rankclip-reference-scale: multiplies a teacher's", ""),
-        (
-            "--rankclip-reference own --loss-teacher t",
-            "--loss-teacher: t .*reference own",
-            "",
-        ),
-        ("", "--rankclip-distill-loss: exclude", ""),
-        ("--rankclip-model top_one --rankclip-top-k 2", "--rankclip-model: model='top_one' needs top_k", ""),
-        ("--loss-teacher ViT-B-33:openai", "--loss-teacher: --model ViT-B-33: unknown model", ""),
-        (
-            "--loss-teacher text=minilm --rankclip-reference own",
-            "--loss-teacher: text=minilm excl",
-            "",
-        ),
-        (
-            "--loss-teacher text=minilm --loss-teacher t",
-            "--loss-teacher: text=minilm",
-            "",
-        ),
-        ("--rankclip-bins 9", "--rankclip-bins: bins=9 needs method='bin'", ""),
+        ("rankclip", "topk", "top_k"),
+        ("mimicry", "reference_features", "teacher"),
+        ("rankclip", "reference", "teacher"),
+        ("rankclip", "schedule_unit", "schedule_unit"),
+        ("rankclip", "distill_loss", "teacher"),
+        ("cyclip", "x", "lambda_cross, lambda_in"),
     ],
 )
-def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
-    if refused is not None:
-        with pytest.raises(ValueError, match=f"^{refused}"):
-            parsed(*typed.split())
-        return
-    options = parsed(*typed.split())
-    assert (options.use_of_teacher == "required") == ("teacher" in typed or "-features" in typed)
-    assert described in options.describe(3)
+def test_unknown_option_is_refused_with_the_one_that_takes_its_place(name: str, key: str, hint: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        catalog.choose(name, {key: 1})
+    assert f"{name} has no option {key!r}" in str(caught.value)
+    assert hint in str(caught.value).partition(key)[2]
 
 
-def test_two_encoders_without_a_common_space_rank_the_in_modal_lists() -> None:
-    encoders = catalog.load("rankclip-encoders").of({})
-    assert encoders.teacher == "image=efficientnet-lite0,text=minilm"
-    assert (encoders.lambda_cross, encoders.lambda_in, encoders.model) == (0, 16, "top_one")
-    one = catalog.load("rankclip-distill").of({"teacher": "text=minilm"})
-    assert (one.lambda_cross, one.lambda_in, one.model, one.top_k) == (0, 16, "plackett_luce", 16)
-    with pytest.raises(ValueError, match=r"^teacher must be of encoders; rankclip-distill learns from a mod"):
-        catalog.load("rankclip-encoders").of({"teacher": "ViT-B-32:openai"})
-    assert RANKCLIP.of({"teacher": "text=minilm"}).lambda_cross == 0
-    assert RANKCLIP.of({"teacher": "ViT-B-32:openai"}).lambda_cross == 1
-    with pytest.raises(ValueError, match=r"^lambda_cross must be 0, as .*separate spaces"):
-        RANKCLIP.of({"teacher": "text=minilm", "lambda_cross": 1})
-    with pytest.raises(ValueError, match=r"^teacher: the teacher's images and texts have separate spaces"):
-        catalog.choose("mimicry", {"teacher": "text=minilm"})
-    joined = catalog.choose("rankclip-distill+mimicry", {"mimicry": {"teacher": "ViT-B-32:openai"}})
-    assert [part.teacher for part in joined.parts] == ["ViT-B-32:openai"] * 2
+def a_loss(base, *, weight=0.5, count: int | None = None, kind: Literal["a", "b"] = "a", gather=None):
+    """A loss of a third party.
+
+    Args:
+        weight: Weight of the ``term``, see :class:`rankloss.ClipLoss`. More of it.
+        count: Number of terms,
+            in two lines.
+    """
+    return nn.ModuleList([base])
+
+
+def test_options_are_read_from_signature_and_docstring() -> None:
+    options = options_of(a_loss)
+    assert {key: (x.default, x.metavar, x.help) for key, x in options.items()} == {
+        "weight": (0.5, "X", "Weight of the term, see rankloss.ClipLoss"),
+        "count": (None, "N", "Number of terms, in two lines"),
+        "kind": ("a", "{a,b}", ""),
+    }
+    assert (options["weight"].parsed("2"), options["count"].parsed("none")) == (2.0, None)
+    with pytest.raises(ValueError, match="'c'"):
+        options["kind"].parsed("c")
+
+
+# --- registered by other packages ---------------------------------------------------------------------------
+
+
+def registered(monkeypatch: pytest.MonkeyPatch, **makes: Any) -> None:
+    points = {
+        name: (SimpleNamespace(name=name, value=f"x:{name}", dist=None, load=lambda make=make: make),)
+        for name, make in makes.items()
+    }
+    found = {**dict.fromkeys(catalog.LOSSES, ()), **points}
+    monkeypatch.setattr(catalog, "known", lambda: found)
+
+
+def test_registered_callables_and_rows_are_losses_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"mine": a_loss, "also": a_loss, "row": Named(a_loss, {"weight": 2.0}, prefix="own")}
+    registered(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"))
+    chosen = catalog.choose("mine")
+    with pytest.raises(ValueError, match="rankclip"):
+        catalog.load("taken")
+    assert [x.name for x in (*chosen, *catalog.choose("also"))] == ["mine", "also"]
+    assert catalog.load("row").options["weight"].default == 2.0
+    (loss,), _ = parsed("--own-kind", "b", name="row")
+    assert loss.given == {"kind": "b"}
+
+
+def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(monkeypatch, mine=a_loss)
+    first = catalog.known()["mine"][0]
+    other = SimpleNamespace(**{**vars(first), "value": "y:mine"})
+    monkeypatch.setattr(catalog, "known", lambda: {"mine": (first, other)})
+    with pytest.raises(ValueError, match="mine is registered by both"):
+        catalog.load("mine")
+
+
+# --- options of a run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("teacher", x) for x in ("", 3)),
+        ("schedule_unit", "x"),
+        *(("agreement_every", x) for x in (0, 1.5, True, "1")),
+    ],
+)
+def test_value_that_a_run_cannot_have_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        RunOptions(**{key: value})
+    assert caught.value.key == key
+    assert repr(value) in str(caught.value)
+
+
+def test_a_run_is_typed_once_and_only_with_a_loss() -> None:
+    _, run = parsed("--loss-teacher", "x", "--loss-agreement-every", "3", "--loss-schedule-unit", "step")
+    assert run == RunOptions(teacher="x", agreement_every=3, schedule_unit="step")
+    assert RunOptions(teacher=Path("x")).teacher == "x"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^--loss-teacher"):
+        parsed("--loss", "clip", "--loss-teacher", "x")
+    with pytest.raises(ValueError, match="^--loss-agreement-every.*0"):
+        parsed("--loss-agreement-every", "0")
+
+
+def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b:c"
+    odd.mkdir()
+    assert [Teacher(x).folder for x in ("teacher", str(odd))] == ["teacher", str(odd)]
+    assert Teacher("text=minilm").are_encoders
+    assert not Teacher("ViT-B-32:openai").are_encoders
+    for wrong in ("ViT-B-33:openai", "sound=minilm"):
+        with pytest.raises(OptionError, match=r"^teacher: "):
+            Teacher(wrong)
 
 
 @pytest.mark.parametrize(
     ("given", "epochs", "unit"),
     [
-        ({}, 9, "step"),
-        ({}, 10, "epoch"),
-        ({}, 2.5, "step"),
-        ({}, math.inf, "step"),
-        ({"schedule_unit": "epoch"}, 2, "epoch"),
-        ({"schedule_unit": "epoch"}, 1, "step"),
-        ({"schedule_unit": "step"}, 64, "step"),
+        ("auto", 9, "step"),
+        ("auto", 10, "epoch"),
+        ("auto", 2.5, "step"),
+        ("auto", math.inf, "step"),
+        ("epoch", 2, "epoch"),
+        ("epoch", 1, "step"),
+        ("step", 64, "step"),
     ],
 )
 def test_a_short_run_goes_by_steps(given: Any, epochs: float, unit: str) -> None:
-    chosen = RANKCLIP.of(given)
-    assert chosen.unit(epochs) == unit
-    assert f"per {unit}" in chosen.describe(epochs)
+    assert RunOptions(schedule_unit=given).unit(epochs) == unit

@@ -12,7 +12,7 @@ import pytest
 
 import rankloss
 from rankloss_trainers import catalog, console
-from rankloss_trainers.command_line import flag
+from rankloss_trainers.command_line import flag, prefix_of, typed_options
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -24,19 +24,18 @@ def test_every_loss_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, "losses").splitlines()
     found = catalog.known()
     assert [re.match(r"[\w-]+", line)[0] for line in lines] == list(found)
-    assert all(line.endswith(catalog.load(name).help()) for name, line in zip(found, lines, strict=True))
+    assert all(line.endswith(catalog.load(name).summary) for name, line in zip(found, lines, strict=True))
 
 
 @pytest.mark.parametrize("name", catalog.known())
 def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[str], name: str) -> None:
     loss, said = catalog.load(name), " ".join(printed(capsys, "losses", name).split())
     assert said.startswith(name)
-    assert loss.help() in said
-    for option in loss.options().values():
-        shown = re.escape(f"{option.help} (default: {option.text(option.default)})").replace(
-            "\\-", "-[ ]?"
-        )  # lines break there
-        assert re.search(rf" {flag(loss, option)} (\S+ )?{shown}", said), option
+    assert loss.summary in said
+    for key, option in typed_options(loss).items():
+        default = "must be given" if option.is_required else f"default: {option.spelled(option.default)}"
+        shown = re.escape(f"{option.help} ({default})").replace("\\-", "-[ ]?")  # lines break there
+        assert re.search(rf" {flag(prefix_of(name, loss), key)} (\S+ )?{shown}", said), option
         assert all(choice in said for choice in option.choices)
 
 

@@ -51,7 +51,7 @@ def test_arrows_point_one_way(package: str) -> None:
 
 
 LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
-HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.alip")
+HEAVY = ("rankloss", "rankloss_trainers.loop", "rankloss_baselines.alip")
 SCRIPT = f"""
 import importlib, json, sys
 names = "torch open_clip open_clip_train transformers lightning sentence_transformers accelerate".split()
@@ -122,10 +122,8 @@ for module, names in importlib.metadata.packages_distributions().items():
 
 import rankloss_baselines, rankloss_trainers
 from rankloss_trainers import catalog
-for name in catalog.BUILT_IN:
-    loss = catalog.load(name)
-    if name != "rankclip-encoders":  # whose encoders are packages of an extra
-        loss()
+for name in catalog.LOSSES:
+    rankloss_trainers.create("siglip+" * name.startswith("siglip") + name)
 rankloss_trainers.create("clip-ids+rankclip")
 rankloss_baselines.AlipLoss(), rankloss_baselines.CyClipLoss()
 """

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from cka_clip import CkaLoss
-from rankloss_trainers.named import NamedLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -21,15 +20,16 @@ from rankloss.losses import TEACHER
 from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.logging import remark_on_products
-from rankloss_trainers.runtime import NEEDS, Host, Runtime, given_loss, listeners
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners, losses
 
 SCALE = torch.tensor(8.0)
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
 BARE = dataclasses.replace(HOST, serves=())
 
 
-def run_of(host: Host, loss: Any, options: Any = None, **given: Any) -> Runtime:
-    return Runtime(host, given_loss(loss, options), **given)
+def run_of(host: Host, loss: Any, options: Any = None, run: Any = None, **given: Any) -> Runtime:
+    return Runtime(host, losses(loss, options), RunOptions(**run or {}), **given)
 
 
 def features(count: int = 2, seed: int = 0) -> list[Tensor]:
@@ -94,9 +94,10 @@ def test_entries_that_nobody_could_tell_apart_are_refused(names: list[str], mess
 @pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
 def test_rankclip_is_what_it_is_alone(step: int) -> None:
     run = at(
-        run_of(HOST, "rankclip", {"schedule": "linear", "schedule_unit": "step", "agreement_every": 1}), step
+        run_of(HOST, "rankclip", {"schedule": "linear"}, {"schedule_unit": "step", "agreement_every": 1}),
+        step,
     )
-    assert run.described(3).startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
+    assert run.summary(3).startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
     alone = rankloss_trainers.create("rankclip", schedule="linear")
     alone.set_progress(step, 3)
     driven, plain = features(), features()
@@ -232,23 +233,14 @@ class Epochs(Both):
 def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str, int, int]) -> None:
     both, epochs = Both(), Epochs()
 
-    class Told(NamedLoss):
-        name = "cyclip"
-
-        def build(self, base: Any, gather: Any) -> nn.Module:
-            return nn.Sequential(both, nn.ModuleList([epochs]))
-
-        def unit(self, epochs: float) -> str:
-            return unit
-
-    run = Runtime(HOST, Told())
+    run = run_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), None, {"schedule_unit": unit})
     run.begin(2)
     run.set_epoch(1, 2)
     run.set_progress(3, 4)
     assert both.told == [told]
     assert epochs.told == [("epoch", 1, 2)]
     assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
-    with pytest.raises(ValueError, match="cyclip goes by epochs, but data without a length"):
+    with pytest.raises(ValueError, match="Sequential goes by epochs, but data without a length"):
         run.begin(float("inf"))
 
 
@@ -261,28 +253,26 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "options"),
+    ("loss", "teachers"),
     [
-        (CkaLoss(), {}),
-        (CyClipLoss(CkaLoss()), {}),
-        ("rankclip", {"reference": "teacher"}),
-        ("rankclip-distill", {}),
+        (CkaLoss(), None),
+        (CyClipLoss(CkaLoss()), None),
+        ("rankclip", "given"),
+        ("rankclip-distill", None),
     ],
 )
-def test_teacher_that_is_needed_is_demanded(loss: Any, options: Any) -> None:
-    run = at(run_of(HOST, loss, options), 2)
+def test_teacher_that_is_needed_is_demanded(loss: Any, teachers: Any) -> None:
+    run = at(run_of(HOST, loss, None, {"teacher": teachers}), 2)
     run.name_columns(["image"])
     with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
         run(**inputs(features()))
     assert run(**inputs(features()), **teacher(1)).total != run(**inputs(features()), **teacher(2)).total
 
 
-@pytest.mark.parametrize(
-    ("loss", "options"), [("clip-streamed", {}), (Named(), {}), ("rankclip", {"reference": "own"})]
-)
-def test_teacher_that_nobody_uses_is_refused(loss: Any, options: Any) -> None:
+@pytest.mark.parametrize("loss", ["clip-streamed", Named()])
+def test_teacher_that_nobody_uses_is_refused(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"have reference_text_features, but \S+ does not use a teacher"):
-        at(run_of(HOST, loss, options), 2)(**inputs(features()), reference_text_features=features()[0])
+        at(run_of(HOST, loss), 2)(**inputs(features()), reference_text_features=features()[0])
 
 
 def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -298,18 +288,36 @@ def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize(
-    ("loss", "options", "message"),
+    ("loss", "teachers", "message"),
     [
-        ("alip", {"caption_key": "x"}, "alip needs a second caption"),
-        (AlipLoss(), {}, "AlipLoss needs a state in checkpoints, which a trainer does not serve"),
-        ("rankclip", {"reference_features": "x"}, "rankclip needs a folder"),
-        (rankloss.RankClipLoss(nn.Linear(2, 2)), {}, "RankClipLoss needs parameters"),
-        ("siglip-streamed", {}, "siglip-streamed needs --siglip"),
+        ("alip", None, "alip needs a column"),
+        ("clip-ids", None, "clip-ids needs ids"),
+        ("ranked-lists", None, "ranked-lists needs a list"),
+        (AlipLoss(), None, "AlipLoss needs a state"),
+        ("rankclip", "x", "rankclip needs a folder"),
+        (rankloss.RankClipLoss(nn.Linear(2, 2)), None, "RankClipLoss needs parameters"),
+        ("siglip-streamed", None, "siglip-streamed needs --siglip"),
     ],
 )
-def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, options: Any, message: str) -> None:
+def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, teachers: Any, message: str) -> None:
+    base = rankloss.ClipLoss() if loss == "siglip-streamed" else None
     with pytest.raises(ValueError, match=message):
-        run_of(BARE, loss, options)
+        run_of(BARE, loss, None, {"teacher": teachers}, base=base)
+
+
+def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
+    for name in ("clip-streamed", "clip-smooth", "clip-ids", "alip"):
+        with pytest.raises(ValueError, match=f"{name} .*CyClipLoss"):
+            run_of(HOST, name, base=CyClipLoss())
+
+
+def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
+    run = run_of(HOST, "rankclip", {"top_k": 3})
+    assert run.on(rankloss.ClipLoss()) is run
+    other = run.on(base := CyClipLoss())
+    assert other is not run
+    assert other.criterion.base is base
+    assert other.criterion.consistency.options == run.criterion.consistency.options
 
 
 def test_loss_is_a_module_and_its_options_are_its_own() -> None:
@@ -343,15 +351,14 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
 # --- create() -------------------------------------------------------------------------------------------
 
 
-# Those that a loop gives no second caption, no loss of the examples, and no teacher that a trainer computes.
-BY_NAME = [x for x in catalog.known() if x not in ("alip", "rivals", "ablation", "rankclip-encoders")]
+BY_NAME = [x for x in catalog.known() if x != "alip"]  # which a loop gives a second caption
 
 
 @pytest.mark.parametrize("name", [*BY_NAME, "rankclip+cyclip", "rankclip-distill+mimicry+cyclip"])
 def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
     more = {"logit_bias": torch.tensor(-1.0)} if name == "siglip-streamed" else {}
-    if "mimicry" in name or "distill" in name:
+    if catalog.load(name.split("+")[0]).teacher:
         more.update(teacher())
     if name == "clip-ids":
         more["pair_ids"] = torch.tensor([1, 2, 1, 3, 3, 4])
@@ -360,7 +367,8 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         more.update(
             query_features=queries, candidate_features=torch.stack(candidates, 1), grades=torch.eye(6, 3)
         )
-    created, run = rankloss_trainers.create(name, base), at(run_of(HOST, name, base=base), 2)
+    loop = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
+    created, run = rankloss_trainers.create(name, base), at(run_of(loop, name, base=base), 2)
     created.set_progress(2, 3)
     created.set_epoch(2, 3) if name.startswith(("clip", "siglip")) else None  # heard by no part, and no error
     assert torch.equal(created(**inputs(features()), **more), run(**inputs(features()), **more).total)
@@ -371,9 +379,11 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     [
         ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
         ("rankclip", {"topk": 8}, TypeError, "did you mean top_k"),
-        ("rankclip", {"reference": "Teacher"}, ValueError, "reference .*did you mean teacher"),
-        ("rankclip", {"agreement_every": 8}, ValueError, "agreement_every: is for a trainer"),
-        ("rankclip", {"reference_features": "x"}, ValueError, "needs a folder"),
+        ("rankclip", {"agreement_every": 8}, TypeError, "agreement_every"),
+        ("rankclip", {"teacher": "no-folder"}, ValueError, "teacher.*no-folder"),
+        ("rankclip", {"teacher": "text=minilm"}, ValueError, "rankloss features --text-encoder minilm"),
+        ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),
+        ("clip", {"top_k": 3}, TypeError, "top_k"),
     ],
 )
 def test_create_refuses_options_that_nobody_acts_on(
@@ -389,6 +399,16 @@ def test_created_loss_demands_its_teacher() -> None:
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
         loss(*features(), SCALE)
     assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)
-    own = rankloss_trainers.create("rankclip", reference="own", schedule="constant")
     with pytest.raises(ValueError, match="does not use a teacher"):
-        own(*features(), SCALE, **teacher())
+        rankloss_trainers.create("clip-smooth")(*features(), SCALE, **teacher())
+
+
+@pytest.mark.parametrize("name", [*catalog.known(), "clip", "siglip", "siglip+rankclip", "cyclip+rankclip"])
+def test_every_created_loss_has_the_base_that_a_validation_calls(name: str) -> None:
+    sigmoid = name.startswith("siglip")
+    loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
+    expected = rankloss.SigLipLoss() if sigmoid else rankloss.ClipLoss()
+    given = features()
+    assert type(loss.base) is type(expected)
+    assert torch.equal(loss.base(*given, SCALE), expected(*given, SCALE))
+    loss.set_epoch(1, 2), loss.set_progress(1, 2)
