@@ -237,6 +237,15 @@ def set_components(loss: nn.Module, features: Features | None, width: int, of_te
             part.components = matrix
 
 
+def _check_replaced(name: str, base: nn.Module) -> None:
+    """Raise a ValueError for a loss that cannot be replaced by another of the same formula without options."""
+    if type(base).__name__ not in ("ClipLoss", "SigLipLoss"):
+        raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
+    for key in ("same_id", "label_smoothing"):
+        if value := getattr(base, key, None):
+            raise ValueError(f"{name} replaces the trainer's loss, and would lose its {key}={value!r}")
+
+
 class Runtime(nn.Module):
     """Losses in a trainer.
 
@@ -327,10 +336,8 @@ class Runtime(nn.Module):
         """The module of the last loss, which stands on those before."""
         built = self.own_base
         for i, loss in enumerate(self.losses):
-            if not loss.takes_base and type(built).__name__ not in ("ClipLoss", "SigLipLoss"):
-                raise ValueError(
-                    f"{loss.name} replaces the trainer's loss, and cannot replace {type(built).__name__}"
-                )
+            if not loss.takes_base:
+                _check_replaced(loss.name, built)
             below, built = built, loss.build(built, self._gather)
             if not isinstance(built, nn.Module):
                 raise TypeError(f"loss must be a module, or the name of one; {loss.name} is {built!r}")

@@ -55,13 +55,14 @@ class ClipLoss(StreamedLoss):
     where the formula's sum over a large batch overflows, are always computed in chunks.
 
     Args:
-        same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss
-            without ids.
-        label_smoothing: ε, at least 0 and below 1.
-        gather: gathering of other processes' features. None: exact, from the default process group, if one of
+        same_id: Use of the pairs of one id: ignore takes them out of each other's terms, share lets them
+            share their targets. None is a loss without ``pair_ids``.
+        label_smoothing: Share ε of the target that is spread evenly over the columns, at least 0 and below 1.
+        gather: Gathering of other processes' features. None: exact, from the default process group, if one of
             several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
-        chunk_size: see :class:`rankloss.RankOptions`.
-        memory_budget: see :class:`rankloss.RankOptions`.
+        chunk_size: Rows computed at a time: less memory, same result.
+        memory_budget: Bytes of a matrix of the whole batch above which the loss streams; None is 64 MiB on a
+            CPU and 1 GiB elsewhere.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s

@@ -50,12 +50,13 @@ class SigLipLoss(StreamedLoss):
     other processes' features are constants; a process's own features never are.
 
     Args:
-        same_id: the use of the pairs of one id in ``pair_ids``: ``"ignore"`` or ``"share"``; None for a loss
-            without ids.
-        gather: gathering of other processes' features. None: exact, from the default process group, if one of
+        same_id: Use of the pairs of one id: ignore takes them out of each other's terms, share lets them
+            share their targets. None is a loss without ``pair_ids``.
+        gather: Gathering of other processes' features. None: exact, from the default process group, if one of
             several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
-        chunk_size: see :class:`rankloss.RankOptions`.
-        memory_budget: see :class:`rankloss.RankOptions`.
+        chunk_size: Rows computed at a time: less memory, same result.
+        memory_budget: Bytes of a matrix of the whole batch above which the loss streams; None is 64 MiB on a
+            CPU and 1 GiB elsewhere.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s

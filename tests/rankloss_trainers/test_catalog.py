@@ -24,7 +24,6 @@ from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
-SPELLED = {None: "none", True: "include", False: "exclude"}
 FIELDS = {x.name: x for x in dataclasses.fields(RankOptions)}
 TYPED = [x for x in FIELDS if x not in catalog.LOSSES["rankclip"].python_only]
 
@@ -71,7 +70,7 @@ def test_the_typed_value_reaches_the_library(data: st.DataObject) -> None:
     else:
         bounds = FIELDS[key].metadata
         value = data.draw(st.integers(bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)))
-    (loss,), _ = parsed(f"--rankclip-{key.replace('_', '-')}", str(SPELLED.get(value, value)))
+    (loss,), _ = parsed(f"--rankclip-{key.replace('_', '-')}", options_of(RankOptions)[key].spelled(value))
     assert loss.given == {key: value}
     assert built("rankclip", **loss.given).consistency.options == RankOptions(**{key: value})
 
@@ -199,9 +198,9 @@ def test_a_run_is_typed_once_and_only_with_a_loss() -> None:
     _, run = parsed("--loss-teacher", "x", "--loss-agreement-every", "3", "--loss-schedule-unit", "step")
     assert run == RunOptions(teacher="x", agreement_every=3, schedule_unit="step")
     assert RunOptions(teacher=Path("x")).teacher == "x"  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^--loss-teacher"):
+    with pytest.raises(ValueError, match=r"^--loss-teacher"):
         parsed("--loss", "clip", "--loss-teacher", "x")
-    with pytest.raises(ValueError, match="^--loss-agreement-every.*0"):
+    with pytest.raises(ValueError, match=r"^--loss-agreement-every.*0"):
         parsed("--loss-agreement-every", "0")
 
 

@@ -309,6 +309,10 @@ def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
     for name in ("clip-streamed", "clip-smooth", "clip-ids", "alip"):
         with pytest.raises(ValueError, match=f"{name} .*CyClipLoss"):
             run_of(HOST, name, base=CyClipLoss())
+    with pytest.raises(ValueError, match=r"clip-streamed .*label_smoothing=0\.1"):
+        run_of(HOST, "clip-streamed", base=rankloss.ClipLoss(label_smoothing=0.1))
+    smooth = run_of(HOST, "clip-ids", base=rankloss.ClipLoss(label_smoothing=0.1))
+    assert smooth.criterion.label_smoothing == 0.1
 
 
 def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
