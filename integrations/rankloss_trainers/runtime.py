@@ -238,7 +238,7 @@ def set_components(loss: nn.Module, features: Features | None, width: int, of_te
 
 
 def _check_replaced(name: str, base: nn.Module) -> None:
-    """Raise a ValueError for a loss that cannot be replaced by another of the same formula without options."""
+    """Raise a ValueError for a loss of another formula, or with options that would be lost."""
     if type(base).__name__ not in ("ClipLoss", "SigLipLoss"):
         raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
     for key in ("same_id", "label_smoothing"):

@@ -25,7 +25,6 @@ from torch.nn.functional import normalize
 
 import rankloss
 import rankloss_trainers
-from rankloss_trainers.catalog import choose
 from rankloss_trainers.clip_ids import PartnersLog
 from rankloss_trainers.pair_ids import ids_of_inputs
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
@@ -41,7 +40,7 @@ def batch(seed: int = 0) -> list[Tensor]:
 @pytest.mark.parametrize("same", ["ignore", "share"])
 @pytest.mark.parametrize("name", ["clip-ids", "clip-ids+rankclip", "clip-ids+cyclip"])
 def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
-    options = {"same": same} if name == "clip-ids" else {"clip-ids": {"same": same}}
+    options = {"same_id": same} if name == "clip-ids" else {"clip-ids": {"same_id": same}}
     loss = rankloss_trainers.create(name, **options)
     loss.set_progress(1, 3)
     entries = loss(*batch(), 8.0, output_dict=True, pair_ids=IDS)
@@ -49,7 +48,7 @@ def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
     assert torch.equal(entries["contrastive_loss"], expected)
     with pytest.raises(ValueError, match="needs pair_ids"):
         loss(*batch(), 8.0)
-    sigmoid = choose(name, options).build(rankloss.SigLipLoss(gather=False), ALONE)
+    sigmoid = rankloss_trainers.create(name, rankloss.SigLipLoss(gather=False), gather=ALONE, **options)
     bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
     assert [x.same_id for x in bases] == [same]
 
@@ -57,17 +56,17 @@ def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
 @pytest.mark.parametrize("name", ["clip-ids", "rankclip", "clip-ids+rankclip"])
 def test_smoothing_of_the_base_is_kept(name: str) -> None:
     base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
-    loss = choose(name).build(base, ALONE)
+    loss = rankloss_trainers.create(name, base, gather=ALONE)
     assert [x.label_smoothing for x in loss.modules() if isinstance(x, rankloss.ClipLoss)] == [0.2]
 
 
 def test_it_replaces_clips_or_siglips_loss_alone() -> None:
-    with pytest.raises(ValueError, match="the trainer trains with CoCaLoss"):
-        choose("clip-ids").build(type("CoCaLoss", (torch.nn.Module,), {})(), ALONE)
-    with pytest.raises(ValueError, match=r"trains with RankClipLoss"):
-        choose("rankclip+clip-ids").build(rankloss.ClipLoss(gather=False), ALONE)
-    with pytest.raises(ValueError, match=r"^key: is for a trainer's plug-in"):
-        rankloss_trainers.create("clip-ids", key="group")
+    with pytest.raises(ValueError, match="CoCaLoss"):
+        rankloss_trainers.create("clip-ids", type("CoCaLoss", (torch.nn.Module,), {})())
+    with pytest.raises(ValueError, match="RankClipLoss"):
+        rankloss_trainers.create("rankclip+clip-ids")
+    with pytest.raises(ValueError, match=r"label_smoothing.*0\.1.*SigLIP"):
+        rankloss_trainers.create("clip-ids", rankloss.SigLipLoss(), label_smoothing=0.1)
 
 
 def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
@@ -76,7 +75,7 @@ def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
     loss = rankloss.ClipLoss(same_id="ignore", gather=False)
     alone, some = torch.arange(8), IDS
     for ids, share, warned in ((some, 5 / 8, 0), (alone, 0.0, 1)):
-        log, text = PartnersLog("group"), "same group in the first 100 batches: clip-ids changes nothing"
+        log, text = PartnersLog(), "same id in the first 100 batches"
         caplog.clear()
         with caplog.at_level(logging.WARNING, "rankloss_trainers"):
             entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]

@@ -80,7 +80,7 @@ def test_options_are_given_by_loss(
         ("mimicry+rankclp", {}, "'rankclp'; did you mean rankclip"),
         ("mimicry+", {}, "''"),
         ("mimicry+alip", {"alip": {"caption_key": "x"}}, "alip .*MimicryLoss"),
-        ("clip-ids+clip-smooth", {}, "clip-smooth .*name it first"),
+        ("clip-ids+clip-smooth", {}, "clip-smooth .*same_id"),
         ("rankclip+siglip-streamed", {}, "siglip-streamed"),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import rankloss
+import rankloss_trainers
 from process_pool import Pools
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.ranked_lists import RankedListsTerm
@@ -52,9 +56,8 @@ def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
 
 
 def test_a_base_is_trained_where_the_data_have_pairs() -> None:
-    gather, pairs = rankloss.Gather(rank=0, world_size=1), {"image_features": V, "text_features": T}
-    auto, include = (choose("ranked-lists", {"base_loss": x}) for x in ("auto", "include"))
-    terms = [x.build(rankloss.ClipLoss(gather=False), gather) for x in (auto, include)]
+    pairs = {"image_features": V, "text_features": T}
+    terms = [rankloss_trainers.create("ranked-lists", base_loss=x) for x in ("auto", "include")]
     for term in terms:
         assert {*term(SCALE, **pairs, **LISTS, output_dict=True)} == {"contrastive_loss", "ranked_lists_loss"}
     assert {*terms[0](SCALE, **LISTS, output_dict=True)} == {"ranked_lists_loss"}
@@ -85,15 +88,23 @@ def test_a_query_on_two_processes_is_refused_on_both(pools: Pools) -> None:
 
 
 def test_options_reach_the_loss() -> None:
-    given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": "7", "base_loss": "exclude"}
-    gather = rankloss.Gather(rank=0, world_size=1)
-    chosen = choose("ranked-lists", given)
-    term = chosen.build(rankloss.ClipLoss(), gather)
+    create = functools.partial(rankloss_trainers.create, "ranked-lists")
+    given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": 7, "base_loss": "exclude"}
+    term = create(**given)
     assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
-    default = choose("ranked-lists").build(rankloss.ClipLoss(), gather).lists
-    lambdas = choose("ranked-lists", {"model": "lambda", "gain": "exponential"})
-    assert lambdas.build(rankloss.ClipLoss(), gather).lists.gain == "exponential"
-    with pytest.raises(ValueError, match="gain='exponential' only applies to model='lambda'"):
-        choose("ranked-lists", {"gain": "exponential"})
+    assert create(model="lambda", gain="exponential").lists.gain == "exponential"
+    for given, words in (({"gain": "exponential"}, "gain"), ({"base_loss": "x"}, "base_loss.*'x'")):
+        with pytest.raises(ValueError, match=words):
+            create(**given)
     for name in ("model", "top_k", "pair_weight", "gain", "in_batch_negatives", "chunk_size"):
-        assert getattr(default, name) == getattr(rankloss.RankedLists(), name)
+        assert getattr(create().lists, name) == getattr(rankloss.RankedLists(), name)
+
+
+@pytest.mark.parametrize("given", [{"model": "lambda"}, {"model": "pairwise", "pair_weight": "difference"}])
+def test_own_caption_on_top_needs_a_model_of_orders(given: Any) -> None:
+    (loss,) = choose("ranked-lists", {"own_caption": "top", **given})
+    with pytest.raises(ValueError, match=r"ranked-lists\.own_caption"):
+        loss.build(rankloss.ClipLoss(), None)
+    (loss,) = choose("ranked-lists", {"own_caption": "top"})
+    assert loss.build(rankloss.ClipLoss(), None).lists.model == "plackett_luce"
+    assert loss.columns.own == 1
