@@ -36,10 +36,15 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 
 def trained(
-    directory: Path, data: Any, loss: Any = "rankclip", size: int | None = None, **options: Any
+    directory: Path,
+    data: Any,
+    loss: Any = "rankclip",
+    size: int | None = None,
+    teacher: str | None = None,
+    **options: Any,
 ) -> Any:
     model = tiny(directory)
-    run = ContrastiveLoss(model, loss, options or None, mini_batch_size=size)
+    run = ContrastiveLoss(model, loss, options or None, teacher=teacher, mini_batch_size=size)
     train(directory, run, model, train_dataset=data, max_steps=2, learning_rate=0.1)
     return weights(model)
 
@@ -64,14 +69,14 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
     """Columns may come in either order; of the folder's teacher, a wider one, the loss mimics components."""
     path, data = bound
     if "labels" in how:
-        criterion, loss, options = CkaLoss(), CkaLoss(), {}
+        criterion, loss, options = CkaLoss(), CkaLoss(), {"teacher": "given"}
         names = ("image", "text") if how == "labels" else ("text", "image")
         data = labelled(pairs(ROWS).select_columns(list(names)), NAMES if how == "labels" else NAMES[::-1])
     else:
         criterion, loss, options = (
             taught.criterion(path, 16),
             LOSS,
-            taught.taught_options(reference_features=path),
+            {**taught.taught_options(), "teacher": path},
         )
     if how == "folder, turned":
         data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
@@ -83,7 +88,8 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
     ("width", "spaces", "loss", "message"),
     [
         (8, "common", "mimicry", r"the teacher has 8 dimensions, fewer than the student's 16"),
-        (24, "separate", "rankclip+mimicry", "mimicry.reference_features: .*separate spaces"),
+        (24, "separate", "rankclip+mimicry", "mimicry .*no common space"),
+        (24, "separate", "rankclip", "lambda_cross must be 0"),
     ],
 )
 def test_a_teacher_that_cannot_be_copied_is_refused(
@@ -91,10 +97,8 @@ def test_a_teacher_that_cannot_be_copied_is_refused(
 ) -> None:
     path = folder(tmp_path / "x", pairs(ROWS), features(width), "image", "text", spaces)
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
-    given: Any = {"reference_features": path}
-    given = {"mimicry": given} if "+" in loss else given
     with pytest.raises(ValueError, match=message):
-        trained(tmp_path, data, loss, **given)
+        trained(tmp_path, data, loss, teacher=path)
 
 
 def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
@@ -103,7 +107,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     path, data = bound
     model = tiny(tmp_path)
     before = weights(model)
-    loss = ContrastiveLoss(model, "rankclip", {**RANKED, "reference_features": path})
+    loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
     spoilt = data.map(lambda row: {"text": f"{row['text']}!"})
     for wrong in (
         spoilt,
@@ -112,7 +116,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
         data.to_iterable_dataset(),
         datasets.DatasetDict({"right": data, "spoilt": spoilt}),
     ):
-        with pytest.raises(ValueError, match=r"reference_features needs .* the label of \S+bind\("):
+        with pytest.raises(ValueError, match=r"teacher needs .* the label of \S+bind\("):
             train(tmp_path, loss, model, train_dataset=wrong, max_steps=2)
     loss.run.set_progress(1, 1)
     with pytest.raises(RuntimeError, match=r"callbacks=\[Progress\(loss\)\]"):
@@ -135,7 +139,7 @@ def test_teacher_that_is_missing_or_not_used_is_an_error(
 
 
 def test_labels_that_are_no_teachers_are_refused_or_not_used(tmp_path: Path, bound: tuple[str, Any]) -> None:
-    with pytest.raises(ValueError, match="reference_features and the column label go together"):
+    with pytest.raises(ValueError, match="teacher and the column label go together"):
         trained(tmp_path, bound[1])
     model, nan = tiny(tmp_path), torch.stack([*features().values()], 1)
     nan[3, 1] = torch.nan
@@ -172,7 +176,7 @@ def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path)
 def test_model_card_has_the_citation_and_the_options(tmp_path: Path) -> None:
     loss = ContrastiveLoss(tiny(tmp_path), "rankclip", {"top_k": 3})
     assert "RankCLIP" in loss.citation
-    assert loss.get_config_dict()["options"]["top_k"] == 3
+    assert loss.get_config_dict()["options"]["rankclip"]["top_k"] == 3
 
 
 def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
@@ -183,6 +187,6 @@ def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
     columns = [model.preprocess(list(given[name])) for name in given.column_names]
     loss.run.set_progress(1, 1)
     labels = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
-    with pytest.raises(ValueError, match=r"cut the teacher's labels to 4 of 16 dimensions: .*reference_feat"):
+    with pytest.raises(ValueError, match=r"cut the teacher's labels to 4 of 16 dimensions: .*as teacher"):
         wrapped(columns, labels)
     wrapped(columns, labels[..., :12].contiguous())  # of a teacher of another width, which it leaves whole

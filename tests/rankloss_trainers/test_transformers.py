@@ -166,8 +166,8 @@ def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     for part in model.modules():
         if hasattr(part, "dropout"):  # of the attention
             part.dropout = dropout
-    options = {"schedule": "constant", "reference": "teacher"}
-    cached = trainer(tmp_path, model=model, loss="rankclip", loss_options=options, mini_batch_size=3)
+    given = {"loss_options": {"schedule": "constant"}, "teacher": "given", "mini_batch_size": 3}
+    cached = trainer(tmp_path, model=model, loss="rankclip", **given)
     cached.loss_runtime.set_progress(1, 1)
     torch.manual_seed(1)
     loss = cached.compute_loss(model, batch)
@@ -217,7 +217,7 @@ class Run:
     def __init__(self, directory: Path) -> None:
         given = {"pairs": Pairs(48), "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
         given.update(eval_dataset=Pairs(8), eval_strategy="epoch", eval_on_start=True)
-        given.update(loss_options={"schedule": "linear", "agreement_every": 4}, loss="rankclip")
+        given.update(loss_options={"schedule": "linear"}, agreement_every=4)
         self.checkpoint = directory / "checkpoint-5"
         self.whole = train(directory, **given)
         self.rest = train(directory / "again", resume=str(self.checkpoint), **given)
@@ -302,12 +302,11 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
     tmp_path: Path, unit: str, given: Any, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"schedule": "linear", "schedule_unit": unit}
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
-        trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
+        trained = train(tmp_path, schedule_unit=unit, **given)
     assert column(trained, "rank_lambda") == pytest.approx(expected)
     repeats = expected[:2] == [0, 0]
-    assert f"schedule linear per {'epoch' if repeats else 'step'}" in caplog.text
+    assert f"schedule per {'epoch' if repeats else 'step'}" in caplog.text
 
 
 # --- what changes nothing ---------------------------------------------------------------------------------
@@ -359,9 +358,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     [
         ({"mini_batch_size": 0}, "mini_batch_size"),
         ({"loss": "clip-streamed", "model": build("Siglip")}, "clip-streamed .*logit_bias"),
-        ({"loss": "alip", "loss_options": {"caption_key": "x"}}, "alip needs a second caption"),
+        ({"loss": "alip", "loss_options": {"caption_key": "x"}}, "alip needs a column"),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
-        ({"loss_options": {"reference_features": "missing"}}, "reference_features: missing is no folder"),
+        ({"teacher": "missing"}, "teacher: missing is no folder"),
+        ({"teacher": "given", "loss": "cyclip"}, "teacher: cyclip does not use a teacher; got given"),
+        ({"schedule_unit": "batch"}, "schedule_unit .*'batch'"),
+        ({"agreement_every": 0}, "agreement_every .*0"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
     ],
@@ -410,7 +412,7 @@ def lookup(examples: Any) -> dict[str, Tensor]:
     ("given", "message"),
     [
         ({"model": Other()}, "no image_embeds and no text_embeds, got logits"),
-        ({"pairs": Stream(), "loss_options": {"schedule_unit": "epoch"}}, "schedule_unit"),
+        ({"pairs": Stream(), "schedule_unit": "epoch"}, "schedule_unit"),
         ({"pairs": Pairs(9)}, "last batch .* 1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"),
         ({"mini_batch_size": 3, "torch_compile_backend": "eager"}, "mini_batch_size .*compiled"),
         (

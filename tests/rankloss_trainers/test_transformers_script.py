@@ -139,7 +139,7 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
 def test_what_is_the_scripts_reaches_it_in_order(argv: Any, chosen: Any, rest: Any) -> None:
     loss, others = parse(argv)
     assert others == rest
-    assert (loss and (loss.name, loss.changed)) == chosen
+    assert (loss and (loss.name, loss.losses[0].given)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,10 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, chosen: Any, rest: A
         (["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"], "-model: model="),
         (["--loss", "rankclip", "--rankclip-ties", "random"], "--rankclip-ties: there is no such option"),
         (["--loss", "rankclip", "--rankclip-orders", "x"], "--rankclip-orders: there is no such option"),
-        (["--loss", "alip"], "--alip-caption-key"),
+        (["--loss", "alip"], "--loss: alip needs a column"),
+        (["--loss", "cyclip", "--loss-teacher", "given"], "--loss-teacher: .*given"),
+        (["--loss", "rankclip", "--loss-teacher", "missing"], "--loss-teacher: missing is no folder"),
+        (["--loss-agreement-every", "2"], "--loss-agreement-every: only with --loss NAME"),
         (
             ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
             "option; did you mean --rankclip-lambda-in",

@@ -53,7 +53,8 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
         tmp_path,
         pairs=joined(bind(captioned(), path)).select(ORDER),
         loss=LOSS,
-        loss_options=taught_options(reference_features=path, **options),
+        loss_options=taught_options(**options),
+        teacher=path,
         max_steps=2,
         mini_batch_size=mini_batch_size,
         **SGD,
@@ -104,7 +105,8 @@ def bound_pairs(*more: str) -> Pairs:
         (Pairs(ROWS, "image"), {}, "got reference_image_features alone"),
         (Pairs(ROWS, "text"), {"loss": "clip-streamed"}, "reference_text_features, but clip-streamed"),
         # Two sources that contradict each other.
-        (bound_pairs(), {}, "have reference_pair, of a folder that no option reference_features names"),
+        (bound_pairs(), {}, "have reference_pair, of a folder that no option teacher names"),
+        (Pairs(), {"teacher": "given"}, "rankclip needs a teacher's features"),
     ],
 )
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
@@ -137,16 +139,14 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
     path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
     other = folder(tmp_path / "other", captioned("another"), features(), "image", "caption")
     for pairs, message in (
-        (bound_pairs(*TEACHER), f"reference_features '{path}' and reference_image_features, .* two teachers"),
+        (bound_pairs(*TEACHER), f"teacher '{path}' and reference_image_features, .* two teachers"),
         (Pairs(ROWS), "no column reference_pair, which rankloss_features.bind"),
         (joined(bind(captioned("another"), other)), r"row 0 .*bind"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(tmp_path, pairs=pairs, loss="rankclip", loss_options={"reference_features": path})
-    with pytest.raises(ValueError, match=f"reference_features: {path} excludes reference own"):
-        trainer(tmp_path, loss_options={"reference_features": path, "reference": "own"})
-    with pytest.raises(ValueError, match=r"reference_features: .* is no folder"):
-        trainer(tmp_path, loss_options={"reference_features": str(tmp_path)})
+            train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
+    with pytest.raises(ValueError, match=f"teacher: {tmp_path} is no folder"):
+        trainer(tmp_path, teacher=str(tmp_path))
 
 
 def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> None:
@@ -162,12 +162,12 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("loss", "teacher", "names"),
     [
-        ("rankclip-distill", {"teacher": "text=other", "top_k": 4}, NAMES[1:]),
-        ("rankclip-encoders", {}, NAMES),
+        ("rankclip-in", "text=other", NAMES[1:]),
+        ("rankclip-encoders", None, NAMES),
     ],
 )
 def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: dict[str, Any], names: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: str | None, names: list[str]
 ) -> None:
     loaded: list[Any] = []
 
@@ -180,20 +180,17 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    options: dict[str, Any] = {"schedule": "constant", **teacher}
-    given = {"max_steps": 2, **SGD}
-    taught = {"loss": loss, "loss_options": {**options}, **given}
-    computed = [train(tmp_path, pairs=joined(captioned()), **taught) for _ in range(2)]
+    given = {"loss": loss, "loss_options": {"schedule": "constant"}, "max_steps": 2, **SGD}
+    computed = [train(tmp_path, pairs=joined(captioned()), teacher=teacher, **given) for _ in range(2)]
     assert len(loaded) == 1
     (path,) = (tmp_path / "cache").glob("*/features.json")
-    options.update(teacher=None, reference_features=str(path.parent), lambda_cross=0.0, lambda_in=16.0)
     bound = joined(bind(captioned(), str(path.parent)))
-    by_folder = train(tmp_path, pairs=bound, loss="rankclip-distill", loss_options=options, **given)
-    assert by_folder.loss_runtime.teacher == "required"
+    by_folder = train(tmp_path, pairs=bound, teacher=str(path.parent), **given)
+    assert by_folder.loss_runtime.use_of_teacher == "required"
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
     with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
-        trainer(tmp_path, pairs=Words(), loss="rankclip", loss_options={"teacher": "text=other"})
+        trainer(tmp_path, pairs=Words(), loss="rankclip-in", teacher="text=other")
 
 
 class Words(datasets.Dataset):
@@ -206,11 +203,11 @@ class Words(datasets.Dataset):
 def test_other_trainers_name_the_two_steps() -> None:
     command = "`rankloss features --text-encoder other --data PAIRS --output FOLDER`"
     for build, then in (
-        (lambda: rankloss_trainers.create("rankclip-distill", teacher="text=other"), "call it with refer"),
+        (lambda **given: rankloss_trainers.create("rankclip-in", **given), "call it with refer"),
         (
-            lambda: ContrastiveLoss(nn.Identity(), "rankclip-distill", {"teacher": "text=other"}),
-            "give labels, .*or the option reference_features",
+            lambda **given: ContrastiveLoss(nn.Identity(), "rankclip-in", **given),
+            "give labels, .*or teacher=FOLDER",
         ),
     ):
         with pytest.raises(ValueError, match=f"teacher.*; compute them, {command}, and {then}"):
-            build()
+            build(teacher="text=other")

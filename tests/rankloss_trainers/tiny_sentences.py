@@ -86,7 +86,10 @@ def train(
 
 def rank_clip(model: Any, **given: Any) -> ours.ContrastiveLoss:
     """``rankclip`` with its options, and the keywords of a ContrastiveLoss, side by side."""
-    names = ("scale", "mini_batch_size", "output_dict", "gather")
+    names = (
+        *("teacher", "schedule_unit", "agreement_every"),
+        *("scale", "mini_batch_size", "output_dict", "gather"),
+    )
     own = {name: given.pop(name) for name in names if name in given}
     return ours.ContrastiveLoss(model, "rankclip", given, **own)
 

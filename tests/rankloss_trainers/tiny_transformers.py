@@ -119,7 +119,8 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
 
 
 _KEYWORDS = {
-    *{"loss", "loss_options", "mini_batch_size", "eval_dataset", "callbacks"},
+    *{"loss", "loss_options", "teacher", "schedule_unit", "agreement_every"},
+    *{"mini_batch_size", "eval_dataset", "callbacks"},
     *{"model_init", "compute_loss_func", "compute_metrics", "data_collator", "processing_class"},
 }
 

@@ -45,7 +45,7 @@ class Progress(TrainerCallback):
         for run in self.runs:
             run.begin(epochs)
             if state.is_world_process_zero:
-                _logger.info("%s", run.described(epochs))
+                _logger.info("%s", run.summary(epochs))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """At each epoch, for losses that go by epochs."""
