@@ -130,17 +130,30 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str], start: S
 
 def _parsed_by_trainer(parse_args: Callable[[list[str]], Any], rest: list[str], parser: Any) -> Any:
     """The trainer's arguments; after an error about unknown words, a question about misspelt ones of ours."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stderr(_Copied(sys.stderr)) as errors:
+        try:
             return parse_args(rest)
-    except SystemExit:
-        unknown = errors.getvalue().partition("unrecognized arguments:")[2].split()
-        hint = misspelt(unknown, parser._option_string_actions)
-        errors.write(hint.removeprefix("; ") + "\n" if hint else "")
-        raise
-    finally:
-        sys.stderr.write(errors.getvalue())
+        except SystemExit:
+            unknown = errors.getvalue().partition("unrecognized arguments:")[2].split()
+            hint = misspelt(unknown, parser._option_string_actions)
+            if hint:
+                print(hint.removeprefix("; "), file=sys.stderr)
+            raise
+
+
+class _Copied(io.StringIO):
+    """A copy of what is written to a stream."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def _fill_in(args: Any, losses: Sequence[Loss], options: RunOptions) -> None:

@@ -45,7 +45,7 @@ class TrainerLoss(Runtime):
         args: The trainer's parsed arguments.
         losses: The losses.
         options: The options of the run.
-        base: The loss that the trainer built, where it is known; None: CLIP's or SigLIP's.
+        base: The loss that the trainer built, where it is known; None: CLIP's or, with --siglip, SigLIP's.
 
     Attributes:
         sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
@@ -55,8 +55,8 @@ class TrainerLoss(Runtime):
 
     def __init__(self, args: Any, losses: Sequence[Loss], options: RunOptions, base: Any = None) -> None:
         gather = gather_of(args)
-        if base is None and getattr(args, "siglip", False):
-            base = rankloss.SigLipLoss(gather=gather)
+        if base is None:
+            base = rankloss.SigLipLoss if getattr(args, "siglip", False) else rankloss.ClipLoss
         super().__init__(HOST, losses, options, base=base, gather=gather)
         self.args = args
         # It replaces the trainer's own distillation term.
@@ -67,8 +67,9 @@ class TrainerLoss(Runtime):
         self._calls = 0  # of the epoch
 
     def on(self, base: Any) -> TrainerLoss:
-        """The losses on the trainer's loss: this object where that is CLIP's or SigLIP's, else another."""
-        if self._takes_trainers_teacher or type(base) in (open_clip.ClipLoss, _SigLipLoss):
+        """The losses on the trainer's loss: this object where it is the expected one of open_clip's."""
+        expected = _SigLipLoss if isinstance(self.own_base, rankloss.SigLipLoss) else open_clip.ClipLoss
+        if self._takes_trainers_teacher or type(base) is expected:
             return self
         run = TrainerLoss(self.args, self.losses, self.options, base)
         run.features = self.features

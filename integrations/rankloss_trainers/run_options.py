@@ -97,7 +97,19 @@ class Teacher:
         with extra("features"):
             from rankloss_features.caching import Spec
         try:
-            self.spec = Spec.of(text).check()
+            self.spec = Spec.of(text)
+        except ValueError as error:
+            raise OptionError("teacher", str(error)) from error
+
+    def check(self) -> None:
+        """Look up a teacher to compute, as far as it is known before anything is loaded.
+
+        Raises:
+            OptionError: There is no such model or encoder, or its package is not installed.
+        """
+        try:
+            if self.spec is not None:
+                self.spec.check()
         except ValueError as error:
             raise OptionError("teacher", str(error)) from error
 

@@ -19,7 +19,7 @@ import inspect
 import logging
 import math
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -253,7 +253,8 @@ class Runtime(nn.Module):
         host: The trainer.
         losses: The losses with their options, the innermost first: each stands on the one before.
         options: The options of the run.
-        base: The loss of the trainer, to stand on or to replace. None: :class:`rankloss.ClipLoss`.
+        base: The loss of the trainer, to stand on or to replace; or its class,
+            :class:`rankloss.ClipLoss` or :class:`rankloss.SigLipLoss`. None: the class that the losses need.
         gather: The gathering of the losses and of the default base.
 
     Attributes:
@@ -290,16 +291,19 @@ class Runtime(nn.Module):
         super().__init__()
         self.host, self.losses, self.options = host, losses, options or RunOptions()
         self.name, self._gather = JOIN.join(loss.name for loss in losses), Gather.of(gather)
-        self.own_base = self._own_base() if base is None else base
+        self.own_base = self._own_base(base) if base is None or isinstance(base, type) else base
         self._check_kind()
-        self.criterion: nn.Module = self._built()
         self.teacher = self._named_teacher()
+        if self.teacher is not None and self.teacher.are_encoders:  # whatever the options are
+            self._check_copies(x.named.constructor for x in self.losses)
+        self.criterion: nn.Module = self._built()
         self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
         self._check_needs()
         self.features: Features | None = None
         if self.teacher is not None:
             self._check_spaces(are_separate=self.teacher.are_encoders)
+            self.teacher.check()
             if self.teacher.folder is not None:
                 self.open_folder(self.teacher.folder)
         self.columns: Collection[str] = ()
@@ -314,13 +318,14 @@ class Runtime(nn.Module):
 
     # --- construction ---
 
-    def _own_base(self) -> nn.Module:
-        """CLIP's loss, in the memory that a loss on it is given; SigLIP's under a loss that needs it."""
+    def _own_base(self, kind: Any) -> nn.Module:
+        """A base of a class, in the memory that a loss on it is given; by default the one that is needed."""
         values = {key: x for loss in self.losses for key, x in loss.given.items()}
         streaming = {key: values[key] for key in ("chunk_size", "memory_budget") if key in values}
         is_sigmoid = any(loss.named.kind == "sigmoid" for loss in self.losses)
-        kind = rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss
-        return kind(gather=self._gather, **streaming)
+        kind = kind or (rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss)
+        built: nn.Module = kind(gather=self._gather, **streaming)
+        return built
 
     def _check_kind(self) -> None:
         names = {each.__name__ for each in type(self.own_base).__mro__}
@@ -392,15 +397,17 @@ class Runtime(nn.Module):
         """Raise a ValueError if a part compares images with texts of a teacher that has no common space."""
         if not are_separate:
             return
-        for part in self.criterion.modules():
-            if isinstance(part, rankloss.MimicryLoss):
-                raise ValueError("mimicry cannot copy two encoders that have no common space")
+        self._check_copies(map(type, self.criterion.modules()))
         for part in self.criterion.modules():
             if isinstance(part, rankloss.RankConsistency) and part.cross_modal:
                 text = "must be 0: this teacher has two encoders without a common space, so it can rank only "
-                raise OptionError(
-                    "lambda_cross", f"{text}in-modal lists; rankclip-in and rankclip-encoders do"
-                )
+                text += "in-modal lists; rankclip-in and rankclip-encoders do"
+                of_ranks = (x.name for x in self.losses if x.named.constructor is rankloss.RankClipLoss)
+                raise OptionError("lambda_cross", text, next(of_ranks, ""))
+
+    def _check_copies(self, kinds: Iterable[Any]) -> None:
+        if rankloss.MimicryLoss in kinds:
+            raise ValueError("mimicry cannot copy two encoders that have no common space")
 
     def open_folder(self, folder: str) -> None:
         """Take the features of a folder for the teacher's.

@@ -44,7 +44,7 @@ def runs(trainer: Trainer) -> Runs:
     add("coca", [*rankclip, "--model", f"{tiny}-coca"])
     teacher = ["--distill-model", tiny, "--distill-pretrained", "none"]
     add("distill", [*rankclip, *teacher])
-    add("ranked by the teacher", [*rankclip, *teacher, "--rankclip-reference", "teacher"])
+    add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"])
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
     add("mimicry", ["--loss", "mimicry", *teacher], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])

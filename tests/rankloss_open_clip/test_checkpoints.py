@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import Base, epoch_begins
+from stand_ins import epoch_begins
 from torch import nn
 
 from rankloss_open_clip import checkpoints
+from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.training import TrainerLoss
 
 
@@ -21,7 +22,7 @@ def arguments(name: str = "alip", **changes: Any) -> Any:
 
 
 def loss(args: Any) -> TrainerLoss:
-    return TrainerLoss(Base(), args, sums_every_value=True)
+    return TrainerLoss(args, *chosen(args))
 
 
 def optimizer() -> torch.optim.Optimizer:

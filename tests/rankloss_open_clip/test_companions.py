@@ -23,12 +23,12 @@ from rankloss_baselines.second_caption import SecondCaption
 from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.arguments import companions_of
 from rankloss_open_clip.companions import Companion, Companions, _joined, _separated
+from rankloss_open_clip.training import run_of
 from rankloss_trainers.clip_ids import PairIds
 
 CONTEXT = 9
-CAPTION = SecondCaption("syn")
+CAPTION = SecondCaption(caption_key="syn")
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="number of dataset samples must be specified"):
         open_clip_train.data.get_wds_dataset(args, None, is_train=True, tokenizer=tokenizer())
     assert open_clip_train.data.tarfile_to_samples_nothrow is original
-    assert companions_of(parse_args(["--loss", "rankclip"])) is None
+    assert run_of(parse_args(["--loss", "rankclip"])).companions() is None
 
 
 # --- from the texts to the model's output ----------------------------------------------------------------

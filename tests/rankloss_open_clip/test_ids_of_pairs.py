@@ -31,7 +31,7 @@ def test_rows_have_the_ids_of_captions_or_of_a_column(
     tmp_path: Path, key: str, equal: tuple[int, int]
 ) -> None:
     dataset, file = csv(tmp_path, TABLE)
-    Companions([companion := PairIds(key)]).join_csv(dataset, file, ";")
+    Companions([companion := PairIds(key=key)]).join_csv(dataset, file, ";")
     ids = ids_of(companion, dataset.captions)
     assert [ids[i] == ids[j] for i, j in ((0, 1), (0, 2), (1, 2))] == [
         (i, j) == equal for i, j in ((0, 1), (0, 2), (1, 2))
@@ -45,7 +45,7 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
         {"txt": group.encode(), "group.txt": group.encode(), "json": json.dumps({"group": group}).encode()}
         for group in groups
     ]
-    companion = PairIds(key)
+    companion = PairIds(key=key)
     ids = ids_of(companion, [x["txt"].decode() for x in read([companion], *samples)])
     assert len({*ids}) == (3 if key == "__key__" else 2)
     assert (ids[0] == ids[2]) is (key != "__key__")
@@ -62,12 +62,12 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
 def test_a_column_of_no_ids_is_refused(tmp_path: Path, text: str, key: str, message: str) -> None:
     dataset, file = csv(tmp_path, text)
     with pytest.raises(ValueError, match=message):
-        PairIds(key).of_rows(file, ";", dataset)
+        PairIds(key=key).of_rows(file, ";", dataset)
 
 
 def test_a_sample_without_an_id_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sample '1' of a\.tar has no id 'group\.txt'.*; it has jpg, txt"):
-        read([PairIds("group.txt")], {"txt": b"a", "group.txt": b"x"}, {"txt": b"b"})
+        read([PairIds(key="group.txt")], {"txt": b"a", "group.txt": b"x"}, {"txt": b"b"})
 
 
 def test_data_without_texts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

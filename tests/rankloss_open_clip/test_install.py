@@ -26,7 +26,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 def check_third_party(run: Run) -> None:
     assert run.returncode == 0, run.output[-4000:]
     (line,) = re.findall(r"Loss: uniform .*", run.log)
-    assert line.startswith("Loss: uniform (uniform-clip 1.2), weight up to 0.5, open_clip ")
+    assert line.startswith("Loss: uniform (uniform-clip 1.2), weight 0.5, open_clip ")
     assert run.params["uniform_weight"] == "0.5"
     # It is told of every optimizer step; the weight is logged and not trained.
     shown, steps = run.scalars, range(2 * STEPS)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from teacher_features import stored, unit_rows
 from torch import Tensor, nn
 
 from rankloss import reference
-from rankloss_open_clip.arguments import check_run, chosen
-from rankloss_open_clip.training import build_loss
+from rankloss_open_clip.arguments import chosen
+from rankloss_open_clip.training import build_loss, start
 
 ROWS = 12
 
@@ -60,26 +62,26 @@ def arguments(**options: Any) -> Namespace:
     return Namespace(dataset_reinforcement=True, epochs=2, device="cpu", **given)
 
 
-@pytest.mark.parametrize("options", [{"rankclip_reference": "teacher"}, {"rankclip_reference": "own"}])
-def test_the_loss_ranks_by_what_it_is_handed_and_keeps_its_base(options: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [{"loss_teacher": "given"}, {}])
+def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation(
+    options: dict[str, str],
+) -> None:
     loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
     loss.start_epoch(0, 2, 1, 1)
     found = loss(**STUDENT, logit_scale=torch.tensor(10.0), **TEACHER, **SYNTHETIC, output_dict=True)
-    assert found["distill_loss"] == sum(x.sum() for x in TEACHER.values())
+    if options:
+        assert "distill_loss" not in found
+    else:
+        assert found["distill_loss"] == sum(x.sum() for x in TEACHER.values())
     given = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name, x in TEACHER.items()}
-    taught = given if options["rankclip_reference"] == "teacher" else {}
+    taught = given if options else {}
     students = {name: x.double().numpy() for name, x in STUDENT.items()}
     expected = reference.cross_modal(**students, logit_scale=10.0, **taught, top_k=4)
     assert found["cross_modal_raw"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_its_distillation_the_base_is_clips() -> None:
-    options = {
-        "loss": "rankclip-distill",
-        "rankclip_reference": "teacher",
-        "rankclip_distill_loss": "exclude",
-    }
-    loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
+    loss = build_loss(DRClipLoss(), arguments(loss="rankclip-distill"), sums_every_value=True)
     loss.start_epoch(0, 2, 1, 1)
     found = loss(**STUDENT, logit_scale=torch.tensor(10.0), **TEACHER, **SYNTHETIC, output_dict=True)
     logits = 10 * STUDENT["image_features"] @ STUDENT["text_features"].T
@@ -90,9 +92,9 @@ def test_without_its_distillation_the_base_is_clips() -> None:
     assert "distill_loss" not in found
 
 
-def test_the_option_names_a_teacher() -> None:
+def test_the_option_names_a_teacher(tmp_path: Path) -> None:
     args = arguments(loss="rankclip-distill")
-    check_run(chosen(args), args)
-    args.rankclip_reference_features = "folder"
+    assert start(args, *chosen(args)).use_of_teacher == "required"
+    args.loss_teacher = stored(tmp_path / "x", text_features=unit_rows(4, 2))
     with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
-        check_run(chosen(args), args)
+        start(args, *chosen(args))

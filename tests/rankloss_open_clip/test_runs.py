@@ -33,9 +33,10 @@ EPOCHS = 3  # of the run called "agreement"
 # The terms that each run trains.
 TRAINED = {
     **dict.fromkeys(("--loss rankclip", "agreement", "one epoch"), TERMS),
-    **dict.fromkeys((*PRECISIONS, "siglip", "siglip, fp16", "rankclip-distill"), TERMS),
+    **dict.fromkeys((*PRECISIONS, "siglip", "siglip, fp16"), TERMS),
+    **dict.fromkeys(("ranked by the teacher", "rankclip-distill"), TERMS),
     "coca": (*TERMS, "caption_loss"),
-    **dict.fromkeys(("distill", "ranked by the teacher"), (*TERMS, "distill_loss")),
+    "distill": (*TERMS, "distill_loss"),
     "clip-streamed": TERMS[:1],
     "cyclip": CYCLIC,
     "mimicry": ("contrastive_loss", "mimicry_loss"),
@@ -130,7 +131,7 @@ def test_lambda_and_raw_terms_explain_the_weighted_ones(runs: Runs) -> None:
 def test_lambda_of_one_epoch_goes_by_steps(runs: Runs) -> None:
     expected = {step: schedules.rankclip(step + 1, STEPS) for step in range(STEPS)}
     assert runs["one epoch"].scalars["rank_lambda"] == pytest.approx(expected)
-    assert "(in fewer than ten epochs a ramp per epoch has few steps" in runs["one epoch"].log
+    assert "schedule per step" in runs["one epoch"].log
     assert len(set(runs["one epoch"].scalars["lr"].values())) == 1, "without the learning rate's schedule"
 
 
@@ -153,7 +154,7 @@ def test_distillation_ranks_the_student_alone_unless_the_teacher_is_asked_for(ru
     ranks = [term.capitalize() for term in TERMS[1:]]
     assert [distilled[term] for term in ranks] == [own[term] for term in ranks]
     assert distilled["Loss"] == pytest.approx(own["Loss"] + distilled["Distill_loss"], rel=1e-4)
-    assert beside["Distill_loss"] == distilled["Distill_loss"]
+    assert "Distill_loss" not in beside, "the ranks take its place"
     for term in ranks:
         assert abs(beside[term] / distilled[term] - 1) > 1e-3
         raw = term.replace("_loss", "_raw")

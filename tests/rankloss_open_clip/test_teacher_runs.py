@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from teacher_features import TEACHER, stored, student, unit_rows
-from trainer_runs import SAMPLES, WHOLE_SET, Runs, Trainer
+from trainer_runs import SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 
 from rankloss import reference
 from rankloss_features import Features
@@ -36,7 +38,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     wide = stored(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
     given = ("features, mimicry", *WHOLE_SET, *mimicry, "--loss-teacher", wide)
-    table.add("mimicry", trainer.call, *given)
+    table.add("mimicry", trainer.call, *given, change=Counted())
     return table
 
 
@@ -45,7 +47,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 )
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
-    assert ", reference-features " in run.log
+    assert f", teacher {run.params['loss_teacher']}" in run.log
     features, scale = student(trainer, run)
     teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
     others = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
@@ -64,7 +66,7 @@ def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
     assert "Loss: rankclip-distill+mimicry " in run.log
     assert "explained variance" in run.log
     features, scale = student(trainer, run)
-    basis = Features(run.params["mimicry_reference_features"]).components(features["text_features"].shape[1])
+    basis = Features(run.params["loss_teacher"]).components(features["text_features"].shape[1])
     distances = []
     for name, x in WIDE.items():
         copied = x @ basis.matrix.double().numpy()
@@ -75,6 +77,13 @@ def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
     for term, oracle in ORACLES.items():
         expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
         assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
+
+
+def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twice(taught: Runs) -> None:
+    (line,) = re.findall(r"before the first step: (.*)", taught["mimicry"].output)
+    counts = json.loads(line)
+    assert 1 <= counts.pop("Features.__init__") <= 2
+    assert counts == dict.fromkeys(Counted.ONCE, 1)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import io
@@ -304,6 +305,43 @@ class NoRecompilation:
             print("compiled frames:", counts["frames"]["ok"], "graph breaks:", breaks)
 
         trainer.main = counted
+
+
+class Counted:
+    """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
+
+    ONCE = ("choose", "RankClipLoss.__init__", "MimicryLoss.__init__", "ClipLoss.__init__")
+
+    def install(self, trainer: Any) -> None:
+        counts: collections.Counter[str] = collections.Counter()
+        import_ = importlib.import_module
+        rankloss, folder = import_("rankloss"), import_("rankloss_features.folder")
+        catalog, runtime = import_("rankloss_trainers.catalog"), import_("rankloss_trainers.runtime")
+
+        def count(name: str, *owners: Any) -> None:
+            original = getattr(owners[0], name)
+
+            @functools.wraps(original)
+            def counted(*args: Any, **keywords: Any) -> Any:
+                counts[original.__qualname__] += 1
+                return original(*args, **keywords)
+
+            for owner in owners:
+                setattr(owner, name, counted)
+
+        count("choose", catalog, runtime)
+        for kind in (rankloss.RankClipLoss, rankloss.MimicryLoss, rankloss.ClipLoss, folder.Features):
+            count("__init__", kind)
+        original = trainer.train_one_epoch
+
+        @functools.wraps(original)
+        def train_one_epoch(*args: Any, **keywords: Any) -> Any:
+            if counts:
+                print("before the first step:", json.dumps(counts))
+                counts.clear()
+            return original(*args, **keywords)
+
+        trainer.train_one_epoch = train_one_epoch
 
 
 class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):

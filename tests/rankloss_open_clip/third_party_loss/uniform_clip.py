@@ -1,20 +1,25 @@
-"""A term of one's own: spread the embeddings of each modality over the sphere."""
+"""A term of one's own: spread the embeddings of each modality over the sphere, or as far as a teacher's."""
 
 import torch
-from rankloss_trainers.named import NamedLoss, option
 from torch import nn
 
-import rankloss
-from rankloss.losses import base_entries, combined
+from rankloss.losses import base_entries, check_base, check_weight, combined
 
 
 class UniformLoss(nn.Module):
-    """``base + weight · ramp · [u(V) + u(T)]`` with ``u(X) = log mean_{i<j} exp(−2·‖x_i − x_j‖²)``."""
+    """The trainer's own plus a uniformity term.
 
-    def __init__(self, base=None, *, weight=0.1):
+    ``base + weight · ramp · [u(V) + u(T)]`` with ``u(X) = log mean_{i<j} exp(−2·‖x_i − x_j‖²)``. With a
+    teacher's features X' of a modality ``|u(X) − u(X')|`` takes the place of ``u(X)``.
+
+    Args:
+        weight: Weight of the term.
+    """
+
+    def __init__(self, base=None, *, weight: float = 0.1, gather=None):
         super().__init__()
-        self.base = rankloss.ClipLoss() if base is None else base
-        self.weight = weight
+        self.base = check_base(base, gather)
+        self.weight = check_weight("weight", weight)
         self.ramp = 1.0
 
     def set_progress(self, step, total_steps):
@@ -22,34 +27,33 @@ class UniformLoss(nn.Module):
         self.ramp = step / total_steps
 
     def forward(
-        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False, **base_inputs
+        self,
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias=None,
+        output_dict=False,
+        *,
+        reference_image_features=None,
+        reference_text_features=None,
+        **base_inputs,
     ):
-        entries = base_entries(
-            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-        )
-        terms = [torch.pdist(x).square().mul(-2).exp().mean().log() for x in (image_features, text_features)]
-        return combined(entries, {"uniform_loss": self.weight * self.ramp * sum(terms)}, output_dict)
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        features = image_features, text_features
+        entries = base_entries(self.base, *features, logit_scale, logit_bias, teacher=teacher, **base_inputs)
+        terms = [
+            uniformity(x) if of_teacher is None else (uniformity(x) - uniformity(of_teacher)).abs()
+            for x, of_teacher in zip(features, teacher.values(), strict=True)
+        ]
+        weight = self.weight * self.ramp
+        if output_dict:  # logged, as it does not end in _loss
+            entries["uniform_weight"] = torch.tensor(weight)
+        return combined(entries, {"uniform_loss": weight * sum(terms)}, output_dict)
 
 
-class LoggedUniformLoss(UniformLoss):
-    """The same for the trainer, which logs what does not end in ``_loss``."""
-
-    def forward(self, *inputs, **named):
-        entries = super().forward(*inputs, **named)
-        entries["uniform_weight"] = torch.tensor(self.weight * self.ramp)
-        return entries
-
-
-class Uniform(NamedLoss):
-    """The trainer's own plus a uniformity term."""
-
-    weight: float = option(0.1, "weight of the term", at_least=0)
-
-    def build(self, base, gather):
-        return LoggedUniformLoss(base, weight=self.weight)
-
-    def describe(self, epochs):
-        return f"weight up to {self.weight:g}"
-
-    def unit(self, epochs):
-        return "step"
+def uniformity(x):
+    """Wang and Isola's: lower for features that are spread further."""
+    return torch.pdist(x).square().mul(-2).exp().mean().log()
