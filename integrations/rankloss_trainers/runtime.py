@@ -406,7 +406,7 @@ class Runtime(nn.Module):
                 raise OptionError("lambda_cross", text, next(of_ranks, ""))
 
     def _check_copies(self, kinds: Iterable[Any]) -> None:
-        if rankloss.MimicryLoss in kinds:
+        if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
             raise ValueError("mimicry cannot copy two encoders that have no common space")
 
     def open_folder(self, folder: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip_train.params import parse_args
-from own_steps import SETTING, assert_equal_weights, encoded, resumed
+from teacher_features import encoded, resumed
 from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer, add_sample
 
@@ -133,6 +133,10 @@ def test_what_cannot_train_is_refused(
 
 # --- runs of the trainer ----------------------------------------------------------------------------------
 
+SETTING = [  # steps that are proportional to small gradients
+    *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--skip-scheduler", "--wd", "0"),
+    *("--lr", "0.01", "--beta1", "0.9", "--beta2", "0.98", "--eps", "0.001"),
+]
 OPTIONS = [
     *("--loss", "ranked-lists", "--ranked-lists-weight", "0.5", "--ranked-lists-own-caption", "top"),
     *("--ranked-lists-in-batch-negatives", "include"),
@@ -196,6 +200,14 @@ def own_step(trainer: Trainer, run: Run, scale_factor: float = 1.0) -> dict[str,
     clip.logit_scale.grad *= scale_factor
     optimizer.step()
     return dict(clip.state_dict())
+
+
+def assert_equal_weights(run: Run, expected: dict[str, Tensor]) -> None:
+    """The run's second epoch ended with these weights, and moved them."""
+    found, before = run.epoch(2), run.epoch(1)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert (found["text_projection"] - before["text_projection"]).abs().max() > 1e-3
 
 
 def test_a_run_is_a_loop_of_ones_own(trainer: Trainer, data: dict[str, list[str]]) -> None:

@@ -9,7 +9,6 @@ import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/recipes"
 NAMES = sorted(script.stem for script in RECIPES.glob("*.sh"))
 PROCESSES = {"1": 1, "8": 8, "slurm": 8}  # started by each way to launch
-COMMANDS = [(name, launch) for name in NAMES for launch in PROCESSES]
 PAIRS = 16  # of the tiny data
 Command = Callable[..., list[str]]
 
@@ -39,49 +37,42 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
         (shims / name).write_text(f"#!/bin/sh\n{reply}\n")
         (shims / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "9"}
-    inherited = {
-        key: value for key, value in os.environ.items() if key not in ("DATA", "PAIRS", "MASTER_PORT")
-    }
+    environment = {**os.environ, **slurm, "PATH": f"{shims}:{os.environ['PATH']}"}
+    for name in ("DATA", "PAIRS", "MASTER_PORT"):
+        environment.pop(name, None)
 
     def run(name: str, *arguments: str, **variables: str) -> list[str]:
-        environment = {**inherited, **slurm, "PATH": f"{shims}:{os.environ['PATH']}", **variables}
         script = ["bash", str(RECIPES / f"{name}.sh"), *arguments]
-        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.split("\0")[:-1]
+        given = {**environment, **variables}
+        return subprocess.check_output(script, env=given, text=True).split("\0")[:-1]
 
     return run
-
-
-def taught(name: str) -> bool:
-    return name.endswith("-distill")
 
 
 def trainer_arguments(words: list[str]) -> list[str]:
     return words[words.index("open_clip_train.main") + 1 :]
 
 
-def batch(args: Any, launch: str) -> int:
-    return args.batch_size * args.accum_freq * PROCESSES[launch]  # type: ignore[no-any-return]
-
-
-def row_of_the_readme(name: str) -> list[str]:
-    text = (RECIPES / "README.md").read_text(encoding="utf-8")
-    return [cell.strip() for cell in re.findall(rf"\| \[`{name}\.sh`\].*", text)[0].split("|")[2:-1]]
-
-
-@pytest.mark.parametrize(("name", "launch"), COMMANDS)
-def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, launch: str) -> None:
-    args = parse_args(trainer_arguments(command(name, launch)))
-    assert args.loss == ("rankclip-distill" if taught(name) else "rankclip")
-    assert taught(name) == ((args.distill_model, args.distill_pretrained) != (None, None))
-    if taught(name):
+@pytest.mark.parametrize("launch", PROCESSES)
+@pytest.mark.parametrize("name", NAMES)
+def test_trainer_parses_the_command_and_the_readme_explains_it(
+    command: Command, name: str, launch: str
+) -> None:
+    words = trainer_arguments(command(name, launch))
+    args, readme = parse_args(words), (RECIPES / "README.md").read_text(encoding="utf-8")
+    taught = name.endswith("-distill")
+    assert args.loss == ("rankclip-distill" if taught else "rankclip")
+    assert taught == ((args.distill_model, args.distill_pretrained) != (None, None))
+    if taught:
         assert args.distill_pretrained in open_clip.list_pretrained_tags_by_model(args.distill_model)
     assert args.rankclip_schedule == "rankclip"
     assert args.model in open_clip.list_models()
     assert args.name == name
     assert args.local_loss is args.gather_with_grad is (PROCESSES[launch] > 1)
-    description, pairs, epochs = row_of_the_readme(name)
-    assert (batch(args, launch), args.epochs) == (int(pairs.replace(",", "")), int(epochs))
+    batch = args.batch_size * args.accum_freq * PROCESSES[launch]
+    (row,) = re.findall(rf"\| \[`{name}\.sh`\].*", readme)
+    description, pairs, epochs = (cell.strip() for cell in row.split("|")[2:-1])
+    assert (batch, args.epochs) == (int(pairs.replace(",", "")), int(epochs))
     if name.startswith("cc3m"):  # as published
         assert (args.lr, args.wd, args.warmup, args.epochs) == (5e-4, 0.1, 10000, 64)
         assert (args.beta1, args.beta2, args.eps, args.lr_scheduler) == (0.9, 0.999, 1e-8, "cosine")
@@ -89,15 +80,10 @@ def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, la
         assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
         assert (args.csv_img_key, args.csv_caption_key, args.csv_separator) == ("image", "caption", ",")
     else:
-        assert args.warmup == args.train_num_samples // batch(args, launch) * args.epochs // 10
+        assert args.warmup == args.train_num_samples // batch * args.epochs // 10
     assert ("YFCC15M" in description) == ("yfcc15m" in args.train_data)
-
-
-def test_readme_explains_every_option(command: Command) -> None:
-    text = (RECIPES / "README.md").read_text(encoding="utf-8")
-    used = {word for name, launch in COMMANDS for word in trainer_arguments(command(name, launch))}
-    for option in sorted(word for word in used if word.startswith("--")):
-        assert re.search(rf"`{option}\b", text), option
+    for option in (word for word in words if word.startswith("--")):
+        assert re.search(rf"`{option}\b", readme), option
 
 
 def test_command_trains_a_step(command: Command, trainer: Trainer) -> None:

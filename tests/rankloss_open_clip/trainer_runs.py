@@ -310,7 +310,7 @@ class NoRecompilation:
 class Counted:
     """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
 
-    ONCE = ("choose", "RankClipLoss.__init__", "MimicryLoss.__init__", "ClipLoss.__init__")
+    ONCE = ("choose", "RankClipLoss", "MimicryLoss", "ClipLoss")
 
     def install(self, trainer: Any) -> None:
         counts: collections.Counter[str] = collections.Counter()
@@ -318,20 +318,17 @@ class Counted:
         rankloss, folder = import_("rankloss"), import_("rankloss_features.folder")
         catalog, runtime = import_("rankloss_trainers.catalog"), import_("rankloss_trainers.runtime")
 
-        def count(name: str, *owners: Any) -> None:
-            original = getattr(owners[0], name)
-
+        def counted(word: str, original: Any) -> Any:
             @functools.wraps(original)
-            def counted(*args: Any, **keywords: Any) -> Any:
-                counts[original.__qualname__] += 1
+            def call(*args: Any, **keywords: Any) -> Any:
+                counts[word] += 1
                 return original(*args, **keywords)
 
-            for owner in owners:
-                setattr(owner, name, counted)
+            return call
 
-        count("choose", catalog, runtime)
+        catalog.choose = runtime.choose = counted("choose", catalog.choose)
         for kind in (rankloss.RankClipLoss, rankloss.MimicryLoss, rankloss.ClipLoss, folder.Features):
-            count("__init__", kind)
+            kind.__init__ = counted(kind.__name__, kind.__init__)
         original = trainer.train_one_epoch
 
         @functools.wraps(original)
