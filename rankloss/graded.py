@@ -147,8 +147,9 @@ def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
     return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
 
 
-def first_of_id(ids: Tensor, is_listed: Tensor) -> Tensor:
+def first_of_id(ids: Tensor, is_listed: Tensor | None = None) -> Tensor:
     """Index of the first item with the id of item i, a listed one if there is any, for every i: ``[M]``."""
+    is_listed = torch.ones_like(ids, dtype=torch.bool) if is_listed is None else is_listed
     listed_first = is_listed.byte().argsort(descending=True, stable=True)
     ordered, order = ids[listed_first].sort(stable=True)
     return listed_first[order[torch.searchsorted(ordered, ids.contiguous())]]

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import flag
+from rankloss_trainers.command_line import RUN, flag, prefix_of
+from rankloss_trainers.declared import Loss, options_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "teacher/"
@@ -43,29 +44,29 @@ class Case:
     on: tuple[str, str, str] = ("–", "–", "–")
     page: str = ""
 
-    def own_options(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Each class of the loss with its options."""
+    def losses(self) -> list[Loss]:
+        """The losses with the options of the case alone."""
         names = catalog.names_of(self.loss)
-        for name in names:
-            yield catalog.load(name), self.options if len(names) == 1 else self.options.get(name, {})
+        by_loss = self.options if len(names) > 1 else {self.loss: self.options}
+        return [Loss(name, catalog.load(name), by_loss.get(name, {})) for name in names]
 
     def command(self) -> str:
         """The options of a trainer's command line."""
         words = ["--loss", self.loss]
-        for loss, given in self.own_options():
-            options = loss.options()
-            words += [f"{flag(loss, options[key])} {typed(options[key].text(x))}" for key, x in given.items()]
+        for loss in self.losses():
+            prefix, options = prefix_of(loss.name, loss.named), loss.named.options
+            words += [f"{flag(prefix, key)} {typed(options[key], x)}" for key, x in loss.given.items()]
         if self.features:
-            taught = [loss for loss, _ in self.own_options() if "reference_features" in loss.options()]
-            words.append(f"{flag(taught[-1], taught[-1].options()['reference_features'])} {FOLDER}")
+            words.append(f"{flag(RUN, 'teacher')} {FOLDER}")
         return " ".join(words)
 
     def python(self) -> str:
         """The call that builds the same loss."""
         if "+" in self.loss:
             return f'create("{self.loss}"' + (f", **{shown(self.options)})" if self.options else ")")
-        known = catalog.load(self.loss).options()  # a trainer's option is no option of the call
-        given = {key: x for key, x in self.options.items() if not known[key].for_trainer}
+        columns = catalog.load(self.loss).columns_class  # whose options are no options of the call
+        of_data = {} if columns is None else options_of(columns)
+        given = {key: x for key, x in self.options.items() if key not in of_data}
         return f"create({', '.join([shown(self.loss), *(f'{key}={shown(x)}' for key, x in given.items())])})"
 
     def before(self) -> str:
@@ -78,9 +79,9 @@ def shown(value: Any) -> str:
     return re.sub(r"(\d)\.0\b", r"\1", repr(value).replace("'", '"'))
 
 
-def typed(value: Any) -> str:
+def typed(option: Any, value: Any) -> str:
     """A value as a command line has it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(option.spelled(value))
 
 
 OF_ENCODERS = ("+3.08 ± 0.83", "+1.88 ± 0.89", "+2.86 ± 1.11")
@@ -103,8 +104,8 @@ PRESET = Case(
 )
 CAPTIONS = Case(
     "… and a sentence encoder to rank the captions",
-    "rankclip-distill",
-    {"lambda_cross": 0.0, "lambda_in": 8.0, "top_k": 2},
+    "rankclip-in",
+    {"lambda_in": 8.0, "top_k": 2},
     features=TEXTS,
     gain="icons +1.63 ± 0.35; photographs +1.38 ± 0.54 with other weights",
     on=("+1.63 ± 0.35", "+1.38 ± 0.54, with other weights", "–"),
@@ -177,8 +178,8 @@ ENCODERS = Case(
 )
 BACKBONE = Case(
     "an image backbone",
-    "rankclip-distill",
-    {"lambda_cross": 0.0, "lambda_in": 8.0},
+    "rankclip-in",
+    {"lambda_in": 8.0, "top_k": 8},
     features=IMAGES,
     gain="photographs +0.82 ± 0.51, not significant; τ_c +2.34 ± 0.54; with other weights",
     on=("–", "*+0.82 ± 0.51*, with other weights", "–"),

@@ -274,7 +274,7 @@ class Progress(TrainerProgress):
             if len(parts) > 1 and loss.run.gather.place[1] > 1:
                 raise ValueError("several datasets on several processes: give each loss gather=False")
             folder = loss.run.features
-            if loss.run.chosen.pair_key == "label":
+            if loss.run.id_key == "label":
                 for dataset in parts:
                     _check_labels(dataset)
             if folder is not None:

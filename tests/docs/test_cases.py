@@ -8,11 +8,11 @@ import shlex
 from typing import Any
 
 import pytest
-from rankloss_trainers.named import NamedLoss
 from tools_folder import ROOT, tool
 
-from rankloss_trainers import catalog, create, own_losses
+from rankloss_trainers import catalog, create
 from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.declared import Loss, options_of
 
 cases = tool("cases.py")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in cases.TABLES}
@@ -20,34 +20,32 @@ PAPERS = "docs/papers.md"
 COMMANDS = re.compile(r"`([^`\n]*--loss [^`\n]*)`")
 
 
-def by_command(command: str) -> NamedLoss:
-    """The loss that a command line chooses."""
+def by_command(command: str) -> list[Loss]:
+    """The losses that a command line chooses."""
     parser = argparse.ArgumentParser()
     words = shlex.split(command)[shlex.split(command).index("--loss") :]
     names = words[1].split("+")
     losses = LossArguments(parser, list(catalog.known()), names[0])
     chosen = losses.chosen(parser.parse_args(words))
     assert chosen is not None
-    return chosen
+    return chosen[0]
 
 
-def options_of(loss: NamedLoss) -> dict[str, dict[str, Any]]:
-    """The options of every part that act on the loss itself; the others are the trainer's plug-in's."""
-    return {
-        part.name: {key: x for key, x in part.values.items() if not part.options()[key].for_trainer}
-        for part in loss.parts
-    }
+def options_of_losses(losses: list[Loss]) -> dict[str, dict[str, Any]]:
+    """The options of every loss; of columns of the data, only a trainer that reads them has any."""
+    columns = {x.name: x.named.columns_class for x in losses}
+    of_data = {name: {} if x is None else options_of(x) for name, x in columns.items()}
+    return {x.name: {k: v for k, v in x.values.items() if k not in of_data[x.name]} for x in losses}
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.have)
-def test_both_columns_of_a_row_build_the_same_loss(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_losses, "has_separate_spaces", lambda where: case is cases.ENCODERS)
-    found: list[NamedLoss] = []
+def test_both_columns_of_a_row_build_the_same_loss(case: Any) -> None:
+    found: list[list[Loss]] = []
     typed = by_command(case.command())
     made = {"create": lambda name, **options: found.append(catalog.choose(name, options))}
     eval(case.python(), made)
-    assert options_of(typed) == options_of(found[0])
-    assert typed.name == found[0].name == case.loss
+    assert options_of_losses(typed) == options_of_losses(found[0])
+    assert "+".join(x.name for x in typed) == case.loss
     loss = eval(case.python(), {"create": create})
     assert list(loss.parameters()) == []
 
