@@ -11,7 +11,7 @@ the values differ:
   from which they reach the loss. The model is called once, so DDP sees one forward.
 
 Validation data, zero-shot prompts and ``encode_text`` have no companions and do not change. The rows of a
-folder of features are a companion, and so is whatever the loss names (``NamedLoss.companions``).
+folder of features are a companion, and so are the columns of a loss (``Named.columns``).
 """
 
 from __future__ import annotations
