@@ -75,7 +75,7 @@ def test_a_wrong_separator_is_named_before_a_row_is_read(
 
 def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -> None:
     """Beside the trainer's own reading; a file that has changed is read again."""
-    parts = [CAPTION, PairIds("group"), PairIds("title")]
+    parts = [CAPTION, PairIds(key="group"), PairIds(key="title")]
     dataset, file = csv(tmp_path, "filepath;title;syn;group\n0.png;a;b;1\n1.png;c;d;2\n")
     with mock.patch("pandas.read_csv", wraps=pandas.read_csv) as reads:
         Companions(parts).check_csv(file, ";", "filepath", "title")
@@ -83,7 +83,7 @@ def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -
         assert [call.kwargs.get("nrows") for call in reads.mock_calls].count(None) == 1
         Companions([CAPTION]).check_csv(file, ";", "filepath", "title")
         csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
-        assert SecondCaption("syn").of_rows(file, ";", None) == ["other"]
+        assert SecondCaption(caption_key="syn").of_rows(file, ";", None) == ["other"]
 
 
 def test_a_caption_keeps_every_character() -> None:
