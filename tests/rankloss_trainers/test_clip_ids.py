@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,25 @@ def test_a_column_of_no_ids_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         train(tmp_path, model=model, pairs=data, loss="clip-ids", loss_options={"key": key}, max_steps=1)
     assert torch.equal(weights(model), before)
+
+
+def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
+    """Which decodes pictures: those of the first row, and of two batches, as a loader reads ahead."""
+    pairs, decoded = Pairs(64), []
+
+    def decode(rows: dict[str, list[Any]], kept: bool = True) -> dict[str, Any]:
+        decoded.extend(rows["row"])
+        found = {name: [column[row] for row in rows["row"]] for name, column in pairs.columns.items()}
+        return {**found, **({"group": rows["group"]} if kept else {})}
+
+    table = datasets.Dataset.from_dict({"row": [*range(64)], "group": [f"{n // 2}" for n in range(64)]})
+    given = {"loss": "clip-ids", "loss_options": {"key": "group"}, "remove_unused_columns": False}
+    ended = train(tmp_path, pairs=table.with_transform(decode), max_steps=1, **given)
+    assert column(ended, "pairs_with_partner") == [1.0]
+    assert len(decoded) <= 1 + 2 * 8
+    dropping = table.with_transform(functools.partial(decode, kept=False))
+    with pytest.raises(ValueError, match=r"group .*transform"):
+        train(tmp_path, pairs=dropping, max_steps=1, **given)
 
 
 # --- sentence-transformers --------------------------------------------------------------------------------

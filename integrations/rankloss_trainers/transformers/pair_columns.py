@@ -69,13 +69,20 @@ def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
 
 
 def check_ids(dataset: Any, key: str) -> None:
-    """Raise a ValueError for a column of ids that a table lacks, or in which all rows are equal."""
+    """Check the whole column of ids of a table, without the table's transform; data of other kinds pass.
+
+    Raises:
+        ValueError: There is no such column, the transform drops it, its values are no ids, or all are equal.
+    """
     names = getattr(dataset, "column_names", None)
     if not isinstance(names, list) or isinstance(dataset, IterableDataset):
         return
     if key not in names:
         raise ValueError(f"the data have no column {key} of ids; they have {', '.join(names)}")
-    check_column(ids_of([_plain(x) for x in dataset[key]], key), key)
+    as_stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    check_column(ids_of([_plain(x) for x in as_stored[key]], key), key)
+    if key not in (row := dataset[0]):
+        raise ValueError(f"the data have {key} of ids, but their transform gives {', '.join(row)} alone")
 
 
 def _plain(value: Any) -> Any:
