@@ -32,6 +32,7 @@ from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
+from rankloss_trainers.composing import base_of, composed
 from rankloss_trainers.declared import Loss, Named, OptionError, Options, did_you_mean
 from rankloss_trainers.logging import Agreement, rank_clip_entries, remark_on_products
 from rankloss_trainers.ranked_lists import OF_LISTS, RankedListsTerm
@@ -237,15 +238,6 @@ def set_components(loss: nn.Module, features: Features | None, width: int, of_te
             part.components = matrix
 
 
-def _check_replaced(name: str, base: nn.Module) -> None:
-    """Raise a ValueError for a loss of another formula, or with options that would be lost."""
-    if type(base).__name__ not in ("ClipLoss", "SigLipLoss"):
-        raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
-    for key in ("same_id", "label_smoothing"):
-        if value := getattr(base, key, None):
-            raise ValueError(f"{name} replaces the trainer's loss, and would lose its {key}={value!r}")
-
-
 class Runtime(nn.Module):
     """Losses in a trainer.
 
@@ -291,12 +283,12 @@ class Runtime(nn.Module):
         super().__init__()
         self.host, self.losses, self.options = host, losses, options or RunOptions()
         self.name, self._gather = JOIN.join(loss.name for loss in losses), Gather.of(gather)
-        self.own_base = self._own_base(base) if base is None or isinstance(base, type) else base
-        self._check_kind()
+        is_built = base is not None and not isinstance(base, type)
+        self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.teacher = self._named_teacher()
         if self.teacher is not None and self.teacher.are_encoders:  # whatever the options are
             self._check_copies(x.named.constructor for x in self.losses)
-        self.criterion: nn.Module = self._built()
+        self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
         self._check_needs()
@@ -317,38 +309,6 @@ class Runtime(nn.Module):
         self._found: list[str] = []  # the teacher's features of the last batch
 
     # --- construction ---
-
-    def _own_base(self, kind: Any) -> nn.Module:
-        """A base of a class, in the memory that a loss on it is given; by default the one that is needed."""
-        values = {key: x for loss in self.losses for key, x in loss.given.items()}
-        streaming = {key: values[key] for key in ("chunk_size", "memory_budget") if key in values}
-        is_sigmoid = any(loss.named.kind == "sigmoid" for loss in self.losses)
-        kind = kind or (rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss)
-        built: nn.Module = kind(gather=self._gather, **streaming)
-        return built
-
-    def _check_kind(self) -> None:
-        names = {each.__name__ for each in type(self.own_base).__mro__}
-        is_sigmoid = "SigLipLoss" in names
-        for loss in self.losses:
-            kind = loss.named.kind
-            if is_sigmoid and kind == "softmax":
-                raise ValueError(f"{loss.name} does not work with {self.host.biased}: it is a softmax loss")
-            if kind == "sigmoid" and not is_sigmoid:
-                raise ValueError(f"{loss.name} needs {self.host.biased}: it is a sigmoid loss")
-
-    def _built(self) -> nn.Module:
-        """The module of the last loss, which stands on those before."""
-        built = self.own_base
-        for i, loss in enumerate(self.losses):
-            if not loss.takes_base:
-                _check_replaced(loss.name, built)
-            below, built = built, loss.build(built, self._gather)
-            if not isinstance(built, nn.Module):
-                raise TypeError(f"loss must be a module, or the name of one; {loss.name} is {built!r}")
-            if i > 0 and not any(x is below for x in built.modules()):
-                raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
-        return built
 
     def _named_teacher(self) -> Teacher | None:
         """The teacher of the run's option, else the one that a loss has where the trainer computes it."""
@@ -453,41 +413,15 @@ class Runtime(nn.Module):
 
     def summary(self, epochs: float) -> str:
         """The line of the log about a run of so many epochs; infinity where its data have no length."""
-        given = [
-            f"{loss.name}: {text}" * (len(self.losses) > 1) or text
-            for loss in self.losses
-            if (text := loss.summary)
-        ]
-        texts = ["; ".join(given), self._summary_of_schedule(epochs), self._summary_of_teacher()]
+        several = len(self.losses) > 1
+        texts = [f"{x.name}: {x.summary}" if several else x.summary for x in self.losses if x.summary]
+        if any(len(units_of(part)) == len(METHODS) for part in self.criterion.modules()):
+            length = f" over {epochs:g} epoch(s)" * math.isfinite(epochs)
+            texts.append(f"schedule per {self.options.unit(epochs)}{length}")
+        if self.use_of_teacher == "required":
+            texts.append(f"teacher {GIVEN if self.teacher is None else self.teacher.text}")
         package = f" ({self.package})" * bool(self.package)
-        return f"Loss: {self.name}{package}" + "".join(f", {text}" for text in texts if text)
-
-    def _summary_of_schedule(self, epochs: float) -> str:
-        if not any(len(units_of(part)) == len(METHODS) for part in self.criterion.modules()):
-            return ""
-        unit, asked = self.options.unit(epochs), self.options.schedule_unit
-        text = f"schedule per {unit}" + f" over {epochs:g} epoch(s)" * math.isfinite(epochs)
-        if unit == "step" and asked == "auto":
-            return (
-                f"{text} (fewer than ten epochs are few steps of a ramp per epoch; schedule-unit decides it)"
-            )
-        return text + " (one epoch has no ramp over epochs)" * (unit != asked != "auto")
-
-    def _summary_of_teacher(self) -> str:
-        if self.use_of_teacher != "required":
-            return ""
-        weights = [
-            max(part.lambda_cross, part.lambda_in) * part.normalizer
-            for part in self.criterion.modules()
-            if isinstance(part, rankloss.RankClipLoss)
-        ]
-        text = f"teacher {GIVEN if self.teacher is None else self.teacher.text}"
-        if not weights or max(weights) <= 1 / 16:
-            return text
-        large = (
-            f"the rank terms weigh lambda * {max(weights):g} and dominate the total: compare contrastive_loss"
-        )
-        return f"{text}, {large}"
+        return ", ".join([f"Loss: {self.name}{package}", *texts])
 
     def begin(self, epochs: float) -> None:
         """A training of so many epochs begins; infinity where its data have no length.

@@ -1,0 +1,72 @@
+"""The module of several losses, each on the one before, the first on the trainer's own or in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+import rankloss
+from rankloss.distributed import Gather
+from rankloss_trainers.declared import Loss
+
+_PAIRS = ("ClipLoss", "SigLipLoss")  # open_clip's have the same names
+
+
+def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) -> nn.Module:
+    """A loss of pairs for losses to stand on, in the memory that an option of theirs gives them.
+
+    Args:
+        losses: The losses.
+        gather: The gathering.
+        kind: Its class. None: SigLIP's under a loss that needs it, else CLIP's.
+    """
+    given = {key: x for loss in losses for key, x in loss.given.items()}
+    streaming = {key: given[key] for key in ("chunk_size", "memory_budget") if key in given}
+    is_sigmoid = any(loss.named.kind == "sigmoid" for loss in losses)
+    make: Any = kind or (rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss)
+    base: nn.Module = make(gather=gather, **streaming)
+    return base
+
+
+def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> nn.Module:
+    """The module of the last loss, which stands on those before it and on a base.
+
+    Args:
+        losses: The losses, the innermost first.
+        base: The loss of the trainer.
+        gather: The gathering.
+        biased: The trainer's set-up whose own loss is a sigmoid loss, for the errors.
+
+    Raises:
+        TypeError: A loss builds no module.
+        ValueError: A loss does not work on the one below it, or has a wrong option.
+    """
+    is_sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
+    for loss in losses:
+        if is_sigmoid and loss.named.kind == "softmax":
+            raise ValueError(f"{loss.name} does not work with {biased}: it is a softmax loss")
+        if not is_sigmoid and loss.named.kind == "sigmoid":
+            raise ValueError(f"{loss.name} needs {biased}: it is a sigmoid loss")
+    below = base
+    for loss in losses:
+        if not loss.takes_base:
+            _check_replaced(loss.name, below)
+        built = loss.build(below, gather)
+        if not isinstance(built, nn.Module):
+            raise TypeError(f"loss must be a module, or the name of one; {loss.name} is {built!r}")
+        if below is not base and not any(x is below for x in built.modules()):
+            raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
+        below = built
+    module: nn.Module = below
+    return module
+
+
+def _check_replaced(name: str, base: Any) -> None:
+    """Raise a ValueError for a loss of another formula, or with options that would be lost."""
+    if type(base).__name__ not in _PAIRS:
+        raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
+    for key in ("same_id", "label_smoothing"):
+        if value := getattr(base, key, None):
+            raise ValueError(f"{name} replaces the trainer's loss, and would lose its {key}={value!r}")
