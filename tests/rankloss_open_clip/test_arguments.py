@@ -291,6 +291,11 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
         loss_of(streamed, Base())
 
 
+def test_terms_stand_on_a_loss_that_the_options_do_not_tell() -> None:
+    own = open_clip.loss.SigLipLoss()
+    assert loss_of("--loss rankclip", own).criterion.base is own
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
