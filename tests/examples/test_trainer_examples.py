@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import inspect
 import json
 import math
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +26,9 @@ from launch import torchrun
 from tools_folder import ROOT, tool
 
 import rankloss
-from rankloss.losses import takes_teacher
-from rankloss_trainers import catalog, runtime
+import rankloss_trainers
+from rankloss_trainers import catalog, loop, runtime
+from rankloss_trainers.command_line import LossArguments, with_flag
 
 cases = tool("cases.py")
 FOLDER = ROOT / "examples/trainers"
@@ -66,7 +70,8 @@ def test_example_trains_the_loss_of_its_case(name, case, tmp_path, monkeypatch, 
         norms.append(sum(x.norm().item() for x in found if x is not None))
 
     monkeypatch.setattr(emojis, "chosen", lambda: few)
-    monkeypatch.setattr(runtime, "choose", kept)
+    for place in (runtime, loop):
+        monkeypatch.setattr(place, "choose", kept)
     monkeypatch.chdir(tmp_path)
     hook = register_optimizer_step_post_hook(measured)
     try:
@@ -79,25 +84,54 @@ def test_example_trains_the_loss_of_its_case(name, case, tmp_path, monkeypatch, 
     assert logged
     assert all(map(math.isfinite, logged))
     if case is not None:
-        (loss,) = chosen
+        (losses,) = chosen
         expected = eval(case.python(), {"create": lambda name, **options: catalog.choose(name, options)})
-        assert type(loss) is type(expected)
-        assert loss.values == expected.values
+        assert [(x.name, x.values) for x in losses] == [(x.name, x.values) for x in expected]
+
+
+def registered(monkeypatch):
+    """The own loss, as another package would register it."""
+    soft = imported("own_loss").SoftLoss
+    point = SimpleNamespace(name="soft", value="own:SoftLoss", dist=None, load=lambda: soft)
+    monkeypatch.setattr(catalog, "known", lambda: {**dict.fromkeys(catalog.LOSSES, ()), "soft": (point,)})
+    return soft
+
+
+def test_the_own_loss_is_declared_by_its_constructor(monkeypatch):
+    """By name in every trainer and joined, with its help and the errors of its options."""
+    soft = registered(monkeypatch)
+    assert len(inspect.getsource(soft).splitlines()) <= 20
+    arguments = LossArguments(argparse.ArgumentParser(exit_on_error=False), ["rankclip", "soft"])
+    text = arguments.parser.format_help()
+    assert "--soft-weight X" in text
+    assert "Multiplier of the similarities (default: 20.0)" in " ".join(text.split())
+    argv = "--loss rankclip+soft --rankclip-schedule constant --soft-weight 2"
+    args = arguments.parser.parse_args(argv.split())
+    found, options = arguments.chosen(args)
+    run = runtime.Runtime(loop.HOST, found, options)
+    assert (run.criterion.weight, type(run.criterion.base)) == (2.0, rankloss.RankClipLoss)
+    assert run.use_of_teacher == "required"
+    run.set_progress(1, 1)
+    v, scale, rows = torch.eye(4), torch.ones(()), torch.eye(4).roll(1, 0)
+    both = {"reference_image_features": rows, "reference_text_features": rows}
+    entries = run(image_features=v, text_features=v, logit_scale=scale, **both)
+    ranks = rankloss.RankClipLoss(schedule="constant")(v, v, scale, output_dict=True, **both)
+    assert entries.terms["cross_modal_loss"] == ranks["cross_modal_loss"]
+    with pytest.raises(ValueError, match=r"soft\.weight .*-1") as error:
+        rankloss_trainers.create("soft", weight=-1)
+    assert with_flag(catalog.choose("soft"), error.value).startswith("--soft-weight: ")
 
 
 def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
-    chosen = imported("own_loss").Soft(weight=0.5, scale=10.0)
+    loss = imported("own_loss").SoftLoss(weight=0.5, scale=10.0, gather=rankloss.Gather())
     v, t = torch.eye(4, 8), torch.eye(4, 8).flip(0).requires_grad_()
     teacher = torch.ones(4, 3) / 3**0.5  # to which all captions are equal
-    loss = chosen.build(rankloss.ClipLoss(), rankloss.Gather())
     entries = loss(v, t, logit_scale=1.0, reference_text_features=teacher, output_dict=True)
     logits = 10 * torch.eye(4)
     assert entries["soft_loss"].item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
     assert entries["contrastive_loss"] == rankloss.ClipLoss()(v, t, 1.0)
     entries["soft_loss"].backward()
     assert t.grad is not None
-    assert chosen.teacher is None
-    assert takes_teacher(loss)
 
 
 # --- two processes ----------------------------------------------------------------------------------------

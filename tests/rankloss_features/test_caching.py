@@ -182,7 +182,7 @@ def test_data_without_pairs_are_refused_with_the_two_commands(
     tmp_path: Path, data: Any, message: str
 ) -> None:
     command = "`rankloss features --image-encoder some --text-encoder other --data PAIRS --output FOLDER`"
-    with pytest.raises(ValueError, match=f"^{message}.*{command}, .*reference_features FOLDER$"):
+    with pytest.raises(ValueError, match=f"^{message}.*{command}, .*teacher FOLDER$"):
         data(tmp_path)
 
 

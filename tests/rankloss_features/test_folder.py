@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,8 +46,10 @@ from rankloss_features.checking import report
 from rankloss_features.data import Data, Sample, Shards
 from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
-from rankloss_open_clip.arguments import check_run
+from rankloss_open_clip.arguments import HOST as OPEN_CLIP
 from rankloss_trainers import catalog
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 
@@ -72,18 +73,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
 
     def open_clip(path: str) -> None:
-        check_run(catalog.choose("rankclip", {"reference_features": path}), SimpleNamespace())
+        Runtime(OPEN_CLIP, catalog.choose("rankclip"), RunOptions(teacher=path))
 
     def hugging_face(path: str) -> None:
-        options = {"reference_features": path}
-        tiny_transformers.trainer(folder, model=clip, loss="rankclip", loss_options=options)
+        tiny_transformers.trainer(folder, model=clip, loss="rankclip", teacher=path)
 
     readers = {
         "open_clip": open_clip,
         "Hugging Face": hugging_face,
-        "sentence-transformers": lambda path: ContrastiveLoss(
-            model, "rankclip", {"reference_features": path}
-        ),
+        "sentence-transformers": lambda path: ContrastiveLoss(model, "rankclip", teacher=path),
         "--check": lambda path: report(path, data),
     }
     return Place(folder / "whole", data, folder / "other", readers)

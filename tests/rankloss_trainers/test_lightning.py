@@ -33,6 +33,7 @@ with warnings.catch_warnings():
 import rankloss
 import rankloss_trainers
 from rankloss import schedules
+from rankloss_trainers import catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -203,6 +204,22 @@ def test_run_whose_steps_cannot_be_known_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module(), **given)
+
+
+class ByBase(Module):
+    """As docs/loops.md validates."""
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.validated.append(self.loss.base(*self.features(batch)).item())
+
+
+@pytest.mark.parametrize("name", catalog.known())
+def test_every_created_loss_is_validated_by_its_base(name: str) -> None:
+    module, batch = ByBase(), list(pairs(8).tensors)
+    module.loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
+    module.validation_step(batch, 0)
+    base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
+    assert module.validated == [base(*module.features(batch)).item()]
 
 
 def test_loss_without_a_schedule_is_told_nothing(tmp_path: Path) -> None:

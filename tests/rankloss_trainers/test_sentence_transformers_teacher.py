@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cka_clip import CkaLoss
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from taught import LOSS, ROWS, features, folder, references
+from taught import LOSS, ROWS, counting, features, folder, references
 from tiny_sentences import pairs, tiny, train, weights
 
 from rankloss.losses import TEACHER
@@ -84,6 +84,38 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
     torch.testing.assert_close(found, own_loop(tmp_path, criterion, path), rtol=1e-4, atol=1e-6)
 
 
+def test_a_loss_is_chosen_and_built_once_and_its_folder_opened_once(
+    tmp_path: Path, bound: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = bound
+    calls = counting(monkeypatch)
+    trained(tmp_path, data, LOSS, teacher=path)
+    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
+
+
+@pytest.mark.parametrize("loss", ["rankclip-encoders+mimicry", "mimicry+rankclip-encoders"])
+def test_mimicry_of_encoders_is_refused_for_its_one_reason(tmp_path: Path, loss: str) -> None:
+    given = {"teacher": "image=a,text=b", "options": {"mimicry": {"weight": 2.0}}}
+    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
+        ContrastiveLoss(tiny(tmp_path), loss, **given)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"), [("reference_features", "teacher"), ("agreement_every", "agreement_every")]
+)
+def test_options_of_the_run_are_no_options_of_a_loss(tmp_path: Path, key: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=f"'{key}'.*option of the run, {instead}$"):
+        ContrastiveLoss(tiny(tmp_path), "rankclip", {key: "x"})
+
+
+def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
+    model = tiny(tmp_path)
+    loss = ContrastiveLoss(model, "cyclip", agreement_every=2)
+    trainer = train(tmp_path, loss, model, max_steps=3)
+    taus = [line["in_modal_tau"] for line in trainer.state.log_history if "loss" in line]
+    assert taus[0] == taus[1] != taus[2]
+
+
 @pytest.mark.parametrize(
     ("width", "spaces", "loss", "message"),
     [
@@ -127,7 +159,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
 @pytest.mark.parametrize(
     ("loss", "has_labels", "message"),
     [
-        ("rankclip-distill", False, "rankclip-distill needs a teacher's features: give labels, .*folder"),
+        ("rankclip-distill", False, "rankclip-distill needs a teacher's features: give labels, .*FOLDER"),
         ("clip-streamed", True, "clip-streamed does not use a teacher"),
     ],
 )

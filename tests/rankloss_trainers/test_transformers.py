@@ -252,6 +252,13 @@ def test_agreement_is_held_between_measurements_and_measured_where_a_run_is_resu
     assert resumed[0] not in taus
 
 
+def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
+    trained = train(tmp_path, loss="cyclip", agreement_every=2, max_steps=3)
+    taus = column(trained, "in_modal_tau")
+    assert len(taus) == 3
+    assert taus[0] == taus[1] != taus[2]
+
+
 class Sometimes(rankloss.ClipLoss):
     """CLIP's loss, which logs something at every other call."""
 
@@ -371,6 +378,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 def test_what_cannot_work_is_refused(tmp_path: Path, given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **{"loss": "rankclip", **given})
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("reference_features", "teacher"),
+        ("teacher", "teacher"),
+        ("reference", "teacher"),
+        ("schedule_unit", "schedule_unit"),
+        ("agreement_every", "agreement_every"),
+    ],
+)
+def test_options_of_the_run_are_no_options_of_a_loss(tmp_path: Path, key: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=f"'{key}'.*option of the run, {instead}$"):
+        trainer(tmp_path, loss="rankclip", loss_options={key: "x"})
 
 
 @pytest.mark.parametrize(

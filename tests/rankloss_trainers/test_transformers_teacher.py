@@ -14,7 +14,7 @@ import pytest
 import tiny_teacher
 import torch
 from cka_clip import CkaLoss
-from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
+from taught import LOSS, ROWS, counting, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
 from torch import nn
 
@@ -65,6 +65,16 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-4, atol=1e-6)
     expected = [x["mimicry_loss"] for x in log]
     assert column(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_is_chosen_and_built_once_and_its_folder_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
+    given = {"pairs": joined(bind(captioned(), path)), "loss": LOSS, "teacher": path}
+    calls = counting(monkeypatch)
+    train(tmp_path, max_steps=2, **given)
+    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
 
 
 def spoilt(value: float, rows: slice, name: str = "reference_text_features") -> Pairs:
@@ -191,6 +201,16 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
         assert torch.equal(weights(trained.model), weights(by_folder.model))
     with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
         trainer(tmp_path, pairs=Words(), loss="rankclip-in", teacher="text=other")
+
+
+@pytest.mark.parametrize("loss", ["rankclip-encoders+mimicry", "mimicry+rankclip-encoders"])
+@pytest.mark.parametrize("given", [{}, {"loss_options": {"mimicry": {"weight": 2.0}}}, {"teacher": "text=b"}])
+def test_mimicry_of_encoders_is_refused_before_a_feature_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, given: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(sources, "load", lambda *_: pytest.fail("a teacher was loaded"))
+    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
+        trainer(tmp_path, pairs=joined(captioned()), loss=loss, **given)
 
 
 class Words(datasets.Dataset):
