@@ -81,15 +81,3 @@ def test_the_commands_beside_the_tables_parse(name: str) -> None:
     for command in typed:
         flags = re.sub(r"start/", "teacher/", command[command.index("--loss") :])
         by_command(flags)
-
-
-OF_HISTORY = {"1.27 ± 0.59", "0.06 ± 0.11"}  # of a study that went, with what it found of no use
-
-
-def test_every_gain_is_in_a_report() -> None:
-    reports = "".join(x.read_text(encoding="utf-8") for x in (ROOT / "examples").rglob("report/*.md"))
-    for name in (*PAGES.keys() - {"examples/README.md"}, "docs/lists.md", "docs/evidence.md", PAPERS):
-        text = (ROOT / name).read_text(encoding="utf-8").replace("*", "")
-        gains = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", text)
-        assert gains
-        assert [x for x in gains if x.lstrip("+−") not in reports and x.lstrip("+−") not in OF_HISTORY] == []

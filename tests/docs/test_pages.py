@@ -17,6 +17,7 @@ import rankloss_baselines
 from rankloss import schedules
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+SOURCE = "https://github.com/rankloss/rankloss"
 README, SECURITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "SECURITY.md"))
 
 
@@ -46,6 +47,41 @@ def test_long_lines_of_code_wrap() -> None:
     css = (ROOT / "docs/stylesheets/site.css").read_text(encoding="utf-8")
     (rule,) = re.findall(r"pre > code \{([^}]*)\}", css)
     assert "pre-wrap" in rule
+
+
+# --- links ------------------------------------------------------------------------------------------------
+
+
+def links(markdown: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", markdown) + re.findall(r'(?:src|srcset)="([^"]+)"', markdown)
+
+
+def anchors(markdown: str) -> set[str]:
+    """The addresses of headings, as forges make them."""
+    headings = re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"])
+def test_links_lead_to_files_and_headings(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for link in links(text):
+        target, _, fragment = link.partition("#")
+        if not re.match(r"\w+:", link):
+            file = ROOT / target if target else ROOT / path
+            assert file.exists(), link
+            assert not fragment or fragment in anchors(file.read_text(encoding="utf-8")), link
+
+
+def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
+    text = tool("package_readme.py").absolute_links(README, SOURCE)
+    for before, after in zip(links(README), links(text), strict=True):
+        if re.match(r"\w+:|#", before):
+            assert after == before
+        else:
+            kind = "raw" if before.endswith(".svg") else "blob"
+            assert after == f"{SOURCE}/{kind}/main/{before}"
+    assert re.sub(rf"{SOURCE}/\w+/main/", "", text) == README
 
 
 # --- notebooks --------------------------------------------------------------------------------------------
