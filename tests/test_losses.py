@@ -221,7 +221,8 @@ def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, name: str) -> 
 
 def test_lambda_follows_set_epoch_and_set_progress_and_the_later_call_counts() -> None:
     loss = RankClipLoss()
-    for use in (lambda: loss(*features()), lambda: loss.schedule_value, lambda: loss.rank_weights):
+    assert loss.schedule_value is None
+    for use in (lambda: loss(*features()), lambda: loss.rank_weights):
         with pytest.raises(RuntimeError, match=r"set_epoch\(epoch, epochs\) or set_progress\(step, total"):
             use()
     for epoch in (1, 2, 5):

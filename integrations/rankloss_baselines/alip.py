@@ -57,8 +57,8 @@ class AlipLoss(GatheringLoss):
         ``image_features``, ``text_features`` and ``caption_features``: ``[N, D]``, unit-norm;
         ``logit_scale``: the multiplier s itself, not its logarithm. The result is a scalar in nats, float32
         at least. ``output_dict=True`` gives ``contrastive_loss`` (the raw captions) and
-        ``caption_contrastive_loss``, which add up to it. A ``logit_bias``, added to all logits, would change
-        nothing and is not used.
+        ``caption_contrastive_loss``, which add up to it. A ``logit_bias``, added to all logits, changes
+        nothing.
 
     Raises:
         ValueError: for a γ that is negative or not finite, a momentum outside [0, 1], or an initial history
@@ -117,7 +117,7 @@ class AlipLoss(GatheringLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,  # noqa: ARG002
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         *,
         caption_features: Tensor,
@@ -132,6 +132,8 @@ class AlipLoss(GatheringLoss):
         # Both captions in one collective.
         texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
         text_weights, caption_weights = self._weights(images, texts, synthetic)
+        if logit_bias is not None:  # changes nothing, but is a parameter of which DDP expects a gradient
+            logit_scale = logit_scale + 0.0 * logit_bias
         anchors = images, texts, synthetic
         if self.gather.anchors_are_local:
             anchors = image_features, text_features, caption_features

@@ -123,28 +123,27 @@ class RankClipLoss(nn.Module):
         return self.consistency.in_modal
 
     @property
-    def schedule_value(self) -> float:
+    def schedule_value(self) -> float | None:
         """The schedule's present λ, before ``lambda_cross``, ``lambda_in`` and ``normalizer``.
 
-        Raises:
-            RuntimeError: if the schedule needs the progress and it was not set.
+        None if the schedule needs the progress and it was not set.
         """
-        if self._missing is not None:
-            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
-        return self._schedule_value
+        return None if self._missing else self._schedule_value
 
     @property
     def rank_weights(self) -> dict[str, float]:
         """The present factors of the rank terms, λ1 and λ2.
 
         Raises:
-            RuntimeError: as :attr:`schedule_value`.
+            RuntimeError: if the schedule needs the progress and it was not set.
 
         Example:
             >>> RankClipLoss(schedule="constant", lambda_in=0.5).rank_weights
             {'cross_modal': 0.0625, 'in_modal': 0.03125}
         """
-        weight = self.schedule_value * self.normalizer
+        if self._missing is not None:
+            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
+        weight = self._schedule_value * self.normalizer
         return {
             "cross_modal": weight * self.consistency.cross_modal,
             "in_modal": weight * self.consistency.in_modal,

@@ -249,6 +249,32 @@ def test_resumed_run_goes_on_where_it_was(tmp_path: Path, unit: Any, step: int) 
         assert torch.equal(weights(resumed), weights(whole))
 
 
+class Remembering(Module):
+    """ALIP, whose histories are part of the module, under rank terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = rankloss_trainers.create("alip+rankclip", rankclip={"schedule": "linear"})
+
+    def training_step(self, batch: list[Tensor], _: int) -> Any:
+        captions = F.normalize(self.text(batch[1].flip(1)))
+        return self.loss(*self.features(batch), caption_features=captions)
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        pass
+
+
+def test_resumed_run_has_the_state_of_its_loss(tmp_path: Path) -> None:
+    modules = whole, resumed = Remembering(), Remembering()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(tmp_path, whole, callbacks=[saving], max_epochs=3, enable_checkpointing=True)
+    fit(tmp_path, resumed, max_epochs=3, resume=tmp_path / "step=4.ckpt")
+    histories = [module.loss.state_dict()["loss.base.histories"] for module in modules]
+    assert torch.equal(*histories)
+    assert not torch.equal(histories[0], torch.ones(3).double())
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 # --- several processes ----------------------------------------------------------------------------------
 
 

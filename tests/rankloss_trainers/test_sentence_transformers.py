@@ -250,6 +250,10 @@ def test_without_progress_the_loss_says_what_is_missing(bert: Path) -> None:
     [
         (lambda model: at(rank_clip(model, scale=0.0), 2)(columns(model)), "scale"),
         (lambda model: ContrastiveLoss(model, "alip", {"caption_key": "x"}), "alip needs a column"),
+        (
+            lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)),
+            "state in checkpoints",
+        ),
         (lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size"),
         (lambda model: rank_clip(model)(columns(model)[:1]), "sentence_features"),
         (lambda model: Progress(torch.nn.Identity()), "losses"),

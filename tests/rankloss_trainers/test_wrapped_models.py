@@ -1,0 +1,147 @@
+"""Every named loss on a model that is sharded, frozen in part or adapted, and in a loop that is resumed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import is_initialized
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from process_pool import Pools
+from rankloss.losses import TEACHER
+from rankloss_trainers import create
+from rankloss_trainers.catalog import LOSSES, known, load
+
+ROWS, WIDTH = 8, 6
+
+
+class Towers(nn.Module):
+    """Two encoders; a scale and a bias of one element each, as a scalar cannot be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text, self.unused = (
+            nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, WIDTH)) for _ in range(3)
+        )
+        self.logit_scale, self.logit_bias = (nn.Parameter(torch.tensor([x])) for x in (2.0, -1.0))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        features = (normalize(tower(x), dim=-1) for tower, x in ((self.image, images), (self.text, texts)))
+        return *features, self.logit_scale.exp().sum(), self.logit_bias.sum()
+
+
+def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None, step: int = 3) -> Tensor:
+    """The loss of some of the batch's rows: pictures, texts, other texts."""
+    generator = torch.Generator().manual_seed(step)
+    data = torch.randn(3, ROWS, 5, generator=generator, dtype=torch.float64)[:, rows]
+    teacher = normalize(torch.randn(2, ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)[
+        :, rows
+    ]
+    loss, needs_teacher = create(name) if loss is None else loss, load(name).teacher
+    loss.set_epoch(step, 4)
+    loss.set_progress(step, 4)
+    v, texts, scale, bias = model(data[0], data[1:].flatten(0, 1))
+    t, c = texts.chunk(2)
+    grades = torch.tensor([[2.0, 1.0]]).expand(len(v), 2)
+    more: dict[str, Any] = {
+        "clip-ids": {"pair_ids": torch.arange(ROWS)[rows] % 5},
+        "alip": {"caption_features": c},
+        "ranked-lists": {"query_features": v, "candidate_features": torch.stack([t, c], 1), "grades": grades},
+    }.get(name, dict(zip(TEACHER, teacher, strict=True)) if needs_teacher else {})
+    value: Tensor = loss(image_features=v, text_features=t, logit_scale=scale, logit_bias=bias, **more)
+    return value
+
+
+def gradients(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[str, dict[str, Tensor]]:
+    """The gradients of a share of the batch, by loss and parameter."""
+    found, share = {}, ROWS // world_size
+    for name in known():
+        model = Towers().double()
+        wrapped = wrap(model)
+        for _ in range(2):  # DDP refuses the second step of a model whose parameters it waits for
+            model.zero_grad()
+            value_of(name, wrapped, slice(rank * share, (rank + 1) * share)).backward()
+        given = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+        found[name] = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in given.items()}
+    return found
+
+
+def distributed(model: Any, frozen: tuple[str, ...] = (), **options: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    return DistributedDataParallel(model, **options) if is_initialized() else model
+
+
+def sharded(model: Any) -> Any:
+    for part in (model.image, model.text, model) if is_initialized() else ():
+        fully_shard(part)
+    return model
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "of used parameters": functools.partial(distributed, frozen=("unused",)),
+    "of unused parameters": functools.partial(distributed, find_unused_parameters=True),
+    "of a frozen image tower": functools.partial(distributed, frozen=("unused", "image")),
+    "of a frozen text tower": functools.partial(distributed, frozen=("unused", "text")),
+    "of frozen towers": functools.partial(distributed, frozen=("unused", "image", "text")),
+    "sharded": sharded,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_two_processes_have_the_gradients_of_the_whole_batch(pools: Pools, kind: str) -> None:
+    expected = gradients(0, 1, WRAPPED[kind])
+    for found in pools[2].run(gradients, WRAPPED[kind]):
+        assert found.keys() == expected.keys() >= LOSSES.keys()
+        for name, of_loss in expected.items():
+            assert of_loss["logit_scale"].abs() > 1e-3
+            for key in (
+                of_loss.keys() | found[name].keys()
+            ):  # of a parameter that no step uses there may be none
+                both = (x[name].get(key, torch.zeros(())) for x in (found, expected))
+                torch.testing.assert_close(
+                    *torch.broadcast_tensors(*both),
+                    rtol=1e-8,
+                    atol=1e-10,
+                    msg=f"{name}: {key}",
+                    check_dtype=False,
+                )
+
+
+def test_adapters_get_the_gradient_of_their_layer() -> None:
+    """At their start W + 3·B·A has B = 0, and so ∂B = 3·∂W·Aᵀ."""
+    peft = pytest.importorskip("peft")
+    adapted_to = ["image.0", "text.2"]
+    for name in known():
+        plain = Towers().double()
+        value_of(name, plain, slice(ROWS)).backward()
+        config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=adapted_to)
+        adapted = peft.get_peft_model(Towers().double(), config)
+        value_of(name, adapted, slice(ROWS)).backward()
+        for key in adapted_to:
+            layer, full = adapted.get_submodule(f"base_model.model.{key}"), plain.get_submodule(key)
+            owed = 3 * full.weight.grad @ layer.lora_A["default"].weight.T
+            torch.testing.assert_close(layer.lora_B["default"].weight.grad, owed, msg=f"{name}: {key}")
+            assert owed.abs().max() > 1e-4
+        assert all("lora_" in key for key, x in adapted.named_parameters() if x.grad is not None)
+
+
+def test_a_loop_goes_on_from_the_state_and_the_step_of_a_loss() -> None:
+    model = Towers().double()
+    for name in known():
+        whole, first, second = create(name), create(name), create(name)
+        values = [value_of(name, model, slice(ROWS), whole, step) for step in (1, 2, 3, 4)]
+        for step in (1, 2):
+            value_of(name, model, slice(ROWS), first, step)
+        second.load_state_dict(first.state_dict())
+        resumed = [value_of(name, model, slice(ROWS), second, step) for step in (3, 4)]
+        assert resumed == values[2:], name
