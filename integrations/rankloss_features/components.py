@@ -32,7 +32,7 @@ def first_components(features: Any, width: int) -> Components:
             f"{features.path} has images and texts of separate spaces, which no one matrix can copy; learn "
             "the ranks within each modality instead: --loss rankclip-distill"
         )
-    arrays, rows = list(features.arrays.values()), int(features.present(slice(None)).sum())
+    arrays, rows = list(features.arrays.values()), len(features) - features.about["skipped"]
     full = arrays[0].shape[1]
     if not 1 <= width <= min(full, rows):
         raise ValueError(

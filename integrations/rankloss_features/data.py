@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import hashlib
 import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,16 +42,20 @@ Spans = Sequence[tuple[int, int]]
 """First and last row, the latter excluded, of each batch."""
 
 
-def groups_of(data: Any, size: int) -> list[tuple[int, Spans]]:
-    """The rows in batches, grouped by the source that has to be read from its start."""
-    ends = itertools.accumulate(data.counts)
-    groups: list[tuple[int, Spans]] = [
-        (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
-        for source, (end, count) in enumerate(zip(ends, data.counts, strict=True))
-    ]
+def groups_of(data: Any, size: int, left: Iterable[range]) -> list[tuple[int, Spans]]:
+    """Ranges of rows in batches, grouped by the source that has to be read from its start."""
+    ends = list(itertools.accumulate(data.counts))
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for rows in left:
+        first = rows.start
+        while first < rows.stop:
+            source = bisect.bisect_right(ends, first)
+            last = min(first + size, ends[source], rows.stop)
+            groups.setdefault(source, []).append((first, last))
+            first = last
     if data.is_stream:
-        return groups
-    return [(source, [span]) for source, spans in groups for span in spans]
+        return list(groups.items())
+    return [(source, [span]) for source, spans in groups.items() for span in spans]
 
 
 class Table:
@@ -60,7 +65,7 @@ class Table:
         dataset: The dataset.
         image_column: Its images, or their paths.
         caption_column: Its captions.
-        **about: The entries of ``features.json`` about it.
+        **about: The entries of ``folder.json`` about it.
 
     Attributes:
         counts: The pairs of each source, here one.

@@ -1,25 +1,28 @@
-"""The folder of features: its files, and how they are read.
+"""The folder of features: its files, and their readers.
 
 ::
 
-    features.json         the teacher, a hash of its weights, whether images and texts have one space, widths,
-                          dtype, scale, number of rows, the data
-    image_features.npy    [rows, D'], float16 or float32
-    text_features.npy     likewise; one of the two may be missing
-    pairs.npy             [rows], uint64: the hash of each row's caption and image name
-    rows.npy              [rows], uint64: the hash of each row's pair and numbers
+    folder.json                the teacher, a hash of its weights, whether images and texts have one space,
+                               widths, dtype, scale, counts, the data, and a hash of each other file
+    pairs.npy                  [rows], uint64: the hash of each row's caption and image name
+    image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
+    text_features-00000.npy    likewise; one of the two modalities may be missing
 
-A row's hash is written after its numbers; a row whose picture cannot be read has its pair's hash, and no
-numbers. ``features.json`` has a hash of its entries, one of which is a hash of ``rows.npy`` once every row is
-written. So a file that is cut, changed or from another folder is refused. Every file is written beside, under
-a name that begins with a dot, and takes its name once it is whole: what a training has mapped never changes.
+A row of zeros has no features, since its picture cannot be read. ``folder.json`` has a hash of its own
+entries, too, so a file that is cut, changed or from another folder is refused, and named. While the folder is
+unfinished, the hashes of each shard's files are in ``shard-00000.json``, written once these are on the disk.
+Every file is written beside, under a name that begins with a dot, and takes its name once it is whole: what a
+training has mapped never changes.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +32,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from rankloss.checks import check_teacher
 from rankloss_features.components import Components, first_components
 
 NAMES = ("image_features", "text_features")
@@ -38,29 +40,33 @@ NAMES = ("image_features", "text_features")
 SPACES = ("common", "separate")
 """The spaces of images and texts: one, in which they are compared; or one for each. One modality has one."""
 
-FORMAT = 2
+FORMAT = 3
 """The version of the format."""
 
 Array = np.ndarray[Any, Any]
 
-_ABOUT = "features.json"
-_BLOCK = 16_384  # rows that are read together
-_PAIRS = 65_536  # pairs that are hashed together
+ABOUT, PAIRS = "folder.json", "pairs.npy"
+_EARLIER = "features.json"  # of formats 1 and 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BLOCK = 65_536  # pairs that are hashed together
 
 
-def hash_of(data: Any) -> bytes:
-    """64 bits of a hash of bytes, or of an array."""
-    return hashlib.blake2b(data, digest_size=8).digest()
+# --- hashes -----------------------------------------------------------------------------------------------
+
+
+def hash_of(data: Any, size: int = 16) -> bytes:
+    """A hash of so many bytes, of bytes or of an array."""
+    return hashlib.blake2b(data, digest_size=size).digest()
 
 
 def hash_of_pair(caption: str, image: str) -> int:
     """The 64-bit hash of a caption and the name of its image."""
-    return int.from_bytes(hash_of(f"{image}\0{caption}".encode("utf-8", "surrogatepass")), "little")
+    return int.from_bytes(hash_of(f"{image}\0{caption}".encode("utf-8", "surrogatepass"), 8), "little")
 
 
 def name_of(image: object) -> str:
     """The name of an image: of bytes their hash, of a path its last part, since its folders may move."""
-    return hash_of(image).hex() if isinstance(image, bytes) else os.path.basename(str(image))
+    return hash_of(image, 8).hex() if isinstance(image, bytes) else os.path.basename(str(image))
 
 
 def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
@@ -68,10 +74,70 @@ def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
     return np.array([hash_of_pair(*pair) for pair in zip(captions, images, strict=True)], np.uint64)
 
 
-def hashes_of_rows(pairs: Array, arrays: Iterable[Array]) -> Array:
-    """The hash of each row: its pair's hash and its numbers in all arrays, uint64."""
-    rows = zip(pairs, *arrays, strict=True)
-    return np.frombuffer(b"".join(hash_of(b"".join(x.tobytes() for x in row)) for row in rows), np.uint64)
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def draft_path(file: Path) -> Path:
+    """The name under which a file is written."""
+    return file.with_name(f".{file.name}")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A new file, which takes a file's place once it is on the disk. A link there is replaced.
+
+    Raises:
+        OSError: The disk is full, the file too large, a quota used up.
+    """
+    draft = draft_path(file)
+    draft.unlink(missing_ok=True)
+    try:
+        with open(draft, "xb") as written:
+            yield written
+            written.flush()
+            os.fsync(written.fileno())
+    except OSError as error:
+        if error.errno in _FULL:
+            text = f"{error.strerror}: {file} cannot be written. Make room, and give the same command"
+            raise OSError(error.errno, text) from error
+        raise
+    draft.replace(file)
+
+
+def header_of(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The first bytes of an array's file."""
+    file, described = io.BytesIO(), {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()
+
+
+def write_array(file: Path, array: Array) -> str:
+    """Write an array, as :func:`numpy.save` does; the hash of its numbers."""
+    array = np.ascontiguousarray(array)
+    with replacing(file) as written:
+        written.write(header_of(str(array.dtype), array.shape))
+        written.write(array.data)
+    return hash_of(array).hex()
+
+
+def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
+    """An array in a file, mapped into memory; it takes no file descriptor.
+
+    Raises:
+        ValueError: It cannot be read, or is of another type, shape or size.
+    """
+    header = header_of(dtype, shape)
+    try:
+        size = file.stat().st_size
+        mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    wanted = len(header) + np.dtype(dtype).itemsize * math.prod(shape)
+    if size != wanted or bytes(mapped[: len(header)]) != header:
+        raise ValueError(f"{file} is damaged: it is no array of {dtype} {shape}")
+    array = mapped[len(header) :].view(dtype).reshape(shape)
+    array.flags.writeable = False
+    return array
 
 
 def _hash_of_entries(about: dict[str, Any]) -> str:
@@ -79,92 +145,75 @@ def _hash_of_entries(about: dict[str, Any]) -> str:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """The entries of ``features.json``, or None without it.
+    """The entries of ``folder.json``, or None without it.
 
     Raises:
         ValueError: It is of another format, or its entries are not those that were written.
     """
-    file = folder / _ABOUT
+    file = folder / ABOUT
     try:
+        file = file if file.exists() else folder / _EARLIER
         about = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
+        command = about.get("command") if isinstance(about, dict) else None
         raise ValueError(
-            f"{file} is not of format {FORMAT}: it is damaged, or of an earlier release, which did not tie "
-            "rows to pairs. To renew the folder, delete it and give its command again"
+            f"{file} is damaged, or of an earlier release: its format is not {FORMAT}. To renew the folder, "
+            f"delete it and give its command again, {command!r} by its own account"
         )
     if about.pop("hash", None) != _hash_of_entries(about):
         raise ValueError(f"{file} is damaged: its entries are not those that the command wrote")
     return about
 
 
-def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) -> None:
-    """Write ``features.json``, whole or not at all, with the format and the hashes.
-
-    Args:
-        folder: The folder.
-        about: The other entries.
-        rows: The numbers of ``rows.npy``, once every row is written.
-    """
-    about = {**about, "format": FORMAT, "rows_hash": None if rows is None else hash_of(rows).hex()}
-    with replacing(folder / _ABOUT) as file:
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write ``folder.json``, whole or not at all, with the format and the hash of its entries."""
+    about = {**about, "format": FORMAT}
+    with replacing(folder / ABOUT) as file:
         file.write((json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n").encode())
 
 
-@contextmanager
-def opened(file: Path, mode: str) -> Iterator[BinaryIO]:
-    """A file to write, whose errors name it."""
-    try:
-        with open(file, mode) as written:
-            yield written  # type: ignore[misc]
-    except OSError as error:
-        advice = "Make room, and give the same command"
-        raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
+# --- readers ----------------------------------------------------------------------------------------------
 
 
-def beside(file: Path) -> Path:
-    """The name under which a file is written."""
-    return file.with_name(f".{file.name}")
+class Rows:
+    """The rows of one modality, mapped into memory.
 
+    Args:
+        shards: The arrays of its files, of which the last may be shorter.
 
-@contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A new file, which takes a file's place once it is on the disk. A link there is replaced."""
-    beside(file).unlink(missing_ok=True)
-    with opened(beside(file), "xb") as written:
-        yield written
-        written.flush()
-        os.fsync(written.fileno())
-    beside(file).replace(file)
-
-
-def spaces_of(about: dict[str, Any]) -> str:
-    """The entry ``spaces``, one of :data:`SPACES`.
-
-    Earlier releases did not write it: their spaces are separate if the widths differ, or if the teacher is an
-    encoder for each modality.
+    Attributes:
+        shape: ``(rows, D')``.
+        dtype: The numbers' type.
     """
-    two_encoders = {"image_encoder", "text_encoder"} <= {*about.get("teacher", ())}
-    separate = two_encoders or len(set(about["widths"].values())) > 1
-    return str(about.get("spaces", SPACES[separate]))
 
+    def __init__(self, shards: Sequence[Array]) -> None:
+        self.shards = shards
+        self.shape, self.dtype = (sum(map(len, shards)), shards[0].shape[1]), shards[0].dtype
 
-def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
-    """An array in a file, mapped into memory.
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    Raises:
-        ValueError: It cannot be read, or is of another type or shape.
-    """
-    try:
-        array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
-    except Exception as error:  # NumPy raises many of a damaged header
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{file} must be {dtype} {shape}; got {array.dtype} {array.shape}")
-    return array
+    def __getitem__(self, rows: Any) -> Array:
+        """A copy of some rows.
+
+        Args:
+            rows: A slice, or their numbers, from 0.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows must be integers from 0 to {len(self) - 1}; got {rows}")
+        found = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        shards, places = np.divmod(rows, len(self.shards[0]))
+        for shard in np.unique(shards):
+            found[shards == shard] = self.shards[shard][places[shards == shard]]
+        return found
 
 
 class Pairs:
@@ -174,25 +223,50 @@ class Pairs:
         path: The folder.
 
     Attributes:
-        about: The entries of ``features.json``.
+        about: The entries of ``folder.json``.
         pairs: The hash of each row's pair.
 
     Raises:
-        ValueError: It is no such folder, or a file is not as ``features.json`` says.
+        ValueError: It is no such folder, or a file is not as ``folder.json`` says.
     """
 
     def __init__(self, path: str) -> None:
         self.path, about = path, read_about(Path(path))
         if about is None:
-            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
+            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {ABOUT}")
         self.about = about
-        self.pairs = read_array(Path(path, "pairs.npy"), "uint64", (about["rows"],))
+        self.pairs = read_array(Path(path, PAIRS), "uint64", (about["rows"],))
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def shards(self) -> range:
+        """The numbers of the shards."""
+        return range(-(-len(self) // self.about["shard_rows"]))
+
+    def rows_of(self, shard: int) -> range:
+        """The rows of a shard."""
+        size = self.about["shard_rows"]
+        return range(shard * size, min((shard + 1) * size, len(self)))
+
+    def files_of(self, shard: int) -> dict[str, Path]:
+        """The files of a shard, by the names of their features."""
+        names = (name for name in NAMES if name in self.about["widths"])
+        return {name: Path(self.path, f"{name}-{shard:05}.npy") for name in names}
+
+    def read_shard(self, shard: int) -> dict[str, Array]:
+        """The features of a shard.
+
+        Raises:
+            ValueError: A file is missing, or of another type, shape or size.
+        """
+        about, rows = self.about, len(self.rows_of(shard))
+        files = self.files_of(shard).items()
+        return {x: read_array(file, about["dtype"], (rows, about["widths"][x])) for x, file in files}
 
     @functools.cached_property
     def _sorted(self) -> tuple[Array, Array]:
@@ -238,7 +312,7 @@ class Pairs:
         Raises:
             ValueError: As :meth:`compare`.
         """
-        blocks = [slice(first, first + _PAIRS) for first in range(0, len(captions), _PAIRS)]
+        blocks = [slice(first, first + _BLOCK) for first in range(0, len(captions), _BLOCK)]
         pairs = (([str(x) for x in captions[block]], [name_of(x) for x in images[block]]) for block in blocks)
         self.compare(pairs, where)
 
@@ -250,43 +324,25 @@ class Features(Pairs):
         path: The folder.
 
     Attributes:
-        about: The entries of ``features.json``.
-        arrays: The features by their names, mapped into memory.
+        about: The entries of ``folder.json``.
+        arrays: The features by their names, :class:`Rows`.
         common_space: True if images and texts are compared in one space, or one modality is there.
         pairs: The hash of each row's pair.
-        rows: The hash of each row.
 
     Raises:
-        ValueError: It is no such folder, unfinished, or a file is not as ``features.json`` says.
+        ValueError: It is no such folder, unfinished, or a file is not as ``folder.json`` says.
     """
-
-    drafts = False
-    """True for arrays that are written, which :mod:`rankloss_features.writing` reads again."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        about, prefix = self.about, "." * self.drafts
-        if not (about["complete"] or self.drafts):
+        if not self.about["complete"]:
             raise ValueError(
-                f"{path} is unfinished: the command that began it goes on where it stopped. {_ABOUT}, which "
-                f"anyone may have written, quotes it as {about.get('command')!r}"
+                f"{path} is unfinished: the command that began it goes on where it stopped. {ABOUT}, which "
+                f"anyone may have written, quotes it as {self.about.get('command')!r}"
             )
-        self.common_space = spaces_of(about) == SPACES[0]
-        self.arrays = {
-            x: read_array(Path(path, f"{prefix}{x}.npy"), about["dtype"], (len(self), about["widths"][x]))
-            for x in NAMES
-            if x in about["widths"]
-        }
-        self.rows = read_array(Path(path, f"{prefix}rows.npy"), "uint64", (len(self),))
-
-    def present(self, rows: Any) -> Array:
-        """Presence of features per row: a picture that could not be read has none."""
-        return np.asarray(self.rows[rows] != self.pairs[rows])
-
-    def whole(self, rows: slice) -> Array:
-        """Completeness per row: its hash fits its pair and numbers, or it has no features."""
-        hashes = hashes_of_rows(self.pairs[rows], [x[rows] for x in self.arrays.values()])
-        return np.asarray((self.rows[rows] == hashes) | ~self.present(rows))
+        self.common_space = self.about["spaces"] == SPACES[0]
+        shards = [self.read_shard(shard) for shard in self.shards]
+        self.arrays = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
 
     def take(self, rows: Array) -> dict[str, Array]:
         """The features of some rows, float32.
@@ -294,11 +350,13 @@ class Features(Pairs):
         Raises:
             ValueError: A row has none, since its picture could not be read.
         """
-        present = self.present(rows)
-        if not present.all():
-            row = int(rows[present.argmin()])
-            raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
-        return {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
+        found = {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
+        for features in found.values():
+            present = features.any(axis=1)
+            if not present.all():
+                row = int(rows[present.argmin()])
+                raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
+        return found
 
     def components(self, width: int) -> Components:
         """The first principal components of the features, about the origin.
@@ -325,27 +383,81 @@ class Features(Pairs):
         return first_components(self, width)
 
     def check(self) -> Features:
-        """Read every row once, from end to end; the same folder.
+        """Read every file once, from end to end; the same folder.
 
         Raises:
-            ValueError: A row differs from the written one, or is no teacher's.
+            ValueError: A file is not as it was written.
         """
-        damage = "the files are damaged, their rows in another order, or from another folder"
-        for first in range(0, len(self), _BLOCK):
-            rows = slice(first, first + _BLOCK)
-            whole, absent = self.whole(rows), torch.from_numpy(~self.present(rows))
-            for name, array in self.arrays.items():
-                with np.errstate(over="ignore"):  # infinity is refused below
-                    block = torch.from_numpy(array[rows].astype(np.float32))
-                block[absent] = torch.arange(block.shape[1]) + 1.0
-                where = f"{name} in {self.path}, counted from row {first},"
-                check_teacher(where, block, first_look=False)
-            if not whole.all():
-                row = first + int(whole.argmin())
-                raise ValueError(f"row {row} of {self.path} is not as it was written: {damage}")
-        if self.about["rows_hash"] != hash_of(self.rows).hex():
-            raise ValueError(f"{self.path}/rows.npy is not as it was written: {damage}")
+        arrays = {PAIRS: self.pairs}
+        for shard in self.shards:
+            files = self.files_of(shard).items()
+            arrays |= {file.name: self.arrays[name].shards[shard] for name, file in files}
+        for name, array in arrays.items():
+            if hash_of(array).hex() != self.about["files"].get(name):
+                raise ValueError(
+                    f"{Path(self.path, name)} is not as it was written: it is damaged, its rows are in "
+                    "another order, or it is from another folder"
+                )
         return self
+
+
+class Draft(Pairs):
+    """A folder that is written."""
+
+    @classmethod
+    def begin(cls, output: Path, about: dict[str, Any], pairs: Array) -> None:
+        """Make a folder without features, of some entries and pairs."""
+        _delete_marks(output)  # of other pairs
+        files = {PAIRS: hash_of(pairs).hex()}
+        write_about(output, {**about, "rows": len(pairs), "complete": False, "files": files})
+        write_array(output / PAIRS, pairs)
+
+    def save(self, shard: int, arrays: dict[str, Array]) -> None:
+        """Write the files of a shard, and their hashes once they are on the disk."""
+        files = self.files_of(shard)
+        hashes = {files[name].name: write_array(files[name], array) for name, array in arrays.items()}
+        with replacing(self._mark_of(shard)) as file:
+            file.write(json.dumps(hashes).encode())
+
+    def is_whole(self, shard: int) -> bool:
+        """True if the shard's files are as they were written."""
+        try:
+            arrays = self.read_shard(shard)
+        except ValueError:
+            return False
+        files = self.files_of(shard)
+        return self._hashes_of(shard) == {files[x].name: hash_of(array).hex() for x, array in arrays.items()}
+
+    def finish(self) -> None:
+        """Write that the folder is complete, once its shards are.
+
+        Raises:
+            ValueError: No row has features.
+        """
+        files, skipped = {PAIRS: self.about["files"][PAIRS]}, 0
+        for shard in self.shards:
+            files |= self._hashes_of(shard)
+            features = next(iter(self.read_shard(shard).values()))
+            skipped += int((~features.any(axis=1)).sum())
+        if skipped == len(self):
+            raise ValueError(f"--data: none of {skipped} pictures can be read")
+        write_about(Path(self.path), {**self.about, "files": files, "complete": True, "skipped": skipped})
+        _delete_marks(Path(self.path))
+
+    def _mark_of(self, shard: int) -> Path:
+        return Path(self.path, f"shard-{shard:05}.json")
+
+    def _hashes_of(self, shard: int) -> dict[str, Any]:
+        """The hashes of a shard's files as they were written."""
+        mark = self._mark_of(shard)
+        if mark.exists():
+            return dict(json.loads(mark.read_text()))
+        return {file.name: self.about["files"].get(file.name) for file in self.files_of(shard).values()}
+
+
+def _delete_marks(folder: Path) -> None:
+    for mark in folder.glob("*shard-*.json"):  # and their drafts
+        mark.unlink()
 
 
 def has_separate_spaces(where: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from rankloss.checks import check_teacher
 from rankloss_features import image_encoders, packages, text_encoders
 from rankloss_features.data import Sample
-from rankloss_features.folder import NAMES, SPACES, Array, read_about, spaces_of
+from rankloss_features.folder import NAMES, SPACES, Array, Features, read_about
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
 IMAGES, TEXTS = NAMES
@@ -119,25 +118,29 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
 
 def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
-    about = None
-    if os.path.isdir(args.features):
-        files = {name: os.path.join(args.features, f"{name}.npy") for name in NAMES}
-        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if os.path.isfile(file)}
-        about = read_about(Path(args.features))
-    else:
-        stored = np.load(args.features)
+    folder, is_separate = Path(args.features), False
+    if not folder.is_dir():
+        stored = np.load(folder)
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError(f"a folder or .npz file of {' and '.join(NAMES)} is needed, not one array")
-        arrays = {name: stored[name] for name in NAMES if name in stored.files}
+        arrays: dict[str, Any] = {name: stored[name] for name in NAMES if name in stored.files}
+    elif read_about(folder) is None:
+        files = {name: folder / f"{name}.npy" for name in NAMES}
+        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if file.is_file()}
+    else:
+        features = Features(str(folder))
+        arrays = {name: rows[:] for name, rows in features.check().arrays.items()}
+        is_separate = not features.common_space
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
     tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
     for name, tensor in zip(arrays, tensors, strict=True):
         check_teacher(name, tensor, tensors[0], first_look=False)
     widths = {name: array.shape[1] for name, array in arrays.items()}
-    found = spaces_of(about or {"teacher": {}, "widths": widths})
-    if found == SPACES[1] and args.spaces == SPACES[0]:
+    is_separate |= len(set(widths.values())) > 1
+    if is_separate and args.spaces == SPACES[0]:
         raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
     digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
     encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, widths[x]) for x, a in arrays.items()}
-    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), spaces=args.spaces or found)
+    spaces = args.spaces or SPACES[is_separate]
+    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), spaces=spaces)

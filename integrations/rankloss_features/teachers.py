@@ -1,9 +1,9 @@
-"""Teachers: encoders of batches of pairs."""
+"""Teachers: encoders of batches of pairs, and the batches."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
 
-from rankloss_features.data import Sample
+from rankloss_features.data import Data, Sample, Spans
 from rankloss_features.folder import SPACES
 
 
@@ -38,7 +39,7 @@ class Teacher:
     """A teacher of images, of texts, or of both.
 
     Attributes:
-        about: Its entries of ``features.json``, which identify it.
+        about: Its entries of ``folder.json``, which identify it.
         encoders: One for each of the features that it gives.
         scale: The multiplier of its similarities; None where it has none.
         rows: The rows that it has features of; None for any.
@@ -113,3 +114,42 @@ def image_encoder(
 def captions(samples: list[Sample]) -> list[str]:
     """The samples' captions."""
     return [sample.caption for sample in samples]
+
+
+class Batches(IterableDataset[Any]):
+    """The batches that are left, prepared for the teacher.
+
+    A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
+
+    Yields:
+        The batch's first and last row, the latter excluded, the rows and captions of its samples that can be
+        read, and the teacher's inputs.
+    """
+
+    def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
+        self.data, self.groups = data, groups
+        self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
+        self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
+
+    def __iter__(self) -> Iterator[Any]:
+        """Those of this worker."""
+        worker = get_worker_info()
+        mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
+        for source, spans in mine:
+            for span, samples in zip(spans, self.data.read(source, spans), strict=True):
+                if self.needs_pictures:
+                    samples = list(self._readable(samples))
+                prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
+                yield span, [x.row for x in samples], [x.caption for x in samples], prepared
+
+    def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
+        pictures: dict[Any, Any] = {}
+        for sample in samples:
+            try:
+                if sample.source not in pictures:
+                    pictures[sample.source] = sample.open()
+                yield sample._replace(open=pictures[sample.source].copy)
+            except Exception as error:  # Pillow raises many
+                if not self.data.is_stream:
+                    where = f"row {sample.row}: the picture of {sample.name!r}"
+                    raise ValueError(f"{where} cannot be read: {error}") from error

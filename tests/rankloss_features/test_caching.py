@@ -256,6 +256,6 @@ def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
     told = sorted(said.get(timeout=10)[0] for _ in range(4))
     assert told == ["computes", "finds", "waits", "waits"]
     assert said.empty()
-    (folder,) = tmp_path.glob("cache/*/features.json")
+    (folder,) = tmp_path.glob("cache/*/folder.json")
     expected = cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "alone", "cpu")
     assert files(folder.parent) == files(Path(expected))

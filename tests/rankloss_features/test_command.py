@@ -26,7 +26,6 @@ from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
-from rankloss_features.folder import read_about, write_about
 from rankloss_trainers.console import main
 
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -96,7 +95,7 @@ def test_a_clip_gives_the_features_of_every_kind_of_data(
     with torch.no_grad():
         expected = model.eval()(pictures, tokens)[:2]
     for array, features_ in zip(found.arrays.values(), expected, strict=True):
-        np.testing.assert_allclose(array, features_, atol=1e-5)
+        np.testing.assert_allclose(array[:], features_, atol=1e-5)
     assert features(place, data, "--check", output) == 0
     said = capsys.readouterr().out
     assert "40 rows" in said
@@ -121,7 +120,7 @@ def test_teachers_of_one_modality_and_of_two_encoders(
     assert found.about["scale"] is None
     if "text_features" in widths:
         captions = SentenceTransformer(str(place / "sentences")).encode(CAPTIONS, normalize_embeddings=True)
-        np.testing.assert_allclose(found.arrays["text_features"], captions, atol=1e-3)
+        np.testing.assert_allclose(found.arrays["text_features"][:], captions, atol=1e-3)
     assert features(place, "pairs.csv", "--check", output) == 0
     said = capsys.readouterr().out
     assert all(f"{name}: float16, {width} columns" in said for name, width in widths.items())
@@ -137,7 +136,7 @@ def test_teachers_of_one_modality_and_of_two_encoders(
         (("--features", "PLACE/two.npz"), False),
     ],
 )
-def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understood(
+def test_a_folder_says_whether_its_spaces_differ(
     place: Path, tmp_path: Path, teacher: Any, is_common: bool
 ) -> None:
     output = str(tmp_path / "x")
@@ -146,12 +145,6 @@ def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understoo
     again = ("--features", output, "--output", str(tmp_path / "again"))
     assert features(place, "pairs.csv", *again) == 0
     assert Features(str(tmp_path / "again")).common_space is is_common
-    if "--spaces" in teacher:
-        return
-    entries = {key: x for key, x in read_about(tmp_path / "x").items() if key not in ("spaces", "rows_hash")}
-    write_about(tmp_path / "x", entries, np.load(tmp_path / "x/rows.npy"))
-    assert Features(output).check().common_space is is_common
-    assert features(place, "pairs.csv", *teacher, "--output", output) == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from rankloss_features import Features, bind
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
 from rankloss_features.data import IMAGES, Table
-from rankloss_features.folder import NAMES, hashes_of_pairs, write_about
+from rankloss_features.folder import NAMES, Draft, hashes_of_pairs
 
 
 def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
@@ -112,15 +112,11 @@ def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
     rows = 50_000
     images, captions = [f"a/{i}.png" for i in range(rows)], [f"caption {i}" for i in range(rows)]
     found = hashes_of_pairs(captions, (x[2:] for x in images))
-    arrays = {
-        "text_features": np.ones((rows, WIDTH), np.float16),
-        "pairs": found,
-        "rows": found + np.uint64(1),
-    }
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    about = {"complete": True, "rows": rows, "widths": {NAMES[1]: WIDTH}, "dtype": "float16", "skipped": 0}
-    write_about(tmp_path, about, arrays["rows"])
+    about = {"widths": {NAMES[1]: WIDTH}, "dtype": "float16", "shard_rows": rows, "spaces": "common"}
+    Draft.begin(tmp_path, about, found)
+    draft = Draft(str(tmp_path))
+    draft.save(0, {NAMES[1]: np.ones((rows, WIDTH), np.float16)})
+    draft.finish()
     data = datasets.Dataset.from_dict({"image": images, "caption": captions})
     tracemalloc.start()
     bind(data, str(tmp_path))

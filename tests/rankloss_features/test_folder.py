@@ -1,90 +1,58 @@
-"""A folder is whole or refused, whatever became of its files; and its principal components."""
+"""A folder is read as it was written, or refused with the name of the file; and its principal components."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
-import os
-import resource
+import pickle
 import shutil
-import signal
-import sys
-import tempfile
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tiny_teacher import (
-    ROWS,
-    csv_data,
-    data_of,
-    files,
-    in_process,
-    on_damaged_row,
-    shards,
-    table,
-    teacher,
-    written,
-)
+from tiny_teacher import ROWS, csv_data, data_of, files, flip, shards, table, teacher, written
 from torch import Tensor
-
-if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentence_transformers"))):
-    pytest.skip("a trainer is not installed", allow_module_level=True)
-
-import tiny_sentences
-import tiny_transformers
 
 from rankloss_features import Features
 from rankloss_features.checking import report
 from rankloss_features.data import Data, Sample, Shards
 from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
-from rankloss_open_clip.arguments import HOST as OPEN_CLIP
-from rankloss_trainers import catalog
-from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import Runtime
-from rankloss_trainers.sentence_transformers import ContrastiveLoss
-
-
-class Place(NamedTuple):
-    """A folder, its data, the folder of another data set, and the readers of folders."""
-
-    whole: Path
-    data: Data
-    other: Path
-    readers: dict[str, Callable[[str], Any]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("folders")
-    data = data_of("csv", folder / "data")
-    written(folder / "whole", data, teacher())
-    (folder / "others").mkdir()
-    others = csv_data(table(folder / "others", order=[*range(1, ROWS), 0]))
-    written(folder / "other", others, teacher(weights="1"))
-    model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return data_of("csv", tmp_path_factory.mktemp("data"))
 
-    def open_clip(path: str) -> None:
-        Runtime(OPEN_CLIP, catalog.choose("rankclip"), RunOptions(teacher=path))
 
-    def hugging_face(path: str) -> None:
-        tiny_transformers.trainer(folder, model=clip, loss="rankclip", teacher=path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
+    """A folder ``whole``, and a folder ``other`` of the same pairs in another order."""
+    place = tmp_path_factory.mktemp("folders")
+    written(place / "whole", data, teacher())
+    (place / "others").mkdir()
+    others = csv_data(table(place / "others", order=[*range(1, ROWS), 0]))
+    written(place / "other", others, teacher(weights="1"))
+    return place
 
-    readers = {
-        "open_clip": open_clip,
-        "Hugging Face": hugging_face,
-        "sentence-transformers": lambda path: ContrastiveLoss(model, "rankclip", teacher=path),
-        "--check": lambda path: report(path, data),
-    }
-    return Place(folder / "whole", data, folder / "other", readers)
+
+def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(place: Path) -> None:
+    features = Features(str(place / "whole")).check()
+    for name in NAMES:
+        array = np.concatenate([np.load(x) for x in sorted((place / "whole").glob(f"{name}-*.npy"))])
+        assert len(array) == ROWS
+        for found in (features, pickle.loads(pickle.dumps(features))):
+            np.testing.assert_array_equal(found.arrays[name][:], array)
+            np.testing.assert_array_equal(found.arrays[name][11:37:2], array[11:37:2])
+            np.testing.assert_array_equal(found.take(np.array([39, 0, 12, 12]))[name], array[[39, 0, 12, 12]])
+        for rows in ([ROWS], [-1], [True] * ROWS, [0.5]):
+            with pytest.raises(IndexError, match=f"from 0 to {ROWS - 1}; got"):
+                features.arrays[name][rows]
+    assert read_about(place / "whole")["rows"] == ROWS
 
 
 # --- damage -----------------------------------------------------------------------------------------------
@@ -111,194 +79,113 @@ def entries(change: Callable[[dict[str, Any]], Any]) -> Change:
         change(about)
         return json.dumps(about).encode()
 
-    return on("features.json", damage)
+    return on("folder.json", damage)
 
 
-def reversed_rows(*names: str) -> Change:
-    return lambda folder, other: [array_of(name, lambda x: x[::-1])(folder, other) for name in names]
+def exchanged(folder: Path, _: Path) -> None:
+    first, second = (folder / f"image_features-0000{i}.npy" for i in (0, 1))
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
 
 
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-ARRAYS = [f"{name}.npy" for name in NAMES]
+SHARDS = [f"{name}-00001.npy" for name in NAMES]
+FILES = ["folder.json", "pairs.npy", *SHARDS]
 ANY = {
     "empty": lambda _: b"",
     "cut in its beginning": lambda x: x[:70],
     "cut at its end": lambda x: x[:-9],
+    "longer": lambda x: x + b"0",
     "zeros": lambda x: bytes(len(x)),
-    "a flipped bit": flipped,
 }
 ARRAY = {
-    "of zeros": np.zeros_like,
     "reversed": lambda x: x[::-1],
     "of another type": lambda x: x.astype(np.float64),
+    "of integers": lambda x: x.view(f"i{x.itemsize}"),
     "of objects": lambda x: x.astype(object),
     "of fewer rows": lambda x: x[:-1],
 }
-FILES = ["features.json", *ARRAYS, "pairs.npy", "rows.npy"]
 DAMAGES: dict[str, Change] = {
     **{f"{file}, missing": (lambda folder, _, file=file: (folder / file).unlink()) for file in FILES},
+    **{f"{file}, a bit": (lambda folder, _, file=file: flip(folder / file)) for file in FILES},
     **{f"{file}, {kind}": on(file, change) for file in FILES for kind, change in ANY.items()},
     **{f"{file}, {kind}": array_of(file, change) for file in FILES[1:] for kind, change in ARRAY.items()},
     **{f"{file} of another data set": of_the_other(file) for file in FILES},
-    "a list for entries": on("features.json", lambda _: b"[]"),
+    "shards of another data set": of_the_other(*SHARDS),
+    "all but the entries of another data set": of_the_other("pairs.npy", *SHARDS),
+    "image_features-00000.npy, exchanged with the next": exchanged,
+    "a list for entries": on("folder.json", lambda _: b"[]"),
     "an entry missing": entries(lambda about: about.pop("teacher")),
     "an entry changed": entries(lambda about: about.update(rows=ROWS - 1)),
-    "an entry as text": entries(lambda about: about.update(rows=str(ROWS))),
-    "arrays reversed, and their hashes": reversed_rows(*ARRAYS, "rows.npy"),
-    "all reversed": reversed_rows(*ARRAYS, "rows.npy", "pairs.npy"),
-    "pairs of another data set": of_the_other("pairs.npy", "rows.npy"),
-    "arrays of another data set": of_the_other(*ARRAYS, "pairs.npy", "rows.npy"),
 }
 
 
-def refused(read: Callable[[str], Any], folder: Path) -> bool:
-    """Refusal by an error that names the folder."""
-    try:
-        read(str(folder))
-    except ValueError as error:
-        return str(folder) in str(error)
-    return False
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused_and_its_command_mends_or_refuses_it(
-    place: Place, tmp_path: Path, damage: str
+def test_a_damaged_file_is_named_and_the_folders_command_mends_it_or_says_why_not(
+    place: Path, data: Data, tmp_path: Path, damage: str
 ) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
-    DAMAGES[damage](folder, place.other)
-    for name, read in place.readers.items():
-        assert refused(read, folder), name
-    if not refused(lambda path: written(Path(path), place.data, teacher()), folder):
-        assert files(folder) == files(place.whole)
-        for read in place.readers.values():
-            read(str(folder))
+    folder, data = (
+        Path(shutil.copytree(place / "whole", tmp_path / "damaged")),
+        data_of("csv", place / "data"),
+    )
+    DAMAGES[damage](folder, place / "other")
+    named = damage.split(",")[0] if "," in damage and damage != "folder.json, missing" else str(folder)
+    for read in (lambda: Features(str(folder)).check(), lambda: report(str(folder), data)):
+        with pytest.raises(ValueError, match=named):
+            read()
+    if "features" in damage:
+        written(folder, data, teacher())
+        assert files(folder) == files(place / "whole")
+    else:
+        with pytest.raises(ValueError, match=str(folder)):
+            written(folder, data, teacher())
 
 
-def test_folders_that_are_older_or_unfinished_say_what_to_do(place: Place, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
+def test_every_trainer_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
+    if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentence_transformers"))):
+        pytest.skip("a trainer is not installed")
+    import tiny_sentences
+    import tiny_transformers
+
+    from rankloss_open_clip.arguments import HOST
+    from rankloss_trainers import catalog
+    from rankloss_trainers.run_options import RunOptions
+    from rankloss_trainers.runtime import Runtime
+    from rankloss_trainers.sentence_transformers import ContrastiveLoss
+
+    folder, model = Path(shutil.copytree(place / "whole", tmp_path / "damaged")), tiny_transformers.clip()
+    teacher = str(folder)
+    trainers = (
+        lambda: Runtime(HOST, catalog.choose("rankclip"), RunOptions(teacher=teacher)),
+        lambda: tiny_transformers.trainer(tmp_path, model=model, loss="rankclip", teacher=teacher),
+        lambda: ContrastiveLoss(tiny_sentences.tiny(tmp_path), "rankclip", teacher=teacher),
+    )
+    for train in trainers:
+        train()
+    flip(folder / SHARDS[0])
+    for train in trainers:
+        with pytest.raises(ValueError, match=rf"{SHARDS[0]} is not as it was written"):
+            train()
+
+
+def test_folders_that_are_older_or_unfinished_are_refused_with_their_command(
+    place: Path, data: Data, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(place / "whole", tmp_path / "x"))
     command = "rm -rf ~ #\x1b[2J"
     write_about(folder, {**(read_about(folder) or {}), "complete": False, "command": command})
-    for read in place.readers.values():
-        with pytest.raises(ValueError, match=r"anyone may have written, .*'rm -rf ~ #\\x1b\[2J'"):
-            read(str(folder))
-    with pytest.raises(ValueError, match=r"account, its command was 'rm -rf ~ #\\x1b\[2J'"):
-        written(folder, place.data, teacher(), batch_size=4)
-    entries(lambda about: about.pop("format"))(folder, folder)
-    for read in (*place.readers.values(), lambda path: written(Path(path), place.data, teacher())):
-        with pytest.raises(ValueError, match=r"renew the folder, delete it and give its command again"):
-            read(str(folder))
-
-
-# --- faults while it is written ---------------------------------------------------------------------------
-
-CALLS = {"open", "write", "flush", "truncate", "posix_fallocate", "fsync", "replace", "unlink"}
-SIZE = 700  # bytes of the largest file, about
-FAULTS = st.one_of(
-    st.tuples(st.just("full"), st.integers(0, SIZE)),
-    st.tuples(st.just("killed"), st.integers(0, 150)),
-    st.tuples(st.just("second"), st.integers(0, 9)),
-)
-
-
-def disturbed(output: Path, data: Data, fault: str, at: int) -> None:
-    """Write a folder until the disk is full or the process killed, or while another process tries to."""
-    calls = count()
-
-    def killing(_: Any, event: str, called: Any) -> None:
-        if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def second(_: str, features: Tensor) -> Tensor:
-        if fault == "second" and next(calls) == at:
-            assert in_process(refused_as_locked, output, data) == 0
-        return features
-
-    if fault == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
-    if fault == "killed":
-        sys.setprofile(killing)
-    written(output, data, teacher(second))
-
-
-def refused_as_locked(output: Path, data: Data) -> None:
-    with pytest.raises(ValueError, match=r"written by 'process \d+ on .+ since .+'"):
-        written(output, data, teacher())
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    data = data_of("webdataset", folder / "data")
-    written(folder / "whole", data, teacher())
-    return data, folder / "whole"
-
-
-@settings(max_examples=4)
-@given(st.booleans(), st.lists(FAULTS, min_size=1, max_size=3))
-@example(False, [("full", 0), ("full", 130), ("full", 610)])
-@example(False, [("second", 2), ("killed", 40)])
-@example(True, [("full", 300), ("killed", 50), ("killed", 60)])
-def test_faults_leave_a_folder_that_is_refused_or_whole(
-    undisturbed: tuple[Data, Path], is_mended: bool, faults: list[tuple[str, int]]
-) -> None:
-    data, whole = undisturbed[0], files(undisturbed[1])
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place, "output")
-        if is_mended:
-            shutil.copytree(undisturbed[1], output)
-            on_damaged_row(output)
-        for fault, at in faults:
-            assert in_process(disturbed, output, data, fault, at) in (0, 1, -signal.SIGKILL)
-            try:
-                Features(str(output)).check()
-            except ValueError:
-                continue
-            assert files(output) == whole
-        written(output, data, teacher()).check()
-        assert files(output) == whole
-
-
-# --- links, and files that are mapped ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link])
-@pytest.mark.parametrize("is_written", [True, False])
-def test_nothing_is_written_through_a_link(place: Place, tmp_path: Path, link: Any, is_written: bool) -> None:
-    """All files of a folder are links, or those that the command writes before they take their names."""
-    folder = Path(shutil.copytree(place.whole, tmp_path / "folder"))
-    (tmp_path / "elsewhere").mkdir()
-    for name in [*(FILES if is_written else ["rows.npy"]), *(f".{x}" for x in FILES), ".holder", "..holder"]:
-        kept, original = tmp_path / "elsewhere" / name, place.whole / name.lstrip(".")
-        if name.lstrip(".") in (*ARRAYS, "rows.npy"):  # whose rows are all to be computed
-            np.save(kept, np.zeros_like(np.load(original)))
-        else:
-            kept.write_bytes(original.read_bytes() if original.exists() else b"mine")
-        (folder / name).unlink(missing_ok=True)
-        link(kept, folder / name)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "elsewhere").iterdir()}
-    written(folder, place.data, teacher()).check()
-    assert files(folder) == files(place.whole)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "elsewhere").iterdir()} == before
-
-
-def test_an_output_that_is_no_folder_is_refused(place: Place, tmp_path: Path) -> None:
-    (tmp_path / "x").symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"--output .*x is no folder, nor a link to one that is there"):
-        written(tmp_path / "x", place.data, teacher())
-
-
-def test_what_a_training_has_mapped_is_not_changed(place: Place, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "folder"))
-    mapped = on_damaged_row(folder)
-    before = {name: x.copy() for name, x in mapped.arrays.items()}
-    written(folder, place.data, teacher()).check()
-    assert files(folder) == files(place.whole)
-    for name, x in mapped.arrays.items():
-        np.testing.assert_array_equal(x, before[name])
+    quoted = r"'rm -rf ~ #\\x1b\[2J'"
+    with pytest.raises(ValueError, match=f"unfinished.*{quoted}"):
+        Features(str(folder))
+    with pytest.raises(ValueError, match=f"another batch_size, 8, not 4.*{quoted}"):
+        written(folder, data, teacher(), batch_size=4)
+    (folder / "folder.json").unlink()
+    (folder / "features.json").write_text(json.dumps({"format": 2, "rows": 7, "command": command}))
+    for read in (lambda: Features(str(folder)), lambda: written(folder, data, teacher())):
+        with pytest.raises(
+            ValueError, match=f"features.json .*delete it and give its command again, {quoted}"
+        ):
+            read()
 
 
 # --- components -------------------------------------------------------------------------------------------
@@ -327,10 +214,8 @@ def test_components_are_those_of_a_singular_value_decomposition(
 ) -> None:
     """Of both modalities, or of one and without the rows that have no features."""
     features = written(tmp_path / "x", Shards(shards(tmp_path, broken=(2, 5))), spread(widths))
-    (tmp_path / "x/components.npz").write_bytes(b"of an earlier release")
-    rows = np.concatenate([x[features.present(slice(None))] for x in features.arrays.values()]).astype(
-        np.float64
-    )
+    rows = np.concatenate([x[:] for x in features.arrays.values()]).astype(np.float64)
+    rows = rows[rows.any(1)]
     _, values, vectors = np.linalg.svd(
         rows / np.linalg.norm(rows, axis=1, keepdims=True), full_matrices=False
     )
@@ -348,16 +233,16 @@ def test_components_are_those_of_a_singular_value_decomposition(
         )
 
 
-def test_folders_without_such_components_are_refused(tmp_path: Path, place: Place) -> None:
-    features = written(tmp_path / "x", place.data, spread((ROWS + 5,) * 2))
+def test_folders_without_such_components_are_refused(tmp_path: Path, data: Data) -> None:
+    features = written(tmp_path / "x", data, spread((ROWS + 5,) * 2))
     features.components(ROWS)
     for width in (ROWS + 1, 0):
         with pytest.raises(ValueError, match=f"{ROWS + 5} dimensions and the {ROWS} rows .*; got {width}"):
             features.components(width)
-    features = on_damaged_row(tmp_path / "x")
-    with pytest.raises(ValueError, match=r"row \d .* not as it was written"):
+    flip(tmp_path / "x/text_features-00001.npy")
+    with pytest.raises(ValueError, match=r"text_features-00001\.npy is not as it was written"):
         features.components(KEPT)
     for widths in ((WIDTH, WIDTH), (WIDTH, 4)):
-        features = written(tmp_path / f"{widths}", place.data, spread(widths, spaces="separate"))
+        features = written(tmp_path / f"{widths}", data, spread(widths, spaces="separate"))
         with pytest.raises(ValueError, match=r"separate spaces.*--loss rankclip-distill"):
             features.components(4)

@@ -2,135 +2,199 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
+import resource
 import shutil
+import signal
 import socket
-import tarfile
+import sys
+import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tiny_teacher as tiny
 import torch
 from PIL import Image
-from tiny_teacher import (
-    BATCH,
-    CAPTIONS,
-    ROWS,
-    WIDTH,
-    add,
-    csv_data,
-    data_of,
-    files,
-    forks,
-    in_process,
-    killed_at,
-    letters,
-    pixels_of,
-    projection,
-    shards,
-    table,
-    teacher,
-    written,
-)
+from tiny_teacher import CAPTIONS, ROWS, csv_data, data_of, files, flip, in_process, table, teacher, written
 from torch import Tensor
 
 from rankloss_features import Features, writing
-from rankloss_features.data import Shards
+from rankloss_features.data import Sample, Shards
 from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher
-
-KINDS = ("csv", "webdataset")
+from rankloss_features.teachers import Teacher
 
 
-@pytest.mark.parametrize("is_older", [False, True])
-def test_only_rows_that_do_not_fit_are_computed_again(
-    tmp_path: Path, is_older: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """In an unfinished folder, which earlier releases wrote under the files' own names."""
-    data, output, calls = data_of("csv", tmp_path), tmp_path / "output", []
-    monkeypatch.setattr(writing, "_ESTIMATED", 0.0)
+@pytest.fixture(scope="module", params=["csv", "webdataset"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Data, and their folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    data = data_of(request.param, folder / "data")
+    written(folder / "whole", data, teacher())
+    return data, folder / "whole"
 
-    def count(_: str, features: Tensor) -> Tensor:
-        calls.append(len(features))
+
+def counting(calls: list[int], name: str = NAMES[0], pause: float = 0.0) -> Teacher:
+    """A teacher that lists the numbers of rows that it encodes."""
+
+    def count(called: str, features: Tensor) -> Tensor:
+        time.sleep(pause)
+        if called == name:
+            calls.append(len(features))
         return features
 
-    assert killed_at(3, output, data) == -9
-    with pytest.raises(ValueError, match="unfinished"):
-        Features(str(output))
-    images = np.load(output / ".image_features.npy", mmap_mode="r+")
-    images[1, 2:] = 0  # a page that never reached the disk
-    images.flush()
-    for draft in output.glob(".*.npy") if is_older else ():
-        draft.rename(output / draft.name[1:])
-    for left in (ROWS - BATCH, 0):  # of two batches that were done, one is damaged
-        written(output, data, teacher(count)).check()
-        assert sum(calls) == 2 * left
+    return teacher(count)
+
+
+# --- faults -----------------------------------------------------------------------------------------------
+
+CALLS = {"open", "write", "flush", "fsync", "replace", "unlink"}
+
+
+def disturbed(output: Path, data: Any, fault: int, at: int) -> None:
+    """Write a folder until a call of the system fails, a file has so many bytes, or the process is killed."""
+    calls = count()
+
+    def failing(_: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync(_: int) -> None:
+        if next(calls) == at:
+            raise OSError(fault, os.strerror(fault))
+
+    if fault == signal.SIGKILL:
+        sys.setprofile(failing)
+        written(output, data, teacher())
+    elif fault == errno.EFBIG:
+        sys.stderr = io.StringIO()  # pytest's is a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+    else:
+        os.fsync = fsync
+    with pytest.raises(OSError, match=re.escape(f"{os.strerror(fault)}: {output}/")):
+        written(output, data, teacher())
+
+
+@pytest.mark.parametrize("is_mended", [False, True])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        *([(errno.EFBIG, at)] * 2 for at in (0, 100, 260, 600)),
+        [(errno.ENOSPC, 2), (errno.EDQUOT, 4), (errno.ENOSPC, 3)],
+        *([(signal.SIGKILL, at), (signal.SIGKILL, at // 3)] for at in (3, 9, 20, 41, 62, 87)),
+    ],
+)
+def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
+    undisturbed: tuple[Any, Path], tmp_path: Path, faults: list[tuple[int, int]], is_mended: bool
+) -> None:
+    (data, whole), output = undisturbed, tmp_path / "output"
+    if is_mended:
+        shutil.copytree(whole, output)
+        for shard in range(4):
+            flip(output / f"text_features-{shard:05}.npy")
+    for fault, at in faults:
+        assert in_process(disturbed, output, data, fault, at) == (-fault if fault == signal.SIGKILL else 0)
+        with suppress(ValueError):
+            Features(str(output)).check()
+            found = files(output).items()
+            assert {x: content for x, content in found if not x.startswith((".", "shard-"))} == files(whole)
+    written(output, data, teacher())
+    assert files(output) == files(whole)
+
+
+def test_only_shards_that_are_missing_or_damaged_are_computed(
+    undisturbed: tuple[Any, Path], tmp_path: Path
+) -> None:
+    (data, whole), output, calls = undisturbed, tmp_path / "output", list[int]()
+    assert tiny.killed_at(6, output, data) == -signal.SIGKILL
+    begun = sorted(output.glob("*features-*.npy"))
+    assert len(begun) == 4
+    flip(begun[0])
+    for left in (ROWS - tiny.SHARD, 0):
+        written(output, data, counting(calls)).check()
+        assert sum(calls) == left
+        assert files(output) == files(whole)
         calls.clear()
-        said = capsys.readouterr().err
-        assert said.count("about 00:0") == (left > 0)
-        assert said.count("left; 40 rows will take 0.0 MB") == (left > 0)
 
 
-def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link_or_under_a_training(
+    undisturbed: tuple[Any, Path], tmp_path: Path, link: Any
 ) -> None:
-    """Its features are those of a batch in which each row has a picture of its own."""
-    lines = table(tmp_path).read_text().splitlines()
-    pictures = [line.partition("\t")[0] for line in lines[1:]]
-    shared = [f"{pictures[i // 3]}\t{caption}" for i, caption in enumerate(CAPTIONS)]
-    (tmp_path / "shared.csv").write_text("\n".join([lines[0], *shared]) + "\n")
-    encoded = dict.fromkeys(NAMES, 0)
-
-    def count(name: str, features: Tensor) -> Tensor:
-        encoded[name] += len(features)
-        return features
-
-    opened = Mock(wraps=Image.open)
-    monkeypatch.setattr(Image, "open", opened)
-    found = written(tmp_path / "shared", csv_data(tmp_path / "shared.csv"), teacher(count), batch_size=ROWS)
-    assert encoded == {NAMES[0]: -(-ROWS // 3), NAMES[1]: ROWS}
-    assert opened.call_count == encoded[NAMES[0]]
-    single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
-    rows = np.arange(ROWS)
-    features, of_pictures = found.check().take(rows), single.take(rows // 3)
-    np.testing.assert_allclose(features[NAMES[0]], of_pictures[NAMES[0]], atol=1e-3)
-    np.testing.assert_array_equal(features[NAMES[1]], single.take(rows)[NAMES[1]])
+    """Every file of a folder is a link, and every name under which it is written; the folder is mapped."""
+    (data, whole), elsewhere = undisturbed, tmp_path / "elsewhere"
+    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
+    elsewhere.mkdir()
+    for name in [*files(whole), "shard-00001.json"]:
+        for linked in (name, f".{name}"):
+            original = whole / name
+            (elsewhere / linked).write_bytes(original.read_bytes() if original.exists() else b"{}")
+            (folder / linked).unlink(missing_ok=True)
+            link(elsewhere / linked, folder / linked)
+    flip(elsewhere / "image_features-00001.npy")
+    before, mapped = files(elsewhere), Features(str(folder)).arrays[NAMES[0]]
+    rows = mapped[:]
+    written(folder, data, teacher()).check()
+    left = {name: content for name, content in files(folder).items() if not name.startswith(".")}
+    assert left == files(whole)
+    assert files(elsewhere) == before
+    np.testing.assert_array_equal(mapped[:], rows)
 
 
-def write_as(rank: int, port: int, *args: Any) -> Any:
-    group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = forks.Process(target=in_process, args=(written, *args), kwargs=group)
-    process.start()
-    return process
+# --- several processes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_write_what_one_does(tmp_path: Path, kind: str) -> None:
-    data = data_of(kind, tmp_path / "data")
-    written(tmp_path / "one", data, teacher())
-    assert killed_at(2, tmp_path / "two", data) == -9
+def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
+    (data, whole), output = undisturbed, tmp_path / "two"
+    assert tiny.killed_at(3, output, data) == -signal.SIGKILL
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    processes = [write_as(rank, port, tmp_path / "two", data, teacher()) for rank in range(2)]
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    given = (written, output, data, teacher())
+    ranks = [{"RANK": str(rank), **group} for rank in range(2)]
+    processes = [tiny.forks.Process(target=in_process, args=given, kwargs=rank) for rank in ranks]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join()
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    Features(str(tmp_path / "two")).check()
+    assert files(output) == files(whole)
+
+
+def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
+    (data, whole), output, said = undisturbed, tmp_path / "output", tiny.forks.Queue()
+
+    def second() -> None:
+        writing._logger.warning = lambda text, *more: said.put(text % more)  # type: ignore[method-assign]
+        calls: list[int] = []
+        written(output, data, counting(calls))
+        said.put(calls)
+
+    first = tiny.forks.Process(target=in_process, args=(written, output, data, counting([], pause=0.05)))
+    first.start()
+    while not (output / "pairs.npy").exists():
+        assert first.is_alive()
+    assert in_process(second) == 0
+    first.join()
+    assert str(output) in said.get(timeout=10)
+    assert said.get(timeout=10) == []
+    assert files(output) == files(whole)
 
 
 # --- bad input --------------------------------------------------------------------------------------------
-
-ORDER = [1, 0, *range(2, ROWS)]
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose writing was killed."""
     folder = tmp_path_factory.mktemp("begun")
-    assert killed_at(3, folder / "output", data_of("csv", folder)) == -9
+    assert tiny.killed_at(3, folder / "output", data_of("csv", folder)) == -signal.SIGKILL
     return folder / "output"
 
 
@@ -140,7 +204,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"teacher": {"weights": "1"}}, "another teacher"),
         ({"dtype": "float32"}, "another dtype, float16"),
         ({"batch_size": 16}, "another batch_size, 8"),
-        ({"order": ORDER}, "row 0"),
+        ({"order": [1, 0, *range(2, ROWS)]}, "row 0"),
         ({"captions": [*CAPTIONS[:17], "another", *CAPTIONS[18:]]}, "row 17"),
         ({"captions": CAPTIONS[:-1]}, "40 rows, .* has 39: row 39 is missing"),
     ],
@@ -160,26 +224,21 @@ def test_resumed_with_something_else_is_an_error_and_loses_nothing(
     written(output, csv_data(table(tmp_path / "moved")), teacher()).check()
 
 
-def test_rows_of_another_teacher_are_not_taken_up(begun: Path, tmp_path: Path) -> None:
-    """Where the files were deleted, but those whose names begin with a dot."""
-    output, data = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path / "data")
-    for file in output.glob("[!.]*"):
-        file.unlink()
-    assert (output / ".rows.npy").exists()
-    other = teacher(lambda _, features: features.flip(-1), weights="1")
-    assert files(Path(written(output, data, other).path)) == files(
-        Path(written(tmp_path / "x", data, other).path)
-    )
+def test_shards_of_pairs_that_are_gone_are_not_taken_up(begun: Path, tmp_path: Path) -> None:
+    output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path, CAPTIONS[::-1])
+    (output / "pairs.npy").unlink()
+    written(output, other, teacher())
+    written(tmp_path / "fresh", other, teacher())
+    assert files(output) == files(tmp_path / "fresh")
 
 
-def spoilt(row: int | slice, value: float) -> Any:
-    def change(name: str, features: Tensor) -> Tensor:
-        if name == NAMES[1]:
-            features = features.clone()
-            features[row] = value
-        return features
-
-    return teacher(change)
+def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("nowhere")
+    (tmp_path / "image_features.npy").write_bytes(b"mine")
+    for output in (tmp_path / "x", tmp_path, tmp_path / "image_features.npy"):
+        with pytest.raises(ValueError, match=f"--output {output} "):
+            written(output, data_of("csv", tmp_path / "data"), teacher())
+    assert (tmp_path / "image_features.npy").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
@@ -187,9 +246,14 @@ def spoilt(row: int | slice, value: float) -> Any:
     [(3, torch.nan, "text_features.*row 3"), (2, 0.0, "zeros.*row 2"), (slice(None), 1.0, "one row")],
 )
 def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float, message: str) -> None:
+    def spoil(name: str, features: Tensor) -> Tensor:
+        features = features.clone()
+        features[row] = value if name == NAMES[1] else features[row]
+        return features
+
     data = data_of("csv", tmp_path)
     with pytest.raises(ValueError, match=message):
-        written(tmp_path / "output", data, spoilt(row, value))
+        written(tmp_path / "output", data, teacher(spoil))
     written(tmp_path / "output", data, teacher()).check()
 
 
@@ -203,49 +267,79 @@ def test_picture_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 5: .*'5\.png'"):
         written(tmp_path / "csv", csv_data(file), teacher())
     # The trainer skips such samples of a webdataset.
-    features = written(tmp_path / "wds", Shards(shards(tmp_path, broken=(2, 5))), teacher()).check()
+    features = written(tmp_path / "wds", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
     assert features.about["skipped"] == 2
     with pytest.raises(ValueError, match=r"row 1 .*picture"):
         features.take(np.array([0, 1]))
-    nothing = Shards(shards(tmp_path, broken=tuple(range(ROWS))))
+    nothing = Shards(tiny.shards(tmp_path, broken=tuple(range(ROWS))))
     with pytest.raises(ValueError, match="none of 40 pictures"):
         written(tmp_path / "none", nothing, teacher())
 
 
-def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "image_features.npy").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"features\.json"):
-        written(tmp_path, data_of("csv", tmp_path / "data"), teacher())
-    assert (tmp_path / "image_features.npy").read_bytes() == b"mine"
+# --- how rows are computed --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1_500, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features are those of a batch in which each row has a picture of its own."""
+    lines = table(tmp_path).read_text().splitlines()
+    pictures = [line.partition("\t")[0] for line in lines[1:]]
+    shared = [f"{pictures[i // 3]}\t{caption}" for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / "shared.csv").write_text("\n".join([lines[0], *shared]) + "\n")
+    opened, calls = Mock(wraps=Image.open), list[int]()
+    monkeypatch.setattr(Image, "open", opened)
+    data = csv_data(tmp_path / "shared.csv")
+    features = written(tmp_path / "shared", data, counting(calls), batch_size=ROWS).check()
+    assert sum(calls) == opened.call_count == -(-ROWS // 3)
+    single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
+    rows = np.arange(ROWS)
+    found, of_pictures = features.take(rows), single.take(rows // 3)
+    np.testing.assert_allclose(found[NAMES[0]], of_pictures[NAMES[0]], atol=1e-3)
+    np.testing.assert_array_equal(found[NAMES[1]], single.take(rows)[NAMES[1]])
+
+
+def test_batches_end_with_their_shard_and_their_source(tmp_path: Path) -> None:
+    """In shards of 12 rows and batches of 8; of one file, and of three with 14, 13 and 13 rows."""
+    for data, ends in (
+        (csv_data(table(tmp_path)), [8, 12, 20, 24, 32, 36, 40]),
+        (Shards(tiny.shards(tmp_path, number=3)), [8, 12, 14, 22, 24, 27, 35, 36, 40]),
+    ):
+        calls: list[int] = []
+        written(tmp_path / f"{len(ends)}", data, counting(calls, NAMES[1])).check()
+        assert np.cumsum(calls).tolist() == ends
+
+
+@pytest.mark.parametrize(("rows", "shard"), [(40, 4096), (70_000, 4375), (10**6, 62_500), (10**8, 65_536)])
+def test_small_data_have_small_shards(rows: int, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "SHARD_ROWS", 65_536)
+    assert writing.size_of_shards(rows) == shard
+
+
+@pytest.mark.parametrize("rows", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, rows: int) -> None:
-    """Random pictures of 32 × 32 pixels. Pages of files, which the system takes back, are not counted."""
-    noise = np.random.default_rng(0).integers(0, 256, (rows + 32) * 96, dtype=np.uint8)
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for i in range(rows):
-            pixels = noise[i * 96 : i * 96 + 3072].reshape(32, 32, 3)
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG", compress_level=0)
-            add(tar, f"{i:07}", png=file.getvalue(), txt=f"picture {i}".encode())
-    seen = []
+    """Pages of files, which the system takes back, are not counted."""
+    noise = np.random.default_rng(0).integers(0, 256, (rows + 64) * 3, dtype=np.uint8)
 
-    def tiny(name: str, features: Tensor) -> Tensor:
-        seen.append(
-            int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
-        )  # MiB
+    def read(_: int, spans: Any) -> Any:
+        for span in spans:
+            pictures = {i: Image.fromarray(noise[i * 3 :][:192].reshape(8, 8, 3)) for i in range(*span)}
+            yield [Sample(i, f"{i}", f"picture {i}", x.copy, i) for i, x in pictures.items()]
+
+    def pairs() -> Any:
+        for first in range(0, rows, 500):
+            yield (
+                [f"picture {i}" for i in range(first, first + 500)],
+                list(map(str, range(first, first + 500))),
+            )
+
+    def measure(name: str, features: Tensor) -> Tensor:
+        status = Path("/proc/self/status").read_text()
+        seen.append(int(re.search(r"RssAnon:\s*(\d+)", status)[1]) // 1024)  # MiB
         return features
 
-    encoders = {
-        NAMES[0]: Encoder(
-            pixels_of(8), lambda x: tiny("", x @ projection(NAMES[0])), WIDTH, needs_pictures=True
-        ),
-        NAMES[1]: Encoder(letters, lambda x: x @ projection(NAMES[1]), WIDTH),
-    }
-    data = Shards(str(tmp_path / "0.tar"))
-    features = written(tmp_path / "output", data, Teacher({}, encoders), batch_size=64)
-    assert len(features.check()) == rows
-    assert len(seen) == -(-rows // 64)
+    seen: list[int] = []
+    data: Any = SimpleNamespace(counts=[rows], is_stream=True, about={"data": "x"}, read=read, pairs=pairs)
+    assert len(written(tmp_path / "output", data, teacher(measure), batch_size=64).check()) == rows
     quarter = len(seen) // 4
     assert max(seen[-quarter:]) - max(seen[:quarter]) < 16

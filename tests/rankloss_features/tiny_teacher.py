@@ -20,13 +20,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from rankloss_features import Features
+from rankloss_features import Features, writing
 from rankloss_features.data import Data, Sample, Shards, open_data
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.writing import write
 
 ROWS, WIDTH, BATCH = 40, 6, 8
+SHARD = 12  # rows, of which the second batch is cut
+writing.SHARD_ROWS = SHARD * 16
 CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
 SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
 forks = multiprocessing.get_context("fork")
@@ -150,15 +152,15 @@ def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> 
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.glob("[!.]*.npy")}
+    """All files but the lock, which stays."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
-def on_damaged_row(folder: Path) -> Features:
-    """The folder after a bit of row 3 has been flipped, mapped as a training maps it."""
-    content = bytearray((folder / "image_features.npy").read_bytes())
-    content[128 + 2 * WIDTH * 3] ^= 1
-    (folder / "image_features.npy").write_bytes(content)
-    return Features(str(folder))
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file's numbers, in place."""
+    content = bytearray(file.read_bytes())
+    content[(len(content) + 128) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def data_of(kind: str, folder: Path, captions: list[str] | None = None) -> Data:

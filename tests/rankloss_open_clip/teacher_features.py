@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer
 
-from rankloss_features.folder import NAMES, hashes_of_pairs, hashes_of_rows, write_about
+from rankloss_features.folder import NAMES, SPACES, Draft, hashes_of_pairs
 
 
 def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -26,15 +26,13 @@ def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.
     rows, dtype = min(map(len, arrays.values())), next(iter(arrays.values())).dtype
     images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
     path.mkdir()
-    for name, array in arrays.items():
-        np.save(path / f"{name}.npy", array)
-    pairs_ = hashes_of_pairs(captions, images)
-    hashes = hashes_of_rows(pairs_, [array[:rows] for array in arrays.values()])
-    np.save(path / "pairs.npy", pairs_)
-    np.save(path / "rows.npy", hashes)
     widths = {name: array.shape[-1] for name, array in arrays.items()}
-    about = {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0}
-    write_about(path, about, hashes)
+    spaces = SPACES[len(set(widths.values())) - 1]
+    about = {"widths": widths, "dtype": str(dtype), "shard_rows": rows, "spaces": spaces}
+    Draft.begin(path, about, hashes_of_pairs(captions, images))
+    draft = Draft(str(path))
+    draft.save(0, {name: array[:rows] for name, array in arrays.items()})
+    draft.finish()
     return str(path)
 
 

@@ -90,16 +90,16 @@ def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
 # --- the command line -----------------------------------------------------------------------------------
 
 
-def test_folder_that_no_teacher_gives_is_refused_before_training(
+def test_a_damaged_folder_is_refused_before_training(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    array = unit_rows(12, 3)
-    array[2] = np.nan
+    folder = stored(tmp_path / "teacher", image_features=unit_rows(12, 3))
+    file = tmp_path / "teacher/image_features-00000.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(SystemExit):
-        parse_args(["--loss", "rankclip", OPTION, stored(tmp_path / "teacher", image_features=array)])
+        parse_args(["--loss", "rankclip", OPTION, folder])
     said = capsys.readouterr().err
-    assert f"{OPTION}: " in said
-    assert "row 2" in said
+    assert f"{OPTION}: {file} is not as it was written" in said
 
 
 @pytest.mark.parametrize("loss", ["rankclip", "cyclip+rankclip"])

@@ -95,9 +95,9 @@ def test_two_encoders_teach_a_run_that_has_nothing_but_pairs(trainer: Trainer) -
     for run, said in zip(runs, ("are computed into", "are found in"), strict=True):
         assert run.returncode == 0, run.output[-4000:]
         assert f"a teacher's features {said}" in run.output
-    (about,) = (runs[0].directory.parent / "teachers").glob("*/features.json")
+    (about,) = (runs[0].directory.parent / "teachers").glob("*/folder.json")
     features, scale = student(trainer, runs[0])
-    teacher = {f"reference_{name}": x for name, x in Features(str(about.parent)).arrays.items()}
+    teacher = {f"reference_{name}": x[:] for name, x in Features(str(about.parent)).arrays.items()}
     options = {"model": "top_one", "reference_scale": 40.0, "diagonal": False}
     expected = reference.in_modal(**features, logit_scale=scale, **teacher, **options)
     assert runs[0].scalars["in_modal_raw"][1] == pytest.approx(expected, rel=1e-3)

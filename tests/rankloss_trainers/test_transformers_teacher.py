@@ -193,7 +193,7 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     given = {"loss": loss, "loss_options": {"schedule": "constant"}, "max_steps": 2, **SGD}
     computed = [train(tmp_path, pairs=joined(captioned()), teacher=teacher, **given) for _ in range(2)]
     assert len(loaded) == 1
-    (path,) = (tmp_path / "cache").glob("*/features.json")
+    (path,) = (tmp_path / "cache").glob("*/folder.json")
     bound = joined(bind(captioned(), str(path.parent)))
     by_folder = train(tmp_path, pairs=bound, teacher=str(path.parent), **given)
     assert by_folder.loss_runtime.use_of_teacher == "required"
