@@ -458,32 +458,3 @@ class Draft(Pairs):
 def _delete_marks(folder: Path) -> None:
     for mark in folder.glob("*shard-*.json"):  # and their drafts
         mark.unlink()
-
-
-def has_separate_spaces(where: Any) -> bool:
-    """True for a folder whose images and texts have separate spaces; False where no folder is.
-
-    Raises:
-        ValueError: The folder is damaged; the error begins with the option that names it.
-    """
-    found = _found(where)
-    return found is not None and not found.common_space
-
-
-def is_of_one_model(where: Any) -> bool:
-    """True for a folder whose images and texts share a space; False where no folder is.
-
-    Raises:
-        ValueError: The folder is damaged; the error begins with the option that names it.
-    """
-    found = _found(where)
-    return found is not None and found.common_space and len(found.arrays) > 1
-
-
-def _found(where: Any) -> Features | None:
-    if where is None or not os.path.isdir(where):  # which the reader of features says
-        return None
-    try:
-        return Features(where)
-    except ValueError as error:
-        raise ValueError(f"reference_features: {error}") from error
