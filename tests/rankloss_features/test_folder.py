@@ -111,7 +111,7 @@ DAMAGES: dict[str, Change] = {
     **{f"{file}, {kind}": on(file, change) for file in FILES for kind, change in ANY.items()},
     **{f"{file}, {kind}": array_of(file, change) for file in FILES[1:] for kind, change in ARRAY.items()},
     **{f"{file} of another data set": of_the_other(file) for file in FILES},
-    "shards of another data set": of_the_other(*SHARDS),
+    "features of another data set": of_the_other(*SHARDS),
     "all but the entries of another data set": of_the_other("pairs.npy", *SHARDS),
     "image_features-00000.npy, exchanged with the next": exchanged,
     "a list for entries": on("folder.json", lambda _: b"[]"),
