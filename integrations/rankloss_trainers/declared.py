@@ -341,8 +341,14 @@ class Loss:
         chosen = {**self.named.defaults, **self.given}
         own = {key: x for key, x in chosen.items() if key in names or key not in of_columns}
         run = {key: x for key, x in (("base", base), ("gather", gather)) if key in names}
-        with naming_options(self.named.options, self.name):
-            return make(**run, **own)
+        try:
+            with naming_options(self.named.options, self.name):
+                return make(**run, **own)
+        except OptionError as error:
+            if error.key in self.given or error.key not in chosen:
+                raise
+            text = f"{error.reason} ({error.key} is a default of {self.name})"
+            raise OptionError(error.key, text, error.loss) from error
 
 
 _REPLACED = {

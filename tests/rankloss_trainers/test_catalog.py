@@ -96,6 +96,11 @@ def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> No
             parsed(f"--rankclip-{key.replace('_', '-')}", value)
 
 
+def test_an_error_about_a_default_of_a_preset_says_so() -> None:
+    with pytest.raises(OptionError, match=r"top_k=3 \(model is a default of rankclip-encoders\)"):
+        built("rankclip-encoders", top_k=3)
+
+
 def test_options_for_python_alone_are_not_typed() -> None:
     assert built("rankclip", lists="batch").consistency.options.lists == "batch"
     with pytest.raises((SystemExit, argparse.ArgumentError)):
@@ -212,7 +217,7 @@ def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
     assert not Teacher("ViT-B-32:openai").are_encoders
     for wrong in ("ViT-B-33:openai", "sound=minilm"):
         with pytest.raises(OptionError, match=r"^teacher: "):
-            Teacher(wrong)
+            Teacher(wrong).check()
 
 
 @pytest.mark.parametrize(
