@@ -61,8 +61,8 @@ def rank_clip_entries(criterion: nn.Module, entries: Mapping[str, Tensor]) -> di
         for name, weight in loss.rank_weights.items()
         if getattr(loss.consistency, name)
     }
-    device = next(iter(entries.values())).device
-    return {"rank_lambda": torch.full((), loss.schedule_value, device=device), **raw}
+    device, schedule = next(iter(entries.values())).device, loss.schedule_value or 0.0
+    return {"rank_lambda": torch.full((), schedule, device=device), **raw}
 
 
 class Agreement:
