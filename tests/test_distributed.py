@@ -35,7 +35,7 @@ from rankloss import (
 )
 from rankloss.distributed import all_gather, gather_once
 from rankloss_baselines import AlipLoss, CyClipLoss
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.term import RankedListsTerm
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
 F64 = torch.float64

@@ -15,7 +15,7 @@ from batches import random_batch
 from memory import TensorSizes
 from rankloss import ClipLoss, MimicryLoss, RankClipLoss, RankedLists
 from rankloss_baselines import CyClipLoss
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.term import RankedListsTerm
 
 IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_trainers.candidates import columns_of
+from rankloss_trainers.csv_files import read_columns
 
 
 class SecondCaption:
     """A second caption, whose features become ``caption_features`` of the model's output.
 
-    It is a companion of the first (:class:`rankloss_open_clip.companions.Companion`). The model encodes both
-    in one call.
+    A :class:`rankloss_open_clip.text_columns.TextColumn` of the first caption. The model encodes both in one
+    call.
 
     Args:
         caption_key: The source of the second caption: a column of a CSV file; in a webdataset the extension
@@ -27,13 +27,13 @@ class SecondCaption:
         self.key = caption_key
         self.name = f"second caption {caption_key!r}"
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
+    def read_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
         """The column of a CSV file.
 
         Raises:
             ValueError: The file has no such column, or a cell of it is empty.
         """
-        (column,) = columns_of(path, separator, self.key)
+        (column,) = read_columns(path, separator, self.key)
         empty = column.isna()
         if empty.any():
             raise ValueError(
@@ -42,7 +42,7 @@ class SecondCaption:
             )
         return column.tolist()
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
+    def read_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none."""
         kind, _, field = self.key.partition(":")
         try:

@@ -96,11 +96,11 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     return {f"reference_{name}": column for name, column in zip(NAMES, columns, strict=True)}
 
 
-class RowCompanion:
+class RowColumn:
     """A teacher's features, whose rows' numbers travel with the captions through open_clip's trainer.
 
-    A companion as :class:`rankloss_open_clip.companions.Companion` describes it. Its text is the number of a
-    row; the workers that load the data look the row up.
+    A :class:`rankloss_open_clip.text_columns.TextColumn`. Its text is the number of a row; the workers that
+    load the data look the row up.
 
     Args:
         folder: The folder of features.
@@ -112,12 +112,12 @@ class RowCompanion:
         self.folder = folder
         self._widths = {f"reference_{name}": x.shape[1] for name, x in folder.arrays.items()}
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
+    def read_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
         """The numbers of the rows, once every pair is compared with the folder's."""
         self.folder.compare_columns(dataset.captions, dataset.images, path)
         return range(len(self.folder))
 
-    def of_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
+    def read_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
         """The row of a webdataset sample; None without a picture, which the trainer skips.
 
         Raises:

@@ -78,7 +78,7 @@ def chosen(args: Any) -> tuple[list[Loss], RunOptions]:
 
 def gather_of(args: Any) -> Gather:
     """The gathering that the trainer's arguments ask for; the processes are those of the first call."""
-    # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
+    # The sigmoid loss is exact in every layout, whatever the flags say, and so must the losses beside it be.
     exact = getattr(args, "siglip", False)
     flags = {name: exact or getattr(args, name, False) for name in ("local_loss", "gather_with_grad")}
     return Gather(**flags)

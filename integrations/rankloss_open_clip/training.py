@@ -17,18 +17,18 @@ from open_clip.version import __version__
 from torch import Tensor, nn
 
 import rankloss
-from rankloss_features.binding import RowCompanion
+from rankloss_features.binding import RowColumn
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
-from rankloss_open_clip.companions import Companions
+from rankloss_open_clip.text_columns import TextColumns
 from rankloss_trainers.command_line import with_flag
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.extras import extra
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
-_COMPANIONS = "_rankloss_open_clip_companions"  # the attribute of the training data that holds them
+_TEXT_COLUMNS = "_rankloss_open_clip_text_columns"  # the attribute of the training data that holds them
 _logger = logging.getLogger("rankloss_open_clip")
 
 # Early releases, to which a trainer may be attached, have no such loss.
@@ -75,11 +75,11 @@ class TrainerLoss(Runtime):
         run.features = self.features
         return run
 
-    def companions(self) -> Companions | None:
-        """Companions of every training text, as far as they are known; None for losses of pairs alone."""
+    def text_columns(self) -> TextColumns | None:
+        """Columns of every training text, as far as they are known; None for losses of pairs alone."""
         parts = [x for loss in self.losses if (x := loss.columns) is not None]
-        parts += [] if self.features is None else [RowCompanion(self.features)]
-        return Companions(parts) if parts else None
+        parts += [] if self.features is None else [RowColumn(self.features)]
+        return TextColumns(parts) if parts else None
 
     def check_data(self) -> None:
         """Read the columns of the training data beside pairs, before the trainer makes a folder of logs.
@@ -98,7 +98,7 @@ class TrainerLoss(Runtime):
             if self._spec is not None:
                 self._data_of_teacher()
             if path and kind == "csv":
-                (self.companions() or Companions([])).check_csv(
+                (self.text_columns() or TextColumns([])).check_csv(
                     path, args.csv_separator, args.csv_img_key, args.csv_caption_key
                 )
         except (OSError, ValueError) as error:
@@ -230,9 +230,9 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
             "run `rankloss doctor` for advice"
         )
     if loss.place is None:
-        companions = getattr(train, _COMPANIONS, None)
-        if companions is not None:
-            companions.attach(given["model"])
+        columns = getattr(train, _TEXT_COLUMNS, None)
+        if columns is not None:
+            columns.attach(given["model"])
         checkpoints.connect(loss, args, given.get("optimizer"), epoch)
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
     steps = max(1, train.dataloader.num_batches // accum_freq)
@@ -241,26 +241,26 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
 
 
 def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
-    """Data of the trainer, whose training texts have the companions that the loss needs."""
+    """Data of the trainer, whose training texts have the columns that the loss needs."""
     given, args = bound.arguments, bound.arguments["args"]
     if not given["is_train"]:
         return original(*bound.args, **bound.kwargs)
     run = run_of(args)
     run.compute_teacher()
-    companions = run.companions()
-    if companions is None:
+    columns = run.text_columns()
+    if columns is None:
         return original(*bound.args, **bound.kwargs)
-    given["tokenizer"] = companions.tokenizer(given["tokenizer"])
+    given["tokenizer"] = columns.tokenizer(given["tokenizer"])
     # A webdataset's pipeline is built inside the call, so the reader is replaced during it.
     names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
     read: Any = names.get(reader)
-    names[reader] = functools.partial(companions.join_samples, read, getattr(args, "text_key", None) or "txt")
+    names[reader] = functools.partial(columns.join_samples, read, getattr(args, "text_key", None) or "txt")
     try:
         info = original(*bound.args, **bound.kwargs)
     finally:
         names[reader] = read
-    setattr(info, _COMPANIONS, companions)
+    setattr(info, _TEXT_COLUMNS, columns)
     dataset = getattr(info.dataloader, "dataset", None)
     if hasattr(dataset, "captions"):  # of a CSV file
-        companions.join_csv(dataset, args.train_data, args.csv_separator)
+        columns.join_csv(dataset, args.train_data, args.csv_separator)
     return info

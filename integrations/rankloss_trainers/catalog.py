@@ -101,9 +101,9 @@ LOSSES: Mapping[str, Named] = {
         help="SigLIP's loss in memory linear in the batch",
     ),
     "ranked-lists": Named(
-        "rankloss_trainers.ranked_lists:ranked_lists",
+        "rankloss_trainers.graded.term:ranked_lists",
         more="rankloss:RankedLists",
-        columns="rankloss_trainers.candidates:Candidates",
+        columns="rankloss_trainers.graded.open_clip:Candidates",
         python_only=frozenset({"reduction"}),
     ),
 }

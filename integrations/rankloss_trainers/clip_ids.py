@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss_features.data import named_sample
-from rankloss_trainers.candidates import columns_of
-from rankloss_trainers.pair_ids import check_column, have_partners, ids_of
+from rankloss_trainers.csv_files import read_columns
+from rankloss_trainers.pair_ids import check_column, count_partners, make_ids
 
 CAPTIONS = "captions"
 """The key of ids that are equal for equal captions."""
@@ -48,8 +48,8 @@ def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Mo
 class PairIds:
     """The id of each pair in open_clip's data, which joins the model's output as ``pair_ids``.
 
-    It is a companion of the caption (:class:`rankloss_open_clip.companions.Companion`): a hash that is made
-    where the text is read, and so the same on all processes.
+    A :class:`rankloss_open_clip.text_columns.TextColumn`: a hash that is made where the text is read, and so
+    the same on all processes.
 
     Args:
         key: The source of the ids: captions, of which equal texts have one; or a column of the data; in a
@@ -64,20 +64,20 @@ class PairIds:
         self.key = key
         self.name = f"id of the pairs ({key})"
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> list[int]:
+    def read_rows(self, path: str, separator: str, dataset: Any) -> list[int]:
         """The ids of a CSV file's rows.
 
         Raises:
             ValueError: The file has no such column, or a column of it that holds no ids.
         """
         if self.key == CAPTIONS:
-            return ids_of([str(x) for x in dataset.captions], CAPTIONS).tolist()
-        (column,) = columns_of(path, separator, self.key)
-        ids = ids_of(column.tolist(), self.key)
+            return make_ids([str(x) for x in dataset.captions], CAPTIONS).tolist()
+        (column,) = read_columns(path, separator, self.key)
+        ids = make_ids(column.tolist(), self.key)
         check_column(ids, self.key)
         return ids.tolist()
 
-    def of_sample(self, sample: Mapping[str, Any], caption: str) -> int:
+    def read_sample(self, sample: Mapping[str, Any], caption: str) -> int:
         """The id of a webdataset sample.
 
         Raises:
@@ -94,7 +94,7 @@ class PairIds:
             where = named_sample(sample)
             raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}") from None
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
-        return int(ids_of([value], self.key))
+        return int(make_ids([value], self.key))
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
         """The ids as integers, ``[n, 1]``."""
@@ -130,7 +130,7 @@ class PartnersLog:
         losses = (x for x in criterion.modules() if getattr(x, "same_id", None) is not None)
         gather: Gather = next(losses).gather  # type: ignore[assignment]
         ids = gather.items(inputs["pair_ids"])
-        found = have_partners(ids)
+        found = count_partners(ids)
         self._batches += 1
         self._found = self._found + found if self._batches <= _BATCHES else 0
         if self._batches == _BATCHES and not bool(self._found) and gather.place[0] == 0:

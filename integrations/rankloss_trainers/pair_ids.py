@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_trainers.lists import id_of, identity
+from rankloss_trainers.graded.lists import hash_identity, identify
 
 _LARGEST = 2**63 - 1
 _LONGEST = 2**16  # tokens of a text; later places begin anew
 
 
-def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
+def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
     """The ids of a batch or a whole column: ``[N]``, int64, the same on all processes and in every run.
 
     Integers are ids as they are. A text, such as a caption or a file name, has 64 bits of its hash. Texts are
@@ -30,10 +30,10 @@ def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         ValueError: for floats, booleans, missing values, texts beside integers, or integers beyond 64 bits.
 
     Example:
-        >>> ids = ids_of(["a cat", "a dog", "a cat"], "caption")
+        >>> ids = make_ids(["a cat", "a dog", "a cat"], "caption")
         >>> bool(ids[0] == ids[2]), bool(ids[0] == ids[1])
         (True, False)
-        >>> ids_of([0.5, 1.0], "score")
+        >>> make_ids([0.5, 1.0], "score")
         Traceback (most recent call last):
         ValueError: ids of pairs must be texts or integers; column score has the float 0.5 in row 0
     """
@@ -64,11 +64,11 @@ def ids_of(values: Sequence[Any] | Tensor, column: str) -> Tensor:
                 f"ids of pairs must be all texts or all integers; column {column} has {values[0]!r} in row 0 "
                 f"and {value!r} in row {row}"
             )
-    ids = [int(value) if first_kind else id_of(identity(value)) for value in values]
+    ids = [int(value) if first_kind else hash_identity(identify(value)) for value in values]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
-def ids_of_inputs(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
+def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
     """The ids of tokenized texts, ``[N]``: hashes of the tokens, made on their device without a wait.
 
     They are linear in the tokens, modulo 2⁶⁴, with odd factors that are the same everywhere. Padding, on
@@ -85,7 +85,7 @@ def ids_of_inputs(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
 
     Example:
         >>> tokens, mask = torch.tensor([[5, 7, 0], [7, 5, 0], [0, 5, 7]]), [[1, 1, 0], [1, 1, 0], [0, 1, 1]]
-        >>> ids = ids_of_inputs({"input_ids": tokens, "attention_mask": torch.tensor(mask)}, None)
+        >>> ids = hash_tokens({"input_ids": tokens, "attention_mask": torch.tensor(mask)}, None)
         >>> (ids[:, None] == ids).int().tolist()
         [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
@@ -143,11 +143,11 @@ def check_column(ids: Tensor, column: str) -> None:
         )
 
 
-def have_partners(ids: Tensor) -> Tensor:
+def count_partners(ids: Tensor) -> Tensor:
     """The number of pairs of a batch that have a partner in it, on the ids' device, without a wait.
 
     Example:
-        >>> have_partners(torch.tensor([3, 1, 3, 2, 3]))
+        >>> count_partners(torch.tensor([3, 1, 3, 2, 3]))
         tensor(3)
     """
     ordered = ids.sort().values

@@ -34,8 +34,8 @@ from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
 from rankloss_trainers.composing import base_of, composed
 from rankloss_trainers.declared import Loss, Named, OptionError, Options, did_you_mean
+from rankloss_trainers.graded.term import OF_LISTS, RankedListsTerm
 from rankloss_trainers.logging import Agreement, rank_clip_entries, remark_on_products
-from rankloss_trainers.ranked_lists import OF_LISTS, RankedListsTerm
 from rankloss_trainers.run_options import GIVEN, RunOptions, Teacher
 
 _logger = logging.getLogger("rankloss_trainers")

@@ -28,7 +28,7 @@ from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.declared import OptionError, Options
 from rankloss_trainers.extras import extra
-from rankloss_trainers.pair_ids import check_column, ids_of_inputs
+from rankloss_trainers.pair_ids import check_column, hash_tokens
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, losses
 
@@ -47,7 +47,7 @@ HOST = Host(
     teacher="give labels, [N, 2, D'], or teacher=FOLDER and data that are bound to it",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("ids", "folder"),
-    instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers_lists trains them"},
+    instead={"lists": "RankedListsLoss of rankloss_trainers.graded.sentence_transformers trains them"},
 )
 
 Columns = Iterable[dict[str, Tensor]]
@@ -182,7 +182,7 @@ class ContrastiveLoss(EmbeddingLoss):
         columns = list(sentence_features)
         if len(columns) != 2:
             text = "; train a positive and its negatives by RankedListsLoss(model, "
-            text += "rankloss.RankedLists(in_batch_negatives=True)) of sentence_transformers_lists"
+            text += "rankloss.RankedLists(in_batch_negatives=True)) of rankloss_trainers.graded"
             raise ValueError(
                 f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
                 + text * (len(columns) > 2)
@@ -221,7 +221,7 @@ class ContrastiveLoss(EmbeddingLoss):
             )
         key, more = self.run.id_key, taught(self.run.features, labels)
         if key == CAPTIONS:
-            more["pair_ids"] = ids_of_inputs(texts, self._tokenizer)
+            more["pair_ids"] = hash_tokens(texts, self._tokenizer)
         elif key is not None:
             if labels is None:
                 raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")

@@ -21,7 +21,7 @@ from rankloss_baselines.second_caption import SecondCaption
     ],
 )
 def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> None:
-    assert SecondCaption(caption_key=key).of_sample(sample, "raw") == caption
+    assert SecondCaption(caption_key=key).read_sample(sample, "raw") == caption
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,6 @@ def test_column_of_a_csv_file(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     if message:
         with pytest.raises(ValueError, match=message):
-            SecondCaption(caption_key="syn").of_rows(str(file), ";", None)
+            SecondCaption(caption_key="syn").read_rows(str(file), ";", None)
     else:
-        assert SecondCaption(caption_key="syn").of_rows(str(file), ";", None) == ["made", "NULL and void"]
+        assert SecondCaption(caption_key="syn").read_rows(str(file), ";", None) == ["made", "NULL and void"]

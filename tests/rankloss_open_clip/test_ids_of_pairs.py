@@ -10,19 +10,19 @@ import pytest
 import torch
 from open_clip_train.params import parse_args
 from teacher_features import student
-from test_companions import csv, read, tokenizer
+from test_text_columns import csv, read, tokenizer
 from trainer_runs import WHOLE_SET, Trainer
 
 import rankloss
-from rankloss_open_clip.companions import Companions
+from rankloss_open_clip.text_columns import TextColumns
 from rankloss_trainers.clip_ids import PairIds
 
 TABLE = "filepath;title;group\n0.png;a;x\n1.png;b;y\n2.png;a;y\n"
 
 
-def ids_of(companion: Any, texts: list[str]) -> list[int]:
-    encoded = Companions([companion]).tokenizer(tokenizer())(texts)
-    found: list[int] = companion.outputs({}, encoded[:, 1])["pair_ids"].tolist()
+def ids_of(column: Any, texts: list[str]) -> list[int]:
+    encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
+    found: list[int] = column.outputs({}, encoded[:, 1])["pair_ids"].tolist()
     return found
 
 
@@ -31,8 +31,8 @@ def test_rows_have_the_ids_of_captions_or_of_a_column(
     tmp_path: Path, key: str, equal: tuple[int, int]
 ) -> None:
     dataset, file = csv(tmp_path, TABLE)
-    Companions([companion := PairIds(key=key)]).join_csv(dataset, file, ";")
-    ids = ids_of(companion, dataset.captions)
+    TextColumns([column := PairIds(key=key)]).join_csv(dataset, file, ";")
+    ids = ids_of(column, dataset.captions)
     assert [ids[i] == ids[j] for i, j in ((0, 1), (0, 2), (1, 2))] == [
         (i, j) == equal for i, j in ((0, 1), (0, 2), (1, 2))
     ]
@@ -45,8 +45,8 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
         {"txt": group.encode(), "group.txt": group.encode(), "json": json.dumps({"group": group}).encode()}
         for group in groups
     ]
-    companion = PairIds(key=key)
-    ids = ids_of(companion, [x["txt"].decode() for x in read([companion], *samples)])
+    column = PairIds(key=key)
+    ids = ids_of(column, [x["txt"].decode() for x in read([column], *samples)])
     assert len({*ids}) == (3 if key == "__key__" else 2)
     assert (ids[0] == ids[2]) is (key != "__key__")
 
@@ -54,19 +54,19 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "key", "message"),
     [
-        (TABLE, "picture", "has no column 'picture'; it has filepath, title, group"),
-        ("filepath;title;group\n0.png;a;x\n1.png;b;\n", "group", "column group has the float nan in row 1"),
-        ("filepath;title;group\n0.png;a;7\n1.png;b;7\n", "group", "column group has one value in all 2 rows"),
+        (TABLE, "picture", "'picture'.*filepath, title, group"),
+        ("filepath;title;group\n0.png;a;x\n1.png;b;\n", "group", "group .*nan in row 1"),
+        ("filepath;title;group\n0.png;a;7\n1.png;b;7\n", "group", "group .*2 rows"),
     ],
 )
 def test_a_column_of_no_ids_is_refused(tmp_path: Path, text: str, key: str, message: str) -> None:
     dataset, file = csv(tmp_path, text)
     with pytest.raises(ValueError, match=message):
-        PairIds(key=key).of_rows(file, ";", dataset)
+        PairIds(key=key).read_rows(file, ";", dataset)
 
 
 def test_a_sample_without_an_id_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sample '1' of a\.tar has no id 'group\.txt'.*; it has jpg, txt"):
+    with pytest.raises(ValueError, match=r"'1' of a\.tar .*'group\.txt'.*jpg, txt"):
         read([PairIds(key="group.txt")], {"txt": b"a", "group.txt": b"x"}, {"txt": b"b"})
 
 

@@ -10,36 +10,36 @@ import pytest
 import torch
 from open_clip_train.params import parse_args
 from teacher_features import stored, unit_rows
-from test_companions import CONTEXT, csv, read, tokenizer
+from test_text_columns import CONTEXT, csv, read, tokenizer
 from torch import Tensor
 
 from rankloss_features import Features
-from rankloss_features.binding import RowCompanion
+from rankloss_features.binding import RowColumn
 from rankloss_features.command import main
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.companions import Companions
+from rankloss_open_clip.text_columns import TextColumns
 from rankloss_open_clip.training import run_of
 
 OPTION = "--loss-teacher"
 BOTH = unit_rows(4, 2)
 
 
-def companion_of(where: str) -> Any:
-    return RowCompanion(Features(where))
+def column_of(where: str) -> Any:
+    return RowColumn(Features(where))
 
 
-def taken_apart(companion: Any, texts: list[str]) -> dict[str, Tensor]:
+def taken_apart(column: Any, texts: list[str]) -> dict[str, Tensor]:
     """Features of texts, as the loss gets them."""
-    encoded = Companions([companion]).tokenizer(tokenizer())(texts)
+    encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
     assert encoded.dtype == torch.int64
     assert torch.equal(encoded[:, 0, :CONTEXT], tokenizer()([text.split("\x1f")[0] for text in texts]))
-    return companion.outputs({}, encoded[:, 1])
+    return column.outputs({}, encoded[:, 1])
 
 
 def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
     """Features of a webdataset's samples."""
-    companion = companion_of(where)
-    return taken_apart(companion, [x["txt"].decode() for x in read([companion], *samples)])
+    column = column_of(where)
+    return taken_apart(column, [x["txt"].decode() for x in read([column], *samples)])
 
 
 # --- folders --------------------------------------------------------------------------------------------
@@ -48,12 +48,12 @@ def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
 def test_rows_of_features_are_those_of_the_table(tmp_path: Path) -> None:
     dataset, file = csv(tmp_path, "filepath;title\nfolder/1.png;a\n2.png;5\n")
     array, pairs = unit_rows(2, 2), [("1.png", "a"), ("2.png", "5")]
-    companion = companion_of(stored(tmp_path / "x", pairs, text_features=array))
-    other = companion_of(stored(tmp_path / "other", pairs[::-1], text_features=array))
+    column = column_of(stored(tmp_path / "x", pairs, text_features=array))
+    other = column_of(stored(tmp_path / "other", pairs[::-1], text_features=array))
     with pytest.raises(ValueError, match=r"row 0 .* is row 1 "):
-        other.of_rows(file, ";", dataset)
-    Companions([companion]).join_csv(dataset, file, ";")
-    (found,) = taken_apart(companion, [dataset.captions[1], dataset.captions[0]]).values()
+        other.read_rows(file, ";", dataset)
+    TextColumns([column]).join_csv(dataset, file, ";")
+    (found,) = taken_apart(column, [dataset.captions[1], dataset.captions[0]]).values()
     assert torch.equal(found, torch.from_numpy(array[::-1].copy()))
 
 
@@ -71,9 +71,9 @@ def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
         assert "'NA'" in capsys.readouterr().err
     else:
         assert code == 0
-        Companions([companion := companion_of(folder)]).join_csv(dataset, file, ";")
+        TextColumns([column := column_of(folder)]).join_csv(dataset, file, ";")
         assert float(dataset.captions[0].split("\x1f")[0]) == float(caption)
-        assert len(taken_apart(companion, list(dataset.captions))["reference_text_features"]) == 2
+        assert len(taken_apart(column, list(dataset.captions))["reference_text_features"]) == 2
 
 
 def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tin
 
 NEEDED = {
     "test_transformers*.py": ("transformers", "accelerate"),
-    "test_transformers_lists.py": ("datasets", "PIL"),
-    "test_sentence_transformers*.py": ("sentence_transformers", "datasets"),
+    "test_graded_transformers.py": ("transformers", "accelerate", "datasets", "PIL"),
+    "test_*sentence_transformers*.py": ("sentence_transformers", "datasets"),
     "test_*_teacher.py": ("datasets", "PIL"),
     "test_lightning.py": ("lightning",),
-    "test_lists.py": ("PIL",),
+    "test_graded_lists.py": ("PIL",),
 }
 collect_ignore_glob = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]

@@ -85,7 +85,7 @@ for extra, package, call, module in (
     ("sentence-transformers", "datasets", importlib.import_module, "rankloss_trainers.sentence_transformers"),
     ("features", "datasets", features, ""),
     ("sentence-transformers", "sentence_transformers", importlib.import_module,
-     "rankloss_trainers.sentence_transformers_lists"),
+     "rankloss_trainers.graded.sentence_transformers"),
 ):
     sys.modules[package] = None
     try:

@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankloss_trainers.pair_ids import check_column, have_partners, ids_of, ids_of_inputs
+from rankloss_trainers.pair_ids import check_column, count_partners, hash_tokens, make_ids
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
 
 
 def test_texts_have_one_id_in_every_process() -> None:
-    ids = ids_of(TEXTS, "caption")
+    ids = make_ids(TEXTS, "caption")
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
-    code = f"from rankloss_trainers.pair_ids import ids_of; print(ids_of({TEXTS}, 'caption').tolist())"
+    code = f"from rankloss_trainers.pair_ids import make_ids; print(make_ids({TEXTS}, 'caption').tolist())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(ids.tolist())
 
 
@@ -39,7 +39,7 @@ def test_texts_have_one_id_in_every_process() -> None:
     ],
 )
 def test_integers_are_ids_as_they_are(values: Any) -> None:
-    ids = ids_of(values, "id")
+    ids = make_ids(values, "id")
     assert ids.dtype == torch.int64
     assert ids.tolist() == [int(x) for x in values]
 
@@ -47,33 +47,33 @@ def test_integers_are_ids_as_they_are(values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ([0.5], r"texts or integers; column id has the float 0\.5 in row 0"),
-        (["a", None], "the NoneType None in row 1"),
-        ([1, math.nan], "the float nan in row 1"),
-        ([True, False], "the bool True in row 0"),
+        ([0.5], r"float 0\.5 in row 0"),
+        (["a", None], "None in row 1"),
+        ([1, math.nan], "nan in row 1"),
+        ([True, False], "True in row 0"),
         ([("a", "b")], "the tuple"),
-        ([1, "1"], "all texts or all integers; column id has 1 in row 0 and '1' in row 1"),
-        ([2**63], "64 bits; column id has 9223372036854775808 in row 0"),
-        (torch.ones(3), r"integers \[N\]; column id has float32 \[3\]"),
+        ([1, "1"], "id .*1 in row 0 .*'1' in row 1"),
+        ([2**63], "9223372036854775808 in row 0"),
+        (torch.ones(3), r"id .*float32 \[3\]"),
         (torch.ones(3, dtype=torch.bool), r"bool \[3\]"),
         (torch.ones(3, 1, dtype=torch.int64), r"int64 \[3, 1\]"),
     ],
 )
 def test_values_that_are_no_ids_are_shown(values: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        ids_of(values, "id")
+        make_ids(values, "id")
 
 
 def test_a_column_of_one_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="column split has one value in all 5 rows"):
-        check_column(ids_of(["train"] * 5, "split"), "split")
+    with pytest.raises(ValueError, match=r"split .*5 rows"):
+        check_column(make_ids(["train"] * 5, "split"), "split")
     for ids in ([7, 7, 8], [7], []):
         check_column(torch.tensor(ids), "split")
 
 
 @given(st.lists(st.integers(-3, 3)))
 def test_partners_are_counted(ids: list[int]) -> None:
-    assert have_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
+    assert count_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
 
 
 TOKENIZED = st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=2)
@@ -89,14 +89,14 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
 
     starts = torch.tensor([0, *map(len, texts)]).cumsum(0)[:-1]
     bag = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-    ids = ids_of_inputs({"input_ids": bag, "offsets": starts}, None)
+    ids = hash_tokens({"input_ids": bag, "offsets": starts}, None)
     assert (ids[:, None] == ids).tolist() == [[a == b for b in texts] for a in texts]
     tokenizer = SimpleNamespace(pad_token_id=9)
     for width, left in itertools.product((4, 7), (False, True)):
         mask = {"attention_mask": (padded(width, left, 9) != 9).float()}
-        assert torch.equal(ids_of_inputs({"input_ids": padded(width, left, 0), **mask}, None), ids)
+        assert torch.equal(hash_tokens({"input_ids": padded(width, left, 0), **mask}, None), ids)
         for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
-            assert torch.equal(ids_of_inputs({"input_ids": padded(width, left, 9)}, processor), ids)
+            assert torch.equal(hash_tokens({"input_ids": padded(width, left, 9)}, processor), ids)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
 )
 def test_inputs_whose_padding_is_unknown_have_no_ids(inputs: Any, tokenizer: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        ids_of_inputs(inputs, tokenizer)
+        hash_tokens(inputs, tokenizer)

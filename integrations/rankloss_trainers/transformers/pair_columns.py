@@ -12,7 +12,7 @@ from rankloss.checks import check_teacher
 from rankloss.losses import TEACHER
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
-from rankloss_trainers.pair_ids import check_column, ids_of
+from rankloss_trainers.pair_ids import check_column, make_ids
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
@@ -64,7 +64,7 @@ def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
         raise ValueError(
             f"the data have no column {key} of ids; row {missing[0]} has {', '.join(examples[0])}"
         )
-    ids = ids_of([_plain(example[key]) for example in examples], key)
+    ids = make_ids([_plain(example[key]) for example in examples], key)
     return {**collate([{name: x[name] for name in x if name != key} for x in examples]), "pair_ids": ids}
 
 
@@ -80,7 +80,7 @@ def check_ids(dataset: Any, key: str) -> None:
     if key not in names:
         raise ValueError(f"the data have no column {key} of ids; they have {', '.join(names)}")
     as_stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    check_column(ids_of([_plain(x) for x in as_stored[key]], key), key)
+    check_column(make_ids([_plain(x) for x in as_stored[key]], key), key)
     if key not in (row := dataset[0]):
         raise ValueError(f"the data have {key} of ids, but their transform gives {', '.join(row)} alone")
 
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def columns_of(dataset: Any) -> list[str]:
+def list_columns(dataset: Any) -> list[str]:
     """The columns of a dataset but the binding one, also unused ones; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
     if names is None and not isinstance(dataset, IterableDataset) and isinstance(dataset[0], Mapping):

@@ -17,7 +17,7 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
-from rankloss_trainers.pair_ids import ids_of_inputs
+from rankloss_trainers.pair_ids import hash_tokens
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, Runtime, losses
 from rankloss_trainers.transformers import embeddings, pair_columns
@@ -27,7 +27,7 @@ with extra("transformers"):
     import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
-    from rankloss_trainers.transformers import list_table
+    from rankloss_trainers.graded import transformers as graded
     from rankloss_trainers.transformers.progress import Progress
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
@@ -51,7 +51,7 @@ class ContrastiveTrainer(transformers.Trainer):
       table of lists: columns ``query``, ``candidates``, and ``grades`` or ``ranks``, pictures and texts that
       ``processing_class`` encodes. With a column ``own``, the query's own text or picture, CLIP's loss of
       these pairs is trained beside the lists. It is evaluated by the lists' loss and metrics. See
-      ``RankedListsCollator`` of :mod:`rankloss_trainers.transformers.list_table`.
+      ``RankedListsCollator`` of :mod:`rankloss_trainers.graded.transformers`.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
@@ -127,7 +127,7 @@ class ContrastiveTrainer(transformers.Trainer):
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
-            list_table.check_run(self.loss_runtime)
+            graded.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
                 self.data_collator = self._collator_of_lists()
 
@@ -145,11 +145,11 @@ class ContrastiveTrainer(transformers.Trainer):
         if run.features is not None:
             self.train_dataset = bind(self.train_dataset, run.features.path)
 
-    def _collator_of_lists(self) -> list_table.RankedListsCollator:
+    def _collator_of_lists(self) -> graded.RankedListsCollator:
         parts = self.loss_runtime.criterion.modules()
         unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
         padding: bool | str = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
-        return list_table.RankedListsCollator(self.processing_class, padding, unique)
+        return graded.RankedListsCollator(self.processing_class, padding, unique)
 
     @property
     def _pair_column(self) -> str | None:
@@ -160,7 +160,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
         collate, run, key = self.data_collator, self.loss_runtime, self._pair_column
-        run.name_columns(pair_columns.columns_of(self.train_dataset))
+        run.name_columns(pair_columns.list_columns(self.train_dataset))
         checked = functools.partial(pair_columns.collate_checked, collate, run.features)
         if key is not None:
             pair_columns.check_ids(self.train_dataset, key)
@@ -171,8 +171,8 @@ class ContrastiveTrainer(transformers.Trainer):
         finally:
             self.data_collator = collate
         if run.takes_lists:
-            list_table.check_loader(loader)
-            list_table.check_table(run, self.train_dataset)
+            graded.check_loader(loader)
+            graded.check_table(run, self.train_dataset)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -195,16 +195,16 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         own, size, run = self.accelerator.unwrap_model(model), self.mini_batch_size, self.loss_runtime
-        outputs, features = list_table.embedded(run, model, own, inputs, size)
+        outputs, features = graded.embed(run, model, own, inputs, size)
         if torch.is_grad_enabled():
             return outputs, run(**features)
-        self._measured.append(self.accelerator.gather_for_metrics(list_table.measures(features)))
+        self._measured.append(self.accelerator.gather_for_metrics(graded.measure(features)))
         return outputs, run.evaluate(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         of_loss = {name: inputs[name] for name in (*TEACHER, "pair_ids") if name in inputs}
         if self.loss_runtime.id_key == CAPTIONS:
-            of_loss["pair_ids"] = ids_of_inputs(inputs, self.processing_class)
+            of_loss["pair_ids"] = hash_tokens(inputs, self.processing_class)
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         own = self.accelerator.unwrap_model(model)
@@ -219,7 +219,7 @@ class ContrastiveTrainer(transformers.Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         if self._measured and output.metrics is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            measured = zip(list_table.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
+            measured = zip(graded.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
             output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
         return output
 
@@ -256,7 +256,7 @@ class ContrastiveTrainer(transformers.Trainer):
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
         # Columns that the loss takes and the model does not, which would be dropped as unused.
-        of_lists = list_table.COLUMNS if self.loss_runtime.takes_lists else ()
+        of_lists = graded.COLUMNS if self.loss_runtime.takes_lists else ()
         of_ids = [] if self._pair_column is None else [self._pair_column]
         kept = dict.fromkeys([*columns, *of_lists, *of_ids, *TEACHER, COLUMN])
         self._signature_columns: Any = list(kept)

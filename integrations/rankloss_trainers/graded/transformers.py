@@ -15,8 +15,15 @@ from torch.utils.data import IterableDataset
 
 from rankloss import RankedLists, metrics
 from rankloss_trainers.declared import OptionError
-from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.lists import (
+    check_list,
+    check_unique,
+    decode_grades,
+    encode_grades,
+    pad_lists,
+    pool_lists,
+)
+from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings
 
@@ -48,7 +55,7 @@ class RankedListsCollator:
     column ``own``, of the candidates' kind, query and own are a pair for a loss of pairs beside the lists.
 
     The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own
-    ones that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.lists.bits_of`) and
+    ones that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.graded.lists.encode_grades`) and
     ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` and, with pairs, ``own_index``
     ``[N]``; ``queries``, ``"image"`` or ``"text"``, and ``graded_by``, ``"grades"`` or ``"ranks"``.
 
@@ -76,10 +83,10 @@ class RankedListsCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of rows."""
-        grades = grades_column(rows[0])
+        grades = find_grades(rows[0])
         queries = [row["query"] for row in rows]
         named = [f"row {n} of the batch, query {query!r:.60}" for n, query in enumerate(queries)]
-        lists = [list_of(row, grades, where) for row, where in zip(rows, named, strict=True)]
+        lists = [read_list(row, grades, where) for row, where in zip(rows, named, strict=True)]
         if self.unique:
             check_unique(queries, named, _REMEDY)
         of_texts = isinstance(queries[0], str)
@@ -91,15 +98,15 @@ class RankedListsCollator:
                 raise ValueError(
                     f"candidates must be {needed}, in each row of a batch; got others in {where}"
                 )
-        pool = pooled(lists)
-        with_own = pooled([*lists, *filter(None, owns)])  # the candidates first, in the same order
-        distinct = pooled([[(query, 0.0)] for query in queries])
+        pool = pool_lists(lists)
+        with_own = pool_lists([*lists, *filter(None, owns)])  # the candidates first, in the same order
+        distinct = pool_lists([[(query, 0.0)] for query in queries])
         sides = distinct.candidates, with_own.candidates
         texts, pictures = sides if of_texts else sides[::-1]
         inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
         return {
             # The first: its length is the number of lists to the Trainer.
-            "grade_bits": bits_of(pool.grades),
+            "grade_bits": encode_grades(pool.grades),
             "graded_by": grades,
             "query_index": distinct.index[:, 0],
             "candidate_index": pool.index,
@@ -111,7 +118,7 @@ class RankedListsCollator:
         }
 
 
-def grades_column(names: Any) -> str:
+def find_grades(names: Any) -> str:
     """The column of grades or of ranks.
 
     Raises:
@@ -125,12 +132,12 @@ def grades_column(names: Any) -> str:
     return found[0]
 
 
-def list_of(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, float]]:
-    """The candidates of a row with their grades; see :func:`rankloss_trainers.lists.graded`."""
+def read_list(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, float]]:
+    """The candidates of a row with their grades; see :func:`rankloss_trainers.graded.lists.check_list`."""
     values = row[column]
     if column == "ranks" and isinstance(values, (list, tuple)):
         values = [x if isinstance(x, bool) or not isinstance(x, (int, float)) else -x for x in values]
-    return graded(row["candidates"], values, where)
+    return check_list(row["candidates"], values, where)
 
 
 def check_table(run: Runtime, dataset: Any) -> None:
@@ -144,12 +151,12 @@ def check_table(run: Runtime, dataset: Any) -> None:
         return
     from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
 
-    column, rows = grades_column(names), itertools.count()
+    column, rows = find_grades(names), itertools.count()
     check_batch(run, {"graded_by": column, **dict.fromkeys({"own"} & {*names}, "own")})
     for block in dataset.select_columns(["candidates", column]).with_format("arrow").iter(1000):
         lists = (size and [None] * size for size in list_value_length(block["candidates"]).to_pylist())
         for candidates, values in zip(lists, block[column].to_pylist(), strict=True):
-            list_of({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
+            read_list({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
 
 
 def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
@@ -193,7 +200,7 @@ def check_run(run: Runtime) -> None:
             raise OptionError(key, text, loss.name if len(run.losses) > 1 else "")
 
 
-def embedded(
+def embed(
     run: Runtime, call: Any, model: Any, inputs: Mapping[str, Any], size: int | None
 ) -> tuple[Any, dict[str, Any]]:
     """Embed the pictures and texts of a batch of lists in one call of the model.
@@ -239,15 +246,15 @@ def embedded(
         scale["logit_bias"] = features["logit_bias"]
     elif "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
         scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
-    lists = arguments(run.gather, candidates[: len(ids)], index, grades_of(bits), ids)
+    lists = pad_lists(run.gather, candidates[: len(ids)], index, decode_grades(bits), ids)
     return outputs, {"query_features": queries, **scale, **pairs, **lists}
 
 
-def measures(features: Mapping[str, Tensor]) -> Tensor:
+def measure(features: Mapping[str, Tensor]) -> Tensor:
     """The metrics of :data:`METRICS` of each list, ``[N, 5]``; NaN where one is not defined.
 
     Args:
-        features: The arguments of :func:`embedded`.
+        features: The arguments of :func:`embed`.
     """
     index, grades, mask = (features[name] for name in ("candidate_index", "grades", "mask"))
     own = features["candidate_features"][index.clamp_min(0)].float()

@@ -1,4 +1,4 @@
-"""Companions of a text: read, sent through the trainer's data path, and taken apart before the model."""
+"""TextColumns of a text: read, sent through the trainer's data path, and taken apart before the model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from rankloss_baselines.second_caption import SecondCaption
 from rankloss_features import Features
-from rankloss_features.binding import RowCompanion
+from rankloss_features.binding import RowColumn
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.companions import Companion, Companions, _joined, _separated
+from rankloss_open_clip.text_columns import TextColumn, TextColumns, _joined, _separated
 from rankloss_open_clip.training import run_of
 from rankloss_trainers.clip_ids import PairIds
 
@@ -36,12 +36,12 @@ def tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=CONTEXT)
 
 
-def read(parts: list[Companion], *samples: dict[str, Any], text_key: str = "txt") -> list[dict[str, Any]]:
+def read(parts: list[TextColumn], *samples: dict[str, Any], text_key: str = "txt") -> list[dict[str, Any]]:
     def reader(source: str, handler: str) -> Iterator[dict[str, Any]]:
         for i, sample in enumerate(samples):
             yield {"__key__": str(i), "__url__": source, "jpg": b"...", **sample}
 
-    return list(Companions(parts).join_samples(reader, text_key, "a.tar", handler="handler"))
+    return list(TextColumns(parts).join_samples(reader, text_key, "a.tar", handler="handler"))
 
 
 def csv(path: Path, text: str) -> tuple[Any, str]:
@@ -78,12 +78,12 @@ def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -
     parts = [CAPTION, PairIds(key="group"), PairIds(key="title")]
     dataset, file = csv(tmp_path, "filepath;title;syn;group\n0.png;a;b;1\n1.png;c;d;2\n")
     with mock.patch("pandas.read_csv", wraps=pandas.read_csv) as reads:
-        Companions(parts).check_csv(file, ";", "filepath", "title")
-        Companions(parts).join_csv(dataset, file, ";")
+        TextColumns(parts).check_csv(file, ";", "filepath", "title")
+        TextColumns(parts).join_csv(dataset, file, ";")
         assert [call.kwargs.get("nrows") for call in reads.mock_calls].count(None) == 1
-        Companions([CAPTION]).check_csv(file, ";", "filepath", "title")
+        TextColumns([CAPTION]).check_csv(file, ";", "filepath", "title")
         csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
-        assert SecondCaption(caption_key="syn").of_rows(file, ";", None) == ["other"]
+        assert SecondCaption(caption_key="syn").read_rows(file, ";", None) == ["other"]
 
 
 def test_a_caption_keeps_every_character() -> None:
@@ -92,7 +92,7 @@ def test_a_caption_keeps_every_character() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 1000])
-def test_samples_without_any_companion_are_an_error_that_shows_one(count: int) -> None:
+def test_samples_without_any_column_are_an_error_that_shows_one(count: int) -> None:
     shown = min(count, 100)
     with pytest.raises(ValueError, match=f"{shown} samples .*'syn'.* '{shown - 1}', has jpg, txt"):
         read([CAPTION], *[{"txt": b"a"}] * count)
@@ -109,7 +109,7 @@ def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="number of dataset samples must be specified"):
         open_clip_train.data.get_wds_dataset(args, None, is_train=True, tokenizer=tokenizer())
     assert open_clip_train.data.tarfile_to_samples_nothrow is original
-    assert run_of(parse_args(["--loss", "rankclip"])).companions() is None
+    assert run_of(parse_args(["--loss", "rankclip"])).text_columns() is None
 
 
 # --- from the texts to the model's output ----------------------------------------------------------------
@@ -139,13 +139,13 @@ def tokens(text: str) -> Tensor:
     ("kinds", "named", "wrap"),
     [("caption", False, ""), ("features", True, "module"), ("caption and features", True, "compile")],
 )
-def test_companions_join_the_output_of_one_call_of_the_model(
+def test_columns_join_the_output_of_one_call_of_the_model(
     tmp_path: Path, kinds: str, named: bool, wrap: str
 ) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    rows = RowCompanion(Features(stored(tmp_path / "x", **arrays)))
+    rows = RowColumn(Features(stored(tmp_path / "x", **arrays)))
     possible = {"caption": CAPTION, "features": rows}
-    companions = Companions([possible[kind] for kind in kinds.split(" and ")])
+    columns = TextColumns([possible[kind] for kind in kinds.split(" and ")])
     plain, clip = model(), model()
     expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
     wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
@@ -153,13 +153,13 @@ def test_companions_join_the_output_of_one_call_of_the_model(
     calls: list[int] = []
     clip.transformer.register_forward_hook(lambda *_: calls.append(1))
 
-    tokenized = companions.tokenizer(tokenizer())
+    tokenized = columns.tokenizer(tokenizer())
     dataset, file = csv(tmp_path, FILE)
-    companions.join_csv(dataset, file, ";")
+    columns.join_csv(dataset, file, ";")
     # As the trainer's dataset does, in processes that are sent copies of both.
     dataset, tokenized = pickle.loads(pickle.dumps((dataset, copy.deepcopy(tokenized))))
     texts = torch.stack([tokenized([str(dataset.captions[i])])[0] for i in range(len(dataset))])
-    companions.attach(call)
+    columns.attach(call)
     output = call(image=IMAGES, text=texts) if named else call(IMAGES, texts)
     assert len(calls) == 1
     for name, value in expected.items():
@@ -179,7 +179,7 @@ def test_companions_join_the_output_of_one_call_of_the_model(
             if b.grad is not None:
                 torch.testing.assert_close(a.grad, b.grad, msg=name)
     assert added == {}
-    # What has no companion passes untouched, after a call that had one.
+    # What has no column passes untouched, after a call that had one.
     assert list(call(IMAGES, tokens("a{}"))) == list(call(IMAGES)) == list(expected)
     assert clip.state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 import rankloss
 from rankloss import metrics
-from rankloss_trainers.transformers.list_table import RankedListsCollator
+from rankloss_trainers.graded.transformers import RankedListsCollator
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
 LISTS = {"loss": "ranked-lists"}
@@ -274,17 +274,18 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
 
 PICTURE = Image.new("RGB", (2, 2), "red")
 ROW = {"query": "red", "candidates": [PICTURE], "grades": [1.0]}
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "too few": ({"grades": []}, "got 1 candidates and 0 grades in row 1 of the batch, query 'green'"),
-    "texts": ({"candidates": ["red"]}, "candidates must be pictures for a text.*row 1"),
-    "a picture": ({"query": PICTURE, "candidates": ["red"]}, "pictures for a text, in each row.*row 1"),
-}
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_rows_are_refused_by_their_row(kind: str) -> None:
-    change, message = BAD[kind]
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"grades": []}, "^a list .*0 grades.*row 1.*'green'"),
+        ({"candidates": ["red"]}, "^candidates .*pictures.*row 1"),
+        ({"query": PICTURE, "candidates": ["red"]}, "^candidates .*pictures.*row 1"),
+    ],
+)
+def test_bad_rows_are_refused_by_their_row(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         RankedListsCollator(Processor())([ROW, {**ROW, "query": "green", **change}])
 
 
@@ -292,42 +293,37 @@ def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_pa
     assert len(RankedListsCollator(Processor())([ROW, ROW])["grade_bits"]) == 2
     twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
     given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
-    with pytest.raises(ValueError, match=r"got it in row 0 and row 8 of the batch, query .* Join its lists"):
+    with pytest.raises(ValueError, match=r"query .*row 0 and row 8"):
         run(tmp_path, twice, **given)
 
 
+LAST = {"candidates": [["red"]] * 8}
+EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "given", "named"),
     [
-        ({"grades": [[1.0]] * 7 + [[math.nan]], "candidates": [["red"]] * 8}, "got nan in row 7 of the data"),
-        ({"grades": [[1.0]] * 7 + [None], "candidates": [["red"]] * 8}, "got others in row 7 of the data"),
-        ({"grades": None}, "columns query, candidates, and grades or ranks; got query, candidates"),
-        ({"ranks": [[1]] * 8}, "and grades or ranks; got query, candidates, grades, ranks"),
+        ({"grades": [[1.0]] * 7 + [[math.nan]], **LAST}, {}, "^grades .*nan in row 7 of the data"),
+        ({"grades": [[1.0]] * 7 + [None], **LAST}, {}, "grades .*row 7 of the data"),
+        ({"grades": None}, {}, "columns .*grades .*query, candidates"),
+        ({"ranks": [[1]] * 8}, {}, "columns .*query, candidates, grades, ranks"),
+        ({"own": ["red"] * 8}, EXCLUDED, "own.*ranked-lists"),
+        ({}, {"loss_options": {"own_caption": "top"}}, "^own_caption"),
+        ({}, {"loss_options": {"base_loss": "include"}}, "column own"),
+        ({}, {"loss": "rankclip+ranked-lists"}, "column own"),
+        ({}, {"data_collator": lambda _: {"input_ids": torch.ones(2)}}, "candidate_index"),
+        ({}, {"loss": "rankclip"}, "forward|columns|query"),
+        ({}, {"processing_class": None}, "processor.* tokenizer .*NoneType"),
     ],
 )
-def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, message: str) -> None:
+def test_what_cannot_train_is_refused_before_the_first_step(
+    tmp_path: Path, more: Any, given: Any, named: str
+) -> None:
     model = Towers()
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path, table(False, **more), model=model, per_device_train_batch_size=2)
+    with pytest.raises((ValueError, TypeError, KeyError), match=named):
+        run(tmp_path, table(False, **more), model=model, per_device_train_batch_size=2, **given)
     assert model.seen == []
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"loss_options": {"own_caption": "top"}}, "own_caption: is for open_clip's trainer"),
-        ({"loss_options": {"base_loss": "include"}}, "needs pairs beside the lists: .* column own"),
-        ({"loss": "rankclip+ranked-lists"}, "needs pairs beside the lists: .* column own"),
-        (
-            {"data_collator": lambda _: {"input_ids": torch.ones(2)}},
-            "candidate_index",
-        ),
-        ({"loss": "rankclip"}, "forward|columns|query"),
-    ],
-)
-def test_what_cannot_train_is_refused(tmp_path: Path, given: Any, message: str) -> None:
-    with pytest.raises((ValueError, TypeError, KeyError), match=message):
-        run(tmp_path, table(True), **given)
 
 
 @pytest.mark.parametrize(
@@ -338,34 +334,10 @@ def test_ranks_are_no_values(tmp_path: Path, options: dict[str, Any]) -> None:
     data = table(True, grades=None, ranks=ranks)
     for given in (data, data.to_iterable_dataset()):  # before training, and in the first batch
         more = {"max_steps": 1, "accelerator_config": {"dispatch_batches": False}}
-        with pytest.raises(ValueError, match="ranks are an order, and ranked-lists takes grades as values"):
+        with pytest.raises(ValueError, match=r"^ranks .*ranked-lists"):
             run(tmp_path, given, loss_options=options, **more)
-
-
-def test_pairs_that_nobody_trains_are_refused(tmp_path: Path) -> None:
-    data = table(False)
-    data = data.add_column("own", own_of(data))
-    with pytest.raises(ValueError, match="the data have own, of pairs that ranked-lists does not train"):
-        run(tmp_path, data, loss_options={"base_loss": "exclude"})
-
-
-def test_a_processor_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match="lists need the model's processor, with a tokenizer and a image_proc"
-    ):
-        run(tmp_path, table(True), processing_class=None)
 
 
 def test_a_loader_that_slices_batches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dispatch_batches"):
         run(tmp_path, table(True).to_iterable_dataset(), max_steps=1)
-
-
-def test_other_trainers_refuse_the_loss_by_name() -> None:
-    pytest.importorskip("sentence_transformers")
-    from rankloss_trainers.sentence_transformers import ContrastiveLoss
-
-    with pytest.raises(
-        ValueError, match=r"ranked-lists needs a list of graded candidates .*; RankedListsLoss of"
-    ):
-        ContrastiveLoss(nn.Identity(), loss="ranked-lists")

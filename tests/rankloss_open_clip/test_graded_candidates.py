@@ -22,8 +22,8 @@ from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer, add_sample
 
 from rankloss import RankedLists
-from rankloss_trainers.candidates import Candidates
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.open_clip import Candidates
+from rankloss_trainers.graded.term import RankedListsTerm
 
 PAGE = Path(__file__).parents[2] / "docs/lists.md"
 
@@ -59,14 +59,14 @@ def test_a_bad_list_is_refused_by_its_row_or_sample(tmp_path: Path, kind: str) -
     dataset, file = csv(tmp_path, GOOD, (captions, grades))
     lists = Candidates(own_caption="top", max_candidates=3)
     with pytest.raises(ValueError, match=message) as error:
-        lists.of_rows(file, "\t", dataset)
+        lists.read_rows(file, "\t", dataset)
     assert f"row 2 of {file}" in str(error.value)
     members = {
         "candidates.json": (captions if isinstance(captions, str) else json.dumps(captions)).encode(),
         "grades.json": json.dumps(grades).encode(),
     }
     with pytest.raises(ValueError, match=message) as error:
-        lists.of_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1")
+        lists.read_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1")
     assert "sample '7' of x.tar" in str(error.value)
 
 
@@ -74,14 +74,14 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     dataset, _ = csv(tmp_path, GOOD)
     (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
     with pytest.raises(ValueError, match=r"has no column 'grades'; it has filepath, title, candidates"):
-        Candidates().of_rows(str(tmp_path / "other.csv"), "\t", dataset)
+        Candidates().read_rows(str(tmp_path / "other.csv"), "\t", dataset)
     sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
     with pytest.raises(ValueError, match=r"sample '7' of x.tar has no grades.json; every picture needs"):
-        Candidates(max_candidates=3).of_sample(sample, "a")
+        Candidates(max_candidates=3).read_sample(sample, "a")
     with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
-        Candidates().of_sample({**sample, "grades.json": b"[1]"}, "a")
+        Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a")
     without_a_picture = {"__key__": "7", "txt": b"a"}
-    assert Candidates(max_candidates=3).of_sample(without_a_picture, "a") is None
+    assert Candidates(max_candidates=3).read_sample(without_a_picture, "a") is None
 
 
 def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:
@@ -89,11 +89,11 @@ def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path:
     lists, term = Candidates(max_candidates=2), RankedListsTerm(RankedLists(in_batch_negatives=True))
     dataset, file = csv(tmp_path, GOOD, GOOD, GOOD)
     dataset.images = ["0.png", "a/0.png", "./0.png"]
-    rows = lists.of_rows(file, "\t", dataset)
+    rows = lists.read_rows(file, "\t", dataset)
     members = {"png": b"", "candidates.json": b'["a dog", "a cat"]', "grades.json": b"[2, 1]"}
     keys = [("x.tar", "0", "a"), ("x.tar", "1", "a"), ("x.tar", "0", "b"), ("y.tar", "0", "a")]
     samples = [
-        lists.of_sample({"__url__": url, "__key__": key, **members}, text) or "" for url, key, text in keys
+        lists.read_sample({"__url__": url, "__key__": key, **members}, text) or "" for url, key, text in keys
     ]
 
     def loss(*texts: str) -> Tensor:

@@ -1,17 +1,17 @@
-"""Companions of a text travel with it through the trainer's data path, which stays as it is.
+"""Extra per-pair data is appended to the caption, so that open_clip's loader carries it.
 
 The trainer reads one text per image, tokenizes it, stacks the batch and calls ``model(images, texts)``. Only
 the values differ:
 
-- A text and its companions are one text, with a separator between, from the moment they are read: in the
+- A caption and its columns are one text, with a separator between, from the moment they are read: in the
   column of a CSV file, in the text of a webdataset sample.
-- The tokenizer of the training data separates them and gives integers, ``[n, 1 + companions, width]`` instead
+- The tokenizer of the training data separates them and gives integers, ``[n, 1 + columns, width]`` instead
   of ``[n, context]``.
-- A hook before the model restores the tokens, and a hook behind it adds the companions to the model's output,
+- A hook before the model restores the tokens, and a hook behind it adds the columns to the model's output,
   from which they reach the loss. The model is called once, so DDP sees one forward.
 
-Validation data, zero-shot prompts and ``encode_text`` have no companions and do not change. The rows of a
-folder of features are a companion, and so are the columns of a loss (``Named.columns``).
+Validation data, zero-shot prompts and ``encode_text`` have no columns and do not change. The rows of a
+folder of features are a column, and so are those of a loss (``Named.columns``).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss_trainers.candidates import check_header, columns_of, forget_files
+from rankloss_trainers.csv_files import check_header, forget_files, read_columns
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
 
 _SEPARATOR, _ESCAPE = "\x1f", "\x1b"  # ASCII's own
-_MAX_MISSING = 100  # samples without a companion, before the first with one
+_MAX_MISSING = 100  # samples without a column, before the first with it
 
 
-class Companion(Protocol):
+class TextColumn(Protocol):
     """One kind of data that travels with each text.
 
     Attributes:
@@ -44,7 +44,7 @@ class Companion(Protocol):
 
     name: str
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[Any]:
+    def read_rows(self, path: str, separator: str, dataset: Any) -> Iterable[Any]:
         """Texts for the rows of a CSV file.
 
         Args:
@@ -56,11 +56,11 @@ class Companion(Protocol):
             ValueError: A row has none.
         """
 
-    def of_sample(self, sample: Sample, caption: str) -> Any:
+    def read_sample(self, sample: Sample, caption: str) -> Any:
         """Text for a webdataset sample and its caption; None skips the sample.
 
         Raises:
-            ValueError: The data are others than those that the companion belongs to.
+            ValueError: The data are others than those that the column belongs to.
         """
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
@@ -74,45 +74,45 @@ class Companion(Protocol):
         """Output of the model, with the features that the integers stand for."""
 
 
-class Companions:
-    """All companions of a run's training texts.
+class TextColumns:
+    """All columns of a run's training texts.
 
     Args:
-        parts: The companions.
+        parts: The columns.
     """
 
-    def __init__(self, parts: Sequence[Companion]) -> None:
+    def __init__(self, parts: Sequence[TextColumn]) -> None:
         self.parts = parts
         self.name = " and a ".join(part.name for part in parts)
 
     # --- reading ------------------------------------------------------------------------------------------
 
     def check_csv(self, path: str, separator: str, image_key: str, caption_key: str) -> None:
-        """Read the companions of a CSV file as the trainer will; see :meth:`Companion.of_rows`.
+        """Read the columns of a CSV file as the trainer will; see :meth:`TextColumn.read_rows`.
 
         Raises:
             ValueError: The file lacks a column, also one of the trainer's own.
         """
         if self.parts:
-            images, captions = columns_of(path, separator, image_key, caption_key)
+            images, captions = read_columns(path, separator, image_key, caption_key)
             rows = SimpleNamespace(images=images.tolist(), captions=captions.tolist())
             for part in self.parts:
-                part.of_rows(path, separator, rows)
+                part.read_rows(path, separator, rows)
         elif os.path.exists(path):  # the trainer names a missing file
             check_header(path, separator, image_key, caption_key)
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
-        """Add the companions to the captions of the trainer's CSV dataset; see :meth:`Companion.of_rows`."""
-        columns = [part.of_rows(path, separator, dataset) for part in self.parts]
+        """Add the columns to the captions of the trainer's CSV dataset; see :meth:`TextColumn.read_rows`."""
+        columns = [part.read_rows(path, separator, dataset) for part in self.parts]
         forget_files()
         dataset.captions = [_joined(texts) for texts in zip(dataset.captions, *columns, strict=True)]
 
     def join_samples(
         self, read: Callable[..., Iterable[Sample]], text_keys: str, /, *args: Any, **kwargs: Any
     ) -> Iterator[Sample]:
-        """Read webdataset samples as the trainer does, and add the companions to the text of each.
+        """Read webdataset samples as the trainer does, and add the columns to the text of each.
 
-        Samples without a companion are skipped, as the trainer skips those without a caption.
+        Samples without a column are skipped, as the trainer skips those without a caption.
 
         Args:
             read: The trainer's reader.
@@ -121,7 +121,7 @@ class Companions:
             **kwargs: The same, by name.
 
         Raises:
-            ValueError: None of the first hundred samples has a companion, or none at all.
+            ValueError: None of the first hundred samples has a column, or none at all.
         """
         found, missing, sample = False, 0, {}
         for sample in read(*args, **kwargs):
@@ -129,7 +129,7 @@ class Companions:
             if text_key is None:
                 continue
             caption = _text(sample[text_key])
-            texts = [caption, *(part.of_sample(sample, caption) for part in self.parts)]
+            texts = [caption, *(part.read_sample(sample, caption) for part in self.parts)]
             if None not in texts:
                 found = True
                 sample[text_key] = _joined(texts).encode()
@@ -148,21 +148,21 @@ class Companions:
     # --- tokenizing ---------------------------------------------------------------------------------------
 
     def tokenizer(self, tokenizer: Any) -> Callable[[Any], Tensor]:
-        """The trainer's tokenizer for texts with companions: ``[n, 1 + companions, width]``."""
+        """The trainer's tokenizer for texts with columns: ``[n, 1 + columns, width]``."""
         self.context = tokenizer([""]).shape[-1]
         return functools.partial(_tokenized, tokenizer, self.parts)  # which other processes can be sent
 
     # --- the model ----------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Let a model of open_clip take texts with companions, beside plain ones.
+        """Let a model of open_clip take texts with columns, beside plain ones.
 
         Args:
             model: The model, in whatever DDP and ``torch.compile`` wrap around it.
         """
         while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
             model = inner
-        held: list[Tensor] = []  # the companions of the present call
+        held: list[Tensor] = []  # the columns of the present call
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             held.clear()
@@ -188,8 +188,8 @@ class Companions:
         model.register_forward_hook(after, with_kwargs=True)
 
 
-def _tokenized(tokenizer: Any, parts: Sequence[Companion], texts: str | list[str]) -> Tensor:
-    """Tokenize every text, encode its companions, and pad all to one width."""
+def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[str]) -> Tensor:
+    """Tokenize every text, encode its columns, and pad all to one width."""
 
     def tokenize(captions: list[str]) -> Tensor:
         tokens: Tensor = tokenizer(captions)

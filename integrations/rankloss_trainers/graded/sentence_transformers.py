@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from rankloss import RankedLists
 from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
-from rankloss_trainers.lists import arguments, bits_of, check_unique, graded, grades_of, pooled
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.lists import (
+    check_list,
+    check_unique,
+    decode_grades,
+    encode_grades,
+    pad_lists,
+    pool_lists,
+)
+from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.sentence_transformers import EmbeddingLoss, is_cut
 
 with extra("sentence-transformers"):
@@ -70,9 +77,9 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         named = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
         remedy = "Join its lists, or train with batch_sampler=BatchSamplers.NO_DUPLICATES"
         check_unique([row[query] for row in features], named, remedy)
-        pool = pooled(
+        pool = pool_lists(
             [
-                graded(row[candidates], row[labels[0]], where)
+                check_list(row[candidates], row[labels[0]], where)
                 for row, where in zip(features, named, strict=True)
             ]
         )
@@ -80,7 +87,7 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         batch = super().__call__([{**name, **{x: row[x] for x in (query, *own)}} for row in features])
         batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
         batch[f"{candidates}_{_IDS}"] = pool.ids
-        return {**batch, "label": torch.stack([pool.index, bits_of(pool.grades)], dim=-1)}
+        return {**batch, "label": torch.stack([pool.index, encode_grades(pool.grades)], dim=-1)}
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
@@ -165,7 +172,7 @@ class RankedListsLoss(EmbeddingLoss):
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
             index, bits = labels.unbind(-1)
-            lists = arguments(self.criterion.gather, candidates[0], index, grades_of(bits), ids[-1])
+            lists = pad_lists(self.criterion.gather, candidates[0], index, decode_grades(bits), ids[-1])
         elif labels.shape == (len(queries), len(candidates)):
             lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
         elif len(candidates) != labels.shape[-1] and is_cut(labels):

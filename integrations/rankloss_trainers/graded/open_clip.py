@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -14,54 +13,19 @@ from torch import Tensor
 
 from rankloss.options import check_choice, check_count
 from rankloss_features.data import IMAGES, named_sample
-from rankloss_trainers.lists import bits_of, graded, grades_of, id_of
+from rankloss_trainers.csv_files import read_columns
+from rankloss_trainers.graded.lists import check_list, decode_grades, encode_grades, hash_identity
 
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
 
 
-def columns_of(path: str, separator: str, *names: str) -> list[Any]:
-    """Columns of a CSV file, which is read once for all calls; see :func:`forget_files`.
-
-    Raises:
-        ValueError: There is no such column.
-    """
-    check_header(path, separator, *names)
-    about = os.stat(path) if os.path.exists(path) else None  # of an address nothing is known
-    table = _table(path, separator, about and (about.st_mtime_ns, about.st_size))
-    return [table[name] for name in names]
-
-
-def check_header(path: str, separator: str, *names: str) -> None:
-    """Raise a ValueError for a column that a CSV file lacks, without reading its rows."""
-    import pandas  # type: ignore[import-untyped]
-
-    header = [str(x) for x in pandas.read_csv(path, sep=separator, nrows=0)]
-    for name in names:
-        if name not in header:
-            hint = "; wrong --csv-separator?" if any(name in x for x in header) else ""
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(header)}{hint}")
-
-
-@functools.lru_cache(maxsize=1)
-def _table(path: str, separator: str, about: Any) -> Any:  # noqa: ARG001
-    import pandas
-
-    return pandas.read_csv(path, sep=separator)
-
-
-def forget_files() -> None:
-    """Free the memory of the file whose columns were read."""
-    _table.cache_clear()
-
-
 class Candidates:
     """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
 
-    It is a companion of the picture's own caption (:class:`rankloss_open_clip.companions.Companion`). The
-    model encodes the own captions and all candidates of a batch in one call. In each row of integers are the
-    number of places in use, an id of the picture, and for each place an id of its text, the bits of its
-    grade, and its tokens.
+    A :class:`rankloss_open_clip.text_columns.TextColumn` of the picture's own caption. The model encodes the
+    own captions and all candidates of a batch in one call. In each row of integers are the number of places
+    in use, an id of the picture, and for each place an id of its text, the bits of its grade, and its tokens.
 
     Args:
         own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all
@@ -84,21 +48,22 @@ class Candidates:
 
     # --- reading ---
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> list[str]:
+    def read_rows(self, path: str, separator: str, dataset: Any) -> list[str]:
         """The two columns of a CSV file.
 
         Raises:
-            ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
+            ValueError: The file lacks one, or a row's list is wrong:
+                :func:`rankloss_trainers.graded.lists.check_list`.
         """
-        candidates, grades = columns_of(path, separator, CANDIDATES, GRADES)
+        candidates, grades = read_columns(path, separator, CANDIDATES, GRADES)
         cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
-        pictures = (id_of(os.path.normpath(str(image))) for image in dataset.images)
+        pictures = (hash_identity(os.path.normpath(str(image))) for image in dataset.images)
         return [json.dumps([picture, *x]) for picture, x in zip(pictures, lists, strict=True)]
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+    def read_sample(self, sample: dict[str, Any], caption: str) -> str | None:
         """The two members of a webdataset sample, which are taken out of it.
 
         Raises:
@@ -116,13 +81,13 @@ class Candidates:
                 "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
             )
         candidates, grades = (sample.pop(name) for name in members)
-        picture = id_of((sample.get("__url__"), sample["__key__"]))
+        picture = hash_identity((sample.get("__url__"), sample["__key__"]))
         return json.dumps([picture, *self._list(caption, candidates, grades, where)])
 
     def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
         """The texts of a list, with the own caption where it has a place, and their grades."""
         captions, values = zip(
-            *graded(_parsed(candidates, where), _parsed(grades, where), where), strict=True
+            *check_list(_parsed(candidates, where), _parsed(grades, where), where), strict=True
         )
         if self.max_candidates is not None and len(captions) > self.max_candidates:
             raise ValueError(
@@ -152,8 +117,8 @@ class Candidates:
     ) -> Tensor:
         used = len(captions)
         free = self._places - used
-        ids = torch.tensor([id_of(caption) for caption in captions])
-        bits = bits_of(torch.tensor(grades, dtype=torch.float64))
+        ids = torch.tensor([hash_identity(caption) for caption in captions])
+        bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
         tokens = tokenize(captions[self.own :])
         parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
         return torch.cat([torch.tensor([used, picture]), *parts])
@@ -187,7 +152,7 @@ class Candidates:
             "candidate_features": features,
             "query_ids": encoded[:, 1],
             "candidate_ids": encoded[:, 2 : 2 + places],
-            "grades": grades_of(encoded[:, 2 + places : 2 + 2 * places]),
+            "grades": decode_grades(encoded[:, 2 + places : 2 + 2 * places]),
             "mask": mask,
         }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rankloss_trainers.lists import bits_of, graded, grades_of, pooled
+from rankloss_trainers.graded.lists import check_list, decode_grades, encode_grades, pool_lists
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ from rankloss_trainers.lists import bits_of, graded, grades_of, pooled
     ],
 )
 def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, message: str) -> None:
-    assert graded(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
+    assert check_list(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
     with pytest.raises(ValueError, match=re.escape(f"{message} in row 3")):
-        graded(candidates, grades, "row 3")
+        check_list(candidates, grades, "row 3")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
@@ -38,7 +38,7 @@ def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
     colours = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
     red, again, blue = (x.convert(mode, palette=Image.Palette.ADAPTIVE) for x in colours)
     assert (red.tobytes() == blue.tobytes()) == (mode == "P")  # of palettes the indices
-    pool = pooled([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
+    pool = pool_lists([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
     assert pool.candidates == [red, blue]
     assert pool.index.tolist() == [[0, 1], [0, -1]]
     assert len(pool.ids.unique()) == 2
@@ -56,7 +56,7 @@ def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
     ],
 )
 def test_other_candidates_are_told_apart_by_their_content(candidate: Any, equal: Any, other: Any) -> None:
-    pool = pooled([[(candidate, 1.0), (other, 0.0)], [(equal, 2.0)]])
+    pool = pool_lists([[(candidate, 1.0), (other, 0.0)], [(equal, 2.0)]])
     assert pool.index.tolist() == [[0, 1], [0, -1]]
     assert len(pool.ids.unique()) == 2
 
@@ -64,31 +64,31 @@ def test_other_candidates_are_told_apart_by_their_content(candidate: Any, equal:
 @pytest.mark.parametrize("wrong", [object(), np.array([object()]), {"a": object()}])
 def test_candidates_without_a_content_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"^candidates .*object"):
-        pooled([[("a", 1.0), (wrong, 0.0)]])
+        pool_lists([[("a", 1.0), (wrong, 0.0)]])
 
 
 def test_grades_that_float32_would_tie_keep_their_order() -> None:
     grades = [1_700_000_001.0, 1_700_000_000.0]
-    assert pooled([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]
+    assert pool_lists([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]
 
 
 def test_grades_reach_any_device_or_are_refused() -> None:
     grades = [[0.5, -math.inf, 2.0**24], [1.0, 1.0, 0.0]]
-    bits = bits_of(torch.tensor(grades, dtype=torch.float64))
-    assert grades_of(bits).dtype == torch.float64
-    assert grades_of(bits).tolist() == grades
-    with mock.patch("rankloss_trainers.lists.has_float64", return_value=False):
-        assert grades_of(bits).dtype == torch.float32
-        assert grades_of(bits).tolist() == grades
+    bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
+    assert decode_grades(bits).dtype == torch.float64
+    assert decode_grades(bits).tolist() == grades
+    with mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=False):
+        assert decode_grades(bits).dtype == torch.float32
+        assert decode_grades(bits).tolist() == grades
 
 
 @pytest.mark.parametrize("grades", [[2.0**24 + 1, 2.0**24], [1e300, 1.0]])
 def test_grades_that_float32_would_tie_or_lose_are_refused_there(
     grades: list[float],
 ) -> None:
-    bits = bits_of(torch.tensor([[1.0, 0.0], grades], dtype=torch.float64))
+    bits = encode_grades(torch.tensor([[1.0, 0.0], grades], dtype=torch.float64))
     with (
-        mock.patch("rankloss_trainers.lists.has_float64", return_value=False),
+        mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=False),
         pytest.raises(ValueError, match=r"distinct and finite in float32, .* list 1 of the batch has \["),
     ):
-        grades_of(bits)
+        decode_grades(bits)

@@ -21,12 +21,12 @@ from sentence_transformers.sentence_transformer.losses import (
 from tiny_sentences import WORDS, tiny, weights
 
 from rankloss import ClipLoss, RankedLists
-from rankloss_trainers.sentence_transformers import ContrastiveLoss
-from rankloss_trainers.sentence_transformers_lists import (
+from rankloss_trainers.graded.sentence_transformers import (
     RankedListsCollator,
     RankedListsLoss,
     RankedListsTrainer,
 )
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,6 @@ def test_triplets_train_as_lists_with_in_batch_negatives(tmp_path: Path, bert: P
         trained.append(weights(model))
     assert not torch.allclose(trained[0], weights(tiny(bert)), atol=1e-4)
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
-    loss = ContrastiveLoss(tiny(bert), "clip-streamed")
-    features = [loss.model.preprocess(columns[name]) for name in columns]
-    with pytest.raises(ValueError, match=r"columns of pairs; got 3; train a positive .* RankedListsLoss"):
-        loss(features)
 
 
 @pytest.mark.parametrize("kind", [RankedListsTrainer, SentenceTransformerTrainer])
@@ -242,39 +238,46 @@ def test_a_candidate_of_several_lists_is_embedded_once(bert: Path) -> None:
 
 
 ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
-BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "columns": (
-        [{"query": "a", "label": [1]}],
-        "must have a column of queries, one of lists .*; got query, label",
-    ),
-    "no grades": ([{"query": "a", "candidates": ["b"]}], "a label column .* of lists of grades"),
-    "a text": ([{**ROW, "candidates": "bc"}], "must be lists; got others in row 0 of the batch, query 'a'"),
-    "twice": ([ROW, ROW], "a query may be in a batch once; got it in row 0 and row 1 .*NO_DUPLICATES"),
-}
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_lists_are_refused_with_the_row(bert: Path, kind: str) -> None:
-    rows, message = BAD[kind]
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([{"query": "a", "label": [1]}], "column .*query, label"),
+        ([{"query": "a", "candidates": ["b"]}], "label column .*query, candidates"),
+        ([{**ROW, "candidates": "bc"}], "^candidates .*row 0 .*'a'"),
+        ([ROW, ROW], "^a query .*row 0 and row 1.*NO_DUPLICATES"),
+    ],
+)
+def test_bad_lists_are_refused_with_the_row(bert: Path, rows: list[dict[str, Any]], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         RankedListsCollator(tiny(bert).preprocess)(rows)
 
 
-def test_labels_and_arguments_are_checked(bert: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "labels", "given", "named"),
+    [
+        (2, None, {}, "label column"),
+        (3, torch.zeros(3, 3), {}, "^labels .*2 candidates.*3, 3"),
+        (17, torch.zeros(3, 16)[:, :4], {}, "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer"),
+        (3, None, {"scale": 0.0}, "^scale .*0"),
+        (3, None, {"mini_batch_size": 0}, "^mini_batch_size .*0"),
+    ],
+)
+def test_labels_and_arguments_are_checked(
+    bert: Path, columns: int, labels: Any, given: dict[str, Any], named: str
+) -> None:
     model = tiny(bert)
-    columns = [model.preprocess(texts(k, 3)) for k in range(3)]
-    loss = RankedListsLoss(model)
-    with pytest.raises(ValueError, match="need columns of candidates and a label column"):
-        loss(columns[:2], None)
-    with pytest.raises(ValueError, match=r"for each of 2 candidates, \(3, 2\); got \(3, 3\)"):
-        loss(columns, torch.zeros(3, 3))
-    columns = [model.preprocess(texts(k, 3)) for k in range(17)]
-    with pytest.raises(ValueError, match=r"^labels .* MatryoshkaLoss cut .* 4 of 16.*RankedListsTrainer"):
-        MatryoshkaLoss(model, loss, [16, 4])(columns, torch.arange(16.0).expand(3, 16).contiguous())
-    with pytest.raises(ValueError, match="scale must be"):
-        RankedListsLoss(model, scale=0.0)
-    with pytest.raises(ValueError, match="mini_batch_size must be"):
-        RankedListsLoss(model, mini_batch_size=0)
+    with pytest.raises(ValueError, match=named):
+        RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
+
+
+def test_other_losses_name_this_one(bert: Path) -> None:
+    model = tiny(bert)
+    with pytest.raises(ValueError, match=r"^sentence_features .*3.*RankedListsLoss"):
+        ContrastiveLoss(model, "clip-streamed")([model.preprocess(texts(k, 3)) for k in range(3)])
+    with pytest.raises(ValueError, match=r"^ranked-lists .*RankedListsLoss"):
+        ContrastiveLoss(model, "ranked-lists")
 
 
 def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:

@@ -14,7 +14,7 @@ import rankloss
 import rankloss_trainers
 from process_pool import Pools
 from rankloss_trainers.catalog import choose
-from rankloss_trainers.ranked_lists import RankedListsTerm
+from rankloss_trainers.graded.term import RankedListsTerm
 
 SCALE = 8.0
 

@@ -31,7 +31,7 @@ class Pooled:
         ids: ``[M]``, equal for equal candidates on all processes.
         index: ``[N, K]``, the row of each candidate, or :data:`PADDING`.
         grades: ``[N, K]``, float64, since float32 would tie some; 0 at padding. A device may lack float64,
-            and DeepSpeed rounds it to the model's precision: see :func:`bits_of`.
+            and DeepSpeed rounds it to the model's precision: see :func:`encode_grades`.
     """
 
     candidates: list[Any]
@@ -40,7 +40,7 @@ class Pooled:
     grades: Tensor
 
 
-def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
+def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
     """The candidates of a list with their grades.
 
     Args:
@@ -53,7 +53,7 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
             NaN or +∞.
 
     Example:
-        >>> graded(["a", "b"], [2, float("nan")], "row 3")
+        >>> check_list(["a", "b"], [2, float("nan")], "row 3")
         Traceback (most recent call last):
         ValueError: grades must be numbers, or −infinity; got nan in row 3
     """
@@ -72,13 +72,13 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
     return list(zip(candidates, map(float, grades), strict=True))
 
 
-def bits_of(grades: Tensor) -> Tensor:
+def encode_grades(grades: Tensor) -> Tensor:
     """The bits of float64 grades as integers, which reach any device unchanged."""
     return grades.view(torch.int64)
 
 
-def grades_of(bits: Tensor) -> Tensor:
-    """The grades of :func:`bits_of`, on the device of the bits; float32 where it has no float64.
+def decode_grades(bits: Tensor) -> Tensor:
+    """The grades of :func:`encode_grades`, on the device of the bits; float32 where it has no float64.
 
     Raises:
         ValueError: for unequal grades of a list that float32 would tie, or a grade that it cannot hold.
@@ -100,14 +100,14 @@ def grades_of(bits: Tensor) -> Tensor:
     return grades.float().to(bits.device)
 
 
-def identity(candidate: Any) -> Hashable:
+def identify(candidate: Any) -> Hashable:
     """Equal for texts, numbers, pictures and arrays of the same content, and for collections of such.
 
     Raises:
         ValueError: for any other object, which could be told apart by its address alone.
 
     Example:
-        >>> identity({"text": "a", "size": [2, 3]}) == identity({"size": (2, 3), "text": "a"})
+        >>> identify({"text": "a", "size": [2, 3]}) == identify({"size": (2, 3), "text": "a"})
         True
     """
     if candidate is None or isinstance(candidate, (str, bytes, int, float)):
@@ -121,37 +121,37 @@ def identity(candidate: Any) -> Hashable:
         shown = candidate.convert("RGBA") if candidate.mode in ("P", "PA") else candidate  # bytes: indices
         return shown.mode, shown.size, shown.tobytes()
     if isinstance(candidate, Mapping):
-        return "mapping", tuple(sorted((str(key), identity(x)) for key, x in candidate.items()))
+        return "mapping", tuple(sorted((str(key), identify(x)) for key, x in candidate.items()))
     if isinstance(candidate, (list, tuple)):
-        return tuple(map(identity, candidate))
+        return tuple(map(identify, candidate))
     raise ValueError(
         f"candidates and queries must be texts, pictures, arrays or mappings of these; got {candidate!r:.60}"
     )
 
 
-def id_of(key: Hashable) -> int:
-    """64 bits of an :func:`identity`, the same on all processes."""
+def hash_identity(key: Hashable) -> int:
+    """64 bits of an :func:`identify`, the same on all processes."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
-def pooled(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
+def pool_lists(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
     """Put the candidates of several lists into one pool without repetitions.
 
     Args:
         lists: The lists of :func:`graded`.
 
     Example:
-        >>> pooled([[("a", 2.0), ("b", 1.0)], [("b", 3.0)]]).index
+        >>> pool_lists([[("a", 2.0), ("b", 1.0)], [("b", 3.0)]]).index
         tensor([[ 0,  1],
                 [ 1, -1]])
     """
-    keyed = [[(identity(candidate), candidate, grade) for candidate, grade in pairs] for pairs in lists]
+    keyed = [[(identify(candidate), candidate, grade) for candidate, grade in pairs] for pairs in lists]
     pool = {key: candidate for pairs in keyed for key, candidate, _ in pairs}
     rows = {key: row for row, key in enumerate(pool)}
     index = [torch.tensor([rows[key] for key, *_ in pairs]) for pairs in keyed]
     grades = [torch.tensor([grade for *_, grade in pairs], dtype=torch.float64) for pairs in keyed]
-    ids = torch.tensor([id_of(key) for key in pool])
+    ids = torch.tensor([hash_identity(key) for key in pool])
     padded = pad_sequence(index, True, PADDING), pad_sequence(grades, True)
     return Pooled(list(pool.values()), ids, *padded)
 
@@ -166,13 +166,13 @@ def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> N
     """
     places: dict[Hashable, int] = {}
     for n, query in enumerate(queries):
-        if (first := places.setdefault(identity(query), n)) != n:
+        if (first := places.setdefault(identify(query), n)) != n:
             raise ValueError(
                 f"a query may be in a batch once; got it in row {first} and {named[n]}. {remedy}"
             )
 
 
-def arguments(
+def pad_lists(
     gather: Gather, candidates: Tensor, index: Tensor, grades: Tensor, ids: Tensor | None
 ) -> dict[str, Any]:
     """Arguments of :class:`rankloss.RankedLists`, of the same shapes on all processes.

@@ -1,0 +1,42 @@
+"""Columns of a CSV file, read once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+
+def read_columns(path: str, separator: str, *names: str) -> list[Any]:
+    """Columns of a CSV file, which is read once for all calls; see :func:`forget_files`.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    check_header(path, separator, *names)
+    about = os.stat(path) if os.path.exists(path) else None  # of an address nothing is known
+    table = _table(path, separator, about and (about.st_mtime_ns, about.st_size))
+    return [table[name] for name in names]
+
+
+def check_header(path: str, separator: str, *names: str) -> None:
+    """Raise a ValueError for a column that a CSV file lacks, without reading its rows."""
+    import pandas  # type: ignore[import-untyped]
+
+    header = [str(x) for x in pandas.read_csv(path, sep=separator, nrows=0)]
+    for name in names:
+        if name not in header:
+            hint = "; wrong --csv-separator?" if any(name in x for x in header) else ""
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(header)}{hint}")
+
+
+@functools.lru_cache(maxsize=1)
+def _table(path: str, separator: str, about: Any) -> Any:  # noqa: ARG001
+    import pandas
+
+    return pandas.read_csv(path, sep=separator)
+
+
+def forget_files() -> None:
+    """Free the memory of the file whose columns were read."""
+    _table.cache_clear()
