@@ -42,10 +42,9 @@ _rank_clip = functools.partial(
     citation=citations.RANKCLIP,
 )
 # Softmax beats ranks where encoders teach, pooled over three data sets (docs/evidence.md).
-_ENCODERS = {
+_SOFT = {
     "schedule": "constant",
     "lambda_cross": 0.0,
-    "lambda_in": 16.0,
     "model": "top_one",
     "reference_scale": 40.0,
     "diagonal": False,
@@ -60,8 +59,13 @@ LOSSES: Mapping[str, Named] = {
         teacher="required",
         help="rankclip trained to match a teacher's eight best ranks",
     ),
+    "rankclip-captions": _rank_clip(
+        {**_SOFT, "lambda_in": 4.0},
+        teacher="text=captions",
+        help="rankclip taught by the words that captions share: pairs alone are needed, and no encoder",
+    ),
     "rankclip-encoders": _rank_clip(
-        _ENCODERS,
+        {**_SOFT, "lambda_in": 16.0},
         teacher="image=efficientnet-lite0,text=minilm",
         help="rankclip taught by two small encoders of the extra `encoders`: pairs alone are needed",
     ),

@@ -28,11 +28,11 @@ class RunOptions:
 
     Args:
         teacher: A folder of `rankloss features`; or a teacher whose features of the training data are
-            computed before the first step, MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B;
-            or "given", the one that the trainer or the data have. None is a loss's own, or "given" for a loss
-            that needs one.
+            computed before the first step, MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or
+            captions; or "given", the one that the trainer or the data have. None is a loss's own, or "given"
+            for a loss that needs one.
         schedule_unit: Evaluate schedules per epoch or per optimizer step; auto is per epoch in a run of ten
-        or more.
+            or more.
         agreement_every: Log the batch's rank agreement, Kendall's tau, at every so many optimizer steps.
 
     Raises:
@@ -89,17 +89,18 @@ class Teacher:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        is_folder = os.path.isdir(text) or not any(sign in text for sign in "=:")
-        self.folder = text if is_folder else None
+        self.folder: str | None = text
         self.spec: Any = None
-        if is_folder:
+        if os.path.isdir(text):
             return
         with extra("features"):
             from rankloss_features.caching import Spec
         try:
-            self.spec = Spec.of(text)
+            self.folder, self.spec = None, Spec.of(text)
         except ValueError as error:
-            raise OptionError("teacher", str(error)) from error
+            if any(sign in text for sign in "=:"):
+                raise OptionError("teacher", str(error)) from error
+            self.folder = text
 
     def check(self) -> None:
         """Look up a teacher to compute, as far as it is known before anything is loaded.

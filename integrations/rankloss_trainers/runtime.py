@@ -79,7 +79,7 @@ def losses(loss: str | nn.Module, options: Options | None = None) -> list[Loss]:
 
     Args:
         loss: A name, or several joined by ``+``; or a module with the forward convention of open_clip's
-        losses.
+            losses.
         options: Options of a named loss; those of joined ones by loss.
 
     Raises:

@@ -213,7 +213,8 @@ def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
     odd = tmp_path / "a=b:c"
     odd.mkdir()
     assert [Teacher(x).folder for x in ("teacher", str(odd))] == ["teacher", str(odd)]
-    assert Teacher("text=minilm").are_encoders
+    for text in ("text=minilm", "captions", "text=captions:64"):
+        assert Teacher(text).are_encoders
     assert not Teacher("ViT-B-32:openai").are_encoders
     for wrong in ("ViT-B-33:openai", "sound=minilm"):
         with pytest.raises(OptionError, match=r"^teacher: "):
