@@ -121,8 +121,9 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-    model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    safe = {"trust_remote_code": False}
+    processor = AutoImageProcessor.from_pretrained(name, **safe)  # type: ignore[no-untyped-call]
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True, weights_only=True, **safe)
     has_pooler = untrained(info, name)
     model = model.float().to(device).eval()
     encode = partial(_vectors, model, has_pooler)

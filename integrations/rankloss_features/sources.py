@@ -102,7 +102,7 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
     import open_clip
 
     model, _, transform = open_clip.create_model_and_transforms(
-        args.model, args.pretrained, device=device, require_pretrained=True
+        args.model, args.pretrained, device=device, require_pretrained=True, weights_only=True
     )
     model.eval()
     tokenizer = open_clip.get_tokenizer(args.model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +26,27 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
         device: The device that it computes on.
 
     Raises:
-        ValueError: The name is unknown, or the weights do not fit.
+        ValueError: The name is unknown, the weights do not fit, or the folder needs code of its own.
         ImportError: A package is not installed.
     """
     import sentence_transformers
 
     name = packages.SHORT.get(name, name)
     path = str(packages.TEXTS[name]()) if name in packages.TEXTS else name
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "modules.json")):
+    modules = Path(path, "modules.json")
+    if modules.exists():
+        kinds = [str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
+        foreign = [kind for kind in kinds if not kind.startswith("sentence_transformers.")]
+        if foreign:
+            raise ValueError(f"{modules} names code that is not sentence-transformers', {foreign[0]!r}")
+    elif os.path.isdir(path):
         from transformers import AutoModel
 
         # sentence-transformers would use the weights that are missing as they are initialised.
-        untrained(AutoModel.from_pretrained(path, output_loading_info=True)[1], path)
+        safe = {"trust_remote_code": False, "weights_only": True}
+        untrained(AutoModel.from_pretrained(path, output_loading_info=True, **safe)[1], path)
     try:
-        model = sentence_transformers.SentenceTransformer(path, device=str(device))
+        model = sentence_transformers.SentenceTransformer(path, device=str(device), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT])}") from error
     encode: Any = partial(

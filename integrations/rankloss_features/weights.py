@@ -46,7 +46,8 @@ def fill(model: Any, path: str) -> None:
 
     # timm's conversion of the weights that a model's authors published; it changes none of its own.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    missing, unexpected = load_checkpoint(model, _file_of(path), strict=False, filter_fn=convert)
+    file = _file_of(path)
+    missing, unexpected = load_checkpoint(model, file, strict=False, filter_fn=convert, weights_only=True)
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     unexpected = [key for key in unexpected if not key.startswith(heads)]

@@ -36,7 +36,8 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
         read: Any = None
         if not sharded:
             with fsspec.open(args.resume, "rb") as file:
-                read = torch.load(file, map_location="cpu")["optimizer"].get(KEY)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            read = checkpoint["optimizer"].get(KEY)
         loss.restore(read, warn=getattr(args, "rank", 0) == 0)
     if not sharded:
         optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: loss.saved()})

