@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from filelock import Timeout
 
-from rankloss_features import image_encoders, packages, sources
+from rankloss_features import image_encoders, packages, sources, text_encoders
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.folder import read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import lock_of, precision_on, write
 
-_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
+_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or captions"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 _BATCH_SIZE, _WORKERS = 256, 2
 _logger = logging.getLogger("rankloss_features")
@@ -56,6 +56,8 @@ class Spec(NamedTuple):
     def of(cls, text: str) -> Spec:
         """Parse a teacher: ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A`` or ``text=B``.
 
+        ``captions`` is short for ``text=captions``.
+
         Raises:
             ValueError: It is none of these.
 
@@ -73,6 +75,8 @@ class Spec(NamedTuple):
             encoders = {_ENCODERS[key]: name for key, _, name in parts}
             if len(encoders) == len(parts) and all(encoders.values()):
                 return cls(**encoders)
+        elif text_encoders.parse_captions(text):
+            return cls(text_encoder=text)
         elif text.startswith(sources.OWN_WEIGHTS) and text not in sources.OWN_WEIGHTS:
             return cls(model=text)
         else:
@@ -122,6 +126,8 @@ class Spec(NamedTuple):
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         if name == "image_encoder":
             image_encoders.loader_of(value)
+        if name == "text_encoder" and text_encoders.parse_captions(value):
+            import sklearn  # noqa: F401
         if self.pretrained is not None:
             import open_clip
 

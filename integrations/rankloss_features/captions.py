@@ -10,7 +10,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 MOST_CAPTIONS = 1_000_000  # that are fitted on
 MOST_TOKENS = 100_000  # that are counted
 DIMENSIONS = 256
+_SHARE_OF = 20_000  # captions of which the shared tokens are looked at
 _CHARACTERS = (1, 3)  # the shortest and the longest n-gram
 
 
@@ -108,6 +109,24 @@ class CaptionVectors:
         counts: npt.NDArray[np.int64] = np.diff(self._vectorizer.transform(captions).indptr).astype(np.int64)
         return counts
 
+    def share(self, captions: Sequence[str], batch: int = 250) -> float:
+        """Return the fraction of captions that share a counted token with another of their batch.
+
+        Args:
+            captions: Captions, of which batches are drawn at random, of 20,000 at most.
+            batch: Captions of a batch; a last one that is smaller is left out.
+        """
+        drawn = random.Random(0).sample(captions, min(len(captions), _SHARE_OF))
+        drawn = drawn[: max(len(drawn) // batch * batch, min(len(drawn), batch))]
+        sharing = 0
+        for first in range(0, len(drawn), batch):
+            sparse = self._vectorizer.transform(drawn[first : first + batch])
+            sparse.eliminate_zeros()  # of tokens that all captions have
+            is_shared = np.bincount(sparse.indices)[sparse.indices] > 1
+            rows = np.repeat(np.arange(sparse.shape[0]), np.diff(sparse.indptr))
+            sharing += len(np.unique(rows[is_shared]))
+        return sharing / len(drawn)
+
     def transform(self, captions: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return unit-norm rows, ``[N, width]``."""
         sparse = self._vectorizer.transform(captions)
@@ -123,14 +142,14 @@ class CaptionVectors:
         unit: npt.NDArray[np.float32] = (rows / norms).astype(np.float32)
         return unit
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, file: str | PathLike[str] | BinaryIO) -> None:
         """Write everything that :meth:`transform` depends on into one ``.npz``, without pickles."""
-        about = {"characters": self.characters, "tokens": self.tokens}
+        if isinstance(file, (str, PathLike)):
+            with open(file, "wb") as opened:
+                return self.save(opened)
+        about = np.array(json.dumps({"characters": self.characters, "tokens": self.tokens}))
         projection = np.zeros((0, 0)) if self._projection is None else self._projection
-        with open(path, "wb") as file:
-            np.savez(
-                file, about=np.array(json.dumps(about)), weights=self._vectorizer.idf_, projection=projection
-            )
+        np.savez(file, about=about, weights=self._vectorizer.idf_, projection=projection)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CaptionVectors:
@@ -184,5 +203,6 @@ def _check(captions: Sequence[str], tokens_of: Callable[[str], list[str]]) -> No
 def _no_token(captions: Sequence[str]) -> str:
     return (
         f"captions: no token occurs in two captions but not in all, in {len(captions)} captions; "
-        f"the first is {captions[0]!r}. Languages without spaces need characters=True"
+        f"the first is {captions[0]!r}. Languages without spaces need characters=True, the encoder "
+        "captions:characters"
     )

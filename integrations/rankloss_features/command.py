@@ -7,6 +7,7 @@ describes it.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         known = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unrecognized arguments: {shlex.join(unknown)}{did_you_mean(unknown[0], known)}")
     command = shlex.join(["rankloss", "features", *argv])
+    logging.basicConfig(format="rankloss features: %(message)s")
+    logging.getLogger("rankloss_features").setLevel(logging.INFO)
     try:
         check_count("--batch-size", args.batch_size)
         if args.check is not None:
@@ -83,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     said.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="of texts: a model of sentence-transformers or transformers (a folder), or minilm of the extra "
-        "encoders",
+        help="of texts: a model of sentence-transformers or transformers (a folder), minilm of the extra "
+        "encoders, or captions, the words of the data's own captions in 256 dimensions (captions:64; "
+        "captions:characters for languages without spaces)",
     )
     stored = "a folder or .npz file of image_features and text_features, in the order of the data"
     said.add_argument("--features", metavar="PATH", help=stored)

@@ -7,6 +7,7 @@
     pairs.npy                  [rows], uint64: the hash of each row's caption and image name
     image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
     text_features-00000.npy    likewise; one of the two modalities may be missing
+    captions.npz               an encoder that was fitted on the captions, if the teacher is one
 
 A row of zeros has no features, since its picture cannot be read. ``folder.json`` has a hash of its own
 entries, too, so a file that is cut, changed or from another folder is refused, and named. While the folder is
@@ -24,7 +25,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,7 +46,7 @@ FORMAT = 3
 
 Array = np.ndarray[Any, Any]
 
-ABOUT, PAIRS = "folder.json", "pairs.npy"
+ABOUT, PAIRS, FITTED = "folder.json", "pairs.npy", "captions.npz"
 _EARLIER = "features.json"  # of formats 1 and 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 65_536  # pairs that are hashed together
@@ -268,6 +269,21 @@ class Pairs:
         files = self.files_of(shard).items()
         return {x: read_array(file, about["dtype"], (rows, about["widths"][x])) for x, file in files}
 
+    def read_fitted(self) -> Path:
+        """The file of an encoder that was fitted on the captions, once it is compared with its hash.
+
+        Raises:
+            ValueError: It is missing, or not as it was written.
+        """
+        file = Path(self.path, FITTED)
+        try:
+            found = hash_of(file.read_bytes()).hex()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if found != self.about["files"][FITTED]:
+            raise ValueError(f"{file} is not as it was written: delete {self.path}, and begin anew")
+        return file
+
     @functools.cached_property
     def _sorted(self) -> tuple[Array, Array]:
         order = np.argsort(self.pairs, kind="stable")
@@ -398,18 +414,29 @@ class Features(Pairs):
                     f"{Path(self.path, name)} is not as it was written: it is damaged, its rows are in "
                     "another order, or it is from another folder"
                 )
+        if FITTED in self.about["files"]:
+            self.read_fitted()
         return self
 
 
 class Draft(Pairs):
     """A folder that is written."""
 
-    @classmethod
-    def begin(cls, output: Path, about: dict[str, Any], pairs: Array) -> None:
-        """Make a folder without features, of some entries and pairs."""
+    @staticmethod
+    def begin(
+        output: Path, about: dict[str, Any], pairs: Array, fit: Callable[[BinaryIO], None] | None = None
+    ) -> None:
+        """Make a folder without features, of some entries and pairs, and of an encoder to be fitted."""
         _delete_marks(output)  # of other pairs
         files = {PAIRS: hash_of(pairs).hex()}
-        write_about(output, {**about, "rows": len(pairs), "complete": False, "files": files})
+        about = {**about, "rows": len(pairs), "complete": False, "files": files}
+        if fit is not None:
+            with replacing(output / FITTED) as file:
+                fit(file)
+                file.flush()
+                files[FITTED] = hash_of(draft_path(output / FITTED).read_bytes()).hex()
+                write_about(output, about)  # first, since a folder without it is another's
+        write_about(output, about)
         write_array(output / PAIRS, pairs)
 
     def save(self, shard: int, arrays: dict[str, Array]) -> None:
@@ -434,7 +461,8 @@ class Draft(Pairs):
         Raises:
             ValueError: No row has features.
         """
-        files, skipped = {PAIRS: self.about["files"][PAIRS]}, 0
+        files = {name: self.about["files"][name] for name in (PAIRS, FITTED) if name in self.about["files"]}
+        skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)
             features = next(iter(self.read_shard(shard).values()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,17 @@ class Encoder:
         encode: From the inputs to ``[n, D']`` features.
         width: D'.
         needs_pictures: True if the samples' pictures are opened.
+        fit: Fits the encoder on the captions of all pairs, and writes what it learned into a file; None for
+            an encoder that knows all.
+        fitted: The encoder that a file describes.
     """
 
     prepare: Callable[[list[Sample]], Any]
     encode: Callable[[Any], Tensor]
     width: int
     needs_pictures: bool = False
+    fit: Callable[[Iterable[str], BinaryIO], None] | None = None
+    fitted: Callable[[Path], Encoder] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from rankloss_features import packages
+from rankloss_features.captions import DIMENSIONS, MOST_CAPTIONS, CaptionVectors, sample
+from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights
 from rankloss_features.weights import untrained
 
+_BATCH = 250  # captions that may share a word
+_HARDLY = 0.1  # of them, below which words teach little
+_logger = logging.getLogger("rankloss_features")
+
 
 def load(name: str, batch_size: int, device: torch.device) -> Teacher:
-    """A teacher of texts: a model of sentence-transformers, or of transformers with the mean of its tokens.
+    """A teacher of texts.
+
+    It is a model of sentence-transformers, one of transformers with the mean of its tokens, or ``captions``.
 
     Args:
         name: The name or path of ``--text-encoder``.
@@ -29,6 +39,14 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
         ValueError: The name is unknown, the weights do not fit, or the folder needs code of its own.
         ImportError: A package is not installed.
     """
+    options = parse_captions(name)
+    if options is not None:
+        import sklearn  # noqa: F401
+
+        encoder = Encoder(
+            captions, torch.stack, options["dimensions"], fit=partial(_fit, options), fitted=_read
+        )
+        return Teacher({"text_encoder": "captions", **options}, {NAMES[1]: encoder})
     import sentence_transformers
 
     name = packages.SHORT.get(name, name)
@@ -48,9 +66,60 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
     try:
         model = sentence_transformers.SentenceTransformer(path, device=str(device), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT])}") from error
+        raise ValueError(
+            f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT, 'captions'])}"
+        ) from error
     encode: Any = partial(
         model.encode, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
     )
     about = {"text_encoder": name, "text_weights": hash_of_weights(model)}
     return Teacher(about, {NAMES[1]: Encoder(captions, encode, encode(["a picture"]).shape[1])})
+
+
+# --- the captions themselves ------------------------------------------------------------------------------
+
+
+def parse_captions(name: str) -> dict[str, Any] | None:
+    """The options of ``captions``, ``captions:64``, or either with ``:characters``; None for other names.
+
+    Raises:
+        ValueError: Something else follows the colon.
+
+    Example:
+        >>> parse_captions("captions:64:characters"), parse_captions("minilm")
+        ({'dimensions': 64, 'characters': True}, None)
+    """
+    kind, *options = name.split(":")
+    if kind != "captions":
+        return None
+    characters = options[-1:] == ["characters"]
+    numbers = options[: len(options) - characters]
+    if len(numbers) > 1 or not all(x.isdecimal() and int(x) for x in numbers):
+        raise ValueError(f"captions is followed by :DIMENSIONS, :characters or both; got {name!r}")
+    return {"dimensions": int(numbers[0]) if numbers else DIMENSIONS, "characters": characters}
+
+
+def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> None:
+    """Fit the vectors on at most a million captions, and log whether these share words."""
+    used = sample(captions, MOST_CAPTIONS)
+    try:
+        vectors = CaptionVectors.fit(used, **options)
+    except ValueError as error:
+        raise ValueError(f"--text-encoder captions: {error}") from error
+    share = vectors.share(used, _BATCH)
+    level, end = (
+        (logging.INFO, "") if share >= _HARDLY else (logging.WARNING, ": hardly any, so they teach little")
+    )
+    said = "%.1f %% of the captions share a counted token with another of a batch of %d%s"
+    _logger.log(level, said, 100 * share, _BATCH, end)
+    vectors.save(file)
+
+
+def _read(file: Path) -> Encoder:
+    vectors = CaptionVectors.load(file)
+    return Encoder(partial(_transform, vectors), lambda rows: rows, vectors.width)
+
+
+# Sent to other processes, where these are not forked.
+def _transform(vectors: CaptionVectors, samples: list[Sample]) -> torch.Tensor:
+    return torch.from_numpy(vectors.transform(captions(samples)))

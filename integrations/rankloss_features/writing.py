@@ -8,6 +8,8 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ def write(
             torch.distributed.broadcast_object_list(counts)  # the others wait for it
             data.counts = counts[0]
         draft = Draft(str(output))
+        fitted = {x: y.fitted(draft.read_fitted()) if y.fitted else y for x, y in teacher.encoders.items()}
+        teacher = replace(teacher, encoders=fitted)
         _compute(draft, draft.shards[rank::world], data, teacher, workers, shows=rank == 0)
         if world > 1:
             torch.distributed.barrier()
@@ -136,7 +140,10 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         if teacher.rows not in (None, len(pairs)):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
         shard_rows = size_of_shards(len(pairs))
-        Draft.begin(output, {**about, "shard_rows": shard_rows, "data": data.about}, pairs)
+        about |= {"shard_rows": shard_rows, "data": data.about}
+        texts = (caption for captions, _ in data.pairs() for caption in captions)
+        fits = [partial(x.fit, texts) for x in teacher.encoders.values() if x.fit]
+        Draft.begin(output, about, pairs, *fits)
 
 
 def _hash_pairs(data: Data) -> Array:

@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _OF_DATA:
-        with extra("features"):
-            found = importlib.import_module(_OF_DATA[argv[0]]).main(argv[1:])
-        return int(found)
+        try:
+            with extra("features"):
+                return int(importlib.import_module(_OF_DATA[argv[0]]).main(argv[1:]))
+        except ModuleNotFoundError as error:
+            print(f"rankloss {argv[0]}: {error}", file=sys.stderr)
+            return 1
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {version('rankloss')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

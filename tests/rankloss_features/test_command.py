@@ -164,6 +164,21 @@ def test_a_package_that_is_missing_is_named(
     assert needs in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", ["filelock", "datasets"])
+def test_the_command_without_its_extra_ends_with_a_sentence(
+    place: Path, module: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for loaded in ("rankloss_features.command", "rankloss_features.writing"):
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delattr("rankloss_features.writing")
+    assert features(place, "pairs.csv", *CLIP, "--output", "x") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert module in said[0]
+    assert said[0].endswith("pip install 'rankloss[features]'")
+
+
 def test_an_option_that_there_is_not_is_an_error_with_the_closest(place: Path, capsys: Any) -> None:
     for option, message in {"--merge": "--merge a", "--image-encodr": "mean --image-encoder"}.items():
         with pytest.raises(SystemExit, match="2"):
