@@ -167,6 +167,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
         "adds": {
             arm: [name for name, of in compared if of == arm and _above(tests[name, arm])] for arm in LOSSES
         },
+        "same": [f"`{arm}` on {name}" for name, arm in compared if tests[name, arm].half_width == 0],
         "tests": [
             [f"`{arm}`", name, *test_cells(tests[name, arm]), _ends(over_pictures(arms[name], arm))]
             for name, arm in compared
