@@ -45,11 +45,11 @@ def csv(path: Path, *lists: Any) -> tuple[Any, str]:
 
 
 BAD: dict[str, tuple[Any, Any, str]] = {
-    "NaN": (["a"], [math.nan], "got nan in"),
-    "a number": ([3], [1], "candidates must be texts; got 3 in"),
-    "no JSON": ("[a]", [1], r"must be JSON lists; got .*\[a\].* in"),
-    "its own": (["x", "a1"], [1, 2], "own caption 'a1' cannot be above all candidates and among them, in"),
-    "a long one": (list("abcd"), [1] * 4, "has 4 candidates, more than --ranked-lists-max-candidates 3"),
+    "NaN": (["a"], [math.nan], "^grades .*nan"),
+    "a number": ([3], [1], "^candidates .*3"),
+    "no JSON": ("[a]", [1], r"JSON.*\[a\]"),
+    "its own": (["x", "a1"], [1, 2], "own caption 'a1'"),
+    "a long one": (list("abcd"), [1] * 4, "4 candidates.*--ranked-lists-max-candidates 3"),
 }
 
 
@@ -73,12 +73,12 @@ def test_a_bad_list_is_refused_by_its_row_or_sample(tmp_path: Path, kind: str) -
 def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     dataset, _ = csv(tmp_path, GOOD)
     (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
-    with pytest.raises(ValueError, match=r"has no column 'grades'; it has filepath, title, candidates"):
+    with pytest.raises(ValueError, match=r"'grades'.*filepath, title, candidates"):
         Candidates().read_rows(str(tmp_path / "other.csv"), "\t", dataset)
     sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
-    with pytest.raises(ValueError, match=r"sample '7' of x.tar has no grades.json; every picture needs"):
+    with pytest.raises(ValueError, match=r"'7' of x\.tar .*grades\.json"):
         Candidates(max_candidates=3).read_sample(sample, "a")
-    with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
+    with pytest.raises(ValueError, match="--ranked-lists-max-candidates"):
         Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a")
     without_a_picture = {"__key__": "7", "txt": b"a"}
     assert Candidates(max_candidates=3).read_sample(without_a_picture, "a") is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 from unittest import mock
 
@@ -16,20 +15,19 @@ from rankloss_trainers.graded.lists import check_list, decode_grades, encode_gra
 
 
 @pytest.mark.parametrize(
-    ("candidates", "grades", "message"),
+    ("candidates", "grades", "named"),
     [
-        *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (math.nan, math.inf)),
-        *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (None, "good", True)),
-        (["a"], [2**53 + 1], f"must be at most 2⁵³ to stay distinct grades; got {2**53 + 1}"),
-        (["a", "b"], [1], "got 2 candidates and 1 grades"),
-        ([], [], "got 0 candidates and 0 grades"),
-        ("ab", [1, 2], "candidates and grades must be lists; got others"),
-        (["a"], None, "candidates and grades must be lists; got others"),
+        *((["a"], [bad], f"^grades .*{bad!r}") for bad in (math.nan, math.inf, None, "good", True)),
+        (["a"], [2**53 + 1], f"{2**53 + 1}"),
+        (["a", "b"], [1], "2 candidates .*1 grades"),
+        ([], [], "0 candidates .*0 grades"),
+        ("ab", [1, 2], "^candidates "),
+        (["a"], None, "^candidates and grades "),
     ],
 )
-def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, message: str) -> None:
+def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, named: str) -> None:
     assert check_list(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
-    with pytest.raises(ValueError, match=re.escape(f"{message} in row 3")):
+    with pytest.raises(ValueError, match=f"{named}.*row 3"):
         check_list(candidates, grades, "row 3")
 
 
@@ -89,6 +87,6 @@ def test_grades_that_float32_would_tie_or_lose_are_refused_there(
     bits = encode_grades(torch.tensor([[1.0, 0.0], grades], dtype=torch.float64))
     with (
         mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=False),
-        pytest.raises(ValueError, match=r"distinct and finite in float32, .* list 1 of the batch has \["),
+        pytest.raises(ValueError, match=r"^grades .*float32.*list 1 .*\["),
     ):
         decode_grades(bits)
