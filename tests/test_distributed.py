@@ -622,64 +622,64 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
     "ids": (
         functools.partial(ClipLoss, same_id="share"),
         lambda rank: pairs_of(rank, pair_ids=torch.arange(4) if rank == 1 else None),
-        ("pair_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
+        ("pair_ids int64 [4]", "on rank 1"),
     ),
     "ids that are numbers": (
         functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share")),
         lambda rank: pairs_of(
             rank, logit_bias=0.0, pair_ids=torch.arange(4).to([torch.int64, F64][rank % 2])
         ),
-        ("pair_ids must be 4 integers, one for every pair; got torch.float64 [4] (on rank 1 of 3)",),
+        ("pair_ids", "torch.float64 [4]", "on rank 1 of 3"),
     ),
     "ids that a base refuses": (
         functools.partial(RankClipLoss, schedule="constant"),
         lambda rank: pairs_of(rank, **({"pair_ids": torch.arange(4)} if rank == 1 else {})),
-        ("text_features float32 [4, 6], pair_ids, local_loss=True, gather_with_grad=True on rank 1",),
+        ("text_features float32 [4, 6]", "pair_ids", "on rank 1"),
     ),
     "an input of the base that is None": (
         functools.partial(RankClipLoss, schedule="constant"),
         lambda rank: pairs_of(rank, **({"pair_ids": None} if rank == 1 else {})),
-        ("text_features float32 [4, 6], pair_ids, local_loss=True, gather_with_grad=True on rank 1",),
+        ("text_features float32 [4, 6]", "pair_ids", "on rank 1"),
     ),
     "ids of queries": (
         lambda: RankedListsTerm(Lists()),
         lambda rank: lists_of(rank, logit_scale=1.0, query_ids=torch.arange(4) if rank == 1 else None),
-        ("query_ids int64 [4], local_loss=True, gather_with_grad=True on rank 1",),
+        ("query_ids int64 [4]", "on rank 1"),
     ),
     "a scale": (
         ClipLoss,
         lambda rank: pairs_of(rank, logit_scale=1.0 - rank),
-        ("logit_scale must be positive", "got 0 (on rank 1 of 3)"),
+        ("logit_scale", "got 0", "on rank 1 of 3"),
     ),
     "a type": (
         ClipLoss,
         lambda rank: pairs_of(rank, **({"text_features": [1.0]} if rank == 2 else {})),
-        ("TypeError: text_features must be a torch.Tensor; got list (on rank 2 of 3)",),
+        ("TypeError", "text_features", "list", "on rank 2 of 3"),
     ),
     "a teacher's row of zeros": (
         rank_clip,
         lambda rank: pairs_of(rank, **{name: without(torch.eye(4), 0.0, rank) for name in TEACHER}),
-        ("reference_image_features must not have rows of zeros", "the first is row 2", "(on rank 1 of 3)"),
+        ("reference_image_features", "row 2", "on rank 1 of 3"),
     ),
     "a cosine without worth": (
         functools.partial(Rows, worth="identity"),
         of_worth,
-        ("worth='identity' needs", "(on rank 1 of 3)"),
+        ("worth='identity'", "on rank 1 of 3"),
     ),
     "a grade": (
         Lists,
         lambda rank: lists_of(rank, grades=without(torch.eye(2).repeat(2, 1), math.nan, rank)),
-        ("grades must be numbers or −infinity; row 2 has [nan, nan] (on rank 1 of 3)",),
+        ("grades", "row 2", "[nan, nan]", "on rank 1 of 3"),
     ),
     "an index": (
         Lists,
         lambda rank: lists_of(rank, candidate_index=torch.tensor([[0, 1]] * 3 + [[2, 3 + rank // 2]])),
-        ("candidate_index must be at least 0 and less than 4; row 3 has [4] (on rank 2 of 3)",),
+        ("candidate_index", "row 3", "[4]", "on rank 2 of 3"),
     ),
     "an error of another kind": (
         FailsElsewhere,
         lambda rank: {"image_features": torch.eye(2), "is_first": rank == 0},
-        ("RuntimeError: 'a name' (on rank 1 of 3)",),
+        ("RuntimeError", "a name", "on rank 1 of 3"),
     ),
 }
 
@@ -805,7 +805,7 @@ def test_gather_is_read_when_it_is_needed() -> None:
     assert Gather()(v, t)[0] is v
     for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
         for loss, _ in LOSSES.values():
-            with pytest.raises(RuntimeError, match=r"needs torch\.distributed\.init_process_group"):
+            with pytest.raises(RuntimeError, match="init_process_group"):
                 called(loss(gather=unready), v, t, s, b)
 
 

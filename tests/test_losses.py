@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -12,35 +12,25 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import logsigmoid
 
-from batches import VECTORS, Batch, batches, gradients, random_batch, vector_batch
+from all_losses import IMAGE, LOSSES, TEXT, further
+from batches import VECTORS, Batch, batches, gradients, random_batch, teacher_of, vector_batch
 from rankloss import (
     ClipLoss,
     Gather,
     InputWarning,
-    MimicryLoss,
     RankClipLoss,
     RankConsistency,
-    RankedLists,
     SigLipLoss,
     schedules,
 )
 from rankloss.checks import check_teacher
 from rankloss.precision import nan_unless_finite
-from rankloss_baselines import AlipLoss, CyClipLoss
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
     return random_batch(0, 6, 4, 10.0).leaves()
-
-
-IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
-
-
-def teacher_of(n: int) -> dict[str, Tensor]:
-    batch = random_batch(1, n, 5, 1.0)
-    return {IMAGE: batch.image, TEXT: batch.text}
 
 
 def at(value: float, **options: Any) -> RankClipLoss:
@@ -85,7 +75,7 @@ def test_a_single_pair_has_the_value_that_open_clip_gives(budget: int | None) ->
     assert ClipLoss(memory_budget=budget)(v, t, 10.0).item() == 0
     expected = -logsigmoid(10.0 * (v * t).sum() - 10.0)
     torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, 10.0, -10.0), expected)
-    with pytest.raises(ValueError, match="must hold at least two pairs"):
+    with pytest.raises(ValueError, match=r"image_features.*1, 4"):
         RankClipLoss(schedule="constant")(v, t, 10.0)  # a list needs two items
 
 
@@ -143,44 +133,23 @@ def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, va
     assert [g.dtype for g in gradients(loss(*inputs), inputs, 1.0)] == [dtype] * 3
 
 
-def mimicked(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return MimicryLoss()(v, t, s, **{IMAGE: t.detach(), TEXT: v.detach()})
-
-
-def captioned(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return AlipLoss(initial_history=0.0)(v, t, s, caption_features=t.flip(0))
-
-
-def in_pairs(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return ClipLoss(same_id="share")(v, t, s, pair_ids=torch.arange(len(v)) // 2)
-
-
-def with_negatives(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    lists = {"candidate_features": t[:, None], "grades": torch.ones(len(v), 1)}
-    return RankedLists(in_batch_negatives=True)(v, logit_scale=s, **lists)
-
-
-LARGE_BATCH: dict[str, Callable[..., Tensor]] = {
-    "clip": ClipLoss(),
-    "siglip": SigLipLoss(),
-    "rank": RankConsistency(method="bin"),
-    "rank_clip at 0": at(0.0, base=SigLipLoss()),
-    "mimicry": mimicked,
-    "clip, ids": in_pairs,
-    "clip, smoothed": ClipLoss(label_smoothing=0.2),
-    "rank, top_one": RankConsistency(model="top_one"),
-    "rank_clip": at(1.0),
-    "cyclip": CyClipLoss(),
-    "alip": captioned,
-    "ranked_lists": with_negatives,
-}
+LARGE_BATCH = (
+    "clip",
+    "clip, smoothed",
+    "clip, share",
+    "siglip",
+    "ranks, bins",
+    "ranks, top one",
+    "rank_clip",
+)
+LARGE_BATCH += ("rank_clip over siglip", "mimicry", "lists, negatives", "cyclip", "alip")
 
 
 def of_large_batch(name: str, n: int, dtype: torch.dtype, values: torch.dtype) -> list[Tensor]:
     """Value and gradients of n pairs, rounded to a dtype and given as ``values``."""
     v, t = (x.detach().to(dtype).to(values) for x in random_batch(0, n, 16, 100.0).leaves()[:2])
     inputs = v.requires_grad_(), t.requires_grad_(), torch.tensor(100.0, requires_grad=True)
-    value = LARGE_BATCH[name](*inputs)
+    value = LOSSES[name](*inputs, further(v, t))
     return [value.detach(), *gradients(value, inputs, 4096.0)]
 
 
@@ -223,7 +192,7 @@ def test_lambda_follows_set_epoch_and_set_progress_and_the_later_call_counts() -
     loss = RankClipLoss()
     assert loss.schedule_value is None
     for use in (lambda: loss(*features()), lambda: loss.rank_weights):
-        with pytest.raises(RuntimeError, match=r"set_epoch\(epoch, epochs\) or set_progress\(step, total"):
+        with pytest.raises(RuntimeError, match=r"set_epoch.*set_progress"):
             use()
     for epoch in (1, 2, 5):
         loss.set_epoch(epoch, 5)
@@ -242,25 +211,11 @@ def test_a_single_epoch_is_ramped_by_step(schedule: Any, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, logger="rankloss"):
         loss.set_epoch(1, 1)
     assert "epochs=1" in caplog.text
-    with pytest.raises(RuntimeError, match=r"set_progress\(step, total_steps\)"):
+    with pytest.raises(RuntimeError, match="set_progress"):
         loss(*features())
     loss.set_progress(2, 50)
     loss.set_epoch(1, 1)  # does not undo the step's value
     assert loss.schedule_value == loss.schedule(2, 50)
-
-
-@pytest.mark.parametrize("tell", ["set_epoch", "set_progress"])
-@pytest.mark.parametrize("position", [(1.5, 5), (1, 5.0), (0, 5), (True, 5), (6, 5)])
-@pytest.mark.parametrize("schedule", ["rankclip", "constant", lambda i, n: 1.0])
-def test_positions_are_checked_for_every_schedule(tell: str, position: Any, schedule: Any) -> None:
-    with pytest.raises(ValueError, match=r"^(epoch|step|epochs|total_steps) must be"):
-        getattr(RankClipLoss(schedule=schedule), tell)(*position)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1", None])
-def test_values_of_a_schedule_are_checked(value: Any) -> None:
-    with pytest.raises(ValueError, match="schedule"):
-        at(value)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -326,10 +281,6 @@ def scalar_base(image_features, text_features, logit_scale, output_dict):
     return logit_scale * (image_features * text_features).sum()
 
 
-def base_per_sample(image_features, text_features, logit_scale, output_dict):
-    return logit_scale * (image_features * text_features).sum(-1)
-
-
 def test_any_base_with_the_forward_convention_composes() -> None:
     v, t, s = features()
     loss = RankClipLoss(Base(), schedule="constant")
@@ -341,9 +292,6 @@ def test_any_base_with_the_forward_convention_composes() -> None:
         loss(v, t, s, torch.zeros(()), labels=torch.ones(3))
     scalar = RankClipLoss(scalar_base, schedule="constant")
     torch.testing.assert_close(scalar(v, t, s, output_dict=True)["contrastive_loss"], s * (v * t).sum())
-    for value in (0.0, 1.0):
-        with pytest.raises(ValueError, match=r"base must give one value per entry.*\(6,\)"):
-            at(value, base=base_per_sample)(v, t, s)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -376,8 +324,6 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
     of_batch = RankClipLoss(lists="batch")
     assert of_batch.base.gather == of_batch.consistency.gather == Gather(local_loss=False)
     assert RankClipLoss(lists="batch", gather=False).consistency.gather == Gather.of(False)
-    with pytest.raises(ValueError, match="local_loss=True"):
-        RankClipLoss(lists="batch", gather=Gather())
 
 
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
@@ -393,35 +339,19 @@ def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
         RankClipLoss().lambda_cross = 2.0
 
 
-# --- what a call refuses ----------------------------------------------------------------------------------
-
 V, T, S = (x.detach() for x in features())
-
-
-@modules
-@pytest.mark.parametrize("argument", ["image_features", "text_features", "logit_scale"])
-def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) -> None:
-    loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
-    with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
-        torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
 
 
 # --- looks at values --------------------------------------------------------------------------------------
 
 
 @modules
-def test_features_that_are_not_unit_norm_are_computed_with_a_warning_at_the_first_call(name: str) -> None:
+def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(name: str) -> None:
     loss = MODULES[name]()
-    with pytest.warns(InputWarning, match="text_features should be unit-norm.* norms are off by up to 1"):
-        assert loss(V, 2 * T, S).isfinite()
-    loss(V, 2 * T, S)  # a second warning would be an error
-
-
-def test_nearly_unit_norm_infinite_and_half_precision_features_are_not_warned_of() -> None:
-    for image, text in ((V * 1.009, T), (V.bfloat16(), T.bfloat16()), (V * math.inf, T), (V * math.nan, T)):
-        ClipLoss()(image, text, S)
-    with pytest.warns(InputWarning, match="image_features"):
-        ClipLoss()(V * 1.02, T, S)
+    with pytest.warns(InputWarning) as warned:
+        assert loss(V, 2 * T, 2.66).isfinite()
+    assert {"text_features", "logit_scale"} <= {str(x.message).split()[0] for x in warned}
+    loss(V, 2 * T, 2.66)  # a second warning would be an error
 
 
 def test_norms_are_looked_at_when_they_can_be_read() -> None:
@@ -431,66 +361,31 @@ def test_norms_are_looked_at_when_they_can_be_read() -> None:
         loss(2 * V, T, S)
 
 
-@pytest.mark.parametrize(
-    ("scale", "warns"),
-    [
-        (nn.Parameter(torch.tensor(100.0).log()), True),  # in float32 above log 100
-        (nn.Parameter(torch.tensor(0.5)), True),
-        (torch.tensor(4.76), True),
-        (torch.tensor([10.0]).log(), True),
-        (2.6593, True),
-        (1.0, False),
-        (14.3, False),
-        (nn.Parameter(torch.tensor(14.3)), False),
-        (nn.Parameter(torch.tensor(1.5)).exp(), False),  # a scale that is so small, and computed as one
-    ],
-)
-def test_a_scale_that_is_a_logarithm_is_warned_of_once(scale: Any, warns: bool) -> None:
-    for make in MODULES.values():
-        loss = make()
-        with pytest.warns(InputWarning, match=r"logit_scale.exp\(\)") if warns else contextlib.nullcontext():
-            loss(V, T, scale)
-        loss(V, T, scale)
-
-
 def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
     with pytest.warns(InputWarning) as warned:
         ClipLoss()(5 * V, 5 * T, 3.0)
-    assert all("unit-norm" in str(warning.message) for warning in warned)
+    assert not any(str(x.message).startswith("logit_scale") for x in warned)
 
 
-def spoilt(how: str) -> Tensor:
-    rows = teacher_of(9)[TEXT].clone()
-    if how == "zero":
-        rows[4:] = 0
-    elif how == "constant":
-        rows[:] = rows[0].clone()
-    else:
-        rows[7, 2] = math.nan if how == "NaN" else math.inf
-    return rows
+SPOILT: dict[str, Callable[[Tensor], Tensor]] = {
+    "half of zeros": lambda x: x.index_fill(0, torch.arange(4, 9), 0.0),
+    "one row": lambda x: x[:1].expand_as(x),
+    "NaN": lambda x: x.index_fill(0, torch.tensor(7), math.nan),
+    "infinite": lambda x: x.index_fill(0, torch.tensor(7), math.inf),
+}
 
 
-@pytest.mark.parametrize(
-    ("how", "before", "value"),
-    [
-        ("zero", "nothing", 0.0),
-        ("constant", "an evaluation without a teacher", 0.0),
-        ("constant", "a good batch", 1.0),
-        ("NaN", "a good batch", 0.0),
-        ("infinite", "an evaluation without a teacher", 1.0),
-    ],
-)
-def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(
-    how: str, before: str, value: float
-) -> None:
-    v, t, s = random_batch(0, 9, 4, 10.0).leaves()
-    for loss in (at(value), RankConsistency()):
-        if before != "nothing":
-            loss(v, t, s, **(teacher_of(9) if before == "a good batch" else {}))
-        with pytest.raises(ValueError, match=f"{TEXT} must"):
-            loss(v, t, s, **teacher_of(9) | {TEXT: spoilt(how)})
-    with pytest.raises(ValueError, match=f"{TEXT} must"):
-        check_teacher(TEXT, spoilt(how))
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) -> None:
+    inputs, teacher = random_batch(0, 9, 4, 10.0).leaves(), teacher_of(9)
+    bad = {**teacher, TEXT: SPOILT[how](teacher[TEXT])}
+    for loss, before in itertools.product((at(0.0), at(1.0), RankConsistency()), (None, {}, teacher)):
+        if before is not None:
+            loss(*inputs, **before)
+        with pytest.raises(ValueError, match=TEXT):
+            loss(*inputs, **bad)
+    with pytest.raises(ValueError, match=TEXT):
+        check_teacher(TEXT, bad[TEXT])
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:
@@ -501,9 +396,3 @@ def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:
         loss(V, T, S, **large)
     assert [str(warning.message).split()[0] for warning in warned] == [IMAGE, TEXT]
     loss(V, T, S, **large)
-
-
-def test_a_teacher_of_few_equal_rows_is_taken() -> None:
-    """Eight pairs and more are not all of one caption; a few can be."""
-    teacher = {TEXT: normalize(torch.ones(6, 5, dtype=torch.float64), dim=-1)}
-    assert RankConsistency(cross_modal=0.0)(V, T, S, **teacher).isfinite()

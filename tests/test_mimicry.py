@@ -105,33 +105,21 @@ def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("teacher", "named"),
     [
-        ({"weight": -1}, "weight must be a finite number > 0; got -1"),
-        ({"weight": 0}, "weight must be a finite number > 0; got 0"),
+        ({}, f"{IMAGE}.*{TEXT}"),
+        (teacher_of(6, 5), rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
+        (teacher_of(5), rf"{IMAGE}.*\b6\b.*\(5, 5\)"),
+        ({TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT}.*nan"),
     ],
 )
-def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:
+def test_a_teacher_that_does_not_fit_is_named(teacher: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        MimicryLoss(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "teacher", "named"),
-    [
-        ({}, {}, "needs reference_image_features or reference_text_features; got neither"),
-        ({}, teacher_of(6, 5), rf"{IMAGE} must have the student's width, 4, .*; got 5.*components\(4\)"),
-        ({}, teacher_of(5), rf"{IMAGE} must have one row per pair, 6"),
-        ({}, {TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT} must be finite"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_named(options: Any, teacher: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        MimicryLoss(**options)(*batch(), **teacher)
+        MimicryLoss()(*batch(), **teacher)
 
 
 def test_components_of_another_shape_are_named() -> None:
     loss = MimicryLoss()
     loss.components = torch.eye(6)[:, :4]
-    with pytest.raises(ValueError, match=rf"components must be \(5, 4\) for {IMAGE}; got \(6, 4\)"):
+    with pytest.raises(ValueError, match=r"components.*\(5, 4\).*\(6, 4\)"):
         loss(*batch(), **teacher_of(6, 5))

@@ -57,7 +57,7 @@ BAD += [
 
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_value_that_it_does_not_take_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be .*{value if isinstance(value, int) else ''}"):
+    with pytest.raises(ValueError, match=f"^{name}.*{value if isinstance(value, int) else ''}"):
         RankOptions(**{name: value})
 
 

@@ -57,7 +57,7 @@ def test_positions_outside_training_are_refused(name: str, i: int, n: int) -> No
 
 @pytest.mark.parametrize("name", ["step", 3, None, ["rankclip"]])
 def test_an_unknown_name_is_refused(name: object) -> None:
-    with pytest.raises(ValueError, match="schedule must be one of"):
+    with pytest.raises(ValueError, match="schedule"):
         schedules.by_name(name)  # type: ignore[arg-type]
 
 

@@ -98,7 +98,7 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         page.fill(path, "x", text)
         assert path.read_text() == f"a\n<!-- bench:x -->\n{text}<!-- /bench:x -->\nb\n"
     path.write_text("a\n<!-- bench:x -->\nb\n")
-    with pytest.raises(ValueError, match="<!-- /bench:x --> once"):
+    with pytest.raises(ValueError, match="bench:x"):
         page.fill(path, "x", "text\n")
 
 

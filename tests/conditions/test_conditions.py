@@ -116,7 +116,7 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(subject: Subject) -> N
             inputs = subject.pick(data(), F32)
             inputs[name][(2,) * inputs[name].dim()] = bad
             if name in (*TEACHER, *FROZEN, "grades"):  # which are data
-                with pytest.raises(ValueError, match=f"{name} must be (finite|numbers|positive and finite)"):
+                with pytest.raises(ValueError, match=name):
                     run(subject, inputs)
                 continue
             found = run(subject, inputs)
@@ -389,34 +389,39 @@ def test_second_derivatives_under_autocast(subject: Subject) -> None:
     assert_right(results[1], results[0], (0.1, 0.1) if subject.half else (2e-4, 2e-4))
 
 
+def coupled(inputs: Inputs, wanted: tuple[str, ...]) -> Inputs:
+    """The same, all but the first computed of the first, too, as gathered features are of the local ones."""
+    first, *others = wanted
+    return {k: x + 0.01 * inputs[first].mean() if k in others else x for k, x in inputs.items()}
+
+
 # Equal candidates have to stay equal: test_ranked_lists has the second derivatives of lists.
 @pytest.mark.parametrize("subject", [s for s in twice if s.covers != "RankedLists"], ids=str)
 def test_second_derivatives_are_differences_of_gradients(subject: Subject) -> None:
     inputs, wanted, step = subject.pick(data()), subject.differentiable, 1e-6
-    taken = leaves(inputs, wanted)
-    found = second_order(subject.started()(**taken), taken, wanted)
+
+    def of(inputs: Inputs) -> tuple[Tensor, Inputs, tuple[str, ...]]:
+        taken = leaves(inputs, wanted)
+        return subject.started()(**coupled(taken, wanted)), taken, wanted
+
+    found = second_order(*of(inputs))
     above, below = (
-        run(subject, {k: x + d * upstream_for(x) if k in wanted else x for k, x in inputs.items()}).gradients
+        differentiated(*of({k: x + d * upstream_for(x) if k in wanted else x for k, x in inputs.items()}))
         for d in (step, -step)
     )
-    slopes = {k: (above[k] - below[k]) / (2 * step) for k in wanted}
+    slopes = {k: (above.gradients[k] - below.gradients[k]) / (2 * step) for k in wanted}
     assert_right(found, Result(found.value, slopes), (0.0, 1e-4))
 
 
 @differentiable
 def test_inputs_may_be_computed_of_one_another(subject: Subject) -> None:
     first, *others = wanted = subject.differentiable
-
-    def coupled(taken: Inputs) -> Inputs:
-        shift = 0.01 * taken[first].mean()
-        return {k: x + shift if k in others else x for k, x in taken.items()}
-
     inputs = subject.pick(data("equal rows"))
-    owed = expected(subject, coupled(inputs))
+    owed = expected(subject, coupled(inputs, wanted))
     owed.gradients[first] += sum(0.01 * owed.gradients[k].sum() / inputs[first].numel() for k in others)
     for create_graph in (False, True):
         taken = leaves(inputs, wanted)
-        value = subject.started()(**coupled(taken))
+        value = subject.started()(**coupled(taken, wanted))
         assert_right(differentiated(value, taken, wanted, create_graph=create_graph), owed)
 
 
