@@ -70,8 +70,8 @@ MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy
 
 def first_occurrence(features: Tensor) -> Tensor:
     """:func:`first_equal` as a tensor in any case."""
-    found = first_equal(features)
-    return torch.arange(len(features), device=features.device) if found is None else found
+    first = first_equal(features)
+    return torch.arange(len(features), device=features.device) if first is None else first
 
 
 def first_equal(features: Tensor) -> Tensor | None:
@@ -171,8 +171,8 @@ class Batch:
         features = image_features, text_features, *(anchors or (None, None))
         inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, device) for x in features]
         inputs.append(in_arithmetic(logit_scale, dtype, device).reshape(()))
-        given = [in_arithmetic(constant(x), dtype, device) for x in teacher if x is not None]
-        ranked_by = {"image": given[0], "text": given[-1]} if given else None
+        teachers = [in_arithmetic(constant(x), dtype, device) for x in teacher if x is not None]
+        ranked_by = {"image": teachers[0], "text": teachers[-1]} if teachers else None
         n_items = len(image_features)
         n = len(anchors[0]) if anchors else n_items
         return cls(Inputs(*inputs), n, n_items, first_row, ranked_by, sum_dtype(inputs[0]))
@@ -189,13 +189,13 @@ class Batch:
 
     def matrices(self, term: Term) -> tuple[Matrix, Matrix]:
         """The two matrices of a term, with images and with texts as anchors: S and R, or I and X."""
-        given = self.inputs._asdict()
-        found = []
+        features = self.inputs._asdict()
+        matrices = []
         for anchors, items in _FACTORS[term]:
-            if given[anchors] is None:
+            if features[anchors] is None:
                 anchors = anchors.removesuffix("_anchors")
-            found.append(Matrix(given[anchors], given[items], (anchors, items)))
-        return found[0], found[1]
+            matrices.append(Matrix(features[anchors], features[items], (anchors, items)))
+        return matrices[0], matrices[1]
 
     def references(self, term: Term) -> tuple[Matrix, Matrix]:
         """The matrices that rank the two matrices of a term.

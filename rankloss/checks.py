@@ -134,7 +134,7 @@ def check_teacher(
         check_device(name, features, image_features)
     if not (first_look or features.is_cpu):
         return False
-    return look_at_rows(name, features, is_teacher=True, warns=first_look)
+    return check_norms(name, features, is_teacher=True, warns=first_look)
 
 
 def check_references(
@@ -153,18 +153,18 @@ def check_references(
                 "reference_image_features or reference_text_features"
             )
         return
-    given = "reference_text_features" if image is None else "reference_image_features"
+    name = "reference_text_features" if image is None else "reference_image_features"
     if options.fixed_reference is not None:
         raise ValueError(
             f"fixed_reference={options.fixed_reference!r} fixes one of the batch's own rankings; it does not "
-            f"apply beside {given}"
+            f"apply beside {name}"
         )
     if not cross_modal:
         return
     if image is None or text is None:
         raise ValueError(
             "the cross-modal term needs reference_image_features and reference_text_features; got "
-            f"{given} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
+            f"{name} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
         )
     _check_one_space("reference_image_features", image, "reference_text_features", text)
 
@@ -173,7 +173,7 @@ _UNIT = 0.01  # largest distance of a norm from 1
 _FEWEST_THAT_DIFFER = 8  # fewer may be pairs of one caption
 
 
-def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
+def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
     """Check the norms of ``[N, D]``; False if no value can be read.
 
     Raises:
@@ -284,7 +284,7 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
 _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
 
 
-def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
+def check_is_no_logarithm(name: str, scale: Tensor | float, features: Tensor) -> bool:
     """Warn of a scale that looks like its logarithm; False if its value cannot be read.
 
     CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter below 5

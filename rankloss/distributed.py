@@ -183,9 +183,9 @@ class Gather:
         for flag in ("local_loss", "gather_with_grad"):
             check_choice(flag, getattr(self, flag), (True, False))
         for count, at_least in (("rank", 0), ("world_size", 1)):
-            given = getattr(self, count)
-            if given is not None:
-                object.__setattr__(self, count, check_count(count, given, at_least=at_least))
+            value = getattr(self, count)
+            if value is not None:
+                object.__setattr__(self, count, check_count(count, value, at_least=at_least))
         _check_group(self.group)
         if self.group is not None:
             _ = self.place
@@ -289,13 +289,13 @@ class Gather:
             yield
         except Exception as raised:
             error = raised
-        given = [
+        descriptions = [
             f"{name} {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {kind_of(x)}"
             for name, x in features.items()
             if x is not None
         ]
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
-        own = ", ".join([*given, *further, flags]).replace("torch.", "")
+        own = ", ".join([*descriptions, *further, flags]).replace("torch.", "")
         if device.type == "cpu":
             key = int.from_bytes(hashlib.blake2b(own.encode(), digest_size=7).digest(), "big")
             largest = torch.tensor([error is not None, key, -key], dtype=torch.int64, device=device)
@@ -362,14 +362,14 @@ class Gather:
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
-        given = [x.detach() for x in features if x is not None]
-        if not given or self.place[1] == 1:
+        tensors = [x.detach() for x in features if x is not None]
+        if not tensors or self.place[1] == 1:
             return list(features)
         self._check_ready()
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
-        gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)
-        parts = iter(gathered.split([x.shape[1] for x in given], 1))
-        return [None if x is None else next(parts) for x in features]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+        gathered = _gather(torch.cat([x.to(dtype) for x in tensors], 1), self.group)
+        columns = iter(gathered.split([x.shape[1] for x in tensors], 1))
+        return [None if x is None else next(columns) for x in features]
 
     def _check_ready(self) -> None:
         if not _initialized():

@@ -108,8 +108,8 @@ class _Streamed(torch.autograd.Function):
                 weights = ctx.weights * torch.stack(each)
                 _, gradients = ctx.terms.stream(inputs, weights, with_gradient=True)
                 factor = inputs[0].new_ones(())
-            found = zip(gradients, by, strict=True)
-            return None, None, *(None if x is None or not w else factor * x for x, w in found)
+            by_inputs = zip(gradients, by, strict=True)
+            return None, None, *(None if x is None or not w else factor * x for x, w in by_inputs)
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
@@ -135,16 +135,17 @@ def _by_definition(
     # graph adds the derivative along that path.
     aliases = [None if x is None else x.view_as(x) for x in inputs]
     values = zip(terms.definition(aliases, weights), upstream, strict=True)
-    given = [(x, g) for x, g in values if x.requires_grad and g is not None]
+    outputs = [(x, g) for x, g in values if x.requires_grad and g is not None]
     wanted = [x for x, w in zip(aliases, by, strict=True) if x is not None and w]
-    found = iter([torch.zeros_like(x) for x in wanted])
-    if given:
-        outputs, grads = zip(*given, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, materialize_grads=True))
-    return [next(found) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
+    gradients = iter([torch.zeros_like(x) for x in wanted])
+    if outputs:
+        terms_used, grads = zip(*outputs, strict=True)
+        by_wanted = torch.autograd.grad(terms_used, wanted, grads, create_graph=True, materialize_grads=True)
+        gradients = iter(by_wanted)
+    return [next(gradients) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
 
 
-OfLists: TypeAlias = Callable[[Tensor, Tensor | None, int], Sequence[Tensor | None]]
+EvaluateLists: TypeAlias = Callable[[Tensor, Tensor | None, int], Sequence[Tensor | None]]
 """Loss of a block of lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
 
 The arguments are cosines ``[matrices, n, N]``, a teacher's cosines or None, and the column of the first
@@ -153,7 +154,7 @@ list's own pair. If a chunk is evaluated in slices, the gradient overwrites the 
 
 
 def accumulate(
-    of_lists: OfLists,
+    evaluate_lists: EvaluateLists,
     matrices: Sequence[Matrix],
     references: Sequence[Matrix],
     sums: dict[str, Tensor] | None,
@@ -165,17 +166,17 @@ def accumulate(
     """Add up the values of all rows of the matrices, and add their gradients to ``sums``.
 
     Args:
-        of_lists: the loss of a block of lists.
+        evaluate_lists: the loss of a block of lists.
         matrices: one, or the two of a term.
         references: a teacher's matrices, one for each, or none.
         sums: the gradients by the factors of the matrices, by name, initially zeros; None if no gradient is
-            wanted. They lack the factor s unless the gradient of ``of_lists`` is by the cosines.
+            wanted. They lack the factor s unless the gradient of ``evaluate_lists`` is by the cosines.
         first_row: the column of the first anchor's own pair.
         chunk_size: rows computed at a time; None chooses from the sizes and the device.
         in_slices: evaluate the lists of a chunk in slices that fit a core's cache; otherwise all at once.
 
     Returns:
-        Both values of a list, summed over the rows: ``[matrices]`` each; None if ``of_lists`` gives None.
+        Both values of a list, summed over the rows: ``[matrices]`` each; None if there is none.
     """
     n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
     chunk = chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
@@ -193,8 +194,8 @@ def accumulate(
         for start in range(0, block.shape[1], lists):
             part = slice(start, start + lists)
             reference = None if taught is None else taught[:, part]
-            *found, gradient = of_lists(block[:, part], reference, first_row + first + start)
-            values.append(found)
+            *chunk_values, gradient = evaluate_lists(block[:, part], reference, first_row + first + start)
+            values.append(chunk_values)
             if gradient is not None and not in_slices:
                 block = gradient
         if sums is not None:
@@ -230,16 +231,16 @@ def _add_gradients(
         for start, images in earlier or ():
             image = images[k][first - start :][:n]
             g[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
-        of_anchors, of_items = matrix.factors
-        sums[of_anchors][rows].addmm_(g[:, :end], matrix.items[:end])
-        sums[of_items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
+        anchors, items = matrix.factors
+        sums[anchors][rows].addmm_(g[:, :end], matrix.items[:end])
+        sums[items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
 
 
 def _mirrors(matrices: Sequence[Matrix]) -> list[int]:
     """For each matrix the place of the one that is its transpose; empty if one has none."""
     names = [x.factors for x in matrices]
-    found = [names.index(x[::-1]) for x in names if x[::-1] in names]
-    return found if len(found) == len(names) else []
+    mirrors = [names.index(x[::-1]) for x in names if x[::-1] in names]
+    return mirrors if len(mirrors) == len(names) else []
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def _plackett_luce(
             by_slot = ranking.weigh(torch.div(share, C, out=C))
             if of_all is not None:
                 by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
-            slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+            slope = ranking.read_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
             share = share if ranking.counted is None else share * ranking.counted
             torch.addcmul(-share, x, slope, out=c)
     else:
@@ -363,9 +364,9 @@ def _reference(block: Block) -> Tensor:
     """``[matrices, n, N]``, equal items tied exactly despite rounding of their cosines."""
     if block.reference is not None and all(equal is None for equal in block.first_equal):
         return block.reference
-    given = block.cosines.unbind()[::-1] if block.reference is None else block.reference
+    references = block.cosines.unbind()[::-1] if block.reference is None else block.reference
     reference = torch.empty_like(block.cosines)
-    for y, equal, out in zip(given, block.first_equal, reference, strict=True):
+    for y, equal, out in zip(references, block.first_equal, reference, strict=True):
         out.copy_(y) if equal is None else torch.index_select(y, -1, equal, out=out)
     return reference
 
@@ -409,8 +410,8 @@ class RowLists(NamedTuple):
         scale = batch.inputs.scale
         weights = nan_unless_finite(weights, *batch.features)
         values = [weights.new_zeros(()) for _ in self.wanted]
-        given = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
-        sums = {name: torch.zeros_like(x) for name, x in given.items()} if with_gradient else None
+        features = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
+        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
         share = self.options.anchor_weight(batch.anchors, batch.items)
         for place, term in enumerate(RANK_TERMS, 1):
             alpha = beta = None
@@ -426,12 +427,12 @@ class RowLists(NamedTuple):
             # The gradient is by the cosines, so that no sum needs the factor s.
             by_alpha, by_beta = (None if x is None else x * scale for x in (alpha, beta))
 
-            def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
+            def evaluate_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
                 block = Block(cosines, scale, by_alpha, by_beta, reference, ties, first_row)  # noqa: B023
                 return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
 
             cross_entropy, nll = accumulate(
-                of_lists,
+                evaluate_lists,
                 batch.matrices(term),
                 () if batch.teacher is None else references,
                 sums,
@@ -447,9 +448,9 @@ class RowLists(NamedTuple):
             return values, [None] * len(inputs)
         # ∂s = Σ (G·K)∘Q, from the sums by the anchors; if the anchors are the items, each matrix is in the
         # sums twice.
-        is_local = "image_anchors" in given
+        is_local = "image_anchors" in features
         anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
-        by_anchors = [(sums[name] * given[name]).sum() for name in anchors]
+        by_anchors = [(sums[name] * features[name]).sum() for name in anchors]
         sums["scale"] = torch.stack(by_anchors).sum() / ((1 if is_local else 2) * scale)
         return values, [sums.get(name) for name in Inputs._fields]
 

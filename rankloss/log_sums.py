@@ -47,11 +47,11 @@ class _RunningSum(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor, is_reversed: bool) -> Tensor:
         direction = [-1] if is_reversed else []
 
-        def of_sign(part: Tensor) -> Tensor:
-            terms = a + part.clamp_min(0.0).log()
+        def add_positive(weights: Tensor) -> Tensor:
+            terms = a + weights.clamp_min(0.0).log()
             return (b + terms.flip(direction).logcumsumexp(-1).flip(direction)).exp()
 
-        z = of_sign(g) - of_sign(-g)
+        z = add_positive(g) - add_positive(-g)
         ctx.is_reversed = is_reversed
         ctx.save_for_backward(a, b, g, z)
         return z

@@ -191,8 +191,8 @@ def _interpolated(x: Tensor, coefficients: Tensor, low: Tensor, cells: int) -> T
     by_degree = coefficients.to(x.dtype).unflatten(1, (cells, -1)).unbind(-1)
     cell, polynomials = _chebyshev(x, low, cells, len(by_degree))
     sums = torch.zeros_like(x)
-    for given, z in zip(by_degree, polynomials, strict=True):
-        sums.addcmul_(given.gather(1, cell), z)
+    for coefficients, z in zip(by_degree, polynomials, strict=True):
+        sums.addcmul_(coefficients.gather(1, cell), z)
     return sums.masked_fill_(x == -math.inf, 0.0)
 
 

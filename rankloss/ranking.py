@@ -64,7 +64,7 @@ class Ranking:
         """``by_slot`` times the number of items of each slot; a float64 argument may be overwritten."""
         return by_slot * self.sizes
 
-    def of_items(self, by_slot: Tensor) -> Tensor:
+    def read_items(self, by_slot: Tensor) -> Tensor:
         """The value of every item's slot."""
         return by_slot
 
@@ -121,12 +121,12 @@ class Binned(Ranking):
     def logs_by_slot(self, scores: Tensor) -> LogsBySlot:
         """As :meth:`Ranking.logs_by_slot`, relative to the largest worth of each bin."""
         largest = self._filled(scores, -math.inf).scatter_reduce_(-1, self._index, scores, "amax")
-        relative = self.of_items(largest)
+        relative = self.read_items(largest)
         torch.sub(scores, relative, out=relative).exp_()
         return LogsBySlot(self._by_bin(relative).log_().add_(largest), largest, relative)
 
-    def of_items(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Ranking.of_items`."""
+    def read_items(self, by_slot: Tensor) -> Tensor:
+        """As :meth:`Ranking.read_items`."""
         return by_slot.gather(-1, self._index)
 
     def _by_bin(self, x: Tensor) -> Tensor:
@@ -163,10 +163,10 @@ class Selected(Ranking):
         """As :meth:`Ranking.logs_by_slot`."""
         others = scores.scatter(-1, self._best, -math.inf).logsumexp(-1, keepdim=True)
         sums = torch.cat([others, scores.gather(-1, self._best)], -1)
-        return LogsBySlot(sums, sums, (scores - self.of_items(sums)).exp_())
+        return LogsBySlot(sums, sums, (scores - self.read_items(sums)).exp_())
 
-    def of_items(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Ranking.of_items`."""
+    def read_items(self, by_slot: Tensor) -> Tensor:
+        """As :meth:`Ranking.read_items`."""
         assert self.counted is not None
         others = by_slot[..., :1].expand(self.counted.shape)
         return others.scatter(-1, self._best, by_slot[..., 1:])
@@ -241,7 +241,7 @@ class LogSums:
             slopes.addcmul_(of_all, (base - self.log_sum).exp_())
         if relative is not None:
             counted = -share if self._ranking.counted is None else -share * self._ranking.counted
-            torch.addcmul(counted, relative, self._ranking.of_items(slopes), out=out)
+            torch.addcmul(counted, relative, self._ranking.read_items(slopes), out=out)
 
 
 # --- bins -------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def cross_modal(
         0.4621
     """
     S = _cosines(image_features, text_features)
-    teacher = _given(reference_image_features, reference_text_features, options)
+    teacher = _teacher_features(reference_image_features, reference_text_features, options)
     if len(teacher) == 1:
         raise ValueError("reference_image_features and reference_text_features go together; got one")
     y = _cosines(*teacher) if teacher else S.T
@@ -101,7 +101,7 @@ def in_modal(
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    ranked_by = _given(reference_image_features, reference_text_features, options)
+    ranked_by = _teacher_features(reference_image_features, reference_text_features, options)
     ranked_by = ranked_by or [text_features, image_features]
     ranks_pairs = options.get("lists") == "batch" and options.get("model", "plackett_luce") != "top_one"
     ranking = _exact_where_equal if ranks_pairs else _cosines
@@ -209,12 +209,14 @@ def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear"
     return weights
 
 
-def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:
+def _teacher_features(
+    image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]
+) -> list[ArrayLike]:
     """The given features of a teacher."""
-    given = [features for features in (image, text) if features is not None]
-    if given and options.get("fixed_reference") is not None:
+    teacher = [features for features in (image, text) if features is not None]
+    if teacher and options.get("fixed_reference") is not None:
         raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
-    return given
+    return teacher
 
 
 def _term(

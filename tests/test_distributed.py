@@ -853,8 +853,8 @@ def not_finite(rank: int, world_size: int) -> list[Tensor]:
     for budget in (None, 0):  # in no row of rank 1's, which ignores the others
         v, t, s, _ = leaves(1)
         v, t = torch.full_like(v, -math.inf) if rank == 0 else v, t.abs()
-        of_one_id = {"pair_ids": torch.zeros(N, dtype=torch.int64)}
-        found.append(ClipLoss(same_id="ignore", memory_budget=budget)(v, t, s, **of_one_id).detach())
+        equal_ids = {"pair_ids": torch.zeros(N, dtype=torch.int64)}
+        found.append(ClipLoss(same_id="ignore", memory_budget=budget)(v, t, s, **equal_ids).detach())
     return found
 
 

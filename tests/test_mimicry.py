@@ -109,7 +109,7 @@ def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
     [
         ({}, f"{IMAGE}.*{TEXT}"),
         (teacher_of(6, 5), rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
-        (teacher_of(5), rf"{IMAGE}.*\b6\b.*\(5, 5\)"),
+        (teacher_of(5), rf"{IMAGE}.*\b6\b.*\(5, 4\)"),
         ({TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT}.*nan"),
     ],
 )

@@ -23,7 +23,7 @@ from rankloss import engine
 from rankloss.batch import Batch, Inputs
 from rankloss.distributed import GatherOption, gather_once
 from rankloss.graded import first_of_id
-from rankloss.losses.gathering import Number, SameId, StreamedLoss, of_one_id, partners
+from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners
 from rankloss.options import check_weight
 from rankloss.precision import nan_unless_finite, widest_dtype
 
@@ -206,7 +206,7 @@ def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None
 
 def _shares(ids: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> Tensor:
     """The targets t of rows that share them."""
-    same = of_one_id(ids, first_row, rows)
+    same = equal_ids(ids, first_row, rows)
     return same.to(dtype).div_(same.sum(-1, keepdim=True))
 
 
@@ -223,10 +223,10 @@ class PairSoftmax(NamedTuple):
         """The loss times its weight, and the gradient by each of the inputs."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
         scale = batch.inputs.scale
-        given = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
-        sums = {name: torch.zeros_like(x) for name, x in given.items()} if with_gradient else None
+        features = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
+        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
 
-        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
+        def evaluate_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
             x, rows = scale * cosines, cosines.shape[1]
             if self.same_id == "ignore":
                 x.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
@@ -246,14 +246,14 @@ class PairSoftmax(NamedTuple):
             return value, None, gradient
 
         matrices = batch.matrices("cross_modal")
-        found = engine.accumulate(of_rows, matrices, (), sums, batch.first_row, self.chunk_size)
+        losses = engine.accumulate(evaluate_rows, matrices, (), sums, batch.first_row, self.chunk_size)
         share = nan_unless_finite(weights[0] / (2 * batch.anchors), *batch.features)
-        value = share * found[0].sum()
+        value = share * losses[0].sum()
         if sums is None:
             return [value], [None] * len(inputs)
-        is_local = "image_anchors" in given
+        is_local = "image_anchors" in features
         anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
-        by_scale = torch.stack([(sums[name] * given[name]).sum() for name in anchors]).sum()
+        by_scale = torch.stack([(sums[name] * features[name]).sum() for name in anchors]).sum()
         gradients = {name: x.mul_(share * scale) for name, x in sums.items()}
         # Where the anchors are the items, each matrix is in the sums twice.
         gradients["scale"] = (share * by_scale / (1 if is_local else 2)).to(scale.dtype)

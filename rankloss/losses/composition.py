@@ -107,9 +107,9 @@ def base_entries(
     """
     if logit_bias is not None:
         base_inputs["logit_bias"] = logit_bias
-    given = {name: x for name, x in (teacher or {}).items() if x is not None}
-    if given and takes_teacher(base):
-        base_inputs.update(given)
+    features = {name: x for name, x in (teacher or {}).items() if x is not None}
+    if features and takes_teacher(base):
+        base_inputs.update(features)
     base_output = base(
         image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,

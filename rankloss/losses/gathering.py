@@ -37,7 +37,7 @@ class GatheringLoss(nn.Module):
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
         self.gather = Gather.of(gather)
-        self._looked_at: set[str] = set()  # arguments whose values were read
+        self._checked_once: set[str] = set()  # names of the arguments whose values were read
 
     @outside_graphs
     def check_inputs(
@@ -77,18 +77,18 @@ class GatheringLoss(nn.Module):
                 checks.check_is_number("logit_bias", logit_bias, image_features)
             if pair_ids is not None:
                 checks.check_ids("pair_ids", pair_ids, image_features)
-            looked_at = self._looked_at
+            checked = self._checked_once
             for name, x in references.items():
-                first_look = name not in looked_at
+                first_look = name not in checked
                 if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
-                    looked_at.add(name)
+                    checked.add(name)
             for name, x in features.items():
-                if name not in looked_at and checks.look_at_rows(name, x):
-                    looked_at.add(name)
-            if "logit_scale" not in looked_at and checks.look_at_scale(
+                if name not in checked and checks.check_norms(name, x):
+                    checked.add(name)
+            if "logit_scale" not in checked and checks.check_is_no_logarithm(
                 "logit_scale", logit_scale, image_features
             ):
-                looked_at.add("logit_scale")
+                checked.add("logit_scale")
 
     def weighted_terms(
         self,
@@ -217,18 +217,18 @@ class StreamedLoss(GatheringLoss):
         return ", ".join(f"{name}={value!r}" for name, value in {**same_id, **self._options.changed}.items())
 
 
-def of_one_id(ids: Tensor, first_row: int, rows: int) -> Tensor:
+def equal_ids(ids: Tensor, first_row: int, rows: int) -> Tensor:
     """True at the columns with a row's id: ``[rows, N]``; row i has its own pair in column first_row + i.
 
     Example:
-        >>> of_one_id(torch.tensor([7, 3, 7]), 1, 2).int().tolist()
+        >>> equal_ids(torch.tensor([7, 3, 7]), 1, 2).int().tolist()
         [[0, 1, 0], [1, 0, 1]]
     """
     return ids[first_row : first_row + rows, None] == ids
 
 
 def partners(ids: Tensor, first_row: int, rows: int) -> Tensor:
-    """As :func:`of_one_id`, without a row's own pair."""
-    same = of_one_id(ids, first_row, rows)
+    """As :func:`equal_ids`, without a row's own pair."""
+    same = equal_ids(ids, first_row, rows)
     same.diagonal(first_row).fill_(False)
     return same

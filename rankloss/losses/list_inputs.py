@@ -11,7 +11,7 @@ from torch import Tensor
 from rankloss import checks, precision
 
 _REALS = checks.INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_OF_REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
+_REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
 
 
 class ListInputs(NamedTuple):
@@ -46,7 +46,7 @@ class ListInputs(NamedTuple):
 
     def scaled_reference(self) -> tuple[Tensor | None, Tensor | None]:
         """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``."""
-        queries, candidates, scale = (getattr(self, name) for name in _OF_REFERENCE)
+        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
         if queries is None:
             return None, None
         dtype = precision.arithmetic_dtype(queries, candidates)
@@ -60,13 +60,13 @@ class ListInputs(NamedTuple):
         queries, candidates, ids = self.query_features, self.candidate_features, self.candidate_ids
         checks.check_matrix("query_features", queries)
         n, d = queries.shape
-        of_lists = {
+        dtypes_of_lists = {
             "grades": _REALS,
             "candidate_index": checks.INTEGERS,
             "mask": {torch.bool},
             "reference_scores": _REALS,
         }
-        for name, dtypes in of_lists.items():
+        for name, dtypes in dtypes_of_lists.items():
             x = getattr(self, name)
             if x is None and name != "grades":
                 continue
@@ -102,20 +102,20 @@ class ListInputs(NamedTuple):
         checks.check_device(name, x, self.query_features, "query_features")
 
     def _check_reference(self, has_negatives: bool) -> None:
-        queries, candidates, scale = (getattr(self, name) for name in _OF_REFERENCE)
-        given = [name for name in _OF_REFERENCE if getattr(self, name) is not None]
+        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
+        names = [name for name in _REFERENCE if getattr(self, name) is not None]
         if self.reference_scores is not None:
-            if given:
-                raise ValueError(f"reference_scores and {given[0]} are two references; give one")
+            if names:
+                raise ValueError(f"reference_scores and {names[0]} are two references; give one")
             if has_negatives:
                 raise ValueError(
                     "reference_scores are of a query's own candidates; with in_batch_negatives give "
-                    f"{', '.join(_OF_REFERENCE)}"
+                    f"{', '.join(_REFERENCE)}"
                 )
-        if not given:
+        if not names:
             return
-        if len(given) < len(_OF_REFERENCE):
-            raise ValueError(f"{', '.join(_OF_REFERENCE)} go together; got {' and '.join(given)} alone")
+        if len(names) < len(_REFERENCE):
+            raise ValueError(f"{', '.join(_REFERENCE)} go together; got {' and '.join(names)} alone")
         checks.check_matrix("reference_query_features", queries)
         if len(queries) != len(self.query_features):
             raise ValueError(
@@ -137,9 +137,9 @@ class ListInputs(NamedTuple):
             self.refuse("candidate_index", (index < 0) | (index >= rows), f"at least 0 and less than {rows}")
         if self.reference_scores is not None:
             self.refuse("reference_scores", ~self.reference_scores.isfinite(), "finite")
-        queries, candidates, _ = (getattr(self, name) for name in _OF_REFERENCE)
+        queries, candidates, _ = (getattr(self, name) for name in _REFERENCE)
         if queries is not None:
-            for name, x in zip(_OF_REFERENCE, (queries, self.listed(candidates)), strict=False):
+            for name, x in zip(_REFERENCE, (queries, self.listed(candidates)), strict=False):
                 if (row := first_row(~x.isfinite().all(-1))) is not None:
                     raise ValueError(f"{name} must be finite; row {row} is not")
 

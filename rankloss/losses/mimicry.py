@@ -102,13 +102,13 @@ class MimicryLoss(GatheringLoss):
             reference_text_features: also a teacher's; one of the two is enough.
             **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
         """
-        given: dict[str, Any] = dict(
+        features: dict[str, Any] = dict(
             zip(TEACHER, (reference_image_features, reference_text_features), strict=True)
         )
-        teacher = {name: x for name, x in given.items() if x is not None}
+        teacher = {name: x for name, x in features.items() if x is not None}
         # The base decides whether images are compared with texts.
         self.check_inputs(
-            image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs, **given
+            image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs, **features
         )
         if not teacher:
             raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")

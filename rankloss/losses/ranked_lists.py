@@ -155,14 +155,14 @@ class RankedLists(GatheringLoss):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count)
         model, has_negatives = self.model, self.in_batch_negatives
-        of_pairs = model == "pairwise" and not has_negatives
+        is_pairwise_alone = model == "pairwise" and not has_negatives
         needs = [
             (
                 self.top_k is None or model == "plackett_luce",
                 f"top_k={self.top_k!r} only applies to model='plackett_luce'",
             ),
             (
-                self.pair_weight is None or of_pairs,
+                self.pair_weight is None or is_pairwise_alone,
                 f"pair_weight={self.pair_weight!r} needs model='pairwise' without in_batch_negatives",
             ),
             (
@@ -216,7 +216,7 @@ class RankedLists(GatheringLoss):
             output_dict: return a dict.
         """
         self._check_options()
-        loss = self._loss_of(
+        loss = self._compute(
             ListInputs(
                 query_features,
                 candidate_features,
@@ -233,36 +233,36 @@ class RankedLists(GatheringLoss):
         )
         return {"ranked_lists_loss": loss} if output_dict else loss
 
-    def _loss_of(self, given: ListInputs) -> Tensor:
-        queries = given.query_features
-        with self.gather.agreement(self, **given.tensors):
-            given.check(self.in_batch_negatives)
-            is_first = not self._looked_at and precision.can_be_read(queries)
+    def _compute(self, inputs: ListInputs) -> Tensor:
+        queries = inputs.query_features
+        with self.gather.agreement(self, **inputs.tensors):
+            inputs.check(self.in_batch_negatives)
+            is_first = not self._checked_once and precision.can_be_read(queries)
             looks = is_first or queries.is_cpu
             if looks:
-                self._look_at_values(given, is_first)
+                self._check_values(inputs, is_first)
         if looks and self.in_batch_negatives:
             _check_distinct(self.gather.items(queries))
         if is_first:
-            self._looked_at.add("all")
+            self._checked_once.add("all")
 
-        is_item, widest = given.is_item, precision.widest_dtype(given.grades.device)
-        is_right, _ = self._valid(given.grades)
-        is_wrong = is_item & (~is_right | graded.is_rounded(given.grades, widest))
-        grades = given.grades.detach().to(widest).masked_fill(~is_item, math.inf)
-        offsets = given.reference_scores
+        is_item, widest = inputs.is_item, precision.widest_dtype(inputs.grades.device)
+        is_right, _ = self._valid(inputs.grades)
+        is_wrong = is_item & (~is_right | graded.is_rounded(inputs.grades, widest))
+        grades = inputs.grades.detach().to(widest).masked_fill(~is_item, math.inf)
+        offsets = inputs.reference_scores
         if offsets is not None:
             offsets = offsets.detach().to(widest).masked_fill(~is_item, 0.0)
             is_wrong = is_wrong | ~offsets.isfinite()
-        index, items = given.candidate_index, given.candidate_features.flatten(0, -2)
+        index, items = inputs.candidate_index, inputs.candidate_features.flatten(0, -2)
         if index is None:
             index = torch.arange(len(items), device=items.device).view(grades.shape)
         # Padding repeats a candidate of the list.
         index = index.long().where(is_item, index.gather(1, is_item.byte().argmax(-1, keepdim=True)))
         is_listed = torch.zeros(len(items), dtype=torch.uint8, device=items.device)
         is_listed = is_listed.index_fill(0, index.flatten(), 1)
-        queries, ids = given.query_features, given.candidate_ids
-        of_reference, reference_items = given.scaled_reference()
+        queries, ids = inputs.query_features, inputs.candidate_ids
+        reference_queries, reference_items = inputs.scaled_reference()
 
         gather, has_own_lists = self.gather, self._has_own_lists
         if self.in_batch_negatives or not has_own_lists:
@@ -272,13 +272,13 @@ class RankedLists(GatheringLoss):
             (reference_items,) = gather.constants(reference_items)
         if not has_own_lists:
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
-            (offsets,), (of_reference,) = gather.constants(offsets), gather.constants(of_reference)
+            (offsets,), (reference_queries,) = gather.constants(offsets), gather.constants(reference_queries)
 
         dtype = precision.arithmetic_dtype(queries, items)
         is_listed = is_listed.bool()
         candidates = [items] if reference_items is None else [items, reference_items]
         candidates = [x.to(dtype) for x in candidates]
-        if given.mask is not None or given.candidate_index is not None:
+        if inputs.mask is not None or inputs.candidate_index is not None:
             # Rows in no list may hold any values, and 0 · NaN is NaN.
             candidates = [x.masked_fill(~is_listed[:, None], 0.0) for x in candidates]
         equal = None
@@ -289,10 +289,12 @@ class RankedLists(GatheringLoss):
             equal = first_equal(candidates[0])
         elif self.model == "lambda":  # whose weights depend on ties
             equal = first_equal(torch.cat(candidates, 1))
-        scale = given.logit_scale.reshape(()) if isinstance(given.logit_scale, Tensor) else given.logit_scale
+        scale = (
+            inputs.logit_scale.reshape(()) if isinstance(inputs.logit_scale, Tensor) else inputs.logit_scale
+        )
         factors = [queries.to(dtype) * scale]
-        if of_reference is not None:
-            factors.append(of_reference.to(dtype))
+        if reference_queries is not None:
+            factors.append(reference_queries.to(dtype))
         with precision.full_precision(items.device):
             values, terms = self._values(
                 _Items(candidates, is_listed, equal), _Lists(index, grades, offsets, *factors)
@@ -307,20 +309,22 @@ class RankedLists(GatheringLoss):
         if self.model == "lambda":
             scores *= width
         chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores))
-        of_chunk = functools.partial(self._of_chunk, items)
+        evaluate_chunk = functools.partial(self._evaluate_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():
             # Not at the top: the lowest supported torch loads sympy with this module.
             from torch.utils.checkpoint import checkpoint
 
-            of_chunk = functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
-        values, terms = zip(*(of_chunk(chunk) for chunk in chunks), strict=True)
+            evaluate_chunk = functools.partial(
+                checkpoint, evaluate_chunk, use_reentrant=False, preserve_rng_state=False
+            )
+        values, terms = zip(*(evaluate_chunk(chunk) for chunk in chunks), strict=True)
         return torch.cat(values), torch.cat(terms)
 
-    def _of_chunk(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
+    def _evaluate_chunk(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
         index, grades = lists.places, lists.grades
         scores = self._scores(lists.queries, items.features[0], index)
-        if lists.of_reference is not None:
-            scores = scores - self._scores(lists.of_reference, items.features[1], index)
+        if lists.reference_queries is not None:
+            scores = scores - self._scores(lists.reference_queries, items.features[1], index)
         x, rest, has_rest = scores, None, None
         if self.in_batch_negatives:
             is_rest = graded.others(index, items.equal, items.is_listed)
@@ -331,7 +335,7 @@ class RankedLists(GatheringLoss):
             values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
             terms = torch.ones_like(index[:, 0])
         else:
-            values, terms = self._of_lists(x.to(grades.dtype), rest, items, lists)
+            values, terms = self._evaluate_lists(x.to(grades.dtype), rest, items, lists)
         counts = graded.is_ranked(grades, has_rest)
         return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
 
@@ -342,7 +346,7 @@ class RankedLists(GatheringLoss):
         own = items.index_select(0, index.flatten()).view(*index.shape, -1)
         return precision.product(own, queries[:, :, None]).squeeze(-1)
 
-    def _of_lists(
+    def _evaluate_lists(
         self, x: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
     ) -> tuple[Tensor, Tensor]:
         grades, offsets = lists.grades, lists.offsets
@@ -390,19 +394,19 @@ class RankedLists(GatheringLoss):
         return grades < math.inf, "numbers or −infinity"
 
     @torch.no_grad()
-    def _look_at_values(self, given: ListInputs, is_first: bool) -> None:
+    def _check_values(self, inputs: ListInputs, is_first: bool) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
-        grades = given.grades
-        given.refuse_wrong_places()
+        grades = inputs.grades
+        inputs.refuse_wrong_places()
         is_right, needed = self._valid(grades)
-        given.refuse("grades", ~is_right, needed)
+        inputs.refuse("grades", ~is_right, needed)
         dtype = precision.widest_dtype(grades.device)
         needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
-        given.refuse("grades", graded.is_rounded(grades, dtype), needed)
+        inputs.refuse("grades", graded.is_rounded(grades, dtype), needed)
         if is_first:
-            checks.look_at_rows("query_features", given.query_features)
-            checks.look_at_rows("candidate_features", given.listed(given.candidate_features))
-            checks.look_at_scale("logit_scale", given.logit_scale, given.query_features)
+            checks.check_norms("query_features", inputs.query_features)
+            checks.check_norms("candidate_features", inputs.listed(inputs.candidate_features))
+            checks.check_is_no_logarithm("logit_scale", inputs.logit_scale, inputs.query_features)
 
 
 def _check_distinct(queries: Tensor) -> None:
@@ -438,16 +442,16 @@ class _Lists(NamedTuple):
         grades: ``[n, K]``, +∞ at padding.
         offsets: ``[n, K]``, reference scores.
         queries: ``[n, D]``, times the scale.
-        of_reference: ``[n, D']``, the frozen model's queries, times its scale.
+        reference_queries: ``[n, D']``, the frozen model's queries, times its scale.
     """
 
     places: Tensor
     grades: Tensor
     offsets: Tensor | None
     queries: Tensor
-    of_reference: Tensor | None = None
+    reference_queries: Tensor | None = None
 
     def split(self, rows: int) -> list[_Lists]:
         """Chunks of lists."""
-        parts = (itertools.repeat(None) if x is None else x.split(rows) for x in self)
-        return [_Lists(*chunk) for chunk in zip(*parts, strict=False)]
+        columns = (itertools.repeat(None) if x is None else x.split(rows) for x in self)
+        return [_Lists(*chunk) for chunk in zip(*columns, strict=False)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from rankloss import engine
 from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
-from rankloss.losses.gathering import Number, SameId, StreamedLoss, of_one_id, partners
+from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, sum_dtype
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
@@ -89,8 +89,8 @@ class SigLipLoss(StreamedLoss):
     def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
         """Check the inputs, and warn once of a missing bias."""
         super().check_inputs(image_features, text_features, *numbers, **more)
-        if numbers[1] is None and "logit_bias" not in self._looked_at:
-            self._looked_at.add("logit_bias")
+        if numbers[1] is None and "logit_bias" not in self._checked_once:
+            self._checked_once.add("logit_bias")
             warnings.warn(
                 "logit_bias is not given, so it is 0. SigLIP starts from −10: without a bias the many pairs "
                 "that do not match dominate; open_clip's models have one with --siglip or init_logit_bias",
@@ -146,12 +146,12 @@ class PairSigmoid(NamedTuple):
         images, texts, scale, bias = inputs
         sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else None
 
-        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+        def evaluate_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
             y, rows = torch.addcmul(bias, scale, cosines, out=cosines), cosines.shape[1]
             right = y.diagonal(first_row, 1, 2)
             sign: Number = -1.0
             if self.ids is not None and self.same_id == "share":
-                right, sign = y, 1 - 2 * of_one_id(self.ids, first_row, rows).to(y.dtype)
+                right, sign = y, 1 - 2 * equal_ids(self.ids, first_row, rows).to(y.dtype)
             elif self.ids is not None:
                 # log(1 + e^y) and its slope are 0 at −∞.
                 y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
@@ -162,7 +162,7 @@ class PairSigmoid(NamedTuple):
             return value, gradient.sum(-1, dtype=weights.dtype), gradient
 
         matrix = Matrix(images, texts, ("image", "text"))
-        value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
+        value, by_bias = engine.accumulate(evaluate_rows, [matrix], (), sums, self.first_row, self.chunk_size)
         share = nan_unless_finite(weights / len(images), images, texts)
         values = [(share * value).squeeze()]
         if sums is None:
@@ -186,7 +186,7 @@ def _log_likelihood(
     """Σ_ij log σ(z_ij·x_ij) over the pairs that count, with z in a dtype."""
     rows, columns = logits.shape
     everyone = torch.arange(columns, device=logits.device)
-    is_right = of_one_id(everyone if ids is None or same_id == "ignore" else ids, first_row, rows)
+    is_right = equal_ids(everyone if ids is None or same_id == "ignore" else ids, first_row, rows)
     terms = F.logsigmoid((2 * is_right.to(dtype) - 1) * logits)
     if ids is not None and same_id == "ignore":
         terms = terms.masked_fill(partners(ids, first_row, rows), 0.0)
