@@ -14,7 +14,7 @@ from rankloss.precision import can_be_read
 
 
 class InputWarning(UserWarning):
-    """An input is suspicious, and used unchanged."""
+    """Warning of a suspicious input, which is used unchanged."""
 
 
 def check_matrix(name: str, x: object) -> None:

@@ -243,10 +243,10 @@ class Gather:
         """A context for the checks of a call, in which an error of one process is raised on all.
 
         Enter it before gathering, with all features of the call by name, including a teacher's, and None for
-        missing ones. Inside, a process checks its own arguments, without collectives. At the end processes
-        exchange their errors, and descriptions of the call (names, dtypes, shapes, and the flags). All
-        raise the error of the first process that has one, or a ValueError if the descriptions differ. So no
-        process waits for one that has stopped, provided that all run the same program.
+        missing ones. Checks inside the block run on each process, without collectives. On exit the processes
+        exchange their errors, and descriptions of the call (names, dtypes, shapes, and the flags). All raise
+        the first error found, or a ValueError if the descriptions differ. So no process waits for one that
+        has stopped, provided that all run the same program.
 
         On a CPU this is one reduction of three numbers per call, among them a hash of the description, and
         more only if a process has an error or the hashes differ. On an accelerator, whose host would wait at

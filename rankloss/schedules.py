@@ -42,7 +42,7 @@ def official(i: int, n: int) -> float:
 
 
 def constant(i: int, n: int) -> float:
-    """1, always.
+    """The constant 1.
 
     Example:
         >>> constant(3, 10)

@@ -37,8 +37,8 @@ class ClipLoss(StreamedLoss):
         ignore   L_i = log[e^{x_ii} + Σ_{j : id_j ≠ id_i} e^{x_ij}] − x_ii
         share    L_i = log Σ_j e^{x_ij} − (1/n_i)·Σ_{j : id_j = id_i} x_ij
 
-    with the logits x of the row and the number n_i of pairs of its id: its partners leave the denominator, or
-    share its target. Ids that all differ give CLIP's loss.
+    with the logits x of the row and the number n_i of pairs of its id. Other pairs of the id are removed from
+    the denominator, or share the target equally. If all ids differ, both are CLIP's loss.
 
     ``label_smoothing`` ε spreads a share of the target evenly over the columns that the row counts: all N, or
     with ``"ignore"`` the N − n_i + 1 of the denominator. In each of the formulas
@@ -205,7 +205,7 @@ def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None
 
 
 def _shares(ids: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """The targets t of rows that share them."""
+    """The targets t of rows, shared by the pairs of their id."""
     same = equal_ids(ids, first_row, rows)
     return same.to(dtype).div_(same.sum(-1, keepdim=True))
 

@@ -395,7 +395,7 @@ class RankedLists(GatheringLoss):
 
     @torch.no_grad()
     def _check_values(self, inputs: ListInputs, is_first: bool) -> None:
-        """Raise an error for wrong values; warn of suspicious ones at the first look."""
+        """Raise an error for wrong values; warn of suspicious ones at the first call."""
         grades = inputs.grades
         inputs.refuse_wrong_places()
         is_right, needed = self._valid(grades)

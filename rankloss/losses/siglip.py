@@ -133,7 +133,7 @@ class SigLipLoss(StreamedLoss):
 
 
 class PairSigmoid(NamedTuple):
-    """L of images, texts, s and b."""
+    """SigLIP's loss L of images, texts, s and b."""
 
     first_row: int
     chunk_size: int | None
