@@ -42,7 +42,7 @@ def test_every_option_is_kept(chosen: dict[str, Any]) -> None:
 
 
 def test_every_field_is_documented() -> None:
-    for name, option in FIELDS.items():
+    for name in FIELDS:
         assert f"    {name}: " in (RankOptions.__doc__ or "")
 
 

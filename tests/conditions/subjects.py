@@ -253,9 +253,6 @@ def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
     )
 
 
-RANK_FACTOR = 0.5
-
-
 def mimicry(
     name: str, build: Callable[..., nn.Module], has_ranks: bool = True, weight: float = 8.0
 ) -> Subject:
