@@ -13,6 +13,7 @@ import forest
 import method
 import schedules
 import style
+import watch
 
 PICTURES = {
     "method": method.draw,
@@ -23,6 +24,7 @@ PICTURES = {
     "distil": partial(forest.draw, tables=("distil",)),
     "miniature": partial(forest.draw, tables=("miniature",)),
     "effect": effect.draw,
+    "watch": watch.draw,
 }
 
 
