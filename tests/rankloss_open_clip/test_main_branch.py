@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,3 +170,25 @@ def test_naflex_batches_change_their_size(slow_runs: dict[str, Run]) -> None:
     )
     for step, total in run.scalars["loss"].items():
         assert total == pytest.approx(sum(run.scalars[name][step] for name in TERMS), rel=1e-6)
+
+
+KEPT = """
+import torch, rankloss
+from memory import saved_bytes
+from open_clip.loss import SigLipLoss
+v, t = torch.nn.functional.normalize(torch.randn(2, {n}, {d}), dim=-1).unbind()
+s, b = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+inputs = v.requires_grad_(), t.requires_grad_(), s, b
+for loss in (rankloss.SigLipLoss(memory_budget=0), SigLipLoss(chunk_size=256)):
+    print(round(saved_bytes(lambda: loss(*inputs)) / 2**20))
+"""
+
+
+def test_memory_beside_the_chunked_sigmoid_loss_is_that_of_the_readme(trainer: Trainer, path: str) -> None:
+    root = Path(__file__).parents[2]
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    numbers = r"keeps (\d+) MiB for backward at N = ([\d,]+), D = (\d+); open_clip's chunked SigLIP (\d+)"
+    ((ours, n, d, theirs),) = re.findall(numbers, readme)
+    path = os.pathsep.join([path, str(root / "tests")])
+    done = trainer.python("-c", KEPT.format(n=n.replace(",", ""), d=d), PYTHONPATH=path)
+    assert done.output.split()[-2:] == [ours, theirs]
