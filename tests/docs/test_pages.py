@@ -49,6 +49,14 @@ def test_long_lines_of_code_wrap() -> None:
     assert "pre-wrap" in rule
 
 
+@pytest.mark.parametrize("page", ["open_clip", "transformers", "sentence_transformers", "loops"])
+def test_a_trainers_page_says_which_curve_to_watch(page: str) -> None:
+    section = PAGES[page].partition("# Watch this\n")[2].partition("\n#")[0].lower()
+    words = ("cross_modal_tau", "ndcg", "assets/watch-light.svg", "assets/watch-dark.svg")
+    assert [word for word in words if word not in section] == []
+    assert (ROOT / "docs/assets/watch-light.svg").exists()
+
+
 # --- links ------------------------------------------------------------------------------------------------
 
 
