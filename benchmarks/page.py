@@ -1,8 +1,7 @@
 """Tables of a page from pytest-benchmark's JSON: ``python benchmarks/page.py JSON [PAGE NAME]``.
 
 PAGE has a line ``<!-- bench:NAME -->`` and a line ``<!-- /bench:NAME -->``; the tables replace what is
-between them. Without PAGE they are printed. The targets, and the times before the first step, are always
-printed.
+between them. Without PAGE they are printed. The rest, and the targets, are always printed.
 """
 
 from __future__ import annotations
@@ -174,7 +173,6 @@ def _memory(x: Measured, _: Measured) -> str:
 
 
 CAPTIONS = {
-    "lists": "**Graded lists**, forward and backward",
     "training step": "**A training step**, as open_clip's trainer makes it",
     "processes": "**RankClipLoss on gloo processes** of one thread, forward and backward of the slowest",
 }
@@ -212,10 +210,10 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def printed(results: dict[str, Any]) -> str:
-    """What only a developer reads: the times before the first step, and the targets."""
+    """What only a developer reads: graded lists, the times before the first step, and the targets."""
     groups = groups_of(results)
-    start = {title: group for title, group in groups.items() if title.startswith("start: ")}
-    return "\n\n".join(([by_row(start)] if start else []) + [judged(groups)])
+    rest = {title: x for title, x in groups.items() if title.startswith(("lists: ", "start: "))}
+    return "\n\n".join(([by_row(rest)] if rest else []) + [judged(groups)])
 
 
 def _in_memory(group: dict[str, Measured]) -> dict[str, Measured]:

@@ -10,14 +10,16 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 RECORD = Path(__file__).parents[2] / "docs/assets/watch.json"
 CURVES = {
-    "Cross_modal_tau": "cross-modal τ: higher is better",
-    "Contrastive_loss": "CLIP's loss: a rise is too much",
+    "Cross_modal_tau": "cross-modal τ",
+    "Contrastive_loss": "CLIP's loss",
 }
+WINDOW = 10  # steps that are averaged
 VALUE = r"{}: (-?[\d.]+) \("
 
 
@@ -31,13 +33,13 @@ def draw(colors: Colors) -> Figure:
     """A panel for each curve, with the terms and without."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-    looks = {"rankclip": (colors.ours, "-"), "weights of 0": (colors.other, "--")}
+    looks = {"rankclip": (colors.ours, "-"), "clip-streamed": (colors.other, "--")}
     for axes, (name, title) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
         for (label, (color, line)), curves in zip(looks.items(), record, strict=True):
-            steps = range(1, len(curves[name]) + 1)
-            axes.plot(steps, curves[name], line, color=color, label=label)
+            means = np.convolve(curves[name], np.full(WINDOW, 1 / WINDOW), mode="valid")
+            axes.plot(np.arange(len(means)) + WINDOW, means, line, color=color, label=label)
         axes.set_title(title, fontsize=SMALL)
-        axes.set_xlabel("step")
+        axes.set_xlabel(f"step; mean of {WINDOW}")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
     figure.axes[0].legend(frameon=False, fontsize=SMALL)
