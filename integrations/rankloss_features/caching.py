@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -17,19 +16,17 @@ import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import Timeout
 
 from rankloss_features import image_encoders, packages, sources, text_encoders
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.folder import read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
-from rankloss_features.writing import lock_of, precision_on, write
+from rankloss_features.writing import precision_on, turn, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or captions"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
@@ -222,7 +219,7 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
         _logger.info("a teacher's features are found in %s", folder)
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _turn(folder):
+    with turn(Path(f"{folder}.lock"), folder):
         if not _is_complete(folder):
             _logger.info("a teacher's features are computed into %s", folder)
             command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
@@ -230,21 +227,6 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
                 teacher = spec.load(device, _BATCH_SIZE)
                 write(folder, data, teacher, {**settings, "command": command}, _WORKERS, shared=False)
     return str(folder)
-
-
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Be the only process that computes a folder."""
-    lock = lock_of(Path(f"{folder}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _logger.warning("another process computes a teacher's features into %s: waiting for it", folder)
-        lock.acquire(poll_interval=0.5)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_complete(folder: Path) -> bool:

@@ -270,19 +270,26 @@ class Pairs:
         return {x: read_array(file, about["dtype"], (rows, about["widths"][x])) for x, file in files}
 
     def read_fitted(self) -> Path:
-        """The file of an encoder that was fitted on the captions, once it is compared with its hash.
+        """The file of an encoder that was fitted on the captions.
 
         Raises:
-            ValueError: It is missing, or not as it was written.
+            ValueError: It is not as it was written.
         """
         file = Path(self.path, FITTED)
-        try:
-            found = hash_of(file.read_bytes()).hex()
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        if found != self.about["files"][FITTED]:
-            raise ValueError(f"{file} is not as it was written: delete {self.path}, and begin anew")
+        self.check_hash(FITTED, file.read_bytes() if file.is_file() else b"")
         return file
+
+    def check_hash(self, name: str, content: Any) -> None:
+        """Compare the content of a file, or its array, with its hash.
+
+        Raises:
+            ValueError: It is not as it was written.
+        """
+        if hash_of(content).hex() != self.about["files"].get(name):
+            raise ValueError(
+                f"{Path(self.path, name)} is not as it was written: it is damaged, its rows are in another "
+                "order, or it is from another folder"
+            )
 
     @functools.cached_property
     def _sorted(self) -> tuple[Array, Array]:
@@ -404,16 +411,10 @@ class Features(Pairs):
         Raises:
             ValueError: A file is not as it was written.
         """
-        arrays = {PAIRS: self.pairs}
+        self.check_hash(PAIRS, self.pairs)
         for shard in self.shards:
-            files = self.files_of(shard).items()
-            arrays |= {file.name: self.arrays[name].shards[shard] for name, file in files}
-        for name, array in arrays.items():
-            if hash_of(array).hex() != self.about["files"].get(name):
-                raise ValueError(
-                    f"{Path(self.path, name)} is not as it was written: it is damaged, its rows are in "
-                    "another order, or it is from another folder"
-                )
+            for name, file in self.files_of(shard).items():
+                self.check_hash(file.name, self.arrays[name].shards[shard])
         if FITTED in self.about["files"]:
             self.read_fitted()
         return self

@@ -74,7 +74,7 @@ def write(
         if os.path.lexists(output) and not output.is_dir():
             raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
         output.mkdir(parents=True, exist_ok=True)
-    with _turn(output) if rank == 0 else nullcontext():
+    with turn(output / ".lock", output) if rank == 0 else nullcontext():
         if rank == 0:
             _begin(output, data, teacher, settings)
         if world > 1:
@@ -91,27 +91,26 @@ def write(
             draft.finish()
 
 
-def lock_of(file: Path) -> FileLock:
-    """The lock that a file is.
+@contextmanager
+def turn(file: Path, folder: Path) -> Iterator[None]:
+    """Be the only process that writes a folder; a warning says that another is waited for.
+
+    Args:
+        file: The lock, which ends with the process, however that ends.
+        folder: The folder, for the warning.
 
     Raises:
-        ValueError: The file is a link: filelock before 4.2.1 empties a file that has a second name.
+        ValueError: The lock is a link: filelock before 4.2.1 empties a file that has a second name.
     """
     with suppress(FileNotFoundError):
         found = file.lstat()
         if stat.S_ISLNK(found.st_mode) or (found.st_nlink > 1 and found.st_size):
             raise ValueError(f"{file} is a link to another file, which a lock might empty: delete the link")
-    return FileLock(file)
-
-
-@contextmanager
-def _turn(output: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which ends with the process, however that ends."""
-    lock = lock_of(output / ".lock")
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _logger.warning("another process writes %s: waiting for it", output)
+        _logger.warning("another process writes a teacher's features into %s: waiting for it", folder)
         lock.acquire(poll_interval=0.5)
     try:
         yield
