@@ -149,9 +149,8 @@ def names_of(name: str) -> list[str]:
         ValueError: There is no such loss, or two of them are one.
 
     Example:
-        >>> names_of("rankclip+mimcry")
-        Traceback (most recent call last):
-        ValueError: loss must be one of rankclip, ...; got 'mimcry'; did you mean mimicry?
+        >>> names_of("rankclip+mimicry")
+        ['rankclip', 'mimicry']
     """
     found, names = known(), name.split(JOIN)
     for each in names:
@@ -180,8 +179,9 @@ def load(name: str) -> Named:
         raise ValueError(f"{name} is registered by both {package_of(name)}; uninstall one")
     loaded = point.load()
     named = loaded if isinstance(loaded, Named) else Named(loaded)
-    if named.prefix in PREFIXES:
-        raise ValueError(f"the prefix {named.prefix!r} belongs to another loss")
+    prefix = named.prefix or name
+    if prefix in PREFIXES or prefix == "loss":  # the prefix of a run's options
+        raise ValueError(f"the prefix {prefix!r} of {name} is taken")
     return named
 
 

@@ -42,7 +42,7 @@ def prefix_of(name: str, named: Named) -> str:
 
 def typed_options(named: Named) -> dict[str, Option]:
     """The options of a loss that a command line has, by key."""
-    return {key: x for key, x in named.options.items() if key not in named.python_only}
+    return {key: x for key, x in named.options.items() if key not in named.python_only and x.is_typed}
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
@@ -52,11 +52,12 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     """
     words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
+    prefixes = {name: named.prefix for name, named in catalog.LOSSES.items()}
     begun = [x for x in (*PREFIXES, *catalog.known()) if any(w.startswith(f"--{x}-") for w in words)]
     return [
         name
         for name in catalog.known()
-        if shows_all or name in words or any(x == name or (x in PREFIXES and x in name) for x in begun)
+        if shows_all or name in words or any(x in (name, prefixes.get(name)) for x in begun)
     ]
 
 
@@ -132,9 +133,10 @@ class LossArguments:
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> arguments = LossArguments(parser, ["rankclip"])
-        >>> losses, run = arguments.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal",
-        "exclude"])) >>> losses[0].given, run ({'diagonal': False}, RunOptions(teacher=None,
-        schedule_unit='auto', agreement_every=None))
+        >>> typed = ["--loss", "rankclip", "--rankclip-diagonal", "exclude"]
+        >>> losses, run = arguments.chosen(parser.parse_args(typed))
+        >>> losses[0].given, run.schedule_unit
+        ({'diagonal': False}, 'auto')
     """
 
     def __init__(
@@ -156,7 +158,12 @@ class LossArguments:
                 package = catalog.package_of(name) or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
         for alike in by_prefix(self.losses).values():
-            add_options(parser, alike)
+            try:
+                add_options(parser, alike)
+            except argparse.ArgumentError as error:  # another package's, whose option the parser has
+                for name in alike:
+                    del self.losses[name]
+                    self.unusable[name] = f"cannot be used ({catalog.package_of(name)}): {error}"
         said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.summary for x, y in self.losses.items()}}
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
@@ -172,11 +179,12 @@ class LossArguments:
         before = itertools.takewhile("--".__ne__, rest)
         unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
         if unknown and hasattr(args, "loss"):
-            word = unknown[0].partition("=")[0].replace("_", "-")
+            typed = unknown[0].partition("=")[0]
+            word = typed.replace("_", "-")
             key = next(word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x))
             hint = replaced(key.replace("-", "_"), f"--{RUN}-")
             hint = hint or misspelt(unknown, self.parser._option_string_actions)
-            self.parser.error(f"{word}: there is no such option{hint}")
+            self.parser.error(f"{typed}: there is no such option{hint}")
         return args, rest
 
     def chosen(self, args: Any) -> tuple[list[Loss], RunOptions] | None:

@@ -9,8 +9,9 @@ from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers.declared import Loss
+from rankloss_trainers.declared import Loss, naming_options
 
+_STREAMING = {"chunk_size", "memory_budget"}
 _PAIRS = ("ClipLoss", "SigLipLoss")  # open_clip's have the same names
 
 
@@ -22,11 +23,13 @@ def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) ->
         gather: The gathering.
         kind: Its class. None: SigLIP's under a loss that needs it, else CLIP's.
     """
-    given = {key: x for loss in losses for key, x in loss.given.items()}
-    streaming = {key: given[key] for key in ("chunk_size", "memory_budget") if key in given}
+    # Another package's option of this name may mean something else.
+    own = [loss for loss in losses if loss.package == "" and not _STREAMING.isdisjoint(loss.given)]
+    streaming = {key: x for loss in own for key, x in loss.given.items() if key in _STREAMING}
     is_sigmoid = any(loss.named.kind == "sigmoid" for loss in losses)
     make: Any = kind or (rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss)
-    base: nn.Module = make(gather=gather, **streaming)
+    with naming_options(streaming, own[-1].name if own else ""):
+        base: nn.Module = make(gather=gather, **streaming)
     return base
 
 
@@ -55,7 +58,7 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
             _check_replaced(loss.name, below)
         built = loss.build(below, gather)
         if not isinstance(built, nn.Module):
-            raise TypeError(f"loss must be a module, or the name of one; {loss.name} is {built!r}")
+            raise ValueError(f"{loss.name} builds no module; got {built!r}")
         if below is not base and not any(x is below for x in built.modules()):
             raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
         below = built

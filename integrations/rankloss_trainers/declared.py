@@ -107,6 +107,11 @@ class Option:
         """True if it must be given."""
         return self.default is inspect.Parameter.empty
 
+    @property
+    def is_typed(self) -> bool:
+        """True if a command line can spell its values."""
+        return bool(self.choices) or any(kind in _KINDS for kind in self.types)
+
     @functools.cached_property
     def choices(self) -> dict[str, Any]:
         """The values by their spelling; empty for numbers and texts."""
@@ -345,9 +350,11 @@ class Loss:
             with naming_options(self.named.options, self.name):
                 return make(**run, **own)
         except OptionError as error:
-            if error.key in self.given or error.key not in chosen:
+            presets = self.named.defaults.keys() - self.given
+            named = sorted(x for x in presets if re.search(rf"\b{x}\b", str(error)))
+            if not named:
                 raise
-            text = f"{error.reason} ({error.key} is a default of {self.name})"
+            text = f"{error.reason} ({' and '.join(named)}: by default of {self.name})"
             raise OptionError(error.key, text, error.loss) from error
 
 

@@ -53,7 +53,8 @@ class CreatedLoss(nn.Module):
     def base(self) -> Any:
         """The loss under all others, which a validation calls: it does not grow with λ."""
         innermost = innermost_of(self.loss)
-        return self._own_base[0] if innermost is self.loss else innermost
+        replaces = innermost is self.loss or getattr(innermost, "same_id", None)
+        return self._own_base[0] if replaces else innermost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss, or with ``output_dict`` its terms by name."""
@@ -71,12 +72,12 @@ class CreatedLoss(nn.Module):
 
 def created(name: str, base: Any, gather: GatherOption, teacher: str | None, options: Options) -> nn.Module:
     """See :func:`rankloss_trainers.create`."""
-    first, _, rest = name.partition(JOIN)
+    asked, (first, joins, rest) = name, name.partition(JOIN)
     if first in BASES:
         if base is not None:
             raise ValueError(f"base and {first} are two bases; got {base!r}")
         base, name = BASES[first](gather=Gather.of(gather), **({} if rest else options)), rest
-    losses = choose(name, options) if name else []
+    losses = choose(name, options) if name or joins or first not in BASES else []
     for loss in losses:
         of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
         for key in (key for key in of_data if key in loss.given):
@@ -89,7 +90,9 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     if len(losses) != 1 or not hasattr(module, "base"):
         module = CreatedLoss(module, run.own_base)
     if run.use_of_teacher != "optional":
-        hook = functools.partial(_before_call, name, run.use_of_teacher, run.features)  # which can be pickled
+        hook = functools.partial(
+            _before_call, asked, run.use_of_teacher, run.features
+        )  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
     for unit, method in METHODS.items():
         setattr(module, method, functools.partial(_tell, run.criterion, unit))
@@ -114,4 +117,4 @@ def _before_call(
     check_use_of_teacher(name, use, HOST.teacher, found)
     images = inputs.get("image_features", args[0] if args else None)
     if found and images is not None:
-        set_components(module, features, images.shape[1], inputs[found[0]].shape[1])
+        set_components(module, features, images, inputs[found[0]])

@@ -127,6 +127,12 @@ class Entries(NamedTuple):
             ValueError: There is no term, or an entry takes a gradient that nobody would see.
         """
         name_of_loss = getattr(loss, "__name__", type(loss).__name__)
+        for name, value in entries.items():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+                raise ValueError(
+                    f"{name_of_loss} must give each entry as a tensor of one value; {name} is {got}"
+                )
         terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
         metrics = {name: value for name, value in entries.items() if name not in terms}
         if not terms:
@@ -220,13 +226,17 @@ def check_use_of_teacher(
         raise ValueError(f"the data have {dropped[0]}, and the batch has not: let its collator pass it on")
 
 
-def set_components(loss: nn.Module, features: Features | None, width: int, of_teacher: int) -> None:
+def set_components(loss: nn.Module, features: Features | None, student: Any, teacher: Any) -> None:
     """Give the principal components of a folder to the parts that compare features of other widths.
 
     Raises:
         ValueError: The teacher is narrower than the student, which cannot copy it.
     """
     parts: list[Any] = [x for x in loss.modules() if getattr(x, "components", loss) is None]
+    shapes = [tuple(getattr(x, "shape", ())) for x in (student, teacher)]
+    if not parts or any(len(shape) != 2 for shape in shapes):  # the loss names wrong inputs
+        return
+    width, of_teacher = (shape[1] for shape in shapes)
     if parts and width > of_teacher:
         raise ValueError(
             f"the teacher has {of_teacher} dimensions, fewer than the student's {width}, which "
@@ -393,7 +403,7 @@ class Runtime(nn.Module):
 
     def on(self, base: Any) -> Runtime:
         """These losses on the loss that the trainer built: the same object where it is the expected one."""
-        if type(base) is type(self.own_base):
+        if (base if isinstance(base, type) else type(base)) is type(self.own_base):
             return self
         return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
 
@@ -466,8 +476,7 @@ class Runtime(nn.Module):
         self.check_teacher(found)
         self._remark(inputs["image_features"].device if "image_features" in inputs else None)
         if found:
-            widths = inputs["image_features"].shape[1], inputs[found[0]].shape[1]
-            set_components(self.criterion, self.features, *widths)
+            set_components(self.criterion, self.features, inputs.get("image_features"), inputs[found[0]])
         # Always by name: only the names tell which entry is a term.
         with gather_once():
             entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))

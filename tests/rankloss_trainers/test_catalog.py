@@ -19,7 +19,7 @@ import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments, typed_options
+from rankloss_trainers.command_line import LossArguments, mentioned, typed_options
 from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
 
@@ -97,7 +97,7 @@ def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> No
 
 
 def test_an_error_about_a_default_of_a_preset_says_so() -> None:
-    with pytest.raises(OptionError, match=r"top_k=3 \(model is a default of rankclip-encoders\)"):
+    with pytest.raises(OptionError, match=r"top_k=3 \(model: by default of rankclip-encoders\)"):
         built("rankclip-encoders", top_k=3)
 
 
@@ -162,14 +162,31 @@ def registered(monkeypatch: pytest.MonkeyPatch, **makes: Any) -> None:
 
 def test_registered_callables_and_rows_are_losses_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"mine": a_loss, "also": a_loss, "row": Named(a_loss, {"weight": 2.0}, prefix="own")}
-    registered(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"))
+    registered(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
     chosen = catalog.choose("mine")
     with pytest.raises(ValueError, match="rankclip"):
         catalog.load("taken")
+    with pytest.raises(ValueError, match="'streamed' of streamed"):
+        catalog.load("streamed")
     assert [x.name for x in (*chosen, *catalog.choose("also"))] == ["mine", "also"]
     assert catalog.load("row").options["weight"].default == 2.0
     (loss,), _ = parsed("--own-kind", "b", name="row")
     assert loss.given == {"kind": "b"}
+
+
+def test_another_packages_options_stop_its_own_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def k_loss(base: Any, *, k: int = 1, gather: Any = None) -> nn.Module:
+        """A loss whose option is spelled as one of rankclip's."""
+        return nn.ModuleList([base])
+
+    registered(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss})
+    typed = ["--loss", "rankclip", "--rankclip-top-k", "3"]
+    assert "my-rankclip" not in mentioned(typed)
+    losses = LossArguments(argparse.ArgumentParser(), mentioned(typed))
+    assert [*losses.unusable] == ["rankclip-top"]
+    chosen = losses.chosen(losses.parser.parse_args(typed))
+    assert chosen is not None
+    assert chosen[0][0].given == {"top_k": 3}
 
 
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

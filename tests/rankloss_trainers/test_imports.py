@@ -74,16 +74,11 @@ def test_catalogue_loads_no_torch_and_no_loss_a_trainer() -> None:
 
 MISSING = """
 import importlib, sys
-from rankloss_trainers.console import main
-
-def features(_):
-    main(["features", "--data", "x.csv", "--features", "x.npz", "--output", "x"])
 
 for extra, package, call, module in (
     ("transformers", "accelerate", importlib.import_module, "rankloss_trainers.transformers.trainer"),
     ("lightning", "lightning", importlib.import_module, "rankloss_trainers.lightning"),
     ("sentence-transformers", "datasets", importlib.import_module, "rankloss_trainers.sentence_transformers"),
-    ("features", "datasets", features, ""),
     ("sentence-transformers", "sentence_transformers", importlib.import_module,
      "rankloss_trainers.graded.sentence_transformers"),
 ):

@@ -327,6 +327,8 @@ def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
 def test_loss_is_a_module_and_its_options_are_its_own() -> None:
     with pytest.raises(TypeError, match="loss must be a module"):
         run_of(HOST, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Named.*a_loss.*3"):
+        run_of(HOST, Named(a_loss=torch.zeros(3)))(**inputs(features()))
     with pytest.raises(TypeError, match="options are for a loss"):
         run_of(HOST, rankloss.ClipLoss(), {"top_k": 3})
     with pytest.raises(ValueError, match="clip-streamed does not work with --siglip"):
@@ -388,6 +390,9 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("rankclip", {"teacher": "text=minilm"}, ValueError, "rankloss features --text-encoder minilm"),
         ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),
         ("clip", {"top_k": 3}, TypeError, "top_k"),
+        ("clip+", {}, ValueError, "''"),
+        ("", {}, ValueError, "''"),
+        ("rankclip", {"chunk_size": 0}, ValueError, "rankclip.chunk_size.*0"),
     ],
 )
 def test_create_refuses_options_that_nobody_acts_on(
@@ -407,7 +412,9 @@ def test_created_loss_demands_its_teacher() -> None:
         rankloss_trainers.create("clip-smooth")(*features(), SCALE, **teacher())
 
 
-@pytest.mark.parametrize("name", [*catalog.known(), "clip", "siglip", "siglip+rankclip", "cyclip+rankclip"])
+@pytest.mark.parametrize(
+    "name", [*catalog.known(), "clip", "siglip", "siglip+rankclip", "cyclip+rankclip", "clip-ids+rankclip"]
+)
 def test_every_created_loss_has_the_base_that_a_validation_calls(name: str) -> None:
     sigmoid = name.startswith("siglip")
     loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)

@@ -113,7 +113,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if self.args.label_names is None:
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
-        base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
+        base = rankloss.SigLipLoss if embeddings.has_bias(self.model) else rankloss.ClipLoss
         if isinstance(loss, Runtime):  # of `python -m rankloss_trainers.transformers`, which has checked it
             run = loss.on(base)
         else:
