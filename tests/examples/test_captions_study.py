@@ -9,7 +9,7 @@ from studies.captions import study
 from studies.captions.memory import MemoryLoss
 from studies.captions.teachers import Teachers
 from studies.plan import Find, MissingError
-from studies.runner import load
+from studies.runner import Run, load
 from torch.nn.functional import normalize
 
 import rankloss
@@ -125,3 +125,9 @@ def test_a_report_is_of_the_records_that_are_there():
     found = study.results(SIZES, {name: finds[name] for name in ("emojis", "icons")}, None)
     n = {row[0]: row[4] for row in found["primary"]}
     assert n == {"emojis-64": "2", "emojis-250": "4", "icons-64": "4", "icons-250": "4"}
+
+
+def test_the_committed_report_is_that_of_its_records(tmp_path):
+    run = Run(load("captions"), "full", tmp_path)
+    committed = (run.home / "report" / "captions.md").read_bytes()
+    assert run.write().read_bytes() == committed
