@@ -29,7 +29,7 @@ from rankloss_trainers.command_line import (
     typed_options,
 )
 from rankloss_trainers.declared import Loss, OptionError
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import Chosen, RunOptions
 from rankloss_trainers.runtime import Host, Runtime
 
 HOST = Host(
@@ -67,7 +67,7 @@ def _is_named(name: str) -> bool:
     return all(part in catalog.known() for part in name.split(catalog.JOIN))
 
 
-def chosen(args: Any) -> tuple[list[Loss], RunOptions]:
+def chosen(args: Any) -> Chosen:
     """The losses and the options of a run with ``--loss``, from its parsed arguments.
 
     Raises:

@@ -19,7 +19,7 @@ from rankloss_trainers.declared import (
     options_of,
     replaced,
 )
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import Chosen, RunOptions
 
 RUN = "loss"
 """The prefix of the options of a run."""
@@ -89,7 +89,7 @@ def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
     return f"--loss: {error}"
 
 
-def chosen_by(args: Any, names: str, losses: Mapping[str, Named]) -> tuple[list[Loss], RunOptions]:
+def chosen_by(args: Any, names: str, losses: Mapping[str, Named]) -> Chosen:
     """The losses of joined names, and the run's options, with the values that parsed arguments have.
 
     Raises:
@@ -110,7 +110,7 @@ def chosen_by(args: Any, names: str, losses: Mapping[str, Named]) -> tuple[list[
     found = catalog.choose(names, by_loss if len(by_loss) > 1 else by_loss[names])
     try:
         with naming_options(options_of(RunOptions)):
-            return found, RunOptions(**run)
+            return Chosen(found, RunOptions(**run))
     except ValueError as error:
         raise ValueError(with_flag(found, error)) from None
 
@@ -187,7 +187,7 @@ class LossArguments:
             self.parser.error(f"{typed}: there is no such option{hint}")
         return args, rest
 
-    def chosen(self, args: Any) -> tuple[list[Loss], RunOptions] | None:
+    def chosen(self, args: Any) -> Chosen | None:
         """The losses that parsed arguments ask for, with their options; None for the trainer's own.
 
         Raises:

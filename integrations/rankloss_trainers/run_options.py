@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from rankloss_trainers.declared import OptionError, options_of
+from rankloss_trainers.declared import Loss, OptionError, options_of
 from rankloss_trainers.extras import extra
 
 GIVEN = "given"
@@ -71,6 +71,18 @@ class RunOptions:
     def values(self) -> dict[str, Any]:
         """The values by key."""
         return {key: getattr(self, key) for key in options_of(RunOptions)}
+
+
+class Chosen(NamedTuple):
+    """The losses and the options of a run, as a command line gives them.
+
+    Attributes:
+        losses: The losses, the innermost first.
+        options: The options of the run.
+    """
+
+    losses: list[Loss]
+    options: RunOptions
 
 
 class Teacher:

@@ -18,7 +18,7 @@ from rankloss_features.binding import COLUMN
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.pair_ids import hash_tokens
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import Chosen, RunOptions
 from rankloss_trainers.runtime import Entries, Runtime, losses
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
@@ -59,7 +59,8 @@ class ContrastiveTrainer(transformers.Trainer):
     Args:
         *args: Arguments of the Trainer.
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
-            whose innermost ``base``, if it has one, is evaluated.
+            whose innermost ``base``, if it has one, is evaluated; or the choice of a command line, which has
+            the options below with it (:meth:`rankloss_trainers.command_line.LossArguments.chosen`).
         loss_options: Options of the named loss, by their names without prefix; those of joined ones by loss.
         teacher: A folder of ``rankloss features`` that the data are bound to
             (:func:`rankloss_features.bind`); or a teacher whose features are computed before the first step,
@@ -94,7 +95,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def __init__(
         self,
         *args: Any,
-        loss: str | nn.Module = "rankclip",
+        loss: str | nn.Module | Chosen = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
         teacher: str | None = None,
         schedule_unit: Literal["auto", "epoch", "step"] = "auto",
@@ -116,6 +117,8 @@ class ContrastiveTrainer(transformers.Trainer):
         base = rankloss.SigLipLoss if embeddings.has_bias(self.model) else rankloss.ClipLoss
         if isinstance(loss, Runtime):  # of `python -m rankloss_trainers.transformers`, which has checked it
             run = loss.on(base)
+        elif isinstance(loss, Chosen):
+            run = Runtime(HOST, *loss, base=base)
         else:
             options = RunOptions(
                 teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every
