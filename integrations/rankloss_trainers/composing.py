@@ -43,7 +43,6 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
         biased: The trainer's set-up whose own loss is a sigmoid loss, for the errors.
 
     Raises:
-        TypeError: A loss builds no module.
         ValueError: A loss does not work on the one below it, or has a wrong option.
     """
     is_sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)

@@ -276,7 +276,6 @@ class Runtime(nn.Module):
             a compiled caller would be compiled again when it appears.
 
     Raises:
-        TypeError: A loss builds no module.
         ValueError: A loss does not work in this host, or a folder is no teacher's; an ``OptionError`` where
             it is about an option.
     """
