@@ -19,8 +19,8 @@ from rankloss_trainers.runtime import (
     METHODS,
     Host,
     Runtime,
+    base_to_evaluate,
     check_use_of_teacher,
-    innermost_of,
     set_components,
     units_of,
 )
@@ -52,9 +52,7 @@ class CreatedLoss(nn.Module):
     @property
     def base(self) -> Any:
         """The loss under all others, which a validation calls: it does not grow with λ."""
-        innermost = innermost_of(self.loss)
-        replaces = innermost is self.loss or getattr(innermost, "same_id", None)
-        return self._own_base[0] if replaces else innermost
+        return base_to_evaluate(self.loss, self._own_base[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss, or with ``output_dict`` its terms by name."""

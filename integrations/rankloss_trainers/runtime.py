@@ -194,6 +194,12 @@ def innermost_of(loss: Any) -> Any:
     return loss
 
 
+def base_to_evaluate(loss: Any, own_base: Any) -> Any:
+    """The loss under all others; the trainer's own where that is replaced, as evaluation data have no ids."""
+    innermost = innermost_of(loss)
+    return own_base if innermost is loss or getattr(innermost, "same_id", None) else innermost
+
+
 def units_of(part: nn.Module) -> dict[str, Any]:
     """The methods of METHODS that the class of a part has, by unit."""
     found = {unit: getattr(type(part), method, None) for unit, method in METHODS.items()}
@@ -393,12 +399,9 @@ class Runtime(nn.Module):
 
     def _evaluated_base(self) -> Any:
         """The innermost base, which an evaluation calls; None without one."""
-        innermost = innermost_of(self.criterion)
-        if isinstance(innermost, RankedListsTerm):  # without a base
+        if isinstance(innermost_of(self.criterion), RankedListsTerm):  # without a base
             return None
-        # Evaluation data have no ids, so the trainer's own loss is evaluated.
-        replaces = innermost is self.criterion or getattr(innermost, "same_id", None)
-        return self.own_base if replaces else innermost
+        return base_to_evaluate(self.criterion, self.own_base)
 
     def on(self, base: Any) -> Runtime:
         """These losses on the loss that the trainer built: the same object where it is the expected one."""

@@ -187,7 +187,7 @@ def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) 
 
 def _sums_by_id(x: Tensor, ids: Tensor) -> Tensor:
     """The sum over the rows that have the id of row i, for every i: as ``x``."""
-    first = first_of_id(ids, torch.ones_like(ids, dtype=torch.bool))
+    first = first_of_id(ids)
     return torch.zeros_like(x).index_add(0, first, x)[first]
 
 
