@@ -111,7 +111,8 @@ def compare(
             benchmark.pedantic(seconds, (step,))
             return
         if group not in measured:
-            selected = [test for test in request.session.items if _place(test) == _place(request.node)]
+            tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+            selected = [test for test in tests if _place(test) == _place(request.node)]
             names = [test.callspec.params["contender"] for test in selected]
             measured[group] = _measure({name: make(name) for name in names}, rounds, seconds, count)
         if contender not in measured[group]:
@@ -124,7 +125,7 @@ def compare(
     return run
 
 
-def _place(test: Any) -> tuple[Any, ...]:
+def _place(test: pytest.Function) -> tuple[Any, ...]:
     """All by which tests differ, except for the contender."""
     params = test.callspec.params if hasattr(test, "callspec") else {}
     return test.path, test.originalname, {name: x for name, x in params.items() if name != "contender"}
