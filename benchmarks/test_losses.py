@@ -58,8 +58,7 @@ def distilled(x: Features) -> Step:
 
 def in_the_first_epoch(x: Features) -> Step:
     """``--loss rankclip`` in open_clip's trainer while λ is 0, with what it logs."""
-    official = "--rankclip-schedule official --loss-schedule-unit epoch"
-    loss: Any = loss_of_the_trainer(f"--loss rankclip {official}", epoch=0)
+    loss: Any = loss_of_the_trainer("--loss rankclip --rankclip-schedule official", epoch=0)
     assert loss.criterion.schedule_value == 0
     return lambda: sum(loss(*x, output_dict=True).values()).backward()
 

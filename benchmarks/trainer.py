@@ -18,8 +18,8 @@ def parsed(line: str) -> Any:
 
 
 def loss_of_the_trainer(line: str, epoch: int) -> nn.Module:
-    """The loss, in one of eight epochs, counted from 0."""
+    """The loss, in one of twenty epochs, counted from 0."""
     loss: nn.Module = open_clip.create_loss(parsed(line))
     if "rankclip" in line:
-        loss.start_epoch(epoch=epoch, epochs=8, steps=1, accum_freq=1)
+        loss.start_epoch(epoch=epoch, epochs=20, steps=1, accum_freq=1)
     return loss
