@@ -77,8 +77,9 @@ def _head(width: int, dropout: float) -> nn.Sequential:
 
 
 def train(
-    setting: Setting, train: Side, *, loss: nn.Module | None = None, seen: Seen = lambda *_: {}
-) -> Heads:
+    setting: Setting, train: Side, *, loss: nn.Module | None = None, seen: Seen = lambda *_: {},
+    start: Heads | None = None,
+) -> Heads:  # fmt: skip
     """Train two heads, and return them in evaluation mode.
 
     A seed gives every loss the same initial weights, batches, sentences and units that drop out.
@@ -88,6 +89,7 @@ def train(
         train: The features.
         loss: None: the setting's own, by its name. Its parameters learn, too.
         seen: Further arguments of the loss, from the heads, a batch's pictures and their sentences' numbers.
+        start: Heads whose weights are the initial ones.
 
     Raises:
         ValueError: If there are fewer pictures than the setting needs.
@@ -97,6 +99,8 @@ def train(
     torch.manual_seed(setting.seed)
     order = torch.Generator().manual_seed(setting.seed)
     model = Heads(train, setting).train()
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     names = ("weight", "label_smoothing", "same_id")
     loss = loss or losses.build(setting.arm, **{name: getattr(setting, name) for name in names})
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay}
