@@ -46,9 +46,8 @@ class Study:
         setting: The class of its settings, a dataclass; ``arm``, ``side`` and ``seed`` are among what it has.
         records: The folders of records below ``results``, by data set.
         data: Returns the data sets that are there, given the sizes and the command's options.
-        results: Returns the values of the report's template, given the sizes, the records of each data set,
-            and a function that returns both of another study. It asks for all trainings of the plan, and
-            thereby decides which are done.
+        results: Returns the values of the report's template, given the sizes and the records of each data
+            set. It asks for all trainings of the plan, and thereby decides which are done.
         plan: A file in the folder, see :func:`studies.plan.read`; or a function of the preset's name.
         report: The name of the report, without its ending.
         template: The report's template, in the folder; empty for one of the report's name.
@@ -61,9 +60,7 @@ class Study:
     setting: type
     records: Mapping[str, str]
     data: Callable[[SimpleNamespace, argparse.Namespace], Mapping[str, DataSet]]
-    results: Callable[
-        [SimpleNamespace, Finds, Callable[[str], tuple[SimpleNamespace, Finds]]], dict[str, Any]
-    ]
+    results: Callable[[SimpleNamespace, Finds], dict[str, Any]]
     plan: str | Callable[[str], SimpleNamespace]
     report: str
     template: str = ""
@@ -104,12 +101,6 @@ class Run:
         folder = self.home / "results"
         return {name: Store(folder / below, self.study.setting) for name, below in self.study.records.items()}
 
-    def other(self, name: str) -> tuple[SimpleNamespace, Finds]:
-        """Return another study's sizes and records; its missing trainings are not done here."""
-        run = dataclasses.replace(self, study=load(name))
-        finds = {data: Find(f"{name}, {data}", store.find()) for data, store in run.stores.items()}
-        return run.study.sizes(self.preset), finds
-
     def finds(self, data: Mapping[str, DataSet] | None = None) -> dict[str, Find]:
         """Return the records that were made from these data; else all of them, where there are any."""
         stores = self.stores
@@ -121,7 +112,7 @@ class Run:
         """Return what the records say."""
         if not finds:
             raise RuntimeError(f"{self.home / 'results'} holds no record: nothing to report")
-        return self.study.results(self.study.sizes(self.preset), finds, self.other)
+        return self.study.results(self.study.sizes(self.preset), finds)
 
     def train(self, data: Mapping[str, DataSet], console: Console) -> None:
         """Do the trainings that the plan asks for, until none is missing."""

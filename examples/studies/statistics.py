@@ -185,11 +185,15 @@ class Arms:
         """Return the paired difference, not corrected; None if the arms share no seed."""
         return paired_difference(*(self.values(arm, read) for arm in pair))
 
-    def tests(
-        self, pairs: Iterable[Pair], measures: Iterable[Measure], beside: Iterable[Difference] = ()
-    ) -> dict[tuple[Pair, str], Difference]:
-        """Return the differences by pair and measure's title, corrected together, and with others beside."""
+    def over_pictures(
+        self, pair: Pair, read: Callable[[Mapping[str, Any]], np.ndarray]
+    ) -> tuple[float, float]:
+        """Return the interval over seeds and pictures of a difference of what records have by picture."""
+        mine, others = (self.records[arm] for arm in pair)
+        common = sorted(set(mine) & set(others))
+        return two_way(np.stack([read(mine[seed]) - read(others[seed]) for seed in common]))
+
+    def tests(self, pairs: Iterable[Pair], measures: Iterable[Measure]) -> dict[tuple[Pair, str], Difference]:
+        """Return the differences by pair and measure's title, corrected together."""
         measures = list(measures)
-        own = {(pair, m.title): self.difference(pair, m) for pair in pairs for m in measures}
-        family = correct({**own, **{("beside", str(number)): d for number, d in enumerate(beside)}})
-        return {key: family[key] for key in own}
+        return correct({(pair, m.title): self.difference(pair, m) for pair in pairs for m in measures})

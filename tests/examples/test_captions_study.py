@@ -91,7 +91,7 @@ def made_up(gain, *, sizes=SIZES, blocks=1):
 
 def test_the_verdict_is_that_of_the_plan():
     finds = made_up({"captions": 4.0, "shuffled": -2.0, "smoothing": -1.0})
-    found = study.results(SIZES, finds, None)
+    found = study.results(SIZES, finds)
     assert {size: (of["met"], of["absent"]) for size, of in found["verdicts"].items()} == {
         64: (True, []),
         250: (False, ["photographs-250"]),
@@ -104,14 +104,14 @@ def test_the_verdict_is_that_of_the_plan():
 
 
 def test_what_shuffled_captions_gain_too_is_not_the_captions():
-    found = study.results(SIZES, made_up({"captions": 4.0, "shuffled": 4.0}), None)
+    found = study.results(SIZES, made_up({"captions": 4.0, "shuffled": 4.0}))
     assert found["captions_own"] == []
     assert len(found["not_captions"]) == 5
     assert not any(of["met"] for of in found["verdicts"].values())
 
 
 def test_the_reference_is_clips_best_try():
-    found = study.results(SIZES, made_up({"captions": 4.0, "smoothing": 3.0}), None)
+    found = study.results(SIZES, made_up({"captions": 4.0, "smoothing": 3.0}))
     assert all(row[2] == "`smoothing`" for row in found["primary"])
     assert not any(of["met"] for of in found["verdicts"].values())
 
@@ -122,7 +122,7 @@ def test_a_report_is_of_the_records_that_are_there():
     emojis = finds["emojis"].records
     for one in [one for one in emojis if one.arm == "captions" and one.seed > 9101 and one.batch_size == 64]:
         del emojis[one]
-    found = study.results(SIZES, {name: finds[name] for name in ("emojis", "icons")}, None)
+    found = study.results(SIZES, {name: finds[name] for name in ("emojis", "icons")})
     n = {row[0]: row[4] for row in found["primary"]}
     assert n == {"emojis-64": "2", "emojis-250": "4", "icons-64": "4", "icons-250": "4"}
 

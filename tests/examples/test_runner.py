@@ -12,7 +12,7 @@ from filelock import FileLock
 from rich.console import Console
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from studies.plan import Find, MissingError, best_of, by_factor, by_grid
+from studies.plan import best_of
 from studies.records import key_of, read_lines
 from studies.runner import Run, Study
 from studies.statistics import Arms, Measure
@@ -48,7 +48,7 @@ class Data:
         return {"metrics": {"score": value(setting)}}
 
 
-def results(sizes, finds, _):
+def results(sizes, finds):
     find = finds["set"]
     plain = best_of("plain", [Setting("plain", 9, "dev", lr) for lr in (1, 2, 4)], find.scores(SCORE))
     settings = {"plain": plain.chosen, "other": dataclasses.replace(plain.chosen, arm="other", weight=8.0)}
@@ -103,19 +103,6 @@ def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
         run.write()
 
 
-def test_a_training_of_another_study_is_named_and_not_done_here(run, monkeypatch):
-    def dependent(sizes, finds, other):
-        plan, others = other("first")
-        return results(plan, others, None)
-
-    second = dataclasses.replace(run, study=dataclasses.replace(run.study, results=dependent))
-    monkeypatch.setattr("studies.runner.load", lambda name: {"first": run.study}[name])
-    data = Data()
-    with pytest.raises(MissingError, match="first, set: 3 trainings are missing"):
-        second.train({"set": data}, Console(quiet=True))
-    assert not data.made
-
-
 def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
     data = Data()
     taken = Setting("plain", 9, "dev", 1)
@@ -153,42 +140,20 @@ def test_the_last_line_of_a_killed_writer_is_dropped_and_a_damaged_one_named(run
         store.find()
 
 
-def test_a_search_by_factor_keeps_the_best_mean_of_two_seeds():
-    found = by_factor(Setting("plain", 0, "dev"), {"lr": (2.0, 4.0), "weight": (8.0, 4.0)}, (5, 6), scored)
-    assert (found.chosen.lr, found.chosen.weight) == (4.0, 8.0)
-    assert [(one.level, len(one.scores), one.taken) for one in found.tries] == [
-        (2.0, 2, False),
-        (4.0, 2, True),
-        (8.0, 2, True),
-        (4.0, 2, False),
-    ]
-    assert found.score == pytest.approx(
-        np.mean([value(dataclasses.replace(found.chosen, seed=s)) for s in (5, 6)])
-    )
-    with pytest.raises(MissingError, match="3 trainings are missing"):
-        by_factor(Setting("plain", 0, "dev"), {"lr": (2.0, 4.0)}, (5, 6), Find("set", {}).scores(SCORE))
-
-
-def scored(settings):
-    return [value(one) for one in settings]
-
-
-@pytest.mark.parametrize(("rounds", "weight"), [(0, 2.0), (1, 4.0), (2, 8.0), (5, 8.0)])
-def test_a_search_on_a_grid_goes_on_beyond_its_edge(rounds, weight):
-    sizes = SimpleNamespace(try_seed=3, best_seeds=(4, 5), tries=6, rounds=rounds)
-    found = by_grid("other", Setting("other", 0, "dev", lr=4.0), {"weight": (1.0, 2.0)}, sizes, scored)
-    assert found.chosen.weight == weight
-    assert [*found.tries[1.0,]] == [3, 4, 5]
-    assert found.row()[:2] == ["`other`", f"weight {weight:g}"]
-
-
-def test_the_tests_are_paired_and_corrected_together_with_others():
+def test_the_tests_are_paired_and_corrected_together():
     rng = np.random.default_rng(0)
     values = {arm: rng.normal(size=6) for arm in "abc"}
     arms = Arms({arm: {i: {"metrics": {"score": x}} for i, x in enumerate(of)} for arm, of in values.items()})
-    (beside,) = arms.tests([("c", "b")], [SCORE]).values()
-    found = arms.tests([("a", "b"), ("a", "c")], [SCORE], [beside])
-    p = [stats.ttest_rel(values[x], values[y]).pvalue for x, y in ("ab", "ac", "cb")]
-    expected = multipletests(p, method="holm")[1][:2]
-    assert [d.adjusted for d in found.values()] == pytest.approx(list(expected))
-    assert [d.mean for d in found.values()] == pytest.approx([np.mean(values["a"] - values[x]) for x in "bc"])
+    pairs = [("a", "b"), ("a", "c"), ("c", "b")]
+    found = arms.tests(pairs, [SCORE])
+    p = [stats.ttest_rel(values[x], values[y]).pvalue for x, y in pairs]
+    assert [d.adjusted for d in found.values()] == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert [d.mean for d in found.values()] == pytest.approx(
+        [np.mean(values[x] - values[y]) for x, y in pairs]
+    )
+
+
+def test_over_pictures_the_common_seeds_are_compared():
+    rows = {0: np.array([3.0, 3.0]), 1: np.array([5.0, 5.0]), 2: np.array([9.0, 9.0])}
+    arms = Arms({"a": rows, "b": {0: np.array([1.0, 1.0]), 1: np.array([3.0, 3.0])}})
+    assert arms.over_pictures(("a", "b"), lambda record: record) == (2.0, 2.0)

@@ -111,12 +111,6 @@ def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) 
     return {k: 100 * value.item() for k, value in top.items()}
 
 
-def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Return top-1 accuracy averaged over the classes that occur among ``labels``."""
-    right = (scores.argmax(dim=1) == labels).double()
-    return 100 * torch.stack([right[labels == label].mean() for label in labels.unique()]).mean().item()
-
-
 def chance(n: int, ks: Sequence[int]) -> dict[int, float]:
     """Return what guessing among ``n`` equally likely answers scores at each cut-off."""
     return {k: 100 * min(k / n, 1.0) for k in ks}
@@ -136,15 +130,6 @@ def named_recall(image_features: Tensor, text_features: Tensor, image_of: Tensor
     found = retrieval(image_features, text_features, image_of)
     guess = retrieval_chance(len(image_features), image_of)
     return {f"{way} R@{k}": (value, guess[way][k]) for way, of in found.items() for k, value in of.items()}
-
-
-def named_accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> Scored:
-    """Return top-k accuracy and, unless only top-1 is wanted, the mean per class, by name and with chance."""
-    guess = chance(scores.shape[1], ks)
-    found = {f"top-{k}": (value, guess[k]) for k, value in accuracy_at_k(scores, labels, ks).items()}
-    if ks != (1,):
-        found["mean per class"] = (mean_per_class_accuracy(scores, labels), guess[1])
-    return found
 
 
 def standard_error(percent: float, n: int) -> float:

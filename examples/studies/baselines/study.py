@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from studies.data.pairs import DataSet, Thumbnails, of_photographs
 from studies.manifest import HERE
 from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record, read_lines
-from studies.report import conditions_texts, mean_text, signed, test_cells, tries_row
+from studies.report import conditions_texts, ends_text, mean_text, test_cells, tries_row
 from studies.runner import Study
-from studies.statistics import Arms, Difference, correct, estimate, two_way
+from studies.statistics import Arms, Difference, correct, estimate
 from studies.students import heads, losses
 from studies.students.measure import PRIMARY, hits_of_pictures, recorded
 
@@ -119,13 +118,6 @@ def scratch(name: str) -> list[float]:
     return [PRIMARY(line) for line in lines if line.get("setting", {}).get("arm") == "clip"]
 
 
-def over_pictures(arms: Arms, arm: str) -> tuple[float, float]:
-    """Return the interval over seeds and pictures of an arm minus plain heads."""
-    both = (arms.records[of] for of in (arm, "heads"))
-    mine, plain = (np.stack([hits_of_pictures(of[seed]) for seed in sorted(of)]) for of in both)
-    return two_way(mine - plain)
-
-
 def measured(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> tuple[dict[str, Best], Arms]:
     """Return the tries and the arms on a data set.
 
@@ -145,7 +137,7 @@ def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
         measured(sizes, name, finds)
 
 
-def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the data sets whose measurements are all there."""
     found = {}
     for name in sizes.sizes:
@@ -154,6 +146,9 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
     tries, arms = ({name: of[part] for name, of in found.items()} for part in (0, 1))
     compared = [(name, arm) for arm in LOSSES for name in arms if arm in arms[name].records]
     tests = correct({(name, arm): arms[name].difference((arm, "heads"), PRIMARY) for name, arm in compared})
+
+    def ends(name: str, arm: str) -> str:
+        return ends_text(arms[name].over_pictures((arm, "heads"), hits_of_pictures))
 
     def mean(arms: Arms, arm: str) -> str:
         return mean_text(arms.estimate(arm, PRIMARY)) if arm in arms.records else "–"
@@ -169,7 +164,12 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
         },
         "same": [f"`{arm}` on {name}" for name, arm in compared if tests[name, arm].half_width == 0],
         "tests": [
-            [f"`{arm}`", name, *test_cells(tests[name, arm]), _ends(over_pictures(arms[name], arm))]
+            [
+                f"`{arm}`",
+                name,
+                *test_cells(tests[name, arm]),
+                ends_text(arms[name].over_pictures((arm, "heads"), hits_of_pictures)),
+            ]
             for name, arm in compared
         ],
         "tries": [[name, *tries_row(best, _text)] for name, of in tries.items() for best in of.values()],
@@ -179,10 +179,6 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
 
 def _above(d: Difference) -> bool:
     return d.established and d.mean > 0
-
-
-def _ends(interval: tuple[float, float]) -> str:
-    return " to ".join(map(signed, interval))
 
 
 def _text(one: Setting) -> str:

@@ -8,12 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from studies.plan import Find, MissingError
-from studies.report import conditions_texts, difference_text, mark, mean_text, p_text, signed
+from studies.report import conditions_texts, difference_text, ends_text, mark, mean_text, p_text
 from studies.runner import Study
-from studies.statistics import Arms, Difference, Measure, Pair, correct, two_way
+from studies.statistics import Arms, Difference, Measure, Pair, correct
 from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
 
 from .data import data
@@ -99,15 +97,6 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[tuple
             yield one, arms
 
 
-def both_ways(arms: Arms, pair: Pair) -> tuple[float, float]:
-    """Return the interval of a difference over seeds and pictures."""
-    first, second = (arms.records[arm] for arm in pair)
-    common = sorted(set(first) & set(second))
-    return two_way(
-        np.stack([hits_of_pictures(first[seed]) - hits_of_pictures(second[seed]) for seed in common])
-    )
-
-
 def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
     """Return the differences of all cells that have both arms, corrected together."""
     found = {}
@@ -119,7 +108,7 @@ def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[
     return correct(found)
 
 
-def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
     cells = list(by_cell(sizes, finds))
     arms_of = {one.name: arms for one, arms in cells}
@@ -129,13 +118,15 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
     others = [arm for arm in ARMS if arm not in (CLIP, CAPTIONS)]
     rivals = [(CAPTIONS, CLIP), *((CAPTIONS, arm) for arm in ("encoders", "sentence"))]
     secondary = compared(cells, [*((arm, CLIP) for arm in others), *rivals])
-    ends = {key: both_ways(arms_of[key[0]], key[1]) for key in {**primary, **control, **secondary}}
+    ends = {
+        key: arms_of[key[0]].over_pictures(key[1], hits_of_pictures)
+        for key in {**primary, **control, **secondary}
+    }
 
     def row(key: tuple[str, Pair], d: Difference) -> list[str]:
-        low, high = ends[key]
         arms = [f"`{arm}`" for arm in key[1]]
         tested = [difference_text(d), str(d.n), p_text(d.adjusted), mark(d)]
-        return [key[0], *arms, *tested, f"{signed(low)} to {signed(high)}"]
+        return [key[0], *arms, *tested, ends_text(ends[key])]
 
     batches = sorted({of["batch_size"] for of in sizes.cells.values()})
     gains = {name: d for (name, _), d in primary.items()}

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import rankloss
 from studies.data.features import Side
 from studies.students.losses import TEACHER
+from studies.students.train import crops
 from studies.training import Descent
 
 from .memory import MemoryLoss
-from .student import Student, crops
+from .student import CROP, Student
 from .teachers import Teachers
 
 _SCALE = 40.0  # of a teacher's similarities
@@ -108,7 +109,7 @@ def train(setting: Setting, seen: Side, teachers: Teachers, words: int) -> Stude
             loss.set_epoch(epoch, setting.epochs)
         for rows in torch.randperm(n, generator=drawing).split(size)[:steps]:
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
-            v = model.pictures(crops(seen.pictures[rows], drawing))
+            v = model.pictures(crops(seen.pictures[rows], drawing, CROP))
             t = model.sentences(seen.sentences[rows, drawn])
             descent.step(loss(v, t, model.log_scale.exp(), **_given(arm, teachers, rows, drawn)))
     return model.eval()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from .losses import CLIP, PREFERENCES, HardNegatives
 from .rules import KINDS, Negative, negatives, words_of
 
 START, DPO = "start", "dpo"
+REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
 _DOGS = 3  # captions that name a dog
 
 
@@ -68,12 +69,7 @@ class Photographs:
         content: str,
     ) -> None:  # fmt: skip
         self.sides = sides
-        named = {
-            side: torch.tensor(
-                [sum(bool({"dog", "dogs"} & set(words_of(text))) for text in one) for one in of]
-            )
-            for side, of in captions.items()
-        }
+        named = {side: torch.tensor(list(map(_naming_dogs, of))) for side, of in captions.items()}
         self.dogs = {side: sides[side][count >= _DOGS] for side, count in named.items()}
         self.others = {side: sides[side][count == 0] for side, count in named.items()}
         self.fingerprint = hashlib.sha256(f"{content}{start}".encode()).hexdigest()[:16]
@@ -85,13 +81,13 @@ class Photographs:
         """Train heads and measure them: on all photographs, or fine-tuned, on dogs and on others."""
 
         def measured(model: Model) -> Metrics:
-            if not setting.start_lr:
-                part = self.sides[setting.side]
-                return {**measure(model, part.seen, ()), "told": told(model, part)}
-            dogs = self.dogs[setting.side]
-            found = measure(model, self.others[setting.side].seen, ())
-            learned = measure(model, dogs.seen, ())["retrieval"][BOTH_WAYS]
-            return {**found, "told": told(model, dogs), "dogs": {"R@10": learned}}
+            kept, learned = (
+                of[setting.side]
+                for of in ((self.others, self.dogs) if setting.start_lr else (self.sides, self.sides))
+            )
+            dogs = measure(model, self.dogs[setting.side].seen, ())["retrieval"][BOTH_WAYS]
+            found = measure(model, kept.seen, ())
+            return {**found, "told": told(model, learned), "dogs": {"R@10": dogs}}
 
         return recorded(lambda: self._trained(setting), measured)
 
@@ -105,33 +101,33 @@ class Photographs:
 def _train(setting: Setting, part: Part, start: heads.Heads | None = None) -> heads.Heads:
     """Train heads by a setting, from other heads if they are given."""
     loss: nn.Module = HardNegatives(PREFERENCES if setting.arm == DPO else setting.arm, setting.weight)
-    with torch.no_grad():
-        texts = (part.seen.sentences, part.negatives)
-        v, t, n = (
-            (None,) * 3
-            if start is None
-            else (start.pictures(part.seen.pictures), *map(start.sentences, texts))
-        )
+    frozen = None if start is None else encoded(start, part)
     if setting.mimicry:
         loss = rankloss.MimicryLoss(loss, weight=setting.mimicry)
 
     def given(model: heads.Heads, rows: Tensor, drawn: Tensor) -> dict[str, Any]:
-        found = {
-            "negatives": model.sentences(part.negatives[rows, drawn]),
-            "has_negative": part.kinds[rows, drawn] >= 0,
-        }
+        own = model.sentences(part.negatives[rows, drawn])
+        found = {"negatives": own, "has_negative": part.kinds[rows, drawn] >= 0}
+        if frozen is None:
+            return found
+        v, t, n = frozen[0][rows], *(of[rows, drawn] for of in frozen[1:])
         if setting.mimicry:
-            found |= zip(TEACHER, (v[rows], t[rows, drawn]), strict=True)
+            found |= zip(TEACHER, (v, t), strict=True)
         if setting.arm == DPO:
-            found["reference_query_features"] = v[rows]
-            found["reference_candidate_features"] = torch.stack([t[rows, drawn], n[rows, drawn]], 1)
-            found["reference_scale"] = start.log_scale.exp().item()
+            frozen_scale = start.log_scale.exp().item()
+            found |= zip(REFERENCE, (v, torch.stack([t, n], 1), frozen_scale), strict=True)
         return found
 
     return heads.train(setting, part.seen, loss=loss, seen=given, start=start)
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def encoded(model: Model, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a model's features of pictures, captions and hard negatives."""
+    texts = map(model.sentences, (part.seen.sentences, part.negatives))
+    return model.pictures(part.seen.pictures), *texts
+
+
 def told(model: Model, part: Part) -> dict[str, Any]:
     """Return how often a caption is nearer to a picture than its hard negative is, in percent.
 
@@ -139,11 +135,7 @@ def told(model: Model, part: Part) -> dict[str, Any]:
     of the row before, where only the texts can tell, "seen" the difference of both; then that of each rule.
     The digits of "right" and "blind right" are numbers of captions by picture, those of "of" how many count.
     """
-    v, t, n = (
-        model.pictures(part.seen.pictures),
-        *map(model.sentences, (part.seen.sentences, part.negatives)),
-    )
-    has = part.kinds >= 0
+    (v, t, n), has = encoded(model, part), part.kinds >= 0
     right = [((t - n) * of.unsqueeze(1)).sum(-1).gt(0) & has for of in (v, v.roll(1, 0))]
     own, blind = (_mean(of.sum(1), has.sum(1)) for of in right)
     return {
@@ -151,6 +143,10 @@ def told(model: Model, part: Part) -> dict[str, Any]:
         **{kind: _mean(right[0][part.kinds == k].float()) for k, kind in enumerate(KINDS)},
         **dict(zip(("right", "blind right", "of"), map(_digits, (*right, has)), strict=True)),
     }
+
+
+def _naming_dogs(captions: Sequence[str]) -> int:
+    return sum(not {"dog", "dogs"}.isdisjoint(words_of(text)) for text in captions)
 
 
 def _digits(found: Tensor) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 
 from studies.plan import Best, Find, best_of
 from studies.records import Record
-from studies.report import conditions_texts, mean_text, signed, test_cells, tries_row
+from studies.report import conditions_texts, ends_text, mean_text, test_cells, tries_row
 from studies.runner import Study
-from studies.statistics import Arms, Difference, Measure, Pair, two_way
+from studies.statistics import Arms, Measure, Pair
 from studies.students.measure import PRIMARY, hits_of_pictures
 
 from .data import DPO, START, Setting, data, told_of_pictures
@@ -109,28 +109,29 @@ def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
         find.arms(of, [seed])
 
 
-def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dict[str, Any]:
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the seeds whose trainings are all there."""
     (find,) = finds.values()
     tries = chosen(sizes, find)
 
     def whole(of: Mapping[str, Setting], seed: int) -> bool:
-        return len(find.there(dataclasses.replace(x, seed=seed, side="test") for x in of.values())) == len(of)
+        wanted = {dataclasses.replace(one, seed=seed, side="test") for one in of.values()}
+        return find.there(wanted).keys() == wanted
 
     planned = settings(tries)
     seeds = [seed for seed in sizes.seeds if all(whole(of, seed) for of in planned.values())]
     arms = {part: Arms(find.arms(of, seeds)) for part, of in planned.items()}
-    tests = {part: of.tests(PAIRS[part], TESTED) for part, of in arms.items()}
 
-    def row(arms: Arms, pair: Pair, measure: Measure, d: Difference) -> list[str]:
-        read = TESTED[measure]
-        mine, others = (np.stack([read(arms.records[arm][seed]) for seed in seeds]) for arm in pair)
-        low, high = two_way(mine - others)
+    def rows(part: str) -> list[list[str]]:
+        tests = arms[part].tests(PAIRS[part], TESTED)
         return [
-            *(f"`{arm}`" for arm in pair),
-            measure.title,
-            *test_cells(d),
-            f"{signed(low)} to {signed(high)}",
+            [
+                *(f"`{arm}`" for arm in pair),
+                measure.title,
+                *test_cells(tests[pair, measure.title]),
+                ends_text(arms[part].over_pictures(pair, read)),
+            ]
+            for pair, (measure, read) in itertools.product(PAIRS[part], TESTED.items())
         ]
 
     return {
@@ -140,28 +141,10 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find], _: object) -> dic
             part: [[f"`{arm}`", *(mean_text(of.estimate(arm, x)) for x in SHOWN[part])] for arm in of.records]
             for part, of in arms.items()
         },
-        "tests": {
-            part: [
-                row(of, pair, measure, tests[part][pair, measure.title])
-                for pair in PAIRS[part]
-                for measure in TESTED
-            ]
-            for part, of in arms.items()
-        },
-        "above": {part: _named(of, 1) for part, of in tests.items()},
-        "below": {part: _named(of, -1) for part, of in tests.items()},
+        "tests": {part: rows(part) for part in arms},
         "tries": [[part, *tries_row(best, _text)] for part, of in tries.items() for best in of.values()],
         "made": conditions_texts(record for of in arms.values() for record in of.all),
     }
-
-
-def _named(tests: Mapping[tuple[Pair, str], Difference], sign: int) -> dict[str, list[str]]:
-    """Return by measure the pairs whose difference has a sign after the correction."""
-    found: dict[str, list[str]] = {measure.title: [] for measure in TESTED}
-    for ((arm, other), title), d in tests.items():
-        if d.established and d.mean * sign > 0:
-            found[title].append(f"`{arm}` {signed(d.mean)} against `{other}`")
-    return found
 
 
 def _text(one: Setting) -> str:

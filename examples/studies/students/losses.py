@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, arange, nn
+from torch import Tensor, nn
 
 import rankloss
 from rankloss_trainers import create
@@ -27,9 +26,7 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
     """
     if name not in NAMES:
         raise ValueError(f"loss: must be one of {', '.join(NAMES)}, got {name!r}")
-    base = (
-        SmoothedClipLoss(label_smoothing) if label_smoothing else rankloss.ClipLoss(same_id=same_id or None)
-    )
+    base = rankloss.ClipLoss(same_id=same_id or None, label_smoothing=label_smoothing)
     if name == RANKCLIP:
         return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
     return create(name, base, lambda_in=weight) if name == ENCODERS else base
@@ -38,20 +35,3 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
 def references(name: str, teacher: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Return a teacher's features by the names of a loss's arguments; none where the loss has no teacher."""
     return dict(zip(TEACHER, teacher, strict=True)) if name == ENCODERS else {}
-
-
-class SmoothedClipLoss(nn.Module):
-    """CLIP's loss with label smoothing ε: the targets have 1 − ε + ε/N at the pair and ε/N elsewhere."""
-
-    def __init__(self, label_smoothing: float) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        """Return the loss of unit-norm features, ``[N, D]`` each."""
-        logits = logit_scale * image_features @ text_features.T
-        pairs, ways = arange(len(logits)), (logits, logits.T)
-        loss = sum(F.cross_entropy(x, pairs, label_smoothing=self.label_smoothing) for x in ways) / 2
-        return {"contrastive_loss": loss} if output_dict else loss

@@ -23,26 +23,8 @@ ANCHORS = 200  # rows whose rankings are compared
 BOTH_WAYS = "R@10, mean of both"
 
 PRIMARY = Measure("R@10, both", ("retrieval", BOTH_WAYS))
-_WAYS = {"image_to_text": "picture → sentence", "text_to_image": "sentence → picture"}
 CORRELATION = Measure("τ_c, experts", ("people", "experts τ_c"))
-SCALE = Measure("scale", ("geometry", "logit_scale"))
-SECONDARY = (
-    *(
-        Measure(f"{score}, {to}", ("retrieval", f"{way} {score}"))
-        for way, to in _WAYS.items()
-        for score in ("R@1", "R@5", "median rank")
-    ),
-    CORRELATION,
-    Measure("τ_b, experts", ("people", "experts τ_b")),
-    Measure("cross-modal τ", ("geometry", "cross_modal_tau"), 3),
-    Measure("in-modal τ", ("geometry", "in_modal_tau"), 3),
-    Measure("modality gap", ("geometry", "modality_gap"), 3),
-    SCALE,
-)
-DRAWN = {PRIMARY: "R@10, mean of both directions", CORRELATION: "τ_c with the experts"}  # in figures
-# Shown, but not tested: their mean is the primary measure.
-DIRECTIONS = tuple(Measure(f"R@10, {to}", ("retrieval", f"{way} R@10")) for way, to in _WAYS.items())
-SHOWN = (PRIMARY, *DIRECTIONS, CORRELATION, SCALE)
+_WAYS = ("image_to_text", "text_to_image")
 
 
 class Model(Protocol):
@@ -55,18 +37,6 @@ class Model(Protocol):
 
     def sentences(self, sentences: Tensor) -> Tensor:
         """Return features, ``[N, S, D]``."""
-
-
-def median_rank(scores: Tensor, right: Tensor) -> float:
-    """Return the median over the rows of the best right column's rank, counted from 1; ties count half.
-
-    Example:
-        >>> median_rank(torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[False, True, True]]))
-        2.0
-    """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    ties = ((scores == best) & ~right).sum(dim=1)
-    return (1 + (scores > best).sum(dim=1) + ties / 2).double().quantile(0.5).item()
 
 
 def packed_hits(scores: Tensor, right: Tensor, k: int = 10) -> str:
@@ -128,8 +98,6 @@ def measure(
     own = picture_of == torch.arange(len(v)).unsqueeze(1)
     retrieval = {name: score for name, (score, _) in named_recall(v, each, picture_of).items()}
     retrieval[BOTH_WAYS] = (retrieval["image_to_text R@10"] + retrieval["text_to_image R@10"]) / 2
-    retrieval["image_to_text median rank"] = median_rank(similarity, own)
-    retrieval["text_to_image median rank"] = median_rank(similarity.T, own.T)
     first = t[:, 0]
     agreement = {name: value.item() for name, value in rank_agreement(v, first, max_anchors=ANCHORS).items()}
     geometry = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ CROP = 56  # pixels of a picture's side that are seen
 WIDTH = 256  # of the common space
 _CHANNELS = (16, 32, 64, 128, 256)
 _WORDS, _HEADS, _LAYERS = 128, 4, 2  # the transformer's width, its heads and layers
-_SCALE = 1 / 0.07
+LOG_SCALE = math.log(1 / 0.07)  # at the start
 
 
 class Student(nn.Module):
@@ -28,19 +30,16 @@ class Student(nn.Module):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        channels = zip((3, *_CHANNELS), _CHANNELS, strict=False)
-        self.convolutions = nn.Sequential(*(_convolution(*of) for of in channels))
-        self.of_pictures = _projection(_CHANNELS[-1])
+        self.convolutions = convolutions(_CHANNELS)
+        self.of_pictures = projection(_CHANNELS[-1])
         self.transformer = Transformer(words)
-        self.of_sentences = _projection(_WORDS)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
+        self.of_sentences = projection(_WORDS)
+        self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
         self.to(memory_format=torch.channels_last)
 
     def pictures(self, pictures: Tensor) -> Tensor:
         """Return unit-norm features, ``[N, 256]``, of the middle of pictures, uint8 ``[N, H, W, 3]``."""
-        top, left = ((size - CROP) // 2 for size in pictures.shape[1:3])
-        middle = pictures[:, top : top + CROP, left : left + CROP].permute(0, 3, 1, 2)
-        maps = self.convolutions(middle.float() / 127.5 - 1)
+        maps = self.convolutions(middle(pictures, CROP))
         return normalize(self.of_pictures(maps.mean((2, 3))), dim=-1)
 
     def sentences(self, sentences: Tensor) -> Tensor:
@@ -49,12 +48,27 @@ class Student(nn.Module):
         return normalize(self.of_sentences(found), dim=-1).unflatten(0, sentences.shape[:-1])
 
 
-def _convolution(channels: int, more: int) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, more, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(more), nn.ReLU(inplace=True))
+def middle(pictures: Tensor, size: int) -> Tensor:
+    """Return the middle of pictures as numbers from −1 to 1, ``[N, 3, size, size]``."""
+    top, left = ((side - size) // 2 for side in pictures.shape[1:3])
+    return pictures[:, top : top + size, left : left + size].permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _projection(width: int) -> nn.Sequential:
+def convolutions(channels: Sequence[int]) -> nn.Sequential:
+    """Return convolutions, each of which halves the pictures' sides."""
+    layers = (
+        nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        )
+        for before, after in itertools.pairwise((3, *channels))
+    )
+    return nn.Sequential(*layers)
+
+
+def projection(width: int) -> nn.Sequential:
+    """Return a map of standardised features into the common space."""
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, WIDTH))
 
 

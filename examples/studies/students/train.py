@@ -38,11 +38,11 @@ class Setting:
     train_pictures: int = 6000
 
 
-def crops(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random crop of each picture, ``[N, 56, 56, 3]``, every second one mirrored on average."""
+def crops(pictures: Tensor, generator: torch.Generator, size: int = CROP) -> Tensor:
+    """Return a random crop of each picture, ``[N, size, size, 3]``, every second one mirrored on average."""
     n = len(pictures)
-    corners = [torch.randint(s - CROP + 1, (n, 1), generator=generator) for s in pictures.shape[1:3]]
-    rows, columns = (corner + torch.arange(CROP) for corner in corners)
+    corners = [torch.randint(side - size + 1, (n, 1), generator=generator) for side in pictures.shape[1:3]]
+    rows, columns = (corner + torch.arange(size) for corner in corners)
     mirrored = torch.rand((n, 1), generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     return pictures[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
