@@ -224,9 +224,10 @@ EXAMPLES = (
     ("repeated_captions.sh", "open_clip", REPEATED),
     ("graded_lists.py", "Hugging Face's Trainer", GRADES_BY_RULE),
     ("two_encoders.py", "a loop of your own", ENCODERS),
-    ("own_loss.py", "Hugging Face's Trainer", None),
+    ("frozen_encoders.py", "a loop of your own", "a few thousand pairs: heads on frozen encoders"),
+    ("own_loss.py", "Hugging Face's Trainer", "a loss of your own"),
 )
-"""The files of examples/trainers: each with its trainer, and the case whose loss it trains, or None."""
+"""The files of examples/trainers: each with its trainer, and the case whose loss it trains, or its data."""
 
 
 def table_of_readme() -> str:
@@ -280,8 +281,8 @@ def table_of_examples() -> str:
         (
             f"[`{file}`](trainers/{file})",
             trainer,
-            "a loss of your own" if case is None else case.have,
-            "–" if case is None else f"`{case.loss}`",
+            case.have if isinstance(case, Case) else case,
+            f"`{case.loss}`" if isinstance(case, Case) else "–",
         )
         for file, trainer, case in EXAMPLES
     ]
