@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import runpy
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import numpy as np
 import open_clip
 import pytest
 from open_clip_train.params import parse_args
-from trainer_runs import Trainer
+from scipy import stats
+from trainer_runs import Trainer, add_sample
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/recipes"
-NAMES = sorted(script.stem for script in RECIPES.glob("*.sh"))
+NAMES = sorted(script.stem for script in RECIPES.glob("*-*.sh"))
 PROCESSES = {"1": 1, "8": 8, "slurm": 8}  # started by each way to launch
 PAIRS = 16  # of the tiny data
 Command = Callable[..., list[str]]
@@ -33,6 +36,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
         ("torchrun", """printf '%s\\0' torchrun "$@" """),
         ("srun", """printf '%s\\0' srun "$MASTER_ADDR:$MASTER_PORT" "$@" """),
         ("scontrol", "echo first-node; echo second-node"),
+        ("clip_benchmark", """printf '%s\\0' clip_benchmark "$@" """),
     ):
         (shims / name).write_text(f"#!/bin/sh\n{reply}\n")
         (shims / name).chmod(0o755)
@@ -105,6 +109,96 @@ def test_command_trains_a_step(command: Command, trainer: Trainer) -> None:
     assert all(list(values) == [0] and np.isfinite(values[0]) for values in run.scalars.values())
     assert run.scalars["rank_lambda"][0] == 2.0  # the last step of one
     assert run.epoch(1)
+
+
+def commands_of(words: list[str], program: str) -> list[list[str]]:
+    """The commands of a program that a script starts one after another."""
+    starts = [n for n, word in enumerate(words) if word == program]
+    return [words[a:b] for a, b in itertools.pairwise([*starts, len(words)])]
+
+
+@pytest.fixture
+def shards(trainer: Trainer, tmp_path: Path) -> Path:
+    """Two shards as img2dataset writes them: pictures, captions, and the counts beside the shards."""
+    folder = tmp_path / "cc3m"
+    folder.mkdir()
+    for shard, rows in enumerate((trainer.rows[: PAIRS // 2], trainer.rows[PAIRS // 2 : PAIRS])):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for number, (image, caption, _) in enumerate(rows):
+                members = {"png": Path(image).read_bytes(), "txt": caption.encode(), "json": b"{}"}
+                add_sample(tar, f"{shard:05}{number:04}", **members)
+        counts = json.dumps({"count": 10, "successes": len(rows), "status_dict": {"success": 8}}, indent=4)
+        (folder / f"{shard:05}_stats.json").write_text(counts)
+    return folder
+
+
+def test_the_table_trains_clip_and_rankclip_with_three_seeds(
+    command: Command, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = tmp_path / "logs/cc3m-rn50-clip-0/checkpoints/epoch_64.pt"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    words = command("table", "train", "8", "--precision", "amp_bf16", DATA=str(shards))
+    trainings = [parse_args(trainer_arguments(one)) for one in commands_of(words, "torchrun")]
+    assert [x.name for x in trainings] == [
+        f"cc3m-rn50-{loss}-{seed}" for seed in range(3) for loss in ("clip", "rankclip")
+    ][1:]
+    own = parse_args(trainer_arguments(command("cc3m-rn50", "8")))
+    changed = {"seed", "name", "train_data", "dataset_type", "train_num_samples", "resume", "precision"}
+    for args in trainings:
+        differ = {key for key, value in vars(own).items() if vars(args).get(key) != value}
+        assert args.seed == int(args.name[-1])
+        assert args.train_data == f"{shards}/{{00000..00001}}.tar"
+        assert (args.dataset_type, args.train_num_samples) == ("webdataset", PAIRS)
+        assert (args.resume, args.precision) == ("latest", "amp_bf16")
+        if "rankclip" in args.name:
+            assert differ - {"seed"} == changed - {"seed"}
+        else:
+            assert args.loss == "clip"
+            assert args.loss_agreement_every != own.loss_agreement_every
+
+
+def test_a_training_of_the_table_gives_a_checkpoint_that_is_evaluated(
+    command: Command, trainer: Trainer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {
+        **{"--model": f"local-dir:{trainer.directory / 'tiny'}", "--device": "cpu", "--workers": "0"},
+        **{"--batch-size": str(PAIRS // 2), "--logs": str(trainer.directory / "logs")},
+    }
+    given = {"DATA": str(shards), "SEEDS": "7", "EPOCHS": "1"}
+    words = command("table", "train", "1", *itertools.chain(*options.items()), **given)
+    plain, ranked = commands_of(words, "python")
+    assert "--loss" not in plain
+    name = "cc3m-rn50-rankclip-7"
+    run = trainer.call(name, *trainer_arguments(ranked), alone=True)
+    assert run.returncode == 0, run.output[-4000:]
+    assert run.scalars["rank_lambda"][0] > 0
+    checkpoint = run.directory / "checkpoints/epoch_1.pt"
+    model = open_clip.create_model(options["--model"], load_weights=False)
+    open_clip.load_checkpoint(model, str(checkpoint))  # as a file given as --pretrained
+    _, second = commands_of(command("table", "evaluate", **given), "clip_benchmark")
+    assert second[second.index("--pretrained") + 1] == f"logs/{name}/checkpoints/epoch_1.pt"
+    assert second[second.index("--output") + 1] == f"results/{name}-{{dataset}}.json"
+    assert second[second.index("--dataset_root") + 1] == "tests/wds_{dataset_cleaned}"
+
+
+def test_the_table_has_paired_differences_of_the_seeds(tmp_path: Path) -> None:
+    scores = {"clip": (0.20, 0.22, 0.21), "rankclip": (0.23, 0.23, 0.22)}
+    for loss, of in scores.items():
+        for seed, score in enumerate(of):
+            recall = {"image_retrieval_recall@5": 0.5 + 0.01 * seed * (loss == "rankclip")}
+            found = {"imagenet1k": {"acc1": score, "acc5": 0.5, "mean_per_class": 1}, "flickr30k": recall}
+            pretrained = f"logs/cc3m-rn50-{loss}-{seed}/checkpoints/epoch_64.pt"
+            for data, metrics in found.items():
+                result = {"dataset": f"wds/{data}", "pretrained": pretrained, "metrics": metrics}
+                (tmp_path / f"{loss}-{seed}-{data}.json").write_text(json.dumps(result))
+    _, _, recall, first, _ = runpy.run_path(str(RECIPES / "table.py"))["table"](tmp_path)
+    test = stats.ttest_rel(np.multiply(scores["rankclip"], 100), np.multiply(scores["clip"], 100))
+    low, high = test.confidence_interval()
+    assert first == f"| imagenet1k | top-1 | 21.00 | 22.67 | +1.67 ± {(high - low) / 2:.2f} | 3 |"
+    assert recall.startswith("| flickr30k | text → picture R@5 | 50.00 | 51.00 | +1.00 ± ")
 
 
 @pytest.mark.parametrize(
