@@ -134,9 +134,8 @@ def photographs(folder):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "Flicker8k_Dataset" / name)
         who = ("dog", "man", "girl")[row % 3]
-        sentences[name] = [
-            f"a {who} with a {('red', 'blue', 'black')[k % 3]} hat {k}" for k in range(row, row + 5)
-        ]
+        things = (("two red caps", "three blue caps")[row % 2], f"a {who} and a hat")
+        sentences[name] = [f"{', '.join(things)} {k}" for k in range(5)]
     names = {side: [f"{row}.png" for row in of] for side, of in splits.items()}
     return Photographs(folder, names, sentences, [])
 
