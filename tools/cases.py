@@ -114,8 +114,8 @@ CAPTIONS = Case(
 REPEATED = Case(
     "repeated captions, such as class names",
     "clip-ids",
-    gain="zero-shot top-1: icons, where 99 % have a partner, +3.55 ± 0.67; emojis, 91 %, *+1.76 ± 1.29*; "
-    "nothing below 13 %",
+    gain="zero-shot top-1: icons, 99 % with a partner, +3.55 ± 0.67; emojis, 91 %, *+1.76 ± 1.29*; "
+    "none below 13 %",
     page="losses.md#repeated-and-several-captions",
 )
 SEVERAL = Case(
@@ -143,7 +143,7 @@ GRADES = Case(
     "people's grades",
     "ranked-lists",
     {"model": "lambda", "weight": 0.25},
-    gain="photographs: τ_c +1.96 ± 0.07, R@10 −1.05 ± 0.34; emojis, graded by a rule: nDCG@10 +4.86 ± 0.46, "
+    gain="photographs: τ_c +1.96 ± 0.07, R@10 −1.05 ± 0.34; emojis, by a rule: nDCG@10 +4.86 ± 0.46, "
     "R@10 *+1.23 ± 1.22*",
     page="lists.md",
 )
@@ -192,8 +192,8 @@ START = Case(
     "mimicry",
     {"weight": 4.0},
     features="--model ViT-B-32 --pretrained laion2b_s34b_b79k",
-    gain="icons kept +8.64 ± 1.05, emojis learned *+0.37 ± 2.01*; learned +5.90 ± 1.55 against a tenth of "
-    "the learning rate, which keeps as much",
+    gain="kept icons +8.64 ± 1.05, learned emojis *+0.37 ± 2.01*; at an equally kept CLIP learned "
+    "+5.90 ± 1.55",
     on=("kept +8.64 ± 1.05", "–", "learned *+0.37 ± 2.01*"),
     page="teachers.md#fine-tuning-that-forgets-less",
 )
@@ -237,8 +237,8 @@ def table_of_readme() -> str:
     """What a reader has, the loss, its gain, its page."""
     rows = {
         TEACHER.have: TEACHER,
-        "an image backbone and a sentence encoder; pip has small ones": PRESET,
-        "grades by people or a rule": GRADES,
+        "two encoders, or the small ones from pip": PRESET,
+        "grades": GRADES,
         "hard negatives, preferences": NEGATIVES,
         "several photographs per product, repeated captions": REPEATED,
         "a CLIP to fine-tune that must not forget": START,

@@ -24,11 +24,10 @@ from studies.students.losses import TEACHER
 from studies.students.measure import BOTH_WAYS, Metrics, Model, measure, recorded
 from studies.training import kept
 
-from .losses import CLIP, PREFERENCES, HardNegatives
+from .losses import CLIP, HardNegatives
 from .rules import KINDS, Negative, negatives, words_of
 
-START, DPO = "start", "dpo"
-REFERENCE = ("reference_query_features", "reference_candidate_features", "reference_scale")
+START = "start"
 _DOGS = 3  # captions that name a dog
 
 
@@ -100,7 +99,7 @@ class Photographs:
 
 def _train(setting: Setting, part: Part, start: heads.Heads | None = None) -> heads.Heads:
     """Train heads by a setting, from other heads if they are given."""
-    loss: nn.Module = HardNegatives(PREFERENCES if setting.arm == DPO else setting.arm, setting.weight)
+    loss: nn.Module = HardNegatives(setting.arm, setting.weight)
     frozen = None if start is None else encoded(start, part)
     if setting.mimicry:
         loss = rankloss.MimicryLoss(loss, weight=setting.mimicry)
@@ -108,14 +107,8 @@ def _train(setting: Setting, part: Part, start: heads.Heads | None = None) -> he
     def given(model: heads.Heads, rows: Tensor, drawn: Tensor) -> dict[str, Any]:
         own = model.sentences(part.negatives[rows, drawn])
         found = {"negatives": own, "has_negative": part.kinds[rows, drawn] >= 0}
-        if frozen is None:
-            return found
-        v, t, n = frozen[0][rows], *(of[rows, drawn] for of in frozen[1:])
-        if setting.mimicry:
-            found |= zip(TEACHER, (v, t), strict=True)
-        if setting.arm == DPO:
-            frozen_scale = start.log_scale.exp().item()
-            found |= zip(REFERENCE, (v, torch.stack([t, n], 1), frozen_scale), strict=True)
+        if setting.mimicry and frozen is not None:
+            found |= zip(TEACHER, (frozen[0][rows], frozen[1][rows, drawn]), strict=True)
         return found
 
     return heads.train(setting, part.seen, loss=loss, seen=given, start=start)
@@ -174,8 +167,10 @@ def data(
     """
     if options.data is None:
         raise RuntimeError("--data FOLDER of Flickr8k is needed, see examples/studies/photographs/README.md")
-    photographs, count = read(options.data), sizes.all["train_pictures"]
-    cache, names = cached(photographs, count, kind), photographs.used(count)
+    every = read(options.data)
+    names = {side: every.splits[side][:count] for side, count in sizes.pictures.items()}
+    photographs = dataclasses.replace(every, splits=names)
+    cache = cached(photographs, len(names["train"]), kind)
     captions = {side: [photographs.sentences[name] for name in of] for side, of in names.items()}
     counts = Counter(word for of in captions["train"] for text in of for word in words_of(text))
     rules = {side: negatives(of, counts) for side, of in captions.items()}

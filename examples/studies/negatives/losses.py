@@ -31,12 +31,9 @@ class HardNegatives(nn.Module):
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False,
-        *, negatives: Tensor, has_negative: Tensor, **reference: Tensor,
+        *, negatives: Tensor, has_negative: Tensor,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        """Return the loss of unit-norm features, ``[N, D]``, of which ``has_negative``, ``[N]``, tells some.
-
-        ``reference`` are a frozen model's features and scale, as lists take them.
-        """
+        """Return the loss of unit-norm features, ``[N, D]``; some pairs have no negative."""
         v, t = image_features, text_features
         if self.lists is None:
             texts = torch.cat([t, negatives[has_negative]]) if self.has_negatives else t
@@ -50,4 +47,4 @@ class HardNegatives(nn.Module):
             "mask": torch.stack([torch.ones_like(has_negative), has_negative], 1),
         }
         pairs = {"image_features": v, "text_features": t}
-        return self.lists(logit_scale=logit_scale, output_dict=output_dict, **pairs, **lists, **reference)
+        return self.lists(logit_scale=logit_scale, output_dict=output_dict, **pairs, **lists)

@@ -19,7 +19,7 @@ from studies.runner import Study
 from studies.statistics import Arms, Measure, Pair
 from studies.students.measure import PRIMARY, hits_of_pictures
 
-from .data import DPO, START, Setting, data, told_of_pictures
+from .data import START, Setting, data, told_of_pictures
 from .losses import CLIP, LISTS, NEGCLIP, PREFERENCES
 from .rules import KINDS
 
@@ -38,9 +38,9 @@ SHOWN = {FRESH: (PRIMARY, ACCURACY, BLIND, SEEN, *RULES), TUNED: (PRIMARY, DOGS,
 PAIRS: dict[str, list[Pair]] = {
     FRESH: [(arm, CLIP) for arm in (NEGCLIP, LISTS, PREFERENCES)],
     TUNED: [
-        *((arm, CLIP) for arm in (NEGCLIP, PREFERENCES, CLIP + MIMICRY)),
-        *((arm + MIMICRY, arm + other) for other in ("", GENTLE) for arm in (NEGCLIP, PREFERENCES)),
-        (DPO, PREFERENCES),
+        *((arm, CLIP) for arm in (NEGCLIP, PREFERENCES)),
+        *((arm + MIMICRY, arm) for arm in (NEGCLIP, PREFERENCES)),
+        (NEGCLIP + MIMICRY, NEGCLIP + GENTLE),
     ],
 }
 
@@ -84,10 +84,10 @@ def chosen(sizes: SimpleNamespace, find: Find) -> dict[str, dict[str, Best]]:
         base = dataclasses.replace(start, **sizes.dogs, **own)
         tuned[arm] = best(arm, base, sizes.tuned["plain"], learned)
         plain = tuned[arm].chosen
-        tuned[arm + MIMICRY] = best(arm + MIMICRY, plain, sizes.tuned["mimicry"], balanced)
         if arm != CLIP:
+            tuned[arm + MIMICRY] = best(arm + MIMICRY, plain, sizes.tuned["mimicry"], balanced)
+        if arm == NEGCLIP:
             tuned[arm + GENTLE] = best(arm + GENTLE, plain, sizes.tuned["gentle"], balanced)
-    tuned[DPO] = best(DPO, dataclasses.replace(plain, arm=DPO), sizes.tuned["dpo"], balanced)
     return {FRESH: fresh, TUNED: tuned}
 
 
@@ -148,7 +148,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
 
 
 def _text(one: Setting) -> str:
-    own = {"weight": one.weight * (one.arm in (LISTS, PREFERENCES, DPO)), "mimicry": one.mimicry}
+    own = {"weight": one.weight * (one.arm in (LISTS, PREFERENCES)), "mimicry": one.mimicry}
     return ", ".join([f"lr {one.lr:g}", *(f"{name} {value:g}" for name, value in own.items() if value)])
 
 
