@@ -118,6 +118,10 @@ def test_pairs_of_one_caption_have_one_id_and_a_search_finds_a_copy():
     data = SimpleNamespace(sides=sides, fingerprint="")
     made = baselines.Baselines(data, [["a", "b"], ["b", "c"]])
     assert made.ids.tolist() == [[0, 1], [1, 2]]
+    words = baselines.Baselines(data, [["red apple"], ["red car"], ["green apple"]]).words
+    half = 0.5**0.5  # "car" and "green" are in one caption alone
+    expected = torch.tensor([[1, half, half], [half, 1, 0], [half, 0, 1]])
+    torch.testing.assert_close(words[:, 0] @ words[:, 0].T, expected)
 
 
 @pytest.mark.parametrize("arm", losses.NAMES)

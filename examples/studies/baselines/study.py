@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloss_features.captions import CaptionVectors
+from rankloss_trainers import create
 from studies import icons
 from studies.data import drawings
 from studies.data.features import Encoders, FrozenEncoders, cached, standardised
@@ -31,7 +34,14 @@ from studies.students.measure import PRIMARY, hits_of_pictures, recorded
 from .search import Search, without_encoders
 
 SEARCHES = ("search", "pixels")
-LOSSES = {"smoothing": "clip", "rankclip": "rankclip", "encoders": "rankclip-encoders", "ids": "clip"}
+CAPTIONS = "rankclip-captions"
+LOSSES = {
+    "smoothing": "clip",
+    "rankclip": "rankclip",
+    "encoders": "rankclip-encoders",
+    "ids": "clip",
+    "captions": CAPTIONS,
+}
 """The loss of each arm that is compared with ``heads``."""
 SCRATCH = HERE / "photographs/results/part2d"
 
@@ -52,10 +62,17 @@ class Baselines:
     """
 
     def __init__(self, data: DataSet, captions: Sequence[Sequence[str]]) -> None:
-        self.data, self.fingerprint = data, data.fingerprint
+        self.data, self.fingerprint, self.captions = data, data.fingerprint, captions
         self.frozen = standardised({side: of.teacher for side, of in data.sides.items()})
         numbers = {text: n for n, text in enumerate(dict.fromkeys(itertools.chain(*captions)))}
         self.ids = torch.tensor([[numbers[text] for text in of] for of in captions])
+
+    @functools.cached_property
+    def words(self) -> Tensor:
+        """TF-IDF of the captions to train on, ``[N, S, tokens]``."""
+        texts = [*itertools.chain(*self.captions)]
+        rows = CaptionVectors.fit(texts, dimensions=None).transform(texts)
+        return torch.from_numpy(rows).unflatten(0, (len(self.captions), -1))
 
     def train(self, setting: Setting) -> Record:
         """Train heads, or only search, and measure."""
@@ -64,7 +81,9 @@ class Baselines:
         def model() -> Any:
             if setting.arm in SEARCHES:
                 return Search(sides["train"], setting.neighbours)
-            return heads.train(setting, sides["train"], seen=lambda _, *of: self._seen(setting, *of))
+            loss = create(CAPTIONS, lambda_in=setting.weight) if setting.arm == CAPTIONS else None
+            seen = functools.partial(self._seen, setting)
+            return heads.train(setting, sides["train"], loss=loss, seen=lambda _, *of: seen(*of))
 
         return recorded(model, lambda of: self.data.measure(of, setting.side, sides[setting.side]))
 
@@ -72,6 +91,8 @@ class Baselines:
         """Return what an arm's loss is given beside the features."""
         if setting.same_id:
             return {"pair_ids": self.ids[rows, drawn]}
+        if setting.arm == CAPTIONS:
+            return {losses.TEACHER[1]: self.words[rows, drawn]}
         teacher = self.data.sides["train"].teacher
         return losses.references(setting.arm, (teacher.pictures[rows], teacher.sentences[rows, drawn]))
 
@@ -132,9 +153,10 @@ def measured(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> tu
 
 
 def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
-    """Ask for all measurements of the plan, one data set after the other."""
+    """Ask for all measurements of the plan, one data set after the other; absent ones are passed over."""
     for name in sizes.sizes:
-        measured(sizes, name, finds)
+        if name in finds:
+            measured(sizes, name, finds)
 
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
