@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from studies.captions import study
+from studies.captions import study, teachers
 from studies.captions.memory import MemoryLoss
 from studies.captions.teachers import Teachers
 from studies.plan import Find, MissingError
@@ -66,9 +66,22 @@ def test_shuffled_captions_are_those_of_other_pictures(tmp_path):
     torch.testing.assert_close(small.norm(dim=1), torch.ones(30))
 
 
+@pytest.mark.parametrize("name", ["tf-idf", "shuffled tf-idf"])
+def test_rows_of_many_texts_are_those_with_their_zeros(name, tmp_path, monkeypatch):
+    captions = [[f"a{i % 5} b{i % 7}", f"b{i % 7} c{i % 3}", f"alone{i}"] for i in range(30)]
+    made = [torch.zeros(30, 32, 32, 3, dtype=torch.uint8), lambda: [], tmp_path]
+    whole = Teachers(captions, *made).rows(name)
+    monkeypatch.setattr(teachers, "_MOST", 80)
+    monkeypatch.setattr(teachers, "_PART", 7)
+    sparse = Teachers(captions, *made).rows(name)
+    assert isinstance(sparse, teachers.SparseRows)
+    rows, drawn = torch.tensor([3, 29, 3, 0]), torch.tensor([0, 2, 1, 2])
+    torch.testing.assert_close(sparse[rows, drawn], whole[rows, drawn], rtol=0, atol=0)
+
+
 def made_up(gain, *, sizes=SIZES, blocks=1):
     """Return records of the first blocks, where an arm is so many points above CLIP."""
-    finds = {name: Find(name, {}) for name in study.SETS}
+    finds = {name: Find(name, {}) for name in (*study.SETS, *study.LARGE)}
     rng = np.random.default_rng(0)
     plan = type(sizes)(**{**vars(sizes), "blocks": sizes.blocks[:blocks]})
     for _ in range(1000):
@@ -125,6 +138,21 @@ def test_a_report_is_of_the_records_that_are_there():
     found = study.results(SIZES, {name: finds[name] for name in ("emojis", "icons")})
     n = {row[0]: row[4] for row in found["primary"]}
     assert n == {"emojis-64": "2", "emojis-250": "4", "icons-64": "4", "icons-250": "4"}
+
+
+def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
+    """Their trainings are on their own data; no planned family grows."""
+    finds = made_up({"captions": 4.0}, blocks=len(SIZES.blocks))
+    found = study.results(SIZES, finds, None)
+    few, all_icons = (finds[name].records for name in study.LARGE)
+    assert {one.lr for one in few if one.side == "dev"} == {0.002, 0.004}
+    assert {(one.side, one.lr) for one in all_icons} == {("test", 0.004)}
+    cells = {"icons-71680-64", "icons-all-64"}
+    assert {row[0] for row in found["large"]} == cells
+    assert len(found["large"]) == 10
+    assert len(found["primary"]) == len(found["control"]) == 6
+    assert cells.isdisjoint(row[0] for row in found["secondary"])
+    assert [row[0] for row in found["gains"]] == SIZES.curves
 
 
 def test_the_committed_report_is_that_of_its_records(tmp_path):

@@ -92,8 +92,11 @@ def emojis(limit: int | None) -> Source:
 
 def icons_of(folder: Path, sizes: Sequence[int]) -> Source:
     """Return the first icons, without sets of emojis, of a finished build."""
-    sides = drawings.icons(icons.built(folder), *sizes)
-    return Source(_captions(sides), lambda side: sides[side].pictures)
+
+    def sides() -> drawings.Sides:  # drawn again when they are asked for: gigabytes
+        return drawings.icons(icons.built(folder), *sizes)
+
+    return Source(_captions(sides()), lambda side: sides()[side].pictures)
 
 
 def photographs(folder: Path, train_pictures: int) -> Source:
@@ -131,7 +134,8 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, DataS
     """Return the data sets that are there: icons if they are built, photographs if their folder is given."""
     found = {"emojis": emojis(sizes.sizes["emojis"])}
     if (options.icons / "manifest.json").is_file():
-        found["icons"] = icons_of(options.icons, sizes.sizes["icons"])
+        names = (name for name in sizes.sizes if name.startswith("icons"))
+        found |= {name: icons_of(options.icons, sizes.sizes[name]) for name in names}
     if options.data is not None:
         found["photographs"] = photographs(options.data, sizes.sizes["photographs"])
     kept_in = options.output / "captions" / sizes.preset

@@ -18,8 +18,10 @@ from .data import data
 from .train import ARMS, Setting
 
 CLIP, SMOOTHING, CAPTIONS, SHUFFLED = "clip", "smoothing", "captions", "shuffled"
+GAINS = (CAPTIONS, SHUFFLED, SMOOTHING, "memory")  # against epochs and pairs
 GOAL = 1.5  # points
 SETS = ("emojis", "icons", "photographs")
+LARGE = ("icons-71680", "icons-all")
 ZERO_SHOT = Measure("zero-shot top-1", ("zero-shot", "top-1"))
 _HERE = Path(__file__).parent
 
@@ -52,13 +54,15 @@ def cell(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> Cell:
     """
     own = {"epochs": getattr(sizes, "epochs", sizes.cells[name]["epochs"])}
     tuned = sizes.cells[sizes.cells[name].get("rate_of", name)]
-    find = finds[tuned["data"]]
+    scores = finds[tuned["data"]].scores(PRIMARY)
     epochs = getattr(sizes, "epochs", tuned["epochs"])
     start = Setting(CLIP, sizes.tuning_seed, "dev", tuned["batch_size"], epochs, 0.0)
-    tries = [dataclasses.replace(start, lr=lr) for lr in sizes.tries]
-    rates = dict(zip(sizes.tries, find.scores(PRIMARY)(tries), strict=True))
+    levels = tuned.get("tries", sizes.tries)
+    tries = [dataclasses.replace(start, lr=lr) for lr in levels]
+    rates = dict(zip(levels, scores(tries), strict=True))
     best = dataclasses.replace(start, lr=max(rates, key=rates.__getitem__))
-    (smoothing,) = find.scores(PRIMARY)([dataclasses.replace(best, arm=SMOOTHING)])
+    (smoothing,) = scores([dataclasses.replace(best, arm=SMOOTHING)])
+    find = finds[sizes.cells[name]["data"]]
     return Cell(name, find, rates, smoothing, dataclasses.replace(best, **own))
 
 
@@ -110,18 +114,22 @@ def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
-    cells = list(by_cell(sizes, finds))
-    arms_of = {one.name: arms for one, arms in cells}
+    every = list(by_cell(sizes, finds))
+    arms_of = {one.name: arms for one, arms in every}
+    cells, large = (
+        [of for of in every if (sizes.cells[of[0].name]["data"] in LARGE) is is_large]
+        for is_large in (False, True)
+    )
     planned = [(one, arms) for one, arms in cells if "rate_of" not in sizes.cells[one.name]]
     primary = compared(planned, [(CAPTIONS, None)])
     control = compared(planned, [(CAPTIONS, SHUFFLED)])
     others = [arm for arm in ARMS if arm not in (CLIP, CAPTIONS)]
     rivals = [(CAPTIONS, CLIP), *((CAPTIONS, arm) for arm in ("encoders", "sentence"))]
     secondary = compared(cells, [*((arm, CLIP) for arm in others), *rivals])
-    ends = {
-        key: arms_of[key[0]].over_pictures(key[1], hits_of_pictures)
-        for key in {**primary, **control, **secondary}
-    }
+    of_large = [(CAPTIONS, CLIP), (CAPTIONS, SHUFFLED), (SHUFFLED, CLIP), ("memory", CLIP), (SMOOTHING, CLIP)]
+    pairs = compared(large, of_large)
+    tests = {**primary, **control, **secondary, **pairs}
+    ends = {key: arms_of[key[0]].over_pictures(key[1], hits_of_pictures) for key in tests}
 
     def row(key: tuple[str, Pair], d: Difference) -> list[str]:
         arms = [f"`{arm}`" for arm in key[1]]
@@ -139,6 +147,9 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     def number(arms: Arms, arm: str, measure: Measure) -> str:
         has = [record for record in arms.records[arm].values() if measure.path[0] in record["metrics"]]
         return mean_text(arms.estimate(arm, measure)) if has else "–"
+
+    def gain(arms: Arms, arm: str) -> str:
+        return difference_text(arms.difference((arm, CLIP), PRIMARY) if arm in arms.records else None)
 
     return {
         "goal": GOAL,
@@ -159,17 +170,35 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "primary": [row(key, d) for key, d in primary.items()],
         "control": [row(key, d) for key, d in control.items()],
         "secondary": [row(key, d) for key, d in secondary.items()],
+        "large": [row(key, d) for key, d in pairs.items()],
+        "gains_head": ["cell", "epochs", "CLIP's R@10", *GAINS],
+        "gains": [
+            [
+                name,
+                str(sizes.cells[name]["epochs"]),
+                number(arms_of[name], CLIP, PRIMARY),
+                *(gain(arms_of[name], arm) for arm in GAINS),
+            ]
+            for name in sizes.curves
+            if name in arms_of
+        ],
         "arms": [
             [one.name, f"`{arm}`", *(number(arms, arm, measure) for measure in (PRIMARY, *extra))]
-            for one, arms in cells
+            for one, arms in every
             for arm in arms.records
         ],
         "tries": [
-            [one.name, *(f"{x:.1f}" for x in (*one.rates.values(), one.smoothing)), f"`{one.reference}`"]
-            for one, _ in planned
+            [
+                one.name,
+                *(f"{one.rates[lr]:.1f}" if lr in one.rates else "–" for lr in sizes.tries),
+                f"{one.smoothing:.1f}",
+                f"`{one.reference}`",
+            ]
+            for one, _ in every
+            if "rate_of" not in sizes.cells[one.name]
         ],
         "rates": [f"{lr:g}" for lr in sizes.tries],
-        "made": conditions_texts(record for _, arms in cells for record in arms.all),
+        "made": conditions_texts(record for _, arms in every for record in arms.all),
     }
 
 
@@ -179,7 +208,7 @@ def study(_: str) -> Study:
         folder=_HERE,
         setting=Setting,
         plan="plan.yaml",
-        records={name: name for name in SETS},
+        records={name: name for name in (*SETS, *LARGE)},
         data=data,
         results=results,
         report="captions",
