@@ -143,7 +143,7 @@ def test_a_report_is_of_the_records_that_are_there():
 def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
     """Their trainings are on their own data; no planned family grows."""
     finds = made_up({"captions": 4.0}, blocks=len(SIZES.blocks))
-    found = study.results(SIZES, finds, None)
+    found = study.results(SIZES, finds)
     few, all_icons = (finds[name].records for name in study.LARGE)
     assert {one.lr for one in few if one.side == "dev"} == {0.002, 0.004}
     assert {(one.side, one.lr) for one in all_icons} == {("test", 0.004)}

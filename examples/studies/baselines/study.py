@@ -83,11 +83,11 @@ class Baselines:
                 return Search(sides["train"], setting.neighbours)
             loss = create(CAPTIONS, lambda_in=setting.weight) if setting.arm == CAPTIONS else None
             seen = functools.partial(self._seen, setting)
-            return heads.train(setting, sides["train"], loss=loss, seen=lambda _, *of: seen(*of))
+            return heads.train(setting, sides["train"], loss=loss, seen=seen)
 
         return recorded(model, lambda of: self.data.measure(of, setting.side, sides[setting.side]))
 
-    def _seen(self, setting: Setting, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+    def _seen(self, setting: Setting, _: heads.Heads, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
         """Return what an arm's loss is given beside the features."""
         if setting.same_id:
             return {"pair_ids": self.ids[rows, drawn]}
