@@ -1,15 +1,36 @@
-"""A small CLIP of emojis, trained with accelerate and RankCLIP's loss.
+"""A loop with accelerate and RankCLIP's loss: train, evaluate on held-out pairs, save.
 
 Run ``python examples/trainers/accelerate_loop.py``, or on several processes
-``accelerate launch --cpu --num_processes 2 examples/trainers/accelerate_loop.py``.
+``accelerate launch --cpu --num_processes 2 examples/trainers/accelerate_loop.py``. Put in your own model and
+data.
 """
 
-import emojis
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import rankloss_trainers
+
+
+class Towers(torch.nn.Module):
+    """Yours: a model that returns unit-norm features of images and texts, and the scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
+
+
+def made_pairs():
+    """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
+    views = [concepts.T @ x + torch.randn(1200, x.shape[1], generator=generator) for x in maps]
+    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
 
 
 def train(accelerator, model, batches, optimizer, epochs):
@@ -30,11 +51,21 @@ def train(accelerator, model, batches, optimizer, epochs):
     return value
 
 
-def main():
-    """Train on the emojis."""
-    accelerator, model = Accelerator(cpu=True), emojis.clip()
-    batches = DataLoader(emojis.tensors(), 32 // accelerator.num_processes, shuffle=True, drop_last=True)
-    train(accelerator, model, batches, torch.optim.AdamW(model.parameters(), lr=1e-3), epochs=3)
+@torch.no_grad()
+def recall(model, held_out):
+    """R@1: the share of images whose own text is the most similar one."""
+    images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
+    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+
+
+def main(output="outputs/trainers/accelerate"):
+    """Train; the first process evaluates, and the model is saved."""
+    torch.manual_seed(0)
+    accelerator, model, (pairs, held_out) = Accelerator(cpu=True), Towers(), made_pairs()
+    batches = DataLoader(pairs, 100 // accelerator.num_processes, shuffle=True, drop_last=True)
+    train(accelerator, model, batches, torch.optim.AdamW(model.parameters(), lr=1e-2), epochs=3)
+    accelerator.print(f"held-out R@1: {recall(model, held_out):.3f}")
+    accelerator.save_model(model, output)
     accelerator.end_training()
 
 

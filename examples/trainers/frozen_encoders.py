@@ -46,14 +46,15 @@ def recall(heads, images, texts):
     return (scores > scores.diagonal()[:, None]).sum(1).lt(10).float().mean().item()
 
 
-def main(folder="features"):
-    """Hold a tenth of the pairs out, train on the others, and measure."""
+def main(folder="features", output="heads.pt"):
+    """Hold a tenth of the pairs out, train on the others, measure, and save."""
     features = Features(folder).check()
     n, order = len(features) // 10, torch.randperm(len(features))
     found = features.take(order.numpy())
     images, texts = (torch.from_numpy(found[name]) for name in ("image_features", "text_features"))
     heads = train(images[n:], texts[n:])
     print(f"R@10 of {n} held-out pairs: {recall(heads, images[:n], texts[:n]):.3f}")
+    torch.save(heads.state_dict(), output)
 
 
 if __name__ == "__main__":

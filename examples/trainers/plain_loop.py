@@ -1,17 +1,37 @@
-"""A small CLIP of emojis, trained in a loop of one's own with RankCLIP's loss.
+"""A loop of one's own with RankCLIP's loss: train, evaluate on held-out pairs, save.
 
 Run ``python examples/trainers/plain_loop.py``, or on several processes
-``torchrun --nproc-per-node 2 examples/trainers/plain_loop.py``.
+``torchrun --nproc-per-node 2 examples/trainers/plain_loop.py``. Put in your model and your data.
 """
 
 import os
 
-import emojis
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import rankloss_trainers
+
+
+class Towers(torch.nn.Module):
+    """Yours: a model that returns unit-norm features of images and texts, and the scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
+
+
+def made_pairs():
+    """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
+    views = [concepts.T @ x + torch.randn(1200, x.shape[1], generator=generator) for x in maps]
+    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
 
 
 def train(model, batches, optimizer, epochs):
@@ -32,15 +52,28 @@ def train(model, batches, optimizer, epochs):
     return loss
 
 
-def main():
-    """Train on the emojis; each process of torchrun has its share of every batch."""
-    model, pairs, processes = emojis.clip(), emojis.tensors(), int(os.environ.get("WORLD_SIZE", "1"))
-    sampler = None
+@torch.no_grad()
+def recall(model, held_out):
+    """R@1: the share of images whose own text is the most similar one."""
+    images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
+    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+
+
+def main(output="outputs/trainers/plain_loop"):
+    """Train; each process of torchrun has its share of every batch, and the first one saves the model."""
+    torch.manual_seed(0)
+    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    own, (pairs, held_out), sampler = Towers(), made_pairs(), None
+    model = own
     if processes > 1:
         torch.distributed.init_process_group("gloo")
-        model, sampler = DistributedDataParallel(model), DistributedSampler(pairs)
-    batches = DataLoader(pairs, 32 // processes, shuffle=sampler is None, sampler=sampler, drop_last=True)
-    train(model, batches, torch.optim.AdamW(model.parameters(), lr=1e-3), epochs=3)
+        model, sampler = DistributedDataParallel(own), DistributedSampler(pairs)
+    batches = DataLoader(pairs, 100 // processes, shuffle=sampler is None, sampler=sampler, drop_last=True)
+    train(model, batches, torch.optim.AdamW(own.parameters(), lr=1e-2), epochs=3)
+    if rank == 0:
+        print(f"held-out R@1: {recall(own, held_out):.3f}")
+        os.makedirs(output, exist_ok=True)
+        torch.save(own.state_dict(), f"{output}/model.pt")
     if processes > 1:
         del model  # or DDP may not end, with gloo and torch 2.13
         torch.distributed.destroy_process_group()

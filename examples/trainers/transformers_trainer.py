@@ -1,30 +1,35 @@
-"""A small CLIP of emojis, trained with Hugging Face's Trainer and RankCLIP's loss.
+"""Hugging Face's CLIP and Trainer with RankCLIP's loss: train, evaluate on held-out pairs, save.
 
-Run ``python examples/trainers/transformers_trainer.py``.
+Run ``python examples/trainers/emojis.py outputs/emojis``, then
+``python examples/trainers/transformers_trainer.py``; or put in your model and your data.
 """
 
-from pathlib import Path
-
-import emojis
-from transformers import TrainingArguments
+from datasets import Image, load_dataset
+from transformers import AutoModel, AutoProcessor, TrainingArguments
 
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 
-def main(folder="outputs/trainers/transformers"):
-    """Train on the emojis."""
-    # Yours: CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), and CLIPProcessor.
-    model, processor = emojis.hugging_face_clip(Path(folder, "model"))
+def main(folder="outputs/emojis", output="outputs/trainers/transformers"):
+    """Train on ``pairs.csv`` of a folder, evaluate on ``held_out.csv``, and save the model."""
+    name = f"{folder}/transformers"  # yours: "openai/clip-vit-base-patch32"
+    model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
     def encoded(rows):
         return processor(
-            images=rows["image"], text=rows["caption"], return_tensors="pt", padding="max_length"
+            images=rows["filepath"],
+            text=rows["title"],
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
         )
 
-    data = emojis.table().with_transform(encoded).train_test_split(0.2, seed=0)
+    files = {"train": f"{folder}/pairs.csv", "test": f"{folder}/held_out.csv"}
+    data = load_dataset("csv", data_files=files, sep="\t").cast_column("filepath", Image())
+    data = data.with_transform(encoded)
     pairs, held_out = data["train"], data["test"]
     args = TrainingArguments(
-        folder,
+        output,
         num_train_epochs=8,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
@@ -37,6 +42,8 @@ def main(folder="outputs/trainers/transformers"):
     trainer = ContrastiveTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, loss="rankclip")
     trainer.train()
     print(trainer.evaluate())  # CLIP's loss alone: with the rank terms it would grow with λ
+    trainer.save_model()
+    processor.save_pretrained(output)
 
 
 if __name__ == "__main__":

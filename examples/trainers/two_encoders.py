@@ -1,19 +1,29 @@
-"""A small CLIP of emojis, taught by an image backbone and a sentence encoder that have no common space.
+"""A loop taught by an image backbone and a sentence encoder that have no common space: train, evaluate, save.
 
-Run ``python examples/trainers/two_encoders.py``. The teacher's features are computed once, by ``rankloss
-features``; ``rankloss[encoders]`` installs both encoders.
+Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/two_encoders.py``;
+or put in your model and your data. ``rankloss features`` computes the features of the teacher once, and
+``rankloss[encoders]`` installs both encoders.
 """
 
-from pathlib import Path
+import csv
 
-import emojis
+import open_clip
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from rankloss_features import Features
 from rankloss_trainers import console, create
 
 ENCODERS = ("--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm")
+
+
+def read(file, preprocess, tokenizer):
+    """The pictures and the tokens of a CSV file."""
+    with open(file, encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    images = torch.stack([preprocess(Image.open(row["filepath"])) for row in rows])
+    return images, tokenizer([row["title"] for row in rows])
 
 
 def train(model, images, texts, folder, epochs):
@@ -37,13 +47,24 @@ def train(model, images, texts, folder, epochs):
     return loss
 
 
-def main(folder="outputs/trainers/two_encoders"):
-    """Write the emojis, compute the teacher's features, and train."""
-    table = emojis.write(Path(folder))
-    teacher = f"{folder}/teacher"
-    console.main(["features", *ENCODERS, "--data", str(table), "--output", teacher])
-    images, texts = emojis.tensors().tensors
-    train(emojis.clip(), images, texts, teacher, epochs=3)
+@torch.no_grad()
+def recall(model, images, texts):
+    """R@1: the share of images whose own text is the most similar one."""
+    model.eval()
+    images, texts, _ = model(images, texts)
+    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+
+
+def main(folder="outputs/emojis", output="outputs/trainers/two_encoders"):
+    """Compute the teacher's features of ``pairs.csv``, train, evaluate on ``held_out.csv``, and save."""
+    name = f"local-dir:{folder}/open_clip"  # yours: "ViT-B-32"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    teacher, tokenizer = f"{output}/teacher", open_clip.get_tokenizer(name)
+    console.main(["features", *ENCODERS, "--data", f"{folder}/pairs.csv", "--output", teacher])
+    images, texts = read(f"{folder}/pairs.csv", preprocess, tokenizer)
+    train(model, images, texts, teacher, epochs=3)
+    print(f"held-out R@1: {recall(model, *read(f'{folder}/held_out.csv', preprocess, tokenizer)):.3f}")
+    torch.save(model.state_dict(), f"{output}/model.pt")
 
 
 if __name__ == "__main__":

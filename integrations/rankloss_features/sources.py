@@ -42,9 +42,18 @@ def given(args: Any) -> list[str]:
             raise ValueError(
                 f"{flag(name)} {getattr(args, name)} belongs to {flag(owner)}, which is not given"
             )
-    if args.pretrained is not None and args.model.startswith(OWN_WEIGHTS):
-        raise ValueError(f"--pretrained {args.pretrained}: --model {args.model} has weights of its own")
+    check_pretrained(args.model, args.pretrained)
     return found
+
+
+def check_pretrained(model: str | None, pretrained: str | None) -> None:
+    """Raise a ValueError for weights that open_clip ignores: beside a folder or a hub's model."""
+    if model is None or not pretrained or not model.startswith(OWN_WEIGHTS):
+        return
+    text = "loads the hub's weights: leave it out"
+    if model.startswith(OWN_WEIGHTS[0]):
+        text = "loads the weights in the folder: copy yours there as open_clip_pytorch_model.bin"
+    raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
 
 
 def load(given: list[str], args: Any, device: torch.device) -> Teacher:

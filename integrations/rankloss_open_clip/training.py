@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss_features.binding import RowColumn
 from rankloss_features.folder import NAMES
+from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
 from rankloss_open_clip.text_columns import TextColumns
@@ -64,6 +65,7 @@ class TrainerLoss(Runtime):
         self.has_fixed_entries = getattr(args, "torchcompile", False)
         self.sums_every_value = True
         self.place: tuple[int, int, int, int] | None = None
+        self._data: Any = None
         self._calls = 0  # of the epoch
 
     def on(self, base: Any) -> TrainerLoss:
@@ -95,8 +97,7 @@ class TrainerLoss(Runtime):
         if kind == "auto" and str(path).endswith((".csv", ".tsv")):
             kind = "csv"
         try:
-            if self._spec is not None:
-                self._data_of_teacher()
+            self._open_data_of_teacher()
             if path and kind == "csv":
                 (self.text_columns() or TextColumns([])).check_csv(
                     path, args.csv_separator, args.csv_img_key, args.csv_caption_key
@@ -109,16 +110,19 @@ class TrainerLoss(Runtime):
     def _spec(self) -> Any:
         return None if self.teacher is None else self.teacher.spec
 
-    def _data_of_teacher(self) -> Any:
-        with extra("features"):
-            from rankloss_features import caching
-        return caching.of_open_clip(self.args, self._spec)
+    def _open_data_of_teacher(self) -> None:
+        """Open the data of a teacher to compute, once; :meth:`compute_teacher` lets them go."""
+        if self._spec is not None and self._data is None:
+            with extra("features"):
+                from rankloss_features import caching
+            self._data = caching.of_open_clip(self.args, self._spec)
 
     def compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them."""
         if self._spec is None or self.features is not None:
             return
-        data = self._data_of_teacher()
+        self._open_data_of_teacher()
+        data, self._data = self._data, None
         from rankloss_features import caching
 
         place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
@@ -178,6 +182,7 @@ def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss
         check_run(run, args)
     except ValueError as error:
         raise ValueError(with_flag(losses, error)) from error
+    check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
     run.check_data()
     _run = run
     return run

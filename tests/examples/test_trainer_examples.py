@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import json
 import math
@@ -15,10 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("docs", "rankloss_trainers")]
 
@@ -27,7 +29,7 @@ from tools_folder import ROOT, tool
 
 import rankloss
 import rankloss_trainers
-from rankloss_trainers import catalog, loop, runtime
+from rankloss_trainers import catalog, console, loop, runtime
 from rankloss_trainers.command_line import LossArguments, with_flag
 
 cases = tool("cases.py")
@@ -39,54 +41,118 @@ PYTHON = [
 ]
 
 
+# What a file imports beside torch, rankloss and the standard library: its trainer, its models, its pictures.
+LIBRARIES = {
+    "accelerate_loop": {"accelerate"},
+    "frozen_encoders": set(),
+    "graded_lists": {"datasets", "transformers"},
+    "lightning_module": {"lightning"},
+    "own_loss": {"datasets", "transformers"},
+    "plain_loop": set(),
+    "sentence_transformers_trainer": {"datasets", "sentence_transformers"},
+    "transformers_trainer": {"datasets", "transformers"},
+    "two_encoders": {"PIL", "open_clip"},
+}
+OURS = {"rankloss", "rankloss_features", "rankloss_trainers", "torch"}
+
+
 def imported(name):
-    """The module of an example, which finds the emojis beside it."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_all_examples_are_in_the_table_and_begin_with_their_command():
     assert {name for name, _, _ in cases.EXAMPLES} == {x.name for x in FOLDER.glob("*.*")} - {"emojis.py"}
     for name, *_ in cases.EXAMPLES:
         lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 60
+        assert len(lines) <= 85
         head = "\n".join(lines[:8])
         assert f"python examples/trainers/{name}" in head or f"sh examples/trainers/{name}" in head
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_example_can_be_copied_out_of_the_repository(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    found = [x for x in ast.walk(tree) if isinstance(x, ast.Import | ast.ImportFrom)]
+    modules = [x.module if isinstance(x, ast.ImportFrom) else x.names[0].name for x in found]
+    assert {x.partition(".")[0] for x in modules} - sys.stdlib_module_names - OURS == LIBRARIES[name]
+
+
+@pytest.fixture(scope="module")
+def emojis(tmp_path_factory):
+    """The folder that the examples read, with half of the animals."""
+    folder, module = tmp_path_factory.mktemp("emojis"), imported("emojis")
+    few = module.chosen()[::2]
+    module.chosen = lambda: few
+    module.write(folder)
+    return folder
+
+
+def test_held_out_pairs_are_no_training_pairs(emojis):
+    pairs, held_out = (
+        {line.partition("\t")[0] for line in (emojis / f"{name}.csv").read_text().splitlines()[1:]}
+        for name in ("pairs", "held_out")
+    )
+    assert len(pairs) > 2 * len(held_out) > 16
+    assert pairs.isdisjoint(held_out)
+
+
+def test_no_loss_of_the_examples_is_offered(capsys):
+    assert importlib.metadata.distribution("rankloss-examples")  # which is installed
+    assert console.main(["losses"]) == 0
+    assert "rankloss-examples" not in capsys.readouterr().out
+
+
+def weights_in(file):
+    if file.suffix == ".safetensors":
+        return importlib.import_module("safetensors.torch").load_file(file)
+    saved = torch.load(file, weights_only=file.suffix == ".pt")
+    return saved.get("state_dict", saved)
+
+
 @pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
 @pytest.mark.parametrize(("name", "case"), PYTHON)
-def test_example_trains_the_loss_of_its_case(name, case, tmp_path, monkeypatch, capsys):
+def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
+    name, case, emojis, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
-    module, emojis = imported(name), imported("emojis")
-    few = emojis.chosen()[::3]  # 44 animals
-    chosen, norms, choose = [], [], runtime.choose
+    module, folder, output = imported(name), str(emojis), tmp_path / "output"
+    chosen, norms, trained, choose = [], [], {}, runtime.choose
 
     def kept(name, given):
         chosen.append(choose(name, given))
         return chosen[-1]
 
     def measured(optimizer, *_):
-        found = (p.grad for group in optimizer.param_groups for p in group["params"])
+        trained.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
+        found = (p.grad for p in trained.values())
         norms.append(sum(x.norm().item() for x in found if x is not None))
 
-    monkeypatch.setattr(emojis, "chosen", lambda: few)
     for place in (runtime, loop):
         monkeypatch.setattr(place, "choose", kept)
+    if "datasets" in LIBRARIES[name]:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     hook = register_optimizer_step_post_hook(measured)
     try:
-        module.main()
+        module.main(*[folder] * ("folder" in inspect.signature(module.main).parameters), output=str(output))
     finally:
         hook.remove()
     assert len(norms) >= 1
     assert all(math.isfinite(x) and x > 0 for x in norms)
-    logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", capsys.readouterr().out)]
+    printed = capsys.readouterr().out
+    logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", printed)]
     assert logged
     assert all(map(math.isfinite, logged))
+    (held_out,) = re.findall(r"(?:\beval_loss|\bval_loss|held-out R@1)['\"]?: ['\"]?([\d.]+)", printed)[-1:]
+    assert float(held_out) >= 0
+    files = [x for x in output.rglob("*") if x.suffix in (".safetensors", ".pt", ".ckpt")]
+    saved = [x for file in files for x in weights_in(file).values()]
+    for weight in trained.values():
+        assert any(torch.equal(weight.detach(), x) for x in saved if x.shape == weight.shape)
     if isinstance(case, cases.Case):
         (losses,) = chosen
         expected = eval(case.python(), {"create": lambda name, **options: catalog.choose(name, options)})
@@ -138,7 +204,7 @@ def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
     assert t.grad is not None
 
 
-def test_heads_on_stored_features_find_held_out_pairs(monkeypatch, capsys):
+def test_heads_on_stored_features_find_held_out_pairs_and_are_saved(tmp_path, monkeypatch, capsys):
     """Of features of other widths that share a part, and have other scales."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(600, 6, generator=generator)
@@ -163,10 +229,12 @@ def test_heads_on_stored_features_find_held_out_pairs(monkeypatch, capsys):
     module = imported("frozen_encoders")
     monkeypatch.setattr(module, "Features", Folder)
     torch.manual_seed(0)
-    module.main()
+    module.main(output=tmp_path / "heads.pt")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("R@10 of 60 held-out pairs:")
     assert float(last.split()[-1]) > 0.8  # by chance 0.17
+    saved = torch.load(tmp_path / "heads.pt", weights_only=True)
+    assert {x.shape[1] for x in saved.values() if x.dim() == 2} >= {24, 16}
 
 
 # --- two processes ----------------------------------------------------------------------------------------
@@ -174,22 +242,13 @@ def test_heads_on_stored_features_find_held_out_pairs(monkeypatch, capsys):
 PAIRS, EPOCHS = 32, 2
 
 
-class Towers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = torch.nn.Linear(6, 4), torch.nn.Linear(5, 4)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, images, texts):
-        return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
+def towers():
+    torch.manual_seed(0)
+    return imported("plain_loop").Towers()
 
 
 def pairs():
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(
-        torch.randn(PAIRS, 6, generator=generator), torch.randn(PAIRS, 5, generator=generator)
-    )
+    return Subset(imported("plain_loop").made_pairs()[0], range(PAIRS))
 
 
 def weights(model):
@@ -202,7 +261,7 @@ def sgd(model):
 
 def looped(rank, processes):
     """The last step's loss of the plain loop, and the weights; each process has its share of the batches."""
-    model = Towers() if processes == 1 else DistributedDataParallel(Towers())
+    model = towers() if processes == 1 else DistributedDataParallel(towers())
     shares = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), 16)]
     batches = DataLoader(shares, batch_size=None)
     value = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
@@ -214,14 +273,14 @@ def looped(rank, processes):
 def accelerated(rank, processes):
     """The last step's loss as it is logged, and the weights."""
     accelerate = importlib.import_module("accelerate")
-    model, batches = Towers(), DataLoader(pairs(), 16 // processes)
+    model, batches = towers(), DataLoader(pairs(), 16 // processes)
     accelerator = accelerate.Accelerator(cpu=True)
     value = imported("accelerate_loop").train(accelerator, model, batches, sgd(model), EPOCHS)
     return [value.item(), *weights(model)]
 
 
 def assert_one_training(alone, shares):
-    assert math.dist(alone[1:], weights(Towers())) > 0.01
+    assert math.dist(alone[1:], weights(towers())) > 0.01
     for ended in shares:
         assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
 

@@ -244,7 +244,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(place: Path, tmp_path: P
         (
             "pairs.csv",
             (*CLIP, "--pretrained", "openai"),
-            "--pretrained openai: --model local-dir:.*clip has weights of its own",
+            "--pretrained openai: .* --model local-dir:.*clip .* open_clip_pytorch_model.bin",
         ),
         ("pairs.csv", ("--model", "local-dir:PLACE/no-weights"), "--model local-dir:.*no-weights"),
         ("pairs.csv", ("--text-encoder", "PLACE/none"), "--text-encoder"),

@@ -165,6 +165,8 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         (f"{ALIP} --torchscript", "--torchscript"),
         ("--loss siglip-streamed", "needs --siglip"),
         ("--loss clip-smooth --siglip", "--siglip"),
+        ("--loss rankclip --model local-dir:x --pretrained y.pt", "argument --pretrained y.pt: "),
+        ("--loss rankclip --model hf-hub:x/y --pretrained y.pt", "argument --pretrained y.pt: "),
     ],
 )
 def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, named: str) -> None:

@@ -218,4 +218,6 @@ def test_short_example_trains(command: Command, trainer: Trainer, name: str, ter
     run = trainer.call(name, *trainer_arguments(words), *options, alone=True)
     assert run.returncode == 0, run.output[-4000:]
     assert terms <= run.train_lines()[-1].keys()
+    assert "image_to_text_R@1: " in run.log  # of the held-out pairs
+    assert run.epoch(1)
     assert name == "open_clip" or run.train_lines()[-1]["Pairs_with_partner"] > 0.5

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from open_clip_train.params import parse_args
 from teacher_features import TEACHER, stored, student, unit_rows
 from trainer_runs import SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 
 from rankloss import reference
-from rankloss_features import Features
+from rankloss_features import Features, caching
 from rankloss_features.folder import NAMES
+from rankloss_open_clip.training import run_of
+from rankloss_trainers import console
 
 OPTION = "--loss-teacher"
 WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
@@ -110,3 +114,32 @@ def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tup
     expected = reference.in_modal(**features, logit_scale=scale, **teacher, **options)
     assert runs[0].scalars["in_modal_raw"][1] == pytest.approx(expected, rel=1e-3)
     assert runs[0].scalars["in_modal_raw"] == runs[1].scalars["in_modal_raw"]
+
+
+def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Trainer, taught: Runs) -> None:
+    own = trainer.directory / "own"
+    shutil.copytree(trainer.directory / "tiny", own)
+    trained = taught["webdataset"].directory / "checkpoints/epoch_1.pt"
+    shutil.copy(trained, own / "open_clip_pytorch_model.bin")
+    model, data = ["--model", f"local-dir:{own}"], ["--data", str(trainer.directory / "data.csv")]
+    assert console.main(["features", *model, *data, "--workers", "0", "--output", str(own / "start")]) == 0
+    given = [*WHOLE_SET, "--epochs", "1", "--loss", "mimicry", *model, OPTION, str(own / "start")]
+    crops = {"whole": [], "cropped": ["--aug-cfg", "scale=(0.5,0.6)"]}
+    runs = [trainer.call(f"start, {name}", *given, *more) for name, more in crops.items()]
+    whole, cropped = (run.scalars["mimicry_loss"][0] for run in runs)
+    assert whole < 1e-5
+    assert cropped > 1e-3
+
+
+def test_a_teachers_data_are_opened_once(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the command line is checked, and until the features are computed."""
+    opened, open_ = [], caching.of_open_clip
+    monkeypatch.setattr(caching, "of_open_clip", lambda *given: opened.append(given) or open_(*given))
+    args = trainer.arguments("once", "--loss", "rankclip-captions", OPTION, "captions:4")
+    args[args.index("--logs") + 1] = str(tmp_path)
+    run = run_of(parse_args(args))
+    run.compute_teacher()
+    assert run.features is not None
+    assert len(opened) == 1

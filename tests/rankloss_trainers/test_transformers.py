@@ -10,9 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from tiny_transformers import (
     CONFIGS,
     METRICS,
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss import schedules
+from rankloss_trainers import catalog
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale
 
@@ -141,6 +145,54 @@ def test_of_a_model_with_adapters_these_are_trained(
     saved = peft.utils.load_peft_weights(str(tmp_path))
     assert len(saved) == 8
     assert all("lora_" in name for name in saved)  # not the scale
+
+
+class Pictures:
+    """A processor of 16 × 16 pictures, and of texts that are numbers."""
+
+    def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[1 + int(x)] * 7 + [49] for x in texts])}
+
+    def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
+        pixels = torch.tensor(np.stack([np.asarray(x) for x in pictures])).movedim(3, 1)
+        return {"pixel_values": pixels / 255}
+
+
+def batch_for(name: str) -> dict[str, Any]:
+    """What a Trainer is given for one step of a named loss."""
+    if name == "ranked-lists":
+        noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        own, others = [f"{n}" for n in range(8)], [[f"{n + 8}", f"{n + 9}"] for n in range(8)]
+        lists = {"query": [Image.fromarray(x) for x in noise], "own": own, "candidates": others}
+        data = datasets.Dataset.from_dict({**lists, "grades": [[2, 1]] * 8})
+        return {"pairs": data, "processing_class": Pictures()}
+    pairs = Pairs(8, *TEACHER) if catalog.load(name).teacher else Pairs(8)
+    for key in [x for x in pairs.columns if x.startswith("reference_")]:
+        pairs.columns[key] = nn.functional.pad(pairs.columns[key], (0, 2))  # of the model's width
+    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]  # one id
+    return {"pairs": pairs, "teacher": "given" if catalog.load(name).teacher else None}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("name", [*catalog.LOSSES, "cyclip"])
+def test_adapters_learn_every_named_loss(tmp_path: Path, name: str) -> None:
+    """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW."""
+    peft = pytest.importorskip("peft")
+    kind = "Siglip" if name == "siglip-streamed" else "CLIP"
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    given = {**batch_for(name), "loss": name, "max_steps": 1, **SGD, "learning_rate": 1.0}
+    start = dict(build(kind).named_parameters())
+    full = train(tmp_path, model=build(kind), **given)
+    adapted = train(tmp_path, model=peft.get_peft_model(build(kind), config), **given)
+    assert lines(adapted)[0]["loss"] == pytest.approx(lines(full)[0]["loss"], rel=1e-5)
+    moved = {key: x - start[key] for key, x in full.model.named_parameters()}
+    layers = [key for key in moved if key.endswith(("q_proj.weight", "v_proj.weight"))]
+    for key in layers:
+        layer = adapted.model.get_submodule(f"base_model.model.{key.removesuffix('.weight')}")
+        owed = 2 * moved[key] @ layer.lora_A["default"].weight.T
+        torch.testing.assert_close(layer.lora_B["default"].weight, owed, rtol=1e-3, atol=1e-6)
+    assert len(layers) == 4
+    assert max(moved[key].abs().max() for key in layers) > 1e-4
 
 
 # --- cached gradients -------------------------------------------------------------------------------------
