@@ -1,29 +1,40 @@
-"""Writes the table of the rank terms' options into docs/options.md, from the options in the code."""
+"""Writes the tables of options into docs/options.md, from the options in the code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from rankloss.options import RankOptions
-from rankloss_trainers.declared import options_of
+import rankloss
+from rankloss_trainers.declared import Option, options_of
+from rankloss_trainers.run_options import RunOptions
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"
-SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- options (\w+) -->\n)(.*?)(?=<!-- /options -->)", re.DOTALL)
+OWNERS = {
+    "ranks": rankloss.RankOptions,
+    "rankclip": rankloss.RankClipLoss,
+    "run": RunOptions,
+}
 
 
-def table() -> str:
+def table(name: str) -> str:
     """One row per option: its values, the default first, and its effect."""
     lines = ["| option | values | effect |", "|---|---|---|"]
-    for key, option in options_of(RankOptions).items():
-        values = [f"`{option.default!r}`, the default"]
-        values += [f"`{choice!r}`" for choice in option.choices.values() if choice != option.default]
-        if not option.choices:
-            values.append("a positive number" if float in option.types else "a whole number")
-        lines.append(f"| `{key}` | {'; '.join(values)} | {option.help} |")
+    for key, option in options_of(OWNERS[name]).items():
+        lines.append(f"| `{key}` | {_values(option)} | {option.help} |")
     return "\n".join(lines) + "\n"
 
 
+def _values(option: Option) -> str:
+    values = [f"`{option.default!r}`, the default"]
+    values += [f"`{choice!r}`" for choice in option.choices.values() if choice != option.default]
+    kinds = {float: "a number", int: "a whole number", str: "text"}
+    if not option.choices:
+        values.append(next(text for kind, text in kinds.items() if kind in option.types))
+    return "; ".join(values)
+
+
 if __name__ == "__main__":
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(SECTION.sub(lambda _: table(), text), encoding="utf-8")
+    page = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(SECTION.sub(lambda match: match[1] + table(match[2]), page), encoding="utf-8")

@@ -20,16 +20,13 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import (
     RUN,
     LossArguments,
-    chosen_by,
-    dest,
+    attributes,
     flag,
     mentioned,
     misspelt,
-    prefix_of,
-    typed_options,
 )
 from rankloss_trainers.declared import Loss, OptionError
-from rankloss_trainers.run_options import Chosen, RunOptions
+from rankloss_trainers.run_options import GIVEN, Choice, RunOptions
 from rankloss_trainers.runtime import Host, Runtime
 
 HOST = Host(
@@ -67,13 +64,10 @@ def _is_named(name: str) -> bool:
     return all(part in catalog.known() for part in name.split(catalog.JOIN))
 
 
-def chosen(args: Any) -> Chosen:
-    """The losses and the options of a run with ``--loss``, from its parsed arguments.
-
-    Raises:
-        ValueError: An option cannot have its value; the error begins with the flag.
-    """
-    return chosen_by(args, args.loss, {name: catalog.load(name) for name in catalog.names_of(args.loss)})
+def chosen(args: Any) -> Choice | None:
+    """The losses and the options of a run from parsed arguments, as :meth:`LossArguments.chosen`."""
+    names = getattr(args, "loss", catalog.TRAINERS_OWN).split(catalog.JOIN)
+    return LossArguments(argparse.ArgumentParser(), names).chosen(args)
 
 
 def gather_of(args: Any) -> Gather:
@@ -113,15 +107,15 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str], start: S
     losses = LossArguments(parser, mentioned(argv))
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
-    own, rest = losses.parsed(argv)
+    own, rest = losses.parse(argv)
     args = _parsed_by_trainer(parse_args, rest, parser)
     vars(args).update(vars(own))
     try:
         found = losses.chosen(own)
         if found is not None:
             raise_failures()
-            _fill_in(args, *found)
             start(args, *found)
+            _fill_in(args, *found)
     except ValueError as error:
         parser.error(f"argument {error}")
     requested(args)
@@ -158,13 +152,9 @@ class _Copied(io.StringIO):
 
 def _fill_in(args: Any, losses: Sequence[Loss], options: RunOptions) -> None:
     """Set every option of the losses and of the run as an attribute of the arguments."""
-    for loss in losses:
-        prefix, values = prefix_of(loss.name, loss.named), loss.values
-        for key, option in typed_options(loss.named).items():
-            value = None if option.is_required and key not in loss.given else values[key]
-            setattr(args, dest(prefix, key), value)
-    for key, value in options.values.items():
-        setattr(args, dest(RUN, key), value)
+    values = {"": options.values, **{loss.name: loss.values for loss in losses}}
+    for loss, key, where in attributes({x.name: x.named for x in losses}):
+        setattr(args, where, values[loss][key])
 
 
 def check_run(run: Runtime, args: Any) -> None:
@@ -191,6 +181,8 @@ def check_run(run: Runtime, args: Any) -> None:
         raise ValueError(f"{name} does not work with {word}")
     if run.teacher is not None and teacher:
         raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
+    if run.options.teacher == GIVEN and not teacher:
+        raise OptionError("teacher", f"must not be {GIVEN} where the trainer has none: {HOST.teacher}")
     if run.use_of_teacher == "required" and run.teacher is None and not teacher:
         raise ValueError(f"{name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
     if teacher and given("siglip") and run.use_of_teacher != "required":

@@ -14,7 +14,7 @@ runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
 
@@ -155,9 +155,8 @@ def names_of(name: str) -> list[str]:
     found, names = known(), name.split(JOIN)
     for each in names:
         if each not in found:
-            raise ValueError(
-                f"loss must be one of {', '.join(found)}; got {each!r}{did_you_mean(each, found)}"
-            )
+            hint = did_you_mean(each, found)
+            raise ValueError(f"loss must be one of {', '.join(found)}; got {each!r}{hint}")
     prefixes = [LOSSES[each].prefix or each if each in LOSSES else each for each in names]
     if len({*prefixes}) < len(names):
         raise ValueError(f"loss {name} names a loss twice")
@@ -185,18 +184,36 @@ def load(name: str) -> Named:
     return named
 
 
-def joint_defaults(names: list[str]) -> dict[str, Options]:
-    """The defaults of losses that differ where these are joined, by loss."""
+def load_joined(names: Sequence[str]) -> dict[str, Named]:
+    """The declarations of losses that are trained together, with the defaults that they have together.
+
+    Raises:
+        Exception: As :func:`load`.
+    """
     tables = [table for both, table in JOINT_DEFAULTS.items() if both <= {*names}]
-    return {name: {k: x for table in tables for k, x in table.get(name, {}).items()} for name in names}
+    joined = {}
+    for name in names:
+        named, defaults = load(name), [table[name] for table in tables if name in table]
+        joined[name] = functools.reduce(Named.with_defaults, defaults, named)
+    return joined
 
 
-def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
+def choose_each(given: Mapping[str, Options]) -> list[Loss]:
+    """The losses of these names with the options of each, the innermost first.
+
+    Raises:
+        TypeError: There is no such option.
+    """
+    return [Loss(name, x, given[name], package_of(name)) for name, x in load_joined([*given]).items()]
+
+
+def choose(name: str, given: Options = MappingProxyType({}), *, is_joined: bool = False) -> list[Loss]:
     """The losses of a name with options, the innermost first.
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
         given: Its options; those of joined losses by the name of each.
+        is_joined: One name is joined with a base outside of the catalogue, so its options are by loss, too.
 
     Raises:
         TypeError: There is no such option.
@@ -209,12 +226,10 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
         ['rankclip', 'mimicry']
     """
     names = names_of(name)
-    by_loss = given if len(names) > 1 else {name: given}
+    by_loss = given if len(names) > 1 or is_joined else {name: given}
     for key, options in by_loss.items():
-        if key not in names or not isinstance(options, Mapping):
-            raise TypeError(f"options of {name} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}")
-    defaults = joint_defaults(names)
-    return [
-        Loss(each, load(each), {**defaults[each], **by_loss.get(each, {})}, package_of(each))
-        for each in names
-    ]
+        if key not in names:
+            raise TypeError(f"options of {name} are given by loss, {names[0]}={{…}}; got {key!r}")
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options of {key} must be a mapping; got {options!r}")
+    return choose_each({each: by_loss.get(each, {}) for each in names})

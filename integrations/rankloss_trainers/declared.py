@@ -115,11 +115,7 @@ class Option:
     @functools.cached_property
     def choices(self) -> dict[str, Any]:
         """The values by their spelling; empty for numbers and texts."""
-        values = [
-            x
-            for kind in self.types
-            for x in ((True, False) if kind is bool else typing.get_args(kind) if _is_literal(kind) else ())
-        ]
+        values = [x for kind in self.types for x in _choices_of(kind)]
         none = [None] if values and type(None) in self.types else []
         return {_WORDS.get(x, x): x for x in (*none, *values)}
 
@@ -154,13 +150,15 @@ class Option:
         raise ValueError(f"must be {' or '.join(_KINDS[kind][0] for kind in kinds)}; got {text!r}")
 
 
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is Literal
+def _choices_of(hint: Any) -> tuple[Any, ...]:
+    if hint is bool:
+        return True, False
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return tuple(x for y in typing.get_args(hint) for x in _members(y)) if is_union else (hint,)
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)  # which are flat
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 @functools.cache
@@ -260,6 +258,10 @@ class Named:
             key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
         }
 
+    def with_defaults(self, defaults: Options) -> Named:
+        """The same with some other defaults."""
+        return dataclasses.replace(self, defaults={**self.defaults, **defaults})
+
     @functools.cached_property
     def log_maker(self) -> Make | None:
         """The callable of ``log``."""
@@ -279,7 +281,7 @@ class Loss:
     Attributes:
         name: Its name.
         named: Its declaration.
-        given: The options that were given, and those that differ where it is joined with others.
+        given: The options that were given.
         package: The distribution that registers it, with its version; empty for rankloss, None for a module
             that was given in place of a name.
 
@@ -369,16 +371,14 @@ _REPLACED = {
 """Options of losses that are options of the run now; empty where nothing takes its place."""
 
 
-def replaced(key: str, prefix: str = "") -> str:
+def replaced(word: str, prefix: str = "") -> str:
     """The end of an error about an option that a loss had once; else empty.
 
     Args:
-        key: The option, as Python spells it.
-        prefix: ``--loss-`` on a command line.
+        word: The option, as Python or a command line spells it.
+        prefix: The beginning of the options of a run: ``--loss-`` on a command line.
     """
-    if key not in _REPLACED:
-        return ""
-    now = _REPLACED[key].replace("_", "-") if prefix else _REPLACED[key]
-    return (
-        f"; it is an option of the run, {prefix}{now}" if now else "; a loss that has a teacher leaves it out"
-    )
+    now = next((x for key, x in _REPLACED.items() if word.replace("-", "_").endswith(key)), None)
+    if not now:
+        return "" if now is None else "; a loss that has a teacher leaves it out"
+    return f"; it is an option of the run, {prefix}{now.replace('_', '-') if prefix else now}"

@@ -70,27 +70,31 @@ class CreatedLoss(nn.Module):
 
 def created(name: str, base: Any, gather: GatherOption, teacher: str | None, options: Options) -> nn.Module:
     """See :func:`rankloss_trainers.create`."""
-    asked, (first, joins, rest) = name, name.partition(JOIN)
-    if first in BASES:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be the name of a loss; got {name!r}")
+    first, joins, rest = name.partition(JOIN)
+    if first not in BASES:
+        losses = choose(name, options)
+    else:
         if base is not None:
             raise ValueError(f"base and {first} are two bases; got {base!r}")
-        base, name = BASES[first](gather=Gather.of(gather), **({} if rest else options)), rest
-    losses = choose(name, options) if name or joins or first not in BASES else []
+        of_base = options.get(first, {}) if joins else options
+        base = BASES[first](gather=Gather.of(gather), **of_base)
+        of_others = {key: x for key, x in options.items() if key != first}
+        losses = choose(rest, of_others, is_joined=True) if joins else []
     for loss in losses:
         of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
         for key in (key for key in of_data if key in loss.given):
             text = (
                 f"is for a trainer that reads the data; got {loss.given[key]!r}. Give the inputs at each call"
             )
-            raise OptionError(key, text, loss.name if len(losses) > 1 else "")
+            raise OptionError(key, text, loss.name)
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = run.criterion
     if len(losses) != 1 or not hasattr(module, "base"):
         module = CreatedLoss(module, run.own_base)
     if run.use_of_teacher != "optional":
-        hook = functools.partial(
-            _before_call, asked, run.use_of_teacher, run.features
-        )  # which can be pickled
+        hook = functools.partial(_before_call, name, run.use_of_teacher, run.features)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
     for unit, method in METHODS.items():
         setattr(module, method, functools.partial(_tell, run.criterion, unit))

@@ -73,7 +73,7 @@ class RunOptions:
         return {key: getattr(self, key) for key in options_of(RunOptions)}
 
 
-class Chosen(NamedTuple):
+class Choice(NamedTuple):
     """The losses and the options of a run, as a command line gives them.
 
     Attributes:

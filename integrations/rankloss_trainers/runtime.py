@@ -2,7 +2,7 @@
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, losses("rankclip", {"top_k": 8}), RunOptions(teacher=…), base=base, gather=gather)
+    run = Runtime(HOST, read_losses("rankclip", {"top_k": 8}), RunOptions(teacher=…), base=base, gather=gather)
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
@@ -74,7 +74,7 @@ NEEDS = {
 """The needs of losses that not every host serves."""
 
 
-def losses(loss: str | nn.Module, options: Options | None = None) -> list[Loss]:
+def read_losses(loss: str | nn.Module, options: Options | None = None) -> list[Loss]:
     """The losses that a user of a trainer gives, the innermost first.
 
     Args:
@@ -254,6 +254,11 @@ def set_components(loss: nn.Module, features: Features | None, student: Any, tea
             part.components = matrix
 
 
+def _check_copies(kinds: Iterable[Any]) -> None:
+    if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
+        raise ValueError("mimicry cannot copy two encoders that have no common space")
+
+
 class Runtime(nn.Module):
     """Losses in a trainer.
 
@@ -275,7 +280,7 @@ class Runtime(nn.Module):
         teacher: The teacher that the run names, or None.
         features: The folder of the teacher's features, or None while there is none.
         takes_lists: True if a part of the loss takes a list of graded candidates of each query.
-        columns: The columns of the training data, where a host names them (:meth:`name_columns`).
+        data_columns: The columns of the training data, where a host names them (:meth:`name_columns`).
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
         has_fixed_entries: Give an entry to log that has no value in a call as NaN instead of leaving it out:
@@ -301,19 +306,19 @@ class Runtime(nn.Module):
         is_built = base is not None and not isinstance(base, type)
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.teacher = self._named_teacher()
-        if self.teacher is not None and self.teacher.are_encoders:  # whatever the options are
-            self._check_copies(x.named.constructor for x in self.losses)
+        if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong
+            _check_copies(x.named.constructor for x in self.losses)
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
         self._check_needs()
         self.features: Features | None = None
         if self.teacher is not None:
-            self._check_spaces(are_separate=self.teacher.are_encoders)
             self.teacher.check()
+            self._check_spaces(are_separate=self.teacher.are_encoders)
             if self.teacher.folder is not None:
                 self.open_folder(self.teacher.folder)
-        self.columns: Collection[str] = ()
+        self.data_columns: Collection[str] = ()
         self.unit, self.step, self.has_fixed_entries = "step", 0, False
         self._agreement = Agreement(self.options.agreement_every)
         self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
@@ -370,19 +375,13 @@ class Runtime(nn.Module):
 
     def _check_spaces(self, *, are_separate: bool) -> None:
         """Raise a ValueError if a part compares images with texts of a teacher that has no common space."""
-        if not are_separate:
-            return
-        self._check_copies(map(type, self.criterion.modules()))
-        for part in self.criterion.modules():
-            if isinstance(part, rankloss.RankConsistency) and part.cross_modal:
-                text = "must be 0: this teacher has two encoders without a common space, so it can rank only "
-                text += "in-modal lists; rankclip-in and rankclip-encoders do"
-                of_ranks = (x.name for x in self.losses if x.named.constructor is rankloss.RankClipLoss)
-                raise OptionError("lambda_cross", text, next(of_ranks, ""))
-
-    def _check_copies(self, kinds: Iterable[Any]) -> None:
-        if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
-            raise ValueError("mimicry cannot copy two encoders that have no common space")
+        parts = [*self.criterion.modules()] if are_separate else []
+        _check_copies(map(type, parts))
+        if any(isinstance(part, rankloss.RankConsistency) and part.cross_modal for part in parts):
+            text = "must be 0: this teacher has two encoders without a common space, so it can rank only "
+            text += "in-modal lists; rankclip-in and rankclip-encoders do"
+            of_ranks = (x.name for x in self.losses if x.named.constructor is rankloss.RankClipLoss)
+            raise OptionError("lambda_cross", text, next(of_ranks, ""))
 
     def open_folder(self, folder: str) -> None:
         """Take the features of a folder for the teacher's.
@@ -535,12 +534,12 @@ class Runtime(nn.Module):
         return next((gather for gather in given if isinstance(gather, Gather)), self._gather)
 
     def name_columns(self, columns: Collection[str]) -> None:
-        """The columns of a training's data, see :attr:`columns`.
+        """The columns of a training's data, see :attr:`data_columns`.
 
         Raises:
             ValueError: A teacher's column is misspelt, and the loss would train without it.
         """
-        self.columns = columns
+        self.data_columns = columns
         for column in columns if self.use_of_teacher == "optional" else ():
             hint = did_you_mean(column, TEACHER, cutoff=0.8)
             if hint and column not in TEACHER:
@@ -552,7 +551,7 @@ class Runtime(nn.Module):
         Args:
             found: The names of the features that a batch has, of :data:`TEACHER`.
         """
-        check_use_of_teacher(self.name, self.use_of_teacher, self.host.teacher, found, self.columns)
+        check_use_of_teacher(self.name, self.use_of_teacher, self.host.teacher, found, self.data_columns)
         if found not in ([], self._found) and self.gather.place[0] == 0:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
         self._found = found

@@ -26,11 +26,11 @@ from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.clip_ids import CAPTIONS
-from rankloss_trainers.declared import OptionError, Options
+from rankloss_trainers.declared import Options
 from rankloss_trainers.extras import extra
 from rankloss_trainers.pair_ids import check_column, hash_tokens
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, losses
+from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, read_losses
 
 with extra("sentence-transformers"):
     import datasets as datasets
@@ -163,12 +163,12 @@ class ContrastiveLoss(EmbeddingLoss):
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
         of_run = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
-        self.run = Runtime(HOST, losses(loss, options), of_run, gather=gather)
+        self.run = Runtime(HOST, read_losses(loss, options), of_run, gather=gather)
         self.metrics: tuple[str, ...] | None = None
         self.image_column = None if self.run.features is not None else 0
         if self.run.id_key not in (None, CAPTIONS, "label"):
-            text = f"must be {CAPTIONS} or label, the columns that a loss is given"
-            raise OptionError("key", f"{text}; got {self.run.id_key!r}")
+            text = f"key must be {CAPTIONS} or label, the columns that a loss is given"
+            raise ValueError(f"{text}; got {self.run.id_key!r}")
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.

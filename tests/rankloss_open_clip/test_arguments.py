@@ -143,7 +143,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
     [
         ("--loss siglip", "'siglip'"),
         ("--loss rankclp", "did you mean rankclip?"),
-        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k: only with"),
+        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in: only with"),
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "did you mean --rankclip-top-k?"),
         ("--loss rankclip --rankclip-ties random", "--rankclip-ties: there is no such option"),

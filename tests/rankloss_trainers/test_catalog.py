@@ -101,6 +101,12 @@ def test_an_error_about_a_default_of_a_preset_says_so() -> None:
         built("rankclip-encoders", top_k=3)
 
 
+def test_an_error_about_a_default_of_joined_losses_says_so() -> None:
+    loss, _ = catalog.choose("rankclip-distill+mimicry", {"rankclip-distill": {"model": "top_one"}})
+    with pytest.raises(OptionError, match=r"top_k.*by default of rankclip-distill"):
+        loss.build(rankloss.ClipLoss(gather=False), ALONE)
+
+
 def test_options_for_python_alone_are_not_typed() -> None:
     assert built("rankclip", lists="batch").consistency.options.lists == "batch"
     with pytest.raises((SystemExit, argparse.ArgumentError)):

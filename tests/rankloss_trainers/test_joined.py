@@ -115,6 +115,11 @@ def test_encoders_without_a_common_space_rank_the_in_modal_lists_alone(name: str
     assert run_of(name, {}, common).use_of_teacher == "required"
 
 
+def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
+    with pytest.raises(ValueError, match=r"teacher: .*resnet181"):
+        run_of("rankclip", {}, "image=resnet181")
+
+
 def test_a_run_has_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"teacher: .*cyclip.*x/"):
         run_of("cyclip", {}, "x/")

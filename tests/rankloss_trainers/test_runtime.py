@@ -21,7 +21,7 @@ from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.logging import remark_on_products
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners, losses
+from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners, read_losses
 
 SCALE = torch.tensor(8.0)
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
@@ -29,7 +29,7 @@ BARE = dataclasses.replace(HOST, serves=())
 
 
 def run_of(host: Host, loss: Any, options: Any = None, run: Any = None, **given: Any) -> Runtime:
-    return Runtime(host, losses(loss, options), RunOptions(**run or {}), **given)
+    return Runtime(host, read_losses(loss, options), RunOptions(**run or {}), **given)
 
 
 def features(count: int = 2, seed: int = 0) -> list[Tensor]:
@@ -391,15 +391,26 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),
         ("clip", {"top_k": 3}, TypeError, "top_k"),
         ("clip+", {}, ValueError, "''"),
+        ("clip+rankclip", {"top_k": 3}, TypeError, "'top_k'"),
+        (torch.nn.Identity(), {}, TypeError, "name .*Identity"),
+        ("rankclip+mimicry", {"mimicry": 8}, TypeError, "mimicry .*8"),
         ("", {}, ValueError, "''"),
         ("rankclip", {"chunk_size": 0}, ValueError, "rankclip.chunk_size.*0"),
     ],
 )
 def test_create_refuses_options_that_nobody_acts_on(
-    name: str, options: Any, error: Any, message: str
+    name: Any, options: Any, error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
         rankloss_trainers.create(name, **options)
+
+
+def test_options_of_joined_losses_are_given_by_loss_that_of_the_base_too() -> None:
+    options = {"rankclip": {"top_k": 3, "schedule": "constant"}, "clip": {"label_smoothing": 0.2}}
+    joined = rankloss_trainers.create("clip+rankclip", **options, gather=False)
+    base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
+    expected = rankloss.RankClipLoss(base, top_k=3, schedule="constant", gather=False)
+    assert torch.equal(joined(*features(), SCALE), expected(*features(), SCALE))
 
 
 def test_created_loss_demands_its_teacher() -> None:

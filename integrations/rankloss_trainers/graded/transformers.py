@@ -197,7 +197,7 @@ def check_run(run: Runtime) -> None:
     for loss in run.losses:
         for key in {"own_caption", "max_candidates"} & loss.given.keys():
             text = f"is for open_clip's trainer; got {loss.given[key]!r}"
-            raise OptionError(key, text, loss.name if len(run.losses) > 1 else "")
+            raise OptionError(key, text, loss.name)
 
 
 def embed(

@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> tuple[Any, list[str]]:
     if not any(argument.startswith(("--loss", *beginnings())) for argument in argv):
         return None, argv
     arguments = _losses(argv)
-    args, rest = arguments.parsed(argv)
+    args, rest = arguments.parse(argv)
     try:
         chosen = arguments.chosen(args)
         return (None if chosen is None else _built(*chosen)), rest

@@ -18,8 +18,8 @@ from rankloss_features.binding import COLUMN
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.pair_ids import hash_tokens
-from rankloss_trainers.run_options import Chosen, RunOptions
-from rankloss_trainers.runtime import Entries, Runtime, losses
+from rankloss_trainers.run_options import Choice, RunOptions
+from rankloss_trainers.runtime import Entries, Runtime, read_losses
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
 
@@ -95,7 +95,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def __init__(
         self,
         *args: Any,
-        loss: str | nn.Module | Chosen = "rankclip",
+        loss: str | nn.Module | Choice = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
         teacher: str | None = None,
         schedule_unit: Literal["auto", "epoch", "step"] = "auto",
@@ -117,13 +117,13 @@ class ContrastiveTrainer(transformers.Trainer):
         base = rankloss.SigLipLoss if embeddings.has_bias(self.model) else rankloss.ClipLoss
         if isinstance(loss, Runtime):  # of `python -m rankloss_trainers.transformers`, which has checked it
             run = loss.on(base)
-        elif isinstance(loss, Chosen):
+        elif isinstance(loss, Choice):
             run = Runtime(HOST, *loss, base=base)
         else:
             options = RunOptions(
                 teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every
             )
-            run = Runtime(HOST, losses(loss, loss_options), options, base=base)
+            run = Runtime(HOST, read_losses(loss, loss_options), options, base=base)
         self.loss_runtime: Runtime = run.to(self.args.device)
         self._compute_teacher()
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
