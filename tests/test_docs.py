@@ -290,9 +290,11 @@ RUNS: dict[str, Callable[[str], None]] = {
 def test_writing_a_loss_takes_20_lines_and_is_registered_as_the_tests_package_is() -> None:
     text = WRITING.read_text(encoding="utf-8")
     assert len([line for line in blocks(text)[0].splitlines() if line.strip()]) <= 20
-    (registration,) = blocks(text, "toml")
+    ((header, name, class_),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', blocks(text, "toml")[0])
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
-    assert registration in (package / "pyproject.toml").read_text(encoding="utf-8")
+    assert header in (package / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"class {class_}(" in blocks(text)[0]
+    assert f"--loss {name} " in text
 
 
 def test_writing_a_loss_names_the_facts_of_a_row() -> None:

@@ -16,23 +16,22 @@ OWNERS = {
     "rankclip": rankloss.RankClipLoss,
     "run": RunOptions,
 }
+KINDS = {float: "number", int: "integer", str: "text"}
 
 
 def table(name: str) -> str:
-    """One row per option: its values, the default first, and its effect."""
-    lines = ["| option | values | effect |", "|---|---|---|"]
+    """One row per option."""
+    lines = ["| option | default | else | effect |", "|---|---|---|---|"]
     for key, option in options_of(OWNERS[name]).items():
-        lines.append(f"| `{key}` | {_values(option)} | {option.help} |")
+        lines.append(f"| `{key}` | `{option.default!r}` | {_others(option)} | {option.help} |")
     return "\n".join(lines) + "\n"
 
 
-def _values(option: Option) -> str:
-    values = [f"`{option.default!r}`, the default"]
-    values += [f"`{choice!r}`" for choice in option.choices.values() if choice != option.default]
-    kinds = {float: "a number", int: "a whole number", str: "text"}
-    if not option.choices:
-        values.append(next(text for kind, text in kinds.items() if kind in option.types))
-    return "; ".join(values)
+def _others(option: Option) -> str:
+    """The other values."""
+    if option.choices:
+        return ", ".join(f"`{value!r}`" for value in option.choices.values() if value != option.default)
+    return next(text for kind, text in KINDS.items() if kind in option.types)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,15 @@ def _is_named(name: str) -> bool:
     return all(part in catalog.known() for part in name.split(catalog.JOIN))
 
 
-def chosen(args: Any) -> Choice | None:
-    """The losses and the options of a run from parsed arguments, as :meth:`LossArguments.chosen`."""
-    names = getattr(args, "loss", catalog.TRAINERS_OWN).split(catalog.JOIN)
-    return LossArguments(argparse.ArgumentParser(), names).chosen(args)
+def chosen(args: Any) -> Choice:
+    """The losses and the options of a run with ``--loss``, from its parsed arguments.
+
+    Raises:
+        ValueError: As :meth:`rankloss_trainers.command_line.LossArguments.chosen`.
+    """
+    choice = LossArguments(argparse.ArgumentParser(), args.loss.split(catalog.JOIN)).chosen(args)
+    assert choice is not None  # the name is of the catalogue
+    return choice
 
 
 def gather_of(args: Any) -> Gather:

@@ -27,10 +27,10 @@ class RunOptions:
     """Options of a run.
 
     Args:
-        teacher: A folder of `rankloss features`; or a teacher whose features of the training data are
-            computed before the first step, MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or
-            captions; or "given", the one that the trainer or the data have. None is a loss's own, or "given"
-            for a loss that needs one.
+        teacher: Folder of `rankloss features`; or a teacher to compute before the first step,
+            MODEL:PRETRAINED of open_clip, image=A,text=B or captions; or "given", that of the trainer or the
+            data. One encoder alone is image=A or text=B. None is a loss's own teacher, or "given" for a loss
+            that needs one.
         schedule_unit: Evaluate schedules per epoch or per optimizer step; auto is per epoch in a run of ten
             or more.
         agreement_every: Log the batch's rank agreement, Kendall's tau, at every so many optimizer steps.

@@ -2,7 +2,8 @@
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, read_losses("rankclip", {"top_k": 8}), RunOptions(teacher=…), base=base, gather=gather)
+    losses = read_losses("rankclip", {"top_k": 8})
+    run = Runtime(HOST, losses, RunOptions(teacher=…), base=base, gather=gather)
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1

@@ -316,7 +316,7 @@ class Counted:
         counts: collections.Counter[str] = collections.Counter()
         import_ = importlib.import_module
         rankloss, folder = import_("rankloss"), import_("rankloss_features.folder")
-        catalog, runtime = import_("rankloss_trainers.catalog"), import_("rankloss_trainers.runtime")
+        catalog = import_("rankloss_trainers.catalog")
 
         def counted(word: str, original: Any) -> Any:
             @functools.wraps(original)
@@ -326,7 +326,7 @@ class Counted:
 
             return call
 
-        catalog.choose = runtime.choose = counted("choose", catalog.choose)
+        catalog.choose_each = counted("choose", catalog.choose_each)
         for kind in (rankloss.RankClipLoss, rankloss.MimicryLoss, rankloss.ClipLoss, folder.Features):
             kind.__init__ = counted(kind.__name__, kind.__init__)
         original = trainer.train_one_epoch

@@ -17,7 +17,7 @@ import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_features import Features
 from rankloss_features.folder import NAMES
-from rankloss_trainers import catalog, runtime
+from rankloss_trainers import catalog
 from rankloss_trainers.declared import Loss
 
 ROWS = 32
@@ -87,8 +87,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(place, name, wrapped)
 
-    counted(catalog, "choose", "choose")
-    counted(runtime, "choose", "choose")
+    counted(catalog, "choose_each", "choose")
     counted(Loss, "build", "build")
     counted(Features, "__init__", "open")
     return calls

@@ -309,7 +309,7 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
         ({"grades": None}, {}, "columns .*grades .*query, candidates"),
         ({"ranks": [[1]] * 8}, {}, "columns .*query, candidates, grades, ranks"),
         ({"own": ["red"] * 8}, EXCLUDED, "own.*ranked-lists"),
-        ({}, {"loss_options": {"own_caption": "top"}}, "^own_caption"),
+        ({}, {"loss_options": {"own_caption": "top"}}, "own_caption"),
         ({}, {"loss_options": {"base_loss": "include"}}, "column own"),
         ({}, {"loss": "rankclip+ranked-lists"}, "column own"),
         ({}, {"data_collator": lambda _: {"input_ids": torch.ones(2)}}, "candidate_index"),
