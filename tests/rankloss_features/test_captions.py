@@ -1,8 +1,11 @@
-"""The captions as a teacher: rows of TF-IDF and LSA, and refusals of captions that cannot teach."""
+"""The captions as a teacher: rows of TF-IDF and LSA; and ``--text-encoder captions``, in a folder."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
+import signal
 from collections import Counter
 from math import log
 from pathlib import Path
@@ -10,10 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_teacher as tiny
+import torch
+from tiny_teacher import ROWS, data_of, files, flip, in_process, table, teacher, watched, written
 
+from rankloss_features import Features, text_encoders
 from rankloss_features import captions as module
 from rankloss_features.captions import CaptionVectors
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Teacher
+from rankloss_trainers.console import main
 
+IMAGES, TEXTS = NAMES
 CAPTIONS = [
     "a red apple",
     "A green apple, green leaves!",
@@ -23,7 +34,8 @@ CAPTIONS = [
     "a tree with leaves",
     "a tree with a unique word",
 ]
-JAPANESE = ["赤いりんご", "青いりんご", "赤い車", "青い車", "白い犬", "白い猫"]
+THINGS = ("りんご", "車", "犬", "猫", "家")
+JAPANESE = [f"{colour}{thing}" for colour in ("赤い", "青い", "白い", "黒い") for thing in THINGS]
 
 
 def tf_idf(fitted: list[str], captions: list[str]) -> tuple[list[str], np.ndarray]:
@@ -84,8 +96,8 @@ def test_characters_see_what_words_do_not() -> None:
         CaptionVectors.fit(JAPANESE, dimensions=None)
     rows = CaptionVectors.fit(JAPANESE, dimensions=None, characters=True).transform(JAPANESE)
     similarity = rows @ rows.T
-    red_apple, blue_apple, red_car, _, dog, _ = range(6)
-    assert similarity[red_apple, blue_apple] > similarity[red_apple, red_car] > similarity[red_apple, dog]
+    blue_apple, red_car, blue_dog = len(THINGS), 1, len(THINGS) + 2
+    assert similarity[0, blue_apple] > similarity[0, red_car] > similarity[0, blue_dog]
 
 
 @pytest.mark.parametrize("dimensions", [None, 8])
@@ -131,3 +143,91 @@ def test_captions_that_cannot_teach_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: .*{value}"):
         CaptionVectors.fit(captions, **options)
+
+
+# --- as an encoder of the command ---------------------------------------------------------------------------
+
+
+def of_captions(name: str, kill_at: int | None = None) -> Teacher:
+    """Two encoders, of which that of images ends the process at a batch."""
+    texts = text_encoders.load(name, 8, torch.device("cpu"))
+    images = teacher(watched([], IMAGES, kill_at=kill_at)).encoders[IMAGES]
+    return Teacher(texts.about, {IMAGES: images, **texts.encoders}, spaces="separate")
+
+
+@pytest.mark.parametrize(("kind", "kill_at"), [("csv", 1), ("webdataset", 4)])
+def test_rows_are_those_of_the_stored_vectors_and_a_killed_run_goes_on_with_them(
+    tmp_path: Path, kind: str, kill_at: int
+) -> None:
+    data, output = data_of(kind, tmp_path / "data"), tmp_path / "output"
+    features = written(tmp_path / "whole", data, of_captions("captions:4")).check()
+    captions = [caption for block, _ in data.pairs() for caption in block]
+    stored = CaptionVectors.load(tmp_path / "whole/captions.npz")
+    assert stored.tokens == CaptionVectors.fit(captions, dimensions=4).tokens
+    rows = features.take(np.arange(ROWS))[TEXTS]
+    np.testing.assert_allclose(rows, stored.transform(captions), atol=1e-3)
+    assert features.about["teacher"] == {"text_encoder": "captions", "dimensions": 4, "characters": False}
+    assert in_process(written, output, data, of_captions("captions:4", kill_at)) == -signal.SIGKILL
+    written(output, data, of_captions("captions:4")).check()
+    assert files(output) == files(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"teacher, .*'dimensions': 4.*'dimensions': 5"):
+        written(output, data, of_captions("captions:5"))
+    flip(output / "captions.npz")
+    write_again = functools.partial(written, output, data, of_captions("captions:4"))
+    for read in (lambda: Features(str(output)).check(), write_again):
+        with pytest.raises(ValueError, match=r"output/captions\.npz"):
+            read()
+
+
+def test_many_captions_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoders, "MOST_CAPTIONS", 20)
+    written(tmp_path / "output", data_of("csv", tmp_path), of_captions("captions:2")).check()
+    few = CaptionVectors.load(tmp_path / "output/captions.npz").tokens
+    assert 2 <= len(few) < len({*" ".join(tiny.CAPTIONS).split()})
+
+
+def command(folder: Path, captions: list[str], *options: str) -> int:
+    data = ["--data", str(table(folder, captions)), "--workers", "0", "--output", str(folder / "x")]
+    return main(["features", *data, *options])
+
+
+def test_the_share_of_captions_that_share_a_word_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = [f"word{i}" for i in range(38)] + ["two words"] * 2
+    for name, captions, level, share in (
+        ("many", tiny.CAPTIONS, logging.INFO, "100.0 %"),
+        ("few", few, logging.WARNING, "5.0 %"),
+    ):
+        (tmp_path / name).mkdir()
+        caplog.clear()
+        assert command(tmp_path / name, captions, "--text-encoder", "captions:1") == 0
+        assert [x.levelno for x in caplog.records if share in x.message] == [level]
+
+
+def test_a_language_without_spaces_is_counted_by_characters(tmp_path: Path, capsys: Any) -> None:
+    assert command(tmp_path, JAPANESE, "--text-encoder", "captions:4") == 1
+    assert "captions:characters" in capsys.readouterr().err
+    assert command(tmp_path, JAPANESE, "--text-encoder", "captions:8:characters") == 0
+    rows = Features(str(tmp_path / "x")).check().take(np.arange(len(JAPANESE)))[TEXTS]
+    expected = CaptionVectors.fit(JAPANESE, dimensions=8, characters=True).transform(JAPANESE)
+    np.testing.assert_allclose(rows, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("captions", "encoder", "named"),
+    [
+        (["a dog"] * 5, "captions", "'a dog'"),
+        (["a dog", "a cat", "a dog and a cat"], "captions", "dimensions: .* 256"),
+        (tiny.CAPTIONS, "captions:0", "'captions:0'"),
+        (tiny.CAPTIONS, "captions:characters:8", "'captions:characters:8'"),
+    ],
+)
+def test_options_and_captions_that_cannot_teach_are_refused_before_the_first_row(
+    tmp_path: Path, captions: list[str], encoder: str, named: str, capsys: Any
+) -> None:
+    assert command(tmp_path, captions, "--text-encoder", encoder) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rankloss features: --text-encoder captions")
+    assert re.search(named, said), said
+    assert not [*tmp_path.glob("x/[!.]*")]

@@ -31,6 +31,12 @@ SHARD = 12  # rows, of which the second batch is cut
 writing.SHARD_ROWS = SHARD * 16
 CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
 SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+CLIP_CONFIG = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {"image_size": 8, "patch_size": 4, "head_width": 8, "width": 16, "layers": 1},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "heads": 2, "width": 16, "layers": 1},
+}
 forks = multiprocessing.get_context("fork")
 
 
@@ -94,17 +100,15 @@ def pixels(size: int, picture: Any) -> Tensor:
     return torch.from_numpy(np.asarray(picture)[:size, :size].astype(np.float32) / 255 - 0.5).flatten()
 
 
-def pixels_of(size: int) -> Callable[[list[Sample]], Tensor]:
-    """Those of the samples' pictures."""
-    return lambda samples: torch.stack([pixels(size, x.open()) for x in samples])
-
-
 def letters(samples: list[Sample]) -> Tensor:
     counts = [np.bincount(np.frombuffer(x.caption.encode(), np.uint8), minlength=256) for x in samples]
     return torch.from_numpy(np.stack(counts)).float()
 
 
-def teacher(change: Callable[[str, Tensor], Tensor] = lambda _, features: features, **about: Any) -> Teacher:
+Change = Callable[[str, Tensor], Tensor]
+
+
+def teacher(change: Change = lambda _, features: features, **about: Any) -> Teacher:
     """Linear maps of pixels and of letters; ``change`` is applied to what they give."""
 
     def encode(name: str) -> Callable[[Tensor], Tensor]:
@@ -122,16 +126,23 @@ def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **s
     return Features(str(output))
 
 
-def killed_at(call: int, output: Path, data: Data) -> int:
-    """Write in a process that is killed, as by ``kill -9``, at its ``call``-th batch; its exit code."""
-    calls = iter(range(1, call + 1))
+def watched(calls: list[int], name: str = NAMES[0], *, kill_at: int | None = None) -> Change:
+    """A change that lists the numbers of rows, until the process is killed, as by ``kill -9``."""
 
-    def kill(name: str, features: Tensor) -> Tensor:
-        if name == NAMES[1] and next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def watch(called: str, features: Tensor) -> Tensor:
+        if called == name:
+            calls.append(len(features))
+            if len(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
         return features
 
-    return in_process(written, output, data, teacher(kill))
+    return watch
+
+
+def killed_at(batch: int, output: Path, data: Data) -> None:
+    """Write in a process that is killed at a batch."""
+    killed = in_process(written, output, data, teacher(watched([], NAMES[1], kill_at=batch)))
+    assert killed == -signal.SIGKILL
 
 
 def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> int:
