@@ -2,8 +2,71 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rankloss.batch import Batch
+from rankloss import batch
+from rankloss.batch import Batch, first_equal, first_occurrence, row_hashes
+
+# --- equal rows -----------------------------------------------------------------------------------------
+
+single_or_double = st.sampled_from([torch.float32, torch.float64])
+
+
+@given(
+    st.lists(st.tuples(*[st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])] * 3), min_size=1, max_size=12),
+    single_or_double,
+)
+def test_first_occurrence_is_the_index_of_the_first_equal_row(rows: list, dtype: torch.dtype) -> None:
+    expected = [rows.index(r) for r in rows]
+    x = torch.tensor(rows, dtype=dtype)
+    assert first_occurrence(x).tolist() == expected
+    assert (first_equal(x) is None) == (len(set(expected)) == len(rows))  # where nothing is equal, no work
+
+
+def test_a_row_with_nan_equals_no_row() -> None:
+    x = torch.tensor([[1.0, torch.nan], [1.0, torch.nan], [2.0, 3.0], [2.0, 3.0]])
+    assert first_occurrence(x).tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_many_random_rows_have_no_false_match_and_all_true_ones(
+    looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no look is free, as on an accelerator."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", looks)
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    x[2000:] = x[:1000]
+    assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))
+
+
+def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "row_hashes", lambda x: torch.zeros(len(x), dtype=torch.int64))
+    assert first_occurrence(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_alike_have_hashes_of_their_own(dtype: torch.dtype) -> None:
+    """Rows that differ in signs alone, and rows that hold the same entries elsewhere."""
+    row = torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    signs = 1 - 2 * (torch.arange(2**9)[:, None] >> torch.arange(16) & 1)
+    shifted = torch.stack([x.roll(k) for k in range(16) for x in (row, torch.eye(16, dtype=dtype)[0])])
+    for rows in (signs * row, shifted):
+        assert len(row_hashes(rows).unique()) == len(rows)
+
+
+def test_subnormal_entries_hash_the_same_whether_or_not_they_are_flushed() -> None:
+    x = torch.tensor([[1e-40, 1.0], [1e-40, 1.0], [0.0, 1.0]])
+    plain = row_hashes(x)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(row_hashes(x), plain)
+    finally:
+        torch.set_flush_denormal(False)
+    assert row_hashes(x.t().contiguous().t()).tolist() == plain.tolist()  # wherever the entries lie
+
+
+# --- a batch --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import drawn_options
 import rankloss
 from batches import Batch as Drawn
 from batches import assert_close, batches, random_batch, teacher_of
 from blocks_oracle import definition
 from devices import DEVICE
+from drawn_options import CHANGES, is_streamed, together, with_teachers
 from fake_cuda import fake_cuda
 from memory import TensorSizes, saved_bytes
 from rankloss import dense, engine, reference
@@ -29,19 +31,11 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
 FACTORS = (0.8, 1.3, 0.6)
 WEIGHTS = torch.tensor(FACTORS, dtype=torch.float64, device=DEVICE)
 IMAGE, TEXT = "reference_image_features", "reference_text_features"
+STREAMED = [x for x in [{}, *CHANGES] if is_streamed(RankOptions(**x)) and "chunk_size" not in x]
 LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
 
 # --- a block of lists -------------------------------------------------------------------------------------
-
-
-rankings = st.one_of(
-    st.fixed_dictionaries({"top_k": st.none() | st.integers(1, 10)}),
-    st.fixed_dictionaries(
-        {"method": st.just("bin"), "bins": st.integers(2, 12), "top_k": st.none() | st.integers(1, 10)}
-    ),
-    st.fixed_dictionaries({"model": st.just("top_one"), "reference_scale": st.sampled_from([None, 3.0])}),
-)
 
 
 @st.composite
@@ -76,18 +70,15 @@ def blocks(draw: st.DrawFn) -> Block:
 @settings(max_examples=250)
 @given(
     block=blocks(),
-    ranking=rankings,
-    lists=st.fixed_dictionaries(
-        {"diagonal": st.sampled_from([True, False]), "reduction": st.sampled_from(["mean", "sum"])}
-    ),
+    options=drawn_options.options(is_streamed),
     with_gradient=st.sampled_from([True, True, False]),
     looks=st.booleans(),
 )
 def test_a_block_is_its_lists_in_value_and_gradient(
-    block: Block, ranking: dict[str, Any], lists, with_gradient: bool, looks: bool
+    block: Block, options: Any, with_gradient: bool, looks: bool
 ) -> None:
     """Also where no look is free, as on an accelerator."""
-    options = RankOptions(**ranking, **lists)
+    options = RankOptions(**options)
     if not looks and block.cosines.dtype == torch.float32:  # sums of logarithms
         alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
         block = block._replace(alpha=alpha, beta=beta)
@@ -107,19 +98,6 @@ def test_a_block_is_its_lists_in_value_and_gradient(
 
 
 # --- the pass ---------------------------------------------------------------------------------------------
-
-list_options = st.one_of(
-    st.fixed_dictionaries({"top_k": st.none() | st.integers(1, 9)}),
-    st.fixed_dictionaries({"method": st.just("bin"), "bins": st.integers(2, 12)}),
-    st.just({"model": "top_one"}),
-)
-directions = st.fixed_dictionaries(
-    {
-        "diagonal": st.sampled_from([True, False]),
-        "reduction": st.sampled_from(["mean", "sum"]),
-        "fixed_reference": st.sampled_from([None, "image", "text"]),
-    }
-)
 
 
 def features_of(drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor], by: Sequence[bool]) -> Batch:
@@ -175,8 +153,7 @@ def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
 @settings(max_examples=150)
 @given(
     drawn=batches(),
-    options=list_options,
-    choices=directions,
+    options=drawn_options.options(is_streamed),
     given_teacher=st.sampled_from([(), (), (IMAGE, TEXT), (IMAGE,), (TEXT,)]),
     wanted=st.sampled_from(
         [(True,) * 3] * 3 + [(True, False, False), (False, True, False), (True, False, True)]
@@ -185,7 +162,6 @@ def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
     by=st.just([True] * 5) | st.lists(st.booleans(), min_size=5, max_size=5),
     is_share=st.booleans(),
     chunk_size=st.integers(1, 12),
-    is_option=st.booleans(),
     again=st.booleans(),
     looks=st.booleans(),
     data=st.data(),
@@ -193,14 +169,12 @@ def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
 def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     drawn: Drawn,
     options,
-    choices,
     given_teacher,
     wanted,
     upstream,
     by,
     is_share,
     chunk_size,
-    is_option,
     again,
     looks,
     data,
@@ -208,8 +182,8 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     """Under any upstream values, in chunks of an option or of the engine's choice, where gradients are kept,
     with and without a graph of the gradients, and where no look is free."""
     n = len(drawn.image)
+    options = {**options, "fixed_reference" if given_teacher else "reference_scale": None}
     if given_teacher:
-        choices = {**choices, "fixed_reference": None}
         wanted = (wanted[0], wanted[1] and len(given_teacher) == 2, True)
     rows = None
     if is_share:
@@ -218,7 +192,7 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     teacher = {name: x for name, x in teacher_of(n, duplicates=1).items() if name in given_teacher}
     batch = features_of(drawn, rows, teacher, by)
     inputs = [x for x in batch.inputs if x is not None and x.requires_grad]
-    checked = RankOptions(chunk_size=chunk_size if is_option else None, **options, **choices)
+    checked = RankOptions(**options)
     owed = dense.terms(batch, checked, WEIGHTS, wanted)
     expected = differentiated(weighted(owed, upstream), inputs)
     with pytest.MonkeyPatch.context() as patch:
@@ -285,7 +259,7 @@ def test_a_step_takes_as_many_products_as_it_says(
     assert counted.count == (of_student + 4 * has_teacher) * n * n * d
 
 
-STREAMED: dict[str, tuple[Any, int]] = {  # with the products that its values take
+VALUES: dict[str, tuple[Any, int]] = {  # with the products that its values take
     "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
     "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
     "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
@@ -296,12 +270,12 @@ STREAMED: dict[str, tuple[Any, int]] = {  # with the products that its values ta
 
 
 @pytest.mark.parametrize("without", ["no_grad", "inference_mode", "enable_grad"])
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", VALUES)
 @pytest.mark.filterwarnings("ignore:logit_bias is not given")
 def test_without_gradients_only_values_are_computed(name: str, without: str) -> None:
     """Also if the features have a graph; with gradients enabled they have none."""
     n, d = 32, 8
-    loss, products = STREAMED[name]
+    loss, products = VALUES[name]
     inputs = random_batch(0, n, d, 10.0).leaves()
     expected = loss()(*inputs)
     if without == "enable_grad":
@@ -313,17 +287,14 @@ def test_without_gradients_only_values_are_computed(name: str, without: str) -> 
     assert not value.requires_grad
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"top_k": 2}, {"model": "top_one"}, {"method": "bin", "bins": 16}, {"diagonal": False}]
-)
-@pytest.mark.parametrize("has_teacher", [False, True])
+@pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
 def test_no_tensor_as_large_as_n_by_n_is_made_of_a_large_batch(options, has_teacher: bool) -> None:
     n, d, chunk_size = 128, 8, 4
     inputs, teacher = random_batch(0, n, d, 10.0).leaves(), teacher_of(n, d) if has_teacher else {}
     largest = []
     for rows in (chunk_size, None):
         with TensorSizes() as sizes:
-            rankloss.RankConsistency(chunk_size=rows, **options)(*inputs, **teacher).backward()
+            rankloss.RankConsistency(**options, chunk_size=rows)(*inputs, **teacher).backward()
         largest.append(sizes.largest)
     assert n * d <= largest[0] <= 2 * n * chunk_size < n * n  # of two matrices
     assert largest[1] >= n * n  # the measurement sees such a tensor where there is one
@@ -332,7 +303,7 @@ def test_no_tensor_as_large_as_n_by_n_is_made_of_a_large_batch(options, has_teac
 # --- limits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3, "reduction": "sum"}, {"method": "bin", "bins": 5}])
+@pytest.mark.parametrize("options", [x for x in STREAMED if "model" not in x])
 @pytest.mark.parametrize("scale", [1e3, 1e5])
 def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float) -> None:
     inputs = random_batch(1, 12, 3, scale).leaves()
@@ -343,12 +314,13 @@ def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float)
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"model": "top_one"}])
-def test_what_forward_keeps_for_backward_grows_linearly_in_n(options) -> None:
+@pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
+def test_what_forward_keeps_for_backward_grows_linearly_in_n(options, has_teacher: bool) -> None:
     def kept(n: int) -> int:
         inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+        teacher = teacher_of(n, duplicates=1) if has_teacher else {}
         loss = rankloss.RankClipLoss(schedule="constant", chunk_size=8, **options)
-        return saved_bytes(lambda: loss(*inputs, **teacher_of(n, duplicates=1)))
+        return saved_bytes(lambda: loss(*inputs, **teacher))
 
     assert 0 < kept(256) <= 4.05 * kept(64)
     assert kept(256) < 256 * 256 * 4  # less than one N×N matrix
@@ -356,32 +328,7 @@ def test_what_forward_keeps_for_backward_grows_linearly_in_n(options) -> None:
 
 # --- on an accelerator ------------------------------------------------------------------------------------
 
-RANKED: list[dict[str, Any]] = [
-    {},
-    {"top_k": 3},
-    {"top_k": 40, "reduction": "sum"},
-    {"method": "bin", "bins": 8},
-    {"method": "bin", "bins": 100},
-    {"method": "bin", "bins": 8, "top_k": 3},
-    {"model": "top_one"},
-    {"diagonal": False},
-    {"fixed_reference": "text"},
-]
-TEACHERS = [{}, {"top_k": 3, "diagonal": False}, {"method": "bin", "bins": 8}]
-TEACHERS += [{"model": "top_one", "reference_scale": 3.0}]
-NOT_STREAMED: list[tuple[dict[str, Any], bool]] = [
-    ({"lists": "batch"}, False),
-    ({"lists": "batch"}, True),
-    ({"lists": "batch", "model": "top_one"}, True),
-    ({"lists": "batch", "diagonal": False, "worth": "shifted"}, False),
-    ({"worth": "identity", "top_k": 2}, True),
-    ({"ties": "random"}, False),
-    ({"discount": "log", "diagonal": False}, False),
-    ({"reduction": "none"}, True),
-]
-STEPS = [(options, False, k % 2 == 0, k % 3 == 0) for k, options in enumerate(RANKED)]
-STEPS += [(options, True, k % 2 == 1, k % 3 == 1) for k, options in enumerate(TEACHERS)]
-STEPS += [(*case, False, False) for case in NOT_STREAMED]
+PAIRS = [together({**x, **y}) for x, y in zip(CHANGES, [*CHANGES[5:], *CHANGES[:5]], strict=True)]
 
 
 def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> Batch:
@@ -394,12 +341,12 @@ def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> Batch:
     return Batch.of(v, t, scale, **arguments)
 
 
-@pytest.mark.parametrize(("options", "has_teacher", "is_share", "is_chunked"), STEPS)
+@pytest.mark.parametrize(("options", "has_teacher"), with_teachers([{}, *CHANGES, *PAIRS]))
 def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
-    options, has_teacher: bool, is_share: bool, is_chunked: bool
+    options, has_teacher: bool
 ) -> None:
-    checked = RankOptions(chunk_size=8 if is_chunked else None, **options)
-    wanted = (checked.worth == "exp", True, True)
+    checked = RankOptions(**options)
+    wanted, is_share = (checked.worth == "exp", True, True), len(options) == 2 and not checked.is_dense
     with fake_cuda() as copies:
         batch = on_cuda(has_teacher, is_share=is_share)
         terms = weighted_terms(batch, checked, FACTORS, wanted)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import logsigmoid
 
-from all_losses import IMAGE, LOSSES, TEXT, further
 from batches import VECTORS, Batch, batches, gradients, random_batch, teacher_of, vector_batch
+from devices import DEVICE
 from rankloss import (
     ClipLoss,
     Gather,
@@ -27,6 +27,9 @@ from rankloss import (
 )
 from rankloss.checks import check_teacher
 from rankloss.precision import nan_unless_finite
+from subjects import ALIP, SUBJECTS, TEACHER, Subject, data, run
+
+IMAGE, TEXT = TEACHER
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -38,19 +41,6 @@ def at(value: float, **options: Any) -> RankClipLoss:
     loss = RankClipLoss(schedule=lambda i, n: value, **options)
     loss.set_epoch(1, 5)
     return loss
-
-
-MODULES: dict[str, Callable[..., nn.Module]] = {
-    "clip": ClipLoss,
-    "clip, streamed": lambda **options: ClipLoss(memory_budget=0, **options),
-    "clip, smoothed": lambda **options: ClipLoss(label_smoothing=0.2, **options),
-    "siglip": SigLipLoss,
-    "siglip, streamed": lambda **options: SigLipLoss(memory_budget=0, **options),
-    "rank": RankConsistency,
-    "rank_clip": lambda **options: at(1.0, **options),
-    "rank_clip at 0": lambda **options: at(0.0, **options),
-}
-modules = pytest.mark.parametrize("name", MODULES)
 
 
 # --- values -----------------------------------------------------------------------------------------------
@@ -133,39 +123,33 @@ def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, va
     assert [g.dtype for g in gradients(loss(*inputs), inputs, 1.0)] == [dtype] * 3
 
 
-LARGE_BATCH = (
-    "clip",
-    "clip, smoothed",
-    "clip, share",
-    "siglip",
-    "ranks, bins",
-    "ranks, top one",
-    "rank_clip",
-)
-LARGE_BATCH += ("rank_clip over siglip", "mimicry", "lists, negatives", "cyclip", "alip")
-
-
-def of_large_batch(name: str, n: int, dtype: torch.dtype, values: torch.dtype) -> list[Tensor]:
-    """Value and gradients of n pairs, rounded to a dtype and given as ``values``."""
-    v, t = (x.detach().to(dtype).to(values) for x in random_batch(0, n, 16, 100.0).leaves()[:2])
-    inputs = v.requires_grad_(), t.requires_grad_(), torch.tensor(100.0, requires_grad=True)
-    value = LOSSES[name](*inputs, further(v, t))
-    return [value.detach(), *gradients(value, inputs, 4096.0)]
+OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]", "SigLipLoss", "CyClipLoss")
+OF_LARGE_BATCHES += ("RankConsistency[bins]", "RankConsistency[top one]", "RankedLists[negatives, top k]")
+OF_LARGE_BATCHES += ("RankClipLoss", "RankClipLoss[over SigLipLoss]", "MimicryLoss[default]")
+LARGE = [ALIP, *(subject for subject in SUBJECTS if subject.name in OF_LARGE_BATCHES)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LARGE_BATCH)
-@pytest.mark.parametrize("n", [1024, pytest.param(4096, marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:logit_bias is not given")
+@pytest.mark.parametrize("subject", LARGE, ids=str)
+@pytest.mark.parametrize("n", [512, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.*norm")
 def test_a_large_batch_in_half_precision_has_float32s_value_and_gradient(
-    n: int, name: str, dtype: torch.dtype
+    n: int, subject: Subject, dtype: torch.dtype
 ) -> None:
     """The cube of the norms overflows from some 400 pairs on, sums of SigLIP's terms and entropies later."""
-    half = 3e-3 if name == "alip" else 1e-3  # its logits are half precision
+    half = 3e-3 if subject is ALIP else 1e-3  # its logits are half precision
     tolerance = {torch.float16: half, torch.bfloat16: 6e-2}[dtype]
-    found, expected = (of_large_batch(name, n, dtype, x) for x in (dtype, torch.float32))
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
+    found = []
+    for kind in (dtype, torch.float32):
+        inputs = {
+            name: x.to(dtype).to(kind) if name.endswith("features") else x
+            for name, x in subject.pick(data("plain", n), torch.float32).items()
+        }
+        given = {name: x.to(DEVICE) for name, x in inputs.items()}
+        found.append(run(subject, given, upstream=torch.tensor(4096.0, device=DEVICE)))
+    for name, wanted in {"": found[1].value, **found[1].gradients}.items():
+        other = found[0].gradients[name] if name else found[0].value
+        assert (other - wanted).norm() <= tolerance * wanted.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -178,10 +162,10 @@ def test_norms_of_65536_rows_are_no_overflow(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)
-@pytest.mark.parametrize("name", ["clip", "clip, streamed", "rank_clip", "rank_clip at 0"])
-def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, name: str) -> None:
+@pytest.mark.parametrize("loss", [ClipLoss(), ClipLoss(memory_budget=0), at(1.0), at(0.0)], ids=str)
+def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, loss: nn.Module) -> None:
     v, t, s = features()
-    entries = MODULES[name]()(v, t, s, logit_bias=bias, output_dict=True)
+    entries = loss(v, t, s, logit_bias=bias, output_dict=True)
     torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(v, t, s), rtol=1e-12, atol=0)
 
 
@@ -345,13 +329,14 @@ V, T, S = (x.detach() for x in features())
 # --- looks at values --------------------------------------------------------------------------------------
 
 
-@modules
-def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(name: str) -> None:
-    loss = MODULES[name]()
+@pytest.mark.parametrize("subject", [x for x in SUBJECTS if x.takes_pairs], ids=str)
+def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(subject: Subject) -> None:
+    inputs, loss = subject.pick(data()), subject.started()
+    inputs.update(text_features=2 * inputs["text_features"], logit_scale=torch.tensor(2.66))
     with pytest.warns(InputWarning) as warned:
-        assert loss(V, 2 * T, 2.66).isfinite()
+        assert loss(**inputs).isfinite()
     assert {"text_features", "logit_scale"} <= {str(x.message).split()[0] for x in warned}
-    loss(V, 2 * T, 2.66)  # a second warning would be an error
+    loss(**inputs)  # a second warning would be an error
 
 
 def test_norms_are_looked_at_when_they_can_be_read() -> None:

@@ -150,32 +150,6 @@ def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
     assert torch.equal(LISTS[name](x, x > 1), LISTS[name](x, (x > 1).double()))
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_a_device_without_float64_measures_lists_in_float32(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(0, 9, (2, 5, 20), generator=generator).float() for _ in range(2))
-    masks = (
-        [{}] if name == "spearman_rho" else [{}, {"mask": torch.rand(2, 5, 20, generator=generator) < 0.7}]
-    )
-    for mask in masks:
-        owed = LISTS[name](x, y, **mask)
-        with no_float64():
-            found = LISTS[name](x, y, **mask)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), owed, rtol=1e-6, atol=1e-6)
-
-
-def test_a_device_without_float64_measures_features_in_float32() -> None:
-    batch = random_batch(1, 30, 8, 1.0, duplicates=4)
-    measures: list[Callable[..., Any]] = [metrics.modality_gap, metrics.alignment, metrics.uniformity]
-    measures.append(lambda *features: torch.stack(list(metrics.rank_agreement(*features).values())))
-    single = batch.image.float(), batch.text.float()
-    for measure in measures:
-        with no_float64():
-            found = measure(*single)
-        torch.testing.assert_close(found.double(), measure(batch.image, batch.text), rtol=1e-4, atol=1e-5)
-
-
 def test_leading_dimensions_are_lists() -> None:
     x, y = torch.rand(2, 3, 4, 21, generator=torch.Generator().manual_seed(0))
     for measure in (metrics.kendall_tau, metrics.spearman_rho):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from drawn_options import FIELDS
 from rankloss.options import CHOICES, RankOptions
 
 LARGEST = 2**31 - 1
-FIELDS = {f.name: f for f in fields(RankOptions)}
 NUMBERS = ["reference_scale"]
 NAMED = [name for name in FIELDS if CHOICES[name]]
 COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]

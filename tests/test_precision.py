@@ -1,9 +1,49 @@
+"""Devices with and without float64, and long running sums; ``conditions`` has the losses on them."""
+
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from rankloss import precision
+from no_float64 import meta_is_mps, no_float64
+from rankloss import engine, precision
+from rankloss.options import RankOptions
+
+
+@pytest.mark.parametrize("method", ["sort", "bin"])
+@pytest.mark.parametrize("agrees", [False, True])
+def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -> None:
+    n, n_items, d = 2, 2**14, 512
+    generator = torch.Generator().manual_seed(0)
+    v, t = (torch.nn.functional.normalize(torch.randn(n_items, d, generator=generator)) for _ in "vt")
+    if agrees:
+        v = torch.nn.functional.normalize(t + 4.0 * v)
+    cosines = torch.stack([v[:n] @ t.T, t[:n] @ v.T])
+    scale, ones = torch.tensor(100.0), torch.ones(2)
+
+    def evaluated(dtype: torch.dtype) -> Sequence[Tensor]:
+        block = engine.Block(cosines.clone(), scale, ones.to(dtype), ones.to(dtype), None, (None, None), 0)
+        found = engine.evaluate(block, RankOptions(method=method), with_gradient=True)
+        return [x for x in found if x is not None]
+
+    expected = evaluated(torch.float64)
+    with no_float64():
+        found = evaluated(torch.float32)
+    for (a, b), tolerance in zip(zip(found, expected, strict=True), (1e-5, 1e-6, 1e-5), strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_a_tensor_of_float64_and_one_that_leaves_mps_would_be_seen() -> None:
+    x = torch.empty(2, device="meta")
+    with meta_is_mps(), pytest.raises(TypeError, match="float64"):
+        x.double()
+    with meta_is_mps(), pytest.raises(NotImplementedError, match="meta"):
+        x.to("cpu")
+    with no_float64(), pytest.raises(TypeError, match="float64"):
+        torch.zeros(2).double()
 
 
 @pytest.mark.parametrize("has_it", [True, False])

@@ -19,7 +19,7 @@ from batches import assert_close, gradients, unit_rows, upstream_for
 from lists_item_by_item import F64, MODELS, Frozen, Lists, assert_same, fitting, lists, lists_of, models
 from memory import TensorSizes, saved_bytes
 from no_float64 import no_float64
-from rankloss import ClipLoss, RankedLists, graded, pair_sums, plackett_luce_nll, reference
+from rankloss import ClipLoss, RankedLists, graded, pair_sums, reference
 
 # --- values and gradients -----------------------------------------------------------------------------------
 
@@ -64,16 +64,6 @@ def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: A
         lambda *inputs: lists.loss(RankedLists(**options), *inputs, candidate_ids=ids)
     )
     assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
-
-
-@given(st.integers(0, 2**32 - 1), st.permutations(range(5)))
-def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]) -> None:
-    lists = lists_of(seed, 4, 5, 9)
-    q, c, s = lists.leaves()
-    scores = s * (q[:, None] * c[lists.index]).sum(-1)
-    grades = torch.tensor(order) // 2
-    found = RankedLists(reduction="none", top_k=3)(q, c[lists.index], grades.expand(4, 5), s)
-    assert_same([found], [plackett_luce_nll(scores, grades.expand(4, 5), top_k=3)])
 
 
 @models
@@ -299,18 +289,6 @@ def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
     assert kept[2] - kept[1] == 2 * (kept[1] - kept[0])
     assert kept[2] < 64 * 64 * 8 + 8 * 64 * 3 * 8 * 5
     assert max(largest) <= max(64 * 3 * 5, 2 * 64 * 3)
-
-
-@models
-@pytest.mark.parametrize("scale", [10.0, 100.0])
-def test_a_device_without_float64_computes_in_float32(options: dict[str, Any], scale: float) -> None:
-    lists = lists_of(2, 5, 6, 9, scale=scale, equal=2)
-    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
-    single, inputs = replace(lists, grades=lists.grades.float()), lists.leaves(torch.float32)
-    with no_float64():
-        value = single.loss(RankedLists(**options), *inputs)
-        found = [value, *gradients(value, inputs, 1.3)]
-    assert_close(found, owed, 1e-4)
 
 
 def test_padding_is_not_looked_at_nor_are_equal_queries_without_negatives() -> None:

@@ -10,6 +10,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -17,11 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import rankloss
+from batches import upstream_for
+from no_float64 import MPS, meta_is_mps, no_float64
 from subjects import (
     EPOCHS,
     FROZEN,
     KINDS,
     NO_SUBJECTS,
+    PAIR,
     SUBJECTS,
     TEACHER,
     Inputs,
@@ -35,12 +44,6 @@ from subjects import (
     run,
     tolerances,
 )
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
-
-import rankloss
-from batches import upstream_for
 
 pytestmark = [
     # Zero rows are not unit-norm, and of that a loss may warn.
@@ -82,7 +85,7 @@ def public_names() -> set[str]:
 
 def test_every_public_name_is_a_subject_or_is_none_for_a_reason() -> None:
     covered = {subject.covers for subject in SUBJECTS}
-    assert covered | NO_SUBJECTS.keys() == public_names()
+    assert covered | NO_SUBJECTS.keys() == public_names() | {""}
 
 
 # --- the inputs -------------------------------------------------------------------------------------------
@@ -163,6 +166,45 @@ def right_or_error() -> Iterator[None]:
     """Lets any error pass but a failed assertion: what is inside holds, or a user sees that it does not."""
     with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
         yield
+
+
+def permuted(inputs: Inputs) -> Inputs:
+    order = torch.tensor([2, 0, 5, 4, 1, 3])
+    return {name: x[order] if x.dim() else x for name, x in inputs.items()}
+
+
+def swapped(inputs: Inputs) -> Inputs:
+    names = {"image": "text", "text": "image"}
+    return {re.sub("image|text", lambda x: names[x[0]], name): x for name, x in inputs.items()}
+
+
+def rescaled(inputs: Inputs) -> Inputs:
+    factors = {"features": 2.0, "scale": 0.25}
+    return {name: x * factors.get(name.rpartition("_")[2], 1) for name, x in inputs.items()}
+
+
+def of_unit_norm(subject: Subject) -> bool:
+    """With an unscaled term, bins from −1 to 1, or ties of what is unit-norm."""
+    return subject.name.startswith(("MimicryLoss", "CyClip")) or any(
+        x in subject.name for x in ("bins", "[batch")
+    )
+
+
+UNCHANGING: list[tuple[Callable[[Inputs], Inputs], Subject]] = [
+    *((permuted, s) for s in SUBJECTS if s.is_module),
+    *((swapped, s) for s in SUBJECTS if s.takes_pairs),
+    *((rescaled, s) for s in SUBJECTS if s.is_module and not of_unit_norm(s)),
+]
+
+
+@pytest.mark.parametrize(("change", "subject"), UNCHANGING, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_orders_names_and_units_do_not_matter(change: Callable[[Inputs], Inputs], subject: Subject) -> None:
+    """The order of the pairs, the names of the modalities, and what is scaled: features or their products."""
+    for kind in ("plain", "equal rows"):
+        inputs = leaves(subject.pick(data(kind)), subject.differentiable)
+        value = subject.started()(**change(inputs))
+        found = differentiated(value, inputs, subject.differentiable)
+        assert_right(found, run(subject, inputs), (1e-9, 1e-9))
 
 
 # --- how a loss is built ----------------------------------------------------------------------------------
@@ -289,6 +331,7 @@ SURROUNDINGS: dict[str, tuple[Context, Context, torch.dtype | None]] = {
     "autocast of the forward pass": (autocast(BF16), nullcontext, BF16),
     "autocast of the backward pass": (nullcontext, autocast(BF16), BF16),
     "autocast of both": (autocast(F16), autocast(F16), F16),
+    "no float64": (no_float64, no_float64, None),
 }
 """What is around the forward pass, around the backward pass, and the dtype that autocast asks for."""
 
@@ -362,6 +405,17 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
             subject.started()(**{**inputs, name: there[name]})
 
 
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.takes_pairs], ids=str)
+def test_nothing_leaves_mps(subject: Subject) -> None:
+    """As far as tensors without values can show."""
+    there = {k: x.to("meta") for k, x in subject.pick(data(), F32).items()}
+    inputs = leaves(there, subject.differentiable)
+    with meta_is_mps():
+        value = subject.started()(**inputs)
+        value.backward()
+        assert {value.device, *(inputs[k].grad.device for k in PAIR)} == {MPS}
+
+
 # --- derivatives ------------------------------------------------------------------------------------------
 
 
@@ -376,17 +430,21 @@ def second_order(value: Tensor, inputs: Inputs, wanted: tuple[str, ...]) -> Resu
 twice = [s for s in SUBJECTS if s.differentiates and s.name != "all_gather"]
 
 
+@pytest.mark.parametrize(
+    ("around", "half"), [(autocast(BF16), 0.1), (no_float64, 2e-4)], ids=["autocast", "no float64"]
+)
 @pytest.mark.parametrize("subject", twice, ids=str)
-def test_second_derivatives_under_autocast(subject: Subject) -> None:
+def test_second_derivatives_in_float32(subject: Subject, around: Context, half: float) -> None:
     inputs, results = subject.pick(data("equal rows"), F32), []
-    for dtype in (F64, F32):
+    for dtype, context in ((F64, nullcontext), (F32, around)):
         taken = leaves(
             {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()},
             subject.differentiable,
         )
-        with torch.autocast("cpu", BF16, enabled=dtype == F32):
-            results.append(second_order(subject.started()(**taken), taken, subject.differentiable))
-    assert_right(results[1], results[0], (0.1, 0.1) if subject.half else (2e-4, 2e-4))
+        built = subject.started()
+        with context():
+            results.append(second_order(built(**taken), taken, subject.differentiable))
+    assert_right(results[1], results[0], (half, half) if subject.half else (2e-4, 2e-4))
 
 
 def coupled(inputs: Inputs, wanted: tuple[str, ...]) -> Inputs:

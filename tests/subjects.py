@@ -22,6 +22,7 @@ import rankloss
 from batches import upstream_for
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
+from rankloss_baselines import AlipLoss, CyClipLoss
 
 N, D, SCALE = 6, 16, 100.0  # CLIP's working point
 BIAS = -10.0  # where SigLIP's begins
@@ -37,7 +38,7 @@ class Subject:
 
     name: str
     covers: str
-    """The public name: a name of ``rankloss``, or ``module.function``."""
+    """The public name of ``rankloss``, or ``module.function``; "" for a loss of another package."""
     build: Callable[..., Callable[..., Any]]
     reference: Callable[..., Any] | None = None
     """The value in NumPy, of arrays by the same names; None where the NumPy twins do not have it."""
@@ -70,6 +71,11 @@ class Subject:
     def pick(self, data: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
         """The inputs that it takes, in a dtype; ids stay integers."""
         return {name: data[name].to(dtype) if name != "pair_ids" else data[name] for name in self.inputs}
+
+    @property
+    def takes_pairs(self) -> bool:
+        """True for a loss of images and texts."""
+        return self.is_module and set(PAIR) <= set(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,18 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
     return Subject(name, name, lambda: call, inputs=inputs or PAIR, differentiable=())
 
 
+def of_lists(name: str, **options: Any) -> Subject:
+    """A measure of lists, whose last items are padding; grades that gain are at least 0."""
+    measure = getattr(metrics, name)
+
+    def masked(x: Tensor, y: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[-1], device=x.device).expand(x.shape) < x.shape[-1] - 1
+        found: Tensor = measure(x, y.abs() if name == "ndcg" else y, mask=mask, **options)
+        return found
+
+    return function(f"metrics.{name}", masked, "x", "y")
+
+
 class Lists(nn.Module):
     """``RankedLists`` of grades that its model takes: NDCG's gains begin at 0."""
 
@@ -282,17 +300,17 @@ def mimicry(
     )
 
 
-def _rankclip(name: str = "", **of_ids: Any) -> Subject:
+def _rankclip(name: str = "", base: Any = None, of_base: Any = reference.clip, **of_ids: Any) -> Subject:
     def literal(pair_ids: Any = None, **inputs: Any) -> Any:
-        return reference.clip(**inputs, pair_ids=pair_ids, **of_ids) + RANK_FACTOR * ranks(**inputs)
+        return of_base(**inputs, pair_ids=pair_ids, **of_ids) + RANK_FACTOR * ranks(**inputs)
 
     return Subject(
         f"RankClipLoss{name}",
         "RankClipLoss",
-        lambda: _rankclip_loss(rankloss.ClipLoss(**of_ids) if of_ids else None),
+        lambda: _rankclip_loss(base(**of_ids) if base else None),
         literal,
         inputs=(*PAIR, "logit_scale", *(["pair_ids"] if of_ids else [])),
-        half=bool(of_ids),
+        half=base is not None,
     )
 
 
@@ -306,9 +324,10 @@ SUBJECTS = [
     rank_terms("bins", method="bin", bins=17),  # a prime: no code's cosine is on a bin's edge
     rank_terms("top one", teacher=TEACHER, model="top_one"),
     rank_terms("teacher", teacher=TEACHER, chunk_size=4),
-    rank_terms("batch", lists="batch"),
+    rank_terms("batch", lists="batch", discount="log"),
     _rankclip(),
-    _rankclip("[over ClipLoss of ids]", same_id="ignore"),
+    _rankclip("[over SigLipLoss]", rankloss.SigLipLoss, reference.siglip),
+    _rankclip("[over ClipLoss of ids]", rankloss.ClipLoss, same_id="ignore"),
     mimicry("default", lambda build: build(), has_ranks=False),
     mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), weight=0.5),
     mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), weight=2.0),
@@ -349,12 +368,22 @@ SUBJECTS = [
     function("metrics.modality_gap", metrics.modality_gap),
     function("metrics.alignment", metrics.alignment),
     function("metrics.uniformity", metrics.uniformity, "image_features"),
-    function("metrics.kendall_tau", metrics.kendall_tau, "x", "y"),
-    function("metrics.pairwise_accuracy", lambda x, y: metrics.pairwise_accuracy(x, y), "x", "y"),
-    function("metrics.ndcg", lambda x, y: metrics.ndcg(x, y.abs(), k=3), "x", "y"),
-    function("metrics.reciprocal_rank", lambda x, y: metrics.reciprocal_rank(x, y, at_least=0.0), "x", "y"),
+    of_lists("kendall_tau"),
+    of_lists("kendall_tau", variant="c"),
+    of_lists("pairwise_accuracy"),
+    of_lists("ndcg", k=3),
+    of_lists("reciprocal_rank", at_least=0.0),
     function("metrics.spearman_rho", metrics.spearman_rho, "x", "y"),
+    Subject("CyClipLoss", "", CyClipLoss, half=True),
 ]
+
+ALIP = Subject(
+    "AlipLoss",
+    "",
+    functools.partial(AlipLoss, initial_history=0.0),
+    inputs=(*PAIR, "logit_scale", "caption_features"),
+)
+"""Its histories move with every call, which the conditions do not expect."""
 
 NO_SUBJECTS = {
     "__version__": "a string",
@@ -372,9 +401,9 @@ NO_SUBJECTS = {
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def _features(kind: str, seed: int = 7) -> tuple[Tensor, Tensor]:
+def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(seed)
-    v, t = (torch.from_numpy(rng.standard_normal((N, D))) for _ in range(2))
+    v, t = (torch.from_numpy(rng.standard_normal((n, D))) for _ in range(2))
     v, t = (x / x.norm(dim=-1, keepdim=True) for x in (v, t))
     if kind == "equal rows":  # the later ones equal an earlier one that equals nothing else, too
         v[3], v[5] = v[0], v[0]
@@ -384,14 +413,14 @@ def _features(kind: str, seed: int = 7) -> tuple[Tensor, Tensor]:
         v[:3] = torch.stack([-codes[0], codes[0], codes[0]])
         t[1:5] = torch.stack([-codes[1], codes[1], -codes[1], codes[1]])
     elif kind == "sign codes":  # cosines are multiples of 1/8, exact in every dtype; some rows are equal
-        v, t = (torch.from_numpy(rng.integers(0, 2, (N, D)) / 2 - 0.25) for _ in range(2))
+        v, t = (torch.from_numpy(rng.integers(0, 2, (n, D)) / 2 - 0.25) for _ in range(2))
         v[4], t[4], t[5] = v[1], t[1], t[2]
     elif kind == "zero rows":
         v[2] = t[4] = t[5] = 0.0
     elif kind == "sparse":  # one-hot rows and rows of four halves: most similarities are exactly 0
         for x in (v, t):
             x.zero_()
-            for row in range(N):
+            for row in range(n):
                 count = 1 if row % 2 else 4
                 places = torch.from_numpy(rng.permutation(D)[:count])
                 signs = rng.choice([-1.0, 1.0], count) if count > 1 else np.ones(1)
@@ -404,32 +433,34 @@ def _features(kind: str, seed: int = 7) -> tuple[Tensor, Tensor]:
 KINDS = ("plain", "equal rows", "negated rows", "sign codes", "zero rows", "sparse")
 
 
-def _queries(kind: str) -> Tensor:
+def _queries(kind: str, n: int) -> Tensor:
     """Rows that all differ, exact in every dtype where those of the kind are."""
     if kind != "sign codes":
-        return _features("plain", seed=9)[0]
-    bits = torch.arange(N)[:, None] >> torch.arange(D) % 3 & 1
+        return _features("plain", 9, n)[0]
+    bits = torch.arange(n)[:, None] >> torch.arange(D) % 3 & 1
     return (bits / 2 - 0.25).double()
 
 
 @functools.cache
-def _data(kind: str) -> Inputs:
-    v, t = _features(kind)
-    cosines = torch.tensor(reference._cosines(v, t))  # rounded once
+def _data(kind: str, n: int) -> Inputs:
+    v, t = _features(kind, n=n)
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]]).double()
+    cosines = torch.tensor(reference._cosines(v[:N], t[:N]))  # rounded once
     of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
     return {
         "image_features": v,
         "text_features": t,
-        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, seed=8), strict=True)},
-        "query_features": _queries(kind),
+        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, 8, n), strict=True)},
+        "caption_features": _features("plain", 11, n)[1],
+        "query_features": _queries(kind, n),
         "candidate_features": torch.stack([t, t.roll(1, 0), v], 1),
-        "reference_query_features": _features("plain", seed=10)[0][:, :5],
+        "reference_query_features": _features("plain", 10, n)[0][:, :5],
         "reference_candidate_features": torch.stack([v, t, t.roll(1, 0)], 1)[:, :, :5],
         "reference_scale": torch.tensor(SCALE / 2, dtype=torch.float64),
-        "grades": torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]] * 2).double(),
+        "grades": grades.repeat(n // 3 + 1, 1)[:n],
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
-        "pair_ids": torch.tensor([3, -1, 3, 7, -1, 3]),
+        "pair_ids": torch.tensor([3, -1, 3, 7, -1, 3]).repeat(n // 6 + 1)[:n],
         "scores": SCALE * cosines,
         "reference": cosines.T.contiguous(),
         "x": cosines,
@@ -437,6 +468,6 @@ def _data(kind: str) -> Inputs:
     }
 
 
-def data(kind: str = "plain") -> Inputs:
-    """Features of N pairs, a scale, and lists: all float64, of one kind."""
-    return {name: x.clone() for name, x in _data(kind).items()}
+def data(kind: str = "plain", n: int = N) -> Inputs:
+    """Features of n pairs, a scale, and lists: all float64, of one kind."""
+    return {name: x.clone() for name, x in _data(kind, n).items()}
