@@ -16,7 +16,7 @@ from process_pool import Pools
 from rankloss import Gather, RankedLists
 
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
-SHARDED = [{**options, "reduction": reduction} for options in MODELS for reduction in ("mean", "sum")]
+SHARDED = [{**options, "reduction": reduction} for options in MODELS for reduction in ("mean", "sum", "none")]
 N, K, M = 3, 3, 7  # lists, candidates and rows of a process
 
 
@@ -32,6 +32,14 @@ def whole(world_size: int) -> Lists:
     return Lists(queries, items, index, grades, 10.0, mask)
 
 
+def weighed(values: Tensor, rows: slice = slice(None), times: int = 1) -> Tensor:
+    """A value, or the sum of the values of some queries, each with a weight of its own."""
+    if not values.dim():
+        return values
+    weights = torch.linspace(-1.7, 0.6, 3 * N, dtype=F64)[rows][: len(values)]
+    return times * (weights * values).sum()
+
+
 def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     lists = whole(world_size)
     rows, places = slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
@@ -41,16 +49,12 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     found = {}
     for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
-        options = SHARDED[case]
-        loss = RankedLists(**options, gather=gather)
-        found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
-        frozen = Frozen.of(lists).as_features(rows, places)
-        value = lambda q, c, s: own.loss(loss, q[rows], c[places], s, **frozen)  # noqa: B023, E731
-        found[case, flags, "frozen"] = own.differentiated(value)
-        if options["reduction"] == "sum":
-            loss.reduction, upstream = "none", torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)[rows]
-            value = lambda q, c, s: own.loss(loss, q[rows], c[places], s)  # noqa: B023, E731
-            found[case, flags, "none"] = own.differentiated(value, upstream)
+        loss = RankedLists(**SHARDED[case], gather=gather)
+        for is_frozen in (False, True):
+            more = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
+            found[case, flags, is_frozen] = own.differentiated(
+                lambda q, c, s: weighed(own.loss(loss, q[rows], c[places], s, **more), rows, world_size)  # noqa: B023
+            )
     bad = own.leaves()
     if rank == world_size - 1:
         bad[0].data[rows.start, 0] = math.nan
@@ -71,11 +75,12 @@ def test_values_and_gradients_of_several_processes_are_those_of_one(
     world_size, options = len(table), SHARDED[case]
     lists = whole(world_size)
     more = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
-    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, **more))
+    value, *by = lists.differentiated(lambda *inputs: weighed(lists.owed(*inputs, **options, **more)))
     for flags in [*FLAGS, None]:
         local_loss, gather_with_grad = flags or (True, True)
-        key = (case, flags, "frozen") if is_frozen else (case, flags)
-        averaged = [torch.stack(x).mean(0) for x in zip(*(of[key] for of in table), strict=True)]
+        local_loss = local_loss or options["reduction"] == "none"
+        of_ranks = (of[case, flags, is_frozen] for of in table)
+        averaged = [torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)]
         assert_same([averaged[0], averaged[3]], [value, by[2]])
         is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered
         if gather_with_grad or is_local or world_size == 1:
@@ -84,22 +89,6 @@ def test_values_and_gradients_of_several_processes_are_those_of_one(
             assert_same(averaged[1:3], [x / world_size for x in by[:2]])
         else:
             assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
-
-
-@pytest.mark.parametrize(
-    "case", [k for k, options in enumerate(SHARDED) if options["reduction"] == "sum"], ids=str
-)
-def test_values_per_query_are_those_of_the_processs_own_queries(table: list[Any], case: int) -> None:
-    options = {**SHARDED[case], "reduction": "none"}
-    lists = whole(len(table))
-    upstream = torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)
-    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options), upstream)
-    for flags in [*FLAGS, None]:
-        values, *gradients_of = zip(*(of[case, flags, "none"] for of in table), strict=True)
-        assert_same([torch.cat(values)], [value])
-        assert_same([sum(gradients_of[0]), sum(gradients_of[2])], [by[0], by[2]])
-        if flags in (None, (True, True), (False, True)) or not options.get("in_batch_negatives"):
-            assert_same([sum(gradients_of[1])], [by[1]])
 
 
 def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
