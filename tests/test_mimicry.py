@@ -109,7 +109,7 @@ def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
     [
         ({}, f"{IMAGE}.*{TEXT}"),
         (teacher_of(6, 5), rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
-        (teacher_of(5), rf"{IMAGE}.*\b6\b.*\(5, 4\)"),
+        (teacher_of(5), rf"{IMAGE}.*\b6\b.*5, 4"),
         ({TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT}.*nan"),
     ],
 )
@@ -121,5 +121,5 @@ def test_a_teacher_that_does_not_fit_is_named(teacher: Any, named: str) -> None:
 def test_components_of_another_shape_are_named() -> None:
     loss = MimicryLoss()
     loss.components = torch.eye(6)[:, :4]
-    with pytest.raises(ValueError, match=r"components.*\(5, 4\).*\(6, 4\)"):
+    with pytest.raises(ValueError, match=r"components.*5, 4.*6, 4"):
         loss(*batch(), **teacher_of(6, 5))

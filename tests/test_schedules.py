@@ -51,7 +51,7 @@ def test_every_schedule_ends_at_its_end_value_also_where_there_is_one_step_only(
 @every
 @pytest.mark.parametrize(("i", "n"), [(0, 5), (6, 5), (-1, 5), (1, 0), (1.5, 5), (1, 5.0), ("1", 5)])
 def test_positions_outside_training_are_refused(name: str, i: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"i={i!r}, n={n!r}"):
+    with pytest.raises(ValueError, match=f"i={i!r}.*n={n!r}"):
         schedules.by_name(name)(i, n)
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tiny_sentences import embed, step, tiny
 from tiny_sentences import pairs as sentences
-from tiny_sentences import tiny
 from tiny_sentences import train as train_sentences
 from tiny_sentences import weights as weights_of_sentences
-from tiny_transformers import SGD, Pairs, build, clip, column, train, weights
+from tiny_transformers import SGD, Pairs, build, clip, column, own_loop, train, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -47,7 +47,7 @@ def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
     entries = loss(*batch(), 8.0, output_dict=True, pair_ids=IDS)
     expected = rankloss.ClipLoss(same_id=same)(*batch(), 8.0, pair_ids=IDS)
     assert torch.equal(entries["contrastive_loss"], expected)
-    with pytest.raises(ValueError, match="needs pair_ids"):
+    with pytest.raises(ValueError, match="pair_ids"):
         loss(*batch(), 8.0)
     sigmoid = rankloss_trainers.create(name, rankloss.SigLipLoss(gather=False), gather=ALONE, **options)
     bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
@@ -74,14 +74,13 @@ def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     loss = rankloss.ClipLoss(same_id="ignore", gather=False)
-    alone, some = torch.arange(8), IDS
-    for ids, share, warned in ((some, 5 / 8, 0), (alone, 0.0, 1)):
-        log, text = PartnersLog(), "same id in the first 100 batches"
+    for ids, share, warned in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
+        log = PartnersLog()
         caplog.clear()
         with caplog.at_level(logging.WARNING, "rankloss_trainers"):
             entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]
         assert {x["pairs_with_partner"].item() for x in entries} == {share}
-        assert caplog.text.count(text) == warned
+        assert len(caplog.records) == warned
 
 
 # --- transformers' Trainer --------------------------------------------------------------------------------
@@ -117,13 +116,9 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     if key == "captions":
         ids = hash_tokens(data.columns, None)
     assert 0 < len({*ids.tolist()}) < 8
-    output = model(**data.batch())
-    features = (output.image_embeds, output.text_embeds, model.logit_scale.exp())
-    base = rankloss.ClipLoss(same_id="ignore")
-    rankloss.RankClipLoss(base, schedule="constant")(*features, pair_ids=ids).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 1e-2 * parameter.grad if parameter.grad is not None else 0
+    data.columns["pair_ids"] = ids
+    loss = rankloss.RankClipLoss(rankloss.ClipLoss(same_id="ignore"), schedule="constant")
+    own_loop(model, loss, data, [8], steps=1)
     torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
     assert column(ended, "pairs_with_partner")[0] > 0
     assert column(ended, "eval_loss")
@@ -133,8 +128,8 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     ("columns", "key", "message"),
     [
         ({}, "group", "group .*pixel_values"),
-        ({"group": [0.5] * 8}, "group", "^ids .*group .*float 0.5"),
-        ({"group": ["train"] * 8}, "group", "group .*8 rows"),
+        ({"group": [0.5] * 8}, "group", "group .*0.5"),
+        ({"group": ["train"] * 8}, "group", "group .*8"),
     ],
 )
 def test_a_column_of_no_ids_is_refused_before_the_first_step(
@@ -183,13 +178,7 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
     loss = ContrastiveLoss(model, "clip-ids", {"key": key})
     train_sentences(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
     ids = torch.tensor(labels if key == "label" else [7, 7, 1, 2, 3, 4, 7, 5])
-    both = [
-        F.normalize(own(own.preprocess(rows[x]))["sentence_embedding"], dim=-1) for x in ("image", "text")
-    ]
-    rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=ids).backward()
-    with torch.no_grad():
-        for parameter in own.parameters():
-            parameter -= 0.1 * parameter.grad if parameter.grad is not None else 0
+    step(own, rankloss.ClipLoss(same_id="ignore")(*embed(own, *rows.values()), 20.0, pair_ids=ids))
     torch.testing.assert_close(weights_of_sentences(model), weights_of_sentences(own), rtol=1e-4, atol=1e-5)
 
 
@@ -214,12 +203,12 @@ def test_a_label_of_one_value_is_refused_before_the_first_step(
     before = weights_of_sentences(model)
     data = sentences().add_column("label", [7] * 32)
     loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
-    with pytest.raises(ValueError, match=r"label .* one value .* 32 rows"):
+    with pytest.raises(ValueError, match=r"label .*32"):
         train_sentences(tmp_path, loss, model, train_dataset=data)
     assert torch.equal(weights_of_sentences(model), before)
 
 
 def test_sentence_transformers_hands_no_other_column_to_a_loss(tmp_path_factory: Any) -> None:
     model = tiny(tmp_path_factory.mktemp("bert"))
-    with pytest.raises(ValueError, match=r"^key must be captions or label.*; got 'group'"):
+    with pytest.raises(ValueError, match=r"^key .*'group'"):
         ContrastiveLoss(model, "clip-ids", {"key": "group"})

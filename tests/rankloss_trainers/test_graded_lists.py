@@ -19,10 +19,10 @@ from rankloss_trainers.graded.lists import check_list, decode_grades, encode_gra
     [
         *((["a"], [bad], f"^grades .*{bad!r}") for bad in (math.nan, math.inf, None, "good", True)),
         (["a"], [2**53 + 1], f"{2**53 + 1}"),
-        (["a", "b"], [1], "2 candidates .*1 grades"),
-        ([], [], "0 candidates .*0 grades"),
+        (["a", "b"], [1], "2 .*1 grades"),
+        ([], [], "0 .*0 grades"),
         ("ab", [1, 2], "^candidates "),
-        (["a"], None, "^candidates and grades "),
+        (["a"], None, "^candidates .*grades "),
     ],
 )
 def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, named: str) -> None:

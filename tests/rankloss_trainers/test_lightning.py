@@ -33,7 +33,6 @@ with warnings.catch_warnings():
 import rankloss
 import rankloss_trainers
 from rankloss import schedules
-from rankloss_trainers import catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -182,21 +181,13 @@ class AtEpochs(Plain):
 @pytest.mark.parametrize(
     ("module", "given", "message"),
     [
-        (Module, {"data": Stream()}, "a run without a known end .* total_steps"),
-        (
-            Module,
-            {"callbacks": [GradientAccumulationScheduler({1: 2})]},
-            "GradientAccumulationScheduler .* total_steps",
-        ),
-        (Module, {"callbacks": [averaging()]}, "StochasticWeightAveraging .* total_steps"),
+        (Module, {"data": Stream()}, "total_steps"),
+        (Module, {"callbacks": [GradientAccumulationScheduler({1: 2})]}, "Scheduler .*total_steps"),
+        (Module, {"callbacks": [averaging()]}, "StochasticWeightAveraging .*total_steps"),
         (Module, {"max_epochs": -1, "max_steps": 6, "progress": Progress("epoch")}, "max_epochs=-1"),
         (Module, {"callbacks": [averaging()], "progress": Progress("epoch")}, "StochasticWeightAveraging"),
-        (
-            Manual,
-            {"progress": Progress(total_steps=4)},
-            r"set_progress\(step, total_steps\) in training_step",
-        ),
-        (AtEpochs, {}, r"Epochs has set_epoch alone: .*Progress\('epoch'\)"),
+        (Manual, {"progress": Progress(total_steps=4)}, "set_progress"),
+        (AtEpochs, {}, "Epochs .*set_epoch .*Progress"),
     ],
 )
 def test_run_whose_steps_cannot_be_known_is_refused(
@@ -204,22 +195,6 @@ def test_run_whose_steps_cannot_be_known_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module(), **given)
-
-
-class ByBase(Module):
-    """As docs/loops.md validates."""
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.validated.append(self.loss.base(*self.features(batch)).item())
-
-
-@pytest.mark.parametrize("name", catalog.known())
-def test_every_created_loss_is_validated_by_its_base(name: str) -> None:
-    module, batch = ByBase(), list(pairs(8).tensors)
-    module.loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
-    module.validation_step(batch, 0)
-    base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
-    assert module.validated == [base(*module.features(batch)).item()]
 
 
 def test_loss_without_a_schedule_is_told_nothing(tmp_path: Path) -> None:
@@ -234,19 +209,6 @@ def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:
     assert len(module.validated) == 3
     expected = rankloss.ClipLoss()(*Module().features(list(pairs(8).tensors)))
     assert module.validated[0] == pytest.approx(expected.item(), rel=1e-5), "λ is 0 at the first step"
-
-
-@pytest.mark.parametrize(("unit", "step"), [("step", 6), ("epoch", 4)])  # within an epoch, and at its end
-def test_resumed_run_goes_on_where_it_was(tmp_path: Path, unit: Any, step: int) -> None:
-    """Bit for bit from the end of an epoch. (Within one, Lightning 2.4 repeats the batch before.)"""
-    whole, resumed = Module(), Module()
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
-    fit(tmp_path, whole, progress=Progress(unit), callbacks=[saving], max_epochs=3, enable_checkpointing=True)
-    fit(tmp_path, resumed, progress=Progress(unit), max_epochs=3, resume=tmp_path / f"step={step}.ckpt")
-    left = 12 - step
-    assert lambdas(resumed)[-left:] == lambdas(whole)[-left:]
-    if step == 4:
-        assert torch.equal(weights(resumed), weights(whole))
 
 
 class Remembering(Module):
@@ -264,15 +226,22 @@ class Remembering(Module):
         pass
 
 
-def test_resumed_run_has_the_state_of_its_loss(tmp_path: Path) -> None:
-    modules = whole, resumed = Remembering(), Remembering()
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
-    fit(tmp_path, whole, callbacks=[saving], max_epochs=3, enable_checkpointing=True)
-    fit(tmp_path, resumed, max_epochs=3, resume=tmp_path / "step=4.ckpt")
-    histories = [module.loss.state_dict()["loss.base.histories"] for module in modules]
-    assert torch.equal(*histories)
-    assert not torch.equal(histories[0], torch.ones(3).double())
-    assert torch.equal(weights(resumed), weights(whole))
+# Within an epoch, and at its end.
+@pytest.mark.parametrize(
+    ("kind", "unit", "step"), [(Module, "step", 6), (Module, "epoch", 4), (Remembering, "step", 4)]
+)
+def test_resumed_run_goes_on_where_it_was(tmp_path: Path, kind: Any, unit: Any, step: int) -> None:
+    """Bit for bit from the end of an epoch. (Within one, Lightning 2.4 repeats the batch before.)"""
+    whole, resumed = kind(), kind()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    fit(tmp_path, whole, progress=Progress(unit), callbacks=[saving], max_epochs=3, enable_checkpointing=True)
+    fit(tmp_path, resumed, progress=Progress(unit), max_epochs=3, resume=tmp_path / f"step={step}.ckpt")
+    left = 12 - step
+    assert lambdas(resumed)[-left:] == lambdas(whole)[-left:]
+    if step == 4:
+        states = [module.state_dict() for module in (resumed, whole, kind())]
+        torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+        assert all(not torch.equal(x, y) for x, y in zip(states[0].values(), states[2].values(), strict=True))
 
 
 # --- several processes ----------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +17,14 @@ from torch import Tensor
 from rankloss_trainers.pair_ids import check_column, count_partners, hash_tokens, make_ids
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
+OF_A_CAT = 1032509871426853262  # whatever the seed of Python's own hashes
 
 
 def test_texts_have_one_id_in_every_process() -> None:
     ids = make_ids(TEXTS, "caption")
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
-    code = f"from rankloss_trainers.pair_ids import make_ids; print(make_ids({TEXTS}, 'caption').tolist())"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(ids.tolist())
+    assert ids[0] == OF_A_CAT
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_integers_are_ids_as_they_are(values: Any) -> None:
         (["a", None], "None in row 1"),
         ([1, math.nan], "nan in row 1"),
         ([True, False], "True in row 0"),
-        ([("a", "b")], "the tuple"),
+        ([("a", "b")], "tuple"),
         ([1, "1"], "id .*1 in row 0 .*'1' in row 1"),
         ([2**63], "9223372036854775808 in row 0"),
         (torch.ones(3), r"id .*float32 \[3\]"),

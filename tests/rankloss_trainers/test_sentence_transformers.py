@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import torch.nn.functional as F
 from launch import torchrun
 from sentence_transformers import (
     SentenceTransformer,
@@ -20,7 +19,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from tiny_sentences import WORDS, pairs, rank_clip, tiny, train, trained, weights
+from tiny_sentences import WORDS, embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import ConcatDataset
@@ -39,16 +38,16 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bert")
 
 
-def columns(model: Any, rows: range = range(8)) -> list[dict[str, Any]]:
-    chosen = pairs().select(rows)
+def columns(model: Any) -> list[dict[str, Any]]:
+    chosen = pairs(8)
     return [model.preprocess(list(chosen[name])) for name in ("image", "text")]
 
 
-def at(loss: Any, step: int, total_steps: int = 4) -> Any:
+def at(loss: Any, number: int, total_steps: int = 4) -> Any:
     """The loss in the middle of a training."""
     for part in loss.modules():
         if isinstance(part, ContrastiveLoss):
-            part.run.set_progress(step, total_steps)
+            part.run.set_progress(number, total_steps)
     return loss
 
 
@@ -66,28 +65,13 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
     loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
     trainer = train(tmp_path, loss, model, **given)
-    criterion = rankloss.RankClipLoss(**options)
-    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
-
-    def features(rows: range) -> list[Any]:
-        embeddings = [own(column)["sentence_embedding"] for column in columns(own, rows)]
-        return [*map(F.normalize, embeddings), 30.0]
-
+    batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
+    owed = own_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
     assert "Loss: rankclip (rankloss" in caplog.text
     assert "schedule per step over 2 epoch(s)" in caplog.text
-    lines = steps(trainer)
-    assert len(lines) == 8
-    for number, line in enumerate(lines):
-        criterion.set_progress(number + 1, 8)
-        start = 8 * (number % 4)
-        terms = criterion(*features(range(start, start + 8)), output_dict=True)
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
+    for number, (line, terms) in enumerate(zip(steps(trainer), owed, strict=True)):
         # The trainer rounds what it logs of a loss to four digits.
-        assert {name: line[name] for name in TERMS} == pytest.approx(
-            {name: term.item() for name, term in terms.items()}, abs=1e-3
-        )
+        assert {name: line[name] for name in TERMS} == pytest.approx(terms, abs=1e-3)
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
         assert ("in_modal_raw" in line) == (number > 0)  # λ is 0 at the first step
@@ -95,13 +79,13 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
     with torch.no_grad():  # a last batch of one counts 0
-        total = sum(8 * rankloss.ClipLoss()(*features(rows)).item() for rows in (range(8), range(8, 16)))
+        features = [embed(own, *(pairs().select(rows)[x] for x in ("image", "text"))) for rows in batches[:2]]
+        total = sum(8 * rankloss.ClipLoss()(*both, 30.0).item() for both in features)
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
     assert all(not any("modal" in name for name in line) for line in evaluated)
 
 
-@pytest.mark.parametrize("unit", ["epoch", "step"])
-@pytest.mark.parametrize("logging_steps", [1, 4, 6])
+@pytest.mark.parametrize(("unit", "logging_steps"), [("epoch", 4), ("step", 1), ("step", 6)])
 def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
     tmp_path: Path, bert: Path, unit: str, logging_steps: int
 ) -> None:
@@ -134,8 +118,7 @@ def test_adapters_of_a_model_are_trained(tmp_path: Path, bert: Path, mini_batch_
     loss = rank_clip(model, mini_batch_size=mini_batch_size, schedule="linear")
     train(tmp_path, loss, model, learning_rate=0.1, max_steps=1)
     terms = at(rank_clip(own, schedule="linear"), 1, 1)(columns(own))
-    sum(terms[name] for name in TERMS).backward()
-    torch.optim.SGD(own.parameters(), lr=0.1).step()
+    step(own, sum(terms[name] for name in TERMS))
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-6)
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
     assert changed
@@ -154,7 +137,7 @@ def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, wrapping
         loss: Any = rank_clip(model, output_dict=wrapping is None, mini_batch_size=size).double()
         if wrapping is not None:
             loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
-        shown = at(loss, step=2)(columns(model), None)
+        shown = at(loss, number=2)(columns(model), None)
         shown = dict(shown.items()) if wrapping is None else {"loss": shown}
         assert list(shown) == ([*TERMS, *METRICS] if wrapping is None else ["loss"])
         (0.37 * sum(value for name, value in shown.items() if name.endswith("loss"))).backward()
@@ -170,7 +153,7 @@ def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
     model = tiny(bert)
     rows: list[int] = []
     model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
-    loss = at(rank_clip(model, mini_batch_size=3), step=2)
+    loss = at(rank_clip(model, mini_batch_size=3), number=2)
     sum(loss(columns(model), None).values()).backward()
     assert sorted(rows) == [2] * 4 + [3] * 8  # both columns, and again in the backward pass
 
@@ -213,7 +196,7 @@ def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None
         Progress(rank_clip(model, gather=gather)).on_train_begin(args, state, None, train_dataloader=loader)
 
     gather = rankloss.Gather(rank=0, world_size=2)
-    with pytest.raises(ValueError, match=r"several datasets on several processes.* gather=False"):
+    with pytest.raises(ValueError, match="gather=False"):
         begin(gather, several)
     begin(gather, single)
     begin(False, several)
@@ -238,22 +221,12 @@ def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
     assert [line["rank_lambda"] for line in steps(trainer)] == expected
 
 
-def test_without_progress_the_loss_says_what_is_missing(bert: Path) -> None:
-    model = tiny(bert)
-    with pytest.raises(RuntimeError, match=r"not told where .*callbacks=\[Progress\(loss\)\]"):
-        ContrastiveLoss(model)(columns(model), None)
-    assert sum(ContrastiveLoss(model, "cyclip")(columns(model), None).values()) > 0
-
-
 @pytest.mark.parametrize(
     ("wrong", "argument"),
     [
         (lambda model: at(rank_clip(model, scale=0.0), 2)(columns(model)), "scale"),
-        (lambda model: ContrastiveLoss(model, "alip", {"caption_key": "x"}), "alip needs a column"),
-        (
-            lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)),
-            "state in checkpoints",
-        ),
+        (lambda model: ContrastiveLoss(model, "alip", {"caption_key": "x"}), "alip "),
+        (lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)), "BatchNorm1d"),
         (lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size"),
         (lambda model: rank_clip(model)(columns(model)[:1]), "sentence_features"),
         (lambda model: Progress(torch.nn.Identity()), "losses"),
@@ -268,8 +241,8 @@ def test_column_that_cannot_be_split_is_named(bert: Path) -> None:
     model = tiny(bert)
     features = columns(model)
     features[1]["pixel_values"] = torch.zeros(11, 3)
-    with pytest.raises(ValueError, match=r"mini_batch_size cannot split pixel_values: .* 8 pairs"):
-        at(rank_clip(model, mini_batch_size=3), step=2)(features)
+    with pytest.raises(ValueError, match=r"mini_batch_size .*pixel_values.* 8"):
+        at(rank_clip(model, mini_batch_size=3), number=2)(features)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
     static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
     with pytest.raises(ValueError, match="StaticEmbedding"):

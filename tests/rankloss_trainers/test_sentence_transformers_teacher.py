@@ -9,11 +9,10 @@ import datasets
 import pytest
 import taught
 import torch
-import torch.nn.functional as F
 from cka_clip import CkaLoss
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from taught import LOSS, ROWS, counting, features, folder, references
-from tiny_sentences import pairs, tiny, train, weights
+from tiny_sentences import embed, own_loop, pairs, tiny, train, weights
 
 from rankloss.losses import TEACHER
 from rankloss_features import bind
@@ -49,23 +48,10 @@ def trained(
     return weights(model)
 
 
-def own_loop(directory: Path, criterion: Any, path: str) -> Any:
-    model = tiny(directory)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for start in (0, 8):
-        rows = ORDER[start : start + 8]
-        batch = pairs(ROWS).select(rows)
-        embeddings = (
-            model(model.preprocess(list(batch[x])))["sentence_embedding"] for x in ("image", "text")
-        )
-        optimizer.zero_grad()
-        criterion(*map(F.normalize, embeddings), 20.0, **references(path, rows)).backward()
-        optimizer.step()
-    return weights(model)
-
-
 @pytest.mark.parametrize("how", ["labels", "labels, turned", "folder, turned", "folder, in mini-batches"])
-def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any], how: str) -> None:
+def test_a_teacher_trains_as_a_plain_loop(
+    tmp_path: Path, bound: tuple[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Columns may come in either order; of the folder's teacher, a wider one, the loss mimics components."""
     path, data = bound
     if "labels" in how:
@@ -80,32 +66,14 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
         )
     if how == "folder, turned":
         data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
-    found = trained(tmp_path, data.select(ORDER), loss, 3 if "mini" in how else None, **options)
-    torch.testing.assert_close(found, own_loop(tmp_path, criterion, path), rtol=1e-4, atol=1e-6)
-
-
-def test_a_loss_is_chosen_and_built_once_and_its_folder_opened_once(
-    tmp_path: Path, bound: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, data = bound
     calls = counting(monkeypatch)
-    trained(tmp_path, data, LOSS, teacher=path)
-    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
-
-
-@pytest.mark.parametrize("loss", ["rankclip-encoders+mimicry", "mimicry+rankclip-encoders"])
-def test_mimicry_of_encoders_is_refused_for_its_one_reason(tmp_path: Path, loss: str) -> None:
-    given = {"teacher": "image=a,text=b", "options": {"mimicry": {"weight": 2.0}}}
-    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
-        ContrastiveLoss(tiny(tmp_path), loss, **given)
-
-
-@pytest.mark.parametrize(
-    ("key", "instead"), [("reference_features", "teacher"), ("agreement_every", "agreement_every")]
-)
-def test_options_of_the_run_are_no_options_of_a_loss(tmp_path: Path, key: str, instead: str) -> None:
-    with pytest.raises(TypeError, match=f"'{key}'.*option of the run, {instead}$"):
-        ContrastiveLoss(tiny(tmp_path), "rankclip", {key: "x"})
+    found = trained(tmp_path, data.select(ORDER), loss, 3 if "mini" in how else None, **options)
+    assert calls == (
+        {"build": 1} if "labels" in how else {"choose": 1, "build": 2, "open": 1}
+    )  # of joined losses two
+    own, batches = tiny(tmp_path), [ORDER[:8], ORDER[8:16]]
+    own_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: references(path, rows))
+    torch.testing.assert_close(found, weights(own), rtol=1e-4, atol=1e-6)
 
 
 def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
@@ -119,9 +87,9 @@ def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "spaces", "loss", "message"),
     [
-        (8, "common", "mimicry", r"the teacher has 8 dimensions, fewer than the student's 16"),
-        (24, "separate", "rankclip+mimicry", "mimicry .*no common space"),
-        (24, "separate", "rankclip", "lambda_cross must be 0"),
+        (8, "common", "mimicry", "teacher .*8 .*16"),
+        (24, "separate", "rankclip+mimicry", "mimicry "),
+        (24, "separate", "rankclip", "lambda_cross "),
     ],
 )
 def test_a_teacher_that_cannot_be_copied_is_refused(
@@ -148,10 +116,10 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
         data.to_iterable_dataset(),
         datasets.DatasetDict({"right": data, "spoilt": spoilt}),
     ):
-        with pytest.raises(ValueError, match=r"teacher needs .* the label of \S+bind\("):
+        with pytest.raises(ValueError, match=r"teacher .*bind"):
             train(tmp_path, loss, model, train_dataset=wrong, max_steps=2)
     loss.run.set_progress(1, 1)
-    with pytest.raises(RuntimeError, match=r"callbacks=\[Progress\(loss\)\]"):
+    with pytest.raises(RuntimeError, match="Progress"):
         loss([model.preprocess(["word1", "word2"])] * 2, torch.tensor(data["label"][:2]))
     assert torch.equal(before, weights(model))
 
@@ -159,8 +127,8 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
 @pytest.mark.parametrize(
     ("loss", "has_labels", "message"),
     [
-        ("rankclip-distill", False, "rankclip-distill needs a teacher's features: give labels, .*FOLDER"),
-        ("clip-streamed", True, "clip-streamed does not use a teacher"),
+        ("rankclip-distill", False, "rankclip-distill .*teacher"),
+        ("clip-streamed", True, "clip-streamed .*teacher"),
     ],
 )
 def test_teacher_that_is_missing_or_not_used_is_an_error(
@@ -171,33 +139,31 @@ def test_teacher_that_is_missing_or_not_used_is_an_error(
 
 
 def test_labels_that_are_no_teachers_are_refused_or_not_used(tmp_path: Path, bound: tuple[str, Any]) -> None:
-    with pytest.raises(ValueError, match="teacher and the column label go together"):
+    with pytest.raises(ValueError, match=r"teacher .*label"):
         trained(tmp_path, bound[1])
     model, nan = tiny(tmp_path), torch.stack([*features().values()], 1)
     nan[3, 1] = torch.nan
     columns = [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")]
     loss = ContrastiveLoss(model, "rankclip", RANKED)
     loss.run.set_progress(1, 1)
-    for labels, message in ((nan, "column 1 of labels .*row 3"), (torch.rand(ROWS, 3, 6), "two columns")):
+    for labels, message in ((nan, "1 .*labels .*row 3"), (torch.rand(ROWS, 3, 6), "labels|columns")):
         with pytest.raises(ValueError, match=message):
             loss(columns, labels)
     own = loss(columns, None)["in_modal_loss"]
     for labels in (torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)):  # as other losses have them
         assert loss(columns, labels)["in_modal_loss"] == own
     texts = features()[NAMES[1]]
-    both = loss.run(**dict(zip(TEACHER, (texts, texts), strict=True)), **of_student(model, columns))
+    student = dict(
+        zip(("image_features", "text_features"), embed(model, *pairs(ROWS).to_dict().values()), strict=True)
+    )
+    both = loss.run(**student, logit_scale=20.0, **dict(zip(TEACHER, (texts, texts), strict=True)))
     assert loss(columns, texts)["in_modal_loss"] == both.terms["in_modal_loss"]
-
-
-def of_student(model: Any, columns: list[Any]) -> dict[str, Any]:
-    v, t = (F.normalize(model(x)["sentence_embedding"], dim=-1) for x in columns)
-    return {"image_features": v, "text_features": t, "logit_scale": 20.0}
 
 
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     before, loss = weights(model), ContrastiveLoss(model)
-    with pytest.raises(ValueError, match=r"1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"):
+    with pytest.raises(ValueError, match=r"9 .*8 .*dataloader_drop_last"):
         train(tmp_path, loss, model, train_dataset=pairs(9))
     assert torch.equal(weights(model), before)
     train(tmp_path, loss, model, train_dataset=pairs(9), dataloader_drop_last=True)
@@ -219,6 +185,6 @@ def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
     columns = [model.preprocess(list(given[name])) for name in given.column_names]
     loss.run.set_progress(1, 1)
     labels = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
-    with pytest.raises(ValueError, match=r"cut the teacher's labels to 4 of 16 dimensions: .*as teacher"):
+    with pytest.raises(ValueError, match=r"labels .*4 of 16"):
         wrapped(columns, labels)
     wrapped(columns, labels[..., :12].contiguous())  # of a teacher of another width, which it leaves whole

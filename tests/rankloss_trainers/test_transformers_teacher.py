@@ -44,37 +44,22 @@ def joined(bound: Any) -> Any:
 
 @pytest.mark.parametrize(("mini_batch_size", "names"), [(None, NAMES), (3, NAMES), (None, NAMES[1:])])
 def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
-    tmp_path: Path, mini_batch_size: int | None, names: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_size: int | None, names: tuple[str, ...]
 ) -> None:
-    """Ranks and mimicry of a wider teacher, whose components the loss is given."""
+    """Ranks and mimicry of a wider teacher, whose components the loss is given; nothing is built twice."""
     path = folder(tmp_path / "x", captioned(), features(names=names), "image", "caption")
     options = {"lambda_cross": 4.0 * (len(names) == 2)}
-    trained = train(
-        tmp_path,
-        pairs=joined(bind(captioned(), path)).select(ORDER),
-        loss=LOSS,
-        loss_options=taught_options(**options),
-        teacher=path,
-        max_steps=2,
-        mini_batch_size=mini_batch_size,
-        **SGD,
-    )
+    data = joined(bind(captioned(), path)).select(ORDER)
+    given = {"loss_options": taught_options(**options), "mini_batch_size": mini_batch_size, **SGD}
+    calls = counting(monkeypatch)
+    trained = train(tmp_path, pairs=data, loss=LOSS, teacher=path, max_steps=2, **given)
+    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
     pairs, model = Pairs(ROWS), clip()
     pairs.columns = {name: x[ORDER] for name, x in pairs.columns.items()} | references(path, ORDER)
     log = own_loop(model, criterion(path, 8, **options), pairs, [8], 2)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-4, atol=1e-6)
     expected = [x["mimicry_loss"] for x in log]
     assert column(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_loss_is_chosen_and_built_once_and_its_folder_opened_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
-    given = {"pairs": joined(bind(captioned(), path)), "loss": LOSS, "teacher": path}
-    calls = counting(monkeypatch)
-    train(tmp_path, max_steps=2, **given)
-    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
 
 
 def spoilt(value: float, rows: slice, name: str = "reference_text_features") -> Pairs:
@@ -101,22 +86,22 @@ def bound_pairs(*more: str) -> Pairs:
     [
         (spoilt(math.nan, slice(3, 4), "reference_image_features"), {}, "reference_image_features .*row 3"),
         (spoilt(0.4, slice(None)), {}, "reference_text_features .*one row"),
-        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*have pixel_values, input_ids"),
+        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*pixel_values, input_ids"),
         (
             renamed("reference_image_features", "reference_img_features"),
             {"loss": "rankclip-distill", "loss_options": {"lambda_cross": 0.0}},
-            "have .*reference_text_features, .*reference_img_features",
+            "reference_text_features, .*reference_img_features",
         ),
         (
             renamed("reference_image_features", "reference_image_feature"),
             {"loss_options": {"lambda_cross": 0.0}},
-            "reference_image_feature, which rankclip does not use; did you mean reference_image_features",
+            "reference_image_feature, .*rankclip .*reference_image_features",
         ),
-        (Pairs(ROWS, "image"), {}, "got reference_image_features alone"),
-        (Pairs(ROWS, "text"), {"loss": "clip-streamed"}, "reference_text_features, but clip-streamed"),
+        (Pairs(ROWS, "image"), {}, "reference_image_features alone"),
+        (Pairs(ROWS, "text"), {"loss": "clip-streamed"}, "reference_text_features, .*clip-streamed"),
         # Two sources that contradict each other.
-        (bound_pairs(), {}, "have reference_pair, of a folder that no option teacher names"),
-        (Pairs(), {"teacher": "given"}, "rankclip needs a teacher's features"),
+        (bound_pairs(), {}, "reference_pair, .*teacher"),
+        (Pairs(), {"teacher": "given"}, "rankclip .*teacher"),
     ],
 )
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
@@ -133,7 +118,7 @@ def test_columns_that_a_collator_drops_are_an_error(tmp_path: Path) -> None:
         return {x: torch.stack([each[x] for each in examples]) for x in ("pixel_values", "input_ids")}
 
     trained = trainer(tmp_path, pairs=Pairs(ROWS, *TEACHER), loss="rankclip", data_collator=collate)
-    with pytest.raises(ValueError, match="have reference_image_features, and the batch has not"):
+    with pytest.raises(ValueError, match="reference_image_features"):
         trained.train()
 
 
@@ -149,13 +134,13 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
     path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
     other = folder(tmp_path / "other", captioned("another"), features(), "image", "caption")
     for pairs, message in (
-        (bound_pairs(*TEACHER), f"teacher '{path}' and reference_image_features, .* two teachers"),
-        (Pairs(ROWS), "no column reference_pair, which rankloss_features.bind"),
+        (bound_pairs(*TEACHER), f"teacher '{path}' .*reference_image_features"),
+        (Pairs(ROWS), "reference_pair, .*rankloss_features.bind"),
         (joined(bind(captioned("another"), other)), r"row 0 .*bind"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
-    with pytest.raises(ValueError, match=f"teacher: {tmp_path} is no folder"):
+    with pytest.raises(ValueError, match=f"^teacher: {tmp_path} "):
         trainer(tmp_path, teacher=str(tmp_path))
 
 
@@ -199,18 +184,11 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     assert by_folder.loss_runtime.use_of_teacher == "required"
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
-    with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
+    with pytest.raises(ValueError, match=r"'image', .*`rankloss features --text-encoder other"):
         trainer(tmp_path, pairs=Words(), loss="rankclip-in", teacher="text=other")
-
-
-@pytest.mark.parametrize("loss", ["rankclip-encoders+mimicry", "mimicry+rankclip-encoders"])
-@pytest.mark.parametrize("given", [{}, {"loss_options": {"mimicry": {"weight": 2.0}}}, {"teacher": "text=b"}])
-def test_mimicry_of_encoders_is_refused_before_a_feature_is_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, given: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(sources, "load", lambda *_: pytest.fail("a teacher was loaded"))
-    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
-        trainer(tmp_path, pairs=joined(captioned()), loss=loss, **given)
+    with pytest.raises(ValueError, match=r"^mimicry "):
+        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry+rankclip-encoders")
+    assert len(loaded) == 1
 
 
 class Words(datasets.Dataset):
@@ -223,11 +201,8 @@ class Words(datasets.Dataset):
 def test_other_trainers_name_the_two_steps() -> None:
     command = "`rankloss features --text-encoder other --data PAIRS --output FOLDER`"
     for build, then in (
-        (lambda **given: rankloss_trainers.create("rankclip-in", **given), "call it with refer"),
-        (
-            lambda **given: ContrastiveLoss(nn.Identity(), "rankclip-in", **given),
-            "give labels, .*or teacher=FOLDER",
-        ),
+        (lambda **given: rankloss_trainers.create("rankclip-in", **given), "reference_"),
+        (lambda **given: ContrastiveLoss(nn.Identity(), "rankclip-in", **given), "teacher=FOLDER"),
     ):
-        with pytest.raises(ValueError, match=f"teacher.*; compute them, {command}, and {then}"):
+        with pytest.raises(ValueError, match=f"teacher.*{command}.*{then}"):
             build(teacher="text=other")

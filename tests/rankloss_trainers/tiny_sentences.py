@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+import torch.nn.functional as F
 import transformers
 from sentence_transformers import (
     SentenceTransformer,
@@ -92,6 +94,40 @@ def rank_clip(model: Any, **given: Any) -> ours.ContrastiveLoss:
     )
     own = {name: given.pop(name) for name in names if name in given}
     return ours.ContrastiveLoss(model, "rankclip", given, **own)
+
+
+def embed(model: Any, *columns: Any) -> list[Tensor]:
+    """Unit-norm embeddings of each column's texts."""
+    return [F.normalize(model(model.preprocess(list(x)))["sentence_embedding"], dim=-1) for x in columns]
+
+
+def step(model: nn.Module, loss: Tensor) -> None:
+    """One step of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def own_loop(
+    model: Any,
+    loss: nn.Module,
+    data: Any,
+    batches: Sequence[Sequence[int]],
+    scale: float = 20.0,
+    given: Callable[[Any], dict[str, Any]] = lambda rows: {},
+) -> list[dict[str, float]]:
+    """Train in a plain loop on batches of rows, with more inputs of the loss; the terms of each step."""
+    log = []
+    for number, rows in enumerate(batches, 1):
+        if hasattr(loss, "set_progress"):
+            loss.set_progress(number, len(batches))
+        batch = data.select(rows)
+        features = embed(model, batch["image"], batch["text"])
+        terms = loss(*features, scale, output_dict=True, **given(rows))
+        step(model, sum(terms.values()))
+        log.append({name: value.item() for name, value in terms.items()})
+    return log
 
 
 def weights(module: nn.Module) -> Tensor:

@@ -189,7 +189,10 @@ def own_loop(
         seen = []
         for size in sizes:
             inputs, start = pairs.batch(start, start + size), start + size
-            given = {name: inputs.pop(name) for name in [*inputs] if name.startswith("reference_")}
+            of_loss = {name for name in inputs if name.startswith("reference_")} | (
+                {"pair_ids"} & inputs.keys()
+            )
+            given = {name: inputs.pop(name) for name in of_loss}
             output = model(**inputs)
             entries = loss(
                 *(output.image_embeds, output.text_embeds, model.logit_scale.exp()), output_dict=True, **given

@@ -43,5 +43,5 @@ def test_value_and_gradients_are_those_of_torchs_operations(options: dict, teach
 
 
 def test_a_case_without_a_kernel_is_an_error_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"kernel='triton' does not serve here: .*not in float64"):
+    with pytest.raises(ValueError, match=r"kernel='triton' .*float64"):
         loss_and_gradients({}, torch.float64, kernel="triton")
