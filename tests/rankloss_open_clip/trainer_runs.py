@@ -6,10 +6,12 @@ import collections
 import functools
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -274,21 +276,17 @@ class EpochSeeds:
         ) -> Any:
             trainer.random_seed(epoch)
             if epoch == self.kill_in_epoch:
-                kill_at_call(loss, 3)
+                calls = itertools.count(1)
+                loss.register_forward_pre_hook(lambda *_: _kill_if(next(calls) == 3))
             return original(model, data, loss, epoch, *rest, **named)
 
         trainer.train_one_epoch = train_one_epoch
 
 
-def kill_at_call(loss: torch.nn.Module, number: int) -> None:
-    """Kill this process, as by ``kill -9``, when it calls the loss for the ``number``-th time."""
-    calls = iter(range(1, number + 1))
-
-    def kill(*_: Any) -> None:
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    loss.register_forward_pre_hook(kill)
+def _kill_if(now: bool) -> None:
+    """Kill this process, as by ``kill -9``."""
+    if now:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class NoRecompilation:
@@ -310,35 +308,31 @@ class NoRecompilation:
 class Counted:
     """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
 
-    ONCE = ("choose", "RankClipLoss", "MimicryLoss", "ClipLoss")
+    ONCE = (
+        "rankloss_trainers.catalog.choose_each",
+        "rankloss.RankClipLoss.__init__",
+        "rankloss.MimicryLoss.__init__",
+        "rankloss.ClipLoss.__init__",
+    )
+    OPEN = "rankloss_features.Features.__init__"
 
     def install(self, trainer: Any) -> None:
         counts: collections.Counter[str] = collections.Counter()
-        import_ = importlib.import_module
-        rankloss, folder = import_("rankloss"), import_("rankloss_features.folder")
-        catalog = import_("rankloss_trainers.catalog")
 
-        def counted(word: str, original: Any) -> Any:
+        def on_call(owner: Any, name: str, before: Callable[[], Any]) -> None:
+            original = getattr(owner, name)
+
             @functools.wraps(original)
             def call(*args: Any, **keywords: Any) -> Any:
-                counts[word] += 1
+                before()
                 return original(*args, **keywords)
 
-            return call
+            setattr(owner, name, call)
 
-        catalog.choose_each = counted("choose", catalog.choose_each)
-        for kind in (rankloss.RankClipLoss, rankloss.MimicryLoss, rankloss.ClipLoss, folder.Features):
-            kind.__init__ = counted(kind.__name__, kind.__init__)
-        original = trainer.train_one_epoch
-
-        @functools.wraps(original)
-        def train_one_epoch(*args: Any, **keywords: Any) -> Any:
-            if counts:
-                print("before the first step:", json.dumps(counts))
-                counts.clear()
-            return original(*args, **keywords)
-
-        trainer.train_one_epoch = train_one_epoch
+        for path in (*self.ONCE, self.OPEN):
+            owner, _, name = path.rpartition(".")
+            on_call(pkgutil.resolve_name(owner), name, functools.partial(counts.update, [path]))
+        on_call(trainer, "train_one_epoch", lambda: print("before a step:", json.dumps(counts)))
 
 
 class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):
