@@ -63,6 +63,10 @@ def test_a_table_of_commands_becomes_a_list_on_a_phone() -> None:
     assert "<table data-stacked>" in found
     for other in (table("<code>x</code>", 2), table("1.2", 3)):
         assert hooks.on_page_content(other) == other
+    options = '<code data-label="--no-tag">a --csv-separator , -- x</code>'
+    assert hooks.on_page_content(options) == options.replace(
+        "--csv-separator", '<span class="option">--csv-separator</span>'
+    )
     assert "1.2&nbsp;±&nbsp;0.3" in hooks.on_page_content(table("1.2 ± 0.3", 3))
 
 

@@ -32,6 +32,7 @@ _HEAD = re.compile(r"<th[ >].*?</th>", re.DOTALL)
 _ROW = re.compile(r"<tr>\s*<td.*?</tr>", re.DOTALL)
 _CELL = re.compile(r"<td(?=[ >])")
 _CODE_BESIDE = re.compile(r"</td>\s*<td[^>]*>(?:(?!</td>).)*<code>", re.DOTALL)  # not in the first cell
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?=[^<>]*<)")  # in text, not in a tag
 _IMAGE = re.compile(r"""<img\b[^>]*?\bsrc=["']?([^"'\s>]+)""")
 _BEGINNINGS = {"image/svg+xml": (b"<svg", b"<?xml"), "image/png": (b"\x89PNG",), "image/jpeg": (b"\xff\xd8",)}
 
@@ -73,8 +74,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let a phone show a table of commands as a list, and no line break part a value from its interval."""
-    return _TABLE.sub(lambda match: _stacked(match[0]), html).replace(" ± ", "&nbsp;±&nbsp;")
+    """Let a phone show a table of commands as a list; break no line in an option, nor before an interval."""
+    html = _TABLE.sub(lambda match: _stacked(match[0]), html).replace(" ± ", "&nbsp;±&nbsp;")
+    return _OPTION.sub(lambda match: f'<span class="option">{match[0]}</span>', html)
 
 
 def _stacked(table: str) -> str:
