@@ -72,22 +72,6 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
 # --- compositions -----------------------------------------------------------------------------------------
 
 
-def entry_of(loss: nn.Module, name: str) -> Tensor:
-    entries: dict[str, Tensor] = loss(*batch(), output_dict=True, **teacher_of())
-    return entries[name]
-
-
-def test_a_teacher_reaches_every_loss_of_a_composition() -> None:
-    alone = {
-        "mimicry_loss": entry_of(MimicryLoss(), "mimicry_loss"),
-        "cross_modal_loss": entry_of(ranks(), "cross_modal_loss"),
-        "in_modal_loss": entry_of(ranks(), "in_modal_loss"),
-    }
-    for loss in (ranks(CyClipLoss(MimicryLoss())), MimicryLoss(CyClipLoss(ranks()))):
-        for name, value in alone.items():
-            torch.testing.assert_close(entry_of(loss, name), value)
-
-
 @pytest.mark.parametrize("same_id", ["ignore", "share"])
 def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
     v, t, s = batch()

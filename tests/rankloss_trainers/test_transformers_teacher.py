@@ -13,7 +13,6 @@ import datasets
 import pytest
 import tiny_teacher
 import torch
-from cka_clip import CkaLoss
 from taught import LOSS, ROWS, counting, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
 from torch import nn
@@ -81,6 +80,11 @@ def bound_pairs(*more: str) -> Pairs:
     return pairs
 
 
+def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch without the teacher's columns."""
+    return {x: torch.stack([each[x] for each in examples]) for x in ("pixel_values", "input_ids")}
+
+
 @pytest.mark.parametrize(
     ("pairs", "given", "message"),
     [
@@ -102,6 +106,7 @@ def bound_pairs(*more: str) -> Pairs:
         # Two sources that contradict each other.
         (bound_pairs(), {}, "reference_pair, .*teacher"),
         (Pairs(), {"teacher": "given"}, "rankclip .*teacher"),
+        (Pairs(ROWS, *TEACHER), {"data_collator": dropping}, "reference_image_features"),
     ],
 )
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
@@ -111,15 +116,6 @@ def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_wei
     with pytest.raises(ValueError, match=message):
         trained.train()
     assert torch.equal(weights(trained.model), weights(clip()))
-
-
-def test_columns_that_a_collator_drops_are_an_error(tmp_path: Path) -> None:
-    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {x: torch.stack([each[x] for each in examples]) for x in ("pixel_values", "input_ids")}
-
-    trained = trainer(tmp_path, pairs=Pairs(ROWS, *TEACHER), loss="rankclip", data_collator=collate)
-    with pytest.raises(ValueError, match="reference_image_features"):
-        trained.train()
 
 
 def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> None:
@@ -142,13 +138,6 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
             train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
     with pytest.raises(ValueError, match=f"^teacher: {tmp_path} "):
         trainer(tmp_path, teacher=str(tmp_path))
-
-
-def test_module_with_a_teacher_of_its_own_is_trained_with_it(tmp_path: Path) -> None:
-    pairs = Pairs(ROWS, *TEACHER)
-    trained = train(tmp_path, pairs=pairs, loss=CkaLoss(), max_steps=3, mini_batch_size=3)
-    first, *_, last = column(trained, "cka_loss")
-    assert last < first
 
 
 # --- a teacher that computes its features ---------------------------------------------------------------
