@@ -76,27 +76,6 @@ def two_encoders() -> list[str]:
     return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
 
 
-def pearson() -> list[str]:
-    """… of Pearson's distance, which was tried on photographs alone, and its place there."""
-    report = of_photographs("2a")
-    cells = re.findall(r"^\| `([\w-]+)` +\| `clip` +\| ([^|]+?) +\|", report, re.MULTILINE)
-    arms = [arm for arm, cell in sorted(cells, key=lambda of: -float(of[1].split(" ±")[0].replace("−", "-")))]
-    assert arms.index("pearson") == 1
-    return [f"| {dict(cells)['pearson']} | – | – |", "Pearson, second best on photographs"]
-
-
-def from_scratch() -> list[str]:
-    """… of a student under RankCLIP without a teacher."""
-    report = of_photographs("2a")
-    (recall,) = re.findall(r"^\| `rankclip` +\| `clip` +\| ([^|]+?) +\|", report, re.MULTILINE)
-    secondary = report.partition("## Secondary")[2]
-    lines = (re.findall(rf"^\|{of}.*$", secondary, re.MULTILINE)[0] for of in ("  ", " `rankclip`"))
-    names, values = ([cell.strip() for cell in line.split("|")] for line in lines)
-    agreement = values[names.index("τ_c, experts")]
-    assert "**" not in agreement + recall
-    return [f"τ_c {agreement}, R@10 {recall}, neither significant"]
-
-
 Lines = dict[str, dict[int, dict[str, Any]]]  # records by arm and seed
 
 
@@ -172,16 +151,7 @@ def demo_table() -> list[str]:
         ("examples/demo/README.md", [demo_table]),
         (
             "docs/evidence.md",
-            [
-                photographs_table,
-                taught_heads,
-                two_encoders,
-                pearson,
-                from_scratch,
-                bar,
-                costs,
-                parts_of_a_teacher,
-            ],
+            [photographs_table, taught_heads, two_encoders, bar, costs, parts_of_a_teacher],
         ),
     ],
 )

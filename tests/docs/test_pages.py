@@ -18,7 +18,7 @@ from rankloss import schedules
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 SOURCE = "https://github.com/rankloss/rankloss"
-README, SECURITY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "SECURITY.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_is_read_in_a_few_minutes_and_all_pages_in_an_hour() -> None:
@@ -26,21 +26,6 @@ def test_readme_is_read_in_a_few_minutes_and_all_pages_in_an_hour() -> None:
     assert len(PAGES) <= 16
     pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md")]
     assert sum(len(text.split()) for text in [README, *pages]) <= 16_000
-
-
-def test_readme_says_what_a_reader_looks_for_and_what_an_installation_does() -> None:
-    words = ("several photographs per product", "SigLIP", "loss runs out of memory", "Before 1.0")
-    said = " ".join(README.split())
-    assert [word for word in (*words, "Installing it runs code", "five modules") if word not in said] == []
-    fold = README.partition("## ")[0]
-    assert re.findall(r'src="([^"]+)"', README) == re.findall(r'src="([^"]+)"', fold)
-    assert len(re.findall(r'src="([^"]+)"', fold)) == 1
-
-
-def test_every_value_of_the_switch_is_named_where_it_matters() -> None:
-    for text in (SECURITY, PAGES["open_clip"]):
-        assert re.search(r"any value\s+but `1`", text)
-    assert "loads no checkpoint" not in SECURITY
 
 
 def test_long_lines_of_code_wrap() -> None:
@@ -185,3 +170,55 @@ def test_feature_distillation_is_that_of_the_paper() -> None:
     found = loss(v, t, 10.0, output_dict=True, **teacher)["mimicry_loss"]
     expected = 2000 * ((v - teacher_v).square().mean() + (t - teacher_t).square().mean())
     torch.testing.assert_close(found, expected)
+
+
+# --- the map of files in CONTRIBUTING.md ------------------------------------------------------------------
+
+MAP = (
+    (ROOT / "CONTRIBUTING.md")
+    .read_text(encoding="utf-8")
+    .partition("<!-- map:")[2]
+    .partition("<!-- /map -->")[0]
+)
+FOLDERS = (
+    "rankloss",
+    "integrations/rankloss_trainers",
+    "integrations/rankloss_open_clip",
+    "integrations/rankloss_features",
+    "integrations/rankloss_baselines",
+    "integrations/rankloss_triton",
+)
+
+
+def on_the_map(folder: str) -> list[str]:
+    section = MAP.partition(f"### `{folder}/`")[2].partition("###")[0]
+    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+
+
+def in_the_tree(folder: str, rows: list[str]) -> set[str]:
+    """The files below a folder; those of a folder that has a row of its own stand for that row."""
+    root = ROOT / folder
+    found = set()
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root).as_posix()
+        found.add(next((row for row in rows if row.endswith("/") and name.startswith(row)), name))
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_file_is_on_the_map_once_and_nothing_else(folder: str) -> None:
+    rows = on_the_map(folder)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == in_the_tree(folder, rows)
+
+
+def test_every_file_that_the_recipes_name_exists() -> None:
+    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding")[2]
+    named = {
+        name
+        for name in re.findall(r"`((?:\w+/)+[\w.]*)`", recipes)
+        if "NAME" not in name and "TRAINER" not in name
+    }
+    assert len(named) > 10
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not missing

@@ -22,12 +22,3 @@ def pytest_collection_modifyitems(items):
         kept = SMOKE.get(item.path.stem, ("test_",))
         if item.path.parent.name == "examples" and not item.name.startswith(kept):
             item.add_marker("slow")
-
-
-@pytest.fixture(scope="session")
-def icons(tmp_path_factory):
-    """Small, made-up icons."""
-    from made_icons import write_icons
-    from studies.icons.load import load
-
-    return load(write_icons(tmp_path_factory.mktemp("icons") / "built", train=400, validation=60, test=60))

@@ -140,6 +140,7 @@ def test_a_report_is_of_the_records_that_are_there():
     assert n == {"emojis-64": "2", "emojis-250": "4", "icons-64": "4", "icons-250": "4"}
 
 
+@pytest.mark.slow
 def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
     """Their trainings are on their own data; no planned family grows."""
     finds = made_up({"captions": 4.0}, blocks=len(SIZES.blocks))
@@ -155,6 +156,7 @@ def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
     assert [row[0] for row in found["gains"]] == SIZES.curves
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_that_of_its_records(tmp_path):
     run = Run(load("captions"), "full", tmp_path)
     committed = (run.home / "report" / "captions.md").read_bytes()

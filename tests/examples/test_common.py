@@ -37,7 +37,7 @@ def run(tmp_path, loss, *lines, status=0, checkpoint=False):
 
 
 def test_plain_clip_under_another_name_is_refused_at_the_first_step(tmp_path):
-    with pytest.raises(TrainingError, match="--loss cyclip was not honoured"):
+    with pytest.raises(TrainingError, match="--loss cyclip"):
         run(tmp_path, "cyclip", PLAIN, checkpoint=True)
     assert run(tmp_path, "clip", PLAIN, checkpoint=True).last == {"contrastive_loss": 3.5}
     log = run(tmp_path, "cyclip", RANKED, checkpoint=True)

@@ -134,6 +134,7 @@ def photographs(folder):
     return Photographs(folder, names, sentences, [])
 
 
+@pytest.mark.slow
 def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path, monkeypatch):
     made = photographs(tmp_path)
     monkeypatch.setattr(data, "read", lambda _: made)

