@@ -40,6 +40,7 @@ from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers.graded.term import RankedListsTerm
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
+TEACHER = ("reference_image_features", "reference_text_features")
 F64 = torch.float64
 
 Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias
@@ -65,40 +66,33 @@ def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.M
     return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
 
 
-class OfIds(nn.Module):
-    """A loss of pairs with ids."""
+class Given(nn.Module):
+    """A loss with inputs that are made of its features."""
 
-    def __init__(self, loss: Callable[..., nn.Module], **options: Any) -> None:
+    def __init__(
+        self, of: Callable[..., dict[str, Tensor]], loss: Callable[..., nn.Module], **options: Any
+    ) -> None:
         super().__init__()
-        self.loss = loss(**options)
-
-    def forward(self, v: Tensor, *inputs: Any, **more: Any) -> Any:
-        return self.loss(v, *inputs, **more, pair_ids=ids_of(v))
-
-
-class Taught(nn.Module):
-    """A loss with a teacher whose features are the student's, reversed."""
-
-    def __init__(self, loss: Callable[..., nn.Module], **options: Any) -> None:
-        super().__init__()
-        self.loss = loss(**options)
+        self.of, self.loss = of, loss(**options)
 
     def forward(self, v: Tensor, t: Tensor, *inputs: Any, **more: Any) -> Any:
-        teacher = {"reference_image_features": taught(v), "reference_text_features": taught(t)}
-        return self.loss(v, t, *inputs, **more, **teacher)
+        return self.loss(v, t, *inputs, **more, **self.of(v, t))
 
 
-def taught(features: Tensor) -> Tensor:
-    return features.detach().flip(-1)
+def pair_ids(v: Tensor, t: Tensor) -> dict[str, Tensor]:
+    return {"pair_ids": ids_of(v)}
+
+
+def taught(v: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """A teacher whose features are the student's, reversed."""
+    return dict(zip(TEACHER, (x.detach().flip(-1) for x in (v, t)), strict=True))
 
 
 def mimicry_terms(view: one_process.View) -> Tensor:
-    students, items = (view.image_anchors, view.text_anchors), (view.image, view.text)
-    first, n = view.first, len(view.image_anchors)
-    targets = [taught(x) for x in items]
-    own = [x[first : first + n] for x in targets]
-    distances = sum((x - y).square().sum() / n for x, y in zip(students, own, strict=True))
-    return 8 * distances
+    rows = slice(view.first, view.first + len(view.image_anchors))
+    students, teachers = (view.image_anchors, view.text_anchors), taught(view.image, view.text).values()
+    distances = ((x - y[rows]).square().sum(-1).mean() for x, y in zip(students, teachers, strict=True))
+    return 8 * sum(distances)
 
 
 Rank = functools.partial(RankConsistency, chunk_size=3)
@@ -119,18 +113,20 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
     ),
     "mimicry": (
-        functools.partial(Taught, MimicryLoss),
+        functools.partial(Given, taught, MimicryLoss),
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
     for of_pairs in ("clip", "clip, smoothed", "siglip"):
         make, oracle = LOSSES[of_pairs]
-        make = functools.partial(OfIds, make, same_id=same_id, memory_budget=budget)
+        make = functools.partial(Given, pair_ids, make, same_id=same_id, memory_budget=budget)
         name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
         LOSSES[name] = make, with_ids(oracle, same_id)
 LOSSES["rank_clip over clip of ids"] = (
-    functools.partial(OfIds, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))),
+    functools.partial(
+        Given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
+    ),
     lambda view, bias: with_ids(clip_of, "ignore")(view, bias) + one_process.rank_terms(view),
 )
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
@@ -244,7 +240,6 @@ def test_losses_take_a_group_and_look_no_further_and_need_no_graph(table: list[A
     assert_same([value], expected_of(loss, leaves(len(table)), 1)[:1])
 
 
-TEACHER = ("reference_image_features", "reference_text_features")
 SHARDED: dict[str, dict[str, Any]] = {
     **{str(x): x for x in [{}, *CHANGES] if x != {"ties": "random"}},
     "teacher": {"teacher": TEACHER},
