@@ -9,7 +9,7 @@ from studies.captions import study, teachers
 from studies.captions.memory import MemoryLoss
 from studies.captions.teachers import Teachers
 from studies.plan import Find, MissingError
-from studies.runner import Run, load
+from studies.runner import load
 from torch.nn.functional import normalize
 
 import rankloss
@@ -154,10 +154,3 @@ def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
     assert len(found["primary"]) == len(found["control"]) == 6
     assert cells.isdisjoint(row[0] for row in found["secondary"])
     assert [row[0] for row in found["gains"]] == SIZES.curves
-
-
-@pytest.mark.slow
-def test_the_committed_report_is_that_of_its_records(tmp_path):
-    run = Run(load("captions"), "full", tmp_path)
-    committed = (run.home / "report" / "captions.md").read_bytes()
-    assert run.write().read_bytes() == committed

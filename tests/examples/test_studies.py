@@ -17,6 +17,7 @@ from studies.baselines import study as baselines
 from studies.data import features
 from studies.manifest import FINISHED, KINDS
 from studies.records import read_lines
+from studies.report import write
 from studies.students import train
 from studies.students.measure import hits_of_pictures
 
@@ -52,6 +53,17 @@ def test_a_seed_is_left_out_of_the_records_alone(tmp_path, monkeypatch):
         assert len(left_out) == 11
         assert {line["setting"]["seed"] for line in left_out} == {4003}
         assert len(before) - len(after) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_committed_report_of_a_living_study_is_that_of_its_records(name, tmp_path, monkeypatch):
+    run = runner.Run(runner.load(name), "full", tmp_path)
+    report = run.home / "report" / f"{run.study.report}.md"
+    monkeypatch.setattr(
+        runner, "write", lambda path, *of, **values: write(tmp_path / path.name, *of, **values)
+    )
+    assert run.write().read_bytes() == report.read_bytes()
 
 
 def test_without_a_name_all_names_are_shown(capsys):
