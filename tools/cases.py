@@ -129,7 +129,7 @@ NEGATIVES = Case(
     "hard negatives: wrong captions of each picture",
     "ranked-lists",
     {"own_caption": "top", "in_batch_negatives": True, "top_k": 1},
-    gain="not measured",
+    gain="photographs: told apart +2.39 ± 0.48, R@10 *−0.36 ± 0.43*",
     page="lists.md#hard-negatives",
 )
 GRADES_BY_RULE = Case(
@@ -150,8 +150,8 @@ GRADES = Case(
 PREFERENCES = Case(
     "preferences: one candidate before another",
     "ranked-lists",
-    {"model": "pairwise"},
-    gain="not measured",
+    {"model": "pairwise", "weight": 0.5},
+    gain="photographs: told apart +2.91 ± 0.51, R@10 −1.99 ± 0.51",
     page="lists.md",
 )
 TEACHER = Case(
@@ -237,11 +237,12 @@ def table_of_readme() -> str:
     """What a reader has, the loss, its gain, its page."""
     rows = {
         TEACHER.have: TEACHER,
-        "two encoders, or the small ones from pip": PRESET,
+        "two small encoders": PRESET,
         "grades": GRADES,
-        "hard negatives, preferences": NEGATIVES,
+        "hard negatives": NEGATIVES,
+        "preferences": PREFERENCES,
         "several photographs per product, repeated captions": REPEATED,
-        "a CLIP to fine-tune that must not forget": START,
+        "a CLIP to fine-tune": START,
         "nothing but pairs": PAIRS,
     }
     cells = [(f"[{have}](docs/{case.page})", f"`{case.command()}`", case.gain) for have, case in rows.items()]
