@@ -314,7 +314,7 @@ def test_small_data_have_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*map(writing.size_of_shards, (40, 70_000, 10**6, 10**8))] == [4096, 4375, 62_500, 65_536]
 
 
-@pytest.mark.parametrize("rows", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_data(
     tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
