@@ -64,6 +64,15 @@ def test_a_script_of_open_clip_trains_the_loss_of_its_case(name: str) -> None:
     assert not [x for x in given[len(expected) :] if x.startswith(("--rankclip", "--clip-ids"))]
 
 
+def test_a_row_of_the_readme_has_the_command_that_gave_its_numbers() -> None:
+    measured = {(f"`{case.command()}`", case.gain) for case in cases.CASES}
+    lines = cases.table_of_readme().splitlines()[2:]
+    rows = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in lines]
+    assert set(rows) <= measured
+    assert [gain for _, gain in rows if not re.search(r"\d\.\d\d ± \d\.\d\d", gain)] == []
+    assert [word for word in ("`±`:", "*italic*:", "Icons:") if word not in PAGES["README.md"]] == []
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_tables_are_generated(name: str) -> None:
     assert cases.SECTION.findall(PAGES[name]) == [cases.TABLES[name]()], "python tools/cases.py writes them"
