@@ -442,8 +442,8 @@ def _queries(kind: str, n: int) -> Tensor:
 
 
 @functools.cache
-def _data(kind: str, n: int) -> Inputs:
-    v, t = _features(kind, n=n)
+def _data(kind: str, n: int, seed: int) -> Inputs:
+    v, t = _features(kind, seed, n)
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]]).double()
     cosines = torch.tensor(reference._cosines(v[:N], t[:N]))  # rounded once
     of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
@@ -468,6 +468,6 @@ def _data(kind: str, n: int) -> Inputs:
     }
 
 
-def data(kind: str = "plain", n: int = N) -> Inputs:
+def data(kind: str = "plain", n: int = N, seed: int = 7) -> Inputs:
     """Features of n pairs, a scale, and lists: all float64, of one kind."""
-    return {name: x.clone() for name, x in _data(kind, n).items()}
+    return {name: x.clone() for name, x in _data(kind, n, seed).items()}
