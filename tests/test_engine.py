@@ -67,7 +67,7 @@ def blocks(draw: st.DrawFn) -> Block:
     )
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     block=blocks(),
     options=drawn_options.options(is_streamed),
@@ -150,7 +150,7 @@ def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
     patch.setattr(engine, "_CHUNK_ELSEWHERE", 0)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     drawn=batches(),
     options=drawn_options.options(is_streamed),

@@ -83,7 +83,7 @@ def test_row_lists_match_the_vectors_in_value_and_gradient(key: str, dtype, tole
 
 
 @terms
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     batch=batches(max_n=7),
     options=all_options,

@@ -200,7 +200,7 @@ UNCHANGING: list[tuple[Callable[[Inputs, list[int]], Inputs], Subject]] = [
 
 
 @pytest.mark.parametrize(("change", "subject"), UNCHANGING, ids=lambda x: getattr(x, "__name__", str(x)))
-@settings(max_examples=settings.default.max_examples // 10)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     kind=st.sampled_from(["plain", "equal rows"]),
     seed=st.integers(0, 10_000),

@@ -102,6 +102,7 @@ def made_up(gain, *, sizes=SIZES, blocks=1):
     raise AssertionError
 
 
+@pytest.mark.slow
 def test_the_verdict_is_that_of_the_plan():
     finds = made_up({"captions": 4.0, "shuffled": -2.0, "smoothing": -1.0})
     found = study.results(SIZES, finds)
@@ -116,6 +117,7 @@ def test_the_verdict_is_that_of_the_plan():
     assert tested == {("test", 0.004)}  # the best of CLIP's rates, for every arm
 
 
+@pytest.mark.slow
 def test_what_shuffled_captions_gain_too_is_not_the_captions():
     found = study.results(SIZES, made_up({"captions": 4.0, "shuffled": 4.0}))
     assert found["captions_own"] == []
@@ -123,6 +125,7 @@ def test_what_shuffled_captions_gain_too_is_not_the_captions():
     assert not any(of["met"] for of in found["verdicts"].values())
 
 
+@pytest.mark.slow
 def test_the_reference_is_clips_best_try():
     found = study.results(SIZES, made_up({"captions": 4.0, "smoothing": 3.0}))
     assert all(row[2] == "`smoothing`" for row in found["primary"])

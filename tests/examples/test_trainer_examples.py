@@ -34,8 +34,9 @@ from rankloss_trainers.command_line import LossArguments, with_flag
 
 cases = tool("cases.py")
 FOLDER = ROOT / "examples/trainers"
+SLOW = ("own_loss.py", "two_encoders.py")  # which train as transformers_trainer.py and plain_loop.py do
 PYTHON = [
-    pytest.param(name.removesuffix(".py"), case, id=name)
+    pytest.param(name.removesuffix(".py"), case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
     for name, _, case in cases.EXAMPLES
     if name.endswith(".py") and name != "frozen_encoders.py"  # whose features are below
 ]

@@ -130,6 +130,7 @@ def trained_part(name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, value])
 
 
+@pytest.mark.slow
 def test_task_trains_the_sum_of_the_terms_and_at_lambda_zero_what_stock_does(
     main_runs: dict[str, Run],
 ) -> None:

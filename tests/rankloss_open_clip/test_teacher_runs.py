@@ -92,10 +92,11 @@ def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twi
 @pytest.mark.parametrize(
     "given",
     [
-        pytest.param(("rankclip-encoders",), marks=pytest.mark.slow, id="encoders"),
+        pytest.param(("rankclip-encoders",), id="encoders"),
         pytest.param(("clip-ids+rankclip-captions", OPTION, "captions:4"), id="captions"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tuple[str, ...]) -> None:
     """Computed before the first step, and found by the second run."""
     if given == ("rankclip-encoders",):
@@ -115,6 +116,7 @@ def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tup
     assert runs[0].scalars["in_modal_raw"] == runs[1].scalars["in_modal_raw"]
 
 
+@pytest.mark.slow
 def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Trainer, taught: Runs) -> None:
     own = trainer.directory / "own"
     shutil.copytree(trainer.directory / "tiny", own)
