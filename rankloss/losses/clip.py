@@ -168,6 +168,12 @@ class ClipLoss(StreamedLoss):
 
 def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) -> Tensor:
     """The right logit of a row less the mean of its counted logits, averaged over rows and directions."""
+    total: Tensor
+    if ids is None and batch.inputs.image_anchors is None:  # the same in both directions
+        v, t = batch.inputs.image, batch.inputs.text
+        of_pairs, of_all = torch.dot(v.flatten(), t.flatten()), (v.sum(0) * t.sum(0)).sum()
+        total = batch.inputs.scale * (of_pairs - of_all / batch.items)
+        return total / batch.items
     rows = slice(batch.first_row, batch.first_row + batch.anchors)
     excess = []
     for anchors, items, _ in batch.matrices("cross_modal"):
@@ -181,7 +187,7 @@ def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) 
             else:
                 mean = (items.sum(0) - of_id + right) / (len(items) - size + 1)
         excess.append((anchors * (right - mean)).sum())
-    total: Tensor = batch.inputs.scale * (excess[0] + excess[1])
+    total = batch.inputs.scale * (excess[0] + excess[1])
     return total / (2 * batch.anchors)
 
 
