@@ -204,7 +204,7 @@ def test_the_table_has_paired_differences_of_the_seeds(tmp_path: Path) -> None:
     ("name", "terms"),
     [
         ("open_clip", {"Contrastive_loss", "Cross_modal_loss", "In_modal_loss", "Rank_lambda"}),
-        ("repeated_captions", {"Contrastive_loss", "Pairs_with_partner"}),
+        pytest.param("repeated_captions", {"Contrastive_loss", "Pairs_with_partner"}, marks=pytest.mark.slow),
     ],
 )
 def test_short_example_trains(command: Command, trainer: Trainer, name: str, terms: set[str]) -> None:

@@ -42,7 +42,18 @@ TRAINED = {
     "mimicry": ("contrastive_loss", "mimicry_loss"),
     "alip": ALIP,
 }
-SLOW = {"amp", "bf16", "cyclip", "pure_bf16", "siglip", "siglip-streamed", "coca", "mimicry", "runner"}
+SLOW = {
+    "amp",
+    "bf16",
+    "cyclip",
+    "pure_bf16",
+    "siglip",
+    "siglip-streamed",
+    "coca",
+    "mimicry",
+    "runner",
+    "siglip, fp16",
+}
 
 
 def some_slow(*names: str) -> list[Any]:

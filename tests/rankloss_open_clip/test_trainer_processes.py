@@ -161,7 +161,11 @@ def gradient_and_step(run: Run) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("several", "one"), [("two processes", "one process"), ("static graph", "checkpointing")]
+    ("several", "one"),
+    [
+        ("two processes", "one process"),
+        pytest.param("static graph", "checkpointing", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_with_both_flags_train_as_one_does(ddp_runs: Runs, several: str, one: str) -> None:
     runs = ddp_runs[several], ddp_runs[one]
