@@ -80,10 +80,12 @@ def beginnings() -> tuple[str, ...]:
 
 def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
     """An error of losses or of a run that begins with the flag of an option; else with ``--loss``."""
-    prefixes = {"": RUN, **{loss.name: prefix_of(loss.name, loss.named) for loss in losses}}
-    if not isinstance(error, OptionError):
-        return f"--loss: {error}"
-    return f"{flag(prefixes[error.loss], error.key)}: {error.reason}"
+    prefixes = {loss.name: prefix_of(loss.name, loss.named) for loss in losses}
+    if isinstance(error, OptionError):
+        prefix = prefixes.get(error.loss) or (RUN if error.key in options_of(RunOptions) else None)
+        if prefix is not None:
+            return f"{flag(prefix, error.key)}: {error.reason}"
+    return f"--loss: {error}"
 
 
 class LossArguments:
@@ -154,7 +156,10 @@ class LossArguments:
         unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
         if unknown and hasattr(args, "loss"):
             typed = unknown[0].partition("=")[0]
-            hint = replaced(typed, f"--{RUN}-") or misspelt(unknown, self.parser._option_string_actions)
+            word = typed.replace("_", "-")
+            key = next(word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x))
+            hint = replaced(key.replace("-", "_"), f"--{RUN}-")
+            hint = hint or misspelt(unknown, self.parser._option_string_actions)
             self.parser.error(f"{typed}: there is no such option{hint}")
         return args, rest
 

@@ -371,14 +371,14 @@ _REPLACED = {
 """Options of losses that are options of the run now; empty where nothing takes its place."""
 
 
-def replaced(word: str, prefix: str = "") -> str:
+def replaced(key: str, prefix: str = "") -> str:
     """The end of an error about an option that a loss had once; else empty.
 
     Args:
-        word: The option, as Python or a command line spells it.
+        key: The option, as Python spells it.
         prefix: The beginning of the options of a run: ``--loss-`` on a command line.
     """
-    now = next((x for key, x in _REPLACED.items() if word.replace("-", "_").endswith(key)), None)
+    now = _REPLACED.get(key)
     if not now:
         return "" if now is None else "; a loss that has a teacher leaves it out"
     return f"; it is an option of the run, {prefix}{now.replace('_', '-') if prefix else now}"

@@ -190,6 +190,12 @@ def test_an_old_option_is_refused_and_the_new_one_is_named(
         assert new in refused(capsys, "--loss", "clip-ids+mimicry", *words).split(f" {typed}")[1]
 
 
+def test_an_option_that_ends_like_an_old_one_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--loss", "rankclip", "--rankclip-fixed-reference", "image")
+    assert "--rankclip-fixed-reference" in said
+    assert "--loss-teacher" not in said
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -19,7 +19,7 @@ import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments, mentioned, typed_options
+from rankloss_trainers.command_line import LossArguments, mentioned, typed_options, with_flag
 from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
 
@@ -220,6 +220,16 @@ def test_value_that_a_run_cannot_have_is_refused(key: str, value: Any) -> None:
         RunOptions(**{key: value})
     assert caught.value.key == key
     assert repr(value) in str(caught.value)
+
+
+def test_an_error_begins_with_the_flag_of_its_option_or_with_the_losses() -> None:
+    losses = catalog.choose("rankclip")
+    for loss, key, begins in (
+        ("rankclip", "top_k", "--rankclip-top-k: "),
+        ("", "teacher", "--loss-teacher: "),
+        ("", "lambda_cross", "--loss: lambda_cross"),  # of a part that no name stands for
+    ):
+        assert with_flag(losses, OptionError(key, "must be 0", loss)).startswith(begins)
 
 
 def test_a_run_is_typed_once_and_only_with_a_loss() -> None:
