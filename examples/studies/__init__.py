@@ -3,6 +3,5 @@
 STUDIES = {
     "baselines": "studies.baselines.study",
     "captions": "studies.captions.study",
-    "negatives": "studies.negatives.study",
 }
 """Modules of the living studies by name; each has the function ``study(name)``."""

@@ -87,7 +87,7 @@ class Baselines:
 
         return recorded(model, lambda of: self.data.measure(of, setting.side, sides[setting.side]))
 
-    def _seen(self, setting: Setting, _: heads.Heads, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+    def _seen(self, setting: Setting, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
         """Return what an arm's loss is given beside the features."""
         if setting.same_id:
             return {"pair_ids": self.ids[rows, drawn]}

@@ -18,7 +18,7 @@ from . import losses
 
 HIDDEN, WIDTH = 512, 256
 _SCALE = 14.3  # at the start
-Seen = Callable[["Heads", Tensor, Tensor], Mapping[str, Any]]
+Seen = Callable[[Tensor, Tensor], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,8 @@ def _head(width: int, dropout: float) -> nn.Sequential:
 
 
 def train(
-    setting: Setting, train: Side, *, loss: nn.Module | None = None, seen: Seen = lambda *_: {},
-    start: Heads | None = None,
-) -> Heads:  # fmt: skip
+    setting: Setting, train: Side, *, loss: nn.Module | None = None, seen: Seen = lambda *_: {}
+) -> Heads:
     """Train two heads, and return them in evaluation mode.
 
     A seed gives every loss the same initial weights, batches, sentences and units that drop out.
@@ -88,8 +87,7 @@ def train(
         setting: All that determines the training, beside the other arguments.
         train: The features.
         loss: None: the setting's own, by its name. Its parameters learn, too.
-        seen: Further arguments of the loss, from the heads, a batch's pictures and their sentences' numbers.
-        start: Heads whose weights are the initial ones.
+        seen: Further arguments of the loss, from a batch's pictures and their sentences' numbers.
 
     Raises:
         ValueError: If there are fewer pictures than the setting needs.
@@ -99,8 +97,6 @@ def train(
     torch.manual_seed(setting.seed)
     order = torch.Generator().manual_seed(setting.seed)
     model = Heads(train, setting).train()
-    if start is not None:
-        model.load_state_dict(start.state_dict())
     names = ("weight", "label_smoothing", "same_id")
     loss = loss or losses.build(setting.arm, **{name: getattr(setting, name) for name in names})
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay}
@@ -114,5 +110,5 @@ def train(
             drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
             v = model.pictures(train.pictures[rows])
             t = model.sentences(train.sentences[rows, drawn])
-            descent.step(loss(v, t, model.log_scale.exp(), **seen(model, rows, drawn)))
+            descent.step(loss(v, t, model.log_scale.exp(), **seen(rows, drawn)))
     return model.eval()
