@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace as Namespace
+
 import numpy as np
 import pytest
 import torch
 from studies.captions import study, teachers
+from studies.captions.data import Splits
 from studies.captions.memory import MemoryLoss
 from studies.captions.teachers import Teachers
+from studies.captions.train import Setting
+from studies.data import drawings
+from studies.data.drawings import split_emojis
+from studies.icons.records import Record
 from studies.plan import Find, MissingError
 from studies.runner import load
 from torch.nn.functional import normalize
@@ -81,7 +88,7 @@ def test_rows_of_many_texts_are_those_with_their_zeros(name, tmp_path, monkeypat
 
 def made_up(gain, *, sizes=SIZES, blocks=1):
     """Return records of the first blocks, where an arm is so many points above CLIP."""
-    finds = {name: Find(name, {}) for name in (*study.SETS, *study.LARGE)}
+    finds = {name: Find(name, {}) for name in (*study.SETS, *study.LARGE, *study.MORE)}
     rng = np.random.default_rng(0)
     plan = type(sizes)(**{**vars(sizes), "blocks": sizes.blocks[:blocks]})
     for _ in range(1000):
@@ -144,9 +151,10 @@ def test_a_report_is_of_the_records_that_are_there():
 
 
 @pytest.mark.slow
-def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
-    """Their trainings are on their own data; no planned family grows."""
-    finds = made_up({"captions": 4.0}, blocks=len(SIZES.blocks))
+def test_more_pairs_curves_and_splits_have_families_of_their_own():
+    """No planned family grows; more pairs have the rate of fewer."""
+    gain = {"captions": 4.0, "encoders": 3.0}
+    finds = made_up(gain, blocks=len(SIZES.blocks))
     found = study.results(SIZES, finds)
     few, all_icons = (finds[name].records for name in study.LARGE)
     assert {one.lr for one in few if one.side == "dev"} == {0.002, 0.004}
@@ -155,5 +163,79 @@ def test_more_pairs_have_a_family_of_their_own_and_the_rate_of_fewer():
     assert {row[0] for row in found["large"]} == cells
     assert len(found["large"]) == 10
     assert len(found["primary"]) == len(found["control"]) == 6
-    assert cells.isdisjoint(row[0] for row in found["secondary"])
-    assert [row[0] for row in found["gains"]] == SIZES.curves
+    curves = [name for cells in SIZES.curves.values() for name in cells]
+    assert [row[2] for row in found["gains"]] == curves
+    untested = cells | {name for name, of in SIZES.cells.items() if "described" in of}
+    assert untested.isdisjoint(row[0] for row in found["secondary"])
+    arms = {row[0]: [of[1] for of in found["changes"] if of[0] == row[0]] for row in found["changes"]}
+    assert all({"`encoders`", "`rankclip`", "`captions`"} <= {*of} for of in arms.values())
+    assert len(found["splits"]) == 6
+    for cell, arm, *splits, mean, _, mark in found["splits"]:
+        assert cell in SIZES.splits["cells"]
+        assert len(splits) == 5
+        expected = gain.get(arm.strip("`"), 0.0)
+        assert float(mean.split(" ")[0].replace("−", "-")) == pytest.approx(expected, abs=0.5)
+        assert (mark == "▲") == (expected > 0)
+
+
+def test_the_change_of_a_gain_is_paired_by_seed():
+    def cell(gains):
+        score = {"metrics": {"retrieval": {"R@10, mean of both": 20.0}}}
+        above = {
+            seed: {"metrics": {"retrieval": {"R@10, mean of both": 20.0 + gain}}}
+            for seed, gain in gains.items()
+        }
+        return study.Arms({"clip": dict.fromkeys(gains, score), "captions": above})
+
+    arms_of = {
+        "first": cell({1: 3.0, 2: 5.0, 3: 9.0}),
+        "middle": cell({1: 7.0}),
+        "last": cell({2: 1.0, 3: 4.0, 4: 8.0}),
+    }
+    ((key, change),) = study.changes(
+        {"pairs": {"first": "", "middle": "", "last": "", "absent": ""}}, arms_of
+    ).items()
+    assert key == ("pairs", "captions", "first", "last")
+    assert (change.mean, change.n) == (pytest.approx(-4.5), 2)
+
+
+def test_a_split_is_made_when_it_is_trained_on():
+    made = []
+
+    class Made:
+        def __init__(self, split):
+            made.append(split)
+            self.fingerprint = f"data of {split}"
+
+    of = Splits(Made)
+    settings = [Setting("clip", 1, "test", 8, 1, 0.1, split) for split in (2, 2, 0)]
+    assert [of.fingerprint(one) for one in settings] == ["data of 2", "data of 2", "data of 0"]
+    assert made == [2, 0]
+
+
+def test_splits_of_emojis_hold_out_other_concepts():
+    sides = [split_emojis(split=split) for split in (0, 1)]
+    tests = [{one.concept for one in of["test"]} for of in sides]
+    assert len(tests[0] & tests[1]) < 0.4 * len(tests[0])
+    for of in sides:
+        concepts = [{one.concept for one in side} for side in of.values()]
+        assert sum(map(len, concepts)) == len(set.union(*concepts))
+
+
+def test_splits_of_icons_hold_out_other_concepts_once_each():
+    parts = {"train": [], "validation": [], "test": []}
+    for i in range(600):
+        concept, part = f"c{i % 200}", ("test", "validation", *["train"] * 6)[i % 200 % 8]
+        parts[part].append(Record(i, "set", f"n{i}", "", "", "", concept, (), (), part, "", i < 200, False))
+    build = Namespace(part=lambda name: Namespace(records=parts[name]))
+    tests = []
+    for split in range(3):
+        sides = drawings._split_icons(build, split)
+        concepts = {side: {one.concept for one in of} for side, of in sides.items()}
+        assert sum(map(len, concepts.values())) == len(set.union(*concepts.values())) == 200
+        assert all(len(sides[side]) == len(concepts[side]) for side in ("dev", "test"))
+        assert len(sides["train"]) == 3 * len(concepts["train"])
+        tests.append(concepts["test"])
+    assert 10 < len(tests[1]) < 60
+    assert tests[1] != tests[2]
+    assert tests[0] == {f"c{i}" for i in range(0, 200, 8)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from openmoji_demo.data import TEMPLATES, load_emojis, split_by_concept
+from openmoji_demo.data import TEMPLATES
 from openmoji_demo.metrics import accuracy_at_k
 from PIL import Image
 from torch.nn.functional import normalize
@@ -81,29 +82,35 @@ class DataSet:
         return found
 
 
-def emojis(limit: int | None) -> Source:
-    """Return the emojis of :func:`studies.data.drawings.emojis`, with the sub-groups of those held out."""
-    sides = drawings.emojis(limit)
-    test = split_by_concept(load_emojis()[:limit])
-    held_out = {"dev": split_by_concept(test.train, 1).test, "test": test.test}
-    classes = {side: [one.subgroup for one in of] for side, of in held_out.items()}
+def emojis(limit: int | None, split: int) -> Source:
+    """Return the emojis of a split, with the sub-groups of those held out."""
+    sides, of = drawings.emojis(limit, split), drawings.split_emojis(limit, split)
+    classes = {side: [one.subgroup for one in of[side]] for side in ("dev", "test")}
     return Source(_captions(sides), lambda side: sides[side].pictures, classes=classes)
 
 
-def icons_of(folder: Path, sizes: Sequence[int]) -> Source:
-    """Return the first icons, without sets of emojis, of a finished build."""
+def icons_of(folder: Path, sizes: Sequence[int], split: int) -> Source:
+    """Return the first icons of a split, without sets of emojis, of a finished build."""
 
     def sides() -> drawings.Sides:  # drawn again when they are asked for: gigabytes
-        return drawings.icons(icons.built(folder), *sizes)
+        return drawings.icons(icons.built(folder), *sizes, split)
 
     return Source(_captions(sides()), lambda side: sides()[side].pictures)
 
 
-def photographs(folder: Path, train_pictures: int) -> Source:
-    """Return Flickr8k, with people's judgements of its test side."""
+def photographs(folder: Path, sizes: Sequence[int], split: int) -> Source:
+    """Return Flickr8k, of so many pictures to train on so many captions, with people's judgements.
+
+    Raises:
+        ValueError: For another split than its own, 0.
+    """
+    if split:
+        raise ValueError(f"split: photographs have split 0 alone, got {split}")
+    train_pictures, each = sizes
     read = flickr8k.read(folder)
     names = read.used(train_pictures)
     captions = {side: [read.sentences[name] for name in names[side]] for side in SIDES}
+    captions["train"] = [of[:each] for of in captions["train"]]
     opened = {side: Opened([read.path(name) for name in names[side]]) for side in SIDES}
     return Source(captions, opened.__getitem__, names, read.judgements)
 
@@ -130,13 +137,42 @@ def _captions(sides: drawings.Sides) -> dict[str, list[list[str]]]:
     return {side: [list(one) for one in of.captions] for side, of in sides.items()}
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, DataSet]:
+class Splits:
+    """The splits of a data set, each of which is made when it is trained on.
+
+    Args:
+        make: Returns a split.
+    """
+
+    def __init__(self, make: Callable[[int], DataSet]) -> None:
+        self._of = functools.cache(make)
+
+    def fingerprint(self, setting: Setting) -> str:
+        """Return the fingerprint of a setting's split."""
+        return self._of(setting.split).fingerprint
+
+    def train(self, setting: Setting) -> Record:
+        """Train and measure a student on a setting's split."""
+        return self._of(setting.split).train(setting)
+
+
+def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits]:
     """Return the data sets that are there: icons if they are built, photographs if their folder is given."""
-    found = {"emojis": emojis(sizes.sizes["emojis"])}
-    if (options.icons / "manifest.json").is_file():
-        names = (name for name in sizes.sizes if name.startswith("icons"))
-        found |= {name: icons_of(options.icons, sizes.sizes[name]) for name in names}
-    if options.data is not None:
-        found["photographs"] = photographs(options.data, sizes.sizes["photographs"])
-    kept_in = options.output / "captions" / sizes.preset
-    return {name: DataSet(source, kept_in / name) for name, source in found.items()}
+    has_icons = (options.icons / "manifest.json").is_file()
+    found = {}
+    for name, size in sizes.sizes.items():
+        if name.startswith("icons"):
+            make = functools.partial(icons_of, options.icons, size) if has_icons else None
+        elif name.startswith("photographs"):
+            make = None if options.data is None else functools.partial(photographs, options.data, size)
+        else:
+            make = functools.partial(emojis, size)
+        if make is not None:
+            found[name] = Splits(
+                functools.partial(_made, make, options.output / "captions" / sizes.preset / name)
+            )
+    return found
+
+
+def _made(source: Callable[[int], Source], folder: Path, split: int) -> DataSet:
+    return DataSet(source(split), folder)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from studies.plan import Find, MissingError
-from studies.report import conditions_texts, difference_text, ends_text, mark, mean_text, p_text
+from studies.records import Record
+from studies.report import conditions_texts, difference_text, ends_text, mark, mean_text, p_text, test_cells
 from studies.runner import Study
-from studies.statistics import Arms, Difference, Measure, Pair, correct
+from studies.statistics import Arms, Difference, Measure, Pair, correct, paired_difference
 from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
 
 from .data import data
 from .train import ARMS, Setting
 
 CLIP, SMOOTHING, CAPTIONS, SHUFFLED = "clip", "smoothing", "captions", "shuffled"
-GAINS = (CAPTIONS, SHUFFLED, SMOOTHING, "memory")  # against epochs and pairs
+GAINS = ("encoders", "rankclip", CAPTIONS, SHUFFLED, SMOOTHING, "memory")  # against epochs and pairs
 GOAL = 1.5  # points
 SETS = ("emojis", "icons", "photographs")
 LARGE = ("icons-71680", "icons-all")
+MORE = ("icons-2000", "photographs-one")
 ZERO_SHOT = Measure("zero-shot top-1", ("zero-shot", "top-1"))
 _HERE = Path(__file__).parent
 
@@ -41,9 +43,18 @@ class Cell:
         """The better of CLIP's loss with and without smoothing."""
         return SMOOTHING if self.smoothing > max(self.rates.values()) else CLIP
 
-    def setting(self, arm: str, seed: int) -> Setting:
+    def setting(self, arm: str, seed: int, split: int = 0) -> Setting:
         """Return a training of the test side."""
-        return dataclasses.replace(self.base, arm=arm, seed=seed, side="test")
+        return dataclasses.replace(self.base, arm=arm, seed=seed, side="test", split=split)
+
+    def there(self, arms: Sequence[str], seeds: Iterable[int], split: int = 0) -> Arms:
+        """Return the records that are there, of the arms that have any."""
+        found: dict[str, dict[int, Record]] = {}
+        for arm in arms:
+            wanted = (self.setting(arm, seed, split) for seed in seeds)
+            if of := {one.seed: record for one, record in self.find.there(wanted).items()}:
+                found[arm] = of
+        return Arms(found)
 
 
 def cell(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> Cell:
@@ -76,7 +87,7 @@ def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
         cells = [cell(sizes, name, finds) for name in block["cells"] if sizes.cells[name]["data"] in finds]
         for seed in block["seeds"]:
             for one in cells:
-                one.find(one.setting(arm, seed) for arm in block["arms"])
+                one.find(one.setting(arm, seed, block.get("split", 0)) for arm in block["arms"])
 
 
 def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[tuple[Cell, Arms]]:
@@ -88,17 +99,13 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[tuple
             one = cell(sizes, name, finds)
         except MissingError:
             continue
-        seeds = {seed for block in sizes.blocks if name in block["cells"] for seed in block["seeds"]}
-        wanted = {arm: {seed: one.setting(arm, seed) for seed in sorted(seeds)} for arm in ARMS}
-        there = {
-            arm: {
-                seed: record for seed, setting in of.items() for record in one.find.there([setting]).values()
-            }
-            for arm, of in wanted.items()
-        }
-        arms = Arms({arm: of for arm, of in there.items() if of})
+        arms = one.there([*ARMS], _seeds(sizes, name))
         if arms.records:
             yield one, arms
+
+
+def _seeds(sizes: SimpleNamespace, name: str) -> list[int]:
+    return sorted({seed for block in sizes.blocks if name in block["cells"] for seed in block["seeds"]})
 
 
 def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
@@ -112,6 +119,48 @@ def compared(cells: Sequence[tuple[Cell, Arms]], pairs: Sequence[Pair]) -> dict[
     return correct(found)
 
 
+def changes(
+    curves: Mapping[str, Mapping[str, str]], arms_of: Mapping[str, Arms]
+) -> dict[tuple[str, ...], Difference]:
+    """Return an arm's gain at the last cell of a curve that has it minus that at the first, paired by seed.
+
+    Keys are a curve, an arm, and the two cells.
+    """
+    found = {}
+    for curve, cells in curves.items():
+        for arm in GAINS:
+            there = [name for name in cells if name in arms_of and {arm, CLIP} <= set(arms_of[name].records)]
+            if len(there) > 1:
+                first, last = (_gains(arms_of[name], arm) for name in (there[0], there[-1]))
+                if (change := paired_difference(last, first)) is not None:
+                    found[curve, arm, there[0], there[-1]] = change
+    return correct(found)
+
+
+def _gains(arms: Arms, arm: str) -> dict[int, float]:
+    mine, clips = (arms.values(one, PRIMARY) for one in (arm, CLIP))
+    return {seed: mine[seed] - clips[seed] for seed in mine if seed in clips}
+
+
+def over_splits(
+    sizes: SimpleNamespace, cells: Sequence[Cell]
+) -> dict[tuple[str, str], tuple[dict[int, Difference], Difference]]:
+    """Return an arm's gains over CLIP by split, and the test of their means over the splits."""
+    gains: dict[tuple[str, str], dict[int, Difference]] = {}
+    for one in cells:
+        if one.name in sizes.splits["cells"]:
+            for split in sizes.splits["numbers"]:
+                arms = one.there(sizes.splits["arms"], sizes.splits["seeds"], split)
+                for arm in arms.records:
+                    if arm != CLIP and CLIP in arms.records:
+                        gains.setdefault((one.name, arm), {})[split] = arms.difference((arm, CLIP), PRIMARY)
+    tests = correct(
+        {key: paired_difference({split: d.mean for split, d in of.items()}, dict.fromkeys(of, 0.0))
+         for key, of in gains.items() if len(of) == len(sizes.splits["numbers"])}
+    )  # fmt: skip
+    return {key: (gains[key], test) for key, test in tests.items()}
+
+
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
     every = list(by_cell(sizes, finds))
@@ -120,12 +169,15 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         [of for of in every if (sizes.cells[of[0].name]["data"] in LARGE) is is_large]
         for is_large in (False, True)
     )
-    planned = [(one, arms) for one, arms in cells if "rate_of" not in sizes.cells[one.name]]
+    batches = sorted({of["batch_size"] for of in sizes.cells.values()})
+    goal = {size: [f"{of}-{size}" for of in SETS] for size in batches}
+    planned = [of for of in cells if of[0].name in {name for names in goal.values() for name in names}]
     primary = compared(planned, [(CAPTIONS, None)])
     control = compared(planned, [(CAPTIONS, SHUFFLED)])
     others = [arm for arm in ARMS if arm not in (CLIP, CAPTIONS)]
     rivals = [(CAPTIONS, CLIP), *((CAPTIONS, arm) for arm in ("encoders", "sentence"))]
-    secondary = compared(cells, [*((arm, CLIP) for arm in others), *rivals])
+    tested = [of for of in cells if "described" not in sizes.cells[of[0].name]]
+    secondary = compared(tested, [*((arm, CLIP) for arm in others), *rivals])
     of_large = [(CAPTIONS, CLIP), (CAPTIONS, SHUFFLED), (SHUFFLED, CLIP), ("memory", CLIP), (SMOOTHING, CLIP)]
     pairs = compared(large, of_large)
     tests = {**primary, **control, **secondary, **pairs}
@@ -136,12 +188,10 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         tested = [difference_text(d), str(d.n), p_text(d.adjusted), mark(d)]
         return [key[0], *arms, *tested, ends_text(ends[key])]
 
-    batches = sorted({of["batch_size"] for of in sizes.cells.values()})
     gains = {name: d for (name, _), d in primary.items()}
     held = {name for (name, _), d in control.items() if d.established and d.mean > 0}
     met = {name for name, d in gains.items() if d.established and d.mean >= GOAL and name in held}
     above = {name for name, d in gains.items() if d.established and d.mean > 0}
-    goal = {size: [f"{of}-{size}" for of in SETS] for size in batches}
     extra = (ZERO_SHOT, CORRELATION)
 
     def number(arms: Arms, arm: str, measure: Measure) -> str:
@@ -171,16 +221,36 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "control": [row(key, d) for key, d in control.items()],
         "secondary": [row(key, d) for key, d in secondary.items()],
         "large": [row(key, d) for key, d in pairs.items()],
-        "gains_head": ["cell", "epochs", "CLIP's R@10", *GAINS],
+        "gains_head": ["curve", "", "cell", "epochs", "CLIP's R@10", *GAINS],
         "gains": [
             [
+                curve,
+                label,
                 name,
                 str(sizes.cells[name]["epochs"]),
                 number(arms_of[name], CLIP, PRIMARY),
                 *(gain(arms_of[name], arm) for arm in GAINS),
             ]
-            for name in sizes.curves
+            for curve, labels in sizes.curves.items()
+            for name, label in labels.items()
             if name in arms_of
+        ],
+        "changes": [
+            [
+                curve,
+                f"`{arm}`",
+                f"{last} minus {first}",
+                difference_text(d),
+                str(d.n),
+                p_text(d.adjusted),
+                mark(d),
+            ]
+            for (curve, arm, first, last), d in changes(sizes.curves, arms_of).items()
+        ],
+        "splits_head": ["cell", "arm", *(f"split {one}" for one in sizes.splits["numbers"]), "mean", "p", ""],
+        "splits": [
+            [name, f"`{arm}`", *map(difference_text, of.values()), *test_cells(test)]
+            for (name, arm), (of, test) in over_splits(sizes, [one for one, _ in every]).items()
         ],
         "arms": [
             [one.name, f"`{arm}`", *(number(arms, arm, measure) for measure in (PRIMARY, *extra))]
@@ -208,7 +278,7 @@ def study(_: str) -> Study:
         folder=_HERE,
         setting=Setting,
         plan="plan.yaml",
-        records={name: name for name in (*SETS, *LARGE)},
+        records={name: name for name in (*SETS, *LARGE, *MORE)},
         data=data,
         results=results,
         report="captions",

@@ -65,6 +65,7 @@ class Setting:
     batch_size: int
     epochs: int
     lr: float
+    split: int = 0  # other ones hold out other concepts
 
 
 def build(arm: Arm, pairs: int) -> nn.Module:

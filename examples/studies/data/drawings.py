@@ -23,6 +23,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from studies.icons.load import Icons
+from studies.icons.records import Record
+from studies.icons.split import TEST, VALIDATION
 from studies.students.measure import Metrics, Model, measure
 from studies.students.train import Pairs
 
@@ -43,40 +45,66 @@ class Drawings:
 Sides = Mapping[str, Drawings]  # "train", "dev", "test"
 
 
-def emojis(limit: int | None = None) -> Sides:
-    """Return all emojis, or the first so many.
+def split_emojis(limit: int | None = None, split: int = 0) -> dict[str, tuple[Emoji, ...]]:
+    """Return the sides of all emojis, or of the first so many.
 
-    The demo's held-out concepts are tested on; its split 1 of the others is what settings are chosen on.
+    In split 0 the demo's held-out concepts are tested on, and its split 1 of the others is what settings are
+    chosen on; other splits hold out other concepts.
     """
-    test = split_by_concept(load_emojis()[:limit])
-    dev = split_by_concept(test.train, 1)
+    test = split_by_concept(load_emojis()[:limit], 2 * split)
+    dev = split_by_concept(test.train, 2 * split + 1)
+    return {"train": dev.train, "dev": dev.test, "test": test.test}
+
+
+def emojis(limit: int | None = None, split: int = 0) -> Sides:
+    """Return the emojis of :func:`split_emojis` with their captions."""
+    sides = split_emojis(limit, split)
 
     def searched(of: Sequence[Emoji]) -> Drawings:
         return Drawings([draw(read_svg(one.hexcode)) for one in of], [[held_out_caption(one)] for one in of])
 
-    pictures = [draw(read_svg(one.hexcode)) for one in dev.train]
-    train = Drawings(pictures, [train_captions(one) for one in dev.train])
-    return {"train": train, "dev": searched(dev.test), "test": searched(test.test)}
+    pictures = [draw(read_svg(one.hexcode)) for one in sides["train"]]
+    train = Drawings(pictures, [train_captions(one) for one in sides["train"]])
+    return {"train": train, "dev": searched(sides["dev"]), "test": searched(sides["test"])}
 
 
-def icons(build: Icons, train: int, held_out: int) -> Sides:
-    """Return so many icons to train on, and so many of other concepts to choose and to test on."""
+def icons(build: Icons, train: int, held_out: int, split: int = 0) -> Sides:
+    """Return so many icons to train on, and so many of other concepts to choose and to test on.
+
+    Split 0 is the build's own; others hold out other concepts.
+    """
+    records = _split_icons(build, split)
 
     def side(name: str, count: int) -> Drawings:
-        searched = name != "train"
-        of = [
-            one for one in build.part(name).records if _OTHER_SET not in one.set and one.retrieval >= searched
-        ][:count]
+        of = [one for one in records[name] if _OTHER_SET not in one.set][:count]
         if len(of) < count:
             raise ValueError(f"{build.folder}: {count} icons are needed of {name}, got {len(of)}")
         pictures = [Image.fromarray(build.images[one.index]) for one in of]
-        return Drawings(pictures, [[one.caption if searched else one.text] for one in of])
+        return Drawings(pictures, [[one.text if name == "train" else one.caption] for one in of])
 
-    return {
-        "train": side("train", train),
-        "dev": side("validation", held_out),
-        "test": side("test", held_out),
-    }
+    return {name: side(name, train if name == "train" else held_out) for name in records}
+
+
+def _split_icons(build: Icons, split: int) -> dict[str, list[Record]]:
+    """Return the records of each side in a random order, of held-out concepts one each."""
+    parts = {"train": "train", "dev": "validation", "test": "test"}
+    sides = {side: build.part(part).records for side, part in parts.items()}
+    if not split:
+        return {side: [one for one in of if one.retrieval or side == "train"] for side, of in sides.items()}
+    every = [one for of in sides.values() for one in of if _OTHER_SET not in one.set]
+    found: dict[str, list[Record]] = {side: [] for side in sides}
+    seen = set()
+    for one in sorted(every, key=lambda one: _hash(f"{split}/{one.set}/{one.name}")):
+        share = int(_hash(f"{split}/{one.concept}"), 16) / 16**16
+        side = "test" if share < TEST else "dev" if share < TEST + VALIDATION else "train"
+        if side == "train" or one.concept not in seen:
+            found[side].append(one)
+        seen.add(one.concept)
+    return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def data_set(sides: Sides, folder: Path, kind: type[Encoders]) -> DataSet:
