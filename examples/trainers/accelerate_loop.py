@@ -29,7 +29,7 @@ def made_pairs():
     """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
     generator = torch.Generator().manual_seed(0)
     concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
-    views = [concepts.T @ x + torch.randn(1200, x.shape[1], generator=generator) for x in maps]
+    views = [concepts.T @ x + 4 * torch.randn(1200, x.shape[1], generator=generator) for x in maps]
     return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
 
 
