@@ -81,9 +81,8 @@ class RankOptions:
         bins: Number of bins of method bin.
         chunk_size: Rows computed at a time: less memory, same result. None chooses from the sizes and the
             device, and keeps symmetric gradients, 64 MiB at most, to save products.
-        memory_budget: Bytes of a matrix of the whole batch above which CLIP's and SigLIP's losses stream,
-            too. Within it, without rank terms, they use torch's formula. None is 64 MiB on a CPU and 1 GiB
-            elsewhere.
+        memory_budget: Bytes of a whole matrix above which CLIP's and SigLIP's losses stream, too; None is
+            64 MiB on a CPU, 1 GiB elsewhere. Within it, without rank terms, they use torch's formula.
         kernel: Torch's own operations, or one fused kernel of Triton per block of lists. ``"triton"``
             computes in float32 (the package ``rankloss_triton``); unsupported cases raise a ValueError with
             the reason.

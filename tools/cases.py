@@ -114,8 +114,8 @@ CAPTIONS = Case(
 REPEATED = Case(
     "repeated captions, such as class names",
     "clip-ids",
-    gain="zero-shot top-1: icons, 99 % with a partner, +3.55 ± 0.67; emojis, 91 %, *+1.76 ± 1.29*; "
-    "none below 13 %",
+    gain="zero-shot top-1: icons, where 99 % have a partner, +3.55 ± 0.67; emojis, 91 %, *+1.76 ± 1.29*; "
+    "no gain below 13 %",
     page="losses.md#repeated-and-several-captions",
 )
 SEVERAL = Case(
@@ -158,7 +158,7 @@ TEACHER = Case(
     "a CLIP as teacher",
     "mimicry",
     features=CLIP,
-    gain="icons +9.22 ± 0.39, from 4.69; photographs *+1.13 ± 0.63*, with weight 4",
+    gain="icons, taught by icons, +9.22 ± 0.39, from 4.69; photographs *+1.13 ± 0.63*, with weight 4",
     on=("+9.22 ± 0.39", "*+1.13 ± 0.63*, with weight 4", "–"),
     page="teachers.md",
 )
@@ -183,7 +183,7 @@ BACKBONE = Case(
     "rankclip-in",
     {"lambda_in": 8.0, "top_k": 8},
     features=IMAGES,
-    gain="photographs +0.82 ± 0.51, not significant; τ_c +2.34 ± 0.54; with other weights",
+    gain="photographs *+0.82 ± 0.51*, τ_c +2.34 ± 0.54, with other weights",
     on=("–", "*+0.82 ± 0.51*, with other weights", "–"),
     page="teachers.md",
 )
@@ -241,12 +241,12 @@ def table_of_readme() -> str:
         "grades": GRADES,
         "hard negatives": NEGATIVES,
         "preferences": PREFERENCES,
-        "several photographs per product, repeated captions": REPEATED,
-        "a CLIP to fine-tune": START,
+        "repeated captions; several photographs per product (`--clip-ids-key`)": REPEATED,
+        "a CLIP to fine-tune, itself the teacher": START,
         "nothing but pairs": PAIRS,
     }
     cells = [(f"[{have}](docs/{case.page})", f"`{case.command()}`", case.gain) for have, case in rows.items()]
-    return table(("you have", "add", "gain in R@10, points"), cells)
+    return table(("you have", "add", "R@10 over CLIP's, points"), cells)
 
 
 def table_of_losses() -> str:

@@ -1,0 +1,52 @@
+"""Gains over CLIP's loss against epochs and against pairs, from the report of the study of captions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from style import SMALL, WIDTH, Colors
+
+REPORT = Path(__file__).parents[2] / "examples/studies/captions/report/captions.md"
+ARMS = {"encoders": "two encoders", "rankclip": "RankCLIP", "captions": "captions"}
+_GAIN = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
+
+Gain = tuple[str, float, float]  # a point's label, the mean, and half of the 95 % interval
+
+
+def gains(report: Path = REPORT) -> dict[str, dict[str, list[Gain]]]:
+    """Gains by curve and arm, in the report's order."""
+    section = report.read_text(encoding="utf-8").partition("## Gains against epochs and pairs\n")[2]
+    after = itertools.dropwhile(lambda line: not line.startswith("|"), section.splitlines())
+    lines = itertools.takewhile(lambda line: line.startswith("|"), after)
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    found: dict[str, dict[str, list[Gain]]] = defaultdict(lambda: defaultdict(list))
+    for curve, label, *of in rows:
+        for arm, cell in zip(head[2:], of, strict=True):
+            if arm in ARMS and (gain := _GAIN.fullmatch(cell)):
+                found[curve][arm].append((label, float(gain[1].replace("−", "-")), float(gain[2])))
+    return found
+
+
+def draw(colors: Colors) -> Figure:
+    """A panel for each curve, with a line for each arm."""
+    curves = gains()
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True)
+    looks = dict(zip(ARMS, ((colors.ours, "o-"), (colors.bad, "s--"), (colors.other, "^:")), strict=True))
+    for axes, (curve, arms) in zip(panels, curves.items(), strict=True):
+        labels = list(dict.fromkeys(label for of in arms.values() for label, *_ in of))
+        for shift, (arm, (color, style)) in enumerate(looks.items()):
+            places = [labels.index(label) + 0.08 * (shift - 1) for label, *_ in arms[arm]]
+            means, half = zip(*(of[1:] for of in arms[arm]), strict=True)
+            axes.errorbar(places, means, yerr=half, fmt=style, ms=4, lw=1.4, color=color, label=ARMS[arm])
+        axes.axhline(0, color=colors.text, lw=1)
+        axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
+        axes.set_title(curve, fontsize=SMALL)
+        axes.grid(axis="y")
+    panels[0].set_ylabel("R@10 minus CLIP", fontsize=SMALL)
+    panels[-1].legend(fontsize=SMALL)
+    return figure
