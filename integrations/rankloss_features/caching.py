@@ -236,7 +236,9 @@ def _is_complete(folder: Path) -> bool:
 
 def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
-    places = {name: _files(name) for name in spec if name is not None}
+    places = {
+        name: _files(name) for name in spec if name is not None and text_encoders.parse_captions(name) is None
+    }
     known = json.dumps([spec, places, settings, data.identity()])
     named = (os.path.basename(x.rstrip("/")) for x in (str(data.about["data"]), *filter(None, spec)))
     words = [re.sub(r"[^\w.]+", "-", name).strip("-")[:32] for name in named]

@@ -105,7 +105,8 @@ def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> No
     try:
         vectors = CaptionVectors.fit(used, **options)
     except ValueError as error:
-        raise ValueError(f"--text-encoder captions: {error}") from error
+        fewer = "; captions:N has N dimensions" if str(error).startswith("dimensions") else ""
+        raise ValueError(f"encoder captions: {error}{fewer}") from error
     share = vectors.share(used, _BATCH)
     level, end = (
         (logging.INFO, "") if share >= _HARDLY else (logging.WARNING, ": hardly any, so they teach little")

@@ -26,7 +26,7 @@ def create(
         base: The loss to stand on. None: :class:`rankloss.ClipLoss`.
         teacher: A folder of ``rankloss features``, whose rows each call gives as ``reference_image_features``
             and ``reference_text_features``.
-        gather: See :class:`rankloss.Gather`. None: the default process group, exactly.
+        gather: See :class:`rankloss.Gather`. None: that of the base, else the default process group, exactly.
         **options: Options by their names without prefix, those of joined losses by loss; ``rankloss losses
             NAME`` lists them.
 

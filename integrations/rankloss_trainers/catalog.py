@@ -156,6 +156,8 @@ def names_of(name: str) -> list[str]:
     for each in names:
         if each not in found:
             hint = did_you_mean(each, found)
+            if each == TRAINERS_OWN:
+                hint = ", the trainer's own loss, on which the others stand: leave it out"
             raise ValueError(f"loss must be one of {', '.join(found)}; got {each!r}{hint}")
     prefixes = [LOSSES[each].prefix or each if each in LOSSES else each for each in names]
     if len({*prefixes}) < len(names):

@@ -27,17 +27,24 @@ def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Mo
     """The trainer's own loss, in which pairs of one id are no negatives of each other.
 
     Args:
-        base: CLIP's or SigLIP's loss, which is replaced by the one with ids.
+        base: CLIP's or SigLIP's loss, which is replaced by the one with ids. Its smoothing and its memory
+            options stay, unless others are given.
         gather: The gathering.
         **options: Those of :class:`rankloss.ClipLoss`.
 
     Raises:
-        ValueError: The base is another loss, or SigLIP's with label smoothing.
+        ValueError: The base is another loss, has a ``same_id``, or is SigLIP's with label smoothing; or
+            ``same_id`` is None.
     """
     kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
     if not kinds:
         text = f"clip-ids is CLIP's or SigLIP's loss, but the trainer trains with {type(base).__name__}"
         raise ValueError(text)
+    if of_base := getattr(base, "same_id", None):
+        raise ValueError(f"clip-ids has a same_id of its own, and would replace the base's; got {of_base!r}")
+    if options.get("same_id") is None:
+        raise ValueError("same_id must be ignore or share; got None")
+    options = {**getattr(base, "streaming", {}), **options}
     options.setdefault("label_smoothing", getattr(base, "label_smoothing", 0.0))
     if kinds == [rankloss.SigLipLoss] and (smoothing := options.pop("label_smoothing")):
         raise ValueError(f"label_smoothing is for CLIP's loss; got {smoothing!r} with SigLIP's")

@@ -134,7 +134,7 @@ class LossArguments:
             try:
                 add_options(parser, group_of_losses)
                 self.losses.update(group_of_losses)
-            except argparse.ArgumentError as error:  # another package's, whose option the parser has
+            except Exception as error:  # another package's, whose option the parser has, say
                 for name in group_of_losses:
                     self._refuse(name, str(error))
         said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.summary for x, y in self.losses.items()}}
@@ -152,15 +152,20 @@ class LossArguments:
         ``--``.
         """
         args, rest = self.parser.parse_known_args(argv)
-        before = itertools.takewhile("--".__ne__, rest)
-        unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
+        words = [x for x in itertools.takewhile("--".__ne__, rest) if x.startswith("--")]
+        of_run = [flag(RUN, key) for key in options_of(RunOptions)]
+        typed = {x: x.partition("=")[0].replace("_", "-") for x in words}
+        unknown = [
+            x
+            for x in words
+            if typed[x].startswith(beginnings()) or did_you_mean(typed[x], of_run, cutoff=0.85)
+        ]
         if unknown and hasattr(args, "loss"):
-            typed = unknown[0].partition("=")[0]
-            word = typed.replace("_", "-")
-            key = next(word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x))
+            word = typed[unknown[0]]
+            key = next((word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x)), "")
             hint = replaced(key.replace("-", "_"), f"--{RUN}-")
             hint = hint or misspelt(unknown, self.parser._option_string_actions)
-            self.parser.error(f"{typed}: there is no such option{hint}")
+            self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
         return args, rest
 
     def chosen(self, args: Any) -> Choice | None:

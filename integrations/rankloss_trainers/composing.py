@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
     for loss in losses:
         if not loss.takes_base:
             _check_replaced(loss.name, below)
+            kept = {k: x for k, x in getattr(below, "streaming", {}).items() if k in loss.named.options}
+            loss = dataclasses.replace(loss, given={**kept, **loss.given})
         built = loss.build(below, gather)
         if not isinstance(built, nn.Module):
             raise ValueError(f"{loss.name} builds no module; got {built!r}")

@@ -117,13 +117,13 @@ class Option:
         """The values by their spelling; empty for numbers and texts."""
         values = [x for kind in self.types for x in _choices_of(kind)]
         none = [None] if values and type(None) in self.types else []
-        return {_WORDS.get(x, x): x for x in (*none, *values)}
+        return {_word(x): x for x in (*none, *values)}
 
     @property
     def metavar(self) -> str:
         """The value in ``--help``."""
-        named = next((_KINDS[kind][1] for kind in self.types if kind in _KINDS), "VALUE")
-        return f"{{{','.join(self.choices)}}}" if self.choices else named
+        named = [_KINDS[kind][1] for kind in self.types if kind in _KINDS]
+        return f"{{{','.join([*self.choices, *named])}}}" if self.choices else (named or ["VALUE"])[0]
 
     def spelled(self, value: Any) -> str:
         """A value as it is typed."""
@@ -136,10 +136,7 @@ class Option:
         Raises:
             ValueError: It is none of the choices, or of another type.
         """
-        if self.choices:
-            if text not in self.choices:
-                hint = did_you_mean(text.lower(), self.choices)
-                raise ValueError(f"must be one of {', '.join(self.choices)}; got {text!r}{hint}")
+        if text in self.choices:
             return self.choices[text]
         if text == "none" and type(None) in self.types:
             return None
@@ -147,7 +144,13 @@ class Option:
         for kind in kinds:
             with contextlib.suppress(ValueError):
                 return kind(text)
-        raise ValueError(f"must be {' or '.join(_KINDS[kind][0] for kind in kinds)}; got {text!r}")
+        words = [f"one of {', '.join(self.choices)}"] if self.choices else []
+        said = " or ".join([*words, *(_KINDS[kind][0] for kind in kinds)])
+        raise ValueError(f"must be {said}; got {text!r}{did_you_mean(text.lower(), self.choices)}")
+
+
+def _word(value: Any) -> str:
+    return _WORDS[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _choices_of(hint: Any) -> tuple[Any, ...]:
@@ -165,18 +168,23 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def options_of(make: Make) -> dict[str, Option]:
     """The options of a callable, by key: its keyword-only arguments but ``base`` and ``gather``."""
     made_by: Any = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
-    hints = typing.get_type_hints(made_by)
     helps = _helps(make.__doc__)
     return {
-        key: Option(key, _members(hints.get(key, _type_of(x.default))), x.default, helps.get(key, ""))
+        key: Option(key, _members(_type_of(x, made_by)), x.default, helps.get(key, ""))
         for key, x in inspect.signature(make).parameters.items()
         if x.kind is x.KEYWORD_ONLY and key not in ("base", "gather")
     }
 
 
-def _type_of(default: Any) -> Any:
-    """The type of an option without an annotation."""
-    return type(default) if type(default) in (bool, int, float) else str
+def _type_of(parameter: inspect.Parameter, function: Any) -> Any:
+    """The type of an option; of one without an annotation that of its default, text without either."""
+    if parameter.annotation is parameter.empty:
+        return str if parameter.default is parameter.empty else type(parameter.default)
+    annotated = types.SimpleNamespace(__annotations__={"x": parameter.annotation})
+    try:
+        return typing.get_type_hints(annotated, inspect.unwrap(function).__globals__)["x"]
+    except NameError:  # imported for type checkers alone: no command line can spell it
+        return object
 
 
 def _helps(doc: str | None) -> dict[str, str]:
@@ -346,6 +354,9 @@ class Loss:
         names = inspect.signature(make).parameters
         of_columns = () if self.named.columns_class is None else options_of(self.named.columns_class)
         chosen = {**self.named.defaults, **self.given}
+        for key, option in self.named.options.items():
+            if option.is_required and key not in chosen and key not in of_columns:
+                raise OptionError(key, f"must be given: {option.help}", self.name)
         own = {key: x for key, x in chosen.items() if key in names or key not in of_columns}
         run = {key: x for key, x in (("base", base), ("gather", gather)) if key in names}
         try:

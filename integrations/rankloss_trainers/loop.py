@@ -13,7 +13,7 @@ from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
-from rankloss_trainers.declared import OptionError, Options, options_of
+from rankloss_trainers.declared import Loss, Named, OptionError, Options, options_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import (
     METHODS,
@@ -79,9 +79,15 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
         if base is not None:
             raise ValueError(f"base and {first} are two bases; got {base!r}")
         of_base = options.get(first, {}) if joins else options
-        base = BASES[first](gather=Gather.of(gather), **of_base)
+        if not isinstance(of_base, Mapping):
+            raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
+        base = Loss(first, Named(BASES[first]), of_base).build(None, Gather.of(gather))
         of_others = {key: x for key, x in options.items() if key != first}
         losses = choose(rest, of_others, is_joined=True) if joins else []
+    if not losses and teacher is not None:
+        raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
+    if gather is None:
+        gather = getattr(base, "gather", None)
     for loss in losses:
         of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
         for key in (key for key in of_data if key in loss.given):

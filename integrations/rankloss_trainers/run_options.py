@@ -131,6 +131,11 @@ class Teacher:
         """True for a teacher to compute whose images and texts have no common space."""
         return self.spec is not None and self.spec.model is None
 
+    @property
+    def is_one_encoder(self) -> bool:
+        """True for a teacher to compute that has images or texts alone."""
+        return self.are_encoders and None in (self.spec.image_encoder, self.spec.text_encoder)
+
     def two_steps(self, remedy: str) -> str:
         """Advice where a trainer does not compute a teacher's features."""
         command = self.spec.command("--data", "PAIRS", "--output", "FOLDER")

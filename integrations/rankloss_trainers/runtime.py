@@ -196,9 +196,10 @@ def innermost_of(loss: Any) -> Any:
 
 
 def base_to_evaluate(loss: Any, own_base: Any) -> Any:
-    """The loss under all others; the trainer's own where that is replaced, as evaluation data have no ids."""
+    """The loss under all others; the trainer's own where that is replaced, or has ids or smoothed targets."""
     innermost = innermost_of(loss)
-    return own_base if innermost is loss or getattr(innermost, "same_id", None) else innermost
+    is_other = any(getattr(innermost, name, None) for name in ("same_id", "label_smoothing"))
+    return own_base if innermost is loss or is_other else innermost
 
 
 def units_of(part: nn.Module) -> dict[str, Any]:
@@ -255,9 +256,11 @@ def set_components(loss: nn.Module, features: Features | None, student: Any, tea
             part.components = matrix
 
 
-def _check_copies(kinds: Iterable[Any]) -> None:
+def _check_copies(kinds: Iterable[Any], teacher: Teacher | None) -> None:
     if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
-        raise ValueError("mimicry cannot copy two encoders that have no common space")
+        one = teacher is not None and teacher.is_one_encoder
+        what = "an encoder of one modality" if one else "two encoders that have no common space"
+        raise ValueError(f"mimicry cannot copy {what}")
 
 
 class Runtime(nn.Module):
@@ -308,7 +311,7 @@ class Runtime(nn.Module):
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.teacher = self._named_teacher()
         if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong
-            _check_copies(x.named.constructor for x in self.losses)
+            _check_copies((x.named.constructor for x in self.losses), self.teacher)
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
@@ -377,10 +380,12 @@ class Runtime(nn.Module):
     def _check_spaces(self, *, are_separate: bool) -> None:
         """Raise a ValueError if a part compares images with texts of a teacher that has no common space."""
         parts = [*self.criterion.modules()] if are_separate else []
-        _check_copies(map(type, parts))
+        _check_copies(map(type, parts), self.teacher)
         if any(isinstance(part, rankloss.RankConsistency) and part.cross_modal for part in parts):
-            text = "must be 0: this teacher has two encoders without a common space, so it can rank only "
-            text += "in-modal lists; rankclip-in and rankclip-encoders do"
+            one = self.teacher is not None and self.teacher.is_one_encoder
+            has = "one encoder" if one else "two encoders without a common space"
+            text = f"must be 0: this teacher has {has}, so it can rank only in-modal lists; rankclip-in and "
+            text += "rankclip-encoders do"
             of_ranks = (x.name for x in self.losses if x.named.constructor is rankloss.RankClipLoss)
             raise OptionError("lambda_cross", text, next(of_ranks, ""))
 
@@ -439,9 +444,12 @@ class Runtime(nn.Module):
         """A training of so many epochs begins; infinity where its data have no length.
 
         Raises:
-            ValueError: A part goes by epochs, and their number is not known.
+            ValueError: A part goes by epochs, and their number is not known; or the state is not of tensors.
         """
         self.unit = self.options.unit(epochs)
+        for key, value in self._first_state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the state of {self.name} must be of tensors; {key} is {value!r:.60}")
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
@@ -575,6 +583,8 @@ class Runtime(nn.Module):
         if state is not None and state["loss"] == self.name:
             dtypes = {key: x.dtype for key, x in own.items()}
             own = {key: torch.as_tensor(x, dtype=dtypes.get(key)) for key, x in state["state_dict"].items()}
+            empty = {key: x for key, x in self._first_state.items() if x.numel() == 0}  # lists have no shape
+            own.update({key: x for key, x in empty.items() if key in own and own[key].numel() == 0})
         elif own and warn:
             found = "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
             text = "The checkpoint resumed from holds %s: the state of %s starts anew"

@@ -55,7 +55,7 @@ def takes_teacher(loss: Base) -> bool:
     """True if a loss, or a base to which it passes its inputs on, takes a teacher's features.
 
     A loss takes them if its signature names one of :data:`TEACHER`, or if it passes unnamed inputs on to a
-    ``base`` that takes them.
+    ``base`` or another module of its own that takes them.
 
     Example:
         >>> import rankloss
@@ -65,9 +65,10 @@ def takes_teacher(loss: Base) -> bool:
     parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
     if not set(TEACHER).isdisjoint(parameters):
         return True
-    passes_on = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
-    base = getattr(loss, "base", None)
-    return passes_on and base is not None and takes_teacher(base)
+    if all(x.kind is not x.VAR_KEYWORD for x in parameters.values()):
+        return False
+    below = [getattr(loss, "base", None), *(loss.children() if isinstance(loss, nn.Module) else ())]
+    return any(takes_teacher(x) for x in below if x is not None)
 
 
 def base_entries(

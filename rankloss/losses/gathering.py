@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,11 @@ class StreamedLoss(GatheringLoss):
         check_choice("same_id", same_id, (None, *get_args(SameId)))
         self.same_id = same_id
         self._options = RankOptions(chunk_size=chunk_size, memory_budget=memory_budget)
+
+    @property
+    def streaming(self) -> dict[str, Any]:
+        """``chunk_size`` and ``memory_budget``, where they were given."""
+        return self._options.changed
 
     @outside_graphs
     def forward(

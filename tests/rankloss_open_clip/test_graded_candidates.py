@@ -50,6 +50,7 @@ def csv(path: Path, *lists: Any) -> tuple[Any, str]:
         ([3], [1], "^candidates .*3"),
         ("[a]", [1], r"\[a\]"),
         (["x", "a1"], [1, 2], "'a1'"),
+        (["x", "y"], [1e308, 1], "1e\\+308"),
         (list("abcd"), [1] * 4, "4 .*--ranked-lists-max-candidates 3"),
     ],
 )

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import inspect
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,9 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments, mentioned, typed_options, with_flag
 from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor as OfCheckers
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
 FIELDS = {x.name: x for x in dataclasses.fields(RankOptions)}
@@ -154,6 +158,48 @@ def test_options_are_read_from_signature_and_docstring() -> None:
         options["kind"].parsed("c")
 
 
+def odd_loss(
+    base,
+    *,
+    level: Literal[1, 2] = 2,
+    chunk: int | Literal["auto"] = "auto",
+    share: float | bool = True,
+    start: OfCheckers | None = None,
+    betas=(0.9, 0.99),
+    gather=None,
+):
+    """A loss with options that a command line spells in part."""
+    return nn.ModuleList([base])
+
+
+def test_every_type_of_a_union_can_be_typed_and_what_has_no_spelling_is_pythons_alone() -> None:
+    options = options_of(odd_loss)
+    typed = {key: x.metavar for key, x in options.items() if x.is_typed}
+    assert typed == {"level": "{1,2}", "chunk": "{auto,N}", "share": "{include,exclude,X}"}
+    values = {"level": {"1": 1}, "chunk": {"4": 4, "auto": "auto"}, "share": {"0.3": 0.3, "exclude": False}}
+    for key, texts in values.items():
+        for text, value in texts.items():
+            found = options[key].parsed(text)
+            assert (found, type(found)) == (value, type(value))
+        with pytest.raises(ValueError, match=re.escape(repr("no"))):
+            options[key].parsed("no")
+
+
+def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needy(base: Any, *, tau: float, gather: Any = None) -> nn.Module:
+        """A loss.
+
+        Args:
+            tau: Temperature.
+        """
+        return nn.ModuleList([base])
+
+    registered(monkeypatch, needy=needy)
+    (loss,) = catalog.choose("needy")
+    with pytest.raises(OptionError, match=r"needy\.tau must be given: Temperature"):
+        loss.build(rankloss.ClipLoss(), None)
+
+
 # --- registered by other packages ---------------------------------------------------------------------------
 
 
@@ -185,7 +231,8 @@ def test_another_packages_options_stop_its_own_runs_alone(monkeypatch: pytest.Mo
         """A loss whose option is spelled as one of rankclip's."""
         return nn.ModuleList([base])
 
-    registered(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss})
+    registered(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss, "odd": odd_loss})
+    assert "--odd-chunk {auto,N}" in LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
     typed = ["--loss", "rankclip", "--rankclip-top-k", "3"]
     assert "my-rankclip" not in mentioned(typed)
     losses = LossArguments(argparse.ArgumentParser(), mentioned(typed))

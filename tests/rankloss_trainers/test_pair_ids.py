@@ -25,6 +25,7 @@ def test_texts_have_one_id_in_every_process() -> None:
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
     assert ids[0] == OF_A_CAT
+    assert torch.equal(make_ids(np.array(TEXTS), "caption"), ids)
 
 
 @pytest.mark.parametrize(

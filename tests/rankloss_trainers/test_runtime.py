@@ -354,6 +354,34 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
         assert torch.equal(other.criterion.histories, AlipLoss().histories)
 
 
+def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> None:
+    class Counted(Named):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"n": 3}
+
+    run = run_of(HOST, Counted())
+    with pytest.raises(ValueError, match=r"Counted.*_extra_state"):
+        run.begin(1)
+
+
+def test_a_buffer_without_rows_is_restored() -> None:
+    class Queue(Named):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(0, 4))
+
+    run = run_of(HOST, Queue())
+    run.restore({"loss": "Queue", "state_dict": {"rows": []}})
+    assert run.criterion.rows.shape == (0, 4)
+
+
+def test_an_evaluation_has_no_smoothed_targets_whatever_is_joined() -> None:
+    found = [
+        run_of(HOST, name).evaluate(**inputs(features())) for name in ("clip-smooth", "clip-smooth+rankclip")
+    ]
+    assert torch.equal(found[0].total, found[1].total)
+
+
 # --- create() -------------------------------------------------------------------------------------------
 
 
@@ -396,6 +424,18 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("rankclip+mimicry", {"mimicry": 8}, TypeError, "mimicry .*8"),
         ("", {}, ValueError, "''"),
         ("rankclip", {"chunk_size": 0}, ValueError, "rankclip.chunk_size.*0"),
+        (
+            "clip+rankclip",
+            {"clip": {"label_smooth": 0.1}},
+            TypeError,
+            "clip has .*did you mean label_smoothing",
+        ),
+        ("clip+rankclip", {"clip": 8}, TypeError, "clip .*8"),
+        ("clip", {"label_smoothing": 2}, ValueError, "clip.label_smoothing.*2"),
+        ("clip", {"teacher": "given"}, ValueError, "clip does not use a teacher"),
+        ("rankclip+clip", {}, ValueError, "clip.*leave it out"),
+        ("clip-ids", {"same_id": None}, ValueError, "same_id.*None"),
+        ("clip-ids", {"base": rankloss.ClipLoss(same_id="share")}, ValueError, "same_id.*'share'"),
     ],
 )
 def test_create_refuses_options_that_nobody_acts_on(
@@ -411,6 +451,30 @@ def test_options_of_joined_losses_are_given_by_loss_that_of_the_base_too() -> No
     base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
     expected = rankloss.RankClipLoss(base, top_k=3, schedule="constant", gather=False)
     assert torch.equal(joined(*features(), SCALE), expected(*features(), SCALE))
+
+
+@pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed"])
+def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> None:
+    gather = rankloss.Gather(local_loss=True)
+    base = rankloss.ClipLoss(gather=gather, chunk_size=3, memory_budget=0)
+    for options, chunk_size in (({}, 3), ({"chunk_size": 5}, 5)):
+        loss = rankloss_trainers.create(name, base, **options).loss
+        assert loss.gather == gather
+        assert loss.streaming == {"chunk_size": chunk_size, "memory_budget": 0}
+
+
+@pytest.mark.parametrize("names", [("cyclip+rankclip", "mimicry"), ("cyclip+mimicry", "rankclip")])
+def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
+    """Whole, in two steps, and as the module of a trainer."""
+    first = rankloss_trainers.create(names[0])
+    losses = [rankloss_trainers.create("+".join(names)), rankloss_trainers.create(names[1], first)]
+    assert run_of(HOST, first).use_of_teacher == "optional"
+    found = []
+    for loss in losses:
+        loss.set_progress(2, 3)
+        found.append(loss(*features(), SCALE, output_dict=True, **teacher()))
+    assert found[0].keys() == found[1].keys()
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_created_loss_demands_its_teacher() -> None:

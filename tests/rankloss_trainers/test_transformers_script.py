@@ -46,6 +46,15 @@ def started(launcher: tuple[str, ...], directory: Path, *argv: str, **changes: A
     return directory
 
 
+def test_a_misspelt_option_of_the_run_is_not_the_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--loss_teacher", "--loss-teecher", "--loss_schedule_unit"):
+        with pytest.raises(SystemExit):
+            parse(["--loss", "rankclip", word, "x"])
+        assert word in capsys.readouterr().err
+    _, rest = parse(["--loss", "rankclip", "--loss_type", "x", "--", "--loss_teacher"])
+    assert rest[:2] == ["--loss_type", "x"]
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Runs the script in this process, through the runner or plainly, and detaches the loss in the end."""

@@ -110,7 +110,11 @@ def identify(candidate: Any) -> Hashable:
         >>> identify({"text": "a", "size": [2, 3]}) == identify({"size": (2, 3), "text": "a"})
         True
     """
-    if candidate is None or isinstance(candidate, (str, bytes, int, float)):
+    if isinstance(candidate, str):  # NumPy's, too, which Python shows otherwise
+        return str(candidate)
+    if isinstance(candidate, float):
+        return float(candidate)
+    if candidate is None or isinstance(candidate, (bytes, int)):
         return candidate
     if isinstance(candidate, Tensor):
         numbers = candidate.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -104,6 +105,8 @@ class Candidates:
                 f"the own caption {caption!r:.60} cannot be above all candidates and among them, in {where}"
             )
         top = 2 * max(0.0, *values) + 1  # above all: 1 adds nothing to large numbers
+        if math.isinf(top):
+            raise ValueError(f"no finite grade for the own caption is above {max(values)}, in {where}")
         return [str(caption), *captions], [top, *values]
 
     # --- tokenizing ---

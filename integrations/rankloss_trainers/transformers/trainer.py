@@ -137,7 +137,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
         run = self.loss_runtime
-        if run.teacher is None or run.teacher.spec is None:
+        if run.teacher is None or run.teacher.spec is None or self.train_dataset is None:
             return
         with extra("features"):
             from rankloss_features import bind, caching
