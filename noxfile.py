@@ -16,7 +16,7 @@ from pathlib import Path
 import nox
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
-from release_check import MODULES, OWN_TORCH, lowest_of_core
+from release_check import MODULES, lowest_of_core, pins_of
 
 nox.options.sessions = []  # of a plain `nox`: all of them would install many gigabytes
 ROOT = Path(__file__).parent
@@ -60,7 +60,7 @@ def lowest(session: nox.Session) -> None:
 @nox.parametrize("extra", list(MODULES))
 def lowest_of_extra(session: nox.Session, extra: str) -> None:
     """The lowest versions of what an extra requires, and an import of what it is for."""
-    pins = [] if extra in OWN_TORCH else LOWEST
+    pins = pins_of(extra, LOWEST)
     session.install("--resolution", "lowest-direct", f".[{extra}]", *pins)
     for module in MODULES[extra]:
         session.run("python", "-c", f"import {module}")

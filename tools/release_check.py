@@ -76,7 +76,10 @@ MODULES = {  # what an installation with an extra has to be able to import
     "gpu": ["rankloss_triton.rows"],
 }
 OF_A_CLONE = {"examples", "test", "docs", "dev"}  # extras that no user installs from the registry
-OWN_TORCH = {"gpu"}  # extras that need a newer torch than the core
+NEWER = {  # packages of which an extra needs a newer version than the core
+    "gpu": ("torch", "numpy"),
+    "sentence-transformers": ("numpy",),  # pyarrow refuses NumPy 1 where it is imported
+}
 EXTRAS = "from importlib.metadata import metadata; print(*metadata('rankloss').get_all('Provides-Extra'))"
 IMPORT_TIME = """
 import time, torch, numpy
@@ -117,6 +120,11 @@ def lowest_of_core(project: str) -> list[str]:
     """The lower bounds of the core's requirements in the text of ``pyproject.toml``, as exact versions."""
     (listed,) = re.findall(r"^dependencies = \[(.*)\]$", project, re.MULTILINE)
     return [text.replace(">=", "==") for text in re.findall(r'"([^"]+)"', listed)]
+
+
+def pins_of(extra: str, core: Sequence[str]) -> list[str]:
+    """The lowest versions of the core that an extra works with."""
+    return [text for text in core if text.partition("==")[0] not in NEWER.get(extra, ())]
 
 
 @contextmanager
@@ -266,7 +274,7 @@ def main() -> None:
                 check_installation(interpreter, version, extra)
             # Only these Pythons have wheels of the lowest NumPy.
             if extra not in OF_A_CLONE and release_of(interpreter) in ("3.10", "3.11"):
-                pins = [] if extra in OWN_TORCH else core
+                pins = pins_of(extra, core)
                 check_installation(interpreter, version, extra, lowest=True, pins=pins)
 
 

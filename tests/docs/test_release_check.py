@@ -36,7 +36,11 @@ def test_lowest_versions_are_those_of_the_dependencies() -> None:
         "torch==2.6",
         "numpy==1.24",
     ]
-    assert [pin.partition("==")[0] for pin in release_check.lowest_of_core(PROJECT)] == ["torch", "numpy"]
+    core = release_check.lowest_of_core(PROJECT)
+    assert [pin.partition("==")[0] for pin in core] == ["torch", "numpy"]
+    assert release_check.pins_of("open-clip", core) == core
+    assert release_check.pins_of("gpu", core) == []
+    assert release_check.NEWER.keys() <= {*EXTRAS}
 
 
 SOURCE = (ROOT / "rankloss/_version.py").read_text()
