@@ -10,6 +10,7 @@ import agreement
 import cost
 import effect
 import forest
+import gains
 import method
 import schedules
 import style
@@ -24,6 +25,7 @@ PICTURES = {
     "distil": partial(forest.draw, tables=("distil",)),
     "miniature": partial(forest.draw, tables=("miniature",)),
     "effect": effect.draw,
+    "gains": gains.draw,
     "watch": watch.draw,
 }
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 REPORT = Path(__file__).parents[2] / "examples/studies/captions/report/captions.md"
-ARMS = {"encoders": "two encoders", "rankclip": "RankCLIP", "captions": "captions"}
+ARMS = {"captions": "captions", "shuffled": "shuffled captions", "memory": "memory"}
 _GAIN = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
 
 Gain = tuple[str, float, float]  # a point's label, the mean, and half of the 95 % interval
@@ -40,13 +40,17 @@ def draw(colors: Colors) -> Figure:
     for axes, (curve, arms) in zip(panels, curves.items(), strict=True):
         labels = list(dict.fromkeys(label for of in arms.values() for label, *_ in of))
         for shift, (arm, (color, style)) in enumerate(looks.items()):
-            places = [labels.index(label) + 0.08 * (shift - 1) for label, *_ in arms[arm]]
-            means, half = zip(*(of[1:] for of in arms[arm]), strict=True)
+            if arm not in arms:
+                continue
+            names, means, half = zip(*arms[arm], strict=True)
+            places = [labels.index(name) + 0.08 * (shift - 1) for name in names]
             axes.errorbar(places, means, yerr=half, fmt=style, ms=4, lw=1.4, color=color, label=ARMS[arm])
         axes.axhline(0, color=colors.text, lw=1)
         axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
+        axes.set_xlim(-0.4, len(labels) - 0.6)
         axes.set_title(curve, fontsize=SMALL)
         axes.grid(axis="y")
     panels[0].set_ylabel("R@10 minus CLIP", fontsize=SMALL)
-    panels[-1].legend(fontsize=SMALL)
+    lines, names = panels[-1].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=SMALL)
     return figure
