@@ -86,8 +86,8 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
         losses = choose(rest, of_others, is_joined=True) if joins else []
     if not losses and teacher is not None:
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
-    if gather is None:
-        gather = getattr(base, "gather", None)
+    if gather is None and isinstance(own := getattr(base, "gather", None), Gather):
+        gather = own
     for loss in losses:
         of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
         for key in (key for key in of_data if key in loss.given):

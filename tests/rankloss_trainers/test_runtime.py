@@ -463,6 +463,12 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> N
         assert loss.streaming == {"chunk_size": chunk_size, "memory_budget": 0}
 
 
+def test_a_bases_attribute_of_another_kind_is_no_gathering() -> None:
+    base = Named(contrastive_loss=torch.tensor(1.0))
+    base.gather = print
+    assert rankloss_trainers.create("mimicry", base).gather == rankloss.MimicryLoss().gather
+
+
 @pytest.mark.parametrize("names", [("cyclip+rankclip", "mimicry"), ("cyclip+mimicry", "rankclip")])
 def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
     """Whole, in two steps, and as the module of a trainer."""
