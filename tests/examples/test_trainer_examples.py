@@ -148,8 +148,8 @@ def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
     logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", printed)]
     assert logged
     assert all(map(math.isfinite, logged))
-    ((of, held_out),) = re.findall(r"(\beval_loss|\bval_loss|R@1)['\"]?: ['\"]?([\d.]+)", printed)[-1:]
-    assert float(held_out) > 0.3 or of != "R@1"  # of 200 pairs
+    (held_out,) = re.findall(r"(?:\beval_loss|\bval_loss|R@1)['\"]?: ['\"]?([\d.]+)", printed)[-1:]
+    assert float(held_out) > (0.3 if "_loop" in name else 0)  # R@1 of a loop's 200 made-up pairs
     files = [x for x in output.rglob("*") if x.suffix in (".safetensors", ".pt", ".ckpt")]
     saved = [x for file in files for x in weights_in(file).values()]
     for weight in trained.values():
