@@ -337,11 +337,14 @@ class Loss:
         if make is None:
             return None
         values = {key: self.values[key] for key in options_of(make)}
-        for key in values:
-            if self.named.options[key].is_required and key not in self.given:
-                raise OptionError(key, f"must be given: {self.named.options[key].help}", self.name)
+        self._check_given(values)
         with naming_options(values, self.name):
             return make(**values)
+
+    def _check_given(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if self.named.options[key].is_required and key not in self.given:
+                raise OptionError(key, f"must be given: {self.named.options[key].help}", self.name)
 
     def build(self, base: Any, gather: Any) -> Any:
         """The module on a base loss.
@@ -354,9 +357,7 @@ class Loss:
         names = inspect.signature(make).parameters
         of_columns = () if self.named.columns_class is None else options_of(self.named.columns_class)
         chosen = {**self.named.defaults, **self.given}
-        for key, option in self.named.options.items():
-            if option.is_required and key not in chosen and key not in of_columns:
-                raise OptionError(key, f"must be given: {option.help}", self.name)
+        self._check_given(key for key in self.named.options if key not in of_columns)
         own = {key: x for key, x in chosen.items() if key in names or key not in of_columns}
         run = {key: x for key, x in (("base", base), ("gather", gather)) if key in names}
         try:
