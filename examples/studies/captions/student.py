@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from studies.students.model import LOG_SCALE, convolutions, middle, projection
+from studies.students.model import convolutions, middle, projection
 
 SIZE, CROP = 32, 28  # pixels of a picture's side, and those of them that are seen
 _CHANNELS = (16, 32, 64, 128)
 _WORDS = 128
+SCALE = 1 / 0.07  # of the similarities, at the start
 
 
 class Student(nn.Module):
@@ -22,15 +24,16 @@ class Student(nn.Module):
 
     Args:
         words: Numbers of words.
+        scale: Of the similarities, at the start.
     """
 
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, scale: float = SCALE) -> None:
         super().__init__()
         self.convolutions = convolutions(_CHANNELS)
         self.words = nn.EmbeddingBag(words, _WORDS, mode="mean", padding_idx=0)
         nn.init.normal_(self.words.weight, std=0.1)
         self.of_pictures, self.of_sentences = projection(_CHANNELS[-1]), projection(_WORDS)
-        self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.to(memory_format=torch.channels_last)
 
     def pictures(self, pictures: Tensor) -> Tensor:

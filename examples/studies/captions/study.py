@@ -19,6 +19,7 @@ from .data import data
 from .train import ARMS, Setting
 
 CLIP, SMOOTHING, CAPTIONS, SHUFFLED = "clip", "smoothing", "captions", "shuffled"
+TRIED = (SMOOTHING, "scale-5", "scale-50")  # at CLIP's best learning rate
 GAINS = ("encoders", "rankclip", CAPTIONS, SHUFFLED, SMOOTHING, "memory")  # against epochs and pairs
 GOAL = 1.5  # points
 SETS = ("emojis", "icons", "photographs")
@@ -35,13 +36,14 @@ class Cell:
     name: str
     find: Find
     rates: dict[float, float]  # R@10 by learning rate
-    smoothing: float  # R@10 with smoothing at the best of them
+    tried: dict[str, float]  # R@10 at the best of them, by arm
     base: Setting
 
     @property
     def reference(self) -> str:
-        """The better of CLIP's loss with and without smoothing."""
-        return SMOOTHING if self.smoothing > max(self.rates.values()) else CLIP
+        """The best of CLIP's loss, with smoothing, and with other scales at the start."""
+        scores = {CLIP: max(self.rates.values()), **self.tried}
+        return max(scores, key=scores.__getitem__)
 
     def setting(self, arm: str, seed: int, split: int = 0) -> Setting:
         """Return a training of the test side."""
@@ -72,9 +74,9 @@ def cell(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> Cell:
     tries = [dataclasses.replace(start, lr=lr) for lr in levels]
     rates = dict(zip(levels, scores(tries), strict=True))
     best = dataclasses.replace(start, lr=max(rates, key=rates.__getitem__))
-    (smoothing,) = scores([dataclasses.replace(best, arm=SMOOTHING)])
+    tried = dict(zip(TRIED, scores([dataclasses.replace(best, arm=arm) for arm in TRIED]), strict=True))
     find = finds[sizes.cells[name]["data"]]
-    return Cell(name, find, rates, smoothing, dataclasses.replace(best, **own))
+    return Cell(name, find, rates, tried, dataclasses.replace(best, **own))
 
 
 def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
@@ -261,13 +263,13 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
             [
                 one.name,
                 *(f"{one.rates[lr]:.1f}" if lr in one.rates else "–" for lr in sizes.tries),
-                f"{one.smoothing:.1f}",
+                *(f"{one.tried[arm]:.1f}" for arm in TRIED),
                 f"`{one.reference}`",
             ]
             for one, _ in every
             if "rate_of" not in sizes.cells[one.name]
         ],
-        "rates": [f"{lr:g}" for lr in sizes.tries],
+        "tries_head": ["cell", *(f"{lr:g}" for lr in sizes.tries), *TRIED, "reference"],
         "made": conditions_texts(record for _, arms in every for record in arms.all),
     }
 

@@ -14,7 +14,7 @@ from studies.students.train import crops
 from studies.training import Descent
 
 from .memory import MemoryLoss
-from .student import CROP, Student
+from .student import CROP, SCALE, Student
 from .teachers import Teachers
 
 _SCALE = 40.0  # of a teacher's similarities
@@ -30,17 +30,21 @@ class Arm:
         images: The pictures' teacher, likewise.
         weight: λ of the teacher's term.
         loss: "softmax" or "ranks", of a teacher; "rankclip", "smoothing" or "memory", without one.
+        scale: Of the student's similarities, at the start.
     """
 
     texts: str = ""
     images: str = ""
     weight: float = 4.0
     loss: str = "softmax"
+    scale: float = SCALE
 
 
 ARMS = {
     "clip": Arm(loss="clip"),
     "smoothing": Arm(loss="smoothing"),
+    "scale-5": Arm(loss="clip", scale=5.0),
+    "scale-50": Arm(loss="clip", scale=50.0),
     "rankclip": Arm(loss="rankclip"),
     "memory": Arm(loss="memory"),
     "captions": Arm("tf-idf"),
@@ -101,7 +105,7 @@ def train(setting: Setting, seen: Side, teachers: Teachers, words: int) -> Stude
     arm, n, size = ARMS[setting.arm], len(seen.pictures), setting.batch_size
     torch.manual_seed(setting.seed)
     drawing = torch.Generator().manual_seed(setting.seed)
-    model, loss, steps = Student(words).train(), build(arm, n), n // size
+    model, loss, steps = Student(words, arm.scale).train(), build(arm, n), n // size
     descent = Descent(
         model.log_scale, [model], lr=setting.lr, weight_decay=_WEIGHT_DECAY, steps=setting.epochs * steps
     )
