@@ -87,7 +87,7 @@ def test_rows_of_many_texts_are_those_with_their_zeros(name, tmp_path, monkeypat
 
 
 def made_up(gain, *, sizes=SIZES, blocks=1):
-    """Return records of the first blocks, where an arm is so many points above CLIP (other scales: 1 below)."""
+    """Return records of the first blocks, where an arm is so many points above CLIP (scales: 1 below)."""
     gain = {"scale-5": -1.0, "scale-50": -1.0, **gain}
     finds = {name: Find(name, {}) for name in (*study.SETS, *study.LARGE, *study.MORE)}
     rng = np.random.default_rng(0)
