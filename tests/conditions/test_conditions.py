@@ -7,6 +7,7 @@ call. What no trainer uses (forward mode, vmap) has to be right or an error, nev
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -94,18 +95,23 @@ def test_every_public_name_is_a_subject_or_is_none_for_a_reason() -> None:
 # --- the inputs -------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def owed_of(subject: Subject, kind: str = "equal rows", dtype: torch.dtype = F32) -> Result:
+    """What a subject owes for the data of a kind in a dtype."""
+    return expected(subject, subject.pick(data(kind), dtype))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @every
 def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
     for dtype in (F64, F32, *((BF16, F16) if kind == "sign codes" else ())):
         inputs = subject.pick(data(kind), dtype)
-        assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, dtype))
+        assert_right(run(subject, inputs), owed_of(subject, kind, dtype), tolerances(subject, dtype))
 
 
 @differentiable
 def test_an_input_may_be_the_only_one_with_a_gradient(subject: Subject) -> None:
-    inputs = subject.pick(data("equal rows"))
-    owed = expected(subject, inputs)
+    inputs, owed = subject.pick(data("equal rows")), owed_of(subject, dtype=F64)
     for name in subject.differentiable:
         alone = run(subject, inputs, wanted=(name,))
         assert_right(alone, Result(owed.value, {name: owed.gradients[name]}))
@@ -146,7 +152,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @every
 def test_strides_do_not_matter(subject: Subject, layout: str) -> None:
     inputs = {k: LAYOUTS[layout](x) for k, x in subject.pick(data("equal rows"), F32).items()}
-    assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+    assert_right(run(subject, inputs), owed_of(subject), tolerances(subject, F32))
 
 
 @differentiable
@@ -270,7 +276,7 @@ def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: s
     module = CONSTRUCTIONS[construction](subject)
     inputs = subject.pick(data("equal rows"), F32)
     for again in (module, subject.started(module)):
-        assert_right(run(subject, inputs, again), expected(subject, inputs), tolerances(subject, F32))
+        assert_right(run(subject, inputs, again), owed_of(subject), tolerances(subject, F32))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
@@ -283,7 +289,7 @@ def test_a_copy_is_on_its_own(subject: Subject, copied: Callable[[Any], Any]) ->
         duplicate.set_epoch(EPOCHS, EPOCHS)
     inputs = subject.pick(data("equal rows"))
     run(subject, inputs, duplicate)
-    assert_right(run(subject, inputs, original), expected(subject, inputs))
+    assert_right(run(subject, inputs, original), owed_of(subject, dtype=F64))
 
 
 # --- what surrounds the call ------------------------------------------------------------------------------
@@ -351,7 +357,7 @@ def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
     around_forward, around_backward, half = SURROUNDINGS[name]
     for kind in ("equal rows", "sparse"):
         inputs = leaves(subject.pick(data(kind), F32), subject.differentiable)
-        owed, built = expected(subject, inputs), subject.started()
+        owed, built = owed_of(subject, kind), subject.started()
         with around_forward():
             value = built(**inputs)
         upstream = upstream_for(value)
@@ -364,8 +370,7 @@ def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
 @every
 def test_without_a_graph(subject: Subject, mode: Context) -> None:
     """The value alone, and the next call of the same loss has its gradients again."""
-    inputs, built = subject.pick(data("equal rows"), F32), subject.started()
-    owed = expected(subject, inputs)
+    inputs, built, owed = subject.pick(data("equal rows"), F32), subject.started(), owed_of(subject)
     with mode():
         value = built(**leaves(inputs, subject.differentiable))
         made_inside = built(**{k: x.clone() for k, x in inputs.items()})
@@ -384,7 +389,7 @@ def test_a_teacher_may_come_from_inference_mode() -> None:
     torch._dynamo.reset()
     for built in (subject.build(), torch.compile(subject.build(), backend="aot_eager")):
         found = differentiated(built(**student, **teacher), student, subject.differentiable)
-        assert_right(found, expected(subject, inputs))
+        assert_right(found, owed_of(subject, dtype=F64))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -400,7 +405,7 @@ def test_inside_an_activation_checkpoint(subject: Subject, use_reentrant: bool) 
     value = checkpoint(in_order, *taken.values(), use_reentrant=use_reentrant)
     value.backward(upstream_for(value))  # what is reentrant knows no autograd.grad
     gradients = {k: taken[k].grad for k in subject.differentiable}
-    assert_right(Result(value.detach(), gradients), expected(subject, inputs))
+    assert_right(Result(value.detach(), gradients), owed_of(subject, dtype=F64))
 
 
 @every
@@ -408,7 +413,7 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
     inputs = subject.pick(data(), F32)
     there = {k: x.to("meta") for k, x in inputs.items()}
     with right_or_error():
-        assert subject.started()(**there).shape == expected(subject, inputs, ()).value.shape
+        assert subject.started()(**there).shape == owed_of(subject).value.shape
     for name in inputs if len(inputs) > 1 else ():
         with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"(?i)meta|device"):
             subject.started()(**{**inputs, name: there[name]})
@@ -503,7 +508,7 @@ def test_forward_mode_and_vmap_give_no_wrong_number(subject: Subject) -> None:
         value = built(**{**inputs, name: x})
         return (value * upstream_for(value)).sum()
 
-    owed = expected(subject, inputs, (name,))
+    owed = owed_of(subject, dtype=F64)
     slope = Result((owed.gradients[name] * tangent).sum(), {})
     with right_or_error():
         assert_right(Result(torch.func.jvp(of_one, (x,), (tangent,))[1], {}), slope)
@@ -528,4 +533,4 @@ def test_a_compiled_model_around_the_call(subject: Subject) -> None:
     torch._dynamo.reset()
     inputs = subject.pick(data("equal rows"), F32)
     compiled = torch.compile(subject.started(), backend="aot_eager")
-    assert_right(run(subject, inputs, compiled), expected(subject, inputs), tolerances(subject, F32))
+    assert_right(run(subject, inputs, compiled), owed_of(subject), tolerances(subject, F32))
