@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -21,12 +20,14 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import rankloss
 from open_clip_main import unpacked
+from rankloss_features import Features
 from rankloss_trainers.declared import Named
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +43,9 @@ def blocks(text: str, language: str = "python") -> list[str]:
 
 
 PROMPTED = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
+ELSEWHERE = "CLIPTask("  # of code that runs on a branch of the trainer
 CODE = [
-    pytest.param(page.name, code, id=f"{page.stem} {number}")
+    pytest.param(page.name, code, id=f"{page.stem} {number}", marks=[pytest.mark.slow] * (ELSEWHERE in code))
     for page in PAGES
     for number, code in enumerate(blocks(page.read_text(encoding="utf-8")))
     if ">>> " not in code
@@ -109,49 +111,45 @@ def test_pages_that_the_code_names_are_there() -> None:
 # --- what is run: the names that a page takes for granted, and what its code has to bring about -------------
 
 
+def executed(code: str, imports: str = "", **names: Any) -> dict[str, Any]:
+    """What a page's code makes of imports and of names."""
+    exec(f"{imports}\n{code}", names)
+    return names
+
+
+OF_TRANSFORMERS = "from rankloss_trainers.transformers import ContrastiveTrainer"
+OF_SENTENCES = "import numpy as np; from rankloss_trainers.sentence_transformers import ContrastiveLoss"
+
+
 def options_of_a_script(code: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    tiny, ours = (importlib.import_module(x) for x in ("tiny_transformers", "rankloss_trainers.transformers"))
-    line = importlib.import_module("rankloss_trainers.command_line")
-    typed = {"rankclip-top-k": 3, "output_dir": "out", "max_steps": 2, "logging_steps": 1, "use_cpu": True}
-
-    class Parser(transformers.HfArgumentParser):
-        def parse_args_into_dataclasses(self) -> Any:
-            return super().parse_args_into_dataclasses([f"--{name}={x}" for name, x in typed.items()])
-
-    names = {
-        **{"HfArgumentParser": Parser, "TrainingArguments": transformers.TrainingArguments},
-        **{"LossArguments": line.LossArguments, "ContrastiveTrainer": ours.ContrastiveTrainer},
-        **{"model": tiny.clip(), "pairs": tiny.Pairs(8)},
-    }
-    exec(code, names)
-    names["trainer"].train()
-    assert names["trainer"].loss_runtime.losses[0].values["top_k"] == 3
-    assert tiny.lines(names["trainer"], "in_modal_loss")
+    tiny = pytest.importorskip("tiny_transformers")
+    imports = f"{OF_TRANSFORMERS}; from transformers import HfArgumentParser, TrainingArguments"
+    imports += "; from rankloss_trainers.command_line import LossArguments"
+    typed = ["--rankclip-top-k=3", "--output_dir=out", "--max_steps=2", "--logging_steps=1", "--use_cpu=1"]
+    with patch.object(sys, "argv", ["script.py", *typed]):
+        trainer = executed(code, imports, model=tiny.clip(), pairs=tiny.Pairs(8))["trainer"]
+    trainer.train()
+    assert trainer.loss_runtime.losses[0].values["top_k"] == 3
+    assert tiny.lines(trainer, "in_modal_loss")
 
 
 def hard_negatives(code: str) -> None:
     datasets = pytest.importorskip("datasets")
     row = {"query": "a.png", "caption": "a dog", "negatives": ["a cat", "no dog"]}
-    names: dict[str, Any] = {"pairs": datasets.Dataset.from_list([row])}
-    exec(code, names)
+    lists = executed(code, pairs=datasets.Dataset.from_list([row]))["lists"]
     candidates = ["a dog", "a cat", "no dog"]
-    found = {"query": "a.png", "own": "a dog", "candidates": candidates, "grades": [1, 0, 0]}
-    assert names["lists"][0] == found
+    assert lists[0] == {"query": "a.png", "own": "a dog", "candidates": candidates, "grades": [1, 0, 0]}
 
 
 def lists_of_sentences(code: str) -> None:
-    datasets = pytest.importorskip("datasets")
-    sentences = pytest.importorskip("sentence_transformers")
-    tiny = importlib.import_module("tiny_sentences")
+    tiny = pytest.importorskip("tiny_sentences")
     words = tiny.WORDS
     rows = [{"query": words[n], "candidates": words[10 + n : 12 + n], "label": [n % 2, 2]} for n in range(8)]
     model, before = tiny.tiny(Path()), tiny.weights(tiny.tiny(Path()))
-    args = sentences.SentenceTransformerTrainingArguments(
+    args = tiny.SentenceTransformerTrainingArguments(
         "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
     )
-    exec(code, {"model": model, "args": args, "lists": datasets.Dataset.from_list(rows)})
+    executed(code, model=model, args=args, lists=tiny.datasets.Dataset.from_list(rows))
     assert not torch.equal(tiny.weights(model), before)
 
 
@@ -168,57 +166,40 @@ def taught(width: int, **columns: Any) -> Any:
 
 
 def taught_in_transformers(code: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    tiny, ours = (importlib.import_module(x) for x in ("tiny_transformers", "rankloss_trainers.transformers"))
+    tiny, pairs = pytest.importorskip("tiny_transformers"), taught(12)  # wider than the model's 8
 
     def processor(images: list[str], text: list[str], **_: Any) -> dict[str, Tensor]:
         rows = [int(Path(image).stem) for image in images]
         assert text == [f"word{row}" for row in rows]
         return {name: x[rows] for name, x in tiny.Pairs(len(pairs)).columns.items()}
 
-    def arguments(_: str, **given: Any) -> transformers.TrainingArguments:
-        return tiny.arguments(Path(), max_steps=2, **given)
-
-    pairs = taught(12)  # wider than the model's 8
-    names = {"TrainingArguments": arguments, "ContrastiveTrainer": ours.ContrastiveTrainer}
-    names.update(model=tiny.clip(), processor=processor, pairs=pairs)
-    exec(code, names)
-    names["trainer"].train()
-    assert tiny.lines(names["trainer"])[-1]["mimicry_loss"] > 0
+    names = {"TrainingArguments": lambda _, **given: tiny.arguments(Path(), max_steps=2, **given)}
+    names |= {"model": tiny.clip(), "processor": processor, "pairs": pairs}
+    trainer = executed(code, OF_TRANSFORMERS, **names)["trainer"]
+    trainer.train()
+    assert tiny.lines(trainer)[-1]["mimicry_loss"] > 0
 
 
 def taught_sentences(code: str) -> None:
-    pytest.importorskip("sentence_transformers")
-    tiny = importlib.import_module("tiny_sentences")
-    ours = importlib.import_module("rankloss_trainers.sentence_transformers")
+    tiny = pytest.importorskip("tiny_sentences")
     pairs = taught(20, image=tiny.WORDS[:-33:-1])  # wider than the model's 16
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
-    model, teacher = tiny.tiny(Path()), tiny.tiny(Path())
-    numpy = importlib.import_module("numpy")
-    names = {"ContrastiveLoss": ours.ContrastiveLoss, "np": numpy, "model": model, "teacher": teacher}
-    names["pairs"] = pairs
-    exec(code, names)
+    model = tiny.tiny(Path())
+    names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(Path()), pairs=pairs)
     ended = tiny.train(Path(), names["loss"], model, train_dataset=names["pairs"], max_steps=2)
     assert ended.state.log_history[-2]["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
 
 
 def several_teachers(code: str) -> None:
-    features, np = importlib.import_module("rankloss_features").Features, importlib.import_module("numpy")
     rows = np.arange(len(taught(6)))
     Path("teacher").rename("first")
     taught(4)
     Path("teacher").rename("second")
-    exec(code, {"np": np, "Features": features, "rows": rows})
-    both = {name: x.astype(float) for name, x in np.load("both.npz").items()}
-    cosines = [
-        (x / np.linalg.norm(x, axis=1, keepdims=True)) @ (y / np.linalg.norm(y, axis=1, keepdims=True)).T
-        for x, y in (
-            features.values() for features in (both, *(features(n).take(rows) for n in ("first", "second")))
-        )
-    ]
-    np.testing.assert_allclose(cosines[0], (cosines[1] + cosines[2]) / 2, atol=2e-3)
+    executed(code, np=np, Features=Features, rows=rows)
+    folders = [dict(np.load("both.npz")), *(Features(name).take(rows) for name in ("first", "second"))]
+    both, *each = ([x / np.linalg.norm(x, axis=1, keepdims=True) for x in of.values()] for of in folders)
+    np.testing.assert_allclose(both[0] @ both[1].T, sum(x @ y.T for x, y in each) / 2, atol=2e-3)
 
 
 def own_script_of_a_fork(code: str) -> None:
@@ -232,16 +213,15 @@ def own_script_of_a_fork(code: str) -> None:
     own = {"create_loss": lambda args: args, "parse_args": lambda args: args, "main": started.append}
     vars(main).update(own, train_one_epoch=train_one_epoch)
     with patch.dict(sys.modules, {"training": training, "training.main": main}):
-        exec(code, {})
+        executed(code)
     assert started == [sys.argv[1:]]
     for name in ("create_loss", "parse_args", "train_one_epoch"):
         assert hasattr(vars(main)[name], "__wrapped__"), name
 
 
 def loss_that_is_a_scalar(code: str) -> None:
-    names: dict[str, Any] = {}
-    exec(code, names)
-    loss = names["RankLoss"](local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    make = executed(code)["RankLoss"]
+    loss = make(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
     loss.set_progress(2, 3)
     features = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
     assert loss(*features, 10.0).shape == ()
@@ -290,7 +270,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "np.savez(": several_teachers,
     "import sys, rankloss_open_clip": own_script_of_a_fork,
     "class RankLoss": loss_that_is_a_scalar,
-    "CLIPTask(": task_of_the_main_branch,
+    ELSEWHERE: task_of_the_main_branch,
 }
 """By a mark in the code."""
 

@@ -16,7 +16,12 @@ from process_pool import Pools
 from rankloss import Gather, RankedLists
 
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
-SHARDED = [{**options, "reduction": reduction} for options in MODELS for reduction in ("mean", "sum", "none")]
+# Options, and whether a frozen model's scores are subtracted, which is before they are reduced.
+SHARDED = [
+    ({**options, "reduction": reduction}, is_frozen)
+    for options in MODELS
+    for reduction, is_frozen in (("mean", False), ("mean", True), ("sum", False), ("none", False))
+]
 N, K, M = 3, 3, 7  # lists, candidates and rows of a process
 
 
@@ -49,12 +54,12 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     found = {}
     for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
-        loss = RankedLists(**SHARDED[case], gather=gather)
-        for is_frozen in (False, True):
-            more = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
-            found[case, flags, is_frozen] = own.differentiated(
-                lambda q, c, s: weighed(own.loss(loss, q[rows], c[places], s, **more), rows, world_size)  # noqa: B023
-            )
+        options, is_frozen = SHARDED[case]
+        loss = RankedLists(**options, gather=gather)
+        more = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
+        found[case, flags] = own.differentiated(
+            lambda q, c, s: weighed(own.loss(loss, q[rows], c[places], s, **more), rows, world_size)  # noqa: B023
+        )
     bad = own.leaves()
     if rank == world_size - 1:
         bad[0].data[rows.start, 0] = math.nan
@@ -67,19 +72,16 @@ def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[T
     return pools[request.param].run(of_this_rank)
 
 
-@pytest.mark.parametrize("is_frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
-def test_values_and_gradients_of_several_processes_are_those_of_one(
-    table: list[Any], case: int, is_frozen: bool
-) -> None:
-    world_size, options = len(table), SHARDED[case]
+def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[Any], case: int) -> None:
+    world_size, (options, is_frozen) = len(table), SHARDED[case]
     lists = whole(world_size)
     more = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
     value, *by = lists.differentiated(lambda *inputs: weighed(lists.owed(*inputs, **options, **more)))
     for flags in [*FLAGS, None]:
         local_loss, gather_with_grad = flags or (True, True)
         local_loss = local_loss or options["reduction"] == "none"
-        of_ranks = (of[case, flags, is_frozen] for of in table)
+        of_ranks = (of[case, flags] for of in table)
         averaged = [torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)]
         assert_same([averaged[0], averaged[3]], [value, by[2]])
         is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered

@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -110,16 +109,6 @@ def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int 
     if name == "clip" and same_id == "ignore":  # no other column is left
         of_one = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
         assert all(x.abs().max() < 1e-14 for x in (of_one, *gradients(of_one, inputs, -1.3)))
-
-
-@pytest.mark.parametrize("budget", [0, None])
-@given(batch=batches(max_n=9), smoothing=st.floats(0.0, 1.0, exclude_max=True))
-def test_smoothing_is_torchs(budget: int | None, batch: Batch, smoothing: float) -> None:
-    v, t, s = inputs = batch.leaves()
-    own, logits = torch.arange(len(v)), s * v @ t.T
-    a, b = (F.cross_entropy(x, own, label_smoothing=smoothing) for x in (logits, logits.T))
-    loss = ClipLoss(label_smoothing=smoothing, memory_budget=budget, chunk_size=4)
-    assert_same(loss(*inputs), (a + b) / 2, inputs, 1e-10, 1e-10)
 
 
 @any_use_of_ids
