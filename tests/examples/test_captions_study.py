@@ -7,8 +7,9 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pytest
 import torch
-from studies.captions import study, teachers
-from studies.captions.data import Splits
+from PIL import Image
+from studies.captions import data, study, teachers
+from studies.captions.data import DataSet, Source, Splits
 from studies.captions.memory import MemoryLoss
 from studies.captions.teachers import Teachers
 from studies.captions.train import Setting
@@ -71,6 +72,28 @@ def test_shuffled_captions_are_those_of_other_pictures(tmp_path):
     small = teachers.rows("thumbnails")
     assert small.shape == (30, 3 * 8 * 8)
     torch.testing.assert_close(small.norm(dim=1), torch.ones(30))
+
+
+def test_a_clip_of_more_pairs_teaches_fewer_of_them(tmp_path, monkeypatch):
+    """Its rows are those of the pairs that are taught, whatever their places and words are among the more."""
+    monkeypatch.setattr(data, "TEACHER", Setting("clip", 1, "dev", batch_size=8, epochs=1, lr=0.01))
+    rng = np.random.default_rng(0)
+    drawn = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(24)]
+
+    def made(places, name, **more):
+        captions = {side: [[f"a{i % 3} b{i}"] for i in places] for side in data.SIDES}
+        return DataSet(Source(captions, lambda _: [drawn[i] for i in places]), tmp_path / name, **more)
+
+    larger = made(range(24), "larger")
+    few, same = (made([7, 3, 20], name, more=lambda: larger).teachers for name in ("few", "same"))
+    every = larger.encode(larger)
+    for kind in ("pictures", "texts"):
+        rows = few.rows(f"clip's {kind}")
+        torch.testing.assert_close(rows, every[kind][[7, 3, 20]])
+        torch.testing.assert_close(rows, same.rows(f"clip's {kind}"), rtol=0, atol=0)
+    assert "clip.pt" in {path.name for path in few.folder.iterdir()}
+    with pytest.raises(ValueError, match="clip's texts"):
+        larger.teachers.rows("clip's texts")
 
 
 @pytest.mark.parametrize("name", ["tf-idf", "shuffled tf-idf"])
@@ -171,7 +194,7 @@ def test_more_pairs_curves_and_splits_have_families_of_their_own():
     assert untested.isdisjoint(row[0] for row in found["secondary"])
     arms = {row[0]: [of[1] for of in found["changes"] if of[0] == row[0]] for row in found["changes"]}
     assert all({"`encoders`", "`rankclip`", "`captions`"} <= {*of} for of in arms.values())
-    assert len(found["splits"]) == 6
+    assert len(found["splits"]) == 7
     for cell, arm, *splits, mean, _, mark in found["splits"]:
         assert cell in SIZES.splits["cells"]
         assert len(splits) == 5

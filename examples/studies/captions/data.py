@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch
 from openmoji_demo.data import TEMPLATES
 from openmoji_demo.metrics import accuracy_at_k
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from studies import icons
@@ -29,6 +30,8 @@ from .teachers import Teachers
 from .train import Setting, train
 
 SIDES = ("train", "dev", "test")
+MORE = "icons-71680"  # of whose CLIP fewer icons learn
+TEACHER = Setting("clip", seed=9000, side="dev", batch_size=64, epochs=2, lr=0.004)  # CLIP's best try there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +46,15 @@ class Source:
 
 
 class DataSet:
-    """A data set, and the trainings on it."""
+    """A data set, and the trainings on it.
 
-    def __init__(self, source: Source, folder: Path) -> None:
+    Args:
+        source: Before anything is computed.
+        folder: Of what is computed once.
+        more: Returns a data set of more pairs, for a CLIP as teacher.
+    """
+
+    def __init__(self, source: Source, folder: Path, more: Callable[[], DataSet] | None = None) -> None:
         self.source = source
         words = vocabulary(text for of in source.captions["train"] for text in of)
         self.word_numbers, self.words = words, 2 + len(words)
@@ -57,8 +66,17 @@ class DataSet:
             content.update(shown[side].numpy().tobytes())
         self.fingerprint = content.hexdigest()[:16]
         self.teachers = Teachers(
-            source.captions["train"], shown["train"], lambda: source.pictures("train"), folder
-        )
+            source.captions["train"], shown["train"], lambda: source.pictures("train"), folder,
+            more and (lambda: more().encode(self)),
+        )  # fmt: skip
+
+    def encode(self, other: DataSet) -> dict[str, Tensor]:
+        """Return the features of another data set's pairs to train on, of a CLIP that is trained here."""
+        model = train(TEACHER, self.sides["train"], self.teachers, self.words)
+        captions = numbered(other.source.captions["train"], self.word_numbers)
+        with torch.no_grad():
+            pictures = model.pictures(other.sides["train"].pictures)
+            return {"pictures": pictures, "texts": model.sentences(captions)}
 
     def train(self, setting: Setting) -> Record:
         """Train and measure a student."""
@@ -145,21 +163,21 @@ class Splits:
     """
 
     def __init__(self, make: Callable[[int], DataSet]) -> None:
-        self._of = functools.cache(make)
+        self.of = functools.cache(make)
 
     def fingerprint(self, setting: Setting) -> str:
         """Return the fingerprint of a setting's split."""
-        return self._of(setting.split).fingerprint
+        return self.of(setting.split).fingerprint
 
     def train(self, setting: Setting) -> Record:
         """Train and measure a student on a setting's split."""
-        return self._of(setting.split).train(setting)
+        return self.of(setting.split).train(setting)
 
 
 def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits]:
     """Return the data sets that are there: icons if they are built, photographs if their folder is given."""
     has_icons = (options.icons / "manifest.json").is_file()
-    found = {}
+    found: dict[str, Splits] = {}
     for name, size in sizes.sizes.items():
         if name.startswith("icons"):
             make = functools.partial(icons_of, options.icons, size) if has_icons else None
@@ -168,11 +186,12 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Split
         else:
             make = functools.partial(emojis, size)
         if make is not None:
-            found[name] = Splits(
-                functools.partial(_made, make, options.output / "captions" / sizes.preset / name)
-            )
+            folder = options.output / "captions" / sizes.preset / name
+            others = found if name.startswith("icons") else {}
+            found[name] = Splits(functools.partial(_made, make, folder, others))
     return found
 
 
-def _made(source: Callable[[int], Source], folder: Path, split: int) -> DataSet:
-    return DataSet(source(split), folder)
+def _made(make: Callable[[int], Source], folder: Path, others: Mapping[str, Splits], split: int) -> DataSet:
+    more = (lambda: others[MORE].of(split)) if MORE in others else None
+    return DataSet(make(split), folder, more)

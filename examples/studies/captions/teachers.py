@@ -19,7 +19,7 @@ from studies.training import kept
 
 _LSA = 256  # dimensions
 _THUMBNAIL = 8  # pixels of a side
-_SHUFFLED = "shuffled "
+_SHUFFLED, _CLIP = "shuffled ", "clip's "
 _MOST = 50_000  # texts whose rows of all words are kept with their zeros
 _PART = 4_096  # of more texts
 
@@ -54,14 +54,16 @@ class Teachers:
         pixels: uint8 ``[N, H, W, 3]``.
         pictures: Returns the pictures as the frozen encoder is to see them.
         folder: Keeps the encoders' features.
+        clip: Returns the rows of a CLIP of more pairs, "pictures" and "texts". None: there is none.
     """
 
     def __init__(
         self, captions: Sequence[Sequence[str]], pixels: Tensor,
         pictures: Callable[[], Sequence[Image.Image]], folder: Path,
+        clip: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.texts = [text for of in captions for text in of]
-        self.pixels, self.pictures, self.folder = pixels, pictures, folder
+        self.pixels, self.pictures, self.folder, self.clip = pixels, pictures, folder, clip
         self._made: dict[str, Tensor | SparseRows] = {}
 
     def rows(self, name: str) -> Any:
@@ -69,7 +71,8 @@ class Teachers:
 
         Of texts, ``[N, S, D]``: "tf-idf", "lsa", "minilm"; two joined by +, whose cosines are the mean of
         both; "shuffled " before a name gives each picture the rows of another. Of pictures, ``[N, D]``:
-        "thumbnails", "efficientnet". TF-IDF of many texts is a :class:`SparseRows`.
+        "thumbnails", "efficientnet". TF-IDF of many texts is a :class:`SparseRows`. "clip's texts" and
+        "clip's pictures" are of one space.
         """
         if name not in self._made:
             self._made[name] = self._make(name)
@@ -87,6 +90,10 @@ class Teachers:
         if name == "thumbnails":
             small = avg_pool2d(self.pixels.permute(0, 3, 1, 2).float(), self.pixels.shape[1] // _THUMBNAIL)
             return normalize((small - small.mean(0)).flatten(1), dim=-1)
+        if name.startswith(_CLIP):
+            if self.clip is None:
+                raise ValueError(f"{name}: no CLIP of more pairs is at hand for this data set")
+            return kept(self.folder / "clip.pt", self.clip)[name.removeprefix(_CLIP)]
         if name in ("minilm", "efficientnet"):
             encode = self._minilm if name == "minilm" else self._efficientnet
             made = kept(self.folder / f"{name}.pt", lambda: {"rows": torch.from_numpy(encode())})["rows"]

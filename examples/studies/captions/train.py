@@ -29,7 +29,7 @@ class Arm:
         texts: The texts' teacher, a name of :meth:`.Teachers.rows`.
         images: The pictures' teacher, likewise.
         weight: λ of the teacher's term.
-        loss: "softmax" or "ranks", of a teacher; "rankclip", "smoothing" or "memory", without one.
+        loss: "softmax", "ranks" or "mimicry", of a teacher; "rankclip", "smoothing" or "memory", without one.
         scale: Of the student's similarities, at the start.
     """
 
@@ -52,6 +52,7 @@ ARMS = {
     "lsa": Arm("lsa"),
     "ranks": Arm("tf-idf", weight=16.0, loss="ranks"),
     "sentence": Arm("minilm"),
+    "mimicry": Arm("clip's texts", "clip's pictures", loss="mimicry"),
     "encoders": Arm("minilm", "efficientnet", weight=16.0),
     "encoders-captions": Arm("minilm+tf-idf", "efficientnet", weight=16.0),
     "thumbnails": Arm("", "thumbnails"),
@@ -81,6 +82,8 @@ def build(arm: Arm, pairs: int) -> nn.Module:
     base = rankloss.ClipLoss()
     if arm.loss == "clip":
         return base
+    if arm.loss == "mimicry":
+        return rankloss.MimicryLoss(base)
     if arm.loss == "rankclip":
         return rankloss.RankClipLoss(base)
     if arm.loss == "ranks":
