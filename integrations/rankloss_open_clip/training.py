@@ -25,7 +25,6 @@ from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gathe
 from rankloss_open_clip.text_columns import TextColumns
 from rankloss_trainers.command_line import with_flag
 from rankloss_trainers.declared import Loss
-from rankloss_trainers.extras import extra
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
@@ -65,7 +64,7 @@ class TrainerLoss(Runtime):
         self.has_fixed_entries = getattr(args, "torchcompile", False)
         self.sums_every_value = True
         self.place: tuple[int, int, int, int] | None = None
-        self._data: Any = None
+        self._data: Any = None  # of a teacher to compute
         self._calls = 0  # of the epoch
 
     def on(self, base: Any) -> TrainerLoss:
@@ -97,7 +96,10 @@ class TrainerLoss(Runtime):
         if kind == "auto" and str(path).endswith((".csv", ".tsv")):
             kind = "csv"
         try:
-            self._open_data_of_teacher()
+            if self.spec is not None:
+                from rankloss_features import caching
+
+                self._data = caching.of_open_clip(self.args, self.spec)
             if path and kind == "csv":
                 (self.text_columns() or TextColumns([])).check_csv(
                     path, args.csv_separator, args.csv_img_key, args.csv_caption_key
@@ -106,27 +108,15 @@ class TrainerLoss(Runtime):
             text = str(error)
             raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
 
-    @property
-    def _spec(self) -> Any:
-        return None if self.teacher is None else self.teacher.spec
-
-    def _open_data_of_teacher(self) -> None:
-        """Open the data of a teacher to compute, once; :meth:`compute_teacher` lets them go."""
-        if self._spec is not None and self._data is None:
-            with extra("features"):
-                from rankloss_features import caching
-            self._data = caching.of_open_clip(self.args, self._spec)
-
     def compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them."""
-        if self._spec is None or self.features is not None:
+        if self._data is None:  # there is none to compute, or it has been
             return
-        self._open_data_of_teacher()
-        data, self._data = self._data, None
         from rankloss_features import caching
 
+        data, self._data = self._data, None
         place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
-        self.open_folder(caching.cached(self._spec, data, place, getattr(self.args, "device", None)))
+        self.open_folder(caching.cached(self.spec, data, place, getattr(self.args, "device", None)))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""

@@ -368,7 +368,7 @@ class Runtime(nn.Module):
             "parameters": any(parameter.requires_grad for parameter in self.criterion.parameters()),
             "state": bool(self.criterion.state_dict()),
             "folder": self.teacher is not None and self.teacher.folder is not None,
-            "teacher": self.teacher is not None and self.teacher.spec is not None,
+            "teacher": self.spec is not None,
         }
         for need in [need for need, holds in found.items() if holds and need not in self.host.serves]:
             text = f"{self.name} needs {NEEDS[need]}, which {self.host.name} does not serve"
@@ -413,6 +413,11 @@ class Runtime(nn.Module):
         if (base if isinstance(base, type) else type(base)) is type(self.own_base):
             return self
         return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
+
+    @property
+    def spec(self) -> Any:
+        """The teacher to compute, of :class:`rankloss_features.caching.Spec`; or None."""
+        return None if self.teacher is None else self.teacher.spec
 
     @property
     def package(self) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
-from rankloss_features.binding import COLUMN
+from rankloss_features.binding import COLUMN, bind
 from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
 from rankloss_trainers.pair_ids import hash_tokens
@@ -136,17 +136,16 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
-        run = self.loss_runtime
-        if run.teacher is None or run.teacher.spec is None or self.train_dataset is None:
+        spec = self.loss_runtime.spec
+        if spec is None or self.train_dataset is None:
             return
-        with extra("features"):
-            from rankloss_features import bind, caching
+        from rankloss_features import caching
 
-        data = caching.of_dataset(self.train_dataset, run.teacher.spec)
+        data = caching.of_dataset(self.train_dataset, spec)
         place = os.path.join(self.args.output_dir or ".", "teachers")
-        run.open_folder(caching.cached(run.teacher.spec, data, place, self.args.device))
-        if run.features is not None:
-            self.train_dataset = bind(self.train_dataset, run.features.path)
+        folder = caching.cached(spec, data, place, self.args.device)
+        self.loss_runtime.open_folder(folder)
+        self.train_dataset = bind(self.train_dataset, folder)
 
     def _collator_of_lists(self) -> graded.RankedListsCollator:
         parts = self.loss_runtime.criterion.modules()
