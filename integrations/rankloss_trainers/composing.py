@@ -14,6 +14,8 @@ from rankloss_trainers.declared import Loss, naming_options
 
 _STREAMING = {"chunk_size", "memory_budget"}
 _PAIRS = ("ClipLoss", "SigLipLoss")  # open_clip's have the same names
+OF_TARGETS = ("same_id", "label_smoothing")
+"""Attributes of a loss of pairs, false in one whose targets are the pairs themselves."""
 
 
 def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) -> nn.Module:
@@ -72,6 +74,6 @@ def _check_replaced(name: str, base: Any) -> None:
     """Raise a ValueError for a loss of another formula, or with options that would be lost."""
     if type(base).__name__ not in _PAIRS:
         raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
-    for key in ("same_id", "label_smoothing"):
+    for key in OF_TARGETS:
         if value := getattr(base, key, None):
             raise ValueError(f"{name} replaces the trainer's loss, and would lose its {key}={value!r}")

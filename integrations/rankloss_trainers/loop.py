@@ -21,8 +21,8 @@ from rankloss_trainers.runtime import (
     Runtime,
     base_to_evaluate,
     check_use_of_teacher,
+    listeners,
     set_components,
-    units_of,
 )
 
 HOST = Host(
@@ -109,8 +109,8 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
 
 def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
     """Tell all parts of a loss that have the method where training stands."""
-    for part in loss.modules():
-        units_of(part).get(unit, lambda *_: None)(part, now, end)
+    for tell in listeners(loss, unit, unit):
+        tell(now, end)
 
 
 def _before_call(

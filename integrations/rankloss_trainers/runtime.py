@@ -33,7 +33,7 @@ from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
-from rankloss_trainers.composing import base_of, composed
+from rankloss_trainers.composing import OF_TARGETS, base_of, composed
 from rankloss_trainers.declared import Loss, Named, OptionError, Options, did_you_mean
 from rankloss_trainers.graded.term import OF_LISTS, RankedListsTerm
 from rankloss_trainers.logging import Agreement, rank_clip_entries, remark_on_products
@@ -188,17 +188,17 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
             yield types.MethodType(has[unit], part)
 
 
-def innermost_of(loss: Any) -> Any:
-    """The loss under all others, by their attribute ``base``; the loss itself where it has none."""
-    while (below := getattr(loss, "base", None)) is not None:
-        loss = below
-    return loss
-
-
 def base_to_evaluate(loss: Any, own_base: Any) -> Any:
-    """The loss under all others; the trainer's own where that is replaced, or has ids or smoothed targets."""
-    innermost = innermost_of(loss)
-    is_other = any(getattr(innermost, name, None) for name in ("same_id", "label_smoothing"))
+    """The loss of pairs under all others, by their attribute ``base``; None under graded lists without one.
+
+    The trainer's own where that is replaced, or has ids or smoothed targets.
+    """
+    innermost = loss
+    while (below := getattr(innermost, "base", None)) is not None:
+        innermost = below
+    if isinstance(innermost, RankedListsTerm):
+        return None
+    is_other = any(getattr(innermost, key, None) for key in OF_TARGETS)
     return own_base if innermost is loss or is_other else innermost
 
 
@@ -256,13 +256,6 @@ def set_components(loss: nn.Module, features: Features | None, student: Any, tea
             part.components = matrix
 
 
-def _check_copies(kinds: Iterable[Any], teacher: Teacher | None) -> None:
-    if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
-        one = teacher is not None and teacher.is_one_encoder
-        what = "an encoder of one modality" if one else "two encoders that have no common space"
-        raise ValueError(f"mimicry cannot copy {what}")
-
-
 class Runtime(nn.Module):
     """Losses in a trainer.
 
@@ -311,7 +304,7 @@ class Runtime(nn.Module):
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.teacher = self._named_teacher()
         if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong
-            _check_copies((x.named.constructor for x in self.losses), self.teacher)
+            self._check_copies(x.named.constructor for x in losses)
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.use_of_teacher = self._use_of_a_teacher()
         self.takes_lists = bool(self._arguments("candidate_features"))
@@ -319,14 +312,14 @@ class Runtime(nn.Module):
         self.features: Features | None = None
         if self.teacher is not None:
             self.teacher.check()
-            self._check_spaces(are_separate=self.teacher.are_encoders)
+            if self.teacher.are_encoders:
+                self._check_spaces()
             if self.teacher.folder is not None:
                 self.open_folder(self.teacher.folder)
         self.data_columns: Collection[str] = ()
         self.unit, self.step, self.has_fixed_entries = "step", 0, False
         self._agreement = Agreement(self.options.agreement_every)
         self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
-        self._evaluated = self._evaluated_base()
         self._first_state = deepcopy(self.criterion.state_dict())
         self._is_told = not any(map(units_of, self.criterion.modules()))
         self._has_remarked = False
@@ -377,15 +370,22 @@ class Runtime(nn.Module):
                 advice = self.teacher.two_steps(self.host.teacher)
             raise ValueError("; ".join([text, *filter(None, [advice])]))
 
-    def _check_spaces(self, *, are_separate: bool) -> None:
-        """Raise a ValueError if a part compares images with texts of a teacher that has no common space."""
-        parts = [*self.criterion.modules()] if are_separate else []
-        _check_copies(map(type, parts), self.teacher)
-        if any(isinstance(part, rankloss.RankConsistency) and part.cross_modal for part in parts):
-            one = self.teacher is not None and self.teacher.is_one_encoder
-            has = "one encoder" if one else "two encoders without a common space"
-            text = f"must be 0: this teacher has {has}, so it can rank only in-modal lists; rankclip-in and "
-            text += "rankclip-encoders do"
+    @property
+    def _encoders(self) -> str:
+        """A teacher without a common space, in words."""
+        one = self.teacher is not None and self.teacher.is_one_encoder
+        return "an encoder of one modality" if one else "two encoders that have no common space"
+
+    def _check_copies(self, kinds: Iterable[Any]) -> None:
+        if any(isinstance(x, type) and issubclass(x, rankloss.MimicryLoss) for x in kinds):
+            raise ValueError(f"mimicry cannot copy {self._encoders}")
+
+    def _check_spaces(self) -> None:
+        """Raise a ValueError if a part compares images with texts, of a teacher without a common space."""
+        self._check_copies(map(type, self.criterion.modules()))
+        if any(isinstance(x, rankloss.RankConsistency) and x.cross_modal for x in self.criterion.modules()):
+            text = f"must be 0: this teacher is {self._encoders}, so it can rank only in-modal lists; "
+            text += "rankclip-in and rankclip-encoders do"
             of_ranks = (x.name for x in self.losses if x.named.constructor is rankloss.RankClipLoss)
             raise OptionError("lambda_cross", text, next(of_ranks, ""))
 
@@ -400,13 +400,8 @@ class Runtime(nn.Module):
             self.features = Features(folder).check()
         except (OSError, ValueError) as error:
             raise OptionError("teacher", str(error)) from error
-        self._check_spaces(are_separate=not self.features.common_space)
-
-    def _evaluated_base(self) -> Any:
-        """The innermost base, which an evaluation calls; None without one."""
-        if isinstance(innermost_of(self.criterion), RankedListsTerm):  # without a base
-            return None
-        return base_to_evaluate(self.criterion, self.own_base)
+        if not self.features.common_space:
+            self._check_spaces()
 
     def on(self, base: Any) -> Runtime:
         """These losses on the loss that the trainer built: the same object where it is the expected one."""
@@ -418,12 +413,6 @@ class Runtime(nn.Module):
     def spec(self) -> Any:
         """The teacher to compute, of :class:`rankloss_features.caching.Spec`; or None."""
         return None if self.teacher is None else self.teacher.spec
-
-    @property
-    def package(self) -> str:
-        """The distributions of the losses; empty for a module."""
-        own = f"rankloss {rankloss.__version__}"
-        return ", ".join(dict.fromkeys(x.package or own for x in self.losses if x.package is not None))
 
     @property
     def id_key(self) -> str | None:
@@ -442,8 +431,9 @@ class Runtime(nn.Module):
             texts.append(f"schedule per {self.options.unit(epochs)}{length}")
         if self.use_of_teacher == "required":
             texts.append(f"teacher {GIVEN if self.teacher is None else self.teacher.text}")
-        package = f" ({self.package})" * bool(self.package)
-        return ", ".join([f"Loss: {self.name}{package}", *texts])
+        own = f"rankloss {rankloss.__version__}"
+        packages = ", ".join(dict.fromkeys(x.package or own for x in self.losses if x.package is not None))
+        return ", ".join([f"Loss: {self.name}" + f" ({packages})" * bool(packages), *texts])
 
     def begin(self, epochs: float) -> None:
         """A training of so many epochs begins; infinity where its data have no length.
@@ -532,10 +522,11 @@ class Runtime(nn.Module):
         if lists and not parts:  # a module of one's own
             return Entries.of(self.criterion, dict(self.criterion(**features, **lists, output_dict=True)))
         terms: dict[str, Tensor] = {}
-        if (images := features.get("image_features")) is not None and self._evaluated is not None:
+        base = base_to_evaluate(self.criterion, self.own_base)
+        if (images := features.get("image_features")) is not None and base is not None:
             terms = {"contrastive_loss": images.new_zeros(())}
             if len(images) > 1 or self.gather.place[1] > 1:
-                terms = Entries.of(self._evaluated, base_entries(self._evaluated, **features)).terms
+                terms = Entries.of(base, base_entries(base, **features)).terms
         for part in parts if lists else ():
             loss = part.lists(**lists, logit_scale=features["logit_scale"])
             terms["ranked_lists_loss"] = part.weight * loss
