@@ -30,6 +30,7 @@ from rankloss_features.writing import precision_on, turn, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or captions"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
+_REMEDY = "give the training teacher FOLDER"
 _BATCH_SIZE, _WORKERS = 256, 2
 _logger = logging.getLogger("rankloss_features")
 
@@ -91,6 +92,10 @@ class Spec(NamedTuple):
         """The command of ``rankloss features`` with more options."""
         return shlex.join(["rankloss", "features", *self.options(), *more])
 
+    def two_steps(self, remedy: str) -> str:
+        """Advice where a trainer cannot compute the features by itself."""
+        return f"compute them, `{self.command('--data', 'PAIRS', '--output', 'FOLDER')}`, and {remedy}"
+
     def check(self) -> Spec:
         """Look the names up, as far as they are known before anything is loaded; the same teacher.
 
@@ -151,7 +156,7 @@ def of_open_clip(args: Any, spec: Spec) -> Data:
     """
     if args.dataset_type == "synthetic" or not args.train_data:
         found = "--dataset-type synthetic" if args.dataset_type == "synthetic" else "no --train-data"
-        raise ValueError(f"{found}: the features of a teacher need pairs. {_two_commands(spec)}")
+        raise ValueError(f"{found}: the features of a teacher need pairs; {spec.two_steps(_REMEDY)}")
     keys = ("dataset_type", "csv_separator", "csv_img_key", "csv_caption_key")
     given = {key: getattr(args, key) for key in keys}
     text_key = getattr(args, "text_key", None) or "txt"
@@ -179,17 +184,12 @@ def of_dataset(
 
     if not isinstance(dataset, datasets.Dataset):
         kind = type(dataset).__name__
-        raise ValueError(f"the data are no datasets.Dataset, but {kind}. {_two_commands(spec)}")
+        raise ValueError(f"the data are no datasets.Dataset, but {kind}; {spec.two_steps(_REMEDY)}")
     missing = [name for name in (image_column, caption_column) if name not in dataset.column_names]
     if missing:
         has = ", ".join(dataset.column_names)
-        raise ValueError(f"the data have no column {missing[0]!r}, but {has}. {_two_commands(spec)}")
+        raise ValueError(f"the data have no column {missing[0]!r}, but {has}; {spec.two_steps(_REMEDY)}")
     return Table(dataset, image_column, caption_column, data="dataset")
-
-
-def _two_commands(spec: Spec) -> str:
-    command = spec.command("--data", "PAIRS", "--output", "FOLDER")
-    return f"Compute them first, `{command}`, and give the training teacher FOLDER"
 
 
 # --- the cache --------------------------------------------------------------------------------------------

@@ -178,10 +178,8 @@ def sample(captions: Iterable[str], most: int) -> list[str]:
 
 
 def _vectorizer(characters: bool, **more: Any) -> Any:
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    except ImportError as error:
-        raise ImportError("scikit-learn is needed: pip install 'rankloss[features]'") from error
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     tokens: dict[str, Any] = (
         {"analyzer": "char_wb", "ngram_range": _CHARACTERS} if characters else {"token_pattern": r"\w+"}
     )

@@ -157,7 +157,7 @@ class _Copied(io.StringIO):
 
 def _fill_in(args: Any, losses: Sequence[Loss], options: RunOptions) -> None:
     """Set every option of the losses and of the run as an attribute of the arguments."""
-    values = {"": options.values, **{loss.name: loss.values for loss in losses}}
+    values = {"": vars(options), **{loss.name: loss.values for loss in losses}}
     for loss, key, where in attributes({x.name: x.named for x in losses}):
         setattr(args, where, values[loss][key])
 

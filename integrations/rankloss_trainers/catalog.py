@@ -122,8 +122,19 @@ JOINT_DEFAULTS: Mapping[frozenset[str], Mapping[str, Options]] = {
 }
 """Defaults of two losses where they are joined, by both names."""
 
-PREFIXES = frozenset(x.prefix or name for name, x in LOSSES.items())
+
+def prefix_of(name: str, named: Named) -> str:
+    """The prefix of the options of a loss on a command line."""
+    return named.prefix or name
+
+
+PREFIXES = frozenset(prefix_of(name, x) for name, x in LOSSES.items())
 """The prefixes of the options of rankloss's own losses."""
+
+
+def own_prefix(name: str) -> str:
+    """The prefix of the options of a loss of rankloss, the name of any other."""
+    return prefix_of(name, LOSSES[name]) if name in LOSSES else name
 
 
 @functools.cache  # each time every installed package would be read
@@ -159,8 +170,7 @@ def names_of(name: str) -> list[str]:
             if each == TRAINERS_OWN:
                 hint = ", the trainer's own loss, on which the others stand: leave it out"
             raise ValueError(f"loss must be one of {', '.join(found)}; got {each!r}{hint}")
-    prefixes = [LOSSES[each].prefix or each if each in LOSSES else each for each in names]
-    if len({*prefixes}) < len(names):
+    if len({*map(own_prefix, names)}) < len(names):
         raise ValueError(f"loss {name} names a loss twice")
     return names
 
@@ -180,7 +190,7 @@ def load(name: str) -> Named:
         raise ValueError(f"{name} is registered by both {package_of(name)}; uninstall one")
     loaded = point.load()
     named = loaded if isinstance(loaded, Named) else Named(loaded)
-    prefix = named.prefix or name
+    prefix = prefix_of(name, named)
     if prefix in PREFIXES or prefix == "loss":  # the prefix of a run's options
         raise ValueError(f"the prefix {prefix!r} of {name} is taken")
     return named

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN
+from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN, prefix_of
 from rankloss_trainers.declared import Loss, Named, Option, OptionError, did_you_mean, options_of, replaced
 from rankloss_trainers.run_options import Choice, RunOptions
 
@@ -25,11 +25,6 @@ def flag(prefix: str, key: str) -> str:
 def dest(prefix: str, key: str) -> str:
     """An option as an attribute of the parsed arguments."""
     return f"{prefix}_{key}".replace("-", "_")
-
-
-def prefix_of(name: str, named: Named) -> str:
-    """The prefix of the options of a loss."""
-    return named.prefix or name
 
 
 def typed_options(named: Named) -> dict[str, Option]:
@@ -53,12 +48,12 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     """
     words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
-    prefixes = {name: prefix_of(name, named) for name, named in catalog.LOSSES.items()}
 
-    def begins(name: str) -> bool:
-        return any(word.startswith((f"--{name}-", f"--{prefixes.get(name, name)}-")) for word in words)
+    def is_meant(name: str) -> bool:
+        flags = f"--{name}-", f"--{catalog.own_prefix(name)}-"
+        return name in words or any(word.startswith(flags) for word in words)
 
-    return [name for name in catalog.known() if shows_all or name in words or begins(name)]
+    return [name for name in catalog.known() if shows_all or is_meant(name)]
 
 
 def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
@@ -152,20 +147,15 @@ class LossArguments:
         ``--``.
         """
         args, rest = self.parser.parse_known_args(argv)
-        words = [x for x in itertools.takewhile("--".__ne__, rest) if x.startswith("--")]
         of_run = [flag(RUN, key) for key in options_of(RunOptions)]
-        typed = {x: x.partition("=")[0].replace("_", "-") for x in words}
-        unknown = [
-            x
-            for x in words
-            if typed[x].startswith(beginnings()) or did_you_mean(typed[x], of_run, cutoff=0.85)
-        ]
-        if unknown and hasattr(args, "loss"):
-            word = typed[unknown[0]]
-            key = next((word[len(x) :] for x in sorted(beginnings(), key=len) if word.startswith(x)), "")
-            hint = replaced(key.replace("-", "_"), f"--{RUN}-")
-            hint = hint or misspelt(unknown, self.parser._option_string_actions)
-            self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+        for word in itertools.takewhile("--".__ne__, rest if hasattr(args, "loss") else ()):
+            typed = word.partition("=")[0].replace("_", "-")
+            begins = sorted(filter(typed.startswith, beginnings()), key=len)
+            if begins or (word.startswith("--") and did_you_mean(typed, of_run, cutoff=0.85)):
+                key = typed.removeprefix(begins[0]) if begins else ""
+                hint = replaced(key.replace("-", "_"), f"--{RUN}-")
+                hint = hint or misspelt([word], self.parser._option_string_actions)
+                self.parser.error(f"{word.partition('=')[0]}: there is no such option{hint}")
         return args, rest
 
     def chosen(self, args: Any) -> Choice | None:
@@ -225,7 +215,6 @@ def _add(group: Any, prefix: str, option: Option, presets: Mapping[str, Any] = M
     other = "".join(f"; {name}: {option.spelled(x)}" for name, x in presets.items())
     group.add_argument(
         flag(prefix, option.key),
-        dest=dest(prefix, option.key),
         default=argparse.SUPPRESS,
         type=_typed(option),
         metavar=option.metavar,

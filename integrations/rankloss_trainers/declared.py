@@ -206,13 +206,12 @@ def _plain(text: str) -> str:
 # --- losses ---------------------------------------------------------------------------------------------
 
 
-def _loaded(make: Make | str) -> Make:
-    """A callable, or the object that ``module:name`` stands for."""
+def _loaded(make: Make | str | None) -> Any:
+    """A callable, or the object that ``module:name`` stands for; None for none."""
     if not isinstance(make, str):
         return make
     module, _, name = make.partition(":")
-    found: Make = getattr(importlib.import_module(module), name)
-    return found
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -248,19 +247,24 @@ class Named:
     citation: str = ""
 
     @functools.cached_property
-    def constructor(self) -> Make:
+    def constructor(self) -> Any:
         """The callable of ``make``."""
         return _loaded(self.make)
 
     @functools.cached_property
     def columns_class(self) -> Any:
         """The callable of ``columns``, or None."""
-        return None if self.columns is None else _loaded(self.columns)
+        return _loaded(self.columns)
+
+    @property
+    def column_options(self) -> dict[str, Option]:
+        """The options of its columns, by key."""
+        return options_of(self.columns_class) if self.columns else {}
 
     @functools.cached_property
     def options(self) -> dict[str, Option]:
         """Its options, by key, with its own defaults."""
-        makes = [self.constructor, *(_loaded(x) for x in (self.more, self.columns) if x is not None)]
+        makes = [_loaded(x) for x in (self.make, self.more, self.columns) if x is not None]
         found = {key: x for make in makes for key, x in options_of(make).items()}
         return {
             key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
@@ -271,9 +275,9 @@ class Named:
         return dataclasses.replace(self, defaults={**self.defaults, **defaults})
 
     @functools.cached_property
-    def log_maker(self) -> Make | None:
-        """The callable of ``log``."""
-        return None if self.log is None else _loaded(self.log)
+    def log_maker(self) -> Any:
+        """The callable of ``log``, or None."""
+        return _loaded(self.log)
 
     @property
     def summary(self) -> str:
@@ -336,10 +340,15 @@ class Loss:
         make = self.named.columns_class
         if make is None:
             return None
-        values = {key: self.values[key] for key in options_of(make)}
+        values = {key: self.values[key] for key in self.named.column_options}
         self._check_given(values)
         with naming_options(values, self.name):
             return make(**values)
+
+    def refuse_column_options(self, reason: str) -> None:
+        """Raise an OptionError for an option of the columns that was given."""
+        for key in self.named.column_options.keys() & self.given.keys():
+            raise OptionError(key, f"{reason}; got {self.given[key]!r}", self.name)
 
     def _check_given(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -355,7 +364,7 @@ class Loss:
         """
         make = self.named.constructor
         names = inspect.signature(make).parameters
-        of_columns = () if self.named.columns_class is None else options_of(self.named.columns_class)
+        of_columns = self.named.column_options
         chosen = {**self.named.defaults, **self.given}
         self._check_given(key for key in self.named.options if key not in of_columns)
         own = {key: x for key, x in chosen.items() if key in names or key not in of_columns}

@@ -13,7 +13,7 @@ from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
-from rankloss_trainers.declared import Loss, Named, OptionError, Options, options_of
+from rankloss_trainers.declared import Loss, Named, OptionError, Options
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import (
     METHODS,
@@ -89,12 +89,7 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     if gather is None and isinstance(own := getattr(base, "gather", None), Gather):
         gather = own
     for loss in losses:
-        of_data = () if loss.named.columns_class is None else options_of(loss.named.columns_class)
-        for key in (key for key in of_data if key in loss.given):
-            text = (
-                f"is for a trainer that reads the data; got {loss.given[key]!r}. Give the inputs at each call"
-            )
-            raise OptionError(key, text, loss.name)
+        loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = run.criterion
     if len(losses) != 1 or not hasattr(module, "base"):

@@ -7,14 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from rankloss_trainers.declared import Loss, OptionError, options_of
+from rankloss_trainers.declared import Loss, OptionError, naming_options, options_of
 from rankloss_trainers.extras import extra
 
 GIVEN = "given"
 """The teacher that the trainer or its data have: columns of features, or open_clip's --distill-model."""
 
 _SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
-_UNITS = ("auto", "epoch", "step")
 
 
 def unit_of(epochs: float) -> Literal["epoch", "step"]:
@@ -39,9 +38,9 @@ class RunOptions:
         OptionError: An option cannot have its value.
 
     Example:
-        >>> RunOptions(schedule_unit="batch")
+        >>> RunOptions(agreement_every=0)
         Traceback (most recent call last):
-        rankloss_trainers.declared.OptionError: schedule_unit must be one of auto, epoch, step; got 'batch'
+        rankloss_trainers.declared.OptionError: agreement_every must be an integer of at least 1; got 0
     """
 
     teacher: str | None = None
@@ -53,24 +52,18 @@ class RunOptions:
             object.__setattr__(self, "teacher", os.fspath(self.teacher))
         if not isinstance(self.teacher, str | None) or self.teacher == "":
             raise OptionError("teacher", f"must be a folder or the name of a teacher; got {self.teacher!r}")
-        if self.schedule_unit not in _UNITS:
-            raise OptionError(
-                "schedule_unit", f"must be one of {', '.join(_UNITS)}; got {self.schedule_unit!r}"
-            )
-        steps: Any = self.agreement_every
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise OptionError("agreement_every", f"must be an integer of at least 1; got {steps!r}")
+        from rankloss.options import check_choice, check_count  # which imports torch
+
+        with naming_options(options_of(RunOptions)):
+            check_choice("schedule_unit", self.schedule_unit, ("auto", "epoch", "step"))
+            if self.agreement_every is not None:
+                check_count("agreement_every", self.agreement_every)
 
     def unit(self, epochs: float) -> Literal["epoch", "step"]:
         """The unit of schedules in a run of so many epochs; one epoch has no ramp over epochs."""
         if self.schedule_unit == "auto":
             return unit_of(epochs)
         return "step" if epochs == 1 else self.schedule_unit
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The values by key."""
-        return {key: getattr(self, key) for key in options_of(RunOptions)}
 
 
 class Choice(NamedTuple):
@@ -135,8 +128,3 @@ class Teacher:
     def is_one_encoder(self) -> bool:
         """True for a teacher to compute that has images or texts alone."""
         return self.are_encoders and None in (self.spec.image_encoder, self.spec.text_encoder)
-
-    def two_steps(self, remedy: str) -> str:
-        """Advice where a trainer does not compute a teacher's features."""
-        command = self.spec.command("--data", "PAIRS", "--output", "FOLDER")
-        return f"compute them, `{command}`, and {remedy}"

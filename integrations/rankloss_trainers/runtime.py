@@ -366,8 +366,8 @@ class Runtime(nn.Module):
         for need in [need for need, holds in found.items() if holds and need not in self.host.serves]:
             text = f"{self.name} needs {NEEDS[need]}, which {self.host.name} does not serve"
             advice = self.host.instead.get(need)
-            if need == "teacher" and self.teacher is not None:
-                advice = self.teacher.two_steps(self.host.teacher)
+            if need == "teacher":
+                advice = self.spec.two_steps(self.host.teacher)
             raise ValueError("; ".join([text, *filter(None, [advice])]))
 
     @property

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import RankedLists, metrics
-from rankloss_trainers.declared import OptionError
 from rankloss_trainers.graded.lists import (
     check_list,
     check_unique,
@@ -195,9 +194,7 @@ def check_run(run: Runtime) -> None:
     if run.id_key is not None:
         raise ValueError(f"{run.name} needs a table of pairs; one of lists has no ids")
     for loss in run.losses:
-        for key in {"own_caption", "max_candidates"} & loss.given.keys():
-            text = f"is for open_clip's trainer; got {loss.given[key]!r}"
-            raise OptionError(key, text, loss.name)
+        loss.refuse_column_options("is for open_clip's trainer")
 
 
 def embed(
