@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import open_clip
 import pytest
@@ -16,16 +14,7 @@ from tiny_teacher import CLIP_CONFIG
 
 from rankloss_features import packages, sources
 from rankloss_features.command import _parser
-
-
-class Pickled:
-    """An object that makes a folder where it is unpickled."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = str(made)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.made,)
+from untrusted import Pickled
 
 
 def described(folder: Path, made: Path) -> Path:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,6 @@ from torch import nn
 
 import rankloss
 from rankloss import schedules
-from rankloss_features import caching
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import arguments, bootstrap
 from rankloss_open_clip.training import build_loss
@@ -54,29 +53,19 @@ Register = Callable[..., None]
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
+def register(monkeypatch: pytest.MonkeyPatch) -> Register:
     """Stand-ins for installed packages: (package, name, object of this module or elsewhere)."""
 
-    class Point(importlib.metadata.EntryPoint):
-        dist: Any = None
-
     def register(*registrations: tuple[str, str, str]) -> None:
-        points = []
+        found = dict(catalog.known())
         for package, name, reference in registrations:
             value = reference if ":" in reference else f"{__name__}:{reference}"
-            point = Point(name, value, catalog.GROUP)
+            point = importlib.metadata.EntryPoint(name, value, catalog.GROUP)
             vars(point)["dist"] = SimpleNamespace(name=package, version="1.0")
-            points.append(point)
-        original = importlib.metadata.entry_points
-        monkeypatch.setattr(
-            importlib.metadata,
-            "entry_points",
-            lambda **given: [*original(**given), *(points if given.get("group") == catalog.GROUP else [])],
-        )
-        catalog.known.cache_clear()
+            found[name] = (point,)
+        monkeypatch.setattr(catalog, "known", lambda: found)
 
-    yield register
-    catalog.known.cache_clear()
+    return register
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -172,6 +161,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss ranked-lists --model coca_ViT-B-32", "ranked-lists CoCa"),
         ("--loss ranked-lists --distill-model RN50 --distill-pretrained x", "ranked-lists --distill-model"),
         ("--loss ranked-lists --dataset-type synthetic", "ranked-lists --dataset-type synthetic"),
+        ("--loss mimicry+rankclip-encoders --loss-teacher text=minilm", "argument --loss: mimicry"),
     ],
 )
 def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, named: str) -> None:
@@ -194,24 +184,6 @@ def test_an_option_that_ends_like_an_old_one_is_none(capsys: pytest.CaptureFixtu
     said = refused(capsys, "--loss", "rankclip", "--rankclip-fixed-reference", "image")
     assert "--rankclip-fixed-reference" in said
     assert "--loss-teacher" not in said
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "rankclip-encoders+mimicry",
-        "mimicry+rankclip-encoders --mimicry-weight 2 --rankclip-lambda-cross 1 --rankclip-top-k 3",
-        "mimicry+rankclip-encoders --loss-teacher text=minilm",
-    ],
-)
-def test_mimicry_of_encoders_is_refused_for_its_one_reason(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str
-) -> None:
-    monkeypatch.setattr(caching, "cached", lambda *_: pytest.fail("features are computed"))
-    monkeypatch.setattr(caching.Spec, "check", lambda _: pytest.fail("packages are looked up"))
-    _, _, said = refused(capsys, "--loss", *options.split()).partition("argument --loss: ")
-    assert said.startswith("mimicry ")
-    assert [word for word in ("2", "3", "lambda", "top", "minilm") if word in said] == []
 
 
 @pytest.mark.parametrize("words", ["--bogus 1", "--logz x", "word"])
@@ -301,13 +273,6 @@ def test_log_names_the_loss_and_its_package_once(
 
 
 # --- what other packages register -----------------------------------------------------------------------
-
-
-def test_registered_loss_and_its_options_are_taken(register: Register) -> None:
-    register(("b", "deep", "deep"))
-    assert parse_args(["--loss", "deep"]).deep_depth == 3
-    assert parse_args(["--loss=deep", "--deep-depth", "5"]).deep_depth == 5
-    assert not hasattr(parse_args(["--loss", "cyclip"]), "deep_depth")
 
 
 def test_what_cannot_be_used_stops_only_runs_that_ask(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import signal
@@ -20,6 +19,7 @@ from rankloss import schedules
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.training import TrainerLoss
+from untrusted import Pickled
 
 EPOCHS = 3
 PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--loss-schedule-unit", "step"]
@@ -142,16 +142,6 @@ def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCap
     assert not {**built._optimizer_state_dict_post_hooks, **sharded._optimizer_state_dict_post_hooks}
     assert resumed(0, resume="weights.pt") == [1, 1, 1], "a file of weights alone"
     assert not caplog.records
-
-
-class Pickled:
-    """An object that makes a folder where it is unpickled."""
-
-    def __init__(self, made: Path) -> None:
-        self.made = str(made)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.made,)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,11 @@ def tokens(text: str) -> Tensor:
 # The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.mark.parametrize(
     ("kinds", "named", "wrap"),
-    [("caption", False, ""), ("features", True, "module"), ("caption and features", True, "compile")],
+    [
+        ("caption", False, ""),
+        ("caption and features", True, "module"),
+        pytest.param("caption and features", True, "compile", marks=pytest.mark.slow),
+    ],
 )
 def test_columns_join_the_output_of_one_call_of_the_model(
     tmp_path: Path, kinds: str, named: bool, wrap: str

@@ -6,46 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from named_inputs import N, inputs_of
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
 
-N, D = 7, 5
-IDS = torch.tensor([3, 1, 3, 2, 1, 3, 4])
 NAMES = sorted(catalog.known())
 ASYMMETRIC = {"alip", "ranked-lists"}  # whose images and texts have different parts
 ROWS = ("pair_ids", "caption_features", "candidate_features", "grades", "query_features", *TEACHER)
-
-
-def unit(*shape: int, seed: int) -> Tensor:
-    made = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return normalize(made, dim=-1)
-
-
-def inputs_of(name: str) -> dict[str, Any]:
-    """A batch with all inputs that a loss takes."""
-    found: dict[str, Any] = {
-        "image_features": unit(N, D, seed=0),
-        "text_features": unit(N, D, seed=1),
-        "logit_scale": torch.tensor(6.0, dtype=torch.float64),
-    }
-    named = catalog.load(name)
-    if named.teacher is not None:
-        found.update({key: unit(N, D, seed=2 + i) for i, key in enumerate(TEACHER)})
-    if name == "clip-ids":
-        found["pair_ids"] = IDS
-    if name == "alip":
-        found["caption_features"] = unit(N, D, seed=4)
-    if name == "ranked-lists":
-        grades = torch.tensor([[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 1, 0]])
-        found.update(query_features=found["image_features"], candidate_features=unit(N, 3, D, seed=5))
-        found["grades"] = grades
-    if name.startswith("siglip"):
-        found["logit_bias"] = torch.tensor(-2.0, dtype=torch.float64)
-    return found
 
 
 def value_and_gradients(

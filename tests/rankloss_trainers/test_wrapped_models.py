@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from named_inputs import D, N, inputs_of
 from torch import Tensor, nn
 from torch.distributed import is_initialized
 from torch.distributed.fsdp import fully_shard
@@ -16,11 +17,8 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from process_pool import Pools
-from rankloss.losses import TEACHER
 from rankloss_trainers import create
-from rankloss_trainers.catalog import LOSSES, known, load
-
-ROWS, WIDTH = 8, 6
+from rankloss_trainers.catalog import LOSSES, known
 
 
 class Towers(nn.Module):
@@ -30,7 +28,7 @@ class Towers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text, self.unused = (
-            nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, WIDTH)) for _ in range(3)
+            nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, D)) for _ in range(3)
         )
         self.logit_scale, self.logit_bias = (nn.Parameter(torch.tensor([x])) for x in (2.0, -1.0))
 
@@ -42,22 +40,16 @@ class Towers(nn.Module):
 def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None, step: int = 3) -> Tensor:
     """The loss of some of the batch's rows: pictures, texts, other texts."""
     generator = torch.Generator().manual_seed(step)
-    data = torch.randn(3, ROWS, 5, generator=generator, dtype=torch.float64)[:, rows]
-    teacher = normalize(torch.randn(2, ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)[
-        :, rows
-    ]
-    loss, needs_teacher = create(name) if loss is None else loss, load(name).teacher
+    data = torch.randn(3, N, 5, generator=generator, dtype=torch.float64)[:, rows]
+    loss = create(name) if loss is None else loss
     loss.set_epoch(step, 4)
     loss.set_progress(step, 4)
-    v, texts, scale, bias = model(data[0], data[1:].flatten(0, 1))
+    given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name, step).items()}
+    v, texts, given["logit_scale"], given["logit_bias"] = model(data[0], data[1:].flatten(0, 1))
     t, c = texts.chunk(2)
-    grades = torch.tensor([[2.0, 1.0]]).expand(len(v), 2)
-    more: dict[str, Any] = {
-        "clip-ids": {"pair_ids": torch.arange(ROWS)[rows] % 5},
-        "alip": {"caption_features": c},
-        "ranked-lists": {"query_features": v, "candidate_features": torch.stack([t, c], 1), "grades": grades},
-    }.get(name, dict(zip(TEACHER, teacher, strict=True)) if needs_teacher else {})
-    value: Tensor = loss(image_features=v, text_features=t, logit_scale=scale, logit_bias=bias, **more)
+    of_model = {"query_features": v, "candidate_features": torch.stack([t, c, c], 1), "caption_features": c}
+    given.update({key: x for key, x in of_model.items() if key in given})
+    value: Tensor = loss(**{**given, "image_features": v, "text_features": t})
     return value
 
 
@@ -66,7 +58,7 @@ def gradients(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[st
 
     DDP refuses the step after one that left parameters it waits for.
     """
-    found, share = {}, ROWS // world_size
+    found, share = {}, N // world_size
     model = Towers().double()
     wrapped = wrap(model)
     for name in (*known(), next(iter(known()))):
@@ -116,9 +108,9 @@ def test_a_loop_goes_on_from_the_state_and_the_step_of_a_loss() -> None:
     model = Towers().double()
     for name in known():
         whole, first, second = create(name), create(name), create(name)
-        values = [value_of(name, model, slice(ROWS), whole, step) for step in (1, 2, 3, 4)]
+        values = [value_of(name, model, slice(N), whole, step) for step in (1, 2, 3, 4)]
         for step in (1, 2):
-            value_of(name, model, slice(ROWS), first, step)
+            value_of(name, model, slice(N), first, step)
         second.load_state_dict(first.state_dict())
-        resumed = [value_of(name, model, slice(ROWS), second, step) for step in (3, 4)]
+        resumed = [value_of(name, model, slice(N), second, step) for step in (3, 4)]
         assert resumed == values[2:], name

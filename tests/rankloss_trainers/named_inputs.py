@@ -1,0 +1,41 @@
+"""A batch with all inputs that a named loss takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from rankloss.losses import TEACHER
+from rankloss_trainers import catalog
+
+N, D = 8, 6
+GRADES = [[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 1, 0], [2, 2, 1]]
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    made = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return normalize(made, dim=-1)
+
+
+def inputs_of(name: str, seed: int = 0) -> dict[str, Any]:
+    """Features, the scale, and what the loss takes beside them; float64."""
+    found: dict[str, Any] = {
+        "image_features": unit(N, D, seed=seed),
+        "text_features": unit(N, D, seed=seed + 1),
+        "logit_scale": torch.tensor(6.0, dtype=torch.float64),
+    }
+    if catalog.load(name).teacher is not None:
+        found.update({key: unit(N, D, seed=seed + 2 + i) for i, key in enumerate(TEACHER)})
+    if name == "clip-ids":
+        found["pair_ids"] = torch.tensor([3, 1, 3, 2, 1, 3, 4, 5])
+    if name == "alip":
+        found["caption_features"] = unit(N, D, seed=seed + 4)
+    if name == "ranked-lists":
+        found.update(query_features=found["image_features"], candidate_features=unit(N, 3, D, seed=seed + 5))
+        found["grades"] = torch.tensor(GRADES)
+    if name.startswith("siglip"):
+        found["logit_bias"] = torch.tensor(-2.0, dtype=torch.float64)
+    return found
