@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from batches import random_batch
 from memory import TensorSizes
-from rankloss import ClipLoss, MimicryLoss, RankClipLoss, RankedLists
-from rankloss_baselines import CyClipLoss
-from rankloss_trainers.graded.term import RankedListsTerm
+from rankloss import ClipLoss, MimicryLoss, RankClipLoss
 
 IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 
@@ -67,22 +65,6 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
         loss = MimicryLoss(ClipLoss(memory_budget=0))
         loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n).items()}).backward()
     assert sizes.largest < n * n
-
-
-# --- compositions -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("same_id", ["ignore", "share"])
-def test_ids_reach_the_base_of_a_composition(same_id: Any) -> None:
-    v, t, s = batch()
-    base, ids = ClipLoss(same_id=same_id), {"pair_ids": torch.tensor([1, 2, 1, 3, 3, 1])}
-    lists = {"query_features": v, "candidate_features": t[:, None], "grades": torch.zeros(6, 1)}
-    given = {"image_features": v, "text_features": t, "logit_scale": s, **teacher_of(), **ids}
-    for loss in (ranks(CyClipLoss(MimicryLoss(base))), MimicryLoss(CyClipLoss(ranks(base)))):
-        assert torch.equal(loss(**given, output_dict=True)["contrastive_loss"], base(v, t, s, **ids))
-    del given[IMAGE], given[TEXT]
-    entries = RankedListsTerm(RankedLists(in_batch_negatives=True), base)(**given, **lists, output_dict=True)
-    assert torch.equal(entries["contrastive_loss"], base(v, t, s, **ids))
 
 
 # --- errors -----------------------------------------------------------------------------------------------

@@ -76,12 +76,6 @@ def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int
                 assert relative_error(a, b) < 1e-4
 
 
-def test_gradcheck() -> None:
-    v, t, s = random_batch(0, 5, 3, 10.0).leaves()
-    assert torch.autograd.gradcheck(CyClipLoss(), (v, t, s))
-    assert torch.autograd.gradgradcheck(lambda v, t: CyClipLoss().terms(v, t), (v, t))
-
-
 def test_memory_is_linear_in_the_batch() -> None:
     n, d = 512, 8
     v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)

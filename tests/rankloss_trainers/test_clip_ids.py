@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from named_inputs import inputs_of
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import embed, step, tiny
@@ -21,8 +22,6 @@ from tiny_transformers import SGD, Pairs, build, clip, column, own_loop, train, 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
-from torch.nn.functional import normalize
 
 import rankloss
 import rankloss_trainers
@@ -34,21 +33,24 @@ IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
 ALONE = rankloss.Gather(rank=0, world_size=1)
 
 
-def batch(seed: int = 0) -> list[Tensor]:
-    return [*normalize(torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(seed)), dim=-1)]
-
-
 @pytest.mark.parametrize("same", ["ignore", "share"])
-@pytest.mark.parametrize("name", ["clip-ids", "clip-ids+rankclip", "clip-ids+cyclip"])
-def test_ids_reach_the_base_under_other_terms(name: str, same: str) -> None:
-    options = {"same_id": same} if name == "clip-ids" else {"clip-ids": {"same_id": same}}
+@pytest.mark.parametrize(
+    "others", ["", "+rankclip", "+cyclip", "+rankclip-distill+cyclip+mimicry", "+ranked-lists"]
+)
+def test_ids_reach_the_base_under_other_terms(others: str, same: str) -> None:
+    name = f"clip-ids{others}"
+    options = {"clip-ids": {"same_id": same}} if others else {"same_id": same}
     loss = rankloss_trainers.create(name, **options)
-    loss.set_progress(1, 3)
-    entries = loss(*batch(), 8.0, output_dict=True, pair_ids=IDS)
-    expected = rankloss.ClipLoss(same_id=same)(*batch(), 8.0, pair_ids=IDS)
-    assert torch.equal(entries["contrastive_loss"], expected)
+    given = inputs_of(name.rpartition("+")[2])
+    v, t, s = (given[key] for key in ("image_features", "text_features", "logit_scale"))
+    ids = given.pop("pair_ids", IDS)
+    for number in (1, 3):
+        loss.set_progress(number, 3)
+        entries = loss(**given, pair_ids=ids, output_dict=True)
+        expected = rankloss.ClipLoss(same_id=same)(v, t, s, pair_ids=ids)
+        torch.testing.assert_close(entries["contrastive_loss"], expected)
     with pytest.raises(ValueError, match="pair_ids"):
-        loss(*batch(), 8.0)
+        loss(**given)
     sigmoid = rankloss_trainers.create(name, rankloss.SigLipLoss(gather=False), gather=ALONE, **options)
     bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
     assert [x.same_id for x in bases] == [same]
@@ -61,9 +63,7 @@ def test_smoothing_of_the_base_is_kept(name: str) -> None:
     assert [x.label_smoothing for x in loss.modules() if isinstance(x, rankloss.ClipLoss)] == [0.2]
 
 
-def test_it_replaces_clips_or_siglips_loss_alone() -> None:
-    with pytest.raises(ValueError, match="CoCaLoss"):
-        rankloss_trainers.create("clip-ids", type("CoCaLoss", (torch.nn.Module,), {})())
+def test_it_does_not_stand_on_another_loss_nor_smooth_siglips() -> None:
     with pytest.raises(ValueError, match="RankClipLoss"):
         rankloss_trainers.create("rankclip+clip-ids")
     with pytest.raises(ValueError, match=r"label_smoothing.*0\.1.*SigLIP"):
