@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 REPORT = Path(__file__).parents[2] / "examples/studies/captions/report/captions.md"
-ARMS = {"captions": "captions", "shuffled": "shuffled captions", "memory": "memory"}
+ARMS = {"mimicry": "mimicry", "encoders": "two encoders", "captions": "captions", "rankclip": "RankCLIP"}
 _GAIN = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
 
 Gain = tuple[str, float, float]  # a point's label, the mean, and half of the 95 % interval
@@ -36,14 +36,15 @@ def draw(colors: Colors) -> Figure:
     curves = gains()
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True)
-    looks = dict(zip(ARMS, ((colors.ours, "o-"), (colors.bad, "s--"), (colors.other, "^:")), strict=True))
+    styles = [(colors.ours, "o-"), (colors.ours_too, "s-"), (colors.bad, "^--"), (colors.other, "v:")]
+    looks = dict(zip(ARMS, styles, strict=True))
     for axes, (curve, arms) in zip(panels, curves.items(), strict=True):
         labels = list(dict.fromkeys(label for of in arms.values() for label, *_ in of))
         for shift, (arm, (color, style)) in enumerate(looks.items()):
             if arm not in arms:
                 continue
             names, means, half = zip(*arms[arm], strict=True)
-            places = [labels.index(name) + 0.08 * (shift - 1) for name in names]
+            places = [labels.index(name) + 0.08 * (shift - 1.5) for name in names]
             axes.errorbar(places, means, yerr=half, fmt=style, ms=4, lw=1.4, color=color, label=ARMS[arm])
         axes.axhline(0, color=colors.text, lw=1)
         axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
