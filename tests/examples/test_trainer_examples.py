@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import importlib.metadata
@@ -30,7 +29,6 @@ from tools_folder import ROOT, tool
 import rankloss
 import rankloss_trainers
 from rankloss_trainers import catalog, console, loop, runtime
-from rankloss_trainers.command_line import LossArguments, with_flag
 
 cases = tool("cases.py")
 FOLDER = ROOT / "examples/trainers"
@@ -160,37 +158,16 @@ def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
         assert [(x.name, x.values) for x in losses] == [(x.name, x.values) for x in expected]
 
 
-def registered(monkeypatch):
-    """The own loss, as another package would register it."""
+def test_the_own_loss_is_short_and_has_options_by_name(monkeypatch):
+    """As another package would register it; test_catalog has the help and the errors of such a loss."""
     soft = imported("own_loss").SoftLoss
+    assert len(inspect.getsource(soft).splitlines()) <= 20
     point = SimpleNamespace(name="soft", value="own:SoftLoss", dist=None, load=lambda: soft)
     monkeypatch.setattr(catalog, "known", lambda: {**dict.fromkeys(catalog.LOSSES, ()), "soft": (point,)})
-    return soft
-
-
-def test_the_own_loss_is_declared_by_its_constructor(monkeypatch):
-    """By name in every trainer and joined, with its help and the errors of its options."""
-    soft = registered(monkeypatch)
-    assert len(inspect.getsource(soft).splitlines()) <= 20
-    arguments = LossArguments(argparse.ArgumentParser(exit_on_error=False), ["rankclip", "soft"])
-    text = arguments.parser.format_help()
-    assert "--soft-weight X" in text
-    assert "Multiplier of the similarities (default: 20.0)" in " ".join(text.split())
-    argv = "--loss rankclip+soft --rankclip-schedule constant --soft-weight 2"
-    args = arguments.parser.parse_args(argv.split())
-    found, options = arguments.chosen(args)
-    run = runtime.Runtime(loop.HOST, found, options)
-    assert (run.criterion.weight, type(run.criterion.base)) == (2.0, rankloss.RankClipLoss)
-    assert run.use_of_teacher == "required"
-    run.set_progress(1, 1)
-    v, scale, rows = torch.eye(4), torch.ones(()), torch.eye(4).roll(1, 0)
-    both = {"reference_image_features": rows, "reference_text_features": rows}
-    entries = run(image_features=v, text_features=v, logit_scale=scale, **both)
-    ranks = rankloss.RankClipLoss(schedule="constant")(v, v, scale, output_dict=True, **both)
-    assert entries.terms["cross_modal_loss"] == ranks["cross_modal_loss"]
-    with pytest.raises(ValueError, match=r"soft\.weight .*-1") as error:
-        rankloss_trainers.create("soft", weight=-1)
-    assert with_flag(catalog.choose("soft"), error.value).startswith("--soft-weight: ")
+    loss = rankloss_trainers.create("rankclip+soft", soft={"weight": 2.0})
+    parts = {type(part): part for part in loss.modules()}
+    assert parts[soft].weight == 2.0
+    assert parts[soft].base is parts[rankloss.RankClipLoss]
 
 
 def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib
 import io
@@ -11,7 +10,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pkgutil
 import re
 import signal
 import socket
@@ -27,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import process_pool
+from counting import LOSSES_AND_FOLDERS, count_calls
 
 SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
@@ -308,31 +308,23 @@ class NoRecompilation:
 class Counted:
     """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
 
-    ONCE = (
-        "rankloss_trainers.catalog.choose_each",
-        "rankloss.RankClipLoss.__init__",
-        "rankloss.MimicryLoss.__init__",
-        "rankloss.ClipLoss.__init__",
-    )
-    OPEN = "rankloss_features.Features.__init__"
+    ONCE = {
+        "choose": "rankloss_trainers.catalog.choose_each",
+        "ranks": "rankloss.RankClipLoss.__init__",
+        "mimicry": "rankloss.MimicryLoss.__init__",
+        "base": "rankloss.ClipLoss.__init__",
+    }
 
     def install(self, trainer: Any) -> None:
-        counts: collections.Counter[str] = collections.Counter()
+        folders = {"open": LOSSES_AND_FOLDERS["open"]}
+        counts, train = count_calls(pytest.MonkeyPatch(), **self.ONCE, **folders), trainer.train_one_epoch
 
-        def on_call(owner: Any, name: str, before: Callable[[], Any]) -> None:
-            original = getattr(owner, name)
+        @functools.wraps(train)
+        def train_one_epoch(*args: Any, **keywords: Any) -> Any:
+            print("before a step:", json.dumps(counts))
+            return train(*args, **keywords)
 
-            @functools.wraps(original)
-            def call(*args: Any, **keywords: Any) -> Any:
-                before()
-                return original(*args, **keywords)
-
-            setattr(owner, name, call)
-
-        for path in (*self.ONCE, self.OPEN):
-            owner, _, name = path.rpartition(".")
-            on_call(pkgutil.resolve_name(owner), name, functools.partial(counts.update, [path]))
-        on_call(trainer, "train_one_epoch", lambda: print("before a step:", json.dumps(counts)))
+        trainer.train_one_epoch = train_one_epoch
 
 
 class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):

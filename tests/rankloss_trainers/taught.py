@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +15,6 @@ import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_features import Features
 from rankloss_features.folder import NAMES
-from rankloss_trainers import catalog
-from rankloss_trainers.declared import Loss
 
 ROWS = 32
 LOSS = "rankclip-distill+mimicry"
@@ -72,22 +68,3 @@ def criterion(path: str, width: int, **options: Any) -> Any:
     (part,) = (x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
     part.components = Features(path).components(width).matrix
     return loss
-
-
-def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """From now on, the times that losses are chosen and built and that a folder is opened."""
-    calls: Counter[str] = Counter()
-
-    def counted(place: Any, name: str, key: str) -> None:
-        call = getattr(place, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            calls[key] += 1
-            return call(*args, **kwargs)
-
-        monkeypatch.setattr(place, name, wrapped)
-
-    counted(catalog, "choose_each", "choose")
-    counted(Loss, "build", "build")
-    counted(Features, "__init__", "open")
-    return calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -51,10 +51,14 @@ def test_loss_that_cannot_be_listed_is_named(
     assert "got 'mime'; did you mean mine?" in capsys.readouterr().err
 
 
-def test_command_is_the_module_and_installed(capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "rankloss", "--version"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said == f"rankloss {rankloss.__version__}\n"
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_command_is_the_module_and_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rankloss", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("rankloss", run_name="__main__")
+    assert capsys.readouterr().out == f"rankloss {rankloss.__version__}\n"
     assert printed(capsys).startswith("usage")
     (point,) = importlib.metadata.entry_points(group="console_scripts", name="rankloss")
     assert point.load() is console.main

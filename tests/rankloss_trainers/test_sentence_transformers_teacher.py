@@ -11,9 +11,10 @@ import taught
 import torch
 from cka_clip import CkaLoss
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from taught import LOSS, ROWS, counting, features, folder, references
+from taught import LOSS, ROWS, features, folder, references
 from tiny_sentences import embed, own_loop, pairs, tiny, train, weights
 
+from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss.losses import TEACHER
 from rankloss_features import bind
 from rankloss_features.folder import NAMES
@@ -66,7 +67,7 @@ def test_a_teacher_trains_as_a_plain_loop(
         )
     if how == "folder, turned":
         data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
-    calls = counting(monkeypatch)
+    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     found = trained(tmp_path, data.select(ORDER), loss, 3 if "mini" in how else None, **options)
     assert calls == (
         {"build": 1} if "labels" in how else {"choose": 1, "build": 2, "open": 1}

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import transformers
-from taught import counting
 
+from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss import schedules
 from rankloss_trainers.transformers.__main__ import main, parse
 
@@ -109,7 +109,10 @@ def test_script_that_would_train_something_else_fails(
 def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(
     tmp_path: Path, here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, given = counting(monkeypatch), ("--loss", "rankclip", "--loss-agreement-every", "2")
+    calls, given = (
+        count_calls(monkeypatch, **LOSSES_AND_FOLDERS),
+        ("--loss", "rankclip", "--loss-agreement-every", "2"),
+    )
     directory = here(tmp_path, *given, "--trainer", "Derived", max_steps=1)
     assert calls == {"choose": 1, "build": 1}
     assert history(directory)[0].keys() >= {*TERMS, "cross_modal_tau"}

@@ -13,11 +13,12 @@ import datasets
 import pytest
 import tiny_teacher
 import torch
-from taught import LOSS, ROWS, counting, criterion, features, folder, references, taught_options
+from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
 from torch import nn
 
 import rankloss_trainers
+from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss_features import bind, sources
 from rankloss_features.caching import Spec
 from rankloss_features.folder import NAMES, SPACES
@@ -50,7 +51,7 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
     options = {"lambda_cross": 4.0 * (len(names) == 2)}
     data = joined(bind(captioned(), path)).select(ORDER)
     given = {"loss_options": taught_options(**options), "mini_batch_size": mini_batch_size, **SGD}
-    calls = counting(monkeypatch)
+    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     trained = train(tmp_path, pairs=data, loss=LOSS, teacher=path, max_steps=2, **given)
     assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
     pairs, model = Pairs(ROWS), clip()
