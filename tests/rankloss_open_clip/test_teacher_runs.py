@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from open_clip_train.params import parse_args
 from teacher_features import TEACHER, stored, student, unit_rows
-from trainer_runs import SAMPLES, WHOLE_SET, Counted, Runs, Trainer
+from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 
 from rankloss import reference
 from rankloss_features import Features, caching
@@ -86,7 +86,7 @@ def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
 def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twice(taught: Runs) -> None:
     counts = json.loads(re.findall(r"before a step: (.*)", taught["mimicry"].output)[0])
     assert 1 <= counts.pop("open") <= 2
-    assert counts == dict.fromkeys(Counted.ONCE, 1)
+    assert counts == dict.fromkeys(ONCE, 1)
 
 
 @pytest.mark.parametrize(

@@ -305,19 +305,18 @@ class NoRecompilation:
         trainer.main = counted
 
 
+ONCE = {
+    "choose": LOSSES_AND_FOLDERS["choose"],
+    **{name: f"rankloss.{name}.__init__" for name in ("RankClipLoss", "MimicryLoss", "ClipLoss")},
+}
+
+
 class Counted:
     """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
 
-    ONCE = {
-        "choose": "rankloss_trainers.catalog.choose_each",
-        "ranks": "rankloss.RankClipLoss.__init__",
-        "mimicry": "rankloss.MimicryLoss.__init__",
-        "base": "rankloss.ClipLoss.__init__",
-    }
-
     def install(self, trainer: Any) -> None:
-        folders = {"open": LOSSES_AND_FOLDERS["open"]}
-        counts, train = count_calls(pytest.MonkeyPatch(), **self.ONCE, **folders), trainer.train_one_epoch
+        counts = count_calls(pytest.MonkeyPatch(), **ONCE, open=LOSSES_AND_FOLDERS["open"])
+        train = trainer.train_one_epoch
 
         @functools.wraps(train)
         def train_one_epoch(*args: Any, **keywords: Any) -> Any:

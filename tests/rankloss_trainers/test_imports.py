@@ -52,12 +52,10 @@ def test_arrows_point_one_way(package: str) -> None:
 
 
 LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
-EXTRAS = (
-    "open_clip open_clip_train transformers lightning sentence_transformers accelerate datasets PIL pandas"
-)
+EXTRAS = "open_clip open_clip_train transformers lightning sentence_transformers accelerate datasets PIL"
 SCRIPT = f"""
 import importlib, sys
-sys.modules.update(dict.fromkeys("{EXTRAS} timm safetensors webdataset scipy tqdm".split()))
+sys.modules.update(dict.fromkeys("{EXTRAS} pandas timm safetensors webdataset scipy tqdm".split()))
 for package in {LIGHT}:
     importlib.import_module(package)
 assert "torch" not in sys.modules

@@ -109,11 +109,8 @@ def test_script_that_would_train_something_else_fails(
 def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(
     tmp_path: Path, here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, given = (
-        count_calls(monkeypatch, **LOSSES_AND_FOLDERS),
-        ("--loss", "rankclip", "--loss-agreement-every", "2"),
-    )
-    directory = here(tmp_path, *given, "--trainer", "Derived", max_steps=1)
+    calls, given = count_calls(monkeypatch, **LOSSES_AND_FOLDERS), ("--loss-agreement-every", "2")
+    directory = here(tmp_path, "--loss", "rankclip", *given, "--trainer", "Derived", max_steps=1)
     assert calls == {"choose": 1, "build": 1}
     assert history(directory)[0].keys() >= {*TERMS, "cross_modal_tau"}
 
