@@ -42,7 +42,7 @@ def patch_trainer(module: ModuleType, create_loss: str) -> None:
             raise AttributeError(f"{module.__name__} has no function {name}")
     _wrap(vars(module), {**_WRAPPERS, create_loss: _WRAPPERS["create_loss"]})
     if hasattr(module, "get_data"):
-        _wrap(_names_of(module.get_data), _WRAPPERS)  # the functions that read the data
+        _wrap(inspect.unwrap(module.get_data).__globals__, _WRAPPERS)  # the functions that read the data
 
 
 # --- wrapping -------------------------------------------------------------------------------------------
@@ -61,11 +61,6 @@ def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
             setattr(replaced[name], _PATCHED, True)
     names.update(replaced)
     return bool(found)
-
-
-def _names_of(function: Original) -> Any:
-    """The namespace of a function's module."""
-    return inspect.unwrap(function).__globals__
 
 
 def _with_loss(act: str, *layouts: set[str]) -> Wrapper:

@@ -13,7 +13,6 @@ exit code is 0 if a trainer is ready and none has a problem, else 1.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -22,19 +21,18 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
-# They have parsers of their own, and import what they need.
-_OF_DATA = {"features": "rankloss_features.command"}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in _OF_DATA:
+    if argv and argv[0] == "features":  # which has a parser of its own
         try:
             with extra("features"):
-                return int(importlib.import_module(_OF_DATA[argv[0]]).main(argv[1:]))
+                from rankloss_features import command
+
+                return command.main(argv[1:])
         except ModuleNotFoundError as error:
-            print(f"rankloss {argv[0]}: {error}", file=sys.stderr)
+            print(f"rankloss features: {error}", file=sys.stderr)
             return 1
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {version('rankloss')}")

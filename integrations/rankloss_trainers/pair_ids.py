@@ -38,12 +38,8 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         ValueError: ids of pairs must be texts or integers; column score has the float 0.5 in row 0
     """
     if isinstance(values, Tensor):
-        if (
-            values.dim() != 1
-            or values.is_floating_point()
-            or values.is_complex()
-            or values.dtype == torch.bool
-        ):
+        is_other = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+        if values.dim() != 1 or is_other:
             shown = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
             raise ValueError(f"ids of pairs must be integers [N]; column {column} has {shown}")
         return values.long()

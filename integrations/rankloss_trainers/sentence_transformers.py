@@ -221,17 +221,14 @@ class ContrastiveLoss(EmbeddingLoss):
             )
         key, more = self.run.id_key, taught(self.run.features, labels)
         if key == CAPTIONS:
-            more["pair_ids"] = hash_tokens(texts, self._tokenizer)
+            tokenizer = getattr(extract_model_from_parallel(self.model)[0], "tokenizer", None)
+            more["pair_ids"] = hash_tokens(texts, tokenizer)
         elif key is not None:
             if labels is None:
                 raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
             more["pair_ids"] = labels
         entries: Entries = self.run(**features, logit_scale=self.scale, **more)
         return entries
-
-    @property
-    def _tokenizer(self) -> Any:
-        return getattr(extract_model_from_parallel(self.model)[0], "tokenizer", None)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import RankedLists, metrics
+from rankloss_features.folder import NAMES
 from rankloss_trainers.graded.lists import (
     check_list,
     check_unique,
@@ -171,12 +172,10 @@ def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
     if batch["graded_by"] == "ranks" and by_value:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
     has_pairs = bool({"own", "own_index"} & batch.keys())
-    terms = [part for part in parts if isinstance(part, RankedListsTerm)]
-    needs = any(part.base is not None and part.needs_pairs for part in terms)
-    needs = needs or any(getattr(part, "base", None) is not None for part in parts if part not in terms)
-    if needs and not has_pairs:
+    on_pairs = [part for part in parts if getattr(part, "base", None) is not None]
+    if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
-    if has_pairs and not any(part.base is not None for part in terms):
+    if has_pairs and not any(isinstance(part, RankedListsTerm) for part in on_pairs):
         raise ValueError(f"the data have own, of pairs that {run.name} does not train")
 
 
@@ -228,17 +227,12 @@ def embed(
         again = torch.arange(rows) % few
         columns = {name: x[again.to(x.device)] if len(x) == few else x for name, x in columns.items()}
     outputs, features = embeddings.embedded(call, model, columns, size, (1, Fraction(rows, many)))
-    sides = features["image_features"], features["text_features"]
-    queries, candidates = sides if inputs["queries"] == "image" else sides[::-1]
+    names = NAMES if inputs["queries"] == "image" else NAMES[::-1]
+    queries, candidates = (features[name] for name in names)
     queries = queries[inputs["query_index"]]
     scale, pairs = {"logit_scale": features["logit_scale"]}, {}
     if own_index is not None:
-        both = (
-            (queries, candidates[own_index])
-            if inputs["queries"] == "image"
-            else (candidates[own_index], queries)
-        )
-        pairs = dict(zip(("image_features", "text_features"), both, strict=True))
+        pairs = dict(zip(names, (queries, candidates[own_index]), strict=True))
     if "logit_bias" in features and pairs:
         scale["logit_bias"] = features["logit_bias"]
     elif "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient

@@ -15,57 +15,48 @@ from rankloss_features.folder import Features
 from rankloss_trainers.pair_ids import check_column, make_ids
 
 
-def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
-    """A batch whose features of a teacher have been checked, while they are in the host's memory.
+def collate_pairs(
+    collate: Callable[..., Any], features: Features | None, key: str | None, examples: Any
+) -> Any:
+    """A batch with its data for the loss, which the collator is not given; a teacher's features are checked.
 
     Args:
         collate: The collator that makes the batch.
         features: The folder that the examples are bound to, whose rows the batch gets; None without one.
+        key: The column of the pairs' ids, texts or integers, which the batch gets as ``pair_ids``; or None.
         examples: The examples of the batch.
 
     Raises:
         ValueError: The examples are not bound to the folder, or have features beside it; they are bound and
-            there is no folder; or the features are no teacher's.
+            there is no folder; the features are no teacher's; there is no column of ids, or its values are
+            none.
     """
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
-    columns = [name for name in TEACHER if name in names]
+    columns, own = [name for name in TEACHER if name in names], dict[str, Any]()
     if features is None and COLUMN in names:
         raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
-    if features is None:
-        batch = collate(examples)
-    elif columns:
-        raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
-    elif COLUMN not in names:
-        bind = f"rankloss_features.bind(dataset, {features.path!r})"
-        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
-    else:
+    if features is not None:
+        if columns:
+            raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
+        if COLUMN not in names:
+            bind = f"rankloss_features.bind(dataset, {features.path!r})"
+            has = ", ".join(names)
+            raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {has}")
         bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
-        batch = collate([{name: x[name] for name in x if name != COLUMN} for x in examples])
-        batch = {**batch, **references(features, bound)}
-    for name in TEACHER:
+        own.update(references(features, bound))
+    if key is not None:
+        missing = [n for n, example in enumerate(examples) if key not in example]
+        if missing:
+            has = ", ".join(examples[0])
+            raise ValueError(f"the data have no column {key} of ids; row {missing[0]} has {has}")
+        own["pair_ids"] = make_ids([_plain(example[key]) for example in examples], key)
+    if own:
+        examples = [{name: x[name] for name in x if name not in (COLUMN, key)} for x in examples]
+    batch = {**collate(examples), **own} if own else collate(examples)
+    for name in TEACHER:  # in the host's memory, where a look at them waits for nothing
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
-
-
-def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
-    """A batch with the ids of its pairs, ``pair_ids``, from a column that the collator is not given.
-
-    Args:
-        collate: The collator that makes the batch.
-        key: The column, of texts or integers.
-        examples: The examples of the batch.
-
-    Raises:
-        ValueError: There is no such column, or its values are no ids.
-    """
-    missing = [n for n, example in enumerate(examples) if key not in example]
-    if missing:
-        raise ValueError(
-            f"the data have no column {key} of ids; row {missing[0]} has {', '.join(examples[0])}"
-        )
-    ids = make_ids([_plain(example[key]) for example in examples], key)
-    return {**collate([{name: x[name] for name in x if name != key} for x in examples]), "pair_ids": ids}
 
 
 def check_ids(dataset: Any, key: str) -> None:

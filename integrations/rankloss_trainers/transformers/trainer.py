@@ -132,7 +132,10 @@ class ContrastiveTrainer(transformers.Trainer):
         if self.loss_runtime.takes_lists:
             graded.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
-                self.data_collator = self._collator_of_lists()
+                parts = self.loss_runtime.criterion.modules()
+                unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
+                padding = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
+                self.data_collator = graded.RankedListsCollator(self.processing_class, padding, unique)
 
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
@@ -147,12 +150,6 @@ class ContrastiveTrainer(transformers.Trainer):
         self.loss_runtime.open_folder(folder)
         self.train_dataset = bind(self.train_dataset, folder)
 
-    def _collator_of_lists(self) -> graded.RankedListsCollator:
-        parts = self.loss_runtime.criterion.modules()
-        unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
-        padding: bool | str = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
-        return graded.RankedListsCollator(self.processing_class, padding, unique)
-
     @property
     def _pair_column(self) -> str | None:
         """The column of the pairs' ids; None where the captions are the ids, or without."""
@@ -163,11 +160,9 @@ class ContrastiveTrainer(transformers.Trainer):
         """Batches in which a teacher's features have been checked."""
         collate, run, key = self.data_collator, self.loss_runtime, self._pair_column
         run.name_columns(pair_columns.list_columns(self.train_dataset))
-        checked = functools.partial(pair_columns.collate_checked, collate, run.features)
         if key is not None:
             pair_columns.check_ids(self.train_dataset, key)
-            checked = functools.partial(pair_columns.collate_ids, checked, key)
-        self.data_collator = checked
+        self.data_collator = functools.partial(pair_columns.collate_pairs, collate, run.features, key)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
