@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankloss_trainers.csv_files import read_columns
+from rankloss_trainers.csv_files import read_columns, read_member
 
 
 class SecondCaption:
@@ -44,11 +43,7 @@ class SecondCaption:
 
     def read_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none."""
-        kind, _, field = self.key.partition(":")
-        try:
-            return json.loads(sample["json"])[field] if kind == "json" else sample[self.key.lower()]
-        except (KeyError, TypeError, ValueError):
-            return None
+        return read_member(sample, self.key)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
         """Tokens, as of the first caption."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss_features.data import named_sample
-from rankloss_trainers.csv_files import read_columns
+from rankloss_trainers.csv_files import read_columns, read_member
 from rankloss_trainers.pair_ids import check_column, count_partners, make_ids
 
 CAPTIONS = "captions"
@@ -90,16 +89,11 @@ class PairIds:
         Raises:
             ValueError: The sample has none.
         """
-        kind, _, field = self.key.partition(":")
-        try:
-            if self.key == CAPTIONS:
-                value: Any = caption
-            else:
-                value = json.loads(sample["json"])[field] if kind == "json" else sample[self.key]
-        except (KeyError, TypeError, ValueError):
+        value = caption if self.key == CAPTIONS else read_member(sample, self.key)
+        if value is None:
             members = ", ".join(name for name in sample if not name.startswith("__"))
             where = named_sample(sample)
-            raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}") from None
+            raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}")
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
         return int(make_ids([value], self.key))
 

@@ -94,18 +94,16 @@ class Teacher:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.folder: str | None = text
         self.spec: Any = None
-        if os.path.isdir(text):
-            return
-        with extra("features"):
-            from rankloss_features.caching import Spec
-        try:
-            self.folder, self.spec = None, Spec.of(text)
-        except ValueError as error:
-            if any(sign in text for sign in "=:"):
-                raise OptionError("teacher", str(error)) from error
-            self.folder = text
+        if not os.path.isdir(text):
+            with extra("features"):
+                from rankloss_features.caching import Spec
+            try:
+                self.spec = Spec.of(text)
+            except ValueError as error:
+                if any(sign in text for sign in "=:"):  # else a folder that is not there
+                    raise OptionError("teacher", str(error)) from error
+        self.folder = text if self.spec is None else None
 
     def check(self) -> None:
         """Look up a teacher to compute, as far as it is known before anything is loaded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rankloss.distributed import Gather
 from rankloss.graded import LARGEST_INTEGER
 from rankloss.precision import has_float64
+from rankloss_features.folder import hash_of
 
 PADDING = -1
 """The index of a place without a candidate."""
@@ -135,8 +135,7 @@ def identify(candidate: Any) -> Hashable:
 
 def hash_identity(key: Hashable) -> int:
     """64 bits of an :func:`identify`, the same on all processes."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int.from_bytes(hash_of(repr(key).encode(), 8), "little", signed=True)
 
 
 def pool_lists(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
