@@ -14,7 +14,7 @@ runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from types import MappingProxyType
 
@@ -196,27 +196,21 @@ def load(name: str) -> Named:
     return named
 
 
-def load_joined(names: Sequence[str]) -> dict[str, Named]:
-    """The declarations of losses that are trained together, with the defaults that they have together.
-
-    Raises:
-        Exception: As :func:`load`.
-    """
-    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= {*names}]
-    joined = {}
-    for name in names:
-        named, defaults = load(name), [table[name] for table in tables if name in table]
-        joined[name] = functools.reduce(Named.with_defaults, defaults, named)
-    return joined
-
-
 def choose_each(given: Mapping[str, Options]) -> list[Loss]:
-    """The losses of these names with the options of each, the innermost first.
+    """The losses of these names with the options of each and their joint defaults, the innermost first.
 
     Raises:
         TypeError: There is no such option.
+        Exception: As :func:`load`.
     """
-    return [Loss(name, x, given[name], package_of(name)) for name, x in load_joined([*given]).items()]
+    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= given.keys()]
+    losses = []
+    for name, options in given.items():
+        named = load(name)
+        for table in tables:
+            named = named.with_defaults(table.get(name, {}))
+        losses.append(Loss(name, named, options, package_of(name)))
+    return losses
 
 
 def choose(name: str, given: Options = MappingProxyType({}), *, is_joined: bool = False) -> list[Loss]:

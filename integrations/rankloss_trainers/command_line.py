@@ -235,8 +235,8 @@ def _typed(option: Option) -> Callable[[str], Any]:
 def described(names: Sequence[str]) -> str:
     """The options of a loss or of joined ones, one a line, with their defaults."""
     texts = []
-    for name, named in catalog.load_joined(names).items():
+    for loss in catalog.choose_each({name: {} for name in names}):
         parser = argparse.ArgumentParser(add_help=False)
-        add_options(parser, {name: named})
-        texts.append(parser.format_help().partition(f"--loss {name}:\n")[2].rstrip())
+        add_options(parser, {loss.name: loss.named})
+        texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())
     return "\n".join(texts)
