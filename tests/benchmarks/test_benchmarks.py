@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,26 +97,3 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
     path.write_text("a\n<!-- bench:x -->\nb\n")
     with pytest.raises(ValueError, match="bench:x"):
         page.fill(path, "x", "text\n")
-
-
-@pytest.mark.slow
-def test_what_pytest_benchmark_writes_becomes_tables(tmp_path: Path) -> None:
-    """Timed, not only carried out: the rounds of each contender, and what is counted, reach the page."""
-    line = [
-        Path(sys.executable).with_name("pytest"),
-        "benchmarks",
-        "--benchmark-only",
-        "-k",
-        "test_loss and 512-1-ClipLoss and not (ids or smoothed)",
-    ]
-    found = tmp_path / "bench.json"
-    # Beside xdist nothing is timed.
-    alone = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    subprocess.run([*line, f"--benchmark-json={found}"], cwd=ROOT, env=alone, check=True, timeout=600)
-    results = json.loads(found.read_text())
-    assert [len(x["stats"]["data"]) for x in results["benchmarks"]] == [40, 40]
-    assert all(0 < second < 60 for x in results["benchmarks"] for second in x["stats"]["data"])
-    text = page.tables(results)
-    assert "| ClipLoss | " in text
-    assert "| ClipLoss-streamed | " in text
-    assert results["machine_info"]["versions"]["rankloss"] == rankloss.__version__

@@ -28,12 +28,6 @@ def test_readme_is_read_in_a_few_minutes_and_all_pages_in_an_hour() -> None:
     assert sum(len(text.split()) for text in [README, *pages]) <= 16_000
 
 
-def test_long_lines_of_code_wrap() -> None:
-    css = (ROOT / "docs/stylesheets/site.css").read_text(encoding="utf-8")
-    (rule,) = re.findall(r"pre > code \{([^}]*)\}", css)
-    assert "pre-wrap" in rule
-
-
 @pytest.mark.parametrize("page", ["open_clip", "transformers", "sentence_transformers", "loops"])
 def test_a_trainers_page_says_which_curve_to_watch(page: str) -> None:
     section = PAGES[page].partition("# Watch this\n")[2].partition("\n#")[0].lower()

@@ -90,27 +90,6 @@ def test_trainer_parses_the_command_and_the_readme_explains_it(
         assert re.search(rf"`{option}\b", readme), option
 
 
-def test_command_trains_a_step(command: Command, trainer: Trainer) -> None:
-    """On a tiny model and its data; nothing else is changed."""
-    name, table = "cc3m-rn50-distill", trainer.directory / "recipes.csv"
-    rows = [f'{image},"{caption}"' for image, caption, _ in trainer.rows[:PAIRS]]
-    table.write_text("\n".join(["image,caption", *rows]) + "\n")
-    accum_freq = parse_args(trainer_arguments(command(name, "1"))).accum_freq
-    tiny = f"local-dir:{trainer.directory / 'tiny'}"
-    options = {
-        **{"--model": tiny, "--distill-model": tiny, "--distill-pretrained": "none", "--device": "cpu"},
-        **{"--batch-size": str(PAIRS // accum_freq), "--epochs": "1", "--workers": "0"},
-        **{"--logs": str(trainer.directory / "logs"), "--name": name},
-    }
-    words = command(name, "1", *itertools.chain(*options.items()), DATA=str(table), PAIRS=str(PAIRS))
-    run = trainer.call(name, *trainer_arguments(words), alone=True)
-    assert run.returncode == 0, run.output[-4000:]
-    assert {"cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"} < run.scalars.keys()
-    assert all(list(values) == [0] and np.isfinite(values[0]) for values in run.scalars.values())
-    assert run.scalars["rank_lambda"][0] == 2.0  # the last step of one
-    assert run.epoch(1)
-
-
 def commands_of(words: list[str], program: str) -> list[list[str]]:
     """The commands of a program that a script starts one after another."""
     starts = [n for n, word in enumerate(words) if word == program]

@@ -12,11 +12,7 @@ import datasets
 import pytest
 import torch
 from launch import torchrun
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import WORDS, embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
@@ -171,7 +167,7 @@ def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path) -> None:
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> None:
-    given = {"save_strategy": "epoch", "num_train_epochs": 3, "optim": "adamw_torch"}
+    given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
     ended, lambdas = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
         model = tiny(bert)
@@ -203,18 +199,9 @@ def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None
 def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
     model = tiny(bert)
     losses = {name: rank_clip(model, schedule="linear", agreement_every=2) for name in "ab"}
-    sets = {name: pairs(16) for name in losses}
-    arguments = SentenceTransformerTrainingArguments(
-        str(tmp_path),
-        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1},
-        **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "save_strategy": "no"},
-        multi_dataset_batch_sampler="round_robin",
-    )
-    progress = Progress(*losses.values())
-    trainer = SentenceTransformerTrainer(
-        model, arguments, datasets.DatasetDict(sets), loss=losses, callbacks=[progress]
-    )
-    trainer.train()
+    sets = datasets.DatasetDict({name: pairs(16) for name in losses})
+    given = {"num_train_epochs": 1, "multi_dataset_batch_sampler": "round_robin"}
+    trainer = train(tmp_path, losses, model, train_dataset=sets, **given)
     expected = pytest.approx([schedules.linear(i, 4) for i in range(1, 5)], abs=1e-4)
     assert [line["rank_lambda"] for line in steps(trainer)] == expected
 

@@ -436,7 +436,6 @@ def lookup(examples: Any) -> dict[str, Tensor]:
         ({"teacher": "missing"}, "teacher: .*missing"),
         ({"teacher": "given", "loss": "cyclip"}, "teacher: .*cyclip.*given"),
         ({"schedule_unit": "batch"}, "schedule_unit .*'batch'"),
-        ({"agreement_every": 0}, "agreement_every .*0"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
         ({"model": Other()}, "image_embeds.*text_embeds.*logits"),

@@ -62,7 +62,7 @@ class Trainer(SentenceTransformerTrainer):
 
 def train(
     directory: Path,
-    loss: nn.Module,
+    loss: Any,
     model: nn.Module,
     *,
     resume: str | None = None,
@@ -79,7 +79,7 @@ def train(
     }
     keywords.setdefault("train_dataset", pairs())
     if kind is Trainer:
-        keywords["callbacks"] = [ours.Progress(loss)]
+        keywords["callbacks"] = [ours.Progress(*(loss.values() if isinstance(loss, dict) else [loss]))]
     args = SentenceTransformerTrainingArguments(**arguments)
     trainer = kind(model=model, args=args, loss=loss, **keywords)
     trainer.train(resume_from_checkpoint=resume)
