@@ -10,8 +10,10 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import TestCase, mock
 
 import pytest
 import torch
@@ -392,10 +394,8 @@ def test_all_gather_concatenates_and_its_gradient_adds_up(pools: Pools, world_si
 def counted(rank: int, world_size: int, one_tensor: bool = False) -> dict[Any, Any]:
     """A second step: its values, the collectives forward and backward, and the bytes that they fill."""
     found: dict[Any, Any] = {}
-    former = distributed._has_tensor_collectives
-    if one_tensor:
-        distributed._has_tensor_collectives = lambda x, group: True
-    try:
+    has_it = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
+    with has_it if one_tensor else nullcontext():
         for flags, (name, (make, _)) in itertools.product(FLAGS, LOSSES.items()):
             inputs, loss = leaves(world_size), make(gather=of_flags(flags))
             mine = own(rank, world_size, *inputs[:2])
@@ -405,8 +405,6 @@ def counted(rank: int, world_size: int, one_tensor: bool = False) -> dict[Any, A
             with Collectives() as backward:
                 values = differentiated(value, inputs)
             found[flags, name] = values, dict(forward.counts), forward.filled.total(), dict(backward.counts)
-    finally:
-        distributed._has_tensor_collectives = former
     return found
 
 
@@ -693,9 +691,8 @@ def on_device(rank: int, world_size: int, kind: type[Tensor]) -> list[Any]:
         by_device.append(str(device))
         return gather_text(text, torch.device("cpu"), group)
 
-    distributed._gather_text = on_cpu
     owner = nn.Identity()
-    try:
+    with mock.patch.object(distributed, "_gather_text", on_cpu):
         for rows, is_bad in ((2, False), (2, False), (2, rank == 1), (3, rank == 1), (3, rank == 1)):
             x = torch.ones(rows, 2).as_subclass(kind)
             try:
@@ -705,8 +702,6 @@ def on_device(rank: int, world_size: int, kind: type[Tensor]) -> list[Any]:
                 found.append(calls.counts.total())
             except ValueError as error:
                 found.append("bad of rank 1" if "rank 1" in str(error) else "bad")
-    finally:
-        distributed._gather_text = gather_text
     return [*found, by_device]
 
 
@@ -824,24 +819,15 @@ def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
 
 def remarks(rank: int, world_size: int) -> list[str]:
     """The lines that rankloss logs while a loss is built and trained."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger("rankloss")
-    former = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        v, t, s, _ = leaves(1)
+    v, t, s, _ = leaves(1)
+    with TestCase().assertLogs("rankloss", logging.INFO) as caught:
+        logging.getLogger("rankloss").info("a line, without which there may be none")
         for flags in FLAGS:
             loss = RankConsistency(gather=of_flags(flags))
             for _ in range(2):
                 loss(v, t, s)
         RankClipLoss().set_epoch(1, 1)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(former)
-    return [record.getMessage() for record in records]
+    return [record.getMessage() for record in caught.records[1:]]
 
 
 def test_the_first_process_alone_warns_once(pools: Pools) -> None:

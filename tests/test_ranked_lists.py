@@ -209,42 +209,6 @@ def test_a_frozen_model_has_no_gradient() -> None:
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
 
 
-def by_ranks(x: Tensor, grades: Tensor, gain: str) -> Tensor:
-    """One list's value as allRank defines it: everything in the order of the scores, without ties."""
-    order = x.argsort(descending=True)
-    x, g = x[order], grades[order]
-    places = torch.arange(1, len(x) + 1, dtype=F64)
-    discounts = torch.log2(1 + places)
-    gains = {"linear": lambda y: y, "exponential": lambda y: 2**y - 1}[gain]
-    ideal = (gains(g.sort(descending=True).values) / discounts).sum()
-    distances = (places[:, None] - places[None, :]).abs()
-    deltas = (1 / torch.log2(1 + distances) - 1 / torch.log2(2 + distances)).abs().fill_diagonal_(0)
-    swaps = (1 / discounts[:, None] - 1 / discounts[None, :]).abs()
-    change = (gains(g)[:, None] - gains(g)[None, :]).abs() / ideal
-    weights = (10 * deltas + swaps) * change
-    is_pair = g[:, None] > g[None, :]
-    return -(weights * F.logsigmoid(x[:, None] - x[None, :]))[is_pair].sum()
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["linear", "exponential"]))
-def test_lambda_is_allranks_definition_and_the_references(seed: int, k: int, gain: Any) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = 3 * torch.randn(4, k, dtype=F64, generator=generator)
-    grades = torch.randint(0, 5, (4, k), generator=generator).double()
-    grades[:, 0] = 5.0
-    found = []
-    for value_of in (
-        lambda x: graded.lambda_loss(x, grades, x, gain=gain)[0],
-        lambda x: torch.stack([by_ranks(a, b, gain) for a, b in zip(x, grades, strict=True)]),
-    ):
-        leaf = x.clone().requires_grad_()
-        value = value_of(leaf)
-        found.append([value, *gradients(value, (leaf,), torch.linspace(-1, 2, 4, dtype=F64))])
-    assert_close(found[0], found[1], 1e-12)
-    of_reference = [reference.lambda_loss(a, b, gain=gain) for a, b in zip(x, grades, strict=True)]
-    assert_close([found[0][0]], [of_reference], 1e-12)
-
-
 def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
     x, grades = (
         torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64),

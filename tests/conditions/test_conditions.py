@@ -263,8 +263,8 @@ CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
     "deepcopy": lambda subject: copy.deepcopy(called(subject)),
     "pickle": lambda subject: pickle.loads(pickle.dumps(called(subject))),
     "state_dict": lambda subject: loaded(subject.started(), saved(called(subject))),
-    "default device meta": lambda subject: started_in(default_device("meta"), subject),
-    "default dtype bfloat16": lambda subject: started_in(default_dtype(BF16), subject),
+    "default device meta": lambda subject: started_in(on_meta_by_default(), subject),
+    "default dtype bfloat16": lambda subject: started_in(by_default(BF16)(), subject),
     "inference mode": lambda subject: started_in(torch.inference_mode(), subject),
 }
 
@@ -296,41 +296,23 @@ def test_a_copy_is_on_its_own(subject: Subject, copied: Callable[[Any], Any]) ->
 
 
 @contextmanager
-def flush_to_zero() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor knows no flushing")
+def during(choose: Callable[[Any], Any], value: Any, former: Any) -> Iterator[None]:
+    """A setting of torch, and the former one in the end."""
+    choose(value)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
+        choose(former)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+flush_to_zero = functools.partial(during, torch.set_flush_denormal, True, False)
+# torch.empty is then filled with NaN.
+deterministic = functools.partial(during, torch.use_deterministic_algorithms, True, False)
+on_meta_by_default = functools.partial(during, torch.set_default_device, "meta", None)
 
 
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def by_default(dtype: torch.dtype) -> Context:
+    return functools.partial(during, torch.set_default_dtype, dtype, F32)
 
 
 def autocast(dtype: torch.dtype) -> Context:
@@ -341,8 +323,8 @@ SURROUNDINGS: dict[str, tuple[Context, Context, torch.dtype | None]] = {
     "flush to zero": (flush_to_zero, flush_to_zero, None),
     "deterministic algorithms": (deterministic, deterministic, None),
     "torch.device(meta)": (lambda: torch.device("meta"), nullcontext, None),
-    "default device meta": (lambda: default_device("meta"), nullcontext, None),
-    "default dtype float64": (lambda: default_dtype(F64), lambda: default_dtype(F64), None),
+    "default device meta": (on_meta_by_default, nullcontext, None),
+    "default dtype float64": (by_default(F64), by_default(F64), None),
     "autocast of the forward pass": (autocast(BF16), nullcontext, BF16),
     "autocast of the backward pass": (nullcontext, autocast(BF16), BF16),
     "autocast of both": (autocast(F16), autocast(F16), F16),

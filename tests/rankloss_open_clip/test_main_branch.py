@@ -14,6 +14,8 @@ from trainer_runs import BOTH, OFFICIAL, STEPS, NoRecompilation, Run, Trainer, a
 from open_clip_main import unpacked
 from rankloss import schedules
 
+pytestmark = pytest.mark.slow
+
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
 EPOCHS = 3
@@ -29,23 +31,9 @@ pickle.dump(done, open(sys.argv[1], "wb"))
 """
 
 
-FEW = ("single", "stock")
-
-
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return unpacked(tmp_path_factory.mktemp("main"))
-
-
-@pytest.fixture(scope="module")
-def main_runs(trainer: Trainer, path: str) -> dict[str, Run]:
-    return trained(trainer, path, {name: given for name, given in runs_of(trainer).items() if name in FEW})
-
-
-@pytest.fixture(scope="module")
-def slow_runs(trainer: Trainer, path: str, main_runs: dict[str, Run]) -> dict[str, Run]:
-    rest = {name: given for name, given in runs_of(trainer).items() if name not in FEW}
-    return {**main_runs, **trained(trainer, path, rest)}
+def main_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    return trained(trainer, unpacked(tmp_path_factory.mktemp("main")), runs_of(trainer))
 
 
 def runs_of(trainer: Trainer) -> dict[str, Any]:
@@ -73,12 +61,11 @@ def runs_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]:
-    if "naflex" in runs:
-        vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
-        pooled = {"timm_pool": "avg", "timm_proj": "linear"}
-        text = {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 1}
-        towers = {"custom_text": True, "vision_cfg": {**vision, **pooled}, "text_cfg": text}
-        trainer.write_model("tiny-naflex", towers)
+    vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
+    pooled = {"timm_pool": "avg", "timm_proj": "linear"}
+    text = {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 1}
+    towers = {"custom_text": True, "vision_cfg": {**vision, **pooled}, "text_cfg": text}
+    trainer.write_model("tiny-naflex", towers)
     file = trainer.directory / "main.pickle"
     file.write_bytes(pickle.dumps((trainer, runs)))
     driver = trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
@@ -92,10 +79,9 @@ def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]
 LAMBDAS = {step: schedules.linear(step + 1, STEPS) for step in range(STEPS)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lambda_changes_without_a_recompilation(slow_runs: dict[str, Run], strategy: str) -> None:
-    run, eager = slow_runs[strategy], slow_runs["steps"]
+def test_lambda_changes_without_a_recompilation(main_runs: dict[str, Run], strategy: str) -> None:
+    run, eager = main_runs[strategy], main_runs["steps"]
     (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
     assert frames > 0
     if strategy == "task":
@@ -106,9 +92,8 @@ def test_lambda_changes_without_a_recompilation(slow_runs: dict[str, Run], strat
         assert trained == pytest.approx(eager.scalars[name], rel=1e-5), name
 
 
-@pytest.mark.slow
-def test_fsdp2_trains_as_one_process_with_the_whole_batch(slow_runs: dict[str, Run]) -> None:
-    fsdp, single = slow_runs["fsdp"], slow_runs["whole batch"]
+def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: dict[str, Run]) -> None:
+    fsdp, single = main_runs["fsdp"], main_runs["whole batch"]
     assert "world_size: 2" in fsdp.log
     assert len(fsdp.train_lines()) == EPOCHS
     for name in (*TERMS, *METRICS, "loss"):
@@ -130,7 +115,6 @@ def trained_part(name: str, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, value])
 
 
-@pytest.mark.slow
 def test_task_trains_the_sum_of_the_terms_and_at_lambda_zero_what_stock_does(
     main_runs: dict[str, Run],
 ) -> None:
@@ -144,18 +128,16 @@ def test_task_trains_the_sum_of_the_terms_and_at_lambda_zero_what_stock_does(
     assert "rank" not in "".join(stock.scalars)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "named"), [("generative", "naflexgenlip_b16"), ("audio", "--dataset-type synthetic-audio")]
 )
-def test_what_has_no_contrastive_pairs_is_refused(slow_runs: dict[str, Run], name: str, named: str) -> None:
-    assert re.search(f"argument --loss: rankclip .*{named}", slow_runs[name].output)
+def test_what_has_no_contrastive_pairs_is_refused(main_runs: dict[str, Run], name: str, named: str) -> None:
+    assert re.search(f"argument --loss: rankclip .*{named}", main_runs[name].output)
 
 
-@pytest.mark.slow
-def test_naflex_batches_change_their_size(slow_runs: dict[str, Run]) -> None:
+def test_naflex_batches_change_their_size(main_runs: dict[str, Run]) -> None:
     """Few large pictures in one step, many small ones in the next: λ counts the steps of the schedule."""
-    run = slow_runs["naflex"]
+    run = main_runs["naflex"]
     seen = [0, *map(int, re.findall(r"Train Epoch: 0 \[ *(\d+)/", run.log))]
     assert {after - before for before, after in itertools.pairwise(seen)} == {4, 16}
     steps = len(seen) - 1

@@ -131,14 +131,13 @@ OPTIONS = [
 def ddp_runs(trainer: Trainer) -> Runs:
     table = Runs()
 
-    def add(name: str, *options: str, processes: int = 1, accum_freq: int = 1) -> None:
-        sizes = ("--batch-size", str(SAMPLES // processes // accum_freq), "--accum-freq", str(accum_freq))
+    def add(name: str, *options: str, processes: int = 1) -> None:
+        sizes = ("--batch-size", str(SAMPLES // processes))
         # Other tests have runs of these names, in the same directory.
         table.add(name, trainer.call, f"ddp {name}", *OPTIONS, *sizes, *options, processes=processes)
 
     add("one process")
     add("two processes", *BOTH, processes=2)
-    add("accumulation", accum_freq=2)
     # λ goes from 0 to 2; a static graph allows no change in what is trained.
     checkpointing = (*OFFICIAL, "--grad-checkpointing")
     add("checkpointing", *checkpointing)
@@ -179,14 +178,3 @@ def test_processes_with_both_flags_train_as_one_does(ddp_runs: Runs, several: st
     if several == "static graph":
         assert runs[0].params["ddp_static_graph"] == "True"
         assert list(runs[0].scalars["rank_lambda"].values()) == [0.0, 2.0]
-
-
-def test_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Runs) -> None:
-    accumulated, whole = ddp_runs["accumulation"], ddp_runs["one process"]
-    gradient, expected = gradient_and_step(accumulated)[0], gradient_and_step(whole)[0]
-    assert relative_error(gradient["towers"], expected["towers"]) < 1e-5
-    assert relative_error(gradient["scale"], 2 * expected["scale"]) < 1e-5
-    names = [name for name in whole.scalars if name.endswith("loss")]
-    assert {"cross_modal_loss", "in_modal_loss", "loss"} < set(names)
-    for name in names:
-        assert accumulated.scalars[name][0] == pytest.approx(whole.scalars[name][0], rel=1e-5), name
