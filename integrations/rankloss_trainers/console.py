@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] == "features":  # which has a parser of its own
         try:
             with extra("features"):
-                from rankloss_features import command
+                from rankloss_features.command import main as compute_features
 
-                return command.main(argv[1:])
+                return compute_features(argv[1:])
         except ModuleNotFoundError as error:
             print(f"rankloss features: {error}", file=sys.stderr)
             return 1
