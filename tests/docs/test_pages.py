@@ -80,17 +80,6 @@ def cells(notebook: Path) -> list[dict[str, Any]]:
     return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_opens_with_a_sentence_and_a_picture(notebook: Path) -> None:
-    opening = "".join(cells(notebook)[0]["source"])
-    title, sentence, _ = opening.split("\n\n", 2)
-    assert title.startswith("# ")
-    assert sentence.endswith(".")
-    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', opening)
-    assert len(pictures) == 2
-    assert all((notebook.parent / picture).exists() for picture in pictures)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.training import TrainerLoss
 from untrusted import Pickled
 
-EPOCHS = 3
+EPOCHS = 2
 PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--loss-schedule-unit", "step"]
 PER_EPOCH = STEPS // 2  # optimizer steps: every second batch makes one
 LAMBDAS = {step: schedules.linear(step + 1, EPOCHS * PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)}
@@ -52,7 +52,7 @@ def training(trainer: Trainer) -> Training:
 
 def test_resumed_by_path_ends_with_the_same_bits_and_lines(training: Training) -> None:
     assert "(epoch 1)" in training.by_path.log
-    assert_equal_training(training.whole, training.by_path, epochs=(2, 3))
+    assert_equal_training(training.whole, training.by_path, epochs=(2,))
     assert len(training.whole.timeless_log) == len(LAMBDAS)
     assert training.by_path.timeless_log == training.whole.timeless_log[PER_EPOCH:]
 
@@ -61,7 +61,7 @@ def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits_and_lines(train
     before, lines = training.killed_log.count("Train Epoch:"), training.whole.timeless_log
     assert PER_EPOCH < before < 2 * PER_EPOCH
     assert f"{training.latest.directory / 'checkpoints' / 'epoch_1.pt'}" in training.latest.log
-    assert_equal_training(training.whole, training.latest, epochs=(1, 2, 3))
+    assert_equal_training(training.whole, training.latest, epochs=(1, 2))
     # The interrupted epoch is repeated from its start.
     assert training.latest.timeless_log == [*lines[:before], *lines[PER_EPOCH:]]
 

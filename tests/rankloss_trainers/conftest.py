@@ -6,6 +6,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny Bert, which its first user writes."""
+    return tmp_path_factory.mktemp("bert")
+
+
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
 
 NEEDED = {

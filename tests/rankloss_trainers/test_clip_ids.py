@@ -167,9 +167,8 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["captions", "label"])
 def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, key: str
+    tmp_path: Path, bert: Path, key: str
 ) -> None:
-    bert = tmp_path_factory.mktemp("bert")
     model, own = tiny(bert), tiny(bert)
     rows = sentences().select(range(8)).to_dict()
     rows["text"][1] = rows["text"][6] = rows["text"][0]
@@ -182,7 +181,7 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
     torch.testing.assert_close(weights_of_sentences(model), weights_of_sentences(own), rtol=1e-4, atol=1e-5)
 
 
-def test_equal_captions_are_known_in_bags_of_words(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_equal_captions_are_known_in_bags_of_words() -> None:
     """Of a StaticEmbedding, whose texts stand in one row."""
     words = {word: n for n, word in enumerate(["[UNK]", "a", "b", "c"])}
     static = StaticEmbedding(Tokenizer(WordLevel(words, unk_token="[UNK]")), embedding_dim=8)
@@ -196,10 +195,8 @@ def test_equal_captions_are_known_in_bags_of_words(tmp_path_factory: pytest.Temp
     torch.testing.assert_close(entries["contrastive_loss"], owed)
 
 
-def test_a_label_of_one_value_is_refused_before_the_first_step(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    model = tiny(tmp_path_factory.mktemp("bert"))
+def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path, bert: Path) -> None:
+    model = tiny(bert)
     before = weights_of_sentences(model)
     data = sentences().add_column("label", [7] * 32)
     loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
@@ -208,7 +205,6 @@ def test_a_label_of_one_value_is_refused_before_the_first_step(
     assert torch.equal(weights_of_sentences(model), before)
 
 
-def test_sentence_transformers_hands_no_other_column_to_a_loss(tmp_path_factory: Any) -> None:
-    model = tiny(tmp_path_factory.mktemp("bert"))
+def test_sentence_transformers_hands_no_other_column_to_a_loss(bert: Path) -> None:
     with pytest.raises(ValueError, match=r"^key .*'group'"):
-        ContrastiveLoss(model, "clip-ids", {"key": "group"})
+        ContrastiveLoss(tiny(bert), "clip-ids", {"key": "group"})

@@ -29,11 +29,6 @@ from rankloss_trainers.graded.sentence_transformers import (
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bert")
-
-
 def texts(seed: int, number: int) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     return [" ".join(WORDS[i] for i in row) for row in torch.randint(0, 40, (number, 4), generator=generator)]

@@ -29,11 +29,6 @@ METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
 CACHED = pytest.mark.parametrize("mini_batch_size", [None, 3])
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bert")
-
-
 def columns(model: Any) -> list[dict[str, Any]]:
     chosen = pairs(8)
     return [model.preprocess(list(chosen[name])) for name in ("image", "text")]
