@@ -20,8 +20,6 @@ _TRITON = TorchVersion(triton_version() or "0")
 # Triton before 3.7 does what NumPy warns of since 1.25, and refuses since 2.4.
 HAS_TRITON = _TRITON >= EARLIEST_TRITON if TorchVersion(np.__version__) < "1.25" else _TRITON >= "3.7"
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton that interprets the kernels")
-
 if HAS_TRITON and DEVICE.type == "cpu":
     # Triton decides when a function is decorated whether it is interpreted, its own library included.
     assert "triton" not in sys.modules, "Triton was imported before TRITON_INTERPRET was set"

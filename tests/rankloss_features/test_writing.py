@@ -209,7 +209,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (CAPTIONS, {"weights": "1"}, "teacher, .*'0'.*'1'"),
         (CAPTIONS, {"dtype": "float32"}, "dtype, float16"),
-        (CAPTIONS, {"batch_size": 16}, "batch_size, 8"),
         ([CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]], {}, "row 0"),
         ([*CAPTIONS[:17], "another", *CAPTIONS[18:]], {}, "row 17"),
         (CAPTIONS[:-1], {}, "40 rows, .* 39"),

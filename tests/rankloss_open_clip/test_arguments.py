@@ -156,7 +156,6 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss rankclip --model local-dir:x --pretrained y.pt", "argument --pretrained y.pt:"),
         ("--loss rankclip --model hf-hub:x/y --pretrained y.pt", "argument --pretrained y.pt:"),
         (f"{LISTS}-own-caption top --ranked-lists-model top_one", "--ranked-lists-own-caption top"),
-        (f"{LISTS}-own-caption top --ranked-lists-model lambda", "--ranked-lists-own-caption top"),
         (f"{LISTS}-max-candidates 0", "--ranked-lists-max-candidates 0"),
         ("--loss ranked-lists --model coca_ViT-B-32", "ranked-lists CoCa"),
         ("--loss ranked-lists --distill-model RN50 --distill-pretrained x", "ranked-lists --distill-model"),

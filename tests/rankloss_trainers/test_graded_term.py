@@ -8,27 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from named_inputs import N, inputs_of
 
 import rankloss
 import rankloss_trainers
 from rankloss_trainers.catalog import choose, load
 from rankloss_trainers.graded.term import RankedListsTerm
 
-SCALE = 8.0
-
-
-def encoded(seed: int, *shape: int) -> Tensor:
-    return normalize(torch.randn(*shape, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-V, T = encoded(0, 5), encoded(1, 5)
-LISTS = {
-    "query_features": V,
-    "candidate_features": encoded(2, 5, 3),
-    "grades": torch.tensor([[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0]]),
-}
+LISTS = inputs_of("ranked-lists")
+V, T, SCALE = (LISTS.pop(key) for key in ("image_features", "text_features", "logit_scale"))
 
 
 @pytest.mark.parametrize("base", [rankloss.ClipLoss(), rankloss.SigLipLoss()])
@@ -66,10 +54,10 @@ def test_a_base_is_trained_where_the_data_have_pairs() -> None:
 
 
 def test_a_query_twice_in_a_batch_is_refused_where_its_candidates_would_be_negatives() -> None:
-    ids = torch.tensor([3, 1, 2, 1, 0])
+    ids = torch.tensor([3, 1, 2, 1, 0, 5, 6, 7])
     RankedListsTerm(rankloss.RankedLists())(SCALE, query_ids=ids, **LISTS)
     term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=True))
-    term(SCALE, query_ids=torch.arange(5), **LISTS)
+    term(SCALE, query_ids=torch.arange(N), **LISTS)
     with pytest.raises(ValueError, match=r"1 and 3 .*query"):
         term(SCALE, query_ids=ids, **LISTS)
 
