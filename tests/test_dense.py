@@ -59,9 +59,7 @@ def test_probabilities_of_all_rankings_sum_to_one_and_the_scores_own_is_the_like
 
 
 @given(scored_lists(), list_options, finite, st.randoms(use_true_random=False))
-def test_only_the_order_of_the_reference_and_differences_of_scores_matter(
-    lists, options, shift, random
-) -> None:
+def test_only_the_references_order_and_scores_differences_matter(lists, options, shift, random) -> None:
     x, y = for_worth(lists[0], options["worth"]), lists[1]
     expected = plackett_luce_nll(x, y, **options)
     assert expected >= -1e-12

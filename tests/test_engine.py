@@ -345,9 +345,7 @@ def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> Batch:
     ("options", "has_teacher"),
     [*with_teachers([{}, *CHANGES]), *(x for n, x in enumerate(with_teachers(PAIRS)) if n % 4 in (0, 3))],
 )
-def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
-    options, has_teacher: bool
-) -> None:
+def test_a_step_on_an_accelerator_never_waits_and_copies_weights_alone(options, has_teacher: bool) -> None:
     """Row lists are followed with their gradients, which autograd would ask for, but asks a card for."""
     checked = RankOptions(**options)
     wanted, is_share = (checked.worth == "exp", True, True), len(options) == 2 and not checked.is_dense

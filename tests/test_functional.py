@@ -91,9 +91,7 @@ def test_row_lists_match_the_vectors_in_value_and_gradient(key: str, dtype, tole
     norms=st.sampled_from([None, None, (0.3, 1.7)]),
     random=st.randoms(use_true_random=False),
 )
-def test_every_option_is_that_of_the_literal_references(
-    term, batch: Batch, options, teacher, norms, random
-) -> None:
+def test_every_option_is_the_literal_references(term, batch: Batch, options, teacher, norms, random) -> None:
     """Value and gradients, in any order of the pairs, and for features that are not unit-norm as they are."""
     ours, theirs = TERMS[term]
     n, v, t = len(batch.image), batch.image, batch.text
@@ -188,9 +186,7 @@ def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
         (in_modal, [], {"kernel": "triton", "lists": "batch"}, "kernel='triton' .*lists='batch'"),
     ],
 )
-def test_options_that_do_not_fit_the_teacher_or_the_engine_are_named(
-    loss, names, options, named: str
-) -> None:
+def test_options_that_do_not_fit_a_teacher_or_the_engine_are_named(loss, names, options, named: str) -> None:
     teacher = {name: x for name, x in teacher_of(6).items() if name in names}
     if "wide" in names:
         teacher[TEXT] = teacher_of(6, 9)[TEXT]

@@ -113,9 +113,7 @@ def test_a_second_training_finds_the_features_of_the_first(tmp_path: Path, loade
     assert features.about["command"].startswith("rankloss features --")
 
 
-def test_a_folder_of_an_encoders_name_is_no_part_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_an_encoders_name_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data, spec = csv_data(table(tmp_path)), Spec.of("text=captions:2")
     folders = [cached(spec, data, tmp_path / "cache", "cpu")]
@@ -125,9 +123,7 @@ def test_a_folder_of_an_encoders_name_is_no_part_of_it(
     assert folders[0] == folders[1]
 
 
-def test_other_data_and_other_teachers_have_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_and_teachers_have_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other captions, another place of pictures of the same names, other pictures inside, more shards."""
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)

@@ -156,9 +156,7 @@ def of_captions(name: str, kill_at: int | None = None) -> Teacher:
 
 
 @pytest.mark.parametrize(("kind", "kill_at"), [("csv", 1), ("webdataset", 4)])
-def test_rows_are_those_of_the_stored_vectors_and_a_killed_run_goes_on_with_them(
-    tmp_path: Path, kind: str, kill_at: int
-) -> None:
+def test_a_killed_run_goes_on_with_the_stored_vectors(tmp_path: Path, kind: str, kill_at: int) -> None:
     data, output = data_of(kind, tmp_path / "data"), tmp_path / "output"
     features = written(tmp_path / "whole", data, of_captions("captions:4")).check()
     captions = [caption for block, _ in data.pairs() for caption in block]
@@ -191,9 +189,7 @@ def command(folder: Path, captions: list[str], *options: str) -> int:
     return main(["features", *data, *options])
 
 
-def test_the_share_of_captions_that_share_a_word_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_share_of_counted_captions_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     few = [f"word{i}" for i in range(38)] + ["two words"] * 2
     for name, captions, level, share in (
         ("many", tiny.CAPTIONS, logging.INFO, "100.0 %"),

@@ -75,9 +75,7 @@ STORED = "--features {place}"
 
 
 @pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
-def test_a_clip_gives_the_features_of_every_kind_of_data(
-    place: Path, tmp_path: Path, data: str, capsys: Any
-) -> None:
+def test_a_clip_encodes_every_kind_of_data(place: Path, tmp_path: Path, data: str, capsys: Any) -> None:
     output = str(tmp_path / "x")
     assert features(place, data, f"{CLIP} --output {output} --dtype float32") == 0
     assert "row/s" in capsys.readouterr().err
@@ -139,9 +137,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 @pytest.mark.parametrize("module", ["filelock", "datasets"])
-def test_the_command_without_its_extra_ends_with_a_sentence(
-    place: Path, module: str, capsys: Any, monkeypatch: Any
-) -> None:
+def test_a_missing_extra_ends_the_command(place: Path, module: str, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     for loaded in ("rankloss_features.command", "rankloss_features.writing"):
         monkeypatch.delitem(sys.modules, loaded)

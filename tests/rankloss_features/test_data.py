@@ -30,9 +30,7 @@ def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
 
 @pytest.mark.parametrize("kind", ["datasets", "csv"])
 @pytest.mark.parametrize("has_bytes", [True, False])
-def test_the_cameras_orientation_counts_where_it_counts_in_training(
-    tmp_path: Path, kind: str, has_bytes: bool
-) -> None:
+def test_the_cameras_orientation_counts_as_in_training(tmp_path: Path, kind: str, has_bytes: bool) -> None:
     picture, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 2, 3)), Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     buffer = io.BytesIO()

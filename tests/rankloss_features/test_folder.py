@@ -110,9 +110,7 @@ def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
         run()
 
 
-def test_folders_that_are_older_or_unfinished_are_refused_with_their_command(
-    place: Path, data: Data, tmp_path: Path
-) -> None:
+def test_older_and_unfinished_folders_show_their_command(place: Path, data: Data, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "whole", tmp_path / "x"))
     command, quoted = "rm -rf ~ #\x1b[2J", r"'rm -rf ~ #\\x1b\[2J'"
     write_about(folder, {**(read_about(folder) or {}), "complete": False, "command": command})

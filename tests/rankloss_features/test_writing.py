@@ -107,9 +107,7 @@ def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
     assert files(output) == files(whole)
 
 
-def test_only_shards_that_are_missing_or_damaged_are_computed(
-    undisturbed: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output, calls = undisturbed, tmp_path / "output", list[int]()
     tiny.killed_at(6, output, data)
     begun = sorted(output.glob("*features-*.npy"))
@@ -123,9 +121,7 @@ def test_only_shards_that_are_missing_or_damaged_are_computed(
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_nothing_is_written_through_a_link_or_under_a_training(
-    undisturbed: tuple[Any, Path], tmp_path: Path, link: Any
-) -> None:
+def test_no_link_or_mapped_file_is_written(undisturbed: tuple[Any, Path], tmp_path: Path, link: Any) -> None:
     """Every file of a folder is a link, and every name under which it is written; the folder is mapped."""
     (data, whole), elsewhere = undisturbed, tmp_path / "elsewhere"
     folder = Path(shutil.copytree(whole, tmp_path / "folder"))
@@ -225,9 +221,7 @@ def test_resumed_with_something_else_is_an_error_and_loses_nothing(
     assert files(output) == before
 
 
-def test_pictures_may_move_and_shards_of_pairs_that_are_gone_are_not_taken_up(
-    begun: Path, tmp_path: Path
-) -> None:
+def test_pictures_may_move_and_shards_of_other_pairs_are_dropped(begun: Path, tmp_path: Path) -> None:
     output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path, CAPTIONS[::-1])
     (output / "pairs.npy").unlink()
     written(output, other, teacher())
@@ -280,9 +274,7 @@ def test_picture_that_cannot_be_read(tmp_path: Path) -> None:
 # --- how rows are computed --------------------------------------------------------------------------------
 
 
-def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_picture_is_encoded_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its features are those of a batch in which each row has a picture of its own."""
     single = written(tmp_path / "single", csv_data(file := table(tmp_path)), teacher(), batch_size=ROWS)
     shared = [f"{tmp_path}/{i // 3}.png\t{caption}" for i, caption in enumerate(CAPTIONS)]
@@ -314,9 +306,7 @@ def test_small_data_have_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rows", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_the_data(
-    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_data(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of files, which the system takes back, are not counted."""
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**15)
     table(tmp_path)

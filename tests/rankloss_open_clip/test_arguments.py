@@ -169,9 +169,7 @@ def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command
 
 
 @pytest.mark.parametrize("key", _REPLACED)
-def test_an_old_option_is_refused_and_the_new_one_is_named(
-    capsys: pytest.CaptureFixture[str], key: str
-) -> None:
+def test_an_old_option_is_refused_with_the_new_one(capsys: pytest.CaptureFixture[str], key: str) -> None:
     assert _REPLACED[key] == key or key not in options_of(RunOptions)
     old, new = f"--mimicry-{key}".replace("_", "-"), _REPLACED[key] and flag(RUN, _REPLACED[key])
     for words in ([old, "x"], [f"{old}=x"], [f"--mimicry_{key}", "x"]):
@@ -186,18 +184,14 @@ def test_an_option_that_ends_like_an_old_one_is_none(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("words", ["--bogus 1", "--logz x", "word"])
-def test_an_unknown_option_is_not_answered_by_another_that_was_right(
-    capsys: pytest.CaptureFixture[str], words: str
-) -> None:
+def test_a_right_option_is_not_named_for_an_unknown(capsys: pytest.CaptureFixture[str], words: str) -> None:
     said = refused(capsys, "--loss", "rankclip", "--logs", "y", *words.split())
     assert words in said
     assert "--logs" not in said.partition(words)[2]
 
 
 @pytest.mark.parametrize("code", [None, 0, 2])
-def test_words_of_the_trainers_parser_are_shown_at_once_and_once(
-    capsys: pytest.CaptureFixture[str], code: int | None
-) -> None:
+def test_the_trainers_parser_speaks_at_once(capsys: pytest.CaptureFixture[str], code: int | None) -> None:
     def own(argv: list[str]) -> Any:
         print("a word of the trainer", argv, file=sys.stderr, flush=True)
         shown.append(capsys.readouterr().err)
@@ -259,9 +253,7 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
     assert loss_of("--loss rankclip", untold).criterion.base is untold
 
 
-def test_log_names_the_loss_and_its_package_once(
-    register: Register, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_names_loss_and_package_once(register: Register, caplog: pytest.LogCaptureFixture) -> None:
     register(("p", "x", "deep"))
     args = ready(parse_args(["--loss", "x", "--x-depth", "4", "--device", "cpu"]))
     with caplog.at_level("INFO", logger="rankloss_open_clip"):

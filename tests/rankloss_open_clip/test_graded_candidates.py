@@ -57,9 +57,7 @@ def csv(path: Path, *lists: Any) -> tuple[Any, str]:
         (list("abcd"), [1] * 4, "4 .*--ranked-lists-max-candidates 3"),
     ],
 )
-def test_a_bad_list_is_refused_by_its_row_or_sample(
-    tmp_path: Path, captions: Any, grades: Any, named: str
-) -> None:
+def test_a_bad_list_is_refused_by_its_place(tmp_path: Path, captions: Any, grades: Any, named: str) -> None:
     dataset, file = csv(tmp_path, GOOD, (captions, grades))
     lists = Candidates(own_caption="top", max_candidates=3)
     with pytest.raises(ValueError, match=named) as error:
@@ -189,9 +187,7 @@ def test_a_run_is_a_loop_of_ones_own(trainer: Trainer, data: dict[str, list[str]
     assert {"contrastive_loss", "ranked_lists_loss"} <= run.scalars.keys()
 
 
-def test_accumulation_over_a_webdataset_is_the_whole_batch(
-    trainer: Trainer, data: dict[str, list[str]]
-) -> None:
+def test_accumulation_of_a_webdataset_is_the_batch(trainer: Trainer, data: dict[str, list[str]]) -> None:
     """The scale's gradient is the trainer's own, which counts every micro-batch in full."""
     halves = ["--batch-size", str(SAMPLES // 2), "--accum-freq", "2", "--grad-checkpointing"]
     run = trainer.call("lists, accumulated", *SETTING, *OPTIONS, *data["webdataset"], *halves)

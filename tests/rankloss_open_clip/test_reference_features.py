@@ -106,9 +106,7 @@ def test_features_of_two_widths_rank_the_in_modal_lists_alone(
     assert "--rankclip-lambda-cross: " in capsys.readouterr().err
 
 
-def test_sources_that_contradict_are_refused_with_both_names(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_contradicting_sources_are_both_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = stored(tmp_path / "teacher", image_features=BOTH, text_features=BOTH)
     for argv, named in (
         (f"rankclip {OPTION} {folder} --distill-model RN50 --distill-pretrained x", "--distill-model"),
@@ -204,9 +202,7 @@ def arguments(**options: Any) -> Namespace:
 
 
 @pytest.mark.parametrize("options", [{"loss_teacher": "given"}, {}])
-def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation(
-    options: dict[str, str],
-) -> None:
+def test_a_loss_that_is_taught_replaces_the_distillation(options: dict[str, str]) -> None:
     loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
     loss.start_epoch(0, 2, 1, 1)
     found = loss(**STUDENT, logit_scale=torch.tensor(10.0), **TEACHER, **SYNTHETIC, output_dict=True)

@@ -146,9 +146,7 @@ def tokens(text: str) -> Tensor:
         pytest.param("caption and features", True, "compile", marks=pytest.mark.slow),
     ],
 )
-def test_columns_join_the_output_of_one_call_of_the_model(
-    tmp_path: Path, kinds: str, named: bool, wrap: str
-) -> None:
+def test_columns_join_the_output_of_one_call(tmp_path: Path, kinds: str, named: bool, wrap: str) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
     rows = RowColumn(Features(stored(tmp_path / "x", **arrays)))
     possible = {"caption": CAPTION, "features": rows}
@@ -204,9 +202,7 @@ def ids_of(column: Any, texts: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(("key", "equal"), [("captions", (0, 2)), ("group", (1, 2))])
-def test_rows_have_the_ids_of_captions_or_of_a_column(
-    tmp_path: Path, key: str, equal: tuple[int, int]
-) -> None:
+def test_rows_have_the_ids_of_captions_or_a_column(tmp_path: Path, key: str, equal: tuple[int, int]) -> None:
     dataset, file = csv(tmp_path, TABLE)
     TextColumns([column := PairIds(key=key)]).join_csv(dataset, file, ";")
     ids = ids_of(column, dataset.captions)

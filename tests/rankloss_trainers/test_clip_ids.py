@@ -70,9 +70,7 @@ def test_it_does_not_stand_on_another_loss_nor_smooth_siglips() -> None:
         rankloss_trainers.create("clip-ids", rankloss.SigLipLoss(), label_smoothing=0.1)
 
 
-def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_share_of_pairs_with_a_partner_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     loss = rankloss.ClipLoss(same_id="ignore", gather=False)
     for ids, share, warned in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
         log = PartnersLog()
@@ -100,9 +98,7 @@ class Grouped(Pairs):
 
 @pytest.mark.parametrize("key", ["captions", "group"])
 @pytest.mark.parametrize("size", [None, 3])
-def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
-    tmp_path: Path, key: str, size: int | None
-) -> None:
+def test_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str, size: int | None) -> None:
     data, model = Grouped(8), clip()
     given = {"loss_options": {"clip-ids": {"key": key}, "rankclip": {"schedule": "constant"}}}
     ended = train(
@@ -166,9 +162,7 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["captions", "label"])
-def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
-    tmp_path: Path, bert: Path, key: str
-) -> None:
+def test_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, bert: Path, key: str) -> None:
     model, own = tiny(bert), tiny(bert)
     rows = sentences().select(range(8)).to_dict()
     rows["text"][1] = rows["text"][6] = rows["text"][0]

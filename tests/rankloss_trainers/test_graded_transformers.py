@@ -279,7 +279,7 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
         ({}, {"processing_class": None}, "tokenizer .*NoneType"),
     ],
 )
-def test_what_cannot_train_is_refused_before_the_first_step(
+def test_what_cannot_train_is_refused_before_a_step(
     tmp_path: Path, more: Any, given: Any, named: str
 ) -> None:
     model = Towers()

@@ -61,9 +61,7 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
         ("mimicry+rankclip-encoders", {}, 0, "weight", 8.0),
     ],
 )
-def test_options_are_given_by_loss(
-    name: str, options: dict[str, Any], part: int, key: str, value: Any
-) -> None:
+def test_options_go_by_loss(name: str, options: dict[str, Any], part: int, key: str, value: Any) -> None:
     assert choose(name, options)[part].values[key] == value
 
 

@@ -102,9 +102,7 @@ def test_a_teacher_that_cannot_be_copied_is_refused(
         trained(tmp_path, data, loss, teacher=path)
 
 
-def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
-    tmp_path: Path, bound: tuple[str, Any]
-) -> None:
+def test_columns_of_other_pairs_are_refused_before_a_step(tmp_path: Path, bound: tuple[str, Any]) -> None:
     path, data = bound
     model = tiny(tmp_path)
     before = weights(model)

@@ -195,9 +195,7 @@ def double() -> Iterator[None]:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("kind", "dropout"), [("CLIP", 0.0), ("Siglip", 0.5), ("Siglip2", 0.0)])
-def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
-    tmp_path: Path, kind: str, dropout: float
-) -> None:
+def test_mini_batches_have_the_gradients_of_the_batch(tmp_path: Path, kind: str, dropout: float) -> None:
     """The random numbers are drawn per mini-batch, and drawn again in the backward pass."""
     batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
     model = build(kind).train()
