@@ -244,9 +244,9 @@ class Gather:
 
         Enter it before gathering, with all features of the call by name, including a teacher's, and None for
         missing ones. Checks inside the block run on each process, without collectives. On exit the processes
-        exchange their errors, and descriptions of the call (names, dtypes, shapes, and the flags). All raise
-        the first error found, or a ValueError if the descriptions differ. So no process waits for one that
-        has stopped, provided that all run the same program.
+        exchange their errors, and descriptions of the call (names, dtypes, shapes, gradients, flags). All
+        raise the first error found, or a ValueError if the descriptions differ. So no process waits for one
+        that has stopped, provided that all run the same program.
 
         On a CPU this is one reduction of three numbers per call, among them a hash of the description, and
         more only if a process has an error or the hashes differ. On an accelerator, whose host would wait at
@@ -289,8 +289,11 @@ class Gather:
             yield
         except Exception as raised:
             error = raised
+        has_backward = self.gather_with_grad and torch.is_grad_enabled()  # with collectives of its own
         descriptions = [
-            f"{name} {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {kind_of(x)}"
+            f"{name} {x.dtype} {list(x.shape)}" + " with a gradient" * (x.requires_grad and has_backward)
+            if isinstance(x, Tensor)
+            else f"{name} {kind_of(x)}"
             for name, x in features.items()
             if x is not None
         ]
@@ -317,7 +320,7 @@ class Gather:
         for rank, (other, _) in enumerate(everyone):
             if other != everyone[0][0]:
                 raise ValueError(
-                    "all processes must give features of the same names, dtypes and shapes; got "
+                    "all processes must give features of the same names, dtypes, shapes and gradients; got "
                     f"{everyone[0][0]} on rank 0, but {other} on rank {rank}"
                 )
         _agreed.setdefault(owner, set()).add(own)

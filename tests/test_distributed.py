@@ -592,6 +592,11 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         lambda rank: pairs_of(rank, dtype=torch.float16 if rank else torch.bfloat16),
         ("text_features bfloat16 [4, 6]", "text_features float16 [4, 6]"),
     ),
+    "gradients": (
+        ClipLoss,
+        lambda rank: pairs_of(rank, image_features=torch.eye(4, D, requires_grad=rank != 1)),
+        ("image_features float32 [4, 6] with a gradient", "rank 1"),
+    ),
     "flags": (
         lambda: ClipLoss(gather=Gather(gather_with_grad=dist.get_rank() == 0)),
         pairs_of,
@@ -806,7 +811,7 @@ def not_finite(rank: int, world_size: int) -> list[Tensor]:
         found += [] if is_siglip and not flags[1] else [of_texts.sum() if is_siglip else value]
     for budget in (None, 0):  # in no row of rank 1's, which ignores the others
         v, t, s, _ = leaves(1)
-        v, t = torch.full_like(v, -math.inf) if rank == 0 else v, t.abs()
+        v, t = torch.full_like(v, -math.inf) if rank == 0 else v.detach(), t.abs()
         equal_ids = {"pair_ids": torch.zeros(N, dtype=torch.int64)}
         found.append(ClipLoss(same_id="ignore", memory_budget=budget)(v, t, s, **equal_ids).detach())
     return found
