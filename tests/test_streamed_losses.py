@@ -178,6 +178,8 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(name: str, scal
         assert value.shape == ()
         assert_close([value], [expected], 1e-10)
         assert_same(value, loss()(v, t, s, None if bias == "none" else b), by, 1e-10, 1e-12)
+        narrow = loss(memory_budget=budget)(v.float(), t.float(), given_scale, given_bias)
+        assert_close([narrow], [expected], 1e-5)
 
 
 # --- the conditions that a training step brings -----------------------------------------------------------

@@ -23,7 +23,7 @@ from rankloss import engine
 from rankloss.batch import Batch, Inputs
 from rankloss.distributed import GatherOption, gather_once
 from rankloss.graded import first_of_id
-from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners
+from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners, scaled_cosines
 from rankloss.options import check_weight
 from rankloss.precision import nan_unless_finite, widest_dtype
 
@@ -136,9 +136,9 @@ class ClipLoss(StreamedLoss):
     ) -> Tensor:
         all_images, all_texts = self.gather(images, texts)
         if all_images is images or self.gather.anchors_are_local:
-            logits = scale * images @ all_texts.T, scale * texts @ all_images.T
+            logits = scaled_cosines(scale, images, all_texts), scaled_cosines(scale, texts, all_images)
         else:
-            per_image = scale * all_images @ all_texts.T
+            per_image = scaled_cosines(scale, all_images, all_texts)
             logits = per_image, per_image.T
         if bias is not None:
             logits = logits[0] + bias, logits[1] + bias

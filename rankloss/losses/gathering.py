@@ -222,6 +222,12 @@ class StreamedLoss(GatheringLoss):
         return ", ".join(f"{name}={value!r}" for name, value in {**same_id, **self._options.changed}.items())
 
 
+def scaled_cosines(scale: Number, anchors: Tensor, items: Tensor) -> Tensor:
+    """``s·a·bᵀ`` in open_clip's order of operations."""
+    scaled = scale * anchors  # in the scale's dtype, if that is wider and the scale has a dimension
+    return scaled @ items.T.to(scaled.dtype)
+
+
 def equal_ids(ids: Tensor, first_row: int, rows: int) -> Tensor:
     """True at the columns with a row's id: ``[rows, N]``; row i has its own pair in column first_row + i.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rankloss import engine
 from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
-from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners
+from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners, scaled_cosines
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, sum_dtype
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
@@ -103,7 +103,7 @@ class SigLipLoss(StreamedLoss):
     ) -> Tensor:
         first_row = self.gather.first_row(len(images))
         images, texts = self._pairs(images, texts)
-        logits = scale * images @ texts.T
+        logits = scaled_cosines(scale, images, texts)
         if bias is not None:
             logits += bias  # in place: a bias of shape [1] does not change the dtype
         total = _log_likelihood(logits, images.dtype, first_row, ids, self.same_id)
