@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.distributed import GatherOption, gather_once
+from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses.composition import (
     TEACHER,
     Base,
@@ -111,6 +111,11 @@ class RankClipLoss(nn.Module):
         self._schedule_value = 0.0
         if self.schedule is schedules.constant:
             self._missing, self._schedule_value = None, 1.0
+
+    @property
+    def gather(self) -> Gather:
+        """The gathering of the rank terms."""
+        return self.consistency.gather
 
     @property
     def lambda_cross(self) -> float:

@@ -445,6 +445,11 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> N
         assert loss.streaming == {"chunk_size": chunk_size, "memory_budget": 0}
 
 
+def test_losses_on_rank_clip_gather_as_that() -> None:
+    base = rankloss.RankClipLoss(gather=False)
+    assert rankloss_trainers.create("mimicry", base).gather == base.gather == rankloss.Gather.of(False)
+
+
 def test_a_bases_attribute_of_another_kind_is_no_gathering() -> None:
     base = Named(contrastive_loss=torch.tensor(1.0))
     base.gather = print
