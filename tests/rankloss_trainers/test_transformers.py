@@ -435,6 +435,7 @@ def lookup(examples: Any) -> dict[str, Tensor]:
         ({"teacher": "given", "loss": "cyclip"}, "teacher: .*cyclip.*given"),
         ({"schedule_unit": "batch"}, "schedule_unit .*'batch'"),
         ({"compute_loss_func": print}, "compute_loss_func"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
         ({"model": Other()}, "image_embeds.*text_embeds.*logits"),
         ({"pairs": Stream(), "schedule_unit": "epoch"}, "schedule_unit"),

@@ -242,6 +242,8 @@ class ContrastiveTrainer(transformers.Trainer):
         devices, reason = self.args.n_gpu, ""
         if self.compute_loss_func is not None:
             reason = "compute_loss_func is ignored by this trainer; give the loss as `loss`"
+        elif self.args.label_smoothing_factor:
+            reason = "label_smoothing_factor is for labels, which pairs do not have; give loss='clip-smooth'"
         elif devices > 1:
             reason = f"DataParallel over {devices} GPUs contrasts each GPU's pairs alone; start with torchrun"
         elif fsdp is not None and fsdp.fsdp_version == 1:
