@@ -12,9 +12,9 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines import AlipLoss, CyClipLoss
+from test_distributed import assert_same, averaged, differentiated
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
-Features = tuple[Tensor, ...]
 
 
 def leaves(world_size: int) -> tuple[Tensor, ...]:
@@ -22,20 +22,6 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
     rng = np.random.default_rng(world_size)
     rows = [torch.from_numpy(unit_rows(rng, N_PER_RANK * world_size, D)) for _ in range(3)]
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
-
-
-def with_gradients(value: Tensor, inputs: Features) -> list[Tensor]:
-    return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
-
-
-def averaged(results: list[list[Tensor]]) -> list[Tensor]:
-    """The processes' gradients as DDP averages them."""
-    return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # --- what they compute ----------------------------------------------------------------------------------
@@ -78,7 +64,7 @@ def composed(rank: int, world_size: int) -> list[Tensor]:
         base = CyClipLoss(AlipLoss(gather=gather), gather=gather)
         loss = RankClipLoss(base, schedule="constant", gather=gather)
         values.append(loss(v[own], t[own], s, caption_features=c[own]))
-    return with_gradients(sum(values) / 2, inputs)  # both are exact
+    return differentiated(sum(values) / 2, inputs)  # both are exact
 
 
 def test_composition_is_exact_too(pool: Pool) -> None:
@@ -88,7 +74,7 @@ def test_composition_is_exact_too(pool: Pool) -> None:
     assert list(entries)[:2] == ["contrastive_loss", "caption_contrastive_loss"]
     assert len(entries) == 6
     assert list(loss.state_dict()) == ["base.base.histories"]
-    assert_same(averaged(pool.run(composed)), with_gradients(sum(entries.values()), inputs))
+    assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
 
 
 def with_a_bad_caption(rank: int, world_size: int) -> str:

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("datasets") is None or importlib.util.find_spec("webdataset") is None:
     collect_ignore_glob = ["*.py"]
-
-sys.path.append(str(Path(__file__).parents[1] / "rankloss_trainers"))  # the tiny models of its trainers
 
 
 @pytest.fixture(autouse=True, scope="session")

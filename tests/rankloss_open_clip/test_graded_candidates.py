@@ -49,7 +49,6 @@ def csv(path: Path, *lists: Any) -> tuple[Any, str]:
 @pytest.mark.parametrize(
     ("captions", "grades", "named"),
     [
-        (["a"], [math.nan], "^grades .*nan"),
         ([3], [1], "^candidates .*3"),
         ("[a]", [1], r"\[a\]"),
         (["x", "a1"], [1, 2], "'a1'"),

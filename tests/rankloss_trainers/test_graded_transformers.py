@@ -267,7 +267,6 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
     ("more", "given", "named"),
     [
         ({"grades": [[1.0]] * 7 + [[math.nan]], **LAST}, {}, "^grades .*nan .*row 7"),
-        ({"grades": [[1.0]] * 7 + [None], **LAST}, {}, "grades .*row 7"),
         ({"grades": None}, {}, "columns .*grades .*query, candidates"),
         ({"ranks": [[1]] * 8}, {}, "columns .*query, candidates, grades, ranks"),
         ({"own": ["red"] * 8}, EXCLUDED, "own.*ranked-lists"),

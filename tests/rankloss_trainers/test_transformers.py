@@ -432,8 +432,6 @@ def lookup(examples: Any) -> dict[str, Tensor]:
         ({"loss": "alip", "loss_options": {"caption_key": "x"}}, "alip "),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
         ({"teacher": "missing"}, "teacher: .*missing"),
-        ({"teacher": "given", "loss": "cyclip"}, "teacher: .*cyclip.*given"),
-        ({"schedule_unit": "batch"}, "schedule_unit .*'batch'"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
