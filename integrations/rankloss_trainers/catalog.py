@@ -14,7 +14,7 @@ runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
 
@@ -196,30 +196,35 @@ def load(name: str) -> Named:
     return named
 
 
-def choose_each(given: Mapping[str, Options]) -> list[Loss]:
-    """The losses of these names with the options of each and their joint defaults, the innermost first.
+def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss]:
+    """The losses of these names, the innermost first, with their options by loss and their joint defaults.
 
     Raises:
-        TypeError: There is no such option.
+        TypeError: There is no such option, or an option stands outside of its loss's.
         Exception: As :func:`load`.
     """
-    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= given.keys()]
+    for key, options in given.items():
+        if key not in names:
+            joined = JOIN.join(names)
+            raise TypeError(f"options of {joined} are given by loss, {names[0]}={{…}}; got {key!r}")
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options of {key} must be a mapping; got {options!r}")
+    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= {*names}]
     losses = []
-    for name, options in given.items():
+    for name in names:
         named = load(name)
         for table in tables:
             named = named.with_defaults(table.get(name, {}))
-        losses.append(Loss(name, named, options, package_of(name)))
+        losses.append(Loss(name, named, given.get(name, {}), package_of(name)))
     return losses
 
 
-def choose(name: str, given: Options = MappingProxyType({}), *, is_joined: bool = False) -> list[Loss]:
+def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
     """The losses of a name with options, the innermost first.
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
         given: Its options; those of joined losses by the name of each.
-        is_joined: One name is joined with a base outside of the catalogue, so its options are by loss, too.
 
     Raises:
         TypeError: There is no such option.
@@ -232,10 +237,4 @@ def choose(name: str, given: Options = MappingProxyType({}), *, is_joined: bool 
         ['rankclip', 'mimicry']
     """
     names = names_of(name)
-    by_loss = given if len(names) > 1 or is_joined else {name: given}
-    for key, options in by_loss.items():
-        if key not in names:
-            raise TypeError(f"options of {name} are given by loss, {names[0]}={{…}}; got {key!r}")
-        if not isinstance(options, Mapping):
-            raise TypeError(f"options of {key} must be a mapping; got {options!r}")
-    return choose_each({each: by_loss.get(each, {}) for each in names})
+    return choose_each(names, given if len(names) > 1 else {name: given})

@@ -188,7 +188,7 @@ class LossArguments:
             run = RunOptions(**options.pop(""))
         except OptionError as error:
             raise ValueError(with_flag((), error)) from None
-        return Choice(catalog.choose_each(options), run)
+        return Choice(catalog.choose_each(names, options), run)
 
 
 def add_options(parser: argparse.ArgumentParser, losses: Mapping[str, Named]) -> None:
@@ -235,7 +235,7 @@ def _typed(option: Option) -> Callable[[str], Any]:
 def described(names: Sequence[str]) -> str:
     """The options of a loss or of joined ones, one a line, with their defaults."""
     texts = []
-    for loss in catalog.choose_each({name: {} for name in names}):
+    for loss in catalog.choose_each(names, {}):
         parser = argparse.ArgumentParser(add_help=False)
         add_options(parser, {loss.name: loss.named})
         texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())

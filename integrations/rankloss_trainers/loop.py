@@ -12,7 +12,7 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
 from rankloss_features.folder import Features
-from rankloss_trainers.catalog import JOIN, choose
+from rankloss_trainers.catalog import JOIN, choose, choose_each, names_of
 from rankloss_trainers.declared import Loss, Named, OptionError, Options
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import (
@@ -83,7 +83,7 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
             raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
         base = Loss(first, Named(BASES[first]), of_base).build(None, Gather.of(gather))
         of_others = {key: x for key, x in options.items() if key != first}
-        losses = choose(rest, of_others, is_joined=True) if joins else []
+        losses = choose_each(names_of(rest), of_others) if joins else []
     if not losses and teacher is not None:
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
     if gather is None and isinstance(own := getattr(base, "gather", None), Gather):
