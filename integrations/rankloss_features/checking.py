@@ -23,6 +23,5 @@ def report(path: str, data: Data) -> str:
     lines = [f"{path}: {len(features):,} rows of {data.about['data']}, pair by pair", f"teacher: {teacher}"]
     if about["skipped"]:
         lines.append(f"{about['skipped']:,} rows without features: their pictures cannot be read")
-    return "\n".join(
-        [*lines, *(f"{name}: {x.dtype}, {x.shape[1]} columns" for name, x in features.arrays.items())]
-    )
+    lines += [f"{name}: {x.dtype}, {x.shape[1]} columns" for name, x in features.arrays.items()]
+    return "\n".join(lines)

@@ -23,7 +23,7 @@ from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
 from rankloss_open_clip.text_columns import TextColumns
-from rankloss_trainers.command_line import with_flag
+from rankloss_trainers.command_line import naming_flags
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
@@ -167,11 +167,9 @@ def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss
         ValueError: The reason against them, which begins with the flag of an option.
     """
     global _run
-    try:
+    with naming_flags(losses):
         run = TrainerLoss(args, losses, options)
         check_run(run, args)
-    except ValueError as error:
-        raise ValueError(with_flag(losses, error)) from error
     check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
     run.check_data()
     _run = run

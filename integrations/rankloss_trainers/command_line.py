@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -81,6 +82,15 @@ def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
         if prefix is not None:
             return f"{flag(prefix, error.key)}: {error.reason}"
     return f"--loss: {error}"
+
+
+@contextlib.contextmanager
+def naming_flags(losses: Sequence[Loss]) -> Iterator[None]:
+    """Let a ValueError within the context begin with a flag; see :func:`with_flag`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(with_flag(losses, error)) from error
 
 
 class LossArguments:
@@ -184,10 +194,8 @@ class LossArguments:
         for loss, key, where in given:
             if loss in options:
                 options[loss][key] = getattr(args, where)
-        try:
+        with naming_flags(()):
             run = RunOptions(**options.pop(""))
-        except OptionError as error:
-            raise ValueError(with_flag((), error)) from None
         return Choice(catalog.choose_each(names, options), run)
 
 

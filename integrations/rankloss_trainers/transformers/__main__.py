@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from rankloss_trainers.command_line import LossArguments, beginnings, mentioned, with_flag
+from rankloss_trainers.command_line import LossArguments, beginnings, mentioned, naming_flags
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.import_hook import after_import
 from rankloss_trainers.run_options import RunOptions
@@ -74,10 +74,8 @@ def _built(losses: Sequence[Loss], options: RunOptions) -> Any:
     from rankloss_trainers.runtime import Runtime
     from rankloss_trainers.transformers.host import HOST
 
-    try:
+    with naming_flags(losses):
         return Runtime(HOST, losses, options)
-    except ValueError as error:
-        raise ValueError(with_flag(losses, error)) from error
 
 
 def _losses(argv: list[str]) -> LossArguments:
