@@ -1,4 +1,4 @@
-"""``MimicryLoss``: its errors, its memory, and the compositions that it is in.
+"""``MimicryLoss``: its entries, its memory and its errors.
 
 Values and gradients are in ``conditions`` and, on several processes, in ``test_distributed``.
 """
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from batches import random_batch
+from batches import random_batch, teacher_of
 from memory import TensorSizes
-from rankloss import ClipLoss, MimicryLoss, RankClipLoss
+from rankloss import ClipLoss, MimicryLoss
 
 IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 
@@ -22,20 +22,11 @@ def batch(n: int = 6, d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return random_batch(0, n, d, 10.0).leaves()
 
 
-def teacher_of(n: int = 6, d: int = 4) -> dict[str, Tensor]:
-    given = random_batch(1, n, d, 1.0)
-    return {IMAGE: given.image, TEXT: given.text}
-
-
-def ranks(base: nn.Module | None = None) -> RankClipLoss:
-    return RankClipLoss(base, schedule="constant")
-
-
 # --- entries ----------------------------------------------------------------------------------------------
 
 
 def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
-    loss, teacher = MimicryLoss(weight=0.5), teacher_of()
+    loss, teacher = MimicryLoss(weight=0.5), teacher_of(6, 4)
     entries = loss(*batch(), output_dict=True, **teacher)
     assert list(entries) == ["contrastive_loss", "mimicry_loss"]
     assert torch.equal(entries["contrastive_loss"], ClipLoss()(*batch()))
@@ -43,14 +34,14 @@ def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
 
 
 def test_one_modality_has_the_distances_of_that_modality() -> None:
-    loss, teacher = MimicryLoss(), teacher_of()
+    loss, teacher = MimicryLoss(), teacher_of(6, 4)
     each = [loss(*batch(), output_dict=True, **{x: teacher[x]})["mimicry_loss"] for x in TEACHER]
     torch.testing.assert_close(sum(each), loss(*batch(), output_dict=True, **teacher)["mimicry_loss"])
 
 
 def test_a_teacher_gets_no_gradient_and_a_copy_of_it_costs_nothing() -> None:
     v, t, s = batch()
-    teacher = {name: x.requires_grad_() for name, x in teacher_of().items()}
+    teacher = {name: x.requires_grad_() for name, x in teacher_of(6, 4).items()}
     MimicryLoss()(v, t, s, **teacher).backward()
     assert all(x.grad is None for x in teacher.values())
     loss = MimicryLoss(weight=1)
@@ -63,7 +54,7 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
     v, t, s = (x.float().detach() for x in batch(n))
     with TensorSizes() as sizes:
         loss = MimicryLoss(ClipLoss(memory_budget=0))
-        loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n).items()}).backward()
+        loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n, 4).items()}).backward()
     assert sizes.largest < n * n
 
 
@@ -75,7 +66,7 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
     [
         ({}, f"{IMAGE}.*{TEXT}"),
         (teacher_of(6, 5), rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
-        (teacher_of(5), rf"{IMAGE}.*\b6\b.*5, 4"),
+        (teacher_of(5, 4), rf"{IMAGE}.*\b6\b.*5, 4"),
         ({TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT}.*nan"),
     ],
 )

@@ -157,20 +157,12 @@ def test_feature_distillation_is_that_of_the_paper() -> None:
 
 # --- the map of files in CONTRIBUTING.md ------------------------------------------------------------------
 
-MAP = (
-    (ROOT / "CONTRIBUTING.md")
-    .read_text(encoding="utf-8")
-    .partition("<!-- map:")[2]
-    .partition("<!-- /map -->")[0]
-)
-FOLDERS = (
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAP = CONTRIBUTING.partition("<!-- map:")[2].partition("<!-- /map -->")[0]
+FOLDERS = [
     "rankloss",
-    "integrations/rankloss_trainers",
-    "integrations/rankloss_open_clip",
-    "integrations/rankloss_features",
-    "integrations/rankloss_baselines",
-    "integrations/rankloss_triton",
-)
+    *(f"integrations/{x.name}" for x in sorted((ROOT / "integrations").glob("rankloss_*"))),
+]
 
 
 def on_the_map(folder: str) -> list[str]:
@@ -196,7 +188,7 @@ def test_every_file_is_on_the_map_once_and_nothing_else(folder: str) -> None:
 
 
 def test_every_file_that_the_recipes_name_exists() -> None:
-    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding")[2]
+    recipes = CONTRIBUTING.partition("## Adding")[2]
     named = {
         name
         for name in re.findall(r"`((?:\w+/)+[\w.]*)`", recipes)
