@@ -333,12 +333,10 @@ class Runtime(nn.Module):
             return None if self.options.teacher == GIVEN else Teacher(self.options.teacher)
         if "teacher" not in self.host.serves:
             return None
-        found = {loss.named.teacher for loss in self.losses} - {None, "required"}
+        found = sorted({x for loss in self.losses if (x := loss.named.teacher)} - {"required"})
         if len(found) > 1:
-            raise ValueError(
-                f"{self.name} has two teachers, {' and '.join(sorted(map(str, found)))}: name one"
-            )
-        return Teacher(str(found.pop())) if found else None
+            raise ValueError(f"{self.name} has two teachers, {' and '.join(found)}: name one")
+        return Teacher(found[0]) if found else None
 
     def _arguments(self, *names: str) -> list[inspect.Parameter]:
         """The arguments of these names of all parts of the loss."""
