@@ -71,6 +71,18 @@ def test_a_bad_list_is_refused_by_its_place(tmp_path: Path, captions: Any, grade
     assert "sample '7' of x.tar" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("grades", "own", "warned"), [([2, 2], "apart", 1), ([2, 2], "top", 0), ([2, 1], "apart", 0)]
+)
+def test_lists_without_any_order_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, grades: Any, own: Any, warned: int
+) -> None:
+    dataset, file = csv(tmp_path, (["x", "y"], grades), (["z"], [0]))
+    with caplog.at_level("WARNING", "rankloss_trainers"):
+        Candidates(own_caption=own).read_rows(file, "\t", dataset)
+    assert [file in x.getMessage() for x in caplog.records] == [True] * warned
+
+
 def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     dataset, _ = csv(tmp_path, GOOD)
     (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")

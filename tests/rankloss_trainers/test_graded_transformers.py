@@ -18,7 +18,10 @@ from transformers.utils import ModelOutput
 
 import rankloss
 from rankloss import metrics
-from rankloss_trainers.graded.transformers import RankedListsCollator
+from rankloss_trainers.catalog import choose
+from rankloss_trainers.graded.transformers import RankedListsCollator, check_table
+from rankloss_trainers.runtime import Runtime
+from rankloss_trainers.transformers.host import HOST
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
 LISTS = {"loss": "ranked-lists"}
@@ -249,6 +252,15 @@ ROW = {"query": "red", "candidates": [PICTURE], "grades": [1.0]}
 def test_bad_rows_are_refused_by_their_row(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RankedListsCollator(Processor())([ROW, {**ROW, "query": "green", **change}])
+
+
+def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for grades, warned in (([1.0, 1.0], 1), ([1.0, 0.0], 0)):
+        caplog.clear()
+        rows = datasets.Dataset.from_list([{**ROW, "candidates": [PICTURE] * 2, "grades": grades}, ROW])
+        with caplog.at_level("WARNING", "rankloss_trainers"):
+            check_table(Runtime(HOST, choose("ranked-lists")), rows)
+        assert len(caplog.records) == warned
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rankloss.distributed import Gather
 from rankloss.graded import LARGEST_INTEGER
 from rankloss.precision import has_float64
 from rankloss_features.folder import hash_of
+
+_logger = logging.getLogger("rankloss_trainers")
 
 PADDING = -1
 """The index of a place without a candidate."""
@@ -70,6 +73,22 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
         if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
             raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
     return list(zip(candidates, map(float, grades), strict=True))
+
+
+def has_order(grades: Sequence[float]) -> bool:
+    """True if two grades of a list differ.
+
+    Example:
+        >>> has_order([0, 0]), has_order([1, 0])
+        (False, True)
+    """
+    return len({*grades}) > 1
+
+
+def warn_of_ties(where: str) -> None:
+    """Log that no list of the data has an order."""
+    text = "No list of %s has two different grades: without in-batch negatives they teach nothing"
+    _logger.warning(text, where)
 
 
 def encode_grades(grades: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from torch import Tensor
 from rankloss.options import check_choice, check_count
 from rankloss_features.data import IMAGES, named_sample
 from rankloss_trainers.csv_files import read_columns
-from rankloss_trainers.graded.lists import check_list, decode_grades, encode_grades, hash_identity
+from rankloss_trainers.graded.lists import (
+    check_list,
+    decode_grades,
+    encode_grades,
+    has_order,
+    hash_identity,
+    warn_of_ties,
+)
 
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
@@ -59,6 +66,8 @@ class Candidates:
         candidates, grades = read_columns(path, separator, CANDIDATES, GRADES)
         cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
+        if not any(has_order(values) for _, values in lists):
+            warn_of_ties(path)
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
         pictures = (hash_identity(os.path.normpath(str(image))) for image in dataset.images)

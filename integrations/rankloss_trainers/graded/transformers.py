@@ -20,8 +20,10 @@ from rankloss_trainers.graded.lists import (
     check_unique,
     decode_grades,
     encode_grades,
+    has_order,
     pad_lists,
     pool_lists,
+    warn_of_ties,
 )
 from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
@@ -151,12 +153,15 @@ def check_table(run: Runtime, dataset: Any) -> None:
         return
     from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
 
-    column, rows = find_grades(names), itertools.count()
+    column, rows, is_ordered = find_grades(names), itertools.count(), False
     check_batch(run, {"graded_by": column, **dict.fromkeys({"own"} & {*names}, "own")})
     for block in dataset.select_columns(["candidates", column]).with_format("arrow").iter(1000):
         lists = (size and [None] * size for size in list_value_length(block["candidates"]).to_pylist())
         for candidates, values in zip(lists, block[column].to_pylist(), strict=True):
             read_list({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
+            is_ordered = is_ordered or has_order(values)
+    if not is_ordered:
+        warn_of_ties("the data")
 
 
 def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
