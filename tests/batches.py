@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,6 +39,12 @@ class Batch:
 def unit_rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
     x = rng.standard_normal((n, d))
     return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Rows of unit norm."""
+    made = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(made, dim=-1)
 
 
 def random_batch(

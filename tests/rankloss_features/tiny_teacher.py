@@ -25,6 +25,7 @@ from rankloss_features.data import Data, Sample, Shards, open_data
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.writing import write
+from samples import add_sample
 
 ROWS, WIDTH, BATCH = 40, 6, 8
 SHARD = 12  # rows, of which the second batch is cut
@@ -71,16 +72,9 @@ def shards(
             for i in range(shard, len(captions), number):
                 content = picture(i)
                 members = {"png": content[:40] if i in broken else content, "txt": captions[i].encode()}
-                add(tar, f"{i:03}", **members)
-                add(tar, f"{i:03}x", txt=b"no picture")
+                add_sample(tar, f"{i:03}", **members)
+                add_sample(tar, f"{i:03}x", txt=b"no picture")
     return str(folder / f"{{0..{number - 1}}}.tar")
-
-
-def add(tar: tarfile.TarFile, key: str, **members: bytes) -> None:
-    for extension, content in members.items():
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
 
 
 def csv_data(file: Path) -> Data:

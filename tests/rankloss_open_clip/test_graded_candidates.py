@@ -19,13 +19,14 @@ from open_clip_train.params import parse_args
 from stand_ins import ready
 from teacher_features import encoded, resumed
 from torch import Tensor
-from trainer_runs import SAMPLES, Run, Trainer, add_sample
+from trainer_runs import SAMPLES, Run, Trainer
 
 from lists_item_by_item import literal
 from rankloss import ClipLoss, RankedLists
 from rankloss_open_clip.training import run_of
 from rankloss_trainers.graded.open_clip import Candidates
 from rankloss_trainers.graded.term import RankedListsTerm
+from samples import add_sample
 
 PAGE = Path(__file__).parents[2] / "docs/lists.md"
 

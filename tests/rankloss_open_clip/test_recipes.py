@@ -17,7 +17,9 @@ import open_clip
 import pytest
 from open_clip_train.params import parse_args
 from scipy import stats
-from trainer_runs import Trainer, add_sample
+from trainer_runs import Trainer
+
+from samples import add_sample
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/recipes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +17,7 @@ from teacher_features import stored, unit_rows
 from test_text_columns import CONTEXT, csv, read, tokenizer
 from torch import Tensor, nn
 
+import batches
 from rankloss import reference
 from rankloss_features import Features
 from rankloss_features.binding import RowColumn
@@ -180,10 +182,7 @@ class DRClipLoss(nn.Module):
         }
 
 
-def unit(*sizes: int, seed: int) -> Tensor:
-    return F.normalize(torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
+unit = functools.partial(batches.unit, dtype=torch.float32)
 STUDENT = {"image_features": unit(ROWS, 8, seed=0), "text_features": unit(ROWS, 8, seed=1)}
 # Two teachers side by side.
 TEACHER = {

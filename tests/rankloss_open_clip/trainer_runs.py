@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -31,6 +30,7 @@ from PIL import Image
 
 import process_pool
 from counting import LOSSES_AND_FOLDERS, count_calls
+from samples import add_sample
 
 SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
@@ -232,14 +232,6 @@ class Trainer:
             check=False,
         )
         return Run(done.returncode, done.stdout, self.directory / "logs" / name)
-
-
-def add_sample(shard: tarfile.TarFile, key: str, **members: bytes) -> None:
-    """Write a sample of a webdataset, its members by their extensions."""
-    for extension, content in members.items():
-        member = tarfile.TarInfo(f"{key}.{extension}")
-        member.size = len(content)
-        shard.addfile(member, io.BytesIO(content))
 
 
 def _ended(processes: list[Any]) -> list[int]:

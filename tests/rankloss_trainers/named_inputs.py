@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
+from batches import unit
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
 
 N, D = 8, 6
 GRADES = [[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 1, 0], [2, 2, 1]]
-
-
-def unit(*shape: int, seed: int) -> Tensor:
-    made = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return normalize(made, dim=-1)
 
 
 def inputs_of(name: str, seed: int = 0) -> dict[str, Any]:
