@@ -25,7 +25,7 @@ GROUP = "rankloss.losses"
 """The group of the entry points."""
 
 JOIN = "+"
-"""The sign between the names of losses that are trained together, the innermost first."""
+"""The sign between the names of losses that are trained together."""
 
 TRAINERS_OWN = "clip"
 """The value of ``--loss`` that leaves the trainer's own loss alone."""
@@ -81,6 +81,7 @@ LOSSES: Mapping[str, Named] = {
         more="rankloss:ClipLoss",
         columns="rankloss_trainers.clip_ids:PairIds",
         log="rankloss_trainers.clip_ids:PartnersLog",
+        replaces=True,
         citation=citations.CLIP_IDS,
     ),
     "clip-smooth": Named(
@@ -197,7 +198,9 @@ def load(name: str) -> Named:
 
 
 def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss]:
-    """The losses of these names, the innermost first, with their options by loss and their joint defaults.
+    """The losses of these names, with their options by loss and their joint defaults, the innermost first.
+
+    One that replaces the trainer's loss is the innermost, wherever its name stands.
 
     Raises:
         TypeError: There is no such option, or an option stands outside of its loss's.
@@ -216,7 +219,7 @@ def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss
         for table in tables:
             named = named.with_defaults(table.get(name, {}))
         losses.append(Loss(name, named, given.get(name, {}), package_of(name)))
-    return losses
+    return sorted(losses, key=lambda loss: loss.takes_base and not loss.named.replaces)
 
 
 def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:

@@ -37,8 +37,9 @@ def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Mo
     """
     kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
     if not kinds:
-        text = "clip-ids replaces CLIP's or SigLIP's loss, so of joined losses it comes first; got the base "
-        raise ValueError(f"{text}{type(base).__name__}")
+        raise ValueError(
+            f"clip-ids replaces CLIP's or SigLIP's loss, and cannot replace {type(base).__name__}"
+        )
     if of_base := getattr(base, "same_id", None):
         raise ValueError(f"clip-ids has a same_id of its own, and would replace the base's; got {of_base!r}")
     if options.get("same_id") is None:

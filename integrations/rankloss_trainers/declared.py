@@ -228,6 +228,7 @@ class Named:
             the signature of the module's ``forward`` decides.
         prefix: The prefix of its options on a command line; empty for its name.
         kind: ``"softmax"`` or ``"sigmoid"`` if it works on no other loss of pairs.
+        replaces: True if ``make`` takes the trainer's loss as ``base`` and returns one for its place.
         log: A callable without arguments that makes ``(module, entries, step, inputs) → entries`` to log.
         python_only: Options that no command line has.
         help: Its line in ``--help``; empty for the first line of the docstring.
@@ -241,6 +242,7 @@ class Named:
     teacher: str | None = None
     prefix: str = ""
     kind: Literal["softmax", "sigmoid"] | None = None
+    replaces: bool = False
     log: Make | str | None = None
     python_only: frozenset[str] = frozenset()
     help: str = ""

@@ -63,9 +63,9 @@ def test_smoothing_of_the_base_is_kept(name: str) -> None:
     assert [x.label_smoothing for x in loss.modules() if isinstance(x, rankloss.ClipLoss)] == [0.2]
 
 
-def test_it_does_not_stand_on_another_loss_nor_smooth_siglips() -> None:
-    with pytest.raises(ValueError, match=r"first.*RankClipLoss"):
-        rankloss_trainers.create("rankclip+clip-ids")
+def test_it_does_not_replace_another_loss_nor_smooth_siglips() -> None:
+    with pytest.raises(ValueError, match=r"clip-ids.*RankClipLoss"):
+        rankloss_trainers.create("clip-ids", rankloss.RankClipLoss())
     with pytest.raises(ValueError, match=r"label_smoothing.*0\.1.*SigLIP"):
         rankloss_trainers.create("clip-ids", rankloss.SigLipLoss(), label_smoothing=0.1)
 

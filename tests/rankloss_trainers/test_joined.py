@@ -74,14 +74,21 @@ def test_options_go_by_loss(name: str, options: dict[str, Any], part: int, key: 
         ("rankclip+rankclip", {}, "twice"),
         ("rankclip+rankclip-in", {}, "twice"),
         ("clip+mimicry", {}, "'clip'"),
-        ("mimicry+alip", {"alip": {"caption_key": "x"}}, "alip .*MimicryLoss"),
         ("clip-ids+clip-smooth", {}, "clip-smooth .*same_id"),
-        ("rankclip+siglip-streamed", {}, "siglip-streamed"),
     ],
 )
 def test_unsuitable_joins_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         run_of(name, options, "given" if "mimicry" in name else None)
+
+
+@pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed", "alip"])
+def test_a_loss_in_place_of_the_trainers_is_the_innermost_wherever_it_stands(name: str) -> None:
+    options = {"alip": {"caption_key": "x"}} if name == "alip" else {}
+    losses = choose(f"rankclip+{name}+mimicry", options)
+    assert [x.name for x in losses] == [name, "rankclip", "mimicry"]
+    base = run_of(f"rankclip+{name}", options).criterion.base
+    assert type(base) is type(run_of(f"{name}+rankclip", options).criterion.base)
 
 
 ENCODERS = "image=efficientnet-lite0,text=minilm"
