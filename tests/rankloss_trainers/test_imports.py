@@ -82,7 +82,8 @@ def test_catalogue_loads_no_torch_and_losses_need_torch_and_numpy_alone() -> Non
 def test_package_that_is_missing_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, extra: str, package: str, module: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in [package, *(x for x in sys.modules if x.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError, match=re.escape(f": pip install 'rankloss[{extra}]'")):
         importlib.import_module(module)
