@@ -157,7 +157,7 @@ TEACHER = Case(
     "a CLIP as teacher",
     "mimicry",
     features=CLIP,
-    gain="icons, taught by icons, +9.22 ± 0.39, from 4.69; photographs *+1.13 ± 0.63*, with weight 4",
+    gain="icons, taught by icons, +9.22 ± 0.39, from R@10 4.69; photographs *+1.13 ± 0.63*, with weight 4",
     on=("+9.22 ± 0.39", "*+1.13 ± 0.63*, with weight 4", "–"),
     page="teachers.md",
 )
