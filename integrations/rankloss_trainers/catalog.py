@@ -219,7 +219,7 @@ def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss
         for table in tables:
             named = named.with_defaults(table.get(name, {}))
         losses.append(Loss(name, named, given.get(name, {}), package_of(name)))
-    return sorted(losses, key=lambda loss: loss.takes_base and not loss.named.replaces)
+    return sorted(losses, key=lambda loss: not loss.replaces)
 
 
 def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:

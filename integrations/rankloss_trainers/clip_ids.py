@@ -26,30 +26,24 @@ def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Mo
     """The trainer's own loss, in which pairs of one id are no negatives of each other.
 
     Args:
-        base: CLIP's or SigLIP's loss, which is replaced by the one with ids. Its smoothing and its memory
-            options stay, unless others are given.
+        base: CLIP's or SigLIP's loss, which is replaced by the one with ids. Its smoothing stays, unless
+            another is given.
         gather: The gathering.
         **options: Those of :class:`rankloss.ClipLoss`.
 
     Raises:
-        ValueError: The base is another loss, has a ``same_id``, or is SigLIP's with label smoothing; or
-            ``same_id`` is None.
+        ValueError: The base has a ``same_id``, or is SigLIP's with label smoothing; or ``same_id`` is None.
     """
-    kinds = [x for x in (rankloss.ClipLoss, rankloss.SigLipLoss) if type(base).__name__ == x.__name__]
-    if not kinds:
-        raise ValueError(
-            f"clip-ids replaces CLIP's or SigLIP's loss, and cannot replace {type(base).__name__}"
-        )
     if of_base := getattr(base, "same_id", None):
         raise ValueError(f"clip-ids has a same_id of its own, and would replace the base's; got {of_base!r}")
     if options.get("same_id") is None:
         raise ValueError("same_id must be ignore or share; got None")
-    options = {**getattr(base, "streaming", {}), **options}
     options.setdefault("label_smoothing", getattr(base, "label_smoothing", 0.0))
-    if kinds == [rankloss.SigLipLoss] and (smoothing := options.pop("label_smoothing")):
+    if type(base).__name__ == rankloss.ClipLoss.__name__:  # open_clip's has the same name
+        return rankloss.ClipLoss(gather=gather, **options)
+    if smoothing := options.pop("label_smoothing"):
         raise ValueError(f"label_smoothing is for CLIP's loss; got {smoothing!r} with SigLIP's")
-    loss: nn.Module = kinds[0](gather=gather, **options)
-    return loss
+    return rankloss.SigLipLoss(gather=gather, **options)
 
 
 class PairIds:

@@ -56,8 +56,8 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
             raise ValueError(f"{loss.name} needs {biased}: it is a sigmoid loss")
     below = base
     for loss in losses:
-        if not loss.takes_base:
-            _check_replaced(loss.name, below)
+        if loss.replaces:
+            _check_replaced(loss, below)
             kept = {k: x for k, x in getattr(below, "streaming", {}).items() if k in loss.named.options}
             loss = dataclasses.replace(loss, given={**kept, **loss.given})
         built = loss.build(below, gather)
@@ -70,10 +70,11 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
     return module
 
 
-def _check_replaced(name: str, base: Any) -> None:
-    """Raise a ValueError for a loss of another formula, or with options that would be lost."""
+def _check_replaced(loss: Loss, base: Any) -> None:
+    """Raise a ValueError for a base of another formula, or with targets that would be lost."""
+    text = f"{loss.name} replaces the trainer's loss, and"
     if type(base).__name__ not in _PAIRS:
-        raise ValueError(f"{name} replaces the trainer's loss, and cannot replace {type(base).__name__}")
-    for key in OF_TARGETS:
+        raise ValueError(f"{text} cannot replace {type(base).__name__}")
+    for key in () if loss.named.replaces else OF_TARGETS:  # what is made from the base keeps or refuses them
         if value := getattr(base, key, None):
-            raise ValueError(f"{name} replaces the trainer's loss, and would lose its {key}={value!r}")
+            raise ValueError(f"{text} would lose its {key}={value!r}")

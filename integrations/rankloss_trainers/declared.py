@@ -316,9 +316,11 @@ class Loss:
                 raise TypeError(f"{self.name} has no option {key!r}{hint}")
 
     @property
-    def takes_base(self) -> bool:
-        """True if it stands on another loss; False if it replaces the trainer's."""
-        return self.package is None or "base" in inspect.signature(self.named.constructor).parameters
+    def replaces(self) -> bool:
+        """True if it takes the place of the trainer's loss; False if it stands on another."""
+        if self.named.replaces:
+            return True
+        return self.package is not None and "base" not in inspect.signature(self.named.constructor).parameters
 
     @property
     def values(self) -> dict[str, Any]:
@@ -349,7 +351,7 @@ class Loss:
 
     def refuse_column_options(self, reason: str) -> None:
         """Raise an OptionError for an option of the columns that was given."""
-        for key in self.named.column_options.keys() & self.given.keys():
+        for key in (key for key in self.named.column_options if key in self.given):
             raise OptionError(key, f"{reason}; got {self.given[key]!r}", self.name)
 
     def _check_given(self, keys: Iterable[str]) -> None:
