@@ -144,6 +144,9 @@ class CaptionVectors:
 
     def save(self, file: str | PathLike[str] | BinaryIO) -> None:
         """Write everything that :meth:`transform` depends on into one ``.npz``, without pickles."""
+        if isinstance(file, (str, PathLike)):  # to which NumPy would add .npz
+            with open(file, "wb") as opened:
+                return self.save(opened)
         about = np.array(json.dumps({"characters": self.characters, "tokens": self.tokens}))
         projection = np.zeros((0, 0)) if self._projection is None else self._projection
         np.savez(file, about=about, weights=self._vectorizer.idf_, projection=projection)
