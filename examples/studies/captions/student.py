@@ -11,12 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from studies.students.model import convolutions, middle, projection
+from studies.students.model import SCALE, convolutions, middle, projection
 
 SIZE, CROP = 32, 28  # pixels of a picture's side, and those of them that are seen
 _CHANNELS = (16, 32, 64, 128)
 _WORDS = 128
-SCALE = 1 / 0.07  # of the similarities, at the start
 
 
 class Student(nn.Module):

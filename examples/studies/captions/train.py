@@ -10,11 +10,12 @@ from torch import Tensor, nn
 import rankloss
 from studies.data.features import Side
 from studies.students.losses import TEACHER
+from studies.students.model import SCALE
 from studies.students.train import crops
 from studies.training import Descent
 
 from .memory import MemoryLoss
-from .student import CROP, SCALE, Student
+from .student import CROP, Student
 from .teachers import Teachers
 
 _SCALE = 40.0  # of a teacher's similarities

@@ -15,7 +15,7 @@ CROP = 56  # pixels of a picture's side that are seen
 WIDTH = 256  # of the common space
 _CHANNELS = (16, 32, 64, 128, 256)
 _WORDS, _HEADS, _LAYERS = 128, 4, 2  # the transformer's width, its heads and layers
-LOG_SCALE = math.log(1 / 0.07)  # at the start
+SCALE = 1 / 0.07  # of the similarities, at the start
 
 
 class Student(nn.Module):
@@ -34,7 +34,7 @@ class Student(nn.Module):
         self.of_pictures = projection(_CHANNELS[-1])
         self.transformer = Transformer(words)
         self.of_sentences = projection(_WORDS)
-        self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
         self.to(memory_format=torch.channels_last)
 
     def pictures(self, pictures: Tensor) -> Tensor:
