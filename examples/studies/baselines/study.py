@@ -121,8 +121,6 @@ def chosen(sizes: SimpleNamespace, name: str, find: Find) -> dict[str, Best]:
     start = Setting("clip", sizes.try_seed, "dev", **sizes.sizes[name])
     found: dict[str, Best] = {}
     for arm, grid in sizes.tries.items():
-        if arm in LOSSES and name not in sizes.tested:
-            continue
         base = dataclasses.replace(start, arm=arm)
         if arm not in SEARCHES:
             of = found["heads"].chosen if arm in LOSSES else start

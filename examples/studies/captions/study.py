@@ -195,6 +195,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     met = {name for name, d in gains.items() if d.established and d.mean >= GOAL and name in held}
     above = {name for name, d in gains.items() if d.established and d.mean > 0}
     extra = (ZERO_SHOT, CORRELATION)
+    levels = sorted({lr for one, _ in every for lr in one.rates})
 
     def number(arms: Arms, arm: str, measure: Measure) -> str:
         has = [record for record in arms.records[arm].values() if measure.path[0] in record["metrics"]]
@@ -262,14 +263,14 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "tries": [
             [
                 one.name,
-                *(f"{one.rates[lr]:.1f}" if lr in one.rates else "–" for lr in sizes.tries),
+                *(f"{one.rates[lr]:.1f}" if lr in one.rates else "–" for lr in levels),
                 *(f"{one.tried[arm]:.1f}" for arm in TRIED),
                 f"`{one.reference}`",
             ]
             for one, _ in every
             if "rate_of" not in sizes.cells[one.name]
         ],
-        "tries_head": ["cell", *(f"{lr:g}" for lr in sizes.tries), *TRIED, "reference"],
+        "tries_head": ["cell", *(f"{lr:g}" for lr in levels), *TRIED, "reference"],
         "made": conditions_texts(record for _, arms in every for record in arms.all),
     }
 
