@@ -1,12 +1,12 @@
 """What several studies train with: an optimizer and its decay, and files that are made once."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 CEILING = 100.0  # of a scale
@@ -53,11 +53,12 @@ class Descent:
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return a file's content; what is not there is made and written, whole or not at all."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        torch.save(make(), partial)
-        partial.replace(path)
+    """Return a file's content; what is not there is made by one process, and written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.is_file():
+            partial = path.with_name(f".{path.name}.partial")
+            torch.save(make(), partial)
+            partial.replace(path)
     found: dict[str, Any] = torch.load(path, weights_only=True)
     return found
