@@ -9,7 +9,7 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Runs, Trainer
+    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, STOCK, WHOLE_SET, Runs, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -23,29 +23,29 @@ def runs(trainer: Trainer) -> Runs:
     table = Runs()
 
     def add(name: str, options: list[str] | str, epochs: int = 2, **keywords: object) -> None:
-        start = trainer.run if "command" in keywords or keywords.keys() & OFF.keys() else trainer.call
+        start = trainer.run if "command" in keywords else trainer.call
         table.add(name, start, name, "--epochs", str(epochs), *options, **keywords)
 
     rankclip, tiny = ["--loss", "rankclip"], f"local-dir:{trainer.directory / 'tiny'}"
     # In interpreters of their own: without the plug-in, with it, and by the runner.
-    add("stock", [], 3, **OFF)
-    add("--loss rankclip", OFFICIAL, 3, command=("-m", "open_clip_train.main"))
+    add("stock", [], 3, command=("-c", STOCK), TORCH_DEVICE_BACKEND_AUTOLOAD="")
+    add("command", OFFICIAL, 3, command=("-m", "open_clip_train.main"))
     add("runner", ["--loss=rankclip", *OFFICIAL[2:]], 3, command=("-m", "rankloss_open_clip"), **OFF)
 
     add("no --loss", [], 3)
+    add("--loss rankclip", OFFICIAL, 3)
     add("agreement", [*OFFICIAL, "--loss-agreement-every", "3"], 3)
-    add("one epoch", [*rankclip, "--skip-scheduler"], 1)
     for precision in PRECISIONS:
-        add(precision, [*rankclip, "--precision", precision])
+        add(precision, [*rankclip, "--precision", precision, "--skip-scheduler"], 1)
     add("siglip", [*rankclip, "--siglip"])
     # So many pairs that the cube of their features' norms overflows; so large an ε that it is no 0 in half.
     many = [*trainer.webdataset, "--dataset-resampled", "--train-num-samples", "512", "--batch-size", "512"]
     add("siglip, fp16", [*OFFICIAL, "--siglip", "--precision", "fp16", "--eps", "1e-4", *many])
     add("coca", [*rankclip, "--model", f"{tiny}-coca"])
     teacher = ["--distill-model", tiny, "--distill-pretrained", "none"]
-    add("distill", [*rankclip, *teacher])
-    add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"])
-    add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
+    add("distill", [*rankclip, *teacher], 1)
+    add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"], 1)
+    add("rankclip-distill", ["--loss", "rankclip-distill", *teacher], 1)
     add("mimicry", ["--loss", "mimicry", *teacher], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 

@@ -46,6 +46,17 @@ WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any
 ]
 BOTH = ["--local-loss", "--gather-with-grad"]
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+# A run without the plug-in, and then the modules of ours, the reasons for it, and these after all.
+STOCK = """
+import sys
+from open_clip_train.main import main
+main(sys.argv[1:])
+print(sorted(name for name in sys.modules if name.startswith("rankloss")))
+from rankloss_open_clip import bootstrap
+print(*bootstrap.problems())
+bootstrap.attach()
+print(bootstrap.problems())
+"""
 
 # Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
 # process that has imported it, the one that the pools of processes are forked from.

@@ -41,15 +41,24 @@ def test_arrows_point_one_way(package: str) -> None:
     assert found <= ARROWS[package]
 
 
-LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
 EXTRAS = "open_clip open_clip_train transformers lightning sentence_transformers accelerate datasets PIL"
-SCRIPT = f"""
-import importlib, sys
-sys.modules.update(dict.fromkeys("{EXTRAS} pandas timm safetensors webdataset scipy tqdm".split()))
-for package in {LIGHT}:
-    importlib.import_module(package)
+WITHOUT_TORCH = """
+import sys
+import rankloss_open_clip, rankloss_trainers.command_line  # with the catalogue
 assert "torch" not in sys.modules
+"""
+OF_TORCH = f"""
+import sys
+before = set(sys.modules)
+from rankloss_open_clip import bootstrap
+bootstrap.attach()
+new = {{name.partition('.')[0] for name in set(sys.modules) - before}}
+print(sorted(new - sys.stdlib_module_names))
+import torch
+print([type(finder).__name__ for finder in sys.meta_path].count('Finder'))
+print(sorted(name for name in sys.modules if name.startswith(('rankloss', 'open_clip'))))
 
+sys.modules.update(dict.fromkeys("{EXTRAS} pandas timm safetensors webdataset scipy tqdm".split()))
 import rankloss_baselines, rankloss_trainers
 from rankloss_trainers import catalog, console
 console.main(["losses"])
@@ -60,11 +69,23 @@ rankloss_baselines.AlipLoss(), rankloss_baselines.CyClipLoss()
 """
 
 
-def test_catalogue_loads_no_torch_and_losses_need_torch_and_numpy_alone() -> None:
-    """Without the packages of the extras, of which each import is an error."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+def printed(script: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "cannot be used" not in done.stdout
+    return done.stdout
+
+
+def test_the_catalogue_loads_no_torch() -> None:
+    printed(WITHOUT_TORCH)
+
+
+def test_import_of_torch_attaches_and_loads_little_and_losses_need_it_and_numpy_alone() -> None:
+    """The losses are made without the packages of the extras, of which each import is an error."""
+    *attached, losses = printed(OF_TORCH).split("\n", 3)
+    ours = ["rankloss_open_clip", "rankloss_open_clip.bootstrap", "rankloss_open_clip.failures"]
+    ours += ["rankloss_trainers", "rankloss_trainers.import_hook"]
+    assert attached == ["['rankloss_open_clip', 'rankloss_trainers']", "1", str(ours)]
+    assert "cannot be used" not in losses
 
 
 @pytest.mark.parametrize(
