@@ -7,7 +7,7 @@ put in your model and your data. The teacher needs ``rankloss[encoders]``.
 from datasets import Image, load_dataset
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
-from rankloss.losses import TEACHER, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 
@@ -16,20 +16,20 @@ class SoftLoss(GatheringLoss):
 
     Args:
         weight: Weight of the term.
-        scale: Multiplier of the similarities.
     """
 
-    def __init__(self, base=None, *, weight: float = 1.0, scale: float = 20.0, gather=None):
+    def __init__(self, base=None, *, weight: float = 1.0, gather=None):
         super().__init__(gather)
-        self.base = check_base(base, self.gather)
-        self.weight, self.scale = check_weight("weight", weight), check_weight("scale", scale)
+        self.base, self.weight = check_base(base, self.gather), check_weight("weight", weight)
 
-    def forward(self, image_features, text_features, *, reference_text_features, output_dict=False, **more):
+    def forward(
+        self, image_features, text_features, logit_scale, *, reference_text_features, output_dict=False, **kw
+    ):
         own, (teacher,) = self.gather.items(text_features), self.gather.constants(reference_text_features)
-        targets = (self.scale * teacher @ teacher.T).softmax(-1)
-        term = -(targets * (self.scale * own @ own.T).log_softmax(-1)).sum(-1).mean()
-        of_base = {TEACHER[0]: more.pop(TEACHER[0], None), TEACHER[1]: reference_text_features}
-        entries = base_entries(self.base, image_features, text_features, teacher=of_base, **more)
+        targets = (20 * teacher @ teacher.T).softmax(-1)
+        term = -(targets * (20 * own @ own.T).log_softmax(-1)).sum(-1).mean()
+        features, used = (image_features, text_features), {"reference_text_features": reference_text_features}
+        entries = base_entries(self.base, *features, logit_scale, teacher=used, **kw)
         return combined(entries, {"soft_loss": self.weight * term}, output_dict)
 
 

@@ -89,8 +89,9 @@ def base_entries(
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
         logit_bias: passed on unless None, since not every loss takes a bias.
-        teacher: a teacher's features by the names of :data:`TEACHER`; given ones are passed on to a base that
-            takes them, see :func:`takes_teacher`.
+        teacher: the features of :data:`TEACHER` that the loss itself uses, by name. With it these, and
+            others among the base's inputs, are passed on only to a base that takes them
+            (:func:`takes_teacher`); None of a loss that uses none.
         **base_inputs: further arguments of the base.
 
     Returns:
@@ -108,9 +109,11 @@ def base_entries(
     """
     if logit_bias is not None:
         base_inputs["logit_bias"] = logit_bias
-    features = {name: x for name, x in (teacher or {}).items() if x is not None}
-    if features and takes_teacher(base):
-        base_inputs.update(features)
+    if teacher is not None:
+        given = {**{name: base_inputs.pop(name, None) for name in TEACHER}, **teacher}
+        features = {name: x for name, x in given.items() if x is not None}
+        if features and takes_teacher(base):
+            base_inputs.update(features)
     base_output = base(
         image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,

@@ -161,15 +161,20 @@ def test_the_own_loss_is_short_and_has_options_by_name(monkeypatch):
 
 
 def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
-    loss = imported("own_loss").SoftLoss(weight=0.5, scale=10.0, gather=rankloss.Gather())
+    loss = imported("own_loss").SoftLoss(weight=0.5, gather=rankloss.Gather())
     v, t = torch.eye(4, 8), torch.eye(4, 8).flip(0).requires_grad_()
     teacher = torch.ones(4, 3) / 3**0.5  # to which all captions are equal
-    entries = loss(v, t, logit_scale=1.0, reference_text_features=teacher, output_dict=True)
-    logits = 10 * torch.eye(4)
+    entries = loss(v, t, 1.0, reference_text_features=teacher, output_dict=True)
+    logits = 20 * torch.eye(4)
     assert entries["soft_loss"].item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
     assert entries["contrastive_loss"] == rankloss.ClipLoss()(v, t, 1.0)
     entries["soft_loss"].backward()
     assert t.grad is not None
+    both = {"reference_image_features": v, "reference_text_features": teacher}  # of which it uses one
+    assert loss(v, t, 1.0, **both) == sum(entries.values())
+    own = {"reference_image_features": v, "reference_text_features": t}  # a base that takes both gets both
+    above = imported("own_loss").SoftLoss(rankloss.MimicryLoss(), gather=rankloss.Gather())
+    assert above(v, t, 1.0, **own, output_dict=True)["mimicry_loss"] == 0
 
 
 def test_heads_on_stored_features_find_held_out_pairs_and_are_saved(tmp_path, monkeypatch, capsys):
