@@ -13,7 +13,8 @@ from rankloss.distributed import Gather
 from rankloss_trainers.declared import Loss, naming_options
 
 _STREAMING = {"chunk_size", "memory_budget"}
-_PAIRS = ("ClipLoss", "SigLipLoss")  # open_clip's have the same names
+PAIRS = ("ClipLoss", "SigLipLoss")
+"""Classes of losses of pairs; open_clip's have the same names."""
 OF_TARGETS = ("same_id", "label_smoothing")
 """Attributes of a loss of pairs, false in one whose targets are the pairs themselves."""
 
@@ -73,7 +74,7 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
 def _check_replaced(loss: Loss, base: Any) -> None:
     """Raise a ValueError for a base of another formula, or with targets that would be lost."""
     text = f"{loss.name} replaces the trainer's loss, and"
-    if type(base).__name__ not in _PAIRS:
+    if type(base).__name__ not in PAIRS:
         raise ValueError(f"{text} cannot replace {type(base).__name__}")
     for key in () if loss.named.replaces else OF_TARGETS:  # what is made from the base keeps or refuses them
         if value := getattr(base, key, None):

@@ -19,7 +19,6 @@ from rankloss_trainers.runtime import (
     METHODS,
     Host,
     Runtime,
-    base_to_evaluate,
     check_use_of_teacher,
     listeners,
     set_components,
@@ -41,31 +40,34 @@ class CreatedLoss(nn.Module):
 
     Args:
         loss: The module of the last loss, which stands on the others.
-        own_base: The loss of pairs, which may be replaced.
+        base: The loss of pairs to evaluate.
     """
 
-    def __init__(self, loss: nn.Module, own_base: Any) -> None:
+    def __init__(self, loss: nn.Module, base: Any) -> None:
         super().__init__()
         self.loss = loss
-        self._own_base = [own_base]  # in a list: where it is replaced, it is no part of the loss
+        self._base = [base]  # in a list: where it is replaced, it is no part of the loss
 
     @property
     def base(self) -> Any:
         """The loss under all others, which a validation calls: it does not grow with λ."""
-        return base_to_evaluate(self.loss, self._own_base[0])
+        return self._base[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss, or with ``output_dict`` its terms by name."""
         return self.loss(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the loss, such as ``schedule_value``."""
+        """An attribute of the outermost loss that has it, such as ``schedule_value``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "loss":  # of an object that is being made
                 raise
-            return getattr(self.loss, name)
+        loss: Any = self.loss
+        while not hasattr(loss, name) and isinstance(getattr(loss, "base", None), nn.Module):
+            loss = loss.base
+        return getattr(loss, name)
 
 
 def created(name: str, base: Any, gather: GatherOption, teacher: str | None, options: Options) -> nn.Module:
@@ -93,7 +95,7 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = run.criterion
     if len(losses) != 1 or not hasattr(module, "base"):
-        module = CreatedLoss(module, run.own_base)
+        module = CreatedLoss(module, run.base_to_evaluate)
     if run.use_of_teacher != "optional":
         hook = functools.partial(_before_call, name, run.use_of_teacher, run.features)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)

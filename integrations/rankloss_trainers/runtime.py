@@ -33,7 +33,7 @@ from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose
-from rankloss_trainers.composing import OF_TARGETS, base_of, composed
+from rankloss_trainers.composing import OF_TARGETS, PAIRS, base_of, composed
 from rankloss_trainers.declared import Loss, Named, OptionError, Options, did_you_mean
 from rankloss_trainers.graded.term import OF_LISTS, RankedListsTerm
 from rankloss_trainers.logging import Agreement, rank_clip_entries, remark_on_products
@@ -186,20 +186,6 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
         has = units_of(part)
         if unit in has and (unit == preferred or len(has) == 1):
             yield types.MethodType(has[unit], part)
-
-
-def base_to_evaluate(loss: Any, own_base: Any) -> Any:
-    """The loss of pairs under all others, by their attribute ``base``; None under graded lists without one.
-
-    The trainer's own where that is replaced, or has ids or smoothed targets.
-    """
-    innermost = loss
-    while (below := getattr(innermost, "base", None)) is not None:
-        innermost = below
-    if isinstance(innermost, RankedListsTerm):
-        return None
-    is_other = any(getattr(innermost, key, None) for key in OF_TARGETS)
-    return own_base if innermost is loss or is_other else innermost
 
 
 def units_of(part: nn.Module) -> dict[str, Any]:
@@ -510,6 +496,22 @@ class Runtime(nn.Module):
         if text is not None and self.gather.place[0] == 0:
             _logger.info("%s: %s", self.name, text)
 
+    @property
+    def base_to_evaluate(self) -> Any:
+        """The loss of pairs under all others, by their attribute ``base``; None under lists without one.
+
+        The trainer's own where a named loss replaces it, and where it has ids or smoothed targets.
+        """
+        innermost = self.criterion
+        while (below := getattr(innermost, "base", None)) is not None:
+            innermost = below
+        if isinstance(innermost, RankedListsTerm):
+            return None
+        is_other = any(getattr(innermost, key, None) for key in OF_TARGETS)
+        if innermost is self.criterion:  # a module of one's own, which may need more than features
+            is_other = is_other or type(innermost).__name__ not in PAIRS
+        return self.own_base if is_other or any(loss.replaces for loss in self.losses) else innermost
+
     def evaluate(self, **features: Any) -> Entries:
         """The terms of the innermost base, without those that a schedule weighs, and of graded lists.
 
@@ -520,7 +522,7 @@ class Runtime(nn.Module):
         if lists and not parts:  # a module of one's own
             return Entries.of(self.criterion, dict(self.criterion(**features, **lists, output_dict=True)))
         terms: dict[str, Tensor] = {}
-        base = base_to_evaluate(self.criterion, self.own_base)
+        base = self.base_to_evaluate
         if (images := features.get("image_features")) is not None and base is not None:
             terms = {"contrastive_loss": images.new_zeros(())}
             if len(images) > 1 or self.gather.place[1] > 1:

@@ -132,6 +132,18 @@ def test_evaluation_is_the_innermost_base_and_counts_a_single_pair_0() -> None:
         assert one.evaluate(**inputs([x[:1] for x in pair])).total == 0
 
 
+@pytest.mark.parametrize("name", ["clip-smooth", "rankclip+clip-smooth", "rankclip+alip"])
+def test_the_trainers_loss_is_evaluated_where_a_named_one_replaces_it(name: str) -> None:
+    run, pair = run_of(HOST, name, {"alip": {"caption_key": "x"}} if "alip" in name else None), features()
+    assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
+
+
+def test_a_loss_of_pairs_that_is_given_is_evaluated_itself() -> None:
+    pair = features()
+    evaluated = run_of(HOST, rankloss.SigLipLoss()).evaluate(**inputs(pair)).total
+    assert torch.equal(evaluated, rankloss.SigLipLoss()(*pair, SCALE))
+
+
 def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     """A compiled caller would be compiled again when an entry appears."""
     run = run_of(HOST, "rankclip", {"schedule": "linear"})
@@ -382,6 +394,15 @@ def test_a_buffer_without_rows_is_restored() -> None:
 
 
 # --- create() -------------------------------------------------------------------------------------------
+
+
+def test_joined_losses_have_the_attributes_of_each() -> None:
+    created = rankloss_trainers.create("rankclip-distill+mimicry")
+    created.set_epoch(2, 3)
+    assert created.schedule_value == 2
+    assert created.weight == 16
+    with pytest.raises(AttributeError, match="schedule"):
+        rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
 
 
 @pytest.mark.parametrize("name", [*catalog.known(), "rankclip+cyclip", "rankclip-distill+mimicry+cyclip"])
