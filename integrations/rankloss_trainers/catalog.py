@@ -77,7 +77,6 @@ LOSSES: Mapping[str, Named] = {
     ),
     "clip-ids": Named(
         "rankloss_trainers.clip_ids:clip_ids",
-        {"same_id": "ignore"},
         more="rankloss:ClipLoss",
         columns="rankloss_trainers.clip_ids:PairIds",
         log="rankloss_trainers.clip_ids:PartnersLog",

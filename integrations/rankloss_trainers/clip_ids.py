@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather, GatherOption
+from rankloss.options import check_choice
 from rankloss_features.data import named_sample
 from rankloss_trainers.csv_files import read_columns, read_member
 from rankloss_trainers.pair_ids import check_column, count_partners, make_ids
@@ -22,22 +23,31 @@ _logger = logging.getLogger("rankloss_trainers")
 _BATCHES = 100  # after so many without a partner a run is told
 
 
-def clip_ids(base: Any, *, gather: GatherOption = None, **options: Any) -> nn.Module:
+def clip_ids(
+    base: Any,
+    *,
+    same_id: Literal["ignore", "share"] = "ignore",
+    gather: GatherOption = None,
+    **options: Any,
+) -> nn.Module:
     """The trainer's own loss, in which pairs of one id are no negatives of each other.
 
     Args:
         base: CLIP's or SigLIP's loss, which is replaced by the one with ids. Its smoothing stays, unless
             another is given.
+        same_id: Leave pairs of one id out of each other's denominators (ignore), or let them share the
+            target (share).
         gather: The gathering.
-        **options: Those of :class:`rankloss.ClipLoss`.
+        **options: The others of :class:`rankloss.ClipLoss`.
 
     Raises:
-        ValueError: The base has a ``same_id``, or is SigLIP's with label smoothing; or ``same_id`` is None.
+        ValueError: The base has a ``same_id``, or is SigLIP's with label smoothing; or for another
+            ``same_id``.
     """
     if of_base := getattr(base, "same_id", None):
         raise ValueError(f"clip-ids has a same_id of its own, and would replace the base's; got {of_base!r}")
-    if options.get("same_id") is None:
-        raise ValueError("same_id must be ignore or share; got None")
+    check_choice("same_id", same_id, ("ignore", "share"))
+    options["same_id"] = same_id
     options.setdefault("label_smoothing", getattr(base, "label_smoothing", 0.0))
     if type(base).__name__ == rankloss.ClipLoss.__name__:  # open_clip's has the same name
         return rankloss.ClipLoss(gather=gather, **options)

@@ -266,8 +266,9 @@ class Named:
     @functools.cached_property
     def options(self) -> dict[str, Option]:
         """Its options, by key, with its own defaults."""
-        makes = [_loaded(x) for x in (self.make, self.more, self.columns) if x is not None]
-        found = {key: x for make in makes for key, x in options_of(make).items()}
+        found: dict[str, Option] = {}
+        for make in (self.make, self.more, self.columns):
+            found = {**(options_of(_loaded(make)) if make is not None else {}), **found}
         return {
             key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
         }

@@ -15,7 +15,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.run_options import unit_of
+from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import METHODS, listeners
 
 with extra("lightning"):
@@ -36,9 +36,9 @@ class Progress(Callback):
 
     Args:
         unit: ``"step"`` calls ``set_progress(step, total_steps)`` once before each optimizer step, whose
-            batches may be several; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both
-            count from 1. ``"auto"`` goes by steps in a run of fewer than ten epochs, of ``max_steps`` or of
-            ``total_steps``, by epochs otherwise. The log says which.
+            batches may be several; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch, and is
+            ``"step"`` in a run of one epoch. Both count from 1. ``"auto"`` goes by steps in a run of fewer
+            than ten epochs, of ``max_steps`` or of ``total_steps``, by epochs otherwise. The log says which.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
             a length, a ``GradientAccumulationScheduler`` or ``StochasticWeightAveraging``, unless
             ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer.
@@ -73,9 +73,10 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
-        if self._given == "auto":
+        if self._given == "auto" or not any(listeners(pl_module, "epoch")):  # no part has set_epoch alone
             by_steps = self.total_steps is not None or trainer.max_steps != -1
-            self.unit = unit_of(math.inf if by_steps else trainer.max_epochs or 0)
+            epochs = math.inf if by_steps else trainer.max_epochs or 0
+            self.unit = RunOptions(schedule_unit=self._given).unit(epochs)
         other = "epoch" if self.unit == "step" else "step"
         told, untold = (
             [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]

@@ -16,11 +16,6 @@ GIVEN = "given"
 _SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
 
 
-def unit_of(epochs: float) -> Literal["epoch", "step"]:
-    """The unit of a schedule in a run that chooses none; steps where the number of epochs is unknown."""
-    return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options of a run.
@@ -60,9 +55,12 @@ class RunOptions:
                 check_count("agreement_every", self.agreement_every)
 
     def unit(self, epochs: float) -> Literal["epoch", "step"]:
-        """The unit of schedules in a run of so many epochs; one epoch has no ramp over epochs."""
+        """The unit of schedules in a run of so many epochs, infinity where their number is unknown.
+
+        One epoch has no ramp over epochs.
+        """
         if self.schedule_unit == "auto":
-            return unit_of(epochs)
+            return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
         return "step" if epochs == 1 else self.schedule_unit
 
 

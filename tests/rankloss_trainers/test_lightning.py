@@ -129,6 +129,7 @@ def averaging() -> lightning.Callback:
         ({"max_epochs": 10, "max_steps": 6}, linear(*range(1, 7))),
         ({"progress": Progress("step"), "max_epochs": 10}, linear(*range(1, 41))),
         ({"progress": Progress("epoch"), "max_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
+        ({"progress": Progress("epoch"), "max_epochs": 1}, linear(*range(1, 5))),  # which has no ramp
         ({"progress": Progress(total_steps=5), "data": Stream()}, linear(1, 2, 3, 4, 5, 5, 5, 5)),
         ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, linear(*range(1, 7))),
         (
