@@ -109,11 +109,10 @@ def base_entries(
     """
     if logit_bias is not None:
         base_inputs["logit_bias"] = logit_bias
-    if teacher is not None:
-        given = {**{name: base_inputs.pop(name, None) for name in TEACHER}, **teacher}
-        features = {name: x for name, x in given.items() if x is not None}
-        if features and takes_teacher(base):
-            base_inputs.update(features)
+    given = {} if teacher is None else {**{x: base_inputs.pop(x, None) for x in TEACHER}, **teacher}
+    features = {name: x for name, x in given.items() if x is not None}
+    if features and takes_teacher(base):
+        base_inputs.update(features)
     base_output = base(
         image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,
