@@ -268,7 +268,8 @@ class Named:
         """Its options, by key, with its own defaults."""
         found: dict[str, Option] = {}
         for make in (self.make, self.more, self.columns):
-            found = {**(options_of(_loaded(make)) if make is not None else {}), **found}
+            if make is not None:  # its own come first, and hide those of the same name
+                found = found | options_of(_loaded(make)) | found
         return {
             key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
         }
