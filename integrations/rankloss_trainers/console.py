@@ -13,6 +13,7 @@ exit code is 0 if a trainer is ready and none has a problem, else 1.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -51,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor.main()
     try:
         for name in args.names or catalog.known():
-            print(*_lines(name, options=bool(args.names)), sep="\n")
+            print(*_lines(name, options=bool(args.names)), sep="\n", flush=True)
     except ValueError as error:
         losses.error(str(error))
+    except BrokenPipeError:  # its reader, `head` say, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import runpy
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -62,3 +63,10 @@ def test_command_is_the_module_and_installed(
     assert printed(capsys).startswith("usage")
     (point,) = importlib.metadata.entry_points(group="console_scripts", name="rankloss")
     assert point.load() is console.main
+
+
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "rankloss", "losses"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
