@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drawn_options
@@ -20,11 +19,11 @@ from batches import assert_close, batches, random_batch, teacher_of
 from blocks_oracle import definition
 from devices import DEVICE
 from drawn_options import CHANGES, is_streamed, together, with_teachers
-from fake_cuda import fake_cuda
+from fake_devices import CUDA, meta_is
 from memory import TensorSizes, saved_bytes
 from rankloss import dense, engine, reference
 from rankloss.batch import Batch
-from rankloss.engine import Block, RowLists, evaluate, weighted_terms
+from rankloss.engine import Block, evaluate, weighted_terms
 from rankloss.options import RankOptions
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
@@ -331,44 +330,20 @@ def test_what_forward_keeps_for_backward_grows_linearly_in_n(options, has_teache
 PAIRS = [together({**x, **y}) for x, y in zip(CHANGES, [*CHANGES[5:], *CHANGES[:5]], strict=True)]
 
 
-def on_cuda(has_teacher: bool, n: int = 32, **arguments: Any) -> Batch:
-    v, t, f, g = (torch.empty(n, d, device="cuda") for d in (8, 8, 5, 5))
-    if has_teacher:
-        arguments |= {"teacher": (f, g)}
-    if arguments.pop("is_share", False):
-        arguments |= {"anchors": (v[:16], t[:16]), "first_row": 4}
-    scale = torch.empty((), device="cuda") if has_teacher else 10.0
-    return Batch.of(v, t, scale, **arguments)
-
-
 @pytest.mark.parametrize(
     ("options", "has_teacher"),
     [*with_teachers([{}, *CHANGES]), *(x for n, x in enumerate(with_teachers(PAIRS)) if n % 4 in (0, 3))],
 )
 def test_a_step_on_an_accelerator_never_waits_and_copies_weights_alone(options, has_teacher: bool) -> None:
-    """Row lists are followed with their gradients, which autograd would ask for, but asks a card for."""
     checked = RankOptions(**options)
-    wanted, is_share = (checked.worth == "exp", True, True), len(options) == 2 and not checked.is_dense
-    with fake_cuda() as copies:
-        batch = on_cuda(has_teacher, is_share=is_share)
-        if checked.is_dense or not options:
-            terms = weighted_terms(batch, checked, FACTORS, wanted)
-            shape = (32,) if checked.reduction == "none" else ()
-            assert all((x.device, x.shape) == (batch.inputs.image.device, shape) for x in terms)
-            assert copies.found == ["aten._to_copy.default"]
-            copies.found.clear()
-        if not checked.is_dense:
-            weights = torch.empty(3, device="cuda")
-            terms, found = RowLists(batch, checked, wanted).stream(batch.inputs, weights, with_gradient=True)
-            assert all(x.device == batch.inputs.image.device for x in terms)
-            assert [x is None or x.shape for x in found] == [y is None or y.shape for y in batch.inputs]
-            assert copies.found == []
-
-
-def test_a_wait_and_a_copy_would_be_seen() -> None:
-    with fake_cuda() as copies:
-        x = torch.empty(3, device="cuda")
-        with pytest.raises(DataDependentOutputException):
-            bool(x[0] > 0)
-        torch.ops.aten._to_copy.default(torch.empty(3), device=torch.device("cuda"))
-        assert copies.found == ["aten._to_copy.default"]
+    v, t, f, g = (torch.empty(32, d, device="meta", requires_grad=d == 8) for d in (8, 8, 5, 5))
+    arguments: dict[str, Any] = {"teacher": (f, g)} if has_teacher else {}
+    if len(options) == 2 and not checked.is_dense:
+        arguments |= {"anchors": (v[:16], t[:16]), "first_row": 4}
+    with meta_is(CUDA) as copies:
+        batch = Batch.of(v, t, torch.empty((), device="meta") if has_teacher else 10.0, **arguments)
+        terms = weighted_terms(batch, checked, FACTORS, (checked.worth == "exp", True, True))
+        assert {(x.device, x.shape) for x in terms} == {(CUDA, (32,) if checked.reduction == "none" else ())}
+        torch.stack(terms).sum().backward()
+        assert {v.grad.device, t.grad.device} == {CUDA}
+    assert copies == ["aten._to_copy.default"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
-from no_float64 import no_float64
+from fake_devices import no_float64
 from rankloss import metrics
 
 pair_of_lists = st.integers(2, 40).flatmap(

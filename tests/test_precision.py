@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from no_float64 import meta_is_mps, no_float64
+from fake_devices import CUDA, MPS, meta_is, no_float64
 from rankloss import engine, precision
 from rankloss.options import RankOptions
 
@@ -36,12 +37,33 @@ def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-def test_a_tensor_of_float64_and_one_that_leaves_mps_would_be_seen() -> None:
-    x = torch.empty(2, device="meta")
-    with meta_is_mps(), pytest.raises(TypeError, match="float64"):
-        x.double()
-    with meta_is_mps(), pytest.raises(NotImplementedError, match="meta"):
-        x.to("cpu")
+LOOKS: dict[str, Callable[[Tensor], Any]] = {
+    "truth": lambda x: bool(x[0] > 0),
+    "item": lambda x: x[0].item(),
+    "list": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "unique": lambda x: x.unique(),
+    "copy": lambda x: x.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_look_at_an_accelerators_values_would_be_seen(look: Callable[[Tensor], Any]) -> None:
+    with meta_is(CUDA), pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+        look(torch.empty(2, device=CUDA))
+
+
+def test_a_copy_to_an_accelerator_and_a_tensor_of_float64_would_be_seen() -> None:
+    with meta_is(CUDA) as copies:
+        there = torch.tensor([1.0, 2.0], device=CUDA)
+        there.double() + torch.zeros(2).to(CUDA)
+        assert copies == ["aten._to_copy.default"] * 2
+        there + torch.zeros(())
+        assert copies[2:] == ["aten.add.Tensor"]
+    with meta_is(MPS), pytest.raises(TypeError, match="float64"):
+        torch.empty(2, device=MPS).double()
     with no_float64(), pytest.raises(TypeError, match="float64"):
         torch.zeros(2).double()
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batches import assert_close, gradients, unit_rows, upstream_for
+from fake_devices import no_float64
 from lists_item_by_item import F64, MODELS, Frozen, Lists, assert_same, fitting, lists, lists_of, models
 from memory import TensorSizes, saved_bytes
-from no_float64 import no_float64
 from rankloss import ClipLoss, RankedLists, graded, pair_sums, reference
 
 # --- values and gradients -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from batches import Batch, assert_close, assert_slopes, batches, gradients, random_batch
-from fake_cuda import fake_cuda
 from memory import LiveBytes, TensorSizes, saved_bytes
 from rankloss import ClipLoss, InputWarning, RankClipLoss, SigLipLoss, engine, reference
 from rankloss.losses.siglip import PairSigmoid
@@ -258,7 +256,7 @@ def test_siglip_without_a_bias_warns_once() -> None:
     loss(v, t, s)  # a second warning would be an error
 
 
-# --- SigLIP's pass, and an accelerator -------------------------------------------------------------------
+# --- SigLIP's pass ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -276,30 +274,3 @@ def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dt
         tolerance = {"rel": 4 * torch.finfo(dtype).eps, "abs": 1e-37 if dtype == torch.float32 else 0}
         assert value.item() == pytest.approx(expected, **tolerance)
         assert torch.autograd.grad(value, b)[0].item() == pytest.approx(slope, **tolerance)
-
-
-@pytest.mark.parametrize("scalars", ["numbers", "tensors"])
-@pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize(
-    ("make", "same_id"), [*itertools.product([SigLipLoss, ClipLoss], ["ignore", "share"]), (SigLipLoss, None)]
-)
-def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
-    make: Any, same_id: Any, budget: int | None, scalars: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes: list[Any] = []
-
-    def apply(terms: Any, weights: Tensor, inputs: Any) -> Any:
-        values, gradients = terms.stream(inputs, weights, True)
-        shapes.append([x.shape for x in (*values, *gradients) if x is not None])
-        return values
-
-    monkeypatch.setattr(engine, "apply", apply)  # fake tensors have no autograd
-    with fake_cuda() as copies:
-        v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
-        s, b = (10.0, -10.0) if scalars == "numbers" else (torch.empty((), device="cuda") for _ in range(2))
-        of_ids = {"pair_ids": torch.empty(32, dtype=torch.int32, device="cuda")} if same_id else {}
-        value = make(memory_budget=budget, same_id=same_id, chunk_size=7)(v, t, s, b, **of_ids)
-        assert value.device == v.device
-        assert copies.found == []
-    numbers = [()] * (2 if make is SigLipLoss else 1)
-    assert shapes == ([] if budget is None else [[(), (32, 8), (32, 8), *numbers]])

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import rankloss
 from batches import upstream_for
-from no_float64 import MPS, meta_is_mps, no_float64
+from fake_devices import CUDA, MPS, meta_is, no_float64
+from rankloss.losses import gathering
 from subjects import (
     EPOCHS,
     FROZEN,
@@ -401,15 +403,23 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
             subject.started()(**{**inputs, name: there[name]})
 
 
+@pytest.mark.parametrize("device", [CUDA, MPS], ids=str)
+@pytest.mark.parametrize("as_numbers", [False, True])
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.takes_pairs], ids=str)
-def test_nothing_leaves_mps(subject: Subject) -> None:
-    """As far as tensors without values can show."""
-    there = {k: x.to("meta") for k, x in subject.pick(data(), F32).items()}
-    inputs = leaves(there, subject.differentiable)
-    with meta_is_mps():
-        value = subject.started()(**inputs)
+def test_a_step_on_an_accelerator_never_waits_and_copies_weights_alone(
+    subject: Subject, as_numbers: bool, device: torch.device
+) -> None:
+    """As far as tensors without values can show; the scale and the bias may be numbers."""
+    here = subject.pick(data(), F32)
+    inputs = leaves({k: x.to("meta") for k, x in here.items()}, subject.differentiable)
+    numbers = {k: x.item() for k, x in here.items() if as_numbers and not x.dim()}
+    passes = mock.patch.object(gathering, "weighted_terms", wraps=gathering.weighted_terms)
+    with meta_is(device) as copies, passes as weighted_terms:
+        value = subject.started()(**inputs | numbers)
         value.backward()
-        assert {value.device, *(inputs[k].grad.device for k in PAIR)} == {MPS}
+        assert {value.device, *(inputs[k].grad.device for k in PAIR)} == {device}
+    components = subject.covers == "MimicryLoss"  # which stay there
+    assert copies == ["aten._to_copy.default"] * (weighted_terms.call_count + components)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------

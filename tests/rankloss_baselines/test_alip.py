@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from batches import gradients, relative_error, unit_rows
-from no_float64 import MPS, meta_is_mps, no_float64
+from fake_devices import MPS, meta_is, no_float64
 from rankloss_baselines import AlipLoss
 from rankloss_baselines.second_caption import SecondCaption
 
@@ -178,7 +178,7 @@ def test_a_device_without_float64_has_histories_of_float32() -> None:
         assert loss.histories.dtype == torch.float32
     assert relative_error(value, expected) < 1e-5
     moved = AlipLoss()
-    with meta_is_mps():
+    with meta_is(MPS):
         with MPS:
             built = AlipLoss()
         for there in (built, built.half(), moved.to(MPS)):

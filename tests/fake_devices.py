@@ -1,0 +1,73 @@
+"""Devices that are not there: the CPU as one without float64, and meta tensors as those of an accelerator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rankloss import precision
+
+CUDA, MPS, _META = torch.device("cuda", 0), torch.device("mps", 0), torch.device("meta")
+
+
+class _Refusal(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{func} gives float64, which the device has not")
+        return result
+
+
+@contextlib.contextmanager
+def no_float64() -> Iterator[None]:
+    """Inside, no device has float64: a tensor of it is an error."""
+    with mock.patch.object(precision, "has_float64", return_value=False), _Refusal():
+        yield
+
+
+class _Copies(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if len({x.is_meta for x in tensors}) > 1:
+            self.found.append(str(func))
+        return result
+
+
+class _MetaAs(TorchFunctionMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+            device = func(*args)
+            return self.device if device.type == "meta" else device
+        args, kwargs = tree_map(lambda x: _META if x == self.device else x, (tuple(args), dict(kwargs or {})))
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == _META:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(_META)  # as a device with values does it
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def meta_is(device: torch.device) -> Iterator[list[str]]:
+    """Inside, meta tensors say that they are on this device; yields the operations that copy to it.
+
+    A look at a value, a copy from it and, if the device has no float64, a tensor of it are errors.
+    """
+    refusal = contextlib.nullcontext() if precision.has_float64(device) else _Refusal()
+    with _MetaAs(device), refusal, _Copies() as copies:
+        yield copies.found
