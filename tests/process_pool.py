@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import threading
-import time
-import traceback
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -26,31 +24,24 @@ _METHOD = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn
 _PRELOADED = ["torch.distributed", "rankloss", "pytest", "hypothesis", "open_clip"]
 
 
-def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+def _join(rank: int, world_size: int, port: int) -> None:
     threading.Thread(target=_leave_with_the_session, daemon=True).start()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT * 3 / 4)
-    )
-    while (task := tasks.get()) is not None:
-        function, arguments = task
-        try:
-            value = function(rank, world_size, *arguments)
-            # A queue's thread would fail, unheard, to pickle a tensor that has a graph.
-            value = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
-            results.put((rank, value, None))
-        except Exception:  # handed to the test, which raises it
-            results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
+    timeout = timedelta(seconds=TIMEOUT * 3 / 4)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _leave_with_the_session() -> None:
     """If the tests are killed, nobody else ends processes that wait for a task or for each other."""
-    session = mp.parent_process()
-    assert session is not None
+    session: Any = mp.parent_process()
     session.join()
     os._exit(1)
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    # A tensor that has a graph cannot be sent.
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, function(*arguments))
 
 
 class Pool:
@@ -58,7 +49,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._processes: list[Any] = []
+        self._ranks: list[ProcessPoolExecutor] = []
 
     def _start(self) -> None:
         with socket.socket() as s:
@@ -67,48 +58,33 @@ class Pool:
         context = mp.get_context(_METHOD)
         if _METHOD == "forkserver":
             context.set_forkserver_preload(_PRELOADED)
-        self._tasks = [context.Queue() for _ in range(self.world_size)]
-        self._results = context.Queue()
-        self._processes = [
-            context.Process(
-                target=_work, args=(r, self.world_size, port, self._tasks[r], self._results), daemon=True
-            )
-            for r in range(self.world_size)
+        self._ranks = [
+            ProcessPoolExecutor(1, context, _join, (rank, self.world_size, port))
+            for rank in range(self.world_size)
         ]
-        for process in self._processes:
-            process.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(rank, world_size, *arguments)`` on every rank; the results in the order of the ranks."""
-        if not self._processes:
+        if not self._ranks:
             self._start()
-        for tasks in self._tasks:
-            tasks.put((function, arguments))
-        values: dict[int, Any] = {}
-        give_up = time.monotonic() + TIMEOUT
-        while len(values) < self.world_size:
-            try:
-                rank, values[rank], error = self._results.get(timeout=1)
-            except queue.Empty:
-                codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
-                if time.monotonic() < give_up and not any(codes.values()):
-                    continue
-                silent = sorted(codes.keys() - values.keys())
-                error = f"no answer from ranks {silent}; exit codes {codes}"
-            if error:
-                # The other ranks may be waiting for this one; the next task gets new processes.
-                for process in self._processes:
-                    process.terminate()
-                self._processes = []
-                raise AssertionError(error)
-        return [values[rank] for rank in range(self.world_size)]
+        given = (self.world_size, *arguments)
+        results = [x.submit(_call, function, rank, *given) for rank, x in enumerate(self._ranks)]
+        done, silent = wait(results, TIMEOUT, FIRST_EXCEPTION)
+        error = next((x.exception() for x in done if x.exception()), None)
+        if error or silent:
+            # The other ranks may be waiting for this one; the next task gets new processes.
+            for process in (process for x in self._ranks for process in x._processes.values()):
+                process.terminate()
+            self._ranks = []
+            ranks = [rank for rank, x in enumerate(results) if x in silent]
+            raise AssertionError(f"{function.__name__}: {error}; no answer from ranks {ranks}") from error
+        return [x.result() for x in results]
 
     def close(self) -> None:
-        if self._processes:
-            for tasks in self._tasks:
-                tasks.put(None)
-        for process in self._processes:
-            process.join(30)
+        for x in self._ranks:
+            x.submit(dist.destroy_process_group)
+        for x in self._ranks:
+            x.shutdown()
 
 
 class Pools(dict[int, Pool]):
