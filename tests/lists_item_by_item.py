@@ -37,7 +37,7 @@ class Lists:
 
     def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **more: Any) -> Tensor:
         given = {"candidate_index": self.index, "mask": self.mask, **more}
-        found: Tensor = loss(q, c, fitting(self.grades, loss.model), s, **given)
+        found: Tensor = loss(q, c, fitting(self.grades, loss.model, loss.pair_weight), s, **given)
         return found
 
     def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
@@ -47,7 +47,7 @@ class Lists:
         return [value, *gradients(value, inputs, upstream)]
 
     def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
-        grades = fitting(self.grades, options.get("model"))
+        grades = fitting(self.grades, options.get("model"), options.get("pair_weight"))
         found: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
         return found
 
@@ -128,9 +128,9 @@ def _list_value(
     return value, count
 
 
-def fitting(grades: Tensor, model: str | None) -> Tensor:
-    """Grades that the model takes: the lowest is 0 and not −∞ for ``"lambda"``."""
-    return grades.clamp_min(0.0) if model == "lambda" else grades
+def fitting(grades: Tensor, model: str | None, pair_weight: str | None) -> Tensor:
+    """Grades that the model takes: the lowest is 0 and not −∞ for gains and differences."""
+    return grades.clamp_min(0.0) if model == "lambda" or pair_weight else grades
 
 
 def lists_of(
@@ -167,6 +167,7 @@ MODELS: list[dict[str, Any]] = [
     {"top_k": 2},
     {"model": "top_one"},
     {"model": "pairwise"},
+    {"model": "pairwise", "pair_weight": "difference"},
     {"model": "lambda"},
     {"model": "lambda", "gain": "exponential"},
     {"in_batch_negatives": True},

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.nn.functional import logsigmoid
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, teacher_of, vector_batch
 from devices import DEVICE
@@ -22,7 +21,6 @@ from rankloss import (
     InputWarning,
     RankClipLoss,
     RankConsistency,
-    SigLipLoss,
     schedules,
 )
 from rankloss.checks import check_teacher
@@ -57,16 +55,6 @@ def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, fl
     if not any(weights):
         assert not any(entry.requires_grad for entry in entries.values())
     assert loss(v * math.nan, t, s).isnan()
-
-
-@pytest.mark.parametrize("budget", [None, 0])
-def test_a_single_pair_has_the_value_that_open_clip_gives(budget: int | None) -> None:
-    v, t = (x[:1] for x in features()[:2])
-    assert ClipLoss(memory_budget=budget)(v, t, 10.0).item() == 0
-    expected = -logsigmoid(10.0 * (v * t).sum() - 10.0)
-    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, 10.0, -10.0), expected)
-    with pytest.raises(ValueError, match=r"image_features.*1, 4"):
-        RankClipLoss(schedule="constant")(v, t, 10.0)  # a list needs two items
 
 
 @pytest.mark.parametrize("key", ["0:6:4:10", "1:64:16:14.2857142857142857"])

@@ -86,14 +86,15 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
         F.pad(x, (0, 2), value=value)[:, order]
         for x, value in ((mask, False), (lists.index, -1), (lists.grades, math.nan))
     )
+    fitted = fitting(grades, loss.model, loss.pair_weight)
 
     def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
         pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
-        return loss(q, pool, fitting(grades, loss.model), s, candidate_index=index, mask=mask)
+        return loss(q, pool, fitted, s, candidate_index=index, mask=mask)
 
     def one_by_one(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
         pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
-        return loss(q, pool[index], fitting(grades, loss.model), s, mask=mask)
+        return loss(q, pool[index], fitted, s, mask=mask)
 
     def of_own_rows(q: Tensor, c: Tensor, s: Tensor) -> Tensor:  # a candidate of several lists is several
         own = torch.arange(n * k).view(n, k)
@@ -102,15 +103,6 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
     expected = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
     assert_same(lists.differentiated(by_index), expected)
     assert_same(lists.differentiated(one_by_one), lists.differentiated(of_own_rows))
-
-
-def test_pairs_may_be_weighed_by_the_difference_of_their_grades() -> None:
-    lists = lists_of(3, 4, 4, 9)
-    lists = replace(lists, grades=lists.grades.clamp_min(0.0))
-    options: dict[str, Any] = {"model": "pairwise", "pair_weight": "difference"}
-    found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
-    assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
-    assert found[0] != lists.owed(*lists.leaves(), model="pairwise")
 
 
 @models

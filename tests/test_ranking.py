@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from batches import assert_close
 from rankloss import plackett_luce_nll
 from rankloss.log_sums import log_cumsum_exp
-from rankloss.options import RankOptions
-from rankloss.ranking import LogSums, ascending, quantize, rank
+from rankloss.ranking import ascending, quantize
 
 # --- sorting ----------------------------------------------------------------------------------------------
 
@@ -100,33 +98,6 @@ def test_the_documented_bound_holds(x: list[float], seed: int, bins: int) -> Non
 
 
 # --- running sums -----------------------------------------------------------------------------------------
-
-
-@given(
-    x=st.lists(st.floats(-600, 600), min_size=2, max_size=12),
-    seed=st.integers(0, 2**16),
-    steps=st.sampled_from([2, 5, 2**20]),
-    options=st.sampled_from([{}, {"top_k": 1}, {"top_k": 4}, {"method": "bin", "bins": 3}]),
-)
-def test_sums_of_logarithms_give_the_formulas_value_and_gradient(x, seed: int, steps: int, options) -> None:
-    """In float64, for a sharp comparison."""
-    scores = torch.tensor([x], dtype=torch.float64, requires_grad=True)
-    y = (torch.rand(1, len(x), generator=torch.Generator().manual_seed(seed)) * steps).floor()
-    ranking = rank(y, RankOptions(**options), by_numpy=False)
-    ordered = scores if ranking.order is None else scores.gather(-1, ranking.order)
-    sums = LogSums(ranking, ordered.detach())
-    nll = plackett_luce_nll(scores, quantize(y, 3) if "bins" in options else y, top_k=options.get("top_k"))
-    share, of_all = (
-        torch.full((1, 1), -0.7, dtype=torch.float64),
-        torch.full((1, 1), 1.3, dtype=torch.float64),
-    )
-    (expected,) = torch.autograd.grad((share * nll).sum() + (of_all * scores.logsumexp(-1)).sum(), scores)
-    assert_close([sums.nll().squeeze(-1), sums.log_sum], [nll, scores.logsumexp(-1, keepdim=True)], 1e-12)
-    found = torch.empty_like(scores)
-    sums.gradient(share, of_all, out=found)
-    if ranking.order is not None:
-        found = torch.empty_like(found).scatter(-1, ranking.order, found)
-    assert_close([found], [expected], 1e-10)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([1.0, 30.0, 1000.0]))

@@ -58,7 +58,7 @@ def assert_same(
 @pytest.mark.parametrize("budget", [0, None])
 @settings(max_examples=settings.default.max_examples // 3)
 @given(
-    batch=batches(max_n=17),
+    batch=batches(min_n=1, max_n=17),
     times=st.sampled_from([1.0, 30.0]),
     chunk=st.integers(1, 18),
     smoothing=st.sampled_from([0.0, 0.1, 0.9]),
