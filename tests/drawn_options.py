@@ -28,7 +28,7 @@ def together(chosen: dict[str, Any], accepts: Callable[[RankOptions], bool] = bo
     return found
 
 
-def _small(name: str) -> st.SearchStrategy[Any]:
+def small_values(name: str) -> st.SearchStrategy[Any]:
     if CHOICES[name]:
         return st.sampled_from(CHOICES[name])
     bounds = FIELDS[name].metadata
@@ -37,7 +37,7 @@ def _small(name: str) -> st.SearchStrategy[Any]:
 
 def options(accepts: Callable[[RankOptions], bool] = bool) -> st.SearchStrategy[dict[str, Any]]:
     """Options in which the accepted ones go together, with small numbers; torch's kernel."""
-    drawn = {name: _small(name) for name in FIELDS if name != "kernel"}
+    drawn = {name: small_values(name) for name in FIELDS if name != "kernel"}
     return st.fixed_dictionaries({}, optional=drawn).map(lambda chosen: together(chosen, accepts))
 
 

@@ -55,11 +55,6 @@ class Subject:
         """True for a module, which can be moved, copied and saved."""
         return isinstance(self.build(), nn.Module)
 
-    @property
-    def differentiates(self) -> bool:
-        """True if its value has a gradient."""
-        return bool(self.differentiable)
-
     def started(self, built: Any = None) -> Any:
         """A built subject, new by default, that knows where training stands."""
         built = self.build() if built is None else built
@@ -71,6 +66,11 @@ class Subject:
     def pick(self, data: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
         """The inputs that it takes, in a dtype; ids stay integers."""
         return {name: data[name].to(dtype) if name != "pair_ids" else data[name] for name in self.inputs}
+
+    @property
+    def is_open_clips(self) -> bool:
+        """True for the operations of open_clip's losses, bit by bit."""
+        return self.covers in ("ClipLoss", "SigLipLoss") and "streamed" not in self.name
 
     @property
     def takes_pairs(self) -> bool:

@@ -290,26 +290,6 @@ def test_every_option_shards_exactly(of_all_options: list[dict[str, Any]], name:
     assert_same(actual, of_all_options[0][name][1], 1e-5 if name == "float32" else 1e-10)
 
 
-def accumulated(rank: int, world_size: int) -> list[tuple[Values, Values]]:
-    """In one pass, and as open_clip's trainer accumulates: one of two micro-batches has a graph."""
-    inputs = v, t, s, _ = leaves(world_size)
-    mine = own(rank, world_size, v, t)
-    found = []
-    for flags in FLAGS:
-        loss, sums = rank_clip(gather=of_flags(flags)), []
-        for j in range(2):
-            chunks = ([x if i == j else x.detach() for i, x in enumerate(f.chunk(2))] for f in mine)
-            sums.append(differentiated(loss(*map(torch.cat, chunks), s), inputs))
-        found.append((differentiated(loss(*mine, s), inputs), summed(sums)))
-    return found
-
-
-def test_accumulation_gives_towers_the_big_batch_and_the_scale_twice(pools: Pools) -> None:
-    for of_rank in pools[2].run(accumulated):
-        for (value, dv, dt, ds, db), sums in of_rank:
-            assert_same(sums, [2 * value, dv, dt, 2 * ds, db])
-
-
 # --- under DistributedDataParallel ------------------------------------------------------------------------
 
 
@@ -623,6 +603,16 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         lambda: RankedListsTerm(Lists()),
         lambda rank: lists_of(rank, logit_scale=1.0, query_ids=IDS + 3 * rank),
         ("3 and 4", "query"),
+    ),
+    "queries on two processes": (
+        Lists,
+        lambda rank: lists_of(rank, query_features=lists_of(0)["query_features"]),
+        ("query_features", "twice"),
+    ),
+    "a second caption": (
+        AlipLoss,
+        lambda rank: pairs_of(rank, caption_features=torch.eye(4, D - (rank == 1))),
+        ("ValueError: caption_features ", "rank 1 of 3"),
     ),
     "a scale": (ClipLoss, on(1, logit_scale=0.0), ("logit_scale", "0", "rank 1")),
     "a type": (ClipLoss, on(2, text_features=[1.0]), ("TypeError", "text_features", "list", "rank 2")),

@@ -287,16 +287,21 @@ def test_without_gradients_only_values_are_computed(name: str, without: str) -> 
 
 
 @pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
-def test_no_tensor_as_large_as_n_by_n_is_made_of_a_large_batch(options, has_teacher: bool) -> None:
-    n, d, chunk_size = 128, 8, 4
-    inputs, teacher = random_batch(0, n, d, 10.0).leaves(), teacher_of(n, d) if has_teacher else {}
-    largest = []
-    for rows in (chunk_size, None):
+def test_memory_grows_linearly_in_n(options, has_teacher: bool) -> None:
+    """What forward keeps for backward, and the largest tensor."""
+    kept, largest = {}, {}
+    for n, rows in ((64, 4), (256, 4), (256, None)):
+        inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+        teacher = teacher_of(n, duplicates=1) if has_teacher else {}
+        loss = rankloss.RankClipLoss(schedule="constant", chunk_size=rows, **options)
+        kept[n, rows] = saved_bytes(lambda: loss(*inputs, **teacher))  # noqa: B023
         with TensorSizes() as sizes:
-            rankloss.RankConsistency(**options, chunk_size=rows)(*inputs, **teacher).backward()
-        largest.append(sizes.largest)
-    assert n * d <= largest[0] <= 2 * n * chunk_size < n * n  # of two matrices
-    assert largest[1] >= n * n  # the measurement sees such a tensor where there is one
+            loss(*inputs, **teacher).backward()
+        largest[n, rows] = sizes.largest
+    assert 0 < kept[256, 4] <= 4.05 * kept[64, 4]
+    assert kept[256, 4] < 4 * 256**2  # less than one N×N matrix
+    assert 256 * 8 <= largest[256, 4] <= 2 * 256 * 4  # of two matrices
+    assert largest[256, None] >= 256**2  # the measurement sees such a tensor where there is one
 
 
 # --- limits -----------------------------------------------------------------------------------------------
@@ -308,21 +313,6 @@ def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float)
     inputs = random_batch(1, 12, 3, scale).leaves()
     _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), FACTORS, (False, True, True))
     assert not torch.stack(terms).isfinite().any()
-
-
-# --- memory -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
-def test_what_forward_keeps_for_backward_grows_linearly_in_n(options, has_teacher: bool) -> None:
-    def kept(n: int) -> int:
-        inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
-        teacher = teacher_of(n, duplicates=1) if has_teacher else {}
-        loss = rankloss.RankClipLoss(schedule="constant", chunk_size=8, **options)
-        return saved_bytes(lambda: loss(*inputs, **teacher))
-
-    assert 0 < kept(256) <= 4.05 * kept(64)
-    assert kept(256) < 256 * 256 * 4  # less than one N×N matrix
 
 
 # --- on an accelerator ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from drawn_options import FIELDS
+from drawn_options import FIELDS, small_values
 from rankloss.options import CHOICES, RankOptions
 
 LARGEST = 2**31 - 1
@@ -18,17 +18,7 @@ NAMED = [name for name in FIELDS if CHOICES[name]]
 COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]
 
 
-def values_of(name: str) -> st.SearchStrategy[Any]:
-    if CHOICES[name]:
-        return st.sampled_from(CHOICES[name])
-    bounds = FIELDS[name].metadata
-    if name in NUMBERS:
-        return st.none() | st.floats(bounds["above"], exclude_min=True, allow_infinity=False)
-    counts = st.integers(bounds.get("at_least", 1), bounds.get("at_most", LARGEST))
-    return counts | st.none() if FIELDS[name].default is None else counts
-
-
-@given(st.fixed_dictionaries({}, optional={name: values_of(name) for name in FIELDS}))
+@given(st.fixed_dictionaries({}, optional={name: small_values(name) for name in FIELDS}))
 def test_every_option_is_kept(chosen: dict[str, Any]) -> None:
     try:
         options = RankOptions(**chosen)

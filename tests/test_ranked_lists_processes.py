@@ -130,17 +130,3 @@ def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
 
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
     assert pools[2].run(collectives) == [[{"allreduce": 1, "allgather": n} for n in (1, 4)]] * 2
-
-
-def of_one_query(rank: int, world_size: int) -> str:
-    lists = lists_of(rank, N, K, M)
-    q, *inputs = lists.leaves()
-    q.data[1] = lists_of(0, N, K, M).queries[0]
-    with pytest.raises(ValueError, match=r"query_features.*twice") as caught:
-        lists.loss(RankedLists(in_batch_negatives=True), q, *inputs)
-    return str(caught.value)
-
-
-def test_a_query_of_two_processes_may_not_be_its_own_negative(pools: Pools) -> None:
-    first, second = pools[2].run(of_one_query)
-    assert first == second

@@ -60,7 +60,7 @@ pytestmark = [
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-differentiable = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.differentiates], ids=str)
+differentiable = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.differentiable], ids=str)
 modules = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_module], ids=str)
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -107,8 +107,10 @@ def owed_of(subject: Subject, kind: str = "equal rows", dtype: torch.dtype = F32
 @every
 def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
     for dtype in (F64, F32, *((BF16, F16) if kind == "sign codes" else ())):
-        inputs = subject.pick(data(kind), dtype)
-        assert_right(run(subject, inputs), owed_of(subject, kind, dtype), tolerances(subject, dtype))
+        found = run(subject, subject.pick(data(kind), dtype))
+        assert_right(found, owed_of(subject, kind, dtype), tolerances(subject, dtype))
+        if subject.is_module and not (subject.is_open_clips and dtype is BF16):
+            assert found.value.dtype == torch.promote_types(dtype, F32)
 
 
 @differentiable
@@ -134,7 +136,7 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(subject: Subject) -> N
                     run(subject, inputs)
                 continue
             found = run(subject, inputs)
-            value = found.value if found.value.dim() == 0 or not subject.differentiates else found.value[2]
+            value = found.value if found.value.dim() == 0 or not subject.differentiable else found.value[2]
             assert not value.isfinite().all(), f"{bad} in {name} gives {value}"
             for of, gradient in found.gradients.items():
                 if subject.name != "all_gather":
@@ -348,6 +350,7 @@ def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
         with around_backward():
             found = differentiated(value, inputs, subject.differentiable, upstream)
         assert_right(found, owed, tolerances(subject, F32, half))
+        assert found.value.dtype == F32 or not subject.is_module
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -433,7 +436,7 @@ def second_order(value: Tensor, inputs: Inputs, wanted: tuple[str, ...]) -> Resu
     return Result(along.detach(), dict(zip(wanted, again, strict=True)))
 
 
-twice = [s for s in SUBJECTS if s.differentiates and s.name != "all_gather"]
+twice = [s for s in SUBJECTS if s.differentiable and s.name != "all_gather"]
 
 
 @pytest.mark.parametrize(

@@ -77,21 +77,6 @@ def test_composition_is_exact_too(pool: Pool) -> None:
     assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
 
 
-def with_a_bad_caption(rank: int, world_size: int) -> str:
-    v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
-    try:
-        AlipLoss()(v, t, s, caption_features=c[:, :-1] if rank == 1 else c)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def test_a_bad_caption_of_one_process_is_an_error_of_all(pool: Pool) -> None:
-    for error in pool.run(with_a_bad_caption):
-        assert error.startswith("caption_features ")
-        assert f"rank 1 of {pool.world_size}" in error
-
-
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
     v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
     loss, given = (AlipLoss(), {"caption_features": c}) if name == "alip" else (CyClipLoss(), {})
