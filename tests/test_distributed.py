@@ -43,7 +43,7 @@ from rankloss_trainers.graded.term import RankedListsTerm
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
 TEACHER = ("reference_image_features", "reference_text_features")
-F64 = torch.float64
+F64, F32 = torch.float64, torch.float32
 
 Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias
 
@@ -517,6 +517,9 @@ def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None
 # --- processes that disagree ------------------------------------------------------------------------------
 
 
+GRADES = torch.eye(2).repeat(2, 1)
+
+
 def pairs_of(rank: int, rows: int = 4, dtype: torch.dtype = torch.float32, **changed: Any) -> dict[str, Any]:
     drawn = F.normalize(torch.randn(2, 4, D, generator=torch.Generator().manual_seed(rank)), dim=-1)
     v, t = drawn[:, :rows].to(dtype)
@@ -527,12 +530,7 @@ def lists_of(rank: int, **changed: Any) -> dict[str, Any]:
     pairs = pairs_of(rank)
     features = {"query_features": pairs["image_features"], "candidate_features": pairs["text_features"]}
     index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
-    return {**features, "grades": torch.eye(2).repeat(2, 1), "candidate_index": index, **changed}
-
-
-def on(bad: int, inputs_of: Callable[..., dict[str, Any]] = pairs_of, **changed: Any) -> Any:
-    """Inputs of each rank, of which one has these instead."""
-    return lambda rank: inputs_of(rank, **(changed if rank == bad else {}))
+    return {**features, "grades": GRADES, "candidate_index": index, **changed}
 
 
 def without(x: Tensor, value: float, rank: int) -> Tensor:
@@ -549,18 +547,29 @@ class FailsElsewhere(nn.Module):
                 raise KeyError("a name")
 
 
+Fault = tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]], tuple[str, ...]]
+
+
+def fault(
+    loss: Callable[..., nn.Module], *named: str, bad: int = 1, of: Any = pairs_of, **changed: Any
+) -> Fault:
+    """The loss, the inputs by rank, of which one has some instead, and what the error of all ranks names."""
+    return loss, lambda rank: of(rank, **(changed if rank == bad else {})), (*named, f"rank {bad}")
+
+
 Rows = functools.partial(RankConsistency, cross_modal=0.0)
 Lists = functools.partial(RankedLists, in_batch_negatives=True)
 Constant = functools.partial(RankClipLoss, schedule="constant")
+OfIds = functools.partial(ClipLoss, same_id="share")
+OverIds = functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share"))
 IDS = torch.arange(4)
 RIGHT_ANGLE, WIDE_ANGLE = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.6, 0.8], [0.6, -0.8]])
-# The loss, the inputs by rank, and what the error of all ranks names.
-FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]], tuple[str, ...]]] = {
+scaled_lists = functools.partial(lists_of, logit_scale=1.0)
+at_a_right_angle = functools.partial(pairs_of, image_features=RIGHT_ANGLE, text_features=RIGHT_ANGLE)
+FAULTS: dict[str, Fault] = {
     "teachers": (Rows, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER),
-    "a teacher": (
-        MimicryLoss,
-        on(1, **dict.fromkeys(TEACHER, torch.eye(4, D))),
-        (f"{TEACHER[1]} float32 [4, 6]",),
+    "a teacher": fault(
+        MimicryLoss, f"{TEACHER[1]} float32 [4, 6]", **dict.fromkeys(TEACHER, torch.eye(4, D))
     ),
     "the number of pairs": (
         RankConsistency,
@@ -582,26 +591,20 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         pairs_of,
         ("gather_with_grad=True", "gather_with_grad=False", "rank 1"),
     ),
-    "ids": (
-        functools.partial(ClipLoss, same_id="share"),
-        on(1, pair_ids=IDS),
-        ("pair_ids int64 [4]", "rank 1"),
-    ),
+    "ids": fault(OfIds, "pair_ids int64 [4]", pair_ids=IDS),
     "ids that are numbers": (
-        functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share")),
+        OverIds,
         lambda rank: pairs_of(rank, logit_bias=0.0, pair_ids=IDS.double() if rank == 1 else IDS),
         ("pair_ids", "torch.float64 [4]", "rank 1"),
     ),
-    "ids that a base refuses": (Constant, on(1, pair_ids=IDS), ("pair_ids", "rank 1")),
-    "an input of the base that is None": (Constant, on(1, pair_ids=None), ("pair_ids", "rank 1")),
-    "ids of queries": (
-        lambda: RankedListsTerm(Lists()),
-        on(1, functools.partial(lists_of, logit_scale=1.0), query_ids=IDS),
-        ("query_ids int64 [4]", "rank 1"),
+    "ids that a base refuses": fault(Constant, "pair_ids", pair_ids=IDS),
+    "an input of the base that is None": fault(Constant, "pair_ids", pair_ids=None),
+    "ids of queries": fault(
+        lambda: RankedListsTerm(Lists()), "query_ids int64 [4]", of=scaled_lists, query_ids=IDS
     ),
     "a query on two processes": (
         lambda: RankedListsTerm(Lists()),
-        lambda rank: lists_of(rank, logit_scale=1.0, query_ids=IDS + 3 * rank),
+        lambda rank: scaled_lists(rank, query_ids=IDS + 3 * rank),
         ("3 and 4", "query"),
     ),
     "queries on two processes": (
@@ -614,31 +617,26 @@ FAULTS: dict[str, tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]
         lambda rank: pairs_of(rank, caption_features=torch.eye(4, D - (rank == 1))),
         ("ValueError: caption_features ", "rank 1 of 3"),
     ),
-    "a scale": (ClipLoss, on(1, logit_scale=0.0), ("logit_scale", "0", "rank 1")),
-    "a type": (ClipLoss, on(2, text_features=[1.0]), ("TypeError", "text_features", "list", "rank 2")),
+    "a scale": fault(ClipLoss, "logit_scale", "0", logit_scale=0.0),
+    "a type": fault(ClipLoss, "TypeError", "text_features", "list", bad=2, text_features=[1.0]),
     "a teacher's row of zeros": (
         rank_clip,
         lambda rank: pairs_of(rank, **{name: without(torch.eye(4), 0.0, rank) for name in TEACHER}),
         ("reference_image_features", "row 2", "rank 1"),
     ),
-    "a cosine without worth": (
+    "a cosine without worth": fault(
         functools.partial(Rows, worth="identity"),
-        on(
-            1,
-            functools.partial(pairs_of, image_features=RIGHT_ANGLE, text_features=RIGHT_ANGLE),
-            image_features=WIDE_ANGLE,
-        ),
-        ("worth='identity'", "rank 1"),
+        "worth='identity'",
+        of=at_a_right_angle,
+        image_features=WIDE_ANGLE,
     ),
-    "a grade": (
+    "a grade": fault(Lists, "grades", "row 2", "nan", of=lists_of, grades=without(GRADES, math.nan, 1)),
+    "an index": fault(
         Lists,
-        lambda rank: lists_of(rank, grades=without(torch.eye(2).repeat(2, 1), math.nan, rank)),
-        ("grades", "row 2", "nan", "rank 1"),
-    ),
-    "an index": (
-        Lists,
-        on(2, lists_of, candidate_index=torch.tensor([[0, 1]] * 3 + [[2, 4]])),
-        ("candidate_index", "row 3", "[4]", "rank 2"),
+        *("candidate_index", "row 3", "[4]"),
+        bad=2,
+        of=lists_of,
+        candidate_index=torch.tensor([[0, 1]] * 3 + [[2, 4]]),
     ),
     "an error of another kind": (
         FailsElsewhere,
@@ -719,15 +717,8 @@ def kinds_that_change(rank: int, world_size: int, name: str) -> list[str]:
     """Kinds of batches that all have in turn, then one of either kind at once, and the first again."""
     make = {"clip": ClipLoss, "alip": AlipLoss, "cyclip": CyClipLoss}[name]
     loss, found = make() if name == "clip" else torch.compile(make(), backend="eager"), []
-    kinds = [
-        (4, F64),
-        (3, F64),
-        (4, torch.float32),
-        (4 - rank, F64),
-        (4, (F64, torch.float32)[rank]),
-        (4, F64),
-    ]
-    for rows, dtype in kinds:
+    dtypes = F64, F64, F32, F64, (F64, F32)[rank], F64
+    for rows, dtype in zip((4, 3, 4, 4 - rank, 4, 4), dtypes, strict=True):
         v, t, c = F.normalize(torch.randn(3, rows, D, dtype=dtype), dim=-1)
         try:
             loss(v, t, 10.0, **({"caption_features": c} if name == "alip" else {}))
