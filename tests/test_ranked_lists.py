@@ -152,8 +152,11 @@ def test_a_frozen_models_scores_are_subtracted(
         padded = scores if lists.mask is None else scores.where(lists.mask, math.nan)
         given.append({"reference_scores": padded})
     for more in given:
-        found = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs, **more))  # noqa: B023
+        leaves = {k: x.clone().requires_grad_() if isinstance(x, Tensor) else x for k, x in more.items()}
+        found = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs, **leaves))  # noqa: B023
         assert_same(found, owed, 1e-9)
+        lists.loss(loss, *lists.leaves(), **leaves).backward()
+        assert all(x.grad is None for x in leaves.values() if isinstance(x, Tensor))
 
 
 def test_a_frozen_copy_leaves_equal_scores() -> None:
@@ -163,37 +166,6 @@ def test_a_frozen_copy_leaves_equal_scores() -> None:
     frozen = Frozen(lists.queries.float(), lists.items.float(), lists.scale).as_features()
     loss = RankedLists(model="pairwise")
     assert lists.loss(loss, q, c, s, **frozen).item() == pytest.approx(math.log(2), rel=1e-7)
-
-
-@pytest.mark.filterwarnings("ignore:candidate_features should be unit-norm")
-def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
-    """−log σ(β·[(log π − log π_ref)(better) − (…)(worse)]), with log π as a model of texts has it."""
-    generator = torch.Generator().manual_seed(0)
-    policy = torch.randn(5, 2, dtype=F64, generator=generator, requires_grad=True)
-    frozen = torch.randn(5, 2, dtype=F64, generator=generator)
-    beta, better = 0.3, torch.tensor([0, 1, 1, 0, 1])
-    log_ratios = policy.log_softmax(-1) - frozen.log_softmax(-1)
-    worse, rows = 1 - better, torch.arange(5)
-    dpo = -F.logsigmoid(beta * (log_ratios[rows, better] - log_ratios[rows, worse])).mean()
-    grades = F.one_hot(better)
-    queries = torch.ones(5, 1, dtype=F64)
-    found = RankedLists(model="pairwise")(
-        queries, policy[:, :, None], grades, beta, reference_scores=beta * frozen
-    )
-    assert_same([found], [dpo], 1e-14)
-    assert_same(gradients(found, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
-
-
-def test_a_frozen_model_has_no_gradient() -> None:
-    lists = lists_of(6, 4, 5, 9, masked=False)
-    features = {**Frozen.of(lists).as_features(), "reference_scale": torch.tensor(7.0, dtype=F64)}
-    for options, frozen in (
-        ({"in_batch_negatives": True}, features),
-        ({}, {"reference_scores": torch.randn(4, 5, dtype=F64)}),
-    ):
-        leaves = {name: x.clone().requires_grad_() for name, x in frozen.items()}
-        lists.loss(RankedLists(**options), *lists.leaves(), **leaves).backward()
-        assert all(x.grad is None for x in leaves.values())
 
 
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------

@@ -40,21 +40,23 @@ def table_of_tests(report: str) -> str:
     return report.partition("## The tests")[2].partition("## Secondary")[0]
 
 
+def first_differences(report: str) -> list[str]:
+    """The first number of every row of that table, with its interval."""
+    rows = re.findall(r"^\| `.*", table_of_tests(report), re.MULTILINE)
+    return [row.split("|")[3].strip() for row in rows]
+
+
 def photographs_table() -> list[str]:
     """… in R@10 and in the agreement with experts, of every comparison."""
     report = of_photographs("1")
-    tests = table_of_tests(report)
-    recall = [line.split("|")[3].strip() for line in re.findall(r"^\| `.*", tests, re.MULTILINE)]
     (agreement,) = re.findall(r"^\| τ_c, experts +\|(.*)\|$", report, re.MULTILINE)
-    both = zip(recall, agreement.replace("*", "").split("|"), strict=True)
+    both = zip(first_differences(report), agreement.replace("*", "").split("|"), strict=True)
     return [f"{of_recall} | {of_agreement.strip()} |" for of_recall, of_agreement in both]
 
 
 def taught_heads() -> list[str]:
     """… in R@10 of every way to learn from one teacher, minus CLIP's and minus ranks'."""
-    tests = table_of_tests(of_photographs("2b"))
-    cells = [line.split("|")[3].strip() for line in re.findall(r"^\| `.*", tests, re.MULTILINE)]
-    return [f"| {cell} |" for cell in cells]
+    return [f"| {cell} |" for cell in first_differences(of_photographs("2b"))]
 
 
 def parts_of_a_teacher() -> list[str]:

@@ -18,20 +18,16 @@ from studies.data.drawings import split_emojis
 from studies.icons.records import Record
 from studies.plan import Find, MissingError
 from studies.runner import load
-from torch.nn.functional import normalize
 
 import rankloss
+from batches import unit
 
 SIZES = load("captions").sizes("full")
 
 
-def unit(*shape, seed):
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
 def test_the_memory_of_one_batch_has_clips_gradient():
     """With γ = 1 and ε = 1/(N − 1), at a second visit too; in float64 to rounding."""
-    n, inputs = 12, [unit(12, 8, seed=seed).double() for seed in (0, 1)]
+    n, inputs = 12, [unit(12, 8, seed=seed) for seed in (0, 1)]
     loss, places = MemoryLoss(40, epsilon=1 / (n - 1)), torch.randperm(40)[:n]
     for scale in (5.0, 60.0):
         gradients = []
@@ -45,7 +41,7 @@ def test_the_memory_of_one_batch_has_clips_gradient():
 
 def test_the_memory_is_an_average_over_visits():
     loss, scale, places = MemoryLoss(6), torch.tensor(3.0), torch.tensor([4, 1, 0])
-    v, t = unit(3, 5, seed=2), unit(3, 5, seed=3)
+    v, t = (unit(3, 5, seed=seed, dtype=torch.float32) for seed in (2, 3))
     ratios = (3 * (v @ t.T - (v * t).sum(1, keepdim=True))).exp()
     g = (ratios.sum(1) - 1) / 2
     loss(v, t, scale, places)
@@ -204,22 +200,16 @@ def test_more_pairs_curves_and_splits_have_families_of_their_own():
 
 
 def test_the_change_of_a_gain_is_paired_by_seed():
-    def cell(gains):
-        score = {"metrics": {"retrieval": {"R@10, mean of both": 20.0}}}
-        above = {
-            seed: {"metrics": {"retrieval": {"R@10, mean of both": 20.0 + gain}}}
-            for seed, gain in gains.items()
-        }
-        return study.Arms({"clip": dict.fromkeys(gains, score), "captions": above})
+    def record(score):
+        return {"metrics": {"retrieval": {"R@10, mean of both": score}}}
 
-    arms_of = {
-        "first": cell({1: 3.0, 2: 5.0, 3: 9.0}),
-        "middle": cell({1: 7.0}),
-        "last": cell({2: 1.0, 3: 4.0, 4: 8.0}),
-    }
-    ((key, change),) = study.changes(
-        {"pairs": {"first": "", "middle": "", "last": "", "absent": ""}}, arms_of
-    ).items()
+    def cell(gains):
+        above = {seed: record(20.0 + gain) for seed, gain in gains.items()}
+        return study.Arms({"clip": dict.fromkeys(gains, record(20.0)), "captions": above})
+
+    gains = {"first": {1: 3.0, 2: 5.0, 3: 9.0}, "middle": {1: 7.0}, "last": {2: 1.0, 3: 4.0, 4: 8.0}}
+    arms_of = {name: cell(of) for name, of in gains.items()}
+    ((key, change),) = study.changes({"pairs": dict.fromkeys([*gains, "absent"], "")}, arms_of).items()
     assert key == ("pairs", "captions", "first", "last")
     assert (change.mean, change.n) == (pytest.approx(-4.5), 2)
 

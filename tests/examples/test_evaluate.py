@@ -18,9 +18,7 @@ from studies.manifest import HERE
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-
-def _features(*shape, seed=0):
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+from batches import unit
 
 
 def _in_every_order(similarity, right, k):
@@ -47,7 +45,7 @@ def test_recall_shares_places_among_ties(data, images, more, k):
 @pytest.mark.parametrize("block", [2**24, 40])
 def test_retrieval_with_several_captions_is_what_torchmetrics_counts(block, monkeypatch):
     monkeypatch.setattr(metrics, "_BLOCK", block)  # 40 elements: two rows at a time
-    images, texts = _features(17, 8), _features(40, 8, seed=1)
+    images, texts = (unit(n, 8, seed=n, dtype=torch.float32) for n in (17, 40))
     image_of = torch.cat([torch.arange(17), torch.arange(23) ** 2 % 17])
     found = metrics.retrieval(images, texts, image_of)
     assert metrics.retrieval(images, texts[:17]) == metrics.retrieval(images, texts[:17], torch.arange(17))

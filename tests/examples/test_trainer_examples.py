@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -185,22 +186,10 @@ def test_heads_on_stored_features_find_held_out_pairs_and_are_saved(tmp_path, mo
         name: (shared @ torch.randn(6, width, generator=generator) * 0.01 + 3).numpy()
         for name, width in (("image_features", 24), ("text_features", 16))
     }
-
-    class Folder:
-        def __init__(self, path):
-            self.path = path
-
-        def __len__(self):
-            return len(shared)
-
-        def check(self):
-            return self
-
-        def take(self, rows):
-            return {name: x[rows] for name, x in found.items()}
-
-    module = imported("frozen_encoders")
-    monkeypatch.setattr(module, "Features", Folder)
+    module, folder = imported("frozen_encoders"), MagicMock()
+    folder.check().__len__.return_value = len(shared)
+    folder.check().take = lambda rows: {name: x[rows] for name, x in found.items()}
+    monkeypatch.setattr(module, "Features", lambda path: folder)
     torch.manual_seed(0)
     module.main(output=tmp_path / "heads.pt")
     last = capsys.readouterr().out.splitlines()[-1]
