@@ -152,11 +152,11 @@ def test_a_frozen_models_scores_are_subtracted(
         padded = scores if lists.mask is None else scores.where(lists.mask, math.nan)
         given.append({"reference_scores": padded})
     for more in given:
-        leaves = {k: x.clone().requires_grad_() if isinstance(x, Tensor) else x for k, x in more.items()}
+        leaves = {k: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for k, x in more.items()}
         found = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs, **leaves))  # noqa: B023
         assert_same(found, owed, 1e-9)
         lists.loss(loss, *lists.leaves(), **leaves).backward()
-        assert all(x.grad is None for x in leaves.values() if isinstance(x, Tensor))
+        assert all(x.grad is None for x in leaves.values())
 
 
 def test_a_frozen_copy_leaves_equal_scores() -> None:
