@@ -20,7 +20,8 @@ from rankloss_features import Features, bind
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
 from rankloss_features.data import IMAGES, Table
-from rankloss_features.folder import NAMES, Draft, hashes_of_pairs
+from rankloss_features.folder import NAMES
+from stored_features import stored
 
 
 def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
@@ -103,15 +104,12 @@ def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
     """A row's number and hash are 16 bytes, of which there are some copies; a list of arrays takes 1,380."""
     rows = 20_000
     images, captions = [f"a/{i}.png" for i in range(rows)], [f"caption {i}" for i in range(rows)]
-    found = hashes_of_pairs(captions, (x[2:] for x in images))
-    about = {"widths": {NAMES[1]: WIDTH}, "dtype": "float16", "shard_rows": rows, "spaces": "common"}
-    Draft.begin(tmp_path, about, found)
-    draft = Draft(str(tmp_path))
-    draft.save(0, {NAMES[1]: np.ones((rows, WIDTH), np.float16)})
-    draft.finish()
+    names = [image[2:] for image in images]
+    features = np.ones((rows, WIDTH), np.float16)
+    path = stored(tmp_path / "x", [*zip(names, captions, strict=True)], text_features=features)
     data = datasets.Dataset.from_dict({"image": images, "caption": captions})
     tracemalloc.start()
-    bind(data, str(tmp_path))
+    bind(data, path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200 * rows

@@ -6,7 +6,9 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from open_clip_train.params import parse_args
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -27,6 +29,13 @@ class Base(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         value = self.scale * (image_features * text_features).sum() * logit_scale
         return {"contrastive_loss": value} if output_dict else value
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The line by which the trainer's parser refuses a command line."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(list(argv))
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def ready(args: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,27 +12,12 @@ from PIL import Image
 from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer
 
-from rankloss_features.folder import NAMES, SPACES, Draft, hashes_of_pairs
+from rankloss_features.folder import NAMES
 
 
 def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
     features = np.random.default_rng(seed).standard_normal((rows, dimension)).astype(np.float32)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.ndarray[Any, Any]) -> str:
-    """A folder of features, of images and captions ``0.png``, ``a0`` and so on if no others are given."""
-    rows, dtype = min(map(len, arrays.values())), next(iter(arrays.values())).dtype
-    images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
-    path.mkdir()
-    widths = {name: array.shape[-1] for name, array in arrays.items()}
-    spaces = SPACES[len(set(widths.values())) - 1]
-    about = {"widths": widths, "dtype": str(dtype), "shard_rows": rows, "spaces": spaces}
-    Draft.begin(path, about, hashes_of_pairs(captions, images))
-    draft = Draft(str(path))
-    draft.save(0, {name: array[:rows] for name, array in arrays.items()})
-    draft.finish()
-    return str(path)
 
 
 TEACHER = {name: unit_rows(SAMPLES, 7, seed) for seed, name in enumerate(NAMES)}

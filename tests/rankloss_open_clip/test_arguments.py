@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,27 +14,30 @@ import open_clip.factory
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import Base, features, ready
-from teacher_features import stored, unit_rows
+from stand_ins import Base, features, ready, refused
+from teacher_features import unit_rows
 from torch import nn
 
 import rankloss
 from rankloss import schedules
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import arguments, bootstrap
-from rankloss_open_clip.training import build_loss
+from rankloss_open_clip.training import build_loss, run_of
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import RUN, dest, flag, prefix_of, typed_options
 from rankloss_trainers.declared import _REPLACED, options_of
 from rankloss_trainers.run_options import RunOptions
+from registered import register
+from stored_features import stored
 
 ALIP = "--loss alip --alip-caption-key synthetic"
 LISTS = "--loss ranked-lists --ranked-lists"
+OPTION = "--loss-teacher"
+BOTH = unit_rows(4, 2)
 SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
 THIRD_PARTY = Path(__file__).parent / "third_party_loss"
 
 
-# Entry points of other packages refer to these.
 def deep(base: nn.Module, *, depth: int = 3) -> nn.Module:
     return base
 
@@ -49,31 +51,6 @@ def number(base: nn.Module, gather: Any) -> Any:
     return 3
 
 
-Register = Callable[..., None]
-
-
-@pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Register:
-    """Stand-ins for installed packages: (package, name, object of this module or elsewhere)."""
-
-    def register(*registrations: tuple[str, str, str]) -> None:
-        found = dict(catalog.known())
-        for package, name, reference in registrations:
-            value = reference if ":" in reference else f"{__name__}:{reference}"
-            point = importlib.metadata.EntryPoint(name, value, catalog.GROUP)
-            vars(point)["dist"] = SimpleNamespace(name=package, version="1.0")
-            found[name] = (point,)
-        monkeypatch.setattr(catalog, "known", lambda: found)
-
-    return register
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        parse_args(list(argv))
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def loss_of(command: str, base: nn.Module | None = None) -> Any:
     """The loss of a command line, on the trainer's own or on another."""
     args = ready(parse_args([*command.split(), "--device", "cpu"]))
@@ -84,16 +61,16 @@ def loss_of(command: str, base: nn.Module | None = None) -> Any:
 
 
 def test_help_shows_every_loss_with_its_options(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, register: Register
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100000")  # no word is broken at a hyphen
-    register(("p", "plain", "built"), ("q", "broken", "missing:X"))
+    register(monkeypatch, plain=built, broken="missing:X")
     with pytest.raises(SystemExit, match="0"):
         parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--train-data" in shown
     assert "plain: The first line is the help" in shown
-    assert re.search(r"broken: .*\(q 1\.0\): ModuleNotFoundError", shown)
+    assert re.search(r"broken: .*\(p 1\.0\): ModuleNotFoundError", shown)
     for name in (*catalog.LOSSES, "alip", "cyclip"):
         named = catalog.load(name)
         assert f"{name}: {named.summary}" in shown
@@ -115,8 +92,10 @@ def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None
         assert (args["loss_dist_impl"], args["loss"]) == ("gather", "rankclip")
 
 
-def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register: Register) -> None:
-    register(("p", "x", "built"), ("p", "gather", "built"))
+def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, x=built, gather=built)
     for name in ("rankclip", "alip", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
             arguments.requested(SimpleNamespace(loss_dist_impl=name))
@@ -140,6 +119,9 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss rankclip --loss-teacher image=", "--loss-teacher: 'image='"),
         ("--loss rankclip --loss-agreement-every 0", "--loss-agreement-every"),
         ("--loss rankclip --loss-teachr x", "--loss-teacher?"),
+        # An option that ends like an old one; and right ones beside unknown ones.
+        ("--loss rankclip --rankclip-fixed-reference image", "--rankclip-fixed-reference not --loss-teacher"),
+        *((f"--loss rankclip --logs y {x}", f"{x} not --logs") for x in ("--bogus 1", "--logz x", "word")),
         ("--loss-teacher x", "--loss-teacher: --loss"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
@@ -164,7 +146,54 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
     ],
 )
 def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, named: str) -> None:
-    said = refused(capsys, *command.split())
+    said, (words, _, others) = refused(capsys, *command.split()), named.partition(" not ")
+    assert [word for word in words.split() if word not in said] == []
+    assert [word for word in others.split() if word in said] == []
+
+
+@pytest.mark.parametrize("loss", ["rankclip", "cyclip+rankclip"])
+def test_features_of_two_widths_rank_the_in_modal_lists_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, loss: str
+) -> None:
+    folder = stored(tmp_path / "teacher", **dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)))
+    assert run_of(parse_args(["--loss", "rankclip-in", OPTION, folder])).features is not None
+    assert "--rankclip-lambda-cross: " in refused(capsys, "--loss", loss, OPTION, folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (f"rankclip {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
+        (f"mimicry {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
+        (
+            f"rankclip {OPTION} FOLDER --distill-model RN50 --distill-pretrained x",
+            f"{OPTION}: --distill-model",
+        ),
+        (f"cyclip {OPTION} FOLDER", f"{OPTION}: cyclip"),
+        (f"rankclip {OPTION} FOLDER/none", f"{OPTION}: FOLDER/none"),
+        (f"rankclip-in {OPTION} text=FOLDER --csv-caption-key nope", "--csv-caption-key nope: "),
+        (f"mimicry {OPTION} local-dir:no", f"{OPTION}: --model local-dir:no: "),
+        ("clip-ids --csv-separator ;", "'filepath' filepath\ttitle\tcandidates\tgrades"),
+        ("clip-ids --clip-ids-key nope", "--train-data: FILE 'nope'"),
+        ("alip --alip-caption-key nope", "--train-data: FILE 'nope'"),
+        ("ranked-lists", "--train-data: candidates grade 1"),
+        ("clip-ids --train-data no.csv", "--train-data: no.csv"),
+    ],
+)
+def test_what_is_not_the_datas_is_refused_before_the_trainer_makes_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str, named: str
+) -> None:
+    """By the parser, as the trainer makes it from the parsed arguments."""
+    pairs = [("0.png", "a0"), ("1.png", "a1")]
+    good = stored(tmp_path / "good", pairs, image_features=BOTH[:2], text_features=BOTH[:2])
+    wrong = stored(tmp_path / "wrong", pairs[::-1], image_features=BOTH[:2], text_features=BOTH[:2])
+    file, lists = tmp_path / "data.csv", "\tcandidates\tgrades\n"
+    rows = [f'{image}\t{caption}\t["x"]\t[1{", 2" * n}]\n' for n, (image, caption) in enumerate(pairs)]
+    file.write_text("".join(["filepath\ttitle", lists, *rows]))
+    data = ["--train-data", str(file)]
+    assert parse_args([*data, "--loss", "rankclip", OPTION, good]).loss_teacher == good
+    options, named = (text.replace("FOLDER", wrong).replace("FILE", str(file)) for text in (options, named))
+    said = refused(capsys, *data, "--loss", *options.split())
     assert [word for word in named.split() if word not in said] == []
 
 
@@ -175,19 +204,6 @@ def test_an_old_option_is_refused_with_the_new_one(capsys: pytest.CaptureFixture
     for words in ([old, "x"], [f"{old}=x"], [f"--mimicry_{key}", "x"]):
         typed = words[0].partition("=")[0]
         assert new in refused(capsys, "--loss", "clip-ids+mimicry", *words).split(f" {typed}")[1]
-
-
-def test_an_option_that_ends_like_an_old_one_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "--loss", "rankclip", "--rankclip-fixed-reference", "image")
-    assert "--rankclip-fixed-reference" in said
-    assert "--loss-teacher" not in said
-
-
-@pytest.mark.parametrize("words", ["--bogus 1", "--logz x", "word"])
-def test_a_right_option_is_not_named_for_an_unknown(capsys: pytest.CaptureFixture[str], words: str) -> None:
-    said = refused(capsys, "--loss", "rankclip", "--logs", "y", *words.split())
-    assert words in said
-    assert "--logs" not in said.partition(words)[2]
 
 
 @pytest.mark.parametrize("code", [None, 0, 2])
@@ -253,8 +269,10 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
     assert loss_of("--loss rankclip", untold).criterion.base is untold
 
 
-def test_log_names_loss_and_package_once(register: Register, caplog: pytest.LogCaptureFixture) -> None:
-    register(("p", "x", "deep"))
+def test_log_names_loss_and_package_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(monkeypatch, x=deep)
     args = ready(parse_args(["--loss", "x", "--x-depth", "4", "--device", "cpu"]))
     with caplog.at_level("INFO", logger="rankloss_open_clip"):
         for args.rank, args.world_size in ((0, 1), (1, 2)):  # only the first process says it
@@ -267,9 +285,9 @@ def test_log_names_loss_and_package_once(register: Register, caplog: pytest.LogC
 
 
 def test_what_cannot_be_used_stops_only_runs_that_ask(
-    register: Register, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    register(("p", "x", "missing:X"))
+    register(monkeypatch, x="missing:X")
     assert "'missing'" in refused(capsys, "--loss", "x")
     for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "cyclip"]):
         parse_args(argv)
@@ -277,12 +295,12 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
 
 
 def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_ones(
-    register: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The own loss of the examples' tests has its help and its errors."""
     monkeypatch.syspath_prepend(THIRD_PARTY)
     (where,) = re.findall('^uniform = "(.*)"$', (THIRD_PARTY / "pyproject.toml").read_text(), re.MULTILINE)
-    register(("uniform-clip", "uniform", where))
+    register(monkeypatch, uniform=where)
     inputs, teacher = features(), {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
     options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'x', **teacher)}"
     loss = loss_of(f"--loss mimicry+uniform+rankclip {options}")
@@ -296,8 +314,10 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     assert {"contrastive_loss", "mimicry_loss", "cross_modal_loss", "in_modal_loss"} <= ranked.keys()
 
 
-def test_what_is_no_loss_is_refused(register: Register, capsys: pytest.CaptureFixture[str]) -> None:
-    register(("p", "x", "built"), ("p", "y", "number"))
+def test_what_is_no_loss_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(monkeypatch, x=built, y=number)
     base = Base()
     base.weight = nn.Parameter(base.scale.clone())
     with pytest.raises(ValueError, match=r"x .*parameters"):

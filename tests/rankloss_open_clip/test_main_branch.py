@@ -55,8 +55,9 @@ def runs_of(trainer: Trainer) -> dict[str, Any]:
     sizes = ("--naflex-seq-lens", "4", "16", "--naflex-patch-sizes", "16")
     batches = ("--naflex-max-tokens-per-batch", "64", "--naflex-batch-divisor", "4")
     add("naflex", *PER_STEP, *model, *sizes, *batches, *trainer.webdataset, epochs=1)
-    add("generative", *OFFICIAL, "--model", "naflexgenlip_b16")
-    add("audio", *OFFICIAL, "--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
+    add("generative", *OFFICIAL, "--model", "naflexgenlip_b16", code=2)
+    audio = ("--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
+    add("audio", *OFFICIAL, *audio, code=2)
     return runs
 
 
@@ -68,11 +69,8 @@ def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]
     trainer.write_model("tiny-naflex", towers)
     file = trainer.directory / "main.pickle"
     file.write_bytes(pickle.dumps((trainer, runs)))
-    driver = trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
-    assert driver.returncode == 0, driver.output[-4000:]
+    trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
     done: dict[str, Run] = pickle.loads(file.read_bytes())
-    for name, run in done.items():
-        assert run.returncode == (2 if name in ("generative", "audio") else 0), run.output[-4000:]
     return done
 
 

@@ -276,9 +276,7 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_all_features(trainer: T
 
     def train(how: str, *loss: str) -> Run:
         name = f"lambda zero{options.replace('/', '')} {how}"
-        run = trainer.call(name, "--epochs", "2", *given, *loss)
-        assert run.returncode == 0, run.output[-4000:]
-        return run
+        return trainer.call(name, "--epochs", "2", *given, *loss)
 
     stock, run = train("stock"), train("rankclip", *OFFICIAL)
     assert_equal_training(stock, run, epochs=(1,))
@@ -288,7 +286,6 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_all_features(trainer: T
 @pytest.mark.slow
 def test_compiled_model_trains_the_same(trainer: Trainer, runs: Runs) -> None:
     run = trainer.call("compiled", "--epochs", "1", "--loss", "rankclip", "--torchcompile")
-    assert run.returncode == 0, run.output[-4000:]
     assert "Compiling model" in run.log
     for line, eager in zip(run.train_lines(), runs["fp32"].train_lines(), strict=True):
         assert line == pytest.approx(eager, rel=1e-3)

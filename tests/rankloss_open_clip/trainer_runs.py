@@ -75,7 +75,6 @@ _forks.set_forkserver_preload([*process_pool._PRELOADED, *_OF_A_RUN])
 class Run:
     """A finished process, as a rule a run of the trainer."""
 
-    returncode: int
     output: str  # stdout and stderr
     directory: Path
 
@@ -194,13 +193,14 @@ class Trainer:
         processes: int = 1,
         change: Any = None,
         alone: bool = False,
+        code: int = 0,
         **environment: str,
     ) -> Run:
         """Call the trainer's ``main`` in processes forked from one that has imported it.
 
         Several find each other by the variables that torchrun sets; when one fails, the others are killed.
         ``change`` has a method ``install``, which changes the trainer in these processes. ``alone`` makes the
-        options the whole command line.
+        options the whole command line. ``code`` is the exit code that it must end with.
         """
         output = self.directory / f"{name}.txt"
         environment = {"OMP_NUM_THREADS": "1", **environment}
@@ -217,12 +217,12 @@ class Trainer:
             process.start()
             started.append(process)
         codes = _ended(started)
-        return Run(next(filter(None, codes), 0), output.read_text(), self.directory / "logs" / name)
+        return self._ended(next(filter(None, codes), 0), output.read_text(), name, code)
 
-    def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
+    def run(self, name: str, *options: str, command: tuple[str, ...] = (), **given: Any) -> Run:
         """Run the command, or another way to start the trainer, in a fresh interpreter."""
         command = command or ("-m", "open_clip_train.main")
-        return self.python(*command, *self.arguments(name, *options), name=name, **environment)
+        return self.python(*command, *self.arguments(name, *options), name=name, **given)
 
     def python(
         self,
@@ -230,6 +230,7 @@ class Trainer:
         executable: str = sys.executable,
         name: str = "",
         runs: int = 1,
+        code: int = 0,
         **environment: str,
     ) -> Run:
         done = subprocess.run(
@@ -242,7 +243,11 @@ class Trainer:
             timeout=runs * TIMEOUT,
             check=False,
         )
-        return Run(done.returncode, done.stdout, self.directory / "logs" / name)
+        return self._ended(done.returncode, done.stdout, name, code)
+
+    def _ended(self, code: int, output: str, name: str, expected: int) -> Run:
+        assert code == expected, output[-4000:]
+        return Run(output, self.directory / "logs" / name)
 
 
 def _ended(processes: list[Any]) -> list[int]:
@@ -352,7 +357,7 @@ def _train(argv: list[str], output: str, change: Any, environment: dict[str, str
 
 
 class Runs:
-    """Runs by name. Each happens once, when it is first asked for, and has to end well."""
+    """Runs by name. Each happens once, when it is first asked for."""
 
     def __init__(self) -> None:
         self._starts: dict[str, Callable[[], Run]] = {}
@@ -363,7 +368,5 @@ class Runs:
 
     def __getitem__(self, name: str) -> Run:
         if name not in self._done:
-            run = self._starts[name]()
-            assert run.returncode == 0, run.output[-4000:]
-            self._done[name] = run
+            self._done[name] = self._starts[name]()
         return self._done[name]

@@ -1,4 +1,4 @@
-"""A batch with all inputs that a named loss takes."""
+"""A batch with all inputs that a named loss takes, and a trainer that serves every loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from batches import unit
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
+from rankloss_trainers.runtime import NEEDS, Host
 
+HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
 N, D = 8, 6
 GRADES = [[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 1, 0], [2, 2, 1]]
 

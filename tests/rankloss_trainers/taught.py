@@ -14,7 +14,9 @@ import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_features import Features
+from rankloss_features.data import Table
 from rankloss_features.folder import NAMES
+from stored_features import stored
 
 ROWS = 32
 LOSS = "rankclip-distill+mimicry"
@@ -42,17 +44,9 @@ def folder(
     spaces: str = "common",
 ) -> str:
     """A folder of these features of a dataset's pairs."""
-    from tiny_teacher import written
-
-    from rankloss_features.data import Table
-    from rankloss_features.teachers import Encoder, Teacher
-
-    def encoder(rows: Tensor) -> Encoder:
-        return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, rows.shape[1])
-
-    teacher = Teacher({}, {name: encoder(x) for name, x in features.items()}, spaces=spaces)
-    path_of: str = written(path, Table(dataset, image, caption, data="given"), teacher, dtype="float32").path
-    return path_of
+    pairs = Table(dataset, image, caption, data="given").pairs()
+    names = [(name, text) for texts, images in pairs for name, text in zip(images, texts, strict=True)]
+    return stored(path, names, spaces, **{key: x.numpy() for key, x in features.items()})
 
 
 def references(path: str, rows: Any) -> dict[str, Tensor]:

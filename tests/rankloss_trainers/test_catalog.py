@@ -23,6 +23,7 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments, mentioned, typed_options, with_flag
 from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
+from registered import register
 
 if TYPE_CHECKING:
     from torch import Tensor as OfCheckers
@@ -194,7 +195,7 @@ def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) 
         """
         return nn.ModuleList([base])
 
-    registered(monkeypatch, needy=needy)
+    register(monkeypatch, needy=needy)
     (loss,) = catalog.choose("needy")
     with pytest.raises(OptionError, match=r"needy\.tau must be given: Temperature"):
         loss.build(rankloss.ClipLoss(), None)
@@ -203,18 +204,9 @@ def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) 
 # --- registered by other packages ---------------------------------------------------------------------------
 
 
-def registered(monkeypatch: pytest.MonkeyPatch, **makes: Any) -> None:
-    points = {
-        name: (SimpleNamespace(name=name, value=f"x:{name}", dist=None, load=lambda make=make: make),)
-        for name, make in makes.items()
-    }
-    found = {**dict.fromkeys(catalog.LOSSES, ()), **points}
-    monkeypatch.setattr(catalog, "known", lambda: found)
-
-
 def test_registered_callables_and_rows_are_losses_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"mine": a_loss, "also": a_loss, "row": Named(a_loss, {"weight": 2.0}, prefix="own")}
-    registered(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
+    register(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
     chosen = catalog.choose("mine")
     with pytest.raises(ValueError, match="rankclip"):
         catalog.load("taken")
@@ -231,7 +223,7 @@ def test_another_packages_options_stop_its_own_runs_alone(monkeypatch: pytest.Mo
         """A loss whose option is spelled as one of rankclip's."""
         return nn.ModuleList([base])
 
-    registered(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss, "odd": odd_loss})
+    register(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss, "odd": odd_loss})
     assert "--odd-chunk {auto,N}" in LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
     typed = ["--loss", "rankclip", "--rankclip-top-k", "3"]
     assert "my-rankclip" not in mentioned(typed)
@@ -243,7 +235,7 @@ def test_another_packages_options_stop_its_own_runs_alone(monkeypatch: pytest.Mo
 
 
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered(monkeypatch, mine=a_loss)
+    register(monkeypatch, mine=a_loss)
     first = catalog.known()["mine"][0]
     other = SimpleNamespace(**{**vars(first), "value": "y:mine"})
     monkeypatch.setattr(catalog, "known", lambda: {"mine": (first, other)})

@@ -7,13 +7,13 @@ import re
 import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 import rankloss
 from rankloss_trainers import catalog, console
 from rankloss_trainers.command_line import flag, prefix_of, typed_options
+from registered import register
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -43,10 +43,8 @@ def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[s
 def test_loss_that_cannot_be_listed_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = importlib.metadata.EntryPoint("mine", "no_such_module:LOSS", catalog.GROUP)
-    vars(broken)["dist"] = SimpleNamespace(name="my-package", version="1.0")
-    monkeypatch.setattr(catalog, "known", lambda: {"mine": (broken,)})
-    assert printed(capsys, "losses").startswith("mine (my-package 1.0): cannot be used: ModuleNotFoundError")
+    register(monkeypatch, mine="no_such_module:LOSS")
+    assert "\nmine (p 1.0): cannot be used: ModuleNotFoundError" in printed(capsys, "losses")
     with pytest.raises(SystemExit):
         console.main(["losses", "mime"])
     assert "got 'mime'; did you mean mine?" in capsys.readouterr().err

@@ -226,14 +226,6 @@ def test_labels_and_arguments_are_checked(
         RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
 
 
-def test_other_losses_name_this_one(bert: Path) -> None:
-    model = tiny(bert)
-    with pytest.raises(ValueError, match=r"^sentence_features .*3.*RankedListsLoss"):
-        ContrastiveLoss(model, "clip-streamed")([model.preprocess(texts(k, 3)) for k in range(3)])
-    with pytest.raises(ValueError, match=r"^ranked-lists .*RankedListsLoss"):
-        ContrastiveLoss(model, "ranked-lists")
-
-
 def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:
     loss = RankedListsLoss(tiny(bert), RankedLists(model="top_one"), mini_batch_size=4)
     assert "model='top_one'" in loss.get_config_dict()["criterion"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from named_inputs import HOST
 from taught import ROWS, features, folder
 from torch.nn.functional import normalize
 
@@ -18,9 +19,7 @@ from rankloss_baselines import CyClipLoss
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.command_line import LossArguments, described, mentioned
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import NEEDS, Host, Runtime
-
-HOST = Host("a trainer", "--siglip", "give the columns", "give progress", serves=tuple(NEEDS))
+from rankloss_trainers.runtime import Runtime
 
 
 def run_of(name: str, given: Any, teacher: str | None = None) -> Runtime:

@@ -1,8 +1,9 @@
-"""Ids of pairs as data: the same in every process, refused where they are none, and counted."""
+"""Ids of pairs as data: the same in every process, refused where they are none, counted, and in the loss."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from named_inputs import inputs_of
 from torch import Tensor
 
+import rankloss
+import rankloss_trainers
+from rankloss_trainers.clip_ids import PartnersLog
 from rankloss_trainers.pair_ids import check_column, count_partners, hash_tokens, make_ids
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
@@ -109,3 +114,43 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
 def test_inputs_whose_padding_is_unknown_have_no_ids(inputs: Any, tokenizer: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         hash_tokens(inputs, tokenizer)
+
+
+# --- the loss clip-ids ---------------------------------------------------------------------------------
+
+IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
+ALONE = rankloss.Gather(rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("same", ["ignore", "share"])
+@pytest.mark.parametrize(
+    "others", ["", "+rankclip", "+cyclip", "+rankclip-distill+cyclip+mimicry", "+ranked-lists"]
+)
+def test_ids_reach_the_base_under_other_terms(others: str, same: str) -> None:
+    name = f"clip-ids{others}"
+    options = {"clip-ids": {"same_id": same}} if others else {"same_id": same}
+    loss = rankloss_trainers.create(name, **options)
+    inputs = inputs_of(name.rpartition("+")[2])
+    v, t, s = (inputs[key] for key in ("image_features", "text_features", "logit_scale"))
+    ids = inputs.pop("pair_ids", IDS)
+    for number in (1, 3):
+        loss.set_progress(number, 3)
+        entries = loss(**inputs, pair_ids=ids, output_dict=True)
+        expected = rankloss.ClipLoss(same_id=same)(v, t, s, pair_ids=ids)
+        torch.testing.assert_close(entries["contrastive_loss"], expected)
+    with pytest.raises(ValueError, match="pair_ids"):
+        loss(**inputs)
+    sigmoid = rankloss_trainers.create(name, rankloss.SigLipLoss(gather=False), gather=ALONE, **options)
+    bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
+    assert [x.same_id for x in bases] == [same]
+
+
+def test_the_share_of_pairs_with_a_partner_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    loss = rankloss.ClipLoss(same_id="ignore", gather=False)
+    for ids, share, warned in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
+        log = PartnersLog()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "rankloss_trainers"):
+            entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]
+        assert {x["pairs_with_partner"].item() for x in entries} == {share}
+        assert len(caplog.records) == warned

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cka_clip import CkaLoss
-from named_inputs import inputs_of
+from named_inputs import HOST, inputs_of
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -25,7 +24,6 @@ from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners, read_losses
 
 SCALE = torch.tensor(8.0)
-HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
 BARE = dataclasses.replace(HOST, serves=())
 
 
@@ -123,25 +121,13 @@ def test_raw_terms_are_ranked_by_the_teacher_that_is_given() -> None:
         torch.testing.assert_close(terms[f"{term}_loss"], expected[f"{term}_loss"] / 32)
 
 
-def test_evaluation_is_the_innermost_base_and_counts_a_single_pair_0() -> None:
-    run = run_of(HOST, CyClipLoss(rankloss.RankClipLoss(schedule="linear")))
+def test_a_module_is_evaluated_by_its_innermost_base_and_a_single_pair_counts_0() -> None:
     pair = features()
-    assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
-    sigmoid = run_of(HOST, "rankclip", base=rankloss.SigLipLoss())  # which is no 0 by itself
-    for one in (run, sigmoid):
-        assert one.evaluate(**inputs([x[:1] for x in pair])).total == 0
-
-
-@pytest.mark.parametrize("name", ["clip-smooth", "rankclip+clip-smooth", "rankclip+alip"])
-def test_the_trainers_loss_is_evaluated_where_a_named_one_replaces_it(name: str) -> None:
-    run, pair = run_of(HOST, name, {"alip": {"caption_key": "x"}} if "alip" in name else None), features()
-    assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
-
-
-def test_a_loss_of_pairs_that_is_given_is_evaluated_itself() -> None:
-    pair = features()
-    evaluated = run_of(HOST, rankloss.SigLipLoss()).evaluate(**inputs(pair)).total
-    assert torch.equal(evaluated, rankloss.SigLipLoss()(*pair, SCALE))
+    for base in (rankloss.ClipLoss(), rankloss.SigLipLoss()):  # of which one pair is no 0 by itself
+        for module in (base, CyClipLoss(rankloss.RankClipLoss(base, schedule="linear"))):
+            run = run_of(HOST, module)
+            assert torch.equal(run.evaluate(**inputs(pair)).total, base(*pair, SCALE))
+            assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
 
 
 def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
@@ -159,7 +145,8 @@ def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     "name",
     [
         *(*catalog.known(), "clip", "siglip", "siglip+rankclip", "clip-ids+rankclip", "clip-smooth+rankclip"),
-        *("rankclip+cyclip", "cyclip+rankclip", "rankclip+ranked-lists"),
+        *("rankclip+cyclip", "cyclip+rankclip", "rankclip+ranked-lists", "rankclip+clip-smooth"),
+        "rankclip+alip",
     ],
 )
 def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> None:
@@ -167,15 +154,17 @@ def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> 
     sigmoid, given = name.startswith("siglip"), inputs_of("ranked-lists")
     base = rankloss.SigLipLoss() if sigmoid else rankloss.ClipLoss()
     loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
-    run = run_of(HOST, "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+"), base=base)
+    named = "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+")
+    runs = [run_of(HOST, named, base=x) for x in (base, type(base))]
     pair = {key: given.pop(key) for key in ("image_features", "text_features", "logit_scale")}
     of_lists = given if name.endswith("ranked-lists") else {}
     expected = base(**pair)
     lists = rankloss.RankedLists()(**of_lists, logit_scale=pair["logit_scale"]) if of_lists else 0.0
     assert type(loss.base) is type(base)
     for step in (1, 3):
-        at(run, step), loss.set_progress(step, 3), loss.set_epoch(step, 3)
-        torch.testing.assert_close(run.evaluate(**pair, **of_lists).total, expected + lists)
+        loss.set_progress(step, 3), loss.set_epoch(step, 3)
+        for run in runs:
+            torch.testing.assert_close(at(run, step).evaluate(**pair, **of_lists).total, expected + lists)
         assert torch.equal(loss.base(**pair), expected)
 
 
@@ -183,15 +172,16 @@ def _mixed(_: object) -> bool:
     raise RuntimeError("mix of the legacy and new APIs")
 
 
+TF32, EXACT = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=False)
+NEWER = type("Newer", (), {"allow_tf32": property(_mixed), "fp32_precision": "tf32"})()
+
+
 def test_tf32_products_are_told_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tf32 = SimpleNamespace(allow_tf32=True)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", tf32)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     said = remark_on_products(torch.device("cuda"))
-    assert said is not None
-    assert "computed in TF32" in said
     assert remark_on_products(torch.device("cpu")) is None
     monkeypatch.setattr("rankloss_trainers.runtime.remark_on_products", lambda _: said)
     run, other = at(run_of(HOST, "rankclip"), 2), at(run_of(HOST, "clip-streamed"), 2)
@@ -199,24 +189,19 @@ def test_tf32_products_are_told_of_once(
         for each in (run, run, other):
             each(**inputs(features()))
     assert caplog.text.count("rankclip: float32 products are computed in TF32") == 1
-    newer = type("Newer", (), {"allow_tf32": property(_mixed), "fp32_precision": "tf32"})()
-    monkeypatch.setattr(torch.backends.cuda, "matmul", newer)
-    assert remark_on_products(torch.device("cuda")) == said
-    monkeypatch.setattr(torch.backends.cuda, "matmul", tf32)
-    tf32.allow_tf32 = False
-    assert remark_on_products(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(
-    ("hip", "card", "has_tf32"),
+    ("hip", "card", "matmul", "has_tf32"),
     [
-        *[(None, (7, 5), False), (None, (8, 0), True), (None, (8, 9), True), (None, (12, 0), True)],
-        *[("7.0", "gfx90a:sramecc+:xnack-", False), ("7.0", "gfx942:sramecc+:xnack-", True)],
-        *[("7.0", "gfx950", True), ("7.0", "gfx1100", False)],
+        *((None, card, TF32, card >= (8, 0)) for card in ((7, 5), (8, 0), (8, 9), (12, 0))),
+        *(("7.0", card, TF32, False) for card in ("gfx90a:sramecc+:xnack-", "gfx1100")),
+        *(("7.0", card, TF32, True) for card in ("gfx942:sramecc+:xnack-", "gfx950")),
+        *[(None, (8, 0), EXACT, False), (None, (8, 0), NEWER, True)],
     ],
 )
-def test_tf32_is_told_of_on_cards_that_have_it(
-    monkeypatch: pytest.MonkeyPatch, hip: str | None, card: Any, has_tf32: bool
+def test_tf32_is_told_of_on_cards_that_have_it_where_it_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, card: Any, matmul: Any, has_tf32: bool
 ) -> None:
     asked = torch.device("cuda", 1)
     # AMD's capabilities are 9.0 and above, with TF32 or without.
@@ -224,7 +209,7 @@ def test_tf32_is_told_of_on_cards_that_have_it(
     properties = {asked: SimpleNamespace(gcnArchName=card)}
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     assert (remark_on_products(asked) is not None) is has_tf32
 
 
@@ -270,11 +255,20 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 # --- a teacher ------------------------------------------------------------------------------------------
 
 
+class Taught(nn.Module):
+    """A loss that has to be given a teacher's images."""
+
+    def forward(
+        self, image_features: Tensor, reference_image_features: Tensor, **_: Any
+    ) -> dict[str, Tensor]:
+        return {"a_loss": (image_features @ reference_image_features.T).square().sum()}
+
+
 @pytest.mark.parametrize(
     ("loss", "teachers"),
     [
-        (CkaLoss(), None),
-        (CyClipLoss(CkaLoss()), None),
+        (Taught(), None),
+        (CyClipLoss(Taught()), None),
         ("rankclip", "given"),
         ("rankclip-distill", None),
     ],
@@ -440,6 +434,10 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("clip", {"teacher": "given"}, ValueError, "clip does not use a teacher"),
         ("rankclip+clip", {}, ValueError, "clip.*leave it out"),
         ("clip-ids", {"same_id": None}, ValueError, "same_id.*None"),
+        (
+            *("clip-ids", {"base": rankloss.SigLipLoss(), "label_smoothing": 0.1}),
+            *(ValueError, r"label_smoothing.*0\.1.*SigLIP"),
+        ),
         ("clip-ids", {"base": rankloss.ClipLoss(same_id="share")}, ValueError, "same_id.*'share'"),
     ],
 )
@@ -466,15 +464,11 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> N
         assert loss.streaming == {"chunk_size": chunk_size, "memory_budget": 0}
 
 
-def test_losses_on_rank_clip_gather_as_that() -> None:
-    base = rankloss.RankClipLoss(gather=False)
+def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> None:
+    base, other = rankloss.RankClipLoss(gather=False), Named(contrastive_loss=torch.tensor(1.0))
+    other.gather = print
     assert rankloss_trainers.create("mimicry", base).gather == base.gather == rankloss.Gather.of(False)
-
-
-def test_a_bases_attribute_of_another_kind_is_no_gathering() -> None:
-    base = Named(contrastive_loss=torch.tensor(1.0))
-    base.gather = print
-    assert rankloss_trainers.create("mimicry", base).gather == rankloss.MimicryLoss().gather
+    assert rankloss_trainers.create("mimicry", other).gather == rankloss.MimicryLoss().gather
 
 
 @pytest.mark.parametrize("names", [("cyclip+rankclip", "mimicry"), ("cyclip+mimicry", "rankclip")])

@@ -11,13 +11,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from launch import torchrun
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import WORDS, embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import ConcatDataset
 
 import rankloss
@@ -26,7 +27,6 @@ from rankloss_trainers.sentence_transformers import ContrastiveLoss, Progress
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
-CACHED = pytest.mark.parametrize("mini_batch_size", [None, 3])
 
 
 def columns(model: Any) -> list[dict[str, Any]]:
@@ -46,12 +46,25 @@ def steps(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@CACHED
+def adapted(bert: Path) -> Any:
+    """The model with adapters."""
+    peft = pytest.importorskip("peft")
+    model = tiny(bert)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"])
+    model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("make", [tiny, adapted])
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
-    tmp_path: Path, bert: Path, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, bert: Path, make: Any, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Of a model with adapters these change, and nothing else."""
     caplog.set_level(logging.INFO, "rankloss_trainers")
-    model, own = tiny(bert), tiny(bert)
+    model, own = make(bert), make(bert)
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
     loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
@@ -65,9 +78,12 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         assert {name: line[name] for name in TERMS} == pytest.approx(terms, abs=1e-3)
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
-        assert ("in_modal_raw" in line) == (number > 0)  # λ is 0 at the first step
-    assert not torch.allclose(weights(own), weights(tiny(bert)), atol=1e-4)
+        assert (line.keys() >= {*METRICS}) == (number > 0)  # λ is 0 at the first step
+    assert not torch.allclose(weights(own), weights(make(bert)), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+    both = zip(make(bert).named_parameters(), model.parameters(), strict=True)
+    changed = {name for (name, x), y in both if not torch.equal(x, y)}
+    assert make is tiny or all("lora_" in name for name in changed)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
     with torch.no_grad():  # a last batch of one counts 0
         features = [embed(own, *(pairs().select(rows)[x] for x in ("image", "text"))) for rows in batches[:2]]
@@ -90,54 +106,6 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
     assert len(lines) / 2 <= len(found) < len(lines)
     assert found[0] > 0.1
     assert found == pytest.approx(found[:1] * len(found), abs=2e-4)
-
-
-@CACHED
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
-def test_adapters_of_a_model_are_trained(tmp_path: Path, bert: Path, mini_batch_size: int | None) -> None:
-    peft = pytest.importorskip("peft")
-
-    def adapted() -> Any:
-        model = tiny(bert)
-        torch.manual_seed(0)
-        config = peft.LoraConfig(r=4, target_modules=["query", "value"])
-        model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
-        return model
-
-    model, own = adapted(), adapted()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    loss = rank_clip(model, mini_batch_size=mini_batch_size, schedule="linear")
-    train(tmp_path, loss, model, learning_rate=0.1, max_steps=1)
-    terms = at(rank_clip(own, schedule="linear"), 1, 1)(columns(own))
-    step(own, sum(terms[name] for name in TERMS))
-    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-6)
-    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
-
-
-@pytest.mark.parametrize(
-    ("mini_batch_size", "wrapping"),  # MatryoshkaLoss, its weights
-    [(1, None), (3, None), (3, [3, 0.0])],
-)
-def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, wrapping: list[float] | None) -> None:
-    """Under the upstream gradient that accumulation or a scaler would give."""
-    results = []
-    for size in (None, mini_batch_size):
-        model = tiny(bert).double()
-        loss: Any = rank_clip(model, output_dict=wrapping is None, mini_batch_size=size).double()
-        if wrapping is not None:
-            loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
-        shown = at(loss, number=2)(columns(model), None)
-        shown = dict(shown.items()) if wrapping is None else {"loss": shown}
-        assert list(shown) == ([*TERMS, *METRICS] if wrapping is None else ["loss"])
-        (0.37 * sum(value for name, value in shown.items() if name.endswith("loss"))).backward()
-        gradients = [p.grad.flatten() for p in loss.parameters() if p.grad is not None]
-        results.append((torch.stack(list(shown.values())).detach(), torch.cat(gradients)))
-    (plain, plain_gradient), (cached, cached_gradient) = results
-    assert plain_gradient.norm() > 0.01
-    torch.testing.assert_close(cached, plain, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(cached_gradient, plain_gradient, rtol=1e-8, atol=1e-10)
 
 
 def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
@@ -209,6 +177,15 @@ def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
         (lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)), "BatchNorm1d"),
         (lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size"),
         (lambda model: rank_clip(model)(columns(model)[:1]), "sentence_features"),
+        (
+            lambda model: ContrastiveLoss(model, "clip-streamed")(columns(model)[:1] * 3),
+            "^sentence_features .*3.*RankedListsLoss",
+        ),
+        (lambda model: ContrastiveLoss(model, "ranked-lists"), "^ranked-lists .*RankedListsLoss"),
+        (
+            lambda model: ContrastiveLoss(model, "rankclip-in", teacher="text=other"),
+            "teacher.*`rankloss features --text-encoder other --data PAIRS --output FOLDER`.*teacher=FOLDER",
+        ),
         (lambda model: Progress(torch.nn.Identity()), "losses"),
     ],
 )
@@ -227,6 +204,55 @@ def test_column_that_cannot_be_split_is_named(bert: Path) -> None:
     static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
     with pytest.raises(ValueError, match="StaticEmbedding"):
         rank_clip(static, mini_batch_size=3)
+
+
+# --- ids of pairs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["captions", "label"])
+def test_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, bert: Path, key: str) -> None:
+    model, own = tiny(bert), tiny(bert)
+    rows = pairs().select(range(8)).to_dict()
+    rows["text"][1] = rows["text"][6] = rows["text"][0]
+    labels = [0, 1, 0, 2, 2, 3, 4, 5]
+    data = datasets.Dataset.from_dict({**rows, **({"label": labels} if key == "label" else {})})
+    loss = ContrastiveLoss(model, "clip-ids", {"key": key})
+    train(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
+    ids = torch.tensor(labels if key == "label" else [7, 7, 1, 2, 3, 4, 7, 5])
+    step(own, rankloss.ClipLoss(same_id="ignore")(*embed(own, *rows.values()), 20.0, pair_ids=ids))
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_captions_are_known_in_bags_of_words() -> None:
+    """Of a StaticEmbedding, whose texts stand in one row."""
+    words = {word: n for n, word in enumerate(["[UNK]", "a", "b", "c"])}
+    static = StaticEmbedding(Tokenizer(WordLevel(words, unk_token="[UNK]")), embedding_dim=8)
+    static.tokenizer.pre_tokenizer = Whitespace()
+    model = SentenceTransformer(modules=[static], device="cpu")
+    texts = ["a b", "b a", "b", "a b", "c"]
+    columns = [model.preprocess(x) for x in (["a", "b", "c", "a b c", "c b"], texts)]
+    entries = ContrastiveLoss(model, "clip-ids")(columns)
+    both = [F.normalize(model(column)["sentence_embedding"], dim=-1) for column in columns]
+    owed = rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=torch.tensor([1, 2, 3, 1, 4]))
+    torch.testing.assert_close(entries["contrastive_loss"], owed)
+
+
+def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path, bert: Path) -> None:
+    model = tiny(bert)
+    before = weights(model)
+    data = pairs().add_column("label", [7] * 32)
+    loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
+    with pytest.raises(ValueError, match=r"label .*32"):
+        train(tmp_path, loss, model, train_dataset=data)
+    assert torch.equal(weights(model), before)
+
+
+def test_sentence_transformers_hands_no_other_column_to_a_loss(bert: Path) -> None:
+    with pytest.raises(ValueError, match=r"^key .*'group'"):
+        ContrastiveLoss(tiny(bert), "clip-ids", {"key": "group"})
+
+
+# --- several processes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import datasets
 import pytest
 import taught
 import torch
-from cka_clip import CkaLoss
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from taught import LOSS, ROWS, features, folder, references
 from tiny_sentences import embed, own_loop, pairs, tiny, train, weights
 
 from counting import LOSSES_AND_FOLDERS, count_calls
+from rankloss import RankClipLoss
 from rankloss.losses import TEACHER
 from rankloss_features import bind
 from rankloss_features.folder import NAMES
@@ -56,7 +56,8 @@ def test_a_teacher_trains_as_a_plain_loop(
     """Columns may come in either order; of the folder's teacher, a wider one, the loss mimics components."""
     path, data = bound
     if "labels" in how:
-        criterion, loss, options = CkaLoss(), CkaLoss(), {"teacher": "given"}
+        criterion, loss = (RankClipLoss(schedule="constant", top_k=4) for _ in range(2))
+        options = {"teacher": "given"}
         names = ("image", "text") if how == "labels" else ("text", "image")
         data = labelled(pairs(ROWS).select_columns(list(names)), NAMES if how == "labels" else NAMES[::-1])
     else:
@@ -123,23 +124,16 @@ def test_columns_of_other_pairs_are_refused_before_a_step(tmp_path: Path, bound:
     assert torch.equal(before, weights(model))
 
 
-@pytest.mark.parametrize(
-    ("loss", "has_labels", "message"),
-    [
-        ("rankclip-distill", False, "rankclip-distill .*teacher"),
-        ("clip-streamed", True, "clip-streamed .*teacher"),
-    ],
-)
-def test_teacher_that_is_missing_or_not_used_is_an_error(
-    tmp_path: Path, loss: str, has_labels: bool, message: str
+def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
+    tmp_path: Path, bound: tuple[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        trained(tmp_path, labelled(pairs(ROWS)) if has_labels else pairs(ROWS), loss)
-
-
-def test_labels_that_are_no_teachers_are_refused_or_not_used(tmp_path: Path, bound: tuple[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"teacher .*label"):
-        trained(tmp_path, bound[1])
+    for data, name, message in (
+        (bound[1], "rankclip", "teacher .*label"),
+        (pairs(ROWS), "rankclip-distill", "rankclip-distill .*teacher"),
+        (labelled(pairs(ROWS)), "clip-streamed", "clip-streamed .*teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trained(tmp_path, data, name)
     model, nan = tiny(tmp_path), torch.stack([*features().values()], 1)
     nan[3, 1] = torch.nan
     columns = [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")]
@@ -177,13 +171,23 @@ def test_model_card_has_the_citation_and_the_options(tmp_path: Path) -> None:
 
 
 def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
-    """Its first numbers alone would be another teacher."""
-    model = tiny(tmp_path)
-    loss = ContrastiveLoss(model, "rankclip", {"schedule": "constant"}, output_dict=False)
-    wrapped, given = MatryoshkaLoss(model, loss, [16, 4]), pairs(8)
-    columns = [model.preprocess(list(given[name])) for name in given.column_names]
-    loss.run.set_progress(1, 1)
-    labels = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
-    with pytest.raises(ValueError, match=r"labels .*4 of 16"):
-        wrapped(columns, labels)
-    wrapped(columns, labels[..., :12].contiguous())  # of a teacher of another width, which it leaves whole
+    """Its first numbers alone would be another teacher; in mini-batches the numbers are the same."""
+    values, labels = [], torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
+    for size in (None, 3):
+        model, given = tiny(tmp_path), pairs(8)
+        ranked = {"schedule": "constant"}
+        loss = ContrastiveLoss(model, "rankclip", ranked, output_dict=False, mini_batch_size=size)
+        wrapped = MatryoshkaLoss(model, loss, [16, 4])
+        columns = [model.preprocess(list(given[name])) for name in given.column_names]
+        loss.run.set_progress(1, 1)
+        with pytest.raises(ValueError, match=r"labels .*4 of 16"):
+            wrapped(columns, labels)
+        # A teacher of another width is left whole.
+        value = wrapped(columns, labels[..., :12].contiguous())
+        value.backward()
+        values += [
+            value.detach()[None],
+            *(x.grad.flatten() for x in model.parameters() if x.grad is not None),
+        ]
+    plain, cached = torch.cat(values).chunk(2)
+    torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)

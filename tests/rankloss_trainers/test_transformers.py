@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,8 +103,12 @@ def test_every_step_is_the_step_of_an_own_loop(
     assert all(changed)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "size"), [*((kind, None) for kind in CONFIGS), ("CLIP", 3)])
+def test_every_model_is_trained_and_evaluated_with_its_own_loss(
+    tmp_path: Path, kind: str, size: int | None
+) -> None:
+    """Also in mini-batches, of which an evaluation has the embeddings."""
+    seen: list[Any] = []
     more = ["patches"] if kind == "Siglip2" else []
     pairs = Pairs(17, *more)  # a last batch of one, which counts 0
 
@@ -124,6 +127,8 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, 
 
     untrained = build(kind)
     given = {"eval_dataset": pairs, "eval_on_start": True, "eval_strategy": "epoch", "num_train_epochs": 1}
+    if size:
+        given |= {"mini_batch_size": size, "compute_metrics": lambda x: seen.append(x.predictions) or {}}
     trained = train(tmp_path, model=build(kind), pairs=Pairs(32, *more), **given)
     first, last = column(trained, "eval_loss")
     assert first == pytest.approx(own_loss(untrained) / 17, rel=1e-5)
@@ -133,6 +138,7 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, 
     for line in lines(trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
     assert lines(trained)[-1]["in_modal_loss"] > 0
+    assert [x.shape for found in seen for x in found[:2]] == [(17, 8)] * (4 if size else 0)
 
 
 class Pictures:
@@ -229,34 +235,37 @@ def test_mini_batches_have_the_gradients_of_the_batch(tmp_path: Path, kind: str,
         torch.testing.assert_close(parameter.grad, gradient, rtol=rtol, atol=1e-3 * rtol, msg=name)
 
 
-def test_evaluation_in_mini_batches_is_of_the_batch(tmp_path: Path) -> None:
-    seen = []
-
-    def metrics(predicted: transformers.EvalPrediction) -> dict[str, float]:
-        seen.append(predicted.predictions)
-        return {}
-
-    losses = [
-        trainer(tmp_path, mini_batch_size=size, compute_metrics=metrics).evaluate(Pairs(17))["eval_loss"]
-        for size in (None, 3)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert [x.shape for x in seen[1][:2]] == [(17, 8), (17, 8)]
-
-
 # --- λ, the log, resuming ------------------------------------------------------------------
 
 
+class Remembering(rankloss.ClipLoss):
+    """CLIP's loss, weighted by a moving average of its own values in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones((), dtype=torch.float64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().forward(*args, **kwargs)["contrastive_loss"]
+        if torch.is_grad_enabled():
+            self.average.lerp_(loss.detach().double(), 0.3)
+        return {"contrastive_loss": loss / self.average.float()}
+
+
+def average(trained: Any) -> float:
+    return trained.loss_runtime.base_to_evaluate.average.item()  # type: ignore[no-any-return]
+
+
 class Run:
-    """A training of twelve steps in two epochs, and the same run resumed."""
+    """A training of twelve steps in two epochs, and the same run resumed, of a loss that remembers."""
 
     def __init__(self, directory: Path) -> None:
         given = {"pairs": Pairs(48), "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
         given.update(eval_dataset=Pairs(8), eval_strategy="epoch", eval_on_start=True)
-        given.update(loss_options={"schedule": "linear"}, agreement_every=4)
-        self.checkpoint = directory / "checkpoint-5"
-        self.whole = train(directory, **given)
-        self.rest = train(directory / "again", resume=str(self.checkpoint), **given)
+        given.update(agreement_every=4)
+        self.whole = train(directory, loss=linear(base=Remembering()), **given)
+        checkpoint = str(directory / "checkpoint-5")
+        self.rest = train(directory / "again", loss=linear(base=Remembering()), resume=checkpoint, **given)
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +284,7 @@ def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(run: Run) -> No
 
 def test_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     assert torch.equal(weights(run.rest.model), weights(run.whole.model))
+    assert average(run.rest) == average(run.whole) != 1
     for name in (*TERMS, *METRICS):
         assert column(run.rest, name) == column(run.whole, name)
 
@@ -463,55 +473,16 @@ def test_scale_is_the_multiplier() -> None:
 # --- a loss that remembers --------------------------------------------------------------------------------
 
 
-class Remembering(rankloss.ClipLoss):
-    """CLIP's loss, weighted by a moving average of its own values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("average", torch.ones((), dtype=torch.float64))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().forward(*args, **kwargs)["contrastive_loss"]
-        self.average.lerp_(loss.detach().double(), 0.3)
-        return {"contrastive_loss": loss / self.average.float()}
-
-
-def remembered() -> dict[str, Any]:
-    return {"loss": Remembering(), "pairs": Pairs(32), "save_strategy": "epoch"}
-
-
-@pytest.fixture(scope="module")
-def remembering(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train(tmp_path_factory.mktemp("remembering"), **remembered())
-
-
-def average(trained: Any) -> float:
-    return trained.loss_runtime.criterion.average.item()  # type: ignore[no-any-return]
-
-
-def test_resumed_loss_remembers(tmp_path: Path, remembering: Any) -> None:
-    again = train(tmp_path, resume=f"{remembering.args.output_dir}/checkpoint-4", **remembered())
-    assert average(again) == average(remembering) != 1
-    assert torch.equal(weights(again.model), weights(remembering.model))
-
-
-def test_checkpoint_of_another_loss_is_told_of(
-    tmp_path: Path, run: Run, remembering: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(Path(remembering.args.output_dir, "checkpoint-4"), tmp_path / "checkpoint-4")
-    file = tmp_path / "checkpoint-4" / "trainer_state.json"
-    state = json.loads(file.read_text())
-    del state["stateful_callbacks"]["rankloss"]
-    file.write_text(json.dumps(state))
-    train(tmp_path, resume=True, **remembered())
-    assert "the state of Remembering" in caplog.text
-    stateless = json.loads((run.checkpoint / "trainer_state.json").read_text())
+def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    stateless = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
     assert "rankloss" not in stateless["stateful_callbacks"]
+    train(tmp_path, max_steps=2, resume=True, loss=Remembering())
+    assert "the state of Remembering" in caplog.text
 
 
 def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:
-    given = {name: value for name, value in remembered().items() if name != "save_strategy"}
-    trials = trainer(tmp_path, model_init=clip, max_steps=3, **given)
+    trials = trainer(tmp_path, model_init=clip, max_steps=3, loss=Remembering())
     results = []
     for _ in range(2):
         trials.train()

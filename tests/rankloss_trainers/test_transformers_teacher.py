@@ -1,10 +1,11 @@
-"""A teacher's features in Hugging Face's Trainer: a folder, and columns, which are looked at.
+"""A teacher's features and the pairs' ids in Hugging Face's Trainer: a folder, and columns that are checked.
 
 That columns are used is one of the steps in ``test_transformers.py``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,14 @@ import tiny_teacher
 import torch
 from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
-from torch import nn
 
-import rankloss_trainers
+import rankloss
 from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss_features import bind, sources
 from rankloss_features.caching import Spec
 from rankloss_features.folder import NAMES, SPACES
 from rankloss_features.teachers import Teacher
-from rankloss_trainers.sentence_transformers import ContrastiveLoss
+from rankloss_trainers.pair_ids import hash_tokens
 
 TEACHER = ("image", "text")
 ORDER = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
@@ -175,24 +175,86 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
     with pytest.raises(ValueError, match=r"'image', .*`rankloss features --text-encoder other"):
-        trainer(tmp_path, pairs=Words(), loss="rankclip-in", teacher="text=other")
+        trainer(
+            tmp_path, pairs=captioned().select_columns("caption"), loss="rankclip-in", teacher="text=other"
+        )
     with pytest.raises(ValueError, match=r"^mimicry "):
         trainer(tmp_path, pairs=joined(captioned()), loss="mimicry+rankclip-encoders")
     assert len(loaded) == 1
 
 
-class Words(datasets.Dataset):
-    """A table without pictures."""
-
-    def __init__(self) -> None:
-        super().__init__(datasets.Dataset.from_dict({"caption": ["a", "b"]}).data)
+# --- ids of pairs ---------------------------------------------------------------------------------------
 
 
-def test_other_trainers_name_the_two_steps() -> None:
-    command = "`rankloss features --text-encoder other --data PAIRS --output FOLDER`"
-    for build, then in (
-        (lambda **given: rankloss_trainers.create("rankclip-in", **given), "reference_"),
-        (lambda **given: ContrastiveLoss(nn.Identity(), "rankclip-in", **given), "teacher=FOLDER"),
-    ):
-        with pytest.raises(ValueError, match=f"teacher.*{command}.*{then}"):
-            build(teacher="text=other")
+class Grouped(Pairs):
+    """Pairs with a column of ids, and some captions twice."""
+
+    def __init__(self, number: int = 16) -> None:
+        super().__init__(number)
+        self.columns["input_ids"][1::4] = self.columns["input_ids"][::4]
+        self.group = [f"picture {n % 5}" for n in range(number)]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "group": self.group[i]}
+
+
+@pytest.mark.parametrize("key", ["captions", "group"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str, size: int | None) -> None:
+    data, model = Grouped(8), clip()
+    given = {"loss_options": {"clip-ids": {"key": key}, "rankclip": {"schedule": "constant"}}}
+    ended = train(
+        tmp_path,
+        **{"pairs": data, "loss": "clip-ids+rankclip", "max_steps": 1, "mini_batch_size": size},
+        **{"eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1},
+        **given,
+        **SGD,
+    )
+    ids = torch.tensor([data.group.index(x) for x in data.group])
+    if key == "captions":
+        ids = hash_tokens(data.columns, None)
+    assert 0 < len({*ids.tolist()}) < 8
+    data.columns["pair_ids"] = ids
+    loss = rankloss.RankClipLoss(rankloss.ClipLoss(same_id="ignore"), schedule="constant")
+    own_loop(model, loss, data, [8], steps=1)
+    torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
+    assert column(ended, "pairs_with_partner")[0] > 0
+    assert column(ended, "eval_loss")
+
+
+@pytest.mark.parametrize(
+    ("columns", "key", "message"),
+    [
+        ({}, "group", "group .*pixel_values"),
+        ({"group": [0.5] * 8}, "group", "group .*0.5"),
+        ({"group": ["train"] * 8}, "group", "group .*8"),
+    ],
+)
+def test_a_column_of_no_ids_is_refused_before_the_first_step(
+    tmp_path: Path, columns: dict[str, Any], key: str, message: str
+) -> None:
+    data = datasets.Dataset.from_dict({**{x: y.tolist() for x, y in Pairs(8).columns.items()}, **columns})
+    model = clip()
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=model, pairs=data, loss="clip-ids", loss_options={"key": key}, max_steps=1)
+    assert torch.equal(weights(model), before)
+
+
+def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
+    """Which decodes pictures: those of the first row, and of two batches, as a loader reads ahead."""
+    pairs, decoded = Pairs(64), []
+
+    def decode(rows: dict[str, list[Any]], kept: bool = True) -> dict[str, Any]:
+        decoded.extend(rows["row"])
+        found = {name: [column[row] for row in rows["row"]] for name, column in pairs.columns.items()}
+        return {**found, **({"group": rows["group"]} if kept else {})}
+
+    table = datasets.Dataset.from_dict({"row": [*range(64)], "group": [f"{n // 2}" for n in range(64)]})
+    given = {"loss": "clip-ids", "loss_options": {"key": "group"}, "remove_unused_columns": False}
+    ended = train(tmp_path, pairs=table.with_transform(decode), max_steps=1, **given)
+    assert column(ended, "pairs_with_partner") == [1.0]
+    assert len(decoded) <= 1 + 2 * 8
+    dropping = table.with_transform(functools.partial(decode, kept=False))
+    with pytest.raises(ValueError, match=r"group .*transform"):
+        train(tmp_path, pairs=dropping, max_steps=1, **given)
