@@ -142,18 +142,12 @@ def tokens(text: str) -> Tensor:
 
 # The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.mark.parametrize(
-    ("kinds", "named", "wrap"),
-    [
-        ("caption", False, ""),
-        ("caption and features", True, "module"),
-        pytest.param("caption and features", True, "compile", marks=pytest.mark.slow),
-    ],
+    ("named", "wrap"),
+    [(False, ""), (True, "module"), pytest.param(True, "compile", marks=pytest.mark.slow)],
 )
-def test_columns_join_the_output_of_one_call(tmp_path: Path, kinds: str, named: bool, wrap: str) -> None:
+def test_columns_join_the_output_of_one_call(tmp_path: Path, named: bool, wrap: str) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    rows = RowColumn(Features(stored(tmp_path / "x", **arrays)))
-    possible = {"caption": CAPTION, "features": rows}
-    columns = TextColumns([possible[kind] for kind in kinds.split(" and ")])
+    columns = TextColumns([CAPTION, RowColumn(Features(stored(tmp_path / "x", **arrays)))])
     plain, clip = model(), model()
     expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
     wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
@@ -173,19 +167,17 @@ def test_columns_join_the_output_of_one_call(tmp_path: Path, kinds: str, named: 
     for name, value in expected.items():
         torch.testing.assert_close(output[name], value)
     added = {name: output[name] for name in output if name not in expected}
-    if "features" in kinds:
-        for name, array in arrays.items():
-            found = added.pop(f"reference_{name}")
-            assert torch.equal(found, torch.from_numpy(array))
-            assert not found.requires_grad
-    if "caption" in kinds:
-        torch.testing.assert_close(added.pop("caption_features"), second["text_features"])
-        # Gradients flow from both captions into the one text tower.
-        (output["text_features"].sum() + 3 * output["caption_features"].sum()).backward()
-        (expected["text_features"].sum() + 3 * second["text_features"].sum()).backward()
-        for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
-            if b.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for name, array in arrays.items():
+        found = added.pop(f"reference_{name}")
+        assert torch.equal(found, torch.from_numpy(array))
+        assert not found.requires_grad
+    torch.testing.assert_close(added.pop("caption_features"), second["text_features"])
+    # Gradients flow from both captions into the one text tower.
+    (output["text_features"].sum() + 3 * output["caption_features"].sum()).backward()
+    (expected["text_features"].sum() + 3 * second["text_features"].sum()).backward()
+    for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
     assert added == {}
     # What has no column passes untouched, after a call that had one.
     assert list(call(IMAGES, tokens("a{}"))) == list(call(IMAGES)) == list(expected)

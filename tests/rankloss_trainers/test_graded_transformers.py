@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from tiny_transformers import SGD, column, lines, train, trainer, weights
+from tiny_transformers import SGD, Pictures, clip, column, lines, train, trainer, weights
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 import rankloss
 from rankloss import metrics
@@ -23,51 +22,28 @@ from rankloss_trainers.graded.transformers import RankedListsCollator, check_tab
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers.host import HOST
 
-WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
-LISTS = {"loss": "ranked-lists"}
+LISTS, RATE = {"loss": "ranked-lists"}, 0.1
 
 
-class Processor:
-    """Words as their numbers, and pictures as their mean colours."""
+def watched() -> Any:
+    """The model, which lists the numbers of pictures and texts that its calls embed."""
+    model = clip()
+    forward, model.seen = model.forward, []
 
-    def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
-        words = [[1 + WORDS.index(word) for word in text.split()] for text in texts]
-        longest = max(map(len, words))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in words])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    @functools.wraps(forward)
+    def seen(pixel_values: Tensor, input_ids: Tensor, **more: Any) -> Any:
+        model.seen.append((len(pixel_values), len(input_ids)))
+        return forward(pixel_values=pixel_values, input_ids=input_ids, **more)
 
-    def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
-        return {"pixel_values": torch.tensor(np.stack([colour(x) for x in pictures]), dtype=torch.float32)}
-
-
-def colour(picture: Any) -> Any:
-    return np.asarray(picture, float).mean((0, 1)) / 255
-
-
-class Towers(nn.Module):
-    """A linear map of colours, and the mean of the words' vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.image = nn.Parameter(torch.randn(3, 4, generator=generator))
-        self.words = nn.Parameter(torch.randn(1 + len(WORDS), 4, generator=generator))
-        self.logit_scale = nn.Parameter(torch.tensor(2.5))
-        self.seen: list[tuple[int, int]] = []
-
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        self.seen.append((len(pixel_values), len(input_ids)))
-        texts = (self.words[input_ids] * attention_mask[..., None]).sum(1)
-        sides = F.normalize(pixel_values @ self.image, dim=-1), F.normalize(texts, dim=-1)
-        logits = self.logit_scale.exp() * sides[1] @ sides[0].T  # where DDP looks for the scale
-        return ModelOutput(logits_per_text=logits, image_embeds=sides[0], text_embeds=sides[1])
+    model.forward = seen
+    return model
 
 
 def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
     """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there."""
     noise = np.random.default_rng(1)
-    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 2, 2, 3), dtype=np.uint8)]
-    texts = [f"{WORDS[n % 6]} {WORDS[(n + 1) % 6]}" + f" {WORDS[n % 4]}" * (n // 6) for n in range(12)]
+    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)]
+    texts = [f"{n}" for n in range(12)]
     queries, pool = (texts, pictures) if of_texts else (pictures, texts)
     sizes = [1 + n % 4 for n in range(number)]
     lists = {
@@ -82,21 +58,21 @@ def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
 # --- an own loop --------------------------------------------------------------------------------------------
 
 
-def embed(model: Towers, items: list[Any]) -> Tensor:
-    """Texts, or pictures."""
+def embed(model: Any, items: list[Any]) -> Tensor:
+    """Texts, or pictures, beside one of the other kind."""
     if isinstance(items[0], str):
-        tokens = Processor().tokenizer(items)
-        features = (model.words[tokens["input_ids"]] * tokens["attention_mask"][..., None]).sum(1)
-    else:
-        features = Processor().image_processor(items)["pixel_values"] @ model.image
-    return F.normalize(features, dim=-1)
+        inputs = Pictures().tokenizer(items)["input_ids"]
+        found: Tensor = model(input_ids=inputs, pixel_values=torch.zeros(1, 3, 16, 16)).text_embeds
+        return found
+    found = model(input_ids=torch.full((1, 8), 49), **Pictures().image_processor(items)).image_embeds
+    return found
 
 
 def key(x: Any) -> Any:
     return x if isinstance(x, str) else x.tobytes()
 
 
-def lists_of(model: Towers, rows: list[Any]) -> dict[str, Any]:
+def lists_of(model: Any, rows: list[Any]) -> dict[str, Any]:
     """The lists of these rows, as the loss takes them."""
     pool = {key(x): x for row in rows for x in row["candidates"]}
     places = {x: n for n, x in enumerate(pool)}
@@ -114,8 +90,8 @@ def lists_of(model: Towers, rows: list[Any]) -> dict[str, Any]:
 
 def trained(batches: list[list[list[Any]]], **options: Any) -> Tensor:
     """The weights after steps whose losses are averaged over a step's micro-batches."""
-    model, loss = Towers(), rankloss.RankedLists(**options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, loss = clip(), rankloss.RankedLists(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for micro in batches:
         optimizer.zero_grad()
         for rows in micro:
@@ -125,7 +101,7 @@ def trained(batches: list[list[list[Any]]], **options: Any) -> Tensor:
 
 
 def run(directory: Path, data: Any, **given: Any) -> Any:
-    options = {**LISTS, **SGD, "learning_rate": 0.5, "processing_class": Processor(), "model": Towers()}
+    options = {**LISTS, **SGD, "learning_rate": RATE, "processing_class": Pictures(), "model": clip()}
     return train(directory, pairs=data, **{**options, **given})
 
 
@@ -147,7 +123,7 @@ def test_weights_are_those_of_an_own_loop(
     given = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
     ended = run(tmp_path, data, loss_options=options, mini_batch_size=size, max_steps=3, **given)
     torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
-    assert (expected - weights(Towers())).norm() > 0.05
+    assert (expected - weights(clip())).norm() > 0.05
     assert column(ended, "ranked_lists_loss") == pytest.approx(column(ended, "loss"), rel=1e-5)
 
 
@@ -162,7 +138,7 @@ def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_pa
     distinct = {x.tobytes() for row in data for x in row["candidates"]}
     twice = datasets.concatenate_datasets([data, data])
     ended = [
-        run(tmp_path, x, max_steps=1, per_device_train_batch_size=16, mini_batch_size=size)
+        run(tmp_path, x, model=watched(), max_steps=1, per_device_train_batch_size=16, mini_batch_size=size)
         for x, size in ((data, None), (twice, None), (data, 1))
     ]
     assert ended[0].model.seen == ended[1].model.seen == [(len(distinct), 8)]
@@ -171,12 +147,13 @@ def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_pa
 
 
 def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:
-    model = Towers()
+    model = clip()
     model.logit_bias, seen = nn.Parameter(torch.tensor(-2.0)), []
     model.logit_bias.register_hook(seen.append)
     by_name = run(tmp_path, table(True), max_steps=1)
     by_module = run(tmp_path, table(True), max_steps=1, model=model, loss=rankloss.RankedLists())
-    assert torch.equal(weights(by_name.model), weights(model)[: len(weights(by_name.model))])
+    with_bias = dict(model.named_parameters())
+    assert all(torch.equal(x, with_bias[name]) for name, x in by_name.model.named_parameters())
     assert seen == [0.0]
     assert by_module.data_collator.padding == "max_length"  # as SigLIP was trained
 
@@ -197,7 +174,7 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     given = {"max_steps": 1, "loss": "rankclip+ranked-lists", "loss_options": options}
     given["mini_batch_size"], rows = size, list(data)
     ended = run(tmp_path, data, **given)
-    model = Towers()
+    model = clip()
     queries, pairs = (embed(model, x) for x in ([row["query"] for row in rows], owns))
     both = (pairs, queries) if of_texts else (queries, pairs)
     scale = model.logit_scale.exp()
@@ -205,10 +182,10 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     total = rankloss.RankClipLoss(schedule="constant", **of_ranks)(*both, scale) + listed
     total.backward()
     for (name, ours), theirs in zip(ended.model.named_parameters(), model.parameters(), strict=True):
-        expected = theirs.detach() - 0.5 * theirs.grad
+        expected = theirs.detach() - RATE * theirs.grad
         torch.testing.assert_close(ours.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
     assert lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
-    untrained = trainer(tmp_path, model=Towers(), pairs=data, processing_class=Processor(), **given)
+    untrained = trainer(tmp_path, model=clip(), pairs=data, processing_class=Pictures(), **given)
     evaluated = untrained.evaluate(data)
     expected = rankloss.ClipLoss()(*both, scale) + listed
     assert evaluated["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
@@ -219,9 +196,9 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
 
 def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path) -> None:
     data = table(True)
-    given = {"model": Towers(), "processing_class": Processor(), "per_device_eval_batch_size": 3, **LISTS}
+    given = {"model": clip(), "processing_class": Pictures(), "per_device_eval_batch_size": 3, **LISTS}
     found = trainer(tmp_path, pairs=data, **given).evaluate(data)
-    model, rows = Towers(), list(data)
+    model, rows = clip(), list(data)
     losses = [
         rankloss.RankedLists()(**lists_of(model, part)).item() * len(part)
         for part in (rows[:3], rows[3:6], rows[6:])
@@ -237,21 +214,21 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
 
 # --- bad input --------------------------------------------------------------------------------------------
 
-PICTURE = Image.new("RGB", (2, 2), "red")
-ROW = {"query": "red", "candidates": [PICTURE], "grades": [1.0]}
+PICTURE = Image.new("RGB", (16, 16), "red")
+ROW = {"query": "7", "candidates": [PICTURE], "grades": [1.0]}
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"grades": []}, "0 grades.*row 1.*'green'"),
-        ({"candidates": ["red"]}, "^candidates .*pictures.*row 1"),
-        ({"query": PICTURE, "candidates": ["red"]}, "^candidates .*pictures.*row 1"),
+        ({"grades": []}, "0 grades.*row 1.*'8'"),
+        ({"candidates": ["7"]}, "^candidates .*pictures.*row 1"),
+        ({"query": PICTURE, "candidates": ["7"]}, "^candidates .*pictures.*row 1"),
     ],
 )
 def test_bad_rows_are_refused_by_their_row(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        RankedListsCollator(Processor())([ROW, {**ROW, "query": "green", **change}])
+        RankedListsCollator(Pictures())([ROW, {**ROW, "query": "8", **change}])
 
 
 def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -264,14 +241,14 @@ def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:
-    assert len(RankedListsCollator(Processor())([ROW, ROW])["grade_bits"]) == 2
+    assert len(RankedListsCollator(Pictures())([ROW, ROW])["grade_bits"]) == 2
     twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
     given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
     with pytest.raises(ValueError, match=r"query .*row 0 .*row 8"):
         run(tmp_path, twice, **given)
 
 
-LAST = {"candidates": [["red"]] * 8}
+LAST = {"candidates": [["7"]] * 8}
 EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
 
 
@@ -281,7 +258,7 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
         ({"grades": [[1.0]] * 7 + [[math.nan]], **LAST}, {}, "^grades .*nan .*row 7"),
         ({"grades": None}, {}, "columns .*grades .*query, candidates"),
         ({"ranks": [[1]] * 8}, {}, "columns .*query, candidates, grades, ranks"),
-        ({"own": ["red"] * 8}, EXCLUDED, "own.*ranked-lists"),
+        ({"own": ["7"] * 8}, EXCLUDED, "own.*ranked-lists"),
         ({}, {"loss_options": {"own_caption": "top"}}, "own_caption"),
         ({}, {"loss_options": {"base_loss": "include"}}, "column own"),
         ({}, {"loss": "rankclip+ranked-lists"}, "column own"),
@@ -293,7 +270,7 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
 def test_what_cannot_train_is_refused_before_a_step(
     tmp_path: Path, more: Any, given: Any, named: str
 ) -> None:
-    model = Towers()
+    model = watched()
     with pytest.raises((ValueError, TypeError, KeyError), match=named):
         run(tmp_path, table(False, **more), model=model, per_device_train_batch_size=2, **given)
     assert model.seen == []

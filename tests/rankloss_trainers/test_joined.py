@@ -119,6 +119,8 @@ def test_encoders_without_a_common_space_rank_the_in_modal_lists_alone(name: str
         with pytest.raises(ValueError, match="lambda_cross must be 0"):
             run_of(name, {}, teacher)
         assert run_of("rankclip-in", {}, teacher).use_of_teacher == "required"
+        with pytest.raises(ValueError, match="mimicry cannot copy"):
+            run_of("rankclip-in+mimicry", {}, teacher)
     common = folder(tmp_path / "common", data, features(), "image", "text")
     assert run_of(name, {}, common).use_of_teacher == "required"
 

@@ -122,11 +122,16 @@ def test_raw_terms_are_ranked_by_the_teacher_that_is_given() -> None:
 
 
 def test_a_module_is_evaluated_by_its_innermost_base_and_a_single_pair_counts_0() -> None:
-    pair = features()
-    for base in (rankloss.ClipLoss(), rankloss.SigLipLoss()):  # of which one pair is no 0 by itself
+    """Smoothed targets are for training alone; SigLIP's loss of one pair is no 0 by itself."""
+    pair, plain, sigmoid = features(), rankloss.ClipLoss(), rankloss.SigLipLoss()
+    for base, expected in (
+        (plain, plain),
+        (rankloss.ClipLoss(label_smoothing=0.1), plain),
+        (sigmoid, sigmoid),
+    ):
         for module in (base, CyClipLoss(rankloss.RankClipLoss(base, schedule="linear"))):
             run = run_of(HOST, module)
-            assert torch.equal(run.evaluate(**inputs(pair)).total, base(*pair, SCALE))
+            assert torch.equal(run.evaluate(**inputs(pair)).total, expected(*pair, SCALE))
             assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
 
 

@@ -86,21 +86,11 @@ def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
     assert taus[0] == taus[1] != taus[2]
 
 
-@pytest.mark.parametrize(
-    ("width", "spaces", "loss", "message"),
-    [
-        (8, "common", "mimicry", "teacher .*8 .*16"),
-        (24, "separate", "rankclip+mimicry", "mimicry "),
-        (24, "separate", "rankclip", "lambda_cross "),
-    ],
-)
-def test_a_teacher_that_cannot_be_copied_is_refused(
-    tmp_path: Path, width: int, spaces: str, loss: str, message: str
-) -> None:
-    path = folder(tmp_path / "x", pairs(ROWS), features(width), "image", "text", spaces)
+def test_a_narrower_teacher_cannot_be_copied(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", pairs(ROWS), features(8), "image", "text")
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
-    with pytest.raises(ValueError, match=message):
-        trained(tmp_path, data, loss, teacher=path)
+    with pytest.raises(ValueError, match=r"teacher .*8 .*16"):
+        trained(tmp_path, data, "mimicry", teacher=path)
 
 
 def test_columns_of_other_pairs_are_refused_before_a_step(tmp_path: Path, bound: tuple[str, Any]) -> None:

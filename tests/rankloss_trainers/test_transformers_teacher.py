@@ -81,6 +81,14 @@ def bound_pairs(*more: str) -> Pairs:
     return pairs
 
 
+def grouped(**columns: Any) -> Any:
+    """A table of pairs with more columns."""
+    return datasets.Dataset.from_dict({**{x: y.tolist() for x, y in Pairs(8).columns.items()}, **columns})
+
+
+BY_GROUP = {"loss": "clip-ids", "loss_options": {"key": "group"}}
+
+
 def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch without the teacher's columns."""
     return {x: torch.stack([each[x] for each in examples]) for x in ("pixel_values", "input_ids")}
@@ -108,10 +116,14 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         (bound_pairs(), {}, "reference_pair, .*teacher"),
         (Pairs(), {"teacher": "given"}, "rankclip .*teacher"),
         (Pairs(ROWS, *TEACHER), {"data_collator": dropping}, "reference_image_features"),
+        # Columns of no ids.
+        (grouped(), BY_GROUP, "group .*pixel_values"),
+        (grouped(group=[0.5] * 8), BY_GROUP, "group .*0.5"),
+        (grouped(group=["train"] * 8), BY_GROUP, "group .*8"),
     ],
 )
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
-    tmp_path: Path, pairs: Pairs, given: dict[str, Any], message: str
+    tmp_path: Path, pairs: Any, given: dict[str, Any], message: str
 ) -> None:
     trained = trainer(tmp_path, pairs=pairs, max_steps=1, **{"loss": "rankclip", **given})
     with pytest.raises(ValueError, match=message):
@@ -222,25 +234,6 @@ def test_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str, 
     assert column(ended, "eval_loss")
 
 
-@pytest.mark.parametrize(
-    ("columns", "key", "message"),
-    [
-        ({}, "group", "group .*pixel_values"),
-        ({"group": [0.5] * 8}, "group", "group .*0.5"),
-        ({"group": ["train"] * 8}, "group", "group .*8"),
-    ],
-)
-def test_a_column_of_no_ids_is_refused_before_the_first_step(
-    tmp_path: Path, columns: dict[str, Any], key: str, message: str
-) -> None:
-    data = datasets.Dataset.from_dict({**{x: y.tolist() for x, y in Pairs(8).columns.items()}, **columns})
-    model = clip()
-    before = weights(model)
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path, model=model, pairs=data, loss="clip-ids", loss_options={"key": key}, max_steps=1)
-    assert torch.equal(weights(model), before)
-
-
 def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
     """Which decodes pictures: those of the first row, and of two batches, as a loader reads ahead."""
     pairs, decoded = Pairs(64), []
@@ -251,7 +244,7 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
         return {**found, **({"group": rows["group"]} if kept else {})}
 
     table = datasets.Dataset.from_dict({"row": [*range(64)], "group": [f"{n // 2}" for n in range(64)]})
-    given = {"loss": "clip-ids", "loss_options": {"key": "group"}, "remove_unused_columns": False}
+    given = {**BY_GROUP, "remove_unused_columns": False}
     ended = train(tmp_path, pairs=table.with_transform(decode), max_steps=1, **given)
     assert column(ended, "pairs_with_partner") == [1.0]
     assert len(decoded) <= 1 + 2 * 8
