@@ -213,7 +213,6 @@ def test_a_language_without_spaces_is_counted_by_characters(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("captions", "encoder", "named"),
     [
-        (["a dog"] * 5, "captions", "'a dog'"),
         (["a dog", "a cat", "a dog and a cat"], "captions", "dimensions: .* 256"),
         (tiny.CAPTIONS, "captions:0", "'captions:0'"),
         (tiny.CAPTIONS, "captions:characters:8", "'captions:characters:8'"),

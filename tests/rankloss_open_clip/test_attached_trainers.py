@@ -87,9 +87,7 @@ def test_fork_that_calls_by_position_gets_a_scalar_and_without_a_loss_its_own(fo
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("create_loss", None),
-        ("parse_args", None),
-        ("train_one_epoch", None),
+        *((name, None) for name in ("create_loss", "parse_args", "train_one_epoch")),
         ("create_loss", "def create_loss(options): pass"),
         ("train_one_epoch", "def train_one_epoch(loader, args): pass"),
     ],

@@ -69,7 +69,7 @@ def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]
     trainer.write_model("tiny-naflex", towers)
     file = trainer.directory / "main.pickle"
     file.write_bytes(pickle.dumps((trainer, runs)))
-    trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
+    trainer.python("-c", ALL_RUNS, str(file), PYTHONPATH=path)
     done: dict[str, Run] = pickle.loads(file.read_bytes())
     return done
 

@@ -42,6 +42,7 @@ def test_attaching_twice_changes_nothing() -> None:
     assert open_clip.create_loss is open_clip.factory.create_loss is FUNCTIONS[0]
     assert open_clip_train.params.parse_args is FUNCTIONS[1]
     assert open_clip_train.train.train_one_epoch is FUNCTIONS[2]
+    assert bootstrap.problems() == []
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -56,22 +57,17 @@ def test_patched_function_keeps_source_signature_and_pickle(function: Any) -> No
 # --- what goes wrong ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "reason"),
-    [
+def test_unknown_layout_is_kept_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source, reason in (
         ("open_clip.factory", "", "create_loss"),
         ("open_clip_train.train", "def train_one_epoch(trainer): pass", "trainer"),
-    ],
-)
-def test_unknown_layout_is_kept_as_a_failure(
-    monkeypatch: pytest.MonkeyPatch, name: str, source: str, reason: str
-) -> None:
-    monkeypatch.setattr(bootstrap, "failures", {})
-    module = ModuleType(name)
-    exec(source, vars(module))
-    bootstrap.patch(module)
-    assert reason in str(bootstrap.failures[name])
-    assert name in bootstrap.problems()[0]
+    ):
+        monkeypatch.setattr(bootstrap, "failures", {})
+        module = ModuleType(name)
+        exec(source, vars(module))
+        bootstrap.patch(module)
+        assert reason in str(bootstrap.failures[name])
+        assert name in bootstrap.problems()[0]
 
 
 PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
@@ -131,10 +127,6 @@ def test_a_hook_that_fails_is_one_warning_elsewhere(monkeypatch: pytest.MonkeyPa
 def test_warning_that_is_an_error_does_not_stop_an_import_of_torch() -> None:
     bootstrap.attach()  # warnings are errors in this suite
     assert HOOK in repr(failures.failures)
-
-
-def test_nothing_is_wrong_here() -> None:
-    assert bootstrap.problems() == []
 
 
 def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,10 +88,8 @@ def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twi
 
 @pytest.mark.parametrize(
     "given",
-    [
-        pytest.param(("rankclip-encoders",), id="encoders"),
-        pytest.param(("clip-ids+rankclip-captions", OPTION, "captions:4"), id="captions"),
-    ],
+    [("rankclip-encoders",), ("clip-ids+rankclip-captions", OPTION, "captions:4")],
+    ids=["encoders", "captions"],
 )
 @pytest.mark.slow
 def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tuple[str, ...]) -> None:

@@ -161,9 +161,8 @@ class Trainer:
         for number in range(2):  # the same pairs as a webdataset of two shards
             with tarfile.open(directory / f"shard-{number}.tar", "w") as shard:
                 for i in range(number, SAMPLES, 2):
-                    picture, title, synthetic = self.rows[i]
-                    texts = {"txt": title.encode(), "blip.txt": synthetic.encode()}
-                    add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), **texts)
+                    picture, title, _ = self.rows[i]
+                    add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), txt=title.encode())
 
     def write_model(self, name: str, config: dict[str, Any]) -> None:
         """Write the folder that ``--model local-dir:…`` reads."""
@@ -229,7 +228,6 @@ class Trainer:
         *arguments: str,
         executable: str = sys.executable,
         name: str = "",
-        runs: int = 1,
         code: int = 0,
         **environment: str,
     ) -> Run:
@@ -240,7 +238,7 @@ class Trainer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=self.directory,
-            timeout=runs * TIMEOUT,
+            timeout=20 * TIMEOUT,
             check=False,
         )
         return self._ended(done.returncode, done.stdout, name, code)

@@ -11,9 +11,8 @@ os.environ["HF_HUB_CACHE"] = "/set/by/the/script"
 
 import torch
 import transformers
+from tiny_pairs import Pairs, clip
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-
-TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @dataclass
@@ -22,24 +21,9 @@ class ModelArguments:
     trainer: str = field(default="Trainer", metadata={"help": "which Trainer the script builds"})
 
 
-class Pairs(torch.utils.data.Dataset):
-    def __init__(self, number: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(number, 3, 16, 16, generator=generator)
-        self.texts = torch.randint(1, 48, (number, 8), generator=generator)
-        self.texts[:, -1] = 49
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        columns = {"pixel_values": self.images, "input_ids": self.texts}
-        return {name: column[i] for name, column in columns.items()}
-
-
 def collate_fn(examples: list[dict[str, torch.Tensor]]) -> dict[str, object]:
     columns = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
-    return {**columns, "attention_mask": torch.ones_like(columns["input_ids"]), "return_loss": True}
+    return {**columns, "return_loss": True}
 
 
 class OwnLoss(Trainer):
@@ -71,10 +55,7 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, TrainingArguments))
     model_args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
-    text = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49}
-    vision = {**TOWER, "image_size": 16, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    model = transformers.CLIPModel(config) if model_args.kind == "clip" else Classifier()
+    model = clip() if model_args.kind == "clip" else Classifier()
     if model_args.trainer == "none":
         sys.exit()
     if model_args.trainer == "loop":

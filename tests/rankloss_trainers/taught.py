@@ -20,14 +20,11 @@ from stored_features import stored
 
 ROWS = 32
 LOSS = "rankclip-distill+mimicry"
-RANKS, OF_MIMICRY = (
-    {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4},
-    {"weight": 0.5},
-)
 
 
 def taught_options(**more: Any) -> dict[str, Any]:
-    return {"rankclip-distill": {**RANKS, **more}, "mimicry": OF_MIMICRY}
+    ranks = {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4, **more}
+    return {"rankclip-distill": ranks, "mimicry": {"weight": 0.5}}
 
 
 def features(width: int = 24, names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:

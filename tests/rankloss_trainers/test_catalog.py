@@ -20,7 +20,7 @@ import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments, mentioned, typed_options, with_flag
+from rankloss_trainers.command_line import LossArguments, described, mentioned, typed_options, with_flag
 from rankloss_trainers.declared import Named, OptionError, options_of
 from rankloss_trainers.run_options import RunOptions, Teacher
 from registered import register
@@ -35,7 +35,7 @@ TYPED = [x for x in FIELDS if x not in catalog.LOSSES["rankclip"].python_only]
 
 def parsed(*argv: str, name: str = "rankclip") -> Any:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    losses = LossArguments(parser, [name], default=name)
+    losses = LossArguments(parser, mentioned(["--loss", name, *argv]), default=name)
     return losses.chosen(parser.parse_args(argv))
 
 
@@ -201,6 +201,27 @@ def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) 
         loss.build(rankloss.ClipLoss(), None)
 
 
+def test_each_loss_is_typed_with_its_own_options() -> None:
+    name = "rankclip-distill+mimicry"
+    for flags in (("--loss", name), (f"--loss={name}",)):
+        losses, _ = parsed(*flags, "--rankclip-top-k", "4", "--mimicry-weight", "2")
+        assert [x.name for x in losses] == name.split("+")
+        assert (losses[0].values["top_k"], losses[1].values["weight"]) == (4, 2.0)
+    with pytest.raises(ValueError, match=r"^--cyclip-lambda-in: only with --loss cyclip"):
+        parsed("--loss", name, "--cyclip-lambda-in", "1")
+    with pytest.raises(ValueError, match=r"^--loss: loss must be one of .*did you mean mimicry"):
+        parsed("--loss", "rankclip+mimcry")
+    with pytest.raises(ValueError, match="'clip'"):
+        parsed("--loss", "clip+mimicry")
+
+
+def test_the_options_of_joined_losses_are_listed() -> None:
+    text = described(["rankclip-distill", "mimicry"])
+    assert "--rankclip-top-k N" in text
+    assert "--mimicry-weight X" in text
+    assert "16.0" in text
+
+
 # --- registered by other packages ---------------------------------------------------------------------------
 
 
@@ -288,22 +309,5 @@ def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
     for text in ("text=minilm", "captions", "text=captions:64"):
         assert Teacher(text).are_encoders
     assert not Teacher("ViT-B-32:openai").are_encoders
-    for wrong in ("ViT-B-33:openai", "sound=minilm"):
-        with pytest.raises(OptionError, match=r"^teacher: "):
-            Teacher(wrong).check()
-
-
-@pytest.mark.parametrize(
-    ("given", "epochs", "unit"),
-    [
-        ("auto", 9, "step"),
-        ("auto", 10, "epoch"),
-        ("auto", 2.5, "step"),
-        ("auto", math.inf, "step"),
-        ("epoch", 2, "epoch"),
-        ("epoch", 1, "step"),
-        ("step", 64, "step"),
-    ],
-)
-def test_a_short_run_goes_by_steps(given: Any, epochs: float, unit: str) -> None:
-    assert RunOptions(schedule_unit=given).unit(epochs) == unit
+    with pytest.raises(OptionError, match=r"^teacher: "):
+        Teacher("ViT-B-33:openai").check()

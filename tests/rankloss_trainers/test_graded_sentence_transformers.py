@@ -58,10 +58,6 @@ def owed(model: Any, data: Any, scale: float, loss: RankedLists | None = None) -
     return sum(v for v, counts in zip(values, counted, strict=True) if counts) / sum(counted)
 
 
-def of_triplets(model: Any) -> RankedListsLoss:
-    return RankedListsLoss(model, RankedLists(in_batch_negatives=True))
-
-
 def of_layers(model: Any, loss: Any, dimensions: list[int] | None) -> AdaptiveLayerLoss:
     """A loss of all layers, and of some dimensions of each."""
     given: Any = {"n_layers_per_step": -1, "kl_div_weight": 0.0}
@@ -140,9 +136,10 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
 @pytest.mark.parametrize("dimensions", [None, [16, 4]])
 def test_losses_of_layers_take_lists_not_mini_batches(bert: Path, dimensions: list[int] | None) -> None:
     found = []
-    for kind in (of_triplets, MultipleNegativesRankingLoss):
+    triplets = RankedLists(in_batch_negatives=True)
+    for make in (lambda model: RankedListsLoss(model, triplets), MultipleNegativesRankingLoss):
         model = tiny(bert).double()
-        loss = of_layers(model, kind(model), dimensions)
+        loss = of_layers(model, make(model), dimensions)
         value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
         value.backward()
         found.append(torch.cat([value.detach()[None], gradient(model)]))
@@ -215,7 +212,6 @@ def test_bad_lists_are_refused_with_the_row(bert: Path, rows: list[dict[str, Any
         (3, torch.zeros(3, 3), {}, "^labels .*2 .*3, 3"),
         (17, torch.zeros(3, 16)[:, :4], {}, "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer"),
         (3, None, {"scale": 0.0}, "^scale .*0"),
-        (3, None, {"mini_batch_size": 0}, "^mini_batch_size .*0"),
     ],
 )
 def test_labels_and_arguments_are_checked(
@@ -226,7 +222,11 @@ def test_labels_and_arguments_are_checked(
         RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
 
 
-def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:
-    loss = RankedListsLoss(tiny(bert), RankedLists(model="top_one"), mini_batch_size=4)
-    assert "model='top_one'" in loss.get_config_dict()["criterion"]
-    assert "Listwise Approach" in loss.citation
+def test_the_model_card_names_the_loss_with_its_options_and_its_paper(bert: Path) -> None:
+    model = tiny(bert)
+    lists = RankedListsLoss(model, RankedLists(model="top_one"), mini_batch_size=4)
+    pairs = ContrastiveLoss(model, "rankclip", {"top_k": 3})
+    assert "model='top_one'" in lists.get_config_dict()["criterion"]
+    assert "Listwise Approach" in lists.citation
+    assert pairs.get_config_dict()["options"]["rankclip"]["top_k"] == 3
+    assert "RankCLIP" in pairs.citation

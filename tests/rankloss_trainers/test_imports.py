@@ -91,13 +91,10 @@ def test_import_of_torch_attaches_and_loads_little_and_losses_need_it_and_numpy_
 @pytest.mark.parametrize(
     ("extra", "package", "module"),
     [
-        ("transformers", "accelerate", "rankloss_trainers.transformers.trainer"),
-        ("lightning", "lightning", "rankloss_trainers.lightning"),
-        ("sentence-transformers", "datasets", "rankloss_trainers.sentence_transformers"),
-        (
-            *("sentence-transformers", "sentence_transformers"),
-            "rankloss_trainers.graded.sentence_transformers",
-        ),
+        ("transformers", "accelerate", "transformers.trainer"),
+        ("lightning", "lightning", "lightning"),
+        ("sentence-transformers", "datasets", "sentence_transformers"),
+        ("sentence-transformers", "sentence_transformers", "graded.sentence_transformers"),
     ],
 )
 def test_package_that_is_missing_is_named_with_its_extra(
@@ -105,6 +102,7 @@ def test_package_that_is_missing_is_named_with_its_extra(
 ) -> None:
     for name in [package, *(x for x in sys.modules if x.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
+    module = f"rankloss_trainers.{module}"
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError, match=re.escape(f": pip install 'rankloss[{extra}]'")):
         importlib.import_module(module)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from named_inputs import HOST
+from named_inputs import HOST, inputs_of
 from taught import ROWS, features, folder
-from torch.nn.functional import normalize
 
 import rankloss_trainers
 from rankloss import ClipLoss, MimicryLoss, RankClipLoss
-from rankloss.losses import TEACHER
 from rankloss_baselines import CyClipLoss
 from rankloss_trainers.catalog import choose
-from rankloss_trainers.command_line import LossArguments, described, mentioned
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
 
@@ -27,8 +23,8 @@ def run_of(name: str, given: Any, teacher: str | None = None) -> Runtime:
 
 
 def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
-    v, t, *teacher = normalize(torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    taught = dict(zip(TEACHER, teacher, strict=True))
+    taught = inputs_of("rankclip-distill")
+    pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}
     loss = rankloss_trainers.create(
         "rankclip-distill+mimicry+cyclip",
         **{"rankclip-distill": {"schedule": "constant", "top_k": 3}},
@@ -37,11 +33,11 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     )
     ranks = RankClipLoss(schedule="constant", lambda_cross=16, lambda_in=16, top_k=3)
     expected = {
-        **ranks(v, t, 9.0, output_dict=True, **taught),
-        **MimicryLoss(weight=0.5)(v, t, 9.0, output_dict=True, **taught),
-        **CyClipLoss(lambda_in=2.0)(v, t, 9.0, output_dict=True),
+        **ranks(**taught, output_dict=True),
+        **MimicryLoss(weight=0.5)(**taught, output_dict=True),
+        **CyClipLoss(lambda_in=2.0)(**pairs, output_dict=True),
     }
-    actual = loss(v, t, 9.0, output_dict=True, **taught)
+    actual = loss(**taught, output_dict=True)
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(list(actual.values()), list(expected.values()))
     assert [type(x) for x in loss.modules()].count(ClipLoss) == 1
@@ -62,23 +58,6 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
 )
 def test_options_go_by_loss(name: str, options: dict[str, Any], part: int, key: str, value: Any) -> None:
     assert choose(name, options)[part].values[key] == value
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("rankclip+mimicry", {"mimicry": {"weigt": 1}}, "'weigt'; did you mean weight"),
-        ("rankclip+mimicry", {"mimicry": {"weight": -1}}, "mimicry.weight .*-1"),
-        ("rankclip+mimicry", {"rankclip": {"bins": 9}}, "rankclip.bins: .*method='bin'"),
-        ("rankclip+rankclip", {}, "twice"),
-        ("rankclip+rankclip-in", {}, "twice"),
-        ("clip+mimicry", {}, "'clip'"),
-        ("clip-ids+clip-smooth", {}, "clip-smooth .*same_id"),
-    ],
-)
-def test_unsuitable_joins_are_refused(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        run_of(name, options, "given" if "mimicry" in name else None)
 
 
 @pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed", "alip"])
@@ -136,31 +115,3 @@ def test_a_run_has_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("rankclip-encoders", {})
     assert run.teacher is not None
     assert (run.teacher.text, run.use_of_teacher) == (ENCODERS, "required")
-
-
-# --- on a command line ------------------------------------------------------------------------------------
-
-
-def parsed(*argv: str) -> Any:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    losses = LossArguments(parser, mentioned(argv))
-    return losses.chosen(parser.parse_args(argv))
-
-
-def test_each_loss_is_typed_with_its_own_options() -> None:
-    name = "rankclip-distill+mimicry"
-    for flags in (("--loss", name), (f"--loss={name}",)):
-        losses, _ = parsed(*flags, "--rankclip-top-k", "4", "--mimicry-weight", "2")
-        assert [x.name for x in losses] == name.split("+")
-        assert (losses[0].values["top_k"], losses[1].values["weight"]) == (4, 2.0)
-    with pytest.raises(ValueError, match=r"^--cyclip-lambda-in: only with --loss cyclip"):
-        parsed("--loss", name, "--cyclip-lambda-in", "1")
-    with pytest.raises(ValueError, match=r"^--loss: loss must be one of .*did you mean mimicry"):
-        parsed("--loss", "rankclip+mimcry")
-
-
-def test_the_options_of_joined_losses_are_listed() -> None:
-    text = described(["rankclip-distill", "mimicry"])
-    assert "--rankclip-top-k N" in text
-    assert "--mimicry-weight X" in text
-    assert "16.0" in text

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,18 @@ def fit(
     *,
     batch_size: int = 8,
     data: Any = None,
-    progress: Any = None,
     resume: Any = None,
-    callbacks: Sequence[lightning.Callback] = (),
     **given: Any,
 ) -> lightning.Trainer:
-    options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False}
-    options |= {"enable_checkpointing": False, **given}
-    trainer = lightning.Trainer(
-        default_root_dir=directory,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Progress() if progress is None else progress, *callbacks],
-        **options,
-    )
+    options = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "callbacks": [Progress()],
+    }
+    options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(default_root_dir=directory, **{**options, **given})
     loader = DataLoader(pairs() if data is None else data, batch_size)
     trainer.fit(module, loader, DataLoader(pairs(8), 8), ckpt_path=resume)
     return trainer
@@ -127,16 +125,16 @@ def averaging() -> lightning.Callback:
         ({"accumulate_grad_batches": 2}, linear(1, 1, 2, 2, 3, 3, 4, 4)),
         ({"max_epochs": 10}, [epoch / 9 for epoch in range(10) for _ in range(4)]),
         ({"max_epochs": 10, "max_steps": 6}, linear(*range(1, 7))),
-        ({"progress": Progress("step"), "max_epochs": 10}, linear(*range(1, 41))),
-        ({"progress": Progress("epoch"), "max_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
-        ({"progress": Progress("epoch"), "max_epochs": 1}, linear(*range(1, 5))),  # which has no ramp
-        ({"progress": Progress(total_steps=5), "data": Stream()}, linear(1, 2, 3, 4, 5, 5, 5, 5)),
+        ({"callbacks": [Progress("step")], "max_epochs": 10}, linear(*range(1, 41))),
+        ({"callbacks": [Progress("epoch")], "max_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
+        ({"callbacks": [Progress("epoch")], "max_epochs": 1}, linear(*range(1, 5))),  # which has no ramp
+        ({"callbacks": [Progress(total_steps=5)], "data": Stream()}, linear(1, 2, 3, 4, 5, 5, 5, 5)),
         ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, linear(*range(1, 7))),
         (
-            {"progress": Progress(total_steps=6), "callbacks": [GradientAccumulationScheduler({1: 2})]},
+            {"callbacks": [Progress(total_steps=6), GradientAccumulationScheduler({1: 2})]},
             linear(1, 2, 3, 4, 5, 5, 6, 6),
         ),
-        ({"progress": Progress(total_steps=8), "callbacks": [averaging()]}, linear(*range(1, 9))),
+        ({"callbacks": [Progress(total_steps=8), averaging()]}, linear(*range(1, 9))),
     ],
 )
 def test_lambda_follows_the_steps_or_the_epochs_and_the_log_says_which(
@@ -183,11 +181,15 @@ class AtEpochs(Plain):
     ("module", "given", "message"),
     [
         (Module, {"data": Stream()}, "total_steps"),
-        (Module, {"callbacks": [GradientAccumulationScheduler({1: 2})]}, "Scheduler .*total_steps"),
-        (Module, {"callbacks": [averaging()]}, "StochasticWeightAveraging .*total_steps"),
-        (Module, {"max_epochs": -1, "max_steps": 6, "progress": Progress("epoch")}, "max_epochs=-1"),
-        (Module, {"callbacks": [averaging()], "progress": Progress("epoch")}, "StochasticWeightAveraging"),
-        (Manual, {"progress": Progress(total_steps=4)}, "set_progress"),
+        (
+            Module,
+            {"callbacks": [Progress(), GradientAccumulationScheduler({1: 2})]},
+            "Scheduler .*total_steps",
+        ),
+        (Module, {"callbacks": [Progress(), averaging()]}, "StochasticWeightAveraging .*total_steps"),
+        (Module, {"max_epochs": -1, "max_steps": 6, "callbacks": [Progress("epoch")]}, "max_epochs=-1"),
+        (Module, {"callbacks": [averaging(), Progress("epoch")]}, "StochasticWeightAveraging"),
+        (Manual, {"callbacks": [Progress(total_steps=4)]}, "set_progress"),
         (AtEpochs, {}, "Epochs .*set_epoch .*Progress"),
     ],
 )
@@ -235,8 +237,9 @@ def test_resumed_run_goes_on_where_it_was(tmp_path: Path, kind: Any, unit: Any, 
     """Bit for bit from the end of an epoch. (Within one, Lightning 2.4 repeats the batch before.)"""
     whole, resumed = kind(), kind()
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
-    fit(tmp_path, whole, progress=Progress(unit), callbacks=[saving], max_epochs=3, enable_checkpointing=True)
-    fit(tmp_path, resumed, progress=Progress(unit), max_epochs=3, resume=tmp_path / f"step={step}.ckpt")
+    fit(tmp_path, whole, callbacks=[Progress(unit), saving], max_epochs=3, enable_checkpointing=True)
+    resume = tmp_path / f"step={step}.ckpt"
+    fit(tmp_path, resumed, callbacks=[Progress(unit)], max_epochs=3, resume=resume)
     left = 12 - step
     assert lambdas(resumed)[-left:] == lambdas(whole)[-left:]
     if step == 4:

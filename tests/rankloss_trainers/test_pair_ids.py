@@ -33,19 +33,12 @@ def test_texts_have_one_id_in_every_process() -> None:
     assert torch.equal(make_ids(np.array(TEXTS), "caption"), ids)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        [3, -1, 2**63 - 1, -(2**63)],
-        [np.int16(3), np.int64(-1)],
-        torch.tensor([3, -1], dtype=torch.int8),
-        np.array([3, -1], dtype=np.int32),
-    ],
-)
-def test_integers_are_ids_as_they_are(values: Any) -> None:
-    ids = make_ids(values, "id")
-    assert ids.dtype == torch.int64
-    assert ids.tolist() == [int(x) for x in values]
+def test_integers_are_ids_as_they_are() -> None:
+    of_one_dtype = torch.tensor([3, -1], dtype=torch.int8), np.array([3, -1], dtype=np.int32)
+    for values in ([3, -1, 2**63 - 1, -(2**63)], [np.int16(3), np.int64(-1)], *of_one_dtype):
+        ids = make_ids(values, "id")
+        assert ids.dtype == torch.int64
+        assert ids.tolist() == [int(x) for x in values]
 
 
 @pytest.mark.parametrize(
@@ -103,17 +96,14 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
             assert torch.equal(hash_tokens({"input_ids": padded(width, left, 9)}, processor), ids)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "tokenizer", "named"),
-    [
+def test_inputs_whose_padding_is_unknown_have_no_ids() -> None:
+    for inputs, tokenizer, named in (
         ({"pixel_values": torch.ones(2, 3)}, None, "^input_ids .*pixel_values"),
         ({"input_ids": torch.ones(2, 3)}, None, "^attention_mask,"),
         ({"input_ids": torch.ones(2, 3)}, SimpleNamespace(pad_token_id=None), "^attention_mask,"),
-    ],
-)
-def test_inputs_whose_padding_is_unknown_have_no_ids(inputs: Any, tokenizer: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        hash_tokens(inputs, tokenizer)
+    ):
+        with pytest.raises(ValueError, match=named):
+            hash_tokens(inputs, tokenizer)
 
 
 # --- the loss clip-ids ---------------------------------------------------------------------------------

@@ -76,18 +76,15 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
     assert criterion.seen.keys() == {*inputs(features()), "logit_bias", "output_dict"}
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
+def test_entries_that_nobody_could_tell_apart_are_refused() -> None:
+    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are."""
+    for names, message in (
         (["depth"], "no entry ending in _loss .*depth"),
         (["a_loss", "itc"], "'itc' .* call it itc_loss .*detach it"),
-    ],
-)
-def test_entries_that_nobody_could_tell_apart_are_refused(names: list[str], message: str) -> None:
-    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are."""
-    entries = {name: torch.tensor(1.0, requires_grad=True) for name in names}
-    with pytest.raises(ValueError, match=f"Named.* {message}"):
-        run_of(BARE, Named(**entries))(**inputs(features()))
+    ):
+        entries = {name: torch.tensor(1.0, requires_grad=True) for name in names}
+        with pytest.raises(ValueError, match=f"Named.* {message}"):
+            run_of(BARE, Named(**entries))(**inputs(features()))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
@@ -438,6 +435,12 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("clip", {"label_smoothing": 2}, ValueError, "clip.label_smoothing.*2"),
         ("clip", {"teacher": "given"}, ValueError, "clip does not use a teacher"),
         ("rankclip+clip", {}, ValueError, "clip.*leave it out"),
+        ("rankclip+mimicry", {"mimicry": {"weigt": 1}}, TypeError, "'weigt'; did you mean weight"),
+        ("rankclip+mimicry", {"mimicry": {"weight": -1}}, ValueError, "mimicry.weight .*-1"),
+        ("rankclip+mimicry", {"rankclip": {"bins": 9}}, ValueError, "rankclip.bins: .*method='bin'"),
+        ("rankclip+rankclip", {}, ValueError, "twice"),
+        ("rankclip+rankclip-in", {}, ValueError, "twice"),
+        ("clip-ids+clip-smooth", {}, ValueError, "clip-smooth .*same_id"),
         ("clip-ids", {"same_id": None}, ValueError, "same_id.*None"),
         (
             *("clip-ids", {"base": rankloss.SigLipLoss(), "label_smoothing": 0.1}),

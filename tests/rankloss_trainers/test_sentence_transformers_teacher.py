@@ -154,12 +154,6 @@ def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path)
     train(tmp_path, loss, model, train_dataset=pairs(9), max_steps=1)  # is not reached
 
 
-def test_model_card_has_the_citation_and_the_options(tmp_path: Path) -> None:
-    loss = ContrastiveLoss(tiny(tmp_path), "rankclip", {"top_k": 3})
-    assert "RankCLIP" in loss.citation
-    assert loss.get_config_dict()["options"]["rankclip"]["top_k"] == 3
-
-
 def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
     """Its first numbers alone would be another teacher; in mini-batches the numbers are the same."""
     values, labels = [], torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)

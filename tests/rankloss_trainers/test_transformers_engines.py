@@ -15,7 +15,8 @@ import torch
 import transformers
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from launch import torchrun
-from tiny_transformers import SGD, TERMS, Pairs, clip, leave, lines, own_loop, train
+from tiny_pairs import Pairs, clip
+from tiny_transformers import SGD, TERMS, leave, lines, own_loop, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -32,9 +33,13 @@ def one_dimensional_scale() -> Any:
     return model
 
 
-def gradients(model: Any, rows: slice, wrapped: Any, mini_batch_size: int | None) -> dict[str, Tensor]:
-    loss, batch = rankloss.RankClipLoss(schedule="constant"), Pairs(8).batch(rows.start, rows.stop)
-    scale = functools.partial(scale_of, model)
+def gradients(
+    rank: int, world_size: int, wrap: Callable[[Any], Any], mini_batch_size: int | None
+) -> dict[str, Tensor]:
+    """The gradients of a share of the batch."""
+    model, share = one_dimensional_scale(), 8 // world_size
+    wrapped, batch = wrap(model), Pairs(8).batch(rank * share, (rank + 1) * share)
+    loss, scale = rankloss.RankClipLoss(schedule="constant"), functools.partial(scale_of, model)
     with embedding_in(model, mini_batch_size, embeddings_of, more=scale):
         outputs = wrapped(**batch)
     loss(**(outputs if mini_batch_size else {**embeddings_of(outputs), **scale()})).backward()
@@ -43,13 +48,6 @@ def gradients(model: Any, rows: slice, wrapped: Any, mini_batch_size: int | None
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def gradients_of_a_share(
-    rank: int, world_size: int, wrap: Callable[[Any], Any], mini_batch_size: int | None
-) -> dict[str, Tensor]:
-    model, share = one_dimensional_scale(), 8 // world_size
-    return gradients(model, slice(rank * share, (rank + 1) * share), wrap(model), mini_batch_size)
 
 
 def distributed(model: Any) -> Any:
@@ -70,10 +68,9 @@ def sharded(model: Any, reshard: bool = True) -> Any:
 def test_two_processes_have_the_gradients_of_the_whole_batch(
     pools: Pools, wrap: Callable[[Any], Any], mini_batch_size: int | None
 ) -> None:
-    model = one_dimensional_scale()
-    whole = gradients(model, slice(0, 8), model, None)
+    whole = gradients(0, 1, lambda model: model, None)
     assert whole["logit_scale"].abs() > 1e-4
-    for seen in pools[2].run(gradients_of_a_share, wrap, mini_batch_size):
+    for seen in pools[2].run(gradients, wrap, mini_batch_size):
         assert seen.keys() == whole.keys()
         for name, gradient in seen.items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -108,25 +105,19 @@ def fsdp_2() -> dict[str, Any]:
     return {}
 
 
-ENGINES: dict[str, Callable[[], dict[str, Any]]] = {
-    "ddp": dict,
-    "ddp in mini-batches": lambda: {"mini_batch_size": 3},
-    "zero_2": zero_2,
-    "zero_2 in mini-batches": lambda: {"mini_batch_size": 3, **zero_2()},
-    "fsdp_2": fsdp_2,
-    "fsdp_2 in mini-batches": lambda: {"mini_batch_size": 3, **fsdp_2()},
-}
+ENGINES: dict[str, Callable[[], dict[str, Any]]] = {"ddp": dict, "zero_2": zero_2, "fsdp_2": fsdp_2}
 
 
-def run_as_a_process(engine: str, file: str) -> None:
+def run_as_a_process(engine: str, size: str, file: str) -> None:
     faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
     given = {**SGD, "max_steps": 3, "pairs": Pairs(48, "image", "text"), **ENGINES[engine]()}
-    model = clip() if engine.startswith("ddp") else one_dimensional_scale()
-    if engine.startswith("fsdp_2"):
+    given["mini_batch_size"] = int(size) or None
+    model = clip() if engine == "ddp" else one_dimensional_scale()
+    if engine == "fsdp_2":
         model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trained = train(Path(file).parent, model=model, **given)
     assert trained.args.world_size == 2
-    if engine.startswith("fsdp_2"):
+    if engine == "fsdp_2":
         assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
     logged = [{name: line[name] for name in ("loss", *TERMS)} for line in lines(trained)]
     Path(f"{file}.{trained.args.process_index}").write_text(json.dumps(logged))
@@ -136,11 +127,14 @@ def run_as_a_process(engine: str, file: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_as_an_own_loop_with_the_whole_batch(tmp_path: Path, engine: str) -> None:
-    if engine.startswith("zero_2"):
+@pytest.mark.parametrize("size", [0, 3])  # of mini-batches
+def test_two_processes_train_as_an_own_loop_with_the_whole_batch(
+    tmp_path: Path, engine: str, size: int
+) -> None:
+    if engine == "zero_2":
         pytest.importorskip("deepspeed")
     # DeepSpeed compiles an extension when it is first started.
-    torchrun(__file__, engine, tmp_path / "log", DS_ACCELERATOR="cpu")
+    torchrun(__file__, engine, size, tmp_path / "log", DS_ACCELERATOR="cpu")
     loss = rankloss.RankClipLoss(schedule="linear")
     expected = own_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
     for rank in (0, 1):  # each logs the batch's values

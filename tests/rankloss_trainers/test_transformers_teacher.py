@@ -15,7 +15,8 @@ import pytest
 import tiny_teacher
 import torch
 from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
-from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
+from tiny_pairs import Pairs, clip
+from tiny_transformers import SGD, column, own_loop, train, trainer, weights
 
 import rankloss
 from counting import LOSSES_AND_FOLDERS, count_calls
@@ -111,7 +112,6 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             "reference_image_feature, .*rankclip .*reference_image_features",
         ),
         (Pairs(ROWS, "image"), {}, "reference_image_features alone"),
-        (Pairs(ROWS, "text"), {"loss": "clip-streamed"}, "reference_text_features, .*clip-streamed"),
         # Two sources that contradict each other.
         (bound_pairs(), {}, "reference_pair, .*teacher"),
         (Pairs(), {"teacher": "given"}, "rankclip .*teacher"),
