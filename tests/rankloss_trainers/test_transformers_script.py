@@ -125,30 +125,28 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "chosen", "rest"),
+    ("typed", "chosen", "rest"),
     [
-        (["--a", "--", "--los", "-x"], None, ["--a", "--", "--los", "-x"]),
-        (["--a", "--loss", "clip", "-x"], None, ["--a", "-x"]),
+        ("--a -- --los -x", None, "--a -- --los -x"),
+        ("--a --loss clip -x", None, "--a -x"),
         (
-            ["--loss", "rankclip", "--loss_type", "x", "--", "--loss_teacher"],
+            "--loss rankclip --loss_type x -- --loss_teacher",
             ("rankclip", {}),
-            ["--loss_type", "x", "--", "--loss_teacher"],
+            "--loss_type x -- --loss_teacher",
         ),
         (
-            ["--a", "-1", "--loss", "rankclip", "x", "--rankclip-top-k=3", "--b=--loss", "--lo", "y"],
-            ("rankclip", {"top_k": 3}),
-            ["--a", "-1", "x", "--b=--loss", "--lo", "y"],
+            "--a -1 --loss rankclip x --rankclip-top-k=3 --b=--loss --lo y",
+            *(("rankclip", {"top_k": 3}), "--a -1 x --b=--loss --lo y"),
         ),
         (
-            ["--loss", "cyclip", "--cyclip-lambda-in", "1", "--", "--rankclip-top_k", "3"],
-            ("cyclip", {"lambda_in": 1.0}),
-            ["--", "--rankclip-top_k", "3"],
+            "--loss cyclip --cyclip-lambda-in 1 -- --rankclip-top_k 3",
+            *(("cyclip", {"lambda_in": 1.0}), "-- --rankclip-top_k 3"),
         ),
     ],
 )
-def test_what_is_the_scripts_reaches_it_in_order(argv: Any, chosen: Any, rest: Any) -> None:
-    loss, others = parse(argv)
-    assert others == rest
+def test_what_is_the_scripts_reaches_it_in_order(typed: str, chosen: Any, rest: str) -> None:
+    loss, others = parse(typed.split())
+    assert others == rest.split()
     assert (loss and (loss.name, loss.losses[0].given)) == chosen
 
 
