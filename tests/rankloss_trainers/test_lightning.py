@@ -80,24 +80,13 @@ class Stream(IterableDataset[Any]):
 
 
 def fit(
-    directory: Path,
-    module: Module,
-    *,
-    batch_size: int = 8,
-    data: Any = None,
-    resume: Any = None,
-    **given: Any,
+    directory: Path, module: Module, *, size: int = 8, data: Any = None, resume: Any = None, **given: Any
 ) -> lightning.Trainer:
-    options = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "callbacks": [Progress()],
-    }
-    options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(default_root_dir=directory, **{**options, **given})
-    loader = DataLoader(pairs() if data is None else data, batch_size)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
+    given = {**options, "callbacks": [Progress()], **given}
+    trainer = lightning.Trainer(default_root_dir=directory, **given)
+    loader = DataLoader(pairs() if data is None else data, size)
     trainer.fit(module, loader, DataLoader(pairs(8), 8), ckpt_path=resume)
     return trainer
 
@@ -257,7 +246,7 @@ def trained(directory: Path, count: int = 1, rank: int = 0) -> Module:
     fit(
         directory,
         module,
-        batch_size=16 // count,
+        size=16 // count,
         devices=count,
         strategy="ddp" if count > 1 else "auto",
         data=Subset(pairs(), range(rank, 32, count)),

@@ -174,6 +174,7 @@ def test_adapters_learn_every_named_loss(tmp_path: Path, name: str, size: int | 
     assert max(moved[key].abs().max() for key in layers) > 1e-4
     scales = (own.logit_scale, full.model.logit_scale if size else start["logit_scale"])
     torch.testing.assert_close(*scales, rtol=1e-5, atol=1e-6)
+    assert torch.equal(own.logit_scale, start["logit_scale"]) is (size is None)
     frozen = {key: x for key, x in own.named_parameters() if not x.requires_grad}
     assert all(torch.equal(x, start[key.replace(".base_layer", "")]) for key, x in frozen.items())
 
