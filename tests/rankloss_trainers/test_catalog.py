@@ -89,14 +89,19 @@ def test_the_typed_value_reaches_the_library(data: st.DataObject) -> None:
         ("diagonal", "x"),
         ("schedule", "x"),
         ("bins", 9),
+        # Of a run.
+        *(("teacher", x) for x in ("", 3)),
+        ("schedule_unit", "x"),
+        *(("agreement_every", x) for x in (0, 1.5, True, "1")),
     ],
 )
 def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> None:
+    is_of_run = key in options_of(RunOptions)
     with pytest.raises(OptionError) as caught:
-        built("rankclip", **{key: value})
+        RunOptions(**{key: value}) if is_of_run else built("rankclip", **{key: value})
     assert caught.value.key == key
     assert repr(value) in str(caught.value)
-    if isinstance(value, str) and key != "schedule":
+    if isinstance(value, str) and key != "schedule" and not is_of_run:
         with pytest.raises(argparse.ArgumentError, match=value):
             parsed(f"--rankclip-{key.replace('_', '-')}", value)
 
@@ -265,21 +270,6 @@ def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # --- options of a run ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("teacher", x) for x in ("", 3)),
-        ("schedule_unit", "x"),
-        *(("agreement_every", x) for x in (0, 1.5, True, "1")),
-    ],
-)
-def test_value_that_a_run_cannot_have_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(OptionError) as caught:
-        RunOptions(**{key: value})
-    assert caught.value.key == key
-    assert repr(value) in str(caught.value)
 
 
 def test_an_error_begins_with_the_flag_of_its_option_or_with_the_losses() -> None:

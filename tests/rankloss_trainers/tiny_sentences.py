@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -88,11 +89,8 @@ def train(
 
 def rank_clip(model: Any, **given: Any) -> ours.ContrastiveLoss:
     """``rankclip`` with its options, and the keywords of a ContrastiveLoss, side by side."""
-    names = (
-        *("teacher", "schedule_unit", "agreement_every"),
-        *("scale", "mini_batch_size", "output_dict", "gather"),
-    )
-    own = {name: given.pop(name) for name in names if name in given}
+    names = inspect.signature(ours.ContrastiveLoss).parameters.keys() & given.keys()
+    own = {name: given.pop(name) for name in names}
     return ours.ContrastiveLoss(model, "rankclip", given, **own)
 
 

@@ -130,14 +130,11 @@ def own_loop(
         seen = []
         for size in sizes:
             inputs, start = pairs.batch(start, start + size), start + size
-            of_loss = {name for name in inputs if name.startswith("reference_")} | (
-                {"pair_ids"} & inputs.keys()
-            )
+            of_loss = [name for name in inputs if name.startswith(("reference_", "pair_ids"))]
             given = {name: inputs.pop(name) for name in of_loss}
             output = model(**inputs)
-            entries = loss(
-                *(output.image_embeds, output.text_embeds, model.logit_scale.exp()), output_dict=True, **given
-            )
+            features = (output.image_embeds, output.text_embeds, model.logit_scale.exp())
+            entries = loss(*features, output_dict=True, **given)
             terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
             (sum(terms.values()) / len(sizes)).backward()
             seen.append({name: value.item() for name, value in terms.items()})
