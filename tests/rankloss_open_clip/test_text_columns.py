@@ -35,7 +35,7 @@ from rankloss_open_clip.training import run_of
 from rankloss_trainers.clip_ids import PairIds
 from stored_features import stored
 
-CONTEXT = 9
+CONTEXT = 16
 CAPTION = SecondCaption(caption_key="syn")
 
 
@@ -121,18 +121,13 @@ def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
 # --- from the texts to the model's output ----------------------------------------------------------------
 
 
-def model() -> nn.Module:
+def model(trainer: Trainer) -> nn.Module:
     torch.manual_seed(0)
-    tower = {"width": 32, "layers": 1}
-    return open_clip.CLIP(
-        embed_dim=16,
-        vision_cfg={"image_size": 16, "patch_size": 8, "head_width": 16, **tower},
-        text_cfg={"context_length": CONTEXT, "vocab_size": 49408, "heads": 2, **tower},
-        output_dict=True,
-    ).double()
+    path = f"local-dir:{trainer.directory / 'tiny'}"
+    return open_clip.create_model(path, output_dict=True, load_weights=False).double()
 
 
-IMAGES = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 FILE = "filepath;title;syn\n" + "".join(f"{i}.png;a{i};other {i}\n" for i in range(3))
 
 
@@ -145,10 +140,12 @@ def tokens(text: str) -> Tensor:
     ("named", "wrap"),
     [(False, ""), (True, "module"), pytest.param(True, "compile", marks=pytest.mark.slow)],
 )
-def test_columns_join_the_output_of_one_call(tmp_path: Path, named: bool, wrap: str) -> None:
+def test_columns_join_the_output_of_one_call(
+    trainer: Trainer, tmp_path: Path, named: bool, wrap: str
+) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
     columns = TextColumns([CAPTION, RowColumn(Features(stored(tmp_path / "x", **arrays)))])
-    plain, clip = model(), model()
+    plain, clip = model(trainer), model(trainer)
     expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
     wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
     call = wrapped[wrap](clip) if wrap else clip

@@ -18,7 +18,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
 
 NEEDED = {
-    "test_transformers*.py": ("transformers", "accelerate"),
+    "test_transformers*.py": ("transformers", "accelerate", "datasets", "PIL"),
     "test_graded_transformers.py": ("transformers", "accelerate", "datasets", "PIL"),
     "test_*sentence_transformers*.py": ("sentence_transformers", "datasets"),
     "test_*_teacher.py": ("datasets", "PIL"),

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_pairs import clip
-from tiny_transformers import SGD, Pictures, column, lines, train, trainer, weights
+from tiny_transformers import SGD, Pictures, column, lines, table, train, trainer, weights
 from torch import Tensor, nn
 
 import rankloss
@@ -38,22 +37,6 @@ def watched() -> Any:
 
     model.forward = seen
     return model
-
-
-def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
-    """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there."""
-    noise = np.random.default_rng(1)
-    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)]
-    texts = [f"{n}" for n in range(12)]
-    queries, pool = (texts, pictures) if of_texts else (pictures, texts)
-    sizes = [1 + n % 4 for n in range(number)]
-    lists = {
-        "query": queries[:number],
-        "candidates": [[pool[(n + 2 * k) % (number + 2)] for k in range(x)] for n, x in enumerate(sizes)],
-        "grades": [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(x)] for n, x in enumerate(sizes)],
-        **more,
-    }
-    return datasets.Dataset.from_dict({name: values for name, values in lists.items() if values is not None})
 
 
 # --- an own loop --------------------------------------------------------------------------------------------

@@ -9,12 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 from tiny_pairs import CONFIGS, Pairs, build, clip
 from tiny_transformers import (
     METRICS,
@@ -25,6 +22,7 @@ from tiny_transformers import (
     column,
     lines,
     own_loop,
+    table,
     train,
     trainer,
     weights,
@@ -132,11 +130,7 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(
 def batch_for(name: str) -> dict[str, Any]:
     """What a Trainer is given for one step of a named loss."""
     if name == "ranked-lists":
-        noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
-        own, others = [f"{n}" for n in range(8)], [[f"{n + 8}", f"{n + 9}"] for n in range(8)]
-        lists = {"query": [Image.fromarray(x) for x in noise], "own": own, "candidates": others}
-        data = datasets.Dataset.from_dict({**lists, "grades": [[2, 1]] * 8})
-        return {"pairs": data, "processing_class": Pictures()}
+        return {"pairs": table(False, own=[f"{n}" for n in range(8)]), "processing_class": Pictures()}
     pairs = Pairs(8, *TEACHER) if catalog.load(name).teacher else Pairs(8)
     for key in [x for x in pairs.columns if x.startswith("reference_")]:
         pairs.columns[key] = nn.functional.pad(pairs.columns[key], (0, 2))  # of the model's width

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tiny_pairs import Pairs, clip
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -33,6 +36,22 @@ class Pictures:
     def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
         pixels = torch.tensor(np.stack([np.asarray(x) for x in pictures])).movedim(3, 1)
         return {"pixel_values": pixels / 255}
+
+
+def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
+    """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there."""
+    noise = np.random.default_rng(1)
+    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)]
+    texts = [f"{n}" for n in range(12)]
+    queries, pool = (texts, pictures) if of_texts else (pictures, texts)
+    sizes = [1 + n % 4 for n in range(number)]
+    lists = {
+        "query": queries[:number],
+        "candidates": [[pool[(n + 2 * k) % (number + 2)] for k in range(x)] for n, x in enumerate(sizes)],
+        "grades": [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(x)] for n, x in enumerate(sizes)],
+        **more,
+    }
+    return datasets.Dataset.from_dict({name: values for name, values in lists.items() if values is not None})
 
 
 class Theirs(transformers.Trainer):
