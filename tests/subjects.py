@@ -415,6 +415,9 @@ def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
         codes = torch.from_numpy(rng.integers(0, 2, (2, D)) / 2 - 0.25)
         v[:3] = torch.stack([-codes[0], codes[0], codes[0]])
         t[1:5] = torch.stack([-codes[1], codes[1], -codes[1], codes[1]])
+    elif kind == "clusters":  # close rows, and equal ones
+        v, t = (F.normalize(x[:16].repeat(n // 16, 1) + 0.05 * x, dim=-1) for x in (v, t))
+        v[-20:], t[-20:] = v[:20], t[:20]
     elif kind == "sign codes":  # cosines are multiples of 1/8, exact in every dtype; some rows are equal
         v, t = (torch.from_numpy(rng.integers(0, 2, (n, D)) / 2 - 0.25) for _ in range(2))
         v[4], t[4], t[5] = v[1], t[1], t[2]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,7 +26,6 @@ from batches import (
     random_batch,
     relative_error,
     teacher_of,
-    upstream_for,
     vector_batch,
 )
 from rankloss import reference
@@ -47,13 +45,6 @@ all_options = drawn_options.options(lambda x: x.method == "sort" and x.ties == "
 
 def both(v: Tensor, t: Tensor, s: Tensor | float, **options: Any) -> Tensor:
     return cross_modal(v, t, s, **options) + in_modal(v, t, s, **options)
-
-
-def value_and_gradients(
-    inputs: tuple[Tensor, ...], f: Callable[..., Tensor] = both, **options: Any
-) -> list[Tensor]:
-    value = f(*inputs, **options)
-    return [value.detach(), *gradients(value, inputs, upstream_for(value))]
 
 
 # --- oracles ----------------------------------------------------------------------------------------------
@@ -122,34 +113,6 @@ def test_every_option_is_the_literal_references(term, batch: Batch, options, tea
 
 
 # --- invariants -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"model": "top_one"}, {"top_k": 8, "method": "bin", "bins": 20000}])
-@pytest.mark.parametrize(
-    ("s", "clusters", "spread", "duplicates"),
-    [(1 / 0.07, 1, 0.3, 0), (100.0, 16, 0.2, 20), (100.0, 128, 1.0, 0)],
-)
-def test_float32_is_right_at_every_scale_for_clusters_and_duplicates(
-    s: float, options, clusters: int, spread: float, duplicates: int
-) -> None:
-    v, t = clustered(128, 32, clusters, spread, duplicates)
-    single, double = (Batch(v.double(), t.double(), s).leaves(x) for x in (torch.float32, torch.float64))
-    (value, *found), (expected, *wanted) = (
-        value_and_gradients(x, chunk_size=48, **options) for x in (single, double)
-    )
-    if options.get("method") != "bin":  # float32 and float64 round to either side of a bin's edge
-        assert relative_error(value, expected) < 1e-5
-    tolerance = 1e-4 if options.get("method") != "bin" else 1e-2
-    assert all(relative_error(a, b) < tolerance for a, b in zip(found, wanted, strict=True))
-
-
-def clustered(n: int, d: int, clusters: int, spread: float, duplicates: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(clusters)
-    centres = torch.randn(clusters, d, generator=generator)[torch.arange(n) % clusters]
-    v, t = (F.normalize(centres + spread * torch.randn(n, d, generator=generator), dim=-1) for _ in range(2))
-    if duplicates:
-        v[-duplicates:], t[-duplicates:] = v[:duplicates], t[:duplicates]
-    return v, t
 
 
 def test_logit_scale_may_be_a_tensor_of_one_element() -> None:

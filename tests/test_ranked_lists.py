@@ -172,10 +172,7 @@ def test_a_frozen_copy_leaves_equal_scores() -> None:
 
 
 def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
-    x, grades = (
-        torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64),
-        torch.tensor([[2.0, 0.0, 1.0, 1.0]], dtype=F64),
-    )
+    x, grades = torch.tensor([[[1.0, 1.0, 0.0, 1.0]], [[2.0, 0.0, 1.0, 1.0]]], dtype=F64)
     owed = reference.lambda_loss(x[0], grades[0])
     for order in itertools.permutations(range(4)):
         value, terms = graded.lambda_loss(x[:, order], grades[:, order], x[:, order])
@@ -188,9 +185,8 @@ def test_exponential_gains_of_any_grade_are_finite() -> None:
     grades = torch.tensor([[2.0**53, 0.0, 2000.0]], dtype=F64)
     value, _ = graded.lambda_loss(x, grades, x, gain="exponential")
     swapped, _ = graded.lambda_loss(x, (grades > 2000).double(), x, gain="exponential")
-    assert value.item() == pytest.approx(
-        swapped.item(), rel=1e-14
-    )  # all but the largest gain vanish beside it
+    # All but the largest gain vanish beside it.
+    assert value.item() == pytest.approx(swapped.item(), rel=1e-14)
 
 
 def test_lists_without_a_gain_count_nothing() -> None:

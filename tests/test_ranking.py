@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from rankloss import plackett_luce_nll
 from rankloss.log_sums import log_cumsum_exp
 from rankloss.ranking import ascending, quantize
 
@@ -78,23 +77,6 @@ def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
     b = quantize(rows, bins)
     assert (b.min(), b.max()) == (0, bins - 1)
     assert (b[rows.isfinite().all(-1)].amin(-1) == 0).all()
-
-
-@given(
-    x=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
-    seed=st.integers(0, 2**16),
-    bins=st.integers(2, 20),
-)
-def test_the_documented_bound_holds(x: list[float], seed: int, bins: int) -> None:
-    scores = torch.tensor(x, dtype=torch.float64)
-    y = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    b = quantize(y, bins)
-    excess = plackett_luce_nll(scores, b) - plackett_luce_nll(scores, y)
-    bound = 0.0
-    for k in b.unique():
-        inside, below = scores[b == k].exp(), scores[b < k].exp().sum()
-        bound += (len(inside) - 1) * math.log((below + inside.sum()) / (below + inside.min()))
-    assert -1e-9 <= excess <= bound + 1e-9
 
 
 # --- running sums -----------------------------------------------------------------------------------------

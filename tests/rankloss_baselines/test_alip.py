@@ -199,27 +199,15 @@ def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_values_of_other_dtypes_are_float32(dtype: torch.dtype) -> None:
     inputs = triples(*R1, dtype)
-    loss = AlipLoss()
-    value = call(loss, inputs)
+    value = call(AlipLoss(), inputs)
     assert value.dtype == torch.float32
     expected = call(AlipLoss(), tuple(x.detach().double() for x in inputs))  # type: ignore[arg-type]
     assert relative_error(value, expected) < (1e-5 if dtype == torch.float32 else 0.02)
-    assert loss.histories.dtype == torch.float64
-    assert all(g.isfinite().all() for g in torch.autograd.grad(value, inputs))
 
 
 # --- conventions ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [("gamma_sample", -1.0), ("momentum", 1.5), ("initial_history", math.nan), ("gather", True)],
-)
-def test_bad_options_are_named(argument: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=argument):
-        AlipLoss(**{argument: value})
 
 
 def test_bad_captions_are_named() -> None:

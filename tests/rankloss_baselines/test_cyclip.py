@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from memory import TensorSizes
 from rankloss import ClipLoss
-from rankloss_baselines import CyClipLoss
+from rankloss_baselines import AlipLoss, CyClipLoss
 
 KEYS = ("contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss")
 
@@ -79,11 +80,9 @@ def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int
 def test_memory_is_linear_in_the_batch() -> None:
     n, d = 512, 8
     v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+    with TensorSizes() as sizes:
         sum(CyClipLoss().terms(v, t)).backward()
-    assert saved
-    assert max(saved) <= n * d
+    assert sizes.largest <= n * d
 
 
 def test_half_precision_features_are_computed_in_full() -> None:
@@ -106,8 +105,17 @@ def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("lambda_cross", -1.0), ("lambda_in", math.nan), ("gather", "no")]
+    ("loss", "argument", "value"),
+    [
+        (CyClipLoss, "lambda_cross", -1.0),
+        (CyClipLoss, "lambda_in", math.nan),
+        (CyClipLoss, "gather", "no"),
+        (AlipLoss, "gamma_sample", -1.0),
+        (AlipLoss, "momentum", 1.5),
+        (AlipLoss, "initial_history", math.nan),
+        (AlipLoss, "gather", True),
+    ],
 )
-def test_bad_options_are_named(argument: str, value: Any) -> None:
+def test_bad_options_are_named(loss: Any, argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
-        CyClipLoss(**{argument: value})
+        loss(**{argument: value})

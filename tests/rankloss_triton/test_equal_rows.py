@@ -24,14 +24,7 @@ def first_equal(features: Tensor) -> list[int]:
 def by_definition(features: Tensor) -> list[int]:
     """The rule of Python's floats, in which −0.0 equals 0.0 and NaN nothing."""
     rows = features.tolist()
-    return [
-        next((j for j in range(i) if rows[j] == rows[i] and not has_nan(rows[i])), i)
-        for i in range(len(rows))
-    ]
-
-
-def has_nan(row: list[float]) -> bool:
-    return any(map(math.isnan, row))
+    return [next((j for j in range(i) if rows[j] == rows[i]), i) for i in range(len(rows))]
 
 
 @settings(max_examples=50)
