@@ -118,6 +118,11 @@ def assert_close(found: Iterable[Any], wanted: Iterable[Any], tolerance: float) 
         assert (a - b).norm() <= tolerance * b.norm().clamp_min(1.0), (k, a, b)
 
 
+def assert_same(found: Iterable[Tensor], wanted: Iterable[Tensor], tolerance: float = 1e-10) -> None:
+    """Entry by entry."""
+    torch.testing.assert_close([*found], [*wanted], rtol=tolerance, atol=tolerance / 100)
+
+
 def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:
     """Gradients by all inputs under a given upstream gradient; an input that gets none is a failure."""
     return list(

@@ -201,8 +201,3 @@ class Frozen:
             "reference_candidate_features": self.items[places],
             "reference_scale": self.scale,
         }
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

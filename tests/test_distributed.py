@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import one_process
-from batches import random_batch
+from batches import assert_same, random_batch
 from collectives import Collectives
 from drawn_options import CHANGES
 from process_pool import Pools
@@ -167,11 +167,6 @@ def summed(results: list[Values]) -> Values:
 def averaged(results: list[Values]) -> Values:
     """DDP's mean of the ranks' values."""
     return [x / len(results) for x in summed(results)]
-
-
-def assert_same(actual: Values, expected: Values, rtol: float = 1e-10) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol / 100)
 
 
 def expected_of(

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batches import assert_close, gradients, unit_rows, upstream_for
+from batches import assert_close, assert_same, gradients, unit_rows, upstream_for
 from fake_devices import no_float64
-from lists_item_by_item import F64, MODELS, Frozen, Lists, assert_same, fitting, lists, lists_of, models
+from lists_item_by_item import F64, MODELS, Frozen, Lists, fitting, lists, lists_of, models
 from memory import TensorSizes, saved_bytes
 from rankloss import ClipLoss, RankedLists, graded, pair_sums, reference
 
@@ -25,20 +25,32 @@ from rankloss import ClipLoss, RankedLists, graded, pair_sums, reference
 
 
 @models
+@settings(max_examples=settings.default.max_examples * 3 // 2)
 @given(
     lists=lists,
     chunk_size=st.sampled_from([None, 1, 2]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
+    frozen_by=st.sampled_from([None, "features", "scores"]),
 )
 def test_values_and_gradients_are_those_of_the_definition(
-    options: dict[str, Any], lists: Lists, chunk_size: int | None, reduction: Any
+    options: dict[str, Any], lists: Lists, chunk_size: int | None, reduction: Any, frozen_by: str | None
 ) -> None:
+    """Also of scores beyond those of a frozen model, which has no gradient."""
+    loss, frozen = RankedLists(**options, reduction=reduction, chunk_size=chunk_size), Frozen.of(lists)
+    scores, more = frozen.scores.gather(1, lists.index), {}
+    if frozen_by == "scores" and not loss.in_batch_negatives:
+        more = {"reference_scores": scores if lists.mask is None else scores.where(lists.mask, math.nan)}
+    elif frozen_by:
+        more = frozen.as_features()
+    more = {k: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for k, x in more.items()}
     inputs = lists.leaves()
-    value = lists.loss(RankedLists(**options, reduction=reduction, chunk_size=chunk_size), *inputs)
-    owed = lists.owed(*inputs, **options, reduction=reduction)
+    value = lists.loss(loss, *inputs, **more)
+    owed = lists.owed(*inputs, **options, reduction=reduction, frozen=frozen.scores if more else None)
     torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
-    found, expected = (gradients(x, inputs, upstream_for(value)) for x in (value, owed))
-    assert_same(found, expected, 1e-9)
+    upstream = upstream_for(value)
+    found = torch.autograd.grad(value, [*inputs, *more.values()], upstream, allow_unused=True)
+    assert_same(found[:3], gradients(owed, inputs, upstream), 1e-9)
+    assert found[3:] == (None,) * len(more)
 
 
 @given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([1.0, 10.0, 100.0]))
@@ -136,27 +148,6 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
 
 
 # --- a frozen model's scores --------------------------------------------------------------------------------
-
-
-@models
-@settings(max_examples=15)
-@given(lists=lists, chunk_size=st.sampled_from([None, 1, 2]))
-def test_a_frozen_models_scores_are_subtracted(
-    options: dict[str, Any], lists: Lists, chunk_size: int | None
-) -> None:
-    frozen, loss = Frozen.of(lists), RankedLists(**options, chunk_size=chunk_size)
-    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, frozen=frozen.scores))
-    given = [frozen.as_features()]
-    if not loss.in_batch_negatives:
-        scores = frozen.scores.gather(1, lists.index)
-        padded = scores if lists.mask is None else scores.where(lists.mask, math.nan)
-        given.append({"reference_scores": padded})
-    for more in given:
-        leaves = {k: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for k, x in more.items()}
-        found = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs, **leaves))  # noqa: B023
-        assert_same(found, owed, 1e-9)
-        lists.loss(loss, *lists.leaves(), **leaves).backward()
-        assert all(x.grad is None for x in leaves.values())
 
 
 def test_a_frozen_copy_leaves_equal_scores() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from batches import assert_same
 from collectives import Collectives
-from lists_item_by_item import F64, MODELS, Frozen, Lists, assert_same, lists_of
+from lists_item_by_item import F64, MODELS, Frozen, Lists, lists_of
 from process_pool import Pools
 from rankloss import Gather, RankedLists
 

@@ -124,14 +124,8 @@ def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
 
 def test_the_last_line_of_a_killed_writer_is_dropped_and_a_damaged_one_named(run):
     store = run.stores["set"]
-    store.save(
-        {
-            "key": "a",
-            "setting": dataclasses.asdict(Setting("plain", 9, "dev", 1)),
-            "data": "made up",
-            "metrics": {},
-        }
-    )
+    setting = dataclasses.asdict(Setting("plain", 9, "dev", 1))
+    store.save({"key": "a", "setting": setting, "data": "made up", "metrics": {}})
     with store.path.open("a", encoding="utf-8") as file:
         file.write('{"key": "half')
     assert len(store.find()) == 1

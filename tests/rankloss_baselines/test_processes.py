@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from batches import unit_rows
+from batches import assert_same, unit_rows
 from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines import AlipLoss, CyClipLoss
-from test_distributed import assert_same, averaged, differentiated
+from test_distributed import averaged, differentiated
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 
