@@ -424,11 +424,10 @@ def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
     elif kind == "zero rows":
         v[2] = t[4] = t[5] = 0.0
     elif kind == "sparse":  # one-hot rows and rows of four halves: most similarities are exactly 0
-        for x in (v, t):
-            x.zero_()
+        for x in (v.zero_(), t.zero_()):
             for row in range(n):
                 count = 1 if row % 2 else 4
-                places = torch.from_numpy(rng.permutation(D)[:count])
+                places = rng.permutation(D)[:count]
                 signs = rng.choice([-1.0, 1.0], count) if count > 1 else np.ones(1)
                 x[row, places] = torch.from_numpy(signs) / math.sqrt(count)
     elif kind != "plain":

@@ -156,11 +156,9 @@ def lists_of_sentences(code: str) -> None:
 def taught(width: int, **columns: Any) -> Any:
     """Pairs whose teacher's features are in the folder ``teacher``."""
     datasets, made = pytest.importorskip("datasets"), importlib.import_module("taught")
-    names = {
-        "image": [f"{n}.png" for n in range(made.ROWS)],
-        "caption": [f"word{n}" for n in range(made.ROWS)],
-    }
-    data = datasets.Dataset.from_dict({**names, **columns})
+    names = {"image": "{}.png", "caption": "word{}"}
+    columns = {name: [x.format(n) for n in range(made.ROWS)] for name, x in names.items()} | columns
+    data = datasets.Dataset.from_dict(columns)
     made.folder(Path("teacher"), data, made.features(width), "image", "caption")
     return data
 

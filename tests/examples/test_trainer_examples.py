@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("docs", "rankloss_trainers")]
 
 from launch import torchrun
-from tools_folder import ROOT, tool
+from tools_folder import ROOT, loaded, tool
 
 import rankloss
 import rankloss_trainers
@@ -49,10 +49,7 @@ OURS = {"rankloss", "rankloss_features", "rankloss_trainers", "torch"}
 
 def imported(name):
     """The module of an example."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(FOLDER / f"{name}.py")
 
 
 def test_all_examples_are_in_the_table_and_begin_with_their_command():
