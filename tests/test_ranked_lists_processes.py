@@ -38,6 +38,12 @@ def whole(world_size: int) -> Lists:
     return Lists(queries, items, index, grades, 10.0, mask)
 
 
+def share(lists: Lists, rows: slice, offset: int = 0) -> Lists:
+    """The lists of a process, whose items begin there."""
+    index, grades, mask = (x[rows] for x in (lists.index - offset, lists.grades, lists.mask))
+    return Lists(lists.queries, lists.items, index, grades, 10.0, mask)
+
+
 def weighed(values: Tensor, rows: slice = slice(None), times: int = 1) -> Tensor:
     """A value, or the sum of the values of some queries, each with a weight of its own."""
     if not values.dim():
@@ -49,9 +55,7 @@ def weighed(values: Tensor, rows: slice = slice(None), times: int = 1) -> Tensor
 def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     lists = whole(world_size)
     rows, places = slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
-    own = Lists(
-        lists.queries, lists.items, lists.index[rows] - rank * M, lists.grades[rows], 10.0, lists.mask[rows]
-    )
+    own = share(lists, rows, rank * M)
     found = {}
     for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
@@ -113,7 +117,7 @@ def of_ids(rank: int, world_size: int) -> list[Tensor]:
     """Processes share candidates, whose features differ by a rounding."""
     lists = lists_of(0, 2 * N, K, M)
     rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
-    own = Lists(lists.queries, lists.items, lists.index[rows], lists.grades[rows], 10.0, lists.mask[rows])
+    own = share(lists, rows)
     loss, ids = RankedLists(in_batch_negatives=True), torch.arange(M) - 3
 
     def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:

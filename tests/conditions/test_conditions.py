@@ -71,21 +71,15 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 def public_names() -> set[str]:
     """The names of ``rankloss``; of a documented module, functions and classes that are not at the top."""
-    names, modules = {"__version__"}, set()
-    for name, value in vars(rankloss).items():
-        is_module = isinstance(value, types.ModuleType)
-        if name.startswith("_") or (is_module and not hasattr(value, "__all__")):
-            continue
-        (modules if is_module and name not in NO_SUBJECTS else names).add(name)
-    at_the_top = [getattr(rankloss, name) for name in names]
-    for name in modules:
-        module = getattr(rankloss, name)
-        for part in module.__all__:
-            value = getattr(module, part)
-            is_alias = isinstance(value, types.GenericAlias)
-            is_callable = isinstance(value, types.FunctionType | type) and not is_alias
-            if is_callable and not any(value is other for other in at_the_top):
-                names.add(f"{name}.{part}")
+    top = {name: x for name, x in vars(rankloss).items() if not name.startswith("_")}
+    modules = {name: x for name, x in top.items() if isinstance(x, types.ModuleType)}
+    documented = {name: x for name, x in modules.items() if hasattr(x, "__all__")}
+    names = {"__version__", *(top.keys() - modules), *(documented.keys() & NO_SUBJECTS)}
+    at_the_top = [id(x) for x in top.values()]
+    for name in documented.keys() - NO_SUBJECTS:
+        parts = {part: getattr(documented[name], part) for part in documented[name].__all__}
+        callables = (k for k, x in parts.items() if type(x) in (types.FunctionType, type))
+        names |= {f"{name}.{k}" for k in callables if id(parts[k]) not in at_the_top}
     return names
 
 
