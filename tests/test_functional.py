@@ -43,10 +43,6 @@ OF_REFERENCE = inspect.signature(reference._term).parameters
 all_options = drawn_options.options(lambda x: x.method == "sort" and x.ties == "shared")
 
 
-def both(v: Tensor, t: Tensor, s: Tensor | float, **options: Any) -> Tensor:
-    return cross_modal(v, t, s, **options) + in_modal(v, t, s, **options)
-
-
 # --- oracles ----------------------------------------------------------------------------------------------
 
 
@@ -117,8 +113,9 @@ def test_every_option_is_the_literal_references(term, batch: Batch, options, tea
 
 def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
-    for scale in (s, s.reshape(1), s.item()):
-        assert torch.equal(both(v, t, scale), both(v, t, s))
+    for term, _ in TERMS.values():
+        for scale in (s.reshape(1), s.item()):
+            assert torch.equal(term(v, t, scale), term(v, t, s))
 
 
 # --- bad input --------------------------------------------------------------------------------------------

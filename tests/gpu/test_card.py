@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import rankloss
+from batches import relative_error, unit
 from devices import DEVICE
 from one_of import one_of
 
@@ -24,19 +24,13 @@ every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-"
 
 
 def features(n: int, d: int = 64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    made = (F.normalize(torch.randn(n, d, generator=generator), dim=-1) for _ in "vt")
-    return [x.to(DEVICE).requires_grad_() for x in made]
+    return [unit(n, d, seed=seed, dtype=torch.float32).to(DEVICE).requires_grad_() for seed in (0, 1)]
 
 
 def gradients(loss: Any, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The value, and the gradient by both features, one below the other."""
     value = loss(*inputs, torch.tensor(100.0, device=inputs[0].device))
     return value.detach(), torch.cat(torch.autograd.grad(value, inputs))
-
-
-def off_by(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double().cpu() - wanted.double().cpu()).norm() / wanted.double().norm().cpu())
 
 
 @contextlib.contextmanager
@@ -61,7 +55,7 @@ def test_kernel_is_torchs_and_the_same_bits_twice(method: str, rows: int, items:
             found.append(gradients(rankloss.RankConsistency(method=method, kernel=kernel), local))
     (value, gradient), first, second = found
     torch.testing.assert_close(first[0], value, rtol=1e-5, atol=0)
-    assert off_by(first[1], gradient) < 1e-3  # the products may put two items in another order
+    assert relative_error(first[1], gradient) < 1e-3  # the products may put two items in another order
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -73,7 +67,7 @@ def test_gradient_is_float64s_but_for_products_and_bins(engine: dict[str, Any], 
     _, wanted = gradients(rankloss.RankConsistency(method=engine["method"]), exact)
     with tf32(allowed):
         _, found = gradients(rankloss.RankConsistency(**engine), inputs)
-    assert off_by(found, wanted) < (1e-2 if engine["method"] == "bin" else 5e-3 if allowed else 1e-3)
+    assert relative_error(found, wanted) < (1e-2 if engine["method"] == "bin" else 5e-3 if allowed else 1e-3)
 
 
 @every_engine

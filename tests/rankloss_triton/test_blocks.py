@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import rankloss_triton
 from blocks_oracle import definition
@@ -79,16 +80,10 @@ def random_block(
     )
 
 
-def there(block: Block) -> Block:
-    def move(x: Any) -> Any:
-        return tuple(map(move, x)) if isinstance(x, tuple) else x.to(DEVICE) if isinstance(x, Tensor) else x
-
-    return Block(*map(move, block))
-
-
 def run(block: Block, with_gradient: bool = True, **options: Any) -> Evaluated:
     """The kernel's values, on the CPU."""
-    found = rankloss_triton.evaluate(there(block), RankOptions(**options), with_gradient=with_gradient)
+    block = tree_map(lambda x: x.to(DEVICE) if isinstance(x, Tensor) else x, block)
+    found = rankloss_triton.evaluate(block, RankOptions(**options), with_gradient=with_gradient)
     return Evaluated(*(None if x is None else x.cpu() for x in found))
 
 
