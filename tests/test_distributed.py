@@ -68,17 +68,12 @@ def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.M
     return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
 
 
-class Given(nn.Module):
+def given(
+    of: Callable[..., dict[str, Tensor]], make: Callable[..., nn.Module], **options: Any
+) -> Callable[..., Any]:
     """A loss with inputs that are made of its features."""
-
-    def __init__(
-        self, of: Callable[..., dict[str, Tensor]], loss: Callable[..., nn.Module], **options: Any
-    ) -> None:
-        super().__init__()
-        self.of, self.loss = of, loss(**options)
-
-    def forward(self, v: Tensor, t: Tensor, *inputs: Any, **more: Any) -> Any:
-        return self.loss(v, t, *inputs, **more, **self.of(v, t))
+    loss = make(**options)
+    return lambda v, t, *inputs, **more: loss(v, t, *inputs, **more, **of(v, t))
 
 
 def pair_ids(v: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -115,19 +110,19 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
     ),
     "mimicry": (
-        functools.partial(Given, taught, MimicryLoss),
+        functools.partial(given, taught, MimicryLoss),
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
     for of_pairs in ("clip", "clip, smoothed", "siglip"):
         make, oracle = LOSSES[of_pairs]
-        make = functools.partial(Given, pair_ids, make, same_id=same_id, memory_budget=budget)
+        make = functools.partial(given, pair_ids, make, same_id=same_id, memory_budget=budget)
         name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
         LOSSES[name] = make, with_ids(oracle, same_id)
 LOSSES["rank_clip over clip of ids"] = (
     functools.partial(
-        Given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
+        given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
     ),
     lambda view, bias: with_ids(clip_of, "ignore")(view, bias) + one_process.rank_terms(view),
 )
@@ -160,13 +155,9 @@ def differentiated(value: Tensor, inputs: tuple[Tensor, ...]) -> Values:
     return [value.detach(), *found]
 
 
-def summed(results: list[Values]) -> Values:
-    return [torch.stack(x).sum(0) for x in zip(*results, strict=True)]
-
-
 def averaged(results: list[Values]) -> Values:
     """DDP's mean of the ranks' values."""
-    return [x / len(results) for x in summed(results)]
+    return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
 
 
 def expected_of(
@@ -479,32 +470,28 @@ def test_compiled_loss_gathers_as_the_eager_one(pools: Pools) -> None:
 # --- open_clip's losses -----------------------------------------------------------------------------------
 
 
-def beside_open_clip(rank: int, world_size: int) -> list[tuple[str, Values, Values]]:
+def beside_open_clip(rank: int, world_size: int) -> dict[str, list[Values]]:
     from open_clip import loss as open_clip
 
     place = {"rank": rank, "world_size": world_size}
-    pairs = []
+    pairs = {}
     for flags in (dict(zip(("local_loss", "gather_with_grad"), x, strict=True)) for x in FLAGS):
         ours = ClipLoss(gather=Gather(**place, **flags))
-        pairs.append((f"clip {flags}", open_clip.ClipLoss(**place, **flags), ours))
+        pairs[f"clip {flags}"] = open_clip.ClipLoss(**place, **flags), ours
     for how, budget in itertools.product(("bidir", "shift", "reduce", "gather"), (0, None)):
         ours = SigLipLoss(gather=Gather(**place), memory_budget=budget)
-        pairs.append((f"siglip {how} {budget}", open_clip.SigLipLoss(**place, dist_impl=how), ours))
+        pairs[f"siglip {how} {budget}"] = open_clip.SigLipLoss(**place, dist_impl=how), ours
     inputs = leaves(world_size)
-    mine = own(rank, world_size, *inputs[:2])
-    return [
-        (name, *(differentiated(called(loss, *mine, *inputs[2:]), inputs) for loss in both))
-        for name, *both in pairs
-    ]
+    given = *own(rank, world_size, *inputs[:2]), *inputs[2:]
+    return {name: [differentiated(called(x, *given), inputs) for x in both] for name, both in pairs.items()}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
 def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None:
     """Before DDP averages: the value, and the gradient that each process gets for the batch."""
     for of_rank in pools[3].run(beside_open_clip):
-        for name, theirs, ours in of_rank:
-            for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+        for theirs, ours in of_rank.values():
+            assert_same(ours, theirs)
 
 
 # --- processes that disagree ------------------------------------------------------------------------------

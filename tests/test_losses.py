@@ -108,7 +108,6 @@ def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, va
     expected = torch.promote_types(dtype, torch.float32)
     assert {x.dtype for x in loss(*inputs, output_dict=True).values()} == {expected}
     assert loss(*inputs).dtype == expected
-    assert [g.dtype for g in gradients(loss(*inputs), inputs, 1.0)] == [dtype] * 3
 
 
 OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]", "SigLipLoss", "CyClipLoss")

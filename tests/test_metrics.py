@@ -152,9 +152,9 @@ def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
 
 def test_leading_dimensions_are_lists() -> None:
     x, y = torch.rand(2, 3, 4, 21, generator=torch.Generator().manual_seed(0))
-    for measure in (metrics.kendall_tau, metrics.spearman_rho):
-        assert measure(x, y).shape == (3, 4)
-        torch.testing.assert_close(measure(x, y)[1, 2], measure(x[1, 2], y[1, 2]))
+    rho = metrics.spearman_rho(x, y)
+    assert rho.shape == (3, 4)
+    torch.testing.assert_close(rho[1, 2], metrics.spearman_rho(x[1, 2], y[1, 2]))
 
 
 def test_equal_modalities_agree_perfectly_and_a_sample_of_anchors_is_taken_when_asked() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -32,21 +32,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-class Weights(NamedTuple):
-    """Weights of the cross-entropies and the likelihoods of two matrices; None leaves the former out."""
-
-    alpha: tuple[float, float] | None
-    beta: tuple[float, float]
-
-
-ALONE, BOTH, PARTLY = Weights(None, (0.7, 0.3)), Weights((0.4, 0.2), (0.7, 0.3)), Weights((0.4, 0), (0, 0.3))
+# Weights of the cross-entropies and the likelihoods of two matrices; None leaves the former out.
+Weights = tuple[tuple[float, float] | None, tuple[float, float]]
+ALONE, BOTH, PARTLY = (None, (0.7, 0.3)), ((0.4, 0.2), (0.7, 0.3)), ((0.4, 0), (0, 0.3))
 
 
 def block_of(cosines: Tensor, scale: float, weights: Weights = BOTH, **fields: Any) -> Block:
     """Two matrices, in which no two items are equal."""
     own = torch.arange(cosines.shape[-1])
-    alpha = None if weights.alpha is None else torch.tensor(weights.alpha, dtype=torch.float64)
-    beta = torch.tensor(weights.beta, dtype=torch.float64)
+    alpha, beta = (None if w is None else torch.tensor(w, dtype=torch.float64) for w in weights)
     block = Block(cosines, torch.tensor(scale), alpha, beta, None, (own, own), 0)
     return block._replace(**fields)
 
