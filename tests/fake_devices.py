@@ -18,33 +18,28 @@ from rankloss import precision
 CUDA, MPS, _META = torch.device("cuda", 0), torch.device("mps", 0), torch.device("meta")
 
 
-class _Refusal(TorchDispatchMode):
+class _Watch(TorchDispatchMode):
+    """Collects the operations between the meta device and others, and refuses float64 where there is none."""
+
+    def __init__(self, has_float64: bool) -> None:
+        super().__init__()
+        self.has_float64, self.copies = has_float64, list[str]()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.dtype == torch.float64:
-                raise TypeError(f"{func} gives float64, which the device has not")
+        made, used = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in (result, (args, kwargs)))
+        if not self.has_float64 and any(x.dtype == torch.float64 for x in made):
+            raise TypeError(f"{func} gives float64, which the device has not")
+        if len({x.is_meta for x in made + used}) > 1:
+            self.copies.append(str(func))
         return result
 
 
 @contextlib.contextmanager
 def no_float64() -> Iterator[None]:
     """Inside, no device has float64: a tensor of it is an error."""
-    with mock.patch.object(precision, "has_float64", return_value=False), _Refusal():
+    with mock.patch.object(precision, "has_float64", return_value=False), _Watch(has_float64=False):
         yield
-
-
-class _Copies(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        if len({x.is_meta for x in tensors}) > 1:
-            self.found.append(str(func))
-        return result
 
 
 class _MetaAs(TorchFunctionMode):
@@ -68,6 +63,5 @@ def meta_is(device: torch.device) -> Iterator[list[str]]:
 
     A look at a value, a copy from it and, if the device has no float64, a tensor of it are errors.
     """
-    refusal = contextlib.nullcontext() if precision.has_float64(device) else _Refusal()
-    with _MetaAs(device), refusal, _Copies() as copies:
-        yield copies.found
+    with _MetaAs(device), _Watch(precision.has_float64(device)) as watch:
+        yield watch.copies

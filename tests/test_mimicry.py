@@ -62,21 +62,17 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "named"),
+    ("teacher", "components", "named"),
     [
-        ({}, f"{IMAGE}.*{TEXT}"),
-        (teacher_of(6, 5), rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
-        (teacher_of(5, 4), rf"{IMAGE}.*\b6\b.*5, 4"),
-        ({TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT}.*nan"),
+        ({}, None, f"{IMAGE}.*{TEXT}"),
+        (teacher_of(6, 5), None, rf"{IMAGE}.*\b4\b.*\b5\b.*components"),
+        (teacher_of(6, 5), torch.eye(6)[:, :4], r"components.*5, 4.*6, 4"),
+        (teacher_of(5, 4), None, rf"{IMAGE}.*\b6\b.*5, 4"),
+        ({TEXT: torch.full((6, 4), torch.nan)}, None, f"{TEXT}.*nan"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_named(teacher: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        MimicryLoss()(*batch(), **teacher)
-
-
-def test_components_of_another_shape_are_named() -> None:
+def test_a_teacher_or_components_that_do_not_fit_are_named(teacher: Any, components: Any, named: str) -> None:
     loss = MimicryLoss()
-    loss.components = torch.eye(6)[:, :4]
-    with pytest.raises(ValueError, match=r"components.*5, 4.*6, 4"):
-        loss(*batch(), **teacher_of(6, 5))
+    loss.components = components
+    with pytest.raises(ValueError, match=named):
+        loss(*batch(), **teacher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,20 +101,17 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
     )
     fitted = fitting(grades, loss.model, loss.pair_weight)
 
-    def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
-        return loss(q, pool, fitted, s, candidate_index=index, mask=mask)
-
-    def one_by_one(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
-        return loss(q, pool[index], fitted, s, mask=mask)
+    def padded(q: Tensor, c: Tensor, s: Tensor, by_index: bool = True) -> Tensor:
+        pool, given = F.pad(c, (0, 0, 0, 1), value=math.nan), {"candidate_index": index} if by_index else {}
+        return loss(q, pool if by_index else pool[index], fitted, s, mask=mask, **given)
 
     def of_own_rows(q: Tensor, c: Tensor, s: Tensor) -> Tensor:  # a candidate of several lists is several
         own = torch.arange(n * k).view(n, k)
         return lists.loss(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=own)
 
     expected = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
-    assert_same(lists.differentiated(by_index), expected)
+    assert_same(lists.differentiated(padded), expected)
+    one_by_one = partial(padded, by_index=False)
     assert_same(lists.differentiated(one_by_one), lists.differentiated(of_own_rows))
 
 

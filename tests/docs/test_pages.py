@@ -165,11 +165,6 @@ FOLDERS = [
 ]
 
 
-def on_the_map(folder: str) -> list[str]:
-    section = MAP.partition(f"### `{folder}/`")[2].partition("###")[0]
-    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
-
-
 def in_the_tree(folder: str, rows: list[str]) -> set[str]:
     """The files below a folder; those of a folder that has a row of its own stand for that row."""
     root = ROOT / folder
@@ -182,7 +177,8 @@ def in_the_tree(folder: str, rows: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_file_is_on_the_map_once_and_nothing_else(folder: str) -> None:
-    rows = on_the_map(folder)
+    section = MAP.partition(f"### `{folder}/`")[2].partition("###")[0]
+    rows = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
     assert len(rows) == len(set(rows))
     assert set(rows) == in_the_tree(folder, rows)
 

@@ -186,12 +186,8 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(method: dict[str, Any], ba
 def test_items_share_a_bin_exactly_where_quantize_says_so(reference: list[float], diagonal: bool) -> None:
     """With equal scores the gradient says of every item with which others it is tied."""
     y = torch.tensor([[reference], [reference]])
-    slopes = run(
-        block_of(torch.zeros_like(y), 1.0, ALONE, reference=y, first_row=5),
-        method="bin",
-        bins=5,
-        diagonal=diagonal,
-    ).gradient
+    block = block_of(torch.zeros_like(y), 1.0, ALONE, reference=y, first_row=5)
+    slopes = run(block, method="bin", bins=5, diagonal=diagonal).gradient
     listed = [q for q in range(8) if diagonal or q != 5]
     slope, bins = slopes[0, 0, listed], quantize(y[0, 0, listed], 5)
     assert torch.equal(slope[:, None] == slope, bins[:, None] == bins)
