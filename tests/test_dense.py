@@ -35,10 +35,6 @@ def scored_lists(
     return torch.tensor(scores, dtype=torch.float64), torch.tensor(y, dtype=dtype)
 
 
-def rankings(n: int) -> Tensor:
-    return torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
-
-
 def for_worth(x: Tensor, worth: str) -> Tensor:
     """Scores that the worth accepts."""
     return {"exp": x, "shifted": torch.tanh(x / 50), "identity": torch.sigmoid(x / 50)}[worth]
@@ -50,7 +46,8 @@ def for_worth(x: Tensor, worth: str) -> Tensor:
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=5), worths)
 def test_probabilities_of_all_rankings_sum_to_one_and_the_scores_own_is_the_likeliest(scores, worth) -> None:
     x = for_worth(torch.tensor(scores, dtype=torch.float64), worth)
-    references = rankings(len(scores))
+    rankings = itertools.permutations(range(len(scores)))
+    references = torch.tensor(list(rankings), dtype=torch.float64)
     nll = plackett_luce_nll(x.expand_as(references), references, worth=worth)
     assert (-nll).exp().sum().item() == pytest.approx(1, rel=1e-10)
     if len(set(scores)) == len(scores):

@@ -80,11 +80,8 @@ def test_the_tables_are_generated(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PAGES, PAPERS])
 def test_the_commands_beside_the_tables_parse(name: str) -> None:
-    prose = (
-        cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
-        .replace("\\\n", " ")
-        .replace("\n  ", " ")
-    )
+    prose = cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    prose = re.sub(r"\\\n|\n  ", " ", prose)
     typed = [x for x in COMMANDS.findall(prose) if "…" not in x and x.split("--loss ")[1].strip()]
     typed += re.findall(r"^python -m open_clip_train.main .*?(--loss [^\n]*)$", prose, re.MULTILINE)
     for command in typed:

@@ -42,8 +42,7 @@ def test_chart_shows_the_ranks(batch: Batch, term: charts.Term, items: int) -> N
         assert start == place
         assert at[0, start].get_text() == f"label {k}  {left[k]}"
         assert at[1, end].get_text() == f"{right[k]}  label {k}"
-        assert {at[0, start].get_fontweight(), at[1, end].get_fontweight()} == {
-            "bold" if k == n - 1 else "normal"
-        }
+        weight = "bold" if k == n - 1 else "normal"
+        assert at[0, start].get_fontweight() == at[1, end].get_fontweight() == weight
         assert same_color(line.get_color(), charts.FALLEN) == (end > start)
         assert same_color(line.get_color(), charts.RISEN) == (end < start)

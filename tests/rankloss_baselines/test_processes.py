@@ -12,7 +12,7 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines import AlipLoss, CyClipLoss
-from test_distributed import averaged, differentiated
+from test_distributed import averaged, differentiated, own
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 
@@ -27,18 +27,13 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
 # --- what they compute ----------------------------------------------------------------------------------
 
 
-def rows_of(rank: int) -> slice:
-    return slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-
-
 def histories(rank: int, world_size: int) -> list[Tensor]:
-    v, t, c, s = leaves(world_size)
-    loss = AlipLoss()
-    own, seen = rows_of(rank), []
+    *rows, s = leaves(world_size)
+    (v, t, c), loss, seen = own(rank, world_size, *rows), AlipLoss(), []
     for step in (1, 1, 2):
         if len(seen) != 1:
             loss.set_progress(step, 2)
-        loss(v[own], t[own], s, caption_features=c[own])
+        loss(v, t, s, caption_features=c)
         seen.append(loss.histories.clone())
     return seen
 
@@ -58,12 +53,12 @@ def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(poo
 
 
 def composed(rank: int, world_size: int) -> list[Tensor]:
-    v, t, c, s = inputs = leaves(world_size)
-    own, values = rows_of(rank), []
+    *rows, s = inputs = leaves(world_size)
+    (v, t, c), values = own(rank, world_size, *rows), []
     for gather in (None, Gather(local_loss=False)):  # None finds the default group
         base = CyClipLoss(AlipLoss(gather=gather), gather=gather)
         loss = RankClipLoss(base, schedule="constant", gather=gather)
-        values.append(loss(v[own], t[own], s, caption_features=c[own]))
+        values.append(loss(v, t, s, caption_features=c))
     return differentiated(sum(values) / 2, inputs)  # both are exact
 
 
@@ -78,7 +73,8 @@ def test_composition_is_exact_too(pool: Pool) -> None:
 
 
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
-    v, t, c, s = (x[rows_of(rank)] if x.dim() else x for x in leaves(world_size))
+    *rows, s = leaves(world_size)
+    v, t, c = own(rank, world_size, *rows)
     loss, given = (AlipLoss(), {"caption_features": c}) if name == "alip" else (CyClipLoss(), {})
     loss(v, t, s, **given)  # processes may compare what they bring, once
     with Collectives() as calls:
