@@ -13,7 +13,7 @@ import pytest
 import torch
 from stand_ins import epoch_begins
 from torch import nn
-from trainer_runs import STEPS, EpochSeeds, Run, Trainer, assert_equal_training
+from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_training
 
 from rankloss import schedules
 from rankloss_open_clip import checkpoints
@@ -56,6 +56,20 @@ def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits_and_lines(train
     assert_equal_training(training.whole, training.latest, epochs=(1, 2))
     # The interrupted epoch is repeated from its start.
     assert training.latest.timeless_log == [*lines[:before], *lines[PER_EPOCH:]]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_with_the_same_bits_and_lines(trainer: Trainer) -> None:
+    options = [*PER_STEP, *BOTH, "--epochs", "2", "--accum-freq", "2"]
+    whole = trainer.call("resume, two processes", *options, processes=2, change=EpochSeeds(None))
+    path = str(whole.directory / "checkpoints" / "epoch_1.pt")
+    again = (*options, "--resume", path)
+    resumed = trainer.call("resume, two processes again", *again, processes=2, change=EpochSeeds(None))
+    assert "world_size: 2" in whole.log
+    assert "world_size: 2" in resumed.log
+    assert_equal_training(whole, resumed, epochs=(2,))
+    lines = whole.timeless_log
+    assert resumed.timeless_log == lines[len(lines) // 2 :]
 
 
 # --- the state of a loss ------------------------------------------------------------------------------------

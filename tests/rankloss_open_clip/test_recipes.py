@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 from open_clip_train.params import parse_args
 from scipy import stats
 from trainer_runs import Trainer
+
+from samples import add_sample
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples/recipes"
@@ -94,14 +97,17 @@ def commands_of(words: list[str], program: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """Two shards as img2dataset names them, and the counts beside them."""
+def shards(trainer: Trainer, tmp_path: Path) -> Path:
+    """Two shards as img2dataset writes them: pictures, captions, and the counts beside the shards."""
     folder = tmp_path / "cc3m"
     folder.mkdir()
-    counts = {"count": 10, "successes": PAIRS // 2, "status_dict": {"success": 8}}
-    for shard in range(2):
-        (folder / f"{shard:05}.tar").touch()
-        (folder / f"{shard:05}_stats.json").write_text(json.dumps(counts, indent=4))
+    for shard, rows in enumerate((trainer.rows[: PAIRS // 2], trainer.rows[PAIRS // 2 : PAIRS])):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for number, (image, caption, _) in enumerate(rows):
+                members = {"png": Path(image).read_bytes(), "txt": caption.encode(), "json": b"{}"}
+                add_sample(tar, f"{shard:05}{number:04}", **members)
+        counts = json.dumps({"count": 10, "successes": len(rows), "status_dict": {"success": 8}}, indent=4)
+        (folder / f"{shard:05}_stats.json").write_text(counts)
     return folder
 
 
@@ -135,6 +141,24 @@ def test_the_table_trains_clip_and_rankclip_with_three_seeds_and_evaluates_them(
         assert given["--pretrained"] == f"logs/cc3m-rn50-{name}/checkpoints/epoch_1.pt"
         assert given["--output"] == f"results/cc3m-rn50-{name}-{{dataset}}.json"
         assert given["--dataset_root"] == "tests/wds_{dataset_cleaned}"
+
+
+def test_a_training_of_the_table_gives_a_checkpoint_to_evaluate(
+    command: Command, trainer: Trainer, shards: Path
+) -> None:
+    options = {
+        **{"--model": f"local-dir:{trainer.directory / 'tiny'}", "--device": "cpu", "--workers": "0"},
+        **{"--batch-size": str(PAIRS // 2), "--logs": str(trainer.directory / "logs")},
+    }
+    given = {"DATA": str(shards), "SEEDS": "7", "EPOCHS": "1"}
+    plain, ranked = commands_of(
+        command("table", "train", "1", *itertools.chain(*options.items()), **given), "python"
+    )
+    assert "--loss" not in plain
+    run = trainer.call("cc3m-rn50-rankclip-7", *trainer_arguments(ranked), alone=True)
+    assert run.scalars["rank_lambda"][0] > 0
+    model = open_clip.create_model(options["--model"], load_weights=False)
+    open_clip.load_checkpoint(model, str(run.directory / "checkpoints/epoch_1.pt"))  # as --pretrained
 
 
 def test_the_table_has_paired_differences_of_the_seeds(tmp_path: Path) -> None:

@@ -151,6 +151,21 @@ def test_every_precision_trains_in_its_own_numbers(runs: Runs, precision: str) -
     assert weight.dtype == (torch.bfloat16 if half else torch.float32)
 
 
+@pytest.mark.slow  # the losses of these runs are in test_trainer_processes
+def test_distillation_ranks_the_student_alone_unless_the_teacher_is_asked_for(runs: Runs) -> None:
+    names = ("fp32", "distill", "ranked by the teacher", "rankclip-distill")
+    own, distilled, beside, preset = (runs[name].train_lines()[0] for name in names)
+    ranks = [term.capitalize() for term in TERMS[1:]]
+    assert [distilled[term] for term in ranks] == [own[term] for term in ranks]
+    assert distilled["Loss"] == pytest.approx(own["Loss"] + distilled["Distill_loss"], rel=1e-4)
+    assert "Distill_loss" not in beside, "the ranks take its place"
+    for term in ranks:
+        assert abs(beside[term] / distilled[term] - 1) > 1e-3
+        raw = term.replace("_loss", "_raw")
+        assert abs(preset[raw] / beside[raw] - 1) > 1e-2, "of the eight best alone"
+        assert preset[term] == pytest.approx(schedules.rankclip(1, STEPS) * 64 / 16 * preset[raw], rel=1e-3)
+
+
 def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     run = runs["csv, whole set"]
     # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.

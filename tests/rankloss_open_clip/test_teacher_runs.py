@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from rankloss import reference
 from rankloss_features import Features, caching
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.training import run_of
+from rankloss_trainers import console
 from stored_features import stored
 
 OPTION = "--loss-teacher"
@@ -108,6 +110,22 @@ def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tup
     expected = reference.in_modal(**features, logit_scale=scale, **teacher, **options)
     assert runs[0].scalars["in_modal_raw"][1] == pytest.approx(expected, rel=1e-3)
     assert runs[0].scalars["in_modal_raw"] == runs[1].scalars["in_modal_raw"]
+
+
+@pytest.mark.slow
+def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Trainer, taught: Runs) -> None:
+    own = trainer.directory / "own"
+    shutil.copytree(trainer.directory / "tiny", own)
+    trained = taught["webdataset"].directory / "checkpoints/epoch_1.pt"
+    shutil.copy(trained, own / "open_clip_pytorch_model.bin")
+    model, data = ["--model", f"local-dir:{own}"], ["--data", str(trainer.directory / "data.csv")]
+    assert console.main(["features", *model, *data, "--workers", "0", "--output", str(own / "start")]) == 0
+    given = [*WHOLE_SET, "--epochs", "1", "--loss", "mimicry", *model, OPTION, str(own / "start")]
+    crops = {"whole": [], "cropped": ["--aug-cfg", "scale=(0.5,0.6)"]}
+    runs = [trainer.call(f"start, {name}", *given, *more) for name, more in crops.items()]
+    whole, cropped = (run.scalars["mimicry_loss"][0] for run in runs)
+    assert whole < 1e-5
+    assert cropped > 1e-3
 
 
 def test_a_teachers_data_are_opened_once(
