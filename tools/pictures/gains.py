@@ -35,11 +35,14 @@ def draw(colors: Colors) -> Figure:
     """A panel for each curve, with a line for each arm."""
     curves = gains()
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    panels = figure.subplots(1, len(curves), sharey=True)
+    points = [
+        list(dict.fromkeys(label for of in arms.values() for label, *_ in of)) for arms in curves.values()
+    ]
+    widths = [max(len("".join(labels)), 14) for labels in points]  # for the labels and the title
+    panels = figure.subplots(1, len(curves), sharey=True, width_ratios=widths)
     styles = [(colors.ours, "o-"), (colors.ours_too, "s-"), (colors.bad, "^--"), (colors.other, "v:")]
     looks = dict(zip(ARMS, styles, strict=True))
-    for axes, (curve, arms) in zip(panels, curves.items(), strict=True):
-        labels = list(dict.fromkeys(label for of in arms.values() for label, *_ in of))
+    for axes, labels, (curve, arms) in zip(panels, points, curves.items(), strict=True):
         for shift, (arm, (color, style)) in enumerate(looks.items()):
             if arm not in arms:
                 continue
