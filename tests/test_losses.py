@@ -21,6 +21,7 @@ from rankloss import (
     InputWarning,
     RankClipLoss,
     RankConsistency,
+    SigLipLoss,
     schedules,
 )
 from rankloss.checks import check_teacher
@@ -55,6 +56,14 @@ def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, fl
     if not any(weights):
         assert not any(entry.requires_grad for entry in entries.values())
     assert loss(v * math.nan, t, s).isnan()
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_a_single_pair_has_the_value_that_open_clip_gives(budget: int | None) -> None:
+    v, t = (x[:1] for x in features()[:2])
+    assert ClipLoss(memory_budget=budget)(v, t, 10.0).item() == 0
+    expected = -torch.nn.functional.logsigmoid(10.0 * (v * t).sum() - 10.0)
+    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, 10.0, -10.0), expected)
 
 
 @pytest.mark.parametrize("key", ["0:6:4:10", "1:64:16:14.2857142857142857"])
