@@ -157,6 +157,25 @@ def test_a_frozen_copy_leaves_equal_scores() -> None:
     assert lists.loss(loss, q, c, s, **frozen).item() == pytest.approx(math.log(2), rel=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:candidate_features should be unit-norm")
+def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
+    """−log σ(β·[(log π − log π_ref)(better) − (…)(worse)]), with log π as a model of texts has it."""
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(5, 2, dtype=F64, generator=generator, requires_grad=True)
+    frozen = torch.randn(5, 2, dtype=F64, generator=generator)
+    beta, better = 0.3, torch.tensor([0, 1, 1, 0, 1])
+    log_ratios = policy.log_softmax(-1) - frozen.log_softmax(-1)
+    worse, rows = 1 - better, torch.arange(5)
+    dpo = -F.logsigmoid(beta * (log_ratios[rows, better] - log_ratios[rows, worse])).mean()
+    grades = F.one_hot(better)
+    queries = torch.ones(5, 1, dtype=F64)
+    found = RankedLists(model="pairwise")(
+        queries, policy[:, :, None], grades, beta, reference_scores=beta * frozen
+    )
+    assert_same([found], [dpo], 1e-14)
+    assert_same(gradients(found, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
+
+
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
 
 
