@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -30,6 +29,7 @@ from tools_folder import ROOT, loaded, tool
 import rankloss
 import rankloss_trainers
 from rankloss_trainers import catalog, console, loop, runtime
+from registered import register
 
 cases = tool("cases.py")
 FOLDER = ROOT / "examples/trainers"
@@ -150,8 +150,7 @@ def test_the_own_loss_is_short_and_has_options_by_name(monkeypatch):
     """As another package would register it; test_catalog has the help and the errors of such a loss."""
     soft = imported("own_loss").SoftLoss
     assert len(inspect.getsource(soft).splitlines()) <= 20
-    point = SimpleNamespace(name="soft", value="own:SoftLoss", dist=None, load=lambda: soft)
-    monkeypatch.setattr(catalog, "known", lambda: {**dict.fromkeys(catalog.LOSSES, ()), "soft": (point,)})
+    register(monkeypatch, soft=soft)
     loss = rankloss_trainers.create("rankclip+soft", soft={"weight": 2.0})
     parts = {type(part): part for part in loss.modules()}
     assert parts[soft].weight == 2.0
