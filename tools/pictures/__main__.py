@@ -8,7 +8,6 @@ from pathlib import Path
 
 import agreement
 import cost
-import effect
 import forest
 import gains
 import method
@@ -24,7 +23,6 @@ PICTURES = {
     "evidence": partial(forest.draw, tables=("question", "teacher")),
     "distil": partial(forest.draw, tables=("distil",)),
     "miniature": partial(forest.draw, tables=("miniature",)),
-    "effect": effect.draw,
     "gains": gains.draw,
     "watch": watch.draw,
 }

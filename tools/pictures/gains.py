@@ -34,11 +34,11 @@ def gains(report: Path = REPORT) -> dict[str, dict[str, list[Gain]]]:
 def draw(colors: Colors) -> Figure:
     """A panel for each curve, with a line for each arm."""
     curves = gains()
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     points = [
         list(dict.fromkeys(label for of in arms.values() for label, *_ in of)) for arms in curves.values()
     ]
-    widths = [max(len("".join(labels)), 14) for labels in points]  # for the labels and the title
+    widths = [max(len("   ".join(labels)), 16) for labels in points]  # for the labels and the title
     panels = figure.subplots(1, len(curves), sharey=True, width_ratios=widths)
     styles = [(colors.ours, "o-"), (colors.ours_too, "s-"), (colors.bad, "^--"), (colors.other, "v:")]
     looks = dict(zip(ARMS, styles, strict=True))
@@ -52,7 +52,7 @@ def draw(colors: Colors) -> Figure:
         axes.axhline(0, color=colors.text, lw=1)
         axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
         axes.set_xlim(-0.4, len(labels) - 0.6)
-        axes.set_title(curve, fontsize=SMALL)
+        axes.set_title(curve.replace(", ", "\nby "), fontsize=SMALL)
         axes.grid(axis="y")
     panels[0].set_ylabel("R@10 minus CLIP", fontsize=SMALL)
     lines, names = panels[-1].get_legend_handles_labels()

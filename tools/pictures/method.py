@@ -11,7 +11,12 @@ from style import NARROW, SMALL, Colors
 CONCEPTS = ("cat", "dog", "fox", "bird", "car", "bus", "bike", "boat")
 ANCHOR = 0
 SHOWN = 6
-HEIGHT = 3.85  # inches
+HEIGHT = 4.55  # inches
+
+LEGEND = (
+    "V: features of the pictures, T: of the captions, s: the scale.",
+    "C(a | b): how unlikely a's scores make the order of b.",
+)
 
 # An illustration, not data: how alike concepts are, with what the pictures and the captions each get wrong.
 LIKENESS = np.array(
@@ -42,6 +47,8 @@ def draw(colors: Colors) -> Figure:
     factors = {"S": "VT", "R": "TV", "I": "VV", "X": "TT"}
     nouns = {"V": "pictures", "T": "captions"}
     figure = Figure(figsize=(NARROW, HEIGHT))
+    for height, line in enumerate(reversed(LEGEND)):
+        figure.text(0.5, (0.07 + 0.2 * height) / HEIGHT, line, ha="center", fontsize=SMALL)
     for k, (name, matrix) in enumerate(matrices.items()):
         left = (0.0, 0.245, 0.515, 0.76)[k]
         axes = figure.add_axes((left, 1 - 1.55 / HEIGHT, 0.24, 1.0 / HEIGHT))
@@ -59,10 +66,10 @@ def draw(colors: Colors) -> Figure:
         (0.7575, "IX", "in-modal term"),
     ):
         figure.text(middle, 1 - 0.2 / HEIGHT, term, ha="center", fontsize=12, weight="bold")
-        axes = figure.add_axes((middle - 0.09, 0.36 / HEIGHT, 0.18, 1.5 / HEIGHT))
+        axes = figure.add_axes((middle - 0.09, 0.96 / HEIGHT, 0.18, 1.5 / HEIGHT))
         _slopes(axes, matrices[first][ANCHOR], matrices[second][ANCHOR], (first, second), colors)
         value = f"½·[C({first} | {second}) + C({second} | {first})]"
-        figure.text(middle, 0.1 / HEIGHT, value, ha="center", fontsize=11)
+        figure.text(middle, 0.66 / HEIGHT, value, ha="center", fontsize=11)
     return figure
 
 

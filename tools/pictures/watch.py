@@ -1,4 +1,4 @@
-"""Curves that say whether ranking improves, from two logs of open_clip's trainer.
+"""A curve that says whether the terms act, from two logs of open_clip's trainer.
 
 ``python tools/pictures/watch.py RANKCLIP_LOG PLAIN_LOG`` keeps their values, which the picture is drawn from.
 """
@@ -15,35 +15,40 @@ from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 RECORD = Path(__file__).parents[2] / "docs/assets/watch.json"
-CURVES = {
-    "Cross_modal_tau": "cross-modal τ",
-    "Contrastive_loss": "CLIP's loss",
-}
-WINDOW = 10  # steps that are averaged
+CURVE = "Cross_modal_tau"
+WINDOW = 20  # steps that are averaged
 VALUE = r"{}: (-?[\d.]+) \("
 
 
-def values(log: str) -> dict[str, list[float]]:
-    """The curves of a log with a line for every step."""
+def values(log: str) -> list[float]:
+    """The curve of a log with a line for every step."""
     lines = [line for line in log.splitlines() if "Train Epoch:" in line]
-    return {name: [float(re.findall(VALUE.format(name), line)[0]) for line in lines] for name in CURVES}
+    return [float(re.findall(VALUE.format(CURVE), line)[0]) for line in lines]
 
 
 def draw(colors: Colors) -> Figure:
-    """A panel for each curve, with the terms and without."""
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-    looks = {"rankclip": (colors.ours, "-"), "clip-streamed": (colors.other, "--")}
-    for axes, (name, title) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
-        for (label, (color, line)), curves in zip(looks.items(), record, strict=True):
-            means = np.convolve(curves[name], np.full(WINDOW, 1 / WINDOW), mode="valid")
-            axes.plot(np.arange(len(means)) + WINDOW, means, line, color=color, label=label)
-        axes.set_title(title, fontsize=SMALL)
+    """The agreement with the terms and without, and the difference of the two."""
+    ranks, plain = (np.array(run) for run in json.loads(RECORD.read_text(encoding="utf-8")))
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    both, difference = figure.subplots(1, 2)
+    both.plot(*averaged(ranks), "-", color=colors.ours, label="--loss rankclip")
+    both.plot(*averaged(plain), "--", color=colors.other, label="--loss clip-streamed")
+    both.legend(frameon=False, fontsize=SMALL)
+    both.set_title("cross-modal τ", fontsize=SMALL)
+    difference.plot(*averaged(ranks - plain), "-", color=colors.ours)
+    difference.axhline(0, color=colors.text, lw=1)
+    difference.set_title("the first minus the second", fontsize=SMALL)
+    for axes in (both, difference):
         axes.set_xlabel(f"step; mean of {WINDOW}")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-    figure.axes[0].legend(frameon=False, fontsize=SMALL)
     return figure
+
+
+def averaged(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at the end of each window, and the means over it."""
+    means = np.convolve(curve, np.full(WINDOW, 1 / WINDOW), mode="valid")
+    return np.arange(len(means)) + WINDOW, means
 
 
 if __name__ == "__main__":
