@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
 from rankloss.precision import outside_graphs, widest_dtype
-from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.declared import Named
 
 _KIND = ("shape", "dtype", "device")
@@ -185,7 +184,7 @@ def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
 
 ALIP = Named(
     AlipLoss,
-    columns=SecondCaption,
+    columns="rankloss_open_clip.columns.second_caption:SecondCaption",
     kind="softmax",
     log=lambda: alip_log,
     help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",

@@ -17,12 +17,12 @@ from open_clip.version import __version__
 from torch import Tensor, nn
 
 import rankloss
-from rankloss_features.binding import RowColumn
 from rankloss_features.folder import NAMES
 from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
-from rankloss_open_clip.text_columns import TextColumns
+from rankloss_open_clip.columns.teacher_rows import RowColumn
+from rankloss_open_clip.columns.text_columns import TextColumns
 from rankloss_trainers.command_line import naming_flags
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.run_options import RunOptions

@@ -78,7 +78,7 @@ LOSSES: Mapping[str, Named] = {
     "clip-ids": Named(
         "rankloss_trainers.clip_ids:clip_ids",
         more="rankloss:ClipLoss",
-        columns="rankloss_trainers.clip_ids:PairIds",
+        columns="rankloss_open_clip.columns.pair_ids:PairIds",
         log="rankloss_trainers.clip_ids:PartnersLog",
         replaces=True,
         citation=citations.CLIP_IDS,
@@ -107,7 +107,7 @@ LOSSES: Mapping[str, Named] = {
     "ranked-lists": Named(
         "rankloss_trainers.graded.term:ranked_lists",
         more="rankloss:RankedLists",
-        columns="rankloss_trainers.graded.open_clip:Candidates",
+        columns="rankloss_open_clip.columns.candidates:Candidates",
         python_only=frozenset({"reduction"}),
     ),
 }

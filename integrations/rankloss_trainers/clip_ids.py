@@ -1,23 +1,17 @@
-"""The loss ``clip-ids``: pairs that belong together, by the id that each of them has in the data."""
+"""The loss ``clip-ids``: pairs that belong together by an id in the data, and its log."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.options import check_choice
-from rankloss_features.data import named_sample
-from rankloss_trainers.csv_files import read_columns, read_member
-from rankloss_trainers.pair_ids import check_column, count_partners, make_ids
-
-CAPTIONS = "captions"
-"""The key of ids that are equal for equal captions."""
+from rankloss_trainers.pair_ids import count_partners
 
 _logger = logging.getLogger("rankloss_trainers")
 _BATCHES = 100  # after so many without a partner a run is told
@@ -54,65 +48,6 @@ def clip_ids(
     if smoothing := options.pop("label_smoothing"):
         raise ValueError(f"label_smoothing is for CLIP's loss; got {smoothing!r} with SigLIP's")
     return rankloss.SigLipLoss(gather=gather, **options)
-
-
-class PairIds:
-    """The id of each pair in open_clip's data, which joins the model's output as ``pair_ids``.
-
-    A :class:`rankloss_open_clip.text_columns.TextColumn`: a hash that is made where the text is read, and so
-    the same on all processes.
-
-    Args:
-        key: The source of the ids: captions, of which equal texts have one; or a column of the data; in a
-            webdataset __key__, the extension of a text file, or json:FIELD.
-    """
-
-    need = "ids"
-
-    def __init__(self, *, key: str = CAPTIONS) -> None:
-        if not isinstance(key, str) or not key:
-            raise ValueError(f"key must be captions or the name of a column; got {key!r}")
-        self.key = key
-        self.name = f"id of the pairs ({key})"
-
-    def read_rows(self, path: str, separator: str, dataset: Any) -> list[int]:
-        """The ids of a CSV file's rows.
-
-        Raises:
-            ValueError: The file has no such column, or a column of it that holds no ids.
-        """
-        if self.key == CAPTIONS:
-            return make_ids([str(x) for x in dataset.captions], CAPTIONS).tolist()
-        (column,) = read_columns(path, separator, self.key)
-        ids = make_ids(column.tolist(), self.key)
-        check_column(ids, self.key)
-        return ids.tolist()
-
-    def read_sample(self, sample: Mapping[str, Any], caption: str) -> int:
-        """The id of a webdataset sample.
-
-        Raises:
-            ValueError: The sample has none.
-        """
-        value = caption if self.key == CAPTIONS else read_member(sample, self.key)
-        if value is None:
-            members = ", ".join(name for name in sample if not name.startswith("__"))
-            where = named_sample(sample)
-            raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}")
-        value = value.decode(errors="replace") if isinstance(value, bytes) else value
-        return int(make_ids([value], self.key))
-
-    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """The ids as integers, ``[n, 1]``."""
-        return torch.tensor([[int(text)] for text in texts])
-
-    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
-        """The texts as they are."""
-        return texts
-
-    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """The output and the ids."""
-        return {**output, "pair_ids": encoded[:, 0]}
 
 
 class PartnersLog:

@@ -223,7 +223,7 @@ class Named:
         defaults: The options in which it differs from ``make``.
         more: A callable whose options ``make`` takes, too, as its ``**options``.
         columns: A class of columns of the training data that the loss is called with, whose keyword-only
-            arguments are options as well; see :class:`rankloss_open_clip.text_columns.TextColumn`.
+            arguments are options as well; see :class:`rankloss_open_clip.columns.text_columns.TextColumn`.
         teacher: ``"required"`` if the loss needs a teacher, or the teacher of a run that names none; None:
             the signature of the module's ``forward`` decides.
         prefix: The prefix of its options on a command line; empty for its name.

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rankloss_trainers.graded.lists import hash_identity, identify
 
+CAPTIONS = "captions"
+"""The key of ids that are equal for equal captions."""
+
 _LARGEST = 2**63 - 1
 _LONGEST = 2**16  # tokens of a text; later places begin anew
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from torch.nn.functional import cross_entropy, normalize
 from batches import gradients, relative_error, unit_rows
 from fake_devices import MPS, meta_is, no_float64
 from rankloss_baselines import AlipLoss
-from rankloss_baselines.second_caption import SecondCaption
 
 KEYS = ("contrastive_loss", "caption_contrastive_loss")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -217,39 +214,3 @@ def test_bad_captions_are_named() -> None:
             AlipLoss()(v, t, s, caption_features=bad)
     with pytest.raises(ValueError, match="image_features"):
         AlipLoss()(v[:1], t[:1], s, caption_features=c[:1])
-
-
-# --- second captions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "sample", "caption"),
-    [
-        ("Syn.TXT", {"syn.txt": b"made up"}, b"made up"),
-        ("Syn.TXT", {"txt": b"raw"}, None),
-        ("json:blip", {"json": json.dumps({"blip": "b", "url": "u"}).encode()}, "b"),
-        ("json:blip", {"json": b'{"other": "d"}'}, None),
-        ("json:blip", {"json": b"not json"}, None),
-        ("json:blip", {}, None),
-    ],
-)
-def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> None:
-    assert SecondCaption(caption_key=key).read_sample(sample, "raw") == caption
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("filepath;title;syn\n1.png;raw;made\n2.png;5;NULL and void\n", ""),
-        ("filepath;title\n1.png;raw\n", "'syn'.* filepath, title"),
-        ("filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n", "2 rows: column 'syn' .* row 2"),
-    ],
-)
-def test_column_of_a_csv_file(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "data.csv"
-    file.write_text(text)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            SecondCaption(caption_key="syn").read_rows(str(file), ";", None)
-    else:
-        assert SecondCaption(caption_key="syn").read_rows(str(file), ";", None) == ["made", "NULL and void"]

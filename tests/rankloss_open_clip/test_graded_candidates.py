@@ -23,8 +23,8 @@ from trainer_runs import SAMPLES, Run, Trainer
 
 from lists_item_by_item import literal
 from rankloss import ClipLoss, RankedLists
+from rankloss_open_clip.columns.candidates import Candidates
 from rankloss_open_clip.training import run_of
-from rankloss_trainers.graded.open_clip import Candidates
 from rankloss_trainers.graded.term import RankedListsTerm
 from samples import add_sample
 

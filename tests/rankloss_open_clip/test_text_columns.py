@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from trainer_runs import WHOLE_SET, Trainer
 
 import rankloss
-from rankloss_baselines.second_caption import SecondCaption
 from rankloss_features import Features
-from rankloss_features.binding import RowColumn
 from rankloss_features.command import main
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.text_columns import TextColumn, TextColumns, _joined, _separated
+from rankloss_open_clip.columns.pair_ids import PairIds
+from rankloss_open_clip.columns.second_caption import SecondCaption
+from rankloss_open_clip.columns.teacher_rows import RowColumn
+from rankloss_open_clip.columns.text_columns import TextColumn, TextColumns, _joined, _separated
 from rankloss_open_clip.training import run_of
-from rankloss_trainers.clip_ids import PairIds
 from stored_features import stored
 
 CONTEXT = 16

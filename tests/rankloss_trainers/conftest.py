@@ -19,7 +19,6 @@ sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tin
 
 NEEDED = {
     "test_transformers*.py": ("transformers", "accelerate", "datasets", "PIL"),
-    "test_graded_transformers.py": ("transformers", "accelerate", "datasets", "PIL"),
     "test_*sentence_transformers*.py": ("sentence_transformers", "datasets"),
     "test_*_teacher.py": ("datasets", "PIL"),
     "test_lightning.py": ("lightning",),

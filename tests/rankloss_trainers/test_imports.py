@@ -11,34 +11,85 @@ from pathlib import Path
 
 import pytest
 
+from rankloss_trainers import catalog
+
 ROOT = Path(__file__).parents[2]
-ARROWS = {
-    "rankloss": {"rankloss"},
-    "rankloss_features": {"rankloss", "rankloss_features"},
-    "rankloss_trainers": {"rankloss", "rankloss_features", "rankloss_trainers", "rankloss_triton"},
-    "rankloss_open_clip": {"rankloss", "rankloss_features", "rankloss_trainers", "rankloss_open_clip"},
-    "rankloss_baselines": {"rankloss", "rankloss_trainers", "rankloss_baselines"},
-    "rankloss_triton": {"rankloss", "rankloss_triton"},
+CORE = {"rankloss", "rankloss.losses", "rankloss.functional"}
+TRAINERS = {"rankloss_trainers", "rankloss_trainers.graded"}
+FLOORS: dict[str, set[str]] = {
+    "rankloss": set(),
+    "rankloss.losses": {"rankloss"},
+    "rankloss.functional": {"rankloss", "rankloss.losses"},
+    "rankloss_triton.device": set(),
+    "rankloss_triton": {"rankloss", "rankloss_triton.device"},
+    "rankloss_features": CORE,
+    "rankloss_trainers.graded": CORE | {"rankloss_features"},
+    "rankloss_trainers": CORE | {"rankloss_features", "rankloss_trainers.graded"},
+    "rankloss_trainers.loop": CORE | {"rankloss_features"} | TRAINERS,
+    "rankloss_trainers.lightning": CORE | TRAINERS,
+    "rankloss_trainers.transformers": CORE | {"rankloss_features"} | TRAINERS,
+    "rankloss_trainers.sentence_transformers": CORE
+    | {"rankloss_features", "rankloss_trainers.transformers"}  # its trainer is derived from transformers'
+    | TRAINERS,
+    "rankloss_open_clip.columns": CORE | {"rankloss_features"} | TRAINERS,
+    "rankloss_open_clip": CORE | {"rankloss_features", "rankloss_open_clip.columns"} | TRAINERS,
+    "rankloss_baselines": CORE | TRAINERS,
 }
+"""Packages, and folders and files of them that stand on a floor of their own; of each the floors below it.
+
+Losses that are declared by text, as in the catalogue, are loaded by their names and are no imports.
+"""
+NAMES_OF_A_PACKAGE = {"rankloss/__init__.py", "integrations/rankloss_trainers/__init__.py"}
+"""Files that show names of higher floors to users, and have none of their own."""
+
+
+def floor_of(module: str) -> str | None:
+    """The floor of a module, None for one of others."""
+    parts = module.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((name for name in names if name in FLOORS), None)
 
 
 def imported(file: Path) -> set[str]:
-    """The packages of ours that a file imports, inside functions too."""
-    names: list[str] = []
+    """The floors that a file imports from, inside functions too."""
+    modules: list[str] = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.append(str(node.module))
-    return {name.partition(".")[0] for name in names} & ARROWS.keys()
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {floor for module in modules if (floor := floor_of(module)) is not None}
 
 
-@pytest.mark.parametrize("package", ARROWS)
-def test_arrows_point_one_way(package: str) -> None:
-    files = (ROOT / ("." if package == "rankloss" else "integrations") / package).rglob("*.py")
-    found = set().union(*map(imported, files))
-    assert package in found or package == "rankloss_baselines", "the walk sees the package's own"
-    assert found <= ARROWS[package]
+def files_of(floor: str) -> list[Path]:
+    """The files on a floor, without those of the floors in its folder."""
+    package = floor.partition(".")[0]
+    root = ROOT if package == "rankloss" else ROOT / "integrations"
+    files = {file: ".".join(file.relative_to(root).with_suffix("").parts) for file in root.rglob("*.py")}
+    return [file for file, module in files.items() if floor_of(module) == floor]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_no_import_goes_up(floor: str) -> None:
+    files = files_of(floor)
+    assert files
+    for file in files:
+        place = file.relative_to(ROOT).as_posix()
+        if place not in NAMES_OF_A_PACKAGE:
+            assert imported(file) <= FLOORS[floor] | {floor}, place
+
+
+def test_every_floor_stands_on_lower_ones() -> None:
+    lower: set[str] = set()
+    for floor, below in FLOORS.items():
+        assert below <= lower, f"{floor} comes before one that it may import"
+        lower.add(floor)
+
+
+@pytest.mark.parametrize("name", catalog.LOSSES)
+def test_the_data_of_a_loss_are_columns_of_open_clips_folder(name: str) -> None:
+    columns = catalog.LOSSES[name].columns
+    assert columns is None or floor_of(str(columns).partition(":")[0]) == "rankloss_open_clip.columns"
 
 
 EXTRAS = "open_clip open_clip_train transformers lightning sentence_transformers accelerate datasets PIL"
@@ -94,7 +145,7 @@ def test_import_of_torch_attaches_and_loads_little_and_losses_need_it_and_numpy_
         ("transformers", "accelerate", "transformers.trainer"),
         ("lightning", "lightning", "lightning"),
         ("sentence-transformers", "datasets", "sentence_transformers"),
-        ("sentence-transformers", "sentence_transformers", "graded.sentence_transformers"),
+        ("sentence-transformers", "sentence_transformers", "sentence_transformers.graded_lists"),
     ],
 )
 def test_package_that_is_missing_is_named_with_its_extra(
@@ -103,6 +154,8 @@ def test_package_that_is_missing_is_named_with_its_extra(
     for name in [package, *(x for x in sys.modules if x.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     module = f"rankloss_trainers.{module}"
-    monkeypatch.delitem(sys.modules, module, raising=False)
+    trainer = ".".join(module.split(".")[:2])
+    for name in [x for x in sys.modules if x == trainer or x.startswith(f"{trainer}.")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=re.escape(f": pip install 'rankloss[{extra}]'")):
         importlib.import_module(module)

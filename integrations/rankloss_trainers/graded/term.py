@@ -128,7 +128,7 @@ def ranked_lists(
         weight: Weight of the lists beside the trainer's own loss.
         base_loss: Include or exclude the trainer's own loss, of the pairs of a picture and its caption; auto
             includes it where the data have pairs beside the lists.
-        own_caption: See :class:`rankloss_trainers.graded.open_clip.Candidates`.
+        own_caption: See :class:`rankloss_open_clip.columns.candidates.Candidates`.
         gather: The gathering.
         **options: Those of :class:`rankloss.RankedLists`.
 

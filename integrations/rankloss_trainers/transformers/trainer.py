@@ -15,9 +15,8 @@ import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN, bind
-from rankloss_trainers.clip_ids import CAPTIONS
 from rankloss_trainers.extras import extra
-from rankloss_trainers.pair_ids import hash_tokens
+from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
 from rankloss_trainers.run_options import Choice, RunOptions
 from rankloss_trainers.runtime import Entries, Runtime, read_losses
 from rankloss_trainers.transformers import embeddings, pair_columns
@@ -27,7 +26,7 @@ with extra("transformers"):
     import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
-    from rankloss_trainers.graded import transformers as graded
+    from rankloss_trainers.transformers import graded_lists
     from rankloss_trainers.transformers.progress import Progress
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
@@ -51,7 +50,7 @@ class ContrastiveTrainer(transformers.Trainer):
       table of lists: columns ``query``, ``candidates``, and ``grades`` or ``ranks``, pictures and texts that
       ``processing_class`` encodes. With a column ``own``, the query's own text or picture, CLIP's loss of
       these pairs is trained beside the lists. It is evaluated by the lists' loss and metrics. See
-      ``RankedListsCollator`` of :mod:`rankloss_trainers.graded.transformers`.
+      ``RankedListsCollator`` of :mod:`rankloss_trainers.transformers.graded_lists`.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
@@ -130,12 +129,12 @@ class ContrastiveTrainer(transformers.Trainer):
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
-            graded.check_run(self.loss_runtime)
+            graded_lists.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
                 parts = self.loss_runtime.criterion.modules()
                 unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
                 padding = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
-                self.data_collator = graded.RankedListsCollator(self.processing_class, padding, unique)
+                self.data_collator = graded_lists.RankedListsCollator(self.processing_class, padding, unique)
 
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
@@ -168,8 +167,8 @@ class ContrastiveTrainer(transformers.Trainer):
         finally:
             self.data_collator = collate
         if run.takes_lists:
-            graded.check_loader(loader)
-            graded.check_table(run, self.train_dataset)
+            graded_lists.check_loader(loader)
+            graded_lists.check_table(run, self.train_dataset)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +191,10 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         own, size, run = self.accelerator.unwrap_model(model), self.mini_batch_size, self.loss_runtime
-        outputs, features = graded.embed(run, model, own, inputs, size)
+        outputs, features = graded_lists.embed(run, model, own, inputs, size)
         if torch.is_grad_enabled():
             return outputs, run(**features)
-        self._measured.append(self.accelerator.gather_for_metrics(graded.measure(features)))
+        self._measured.append(self.accelerator.gather_for_metrics(graded_lists.measure(features)))
         return outputs, run.evaluate(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
@@ -216,7 +215,7 @@ class ContrastiveTrainer(transformers.Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         if self._measured and output.metrics is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            measured = zip(graded.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
+            measured = zip(graded_lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
             output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
         return output
 
@@ -255,7 +254,7 @@ class ContrastiveTrainer(transformers.Trainer):
         super()._set_signature_columns_if_needed()
         columns = cast("list[str]", self._signature_columns)
         # Columns that the loss takes and the model does not, which would be dropped as unused.
-        of_lists = graded.COLUMNS if self.loss_runtime.takes_lists else ()
+        of_lists = graded_lists.COLUMNS if self.loss_runtime.takes_lists else ()
         of_ids = [] if self._pair_column is None else [self._pair_column]
         kept = dict.fromkeys([*columns, *of_lists, *of_ids, *TEACHER, COLUMN])
         self._signature_columns: Any = list(kept)

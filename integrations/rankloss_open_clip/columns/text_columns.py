@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss_trainers.csv_files import check_header, forget_files, read_columns
+from rankloss_open_clip.columns.csv_files import check_header, forget_files, read_columns
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""

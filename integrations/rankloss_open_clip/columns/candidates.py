@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankloss.options import check_choice, check_count
 from rankloss_features.data import IMAGES, named_sample
-from rankloss_trainers.csv_files import read_columns
+from rankloss_open_clip.columns.csv_files import read_columns
 from rankloss_trainers.graded.lists import (
     check_list,
     decode_grades,
@@ -31,9 +31,10 @@ CANDIDATES, GRADES = "candidates", "grades"
 class Candidates:
     """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
 
-    A :class:`rankloss_open_clip.text_columns.TextColumn` of the picture's own caption. The model encodes the
-    own captions and all candidates of a batch in one call. In each row of integers are the number of places
-    in use, an id of the picture, and for each place an id of its text, the bits of its grade, and its tokens.
+    A :class:`rankloss_open_clip.columns.text_columns.TextColumn` of the picture's own caption. The model
+    encodes the own captions and all candidates of a batch in one call. In each row of integers are the number
+    of places in use, an id of the picture, and for each place an id of its text, the bits of its grade, and
+    its tokens.
 
     Args:
         own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all

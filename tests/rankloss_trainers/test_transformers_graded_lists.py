@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import rankloss
 from rankloss import metrics
 from rankloss_trainers.catalog import choose
-from rankloss_trainers.graded.transformers import RankedListsCollator, check_table
 from rankloss_trainers.runtime import Runtime
+from rankloss_trainers.transformers.graded_lists import RankedListsCollator, check_table
 from rankloss_trainers.transformers.host import HOST
 
 LISTS, RATE = {"loss": "ranked-lists"}, 0.1

@@ -1,45 +1,26 @@
-"""Losses of the catalogue for sentence-transformers: ``SentenceTransformerTrainer`` and its conventions.
-
-It takes the loss, and the callback that tells it where training stands::
-
-    loss = ContrastiveLoss(model, "rankclip", {"top_k": 8})
-    trainer = SentenceTransformerTrainer(model, args, pairs, loss=loss, callbacks=[Progress(loss)])
-"""
+"""Losses of the catalogue for a dataset's two columns of pairs."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
 
 from rankloss.distributed import GatherOption
-from rankloss.options import check_count
 from rankloss_features.binding import taught
-from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, Features, hash_of_pair
-from rankloss_trainers.cached import embedding_in
-from rankloss_trainers.clip_ids import CAPTIONS
+from rankloss_features.folder import NAMES
 from rankloss_trainers.declared import Options
 from rankloss_trainers.extras import extra
-from rankloss_trainers.pair_ids import check_column, hash_tokens
+from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, read_losses
+from rankloss_trainers.sentence_transformers.embeddings import EmbeddingLoss, is_cut
 
 with extra("sentence-transformers"):
-    import datasets as datasets
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
-    from sentence_transformers.base.losses import has_static_embedding_input
-
-    from rankloss_trainers.transformers.progress import Progress as TrainerProgress
-
-__all__ = ["ContrastiveLoss", "Progress"]
 
 HOST = Host(
     name="sentence-transformers",
@@ -47,48 +28,10 @@ HOST = Host(
     teacher="give labels, [N, 2, D'], or teacher=FOLDER and data that are bound to it",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("ids", "folder"),
-    instead={"lists": "RankedListsLoss of rankloss_trainers.graded.sentence_transformers trains them"},
+    instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers trains them"},
 )
 
 Columns = Iterable[dict[str, Tensor]]
-
-
-class EmbeddingLoss(nn.Module):
-    """A loss of the columns' embeddings.
-
-    Args:
-        model: The ``SentenceTransformer`` that is trained.
-        scale: The multiplier of the similarities.
-        mini_batch_size: Embed each column in mini-batches of so many rows at most; None embeds it at once.
-
-    Raises:
-        ValueError: for a mini-batch size below 1, and mini-batches of a model that begins with a
-            ``StaticEmbedding``.
-    """
-
-    def __init__(self, model: nn.Module, scale: float, mini_batch_size: int | None) -> None:
-        super().__init__()
-        if mini_batch_size is not None:
-            check_count("mini_batch_size", mini_batch_size)
-            if has_static_embedding_input(model):
-                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
-        self.model, self.scale, self.mini_batch_size = model, scale, mini_batch_size
-
-    def embedded(self, column: dict[str, Tensor]) -> Tensor:
-        """The embeddings of a column, divided by their norms, in float32 at least."""
-        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
-        if self.mini_batch_size is not None and type(inner[0].forward).__name__ == "TransformerDecorator":
-            raise ValueError(
-                "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
-                f"layer of the whole batch; got {self.mini_batch_size}"
-            )
-        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
-            embeddings: Tensor = self.model(column)[name]
-        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card."""
-        return {"scale": self.scale, "mini_batch_size": self.mini_batch_size}
 
 
 class ContrastiveLoss(EmbeddingLoss):
@@ -181,12 +124,11 @@ class ContrastiveLoss(EmbeddingLoss):
         """
         columns = list(sentence_features)
         if len(columns) != 2:
-            text = "; train a positive and its negatives by RankedListsLoss(model, "
-            text += "rankloss.RankedLists(in_batch_negatives=True)) of rankloss_trainers.graded"
-            raise ValueError(
-                f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
-                + text * (len(columns) > 2)
-            )
+            text = f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
+            if len(columns) > 2:
+                text += "; train a positive and its negatives by RankedListsLoss(model, rankloss.RankedLists("
+                text += "in_batch_negatives=True)) of rankloss_trainers.sentence_transformers"
+            raise ValueError(text)
         columns = columns[::-1] if self.image_column else columns
         features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
         entries = self._entries(features, labels, columns[1])
@@ -239,81 +181,3 @@ class ContrastiveLoss(EmbeddingLoss):
     def citation(self) -> str:
         """The BibTeX entry of the loss's paper, for the model card."""
         return "\n".join(loss.named.citation for loss in self.run.losses if loss.named.citation)
-
-
-def is_cut(labels: Tensor) -> bool:
-    """True for a view of the first numbers of each row."""
-    return labels.dim() > 1 and labels.stride(-2) > labels.shape[-1]
-
-
-class Progress(TrainerProgress):
-    """Tells losses where a ``SentenceTransformerTrainer`` stands, and compares its data with their folders.
-
-    Args:
-        *losses: The losses that the trainer was given, or losses that hold them.
-
-    Raises:
-        ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
-            of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
-            for a label that all pairs share and that is their id, and for columns that are not those of the
-            folder of a teacher's features.
-    """
-
-    def __init__(self, *losses: nn.Module) -> None:
-        super().__init__(*losses)
-        self._losses = [x for loss in losses for x in loss.modules() if isinstance(x, ContrastiveLoss)]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the data."""
-        data = kwargs["train_dataloader"].dataset
-        parts = data.datasets if isinstance(data, ConcatDataset) else [data]
-        for loss in self._losses:
-            if len(parts) > 1 and loss.run.gather.place[1] > 1:
-                raise ValueError("several datasets on several processes: give each loss gather=False")
-            folder = loss.run.features
-            if loss.run.id_key == "label":
-                for dataset in parts:
-                    _check_labels(dataset)
-            if folder is not None:
-                found = [place for dataset in parts for place in _image_columns(folder, dataset)]
-                if len({*found}) != 1 or None in found:
-                    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
-                    raise ValueError(f"teacher needs the two columns and the label of {bind}")
-                loss.image_column = found[0]
-        super().on_train_begin(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """After a line about training an interval begins."""
-        for loss in self._losses if "loss" in logs else ():
-            loss.metrics = None
-
-
-def _check_labels(dataset: Any) -> None:
-    """Raise a ValueError for a table whose pairs all have one label."""
-    if isinstance(dataset, datasets.Dataset) and "label" in dataset.column_names:
-        labels = torch.as_tensor(dataset.with_format("numpy")["label"][:])
-        if not labels.is_floating_point() and labels.dim() == 1:  # others are of another loss
-            check_column(labels, "label")
-
-
-def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
-    """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
-
-    The hash of the first row's pair tells; None if it is that of neither order.
-    """
-    if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
-        return []
-    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
-    first = dataset.select([0]).with_format(None)
-    bound = np.array(first[0]["label"])
-    if len(names) != 2 or bound.dtype != np.int64 or bound.shape != (2,):
-        return []
-    row, pair = (int(x) % 2**64 for x in bound)
-    if row >= len(folder) or int(folder.pairs[row]) != pair:
-        return []
-    for place in (0, 1):
-        with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
-            (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
-            if pair == hash_of_pair(caption, image):
-                return [place]
-    return [None]

@@ -21,12 +21,12 @@ from sentence_transformers.sentence_transformer.losses import (
 from tiny_sentences import WORDS, embed, step, tiny, weights
 
 from rankloss import ClipLoss, RankedLists
-from rankloss_trainers.graded.sentence_transformers import (
+from rankloss_trainers.sentence_transformers import (
+    ContrastiveLoss,
     RankedListsCollator,
     RankedListsLoss,
     RankedListsTrainer,
 )
-from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 
 def texts(seed: int, number: int) -> list[str]:

@@ -31,13 +31,11 @@ from rankloss_trainers.graded.lists import (
     pool_lists,
 )
 from rankloss_trainers.graded.term import RankedListsTerm
-from rankloss_trainers.sentence_transformers import EmbeddingLoss, is_cut
+from rankloss_trainers.sentence_transformers.embeddings import EmbeddingLoss, is_cut
 
 with extra("sentence-transformers"):
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-
-__all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
 
 _IDS = "candidate_ids"  # beside a column's inputs
 _CITATIONS = {

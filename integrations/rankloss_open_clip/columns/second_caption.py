@@ -1,4 +1,4 @@
-"""ALIP's second caption of each image, as open_clip's trainer reads it."""
+"""A second caption of each image, as open_clip's trainer reads it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_trainers.csv_files import read_columns, read_member
+from rankloss_open_clip.columns.csv_files import read_columns, read_member
 
 
 class SecondCaption:
     """A second caption, whose features become ``caption_features`` of the model's output.
 
-    A :class:`rankloss_open_clip.text_columns.TextColumn` of the first caption. The model encodes both in one
-    call.
+    A :class:`rankloss_open_clip.columns.text_columns.TextColumn` of the first caption. The model encodes both
+    in one call.
 
     Args:
         caption_key: The source of the second caption: a column of a CSV file; in a webdataset the extension

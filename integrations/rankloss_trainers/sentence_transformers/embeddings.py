@@ -1,0 +1,60 @@
+"""Embeddings of a dataset's columns, for a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloss.options import check_count
+from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.extras import extra
+
+with extra("sentence-transformers"):
+    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+    from sentence_transformers.base.losses import has_static_embedding_input
+
+
+class EmbeddingLoss(nn.Module):
+    """A loss of the columns' embeddings.
+
+    Args:
+        model: The ``SentenceTransformer`` that is trained.
+        scale: The multiplier of the similarities.
+        mini_batch_size: Embed each column in mini-batches of so many rows at most; None embeds it at once.
+
+    Raises:
+        ValueError: for a mini-batch size below 1, and mini-batches of a model that begins with a
+            ``StaticEmbedding``.
+    """
+
+    def __init__(self, model: nn.Module, scale: float, mini_batch_size: int | None) -> None:
+        super().__init__()
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
+            if has_static_embedding_input(model):
+                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
+        self.model, self.scale, self.mini_batch_size = model, scale, mini_batch_size
+
+    def embedded(self, column: dict[str, Tensor]) -> Tensor:
+        """The embeddings of a column, divided by their norms, in float32 at least."""
+        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
+        if self.mini_batch_size is not None and type(inner[0].forward).__name__ == "TransformerDecorator":
+            raise ValueError(
+                "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
+                f"layer of the whole batch; got {self.mini_batch_size}"
+            )
+        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
+            embeddings: Tensor = self.model(column)[name]
+        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, for the model card."""
+        return {"scale": self.scale, "mini_batch_size": self.mini_batch_size}
+
+
+def is_cut(labels: Tensor) -> bool:
+    """True for a view of the first numbers of each row."""
+    return labels.dim() > 1 and labels.stride(-2) > labels.shape[-1]

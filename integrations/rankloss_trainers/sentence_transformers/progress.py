@@ -1,0 +1,95 @@
+"""The callback that tells losses where a ``SentenceTransformerTrainer`` stands, and checks its data."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset
+
+from rankloss_features.data import Table
+from rankloss_features.folder import Features, hash_of_pair
+from rankloss_trainers.extras import extra
+from rankloss_trainers.pair_ids import check_column
+from rankloss_trainers.sentence_transformers.pairs import ContrastiveLoss
+
+with extra("sentence-transformers"):
+    import datasets as datasets
+
+    from rankloss_trainers.transformers.progress import Progress as TrainerProgress
+
+
+class Progress(TrainerProgress):
+    """Tells losses where a ``SentenceTransformerTrainer`` stands, and compares its data with their folders.
+
+    Args:
+        *losses: The losses that the trainer was given, or losses that hold them.
+
+    Raises:
+        ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
+            of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
+            for a label that all pairs share and that is their id, and for columns that are not those of the
+            folder of a teacher's features.
+    """
+
+    def __init__(self, *losses: nn.Module) -> None:
+        super().__init__(*losses)
+        self._losses = [x for loss in losses for x in loss.modules() if isinstance(x, ContrastiveLoss)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the data."""
+        data = kwargs["train_dataloader"].dataset
+        parts = data.datasets if isinstance(data, ConcatDataset) else [data]
+        for loss in self._losses:
+            if len(parts) > 1 and loss.run.gather.place[1] > 1:
+                raise ValueError("several datasets on several processes: give each loss gather=False")
+            folder = loss.run.features
+            if loss.run.id_key == "label":
+                for dataset in parts:
+                    _check_labels(dataset)
+            if folder is not None:
+                found = [place for dataset in parts for place in _image_columns(folder, dataset)]
+                if len({*found}) != 1 or None in found:
+                    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
+                    raise ValueError(f"teacher needs the two columns and the label of {bind}")
+                loss.image_column = found[0]
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """After a line about training an interval begins."""
+        for loss in self._losses if "loss" in logs else ():
+            loss.metrics = None
+
+
+def _check_labels(dataset: Any) -> None:
+    """Raise a ValueError for a table whose pairs all have one label."""
+    if isinstance(dataset, datasets.Dataset) and "label" in dataset.column_names:
+        labels = torch.as_tensor(dataset.with_format("numpy")["label"][:])
+        if not labels.is_floating_point() and labels.dim() == 1:  # others are of another loss
+            check_column(labels, "label")
+
+
+def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
+    """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
+
+    The hash of the first row's pair tells; None if it is that of neither order.
+    """
+    if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
+        return []
+    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
+    first = dataset.select([0]).with_format(None)
+    bound = np.array(first[0]["label"])
+    if len(names) != 2 or bound.dtype != np.int64 or bound.shape != (2,):
+        return []
+    row, pair = (int(x) % 2**64 for x in bound)
+    if row >= len(folder) or int(folder.pairs[row]) != pair:
+        return []
+    for place in (0, 1):
+        with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
+            (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
+            if pair == hash_of_pair(caption, image):
+                return [place]
+    return [None]
