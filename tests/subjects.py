@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankloss
+import rankloss_trainers
 from batches import upstream_for
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
-from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss_trainers import catalog
+from registered import OF_PACKAGES, input_names
 
 N, D, SCALE = 6, 16, 100.0  # CLIP's working point
 BIAS = -10.0  # where SigLIP's begins
@@ -318,6 +320,25 @@ def _rankclip_loss(base: Any = None) -> nn.Module:
     return rankloss.RankClipLoss(base, normalizer=RANK_FACTOR)
 
 
+def registered(name: str) -> Subject:
+    """A loss that another package registers, with its own defaults."""
+    inputs = input_names(name)
+    of_data = (*TEACHER, "grades", "pair_ids")
+    return Subject(
+        name,
+        "",
+        catalog.load(name).constructor,
+        inputs=inputs,
+        differentiable=tuple(x for x in inputs if x not in of_data),
+        half=True,
+    )
+
+
+def has_state(name: str) -> bool:
+    """True for a registered loss whose buffers move with its calls, which the conditions do not expect."""
+    return bool(rankloss_trainers.create(name).state_dict())
+
+
 SUBJECTS = [
     rank_terms("default"),
     rank_terms("top k", top_k=3, diagonal=False, chunk_size=2),
@@ -377,16 +398,8 @@ SUBJECTS = [
     of_lists("ndcg", k=3),
     of_lists("reciprocal_rank", at_least=0.0),
     function("metrics.spearman_rho", metrics.spearman_rho, "x", "y"),
-    Subject("CyClipLoss", "", CyClipLoss, half=True),
+    *(registered(name) for name in OF_PACKAGES if not has_state(name)),
 ]
-
-ALIP = Subject(
-    "AlipLoss",
-    "",
-    functools.partial(AlipLoss, initial_history=0.0),
-    inputs=(*PAIR, "logit_scale", "caption_features"),
-)
-"""Its histories move with every call, which the conditions do not expect."""
 
 NO_SUBJECTS = {
     "__version__": "a string",

@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 
 import rankloss
 from rankloss import ClipLoss, InputWarning, RankClipLoss, RankConsistency, RankedLists, SigLipLoss
-from rankloss_baselines import CyClipLoss
+from rankloss_trainers import catalog
+from registered import OF_PACKAGES, input_names
 
 PAGE = Path(__file__).parents[2] / "docs/loops.md"
 TABLE = Path(__file__).parent / "bad_input_table.md"
@@ -37,7 +38,11 @@ LOSSES: list[Callable[..., nn.Module]] = [
     functools.partial(SigLipLoss, memory_budget=0),
     functools.partial(RankClipLoss, schedule="constant"),
     functools.partial(RankClipLoss, schedule=lambda i, n: 0.0),
-    CyClipLoss,
+    *(
+        catalog.load(name).constructor
+        for name in OF_PACKAGES
+        if input_names(name) == ("image_features", "text_features", "logit_scale")
+    ),
     RankConsistency,
 ]
 

@@ -13,8 +13,9 @@ import torch
 from tools_folder import ROOT, tool
 
 import rankloss
-import rankloss_baselines
 from rankloss import schedules
+from rankloss_trainers import catalog
+from registered import OF_PACKAGES
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 SOURCE = "https://github.com/rankloss/rankloss"
@@ -133,7 +134,8 @@ def test_every_paper_has_a_row_with_a_link_and_what_was_measured() -> None:
 
 @pytest.mark.parametrize("call", re.findall(r"`([\w.]+\([^`]*\))`", PAGES["papers"]))
 def test_what_a_row_of_the_papers_names_can_be_built(call: str) -> None:
-    names = {**vars(rankloss), **vars(rankloss_baselines), "rankloss": rankloss}
+    of_packages = [catalog.load(name).constructor for name in OF_PACKAGES]
+    names = {**vars(rankloss), "rankloss": rankloss, **{make.__name__: make for make in of_packages}}
     assert isinstance(eval(call, names), torch.nn.Module)
 
 

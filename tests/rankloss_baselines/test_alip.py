@@ -195,6 +195,19 @@ def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -
     assert call(loss, inputs).isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_batch_in_half_precision_has_the_value_and_gradients_of_float32(dtype: torch.dtype) -> None:
+    rounded = triples(0, 512, 16, 1 / 0.07, dtype)
+    exact: Inputs = tuple(x.detach().float().requires_grad_() for x in rounded)  # type: ignore[assignment]
+    results = []
+    for inputs in (rounded, exact):
+        value = call(AlipLoss(initial_history=0.0), inputs)
+        results.append([value, *gradients(value, inputs, 4096.0)])
+    for found, expected in zip(*results, strict=True):
+        tolerance = 6e-2 if dtype is torch.bfloat16 else 3e-3
+        assert relative_error(found, expected) < tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_of_other_dtypes_are_float32(dtype: torch.dtype) -> None:
     inputs = triples(*R1, dtype)

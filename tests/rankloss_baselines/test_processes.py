@@ -72,6 +72,21 @@ def test_composition_is_exact_too(pool: Pool) -> None:
     assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
 
 
+def bad_captions(rank: int, world_size: int) -> str:
+    """The error of a batch whose second captions are too narrow on the last process."""
+    v, t, s = torch.eye(4, D), torch.eye(4, D).flip(0), 10.0
+    width = D - 1 if rank == world_size - 1 else D
+    with pytest.raises(ValueError, match="caption_features must be like text_features") as caught:
+        AlipLoss()(v, t, s, caption_features=torch.eye(4, width))
+    return str(caught.value)
+
+
+def test_bad_captions_of_one_process_are_the_error_of_all(pool: Pool) -> None:
+    first, *others = pool.run(bad_captions)
+    assert f"on rank {pool.world_size - 1} of {pool.world_size}" in first
+    assert others == [first] * (pool.world_size - 1)
+
+
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
     *rows, s = leaves(world_size)
     v, t, c = own(rank, world_size, *rows)

@@ -8,8 +8,8 @@ import torch
 
 from batches import unit
 from rankloss.losses import TEACHER
-from rankloss_trainers import catalog
 from rankloss_trainers.runtime import NEEDS, Host
+from registered import input_names
 
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
 N, D = 8, 6
@@ -18,20 +18,17 @@ GRADES = [[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 
 
 def inputs_of(name: str, seed: int = 0) -> dict[str, Any]:
     """Features, the scale, and what the loss takes beside them; float64."""
-    found: dict[str, Any] = {
-        "image_features": unit(N, D, seed=seed),
+    images = unit(N, D, seed=seed)
+    known: dict[str, Any] = {
+        "image_features": images,
         "text_features": unit(N, D, seed=seed + 1),
         "logit_scale": torch.tensor(6.0, dtype=torch.float64),
+        "logit_bias": torch.tensor(-2.0, dtype=torch.float64),
+        **{key: unit(N, D, seed=seed + 2 + i) for i, key in enumerate(TEACHER)},
+        "pair_ids": torch.tensor([3, 1, 3, 2, 1, 3, 4, 5]),
+        "caption_features": unit(N, D, seed=seed + 4),
+        "query_features": images,
+        "candidate_features": unit(N, 3, D, seed=seed + 5),
+        "grades": torch.tensor(GRADES),
     }
-    if catalog.load(name).teacher is not None:
-        found.update({key: unit(N, D, seed=seed + 2 + i) for i, key in enumerate(TEACHER)})
-    if name == "clip-ids":
-        found["pair_ids"] = torch.tensor([3, 1, 3, 2, 1, 3, 4, 5])
-    if name == "alip":
-        found["caption_features"] = unit(N, D, seed=seed + 4)
-    if name == "ranked-lists":
-        found.update(query_features=found["image_features"], candidate_features=unit(N, 3, D, seed=seed + 5))
-        found["grades"] = torch.tensor(GRADES)
-    if name.startswith("siglip"):
-        found["logit_bias"] = torch.tensor(-2.0, dtype=torch.float64)
-    return found
+    return {key: known[key] for key in input_names(name)}
