@@ -104,7 +104,7 @@ def log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
 
 TINY_CAPTION = Named(
     TinyCaptionLoss,
-    columns="rankloss_baselines.second_caption:SecondCaption",
+    columns="rankloss_open_clip.columns.second_caption:SecondCaption",
     kind="softmax",
     log=lambda: log,
 )
