@@ -7,6 +7,7 @@ exception: a log-sum-exp subtracts its largest term.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "lambda_loss",
     "lambda_weights",
     "plackett_luce_nll",
+    "recall",
     "siglip",
 ]
 
@@ -207,6 +209,45 @@ def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear"
         delta = 1 / math.log2(1 + distance) - 1 / math.log2(2 + distance)
         weights[p, q] = (rho + mu * delta) * (gains[p] - gains[q]) / ideal
     return weights
+
+
+def recall(
+    image_features: ArrayLike,
+    text_features: ArrayLike,
+    k: Sequence[int] = (1, 5, 10),
+    *,
+    image_ids: Sequence[Any] | None = None,
+    text_ids: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """R@k and the median rank of every direction, as :func:`rankloss.metrics.recall`.
+
+    Example:
+        >>> recall(np.eye(3), np.eye(3)[[0, 2, 2]], k=[1])["image_to_text_R@1"] * 3
+        1.0
+    """
+    features = {"image": image_features, "text": text_features}
+    has_ids = image_ids is not None and text_ids is not None
+    own: Sequence[Any] = range(len(np.asarray(image_features)))
+    ids = {"image": image_ids or own, "text": text_ids or own}
+    values = {}
+    for query, answer in (("image", "text"), ("text", "image"), ("image", "image"), ("text", "text")):
+        if query == answer and not has_ids:
+            continue
+        ranks = []
+        for q, scores in enumerate(_cosines(features[query], features[answer])):
+            answers = [a for a in range(len(scores)) if query != answer or a != q]
+            partners = [a for a in answers if ids[answer][a] == ids[query][q]]
+            others = [a for a in answers if ids[answer][a] != ids[query][q]]
+            if partners:
+                best = max(scores[a] for a in partners)
+                ranks.append(1 + sum(int(scores[a] >= best) for a in others))
+        if ranks:
+            answered = len(ids[answer]) - (query == answer)
+            for count in k:
+                if count <= answered:
+                    values[f"{query}_to_{answer}_R@{count}"] = sum(r <= count for r in ranks) / len(ranks)
+            values[f"{query}_to_{answer}_median_rank"] = float(np.floor(np.median(ranks)))
+    return values
 
 
 def _teacher_features(

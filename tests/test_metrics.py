@@ -191,7 +191,7 @@ def test_alignment_and_uniformity_match_the_published_analysis_scripts_values() 
 def test_uniformity_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(0, 23, 5, 1.0)
     whole = metrics.uniformity(batch.image, batch.text)
-    monkeypatch.setattr(metrics, "_BLOCK", 23 * 4)
+    monkeypatch.setattr(metrics.features, "_BLOCK", 23 * 4)
     torch.testing.assert_close(metrics.uniformity(batch.image, batch.text), whole, rtol=1e-12, atol=0)
 
 

@@ -1,0 +1,139 @@
+r"""Metrics of an embedding space: rank agreement, modality gap, alignment, uniformity.
+
+Functions take unit-norm ``[N, D]``; image row i and text row i are a pair.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rankloss.batch import first_occurrence
+from rankloss.checks import check_features
+from rankloss.metrics.lists import kendall_tau, spearman_rho
+from rankloss.options import check_count
+from rankloss.precision import widest_dtype
+
+_BLOCK = 2**20  # elements of a chunk's similarity matrix
+
+
+@torch.no_grad()
+def rank_agreement(
+    image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = None
+) -> dict[str, Tensor]:
+    """Agreement between an image's ranking and its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
+
+    ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
+    row i of X = T·Tᵀ. Equal items are tied exactly, as in the losses. A row with all items tied has no
+    ranking and is left out of the average.
+
+    Args:
+        image_features: ``[N, D]``.
+        text_features: ``[N, D]``.
+        max_anchors: number of evenly spaced rows to compare; all rows by default.
+
+    Returns:
+        ``cross_modal_tau``, ``cross_modal_rho``, ``in_modal_tau``, ``in_modal_rho``: scalars in [−1, 1].
+
+    Raises:
+        ValueError: for features that are not two matrices of one shape, or ``max_anchors`` < 1.
+
+    Example:
+        >>> v = torch.eye(3)
+        >>> rank_agreement(v, v)["in_modal_tau"].item()
+        1.0
+    """
+    v, t = _checked_pair(image_features, text_features)
+    n = len(v)
+    count = n if max_anchors is None else min(n, check_count("max_anchors", max_anchors))
+    equal_v, equal_t = first_occurrence(v), first_occurrence(t)
+    anchors = torch.linspace(0, n - 1, count, dtype=v.dtype, device=v.device).round().long()
+    measures = {"tau": kendall_tau, "rho": spearman_rho}
+    values: dict[str, list[Tensor]] = {
+        f"{term}_{m}": [] for term in ("cross_modal", "in_modal") for m in measures
+    }
+    for rows in anchors.split(max(1, _BLOCK // n)):
+        of_v, of_t = v[rows], t[rows]
+        terms = {
+            "cross_modal": ((of_v @ t.T)[:, equal_t], (of_t @ v.T)[:, equal_v]),
+            "in_modal": ((of_v @ v.T)[:, equal_v], (of_t @ t.T)[:, equal_t]),
+        }
+        for term, (a, b) in terms.items():
+            for name, measure in measures.items():
+                values[f"{term}_{name}"].append(measure(a, b))
+    finite = bool(v.isfinite().all() & t.isfinite().all())
+    return {k: torch.cat(x).nanmean() if finite else x[0].new_tensor(math.nan) for k, x in values.items()}
+
+
+def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """``‖mean_i v_i − mean_i t_i‖``: the distance between the centres of the modalities.
+
+    References:
+        "Mind the Gap: Understanding the Modality Gap in Multi-modal Contrastive Representation Learning",
+        NeurIPS 2022.
+
+    Example:
+        >>> round(modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item(), 4)
+        1.4142
+    """
+    v, t = _checked_pair(image_features, text_features)
+    return (v.mean(0) - t.mean(0)).square().sum().sqrt()
+
+
+def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """``mean_i ‖v_i − t_i‖²``: 0 if every pair coincides; smaller is better.
+
+    References:
+        "Understanding Contrastive Representation Learning through Alignment and Uniformity
+        on the Hypersphere", ICML 2020.
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item()
+        2.0
+    """
+    v, t = _checked_pair(image_features, text_features)
+    return (v - t).square().sum(-1).mean()
+
+
+def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
+    """``log mean_{i > j} exp(−2‖x_i − z_j‖²)``: evenness of the sphere's coverage; smaller is more even.
+
+    With one argument x and z are the same features: the uniformity of one modality. With two arguments x are
+    the images and z the texts: the cross-modal measure of the CyCLIP authors' analysis.
+
+    Args:
+        image_features: ``[N, D]``, N ≥ 2.
+        text_features: ``[N, D]`` or None.
+
+    References:
+        As :func:`alignment`; for two modalities "CyCLIP: Cyclic Contrastive Language-Image Pretraining",
+        NeurIPS 2022.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()
+        -8.0
+    """
+    x, z = _checked_pair(image_features, image_features if text_features is None else text_features, 2)
+    n = len(x)
+    sums = []
+    for start in range(0, n, max(1, _BLOCK // n)):
+        rows = x[start : start + max(1, _BLOCK // n)]
+        squared = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
+        earlier = torch.ones_like(squared, dtype=torch.bool).tril(start - 1)
+        sums.append((-2 * squared).masked_fill(~earlier, -math.inf).flatten().logsumexp(0))
+    finite = x.isfinite().all() & z.isfinite().all()
+    value = torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)
+    return torch.where(finite, value, math.nan)
+
+
+def _checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int = 1) -> tuple[Tensor, Tensor]:
+    """The features in float64 if the device has it, without a graph.
+
+    Raises:
+        TypeError, ValueError: as :func:`rankloss.checks.check_features`.
+    """
+    check_features(image_features, text_features, min_pairs=min_pairs)
+    dtype = widest_dtype(image_features.device)
+    return image_features.detach().to(dtype), text_features.detach().to(dtype)

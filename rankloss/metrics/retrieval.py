@@ -1,0 +1,229 @@
+r"""Metrics of retrieval: the rank of the best partner of every query, recall, median rank.
+
+Similarities are products of unit-norm rows, computed in blocks of queries; no matrix of all of them is held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from rankloss.batch import first_occurrence
+from rankloss.checks import INTEGERS, check_device, check_matrix, check_norms, kind_of
+from rankloss.options import check_count
+from rankloss.precision import product, widest_dtype
+
+Ids: TypeAlias = Tensor | Sequence[int] | Sequence[str]
+"""The id of each picture or text: integers ``[N]``, or a sequence of integers or of texts."""
+
+_BLOCK = 2**23  # elements of a block of similarities
+
+
+def recall(
+    image_features: Tensor,
+    text_features: Tensor,
+    k: int | Sequence[int] = (1, 5, 10),
+    *,
+    image_ids: Ids | None = None,
+    text_ids: Ids | None = None,
+) -> dict[str, Tensor]:
+    r"""R@k, the share of queries that find a partner among their k best answers, and the median rank.
+
+        R@k = mean_q [rank_q ≤ k],   rank_q = 1 + #{a no partner of q : s(q, a) ≥ max_{p a partner} s(q, p)}
+
+    An answer that ties with the best partner ranks before it, so a model that maps everything to one point
+    finds nothing. Memory is O(N) beside the features: 100,000 pictures × 100,000 texts fit.
+
+    Without ids image row i and text row i are partners. With ids, an image and a text of one id are: any
+    number of captions of a picture, and of pictures of a product. Then pictures are also compared with
+    pictures, and texts with texts. There a query is no answer to itself, and one without another of its id
+    is left out; without any such query, and for k beyond the number of answers, there is no entry.
+
+    Args:
+        image_features: ``[N, D]``, unit-norm.
+        text_features: ``[M, D]``, unit-norm; M = N without ids.
+        k: one number of answers, or several.
+        image_ids: ``[N]``, integers or texts.
+        text_ids: ``[M]``, of the same kind.
+
+    Returns:
+        ``image_to_text_R@1``, …, ``image_to_text_median_rank``, the same of ``text_to_image``, and with ids
+        of ``image_to_image`` and ``text_to_text``. Shares are in [0, 1]. The median rank is rounded down, as
+        in open_clip's evaluation.
+
+    Raises:
+        TypeError: for features that are not tensors.
+        ValueError: for features with NaN or infinity or of two widths, ids that do not fit the features, an
+            image or a text without a partner, or k beyond the number of images or texts.
+
+    Example:
+        >>> v = torch.eye(4)[[0, 0, 1]]  # two photographs of a product, and one of another
+        >>> t = torch.eye(4)[[0, 2]]
+        >>> found = recall(v, t, k=(1, 2), image_ids=["shoe", "shoe", "hat"], text_ids=["shoe", "hat"])
+        >>> {name: round(value.item(), 2) for name, value in found.items() if "R@1" in name}
+        {'image_to_text_R@1': 0.67, 'text_to_image_R@1': 0.5, 'image_to_image_R@1': 1.0}
+    """
+    ks = [check_count("k", x) for x in (k if isinstance(k, Iterable) else [k])]
+    ranks = partner_ranks(image_features, text_features, image_ids=image_ids, text_ids=text_ids)
+    answers = {
+        "image_to_text": len(text_features),
+        "text_to_image": len(image_features),
+        "image_to_image": len(image_features) - 1,
+        "text_to_text": len(text_features) - 1,
+    }
+    for way, gallery in (("image_to_text", "texts"), ("text_to_image", "images")):
+        if max(ks, default=0) > answers[way]:
+            raise ValueError(f"k must be at most the number of {gallery}, {answers[way]}; got {max(ks)}")
+    values = {}
+    for way, of_all in ranks.items():
+        of_queries = of_all[~of_all.isnan()]
+        for count in ks:
+            if count <= answers[way]:
+                values[f"{way}_R@{count}"] = (of_queries <= count).to(of_queries.dtype).mean()
+        ordered, n = of_queries.sort().values, len(of_queries)
+        values[f"{way}_median_rank"] = ((ordered[(n - 1) // 2] + ordered[n // 2]) / 2).floor()
+    return values
+
+
+@torch.no_grad()
+def partner_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    image_ids: Ids | None = None,
+    text_ids: Ids | None = None,
+) -> dict[str, Tensor]:
+    """The rank of the best partner of every query, from 1, as :func:`recall` counts it.
+
+    For intervals and comparisons over queries.
+
+    Args:
+        image_features: as in :func:`recall`.
+        text_features: as in :func:`recall`.
+        image_ids: as in :func:`recall`.
+        text_ids: as in :func:`recall`.
+
+    Returns:
+        ``image_to_text``, ``[N]``, and ``text_to_image``, ``[M]``. With ids also ``image_to_image``, ``[N]``,
+        and ``text_to_text``, ``[M]``, with NaN for a query without another of its id, unless that is all.
+
+    Raises:
+        TypeError, ValueError: as :func:`recall`.
+
+    Example:
+        >>> v, t = torch.eye(3), torch.eye(3)[[0, 2, 2]]
+        >>> partner_ranks(v, t)["image_to_text"].tolist()
+        [1.0, 3.0, 2.0]
+    """
+    _check_pair(image_features, text_features, has_ids=image_ids is not None or text_ids is not None)
+    dtype = widest_dtype(image_features.device)
+    v, t = image_features.detach().to(dtype), text_features.detach().to(dtype)
+    if image_ids is None and text_ids is None:
+        own = torch.arange(len(v), device=v.device)
+        return {"image_to_text": _ranks(v, t, own, own), "text_to_image": _ranks(t, v, own, own)}
+    if image_ids is None or text_ids is None:
+        given = "image_ids" if text_ids is None else "text_ids"
+        raise ValueError(f"image_ids and text_ids go together; got {given} alone")
+    of_images, of_texts = _codes(image_ids, text_ids, v, t)
+    _check_partners("image", image_ids, of_images, "text", of_texts)
+    _check_partners("text", text_ids, of_texts, "image", of_images)
+    ranks = {
+        "image_to_text": _ranks(v, t, of_images, of_texts),
+        "text_to_image": _ranks(t, v, of_texts, of_images),
+    }
+    for way, features, ids in (("image_to_image", v, of_images), ("text_to_text", t, of_texts)):
+        if len(ids.unique()) < len(ids):
+            ranks[way] = _ranks(features, features, ids, ids, is_one_set=True)
+    return ranks
+
+
+def _ranks(
+    queries: Tensor, answers: Tensor, query_ids: Tensor, answer_ids: Tensor, *, is_one_set: bool = False
+) -> Tensor:
+    """The rank of the best partner of each query; NaN without one.
+
+    Args:
+        queries: ``[N, D]``.
+        answers: ``[M, D]``.
+        query_ids: ``[N]``.
+        answer_ids: ``[M]``.
+        is_one_set: True if query i is answer i, which is left out.
+    """
+    ranks = torch.empty(len(queries), dtype=queries.dtype, device=queries.device)
+    # A product of equal rows is rounded by their place: all take that of the first, and are tied exactly.
+    first = first_occurrence(answers)
+    for rows in torch.arange(len(queries), device=queries.device).split(max(1, _BLOCK // len(answers))):
+        scores = product(queries[rows], answers.T)[:, first]
+        is_partner = query_ids[rows, None] == answer_ids
+        is_other = ~is_partner
+        if is_one_set:
+            is_partner[torch.arange(len(rows), device=rows.device), rows] = False
+        best = scores.masked_fill(~is_partner, -math.inf).amax(-1, keepdim=True)
+        before = ((scores >= best) & is_other).sum(-1).to(ranks.dtype)
+        ranks[rows] = torch.where(is_partner.any(-1), 1 + before, math.nan)
+    return ranks
+
+
+def _check_pair(image_features: Tensor, text_features: Tensor, *, has_ids: bool) -> None:
+    """Raise an error that names the argument unless images and texts can be compared."""
+    both = {"image_features": image_features, "text_features": text_features}
+    for name, features in both.items():
+        check_matrix(name, features)
+        if len(features) == 0:
+            raise ValueError(f"{name} must have at least one row; got shape {tuple(features.shape)}")
+        row_is_finite = features.isfinite().all(-1)
+        if not bool(row_is_finite.all()):
+            row = int((~row_is_finite).nonzero()[0])
+            raise ValueError(f"{name} must be finite; row {row} has NaN or infinity")
+    check_device("text_features", text_features, image_features)
+    shapes = f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(f"image_features and text_features must have one width; {shapes}")
+    if not has_ids and len(image_features) != len(text_features):
+        raise ValueError(
+            f"image_features and text_features must have one row per pair without image_ids and text_ids; "
+            f"{shapes}"
+        )
+    for name, features in both.items():
+        check_norms(name, features)
+
+
+def _codes(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids as integers on the features' device, equal where the ids are.
+
+    Raises:
+        ValueError: for ids that are no integers or texts, or not one for each row.
+    """
+    code_of: dict[int | str, int] = {}
+    codes = []
+    for name, ids, features in (("image_ids", image_ids, v), ("text_ids", text_ids, t)):
+        values = _as_list(name, ids)
+        if len(values) != len(features):
+            raise ValueError(f"{name} must be {len(features)} ids, one for every row; got {len(values)}")
+        numbers = [code_of.setdefault(value, len(code_of)) for value in values]
+        codes.append(torch.tensor(numbers, device=features.device))
+    return codes[0], codes[1]
+
+
+def _as_list(name: str, ids: Ids) -> list[int | str]:
+    if isinstance(ids, Tensor) and (ids.dtype not in INTEGERS or ids.dim() != 1):
+        raise ValueError(f"{name} must be integers [N]; got {ids.dtype} {[*ids.shape]}")
+    # Arrays of torch and NumPy, and columns of pandas.
+    values = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+    for row, value in enumerate(values):
+        if not isinstance(value, (int, str)) or isinstance(value, bool):
+            raise ValueError(f"{name} must be integers or texts; row {row} has {kind_of(value)} {value!r}")
+    return values
+
+
+def _check_partners(kind: str, ids: Ids, own: Tensor, other_kind: str, others: Tensor) -> None:
+    lone = (~torch.isin(own, others)).nonzero().flatten().tolist()
+    if lone:
+        raise ValueError(
+            f"{kind}_ids: {len(lone)} of {len(own)} {kind}s have no {other_kind} of their id, the first is "
+            f"row {lone[0]} with id {_as_list(f'{kind}_ids', ids)[lone[0]]!r}"
+        )

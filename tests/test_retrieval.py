@@ -1,0 +1,207 @@
+"""Ranks of partners and recall: a NumPy oracle, open_clip's own numbers, ties, ids, blocks, refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from batches import random_batch, unit
+from fake_devices import no_float64
+from memory import TensorSizes
+from rankloss import metrics, reference
+from rankloss.metrics import retrieval
+
+WAYS = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
+
+
+def numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in values.items()}
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
+    """Features on a coarse grid, so that many products are tied, and ids that all have a partner."""
+    kinds = draw(st.integers(1, 4))
+    ids = [[*range(kinds), *draw(st.lists(st.integers(0, kinds - 1), max_size=5))] for _ in ("image", "text")]
+    rows = st.sampled_from([(1.0, 0.0), (0.6, 0.8), (0.0, 1.0), (-0.8, 0.6), (-1.0, 0.0)])
+    features = [torch.tensor([draw(rows) for _ in x], dtype=torch.float64) for x in ids]
+    named = draw(st.booleans())
+    ids = [draw(st.permutations([f"id {i}" for i in x] if named else x)) for x in ids]
+    return features[0], features[1], ids[0], ids[1]
+
+
+@given(grouped(), st.integers(1, 2**6))
+def test_recall_by_ids_is_the_oracles(case: Any, block: int) -> None:
+    v, t, image_ids, text_ids = case
+    ks = range(1, 1 + min(len(v), len(t)))
+    before = retrieval._BLOCK
+    retrieval._BLOCK = block
+    try:
+        values = metrics.recall(v, t, ks, image_ids=image_ids, text_ids=text_ids)
+    finally:
+        retrieval._BLOCK = before
+    assert numbers(values) == pytest.approx(
+        reference.recall(v, t, ks, image_ids=image_ids, text_ids=text_ids), abs=1e-12
+    )
+    assert all(value.dtype == torch.float64 for value in values.values())
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(0, 3))
+def test_recall_of_pairs_is_the_oracles(seed: int, n: int, duplicates: int) -> None:
+    batch = random_batch(seed, n, 4, 1.0, duplicates=min(duplicates, n // 2))
+    ks = range(1, n + 1)
+    found = numbers(metrics.recall(batch.image, batch.text, ks))
+    assert found == pytest.approx(reference.recall(batch.image, batch.text, ks), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [10, 57, 100])
+def test_recall_and_median_rank_of_unique_captions_are_open_clips(n: int) -> None:
+    train = pytest.importorskip("open_clip_train.train")
+    v = unit(n, 8, seed=n, dtype=torch.float32)
+    t = torch.nn.functional.normalize(v + 1.0 * unit(n, 8, seed=n + 1, dtype=torch.float32), dim=-1)
+    found = numbers(metrics.recall(v, t))
+    theirs = train.get_clip_metrics(v, t, torch.tensor(100.0))
+    assert found == pytest.approx({name: theirs[name] for name in found}, abs=1e-12)
+    assert len(found) == 8
+    assert 0.1 < found["image_to_text_R@1"] < 1
+
+
+@pytest.mark.parametrize("n", [2, 17, 65])
+def test_a_model_that_maps_everything_to_one_point_finds_nothing(n: int) -> None:
+    one = unit(1, 5, seed=0, dtype=torch.float32).expand(n, 5)
+    found = numbers(metrics.recall(one, one, (1, n - 1, n)))
+    for way in WAYS[:2]:
+        assert found[f"{way}_R@{n - 1}"] == 0
+        assert found[f"{way}_R@{n}"] == 1
+        assert found[f"{way}_median_rank"] == n
+
+
+@pytest.mark.parametrize("n", [7, 17, 65])
+def test_equal_answers_are_tied_whatever_the_products_rounding(n: int) -> None:
+    """The first and the last caption are equal, and each picture's own: both pictures see a tie."""
+    v, t = unit(n, 33, seed=n, dtype=torch.float32), unit(n, 33, seed=n + 1, dtype=torch.float32)
+    t[0], t[-1] = v[0], v[0]
+    v[-1] = v[0]
+    ranks = metrics.partner_ranks(v, t)
+    assert ranks["image_to_text"][[0, -1]].tolist() == [2, 2]
+    assert ranks["text_to_image"][[0, -1]].tolist() == [2, 2]
+
+
+def test_equal_titles_are_partners_by_their_id_alone() -> None:
+    """Four products of four photographs with one title: by rows R@1 is 0, by ids 1."""
+    centres = torch.eye(4)
+    v, t = centres.repeat_interleave(4, 0), centres.repeat_interleave(4, 0)
+    assert metrics.recall(v, t, 1)["image_to_text_R@1"] == 0
+    ids = torch.arange(4, dtype=torch.int32).repeat_interleave(4)
+    by_ids = metrics.recall(v, t, 1, image_ids=ids, text_ids=ids.numpy())
+    assert {name: x for name, x in numbers(by_ids).items() if "R@" in name} == {f"{x}_R@1": 1.0 for x in WAYS}
+
+
+def test_a_lone_picture_is_an_answer_and_no_query_among_pictures() -> None:
+    v, t = torch.eye(3)[[0, 0, 0]], torch.eye(3)[[0, 1]]
+    t[1], v[2] = v[0], v[0]
+    ids = {"image_ids": ["a", "a", "b"], "text_ids": ["a", "b"]}
+    ranks = metrics.partner_ranks(v, t, **ids)
+    assert ranks["image_to_image"][:2].tolist() == [2, 2]  # behind the lone one, which ties
+    assert math.isnan(ranks["image_to_image"][2])
+    assert "text_to_text" not in ranks
+    found = metrics.recall(v, t, (1, 2), **ids)
+    assert found["image_to_image_R@1"] == 0
+    assert found["image_to_image_R@2"] == 1
+
+
+def test_features_are_compared_in_float64_or_the_widest_dtype() -> None:
+    v, t = unit(20, 6, seed=1), unit(20, 6, seed=2)
+    whole = numbers(metrics.recall(v, t))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert numbers(metrics.recall(v, t)) == whole
+    singles = v.float(), t.float()
+    with no_float64():
+        narrow = metrics.recall(*singles)
+    assert numbers(narrow) == whole
+    assert narrow["image_to_text_R@1"].dtype == torch.float32
+
+
+def test_no_matrix_of_all_similarities_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, block = 2000, 2**16
+
+    monkeypatch.setattr(retrieval, "_BLOCK", block)
+    ids = (torch.arange(n) // 2).tolist()
+    v, t = unit(n, 8, seed=1), unit(n, 8, seed=2)
+    with TensorSizes() as sizes:
+        metrics.recall(v, t, image_ids=ids, text_ids=ids)
+    assert n < sizes.largest <= block
+
+
+FOUR = torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 5}, "k must be at most the number of texts, 4; got 5"),
+        ({"k": (1, 0)}, "k must be an integer of at least 1; got 0"),
+        ({"k": 0.5}, "k must be an integer of at least 1; got 0.5"),
+        (
+            {"text_features": FOUR[:3], "image_ids": [0, 1, 2, 0], "text_ids": [0, 1, 2], "k": 4},
+            "k must be at most the number of texts, 3; got 4",
+        ),
+        ({"image_features": FOUR / 0}, "image_features must be finite; row 0 has NaN or infinity"),
+        (
+            {"text_features": FOUR.index_fill(0, torch.tensor([2]), math.inf)},
+            "text_features must be finite; row 2",
+        ),
+        ({"text_features": FOUR[:, :3]}, r"must have one width; got \(4, 4\) and \(4, 3\)"),
+        ({"text_features": FOUR[:3]}, r"one row per pair without image_ids.*\(4, 4\) and \(3, 4\)"),
+        ({"text_features": FOUR[:0]}, r"text_features must have at least one row; got shape \(0, 4\)"),
+        ({"image_features": FOUR.long()}, "image_features must be floating point; got torch.int64"),
+        ({"image_ids": [0, 1, 2, 3]}, "image_ids and text_ids go together; got image_ids alone"),
+        ({"text_ids": [0, 1, 2, 3]}, "image_ids and text_ids go together; got text_ids alone"),
+        (
+            {"image_ids": [0, 1], "text_ids": [0, 1, 2, 3]},
+            "image_ids must be 4 ids, one for every row; got 2",
+        ),
+        (
+            {"image_ids": [0, 1, 7, 8], "text_ids": [0, 1, 1, 0]},
+            "image_ids: 2 of 4 images have no text of their id, the first is row 2 with id 7",
+        ),
+        (
+            {"image_ids": ["a", "a", "b", "b"], "text_ids": ["a", "b", "c", "a"]},
+            "text_ids: 1 of 4 texts have no image of their id, the first is row 2 with id 'c'",
+        ),
+        ({"image_ids": [1, 2, 3, 4], "text_ids": ["1", "2", "3", "4"]}, "4 of 4 images have no text.*id 1$"),
+        (
+            {"image_ids": [0.0, 1.0, 2.0, 3.0], "text_ids": [0, 1, 2, 3]},
+            "integers or texts; row 0 has float 0.0",
+        ),
+        (
+            {"image_ids": FOUR[0], "text_ids": [0, 1, 2, 3]},
+            r"image_ids must be integers \[N\]; got torch.float32",
+        ),
+        ({"image_ids": ["a", None, "b", "c"], "text_ids": ["a", "b", "c", "a"]}, "row 1 has NoneType None"),
+    ],
+)
+def test_bad_input_of_recall_is_named(change: dict[str, Any], message: str) -> None:
+    given = {"image_features": FOUR, "text_features": FOUR, "k": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        metrics.recall(**given)
+
+
+def test_features_that_are_not_unit_norm_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"image_features should be unit-norm.*norms are off by up to 1"):
+        metrics.recall(2 * FOUR, FOUR, 1)
+
+
+def test_ranks_are_of_each_query() -> None:
+    v, t = unit(9, 3, seed=3), unit(9, 3, seed=4)
+    scores = (v @ t.T).numpy()
+    owed = [int((scores[i] >= scores[i, i]).sum()) for i in range(9)]
+    assert metrics.partner_ranks(v, t)["image_to_text"].tolist() == owed
+    assert np.mean(owed) == pytest.approx(metrics.partner_ranks(v, t)["image_to_text"].mean().item())
