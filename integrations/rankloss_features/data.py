@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import functools
 import hashlib
 import io
 import itertools
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from rankloss_features.folder import name_of
+from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
 _LOOKED_AT = 64  # pictures or shards that are read to tell data apart
@@ -101,10 +102,48 @@ class Table:
             if not (caption and isinstance(caption, str)):
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
         paths = block["image.path"]
-        if not all(paths):
+        pictures: list[Any] = paths
+        if not self._shared_paths.isdisjoint(paths):
             contents = self.contents[first : first + len(paths)]["image.bytes"]
-            paths = [path or content for path, content in zip(paths, contents, strict=True)]
-        return block["caption"], list(map(name_of, paths))
+            pictures = [
+                content if path in self._shared_paths and content else path
+                for path, content in zip(paths, contents, strict=True)
+            ]
+        return block["caption"], [name_of(picture, self._folder) for picture in pictures]
+
+    @functools.cached_property
+    def _all_paths(self) -> Any:
+        """The paths as an array of Arrow, of which no objects are made."""
+        return self.names.with_format("arrow")[:]["image.path"]
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """The folder of all pictures."""
+        import pyarrow.compute as pc  # type: ignore[import-untyped]  # which datasets brings
+
+        ends = pc.min_max(self._all_paths).as_py()
+        return common_folder([end for end in ends.values() if end])
+
+    @functools.cached_property
+    def _shared_paths(self) -> set[str | None]:
+        """The paths, None among them, that several pictures inside the data share."""
+        import pyarrow.compute as pc
+
+        content = self.contents.data.column("image.bytes")
+        if content.null_count == len(content):
+            return {None}
+        counts = pc.value_counts(self._all_paths)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        rows = pc.indices_nonzero(pc.is_in(self._all_paths, repeated)).to_pylist()
+        shared: set[str | None] = {None}
+        first_content: dict[str, bytes] = {}
+        for row in rows:
+            path, content = self._all_paths[row].as_py(), self.contents[row]["image.bytes"]
+            if path is not None and content and path not in shared:
+                digest = hash_of(content)
+                if first_content.setdefault(path, digest) != digest:
+                    shared.add(path)
+        return shared
 
     def identity(self) -> str:
         """A hash that differs for other data: of captions, paths, and the pictures of some rows."""
@@ -129,6 +168,21 @@ class Table:
             pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
             rows = zip(range(first, last), *self._named(first, block), pictures, strict=True)
             yield [Sample(row, name, caption, partial(opened, x), x) for row, caption, name, x in rows]
+
+
+def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: str) -> bool:
+    """True if a hash is that of a dataset's first pair, whose image may have any of its possible names.
+
+    Raises:
+        ValueError: As :class:`Table`: the columns hold no images or no captions.
+    """
+    table = Table(dataset.select([0]), image_column, caption_column)
+    row = table.dataset[0]
+    captions, _ = next(table.pairs())
+    path, content = row["image.path"], row["image.bytes"]
+    names = possible_names(path) if path else []
+    names += [name_of(content)] if content else []
+    return any(hash_of_pair(captions[0], name) == pair for name in names)
 
 
 class Shards:

@@ -65,9 +65,42 @@ def hash_of_pair(caption: str, image: str) -> int:
     return int.from_bytes(hash_of(f"{image}\0{caption}".encode("utf-8", "surrogatepass"), 8), "little")
 
 
-def name_of(image: object) -> str:
-    """The name of an image: of bytes their hash, of a path its last part, since its folders may move."""
-    return hash_of(image, 8).hex() if isinstance(image, bytes) else os.path.basename(str(image))
+def common_folder(paths: Sequence[str]) -> str:
+    """The folder that holds all these files, with its last slash; empty if there is none.
+
+    Example:
+        >>> common_folder(["data/p0/front.png", "data/p1/front.png"])
+        'data/'
+    """
+    if not paths:
+        return ""
+    first, last = min(paths), max(paths)
+    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    folder, slash, _ = first[: next(differs, min(len(first), len(last)))].rpartition("/")
+    return folder + slash
+
+
+def name_of(image: object, folder: str = "") -> str:
+    """The name of an image: of bytes their hash; of a path its part below the folder of all images.
+
+    That folder may move, and the images keep their names. Images of one file name in two folders have two.
+
+    Args:
+        image: Its bytes or its path.
+        folder: The :func:`common_folder` of all images.
+    """
+    return hash_of(image, 8).hex() if isinstance(image, bytes) else str(image).removeprefix(folder)
+
+
+def possible_names(path: str) -> list[str]:
+    """The names that an image may have by the folder of all images, which one image does not tell.
+
+    Example:
+        >>> possible_names("data/p0/front.png")
+        ['data/p0/front.png', 'p0/front.png', 'front.png']
+    """
+    parts = path.split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
 def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
@@ -335,8 +368,15 @@ class Pairs:
         Raises:
             ValueError: As :meth:`compare`.
         """
+        folder = common_folder([str(image) for image in images if not isinstance(image, bytes)])
         blocks = [slice(first, first + _BLOCK) for first in range(0, len(captions), _BLOCK)]
-        pairs = (([str(x) for x in captions[block]], [name_of(x) for x in images[block]]) for block in blocks)
+        pairs = (
+            (
+                [str(caption) for caption in captions[block]],
+                [name_of(image, folder) for image in images[block]],
+            )
+            for block in blocks
+        )
         self.compare(pairs, where)
 
 

@@ -75,7 +75,7 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
     spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
-    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces)
+    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces, parts[0].pairs)
 
 
 @contextmanager
@@ -128,6 +128,7 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
 def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     folder, is_separate = Path(args.features), False
+    pairs: Features | None = None
     if not folder.is_dir():
         stored = np.load(folder)
         if not isinstance(stored, np.lib.npyio.NpzFile):
@@ -137,9 +138,9 @@ def _stored(args: Any) -> Teacher:
         files = {name: folder / f"{name}.npy" for name in NAMES}
         arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if file.is_file()}
     else:
-        features = Features(str(folder))
-        arrays = {name: rows[:] for name, rows in features.check().arrays.items()}
-        is_separate = not features.common_space
+        pairs = Features(str(folder)).check()
+        arrays = {name: rows[:] for name, rows in pairs.arrays.items()}
+        is_separate = not pairs.common_space
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
     tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
@@ -152,4 +153,4 @@ def _stored(args: Any) -> Teacher:
     digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
     encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, widths[x]) for x, a in arrays.items()}
     spaces = args.spaces or SPACES[is_separate]
-    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), spaces=spaces)
+    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), pairs=pairs, spaces=spaces)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import SPACES
+from rankloss_features.folder import SPACES, Pairs
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Teacher:
         rows: The rows that it has features of; None for any.
         device: The device that it computes on.
         spaces: One of :data:`rankloss_features.folder.SPACES`.
+        pairs: The pairs of its rows, where they are known.
     """
 
     about: dict[str, Any]
@@ -59,6 +60,7 @@ class Teacher:
     rows: int | None = None
     device: torch.device = torch.device("cpu")
     spaces: str = SPACES[0]
+    pairs: Pairs | None = None
 
     @torch.inference_mode()
     def encode(self, prepared: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -26,6 +28,9 @@ from rankloss_features.teachers import Batches, Teacher
 
 SHARD_ROWS = 65_536
 """Rows of a shard, at most."""
+
+JOINED_WITHIN = datetime.timedelta(minutes=5)
+"""The time within which all processes of torchrun begin."""
 
 _PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 _FEW = 7  # rows that may all be equal, since they may be of one caption
@@ -69,7 +74,7 @@ def write(
     if not shared:
         rank, world = 0, 1
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        _join_processes(rank, world)
     if rank == 0:
         if os.path.lexists(output) and not output.is_dir():
             raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
@@ -89,6 +94,30 @@ def write(
             torch.distributed.barrier()
         if rank == 0:
             draft.finish()
+
+
+def _join_processes(rank: int, world: int) -> None:
+    """Begin a process group, once every process of torchrun runs this command.
+
+    A training's first process that starts this command hands its environment on; its companions never come.
+
+    Raises:
+        ConnectionError: Not all have come within :data:`JOINED_WITHIN`, or the port is the training's.
+    """
+    try:
+        store, *_ = next(rendezvous("env://", timeout=JOINED_WITHIN))
+        store = PrefixStore("rankloss features", store)
+        store.set(f"process {rank}", "")
+        store.wait([f"process {other}" for other in range(world)], JOINED_WITHIN)
+    except torch.distributed.DistError as error:
+        raise ConnectionError(
+            f"RANK={rank} and WORLD_SIZE={world} are set, as torchrun sets them, but not all {world} "
+            f"processes began this command within {JOINED_WITHIN.seconds} seconds. Where one process "
+            "alone runs it, unset RANK and WORLD_SIZE"
+        ) from error
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(days=7)
+    )
 
 
 @contextmanager
@@ -138,6 +167,9 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         pairs = _hash_pairs(data)
         if teacher.rows not in (None, len(pairs)):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
+        if teacher.pairs is not None:
+            advice = ": --features must be of these data, in their order"
+            teacher.pairs.compare(data.pairs(), str(data.about["data"]), advice)
         shard_rows = size_of_shards(len(pairs))
         about |= {"shard_rows": shard_rows, "data": data.about}
         texts = (caption for captions, _ in data.pairs() for caption in captions)

@@ -118,6 +118,22 @@ def test_a_folder_has_the_features_of_its_teacher_and_says_whether_their_spaces_
     assert (Features(outputs[0]).about["scale"] is None) is (teacher != CLIP)
 
 
+def test_stored_features_are_of_the_datas_pairs_in_their_order(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored, lines = tmp_path / "stored", (place / "pairs.csv").read_text().splitlines()
+    assert features(place, "pairs.csv", f"{SENTENCES} --output {stored}") == 0
+    reordered = tmp_path / "reordered.csv"
+    reordered.write_text("\n".join([lines[0], *lines[:0:-1]]))
+    capsys.readouterr()
+    assert features(place, str(reordered), f"--features {stored} --output {tmp_path}/x") == 1
+    error = capsys.readouterr().err
+    assert re.search(
+        f"row 0 of {reordered}, .* is row {ROWS - 1} of the {ROWS} of {stored}: --features", error
+    )
+    assert not (tmp_path / "x/folder.json").exists()
+
+
 def test_a_package_that_is_missing_is_named(
     place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:

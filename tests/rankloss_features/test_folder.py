@@ -26,7 +26,7 @@ import rankloss_trainers
 from rankloss_features import Features, bind
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
-from rankloss_features.data import IMAGES, Data, Shards, Table
+from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair
 from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
 from stored_features import stored
@@ -188,6 +188,46 @@ def test_data_are_bound_to_their_own_rows_alone(bound: tuple[Any, str], change: 
         bind(change(data), path)
     with pytest.raises(ValueError, match=named.removesuffix(f".*{HINT}").rstrip()):
         report(path, Table(change(data), "image", "caption", data="the data"))
+
+
+def products(tmp_path: Path, *, is_embedded: bool, folder: str = "data") -> Any:
+    """Two captions of each product's ``front.png``, whose folder alone tells the products apart."""
+    images: list[Any] = []
+    for i in range(ROWS // 2):
+        file = tmp_path / folder / f"p{i}" / "front.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(i))
+        images += [{"bytes": picture(i), "path": "front.png"} if is_embedded else str(file)] * 2
+    captions = [f"a {side}" for _ in range(ROWS // 2) for side in ("front", "back")]
+    columns = {"image": images, "caption": captions}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_pictures_of_one_file_name_are_told_apart(tmp_path: Path, is_embedded: bool) -> None:
+    data = products(tmp_path, is_embedded=is_embedded)
+    path = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher()).path
+    bind(data, path)
+    reordered = data.select([2, 3, 0, 1, *range(4, ROWS)])
+    with pytest.raises(ValueError, match=f"row 0 .* is row 2 of the {ROWS}"):
+        bind(reordered, path)
+    for rows in ([5], [4, 5]):  # in one folder alone
+        assert is_first_pair(int(Features(path).pairs[rows[0]]), data.select(rows), "image", "caption")
+    assert not is_first_pair(int(Features(path).pairs[3]), data.select([5]), "image", "caption")
+    csv = [
+        row["path"] or row["bytes"]
+        for row in data.cast_column("image", datasets.Image(decode=False))["image"]
+    ]
+    if not is_embedded:
+        Features(path).compare_columns(data["caption"][:], csv, "the CSV file")
+        with pytest.raises(ValueError, match="row 0 of the CSV file"):
+            Features(path).compare_columns(data["caption"][:], [*csv[2:], *csv[:2]], "the CSV file")
+
+
+def test_pictures_whose_folder_moved_keep_their_names(tmp_path: Path) -> None:
+    data = products(tmp_path, is_embedded=False)
+    path = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher()).path
+    bind(products(tmp_path, is_embedded=False, folder="moved/elsewhere"), path)
 
 
 def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import io
 import os
@@ -158,6 +159,38 @@ def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, P
     for process in processes:
         process.join()
     assert files(output) == files(whole)
+
+
+def alone_under_torchrun(output: Path, data: Any, errors: Any) -> None:
+    """The command, started by the first process of a training whose others go on training."""
+    writing.JOINED_WITHIN = datetime.timedelta(seconds=2)
+    try:
+        written(output, data, teacher())
+    except ConnectionError as error:
+        errors.put(str(error))
+
+
+@pytest.mark.parametrize("has_store", [True, False])
+def test_a_process_of_torchrun_whose_companions_never_come_ends_with_an_error(
+    undisturbed: tuple[Any, Path], tmp_path: Path, has_store: bool
+) -> None:
+    """The address is the training's own, whose first process may serve there already."""
+    data, _ = undisturbed
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True) if has_store else None
+    errors = tiny.forks.Queue()
+    given = (alone_under_torchrun, tmp_path / "x", data, errors)
+    process = tiny.forks.Process(target=in_process, args=given, kwargs=group)
+    process.start()
+    error = errors.get(timeout=60)
+    process.join()
+    assert re.search(
+        "RANK=0 and WORLD_SIZE=2 .* not all 2 processes began .* unset RANK and WORLD_SIZE", error
+    )
+    assert not (tmp_path / "x").exists()
+    del store
 
 
 def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from rankloss_features.data import Table
-from rankloss_features.folder import Features, hash_of_pair
+from rankloss_features.data import is_first_pair
+from rankloss_features.folder import Features
 from rankloss_trainers.extras import extra
 from rankloss_trainers.pair_ids import check_column
 from rankloss_trainers.sentence_transformers.pairs import ContrastiveLoss
@@ -89,7 +89,6 @@ def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
         return []
     for place in (0, 1):
         with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
-            (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
-            if pair == hash_of_pair(caption, image):
+            if is_first_pair(pair, first, names[place], names[1 - place]):
                 return [place]
     return [None]
