@@ -102,9 +102,9 @@ def check_teacher(
     """Raise an error that names the argument unless these are valid features of a teacher.
 
     Every entry point for a teacher's features (a loss's argument, a file, a column) calls this function.
-    Features must be a dense floating matrix of finite values without a row of zeros. Eight rows or more must
-    not all be equal. These checks detect a half-filled file, or one filled with a single row. On a CPU values
-    are always read; on an accelerator only at the first look, which waits for the device.
+    Features must be a dense floating matrix of finite values without a row of zeros, as a half-filled file
+    has them. On a CPU values are always read; on an accelerator only at the first look, which waits for the
+    device.
 
     Args:
         name: of the argument.
@@ -135,6 +135,29 @@ def check_teacher(
     if not (first_look or features.is_cpu):
         return False
     return check_norms(name, features, is_teacher=True, warns=first_look)
+
+
+FEWEST_THAT_DIFFER = 8
+"""Fewer equal rows of a teacher are no reason to suspect it."""
+
+
+def warn_of_one_row(name: str, features: Tensor) -> None:
+    """Warn of a teacher whose rows of a batch are all equal, and therefore rank nothing.
+
+    No error: a batch may be of one caption or of one picture. On a CPU or at the first look, as
+    :func:`check_teacher`, after it.
+
+    Args:
+        name: of the argument.
+        features: ``[N, D']``, whose values can be read.
+    """
+    if len(features) >= FEWEST_THAT_DIFFER and bool((features == features[0]).all()):
+        warnings.warn(
+            f"{name} are one row for all pairs of a batch, which ranks nothing. Unless these pairs have one "
+            "caption or one picture, the teacher's features are damaged",
+            InputWarning,
+            stacklevel=1,  # one place for all losses, so that Python shows an equal text once
+        )
 
 
 def check_references(
@@ -170,21 +193,19 @@ def check_references(
 
 
 _UNIT = 0.01  # largest distance of a norm from 1
-_FEWEST_THAT_DIFFER = 8  # fewer may be pairs of one caption
 
 
 def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
     """Check the norms of ``[N, D]``; False if no value can be read.
 
     Raises:
-        ValueError: for a teacher's rows that are not finite, are zero, or are all the same.
+        ValueError: for a teacher's rows that are not finite, or are zero.
     """
     if not can_be_read(x) or not len(x):
         return False
     x = x.detach()
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    all_equal = (x == x[0]).all() if is_teacher and len(x) >= _FEWEST_THAT_DIFFER else norms.new_zeros(())
-    least, most, all_equal = torch.stack([*norms.aminmax(), all_equal.to(norms.dtype)]).tolist()
+    least, most = torch.stack(norms.aminmax()).tolist()
     if is_teacher:
         if not math.isfinite(most):
             row = int((~norms.isfinite()).long().argmax())
@@ -195,8 +216,6 @@ def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool =
                 f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(x)}, the "
                 f"first is row {rows[0]}. A file that is filled in part looks like this"
             )
-        if all_equal:
-            raise ValueError(f"{name} must not be one row {len(x)} times, which ranks nothing")
     off = max(abs(least - 1), abs(most - 1))
     if warns and _UNIT < off < math.inf:  # a student's infinities and NaN show in the loss
         warnings.warn(

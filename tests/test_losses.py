@@ -356,7 +356,6 @@ def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
 
 SPOILT: dict[str, Callable[[Tensor], Tensor]] = {
     "half of zeros": lambda x: x.index_fill(0, torch.arange(4, 9), 0.0),
-    "one row": lambda x: x[:1].expand_as(x),
     "NaN": lambda x: x.index_fill(0, torch.tensor(7), math.nan),
     "infinite": lambda x: x.index_fill(0, torch.tensor(7), math.inf),
 }
@@ -373,6 +372,19 @@ def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) ->
             loss(*inputs, **bad)
     with pytest.raises(ValueError, match=TEXT):
         check_teacher(TEXT, bad[TEXT])
+
+
+def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
+    """Sorted data have batches of one caption, whose features are one row of any teacher."""
+    inputs, teacher = random_batch(0, 9, 4, 10.0).leaves(), teacher_of(9)
+    one_row = {**teacher, TEXT: teacher[TEXT][:1].expand_as(teacher[TEXT])}
+    loss = RankConsistency()
+    with pytest.warns(InputWarning, match=f"^{TEXT} are one row for all pairs of a batch"):
+        value = loss(*inputs, **one_row)
+    value.backward()
+    assert value.isfinite()
+    few = random_batch(0, 7, 4, 10.0).leaves()
+    loss(*few, **{name: x[:7] for name, x in one_row.items()})
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:

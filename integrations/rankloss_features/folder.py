@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from rankloss.checks import FEWEST_THAT_DIFFER
 from rankloss_features.components import Components, first_components
 
 NAMES = ("image_features", "text_features")
@@ -211,6 +212,28 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 
 
 # --- readers ----------------------------------------------------------------------------------------------
+
+
+def check_rows_differ(name: str, shards: Iterable[Array]) -> None:
+    """Raise a ValueError if all rows of a modality are one, as those of a damaged teacher.
+
+    Neighbours may be equal, since captions and pictures repeat; rows of zeros have no features. Reading stops
+    at the first row that differs.
+    """
+    first: Array | None = None
+    count = 0
+    for rows in shards:
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            block = block[block.any(axis=1)]
+            if not len(block):
+                continue
+            first = block[0] if first is None else first
+            if (block != first).any():
+                return
+            count += len(block)
+    if count >= FEWEST_THAT_DIFFER:
+        raise ValueError(f"{name} must not be one row {count} times, which ranks nothing")
 
 
 class Rows:
@@ -406,6 +429,8 @@ class Features(Pairs):
         self.common_space = self.about["spaces"] == SPACES[0]
         shards = [self.read_shard(shard) for shard in self.shards]
         self.arrays = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+        for name, rows in self.arrays.items():
+            check_rows_differ(f"{name} of {path}", rows.shards)
 
     def take(self, rows: Array) -> dict[str, Array]:
         """The features of some rows, float32.
@@ -510,6 +535,10 @@ class Draft(Pairs):
             skipped += int((~features.any(axis=1)).sum())
         if skipped == len(self):
             raise ValueError(f"--data: none of {skipped} pictures can be read")
+        for name in self.about["widths"]:
+            check_rows_differ(
+                f"the teacher's {name}", (self.read_shard(shard)[name] for shard in self.shards)
+            )
         write_about(Path(self.path), {**self.about, "files": files, "complete": True, "skipped": skipped})
         _delete_marks(Path(self.path))
 

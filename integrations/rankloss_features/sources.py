@@ -16,7 +16,7 @@ from torch import Tensor
 from rankloss.checks import check_teacher
 from rankloss_features import image_encoders, packages, text_encoders
 from rankloss_features.data import Sample
-from rankloss_features.folder import NAMES, SPACES, Array, Features, read_about
+from rankloss_features.folder import NAMES, SPACES, Array, Features, check_rows_differ, read_about
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
 IMAGES, TEXTS = NAMES
@@ -146,6 +146,7 @@ def _stored(args: Any) -> Teacher:
     tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
     for name, tensor in zip(arrays, tensors, strict=True):
         check_teacher(name, tensor, tensors[0], first_look=False)
+        check_rows_differ(name, [tensor.numpy()])
     widths = {name: array.shape[1] for name, array in arrays.items()}
     is_separate |= len(set(widths.values())) > 1
     if is_separate and args.spaces == SPACES[0]:

@@ -130,8 +130,8 @@ class Batches(IterableDataset[Any]):
     A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
 
     Yields:
-        The batch's first and last row, the latter excluded, the rows and captions of its samples that can be
-        read, and the teacher's inputs.
+        The batch's first and last row, the latter excluded, the rows of its samples that can be read, and the
+        teacher's inputs.
     """
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
@@ -148,7 +148,7 @@ class Batches(IterableDataset[Any]):
                 if self.needs_pictures:
                     samples = list(self._readable(samples))
                 prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
-                yield span, [x.row for x in samples], [x.caption for x in samples], prepared
+                yield span, [sample.row for sample in samples], prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
         pictures: dict[Any, Any] = {}

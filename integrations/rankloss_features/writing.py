@@ -33,7 +33,6 @@ JOINED_WITHIN = datetime.timedelta(minutes=5)
 """The time within which all processes of torchrun begin."""
 
 _PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
-_FEW = 7  # rows that may all be equal, since they may be of one caption
 _logger = logging.getLogger("rankloss_features")
 
 
@@ -205,7 +204,7 @@ def _compute(
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
     rows = sum(len(draft.rows_of(shard)) for shard in mine)
     with tqdm(total=rows, initial=rows - sum(left.values()), unit="row", disable=not shows) as bar:
-        for (first, last), samples, captions, prepared in batches:
+        for (first, last), samples, prepared in batches:
             shard = first // about["shard_rows"]
             if shard not in shards:
                 shards[shard] = {
@@ -215,16 +214,9 @@ def _compute(
                 places = np.array(samples) - draft.rows_of(shard).start
                 for name, features in teacher.encode(prepared, precision).items():
                     shards[shard][name][places] = features.numpy()
-                    _check(name, samples, captions, torch.from_numpy(shards[shard][name][places]))
+                    where = f"the teacher's {name}, counted from row {samples[0]},"
+                    check_teacher(where, torch.from_numpy(shards[shard][name][places]), first_look=False)
             left[shard] -= last - first
             if not left[shard]:
                 draft.save(shard, shards.pop(shard))
             bar.update(last - first)
-
-
-def _check(name: str, rows: list[int], captions: list[str], features: torch.Tensor) -> None:
-    """Raise a ValueError unless a teacher can have given these features of a batch."""
-    size = len(rows) if len(set(captions)) > _FEW else _FEW  # neighbours may share a caption, and then a row
-    for first in range(0, len(rows), size):
-        where = f"the teacher's {name}, counted from row {rows[first]},"
-        check_teacher(where, features[first : first + size], first_look=False)

@@ -81,6 +81,7 @@ class GatheringLoss(nn.Module):
             for name, x in references.items():
                 first_look = name not in checked
                 if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
+                    checks.warn_of_one_row(name, x)
                     checked.add(name)
             for name, x in features.items():
                 if name not in checked and checks.check_norms(name, x):

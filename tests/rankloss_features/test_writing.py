@@ -40,7 +40,8 @@ from torch import Tensor
 
 from rankloss_features import Features, writing
 from rankloss_features.data import Shards
-from rankloss_features.folder import NAMES
+from rankloss_features.folder import NAMES, write_array
+from stored_features import stored
 
 
 @pytest.fixture(scope="module", params=["csv", "webdataset"])
@@ -274,7 +275,11 @@ def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("row", "value", "message"),
-    [(3, torch.nan, "text_features.*row 3"), (2, 0.0, "text_features.*row 2"), (slice(None), 1.0, "row 0")],
+    [
+        (3, torch.nan, "text_features, counted from row 0, must be finite; row 3"),
+        (2, 0.0, "text_features, counted from row 0, must not have rows of zeros.* row 2"),
+        (slice(None), 1.0, f"text_features must not be one row {ROWS + 20} times"),
+    ],
 )
 def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float, message: str) -> None:
     def spoil(name: str, features: Tensor) -> Tensor:
@@ -286,7 +291,22 @@ def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float
     data = data_of("csv", tmp_path, CAPTIONS + ["one class"] * 20)
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "output", data, teacher(spoil))
-    written(tmp_path / "output", data, teacher()).check()
+    written(tmp_path / "other", data, teacher()).check()
+
+
+def test_a_folder_that_holds_one_row_is_neither_finished_nor_opened(tmp_path: Path) -> None:
+    """Rows of zeros, without a picture, are none."""
+    rows = np.ones((9, 4), np.float16)
+    rows[2] = 0
+    with pytest.raises(ValueError, match="the teacher's text_features must not be one row 8 times"):
+        stored(tmp_path / "x", text_features=rows)
+    differing = rows.copy()
+    differing[8, 0] = 2
+    path = stored(tmp_path / "y", text_features=differing)
+    Features(path)
+    write_array(tmp_path / "y/text_features-00000.npy", rows)
+    with pytest.raises(ValueError, match=f"text_features of {path} must not be one row 8 times"):
+        Features(path)
 
 
 def test_picture_that_cannot_be_read(tmp_path: Path) -> None:

@@ -99,7 +99,6 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ("pairs", "given", "message"),
     [
         (spoilt(math.nan, slice(3, 4), "reference_image_features"), {}, "reference_image_features .*row 3"),
-        (spoilt(0.4, slice(None)), {}, "reference_text_features .*one row"),
         (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*pixel_values, input_ids"),
         (
             renamed("reference_image_features", "reference_img_features"),
