@@ -7,12 +7,15 @@ exit code is 0 if a trainer is ready and none has a problem, else 1.
 
 ``rankloss features``: a teacher's features of a training's pairs, computed once (:mod:`rankloss_features`).
 
+``rankloss sample``: pictures with captions and ids, and tiny models, to try everything on.
+
 ``python -m rankloss`` is the same command.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,26 +25,26 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
+_OF_FEATURES = {
+    "features": ("command", "compute a teacher's features of the training data"),
+    "sample": ("sample", "write pictures with captions and tiny models, to try everything on"),
+}
+"""The commands of ``rankloss_features``, each with a parser of its own: its module, and its help."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "features":  # which has a parser of its own
-        try:
-            with extra("features"):
-                from rankloss_features.command import main as compute_features
-
-                return compute_features(argv[1:])
-        except ModuleNotFoundError as error:
-            print(f"rankloss features: {error}", file=sys.stderr)
-            return 1
+    if argv and argv[0] in _OF_FEATURES:
+        return _of_features(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {version('rankloss')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say which installed trainers will honour --loss")
     losses = commands.add_parser("losses", help="list the losses, or the options of some")
     losses.add_argument("names", nargs="*", metavar="NAME", help="show the options of these")
-    commands.add_parser("features", help="compute a teacher's features of the training data", add_help=False)
+    for name, (_, summary) in _OF_FEATURES.items():
+        commands.add_parser(name, help=summary, add_help=False)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -58,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # its reader, `head` say, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _of_features(command: str, argv: Sequence[str]) -> int:
+    """Carry out a command of ``rankloss_features``."""
+    try:
+        with extra("features"):
+            module = importlib.import_module(f"rankloss_features.{_OF_FEATURES[command][0]}")
+            code: int = module.main(argv)
+            return code
+    except ModuleNotFoundError as error:
+        print(f"rankloss {command}: {error}", file=sys.stderr)
+        return 1
 
 
 def _lines(name: str, *, options: bool) -> Iterator[str]:

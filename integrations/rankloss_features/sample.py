@@ -1,0 +1,208 @@
+"""``rankloss sample``: pictures with captions and ids, and tiny models, to try every command and example on.
+
+The folder has
+
+- ``pictures``: 64 drawings, two of each of 32 products (a shape of a colour), and ``train.csv`` and
+  ``val.csv`` with their paths, titles, products and classes; no product is in both files;
+- ``open_clip`` and ``transformers``: a CLIP for each of these libraries, with random weights;
+- ``image_encoder`` and ``text_encoder``: encoders of timm and sentence-transformers, with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (220, 40, 40),
+    "orange": (250, 150, 30),
+    "yellow": (240, 220, 60),
+    "green": (50, 160, 70),
+    "blue": (50, 90, 220),
+    "purple": (140, 60, 170),
+    "black": (30, 30, 30),
+    "white": (250, 250, 250),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 0.25, "large": 0.42}  # radius, of the picture's width
+WIDTH = 64  # of a picture, in pixels
+COLUMNS = ("filepath", "title", "product", "class")
+
+_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "head_width": 16, "width": 64, "layers": 2},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 2},
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out a command line, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="rankloss sample",
+        description="Write 64 pictures with captions and ids, and tiny models with random weights: data to "
+        "try every command and example on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    output = parser.parse_args(argv).output
+    try:
+        write(output)
+    except (OSError, ValueError) as error:
+        print(f"rankloss sample: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{output} has train.csv, val.csv, pictures, and the models open_clip, transformers, image_encoder,"
+    )
+    print(f"text_encoder: rankloss evaluate --model local-dir:{output}/open_clip --data {output}/val.csv")
+    return 0
+
+
+def write(folder: Path) -> None:
+    """Write everything into a new folder; equal at every call.
+
+    Raises:
+        ValueError: The folder has files.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output {folder} is there and not empty: give a new folder")
+    write_pairs(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        write_open_clip(folder / "open_clip")
+        write_transformers(folder / "transformers")
+        write_encoders(folder / "image_encoder", folder / "text_encoder")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def write_pairs(folder: Path) -> None:
+    """Draw the pictures, and write ``train.csv`` and ``val.csv``, tab-separated as open_clip reads them.
+
+    Of each colour one shape is held out, so that its words are known from other products.
+    """
+    (folder / "pictures").mkdir(parents=True)
+    rows: dict[str, list[tuple[str, ...]]] = {"train": [], "val": []}
+    generator = random.Random(0)
+    for (number, color), (place, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
+        product, part = f"{color}-{shape}", "val" if number % len(SHAPES) == place else "train"
+        for size in SIZES:
+            file = folder / "pictures" / f"{product}-{size}.png"
+            draw(color, shape, size, generator).save(file)
+            rows[part].append((file.as_posix(), f"a {size} {color} {shape}", product, shape))
+    for part, listed in rows.items():
+        lines = ["\t".join(row) for row in [COLUMNS, *listed]]
+        (folder / f"{part}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draw(color: str, shape: str, size: str, generator: random.Random) -> Image.Image:
+    """A shape on a light grey ground, at a place that is drawn at random."""
+    picture = Image.new("RGB", (WIDTH, WIDTH), (generator.randint(170, 210),) * 3)
+    pen = ImageDraw.Draw(picture)
+    radius = SIZES[size] * WIDTH
+    slack = WIDTH / 2 - radius
+    x, y = (WIDTH / 2 + generator.uniform(-slack, slack) for _ in "xy")
+    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+    fill = COLORS[color]
+    if shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill)
+    elif shape == "square":
+        pen.rectangle((left, top, right, bottom), fill)
+    elif shape == "triangle":
+        pen.polygon([(x, top), (right, bottom), (left, bottom)], fill)
+    else:
+        third = radius / 3
+        pen.rectangle((left, y - third, right, y + third), fill)
+        pen.rectangle((x - third, top, x + third, bottom), fill)
+    return picture
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def write_open_clip(folder: Path) -> None:
+    """Write a CLIP of open_clip, for ``local-dir:``."""
+    import open_clip
+
+    folder.mkdir()
+    about = json.dumps({"model_cfg": _CLIP, "preprocess_cfg": {}}, indent=2)
+    (folder / "open_clip_config.json").write_text(about + "\n", encoding="utf-8")
+    torch.save(open_clip.CLIP(**_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+
+
+def write_transformers(folder: Path) -> None:
+    """Write a CLIP of transformers and its processor; its tokens are the words of the titles, and letters."""
+    from open_clip.tokenizer import bytes_to_unicode
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder.mkdir()
+    letters = list(bytes_to_unicode().values())
+    merges = _merges(["a", *SIZES, *COLORS, *SHAPES])
+    joined = ["".join(pair) for pair in merges]
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, listed = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
+    listed.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(vocabulary), str(listed), model_max_length=16)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+    tower.update(num_hidden_layers=2, num_attention_heads=2)
+    end = len(tokens) - 1
+    text = {**tower, "vocab_size": len(tokens), "max_position_embeddings": 16}
+    text.update(bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
+    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of tokens that a byte-pair encoding joins, until each word is one token.
+
+    Example:
+        >>> _merges(["red"])
+        [('r', 'e'), ('re', 'd</w>')]
+    """
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for pair in merges:  # as the tokenizer does, before those of this word
+            parts = _joined(parts, pair)
+        while len(parts) > 1:
+            merges[parts[0], parts[1]] = None
+            parts = _joined(parts, (parts[0], parts[1]))
+    return list(merges)
+
+
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def write_encoders(images: Path, texts: Path) -> None:
+    """Write an encoder of pictures for timm, and one of texts, the mean of its words' vectors."""
+    import timm
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from timm.models import save_for_hf
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    save_for_hf(timm.create_model("test_vit", num_classes=0), images)
+    words = ["?", "a", *SIZES, *COLORS, *SHAPES]
+    model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu").save(str(texts))
