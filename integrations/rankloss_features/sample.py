@@ -161,7 +161,7 @@ def write_transformers(folder: Path) -> None:
     text.update(bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
     vision = {**tower, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
-    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    CLIPProcessor(pictures, tokenizer).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -200,7 +200,7 @@ def write_encoders(images: Path, texts: Path) -> None:
     from timm.models import save_for_hf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    save_for_hf(timm.create_model("test_vit", num_classes=0), images)
+    save_for_hf(timm.create_model("test_vit", num_classes=0), str(images))
     words = ["?", "a", *SIZES, *COLORS, *SHAPES]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?")
     tokenizer = Tokenizer(model)
