@@ -16,11 +16,11 @@ from studies.captions.train import Setting
 from studies.data import drawings
 from studies.data.drawings import split_emojis
 from studies.icons.records import Record
-from studies.plan import Find, MissingError
 from studies.runner import load
 
 import rankloss
 from batches import unit
+from made_up_records import made_up
 
 SIZES = load("captions").sizes("full")
 
@@ -105,33 +105,17 @@ def test_rows_of_many_texts_are_those_with_their_zeros(name, tmp_path, monkeypat
     torch.testing.assert_close(sparse[rows, drawn], whole[rows, drawn], rtol=0, atol=0)
 
 
-def made_up(gain, *, sizes=SIZES, blocks=1):
+def of_blocks(gain, *, blocks=1):
     """Return records of the first blocks, where an arm is so many points above CLIP (scales: 1 below)."""
     gain = {"scale-5": -1.0, "scale-50": -1.0, **gain}
-    finds = {name: Find(name, {}) for name in (*study.SETS, *study.LARGE, *study.MORE)}
-    rng = np.random.default_rng(0)
-    plan = type(sizes)(**{**vars(sizes), "blocks": sizes.blocks[:blocks]})
-    for _ in range(1000):
-        try:
-            study.ask(plan, finds)
-            return finds
-        except MissingError as missing:
-            for one in missing.settings:
-                n = 40
-                score = 30 + gain.get(one.arm, 0) + rng.normal(0, 0.2) + np.log2(one.lr / 0.001)
-                bits = rng.permutation(n) < n * score / 100
-                packed = np.packbits(bits).tobytes().hex()
-                hits = {"pictures": n, "image_to_text": packed, "text_to_image": packed}
-                finds[missing.data].records[one] = {
-                    "metrics": {"retrieval": {"R@10, mean of both": score}, "hits": hits},
-                    "conditions": {"cores": 2},
-                }
-    raise AssertionError
+    plan = Namespace(**{**vars(SIZES), "blocks": SIZES.blocks[:blocks]})
+    names = (*study.SETS, *study.LARGE, *study.MORE)
+    return made_up(study.ask, plan, names, lambda one: 30 + gain.get(one.arm, 0) + np.log2(one.lr / 0.001))
 
 
 @pytest.mark.slow
 def test_the_verdict_is_that_of_the_plan():
-    finds = made_up({"captions": 4.0, "shuffled": -2.0, "smoothing": -1.0})
+    finds = of_blocks({"captions": 4.0, "shuffled": -2.0, "smoothing": -1.0})
     found = study.results(SIZES, finds)
     assert {size: (of["met"], of["absent"]) for size, of in found["verdicts"].items()} == {
         64: (True, []),
@@ -146,7 +130,7 @@ def test_the_verdict_is_that_of_the_plan():
 
 @pytest.mark.slow
 def test_what_shuffled_captions_gain_too_is_not_the_captions():
-    found = study.results(SIZES, made_up({"captions": 4.0, "shuffled": 4.0}))
+    found = study.results(SIZES, of_blocks({"captions": 4.0, "shuffled": 4.0}))
     assert found["captions_own"] == []
     assert len(found["not_captions"]) == 5
     assert not any(of["met"] for of in found["verdicts"].values())
@@ -155,14 +139,14 @@ def test_what_shuffled_captions_gain_too_is_not_the_captions():
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", study.TRIED)
 def test_the_reference_is_clips_best_try(arm):
-    found = study.results(SIZES, made_up({"captions": 4.0, arm: 3.0}))
+    found = study.results(SIZES, of_blocks({"captions": 4.0, arm: 3.0}))
     assert all(row[2] == f"`{arm}`" for row in found["primary"])
     assert not any(of["met"] for of in found["verdicts"].values())
 
 
 def test_a_report_is_of_the_records_that_are_there():
     """A cell of whose arms one has fewer seeds is compared on the common ones."""
-    finds = made_up({"captions": 4.0})
+    finds = of_blocks({"captions": 4.0})
     emojis = finds["emojis"].records
     for one in [one for one in emojis if one.arm == "captions" and one.seed > 9101 and one.batch_size == 64]:
         del emojis[one]
@@ -175,7 +159,7 @@ def test_a_report_is_of_the_records_that_are_there():
 def test_more_pairs_curves_and_splits_have_families_of_their_own():
     """No planned family grows; more pairs have rates of their own."""
     gain = {"captions": 4.0, "encoders": 3.0}
-    finds = made_up(gain, blocks=len(SIZES.blocks))
+    finds = of_blocks(gain, blocks=len(SIZES.blocks))
     found = study.results(SIZES, finds)
     for name, tried in zip(study.LARGE, ({0.002, 0.004}, {0.002, 0.004, 0.008}), strict=True):
         every = finds[name].records

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from openmoji_demo.data import TEMPLATES
@@ -44,6 +45,7 @@ class Source:
     names: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of photographs, by side
     judgements: Sequence[flickr8k.Judgement] | None = None
     classes: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of emojis, by side
+    categories: dict[str, list[Sequence[str]]] = dataclasses.field(default_factory=dict)  # of icons, by side
 
 
 class DataSet:
@@ -61,9 +63,10 @@ class DataSet:
         self.word_numbers, self.words = words, 2 + len(words)
         content = hashlib.sha256(repr([source.captions, source.judgements, source.classes]).encode())
         folder = folder / content.hexdigest()[:16]
-        shown = kept(folder / "pixels.pt", lambda: {side: pixels(source.pictures(side)) for side in SIDES})
-        self.sides = {side: Side(shown[side], numbered(source.captions[side], words)) for side in SIDES}
-        for side in SIDES:
+        sides = (*SIDES, *sorted(source.captions.keys() - set(SIDES)))
+        shown = kept(folder / "pixels.pt", lambda: {side: pixels(source.pictures(side)) for side in sides})
+        self.sides = {side: Side(shown[side], numbered(source.captions[side], words)) for side in sides}
+        for side in sides:
             content.update(shown[side].numpy().tobytes())
         self.fingerprint = content.hexdigest()[:16]
         self.teachers = Teachers(
@@ -175,20 +178,32 @@ class Splits:
         return self.of(setting.split).train(setting)
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits]:
-    """Return the data sets that are there: icons if they are built, photographs if their folder is given."""
-    has_icons = (options.icons / "manifest.json").is_file()
-    found: dict[str, Splits] = {}
-    for name, size in sizes.sizes.items():
+def sources(sizes: Mapping[str, Any], folders: argparse.Namespace) -> dict[str, Callable[[int], Source]]:
+    """Return functions of a split by the names of the data sets that are there.
+
+    Args:
+        sizes: By the data sets' names.
+        folders: Of the icons, which are there if they are built, and of the photographs (data), or None.
+    """
+    found: dict[str, Callable[[int], Source]] = {}
+    for name, size in sizes.items():
         if name.startswith("icons"):
-            make = functools.partial(icons_of, options.icons, size) if has_icons else None
+            if (folders.icons / "manifest.json").is_file():
+                found[name] = functools.partial(icons_of, folders.icons, size)
         elif name.startswith("photographs"):
-            make = None if options.data is None else functools.partial(photographs, options.data, size)
+            if folders.data is not None:
+                found[name] = functools.partial(photographs, folders.data, size)
         else:
-            make = functools.partial(emojis, size)
-        if make is not None:
-            folder = options.output / "captions" / sizes.preset / name
-            found[name] = Splits(functools.partial(_made, make, folder, found, MORE.get(name)))
+            found[name] = functools.partial(emojis, size)
+    return found
+
+
+def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits]:
+    """Return the data sets that are there."""
+    found: dict[str, Splits] = {}
+    for name, make in sources(sizes.sizes, options).items():
+        folder = options.output / "captions" / sizes.preset / name
+        found[name] = Splits(functools.partial(_made, make, folder, found, MORE.get(name)))
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,15 @@ class Setting:
     split: int = 0  # other ones hold out other concepts
 
 
+class Steps(Protocol):
+    """The part of a setting that the loop reads."""
+
+    seed: int
+    batch_size: int
+    epochs: int
+    lr: float
+
+
 def build(arm: Arm, pairs: int) -> nn.Module:
     """Return an arm's loss on a data set of so many pairs."""
     if arm.loss == "memory":
@@ -106,29 +117,56 @@ def train(setting: Setting, seen: Side, teachers: Teachers, words: int) -> Stude
         teachers: The teachers' rows of the same pairs.
         words: Numbers of words.
     """
-    arm, n, size = ARMS[setting.arm], len(seen.pictures), setting.batch_size
+    arm = ARMS[setting.arm]
     torch.manual_seed(setting.seed)
-    drawing = torch.Generator().manual_seed(setting.seed)
-    model, loss, steps = Student(words, arm.scale).train(), build(arm, n), n // size
+    model, loss = Student(words, arm.scale), build(arm, len(seen.pictures))
+    return fit(model, loss, setting, seen, lambda *places: _given(arm, teachers, *places))
+
+
+def fit(
+    model: Student,
+    loss: nn.Module,
+    setting: Steps,
+    seen: Side,
+    inputs: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
+) -> Student:
+    """Train a student, and return it in evaluation mode.
+
+    Args:
+        model: Of the initial weights.
+        loss: Of features and scale.
+        setting: Its seed draws the batches, captions and crops.
+        seen: Pictures, and their captions as words' numbers.
+        inputs: Further arguments of the loss, from a batch's pictures and their captions' numbers.
+    """
+    n, size = len(seen.pictures), setting.batch_size
+    drawing, steps = torch.Generator().manual_seed(setting.seed), n // size
+    model.train()
     descent = Descent(
         model.log_scale, [model], lr=setting.lr, weight_decay=_WEIGHT_DECAY, steps=setting.epochs * steps
     )
     for epoch in range(1, setting.epochs + 1):
-        if hasattr(loss, "set_epoch"):
-            loss.set_epoch(epoch, setting.epochs)
+        for part in loss.modules():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch, setting.epochs)
         for rows in torch.randperm(n, generator=drawing).split(size)[:steps]:
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
             v = model.pictures(crops(seen.pictures[rows], drawing, CROP))
             t = model.sentences(seen.sentences[rows, drawn])
-            descent.step(loss(v, t, model.log_scale.exp(), **_given(arm, teachers, rows, drawn)))
+            descent.step(loss(v, t, model.log_scale.exp(), **inputs(rows, drawn)))
     return model.eval()
 
 
+def taught(images: str, texts: str, teachers: Teachers, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+    """Return the teachers' rows of a batch by the names of a loss's arguments; an empty name has none."""
+    found = {}
+    if images:
+        found[TEACHER[0]] = teachers.rows(images)[rows]
+    if texts:
+        found[TEACHER[1]] = teachers.rows(texts)[rows, drawn]
+    return found
+
+
 def _given(arm: Arm, teachers: Teachers, rows: Tensor, drawn: Tensor) -> dict[str, Tensor]:
-    given = {"rows": rows} if arm.loss == "memory" else {}
-    images, texts = TEACHER
-    if arm.images:
-        given[images] = teachers.rows(arm.images)[rows]
-    if arm.texts:
-        given[texts] = teachers.rows(arm.texts)[rows, drawn]
-    return given
+    memory = {"rows": rows} if arm.loss == "memory" else {}
+    return {**memory, **taught(arm.images, arm.texts, teachers, rows, drawn)}

@@ -69,20 +69,32 @@ def emojis(limit: int | None = None, split: int = 0) -> Sides:
 
 
 def icons(build: Icons, train: int, held_out: int, split: int = 0) -> Sides:
-    """Return so many icons to train on, and so many of other concepts to choose and to test on.
+    """Return so many icons to train on, and so many of other concepts to choose and to test on."""
+    return {
+        name: drawn(build, of, name)
+        for name, of in icon_records(build, train, held_out, held_out, split).items()
+    }
+
+
+def icon_records(build: Icons, train: int, dev: int, test: int, split: int = 0) -> dict[str, list[Record]]:
+    """Return the records of so many icons of each side, without those of sets of emojis.
 
     Split 0 is the build's own; others hold out other concepts.
     """
-    records = _split_icons(build, split)
+    counts, found = {"train": train, "dev": dev, "test": test}, {}
+    for name, every in _split_icons(build, split).items():
+        found[name] = [one for one in every if _OTHER_SET not in one.set][: counts[name]]
+        if len(found[name]) < counts[name]:
+            raise ValueError(
+                f"{build.folder}: {counts[name]} icons are needed of {name}, got {len(found[name])}"
+            )
+    return found
 
-    def side(name: str, count: int) -> Drawings:
-        of = [one for one in records[name] if _OTHER_SET not in one.set][:count]
-        if len(of) < count:
-            raise ValueError(f"{build.folder}: {count} icons are needed of {name}, got {len(of)}")
-        pictures = [Image.fromarray(build.images[one.index]) for one in of]
-        return Drawings(pictures, [[one.text if name == "train" else one.caption] for one in of])
 
-    return {name: side(name, train if name == "train" else held_out) for name in records}
+def drawn(build: Icons, records: Sequence[Record], side: str) -> Drawings:
+    """Return icons with their texts to train on, or with their captions."""
+    pictures = [Image.fromarray(build.images[one.index]) for one in records]
+    return Drawings(pictures, [[one.text if side == "train" else one.caption] for one in records])
 
 
 def _split_icons(build: Icons, split: int) -> dict[str, list[Record]]:
@@ -94,16 +106,22 @@ def _split_icons(build: Icons, split: int) -> dict[str, list[Record]]:
     every = [one for of in sides.values() for one in of if _OTHER_SET not in one.set]
     found: dict[str, list[Record]] = {side: [] for side in sides}
     seen = set()
-    for one in sorted(every, key=lambda one: _hash(f"{split}/{one.set}/{one.name}")):
-        share = int(_hash(f"{split}/{one.concept}"), 16) / 16**16
-        side = "test" if share < TEST else "dev" if share < TEST + VALIDATION else "train"
+    for one in sorted(every, key=lambda one: hash_of(f"{split}/{one.set}/{one.name}")):
+        side = side_of(f"{split}/{one.concept}")
         if side == "train" or one.concept not in seen:
             found[side].append(one)
         seen.add(one.concept)
     return found
 
 
-def _hash(text: str) -> str:
+def side_of(concept: str, test: float = TEST) -> str:
+    """Return the side of a concept, by its hash; ``test`` is the share of the test side."""
+    share = int(hash_of(concept), 16) / 16**16
+    return "test" if share < test else "dev" if share < test + VALIDATION else "train"
+
+
+def hash_of(text: str) -> str:
+    """Return a number in hexadecimal that orders texts at random."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

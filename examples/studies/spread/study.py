@@ -1,0 +1,360 @@
+"""The study: the order of its trainings, the tests of its plan, and the report's values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+from studies.plan import Find, MissingError
+from studies.records import Record
+from studies.report import conditions_texts, difference_text, ends_text, mark, mean_text, p_text
+from studies.runner import Study
+from studies.statistics import Arms, Difference, Measure, Pair, correct, verdict
+from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
+
+from .data import SECOND, VENDOR, data
+from .train import Setting
+
+_HERE = Path(__file__).parent
+SETS = ("emojis", "icons", "icons-71680", "photographs", VENDOR)
+PRIMARY_TESTS: dict[str, Pair] = {
+    "a": ("spread", "clip"),
+    "b": ("rankclip", "spread"),
+    "c": ("rankclip-spread", "spread"),
+    "d": ("encoders-spread", "spread"),
+    "e": ("encoders", "encoders-shuffled"),
+}
+SECONDARY: list[Pair] = [
+    ("captions", "spread"),
+    ("captions", "captions-shuffled"),
+    ("encoders-spread", "encoders"),
+    ("one-space", "encoders"),
+]
+MEASURES = (
+    PRIMARY,
+    Measure("zero-shot top-1", ("zero-shot", "top-1")),
+    CORRELATION,
+    Measure("class, pictures R@1", ("within", "pictures R@1")),
+    Measure("class, texts R@1", ("within", "texts R@1")),
+    Measure("alignment", ("geometry", "alignment")),
+    Measure("uniformity, pictures", ("geometry", "pictures' uniformity")),
+    Measure("uniformity, texts", ("geometry", "texts' uniformity")),
+    Measure("modality gap", ("geometry", "modality_gap")),
+    Measure("scale", ("geometry", "logit_scale"), 1),
+)
+Tried = dict[Setting, float]  # R@10 on the dev side, the mean over the tuning seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A data set with a batch and epochs.
+
+    Attributes:
+        name: In the plan.
+        find: The data set's records.
+        tuned: The cell whose dev side chooses the settings.
+        epochs: Of the test side.
+    """
+
+    name: str
+    find: Find
+    tuned: Mapping[str, Any]
+    epochs: int
+    sizes: SimpleNamespace
+    tuning_find: Find
+
+    def dev(self, arm: str, lr: float, value: float) -> Setting:
+        """Return a try, with the first of the tuning seeds."""
+        of = self.tuned
+        epochs = getattr(self.sizes, "epochs", of["epochs"])
+        return Setting(arm, of["tuning_seeds"][0], "dev", of["batch_size"], epochs, lr, value)
+
+    def scores(self, tries: Sequence[Setting]) -> Tried:
+        """Return the tries with their scores.
+
+        Raises:
+            MissingError: If one has no record.
+        """
+        seeds = self.tuned["tuning_seeds"]
+        every = [dataclasses.replace(one, seed=seed) for one in tries for seed in seeds]
+        found = self.tuning_find.scores(PRIMARY)(every)
+        return {one: fmean(found[i * len(seeds) : (i + 1) * len(seeds)]) for i, one in enumerate(tries)}
+
+    def rates(self, arm: str) -> list[Setting]:
+        """Return an arm's first tries: its first number at every rate."""
+        name, value = self.sizes.tries[arm][0]
+        return [self.dev(name, lr, value) for lr in self.sizes.rates]
+
+    def numbers(self, arm: str, rates: Tried) -> list[Setting]:
+        """Return an arm's further tries: its other numbers at the best rate."""
+        best = max(rates, key=rates.__getitem__)
+        return [self.dev(name, best.lr, value) for name, value in self.sizes.tries[arm][1:]]
+
+    def tried(self, arm: str) -> Tried:
+        """Return all tries of an arm.
+
+        Raises:
+            MissingError: If one has no record.
+        """
+        rates = self.scores(self.rates(arm))
+        return {**rates, **self.scores(self.numbers(arm, rates))}
+
+    def chosen(self, arm: str) -> Setting:
+        """Return the arm's best try."""
+        tried = self.tried(arm)
+        return max(tried, key=tried.__getitem__)
+
+    def test(self, arm: str, seed: int, split: int = 0) -> Setting:
+        """Return a training of the test side, as the dev side chose it."""
+        return dataclasses.replace(self.chosen(arm), seed=seed, side="test", epochs=self.epochs, split=split)
+
+
+def cell(sizes: SimpleNamespace, name: str, finds: Mapping[str, Find]) -> Cell:
+    """Return a cell of the plan."""
+    of = sizes.cells[name]
+    tuned = sizes.cells[of.get("settings_of", name)]
+    epochs = getattr(sizes, "epochs", of["epochs"])
+    return Cell(name, finds[of["data"]], tuned, epochs, sizes, finds[tuned["data"]])
+
+
+def cells(sizes: SimpleNamespace, names: Sequence[str], finds: Mapping[str, Find]) -> Iterator[Cell]:
+    """Yield those of the cells whose data sets are there."""
+    for name in names:
+        of = sizes.cells[name]
+        needed = {of["data"], sizes.cells[of.get("settings_of", name)]["data"]}
+        if needed <= finds.keys():
+            yield cell(sizes, name, finds)
+
+
+def ask_forms(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
+    """Ask for the tries of the spread's forms.
+
+    Raises:
+        MissingError: If a training has no record; the first.
+    """
+    forms = sizes.forms
+    for seeds in (forms["seeds"][:1], forms["seeds"][1:]):
+        for one in cells(sizes, forms["cells"], finds):
+            one.tuning_find(
+                dataclasses.replace(one.dev(arm, forms["rate"], value), seed=seed)
+                for seed in seeds
+                for arm, value in forms["tried"]
+            )
+
+
+def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
+    """Ask for all trainings in their order; data sets that are not there are passed over.
+
+    Raises:
+        MissingError: If a training has no record; the first.
+    """
+    ask_forms(sizes, finds)
+    for block in sizes.blocks:
+        for one in cells(sizes, block["cells"], finds):
+            one.scores([setting for arm in block["arms"] for setting in one.rates(arm)])
+            numbers = (one.numbers(arm, one.scores(one.rates(arm))) for arm in block["arms"])
+            one.scores([setting for of in numbers for setting in of])
+            settings = {arm: one.test(arm, 0, block.get("split", 0)) for arm in block["arms"]}
+            one.find(
+                dataclasses.replace(of, seed=seed) for seed in block["seeds"] for of in settings.values()
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """The records of a cell's test side that are there.
+
+    Attributes:
+        cell: The cell's name; of the icons' second thousand a name of its own.
+        settings: Of the arms that are tuned, as their dev side chose them.
+        tried: All tries of these arms.
+        arms: The records by arm and seed.
+    """
+
+    cell: str
+    settings: Mapping[str, Setting]
+    tried: Mapping[str, Tried]
+    arms: Arms
+
+    def difference(self, pair: Pair) -> Difference | None:
+        """Return the paired difference of two arms, if both have records of one seed."""
+        return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
+
+
+def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Tested]:
+    """Yield the records of every cell's test side, split 0."""
+    for one in cells(sizes, list(sizes.cells), finds):
+        blocks = [of for of in sizes.blocks if one.name in of["cells"] and "split" not in of]
+        tried: dict[str, Tried] = {}
+        settings: dict[str, Setting] = {}
+        records: dict[str, dict[int, Record]] = {}
+        for arm in dict.fromkeys(arm for of in blocks for arm in of["arms"]):
+            try:
+                tried[arm] = one.tried(arm)
+            except MissingError:
+                continue
+            settings[arm] = one.test(arm, 0)
+            seeds = {seed for of in blocks if arm in of["arms"] for seed in of["seeds"]}
+            wanted = [dataclasses.replace(settings[arm], seed=seed) for seed in sorted(seeds)]
+            if found := {setting.seed: record for setting, record in one.find.there(wanted).items()}:
+                records[arm] = found
+        if not records:
+            continue
+        yield Tested(one.name, settings, tried, Arms(records))
+        second = {
+            arm: {seed: {**record, "metrics": record["metrics"][SECOND]} for seed, record in of.items()}
+            for arm, of in records.items()
+            if all(SECOND in record["metrics"] for record in of.values())
+        }
+        if second:
+            yield Tested(f"{one.name}, second", settings, {}, Arms(second))
+
+
+def family(every: Sequence[Tested], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
+    """Return the differences of pairs of arms by cell, corrected together."""
+    found = {(of.cell, pair): of.difference(pair) for pair in pairs for of in every}
+    return correct({key: difference for key, difference in found.items() if difference is not None})
+
+
+def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
+    """Return the rows of a family's table."""
+    arms_of = {of.cell: of.arms for of in every}
+    return [
+        [
+            name,
+            *(f"`{arm}`" for arm in pair),
+            difference_text(of),
+            str(of.n),
+            p_text(of.adjusted),
+            mark(of),
+            ends_text(arms_of[name].over_pictures(pair, hits_of_pictures)),
+        ]
+        for (name, pair), of in family(every, pairs).items()
+    ]
+
+
+def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
+    """Return the report's values, of the records that are there."""
+    every = list(by_cell(sizes, finds))
+    others = [(arm, "clip") for arm in sizes.tries if arm not in ("clip", "spread")]
+    return {
+        "records": sum(len(find.records) for find in finds.values()),
+        "tests_head": ["cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures"],
+        "verdicts": [verdict_sentence(every, pair) for pair in PRIMARY_TESTS.values()],
+        "primary": [
+            (f"({letter}) {_minus(pair)}", rows(every, [pair])) for letter, pair in PRIMARY_TESTS.items()
+        ],
+        "secondary": [
+            row for pairs in (*([pair] for pair in SECONDARY), others) for row in rows(every, pairs)
+        ],
+        "arms_head": ["cell", "arm", *(of.title for of in MEASURES)],
+        "arms": [
+            [of.cell, f"`{arm}`", *(_mean(of.arms, arm, measure) for measure in MEASURES)]
+            for of in every
+            for arm in of.arms.records
+        ],
+        "tries": [
+            [of.cell, f"`{arm}`", _text(max(tried, key=tried.__getitem__)), _texts(tried)]
+            for of in every
+            for arm, tried in of.tried.items()
+        ],
+        "form": sizes.tries["spread"][0][0],
+        "form_rate": f"{sizes.forms['rate']:g}",
+        "forms_head": ["form", "weight", *sizes.forms["cells"], "mean"],
+        "forms": form_rows(sizes, finds),
+        "blocks": [_progress(sizes, finds, block) for block in sizes.blocks],
+        "made": conditions_texts(record for find in finds.values() for record in find.records.values()),
+    }
+
+
+def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
+    """Return in words where a difference is above 0, below it, and neither."""
+    cells_of: dict[str, list[str]] = {}
+    for (name, _), difference in family(every, [pair]).items():
+        cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
+    where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
+    return f"{_minus(pair)}: {where or 'no record yet'}."
+
+
+def _minus(pair: Pair) -> str:
+    return " minus ".join(f"`{arm}`" for arm in pair)
+
+
+def form_scores(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[tuple[str, float], list[float]]:
+    """Return the dev sides' R@10 of the forms by cell, of those that are tried in every cell."""
+    forms = sizes.forms
+    found: dict[tuple[str, float], list[float]] = {}
+    for arm, value in forms["tried"]:
+        try:
+            found[arm, value] = [
+                fmean(one.tuning_find.scores(PRIMARY)([
+                    dataclasses.replace(one.dev(arm, forms["rate"], value), seed=seed)
+                    for seed in forms["seeds"]
+                ]))
+                for one in cells(sizes, forms["cells"], finds)
+            ]  # fmt: skip
+        except MissingError:
+            continue
+    return found
+
+
+def form_rows(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> list[list[str]]:
+    """Return the rows of the forms' table."""
+    return [
+        [f"`{arm}`", f"{value:g}", *(f"{score:.1f}" for score in scores), f"{fmean(scores):.2f}"]
+        for (arm, value), scores in form_scores(sizes, finds).items()
+    ]
+
+
+def _mean(arms: Arms, arm: str, measure: Measure) -> str:
+    has = [*arms.records[arm].values()]
+    there = all(set(measure.path[1:]) <= record["metrics"].get(measure.path[0], {}).keys() for record in has)
+    return mean_text(arms.estimate(arm, measure), measure.digits) if there else "–"
+
+
+def _text(setting: Setting) -> str:
+    return f"{setting.arm} {setting.value:g} at {setting.lr:g}"
+
+
+def _texts(tried: Tried) -> str:
+    return "; ".join(f"{_text(one)}: {score:.1f}" for one, score in tried.items())
+
+
+def _progress(sizes: SimpleNamespace, finds: Mapping[str, Find], block: Mapping[str, Any]) -> list[str]:
+    """Return a block's cells, arms and seeds, and how many of its test trainings are there."""
+    split, there = block.get("split", 0), 0
+    for one in cells(sizes, block["cells"], finds):
+        for arm in block["arms"]:
+            try:
+                setting = one.test(arm, 0, split)
+            except MissingError:
+                continue
+            there += len(one.find.there(dataclasses.replace(setting, seed=seed) for seed in block["seeds"]))
+    planned = len(block["cells"]) * len(block["arms"]) * len(block["seeds"])
+    seeds = f"{min(block['seeds'])} to {max(block['seeds'])}"
+    where = f", split {split}" if split else ""
+    return [
+        ", ".join(block["cells"]) + where,
+        ", ".join(f"`{arm}`" for arm in block["arms"]),
+        seeds,
+        f"{there} of {planned}",
+    ]
+
+
+def study(_: str) -> Study:
+    """Return the study."""
+    return Study(
+        folder=_HERE,
+        setting=Setting,
+        plan="plan.yaml",
+        records={name: name for name in SETS},
+        data=data,
+        results=results,
+        report="spread",
+        ask=ask,
+        packages=("torch", "numpy", "scipy", "scikit-learn", "rankloss"),
+    )

@@ -1,0 +1,259 @@
+"""The study of the spread: its terms, its arms, its choices, and a report that is of its records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from types import SimpleNamespace as Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from studies.captions.data import SIDES, Source
+from studies.runner import load
+from studies.spread import study
+from studies.spread.data import Measured, of_class, sharing, vendor
+from studies.spread.terms import FORMS, SameTowerLoss, WithinModalities
+from studies.spread.train import ARMS, Setting, train
+
+import rankloss
+from batches import unit
+from made_up_records import made_up, record
+
+SIZES = load("spread").sizes("full")
+FORMS_OF_NUMPY = {
+    "std": lambda x: np.mean(np.std(x, axis=1)),
+    "variance": lambda x: np.mean(np.var(x, axis=1)) / 2,
+    "log-mean-exp": lambda x: np.mean(np.log(np.mean(np.exp(x), axis=1))),
+    "uniform": lambda x: np.mean(np.log(np.sum(np.exp(x), axis=1)) - np.mean(x, axis=1)),
+}
+
+
+def batch(n=9, d=6):
+    """Return the features of both modalities."""
+    return unit(n, d, seed=0), unit(n, d, seed=1)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_NUMPY)
+def test_a_term_is_its_form_of_the_similarities_to_the_others(form):
+    v, t = batch()
+    scale = torch.tensor(8.0, dtype=torch.float64)
+    values = []
+    for x in (v.numpy(), t.numpy()):
+        similarities = 8.0 * x @ x.T
+        rows = [np.delete(row, i) for i, row in enumerate(similarities)]
+        values.append(FORMS_OF_NUMPY[form](np.stack(rows)))
+    term = WithinModalities(form, 0.7)(v, t, scale) - rankloss.ClipLoss()(v, t, scale)
+    assert term.item() == pytest.approx(0.7 * np.mean(values), rel=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_constant_scale_has_the_gradient_of_the_base_alone(form):
+    gradients = []
+    for loss in (
+        WithinModalities(form, 0.7, is_scale_constant=True),
+        rankloss.ClipLoss(),
+        WithinModalities(form, 0.7),
+    ):
+        scale = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(0)
+        loss(*batch(), scale).backward()
+        gradients.append(scale.grad.item())
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-9)
+    assert abs(gradients[2] - gradients[1]) > 1e-4
+
+
+def test_a_target_drawn_at_each_step_is_uniform_in_the_mean():
+    torch.manual_seed(0)
+    x, scale = torch.randn(8, 7, dtype=torch.float64), torch.tensor(1.0)
+    drawn = torch.stack([FORMS["one-hot"](x, scale) for _ in range(4000)])
+    assert drawn.std() > 0.05
+    assert drawn.mean().item() == pytest.approx(FORMS["uniform"](x, scale).item(), abs=0.02)
+
+
+def test_same_tower_negatives_enter_clips_denominator():
+    v, t = (x.numpy() for x in batch())
+    expected = []
+    for x, z in ((v, t), (t, v)):
+        for i, row in enumerate(8 * x @ z.T):
+            own = np.delete(8 * x @ x.T, i, axis=1)[i]
+            expected.append(np.log(np.exp(row).sum() + 0.4 * np.exp(own).sum()) - row[i])
+    found = SameTowerLoss(0.4)(*batch(), torch.tensor(8.0, dtype=torch.float64))
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-7)
+
+
+def drawings(n=24):
+    """Return a source of random pictures, whose captions are of three words."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
+    captions = {side: [[f"a{i % 3} b{i % 5} c{i}"] for i in range(n)] for side in (*SIDES, "second")}
+    categories = {side: [[f"k{i % 3}"] for i in range(n)] for side in ("dev", "test")}
+    return Source(captions, lambda _: pictures, categories=categories)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A small data set whose encoders are made up."""
+    made = Measured(drawings(), tmp_path)
+    n = len(made.sides["train"].pictures)
+    made.teachers._made |= {
+        "efficientnet": unit(n, 10, seed=4, dtype=torch.float32),
+        "minilm": unit(n, 12, seed=5, dtype=torch.float32).unsqueeze(1),
+    }
+    return made
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_and_differs_from_clip(arm, data):
+    def trained(name, value):
+        setting = Setting(name, 1, "dev", 8, 2, 0.01, value)
+        return train(setting, data.sides["train"], data.teachers, data.words)
+
+    first = {name: value for of in SIZES.tries.values() for name, value in of}.get(arm, 5.0)
+    model, clips = trained(arm, first), trained("clip", 0.0)
+    assert all(of.isfinite().all() for of in model.parameters())
+    same = torch.equal(model.of_pictures[1].weight, clips.of_pictures[1].weight)
+    assert same is (arm == "clip")
+    if arm.endswith("-fixed"):
+        assert model.log_scale.exp().item() == pytest.approx(5.0)
+
+
+def test_one_space_gives_both_teachers_the_mean_of_both_similarities(data, monkeypatch):
+    seen = {}
+
+    class Kept(torch.nn.Module):
+        def forward(self, v, t, scale, **teachers):
+            seen.update(teachers)
+            return (v.sum() + t.sum()) * scale
+
+    monkeypatch.setitem(ARMS, "one-space", dataclasses.replace(ARMS["one-space"], loss=lambda _: Kept()))
+    train(Setting("one-space", 1, "dev", 24, 1, 0.01, 1.0), data.sides["train"], data.teachers, data.words)
+    images, texts = seen.values()
+    torch.testing.assert_close(images, texts)
+    similarities = {
+        x @ x.T for x in (data.teachers.rows("efficientnet"), data.teachers.rows("minilm").squeeze(1))
+    }
+    expected = sum(similarities) / 2
+    torch.testing.assert_close((images @ images.T).sort().values.sum(), expected.sort().values.sum())
+
+
+def test_a_test_of_icons_measures_the_second_side_too(data):
+    found = data.train(Setting("clip", 1, "test", 8, 1, 0.01, 0.0))["metrics"]
+    assert found["second"]["hits"]["pictures"] == 24
+    assert {"pictures R@1", "texts R@10"} <= found["within"].keys()
+    assert {"alignment", "texts' uniformity"} <= found["geometry"].keys()
+    assert "second" not in data.train(Setting("clip", 1, "dev", 8, 1, 0.01, 0.0))["metrics"]
+
+
+def test_recall_by_class_counts_neighbours_of_a_shared_class():
+    rng = np.random.default_rng(0)
+    classes = [tuple(f"k{c}" for c in rng.choice(6, rng.integers(0, 3), replace=False)) for _ in range(30)]
+    x = unit(30, 4, seed=3)
+    for k in (1, 5):
+        hits = []
+        for i, of in enumerate(classes):
+            right = [j for j in range(30) if j != i and set(of) & set(classes[j])]
+            nearest = sorted((j for j in range(30) if j != i), key=lambda j: -(x[i] @ x[j]).item())[:k]
+            if right:
+                hits.append(bool(set(nearest) & set(right)))
+        assert of_class(x, sharing(classes), k) == pytest.approx(100 * np.mean(hits))
+
+
+def test_a_vendors_concepts_are_on_one_side_only(tmp_path):
+    names = [f"{colour}-{thing}" for colour in ("red", "blue", "green") for thing in map(chr, range(97, 117))]
+    body = '<path d="M0 0h9v9z" fill="red"/>'
+    content = {
+        "info": {"name": "Made up"},
+        "icons": {name: {"body": body} for name in [*names, "red-a-outline"]},
+    }
+    tarball = tmp_path / "package.tgz"
+    with tarfile.open(tarball, "w:gz") as archive:
+        packed = json.dumps(content).encode()
+        member = tarfile.TarInfo("package/json/made-up.json")
+        member.size = len(packed)
+        archive.addfile(member, io.BytesIO(packed))
+    source = vendor(tarball, "made-up", 0)
+    captions = {side: {of[0] for of in texts} for side, texts in source.captions.items()}
+    assert sum(map(len, captions.values())) == len(set.union(*captions.values())) == len(names)
+    assert 5 < len(captions["test"]) < 30
+    assert all(len(of) == 1 for side in ("dev", "test") for of in source.captions[side])
+    assert len(source.pictures("test")) == len(source.captions["test"])
+    assert source.captions != vendor(tarball, "made-up", 1).captions
+    with pytest.raises(ValueError, match="no icon set 'absent'"):
+        vendor(tarball, "absent", 0)
+
+
+def records(gain, *, blocks, of_numbers=0.0):
+    """Return made-up records of the first blocks, where an arm is so many points above CLIP.
+
+    ``of_numbers`` is what its own number takes off.
+    """
+    sizes = Namespace(**{**vars(SIZES), "blocks": SIZES.blocks[:blocks]})
+
+    def score(one):
+        return (
+            30
+            + gain.get(one.arm, 0.0)
+            - abs(np.log2(one.lr / 0.008))
+            - of_numbers * np.log2(1 + 10 * one.value)
+        )
+
+    return sizes, made_up(study.ask, sizes, study.SETS, score)
+
+
+def test_every_arm_has_as_many_tries_and_its_best_is_tested():
+    assert {len(of) for of in SIZES.tries.values()} == {3}
+    sizes, finds = records({}, blocks=2, of_numbers=3.0)
+    for one in study.by_cell(sizes, finds):
+        assert {len(tried) for tried in one.tried.values()} == {len(SIZES.rates) + 2}
+        for arm, of in one.settings.items():
+            assert (of.lr, of.value) == (0.008, min(value for _, value in SIZES.tries[arm]))
+    tested = [one for find in finds.values() for one in find.records if one.side == "test"]
+    assert len(tested) == 2 * 4 * 4
+    tuned = {one.seed for find in finds.values() for one in find.records if one.side == "dev"}
+    assert tuned.isdisjoint(one.seed for one in tested)
+
+
+def test_a_family_is_of_the_cells_that_have_records():
+    sizes, finds = records({"std": 4.0, "rankclip": 1.0, "rankclip-spread": 4.0}, blocks=3)
+    for find in finds.values():
+        for of in find.records.values():
+            of["metrics"]["within"] = {"texts R@1": 1.0}
+    found = study.results(sizes, finds)
+    cells = ["emojis-250", "icons-64", "photographs-64"]
+    families = [of for _, of in found["primary"]]
+    assert [[row[0] for row in of] for of in families] == [cells, cells, cells, [], []]
+    assert [[row[6] for row in of] for of in families[:2]] == [["▲"] * 3, ["▼"] * 3]
+    assert all(abs(float(row[3].split(" ")[0].replace("−", "-"))) < 0.5 for row in families[2])
+    gained, *_, last = found["verdicts"]
+    assert gained == f"`spread` minus `clip`: above 0 on {', '.join(cells)}."
+    assert last == "`encoders` minus `encoders-shuffled`: no record yet."
+    assert all(row[3] == "16 of 16" for row in found["blocks"])
+
+
+def test_the_second_thousand_of_icons_is_a_cell_of_its_own():
+    sizes, finds = records({"std": 4.0}, blocks=2)
+    rng = np.random.default_rng(0)
+    for one, of in finds["icons"].records.items():
+        if one.side == "test":
+            of["metrics"]["second"] = record(20.0 + 2 * (one.arm == "std") + rng.normal(0, 0.1), rng)[
+                "metrics"
+            ]
+    found = study.results(sizes, finds)
+    gains = {row[0]: float(row[3].split(" ")[0]) for row in found["primary"][0][1]}
+    assert gains["icons-64, second"] == pytest.approx(2.0, abs=0.3)
+    assert gains["icons-64"] == pytest.approx(4.0, abs=0.6)
+
+
+def test_the_vendors_drawings_have_the_settings_of_emojis():
+    _, finds = records({}, blocks=4)
+    emojis, vendors = (
+        {one.arm: (one.lr, one.value) for one in finds[name].records if one.side == "test"}
+        for name in ("emojis", "vendor")
+    )
+    assert vendors == emojis
+    assert {one.side for one in finds["vendor"].records} == {"test"}
+    assert {one.epochs for one in finds["vendor"].records} == {60}
