@@ -27,6 +27,13 @@ def collate_fn(examples: list[dict[str, torch.Tensor]]) -> dict[str, object]:
 
 
 class OwnLoss(Trainer):
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, object], *_: object, **__: object
+    ) -> object:
+        return model(**inputs).loss
+
+
+class WrappedLoss(Trainer):
     def compute_loss(self, *args: object, **kwargs: object) -> object:
         return super().compute_loss(*args, **kwargs)
 
@@ -63,7 +70,13 @@ def main() -> None:
         model(**collate_fn([Pairs(4)[i] for i in range(4)]))["loss"].backward()
         optimizer.step()
         raise AssertionError("an optimizer took a step")
-    trainers = {"Trainer": Trainer, "OwnLoss": OwnLoss, "OwnStep": OwnStep, "Derived": Derived}
+    trainers = {
+        "Trainer": Trainer,
+        "OwnLoss": OwnLoss,
+        "WrappedLoss": WrappedLoss,
+        "OwnStep": OwnStep,
+        "Derived": Derived,
+    }
     trainer = trainers[model_args.trainer](
         model=model,
         args=training_args,

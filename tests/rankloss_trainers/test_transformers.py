@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss_trainers import catalog
+from rankloss_trainers.command_line import LossArguments
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale
 
@@ -414,6 +417,60 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, given: Any, message: 
     """Before the training, or by its data at the first step."""
     with pytest.raises(ValueError, match=message):
         train(tmp_path, **{"loss": "rankclip", "max_steps": 2, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_options", {"lambda_in": 2.0}),
+        ("teacher", "given"),
+        ("schedule_unit", "step"),
+        ("agreement_every", 3),
+    ],
+)
+def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    """The choice has its own, and these would be dropped."""
+    parser = argparse.ArgumentParser()
+    losses = LossArguments(parser, ["rankclip"])
+    choice = losses.chosen(parser.parse_args(["--loss", "rankclip"]))
+    with pytest.raises(
+        TypeError, match=f"choice, which has its own {name}; got {name}={re.escape(repr(value))}"
+    ):
+        trainer(tmp_path, **{"loss": choice, "loss_options": None, name: value})
+    trainer(tmp_path, loss=choice, loss_options=None)
+
+
+class OwnLoss(transformers.Trainer):
+    """A Trainer with a loss of its own."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        return model(**inputs).logits_per_image.square().mean()
+
+
+def test_a_trainers_own_loss_is_neither_lost_nor_trained_in_place_of_the_named_one(tmp_path: Path) -> None:
+    class Lost(ContrastiveTrainer, OwnLoss):
+        pass
+
+    class Reversed(OwnLoss, ContrastiveTrainer):
+        pass
+
+    class Doubled(ContrastiveTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    given = {"args": arguments(tmp_path, max_steps=1, **SGD), "train_dataset": Pairs(8)}
+    with pytest.raises(TypeError, match=r"OwnLoss\.compute_loss would be replaced .*super\(\)\.compute_loss"):
+        Lost(model=clip(), **given)
+    reverse = Reversed(model=(model := clip()), **given)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"loss rankclip was not used: Reversed .*compute_loss"):
+        reverse.train()
+    assert torch.equal(weights(model), before)
+    doubled = Doubled(model=clip(), **given)
+    doubled.train()
+    single = ContrastiveTrainer(model=clip(), **given)
+    single.train()
+    assert column(doubled, "loss") == pytest.approx([2 * x for x in column(single, "loss")], rel=1e-5)
 
 
 def test_scale_is_the_multiplier() -> None:

@@ -94,8 +94,8 @@ def test_script_trains_with_the_loss_and_evaluates_without(tmp_path: Path, here:
     [
         (("--trainer", "none"), SystemExit, "--loss rankclip"),
         (("--trainer", "loop"), RuntimeError, "--loss rankclip"),
-        (("--trainer", "OwnLoss"), TypeError, "OwnLoss"),
-        (("--trainer", "OwnStep"), RuntimeError, "--loss rankclip.*compute_loss"),
+        (("--trainer", "OwnLoss"), RuntimeError, "loss rankclip was not used: OwnLoss .*compute_loss"),
+        (("--trainer", "OwnStep"), RuntimeError, "loss rankclip was not used: OwnStep .*compute_loss"),
         (("--kind", "other"), ValueError, "Classifier.*logit_scale"),
     ],
 )
@@ -104,6 +104,13 @@ def test_script_that_would_train_something_else_fails(
 ) -> None:
     with pytest.raises(error, match=message):
         here(tmp_path, "--loss", "rankclip", *argv)
+
+
+def test_own_compute_loss_that_calls_the_trainers_is_trained(
+    tmp_path: Path, here: Callable[..., Path]
+) -> None:
+    directory = here(tmp_path, "--loss", "rankclip", "--trainer", "WrappedLoss", max_steps=1)
+    assert history(directory)[0].keys() >= {*TERMS}
 
 
 def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(

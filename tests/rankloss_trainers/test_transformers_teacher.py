@@ -194,6 +194,19 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     assert len(loaded) == 1
 
 
+def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
+    words = ["apple pie", "apple tree", "old tree", "old pie", "pear"]
+    captions = [words[row % len(words)] for row in range(ROWS)]
+    data = captioned().remove_columns("caption").add_column("caption", captions)
+    train(tmp_path / "run", pairs=joined(data), loss="rankclip-in", teacher="captions:2", max_steps=1, **SGD)
+    (folder,) = (tmp_path / "teachers").glob("*/folder.json")
+    assert folder.is_file()
+    assert not list((tmp_path / "run").rglob("folder.json"))
+
+
 # --- ids of pairs ---------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def _losses(argv: list[str]) -> LossArguments:
 
 
 class Attached:
-    """Replaces ``transformers.Trainer`` once it is loaded, and stops a script that trains without it.
+    """Replaces ``transformers.Trainer`` once it is loaded, and stops a script that trains without one.
 
     Args:
         run: The losses, a :class:`~rankloss_trainers.runtime.Runtime`.
@@ -98,7 +98,6 @@ class Attached:
 
         self.run = run
         self.built: list[Any] = []
-        self.used: set[Any] = set()
         self.missed = f"--loss {run.name} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
         register_optimizer_step_pre_hook(self._guard)
@@ -107,13 +106,9 @@ class Attached:
         """The losses for a Trainer; each but the first gets losses of its own."""
         return self.run if not self.built else _built(self.run.losses, self.run.options)
 
-    def _guard(self, optimizer: Any, *_: Any) -> None:
+    def _guard(self, *_: Any) -> None:
         if not self.built:
             raise RuntimeError(self.missed)
-        for trainer in self.built:
-            own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # within accelerate's
-            if own is optimizer and trainer.loss_runtime not in self.used:
-                raise RuntimeError(f"{self.missed} that computes its loss by compute_loss")
 
     def replace(self, module: ModuleType) -> None:
         """Put a ContrastiveTrainer in the place of ``module.Trainer``."""
@@ -123,12 +118,8 @@ class Attached:
 
         class Trainer(ContrastiveTrainer):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
-                if type(self).compute_loss is not ContrastiveTrainer.compute_loss:
-                    text = "which --loss would not reach; derive it from ContrastiveTrainer"
-                    raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
                 super().__init__(*args, loss=attached.take(), **kwargs)
                 attached.built.append(self)
-                self.loss_runtime.register_forward_pre_hook(lambda run, _: attached.used.add(run))
 
         Trainer.__module__, Trainer.__qualname__ = former.__module__, former.__qualname__
         sys.modules["transformers"].Trainer = module.Trainer = Trainer  # type: ignore[attr-defined]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -37,7 +37,9 @@ _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the s
 class ContrastiveTrainer(transformers.Trainer):
     """``transformers.Trainer`` with a loss of rankloss's catalogue.
 
-    For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``.
+    For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``. A
+    ``compute_loss`` of one's own belongs into ``Mine`` and calls ``super().compute_loss``. A training that
+    never does so ends before its first step.
 
     - λ follows the optimizer steps, ``global_step`` of ``max_steps``, in a run of fewer than ten epochs or of
       unknown length, else the epochs, and is right after a resume. The state of a loss is in the checkpoints.
@@ -76,7 +78,9 @@ class ContrastiveTrainer(transformers.Trainer):
         **kwargs: Keywords of the Trainer.
 
     Raises:
-        TypeError: for an option that the loss does not have, and for ``loss_options`` beside a module.
+        TypeError: for an option that the loss does not have, for ``loss_options`` beside a module or any
+            option beside a choice of a command line, and for a ``compute_loss`` of a class behind this one,
+            which would never be called.
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
             scale, a loss with parameters, which the Trainer's optimizer does not know, or one that needs
@@ -102,6 +106,9 @@ class ContrastiveTrainer(transformers.Trainer):
         mini_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        self._refuse_lost_losses()
+        if isinstance(loss, (Runtime, Choice)):
+            _refuse_options_beside_a_choice(loss_options, teacher, schedule_unit, agreement_every)
         super().__init__(*args, **kwargs)
         self.mini_batch_size = mini_batch_size
         if mini_batch_size is not None:
@@ -127,6 +134,7 @@ class ContrastiveTrainer(transformers.Trainer):
         self._compute_teacher()
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
+        self._has_trained_loss = False
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
             graded_lists.check_run(self.loss_runtime)
@@ -144,7 +152,8 @@ class ContrastiveTrainer(transformers.Trainer):
         from rankloss_features import caching
 
         data = caching.of_dataset(self.train_dataset, spec)
-        place = os.path.join(self.args.output_dir or ".", "teachers")
+        # Beside the output, which push_to_hub uploads.
+        place = Path(self.args.output_dir or ".").absolute().parent / "teachers"
         folder = caching.cached(spec, data, place, self.args.device)
         self.loss_runtime.open_folder(folder)
         self.train_dataset = bind(self.train_dataset, folder)
@@ -181,6 +190,7 @@ class ContrastiveTrainer(transformers.Trainer):
     ) -> Any:
         """The loss of a batch; without gradients, as in evaluation, the base loss, or that of its lists."""
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
+        self._has_trained_loss |= trains
         outputs, entries = (self._of_lists if self.loss_runtime.takes_lists else self._of_pairs)(
             model, inputs
         )
@@ -235,6 +245,25 @@ class ContrastiveTrainer(transformers.Trainer):
             states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
         super()._save_checkpoint(*args, **kwargs)
 
+    def _refuse_lost_losses(self) -> None:
+        """Raise a TypeError if a Trainer behind this class computes a loss that would never be called."""
+        classes = type(self).__mro__
+        behind = classes[classes.index(ContrastiveTrainer) + 1 : classes.index(transformers.Trainer)]
+        for each in behind:
+            if "compute_loss" in vars(each):
+                raise TypeError(
+                    f"{each.__name__}.compute_loss would be replaced by ContrastiveTrainer's: leave it out "
+                    f"of {each.__name__}, or move it to {type(self).__name__} and call super().compute_loss"
+                )
+
+    def check_loss_is_trained(self) -> None:
+        """Raise a RuntimeError before an optimizer step whose gradients are of another loss."""
+        if not self._has_trained_loss:
+            raise RuntimeError(
+                f"loss {self.loss_runtime.name} was not used: {type(self).__name__} trains without calling "
+                "ContrastiveTrainer.compute_loss"
+            )
+
     def _refuse_other_trainings(self) -> None:
         """Raise a ValueError for a set-up that would train another loss, or a loss of fewer pairs."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -273,7 +302,32 @@ class _Progress(Progress):
         found = state.stateful_callbacks.get(_STATE) if resumes else None
         run.restore(found, warn=resumes and state.is_world_process_zero)
         self.trainer._sums.clear()
+        self.trainer._has_trained_loss = False
         super().on_train_begin(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Stop a training of another loss before its first step."""
+        self.trainer.check_loss_is_trained()
+
+
+def _refuse_options_beside_a_choice(
+    loss_options: Mapping[str, Any] | None,
+    teacher: str | None,
+    schedule_unit: str,
+    agreement_every: int | None,
+) -> None:
+    """Raise a TypeError for an option that would be dropped, since a command line's choice has its own."""
+    options = {
+        "loss_options": (loss_options, None),
+        "teacher": (teacher, None),
+        "schedule_unit": (schedule_unit, "auto"),
+        "agreement_every": (agreement_every, None),
+    }
+    for name, (value, default) in options.items():
+        if value != default:
+            raise TypeError(
+                f"loss is a command line's choice, which has its own {name}; got {name}={value!r}"
+            )
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer
