@@ -6,7 +6,6 @@ import argparse
 import bisect
 import functools
 import hashlib
-import io
 import itertools
 import os
 import tarfile
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+from rankloss_features import opening
 from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
@@ -162,7 +162,7 @@ class Table:
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
         # A CSV file is open_clip's, which leaves the camera's orientation as it is.
-        opened = _opened if self.about.get("kind") == "csv" else _decoded
+        opened = opening.picture if self.about.get("kind") == "csv" else _decoded
         for first, last in spans:
             block = self.dataset[first:last]
             pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
@@ -249,7 +249,8 @@ class Shards:
         for first, last in spans:
             batch = enumerate(itertools.islice(samples, first - row, last - row), first)
             yield [
-                Sample(i, key, caption, partial(_opened, image), image) for i, (caption, key, image) in batch
+                Sample(i, key, caption, partial(opening.picture, image), image)
+                for i, (caption, key, image) in batch
             ]
             row = last
 
@@ -270,17 +271,14 @@ def _beginning(path: str) -> bytes:
         return file.read(2**20)
 
 
-def _opened(picture: bytes | str) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture).convert("RGB")
-
-
 def _decoded(picture: bytes | str) -> Any:
-    import datasets
+    """A picture as datasets decodes it: fetched if it is a URL, and upright."""
+    if isinstance(picture, str) and "://" in picture:
+        import fsspec
 
-    both = {"path": picture, "bytes": None} if isinstance(picture, str) else {"path": None, "bytes": picture}
-    return datasets.Image().decode_example(both).convert("RGB")
+        with fsspec.open(picture) as file:
+            picture = file.read()
+    return opening.picture(picture, upright=True)
 
 
 def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:
@@ -348,8 +346,7 @@ def open_data(args: Any) -> Data:
     if kind == "csv":
         keys = {"--csv-img-key": args.csv_img_key, "--csv-caption-key": args.csv_caption_key}
         return Table(_csv(path, args.csv_separator, keys), *keys.values(), kind=kind, data=path)
-    saved = any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
-    dataset = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):
         if args.split not in dataset:
             raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")

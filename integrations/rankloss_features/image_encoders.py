@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rankloss_features import packages
+from rankloss_features import opening, packages
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Teacher, hash_of_weights, image_encoder
 from rankloss_features.weights import SUFFIXES, fill, untrained
@@ -94,12 +94,10 @@ def _package(name: str, weights: str | None, device: torch.device) -> Loaded:  #
 
 
 def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
-    import timm
-
     folder = name.removeprefix("local-dir:")
     if os.path.isdir(folder):
         name, weights = f"local-dir:{folder}", weights or folder
-    model: Any = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    model = opening.timm_model(name, pretrained=weights is None, num_classes=0)
     if weights is not None:
         fill(model, weights)
     return _of_timm(model, device)
@@ -119,11 +117,8 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
 
     The first token stands for a pooler that the weights do not have.
     """
-    from transformers import AutoImageProcessor, AutoModel
-
-    safe = {"trust_remote_code": False}
-    processor = AutoImageProcessor.from_pretrained(name, **safe)  # type: ignore[no-untyped-call]
-    model, info = AutoModel.from_pretrained(name, output_loading_info=True, weights_only=True, **safe)
+    processor = opening.image_processor(name)
+    model, info = opening.transformers_model(name)
     has_pooler = untrained(info, name)
     model = model.float().to(device).eval()
     encode = partial(_vectors, model, has_pooler)

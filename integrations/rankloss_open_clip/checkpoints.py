@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import torch
 
 from rankloss_trainers.runtime import Runtime

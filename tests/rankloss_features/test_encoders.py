@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from timm.models import save_for_hf
-from tiny_teacher import CLIP_CONFIG, WORDS, picture
+from tiny_teacher import WORDS, picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -39,8 +37,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from rankloss_features import image_encoders, packages, sources, text_encoders
-from rankloss_features.command import _parser
+from rankloss_features import image_encoders, packages, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.teachers import Teacher
 from untrusted import Pickled
@@ -303,50 +300,6 @@ def test_a_misspelt_text_encoder_is_named() -> None:
 
 
 # --- no code is run -------------------------------------------------------------------------------------
-
-
-def described(folder: Path, made: Path) -> Path:
-    """A folder in the forms of open_clip, transformers and sentence-transformers, with code of its own."""
-    folder.mkdir()
-    (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
-    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoImageProcessor": "code.Processor"}
-    entries = {
-        "open_clip_config.json": {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}},
-        "config.json": {"model_type": "unheard-of", "auto_map": auto},
-        "preprocessor_config.json": {"auto_map": auto},
-        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "code.Module"}],
-    }
-    for name, content in entries.items():
-        (folder / name).write_text(json.dumps(content))
-    for name in ("open_clip_pytorch_model.bin", "pytorch_model.bin", "weights.pth"):
-        torch.save(Pickled(made), folder / name)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--image-encoder test_vit --image-weights {folder}/weights.pth",
-        "--model local-dir:{folder}",
-        "--model tiny --pretrained {folder}/weights.pth",
-        "--text-encoder {folder}",
-        "--image-encoder {folder}",
-        "--text-encoder {plain}",
-    ],
-)
-def test_code_in_weights_and_folders_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for loads that do not say what they are
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP_CONFIG)
-    made, folder, plain = (tmp_path / name for name in ("made", "folder", "plain"))
-    described(folder, made)
-    (described(plain, made) / "modules.json").unlink()
-    args = _parser().parse_args(["--output", "x", *options.format(folder=folder, plain=plain).split()])
-    with pytest.raises(ValueError, match=f"^{options.split()[0]} "):
-        sources.load(sources.given(args), args, torch.device("cpu"))
-    assert not made.exists()
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "minilm"])

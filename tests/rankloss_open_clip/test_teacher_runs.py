@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 from open_clip_train.params import parse_args
+from safetensors.torch import save_file
 from teacher_features import TEACHER, student, unit_rows
 from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 
@@ -19,6 +21,7 @@ from rankloss_features.folder import NAMES
 from rankloss_open_clip.training import run_of
 from rankloss_trainers import console
 from stored_features import stored
+from untrusted import bring_tokenizer, trust_tokenizer
 
 OPTION = "--loss-teacher"
 WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
@@ -140,3 +143,17 @@ def test_a_teachers_data_are_opened_once(
     run.compute_teacher()
     assert run.features is not None
     assert len(opened) == 1
+
+
+def test_code_beside_a_teachers_weights_is_not_run(trainer: Trainer, tmp_path: Path) -> None:
+    own, made = tmp_path / "own", tmp_path / "made"
+    shutil.copytree(trainer.directory / "tiny", own)
+    save_file(open_clip.create_model(f"local-dir:{own}").state_dict(), own / "open_clip_model.safetensors")
+    bring_tokenizer(own, made)
+    trust_tokenizer(own, str(own))
+    args = trainer.arguments("brought", "--loss", "mimicry", OPTION, f"local-dir:{own}")
+    args[args.index("--logs") + 1] = str(tmp_path)
+    run = run_of(parse_args(args))
+    with pytest.raises(ValueError, match=rf"local-dir:{own}: .* needs code of its own, code\.py"):
+        run.compute_teacher()
+    assert not made.exists()

@@ -1,0 +1,212 @@
+"""Opens models, tokenizers, data sets and pictures that others made, and runs none of their code.
+
+Files of a model can ask for more than to be read. ``auto_map`` names Python beside the weights,
+``tokenizer_kwargs`` and ``model_args`` set the very options of a call that would refuse it, a pickle names
+any function. So the options of a call are not enough, and open_clip's text towers have none: within
+:func:`without_code` the functions of torch and transformers that run such code refuse it, whatever the files
+say.
+
+All of ``rankloss_features`` opens such files here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_LOCK = threading.RLock()  # the functions are replaced in the whole process
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """A context in which no library runs code of the files that it opens.
+
+    ``torch.load`` reads weights alone, and archives of TorchScript are refused. transformers refuses Python
+    beside weights, without a question, and kernels of a hub.
+
+    Raises:
+        ValueError: Within the context, a file needs code of its own.
+    """
+    with _LOCK:
+        replaced = [(module, name, getattr(module, name), new) for module, name, new in _replacements()]
+        try:
+            for module, name, _, new in replaced:
+                setattr(module, name, new)
+            yield
+        finally:
+            for module, name, original, _ in replaced:
+                setattr(module, name, original)
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any]]:
+    """The module, the name and the replacement of each function that runs code of files."""
+    yield torch, "load", partial(_load_weights, torch.load)
+    yield torch.jit, "load", _refuse_archive
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from transformers import dynamic_module_utils
+    from transformers.integrations import hub_kernels
+
+    yield dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0  # of the question
+    yield dynamic_module_utils, "get_cached_module_file", _refuse_module
+    if hasattr(hub_kernels, "get_kernel"):
+        yield hub_kernels, "get_kernel", _refuse_kernel
+
+
+def _load_weights(
+    load: Callable[..., Any], file: Any, *args: Any, weights_only: bool | None = None, **options: Any
+) -> Any:
+    del weights_only  # a file may have set it
+    return load(file, *args, weights_only=True, **options)
+
+
+def _refuse_archive(file: Any, *_: Any, **__: Any) -> None:
+    raise ValueError(f"{file} is an archive of TorchScript, which is code and is not run: give weights")
+
+
+def _refuse_module(folder: Any, file: str, *_: Any, **__: Any) -> None:
+    raise ValueError(f"{folder} needs code of its own, {file}, which is not run")
+
+
+def _refuse_kernel(name: str, *_: Any, **__: Any) -> None:
+    raise ValueError(f"the model asks for the kernel {name}, which is code of a hub and is not run")
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def open_clip_model(name: str, pretrained: str | None, device: torch.device) -> tuple[Any, Any, Any]:
+    """A model of open_clip with its weights, the transform of a picture, and the tokenizer.
+
+    Args:
+        name: As ``--model`` has it, also ``local-dir:…`` and ``hf-hub:…``.
+        pretrained: A tag or a file of weights; None for the latter two.
+        device: The device that it computes on.
+
+    Raises:
+        ValueError: It needs code of its own.
+        RuntimeError: It has no weights.
+    """
+    import open_clip
+
+    with without_code():
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained, device=device, require_pretrained=True, weights_only=True
+        )
+        return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+def timm_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
+    """A model of timm, also ``local-dir:…`` and ``hf-hub:…``, with the hub's weights if it is pretrained."""
+    import timm
+
+    with without_code():
+        return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def timm_weights(file: str | Path) -> dict[str, Any]:
+    """The weights in a file, in the layouts that timm reads."""
+    from timm.models import load_state_dict
+
+    with without_code():
+        return dict(load_state_dict(str(file), weights_only=True))
+
+
+def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[str], list[str]]:
+    """Load the weights in a file into a model of timm; the keys that are missing, and those left over.
+
+    Args:
+        model: The model.
+        file: The file.
+        convert: timm's conversion of the weights that the model's authors published, or None.
+    """
+    from timm.models import load_checkpoint
+
+    with without_code():
+        missing, unexpected = load_checkpoint(model, file, strict=False, filter_fn=convert, weights_only=True)
+    return missing, unexpected
+
+
+def transformers_model(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers, by its folder or its name on a hub, and the report of its weights.
+
+    Raises:
+        ValueError: It needs code of its own.
+    """
+    from transformers import AutoModel
+
+    with without_code():
+        model, info = AutoModel.from_pretrained(
+            name, output_loading_info=True, weights_only=True, trust_remote_code=False
+        )
+        return model, info
+
+
+def image_processor(name: str) -> Any:
+    """The image processor of a model of transformers.
+
+    Raises:
+        ValueError: It needs code of its own.
+    """
+    from transformers import AutoImageProcessor
+
+    with without_code():
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
+
+
+def sentence_transformers_model(name: str, device: torch.device) -> Any:
+    """A model of sentence-transformers, by its folder or its name on a hub.
+
+    Raises:
+        ValueError: It needs code of its own.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    modules = Path(name, "modules.json")
+    if modules.is_file():
+        kinds = [str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
+        foreign = [kind for kind in kinds if not kind.startswith("sentence_transformers.")]
+        if foreign:
+            raise ValueError(f"{modules} names code that is not sentence-transformers', {foreign[0]!r}")
+    with without_code():
+        return SentenceTransformer(name, device=str(device), trust_remote_code=False)
+
+
+# --- data -----------------------------------------------------------------------------------------------
+
+
+def dataset(path: str) -> Any:
+    """The ``datasets.Dataset`` or ``DatasetDict`` of a folder: one that was saved, or files of data.
+
+    Raises:
+        ValueError: It needs code of its own.
+    """
+    import datasets
+
+    saved = any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
+    with without_code():
+        return datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+
+
+def picture(source: bytes | str, *, upright: bool = False) -> Any:
+    """A picture in RGB.
+
+    Args:
+        source: Its file, or the bytes of one.
+        upright: True to turn it as the camera was held.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")

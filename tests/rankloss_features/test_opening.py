@@ -1,0 +1,316 @@
+"""No code that a file brings is run, in any kind of model or data, from a folder or a hub's cache."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from tiny_teacher import CLIP_CONFIG, WORDS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers.integrations import hub_kernels
+
+from rankloss_features import opening, sources
+from rankloss_features.command import _parser
+from untrusted import Pickled, bring_tokenizer, edit, trust_tokenizer
+
+FEATURES = Path(opening.__file__).parent
+TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+ST = "sentence_transformers.models"
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": f"{ST}.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{ST}.Pooling"},
+]
+
+
+# --- folders that bring code ------------------------------------------------------------------------------
+#
+# Each function completes a folder with `code.py`, which makes a folder `made` where it is imported.
+
+
+def open_clip_weights(folder: Path, made: Path) -> None:
+    edit(folder / "open_clip_config.json", model_cfg=CLIP_CONFIG, preprocess_cfg={})
+    torch.save(Pickled(made), folder / "open_clip_pytorch_model.bin")
+
+
+def open_clip_tokenizer(folder: Path, made: Path) -> None:
+    edit(folder / "open_clip_config.json", model_cfg=CLIP_CONFIG, preprocess_cfg={})
+    model = open_clip.create_model(f"local-dir:{folder}")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors", {"format": "pt"})
+    bring_tokenizer(folder, made)
+    trust_tokenizer(folder, str(folder))
+
+
+def open_clip_tokenizer_elsewhere(folder: Path, made: Path) -> None:
+    """From a hub, the tokenizer is another model's."""
+    open_clip_tokenizer(folder, made)
+    trust_tokenizer(folder, "org/text-tokenizer")
+
+
+def open_clip_text_tower(folder: Path, made: Path) -> None:
+    """The configuration of a text tower of transformers, for which open_clip passes no option."""
+    open_clip_tokenizer(folder, made)
+    tower = {"hf_model_name": str(folder), "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    edit(folder / "open_clip_config.json", model_cfg={**CLIP_CONFIG, "text_cfg": tower})
+    edit(folder / "config.json", model_type="unheard-of", auto_map={"AutoConfig": "code.Config"})
+
+
+def timm_weights(folder: Path, made: Path) -> None:
+    save_for_hf(timm.create_model("test_vit"), folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save(Pickled(made), folder / "pytorch_model.bin")
+
+
+def image_model(folder: Path, made: Path) -> None:
+    image_processor(folder, made)
+    edit(folder / "preprocessor_config.json", image_processor_type="ViTImageProcessor", auto_map={})
+    classes = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    edit(folder / "config.json", model_type="unheard-of", auto_map=classes)
+
+
+def image_processor(folder: Path, made: Path) -> None:
+    ViTModel(ViTConfig(**TOWER, image_size=32, patch_size=16)).save_pretrained(folder)
+    classes = {"AutoImageProcessor": "code.Processor", "AutoProcessor": "code.Processor"}
+    edit(folder / "preprocessor_config.json", image_processor_type="Theirs", auto_map=classes)
+
+
+def image_weights(folder: Path, made: Path) -> None:
+    image_processor(folder, made)
+    edit(folder / "preprocessor_config.json", image_processor_type="ViTImageProcessor", auto_map={})
+    pickled_weights(folder, made)
+
+
+def pickled_weights(folder: Path, made: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(Pickled(made), folder / "pytorch_model.bin")
+
+
+def text_model(folder: Path, made: Path) -> None:
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_max_length": 16}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    BertModel(BertConfig(**TOWER, vocab_size=len(words))).save_pretrained(folder)
+    classes = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    edit(folder / "config.json", model_type="unheard-of", auto_map=classes)
+
+
+def text_tokenizer(folder: Path, made: Path) -> None:
+    text_model(folder, made)
+    edit(folder / "config.json", model_type="bert", auto_map={})
+    bring_tokenizer(folder, made)
+
+
+def sentence_model(folder: Path, made: Path) -> None:
+    """The options of the folder's own configuration trust code and pickles."""
+    text_model(folder, made)
+    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "1_Pooling").mkdir()
+    edit(folder / "1_Pooling/config.json", word_embedding_dimension=16, pooling_mode_mean_tokens=True)
+    trusting = {"trust_remote_code": True, "weights_only": False, "use_safetensors": False}
+    options = dict.fromkeys(("model_args", "tokenizer_args", "config_args"), trusting)
+    edit(folder / "sentence_bert_config.json", max_seq_length=16, **options)
+
+
+def sentence_weights(folder: Path, made: Path) -> None:
+    sentence_model(folder, made)
+    edit(folder / "config.json", model_type="bert", auto_map={})
+    options = {"model_args": {"weights_only": False}, "tokenizer_args": {}, "config_args": {}}
+    edit(folder / "sentence_bert_config.json", **options)
+    pickled_weights(folder, made)
+
+
+def sentence_module(folder: Path, made: Path) -> None:
+    sentence_weights(folder, made)
+    (folder / "modules.json").write_text(json.dumps([{**MODULES[0], "type": "code.Module"}]))
+
+
+# --- every kind of model, from folders and from a hub's cache -----------------------------------------------
+
+KINDS: dict[Callable[[Path, Path], None], tuple[str, str, str | None]] = {
+    open_clip_weights: ("--model local-dir:", "--model hf-hub:", "Weights only load failed"),
+    open_clip_tokenizer: ("--model local-dir:", "--model hf-hub:", "needs code of its own, code.py"),
+    open_clip_tokenizer_elsewhere: (
+        "--model local-dir:",
+        "--model hf-hub:",
+        "needs code of its own, code.py",
+    ),
+    open_clip_text_tower: ("--model local-dir:", "--model hf-hub:", "requires you to execute custom code"),
+    timm_weights: ("--image-encoder local-dir:", "--image-encoder hf-hub:", "weights_only=True blocked"),
+    image_model: ("--image-encoder ", "--image-encoder ", "contains custom code"),
+    image_processor: ("--image-encoder ", "--image-encoder ", "contains custom code"),
+    image_weights: ("--image-encoder ", "--image-encoder ", "Weights only load failed"),
+    text_model: ("--text-encoder ", "--text-encoder ", "contains custom code"),
+    text_tokenizer: ("--text-encoder ", "--text-encoder ", None),
+    sentence_model: ("--text-encoder ", "--text-encoder ", "contains custom code"),
+    sentence_weights: ("--text-encoder ", "--text-encoder ", "Weights only load failed"),
+    sentence_module: ("--text-encoder ", "--text-encoder ", "code.Module"),
+}
+"""The options of a folder and of a hub's model, and the refusal's words; None if it opens without it."""
+
+WITHOUT_GUARD = (open_clip_tokenizer, open_clip_tokenizer_elsewhere)
+OPENED = """
+import contextlib, json, sys, torch
+from rankloss_features import opening, sources
+from rankloss_features.command import _parser
+
+def error_of(line):
+    args = _parser().parse_args(["--output", "x", *line.split()])
+    try:
+        sources.load(sources.given(args), args, torch.device("cpu"))
+    except ValueError as error:
+        return " ".join(str(error).split())
+
+guarded, unguarded = json.load(sys.stdin)
+errors = {line: error_of(line) for line in guarded}
+opening.without_code = contextlib.nullcontext
+for line in unguarded:
+    error_of(line)
+print(json.dumps(errors))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("brought")
+
+
+@pytest.fixture(scope="module")
+def errors(place: Path) -> dict[str, str | None]:
+    """The errors of a process that opens every kind, by the options; then some kinds without the guard."""
+    guarded, unguarded = [], []
+    for kind, (of_folder, of_hub, _) in KINDS.items():
+        for group in ("guarded", "unguarded")[: 1 + (kind in WITHOUT_GUARD)]:
+            name = kind.__name__.replace("_", "-") + ("-alone" if group == "unguarded" else "")
+            folder = place / group / name
+            folder.mkdir(parents=True)
+            made = place / f"made by {group} {kind.__name__}"
+            (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+            kind(folder, made)
+            cached = place / f"home/hub/models--org--{name}"
+            shutil.copytree(folder, cached / "snapshots" / COMMIT)
+            (cached / "refs").mkdir()
+            (cached / "refs/main").write_text(COMMIT)
+            lines = guarded if group == "guarded" else unguarded
+            lines += [f"{of_folder}{folder}", f"{of_hub}org/{name}"]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(place / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # for loads that do not say what they are
+    }
+    command = [sys.executable, "-c", OPENED]
+    given = json.dumps([guarded, unguarded])
+    done = subprocess.run(command, input=given, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+COMMIT = "0" * 40
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_code_of_a_model_is_not_run(
+    place: Path, errors: dict[str, str | None], kind: Callable[[Path, Path], None], where: str
+) -> None:
+    of_folder, of_hub, words = KINDS[kind]
+    name = kind.__name__.replace("_", "-")
+    error = errors[f"{of_folder}{place}/guarded/{name}" if where == "folder" else f"{of_hub}org/{name}"]
+    if words is None:
+        assert error is None
+    else:
+        assert error is not None
+        assert words in error
+    assert not (place / f"made by guarded {kind.__name__}").exists()
+
+
+@pytest.mark.parametrize("kind", WITHOUT_GUARD, ids=lambda kind: kind.__name__)
+@pytest.mark.usefixtures("errors")
+def test_without_the_guard_the_code_would_be_run(place: Path, kind: Callable[[Path, Path], None]) -> None:
+    assert (place / f"made by unguarded {kind.__name__}").exists()
+
+
+@pytest.mark.parametrize("form", ["pickle", "archive"])
+@pytest.mark.parametrize(
+    "options",
+    ["--image-encoder test_vit --image-weights {}", "--model tiny --pretrained {}"],
+)
+def test_a_file_of_weights_that_is_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, form: str
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP_CONFIG)
+    file, made = tmp_path / "weights.pt", tmp_path / "made"
+    if form == "pickle":
+        torch.save(Pickled(made), file)
+    else:
+        with pytest.warns(DeprecationWarning, match=r"torch\.jit"):
+            torch.jit.script(torch.nn.Linear(1, 1)).save(str(file))
+    args = _parser().parse_args(["--output", "x", *options.format(file).split()])
+    with pytest.raises(ValueError, match=f"^{options.split()[0]} .*(TorchScript|blocked|Weights only)"):
+        sources.load(sources.given(args), args, torch.device("cpu"))
+    assert not made.exists()
+
+
+def test_a_script_of_a_data_set_is_not_run(tmp_path: Path) -> None:
+    folder, made = tmp_path / "pairs", tmp_path / "made"
+    folder.mkdir()
+    (folder / "pairs.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    with pytest.raises(Exception, match="scripts are no longer supported"):
+        opening.dataset(str(folder))
+    assert not made.exists()
+
+
+def test_a_kernel_of_a_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(hub_kernels, "get_kernel"):
+        pytest.skip("this transformers loads none")
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    with opening.without_code(), pytest.raises(ValueError, match="the kernel org/kernel, which is code"):
+        hub_kernels.load_and_register_attn_kernel("org/kernel")
+
+
+def test_the_libraries_are_as_before_after_an_error() -> None:
+    before = [getattr(module, name) for module, name, _ in opening._replacements()]
+
+    def fail_within() -> None:
+        with opening.without_code(), opening.without_code():
+            assert torch.load is not before[0]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert [getattr(module, name) for module, name, _ in opening._replacements()] == before
+
+
+OPENERS = {"load", "open", "from_pretrained", "create_model", "create_model_and_transforms", "get_tokenizer"}
+OPENERS |= {"SentenceTransformer", "load_dataset", "load_from_disk", "load_checkpoint", "load_state_dict"}
+LIBRARIES = {"torch", "np", "open_clip", "timm", "datasets", "transformers", "Image", "pickle", "joblib"}
+
+
+def test_files_of_others_are_opened_in_one_place() -> None:
+    """``sample.py`` makes models, and ``captions.py`` reads what it wrote itself."""
+    found = set()
+    for file in FEATURES.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and {x.name for x in node.names} & OPENERS:
+                found.add(file.name)
+            if isinstance(node, ast.Attribute) and node.attr in OPENERS:
+                owner = getattr(node.value, "id", "")
+                if owner in LIBRARIES or node.attr == "from_pretrained":
+                    found.add(file.name)
+    assert found == {"opening.py", "sample.py", "captions.py", "sources.py"}
