@@ -162,7 +162,7 @@ KINDS: dict[Callable[[Path, Path], None], tuple[str, str, str | None]] = {
 }
 """The options of a folder and of a hub's model, and the refusal's words; None if it opens without it."""
 
-WITHOUT_GUARD = (open_clip_tokenizer, open_clip_tokenizer_elsewhere)
+WITHOUT_GUARD = (open_clip_tokenizer,)
 OPENED = """
 import contextlib, json, sys, torch
 from rankloss_features import opening, sources
