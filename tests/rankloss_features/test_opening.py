@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from tiny_teacher import CLIP_CONFIG, WORDS
+from tiny_teacher import CLIP_CONFIG, WORDS, csv_data, picture, teacher
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.torch_version import TorchVersion
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 from transformers.integrations import hub_kernels
 
 from rankloss_features import opening, sources
 from rankloss_features.command import _parser
+from rankloss_features.data import groups_of
+from rankloss_features.teachers import Batches
 from untrusted import Pickled, bring_tokenizer, edit, trust_tokenizer
 
 FEATURES = Path(opening.__file__).parent
@@ -167,6 +176,8 @@ OPENED = """
 import contextlib, json, sys, torch
 from rankloss_features import opening, sources
 from rankloss_features.command import _parser
+from rankloss_features.data import groups_of
+from rankloss_features.teachers import Batches
 
 def error_of(line):
     args = _parser().parse_args(["--output", "x", *line.split()])
@@ -313,4 +324,106 @@ def test_files_of_others_are_opened_in_one_place() -> None:
                 owner = getattr(node.value, "id", "")
                 if owner in LIBRARIES or node.attr == "from_pretrained":
                     found.add(file.name)
-    assert found == {"opening.py", "sample.py", "captions.py", "sources.py"}
+    assert found == {"opening.py", "sample.py", "captions.py"}
+
+
+# --- pickles below torch 2.10, pictures, arrays -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", ["--image-encoder test_vit --image-weights {}.pth", "--model tiny --pretrained {}.pth"]
+)
+def test_below_torch_2_10_pickles_of_weights_are_refused_and_safetensors_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP_CONFIG)
+    is_clip = "tiny" in options
+    model = open_clip.CLIP(**CLIP_CONFIG) if is_clip else timm.create_model("test_vit")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+
+    def load(line: str) -> None:
+        args = _parser().parse_args(["--output", "x", *line.format(tmp_path / "weights").split()])
+        sources.load(sources.given(args), args, torch.device("cpu"))
+
+    with pytest.raises(ValueError, match=r"weights\.pth is a pickle, and torch 2\.9\.1 .* torch>=2\.10"):
+        load(options)
+    load(options.replace(".pth", ".safetensors"))
+
+
+def test_weights_that_are_known_by_their_hash_are_read_by_any_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    torch.save({"x": torch.ones(1)}, tmp_path / "x.pth")
+    assert opening.known_weights(tmp_path / "x.pth") == {"x": torch.ones(1)}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_pictures_of_the_common_formats_are_read_from_files_and_bytes(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "picture"
+    Image.new("RGB", (8, 6), (200, 40, 40)).save(file, form)
+    for source in (str(file), file.read_bytes()):
+        picture = opening.picture(source)
+        assert (picture.size, picture.mode) == ((8, 6), "RGB")
+
+
+def test_a_picture_of_another_format_is_refused(tmp_path: Path) -> None:
+    """Ghostscript would be started for EPS."""
+    file = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 6)).save(file, "EPS")
+    with pytest.raises(OSError, match=r"cannot identify image file .*picture\.jpg"):
+        opening.picture(str(file))
+
+
+def test_a_picture_that_would_fill_the_memory_is_an_error_of_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "0.png"
+    file.write_bytes(picture(0).replace(struct.pack(">II", 8, 8), struct.pack(">II", 2**15, 2**14)))
+    content = bytearray(file.read_bytes())
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    file.write_bytes(content)
+    (tmp_path / "pairs.csv").write_text(f"filepath\ttitle\n{file}\ta bomb\n")
+    data = csv_data(tmp_path / "pairs.csv")
+    list(data.pairs())
+    with pytest.raises(ValueError, match=r"row 0: the picture of '0\.png' .* decompression bomb"):
+        list(Batches(data, groups_of(data, 1, [range(1)]), teacher()))
+
+
+def fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def huge_header(file: Path) -> None:
+    file.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**20) + b" " * 2**20)
+
+
+def huge_shape(file: Path) -> None:
+    header = io.BytesIO()
+    about = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 4)}
+    np.lib.format.write_array_header_1_0(header, about)
+    file.write_bytes(header.getvalue() + bytes(64))
+
+
+def objects(file: Path) -> None:
+    with file.open("wb") as opened:
+        np.save(opened, np.array([Pickled(file.with_name("made"))]), allow_pickle=True)
+
+
+@pytest.mark.parametrize("damage", [fifo, huge_header, huge_shape, objects])
+@pytest.mark.parametrize("name", ["image_features.npy", "features.npz"])
+def test_an_array_that_is_none_is_refused_with_its_name(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    file = tmp_path / name
+    if name.endswith(".npz") and damage is not fifo:
+        damage(tmp_path / "image_features.npy")
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.write(tmp_path / "image_features.npy", "image_features.npy")
+    else:
+        damage(file)
+    given = str(tmp_path if name.endswith(".npy") else file)
+    args = _parser().parse_args(["--output", "x", "--features", given])
+    with pytest.raises(ValueError, match=rf"--features {given}: {file} cannot be read: "):
+        sources.load(sources.given(args), args, torch.device("cpu"))
+    assert not (tmp_path / "made").exists()
