@@ -1,9 +1,9 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`SigLipLoss`, :class:`MimicryLoss`, :class:`RankedLists`). :class:`RankOptions` has the options of the
-rank terms, :class:`Gather` configures the gathering from processes, and :func:`plackett_luce_nll` is the loss
-of one list.
+:class:`SigLipLoss`, :class:`SpreadLoss`, :class:`MimicryLoss`, :class:`RankedLists`). :class:`RankOptions`
+has the options of the rank terms, :class:`Gather` configures the gathering from processes, and
+:func:`plackett_luce_nll` is the loss of one list.
 """
 
 from rankloss import distributed as distributed
@@ -21,4 +21,5 @@ from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
 from rankloss.losses import RankedLists as RankedLists
 from rankloss.losses import SigLipLoss as SigLipLoss
+from rankloss.losses import SpreadLoss as SpreadLoss
 from rankloss.options import RankOptions as RankOptions

@@ -91,6 +91,26 @@ class _ReduceScatter(torch.autograd.Function):
         return _AllGather.apply(grad_outputs[0], ctx.group), None  # type: ignore[no-untyped-call]
 
 
+class _Total(torch.autograd.Function):
+    """The sum over the processes, and of their gradients: its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _Total.apply(grad_outputs[0], ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def _total(x: Tensor, group: Any) -> Tensor:
+    """The sum over the processes, without a gradient."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def _gather(x: Tensor, group: Any) -> Tensor:
     """``[W·n, …]``, without a gradient."""
     x = x.detach().contiguous()
@@ -289,7 +309,8 @@ class Gather:
             yield
         except Exception as raised:
             error = raised
-        has_backward = self.gather_with_grad and torch.is_grad_enabled()  # with collectives of its own
+        # Backward has collectives of its own, unless other processes' rows do not see this one's features.
+        has_backward = (self.gather_with_grad or not self.local_loss) and torch.is_grad_enabled()
         descriptions = [
             f"{name} {x.dtype} {list(x.shape)}" + " with a gradient" * (x.requires_grad and has_backward)
             if isinstance(x, Tensor)
@@ -362,6 +383,23 @@ class Gather:
         if shared is not None:  # with the tensor, so that its id is not reused
             shared[key] = features, gathered
         return gathered
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes of a tensor of one shape, such as a sum over this process's items.
+
+        Every process computes its own rows from the sum, so the gradients of all processes are added up. With
+        ``local_loss`` but without ``gather_with_grad`` the sum is a constant, as items are.
+
+        Raises:
+            RuntimeError: for several processes without a process group.
+        """
+        if self.place[1] == 1:
+            return x
+        self._check_ready()
+        if self.local_loss and not self.gather_with_grad:
+            return _total(x, self.group)
+        total: Tensor = _Total.apply(x, self.group)  # type: ignore[no-untyped-call]
+        return total
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""

@@ -22,6 +22,7 @@ __all__ = [
     "plackett_luce_nll",
     "recall",
     "siglip",
+    "spread",
 ]
 
 Array = NDArray[np.float64]
@@ -165,6 +166,25 @@ def siglip(
     own = np.eye(n, dtype=bool)
     counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
     return math.fsum(np.logaddexp(0, np.where(same, -logits, logits))[counted]) / n
+
+
+def spread(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
+    """``½[σ(V) + σ(T)]``, the term of :class:`rankloss.SpreadLoss` before its weight.
+
+    ``σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + s²·10⁻⁹)``, the population variance over the N − 1 others.
+
+    Example:
+        >>> turned = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])  # cosines 0, 0.6 and 0.8
+        >>> round(float(spread(turned, turned)), 4)  # (0.3 + 0.4 + 0.1) / 3
+        0.2667
+    """
+    deviations = []
+    for features in (image_features, text_features):
+        similarities = logit_scale * _cosines(features, features)
+        for i, row in enumerate(similarities):
+            variance = np.delete(row, i).var()
+            deviations.append(math.sqrt(variance + 1e-9 * logit_scale**2))
+    return math.fsum(deviations) / len(deviations)
 
 
 def _same(n: int, pair_ids: ArrayLike | None, same_id: str | None) -> NDArray[np.bool_]:

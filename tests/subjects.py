@@ -302,6 +302,37 @@ def mimicry(
     )
 
 
+class OfFewDimensions(nn.Module):
+    """A loss of features with fewer dimensions than pairs: the sums of four columns each."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image_features: Tensor, text_features: Tensor, **inputs: Tensor) -> Tensor:
+        folded = (x.unflatten(-1, (-1, 4)).sum(-1) for x in (image_features, text_features))
+        value: Tensor = self.loss(*folded, **inputs)
+        return value
+
+
+def spread(name: str, base: Any = None, of_base: Any = reference.clip, *, narrow: bool = False) -> Subject:
+    """``SpreadLoss`` from the similarities, or of narrow features from their covariance."""
+
+    def literal(image_features: Any, text_features: Any, logit_scale: Any, **of_bias: Any) -> Any:
+        columns = (len(image_features), -1, 4 if narrow else 1)
+        features = (x.reshape(columns).sum(-1) for x in (image_features, text_features))
+        inputs = *features, logit_scale
+        return of_base(*inputs, **of_bias) + 0.3 * reference.spread(*inputs)
+
+    def built() -> nn.Module:
+        loss = rankloss.SpreadLoss(base and base())
+        return OfFewDimensions(loss) if narrow else loss
+
+    inputs = (*PAIR, "logit_scale", *(["logit_bias"] if base is rankloss.SigLipLoss else []))
+    name = f"SpreadLoss[{name}]"
+    return Subject(name, "SpreadLoss", built, literal, inputs, differentiable=inputs, half=True)
+
+
 def _rankclip(name: str = "", base: Any = None, of_base: Any = reference.clip, **of_ids: Any) -> Subject:
     def literal(pair_ids: Any = None, **inputs: Any) -> Any:
         return of_base(**inputs, pair_ids=pair_ids, **of_ids) + RANK_FACTOR * ranks(**inputs)
@@ -352,6 +383,9 @@ SUBJECTS = [
     mimicry("default", lambda build: build(), has_ranks=False),
     mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), weight=0.5),
     mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), weight=2.0),
+    spread("similarities"),
+    spread("covariance", narrow=True),
+    spread("over SigLipLoss", rankloss.SigLipLoss, reference.siglip),
     ranked_lists("default"),
     ranked_lists("lambda", model="lambda", gain="exponential"),
     ranked_lists("pairwise, frozen", model="pairwise", frozen=True),

@@ -35,6 +35,7 @@ from rankloss import (
     RankConsistency,
     RankedLists,
     SigLipLoss,
+    SpreadLoss,
     distributed,
 )
 from rankloss.distributed import all_gather, gather_once
@@ -115,6 +116,29 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }
+
+
+def spread_of_clip(view: one_process.View, bias: Tensor) -> Tensor:
+    return one_process.clip(view) + 0.3 * one_process.spread(view)
+
+
+def of_more_dimensions(make: Callable[..., nn.Module], **options: Any) -> Callable[..., Any]:
+    """A loss of the same similarities in three times the dimensions, more than there are pairs."""
+    loss = make(**options)
+
+    def of_wider(v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Tensor:
+        value: Tensor = loss(*(x.repeat(1, 3) / math.sqrt(3) for x in (v, t)), *inputs, **more)
+        return value
+
+    return of_wider
+
+
+LOSSES["spread"] = SpreadLoss, spread_of_clip
+LOSSES["spread of more dimensions"] = functools.partial(of_more_dimensions, SpreadLoss), spread_of_clip
+LOSSES["spread over siglip"] = (
+    lambda gather=None: SpreadLoss(SigLipLoss(gather=gather), gather=gather),
+    lambda view, bias: one_process.siglip(view, bias) + 0.3 * one_process.spread(view),
+)
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
     for of_pairs in ("clip", "clip, smoothed", "siglip"):
         make, oracle = LOSSES[of_pairs]
@@ -381,7 +405,19 @@ def plain(pools: Pools) -> list[dict[Any, Any]]:
 def test_a_step_gathers_each_modality_once(plain: list[dict[Any, Any]]) -> None:
     for of_rank in plain:
         for (flags, name), (_, forward, filled, backward) in of_rank.items():
-            checks = 1 + (name == "mimicry" or " over " in name)  # of every loss that is called
+            # Of every loss that is called.
+            checks = 1 + (name.startswith(("mimicry", "spread")) or " over " in name)
+            if name == "spread":  # sums of each modality's features and of their products, and the deviations
+                deviations = 0 if flags[0] else 2
+                assert (forward["allgather"], forward["allreduce"]) == (2 + deviations, 4 + checks)
+                of_sums = 0 if flags == (True, False) else 4
+                assert backward.get("allreduce", 0) == of_sums + (2 + deviations if flags[1] else 0)
+                continue
+            if name == "spread of more dimensions":  # the features that the base has gathered
+                assert (forward["allgather"], forward["allreduce"]) == (2, checks)
+                continue
+            if name == "spread over siglip":
+                continue
             assert forward["allreduce"] == checks, name
             if name == "rank_clip over siglip":
                 continue

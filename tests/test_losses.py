@@ -122,6 +122,7 @@ def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, va
 OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]", "SigLipLoss")
 OF_LARGE_BATCHES += ("RankConsistency[bins]", "RankConsistency[top one]", "RankedLists[negatives, top k]")
 OF_LARGE_BATCHES += ("RankClipLoss", "RankClipLoss[over SigLipLoss]", "MimicryLoss[default]")
+OF_LARGE_BATCHES += ("SpreadLoss[similarities]",)  # and of so many pairs from the covariance
 LARGE = [x for x in SUBJECTS if x.name in OF_LARGE_BATCHES or not x.covers]
 
 

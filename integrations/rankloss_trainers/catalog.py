@@ -69,6 +69,11 @@ LOSSES: Mapping[str, Named] = {
         teacher="image=efficientnet-lite0,text=minilm",
         help="rankclip taught by two small encoders of the extra `encoders`: pairs alone are needed",
     ),
+    "spread": Named(
+        "rankloss:SpreadLoss",
+        help="the trainer's own plus the spread of similarities within each modality: pairs alone are needed",
+        citation=citations.SPREAD,
+    ),
     "mimicry": Named(
         "rankloss:MimicryLoss",
         teacher="required",

@@ -22,4 +22,5 @@ from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.ranked_lists import RankedLists as RankedLists
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
+from rankloss.losses.spread import SpreadLoss as SpreadLoss
 from rankloss.options import check_weight as check_weight

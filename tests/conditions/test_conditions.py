@@ -190,8 +190,11 @@ def rescaled(inputs: Inputs, _: list[int]) -> Inputs:
 
 
 def of_unit_norm(subject: Subject) -> bool:
-    """With an unscaled term, as another package's may be, bins from −1 to 1, or ties of what is unit-norm."""
-    return not subject.covers or any(x in subject.name for x in ("MimicryLoss", "bins", "[batch"))
+    """With an unscaled term, as another package's may be, bins from −1 to 1, ties of what is unit-norm, or
+    an ε of cosines.
+    """
+    unit = ("MimicryLoss", "SpreadLoss", "bins", "[batch")
+    return not subject.covers or any(x in subject.name for x in unit)
 
 
 UNCHANGING: list[tuple[Callable[[Inputs, list[int]], Inputs], Subject]] = [

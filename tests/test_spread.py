@@ -1,0 +1,233 @@
+"""``SpreadLoss``: its value and gradients, its precision, memory and messages, and its errors.
+
+Its conditions of use are in ``conditions``, several processes in ``test_distributed``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import one_process
+from batches import Batch, assert_slopes, batches, gradients, random_batch, relative_error
+from collectives import Collectives
+from memory import LiveBytes, TensorSizes, saved_bytes
+from one_of import one_of
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss, SpreadLoss, reference
+from rankloss.spread import EPSILON, spread
+
+ALONE = Gather.of(False)
+
+
+def pairs_sum(image_features: Tensor, text_features: Tensor, **_: Any) -> Tensor:
+    """A base that needs no memory of its own."""
+    return -(image_features * text_features).sum(-1).mean()
+
+
+def by_definition(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The term in plain torch, from the matrices of similarities."""
+    return one_process.spread(one_process.View(v, t, s, v, t, 0))
+
+
+# --- value and gradients ----------------------------------------------------------------------------------
+
+
+@given(batches(), st.sampled_from([0.0, 0.3, 2.0]))
+def test_value_and_slopes_are_the_references(batch: Batch, weight: float) -> None:
+    inputs = batch.leaves()
+
+    def literal(*inputs: Any) -> float:
+        return reference.clip(*inputs) + weight * reference.spread(*inputs)
+
+    value = SpreadLoss(weight=weight)(*inputs)
+    assert relative_error(value, literal(*(x.detach().cpu().numpy() for x in inputs))) < 1e-10
+    assert_slopes(value, inputs, literal)
+
+
+@given(batches(min_n=3, ties=False), st.sampled_from([1.0, -2.7]))
+def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: float) -> None:
+    inputs = batch.leaves()
+    found = SpreadLoss(pairs_sum, weight=0.7)(*inputs)
+    owed = pairs_sum(*inputs[:2]) + 0.7 * by_definition(*inputs)
+    for a, b in zip(gradients(found, inputs, upstream), gradients(owed, inputs, upstream), strict=True):
+        assert relative_error(a, b) < 1e-9
+
+
+def test_the_two_ways_to_compute_it_agree() -> None:
+    """Columns of zeros change no similarity, but make the matrix of similarities the smaller one."""
+    v, t, s = random_batch(0, 12, 5, 30.0).leaves()
+    wide = [F.pad(x, (0, 20)) for x in (v, t)]
+    results = [gradients(SpreadLoss()(*x, s), (v, t, s), 1.7) for x in ((v, t), wide)]
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("d", [3, 8], ids=["covariance", "similarities"])
+def test_second_derivatives_are_right(d: int) -> None:
+    inputs = random_batch(1, 6, d, 5.0).leaves()
+    assert torch.autograd.gradgradcheck(SpreadLoss(pairs_sum), inputs)
+
+
+def test_the_scale_is_learned_through_the_term() -> None:
+    v, t, s = random_batch(0, 8, 4, 10.0).leaves()
+    entry = SpreadLoss()(v, t, s, output_dict=True)["spread_loss"]
+    (by_scale,) = torch.autograd.grad(entry, s)
+    torch.testing.assert_close(by_scale * s, entry)  # the term is proportional to it
+
+
+def test_a_frozen_modality_changes_no_other_gradient() -> None:
+    v, t, s = random_batch(0, 9, 4, 10.0).leaves()
+    by_images, _, by_scale = gradients(SpreadLoss()(v, t, s), (v, t, s), 1.7)
+    frozen = gradients(SpreadLoss()(v, t.detach(), s), (v, s), 1.7)
+    for a, b in zip(frozen, (by_images, by_scale), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [4, 40], ids=["similarities", "covariance"])
+def test_equal_rows_have_a_finite_gradient_and_next_to_no_spread(n: int, dtype: torch.dtype) -> None:
+    x = F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    x = x.repeat(n, 1).to(dtype).requires_grad_()
+    value = spread(x, ALONE, torch.promote_types(dtype, torch.float32))
+    (gradient,) = torch.autograd.grad(value, x)
+    assert value.item() == pytest.approx(math.sqrt(EPSILON), rel=1e-3)
+    assert gradient.abs().max() < 1e-3
+
+
+def test_two_pairs_have_one_similarity_each_and_no_spread() -> None:
+    v, t, s = random_batch(0, 2, 16, 100.0).leaves(torch.float32)
+    loss = SpreadLoss(pairs_sum)(v, t, s, output_dict=True)["spread_loss"]
+    assert loss.item() == pytest.approx(0.3 * 100 * math.sqrt(EPSILON))
+    assert all(x.norm() == 0 for x in gradients(loss, (v, t), 1.7))
+
+
+# --- precision --------------------------------------------------------------------------------------------
+
+
+def drawn(kind: str, n: int, d: int) -> Tensor:
+    """Unit rows: independent, in a sixteenth of the dimensions, or around a large common mean."""
+    generator = torch.Generator().manual_seed(n + d)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    if kind == "correlated":
+        x = x[:, : d // 16] @ torch.randn(d // 16, d, generator=generator, dtype=torch.float64)
+    elif kind == "common mean":
+        x = 0.1 * x + torch.randn(d, generator=generator, dtype=torch.float64)
+    return F.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(("n", "d"), [(8, 1024), (64, 512), (600, 512), (1100, 1024), (512, 32)])
+@pytest.mark.parametrize("kind", ["independent", "correlated", "common mean"])
+def test_float32_is_as_exact_as_its_sums(kind: str, n: int, d: int, scale: float) -> None:
+    """Within 2e-6 in value and 1e-5 in gradients, also where the deviations are 0.0005."""
+    rounded = drawn(kind, n, d).float(), drawn(kind, n, d).flip(0).float(), torch.tensor(scale)
+    exact = [x.double().requires_grad_() for x in rounded]
+    inputs = [x.requires_grad_() for x in rounded]
+    owed, found = by_definition(*exact), SpreadLoss(pairs_sum, weight=1.0)
+    entry = found(*inputs, output_dict=True)["spread_loss"]
+    assert relative_error(entry, owed) < 2e-6
+    for a, b in zip(gradients(entry, tuple(inputs), 1.7), gradients(owed, tuple(exact), 1.7), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [24, 200], ids=["similarities", "covariance"])
+def test_half_precision_features_are_computed_in_float32(n: int, dtype: torch.dtype) -> None:
+    half = drawn("common mean", n, 64).to(dtype)
+    owed = spread(half.double(), ALONE, torch.float64)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = SpreadLoss(pairs_sum, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
+        assert found.dtype == torch.float32
+        assert relative_error(found, owed) < 1e-4
+
+
+# --- memory and messages ----------------------------------------------------------------------------------
+
+
+def test_the_backward_pass_keeps_the_features_as_many_numbers_more_and_the_covariance() -> None:
+    n, d = 2048, 64
+    x = drawn("independent", n, d).float().requires_grad_()
+    kept = saved_bytes(lambda: spread(x, ALONE, torch.float32))
+    numbers = 2 * n * d + d * d + d + 4 * n
+    assert kept <= 4 * numbers + 64
+    assert kept > 4 * 2 * n * d
+
+
+@pytest.mark.parametrize("n", [512, 1024])
+def test_memory_is_linear_in_the_pairs(n: int) -> None:
+    d = 32
+    v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
+    with TensorSizes() as sizes, LiveBytes() as live:
+        SpreadLoss(pairs_sum)(v, t, 10.0).backward()
+    assert sizes.largest == n * d
+    assert live.peak < 4 * 9 * (n * d + d * d)
+
+
+def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
+    n, d = 16, 512
+    v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
+    with TensorSizes() as sizes:
+        SpreadLoss(pairs_sum)(v, t, 10.0).backward()
+    assert sizes.largest == n * d
+
+
+def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward() -> None:
+    processes, n, d = 1024, 4, 32
+    v, t = own = [drawn("independent", n, d).float().requires_grad_() for _ in range(2)]
+    everyone = [x.repeat(processes, 1) for x in own]
+    with one_of(processes, own, everyone):
+        loss = SpreadLoss()
+        with Collectives() as forward:
+            value = loss(v, t, 10.0)
+        with Collectives() as backward:
+            value.backward()
+    numbers, checks = 2 * (d + d * d), 2  # of both modalities; of the loss and its base
+    assert forward.filled == {"allreduce": 4 * numbers + 24 * checks}
+    assert backward.filled == {"allreduce": 4 * numbers}
+
+
+# --- composition ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [None, SigLipLoss(), RankClipLoss(schedule="constant")], ids=str)
+def test_entries_are_the_bases_and_its_own_and_add_up(base: Any) -> None:
+    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    loss, alone = SpreadLoss(base, weight=0.5), (base or ClipLoss())(*inputs, output_dict=True)
+    entries = loss(*inputs, output_dict=True)
+    assert list(entries) == [*alone, "spread_loss"]
+    assert all(torch.equal(entries[name], value) for name, value in alone.items())
+    assert relative_error(entries["spread_loss"], 0.5 * by_definition(*inputs)) < 1e-12
+    torch.testing.assert_close(loss(*inputs), sum(entries.values()))
+
+
+def test_encoders_that_share_no_space_have_a_spread() -> None:
+    v, t, s = random_batch(0, 9, 6, 10.0).leaves()
+    narrow = F.normalize(t[:, :3], dim=-1)
+    base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
+    entry = SpreadLoss(base, weight=1.0)(v, narrow, s, output_dict=True)["spread_loss"]
+    owed = np.mean([reference.spread(x.detach(), x.detach(), 10.0) for x in (v, narrow)])
+    assert relative_error(entry, owed) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        (RankConsistency(), r"cross_modal_loss \(torch.Tensor\), in_modal_loss \(torch.Tensor\)"),
+        (lambda **_: {}, "got no entry"),
+        (lambda **_: None, r"contrastive_loss \(NoneType\)"),
+    ],
+    ids=["rank terms alone", "an empty dict", "nothing"],
+)
+def test_a_base_without_a_loss_of_pairs_is_refused(base: Any, named: str) -> None:
+    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    with pytest.raises(ValueError, match=f"base must give a loss of pairs.*contrastive_loss.*{named}"):
+        SpreadLoss(base)(*inputs)
