@@ -75,6 +75,7 @@ TARGETS = [
     _of_losses("value alone / value and gradient", 4096, "RankClipLoss-no_grad", "RankClipLoss", 0.55),
     _of_losses("λ = 0, with the log / ClipLoss", 1024, "rankclip-lambda-0", "ClipLoss", 1.02),
     _of_losses("λ = 0, with the log / ClipLoss", 4096, "rankclip-lambda-0", "ClipLoss", 1.02),
+    _of_losses("SpreadLoss / ClipLoss", 4096, "SpreadLoss", "ClipLoss", 1.1),
     _of_losses("ids that share / ClipLoss", 1024, "ClipLoss-ids", "ClipLoss", 1.15),
     _of_losses("rankclip-distill / ClipLoss", 4096, "rankclip-distill", "ClipLoss", 2.5),
     _of_losses("ClipLoss streamed / whole", 8192, "ClipLoss-streamed", "ClipLoss", 1.3),

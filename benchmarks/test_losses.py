@@ -85,6 +85,8 @@ CONTENDERS: dict[str, Callable[[Features], Step]] = {
     "rankclip-lambda-0": in_the_first_epoch,
     "rankclip-distill": distilled,
 }
+if hasattr(rankloss, "SpreadLoss"):
+    CONTENDERS["SpreadLoss"] = training(rankloss.SpreadLoss())
 if "same_id" in inspect.signature(rankloss.ClipLoss).parameters:  # not in every revision to compare with
     CONTENDERS["ClipLoss-ids"] = sharing_ids
 if "label_smoothing" in inspect.signature(rankloss.ClipLoss).parameters:

@@ -171,7 +171,7 @@ def siglip(
 def spread(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
     """``½[σ(V) + σ(T)]``, the term of :class:`rankloss.SpreadLoss` before its weight.
 
-    ``σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + s²·10⁻⁹)``, the population variance over the N − 1 others.
+    ``σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + 1e-9·s²)``, the population variance over the N − 1 others.
 
     Example:
         >>> turned = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])  # cosines 0, 0.6 and 0.8

@@ -61,6 +61,18 @@ def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: fl
         assert relative_error(a, b) < 1e-9
 
 
+def test_items_are_pushed_by_their_similarities_in_standard_deviations() -> None:
+    """The gradient as docs/method.md has it."""
+    x = random_batch(3, 9, 5, 1.0).leaves()[0]
+    (found,) = torch.autograd.grad(spread(x, ALONE, x.dtype), x)
+    k, others = (x @ x.T).detach(), 1 - torch.eye(9, dtype=x.dtype)
+    mean = (k * others).sum(-1) / 8
+    deviations = (((k - mean[:, None]) * others).square().sum(-1) / 8 + EPSILON).sqrt()
+    scores = (k - mean[:, None]) / deviations[:, None]
+    push = (scores + scores.T) * others
+    torch.testing.assert_close(found, push @ x.detach() / (9 * 8), rtol=1e-11, atol=1e-14)
+
+
 def test_the_two_ways_to_compute_it_agree() -> None:
     """Columns of zeros change no similarity, but make the matrix of similarities the smaller one."""
     v, t, s = random_batch(0, 12, 5, 30.0).leaves()

@@ -19,11 +19,11 @@ from rankloss.spread import spread
 class SpreadLoss(GatheringLoss):
     r"""A base loss plus the spread of each modality: how much its similarities vary around an item.
 
-        L_base + weight · ½ [σ(V) + σ(T)],   σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + s²·10⁻⁹)
+        L_base + weight · ½ [σ(V) + σ(T)],   σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + ε·s²)
 
     V, T are the image and text features of the N pairs, x_i a row of X; the variance is the mean squared
-    deviation over the N − 1 other items. The term pushes similar items of a modality apart until all are
-    equally far from each other, without a teacher.
+    deviation over the N − 1 other items, and ε = 1e-9 gives its root a gradient where all are equal. The term
+    pushes similar items of a modality apart until all are equally far from each other, without a teacher.
 
     No N × N matrix is held: σ follows from the mean and the covariance of the features, N·D + D² numbers. A
     batch of at most D pairs has the smaller matrix of similarities, which is computed instead. Over

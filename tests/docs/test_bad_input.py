@@ -17,7 +17,15 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss import ClipLoss, InputWarning, RankClipLoss, RankConsistency, RankedLists, SigLipLoss
+from rankloss import (
+    ClipLoss,
+    InputWarning,
+    RankClipLoss,
+    RankConsistency,
+    RankedLists,
+    SigLipLoss,
+    SpreadLoss,
+)
 from rankloss_trainers import catalog
 from registered import OF_PACKAGES, input_names
 
@@ -38,6 +46,7 @@ LOSSES: list[Callable[..., nn.Module]] = [
     functools.partial(SigLipLoss, memory_budget=0),
     functools.partial(RankClipLoss, schedule="constant"),
     functools.partial(RankClipLoss, schedule=lambda i, n: 0.0),
+    SpreadLoss,
     *(
         catalog.load(name).constructor
         for name in OF_PACKAGES
