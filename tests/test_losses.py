@@ -332,7 +332,10 @@ V, T, S = (x.detach() for x in features())
 # --- looks at values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subject", [x for x in SUBJECTS if x.takes_pairs], ids=str)
+OF_UNIT_NORM = [x for x in SUBJECTS if x.takes_pairs and x.name != "SpreadLoss[covariance]"]
+
+
+@pytest.mark.parametrize("subject", OF_UNIT_NORM, ids=str)
 def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(subject: Subject) -> None:
     inputs, loss = subject.pick(data()), subject.started()
     inputs.update(text_features=2 * inputs["text_features"], logit_scale=torch.tensor(2.66))
