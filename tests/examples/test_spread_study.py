@@ -218,7 +218,7 @@ def test_every_arm_has_as_many_tries_and_its_best_is_tested():
 
 
 def test_a_family_is_of_the_cells_that_have_records():
-    sizes, finds = records({"std": 4.0, "rankclip": 1.0, "rankclip-spread": 4.0}, blocks=3)
+    sizes, finds = records({"std-constant": 4.0, "rankclip": 1.0, "rankclip-spread": 4.0}, blocks=3)
     for find in finds.values():
         for of in find.records.values():
             of["metrics"]["within"] = {"texts R@1": 1.0}
@@ -235,13 +235,13 @@ def test_a_family_is_of_the_cells_that_have_records():
 
 
 def test_the_second_thousand_of_icons_is_a_cell_of_its_own():
-    sizes, finds = records({"std": 4.0}, blocks=2)
+    sizes, finds = records({"std-constant": 4.0}, blocks=2)
     rng = np.random.default_rng(0)
     for one, of in finds["icons"].records.items():
         if one.side == "test":
-            of["metrics"]["second"] = record(20.0 + 2 * (one.arm == "std") + rng.normal(0, 0.1), rng)[
-                "metrics"
-            ]
+            of["metrics"]["second"] = record(
+                20.0 + 2 * (one.arm == "std-constant") + rng.normal(0, 0.1), rng
+            )["metrics"]
     found = study.results(sizes, finds)
     gains = {row[0]: float(row[3].split(" ")[0]) for row in found["primary"][0][1]}
     assert gains["icons-64, second"] == pytest.approx(2.0, abs=0.3)

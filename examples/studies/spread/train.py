@@ -59,7 +59,7 @@ class Arm:
 
 def spread(weight: float, base: nn.Module | None = None) -> nn.Module:
     """Return the form of the spread that the dev sides chose."""
-    return WithinModalities("std", weight, base)
+    return WithinModalities("std", weight, base, is_scale_constant=True)
 
 
 def rankclip(weight: float, *, is_cross: bool = True, is_in: bool = True) -> nn.Module:
