@@ -139,7 +139,9 @@ def test_a_score_whose_worth_is_not_positive_is_an_error_or_nan(
     worth: str, floor: float, below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.tensor([0.5, floor - below, 0.75], requires_grad=True)
-    with pytest.raises(ValueError, match=rf"{worth}.*{floor - below:g}"):
+    with pytest.raises(
+        ValueError, match=rf"worth='{worth}' needs scores above {floor:g}.* {floor - below:g}$"
+    ):
         plackett_luce_nll(x, torch.arange(3), worth=worth)
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on an accelerator
     nll = plackett_luce_nll(x, torch.arange(3), worth=worth)

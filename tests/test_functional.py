@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,48 +63,92 @@ def test_row_lists_match_the_vectors_in_value_and_gradient(key: str) -> None:
             assert relative_error(gradient, expected[name]) < 1e-10, name
 
 
+class Case:
+    """Inputs and options of a term, and the same term of the reference."""
+
+    def __init__(
+        self, term: str, batch: Batch, options: dict[str, Any], teacher: tuple[str, ...], norms: Any = None
+    ) -> None:
+        self.term, reference_term = TERMS[term]
+        n, v, t = len(batch.image), batch.image, batch.text
+        if options.get("worth") == "identity":
+            v, t = v.abs(), t.abs()
+        elif options.get("worth") == "shifted":
+            v = 0.9 * v  # near a cosine of −1 the logarithm is too steep for differences
+        elif norms is not None and options.get("worth", "exp") == "exp":
+            # No two of their products are equal but for rounding, which would leave the order open.
+            v = v * torch.linspace(*norms, n, dtype=torch.float64)[:, None]
+            t = t * torch.linspace(0.53, 2.11, n, dtype=torch.float64)[:, None]
+        self.batch = Batch(v, t, batch.scale)
+        features = teacher_of(n, seed=n, duplicates=1)
+        if term == "cross_modal" and len(teacher) == 1:
+            teacher = (IMAGE, TEXT)  # which it needs both of
+        self.teacher = {name: features[name] for name in teacher}
+        self.options = {**options, "fixed_reference" if self.teacher else "reference_scale": None}
+        known = {name: value for name, value in self.options.items() if name in OF_REFERENCE}
+        self.reference = partial(reference_term, **known)
+        self.arrays = {name: x.numpy() for name, x in self.teacher.items()}
+
+    def value(self, *inputs: Any, **teacher: Tensor) -> Tensor:
+        return self.term(*inputs, **teacher, **self.options)
+
+    @property
+    def expected(self) -> Any:
+        v, t = self.batch.image.numpy(), self.batch.text.numpy()
+        return self.reference(v, t, self.batch.scale, **self.arrays)
+
+
+teachers = st.sampled_from([(), (), (IMAGE, TEXT), (IMAGE,), (TEXT,)])
+norms_of = st.sampled_from([None, None, (0.3, 1.7)])
+
+
 @terms
-@settings(max_examples=80)
+@given(batch=batches(max_n=7), options=all_options, teacher=teachers, norms=norms_of)
+def test_every_option_has_the_references_value_for_features_of_any_norm(
+    term, batch: Batch, options, teacher, norms
+) -> None:
+    case = Case(term, batch, options, teacher, norms)
+    value = case.value(*case.batch.leaves(), **case.teacher)
+    np.testing.assert_allclose(value.detach(), case.expected, rtol=1e-9, atol=1e-9)
+
+
+@terms
+@given(
+    batch=batches(max_n=7),
+    # Without a teacher the order is that of the other modality, which has no gradient.
+    options=all_options.filter(lambda options: options.get("fixed_reference") is None),
+    teacher=teachers,
+    norms=norms_of,
+)
+def test_every_options_gradients_are_the_slopes_of_the_reference(
+    term, batch: Batch, options, teacher, norms
+) -> None:
+    case = Case(term, batch, options, teacher, norms)
+    inputs = case.batch.leaves()
+    orders = case.arrays or {IMAGE: case.batch.text.numpy(), TEXT: case.batch.image.numpy()}
+    fixed = {"reference_scale": batch.scale} if case.options.get("reference_scale") is None else {}
+    value = case.value(*inputs, **case.teacher)
+    assert_slopes(value, inputs, partial(case.reference, **orders, **fixed))
+
+
+@terms
 @given(
     batch=batches(max_n=7),
     options=all_options,
-    teacher=st.sampled_from([(), (), (IMAGE, TEXT), (IMAGE,), (TEXT,)]),
-    norms=st.sampled_from([None, None, (0.3, 1.7)]),
+    teacher=teachers,
+    norms=norms_of,
     random=st.randoms(use_true_random=False),
 )
-def test_every_option_is_the_literal_references(term, batch: Batch, options, teacher, norms, random) -> None:
-    """Value and gradients, in any order of the pairs, and for features that are not unit-norm as they are."""
-    ours, theirs = TERMS[term]
-    n, v, t = len(batch.image), batch.image, batch.text
-    if options.get("worth") == "identity":
-        v, t = v.abs(), t.abs()
-    elif options.get("worth") == "shifted":
-        v = 0.9 * v  # near a cosine of −1 the logarithm is too steep for differences
-    elif norms is not None and options.get("worth", "exp") == "exp":
-        # No two of their products are equal but for rounding, which would leave the order open.
-        v = v * torch.linspace(*norms, n, dtype=torch.float64)[:, None]
-        t = t * torch.linspace(0.53, 2.11, n, dtype=torch.float64)[:, None]
-    features = teacher_of(n, seed=n, duplicates=1)
-    given_features = {name: features[name] for name in (teacher if term == "in_modal" else teacher[:2])}
-    if term == "cross_modal" and len(given_features) == 1:
-        given_features = features
-    options = {**options, "fixed_reference" if given_features else "reference_scale": None}
-    arrays = {k: x.numpy() for k, x in given_features.items()}
-    theirs = partial(theirs, **{name: value for name, value in options.items() if name in OF_REFERENCE})
-    expected = theirs(v.numpy(), t.numpy(), batch.scale, **arrays)
-    inputs = Batch(v, t, batch.scale).leaves()
-    value = ours(*inputs, **given_features, **options)
-    np.testing.assert_allclose(value.detach(), expected, rtol=1e-9, atol=1e-9)
-    if options.get("fixed_reference") is None:
-        # Without a teacher the order is that of the other modality, which has no gradient.
-        constants = arrays or {IMAGE: t.numpy(), TEXT: v.numpy()}
-        fixed = {"reference_scale": batch.scale} if options.get("reference_scale") is None else {}
-        assert_slopes(value, inputs, partial(theirs, **constants, **fixed))
-    order = list(range(n))
+def test_every_option_has_the_references_value_in_any_order_of_the_pairs(
+    term, batch: Batch, options, teacher, norms, random
+) -> None:
+    case = Case(term, batch, options, teacher, norms)
+    order = list(range(len(batch.image)))
     random.shuffle(order)
-    shuffled = {k: x[order] for k, x in given_features.items()}
-    value = ours(v[order], t[order], batch.scale, **shuffled, **options)
-    expected = np.asarray(expected)[order] if options.get("reduction") == "none" else expected
+    shuffled = {name: x[order] for name, x in case.teacher.items()}
+    value = case.value(case.batch.image[order], case.batch.text[order], batch.scale, **shuffled)
+    per_anchor = options.get("reduction") == "none"
+    expected = np.asarray(case.expected)[order] if per_anchor else case.expected
     np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -130,14 +174,34 @@ def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
 @pytest.mark.parametrize(
     ("loss", "names", "options", "named"),
     [
-        (cross_modal, [IMAGE], {}, IMAGE),
-        (cross_modal, [TEXT], {}, TEXT),
-        (cross_modal, [IMAGE, TEXT, "wide"], {}, "6, 5.*6, 9"),
-        (in_modal, [IMAGE], {"fixed_reference": "text"}, f"fixed_reference='text' .*{IMAGE}"),
-        (cross_modal, [IMAGE, TEXT], {"fixed_reference": "image"}, "fixed_reference='image'"),
-        (in_modal, [TEXT], {"fixed_reference": "text"}, f"fixed_reference='text' .*{TEXT}"),
-        (in_modal, [], {"model": "top_one", "reference_scale": 2.0}, "reference_scale=2.0"),
-        (in_modal, [], {"kernel": "triton", "lists": "batch"}, "kernel='triton' .*lists='batch'"),
+        (cross_modal, [IMAGE], {}, f"cross-modal term needs {IMAGE} and {TEXT}.* got {IMAGE} alone"),
+        (cross_modal, [TEXT], {}, f"cross-modal term needs {IMAGE} and {TEXT}.* got {TEXT} alone"),
+        (cross_modal, [IMAGE, TEXT, "wide"], {}, rf"{IMAGE} and {TEXT} must have one shape.*6, 5.*6, 9"),
+        *(
+            (
+                term,
+                names,
+                {"fixed_reference": fixed},
+                f"fixed_reference='{fixed}' .*not apply beside {names[0]}",
+            )
+            for term, names, fixed in (
+                (in_modal, [IMAGE], "text"),
+                (cross_modal, [IMAGE, TEXT], "image"),
+                (in_modal, [TEXT], "text"),
+            )
+        ),
+        (
+            in_modal,
+            [],
+            {"model": "top_one", "reference_scale": 2.0},
+            f"reference_scale=2.0 multiplies a teacher's similarities.* needs {IMAGE} or {TEXT}",
+        ),
+        (
+            in_modal,
+            [],
+            {"kernel": "triton", "lists": "batch"},
+            "kernel='triton' does not serve here.*lists='batch'.* is computed from whole matrices",
+        ),
     ],
 )
 def test_options_that_do_not_fit_a_teacher_or_the_engine_are_named(loss, names, options, named: str) -> None:

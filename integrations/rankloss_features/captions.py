@@ -62,14 +62,15 @@ class CaptionVectors:
 
         Args:
             captions: Captions, one or more a pair. Of more than ``most_captions`` a uniform sample is used.
-            dimensions: Of LSA; None for TF-IDF itself, whose rows have one coordinate per token.
+            dimensions: Of LSA, at most: as many as there are tokens and captions where those are fewer. None
+                for TF-IDF itself, whose rows have one coordinate per token.
             characters: Count n-grams of 1 to 3 characters within words, for languages without spaces.
             most_captions: A bound of the memory.
             most_tokens: The most frequent tokens that are counted.
 
         Raises:
-            ValueError: If all captions are equal, none has a word, no token occurs in two captions but not
-                in all, or there are fewer tokens or captions than ``dimensions``.
+            ValueError: If all captions are equal, none has a word, or no token occurs in two captions but
+                not in all.
             ImportError: If scikit-learn is not installed.
         """
         from sklearn.decomposition import TruncatedSVD
@@ -88,9 +89,7 @@ class CaptionVectors:
             raise ValueError(_no_token(used))
         if dimensions is None:
             return cls(vectorizer, None, characters=characters)
-        if dimensions > (most := min(len(used), len(vectorizer.idf_))):
-            size = f"{len(vectorizer.idf_)} tokens of two captions or more in {len(used)} captions"
-            raise ValueError(f"dimensions: must be at most {most}, with {size}; got {dimensions}")
+        dimensions = min(dimensions, len(used), len(vectorizer.idf_))
         svd = TruncatedSVD(dimensions, random_state=0).fit(vectorizer.transform(used))
         return cls(vectorizer, svd.components_, characters=characters)
 

@@ -25,10 +25,10 @@ class Encoder:
     Attributes:
         prepare: From samples to the encoder's inputs; called in the processes that read the data.
         encode: From the inputs to ``[n, D']`` features.
-        width: D'.
+        width: D'; of an encoder that is still to be fitted, at most so many.
         needs_pictures: True if the samples' pictures are opened.
-        fit: Fits the encoder on the captions of all pairs, and writes what it learned into a file; None for
-            an encoder that knows all.
+        fit: Fits the encoder on the captions of all pairs, writes what it learned into a file, and returns
+            its width; None for an encoder that knows all.
         fitted: The encoder that a file describes.
     """
 
@@ -36,7 +36,7 @@ class Encoder:
     encode: Callable[[Any], Tensor]
     width: int
     needs_pictures: bool = False
-    fit: Callable[[Iterable[str], BinaryIO], None] | None = None
+    fit: Callable[[Iterable[str], BinaryIO], int] | None = None
     fitted: Callable[[Path], Encoder] | None = None
 
 

@@ -87,14 +87,16 @@ def parse_captions(name: str) -> dict[str, Any] | None:
     return {"dimensions": int(numbers[0]) if numbers else DIMENSIONS, "characters": characters}
 
 
-def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> None:
-    """Fit the vectors on at most a million captions, and log whether these share words."""
+def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> int:
+    """Fit the vectors on at most a million captions, log whether these share words, and return the width."""
     used = sample(captions, MOST_CAPTIONS)
     try:
         vectors = CaptionVectors.fit(used, **options)
     except ValueError as error:
-        fewer = "; captions:N has N dimensions" if str(error).startswith("dimensions") else ""
-        raise ValueError(f"encoder captions: {error}{fewer}") from error
+        raise ValueError(f"encoder captions: {error}") from error
+    if vectors.width < options["dimensions"]:
+        counts = vectors.width, len(used), len(vectors.tokens), options["dimensions"]
+        _logger.info("captions: %d dimensions, as %d captions share %d tokens; %d were asked for", *counts)
     share = vectors.share(used, _BATCH)
     level, end = (
         (logging.INFO, "") if share >= _HARDLY else (logging.WARNING, ": hardly any, so they teach little")
@@ -102,6 +104,7 @@ def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> No
     said = "%.1f %% of the captions share a counted token with another of a batch of %d%s"
     _logger.log(level, said, 100 * share, _BATCH, end)
     vectors.save(file)
+    return vectors.width
 
 
 def _read(file: Path) -> Encoder:

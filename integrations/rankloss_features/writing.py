@@ -6,12 +6,12 @@ import datetime
 import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -152,6 +152,9 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces}
     about |= {"widths": widths, **settings}
     found = read_about(output)
+    if found:
+        fitted = [name for name, encoder in teacher.encoders.items() if encoder.fit]
+        widths.update({name: found["widths"][name] for name in fitted if name in found["widths"]})
     if found is None and any(not x.name.startswith(".") for x in output.iterdir()):
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
     for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
@@ -172,8 +175,19 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         shard_rows = size_of_shards(len(pairs))
         about |= {"shard_rows": shard_rows, "data": data.about}
         texts = (caption for captions, _ in data.pairs() for caption in captions)
-        fits = [partial(x.fit, texts) for x in teacher.encoders.values() if x.fit]
+        fits = [partial(_fit, widths, name, x.fit, texts) for name, x in teacher.encoders.items() if x.fit]
         Draft.begin(output, about, pairs, *fits)
+
+
+def _fit(
+    widths: dict[str, int],
+    name: str,
+    fit: Callable[[Iterable[str], BinaryIO], int],
+    texts: Iterable[str],
+    file: BinaryIO,
+) -> None:
+    """Fit an encoder, and note its width before the folder's entries are written."""
+    widths[name] = fit(texts, file)
 
 
 def _hash_pairs(data: Data) -> Array:

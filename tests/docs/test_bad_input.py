@@ -100,16 +100,14 @@ def evaluate(expression: str) -> Any:
     return eval(expression.strip("`"), names)
 
 
-def first_and_last_word(message: str) -> tuple[str, str]:
-    """The argument and the value in a message of the page, which may end in a …"""
-    words = re.split(r"[\s,;:]+", message.removesuffix(" …").removesuffix("."))
-    return words[0], words[-1]
-
-
 @pytest.mark.parametrize("row", ERRORS, ids=[row[0] for row in ERRORS])
-def test_bad_input_is_named_and_shown(row: list[str]) -> None:
-    call, kind, *named = row
-    argument, value = first_and_last_word(named[0]) if row in ERRORS[:ON_THE_PAGE] else named
+def test_an_error_has_the_argument_the_reason_and_the_value(row: list[str]) -> None:
+    call, kind, *words = row
+    if row in ERRORS[:ON_THE_PAGE]:
+        begins = words[0].removesuffix(" …").removesuffix(".")
+        argument, reason, value = re.split(r"\W", begins)[0], begins, begins.split()[-1]
+    else:
+        argument, reason, value = words
     if kind == "`InputWarning`":
         with pytest.warns(InputWarning) as warned:
             assert evaluate(call).isfinite()
@@ -119,6 +117,7 @@ def test_bad_input_is_named_and_shown(row: list[str]) -> None:
             evaluate(call)
         text = str(caught.value)
     assert re.search(rf"(?<!\w){argument}(?!\w)", text), text
+    assert reason in text
     assert value in text
 
 

@@ -37,10 +37,10 @@ def run(tmp_path, loss, *lines, status=0, checkpoint=False):
 
 
 def test_plain_clip_under_another_name_is_refused_at_the_first_step(tmp_path):
-    with pytest.raises(TrainingError, match="--loss cyclip"):
-        run(tmp_path, "cyclip", PLAIN, checkpoint=True)
+    with pytest.raises(TrainingError, match="--loss tiny"):
+        run(tmp_path, "tiny", PLAIN, checkpoint=True)
     assert run(tmp_path, "clip", PLAIN, checkpoint=True).last == {"contrastive_loss": 3.5}
-    log = run(tmp_path, "cyclip", RANKED, checkpoint=True)
+    log = run(tmp_path, "tiny", RANKED, checkpoint=True)
     assert log.share == pytest.approx(1.5)  # a job of one epoch
     assert log.first == log.last == {"contrastive_loss": 3.5, "cross_modal_loss": 0.25}
 

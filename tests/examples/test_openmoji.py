@@ -108,7 +108,7 @@ def test_an_arm_is_a_name_with_a_loss_and_arguments():
 
 
 def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it():
-    given = ["--lr", "1", "--rankclip-lambda-in", "3", "--cyclip-in-modal", "2"]
+    given = ["--lr", "1", "--rankclip-lambda-in", "3", "--tiny-weight", "2"]
     assert train.arguments_for("clip", given) == ("--lr", "1")
     assert train.arguments_for("rankclip-distill+mimicry", given) == tuple(given[:4])
 

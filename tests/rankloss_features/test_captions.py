@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
+import shutil
 import signal
 from collections import Counter
 from math import log
@@ -91,6 +91,16 @@ def test_saved_vectors_give_equal_rows_and_batches_do_not_matter(
     np.testing.assert_array_equal(again.transform([*of, "?"]), expected)
 
 
+def test_fewer_tokens_than_dimensions_are_as_many_as_there_are() -> None:
+    """LSA in all its directions has the products of TF-IDF itself."""
+    tokens, rows = tf_idf(CAPTIONS, CAPTIONS)
+    assert len(tokens) < len(CAPTIONS) + 5
+    vectors = CaptionVectors.fit(CAPTIONS, dimensions=256)
+    assert vectors.width == min(len(tokens), len(CAPTIONS))
+    found = vectors.transform(CAPTIONS)
+    np.testing.assert_allclose(found @ found.T, rows @ rows.T, atol=1e-6)
+
+
 def test_characters_see_what_words_do_not() -> None:
     with pytest.raises(ValueError, match=r"^captions: .*'赤いりんご'.*characters=True"):
         CaptionVectors.fit(JAPANESE, dimensions=None)
@@ -131,7 +141,6 @@ def test_a_sample_bounds_what_is_fitted_on() -> None:
         (["a dog"] * 3, {}, "captions", "'a dog'"),
         (["one two", "three four"], {"dimensions": None}, "captions", "'one two'"),
         (["the", "the ...", "the!"], {"dimensions": None}, "captions", "'the'"),
-        (CAPTIONS, {"dimensions": 300}, "dimensions", "300"),
         (CAPTIONS, {"dimensions": 0}, "dimensions", "0"),
         (["a dog"], {}, "captions", r"\['a dog'\]"),
         ([], {}, "captions", r"\[\]"),
@@ -155,26 +164,51 @@ def of_captions(name: str, kill_at: int | None = None) -> Teacher:
     return Teacher(texts.about, {IMAGES: images, **texts.encoders}, spaces="separate")
 
 
-@pytest.mark.parametrize(("kind", "kill_at"), [("csv", 1), ("webdataset", 4)])
-def test_a_killed_run_goes_on_with_the_stored_vectors(tmp_path: Path, kind: str, kill_at: int) -> None:
-    data, output = data_of(kind, tmp_path / "data"), tmp_path / "output"
-    features = written(tmp_path / "whole", data, of_captions("captions:4")).check()
+@pytest.fixture(scope="module", params=["csv", "webdataset"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Pairs of each kind, and their folder with an encoder of the captions beside one of images."""
+    place = tmp_path_factory.mktemp("captions")
+    data = data_of(request.param, place / "data")
+    written(place / "whole", data, of_captions("captions:4"))
+    return data, place / "whole"
+
+
+def test_rows_are_those_of_the_stored_vectors(whole: tuple[Any, Path]) -> None:
+    data, folder = whole
     captions = [caption for block, _ in data.pairs() for caption in block]
-    stored = CaptionVectors.load(tmp_path / "whole/captions.npz")
+    stored = CaptionVectors.load(folder / "captions.npz")
     assert stored.tokens == CaptionVectors.fit(captions, dimensions=4).tokens
-    rows = features.take(np.arange(ROWS))[TEXTS]
-    np.testing.assert_allclose(rows, stored.transform(captions), atol=1e-3)
+    features = Features(str(folder)).check()
+    np.testing.assert_allclose(features.take(np.arange(ROWS))[TEXTS], stored.transform(captions), atol=1e-3)
     assert features.about["teacher"] == {"text_encoder": "captions", "dimensions": 4, "characters": False}
+
+
+def test_a_killed_run_goes_on_with_the_stored_vectors(whole: tuple[Any, Path], tmp_path: Path) -> None:
+    (data, folder), output = whole, tmp_path / "output"
+    kill_at = 4 if data.is_stream else 1
     assert in_process(written, output, data, of_captions("captions:4", kill_at)) == -signal.SIGKILL
     written(output, data, of_captions("captions:4")).check()
-    assert files(output) == files(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"teacher, .*'dimensions': 4.*'dimensions': 5"):
-        written(output, data, of_captions("captions:5"))
+    assert files(output) == files(folder)
+
+
+def test_a_folder_that_was_begun_with_other_dimensions_is_refused(
+    whole: tuple[Any, Path], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(whole[1], tmp_path / "output"))
+    with pytest.raises(ValueError, match=r"begun with another teacher, .*'dimensions': 4.*'dimensions': 5"):
+        written(output, whole[0], of_captions("captions:5"))
+    assert files(output) == files(whole[1])
+
+
+def test_damaged_vectors_are_refused_by_who_reads_and_who_writes(
+    whole: tuple[Any, Path], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(whole[1], tmp_path / "output"))
     flip(output / "captions.npz")
-    write_again = functools.partial(written, output, data, of_captions("captions:4"))
-    for read in (lambda: Features(str(output)).check(), write_again):
-        with pytest.raises(ValueError, match=r"output/captions\.npz"):
-            read()
+    with pytest.raises(ValueError, match=r"output/captions\.npz"):
+        Features(str(output)).check()
+    with pytest.raises(ValueError, match=r"output/captions\.npz"):
+        written(output, whole[0], of_captions("captions:4"))
 
 
 def test_many_captions_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +223,25 @@ def command(folder: Path, captions: list[str], *options: str) -> int:
     return main(["features", *data, *options])
 
 
-def test_the_share_of_counted_captions_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_set_has_as_many_dimensions_as_shared_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a folder that is found whole, and begun again."""
+    caplog.set_level(logging.INFO, "rankloss_features")
+    captions = ["a dog", "a cat", "a dog and a cat", "one bird", "one dog"]
+    for _ in range(2):
+        assert command(tmp_path, captions, "--text-encoder", "captions") == 0
+    features = Features(str(tmp_path / "x")).check()
+    assert features.about["widths"] == {TEXTS: 4}
+    expected = CaptionVectors.fit(captions, dimensions=4).transform(captions)
+    np.testing.assert_allclose(features.take(np.arange(5))[TEXTS], expected, atol=1e-3)
+    said = "captions: 4 dimensions, as 5 captions share 4 tokens; 256 were asked for"
+    assert [x.getMessage() for x in caplog.records].count(said) == 1
+
+
+def test_the_share_of_captions_that_share_a_counted_word_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     few = [f"word{i}" for i in range(38)] + ["two words"] * 2
     for name, captions, level, share in (
         ("many", tiny.CAPTIONS, logging.INFO, "100.0 %"),
@@ -213,7 +265,8 @@ def test_a_language_without_spaces_is_counted_by_characters(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("captions", "encoder", "named"),
     [
-        (["a dog", "a cat", "a dog and a cat"], "captions", "dimensions: .* 256"),
+        (["a dog"] * 5, "captions", "captions: all 5 are equal, 'a dog'"),
+        (["a dog", "the cat", "one"], "captions", "captions: no token occurs in two captions.*'a dog'"),
         (tiny.CAPTIONS, "captions:0", "'captions:0'"),
         (tiny.CAPTIONS, "captions:characters:8", "'captions:characters:8'"),
     ],

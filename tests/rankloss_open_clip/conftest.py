@@ -9,7 +9,7 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, STOCK, WHOLE_SET, Runs, Trainer
+    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, STOCK, WHOLE_SET, Run, Runs, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -49,17 +49,20 @@ def runs(trainer: Trainer) -> Runs:
     add("mimicry", ["--loss", "mimicry", *teacher], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 
-    add("cyclip", ["--loss", "cyclip", "--accum-freq", "2"], 1)
+    add("tiny", ["--loss", "tiny", "--accum-freq", "2"], 1)
     add("clip-streamed", ["--loss", "clip-streamed"], 3)
     add("stock siglip", ["--siglip"], 3)
     add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], 3)
 
-    alip = ["--loss", "alip", "--alip-caption-key", "synthetic", "--batch-size", str(SAMPLES)]
-    alip += ["--aug-cfg", "scale=(1.0,1.0)"]
-    add("alip", [*alip, "--val-data", str(trainer.directory / "data.csv")], 3)
-    first = str(trainer.directory / "logs/alip/checkpoints/epoch_1.pt")
-    table.add(
-        "alip resumed",
-        lambda: table["alip"] and trainer.call("alip resumed", "--epochs", "3", *alip, "--resume", first),
-    )
+    captions = ["--loss", "tiny-caption", "--second-caption-key", "synthetic"]
+    captions += ["--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
+    add("tiny-caption", [*captions, "--val-data", str(trainer.directory / "data.csv")], 3)
+    first = str(trainer.directory / "logs/tiny-caption/checkpoints/epoch_1.pt")
+
+    def resumed() -> Run:
+        assert table["tiny-caption"], "whose checkpoint it begins with"
+        options = ["--epochs", "3", *captions, "--resume", first]
+        return trainer.call("tiny-caption resumed", *options)
+
+    table.add("tiny-caption resumed", resumed)
     return table

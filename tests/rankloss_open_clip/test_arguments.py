@@ -27,10 +27,11 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import RUN, dest, flag, prefix_of, typed_options
 from rankloss_trainers.declared import _REPLACED, options_of
 from rankloss_trainers.run_options import RunOptions
+from registered import NAMES as LOSSES
 from registered import register
 from stored_features import stored
 
-ALIP = "--loss alip --alip-caption-key synthetic"
+CAPTIONS = "--loss tiny-caption --second-caption-key synthetic"
 LISTS = "--loss ranked-lists --ranked-lists"
 OPTION = "--loss-teacher"
 BOTH = unit_rows(4, 2)
@@ -72,7 +73,7 @@ def test_help_shows_every_loss_with_its_options(
     assert "--train-data" in shown
     assert "plain: The first line is the help" in shown
     assert re.search(r"broken: .*\(p 1\.0\): ModuleNotFoundError", shown)
-    for name in (*catalog.LOSSES, "alip", "cyclip"):
+    for name in LOSSES:
         named = catalog.load(name)
         assert f"{name}: {named.summary}" in shown
         for key in typed_options(named):
@@ -97,7 +98,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, x=built, gather=built)
-    for name in ("rankclip", "alip", "x"):
+    for name in ("rankclip", "tiny", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
             arguments.requested(SimpleNamespace(loss_dist_impl=name))
     assert arguments.requested(SimpleNamespace(loss_dist_impl="gather")) is None
@@ -147,10 +148,10 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         ("--loss rankclip --loss-teacher given", "--loss-teacher"),
         ("--loss rankclip-distill", "--distill-pretrained --loss-teacher"),
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip --distill-model"),
-        ("--loss alip", "--alip-caption-key"),
-        (f"{ALIP} --model coca_ViT-B-32", "alip CoCa"),
-        (f"{ALIP} --dataset-type synthetic", "alip --dataset-type synthetic"),
-        (f"{ALIP} --torchscript", "alip --torchscript"),
+        ("--loss tiny-caption", "--second-caption-key"),
+        (f"{CAPTIONS} --model coca_ViT-B-32", "tiny-caption CoCa"),
+        (f"{CAPTIONS} --dataset-type synthetic", "tiny-caption --dataset-type synthetic"),
+        (f"{CAPTIONS} --torchscript", "tiny-caption --torchscript"),
         ("--loss clip-ids --dataset-type synthetic", "clip-ids --dataset-type synthetic"),
         ("--loss siglip-streamed", "siglip-streamed --siglip"),
         ("--loss rankclip --model local-dir:x --pretrained y.pt", "argument --pretrained y.pt:"),
@@ -163,17 +164,17 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         ("--loss mimicry+rankclip-encoders --loss-teacher text=minilm", "argument --loss: mimicry"),
         # Of two widths, which rank the in-modal lists alone.
         (f"--loss rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
-        (f"--loss cyclip+rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
+        (f"--loss tiny+rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
         # What is not the data's, before the trainer makes a folder.
         (f"DATA --loss rankclip {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
         (f"DATA --loss mimicry {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
         (f"DATA --loss rankclip {OPTION} FOLDER {DISTILLED}", f"{OPTION}: --distill-model"),
-        (f"DATA --loss cyclip {OPTION} FOLDER", f"{OPTION}: cyclip"),
+        (f"DATA --loss tiny {OPTION} FOLDER", f"{OPTION}: tiny"),
         (f"DATA --loss rankclip {OPTION} FOLDER/none", f"{OPTION}: FOLDER/none"),
         (f"DATA --loss rankclip-in {OPTION} text=FOLDER --csv-caption-key nope", "--csv-caption-key nope: "),
         (f"DATA --loss mimicry {OPTION} local-dir:no", f"{OPTION}: --model local-dir:no: "),
         ("DATA --loss clip-ids --clip-ids-key nope", "--train-data: FILE 'nope' filepath, title, grades"),
-        ("DATA --loss alip --alip-caption-key nope", "--train-data: FILE 'nope'"),
+        ("DATA --loss tiny-caption --second-caption-key nope", "--train-data: FILE 'nope'"),
         ("DATA --loss ranked-lists", "--train-data: candidates grade 1"),
         ("DATA --loss clip-ids --train-data no.csv", "--train-data: no.csv"),
     ],
@@ -232,8 +233,8 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
         (f"rankclip --loss-teacher given {SIGMOID_STUDENT}", {"lambda_in": 1.0, "local_loss": True}),
         ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),
-        ("cyclip --cyclip-lambda-cross 1", {"lambda_cross": 1.0, "lambda_in": 0.25, "local_loss": False}),
-        ("alip --alip-caption-key x --alip-gamma-pair 1", {"gamma_sample": 2.0, "gamma_pair": 1.0}),
+        ("tiny --tiny-weight 1", {"weight": 1.0, "local_loss": False}),
+        ("tiny-caption --second-caption-key x --second-momentum 1", {"momentum": 1.0}),
     ],
 )
 def test_option_reaches_the_loss(command: str, expected: dict[str, Any]) -> None:
@@ -249,7 +250,7 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
     ours, stock = rankloss.SigLipLoss if options else rankloss.ClipLoss, parse_args(options)
     own = open_clip.create_loss(ready(stock))
     siglip = " ".join(options)
-    assert type(loss_of(f"--loss cyclip {siglip}", own).criterion.base) is ours
+    assert type(loss_of(f"--loss tiny {siglip}", own).criterion.base) is ours
     criterion = loss_of(f"--loss rankclip --rankclip-memory-budget 5 {siglip}", own).criterion
     assert repr(criterion.base) == f"{ours.__name__}(memory_budget=5)"
     streamed = f"--loss {'siglip' if options else 'clip'}-streamed --streamed-memory-budget 7 {siglip}"
@@ -280,7 +281,7 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
 ) -> None:
     register(monkeypatch, x="missing:X")
     assert "'missing'" in refused(capsys, "--loss", "x")
-    for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "cyclip"]):
+    for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "tiny"]):
         parse_args(argv)
     assert not caplog.records
 

@@ -102,7 +102,10 @@ def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: s
 
 @pytest.mark.parametrize(
     ("options", "needed"),
-    [("alip --alip-caption-key synthetic", "caption_features"), ("ranked-lists", "query_features")],
+    [
+        ("tiny-caption --second-caption-key synthetic", "caption_features"),
+        ("ranked-lists", "query_features"),
+    ],
 )
 def test_loss_whose_data_are_read_by_nobody_is_an_error(fork: Any, options: str, needed: str) -> None:
     rankloss_open_clip.attach(fork)
@@ -235,5 +238,5 @@ def test_former_release_trains(trainer: Trainer, release: tuple[str, str]) -> No
         assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"])
     expected = {step: schedules.official(step // STEPS + 1, 2) for step in range(2 * STEPS)}
     assert run.scalars["rank_lambda"] == expected
-    captions = ["--loss", "alip", "--alip-caption-key", "synthetic", "--accum-freq", "2"]
-    assert len(run_release(trainer, release, "alip", attached, *captions).scalars["loss"]) == STEPS
+    captions = ["--loss", "tiny-caption", "--second-caption-key", "synthetic", "--accum-freq", "2"]
+    assert len(run_release(trainer, release, "captions", attached, *captions).scalars["loss"]) == STEPS

@@ -75,8 +75,15 @@ def test_two_processes_resume_with_the_same_bits_and_lines(trainer: Trainer) -> 
 # --- the state of a loss ------------------------------------------------------------------------------------
 
 
-def arguments(name: str = "alip", **changes: Any) -> Any:
-    given = {"loss": name, "alip_caption_key": "syn", "epochs": 3, "rank": 0, "world_size": 2, "resume": None}
+def arguments(name: str = "tiny-caption", **changes: Any) -> Any:
+    given = {
+        "loss": name,
+        "second_caption_key": "syn",
+        "epochs": 3,
+        "rank": 0,
+        "world_size": 2,
+        "resume": None,
+    }
     return SimpleNamespace(**{**given, **changes})
 
 
@@ -92,20 +99,20 @@ def optimizer() -> torch.optim.Optimizer:
     return built
 
 
-def resumed(epoch: int, **changes: Any) -> list[float]:
-    """The histories of a run that begins."""
+def resumed(epoch: int, **changes: Any) -> float:
+    """The state of a run that begins."""
     args = arguments(**changes)
     run = loss(args)
     epoch_begins(run, epoch, args, optimizer())
-    histories: list[float] = run.criterion.histories.tolist()
-    return histories
+    average: float = run.criterion.average.item()
+    return average
 
 
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        ({"state": {}, "param_groups": []}, " alip "),
-        ({checkpoints.KEY: {"loss": "other", "state_dict": {}}}, " other: .* alip "),
+        ({"state": {}, "param_groups": []}, " tiny-caption "),
+        ({checkpoints.KEY: {"loss": "other", "state_dict": {}}}, " other: .* tiny-caption "),
     ],
 )
 def test_resuming_without_the_state_warns_once(
@@ -114,17 +121,17 @@ def test_resuming_without_the_state_warns_once(
     path = str(tmp_path / "epoch_1.pt")
     torch.save({"epoch": 1, "optimizer": found}, path)
     for rank in (0, 1):
-        assert resumed(1, resume=path, rank=rank) == [1, 1, 1]
+        assert resumed(1, resume=path, rank=rank) == 1
     (message,) = caplog.messages
     assert re.search(said, message)
 
 
 def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCaptureFixture) -> None:
     built, sharded = optimizer(), optimizer()
-    for args, each in ((arguments("cyclip", resume="x.pt"), built), (arguments(fsdp=True), sharded)):
+    for args, each in ((arguments("tiny", resume="x.pt"), built), (arguments(fsdp=True), sharded)):
         epoch_begins(loss(args), 1, args, each)
     assert not {**built._optimizer_state_dict_post_hooks, **sharded._optimizer_state_dict_post_hooks}
-    assert resumed(0, resume="weights.pt") == [1, 1, 1], "a file of weights alone"
+    assert resumed(0, resume="weights.pt") == 1, "a file of weights alone"
     assert not caplog.records
 
 

@@ -82,7 +82,7 @@ def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.M
     params = ModuleType(bootstrap.PARAMS)
     vars(params)["parse_args"] = lambda argv: argv
     bootstrap.patch(params)
-    for argv in (["--loss", "rankclip"], ["--los=cyclip"]):
+    for argv in (["--loss", "rankclip"], ["--los=tiny"]):
         with pytest.raises(ImportError, match=re.escape(PATCHES)):
             params.parse_args(argv)
     assert params.parse_args(["--loss-dist-impl", "x"]) == ["--loss-dist-impl", "x"]
@@ -105,7 +105,7 @@ def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_hook")
-@pytest.mark.parametrize("argv", [[MAIN, "--loss", "rankclip"], [RUNNER, "--epochs", "1", "--los=cyclip"]])
+@pytest.mark.parametrize("argv", [[MAIN, "--loss", "rankclip"], [RUNNER, "--epochs", "1", "--los=tiny"]])
 def test_a_hook_that_fails_ends_the_trainer_at_once(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match=HOOK):

@@ -110,7 +110,7 @@ def test_samples_without_any_column_are_an_error_that_shows_one(count: int) -> N
 def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
     original = open_clip_train.data.tarfile_to_samples_nothrow
     data = ["--train-data", str(tmp_path / "0.tar")]
-    args = parse_args(["--loss", "alip", "--alip-caption-key", "syn", *data])
+    args = parse_args(["--loss", "tiny-caption", "--second-caption-key", "syn", *data])
     args.world_size = 1
     with pytest.raises(RuntimeError, match="number of dataset samples must be specified"):
         open_clip_train.data.get_wds_dataset(args, None, is_train=True, tokenizer=tokenizer())

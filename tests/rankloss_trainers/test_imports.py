@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rankloss_trainers import catalog
+from registered import OF_PACKAGES
 
 ROOT = Path(__file__).parents[2]
 CORE = {"rankloss", "rankloss.losses", "rankloss.functional"}
@@ -33,12 +34,14 @@ FLOORS: dict[str, set[str]] = {
     | TRAINERS,
     "rankloss_open_clip.columns": CORE | {"rankloss_features"} | TRAINERS,
     "rankloss_open_clip": CORE | {"rankloss_features", "rankloss_open_clip.columns"} | TRAINERS,
-    "rankloss_baselines": CORE | TRAINERS,
 }
 """Packages, and folders and files of them that stand on a floor of their own; of each the floors below it.
 
 Losses that are declared by text, as in the catalogue, are loaded by their names and are no imports.
 """
+REGISTERING = {point.module.partition(".")[0] for name in OF_PACKAGES for point in catalog.known()[name]}
+"""Packages that register losses, as those of others do."""
+FLOORS.update(dict.fromkeys(sorted(REGISTERING - {"tiny_losses"}), CORE | TRAINERS))
 NAMES_OF_A_PACKAGE = {"rankloss/__init__.py", "integrations/rankloss_trainers/__init__.py"}
 """Files that show names of higher floors to users, and have none of their own."""
 
@@ -110,13 +113,12 @@ print([type(finder).__name__ for finder in sys.meta_path].count('Finder'))
 print(sorted(name for name in sys.modules if name.startswith(('rankloss', 'open_clip'))))
 
 sys.modules.update(dict.fromkeys("{EXTRAS} pandas timm safetensors webdataset scipy tqdm".split()))
-import rankloss_baselines, rankloss_trainers
+import rankloss_trainers
 from rankloss_trainers import catalog, console
 console.main(["losses"])
-for name in catalog.LOSSES:
+for name in catalog.known():
     rankloss_trainers.create("siglip+" * name.startswith("siglip") + name)
 rankloss_trainers.create("clip-ids+rankclip")
-rankloss_baselines.AlipLoss(), rankloss_baselines.CyClipLoss()
 """
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from named_inputs import HOST, inputs_of
 from taught import ROWS, features, folder
+from tiny_losses import TinyLoss
 
 import rankloss_trainers
 from rankloss import ClipLoss, MimicryLoss, RankClipLoss
-from rankloss_baselines import CyClipLoss
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
@@ -26,16 +26,16 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     taught = inputs_of("rankclip-distill")
     pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}
     loss = rankloss_trainers.create(
-        "rankclip-distill+mimicry+cyclip",
+        "rankclip-distill+mimicry+tiny",
         **{"rankclip-distill": {"schedule": "constant", "top_k": 3}},
         mimicry={"weight": 0.5},
-        cyclip={"lambda_in": 2.0},
+        tiny={"weight": 2.0},
     )
     ranks = RankClipLoss(schedule="constant", lambda_cross=16, lambda_in=16, top_k=3)
     expected = {
         **ranks(**taught, output_dict=True),
         **MimicryLoss(weight=0.5)(**taught, output_dict=True),
-        **CyClipLoss(lambda_in=2.0)(**pairs, output_dict=True),
+        **TinyLoss(weight=2.0)(**pairs, output_dict=True),
     }
     actual = loss(**taught, output_dict=True)
     assert actual.keys() == expected.keys()
@@ -47,11 +47,11 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     ("name", "options", "part", "key", "value"),
     [
         ("rankclip+mimicry", {"mimicry": {"weight": 2}}, 1, "weight", 2),
-        ("rankclip-distill+cyclip", {}, 0, "top_k", 8),
+        ("rankclip-distill+tiny", {}, 0, "top_k", 8),
         ("rankclip-distill+mimicry", {}, 0, "top_k", 4),
         ("rankclip-distill+mimicry", {"rankclip-distill": {"top_k": 8}}, 0, "top_k", 8),
         ("mimicry+rankclip-distill", {}, 0, "weight", 16.0),
-        ("cyclip+mimicry+rankclip-distill", {}, 1, "weight", 16.0),
+        ("tiny+mimicry+rankclip-distill", {}, 1, "weight", 16.0),
         ("mimicry+rankclip", {}, 0, "weight", 8.0),
         ("mimicry+rankclip-encoders", {}, 0, "weight", 8.0),
     ],
@@ -60,9 +60,9 @@ def test_options_go_by_loss(name: str, options: dict[str, Any], part: int, key: 
     assert choose(name, options)[part].values[key] == value
 
 
-@pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed", "alip"])
+@pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed", "tiny-caption"])
 def test_a_loss_in_place_of_the_trainers_is_the_innermost_wherever_it_stands(name: str) -> None:
-    options = {"alip": {"caption_key": "x"}} if name == "alip" else {}
+    options = {name: {"caption_key": "x"}} if name == "tiny-caption" else {}
     losses = choose(f"rankclip+{name}+mimicry", options)
     assert [x.name for x in losses] == [name, "rankclip", "mimicry"]
     base = run_of(f"rankclip+{name}", options).criterion.base
@@ -110,8 +110,8 @@ def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
 
 
 def test_a_run_has_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"teacher: .*cyclip.*x/"):
-        run_of("cyclip", {}, "x/")
+    with pytest.raises(ValueError, match=r"teacher: .*tiny.*x/"):
+        run_of("tiny", {}, "x/")
     run = run_of("rankclip-encoders", {})
     assert run.teacher is not None
     assert (run.teacher.text, run.use_of_teacher) == (ENCODERS, "required")

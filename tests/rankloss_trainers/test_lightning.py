@@ -204,11 +204,11 @@ def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:
 
 
 class Remembering(Module):
-    """ALIP, whose histories are part of the module, under rank terms."""
+    """A loss whose state is part of the module, under rank terms."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = rankloss_trainers.create("alip+rankclip", rankclip={"schedule": "linear"})
+        self.loss = rankloss_trainers.create("tiny-caption+rankclip", rankclip={"schedule": "linear"})
 
     def training_step(self, batch: list[Tensor], _: int) -> Any:
         captions = F.normalize(self.text(batch[1].flip(1)))

@@ -114,7 +114,7 @@ ALONE = rankloss.Gather(rank=0, world_size=1)
 
 @pytest.mark.parametrize("same", ["ignore", "share"])
 @pytest.mark.parametrize(
-    "others", ["", "+rankclip", "+cyclip", "+rankclip-distill+cyclip+mimicry", "+ranked-lists"]
+    "others", ["", "+rankclip", "+tiny", "+rankclip-distill+tiny+mimicry", "+ranked-lists"]
 )
 def test_ids_reach_the_base_under_other_terms(others: str, same: str) -> None:
     name = f"clip-ids{others}"

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from named_inputs import HOST, inputs_of
+from tiny_losses import TinyCaptionLoss, TinyLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
-from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.logging import remark_on_products
 from rankloss_trainers.run_options import RunOptions
@@ -126,7 +126,7 @@ def test_a_module_is_evaluated_by_its_innermost_base_and_a_single_pair_counts_0(
         (rankloss.ClipLoss(label_smoothing=0.1), plain),
         (sigmoid, sigmoid),
     ):
-        for module in (base, CyClipLoss(rankloss.RankClipLoss(base, schedule="linear"))):
+        for module in (base, TinyLoss(rankloss.RankClipLoss(base, schedule="linear"))):
             run = run_of(HOST, module)
             assert torch.equal(run.evaluate(**inputs(pair)).total, expected(*pair, SCALE))
             assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
@@ -147,8 +147,8 @@ def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     "name",
     [
         *(*catalog.known(), "clip", "siglip", "siglip+rankclip", "clip-ids+rankclip", "clip-smooth+rankclip"),
-        *("rankclip+cyclip", "cyclip+rankclip", "rankclip+ranked-lists", "rankclip+clip-smooth"),
-        "rankclip+alip",
+        *("rankclip+tiny", "tiny+rankclip", "rankclip+ranked-lists", "rankclip+clip-smooth"),
+        "rankclip+tiny-caption",
     ],
 )
 def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> None:
@@ -270,7 +270,7 @@ class Taught(nn.Module):
     ("loss", "teachers"),
     [
         (Taught(), None),
-        (CyClipLoss(Taught()), None),
+        (TinyLoss(Taught()), None),
         ("rankclip", "given"),
         ("rankclip-distill", None),
     ],
@@ -304,10 +304,10 @@ def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("loss", "teachers", "message"),
     [
-        ("alip", None, "alip needs a column"),
+        ("tiny-caption", None, "tiny-caption needs a column"),
         ("clip-ids", None, "clip-ids needs ids"),
         ("ranked-lists", None, "ranked-lists needs a list"),
-        (AlipLoss(), None, "AlipLoss needs a state"),
+        (TinyCaptionLoss(), None, "TinyCaptionLoss needs a state"),
         ("rankclip", "x", "rankclip needs a folder"),
         (rankloss.RankClipLoss(nn.Linear(2, 2)), None, "RankClipLoss needs parameters"),
         ("siglip-streamed", None, "siglip-streamed needs --siglip"),
@@ -320,9 +320,9 @@ def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, teachers:
 
 
 def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
-    for name in ("clip-streamed", "clip-smooth", "clip-ids", "alip"):
-        with pytest.raises(ValueError, match=f"{name} .*CyClipLoss"):
-            run_of(HOST, name, base=CyClipLoss())
+    for name in ("clip-streamed", "clip-smooth", "clip-ids", "tiny-caption"):
+        with pytest.raises(ValueError, match=f"{name} .*TinyLoss"):
+            run_of(HOST, name, base=TinyLoss())
     with pytest.raises(ValueError, match=r"clip-streamed .*label_smoothing=0\.1"):
         run_of(HOST, "clip-streamed", base=rankloss.ClipLoss(label_smoothing=0.1))
     smooth = run_of(HOST, "clip-ids", base=rankloss.ClipLoss(label_smoothing=0.1))
@@ -332,7 +332,7 @@ def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
 def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
     run = run_of(HOST, "rankclip", {"top_k": 3})
     assert run.on(rankloss.ClipLoss()) is run
-    other = run.on(base := CyClipLoss())
+    other = run.on(base := TinyLoss())
     assert other is not run
     assert other.criterion.base is base
     assert other.criterion.consistency.options == run.criterion.consistency.options
@@ -350,22 +350,22 @@ def test_loss_is_a_module_and_its_options_are_its_own() -> None:
 
 
 def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
-    run, other = run_of(HOST, AlipLoss()), run_of(HOST, AlipLoss())
+    run, other = run_of(HOST, TinyCaptionLoss()), run_of(HOST, TinyCaptionLoss())
     at(run, 1)(**inputs(features()), caption_features=features(seed=2)[0])
     saved = run.saved()
     assert saved is not None
-    histories = run.criterion.histories.clone()
+    average = run.criterion.average.clone()
     at(run, 2)(**inputs(features()), caption_features=features(seed=3)[0])
-    assert torch.equal(saved["state_dict"]["histories"], histories), "it does not move with the loss"
+    assert torch.equal(saved["state_dict"]["average"], average), "it does not move with the loss"
     run.restore(saved)
     as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
     other.restore(as_lists)
-    assert torch.equal(other.criterion.histories, run.criterion.histories)
+    assert torch.equal(other.criterion.average, run.criterion.average)
     assert run_of(HOST, "rankclip").saved() is None
     for state, message in ((None, "no state of a loss"), ({**saved, "loss": "x"}, "the state of the loss x")):
         other.restore(state)
-        assert f"holds {message}: the state of AlipLoss starts anew" in caplog.text
-        assert torch.equal(other.criterion.histories, AlipLoss().histories)
+        assert f"holds {message}: the state of TinyCaptionLoss starts anew" in caplog.text
+        assert torch.equal(other.criterion.average, TinyCaptionLoss().average)
 
 
 def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> None:
@@ -401,7 +401,7 @@ def test_joined_losses_have_the_attributes_of_each() -> None:
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [*catalog.known(), "rankclip+cyclip", "rankclip-distill+mimicry+cyclip"])
+@pytest.mark.parametrize("name", [*catalog.known(), "rankclip+tiny", "rankclip-distill+mimicry+tiny"])
 def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
     loop = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
@@ -476,7 +476,7 @@ def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> Non
     assert rankloss_trainers.create("mimicry", other).gather == rankloss.MimicryLoss().gather
 
 
-@pytest.mark.parametrize("names", [("cyclip+rankclip", "mimicry"), ("cyclip+mimicry", "rankclip")])
+@pytest.mark.parametrize("names", [("tiny+rankclip", "mimicry"), ("tiny+mimicry", "rankclip")])
 def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
     """Whole, in two steps, and as the module of a trainer."""
     first = rankloss_trainers.create(names[0])

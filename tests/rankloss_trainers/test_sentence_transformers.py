@@ -173,7 +173,7 @@ def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
     ("wrong", "argument"),
     [
         (lambda model: at(rank_clip(model, scale=0.0), 2)(columns(model)), "scale"),
-        (lambda model: ContrastiveLoss(model, "alip", {"caption_key": "x"}), "alip "),
+        (lambda model: ContrastiveLoss(model, "tiny-caption", {"caption_key": "x"}), "tiny-caption "),
         (lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)), "BatchNorm1d"),
         (lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size"),
         (lambda model: rank_clip(model)(columns(model)[:1]), "sentence_features"),

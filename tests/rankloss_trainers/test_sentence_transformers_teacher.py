@@ -80,7 +80,7 @@ def test_a_teacher_trains_as_a_plain_loop(
 
 def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
     model = tiny(tmp_path)
-    loss = ContrastiveLoss(model, "cyclip", agreement_every=2)
+    loss = ContrastiveLoss(model, "tiny", agreement_every=2)
     trainer = train(tmp_path, loss, model, max_steps=3)
     taus = [line["in_modal_tau"] for line in trainer.state.log_history if "loss" in line]
     assert taus[0] == taus[1] != taus[2]

@@ -143,7 +143,7 @@ def batch_for(name: str) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, 3) for name in catalog.LOSSES), ("rankclip", None), ("cyclip", None)]
+    ("name", "size"), [*((name, 3) for name in catalog.LOSSES), ("rankclip", None), ("tiny", None)]
 )
 def test_adapters_learn_every_named_loss(tmp_path: Path, name: str, size: int | None) -> None:
     """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW.
@@ -401,7 +401,7 @@ def lookup(examples: Any) -> dict[str, Tensor]:
     [
         ({"mini_batch_size": 0}, "mini_batch_size.*0"),
         ({"loss": "clip-streamed", "model": build("Siglip")}, "clip-streamed .*logit_bias"),
-        ({"loss": "alip", "loss_options": {"caption_key": "x"}}, "alip "),
+        ({"loss": "tiny-caption", "loss_options": {"caption_key": "x"}}, "tiny-caption "),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

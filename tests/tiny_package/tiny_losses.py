@@ -105,6 +105,7 @@ def log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
 TINY_CAPTION = Named(
     TinyCaptionLoss,
     columns="rankloss_open_clip.columns.second_caption:SecondCaption",
+    prefix="second",
     kind="softmax",
     log=lambda: log,
 )
