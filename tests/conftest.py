@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,3 +44,13 @@ def pools() -> Iterator[Pools]:
 def pool(request: pytest.FixtureRequest, pools: Pools) -> Pool:
     """The gloo processes of each world size in turn."""
     return pools[request.param]
+
+
+@pytest.fixture(scope="session")
+def sample_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``rankloss sample``, which tests leave as it is."""
+    from rankloss_features import sample
+
+    folder = tmp_path_factory.mktemp("of_sample") / "sample"
+    sample.write(folder)
+    return folder

@@ -66,10 +66,12 @@ class Table:
         dataset: The dataset.
         image_column: Its images, or their paths.
         caption_column: Its captions.
+        id_column: The ids of pairs that belong together, or None.
         **about: The entries of ``folder.json`` about it.
 
     Attributes:
         counts: The pairs of each source, here one.
+        ids: The values of the column of ids, None without one.
         is_stream: True if a source is read from its start, by a trainer that knows samples by name, and skips
             pictures that cannot be read.
 
@@ -79,10 +81,17 @@ class Table:
 
     is_stream = False
 
-    def __init__(self, dataset: Any, image_column: str, caption_column: str, **about: Any) -> None:
+    def __init__(
+        self, dataset: Any, image_column: str, caption_column: str, id_column: str | None = None, **about: Any
+    ) -> None:
         import datasets
 
         self.about, self.counts, self.caption_column = about, [len(dataset)], caption_column
+        self.ids: list[Any] | None = None
+        if id_column is not None:
+            if id_column not in dataset.column_names:
+                raise ValueError(f"there is no column {id_column!r} of ids, but {dataset.column_names}")
+            self.ids = list(dataset.with_format(None)[id_column])
         dataset = dataset.with_format(None).select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "caption"})
         try:
@@ -159,6 +168,18 @@ class Table:
             digest.update(picture["image.bytes"] or _beginning(picture["image.path"]))
         return digest.hexdigest()
 
+    def sources(self) -> list[str]:
+        """The picture of each row: its path, or a hash of its bytes."""
+        sources: list[str] = []
+        for first in range(0, len(self.names), _BLOCK):
+            paths = self.names[first : first + _BLOCK]["image.path"]
+            contents = [None] * len(paths)
+            if not all(paths):
+                contents = self.contents[first : first + len(paths)]["image.bytes"]
+            both = zip(paths, contents, strict=True)
+            sources += [path if content is None else name_of(content) for path, content in both]
+        return sources
+
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
         # A CSV file is open_clip's, which leaves the camera's orientation as it is.
@@ -194,6 +215,7 @@ class Shards:
     """
 
     is_stream = True
+    ids = None
 
     def __init__(self, urls: str, text_key: str = "txt") -> None:
         import webdataset
@@ -331,7 +353,7 @@ def open_data(args: Any) -> Data:
     """
     if args.data is None:
         raise ValueError("--data is needed: the pairs, as the trainer has them")
-    path = str(args.data)
+    path, ids_key = str(args.data), getattr(args, "ids_key", None)
     kind = args.dataset_type
     if kind == "auto":
         is_folder, extension = os.path.isdir(path), path.rpartition(".")[2].lower()
@@ -339,16 +361,20 @@ def open_data(args: Any) -> Data:
     if kind is None:
         raise ValueError(f"--data {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
     if kind == "webdataset":
+        if ids_key is not None:
+            raise ValueError(f"--ids-key {ids_key} is for a CSV file or a folder of datasets; got {path}")
         return Shards(path, args.text_key)
     import datasets
 
     datasets.disable_progress_bars()
     if kind == "csv":
         keys = {"--csv-img-key": args.csv_img_key, "--csv-caption-key": args.csv_caption_key}
-        return Table(_csv(path, args.csv_separator, keys), *keys.values(), kind=kind, data=path)
+        columns = keys if ids_key is None else {**keys, "--ids-key": ids_key}
+        table = _csv(path, args.csv_separator, columns)
+        return Table(table, args.csv_img_key, args.csv_caption_key, ids_key, kind=kind, data=path)
     dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):
         if args.split not in dataset:
             raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")
         dataset = dataset[args.split]
-    return Table(dataset, args.image_column, args.caption_column, kind=kind, data=path)
+    return Table(dataset, args.image_column, args.caption_column, ids_key, kind=kind, data=path)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from rankloss_features import opening
+
 COLORS = {
     "red": (220, 40, 40),
     "orange": (250, 150, 30),
@@ -195,13 +197,12 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def write_encoders(images: Path, texts: Path) -> None:
     """Write an encoder of pictures for timm, and one of texts, the mean of its words' vectors."""
-    import timm
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from timm.models import save_for_hf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    save_for_hf(timm.create_model("test_vit", num_classes=0), str(images))
+    save_for_hf(opening.timm_model("test_vit", num_classes=0), str(images))
     words = ["?", "a", *SIZES, *COLORS, *SHAPES]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?")
     tokenizer = Tokenizer(model)

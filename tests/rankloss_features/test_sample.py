@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -19,20 +18,13 @@ from rankloss_trainers.console import main
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("of_sample") / "sample"
-    assert main(["sample", "--output", str(folder)]) == 0
-    return folder
-
-
 def rows(folder: Path, part: str) -> list[dict[str, str]]:
     with open(folder / f"{part}.csv", encoding="utf-8") as lines:
         return list(csv.DictReader(lines, delimiter="\t"))
 
 
-def test_64_pictures_have_captions_and_ids_and_no_product_is_on_both_sides(folder: Path) -> None:
-    parts = {part: rows(folder, part) for part in ("train", "val")}
+def test_64_pictures_have_captions_and_ids_and_no_product_is_on_both_sides(sample_folder: Path) -> None:
+    parts = {part: rows(sample_folder, part) for part in ("train", "val")}
     both = [*parts["train"], *parts["val"]]
     assert [len(part) for part in parts.values()] == [48, 16]
     assert len({row["filepath"] for row in both}) == len({row["title"] for row in both}) == 64
@@ -46,34 +38,41 @@ def test_64_pictures_have_captions_and_ids_and_no_product_is_on_both_sides(folde
     assert len(pictures) == 64
 
 
-def test_the_pictures_are_the_same_at_every_call(folder: Path, tmp_path: Path) -> None:
+def test_the_pictures_are_the_same_at_every_call(sample_folder: Path, tmp_path: Path) -> None:
     sample.write_pairs(tmp_path / "again")
-    for file in (folder / "pictures").iterdir():
+    for file in (sample_folder / "pictures").iterdir():
         assert (tmp_path / "again/pictures" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_both_clips_encode_pictures_and_titles(folder: Path) -> None:
-    row = rows(folder, "val")[0]
-    picture, name = Image.open(row["filepath"]), f"local-dir:{folder}/open_clip"
+def test_both_clips_encode_pictures_and_titles(sample_folder: Path) -> None:
+    row = rows(sample_folder, "val")[0]
+    picture, name = Image.open(row["filepath"]), f"local-dir:{sample_folder}/open_clip"
     model, _, transform = open_clip.create_model_and_transforms(name, require_pretrained=True)
     with torch.no_grad():
         features = model.eval()(transform(picture)[None], open_clip.get_tokenizer(name)([row["title"]]))[:2]
     assert [x.shape for x in features] == [(1, 32), (1, 32)]
-    processor = AutoProcessor.from_pretrained(folder / "transformers")
-    theirs = AutoModel.from_pretrained(folder / "transformers")
+    processor = AutoProcessor.from_pretrained(sample_folder / "transformers")
+    theirs = AutoModel.from_pretrained(sample_folder / "transformers")
     inputs: Any = processor(text=[row["title"]], images=picture, return_tensors="pt")
     assert theirs(**inputs).text_embeds.shape == (1, 32)
     assert len(processor.tokenizer.tokenize(row["title"])) == 4  # a word is a token
 
 
-def test_both_encoders_are_known_to_the_features_command(folder: Path) -> None:
+def test_both_encoders_are_known_to_the_features_command(sample_folder: Path) -> None:
     assert (
-        image_encoders.load(str(folder / "image_encoder"), None, CPU).encoders["image_features"].width == 64
+        image_encoders.load(str(sample_folder / "image_encoder"), None, CPU).encoders["image_features"].width
+        == 64
     )
-    texts = text_encoders.load(str(folder / "text_encoder"), 8, CPU).encoders["text_features"]
+    texts = text_encoders.load(str(sample_folder / "text_encoder"), 8, CPU).encoders["text_features"]
     red, blue = texts.encode(["a red circle", "a blue circle"])
     assert texts.width == 32
     assert not torch.equal(red, blue)
+
+
+def test_the_command_writes_the_folder_and_names_a_next_one(tmp_path: Path, capsys: Any) -> None:
+    assert main(["sample", "--output", str(tmp_path / "new")]) == 0
+    assert f"rankloss evaluate --model local-dir:{tmp_path}/new/open_clip" in capsys.readouterr().out
+    assert (tmp_path / "new/val.csv").is_file()
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,199 @@
+"""``rankloss evaluate``: how well a model finds the captions of pictures, and the pictures of captions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankloss.options import check_count
+from rankloss_features import data, sources
+from rankloss_features.evaluation import differences, encode, measure
+
+WAYS = {
+    "image_to_text": "picture → text",
+    "text_to_image": "text → picture",
+    "image_to_image": "picture → picture",
+    "text_to_text": "text → text",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out a command line, and return the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip's notes on what it loads
+    try:
+        check_count("--batch-size", args.batch_size)
+        ks = sorted({check_count("--k", k) for k in args.k})
+        other = None if args.against is None else _read(args.against)
+        result = evaluate(args, ks, other)
+        print("\n".join(lines(result, ks)))
+        if args.json is not None:
+            result["command"] = shlex.join(["rankloss", "evaluate", *argv])
+            args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"rankloss evaluate: {_last_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The result that ``--json`` writes.
+
+    Raises:
+        ValueError: The model or the data cannot be read, or do not fit; the other result is of other data.
+    """
+    sources.check_pretrained(args.model, args.pretrained)
+    pairs = data.open_data(args)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = argparse.Namespace(
+        model=args.model, pretrained=args.pretrained, features=None, image_encoder=None, text_encoder=None
+    )
+    model = sources.load(["model"], options, device)
+    encoded = encode(model, pairs, batch_size=args.batch_size, workers=args.workers, shows=True)
+    named = args.model + (f" ({args.pretrained})" if args.pretrained else "")
+    about: dict[str, Any] = {
+        "rankloss": version("rankloss"),
+        "model": named,
+        "data": str(args.data),
+        "ids_key": args.ids_key,
+        "identity": encoded.identity,
+        "pictures": len(encoded.image_features),
+        "texts": len(encoded.text_features),
+        "groups": 1 + int(encoded.image_ids.max()),
+        "repeated_captions": encoded.repeated,
+        "width": encoded.image_features.shape[1],
+    }
+    if other is not None and other["identity"] != encoded.identity:
+        raise ValueError(
+            f"--against {args.against} is of other pictures, captions or ids: {other['pictures']} pictures "
+            f"and {other['texts']} texts of {other['data']}, ids {other['ids_key']}; these are "
+            f"{about['pictures']} and {about['texts']} of {args.data}, ids {args.ids_key}"
+        )
+    try:
+        result = {**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}
+    except ValueError as error:
+        hint = "; give fewer answers by --k" if str(error).startswith("k must") else ""
+        raise ValueError(f"--model {named}: {error}{hint}") from error
+    if other is not None:
+        result["against"] = {"file": str(args.against), "model": other["model"]}
+        result["differences"] = differences(encoded, result, other)
+    return result
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The result in a file of ``--json``."""
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--against {file} is no JSON: {error}") from error
+    missing = [x for x in ("identity", "ranks", "recall") if not isinstance(result, dict) or x not in result]
+    if missing:
+        raise ValueError(f"--against {file} is no result of --json: it has no {missing[0]!r}")
+    return dict(result)
+
+
+def _last_line(error: Exception) -> str:
+    """The message of an error, without the traceback of a process that reads pictures."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def lines(result: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
+    """The result as a table for a terminal, in percent."""
+    by_ids = result["ids_key"] is not None
+    unit = f"ids of {result['ids_key']!r}" if by_ids else "pictures"
+    shown = [
+        f"{result['model']} on {result['data']}: {result['pictures']} pictures, {result['texts']} texts"
+        + (f", {result['groups']} {unit}" if by_ids else ""),
+        "",
+        *_table(result["recall"], ks, result["median_rank"]),
+        "",
+        f"R@k in percent, with 95 % intervals over the {result['groups']} {unit} (bootstrap).",
+        f"Agreement of the rankings: τ {result['cross_modal_tau']:.3f} cross-modal, "
+        f"{result['in_modal_tau']:.3f} in-modal. Modality gap: {result['modality_gap']:.3f}.",
+    ]
+    if result["repeated_captions"]:
+        shown.append(
+            f"{result['repeated_captions']} texts repeat a caption of "
+            f"{'another id' if by_ids else 'another picture'}, and count as wrong answers there"
+            + ("." if by_ids else "; --ids-key names the column of what belongs together.")
+        )
+    if "differences" in result:
+        shown += [
+            "",
+            f"Difference from {result['against']['model']} ({result['against']['file']}), same pictures:",
+            "",
+            *_table(result["differences"], ks, None),
+        ]
+    return shown
+
+
+def _table(values: Mapping[str, Mapping[str, float]], ks: Sequence[int], medians: Any) -> list[str]:
+    sign = "+" if medians is None else ""
+    head = [f"{'':<18}", *(f"{f'R@{k}':>22}" for k in ks)]
+    rows = ["".join([*head, "" if medians is None else f"{'median rank':>14}"])]
+    for way, name in WAYS.items():
+        cells = [values.get(f"{way}_R@{k}") for k in ks]
+        if not any(cells):
+            continue
+        row = [f"{name:<18}"]
+        for cell in cells:
+            text = "–"
+            if cell is not None:
+                value, low, high = (f"{100 * cell[x]:{sign}.1f}" for x in ("value", "low", "high"))
+                text = f"{value} [{low}, {high}]"
+            row.append(f"{text:>22}")
+        rows.append("".join([*row, "" if medians is None else f"{medians[way]:>14.0f}"]))
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankloss evaluate",
+        description="Evaluate a model on pairs: R@k both ways with intervals, median ranks, agreement of the "
+        "rankings, modality gap; and the difference from another model on the same pictures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a model of open_clip, local-dir:FOLDER and hf-hub:… included; or a folder of transformers or "
+        "of rankloss heads",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="a checkpoint or a tag of open_clip; folders have their own",
+    )
+    data.add_options(parser)
+    parser.add_argument(
+        "--ids-key", metavar="COLUMN", help="column of ids: pictures and captions of one id are partners"
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=(1, 5, 10), help="numbers of answers (1 5 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, with each query's rank")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="a --json of another model on the same data",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pairs at a time (64)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="readers of pictures (2)")
+    parser.add_argument("--device", help="the model's device; a GPU where there is one")
+    return parser

@@ -1,0 +1,253 @@
+"""``rankloss evaluate``: numbers against open_clip's and the oracle, intervals, comparisons, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+
+from rankloss import metrics, reference
+from rankloss_features import evaluation
+from rankloss_trainers.console import main
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, encoding="utf-8") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> Path:
+    lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def run(sample: Path, data: Path, *options: str, model: str = "open_clip") -> int:
+    given = ["--model", f"local-dir:{sample}/{model}", "--data", str(data), "--workers", "0", *options]
+    return main(["evaluate", *given])
+
+
+def evaluated(sample: Path, data: Path, tmp_path: Path, *options: str, **given: Any) -> dict[str, Any]:
+    assert run(sample, data, "--json", str(tmp_path / "result.json"), *options, **given) == 0
+    return dict(json.loads((tmp_path / "result.json").read_text()))
+
+
+def features(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As open_clip's evaluation computes them."""
+    name = f"local-dir:{sample}/open_clip"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    pictures = torch.stack([transform(Image.open(row["filepath"])) for row in rows])
+    with torch.no_grad():
+        v, t, _ = model.eval()(pictures, open_clip.get_tokenizer(name)([row["title"] for row in rows]))
+    return v, t
+
+
+def trained(sample: Path, folder: Path) -> Path:
+    """The sample's model with other weights."""
+    shutil.copytree(sample / "open_clip", folder)
+    weights = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
+    torch.manual_seed(5)
+    noisy = {k: x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for k, x in weights.items()}
+    torch.save(noisy, folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("open_clip_train.train").get_clip_metrics(
+        *features(sample_folder, rows_of(sample_folder / "train.csv")), torch.tensor(1.0)
+    )
+    result = evaluated(sample_folder, sample_folder / "train.csv", tmp_path, "--batch-size", "7")
+    for way in WAYS:
+        assert result["median_rank"][way] == theirs[f"{way}_median_rank"]
+        for k in (1, 5, 10):
+            assert result["recall"][f"{way}_R@{k}"]["value"] == pytest.approx(theirs[f"{way}_R@{k}"])
+    assert set(result["recall"]) == {f"{way}_R@{k}" for way in WAYS for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("column", ["product", "class"])
+def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, column: str) -> None:
+    """Also where a title stands in several rows, and a picture has two titles."""
+    rows = rows_of(sample_folder / "train.csv")
+    for first in range(0, 48, 2):
+        rows[first]["title"] = rows[first + 1]["title"]
+    rows.insert(3, {**rows[4], "title": "a second title"})
+    result = evaluated(
+        sample_folder, write(tmp_path / "grouped.csv", rows), tmp_path, "--ids-key", column, "--k", "1", "5"
+    )
+    pictures = list({row["filepath"]: row for row in rows}.values())
+    texts = list({row["title"]: row for row in rows}.values())
+    v, t = features(sample_folder, pictures)[0], features(sample_folder, texts)[1]
+    ids = {"image_ids": [x[column] for x in pictures], "text_ids": [x[column] for x in texts]}
+    owed = reference.recall(v.double(), t.double(), (1, 5), **ids)
+    assert len(texts) == 25
+    found = {name: x["value"] for name, x in result["recall"].items()}
+    found |= {f"{way}_median_rank": x for way, x in result["median_rank"].items()}
+    assert found == pytest.approx({name: owed[name] for name in found})
+    assert len(found) == 12
+
+
+def test_rows_of_one_picture_are_its_captions(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Without ids; a caption that stands beside another picture is a wrong answer there, and is named."""
+    rows = rows_of(sample_folder / "val.csv")
+    doubled = [{**row, "title": title} for row in rows for title in (row["title"], f"{row['class']} here")]
+    result = evaluated(sample_folder, write(tmp_path / "two.csv", doubled), tmp_path)
+    assert (result["pictures"], result["texts"], result["groups"]) == (16, 32, 16)
+    v, t = features(sample_folder, doubled)
+    places = [row["filepath"] for row in doubled]
+    owed = reference.recall(v[::2].double(), t.double(), image_ids=places[::2], text_ids=places)
+    for way in WAYS:
+        assert result["recall"][f"{way}_R@5"]["value"] == pytest.approx(owed[f"{way}_R@5"])
+    printed = capsys.readouterr().out
+    assert "12 texts repeat a caption of another picture" in printed
+    assert "--ids-key names the column" in printed
+
+
+def test_the_table_has_recall_in_percent_agreement_and_gap(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    result = evaluated(sample_folder, sample_folder / "val.csv", tmp_path, "--ids-key", "product")
+    printed, progress = capsys.readouterr()
+    assert "16/16" in progress
+    value = {x: 100 * result["recall"]["image_to_text_R@10"][x] for x in ("value", "low", "high")}
+    assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in printed
+    assert re.search(r"^picture → picture .* 2$", printed, re.MULTILINE)
+    assert "95 % intervals over the 8 ids of 'product'" in printed
+    rows = rows_of(sample_folder / "val.csv")
+    v, t = features(sample_folder, rows)
+    assert result["modality_gap"] == pytest.approx(metrics.modality_gap(v, t).item(), rel=1e-4)
+    tau = metrics.rank_agreement(v, t)["cross_modal_tau"].item()
+    assert result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
+    assert f"τ {tau:.3f} cross-modal" in printed
+
+
+def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(60), random.integers(1, 6, 60))
+    values = (random.random(len(groups)) < 0.3 + 0.4 * (groups % 2)).astype(float)
+    values[::11] = np.nan
+    found = evaluation.means({"it": evaluation.Scores(values, groups)})["it"]
+    kept = ~np.isnan(values)
+    sums = np.bincount(groups[kept], values[kept], 60)
+    counts = np.bincount(groups[kept], minlength=60)
+    theirs = scipy.stats.bootstrap(
+        (sums, counts),
+        lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=9999,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert found["value"] == pytest.approx(np.nanmean(values))
+    assert [found["low"], found["high"]] == pytest.approx(theirs, abs=0.012)
+    assert found["high"] - found["low"] > 0.15
+
+
+def test_two_models_are_compared_on_the_same_pictures(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, base = sample_folder / "train.csv", tmp_path / "base.json"
+    assert run(sample_folder, data, "--ids-key", "product", "--json", str(base)) == 0
+    trained(sample_folder, tmp_path / "other")
+    options = ("--ids-key", "product", "--against", str(base))
+    capsys.readouterr()
+    same = evaluated(sample_folder, data, tmp_path, *options)["differences"]
+    assert all(x == {"value": 0, "low": 0, "high": 0} for x in same.values())
+    result = evaluated(tmp_path, data, tmp_path, *options, model="other")
+    before = json.loads(base.read_text())["recall"]
+    assert any(x["value"] for x in result["differences"].values())
+    for name, found in result["differences"].items():
+        assert found["value"] == pytest.approx(result["recall"][name]["value"] - before[name]["value"])
+        assert found["low"] <= found["value"] <= found["high"]
+    printed = capsys.readouterr().out
+    assert f"Difference from local-dir:{sample_folder}/open_clip ({base}), same pictures:" in printed
+    assert "+0.0 [+0.0, +0.0]" in printed
+
+
+def refusal(capsys: Any, code: int) -> str:
+    assert code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rankloss evaluate: ")
+    return str(error)
+
+
+def test_other_data_and_other_files_are_no_comparison(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, base = sample_folder / "val.csv", tmp_path / "base.json"
+    assert run(sample_folder, data, "--json", str(base)) == 0
+    for other, options in ((sample_folder / "train.csv", ()), (data, ("--ids-key", "product"))):
+        error = refusal(capsys, run(sample_folder, other, *options, "--against", str(base)))
+        assert f"--against {base} is of other pictures, captions or ids: 16 pictures and 16 texts" in error
+    assert "no JSON" in refusal(capsys, run(sample_folder, data, "--against", str(data)))
+    base.write_text('{"identity": "0"}')
+    assert "it has no 'ranks'" in refusal(capsys, run(sample_folder, data, "--against", str(base)))
+
+
+def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
+    code = run(sample_folder, sample_folder / "val.csv", "--pretrained", "epoch_3.pt")
+    error = refusal(capsys, code)
+    assert f"--pretrained epoch_3.pt: open_clip ignores it beside --model local-dir:{sample_folder}" in error
+    assert "open_clip_pytorch_model.bin" in error
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_cannot_be_read_is_named(
+    sample_folder: Path, tmp_path: Path, capsys: Any, workers: str
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    rows[5]["filepath"] = str(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    code = run(sample_folder, write(tmp_path / "broken.csv", rows), "--workers", workers)
+    assert re.search(r"row 5: the picture of .*broken.png.* cannot be read", refusal(capsys, code))
+
+
+def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    weights = torch.load(trained(sample_folder, tmp_path / "nan") / "open_clip_pytorch_model.bin")
+    weights["visual.proj"][0, 0] = float("nan")
+    torch.save(weights, tmp_path / "nan/open_clip_pytorch_model.bin")
+    error = refusal(capsys, run(tmp_path, sample_folder / "val.csv", model="nan"))
+    assert f"--model local-dir:{tmp_path}/nan: image_features must be finite; row 0 has NaN" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (
+            {},
+            ("--k", "17"),
+            "k must be at most the number of pictures, 16; got 17; give fewer",
+        ),
+        ({}, ("--k", "0"), "--k must be an integer of at least 1; got 0"),
+        ({}, ("--batch-size", "0"), "--batch-size must be an integer of at least 1; got 0"),
+        ({}, ("--ids-key", "sku"), "--ids-key sku: .* has the columns .*'product'"),
+        ({"product": ""}, ("--ids-key", "product"), "row 1 of .*, column 'product': '' is a missing value"),
+        ({"filepath": "0"}, ("--ids-key", "product"), "row 1: the picture .* has the id 'other' here, and"),
+    ],
+)
+def test_bad_input_is_named(
+    sample_folder: Path, tmp_path: Path, capsys: Any, change: Any, options: Any, message: str
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    if "filepath" in change:
+        change = {"filepath": rows[0]["filepath"], "product": "other"}
+    rows[1].update(change)
+    assert re.search(message, refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), *options)))
+
+
+def test_shards_have_no_column_of_ids(sample_folder: Path, capsys: Any) -> None:
+    code = run(sample_folder, Path("shard.tar"), "--ids-key", "product")
+    assert "--ids-key product is for a CSV file or a folder of datasets; got shard.tar" in refusal(
+        capsys, code
+    )
