@@ -51,7 +51,7 @@ def tests(*patterns: str) -> list[str]:
 def lowest(session: nox.Session) -> None:
     """The core on the lowest torch and NumPy."""
     session.install("--editable", ".[test]", *LOWEST)
-    core = [*tests("test_*.py", "conditions"), "rankloss", "README.md"]
+    core = [*tests("test_*.py", "conditions"), "rankloss"]
     workers = ["-m", "not slow", "-n", "auto", "--dist", "loadfile"]
     session.run("pytest", *core, *workers, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 

@@ -15,8 +15,8 @@ from rankloss_trainers.command_line import LossArguments
 from rankloss_trainers.declared import Loss, options_of
 
 cases = tool("cases.py")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in cases.TABLES}
-PAPERS = "docs/papers.md"
+README = ROOT / "README.md"
+OTHERS = ("docs/papers.md",)
 COMMANDS = re.compile(r"`([^`\n]*--loss [^`\n]*)`")
 
 
@@ -65,20 +65,42 @@ def test_a_script_of_open_clip_trains_the_loss_of_its_case(name: str) -> None:
 
 
 def test_a_row_of_the_readme_has_the_command_that_gave_its_numbers() -> None:
-    measured = {(f"`{case.command()}`", case.gain) for case in cases.CASES}
-    lines = cases.table_of_readme().splitlines()[2:]
-    rows = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in lines]
-    assert set(rows) <= measured
-    assert [gain for _, gain in rows if not re.search(r"\d\.\d\d ± \d\.\d\d", gain)] == []
-    assert [word for word in ("`±`:", "*italic*:", "Icons:") if word not in PAGES["README.md"]] == []
+    measured = {(f"`{case.command()}`", cases.of_readme(case.gain)) for case in cases.CASES}
+    rows = [
+        line.split("|")[2:4] for table in cases.tables_of_readme().values() for line in table.splitlines()[2:]
+    ]
+    assert {tuple(cell.strip() for cell in row) for row in rows} <= measured
+    assert [gain for _, gain in rows if not re.search(r"\d\.\d ± \d\.\d", gain)] == []
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_tables_are_generated(name: str) -> None:
-    assert cases.SECTION.findall(PAGES[name]) == [cases.TABLES[name]()], "python tools/cases.py writes them"
+def test_the_readme_has_at_most_three_rows_of_data_and_explains_its_scores_above_them() -> None:
+    before = README.read_text(encoding="utf-8").partition("<!-- have -->")[0]
+    assert len(cases.HAVE) <= 3
+    for word in (
+        "**R@10**",
+        "**τ_c**",
+        "±",
+        "*Italic*",
+        "**Icons**",
+        "**Emojis**",
+        "**Photographs**",
+        "**heads**",
+    ):
+        assert word in before, word
 
 
-@pytest.mark.parametrize("name", [*PAGES, PAPERS])
+def test_numbers_of_the_readme_have_one_decimal_of_those_measured() -> None:
+    assert cases.of_readme("+1.05 ± 0.34, torch 2.13.0") == "+1.1 ± 0.3, torch 2.13.0"
+    assert cases.of_readme("see [it](evidence.md#its-ranks)") == "see [it](docs/evidence.md#its-ranks)"
+
+
+@pytest.mark.parametrize("page", [*cases.TABLES, "README.md"])
+def test_the_tables_are_generated(page: str) -> None:
+    file = ROOT / page
+    assert file.read_text(encoding="utf-8") == cases.pages()[file], "python tools/cases.py writes them"
+
+
+@pytest.mark.parametrize("name", [*cases.TABLES, "README.md", *OTHERS])
 def test_the_commands_beside_the_tables_parse(name: str) -> None:
     prose = cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
     prose = re.sub(r"\\\n|\n  ", " ", prose)

@@ -1,0 +1,86 @@
+"""Runs the commands and the code of docs/your_data.md on a sample, in one process and in their order.
+
+``python page_runner.py PAGE`` writes ``outputs.json``: the text of each block, its output, and its error.
+What a reader would change is changed: the model, sizes of batches, and numbers of epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import shlex
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+CHANGES = {
+    "--model ViT-B-32 --pretrained laion2b_s34b_b79k": "--model local-dir:sample/open_clip",
+    '"ViT-B-32"': '"local-dir:sample/open_clip"',
+    "openai/clip-vit-base-patch32": "sample/transformers",
+    r"batch[-_]size(.)(256|64)\b": r"batch-size\g<1>16",
+    r"--epochs 5\b": "--epochs 1",
+    r"--epochs 6\b": "--epochs 2",
+    r"epoch_6\.pt": "epoch_2.pt",
+    r"num_train_epochs=5\b": "num_train_epochs=1",
+}
+GOES_ON = {"get_peft_model": "AutoProcessor", "pandas": "load_checkpoint"}
+"""A mark of code that needs the names of earlier code, and the mark of that."""
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The language and the text of each block that a reader runs, with the changes."""
+    found = re.findall(r"^```(console|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return [(language, changed(text)) for language, text in found]
+
+
+def changed(text: str) -> str:
+    for pattern, small in CHANGES.items():
+        literal = pattern.startswith(("--model", '"', "openai"))
+        text = text.replace(pattern, small) if literal else re.sub(pattern, small, text)
+    return text.replace("batch-size=", "batch_size=")
+
+
+def run_commands(text: str) -> None:
+    """Run each command line in this process."""
+    from open_clip_train.main import main as open_clip
+
+    from rankloss_trainers.console import main as rankloss
+
+    for line in text.replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line, comments=True)
+        if program == "rankloss":
+            assert not rankloss(words), line
+        elif program == "cp":
+            *files, folder = words
+            for file in files:
+                shutil.copy(file, folder)
+        elif program == "python":
+            assert words[:2] == ["-m", "open_clip_train.main"], line
+            open_clip([*words[2:], "--workers", "0"])
+            logging.getLogger().handlers.clear()  # or what follows is written into this run's log, too
+        else:
+            assert program == "pip", line
+
+
+def main(page: Path) -> None:
+    outputs, namespaces = [], {}
+    for language, text in blocks(page.read_text(encoding="utf-8")):
+        output, error = io.StringIO(), ""
+        names: dict[str, Any] = next((namespaces[old] for new, old in GOES_ON.items() if new in text), {})
+        namespaces.update({mark: names for mark in GOES_ON.values() if mark in text})
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            try:
+                run_commands(text) if language == "console" else exec(text, names)
+            except (Exception, SystemExit):
+                error = traceback.format_exc()
+        outputs.append({"text": text, "output": output.getvalue(), "error": error})
+    Path("outputs.json").write_text(json.dumps(outputs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

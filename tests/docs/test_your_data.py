@@ -1,0 +1,106 @@
+"""The page of one's own data: all its code runs on a sample, its tables are computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import page_runner
+import pytest
+import torch
+from tools_folder import ROOT
+
+PAGE = ROOT / "docs/your_data.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+BLOCKS = [text for _, text in page_runner.blocks(TEXT)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    """The folder where the page's commands and code were run, and what each gave."""
+    for package in ("open_clip_train", "datasets", "transformers", "sentence_transformers", "peft", "timm"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("your_data")
+    command = [sys.executable, page_runner.__file__, str(PAGE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder, json.loads((folder / "outputs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_command_and_code_of_the_page_runs(
+    number: int, done: tuple[Path, list[dict[str, str]]]
+) -> None:
+    block = done[1][number]
+    assert block["text"] == BLOCKS[number]
+    assert block["error"] == ""
+
+
+def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, Any]) -> None:
+    folder, outputs = done
+    log = (folder / "logs/first/out.log").read_text(encoding="utf-8")
+    assert log.count("| Loss: rankclip (rankloss") == 2
+    assert "resuming checkpoint 'logs/first/checkpoints/epoch_1.pt'" in log
+    assert len(re.findall("Eval Epoch: 2 image_to_text_mean_rank", log)) == 1
+    (search,) = [x["output"] for x in outputs if "by_caption" in x["text"]]
+    assert len(re.findall(r"sample/pictures/[\w-]+\.png", search)) == 6
+
+
+def test_loras_checkpoint_is_an_ordinary_clip_whose_attention_was_trained(done: tuple[Path, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    start, trained = (
+        transformers.AutoModel.from_pretrained(done[0] / name).state_dict()
+        for name in ("sample/transformers", "my-lora-clip")
+    )
+    assert start.keys() == trained.keys()
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert {re.sub(r".*\.(\w+\.\w+)$", r"\1", name) for name in changed} == {
+        "q_proj.weight",
+        "v_proj.weight",
+        "visual_projection.weight",
+        "text_projection.weight",
+    }
+
+
+def share_with_a_partner(pictures: int, of_each: int, batch: int) -> float:
+    """The probability that another picture of a product is among the other N - 1 of the batch."""
+    without = 1.0
+    for j in range(1, of_each):
+        without *= 1 - (batch - 1) / (pictures - j)
+    return 1 - without
+
+
+def test_the_share_with_a_partner_is_that_of_drawn_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    products = torch.arange(60) // 3
+    drawn = [products[torch.randperm(60, generator=generator)[:8]] for _ in range(4000)]
+    found = torch.stack([(batch[:, None] == batch).sum(1) > 1 for batch in drawn]).double().mean()
+    assert found.item() == pytest.approx(share_with_a_partner(60, 3, 8), abs=0.01)
+
+
+def test_the_table_of_partners_is_the_formula() -> None:
+    table = TEXT.partition("<!-- partners -->\n")[2].partition("<!-- /partners -->")[0].splitlines()
+    batches = [int(x.replace(",", "")) for x in re.findall(r"[\d,]+(?= \|)", table[0])]
+    assert len(batches) == 5
+    for row in table[2:]:
+        pictures, of_each = (int(x.replace(",", "")) for x in re.findall(r"[\d,]+\d|\d", row.split("|")[1]))
+        shares = [round(100 * share_with_a_partner(pictures, of_each, batch)) for batch in batches]
+        assert [f"{share} %" for share in shares] == [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def test_scales_of_small_trainings_are_those_of_the_records() -> None:
+    scales: dict[str, list[float]] = {"clip": [], "rankclip": []}
+    for path in (ROOT / "examples/studies/captions/results").rglob("records.jsonl"):
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            setting = line.get("setting", {})
+            if setting.get("side") == "test" and setting["arm"] in scales:
+                scales[setting["arm"]].append(line["metrics"]["geometry"]["logit_scale"])
+    low, high = re.findall(r"CLIP's ended between (\d+) and (\d+)", TEXT)[0]
+    assert [round(min(scales["clip"])), round(max(scales["clip"]))] == [int(low), int(high)]
+    assert sum(scales["rankclip"]) / len(scales["rankclip"]) < sum(scales["clip"]) / len(scales["clip"])
