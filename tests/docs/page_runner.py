@@ -22,6 +22,7 @@ CHANGES = {
     "--model ViT-B-32 --pretrained laion2b_s34b_b79k": "--model local-dir:sample/open_clip",
     '"ViT-B-32"': '"local-dir:sample/open_clip"',
     "openai/clip-vit-base-patch32": "sample/transformers",
+    "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_6.pt": "--model local-dir:trained",
     r"batch[-_]size(.)(256|64)\b": r"batch-size\g<1>16",
     r"--epochs 5\b": "--epochs 1",
     r"--epochs 6\b": "--epochs 2",
@@ -56,9 +57,11 @@ def run_commands(text: str) -> None:
         if program == "rankloss":
             assert not rankloss(words), line
         elif program == "cp":
-            *files, folder = words
+            *files, place = words
             for file in files:
-                shutil.copy(file, folder)
+                shutil.copy(file, place)
+        elif program == "mkdir":
+            Path(*words).mkdir()
         elif program == "python":
             assert words[:2] == ["-m", "open_clip_train.main"], line
             open_clip([*words[2:], "--workers", "0"])

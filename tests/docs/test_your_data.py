@@ -50,6 +50,15 @@ def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, 
     assert len(re.findall("Eval Epoch: 2 image_to_text_mean_rank", log)) == 1
     (search,) = [x["output"] for x in outputs if "by_caption" in x["text"]]
     assert len(re.findall(r"sample/pictures/[\w-]+\.png", search)) == 6
+    tables = [
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
+    ]
+    assert tables[0] != tables[1]
+    shown = re.search(r"image_to_image_R@5 ([\d.]+)", search)
+    (evaluated,) = [x["output"] for x in outputs if "--against before.json" in x["text"]]
+    row = re.findall(r"picture → picture +[\d.]+ \[[^]]*\] +([\d.]+)", evaluated)[0]
+    assert shown is not None
+    assert 100 * float(shown[1]) == pytest.approx(float(row), abs=0.1)
 
 
 def test_loras_checkpoint_is_an_ordinary_clip_whose_attention_was_trained(done: tuple[Path, Any]) -> None:
