@@ -74,14 +74,17 @@ def _lists(view: View, a: Tensor, b: Tensor) -> Tensor:
 
 
 def spread(view: View) -> Tensor:
-    """The mean over the anchors of both modalities of the standard deviation over the other items."""
-    deviations = []
+    """The mean over the anchors of both modalities of the standard deviation over the other items.
+
+    The scale is a constant in it.
+    """
+    deviations, scale = [], view.scale.detach()
     for anchors, items in ((view.image_anchors, view.image), (view.text_anchors, view.text)):
-        similarities = view.scale * anchors @ items.T
+        similarities = scale * anchors @ items.T
         rows = view.first + torch.arange(len(anchors))
         others = similarities[rows[:, None] != torch.arange(len(items))].view(len(anchors), -1)
         variances = others.var(-1, unbiased=False)
-        deviations.append((variances + 1e-9 * view.scale**2).sqrt().mean())
+        deviations.append((variances + 1e-9 * scale**2).sqrt().mean())
     return torch.stack(deviations).mean()
 
 

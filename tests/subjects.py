@@ -316,7 +316,10 @@ class OfFewDimensions(nn.Module):
 
 
 def spread(name: str, base: Any = None, of_base: Any = reference.clip, *, narrow: bool = False) -> Subject:
-    """``SpreadLoss`` from the similarities, or of narrow features from their covariance."""
+    """``SpreadLoss`` from the similarities, or of narrow features from their covariance.
+
+    The scale, a constant in the term, is left to ``test_spread``.
+    """
 
     def literal(image_features: Any, text_features: Any, logit_scale: Any, **of_bias: Any) -> Any:
         columns = (len(image_features), -1, 4 if narrow else 1)
@@ -328,9 +331,9 @@ def spread(name: str, base: Any = None, of_base: Any = reference.clip, *, narrow
         loss = rankloss.SpreadLoss(base and base())
         return OfFewDimensions(loss) if narrow else loss
 
-    inputs = (*PAIR, "logit_scale", *(["logit_bias"] if base is rankloss.SigLipLoss else []))
-    name = f"SpreadLoss[{name}]"
-    return Subject(name, "SpreadLoss", built, literal, inputs, differentiable=inputs, half=True)
+    differentiable = (*PAIR, *(["logit_bias"] if base is rankloss.SigLipLoss else []))
+    inputs = (*differentiable, "logit_scale")
+    return Subject(f"SpreadLoss[{name}]", "SpreadLoss", built, literal, inputs, differentiable, half=True)
 
 
 def _rankclip(name: str = "", base: Any = None, of_base: Any = reference.clip, **of_ids: Any) -> Subject:

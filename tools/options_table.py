@@ -14,6 +14,7 @@ SECTION = re.compile(r"(<!-- options (\w+) -->\n)(.*?)(?=<!-- /options -->)", re
 OWNERS = {
     "ranks": rankloss.RankOptions,
     "rankclip": rankloss.RankClipLoss,
+    "spread": rankloss.SpreadLoss,
     "run": RunOptions,
 }
 KINDS = {float: "number", int: "integer", str: "text"}

@@ -23,7 +23,8 @@ class SpreadLoss(GatheringLoss):
 
     V, T are the image and text features of the N pairs, x_i a row of X; the variance is the mean squared
     deviation over the N − 1 other items, and ε = 1e-9 gives its root a gradient where all are equal. The term
-    pushes similar items of a modality apart until all are equally far from each other, without a teacher.
+    pushes similar items of a modality apart until all are equally far from each other, without a teacher. The
+    scale s is a constant in it: it gets its gradient from the base alone.
 
     No N × N matrix is held: σ follows from the mean and the covariance of the features, N·D + D² numbers. A
     batch of at most D pairs has the smaller matrix of similarities, which is computed instead. Over
@@ -101,7 +102,8 @@ class SpreadLoss(GatheringLoss):
             image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs
         )
         dtype = arithmetic_dtype(image_features, text_features)
-        scale = in_arithmetic(logit_scale, dtype, image_features.device).reshape(())
+        # A constant: learned through the term, the scale would fall, which softens the base's softmax, too.
+        scale = in_arithmetic(logit_scale, dtype, image_features.device).detach().reshape(())
         with gather_once():
             spreads = [spread(x, self.gather, dtype) for x in (image_features, text_features)]
             own = {"spread_loss": self.weight * scale * torch.stack(spreads).mean()}

@@ -47,6 +47,8 @@ def runs(trainer: Trainer) -> Runs:
     add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"], 1)
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher], 1)
     add("mimicry", ["--loss", "mimicry", *teacher], 1)
+    add("spread", ["--loss", "spread+clip-ids", "--spread-weight", "0.5"], 1)
+    add("spread, siglip", ["--loss", "rankclip+spread", "--siglip"], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 
     add("tiny", ["--loss", "tiny", "--accum-freq", "2"], 1)

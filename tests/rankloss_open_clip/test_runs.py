@@ -37,6 +37,8 @@ TRAINED = {
     "clip-streamed": TERMS[:1],
     "tiny": ("contrastive_loss", "tiny_loss"),
     "mimicry": ("contrastive_loss", "mimicry_loss"),
+    "spread": ("contrastive_loss", "spread_loss"),
+    "spread, siglip": (*TERMS, "spread_loss"),
     "tiny-caption": ("contrastive_loss", "caption_loss"),
 }
 FAST = {"--loss rankclip", "agreement", "fp32", "amp_bf16", "ranked by the teacher", "clip-streamed"}

@@ -12,7 +12,7 @@ from taught import ROWS, features, folder
 from tiny_losses import TinyLoss
 
 import rankloss_trainers
-from rankloss import ClipLoss, MimicryLoss, RankClipLoss
+from rankloss import ClipLoss, MimicryLoss, RankClipLoss, SigLipLoss, SpreadLoss
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
@@ -41,6 +41,23 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(list(actual.values()), list(expected.values()))
     assert [type(x) for x in loss.modules()].count(ClipLoss) == 1
+
+
+@pytest.mark.parametrize("base", [None, SigLipLoss()], ids=["CLIP", "SigLIP"])
+@pytest.mark.parametrize("other", ["rankclip", "rankclip-encoders", "clip-ids"])
+def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, base: Any) -> None:
+    taught = inputs_of(other) | inputs_of("siglip-streamed" if base else "clip-streamed")
+    for name in (f"spread+{other}", f"{other}+spread"):
+        joined, alone = (rankloss_trainers.create(x, base) for x in (name, other))
+        for loss in (joined, alone):
+            loss.set_progress(2, 4)
+        actual, expected = (loss(**taught, output_dict=True) for loss in (joined, alone))
+        spread = actual.pop("spread_loss")
+        assert spread > 0.1
+        assert actual.keys() == expected.keys()
+        torch.testing.assert_close(list(actual.values()), list(expected.values()))
+        of_pairs = {key: taught[key] for key in ("image_features", "text_features", "logit_scale")}
+        torch.testing.assert_close(spread, SpreadLoss()(**of_pairs, output_dict=True)["spread_loss"])
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,22 @@ def test_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, b
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_the_spread_stands_on_the_loss_of_ids(
+    tmp_path: Path, bert: Path, mini_batch_size: int | None
+) -> None:
+    model, own = tiny(bert), tiny(bert)
+    labels = [0, 1, 0, 2, 2, 3, 4, 5]
+    rows = pairs().select(range(8)).to_dict()
+    options = {"spread": {"weight": 0.5}, "clip-ids": {"key": "label"}}
+    loss = ContrastiveLoss(model, "spread+clip-ids", options, mini_batch_size=mini_batch_size)
+    data = datasets.Dataset.from_dict({**rows, "label": labels})
+    train(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
+    owed = rankloss.SpreadLoss(rankloss.ClipLoss(same_id="ignore"), weight=0.5)
+    step(own, owed(*embed(own, *rows.values()), 20.0, pair_ids=torch.tensor(labels)))
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
 def test_equal_captions_are_known_in_bags_of_words() -> None:
     """Of a StaticEmbedding, whose texts stand in one row, and cannot be split."""
     words = {word: n for n, word in enumerate(["[UNK]", "a", "b", "c"])}
