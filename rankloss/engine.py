@@ -26,7 +26,7 @@ known, and their sum takes the products of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, other_items
+from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, Term, other_items
 from rankloss.options import RankOptions
 from rankloss.precision import full_precision, nan_unless_finite
-from rankloss.ranking import LogSums, rank
+from rankloss.ranking import LogSums, WorthSums, rank
 
 # Limits in matrix entries: of a matrix whose gradient is kept until its mirror image is known, of a chunk of
 # rows, and of a slice of lists that fits a core's cache. Below the fewest rows or lists, overhead exceeds the
@@ -58,7 +58,7 @@ class StreamedTerms(Protocol):
         """True for each term to compute."""
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
-        """The terms times ``weights``, and the gradients of their sum by the inputs."""
+        """The terms times ``weights``, and the gradients of their sum by the inputs, by :func:`streamed`."""
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """The same terms as differentiable operations on whole matrices."""
@@ -85,7 +85,8 @@ class _Streamed(torch.autograd.Function):
     def forward(
         ctx: Any, terms: StreamedTerms, weights: Tensor, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.terms, ctx.weights = terms, weights
+        ctx.terms = terms
+        ctx.weights = weights
         image = inputs[0]
         assert image is not None
         with full_precision(image.device):
@@ -97,19 +98,25 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: each access unpacks them, which triggers hooks and checkpoints
-        inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        n_inputs = len(saved) // 2
+        inputs, gradients = saved[:n_inputs], saved[n_inputs:]
         by = ctx.needs_input_grad[2:]
-        factor = _common([g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted])
         with full_precision(inputs[0].device):
             if torch.is_grad_enabled():
                 return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
+            factor = _common(
+                [g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted]
+            )
             if factor is None:
-                each = [ctx.weights.new_zeros(()) if g is None else g for g in upstream]
-                weights = ctx.weights * torch.stack(each)
+                zero = ctx.weights.new_zeros(())
+                weights = ctx.weights * torch.stack([zero if g is None else g for g in upstream])
                 _, gradients = ctx.terms.stream(inputs, weights, with_gradient=True)
                 factor = inputs[0].new_ones(())
-            by_inputs = zip(gradients, by, strict=True)
-            return None, None, *(None if x is None or not w else factor * x for x, w in by_inputs)
+            by_inputs = [
+                factor * gradient if is_needed and gradient is not None else None
+                for gradient, is_needed in zip(gradients, by, strict=True)
+            ]
+            return None, None, *by_inputs
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
@@ -145,6 +152,9 @@ def _by_definition(
     return [next(gradients) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
 
 
+# --- a loop over rows -------------------------------------------------------------------------------------
+
+
 EvaluateLists: TypeAlias = Callable[[Tensor, Tensor | None, int], Sequence[Tensor | None]]
 """Loss of a block of lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
 
@@ -153,54 +163,130 @@ list's own pair. If a chunk is evaluated in slices, the gradient overwrites the 
 """
 
 
-def accumulate(
-    evaluate_lists: EvaluateLists,
-    matrices: Sequence[Matrix],
-    references: Sequence[Matrix],
-    sums: dict[str, Tensor] | None,
-    first_row: int,
-    chunk_size: int | None = None,
-    *,
-    in_slices: bool = True,
-) -> list[Any]:
+class Loop(NamedTuple):
+    """A loop over the rows of one matrix, or of the two of a term.
+
+    Attributes:
+        evaluate: the loss of a block of lists.
+        matrices: the matrices, of one shape.
+        first_row: the column of the first anchor's own pair.
+        references: a teacher's matrices, one for each, or none.
+        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        in_slices: evaluate the lists of a chunk in slices that fit a core's cache; otherwise all at once.
+    """
+
+    evaluate: EvaluateLists
+    matrices: Sequence[Matrix]
+    first_row: int
+    references: Sequence[Matrix] = ()
+    chunk_size: int | None = None
+    in_slices: bool = True
+
+    @property
+    def rows_at_once(self) -> int:
+        """The number of rows computed at a time."""
+        items = self.matrices[0].items
+        entries = _CHUNK.get(items.device.type, _CHUNK_ELSEWHERE)
+        return self.chunk_size or max(_FEWEST_ROWS, entries // len(items))
+
+    @property
+    def lists_at_once(self) -> int:
+        """The number of lists of each matrix that are evaluated at a time."""
+        items = self.matrices[0].items
+        if not self.in_slices:
+            return self.rows_at_once
+        entries = _LISTS.get(items.device.type, _LISTS_ELSEWHERE)
+        return max(_FEWEST_LISTS, entries // len(items) // len(self.matrices))
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """True if gradients are kept until their mirror images are known."""
+        n_anchors, n_items = len(self.matrices[0].anchors), len(self.matrices[0].items)
+        fits = self.rows_at_once >= n_anchors or (self.chunk_size is None and n_items**2 <= _KEPT)
+        return fits and bool(_mirrors(self.matrices))
+
+
+def streamed(
+    loops: Sequence[Loop],
+    inputs: Mapping[str, Tensor | None],
+    with_gradient: bool,
+    share: Tensor | None = None,
+) -> tuple[list[list[Any]], dict[str, Tensor]]:
+    """Values of loops over rows, and the gradients by the features and by the scale of their matrices.
+
+    Args:
+        loops: the loops; the gradient of each is by the scores s·C.
+        inputs: the features by the names of the matrices' factors, and ``scale``.
+        with_gradient: False skips the gradients.
+        share: a factor of all gradients that the loops leave out.
+
+    Returns:
+        For each loop both values of a list, summed over the rows: ``[matrices]`` each, None if there is none;
+        and the gradients by name, none if they are not wanted.
+    """
+    features = {name: x for name, x in inputs.items() if x is not None and x.dim() == 2}
+    sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
+    values = [accumulate(loop, sums) for loop in loops]
+    if sums is None:
+        return values, {}
+    scale = inputs["scale"]
+    assert scale is not None
+    # Each matrix is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q. Both give Σ G∘C.
+    products = torch.stack([(sums[name] * x).sum() for name, x in features.items()])
+    by_scale = products.sum() / 2
+    factor = scale
+    if share is not None:
+        by_scale = (share * by_scale).to(scale.dtype)
+        factor = share * scale
+    gradients = {name: by_scores.mul_(factor) for name, by_scores in sums.items()}
+    return values, {**gradients, "scale": by_scale}
+
+
+def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
     """Add up the values of all rows of the matrices, and add their gradients to ``sums``.
 
     Args:
-        evaluate_lists: the loss of a block of lists.
-        matrices: one, or the two of a term.
-        references: a teacher's matrices, one for each, or none.
-        sums: the gradients by the factors of the matrices, by name, initially zeros; None if no gradient is
-            wanted. They lack the factor s unless the gradient of ``evaluate_lists`` is by the cosines.
-        first_row: the column of the first anchor's own pair.
-        chunk_size: rows computed at a time; None chooses from the sizes and the device.
-        in_slices: evaluate the lists of a chunk in slices that fit a core's cache; otherwise all at once.
+        loop: the loop.
+        sums: the gradients by the factors of the matrices, by name, without the factor s; initially zeros.
+            None if no gradient is wanted.
 
     Returns:
         Both values of a list, summed over the rows: ``[matrices]`` each; None if there is none.
     """
-    n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
-    chunk = chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
-    lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
-    lists = lists if in_slices else n
+    n_anchors = len(loop.matrices[0].anchors)
+    earlier: Kept = [] if loop.keeps_gradients else None
     values: list[Sequence[Tensor | None]] = []
-    keeps = chunk >= n or (chunk_size is None and n_items**2 <= _KEPT)
-    earlier: Kept = [] if keeps and _mirrors(matrices) else None
-    for first in range(0, n, chunk):
-        rows = slice(first, first + chunk)
-        block = matrices[0].items.new_empty(len(matrices), len(matrices[0].anchors[rows]), n_items)
-        for k, matrix in enumerate(matrices):  # the gradient may overwrite the cosines
-            torch.mm(matrix.anchors[rows], matrix.items.T, out=block[k])
-        taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
-        for start in range(0, block.shape[1], lists):
-            part = slice(start, start + lists)
-            reference = None if taught is None else taught[:, part]
-            *chunk_values, gradient = evaluate_lists(block[:, part], reference, first_row + first + start)
-            values.append(chunk_values)
-            if gradient is not None and not in_slices:
-                block = gradient
+    for first in range(0, n_anchors, loop.rows_at_once):
+        rows = slice(first, min(first + loop.rows_at_once, n_anchors))
+        chunk_values, by_scores = _evaluate_chunk(loop, rows)
+        values += chunk_values
         if sums is not None:
-            _add_gradients(matrices, rows, block, sums, earlier)
-    return [None if x[0] is None else torch.cat(x, -1).sum(-1) for x in zip(*values, strict=True)]
+            _add_gradients(loop.matrices, rows, by_scores, sums, earlier)
+    by_value = zip(*values, strict=True)
+    return [None if of_slices[0] is None else torch.cat(of_slices, -1).sum(-1) for of_slices in by_value]
+
+
+def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | None]], Tensor]:
+    """The values of every slice of a chunk of rows, and the gradient by the scores, ``[matrices, n, N]``."""
+    n = rows.stop - rows.start
+    items = loop.matrices[0].items
+    cosines = items.new_empty(len(loop.matrices), n, len(items))
+    for k, matrix in enumerate(loop.matrices):
+        torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines[k])
+    references = None
+    if loop.references:
+        references = torch.stack([matrix.anchors[rows] @ matrix.items.T for matrix in loop.references])
+    values: list[Sequence[Tensor | None]] = []
+    by_scores = cosines  # which a gradient in slices overwrites
+    for start in range(0, n, loop.lists_at_once):
+        lists = slice(start, start + loop.lists_at_once)
+        reference = None if references is None else references[:, lists]
+        first_row = loop.first_row + rows.start + start
+        *of_slice, gradient = loop.evaluate(cosines[:, lists], reference, first_row)
+        values.append(of_slice)
+        if gradient is not None and not loop.in_slices:
+            by_scores = gradient
+    return values, by_scores
 
 
 # --- gradients by features --------------------------------------------------------------------------------
@@ -214,6 +300,11 @@ def _add_gradients(
 ) -> None:
     """Add the gradients of given rows of every matrix.
 
+    If gradients are kept, rows 0 and 1 of four, a first chunk, are multiplied with the items 0 and 1 alone,
+    and their gradients by the items 2 and 3 are kept. The second chunk, rows 2 and 3, adds these mirror
+    images to its own, and takes one product for both: of its rows with all items, and of the items 0 and 1
+    with its rows.
+
     Args:
         matrices: one, or the two of a term.
         rows: the rows.
@@ -222,25 +313,26 @@ def _add_gradients(
         earlier: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
             from this column on; this chunk's are added. None keeps none.
     """
-    first, n = rows.start, by_scores.shape[1]
-    before, end = (None, None) if earlier is None else (first, first + n)
+    known_to_rows = known_to_items = slice(None)
     if earlier is not None:
-        images = [by_scores[k, :, first:].T for k in _mirrors(matrices)]
-        earlier.append((first, [x.clone(memory_format=torch.contiguous_format) for x in images]))
-    for k, (matrix, g) in enumerate(zip(matrices, by_scores, strict=True)):
+        known_to_rows = slice(rows.stop)
+        known_to_items = slice(rows.start)
+        images = [by_scores[k, :, rows.start :].T for k in _mirrors(matrices)]
+        earlier.append((rows.start, [x.clone(memory_format=torch.contiguous_format) for x in images]))
+    for k, (matrix, gradient) in enumerate(zip(matrices, by_scores, strict=True)):
         for start, images in earlier or ():
-            image = images[k][first - start :][:n]
-            g[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
+            image = images[k][rows.start - start :][: len(gradient)]
+            gradient[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
         anchors, items = matrix.factors
-        sums[anchors][rows].addmm_(g[:, :end], matrix.items[:end])
-        sums[items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
+        sums[anchors][rows].addmm_(gradient[:, known_to_rows], matrix.items[known_to_rows])
+        sums[items][known_to_items].addmm_(gradient[:, known_to_items].T, matrix.anchors[rows])
 
 
 def _mirrors(matrices: Sequence[Matrix]) -> list[int]:
     """For each matrix the place of the one that is its transpose; empty if one has none."""
-    names = [x.factors for x in matrices]
-    mirrors = [names.index(x[::-1]) for x in names if x[::-1] in names]
-    return mirrors if len(mirrors) == len(names) else []
+    factors = [matrix.factors for matrix in matrices]
+    transposed = [(items, anchors) for anchors, items in factors]
+    return [factors.index(pair) for pair in transposed] if set(transposed) <= set(factors) else []
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------
@@ -294,7 +386,8 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         return _without_own(block, options, with_gradient)
     own = block.cosines.diagonal(block.first_row, 1, 2)[..., None].clone()  # the gradient overwrites it
     is_ranked = block.beta is not None and options.model == "plackett_luce"
-    nll, cross_entropy = (_plackett_luce if is_ranked else _softmax)(block, options, own, with_gradient)
+    evaluate_model = _plackett_luce if is_ranked else _softmax
+    nll, cross_entropy = evaluate_model(block, options, own, with_gradient)
     gradient = block.cosines if with_gradient else None
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
@@ -307,57 +400,64 @@ def _plackett_luce(
     block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
     """C(x | y) and log Σ e^x − s·origin; the gradient, except for α·[q = k], overwrites the cosines."""
-    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
+    alpha = _by_list(block.alpha)
+    beta = _by_list(block.beta)
     assert beta is not None
     in_float64 = beta.dtype == torch.float64
     ranking = rank(_reference(block), options, by_numpy=in_float64 and beta.is_cpu)
-    c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
-    divisor = ranking.items if options.reduction == "mean" else 1
-    share = beta / divisor
+    cosines = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
+    sums: WorthSums | LogSums
     if in_float64:
         scale = block.scale.double().view(1)  # one dimension, so that a product with it is float64
-        x = c * scale
-        scores = (x if ranking.counted is None else x * ranking.counted).sum(-1, keepdim=True)
-        C = ranking.denominators(x.exp_())
-        log_sum = C[..., -1:].log() - origin * scale
-        nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores)
-        if with_gradient:
-            of_all = None if alpha is None else alpha / C[..., -1:]
-            by_slot = ranking.weigh(torch.div(share, C, out=C))
-            if of_all is not None:
-                by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
-            slope = ranking.read_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
-            share = share if ranking.counted is None else share * ranking.counted
-            torch.addcmul(-share, x, slope, out=c)
+        sums = WorthSums(ranking, cosines * scale)
+        log_sum = sums.log_sum - origin * scale
     else:
         # Subtract first: a difference of close cosines is exact, where a product's rounding would matter.
-        sums = LogSums(ranking, (c - origin).mul_(block.scale))
-        nll, log_sum = sums.nll(), sums.log_sum
-        if with_gradient:
-            sums.gradient(share, alpha, out=c)
-    if with_gradient and ranking.order is not None:
-        block.cosines.scatter_(-1, ranking.order, c)
-    return nll.div_(divisor).squeeze(-1), log_sum
+        sums = LogSums(ranking, (cosines - origin).mul_(block.scale))
+        log_sum = sums.log_sum
+    divisor = ranking.items if options.reduction == "mean" else 1
+    nll = sums.nll().div_(divisor)
+    if with_gradient:
+        sums.gradient(beta / divisor, alpha, out=cosines)
+        if ranking.order is not None:
+            block.cosines.scatter_(-1, ranking.order, cosines)
+    return nll.squeeze(-1), log_sum
 
 
 def _softmax(
     block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
     """As :func:`_plackett_luce`, with C(x | y) of ``top_one``, or None without beta."""
-    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
-    in_float64 = torch.float64 in (x.dtype for x in (alpha, beta) if x is not None)
-    scale = block.scale.double().view(1) if in_float64 else block.scale
-    x = block.cosines * scale if in_float64 else (block.cosines - origin).mul_(scale)
-    log_sum = x.logsumexp(-1, keepdim=True)
-    x -= log_sum
+    alpha = _by_list(block.alpha)
+    beta = _by_list(block.beta)
+    in_float64 = any(weight is not None and weight.dtype == torch.float64 for weight in (alpha, beta))
+    if in_float64:
+        scale = block.scale.double().view(1)
+        scores = block.cosines * scale
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        relative_log_sum = log_sum - origin * scale
+    else:
+        scale = block.scale
+        scores = (block.cosines - origin).mul_(scale)
+        log_sum = relative_log_sum = scores.logsumexp(-1, keepdim=True)
+    log_p = scores.sub_(log_sum)
     zero = log_sum.new_zeros(())
-    nll, slope, share = None, zero if alpha is None else alpha, zero
+    nll = None
+    slope = zero if alpha is None else alpha
+    target = zero
     if beta is not None:
         p = dense.top_one_probabilities(_reference(block), scale, options)
-        nll, slope, share = -(p * x).sum(-1), slope + beta, beta * p
+        nll = -(p * log_p).sum(-1)
+        slope = slope + beta
+        target = beta * p
     if with_gradient:
-        torch.addcmul(-share, x.exp_(), slope, out=block.cosines)
-    return nll, log_sum - origin * scale if in_float64 else log_sum
+        torch.addcmul(-target, log_p.exp_(), slope, out=block.cosines)
+    return nll, relative_log_sum
+
+
+def _by_list(weights: Tensor | None) -> Tensor | None:
+    """The weights of matrices, to be multiplied with lists ``[matrices, n, N]``."""
+    return None if weights is None else weights.view(-1, 1, 1)
 
 
 def _reference(block: Block) -> Tensor:
@@ -365,28 +465,31 @@ def _reference(block: Block) -> Tensor:
     if block.reference is not None and all(equal is None for equal in block.first_equal):
         return block.reference
     references = block.cosines.unbind()[::-1] if block.reference is None else block.reference
-    reference = torch.empty_like(block.cosines)
-    for y, equal, out in zip(references, block.first_equal, reference, strict=True):
-        out.copy_(y) if equal is None else torch.index_select(y, -1, equal, out=out)
-    return reference
+    tied = torch.empty_like(block.cosines)
+    for reference, equal, out in zip(references, block.first_equal, tied, strict=True):
+        if equal is None:
+            out.copy_(reference)
+        else:
+            torch.index_select(reference, -1, equal, out=out)
+    return tied
 
 
 def _without_own(block: Block, options: RankOptions, with_gradient: bool) -> Evaluated:
     """With ``diagonal=False``: cross-entropy of all items, lists of all items except the own pair."""
-    n, n_items = block.cosines.shape[1:]
+    n_matrices, n, n_items = block.cosines.shape
     own = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
-    others = other_items(own, n_items).expand(len(block.cosines), -1, -1)
-    cosines, reference = (m.gather(-1, others) for m in (block.cosines, _reference(block)))
+    others = other_items(own, n_items).expand(n_matrices, -1, -1)
+    cosines = block.cosines.gather(-1, others)
+    reference = _reference(block).gather(-1, others)
     lists = block._replace(
         cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
     )
-    evaluator = _plackett_luce if options.model == "plackett_luce" else _softmax
-    nll, _ = evaluator(lists, options, cosines[..., :1].clone(), with_gradient)
+    evaluate_model = _plackett_luce if options.model == "plackett_luce" else _softmax
+    nll, _ = evaluate_model(lists, options, cosines[..., :1].clone(), with_gradient)
     cross_entropy = None
     if block.alpha is not None:
-        cross_entropy = evaluate(
-            block._replace(beta=None), options, with_gradient=with_gradient
-        ).cross_entropy
+        all_items = block._replace(beta=None)
+        cross_entropy = evaluate(all_items, options, with_gradient=with_gradient).cross_entropy
     elif with_gradient:
         block.cosines.zero_()
     gradient = block.cosines.scatter_add_(-1, others, cosines) if with_gradient else None
@@ -394,6 +497,10 @@ def _without_own(block: Block, options: RankOptions, with_gradient: bool) -> Eva
 
 
 # --- the terms of a batch ---------------------------------------------------------------------------------
+
+
+_PLACES = {term: place for place, term in enumerate(RANK_TERMS, 1)}
+"""The places of the rank terms in the three terms, of which the first is CLIP's cross-entropy."""
 
 
 class RowLists(NamedTuple):
@@ -407,52 +514,51 @@ class RowLists(NamedTuple):
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The three terms, zero if not wanted, and the gradients of their sum."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
-        scale = batch.inputs.scale
         weights = nan_unless_finite(weights, *batch.features)
+        by_term = {term: self._matrix_weights(term, weights) for term in RANK_TERMS}
+        terms = [term for term in RANK_TERMS if any(weight is not None for weight in by_term[term])]
+        loops = [self._loop(batch, term, *by_term[term], with_gradient) for term in terms]
+        sums, gradients = streamed(loops, batch.inputs._asdict(), with_gradient)
         values = [weights.new_zeros(()) for _ in self.wanted]
-        features = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
-        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
-        share = self.options.anchor_weight(batch.anchors, batch.items)
-        for place, term in enumerate(RANK_TERMS, 1):
-            alpha = beta = None
-            if self.wanted[0] and term == "cross_modal":
-                alpha = torch.stack([weights[0] / (2 * batch.anchors)] * 2)
-            if self.wanted[place]:
-                beta = torch.stack([weights[place] * (share * x) for x in self.options.directions])
-            if alpha is None and beta is None:
-                continue
-            references = batch.references(term) if beta is not None else ()
-            ties = tuple(batch.first_equal[x.factors[1]] for x in references)
-            evaluator = evaluate if beta is None else self.evaluate
-            # The gradient is by the cosines, so that no sum needs the factor s.
-            by_alpha, by_beta = (None if x is None else x * scale for x in (alpha, beta))
-
-            def evaluate_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
-                block = Block(cosines, scale, by_alpha, by_beta, reference, ties, first_row)  # noqa: B023
-                return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
-
-            cross_entropy, nll = accumulate(
-                evaluate_lists,
-                batch.matrices(term),
-                () if batch.teacher is None else references,
-                sums,
-                batch.first_row,
-                self.options.chunk_size,
-                in_slices=evaluator is evaluate,
-            )
+        for term, (cross_entropy, nll) in zip(terms, sums, strict=True):
+            alpha, beta = by_term[term]
             if alpha is not None:
                 values[0] = torch.dot(alpha, cross_entropy)
             if beta is not None:
-                values[place] = torch.dot(beta, nll)
-        if sums is None:
-            return values, [None] * len(inputs)
-        # ∂s = Σ (G·K)∘Q, from the sums by the anchors; if the anchors are the items, each matrix is in the
-        # sums twice.
-        is_local = "image_anchors" in features
-        anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
-        by_anchors = [(sums[name] * features[name]).sum() for name in anchors]
-        sums["scale"] = torch.stack(by_anchors).sum() / ((1 if is_local else 2) * scale)
-        return values, [sums.get(name) for name in Inputs._fields]
+                values[_PLACES[term]] = torch.dot(beta, nll)
+        return values, [gradients.get(name) for name in Inputs._fields]
+
+    def _matrix_weights(self, term: Term, weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of the cross-entropies and of the NLL of a term's matrices, each ``[2]`` or None."""
+        alpha = beta = None
+        if self.wanted[0] and term == "cross_modal":
+            alpha = torch.stack([weights[0] / (2 * self.batch.anchors)] * 2)
+        if self.wanted[_PLACES[term]]:
+            share = self.options.anchor_weight(self.batch.anchors, self.batch.items)
+            weight = weights[_PLACES[term]]
+            beta = torch.stack([weight * (share * direction) for direction in self.options.directions])
+        return alpha, beta
+
+    def _loop(
+        self, batch: Batch, term: Term, alpha: Tensor | None, beta: Tensor | None, with_gradient: bool
+    ) -> Loop:
+        """The loop over the rows of a term's matrices."""
+        references = () if beta is None else batch.references(term)
+        first_equal = tuple(batch.first_equal[matrix.factors[1]] for matrix in references)
+        evaluate_block = evaluate if beta is None else self.evaluate
+
+        def evaluate_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
+            block = Block(cosines, batch.inputs.scale, alpha, beta, reference, first_equal, first_row)
+            return evaluate_block(block, self.options, with_gradient=with_gradient)
+
+        return Loop(
+            evaluate_lists,
+            batch.matrices(term),
+            batch.first_row,
+            references=() if batch.teacher is None else references,
+            chunk_size=self.options.chunk_size,
+            in_slices=evaluate_block is evaluate,
+        )
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """The same by :mod:`rankloss.dense`."""

@@ -203,7 +203,43 @@ def tied_places(ordered: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.concatenate([tied, lasts + 1])), torch.from_numpy(lengths)
 
 
-# --- running sums of logarithms ---------------------------------------------------------------------------
+# --- running sums -----------------------------------------------------------------------------------------
+
+
+class WorthSums:
+    """C and U of a ranking as running sums of worths in float64, for scores of up to ±680 nats.
+
+    Attributes:
+        log_sum: log Σ e^x, ``[..., 1]``.
+    """
+
+    def __init__(self, ranking: Ranking, scores: Tensor) -> None:
+        """Scores in the slots' order; they are overwritten."""
+        counted = scores if ranking.counted is None else scores * ranking.counted
+        self._ranking = ranking
+        self._counted_scores = counted.sum(-1, keepdim=True)
+        self._worths = scores.exp_()
+        self._denominators = ranking.denominators(self._worths)
+        self.log_sum = self._denominators[..., -1:].log()
+
+    def nll(self) -> Tensor:
+        """``Σ_p (log C_p − x_p)``, ``[..., 1]``."""
+        by_slot = self._ranking.weigh(self._denominators.log())
+        return by_slot.sum(-1, keepdim=True).sub_(self._counted_scores)
+
+    def gradient(self, share: Tensor, of_all: Tensor | None, out: Tensor) -> None:
+        """Write ``share``·(e^x·U − [counts]) + ``of_all``·e^x / Σ e^x of every item, in the scores' order.
+
+        To be called last: it overwrites the denominators.
+        """
+        ranking = self._ranking
+        slope_of_all = None if of_all is None else of_all / self._denominators[..., -1:]
+        by_slot = ranking.weigh(torch.div(share, self._denominators, out=self._denominators))
+        if slope_of_all is not None:
+            by_slot[..., -1:] += slope_of_all  # every item's sum runs over the last slot
+        slopes = ranking.read_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+        counted = share if ranking.counted is None else share * ranking.counted
+        torch.addcmul(-counted, self._worths, slopes, out=out)
 
 
 class LogSums:
@@ -215,7 +251,8 @@ class LogSums:
 
     def __init__(self, ranking: Ranking, scores: Tensor) -> None:
         counted = scores if ranking.counted is None else scores * ranking.counted
-        self._ranking, self._mean = ranking, counted.sum(-1, keepdim=True) / ranking.items
+        self._ranking = ranking
+        self._mean = counted.sum(-1, keepdim=True) / ranking.items
         self._slots = ranking.logs_by_slot(scores)
         self._logs = self._slots.sums.logcumsumexp(-1)
         self.log_sum = self._logs[..., -1:].clone()  # a view would keep all
@@ -229,19 +266,27 @@ class LogSums:
 
         To be called last: it overwrites the sizes of the slots.
         """
-        _, base, relative = self._slots
-        log_sizes = self._ranking.sizes.to(self._logs.dtype).log_()
-        slopes = log_sizes.sub_(self._logs).flip(-1).logcumsumexp(-1).flip(-1).add_(base).exp_()
-        if relative is None:
-            torch.addcmul(-share, share, slopes, out=out)
-            slopes = out
-        else:
-            slopes *= share
+        relative = self._slots.relative
+        if relative is None:  # every slot is an item
+            torch.addcmul(-share, share, self._slopes(), out=out)
+            if of_all is not None:
+                out.addcmul_(of_all, self._shares())
+            return
+        slopes = self._slopes().mul_(share)
         if of_all is not None:
-            slopes.addcmul_(of_all, (base - self.log_sum).exp_())
-        if relative is not None:
-            counted = -share if self._ranking.counted is None else -share * self._ranking.counted
-            torch.addcmul(counted, relative, self._ranking.read_items(slopes), out=out)
+            slopes.addcmul_(of_all, self._shares())
+        counted = share if self._ranking.counted is None else share * self._ranking.counted
+        torch.addcmul(-counted, relative, self._ranking.read_items(slopes), out=out)
+
+    def _slopes(self) -> Tensor:
+        """U times the base of every slot."""
+        log_sizes = self._ranking.sizes.to(self._logs.dtype).log_()
+        log_sums = log_sizes.sub_(self._logs).flip(-1).logcumsumexp(-1).flip(-1)
+        return log_sums.add_(self._slots.base).exp_()
+
+    def _shares(self) -> Tensor:
+        """The base of every slot divided by Σ e^x."""
+        return (self._slots.base - self.log_sum).exp_()
 
 
 # --- bins -------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from rankloss import (
     distributed,
 )
 from rankloss.distributed import all_gather, gather_once
+from rankloss.losses import GatheringLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.graded.term import RankedListsTerm
 from registered import OF_PACKAGES, input_names
@@ -94,6 +95,16 @@ def mimicry_terms(view: one_process.View) -> Tensor:
     return 8 * sum(distances)
 
 
+class OwnRows(GatheringLoss):
+    """CLIP's loss as a loss of rows."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        def softmax(scores: Tensor, first_row: int) -> Tensor:
+            return scores.logsumexp(-1) - scores.diagonal(first_row)
+
+        return self.streamed(softmax, *inputs, chunk_size=3)
+
+
 Rank = functools.partial(RankConsistency, chunk_size=3)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "clip": (ClipLoss, clip_of),
@@ -102,6 +113,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         functools.partial(ClipLoss, label_smoothing=0.2, memory_budget=0),
         functools.partial(clip_of, label_smoothing=0.2),
     ),
+    "own rows": (OwnRows, clip_of),
     "siglip": (SigLipLoss, one_process.siglip),
     "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), one_process.siglip),
     "cross": (functools.partial(Rank, in_modal=0), lambda view, bias: one_process.cross(view)),

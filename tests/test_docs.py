@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import rankloss
+from memory import saved_bytes
 from open_clip_main import unpacked
 from rankloss_features import Features
 from rankloss_trainers.declared import Named
@@ -238,6 +239,29 @@ def loss_that_is_a_scalar(code: str) -> None:
     assert loss(*features, 10.0) > rankloss.ClipLoss()(*features, 10.0)
 
 
+def streamed_loss(code: str) -> None:
+    """It has the value and the gradients of whole matrices, and keeps none."""
+    loss = executed(code)["DecoupledLoss"](chunk_size=7)
+
+    def from_matrices(v: Tensor, t: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        scores = s * v @ t.T + b
+        own, others = scores.diag(), scores.masked_fill(torch.eye(len(v), dtype=torch.bool), -torch.inf)
+        return (others.logsumexp(0) + others.logsumexp(1) - 2 * own).mean() / 2
+
+    def inputs(n: int, dtype: torch.dtype) -> list[Tensor]:
+        features = torch.nn.functional.normalize(torch.randn(2, n, 4, dtype=dtype), dim=-1)
+        return [*features.unbind(), torch.tensor(10.0, dtype=dtype), torch.tensor(-2.0, dtype=dtype)]
+
+    few = [x.requires_grad_() for x in inputs(30, torch.float64)]
+    value, owed = loss(*few), from_matrices(*few)
+    torch.testing.assert_close(value, owed)
+    slopes = [torch.autograd.grad(-1.3 * x, few) for x in (value, owed)]
+    torch.testing.assert_close(*slopes)
+    assert list(loss(*few, output_dict=True)) == ["contrastive_loss"]
+    many = [x.requires_grad_() for x in inputs(1024, torch.float32)]
+    assert saved_bytes(lambda: loss(*many)) < 5 * many[0].nbytes  # a matrix is 256 times the features
+
+
 TASK = """
 import json, pathlib, sys, torch
 
@@ -280,6 +304,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "np.savez(": several_teachers,
     "import sys, rankloss_open_clip": own_script_of_a_fork,
     "class RankLoss": loss_that_is_a_scalar,
+    "class DecoupledLoss": streamed_loss,
     ELSEWHERE: task_of_the_main_branch,
 }
 """By a mark in the code."""
@@ -290,7 +315,8 @@ RUNS: dict[str, Callable[[str], None]] = {
 
 def test_writing_a_loss_takes_20_lines_and_is_registered_as_the_tests_package_is() -> None:
     text = WRITING.read_text(encoding="utf-8")
-    assert len([line for line in blocks(text)[0].splitlines() if line.strip()]) <= 20
+    for code in blocks(text):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 20
     ((header, name, class_),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', blocks(text, "toml")[0])
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
     assert header in (package / "pyproject.toml").read_text(encoding="utf-8")

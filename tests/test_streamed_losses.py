@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's own losses beyond their memory budget: the formulas, open_clip's bits, and memory."""
+"""Streamed losses, CLIP's and SigLIP's and those of one's own: the formulas, open_clip's bits, and memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from batches import Batch, assert_close, assert_slopes, batches, gradients, random_batch
 from memory import LiveBytes, TensorSizes, saved_bytes
-from rankloss import ClipLoss, InputWarning, SigLipLoss, engine, reference
+from rankloss import ClipLoss, InputWarning, SigLipLoss, reference
+from rankloss.losses import GatheringLoss
+from rankloss.losses.score_rows import mean_of_rows
 from rankloss.losses.siglip import PairSigmoid
 
 MIB = 2**20
@@ -212,8 +215,8 @@ def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dt
     one = torch.ones(1, 1, dtype=dtype)
     for logit in (-300.0, -90.0, -38.0, -20.0, -1.0, 0.0, 1.0, 20.0, 38.0, 60.0, 90.0, 300.0):
         b = torch.tensor(logit - 1, dtype=dtype, requires_grad=True)
-        weights = torch.ones(1, dtype=torch.float64)
-        (value,) = engine.apply(PairSigmoid(0, None), weights, [one, one, torch.ones((), dtype=dtype), b])
+        inputs = {"image": one, "text": one, "scale": torch.ones((), dtype=dtype), "bias": b}
+        value = mean_of_rows(PairSigmoid(), inputs, 0, factors=[("image", "text")])
         expected = math.log1p(math.exp(-logit)) if logit > 0 else -logit + math.log1p(math.exp(logit))
         slope = -math.exp(-logit) / (1 + math.exp(-logit)) if logit > 0 else -1 / (1 + math.exp(logit))
         assert value.dtype == dtype
@@ -221,3 +224,136 @@ def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dt
         tolerance = {"rel": 4 * torch.finfo(dtype).eps, "abs": 1e-37 if dtype == torch.float32 else 0}
         assert value.item() == pytest.approx(expected, **tolerance)
         assert torch.autograd.grad(value, b)[0].item() == pytest.approx(slope, **tolerance)
+
+
+# --- a loss of one's own ----------------------------------------------------------------------------------
+
+
+def softmax(scores: Tensor, first_row: int) -> Tensor:
+    return scores.logsumexp(-1) - scores.diagonal(first_row)
+
+
+def decoupled(scores: Tensor, first_row: int) -> Tensor:
+    own = scores.diagonal(first_row)
+    return scores.diagonal_scatter(torch.full_like(own, -math.inf), first_row).logsumexp(-1) - own
+
+
+def sigmoid(scores: Tensor, first_row: int) -> Tensor:
+    return nn.functional.softplus(scores).sum(-1) - scores.diagonal(first_row)
+
+
+def spread(scores: Tensor, first_row: int) -> Tensor:
+    return (scores - scores.diagonal(first_row)[:, None]).square().mean(-1)
+
+
+ROW_LOSSES = [softmax, decoupled, sigmoid, spread]
+any_row_loss = pytest.mark.parametrize("row_loss", ROW_LOSSES)
+
+
+def from_matrices(row_loss: Callable[[Tensor, int], Tensor], *inputs: Tensor) -> Tensor:
+    """The mean over the rows of both directions."""
+    v, t, s, b = inputs
+    scores = s * v @ t.T + b
+    return (row_loss(scores, 0).mean() + row_loss(scores.T, 0).mean()) / 2
+
+
+@any_row_loss
+@settings(max_examples=settings.default.max_examples // 3)
+@given(batch=batches(min_n=2, max_n=17), chunk=st.one_of(st.none(), st.integers(1, 18)))
+def test_an_own_row_loss_has_the_value_and_all_gradients_of_whole_matrices(
+    row_loss: Any, batch: Batch, chunk: int | None
+) -> None:
+    inputs = inputs_of(batch)
+    value = GatheringLoss().streamed(row_loss, *inputs, chunk_size=chunk)
+    owed = from_matrices(row_loss, *inputs)
+    assert_close([value], [owed], 1e-12)
+    assert_close(gradients(value, inputs, -1.3), gradients(owed, inputs, -1.3), 1e-12)
+    with torch.no_grad():
+        assert torch.equal(GatheringLoss().streamed(row_loss, *inputs, chunk_size=chunk), value)
+
+
+@any_row_loss
+def test_an_own_row_loss_has_the_second_derivatives_of_whole_matrices(row_loss: Any) -> None:
+    inputs = inputs_of(random_batch(0, 9, 4, 10.0))
+
+    def second(value: Tensor) -> list[Tensor]:
+        slopes = torch.autograd.grad(value, inputs, torch.tensor(-1.3), create_graph=True)
+        return gradients(sum(slope.square().sum() for slope in slopes), inputs, 0.7)
+
+    value = GatheringLoss().streamed(row_loss, *inputs, chunk_size=2)
+    assert_close(second(value), second(from_matrices(row_loss, *inputs)), 1e-10)
+
+
+@any_row_loss
+def test_an_own_row_loss_keeps_no_matrix(row_loss: Any) -> None:
+    n, d = 1024, 4
+    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    loss = GatheringLoss()
+    # The features, their gradients, and some numbers.
+    assert saved_bytes(lambda: loss.streamed(row_loss, *inputs, chunk_size=16)) <= 4 * 4 * n * d + 256
+    with LiveBytes() as live:
+        loss.streamed(row_loss, *inputs, chunk_size=16).backward()
+    assert live.peak < MIB  # one matrix is 4
+
+
+def test_an_own_row_loss_may_be_checkpointed() -> None:
+    inputs = inputs_of(random_batch(0, 9, 4, 10.0))
+    stream = partial(GatheringLoss().streamed, decoupled)
+    value = torch.utils.checkpoint.checkpoint(stream, *inputs, use_reentrant=False)
+    plain = stream(*inputs)
+    assert torch.equal(value, plain)
+    assert all(map(torch.equal, gradients(value, inputs, -1.3), gradients(plain, inputs, -1.3)))
+
+
+def test_an_own_row_loss_in_half_precision_and_autocast_is_computed_in_float32() -> None:
+    batch = random_batch(0, 40, 8, 20.0)
+    inputs = inputs_of(batch, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = GatheringLoss().streamed(decoupled, *inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    owed = from_matrices(decoupled, *exact)
+    assert value.dtype == torch.float32
+    assert_close([value], [owed], 1e-5)
+    assert_close(gradients(value, inputs, -1.3), gradients(owed, tuple(exact), -1.3), 5e-3)
+
+
+def test_an_own_row_loss_of_a_feature_that_is_not_finite_is_nan() -> None:
+    v, t, s, b = (x.detach() for x in inputs_of(random_batch(0, 9, 4, 10.0)))
+    v[3, 1] = math.inf
+    assert GatheringLoss().streamed(lambda scores, _: scores.clamp(0, 1).mean(-1), v, t, s, b).isnan()
+
+
+def test_a_row_loss_that_depends_on_another_tensor_with_a_gradient_is_refused() -> None:
+    """That tensor would get none."""
+    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
+    margin = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+
+    def with_margin(scores: Tensor, first_row: int) -> Tensor:
+        return softmax(scores * margin.exp(), first_row)
+
+    with pytest.raises(ValueError, match="row_loss must depend on the scores alone: another tensor"):
+        GatheringLoss().streamed(with_margin, *inputs)
+    margin.requires_grad_(False)
+    assert GatheringLoss().streamed(with_margin, *inputs).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("row_loss", "shown"),
+    [
+        (lambda scores, _: scores.sum(), r"\(\)"),
+        (lambda scores, _: scores, r"\(6, 6\)"),
+        (lambda *_: 0.5, "0.5"),
+    ],
+)
+def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown: str) -> None:
+    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
+    needed = f"row_loss must give one value for each of 6 rows; got {shown}"
+    with pytest.raises(ValueError, match=needed):
+        GatheringLoss().streamed(row_loss, *inputs)
+    with torch.no_grad(), pytest.raises(ValueError, match=needed):
+        GatheringLoss().streamed(row_loss, *inputs)
+
+
+def test_a_chunk_of_no_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1; got 0"):
+        GatheringLoss().streamed(softmax, *inputs_of(random_batch(0, 6, 4, 10.0)), chunk_size=0)

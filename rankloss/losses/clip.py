@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss import engine
-from rankloss.batch import Batch, Inputs
+from rankloss.batch import Batch
 from rankloss.distributed import GatherOption, gather_once
 from rankloss.graded import first_of_id
 from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners, scaled_cosines
+from rankloss.losses.score_rows import mean_of_rows
 from rankloss.options import check_weight
 from rankloss.precision import nan_unless_finite, widest_dtype
 
@@ -155,15 +154,9 @@ class ClipLoss(StreamedLoss):
         if ids is None:
             return self.weighted_terms((images, texts, scale, bias), self._options, (1.0, 0.0, 0.0))[0]
         batch = self._batch(images, texts, scale)
-        terms = PairSoftmax(batch, ids, self.same_id, self._options.chunk_size)
-        weights = ids.new_ones(1, dtype=batch.sum_dtype)
-        (loss,) = engine.apply(terms, weights, batch.inputs)
+        row_loss = PairSoftmax(ids, self.same_id)
+        loss = mean_of_rows(row_loss, batch.inputs._asdict(), batch.first_row, self._options.chunk_size)
         return loss + 0 * bias.sum() if isinstance(bias, Tensor) else loss
-
-    def _batch(self, images: Tensor, texts: Tensor, scale: Number) -> Batch:
-        anchors = (images, texts) if self.gather.anchors_are_local else None
-        first_row = self.gather.first_row(len(images))
-        return Batch.of(*self.gather(images, texts), scale, anchors=anchors, first_row=first_row)
 
 
 def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) -> Tensor:
@@ -171,40 +164,44 @@ def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) 
     total: Tensor
     if ids is None and batch.inputs.image_anchors is None:  # the same in both directions
         v, t = batch.inputs.image, batch.inputs.text
-        of_pairs, of_all = torch.dot(v.flatten(), t.flatten()), (v.sum(0) * t.sum(0)).sum()
+        of_pairs = torch.dot(v.flatten(), t.flatten())
+        of_all = (v.sum(0) * t.sum(0)).sum()
         total = batch.inputs.scale * (of_pairs - of_all / batch.items)
         return total / batch.items
     rows = slice(batch.first_row, batch.first_row + batch.anchors)
     excess = []
     for anchors, items, _ in batch.matrices("cross_modal"):
-        right, mean = items[rows], items.mean(0)
+        right = items[rows]
+        mean = items.mean(0)
         if ids is not None:
             # In float64 where there is one: the sum of all less that of an id may be a small difference.
-            items = items.to(widest_dtype(items.device))
-            of_id, size = (_sums_by_id(x, ids)[rows] for x in (items, torch.ones_like(items[:, :1])))
+            widened = items.to(widest_dtype(items.device))
+            sum_of_id = _sums_by_id(widened, ids)[rows]
+            size = _sums_by_id(torch.ones_like(widened[:, :1]), ids)[rows]
             if same_id == "share":
-                right = of_id / size
+                right = sum_of_id / size
             else:
-                mean = (items.sum(0) - of_id + right) / (len(items) - size + 1)
+                mean = (widened.sum(0) - sum_of_id + right) / (len(items) - size + 1)
         excess.append((anchors * (right - mean)).sum())
     total = batch.inputs.scale * (excess[0] + excess[1])
     return total / (2 * batch.anchors)
 
 
-def _sums_by_id(x: Tensor, ids: Tensor) -> Tensor:
-    """The sum over the rows that have the id of row i, for every i: as ``x``."""
+def _sums_by_id(features: Tensor, ids: Tensor) -> Tensor:
+    """The sum over the rows that have the id of row i, for every i: as ``features``."""
     first = first_of_id(ids)
-    return torch.zeros_like(x).index_add(0, first, x)[first]
+    return torch.zeros_like(features).index_add(0, first, features)[first]
 
 
 def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None, first_row: int) -> Tensor:
     """The mean loss of the rows, averaged over the directions; it may overwrite the logits."""
-    rows, dtype = len(logits[0]), logits[0].dtype
+    rows = len(logits[0])
+    dtype = logits[0].dtype
     if same_id == "ignore":
         target = torch.arange(first_row, first_row + rows, device=ids.device)
         ignored = partners(ids, first_row, rows)
         hidden = torch.zeros_like(ignored, dtype=dtype).masked_fill_(ignored, -math.inf)
-        logits = [x.add_(hidden) for x in logits]
+        logits = [of_direction.add_(hidden) for of_direction in logits]
     else:
         target = _shares(ids, first_row, rows, dtype)
     return (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
@@ -217,57 +214,36 @@ def _shares(ids: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> Tenso
 
 
 class PairSoftmax(NamedTuple):
-    """The loss of a batch whose pairs of one id belong together."""
+    """The loss of rows whose pairs of one id belong together, ``log Z_i − Σ_j t_ij·x_ij``."""
 
-    batch: Batch
     ids: Tensor
     same_id: SameId | None
-    chunk_size: int | None
-    wanted: Sequence[bool] = (True,)
 
-    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
-        """The loss times its weight, and the gradient by each of the inputs."""
-        batch = replace(self.batch, inputs=Inputs(*inputs))
-        scale = batch.inputs.scale
-        features = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
-        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
+    def values(self, scores: Tensor, first_row: int) -> Tensor:
+        """The loss of every row, differentiable any number of times."""
+        rows = scores.shape[-2]
+        if self.same_id == "ignore":
+            counted = scores.masked_fill(partners(self.ids, first_row, rows), -math.inf)
+            return counted.logsumexp(-1) - scores.diagonal(first_row, -2, -1)
+        shares = _shares(self.ids, first_row, rows, scores.dtype)
+        return scores.logsumexp(-1) - (shares * scores).sum(-1)
 
-        def evaluate_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
-            x, rows = scale * cosines, cosines.shape[1]
-            if self.same_id == "ignore":
-                x.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
-                right = x.diagonal(first_row, 1, 2)
-            else:
-                shares = _shares(self.ids, first_row, rows, x.dtype)
-                right = (shares * x).sum(-1)
-            log_sums = x.logsumexp(-1)
-            value = log_sums - right
-            if not with_gradient:
-                return value, None, None
-            gradient = torch.sub(x, log_sums[..., None], out=cosines).exp_()
-            if self.same_id == "ignore":
-                gradient.diagonal(first_row, 1, 2).sub_(1)
-            else:
-                gradient.sub_(shares)
-            return value, None, gradient
-
-        matrices = batch.matrices("cross_modal")
-        losses = engine.accumulate(evaluate_rows, matrices, (), sums, batch.first_row, self.chunk_size)
-        share = nan_unless_finite(weights[0] / (2 * batch.anchors), *batch.features)
-        value = share * losses[0].sum()
-        if sums is None:
-            return [value], [None] * len(inputs)
-        is_local = "image_anchors" in features
-        anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
-        by_scale = torch.stack([(sums[name] * features[name]).sum() for name in anchors]).sum()
-        gradients = {name: x.mul_(share * scale) for name, x in sums.items()}
-        # Where the anchors are the items, each matrix is in the sums twice.
-        gradients["scale"] = (share * by_scale / (1 if is_local else 2)).to(scale.dtype)
-        return [value], [gradients.get(name) for name in Inputs._fields]
-
-    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
-        """The same from the whole matrices."""
-        batch = replace(self.batch, inputs=Inputs(*inputs))
-        logits = [batch.inputs.scale * x.cosines() for x in batch.matrices("cross_modal")]
-        loss = _cross_entropy(logits, self.ids, self.same_id, batch.first_row)
-        return [nan_unless_finite(weights[0], *batch.features).to(loss.dtype) * loss]
+    def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss of every row, and the gradient, which overwrites the scores."""
+        rows = scores.shape[-2]
+        if self.same_id == "ignore":
+            scores.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
+            right = scores.diagonal(first_row, -2, -1)
+        else:
+            shares = _shares(self.ids, first_row, rows, scores.dtype)
+            right = (shares * scores).sum(-1)
+        log_sums = scores.logsumexp(-1)
+        values = log_sums - right
+        if not with_gradient:
+            return values, None
+        gradient = scores.sub_(log_sums[..., None]).exp_()
+        if self.same_id == "ignore":
+            gradient.diagonal(first_row, -2, -1).sub_(1)
+        else:
+            gradient.sub_(shares)
+        return values, gradient

@@ -13,8 +13,9 @@ from rankloss import checks
 from rankloss.batch import Batch
 from rankloss.distributed import Gather, GatherOption
 from rankloss.engine import weighted_terms
-from rankloss.options import RankOptions, check_choice
-from rankloss.precision import arithmetic_dtype, nan_unless_finite, outside_graphs
+from rankloss.losses.score_rows import Differentiated, mean_of_rows
+from rankloss.options import RankOptions, check_choice, check_count
+from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, outside_graphs
 
 Number: TypeAlias = Tensor | float
 """A number, or a tensor of one element."""
@@ -113,14 +114,7 @@ class GatheringLoss(nn.Module):
         if not any(wanted):
             zeros = image_features.new_zeros(3, dtype=arithmetic_dtype(image_features, text_features))
             return nan_unless_finite(zeros, image_features, text_features).unbind()
-        batch = Batch.of(
-            *self.gather(image_features, text_features),
-            logit_scale,
-            # This process's own features, if only they have lists.
-            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
-            first_row=self.gather.first_row(len(image_features)),
-            teacher=self.gather.constants(*teacher),
-        )
+        batch = self._batch(image_features, text_features, logit_scale, teacher)
         has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, **features) if has_values else nullcontext():
@@ -128,6 +122,77 @@ class GatheringLoss(nn.Module):
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms
+
+    @outside_graphs
+    def streamed(
+        self,
+        row_loss: Callable[[Tensor, int], Tensor],
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        r"""The mean of a loss of rows of scores, over the images' and the texts' rows, in linear memory.
+
+            L = (1/2N)·Σ_i [ℓ(s·V·tᵀ + b)_i + ℓ(s·T·Vᵀ + b)_i]
+
+        Rows of all processes' scores are computed in chunks, each with its gradient, and no matrix is kept.
+        The gradients of features, scale and bias are exact; a second derivative takes whole matrices. Scores
+        are in float32 at least, under autocast too.
+
+        Args:
+            row_loss: ℓ, a function (scores ``[n, N]``, first_row) → values ``[n]`` of torch's operations.
+                Row i has its own pair in column ``first_row + i``, so ``scores.diagonal(first_row)`` are the
+                scores of own pairs. It must depend on the scores alone.
+            image_features: ``[N, D]``, of this process.
+            text_features: ``[N, D]``, of this process.
+            logit_scale: the multiplier s.
+            logit_bias: b; None for 0.
+            chunk_size: rows computed at a time; None chooses from the sizes and the device.
+
+        Returns:
+            A scalar, float32 at least. NaN unless all features are finite.
+
+        Raises:
+            ValueError: if ``row_loss`` does not give one value per row, or depends on another tensor that
+                requires a gradient.
+
+        Example:
+            >>> def hardest(scores, first_row):  # the distance to the hardest negative, at a margin of 1
+            ...     own = scores.diagonal(first_row)
+            ...     others = scores.diagonal_scatter(torch.full_like(own, -torch.inf), first_row)
+            ...     return (1 + others.amax(-1) - own).relu()
+            >>> v, t = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+            >>> GatheringLoss().streamed(hardest, v, t, logit_scale=1.0)
+            tensor(0.4000)
+        """
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
+        batch = self._batch(image_features, text_features, logit_scale)
+        inputs = batch.inputs._asdict()
+        if logit_bias is not None:
+            image = batch.inputs.image
+            inputs["bias"] = in_arithmetic(logit_bias, image.dtype, image.device).reshape(())
+        return mean_of_rows(Differentiated(row_loss), inputs, batch.first_row, chunk_size)
+
+    def _batch(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        teacher: Sequence[Tensor | None] = (None, None),
+    ) -> Batch:
+        """The gathered batch."""
+        return Batch.of(
+            *self.gather(image_features, text_features),
+            logit_scale,
+            # This process's own features, if only they have lists.
+            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
+            first_row=self.gather.first_row(len(image_features)),
+            teacher=self.gather.constants(*teacher),
+        )
 
 
 class StreamedLoss(GatheringLoss):

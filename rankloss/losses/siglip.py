@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss import engine
-from rankloss.batch import Matrix
 from rankloss.checks import InputWarning
 from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners, scaled_cosines
+from rankloss.losses.score_rows import mean_of_rows
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, sum_dtype
 
 _LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
@@ -106,7 +104,7 @@ class SigLipLoss(StreamedLoss):
         logits = scaled_cosines(scale, images, texts)
         if bias is not None:
             logits += bias  # in place: a bias of shape [1] does not change the dtype
-        total = _log_likelihood(logits, images.dtype, first_row, ids, self.same_id)
+        total = _log_likelihoods(logits, images.dtype, first_row, ids, self.same_id).sum()
         loss = -total / len(images)
         # With infinite features or overflowing products the sigmoid loss could be a finite number.
         return nan_unless_finite(loss, images, texts).to(loss.dtype)
@@ -114,16 +112,19 @@ class SigLipLoss(StreamedLoss):
     def _streamed(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
-        dtype, device = arithmetic_dtype(images, texts), images.device
-        first_row = self.gather.first_row(len(images))
-        pairs = [in_arithmetic(x, dtype, device) for x in self._pairs(images, texts)]
-        numbers = [
-            in_arithmetic(x, dtype, device).reshape(()) for x in (scale, 0.0 if bias is None else bias)
-        ]
-        terms = PairSigmoid(first_row, self._options.chunk_size, ids, self.same_id)
-        weights = pairs[0].new_ones(1, dtype=sum_dtype(pairs[0]))
-        (loss,) = engine.apply(terms, weights, [*pairs, *numbers])
-        return loss
+        dtype = arithmetic_dtype(images, texts)
+        inputs: dict[str, Tensor | float] = {"scale": scale, "bias": 0.0 if bias is None else bias}
+        inputs["image"], inputs["text"] = self._pairs(images, texts)
+        converted = {name: in_arithmetic(x, dtype, images.device) for name, x in inputs.items()}
+        for name in ("scale", "bias"):
+            converted[name] = converted[name].reshape(())
+        return mean_of_rows(
+            PairSigmoid(ids, self.same_id),
+            converted,
+            self.gather.first_row(len(images)),
+            self._options.chunk_size,
+            factors=[("image", "text")],
+        )
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The images of this process's rows, and all texts."""
@@ -133,61 +134,44 @@ class SigLipLoss(StreamedLoss):
 
 
 class PairSigmoid(NamedTuple):
-    """SigLIP's loss L of images, texts, s and b."""
+    """The loss of rows of logits, ``Σ_j log(1 + e^{y_ij})``."""
 
-    first_row: int
-    chunk_size: int | None
     ids: Tensor | None = None
     same_id: SameId | None = None
-    wanted: Sequence[bool] = (True,)
 
-    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
-        """L times its weight, and the gradient by each of the inputs."""
-        images, texts, scale, bias = inputs
-        sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else None
+    def values(self, scores: Tensor, first_row: int) -> Tensor:
+        """The loss of every row, differentiable any number of times."""
+        return -_log_likelihoods(scores, scores.dtype, first_row, self.ids, self.same_id).sum(-1)
 
-        def evaluate_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
-            y, rows = torch.addcmul(bias, scale, cosines, out=cosines), cosines.shape[1]
-            right = y.diagonal(first_row, 1, 2)
-            sign: Number = -1.0
-            if self.ids is not None and self.same_id == "share":
-                right, sign = y, 1 - 2 * equal_ids(self.ids, first_row, rows).to(y.dtype)
-            elif self.ids is not None:
-                # log(1 + e^y) and its slope are 0 at −∞.
-                y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
-            right.mul_(sign)
-            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=weights.dtype)
-            gradient = y.sigmoid_()
-            right.mul_(sign)
-            return value, gradient.sum(-1, dtype=weights.dtype), gradient
-
-        matrix = Matrix(images, texts, ("image", "text"))
-        value, by_bias = engine.accumulate(evaluate_rows, [matrix], (), sums, self.first_row, self.chunk_size)
-        share = nan_unless_finite(weights / len(images), images, texts)
-        values = [(share * value).squeeze()]
-        if sums is None:
-            return values, [None] * len(inputs)
-        by_scale = share * (sums["image"] * images).sum()
-        by_features = [sums[name].mul_((share * scale).to(images.dtype)) for name in ("image", "text")]
-        by_numbers = [x.to(scale.dtype).squeeze() for x in (by_scale, share * by_bias)]
-        return values, [*by_features, *by_numbers]
-
-    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
-        """The same from the whole matrix."""
-        images, texts, scale, bias = inputs
-        x = scale * Matrix(images, texts, ("image", "text")).cosines() + bias
-        total = _log_likelihood(x, x.dtype, self.first_row, self.ids, self.same_id)
-        return [weights.squeeze().to(x.dtype) * -total / len(images)]
+    def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss of every row, and the gradient, which overwrites the scores."""
+        rows = scores.shape[-2]
+        y = scores
+        right = y.diagonal(first_row, -2, -1)
+        sign: Number = -1.0
+        if self.ids is not None and self.same_id == "share":
+            right = y
+            sign = 1 - 2 * equal_ids(self.ids, first_row, rows).to(y.dtype)
+        elif self.ids is not None:
+            # log(1 + e^y) and its slope are 0 at −∞.
+            y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
+        right.mul_(sign)
+        values = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=sum_dtype(y))
+        if not with_gradient:
+            return values, None
+        gradient = y.sigmoid_()
+        right.mul_(sign)
+        return values, gradient
 
 
-def _log_likelihood(
+def _log_likelihoods(
     logits: Tensor, dtype: torch.dtype, first_row: int, ids: Tensor | None, same_id: SameId | None
 ) -> Tensor:
-    """Σ_ij log σ(z_ij·x_ij) over the pairs that count, with z in a dtype."""
+    """The log σ(z_ij·x_ij) of every pair, with z in a dtype; 0 for a pair that does not count."""
     rows, columns = logits.shape
     everyone = torch.arange(columns, device=logits.device)
     is_right = equal_ids(everyone if ids is None or same_id == "ignore" else ids, first_row, rows)
     terms = F.logsigmoid((2 * is_right.to(dtype) - 1) * logits)
     if ids is not None and same_id == "ignore":
         terms = terms.masked_fill(partners(ids, first_row, rows), 0.0)
-    return terms.sum()
+    return terms
