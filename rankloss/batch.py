@@ -102,8 +102,8 @@ def first_equal(features: Tensor) -> Tensor | None:
         return None
     candidate = order[torch.searchsorted(ordered, hashes)]
     same = (features[candidate] == features).all(-1)  # equal rows have one candidate
-    own = torch.arange(len(features), device=features.device)
-    return torch.where(same, candidate, own)
+    itself = torch.arange(len(features), device=features.device)
+    return torch.where(same, candidate, itself)
 
 
 def row_hashes(features: Tensor) -> Tensor:
@@ -207,9 +207,11 @@ class Batch:
         if self.teacher is None:
             return of_texts, of_images
         rows = slice(self.first_row, self.first_row + self.anchors)
-        names = [(anchors.removesuffix("_anchors"), items) for anchors, items in _FACTORS[term]]
-        of_images, of_texts = (Matrix(self.teacher[a][rows], self.teacher[b], (a, b)) for a, b in names)
-        return of_images, of_texts
+        matrices = []
+        for anchors, items in _FACTORS[term]:
+            modality = anchors.removesuffix("_anchors")
+            matrices.append(Matrix(self.teacher[modality][rows], self.teacher[items], (modality, items)))
+        return matrices[0], matrices[1]
 
     @functools.cached_property
     def first_equal(self) -> dict[str, Tensor | None]:

@@ -70,9 +70,10 @@ def check_features(
             "Extra texts are for the base loss: see docs/losses.md"
         )
     if image_features.shape[0] < min_pairs:
+        fewest = "one pair" if min_pairs == 1 else "two pairs"
         raise ValueError(
-            f"image_features and text_features must hold at least {'one' if min_pairs == 1 else 'two'} "
-            f"pair{'s' * (min_pairs > 1)}; got shape {tuple(image_features.shape)}"
+            f"image_features and text_features must hold at least {fewest}; got shape "
+            f"{tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
     if one_space:
@@ -265,14 +266,15 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.number)):
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
-    if isinstance(value, Tensor) and (value.numel() != 1 or value.dim() > 2):  # or it would not broadcast
+    if not isinstance(value, Tensor):
+        return
+    if value.numel() != 1 or value.dim() > 2:  # a factor of more dimensions would not broadcast
         raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
-    if isinstance(value, Tensor):
-        if value.dtype == torch.bool or value.is_complex():
-            raise ValueError(f"{name} must be a real number; got {value.dtype}")
-        _check_untransformed(name, value)
-        if value.is_meta:  # on other devices torch accepts it or raises its own error
-            check_device(name, value, features)
+    if value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name} must be a real number; got {value.dtype}")
+    _check_untransformed(name, value)
+    if value.is_meta:  # on other devices torch accepts it or raises its own error
+        check_device(name, value, features)
 
 
 def kind_of(value: object) -> str:
@@ -311,14 +313,19 @@ def check_is_no_logarithm(name: str, scale: Tensor | float, features: Tensor) ->
     ``features`` are unit-norm: no model trains with such a small scale.
     """
     is_parameter = isinstance(scale, nn.Parameter)
-    if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):
+    value = scale
+    if not can_be_read(features):
         return False
-    if isinstance(scale, Tensor) and scale.requires_grad and not is_parameter:
-        return True
-    value = scale.item() if isinstance(scale, Tensor) else scale
+    if isinstance(scale, Tensor):
+        if not can_be_read(scale):
+            return False
+        if scale.requires_grad and not is_parameter:  # computed from a parameter
+            return True
+        value = scale.item()
     norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
-    is_unit = bool((norms - 1).abs().amax() < _UNIT)
-    if value < _LARGEST_LOG and (is_parameter or (value > 1 and is_unit)):
+    are_unit = bool((norms - 1).abs().amax() < _UNIT)
+    is_suspicious = is_parameter or (value > 1 and are_unit)
+    if value < _LARGEST_LOG and is_suspicious:
         kind = "a parameter of value" if is_parameter else "only"
         warnings.warn(
             f"{name} is {kind} {value:.4g}. CLIP models keep the logarithm of the scale in their parameter; "

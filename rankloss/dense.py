@@ -135,11 +135,12 @@ def terms(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[
         if not is_wanted:
             values.append(batch.inputs.image.new_zeros(batch.anchors if per_anchor else ()))
             continue
-        value = (
-            cross_entropy(batch) / batch.anchors if term is None else share * rank_term(batch, term, options)
-        )
-        value = value * weight.to(value.dtype)
-        values.append(value if per_anchor else value.sum())
+        if term is None:
+            by_anchor = cross_entropy(batch) / batch.anchors
+        else:
+            by_anchor = share * rank_term(batch, term, options)
+        by_anchor = by_anchor * weight.to(by_anchor.dtype)
+        values.append(by_anchor if per_anchor else by_anchor.sum())
     return values
 
 
@@ -162,7 +163,9 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
         return _cross_modal_of_all_pairs(batch, options)
     references = batch.references(term)
     cosines = [matrix.cosines() for matrix in batch.matrices(term)]
-    ranked_by = [matrix.cosines() for matrix in references] if batch.teacher is not None else cosines[::-1]
+    ranked_by = cosines[::-1]
+    if batch.teacher is not None:
+        ranked_by = [matrix.cosines() for matrix in references]
     value: Tensor = batch.inputs.image.new_zeros(batch.anchors)
     for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
         if share == 0:
@@ -209,9 +212,8 @@ def _cross_modal_of_all_pairs(batch: Batch, options: RankOptions) -> Tensor:
     of_images, _ = batch.matrices("cross_modal")
     by_first, by_second = batch.references("cross_modal")
     cosines = of_images.cosines()
-    reference = batch.exact_reference(
-        by_first, by_first.cosines() if batch.teacher is not None else cosines.T
-    )
+    ranked_by = cosines.T if batch.teacher is None else by_first.cosines()
+    reference = batch.exact_reference(by_first, ranked_by)
     equal = batch.first_equal[by_second.factors[1]]
     if equal is not None:  # here equal anchors tie as well
         reference = reference[equal]
@@ -223,7 +225,11 @@ def _cross_modal_of_all_pairs(batch: Batch, options: RankOptions) -> Tensor:
 
 def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
     """The summands of the one list of all pairs, in their places."""
-    others = None if options.diagonal else other_items(batch.positives, len(cosines))
-    x, y = (m if others is None else m.gather(-1, others) for m in (cosines, reference))
-    terms = _list_terms(x.flatten(), y.flatten(), batch.inputs.scale, options).view_as(x)
-    return terms if others is None else torch.zeros_like(cosines).scatter(-1, others, terms)
+    scale = batch.inputs.scale
+    if options.diagonal:
+        return _list_terms(cosines.flatten(), reference.flatten(), scale, options).view_as(cosines)
+    others = other_items(batch.positives, len(cosines))
+    x = cosines.gather(-1, others).flatten()
+    y = reference.gather(-1, others).flatten()
+    terms = _list_terms(x, y, scale, options).view_as(others)
+    return torch.zeros_like(cosines).scatter(-1, others, terms)

@@ -77,11 +77,11 @@ class _ReduceScatter(torch.autograd.Function):
         dtype = torch.promote_types(y.dtype, torch.float32)
         if _has_tensor_collectives(y, group):
             terms = y.detach().to(dtype).contiguous()
-            own = terms.new_empty(len(y) // dist.get_world_size(group), *y.shape[1:])
+            chunk = terms.new_empty(len(y) // dist.get_world_size(group), *y.shape[1:])
             # Since torch 2.13 the old name warns.
             reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            reduce(own, terms, group=group)
-            return own.to(y.dtype)
+            reduce(chunk, terms, group=group)
+            return chunk.to(y.dtype)
         total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].to(y.dtype, copy=True)
@@ -156,10 +156,10 @@ _RAISED_BY_ALL = {kind.__name__: kind for kind in (ValueError, TypeError)}
 
 def _gather_text(text: str, device: torch.device, group: Any) -> list[str]:
     """The texts of all processes, by way of a device: a process may train on another than CUDA's current."""
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    sizes = _gather(torch.tensor([len(own)], device=device), group).tolist()
-    gathered = _gather(F.pad(own, (0, max(sizes) - len(own))), group)
-    rows = gathered.view(len(sizes), -1).tolist()
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = _gather(torch.tensor([len(encoded)], device=device), group).tolist()
+    padded = F.pad(encoded, (0, max(sizes) - len(encoded)))
+    rows = _gather(padded, group).view(len(sizes), -1).tolist()
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -240,7 +240,8 @@ class Gather:
         """
         if not _initialized() or (self.world_size == 1 and self.group is None):
             return self.rank or 0, self.world_size or 1
-        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        rank = dist.get_rank(self.group)
+        size = dist.get_world_size(self.group)
         if self.rank not in (None, rank) or self.world_size not in (None, size):
             raise ValueError(
                 f"this process has rank {rank} of {size} in its process group; "
@@ -253,9 +254,9 @@ class Gather:
         """True if this process computes its own rows only."""
         return self.local_loss and self.place[1] > 1
 
-    def first_row(self, own: int) -> int:
-        """The column of the first of this process's ``own`` rows; 0 if all rows are computed."""
-        return self.place[0] * own if self.anchors_are_local else 0
+    def first_row(self, rows: int) -> int:
+        """The column of the first of this process's ``rows``; 0 if all rows are computed."""
+        return self.place[0] * rows if self.anchors_are_local else 0
 
     def agreement(
         self, owner: object, *further: str, **features: Tensor | None
@@ -309,42 +310,53 @@ class Gather:
             yield
         except Exception as raised:
             error = raised
-        # Backward has collectives of its own, unless other processes' rows do not see this one's features.
-        has_backward = (self.gather_with_grad or not self.local_loss) and torch.is_grad_enabled()
-        descriptions = [
-            f"{name} {x.dtype} {list(x.shape)}" + " with a gradient" * (x.requires_grad and has_backward)
-            if isinstance(x, Tensor)
-            else f"{name} {kind_of(x)}"
-            for name, x in features.items()
-            if x is not None
-        ]
-        flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
-        own = ", ".join([*descriptions, *further, flags]).replace("torch.", "")
+        description = self._description(features, further)
         if device.type == "cpu":
-            key = int.from_bytes(hashlib.blake2b(own.encode(), digest_size=7).digest(), "big")
-            largest = torch.tensor([error is not None, key, -key], dtype=torch.int64, device=device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-            fails, highest, lowest = largest.tolist()
-            differs = bool(fails) or highest != -lowest
+            is_exchanged = self._has_error_or_difference(error, description)
         else:
-            differs = own not in _agreed.get(owner, ())
-        if not differs:
+            is_exchanged = description not in _agreed.get(owner, ())
+        if not is_exchanged:
             if error is not None:
                 raise error
             return
-        message = [type(error).__name__, str(error)] if error else None
-        everyone = [json.loads(x) for x in _gather_text(json.dumps([own, message]), device, self.group)]
-        for rank, (_, message) in enumerate(everyone):
+        message = None if error is None else [type(error).__name__, str(error)]
+        texts = _gather_text(json.dumps([description, message]), device, self.group)
+        descriptions, messages = zip(*map(json.loads, texts), strict=True)
+        for rank, message in enumerate(messages):
             if message is not None:
-                kind = _RAISED_BY_ALL.get(message[0], RuntimeError)
-                raise kind(f"{message[1]} (on rank {rank} of {len(everyone)})") from error
-        for rank, (other, _) in enumerate(everyone):
-            if other != everyone[0][0]:
+                kind, words = message
+                raised_by_all = _RAISED_BY_ALL.get(kind, RuntimeError)
+                raise raised_by_all(f"{words} (on rank {rank} of {len(messages)})") from error
+        for rank, other in enumerate(descriptions):
+            if other != descriptions[0]:
                 raise ValueError(
                     "all processes must give features of the same names, dtypes, shapes and gradients; got "
-                    f"{everyone[0][0]} on rank 0, but {other} on rank {rank}"
+                    f"{descriptions[0]} on rank 0, but {other} on rank {rank}"
                 )
-        _agreed.setdefault(owner, set()).add(own)
+        _agreed.setdefault(owner, set()).add(description)
+
+    def _description(self, features: dict[str, Tensor | None], further: tuple[str, ...]) -> str:
+        """The features and the flags of a call in words."""
+        # Backward has collectives of its own, unless other processes' rows do not see this one's features.
+        has_backward = (self.gather_with_grad or not self.local_loss) and torch.is_grad_enabled()
+        words = []
+        for name, feature in features.items():
+            if isinstance(feature, Tensor):
+                gradient = " with a gradient" if feature.requires_grad and has_backward else ""
+                words.append(f"{name} {feature.dtype} {list(feature.shape)}{gradient}")
+            elif feature is not None:
+                words.append(f"{name} {kind_of(feature)}")
+        flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
+        return ", ".join([*words, *further, flags]).replace("torch.", "")
+
+    def _has_error_or_difference(self, error: Exception | None, description: str) -> bool:
+        """True if a process has an error, or the processes' descriptions differ; one reduction on a CPU."""
+        digest = hashlib.blake2b(description.encode(), digest_size=7).digest()
+        number = int.from_bytes(digest, "big")
+        largest = torch.tensor([error is not None, number, -number], dtype=torch.int64, device="cpu")
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        has_error, highest, negated_lowest = largest.tolist()
+        return bool(has_error) or highest != -negated_lowest
 
     def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all processes, image and text, in the order of the ranks.
@@ -378,8 +390,9 @@ class Gather:
         else:
             gathered = _gather(features, self.group)
             if not (self.local_loss and are_anchors):
-                first, last = rank * len(features), (rank + 1) * len(features)
-                gathered = torch.cat([gathered[:first], features, gathered[last:]])
+                first = rank * len(features)
+                end = first + len(features)
+                gathered = torch.cat([gathered[:first], features, gathered[end:]])
         if shared is not None:  # with the tensor, so that its id is not reused
             shared[key] = features, gathered
         return gathered
@@ -403,14 +416,15 @@ class Gather:
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
-        tensors = [x.detach() for x in features if x is not None]
+        tensors = [tensor.detach() for tensor in features if tensor is not None]
         if not tensors or self.place[1] == 1:
             return list(features)
         self._check_ready()
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-        gathered = _gather(torch.cat([x.to(dtype) for x in tensors], 1), self.group)
-        columns = iter(gathered.split([x.shape[1] for x in tensors], 1))
-        return [None if x is None else next(columns) for x in features]
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        side_by_side = torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)
+        widths = [tensor.shape[1] for tensor in tensors]
+        gathered = iter(_gather(side_by_side, self.group).split(widths, dim=1))
+        return [None if tensor is None else next(gathered) for tensor in features]
 
     def _check_ready(self) -> None:
         if not _initialized():

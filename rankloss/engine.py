@@ -40,11 +40,15 @@ from rankloss.precision import full_precision, nan_unless_finite
 from rankloss.ranking import LogSums, WorthSums, rank
 
 # Limits in matrix entries: of a matrix whose gradient is kept until its mirror image is known, of a chunk of
-# rows, and of a slice of lists that fits a core's cache. Below the fewest rows or lists, overhead exceeds the
-# work.
-_KEPT, _FEWEST_ROWS = 2**24, 128
-_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
-_LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 16
+# rows, and of a slice of lists that fits a core's cache.
+_KEPT = 2**24
+_CHUNK = {"cpu": 2**20}
+_CHUNK_ELSEWHERE = 2**24
+_LISTS = {"cpu": 2**17}
+_LISTS_ELSEWHERE = 2**23
+# Below these numbers overhead exceeds the work.
+_FEWEST_ROWS = 128
+_FEWEST_LISTS = 16
 
 
 # --- any streamed loss ------------------------------------------------------------------------------------

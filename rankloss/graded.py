@@ -58,8 +58,11 @@ def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Ten
     x, grades = _with_rest(x, grades, rest)
     is_item = grades < math.inf
     log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
-    p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN without graded items
-    return (p * (log_sum - x)).sum(-1), is_item.any(-1).long()
+    p = grades.masked_fill(~is_item, -math.inf).softmax(-1)
+    p = p.nan_to_num(0.0)  # NaN without graded items
+    values = (p * (log_sum - x)).sum(-1)
+    terms = is_item.any(-1).long()
+    return values, terms
 
 
 def _with_rest(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -68,16 +71,19 @@ def _with_rest(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, 
         return x, grades
     is_empty = rest.detach().amax(-1, keepdim=True) == -math.inf
     # Without items the derivative of the logarithm is NaN.
-    log_sum = rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).to(x.dtype)
-    grade = torch.full_like(log_sum, -math.inf).masked_fill(is_empty, math.inf)
-    return torch.cat([x, log_sum], -1), torch.cat([grades, grade], -1)
+    score = rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).to(x.dtype)
+    grade = torch.full_like(score, -math.inf).masked_fill(is_empty, math.inf)
+    x = torch.cat([x, score], -1)
+    grades = torch.cat([grades, grade], -1)
+    return x, grades
 
 
 def pairwise(
     x: Tensor, grades: Tensor, rest: Tensor | None, *, by_difference: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
-    is_item, is_graded = grades < math.inf, grades.abs() < math.inf
+    is_item = grades < math.inf
+    is_graded = grades.abs() < math.inf
     worse_items = torch.searchsorted(grades.sort(-1).values, grades)  # counts, in the order of the grades
     pairs = worse_items.where(is_item, 0).sum(-1)
     x = x if rest is None else x.to(rest.dtype)
@@ -101,17 +107,33 @@ def lambda_loss(
     is_item = grades < math.inf
     gains = _normalized_gains(grades.masked_fill(~is_item, 0.0), gain)
     scores = ranked_by.detach().masked_fill(~is_item, -math.inf)
-    better, worse = scores[:, :, None], scores[:, None, :]
-    is_above, is_equal = worse > better, worse == better
-    ranks = 0.5 + is_above.sum(-1, dtype=x.dtype) + is_equal.sum(-1, dtype=x.dtype) / 2
-    discounts = _discount(ranks)
-    distances = (ranks[:, :, None] - ranks[:, None, :]).abs().clamp_min(1.0)
-    changes = (discounts[:, :, None] - discounts[:, None, :]).abs()
-    changes = changes + mu * (_discount(distances) - _discount(distances + 1))
-    weights = (gains[:, :, None] - gains[:, None, :]).clamp_min(0.0) * changes
+    ranks = _mean_ranks(scores)
+    rho = _differences(_discount(ranks)).abs()
+    distances = _differences(ranks).abs().clamp_min(1.0)
+    delta = _discount(distances) - _discount(distances + 1)
+    weights = _differences(gains).clamp_min(0.0) * (rho + mu * delta)
     is_pair = (is_item[:, :, None] & is_item[:, None, :]) & (weights > 0)
     terms = weights * softplus(x[:, None, :] - x[:, :, None])
-    return torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_item.any(-1).long()
+    values = torch.where(is_pair, terms, 0.0).sum((-1, -2))
+    return values, is_item.any(-1).long()
+
+
+def _differences(values: Tensor) -> Tensor:
+    """``x_p − x_q`` of all pairs of a list: ``[n, K, K]``."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def _mean_ranks(scores: Tensor) -> Tensor:
+    """The rank of every item by its score, the best rank being 1; items of equal scores share their mean.
+
+    Example:
+        >>> _mean_ranks(torch.tensor([[3.0, 1.0, 2.0, 2.0]])).tolist()
+        [[1.0, 4.0, 2.5, 2.5]]
+    """
+    others, items = scores[:, None, :], scores[:, :, None]
+    above = (others > items).sum(-1, dtype=scores.dtype)
+    equal = (others == items).sum(-1, dtype=scores.dtype)  # itself included
+    return 0.5 + above + equal / 2
 
 
 def _normalized_gains(grades: Tensor, gain: str) -> Tensor:
@@ -149,10 +171,12 @@ def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
 
 def first_of_id(ids: Tensor, is_listed: Tensor | None = None) -> Tensor:
     """Index of the first item with the id of item i, a listed one if there is any, for every i: ``[M]``."""
-    is_listed = torch.ones_like(ids, dtype=torch.bool) if is_listed is None else is_listed
+    if is_listed is None:
+        is_listed = torch.ones_like(ids, dtype=torch.bool)
     listed_first = is_listed.byte().argsort(descending=True, stable=True)
     ordered, order = ids[listed_first].sort(stable=True)
-    return listed_first[order[torch.searchsorted(ordered, ids.contiguous())]]
+    first_places = torch.searchsorted(ordered, ids.contiguous())
+    return listed_first[order[first_places]]
 
 
 def equal_scores(x: Tensor, items: Tensor) -> Tensor:
@@ -161,15 +185,16 @@ def equal_scores(x: Tensor, items: Tensor) -> Tensor:
     return x.gather(1, first)
 
 
-def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:
+def others(listed: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:
     """Listed items that differ from all of a list's own items: ``[n, M]``.
 
     Args:
-        own: ``[n, K]``, the lists' own items.
+        listed: ``[n, K]``, the lists' own items.
         first_equal: ``[M]``, the first item equal to each; None if no two items are equal.
         is_listed: ``[M]``, True for items in any list.
     """
-    is_own = torch.zeros(len(own), len(is_listed), dtype=torch.bool, device=own.device)
+    is_own = torch.zeros(len(listed), len(is_listed), dtype=torch.bool, device=listed.device)
     if first_equal is None:
-        return is_listed & ~is_own.scatter_(1, own, True)
-    return is_listed & ~is_own.scatter_(1, first_equal[own], True)[:, first_equal]
+        return is_listed & ~is_own.scatter_(1, listed, True)
+    is_first_of_own = is_own.scatter_(1, first_equal[listed], True)
+    return is_listed & ~is_first_of_own[:, first_equal]

@@ -30,7 +30,8 @@ KernelOption = Literal["torch", "triton"]
 
 
 _LARGEST_COUNT = 2**31 - 1
-_BUDGET, _BUDGET_ELSEWHERE = {"cpu": 2**26}, 2**30  # bytes
+_BUDGET = {"cpu": 2**26}  # bytes
+_BUDGET_ELSEWHERE = 2**30
 _BINS = 640
 
 
@@ -217,9 +218,13 @@ def check_weight(name: str, value: object, *, above: float | None = None, below:
     It must be a finite number, no tensor, less than ``below``, and greater than ``above``, or without it at
     least 0.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and (number >= 0 if above is None else number > above) and number < below):
-        bound = ">= 0" if above is None else f"> {above:g}"
-        bound += f" and < {below:g}" if below < math.inf else ""
-        raise ValueError(f"{name} must be a finite number {bound}; got {value!r}")
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+    is_large_enough = number >= 0 if above is None else number > above
+    if not (math.isfinite(number) and is_large_enough and number < below):
+        bounds = [">= 0" if above is None else f"> {above:g}"]
+        if below < math.inf:
+            bounds.append(f"< {below:g}")
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}; got {value!r}")
     return number

@@ -13,8 +13,9 @@ from torch import Tensor
 from rankloss import precision
 
 _PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
-_LONG_LIST, _MOST_POINTS = 16, 2048
-_NODES = {torch.float32: 7, torch.float64: 14}
+_LONG_LIST = 16  # candidates from which cells can be faster than pairs
+_MOST_POINTS = 2048  # rows of a table
+_NODES = {torch.float32: 7, torch.float64: 14}  # polynomials of a cell
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -59,8 +60,10 @@ class _PairSums(torch.autograd.Function):
         x, y, better, worse = ctx.saved_tensors
         (g,) = upstream
         if torch.is_grad_enabled():
-            return *_pair_gradients(x, y, g, better, worse, ctx.by_difference), None, None, None
-        by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
+            by_x, by_y = _pair_gradients(x, y, g, better, worse, ctx.by_difference)
+            return by_x, by_y, None, None, None
+        by_x = torch.empty_like(x)
+        by_y = torch.zeros_like(y)
         with precision.full_precision(x.device):
             for rows, columns in _blocks(x, y):
                 slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
@@ -101,13 +104,14 @@ def _weighted(
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of lists and columns of x whose pairs with all y are of a block's size."""
-    size = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
-    (n, width), pairs = x.shape, max(1, y.shape[1])
-    columns = min(width, max(1, size // pairs))
-    rows = max(1, size // (columns * pairs))
-    for i in range(0, n, rows):
-        for k in range(0, width, columns):
-            yield slice(i, i + rows), slice(k, k + columns)
+    n, width = x.shape
+    pairs_at_once = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
+    pairs_of_item = max(1, y.shape[1])
+    columns = min(width, max(1, pairs_at_once // pairs_of_item))
+    rows = max(1, pairs_at_once // (columns * pairs_of_item))
+    for first_row in range(0, n, rows):
+        for first_column in range(0, width, columns):
+            yield slice(first_row, first_row + rows), slice(first_column, first_column + columns)
 
 
 # --- by cells of the scores ---------------------------------------------------------------------------------
@@ -117,13 +121,16 @@ def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
     """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the scores."""
     if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
         return pair_sums(x, rest)
-    own, others = x.detach(), rest.detach()
+    own = x.detach()
+    others = rest.detach()
     items = others.masked_fill(others == -math.inf, math.inf)
     low = torch.minimum(own.amin(-1, keepdim=True), items.amin(-1, keepdim=True))
     high = torch.maximum(own.amax(-1, keepdim=True), others.amax(-1, keepdim=True))
     cells = float((high - low).amax()) + 1
-    # The tables of P² numbers shall cost less than the pairs. NaN compares false.
-    if not _NODES[rest.dtype] * cells <= min(_MOST_POINTS, math.sqrt(x.numel() * rest.shape[1] / 8)):
+    points = _NODES[rest.dtype] * cells
+    # A table of points² numbers shall cost less than the pairs.
+    most_points = min(_MOST_POINTS, math.sqrt(x.numel() * rest.shape[1] / 8))
+    if not points <= most_points:  # NaN, too
         return pair_sums(x, rest)
     sums: Tensor = _CellSums.apply(x, rest, low, int(cells))  # type: ignore[no-untyped-call]
     return sums
@@ -141,7 +148,8 @@ class _CellSums(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, low: Tensor, cells: int) -> Tensor:
         nodes = _NODES[y.dtype]
         table = _chebyshev_table(softplus, cells, nodes)
-        sums, moments = torch.empty_like(x), table.new_empty(len(x), len(table))
+        sums = torch.empty_like(x)
+        moments = table.new_empty(len(x), len(table))
         for rows, _ in _blocks(low, y):
             moments[rows] = _moments(y[rows], torch.ones_like(y[rows]), low[rows], cells, nodes)
             sums[rows] = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
@@ -154,28 +162,39 @@ class _CellSums(torch.autograd.Function):
         x, y, low, moments = ctx.saved_tensors
         (g,) = upstream
         if torch.is_grad_enabled():
-            return *_pair_gradients(x, y, g), None, None
-        by_x, by_y = torch.empty_like(x), torch.empty_like(y)
+            by_x, by_y = _pair_gradients(x, y, g)
+            return by_x, by_y, None, None
+        cells = ctx.cells
+        nodes = _NODES[y.dtype]
+        by_x = torch.empty_like(x)
+        by_y = torch.empty_like(y)
         with precision.full_precision(x.device):
-            table = _chebyshev_table(torch.sigmoid, ctx.cells, _NODES[y.dtype])
+            table = _chebyshev_table(torch.sigmoid, cells, nodes)
             for rows, _ in _blocks(low, y):
-                of_x = _moments(x[rows], g[rows], low[rows], ctx.cells, _NODES[y.dtype])
-                by_x[rows] = -g[rows] * _interpolated(x[rows], moments[rows] @ table, low[rows], ctx.cells)
-                by_y[rows] = _interpolated(y[rows], of_x @ table.T, low[rows], ctx.cells)
+                slopes = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
+                by_x[rows] = -g[rows] * slopes
+                moments_of_x = _moments(x[rows], g[rows], low[rows], cells, nodes)
+                by_y[rows] = _interpolated(y[rows], moments_of_x @ table.T, low[rows], cells)
         return by_x, by_y, None, None
 
 
 def _chebyshev_table(kernel: Callable[[Tensor], Tensor], cells: int, nodes: int) -> Tensor:
-    """Coefficients of ``kernel(y − x)`` by y's cell and degree in rows, by x's in columns, in float64."""
+    """Coefficients of ``kernel(y − x)`` by y's cell and degree in rows, by x's in columns, in float64.
+
+    The block of two cells depends on their distance alone. With 3 cells the distances −2 … 2 have the blocks
+    0 … 4, and the rows of y's cell 1 take the blocks 3, 2, 1 for x's cells 0, 1, 2.
+    """
     degrees = torch.arange(nodes, dtype=torch.float64)
     angles = math.pi * (degrees + 0.5) / nodes
-    points = angles.cos() / 2
-    transform = (degrees[:, None] * angles).cos() * (2 / nodes)
-    transform[0] /= 2
+    points = angles.cos() / 2  # of a cell, around its middle
+    to_coefficients = (degrees[:, None] * angles).cos() * (2 / nodes)
+    to_coefficients[0] /= 2
     distances = torch.arange(1 - cells, cells, dtype=torch.float64)
-    blocks = transform @ kernel(distances[:, None, None] + points[:, None] - points) @ transform.T
+    values = kernel(distances[:, None, None] + points[:, None] - points)
+    blocks = to_coefficients @ values @ to_coefficients.T
     cell = torch.arange(cells)
-    return blocks[cell[:, None] - cell + cells - 1].transpose(1, 2).reshape(cells * nodes, -1)
+    block_of_cells = cell[:, None] - cell + cells - 1
+    return blocks[block_of_cells].transpose(1, 2).reshape(cells * nodes, -1)
 
 
 def _moments(y: Tensor, weights: Tensor, low: Tensor, cells: int, nodes: int) -> Tensor:
@@ -191,8 +210,8 @@ def _interpolated(x: Tensor, coefficients: Tensor, low: Tensor, cells: int) -> T
     by_degree = coefficients.to(x.dtype).unflatten(1, (cells, -1)).unbind(-1)
     cell, polynomials = _chebyshev(x, low, cells, len(by_degree))
     sums = torch.zeros_like(x)
-    for coefficients, z in zip(by_degree, polynomials, strict=True):
-        sums.addcmul_(coefficients.gather(1, cell), z)
+    for of_cells, polynomial in zip(by_degree, polynomials, strict=True):
+        sums.addcmul_(of_cells.gather(1, cell), polynomial)
     return sums.masked_fill_(x == -math.inf, 0.0)
 
 
@@ -205,7 +224,7 @@ def _chebyshev(y: Tensor, low: Tensor, cells: int, nodes: int) -> tuple[Tensor, 
 
 
 def _polynomials(t: Tensor, nodes: int) -> Iterator[Tensor]:
-    before, last = t, torch.ones_like(t)  # T₋₁ = T₁
+    before, last = t, torch.ones_like(t)  # T₋₁ = T₁, T₀ = 1
     for _ in range(nodes):
         yield last
-        before, last = last, (2 * t).mul_(last).sub_(before)
+        before, last = last, (2 * t).mul_(last).sub_(before)  # T₊₁ = 2·t·T − T₋₁

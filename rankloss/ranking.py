@@ -110,7 +110,9 @@ class Binned(Ranking):
     """Lists ranked by the bins of their references (:func:`quantize`), one slot per bin, its items tied."""
 
     def __init__(self, index: Tensor, bins: int) -> None:
-        self.items, self._index, self._bins = index.shape[-1], index, bins
+        self.items = index.shape[-1]
+        self._index = index
+        self._bins = bins
         one = torch.ones((), dtype=torch.float32, device=index.device)
         self.sizes = self._by_bin(one.expand_as(index))
 
@@ -144,14 +146,17 @@ class Selected(Ranking):
     """
 
     def __init__(self, reference: Tensor, top_k: int) -> None:
-        best, order = reference.topk(top_k, dim=-1)
-        ordered, self._best = best.flip(-1), order.flip(-1)  # worst first
+        best, items = reference.topk(top_k, dim=-1)
+        ordered = best.flip(-1)  # worst first
+        self._best = items.flip(-1)
         self.counted = reference >= ordered[..., :1]
         self.items = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
         sizes = run_lengths(ordered)
         # The first run also includes the tied items that were not selected.
-        is_first = (ordered == ordered[..., :1]) & (sizes > 0)
-        self.sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
+        ends_first_run = (ordered == ordered[..., :1]) & (sizes > 0)
+        not_selected = self.items - top_k
+        sizes = torch.where(ends_first_run, sizes + not_selected, sizes)
+        self.sizes = F.pad(sizes, (1, 0))
 
     def denominators(self, worths: Tensor) -> Tensor:
         """As :meth:`Ranking.denominators`."""
@@ -191,16 +196,25 @@ def tied_places(ordered: Tensor) -> tuple[Tensor, Tensor]:
     """Places of tied values in the flattened sorted lists, and their :func:`run_lengths`; on a CPU.
 
     NumPy compares in a third of torch's time; usually few values are tied.
+
+    Example:
+        The places 1, 2 and 5 are tied with the next one. Runs begin at 1 and 5, and end at 3 and 6.
+
+        >>> places, lengths = tied_places(torch.tensor([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.7]]))
+        >>> places.tolist(), lengths.tolist()
+        ([1, 2, 5, 3, 6], [0.0, 0.0, 0.0, 3.0, 2.0])
     """
-    values, n_items = ordered.numpy().reshape(-1), ordered.shape[-1]
-    is_tied = values[1:] == values[:-1]
-    is_tied[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
-    tied = np.flatnonzero(is_tied)
+    values = ordered.numpy().reshape(-1)
+    n_items = ordered.shape[-1]
+    is_tied_with_next = values[1:] == values[:-1]
+    is_tied_with_next[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
+    tied = np.flatnonzero(is_tied_with_next)
     is_break = np.diff(tied) > 1
-    is_first, is_last = np.append(True, is_break), np.append(is_break, True)
-    firsts, lasts = (tied[x[: len(tied)]] for x in (is_first, is_last))
-    lengths = np.concatenate([np.zeros(len(tied)), lasts - firsts + 2])
-    return torch.from_numpy(np.concatenate([tied, lasts + 1])), torch.from_numpy(lengths)
+    begins = tied[np.append(True, is_break)[: len(tied)]]
+    ends = 1 + tied[np.append(is_break, True)[: len(tied)]]
+    places = np.concatenate([tied, ends])
+    lengths = np.concatenate([np.zeros(len(tied)), ends - begins + 1])
+    return torch.from_numpy(places), torch.from_numpy(lengths)
 
 
 # --- running sums -----------------------------------------------------------------------------------------
@@ -320,7 +334,8 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         [0, 2, 2, 3]
     """
     reference = reference.detach()
-    lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
+    lowest = reference.amin(-1, keepdim=True)
+    highest = reference.amax(-1, keepdim=True)
     limits = torch.finfo(reference.dtype)
     lowest.clamp_(limits.min, limits.max)  # differences of infinities are avoided
     # Neither the best items nor NaN, nor items of a list with NaN, are other items.
@@ -360,8 +375,10 @@ def ascending(x: Tensor, *, by_numpy: bool) -> tuple[Tensor, Tensor]:
         return values, indices
     # An index in the bits of 0.0 would be a subnormal number, which some processors flush to 0.
     keys = x.to(torch.float64, memory_format=torch.contiguous_format).add_(_OFF_ZERO)
-    bits = keys.view(torch.int64).bitwise_or_(torch.arange(x.shape[-1], device=x.device))
+    bits = keys.view(torch.int64)
+    bits.bitwise_or_(torch.arange(x.shape[-1], device=x.device))
     keys.numpy().sort(axis=-1)
     # The index is less than half a unit in the last place of a float32, so rounding removes it.
     values = keys.float()
-    return values, bits.bitwise_and_(2**_INDEX_BITS - 1)
+    indices = bits.bitwise_and_(2**_INDEX_BITS - 1)
+    return values, indices

@@ -203,8 +203,10 @@ def lambda_loss(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", m
         >>> round(lambda_loss([0.0, 0.0], [1.0, 0.0], mu=0.0), 4)  # items of equal scores share their rank
         0.0
     """
-    x, weights = np.asarray(scores, np.float64), lambda_weights(scores, grades, gain=gain, mu=mu)
-    return math.fsum((weights * np.logaddexp(0, x[None, :] - x[:, None])).ravel())
+    x = np.asarray(scores, np.float64)
+    weights = lambda_weights(scores, grades, gain=gain, mu=mu)
+    terms = weights * np.logaddexp(0, x[None, :] - x[:, None])
+    return math.fsum(terms.ravel())
 
 
 def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", mu: float = 10.0) -> Array:
@@ -218,12 +220,17 @@ def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear"
         >>> lambda_weights([2.0, 1.0], [1.0, 0.0], mu=0.0).round(4).tolist()  # 1 − 1/log₂ 3
         [[0.0, 0.3691], [0.0, 0.0]]
     """
-    x, g = np.asarray(scores, np.float64), np.asarray(grades, np.float64)
+    x = np.asarray(scores, np.float64)
+    g = np.asarray(grades, np.float64)
     gains = {"linear": g, "exponential": 2.0**g - 1}[gain]
-    ideal = math.fsum(value / math.log2(2 + place) for place, value in enumerate(sorted(gains, reverse=True)))
-    ranks = [float(np.mean(1 + np.flatnonzero(np.sort(-x) == -score))) for score in x]
+    best_first = sorted(gains, reverse=True)
+    ideal = math.fsum(value / math.log2(1 + rank) for rank, value in enumerate(best_first, 1))
+    ordered = np.sort(x)[::-1]
+    ranks_of_equals = [1 + np.flatnonzero(ordered == score) for score in x]
+    ranks = [float(np.mean(of_item)) for of_item in ranks_of_equals]
     weights = np.zeros((len(x), len(x)))
-    for p, q in zip(*np.nonzero(g[:, None] > g[None, :]), strict=True):
+    better, worse = np.nonzero(g[:, None] > g[None, :])
+    for p, q in zip(better, worse, strict=True):
         distance = max(1.0, abs(ranks[p] - ranks[q]))
         rho = abs(1 / math.log2(1 + ranks[p]) - 1 / math.log2(1 + ranks[q]))
         delta = 1 / math.log2(1 + distance) - 1 / math.log2(2 + distance)
@@ -373,8 +380,10 @@ def _exact_where_equal(a: ArrayLike, b: ArrayLike) -> Array:
 
     Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """
-    f = np.asarray(a, np.float64)
-    squares = np.array([math.fsum(row * row) for row in f])
+    rows = np.asarray(a, np.float64)
+    squares = np.array([math.fsum(row * row) for row in rows])
     is_unit = abs(np.sqrt(squares) - 1) <= 0.01
-    squares = np.where(is_unit, squares[is_unit].max(initial=0.0), squares)
-    return np.where((f[:, None] == f[None]).all(-1), squares[:, None], _cosines(a, b))
+    largest_of_units = squares[is_unit].max(initial=0.0)
+    with_itself = np.where(is_unit, largest_of_units, squares)
+    is_equal = (rows[:, None] == rows[None]).all(-1)
+    return np.where(is_equal, with_itself[:, None], _cosines(a, b))

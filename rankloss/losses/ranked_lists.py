@@ -234,19 +234,37 @@ class RankedLists(GatheringLoss):
         return {"ranked_lists_loss": loss} if output_dict else loss
 
     def _compute(self, inputs: ListInputs) -> Tensor:
+        self._check(inputs)
+        padded = self._padded(inputs)
+        gathered = self._gathered(padded)
+        items, lists = self._tied(gathered)
+        with precision.full_precision(items.is_listed.device):
+            values, terms = self._values(items, lists)
+        finite_values = precision.nan_unless_finite(values, *lists.factors, *items.features)
+        right_values = finite_values * torch.where(padded.is_wrong, math.nan, 1.0)
+        return self._reduced(right_values, terms).to(lists.queries.dtype)
+
+    def _check(self, inputs: ListInputs) -> None:
+        """Raise an error for wrong arguments, the same on all processes; values are read where it is free.
+
+        At the first call values are read on an accelerator, too, and suspicious ones give a warning.
+        """
         queries = inputs.query_features
         with self.gather.agreement(self, **inputs.tensors):
             inputs.check(self.in_batch_negatives)
             is_first = not self._checked_once and precision.can_be_read(queries)
-            looks = is_first or queries.is_cpu
-            if looks:
+            are_read = is_first or queries.is_cpu
+            if are_read:
                 self._check_values(inputs, is_first)
-        if looks and self.in_batch_negatives:
+        if are_read and self.in_batch_negatives:
             _check_distinct(self.gather.items(queries))
         if is_first:
             self._checked_once.add("all")
 
-        is_item, widest = inputs.is_item, precision.widest_dtype(inputs.grades.device)
+    def _padded(self, inputs: ListInputs) -> _Padded:
+        """The lists of this process in one form, with neutral values at padding."""
+        is_item = inputs.is_item
+        widest = precision.widest_dtype(inputs.grades.device)
         is_right, _ = self._valid(inputs.grades)
         is_wrong = is_item & (~is_right | graded.is_rounded(inputs.grades, widest))
         grades = inputs.grades.detach().to(widest).masked_fill(~is_item, math.inf)
@@ -254,53 +272,83 @@ class RankedLists(GatheringLoss):
         if offsets is not None:
             offsets = offsets.detach().to(widest).masked_fill(~is_item, 0.0)
             is_wrong = is_wrong | ~offsets.isfinite()
-        index, items = inputs.candidate_index, inputs.candidate_features.flatten(0, -2)
-        if index is None:
-            index = torch.arange(len(items), device=items.device).view(grades.shape)
-        # Padding repeats a candidate of the list.
-        index = index.long().where(is_item, index.gather(1, is_item.byte().argmax(-1, keepdim=True)))
+
+        items = inputs.candidate_features.flatten(0, -2)
+        places = inputs.candidate_index
+        if places is None:
+            places = torch.arange(len(items), device=items.device).view(grades.shape)
+        first_item = places.gather(1, is_item.byte().argmax(-1, keepdim=True))
+        places = places.long().where(is_item, first_item)  # padding repeats a candidate of the list
         is_listed = torch.zeros(len(items), dtype=torch.uint8, device=items.device)
-        is_listed = is_listed.index_fill(0, index.flatten(), 1)
-        queries, ids = inputs.query_features, inputs.candidate_ids
+        is_listed = is_listed.index_fill(0, places.flatten(), 1)
+
+        scale = inputs.logit_scale
         reference_queries, reference_items = inputs.scaled_reference()
+        return _Padded(
+            queries=inputs.query_features,
+            scale=scale.reshape(()) if isinstance(scale, Tensor) else scale,
+            reference_queries=reference_queries,
+            places=places,
+            grades=grades,
+            offsets=offsets,
+            is_wrong=is_wrong.any(),
+            items=items,
+            reference_items=reference_items,
+            is_listed=is_listed,
+            ids=None if inputs.candidate_ids is None else inputs.candidate_ids.flatten().long(),
+            has_unlisted_items=inputs.mask is not None or inputs.candidate_index is not None,
+        )
 
-        gather, has_own_lists = self.gather, self._has_own_lists
-        if self.in_batch_negatives or not has_own_lists:
-            index = index + gather.place[0] * len(items)
-            items, is_listed = gather.items(items, are_anchors=False), gather.items(is_listed)
-            ids = None if ids is None else gather.items(ids.flatten())
-            (reference_items,) = gather.constants(reference_items)
-        if not has_own_lists:
-            queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
-            (offsets,), (reference_queries,) = gather.constants(offsets), gather.constants(reference_queries)
+    def _gathered(self, lists: _Padded) -> _Padded:
+        """The same with the candidates, and if needed the lists, of all processes."""
+        gather = self.gather
+        if self.in_batch_negatives or not self._has_own_lists:
+            (reference_items,) = gather.constants(lists.reference_items)
+            lists = lists._replace(
+                places=lists.places + gather.place[0] * len(lists.items),
+                items=gather.items(lists.items, are_anchors=False),
+                is_listed=gather.items(lists.is_listed),
+                ids=None if lists.ids is None else gather.items(lists.ids),
+                reference_items=reference_items,
+            )
+        if not self._has_own_lists:
+            (offsets,) = gather.constants(lists.offsets)
+            (reference_queries,) = gather.constants(lists.reference_queries)
+            lists = lists._replace(
+                queries=gather.items(lists.queries),
+                places=gather.items(lists.places),
+                grades=gather.items(lists.grades),
+                offsets=offsets,
+                reference_queries=reference_queries,
+            )
+        return lists
 
-        dtype = precision.arithmetic_dtype(queries, items)
-        is_listed = is_listed.bool()
-        candidates = [items] if reference_items is None else [items, reference_items]
-        candidates = [x.to(dtype) for x in candidates]
-        if inputs.mask is not None or inputs.candidate_index is not None:
+    def _tied(self, lists: _Padded) -> tuple[_Items, _Lists]:
+        """Candidates and lists in the dtype of the arithmetic, with the candidates that are equal."""
+        dtype = precision.arithmetic_dtype(lists.queries, lists.items)
+        is_listed = lists.is_listed.bool()
+        candidates = [lists.items.to(dtype)]
+        if lists.reference_items is not None:
+            candidates.append(lists.reference_items.to(dtype))
+        if lists.has_unlisted_items:
             # Rows in no list may hold any values, and 0 · NaN is NaN.
-            candidates = [x.masked_fill(~is_listed[:, None], 0.0) for x in candidates]
+            candidates = [features.masked_fill(~is_listed[:, None], 0.0) for features in candidates]
         equal = None
-        if self.in_batch_negatives and ids is not None:
-            equal = graded.first_of_id(ids.long(), is_listed)
+        if self.in_batch_negatives and lists.ids is not None:
+            equal = graded.first_of_id(lists.ids, is_listed)
             is_listed = is_listed & (equal == torch.arange(len(equal), device=equal.device))
         elif self.in_batch_negatives:
             equal = first_equal(candidates[0])
         elif self.model == "lambda":  # whose weights depend on ties
             equal = first_equal(torch.cat(candidates, 1))
-        scale = (
-            inputs.logit_scale.reshape(()) if isinstance(inputs.logit_scale, Tensor) else inputs.logit_scale
+        reference_queries = lists.reference_queries
+        return _Items(candidates, is_listed, equal), _Lists(
+            lists.places,
+            lists.grades,
+            lists.offsets,
+            queries=lists.queries.to(dtype) * lists.scale,
+            reference_queries=None if reference_queries is None else reference_queries.to(dtype),
         )
-        factors = [queries.to(dtype) * scale]
-        if reference_queries is not None:
-            factors.append(reference_queries.to(dtype))
-        with precision.full_precision(items.device):
-            values, terms = self._values(
-                _Items(candidates, is_listed, equal), _Lists(index, grades, offsets, *factors)
-            )
-        values = precision.nan_unless_finite(values, *factors, *candidates)
-        return self._reduced(values * torch.where(is_wrong.any(), math.nan, 1.0), terms).to(dtype)
 
     def _values(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
@@ -420,6 +468,38 @@ def _check_distinct(queries: Tensor) -> None:
         )
 
 
+class _Padded(NamedTuple):
+    """Lists in one form: candidates as rows, and neutral values at padding.
+
+    Attributes:
+        queries: ``[n, D]``.
+        scale: the multiplier s.
+        reference_queries: ``[n, D']``, the frozen model's queries, times its scale.
+        places: ``[n, K]``, rows of the candidates; at padding the list's first.
+        grades: ``[n, K]``, +∞ at padding.
+        offsets: ``[n, K]``, reference scores, 0 at padding.
+        is_wrong: ``[]``, True if a grade or a reference score of this process is wrong.
+        items: ``[M, D]``, the candidates.
+        reference_items: ``[M, D']``, the frozen model's.
+        is_listed: ``[M]``, 1 for a candidate of any list; uint8, which all backends gather.
+        ids: ``[M]``, equal for one candidate.
+        has_unlisted_items: True if candidates may be in no list.
+    """
+
+    queries: Tensor
+    scale: Tensor | float
+    reference_queries: Tensor | None
+    places: Tensor
+    grades: Tensor
+    offsets: Tensor | None
+    is_wrong: Tensor
+    items: Tensor
+    reference_items: Tensor | None
+    is_listed: Tensor
+    ids: Tensor | None
+    has_unlisted_items: bool
+
+
 class _Items(NamedTuple):
     """The candidates of all lists.
 
@@ -450,6 +530,11 @@ class _Lists(NamedTuple):
     offsets: Tensor | None
     queries: Tensor
     reference_queries: Tensor | None = None
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The factors of the scores."""
+        return [self.queries] if self.reference_queries is None else [self.queries, self.reference_queries]
 
     def split(self, rows: int) -> list[_Lists]:
         """Chunks of lists."""

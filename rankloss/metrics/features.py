@@ -115,17 +115,22 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()
         -8.0
     """
-    x, z = _checked_pair(image_features, image_features if text_features is None else text_features, 2)
+    if text_features is None:
+        text_features = image_features
+    x, z = _checked_pair(image_features, text_features, 2)
     n = len(x)
-    sums = []
-    for start in range(0, n, max(1, _BLOCK // n)):
-        rows = x[start : start + max(1, _BLOCK // n)]
-        squared = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
-        earlier = torch.ones_like(squared, dtype=torch.bool).tril(start - 1)
-        sums.append((-2 * squared).masked_fill(~earlier, -math.inf).flatten().logsumexp(0))
-    finite = x.isfinite().all() & z.isfinite().all()
-    value = torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)
-    return torch.where(finite, value, math.nan)
+    rows_at_once = max(1, _BLOCK // n)
+    log_sums = []
+    for start in range(0, n, rows_at_once):
+        rows = x[start : start + rows_at_once]
+        squared_distances = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
+        is_earlier = torch.ones_like(squared_distances, dtype=torch.bool).tril(start - 1)
+        exponents = (-2 * squared_distances).masked_fill(~is_earlier, -math.inf)
+        log_sums.append(exponents.flatten().logsumexp(0))
+    pairs = n * (n - 1) / 2
+    value = torch.stack(log_sums).logsumexp(0) - math.log(pairs)
+    is_finite = x.isfinite().all() & z.isfinite().all()
+    return torch.where(is_finite, value, math.nan)
 
 
 def _checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int = 1) -> tuple[Tensor, Tensor]:

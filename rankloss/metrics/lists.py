@@ -170,12 +170,19 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
         >>> spearman_rho(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
         0.8
     """
-    lists, is_nan = _checked_lists(None, x=x, y=y)
-    dtype = lists[0].dtype
-    a, b = (below.to(dtype) + ties.to(dtype) / 2 for below, ties in map(smaller_and_equal, lists))
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(is_nan, math.nan, rho)
+    (x, y), is_nan = _checked_lists(None, x=x, y=y)
+    a = _centred_ranks(x)
+    b = _centred_ranks(y)
+    covariance = (a * b).sum(-1)
+    variances = a.square().sum(-1) * b.square().sum(-1)
+    return torch.where(is_nan, math.nan, covariance / variances.sqrt())
+
+
+def _centred_ranks(x: Tensor) -> Tensor:
+    """The ranks of the items, of tied ones their mean rank, less the mean of the list."""
+    below, ties = smaller_and_equal(x)
+    ranks = below.to(x.dtype) + ties.to(x.dtype) / 2
+    return ranks - ranks.mean(-1, keepdim=True)
 
 
 def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -200,7 +207,9 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
             raise ValueError(
                 f"{name} must hold floating-point numbers, or integers up to int64; got {z.dtype}"
             )
-        is_rounded = graded.is_rounded(z, dtype) if mask is None else graded.is_rounded(z, dtype) & mask
+        is_rounded = graded.is_rounded(z, dtype)
+        if mask is not None:
+            is_rounded = is_rounded & mask
         if not z.is_floating_point() and bool(is_rounded.any()):
             raise ValueError(
                 f"{name} must be at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}; got "
@@ -218,27 +227,37 @@ def _padding_last(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P − Q, the pairs not tied in x, those not tied in y, and the smaller number of distinct values."""
-    lists, is_nan = _checked_lists(mask, x=x, y=y)
-    n, dtype = x.shape[-1], lists[0].dtype
-    (x_below, x_ties), (y_below, y_ties) = (smaller_and_equal(_padding_last(z, mask)) for z in lists)
-    both = x_below * n + y_below
-    x_tied, y_tied, both_tied = (ties.sum(-1) // 2 for ties in (x_ties, y_ties, smaller_and_equal(both)[1]))
-    discordant = _inversions(both.sort(dim=-1).values % n)
+    (x, y), is_nan = _checked_lists(mask, x=x, y=y)
+    n = x.shape[-1]
+    x_below, x_ties = smaller_and_equal(_padding_last(x, mask))
+    y_below, y_ties = smaller_and_equal(_padding_last(y, mask))
+    both = x_below * n + y_below  # in the order of x, and of y where x is tied
+    _, both_ties = smaller_and_equal(both)
+    y_in_order_of_x = both.sort(dim=-1).values % n
+    discordant = _inversions(y_in_order_of_x)
+    # Pairs, of which each is in the ties of two items. Counts are integers: float32 has not all of them.
+    x_tied = x_ties.sum(-1) // 2
+    y_tied = y_ties.sum(-1) // 2
+    both_tied = both_ties.sum(-1) // 2
     is_item = torch.ones_like(both, dtype=torch.bool) if mask is None else mask
-    # Each item is concordant with all padding; pairs of padding are tied. Counts are integers: float32 has
-    # not all of them.
+    # Each item is concordant with all padding; pairs of padding are tied.
     pairs = n * (n - 1) // 2 - is_item.sum(-1) * (~is_item).sum(-1)
-    agreement = (pairs - x_tied - y_tied + both_tied - 2 * discordant).to(dtype)
-    distinct = torch.minimum(*((is_item / (ties + 1.0)).sum(-1).round() for ties in (x_ties, y_ties)))
+    agreement = (pairs - x_tied - y_tied + both_tied - 2 * discordant).to(x.dtype)
     agreement = torch.where(is_nan, math.nan, agreement)
-    return agreement, (pairs - x_tied).to(dtype), (pairs - y_tied).to(dtype), distinct.to(dtype)
+    # Of the values, k equal ones are k times 1/k.
+    x_distinct = (is_item / (x_ties + 1.0)).sum(-1).round()
+    y_distinct = (is_item / (y_ties + 1.0)).sum(-1).round()
+    distinct = torch.minimum(x_distinct, y_distinct)
+    return agreement, (pairs - x_tied).to(x.dtype), (pairs - y_tied).to(x.dtype), distinct.to(x.dtype)
 
 
 def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:
     """For every item, the number of smaller items of its list, and of other items equal to it."""
+    x = x.contiguous()
     ordered = x.sort(dim=-1).values.contiguous()
-    below = torch.searchsorted(ordered, x.contiguous())
-    return below, torch.searchsorted(ordered, x.contiguous(), right=True) - below - 1
+    below = torch.searchsorted(ordered, x)
+    not_above = torch.searchsorted(ordered, x, right=True)
+    return below, not_above - below - 1
 
 
 def _inversions(x: Tensor) -> Tensor:
@@ -250,9 +269,11 @@ def _inversions(x: Tensor) -> Tensor:
     width = 1
     while width < x.shape[-1]:
         halves = x.unflatten(-1, (-1, 2, width))
-        left, right = halves[..., 0, :].contiguous(), halves[..., 1, :].contiguous()
+        left = halves[..., 0, :].contiguous()
+        right = halves[..., 1, :].contiguous()
+        larger = width - torch.searchsorted(left, right, right=True)  # on the left, of each on the right
         # Not in place: under vmap the count has fewer dimensions than the summand.
-        count = count + (width - torch.searchsorted(left, right, right=True)).sum((-1, -2))
+        count = count + larger.sum((-1, -2))
         x = halves.flatten(-2).sort(dim=-1).values.flatten(-2)
         width *= 2
     return count
