@@ -33,7 +33,12 @@ def has_float64(device: torch.device) -> bool:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """Float64, or float32 on a device without it."""
+    """Float64, or float32 on a device without it.
+
+    Example:
+        >>> widest_dtype(torch.device("cpu")), widest_dtype(torch.device("mps"))
+        (torch.float64, torch.float32)
+    """
     return torch.float64 if has_float64(device) else torch.float32
 
 
@@ -74,7 +79,15 @@ def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, forward and backward in the dtype of the factors, also under autocast."""
+    """``a @ b``, forward and backward in the dtype of the factors, also under autocast.
+
+    It is differentiable any number of times.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     product(torch.eye(2), torch.eye(2)).dtype
+        torch.float32
+    """
     c: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
     return c
 
@@ -106,7 +119,17 @@ def can_be_read(x: Tensor) -> bool:
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """Exclude a function from compiled graphs: one graph ends before it, the next begins after it."""
+    """Exclude a function from compiled graphs: one graph ends before it, the next begins after it.
+
+    For a ``forward`` that reads values or gathers: with ``fullgraph=True`` torch raises its own error.
+
+    Example:
+        >>> @outside_graphs
+        ... def largest(x):
+        ...     return x.max().item()
+        >>> largest(torch.eye(2))
+        1.0
+    """
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:

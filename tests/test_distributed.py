@@ -98,11 +98,11 @@ def mimicry_terms(view: one_process.View) -> Tensor:
 class OwnRows(GatheringLoss):
     """CLIP's loss as a loss of rows."""
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        def softmax(scores: Tensor, first_row: int) -> Tensor:
-            return scores.logsumexp(-1) - scores.diagonal(first_row)
-
-        return self.streamed(softmax, *inputs, chunk_size=3)
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
+        inputs = image_features, text_features, logit_scale, logit_bias
+        return self.streamed(lambda x, row: x.logsumexp(-1) - x.diagonal(row), *inputs, chunk_size=3)
 
 
 Rank = functools.partial(RankConsistency, chunk_size=3)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.distributed import GatherOption
-from rankloss.losses import GatheringLoss, check_weight, combined
-from rankloss.precision import outside_graphs, widest_dtype
+from rankloss.losses import GatheringLoss, check_weight, combined, outside_graphs, widest_dtype
 from rankloss_trainers.declared import Named
 
 _KIND = ("shape", "dtype", "device")

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss import precision
 from rankloss.distributed import GatherOption, gather_once
-from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
-from rankloss.precision import product
+from rankloss.losses import (
+    Base,
+    GatheringLoss,
+    base_entries,
+    check_base,
+    check_weight,
+    combined,
+    outside_graphs,
+    product,
+    widest_dtype,
+)
 
 
 class CyClipLoss(GatheringLoss):
@@ -69,7 +77,7 @@ class CyClipLoss(GatheringLoss):
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
 
-    @precision.outside_graphs
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -112,7 +120,7 @@ def _widened(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
     and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
-    dtype = precision.widest_dtype(image.device)
+    dtype = widest_dtype(image.device)
     return image.to(dtype), text.to(dtype)
 
 

@@ -3,9 +3,10 @@ r"""The losses as modules. Each takes ``(image_features, text_features, logit_sc
 ``logit_scale`` is the multiplier s itself, as CLIP models return it, not its logarithm. Features are expected
 to be unit-norm, as models return them. No loss normalises features; the first call warns of others.
 
-Losses of other packages use :class:`GatheringLoss` for gathering and checks of the inputs,
-:func:`check_base`, :func:`takes_teacher`, :func:`base_entries` and :func:`combined` for a base loss, and
-:func:`check_weight`.
+Losses of other packages derive from :class:`GatheringLoss`, which gathers, checks the inputs and streams a
+loss of rows. :func:`check_base`, :func:`takes_teacher`, :func:`base_entries` and :func:`combined` are for a
+base loss, :func:`check_weight` for an option, :func:`outside_graphs`, :func:`product` and
+:func:`widest_dtype` for the arithmetic.
 """
 
 from rankloss.checks import InputWarning as InputWarning
@@ -24,3 +25,6 @@ from rankloss.losses.ranked_lists import RankedLists as RankedLists
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
 from rankloss.losses.spread import SpreadLoss as SpreadLoss
 from rankloss.options import check_weight as check_weight
+from rankloss.precision import outside_graphs as outside_graphs
+from rankloss.precision import product as product
+from rankloss.precision import widest_dtype as widest_dtype

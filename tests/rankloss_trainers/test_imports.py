@@ -82,6 +82,45 @@ def test_no_import_goes_up(floor: str) -> None:
             assert imported(file) <= FLOORS[floor] | {floor}, place
 
 
+def public_names(module: str) -> set[str]:
+    """Of a module of the core, the names that it shows: in ``__all__``, or imported ``as`` themselves."""
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "__all__"):
+        return {*loaded.__all__}
+    tree = ast.parse(Path(str(loaded.__file__)).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname for node in imports for alias in node.names if alias.asname is not None}
+
+
+def documented_names() -> dict[str, set[str]]:
+    """By module, the public names that the API's pages have."""
+    names = {}
+    for page in (ROOT / "docs/api").glob("*.md"):
+        blocks = re.findall(r"^::: (rankloss[\w.]*)\n((?: .*\n)*)", page.read_text() + "\n", re.MULTILINE)
+        for module, options in blocks:
+            members = set(re.findall(r"^ +- (\w+)$", options, re.MULTILINE))
+            assert members <= public_names(module), module
+            names[module] = members or public_names(module)
+    return names
+
+
+def test_the_baselines_import_documented_names_of_the_core_alone() -> None:
+    """So another package's loss can be written as they are."""
+    documented = documented_names()
+    writing = (ROOT / "docs/writing.md").read_text()
+    of_core: set[str] = set()
+    for file in files_of("rankloss_baselines"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(floor_of(alias.name) in CORE for alias in node.names), file
+            elif isinstance(node, ast.ImportFrom) and floor_of(str(node.module)) in CORE:
+                names = {alias.name for alias in node.names}
+                assert names <= documented.get(str(node.module), set()), file
+                of_core |= names
+    assert of_core
+    assert [name for name in sorted(of_core) if f"`{name}" not in writing] == []
+
+
 def test_every_floor_stands_on_lower_ones() -> None:
     lower: set[str] = set()
     for floor, below in FLOORS.items():
