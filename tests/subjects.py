@@ -23,6 +23,7 @@ import rankloss_trainers
 from batches import upstream_for
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
+from rankloss.losses import GatheringLoss
 from rankloss_trainers import catalog
 from registered import OF_PACKAGES, input_names
 
@@ -373,6 +374,15 @@ def has_state(name: str) -> bool:
     return bool(rankloss_trainers.create(name).state_dict())
 
 
+class OwnRows(GatheringLoss):
+    """CLIP's loss as a loss of rows, as another package would write it."""
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        inputs = image_features, text_features, logit_scale
+        self.check_inputs(*inputs)
+        return self.streamed(lambda x, row: x.logsumexp(-1) - x.diagonal(row), *inputs, chunk_size=4)
+
+
 SUBJECTS = [
     rank_terms("default"),
     rank_terms("top k", top_k=3, diagonal=False, chunk_size=2),
@@ -409,6 +419,7 @@ SUBJECTS = [
     _siglip("[ignore, streamed]", same_id="ignore", memory_budget=0),
     _siglip("[share]", same_id="share"),
     _siglip("[share, streamed]", same_id="share", memory_budget=0, chunk_size=4),
+    Subject("a loss of rows", "", OwnRows, reference.clip),
     Subject(
         "plackett_luce_nll",
         "plackett_luce_nll",
