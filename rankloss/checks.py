@@ -296,10 +296,10 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
         ValueError: for all else.
     """
     check_is_number("logit_scale", logit_scale, features)
-    if (not isinstance(logit_scale, Tensor) or logit_scale.is_cpu) and logit_scale <= 0:
-        raise ValueError(
-            f"logit_scale must be positive (it is the multiplier, not its log); got {float(logit_scale):g}"
-        )
+    is_read = not isinstance(logit_scale, Tensor) or logit_scale.is_cpu
+    if is_read and logit_scale <= 0:
+        value = float(logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale)
+        raise ValueError(f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}")
 
 
 _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052

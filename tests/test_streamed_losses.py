@@ -354,6 +354,14 @@ def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown:
         GatheringLoss().streamed(row_loss, *inputs)
 
 
+def test_a_streamed_loss_checks_its_inputs() -> None:
+    v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
+    with pytest.raises(ValueError, match="image_features and text_features must have one row per pair"):
+        GatheringLoss().streamed(softmax, v, t[:5], s, b)
+    with pytest.raises(ValueError, match=r"logit_scale must be positive .*; got -10"):
+        GatheringLoss().streamed(softmax, v, t, -s, b)
+
+
 def test_a_chunk_of_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1; got 0"):
         GatheringLoss().streamed(softmax, *inputs_of(random_batch(0, 6, 4, 10.0)), chunk_size=0)

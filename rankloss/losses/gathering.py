@@ -156,8 +156,8 @@ class GatheringLoss(nn.Module):
             A scalar, float32 at least. NaN unless all features are finite.
 
         Raises:
-            ValueError: if ``row_loss`` does not give one value per row, or depends on another tensor that
-                requires a gradient.
+            ValueError: as :meth:`check_inputs`, which it calls; if ``row_loss`` does not give one value per
+                row, or depends on another tensor that requires a gradient.
 
         Example:
             >>> def hardest(scores, first_row):  # the distance to the hardest negative, at a margin of 1
@@ -168,6 +168,7 @@ class GatheringLoss(nn.Module):
             >>> GatheringLoss().streamed(hardest, v, t, logit_scale=1.0)
             tensor(0.4000)
         """
+        self.check_inputs(image_features, text_features, logit_scale, logit_bias)
         if chunk_size is not None:
             check_count("chunk_size", chunk_size)
         batch = self._batch(image_features, text_features, logit_scale)

@@ -125,8 +125,10 @@ class ListInputs(NamedTuple):
         checks.check_device("reference_query_features", queries, self.query_features, "query_features")
         self._check_candidates("reference_candidate_features", candidates, queries.shape[1])
         checks.check_is_number("reference_scale", scale, self.query_features)
-        if (not isinstance(scale, Tensor) or scale.is_cpu) and not 0 < scale < math.inf:
-            raise ValueError(f"reference_scale must be positive and finite; got {float(scale):g}")
+        is_read = not isinstance(scale, Tensor) or scale.is_cpu
+        if is_read and not 0 < scale < math.inf:
+            value = float(scale.detach() if isinstance(scale, Tensor) else scale)
+            raise ValueError(f"reference_scale must be positive and finite; got {value:g}")
 
     def refuse_wrong_places(self) -> None:
         """Raise a ValueError for an empty list, an index out of range, or a reference that is not finite."""
