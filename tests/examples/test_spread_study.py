@@ -66,6 +66,17 @@ def test_a_constant_scale_has_the_gradient_of_the_base_alone(form):
     assert abs(gradients[2] - gradients[1]) > 1e-4
 
 
+def test_the_librarys_spread_is_the_standard_deviation_with_a_constant_scale():
+    found = []
+    for loss in (rankloss.SpreadLoss(weight=0.7), WithinModalities("std", 0.7, is_scale_constant=True)):
+        inputs = [x.requires_grad_() for x in (*batch(), torch.tensor(8.0, dtype=torch.float64))]
+        value = loss(*inputs)
+        found.append([value, *torch.autograd.grad(2 * value, inputs)])
+    for librarys, own in zip(*found, strict=True):
+        assert own.abs().max() > 0
+        torch.testing.assert_close(librarys, own, rtol=1e-7, atol=1e-9)
+
+
 def test_a_target_drawn_at_each_step_is_uniform_in_the_mean():
     torch.manual_seed(0)
     x, scale = torch.randn(8, 7, dtype=torch.float64), torch.tensor(1.0)

@@ -58,8 +58,8 @@ class Arm:
 
 
 def spread(weight: float, base: nn.Module | None = None) -> nn.Module:
-    """Return the form of the spread that the dev sides chose."""
-    return WithinModalities("std", weight, base, is_scale_constant=True)
+    """Return the form of the spread that the dev sides chose, as the library has it."""
+    return rankloss.SpreadLoss(base, weight=weight)
 
 
 def rankclip(weight: float, *, is_cross: bool = True, is_in: bool = True) -> nn.Module:
@@ -85,7 +85,7 @@ ARMS = {
     "smoothing": Arm(lambda value: rankloss.ClipLoss(label_smoothing=value)),
     "scale": Arm(lambda _: rankloss.ClipLoss(), scale=float),
     "std": Arm(_form("std")),
-    "std-constant": Arm(_form("std", is_scale_constant=True)),
+    "std-constant": Arm(spread),
     "variance": Arm(_form("variance")),
     "variance-constant": Arm(_form("variance", is_scale_constant=True)),
     "log-mean-exp": Arm(_form("log-mean-exp")),
