@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from tools_folder import ROOT, tool
 
 import rankloss
 from rankloss import schedules
-from rankloss_trainers import catalog
+from rankloss_trainers import catalog, create
 from registered import OF_PACKAGES
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -148,6 +149,36 @@ def test_feature_distillation_is_that_of_the_paper() -> None:
     found = loss(v, t, 10.0, output_dict=True, **teacher)["mimicry_loss"]
     expected = 2000 * ((v - teacher_v).square().mean() + (t - teacher_t).square().mean())
     torch.testing.assert_close(found, expected)
+
+
+# --- the losses -------------------------------------------------------------------------------------------
+
+SECTIONS = re.split(
+    r"^### ", PAGES["losses"].partition("## The losses")[2].partition("\n## ")[0], flags=re.MULTILINE
+)[1:]
+BY_NAME = {section.partition("\n")[0]: section for section in SECTIONS}
+SCHEMA = ["Call", "Formula", "Paper", "Here"]
+
+
+def test_every_loss_has_its_call_formula_paper_and_measurement() -> None:
+    named = {name for section in SECTIONS for name in re.findall(r"`([\w-]+)`|(?<=--loss )([\w-]+)", section)}
+    shown = {name for names in named for name in names} | BY_NAME.keys()
+    of_rankloss = {name for name in OF_PACKAGES if catalog.package_of(name).startswith("rankloss ")}
+    assert {*catalog.LOSSES, *of_rankloss} <= shown
+    for name, section in BY_NAME.items():
+        assert re.findall(r"^- \*\*(\w+)\*\*:", section, re.MULTILINE) == SCHEMA, name
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_call_of_a_loss_builds_it(name: str) -> None:
+    (line,) = re.findall(r"^- \*\*Call\*\*:(.*(?:\n  .*)*)", BY_NAME[name], re.MULTILINE)
+    calls = re.findall(r"`((?:create|rankloss\w*\.\w+)\([^`]*\))`", line)
+    packages = {call.partition(".")[0] for call in calls if "." in call.partition("(")[0]}
+    names = {"create": create, **{package: importlib.import_module(package) for package in packages}}
+    assert len(calls) >= 1
+    for call in calls:
+        assert isinstance(eval(call, names), torch.nn.Module)
+    assert f"--loss {name}" in line
 
 
 # --- the map of files in CONTRIBUTING.md ------------------------------------------------------------------
