@@ -19,7 +19,7 @@ def report(path: str, data: Data) -> str:
     features = Features(path).check()
     about = features.about
     features.compare(data.pairs(), str(data.about["data"]))
-    teacher = ", ".join(f"{name} {value!r}" for name, value in about["teacher"].items())
+    teacher = ", ".join(f"{name} {value!r}" for name, value in about.get("teacher", {}).items())
     lines = [f"{path}: {len(features):,} rows of {data.about['data']}, pair by pair", f"teacher: {teacher}"]
     if about["skipped"]:
         lines.append(f"{about['skipped']:,} rows without features: their pictures cannot be read")

@@ -163,6 +163,8 @@ def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
     """
     header = header_of(dtype, shape)
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         size = file.stat().st_size
         mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError) as error:
@@ -183,16 +185,13 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     """The entries of ``folder.json``, or None without it.
 
     Raises:
-        ValueError: It is of another format, or its entries are not those that were written.
+        ValueError: It is of another format, its entries are not those that were written, or one is missing or
+            not of its kind: another may have made the folder.
     """
-    file = folder / ABOUT
-    try:
-        file = file if file.exists() else folder / _EARLIER
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    file = folder / ABOUT if os.path.lexists(folder / ABOUT) else folder / _EARLIER
+    if not os.path.lexists(file):
         return None
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    about = _read_json(file)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         command = about.get("command") if isinstance(about, dict) else None
         raise ValueError(
@@ -201,7 +200,66 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         )
     if about.pop("hash", None) != _hash_of_entries(about):
         raise ValueError(f"{file} is damaged: its entries are not those that the command wrote")
+    _check_entries(file, about)
     return about
+
+
+def _read_json(file: Path) -> Any:
+    """The content of a regular JSON file.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_widths(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and {*value} <= {*NAMES}
+        and all(map(_is_count, value.values()))
+    )
+
+
+def _are_hashes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
+
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rows": (_is_count, "a number of rows from 1"),
+    "shard_rows": (_is_count, "a number of rows from 1"),
+    "complete": (lambda value: isinstance(value, bool), "true or false"),
+    "dtype": (lambda value: value in ("float16", "float32"), "float16 or float32"),
+    "spaces": (lambda value: value in SPACES, f"{SPACES[0]} or {SPACES[1]}"),
+    "widths": (_are_widths, f"a width from 1 for {NAMES[0]}, {NAMES[1]} or both"),
+    "files": (_are_hashes, "a hash for each file"),
+}
+_OPTIONAL_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "skipped": (lambda value: type(value) is int and value >= 0, "a number of rows"),
+    "teacher": (lambda value: isinstance(value, dict), "the teacher's entries"),
+    "data": (lambda value: isinstance(value, dict), "the data's entries"),
+    "command": (lambda value: isinstance(value, str), "a command"),
+}
+
+
+def _check_entries(file: Path, about: dict[str, Any]) -> None:
+    """Raise a ValueError for the first entry of ``folder.json`` that is missing, or not of its kind."""
+    for name, (is_right, kind) in {**_ENTRIES, **_OPTIONAL_ENTRIES}.items():
+        if name not in about:
+            if name in _ENTRIES or (name == "skipped" and about["complete"]):
+                raise ValueError(f"{file} is damaged: it has no entry {name!r}")
+        elif not is_right(about[name]):
+            raise ValueError(f"{file} is damaged: {name!r} must be {kind}; got {about[name]!r}")
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
@@ -548,8 +606,11 @@ class Draft(Pairs):
     def _hashes_of(self, shard: int) -> dict[str, Any]:
         """The hashes of a shard's files as they were written."""
         mark = self._mark_of(shard)
-        if mark.exists():
-            return dict(json.loads(mark.read_text()))
+        if os.path.lexists(mark):
+            hashes = _read_json(mark)
+            if not _are_hashes(hashes):
+                raise ValueError(f"{mark} is damaged: it must be a hash for each file; got {hashes!r}")
+            return dict(hashes)
         return {file.name: self.about["files"].get(file.name) for file in self.files_of(shard).values()}
 
 

@@ -108,7 +108,10 @@ def _fit(options: dict[str, Any], captions: Iterable[str], file: BinaryIO) -> in
 
 
 def _read(file: Path) -> Encoder:
-    vectors = CaptionVectors.load(file)
+    try:
+        vectors = CaptionVectors.load(file)
+    except Exception as error:  # of NumPy and scikit-learn, for a file of another's
+        raise ValueError(f"{file} is no encoder of captions: {type(error).__name__}: {error}") from error
     return Encoder(partial(_transform, vectors), lambda rows: rows, vectors.width)
 
 

@@ -58,8 +58,10 @@ def fill(model: Any, path: str) -> None:
 
 
 def _file_of(path: str) -> str:
-    if not os.path.isdir(path):
+    if os.path.isfile(path):
         return path
+    if not os.path.isdir(path):
+        raise ValueError(f"--image-weights {path}: there is no such file or folder")
     found = [sorted(map(str, Path(path).glob(f"*{suffix}"))) for suffix in SUFFIXES]
     files = next(filter(None, found), [])
     if len(files) != 1:

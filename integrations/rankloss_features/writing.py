@@ -158,10 +158,10 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     if found is None and any(not x.name.startswith(".") for x in output.iterdir()):
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
     for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
-        if found and found[key] != about[key]:
+        if found and found.get(key) != about[key]:
             raise ValueError(
-                f"--output {output} was begun with another {key}, {found[key]}, not {about[key]}; by its own "
-                f"account, its command was {found['command']!r}"
+                f"--output {output} was begun with another {key}, {found.get(key)}, not {about[key]}; by its "
+                f"own account, its command was {found.get('command')!r}"
             )
     if found and (found["complete"] or (output / PAIRS).exists()):
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))

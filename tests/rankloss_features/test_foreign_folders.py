@@ -1,0 +1,157 @@
+"""A folder that another made: its hashes agree with its entries, and one of these is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankloss_features import Features, command
+from rankloss_features.folder import ABOUT, _hash_of_entries
+from rankloss_features.text_encoders import _read
+from rankloss_features.weights import fill
+from stored_features import stored
+
+ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(stored(tmp_path_factory.mktemp("own") / "x", image_features=ROWS, text_features=ROWS[::-1]))
+
+
+def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
+    """A copy with other entries, and the hash that its maker gives them; None takes an entry away."""
+    shutil.copytree(own, folder)
+    about = {**json.loads((folder / ABOUT).read_text()), **entries}
+    about = {name: value for name, value in about.items() if value is not None and name != "hash"}
+    (folder / ABOUT).write_text(json.dumps({**about, "hash": _hash_of_entries(about)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("shard_rows", 0),
+        ("shard_rows", "6"),
+        ("shard_rows", None),
+        ("rows", -1),
+        ("rows", 6.0),
+        ("rows", True),
+        ("rows", [6]),
+        ("widths", {}),
+        ("widths", {"image_features": "4"}),
+        ("widths", {"sound_features": 4}),
+        ("widths", [4, 4]),
+        ("widths", None),
+        ("dtype", "object"),
+        ("dtype", {}),
+        ("spaces", 2),
+        ("spaces", None),
+        ("complete", 1),
+        ("complete", None),
+        ("files", []),
+        ("files", {"pairs.npy": 1}),
+        ("skipped", None),
+        ("skipped", "0"),
+        ("teacher", "a"),
+        ("command", 3),
+    ],
+)
+def test_an_entry_of_another_kind_is_named(own: Path, tmp_path: Path, entry: str, value: Any) -> None:
+    folder = rewritten(own, tmp_path / "x", **{entry: value})
+    words = (
+        f"it has no entry '{entry}'"
+        if value is None
+        else f"'{entry}' must be .*; got {re.escape(repr(value))}"
+    )
+    with pytest.raises(ValueError, match=f"{folder / ABOUT} is damaged: {words}"):
+        Features(str(folder))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+ENTRIES = [
+    "rows",
+    "shard_rows",
+    "widths",
+    "dtype",
+    "spaces",
+    "complete",
+    "files",
+    "skipped",
+    "teacher",
+    "data",
+]
+
+
+@given(st.dictionaries(st.sampled_from(ENTRIES), VALUES, min_size=1))
+def test_any_entries_are_a_folder_or_one_kind_of_error(
+    own: Path, tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]
+) -> None:
+    folder = rewritten(own, tmp_path_factory.mktemp("foreign") / "x", **entries)
+    found = opened(folder)
+    if isinstance(found, str):
+        assert str(folder) in found
+    else:
+        np.testing.assert_array_equal(found.arrays["image_features"][:], ROWS)
+
+
+def opened(folder: Path) -> Features | str:
+    """The folder, or the words of the refusal."""
+    try:
+        return Features(str(folder)).check()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "3", "", "\x00"])
+def test_a_folder_json_that_is_none_is_named(own: Path, tmp_path: Path, content: str) -> None:
+    folder = Path(shutil.copytree(own, tmp_path / "x"))
+    (folder / ABOUT).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder / ABOUT} (cannot be read|is damaged)"):
+        Features(str(folder))
+
+
+@pytest.mark.parametrize("name", [ABOUT, "pairs.npy", "image_features-00000.npy"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_a_files_place_is_refused_at_once(
+    own: Path, tmp_path: Path, name: str, make: Any
+) -> None:
+    folder = Path(shutil.copytree(own, tmp_path / "x"))
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"{folder / name} cannot be read: it is no regular file"):
+        Features(str(folder))
+
+
+def test_the_command_reports_a_foreign_folder_in_one_line(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rewritten(own, tmp_path / "x", shard_rows=0)
+    (tmp_path / "pairs.csv").write_text("filepath\ttitle\n0.png\ta0\n")
+    assert command.main(["--check", str(folder), "--data", str(tmp_path / "pairs.csv")]) == 1
+    assert "'shard_rows' must be a number of rows from 1; got 0" in capsys.readouterr().err
+
+
+def test_a_foreign_encoder_of_captions_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "captions.npz", about=np.array("[]"))
+    with pytest.raises(ValueError, match=r"captions\.npz is no encoder of captions: KeyError"):
+        _read(tmp_path / "captions.npz")
+
+
+def test_missing_image_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"--image-weights no/such\.safetensors: there is no such file"):
+        fill(torch.nn.Linear(1, 1), "no/such.safetensors")
