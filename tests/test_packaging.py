@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -60,3 +61,22 @@ def test_import_loads_torch_and_numpy_alone_and_no_compiler() -> None:
     packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert packages <= {"rankloss", "rankloss_triton", "torch", "numpy"}  # neither a trainer nor Triton
     assert "torch._dynamo" not in loaded
+
+
+def test_torchs_entry_point_is_the_function_that_no_other_file_can_break() -> None:
+    assert PROJECT["entry-points"]["torch.backends"] == {
+        "rankloss_open_clip": "rankloss_open_clip:wait_for_trainer"
+    }
+    tree = ast.parse((ROOT / "integrations/rankloss_open_clip/__init__.py").read_text())
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert names <= sys.stdlib_module_names
+
+
+def test_no_extra_claims_a_major_version_that_no_session_tests() -> None:
+    (tested,) = re.findall(
+        r"^TRAINERS = (\{.*?^\})", (ROOT / "noxfile.py").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for extra, versions in ast.literal_eval(tested).items():
+        major = int(versions[-1].partition(".")[0])
+        assert re.search(rf",<{major + 1}$", EXTRAS[extra][0]), EXTRAS[extra][0]

@@ -1,10 +1,67 @@
 """``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP, CyCLIP, ALIP, and others.
 
-Next to nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that
-imports torch, so this package costs nothing until open_clip is imported.
+Next to nothing is imported here: torch calls :func:`wait_for_trainer` in every program that imports torch, so
+this package costs nothing until open_clip is imported.
 """
 
+import sys
 from types import ModuleType
+
+_MAINS = ("open_clip_train/main.py", "rankloss_open_clip/__main__.py")
+_reported = False
+
+
+def wait_for_trainer() -> None:
+    """Wait for open_clip's trainer; torch's entry point, called each time torch is imported.
+
+    Whatever file of rankloss is damaged but this one, an import of torch succeeds. The process gets one
+    warning. It ends if it is the trainer and was given ``--loss``, which the trainer's parser would take for
+    an abbreviation of ``--loss-dist-impl``, and train plain CLIP.
+
+    Raises:
+        SystemExit: The trainer cannot be waited for, and this process is the trainer with ``--loss``.
+    """
+    try:
+        from rankloss_open_clip import bootstrap
+
+        bootstrap.attach()
+        if not any(bootstrap.PARAMS in getattr(finder, "actions", ()) for finder in sys.meta_path):
+            raise ImportError("no module of open_clip's trainer is waited for")
+    except Exception as error:
+        report_damage(error)
+
+
+def report_damage(error: Exception) -> None:
+    """Warn of an error for which ``--loss`` cannot work, once.
+
+    Raises:
+        SystemExit: This process is the trainer, started with ``--loss``.
+    """
+    global _reported
+    program, *words = getattr(sys, "argv", None) or [""]
+    if program.replace("\\", "/").endswith(_MAINS) and asks_for_loss(words):
+        sys.exit(f"error: {refusal('rankloss_open_clip', error)}")
+    if not _reported:
+        import contextlib
+        import warnings
+
+        _reported = True
+        with contextlib.suppress(UserWarning):  # under -W error: `import torch` has to succeed
+            text = f"rankloss is damaged: --loss will not work in open_clip's trainer ({error!r})"
+            warnings.warn(text, stacklevel=2)
+
+
+def asks_for_loss(words: list[str]) -> bool:
+    """True if a command line has ``--loss``; the trainer's own parser reads it as ``--loss-dist-impl``."""
+    return not {"--los", "--loss"}.isdisjoint(word.partition("=")[0] for word in words)
+
+
+def refusal(name: str, error: Exception) -> str:
+    """The refusal of a run with ``--loss``: a module, and the error for which it is not patched."""
+    return (
+        "--loss was given, but rankloss_open_clip could not attach to open_clip's trainer "
+        f"({name}: {error!r}). Run `rankloss doctor` for advice, or leave --loss away."
+    )
 
 
 def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:

@@ -16,7 +16,6 @@ import runpy
 import sys
 
 import rankloss_open_clip
-from rankloss_open_clip import bootstrap
 from rankloss_trainers.extras import extra
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--trainer", metavar="MODULE")
     options, argv = parser.parse_known_args()
     if options.trainer is None:
-        bootstrap.attach()
+        rankloss_open_clip.wait_for_trainer()
         with extra("open-clip"):
             importlib.import_module("open_clip_train")
         runpy.run_module("open_clip_train.main", run_name="__main__", alter_sys=True)

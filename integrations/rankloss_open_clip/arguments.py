@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankloss.distributed import Gather
-from rankloss_open_clip.failures import raise_failures
+from rankloss_open_clip.bootstrap import raise_failures
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import (
     RUN,
@@ -40,23 +40,6 @@ Start = Callable[[Any, Sequence[Loss], RunOptions], Any]
 """A function that builds and checks the losses of parsed arguments."""
 
 # --- the run that is asked for --------------------------------------------------------------------------
-
-
-def requested(args: Any) -> str | None:
-    """The loss of the catalogue that the trainer's parsed arguments ask for.
-
-    Raises:
-        RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
-    """
-    swallowed = getattr(args, "loss_dist_impl", None)
-    # The option's own values come first.
-    if swallowed not in (None, "bidir", "shift", "reduce", "gather") and _is_named(swallowed):
-        raise RuntimeError(
-            f"--loss {swallowed} was read as --loss-dist-impl {swallowed}: start the training with "
-            "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
-        )
-    name = getattr(args, "loss", None)
-    return name if name is not None and _is_named(name) else None
 
 
 def _is_named(name: str) -> bool:
@@ -94,37 +77,6 @@ def distils(args: Any) -> bool:
 
 
 # --- the parser -----------------------------------------------------------------------------------------
-
-
-def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str], start: Start) -> Any:
-    """Parse a command line: the losses and their options here, and the rest by the trainer's function.
-
-    With a loss the arguments gain its name and the values of all its options.
-
-    Args:
-        parse_args: The trainer's function.
-        argv: The command line.
-        start: Builds the losses, and checks them and their data.
-    """
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
-    )
-    losses = LossArguments(parser, mentioned(argv))
-    if {"-h", "--help"} & {*argv}:
-        parser.print_help()
-    own, rest = losses.parse(argv)
-    args = _parsed_by_trainer(parse_args, rest, parser)
-    vars(args).update(vars(own))
-    try:
-        found = losses.chosen(own)
-        if found is not None:
-            raise_failures()
-            start(args, *found)
-            _fill_in(args, *found)
-    except ValueError as error:
-        parser.error(f"argument {error}")
-    requested(args)
-    return args
 
 
 def _parsed_by_trainer(parse_args: Callable[[list[str]], Any], rest: list[str], parser: Any) -> Any:
@@ -192,3 +144,54 @@ def check_run(run: Runtime, args: Any) -> None:
         raise ValueError(f"{name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
     if teacher and given("siglip") and run.use_of_teacher != "required":
         raise ValueError(f"{name} does not work with --siglip and {teacher}, whose loss takes no bias")
+
+
+# These two are called from patches; they stand last, so that a file that was cut has neither.
+
+
+def requested(args: Any) -> str | None:
+    """The loss of the catalogue that the trainer's parsed arguments ask for.
+
+    Raises:
+        RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
+    """
+    swallowed = getattr(args, "loss_dist_impl", None)
+    # The option's own values come first.
+    if swallowed not in (None, "bidir", "shift", "reduce", "gather") and _is_named(swallowed):
+        raise RuntimeError(
+            f"--loss {swallowed} was read as --loss-dist-impl {swallowed}: start the training with "
+            "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
+        )
+    name = getattr(args, "loss", None)
+    return name if name is not None and _is_named(name) else None
+
+
+def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str], start: Start) -> Any:
+    """Parse a command line: the losses and their options here, and the rest by the trainer's function.
+
+    With a loss the arguments gain its name and the values of all its options.
+
+    Args:
+        parse_args: The trainer's function.
+        argv: The command line.
+        start: Builds the losses, and checks them and their data.
+    """
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
+    )
+    losses = LossArguments(parser, mentioned(argv))
+    if {"-h", "--help"} & {*argv}:
+        parser.print_help()
+    own, rest = losses.parse(argv)
+    args = _parsed_by_trainer(parse_args, rest, parser)
+    vars(args).update(vars(own))
+    try:
+        found = losses.chosen(own)
+        if found is not None:
+            raise_failures()
+            start(args, *found)
+            _fill_in(args, *found)
+    except ValueError as error:
+        parser.error(f"argument {error}")
+    requested(args)
+    return args

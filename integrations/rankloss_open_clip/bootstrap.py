@@ -1,28 +1,30 @@
-"""Called by torch when it is imported: waits for open_clip's trainer, and patches it once it is loaded.
+"""Waits for open_clip's trainer, patches its modules once they are loaded, and keeps what failed.
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
-environment. This module therefore imports the standard library only and does next to nothing.
-:func:`attach` waits for the modules named in :data:`SEAMS` (:mod:`rankloss_trainers.import_hook`), and
-:mod:`rankloss_open_clip.patches` patches each after it has been executed.
+environment: :func:`rankloss_open_clip.wait_for_trainer`, which calls :func:`attach`. This module therefore
+imports the standard library only and does next to nothing. :func:`attach` waits for the modules named in
+:data:`SEAMS` (:mod:`rankloss_trainers.import_hook`), and :mod:`rankloss_open_clip.patches` patches each after
+it has been executed.
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
-something else: the trainer's parser would take ``--loss rankclip`` for an abbreviation of
-``--loss-dist-impl`` and train plain CLIP. So failures are kept in :data:`failures`, and ``parse_args``,
-patched or guarded, raises when the command line asks for a loss. If modules cannot be waited for at all, the
-process ends at ``import torch``, if it is the trainer's and asks for a loss.
+something else. So failures are kept in :data:`failures`, and ``parse_args``, patched or guarded, raises when
+the command line asks for a loss.
 """
 
 from __future__ import annotations
 
 import sys
 
-from rankloss_open_clip.failures import asks_for_loss, failures, raise_failures, report_no_hook
+from rankloss_open_clip import asks_for_loss, refusal, report_damage
 
 # Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
+
+failures: dict[str, Exception] = {}
+"""The errors, by the module that could not be patched."""
 
 PARAMS = "open_clip_train.params"
 """The module of the trainer's parser."""
@@ -37,31 +39,10 @@ SEAMS = (
 """The modules to patch; open_clip 3.x has no ``legacy_train``."""
 
 
-def attach() -> None:
-    """Patch the modules that are loaded, and the others once they are. Safe to call twice.
-
-    Raises:
-        SystemExit: That is impossible, and this process is the trainer, started with ``--loss``.
-    """
-    try:
-        from rankloss_trainers.import_hook import after_import, waits_for
-
-        if not waits_for(PARAMS):
-            after_import(dict.fromkeys(SEAMS, patch))
-    except Exception as error:
-        report_no_hook(error)
-
-
-def patch(module: ModuleType) -> None:
-    """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it."""
-    try:
-        from rankloss_open_clip import patches
-
-        patches.patch(module)
-    except Exception as error:
-        failures[module.__name__] = error
-        if module.__name__ == PARAMS and hasattr(module, "parse_args"):
-            _guard(module)
+def raise_failures() -> None:
+    """Raise an ImportError if a module could not be patched."""
+    for name, error in failures.items():
+        raise ImportError(refusal(name, error)) from error
 
 
 def problems() -> list[str]:
@@ -84,6 +65,27 @@ def problems() -> list[str]:
     ]
 
 
+def patch(module: ModuleType) -> None:
+    """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it."""
+    try:
+        _patch(module)
+    except Exception as error:
+        failures[module.__name__] = error
+        if module.__name__ == PARAMS and hasattr(module, "parse_args"):
+            _guard(module)
+
+
+def _patch(module: ModuleType) -> None:
+    try:
+        from rankloss_open_clip.patches import patch
+    except Exception as error:
+        report_damage(error)
+        raise
+    patch(module)
+    if module.__name__ == PARAMS and not hasattr(module.parse_args, "__wrapped__"):
+        raise AttributeError("parse_args is not patched")
+
+
 def _guard(module: Any) -> None:
     """Let the ``parse_args`` of a trainer that could not be patched refuse ``--loss``."""
     original = module.parse_args
@@ -95,3 +97,18 @@ def _guard(module: Any) -> None:
         return original(argv)
 
     module.parse_args = parse_args
+
+
+def attach() -> None:
+    """Patch the modules that are loaded, and the others once they are. Safe to call twice.
+
+    Raises:
+        SystemExit: That is impossible, and this process is the trainer, started with ``--loss``.
+    """
+    try:
+        from rankloss_trainers.import_hook import after_import, waits_for
+
+        if not waits_for(PARAMS):
+            after_import(dict.fromkeys(SEAMS, patch))
+    except Exception as error:
+        report_damage(error)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from rankloss_open_clip import arguments
+from rankloss_open_clip.arguments import parsed, requested
 
 Original = Callable[..., Any]
 Wrapper = Callable[[Original], Original]
@@ -78,7 +78,7 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            if arguments.requested(bound.arguments["args"]) is None:
+            if requested(bound.arguments["args"]) is None:
                 return original(*args, **kwargs)
             return getattr(importlib.import_module("rankloss_open_clip.training"), act)(original, bound)
 
@@ -94,7 +94,7 @@ def _start(*run: Any) -> Any:
 def _parsing(original: Original) -> Original:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         given = next(iter((*args, *kwargs.values())), None)
-        return arguments.parsed(original, sys.argv[1:] if given is None else given, _start)
+        return parsed(original, sys.argv[1:] if given is None else given, _start)
 
     return parse_args
 

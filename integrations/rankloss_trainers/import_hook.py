@@ -17,23 +17,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def after_import(actions: Mapping[str, Callable[[ModuleType], None]]) -> None:
-    """Call functions with modules: now for those that are loaded, and whenever one has been executed.
-
-    The import raises the errors of a function. Calling this twice with the same functions waits once.
-
-    Args:
-        actions: The functions, by the full name of the module.
-    """
-    if not any(isinstance(finder, Finder) and finder.actions == actions for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder(actions))
-    for name, act in actions.items():
-        module = sys.modules.get(name)
-        # One that is still being executed is complete only when its loader has returned.
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            act(module)
-
-
 def waits_for(name: str) -> bool:
     """True if :func:`after_import` acts on a module of this name in this process."""
     return any(isinstance(finder, Finder) and name in finder.actions for finder in sys.meta_path)
@@ -83,3 +66,20 @@ def _acting(loader: Any, act: Callable[[ModuleType], None]) -> Any:
 
     loader.exec_module = exec_module
     return loader
+
+
+def after_import(actions: Mapping[str, Callable[[ModuleType], None]]) -> None:
+    """Call functions with modules: now for those that are loaded, and whenever one has been executed.
+
+    The import raises the errors of a function. Calling this twice with the same functions waits once.
+
+    Args:
+        actions: The functions, by the full name of the module.
+    """
+    if not any(isinstance(finder, Finder) and finder.actions == actions for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(actions))
+    for name, act in actions.items():
+        module = sys.modules.get(name)
+        # One that is still being executed is complete only when its loader has returned.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            act(module)

@@ -21,8 +21,9 @@ from stand_ins import Base, epoch_begins, features, ready
 from torch import nn
 from trainer_runs import Trainer
 
+import rankloss_open_clip
 from rankloss_open_clip import __main__ as runner
-from rankloss_open_clip import bootstrap, failures, patches
+from rankloss_open_clip import bootstrap, patches
 
 FUNCTIONS = [
     open_clip.factory.create_loss,
@@ -37,7 +38,7 @@ FUNCTIONS = [
 def test_attaching_twice_changes_nothing() -> None:
     importlib.import_module("open_clip_train.main")
     finders = list(sys.meta_path)
-    bootstrap.attach()
+    rankloss_open_clip.wait_for_trainer()
     assert sys.meta_path == finders
     assert open_clip.create_loss is open_clip.factory.create_loss is FUNCTIONS[0]
     assert open_clip_train.params.parse_args is FUNCTIONS[1]
@@ -74,9 +75,8 @@ PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
 
 
 def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: dict[str, Exception] = {}
-    for module in (bootstrap, failures):
-        monkeypatch.setattr(module, "failures", kept)
+    monkeypatch.setattr(bootstrap, "failures", {})
+    monkeypatch.setattr(rankloss_open_clip, "_reported", True)
     monkeypatch.setitem(sys.modules, PATCHES, None)
     monkeypatch.delattr(PATCHES)
     params = ModuleType(bootstrap.PARAMS)
@@ -100,7 +100,7 @@ MAIN, RUNNER = "/x/open_clip_train/main.py", "C:\\x\\rankloss_open_clip\\__main_
 
 @pytest.fixture
 def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "failures", {})
+    monkeypatch.setattr(rankloss_open_clip, "_reported", False)
     monkeypatch.setitem(sys.modules, HOOK, None)
 
 
@@ -109,7 +109,7 @@ def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hook_that_fails_ends_the_trainer_at_once(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match=HOOK):
-        bootstrap.attach()
+        rankloss_open_clip.wait_for_trainer()
 
 
 @pytest.mark.usefixtures("without_hook")
@@ -118,15 +118,15 @@ def test_a_hook_that_fails_is_one_warning_elsewhere(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", argv)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        bootstrap.attach()
-        bootstrap.attach()
+        rankloss_open_clip.wait_for_trainer()
+        rankloss_open_clip.wait_for_trainer()
     assert [HOOK in str(warning.message) for warning in caught] == [True]
 
 
 @pytest.mark.usefixtures("without_hook")
 def test_warning_that_is_an_error_does_not_stop_an_import_of_torch() -> None:
-    bootstrap.attach()  # warnings are errors in this suite
-    assert HOOK in repr(failures.failures)
+    rankloss_open_clip.wait_for_trainer()  # warnings are errors in this suite
+    assert rankloss_open_clip._reported
 
 
 def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
