@@ -206,9 +206,21 @@ def demo_table() -> list[str]:
     ]
 
 
+def demo_agreement() -> list[str]:
+    """The models' average τ on the concepts that the demo trained on and on others, as the demo wrote it."""
+    record = json.loads((ROOT / "docs/assets/agreement.json").read_text(encoding="utf-8"))
+    sides = ("training", "held-out")
+    values = [[f"{record['averages'][model][side]:.3f}" for model in ("CLIP", "RankCLIP")] for side in sides]
+    return [
+        f"| {record['concepts'][side]:,} {side} concepts | {' | '.join(of)} |"
+        for side, of in zip(sides, values, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
+        ("docs/method.md", [demo_agreement]),
         ("examples/demo/README.md", [demo_table]),
         (
             "docs/evidence.md",

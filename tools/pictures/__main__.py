@@ -6,7 +6,6 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import agreement
 import cost
 import forest
 import gains
@@ -19,7 +18,6 @@ PICTURES = {
     "method": method.draw,
     "schedules": schedules.draw,
     "cost": cost.draw_bars,
-    "agreement": agreement.draw,
     "evidence": partial(forest.draw, tables=("question", "teacher")),
     "distil": partial(forest.draw, tables=("distil",)),
     "miniature": partial(forest.draw, tables=("miniature",)),
