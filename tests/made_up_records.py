@@ -8,7 +8,7 @@ from studies.plan import Find, MissingError
 QUERIES = 40
 
 
-def made_up(ask, sizes, names, score, *, most=1000):
+def made_up(ask, sizes, names, score, *, geometry=lambda _: {"logit_scale": 10.0}, most=1000):
     """Return the records that a plan asks for, by data set.
 
     Args:
@@ -16,6 +16,7 @@ def made_up(ask, sizes, names, score, *, most=1000):
         sizes: Its plan, whose trainings are all made up.
         names: Of the data sets.
         score: Returns a setting's R@10, to which noise is added.
+        geometry: Returns that of a setting.
         most: Questions of the plan.
     """
     finds = {name: Find(name, {}) for name in names}
@@ -26,7 +27,9 @@ def made_up(ask, sizes, names, score, *, most=1000):
             return finds
         except MissingError as missing:
             for one in missing.settings:
-                finds[missing.data].records[one] = record(score(one) + rng.normal(0, 0.2), rng)
+                of = record(score(one) + rng.normal(0, 0.2), rng)
+                of["metrics"]["geometry"] = geometry(one)
+                finds[missing.data].records[one] = of
     raise AssertionError
 
 

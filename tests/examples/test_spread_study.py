@@ -268,3 +268,19 @@ def test_the_vendors_drawings_have_the_settings_of_emojis():
     assert vendors == emojis
     assert {one.side for one in finds["vendor"].records} == {"test"}
     assert {one.epochs for one in finds["vendor"].records} == {60}
+
+
+def test_a_fixed_scale_is_that_of_clip_at_its_end():
+    of = {"cells": ["emojis-250"], "seeds": [1, 2]}
+    blocks = [{**of, "arms": ["clip", "rankclip"]}, {**of, "arms": ["clip-fixed", "rankclip-fixed"]}]
+    sizes = Namespace(**{**vars(SIZES), "blocks": blocks})
+
+    def scored(one):
+        return 30.0 + (one.lr == {"clip": 0.002}.get(one.arm, 0.004))
+
+    finds = made_up(study.ask, sizes, study.SETS, scored, geometry=lambda one: {"logit_scale": 1e4 * one.lr})
+    tested = {one.arm: one for one in finds["emojis"].records if one.side == "test"}
+    assert (tested["clip-fixed"].lr, tested["clip-fixed"].value) == (0.002, 20.0)
+    assert (tested["rankclip-fixed"].lr, tested["rankclip-fixed"].value) == (0.004, 20.0)
+    (cell,) = study.by_cell(sizes, finds)
+    assert cell.arms.records.keys() == tested.keys()

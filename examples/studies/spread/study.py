@@ -46,6 +46,7 @@ MEASURES = (
     Measure("modality gap", ("geometry", "modality_gap")),
     Measure("scale", ("geometry", "logit_scale"), 1),
 )
+FIXED = "-fixed"  # at the end of the arms whose scale is not learned
 Tried = dict[Setting, float]  # R@10 on the dev side, the mean over the tuning seeds
 
 
@@ -104,9 +105,16 @@ class Cell:
         return {**rates, **self.scores(self.numbers(arm, rates))}
 
     def chosen(self, arm: str) -> Setting:
-        """Return the arm's best try."""
-        tried = self.tried(arm)
-        return max(tried, key=tried.__getitem__)
+        """Return the arm's best try; of an arm of a fixed scale that of the arm without it.
+
+        The scale is that of CLIP's best try at its end.
+        """
+        if arm in self.sizes.tries:
+            tried = self.tried(arm)
+            return max(tried, key=tried.__getitem__)
+        clip = self.chosen("clip")
+        scale = self.tuning_find([clip])[clip]["metrics"]["geometry"]["logit_scale"]
+        return dataclasses.replace(self.chosen(arm.removesuffix(FIXED)), arm=arm, value=round(scale, 1))
 
     def test(self, arm: str, seed: int, split: int = 0) -> Setting:
         """Return a training of the test side, as the dev side chose it."""
@@ -154,9 +162,10 @@ def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
     """
     ask_forms(sizes, finds)
     for block in sizes.blocks:
+        tuned = [arm for arm in block["arms"] if arm in sizes.tries]
         for one in cells(sizes, block["cells"], finds):
-            one.scores([setting for arm in block["arms"] for setting in one.rates(arm)])
-            numbers = (one.numbers(arm, one.scores(one.rates(arm))) for arm in block["arms"])
+            one.scores([setting for arm in tuned for setting in one.rates(arm)])
+            numbers = (one.numbers(arm, one.scores(one.rates(arm))) for arm in tuned)
             one.scores([setting for of in numbers for setting in of])
             settings = {arm: one.test(arm, 0, block.get("split", 0)) for arm in block["arms"]}
             one.find(
@@ -194,10 +203,11 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Teste
         records: dict[str, dict[int, Record]] = {}
         for arm in dict.fromkeys(arm for of in blocks for arm in of["arms"]):
             try:
-                tried[arm] = one.tried(arm)
+                settings[arm] = one.test(arm, 0)
             except MissingError:
                 continue
-            settings[arm] = one.test(arm, 0)
+            if arm in sizes.tries:
+                tried[arm] = one.tried(arm)
             seeds = {seed for of in blocks if arm in of["arms"] for seed in of["seeds"]}
             wanted = [dataclasses.replace(settings[arm], seed=seed) for seed in sorted(seeds)]
             if found := {setting.seed: record for setting, record in one.find.there(wanted).items()}:
