@@ -167,7 +167,8 @@ class Batch:
 
         A teacher's features, image and text, are converted to the same dtype and lose their graph.
         """
-        dtype, device = arithmetic_dtype(image_features, text_features), image_features.device
+        dtype = arithmetic_dtype(image_features, text_features)
+        device = image_features.device
         features = image_features, text_features, *(anchors or (None, None))
         inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, device) for x in features]
         inputs.append(in_arithmetic(logit_scale, dtype, device).reshape(()))

@@ -184,7 +184,8 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
 def _row_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
     if not options.diagonal:
         others = other_items(batch.positives, cosines.shape[-1])
-        cosines, reference = cosines.gather(-1, others), reference.gather(-1, others)
+        cosines = cosines.gather(-1, others)
+        reference = reference.gather(-1, others)
     return _list_terms(cosines, reference, batch.inputs.scale, options)
 
 

@@ -205,7 +205,8 @@ class Loop(NamedTuple):
     @property
     def keeps_gradients(self) -> bool:
         """True if gradients are kept until their mirror images are known."""
-        n_anchors, n_items = len(self.matrices[0].anchors), len(self.matrices[0].items)
+        n_anchors = len(self.matrices[0].anchors)
+        n_items = len(self.matrices[0].items)
         fits = self.rows_at_once >= n_anchors or (self.chunk_size is None and n_items**2 <= _KEPT)
         return fits and bool(_mirrors(self.matrices))
 
@@ -317,19 +318,20 @@ def _add_gradients(
         earlier: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
             from this column on; this chunk's are added. None keeps none.
     """
-    known_to_rows = known_to_items = slice(None)
-    if earlier is not None:
-        known_to_rows = slice(rows.stop)
-        known_to_items = slice(rows.start)
+    columns_of_rows = columns_of_items = slice(None)
+    if earlier is not None:  # the later columns' gradients wait for their mirror images
+        columns_of_rows = slice(rows.stop)
+        columns_of_items = slice(rows.start)
         images = [by_scores[k, :, rows.start :].T for k in _mirrors(matrices)]
-        earlier.append((rows.start, [x.clone(memory_format=torch.contiguous_format) for x in images]))
+        copies = [image.clone(memory_format=torch.contiguous_format) for image in images]
+        earlier.append((rows.start, copies))
     for k, (matrix, gradient) in enumerate(zip(matrices, by_scores, strict=True)):
         for start, images in earlier or ():
             image = images[k][rows.start - start :][: len(gradient)]
             gradient[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
         anchors, items = matrix.factors
-        sums[anchors][rows].addmm_(gradient[:, known_to_rows], matrix.items[known_to_rows])
-        sums[items][known_to_items].addmm_(gradient[:, known_to_items].T, matrix.anchors[rows])
+        sums[anchors][rows].addmm_(gradient[:, columns_of_rows], matrix.items[columns_of_rows])
+        sums[items][columns_of_items].addmm_(gradient[:, columns_of_items].T, matrix.anchors[rows])
 
 
 def _mirrors(matrices: Sequence[Matrix]) -> list[int]:

@@ -116,7 +116,9 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         for option in fields(RankOptions):  # a derived class checks its own
-            name, value, bounds = option.name, getattr(self, option.name), option.metadata
+            name = option.name
+            value = getattr(self, option.name)
+            bounds = option.metadata
             if CHOICES[name]:
                 check_choice(name, value, CHOICES[name])
             elif value is not None or option.default is not None:

@@ -46,7 +46,8 @@ def plackett_luce_nll(
         >>> round(float(np.exp(nll)))
         6
     """
-    x, y = np.asarray(scores, np.float64), np.asarray(reference)
+    x = np.asarray(scores, np.float64)
+    y = np.asarray(reference)
     if y.dtype.kind == "f":  # integers keep theirs: float64 has not all of them
         y = y.astype(np.float64)
     if x.shape != y.shape or x.ndim == 0 or x.shape[-1] == 0:
@@ -256,25 +257,37 @@ def recall(
     has_ids = image_ids is not None and text_ids is not None
     own: Sequence[Any] = range(len(np.asarray(image_features)))
     ids = {"image": image_ids or own, "text": text_ids or own}
+    directions = [("image", "text"), ("text", "image")]
+    if has_ids:
+        directions += [("image", "image"), ("text", "text")]
     values = {}
-    for query, answer in (("image", "text"), ("text", "image"), ("image", "image"), ("text", "text")):
-        if query == answer and not has_ids:
+    for query, answer in directions:
+        has_itself = query == answer
+        cosines = _cosines(features[query], features[answer])
+        ranks = _partner_ranks(cosines, ids[query], ids[answer], has_itself)
+        if not ranks:
             continue
-        ranks = []
-        for q, scores in enumerate(_cosines(features[query], features[answer])):
-            answers = [a for a in range(len(scores)) if query != answer or a != q]
-            partners = [a for a in answers if ids[answer][a] == ids[query][q]]
-            others = [a for a in answers if ids[answer][a] != ids[query][q]]
-            if partners:
-                best = max(scores[a] for a in partners)
-                ranks.append(1 + sum(int(scores[a] >= best) for a in others))
-        if ranks:
-            answered = len(ids[answer]) - (query == answer)
-            for count in k:
-                if count <= answered:
-                    values[f"{query}_to_{answer}_R@{count}"] = sum(r <= count for r in ranks) / len(ranks)
-            values[f"{query}_to_{answer}_median_rank"] = float(np.floor(np.median(ranks)))
+        answers = len(ids[answer]) - 1 if has_itself else len(ids[answer])
+        for count in k:
+            if count <= answers:
+                values[f"{query}_to_{answer}_R@{count}"] = sum(r <= count for r in ranks) / len(ranks)
+        values[f"{query}_to_{answer}_median_rank"] = float(np.floor(np.median(ranks)))
     return values
+
+
+def _partner_ranks(
+    cosines: Array, query_ids: Sequence[Any], answer_ids: Sequence[Any], has_itself: bool
+) -> list[int]:
+    """The rank of the best partner of each query that has one; others with its score rank before it."""
+    ranks = []
+    for query, scores in enumerate(cosines):
+        answers = [answer for answer in range(len(scores)) if not has_itself or answer != query]
+        partners = [scores[a] for a in answers if answer_ids[a] == query_ids[query]]
+        others = [scores[a] for a in answers if answer_ids[a] != query_ids[query]]
+        if partners:
+            best = max(partners)
+            ranks.append(1 + sum(int(score >= best) for score in others))
+    return ranks
 
 
 def _teacher_features(
@@ -307,9 +320,11 @@ def _term(
     ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
     """
     n = len(matrices[0])
-    factor, is_top_one = s if worth == "exp" else 1.0, {"plackett_luce": False, "top_one": True}[model]
+    factor = s if worth == "exp" else 1.0
+    is_top_one = {"plackett_luce": False, "top_one": True}[model]
     kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
-    by_anchor, mean = np.zeros(n), 0.0
+    by_anchor = np.zeros(n)
+    mean = 0.0
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
     for share, cosines, y in zip(directions, matrices, references, strict=True):
         if share == 0:
@@ -335,7 +350,8 @@ def _terms(
 ) -> tuple[list[float], list[float]]:
     """The summand of every item of one list, and its μ."""
     log_w = _log_worth(x, worth)
-    terms, weights = [], []
+    terms = []
+    weights = []
     for p in range(len(x)):
         rank = 1 + int(np.sum(y > y[p]))
         mu = {None: 1.0, "log": 1 / math.log(1 + rank)}[discount]

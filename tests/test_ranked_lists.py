@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batches import assert_close, assert_same, gradients, unit_rows, upstream_for
+from batches import assert_close, assert_same, gradients, unit, unit_rows, upstream_for
 from fake_devices import no_float64
 from lists_item_by_item import F64, MODELS, Frozen, Lists, fitting, lists, lists_of, models
 from memory import TensorSizes, saved_bytes
-from rankloss import ClipLoss, RankedLists, graded, pair_sums, reference
+from rankloss import ClipLoss, RankedLists, graded, pair_sums, precision, reference
 
 # --- values and gradients -----------------------------------------------------------------------------------
 
@@ -307,3 +307,22 @@ def test_long_lists_of_any_span_are_summed(bad: float) -> None:
     rest[0, 7] = bad
     owed = (torch.nn.functional.softplus(rest[:, None] - x[:, :, None])).sum(-1)
     torch.testing.assert_close(pair_sums.rest_sums(x, rest), owed, equal_nan=True)
+
+
+def test_equal_candidates_share_a_rank_though_products_round_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights of the lambda model depend on ranks, and other devices' products on the place of a row."""
+    query = unit(1, 4, seed=0)
+    first, second = unit(2, 4, seed=1)
+    inputs = query, torch.stack([first, second, first])[None], torch.tensor([[2.0, 0.0, 1.0]]), 10.0
+    loss = RankedLists(model="lambda")
+    owed = loss(*inputs)
+    exact_product = precision.product
+
+    def rounded(a: Tensor, b: Tensor) -> Tensor:
+        exact = exact_product(a, b)
+        return exact + 1e-9 * torch.arange(exact.numel()).view_as(exact)
+
+    monkeypatch.setattr(precision, "product", rounded)
+    torch.testing.assert_close(loss(*inputs), owed, rtol=1e-6, atol=0)

@@ -57,7 +57,9 @@ class ListInputs(NamedTuple):
 
     def check(self, has_negatives: bool) -> None:
         """Raise an error that names the argument unless types, shapes and devices fit."""
-        queries, candidates, ids = self.query_features, self.candidate_features, self.candidate_ids
+        queries = self.query_features
+        candidates = self.candidate_features
+        ids = self.candidate_ids
         checks.check_matrix("query_features", queries)
         n, d = queries.shape
         dtypes_of_lists = {
@@ -92,7 +94,8 @@ class ListInputs(NamedTuple):
 
     def _check_candidates(self, name: str, x: Tensor, d: int) -> None:
         checks.check_is_tensor(name, x)
-        index, rows = self.candidate_index, len(self.candidate_features)
+        index = self.candidate_index
+        rows = len(self.candidate_features)
         if x.shape != (*(self.grades.shape if index is None else (rows,)), d):
             raise ValueError(
                 f"{name} must have shape [N, K, D] = {(*self.grades.shape, d)}, or [M, D] with "
@@ -134,7 +137,8 @@ class ListInputs(NamedTuple):
         """Raise a ValueError for an empty list, an index out of range, or a reference that is not finite."""
         if (row := first_row(~self.is_item.any(-1))) is not None:
             raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
-        index, rows = self.candidate_index, len(self.candidate_features)
+        index = self.candidate_index
+        rows = len(self.candidate_features)
         if index is not None:
             self.refuse("candidate_index", (index < 0) | (index >= rows), f"at least 0 and less than {rows}")
         if self.reference_scores is not None:

@@ -124,7 +124,8 @@ class MimicryLoss(GatheringLoss):
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
         """The target of the student's features, without its graph."""
-        features, width = constant(features), student.shape[1]
+        features = constant(features)
+        width = student.shape[1]
         if features.shape[1] != width and self.components is not None:
             self.components = components = self.components.to(features.device)
             if components.shape != (features.shape[1], width):

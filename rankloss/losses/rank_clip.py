@@ -110,7 +110,8 @@ class RankClipLoss(nn.Module):
         self._goes_by_epochs = False  # True if λ is of an epoch
         self._schedule_value = 0.0
         if self.schedule is schedules.constant:
-            self._missing, self._schedule_value = None, 1.0
+            self._missing = None
+            self._schedule_value = 1.0
 
     @property
     def gather(self) -> Gather:
@@ -204,7 +205,8 @@ class RankClipLoss(nn.Module):
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, logit_bias
         cross, in_ = self.rank_weights.values()
-        gather, options = self.consistency.gather, self.consistency.options
+        gather = self.consistency.gather
+        options = self.consistency.options
         # The rank terms' pass also gives the loss of such a base.
         is_fused = bool(cross or in_) and not (base_inputs or options.is_dense)
         is_fused = is_fused and is_streamed_clip(self.base, gather)
@@ -230,7 +232,8 @@ class RankClipLoss(nn.Module):
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
         """Evaluate the schedule at position ``now`` of ``end``, given the names of both arguments."""
-        now, end = check_count(name, now), check_count(end_name, end)
+        now = check_count(name, now)
+        end = check_count(end_name, end)
         if now > end:
             raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
         is_epoch = name == "epoch"
@@ -242,4 +245,5 @@ class RankClipLoss(nn.Module):
                 self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
             return
         self._schedule_value = check_weight("schedule's value", self.schedule(now, end))
-        self._missing, self._goes_by_epochs = None, is_epoch
+        self._missing = None
+        self._goes_by_epochs = is_epoch

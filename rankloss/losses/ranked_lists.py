@@ -140,8 +140,13 @@ class RankedLists(GatheringLoss):
         gather: GatherOption = None,
     ) -> None:
         super().__init__(gather)
-        self.model, self.top_k, self.pair_weight, self.gain = model, top_k, pair_weight, gain
-        self.in_batch_negatives, self.reduction, self.chunk_size = in_batch_negatives, reduction, chunk_size
+        self.model = model
+        self.top_k = top_k
+        self.pair_weight = pair_weight
+        self.gain = gain
+        self.in_batch_negatives = in_batch_negatives
+        self.reduction = reduction
+        self.chunk_size = chunk_size
         self._check_options()
 
     def _check_options(self) -> None:
@@ -154,7 +159,8 @@ class RankedLists(GatheringLoss):
         for name in ("top_k", "chunk_size"):
             if (count := getattr(self, name)) is not None:
                 check_count(name, count)
-        model, has_negatives = self.model, self.in_batch_negatives
+        model = self.model
+        has_negatives = self.in_batch_negatives
         is_pairwise_alone = model == "pairwise" and not has_negatives
         needs = [
             (
@@ -369,35 +375,41 @@ class RankedLists(GatheringLoss):
         return torch.cat(values), torch.cat(terms)
 
     def _evaluate_chunk(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
-        index, grades = lists.places, lists.grades
-        scores = self._scores(lists.queries, items.features[0], index)
+        """Values and numbers of terms of some lists; both are 0 for a list that does not count."""
+        places = lists.places
+        dtype = lists.grades.dtype
+        scores = self._scores(lists.queries, items.features[0], places)
         if lists.reference_queries is not None:
-            scores = scores - self._scores(lists.reference_queries, items.features[1], index)
-        x, rest, has_rest = scores, None, None
-        if self.in_batch_negatives:
-            is_rest = graded.others(index, items.equal, items.is_listed)
-            rest, has_rest = scores.masked_fill(~is_rest, -math.inf), is_rest.any(-1)
-            x = scores.gather(1, index)
-        if rest is not None and index.shape[1] == 1 and self.model != "pairwise":
-            # Both models are the cross-entropy of one candidate; this way is bit-exact.
-            values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
-            terms = torch.ones_like(index[:, 0])
+            scores = scores - self._scores(lists.reference_queries, items.features[1], places)
+        if not self.in_batch_negatives:
+            values, terms = self._evaluate_lists(scores.to(dtype), None, items, lists)
+            is_ranked = graded.is_ranked(lists.grades, None)
         else:
-            values, terms = self._evaluate_lists(x.to(grades.dtype), rest, items, lists)
-        counts = graded.is_ranked(grades, has_rest)
-        return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
+            of_list = scores.gather(1, places)
+            is_negative = graded.others(places, items.equal, items.is_listed)
+            negatives = scores.masked_fill(~is_negative, -math.inf)
+            if places.shape[1] == 1 and self.model != "pairwise":
+                # Both models are the cross-entropy of one candidate; this way is bit-exact.
+                log_p = negatives.scatter(1, places, of_list).log_softmax(-1)
+                values = -log_p.gather(1, places).squeeze(-1)
+                terms = torch.ones_like(places[:, 0])
+            else:
+                values, terms = self._evaluate_lists(of_list.to(dtype), negatives, items, lists)
+            is_ranked = graded.is_ranked(lists.grades, is_negative.any(-1))
+        return values.to(dtype).where(is_ranked, 0.0), terms.where(is_ranked, 0)
 
-    def _scores(self, queries: Tensor, items: Tensor, index: Tensor) -> Tensor:
+    def _scores(self, queries: Tensor, items: Tensor, places: Tensor) -> Tensor:
         """Products of queries and all items, ``[n, M]``, or without negatives their own, ``[n, K]``."""
         if self.in_batch_negatives:
             return precision.product(queries, items.T)
-        own = items.index_select(0, index.flatten()).view(*index.shape, -1)
-        return precision.product(own, queries[:, :, None]).squeeze(-1)
+        of_lists = items.index_select(0, places.flatten()).view(*places.shape, -1)
+        return precision.product(of_lists, queries[:, :, None]).squeeze(-1)
 
     def _evaluate_lists(
         self, x: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
     ) -> tuple[Tensor, Tensor]:
-        grades, offsets = lists.grades, lists.offsets
+        grades = lists.grades
+        offsets = lists.offsets
         change = x if offsets is None else x - offsets
         if self.model == "plackett_luce":
             return graded.plackett_luce(change, grades, rest, top_k=self.top_k)
@@ -434,9 +446,8 @@ class RankedLists(GatheringLoss):
     def _valid(self, grades: Tensor) -> tuple[Tensor, str]:
         """True for grades that the model takes, and the condition in words."""
         if self.model == "lambda":
-            return (grades >= 0) & (
-                grades <= graded.LARGEST_INTEGER
-            ), "numbers from 0 to 2⁵³ for model='lambda'"
+            is_right = (grades >= 0) & (grades <= graded.LARGEST_INTEGER)
+            return is_right, "numbers from 0 to 2⁵³ for model='lambda'"
         if self.pair_weight is not None:
             return grades.abs() < math.inf, "finite for pair_weight='difference'"
         return grades < math.inf, "numbers or −infinity"
