@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -326,3 +327,22 @@ def test_equal_candidates_share_a_rank_though_products_round_them_apart(
 
     monkeypatch.setattr(precision, "product", rounded)
     torch.testing.assert_close(loss(*inputs), owed, rtol=1e-6, atol=0)
+
+
+def test_lists_of_one_chunk_are_not_computed_again_in_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpointed: list[int] = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def counted(function: Any, *args: Any, **options: Any) -> Any:
+        checkpointed.append(1)
+        return checkpoint(function, *args, **options)
+
+    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", counted)
+    query, candidates = unit(4, 6, seed=0).requires_grad_(), unit(4, 3, 6, seed=1)
+    grades = torch.tensor([2.0, 1.0, 0.0]).expand(4, 3)
+    for chunk_size, chunks in ((None, 0), (4, 0), (3, 2), (1, 4)):
+        checkpointed.clear()
+        RankedLists(chunk_size=chunk_size)(query, candidates, grades, 10.0).backward()
+        assert len(checkpointed) == chunks
