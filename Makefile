@@ -139,10 +139,10 @@ bench-gpu: $(VENV)/.dev
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
 MUTATED := rankloss/dense.py rankloss/engine.py rankloss/batch.py rankloss/ranking.py \
 	rankloss/distributed.py \
-	integrations/rankloss_trainers/runtime.py
+	$(addprefix integrations/rankloss_trainers/,runtime.py teaching.py host.py entries.py)
 KILLERS := tests/test_dense.py tests/test_engine.py tests/test_ranking.py tests/test_batch.py \
 	tests/test_functional.py tests/test_losses.py tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py \
-	tests/rankloss_trainers/test_runtime.py
+	$(addprefix tests/rankloss_trainers/test_,runtime.py teaching.py entries.py)
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 

@@ -26,14 +26,19 @@ import torch
 from torch import Tensor
 
 import rankloss
+from batches import unit
 from memory import saved_bytes
 from open_clip_main import unpacked
 from rankloss_features import Features
+from rankloss_trainers.catalog import choose
 from rankloss_trainers.declared import Named
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Runtime
+from registered import register
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-WRITING = ROOT / "docs/writing.md"
+WRITING_TEXT = (ROOT / "docs/writing.md").read_text(encoding="utf-8")
 EXAMPLES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples/trainers").glob("*.py")}
 
 sys.path += [str(Path(__file__).parent / name) for name in ("rankloss_trainers", "rankloss_features")]
@@ -294,6 +299,25 @@ def task_of_the_main_branch(code: str) -> None:
     assert total == pytest.approx(sum(losses.values()))
 
 
+def loss_that_copies(code: str) -> None:
+    """It is refused as the page says, and copies the folder's components of a wider teacher."""
+    make, host = executed(code)["CopyLoss"], importlib.import_module("named_inputs").HOST
+    shown = WRITING_TEXT.partition(code)[2]
+    ((teacher, error),) = re.findall(r"`--loss copy --loss-teacher (\S+)` .*: `([^`]*)`", shown, re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch, copy=make)
+        with pytest.raises(ValueError, match=" ".join(error.split())):
+            Runtime(host, choose("copy"), RunOptions(teacher=teacher))
+        taught(12)
+        run = Runtime(host, choose("copy"), RunOptions(teacher="teacher"))
+    images, texts = (unit(8, 4, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    reference = torch.from_numpy(Features("teacher").take(np.arange(8))["text_features"])
+    features = {"image_features": images, "text_features": texts, "reference_text_features": reference}
+    terms = run(**features, logit_scale=5.0).terms
+    projected = torch.nn.functional.normalize(reference @ run.criterion.components, dim=-1)
+    torch.testing.assert_close(terms["copy_loss"], (texts - projected).square().sum(-1).mean())
+
+
 RUNS: dict[str, Callable[[str], None]] = {
     "HfArgumentParser(": options_of_a_script,
     "pairs.map(": hard_negatives,
@@ -305,6 +329,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "import sys, rankloss_open_clip": own_script_of_a_fork,
     "class RankLoss": loss_that_is_a_scalar,
     "class DecoupledLoss": streamed_loss,
+    "class CopyLoss": loss_that_copies,
     ELSEWHERE: task_of_the_main_branch,
 }
 """By a mark in the code."""
@@ -314,7 +339,7 @@ RUNS: dict[str, Callable[[str], None]] = {
 
 
 def test_writing_a_loss_takes_20_lines_and_is_registered_as_the_tests_package_is() -> None:
-    text = WRITING.read_text(encoding="utf-8")
+    text = WRITING_TEXT
     for code in blocks(text):
         assert len([line for line in code.splitlines() if line.strip()]) <= 20
     ((header, name, class_),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', blocks(text, "toml")[0])
@@ -325,5 +350,14 @@ def test_writing_a_loss_takes_20_lines_and_is_registered_as_the_tests_package_is
 
 
 def test_writing_a_loss_names_the_facts_of_a_row() -> None:
-    shown = re.findall(r"^\| `(\w+)` \|", WRITING.read_text(encoding="utf-8"), re.MULTILINE)
+    shown = re.findall(r"^\| `(\w+)` \|", WRITING_TEXT, re.MULTILINE)
     assert [x for x in shown if x in Named.__dataclass_fields__] == [*Named.__dataclass_fields__]
+
+
+def test_writing_a_loss_lists_the_attributes_that_the_trainers_read() -> None:
+    """All that they ask a part of a loss for, but its base and its gathering."""
+    table = WRITING_TEXT.partition("| attribute | meaning |")[2].partition("\n\n")[0]
+    asked = re.compile(r'(?:get|has)attr\((?:part|innermost), "(\w+)"')
+    files = (ROOT / "integrations/rankloss_trainers").rglob("*.py")
+    read = {name for path in files for name in asked.findall(path.read_text(encoding="utf-8"))}
+    assert {*re.findall(r"^\| `(\w+)", table, re.MULTILINE)} == read - {"base", "gather"}

@@ -26,8 +26,9 @@ from rankloss_trainers.command_line import (
     misspelt,
 )
 from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.host import Host
 from rankloss_trainers.run_options import GIVEN, Choice, RunOptions
-from rankloss_trainers.runtime import Host, Runtime
+from rankloss_trainers.runtime import Runtime
 
 HOST = Host(
     name="open_clip's trainer",
@@ -125,7 +126,7 @@ def check_run(run: Runtime, args: Any) -> None:
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
     other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
     more_texts = any(loss.columns is not None for loss in run.losses)
-    column = more_texts or run.teacher is not None
+    column = more_texts or run.teaching.teacher is not None
     excluded = {
         "--horovod": given("horovod"),
         model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
@@ -136,13 +137,13 @@ def check_run(run: Runtime, args: Any) -> None:
     }
     for word in [word for word, holds in excluded.items() if holds]:
         raise ValueError(f"{name} does not work with {word}")
-    if run.teacher is not None and teacher:
+    if run.teaching.teacher is not None and teacher:
         raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
     if run.options.teacher == GIVEN and not teacher:
         raise OptionError("teacher", f"must not be {GIVEN} where the trainer has none: {HOST.teacher}")
-    if run.use_of_teacher == "required" and run.teacher is None and not teacher:
+    if run.teaching.use == "required" and run.teaching.teacher is None and not teacher:
         raise ValueError(f"{name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
-    if teacher and given("siglip") and run.use_of_teacher != "required":
+    if teacher and given("siglip") and run.teaching.use != "required":
         raise ValueError(f"{name} does not work with --siglip and {teacher}, whose loss takes no bias")
 
 

@@ -25,8 +25,9 @@ from rankloss_open_clip.columns.teacher_rows import RowColumn
 from rankloss_open_clip.columns.text_columns import TextColumns
 from rankloss_trainers.command_line import naming_flags
 from rankloss_trainers.declared import Loss
+from rankloss_trainers.entries import Entries, LoggedTerms
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
+from rankloss_trainers.runtime import Runtime
 
 _TEXT_COLUMNS = "_rankloss_open_clip_text_columns"  # the attribute of the training data that holds them
 _logger = logging.getLogger("rankloss_open_clip")
@@ -60,7 +61,7 @@ class TrainerLoss(Runtime):
         super().__init__(HOST, losses, options, base=base, gather=gather)
         self.args = args
         # It replaces the trainer's own distillation term.
-        self._takes_trainers_teacher = distils(args) and self.use_of_teacher == "required"
+        self._takes_trainers_teacher = distils(args) and self.teaching.use == "required"
         self.has_fixed_entries = getattr(args, "torchcompile", False)
         self.sums_every_value = True
         self.place: tuple[int, int, int, int] | None = None
@@ -69,17 +70,18 @@ class TrainerLoss(Runtime):
 
     def on(self, base: Any) -> TrainerLoss:
         """The losses on the trainer's loss: this object where it is the expected one of open_clip's."""
-        expected = _SigLipLoss if isinstance(self.own_base, rankloss.SigLipLoss) else open_clip.ClipLoss
+        expected = _SigLipLoss if getattr(self.args, "siglip", False) else open_clip.ClipLoss
         if self._takes_trainers_teacher or type(base) is expected:
             return self
         run = TrainerLoss(self.args, self.losses, self.options, base)
-        run.features = self.features
+        run.teaching.features = self.teaching.features
         return run
 
     def text_columns(self) -> TextColumns | None:
         """Columns of every training text, as far as they are known; None for losses of pairs alone."""
         parts = [x for loss in self.losses if (x := loss.columns) is not None]
-        parts += [] if self.features is None else [RowColumn(self.features)]
+        if self.teaching.features is not None:
+            parts.append(RowColumn(self.teaching.features))
         return TextColumns(parts) if parts else None
 
     def check_data(self) -> None:
@@ -96,10 +98,10 @@ class TrainerLoss(Runtime):
         if kind == "auto" and str(path).endswith((".csv", ".tsv")):
             kind = "csv"
         try:
-            if self.spec is not None:
+            if self.teaching.spec is not None:
                 from rankloss_features import caching
 
-                self._data = caching.of_open_clip(self.args, self.spec)
+                self._data = caching.of_open_clip(self.args, self.teaching.spec)
             if path and kind == "csv":
                 (self.text_columns() or TextColumns([])).check_csv(
                     path, args.csv_separator, args.csv_img_key, args.csv_caption_key
@@ -116,7 +118,9 @@ class TrainerLoss(Runtime):
 
         data, self._data = self._data, None
         place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
-        self.open_folder(caching.cached(self.spec, data, place, getattr(self.args, "device", None)))
+        self.teaching.open_folder(
+            caching.cached(self.teaching.spec, data, place, getattr(self.args, "device", None))
+        )
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""

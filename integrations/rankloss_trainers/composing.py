@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,12 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
         below = built
     module: nn.Module = below
     return module
+
+
+def arguments_of(loss: nn.Module, *names: str) -> list[inspect.Parameter]:
+    """The arguments of these names that the parts of a loss are called with."""
+    signatures = [inspect.signature(part.forward).parameters for part in loss.modules()]
+    return [signature[name] for signature in signatures for name in names if name in signature]
 
 
 def _check_replaced(loss: Loss, base: Any) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
+from rankloss_trainers.progress import METHODS, listeners
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import METHODS, listeners
 
 with extra("lightning"):
     from lightning.pytorch import Callback

@@ -1,8 +1,9 @@
-"""Values to log beside the terms of a loss: λ and raw terms of RankCLIP, rank agreement, TF32."""
+"""The log of a run: values beside the entries of its loss, the rank agreement, and remarks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,59 +11,67 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather
+from rankloss_trainers.declared import Loss
 
+_logger = logging.getLogger("rankloss_trainers")
 _AGREEMENT_ANCHORS = 256
 
 
-def remark_on_products(device: torch.device) -> str | None:
-    """A remark for the log where a GPU computes float32 products in TF32; None elsewhere.
-
-    open_clip's trainer allows TF32, also on cards without it.
-    """
-    if device.type != "cuda" or not _allows_tf32() or not _has_tf32(device):
-        return None
-    return (
-        "float32 products are computed in TF32, which changes places of neighbouring items in a list and the "
-        "gradient by about 0.1 %; torch.backends.cuda.matmul.allow_tf32 = False ranks exactly"
-    )
-
-
-def _allows_tf32() -> bool:
-    matmul: Any = torch.backends.cuda.matmul
-    try:
-        return bool(matmul.allow_tf32)
-    except RuntimeError:  # of releases that have another setting, once that was used
-        return bool(matmul.fp32_precision == "tf32")
-
-
-def _has_tf32(device: torch.device) -> bool:
-    """As ``torch.cuda.is_tf32_supported``, which asks the current device."""
-    if torch.version.hip:
-        return bool(torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95")))
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def rank_clip_entries(criterion: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Entries to log beside the terms of RankCLIP, empty without it.
-
-    - ``rank_lambda``: the schedule's λ.
-    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While a term's
-      weight is 0 it is not computed, and its entry is None.
+class RunLog:
+    """The log of a run.
 
     Args:
-        criterion: The whole loss.
-        entries: Its entries of one call.
+        name: The name of the loss.
+        losses: The losses with their options.
+        criterion: Their module.
+        agreement_every: See :class:`Agreement`.
     """
-    loss = next((x for x in criterion.modules() if isinstance(x, rankloss.RankClipLoss)), None)
-    if loss is None:
-        return {}
-    raw = {
-        f"{name}_raw": entries[f"{name}_loss"].detach() / weight if weight else None
-        for name, weight in loss.rank_weights.items()
-        if getattr(loss.consistency, name)
-    }
-    device, schedule = next(iter(entries.values())).device, loss.schedule_value or 0.0
-    return {"rank_lambda": torch.full((), schedule, device=device), **raw}
+
+    def __init__(
+        self, name: str, losses: Sequence[Loss], criterion: nn.Module, agreement_every: int | None
+    ) -> None:
+        self.name, self.criterion = name, criterion
+        self._agreement = Agreement(agreement_every)
+        self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
+        self._teacher: list[str] = []  # the features of the last batch
+        self._remarks_on_products = any(getattr(part, "ranks_items", False) for part in criterion.modules())
+
+    def entries(
+        self, entries: Mapping[str, Tensor], inputs: Mapping[str, Any], gather: Gather, step: int
+    ) -> dict[str, Tensor | None]:
+        """Entries to log beside those of a call; None has no value in this call.
+
+        Args:
+            entries: The entries of the loss.
+            inputs: Its inputs.
+            gather: Its gathering.
+            step: The optimizer step, counted from 0.
+        """
+        logged: dict[str, Tensor | None] = {}
+        part: Any
+        for part in self.criterion.modules():
+            if hasattr(part, "logged_entries"):
+                logged.update(part.logged_entries(entries))
+        if "image_features" in inputs:
+            logged.update(self._agreement(gather, inputs, step))
+        for log in self._logs:
+            logged.update(log(self.criterion, entries, step, inputs))
+        return logged
+
+    def remark_on_teacher(self, features: list[str]) -> None:
+        """Log the names of a teacher's features where the last batch had no such ones."""
+        if features and features != self._teacher:
+            _logger.info("%s uses a teacher: %s", self.name, " and ".join(features))
+        self._teacher = features
+
+    def remark_on_products(self, features: Tensor | None) -> None:
+        """Log once that TF32 products rank the lists."""
+        if features is None or not self._remarks_on_products:
+            return
+        self._remarks_on_products = False
+        text = remark_on_products(features.device)
+        if text is not None:
+            _logger.info("%s: %s", self.name, text)
 
 
 class Agreement:
@@ -99,3 +108,31 @@ class Agreement:
         multiple, since = divmod(step, self.every)
         last, self._measured = self._measured, multiple
         return since == 0 or multiple != last
+
+
+def remark_on_products(device: torch.device) -> str | None:
+    """A remark for the log where a GPU computes float32 products in TF32; None elsewhere.
+
+    open_clip's trainer allows TF32, also on cards without it.
+    """
+    if device.type != "cuda" or not _allows_tf32() or not _has_tf32(device):
+        return None
+    return (
+        "float32 products are computed in TF32, which changes places of neighbouring items in a list and the "
+        "gradient by about 0.1 %; torch.backends.cuda.matmul.allow_tf32 = False ranks exactly"
+    )
+
+
+def _allows_tf32() -> bool:
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # of releases that have another setting, once that was used
+        return bool(matmul.fp32_precision == "tf32")
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """As ``torch.cuda.is_tf32_supported``, which asks the current device."""
+    if torch.version.hip:
+        return bool(torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95")))
+    return torch.cuda.get_device_capability(device) >= (8, 0)

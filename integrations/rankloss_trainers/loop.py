@@ -11,18 +11,13 @@ from torch import nn
 import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
-from rankloss_features.folder import Features
 from rankloss_trainers.catalog import JOIN, choose, choose_each, names_of
 from rankloss_trainers.declared import Loss, Named, OptionError, Options
+from rankloss_trainers.host import Host
+from rankloss_trainers.progress import METHODS, listeners
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import (
-    METHODS,
-    Host,
-    Runtime,
-    check_use_of_teacher,
-    listeners,
-    set_components,
-)
+from rankloss_trainers.runtime import Runtime
+from rankloss_trainers.teaching import Teaching
 
 HOST = Host(
     name="a loop of one's own",
@@ -96,8 +91,9 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     module = run.criterion
     if len(losses) != 1 or not hasattr(module, "base"):
         module = CreatedLoss(module, run.base_to_evaluate)
-    if run.use_of_teacher != "optional":
-        hook = functools.partial(_before_call, name, run.use_of_teacher, run.features)  # which can be pickled
+    if run.teaching.use != "optional":
+        run.teaching.name = name  # with the base's
+        hook = functools.partial(_before_call, run.teaching)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
     for unit, method in METHODS.items():
         setattr(module, method, functools.partial(_tell, run.criterion, unit))
@@ -110,16 +106,7 @@ def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
         tell(now, end)
 
 
-def _before_call(
-    name: str,
-    use: str,
-    features: Features | None,
-    module: nn.Module,
-    args: Sequence[Any],
-    inputs: Mapping[str, Any],
-) -> None:
-    found = [x for x in TEACHER if inputs.get(x) is not None]
-    check_use_of_teacher(name, use, HOST.teacher, found)
-    images = inputs.get("image_features", args[0] if args else None)
-    if found and images is not None:
-        set_components(module, features, images, inputs[found[0]])
+def _before_call(teaching: Teaching, _: nn.Module, args: Sequence[Any], inputs: Mapping[str, Any]) -> None:
+    """Check a teacher's features, and let the loss have the components to copy them."""
+    by_position = {"image_features": args[0]} if args else {}
+    teaching.inputs({**by_position, **inputs})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
@@ -155,6 +157,11 @@ class RankClipLoss(nn.Module):
             "in_modal": weight * self.consistency.in_modal,
         }
 
+    @property
+    def needs_common_space(self) -> str:
+        """The option by which a teacher's images are compared with its texts; empty if it is 0."""
+        return "lambda_cross" if self.lambda_cross else ""
+
     @outside_graphs
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
@@ -223,6 +230,25 @@ class RankClipLoss(nn.Module):
             entries["contrastive_loss"] = contrastive
         own = {"cross_modal_loss": cross_modal, "in_modal_loss": in_modal}
         return combined(entries, own, output_dict)
+
+    def logged_entries(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """Values to log beside the entries of a call.
+
+        - ``rank_lambda``: the schedule's λ.
+        - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While a
+          term's weight is 0 it is not computed, and its value is None.
+
+        Args:
+            entries: Entries of a call with ``output_dict``, the base's and the loss's own.
+        """
+        device = next(iter(entries.values())).device
+        logged: dict[str, Tensor | None] = {
+            "rank_lambda": torch.full((), self.schedule_value or 0.0, device=device)
+        }
+        for name, weight in self.rank_weights.items():
+            if getattr(self.consistency, name):
+                logged[f"{name}_raw"] = entries[f"{name}_loss"].detach() / weight if weight else None
+        return logged
 
     def extra_repr(self) -> str:
         """The schedule and its factors."""

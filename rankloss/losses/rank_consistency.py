@@ -77,6 +77,9 @@ class RankConsistency(GatheringLoss):
         0.812
     """
 
+    ranks_items = True
+    """The terms depend on the order of items, which rounded products change."""
+
     def __init__(
         self,
         *,
@@ -102,6 +105,11 @@ class RankConsistency(GatheringLoss):
                 "local_loss without gather_with_grad: the gradient of the rank terms differs from that "
                 "of the whole batch; set both flags"
             )
+
+    @property
+    def needs_common_space(self) -> str:
+        """The option by which a teacher's images are compared with its texts; empty if it is 0."""
+        return "cross_modal" if self.cross_modal else ""
 
     @outside_graphs
     def forward(

@@ -184,6 +184,11 @@ class RankedLists(GatheringLoss):
             if not is_met:
                 raise ValueError(f"{need}; got model={model!r}, in_batch_negatives={has_negatives!r}")
 
+    @property
+    def uses_grade_values(self) -> bool:
+        """True if the loss depends on the values of the grades, and not on their order alone."""
+        return self.model in ("top_one", "lambda") or self.pair_weight is not None
+
     def extra_repr(self) -> str:
         """The model, and the option of negatives."""
         return f"model={self.model!r}, in_batch_negatives={self.in_batch_negatives!r}"

@@ -141,7 +141,7 @@ def test_a_teachers_data_are_opened_once(
     args[args.index("--logs") + 1] = str(tmp_path)
     run = run_of(parse_args(args))
     run.compute_teacher()
-    assert run.features is not None
+    assert run.teaching.features is not None
     assert len(opened) == 1
 
 

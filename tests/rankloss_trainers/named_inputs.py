@@ -8,7 +8,7 @@ import torch
 
 from batches import unit
 from rankloss.losses import TEACHER
-from rankloss_trainers.runtime import NEEDS, Host
+from rankloss_trainers.host import NEEDS, Host
 from registered import input_names
 
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))

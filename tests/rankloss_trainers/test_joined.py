@@ -114,11 +114,11 @@ def test_encoders_without_a_common_space_rank_the_in_modal_lists_alone(name: str
     for teacher in (ENCODERS, separate):
         with pytest.raises(ValueError, match="lambda_cross must be 0"):
             run_of(name, {}, teacher)
-        assert run_of("rankclip-in", {}, teacher).use_of_teacher == "required"
+        assert run_of("rankclip-in", {}, teacher).teaching.use == "required"
         with pytest.raises(ValueError, match="mimicry cannot copy"):
             run_of("rankclip-in+mimicry", {}, teacher)
     common = folder(tmp_path / "common", data, features(), "image", "text")
-    assert run_of(name, {}, common).use_of_teacher == "required"
+    assert run_of(name, {}, common).teaching.use == "required"
 
 
 def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
@@ -130,5 +130,5 @@ def test_a_run_has_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"teacher: .*tiny.*x/"):
         run_of("tiny", {}, "x/")
     run = run_of("rankclip-encoders", {})
-    assert run.teacher is not None
-    assert (run.teacher.text, run.use_of_teacher) == (ENCODERS, "required")
+    assert run.teaching.teacher is not None
+    assert (run.teaching.teacher.text, run.teaching.use) == (ENCODERS, "required")

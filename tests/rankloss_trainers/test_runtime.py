@@ -19,9 +19,11 @@ import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
+from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_products
+from rankloss_trainers.progress import listeners
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners, read_losses
+from rankloss_trainers.runtime import Runtime
 
 SCALE, SIGMOID = torch.tensor(8.0), rankloss.SigLipLoss()
 BARE = dataclasses.replace(HOST, serves=())
@@ -185,7 +187,7 @@ def test_tf32_products_are_told_of_once(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     said = remark_on_products(torch.device("cuda"))
     assert remark_on_products(torch.device("cpu")) is None
-    monkeypatch.setattr("rankloss_trainers.runtime.remark_on_products", lambda _: said)
+    monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: said)
     run, other = at(run_of(HOST, "rankclip"), 2), at(run_of(HOST, "clip-streamed"), 2)
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
         for each in (run, run, other):
@@ -277,7 +279,7 @@ class Taught(nn.Module):
 )
 def test_teacher_that_is_needed_is_demanded(loss: Any, teachers: Any) -> None:
     run = at(run_of(HOST, loss, None, {"teacher": teachers}), 2)
-    run.name_columns(["image"])
+    run.teaching.name_columns(["image"])
     with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
         run(**inputs(features()))
     assert run(**inputs(features()), **teacher(1)).total != run(**inputs(features()), **teacher(2)).total
@@ -481,7 +483,7 @@ def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str])
     """Whole, in two steps, and as the module of a trainer."""
     first = rankloss_trainers.create(names[0])
     losses = [rankloss_trainers.create("+".join(names)), rankloss_trainers.create(names[1], first)]
-    assert run_of(HOST, first).use_of_teacher == "optional"
+    assert run_of(HOST, first).teaching.use == "optional"
     found = []
     for loss in losses:
         loss.set_progress(2, 3)

@@ -182,7 +182,7 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     (path,) = (tmp_path / "cache").glob("*/folder.json")
     bound = joined(bind(captioned(), str(path.parent)))
     by_folder = train(tmp_path, pairs=bound, teacher=str(path.parent), **given)
-    assert by_folder.loss_runtime.use_of_teacher == "required"
+    assert by_folder.loss_runtime.teaching.use == "required"
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
     with pytest.raises(ValueError, match=r"'image', .*`rankloss features --text-encoder other"):

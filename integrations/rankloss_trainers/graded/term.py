@@ -97,8 +97,11 @@ class RankedListsTerm(nn.Module):
             entries = {}
             if logit_bias is not None:  # changes no list, but is a parameter of which DDP expects a gradient
                 logit_scale = logit_scale + 0.0 * logit_bias
-        loss = self.lists(**lists, logit_scale=logit_scale)
-        return combined(entries, {"ranked_lists_loss": self.weight * loss}, output_dict)
+        return combined(entries, self.list_terms(logit_scale, **lists), output_dict)
+
+    def list_terms(self, logit_scale: Tensor | float, **lists: Any) -> dict[str, Tensor]:
+        """The weighted term of the lists, without the base."""
+        return {"ranked_lists_loss": self.weight * self.lists(**lists, logit_scale=logit_scale)}
 
 
 def _check_distinct(ids: Tensor) -> None:
@@ -138,8 +141,7 @@ def ranked_lists(
     """
     check_choice("base_loss", base_loss, ("auto", "include", "exclude"))
     lists = rankloss.RankedLists(gather=gather, **options)
-    by_value = lists.model in ("top_one", "lambda") or lists.pair_weight is not None
-    if own_caption == "top" and by_value:
+    if own_caption == "top" and lists.uses_grade_values:
         text = "top is an order and no grade; it needs a model that goes by the order alone"
         raise ValueError(f"own_caption: {text}")
     base, needs_pairs = None if base_loss == "exclude" else base, base_loss == "include"

@@ -13,10 +13,12 @@ from rankloss.distributed import GatherOption
 from rankloss_features.binding import taught
 from rankloss_features.folder import NAMES
 from rankloss_trainers.declared import Options
+from rankloss_trainers.entries import Entries, LoggedTerms
 from rankloss_trainers.extras import extra
+from rankloss_trainers.host import Host, read_losses
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
 from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, read_losses
+from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.sentence_transformers.embeddings import EmbeddingLoss, is_cut
 
 with extra("sentence-transformers"):
@@ -108,7 +110,7 @@ class ContrastiveLoss(EmbeddingLoss):
         of_run = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
         self.run = Runtime(HOST, read_losses(loss, options), of_run, gather=gather)
         self.metrics: tuple[str, ...] | None = None
-        self.image_column = None if self.run.features is not None else 0
+        self.image_column = None if self.run.teaching.features is not None else 0
         if self.run.id_key not in (None, CAPTIONS, "label"):
             text = f"key must be {CAPTIONS} or label, the columns that a loss is given"
             raise ValueError(f"{text}; got {self.run.id_key!r}")
@@ -161,7 +163,7 @@ class ContrastiveLoss(EmbeddingLoss):
                 f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
                 "dimensions: bind the data to a folder of them, and give it as teacher"
             )
-        key, more = self.run.id_key, taught(self.run.features, labels)
+        key, more = self.run.id_key, taught(self.run.teaching.features, labels)
         if key == CAPTIONS:
             tokenizer = getattr(extract_model_from_parallel(self.model)[0], "tokenizer", None)
             more["pair_ids"] = hash_tokens(texts, tokenizer)

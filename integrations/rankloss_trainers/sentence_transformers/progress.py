@@ -46,7 +46,7 @@ class Progress(TrainerProgress):
         for loss in self._losses:
             if len(parts) > 1 and loss.run.gather.place[1] > 1:
                 raise ValueError("several datasets on several processes: give each loss gather=False")
-            folder = loss.run.features
+            folder = loss.run.teaching.features
             if loss.run.id_key == "label":
                 for dataset in parts:
                     _check_labels(dataset)

@@ -13,7 +13,7 @@ from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-u
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from rankloss import RankedLists, metrics
+from rankloss import metrics
 from rankloss_features.folder import NAMES
 from rankloss_trainers.graded.lists import (
     check_list,
@@ -25,7 +25,6 @@ from rankloss_trainers.graded.lists import (
     pool_lists,
     warn_of_ties,
 )
-from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings
 
@@ -172,15 +171,14 @@ def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
         batch: Its ``graded_by``, and ``own`` or ``own_index`` where it has pairs.
     """
     parts = [*run.criterion.modules()]
-    models = {part.model for part in parts if isinstance(part, RankedLists)}
-    by_value = models & {"top_one", "lambda"} or any(getattr(part, "pair_weight", None) for part in parts)
-    if batch["graded_by"] == "ranks" and by_value:
+    uses_values = any(getattr(part, "uses_grade_values", False) for part in parts)
+    if batch["graded_by"] == "ranks" and uses_values:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
     has_pairs = bool({"own", "own_index"} & batch.keys())
     on_pairs = [part for part in parts if getattr(part, "base", None) is not None]
     if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
-    if has_pairs and not any(isinstance(part, RankedListsTerm) for part in on_pairs):
+    if has_pairs and not any(hasattr(part, "needs_pairs") for part in on_pairs):
         raise ValueError(f"the data have own, of pairs that {run.name} does not train")
 
 

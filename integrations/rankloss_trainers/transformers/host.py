@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rankloss.losses import TEACHER
-from rankloss_trainers.runtime import Host
+from rankloss_trainers.host import Host
 
 HOST = Host(
     name="transformers' Trainer",

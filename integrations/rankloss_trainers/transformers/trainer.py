@@ -15,10 +15,12 @@ import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN, bind
+from rankloss_trainers.entries import Entries
 from rankloss_trainers.extras import extra
+from rankloss_trainers.host import read_losses
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
 from rankloss_trainers.run_options import Choice, RunOptions
-from rankloss_trainers.runtime import Entries, Runtime, read_losses
+from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
 
@@ -146,7 +148,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
-        spec = self.loss_runtime.spec
+        spec = self.loss_runtime.teaching.spec
         if spec is None or self.train_dataset is None:
             return
         from rankloss_features import caching
@@ -155,7 +157,7 @@ class ContrastiveTrainer(transformers.Trainer):
         # Beside the output, which push_to_hub uploads.
         place = Path(self.args.output_dir or ".").absolute().parent / "teachers"
         folder = caching.cached(spec, data, place, self.args.device)
-        self.loss_runtime.open_folder(folder)
+        self.loss_runtime.teaching.open_folder(folder)
         self.train_dataset = bind(self.train_dataset, folder)
 
     @property
@@ -167,10 +169,11 @@ class ContrastiveTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
         collate, run, key = self.data_collator, self.loss_runtime, self._pair_column
-        run.name_columns(pair_columns.list_columns(self.train_dataset))
+        folder = run.teaching.features
+        run.teaching.name_columns(pair_columns.list_columns(self.train_dataset))
         if key is not None:
             pair_columns.check_ids(self.train_dataset, key)
-        self.data_collator = functools.partial(pair_columns.collate_pairs, collate, run.features, key)
+        self.data_collator = functools.partial(pair_columns.collate_pairs, collate, folder, key)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:

@@ -1,0 +1,210 @@
+"""A run's teacher: the one that is named, its use by the loss, and its features in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankloss.losses import TEACHER, takes_teacher
+from rankloss_features.folder import Features
+from rankloss_trainers.composing import arguments_of
+from rankloss_trainers.declared import Loss, OptionError, did_you_mean
+from rankloss_trainers.host import Host
+from rankloss_trainers.run_options import GIVEN, Teacher
+
+
+class Teaching:
+    """The teacher of a run.
+
+    Two attributes of a loss's parts tell whether a teacher without a common space, of two encoders or of one,
+    can teach them (docs/writing.md):
+
+    - ``components``: the part compares features with the teacher's own, which it copies.
+    - ``needs_common_space``: the option by which it compares the teacher's images with its texts.
+
+    Args:
+        host: The trainer.
+        name: The name of the loss.
+        losses: The losses with their options.
+        criterion: Their module.
+        option: The teacher that the run's options name, or None.
+
+    Attributes:
+        teacher: The teacher that the run names, or None.
+        use: ``"required"``, ``"optional"``, or ``"none"``.
+        features: The folder of the teacher's features, or None while there is none.
+        data_columns: The columns of the training data, where a host names them (:meth:`name_columns`).
+
+    Raises:
+        OptionError: No teacher has this name, or the loss uses none.
+        ValueError: A loss copies a teacher without a common space.
+    """
+
+    def __init__(
+        self, host: Host, name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | None
+    ) -> None:
+        self.name = name
+        self.teacher = _named_teacher(host, name, losses, option)
+        self.features: Features | None = None
+        self.data_columns: Collection[str] = ()
+        self._remedy = host.teacher
+        parts = [*criterion.modules()]
+        self._copying: list[Any] = [part for part in parts if hasattr(part, "components")]
+        self._copying_loss = _loss_of(self._copying, losses) or name
+        self._comparing = _comparing_option(parts, losses)
+        if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong with it
+            self._check_copies()
+        self.use = _use(name, losses, criterion, option)
+
+    @property
+    def spec(self) -> Any:
+        """The teacher to compute, of :class:`rankloss_features.caching.Spec`; or None."""
+        return None if self.teacher is None else self.teacher.spec
+
+    # --- the named teacher ---
+
+    def look_up(self) -> None:
+        """Look the named teacher up, and open its folder.
+
+        Raises:
+            OptionError: There is no such teacher, or it has no common space that the loss needs.
+        """
+        if self.teacher is None:
+            return
+        self.teacher.check()
+        if self.teacher.are_encoders:
+            self._check_spaces()
+        if self.teacher.folder is not None:
+            self.open_folder(self.teacher.folder)
+
+    def open_folder(self, folder: str) -> None:
+        """Take the features of a folder for the teacher's.
+
+        Raises:
+            OptionError: It is no complete folder of features, or its encoders have no common space that the
+                loss needs.
+        """
+        try:
+            self.features = Features(folder).check()
+        except (OSError, ValueError) as error:
+            raise OptionError("teacher", str(error)) from error
+        if not self.features.common_space:
+            self._check_spaces()
+
+    def _check_spaces(self) -> None:
+        """Raise a ValueError if the loss needs the common space that the teacher has not."""
+        self._check_copies()
+        if self._comparing is not None:
+            option, loss = self._comparing
+            text = f"must be 0: this teacher is {self._encoders}, so it can rank only in-modal lists; "
+            raise OptionError(option, text + "rankclip-in and rankclip-encoders do", loss)
+
+    def _check_copies(self) -> None:
+        if self._copying:
+            raise ValueError(f"{self._copying_loss} cannot copy {self._encoders}")
+
+    @property
+    def _encoders(self) -> str:
+        """A teacher without a common space, in words."""
+        is_one = self.teacher is not None and self.teacher.is_one_encoder
+        return "an encoder of one modality" if is_one else "two encoders that have no common space"
+
+    # --- the data ---
+
+    def name_columns(self, columns: Collection[str]) -> None:
+        """The columns of a training's data, see :attr:`data_columns`.
+
+        Raises:
+            ValueError: A teacher's column is misspelt, and the loss would train without it.
+        """
+        self.data_columns = columns
+        for column in columns if self.use == "optional" else ():
+            hint = did_you_mean(column, TEACHER, cutoff=0.8)
+            if hint and column not in TEACHER:
+                raise ValueError(f"the data have {column}, which {self.name} does not use{hint}")
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The teacher's features among the inputs of a loss, whose parts get the components to copy them.
+
+        Raises:
+            ValueError: There are none and the loss needs them, or it does not use them; or the teacher is
+                narrower than the student, which cannot copy it.
+        """
+        features = {name: batch[name] for name in TEACHER if batch.get(name) is not None}
+        self._check_use(features)
+        if features and self._copying:
+            self._set_components(batch.get("image_features"), next(iter(features.values())))
+        return features
+
+    def _check_use(self, features: Collection[str]) -> None:
+        """Raise a ValueError unless a teacher's features are there just where the loss uses them."""
+        if features and self.use == "none":
+            raise ValueError(f"the data have {', '.join(features)}, but {self.name} does not use a teacher")
+        columns = [column for column in self.data_columns if column not in features]
+        if self.use == "required":
+            is_misspelt = len(features) < len(TEACHER) and any(x.startswith("reference_") for x in columns)
+            if not features or is_misspelt:
+                has = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
+                raise ValueError(f"{self.name} needs a teacher's features: {self._remedy}{has}")
+        dropped = [column for column in columns if column in TEACHER]
+        if self.use == "optional" and dropped:
+            raise ValueError(
+                f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"
+            )
+
+    def _set_components(self, student: Any, teacher: Any) -> None:
+        """Give the folder's principal components to the parts that copy features of another width."""
+        parts = [part for part in self._copying if part.components is None]
+        student_shape, teacher_shape = (tuple(getattr(x, "shape", ())) for x in (student, teacher))
+        if not parts or len(student_shape) != 2 or len(teacher_shape) != 2:  # the loss names wrong inputs
+            return
+        student_width, teacher_width = student_shape[1], teacher_shape[1]
+        if student_width > teacher_width:
+            text = f"the teacher has {teacher_width} dimensions, fewer than the student's {student_width}, "
+            text += "which cannot copy them; rankclip-distill ranks by a teacher of any width"
+            raise ValueError(text)
+        if student_width < teacher_width and self.features is not None:
+            matrix = self.features.components(student_width).matrix
+            for part in parts:
+                part.components = matrix
+
+
+def _named_teacher(host: Host, name: str, losses: Sequence[Loss], option: str | None) -> Teacher | None:
+    """The teacher of the run's option, else the one that a loss has where the trainer computes it."""
+    if option is not None:
+        return None if option == GIVEN else Teacher(option)
+    if "teacher" not in host.serves:
+        return None
+    names = sorted({teacher for loss in losses if (teacher := loss.named.teacher)} - {"required"})
+    if len(names) > 1:
+        raise ValueError(f"{name} has two teachers, {' and '.join(names)}: name one")
+    return Teacher(names[0]) if names else None
+
+
+def _use(name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | None) -> str:
+    """The use of a teacher, see :attr:`Teaching.use`."""
+    takes = takes_teacher(criterion)
+    if option is not None and not takes:
+        raise OptionError("teacher", f"{name} does not use a teacher; got {option}")
+    is_declared = any(loss.named.teacher is not None for loss in losses)
+    is_demanded = any(x.default is x.empty for x in arguments_of(criterion, *TEACHER))
+    if option is not None or is_declared or is_demanded:
+        return "required"
+    return "optional" if takes else "none"
+
+
+def _comparing_option(parts: Sequence[nn.Module], losses: Sequence[Loss]) -> tuple[str, str] | None:
+    """The option by which a part compares a teacher's images with its texts, and its loss; or None."""
+    for part in parts:
+        option = getattr(part, "needs_common_space", None)
+        if option:
+            return option, _loss_of([part], losses) or ""
+    return None
+
+
+def _loss_of(parts: Sequence[nn.Module], losses: Sequence[Loss]) -> str | None:
+    """The name of the first loss of whose class one of the parts is."""
+    kinds = {type(part) for part in parts}
+    return next((loss.name for loss in losses if loss.named.constructor in kinds), None)

@@ -1,0 +1,59 @@
+"""The entries of a loss: its terms and its metrics."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from rankloss_trainers.entries import Entries, LoggedTerms
+
+
+def leaf(value: float = 2.0) -> torch.Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+def test_a_term_that_is_a_constant_requires_a_gradient_where_another_does() -> None:
+    """A compiled trainer would be compiled again at the step from which λ is above 0."""
+    x, y = leaf(), leaf(3.0)
+    entries = Entries.of(
+        "a loss", {"a_loss": torch.tensor(5.0), "b_loss": x * x, "c_loss": y, "d": x.detach()}
+    )
+    assert all(term.requires_grad for term in entries.terms.values())
+    assert entries.terms == {"a_loss": 5, "b_loss": 4, "c_loss": 3}
+    assert not entries.metrics["d"].requires_grad
+    (7 * entries.total).backward()
+    assert (x.grad, y.grad) == (28, 7)
+
+
+def test_constant_terms_stay_constants_where_nothing_is_trained() -> None:
+    term = torch.tensor(5.0)
+    assert Entries.of("a loss", {"a_loss": term}).terms["a_loss"] is term
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"depth": 1.0}, "str must give each entry as a tensor of one value; depth is 1.0"),
+        ({"a_loss": torch.zeros(2)}, "str must give each entry as a tensor of one value; a_loss is (2,)"),
+        ({"depth": torch.tensor(1.0)}, "str gives no entry ending in _loss to train; got ['depth']"),
+        ({}, "str gives no entry ending in _loss to train; got []"),
+        (
+            {"a_loss": leaf(), "itc": leaf()},
+            "str gives 'itc' with a gradient: call it itc_loss to train it, or detach it to log it",
+        ),
+    ],
+)
+def test_entries_that_nobody_could_train_or_log_are_refused(entries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Entries.of("a loss", entries)
+
+
+def test_a_trainer_adds_up_the_terms_and_logs_the_metrics_too() -> None:
+    logged = LoggedTerms(
+        {"a_loss": torch.tensor(1.0), "b_loss": torch.tensor(2.0)}, {"depth": torch.tensor(8.0)}
+    )
+    assert sum(logged.values()) == 3
+    assert dict(logged.items()) == {"a_loss": 1, "b_loss": 2, "depth": 8}

@@ -1,0 +1,132 @@
+"""The teacher of a run: losses of another package say by their attributes which teacher they can have."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import taught
+import torch
+from named_inputs import HOST
+from torch import Tensor, nn
+
+from batches import unit
+from rankloss.losses import base_entries, check_base, combined
+from rankloss_trainers import create
+from rankloss_trainers.catalog import choose
+from rankloss_trainers.declared import OptionError
+from rankloss_trainers.host import read_losses
+from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.runtime import Runtime
+from registered import register
+
+ENCODERS = "image=efficientnet-lite0,text=minilm"
+SPACELESS = {
+    ENCODERS: "two encoders that have no common space",
+    "text=minilm": "an encoder of one modality",
+    "separate": "two encoders that have no common space",
+}
+"""Teachers without a common space, and the words for them."""
+
+
+class Copying(nn.Module):
+    """A loss of another package that copies a teacher's images."""
+
+    def __init__(self, base: Any = None, *, gather: Any = None) -> None:
+        super().__init__()
+        self.base, self.components = check_base(base, gather), None
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Any,
+        *,
+        reference_image_features: Tensor,
+        output_dict: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        target = reference_image_features
+        if self.components is not None:
+            target = target @ self.components.to(target)
+        entries = base_entries(self.base, image_features, text_features, logit_scale, **inputs)
+        return combined(entries, {"copy_loss": (image_features - target).square().sum()}, output_dict)
+
+
+class Comparing(Copying):
+    """One that compares a teacher's images with its texts, unless its option ``crossed`` is 0."""
+
+    def __init__(self, base: Any = None, *, crossed: float = 1.0, gather: Any = None) -> None:
+        super().__init__(base, gather=gather)
+        del self.components
+        self.crossed = crossed
+
+    @property
+    def needs_common_space(self) -> str:
+        return "crossed" if self.crossed else ""
+
+
+@pytest.fixture
+def separate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of features, ``separate``, whose images and texts have no common space."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    columns = {side: [f"{side} {i}" for i in range(taught.ROWS)] for side in ("image", "text")}
+    data, features = datasets.Dataset.from_dict(columns), taught.features(8)
+    taught.folder(tmp_path / "separate", data, features, "image", "text", "separate")
+    taught.folder(tmp_path / "common", data, features, "image", "text")
+
+
+def run_of(loss: Any, teacher: str, **options: Any) -> Runtime:
+    losses = choose(loss, options) if isinstance(loss, str) else read_losses(loss)
+    return Runtime(HOST, losses, RunOptions(teacher=teacher))
+
+
+@pytest.mark.parametrize("teacher", SPACELESS)
+def test_a_copying_loss_of_another_package_is_refused_with_a_teacher_without_a_common_space(
+    teacher: str, separate: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copying=Copying)
+    for loss, name in (("copying", "copying"), ("rankclip-in+copying", "copying"), (Copying(), "Copying")):
+        with pytest.raises(ValueError, match=f"{name} cannot copy {SPACELESS[teacher]}"):
+            run_of(loss, teacher)
+    assert run_of("copying", "common").teaching.use == "required"
+    if teacher == "separate":
+        with pytest.raises(ValueError, match=f"copying cannot copy {SPACELESS[teacher]}"):
+            create("copying", teacher=teacher)
+
+
+def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
+    separate: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, comparing=Comparing)
+    message = f"crossed must be 0: this teacher is {SPACELESS['separate']}"
+    for name in ("comparing", "rankclip-in+comparing", "comparing+cyclip"):
+        with pytest.raises(OptionError, match=message) as error:
+            run_of(name, "separate")
+        assert (error.value.key, error.value.loss) == ("crossed", "comparing")
+    assert run_of("comparing", "common").teaching.use == "required"
+    assert run_of("comparing", "separate", crossed=0.0).teaching.use == "required"
+
+
+def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_and_loop(
+    separate: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copying=Copying)
+    names = {"image_features": 4, "text_features": 4, "reference_image_features": 8}
+    rows = {
+        name: unit(5, width, seed=n, dtype=torch.float32) for n, (name, width) in enumerate(names.items())
+    }
+    inputs = {**rows, "logit_scale": 5.0}
+    run, loop = run_of("copying", "common"), create("copying", teacher="common")
+    entries = run(**inputs).terms
+    assert run.criterion.components.shape == (8, 4)
+    for loss in (loop, pickle.loads(pickle.dumps(loop)), copy.deepcopy(loop)):
+        assert torch.equal(loss(**inputs, output_dict=True)["copy_loss"], entries["copy_loss"])
+        assert torch.equal(loss.components, run.criterion.components)
+    narrow = {**inputs, "reference_image_features": unit(5, 3, seed=3, dtype=torch.float32)}
+    with pytest.raises(ValueError, match="3 dimensions, fewer than the student's 4, which cannot copy them"):
+        create("copying", teacher="common")(**narrow)
