@@ -121,28 +121,34 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
 
 def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
-    folder, is_separate = Path(args.features), False
-    pairs: Features | None = None
-    if not folder.is_dir():
-        arrays = opening.stored_arrays(folder, NAMES)
-    elif read_about(folder) is None:
-        files = {name: folder / f"{name}.npy" for name in NAMES}
+    place, features = Path(args.features), None
+    if not place.is_dir():
+        arrays = opening.stored_arrays(place, NAMES)
+    elif read_about(place) is None:
+        files = {name: place / f"{name}.npy" for name in NAMES}
         arrays = {name: opening.stored_array(file) for name, file in files.items() if file.exists()}
     else:
-        pairs = Features(str(folder)).check()
-        arrays = {name: rows[:] for name, rows in pairs.arrays.items()}
-        is_separate = not pairs.common_space
+        features = Features(str(place)).check()
+        arrays = {name: rows[:] for name, rows in features.arrays.items()}
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
-    tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
-    for name, tensor in zip(arrays, tensors, strict=True):
-        check_teacher(name, tensor, tensors[0], first_look=False)
+    tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        check_teacher(name, tensor, first, first_look=False)
         check_rows_differ(name, [tensor.numpy()])
     widths = {name: array.shape[1] for name, array in arrays.items()}
-    is_separate |= len(set(widths.values())) > 1
+    is_separate = len(set(widths.values())) > 1 or (features is not None and not features.common_space)
     if is_separate and args.spaces == SPACES[0]:
         raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
-    digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
-    encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, widths[x]) for x, a in arrays.items()}
+    digests, encoders = {}, {}
+    for name, array in arrays.items():
+        digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
     spaces = args.spaces or SPACES[is_separate]
-    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), pairs=pairs, spaces=spaces)
+    return Teacher({"features": digests}, encoders, rows=len(first), pairs=features, spaces=spaces)
+
+
+def _as_they_are(rows: Tensor) -> Tensor:
+    """Features that need no encoder."""
+    return rows

@@ -117,34 +117,47 @@ def _fill_in(args: Any, losses: Sequence[Loss], options: RunOptions) -> None:
 
 def check_run(run: Runtime, args: Any) -> None:
     """Raise a ValueError for a reason against losses that lies in this trainer and its arguments."""
-    name = run.name
-
-    def given(*names: str) -> str:
-        return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
-
-    model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
-    teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
-    other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
-    more_texts = any(loss.columns is not None for loss in run.losses)
-    column = more_texts or run.teaching.teacher is not None
-    excluded = {
-        "--horovod": given("horovod"),
-        model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
-        f"--dataset-type {data_type}": "audio" in data_type or (column and data_type == "synthetic"),
-        other_texts: column and other_texts,
-        "CoCa": column and "coca" in model,
-        f"{teacher}, whose teacher takes one caption per image": more_texts and teacher,
-    }
-    for word in [word for word, holds in excluded.items() if holds]:
-        raise ValueError(f"{name} does not work with {word}")
-    if run.teaching.teacher is not None and teacher:
+    for reason, holds in _exclusions(run, args):
+        if holds:
+            raise ValueError(f"{run.name} does not work with {reason}")
+    teaching, teacher = run.teaching, _flags_of_teacher(args)
+    if teaching.teacher is not None and teacher:
         raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
     if run.options.teacher == GIVEN and not teacher:
         raise OptionError("teacher", f"must not be {GIVEN} where the trainer has none: {HOST.teacher}")
-    if run.teaching.use == "required" and run.teaching.teacher is None and not teacher:
-        raise ValueError(f"{name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
-    if teacher and given("siglip") and run.teaching.use != "required":
-        raise ValueError(f"{name} does not work with --siglip and {teacher}, whose loss takes no bias")
+    if teaching.use == "required" and teaching.teacher is None and not teacher:
+        raise ValueError(f"{run.name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
+    if teacher and getattr(args, "siglip", False) and teaching.use != "required":
+        raise ValueError(f"{run.name} does not work with --siglip and {teacher}, whose loss takes no bias")
+
+
+def _exclusions(run: Runtime, args: Any) -> list[tuple[str, bool]]:
+    """Parts of the trainer that losses may exclude, with True where these do."""
+    model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
+    teacher = _flags_of_teacher(args)
+    takes_more_texts = any(loss.columns is not None for loss in run.losses)
+    takes_columns = takes_more_texts or run.teaching.teacher is not None
+    other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
+    is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
+    has_no_pairs = "audio" in data_type or (takes_columns and data_type == "synthetic")
+    return [
+        ("--horovod", bool(_flags(args, "horovod"))),
+        (model, is_generative),
+        (f"--dataset-type {data_type}", has_no_pairs),
+        (other_texts, takes_columns and bool(other_texts)),
+        ("CoCa", takes_columns and "coca" in model),
+        (f"{teacher}, whose teacher takes one caption per image", takes_more_texts and bool(teacher)),
+    ]
+
+
+def _flags_of_teacher(args: Any) -> str:
+    """The flags of a teacher of the trainer's; empty without one."""
+    return _flags(args, "distill_model", "dataset_reinforcement") if distils(args) else ""
+
+
+def _flags(args: Any, *names: str) -> str:
+    """The flags, of these arguments, that are given."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
 
 # These two are called from patches; they stand last, so that a file that was cut has neither.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +16,41 @@ from torch.utils.checkpoint import checkpoint
 Features = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Split:
+    """The split of a batch of a model's inputs into mini-batches.
+
+    Attributes:
+        number: The mini-batches, of which each gets an equal share of the rows of every column.
+        rows: The numbers of rows that a column may have, the largest first.
+    """
+
+    number: int
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of_pairs(cls, inputs: Mapping[str, Any], size: int | None) -> Split | None:
+        """The split of a batch of pairs, or None without a size.
+
+        The texts tell the number of pairs; in a batch without texts the first column does.
+
+        Args:
+            inputs: The columns of the batch.
+            size: Pairs of a mini-batch, at most.
+        """
+        if size is None:
+            return None
+        columns = _tensors(inputs)
+        pairs = len(columns["input_ids"] if "input_ids" in columns else next(iter(columns.values())))
+        return cls(math.ceil(pairs / size), (pairs,))
+
+
 @contextlib.contextmanager
 def embedding_in(
-    model: Any, size: int | None, features_of: Callable[[Any], Features], rows: Any = (1,), more: Any = dict
+    model: Any,
+    split: Split | None,
+    features_of: Callable[[Any], Features],
+    of_model: Callable[[], Features] = dict,
 ) -> Iterator[None]:
     """Let a model embed its batches in mini-batches, and keep nothing but the embeddings.
 
@@ -29,11 +63,10 @@ def embedding_in(
 
     Args:
         model: The model, without its wrappers. It is called by keywords, or with one dict of columns.
-        size: Pairs of a mini-batch, at most. None leaves the model as it is.
+        split: The split of the batch. None leaves the model as it is.
         features_of: The embeddings in an output of the model, by name.
-        rows: The rows that a column may have for each pair.
-        more: Further features, which do not depend on the batch. As part of the model's output they are seen
-            by DDP, which looks there for the parameters that a step uses.
+        of_model: Further features, which do not depend on the batch. As part of the model's output they are
+            seen by DDP, which looks there for the parameters that a step uses.
 
     Raises:
         ValueError: The model is compiled as a whole; in its call, a column cannot be split.
@@ -41,7 +74,7 @@ def embedding_in(
     References:
         "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
-    if size is None:
+    if split is None:
         yield
         return
     if hasattr(model, "_orig_mod"):
@@ -51,7 +84,8 @@ def embedding_in(
     # MatryoshkaLoss keeps the output of the forward that it decorates: the batch is split beneath it.
     holder, name = (model.forward, "fn") if hasattr(model.forward, "fn") else (model, "forward")
     own = vars(holder).get(name)  # accelerate's forward, say, which adds mixed precision
-    setattr(holder, name, functools.partial(_features, getattr(holder, name), size, features_of, rows, more))
+    forward = getattr(holder, name)
+    setattr(holder, name, functools.partial(_embedded, forward, split, features_of, of_model))
     try:
         yield
     finally:
@@ -60,23 +94,35 @@ def embedding_in(
             setattr(holder, name, own)
 
 
-def _features(
-    forward: Callable[..., Any], size: int, features_of: Any, rows: Any, more: Any, *args: Any, **inputs: Any
+def _embedded(
+    forward: Callable[..., Any], split: Split, features_of: Any, of_model: Any, *args: Any, **inputs: Any
 ) -> Features:
-    given = args[0] if args else inputs
-    columns = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.ndim > 0}
-    lengths = [len(x) for x in columns.values()]
-    pairs = max(lengths, key=lambda n: sum(length in [n * k for k in rows] for length in lengths))
-    unlike = [name for name, x in columns.items() if len(x) not in [pairs * k for k in rows]]
-    unlike += [name for name, x in given.items() if isinstance(x, list | tuple)]
-    if unlike:
-        raise ValueError(f"mini_batch_size cannot split {', '.join(unlike)}: no rows of {pairs} pairs")
+    """The features of a batch, embedded in mini-batches, and those of the model."""
+    batch = args[0] if args else inputs
+    columns = _tensors(batch)
+    _check_rows(batch, columns, split)
 
     def embed(*parts: Tensor) -> Features:
-        part = {**given, **dict(zip(columns, parts, strict=True))}
-        return features_of(forward(part) if args else forward(**part))  # type: ignore[no-any-return]
+        mini_batch = {**batch, **dict(zip(columns, parts, strict=True))}
+        output = forward(mini_batch) if args else forward(**mini_batch)
+        return features_of(output)  # type: ignore[no-any-return]
 
-    number = -(-pairs // size)
-    mini_batches = zip(*(x.tensor_split(number) for x in columns.values()), strict=True)
-    embedded = [checkpoint(embed, *parts, use_reentrant=False) for parts in mini_batches]
-    return {**{name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}, **more()}
+    shares = [column.tensor_split(split.number) for column in columns.values()]
+    embedded = [checkpoint(embed, *parts, use_reentrant=False) for parts in zip(*shares, strict=True)]
+    features = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
+    return {**features, **of_model()}
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns of a batch that have rows."""
+    return {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim > 0}
+
+
+def _check_rows(batch: Mapping[str, Any], columns: Mapping[str, Tensor], split: Split) -> None:
+    """Raise a ValueError for a column that cannot be split."""
+    unlike = [name for name, column in columns.items() if len(column) not in split.rows]
+    unlike += [name for name, column in batch.items() if isinstance(column, list | tuple)]
+    if unlike:
+        raise ValueError(
+            f"mini_batch_size cannot split {', '.join(unlike)}: no rows of {max(split.rows)} pairs"
+        )

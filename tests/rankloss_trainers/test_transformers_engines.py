@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankloss
 from process_pool import Pools
-from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.cached import Split, embedding_in
 from rankloss_trainers.transformers.embeddings import embeddings_of, scale_of
 
 
@@ -40,7 +40,7 @@ def gradients(
     model, share = one_dimensional_scale(), 8 // world_size
     wrapped, batch = wrap(model), Pairs(8).batch(rank * share, (rank + 1) * share)
     loss, scale = rankloss.RankClipLoss(schedule="constant"), functools.partial(scale_of, model)
-    with embedding_in(model, mini_batch_size, embeddings_of, more=scale):
+    with embedding_in(model, Split.of_pairs(batch, mini_batch_size), embeddings_of, scale):
         outputs = wrapped(**batch)
     loss(**(outputs if mini_batch_size else {**embeddings_of(outputs), **scale()})).backward()
     return {

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss import metrics
+from rankloss_trainers.cached import Split
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.runtime import Runtime
-from rankloss_trainers.transformers.graded_lists import RankedListsCollator, check_table
+from rankloss_trainers.transformers.graded_lists import EmbeddingPlan, RankedListsCollator, check_table
 from rankloss_trainers.transformers.host import HOST
 
 LISTS, RATE = {"loss": "ranked-lists"}, 0.1
@@ -128,6 +129,23 @@ def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_pa
     assert ended[0].model.seen == ended[1].model.seen == [(len(distinct), 8)]
     torch.testing.assert_close(weights(ended[1].model), weights(ended[0].model))
     assert {rows for seen in ended[2].model.seen for rows in seen} == {1}
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 9])
+@pytest.mark.parametrize("size", [1, 2, 4, 9, 20])
+def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(queries: int, size: int) -> None:
+    for plan in (EmbeddingPlan(queries, 9), EmbeddingPlan(9, queries)):
+        split = plan.split(size)
+        assert split is not None
+        rows = {"queries": torch.arange(plan.queries), "others": torch.arange(plan.others)}
+        repeated = plan.repeated(rows, split)
+        for name, distinct in rows.items():
+            assert len(repeated[name]) in split.rows
+            assert torch.equal(repeated[name][: len(distinct)], distinct), "an index leads to the same rows"
+            shares = [len(share) for share in repeated[name].tensor_split(split.number)]
+            assert 1 <= min(shares) <= max(shares) <= size
+    few = EmbeddingPlan(2, 9).repeated({"few": torch.tensor([7, 8])}, Split(3, (9, 3)))["few"]
+    assert few.tolist() == [7, 8, 7]
 
 
 def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:

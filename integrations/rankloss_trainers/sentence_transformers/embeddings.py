@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.options import check_count
-from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.cached import Split, embedding_in
 from rankloss_trainers.extras import extra
 
 with extra("sentence-transformers"):
@@ -46,7 +46,8 @@ class EmbeddingLoss(nn.Module):
                 "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
                 f"layer of the whole batch; got {self.mini_batch_size}"
             )
-        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
+        split = Split.of_pairs(column, self.mini_batch_size)
+        with embedding_in(inner, split, lambda output: {name: output[name]}):
             embeddings: Tensor = self.model(column)[name]
         return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,11 @@ class Progress(TrainerProgress):
                 for dataset in parts:
                     _check_labels(dataset)
             if folder is not None:
-                found = [place for dataset in parts for place in _image_columns(folder, dataset)]
-                if len({*found}) != 1 or None in found:
+                bindings = {_binding(folder, dataset) for dataset in parts} - {Binding.NONE}
+                if bindings not in ({Binding.IMAGES_FIRST}, {Binding.IMAGES_SECOND}):
                     bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
                     raise ValueError(f"teacher needs the two columns and the label of {bind}")
-                loss.image_column = found[0]
+                loss.image_column = 0 if bindings == {Binding.IMAGES_FIRST} else 1
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
@@ -72,23 +73,29 @@ def _check_labels(dataset: Any) -> None:
             check_column(labels, "label")
 
 
-def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
-    """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
+class Binding(enum.Enum):
+    """The columns of data, as the folder knows them that their label may bind them to."""
 
-    The hash of the first row's pair tells; None if it is that of neither order.
-    """
+    NONE = "the label is of another kind"
+    IMAGES_FIRST = "the first column has the folder's images"
+    IMAGES_SECOND = "the second column has the folder's images"
+    OTHER = "the columns are not those of the folder's pairs"
+
+
+def _binding(folder: Features, dataset: Any) -> Binding:
+    """The binding of data to a folder, which the hash of the first row's pair tells."""
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
-        return []
+        return Binding.NONE
     names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
     first = dataset.select([0]).with_format(None)
     bound = np.array(first[0]["label"])
     if len(names) != 2 or bound.dtype != np.int64 or bound.shape != (2,):
-        return []
+        return Binding.NONE
     row, pair = (int(x) % 2**64 for x in bound)
     if row >= len(folder) or int(folder.pairs[row]) != pair:
-        return []
-    for place in (0, 1):
+        return Binding.NONE
+    for images, captions, binding in ((0, 1, Binding.IMAGES_FIRST), (1, 0, Binding.IMAGES_SECOND)):
         with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
-            if is_first_pair(pair, first, names[place], names[1 - place]):
-                return [place]
-    return [None]
+            if is_first_pair(pair, first, names[images], names[captions]):
+                return binding
+    return Binding.OTHER

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.cached import Split, embedding_in
 
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
 
 
 def embedded(
-    call: Any, model: Any, inputs: Mapping[str, Any], size: int | None, rows: Any = (1,)
+    call: Any, model: Any, inputs: Mapping[str, Any], split: Split | None
 ) -> tuple[Any, dict[str, Any]]:
     """Call a model, at once or in mini-batches.
 
@@ -22,16 +22,15 @@ def embedded(
         call: The model, in its wrappers.
         model: The model itself.
         inputs: Its inputs.
-        size: Rows of a mini-batch, at most; None embeds all at once.
-        rows: The rows that a column may have for each pair.
+        split: Their split into mini-batches; None embeds all at once.
 
     Returns:
         Its output; and the embeddings, the scale and the bias, as losses call them.
     """
     scale = functools.partial(scale_of, model)
-    with embedding_in(model, size, embeddings_of, rows, scale):
+    with embedding_in(model, split, embeddings_of, scale):
         outputs = call(**inputs)
-    return outputs, dict(outputs) if size else {**embeddings_of(outputs), **scale()}
+    return outputs, {**embeddings_of(outputs), **scale()} if split is None else dict(outputs)
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from rankloss import metrics
 from rankloss_features.folder import NAMES
+from rankloss_trainers.cached import Split
 from rankloss_trainers.graded.lists import (
     check_list,
     check_unique,
@@ -43,6 +44,7 @@ _BATCH = (
     "candidate_index",
     "candidate_ids",
     "queries",
+    "plan",
 )
 _REMEDY = "Join its lists"
 
@@ -58,7 +60,8 @@ class RankedListsCollator:
     The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own
     ones that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.graded.lists.encode_grades`) and
     ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` and, with pairs, ``own_index``
-    ``[N]``; ``queries``, ``"image"`` or ``"text"``, and ``graded_by``, ``"grades"`` or ``"ranks"``.
+    ``[N]``; ``queries``, ``"image"`` or ``"text"``, ``graded_by``, ``"grades"`` or ``"ranks"``, and ``plan``,
+    an :class:`EmbeddingPlan`.
 
     Args:
         processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
@@ -84,39 +87,85 @@ class RankedListsCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of rows."""
-        grades = find_grades(rows[0])
+        graded_by = find_grades(rows[0])
         queries = [row["query"] for row in rows]
-        named = [f"row {n} of the batch, query {query!r:.60}" for n, query in enumerate(queries)]
-        lists = [read_list(row, grades, where) for row, where in zip(rows, named, strict=True)]
+        places = [f"row {n} of the batch, query {query!r:.60}" for n, query in enumerate(queries)]
+        lists = [read_list(row, graded_by, place) for row, place in zip(rows, places, strict=True)]
+        owns = [row["own"] for row in rows] if "own" in rows[0] else []
         if self.unique:
-            check_unique(queries, named, _REMEDY)
-        of_texts = isinstance(queries[0], str)
-        owns = [[(row["own"], 0.0)] for row in rows] if "own" in rows[0] else [[] for _ in rows]
-        for query, pairs, own, where in zip(queries, lists, owns, named, strict=True):
-            kinds = [isinstance(x, str) for x in (query, *(other for other, _ in (*pairs, *own)))]
-            if kinds != [of_texts, *[not of_texts] * (len(kinds) - 1)]:
-                needed = "pictures for a text" if of_texts else "texts for a picture"
-                raise ValueError(
-                    f"candidates must be {needed}, in each row of a batch; got others in {where}"
-                )
+            check_unique(queries, places, _REMEDY)
+        are_texts = isinstance(queries[0], str)
+        for n, row in enumerate(rows):
+            _check_kinds(row, owns[n : n + 1], are_texts, places[n])
+
         pool = pool_lists(lists)
-        with_own = pool_lists([*lists, *filter(None, owns)])  # the candidates first, in the same order
-        distinct = pool_lists([[(query, 0.0)] for query in queries])
-        sides = distinct.candidates, with_own.candidates
-        texts, pictures = sides if of_texts else sides[::-1]
-        inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
-        return {
+        distinct_queries = pool_lists([[(query, 0.0)] for query in queries])
+        # The candidates come first, in the order of their pool, so that its index holds for all.
+        others = pool_lists([*lists, *([(own, 0.0)] for own in owns)])
+        texts, pictures = distinct_queries.candidates, others.candidates
+        if not are_texts:
+            texts, pictures = pictures, texts
+        batch: dict[str, Any] = {
             # The first: its length is the number of lists to the Trainer.
             "grade_bits": encode_grades(pool.grades),
-            "graded_by": grades,
-            "query_index": distinct.index[:, 0],
+            "graded_by": graded_by,
+            "query_index": distinct_queries.index[:, 0],
             "candidate_index": pool.index,
             "candidate_ids": pool.ids,
-            **({"own_index": with_own.index[len(rows) :, 0]} if owns[0] else {}),
-            "queries": "text" if of_texts else "image",
-            **inputs,
-            **self.processor.image_processor(pictures, return_tensors="pt"),
+            "queries": "text" if are_texts else "image",
+            "plan": EmbeddingPlan(len(distinct_queries.candidates), len(others.candidates)),
         }
+        if owns:
+            batch["own_index"] = others.index[len(rows) :, 0]
+        tokens = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")
+        return {**batch, **tokens, **pixels}
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """The rows that a model embeds of a batch of lists.
+
+    A model takes texts and pictures in one call, so each mini-batch needs rows of both. Where the one kind
+    has fewer rows than there are mini-batches, these are repeated; the index of a row leads to its first.
+
+    Attributes:
+        queries: The distinct queries.
+        others: The distinct candidates, and the own ones that are no candidates.
+
+    For instance, 2 queries and 9 others, at most 3 rows of a kind at a time, are 3 mini-batches: the others
+    split as 3 + 3 + 3, and the queries, repeated as rows 0, 1, 0, as 1 + 1 + 1.
+    """
+
+    queries: int
+    others: int
+
+    def split(self, size: int | None) -> Split | None:
+        """The split into mini-batches of at most ``size`` rows of each kind; None without a size."""
+        if size is None:
+            return None
+        few, many = sorted((self.queries, self.others))
+        number = math.ceil(many / size)
+        return Split(number, (many, max(few, number)))
+
+    def repeated(self, columns: Mapping[str, Tensor], split: Split | None) -> dict[str, Tensor]:
+        """The model's inputs with as many rows of each kind as the split needs."""
+        few = min(self.queries, self.others)
+        if split is None or split.number <= few:
+            return dict(columns)
+        rows = torch.arange(split.number) % few
+        return {
+            name: column[rows.to(column.device)] if len(column) == few else column
+            for name, column in columns.items()
+        }
+
+
+def _check_kinds(row: Mapping[str, Any], own: Sequence[Any], are_texts: bool, place: str) -> None:
+    """Raise a ValueError unless the query is of the batch's kind, and its candidates and own of the other."""
+    is_right = isinstance(row["query"], str) == are_texts
+    if not is_right or any(isinstance(other, str) == are_texts for other in (*row["candidates"], *own)):
+        needed = "pictures for a text" if are_texts else "texts for a picture"
+        raise ValueError(f"candidates must be {needed}, in each row of a batch; got others in {place}")
 
 
 def find_grades(names: Any) -> str:
@@ -218,29 +267,25 @@ def embed(
         KeyError: The batch is of another collator.
         ValueError: as :func:`check_batch`.
     """
-    index, bits, ids = (inputs[name] for name in ("candidate_index", "grade_bits", "candidate_ids"))
+    index, ids, plan = (inputs[name] for name in ("candidate_index", "candidate_ids", "plan"))
+    grades, own_index = decode_grades(inputs["grade_bits"]), inputs.get("own_index")
     check_batch(run, inputs)
-    own_index = inputs.get("own_index")
-    others = len(ids) if own_index is None else max(len(ids), int(own_index.max()) + 1)
-    few, many = sorted((int(inputs["query_index"].max()) + 1, others))
-    # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
-    rows = few if size is None else max(few, -(-many // size))
+    split = plan.split(size)
     columns = {name: x for name, x in inputs.items() if name not in (*_BATCH, "return_loss")}
-    if rows > few:
-        again = torch.arange(rows) % few
-        columns = {name: x[again.to(x.device)] if len(x) == few else x for name, x in columns.items()}
-    outputs, features = embeddings.embedded(call, model, columns, size, (1, Fraction(rows, many)))
+    outputs, features = embeddings.embedded(call, model, plan.repeated(columns, split), split)
     names = NAMES if inputs["queries"] == "image" else NAMES[::-1]
-    queries, candidates = (features[name] for name in names)
-    queries = queries[inputs["query_index"]]
+    distinct_queries, others = (features[name] for name in names)
+    queries = distinct_queries[inputs["query_index"]]
+
     scale, pairs = {"logit_scale": features["logit_scale"]}, {}
     if own_index is not None:
-        pairs = dict(zip(names, (queries, candidates[own_index]), strict=True))
-    if "logit_bias" in features and pairs:
-        scale["logit_bias"] = features["logit_bias"]
-    elif "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
-        scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
-    lists = pad_lists(run.gather, candidates[: len(ids)], index, decode_grades(bits), ids)
+        pairs = dict(zip(names, (queries, others[own_index]), strict=True))
+    if "logit_bias" in features:
+        if pairs:
+            scale["logit_bias"] = features["logit_bias"]
+        else:  # changes no list, but is a parameter of which DDP expects a gradient
+            scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
+    lists = pad_lists(run.gather, others[: len(ids)], index, grades, ids)
     return outputs, {"query_features": queries, **scale, **pairs, **lists}
 
 

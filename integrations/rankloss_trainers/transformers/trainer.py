@@ -15,6 +15,7 @@ import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN, bind
+from rankloss_trainers.cached import Split
 from rankloss_trainers.entries import Entries
 from rankloss_trainers.extras import extra
 from rankloss_trainers.host import read_losses
@@ -217,7 +218,8 @@ class ContrastiveTrainer(transformers.Trainer):
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         own = self.accelerator.unwrap_model(model)
-        outputs, features = embeddings.embedded(model, own, inputs, self.mini_batch_size)
+        split = Split.of_pairs(inputs, self.mini_batch_size)
+        outputs, features = embeddings.embedded(model, own, inputs, split)
         if not torch.is_grad_enabled():
             return outputs, self.loss_runtime.evaluate(**features)
         return outputs, self.loss_runtime(**features, **of_loss)

@@ -1,0 +1,43 @@
+"""The split of a batch into mini-batches; its gradients are tested in each trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankloss_trainers.cached import Split, embedding_in
+
+
+class Doubled(nn.Module):
+    """A model that lists the shapes of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.seen.append((len(pixel_values), len(input_ids)))
+        return {"image_features": 2 * pixel_values, "text_features": 2 * input_ids}
+
+
+@pytest.mark.parametrize(("size", "seen"), [(1, [1] * 7), (3, [3, 2, 2]), (7, [7]), (100, [7])])
+def test_a_batch_is_split_into_equal_mini_batches_of_at_most_the_size(size: int, seen: list[int]) -> None:
+    model, columns = Doubled(), {"pixel_values": torch.randn(7, 2), "input_ids": torch.randn(7, 3)}
+    with embedding_in(model, Split.of_pairs(columns, size), dict):
+        features = model(**columns)
+    assert model.seen == [(n, n) for n in seen]
+    assert torch.equal(features["image_features"], 2 * columns["pixel_values"])
+    assert torch.equal(features["text_features"], 2 * columns["input_ids"])
+
+
+def test_the_texts_tell_the_number_of_pairs_and_others_are_named() -> None:
+    """Pictures that a processor flattens to patches are many more rows, and stand first here."""
+    columns = {"pixel_values": torch.randn(40, 2), "input_ids": torch.randn(8, 3)}
+    split = Split.of_pairs(columns, 3)
+    assert split == Split(3, (8,))
+    message = "mini_batch_size cannot split pixel_values: no rows of 8 pairs"
+    with embedding_in(model := Doubled(), split, dict), pytest.raises(ValueError, match=message):
+        model(**columns)
+    assert Split.of_pairs(columns, None) is None
+    assert Split.of_pairs({"pixel_values": torch.randn(40, 2)}, 3) == Split(14, (40,))
