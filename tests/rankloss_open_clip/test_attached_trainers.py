@@ -188,7 +188,7 @@ def test_a_loss_that_is_taught_replaces_the_distillation(options: dict[str, str]
 
 def test_the_option_names_a_teacher(tmp_path: Path) -> None:
     args = arguments(loss="rankclip-distill")
-    assert start(args, *chosen(args)).use_of_teacher == "required"
+    assert start(args, *chosen(args)).teaching.use == "required"
     args.loss_teacher = stored(tmp_path / "x", text_features=unit_rows(4, 2))
     with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
         start(args, *chosen(args))
