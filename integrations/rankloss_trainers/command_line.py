@@ -175,28 +175,37 @@ class LossArguments:
             ValueError: There is no such loss, it cannot be used, or an option cannot have its value or
                 belongs to another loss; the error begins with the argument.
         """
+        names = self._names(args)
+        given = [row for row in attributes(self.losses) if hasattr(args, row[2])]
+        options: dict[str, dict[str, Any]] = {loss: {} for loss in ("", *names)} if names else {}
+        used = set()
+        for loss, key, where in given:
+            if loss in options:
+                options[loss][key] = getattr(args, where)
+                used.add(where)
+        for _, _, where in given:
+            if where not in used:
+                owners = " or ".join(loss or "NAME" for loss, _, other in given if other == where)
+                raise ValueError(f"--{where.replace('_', '-')}: only with --loss {owners}")
+        if not names:
+            return None
+        with naming_flags(()):
+            run = RunOptions(**options.pop(""))
+        return Choice(catalog.choose_each(names, options), run)
+
+    def _names(self, args: Any) -> list[str]:
+        """The names of the losses that parsed arguments ask for; none for the trainer's own."""
         name = getattr(args, "loss", TRAINERS_OWN)
+        if name == TRAINERS_OWN:
+            return []
         try:
-            names = [] if name == TRAINERS_OWN else catalog.names_of(name)
+            names = catalog.names_of(name)
         except ValueError as error:
             raise ValueError(f"--loss: {error}; {TRAINERS_OWN} is the trainer's own") from None
         for each in names:
             if each in self.unusable:
                 raise ValueError(f"--loss: {each} {self.unusable[each]}")
-        given = [row for row in attributes(self.losses) if hasattr(args, row[2])]
-        taken = {where for loss, _, where in given if names and loss in ("", *names)}
-        for where in [where for _, _, where in given if where not in taken]:
-            owners = " or ".join(loss or "NAME" for loss, _, x in given if x == where)
-            raise ValueError(f"--{where.replace('_', '-')}: only with --loss {owners}")
-        if not names:
-            return None
-        options: dict[str, dict[str, Any]] = {loss: {} for loss in ("", *names)}
-        for loss, key, where in given:
-            if loss in options:
-                options[loss][key] = getattr(args, where)
-        with naming_flags(()):
-            run = RunOptions(**options.pop(""))
-        return Choice(catalog.choose_each(names, options), run)
+        return names
 
 
 def add_options(parser: argparse.ArgumentParser, losses: Mapping[str, Named]) -> None:

@@ -28,12 +28,18 @@ def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) ->
         gather: The gathering.
         kind: Its class. None: SigLIP's under a loss that needs it, else CLIP's.
     """
-    # Another package's option of this name may mean something else.
-    own = [loss for loss in losses if loss.package == "" and not _STREAMING.isdisjoint(loss.given)]
-    streaming = {key: x for loss in own for key, x in loss.given.items() if key in _STREAMING}
-    is_sigmoid = any(loss.named.kind == "sigmoid" for loss in losses)
-    make: Any = kind or (rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss)
-    with naming_options(streaming, own[-1].name if own else ""):
+    streaming: dict[str, Any] = {}
+    owner = ""  # the last loss that has such an option
+    for loss in losses:
+        options = {key: loss.given[key] for key in sorted(_STREAMING & loss.given.keys())}
+        if options and loss.package == "":  # another package's option of this name may mean something else
+            streaming.update(options)
+            owner = loss.name
+    make: Any = kind
+    if make is None:
+        is_sigmoid = any(loss.named.kind == "sigmoid" for loss in losses)
+        make = rankloss.SigLipLoss if is_sigmoid else rankloss.ClipLoss
+    with naming_options(streaming, owner):
         base: nn.Module = make(gather=gather, **streaming)
     return base
 

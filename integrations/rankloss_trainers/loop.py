@@ -69,22 +69,18 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     """See :func:`rankloss_trainers.create`."""
     if not isinstance(name, str):
         raise TypeError(f"name must be the name of a loss; got {name!r}")
-    first, joins, rest = name.partition(JOIN)
+    first = name.partition(JOIN)[0]
     if first not in BASES:
         losses = choose(name, options)
+    elif base is not None:
+        raise ValueError(f"base and {first} are two bases; got {base!r}")
     else:
-        if base is not None:
-            raise ValueError(f"base and {first} are two bases; got {base!r}")
-        of_base = options.get(first, {}) if joins else options
-        if not isinstance(of_base, Mapping):
-            raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
-        base = Loss(first, Named(BASES[first]), of_base).build(None, Gather.of(gather))
-        of_others = {key: x for key, x in options.items() if key != first}
-        losses = choose_each(names_of(rest), of_others) if joins else []
+        base, losses = _on_named_base(name, gather, options)
     if not losses and teacher is not None:
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
-    if gather is None and isinstance(own := getattr(base, "gather", None), Gather):
-        gather = own
+    of_base = getattr(base, "gather", None)
+    if gather is None and isinstance(of_base, Gather):
+        gather = of_base
     for loss in losses:
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
@@ -98,6 +94,19 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     for unit, method in METHODS.items():
         setattr(module, method, functools.partial(_tell, run.criterion, unit))
     return module
+
+
+def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[Any, list[Loss]]:
+    """The loss of pairs that a name begins with, and the losses that are joined to it."""
+    first, joins, others = name.partition(JOIN)
+    of_base = options.get(first, {}) if joins else options
+    if not isinstance(of_base, Mapping):
+        raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
+    base = Loss(first, Named(BASES[first]), of_base).build(None, Gather.of(gather))
+    if not joins:
+        return base, []
+    of_others = {key: value for key, value in options.items() if key != first}
+    return base, choose_each(names_of(others), of_others)
 
 
 def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:

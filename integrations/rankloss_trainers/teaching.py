@@ -142,13 +142,13 @@ class Teaching:
         """Raise a ValueError unless a teacher's features are there just where the loss uses them."""
         if features and self.use == "none":
             raise ValueError(f"the data have {', '.join(features)}, but {self.name} does not use a teacher")
-        columns = [column for column in self.data_columns if column not in features]
-        if self.use == "required":
-            is_misspelt = len(features) < len(TEACHER) and any(x.startswith("reference_") for x in columns)
-            if not features or is_misspelt:
-                has = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
-                raise ValueError(f"{self.name} needs a teacher's features: {self._remedy}{has}")
-        dropped = [column for column in columns if column in TEACHER]
+        others = [column for column in self.data_columns if column not in features]
+        similar = [column for column in others if column.startswith("reference_")]
+        is_incomplete = not features or (similar and len(features) < len(TEACHER))
+        if self.use == "required" and is_incomplete:
+            has = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
+            raise ValueError(f"{self.name} needs a teacher's features: {self._remedy}{has}")
+        dropped = [column for column in others if column in TEACHER]
         if self.use == "optional" and dropped:
             raise ValueError(
                 f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"

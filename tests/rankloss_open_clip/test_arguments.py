@@ -125,7 +125,9 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
     """By the parser, as the trainer makes it from the parsed arguments."""
     data = places["DATA"].split()
     assert parse_args([*data, "--loss", "rankclip", OPTION, places["RIGHT"]]).loss_teacher == places["RIGHT"]
-    assert run_of(parse_args(["--loss", "rankclip-in", OPTION, places["WIDTHS"]])).teaching.features is not None
+    assert (
+        run_of(parse_args(["--loss", "rankclip-in", OPTION, places["WIDTHS"]])).teaching.features is not None
+    )
 
 
 @pytest.mark.parametrize(

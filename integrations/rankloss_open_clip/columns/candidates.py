@@ -64,15 +64,20 @@ class Candidates:
             ValueError: The file lacks one, or a row's list is wrong:
                 :func:`rankloss_trainers.graded.lists.check_list`.
         """
-        candidates, grades = read_columns(path, separator, CANDIDATES, GRADES)
-        cells = zip(dataset.captions, candidates, grades, strict=True)
-        lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
-        if not any(has_order(values) for _, values in lists):
+        columns = read_columns(path, separator, CANDIDATES, GRADES)
+        rows = zip(dataset.images, dataset.captions, *columns, strict=True)
+        pictures, lists = [], []
+        for number, (image, caption, candidates, grades) in enumerate(rows, start=1):
+            pictures.append(hash_identity(os.path.normpath(str(image))))
+            lists.append(self._list(caption, candidates, grades, f"row {number} of {path}"))
+        if not any(has_order(grades) for _, grades in lists):
             warn_of_ties(path)
-        longest = max(len(captions) for captions, _ in lists) - self.own
-        self.max_candidates = self.max_candidates or longest
-        pictures = (hash_identity(os.path.normpath(str(image))) for image in dataset.images)
-        return [json.dumps([picture, *x]) for picture, x in zip(pictures, lists, strict=True)]
+        if self.max_candidates is None:
+            self.max_candidates = max(len(captions) for captions, _ in lists) - self.own
+        return [
+            json.dumps([picture, captions, grades])
+            for picture, (captions, grades) in zip(pictures, lists, strict=True)
+        ]
 
     def read_sample(self, sample: dict[str, Any], caption: str) -> str | None:
         """The two members of a webdataset sample, which are taken out of it.

@@ -196,11 +196,12 @@ def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[st
         return tokens.long()
 
     rows = [_separated(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    captions, *others = (list(column) for column in zip(*rows, strict=True))
-    encoded = [part.encode(tokenize, x) for part, x in zip(parts, others, strict=True)]
-    encoded.insert(0, tokenize(captions))
-    width = max(x.shape[1] for x in encoded)
-    return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in encoded], dim=1)
+    captions, *columns = zip(*rows, strict=True)
+    encoded = [tokenize(list(captions))]
+    for part, column in zip(parts, columns, strict=True):
+        encoded.append(part.encode(tokenize, list(column)))
+    width = max(integers.shape[1] for integers in encoded)
+    return torch.stack([F.pad(integers, (0, width - integers.shape[1])) for integers in encoded], dim=1)
 
 
 def _joined(texts: Iterable[Any]) -> str:

@@ -168,14 +168,22 @@ def pool_lists(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
         tensor([[ 0,  1],
                 [ 1, -1]])
     """
-    keyed = [[(identify(candidate), candidate, grade) for candidate, grade in pairs] for pairs in lists]
-    pool = {key: candidate for pairs in keyed for key, candidate, _ in pairs}
-    rows = {key: row for row, key in enumerate(pool)}
-    index = [torch.tensor([rows[key] for key, *_ in pairs]) for pairs in keyed]
-    grades = [torch.tensor([grade for *_, grade in pairs], dtype=torch.float64) for pairs in keyed]
-    ids = torch.tensor([hash_identity(key) for key in pool])
-    padded = pad_sequence(index, True, PADDING), pad_sequence(grades, True)
-    return Pooled(list(pool.values()), ids, *padded)
+    pool: dict[Hashable, Any] = {}
+    rows: dict[Hashable, int] = {}  # of each candidate in the pool, by its identity
+    index, grades = [], []
+    for graded in lists:
+        identities = [identify(candidate) for candidate, _ in graded]
+        for identity, (candidate, _) in zip(identities, graded, strict=True):
+            rows.setdefault(identity, len(rows))
+            pool[identity] = candidate
+        index.append(torch.tensor([rows[identity] for identity in identities]))
+        grades.append(torch.tensor([grade for _, grade in graded], dtype=torch.float64))
+    return Pooled(
+        candidates=list(pool.values()),
+        ids=torch.tensor([hash_identity(identity) for identity in pool]),
+        index=pad_sequence(index, batch_first=True, padding_value=PADDING),
+        grades=pad_sequence(grades, batch_first=True),
+    )
 
 
 def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> None:

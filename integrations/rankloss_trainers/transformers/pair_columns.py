@@ -32,31 +32,43 @@ def collate_pairs(
             none.
     """
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
-    columns, own = [name for name in TEACHER if name in names], dict[str, Any]()
-    if features is None and COLUMN in names:
-        raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
+    of_loss: dict[str, Any] = {}
     if features is not None:
-        if columns:
-            raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
-        if COLUMN not in names:
-            bind = f"rankloss_features.bind(dataset, {features.path!r})"
-            has = ", ".join(names)
-            raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {has}")
-        bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
-        own.update(references(features, bound))
+        of_loss.update(_rows_of(features, names, examples))
+    elif COLUMN in names:
+        raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
     if key is not None:
-        missing = [n for n, example in enumerate(examples) if key not in example]
-        if missing:
-            has = ", ".join(examples[0])
-            raise ValueError(f"the data have no column {key} of ids; row {missing[0]} has {has}")
-        own["pair_ids"] = make_ids([_plain(example[key]) for example in examples], key)
-    if own:
+        of_loss["pair_ids"] = _ids_of(key, examples)
+    if of_loss:
         examples = [{name: x[name] for name in x if name not in (COLUMN, key)} for x in examples]
-    batch = {**collate(examples), **own} if own else collate(examples)
+    batch = collate(examples)
+    if of_loss:
+        batch = {**batch, **of_loss}
     for name in TEACHER:  # in the host's memory, where a look at them waits for nothing
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
+
+
+def _rows_of(features: Features, names: list[str], examples: Any) -> dict[str, Any]:
+    """The features of the rows that examples are bound to."""
+    columns = [name for name in TEACHER if name in names]
+    if columns:
+        raise ValueError(f"teacher {features.path!r} and {', '.join(columns)} are two teachers")
+    if COLUMN not in names:
+        bind = f"rankloss_features.bind(dataset, {features.path!r})"
+        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
+    bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
+    return references(features, bound)
+
+
+def _ids_of(key: str, examples: Any) -> Any:
+    """The ids of examples from their column."""
+    for row, example in enumerate(examples):
+        if key not in example:
+            has = ", ".join(examples[0])
+            raise ValueError(f"the data have no column {key} of ids; row {row} has {has}")
+    return make_ids([_plain(example[key]) for example in examples], key)
 
 
 def check_ids(dataset: Any, key: str) -> None:
