@@ -137,10 +137,7 @@ class TrainerLoss(Runtime):
         """
         inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
         if self._takes_trainers_teacher:
-            # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
-            taught = {name: F.normalize(inputs[f"dist_{name}"].float(), dim=-1) for name in NAMES}
-            inputs.update({f"reference_{name}": x for name, x in taught.items()})
-            inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
+            inputs = _with_trainers_teacher(inputs)
         self._count()
         entries: Entries = super().forward(**inputs)
         if not output_dict:
@@ -155,6 +152,15 @@ class TrainerLoss(Runtime):
             step = min(self._calls // accum_freq, steps - 1)
             self.set_progress(epoch * steps + step + 1, epochs * steps)
         self._calls += 1
+
+
+def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a loss, in which the features of the trainer's teacher have the loss's names."""
+    others = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
+    for name in NAMES:
+        # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
+        others[f"reference_{name}"] = F.normalize(inputs[f"dist_{name}"].float(), dim=-1)
+    return others
 
 
 # --- the patched functions ------------------------------------------------------------------------------

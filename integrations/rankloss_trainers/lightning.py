@@ -73,15 +73,9 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
-        if self._given == "auto" or not any(listeners(pl_module, "epoch")):  # no part has set_epoch alone
-            by_steps = self.total_steps is not None or trainer.max_steps != -1
-            epochs = math.inf if by_steps else trainer.max_epochs or 0
-            self.unit = RunOptions(schedule_unit=self._given).unit(epochs)
+        self.unit = self._unit_of(trainer, pl_module)
         other = "epoch" if self.unit == "step" else "step"
-        told, untold = (
-            [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
-            for unit in (self.unit, other)
-        )
+        told, untold = self._listeners(pl_module, self.unit), self._listeners(pl_module, other)
         if untold:
             part = type(untold[0].__self__).__name__
             raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
@@ -90,6 +84,20 @@ class Progress(Callback):
         if told and not trainer.sanity_checking:
             rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
+
+    def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
+        """The unit of a run."""
+        has_epochs_alone = any(listeners(pl_module, "epoch"))
+        if self._given != "auto" and has_epochs_alone:
+            return self.unit
+        by_steps = self.total_steps is not None or trainer.max_steps != -1
+        epochs = math.inf if by_steps else trainer.max_epochs or 0
+        return RunOptions(schedule_unit=self._given).unit(epochs)
+
+    def _listeners(self, pl_module: nn.Module, unit: str) -> list[Any]:
+        """The methods by which the losses in the module are told at this unit."""
+        tellers = listeners(pl_module, unit, self.unit)
+        return [tell for tell in tellers if tell.__self__ is not pl_module]
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
@@ -101,23 +109,9 @@ class Progress(Callback):
             raise ValueError("with manual optimization call set_progress(step, total_steps) in training_step")
         changing = (GradientAccumulationScheduler, StochasticWeightAveraging)  # each may change the estimate
         reasons = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
-        end: float = trainer.max_epochs if trainer.max_epochs is not None else -1
         if self.unit == "epoch":
-            reasons += [f"max_steps={trainer.max_steps}"] if trainer.max_steps != -1 else []
-            if end < 1 or reasons:
-                got = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
-                raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {got}")
-            return int(end)
-        if self.total_steps is not None:
-            return self.total_steps
-        if not reasons or end == -1:
-            end = float(trainer.estimated_stepping_batches)
-            reasons = [] if 1 <= end < math.inf else ["a run without a known end"]  # -1 stands for no limit
-        if reasons:
-            raise ValueError(
-                f"with {reasons[0]} the steps of the run are not known: give Progress total_steps"
-            )
-        return int(end)
+            return _epochs_of(trainer, reasons)
+        return _steps_of(trainer, reasons) if self.total_steps is None else self.total_steps
 
     def _tell(self, trainer: Any) -> None:
         now = 1 + (trainer.global_step if self.unit == "step" else trainer.current_epoch)
@@ -125,3 +119,27 @@ class Progress(Callback):
             self._told = now
             for tell in self._tellers:
                 tell(min(now, self._end), self._end)
+
+
+def _epochs_of(trainer: Any, reasons: list[str]) -> int:
+    """The epochs of a run that ``max_epochs`` ends, unless there are reasons against it."""
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    if trainer.max_steps != -1:
+        reasons = [*reasons, f"max_steps={trainer.max_steps}"]
+    if epochs < 1 or reasons:
+        got = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
+        raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {got}")
+    return int(epochs)
+
+
+def _steps_of(trainer: Any, reasons: list[str]) -> int:
+    """The steps of a run as the trainer knows them, unless there are reasons why it does not."""
+    has_no_last_epoch = trainer.max_epochs in (None, -1)
+    if reasons and not has_no_last_epoch:
+        raise ValueError(f"with {reasons[0]} the steps of the run are not known: give Progress total_steps")
+    steps = float(trainer.estimated_stepping_batches)
+    if not 1 <= steps < math.inf:  # -1 stands for no limit
+        raise ValueError(
+            "with a run without a known end the steps of the run are not known: give Progress total_steps"
+        )
+    return int(steps)

@@ -46,25 +46,29 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
             shown = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
             raise ValueError(f"ids of pairs must be integers [N]; column {column} has {shown}")
         return values.long()
-    first_kind = None
+    ids = []
     for row, value in enumerate(values):
-        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_integer and not isinstance(value, str):
-            kind = type(value).__name__
-            raise ValueError(
-                f"ids of pairs must be texts or integers; column {column} has the {kind} {value!r} in "
-                f"row {row}"
-            )
-        if is_integer and not -_LARGEST - 1 <= value <= _LARGEST:
-            raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
-        first_kind = is_integer if first_kind is None else first_kind
-        if is_integer != first_kind:
+        _check_id(value, row, column)
+        if isinstance(value, str) != isinstance(values[0], str):
             raise ValueError(
                 f"ids of pairs must be all texts or all integers; column {column} has {values[0]!r} in row 0 "
                 f"and {value!r} in row {row}"
             )
-    ids = [int(value) if first_kind else hash_identity(identify(value)) for value in values]
+        ids.append(hash_identity(identify(value)) if isinstance(value, str) else int(value))
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def _check_id(value: Any, row: int, column: str) -> None:
+    """Raise a ValueError for a value that is neither a text nor an integer of 64 bits."""
+    if isinstance(value, str):
+        return
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        kind = type(value).__name__
+        raise ValueError(
+            f"ids of pairs must be texts or integers; column {column} has the {kind} {value!r} in row {row}"
+        )
+    if not -_LARGEST - 1 <= int(value) <= _LARGEST:
+        raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
 
 
 def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:

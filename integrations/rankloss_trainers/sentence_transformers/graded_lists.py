@@ -63,29 +63,31 @@ class RankedListsCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows."""
-        labels = [name for name in self.valid_label_columns if name in features[0]]
-        shared = {"dataset_name", *labels[:1]}
-        names = [name for name in features[0] if name not in shared]
-        if len(names) not in (2, 3) or not labels:
+        label = next((name for name in self.valid_label_columns if name in features[0]), None)
+        names = [name for name in features[0] if name not in ("dataset_name", label)]
+        if len(names) not in (2, 3) or label is None:
             raise ValueError(
                 "the data must have a column of queries, one of lists of candidates and a label column "
                 f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(features[0])}"
             )
         query, *own, candidates = names
-        named = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
+        places = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
         remedy = "Join its lists, or train with batch_sampler=BatchSamplers.NO_DUPLICATES"
-        check_unique([row[query] for row in features], named, remedy)
-        pool = pool_lists(
-            [
-                check_list(row[candidates], row[labels[0]], where)
-                for row, where in zip(features, named, strict=True)
-            ]
-        )
-        name = {k: features[0][k] for k in ("dataset_name",) if k in features[0]}
-        batch = super().__call__([{**name, **{x: row[x] for x in (query, *own)}} for row in features])
-        batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
-        batch[f"{candidates}_{_IDS}"] = pool.ids
-        return {**batch, "label": torch.stack([pool.index, encode_grades(pool.grades)], dim=-1)}
+        check_unique([row[query] for row in features], places, remedy)
+        lists = [
+            check_list(row[candidates], row[label], place)
+            for row, place in zip(features, places, strict=True)
+        ]
+        pool = pool_lists(lists)
+        shared = {name: features[0][name] for name in features[0] if name == "dataset_name"}
+        of_queries = [{**shared, **{name: row[name] for name in (query, *own)}} for row in features]
+        of_candidates = [{**shared, candidates: candidate} for candidate in pool.candidates]
+        return {
+            **super().__call__(of_queries),
+            **super().__call__(of_candidates),
+            f"{candidates}_{_IDS}": pool.ids,
+            "label": torch.stack([pool.index, encode_grades(pool.grades)], dim=-1),
+        }
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
@@ -154,38 +156,48 @@ class RankedListsLoss(EmbeddingLoss):
                 positive, which is the own of a base, and its negatives.
         """
         columns = list(sentence_features)
-        ids = [column.get(_IDS) for column in columns]
-        inputs = [{name: column[name] for name in column if name != _IDS} for column in columns]
-        queries, *candidates = map(self.embedded, inputs)
-        for column, given in zip(columns, inputs, strict=True):
-            column.update(given)  # with the model's output, where AdaptiveLayerLoss looks for the layers
+        ids = columns[-1].get(_IDS)
+        queries, *candidates = (self._embedded_column(column) for column in columns)
         pairs = {}
         if self.term.base is not None and candidates:
             pairs = {"image_features": queries, "text_features": candidates[0]}
-            candidates = candidates[labels is not None :]  # without labels the own is the list's positive
+            if labels is not None:  # without labels the own is the list's positive
+                candidates = candidates[1:]
         if labels is None and len(candidates) > 1:
             below = torch.full((len(queries), len(candidates) - 1), -torch.inf, device=queries.device)
             labels = torch.cat([torch.ones_like(below[:, :1]), below], dim=1)
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
-        if labels.dim() == 3 and len(candidates) == 1:
+        lists = self._lists(len(queries), candidates, labels, ids)
+        loss: Tensor = self.term(self.scale, query_features=queries, **pairs, **lists)
+        return loss
+
+    def _embedded_column(self, column: dict[str, Tensor]) -> Tensor:
+        """The embeddings of a column, which gets the model's output: AdaptiveLayerLoss takes its layers."""
+        inputs = {name: x for name, x in column.items() if name != _IDS}
+        embeddings = self.embedded(inputs)
+        column.update(inputs)
+        return embeddings
+
+    def _lists(
+        self, queries: int, candidates: list[Tensor], labels: Tensor, ids: Tensor | None
+    ) -> dict[str, Any]:
+        """The candidates and grades of so many queries, as arguments of the criterion."""
+        if labels.dim() == 3 and len(candidates) == 1:  # of the collator
             index, bits = labels.unbind(-1)
-            lists = pad_lists(self.criterion.gather, candidates[0], index, decode_grades(bits), ids[-1])
-        elif labels.shape == (len(queries), len(candidates)):
-            lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
-        elif len(candidates) != labels.shape[-1] and is_cut(labels):
+            return pad_lists(self.criterion.gather, candidates[0], index, decode_grades(bits), ids)
+        if labels.shape == (queries, len(candidates)):
+            return {"candidate_features": torch.stack(candidates, 1), "grades": labels}
+        if len(candidates) != labels.shape[-1] and is_cut(labels):
             raise ValueError(
                 f"labels are grades, which MatryoshkaLoss cut to {labels.shape[-1]} of {labels.stride(-2)} "
                 "as if they were embeddings of as many dimensions: train such lists by RankedListsTrainer"
             )
-        else:
-            raise ValueError(
-                f"labels must have a grade for each of {len(candidates)} candidates, "
-                f"({len(queries)}, {len(candidates)}); got {tuple(labels.shape)}. Lists of several lengths "
-                "need RankedListsTrainer"
-            )
-        loss: Tensor = self.term(self.scale, query_features=queries, **pairs, **lists)
-        return loss
+        raise ValueError(
+            f"labels must have a grade for each of {len(candidates)} candidates, "
+            f"({queries}, {len(candidates)}); got {tuple(labels.shape)}. Lists of several lengths "
+            "need RankedListsTrainer"
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
