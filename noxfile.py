@@ -1,7 +1,7 @@
 """The project's tests in other environments than that of ``make test``; ``nox -l`` lists the sessions.
 
     nox -s lowest                            the core on the lowest torch and NumPy
-    nox -s lowest_of_extra                   the lowest versions of each extra, imported
+    nox -s lowest_of_extra                   every requirement of an extra at its lower bound
     nox -t transformers                      a trainer in its lowest and its newest supported version
     nox -s "trainer(lightning-2.4.0)"        one version of it
 
@@ -16,13 +16,13 @@ from pathlib import Path
 import nox
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
-from release_check import MODULES, lowest_of_core, pins_of
+from release_check import MODULES, floors_of, project_table
 
 nox.options.sessions = []  # of a plain `nox`: all of them would install many gigabytes
 ROOT = Path(__file__).parent
 
 # The lower bounds of pyproject.toml's dependencies. Only Python 3.10 and 3.11 have wheels of this NumPy.
-LOWEST = lowest_of_core((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LOWEST = floors_of("", project_table())
 
 # The lowest and the newest supported version of each trainer, under the name of its extra.
 TRAINERS = {
@@ -37,6 +37,9 @@ TESTS = {
     "transformers": ["rankloss_trainers/test_transformers*.py"],
     "sentence-transformers": ["rankloss_trainers/test_sentence_transformers*.py"],
     "lightning": ["rankloss_trainers/test_lightning.py"],
+    "features": ["rankloss_features"],
+    "encoders": ["rankloss_features/test_encoders.py"],
+    "gpu": ["rankloss_triton"],
 }
 VERSIONS = [nox.param(name, version, id=f"{name}-{version}", tags=[name])
             for name, versions in TRAINERS.items() for version in versions]  # fmt: skip
@@ -59,11 +62,14 @@ def lowest(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")
 @nox.parametrize("extra", list(MODULES))
 def lowest_of_extra(session: nox.Session, extra: str) -> None:
-    """The lowest versions of what an extra requires, and an import of what it is for."""
-    pins = pins_of(extra, LOWEST)
-    session.install("--resolution", "lowest-direct", f".[{extra}]", *pins)
+    """Every requirement of an extra at its lower bound: an import of what it is for, and its tests."""
+    floors = floors_of(extra, project_table())
+    session.install("--editable", f".[{extra}]", "pytest", "hypothesis", *floors)
     for module in MODULES[extra]:
         session.run("python", "-c", f"import {module}")
+    chosen = tests(*TESTS[extra]) if extra in TESTS else []
+    if chosen:  # older releases warn of what newer ones of torch and NumPy deprecate
+        session.run("pytest", "-W", "default", "-m", "not slow", *chosen, *session.posargs)
 
 
 @nox.session

@@ -2,8 +2,8 @@
 
 The files are built into ``dist``: a source distribution, and the wheel from it. Then the wheel is installed
 into a fresh environment, imported, and uninstalled: for the core alone and for every extra, with the newest
-versions of what they require and, on Python 3.10 and 3.11, with the lowest. mypy checks a user's code against
-it. The first check that fails ends the run with an error.
+versions of what they require and, on Python 3.10 and 3.11, with every requirement at its lower bound. mypy
+checks a user's code against it. The first check that fails ends the run with an error.
 
 ``--tests`` runs the tests against the installed wheel instead: ``make test-wheel``.
 """
@@ -18,9 +18,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # build depends on it there
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
@@ -76,10 +84,6 @@ MODULES = {  # what an installation with an extra has to be able to import
     "gpu": ["rankloss_triton.rows"],
 }
 OF_A_CLONE = {"examples", "test", "docs", "dev"}  # extras that no user installs from the registry
-NEWER = {  # packages of which an extra needs a newer version than the core
-    "gpu": ("torch", "numpy"),
-    "sentence-transformers": ("numpy",),  # pyarrow refuses NumPy 1 where it is imported
-}
 EXTRAS = "from importlib.metadata import metadata; print(*metadata('rankloss').get_all('Provides-Extra'))"
 IMPORT_TIME = """
 import time, torch, numpy
@@ -116,39 +120,64 @@ def release_of(interpreter: str) -> str:
     return run(found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
 
 
-def lowest_of_core(project: str) -> list[str]:
-    """The lower bounds of the core's requirements in the text of ``pyproject.toml``, as exact versions."""
-    (listed,) = re.findall(r"^dependencies = \[(.*)\]$", project, re.MULTILINE)
-    return [text.replace(">=", "==") for text in re.findall(r'"([^"]+)"', listed)]
+def floors_of(extra: str, project: Mapping[str, Any]) -> list[str]:
+    """The requirements of the core and of an extra, each at its lower bound, as exact versions.
+
+    A resolver that is asked for the lowest versions of a package with an extra sees one direct requirement,
+    and one that is given the list may pass over a bound that cannot be installed.
+
+    Args:
+        extra: The extra; empty for the core.
+        project: The table ``project`` of ``pyproject.toml``.
+
+    Raises:
+        CheckError: A requirement has no lower bound.
+    """
+    floors = {}
+    for text in [*project["dependencies"], *_listed(extra, project)]:
+        wanted = Requirement(text)
+        bounds = [bound.version for bound in wanted.specifier if bound.operator == ">="]
+        if len(bounds) != 1:
+            raise CheckError(f"the requirement {text!r} of {extra or 'the core'} has no lower bound")
+        extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
+        marker = f"; {wanted.marker}" if wanted.marker else ""
+        floors[wanted.name, marker] = (
+            f"{wanted.name}{extras}=={bounds[0]}{marker}"  # an extra's after the core's
+        )
+    return list(floors.values())
 
 
-def pins_of(extra: str, core: Sequence[str]) -> list[str]:
-    """The lowest versions of the core that an extra works with."""
-    return [text for text in core if text.partition("==")[0] not in NEWER.get(extra, ())]
+def _listed(extra: str, project: Mapping[str, Any]) -> list[str]:
+    """The requirements of an extra, with those of the extras that it includes."""
+    listed = []
+    for text in project["optional-dependencies"].get(extra, []):
+        wanted = Requirement(text)
+        is_own = wanted.name == project["name"]
+        listed += [x for name in sorted(wanted.extras) for x in _listed(name, project)] if is_own else [text]
+    return listed
+
+
+def project_table() -> Mapping[str, Any]:
+    """The table ``project`` of ``pyproject.toml``."""
+    table: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
 
 
 @contextmanager
-def environment_with(
-    interpreter: str, *requirements: str, lowest: bool = False, pins: Sequence[str] = ()
-) -> Iterator[tuple[Path, Path]]:
+def environment_with(interpreter: str, *requirements: str) -> Iterator[tuple[Path, Path]]:
     """A fresh environment with the wheel and its requirements: its folder, and its interpreter.
 
     Args:
         interpreter: Its Python: a version, or a path.
         *requirements: Packages to install; the project's own come from ``dist``.
-        lowest: Install the lowest versions of the direct requirements.
-        pins: Versions of packages that other requirements bring.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name).resolve()
         uv("venv", "--clear", "--python", interpreter, directory)
         python = directory / ("Scripts" if os.name == "nt" else "bin") / "python"
-        constraints = directory / "constraints.txt"
-        constraints.write_text("\n".join(pins), encoding="utf-8")
-        resolution = "lowest-direct" if lowest else "highest"
         # Not a wheel of the same version that an earlier run has left in the cache.
-        fresh = ["--find-links", DIST, "--refresh-package", "rankloss", "--resolution", resolution]
-        uv("pip", "install", "--python", python, *fresh, "--constraint", constraints, *requirements)
+        fresh = ["--find-links", DIST, "--refresh-package", "rankloss"]
+        uv("pip", "install", "--python", python, *fresh, *requirements)
         uv("pip", "check", "--python", python)
         yield directory, python
 
@@ -185,13 +214,11 @@ def build() -> None:
             raise CheckError(f"{file.name} has {file.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}")
 
 
-def check_installation(
-    interpreter: str, version: str, extra: str, lowest: bool = False, pins: Sequence[str] = ()
-) -> list[str]:
+def check_installation(interpreter: str, version: str, extra: str, floors: Sequence[str] = ()) -> list[str]:
     """Install the wheel into a fresh environment, import it, and uninstall it; the extras that it has."""
     requirement = f"rankloss[{extra}]=={version}" if extra else f"rankloss=={version}"
     modules = ["rankloss", *MODULES.get(extra, [])]
-    with environment_with(interpreter, requirement, lowest=lowest, pins=pins) as (directory, python):
+    with environment_with(interpreter, requirement, *floors) as (directory, python):
         # From another directory than the source tree, which would be imported in place of the wheel.
         files = ", ".join(f"{module}.__file__" for module in modules)
         script = f"import {', '.join(modules)}; print({files}, sep='\\n')"
@@ -210,7 +237,7 @@ def check_installation(
         left = [path for path in directory.rglob("*") if "rankloss" in str(path.relative_to(directory))]
         if left:
             raise CheckError(f"uninstalling rankloss left {', '.join(map(str, left))}")
-    versions = "lowest" if lowest else "newest"
+    versions = "lowest" if floors else "newest"
     told = f"{requirement}, Python {interpreter}, {versions} requirements: imports {', '.join(modules)}"
     print(told, flush=True)
     return extras
@@ -262,7 +289,7 @@ def main() -> None:
         check_tag(options.tag, source, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
     build()
     version = version_in(source)
-    core = lowest_of_core((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = project_table()
     for interpreter in options.python:
         if options.tests is not None:
             check_tests(interpreter, version, options.tests)
@@ -274,8 +301,7 @@ def main() -> None:
                 check_installation(interpreter, version, extra)
             # Only these Pythons have wheels of the lowest NumPy.
             if extra not in OF_A_CLONE and release_of(interpreter) in ("3.10", "3.11"):
-                pins = pins_of(extra, core)
-                check_installation(interpreter, version, extra, lowest=True, pins=pins)
+                check_installation(interpreter, version, extra, floors_of(extra, project))
 
 
 if __name__ == "__main__":

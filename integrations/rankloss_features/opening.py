@@ -11,10 +11,13 @@ All of ``rankloss_features`` opens such files here, and nowhere else.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 import io
 import json
 import os
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +34,14 @@ from rankloss_features.folder import Array
 
 _LOCK = threading.RLock()  # the functions are replaced in the whole process
 _SAFE_TORCH = "2.10"
+SAFE_FROM = {
+    "datasets": "4",  # earlier ones run the script of a folder
+    "pillow": "13" if sys.version_info >= (3, 11) else "12.3",  # earlier ones write outside of their memory
+    "sentence-transformers": "6.2",  # earlier ones run the Python of a local folder
+    "timm": "1.0.27",  # earlier ones run the pickles in a file of weights
+}
+"""The first versions that open files of others safely: the floors of the extra ``features``."""
+
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
@@ -95,6 +106,23 @@ def _refuse_kernel(name: str, *_: Any, **__: Any) -> None:
     raise ValueError(f"the model asks for the kernel {name}, which is code of a hub and is not run")
 
 
+@functools.cache
+def check_version(distribution: str) -> None:
+    """Compare the installed version with :data:`SAFE_FROM`: another package may have brought an older one.
+
+    Raises:
+        ValueError: It is older.
+    """
+    from packaging.version import Version  # each of them brings it, or a package beside it
+
+    found, needed = importlib.metadata.version(distribution), SAFE_FROM[distribution]
+    if Version(found) < Version(needed):
+        raise ValueError(
+            f"{distribution} {found} is installed, which does not open files of others safely: "
+            f"pip install '{distribution}>={needed}'"
+        )
+
+
 # --- models ---------------------------------------------------------------------------------------------
 
 
@@ -123,6 +151,7 @@ def timm_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
     """A model of timm, also ``local-dir:…`` and ``hf-hub:…``, with the hub's weights if it is pretrained."""
     import timm
 
+    check_version("timm")
     with without_code():
         return timm.create_model(name, pretrained=pretrained, **options)
 
@@ -144,6 +173,7 @@ def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[s
     """
     from timm.models import load_checkpoint
 
+    check_version("timm")
     with without_code():
         missing, unexpected = load_checkpoint(model, file, strict=False, filter_fn=convert, weights_only=True)
     return missing, unexpected
@@ -184,6 +214,7 @@ def sentence_transformers_model(name: str, device: torch.device) -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
+    check_version("sentence-transformers")
     modules = Path(name, "modules.json")
     if modules.is_file():
         kinds = [str(module["type"]) for module in json.loads(modules.read_text(encoding="utf-8"))]
@@ -205,6 +236,7 @@ def dataset(path: str) -> Any:
     """
     import datasets
 
+    check_version("datasets")
     saved = any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
     with without_code():
         return datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
@@ -225,6 +257,7 @@ def picture(source: bytes | str, *, upright: bool = False) -> Any:
     """
     from PIL import Image, ImageOps
 
+    check_version("pillow")
     if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
         raise OSError(f"{source} is no regular file")
     Image.init()

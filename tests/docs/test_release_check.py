@@ -31,14 +31,32 @@ def test_every_package_is_typed_against_by_a_users_code() -> None:
         assert re.search(rf"^(import|from) {package}$| {package} ", code, re.MULTILINE)
 
 
-def test_lowest_versions_are_those_of_the_dependencies() -> None:
-    lowest = release_check.lowest_of_core('x = 1\ndependencies = ["torch>=2.6", "numpy>=1.24"]\n')
-    assert lowest == ["torch==2.6", "numpy==1.24"]
-    core = release_check.lowest_of_core(PROJECT)
-    assert [pin.partition("==")[0] for pin in core] == ["torch", "numpy"]
-    assert release_check.pins_of("open-clip", core) == core
-    assert release_check.pins_of("gpu", core) == []
-    assert release_check.NEWER.keys() <= {*EXTRAS}
+def test_floors_are_every_requirements_lower_bound_as_an_exact_version() -> None:
+    project = {
+        "name": "x",
+        "dependencies": ["torch>=2.6", "numpy>=1.24"],
+        "optional-dependencies": {
+            "a": ["A[train]>=3.0,<4; python_version < '3.11'", "numpy>=2"],
+            "b": ["x[a]", "b>=0.1"],
+            "c": ["c<2"],
+        },
+    }
+    core = ["torch==2.6", "numpy==1.24"]
+    assert release_check.floors_of("", project) == core
+    a = ["torch==2.6", "numpy==2", 'A[train]==3.0; python_version < "3.11"']
+    assert {*release_check.floors_of("a", project)} == {*a}
+    assert {*release_check.floors_of("b", project)} == {*a, "b==0.1"}
+    with pytest.raises(release_check.CheckError, match="'c<2' of c has no lower bound"):
+        release_check.floors_of("c", project)
+
+
+def test_every_extra_of_a_user_has_floors() -> None:
+    for extra in release_check.MODULES:
+        names = [
+            re.split(r"[\[=]", floor)[0]
+            for floor in release_check.floors_of(extra, release_check.project_table())
+        ]
+        assert {"torch", "numpy"} <= {*names}, extra
 
 
 SOURCE = (ROOT / "rankloss/_version.py").read_text()

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
@@ -46,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "clip", folder / "no-weights")
     torch.manual_seed(0)
     clip = open_clip.create_model(f"local-dir:{folder}/clip", load_weights=False)
-    torch.save(clip.state_dict(), folder / "clip/open_clip_pytorch_model.bin")
+    save_file(clip.state_dict(), folder / "clip/open_clip_model.safetensors")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(folder / "sentences"))

@@ -117,6 +117,8 @@ def test_features_of_timm_are_those_before_the_classifier(
     backbone: Any, pictures: Any, tmp_path: Path, form: str
 ) -> None:
     name, weights = "test_vit", None
+    if form in ("with a prefix", "folder") and torch.__version__ < "2.10":
+        pytest.skip("this torch does not read pickles of weights safely")
     if form == "with a prefix":
         weights = tmp_path / "x.pth"
         state = {f"module.{key}": value for key, value in backbone.state_dict().items()}
