@@ -206,6 +206,14 @@ def build() -> None:
     """The source distribution, and the wheel built from it."""
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", DIST)
+
+
+def check_files(version: str) -> None:
+    """Check the two files in ``dist``: their names, metadata, content and size."""
+    names = {f"rankloss-{version}.tar.gz", f"rankloss-{version}-py3-none-any.whl"}
+    if {file.name for file in DIST.glob("*")} != names:
+        found = ", ".join(sorted(file.name for file in DIST.glob("*"))) or "nothing"
+        raise CheckError(f"{DIST} must have {' and '.join(sorted(names))}; it has {found}")
     run(sys.executable, "-m", "twine", "check", "--strict", *DIST.iterdir())
     run(sys.executable, "-m", "check_wheel_contents", "--toplevel", ",".join(PACKAGES), *DIST.glob("*.whl"))
     for file in sorted(DIST.iterdir()):
@@ -282,13 +290,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tag", help="the release's tag, which has to be v and the version")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="versions or interpreters")
+    parser.add_argument("--built", action="store_true", help="check the files that dist has")
     parser.add_argument("--tests", nargs="+", metavar="PATTERN", help="run these tests against the wheel")
     options = parser.parse_args()
     source = (ROOT / "rankloss/_version.py").read_text(encoding="utf-8")
     if options.tag is not None:  # first, as nothing has to be built for it
         check_tag(options.tag, source, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
-    build()
     version = version_in(source)
+    if not options.built:
+        build()
+    check_files(version)
     project = project_table()
     for interpreter in options.python:
         if options.tests is not None:

@@ -1,0 +1,73 @@
+"""The workflow of a release: its files are built before anything of a third party is installed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from tools_folder import ROOT, tool
+
+release_check = tool("release_check.py")
+GITHUB = ROOT / ".github"
+JOBS = yaml.safe_load((GITHUB / "workflows/release.yml").read_text())["jobs"]
+
+
+def commands(job: dict[str, Any]) -> list[str]:
+    return [step.get("run") or step["uses"].partition("@")[0] for step in job["steps"]]
+
+
+def test_files_are_built_and_uploaded_with_tools_of_known_hashes_alone() -> None:
+    install = "python -m pip install --require-hashes --no-deps --only-binary=:all: -r .github/requirements/"
+    assert commands(JOBS["build"]) == [
+        "actions/checkout",
+        "actions/setup-python",
+        f"{install}build.txt",
+        "python -m build --no-isolation --outdir dist",
+        "actions/upload-artifact",
+    ]
+    *_, download, tools, check, _, _ = commands(JOBS["check"])
+    assert (download, tools) == ("actions/download-artifact", f"{install}check.txt")
+    assert "release_check.py --built --tag" in check
+
+
+def test_no_job_publishes_what_was_not_checked_and_only_that_job_has_the_right() -> None:
+    assert JOBS["check"]["needs"] == "build"
+    assert JOBS["publish"]["needs"] == ["build", "check"]
+    rights = {name: job.get("permissions") for name, job in JOBS.items()}
+    expected = {"publish": {"id-token": "write"}, "attach": {"contents": "write"}}
+    assert rights == {"build": None, "check": None, **expected}
+    assert [name for name, job in JOBS.items() if "pypa/gh-action-pypi-publish" in commands(job)] == [
+        "publish"
+    ]
+    assert any("sbom.json" in command for command in commands(JOBS["attach"]))
+
+
+def test_actions_are_pinned_to_commits() -> None:
+    for file in (GITHUB / "workflows").glob("*.yml"):
+        for used in re.findall(r"uses: (.*)", file.read_text()):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", used), (file.name, used)
+
+
+@pytest.mark.parametrize("name", ["build", "check"])
+def test_tools_of_a_release_are_pinned_by_hashes(name: str) -> None:
+    folder = GITHUB / "requirements"
+    pinned = re.split(r"\n(?=\S)", (folder / f"{name}.txt").read_text().strip())
+    for requirement in pinned:
+        assert re.match(r"[\w.-]+==[\w.]+ ?(;.*)?\\\n", requirement), requirement
+        assert "--hash=sha256:" in requirement
+    listed = {x.partition("==")[0] for x in pinned}
+    assert {*(folder / f"{name}.in").read_text().split()} <= listed
+
+
+def test_dependabot_looks_at_actions_and_at_python() -> None:
+    updates = yaml.safe_load((GITHUB / "dependabot.yml").read_text())["updates"]
+    found = {(x["package-ecosystem"], x["directory"]) for x in updates}
+    assert found == {("github-actions", "/"), ("pip", "/"), ("pip", "/.github/requirements")}
+
+
+def test_files_of_another_version_are_no_release(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_check, "DIST", tmp_path)
+    with pytest.raises(release_check.CheckError, match=r"must have rankloss-9\.0-py3-.*; it has nothing"):
+        release_check.check_files("9.0")
