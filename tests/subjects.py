@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import rankloss
 import rankloss_trainers
 from batches import upstream_for
+from measures import MASKED
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
 from rankloss.losses import GatheringLoss
@@ -234,16 +235,16 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
     return Subject(name, name, lambda: call, inputs=inputs or PAIR, differentiable=())
 
 
-def of_lists(name: str, **options: Any) -> Subject:
+def of_lists(name: str) -> Subject:
     """A measure of lists, whose last items are padding; grades that gain are at least 0."""
-    measure = getattr(metrics, name)
+    measure = MASKED[name]
 
     def masked(x: Tensor, y: Tensor) -> Tensor:
         mask = torch.arange(x.shape[-1], device=x.device).expand(x.shape) < x.shape[-1] - 1
-        found: Tensor = measure(x, y.abs() if name == "ndcg" else y, mask=mask, **options)
+        found: Tensor = measure(x, y.abs() if name == "ndcg" else y, mask=mask)
         return found
 
-    return function(f"metrics.{name}", masked, "x", "y")
+    return function(f"metrics.{name.partition(',')[0]}", masked, "x", "y")
 
 
 class Lists(nn.Module):
@@ -439,11 +440,7 @@ SUBJECTS = [
     function("metrics.modality_gap", metrics.modality_gap),
     function("metrics.alignment", metrics.alignment),
     function("metrics.uniformity", metrics.uniformity, "image_features"),
-    of_lists("kendall_tau"),
-    of_lists("kendall_tau", variant="c"),
-    of_lists("pairwise_accuracy"),
-    of_lists("ndcg", k=3),
-    of_lists("reciprocal_rank", at_least=0.0),
+    *map(of_lists, MASKED),
     function("metrics.spearman_rho", metrics.spearman_rho, "x", "y"),
     *(registered(name) for name in OF_PACKAGES if not has_state(name)),
 ]

@@ -324,7 +324,9 @@ PAIRS = [together({**x, **y}) for x, y in zip(CHANGES, [*CHANGES[5:], *CHANGES[:
     ("options", "has_teacher"),
     [*with_teachers([{}, *CHANGES]), *(x for n, x in enumerate(with_teachers(PAIRS)) if n % 4 in (0, 3))],
 )
-def test_a_step_on_an_accelerator_never_waits_and_copies_weights_alone(options, has_teacher: bool) -> None:
+def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
+    options, has_teacher: bool
+) -> None:
     checked = RankOptions(**options)
     v, t, f, g = (torch.empty(32, d, device="meta", requires_grad=d == 8) for d in (8, 8, 5, 5))
     arguments: dict[str, Any] = {"teacher": (f, g)} if has_teacher else {}

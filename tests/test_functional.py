@@ -204,7 +204,9 @@ def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
         ),
     ],
 )
-def test_options_that_do_not_fit_a_teacher_or_the_engine_are_named(loss, names, options, named: str) -> None:
+def test_options_that_do_not_fit_the_teacher_or_the_engine_are_named(
+    loss, names, options, named: str
+) -> None:
     teacher = {name: x for name, x in teacher_of(6).items() if name in names}
     if "wide" in names:
         teacher[TEXT] = teacher_of(6, 9)[TEXT]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
 from fake_devices import no_float64
+from measures import LISTS
 from rankloss import metrics
 
 pair_of_lists = st.integers(2, 40).flatmap(
@@ -113,16 +114,6 @@ def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
         order = sorted(range(len(x)), key=lambda i: (-x[i], y[i]))  # the worst of equal scores first
         ranks = [1 / (1 + r) for r, i in enumerate(order) if y[i] >= 2]
         assert found == pytest.approx(ranks[0] if ranks else math.nan, nan_ok=True)
-
-
-LISTS: dict[str, Callable[..., Any]] = {
-    "kendall_tau": metrics.kendall_tau,
-    "tau_c": lambda x, y, **mask: metrics.kendall_tau(x, y, variant="c", **mask),
-    "pairwise_accuracy": metrics.pairwise_accuracy,
-    "ndcg": lambda x, y, **mask: metrics.ndcg(x, y, k=3, **mask),
-    "reciprocal_rank": metrics.reciprocal_rank,
-    "spearman_rho": metrics.spearman_rho,
-}
 
 
 @pytest.mark.parametrize("name", LISTS)

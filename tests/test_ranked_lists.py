@@ -56,7 +56,9 @@ def test_values_and_gradients_are_those_of_the_definition(
 
 
 @given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([1.0, 10.0, 100.0]))
-def test_with_one_candidate_the_bits_are_a_direction_of_clips_loss(seed: int, n: int, scale: float) -> None:
+def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
+    seed: int, n: int, scale: float
+) -> None:
     v, t = (torch.from_numpy(x) for x in np.split(unit_rows(np.random.default_rng(seed), 2 * n, 7), 2))
     for model in ("plackett_luce", "top_one"):
         loss = RankedLists(model=model, in_batch_negatives=True)

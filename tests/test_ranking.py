@@ -52,7 +52,9 @@ lists = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.
 
 
 @given(y=lists, bins=st.integers(2, 40))
-def test_bins_grow_with_the_reference_and_divide_the_range_of_the_rest(y: Tensor, bins: int) -> None:
+def test_a_bin_never_decreases_with_the_reference_and_all_but_one_divide_the_range_of_the_rest(
+    y: Tensor, bins: int
+) -> None:
     b = quantize(y, bins)
     assert b.dtype == torch.int64
     assert (b[y.argsort()].diff() >= 0).all()

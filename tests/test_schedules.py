@@ -36,7 +36,9 @@ def test_official_is_what_the_authors_code_computes() -> None:
 
 @every
 @given(position=positions())
-def test_every_schedule_is_finite_not_negative_and_never_falls(name: str, position: tuple[int, int]) -> None:
+def test_every_schedule_is_finite_never_negative_and_never_falls(
+    name: str, position: tuple[int, int]
+) -> None:
     schedule, (i, n) = schedules.by_name(name), position
     assert 0 <= schedule(i, n) <= schedule(min(i + 1, n), n) < math.inf
 

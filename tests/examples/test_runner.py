@@ -73,32 +73,63 @@ def run(tmp_path):
     return Run(study, "full", tmp_path / "output")
 
 
-def test_what_is_missing_is_trained_once_in_the_plans_order_and_reported(run):
-    console, data = Console(quiet=True), Data(broken=("other",))
-    with pytest.raises(RuntimeError, match="results"):
-        run.write()
+def trained(run, data):
+    run.train({"set": data}, Console(quiet=True))
+    return data.made
+
+
+def interrupted(run):
+    """The trainings of a run that ends with the first one of the arm ``other``."""
+    data = Data(broken=("other",))
     with pytest.raises(RuntimeError, match="out of luck"):
-        run.train({"set": data}, console)
-    assert [(one.arm, one.side, one.seed) for one in data.made] == [("plain", "dev", 9)] * 3 + [
-        ("plain", "test", 0)
-    ]
+        trained(run, data)
+    return data.made
+
+
+def test_without_a_record_there_is_nothing_to_report(run):
+    with pytest.raises(RuntimeError, match="results holds no record: nothing to report"):
+        run.write()
+
+
+def test_missing_trainings_are_done_in_the_plans_order(run):
+    made = [(one.arm, one.side, one.seed) for one in interrupted(run)]
+    assert made == [("plain", "dev", 9)] * 3 + [("plain", "test", 0)]
+
+
+def test_a_report_with_missing_trainings_is_refused_with_their_number(run):
+    interrupted(run)
     with pytest.raises(RuntimeError, match="set: 5 "):
         run.write()
-    again = Data()
-    run.train({"set": again}, console)
-    assert [(one.arm, one.seed) for one in again.made][:2] == [("other", 0), ("plain", 1)]
-    assert len(data.made) + len(again.made) == 9
-    more = Data()
-    run.train({"set": more}, console)
-    assert not more.made
+
+
+def test_a_run_goes_on_with_the_trainings_that_an_error_left(run):
+    before, after = interrupted(run), trained(run, Data())
+    assert [(one.arm, one.seed) for one in after][:2] == [("other", 0), ("plain", 1)]
+    assert len({*before, *after}) == len(before) + len(after) == 9
+
+
+def test_a_finished_run_trains_nothing_again(run):
+    assert len(trained(run, Data())) == 9
+    assert trained(run, Data()) == []
+
+
+def test_the_report_is_the_template_with_the_results(run):
+    trained(run, Data())
     assert run.write().read_text(encoding="utf-8") == "# Report\n\n4, full\n"
+
+
+def test_records_begin_with_the_conditions_that_they_share(run):
+    trained(run, Data())
     lines = read_lines(run.stores["set"].path)
     assert [*lines[0]] == ["conditions", "conditions_id"]
     assert len(lines) == 10
+
+
+def test_records_of_other_data_do_not_count_and_are_not_reported_beside_these(run):
+    trained(run, Data())
     other = Data()
     other.fingerprint = "other data"
-    run.train({"set": other}, console)
-    assert len(other.made) == 9  # records of other data do not count
+    assert len(trained(run, other)) == 9
     with pytest.raises(ValueError, match=run.stores["set"].path.name):
         run.write()
 

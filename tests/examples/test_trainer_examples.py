@@ -104,7 +104,9 @@ def weights_in(file):
 
 @pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
 @pytest.mark.parametrize(("name", "case"), PYTHON)
-def test_example_trains_its_case_evaluates_and_saves(name, case, emojis, tmp_path, monkeypatch, capsys):
+def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
+    name, case, emojis, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
     module, folder, output = imported(name), str(emojis), tmp_path / "output"
     chosen, norms, trained, choose = [], [], {}, runtime.choose

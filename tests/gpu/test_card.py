@@ -46,7 +46,9 @@ def tf32(allowed: bool) -> Iterator[None]:
     ("rows", "items"), [(64, 1024), (64, 2048), (64, 4096), (32, 8192), (8, 65536), (4, 131072)]
 )
 @pytest.mark.parametrize("method", ["sort", "bin"])
-def test_kernel_is_torchs_and_the_same_bits_twice(method: str, rows: int, items: int) -> None:
+def test_kernel_computes_what_torch_computes_to_the_same_bits_twice(
+    method: str, rows: int, items: int
+) -> None:
     everyone = features(items)
     local = [x.detach()[:rows].clone().requires_grad_() for x in everyone]
     found = []
@@ -61,7 +63,9 @@ def test_kernel_is_torchs_and_the_same_bits_twice(method: str, rows: int, items:
 
 @every_engine
 @pytest.mark.parametrize("allowed", [False, True], ids=["float32", "TF32"])
-def test_gradient_is_float64s_but_for_products_and_bins(engine: dict[str, Any], allowed: bool) -> None:
+def test_gradient_is_that_of_float64_within_what_the_products_and_bins_cost(
+    engine: dict[str, Any], allowed: bool
+) -> None:
     inputs = features(1024, 512)
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
     _, wanted = gradients(rankloss.RankConsistency(method=engine["method"]), exact)

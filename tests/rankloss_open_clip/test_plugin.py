@@ -106,7 +106,9 @@ def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_hook")
 @pytest.mark.parametrize("argv", [[MAIN, "--loss", "rankclip"], [RUNNER, "--epochs", "1", "--los=tiny"]])
-def test_a_hook_that_fails_ends_the_trainer_at_once(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+def test_a_hook_that_cannot_be_loaded_ends_the_trainer_at_once(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match=HOOK):
         rankloss_open_clip.wait_for_trainer()
@@ -114,7 +116,9 @@ def test_a_hook_that_fails_ends_the_trainer_at_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("without_hook")
 @pytest.mark.parametrize("argv", [[], ["run_clip.py", "--loss", "rankclip"], [MAIN, "--loss-dist-impl", "x"]])
-def test_a_hook_that_fails_is_one_warning_elsewhere(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+def test_a_hook_that_cannot_be_loaded_is_one_warning_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

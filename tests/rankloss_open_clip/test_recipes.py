@@ -61,7 +61,9 @@ def trainer_arguments(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("launch", PROCESSES)
 @pytest.mark.parametrize("name", NAMES)
-def test_trainer_parses_the_command_and_readme_explains_it(command: Command, name: str, launch: str) -> None:
+def test_the_trainer_parses_the_command_and_the_readme_explains_it(
+    command: Command, name: str, launch: str
+) -> None:
     words = trainer_arguments(command(name, launch))
     args, readme = parse_args(words), (RECIPES / "README.md").read_text(encoding="utf-8")
     taught = name.endswith("-distill")

@@ -250,7 +250,9 @@ def test_resumed_run_goes_on_with_its_state(runs: Runs) -> None:
         *["--lock-text --lock-text-freeze-layer-norm"] * hasattr(open_clip.CLIP, "lock_text_tower"),
     ],
 )
-def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_all_features(trainer: Trainer, options: str) -> None:
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
+    trainer: Trainer, options: str
+) -> None:
     given = options.format(tiny=f"local-dir:{trainer.directory / 'tiny'}").split()
 
     def train(how: str, *loss: str) -> Run:

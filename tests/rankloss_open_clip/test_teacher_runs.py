@@ -67,7 +67,9 @@ def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, nam
             assert abs(value / expected - 1) > 1e-3, "the comparison above could not fail"
 
 
-def test_mimicry_copies_a_wider_teachers_components_beside_ranks(trainer: Trainer, taught: Runs) -> None:
+def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
+    trainer: Trainer, taught: Runs
+) -> None:
     run = taught["mimicry"]
     assert "Loss: rankclip-distill+mimicry " in run.log
     assert "explained variance" in run.log

@@ -140,7 +140,7 @@ def tokens(text: str) -> Tensor:
     ("named", "wrap"),
     [(False, ""), (True, "module"), pytest.param(True, "compile", marks=pytest.mark.slow)],
 )
-def test_columns_join_the_output_of_one_call(
+def test_columns_join_the_output_of_one_call_of_the_model(
     trainer: Trainer, tmp_path: Path, named: bool, wrap: str
 ) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
@@ -257,7 +257,9 @@ def ids_of(column: Any, texts: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(("key", "equal"), [("captions", (0, 2)), ("group", (1, 2))])
-def test_rows_have_the_ids_of_captions_or_a_column(tmp_path: Path, key: str, equal: tuple[int, int]) -> None:
+def test_rows_have_the_ids_of_captions_or_of_a_column(
+    tmp_path: Path, key: str, equal: tuple[int, int]
+) -> None:
     dataset, file = csv(tmp_path, TABLE)
     TextColumns([column := PairIds(key=key)]).join_csv(dataset, file, ";")
     ids = ids_of(column, dataset.captions)

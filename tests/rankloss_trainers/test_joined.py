@@ -12,10 +12,12 @@ from taught import ROWS, features, folder
 from tiny_losses import TinyLoss
 
 import rankloss_trainers
-from rankloss import ClipLoss, MimicryLoss, RankClipLoss, SigLipLoss, SpreadLoss
+from rankloss import ClipLoss, Gather, MimicryLoss, RankClipLoss, SigLipLoss, SpreadLoss
 from rankloss_trainers.catalog import choose
+from rankloss_trainers.composing import base_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
+from registered import register
 
 
 def run_of(name: str, given: Any, teacher: str | None = None) -> Runtime:
@@ -73,7 +75,9 @@ def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, ba
         ("mimicry+rankclip-encoders", {}, 0, "weight", 8.0),
     ],
 )
-def test_options_go_by_loss(name: str, options: dict[str, Any], part: int, key: str, value: Any) -> None:
+def test_options_are_given_by_loss(
+    name: str, options: dict[str, Any], part: int, key: str, value: Any
+) -> None:
     assert choose(name, options)[part].values[key] == value
 
 
@@ -84,6 +88,23 @@ def test_a_loss_in_place_of_the_trainers_is_the_innermost_wherever_it_stands(nam
     assert [x.name for x in losses] == [name, "rankclip", "mimicry"]
     base = run_of(f"rankclip+{name}", options).criterion.base
     assert type(base) is type(run_of(f"{name}+rankclip", options).criterion.base)
+
+
+def test_another_packages_chunk_size_and_memory_budget_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may mean something else, and leave the base as it is; those of rankloss's losses reach it."""
+
+    def in_chunks(base: Any, *, chunk_size: int = 1, memory_budget: int = 1, gather: Any = None) -> TinyLoss:
+        """A loss in chunks of words."""
+        return TinyLoss(base, weight=chunk_size * memory_budget, gather=gather)
+
+    register(monkeypatch, words=in_chunks)
+    (foreign,) = choose("words", {"chunk_size": 7, "memory_budget": 2})
+    assert run_of("words", foreign.given).criterion.weight == 14
+    assert base_of([foreign], Gather()).streaming == ClipLoss().streaming
+    given = {"rankclip": {"chunk_size": 3, "memory_budget": 0}, "words": foreign.given}
+    for name in ("rankclip+words", "words+rankclip"):
+        streaming = base_of(choose(name, given), Gather()).streaming
+        assert streaming == {"chunk_size": 3, "memory_budget": 0}
 
 
 ENCODERS = "image=efficientnet-lite0,text=minilm"

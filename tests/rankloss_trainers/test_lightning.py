@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import torchrun
+from named_inputs import D, inputs_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -33,6 +34,7 @@ with warnings.catch_warnings():
 import rankloss
 import rankloss_trainers
 from rankloss import schedules
+from registered import NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -169,17 +171,17 @@ class AtEpochs(Plain):
 @pytest.mark.parametrize(
     ("module", "given", "message"),
     [
-        (Module, {"data": Stream()}, "total_steps"),
+        (Module, {"data": Stream()}, "a run without a known end .* total_steps"),
         (
             Module,
             {"callbacks": [Progress(), GradientAccumulationScheduler({1: 2})]},
-            "Scheduler .*total_steps",
+            "GradientAccumulationScheduler .* total_steps",
         ),
         (Module, {"callbacks": [Progress(), averaging()]}, "StochasticWeightAveraging .*total_steps"),
         (Module, {"max_epochs": -1, "max_steps": 6, "callbacks": [Progress("epoch")]}, "max_epochs=-1"),
         (Module, {"callbacks": [averaging(), Progress("epoch")]}, "StochasticWeightAveraging"),
         (Manual, {"callbacks": [Progress(total_steps=4)]}, "set_progress"),
-        (AtEpochs, {}, "Epochs .*set_epoch .*Progress"),
+        (AtEpochs, {}, r"Epochs has set_epoch alone: .*Progress\(\'epoch\'\)"),
     ],
 )
 def test_run_whose_steps_cannot_be_known_is_refused(
@@ -216,6 +218,39 @@ class Remembering(Module):
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         pass
+
+
+class Every(Module):
+    """A registered loss with its defaults, and what it takes beside the features."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(6, D), nn.Linear(5, D)
+        self.loss = rankloss_trainers.create(name)
+        inputs = inputs_of(name)
+        self.given = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
+
+    def training_step(self, batch: list[Tensor], _: int) -> Any:
+        images, texts, scale = self.features(batch)
+        of_model = {"image_features": images, "text_features": texts, "logit_scale": scale}
+        of_model |= {"query_features": images, "caption_features": F.normalize(self.text(batch[1].flip(1)))}
+        of_model = {key: x for key, x in of_model.items() if key in self.given}
+        value = self.loss(**{**self.given, **of_model})
+        self.seen.append({"loss": value.item()})
+        return value
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_registered_loss_trains_with_its_defaults(tmp_path: Path, name: str) -> None:
+    module = Every(name)
+    before = weights(module)
+    fit(tmp_path, module, max_epochs=1)
+    assert len(module.seen) == 4
+    assert all(math.isfinite(x["loss"]) for x in module.seen)
+    assert not torch.equal(weights(module), before)
 
 
 # Within an epoch, and at its end.

@@ -135,7 +135,9 @@ def test_ids_reach_the_base_under_other_terms(others: str, same: str) -> None:
     assert [x.same_id for x in bases] == [same]
 
 
-def test_the_share_of_pairs_with_a_partner_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     loss = rankloss.ClipLoss(same_id="ignore", gather=False)
     for ids, share, warned in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
         log = PartnersLog()

@@ -448,7 +448,9 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("clip-ids", {"base": rankloss.ClipLoss(same_id="share")}, ValueError, "same_id.*'share'"),
     ],
 )
-def test_create_refuses_options_that_nobody_uses(name: Any, options: Any, error: Any, message: str) -> None:
+def test_create_refuses_options_that_nobody_acts_on(
+    name: Any, options: Any, error: Any, message: str
+) -> None:
     with pytest.raises(error, match=message):
         rankloss_trainers.create(name, **options)
 

@@ -78,7 +78,9 @@ def gradient(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_a_table_trains_as_an_own_loop(tmp_path: Path, bert: Path, mini_batch_size: int | None) -> None:
+def test_a_table_of_lists_trains_as_an_own_loop(
+    tmp_path: Path, bert: Path, mini_batch_size: int | None
+) -> None:
     model, own = tiny(bert), tiny(bert)
     loss = RankedListsLoss(model, scale=30.0, mini_batch_size=mini_batch_size)
     trainer = train(tmp_path, loss, model, lists(), max_steps=2)
@@ -134,7 +136,9 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
 
 
 @pytest.mark.parametrize("dimensions", [None, [16, 4]])
-def test_losses_of_layers_take_lists_not_mini_batches(bert: Path, dimensions: list[int] | None) -> None:
+def test_losses_of_layers_take_lists_and_refuse_mini_batches(
+    bert: Path, dimensions: list[int] | None
+) -> None:
     found = []
     triplets = RankedLists(in_batch_negatives=True)
     for make in (lambda model: RankedListsLoss(model, triplets), MultipleNegativesRankingLoss):

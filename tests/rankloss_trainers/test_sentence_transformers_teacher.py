@@ -18,7 +18,10 @@ from rankloss import RankClipLoss
 from rankloss.losses import TEACHER
 from rankloss_features import bind
 from rankloss_features.folder import NAMES
+from rankloss_trainers.catalog import load
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
+from registered import NAMES as LOSSES
+from registered import input_names
 
 ORDER = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
 RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 8.0}
@@ -78,6 +81,36 @@ def test_a_teacher_trains_as_a_plain_loop(
     torch.testing.assert_close(found, weights(own), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_registered_loss_trains_with_its_defaults_or_says_what_serves_it(
+    tmp_path: Path, bert: Path, name: str
+) -> None:
+    model, needed = tiny(bert), input_names(name)
+    if "candidate_features" in needed:
+        with pytest.raises(ValueError, match=f"^{name} .*RankedListsLoss"):
+            ContrastiveLoss(model, name)
+        return
+    if "caption_features" in needed:
+        with pytest.raises(ValueError, match=f"{name} needs a column"):
+            ContrastiveLoss(model, name, {"caption_key": "x"})
+        return
+    if load(name).kind == "sigmoid":
+        with pytest.raises(ValueError, match=f"{name} needs .*sigmoid"):
+            ContrastiveLoss(model, name)
+        return
+    is_taught, before = TEACHER[0] in needed, weights(model)
+    data = pairs(ROWS)
+    if is_taught:  # of the model's width, which mimicry compares
+        rows = features(16)
+        data = data.add_column("label", torch.stack([rows[x] for x in NAMES], 1).tolist())
+    loss = ContrastiveLoss(model, name, teacher="given" if is_taught else None)
+    trainer = train(tmp_path, loss, model, train_dataset=data, max_steps=2)
+    values = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(values) == 2
+    assert torch.tensor(values).isfinite().all()
+    assert not torch.equal(weights(model), before)
+
+
 def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     loss = ContrastiveLoss(model, "tiny", agreement_every=2)
@@ -89,11 +122,13 @@ def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
 def test_a_narrower_teacher_cannot_be_copied(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", pairs(ROWS), features(8), "image", "text")
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
-    with pytest.raises(ValueError, match=r"teacher .*8 .*16"):
+    with pytest.raises(ValueError, match="the teacher has 8 dimensions, fewer than the student's 16"):
         trained(tmp_path, data, "mimicry", teacher=path)
 
 
-def test_columns_of_other_pairs_are_refused_before_a_step(tmp_path: Path, bound: tuple[str, Any]) -> None:
+def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
+    tmp_path: Path, bound: tuple[str, Any]
+) -> None:
     path, data = bound
     model = tiny(tmp_path)
     before = weights(model)
@@ -119,8 +154,12 @@ def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
 ) -> None:
     for data, name, message in (
         (bound[1], "rankclip", "teacher .*label"),
-        (pairs(ROWS), "rankclip-distill", "rankclip-distill .*teacher"),
-        (labelled(pairs(ROWS)), "clip-streamed", "clip-streamed .*teacher"),
+        (
+            pairs(ROWS),
+            "rankclip-distill",
+            "rankclip-distill needs a teacher's features: give labels, .*FOLDER",
+        ),
+        (labelled(pairs(ROWS)), "clip-streamed", "clip-streamed does not use a teacher"),
     ):
         with pytest.raises(ValueError, match=message):
             trained(tmp_path, data, name)
@@ -146,7 +185,7 @@ def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = tiny(tmp_path)
     before, loss = weights(model), ContrastiveLoss(model)
-    with pytest.raises(ValueError, match=r"9 .*8 .*dataloader_drop_last"):
+    with pytest.raises(ValueError, match=r"1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"):
         train(tmp_path, loss, model, train_dataset=pairs(9))
     assert torch.equal(weights(model), before)
     train(tmp_path, loss, model, train_dataset=pairs(9), dataloader_drop_last=True)
@@ -164,7 +203,9 @@ def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
         wrapped = MatryoshkaLoss(model, loss, [16, 4])
         columns = [model.preprocess(list(given[name])) for name in given.column_names]
         loss.run.set_progress(1, 1)
-        with pytest.raises(ValueError, match=r"labels .*4 of 16"):
+        with pytest.raises(
+            ValueError, match=r"cut the teacher\'s labels to 4 of 16 dimensions: .*as teacher"
+        ):
             wrapped(columns, labels)
         # A teacher of another width is left whole.
         value = wrapped(columns, labels[..., :12].contiguous())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import logging
 import re
@@ -36,6 +38,7 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale
+from registered import NAMES, input_names
 
 TEACHER = ("image", "text")
 
@@ -130,6 +133,17 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(
     assert [x.shape for found in seen for x in found[:2]] == [(17, 8)] * (4 if size else 0)
 
 
+def is_served(name: str) -> bool:
+    """True for a loss whose columns of data the Trainer reads: none, ids or lists."""
+    return "caption_features" not in input_names(name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not is_served(name)])
+def test_a_loss_of_columns_that_are_open_clips_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs a column"):
+        trainer(tmp_path, loss=name, loss_options={"caption_key": "x"})
+
+
 def batch_for(name: str) -> dict[str, Any]:
     """What a Trainer is given for one step of a named loss."""
     if name == "ranked-lists":
@@ -141,39 +155,94 @@ def batch_for(name: str) -> dict[str, Any]:
     return {"pairs": pairs, "teacher": "given" if catalog.load(name).teacher else None}
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize(
-    ("name", "size"), [*((name, 3) for name in catalog.LOSSES), ("rankclip", None), ("tiny", None)]
-)
-def test_adapters_learn_every_named_loss(tmp_path: Path, name: str, size: int | None) -> None:
-    """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW.
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """One step of a loss with its defaults: of the whole model, and of adapters on the same weights."""
 
-    What is frozen stays; the scale, which ``modules_to_save`` does not reach, moves if it is thawed.
-    """
+    start: dict[str, Tensor]
+    full: Any
+    adapted: Any
+
+    @property
+    def own(self) -> Any:
+        """The model in which the adapters are."""
+        return self.adapted.model.base_model.model
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Adapted]:
+    """Trainings by the name of the loss and the size of mini-batches; the scale is thawed if there is one."""
     peft = pytest.importorskip("peft")
-    kind = "Siglip" if name == "siglip-streamed" else "CLIP"
-    names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
-    model = peft.get_peft_model(build(kind), peft.LoraConfig(r=2, lora_alpha=4, **names))
-    own = model.base_model.model
-    own.logit_scale.requires_grad_(size is not None)
-    given = {**batch_for(name), "loss": name, "max_steps": 1, **SGD, "learning_rate": 1.0}
-    start = dict(build(kind).named_parameters())
-    full = train(tmp_path, model=build(kind), **given)
-    adapted = train(tmp_path, model=model, mini_batch_size=size, **given)
-    assert lines(adapted)[0]["loss"] == pytest.approx(lines(full)[0]["loss"], rel=1e-5)
-    moved = {key: x - start[key] for key, x in full.model.named_parameters()}
+
+    @functools.cache
+    def of(name: str, size: int | None) -> Adapted:
+        kind = "Siglip" if catalog.load(name).kind == "sigmoid" else "CLIP"
+        names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
+        model = peft.get_peft_model(build(kind), peft.LoraConfig(r=2, lora_alpha=4, **names))
+        model.base_model.model.logit_scale.requires_grad_(size is not None)
+        given = {**batch_for(name), "loss": name, "max_steps": 1, **SGD, "learning_rate": 1.0}
+        start = dict(build(kind).named_parameters())
+        full = train(tmp_path_factory.mktemp("full"), model=build(kind), **given)
+        place = tmp_path_factory.mktemp("adapted")
+        return Adapted(start, full, train(place, model=model, mini_batch_size=size, **given))
+
+    return of
+
+
+Adaptations = Callable[[str, int | None], Adapted]
+peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+of_every_loss = pytest.mark.parametrize(
+    ("name", "size"), [*((name, 3) for name in NAMES if is_served(name)), ("rankclip", None), ("tiny", None)]
+)
+
+
+@peft_warns
+@of_every_loss
+def test_a_model_with_adapters_has_the_loss_of_the_whole_model(
+    adapted: Adaptations, name: str, size: int | None
+) -> None:
+    one = adapted(name, size)
+    assert lines(one.adapted)[0]["loss"] == pytest.approx(lines(one.full)[0]["loss"], rel=1e-5)
+
+
+@peft_warns
+@of_every_loss
+def test_adapters_learn_what_the_whole_layers_learn(
+    adapted: Adaptations, name: str, size: int | None
+) -> None:
+    """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW."""
+    one = adapted(name, size)
+    moved = {key: x - one.start[key] for key, x in one.full.model.named_parameters()}
     layers = [key for key in moved if key.endswith(("q_proj.weight", "v_proj.weight"))]
-    for key in layers:
-        layer = own.get_submodule(key.removesuffix(".weight"))
-        owed = 2 * moved[key] @ layer.lora_A["default"].weight.T
-        torch.testing.assert_close(layer.lora_B["default"].weight, owed, rtol=1e-3, atol=1e-6)
     assert len(layers) == 4
     assert max(moved[key].abs().max() for key in layers) > 1e-4
-    scales = (own.logit_scale, full.model.logit_scale if size else start["logit_scale"])
-    torch.testing.assert_close(*scales, rtol=1e-5, atol=1e-6)
-    assert torch.equal(own.logit_scale, start["logit_scale"]) is (size is None)
-    frozen = {key: x for key, x in own.named_parameters() if not x.requires_grad}
-    assert all(torch.equal(x, start[key.replace(".base_layer", "")]) for key, x in frozen.items())
+    for key in layers:
+        layer = one.own.get_submodule(key.removesuffix(".weight"))
+        owed = 2 * moved[key] @ layer.lora_A["default"].weight.T
+        torch.testing.assert_close(layer.lora_B["default"].weight, owed, rtol=1e-3, atol=1e-6)
+
+
+@peft_warns
+@of_every_loss
+def test_the_scale_learns_beside_adapters_if_it_is_thawed(
+    adapted: Adaptations, name: str, size: int | None
+) -> None:
+    """``modules_to_save`` does not reach it."""
+    one = adapted(name, size)
+    scale, start = one.own.logit_scale, one.start["logit_scale"]
+    torch.testing.assert_close(scale, one.full.model.logit_scale if size else start, rtol=1e-5, atol=1e-6)
+    assert torch.equal(scale, start) is (size is None)
+
+
+@peft_warns
+@of_every_loss
+def test_weights_that_are_frozen_under_adapters_stay(
+    adapted: Adaptations, name: str, size: int | None
+) -> None:
+    one = adapted(name, size)
+    frozen = {key: x for key, x in one.own.named_parameters() if not x.requires_grad}
+    assert frozen
+    assert all(torch.equal(x, one.start[key.replace(".base_layer", "")]) for key, x in frozen.items())
 
 
 # --- cached gradients -------------------------------------------------------------------------------------
@@ -188,7 +257,9 @@ def double() -> Iterator[None]:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("kind", "dropout"), [("CLIP", 0.0), ("Siglip", 0.5), ("Siglip2", 0.0)])
-def test_mini_batches_have_the_gradients_of_the_batch(tmp_path: Path, kind: str, dropout: float) -> None:
+def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
+    tmp_path: Path, kind: str, dropout: float
+) -> None:
     """The random numbers are drawn per mini-batch, and drawn again in the backward pass."""
     batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
     model = build(kind).train()
@@ -399,18 +470,20 @@ def lookup(examples: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mini_batch_size": 0}, "mini_batch_size.*0"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be an integer of at least 1.* 0"),
         ({"loss": "clip-streamed", "model": build("Siglip")}, "clip-streamed .*logit_bias"),
-        ({"loss": "tiny-caption", "loss_options": {"caption_key": "x"}}, "tiny-caption "),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
-        ({"model": Other()}, "image_embeds.*text_embeds.*logits"),
+        ({"model": Other()}, "no image_embeds and no text_embeds, got logits"),
         ({"pairs": Stream(), "schedule_unit": "epoch"}, "schedule_unit"),
-        ({"pairs": Pairs(9)}, "9 .*8 .*dataloader_drop_last"),
+        ({"pairs": Pairs(9)}, "last batch .* 1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"),
         ({"mini_batch_size": 3, "torch_compile_backend": "eager"}, "mini_batch_size .*compiled"),
-        ({"mini_batch_size": 3, "data_collator": lookup}, "mini_batch_size .*position_ids.* 8"),
+        (
+            {"mini_batch_size": 3, "data_collator": lookup},
+            "mini_batch_size cannot split position_ids: .* 8 pairs",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, given: Any, message: str) -> None:
@@ -478,7 +551,7 @@ def test_scale_is_the_multiplier() -> None:
         return logit_scale(SimpleNamespace(**parameter, max_log_logit_scale=limit))
 
     assert torch.equal(scale(2.0, logit_scale=torch.tensor(9.0)), torch.tensor(2.0).exp())
-    with pytest.raises(ValueError, match=r"logit_scale .*0"):
+    with pytest.raises(ValueError, match="logit_scale has 0 elements on this process"):
         scale(logit_scale=torch.zeros(0))
 
 

@@ -266,7 +266,7 @@ EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
         ({}, {"processing_class": None}, "tokenizer .*NoneType"),
     ],
 )
-def test_what_cannot_train_is_refused_before_a_step(
+def test_what_cannot_train_is_refused_before_the_first_step(
     tmp_path: Path, more: Any, given: Any, named: str
 ) -> None:
     model = watched()

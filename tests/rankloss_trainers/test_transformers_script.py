@@ -92,11 +92,11 @@ def test_script_trains_with_the_loss_and_evaluates_without(tmp_path: Path, here:
 @pytest.mark.parametrize(
     ("argv", "error", "message"),
     [
-        (("--trainer", "none"), SystemExit, "--loss rankclip"),
-        (("--trainer", "loop"), RuntimeError, "--loss rankclip"),
+        (("--trainer", "none"), SystemExit, "--loss rankclip was not used"),
+        (("--trainer", "loop"), RuntimeError, "--loss rankclip was not used"),
         (("--trainer", "OwnLoss"), RuntimeError, "loss rankclip was not used: OwnLoss .*compute_loss"),
         (("--trainer", "OwnStep"), RuntimeError, "loss rankclip was not used: OwnStep .*compute_loss"),
-        (("--kind", "other"), ValueError, "Classifier.*logit_scale"),
+        (("--kind", "other"), ValueError, "Classifier has neither a logit_scale nor a temperature"),
     ],
 )
 def test_script_that_would_train_something_else_fails(
@@ -160,14 +160,20 @@ def test_what_is_the_scripts_reaches_it_in_order(typed: str, chosen: Any, rest: 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss", "rankclap"], "--loss: .*rankclap.*rankclip"),
-        (["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"], "-model: .*top_k=2"),
-        (["--loss", "rankclip", "--rankclip-lamda-in", "3"], "--rankclip-lamda-in: .*--rankclip-lambda-in"),
-        (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: "),
-        (["--loss", "tiny-caption"], "--loss: tiny-caption"),
-        (["--loss", "rankclip", "--loss-teacher", "missing"], "--loss-teacher: .*missing"),
-        (["--loss", "mimicry", "--mimicry-teacher=x"], "--mimicry-teacher: .*--loss-teacher"),
-        (["--loss-agreement-every", "2"], "--loss-agreement-every: .*--loss NAME"),
+        (["--loss", "rankclap"], "--loss: .*rankclap'; did you mean rankclip"),
+        (
+            ["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"],
+            "-model: model='top_one' needs top_k=None.* top_k=2",
+        ),
+        (
+            ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
+            "--rankclip-lamda-in: there is no such option; did you mean --rankclip-lambda-in",
+        ),
+        (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: there is no such"),
+        (["--loss", "tiny-caption"], "--loss: tiny-caption needs a column"),
+        (["--loss", "rankclip", "--loss-teacher", "missing"], "--loss-teacher: missing is no folder"),
+        (["--loss", "mimicry", "--mimicry-teacher=x"], "--mimicry-teacher: .*it is .*--loss-teacher"),
+        (["--loss-agreement-every", "2"], "--loss-agreement-every: only with --loss NAME"),
         *((["--loss", "rankclip", x, "y"], x) for x in ("--loss_teacher", "--loss-teecher")),
     ],
 )

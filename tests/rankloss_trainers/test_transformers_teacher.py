@@ -24,7 +24,9 @@ from rankloss_features import bind, sources
 from rankloss_features.caching import Spec
 from rankloss_features.folder import NAMES, SPACES
 from rankloss_features.teachers import Teacher
+from rankloss_trainers.catalog import load
 from rankloss_trainers.pair_ids import hash_tokens
+from registered import NAMES as NAMES_OF_LOSSES
 
 TEACHER = ("image", "text")
 ORDER = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
@@ -99,7 +101,7 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ("pairs", "given", "message"),
     [
         (spoilt(math.nan, slice(3, 4), "reference_image_features"), {}, "reference_image_features .*row 3"),
-        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*pixel_values, input_ids"),
+        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*have pixel_values, input_ids"),
         (
             renamed("reference_image_features", "reference_img_features"),
             {"loss": "rankclip-distill", "loss_options": {"lambda_cross": 0.0}},
@@ -108,13 +110,17 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         (
             renamed("reference_image_features", "reference_image_feature"),
             {"loss_options": {"lambda_cross": 0.0}},
-            "reference_image_feature, .*rankclip .*reference_image_features",
+            "reference_image_feature, which rankclip does not use; did you mean reference_image_features",
         ),
-        (Pairs(ROWS, "image"), {}, "reference_image_features alone"),
+        (Pairs(ROWS, "image"), {}, "got reference_image_features alone"),
         # Two sources that contradict each other.
-        (bound_pairs(), {}, "reference_pair, .*teacher"),
-        (Pairs(), {"teacher": "given"}, "rankclip .*teacher"),
-        (Pairs(ROWS, *TEACHER), {"data_collator": dropping}, "reference_image_features"),
+        (bound_pairs(), {}, "have reference_pair, of a folder that no option teacher names"),
+        (Pairs(), {"teacher": "given"}, "rankclip needs a teacher's features"),
+        (
+            Pairs(ROWS, *TEACHER),
+            {"data_collator": dropping},
+            "have reference_image_features, and the batch has not",
+        ),
         # Columns of no ids.
         (grouped(), BY_GROUP, "group .*pixel_values"),
         (grouped(group=[0.5] * 8), BY_GROUP, "group .*0.5"),
@@ -142,13 +148,13 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
     path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
     other = folder(tmp_path / "other", captioned("another"), features(), "image", "caption")
     for pairs, message in (
-        (bound_pairs(*TEACHER), f"teacher '{path}' .*reference_image_features"),
-        (Pairs(ROWS), "reference_pair, .*rankloss_features.bind"),
+        (bound_pairs(*TEACHER), f"teacher '{path}' and reference_image_features, .* two teachers"),
+        (Pairs(ROWS), "no column reference_pair, which rankloss_features.bind"),
         (joined(bind(captioned("another"), other)), r"row 0 .*bind"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
-    with pytest.raises(ValueError, match=f"^teacher: {tmp_path} "):
+    with pytest.raises(ValueError, match=f"^teacher: {tmp_path} is no folder"):
         trainer(tmp_path, teacher=str(tmp_path))
 
 
@@ -185,13 +191,41 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     assert by_folder.loss_runtime.teaching.use == "required"
     for trained in computed:
         assert torch.equal(weights(trained.model), weights(by_folder.model))
-    with pytest.raises(ValueError, match=r"'image', .*`rankloss features --text-encoder other"):
+    with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
         trainer(
             tmp_path, pairs=captioned().select_columns("caption"), loss="rankclip-in", teacher="text=other"
         )
-    with pytest.raises(ValueError, match=r"^mimicry "):
+    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
         trainer(tmp_path, pairs=joined(captioned()), loss="mimicry+rankclip-encoders")
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES_OF_LOSSES if load(x).teacher not in (None, "required")])
+def test_every_preset_trains_with_its_own_teacher_and_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The captions are real, of a few words, and encoders that an extra installs are tiny."""
+    original, loaded = sources.load, []
+
+    def load_tiny(given: list[str], args: Any, device: torch.device) -> Any:
+        loaded.append(given)
+        if args.text_encoder == "captions":
+            return original(given, args, device)
+        whole = tiny_teacher.teacher()
+        return Teacher(whole.about, dict.fromkeys(NAMES, whole.encoders[NAMES[1]]), spaces="separate")
+
+    monkeypatch.setattr(sources, "load", load_tiny)
+    monkeypatch.setattr(Spec, "check", lambda spec: spec)
+    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
+    words = ["apple pie", "apple tree", "old tree", "old pie", "pear"]
+    data = captioned().remove_columns("caption")
+    data = data.add_column("caption", [f"{words[row % 5]} {row % 7}" for row in range(ROWS)])
+    ended = train(tmp_path, pairs=joined(data), loss=name, max_steps=2, **SGD)
+    assert len(loaded) == 1
+    assert ended.loss_runtime.use_of_teacher == "required"
+    assert all(math.isfinite(x) for x in column(ended, "loss"))
+    assert column(ended, "in_modal_loss")[1] > 0
+    assert not torch.equal(weights(ended.model), weights(clip()))
 
 
 def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
@@ -224,7 +258,9 @@ class Grouped(Pairs):
 
 @pytest.mark.parametrize("key", ["captions", "group"])
 @pytest.mark.parametrize("size", [None, 3])
-def test_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str, size: int | None) -> None:
+def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
+    tmp_path: Path, key: str, size: int | None
+) -> None:
     data, model = Grouped(8), clip()
     given = {"loss_options": {"clip-ids": {"key": key}, "rankclip": {"schedule": "constant"}}}
     ended = train(

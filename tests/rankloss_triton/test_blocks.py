@@ -183,7 +183,9 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(method: dict[str, Any], ba
     "reference", [[0.9, 0.1, 0.9, 0.3, 0.2, 0.7, 0.1, 0.9], [0.4, 0.1, -0.5, 0.30001, 0.2, 0.7, 0.3, 0.65]]
 )
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_items_share_a_bin_exactly_where_quantize_says_so(reference: list[float], diagonal: bool) -> None:
+def test_items_share_a_bin_of_the_kernel_exactly_where_quantize_says_so(
+    reference: list[float], diagonal: bool
+) -> None:
     """With equal scores the gradient says of every item with which others it is tied."""
     y = torch.tensor([[reference], [reference]])
     block = block_of(torch.zeros_like(y), 1.0, ALONE, reference=y, first_row=5)

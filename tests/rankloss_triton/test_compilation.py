@@ -39,7 +39,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-def test_two_registers_spill_at_most_and_programs_fit_together(compiled: list[dict[str, Any]]) -> None:
+def test_two_registers_spill_at_most_and_a_launchs_programs_fit_together(
+    compiled: list[dict[str, Any]],
+) -> None:
     """On Hopper, as the runtime compiles: the ranks of lists of 1,024 items need 130 of 128 registers."""
     assert len(compiled) == 8
     spilled = {(x["kernel"], x["N"], x["plain"]): x["stack"] for x in compiled if x["stack"]}

@@ -36,5 +36,5 @@ def test_value_and_gradients_are_those_of_torchs_operations(options: dict, has_t
 
 
 def test_a_case_without_a_kernel_is_an_error_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"kernel='triton' .*float64"):
+    with pytest.raises(ValueError, match=r"kernel='triton' does not serve here: .*not in float64"):
         loss_and_gradients(False, torch.float64, kernel="triton")

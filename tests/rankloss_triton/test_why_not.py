@@ -34,10 +34,10 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
         ({"worth": "identity"}, "worth='identity'"),
         ({"ties": "random"}, "ties='random'"),
         ({"lists": "batch"}, "lists='batch'"),
-        ({"model": "top_one"}, "model='top_one'"),
-        ({"dtype": torch.float64}, "float64"),
-        ({"device": "cpu"}, "cpu"),
-        ({"device": "xpu"}, "XPU"),
+        ({"model": "top_one"}, "model='top_one' has no kernel"),
+        ({"dtype": torch.float64}, "not in float64"),
+        ({"device": "cpu"}, "on CUDA, not on cpu"),
+        ({"device": "xpu"}, "never run on XPU"),
         ({"N": 131_073}, "131,073"),
         ({"method": "bin", "bins": 2**20}, "1,048,576"),
     ],
@@ -50,8 +50,8 @@ def test_the_reason_names_what_is_not_served(case: dict[str, Any], reason: str |
 
 def test_triton_must_be_there_and_not_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, reason in (
-        (None, "Triton"),
-        ("3.2.0+git1", "3.2.0+git1"),
+        (None, "Triton is not installed"),
+        ("3.2.0+git1", "the kernels need Triton 3.4 or later; 3.2.0.git1 is installed"),
         ("3.4.0", None),
         ("3.10.0", None),
     ):

@@ -1,0 +1,19 @@
+"""The measures of lists, called alike: of scores, grades, and a mask where they take one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from rankloss import metrics
+
+MASKED: dict[str, Callable[..., Any]] = {
+    "kendall_tau": functools.partial(metrics.kendall_tau),
+    "kendall_tau, c": functools.partial(metrics.kendall_tau, variant="c"),
+    "pairwise_accuracy": functools.partial(metrics.pairwise_accuracy),
+    "ndcg": functools.partial(metrics.ndcg, k=3),
+    "reciprocal_rank": functools.partial(metrics.reciprocal_rank, at_least=0.0),
+}
+"""Measures whose lists may be padded."""
+LISTS: dict[str, Callable[..., Any]] = {**MASKED, "spearman_rho": metrics.spearman_rho}
