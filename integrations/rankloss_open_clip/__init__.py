@@ -1,4 +1,4 @@
-"""``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP, CyCLIP, ALIP, and others.
+"""``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP and every other registered loss.
 
 Next to nothing is imported here: torch calls :func:`wait_for_trainer` in every program that imports torch, so
 this package costs nothing until open_clip is imported.

@@ -32,7 +32,7 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A question that ends an error about a misspelt word; empty where nothing known is close to it.
 
     Example:
-        >>> did_you_mean("rankclap", ["rankclip", "cyclip"])
+        >>> did_you_mean("rankclap", ["rankclip", "mimicry"])
         '; did you mean rankclip?'
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from batches import gradients, relative_error, unit_rows
 from fake_devices import MPS, meta_is, no_float64
-from rankloss_baselines import AlipLoss
+from rankloss_baselines.alip import AlipLoss
 
 KEYS = ("contrastive_loss", "caption_contrastive_loss")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -218,6 +218,20 @@ def test_values_of_other_dtypes_are_float32(dtype: torch.dtype) -> None:
 
 
 # --- conventions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [
+        ("gamma_sample", -1.0, "must be a finite number >= 0.* -1.0"),
+        ("momentum", 1.5, r"must be in \[0, 1\].* 1.5"),
+        ("initial_history", math.nan, "must be finite.* nan"),
+        ("gather", True, "must be None.* True"),
+    ],
+)
+def test_bad_options_are_named(argument: str, value: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} {reason}"):
+        AlipLoss(**{argument: value})
 
 
 def test_bad_captions_are_named() -> None:

@@ -1,4 +1,4 @@
-"""CyCLIP and ALIP on gloo processes, against one process; test_distributed has the flags of gathering."""
+"""ALIP on gloo processes, against one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from batches import assert_same, unit_rows
 from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
-from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss_baselines.alip import AlipLoss
 from test_distributed import averaged, differentiated, own
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
@@ -22,9 +22,6 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
     rng = np.random.default_rng(world_size)
     rows = [torch.from_numpy(unit_rows(rng, N_PER_RANK * world_size, D)) for _ in range(3)]
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
-
-
-# --- what they compute ----------------------------------------------------------------------------------
 
 
 def histories(rank: int, world_size: int) -> list[Tensor]:
@@ -56,19 +53,18 @@ def composed(rank: int, world_size: int) -> list[Tensor]:
     *rows, s = inputs = leaves(world_size)
     (v, t, c), values = own(rank, world_size, *rows), []
     for gather in (None, Gather(local_loss=False)):  # None finds the default group
-        base = CyClipLoss(AlipLoss(gather=gather), gather=gather)
-        loss = RankClipLoss(base, schedule="constant", gather=gather)
+        loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
         values.append(loss(v, t, s, caption_features=c))
     return differentiated(sum(values) / 2, inputs)  # both are exact
 
 
-def test_composition_is_exact_too(pool: Pool) -> None:
+def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
-    loss = RankClipLoss(CyClipLoss(AlipLoss()), schedule="constant")
+    loss = RankClipLoss(AlipLoss(), schedule="constant")
     entries = loss(v, t, s, caption_features=c, output_dict=True)
     assert list(entries)[:2] == ["contrastive_loss", "caption_contrastive_loss"]
-    assert len(entries) == 6
-    assert list(loss.state_dict()) == ["base.base.histories"]
+    assert len(entries) == 4
+    assert list(loss.state_dict()) == ["base.histories"]
     assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
 
 
@@ -87,18 +83,15 @@ def test_bad_captions_of_one_process_are_the_error_of_all(pool: Pool) -> None:
     assert others == [first] * (pool.world_size - 1)
 
 
-def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
+def collectives(rank: int, world_size: int) -> dict[str, int]:
     *rows, s = leaves(world_size)
-    v, t, c = own(rank, world_size, *rows)
-    loss, given = (AlipLoss(), {"caption_features": c}) if name == "alip" else (CyClipLoss(), {})
-    loss(v, t, s, **given)  # processes may compare what they bring, once
+    (v, t, c), loss = own(rank, world_size, *rows), AlipLoss()
+    loss(v, t, s, caption_features=c)  # processes may compare what they bring, once
     with Collectives() as calls:
-        loss(v, t, s, **given)
+        loss(v, t, s, caption_features=c)
     return dict(calls.counts)
 
 
-@pytest.mark.parametrize("name", ["cyclip", "alip"])
-def test_features_are_gathered_once(pool: Pool, name: str) -> None:
-    """Images, and texts: ALIP's two captions in one call, CyCLIP's for its terms and its base."""
-    checks = 2  # of CyCLIP and its base; of ALIP's inputs and its second captions
-    assert pool.run(collectives, name) == [{"allreduce": checks, "allgather": 2}] * pool.world_size
+def test_images_and_both_captions_are_gathered_once(pool: Pool) -> None:
+    """The two captions in one call; the inputs and the second captions are checked."""
+    assert pool.run(collectives) == [{"allreduce": 2, "allgather": 2}] * pool.world_size
