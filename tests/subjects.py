@@ -453,6 +453,8 @@ NO_SUBJECTS = {
     "distributed.gather_once": "a context: test_distributed has losses in it",
     "functional.cross_modal": "a term of RankConsistency",
     "functional.in_modal": "a term of RankConsistency",
+    "metrics.partner_ranks": "ranks of a test set: test_retrieval has them",
+    "metrics.recall": "shares of a test set: test_retrieval has them",
     "reference": "the oracle",
     "schedules": "numbers in, a number out: no tensor that a condition could touch",
 }
