@@ -227,6 +227,10 @@ class Shards:
         self.about = {"kind": "webdataset", "data": urls}
         self.counts: list[int] = []
 
+    def sources(self) -> list[str]:
+        """See :class:`Table`: each sample has its own picture."""
+        return [str(row) for row in range(sum(self.counts))]
+
     def identity(self) -> str:
         """See :class:`Table`: of the shards' paths and sizes, and the beginning of some."""
         sizes = [os.path.getsize(url) if os.path.isfile(url) else None for url in self.urls]

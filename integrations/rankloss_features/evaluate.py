@@ -16,7 +16,7 @@ import torch
 
 from rankloss.options import check_count
 from rankloss_features import data, sources
-from rankloss_features.evaluation import differences, encode, measure
+from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
 
 WAYS = {
     "image_to_text": "picture → text",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
             args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"rankloss evaluate: {_last_line(error)}", file=sys.stderr)
+        print(f"rankloss evaluate: {sources.last_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -53,26 +53,17 @@ def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, An
         ValueError: The model or the data cannot be read, or do not fit; the other result is of other data.
     """
     sources.check_pretrained(args.model, args.pretrained)
-    pairs = data.open_data(args)
+    opened = data.open_data(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = argparse.Namespace(
         model=args.model, pretrained=args.pretrained, features=None, image_encoder=None, text_encoder=None
     )
     model = sources.load(["model"], options, device)
-    encoded = encode(model, pairs, batch_size=args.batch_size, workers=args.workers, shows=True)
+    pairs = Pairs.of(opened)
+    features = encode_rows(model, opened, batch_size=args.batch_size, workers=args.workers, shows=True)
+    encoded = pairs.encoded(**features)
     named = args.model + (f" ({args.pretrained})" if args.pretrained else "")
-    about: dict[str, Any] = {
-        "rankloss": version("rankloss"),
-        "model": named,
-        "data": str(args.data),
-        "ids_key": args.ids_key,
-        "identity": encoded.identity,
-        "pictures": len(encoded.image_features),
-        "texts": len(encoded.text_features),
-        "groups": 1 + int(encoded.image_ids.max()),
-        "repeated_captions": encoded.repeated,
-        "width": encoded.image_features.shape[1],
-    }
+    about = described(encoded, named, str(args.data), args.ids_key)
     if other is not None and other["identity"] != encoded.identity:
         raise ValueError(
             f"--against {args.against} is of other pictures, captions or ids: {other['pictures']} pictures "
@@ -90,6 +81,22 @@ def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, An
     return result
 
 
+def described(encoded: Encoded, model: str, data: str, ids_key: str | None) -> dict[str, Any]:
+    """The entries of a result that say what was evaluated."""
+    return {
+        "rankloss": version("rankloss"),
+        "model": model,
+        "data": data,
+        "ids_key": ids_key,
+        "identity": encoded.identity,
+        "pictures": len(encoded.image_features),
+        "texts": len(encoded.text_features),
+        "groups": 1 + int(encoded.image_ids.max()),
+        "repeated_captions": encoded.repeated,
+        "width": encoded.image_features.shape[1],
+    }
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The result in a file of ``--json``."""
     try:
@@ -100,14 +107,6 @@ def _read(file: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"--against {file} is no result of --json: it has no {missing[0]!r}")
     return dict(result)
-
-
-def _last_line(error: Exception) -> str:
-    """The message of an error, without the traceback of a process that reads pictures."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return text
 
 
 # --- the table --------------------------------------------------------------------------------------------

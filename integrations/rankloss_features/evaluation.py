@@ -2,7 +2,9 @@
 
 ::
 
-    encoded = encode(teacher, open_data(args), batch_size=64)
+    data = open_data(args)
+    pairs = Pairs.of(data)
+    encoded = pairs.encoded(**encode_rows(teacher, data, batch_size=64))
     result = measure(encoded, (1, 5, 10), by_ids=False)
 """
 
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.metrics import modality_gap, partner_ranks, rank_agreement
-from rankloss_features.data import Data, Shards, groups_of
+from rankloss_features.data import Data, groups_of
 from rankloss_features.folder import NAMES, hashes_of_pairs
 from rankloss_features.teachers import Batches, Teacher
 
@@ -63,56 +65,77 @@ class Encoded:
         return ids.numpy()
 
 
-def encode(
-    teacher: Teacher, data: Data, *, batch_size: int, workers: int = 0, shows: bool = False
-) -> Encoded:
-    """Encode the distinct pictures and texts of all pairs, in float32.
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a picture and a caption, and what belongs together.
 
-    Pairs of one id are a group. Without ids the pairs of one picture are. A caption that stands in several
-    groups is a text of each.
-
-    Args:
-        teacher: The model.
-        data: The pairs.
-        batch_size: Pairs of a forward pass.
-        workers: Processes that read pictures.
-        shows: True for a progress bar.
-
-    Raises:
-        ValueError: There are no pairs, a picture cannot be read, or it has two ids.
+    Attributes:
+        captions: The caption of each row.
+        names: The name of each row's picture.
+        pictures: The picture of each row: equal values are one picture.
+        groups: The group of each row: its id, or without ids its picture.
+        data: The data, for messages.
     """
-    captions, names = list[str](), list[str]()
-    for of_captions, of_names in data.pairs():
-        captions += of_captions
-        names += of_names
-    if not captions:
-        raise ValueError(f"--data {data.about['data']} has no pairs of a picture and a caption")
-    sources = [str(row) for row in range(len(captions))] if isinstance(data, Shards) else data.sources()
-    pictures, of_picture = _distinct(sources)
-    groups = data.ids if data.ids is not None else sources
-    groups_of_pictures = [groups[row] for row in pictures]
-    for row, (picture, group) in enumerate(zip(of_picture, groups, strict=True)):
-        if group != groups_of_pictures[picture]:
-            raise ValueError(
-                f"row {row}: the picture {names[row]!r} has the id {group!r} here, and "
-                f"{groups_of_pictures[picture]!r} in row {pictures[picture]}"
-            )
-    texts, of_text = _distinct(list(zip(captions, groups, strict=True)))
-    features = _encode_rows(teacher, data, len(captions), batch_size, workers, shows=shows)
-    # The last bits of equal captions may differ by their batches: each has those of its first row.
-    first_of_caption = {caption: row for row, caption in reversed([*enumerate(captions)])}
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    digest = hashlib.blake2b(hashes_of_pairs(captions, names).tobytes(), digest_size=16)
-    digest.update(repr([numbers[group] for group in groups]).encode())
-    return Encoded(
-        image_features=features[_IMAGES][pictures],
-        text_features=features[_TEXTS][[first_of_caption[captions[row]] for row in texts]],
-        image_ids=torch.tensor([numbers[groups[row]] for row in pictures]),
-        text_ids=torch.tensor([numbers[groups[row]] for row in texts]),
-        pair_texts=torch.tensor([of_text[row] for row in pictures]),
-        repeated=len(texts) - len(first_of_caption),
-        identity=digest.hexdigest(),
-    )
+
+    captions: list[str]
+    names: list[str]
+    pictures: list[str]
+    groups: list[Any]
+    data: str
+
+    @classmethod
+    def of(cls, data: Data) -> Pairs:
+        """All pairs of some data.
+
+        Raises:
+            ValueError: There are none, or a picture has two ids.
+        """
+        captions, names = list[str](), list[str]()
+        for of_captions, of_names in data.pairs():
+            captions += of_captions
+            names += of_names
+        place = str(data.about["data"])
+        if not captions:
+            raise ValueError(f"--data {place} has no pairs of a picture and a caption")
+        pictures = data.sources()
+        groups = pictures if data.ids is None else data.ids
+        first_row: dict[str, int] = {}
+        for row, picture in enumerate(pictures):
+            first = first_row.setdefault(picture, row)
+            if groups[first] != groups[row]:
+                raise ValueError(
+                    f"row {row}: the picture {names[row]!r} has the id {groups[row]!r} here, and "
+                    f"{groups[first]!r} in row {first}"
+                )
+        return cls(captions, names, pictures, groups, place)
+
+    def take(self, rows: Sequence[int]) -> Pairs:
+        """Some of the pairs."""
+        columns = (self.captions, self.names, self.pictures, self.groups)
+        captions, names, pictures, groups = ([column[row] for row in rows] for column in columns)
+        return Pairs(captions, names, pictures, groups, self.data)
+
+    def encoded(self, image_features: Tensor, text_features: Tensor) -> Encoded:
+        """The distinct pictures and texts, of the features of all rows.
+
+        A caption that stands in several groups is a text of each.
+        """
+        pictures, _ = _distinct(self.pictures)
+        texts, of_text = _distinct(list(zip(self.captions, self.groups, strict=True)))
+        # The last bits of equal captions may differ by their batches: each has those of its first row.
+        first_of_caption = {caption: row for row, caption in reversed([*enumerate(self.captions)])}
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
+        digest = hashlib.blake2b(hashes_of_pairs(self.captions, self.names).tobytes(), digest_size=16)
+        digest.update(repr([numbers[group] for group in self.groups]).encode())
+        return Encoded(
+            image_features=image_features[pictures],
+            text_features=text_features[[first_of_caption[self.captions[row]] for row in texts]],
+            image_ids=torch.tensor([numbers[self.groups[row]] for row in pictures]),
+            text_ids=torch.tensor([numbers[self.groups[row]] for row in texts]),
+            pair_texts=torch.tensor([of_text[row] for row in pictures]),
+            repeated=len(texts) - len(first_of_caption),
+            identity=digest.hexdigest(),
+        )
 
 
 def _distinct(values: Sequence[Any]) -> tuple[list[int], list[int]]:
@@ -128,9 +151,25 @@ def _distinct(values: Sequence[Any]) -> tuple[list[int], list[int]]:
     return first, of_row
 
 
-def _encode_rows(
-    teacher: Teacher, data: Data, rows: int, batch_size: int, workers: int, *, shows: bool
+def encode_rows(
+    teacher: Teacher, data: Data, *, batch_size: int, workers: int = 0, shows: bool = False
 ) -> dict[str, Tensor]:
+    """The features of all pairs, in float32.
+
+    Args:
+        teacher: The model.
+        data: The pairs, once they were counted (:meth:`Pairs.of`).
+        batch_size: Pairs of a forward pass.
+        workers: Processes that read pictures.
+        shows: True for a progress bar.
+
+    Returns:
+        ``image_features`` and ``text_features``, ``[rows, width]``.
+
+    Raises:
+        ValueError: A picture cannot be read.
+    """
+    rows = sum(data.counts)
     features = {name: torch.empty(rows, encoder.width) for name, encoder in teacher.encoders.items()}
     was_read = torch.zeros(rows, dtype=torch.bool)
     batches = DataLoader(

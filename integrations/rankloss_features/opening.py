@@ -179,6 +179,21 @@ def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[s
     return missing, unexpected
 
 
+def load_safetensors(model: nn.Module, file: Path) -> None:
+    """Load a model's weights, all of them, from a file of safetensors.
+
+    Raises:
+        ValueError: The file is damaged, or has other weights than the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, file)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{file} does not fit: {error}") from error
+
+
 def transformers_model(name: str) -> tuple[Any, dict[str, Any]]:
     """A model of transformers, by its folder or its name on a hub, and the report of its weights.
 
@@ -192,6 +207,18 @@ def transformers_model(name: str) -> tuple[Any, dict[str, Any]]:
             name, output_loading_info=True, weights_only=True, trust_remote_code=False
         )
         return model, info
+
+
+def text_processor(name: str) -> Any:
+    """The tokenizer of a model of transformers.
+
+    Raises:
+        ValueError: It needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    with without_code():
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def image_processor(name: str) -> Any:

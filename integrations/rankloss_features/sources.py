@@ -48,11 +48,18 @@ def given(args: Any) -> list[str]:
 
 def check_pretrained(model: str | None, pretrained: str | None) -> None:
     """Raise a ValueError for weights that open_clip ignores: beside a folder or a hub's model."""
-    if model is None or not pretrained or not model.startswith(OWN_WEIGHTS):
+    if model is None or not pretrained:
+        return
+    if Path(model).is_dir():
+        raise ValueError(f"--pretrained {pretrained}: the folder --model {model} has its own weights")
+    if not model.startswith(OWN_WEIGHTS):
         return
     text = "loads the hub's weights: leave it out"
     if model.startswith(OWN_WEIGHTS[0]):
-        text = "loads the weights in the folder: copy yours there as open_clip_pytorch_model.bin"
+        text = (
+            "loads the weights in the folder: copy its open_clip_config.json into a new folder, and your "
+            "file beside it as open_clip_pytorch_model.bin"
+        )
     raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
 
 
@@ -63,7 +70,7 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
         ValueError: It is not installed, not found, or has no weights.
     """
     loaders = {
-        "model": lambda: _open_clip(args, device),
+        "model": lambda: _joint(args, device),
         "features": lambda: _stored(args),
         "image_encoder": lambda: image_encoders.load(args.image_encoder, args.image_weights, device),
         "text_encoder": lambda: text_encoders.load(args.text_encoder, args.batch_size, device),
@@ -92,6 +99,14 @@ def named_errors(named: str) -> Iterator[None]:
         raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
 
 
+def last_line(error: Exception) -> str:
+    """The message of an error, without the traceback of a process that reads pictures."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def flag(name: str) -> str:
     """The option of the command line by its name in the parsed arguments."""
     return f"--{name.replace('_', '-')}"
@@ -105,6 +120,18 @@ def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
 
 def _rows(array: Array, samples: list[Sample]) -> Tensor:
     return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
+
+
+def _joint(args: Any, device: torch.device) -> Teacher:
+    """A model of pictures and texts: of open_clip, or a folder of transformers or of ``rankloss heads``."""
+    from rankloss_features import heads, transformers_clip
+
+    folder = Path(args.model)
+    if (folder / heads.ABOUT).is_file():
+        return heads.load_heads(folder, device).teacher
+    if (folder / "config.json").is_file():
+        return transformers_clip.load(args.model, device)
+    return _open_clip(args, device)
 
 
 def _open_clip(args: Any, device: torch.device) -> Teacher:

@@ -9,6 +9,8 @@ exit code is 0 if a trainer is ready and none has a problem, else 1.
 
 ``rankloss evaluate``: recall of a model on pairs, with intervals, and its difference from another model's.
 
+``rankloss heads``: heads on two frozen encoders, trained, evaluated and saved.
+
 ``rankloss sample``: pictures with captions and ids, and tiny models, to try everything on.
 
 ``python -m rankloss`` is the same command.
@@ -30,6 +32,7 @@ from rankloss_trainers.extras import extra
 _OF_FEATURES = {
     "features": ("command", "compute a teacher's features of the training data"),
     "evaluate": ("evaluate", "evaluate a model: recall with intervals, and its difference from another's"),
+    "heads": ("train_heads", "train heads on two frozen encoders, for a few thousand pairs"),
     "sample": ("sample", "write pictures with captions and tiny models, to try everything on"),
 }
 """The commands of ``rankloss_features``, each with a parser of its own: its module, and its help."""

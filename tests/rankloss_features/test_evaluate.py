@@ -15,6 +15,8 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
 
 from rankloss import metrics, reference
 from rankloss_features import evaluation
@@ -57,10 +59,10 @@ def features(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, to
 def trained(sample: Path, folder: Path) -> Path:
     """The sample's model with other weights."""
     shutil.copytree(sample / "open_clip", folder)
-    weights = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
+    weights = load_file(folder / "open_clip_model.safetensors")
     torch.manual_seed(5)
     noisy = {k: x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for k, x in weights.items()}
-    torch.save(noisy, folder / "open_clip_pytorch_model.bin")
+    save_file(noisy, folder / "open_clip_model.safetensors")
     return folder
 
 
@@ -214,9 +216,9 @@ def test_a_picture_that_cannot_be_read_is_named(
 
 
 def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    weights = torch.load(trained(sample_folder, tmp_path / "nan") / "open_clip_pytorch_model.bin")
+    weights = load_file(trained(sample_folder, tmp_path / "nan") / "open_clip_model.safetensors")
     weights["visual.proj"][0, 0] = float("nan")
-    torch.save(weights, tmp_path / "nan/open_clip_pytorch_model.bin")
+    save_file(weights, tmp_path / "nan/open_clip_model.safetensors")
     error = refusal(capsys, run(tmp_path, sample_folder / "val.csv", model="nan"))
     assert f"--model local-dir:{tmp_path}/nan: image_features must be finite; row 0 has NaN" in error
 
@@ -250,4 +252,30 @@ def test_shards_have_no_column_of_ids(sample_folder: Path, capsys: Any) -> None:
     code = run(sample_folder, Path("shard.tar"), "--ids-key", "product")
     assert "--ids-key product is for a CSV file or a folder of datasets; got shard.tar" in refusal(
         capsys, code
+    )
+
+
+def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    rows, folder = rows_of(sample_folder / "val.csv"), sample_folder / "transformers"
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    pictures = [Image.open(row["filepath"]) for row in rows]
+    titles = [row["title"] for row in rows]
+    with torch.no_grad():
+        output = model(**processor(text=titles, images=pictures, return_tensors="pt", padding=True))
+    owed = metrics.recall(output.image_embeds, output.text_embeds)
+    given = ["--data", str(sample_folder / "val.csv"), "--workers", "0", "--json", str(tmp_path / "x.json")]
+    assert main(["evaluate", "--model", str(folder), *given]) == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    for name, found in result["recall"].items():
+        assert found["value"] == pytest.approx(owed[name].item())
+
+
+def test_weights_beside_a_folder_of_transformers_are_refused(sample_folder: Path, capsys: Any) -> None:
+    given = ["--pretrained", "x.bin", "--data", str(sample_folder / "val.csv")]
+    code = main(["evaluate", "--model", f"{sample_folder}/transformers", *given])
+    assert (
+        f"--pretrained x.bin: the folder --model {sample_folder}/transformers has its own weights"
+        in refusal(capsys, code)
     )

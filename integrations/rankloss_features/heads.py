@@ -1,0 +1,235 @@
+"""Heads on frozen encoders: two small networks that bring features of both into one space, and their folder.
+
+::
+
+    model = load_heads("heads")
+    scores = model.encode_images(["new.jpg"]) @ model.encode_texts(["a red shoe", "a blue hat"]).T
+
+The folder has ``heads.json``, with the names of the encoders and the hashes of their weights, and
+``heads.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rankloss
+from rankloss_features import opening, sources
+from rankloss_features.data import Sample
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Encoder, Teacher
+
+ABOUT, WEIGHTS = "heads.json", "heads.safetensors"
+_TWO = ["image_encoder", "text_encoder"]
+_IMAGES, _TEXTS = NAMES
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The two frozen encoders, by the names that ``rankloss features`` has for them."""
+
+    image_encoder: str
+    text_encoder: str
+    image_weights: str | None = None
+
+    def load(self, device: torch.device, batch_size: int) -> Teacher:
+        """Load both.
+
+        Raises:
+            ValueError: One is not found or not installed, or is fitted on the captions of its data.
+        """
+        names = dict.fromkeys(("model", "pretrained", "features", "spaces"))
+        teacher = sources.load(_TWO, Namespace(**names, **asdict(self), batch_size=batch_size), device)
+        if teacher.encoders[_TEXTS].fit is not None:
+            raise ValueError(f"--text-encoder {self.text_encoder} has no weights, which heads need")
+        return teacher
+
+
+class Head(nn.Sequential):
+    """Standardises an encoder's unit-norm features, and brings them into the common space, ``[n, width]``."""
+
+    def __init__(self, features: int, hidden: int, width: int) -> None:
+        super().__init__(
+            nn.BatchNorm1d(features, affine=False),
+            nn.Dropout(0.3),
+            nn.Linear(features, hidden),
+            nn.GELU(),
+            nn.Dropout(0.3),
+            nn.Linear(hidden, width),
+        )
+
+
+class FrozenEncoders:
+    """Two frozen encoders with their heads.
+
+    Args:
+        encoders: The names of the encoders.
+        teacher: The encoders.
+        heads: The head of each, by ``image_features`` and ``text_features``.
+        scale: The multiplier of the similarities.
+    """
+
+    def __init__(self, encoders: Encoders, teacher: Teacher, heads: nn.ModuleDict, scale: float) -> None:
+        self.encoders, self.scale = encoders, scale
+        self.heads = heads.to(teacher.device).eval()
+        self._frozen = teacher
+        with_heads = {name: self._with_head(name, encoder) for name, encoder in teacher.encoders.items()}
+        self.teacher = Teacher(teacher.about, with_heads, scale, device=teacher.device)
+        """The same as :class:`rankloss_features.teachers.Teacher`, for ``rankloss evaluate``."""
+
+    def _with_head(self, name: str, encoder: Encoder) -> Encoder:
+        head: Any = self.heads[name]
+
+        def encode(inputs: Any) -> Tensor:
+            features: Tensor = head(F.normalize(encoder.encode(inputs).float(), dim=-1))
+            return features
+
+        return Encoder(encoder.prepare, encode, head[-1].out_features, encoder.needs_pictures)
+
+    def encode_images(self, pictures: Sequence[Any]) -> Tensor:
+        """The unit-norm features of pictures, paths or PIL's: ``[n, width]``."""
+        opened = [
+            x.convert("RGB") if hasattr(x, "convert") else opening.picture(os.fspath(x)) for x in pictures
+        ]
+        return self._encode(_IMAGES, [Sample(n, "", "", x.copy, n) for n, x in enumerate(opened)])
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """The unit-norm features of texts: ``[n, width]``."""
+        return self._encode(_TEXTS, [Sample(n, "", text) for n, text in enumerate(texts)])
+
+    def _encode(self, name: str, samples: list[Sample]) -> Tensor:
+        encoder = self.teacher.encoders[name]
+        one = Teacher({}, {name: encoder}, device=self.teacher.device)
+        return one.encode({name: encoder.prepare(samples)}, torch.float32)[name]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the heads and the names of their encoders into a folder."""
+        from safetensors.torch import save_file
+
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        first: Any = self.heads[_IMAGES]
+        about = {
+            "encoders": {name: _absolute(value) for name, value in asdict(self.encoders).items()},
+            "weights": self._frozen.about,
+            "widths": {name: encoder.width for name, encoder in self._frozen.encoders.items()},
+            "hidden": first[2].out_features,
+            "width": first[-1].out_features,
+            "scale": self.scale,
+        }
+        (place / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        save_file({name: x.contiguous() for name, x in self.heads.state_dict().items()}, place / WEIGHTS)
+
+
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder; other names as they are."""
+    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
+
+
+def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> FrozenEncoders:
+    """Heads on frozen encoders, of a folder of ``rankloss heads``.
+
+    Args:
+        folder: The folder.
+        device: The device that computes.
+
+    Raises:
+        ValueError: It is no such folder, or an encoder is not found or has other weights than it was trained
+            with.
+    """
+    place = Path(folder)
+    if not (place / ABOUT).is_file():
+        raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
+    about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    encoders = Encoders(**about["encoders"])
+    teacher = encoders.load(torch.device(device), 64)
+    for name in ("image_weights", "text_weights"):
+        if teacher.about[name] != about["weights"][name]:
+            raise ValueError(
+                f"{folder} was trained on {name} {about['weights'][name]}; the encoder that is found has "
+                f"{teacher.about[name]}"
+            )
+    heads = make_heads(about["widths"], about["hidden"], about["width"])
+    opening.load_safetensors(heads, place / WEIGHTS)
+    return FrozenEncoders(encoders, teacher, heads, about["scale"])
+
+
+def make_heads(widths: dict[str, int], hidden: int, width: int) -> nn.ModuleDict:
+    """A head for each encoder, with random weights."""
+    return nn.ModuleDict({name: Head(features, hidden, width) for name, features in widths.items()})
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of a training.
+
+    Attributes:
+        epochs: Passes over the pairs.
+        batch_size: Pairs of a step; all pairs if they are fewer.
+        lr: The learning rate, which falls to 0 by a cosine.
+        hidden: The width of a head's hidden layer.
+        width: The width of the common space.
+        seed: Of weights, dropout and the order of the pairs.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 1e-3
+    hidden: int = 512
+    width: int = 256
+    seed: int = 0
+
+
+def train(
+    features: dict[str, Tensor], ids: Tensor | None, settings: Training
+) -> tuple[nn.ModuleDict, float, list[float]]:
+    """Train heads on features of pairs with CLIP's loss; pairs of one id are no negatives of each other.
+
+    Args:
+        features: ``image_features`` and ``text_features``, ``[N, D']`` each.
+        ids: ``[N]``, or None.
+        settings: The settings.
+
+    Returns:
+        The heads, the scale, and the mean loss of each epoch.
+    """
+    images, texts = features[_IMAGES], features[_TEXTS]
+    criterion = rankloss.ClipLoss(same_id=None if ids is None else "ignore", gather=False)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        widths = {name: x.shape[1] for name, x in features.items()}
+        heads = make_heads(widths, settings.hidden, settings.width)
+        log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
+        optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
+        size = min(settings.batch_size, len(images))
+        steps = len(images) // size
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
+        losses = []
+        for _ in range(settings.epochs):
+            total = 0.0
+            for rows in torch.randperm(len(images), generator=generator).split(size)[:steps]:
+                v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
+                t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
+                of_pairs = {} if ids is None else {"pair_ids": ids[rows]}
+                loss = criterion(v, t, log_scale.exp(), **of_pairs)
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                optimizer.zero_grad()
+                total += loss.item()
+            losses.append(total / steps)
+    return heads.eval(), float(log_scale.detach().exp()), losses

@@ -1,0 +1,158 @@
+"""``rankloss heads``: heads on two frozen encoders, for a few thousand pairs: trained, evaluated, saved."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankloss.options import check_count, check_weight
+from rankloss_features import data, sources
+from rankloss_features.evaluate import described, lines
+from rankloss_features.evaluation import Pairs, encode_rows, measure
+from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, Training, train
+
+_FEWEST = 16  # pairs, on either side of the split
+_HELD_OUT = 10  # of so many ids one
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out a command line, and return the exit code."""
+    args = _parser().parse_args(argv)
+    logging.getLogger().setLevel(logging.ERROR)  # the libraries' notes on what they load
+    try:
+        settings = Training(
+            check_count("--epochs", args.epochs),
+            check_count("--batch-size", args.batch_size),
+            check_weight("--lr", args.lr, above=0.0),
+            width=check_count("--width", args.width),
+            seed=args.seed,
+        )
+        if args.output.exists() and not (args.output / ABOUT).is_file() and any(args.output.iterdir()):
+            raise ValueError(f"--output {args.output} is there and no folder of heads: give a new one")
+        run(args, settings)
+    except (OSError, ValueError) as error:
+        print(f"rankloss heads: {sources.last_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace, settings: Training) -> None:
+    """Encode the pairs, train on some, evaluate on the others, and save.
+
+    Raises:
+        ValueError: An encoder or the data cannot be read, there are too few pairs, or an id stands on both
+            sides.
+    """
+    opened = data.open_data(args)
+    pairs = Pairs.of(opened)
+    if args.val_data is None:
+        learned, held_out = split(pairs.groups, settings.seed)
+        validation = pairs.take(held_out)
+    else:
+        learned = list(range(len(pairs.captions)))
+        val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
+        validation = Pairs.of(val_data)
+        both = sorted({*map(str, pairs.groups)} & {*map(str, validation.groups)})
+        if both:
+            raise ValueError(
+                f"{len(both)} {_kind(args)} of --val-data are in --data, too; the first is {both[0]!r}"
+            )
+    for side, number in (("train", len(learned)), ("evaluate", len(validation.captions))):
+        if number < _FEWEST:
+            raise ValueError(
+                f"{number} pairs are too few to {side} on, of {len(pairs.captions)} in --data {args.data}; "
+                f"at least {_FEWEST} are needed"
+            )
+    encoders = Encoders(args.image_encoder, args.text_encoder, args.image_weights)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    frozen = encoders.load(device, args.batch_size)
+    encode = partial(encode_rows, frozen, batch_size=64, workers=args.workers, shows=True)
+    features = encode(opened)
+    if args.val_data is None:
+        of_validation = {name: x[held_out] for name, x in features.items()}
+    else:
+        of_validation = encode(val_data)
+    chosen = pairs.take(learned)
+    ids = _numbers(chosen.groups)
+    print(f"training on {len(learned)} pairs of {int(ids.max()) + 1} {_kind(args)}")
+    heads, scale, losses = train({name: x[learned] for name, x in features.items()}, ids, settings)
+    for epoch in range(0, settings.epochs, max(1, settings.epochs // 5)):
+        print(f"epoch {epoch + 1}: loss {losses[epoch]:.3f}")
+    print(f"epoch {settings.epochs}: loss {losses[-1]:.3f}")
+    model = FrozenEncoders(encoders, frozen, heads, scale)
+    model.save(args.output)
+    with torch.no_grad():
+        encoded = validation.encoded(
+            **{
+                name: torch.nn.functional.normalize(model.heads[name](x.to(device)), dim=-1).cpu()
+                for name, x in of_validation.items()
+            }
+        )
+    most = min(len(encoded.image_features), len(encoded.text_features))
+    ks = [k for k in (1, 5, 10) if k <= most]
+    about = described(encoded, str(args.output), str(args.val_data or f"held-out {args.data}"), args.ids_key)
+    print()
+    print("\n".join(lines({**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}, ks)))
+    print(f'\nSaved. In Python: rankloss_features.load_heads({str(args.output)!r}).encode_texts(["…"])')
+
+
+def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
+    """The rows to train on and those held out: of ten groups one, at least one; none is on both sides.
+
+    Example:
+        >>> learned, held_out = split(["a", "a", "b", "c"], 0)
+        >>> sorted(learned + held_out), len({"aabc"[row] for row in held_out})
+        ([0, 1, 2, 3], 1)
+    """
+    names = list(dict.fromkeys(groups))
+    chosen = set(random.Random(seed).sample(names, max(1, len(names) // _HELD_OUT)))
+    learned = [row for row, group in enumerate(groups) if group not in chosen]
+    return learned, [row for row, group in enumerate(groups) if group in chosen]
+
+
+def _numbers(groups: Sequence[object]) -> Tensor:
+    numbers: dict[object, int] = {}
+    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
+
+
+def _kind(args: argparse.Namespace) -> str:
+    return "pictures" if args.ids_key is None else f"ids of {args.ids_key!r}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankloss heads",
+        description="Train a head on each of two frozen encoders with CLIP's loss, for a few thousand pairs; "
+        "evaluate on held-out pairs, and save both with the names of their encoders.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the heads go")
+    parser.add_argument("--image-encoder", required=True, metavar="NAME", help="as rankloss features has it")
+    parser.add_argument("--image-weights", metavar="PATH", help="as rankloss features has it")
+    parser.add_argument("--text-encoder", required=True, metavar="NAME", help="as rankloss features has it")
+    data.add_options(parser)
+    parser.add_argument("--val-data", metavar="DATA", help="held-out pairs; without it a tenth of the ids")
+    parser.add_argument(
+        "--ids-key", metavar="COLUMN", help="column of ids: pairs of one id are on one side, and partners"
+    )
+    defaults = Training()
+    for name, kind, text in (
+        ("epochs", int, "passes over the pairs"),
+        ("batch-size", int, "pairs of a step"),
+        ("lr", float, "learning rate"),
+        ("width", int, "width of the common space"),
+        ("seed", int, "seed of the split and of the training"),
+    ):
+        value = getattr(defaults, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=f"{text} ({value})")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="readers of pictures (2)")
+    parser.add_argument("--device", help="the encoders' device; a GPU where there is one")
+    return parser

@@ -1,0 +1,72 @@
+"""A model of pictures and texts of transformers, by its folder: CLIP, SigLIP and the like."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloss_features import opening
+from rankloss_features.data import Sample
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
+from rankloss_features.weights import untrained
+
+
+def load(folder: str, device: torch.device) -> Teacher:
+    """The model in a folder that ``save_pretrained`` wrote, with its processor.
+
+    Args:
+        folder: The folder.
+        device: The device that it computes on.
+
+    Raises:
+        ValueError: The folder has weights of another model, or one without a common space.
+    """
+    model, info = opening.transformers_model(folder)
+    untrained(info, folder)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"{type(model).__name__} has no common space of pictures and texts")
+    model = model.float().to(device).eval()
+    tokenizer = opening.text_processor(folder)
+    # SigLIP has seen texts of one length alone.
+    padding = "max_length" if isinstance(getattr(model, "logit_bias", None), Tensor) else "longest"
+    encode_texts = partial(_texts, model, device)
+    with torch.inference_mode():
+        width = encode_texts(_tokens(tokenizer, padding, [Sample(0, "", "a picture")])).shape[1]
+    encoders = {
+        NAMES[0]: image_encoder(
+            partial(_pixels, opening.image_processor(folder)), partial(_images, model), width, device
+        ),
+        NAMES[1]: Encoder(partial(_tokens, tokenizer, padding), encode_texts, width),
+    }
+    scale = float(model.logit_scale.detach().exp()) if hasattr(model, "logit_scale") else None
+    return Teacher(
+        {"transformers": folder, "weights": hash_of_weights(model)}, encoders, scale, device=device
+    )
+
+
+def _images(model: Any, pixels: Tensor) -> Tensor:
+    return _pooled(model.get_image_features(pixel_values=pixels))
+
+
+def _texts(model: Any, device: torch.device, tokens: dict[str, Tensor]) -> Tensor:
+    return _pooled(model.get_text_features(**{name: x.to(device) for name, x in tokens.items()}))
+
+
+def _pooled(output: Any) -> Tensor:
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
+    return features
+
+
+# Functions that prepare samples are sent to other processes, where these are not forked.
+def _pixels(processor: Any, picture: Any) -> Tensor:
+    pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    return pixels
+
+
+def _tokens(tokenizer: Any, padding: str, samples: list[Sample]) -> dict[str, Tensor]:
+    tokens = tokenizer(captions(samples), padding=padding, truncation=True, return_tensors="pt")
+    return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}

@@ -1,0 +1,138 @@
+"""``rankloss heads``: a model saved with its encoders' names and read again, splits by id, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_evaluate import rows_of, write
+
+from rankloss_features import load_heads
+from rankloss_features.train_heads import split
+from rankloss_trainers.console import main
+
+
+def run(sample: Path, output: Path, data: Path, *options: str, texts: str = "{}/text_encoder") -> int:
+    encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", texts.format(sample)]
+    given = ["--data", str(data), "--output", str(output), "--workers", "0", "--epochs", "12"]
+    return main(["heads", *encoders, *given, *options])
+
+
+@pytest.fixture(scope="module")
+def folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained heads."""
+    output = tmp_path_factory.mktemp("heads") / "heads"
+    options = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product")
+    assert run(sample_folder, output, sample_folder / "train.csv", *options) == 0
+    return output
+
+
+def test_heads_find_pairs_of_products_that_they_have_not_seen(
+    sample_folder: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The encoders have random weights; a random order has a median rank of 6 among 16, two of which fit."""
+    given = ["--data", str(sample_folder / "val.csv"), "--ids-key", "product", "--workers", "0"]
+    assert main(["evaluate", "--model", str(folder), *given, "--json", str(tmp_path / "x.json")]) == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["median_rank"]["image_to_text"] <= 2
+    assert result["median_rank"]["text_to_image"] <= 2
+    assert result["width"] == 256
+
+
+def test_three_lines_encode_a_new_picture_and_a_new_caption(sample_folder: Path, folder: Path) -> None:
+    model = load_heads(folder)
+    file = sample_folder / "pictures/red-circle-large.png"
+    by_path, opened = model.encode_images([file, Image.open(file)])
+    scores = model.encode_images([file]) @ model.encode_texts(["a red circle", "a blue square"]).T
+    torch.testing.assert_close(by_path, opened)
+    torch.testing.assert_close(by_path.norm(), torch.tensor(1.0))
+    assert scores[0, 0] > scores[0, 1]
+
+
+def test_the_command_prints_the_loss_and_recall_and_how_to_go_on(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [
+        {**row, "title": f"{row['title']} {n}"}
+        for n in range(4)
+        for row in rows_of(sample_folder / "train.csv")
+    ]
+    assert run(sample_folder, tmp_path / "x", write(tmp_path / "many.csv", rows), "--width", "8") == 0
+    printed = capsys.readouterr().out
+    assert "training on 176 pairs of 44 pictures" in printed  # a tenth of 48 pictures is held out
+    assert re.search(r"held-out .*many.csv: 4 pictures, 16 texts", printed)
+    losses = [float(x) for x in re.findall(r"^epoch \d+: loss (\S+)$", printed, re.MULTILINE)]
+    assert losses[-1] < losses[0]
+    assert "rankloss_features.load_heads(" in printed
+    assert load_heads(tmp_path / "x").encode_texts(["a red circle"]).shape == (1, 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_group_is_on_both_sides_of_the_split(seed: int) -> None:
+    groups = [n % 37 for n in range(200)]
+    learned, held_out = split(groups, seed)
+    assert sorted(learned + held_out) == list(range(200))
+    assert not {groups[row] for row in learned} & {groups[row] for row in held_out}
+    assert len({groups[row] for row in held_out}) == 3
+
+
+def refusal(capsys: Any, code: int) -> str:
+    assert code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("rankloss heads: ")
+    return str(error)
+
+
+def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    few = write(tmp_path / "few.csv", rows_of(sample_folder / "val.csv")[:9])
+    val = ("--val-data", str(sample_folder / "val.csv"))
+    error = refusal(capsys, run(sample_folder, tmp_path / "x", few))
+    assert re.search(r"\d pairs are too few to train on, of 9 in --data .*; at least 16 are needed", error)
+    error = refusal(capsys, run(sample_folder, tmp_path / "x", sample_folder / "train.csv"))
+    assert "4 pairs are too few to evaluate on, of 48" in error
+    shutil.copy(sample_folder / "val.csv", few)
+    error = refusal(capsys, run(sample_folder, tmp_path / "x", few, *val, "--ids-key", "product"))
+    assert "8 ids of 'product' of --val-data are in --data, too; the first is 'black-triangle'" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_encoders_that_are_fitted_on_their_data_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", texts="captions")
+    assert "--text-encoder captions has no weights, which heads need" in refusal(capsys, code)
+
+
+def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    error = refusal(capsys, run(sample_folder, tmp_path, sample_folder / "train.csv"))
+    assert f"--output {tmp_path} is there and no folder of heads: give a new one" in error
+    with pytest.raises(ValueError, match=r"has no heads.json: it is no folder of rankloss heads"):
+        load_heads(tmp_path)
+
+
+def test_heads_on_another_encoder_than_they_were_trained_with_are_refused(
+    sample_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    other, copy = tmp_path / "text_encoder", tmp_path / "heads"
+    shutil.copytree(sample_folder / "text_encoder", other)
+    shutil.copytree(folder, copy)
+    file = next(other.rglob("*.safetensors"))
+    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
+    about = json.loads((copy / "heads.json").read_text())
+    about["encoders"]["text_encoder"] = str(other)
+    (copy / "heads.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"was trained on text_weights .*; the encoder that is found has"):
+        load_heads(copy)
+    about["encoders"]["text_encoder"] = str(sample_folder / "text_encoder")
+    (copy / "heads.json").write_text(json.dumps(about))
+    (copy / "heads.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"heads.safetensors does not fit"):
+        load_heads(copy)
