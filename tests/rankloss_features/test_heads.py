@@ -106,7 +106,8 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
 def test_encoders_that_are_fitted_on_their_data_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", texts="captions")
+    val = ("--val-data", str(sample_folder / "val.csv"))
+    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", *val, texts="captions")
     assert "--text-encoder captions has no weights, which heads need" in refusal(capsys, code)
 
 

@@ -71,6 +71,23 @@ def _ids_of(key: str, examples: Any) -> Any:
     return make_ids([_plain(example[key]) for example in examples], key)
 
 
+def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
+    """A batch of an evaluation, with the pairs' ids as ``pair_ids`` if the examples have them.
+
+    Args:
+        collate: The collator that makes the batch.
+        key: The column of the ids.
+        examples: The examples of the batch.
+
+    Raises:
+        ValueError: Values of the column are no ids.
+    """
+    if not all(isinstance(example, Mapping) and key in example for example in examples):
+        return collate(examples)
+    ids = _ids_of(key, examples)
+    return {**collate([{name: x[name] for name in x if name != key} for x in examples]), "pair_ids": ids}
+
+
 def check_ids(dataset: Any, key: str) -> None:
     """Check the whole column of ids of a table, without the table's transform; data of other kinds pass.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,6 +31,7 @@ with extra("transformers"):
 
     from rankloss_trainers.transformers import graded_lists
     from rankloss_trainers.transformers.progress import Progress
+    from rankloss_trainers.transformers.retrieval import Retrieval
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
@@ -58,6 +59,9 @@ class ContrastiveTrainer(transformers.Trainer):
       ``RankedListsCollator`` of :mod:`rankloss_trainers.transformers.graded_lists`.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
+    - Evaluation of pairs also gives recall, ``eval_image_to_text_R@1`` to ``eval_text_to_image_R@10`` and the
+      median ranks, of all pairs of all processes at once (:func:`rankloss.metrics.recall`). With
+      ``loss="clip-ids"`` pairs of one id are partners, and there are ``eval_image_to_image_R@1`` and so on.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
 
     Args:
@@ -137,6 +141,7 @@ class ContrastiveTrainer(transformers.Trainer):
         self._compute_teacher()
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
+        self._retrieval = Retrieval(None, self.accelerator.num_processes)
         self._has_trained_loss = False
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
@@ -221,13 +226,35 @@ class ContrastiveTrainer(transformers.Trainer):
         split = Split.of_pairs(inputs, self.mini_batch_size)
         outputs, features = embeddings.embedded(model, own, inputs, split)
         if not torch.is_grad_enabled():
+            self._retrieval.add(self.accelerator, **features, pair_ids=of_loss.get("pair_ids"))
             return outputs, self.loss_runtime.evaluate(**features)
         return outputs, self.loss_runtime(**features, **of_loss)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the metrics of lists to those of an evaluation."""
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """Batches with the pairs' ids, where the data have them."""
+        return self._with_ids(super().get_eval_dataloader, *args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """As :meth:`get_eval_dataloader`."""
+        return self._with_ids(super().get_test_dataloader, *args, **kwargs)
+
+    def _with_ids(self, make: Callable[..., DataLoader[Any]], *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        collate, key = self.data_collator, self._pair_column
+        if key is not None:
+            self.data_collator = functools.partial(pair_columns.collate_ids, collate, key)
+        try:
+            return make(*args, **kwargs)
+        finally:
+            self.data_collator = collate
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """Add recall, or the metrics of lists, to those of an evaluation."""
         self._measured.clear()
-        output = super().evaluation_loop(*args, **kwargs)
+        self._retrieval = Retrieval(dataloader, self.accelerator.num_processes)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{name}": x for name, x in self._retrieval.measure().items()})
         if self._measured and output.metrics is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
             measured = zip(graded_lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)

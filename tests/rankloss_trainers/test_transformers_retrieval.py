@@ -1,0 +1,116 @@
+"""Recall in evaluations of Hugging Face's Trainer: over batches and processes, by ids, with its limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from launch import torchrun
+from tiny_pairs import Pairs, clip
+from tiny_transformers import InOrder, arguments, leave
+
+from rankloss import metrics
+
+NUMBER = 13  # which neither batches nor processes divide
+GROUPS = [n % 5 for n in range(NUMBER)]
+
+
+class Grouped(Pairs):
+    """Pairs with a column of ids."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "group": torch.tensor(GROUPS[i])}
+
+
+def owed(**ids: Any) -> dict[str, float]:
+    inputs = Pairs(NUMBER).batch()
+    with torch.no_grad():
+        output = clip().eval()(**inputs)
+    values = metrics.recall(output.image_embeds, output.text_embeds, **ids)
+    return {f"eval_{name}": value.item() for name, value in values.items()}
+
+
+def evaluated(folder: Path, pairs: Any, **given: Any) -> dict[str, float]:
+    loss, options = given.pop("loss", "rankclip"), given.pop("loss_options", None)
+    args = arguments(folder, per_device_eval_batch_size=4, remove_unused_columns=False, **given)
+    trainer = InOrder(clip(), args, train_dataset=pairs, eval_dataset=pairs, loss=loss, loss_options=options)
+    values = trainer.evaluate()
+    return {name: x for name, x in values.items() if "_to_" in name}
+
+
+BY_IDS = {"loss": "clip-ids", "loss_options": {"key": "group"}}
+
+
+def test_an_evaluation_logs_recall_of_all_its_pairs_at_once(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, Pairs(NUMBER))
+    assert found == pytest.approx(owed())
+    assert {"eval_image_to_text_R@10", "eval_text_to_image_median_rank"} < set(found)
+    assert len(found) == 8
+
+
+def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:
+    ids = owed(image_ids=GROUPS, text_ids=GROUPS)
+    found = evaluated(tmp_path, Grouped(NUMBER), **BY_IDS)
+    assert found == pytest.approx(ids)
+    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@5"} < set(found)
+    assert found["eval_image_to_text_R@5"] > owed()["eval_image_to_text_R@5"]
+
+
+def test_ids_may_be_texts_of_a_table_or_equal_captions(tmp_path: Path) -> None:
+    columns = {name: x.tolist() for name, x in Pairs(NUMBER).columns.items()}
+    columns["input_ids"][1] = columns["input_ids"][0]
+    columns["group"] = [f"product {n}" for n in GROUPS]
+    table = datasets.Dataset.from_dict(columns)
+    inputs = {name: torch.tensor(columns[name]) for name in ("pixel_values", "input_ids", "attention_mask")}
+    with torch.no_grad():
+        output = clip().eval()(**inputs)
+    equal = [0, 0, *range(2, NUMBER)]
+    for key, groups in (("group", GROUPS), ("captions", equal)):
+        values = metrics.recall(output.image_embeds, output.text_embeds, image_ids=groups, text_ids=groups)
+        data = table if key == "group" else table.remove_columns("group")
+        found = evaluated(tmp_path / key, data, loss="clip-ids", loss_options={"key": key})
+        assert found == pytest.approx({f"eval_{name}": x.item() for name, x in values.items()})
+
+
+def test_recall_can_choose_the_best_checkpoint(tmp_path: Path) -> None:
+    choice = {"metric_for_best_model": "image_to_text_R@5", "greater_is_better": True}
+    steps = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    args = arguments(tmp_path, **choice, **steps)
+    trainer = InOrder(clip(), args, train_dataset=Pairs(16), eval_dataset=Pairs(NUMBER))
+    trainer.train()
+    logged = [x["eval_image_to_text_R@5"] for x in trainer.state.log_history if "eval_loss" in x]
+    assert trainer.state.best_metric == max(logged)
+
+
+def test_k_beyond_the_pairs_is_left_out_and_nan_is_logged(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, Pairs(6))
+    assert "eval_image_to_text_R@5" in found
+    assert "eval_image_to_text_R@10" not in found
+    broken = Pairs(6)
+    broken.columns["pixel_values"][3] = math.nan
+    assert all(math.isnan(x) for x in evaluated(tmp_path, broken).values())
+
+
+def test_two_processes_measure_each_pair_once(tmp_path: Path) -> None:
+    torchrun(__file__, tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["pairs"] == pytest.approx(owed())
+        assert found["ids"] == pytest.approx(owed(image_ids=GROUPS, text_ids=GROUPS))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    values = {
+        "pairs": evaluated(folder / "pairs", Pairs(NUMBER)),
+        "ids": evaluated(folder / "ids", Grouped(NUMBER), **BY_IDS),
+    }
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(values))
+    leave()
