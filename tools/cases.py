@@ -241,7 +241,6 @@ EXAMPLES = (
     ("repeated_captions.sh", "open_clip", REPEATED),
     ("graded_lists.py", "Hugging Face's Trainer", GRADES_BY_RULE),
     ("two_encoders.py", "a loop of your own", ENCODERS),
-    ("frozen_encoders.py", "a loop of your own", "a few thousand pairs: heads on frozen encoders"),
     ("own_loss.py", "Hugging Face's Trainer", "a loss of your own"),
 )
 """The files of examples/trainers: each with its trainer, and the case whose loss it trains, or its data."""

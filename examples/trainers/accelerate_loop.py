@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankloss_trainers
+from rankloss.metrics import recall
 
 
 class Towers(torch.nn.Module):
@@ -52,10 +53,10 @@ def train(accelerator, model, batches, optimizer, epochs):
 
 
 @torch.no_grad()
-def recall(model, held_out):
+def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
     images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
-    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+    return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
 def main(output="outputs/trainers/accelerate"):
@@ -64,7 +65,7 @@ def main(output="outputs/trainers/accelerate"):
     accelerator, model, (pairs, held_out) = Accelerator(cpu=True), Towers(), made_pairs()
     batches = DataLoader(pairs, 100 // accelerator.num_processes, shuffle=True, drop_last=True)
     train(accelerator, model, batches, torch.optim.AdamW(model.parameters(), lr=1e-2), epochs=3)
-    accelerator.print(f"held-out R@1: {recall(model, held_out):.3f}")
+    accelerator.print(f"held-out R@1: {evaluate(model, held_out):.3f}")
     accelerator.save_model(model, output)
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """Grades of captions, given by a rule, with Hugging Face's Trainer: train, evaluate on held-out lists, save.
 
-Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/graded_lists.py``;
+Run ``rankloss sample --output outputs/sample``, then ``python examples/trainers/graded_lists.py``;
 or put in your model and your lists.
 """
 
@@ -14,9 +14,11 @@ from rankloss_trainers.transformers import ContrastiveTrainer
 
 
 def grade(query, other):
-    """2 for an animal of the same class, 1 for a common keyword, else 0."""
-    both = [{*row["title"].split(", ")} for row in (query, other)]
-    return 2 if other["class"] == query["class"] else int(not both[0].isdisjoint(both[1]))
+    """2 for the same shape, 1 for the same colour, else 0."""
+    if other["class"] == query["class"]:
+        return 2
+    color, other_color = (row["product"].split("-")[0] for row in (query, other))
+    return int(other_color == color)
 
 
 def lists_of(file):
@@ -33,12 +35,12 @@ def lists_of(file):
     return Dataset.from_list(found).cast_column("query", Image())
 
 
-def main(folder="outputs/emojis", output="outputs/trainers/graded_lists"):
+def main(folder="outputs/sample", output="outputs/trainers/graded_lists"):
     """Train on the lists, and on the pairs of a picture and its caption."""
     name = f"{folder}/transformers"  # yours: "openai/clip-vit-base-patch32"
     model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
-    lists, held_out = (lists_of(f"{folder}/{part}.csv") for part in ("pairs", "held_out"))
-    options = {"num_train_epochs": 8, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    lists, held_out = (lists_of(f"{folder}/{part}.csv") for part in ("train", "val"))
+    options = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     options.update(dataloader_drop_last=True, logging_steps=1, save_strategy="no", report_to="none")
     args = TrainingArguments(output, **options)
     trainer = ContrastiveTrainer(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankloss_trainers
+from rankloss.metrics import recall
 from rankloss_trainers.lightning import Progress
 
 
@@ -36,6 +37,7 @@ class Clip(lightning.LightningModule):
     def __init__(self, model):
         super().__init__()
         self.model, self.loss = model, rankloss_trainers.create("rankclip")
+        self.validated = []
 
     def training_step(self, batch, batch_idx):
         terms = self.loss(*self.model(*batch), output_dict=True)
@@ -43,7 +45,14 @@ class Clip(lightning.LightningModule):
         return sum(terms.values())
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss.base(*self.model(*batch)), sync_dist=True)  # without rank terms
+        images, texts, scale = self.model(*batch)
+        self.log("val_loss", self.loss.base(images, texts, scale), sync_dist=True)  # without rank terms
+        self.validated.append((images, texts))
+
+    def on_validation_epoch_end(self):
+        images, texts = (torch.cat(x) for x in zip(*self.validated, strict=True))
+        self.validated.clear()
+        self.log("val_R@1", recall(images, texts, 1)["image_to_text_R@1"].float())  # on one device
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

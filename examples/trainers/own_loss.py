@@ -1,7 +1,7 @@
 """A loss of one's own, with options and a teacher of the captions, and Hugging Face's Trainer.
 
-Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/own_loss.py``; or
-put in your model and your data. The teacher needs ``rankloss[encoders]``.
+Run ``rankloss sample --output outputs/sample``, then ``python examples/trainers/own_loss.py``; or
+put in your model and your data.
 """
 
 from datasets import Image, load_dataset
@@ -33,8 +33,8 @@ class SoftLoss(GatheringLoss):
         return combined(entries, {"soft_loss": self.weight * term}, output_dict)
 
 
-def main(folder="outputs/emojis", output="outputs/trainers/own_loss"):
-    """Train on ``pairs.csv`` of a folder, evaluate on ``held_out.csv``, and save the model."""
+def main(folder="outputs/sample", output="outputs/trainers/own_loss"):
+    """Train on ``train.csv`` of a folder, evaluate on ``val.csv``, and save the model."""
     name = f"{folder}/transformers"  # yours: "openai/clip-vit-base-patch32"
     model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
@@ -43,14 +43,14 @@ def main(folder="outputs/emojis", output="outputs/trainers/own_loss"):
         texts = {"text": rows["caption"], "padding": "max_length", "truncation": True}
         return {**processor(images=rows["image"], **texts, return_tensors="pt"), **more}
 
-    files = {"train": f"{folder}/pairs.csv", "test": f"{folder}/held_out.csv"}
+    files = {"train": f"{folder}/train.csv", "test": f"{folder}/val.csv"}
     data = load_dataset("csv", data_files=files, sep="\t").cast_column("filepath", Image())
     data = data.rename_columns({"filepath": "image", "title": "caption"}).with_transform(encoded)
     pairs, held_out = data["train"], data["test"]
-    options = {"num_train_epochs": 8, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    options = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     options.update(dataloader_drop_last=True, logging_steps=1, save_strategy="no", report_to="none")
     args = TrainingArguments(output, remove_unused_columns=False, **options)
-    loss, teacher = SoftLoss(weight=2.0), "text=minilm"
+    loss, teacher = SoftLoss(weight=2.0), f"text={folder}/text_encoder"  # yours: "text=minilm"
     trainer = ContrastiveTrainer(
         model, args, train_dataset=pairs, eval_dataset=held_out, loss=loss, teacher=teacher
     )

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import rankloss_trainers
+from rankloss.metrics import recall
 
 
 class Towers(torch.nn.Module):
@@ -53,10 +54,10 @@ def train(model, batches, optimizer, epochs):
 
 
 @torch.no_grad()
-def recall(model, held_out):
+def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
     images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
-    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+    return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
 def main(output="outputs/trainers/plain_loop"):
@@ -71,7 +72,7 @@ def main(output="outputs/trainers/plain_loop"):
     batches = DataLoader(pairs, 100 // processes, shuffle=sampler is None, sampler=sampler, drop_last=True)
     train(model, batches, torch.optim.AdamW(own.parameters(), lr=1e-2), epochs=3)
     if rank == 0:
-        print(f"held-out R@1: {recall(own, held_out):.3f}")
+        print(f"held-out R@1: {evaluate(own, held_out):.3f}")
         os.makedirs(output, exist_ok=True)
         torch.save(own.state_dict(), f"{output}/model.pt")
     if processes > 1:

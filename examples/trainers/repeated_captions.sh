@@ -1,5 +1,5 @@
 #!/bin/sh
-# A small CLIP of emojis whose captions are six classes, so that most pairs of a batch have an equal caption. With
+# A small CLIP of drawings whose captions are four classes, so that most pairs of a batch have an equal caption. With
 # --loss clip-ids these are no negatives of each other:
 #
 #     sh examples/trainers/repeated_captions.sh
@@ -7,13 +7,13 @@
 # Further arguments go to the trainer: sh examples/trainers/repeated_captions.sh --epochs 10
 set -eu
 cd "$(dirname "$0")/../.."
-FOLDER=${FOLDER:-outputs/emojis}
+FOLDER=${FOLDER:-outputs/sample}
 
-[ -e "$FOLDER/pairs.csv" ] || python examples/trainers/emojis.py "$FOLDER"
+[ -e "$FOLDER/train.csv" ] || python -m rankloss sample --output "$FOLDER"
 python -m open_clip_train.main \
-    --model local-dir:examples/demo/model \
-    --train-data "$FOLDER/pairs.csv" --val-data "$FOLDER/held_out.csv" \
+    --model "local-dir:$FOLDER/open_clip" \
+    --train-data "$FOLDER/train.csv" --val-data "$FOLDER/val.csv" \
     --csv-img-key filepath --csv-caption-key class \
     --loss clip-ids \
-    --epochs 3 --batch-size 32 --lr 1e-3 --warmup 4 --workers 0 --device cpu --precision fp32 \
+    --epochs 3 --batch-size 16 --lr 1e-3 --warmup 4 --workers 0 --device cpu --precision fp32 \
     --log-every-n-steps 1 --logs outputs/trainers --name repeated_captions "$@"

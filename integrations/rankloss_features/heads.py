@@ -2,6 +2,8 @@
 
 ::
 
+    from rankloss_features.heads import load_heads
+
     model = load_heads("heads")
     scores = model.encode_images(["new.jpg"]) @ model.encode_texts(["a red shoe", "a blue hat"]).T
 

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, settings: Training) -> None:
     about = described(encoded, str(args.output), str(args.val_data or f"held-out {args.data}"), args.ids_key)
     print()
     print("\n".join(lines({**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}, ks)))
-    print(f'\nSaved. In Python: rankloss_features.load_heads({str(args.output)!r}).encode_texts(["…"])')
+    print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
 
 
 def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ SLOW = ("own_loss.py", "two_encoders.py")  # which train as transformers_trainer
 PYTHON = [
     pytest.param(name.removesuffix(".py"), case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
     for name, _, case in cases.EXAMPLES
-    if name.endswith(".py") and name != "frozen_encoders.py"  # whose features are below
+    if name.endswith(".py")
 ]
 
 
@@ -53,7 +52,7 @@ def imported(name):
 
 
 def test_all_examples_are_in_the_table_and_begin_with_their_command():
-    assert {name for name, _, _ in cases.EXAMPLES} == {x.name for x in FOLDER.glob("*.*")} - {"emojis.py"}
+    assert {name for name, _, _ in cases.EXAMPLES} == {x.name for x in FOLDER.glob("*.*")}
     for name, *_ in cases.EXAMPLES:
         lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 85
@@ -61,32 +60,13 @@ def test_all_examples_are_in_the_table_and_begin_with_their_command():
         assert f"python examples/trainers/{name}" in head or f"sh examples/trainers/{name}" in head
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("[!e]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_example_can_be_copied_out_of_the_repository(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = [x for x in ast.walk(tree) if isinstance(x, ast.Import | ast.ImportFrom)]
     modules = [x.module if isinstance(x, ast.ImportFrom) else x.names[0].name for x in found]
     theirs = {x.partition(".")[0] for x in modules} - sys.stdlib_module_names - OURS
-    assert theirs <= (set() if path.stem in ("frozen_encoders", "plain_loop") else LIBRARIES)
-
-
-@pytest.fixture(scope="module")
-def emojis(tmp_path_factory):
-    """The folder that the examples read, with half of the animals."""
-    folder, module = tmp_path_factory.mktemp("emojis"), imported("emojis")
-    few = module.chosen()[::2]
-    module.chosen = lambda: few
-    module.write(folder)
-    return folder
-
-
-def test_held_out_pairs_are_no_training_pairs(emojis):
-    pairs, held_out = (
-        {line.partition("\t")[0] for line in (emojis / f"{name}.csv").read_text().splitlines()[1:]}
-        for name in ("pairs", "held_out")
-    )
-    assert len(pairs) > 2 * len(held_out) > 16
-    assert pairs.isdisjoint(held_out)
+    assert theirs <= (set() if path.stem == "plain_loop" else LIBRARIES)
 
 
 def test_no_loss_of_the_examples_is_offered(capsys):
@@ -105,10 +85,10 @@ def weights_in(file):
 @pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
 @pytest.mark.parametrize(("name", "case"), PYTHON)
 def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
-    name, case, emojis, tmp_path, monkeypatch, capsys
+    name, case, sample_folder, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
-    module, folder, output = imported(name), str(emojis), tmp_path / "output"
+    module, folder, output = imported(name), str(sample_folder), tmp_path / "output"
     chosen, norms, trained, choose = [], [], {}, runtime.choose
 
     def kept(name, given):
@@ -174,27 +154,6 @@ def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
     own = {"reference_image_features": v, "reference_text_features": t}  # a base that takes both gets both
     above = imported("own_loss").SoftLoss(rankloss.MimicryLoss(), gather=rankloss.Gather())
     assert above(v, t, 1.0, **own, output_dict=True)["mimicry_loss"] == 0
-
-
-def test_heads_on_stored_features_find_held_out_pairs_and_are_saved(tmp_path, monkeypatch, capsys):
-    """Of features of other widths that share a part, and have other scales."""
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(600, 6, generator=generator)
-    found = {
-        name: (shared @ torch.randn(6, width, generator=generator) * 0.01 + 3).numpy()
-        for name, width in (("image_features", 24), ("text_features", 16))
-    }
-    module, folder = imported("frozen_encoders"), MagicMock()
-    folder.check().__len__.return_value = len(shared)
-    folder.check().take = lambda rows: {name: x[rows] for name, x in found.items()}
-    monkeypatch.setattr(module, "Features", lambda path: folder)
-    torch.manual_seed(0)
-    module.main(output=tmp_path / "heads.pt")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("R@10 of 60 held-out pairs:")
-    assert float(last.split()[-1]) > 0.8  # by chance 0.17
-    saved = torch.load(tmp_path / "heads.pt", weights_only=True)
-    assert {x.shape[1] for x in saved.values() if x.dim() == 2} >= {24, 16}
 
 
 # --- two processes ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluate import rows_of, write
 
-from rankloss_features import load_heads
+from rankloss_features.heads import load_heads
 from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
 
@@ -70,7 +70,7 @@ def test_the_command_prints_the_loss_and_recall_and_how_to_go_on(
     assert re.search(r"held-out .*many.csv: 4 pictures, 16 texts", printed)
     losses = [float(x) for x in re.findall(r"^epoch \d+: loss (\S+)$", printed, re.MULTILINE)]
     assert losses[-1] < losses[0]
-    assert "rankloss_features.load_heads(" in printed
+    assert "rankloss_features.heads.load_heads(" in printed
     assert load_heads(tmp_path / "x").encode_texts(["a red circle"]).shape == (1, 8)
 
 
