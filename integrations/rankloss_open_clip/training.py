@@ -121,6 +121,22 @@ class TrainerLoss(Runtime):
         self.teaching.open_folder(
             caching.cached(self.teaching.spec, data, place, getattr(self.args, "device", None))
         )
+        self.check_width()
+
+    def check_width(self) -> None:
+        """Raise an error for a folder of features that a loss copies and that is narrower than the model.
+
+        Of a model whose width is not known before it is built, the first batch tells.
+        """
+        model = getattr(self.args, "model", None) or "hf-hub:"
+        if self.teaching.features is None or model.startswith("hf-hub:"):
+            return
+        try:
+            config = open_clip.get_model_config(model) or {}
+        except (OSError, ValueError):  # the trainer says what is wrong with it
+            return
+        if "embed_dim" in config:
+            self.teaching.check_width(config["embed_dim"])
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
@@ -180,6 +196,7 @@ def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss
     with naming_flags(losses):
         run = TrainerLoss(args, losses, options)
         check_run(run, args)
+        run.check_width()
     check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
     run.check_data()
     _run = run
@@ -211,9 +228,13 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     run.compute_teacher()
     loss = run.on(base).to(getattr(args, "device", None))
     loss.sums_every_value = sums_every_value
-    if getattr(args, "rank", 0) == 0:
-        _logger.info("%s, open_clip %s", loss.summary(args.epochs), __version__)
+    _log_summary(loss)
     return loss
+
+
+def _log_summary(loss: TrainerLoss) -> None:
+    if getattr(loss.args, "rank", 0) == 0:
+        _logger.info("%s, open_clip %s", loss.summary(loss.args.epochs), __version__)
 
 
 def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
@@ -233,6 +254,7 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
             "run `rankloss doctor` for advice"
         )
     if loss.place is None:
+        _log_summary(loss)  # again, where a reader of a long log looks: as the last line before training
         columns = getattr(train, _TEXT_COLUMNS, None)
         if columns is not None:
             columns.attach(given["model"])

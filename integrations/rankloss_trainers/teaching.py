@@ -154,6 +154,16 @@ class Teaching:
                 f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"
             )
 
+    def check_width(self, width: int) -> None:
+        """Raise an OptionError if a part copies the folder's features, and the student has more than these."""
+        if self.features is None or not self._copying:
+            return
+        for features in self.features.arrays.values():
+            try:
+                _check_is_wide_enough(width, features.shape[1])
+            except ValueError as error:
+                raise OptionError("teacher", f"{self.features.path}: {error}") from error
+
     def _set_components(self, student: Any, teacher: Any) -> None:
         """Give the folder's principal components to the parts that copy features of another width."""
         parts = [part for part in self._copying if part.components is None]
@@ -161,14 +171,18 @@ class Teaching:
         if not parts or len(student_shape) != 2 or len(teacher_shape) != 2:  # the loss names wrong inputs
             return
         student_width, teacher_width = student_shape[1], teacher_shape[1]
-        if student_width > teacher_width:
-            text = f"the teacher has {teacher_width} dimensions, fewer than the student's {student_width}, "
-            text += "which cannot copy them; rankclip-distill ranks by a teacher of any width"
-            raise ValueError(text)
+        _check_is_wide_enough(student_width, teacher_width)
         if student_width < teacher_width and self.features is not None:
             matrix = self.features.components(student_width).matrix
             for part in parts:
                 part.components = matrix
+
+
+def _check_is_wide_enough(student_width: int, teacher_width: int) -> None:
+    if student_width > teacher_width:
+        text = f"the teacher has {teacher_width} dimensions, fewer than the student's {student_width}, "
+        text += "which cannot copy them; rankclip-distill ranks by a teacher of any width"
+        raise ValueError(text)
 
 
 def _named_teacher(host: Host, name: str, losses: Sequence[Loss], option: str | None) -> Teacher | None:

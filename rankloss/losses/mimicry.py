@@ -134,6 +134,11 @@ class MimicryLoss(GatheringLoss):
                     f"got {tuple(components.shape)}"
                 )
             features = F.normalize(product(features, components.to(features.dtype)), dim=-1)
+        if features.shape[1] < width:
+            raise ValueError(
+                f"{name} must have at least the student's width, {width}, to be copied; got "
+                f"{features.shape[1]}. RankClipLoss ranks by a teacher of any width"
+            )
         if features.shape[1] != width:
             raise ValueError(
                 f"{name} must have the student's width, {width}, to be compared with its features; got "

@@ -24,7 +24,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 
 
 def check_third_party(run: Run) -> None:
-    (line,) = re.findall(r"Loss: uniform .*", run.log)
+    (line,) = set(re.findall(r"Loss: uniform .*", run.log))
     assert line.startswith("Loss: uniform (uniform-clip 1.2), weight 0.5, open_clip ")
     assert run.params["uniform_weight"] == "0.5"
     # It is told of every optimizer step; the weight is logged and not trained.

@@ -159,3 +159,24 @@ def test_code_beside_a_teachers_weights_is_not_run(trainer: Trainer, tmp_path: P
     with pytest.raises(ValueError, match=rf"local-dir:{own}: .* needs code of its own, code\.py"):
         run.compute_teacher()
     assert not made.exists()
+
+
+@pytest.mark.parametrize("loss", ["mimicry", "rankclip-distill"])
+def test_a_teacher_that_is_narrower_than_the_model_is_refused_before_a_folder_of_logs(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    """Where it is copied: a ranking may come from a teacher of any width."""
+    lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
+    pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
+    narrow = stored(tmp_path / "narrow", pairs, **{name: unit_rows(SAMPLES, 8, 0) for name in NAMES})
+    args = trainer.arguments("narrow", "--loss", loss, OPTION, narrow)
+    args[args.index("--logs") + 1] = str(tmp_path / "logs")
+    if loss == "rankclip-distill":
+        assert run_of(parse_args(args)).teaching.features is not None
+        return
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        run_of(parse_args(args))
+    text = f"{raised.value} {capsys.readouterr().err}"
+    assert "--loss-teacher" in text
+    assert f"{narrow}: the teacher has 8 dimensions, fewer than the student's 32" in text
+    assert not (tmp_path / "logs").exists()

@@ -20,8 +20,9 @@ class PairIds:
     and so the same on all processes.
 
     Args:
-        key: The source of the ids: captions, of which equal texts have one; or a column of the data; in a
-            webdataset __key__, the extension of a text file, or json:FIELD.
+        key: The source of the ids: captions, of which equal texts have one; or a column of the data, which a
+            transform of a Hugging Face dataset has to return; in a webdataset __key__, the extension of a
+            text file, or json:FIELD.
     """
 
     need = "ids"
