@@ -7,7 +7,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ def main(argv: Sequence[str]) -> int:
     """Carry out a command line, and return the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip's notes on what it loads
     try:
         check_count("--batch-size", args.batch_size)
         ks = sorted({check_count("--k", k) for k in args.k})
         other = None if args.against is None else _read(args.against)
-        result = evaluate(args, ks, other)
+        with quiet_libraries():
+            result = evaluate(args, ks, other)
         print("\n".join(lines(result, ks)))
         if args.json is not None:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
@@ -44,6 +45,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"rankloss evaluate: {sources.last_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """A context without the libraries' notes on what they load."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, Any] | None) -> dict[str, Any]:

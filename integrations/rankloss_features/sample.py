@@ -61,10 +61,8 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"rankloss sample: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{output} has train.csv, val.csv, pictures, and the models open_clip, transformers, image_encoder,"
-    )
-    print(f"text_encoder: rankloss evaluate --model local-dir:{output}/open_clip --data {output}/val.csv")
+    print(f"{output} has train.csv, val.csv, pictures and tiny models. Try:")
+    print(f"rankloss evaluate --model local-dir:{output}/open_clip --data {output}/val.csv --ids-key product")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rankloss.options import check_count, check_weight
 from rankloss_features import data, sources
-from rankloss_features.evaluate import described, lines
+from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
 from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, Training, train
 
@@ -26,7 +25,6 @@ _HELD_OUT = 10  # of so many ids one
 def main(argv: Sequence[str]) -> int:
     """Carry out a command line, and return the exit code."""
     args = _parser().parse_args(argv)
-    logging.getLogger().setLevel(logging.ERROR)  # the libraries' notes on what they load
     try:
         settings = Training(
             check_count("--epochs", args.epochs),
@@ -37,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         )
         if args.output.exists() and not (args.output / ABOUT).is_file() and any(args.output.iterdir()):
             raise ValueError(f"--output {args.output} is there and no folder of heads: give a new one")
-        run(args, settings)
+        with quiet_libraries():
+            run(args, settings)
     except (OSError, ValueError) as error:
         print(f"rankloss heads: {sources.last_line(error)}", file=sys.stderr)
         return 1

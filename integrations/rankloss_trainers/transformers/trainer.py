@@ -141,7 +141,7 @@ class ContrastiveTrainer(transformers.Trainer):
         self._compute_teacher()
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
-        self._retrieval = Retrieval(None, self.accelerator.num_processes)
+        self._retrieval: Retrieval | None = None  # within an evaluation
         self._has_trained_loss = False
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
@@ -226,7 +226,8 @@ class ContrastiveTrainer(transformers.Trainer):
         split = Split.of_pairs(inputs, self.mini_batch_size)
         outputs, features = embeddings.embedded(model, own, inputs, split)
         if not torch.is_grad_enabled():
-            self._retrieval.add(self.accelerator, **features, pair_ids=of_loss.get("pair_ids"))
+            if self._retrieval is not None:
+                self._retrieval.add(self.accelerator, **features, pair_ids=of_loss.get("pair_ids"))
             return outputs, self.loss_runtime.evaluate(**features)
         return outputs, self.loss_runtime(**features, **of_loss)
 
@@ -251,12 +252,16 @@ class ContrastiveTrainer(transformers.Trainer):
         """Add recall, or the metrics of lists, to those of an evaluation."""
         self._measured.clear()
         self._retrieval = Retrieval(dataloader, self.accelerator.num_processes)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        if output.metrics is not None:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{name}": x for name, x in self._retrieval.measure().items()})
-        if self._measured and output.metrics is not None:
-            prefix = kwargs.get("metric_key_prefix", "eval")
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            retrieved = self._retrieval.measure()
+        finally:
+            self._retrieval = None
+        if output.metrics is None:
+            return output
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": x for name, x in retrieved.items()})
+        if self._measured:
             measured = zip(graded_lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
             output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
         return output
