@@ -155,7 +155,7 @@ class Teaching:
             )
 
     def check_width(self, width: int) -> None:
-        """Raise an OptionError if a part copies the features of a folder that is narrower than the student."""
+        """Raise an OptionError if a part copies the features of a folder narrower than the student."""
         if self.features is None or not self._copying:
             return
         for features in self.features.arrays.values():
