@@ -18,12 +18,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-CHANGES = {
+TEXTS = {
     "--model ViT-B-32 --pretrained laion2b_s34b_b79k": "--model local-dir:sample/open_clip",
+    "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_6.pt": "--model local-dir:trained",
+    "--image-encoder efficientnet-lite0": "--image-encoder sample/image_encoder",
+    "--text-encoder minilm": "--text-encoder sample/text_encoder",
+    "pictures/0001.jpg": "sample/pictures/red-circle-small.png",
     '"ViT-B-32"': '"local-dir:sample/open_clip"',
     "openai/clip-vit-base-patch32": "sample/transformers",
-    "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_6.pt": "--model local-dir:trained",
-    r"batch[-_]size(.)(256|64)\b": r"batch-size\g<1>16",
+}
+PATTERNS = {
+    r"(--batch-size |_batch_size=)(256|64)\b": r"\g<1>16",
+    r"--accum-freq 4\b": "--accum-freq 2",
     r"--epochs 5\b": "--epochs 1",
     r"--epochs 6\b": "--epochs 2",
     r"epoch_6\.pt": "epoch_2.pt",
@@ -40,10 +46,11 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def changed(text: str) -> str:
-    for pattern, small in CHANGES.items():
-        literal = pattern.startswith(("--model", '"', "openai"))
-        text = text.replace(pattern, small) if literal else re.sub(pattern, small, text)
-    return text.replace("batch-size=", "batch_size=")
+    for large, small in TEXTS.items():
+        text = text.replace(large, small)
+    for large, small in PATTERNS.items():
+        text = re.sub(large, small, text)
+    return text
 
 
 def run_commands(text: str) -> None:

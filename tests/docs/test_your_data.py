@@ -47,6 +47,8 @@ def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, 
     log = (folder / "logs/first/out.log").read_text(encoding="utf-8")
     assert log.count("| Loss: rankclip (rankloss") == 4  # of two runs, at the start and before training
     assert "resuming checkpoint 'logs/first/checkpoints/epoch_1.pt'" in log
+    small = (folder / "logs/small/out.log").read_text(encoding="utf-8")
+    assert "Train Epoch: 0" in small
     assert len(re.findall("Eval Epoch: 2 image_to_text_mean_rank", log)) == 1
     (search,) = [x["output"] for x in outputs if "by_caption" in x["text"]]
     assert len(re.findall(r"sample/pictures/[\w-]+\.png", search)) == 6
