@@ -104,7 +104,7 @@ def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
 ) -> None:
     register(monkeypatch, comparing=Comparing)
     message = f"crossed must be 0: this teacher is {SPACELESS['separate']}"
-    for name in ("comparing", "rankclip-in+comparing", "comparing+cyclip"):
+    for name in ("comparing", "rankclip-in+comparing", "comparing+tiny"):
         with pytest.raises(OptionError, match=message) as error:
             run_of(name, "separate")
         assert (error.value.key, error.value.loss) == ("crossed", "comparing")
