@@ -94,29 +94,30 @@ class _Variances(torch.autograd.Function):
     def forward(
         ctx: Any, anchors: Tensor, items: Tensor, mean: Tensor, covariance: Tensor, count: int
     ) -> Tensor:
-        residuals = _residuals(anchors, items - mean, covariance, count)
-        ctx.save_for_backward(anchors, items, mean, covariance, residuals)
+        own, residuals = _own_and_residuals(anchors, items - mean, covariance, count)
+        ctx.save_for_backward(anchors, items, mean, covariance, own, residuals)
         ctx.count = count
         return (anchors * residuals).sum(-1) * (count / (count - 1))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, items, mean, covariance, residuals = ctx.saved_tensors
-        count, centred = ctx.count, items - mean
-        if torch.is_grad_enabled():  # for second derivatives, which need the residuals' graph
-            residuals = _residuals(anchors, centred, covariance, count)
+        anchors, items, mean, covariance, own, residuals = ctx.saved_tensors
+        count = ctx.count
+        if torch.is_grad_enabled():  # for second derivatives, which need a graph
+            own, residuals = _own_and_residuals(anchors, items - mean, covariance, count)
         weights = upstream[0][:, None] * (count / (count - 1))
         by_anchors = 2 * weights * residuals
         by_items = by_mean = by_covariance = None
         if any(ctx.needs_input_grad[1:]):
-            own = (anchors * centred).sum(-1, keepdim=True)
-            by_items = -2 / (count - 1) * weights * own * anchors
+            by_items = -2 * weights * own * anchors
             by_mean = -by_items.sum(0)
             by_covariance = product(anchors.T, weights * anchors)
         return by_anchors, by_items, by_mean, by_covariance, None
 
 
-def _residuals(anchors: Tensor, centred: Tensor, covariance: Tensor, count: int) -> Tensor:
-    """The residuals r of the anchors: the covariance times each, without the item's own part."""
+def _own_and_residuals(
+    anchors: Tensor, centred: Tensor, covariance: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """``x_i·(x_i − m) / (N−1)``, ``[n, 1]``, and r of the anchors, ``[n, D]``."""
     own = (anchors * centred).sum(-1, keepdim=True) / (count - 1)
-    return product(anchors, covariance) - own * centred
+    return own, torch.addcmul(product(anchors, covariance), own, centred, value=-1)

@@ -11,6 +11,7 @@ import forest
 import gains
 import method
 import schedules
+import spread
 import style
 import watch
 
@@ -23,6 +24,7 @@ PICTURES = {
     "miniature": partial(forest.draw, tables=("miniature",)),
     "gains": gains.draw,
     "watch": watch.draw,
+    "spread": spread.draw,
 }
 
 
