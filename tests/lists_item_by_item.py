@@ -67,10 +67,12 @@ def literal(
     in_batch_negatives: bool = False,
     reduction: str = "mean",
     frozen: Any = None,
+    excluded: Any = None,
 ) -> Any:
     """The loss item by item, differentiable: ``rankloss.reference`` has no lists of their own lengths.
 
-    ``frozen`` has the reference's scores of all queries and items.
+    ``frozen`` has the reference's scores of all queries and items, ``excluded`` an item of each query that is
+    no negative.
     """
     is_item = grades == grades if mask is None else mask
     rows = [[int(i) for i in places[kept]] for places, kept in zip(index, is_item, strict=True)]
@@ -81,6 +83,8 @@ def literal(
         if in_batch_negatives:
             listed = sorted({j for row in rows for j in row})
             others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
+            if excluded is not None:
+                others = [j for j in others if j != excluded[n]]
         g += [-math.inf] * len(others)
         x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
         if frozen is not None:

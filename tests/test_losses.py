@@ -164,12 +164,26 @@ def test_norms_of_65536_rows_are_no_overflow(dtype: torch.dtype) -> None:
     assert nan_unless_finite(weights, rows).isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:logit_bias is given")
 @pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)
 @pytest.mark.parametrize("loss", [ClipLoss(), ClipLoss(memory_budget=0), at(1.0), at(0.0)], ids=str)
 def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, loss: nn.Module) -> None:
     v, t, s = features()
     entries = loss(v, t, s, logit_bias=bias, output_dict=True)
     torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(v, t, s), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "build", [ClipLoss, lambda: ClipLoss(memory_budget=0), lambda: at(1.0), lambda: at(0.0)]
+)
+def test_bias_of_a_softmax_is_warned_of_once(build: Callable[[], nn.Module]) -> None:
+    """The model is one for the sigmoid loss."""
+    v, t, s = features()
+    loss = build()
+    loss(v, t, s)
+    with pytest.warns(InputWarning, match="logit_bias is given, and CLIP's softmax .*SigLipLoss"):
+        loss(v, t, s, logit_bias=-10.0)
+    loss(v, t, s, logit_bias=-10.0)  # a second warning would be an error
 
 
 # --- λ ----------------------------------------------------------------------------------------------------

@@ -81,6 +81,54 @@ def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: A
 
 
 @models
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_an_excluded_candidate_is_no_negative_of_its_query(
+    options: dict[str, Any], chunk_size: int | None
+) -> None:
+    """Such as a query's own caption in another query's list; without negatives nothing changes."""
+    lists = lists_of(0, 5, 3, 9)
+    excluded = lists.index.roll(1, 0)[:, 0]  # in the list of the query before
+    ids = torch.arange(9) + 100
+    loss = RankedLists(**options, chunk_size=chunk_size)
+    found = lists.differentiated(
+        lambda *inputs: lists.loss(loss, *inputs, candidate_ids=ids, excluded_ids=ids[excluded])
+    )
+    owed = lists.differentiated(
+        lambda *inputs: lists.owed(*inputs, **options, excluded=[int(row) for row in excluded])
+    )
+    assert_same(found, owed)
+
+
+def test_excluded_ids_need_ids_of_candidates() -> None:
+    lists = lists_of(0, 4, 3, 9)
+    loss = RankedLists(in_batch_negatives=True)
+    with pytest.raises(ValueError, match="excluded_ids are ids of candidates, and need candidate_ids"):
+        lists.loss(loss, *lists.leaves(), excluded_ids=torch.arange(4))
+    with pytest.raises(ValueError, match=r"excluded_ids must be 4 integers, one for every pair; got .*\[3\]"):
+        lists.loss(loss, *lists.leaves(), candidate_ids=torch.arange(9), excluded_ids=torch.arange(3))
+
+
+@pytest.mark.parametrize("by", ["index", "ids", "index and ids"])
+def test_a_candidate_with_two_grades_in_a_list_is_refused(by: str) -> None:
+    """Twice with one grade it is two tied items; at padding it is none."""
+    index = torch.tensor([[3, 4, 5], [0, 1, 0]])
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
+    mask = torch.tensor([[True, True, True], [True, True, True]])
+    q, items = torch.eye(6)[:2], torch.eye(6)
+    inputs: dict[str, Any] = {"candidate_index": index}
+    if by == "ids":
+        items, inputs = items[index], {"candidate_ids": index}
+    elif by == "index and ids":
+        inputs = {"candidate_index": torch.tensor([[3, 4, 5], [0, 1, 2]])}
+        inputs["candidate_ids"] = torch.tensor([7, 8, 7, 9, 10, 11])
+    with pytest.raises(ValueError, match=r"grades must be one of each candidate; row 1 .*\[1\.0, 3\.0\]"):
+        RankedLists()(q, items, grades, **inputs)
+    RankedLists()(q, items, grades.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0)), **inputs)
+    mask[1, 2] = False
+    RankedLists()(q, items, grades, mask=mask, **inputs)
+
+
+@models
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
     lists, later = lists_of(4, 5, 4, 9), RankedLists(model="pairwise", pair_weight="difference")
     defaults = {"model": "plackett_luce", "pair_weight": None, **options}

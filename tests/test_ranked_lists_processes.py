@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -113,24 +114,34 @@ def collectives(rank: int, world_size: int) -> list[dict[str, int]]:
     return counts
 
 
-def of_ids(rank: int, world_size: int) -> list[Tensor]:
+def excluded_items(lists: Lists) -> Tensor:
+    """An item of each query that is no negative: in the list of a query of the other process."""
+    return lists.index.roll(N, 0)[:, 0]
+
+
+def of_ids(rank: int, world_size: int, local_loss: bool = True) -> list[Tensor]:
     """Processes share candidates, whose features differ by a rounding."""
     lists = lists_of(0, 2 * N, K, M)
     rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
-    own = share(lists, rows)
-    loss, ids = RankedLists(in_batch_negatives=True), torch.arange(M) - 3
+    own, ids = share(lists, rows), torch.arange(M) - 3
+    loss = RankedLists(in_batch_negatives=True, gather=Gather(local_loss=local_loss))
+    excluded = ids[excluded_items(lists)][rows]
 
     def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return own.loss(loss, q[rows], c * (1 + rank * 1e-14), s, candidate_ids=ids)
+        features = q[rows], c * (1 + rank * 1e-14), s
+        return own.loss(loss, *features, candidate_ids=ids, excluded_ids=excluded)
 
     return own.differentiated(value)
 
 
-def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
-    (alone,), of_ranks = pools[1].run(of_ids), pools[2].run(of_ids)
+@pytest.mark.parametrize("local_loss", [True, False])
+def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools, local_loss: bool) -> None:
+    of_process = functools.partial(of_ids, local_loss=local_loss)
+    (alone,), of_ranks = pools[1].run(of_process), pools[2].run(of_process)
     assert_same([torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)], alone)
     lists = lists_of(0, 2 * N, K, M)
-    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, in_batch_negatives=True)))
+    options = {"in_batch_negatives": True, "excluded": excluded_items(lists).tolist()}
+    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
 
 
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:

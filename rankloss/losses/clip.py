@@ -11,14 +11,16 @@ target alone, so it adds a linear function of the logits, which sums of features
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import Batch
+from rankloss.checks import InputWarning
 from rankloss.distributed import GatherOption, gather_once
 from rankloss.graded import first_of_id
 from rankloss.losses.gathering import Number, SameId, StreamedLoss, equal_ids, partners, scaled_cosines
@@ -67,7 +69,8 @@ class ClipLoss(StreamedLoss):
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
         itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats (within
         the budget in the dtype of torch's cross-entropy of the logits), or with ``output_dict=True``
-        ``{"contrastive_loss": …}``. A ``logit_bias``, one number, is added to all logits and changes nothing.
+        ``{"contrastive_loss": …}``. A ``logit_bias``, one number, is added to all logits and
+        changes nothing; the first one gives a warning.
         ``pair_ids``: ``[N]`` integers of any dtype, gathered as the features are; only their equality counts.
 
     Raises:
@@ -107,6 +110,22 @@ class ClipLoss(StreamedLoss):
     ) -> None:
         super().__init__(same_id=same_id, gather=gather, chunk_size=chunk_size, memory_budget=memory_budget)
         self.label_smoothing = check_weight("label_smoothing", label_smoothing, below=1.0)
+
+    def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
+        """Check the inputs, and warn once of a bias."""
+        super().check_inputs(image_features, text_features, *numbers, **more)
+        self.warn_of_bias(numbers[1])
+
+    def warn_of_bias(self, logit_bias: Number | None) -> None:
+        """Warn once of a bias, which no softmax depends on: a model that has one is SigLIP's."""
+        if logit_bias is not None and "logit_bias" not in self._checked_once:
+            self._checked_once.add("logit_bias")
+            warnings.warn(
+                "logit_bias is given, and CLIP's softmax does not depend on it. A model with a bias is one "
+                "for rankloss.SigLipLoss, alone or as a base; with open_clip --siglip",
+                InputWarning,
+                stacklevel=1,
+            )
 
     def compute(
         self,

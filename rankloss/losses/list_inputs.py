@@ -24,6 +24,7 @@ class ListInputs(NamedTuple):
     candidate_index: Tensor | None
     mask: Tensor | None
     candidate_ids: Tensor | None
+    excluded_ids: Tensor | None
     reference_scores: Tensor | None
     reference_query_features: Tensor | None
     reference_candidate_features: Tensor | None
@@ -89,6 +90,10 @@ class ListInputs(NamedTuple):
                 needed = f"integers of shape {tuple(shape)}"
                 raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
             checks.check_device("candidate_ids", ids, queries, "query_features")
+        if self.excluded_ids is not None:
+            checks.check_ids("excluded_ids", self.excluded_ids, queries)
+            if ids is None:
+                raise ValueError("excluded_ids are ids of candidates, and need candidate_ids")
         checks.check_scale(self.logit_scale, queries)
         self._check_reference(has_negatives)
 
@@ -148,6 +153,31 @@ class ListInputs(NamedTuple):
             for name, x in zip(_REFERENCE, (queries, self.listed(candidates)), strict=False):
                 if (row := first_row(~x.isfinite().all(-1))) is not None:
                     raise ValueError(f"{name} must be finite; row {row} is not")
+
+    def refuse_contradictions(self) -> None:
+        """Raise a ValueError for a candidate that is twice in a list, with two grades."""
+        candidates = self._identities()
+        if candidates is None:
+            return
+        is_item = self.is_item
+        first_item = is_item.byte().argmax(-1, keepdim=True)  # padding is this item once more
+        candidates = candidates.where(is_item, candidates.gather(1, first_item))
+        grades = self.grades.where(is_item, self.grades.gather(1, first_item))
+        ordered, order = candidates.sort(-1)
+        of_ordered = grades.gather(1, order)
+        is_wrong = (ordered[:, 1:] == ordered[:, :-1]) & (of_ordered[:, 1:] != of_ordered[:, :-1])
+        if (row := first_row(is_wrong)) is not None:
+            place = int(is_wrong[row].byte().argmax())
+            both = of_ordered[row, place : place + 2].tolist()
+            raise ValueError(f"grades must be one of each candidate; row {row} has one twice, with {both}")
+
+    def _identities(self) -> Tensor | None:
+        """Integers ``[N, K]``, equal for equal candidates; None if nothing tells which are equal."""
+        index, ids = self.candidate_index, self.candidate_ids
+        if index is None:
+            return ids
+        index = index.long().masked_fill(~self.is_item, 0)
+        return index if ids is None else ids[index]
 
     def refuse(self, name: str, is_wrong: Tensor, needed: str) -> None:
         """Raise a ValueError that shows the first row with wrong values of candidates, if any."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.distributed import Gather, GatherOption, gather_once
+from rankloss.losses.clip import ClipLoss
 from rankloss.losses.composition import (
     TEACHER,
     Base,
@@ -227,6 +228,7 @@ class RankClipLoss(nn.Module):
                 inputs, options, weights, tuple(teacher.values())
             )
         if is_fused:
+            cast("ClipLoss", self.base).warn_of_bias(logit_bias)
             entries["contrastive_loss"] = contrastive
         own = {"cross_modal_loss": cross_modal, "in_modal_loss": in_modal}
         return combined(entries, own, output_dict)

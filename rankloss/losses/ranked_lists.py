@@ -58,8 +58,10 @@ class RankedLists(GatheringLoss):
     With ``in_batch_negatives`` other queries' candidates, of all processes, are items of grade −∞ in every
     list, except for the list's own candidates. Candidates with the same id in ``candidate_ids`` are one item,
     on all processes. Without ids, candidates bit-equal to one of the list's own are left out, and a candidate
-    of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
-    cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
+    of several lists is one item if it is one row of ``[M, D]``, otherwise several. The candidate whose id is
+    the query's in ``excluded_ids`` is left out, too, such as its own caption in another query's list. With
+    K = 1 this is CLIP's cross-entropy of one direction; it is bit-equal in float64 if all scores are computed
+    at once.
 
     Scores are in float32 at least, also under autocast; products are TF32's where torch allows them. Sums
     over a list's own candidates are in float64. On a device without it, such as MPS, they are in float32, and
@@ -96,7 +98,8 @@ class RankedLists(GatheringLoss):
         ``query_features``: ``[N, D]``; ``candidate_features``: ``[N, K, D]``, or ``[M, D]`` with
         ``candidate_index`` ``[N, K]``, integers in [0, M), so that a candidate of several lists is embedded
         once; ``grades``: ``[N, K]``; ``mask``: ``[N, K]``, False at padding, where features, index and grade
-        are ignored; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. The reference is either
+        are ignored; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers; ``excluded_ids``: ``[N]``, integers.
+        The reference is either
         ``reference_scores``, ``[N, K]``, or the frozen model's own ``reference_query_features``, ``[N, D']``,
         ``reference_candidate_features``, in the form of ``candidate_features``, and ``reference_scale``, the
         multiplier of their products; negatives need the latter. Features are unit-norm;
@@ -107,11 +110,12 @@ class RankedLists(GatheringLoss):
     Raises:
         ValueError: for an option out of range or unsupported by the model; in ``forward`` for mismatched
             shapes, dtypes or devices, a list without candidates, a grade of NaN, +∞ or an integer beyond 2⁵³,
-            for ``"lambda"`` any grade that is negative, infinite or beyond 2⁵³, a reference that is not
-            finite, is incomplete or is given twice, an index out of range, or with ``in_batch_negatives`` two
-            equal queries, also of two processes, whose candidates would be each other's negatives. Values are
-            read on a CPU at every call, on an accelerator at the first call; a grade of NaN or +∞, a rounded
-            integer, and a reference that is not finite give NaN in later calls.
+            a candidate twice in a list with two grades, by its index or its id, for ``"lambda"`` any grade
+            that is negative, infinite or beyond 2⁵³, a reference that is not finite, is incomplete or is
+            given twice, an index out of range, or with ``in_batch_negatives`` two equal queries, also of two
+            processes, whose candidates would be each other's negatives. Values are read on a CPU at every
+            call, on an accelerator at the first call; a grade of NaN or +∞, a rounded integer, and a
+            reference that is not finite give NaN in later calls.
         TypeError: for an argument that is not a tensor.
 
     References:
@@ -203,6 +207,7 @@ class RankedLists(GatheringLoss):
         *,
         candidate_index: Tensor | None = None,
         candidate_ids: Tensor | None = None,
+        excluded_ids: Tensor | None = None,
         mask: Tensor | None = None,
         reference_scores: Tensor | None = None,
         reference_query_features: Tensor | None = None,
@@ -219,6 +224,8 @@ class RankedLists(GatheringLoss):
             logit_scale: the multiplier s.
             candidate_index: ``[N, K]``, each query's candidates as rows of ``[M, D]``.
             candidate_ids: ``[N, K]`` or ``[M]``, equal for one candidate on all processes.
+            excluded_ids: ``[N]``, the id of a candidate that is no negative of the query; others are of no
+                candidate.
             mask: ``[N, K]``, bool; False is padding.
             reference_scores: ``[N, K]``, the candidates' scores by a frozen model.
             reference_query_features: ``[N, D']``, the frozen model's.
@@ -236,6 +243,7 @@ class RankedLists(GatheringLoss):
                 candidate_index,
                 mask,
                 candidate_ids,
+                excluded_ids,
                 reference_scores,
                 reference_query_features,
                 reference_candidate_features,
@@ -307,6 +315,7 @@ class RankedLists(GatheringLoss):
             reference_items=reference_items,
             is_listed=is_listed,
             ids=None if inputs.candidate_ids is None else inputs.candidate_ids.flatten().long(),
+            excluded_ids=None if inputs.excluded_ids is None else inputs.excluded_ids.long(),
             has_unlisted_items=inputs.mask is not None or inputs.candidate_index is not None,
         )
 
@@ -331,6 +340,7 @@ class RankedLists(GatheringLoss):
                 grades=gather.items(lists.grades),
                 offsets=offsets,
                 reference_queries=reference_queries,
+                excluded_ids=None if lists.excluded_ids is None else gather.items(lists.excluded_ids),
             )
         return lists
 
@@ -353,10 +363,11 @@ class RankedLists(GatheringLoss):
         elif self.model == "lambda":  # whose weights depend on ties
             equal = first_equal(torch.cat(candidates, 1))
         reference_queries = lists.reference_queries
-        return _Items(candidates, is_listed, equal), _Lists(
+        return _Items(candidates, is_listed, equal, lists.ids), _Lists(
             lists.places,
             lists.grades,
             lists.offsets,
+            excluded_ids=lists.excluded_ids,
             queries=lists.queries.to(dtype) * lists.scale,
             reference_queries=None if reference_queries is None else reference_queries.to(dtype),
         )
@@ -392,6 +403,8 @@ class RankedLists(GatheringLoss):
         else:
             of_list = scores.gather(1, places)
             is_negative = graded.others(places, items.equal, items.is_listed)
+            if lists.excluded_ids is not None:
+                is_negative = is_negative & (items.ids != lists.excluded_ids[:, None])
             negatives = scores.masked_fill(~is_negative, -math.inf)
             if places.shape[1] == 1 and self.model != "pairwise":
                 # Both models are the cross-entropy of one candidate; this way is bit-exact.
@@ -467,6 +480,7 @@ class RankedLists(GatheringLoss):
         dtype = precision.widest_dtype(grades.device)
         needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
         inputs.refuse("grades", graded.is_rounded(grades, dtype), needed)
+        inputs.refuse_contradictions()
         if is_first:
             checks.check_norms("query_features", inputs.query_features)
             checks.check_norms("candidate_features", inputs.listed(inputs.candidate_features))
@@ -499,6 +513,7 @@ class _Padded(NamedTuple):
         reference_items: ``[M, D']``, the frozen model's.
         is_listed: ``[M]``, 1 for a candidate of any list; uint8, which all backends gather.
         ids: ``[M]``, equal for one candidate.
+        excluded_ids: ``[n]``, the id of a candidate that is no negative.
         has_unlisted_items: True if candidates may be in no list.
     """
 
@@ -513,6 +528,7 @@ class _Padded(NamedTuple):
     reference_items: Tensor | None
     is_listed: Tensor
     ids: Tensor | None
+    excluded_ids: Tensor | None
     has_unlisted_items: bool
 
 
@@ -523,11 +539,13 @@ class _Items(NamedTuple):
         features: ``[M, D]``, and ``[M, D']`` if a frozen model is the reference.
         is_listed: ``[M]``, True for a candidate of any list, once for equal ones.
         equal: ``[M]``, the first candidate equal to each; None if no two are, or without negatives.
+        ids: ``[M]``, equal for one candidate; None without ids.
     """
 
     features: list[Tensor]
     is_listed: Tensor
     equal: Tensor | None
+    ids: Tensor | None
 
 
 class _Lists(NamedTuple):
@@ -539,6 +557,7 @@ class _Lists(NamedTuple):
         offsets: ``[n, K]``, reference scores.
         queries: ``[n, D]``, times the scale.
         reference_queries: ``[n, D']``, the frozen model's queries, times its scale.
+        excluded_ids: ``[n]``, the id of a candidate that is no negative.
     """
 
     places: Tensor
@@ -546,6 +565,7 @@ class _Lists(NamedTuple):
     offsets: Tensor | None
     queries: Tensor
     reference_queries: Tensor | None = None
+    excluded_ids: Tensor | None = None
 
     @property
     def factors(self) -> list[Tensor]:
