@@ -92,6 +92,7 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:logit_bias is given")  # by one model for all losses
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_two_processes_have_the_gradients_of_the_whole_batch(pools: Pools, kind: str) -> None:
     expected = gradients(0, 1, WRAPPED[kind])
