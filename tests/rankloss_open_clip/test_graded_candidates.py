@@ -124,6 +124,30 @@ def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path:
     loss(*samples[:2], samples[3])
 
 
+@pytest.mark.parametrize("is_csv", [True, False])
+def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(tmp_path: Path, is_csv: bool) -> None:
+    """The second list has the first picture's own caption, which stands apart from the first list."""
+    column, lists = Candidates(max_candidates=2), [(["x", "y"], [2, 1]), (["a0", "z"], [1, 2])]
+    if is_csv:
+        dataset, file = csv(tmp_path, *lists)
+        texts = column.read_rows(file, "\t", dataset)
+    else:
+        members = [
+            {"candidates.json": json.dumps(x).encode(), "grades.json": json.dumps(y).encode()}
+            for x, y in lists
+        ]
+        samples = [{"__url__": "x.tar", "__key__": f"{i}", "png": b"", **x} for i, x in enumerate(members)]
+        texts = [column.read_sample(sample, f"a{i}") or "" for i, sample in enumerate(samples)]
+    encoded = column.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), texts)
+    features = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))
+    v, t = features[:2], features[2:]  # the own captions, then x, y, a0, z
+    inputs = column.outputs({"image_features": v, "text_features": t}, encoded)
+    term = RankedListsTerm(RankedLists(in_batch_negatives=True))
+    index, grades = torch.tensor([[2, 3], [4, 5]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    expected = literal(v, t, index, grades, 3.0, in_batch_negatives=True, excluded=[4, -1])
+    torch.testing.assert_close(term(3.0, **inputs), expected)
+
+
 # --- runs of the trainer ----------------------------------------------------------------------------------
 
 SETTING = [  # steps that are proportional to small gradients

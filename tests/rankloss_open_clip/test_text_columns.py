@@ -205,7 +205,7 @@ def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
 
 def test_rows_of_features_are_those_of_the_table(tmp_path: Path) -> None:
     dataset, file = csv(tmp_path, "filepath;title\nfolder/1.png;a\n2.png;5\n")
-    array, pairs = unit_rows(2, 2), [("1.png", "a"), ("2.png", "5")]
+    array, pairs = unit_rows(2, 2), [("folder/1.png", "a"), ("2.png", "5")]
     column = column_of(stored(tmp_path / "x", pairs, text_features=array))
     other = column_of(stored(tmp_path / "other", pairs[::-1], text_features=array))
     with pytest.raises(ValueError, match=r"row 0 .* row 1 "):

@@ -30,12 +30,15 @@ from rankloss_trainers.graded.term import RankedListsTerm
         ([], [], "got 0 candidates and 0 grades"),
         ("ab", [1, 2], "^candidates and grades must be lists; got others"),
         (["a"], None, "^candidates and grades must be lists; got others"),
+        (["a", "b", "a"], [1, 2, 3], "^grades must be one of each candidate; 'a' is twice .*with 1 and 3"),
     ],
 )
 def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, named: str) -> None:
     assert check_list(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
-    with pytest.raises(ValueError, match=f"{named}.*row 3"):
+    assert check_list(["a", "a"], [1, 1.0], "row 3") == [("a", 1), ("a", 1)]
+    with pytest.raises(ValueError, match=named) as error:
         check_list(candidates, grades, "row 3")
+    assert "row 3" in str(error.value)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,19 @@ def key(x: Any) -> Any:
     return x if isinstance(x, str) else x.tobytes()
 
 
-def lists_of(model: Any, rows: list[Any]) -> dict[str, Any]:
-    """The lists of these rows, as the loss takes them."""
+def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str, Any]:
+    """The lists of these rows, as the loss takes them; owns are no negatives of their queries."""
     pool = {key(x): x for row in rows for x in row["candidates"]}
     places = {x: n for n, x in enumerate(pool)}
     index = [torch.tensor([places[key(x)] for x in row["candidates"]]) for row in rows]
     grades = [torch.tensor(row["grades"], dtype=torch.float64) for row in rows]
     padded = nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=-1)
+    ids = {}
+    if owns:
+        ids["candidate_ids"] = torch.arange(len(pool))
+        ids["excluded_ids"] = torch.tensor([places.get(key(own), -1) for own in owns])
     return {
+        **ids,
         "query_features": embed(model, [row["query"] for row in rows]),
         "candidate_features": embed(model, [*pool.values()]),
         "grades": nn.utils.rnn.pad_sequence(grades, batch_first=True),
@@ -168,7 +174,7 @@ def own_of(data: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
 def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool, size: int | None) -> None:
-    """The own candidates are no negatives of a list; λ does not reach the evaluation."""
+    """Own candidates are no negatives, also where another list has them; λ does not reach the evaluation."""
     owns = [PICTURE if of_texts else "40", *own_of(table(of_texts))[1:]]  # the first is in no list
     data = table(of_texts, own=owns)
     of_ranks, of_lists = {"lambda_in": 16.0}, {"in_batch_negatives": True}
@@ -180,7 +186,8 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     queries, pairs = (embed(model, x) for x in ([row["query"] for row in rows], owns))
     both = (pairs, queries) if of_texts else (queries, pairs)
     scale = model.logit_scale.exp()
-    listed = 0.5 * rankloss.RankedLists(**of_lists)(**lists_of(model, rows))
+    assert any(key(own) in map(key, row["candidates"]) for own in owns for row in rows)
+    listed = 0.5 * rankloss.RankedLists(**of_lists)(**lists_of(model, rows, owns))
     total = rankloss.RankClipLoss(schedule="constant", **of_ranks)(*both, scale) + listed
     total.backward()
     for (name, ours), theirs in zip(ended.model.named_parameters(), model.parameters(), strict=True):

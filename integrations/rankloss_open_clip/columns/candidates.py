@@ -27,14 +27,16 @@ from rankloss_trainers.graded.lists import (
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
 
+_HEAD = 3  # numbers of a row before those of its places
+
 
 class Candidates:
     """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
 
     A :class:`rankloss_open_clip.columns.text_columns.TextColumn` of the picture's own caption. The model
     encodes the own captions and all candidates of a batch in one call. In each row of integers are the number
-    of places in use, an id of the picture, and for each place an id of its text, the bits of its grade, and
-    its tokens.
+    of places in use, ids of the picture and of its own caption, and for each place an id of its text, the
+    bits of its grade, and its tokens.
 
     Args:
         own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all
@@ -66,17 +68,17 @@ class Candidates:
         """
         columns = read_columns(path, separator, CANDIDATES, GRADES)
         rows = zip(dataset.images, dataset.captions, *columns, strict=True)
-        pictures, lists = [], []
+        ids, lists = [], []
         for number, (image, caption, candidates, grades) in enumerate(rows, start=1):
-            pictures.append(hash_identity(os.path.normpath(str(image))))
+            ids.append([hash_identity(os.path.normpath(str(image))), hash_identity(str(caption))])
             lists.append(self._list(caption, candidates, grades, f"row {number} of {path}"))
         if not any(has_order(grades) for _, grades in lists):
             warn_of_ties(path)
         if self.max_candidates is None:
             self.max_candidates = max(len(captions) for captions, _ in lists) - self.own
         return [
-            json.dumps([picture, captions, grades])
-            for picture, (captions, grades) in zip(pictures, lists, strict=True)
+            json.dumps([*of_row, captions, grades])
+            for of_row, (captions, grades) in zip(ids, lists, strict=True)
         ]
 
     def read_sample(self, sample: dict[str, Any], caption: str) -> str | None:
@@ -98,7 +100,7 @@ class Candidates:
             )
         candidates, grades = (sample.pop(name) for name in members)
         picture = hash_identity((sample.get("__url__"), sample["__key__"]))
-        return json.dumps([picture, *self._list(caption, candidates, grades, where)])
+        return json.dumps([picture, hash_identity(caption), *self._list(caption, candidates, grades, where)])
 
     def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
         """The texts of a list, with the own caption where it has a place, and their grades."""
@@ -131,7 +133,12 @@ class Candidates:
         return torch.stack([self._encoded(tokenize, *json.loads(text)) for text in texts])
 
     def _encoded(
-        self, tokenize: Callable[[list[str]], Tensor], picture: int, captions: list[str], grades: list[float]
+        self,
+        tokenize: Callable[[list[str]], Tensor],
+        picture: int,
+        own: int,
+        captions: list[str],
+        grades: list[float],
     ) -> Tensor:
         used = len(captions)
         free = self._places - used
@@ -139,7 +146,7 @@ class Candidates:
         bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
         tokens = tokenize(captions[self.own :])
         parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
-        return torch.cat([torch.tensor([used, picture]), *parts])
+        return torch.cat([torch.tensor([used, picture, own]), *parts])
 
     @property
     def _places(self) -> int:
@@ -150,7 +157,7 @@ class Candidates:
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
         """The texts, then the candidates of all lists, padding left out."""
         is_used = self._is_used(encoded)[:, self.own :]
-        tokens = encoded[:, 2 + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
+        tokens = encoded[:, _HEAD + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
         return torch.cat([texts, tokens.unflatten(1, (-1, texts.shape[1]))[is_used]])
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
@@ -169,8 +176,9 @@ class Candidates:
             "query_features": output["image_features"],
             "candidate_features": features,
             "query_ids": encoded[:, 1],
-            "candidate_ids": encoded[:, 2 : 2 + places],
-            "grades": decode_grades(encoded[:, 2 + places : 2 + 2 * places]),
+            "excluded_ids": encoded[:, 2],
+            "candidate_ids": encoded[:, _HEAD : _HEAD + places],
+            "grades": decode_grades(encoded[:, _HEAD + places : _HEAD + 2 * places]),
             "mask": mask,
         }
 

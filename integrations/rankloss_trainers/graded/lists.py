@@ -52,8 +52,8 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
         where: The place of the list in the data, for the errors.
 
     Raises:
-        ValueError: for a list without candidates, another number of grades, or a grade that is no number,
-            NaN or +∞.
+        ValueError: for a list without candidates, another number of grades, a grade that is no number, NaN
+            or +∞, or a text twice with two grades.
 
     Example:
         >>> check_list(["a", "b"], [2, float("nan")], "row 3")
@@ -72,6 +72,14 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
             raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
         if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
             raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
+    grade_of: dict[str, float] = {}
+    for candidate, grade in zip(candidates, grades, strict=True):
+        # Pictures are compared by their bytes in a batch, which the loss checks.
+        if isinstance(candidate, str) and grade_of.setdefault(candidate, grade) != grade:
+            both = f"{grade_of[candidate]!r} and {grade!r}"
+            raise ValueError(
+                f"grades must be one of each candidate; {candidate!r:.60} is twice in {where}, with {both}"
+            )
     return list(zip(candidates, map(float, grades), strict=True))
 
 

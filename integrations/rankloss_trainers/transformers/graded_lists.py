@@ -41,6 +41,7 @@ _BATCH = (
     "graded_by",
     "query_index",
     "own_index",
+    "excluded_ids",
     "candidate_index",
     "candidate_ids",
     "queries",
@@ -57,11 +58,12 @@ class RankedListsCollator:
     number for each, larger for better; or ``ranks``, smaller for better. Lists may differ in length. With a
     column ``own``, of the candidates' kind, query and own are a pair for a loss of pairs beside the lists.
 
-    The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own
-    ones that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.graded.lists.encode_grades`) and
+    The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own ones
+    that are no candidates; ``grade_bits`` (:func:`rankloss_trainers.graded.lists.encode_grades`) and
     ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` and, with pairs, ``own_index``
-    ``[N]``; ``queries``, ``"image"`` or ``"text"``, ``graded_by``, ``"grades"`` or ``"ranks"``, and ``plan``,
-    an :class:`EmbeddingPlan`.
+    and ``excluded_ids``, the ids of the own ones, which are no negatives of their queries, ``[N]``;
+    ``queries``, ``"image"`` or ``"text"``, ``graded_by``, ``"grades"`` or ``"ranks"``, and ``plan``, an
+    :class:`EmbeddingPlan`.
 
     Args:
         processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
@@ -117,6 +119,7 @@ class RankedListsCollator:
         }
         if owns:
             batch["own_index"] = others.index[len(rows) :, 0]
+            batch["excluded_ids"] = others.ids[batch["own_index"]]
         tokens = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
         pixels = self.processor.image_processor(pictures, return_tensors="pt")
         return {**batch, **tokens, **pixels}
@@ -286,6 +289,8 @@ def embed(
         else:  # changes no list, but is a parameter of which DDP expects a gradient
             scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
     lists = pad_lists(run.gather, others[: len(ids)], index, grades, ids)
+    if "excluded_ids" in inputs:
+        lists["excluded_ids"] = inputs["excluded_ids"]
     return outputs, {"query_features": queries, **scale, **pairs, **lists}
 
 

@@ -284,9 +284,12 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _refuse_lost_losses(self) -> None:
         """Raise a TypeError if a Trainer behind this class computes a loss that would never be called."""
+        # Not transformers.Trainer: a script's runner puts a class of rankloss under that name.
+        trainers_own = ContrastiveTrainer.__base__
         classes = type(self).__mro__
-        behind = classes[classes.index(ContrastiveTrainer) + 1 : classes.index(transformers.Trainer)]
-        for each in behind:
+        for each in classes[classes.index(ContrastiveTrainer) + 1 :]:
+            if each is trainers_own:
+                break
             if "compute_loss" in vars(each):
                 raise TypeError(
                     f"{each.__name__}.compute_loss would be replaced by ContrastiveTrainer's: leave it out "
