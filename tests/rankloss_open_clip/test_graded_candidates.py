@@ -144,8 +144,8 @@ def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(tmp_path: 
     inputs = column.outputs({"image_features": v, "text_features": t}, encoded)
     term = RankedListsTerm(RankedLists(in_batch_negatives=True))
     index, grades = torch.tensor([[2, 3], [4, 5]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    expected = literal(v, t, index, grades, 3.0, in_batch_negatives=True, excluded=[4, -1])
-    torch.testing.assert_close(term(3.0, **inputs), expected)
+    expected = literal(v, t, index, grades, 10.0, in_batch_negatives=True, excluded=[4, -1])
+    torch.testing.assert_close(term(10.0, **inputs), expected)
 
 
 # --- runs of the trainer ----------------------------------------------------------------------------------
