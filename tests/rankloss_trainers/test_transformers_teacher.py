@@ -222,7 +222,7 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
     data = data.add_column("caption", [f"{words[row % 5]} {row % 7}" for row in range(ROWS)])
     ended = train(tmp_path, pairs=joined(data), loss=name, max_steps=2, **SGD)
     assert len(loaded) == 1
-    assert ended.loss_runtime.use_of_teacher == "required"
+    assert ended.loss_runtime.teaching.use == "required"
     assert all(math.isfinite(x) for x in column(ended, "loss"))
     assert column(ended, "in_modal_loss")[1] > 0
     assert not torch.equal(weights(ended.model), weights(clip()))
