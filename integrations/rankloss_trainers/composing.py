@@ -56,7 +56,7 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
     Raises:
         ValueError: A loss does not work on the one below it, or has a wrong option.
     """
-    is_sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
+    is_sigmoid = _is_a("SigLipLoss", base)
     for loss in losses:
         if is_sigmoid and loss.named.kind == "softmax":
             raise ValueError(f"{loss.name} does not work with {biased}: it is a softmax loss")
@@ -75,13 +75,37 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
             raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
         below = built
     module: nn.Module = below
+    if is_sigmoid and not any(part is base for part in module.modules()):
+        _check_no_softmax(module, biased)
     return module
+
+
+def innermost(loss: Any) -> Any:
+    """The loss under all others, by their attribute ``base``."""
+    while (below := getattr(loss, "base", None)) is not None:
+        loss = below
+    return loss
 
 
 def arguments_of(loss: nn.Module, *names: str) -> list[inspect.Parameter]:
     """The arguments of these names that the parts of a loss are called with."""
     signatures = [inspect.signature(part.forward).parameters for part in loss.modules()]
     return [signature[name] for signature in signatures for name in names if name in signature]
+
+
+def _is_a(name: str, loss: Any) -> bool:
+    """True if a class of the loss has this name, in this package or in open_clip."""
+    return any(each.__name__ == name for each in type(loss).__mro__)
+
+
+def _check_no_softmax(module: nn.Module, biased: str) -> None:
+    """Raise a ValueError for a module whose loss of pairs would not depend on the bias."""
+    below = innermost(module)
+    if _is_a("ClipLoss", below):
+        name, of_pairs = type(module).__name__, type(below).__name__
+        stands = "it is" if below is module else f"it stands on {of_pairs},"
+        remedy = "give SigLipLoss" if below is module else f"give {name} a SigLipLoss as base"
+        raise ValueError(f"{name} does not work with {biased}: {stands} a softmax loss; {remedy}")
 
 
 def _check_replaced(loss: Loss, base: Any) -> None:

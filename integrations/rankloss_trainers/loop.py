@@ -14,7 +14,7 @@ from rankloss.losses import TEACHER
 from rankloss_trainers.catalog import JOIN, choose, choose_each, names_of
 from rankloss_trainers.declared import Loss, Named, OptionError, Options
 from rankloss_trainers.host import Host
-from rankloss_trainers.progress import METHODS, listeners
+from rankloss_trainers.progress import METHODS, listeners, units_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.teaching import Teaching
@@ -31,7 +31,7 @@ BASES = {"clip": rankloss.ClipLoss, "siglip": rankloss.SigLipLoss}
 
 
 class CreatedLoss(nn.Module):
-    """Joined losses, or one that replaces the loss of pairs; it is called like its module.
+    """Joined losses, or one that tells not all of its parts or has no base; it is called like its module.
 
     Args:
         loss: The module of the last loss, which stands on the others.
@@ -53,7 +53,10 @@ class CreatedLoss(nn.Module):
         return self.loss(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the outermost loss that has it, such as ``schedule_value``."""
+        """The method that tells all parts; else the attribute of the outermost loss that has it."""
+        for unit, method in METHODS.items():
+            if name == method:
+                return functools.partial(_tell, self.loss, unit)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -85,14 +88,17 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = run.criterion
-    if len(losses) != 1 or not hasattr(module, "base"):
+    told = [part for part in module.modules() if units_of(part)]
+    has_own_methods = told == [module] and len(units_of(module)) == len(METHODS)
+    if len(losses) != 1 or not hasattr(module, "base") or (told and not has_own_methods):
         module = CreatedLoss(module, run.base_to_evaluate)
+    elif not told:
+        for method in METHODS.values():
+            setattr(module, method, _tell_nobody)
     if run.teaching.use != "optional":
         run.teaching.name = name  # with the base's
         hook = functools.partial(_before_call, run.teaching)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
-    for unit, method in METHODS.items():
-        setattr(module, method, functools.partial(_tell, run.criterion, unit))
     return module
 
 
@@ -113,6 +119,10 @@ def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
     """Tell all parts of a loss that have the method where training stands."""
     for tell in listeners(loss, unit, unit):
         tell(now, end)
+
+
+def _tell_nobody(now: int, end: int) -> None:
+    """The methods of a loss that no progress changes."""
 
 
 def _before_call(teaching: Teaching, _: nn.Module, args: Sequence[Any], inputs: Mapping[str, Any]) -> None:

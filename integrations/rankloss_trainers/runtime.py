@@ -31,7 +31,7 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import base_entries
 from rankloss_trainers.catalog import JOIN
-from rankloss_trainers.composing import OF_TARGETS, PAIRS, arguments_of, base_of, composed
+from rankloss_trainers.composing import OF_TARGETS, PAIRS, arguments_of, base_of, composed, innermost
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.entries import Entries
 from rankloss_trainers.graded.term import OF_LISTS
@@ -224,18 +224,16 @@ class Runtime(nn.Module):
 
         The trainer's own where a named loss replaces it, and where it has ids or smoothed targets.
         """
-        innermost = self.criterion
-        while (below := getattr(innermost, "base", None)) is not None:
-            innermost = below
-        if hasattr(innermost, "list_terms"):
+        of_pairs = innermost(self.criterion)
+        if hasattr(of_pairs, "list_terms"):
             return None
         if any(loss.replaces for loss in self.losses):
             return self.own_base
-        if any(getattr(innermost, key, None) for key in OF_TARGETS):
+        if any(getattr(of_pairs, key, None) for key in OF_TARGETS):
             return self.own_base
-        if innermost is self.criterion and type(innermost).__name__ not in PAIRS:
+        if of_pairs is self.criterion and type(of_pairs).__name__ not in PAIRS:
             return self.own_base  # a module of one's own may need more than features
-        return innermost
+        return of_pairs
 
     def evaluate(self, **features: Any) -> Entries:
         """The terms of the innermost base, without those that a schedule weighs, and of graded lists.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import pickle
@@ -351,6 +352,20 @@ def test_loss_is_a_module_and_its_options_are_its_own() -> None:
         run_of(HOST, "clip-streamed", base=rankloss.SigLipLoss())
 
 
+def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
+    """The bias of the model would be trained by nothing."""
+    sigmoid = rankloss.SigLipLoss()
+    for module, reason in (
+        (rankloss.ClipLoss(), "it is a softmax loss; give SigLipLoss"),
+        (TinyLoss(rankloss.RankClipLoss()), "it stands on ClipLoss, a softmax loss; give TinyLoss a SigLip"),
+        (rankloss_trainers.create("clip+mimicry"), "it stands on ClipLoss, a softmax"),
+    ):
+        with pytest.raises(ValueError, match=f"{type(module).__name__} .* --siglip: {reason}"):
+            run_of(HOST, module, base=sigmoid)
+    for module in (sigmoid, rankloss.RankClipLoss(sigmoid), Named(a_loss=SCALE)):
+        assert run_of(HOST, module, base=sigmoid).criterion is module
+
+
 def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
     run, other = run_of(HOST, TinyCaptionLoss()), run_of(HOST, TinyCaptionLoss())
     at(run, 1)(**inputs(features()), caption_features=features(seed=2)[0])
@@ -401,6 +416,20 @@ def test_joined_losses_have_the_attributes_of_each() -> None:
     assert created.weight == 16
     with pytest.raises(AttributeError, match="schedule"):
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
+
+
+def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
+    original = rankloss_trainers.create("rankclip", schedule="linear")
+    original.set_epoch(1, 3)
+    for duplicate in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        duplicate.set_epoch(2, 3)
+        assert duplicate.schedule_value == 0.5
+        duplicate.set_progress(3, 3)
+        assert (duplicate.schedule_value, original.schedule_value) == (1, 0)
+    joined = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
+    duplicate = copy.deepcopy(joined)
+    joined.set_epoch(1, 3), duplicate.set_epoch(2, 3)
+    assert (duplicate.schedule_value, joined.schedule_value) == (0.5, 0)
 
 
 @pytest.mark.parametrize("name", [*catalog.known(), "rankclip+tiny", "rankclip-distill+mimicry+tiny"])

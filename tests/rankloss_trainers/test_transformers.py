@@ -473,6 +473,10 @@ def lookup(examples: Any) -> dict[str, Tensor]:
         ({"mini_batch_size": 0}, "mini_batch_size must be an integer of at least 1.* 0"),
         ({"loss": "clip-streamed", "model": build("Siglip")}, "clip-streamed .*logit_bias"),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
+        (
+            {"loss": rankloss.RankClipLoss(), "loss_options": None, "model": build("Siglip")},
+            "RankClipLoss does not work with a model that has a logit_bias: it stands on ClipLoss, a softmax",
+        ),
         ({"compute_loss_func": print}, "compute_loss_func"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"model": nn.Linear(2, 2)}, "logit_scale"),
