@@ -149,6 +149,20 @@ def beside_shuffled_words() -> list[str]:
     return rows
 
 
+def spread_or_ranks() -> list[str]:
+    """… in R@10 of the five primary tests on each cell of the study of the spread, with the seeds of each."""
+    report = (ROOT / "examples/studies/spread/report/spread.md").read_text(encoding="utf-8")
+    families = report.partition("## Primary tests")[2].partition("\n## ")[0].split("\n**(")[1:]
+    rows: dict[str, list[str]] = {}
+    for place, family in enumerate(families):
+        for line in re.findall(r"^\| [^|]+ \| +`.*\|$", family, re.MULTILINE):
+            cell, _, _, difference, n, *_ = (of.strip() for of in line.strip("| ").split("|"))
+            rows.setdefault(cell, ["–"] * len(families))[place] = f"{difference} ({n})"
+    assert len(families) == 5
+    assert len(rows) >= 5
+    return [f"| {' | '.join(of)} |" for of in rows.values()]
+
+
 def heads_beside_smoothing() -> list[str]:
     """… in R@10 of heads on photographs with RankCLIP, minus those with label smoothing."""
     heads = records(
@@ -229,6 +243,7 @@ def demo_agreement() -> list[str]:
                 taught_heads,
                 two_encoders,
                 beside_shuffled_words,
+                spread_or_ranks,
                 bar,
                 costs,
                 parts_of_a_teacher,

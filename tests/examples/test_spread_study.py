@@ -18,6 +18,7 @@ from studies.spread import study
 from studies.spread.data import Measured, of_class, sharing, vendor
 from studies.spread.terms import FORMS, SameTowerLoss, WithinModalities
 from studies.spread.train import ARMS, Setting, train
+from studies.students.losses import TEACHER
 
 import rankloss
 from batches import unit
@@ -75,6 +76,23 @@ def test_the_librarys_spread_is_the_standard_deviation_with_a_constant_scale():
     for librarys, own in zip(*found, strict=True):
         assert own.abs().max() > 0
         torch.testing.assert_close(librarys, own, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arm", "beside"), [("rankclip-spread", "rankclip"), ("encoders-spread", "encoders")]
+)
+def test_spread_beside_another_loss_is_its_term_more(arm, beside):
+    teacher = dict(zip(TEACHER, (unit(9, 5, seed=2), unit(9, 7, seed=3)), strict=True))
+    teacher = teacher if ARMS[arm].texts else {}
+    scale, values = torch.tensor(8.0, dtype=torch.float64), []
+    for name in (arm, beside):
+        loss = ARMS[name].loss(4.0)
+        for part in loss.modules():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(3, 4)
+        values.append(loss(*batch(), scale, **teacher))
+    term = WithinModalities("std", 0.3)(*batch(), scale) - rankloss.ClipLoss()(*batch(), scale)
+    torch.testing.assert_close(values[0] - values[1], term, rtol=1e-6, atol=1e-8)
 
 
 def test_a_target_drawn_at_each_step_is_uniform_in_the_mean():
