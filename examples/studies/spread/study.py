@@ -271,6 +271,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
             [of.cell, f"`{arm}`", _text(max(tried, key=tried.__getitem__)), _texts(tried)]
             for of in every
             for arm, tried in of.tried.items()
+            if "settings_of" not in sizes.cells[of.cell]
         ],
         "form": sizes.tries["spread"][0][0],
         "form_rate": f"{sizes.forms['rate']:g}",

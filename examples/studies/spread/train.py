@@ -110,15 +110,9 @@ ARMS = {
 
 
 def train(setting: Setting, seen: Side, teachers: Teachers, words: int) -> Student:
-    """Train a student, and return it in evaluation mode.
+    """Train a student, and return it in evaluation mode; the arguments are those of the captions' training.
 
     A seed gives every arm the same initial weights, batches, captions and crops.
-
-    Args:
-        setting: All that determines the training, beside the other arguments.
-        seen: Pictures, and their captions as words' numbers.
-        teachers: The teachers' rows of the same pairs.
-        words: Numbers of words.
     """
     arm = ARMS[setting.arm]
     torch.manual_seed(setting.seed)
