@@ -35,7 +35,7 @@ DIST = ROOT / "dist"
 SIZE_LIMIT = 1_000_000  # bytes
 IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
-SNIPPETS = {  # a user's code, by the package that it is typed against
+_OF_USERS = {  # a user's code, by the package that it is typed against
     "rankloss": """
 import torch
 from rankloss import ClipLoss, Gather, RankClipLoss, metrics
@@ -61,11 +61,6 @@ from rankloss_features import Features
 def widths(folder: str) -> list[int]:
     return [rows.shape[1] for rows in Features(folder).check().take(np.arange(2)).values()]
 """,
-    "rankloss_baselines": """
-from rankloss_baselines import AlipLoss, CyClipLoss
-from torch import nn
-losses: list[nn.Module] = [AlipLoss(), CyClipLoss(lambda_in=0.5)]
-""",
     "rankloss_triton": """
 import torch
 import rankloss_triton
@@ -73,7 +68,9 @@ from rankloss import RankOptions
 reason: str | None = rankloss_triton.why_not(RankOptions(), torch.device("cpu"), torch.float32, 8, 8)
 """,
 }
-PACKAGES = tuple(SNIPPETS)
+_BUILD = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+PACKAGES = tuple(Path(folder).name for folder in _BUILD["targets"]["wheel"]["packages"])
+SNIPPETS = {package: _OF_USERS.get(package, f"import {package}\n") for package in PACKAGES}
 MODULES = {  # what an installation with an extra has to be able to import
     "open-clip": ["rankloss_open_clip.training", "open_clip_train.main"],
     "transformers": ["rankloss_trainers.transformers"],

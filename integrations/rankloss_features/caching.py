@@ -23,6 +23,7 @@ import torch
 
 from rankloss_features import image_encoders, packages, sources, text_encoders
 from rankloss_features.data import Data, Table, open_data
+from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
@@ -85,7 +86,7 @@ class Spec(NamedTuple):
 
     def options(self) -> list[str]:
         """The options of ``rankloss features`` that name the teacher."""
-        given = ((sources.flag(name), value) for name, value in self._asdict().items() if value is not None)
+        given = ((flag(name), value) for name, value in self._asdict().items() if value is not None)
         return [word for pair in given for word in pair]
 
     def command(self, *more: str) -> str:
@@ -105,7 +106,7 @@ class Spec(NamedTuple):
         for name in ("model", *_ENCODERS.values()):
             value = getattr(self, name)
             if value is not None:
-                with sources.named_errors(f"{sources.flag(name)} {value}"):
+                with named_errors(f"{flag(name)} {value}"):
                     self._look_up(name, packages.SHORT.get(value, value))
         return self
 

@@ -17,6 +17,7 @@ import torch
 
 from rankloss.options import check_count
 from rankloss_features import data, sources
+from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
 
 WAYS = {
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
             args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"rankloss evaluate: {sources.last_line(error)}", file=sys.stderr)
+        print(f"rankloss evaluate: {last_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankloss
-from rankloss_features import opening, sources
+from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
-from rankloss_features.folder import NAMES
+from rankloss_features.errors import named_errors
+from rankloss_features.folder import NAMES, SPACES
 from rankloss_features.teachers import Encoder, Teacher
 
 ABOUT, WEIGHTS = "heads.json", "heads.safetensors"
-_TWO = ["image_encoder", "text_encoder"]
 _IMAGES, _TEXTS = NAMES
 
 
@@ -50,11 +49,14 @@ class Encoders:
         Raises:
             ValueError: One is not found or not installed, or is fitted on the captions of its data.
         """
-        names = dict.fromkeys(("model", "pretrained", "features", "spaces"))
-        teacher = sources.load(_TWO, Namespace(**names, **asdict(self), batch_size=batch_size), device)
-        if teacher.encoders[_TEXTS].fit is not None:
+        with named_errors(f"--image-encoder {self.image_encoder}"):
+            images = image_encoders.load(self.image_encoder, self.image_weights, device)
+        with named_errors(f"--text-encoder {self.text_encoder}"):
+            texts = text_encoders.load(self.text_encoder, batch_size, device)
+        if texts.encoders[_TEXTS].fit is not None:
             raise ValueError(f"--text-encoder {self.text_encoder} has no weights, which heads need")
-        return teacher
+        encoders = {**images.encoders, **texts.encoders}
+        return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SPACES[1])
 
 
 class Head(nn.Sequential):

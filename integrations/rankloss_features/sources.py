@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features import image_encoders, opening, packages, text_encoders
+from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
+from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import NAMES, SPACES, Array, Features, check_rows_differ, read_about
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
@@ -83,33 +82,6 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
     spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
     return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces, parts[0].pairs)
-
-
-@contextmanager
-def named_errors(named: str) -> Iterator[None]:
-    """Errors of a part of a teacher as a ValueError that names it, and what to install."""
-    try:
-        yield
-    except ImportError as error:
-        extra = "encoders" if (error.name or "").partition(".")[0] in packages.MODULES else "features"
-        raise ValueError(f"{named} needs a package: pip install 'rankloss[{extra}]' ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{named}: {error}") from error
-    except Exception as error:  # a library's error for a name that it does not know
-        raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
-
-
-def last_line(error: Exception) -> str:
-    """The message of an error, without the traceback of a process that reads pictures."""
-    text = str(error)
-    if "DataLoader worker" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return text
-
-
-def flag(name: str) -> str:
-    """The option of the command line by its name in the parsed arguments."""
-    return f"--{name.replace('_', '-')}"
 
 
 # Functions that prepare samples are sent to other processes, where these are not forked.

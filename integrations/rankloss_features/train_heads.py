@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rankloss.options import check_count, check_weight
-from rankloss_features import data, sources
+from rankloss_features import data
+from rankloss_features.errors import last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
 from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, Training, train
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         with quiet_libraries():
             run(args, settings)
     except (OSError, ValueError) as error:
-        print(f"rankloss heads: {sources.last_line(error)}", file=sys.stderr)
+        print(f"rankloss heads: {last_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,9 @@ from types import ModuleType
 _MAINS = ("open_clip_train/main.py", "rankloss_open_clip/__main__.py")
 _reported = False
 
+failures: dict[str, Exception] = {}
+"""The errors, by the module that could not be patched."""
+
 
 def wait_for_trainer() -> None:
     """Wait for open_clip's trainer; torch's entry point, called each time torch is imported.
@@ -88,3 +91,9 @@ def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:
     from rankloss_open_clip import patches
 
     patches.patch_trainer(trainer, create_loss)
+
+
+def raise_failures() -> None:
+    """Raise an ImportError if a module could not be patched."""
+    for name, error in failures.items():
+        raise ImportError(refusal(name, error)) from error

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankloss.distributed import Gather
-from rankloss_open_clip.bootstrap import raise_failures
+from rankloss_open_clip import raise_failures
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import (
     RUN,

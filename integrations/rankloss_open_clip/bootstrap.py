@@ -7,24 +7,22 @@ imports the standard library only and does next to nothing. :func:`attach` waits
 it has been executed.
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
-something else. So failures are kept in :data:`failures`, and ``parse_args``, patched or guarded, raises when
-the command line asks for a loss.
+something else. So failures are kept in :data:`rankloss_open_clip.failures`, and ``parse_args``, patched or
+guarded, raises when the command line asks for a loss.
 """
 
 from __future__ import annotations
 
 import sys
 
-from rankloss_open_clip import asks_for_loss, refusal, report_damage
+import rankloss_open_clip
+from rankloss_open_clip import asks_for_loss, raise_failures, report_damage
 
 # Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
-
-failures: dict[str, Exception] = {}
-"""The errors, by the module that could not be patched."""
 
 PARAMS = "open_clip_train.params"
 """The module of the trainer's parser."""
@@ -39,19 +37,13 @@ SEAMS = (
 """The modules to patch; open_clip 3.x has no ``legacy_train``."""
 
 
-def raise_failures() -> None:
-    """Raise an ImportError if a module could not be patched."""
-    for name, error in failures.items():
-        raise ImportError(refusal(name, error)) from error
-
-
 def problems() -> list[str]:
     """Import the trainer, and list the reasons why it would not honour ``--loss``."""
     import importlib
     import os
 
     importlib.import_module("open_clip_train.main")
-    if failures:
+    if failures := rankloss_open_clip.failures:
         return [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
     from rankloss_trainers.import_hook import waits_for
 
@@ -70,7 +62,7 @@ def patch(module: ModuleType) -> None:
     try:
         _patch(module)
     except Exception as error:
-        failures[module.__name__] = error
+        rankloss_open_clip.failures[module.__name__] = error
         if module.__name__ == PARAMS and hasattr(module, "parse_args"):
             _guard(module)
 

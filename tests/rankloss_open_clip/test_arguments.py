@@ -19,9 +19,10 @@ from teacher_features import unit_rows
 from torch import nn
 
 import rankloss
+import rankloss_open_clip
 from rankloss import schedules
 from rankloss_features.folder import NAMES
-from rankloss_open_clip import arguments, bootstrap
+from rankloss_open_clip import arguments
 from rankloss_open_clip.training import build_loss, run_of
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import RUN, dest, flag, prefix_of, typed_options
@@ -221,7 +222,7 @@ def test_words_of_the_trainers_parser_are_shown_at_once_and_once(
 
 
 def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bootstrap.failures, "open_clip.factory", AttributeError("no create_loss"))
+    monkeypatch.setitem(rankloss_open_clip.failures, "open_clip.factory", AttributeError("no create_loss"))
     with pytest.raises(ImportError, match="no create_loss"):
         parse_args(["--loss", "rankclip"])
     parse_args([])

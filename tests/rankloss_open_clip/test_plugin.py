@@ -63,11 +63,11 @@ def test_unknown_layout_is_kept_as_a_failure(monkeypatch: pytest.MonkeyPatch) ->
         ("open_clip.factory", "", "create_loss"),
         ("open_clip_train.train", "def train_one_epoch(trainer): pass", "trainer"),
     ):
-        monkeypatch.setattr(bootstrap, "failures", {})
+        monkeypatch.setattr(rankloss_open_clip, "failures", {})
         module = ModuleType(name)
         exec(source, vars(module))
         bootstrap.patch(module)
-        assert reason in str(bootstrap.failures[name])
+        assert reason in str(rankloss_open_clip.failures[name])
         assert name in bootstrap.problems()[0]
 
 
@@ -75,7 +75,7 @@ PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
 
 
 def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "failures", {})
+    monkeypatch.setattr(rankloss_open_clip, "failures", {})
     monkeypatch.setattr(rankloss_open_clip, "_reported", True)
     monkeypatch.setitem(sys.modules, PATCHES, None)
     monkeypatch.delattr(PATCHES)

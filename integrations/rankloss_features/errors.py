@@ -1,0 +1,35 @@
+"""Errors of the commands: they begin with the option that a user typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rankloss_features import packages
+
+
+@contextmanager
+def named_errors(named: str) -> Iterator[None]:
+    """Errors of a part of a teacher as a ValueError that names it, and what to install."""
+    try:
+        yield
+    except ImportError as error:
+        extra = "encoders" if (error.name or "").partition(".")[0] in packages.MODULES else "features"
+        raise ValueError(f"{named} needs a package: pip install 'rankloss[{extra}]' ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from error
+    except Exception as error:  # a library's error for a name that it does not know
+        raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
+
+
+def last_line(error: Exception) -> str:
+    """The message of an error, without the traceback of a process that reads pictures."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def flag(name: str) -> str:
+    """The option of the command line by its name in the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
