@@ -170,7 +170,7 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         (f"--loss tiny+rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
         # What is not the data's, before the trainer makes a folder.
         (f"DATA --loss rankclip {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
-        (f"DATA --loss mimicry {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
+        (f"DATA --loss rankclip-distill {OPTION} FOLDER", "FILE, '0.png' 'a0', FOLDER"),
         (f"DATA --loss rankclip {OPTION} FOLDER {DISTILLED}", f"{OPTION}: --distill-model"),
         (f"DATA --loss tiny {OPTION} FOLDER", f"{OPTION}: tiny"),
         (f"DATA --loss rankclip {OPTION} FOLDER/none", f"{OPTION}: FOLDER/none"),
@@ -302,7 +302,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     register(monkeypatch, uniform=where)
     inputs, teacher = features(), {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
     options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'x', **teacher)}"
-    loss = loss_of(f"--loss mimicry+uniform+rankclip {options}")
+    loss = loss_of(f"--loss clip-smooth+uniform+rankclip {options}")
     loss.start_epoch(1, 2, 1, 1)
     taught = {f"reference_{name}": torch.from_numpy(x) for name, x in teacher.items()}
     ranked = loss(**inputs, **taught, output_dict=True)
@@ -310,7 +310,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     distances = [abs(uniform(inputs[key]) - uniform(taught[f"reference_{key}"])).item() for key in NAMES]
     assert ranked["uniform_loss"].item() == pytest.approx(0.5 * sum(distances), rel=1e-5)
     assert ranked["uniform_weight"].item() == 0.5
-    assert {"contrastive_loss", "mimicry_loss", "cross_modal_loss", "in_modal_loss"} <= ranked.keys()
+    assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= ranked.keys()
 
 
 def test_what_is_no_loss_is_refused(
