@@ -1,4 +1,4 @@
-"""The state of a loss in the trainer's checkpoints.
+"""The state of a loss in the trainer's checkpoints, and the course of its training.
 
 The trainer saves its model and its optimizer, and knows nothing of a loss with a state. So the state travels
 with the optimizer's: a hook, which torch's optimizers have for the purpose, adds it to what they save, and
@@ -28,7 +28,7 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
         optimizer: The trainer's optimizer.
         epoch: The run's first epoch, counted from 0.
     """
-    if loss.saved() is None:
+    if not loss.is_saved:
         return
     sharded = getattr(args, "fsdp", False)  # collects the optimizer's own entries alone
     # A file of weights alone begins at epoch 0, and has no state to miss.

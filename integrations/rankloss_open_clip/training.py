@@ -141,7 +141,7 @@ class TrainerLoss(Runtime):
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
         if self.place is None:
-            self.begin(epochs)
+            self.begin(epochs, epochs * steps)
         self.place, self._calls = (epoch, epochs, steps, accum_freq), 0
         self.set_epoch(epoch + 1, epochs)
 

@@ -8,6 +8,7 @@ Example::
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.progress import METHODS, listeners
+from rankloss_trainers.progress import METHODS, course, listeners, warn_of_change
 from rankloss_trainers.run_options import RunOptions
 
 with extra("lightning"):
@@ -28,6 +29,9 @@ __all__ = ["Progress"]
 
 class Progress(Callback):
     """Tells every loss in the module where training stands, also in a resumed run.
+
+    A loss is a part whose ``set_epoch`` or ``set_progress`` takes two numbers, the present one and the last.
+    The checkpoints say the course of the training, and a resumed run on another one is warned of.
 
     A loss of rankloss may be built in the module's ``__init__``: with the default ``gather=None`` it reads
     rank and world size when it is first called, by which time Lightning has started the processes. λ is set
@@ -66,6 +70,8 @@ class Progress(Callback):
         self._tellers: list[Any] = []
         self._end = 0
         self._told = 0  # an accumulated batch is no step of its own
+        self._training = ""
+        self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first λ the module is validated."""
@@ -75,33 +81,45 @@ class Progress(Callback):
         """Before the first epoch."""
         self.unit = self._unit_of(trainer, pl_module)
         other = "epoch" if self.unit == "step" else "step"
-        told, untold = self._listeners(pl_module, self.unit), self._listeners(pl_module, other)
+        told, untold = (self._listeners(pl_module, each, self.unit) for each in (self.unit, other))
         if untold:
             part = type(untold[0].__self__).__name__
             raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
         self._tellers, self._told = told, 0
         self._end = self._end_of(trainer, pl_module) if told else 0
+        self._training = ", ".join(course(tell.__self__, self.unit, {self.unit: self._end}) for tell in told)
+        if trainer.is_global_zero:
+            warn_of_change(self._training_before, self._training)
+        self._training_before = None
         if told and not trainer.sanity_checking:
             rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
 
     def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
         """The unit of a run."""
-        has_epochs_alone = any(listeners(pl_module, "epoch"))
+        has_epochs_alone = bool(self._listeners(pl_module, "epoch", "step"))
         if self._given != "auto" and has_epochs_alone:
             return self.unit
         by_steps = self.total_steps is not None or trainer.max_steps != -1
         epochs = math.inf if by_steps else trainer.max_epochs or 0
         return RunOptions(schedule_unit=self._given).unit(epochs)
 
-    def _listeners(self, pl_module: nn.Module, unit: str) -> list[Any]:
+    def _listeners(self, pl_module: nn.Module, unit: str, preferred: str) -> list[Any]:
         """The methods by which the losses in the module are told at this unit."""
-        tellers = listeners(pl_module, unit, self.unit)
-        return [tell for tell in tellers if tell.__self__ is not pl_module]
+        tellers = listeners(pl_module, unit, preferred)
+        return [tell for tell in tellers if tell.__self__ is not pl_module and _takes_two_numbers(tell)]
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The course of the training, for a checkpoint."""
+        return {"training": self._training} if self._training else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The course of the training that is resumed."""
+        self._training_before = state_dict.get("training")
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""
@@ -119,6 +137,15 @@ class Progress(Callback):
             self._told = now
             for tell in self._tellers:
                 tell(min(now, self._end), self._end)
+
+
+def _takes_two_numbers(method: Any) -> bool:
+    """True for a loss's method; the ``set_epoch(epoch)`` of a backbone is for others."""
+    try:
+        inspect.signature(method).bind(1, 1)
+    except TypeError:
+        return False
+    return True
 
 
 def _epochs_of(trainer: Any, reasons: list[str]) -> int:

@@ -1,12 +1,17 @@
-"""The parts of a loss that are told where training stands, and the methods by which they are told."""
+"""The parts of a loss that are told where training stands, the methods, and the course of a training."""
 
 from __future__ import annotations
 
+import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+from rankloss import schedules
+
+_logger = logging.getLogger("rankloss_trainers")
 
 METHODS = {"epoch": "set_epoch", "step": "set_progress"}
 """The method of a part by the unit of its call: the beginning of an epoch, or of an optimizer step."""
@@ -30,3 +35,37 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
         methods = units_of(part)
         if unit in methods and (unit == preferred or len(methods) == 1):
             yield types.MethodType(methods[unit], part)
+
+
+def course(loss: nn.Module, unit: str, lengths: Mapping[str, float]) -> str:
+    """The schedules of a loss in a training, as text that a checkpoint keeps; empty if no part is told.
+
+    Args:
+        loss: The loss, or a module that holds it.
+        unit: The unit of a part that has both methods.
+        lengths: The length of the training by unit.
+
+    Example:
+        >>> import rankloss
+        >>> course(rankloss.RankClipLoss(schedule="linear"), "step", {"step": 40})
+        'linear per step over 40 step(s)'
+    """
+    texts = []
+    for part in loss.modules():
+        units = units_of(part)
+        if not units:
+            continue
+        schedule = getattr(part, "schedule", None)
+        text = getattr(schedule, "__name__", type(part).__name__)
+        if schedule is not schedules.constant:
+            own = unit if unit in units else next(iter(units))
+            text += f" per {own} over {lengths[own]:g} {own}(s)"
+        texts.append(text)
+    return ", ".join(texts)
+
+
+def warn_of_change(before: str | None, now: str) -> None:
+    """Warn of a checkpoint that was trained on another course; None is one that does not say its course."""
+    if before is not None and before != now:
+        text = "The checkpoint was trained with %s; this run trains with %s: λ does not go on where it stood"
+        _logger.warning(text, before, now)

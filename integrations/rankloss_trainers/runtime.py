@@ -5,7 +5,7 @@ its trainer's calls::
 
     losses = read_losses("rankclip", {"top_k": 8})
     run = Runtime(HOST, losses, RunOptions(teacher=…), base=base, gather=gather)
-    run.begin(epochs)                                # before the first step; logs nothing
+    run.begin(epochs, total_steps)                   # before the first step
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
     terms, metrics = run(image_features=…, text_features=…, logit_scale=…, reference_image_features=…)
@@ -13,7 +13,7 @@ its trainer's calls::
 
 A host makes all of these calls for any loss: the runtime tells each part of the loss by the method that it
 has, and learns its needs from the attributes that docs/writing.md lists. ``run.teaching`` has the teacher;
-``run.saved()`` and ``run.restore(…)`` serve checkpoints.
+``run.saved()`` and ``run.restore(…)`` serve checkpoints; ``run.end()`` ends a training.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rankloss_trainers.entries import Entries
 from rankloss_trainers.graded.term import OF_LISTS
 from rankloss_trainers.host import Host
 from rankloss_trainers.logging import RunLog
-from rankloss_trainers.progress import METHODS, listeners, units_of
+from rankloss_trainers.progress import METHODS, course, listeners, units_of, warn_of_change
 from rankloss_trainers.run_options import GIVEN, RunOptions
 from rankloss_trainers.teaching import Teaching
 
@@ -100,7 +100,10 @@ class Runtime(nn.Module):
         self.has_fixed_entries = False
         self._log = RunLog(self.name, losses, self.criterion, self.options.agreement_every)
         self._first_state = deepcopy(self.criterion.state_dict())
-        self._is_told = not any(map(units_of, self.criterion.modules()))
+        self._has_progress = any(map(units_of, self.criterion.modules()))
+        self._is_told = not self._has_progress
+        self._training: str | None = None  # the loss with its course, once a training has begun
+        self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def _needs(self) -> list[str]:
         """The needs of the losses, of :data:`rankloss_trainers.host.NEEDS`."""
@@ -159,8 +162,12 @@ class Runtime(nn.Module):
             texts.append(f"teacher {GIVEN if teacher is None else teacher.text}")
         return ", ".join(texts)
 
-    def begin(self, epochs: float) -> None:
-        """A training of so many epochs begins; infinity where its data have no length.
+    def begin(self, epochs: float, total_steps: float) -> None:
+        """A training begins; a checkpoint of one with another length or schedule is warned of.
+
+        Args:
+            epochs: Its epochs; infinity where its data have no length.
+            total_steps: Its optimizer steps.
 
         Raises:
             ValueError: A part goes by epochs, and their number is not known; or the state is not of tensors.
@@ -172,6 +179,16 @@ class Runtime(nn.Module):
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
+        self.end()
+        if self._has_progress:
+            lengths = {"epoch": epochs, "step": total_steps}
+            self._training = f"{self.name}: {course(self.criterion, self.unit, lengths)}"
+            warn_of_change(self._training_before, self._training)
+        self._training_before = None
+
+    def end(self) -> None:
+        """The training ends: a call in another one, which does not tell the loss, is an error."""
+        self._is_told = not self._has_progress
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Epoch ``epoch`` of ``epochs`` begins, counted from 1."""
@@ -262,19 +279,31 @@ class Runtime(nn.Module):
 
     # --- checkpoints ---
 
+    @property
+    def is_saved(self) -> bool:
+        """True for a loss with a state or a schedule, whose checkpoints have to hold them."""
+        return self._has_progress or bool(self._first_state)
+
     def saved(self) -> dict[str, Any] | None:
-        """A copy of the loss's state on the CPU, of tensors and containers only; None if it has none."""
+        """The name of the loss, a copy of its state on the CPU, and the course of its training, as text.
+
+        Of tensors, texts and containers only; None for a loss that is not saved.
+        """
+        if not self.is_saved:
+            return None
         state = {key: x.detach().to("cpu", copy=True) for key, x in self.criterion.state_dict().items()}
-        return {"loss": self.name, "state_dict": state} if state else None
+        return {"loss": self.name, "state_dict": state, "training": self._training}
 
     def restore(self, state: Mapping[str, Any] | None, *, warn: bool = True) -> None:
         """Load a state of :meth:`saved`, whose tensors may have become lists, or begin anew.
 
         Args:
             state: The state in the checkpoint that is resumed from, or None.
-            warn: True to warn, on this process, of another state than this loss's, which then starts anew.
+            warn: True to warn, on this process, of another state than this loss's, which then starts anew,
+                and at the beginning of the training of another course.
         """
         first = self._first_state
+        self._training_before = state.get("training") if state is not None and warn else None
         if state is not None and state["loss"] == self.name:
             self.criterion.load_state_dict(_as_tensors(state["state_dict"], first))
             return

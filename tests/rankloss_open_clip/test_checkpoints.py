@@ -132,6 +132,19 @@ def test_resuming_without_the_state_warns_once(
     assert re.search(said, message)
 
 
+def test_resuming_on_another_course_warns_once_and_shows_both(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path, first = str(tmp_path / "epoch_1.pt"), optimizer()
+    epoch_begins(loss(arguments("rankclip")), 0, arguments("rankclip"), first)
+    torch.save({"epoch": 1, "optimizer": first.state_dict()}, path)
+    for epochs, rank, count in ((3, 0, 0), (4, 1, 0), (4, 0, 1)):
+        args = arguments("rankclip", resume=path, rank=rank, epochs=epochs)
+        epoch_begins(loss(args), 1, args, optimizer())
+        assert caplog.text.count("over 12 step(s); this run trains with rankclip: rankclip") == count
+    assert "rankclip per step over 16 step(s)" in caplog.text
+
+
 def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCaptureFixture) -> None:
     built, sharded = optimizer(), optimizer()
     for args, each in ((arguments("tiny", resume="x.pt"), built), (arguments(fsdp=True), sharded)):

@@ -272,6 +272,35 @@ def test_resumed_run_goes_on_where_it_was(tmp_path: Path, kind: Any, unit: Any, 
         assert all(not torch.equal(x, y) for x, y in zip(states[0].values(), states[2].values(), strict=True))
 
 
+def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(tmp_path, Module(), callbacks=[Progress(), saving], enable_checkpointing=True)
+    for epochs, count in ((2, 0), (3, 1)):
+        caplog.clear()
+        given = {"callbacks": [Progress()], "max_epochs": epochs, "num_sanity_val_steps": 1}
+        fit(tmp_path, Module(), resume=tmp_path / "step=4.ckpt", **given)
+        assert (
+            caplog.text.count("trained with linear per step over 8 step(s); this run trains with linear")
+            == count
+        )
+    assert "linear per step over 12 step(s): λ does not go on" in caplog.text
+
+
+class Backbone(nn.Linear):
+    def set_epoch(self, epoch: int) -> None:
+        raise AssertionError(epoch)
+
+
+def test_backbone_with_a_set_epoch_of_its_own_is_no_loss(tmp_path: Path) -> None:
+    for callback, expected in ((Progress(), linear(*range(1, 9))), (Progress("epoch"), [0] * 4 + [1] * 4)):
+        module = Module()
+        module.image = Backbone(6, 4)
+        fit(tmp_path, module, callbacks=[callback])
+        assert lambdas(module) == pytest.approx(expected)
+
+
 # --- several processes ----------------------------------------------------------------------------------
 
 

@@ -242,19 +242,66 @@ def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str
     both, epochs = Both(), Epochs()
 
     run = run_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), None, {"schedule_unit": unit})
-    run.begin(2)
+    run.begin(2, 4)
     run.set_epoch(1, 2)
     run.set_progress(3, 4)
     assert both.told == [told]
     assert epochs.told == [("epoch", 1, 2)]
     assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
     with pytest.raises(ValueError, match="Sequential goes by epochs, but data without a length"):
-        run.begin(float("inf"))
+        run.begin(float("inf"), 4)
 
 
 def test_loss_that_is_told_nothing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"rankclip is not told .*: give callbacks=\[Progress\(\)\]"):
         run_of(HOST, "rankclip")(**inputs(features()))
+
+
+def test_a_loss_of_an_ended_training_is_told_of_the_next_or_is_an_error() -> None:
+    """Its λ would be that of the last step."""
+    run = run_of(HOST, "rankclip")
+    run.begin(1, 3)
+    at(run, 3)(**inputs(features()))
+    for call in (run.end, lambda: run.begin(1, 3)):
+        at(run, 3)
+        call()
+        with pytest.raises(RuntimeError, match="rankclip is not told where training stands"):
+            run(**inputs(features()))
+    plain = run_of(HOST, "clip-smooth")
+    plain.end()
+    assert plain(**inputs(features())).total > 0
+
+
+def begun(state: Any, schedule: Any = "linear", unit: str = "step", epochs: int = 2) -> Any:
+    """The saved state of a run of so many epochs of ten steps, resumed from a state."""
+    run = run_of(HOST, "rankclip", {"schedule": schedule}, {"schedule_unit": unit})
+    run.restore(state)
+    run.begin(epochs, 10 * epochs)
+    return run.saved()
+
+
+def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_shows_both(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved = begun(None)
+    for state, same in (
+        (None, {}),
+        (saved, {}),
+        (begun(None, "constant"), {"schedule": "constant", "epochs": 9}),
+    ):
+        begun(state, **same)
+        assert not caplog.records
+    for change, now in (
+        ({"epochs": 3}, "linear per step over 30 step(s)"),
+        ({"unit": "epoch"}, "linear per epoch over 2 epoch(s)"),
+        ({"schedule": "cosine"}, "cosine per step over 20 step(s)"),
+        ({"schedule": "constant"}, "constant"),
+    ):
+        caplog.clear()
+        begun(saved, **change)
+        (message,) = caplog.messages
+        before = "trained with rankclip: linear per step over 20 step(s); "
+        assert f"{before}this run trains with rankclip: {now}: λ does not go on" in message
 
 
 # --- a teacher ------------------------------------------------------------------------------------------
@@ -378,7 +425,7 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
     as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
     other.restore(as_lists)
     assert torch.equal(other.criterion.average, run.criterion.average)
-    assert run_of(HOST, "rankclip").saved() is None
+    assert run_of(HOST, "mimicry").saved() is None
     for state, message in ((None, "no state of a loss"), ({**saved, "loss": "x"}, "the state of the loss x")):
         other.restore(state)
         assert f"holds {message}: the state of TinyCaptionLoss starts anew" in caplog.text
@@ -392,7 +439,7 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> No
 
     run = run_of(HOST, Counted())
     with pytest.raises(ValueError, match=r"Counted.*_extra_state"):
-        run.begin(1)
+        run.begin(1, 4)
 
 
 def test_a_buffer_without_rows_is_restored() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import torchrun
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
 from tokenizers import Tokenizer
@@ -139,6 +139,29 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> Non
         lambdas.append([line["rank_lambda"] for line in steps(trainer)])
     assert torch.equal(*ended)
     assert lambdas[0] == lambdas[1]
+
+
+def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
+    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"save_strategy": "epoch", "optim": "adamw_torch"}
+    for epochs, resume, count in ((2, None, 0), (2, "checkpoint-4", 0), (3, "checkpoint-4", 1)):
+        caplog.clear()
+        model, path = tiny(bert), resume and str(tmp_path / resume)
+        train(tmp_path, rank_clip(model), model, resume=path, num_train_epochs=epochs, **given)
+        assert caplog.text.count("trained with rankclip: rankclip per step over 8 step(s)") == count
+    assert "this run trains with rankclip: rankclip per step over 12 step(s)" in caplog.text
+
+
+def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path, bert: Path) -> None:
+    """Its λ would be the last of the first training."""
+    model = tiny(bert)
+    loss = rank_clip(model)
+    train(tmp_path, loss, model, max_steps=2)
+    with pytest.raises(
+        RuntimeError, match=r"not told where training stands: .*callbacks=\[Progress\(loss\)\]"
+    ):
+        train(tmp_path, loss, model, max_steps=2, kind=SentenceTransformerTrainer)
 
 
 def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None:

@@ -563,11 +563,21 @@ def test_scale_is_the_multiplier() -> None:
 
 
 def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, loss="clip-streamed")
     stateless = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
     assert "rankloss" not in stateless["stateful_callbacks"]
     train(tmp_path, max_steps=2, resume=True, loss=Remembering())
     assert "the state of Remembering" in caplog.text
+
+
+def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps, resume, count in ((4, None, 0), (4, "checkpoint-2", 0), (6, "checkpoint-2", 1)):
+        caplog.clear()
+        train(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2, resume=resume and str(tmp_path / resume))
+        assert caplog.text.count("trained with rankclip: linear per step over 4 step(s)") == count
+    assert "this run trains with rankclip: linear per step over 6 step(s)" in caplog.text
 
 
 def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:

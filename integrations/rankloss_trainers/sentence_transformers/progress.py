@@ -23,6 +23,10 @@ with extra("sentence-transformers"):
     from rankloss_trainers.transformers.progress import Progress as TrainerProgress
 
 
+_TRAININGS = "rankloss"
+"""The key in a checkpoint's trainer_state.json, among the states of callbacks."""
+
+
 class Progress(TrainerProgress):
     """Tells losses where a ``SentenceTransformerTrainer`` stands, and compares its data with their folders.
 
@@ -57,7 +61,13 @@ class Progress(TrainerProgress):
                     bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
                     raise ValueError(f"teacher needs the two columns and the label of {bind}")
                 loss.image_column = 0 if bindings == {Binding.IMAGES_FIRST} else 1
+        states = state.stateful_callbacks  # which its checkpoints hold
+        before = states.get(_TRAININGS, []) if state.global_step > 0 else []
+        for run, saved in zip(self.runs, before, strict=False):
+            run.restore(saved, warn=state.is_world_process_zero)
         super().on_train_begin(args, state, control, **kwargs)
+        # The losses have no state of tensors, which this trainer does not serve.
+        states[_TRAININGS] = [run.saved() for run in self.runs]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """After a line about training an interval begins."""

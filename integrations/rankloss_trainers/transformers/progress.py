@@ -43,9 +43,14 @@ class Progress(TrainerCallback):
             least = 1 if all(run.takes_lists for run in self.runs) else 2  # a list needs no second query
             _check_last_batch(loader, args, state.max_steps, least)
         for run in self.runs:
-            run.begin(epochs)
+            run.begin(epochs, state.max_steps)
             if state.is_world_process_zero:
                 _logger.info("%s", run.summary(epochs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """A next training has to tell the losses itself."""
+        for run in self.runs:
+            run.end()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """At each epoch, for losses that go by epochs."""
