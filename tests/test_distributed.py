@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import re
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -682,10 +681,7 @@ def error_of(call: Callable[[], Any]) -> str:
 def faulty(rank: int, world_size: int, kind: str) -> list[str]:
     """The error of a loss that meets the others for the first time, and what the same batch gives again."""
     loss, inputs = FAULTS[kind][0](), FAULTS[kind][1](rank)
-    began = time.monotonic()
-    found = [error_of(lambda: loss(**inputs)) for _ in range(2)]
-    assert time.monotonic() - began < 10
-    return found
+    return [error_of(lambda: loss(**inputs)) for _ in range(2)]  # a wait without end is ended by the pool
 
 
 @pytest.mark.parametrize("kind", FAULTS)

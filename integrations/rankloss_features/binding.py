@@ -27,7 +27,8 @@ def bind(
     """The dataset with a column that binds each row to its row of a folder, once every pair is compared.
 
     The column goes with the rows wherever they are shuffled, selected, tokenized or saved. The trainer that
-    is given the folder looks the features up where it makes a batch, and compares the hash again.
+    is given the folder looks the features up where it makes a batch, and compares the column with the folder:
+    a caption or a picture that ``map`` changes after the binding keeps the features of the old one.
 
     Args:
         dataset: A ``datasets.Dataset``, in the order in which the features were computed.
@@ -38,10 +39,18 @@ def bind(
             loss.
 
     Raises:
-        ValueError: A row has another pair than the folder's, which the error names, or there are fewer.
+        TypeError: The data are no ``datasets.Dataset``: a dict of splits, a stream, or a list.
+        ValueError: A row has another pair than the folder's, which the error names, or there are fewer; or
+            the data have the column already.
     """
+    import datasets
     import pyarrow as pa  # type: ignore[import-untyped]  # which datasets brings
 
+    if not isinstance(dataset, datasets.Dataset):
+        remedy = "; bind each split" if isinstance(dataset, dict) else ""
+        raise TypeError(f"dataset must be a datasets.Dataset; got {type(dataset).__name__}{remedy}")
+    if column in dataset.column_names:
+        raise ValueError(f"dataset has a column {column} already: bind it once, or remove the column")
     features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)

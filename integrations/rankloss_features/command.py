@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             print(checking.report(args.check, data.open_data(args)))
             return 0
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
+        device = sources.device_of(args.device, own if torch.cuda.is_available() else "cpu")
         precision = args.precision or writing.precision_on(device)
         settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         given = sources.given(args)

@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, An
     """
     sources.check_pretrained(args.model, args.pretrained)
     opened = data.open_data(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
     options = argparse.Namespace(
         model=args.model, pretrained=args.pretrained, features=None, image_encoder=None, text_encoder=None
     )

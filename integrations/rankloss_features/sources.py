@@ -62,6 +62,20 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
     raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
 
 
+def device_of(name: str | None, default: str) -> torch.device:
+    """The device of the option ``--device``.
+
+    Raises:
+        ValueError: Torch knows no such device.
+    """
+    try:
+        return torch.device(name or default)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device must be a device of torch, such as cpu or cuda:0; got {name!r}"
+        ) from error
+
+
 def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     """The teacher that the options of a command line name.
 

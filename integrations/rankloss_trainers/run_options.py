@@ -100,7 +100,7 @@ class Teacher:
                 self.spec = Spec.of(text)
             except ValueError as error:
                 if any(sign in text for sign in "=:"):  # else a folder that is not there
-                    raise OptionError("teacher", str(error)) from error
+                    raise OptionError("teacher", f"{error}; nor is there a folder of this name") from error
         self.folder = text if self.spec is None else None
 
     def check(self) -> None:

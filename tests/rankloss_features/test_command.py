@@ -149,6 +149,14 @@ def test_a_package_that_is_missing_is_named(
         assert re.search(rf"--image-encoder {name} .*'rankloss\[{extra}\]'", capsys.readouterr().err)
 
 
+def test_a_device_that_torch_does_not_know_is_named(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert features(place, "pairs.csv", f"{CLIP} --output {tmp_path / 'x'} --device foo") == 1
+    evaluated = ["--model", f"local-dir:{place}/clip", "--data", str(place / "pairs.csv"), "--device", "foo"]
+    assert main(["evaluate", *evaluated]) == 1
+    message = "--device must be a device of torch, such as cpu or cuda:0; got 'foo'"
+    assert capsys.readouterr().err.count(message) == 2
+
+
 @pytest.mark.parametrize("module", ["filelock", "datasets"])
 def test_the_command_without_its_extra_ends_with_a_sentence(
     place: Path, module: str, capsys: Any, monkeypatch: Any

@@ -250,6 +250,19 @@ def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) 
         references(Features(other), np.array(shuffled[COLUMN]))
 
 
+def test_only_a_table_is_bound_and_once(bound: tuple[Any, str]) -> None:
+    data, path = bound
+    for other, message in (
+        (datasets.DatasetDict(train=data), "got DatasetDict; bind each split"),
+        (data.to_iterable_dataset(), "got IterableDataset"),
+        ([*data], "got list"),
+    ):
+        with pytest.raises(TypeError, match=f"dataset must be a datasets.Dataset; {message}"):
+            bind(other, path)
+    with pytest.raises(ValueError, match=f"dataset has a column {COLUMN} already: bind it once"):
+        bind(bind(data, path), path)
+
+
 def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
     """A row's number and hash are 16 bytes, of which there are some copies; a list of arrays takes 1,380."""
     rows = 20_000

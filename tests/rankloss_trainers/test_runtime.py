@@ -23,7 +23,7 @@ from rankloss_trainers import catalog
 from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_products
 from rankloss_trainers.progress import listeners
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime
 
 SCALE, SIGMOID = torch.tensor(8.0), rankloss.SigLipLoss()
@@ -463,6 +463,11 @@ def test_joined_losses_have_the_attributes_of_each() -> None:
     assert created.weight == 16
     with pytest.raises(AttributeError, match="schedule"):
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
+
+
+def test_a_misspelt_folder_with_a_sign_is_said_to_be_none() -> None:
+    with pytest.raises(ValueError, match="'lr' is no modality; nor is there a folder of this name"):
+        Teacher("lr=3")
 
 
 def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:

@@ -575,7 +575,8 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
 ) -> None:
     for steps, resume, count in ((4, None, 0), (4, "checkpoint-2", 0), (6, "checkpoint-2", 1)):
         caplog.clear()
-        train(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2, resume=resume and str(tmp_path / resume))
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        train(tmp_path, max_steps=steps, resume=resume and str(tmp_path / resume), **saving)
         assert caplog.text.count("trained with rankclip: linear per step over 4 step(s)") == count
     assert "this run trains with rankclip: linear per step over 6 step(s)" in caplog.text
 
