@@ -182,9 +182,22 @@ def _type_of(parameter: inspect.Parameter, function: Any) -> Any:
         return str if parameter.default is parameter.empty else type(parameter.default)
     annotated = types.SimpleNamespace(__annotations__={"x": parameter.annotation})
     try:
-        return typing.get_type_hints(annotated, inspect.unwrap(function).__globals__)["x"]
+        return typing.get_type_hints(annotated, _globals_of(function))["x"]
     except NameError:  # imported for type checkers alone: no command line can spell it
         return object
+
+
+def _globals_of(function: Any) -> dict[str, Any]:
+    """The names that a callable's annotations may use: of a function, a partial one, or an object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if isinstance(function, type):
+        function = vars(function).get("__init__", function)
+    elif not hasattr(function, "__globals__"):
+        function = type(function).__call__
+    found: dict[str, Any] = getattr(function, "__globals__", {})
+    return found
 
 
 def _helps(doc: str | None) -> dict[str, str]:
