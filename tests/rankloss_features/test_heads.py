@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_evaluate import rows_of, write
+from test_evaluate_command import rows_of, write
 
 from rankloss_features.heads import load_heads
 from rankloss_features.train_heads import split
