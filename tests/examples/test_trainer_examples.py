@@ -27,7 +27,7 @@ from tools_folder import ROOT, loaded, tool
 
 import rankloss
 import rankloss_trainers
-from rankloss_trainers import catalog, console, loop, runtime
+from rankloss_trainers import catalog, console, host, loop
 from registered import register
 
 cases = tool("cases.py")
@@ -89,7 +89,7 @@ def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
 ):
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
     module, folder, output = imported(name), str(sample_folder), tmp_path / "output"
-    chosen, norms, trained, choose = [], [], {}, runtime.choose
+    chosen, norms, trained, choose = [], [], {}, host.choose
 
     def kept(name, given):
         chosen.append(choose(name, given))
@@ -100,7 +100,7 @@ def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
         found = (p.grad for p in trained.values())
         norms.append(sum(x.norm().item() for x in found if x is not None))
 
-    for place in (runtime, loop):
+    for place in (host, loop):
         monkeypatch.setattr(place, "choose", kept)
     if "datasets" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
