@@ -187,16 +187,12 @@ def test_the_table_has_paired_differences_of_the_seeds(tmp_path: Path) -> None:
         pytest.param("repeated_captions", {"Contrastive_loss", "Pairs_with_partner"}, marks=pytest.mark.slow),
     ],
 )
-def test_short_example_trains(command: Command, trainer: Trainer, name: str, terms: set[str]) -> None:
-    pytest.importorskip("openmoji_demo")
-    words = command(f"../trainers/{name}", FOLDER=str(trainer.directory / name))
-    script, folder = words[1:3]
-    write = runpy.run_path(str(ROOT / script))["write"]
-    few = write.__globals__["chosen"]()[::2]
-    write.__globals__.update(chosen=lambda: few, find_spec=lambda _: None)  # no models of transformers
-    write(Path(folder))
-    here = {"--model": f"local-dir:{ROOT / 'examples/demo/model'}", "--logs": str(trainer.directory / "logs")}
-    options = itertools.chain(*{**here, "--name": name, "--epochs": "1"}.items())
+def test_short_example_trains(
+    command: Command, trainer: Trainer, sample_folder: Path, name: str, terms: set[str]
+) -> None:
+    words = command(f"../trainers/{name}", FOLDER=str(sample_folder))
+    here = {"--logs": str(trainer.directory / "logs"), "--name": name, "--epochs": "1"}
+    options = itertools.chain(*here.items())
     run = trainer.call(name, *trainer_arguments(words), *options, alone=True)
     assert terms <= run.train_lines()[-1].keys()
     assert "image_to_text_R@1: " in run.log  # of the held-out pairs
