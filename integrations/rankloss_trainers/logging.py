@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers.declared import Loss
+from rankloss_trainers.declared import Loss, OptionError
 
 _logger = logging.getLogger("rankloss_trainers")
 _AGREEMENT_ANCHORS = 256
@@ -46,6 +46,9 @@ class RunLog:
             inputs: Its inputs.
             gather: Its gathering.
             step: The optimizer step, counted from 0.
+
+        Raises:
+            OptionError: The agreement of pairs is asked for, and there are none.
         """
         logged: dict[str, Tensor | None] = {}
         part: Any
@@ -54,6 +57,9 @@ class RunLog:
                 logged.update(part.logged_entries(entries))
         if "image_features" in inputs:
             logged.update(self._agreement(gather, inputs, step))
+        elif self._agreement.every is not None:
+            text = "compares the rankings of pairs, and the batch has lists alone; leave it out"
+            raise OptionError("agreement_every", text)
         for log in self._logs:
             logged.update(log(self.criterion, entries, step, inputs))
         return logged

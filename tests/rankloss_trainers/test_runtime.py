@@ -148,6 +148,19 @@ def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     assert absent["rank_lambda"] == 0
 
 
+def test_the_agreement_of_pairs_is_refused_for_lists_alone() -> None:
+    """It would be logged nowhere."""
+    given = inputs_of("ranked-lists")
+    pairs = {name: given.pop(name) for name in ("image_features", "text_features")}
+    run = run_of(HOST, rankloss.RankedLists(), run={"agreement_every": 1})
+    run.set_progress(1, 2)
+    with pytest.raises(ValueError, match=r"agreement_every: compares the rankings of pairs, .* lists alone"):
+        run(**given)
+    both = run_of(HOST, "ranked-lists", run={"agreement_every": 1})
+    both.set_progress(1, 2)
+    assert "in_modal_tau" in both(**given, **pairs).metrics
+
+
 @pytest.mark.parametrize(
     "name",
     [

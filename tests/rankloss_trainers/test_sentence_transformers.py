@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch.utils.data import ConcatDataset
 
 import rankloss
 from rankloss import schedules
+from rankloss_trainers.declared import options_of
+from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.sentence_transformers import ContrastiveLoss, Progress
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -90,6 +93,12 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         total = sum(8 * rankloss.ClipLoss()(*both, 30.0).item() for both in features)
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
     assert all(not any("modal" in name for name in line) for line in evaluated)
+
+
+def test_every_option_of_a_run_is_a_keyword_of_the_loss() -> None:
+    parameters = inspect.signature(ContrastiveLoss.__init__).parameters
+    for name, option in options_of(RunOptions).items():
+        assert parameters[name].default == option.default, name
 
 
 @pytest.mark.parametrize(("unit", "logging_steps"), [("epoch", 4), ("step", 1), ("step", 6)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import re
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 import rankloss
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.declared import options_of
+from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale
 from registered import NAMES, input_names
@@ -515,6 +518,12 @@ def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name:
     ):
         trainer(tmp_path, **{"loss": choice, "loss_options": None, name: value})
     trainer(tmp_path, loss=choice, loss_options=None)
+
+
+def test_every_option_of_a_run_is_a_keyword_of_the_trainer() -> None:
+    parameters = inspect.signature(ContrastiveTrainer.__init__).parameters
+    for name, option in options_of(RunOptions).items():
+        assert parameters[name].default == option.default, name
 
 
 class OwnLoss(transformers.Trainer):

@@ -114,8 +114,9 @@ class ContrastiveTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self._refuse_lost_losses()
+        options = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
         if isinstance(loss, (Runtime, Choice)):
-            _refuse_options_beside_a_choice(loss_options, teacher, schedule_unit, agreement_every)
+            _refuse_options_beside_a_choice(loss_options, options)
         super().__init__(*args, **kwargs)
         self.mini_batch_size = mini_batch_size
         if mini_batch_size is not None:
@@ -133,9 +134,6 @@ class ContrastiveTrainer(transformers.Trainer):
         elif isinstance(loss, Choice):
             run = Runtime(HOST, *loss, base=base)
         else:
-            options = RunOptions(
-                teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every
-            )
             run = Runtime(HOST, read_losses(loss, loss_options), options, base=base)
         self.loss_runtime: Runtime = run.to(self.args.device)
         self._compute_teacher()
@@ -350,21 +348,12 @@ class _Progress(Progress):
         self.trainer.check_loss_is_trained()
 
 
-def _refuse_options_beside_a_choice(
-    loss_options: Mapping[str, Any] | None,
-    teacher: str | None,
-    schedule_unit: str,
-    agreement_every: int | None,
-) -> None:
+def _refuse_options_beside_a_choice(loss_options: Mapping[str, Any] | None, options: RunOptions) -> None:
     """Raise a TypeError for an option that would be dropped, since a command line's choice has its own."""
-    options = {
-        "loss_options": (loss_options, None),
-        "teacher": (teacher, None),
-        "schedule_unit": (schedule_unit, "auto"),
-        "agreement_every": (agreement_every, None),
-    }
-    for name, (value, default) in options.items():
-        if value != default:
+    given = {"loss_options": loss_options, **vars(options)}
+    defaults = {"loss_options": None, **vars(RunOptions())}
+    for name, value in given.items():
+        if value != defaults[name]:
             raise TypeError(
                 f"loss is a command line's choice, which has its own {name}; got {name}={value!r}"
             )
