@@ -33,6 +33,8 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
 both = pytest.mark.parametrize("name", LOSSES)
 any_use_of_ids = pytest.mark.parametrize("same_id", [None, "ignore", "share"])
 
+pytestmark = pytest.mark.filterwarnings("ignore:logit_bias is given")  # to both losses alike
+
 
 def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7.5) -> tuple[Tensor, ...]:
     return (*batch.leaves(dtype), torch.tensor(bias, dtype=dtype, requires_grad=True))

@@ -2,8 +2,8 @@
 
 The trainer saves its model and its optimizer, and knows nothing of a loss with a state. So the state travels
 with the optimizer's: a hook, which torch's optimizers have for the purpose, adds it to what they save, and
-the state goes wherever the checkpoint goes (kept, deleted, renamed, uploaded). A trainer
-without the plug-in reads such a checkpoint as any other: torch ignores the addition.
+the state goes wherever the checkpoint goes (kept, deleted, renamed, uploaded). A trainer without the plug-in
+reads such a checkpoint as any other: torch ignores the addition.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     Args:
         loss: The loss.
         args: The trainer's arguments, with the path of the checkpoint as ``resume``.
-        optimizer: The trainer's optimizer.
+        optimizer: The trainer's optimizer; None of a fork whose epochs take none.
         epoch: The run's first epoch, counted from 0.
+
+    Raises:
+        RuntimeError: The loss has a state of tensors, and there is no optimizer.
     """
     if not loss.is_saved:
+        return
+    if optimizer is None:  # of a fork whose epochs take none; only the course of the training is lost
+        if loss.criterion.state_dict():
+            raise RuntimeError(
+                f"{loss.name} has a state, and this trainer's epochs no optimizer to save it with"
+            )
         return
     sharded = getattr(args, "fsdp", False)  # collects the optimizer's own entries alone
     # A file of weights alone begins at epoch 0, and has no state to miss.

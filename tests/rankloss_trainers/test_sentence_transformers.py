@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import ConcatDataset
+from transformers import TrainerState
 
 import rankloss
 from rankloss import schedules
@@ -178,7 +179,7 @@ def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None
     model = tiny(bert)
     several, single = ConcatDataset([pairs(), pairs()]), pairs()
     args = SimpleNamespace(dataloader_drop_last=True, gradient_accumulation_steps=1)
-    state = SimpleNamespace(num_train_epochs=1, max_steps=1, is_world_process_zero=True)
+    state = TrainerState(num_train_epochs=1, max_steps=1)
 
     def begin(gather: Any, data: Any) -> None:
         loader = torch.utils.data.DataLoader(data, 8)

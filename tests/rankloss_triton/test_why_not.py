@@ -51,7 +51,7 @@ def test_the_reason_names_what_is_not_served(case: dict[str, Any], reason: str |
 def test_triton_must_be_there_and_not_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, reason in (
         (None, "Triton is not installed"),
-        ("3.2.0+git1", "the kernels need Triton 3.4 or later; 3.2.0.git1 is installed"),
+        ("3.2.0+git1", "the kernels need Triton 3.4 or later; 3.2.0+git1 is installed"),
         ("3.4.0", None),
         ("3.10.0", None),
     ):
