@@ -766,6 +766,7 @@ def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools, name: str) 
 # --- what else processes must not get wrong ----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:logit_bias is given")  # to all losses alike
 def test_gather_is_read_when_it_is_needed() -> None:
     assert Gather() == Gather.of(None)
     assert Gather().place == Gather.of(False).place == (0, 1)
