@@ -277,6 +277,23 @@ def test_the_second_thousand_of_icons_is_a_cell_of_its_own():
     assert gains["icons-64"] == pytest.approx(4.0, abs=0.6)
 
 
+def test_a_seed_over_the_sets_together_is_the_mean_of_its_differences():
+    block = {"cells": study.TOGETHER_CELLS, "arms": ["encoders", "encoders-spread", "one-space"]}
+    sizes = Namespace(**{**vars(SIZES), "blocks": [{**block, "seeds": [1, 2, 3]}]})
+    gains = {"encoders-spread": 1.0, "one-space": -2.0}
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + gains.get(one.arm, 0.0))
+    for name, gain in (("emojis", 3.0), ("icons", 0.0), ("photographs", -9.0)):
+        for one, of in finds[name].records.items():
+            if one.arm == "encoders-spread" and one.side == "test":
+                of["metrics"]["retrieval"]["R@10, mean of both"] += gain
+    rows = study.together(list(study.by_cell(sizes, finds)))
+    found = {row[0]: float(row[3].split(" ")[0].replace("−", "-")) for row in rows}
+    assert found == pytest.approx({"`encoders-spread`": 1.0 - 2.0, "`one-space`": -2.0}, abs=0.3)
+    assert [row[2] for row in rows] == ["3", "3"]
+    del finds["icons"]
+    assert study.together(list(study.by_cell(sizes, finds))) == []
+
+
 def test_the_vendors_drawings_have_the_settings_of_emojis():
     _, finds = records({}, blocks=3)
     emojis, vendors = (

@@ -11,9 +11,17 @@ from typing import Any
 
 from studies.plan import Find, MissingError
 from studies.records import Record
-from studies.report import conditions_texts, difference_text, ends_text, mark, mean_text, p_text
+from studies.report import (
+    conditions_texts,
+    difference_text,
+    ends_text,
+    mark,
+    mean_text,
+    p_text,
+    test_cells,
+)
 from studies.runner import Study
-from studies.statistics import Arms, Difference, Measure, Pair, correct, verdict
+from studies.statistics import Arms, Difference, Measure, Pair, correct, paired_difference, verdict
 from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
 
 from .data import SECOND, VENDOR, data
@@ -34,6 +42,8 @@ SECONDARY: list[Pair] = [
     ("encoders-spread", "encoders"),
     ("one-space", "encoders"),
 ]
+TOGETHER_CELLS = ("emojis-250", "icons-64", "photographs-64")
+TOGETHER: list[Pair] = [("encoders-spread", "encoders"), ("one-space", "encoders")]
 MEASURES = (
     PRIMARY,
     Measure("zero-shot top-1", ("zero-shot", "top-1")),
@@ -247,6 +257,25 @@ def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
     ]
 
 
+def together(every: Sequence[Tested]) -> list[list[str]]:
+    """Return the rows of the tests over the sets together: a seed's value is the mean over the cells.
+
+    Pairs without a record in one of the cells are left out.
+    """
+    every_arms = [of.arms for of in every if of.cell in TOGETHER_CELLS]
+    if len(every_arms) < len(TOGETHER_CELLS):
+        return []
+
+    def means(arm: str) -> dict[int, float]:
+        values = [of.values(arm, PRIMARY) for of in every_arms]
+        return {seed: fmean(of[seed] for of in values) for seed in set.intersection(*map(set, values))}
+
+    there = [pair for pair in TOGETHER if all(set(pair) <= of.records.keys() for of in every_arms)]
+    found = {pair: paired_difference(*map(means, pair)) for pair in there}
+    tested = correct({pair: difference for pair, difference in found.items() if difference is not None})
+    return [[*(f"`{arm}`" for arm in pair), str(of.n), *test_cells(of)] for pair, of in tested.items()]
+
+
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
     every = list(by_cell(sizes, finds))
@@ -261,6 +290,8 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "secondary": [
             row for pairs in (*([pair] for pair in SECONDARY), others) for row in rows(every, pairs)
         ],
+        "together": together(every),
+        "together_cells": ", ".join(TOGETHER_CELLS),
         "arms_head": ["cell", "arm", *(of.title for of in MEASURES)],
         "arms": [
             [of.cell, f"`{arm}`", *(_mean(of.arms, arm, measure) for measure in MEASURES)]
