@@ -4,5 +4,6 @@ STUDIES = {
     "baselines": "studies.baselines.study",
     "captions": "studies.captions.study",
     "spread": "studies.spread.study",
+    "towers": "studies.towers.study",
 }
 """Modules of the living studies by name; each has the function ``study(name)``."""

@@ -1,0 +1,1 @@
+"""Pretrained towers that are trained together, after heads on them."""
