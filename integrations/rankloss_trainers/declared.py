@@ -400,25 +400,24 @@ class Loss:
             raise OptionError(error.key, text, error.loss) from error
 
 
-_REPLACED = {
-    "reference_features": "teacher",
-    "teacher": "teacher",
-    "reference": "teacher",
-    "schedule_unit": "schedule_unit",
-    "agreement_every": "agreement_every",
-    "distill_loss": "",
-}
-"""Options of losses that are options of the run now; empty where nothing takes its place."""
+_REPLACED = {"reference_features": "teacher", "reference": "teacher", "distill_loss": ""}
+"""Options that losses had once, with the option of the run in their place; empty where there is none."""
 
 
 def replaced(key: str, prefix: str = "") -> str:
-    """The end of an error about an option that a loss had once; else empty.
+    """The end of an error about an option that belongs to the run, or that a loss had once; else empty.
 
     Args:
         key: The option, as Python spells it.
         prefix: The beginning of the options of a run: ``--loss-`` on a command line.
     """
-    now = _REPLACED.get(key)
-    if not now:
-        return "" if now is None else "; a loss that has a teacher leaves it out"
-    return f"; it is an option of the run, {prefix}{now.replace('_', '-') if prefix else now}"
+    from rankloss_trainers.run_options import RunOptions  # which imports this module
+
+    replacement = _REPLACED.get(key, key)
+    if replacement == "":
+        return "; a loss that has a teacher leaves it out"
+    if replacement not in options_of(RunOptions):
+        return ""
+    if prefix:
+        return f"; it is an option of the run, {prefix}{replacement.replace('_', '-')}"
+    return f"; it is an option of a trainer's run, {replacement}"

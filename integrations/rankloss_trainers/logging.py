@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss.distributed import Gather
 from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.run_options import RunOptions
 
 _logger = logging.getLogger("rankloss_trainers")
 _AGREEMENT_ANCHORS = 256
@@ -24,14 +25,12 @@ class RunLog:
         name: The name of the loss.
         losses: The losses with their options.
         criterion: Their module.
-        agreement_every: See :class:`Agreement`.
+        options: The options of the run.
     """
 
-    def __init__(
-        self, name: str, losses: Sequence[Loss], criterion: nn.Module, agreement_every: int | None
-    ) -> None:
+    def __init__(self, name: str, losses: Sequence[Loss], criterion: nn.Module, options: RunOptions) -> None:
         self.name, self.criterion = name, criterion
-        self._agreement = Agreement(agreement_every)
+        self._agreement = Agreement(options.agreement_every)
         self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
         self._teacher: list[str] = []  # the features of the last batch
         self._remarks_on_products = any(getattr(part, "ranks_items", False) for part in criterion.modules())

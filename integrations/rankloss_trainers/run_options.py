@@ -1,11 +1,17 @@
-"""Options of a run, whichever losses it trains: its teacher, the unit of schedules, the logged agreement."""
+"""Options of a run, whichever losses it trains: its teacher, the unit of schedules, the logged agreement.
+
+An option is a field of :class:`RunOptions` and of :class:`RunKeywords`, and nothing else names it but the
+code that acts on it: command lines and the constructors of trainers read the fields.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 from rankloss_trainers.declared import Loss, OptionError, naming_options, options_of
 from rankloss_trainers.extras import extra
@@ -54,6 +60,17 @@ class RunOptions:
             if self.agreement_every is not None:
                 check_count("agreement_every", self.agreement_every)
 
+    @classmethod
+    def taken_from(cls, keywords: dict[str, Any]) -> RunOptions:
+        """The options among the keywords of a trainer, which are taken out of them.
+
+        Example:
+            >>> keywords = {"agreement_every": 8, "model": None}
+            >>> RunOptions.taken_from(keywords).agreement_every, keywords
+            (8, {'model': None})
+        """
+        return cls(**{key: keywords.pop(key) for key in options_of(RunOptions) if key in keywords})
+
     def unit(self, epochs: float) -> Literal["epoch", "step"]:
         """The unit of schedules in a run of so many epochs, infinity where their number is unknown.
 
@@ -62,6 +79,30 @@ class RunOptions:
         if self.schedule_unit == "auto":
             return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
         return "step" if epochs == 1 else self.schedule_unit
+
+
+class RunKeywords(TypedDict, total=False):
+    """The options of a run as keywords, for type checkers and editors; see :class:`RunOptions`."""
+
+    teacher: str | None
+    schedule_unit: Literal["auto", "epoch", "step"]
+    agreement_every: int | None
+
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def takes_run_options(init: _Init) -> _Init:
+    """Show the options of a run in the signature of a constructor that takes them as ``**keywords``.
+
+    ``help()``, notebooks and ``inspect.signature`` name them then.
+    """
+    shown = inspect.signature(init)
+    *others, keywords = shown.parameters.values()
+    options = inspect.signature(RunOptions).parameters.values()
+    function: Any = init
+    function.__signature__ = shown.replace(parameters=[*others, *options, keywords])
+    return init
 
 
 class Choice(NamedTuple):

@@ -90,7 +90,7 @@ class Runtime(nn.Module):
         is_built = base is not None and not isinstance(base, type)
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
-        self.teaching = Teaching(host, self.name, losses, self.criterion, self.options.teacher)
+        self.teaching = Teaching(host, self.name, losses, self.criterion, self.options)
         self.takes_lists = bool(arguments_of(self.criterion, "candidate_features"))
         spec = self.teaching.spec
         two_steps = {} if spec is None else {"teacher": spec.two_steps(host.teacher)}
@@ -98,7 +98,7 @@ class Runtime(nn.Module):
         self.teaching.look_up()
         self.unit, self.step = "step", 0
         self.has_fixed_entries = False
-        self._log = RunLog(self.name, losses, self.criterion, self.options.agreement_every)
+        self._log = RunLog(self.name, losses, self.criterion, self.options)
         self._first_state = deepcopy(self.criterion.state_dict())
         self._has_progress = any(map(units_of, self.criterion.modules()))
         self._is_told = not self._has_progress

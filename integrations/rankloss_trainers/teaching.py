@@ -12,7 +12,7 @@ from rankloss_features.folder import Features
 from rankloss_trainers.composing import arguments_of
 from rankloss_trainers.declared import Loss, OptionError, did_you_mean
 from rankloss_trainers.host import Host
-from rankloss_trainers.run_options import GIVEN, Teacher
+from rankloss_trainers.run_options import GIVEN, RunOptions, Teacher
 
 
 class Teaching:
@@ -29,7 +29,7 @@ class Teaching:
         name: The name of the loss.
         losses: The losses with their options.
         criterion: Their module.
-        option: The teacher that the run's options name, or None.
+        options: The options of the run.
 
     Attributes:
         teacher: The teacher that the run names, or None.
@@ -43,10 +43,10 @@ class Teaching:
     """
 
     def __init__(
-        self, host: Host, name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | None
+        self, host: Host, name: str, losses: Sequence[Loss], criterion: nn.Module, options: RunOptions
     ) -> None:
         self.name = name
-        self.teacher = _named_teacher(host, name, losses, option)
+        self.teacher = _named_teacher(host, name, losses, options.teacher)
         self.features: Features | None = None
         self.data_columns: Collection[str] = ()
         self._remedy = host.teacher
@@ -56,7 +56,7 @@ class Teaching:
         self._comparing = _comparing_option(parts, losses)
         if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong with it
             self._check_copies()
-        self.use = _use(name, losses, criterion, option)
+        self.use = _use(name, losses, criterion, options.teacher)
 
     @property
     def spec(self) -> Any:

@@ -9,20 +9,29 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from other_values import OTHER_VALUES
 from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments, described, mentioned, typed_options, with_flag
+from rankloss_trainers.command_line import (
+    RUN,
+    LossArguments,
+    described,
+    flag,
+    mentioned,
+    typed_options,
+    with_flag,
+)
 from rankloss_trainers.declared import Named, OptionError, options_of
-from rankloss_trainers.run_options import RunOptions, Teacher
+from rankloss_trainers.run_options import RunKeywords, RunOptions, Teacher
 from registered import register
 
 if TYPE_CHECKING:
@@ -129,7 +138,7 @@ def test_options_for_python_alone_are_not_typed() -> None:
         ("rankclip", "topk", "top_k"),
         ("mimicry", "reference_features", "teacher"),
         ("rankclip", "reference", "teacher"),
-        ("rankclip", "schedule_unit", "schedule_unit"),
+        *(("rankclip", key, f"; it is an option of a trainer's run, {key}") for key in OTHER_VALUES),
         ("rankclip", "distill_loss", "teacher"),
         ("tiny", "x", "it has weight"),
     ],
@@ -280,6 +289,17 @@ def test_an_error_begins_with_the_flag_of_its_option_or_with_the_losses() -> Non
         ("", "lambda_cross", "--loss: lambda_cross"),  # of a part that no name stands for
     ):
         assert with_flag(losses, OptionError(key, "must be 0", loss)).startswith(begins)
+
+
+@pytest.mark.parametrize(("key", "value"), OTHER_VALUES.items())
+def test_every_option_of_a_run_has_a_flag(key: str, value: Any) -> None:
+    _, run = parsed(flag(RUN, key), options_of(RunOptions)[key].spelled(value))
+    assert run == RunOptions(**{key: value})
+
+
+def test_type_checkers_see_the_options_of_a_run_with_their_types() -> None:
+    annotated = get_type_hints(RunOptions)
+    assert get_type_hints(RunKeywords) == {key: annotated[key] for key in options_of(RunOptions)}
 
 
 def test_a_run_is_typed_once_and_only_with_a_loss() -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from launch import torchrun
 from named_inputs import D, inputs_of
+from other_values import OTHER_VALUES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -38,6 +39,13 @@ from registered import NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
+def test_options_of_a_run_are_refused_by_their_names(name: str, value: Any) -> None:
+    """The unit of schedules is ``unit``; the module's loss has the teacher."""
+    with pytest.raises(TypeError, match=name):
+        Progress(**{name: value})
 
 
 class Module(lightning.LightningModule):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from named_inputs import HOST, inputs_of
+from other_values import OTHER_VALUES
 from tiny_losses import TinyCaptionLoss, TinyLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -524,7 +525,17 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     ("name", "options", "error", "message"),
     [
         ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
-        ("rankclip", {"agreement_every": 8}, TypeError, "agreement_every"),
+        *(
+            (
+                name,
+                {key: value},
+                TypeError,
+                f"{name} has no option {key!r}; it is an option of a trainer's run",
+            )
+            for key, value in OTHER_VALUES.items()
+            for name in ("rankclip", "clip")
+            if key != "teacher"
+        ),
         ("rankclip", {"teacher": "no-folder"}, ValueError, "teacher.*no-folder"),
         ("rankclip", {"teacher": "text=minilm"}, ValueError, "rankloss features --text-encoder minilm"),
         ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),

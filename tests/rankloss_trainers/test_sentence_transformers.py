@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import torchrun
+from other_values import OTHER_VALUES
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
@@ -96,10 +97,21 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
     assert all(not any("modal" in name for name in line) for line in evaluated)
 
 
-def test_every_option_of_a_run_is_a_keyword_of_the_loss() -> None:
-    parameters = inspect.signature(ContrastiveLoss.__init__).parameters
-    for name, option in options_of(RunOptions).items():
-        assert parameters[name].default == option.default, name
+@pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
+def test_every_option_of_a_run_is_a_keyword_of_the_loss(bert: Path, name: str, value: Any) -> None:
+    shown = inspect.signature(ContrastiveLoss).parameters[name]
+    assert shown.default == options_of(RunOptions)[name].default
+    loss = ContrastiveLoss(tiny(bert), **{name: value})
+    assert loss.run.options == RunOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("agrement_every", "did you mean agreement_every"), ("top_k", "options of the loss .* options=")],
+)
+def test_a_keyword_that_is_no_option_of_a_run_is_refused(bert: Path, name: str, advice: str) -> None:
+    with pytest.raises(TypeError, match=f"ContrastiveLoss has no keyword '{name}'; {advice}"):
+        ContrastiveLoss(tiny(bert), **{name: 3})
 
 
 @pytest.mark.parametrize(("unit", "logging_steps"), [("epoch", 4), ("step", 1), ("step", 6)])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from other_values import OTHER_VALUES
 from tiny_pairs import CONFIGS, Pairs, build, clip
 from tiny_transformers import (
     METRICS,
@@ -499,15 +500,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, given: Any, message: 
         train(tmp_path, **{"loss": "rankclip", "max_steps": 2, **given})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("loss_options", {"lambda_in": 2.0}),
-        ("teacher", "given"),
-        ("schedule_unit", "step"),
-        ("agreement_every", 3),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("loss_options", {"lambda_in": 2.0}), *OTHER_VALUES.items()])
 def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     """The choice has its own, and these would be dropped."""
     parser = argparse.ArgumentParser()
@@ -520,10 +513,12 @@ def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name:
     trainer(tmp_path, loss=choice, loss_options=None)
 
 
-def test_every_option_of_a_run_is_a_keyword_of_the_trainer() -> None:
-    parameters = inspect.signature(ContrastiveTrainer.__init__).parameters
-    for name, option in options_of(RunOptions).items():
-        assert parameters[name].default == option.default, name
+@pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
+def test_every_option_of_a_run_is_a_keyword_of_the_trainer(tmp_path: Path, name: str, value: Any) -> None:
+    shown = inspect.signature(ContrastiveTrainer).parameters[name]
+    assert shown.default == options_of(RunOptions)[name].default
+    run = trainer(tmp_path, **{name: value}).loss_runtime
+    assert run.options == RunOptions(**{name: value})
 
 
 class OwnLoss(transformers.Trainer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from rankloss.distributed import GatherOption
 from rankloss_features.binding import taught
 from rankloss_features.folder import NAMES
-from rankloss_trainers.declared import Options
+from rankloss_trainers.declared import Options, did_you_mean, options_of
 from rankloss_trainers.entries import Entries, LoggedTerms
 from rankloss_trainers.extras import extra
 from rankloss_trainers.host import Host, read_losses
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import RunKeywords, RunOptions, takes_run_options
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.sentence_transformers.embeddings import EmbeddingLoss, is_cut
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 with extra("sentence-transformers"):
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
@@ -59,9 +62,6 @@ class ContrastiveLoss(EmbeddingLoss):
         teacher: A folder of ``rankloss features`` that the data are bound to (:func:`rankloss_features.bind`
             with ``column="label"``). None: the labels, where they are a teacher's embeddings; ``"given"``
             needs these.
-        schedule_unit: ``"epoch"`` or ``"step"``: the unit of λ's schedule; ``"auto"`` is the step in runs of
-            fewer than ten epochs.
-        agreement_every: Log the batch's rank agreement at every so many optimizer steps.
         scale: The multiplier of the similarities, 1/temperature.
         mini_batch_size: Embed each column in mini-batches of so many rows at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch. By
@@ -71,6 +71,8 @@ class ContrastiveLoss(EmbeddingLoss):
             (``MatryoshkaLoss``) has to. A raw term is logged from the first line on of whose steps all have λ
             above 0.
         gather: The gathering of a named loss, see :class:`rankloss.Gather`.
+        **run_options: The other options of a run, ``schedule_unit`` and ``agreement_every``
+            (:class:`RunOptions <rankloss_trainers.run_options.RunOptions>`).
 
     Attributes:
         metrics: The names of the metrics until the log's next line; None before its first step.
@@ -79,7 +81,7 @@ class ContrastiveLoss(EmbeddingLoss):
         The embeddings are ``[N, D]`` per column and process; all entries are scalars.
 
     Raises:
-        TypeError: for an option that the loss does not have, and for options beside a module.
+        TypeError: for an option that the loss or a run does not have, and for options beside a module.
         ValueError: for an unknown loss, for options that exclude each other, for a loss with parameters, a
             state, or a second caption, which this trainer does not serve, and for mini-batches of a model
             that begins with a ``StaticEmbedding``; in ``forward`` unless there are two columns, for a scale
@@ -91,23 +93,27 @@ class ContrastiveLoss(EmbeddingLoss):
         2021.
     """
 
+    @takes_run_options
     def __init__(
         self,
         model: nn.Module,
         loss: str | nn.Module = "rankclip",
         options: Options | None = None,
         *,
-        teacher: str | None = None,
-        schedule_unit: Literal["auto", "epoch", "step"] = "auto",
-        agreement_every: int | None = None,
         scale: float = 20.0,
         mini_batch_size: int | None = None,
         output_dict: bool = True,
         gather: GatherOption = None,
+        **run_options: Unpack[RunKeywords],
     ) -> None:
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
-        of_run = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
+        keywords: dict[str, Any] = {**run_options}
+        of_run = RunOptions.taken_from(keywords)
+        for key in keywords:
+            hint = did_you_mean(key, options_of(RunOptions))
+            hint = hint or "; options of the loss are given as options={…}"
+            raise TypeError(f"{type(self).__name__} has no keyword {key!r}{hint}")
         self.run = Runtime(HOST, read_losses(loss, options), of_run, gather=gather)
         self.metrics: tuple[str, ...] | None = None
         self.image_column = None if self.run.teaching.features is not None else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from rankloss_trainers.entries import Entries
 from rankloss_trainers.extras import extra
 from rankloss_trainers.host import read_losses
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
-from rankloss_trainers.run_options import Choice, RunOptions
+from rankloss_trainers.run_options import Choice, RunOptions, takes_run_options
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
@@ -75,14 +75,13 @@ class ContrastiveTrainer(transformers.Trainer):
             ``"ViT-L-14:openai"`` or ``"image=…,text=…"``. None: the columns ``reference_image_features`` and
             ``reference_text_features``, or one of them, where the data have them; ``"given"`` needs them. The
             loss gets a teacher's features, the model does not, and evaluation does not need them.
-        schedule_unit: ``"epoch"`` or ``"step"``: the unit of λ's schedule; ``"auto"`` as above.
-        agreement_every: Log the batch's rank agreement at every so many optimizer steps.
         mini_batch_size: Embed each batch in mini-batches of so many pairs at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch, which
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
             twice in its running averages. In evaluation the batch is split, too, and ``compute_metrics`` gets
             the embeddings and the scale. By default the batch is embedded at once.
-        **kwargs: Keywords of the Trainer.
+        **kwargs: The other options of a run, ``schedule_unit`` and ``agreement_every`` (:class:`RunOptions
+            <rankloss_trainers.run_options.RunOptions>`); and keywords of the Trainer.
 
     Raises:
         TypeError: for an option that the loss does not have, for ``loss_options`` beside a module or any
@@ -102,19 +101,17 @@ class ContrastiveTrainer(transformers.Trainer):
         2021.
     """
 
+    @takes_run_options
     def __init__(
         self,
         *args: Any,
         loss: str | nn.Module | Choice = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
-        teacher: str | None = None,
-        schedule_unit: Literal["auto", "epoch", "step"] = "auto",
-        agreement_every: int | None = None,
         mini_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._refuse_lost_losses()
-        options = RunOptions(teacher=teacher, schedule_unit=schedule_unit, agreement_every=agreement_every)
+        options = RunOptions.taken_from(kwargs)
         if isinstance(loss, (Runtime, Choice)):
             _refuse_options_beside_a_choice(loss_options, options)
         super().__init__(*args, **kwargs)
