@@ -400,8 +400,9 @@ class Loss:
             raise OptionError(error.key, text, error.loss) from error
 
 
-_REPLACED = {"reference_features": "teacher", "reference": "teacher", "distill_loss": ""}
-"""Options that losses had once, with the option of the run in their place; empty where there is none."""
+_REPLACED = {"reference_features": "teacher", "reference": "teacher"}
+"""Options that losses had once, and the option of the run in the place of each."""
+_WITHOUT_REPLACEMENT = "distill_loss"
 
 
 def replaced(key: str, prefix: str = "") -> str:
@@ -413,11 +414,11 @@ def replaced(key: str, prefix: str = "") -> str:
     """
     from rankloss_trainers.run_options import RunOptions  # which imports this module
 
-    replacement = _REPLACED.get(key, key)
-    if replacement == "":
+    if key == _WITHOUT_REPLACEMENT:
         return "; a loss that has a teacher leaves it out"
-    if replacement not in options_of(RunOptions):
+    of_run = _REPLACED.get(key, key)
+    if of_run not in options_of(RunOptions):
         return ""
     if prefix:
-        return f"; it is an option of the run, {prefix}{replacement.replace('_', '-')}"
-    return f"; it is an option of a trainer's run, {replacement}"
+        return f"; it is an option of the run, {prefix}{of_run.replace('_', '-')}"
+    return f"; it is an option of a trainer's run, {of_run}"

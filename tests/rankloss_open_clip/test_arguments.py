@@ -192,15 +192,23 @@ def test_what_cannot_work_is_refused(
     assert [word for word in others.split() if word in said] == []
 
 
-@pytest.mark.parametrize("key", [*_REPLACED, *options_of(RunOptions)])
-def test_an_old_option_is_refused_and_the_new_one_is_named(
-    capsys: pytest.CaptureFixture[str], key: str
+_OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("distill_loss", "a loss that has a teacher leaves it out"),
+        *((key, f"it is an option of the run, {flag(RUN, of_run)}") for key, of_run in _OF_RUN.items()),
+    ],
+)
+def test_an_option_that_no_loss_has_is_refused_and_its_place_is_named(
+    capsys: pytest.CaptureFixture[str], key: str, advice: str
 ) -> None:
-    replacement = _REPLACED.get(key, key)
-    old, new = f"--mimicry-{key}".replace("_", "-"), replacement and flag(RUN, replacement)
+    old = f"--mimicry-{key}".replace("_", "-")
     for words in ([old, "x"], [f"{old}=x"], [f"--mimicry_{key}", "x"]):
         typed = words[0].partition("=")[0]
-        assert new in refused(capsys, "--loss", "clip-ids+mimicry", *words).split(f" {typed}")[1]
+        assert advice in refused(capsys, "--loss", "clip-ids+mimicry", *words).split(f" {typed}")[1]
 
 
 @pytest.mark.parametrize("code", [None, 0, 2])
