@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -210,9 +211,13 @@ def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool =
     if is_teacher:
         if not math.isfinite(most):
             row = int((~norms.isfinite()).long().argmax())
+            if x[row].isfinite().all():
+                _refuse_extreme(name, x, row)
             raise ValueError(f"{name} must be finite; row {row} has norm {norms[row].item():g}")
         if least == 0:
             rows = (norms == 0).nonzero().flatten().tolist()
+            if x[rows[0]].any():
+                _refuse_extreme(name, x, rows[0])
             raise ValueError(
                 f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(x)}, the "
                 f"first is row {rows[0]}. A file that is filled in part looks like this"
@@ -226,6 +231,14 @@ def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool =
             stacklevel=1,  # one place for all losses, so that Python shows an equal text once
         )
     return True
+
+
+def _refuse_extreme(name: str, x: Tensor, row: int) -> NoReturn:
+    """Raise the error about a row of finite values whose norm is not in the range of its dtype."""
+    largest = x[row].abs().amax().item()
+    raise ValueError(
+        f"{name} must be unit-norm; row {row} has values up to {largest:g}, whose squares float32 cannot hold"
+    )
 
 
 # --- other arguments ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -109,6 +110,25 @@ class _Product(torch.autograd.Function):
             product(upstream[0], b.mT) if by_a else None,
             product(a.mT, upstream[0]) if by_b else None,
         )
+
+
+_EXTREME = 1e-10, 1e15
+"""The largest values of a row between which its sum of squares is in the range of float32, and not tiny."""
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """The rows divided by their norms, also where float32 cannot hold the squares of their values.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    least, most = _EXTREME
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    is_extreme = (largest > most) | ((largest < least) & (largest > 0))
+    return F.normalize(torch.where(is_extreme, x / largest, x), dim=-1)
 
 
 def can_be_read(x: Tensor) -> bool:

@@ -383,6 +383,14 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "NaN": (lambda x: x.index_fill(0, torch.tensor(7), math.nan), "must be finite; row 7 has norm nan"),
     "infinite": (lambda x: x.index_fill(0, torch.tensor(7), math.inf), "must be finite; row 7 has norm inf"),
+    "large": (
+        lambda x: x.float() * 1e30,
+        "must be unit-norm; row 0 has values up to 7.27564e.29, whose squares float32",
+    ),
+    "small": (
+        lambda x: x.float() * 1e-30,
+        "must be unit-norm; row 0 has values up to 7.27564e-31, whose squares float32",
+    ),
 }
 
 

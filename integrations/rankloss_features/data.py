@@ -141,17 +141,20 @@ class Table:
         content = self.contents.data.column("image.bytes")
         if content.null_count == len(content):
             return {None}
-        counts = pc.value_counts(self._all_paths)
+        paths = self._all_paths
+        counts = pc.value_counts(paths)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        rows = pc.indices_nonzero(pc.is_in(self._all_paths, repeated)).to_pylist()
+        rows = pc.indices_nonzero(pc.and_(pc.is_valid(paths), pc.is_in(paths, repeated)))
         shared: set[str | None] = {None}
-        first_content: dict[str, bytes] = {}
-        for row in rows:
-            path, content = self._all_paths[row].as_py(), self.contents[row]["image.bytes"]
-            if path is not None and content and path not in shared:
-                digest = hash_of(content)
-                if first_content.setdefault(path, digest) != digest:
-                    shared.add(path)
+        first_contents: dict[str, bytes] = {}
+        for first in range(0, len(rows), _BLOCK):
+            block = rows[first : first + _BLOCK]
+            contents = self.contents[block.to_pylist()]["image.bytes"]
+            for path, content in zip(paths.take(block).to_pylist(), contents, strict=True):
+                if content and path not in shared:
+                    digest = hash_of(content)
+                    if first_contents.setdefault(path, digest) != digest:
+                        shared.add(path)
         return shared
 
     def identity(self) -> str:

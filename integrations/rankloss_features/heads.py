@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankloss
+from rankloss.precision import unit_rows
 from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
@@ -95,7 +96,7 @@ class FrozenEncoders:
         head: Any = self.heads[name]
 
         def encode(inputs: Any) -> Tensor:
-            features: Tensor = head(F.normalize(encoder.encode(inputs).float(), dim=-1))
+            features: Tensor = head(unit_rows(encoder.encode(inputs).float()))
             return features
 
         return Encoder(encoder.prepare, encode, head[-1].out_features, encoder.needs_pictures)

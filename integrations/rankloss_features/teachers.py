@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
+from rankloss.precision import unit_rows
 from rankloss_features.data import Data, Sample, Spans
 from rankloss_features.folder import SPACES, Pairs
 
@@ -70,7 +70,7 @@ class Teacher:
             for name, encoder in self.encoders.items():
                 inputs = prepared[name]
                 inputs = inputs.to(self.device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
-                features[name] = F.normalize(encoder.encode(inputs).float(), dim=-1).cpu()
+                features[name] = unit_rows(encoder.encode(inputs).float()).cpu()
         return features
 
 

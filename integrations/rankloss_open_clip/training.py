@@ -12,11 +12,11 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.version import __version__
 from torch import Tensor, nn
 
 import rankloss
+from rankloss.precision import unit_rows
 from rankloss_features.folder import NAMES
 from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
@@ -175,7 +175,7 @@ def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
     others = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
     for name in NAMES:
         # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
-        others[f"reference_{name}"] = F.normalize(inputs[f"dist_{name}"].float(), dim=-1)
+        others[f"reference_{name}"] = unit_rows(inputs[f"dist_{name}"].float())
     return others
 
 

@@ -30,7 +30,9 @@ __all__ = ["Progress"]
 class Progress(Callback):
     """Tells every loss in the module where training stands, also in a resumed run.
 
-    A loss is a part whose ``set_epoch`` or ``set_progress`` takes two numbers, the present one and the last.
+    Told are the parts of modules that are called with ``image_features`` and ``text_features``, and elsewhere
+    the methods ``set_epoch(epoch, epochs)`` and ``set_progress(step, total_steps)`` by these names alone: a
+    backbone may have a ``set_epoch`` of its own.
     The checkpoints say the course of the training, and a resumed run on another one is warned of.
 
     A loss of rankloss may be built in the module's ``__init__``: with the default ``gather=None`` it reads
@@ -106,8 +108,9 @@ class Progress(Callback):
 
     def _listeners(self, pl_module: nn.Module, unit: str, preferred: str) -> list[Any]:
         """The methods by which the losses in the module are told at this unit."""
-        tellers = listeners(pl_module, unit, preferred)
-        return [tell for tell in tellers if tell.__self__ is not pl_module and _takes_two_numbers(tell)]
+        in_losses = {part for loss in pl_module.modules() if _is_loss(loss) for part in loss.modules()}
+        tellers = [tell for tell in listeners(pl_module, unit, preferred) if tell.__self__ is not pl_module]
+        return [tell for tell in tellers if tell.__self__ in in_losses or _has_names(tell, unit)]
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
@@ -139,13 +142,17 @@ class Progress(Callback):
                 tell(min(now, self._end), self._end)
 
 
-def _takes_two_numbers(method: Any) -> bool:
-    """True for a loss's method; the ``set_epoch(epoch)`` of a backbone is for others."""
-    try:
-        inspect.signature(method).bind(1, 1)
-    except TypeError:
-        return False
-    return True
+_PARAMETERS = {"epoch": ["epoch", "epochs"], "step": ["step", "total_steps"]}
+
+
+def _is_loss(part: nn.Module) -> bool:
+    """True for a module that is called with features, as losses are."""
+    return {"image_features", "text_features"} <= inspect.signature(part.forward).parameters.keys()
+
+
+def _has_names(method: Any, unit: str) -> bool:
+    """True for a method with the names of a loss's; the ``set_epoch(epoch)`` of a backbone is for others."""
+    return [*inspect.signature(method).parameters][:2] == _PARAMETERS[unit]
 
 
 def _epochs_of(trainer: Any, reasons: list[str]) -> int:

@@ -190,6 +190,10 @@ class Runtime(nn.Module):
         """The training ends: a call in another one, which does not tell the loss, is an error."""
         self._is_told = not self._has_progress
 
+    def go_on(self) -> None:
+        """The step that was told goes on, with another of its batches."""
+        self._is_told = True
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Epoch ``epoch`` of ``epochs`` begins, counted from 1."""
         self._is_told = True

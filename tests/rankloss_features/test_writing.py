@@ -12,7 +12,9 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from torch import Tensor
 
 from rankloss_features import Features, writing
 from rankloss_features.data import Shards
-from rankloss_features.folder import NAMES, write_array
+from rankloss_features.folder import NAMES, Pairs, write_array
 from stored_features import stored
 
 
@@ -268,6 +270,21 @@ def test_pictures_may_move_and_shards_of_pairs_that_are_gone_are_not_taken_up(
     written(shutil.copytree(begun, tmp_path / "moved"), data_of("csv", tmp_path / "new"), teacher()).check()
 
 
+def test_data_are_read_once_to_be_compared_with_stored_features(
+    undisturbed: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = undisturbed
+    pairs, readings = data.pairs, []
+
+    def read() -> Iterator[Any]:
+        readings.append("begins")  # with the first block
+        yield from pairs()
+
+    monkeypatch.setattr(data, "pairs", read)
+    written(tmp_path / "output", data, replace(teacher(), rows=ROWS, pairs=Pairs(str(folder))))
+    assert readings == ["begins"]
+
+
 def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("nowhere")
     (tmp_path / "image_features.npy").write_bytes(b"mine")
@@ -296,6 +313,17 @@ def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "output", data, teacher(spoil))
     written(tmp_path / "other", data, teacher()).check()
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_features_whose_squares_float32_cannot_hold_are_divided_by_their_norms(
+    tmp_path: Path, scale: float
+) -> None:
+    data = data_of("csv", tmp_path)
+    wanted = written(tmp_path / "plain", data, teacher())
+    scaled = written(tmp_path / "scaled", data, teacher(lambda _, features: features * scale))
+    for name in NAMES:
+        np.testing.assert_allclose(scaled.arrays[name][:], wanted.arrays[name][:], atol=1e-3)  # float16
 
 
 def test_a_folder_that_holds_one_row_is_neither_finished_nor_opened(tmp_path: Path) -> None:

@@ -296,17 +296,54 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     assert "linear per step over 12 step(s): λ does not go on" in caplog.text
 
 
-class Backbone(nn.Linear):
+class OneNumber(nn.Linear):
     def set_epoch(self, epoch: int) -> None:
         raise AssertionError(epoch)
 
 
-def test_backbone_with_a_set_epoch_of_its_own_is_no_loss(tmp_path: Path) -> None:
+class TwoNumbers(nn.Linear):
+    def set_epoch(self, epoch: int, rank: int) -> None:
+        raise AssertionError(epoch, rank)
+
+
+class OneOfTwoNumbers(nn.Linear):
+    def set_epoch(self, epoch: int, verbose: bool = False) -> None:
+        raise AssertionError(epoch, verbose)
+
+
+@pytest.mark.parametrize("backbone", [OneNumber, TwoNumbers, OneOfTwoNumbers])
+def test_backbone_with_a_set_epoch_of_its_own_is_no_loss(tmp_path: Path, backbone: Any) -> None:
     for callback, expected in ((Progress(), linear(*range(1, 9))), (Progress("epoch"), [0] * 4 + [1] * 4)):
         module = Module()
-        module.image = Backbone(6, 4)
+        module.image = backbone(6, 4)
         fit(tmp_path, module, callbacks=[callback])
         assert lambdas(module) == pytest.approx(expected)
+
+
+class OtherNames(nn.Module):
+    """A loss whose methods have names of its own, in which a part is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = rankloss.RankClipLoss(schedule="linear")
+
+    def set_progress(self, now: int, end: int) -> None:
+        self.told = (now, end)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, *rest: Any, **given: Any) -> Any:
+        assert self.told == (round(7 * self.inner.schedule_value) + 1, 8)
+        return self.inner(image_features, text_features, *rest, **given)
+
+    @property
+    def schedule_value(self) -> float:
+        return self.inner.schedule_value
+
+
+def test_a_loss_is_told_by_whatever_names_its_methods_have(tmp_path: Path) -> None:
+    module = Module()
+    module.loss = OtherNames()
+    fit(tmp_path, module)
+    assert lambdas(module) == pytest.approx(linear(*range(1, 9)))
 
 
 # --- several processes ----------------------------------------------------------------------------------

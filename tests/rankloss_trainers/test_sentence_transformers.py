@@ -21,6 +21,7 @@ from tiny_sentences import embed, own_loop, pairs, rank_clip, step, tiny, train,
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import ConcatDataset
 from transformers import TrainerState
 
@@ -184,6 +185,31 @@ def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: P
         RuntimeError, match=r"not told where training stands: .*callbacks=\[Progress\(loss\)\]"
     ):
         train(tmp_path, loss, model, max_steps=2, kind=SentenceTransformerTrainer)
+
+
+class Fault(Exception):
+    """The error that ends a training."""
+
+
+def fail(*_: Any) -> None:
+    raise Fault
+
+
+@pytest.mark.parametrize("place", ["a forward pass", "an optimizer step"])
+def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
+    tmp_path: Path, bert: Path, place: str
+) -> None:
+    model = tiny(bert)
+    loss = rank_clip(model)
+    hook = model.register_forward_hook(fail)
+    if place == "an optimizer step":
+        hook.remove()
+        hook = register_optimizer_step_pre_hook(fail)
+    with pytest.raises(Fault):
+        train(tmp_path, loss, model, max_steps=2)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="not told where training stands"):
+        train(tmp_path, loss, model, max_steps=1, kind=SentenceTransformerTrainer)
 
 
 def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None:

@@ -138,9 +138,24 @@ class ContrastiveLoss(EmbeddingLoss):
                 text += "in_batch_negatives=True)) of rankloss_trainers.sentence_transformers"
             raise ValueError(text)
         columns = columns[::-1] if self.image_column else columns
-        features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
-        entries = self._entries(features, labels, columns[1])
+        try:
+            features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
+            entries = self._entries(features, labels, columns[1])
+        except BaseException:
+            self.run.end()
+            raise
+        self._end_at_backward(entries)
         return LoggedTerms(entries.terms, self._logged(entries)) if self.output_dict else entries.total
+
+    def _end_at_backward(self, entries: Entries) -> None:
+        """Let the progress that was told serve one backward pass.
+
+        No callback is told of a training that an error ends. A next training that does not tell the loss is
+        then refused, at its second batch at the latest.
+        """
+        for term in entries.terms.values():
+            if term.requires_grad:
+                term.register_hook(lambda _: self.run.end())
 
     def _logged(self, entries: Entries) -> dict[str, Tensor]:
         """The metrics of this interval of the log; the trainer divides their sums by all of its steps.

@@ -69,6 +69,11 @@ class Progress(TrainerProgress):
         # The losses have no state of tensors, which this trainer does not serve.
         states[_TRAININGS] = [run.saved() for run in self.runs]
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Before each further batch of an optimizer step."""
+        for run in self.runs:
+            run.go_on()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """After a line about training an interval begins."""
         for loss in self._losses if "loss" in logs else ():
