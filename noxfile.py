@@ -32,11 +32,8 @@ TRAINERS = {
     "lightning": ["2.4.0", "2.6.6"],
 }
 PACKAGES = {name: name for name in TRAINERS} | {"open-clip": "open_clip_torch[training]"}
-TESTS = {
+TESTS = {name: [f"rankloss_trainers/test_{name.replace('-', '_')}*.py"] for name in TRAINERS} | {
     "open-clip": ["rankloss_open_clip", "test_losses.py", "test_distributed.py"],
-    "transformers": ["rankloss_trainers/test_transformers*.py"],
-    "sentence-transformers": ["rankloss_trainers/test_sentence_transformers*.py"],
-    "lightning": ["rankloss_trainers/test_lightning.py"],
     "features": ["rankloss_features"],
     "encoders": ["rankloss_features/test_encoders.py"],
     "gpu": ["rankloss_triton"],

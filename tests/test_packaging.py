@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from rankloss_trainers.doctor import TRAINERS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -73,10 +77,38 @@ def test_torchs_entry_point_is_the_function_that_no_other_file_can_break() -> No
     assert names <= sys.stdlib_module_names
 
 
+def versions_of_sessions() -> dict[str, list[str]]:
+    """By trainer, the versions that nox tests."""
+    source = (ROOT / "noxfile.py").read_text()
+    (table,) = re.findall(r"^TRAINERS = (\{.*?^\})", source, re.MULTILINE | re.DOTALL)
+    versions: dict[str, list[str]] = ast.literal_eval(table)
+    return versions
+
+
 def test_no_extra_claims_a_major_version_that_no_session_tests() -> None:
-    (tested,) = re.findall(
-        r"^TRAINERS = (\{.*?^\})", (ROOT / "noxfile.py").read_text(), re.MULTILINE | re.DOTALL
-    )
-    for extra, versions in ast.literal_eval(tested).items():
+    for extra, versions in versions_of_sessions().items():
         major = int(versions[-1].partition(".")[0])
         assert re.search(rf",<{major + 1}$", EXTRAS[extra][0]), EXTRAS[extra][0]
+
+
+def matrix_of_ci(name: str) -> list[str]:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    (values,) = re.findall(rf"^ +{name}: \[(.*)\]$", workflow, re.MULTILINE)
+    return str(values).split(", ")
+
+
+def test_every_trainer_of_the_doctor_is_installed_and_tested() -> None:
+    names = [trainer.name for trainer in TRAINERS]
+    of_users = EXTRAS.keys() - {"examples", "test", "docs", "dev"}
+    of_tests = EXTRAS["test"][0].removeprefix("rankloss[").removesuffix("]").split(",")
+    assert {*names} <= {*of_tests}
+    assert [*versions_of_sessions()] == matrix_of_ci("trainer") == names
+    assert {*matrix_of_ci("extra")} == of_users >= {*names}
+
+
+@pytest.mark.parametrize("place", [".github/ISSUE_TEMPLATE/bug.yml", "README.md"])
+def test_every_trainer_of_the_doctor_stands_in_the_list_that_users_read(place: str) -> None:
+    text = (ROOT / place).read_text().lower().replace("_", "-")
+    rows = "\n".join(re.findall(r"^(?: +- | *\| \[).*", text, re.MULTILINE))
+    for trainer in TRAINERS:
+        assert re.search(rf"(?<![\w-]){trainer.name}\b", rows), trainer.name

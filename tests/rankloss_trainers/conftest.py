@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rankloss_trainers.doctor import TRAINERS
+
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -17,11 +19,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
 
-NEEDED = {
-    "test_transformers*.py": ("transformers", "accelerate", "datasets", "PIL"),
-    "test_*sentence_transformers*.py": ("sentence_transformers", "datasets"),
-    "test_*_teacher.py": ("datasets", "PIL"),
-    "test_lightning.py": ("lightning",),
-    "test_graded_lists.py": ("PIL",),
-}
-collect_ignore_glob = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]
+NEEDED = [(f"test_{x.name}*.py".replace("-", "_"), [x.distribution.replace("-", "_")]) for x in TRAINERS]
+NEEDED += [
+    ("test_transformers*.py", ["accelerate", "datasets", "PIL"]),
+    ("test_sentence_transformers*.py", ["datasets"]),
+    ("test_*_teacher.py", ["datasets", "PIL"]),
+    ("test_graded_lists.py", ["PIL"]),
+]
+collect_ignore_glob = [name for name, packages in NEEDED if not all(map(find_spec, packages))]

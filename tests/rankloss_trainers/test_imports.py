@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rankloss_trainers import catalog
+from rankloss_trainers import catalog, doctor
 from registered import OF_PACKAGES
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,13 @@ def test_no_import_goes_up(floor: str) -> None:
         place = file.relative_to(ROOT).as_posix()
         if place not in NAMES_OF_A_PACKAGE:
             assert imported(file) <= FLOORS[floor] | {floor}, place
+
+
+@pytest.mark.parametrize("trainer", doctor.TRAINERS, ids=lambda trainer: trainer.name)
+def test_every_trainer_stands_on_a_floor_of_its_own(trainer: doctor.Trainer) -> None:
+    floor = floor_of(trainer.plugin.partition(":")[0])
+    assert floor is not None
+    assert floor not in TRAINERS
 
 
 def public_names(module: str) -> set[str]:
