@@ -268,6 +268,16 @@ def check_is_tensor(name: str, value: object) -> None:
     """Raise a TypeError that names the argument unless it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {kind_of(value)}")
+    _check_is_of_this_process(name, value)
+
+
+def _check_is_of_this_process(name: str, x: Tensor) -> None:
+    """Raise a ValueError for a tensor that is shared among processes, as FSDP2 has parameters."""
+    if hasattr(x, "device_mesh"):
+        raise ValueError(
+            f"{name} must be a tensor of this process; got a {type(x).__name__} {tuple(x.shape)}: give its "
+            "full_tensor(), or the to_local() of features whose rows are sharded"
+        )
 
 
 def check_is_number(name: str, value: object, features: Tensor) -> None:
@@ -281,6 +291,7 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
     if not isinstance(value, Tensor):
         return
+    _check_is_of_this_process(name, value)
     if value.numel() != 1 or value.dim() > 2:  # a factor of more dimensions would not broadcast
         raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
     if value.dtype == torch.bool or value.is_complex():

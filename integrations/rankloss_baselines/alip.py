@@ -150,6 +150,11 @@ class AlipLoss(GatheringLoss):
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of the raw and of the caption pairs, ``[N]`` each."""
+        if self.histories.dtype.itemsize < 4:
+            raise ValueError(
+                f"histories must not be rounded to {self.histories.dtype}, in which they stand still: leave "
+                "FSDP's buffer_dtype out"
+            )
         dtype = torch.promote_types(images.dtype, torch.float32)
         v, t, c = (x.to(dtype) for x in (images, texts, captions))
         cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])

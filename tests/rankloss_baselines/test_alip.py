@@ -165,6 +165,15 @@ def test_casting_the_module_does_not_round_the_histories() -> None:
     assert torch.equal(call(other, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
 
 
+def test_histories_that_a_wrapper_rounds_are_refused() -> None:
+    """FSDP casts buffers in place; in bfloat16 a step of a hundredth is none."""
+    loss = AlipLoss()
+    loss.histories.data = loss.histories.bfloat16()
+    v = torch.eye(3)
+    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16.*buffer_dtype"):
+        loss(v, v, 1.0, caption_features=v)
+
+
 def test_a_device_without_float64_has_histories_of_float32() -> None:
     inputs = triples(*R1)
     expected = call(AlipLoss(initial_history=0.0), inputs)

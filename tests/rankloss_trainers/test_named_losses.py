@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from named_inputs import D, N, inputs_of
 from torch import Tensor, nn
 from torch.distributed import is_initialized
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,11 +41,24 @@ class Towers(nn.Module):
         return *features, self.logit_scale.exp().sum(), self.logit_bias.sum()
 
 
-def value_of(name: str, model: nn.Module, rows: slice) -> Tensor:
+class WithLosses(nn.Module):
+    """Towers with the losses as submodules, which are called within the forward pass of the whole."""
+
+    def __init__(self, towers: Towers, names: Sequence[str] = NAMES) -> None:
+        super().__init__()
+        self.towers = towers
+        self.losses = nn.ModuleDict({name: rankloss_trainers.create(name) for name in names})
+
+    def forward(self, name: str, rows: slice) -> Tensor:
+        return value_of(name, self.towers, rows, self.losses[name])
+
+
+def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None) -> Tensor:
     """The loss of some of the batch's rows: pictures, texts, other texts."""
+    if loss is None:
+        loss = rankloss_trainers.create(name)
     generator = torch.Generator().manual_seed(3)
     data = torch.randn(3, N, 5, generator=generator, dtype=torch.float64)[:, rows]
-    loss = rankloss_trainers.create(name)
     loss.set_epoch(3, 4), loss.set_progress(3, 4)
     given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name, 3).items()}
     v, texts, given["logit_scale"], given["logit_bias"] = model(data[0], data[1:].flatten(0, 1))
@@ -64,10 +79,24 @@ def gradients(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[st
     wrapped = wrap(model)
     for name in (*NAMES, NAMES[0]):
         model.zero_grad()
-        value_of(name, wrapped, slice(rank * share, (rank + 1) * share)).backward()
-        given = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
-        found[name] = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in given.items()}
+        rows = slice(rank * share, (rank + 1) * share)
+        value = wrapped(name, rows) if has_losses(wrapped) else value_of(name, wrapped, rows)
+        value.backward()
+        found[name] = whole_gradients(model, wrapped)
     return found
+
+
+def has_losses(wrapped: nn.Module) -> bool:
+    return isinstance(getattr(wrapped, "module", wrapped), WithLosses)
+
+
+def whole_gradients(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
+    if isinstance(wrapped, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            given = {key: x.grad.clone() for key, x in wrapped.named_parameters() if x.grad is not None}
+        return {key.removeprefix("towers."): x for key, x in given.items()}
+    given = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+    return {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in given.items()}
 
 
 def distributed(model: Any, frozen: tuple[str, ...] = (), **options: Any) -> Any:
@@ -76,10 +105,21 @@ def distributed(model: Any, frozen: tuple[str, ...] = (), **options: Any) -> Any
     return DistributedDataParallel(model, **options) if is_initialized() else model
 
 
-def sharded(model: Any) -> Any:
-    for part in (model.image, model.text, model) if is_initialized() else ():
+def sharded(model: Any, holds_losses: bool = False) -> Any:
+    whole = WithLosses(model) if holds_losses else model
+    for part in (model.image, model.text, whole) if is_initialized() else ():
         fully_shard(part)
-    return model
+    return whole
+
+
+def sharded_by_wrappers(model: Any, holds_losses: bool = False) -> Any:
+    """The older FSDP, which keeps the parameters of each wrapped part in one flat tensor."""
+    whole = WithLosses(model) if holds_losses else model
+    if not is_initialized():
+        return whole
+    wrap = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+    model.image, model.text = wrap(model.image), wrap(model.text)
+    return wrap(whole)
 
 
 WRAPPED: dict[str, Callable[[Any], Any]] = {
@@ -89,6 +129,9 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
     "of a frozen text tower": functools.partial(distributed, frozen=("unused", "text")),
     "of frozen towers": functools.partial(distributed, frozen=("unused", "image", "text")),
     "sharded": sharded,
+    "sharded with the losses": functools.partial(sharded, holds_losses=True),
+    "sharded by wrappers": sharded_by_wrappers,
+    "sharded by wrappers with the losses": functools.partial(sharded_by_wrappers, holds_losses=True),
 }
 
 
@@ -104,3 +147,106 @@ def test_two_processes_have_the_gradients_of_the_whole_batch(pools: Pools, kind:
                 both = (x[name].get(key, torch.zeros(())).double() for x in (found, expected))
                 tolerance = {"rtol": 1e-8, "atol": 1e-10}
                 torch.testing.assert_close(*torch.broadcast_tensors(*both), **tolerance, msg=f"{name}: {key}")
+
+
+def refusal_of_sharded(rank: int, world_size: int, name: str, argument: str) -> str:
+    """The error about a parameter, or features, that FSDP2 left sharded."""
+    model = Towers().double()
+    fully_shard(model, reshard_after_forward=True)
+    rows = slice(4 * rank, 4 * rank + 4)
+    given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name).items()}
+    if argument in ("logit_scale", "logit_bias"):
+        given[argument] = getattr(model, argument).exp()
+    else:
+        mesh = init_device_mesh("cpu", (world_size,))
+        given[argument] = DTensor.from_local(given[argument], mesh, [Shard(0)])
+    loss = rankloss_trainers.create(name)
+    loss.set_progress(3, 4)
+    with pytest.raises(ValueError, match=argument) as error:
+        loss(**given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "shape"),
+    [
+        ("rankclip", "logit_scale", (1,)),
+        ("siglip-streamed", "logit_bias", (1,)),
+        ("clip-streamed", "text_features", (N, D)),
+        ("mimicry", "reference_image_features", (N, D)),
+        ("clip-ids", "pair_ids", (N,)),
+    ],
+)
+def test_a_tensor_that_is_left_sharded_is_refused(
+    pools: Pools, name: str, argument: str, shape: tuple[int, ...]
+) -> None:
+    for message in pools[2].run(refusal_of_sharded, name, argument):
+        assert f"{argument} must be a tensor of this process; got a DTensor {shape}: give its" in message
+
+
+# --- states -----------------------------------------------------------------------------------------------
+
+WITH_A_STATE = [name for name in NAMES if rankloss_trainers.create(name).state_dict()]
+
+
+def of_states(wrap: Callable[[Any], Any], state: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """A model with the losses that have a state, and its wrapper."""
+    model = WithLosses(Towers().double(), WITH_A_STATE)
+    model.towers.unused.requires_grad_(False)
+    if state is not None:
+        model.load_state_dict(state)
+    return model, wrap(model) if is_initialized() else model
+
+
+def steps(wrapped: nn.Module, rows: slice, count: int) -> None:
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for _ in range(count):
+        for name in WITH_A_STATE:
+            optimizer.zero_grad()
+            wrapped(name, rows).backward()
+            optimizer.step()
+
+
+def whole_state(wrapped: nn.Module) -> dict[str, Tensor]:
+    options = StateDictOptions(full_state_dict=True)
+    return {key: x.clone() for key, x in get_model_state_dict(wrapped, options=options).items()}
+
+
+def interrupted(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[str, Any]:
+    """The states at half of a training and at its end, in one piece and in two."""
+    share = N // world_size
+    rows = slice(rank * share, (rank + 1) * share)
+    _, wrapped = of_states(wrap)
+    steps(wrapped, rows, 2)
+    half = whole_state(wrapped)
+    names = [*wrapped.state_dict()]
+    steps(wrapped, rows, 2)
+    _, again = of_states(wrap, half)
+    steps(again, rows, 2)
+    return {"half": half, "names": names, "whole": whole_state(wrapped), "resumed": whole_state(again)}
+
+
+def sharded_in_one(model: nn.Module) -> Any:
+    return fully_shard(model)
+
+
+def sharded_by_one_wrapper(model: nn.Module) -> Any:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded_in_one, sharded_by_one_wrapper])
+def test_states_of_losses_are_saved_whole_and_resumed_to_the_last_bit(
+    pools: Pools, wrap: Callable[[Any], Any]
+) -> None:
+    expected = interrupted(0, 1, wrap)
+    of_losses = {key for key in expected["half"] if key.startswith("losses.")}
+    assert {key.split(".")[1] for key in of_losses} == {*WITH_A_STATE}
+    assert all(not torch.equal(expected["half"][key], expected["whole"][key]) for key in of_losses)
+    first, second = pools[2].run(interrupted, wrap)
+    prefix = "module." if wrap is DistributedDataParallel else ""
+    assert [*first["names"]] == [f"{prefix}{name}" for name in expected["half"]]
+    for seen in (first, second):
+        for at in ("half", "whole"):
+            torch.testing.assert_close(seen[at], expected[at], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(seen["resumed"], seen["whole"], rtol=0, atol=0)
+        torch.testing.assert_close(seen["whole"], first["whole"], rtol=0, atol=0)
