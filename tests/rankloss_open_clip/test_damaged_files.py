@@ -78,6 +78,8 @@ for name, content, program, words in cases:
 """
 MAIN, OTHER = "/x/open_clip_train/main.py", "my_program.py"
 LOSS = ["--loss", "rankclip"]
+Case = tuple[str, str | None, str, list[str]]  # a file, what it holds, a program, and its command line
+WHOLE = {name: (ROOT / "integrations" / name).read_text() for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if package.is_dir():
             shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run(cases: list[tuple[str, str | None, str, list[str]]]) -> list[list[Any]]:
+    def run(cases: list[Case]) -> list[list[Any]]:
         environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", CASES, str(folder)],
@@ -105,43 +107,55 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def damages(name: str) -> dict[str, str | None]:
-    lines = (ROOT / "integrations" / name).read_text().splitlines(keepends=True)
+    lines = WHOLE[name].splitlines(keepends=True)
     return {"gone": None, "empty": "", "cut": "".join(lines[: len(lines) // 2])}
 
 
-def test_whole_files_train_the_loss_that_is_asked_for(outcomes: Any) -> None:
-    name = FILES[0]
-    whole = (ROOT / "integrations" / name).read_text()
-    found = outcomes([(name, whole, MAIN, LOSS), (name, whole, MAIN, [])])
-    assert [outcome[0] for outcome in found] == ["rankclip", "clip"]
-    assert [outcome[2] for outcome in found] == [[], []]
-
-
-def test_programs_go_on_and_runs_with_a_loss_are_refused(outcomes: Any) -> None:
-    cases = [
-        (name, content, program, words)
-        for name in FILES
-        for content in damages(name).values()
-        for program, words in ((OTHER, []), (MAIN, []), (MAIN, LOSS))
-    ]
+def check(cases: list[Case], outcomes: Any) -> set[str]:
+    """Assert that programs go on and that a loss is never lost; return the files that a warning tells of."""
     warned = set()
-    for (name, _, program, words), (outcome, *about) in zip(cases, outcomes(cases), strict=True):
+    for (name, content, program, words), (outcome, *about) in zip(cases, outcomes(cases), strict=True):
         case = (name, program, words, outcome, about)
-        if words:
+        if content == WHOLE[name]:
+            assert outcome == ("rankclip" if words else "clip"), case
+            assert about[1] == [], case
+        elif words:
             # Nothing here needs the names of an empty __init__.py.
             assert outcome.startswith("refused") or (outcome, name) == ("rankclip", FILES[4]), case
         else:
             assert outcome == "clip", case
             assert len(about[1]) <= 1, case
             warned |= {name for text in about[1] if "rankloss is damaged" in text}
+    return warned
+
+
+def test_programs_go_on_and_runs_with_a_loss_are_refused(outcomes: Any) -> None:
+    cases: list[Case] = [(FILES[0], WHOLE[FILES[0]], MAIN, words) for words in (LOSS, [])]
+    cases += [(name, content, MAIN, LOSS) for name in FILES for content in damages(name).values()]
+    cases += [(name, None, program, []) for name in FILES for program in (OTHER, MAIN)]
+    cases += [(name, damages(name)["cut"], MAIN, []) for name in START]
+    warned = check(cases, outcomes)
     assert warned == {*FILES} - {FILES[3]}, "training.py is read by runs with a loss alone"
+
+
+@pytest.mark.slow
+def test_programs_go_on_whatever_the_damage(outcomes: Any) -> None:
+    check(
+        [
+            (name, content, program, [])
+            for name in FILES
+            for content in damages(name).values()
+            for program in (OTHER, MAIN)
+        ],
+        outcomes,
+    )
 
 
 @pytest.mark.slow
 def test_a_file_cut_at_any_line_never_trains_plain_clip(outcomes: Any) -> None:
     cases = []
     for name in START:
-        lines = (ROOT / "integrations" / name).read_text().splitlines(keepends=True)
+        lines = WHOLE[name].splitlines(keepends=True)
         cases += [(name, "".join(lines[:n]), MAIN, LOSS) for n in range(0, len(lines), 3)]
     for (name, content, *_), (outcome, *about) in zip(cases, outcomes(cases), strict=True):
         assert outcome.startswith("refused") or outcome == "rankclip", (name, content[-200:], outcome, about)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from launch import torchrun
+from accelerate import PartialState
 from tiny_pairs import Pairs, clip
-from tiny_transformers import InOrder, arguments, leave
+from tiny_transformers import InOrder, arguments
 
+from process_pool import Pools
 from rankloss import metrics
 
 NUMBER = 13  # which neither batches nor processes divide
@@ -98,19 +97,17 @@ def test_k_beyond_the_pairs_is_left_out_and_nan_is_logged(tmp_path: Path) -> Non
     assert all(math.isnan(x) for x in evaluated(tmp_path, broken).values())
 
 
-def test_two_processes_measure_each_pair_once(tmp_path: Path) -> None:
-    torchrun(__file__, tmp_path)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["pairs"] == pytest.approx(owed())
-        assert found["ids"] == pytest.approx(owed(image_ids=GROUPS, text_ids=GROUPS))
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    values = {
+def evaluated_by_each(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    return {
         "pairs": evaluated(folder / "pairs", Pairs(NUMBER)),
         "ids": evaluated(folder / "ids", Grouped(NUMBER), **BY_IDS),
+        "processes": PartialState().num_processes,
     }
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(values))
-    leave()
+
+
+def test_two_processes_measure_each_pair_once(tmp_path: Path, pools: Pools) -> None:
+    for found in pools[2].run(evaluated_by_each, tmp_path):
+        assert found["pairs"] == pytest.approx(owed())
+        assert found["ids"] == pytest.approx(owed(image_ids=GROUPS, text_ids=GROUPS))
+        assert found["processes"] == 2
