@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.precision import unit_rows
+from rankloss_features.errors import last_line
 from rankloss_features.folder import NAMES
 from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
@@ -24,7 +25,7 @@ from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gathe
 from rankloss_open_clip.columns.teacher_rows import RowColumn
 from rankloss_open_clip.columns.text_columns import TextColumns
 from rankloss_trainers.command_line import naming_flags
-from rankloss_trainers.declared import Loss
+from rankloss_trainers.declared import Loss, OptionError
 from rankloss_trainers.entries import Entries, LoggedTerms
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
@@ -111,32 +112,33 @@ class TrainerLoss(Runtime):
             raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
 
     def compute_teacher(self) -> None:
-        """Compute the teacher's features of the training data, unless a cache has them."""
-        if self._data is None:  # there is none to compute, or it has been
+        """Compute the teacher's features of the training data, unless a cache has them.
+
+        Raises:
+            OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written, or
+                the teacher is narrower than a model that copies it.
+        """
+        if self._data is None:  # there is no teacher to compute
             return
         from rankloss_features import caching
 
         data, self._data = self._data, None
         place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
-        self.teaching.open_folder(
-            caching.cached(self.teaching.spec, data, place, getattr(self.args, "device", None))
-        )
+        try:
+            folder = caching.cached(self.teaching.spec, data, place, device_of(self.args))
+        except (OSError, ValueError) as error:
+            raise OptionError("teacher", last_line(error)) from error
+        self.teaching.open_folder(folder)
         self.check_width()
 
     def check_width(self) -> None:
-        """Raise an error for a folder of features that a loss copies and that is narrower than the model.
+        """Raise an error for a teacher that a loss copies and that is narrower than the model.
 
-        Of a model whose width is not known before it is built, the first batch tells.
+        Of a model or a teacher whose width is not known before it is built, its features tell.
         """
-        model = getattr(self.args, "model", None) or "hf-hub:"
-        if self.teaching.features is None or model.startswith("hf-hub:"):
-            return
-        try:
-            config = open_clip.get_model_config(model) or {}
-        except (OSError, ValueError):  # the trainer says what is wrong with it
-            return
-        if "embed_dim" in config:
-            self.teaching.check_width(config["embed_dim"])
+        student, spec = _width_of(getattr(self.args, "model", None)), self.teaching.spec
+        if student is not None:
+            self.teaching.check_width(student, None if spec is None else _width_of(spec.model))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
@@ -170,6 +172,17 @@ class TrainerLoss(Runtime):
         self._calls += 1
 
 
+def _width_of(model: str | None) -> int | None:
+    """The number of dimensions of a model of open_clip; None where its configuration does not say."""
+    if not model or model.startswith("hf-hub:"):
+        return None
+    try:
+        config = open_clip.get_model_config(model) or {}
+    except (OSError, ValueError):  # who builds the model says what is wrong with it
+        return None
+    return config.get("embed_dim")
+
+
 def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a loss, in which the features of the trainer's teacher have the loss's names."""
     others = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
@@ -177,6 +190,17 @@ def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
         # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
         others[f"reference_{name}"] = unit_rows(inputs[f"dist_{name}"].float())
     return others
+
+
+def device_of(args: Any) -> str:
+    """The device that the trainer will choose for this process."""
+    device = str(getattr(args, "device", None) or "cuda")
+    if not device.startswith("cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    place = os.environ.get("LOCAL_RANK")
+    return device if place is None else f"cuda:{place}"
 
 
 # --- the patched functions ------------------------------------------------------------------------------
@@ -187,7 +211,9 @@ _run: TrainerLoss | None = None
 
 
 def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss:
-    """Build the losses of a run, and check them and their data.
+    """Build the losses of a run, check them and their data, and compute their teacher.
+
+    All that can fail here fails before the trainer makes its folder of logs, whose name could not be used again.
 
     Raises:
         ValueError: The reason against them, which begins with the flag of an option.
@@ -199,6 +225,8 @@ def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss
         run.check_width()
     check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
     run.check_data()
+    with naming_flags(losses):
+        run.compute_teacher()
     _run = run
     return run
 
@@ -224,17 +252,19 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     """The losses of a run on the loss that the trainer built, which are logged. See :class:`TrainerLoss`."""
     if isinstance(base, TrainerLoss):  # from a factory within this one
         return base
-    run = run_of(args)
-    run.compute_teacher()
-    loss = run.on(base).to(getattr(args, "device", None))
+    loss = run_of(args).on(base).to(getattr(args, "device", None))
     loss.sums_every_value = sums_every_value
     _log_summary(loss)
     return loss
 
 
 def _log_summary(loss: TrainerLoss) -> None:
-    if getattr(loss.args, "rank", 0) == 0:
-        _logger.info("%s, open_clip %s", loss.summary(loss.args.epochs), __version__)
+    if getattr(loss.args, "rank", 0) != 0:
+        return
+    features = loss.teaching.features
+    if loss.teaching.spec is not None and features is not None:  # computed before there was a log
+        _logger.info("The teacher's features are in %s", features.path)
+    _logger.info("%s, open_clip %s", loss.summary(loss.args.epochs), __version__)
 
 
 def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
@@ -270,9 +300,7 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     given, args = bound.arguments, bound.arguments["args"]
     if not given["is_train"]:
         return original(*bound.args, **bound.kwargs)
-    run = run_of(args)
-    run.compute_teacher()
-    columns = run.text_columns()
+    columns = run_of(args).text_columns()
     if columns is None:
         return original(*bound.args, **bound.kwargs)
     given["tokenizer"] = columns.tokenizer(given["tokenizer"])

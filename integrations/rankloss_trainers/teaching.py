@@ -154,15 +154,26 @@ class Teaching:
                 f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"
             )
 
-    def check_width(self, width: int) -> None:
-        """Raise an OptionError if a part copies the features of a folder narrower than the student."""
-        if self.features is None or not self._copying:
+    def check_width(self, width: int, teacher_width: int | None = None) -> None:
+        """Raise an OptionError if a part copies features of a teacher that is narrower than the student.
+
+        Args:
+            width: The student's.
+            teacher_width: The teacher's, where it is known before there is a folder of its features.
+        """
+        if not self._copying:
             return
-        for features in self.features.arrays.values():
-            try:
-                _check_is_wide_enough(width, features.shape[1])
-            except ValueError as error:
-                raise OptionError("teacher", f"{self.features.path}: {error}") from error
+        if self.features is not None:
+            name = self.features.path
+            teacher_width = min(rows.shape[1] for rows in self.features.arrays.values())
+        elif self.teacher is not None:
+            name = self.teacher.text
+        if teacher_width is None:
+            return
+        try:
+            _check_is_wide_enough(width, teacher_width)
+        except ValueError as error:
+            raise OptionError("teacher", f"{name}: {error}") from error
 
     def _set_components(self, student: Any, teacher: Any) -> None:
         """Give the folder's principal components to the parts that copy features of another width."""

