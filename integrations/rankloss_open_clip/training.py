@@ -115,8 +115,8 @@ class TrainerLoss(Runtime):
         """Compute the teacher's features of the training data, unless a cache has them.
 
         Raises:
-            OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written, or
-                the teacher is narrower than a model that copies it.
+            OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written,
+                or the teacher is narrower than a model that copies it.
         """
         if self._data is None:  # there is no teacher to compute
             return
@@ -213,7 +213,7 @@ _run: TrainerLoss | None = None
 def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss:
     """Build the losses of a run, check them and their data, and compute their teacher.
 
-    All that can fail here fails before the trainer makes its folder of logs, whose name could not be used again.
+    The trainer then makes a folder of logs, whose name cannot be used again.
 
     Raises:
         ValueError: The reason against them, which begins with the flag of an option.
