@@ -369,7 +369,10 @@ def open_data(args: Any) -> Data:
         raise ValueError(f"--data {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
     if kind == "webdataset":
         if ids_key is not None:
-            raise ValueError(f"--ids-key {ids_key} is for a CSV file or a folder of datasets; got {path}")
+            raise ValueError(
+                f"--ids-key {ids_key}: shards have no columns; got {path}. Write the pairs as a CSV file "
+                "or a folder of datasets with a column of ids"
+            )
         return Shards(path, args.text_key)
     import datasets
 

@@ -1,6 +1,8 @@
 """Runs the commands and the code of docs/your_data.md on a sample, in one process and in their order.
 
-``python page_runner.py PAGE`` writes ``outputs.json``: the text of each block, its output, and its error.
+Then it runs the training that README begins with, which is of the sample already.
+
+``python page_runner.py PAGE README`` writes ``outputs.json``: each block's text, output and error.
 What a reader would change is changed: the model, sizes of batches, and numbers of epochs.
 """
 
@@ -35,7 +37,7 @@ PATTERNS = {
     r"epoch_6\.pt": "epoch_2.pt",
     r"num_train_epochs=5\b": "num_train_epochs=1",
 }
-GOES_ON = {"get_peft_model": "AutoProcessor", "pandas": "load_checkpoint"}
+GOES_ON = {"get_peft_model": "AutoProcessor", "pandas": "load_checkpoint", "rankloss.metrics": "pandas"}
 """A mark of code that needs the names of earlier code, and the mark of that."""
 
 
@@ -43,6 +45,15 @@ def blocks(page: str) -> list[tuple[str, str]]:
     """The language and the text of each block that a reader runs, with the changes."""
     found = re.findall(r"^```(console|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     return [(language, changed(text)) for language, text in found]
+
+
+def first_training(readme: str) -> str:
+    """The first training of README, without its prompt and its output."""
+    block = next(
+        x for x in re.findall(r"^```console\n(.*?)^```", readme, re.DOTALL | re.MULTILINE) if "sample" in x
+    )
+    lines = block.replace("\\\n", " ").splitlines()
+    return next(line.removeprefix("$ ") for line in lines if line.startswith("$ python"))
 
 
 def changed(text: str) -> str:
@@ -77,9 +88,10 @@ def run_commands(text: str) -> None:
             assert program == "pip", line
 
 
-def main(page: Path) -> None:
+def main(page: Path, readme: Path) -> None:
     outputs, namespaces = [], {}
-    for language, text in blocks(page.read_text(encoding="utf-8")):
+    first = ("console", first_training(readme.read_text(encoding="utf-8")))
+    for language, text in [*blocks(page.read_text(encoding="utf-8")), first]:
         output, error = io.StringIO(), ""
         names: dict[str, Any] = next((namespaces[old] for new, old in GOES_ON.items() if new in text), {})
         namespaces.update({mark: names for mark in GOES_ON.values() if mark in text})
@@ -93,4 +105,4 @@ def main(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -65,12 +65,21 @@ def test_a_script_of_open_clip_trains_the_loss_of_its_case(name: str) -> None:
 
 
 def test_a_row_of_the_readme_has_the_command_that_gave_its_numbers() -> None:
-    measured = {(f"`{case.command()}`", cases.of_readme(case.gain)) for case in cases.CASES}
+    measured = {(f"`{case.command()}`", case.brief()) for case in cases.CASES}
     rows = [
         line.split("|")[2:4] for table in cases.tables_of_readme().values() for line in table.splitlines()[2:]
     ]
     assert {tuple(cell.strip() for cell in row) for row in rows} <= measured
     assert [gain for _, gain in rows if not re.search(r"\d\.\d ± \d\.\d", gain)] == []
+
+
+@pytest.mark.parametrize("case", [case for case in cases.CASES if case.in_brief], ids=lambda case: case.loss)
+def test_what_is_shown_in_brief_is_a_part_of_what_was_measured(case: Any) -> None:
+    """Its numbers, each significant or not as there, and no more of them than a reader takes in."""
+    number = re.compile(r"\*?[+−]\d+\.\d+ ± \d+\.\d+\*?")
+    shown = number.findall(case.in_brief)
+    assert 1 <= len(shown) <= 2
+    assert set(shown) <= set(number.findall(case.gain))
 
 
 def test_the_readme_has_at_most_three_rows_of_data_and_explains_its_scores_above_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     for package in ("open_clip_train", "datasets", "transformers", "sentence_transformers", "peft", "timm"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("your_data")
-    command = [sys.executable, page_runner.__file__, str(PAGE)]
+    command = [sys.executable, page_runner.__file__, str(PAGE), str(ROOT / "README.md")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -56,11 +57,34 @@ def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, 
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
     ]
     assert tables[0] != tables[1]
-    shown = re.search(r"image_to_image_R@5 ([\d.]+)", search)
+    (shares,) = [x["output"] for x in outputs if "rankloss.metrics" in x["text"]]
+    shown = re.search(r"image_to_image_R@5 ([\d.]+)", shares)
     (evaluated,) = [x["output"] for x in outputs if "--against before.json" in x["text"]]
     row = re.findall(r"picture → picture +[\d.]+ \[[^]]*\] +([\d.]+)", evaluated)[0]
     assert shown is not None
     assert 100 * float(shown[1]) == pytest.approx(float(row), abs=0.1)
+
+
+def test_the_first_training_of_the_readme_is_on_and_its_loss_falls(done: tuple[Path, Any]) -> None:
+    folder, outputs = done
+    assert outputs[-1]["error"] == ""
+    log = (folder / "logs/sample/out.log").read_text(encoding="utf-8")
+    assert "| Loss: rankclip (rankloss" in log
+    losses = [float(x) for x in re.findall(r"Contrastive_loss: ([\d.]+) \(", log)]
+    chance = math.log(16)
+    assert losses[0] == pytest.approx(chance, abs=0.5)
+    assert losses[-1] < 0.5 * chance
+
+
+def test_the_printed_evaluation_of_the_page_is_the_commands(done: tuple[Path, Any]) -> None:
+    """In its words, and in its numbers as far as another processor leaves them."""
+    shown = TEXT.partition("<!-- evaluated -->\n```text\n")[2].partition("```")[0]
+    (printed,) = [x["output"] for x in done[1] if "--json before.json" in x["text"]]
+    number = re.compile(r"-?\d+\.\d+|\d+")
+    assert " ".join(number.sub("n", shown).split()) in " ".join(number.sub("n", printed).split())
+    printed = printed[printed.index("local-dir:") :]
+    for page, command in zip(number.findall(shown), number.findall(printed), strict=True):
+        assert float(page) == pytest.approx(float(command), abs=13)
 
 
 def test_loras_checkpoint_is_an_ordinary_clip_whose_attention_was_trained(done: tuple[Path, Any]) -> None:

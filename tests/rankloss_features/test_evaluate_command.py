@@ -250,7 +250,7 @@ def test_bad_input_is_named(
 
 def test_shards_have_no_column_of_ids(sample_folder: Path, capsys: Any) -> None:
     code = run(sample_folder, Path("shard.tar"), "--ids-key", "product")
-    assert "--ids-key product is for a CSV file or a folder of datasets; got shard.tar" in refusal(
+    assert "--ids-key product: shards have no columns; got shard.tar. Write the pairs as a CSV" in refusal(
         capsys, code
     )
 

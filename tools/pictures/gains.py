@@ -11,7 +11,12 @@ from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 REPORT = Path(__file__).parents[2] / "examples/studies/captions/report/captions.md"
-ARMS = {"mimicry": "mimicry", "encoders": "two encoders", "captions": "captions", "rankclip": "RankCLIP"}
+ARMS = {
+    "mimicry": "mimicry (icons alone)",
+    "encoders": "two encoders",
+    "captions": "captions",
+    "rankclip": "RankCLIP",
+}
 _GAIN = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
 
 Gain = tuple[str, float, float]  # a point's label, the mean, and half of the 95 % interval
@@ -38,7 +43,7 @@ def draw(colors: Colors) -> Figure:
     points = [
         list(dict.fromkeys(label for of in arms.values() for label, *_ in of)) for arms in curves.values()
     ]
-    widths = [max(len("   ".join(labels)), 16) for labels in points]  # for the labels and the title
+    widths = [max(len("     ".join(labels)), 16) for labels in points]  # for the labels and the title
     panels = figure.subplots(1, len(curves), sharey=True, width_ratios=widths)
     styles = [(colors.ours, "o-"), (colors.ours_too, "s-"), (colors.bad, "^--"), (colors.other, "v:")]
     looks = dict(zip(ARMS, styles, strict=True))

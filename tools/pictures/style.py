@@ -22,7 +22,7 @@ class Colors:
     text: str
     faint: str  # grids, frames, what stands back
     ours: str
-    ours_too: str  # a second line or bar of ours
+    ours_too: str  # a second line or bar of ours: another hue, since a lighter one is the darker one at night
     other: str
     bad: str
     heat: str  # a colour map
@@ -34,7 +34,7 @@ THEMES = {
         text="#24292f",
         faint="#c4ccd4",
         ours="#2f6fd0",
-        ours_too="#7fb0f0",
+        ours_too="#12948a",
         other="#8b949e",
         bad="#d9822b",
         heat="Blues",
@@ -44,7 +44,7 @@ THEMES = {
         text="#e6edf3",
         faint="#48515b",
         ours="#6ea8ff",
-        ours_too="#3f6db5",
+        ours_too="#3fc1b0",
         other="#8b949e",
         bad="#f0a050",
         heat="Blues_r",
