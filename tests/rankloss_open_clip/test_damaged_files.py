@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import shutil
@@ -89,6 +90,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for package in (ROOT / "rankloss", *(ROOT / "integrations").iterdir()):
         if package.is_dir():
             shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert compileall.compile_dir(folder, quiet=1)  # once, not in each case
 
     def run(cases: list[Case]) -> list[list[Any]]:
         environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
@@ -132,8 +134,8 @@ def check(cases: list[Case], outcomes: Any) -> set[str]:
 def test_programs_go_on_and_runs_with_a_loss_are_refused(outcomes: Any) -> None:
     cases: list[Case] = [(FILES[0], WHOLE[FILES[0]], MAIN, words) for words in (LOSS, [])]
     cases += [(name, content, MAIN, LOSS) for name in FILES for content in damages(name).values()]
-    cases += [(name, None, program, []) for name in FILES for program in (OTHER, MAIN)]
-    cases += [(name, damages(name)["cut"], MAIN, []) for name in START]
+    cases += [(name, damages(name)["cut"], program, []) for name in FILES for program in (OTHER, MAIN)]
+    cases += [(name, None, MAIN, []) for name in START]
     warned = check(cases, outcomes)
     assert warned == {*FILES} - {FILES[3]}, "training.py is read by runs with a loss alone"
 
