@@ -155,12 +155,21 @@ _RAISED_BY_ALL = {kind.__name__: kind for kind in (ValueError, TypeError)}
 
 
 def _gather_text(text: str, device: torch.device, group: Any) -> list[str]:
-    """The texts of all processes, by way of a device: a process may train on another than CUDA's current."""
-    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    sizes = _gather(torch.tensor([len(encoded)], device=device), group).tolist()
-    padded = F.pad(encoded, (0, max(sizes) - len(encoded)))
-    rows = _gather(padded, group).view(len(sizes), -1).tolist()
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    """The texts of all processes, by way of a device: a process may train on another than CUDA's current.
+
+    Tensors of one shape alone can be gathered, so shorter texts are padded: of "ab" and "abc" the sizes are
+    2 and 3, and the rows 97 98 0 and 97 98 99.
+    """
+    contents = list(text.encode())
+    size = torch.tensor([len(contents)], device=device)
+    sizes = _gather(size, group).tolist()
+    longest = max(sizes)
+    padded = F.pad(torch.tensor(contents, dtype=torch.uint8, device=device), (0, longest - len(contents)))
+    rows = _gather(padded, group).view(len(sizes), longest).tolist()
+    texts = []
+    for row, length in zip(rows, sizes, strict=True):
+        texts.append(bytes(row[:length]).decode())
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True)

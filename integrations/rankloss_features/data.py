@@ -189,9 +189,15 @@ class Table:
         opened = opening.picture if self.about.get("kind") == "csv" else _decoded
         for first, last in spans:
             block = self.dataset[first:last]
-            pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
-            rows = zip(range(first, last), *self._named(first, block), pictures, strict=True)
-            yield [Sample(row, name, caption, partial(opened, x), x) for row, caption, name, x in rows]
+            captions, names = self._named(first, block)
+            contents, paths = block["image.bytes"], block["image.path"]
+            samples = []
+            for row, caption, name, content, path in zip(
+                range(first, last), captions, names, contents, paths, strict=True
+            ):
+                picture = content or path
+                samples.append(Sample(row, name, caption, partial(opened, picture), picture))
+            yield samples
 
 
 def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: str) -> bool:

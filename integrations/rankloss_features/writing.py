@@ -69,30 +69,46 @@ def write(
             folder is lost.
         OSError: The disk is full, or the folder cannot be written.
     """
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if not shared:
-        rank, world = 0, 1
+    rank, world = _place_in_torchrun() if shared else (0, 1)
+    is_first = rank == 0
     if world > 1 and not torch.distributed.is_initialized():
         _join_processes(rank, world)
-    if rank == 0:
+    if is_first:
         if os.path.lexists(output) and not output.is_dir():
             raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
         output.mkdir(parents=True, exist_ok=True)
-    with turn(output / ".lock", output) if rank == 0 else nullcontext():
-        if rank == 0:
+    with turn(output / ".lock", output) if is_first else nullcontext():
+        if is_first:
             _begin(output, data, teacher, settings)
         if world > 1:
-            counts = [data.counts]
-            torch.distributed.broadcast_object_list(counts)  # the others wait for it
-            data.counts = counts[0]
+            _share_counts(data)  # the others wait for the folder here
         draft = Draft(str(output))
-        fitted = {x: y.fitted(draft.read_fitted()) if y.fitted else y for x, y in teacher.encoders.items()}
-        teacher = replace(teacher, encoders=fitted)
-        _compute(draft, draft.shards[rank::world], data, teacher, workers, shows=rank == 0)
+        share = draft.shards[rank::world]
+        _compute(draft, share, data, _fitted(teacher, draft), workers, shows=is_first)
         if world > 1:
             torch.distributed.barrier()
-        if rank == 0:
+        if is_first:
             draft.finish()
+
+
+def _place_in_torchrun() -> tuple[int, int]:
+    """The number of this process, and the number of all; 0 and 1 without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _share_counts(data: Data) -> None:
+    """Give the counts of the first process's data to all others, once it has read them."""
+    counts = [data.counts]
+    torch.distributed.broadcast_object_list(counts)
+    data.counts = counts[0]
+
+
+def _fitted(teacher: Teacher, draft: Draft) -> Teacher:
+    """The teacher, whose encoders that were fitted to the data are those of the folder."""
+    encoders = {}
+    for name, encoder in teacher.encoders.items():
+        encoders[name] = encoder.fitted(draft.read_fitted()) if encoder.fitted else encoder
+    return replace(teacher, encoders=encoders)
 
 
 def _join_processes(rank: int, world: int) -> None:
@@ -148,35 +164,59 @@ def turn(file: Path, folder: Path) -> Iterator[None]:
 
 def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command."""
-    widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces}
-    about |= {"widths": widths, **settings}
+    about: dict[str, Any] = {
+        "teacher": teacher.about,
+        "scale": teacher.scale,
+        "spaces": teacher.spaces,
+        "widths": {name: encoder.width for name, encoder in teacher.encoders.items()},
+        **settings,
+    }
     found = read_about(output)
-    if found:
-        fitted = [name for name, encoder in teacher.encoders.items() if encoder.fit]
-        widths.update({name: found["widths"][name] for name in fitted if name in found["widths"]})
-    if found is None and any(not x.name.startswith(".") for x in output.iterdir()):
+    if found is None:
+        _check_has_no_files(output)
+    else:
+        for name, encoder in teacher.encoders.items():
+            if encoder.fit and name in found["widths"]:  # known once it is fitted
+                about["widths"][name] = found["widths"][name]
+        _check_is_of(output, found, about)
+    has_pairs = found is not None and (found["complete"] or (output / PAIRS).exists())
+    if has_pairs:
+        Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
+    else:
+        _begin_draft(output, data, teacher, about)
+
+
+def _check_has_no_files(output: Path) -> None:
+    """Raise a ValueError for a folder with files of another program."""
+    if any(not file.name.startswith(".") for file in output.iterdir()):
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
+
+
+def _check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise a ValueError for a folder that was begun with another teacher or other settings."""
     for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
-        if found and found.get(key) != about[key]:
+        if found.get(key) != about[key]:
             raise ValueError(
                 f"--output {output} was begun with another {key}, {found.get(key)}, not {about[key]}; by its "
                 f"own account, its command was {found.get('command')!r}"
             )
-    if found and (found["complete"] or (output / PAIRS).exists()):
-        Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
-    else:
-        pairs = _hash_pairs(data)
-        if teacher.rows not in (None, len(pairs)):
-            raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
-        if teacher.pairs is not None and not np.array_equal(teacher.pairs.pairs, pairs):
-            advice = ": --features must be of these data, in their order"
-            teacher.pairs.compare(data.pairs(), str(data.about["data"]), advice)
-        shard_rows = size_of_shards(len(pairs))
-        about |= {"shard_rows": shard_rows, "data": data.about}
-        texts = (caption for captions, _ in data.pairs() for caption in captions)
-        fits = [partial(_fit, widths, name, x.fit, texts) for name, x in teacher.encoders.items() if x.fit]
-        Draft.begin(output, about, pairs, *fits)
+
+
+def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:
+    """Write all of the folder but its shards: the entries, the hashes of the pairs, the fitted encoders."""
+    pairs = _hash_pairs(data)
+    if teacher.rows not in (None, len(pairs)):
+        raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
+    if teacher.pairs is not None and not np.array_equal(teacher.pairs.pairs, pairs):
+        advice = ": --features must be of these data, in their order"
+        teacher.pairs.compare(data.pairs(), str(data.about["data"]), advice)
+    about = {**about, "shard_rows": size_of_shards(len(pairs)), "data": data.about}
+    texts = (caption for captions, _ in data.pairs() for caption in captions)
+    fits = []
+    for name, encoder in teacher.encoders.items():
+        if encoder.fit:
+            fits.append(partial(_fit, about["widths"], name, encoder.fit, texts))
+    Draft.begin(output, about, pairs, *fits)
 
 
 def _fit(

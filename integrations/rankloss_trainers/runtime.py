@@ -319,10 +319,17 @@ class Runtime(nn.Module):
 
 
 def _as_tensors(state: Mapping[str, Any], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state, some as lists, with the dtypes of the first state, and its empty shapes."""
-    dtypes = {key: tensor.dtype for key, tensor in first.items()}
-    tensors = {key: torch.as_tensor(value, dtype=dtypes.get(key)) for key, value in state.items()}
-    for key, tensor in first.items():
-        if key in tensors and tensor.numel() == tensors[key].numel() == 0:
-            tensors[key] = tensor  # an empty list has no shape
+    """The state of a checkpoint as tensors, with the dtypes of the first state.
+
+    Some trainers keep them as lists, in which an empty tensor has lost its shape: it is the first state's.
+    """
+    tensors = {}
+    for key, value in state.items():
+        of_first = first.get(key)
+        if of_first is None:  # an error when it is loaded
+            tensors[key] = torch.as_tensor(value)
+            continue
+        tensor = torch.as_tensor(value, dtype=of_first.dtype)
+        are_empty = tensor.numel() == of_first.numel() == 0
+        tensors[key] = of_first if are_empty else tensor
     return tensors

@@ -110,20 +110,23 @@ class ListInputs(NamedTuple):
         checks.check_device(name, x, self.query_features, "query_features")
 
     def _check_reference(self, has_negatives: bool) -> None:
-        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
         names = [name for name in _REFERENCE if getattr(self, name) is not None]
-        if self.reference_scores is not None:
-            if names:
-                raise ValueError(f"reference_scores and {names[0]} are two references; give one")
-            if has_negatives:
-                raise ValueError(
-                    "reference_scores are of a query's own candidates; with in_batch_negatives give "
-                    f"{', '.join(_REFERENCE)}"
-                )
+        if self.reference_scores is not None and names:
+            raise ValueError(f"reference_scores and {names[0]} are two references; give one")
+        if self.reference_scores is not None and has_negatives:
+            raise ValueError(
+                "reference_scores are of a query's own candidates; with in_batch_negatives give "
+                f"{', '.join(_REFERENCE)}"
+            )
         if not names:
             return
         if len(names) < len(_REFERENCE):
             raise ValueError(f"{', '.join(_REFERENCE)} go together; got {' and '.join(names)} alone")
+        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
+        self._check_reference_features(queries, candidates)
+        self._check_reference_scale(scale)
+
+    def _check_reference_features(self, queries: Tensor, candidates: Tensor) -> None:
         checks.check_matrix("reference_query_features", queries)
         if len(queries) != len(self.query_features):
             raise ValueError(
@@ -131,12 +134,17 @@ class ListInputs(NamedTuple):
                 f"shape {tuple(queries.shape)}"
             )
         checks.check_device("reference_query_features", queries, self.query_features, "query_features")
-        self._check_candidates("reference_candidate_features", candidates, queries.shape[1])
+        dimension = queries.shape[1]
+        self._check_candidates("reference_candidate_features", candidates, dimension)
+
+    def _check_reference_scale(self, scale: Tensor | float) -> None:
         checks.check_is_number("reference_scale", scale, self.query_features)
-        is_read = not isinstance(scale, Tensor) or scale.is_cpu
-        if is_read and not 0 < scale < math.inf:
-            value = float(scale.detach() if isinstance(scale, Tensor) else scale)
-            raise ValueError(f"reference_scale must be positive and finite; got {value:g}")
+        if isinstance(scale, Tensor):
+            if not scale.is_cpu:  # an accelerator's number is not waited for
+                return
+            scale = scale.detach()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"reference_scale must be positive and finite; got {float(scale):g}")
 
     def refuse_wrong_places(self) -> None:
         """Raise a ValueError for an empty list, an index out of range, or a reference that is not finite."""
