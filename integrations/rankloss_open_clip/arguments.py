@@ -137,6 +137,8 @@ def _exclusions(run: Runtime, args: Any) -> list[tuple[str, bool]]:
     teacher = _flags_of_teacher(args)
     takes_more_texts = any(loss.columns is not None for loss in run.losses)
     takes_columns = takes_more_texts or run.teaching.teacher is not None
+    replaces = any(loss.replaces for loss in run.losses)
+    keeps_distillation = bool(teacher) and run.teaching.use != "required"
     other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
     is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
     has_no_pairs = "audio" in data_type or (takes_columns and data_type == "synthetic")
@@ -145,7 +147,8 @@ def _exclusions(run: Runtime, args: Any) -> list[tuple[str, bool]]:
         (model, is_generative),
         (f"--dataset-type {data_type}", has_no_pairs),
         (other_texts, takes_columns and bool(other_texts)),
-        ("CoCa", takes_columns and "coca" in model),
+        ("CoCa", (takes_columns or replaces) and "coca" in model),
+        (f"{teacher}, whose loss it would replace", replaces and keeps_distillation),
         (f"{teacher}, whose teacher takes one caption per image", takes_more_texts and bool(teacher)),
     ]
 

@@ -137,8 +137,11 @@ class TrainerLoss(Runtime):
         Of a model or a teacher whose width is not known before it is built, its features tell.
         """
         student, spec = _width_of(getattr(self.args, "model", None)), self.teaching.spec
+        teacher = None if spec is None else spec.model
+        if self._takes_trainers_teacher:
+            teacher = getattr(self.args, "distill_model", None)
         if student is not None:
-            self.teaching.check_width(student, None if spec is None else _width_of(spec.model))
+            self.teaching.check_width(student, _width_of(teacher))
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""

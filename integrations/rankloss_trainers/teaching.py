@@ -155,24 +155,26 @@ class Teaching:
             )
 
     def check_width(self, width: int, teacher_width: int | None = None) -> None:
-        """Raise an OptionError if a part copies features of a teacher that is narrower than the student.
+        """Raise an error if a part copies features of a teacher that is narrower than the student.
 
         Args:
             width: The student's.
             teacher_width: The teacher's, where it is known before there is a folder of its features.
+
+        Raises:
+            OptionError: The teacher that the run's options name is narrower.
+            ValueError: The trainer's own is.
         """
-        if not self._copying:
-            return
         if self.features is not None:
-            name = self.features.path
             teacher_width = min(rows.shape[1] for rows in self.features.arrays.values())
-        elif self.teacher is not None:
-            name = self.teacher.text
-        if teacher_width is None:
+        if not self._copying or teacher_width is None:
             return
         try:
             _check_is_wide_enough(width, teacher_width)
         except ValueError as error:
+            if self.teacher is None:
+                raise ValueError(f"{self.name}: {error}") from error
+            name = self.teacher.text if self.features is None else self.features.path
             raise OptionError("teacher", f"{name}: {error}") from error
 
     def _set_components(self, student: Any, teacher: Any) -> None:

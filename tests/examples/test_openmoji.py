@@ -13,6 +13,9 @@ from openmoji_demo.trainer import TrainingError
 from PIL import Image
 from rich.console import Console
 
+from batches import unit
+from rankloss.metrics import partner_ranks
+
 
 @pytest.fixture(scope="module")
 def emojis():
@@ -119,13 +122,20 @@ def test_a_difference_is_noise_unless_its_interval_excludes_zero():
     half = perfect.clone()
     half[::2] = half[::2].roll(n // 2, dims=1)  # the picture's own caption is beaten by one of another half
     shifted = torch.eye(n).roll(1, dims=1)
-    similarities = {"first": half, "same": half.clone(), "all": perfect, "none": shifted}
-    found = evaluate.compare(similarities, k=1)
-    for name, similarity in similarities.items():
-        recall = evaluate.metrics.recall(similarity, ks=(1,))
+    images = {"first": half, "same": half.clone(), "all": perfect, "none": shifted}
+    found = evaluate.compare({name: partner_ranks(of, perfect) for name, of in images.items()}, k=1)
+    for name, of in images.items():
+        recall = evaluate.metrics.recall(of @ perfect.T, ks=(1,))
         assert found[name].percent == pytest.approx(sum(way[1] for way in recall.values()) / 2)
     said = {name: report.verdict(of) for name, of in found.items()}
     assert said == {"first": "", "same": "noise", "all": "higher", "none": "lower"}
+
+
+def test_recall_of_ranks_is_that_of_the_scores_where_none_tie():
+    images, texts = (unit(40, 8, seed=seed) for seed in range(2))
+    ranked = evaluate.Answers(images @ texts.T, {}, partner_ranks(images, texts))
+    votes = evaluate.Answers(images @ texts.T, {})
+    assert ranked.recall() == {way: pytest.approx(of) for way, of in votes.recall().items()}
 
 
 @pytest.mark.slow

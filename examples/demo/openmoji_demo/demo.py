@@ -55,20 +55,21 @@ def run(args: argparse.Namespace, console: Console) -> None:
     load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
     models = {run.arm.label: load(checkpoint=run.checkpoint) for run in runs}
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
-    methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
-    methods |= {name: model.scores for name, model in models.items()}
-    blocks, similarities, test_sets = [], {}, {}
+    methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_answers, emojis)}
+    methods |= {name: model.answers for name, model in models.items()}
+    blocks, answers, test_sets = [], {}, {}
     for style in tracker(console)(evaluate.STYLES, len(evaluate.STYLES), "Evaluating"):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
         rows = {report.CHANCE: evaluate.chance_scores(test_set)}
         for name, method in methods.items():
-            rows[name], similarities[style, name] = evaluate.score(method, test_set)
+            answers[style, name] = method(test_set)
+            rows[name] = evaluate.score(answers[style, name], test_set)
         classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = evaluate.measure_agreement(models, training, held_out)
-    found = evaluate.compare({name: similarities["color", name] for name in models})
+    found = evaluate.compare({name: answers["color", name].ranks for name in models})
     conditions = {
         "device": device,
         "torch": torch.__version__,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         block=blocks[0],
         found=found,
         test_set=test_sets["color"],
-        similarities={name: similarities["color", name] for name in models},
+        similarities={name: answers["color", name].similarity for name in models},
     )
     console.print(Markdown(report.markdown(blocks, found, rankings)))
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):

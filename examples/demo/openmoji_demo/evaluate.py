@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.datasets.folder import default_loader
 
-from rankloss.metrics import kendall_tau, rank_agreement
+from rankloss.metrics import kendall_tau, partner_ranks, rank_agreement
 
 from . import data, metrics, model, pixel_knn
 
@@ -73,6 +73,28 @@ def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
     return [default_loader(str(root / path)) for path in paths]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A method's answers to the pictures of a test set.
+
+    ``similarity`` is that of every picture with every caption, ``classes`` has the score of every class of
+    each level, and ``ranks`` those of the own caption and of the own picture; None for votes, which tie.
+    """
+
+    similarity: Tensor
+    classes: dict[str, Tensor]
+    ranks: dict[str, Tensor] | None = None
+
+    def recall(self) -> metrics.Recall:
+        """Return R@k both ways."""
+        if self.ranks is None:
+            return metrics.recall(self.similarity)
+        return {
+            way: {k: 100 * (ranks <= k).double().mean().item() for k in metrics.RETRIEVAL_KS}
+            for way, ranks in self.ranks.items()
+        }
+
+
 class ClipModel(model.ClipModel):
     """A trained model."""
 
@@ -81,17 +103,18 @@ class ClipModel(model.ClipModel):
         features = self.image_features([self.preprocess(image) for image in shown.images])
         return normalize(features, dim=-1), self.text_features(shown.captions)
 
-    def scores(self, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+    def answers(self, shown: TestSet) -> Answers:
         """Return the cosine of every picture with every caption, and with every class of each level."""
         images, texts = self.features(shown)
         prompts = {level: self.classifier(names, data.TEMPLATES) for level, names in shown.classes.items()}
-        return images @ texts.T, {level: images @ classes for level, classes in prompts.items()}
+        classes = {level: images @ of_level for level, of_level in prompts.items()}
+        return Answers(images @ texts.T, classes, partner_ranks(images, texts))
 
 
-Method = Callable[[TestSet], tuple[Tensor, dict[str, Tensor]]]
+Method = Callable[[TestSet], Answers]
 
 
-def knn_scores(training: Pictures, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+def knn_answers(training: Pictures, shown: TestSet) -> Answers:
     """Return the same for the baseline that learns nothing: see :mod:`openmoji_demo.pixel_knn`."""
     seen, pixels = _pixels(training), _pixels(shown)
     _, neighbours = pixel_knn.nearest(seen, pixels)
@@ -99,18 +122,17 @@ def knn_scores(training: Pictures, shown: TestSet) -> tuple[Tensor, dict[str, Te
         level: pixel_knn.class_scores(seen, training.rows[level], pixels, names)
         for level, names in shown.classes.items()
     }
-    return pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes
+    return Answers(pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes)
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pictures.images])
 
 
-def score(method: Method, test_set: TestSet) -> tuple[Scores, Tensor]:
-    """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
-    similarity, by_level = method(test_set)
-    levels = {k: metrics.accuracy_at_k(columns, test_set.labels(k)) for k, columns in by_level.items()}
-    return {**metrics.recall(similarity), **levels}, similarity
+def score(answers: Answers, test_set: TestSet) -> Scores:
+    """Return a method's score at each task and cut-off."""
+    levels = {k: metrics.accuracy_at_k(of, test_set.labels(k)) for k, of in answers.classes.items()}
+    return {**answers.recall(), **levels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +149,12 @@ class Found:
         return self.minus_first is None or self.half_width is None or abs(self.minus_first) <= self.half_width
 
 
-def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]:
-    """Compare every model with the first by R@k, paired by concept; given are picture × caption matrices."""
-    hits = {name: 100 * _hits(similarity, k) for name, similarity in similarities.items()}
+def compare(ranks: Mapping[str, Mapping[str, Tensor]], k: int = 10) -> dict[str, Found]:
+    """Compare every model with the first by R@k, paired by concept; given are the ranks of its answers."""
+    hits = {
+        name: 100 * torch.stack([of <= k for of in ways.values()]).double().mean(dim=0)
+        for name, ways in ranks.items()
+    }
     first, *others = hits
     found = {first: Found(hits[first].mean().item())}
     for name in others:
@@ -137,13 +162,6 @@ def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]
         half = 1.96 * differences.std().item() / len(differences) ** 0.5
         found[name] = Found(hits[name].mean().item(), differences.mean().item(), half)
     return found
-
-
-def _hits(similarity: Tensor, k: int) -> Tensor:
-    """Return the share of each concept's searches, by picture and by caption, that succeed within k."""
-    own = similarity.diagonal()
-    above = (similarity > own.unsqueeze(1)).sum(dim=1), (similarity > own).sum(dim=0)
-    return torch.stack([ranks < k for ranks in above]).double().mean(dim=0)
 
 
 def chance_scores(test_set: TestSet) -> Scores:

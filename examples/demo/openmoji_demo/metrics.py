@@ -24,7 +24,8 @@ def recall(similarity: Tensor, image_of: Tensor | None = None, *, ks: Sequence[i
     An image counts once, by the best of its captions; every caption is a query. Answers that tie with the
     best right one share its places: a query counts by the chance that a random order of the tied ones puts a
     right one in the first k. Scores that are often equal, such as a nearest-neighbour vote, therefore gain
-    nothing from the order of the answers.
+    nothing from the order of the answers. The trained models are evaluated by :mod:`rankloss.metrics`, which
+    counts every tie against the query; the studies' recorded numbers have the rule here.
 
     ``similarity`` is ``[I, C]``, and ``image_of``, ``[C]``, the image of every caption; by default caption i
     belongs to image i.

@@ -42,6 +42,9 @@ class Model(Protocol):
 def packed_hits(scores: Tensor, right: Tensor, k: int = 10) -> str:
     """Return a bit for each row, in hexadecimal: 1 where fewer than k columns are above the best right.
 
+    Equal captions tie, and :func:`rankloss.metrics.recall` would count their ties against the row; the
+    records have the bits of this rule, in which a tie is a hit.
+
     Example:
         >>> packed_hits(torch.eye(9), torch.eye(9, dtype=torch.bool), k=1)
         'ff80'
