@@ -6,16 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from rankloss_trainers.doctor import TRAINERS
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the tiny Bert, which its first user writes."""
-    return tmp_path_factory.mktemp("bert")
-
 
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
 

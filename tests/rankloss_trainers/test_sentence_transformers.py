@@ -52,10 +52,10 @@ def steps(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def adapted(bert: Path) -> Any:
+def adapted() -> Any:
     """The model with adapters."""
     peft = pytest.importorskip("peft")
-    model = tiny(bert)
+    model = tiny()
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["query", "value"])
     model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
@@ -66,11 +66,11 @@ def adapted(bert: Path) -> Any:
 @pytest.mark.parametrize("make", [tiny, adapted])
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
-    tmp_path: Path, bert: Path, make: Any, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, make: Any, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a model with adapters these change, and nothing else."""
     caplog.set_level(logging.INFO, "rankloss_trainers")
-    model, own = make(bert), make(bert)
+    model, own = make(), make()
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
     loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
@@ -85,9 +85,9 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
         assert (line.keys() >= {*METRICS}) == (number > 0)  # λ is 0 at the first step
-    assert not torch.allclose(weights(own), weights(make(bert)), atol=1e-4)
+    assert not torch.allclose(weights(own), weights(make()), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
-    both = zip(make(bert).named_parameters(), model.parameters(), strict=True)
+    both = zip(make().named_parameters(), model.parameters(), strict=True)
     changed = {name for (name, x), y in both if not torch.equal(x, y)}
     assert make is tiny or all("lora_" in name for name in changed)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -99,10 +99,10 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
-def test_every_option_of_a_run_is_a_keyword_of_the_loss(bert: Path, name: str, value: Any) -> None:
+def test_every_option_of_a_run_is_a_keyword_of_the_loss(name: str, value: Any) -> None:
     shown = inspect.signature(ContrastiveLoss).parameters[name]
     assert shown.default == options_of(RunOptions)[name].default
-    loss = ContrastiveLoss(tiny(bert), **{name: value})
+    loss = ContrastiveLoss(tiny(), **{name: value})
     assert loss.run.options == RunOptions(**{name: value})
 
 
@@ -110,17 +110,17 @@ def test_every_option_of_a_run_is_a_keyword_of_the_loss(bert: Path, name: str, v
     ("name", "advice"),
     [("agrement_every", "did you mean agreement_every"), ("top_k", "options of the loss .* options=")],
 )
-def test_a_keyword_that_is_no_option_of_a_run_is_refused(bert: Path, name: str, advice: str) -> None:
+def test_a_keyword_that_is_no_option_of_a_run_is_refused(name: str, advice: str) -> None:
     with pytest.raises(TypeError, match=f"ContrastiveLoss has no keyword '{name}'; {advice}"):
-        ContrastiveLoss(tiny(bert), **{name: 3})
+        ContrastiveLoss(tiny(), **{name: 3})
 
 
 @pytest.mark.parametrize(("unit", "logging_steps"), [("epoch", 4), ("step", 1), ("step", 6)])
 def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
-    tmp_path: Path, bert: Path, unit: str, logging_steps: int
+    tmp_path: Path, unit: str, logging_steps: int
 ) -> None:
     """Without a learning rate, of equal batches: λ is 0 in a third of the training, the term the same."""
-    loss = rank_clip(tiny(bert), schedule="official", schedule_unit=unit)
+    loss = rank_clip(tiny(), schedule="official", schedule_unit=unit)
     given = {"train_dataset": pairs(8), "per_device_train_batch_size": 8, "learning_rate": 0.0}
     trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **given)
     lines = steps(trainer)
@@ -131,8 +131,8 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
     assert found == pytest.approx(found[:1] * len(found), abs=2e-4)
 
 
-def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
-    model = tiny(bert)
+def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
+    model = tiny()
     rows: list[int] = []
     model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
     loss = at(rank_clip(model, mini_batch_size=3), number=2)
@@ -140,9 +140,9 @@ def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
     assert sorted(rows) == [2] * 4 + [3] * 8  # both columns, and again in the backward pass
 
 
-def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path) -> None:
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     """Three times the same batch is one."""
-    model, own = tiny(bert), tiny(bert)
+    model, own = tiny(), tiny()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3)
     repeated = datasets.concatenate_datasets([pairs(8)] * 6)
     options = {"max_steps": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.1}
@@ -152,11 +152,11 @@ def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path) -> None:
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
     ended, lambdas = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        model = tiny(bert)
+        model = tiny()
         trainer = train(tmp_path, rank_clip(model), model, resume=resume, **given)
         ended.append(weights(model))
         lambdas.append([line["rank_lambda"] for line in steps(trainer)])
@@ -165,20 +165,20 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> Non
 
 
 def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
-    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"save_strategy": "epoch", "optim": "adamw_torch"}
     for epochs, resume, count in ((2, None, 0), (2, "checkpoint-4", 0), (3, "checkpoint-4", 1)):
         caplog.clear()
-        model, path = tiny(bert), resume and str(tmp_path / resume)
+        model, path = tiny(), resume and str(tmp_path / resume)
         train(tmp_path, rank_clip(model), model, resume=path, num_train_epochs=epochs, **given)
         assert caplog.text.count("trained with rankclip: rankclip per step over 8 step(s)") == count
     assert "this run trains with rankclip: rankclip per step over 12 step(s)" in caplog.text
 
 
-def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path, bert: Path) -> None:
+def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path) -> None:
     """Its λ would be the last of the first training."""
-    model = tiny(bert)
+    model = tiny()
     loss = rank_clip(model)
     train(tmp_path, loss, model, max_steps=2)
     with pytest.raises(
@@ -197,9 +197,9 @@ def fail(*_: Any) -> None:
 
 @pytest.mark.parametrize("place", ["a forward pass", "an optimizer step"])
 def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
-    tmp_path: Path, bert: Path, place: str
+    tmp_path: Path, place: str
 ) -> None:
-    model = tiny(bert)
+    model = tiny()
     loss = rank_clip(model)
     hook = model.register_forward_hook(fail)
     if place == "an optimizer step":
@@ -212,9 +212,9 @@ def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
         train(tmp_path, loss, model, max_steps=1, kind=SentenceTransformerTrainer)
 
 
-def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None:
+def test_several_datasets_on_several_processes_do_not_gather() -> None:
     """Each process has a batch of another one at the same step."""
-    model = tiny(bert)
+    model = tiny()
     several, single = ConcatDataset([pairs(), pairs()]), pairs()
     args = SimpleNamespace(dataloader_drop_last=True, gradient_accumulation_steps=1)
     state = TrainerState(num_train_epochs=1, max_steps=1)
@@ -230,8 +230,8 @@ def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None
     begin(False, several)
 
 
-def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
-    model = tiny(bert)
+def test_several_datasets_take_turns(tmp_path: Path) -> None:
+    model = tiny()
     losses = {name: rank_clip(model, schedule="linear", agreement_every=2) for name in "ab"}
     sets = datasets.DatasetDict({name: pairs(16) for name in losses})
     given = {"num_train_epochs": 1, "multi_dataset_batch_sampler": "round_robin"}
@@ -263,13 +263,13 @@ def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
         (lambda model: Progress(torch.nn.Identity()), "losses"),
     ],
 )
-def test_what_is_wrong_is_named(bert: Path, wrong: Any, argument: str) -> None:
+def test_what_is_wrong_is_named(wrong: Any, argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
-        wrong(tiny(bert))
+        wrong(tiny())
 
 
-def test_column_that_cannot_be_split_is_named(bert: Path) -> None:
-    model = tiny(bert)
+def test_column_that_cannot_be_split_is_named() -> None:
+    model = tiny()
     features = columns(model)
     features[1]["pixel_values"] = torch.zeros(11, 3)
     with pytest.raises(ValueError, match=r"mini_batch_size cannot split pixel_values: .* 8 pairs"):
@@ -280,10 +280,8 @@ def test_column_that_cannot_be_split_is_named(bert: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["captions", "label"])
-def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
-    tmp_path: Path, bert: Path, key: str
-) -> None:
-    model, own = tiny(bert), tiny(bert)
+def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str) -> None:
+    model, own = tiny(), tiny()
     rows = pairs().select(range(8)).to_dict()
     rows["text"][1] = rows["text"][6] = rows["text"][0]
     labels = [0, 1, 0, 2, 2, 3, 4, 5]
@@ -296,10 +294,8 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_the_spread_stands_on_the_loss_of_ids(
-    tmp_path: Path, bert: Path, mini_batch_size: int | None
-) -> None:
-    model, own = tiny(bert), tiny(bert)
+def test_the_spread_stands_on_the_loss_of_ids(tmp_path: Path, mini_batch_size: int | None) -> None:
+    model, own = tiny(), tiny()
     labels = [0, 1, 0, 2, 2, 3, 4, 5]
     rows = pairs().select(range(8)).to_dict()
     options = {"spread": {"weight": 0.5}, "clip-ids": {"key": "label"}}
@@ -327,8 +323,8 @@ def test_equal_captions_are_known_in_bags_of_words() -> None:
         rank_clip(model, mini_batch_size=3)
 
 
-def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path, bert: Path) -> None:
-    model = tiny(bert)
+def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = tiny()
     before = weights(model)
     data = pairs().add_column("label", [7] * 32)
     loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
@@ -337,9 +333,9 @@ def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path, b
     assert torch.equal(weights(model), before)
 
 
-def test_sentence_transformers_hands_no_other_column_to_a_loss(bert: Path) -> None:
+def test_sentence_transformers_hands_no_other_column_to_a_loss() -> None:
     with pytest.raises(ValueError, match=r"^key .*'group'"):
-        ContrastiveLoss(tiny(bert), "clip-ids", {"key": "group"})
+        ContrastiveLoss(tiny(), "clip-ids", {"key": "group"})
 
 
 # --- several processes ----------------------------------------------------------------------------------
@@ -347,7 +343,6 @@ def test_sentence_transformers_hands_no_other_column_to_a_loss(bert: Path) -> No
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
-    tiny(tmp_path)  # written once, for all of them to read
     torchrun(str(Path(__file__).with_name("tiny_sentences.py")), tmp_path)
     of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
     for kind in of_ranks[0]:

@@ -78,10 +78,8 @@ def gradient(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_a_table_of_lists_trains_as_an_own_loop(
-    tmp_path: Path, bert: Path, mini_batch_size: int | None
-) -> None:
-    model, own = tiny(bert), tiny(bert)
+def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size: int | None) -> None:
+    model, own = tiny(), tiny()
     loss = RankedListsLoss(model, scale=30.0, mini_batch_size=mini_batch_size)
     trainer = train(tmp_path, loss, model, lists(), max_steps=2)
     lines = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -90,15 +88,15 @@ def test_a_table_of_lists_trains_as_an_own_loop(
         value = owed(own, lists(), 30.0)
         assert line == pytest.approx(value.item(), abs=1e-3)
         step(own, value)
-    assert not torch.allclose(weights(own), weights(tiny(bert)), atol=1e-4)
+    assert not torch.allclose(weights(own), weights(tiny()), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [None, ClipLoss()])
 @pytest.mark.parametrize("kind", [RankedListsTrainer, SentenceTransformerTrainer])
-def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, bert: Path, kind: Any, base: Any) -> None:
+def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base: Any) -> None:
     """Lists of one length may be columns of the usual trainer."""
-    model, own, data = tiny(bert), tiny(bert), lists(length=3)
+    model, own, data = tiny(), tiny(), lists(length=3)
     owns = {"own": texts(3, 8)} if base else {}
     table = data if kind is RankedListsTrainer else in_columns(data)
     table = datasets.Dataset.from_dict({"query": table["query"], **owns, **table.to_dict()})
@@ -111,10 +109,10 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, bert: Path, kin
 
 @pytest.mark.parametrize("in_batch_negatives", [False, True])
 def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
-    tmp_path: Path, bert: Path, in_batch_negatives: bool
+    tmp_path: Path, in_batch_negatives: bool
 ) -> None:
     """Beside a base loss too; the expected value is made of cross-entropies alone."""
-    model, own = tiny(bert), tiny(bert)
+    model, own = tiny(), tiny()
     names = ("anchor", "positive", "negative_1", "negative_2")
     columns = dict(zip(names, (texts(seed, 8) for seed in range(1, 5)), strict=True))
     criterion = RankedLists(in_batch_negatives=in_batch_negatives)
@@ -136,13 +134,11 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
 
 
 @pytest.mark.parametrize("dimensions", [None, [16, 4]])
-def test_losses_of_layers_take_lists_and_refuse_mini_batches(
-    bert: Path, dimensions: list[int] | None
-) -> None:
+def test_losses_of_layers_take_lists_and_refuse_mini_batches(dimensions: list[int] | None) -> None:
     found = []
     triplets = RankedLists(in_batch_negatives=True)
     for make in (lambda model: RankedListsLoss(model, triplets), MultipleNegativesRankingLoss):
-        model = tiny(bert).double()
+        model = tiny().double()
         loss = of_layers(model, make(model), dimensions)
         value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
         value.backward()
@@ -155,12 +151,12 @@ def test_losses_of_layers_take_lists_and_refuse_mini_batches(
 
 
 @pytest.mark.parametrize("wrapping", [None, [1, 0.25]])
-def test_cached_gradients_and_matryoshka_are_exact(bert: Path, wrapping: list[float] | None) -> None:
+def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None) -> None:
     """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
     data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
     found = []
     for mini_batch_size in (None, 2, 100):
-        model = tiny(bert).double()
+        model = tiny().double()
         loss: Any = RankedListsLoss(
             model, RankedLists(in_batch_negatives=True), mini_batch_size=mini_batch_size
         )
@@ -177,8 +173,8 @@ def test_cached_gradients_and_matryoshka_are_exact(bert: Path, wrapping: list[fl
     assert found[0][1].norm() > 0.01
 
 
-def test_a_candidate_of_several_lists_is_embedded_once(bert: Path) -> None:
-    model = tiny(bert)
+def test_a_candidate_of_several_lists_is_embedded_once() -> None:
+    model = tiny()
     batch = RankedListsCollator(model.preprocess)(list(lists()))
     distinct = {c for row in lists() for c in row["candidates"]}
     assert len(batch["candidates_input_ids"]) == len(distinct)
@@ -204,9 +200,9 @@ ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
         ([ROW, ROW], "query .*row 0 .*row 1.*NO_DUPLICATES"),
     ],
 )
-def test_bad_lists_are_refused_with_the_row(bert: Path, rows: list[dict[str, Any]], named: str) -> None:
+def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        RankedListsCollator(tiny(bert).preprocess)(rows)
+        RankedListsCollator(tiny().preprocess)(rows)
 
 
 @pytest.mark.parametrize(
@@ -219,15 +215,15 @@ def test_bad_lists_are_refused_with_the_row(bert: Path, rows: list[dict[str, Any
     ],
 )
 def test_labels_and_arguments_are_checked(
-    bert: Path, columns: int, labels: Any, given: dict[str, Any], named: str
+    columns: int, labels: Any, given: dict[str, Any], named: str
 ) -> None:
-    model = tiny(bert)
+    model = tiny()
     with pytest.raises(ValueError, match=named):
         RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
 
 
-def test_the_model_card_names_the_loss_with_its_options_and_its_paper(bert: Path) -> None:
-    model = tiny(bert)
+def test_the_model_card_names_the_loss_with_its_options_and_its_paper() -> None:
+    model = tiny()
     lists = RankedListsLoss(model, RankedLists(model="top_one"), mini_batch_size=4)
     pairs = ContrastiveLoss(model, "rankclip", {"top_k": 3})
     assert "model='top_one'" in lists.get_config_dict()["criterion"]

@@ -45,7 +45,7 @@ def trained(
     teacher: str | None = None,
     **options: Any,
 ) -> Any:
-    model = tiny(directory)
+    model = tiny()
     run = ContrastiveLoss(model, loss, options or None, teacher=teacher, mini_batch_size=size)
     train(directory, run, model, train_dataset=data, max_steps=2, learning_rate=0.1)
     return weights(model)
@@ -75,16 +75,16 @@ def test_a_teacher_trains_as_a_plain_loop(
     assert calls == (
         {"build": 1} if "labels" in how else {"choose": 1, "build": 2, "open": 1}
     )  # of joined losses two
-    own, batches = tiny(tmp_path), [ORDER[:8], ORDER[8:16]]
+    own, batches = tiny(), [ORDER[:8], ORDER[8:16]]
     own_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: references(path, rows))
     torch.testing.assert_close(found, weights(own), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_registered_loss_trains_with_its_defaults_or_says_what_serves_it(
-    tmp_path: Path, bert: Path, name: str
+    tmp_path: Path, name: str
 ) -> None:
-    model, needed = tiny(bert), input_names(name)
+    model, needed = tiny(), input_names(name)
     if "candidate_features" in needed:
         with pytest.raises(ValueError, match=f"^{name} .*RankedListsLoss"):
             ContrastiveLoss(model, name)
@@ -107,7 +107,7 @@ def test_every_registered_loss_trains_with_its_defaults_or_says_what_serves_it(
 
 
 def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
-    model = tiny(tmp_path)
+    model = tiny()
     loss = ContrastiveLoss(model, "tiny", agreement_every=2)
     trainer = train(tmp_path, loss, model, max_steps=3)
     taus = [line["in_modal_tau"] for line in trainer.state.log_history if "loss" in line]
@@ -125,7 +125,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     tmp_path: Path, bound: tuple[str, Any]
 ) -> None:
     path, data = bound
-    model = tiny(tmp_path)
+    model = tiny()
     before = weights(model)
     loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
     spoilt = data.map(lambda row: {"text": f"{row['text']}!"})
@@ -158,7 +158,7 @@ def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
     ):
         with pytest.raises(ValueError, match=message):
             trained(tmp_path, data, name)
-    model, nan = tiny(tmp_path), torch.stack([*features().values()], 1)
+    model, nan = tiny(), torch.stack([*features().values()], 1)
     nan[3, 1] = torch.nan
     columns = [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")]
     loss = ContrastiveLoss(model, "rankclip", RANKED)
@@ -178,7 +178,7 @@ def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
 
 
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    model = tiny(tmp_path)
+    model = tiny()
     before, loss = weights(model), ContrastiveLoss(model)
     with pytest.raises(ValueError, match=r"1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"):
         train(tmp_path, loss, model, train_dataset=pairs(9))
@@ -192,7 +192,7 @@ def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
     """Its first numbers alone would be another teacher; in mini-batches the numbers are the same."""
     values, labels = [], torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
     for size in (None, 3):
-        model, given = tiny(tmp_path), pairs(8)
+        model, given = tiny(), pairs(8)
         ranked = {"schedule": "constant"}
         loss = ContrastiveLoss(model, "rankclip", ranked, output_dict=False, mini_batch_size=size)
         wrapped = MatryoshkaLoss(model, loss, [16, 4])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,22 +32,25 @@ WORDS = [f"word{i}" for i in range(40)]
 datasets.disable_progress_bars()
 
 
-def tiny(directory: Path) -> SentenceTransformer:
-    """A Bert of one layer."""
-    path = directory / "bert"
-    if not path.exists():
-        path.mkdir(parents=True)
-        (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-        transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            **{"vocab_size": 45, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-            **{"intermediate_size": 16, "max_position_embeddings": 16},
-            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        )
+@functools.cache
+def _tiny() -> SentenceTransformer:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **{"vocab_size": 45, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "max_position_embeddings": 16},
+        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
+    with tempfile.TemporaryDirectory() as path:
+        vocabulary = Path(path, "vocab.txt")
+        vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+        transformers.BertTokenizer(str(vocabulary)).save_pretrained(path)
         transformers.BertModel(config).save_pretrained(path)
-    transformer = Transformer(str(path))
-    return SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
+        return SentenceTransformer(modules=[Transformer(path), Pooling(16)], device="cpu")
+
+
+def tiny() -> SentenceTransformer:
+    """A Bert of one layer, the same at each call; copies are faster than reading its files again."""
+    return copy.deepcopy(_tiny())
 
 
 def pairs(number: int = 32) -> Any:
@@ -134,7 +140,7 @@ def weights(module: nn.Module) -> Tensor:
 
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
     """Log and weights of a training, to compare numbers of processes."""
-    model, data = tiny(directory), pairs()
+    model, data = tiny(), pairs()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     if kind == "ids":
         model.tokenizer.padding_side = "left"
