@@ -209,7 +209,7 @@ def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
         train(tmp_path, loss, model, max_steps=2)
     hook.remove()
     with pytest.raises(RuntimeError, match="not told where training stands"):
-        train(tmp_path, loss, model, max_steps=1, kind=SentenceTransformerTrainer)
+        train(tmp_path, loss, model, max_steps=2, kind=SentenceTransformerTrainer)
 
 
 def test_several_datasets_on_several_processes_do_not_gather() -> None:

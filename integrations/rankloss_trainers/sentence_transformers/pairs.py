@@ -138,12 +138,8 @@ class ContrastiveLoss(EmbeddingLoss):
                 text += "in_batch_negatives=True)) of rankloss_trainers.sentence_transformers"
             raise ValueError(text)
         columns = columns[::-1] if self.image_column else columns
-        try:
-            features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
-            entries = self._entries(features, labels, columns[1])
-        except BaseException:
-            self.run.end()
-            raise
+        features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
+        entries = self._entries(features, labels, columns[1])
         self._end_at_backward(entries)
         return LoggedTerms(entries.terms, self._logged(entries)) if self.output_dict else entries.total
 
