@@ -92,10 +92,13 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
             "teacher and the column label go together: rankloss_features.bind(dataset, folder, "
             f"column='label'); got {features and features.path!r} and labels {labels}"
         )
-    if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):
+    if labels is None:
         return {}
     if features is not None:
-        return {name: x.to(labels.device) for name, x in references(features, labels.cpu().numpy()).items()}
+        rows = labels.cpu().numpy()
+        return {name: x.to(labels.device) for name, x in references(features, rows).items()}
+    if not labels.is_floating_point() or labels.dim() not in (2, 3):
+        return {}
     columns = [labels, labels] if labels.dim() == 2 else list(labels.unbind(1))
     if len(columns) != len(NAMES):
         raise ValueError(f"labels must have the embeddings of two columns; got shape {tuple(labels.shape)}")

@@ -237,17 +237,22 @@ def _is_complete(folder: Path) -> bool:
 
 def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
-    places = {
-        name: _files(name) for name in spec if name is not None and text_encoders.parse_captions(name) is None
-    }
-    known = json.dumps([spec, places, settings, data.identity()])
-    named = (os.path.basename(x.rstrip("/")) for x in (str(data.about["data"]), *filter(None, spec)))
-    words = [re.sub(r"[^\w.]+", "-", name).strip("-")[:32] for name in named]
-    return "_".join([*words, hashlib.blake2b(known.encode(), digest_size=6).hexdigest()])
+    files = {}
+    for name in spec:
+        if name is not None and text_encoders.parse_captions(name) is None:
+            files[name] = _files(name)
+    known = json.dumps([spec, files, settings, data.identity()])
+    digest = hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
+    words = []
+    for name in (str(data.about["data"]), *filter(None, spec)):
+        last_part = os.path.basename(name.rstrip("/"))
+        words.append(re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32])
+    return "_".join([*words, digest])
 
 
 def _files(name: str) -> list[Any]:
     """Path, size and time of change of the files that a name of a teacher means, if it is a path."""
     place = Path(name.removeprefix("local-dir:"))
-    files = [x for x in place.rglob("*") if x.is_file()] if place.is_dir() else [place] * place.is_file()
-    return sorted([str(x.absolute()), x.stat().st_size, x.stat().st_mtime_ns] for x in files)
+    candidates = place.rglob("*") if place.is_dir() else [place]
+    files = [file for file in candidates if file.is_file()]
+    return sorted([str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files)

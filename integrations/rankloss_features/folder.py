@@ -324,11 +324,13 @@ class Rows:
         rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows must be integers from 0 to {len(self) - 1}; got {rows}")
-        found = np.empty((*rows.shape, self.shape[1]), self.dtype)
-        shards, places = np.divmod(rows, len(self.shards[0]))
-        for shard in np.unique(shards):
-            found[shards == shard] = self.shards[shard][places[shards == shard]]
-        return found
+        rows_of_shard = len(self.shards[0])
+        shard_of_row, place_in_shard = np.divmod(rows, rows_of_shard)
+        taken = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        for shard in np.unique(shard_of_row):
+            is_in_shard = shard_of_row == shard
+            taken[is_in_shard] = self.shards[shard][place_in_shard[is_in_shard]]
+        return taken
 
 
 class Pairs:

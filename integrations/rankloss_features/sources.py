@@ -134,15 +134,39 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
 
 def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
-    place, features = Path(args.features), None
+    arrays, folder = _stored_arrays(Path(args.features))
+    rows = _check_stored(arrays)
+    widths = {name: array.shape[1] for name, array in arrays.items()}
+    has_two_spaces = folder is not None and not folder.common_space
+    is_separate = has_two_spaces or len(set(widths.values())) > 1
+    common, separate = SPACES
+    if is_separate and args.spaces == common:
+        raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
+    digests, encoders = {}, {}
+    for name, array in arrays.items():
+        digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
+    spaces = args.spaces or (separate if is_separate else common)
+    return Teacher({"features": digests}, encoders, rows=rows, pairs=folder, spaces=spaces)
+
+
+def _stored_arrays(place: Path) -> tuple[dict[str, Any], Features | None]:
+    """The arrays of a file, of a folder of files, or of a folder of features, which is returned with them."""
     if not place.is_dir():
-        arrays = opening.stored_arrays(place, NAMES)
-    elif read_about(place) is None:
+        return opening.stored_arrays(place, NAMES), None
+    if read_about(place) is None:
         files = {name: place / f"{name}.npy" for name in NAMES}
-        arrays = {name: opening.stored_array(file) for name, file in files.items() if file.exists()}
-    else:
-        features = Features(str(place)).check()
-        arrays = {name: rows[:] for name, rows in features.arrays.items()}
+        return {name: opening.stored_array(file) for name, file in files.items() if file.exists()}, None
+    folder = Features(str(place)).check()
+    return {name: rows[:] for name, rows in folder.arrays.items()}, folder
+
+
+def _check_stored(arrays: dict[str, Any]) -> int:
+    """The number of rows of each array.
+
+    Raises:
+        ValueError: There is no array, one is no teacher's features, or has rows that are all the same.
+    """
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
     tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
@@ -150,16 +174,7 @@ def _stored(args: Any) -> Teacher:
     for name, tensor in tensors.items():
         check_teacher(name, tensor, first, first_look=False)
         check_rows_differ(name, [tensor.numpy()])
-    widths = {name: array.shape[1] for name, array in arrays.items()}
-    is_separate = len(set(widths.values())) > 1 or (features is not None and not features.common_space)
-    if is_separate and args.spaces == SPACES[0]:
-        raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
-    digests, encoders = {}, {}
-    for name, array in arrays.items():
-        digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-        encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
-    spaces = args.spaces or SPACES[is_separate]
-    return Teacher({"features": digests}, encoders, rows=len(first), pairs=features, spaces=spaces)
+    return len(first)
 
 
 def _as_they_are(rows: Tensor) -> Tensor:

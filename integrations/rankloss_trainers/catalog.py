@@ -145,11 +145,13 @@ def own_prefix(name: str) -> str:
 @functools.cache  # each time every installed package would be read
 def known() -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
     """All losses that can be named, rankloss's own first, with the entry points that register them."""
-    found: dict[str, tuple[metadata.EntryPoint, ...]] = dict.fromkeys(LOSSES, ())
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
-        if point.name not in (TRAINERS_OWN, *LOSSES):  # which mean the same whatever is installed
-            found[point.name] = (*found.get(point.name, ()), point)
-    return found
+    losses: dict[str, tuple[metadata.EntryPoint, ...]] = dict.fromkeys(LOSSES, ())
+    points = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
+    for point in points:
+        is_taken = point.name in LOSSES or point.name == TRAINERS_OWN
+        if not is_taken:  # these mean the same whatever is installed
+            losses[point.name] = (*losses.get(point.name, ()), point)
+    return losses
 
 
 def package_of(name: str) -> str:

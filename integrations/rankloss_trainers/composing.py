@@ -57,27 +57,38 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
         ValueError: A loss does not work on the one below it, or has a wrong option.
     """
     is_sigmoid = _is_a("SigLipLoss", base)
-    for loss in losses:
-        if is_sigmoid and loss.named.kind == "softmax":
-            raise ValueError(f"{loss.name} does not work with {biased}: it is a softmax loss")
-        if not is_sigmoid and loss.named.kind == "sigmoid":
-            raise ValueError(f"{loss.name} needs {biased}: it is a sigmoid loss")
+    _check_kinds(losses, is_sigmoid, biased)
     below = base
     for loss in losses:
         if loss.replaces:
             _check_replaced(loss, below)
-            kept = {k: x for k, x in getattr(below, "streaming", {}).items() if k in loss.named.options}
-            loss = dataclasses.replace(loss, given={**kept, **loss.given})
+            loss = _with_streaming_of(below, loss)
         built = loss.build(below, gather)
         if not isinstance(built, nn.Module):
             raise ValueError(f"{loss.name} builds no module; got {built!r}")
-        if below is not base and not any(x is below for x in built.modules()):
+        if below is not base and not any(part is below for part in built.modules()):
             raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
         below = built
     module: nn.Module = below
     if is_sigmoid and not any(part is base for part in module.modules()):
         _check_no_softmax(module, biased)
     return module
+
+
+def _check_kinds(losses: Sequence[Loss], is_sigmoid: bool, biased: str) -> None:
+    """Raise a ValueError for a loss that does not work beside the trainer's sigmoid or softmax loss."""
+    for loss in losses:
+        if is_sigmoid and loss.named.kind == "softmax":
+            raise ValueError(f"{loss.name} does not work with {biased}: it is a softmax loss")
+        if not is_sigmoid and loss.named.kind == "sigmoid":
+            raise ValueError(f"{loss.name} needs {biased}: it is a sigmoid loss")
+
+
+def _with_streaming_of(replaced: Any, loss: Loss) -> Loss:
+    """The loss, with the chunks and the budget of the one that it replaces where it names no others."""
+    streaming = getattr(replaced, "streaming", {})
+    kept = {key: value for key, value in streaming.items() if key in loss.named.options}
+    return dataclasses.replace(loss, given={**kept, **loss.given})
 
 
 def innermost(loss: Any) -> Any:

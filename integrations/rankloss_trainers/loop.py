@@ -87,18 +87,25 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     for loss in losses:
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
-    module = run.criterion
-    told = [part for part in module.modules() if units_of(part)]
-    has_own_methods = told == [module] and len(units_of(module)) == len(METHODS)
-    if len(losses) != 1 or not hasattr(module, "base") or (told and not has_own_methods):
-        module = CreatedLoss(module, run.base_to_evaluate)
-    elif not told:
-        for method in METHODS.values():
-            setattr(module, method, _tell_nobody)
+    module = _with_progress(run)
     if run.teaching.use != "optional":
         run.teaching.name = name  # with the base's
         hook = functools.partial(_before_call, run.teaching)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module
+
+
+def _with_progress(run: Runtime) -> nn.Module:
+    """The module of a run, whose methods tell all of its parts where training stands."""
+    module = run.criterion
+    told = [part for part in module.modules() if units_of(part)]
+    has_own_methods = told == [module] and len(units_of(module)) == len(METHODS)
+    is_joined = len(run.losses) != 1
+    if is_joined or not hasattr(module, "base") or (told and not has_own_methods):
+        return CreatedLoss(module, run.base_to_evaluate)
+    if not told:
+        for method in METHODS.values():
+            setattr(module, method, _tell_nobody)
     return module
 
 
