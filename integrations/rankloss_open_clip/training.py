@@ -203,7 +203,9 @@ def device_of(args: Any) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     place = os.environ.get("LOCAL_RANK")
-    return device if place is None else f"cuda:{place}"
+    if place is None or getattr(args, "no_set_device_rank", False):
+        return device
+    return f"cuda:{place}"
 
 
 # --- the patched functions ------------------------------------------------------------------------------

@@ -237,3 +237,5 @@ def test_a_teacher_is_computed_on_the_device_that_the_trainer_will_choose(
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert device_of(Namespace(device=device)) == chosen
+    own = device_of(Namespace(device=device, no_set_device_rank=True))  # each process sees one GPU
+    assert own == (chosen if not has_gpu else device or "cuda")
