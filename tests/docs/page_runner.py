@@ -34,6 +34,7 @@ PATTERNS = {
     r"--accum-freq 4\b": "--accum-freq 2",
     r"--epochs 5\b": "--epochs 1",
     r"--epochs 6\b": "--epochs 2",
+    r"--epochs 30\b": "--epochs 15",
     r"epoch_6\.pt": "epoch_2.pt",
     r"num_train_epochs=5\b": "num_train_epochs=1",
 }
@@ -48,12 +49,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def first_training(readme: str) -> str:
-    """The first training of README, without its prompt and its output."""
+    """The first training of README, without its prompt and its output, with the changes."""
     block = next(
         x for x in re.findall(r"^```console\n(.*?)^```", readme, re.DOTALL | re.MULTILINE) if "sample" in x
     )
     lines = block.replace("\\\n", " ").splitlines()
-    return next(line.removeprefix("$ ") for line in lines if line.startswith("$ python"))
+    return changed(next(line.removeprefix("$ ") for line in lines if line.startswith("$ python")))
 
 
 def changed(text: str) -> str:

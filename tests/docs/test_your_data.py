@@ -73,7 +73,7 @@ def test_the_first_training_of_the_readme_is_on_and_its_loss_falls(done: tuple[P
     losses = [float(x) for x in re.findall(r"Contrastive_loss: ([\d.]+) \(", log)]
     chance = math.log(16)
     assert losses[0] == pytest.approx(chance, abs=0.5)
-    assert losses[-1] < 0.5 * chance
+    assert losses[-1] < 0.6 * chance
 
 
 def test_the_printed_evaluation_of_the_page_is_the_commands(done: tuple[Path, Any]) -> None:
