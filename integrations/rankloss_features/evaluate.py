@@ -19,6 +19,7 @@ from rankloss.options import check_count
 from rankloss_features import data, sources
 from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
+from rankloss_features.folder import write_bytes
 
 WAYS = {
     "image_to_text": "picture → text",
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(lines(result, ks)))
         if args.json is not None:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
-            args.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            write_bytes(args.json, (json.dumps(result) + "\n").encode())
     except (OSError, ValueError) as error:
         print(f"rankloss evaluate: {last_line(error)}", file=sys.stderr)
         return 1

@@ -139,6 +139,19 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     draft.replace(file)
 
 
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all; what is no regular file, ``/dev/stdout`` say, is written as it is.
+
+    Raises:
+        OSError: As :func:`replacing`.
+    """
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    with replacing(file) as written:
+        written.write(content)
+
+
 def header_of(dtype: str, shape: tuple[int, ...]) -> bytes:
     """The first bytes of an array's file."""
     file, described = io.BytesIO(), {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}

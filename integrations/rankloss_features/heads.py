@@ -29,7 +29,7 @@ from rankloss.precision import unit_rows
 from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
-from rankloss_features.folder import NAMES, SPACES
+from rankloss_features.folder import NAMES, SPACES, hash_of, write_bytes
 from rankloss_features.teachers import Encoder, Teacher
 
 ABOUT, WEIGHTS = "heads.json", "heads.safetensors"
@@ -118,8 +118,12 @@ class FrozenEncoders:
         return one.encode({name: encoder.prepare(samples)}, torch.float32)[name]
 
     def save(self, folder: str | Path) -> None:
-        """Write the heads and the names of their encoders into a folder."""
-        from safetensors.torch import save_file
+        """Write the heads and the names of their encoders into a folder.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        from safetensors.torch import save
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
@@ -132,8 +136,10 @@ class FrozenEncoders:
             "width": first[-1].out_features,
             "scale": self.scale,
         }
-        (place / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        save_file({name: x.contiguous() for name, x in self.heads.state_dict().items()}, place / WEIGHTS)
+        weights = save({name: x.contiguous() for name, x in self.heads.state_dict().items()})
+        about["hash"] = hash_of(weights).hex()  # an interruption between the files is seen by it
+        write_bytes(place / WEIGHTS, weights)
+        write_bytes(place / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
 
 
 def _absolute(name: str | None) -> str | None:
@@ -149,13 +155,16 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
         device: The device that computes.
 
     Raises:
-        ValueError: It is no such folder, or an encoder is not found or has other weights than it was trained
-            with.
+        ValueError: It is no such folder, its weights are not as they were written, or an encoder is not found
+            or has other weights than it was trained with.
     """
     place = Path(folder)
     if not (place / ABOUT).is_file():
         raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
     about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    weights = (place / WEIGHTS).read_bytes() if (place / WEIGHTS).is_file() else b""
+    if hash_of(weights).hex() != about["hash"]:
+        raise ValueError(f"{place / WEIGHTS} is not as it was written with {ABOUT}: train the heads again")
     encoders = Encoders(**about["encoders"])
     teacher = encoders.load(torch.device(device), 64)
     for name in ("image_weights", "text_weights"):

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from rankloss_features import opening
+from rankloss_features.folder import write_bytes
 
 COLORS = {
     "red": (220, 40, 40),
@@ -71,15 +73,23 @@ def write(folder: Path) -> None:
 
     Raises:
         ValueError: The folder has files.
+        OSError: The disk is full, or the folder cannot be written; nothing of it is left.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} is there and not empty: give a new folder")
-    write_pairs(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        write_open_clip(folder / "open_clip")
-        write_transformers(folder / "transformers")
-        write_encoders(folder / "image_encoder", folder / "text_encoder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            write_open_clip(folder / "open_clip")
+            write_transformers(folder / "transformers")
+            write_encoders(folder / "image_encoder", folder / "text_encoder")
+        write_pairs(folder)  # last: without its tables nobody takes a part for the whole
+    except Exception as error:  # the libraries raise their own
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ImportError):
+            raise
+        raise OSError(f"--output {folder} cannot be written: {error}") from error
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -101,7 +111,7 @@ def write_pairs(folder: Path) -> None:
             rows[part].append((file.as_posix(), f"a {size} {color} {shape}", product, shape))
     for part, listed in rows.items():
         lines = ["\t".join(row) for row in [COLUMNS, *listed]]
-        (folder / f"{part}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_bytes(folder / f"{part}.csv", ("\n".join(lines) + "\n").encode())
 
 
 def draw(color: str, shape: str, size: str, generator: random.Random) -> Image.Image:

@@ -17,7 +17,7 @@ from rankloss_features import data
 from rankloss_features.errors import last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
-from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, Training, train
+from rankloss_features.heads import ABOUT, WEIGHTS, Encoders, FrozenEncoders, Training, train
 
 _FEWEST = 16  # pairs, on either side of the split
 _HELD_OUT = 10  # of so many ids one
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             width=check_count("--width", args.width),
             seed=args.seed,
         )
-        if args.output.exists() and not (args.output / ABOUT).is_file() and any(args.output.iterdir()):
+        if args.output.exists() and not (args.output / ABOUT).is_file() and _has_other_files(args.output):
             raise ValueError(f"--output {args.output} is there and no folder of heads: give a new one")
         with quiet_libraries():
             run(args, settings)
@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"rankloss heads: {last_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _has_other_files(folder: Path) -> bool:
+    """True for a folder with more than an interrupted command leaves there."""
+    return any(file.name.removeprefix(".") not in (ABOUT, WEIGHTS) for file in folder.iterdir())
 
 
 def run(args: argparse.Namespace, settings: Training) -> None:

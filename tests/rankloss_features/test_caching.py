@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from tiny_teacher import CAPTIONS, ROWS, csv_data, files, forks, in_process, shards, table, teacher
@@ -256,3 +258,44 @@ def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
     found, whole = files(folder.parent), files(Path(expected))
     assert found.pop("folder.json") != whole.pop("folder.json")  # which has the command, and its --output
     assert found == whole
+
+
+def killed(tmp_path: Path, at: int) -> None:
+    """A training that is killed at a call which changes a file, unless it has its teacher before."""
+    calls = itertools.count()
+
+    def watch(_: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(watch)
+    cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "cache", "cpu")
+
+
+CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
+
+
+def code_of(codes: Any, *call: Any) -> None:
+    codes.put(in_process(*call))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    table(tmp_path)
+    monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
+    places, codes = np.random.default_rng(seed).integers(2, 40, 2).tolist(), forks.Queue()
+    both = [forks.Process(target=code_of, args=(codes, killed, tmp_path, at)) for at in places]
+    for process in both:
+        process.start()
+    assert [codes.get(timeout=60) for _ in both] == [-signal.SIGKILL] * 2
+    for process in both:
+        process.join(60)
+    data = csv_data(tmp_path / "pairs.csv")
+    found = cached(SPEC, data, tmp_path / "cache", "cpu")
+    Features(found).check()
+    expected = cached(SPEC, data, tmp_path / "alone", "cpu")
+    of_found, whole = files(Path(found)), files(Path(expected))
+    of_found.pop("folder.json"), whole.pop("folder.json")  # which have the command, and its --output
+    assert of_found == whole

@@ -135,5 +135,5 @@ def test_heads_on_another_encoder_than_they_were_trained_with_are_refused(
     about["encoders"]["text_encoder"] = str(sample_folder / "text_encoder")
     (copy / "heads.json").write_text(json.dumps(about))
     (copy / "heads.safetensors").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"heads.safetensors does not fit"):
+    with pytest.raises(ValueError, match=r"heads.safetensors is not as it was written with heads.json"):
         load_heads(copy)

@@ -53,13 +53,14 @@ class WithLosses(nn.Module):
         return value_of(name, self.towers, rows, self.losses[name])
 
 
-def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None) -> Tensor:
-    """The loss of some of the batch's rows: pictures, texts, other texts."""
+def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None, step: int | None = 3) -> Tensor:
+    """The loss of some of the batch's rows: pictures, texts, other texts; at a step of four, unless told."""
     if loss is None:
         loss = rankloss_trainers.create(name)
     generator = torch.Generator().manual_seed(3)
     data = torch.randn(3, N, 5, generator=generator, dtype=torch.float64)[:, rows]
-    loss.set_epoch(3, 4), loss.set_progress(3, 4)
+    if step is not None:
+        loss.set_epoch(step, 4), loss.set_progress(step, 4)
     given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name, 3).items()}
     v, texts, given["logit_scale"], given["logit_bias"] = model(data[0], data[1:].flatten(0, 1))
     t, c = texts.chunk(2)
@@ -250,3 +251,37 @@ def test_states_of_losses_are_saved_whole_and_resumed_to_the_last_bit(
             torch.testing.assert_close(seen[at], expected[at], rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(seen["resumed"], seen["whole"], rtol=0, atol=0)
         torch.testing.assert_close(seen["whole"], first["whole"], rtol=0, atol=0)
+
+
+# --- a last batch -----------------------------------------------------------------------------------------
+
+
+def of_last_batches(rank: int, world_size: int, left: int) -> dict[str, tuple[str, bool]]:
+    """Each loss's error for a last batch of which the last process has fewer rows, and whether it goes on."""
+    found = {}
+    model = Towers().double()
+    for name in NAMES:
+        loss = rankloss_trainers.create(name)
+        rows = slice(0, left if rank == world_size - 1 else 2)
+        try:
+            value_of(name, model, rows, loss)
+            error = ""
+        except (ValueError, RuntimeError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        found[name] = (error, bool(value_of(name, model, slice(0, 2), loss).isfinite()))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:logit_bias is given")  # by one model for all losses
+@pytest.mark.parametrize("left", [1, 0])
+@pytest.mark.parametrize("world_size", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_last_batch_of_unequal_sizes_is_an_error_of_all_and_no_wait(
+    pools: Pools, world_size: int, left: int
+) -> None:
+    results = pools[world_size].run(of_last_batches, left)
+    assert all(result == results[0] for result in results)
+    for name, (error, goes_on) in results[0].items():
+        assert goes_on
+        assert error.startswith("ValueError: "), name
+        named = [f"[{left}, {D}]", f"[2, {D}]"] if left else [f"(0, {D}) (on rank {world_size - 1} of"]
+        assert all(part in error for part in named), (name, error)

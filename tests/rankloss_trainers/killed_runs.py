@@ -1,0 +1,168 @@
+"""A training that is killed at random moments and resumed, in forks of a process that has imported a trainer.
+
+Called with the trainer, a folder and the number of kills; prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+END = "end.pt"  # the tensors at the end of a training
+Training = Callable[[Path], dict[str, Tensor]]
+
+
+def transformers() -> Training:
+    """The Trainer, whose loss has a state, with a checkpoint after each step."""
+    from test_transformers import Remembering, average, linear
+    from tiny_pairs import Pairs
+    from tiny_transformers import column, train, weights
+
+    def run(folder: Path) -> dict[str, Tensor]:
+        given: dict[str, Any] = {"pairs": Pairs(48), "save_strategy": "steps", "save_steps": 1}
+        trained = train(folder, loss=linear(base=Remembering()), resume=whole_checkpoint(folder), **given)
+        lambdas = torch.tensor(column(trained, "rank_lambda"))
+        return {
+            "weights": weights(trained.model),
+            "state": torch.tensor(average(trained), dtype=torch.float64),
+            "lambdas": lambdas,
+        }
+
+    return run
+
+
+def sentence_transformers() -> Training:
+    """The SentenceTransformerTrainer, with a checkpoint after each step."""
+    from tiny_sentences import rank_clip, tiny, train, weights
+
+    def run(folder: Path) -> dict[str, Tensor]:
+        given = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+        model = tiny(folder.parent)
+        trained = train(folder, rank_clip(model), model, resume=whole_checkpoint(folder), **given)
+        lines = [line["rank_lambda"] for line in trained.state.log_history if "loss" in line]
+        return {"weights": weights(model), "lambdas": torch.tensor(lines)}
+
+    return run
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that transformers has written whole: it writes the state of the trainer last."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda x: -int(x.name.rpartition("-")[2])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
+
+
+def lightning() -> Training:
+    """Lightning, with a checkpoint after each epoch."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from test_lightning import Progress, Remembering, fit
+
+    def run(folder: Path) -> dict[str, Tensor]:
+        module = Remembering()
+        saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        saved = sorted(folder.glob("step=*.ckpt"), key=lambda x: -int(x.stem.partition("=")[2]))
+        given = {"callbacks": [Progress("step"), saving], "max_epochs": 4, "enable_checkpointing": True}
+        fit(folder, module, resume=saved[0] if saved else None, **given)
+        return module.state_dict()
+
+    return run
+
+
+def loop() -> Training:
+    """A loop of one's own, with a checkpoint after each step."""
+    from test_named_losses import N, Towers, value_of
+
+    import rankloss_trainers
+
+    name, steps = "tiny-caption", 12
+
+    def run(folder: Path) -> dict[str, Tensor]:
+        model, loss = Towers().double(), rankloss_trainers.create(f"{name}+rankclip")
+        optimizer = torch.optim.AdamW(model.parameters())
+        parts = {"model": model, "loss": loss, "optimizer": optimizer}
+        first, file = 1, folder / "checkpoint.pt"
+        if file.exists():
+            saved = torch.load(file, weights_only=True)
+            first = saved.pop("step") + 1
+            for key, state in saved.items():
+                parts[key].load_state_dict(state)
+        for step in range(first, steps + 1):
+            loss.set_progress(step, steps)
+            optimizer.zero_grad()
+            value_of(name, model, slice(0, N), loss, None).backward()
+            optimizer.step()
+            torch.save({"step": step, **{key: x.state_dict() for key, x in parts.items()}}, folder / "new.pt")
+            (folder / "new.pt").replace(file)
+            time.sleep(0.05)  # so that a kill finds it
+        return {**model.state_dict(), **loss.state_dict()}
+
+    return run
+
+
+TRAINERS: dict[str, Callable[[], Training]] = {
+    "transformers": transformers,
+    "sentence_transformers": sentence_transformers,
+    "lightning": lightning,
+    "loop": loop,
+}
+
+
+def forked(run: Training, folder: Path) -> int:
+    """Start a training in a fork; the process's id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        folder.mkdir(exist_ok=True)
+        torch.save(run(folder), folder / END)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def main(trainer: str, place: str, kills: str) -> None:
+    run, folder = TRAINERS[trainer](), Path(place)
+    begin = time.monotonic()
+    assert ended(forked(run, folder / "whole")) == 0
+    length = time.monotonic() - begin
+    whole = torch.load(folder / "whole" / END, weights_only=True)
+    for number in range(int(kills)):
+        at = random.uniform(0.1, 1.0) * length
+        process = forked(run, folder / f"{number}")
+        time.sleep(at)
+        os.kill(process, signal.SIGKILL)
+        code = ended(process)
+        files = sorted(x.name for x in (folder / f"{number}").glob("*"))
+        resumed = ended(forked(run, folder / f"{number}"))
+        found = torch.load(folder / f"{number}" / END, weights_only=True) if not resumed else {}
+        unequal = [key for key in whole if key not in found or not torch.equal(whole[key], found[key])]
+        result = {"at": at / length, "killed": code, "files": files, "resumed": resumed, "unequal": unequal}
+        print("RESULT", json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
