@@ -59,6 +59,27 @@ def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits_and_lines(train
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epoch", "call"), [(0, 1), (0, 4), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 3), (3, 1), (3, 4)]
+)
+def test_job_that_was_killed_at_any_call_ends_with_the_same_bits(
+    trainer: Trainer, four_epochs: Run, epoch: int, call: int
+) -> None:
+    name = f"killed at {epoch}, {call}"
+    trainer.call(name, *FOUR_EPOCHS, change=EpochSeeds(epoch, call), code=-signal.SIGKILL)
+    resumed = trainer.call(name, *FOUR_EPOCHS, "--resume", "latest", change=EpochSeeds(None))
+    assert_equal_training(four_epochs, resumed, epochs=(4,))
+
+
+FOUR_EPOCHS = [*PER_STEP, "--epochs", "4", "--accum-freq", "2"]
+
+
+@pytest.fixture(scope="module")
+def four_epochs(trainer: Trainer) -> Run:
+    return trainer.call("never killed", *FOUR_EPOCHS, change=EpochSeeds(None))
+
+
+@pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits_and_lines(trainer: Trainer) -> None:
     options = [*PER_STEP, *BOTH, "--epochs", "2", "--accum-freq", "2"]
     whole = trainer.call("resume, two processes", *options, processes=2, change=EpochSeeds(None))

@@ -272,6 +272,7 @@ class EpochSeeds:
     """
 
     kill_in_epoch: int | None = None
+    kill_at_call: int = 3
 
     def install(self, trainer: Any) -> None:
         original = trainer.train_one_epoch
@@ -283,7 +284,7 @@ class EpochSeeds:
             trainer.random_seed(epoch)
             if epoch == self.kill_in_epoch:
                 calls = itertools.count(1)
-                loss.register_forward_pre_hook(lambda *_: _kill_if(next(calls) == 3))
+                loss.register_forward_pre_hook(lambda *_: _kill_if(next(calls) == self.kill_at_call))
             return original(model, data, loss, epoch, *rest, **named)
 
         trainer.train_one_epoch = train_one_epoch
