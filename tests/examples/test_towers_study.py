@@ -83,7 +83,10 @@ def photographs(tmp_path_factory):
 def start(photographs):
     """Return what a training starts from."""
     return study.Start(
-        photographs.frozen, lambda depth: photographs.side("train", depth), photographs.towers.tails
+        photographs.frozen,
+        lambda depth: photographs.side("train", depth),
+        photographs.towers.tails,
+        photographs.heads,
     )
 
 

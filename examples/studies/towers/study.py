@@ -27,7 +27,7 @@ from studies.students.measure import CORRELATION, PRIMARY, Metrics, hits_of_pict
 from studies.training import kept
 
 from .activations import Activations, Packaged, Towers, activations
-from .train import Setting, Start, train
+from .train import OnFrozen, Setting, Start, on_frozen, train
 
 _HERE = Path(__file__).parent
 NAME = "photographs"
@@ -70,6 +70,7 @@ class Photographs:
         self.fingerprint = content.hexdigest()[:16]
         self.folder = folder / self.fingerprint
         self.side = functools.cache(self._side)
+        self._heads = functools.cache(lambda *of: on_frozen(self.frozen, *of))
 
     def _side(self, side: str, depth: int) -> Activations:
         names = self.names[side]
@@ -82,6 +83,10 @@ class Photographs:
         """Features of the side to train on, from the towers as they are."""
         found = kept(self.folder / "frozen.pt", self._features)
         return Side(found["pictures"], found["sentences"])
+
+    def heads(self, setting: Setting) -> OnFrozen:
+        """Return the heads of a setting, trained once."""
+        return self._heads(setting.seed, setting.head_epochs, setting.batch_size)
 
     @torch.inference_mode()
     def _features(self) -> dict[str, Tensor]:
@@ -96,7 +101,7 @@ class Photographs:
 
     def train(self, setting: Setting) -> Record:
         """Train and measure a model."""
-        start = Start(self.frozen, functools.partial(self.side, "train"), self.towers.tails)
+        start = Start(self.frozen, functools.partial(self.side, "train"), self.towers.tails, self.heads)
         return recorded(lambda: train(setting, start), lambda model: self._measure(model, setting))
 
     def _measure(self, model: Any, setting: Setting) -> Metrics:
@@ -157,8 +162,8 @@ def search(sizes: SimpleNamespace, find: Find) -> Search:
         MissingError: If a training has no record.
     """
     start = Setting("clip", sizes.tuning_seeds[0], "dev", head_epochs=0)
-    on_frozen = [dataclasses.replace(start, head_epochs=epochs) for epochs in sizes.heads]
-    of_heads = scores(find, sizes, on_frozen)
+    alone = [dataclasses.replace(start, head_epochs=epochs) for epochs in sizes.heads]
+    of_heads = scores(find, sizes, alone)
     first = dataclasses.replace(best(of_heads), epochs=sizes.epochs[0], depth=sizes.depths[0])
     found = scores(find, sizes, [dataclasses.replace(first, lr=lr) for lr in sizes.rates])
     for name, values in (("depth", sizes.depths[1:]), ("epochs", sizes.epochs[1:])):

@@ -82,11 +82,41 @@ class Start:
         frozen: Features of the side to train on, from the towers as they are: pooled, and of unit norm.
         activations: Of the side to train on, by depth.
         tails: Returns fresh upper parts by depth.
+        heads: Returns those of a setting, trained on the frozen towers.
     """
 
     frozen: Side
     activations: Callable[[int], Activations]
     tails: Callable[[int], tuple[nn.Module, nn.Module]]
+    heads: Callable[[Setting], OnFrozen]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnFrozen:
+    """Heads that were trained on frozen towers.
+
+    Attributes:
+        heads: In evaluation mode.
+        features: That they were trained on, the pictures' standardised.
+        mean: Of the pictures' features before, by dimension.
+        std: Their deviation, likewise.
+    """
+
+    heads: heads.Heads
+    features: Side
+    mean: Tensor
+    std: Tensor
+
+
+def on_frozen(frozen: Side, seed: int, epochs: int, batch_size: int) -> OnFrozen:
+    """Train heads on the features of frozen towers."""
+    std, mean = torch.std_mean(frozen.pictures, dim=0)
+    std = std.clamp(min=1e-6)
+    features = Side((frozen.pictures - mean) / std, frozen.sentences)
+    setting = heads.Setting(
+        "clip", seed, "", epochs=epochs, batch_size=batch_size, train_pictures=len(frozen.pictures)
+    )
+    return OnFrozen(heads.train(setting, features), features, mean, std)
 
 
 class Model(nn.Module):
@@ -125,20 +155,14 @@ class Model(nn.Module):
 
 
 def train(setting: Setting, start: Start) -> Model:
-    """Train heads on the frozen towers, then the upper parts with them; return the model in evaluation mode.
+    """Train the upper parts with the heads of frozen towers, and return the model in evaluation mode.
 
     A seed gives every arm the same heads, batches and sentences.
     """
-    std, mean = torch.std_mean(start.frozen.pictures, dim=0)
-    std = std.clamp(min=1e-6)
-    standardised = Side((start.frozen.pictures - mean) / std, start.frozen.sentences)
+    before = start.heads(setting)
+    standardised, trained = before.features, copy.deepcopy(before.heads)
     n = len(standardised.pictures)
-    of_heads = heads.Setting(
-        "clip", setting.seed, setting.side, epochs=setting.head_epochs, batch_size=setting.batch_size,
-        train_pictures=n,
-    )  # fmt: skip
-    trained = heads.train(of_heads, standardised)
-    model = Model(start.tails(setting.depth), trained, mean, std)
+    model = Model(start.tails(setting.depth), trained, before.mean, before.std)
     if not setting.epochs:
         return model.eval()
     seen, steps = start.activations(setting.depth), n // setting.batch_size
