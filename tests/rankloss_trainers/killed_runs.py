@@ -48,7 +48,7 @@ def sentence_transformers() -> Training:
 
     def run(folder: Path) -> dict[str, Tensor]:
         given = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
-        model = tiny(folder.parent)
+        model = tiny()
         trained = train(folder, rank_clip(model), model, resume=whole_checkpoint(folder), **given)
         lines = [line["rank_lambda"] for line in trained.state.log_history if "loss" in line]
         return {"weights": weights(model), "lambdas": torch.tensor(lines)}

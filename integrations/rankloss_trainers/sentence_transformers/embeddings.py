@@ -41,7 +41,8 @@ class EmbeddingLoss(nn.Module):
     def embedded(self, column: dict[str, Tensor]) -> Tensor:
         """The embeddings of a column, divided by their norms, in float32 at least."""
         inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
-        if self.mini_batch_size is not None and type(inner[0].forward).__name__ == "TransformerDecorator":
+        is_split = self.mini_batch_size is not None and not hasattr(inner, "_orig_mod")  # refused below
+        if is_split and type(inner[0].forward).__name__ == "TransformerDecorator":
             raise ValueError(
                 "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
                 f"layer of the whole batch; got {self.mini_batch_size}"
