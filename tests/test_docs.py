@@ -163,7 +163,7 @@ def lists_of_sentences(code: str) -> None:
     tiny = pytest.importorskip("tiny_sentences")
     words = tiny.WORDS
     rows = [{"query": words[n], "candidates": words[10 + n : 12 + n], "label": [n % 2, 2]} for n in range(8)]
-    model, before = tiny.tiny(Path()), tiny.weights(tiny.tiny(Path()))
+    model, before = tiny.tiny(), tiny.weights(tiny.tiny())
     args = tiny.SentenceTransformerTrainingArguments(
         "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
     )
@@ -201,8 +201,8 @@ def taught_sentences(code: str) -> None:
     pairs = taught(20, image=tiny.WORDS[:-33:-1])  # wider than the model's 16
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
-    model = tiny.tiny(Path())
-    names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(Path()), pairs=pairs)
+    model = tiny.tiny()
+    names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(), pairs=pairs)
     ended = tiny.train(Path(), names["loss"], model, train_dataset=names["pairs"], max_steps=2)
     assert ended.state.log_history[-2]["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
 
