@@ -287,7 +287,7 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
         TypeError: unless it is a tensor or a number of Python or NumPy.
         ValueError: for all else.
     """
-    if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.integer, np.floating)):
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
     if not isinstance(value, Tensor):
         return

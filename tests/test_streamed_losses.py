@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -362,6 +363,8 @@ def test_a_streamed_loss_checks_its_inputs() -> None:
         GatheringLoss().streamed(softmax, v, t[:5], s, b)
     with pytest.raises(ValueError, match=r"logit_scale must be positive .*; got -10"):
         GatheringLoss().streamed(softmax, v, t, -s, b)
+    with pytest.raises(TypeError, match=r"logit_scale must be a float or .*; got numpy.complex64"):
+        GatheringLoss().streamed(softmax, v, t, np.complex64(10), b)
 
 
 def test_a_chunk_of_no_row_is_refused() -> None:
