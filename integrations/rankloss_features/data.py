@@ -7,6 +7,7 @@ import bisect
 import functools
 import hashlib
 import itertools
+import numbers
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,6 +60,21 @@ def groups_of(data: Any, size: int, left: Iterable[range]) -> list[tuple[int, Sp
     return [(source, [span]) for source, spans in groups.items() for span in spans]
 
 
+def check_id(value: Any, row: int, column: str) -> None:
+    """Raise a ValueError for an id of a pair that is neither a text nor an integer.
+
+    Missing ids would make one group of all their pairs, and so would floats that are rounded alike.
+
+    Example:
+        >>> check_id("red-shoe", 0, "product")
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Integral)):
+        kind = type(value).__name__
+        raise ValueError(
+            f"ids of pairs must be texts or integers; column {column} has the {kind} {value!r} in row {row}"
+        )
+
+
 class Table:
     """A ``datasets.Dataset``.
 
@@ -76,7 +92,7 @@ class Table:
             pictures that cannot be read.
 
     Raises:
-        ValueError: It has no such column, or one of another kind.
+        ValueError: It has no such column, or one of another kind, or an id is neither a text nor an integer.
     """
 
     is_stream = False
@@ -92,6 +108,8 @@ class Table:
             if id_column not in dataset.column_names:
                 raise ValueError(f"there is no column {id_column!r} of ids, but {dataset.column_names}")
             self.ids = list(dataset.with_format(None)[id_column])
+            for row, value in enumerate(self.ids):
+                check_id(value, row, id_column)
         dataset = dataset.with_format(None).select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "caption"})
         try:
@@ -316,17 +334,20 @@ def _decoded(picture: bytes | str) -> Any:
     return opening.picture(picture, upright=True)
 
 
-def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:
-    """Two columns of a CSV file as open_clip's trainer has them: pandas makes 7 of 007, and drops ``NA``.
+def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -> Any:
+    """The columns of a CSV file as open_clip's trainer has them: pandas makes 7 of 007, and drops ``NA``.
 
     Args:
         path: The file.
         separator: Between its columns.
-        keys: The columns by the options that name them.
+        keys: The columns of pictures and captions by the options that name them.
+        ids_key: The column of ids, or None.
     """
     import datasets
     import pandas  # type: ignore[import-untyped]
 
+    if ids_key is not None:
+        keys = {**keys, "--ids-key": ids_key}
     try:
         table = pandas.read_csv(path, sep=separator)
     except (OSError, ValueError) as error:
@@ -340,6 +361,9 @@ def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:
             row = int(missing.argmax())
             cell = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)[key].iloc[row]
             raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
+    if ids_key is not None:
+        for row, value in enumerate(table[ids_key].tolist()):
+            check_id(value, row, ids_key)
     return datasets.Dataset.from_dict({key: [str(x) for x in table[key].tolist()] for key in keys.values()})
 
 
@@ -385,8 +409,7 @@ def open_data(args: Any) -> Data:
     datasets.disable_progress_bars()
     if kind == "csv":
         keys = {"--csv-img-key": args.csv_img_key, "--csv-caption-key": args.csv_caption_key}
-        columns = keys if ids_key is None else {**keys, "--ids-key": ids_key}
-        table = _csv(path, args.csv_separator, columns)
+        table = _csv(path, args.csv_separator, keys, ids_key)
         return Table(table, args.csv_img_key, args.csv_caption_key, ids_key, kind=kind, data=path)
     dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):

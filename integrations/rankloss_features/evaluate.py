@@ -118,7 +118,8 @@ def _read(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--against {file} is no JSON: {error}") from error
-    missing = [x for x in ("identity", "ranks", "recall") if not isinstance(result, dict) or x not in result]
+    entries = ("identity", "ranks", "recall", "model", "data", "ids_key", "pictures", "texts")
+    missing = [x for x in entries if not isinstance(result, dict) or x not in result]
     if missing:
         raise ValueError(f"--against {file} is no result of --json: it has no {missing[0]!r}")
     return dict(result)

@@ -249,11 +249,14 @@ def differences(encoded: Encoded, result: Mapping[str, Any], other: Mapping[str,
         other: The same of another model.
 
     Returns:
-        By name as in ``recall``: ``value``, ``low``, ``high``.
+        By name as in ``recall``: ``value``, ``low``, ``high``; without the directions that the other has not,
+        since it was evaluated without ids.
     """
     scores = {}
     for name in result["recall"]:
         way, _, k = name.rpartition("_R@")
+        if way not in other["ranks"]:
+            continue
         ours, theirs = (hits_within(int(k), np.array(x["ranks"][way], np.float64)) for x in (result, other))
         scores[name] = Scores(ours - theirs, encoded.groups(way))
     return means(scores)

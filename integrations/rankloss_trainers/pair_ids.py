@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankloss_features.data import check_id
 from rankloss_trainers.graded.lists import hash_identity, identify
 
 CAPTIONS = "captions"
@@ -60,14 +60,8 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
 
 def _check_id(value: Any, row: int, column: str) -> None:
     """Raise a ValueError for a value that is neither a text nor an integer of 64 bits."""
-    if isinstance(value, str):
-        return
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        kind = type(value).__name__
-        raise ValueError(
-            f"ids of pairs must be texts or integers; column {column} has the {kind} {value!r} in row {row}"
-        )
-    if not -_LARGEST - 1 <= int(value) <= _LARGEST:
+    check_id(value, row, column)
+    if not isinstance(value, str) and not -_LARGEST - 1 <= int(value) <= _LARGEST:
         raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
 
 

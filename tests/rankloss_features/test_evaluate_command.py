@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import open_clip
 import pytest
@@ -195,6 +196,52 @@ def test_other_data_and_other_files_are_no_comparison(
     assert "no JSON" in refusal(capsys, run(sample_folder, data, "--against", str(data)))
     base.write_text('{"identity": "0"}')
     assert "it has no 'ranks'" in refusal(capsys, run(sample_folder, data, "--against", str(base)))
+
+
+def test_a_result_without_ids_is_compared_in_the_directions_that_it_has(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    """Where each picture has an id of its own, and two captions: the texts have partners by ids alone."""
+    rows = [
+        {**row, "title": f"{row['title']} {place}", "product": f"product {number}"}
+        for number, row in enumerate(rows_of(sample_folder / "val.csv"))
+        for place in ("here", "there")
+    ]
+    data, base = write(tmp_path / "two.csv", rows), tmp_path / "base.json"
+    assert run(sample_folder, data, "--json", str(base)) == 0
+    result = evaluated(sample_folder, data, tmp_path, "--ids-key", "product", "--against", str(base))
+    assert "text_to_text_R@1" in result["recall"]
+    assert {name.rpartition("_R@")[0] for name in result["differences"]} == {*WAYS}
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        (["a", None, None, "b"], "NoneType None in row 1"),
+        ([1.5, 1.5, 2.5, 2.5], "float 1.5 in row 0"),
+        ([True, True, False, False], "bool True in row 0"),
+        ([["a"], ["a"], ["b"], ["b"]], r"list \['a'\] in row 0"),
+    ],
+)
+def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, values: list[Any], wrong: str
+) -> None:
+    """Missing ids would make partners of all their pictures."""
+    rows = rows_of(sample_folder / "val.csv")[:4]
+    columns = {"image": [row["filepath"] for row in rows], "caption": [row["title"] for row in rows]}
+    datasets.Dataset.from_dict({**columns, "product": values}).save_to_disk(tmp_path / "data")
+    error = refusal(capsys, run(sample_folder, tmp_path / "data", "--ids-key", "product"))
+    assert re.search(f"ids of pairs must be texts or integers; column product has the {wrong}", error)
+
+
+@pytest.mark.parametrize(("first", "second"), [("1e5", "100000"), ("1.1", "1.10"), ("true", "TRUE")])
+def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, first: str, second: str
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")[:2]
+    rows[0]["product"], rows[1]["product"] = first, second
+    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    assert re.search("ids of pairs must be texts or integers; column product has the (float|bool) ", error)
 
 
 def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
