@@ -217,7 +217,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     values: dict[str, Any] = {
         "records": len(find.records),
         "bar": f"{sizes.bar:g}",
-        "tries": [],
+        "tries": tries_rows(find),
         "verdict": "The tries are not whole yet.",
         "arms": [],
         "tests": [],
@@ -225,7 +225,6 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     }
     try:
         found = search(sizes, find)
-        values["tries"] = tries_rows(found)
         values["verdict"] = verdict_sentence(found, sizes.bar)
         records = arms_of(sizes, find)
     except MissingError:
@@ -249,14 +248,19 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     return values
 
 
-def tries_rows(found: Search) -> list[list[str]]:
-    """Return a row for each try: its mean, and the difference from the best heads, paired by seed."""
-    reference = found.heads[best(found.heads)]
+def tries_rows(find: Find) -> list[list[str]]:
+    """Return a row for each try with a record: its mean, and the difference from the best heads."""
+    tries: Tries = {}
+    for one, record in find.records.items():
+        if one.side == "dev" and one.arm == "clip":
+            tries.setdefault(dataclasses.replace(one, seed=0), {})[one.seed] = PRIMARY(record)
+    in_order = sorted(tries, key=lambda one: (one.epochs, one.depth, one.lr, one.head_epochs))
+    reference = best({one: tries[one] for one in in_order if not one.epochs})
     rows = []
-    for one, by_seed in (*found.heads.items(), *found.towers.items()):
+    for one in in_order:
         towers = f"{one.epochs} epochs, depth {one.depth}, {one.lr:g}" if one.epochs else "frozen"
-        minus = difference_text(paired_difference(by_seed, reference)) if by_seed is not reference else "–"
-        rows.append([str(one.head_epochs), towers, mean_text(estimate(list(by_seed.values()))), minus])
+        minus = "–" if one == reference else difference_text(paired_difference(tries[one], tries[reference]))
+        rows.append([str(one.head_epochs), towers, mean_text(estimate(list(tries[one].values()))), minus])
     return rows
 
 
