@@ -183,7 +183,7 @@ class Runtime(nn.Module):
         if self._has_progress:
             lengths = {"epoch": epochs, "step": total_steps}
             self._training = f"{self.name}: {course(self.criterion, self.unit, lengths)}"
-            warn_of_change(self._training_before, self._training)
+        warn_of_change(self._training_before, self._training or self.name)
         self._training_before = None
 
     def end(self) -> None:

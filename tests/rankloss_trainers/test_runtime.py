@@ -320,6 +320,18 @@ def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_sho
         assert f"{before}this run trains with rankclip: {now}: λ does not go on" in message
 
 
+def test_a_checkpoint_of_a_loss_with_a_schedule_warns_a_run_of_one_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = run_of(HOST, "spread")
+    run.restore(begun(None))
+    run.begin(2, 20)
+    (message,) = caplog.messages
+    assert "trained with rankclip: linear per step over 20 step(s); this run trains with spread" in message
+    run.begin(2, 20)
+    assert caplog.messages == [message], "a second training is not resumed"
+
+
 # --- a teacher ------------------------------------------------------------------------------------------
 
 
