@@ -53,13 +53,9 @@ def looped(name: str, *, is_compiled: bool, is_told_inside: bool) -> dict[str, A
     return {"values": torch.stack(values), "weights": weights(model), **loss.state_dict()}
 
 
-def some_slow(*names: str) -> list[Any]:
-    """All but the first few losses in the slow part."""
-    fast = ("rankclip", "tiny-caption")
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", some_slow(*NAMES))
+@pytest.mark.parametrize(
+    "name", [x if x == "rankclip" else pytest.param(x, marks=pytest.mark.slow) for x in NAMES]
+)
 def test_a_compiled_step_of_a_loop_is_the_step(name: str) -> None:
     expected = looped(name, is_compiled=False, is_told_inside=False)
     for is_told_inside in (False, True):
