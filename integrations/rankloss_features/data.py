@@ -128,15 +128,18 @@ class Table:
         for row, caption in enumerate(block["caption"], first):
             if not (caption and isinstance(caption, str)):
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
-        paths = block["image.path"]
-        pictures: list[Any] = paths
-        if not self._shared_paths.isdisjoint(paths):
-            contents = self.contents[first : first + len(paths)]["image.bytes"]
-            pictures = [
-                content if path in self._shared_paths and content else path
-                for path, content in zip(paths, contents, strict=True)
-            ]
+        pictures = self._pictures(first, block["image.path"])
         return block["caption"], [name_of(picture, self._folder) for picture in pictures]
+
+    def _pictures(self, first: int, paths: list[str | None]) -> list[Any]:
+        """The path of each row's picture, or the bytes of one whose path others share."""
+        if self._shared_paths.isdisjoint(paths):
+            return [*paths]
+        contents = self.contents[first : first + len(paths)]["image.bytes"]
+        return [
+            content if path in self._shared_paths and content else path
+            for path, content in zip(paths, contents, strict=True)
+        ]
 
     @functools.cached_property
     def _all_paths(self) -> Any:
@@ -190,15 +193,12 @@ class Table:
         return digest.hexdigest()
 
     def sources(self) -> list[str]:
-        """The picture of each row: its path, or a hash of its bytes."""
+        """The picture of each row: its path, or a hash of its bytes if others share the path, as None."""
         sources: list[str] = []
         for first in range(0, len(self.names), _BLOCK):
             paths = self.names[first : first + _BLOCK]["image.path"]
-            contents = [None] * len(paths)
-            if not all(paths):
-                contents = self.contents[first : first + len(paths)]["image.bytes"]
-            both = zip(paths, contents, strict=True)
-            sources += [path if content is None else name_of(content) for path, content in both]
+            pictures = self._pictures(first, paths)
+            sources += [picture if isinstance(picture, str) else name_of(picture) for picture in pictures]
         return sources
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002

@@ -24,6 +24,7 @@ from tiny_teacher import ROWS, csv_data, data_of, files, flip, picture, shards, 
 
 import rankloss_trainers
 from rankloss_features import Features, bind
+from rankloss_features import data as data_module
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
 from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair
@@ -209,10 +210,24 @@ def products(tmp_path: Path, *, is_embedded: bool, folder: str = "data") -> Any:
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
+def test_a_picture_has_one_source_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture without a path may stand beside it or not."""
+    monkeypatch.setattr(data_module, "_BLOCK", 2)
+    images = [{"bytes": picture(i), "path": name} for i, name in ((0, "x"), (1, None), (0, "x"), (2, "y"))]
+    rows = datasets.Dataset.from_dict({"image": images, "caption": [*"abcd"]})
+    found = Table(rows.cast_column("image", datasets.Image()), "image", "caption", data="given").sources()
+    assert found[0] == found[2]
+    assert len({*found}) == 3
+
+
 @pytest.mark.parametrize("is_embedded", [True, False])
 def test_pictures_of_one_file_name_are_told_apart(tmp_path: Path, is_embedded: bool) -> None:
     data = products(tmp_path, is_embedded=is_embedded)
-    path = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher()).path
+    pairs = Table(data, "image", "caption", data="given")
+    sources = pairs.sources()  # by which an evaluation knows the captions of one picture
+    assert sources[::2] == sources[1::2]
+    assert len({*sources}) == ROWS // 2
+    path = written(tmp_path / "x", pairs, teacher()).path
     bind(data, path)
     reordered = data.select([2, 3, 0, 1, *range(4, ROWS)])
     with pytest.raises(ValueError, match=f"row 0 .* is row 2 of the {ROWS}"):
