@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rankloss_features import image_encoders, packages, sources, text_encoders
+from rankloss_features import image_encoders, packages, sources
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import read_about
@@ -29,7 +29,7 @@ from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import precision_on, turn, write
 
-_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A, text=B or captions"
+_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 _REMEDY = "give the training teacher FOLDER"
 _BATCH_SIZE, _WORKERS = 256, 2
@@ -55,8 +55,6 @@ class Spec(NamedTuple):
     def of(cls, text: str) -> Spec:
         """Parse a teacher: ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A`` or ``text=B``.
 
-        ``captions`` is short for ``text=captions``.
-
         Raises:
             ValueError: It is none of these.
 
@@ -74,8 +72,6 @@ class Spec(NamedTuple):
             encoders = {_ENCODERS[key]: name for key, _, name in parts}
             if len(encoders) == len(parts) and all(encoders.values()):
                 return cls(**encoders)
-        elif text_encoders.parse_captions(text):
-            return cls(text_encoder=text)
         elif text.startswith(sources.OWN_WEIGHTS) and text not in sources.OWN_WEIGHTS:
             return cls(model=text)
         else:
@@ -129,8 +125,6 @@ class Spec(NamedTuple):
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         if name == "image_encoder":
             image_encoders.loader_of(value)
-        if name == "text_encoder" and text_encoders.parse_captions(value):
-            import sklearn  # noqa: F401
         if self.pretrained is not None:
             import open_clip
 
@@ -237,10 +231,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
-    files = {}
-    for name in spec:
-        if name is not None and text_encoders.parse_captions(name) is None:
-            files[name] = _files(name)
+    files = {name: _files(name) for name in spec if name is not None}
     known = json.dumps([spec, files, settings, data.identity()])
     digest = hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
     words = []

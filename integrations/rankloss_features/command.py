@@ -86,9 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     said.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="of texts: a model of sentence-transformers or transformers (a folder), minilm of the extra "
-        "encoders, or captions, the words of the data's own captions in 256 dimensions (captions:64; "
-        "captions:characters for languages without spaces)",
+        help="of texts: a model of sentence-transformers or transformers (a folder), or minilm of the extra "
+        "encoders",
     )
     stored = "a folder or .npz file of image_features and text_features, in the order of the data"
     said.add_argument("--features", metavar="PATH", help=stored)

@@ -7,7 +7,6 @@
     pairs.npy                  [rows], uint64: the hash of each row's caption and image name
     image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
     text_features-00000.npy    likewise; one of the two modalities may be missing
-    captions.npz               an encoder that was fitted on the captions, if the teacher is one
 
 A row of zeros has no features, since its picture cannot be read. ``folder.json`` has a hash of its own
 entries, too, so a file that is cut, changed or from another folder is refused, and named. While the folder is
@@ -47,7 +46,7 @@ FORMAT = 3
 
 Array = np.ndarray[Any, Any]
 
-ABOUT, PAIRS, FITTED = "folder.json", "pairs.npy", "captions.npz"
+ABOUT, PAIRS = "folder.json", "pairs.npy"
 _EARLIER = "features.json"  # of formats 1 and 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 65_536  # pairs that are hashed together
@@ -398,16 +397,6 @@ class Pairs:
         files = self.files_of(shard).items()
         return {x: read_array(file, about["dtype"], (rows, about["widths"][x])) for x, file in files}
 
-    def read_fitted(self) -> Path:
-        """The file of an encoder that was fitted on the captions.
-
-        Raises:
-            ValueError: It is not as it was written.
-        """
-        file = Path(self.path, FITTED)
-        self.check_hash(FITTED, file.read_bytes() if file.is_file() else b"")
-        return file
-
     def check_hash(self, name: str, content: Any) -> None:
         """Compare the content of a file, or its array, with its hash.
 
@@ -553,8 +542,6 @@ class Features(Pairs):
         for shard in self.shards:
             for name, file in self.files_of(shard).items():
                 self.check_hash(file.name, self.arrays[name].shards[shard])
-        if FITTED in self.about["files"]:
-            self.read_fitted()
         return self
 
 
@@ -562,19 +549,11 @@ class Draft(Pairs):
     """A folder that is written."""
 
     @staticmethod
-    def begin(
-        output: Path, about: dict[str, Any], pairs: Array, fit: Callable[[BinaryIO], None] | None = None
-    ) -> None:
-        """Make a folder without features, of some entries and pairs, and of an encoder to be fitted."""
+    def begin(output: Path, about: dict[str, Any], pairs: Array) -> None:
+        """Make a folder without features, of some entries and pairs."""
         _delete_marks(output)  # of other pairs
         files = {PAIRS: hash_of(pairs).hex()}
         about = {**about, "rows": len(pairs), "complete": False, "files": files}
-        if fit is not None:
-            with replacing(output / FITTED) as file:
-                fit(file)
-                file.flush()
-                files[FITTED] = hash_of(draft_path(output / FITTED).read_bytes()).hex()
-                write_about(output, about)  # first, since a folder without it is another's
         write_about(output, about)
         write_array(output / PAIRS, pairs)
 
@@ -600,7 +579,7 @@ class Draft(Pairs):
         Raises:
             ValueError: No row has features.
         """
-        files = {name: self.about["files"][name] for name in (PAIRS, FITTED) if name in self.about["files"]}
+        files = {PAIRS: self.about["files"][PAIRS]}
         skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)

@@ -48,14 +48,12 @@ class Encoders:
         """Load both.
 
         Raises:
-            ValueError: One is not found or not installed, or is fitted on the captions of its data.
+            ValueError: One is not found or not installed.
         """
         with named_errors(f"--image-encoder {self.image_encoder}"):
             images = image_encoders.load(self.image_encoder, self.image_weights, device)
         with named_errors(f"--text-encoder {self.text_encoder}"):
             texts = text_encoders.load(self.text_encoder, batch_size, device)
-        if texts.encoders[_TEXTS].fit is not None:
-            raise ValueError(f"--text-encoder {self.text_encoder} has no weights, which heads need")
         encoders = {**images.encoders, **texts.encoders}
         return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SPACES[1])
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +24,14 @@ class Encoder:
     Attributes:
         prepare: From samples to the encoder's inputs; called in the processes that read the data.
         encode: From the inputs to ``[n, D']`` features.
-        width: D'; of an encoder that is still to be fitted, at most so many.
+        width: D'.
         needs_pictures: True if the samples' pictures are opened.
-        fit: Fits the encoder on the captions of all pairs, writes what it learned into a file, and returns
-            its width; None for an encoder that knows all.
-        fitted: The encoder that a file describes.
     """
 
     prepare: Callable[[list[Sample]], Any]
     encode: Callable[[Any], Tensor]
     width: int
     needs_pictures: bool = False
-    fit: Callable[[Iterable[str], BinaryIO], int] | None = None
-    fitted: Callable[[Path], Encoder] | None = None
 
 
 @dataclass(frozen=True)

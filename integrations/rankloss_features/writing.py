@@ -6,12 +6,10 @@ import datetime
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +82,7 @@ def write(
             _share_counts(data)  # the others wait for the folder here
         draft = Draft(str(output))
         share = draft.shards[rank::world]
-        _compute(draft, share, data, _fitted(teacher, draft), workers, shows=is_first)
+        _compute(draft, share, data, teacher, workers, shows=is_first)
         if world > 1:
             torch.distributed.barrier()
         if is_first:
@@ -101,14 +99,6 @@ def _share_counts(data: Data) -> None:
     counts = [data.counts]
     torch.distributed.broadcast_object_list(counts)
     data.counts = counts[0]
-
-
-def _fitted(teacher: Teacher, draft: Draft) -> Teacher:
-    """The teacher, whose encoders that were fitted to the data are those of the folder."""
-    encoders = {}
-    for name, encoder in teacher.encoders.items():
-        encoders[name] = encoder.fitted(draft.read_fitted()) if encoder.fitted else encoder
-    return replace(teacher, encoders=encoders)
 
 
 def _join_processes(rank: int, world: int) -> None:
@@ -175,9 +165,6 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     if found is None:
         _check_has_no_files(output)
     else:
-        for name, encoder in teacher.encoders.items():
-            if encoder.fit and name in found["widths"]:  # known once it is fitted
-                about["widths"][name] = found["widths"][name]
         _check_is_of(output, found, about)
     has_pairs = found is not None and (found["complete"] or (output / PAIRS).exists())
     if has_pairs:
@@ -203,7 +190,7 @@ def _check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> 
 
 
 def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:
-    """Write all of the folder but its shards: the entries, the hashes of the pairs, the fitted encoders."""
+    """Write all of the folder but its shards: the entries, and the hashes of the pairs."""
     pairs = _hash_pairs(data)
     if teacher.rows not in (None, len(pairs)):
         raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
@@ -211,23 +198,7 @@ def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, An
         advice = ": --features must be of these data, in their order"
         teacher.pairs.compare(data.pairs(), str(data.about["data"]), advice)
     about = {**about, "shard_rows": size_of_shards(len(pairs)), "data": data.about}
-    texts = (caption for captions, _ in data.pairs() for caption in captions)
-    fits = []
-    for name, encoder in teacher.encoders.items():
-        if encoder.fit:
-            fits.append(partial(_fit, about["widths"], name, encoder.fit, texts))
-    Draft.begin(output, about, pairs, *fits)
-
-
-def _fit(
-    widths: dict[str, int],
-    name: str,
-    fit: Callable[[Iterable[str], BinaryIO], int],
-    texts: Iterable[str],
-    file: BinaryIO,
-) -> None:
-    """Fit an encoder, and note its width before the folder's entries are written."""
-    widths[name] = fit(texts, file)
+    Draft.begin(output, about, pairs)
 
 
 def _hash_pairs(data: Data) -> Array:

@@ -59,11 +59,6 @@ LOSSES: Mapping[str, Named] = {
         teacher="required",
         help="rankclip trained to match a teacher's eight best ranks",
     ),
-    "rankclip-captions": _rank_clip(
-        {**_SOFT, "lambda_in": 4.0},
-        teacher="text=captions",
-        help="rankclip taught by the words that captions share: pairs alone are needed, and no encoder",
-    ),
     "rankclip-encoders": _rank_clip(
         {**_SOFT, "lambda_in": 16.0},
         teacher="image=efficientnet-lite0,text=minilm",

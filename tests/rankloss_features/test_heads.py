@@ -103,14 +103,6 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
-def test_encoders_that_are_fitted_on_their_data_are_refused(
-    sample_folder: Path, tmp_path: Path, capsys: Any
-) -> None:
-    val = ("--val-data", str(sample_folder / "val.csv"))
-    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", *val, texts="captions")
-    assert "--text-encoder captions has no weights, which heads need" in refusal(capsys, code)
-
-
 def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     error = refusal(capsys, run(sample_folder, tmp_path, sample_folder / "train.csv"))

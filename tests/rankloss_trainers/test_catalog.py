@@ -316,7 +316,7 @@ def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
     odd = tmp_path / "a=b:c"
     odd.mkdir()
     assert [Teacher(x).folder for x in ("teacher", str(odd))] == ["teacher", str(odd)]
-    for text in ("text=minilm", "captions", "text=captions:64"):
+    for text in ("text=minilm", "image=a,text=b"):
         assert Teacher(text).are_encoders
     assert not Teacher("ViT-B-32:openai").are_encoders
     with pytest.raises(OptionError, match=r"^teacher: "):

@@ -200,27 +200,27 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
     assert len(loaded) == 1
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES_OF_LOSSES if load(x).teacher not in (None, "required")])
-def test_every_preset_trains_with_its_own_teacher_and_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The captions are real, of a few words, and encoders that an extra installs are tiny."""
-    original, loaded = sources.load, []
+def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Put tiny encoders in the place of those that an extra installs; the teachers that are loaded."""
+    loaded: list[Any] = []
 
-    def load_tiny(given: list[str], args: Any, device: torch.device) -> Any:
+    def load_tiny(given: list[str], args: Any, device: torch.device) -> Teacher:
         loaded.append(given)
-        if args.text_encoder == "captions":
-            return original(given, args, device)
         whole = tiny_teacher.teacher()
         return Teacher(whole.about, dict.fromkeys(NAMES, whole.encoders[NAMES[1]]), spaces="separate")
 
     monkeypatch.setattr(sources, "load", load_tiny)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)
+    return loaded
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES_OF_LOSSES if load(x).teacher not in (None, "required")])
+def test_every_preset_trains_with_its_own_teacher_and_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    loaded = tiny_encoders(monkeypatch)
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    words = ["apple pie", "apple tree", "old tree", "old pie", "pear"]
-    data = captioned().remove_columns("caption")
-    data = data.add_column("caption", [f"{words[row % 5]} {row % 7}" for row in range(ROWS)])
-    ended = train(tmp_path, pairs=joined(data), loss=name, max_steps=2, **SGD)
+    ended = train(tmp_path, pairs=joined(captioned()), loss=name, max_steps=2, **SGD)
     assert len(loaded) == 1
     assert ended.loss_runtime.teaching.use == "required"
     assert all(math.isfinite(x) for x in column(ended, "loss"))
@@ -232,10 +232,9 @@ def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
-    words = ["apple pie", "apple tree", "old tree", "old pie", "pear"]
-    captions = [words[row % len(words)] for row in range(ROWS)]
-    data = captioned().remove_columns("caption").add_column("caption", captions)
-    train(tmp_path / "run", pairs=joined(data), loss="rankclip-in", teacher="captions:2", max_steps=1, **SGD)
+    tiny_encoders(monkeypatch)
+    given = {"loss": "rankclip-in", "teacher": "image=efficientnet-lite0,text=minilm"}
+    train(tmp_path / "run", pairs=joined(captioned()), **given, max_steps=1, **SGD)
     (folder,) = (tmp_path / "teachers").glob("*/folder.json")
     assert folder.is_file()
     assert not list((tmp_path / "run").rglob("folder.json"))

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankloss_features.captions import CaptionVectors
-from rankloss_trainers import create
+import rankloss
 from studies import icons
 from studies.data import drawings
 from studies.data.features import Encoders, FrozenEncoders, cached, standardised
 from studies.data.flickr8k import read
 from studies.data.pairs import DataSet, Thumbnails, of_photographs
+from studies.data.words import WordVectors
 from studies.manifest import HERE
 from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record, read_lines
@@ -34,7 +34,7 @@ from studies.students.measure import PRIMARY, hits_of_pictures, recorded
 from .search import Search, without_encoders
 
 SEARCHES = ("search", "pixels")
-CAPTIONS = "rankclip-captions"
+CAPTIONS = "rankclip-captions"  # the name that its records have
 LOSSES = {
     "smoothing": "clip",
     "rankclip": "rankclip",
@@ -71,7 +71,7 @@ class Baselines:
     def words(self) -> Tensor:
         """TF-IDF of the captions to train on, ``[N, S, tokens]``."""
         texts = [*itertools.chain(*self.captions)]
-        rows = CaptionVectors.fit(texts, dimensions=None).transform(texts)
+        rows = WordVectors(texts, dimensions=None).transform(texts)
         return torch.from_numpy(rows).unflatten(0, (len(self.captions), -1))
 
     def train(self, setting: Setting) -> Record:
@@ -81,7 +81,7 @@ class Baselines:
         def model() -> Any:
             if setting.arm in SEARCHES:
                 return Search(sides["train"], setting.neighbours)
-            loss = create(CAPTIONS, lambda_in=setting.weight) if setting.arm == CAPTIONS else None
+            loss = by_words(setting.weight) if setting.arm == CAPTIONS else None
             seen = functools.partial(self._seen, setting)
             return heads.train(setting, sides["train"], loss=loss, seen=seen)
 
@@ -95,6 +95,14 @@ class Baselines:
             return {losses.TEACHER[1]: self.words[rows, drawn]}
         teacher = self.data.sides["train"].teacher
         return losses.references(setting.arm, (teacher.pictures[rows], teacher.sentences[rows, drawn]))
+
+
+def by_words(weight: float) -> nn.Module:
+    """Return CLIP's loss with the words' similarities as soft targets within both modalities."""
+    return rankloss.RankClipLoss(
+        lambda_cross=0.0, lambda_in=weight, schedule="constant", model="top_one", reference_scale=40.0,
+        diagonal=False,
+    )  # fmt: skip
 
 
 def data(

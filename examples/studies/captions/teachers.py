@@ -13,8 +13,8 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-from rankloss_features.captions import CaptionVectors
 from studies.data.features import FrozenEncoders
+from studies.data.words import WordVectors
 from studies.training import kept
 
 _LSA = 256  # dimensions
@@ -99,7 +99,7 @@ class Teachers:
             made = kept(self.folder / f"{name}.pt", lambda: {"rows": torch.from_numpy(encode())})["rows"]
             found = normalize(made, dim=-1)
             return found.unflatten(0, (n, -1)) if name == "minilm" else found
-        vectors = CaptionVectors.fit(self.texts, dimensions={"lsa": _LSA, "tf-idf": None}[name])
+        vectors = WordVectors(self.texts, dimensions={"lsa": _LSA, "tf-idf": None}[name])
         if name == "tf-idf" and len(self.texts) > _MOST:
             starts = range(0, len(self.texts), _PART)
             parts = [csr_array(vectors.transform(self.texts[start : start + _PART])) for start in starts]
