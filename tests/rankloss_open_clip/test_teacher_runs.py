@@ -136,9 +136,11 @@ def test_a_teachers_data_are_opened_once(
     """When the command line is checked, where the features are computed, too."""
     opened, open_ = [], caching.of_open_clip
     monkeypatch.setattr(caching, "of_open_clip", lambda *given: opened.append(given) or open_(*given))
-    teacher = f"local-dir:{trainer.directory / 'tiny'}"
-    args = trainer.arguments("once", "--loss", "rankclip-distill", OPTION, teacher)
-    args[args.index("--logs") + 1] = str(tmp_path)
+    own = tmp_path / "own"
+    shutil.copytree(trainer.directory / "tiny", own)
+    save_file(open_clip.create_model(f"local-dir:{own}").state_dict(), own / "open_clip_model.safetensors")
+    args = trainer.arguments("once", "--loss", "rankclip-distill", OPTION, f"local-dir:{own}")
+    args[args.index("--logs") + 1] = str(tmp_path / "logs")
     run = run_of(parse_args(args))
     assert run.teaching.features is not None
     assert len(opened) == 1
