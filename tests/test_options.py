@@ -14,7 +14,7 @@ from drawn_options import FIELDS, small_values
 from rankloss.options import CHOICES, RankOptions
 
 LARGEST = 2**31 - 1
-NUMBERS = ["reference_scale"]
+NUMBERS = [name for name, field in FIELDS.items() if "above" in field.metadata]
 NAMED = [name for name in FIELDS if CHOICES[name]]
 COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]
 

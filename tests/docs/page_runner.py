@@ -22,12 +22,15 @@ from typing import Any
 
 TEXTS = {
     "--model ViT-B-32 --pretrained laion2b_s34b_b79k": "--model local-dir:sample/open_clip",
-    "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_6.pt": "--model local-dir:trained",
+    "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_5.pt": "--model local-dir:trained",
     "--image-encoder efficientnet-lite0": "--image-encoder sample/image_encoder",
     "--text-encoder minilm": "--text-encoder sample/text_encoder",
     "pictures/0001.jpg": "sample/pictures/red-circle-small.png",
     '"ViT-B-32"': '"local-dir:sample/open_clip"',
     "openai/clip-vit-base-patch32": "sample/transformers",
+    'read_csv("pairs.csv")': 'read_csv("sample/train.csv", sep="\\t")',
+    'to_csv("train.csv"': 'to_csv("split_train.csv"',
+    'to_csv("val.csv"': 'to_csv("split_val.csv"',
 }
 PATTERNS = {
     r"(--batch-size |_batch_size=)(256|64)\b": r"\g<1>16",
@@ -35,10 +38,11 @@ PATTERNS = {
     r"--epochs 5\b": "--epochs 1",
     r"--epochs 6\b": "--epochs 2",
     r"--epochs 30\b": "--epochs 15",
-    r"epoch_6\.pt": "epoch_2.pt",
+    r"epoch_5\.pt": "epoch_2.pt",
     r"num_train_epochs=5\b": "num_train_epochs=1",
 }
-GOES_ON = {"get_peft_model": "AutoProcessor", "pandas": "load_checkpoint", "rankloss.metrics": "pandas"}
+SEARCH = "held_out = pandas"
+GOES_ON = {"get_peft_model": "AutoProcessor", SEARCH: "load_checkpoint", "rankloss.metrics": SEARCH}
 """A mark of code that needs the names of earlier code, and the mark of that."""
 
 

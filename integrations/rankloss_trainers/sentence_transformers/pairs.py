@@ -71,8 +71,8 @@ class ContrastiveLoss(EmbeddingLoss):
             (``MatryoshkaLoss``) has to. A raw term is logged from the first line on of whose steps all have λ
             above 0.
         gather: The gathering of a named loss, see :class:`rankloss.Gather`.
-        **run_options: The other options of a run, ``schedule_unit`` and ``agreement_every``
-            (:class:`RunOptions <rankloss_trainers.run_options.RunOptions>`).
+        **run_options: The other options of a run, see :class:`RunOptions
+            <rankloss_trainers.run_options.RunOptions>`.
 
     Attributes:
         metrics: The names of the metrics until the log's next line; None before its first step.

@@ -80,8 +80,8 @@ class ContrastiveTrainer(transformers.Trainer):
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
             twice in its running averages. In evaluation the batch is split, too, and ``compute_metrics`` gets
             the embeddings and the scale. By default the batch is embedded at once.
-        **kwargs: The other options of a run, ``schedule_unit`` and ``agreement_every`` (:class:`RunOptions
-            <rankloss_trainers.run_options.RunOptions>`); and keywords of the Trainer.
+        **kwargs: The other options of a run, see :class:`RunOptions
+            <rankloss_trainers.run_options.RunOptions>`; and keywords of the Trainer.
 
     Raises:
         TypeError: for an option that the loss does not have, for ``loss_options`` beside a module or any
