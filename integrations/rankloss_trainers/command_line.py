@@ -93,24 +93,6 @@ def naming_flags(losses: Sequence[Loss]) -> Iterator[None]:
         raise ValueError(with_flag(losses, error)) from error
 
 
-class _OneLoss(argparse.Action):
-    """Keeps the loss of a command line, and refuses a second one: argparse would drop the first."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,  # noqa: ARG002
-        namespace: argparse.Namespace,
-        value: Any,
-        *_: Any,
-    ) -> None:
-        before = getattr(namespace, self.dest, self.default)
-        if before not in (self.default, value):
-            raise argparse.ArgumentError(
-                self, f"{before} and {value} are two losses; {before}{JOIN}{value} joins them"
-            )
-        setattr(namespace, self.dest, value)
-
-
 class LossArguments:
     """``--loss``, the options of losses and of a run on an argparse parser.
 
@@ -142,9 +124,7 @@ class LossArguments:
         self.losses: dict[str, Named] = {}
         self.unusable: dict[str, str] = {}
         group = parser.add_argument_group("loss (rankloss)")
-        loss = group.add_argument(
-            "--loss", action=_OneLoss, default=default or argparse.SUPPRESS, metavar="NAME"
-        )
+        loss = group.add_argument("--loss", default=default or argparse.SUPPRESS, metavar="NAME")
         for option in options_of(RunOptions).values():
             _add(group, RUN, option)
         alike: dict[str, dict[str, Named]] = {}

@@ -135,7 +135,6 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
     ("command", "named"),
     [
         ("--loss siglip", "'siglip'"),
-        ("--loss rankclip --loss spread", "--loss: rankclip+spread"),
         ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in: --loss"),
         ("--loss rankclip --rankclip-lamda-in 1", "--rankclip-lamda-in --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "--rankclip_top_k --rankclip-top-k?"),
