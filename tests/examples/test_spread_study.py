@@ -263,6 +263,19 @@ def test_a_family_is_of_the_cells_that_have_records():
     assert all(len(set(row[3].split(" of "))) == 1 for row in found["blocks"])
 
 
+def test_a_repeat_is_read_once_it_is_whole():
+    """The plan tests four seeds, or eight."""
+    first = {"cells": ["emojis-250"], "arms": ["clip", "spread"], "seeds": [9210, 9211]}
+    sizes = Namespace(**{**vars(SIZES), "blocks": [first, {**first, "seeds": [9214, 9215]}]})
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + one.seed % 3)
+    (whole,) = study.by_cell(sizes, finds)
+    assert sorted(whole.arms.records["clip"]) == [9210, 9211, 9214, 9215]
+    kept = finds["emojis"].records
+    del kept[next(one for one in kept if (one.side, one.arm, one.seed) == ("test", "std-constant", 9215))]
+    (four,) = study.by_cell(sizes, finds)
+    assert sorted(four.arms.records["clip"]) == [9210, 9211]
+
+
 def test_the_second_thousand_of_icons_is_a_cell_of_its_own():
     sizes, finds = records({"std-constant": 4.0}, blocks=2)
     rng = np.random.default_rng(0)

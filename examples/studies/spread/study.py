@@ -204,10 +204,21 @@ class Tested:
         return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
 
 
+def is_whole(one: Cell, block: Mapping[str, Any]) -> bool:
+    """True if all of a block's trainings in a cell have records; a repeat of the first seeds is read then."""
+    try:
+        settings = [one.test(arm, 0) for arm in block["arms"]]
+    except MissingError:
+        return False
+    wanted = [dataclasses.replace(of, seed=seed) for of in settings for seed in block["seeds"]]
+    return len(one.find.there(wanted)) == len(wanted)
+
+
 def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Tested]:
     """Yield the records of every cell's test side, split 0."""
     for one in cells(sizes, list(sizes.cells), finds):
         blocks = [of for of in sizes.blocks if one.name in of["cells"] and "split" not in of]
+        read = [of for of in blocks if of["seeds"] == sizes.blocks[0]["seeds"] or is_whole(one, of)]
         tried: dict[str, Tried] = {}
         settings: dict[str, Setting] = {}
         records: dict[str, dict[int, Record]] = {}
@@ -218,7 +229,7 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Teste
                 continue
             if arm in sizes.tries:
                 tried[arm] = one.tried(arm)
-            seeds = {seed for of in blocks if arm in of["arms"] for seed in of["seeds"]}
+            seeds = {seed for of in read if arm in of["arms"] for seed in of["seeds"]}
             wanted = [dataclasses.replace(settings[arm], seed=seed) for seed in sorted(seeds)]
             if found := {setting.seed: record for setting, record in one.find.there(wanted).items()}:
                 records[arm] = found
