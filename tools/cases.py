@@ -14,7 +14,8 @@ from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import RUN, flag, prefix_of
-from rankloss_trainers.declared import Loss, options_of
+from rankloss_trainers.declared import Loss
+from rankloss_trainers.option import options_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "teacher/"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import rankloss
-from rankloss_trainers.declared import Option, options_of
+from rankloss_trainers.option import Option, options_of
 from rankloss_trainers.run_options import RunOptions
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"

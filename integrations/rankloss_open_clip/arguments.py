@@ -25,9 +25,10 @@ from rankloss_trainers.command_line import (
     mentioned,
     misspelt,
 )
-from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.declared import Choice, Loss
 from rankloss_trainers.host import Host
-from rankloss_trainers.run_options import GIVEN, Choice, RunOptions
+from rankloss_trainers.option import OptionError
+from rankloss_trainers.run_options import GIVEN, RunOptions
 from rankloss_trainers.runtime import Runtime
 
 HOST = Host(

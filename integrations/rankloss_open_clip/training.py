@@ -25,8 +25,9 @@ from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gathe
 from rankloss_open_clip.columns.teacher_rows import RowColumn
 from rankloss_open_clip.columns.text_columns import TextColumns
 from rankloss_trainers.command_line import naming_flags
-from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.declared import Loss
 from rankloss_trainers.entries import Entries, LoggedTerms
+from rankloss_trainers.option import OptionError
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
 

@@ -19,7 +19,8 @@ from importlib import metadata
 from types import MappingProxyType
 
 from rankloss_trainers import citations
-from rankloss_trainers.declared import Loss, Named, Options, did_you_mean
+from rankloss_trainers.declared import Loss, Named, Options
+from rankloss_trainers.option import did_you_mean
 
 GROUP = "rankloss.losses"
 """The group of the entry points."""

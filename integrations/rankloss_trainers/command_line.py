@@ -11,8 +11,9 @@ from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN, prefix_of
-from rankloss_trainers.declared import Loss, Named, Option, OptionError, did_you_mean, options_of, replaced
-from rankloss_trainers.run_options import Choice, RunOptions
+from rankloss_trainers.declared import Choice, Loss, Named, replaced
+from rankloss_trainers.option import Option, OptionError, did_you_mean, options_of
+from rankloss_trainers.run_options import RunOptions
 
 RUN = "loss"
 """The prefix of the options of a run."""

@@ -11,7 +11,8 @@ from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers.declared import Loss, naming_options
+from rankloss_trainers.declared import Loss
+from rankloss_trainers.option import naming_options
 
 _STREAMING = {"chunk_size", "memory_budget"}
 PAIRS = ("ClipLoss", "SigLipLoss")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers.declared import Loss, OptionError
+from rankloss_trainers.declared import Loss
+from rankloss_trainers.option import OptionError
 from rankloss_trainers.run_options import RunOptions
 
 _logger = logging.getLogger("rankloss_trainers")

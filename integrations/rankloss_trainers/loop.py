@@ -12,8 +12,9 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
 from rankloss_trainers.catalog import JOIN, choose, choose_each, names_of
-from rankloss_trainers.declared import Loss, Named, OptionError, Options
+from rankloss_trainers.declared import Loss, Named, Options
 from rankloss_trainers.host import Host
+from rankloss_trainers.option import OptionError
 from rankloss_trainers.progress import METHODS, listeners, units_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime

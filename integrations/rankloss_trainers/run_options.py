@@ -11,10 +11,10 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
-from rankloss_trainers.declared import Loss, OptionError, naming_options, options_of
 from rankloss_trainers.extras import extra
+from rankloss_trainers.option import OptionError, naming_options, options_of
 
 GIVEN = "given"
 """The teacher that the trainer or its data have: columns of features, or open_clip's --distill-model."""
@@ -41,7 +41,7 @@ class RunOptions:
     Example:
         >>> RunOptions(agreement_every=0)
         Traceback (most recent call last):
-        rankloss_trainers.declared.OptionError: agreement_every must be an integer of at least 1; got 0
+        rankloss_trainers.option.OptionError: agreement_every must be an integer of at least 1; got 0
     """
 
     teacher: str | None = None
@@ -103,18 +103,6 @@ def takes_run_options(init: _Init) -> _Init:
     function: Any = init
     function.__signature__ = shown.replace(parameters=[*others, *options, keywords])
     return init
-
-
-class Choice(NamedTuple):
-    """The losses and the options of a run, as a command line gives them.
-
-    Attributes:
-        losses: The losses, the innermost first.
-        options: The options of the run.
-    """
-
-    losses: list[Loss]
-    options: RunOptions
 
 
 class Teacher:

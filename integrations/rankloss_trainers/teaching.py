@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from rankloss.losses import TEACHER, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.composing import arguments_of
-from rankloss_trainers.declared import Loss, OptionError, did_you_mean
+from rankloss_trainers.declared import Loss
 from rankloss_trainers.host import Host
+from rankloss_trainers.option import OptionError, did_you_mean
 from rankloss_trainers.run_options import GIVEN, RunOptions, Teacher
 
 

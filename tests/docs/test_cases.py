@@ -12,7 +12,8 @@ from tools_folder import ROOT, tool
 
 from rankloss_trainers import catalog, create
 from rankloss_trainers.command_line import LossArguments
-from rankloss_trainers.declared import Loss, options_of
+from rankloss_trainers.declared import Loss
+from rankloss_trainers.option import options_of
 
 cases = tool("cases.py")
 README = ROOT / "README.md"

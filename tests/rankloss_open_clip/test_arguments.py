@@ -26,7 +26,8 @@ from rankloss_open_clip import arguments
 from rankloss_open_clip.training import build_loss, run_of
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import RUN, dest, flag, prefix_of, typed_options
-from rankloss_trainers.declared import _REPLACED, options_of
+from rankloss_trainers.declared import _REPLACED
+from rankloss_trainers.option import options_of
 from rankloss_trainers.run_options import RunOptions
 from registered import NAMES as LOSSES
 from registered import register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankloss_trainers.declared import Option, options_of
+from rankloss_trainers.option import Option, options_of
 from rankloss_trainers.run_options import GIVEN, RunOptions
 
 

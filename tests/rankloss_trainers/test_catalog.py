@@ -30,7 +30,8 @@ from rankloss_trainers.command_line import (
     typed_options,
     with_flag,
 )
-from rankloss_trainers.declared import Named, OptionError, options_of
+from rankloss_trainers.declared import Named
+from rankloss_trainers.option import OptionError, options_of
 from rankloss_trainers.run_options import RunKeywords, RunOptions, Teacher
 from registered import register
 

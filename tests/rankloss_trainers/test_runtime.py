@@ -22,9 +22,9 @@ import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
-from rankloss_trainers.declared import options_of
 from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_products
+from rankloss_trainers.option import options_of
 from rankloss_trainers.progress import listeners
 from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime

@@ -27,7 +27,7 @@ from transformers import TrainerState
 
 import rankloss
 from rankloss import schedules
-from rankloss_trainers.declared import options_of
+from rankloss_trainers.option import options_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.sentence_transformers import ContrastiveLoss, Progress
 

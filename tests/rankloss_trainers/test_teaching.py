@@ -17,8 +17,8 @@ from batches import unit
 from rankloss.losses import base_entries, check_base, combined
 from rankloss_trainers import create
 from rankloss_trainers.catalog import choose
-from rankloss_trainers.declared import OptionError
 from rankloss_trainers.host import read_losses
+from rankloss_trainers.option import OptionError
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
 from registered import register

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments
-from rankloss_trainers.declared import options_of
+from rankloss_trainers.option import options_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale

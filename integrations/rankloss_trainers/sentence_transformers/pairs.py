@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rankloss.distributed import GatherOption
 from rankloss_features.binding import taught
 from rankloss_features.folder import NAMES
-from rankloss_trainers.declared import Options, did_you_mean, options_of
+from rankloss_trainers.declared import Options
 from rankloss_trainers.entries import Entries, LoggedTerms
 from rankloss_trainers.extras import extra
 from rankloss_trainers.host import Host, read_losses
+from rankloss_trainers.option import did_you_mean, options_of
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
 from rankloss_trainers.run_options import RunKeywords, RunOptions, takes_run_options
 from rankloss_trainers.runtime import Runtime
@@ -146,8 +147,8 @@ class ContrastiveLoss(EmbeddingLoss):
     def _end_at_backward(self, entries: Entries) -> None:
         """Let the progress that was told serve one backward pass.
 
-        No callback is told of a training that an error ends. A next training that does not tell the loss is
-        then refused, at its second batch at the latest.
+        An error ends a training without a call of its callbacks, and the loss may go into another training
+        that does not tell it: the second batch there is refused, if not the first.
         """
         for term in entries.terms.values():
             if term.requires_grad:

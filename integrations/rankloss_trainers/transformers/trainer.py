@@ -16,11 +16,12 @@ from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN, bind
 from rankloss_trainers.cached import Split
+from rankloss_trainers.declared import Choice
 from rankloss_trainers.entries import Entries
 from rankloss_trainers.extras import extra
 from rankloss_trainers.host import read_losses
 from rankloss_trainers.pair_ids import CAPTIONS, hash_tokens
-from rankloss_trainers.run_options import Choice, RunOptions, takes_run_options
+from rankloss_trainers.run_options import RunOptions, takes_run_options
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings, pair_columns
 from rankloss_trainers.transformers.host import HOST
