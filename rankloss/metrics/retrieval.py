@@ -36,8 +36,7 @@ def recall(
         R@k = mean_q [rank_q ≤ k],   rank_q = 1 + #{a no partner of q : s(q, a) ≥ max_{p a partner} s(q, p)}
 
     An answer that ties with the best partner ranks before it, so a model that maps everything to one point
-    finds nothing. Memory is O(N) beside the features: 100,000 pictures × 100,000 texts of 64 dimensions take
-    0.6 GiB on a CPU, torch included.
+    finds nothing. Memory is O(N) beside the features: 100,000 pictures × 100,000 texts fit.
 
     Without ids image row i and text row i are partners. With ids, an image and a text of one id are: any
     number of captions of a picture, and of pictures of a product. Then pictures are also compared with

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 import rankloss
 from studies.data.features import Side
+from studies.spread.train import by_teacher, rankclip
 from studies.students import heads
 from studies.students.losses import TEACHER
 from studies.training import Descent
@@ -19,7 +20,6 @@ from studies.training import Descent
 from .activations import Activations
 
 TOWERS, START = "towers", "start"  # teachers
-_TEACHER_SCALE = 40.0
 _WEIGHT_DECAY = 0.05
 _PART = 250  # pictures that are embedded at once
 
@@ -53,30 +53,19 @@ class Arm:
     teacher: str = ""
 
 
-def _rankclip(weight: float) -> nn.Module:
-    return rankloss.RankClipLoss(lambda_cross=weight, lambda_in=weight)
-
-
-def _towers(weight: float) -> nn.Module:
-    return rankloss.RankClipLoss(
-        lambda_cross=0.0, lambda_in=weight, schedule="constant", model="top_one",
-        reference_scale=_TEACHER_SCALE, diagonal=False,
-    )  # fmt: skip
-
-
 ARMS = {
     "clip": Arm(lambda _: rankloss.ClipLoss()),
     "smoothing": Arm(lambda value: rankloss.ClipLoss(label_smoothing=value)),
     "spread": Arm(lambda value: rankloss.SpreadLoss(weight=value)),
-    "rankclip": Arm(_rankclip),
-    "towers": Arm(_towers, TOWERS),
+    "rankclip": Arm(rankclip),
+    "towers": Arm(by_teacher, TOWERS),
     "mimicry": Arm(lambda value: rankloss.MimicryLoss(weight=value), START),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a training starts from.
+    """The beginning of a training.
 
     Attributes:
         frozen: Features of the side to train on, from the towers as they are: pooled, and of unit norm.
