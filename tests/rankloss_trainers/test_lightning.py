@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
+import operator
 import os
 import sys
 import warnings
@@ -229,13 +231,13 @@ class Remembering(Module):
 
 
 class Every(Module):
-    """A registered loss with its defaults, and what it takes beside the features."""
+    """Registered losses with their defaults, and what they take beside the features."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(6, D), nn.Linear(5, D)
         self.loss = rankloss_trainers.create(name)
-        inputs = inputs_of(name)
+        inputs = functools.reduce(operator.or_, map(inputs_of, name.split("+")))
         self.given = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
 
     def training_step(self, batch: list[Tensor], _: int) -> Any:
@@ -251,7 +253,7 @@ class Every(Module):
         pass
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "spread+clip-ids"])
 def test_every_registered_loss_trains_with_its_defaults(tmp_path: Path, name: str) -> None:
     module = Every(name)
     before = weights(module)

@@ -255,18 +255,24 @@ class Grouped(Pairs):
         return {**super().__getitem__(i), "group": self.group[i]}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "loss_of"),
+    [
+        ("rankclip", {"schedule": "constant"}, rankloss.RankClipLoss),
+        ("spread", {"weight": 0.5}, rankloss.SpreadLoss),
+    ],
+)
 @pytest.mark.parametrize("key", ["captions", "group"])
 @pytest.mark.parametrize("size", [None, 3])
 def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
-    tmp_path: Path, key: str, size: int | None
+    tmp_path: Path, key: str, size: int | None, name: str, options: dict[str, Any], loss_of: Any
 ) -> None:
     data, model = Grouped(8), clip()
-    given = {"loss_options": {"clip-ids": {"key": key}, "rankclip": {"schedule": "constant"}}}
     ended = train(
         tmp_path,
-        **{"pairs": data, "loss": "clip-ids+rankclip", "max_steps": 1, "mini_batch_size": size},
+        **{"pairs": data, "loss": f"{name}+clip-ids", "max_steps": 1, "mini_batch_size": size},
         **{"eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1},
-        **given,
+        **{"loss_options": {"clip-ids": {"key": key}, name: options}},
         **SGD,
     )
     ids = torch.tensor([data.group.index(x) for x in data.group])
@@ -274,8 +280,7 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
         ids = hash_tokens(data.columns, None)
     assert 0 < len({*ids.tolist()}) < 8
     data.columns["pair_ids"] = ids
-    loss = rankloss.RankClipLoss(rankloss.ClipLoss(same_id="ignore"), schedule="constant")
-    own_loop(model, loss, data, [8], steps=1)
+    own_loop(model, loss_of(rankloss.ClipLoss(same_id="ignore"), **options), data, [8], steps=1)
     torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
     assert column(ended, "pairs_with_partner")[0] > 0
     assert column(ended, "eval_loss")
