@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -106,6 +107,34 @@ def test_excluded_ids_need_ids_of_candidates() -> None:
         lists.loss(loss, *lists.leaves(), excluded_ids=torch.arange(4))
     with pytest.raises(ValueError, match=r"excluded_ids must be 4 integers, one for every pair; got .*\[3\]"):
         lists.loss(loss, *lists.leaves(), candidate_ids=torch.arange(9), excluded_ids=torch.arange(3))
+
+
+LAMBDA = {"model": "lambda"}
+DIFFERENCES = {"model": "pairwise", "pair_weight": "difference"}
+
+
+@pytest.mark.parametrize(
+    ("options", "grade", "needed"),
+    [
+        ({}, math.inf, "numbers or −infinity"),
+        ({}, math.nan, "numbers or −infinity"),
+        (LAMBDA, -1.0, "numbers from 0 to 2⁵³ for model='lambda'"),
+        (LAMBDA, 2.0**54, "numbers from 0 to 2⁵³ for model='lambda'"),
+        (DIFFERENCES, math.inf, "finite for pair_weight='difference'"),
+        (DIFFERENCES, -math.inf, "finite for pair_weight='difference'"),
+    ],
+    ids=str,
+)
+def test_grades_that_the_model_does_not_take_are_refused(
+    options: dict[str, Any], grade: float, needed: str
+) -> None:
+    """At padding any grade is none."""
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, grade]], dtype=F64)
+    q, items = torch.eye(6, dtype=F64)[:2], torch.eye(6, dtype=F64).view(2, 3, 6)
+    with pytest.raises(ValueError, match=re.escape(f"grades must be {needed}; row 1 has [{grade}]")):
+        RankedLists(**options)(q, items, grades)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    assert RankedLists(**options)(q, items, grades, mask=mask).isfinite()
 
 
 @pytest.mark.parametrize("by", ["index", "ids", "index and ids"])

@@ -401,8 +401,7 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
             subject.started()(**{**inputs, name: there[name]})
 
 
-@pytest.mark.parametrize("device", [CUDA, MPS], ids=str)
-@pytest.mark.parametrize("as_numbers", [False, True])
+@pytest.mark.parametrize(("device", "as_numbers"), [(CUDA, False), (MPS, True)], ids=["cuda", "mps, numbers"])
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.takes_pairs], ids=str)
 def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
     subject: Subject, as_numbers: bool, device: torch.device
