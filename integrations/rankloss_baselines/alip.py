@@ -101,6 +101,11 @@ class AlipLoss(GatheringLoss):
         self._steps_are_announced = False
         self._step_begins = True
 
+    def extra_repr(self) -> str:
+        """The options."""
+        names = ("gamma_sample", "gamma_pair", "momentum", "initial_history")
+        return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
+
     def reset_parameters(self) -> None:
         """Start the histories anew, as a module built on the meta device needs it after ``to_empty()``."""
         self.histories.fill_(self.initial_history)

@@ -99,6 +99,10 @@ class CyClipLoss(GatheringLoss):
         }
         return combined(entries, own, output_dict)
 
+    def extra_repr(self) -> str:
+        """The weights."""
+        return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
+
     def terms(
         self, image_features: Tensor, text_features: Tensor, base_inputs: Collection[str] = ()
     ) -> tuple[Tensor, Tensor]:

@@ -337,6 +337,8 @@ def _decoded(picture: bytes | str) -> Any:
 def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -> Any:
     """The columns of a CSV file as open_clip's trainer has them: pandas makes 7 of 007, and drops ``NA``.
 
+    Ids are as the file has them.
+
     Args:
         path: The file.
         separator: Between its columns.
@@ -361,10 +363,31 @@ def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -
             row = int(missing.argmax())
             cell = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)[key].iloc[row]
             raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
+    columns = {key: [str(x) for x in table[key].tolist()] for key in keys.values()}
     if ids_key is not None:
-        for row, value in enumerate(table[ids_key].tolist()):
+        ids = ids_as_written(path, separator, ids_key, table[ids_key])
+        for row, value in enumerate(ids):
             check_id(value, row, ids_key)
-    return datasets.Dataset.from_dict({key: [str(x) for x in table[key].tolist()] for key in keys.values()})
+        if ids_key not in (keys["--csv-img-key"], keys["--csv-caption-key"]):
+            columns[ids_key] = ids
+    return datasets.Dataset.from_dict(columns)
+
+
+def ids_as_written(path: str, separator: str, key: str, parsed: Any) -> list[Any]:
+    """The ids of a CSV file's rows as it has them: 007 and 7, of which pandas makes one integer, are two.
+
+    Args:
+        path: The file.
+        separator: Between its columns.
+        key: The column of ids.
+        parsed: The column as pandas has it. Floats and booleans, which are no ids, stay what they are.
+    """
+    import pandas
+
+    values = list(parsed.tolist())
+    if any(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        values = list(pandas.read_csv(path, sep=separator, usecols=[key], dtype=str)[key].tolist())
+    return values
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The state of a loss in the trainer's checkpoints, and the course of its training.
+"""The state of a loss in the trainer's checkpoints, with its options and the course of its training.
 
 The trainer saves its model and its optimizer, and knows nothing of a loss with a state. So the state travels
 with the optimizer's: a hook, which torch's optimizers have for the purpose, adds it to what they save, and
@@ -31,15 +31,16 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     Raises:
         RuntimeError: The loss has a state of tensors, and there is no optimizer.
     """
-    if not loss.is_saved:
-        return
-    if optimizer is None:  # of a fork whose epochs take none; only the course of the training is lost
-        if loss.criterion.state_dict():
+    has_state = bool(loss.criterion.state_dict())
+    if optimizer is None:  # of a fork whose epochs take none; only the text about the training is lost
+        if has_state:
             raise RuntimeError(
                 f"{loss.name} has a state, and this trainer's epochs no optimizer to save it with"
             )
         return
     sharded = getattr(args, "fsdp", False)  # collects the optimizer's own entries alone
+    if sharded and not has_state:
+        return
     # A file of weights alone begins at epoch 0, and has no state to miss.
     if getattr(args, "resume", None) is not None and epoch > 0:
         read: Any = None

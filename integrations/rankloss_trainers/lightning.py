@@ -16,7 +16,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.progress import METHODS, course, listeners, warn_of_change
+from rankloss_trainers.progress import METHODS, course, listeners, one_line, warn_of_change
 from rankloss_trainers.run_options import RunOptions
 
 with extra("lightning"):
@@ -33,7 +33,7 @@ class Progress(Callback):
     Told are the parts of modules that are called with ``image_features`` and ``text_features``, and elsewhere
     the methods ``set_epoch(epoch, epochs)`` and ``set_progress(step, total_steps)`` by these names alone: a
     backbone may have a ``set_epoch`` of its own.
-    The checkpoints say the course of the training, and a resumed run on another one is warned of.
+    The checkpoints say the losses and the course of the training, and a resumed run of others is warned of.
 
     A loss of rankloss may be built in the module's ``__init__``: with the default ``gather=None`` it reads
     rank and world size when it is first called, by which time Lightning has started the processes. λ is set
@@ -89,7 +89,9 @@ class Progress(Callback):
             raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
         self._tellers, self._told = told, 0
         self._end = self._end_of(trainer, pl_module) if told else 0
-        self._training = ", ".join(course(tell.__self__, self.unit, {self.unit: self._end}) for tell in told)
+        courses = [course(tell.__self__, self.unit, {self.unit: self._end}) for tell in told]
+        losses = [one_line(loss) for loss in _losses(pl_module)]
+        self._training = ": ".join(filter(None, [", ".join(losses), ", ".join(courses)]))
         if trainer.is_global_zero:
             warn_of_change(self._training_before, self._training)
         self._training_before = None
@@ -108,7 +110,7 @@ class Progress(Callback):
 
     def _listeners(self, pl_module: nn.Module, unit: str, preferred: str) -> list[Any]:
         """The methods by which the losses in the module are told at this unit."""
-        in_losses = {part for loss in pl_module.modules() if _is_loss(loss) for part in loss.modules()}
+        in_losses = {part for loss in _losses(pl_module) for part in loss.modules()}
         tellers = [tell for tell in listeners(pl_module, unit, preferred) if tell.__self__ is not pl_module]
         return [tell for tell in tellers if tell.__self__ in in_losses or _has_names(tell, unit)]
 
@@ -117,11 +119,11 @@ class Progress(Callback):
         self._tell(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The course of the training, for a checkpoint."""
+        """The losses and the course of the training, for a checkpoint."""
         return {"training": self._training} if self._training else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The course of the training that is resumed."""
+        """Those of the training that is resumed."""
         self._training_before = state_dict.get("training")
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
@@ -143,6 +145,13 @@ class Progress(Callback):
 
 
 _PARAMETERS = {"epoch": ["epoch", "epochs"], "step": ["step", "total_steps"]}
+
+
+def _losses(module: nn.Module) -> list[nn.Module]:
+    """The losses in a module, without those that others hold."""
+    losses = [part for part in module.modules() if part is not module and _is_loss(part)]
+    held = {part for loss in losses for part in loss.modules() if part is not loss}
+    return [loss for loss in losses if loss not in held]
 
 
 def _is_loss(part: nn.Module) -> bool:

@@ -1,8 +1,9 @@
-"""The parts of a loss that are told where training stands, the methods, and the course of a training."""
+"""The parts of a loss that are told where training stands, the methods, and a training as text."""
 
 from __future__ import annotations
 
 import logging
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,8 +65,20 @@ def course(loss: nn.Module, unit: str, lengths: Mapping[str, float]) -> str:
     return ", ".join(texts)
 
 
+def one_line(loss: object) -> str:
+    """A module, or a text about one, on one line and without addresses, which differ in every process.
+
+    Example:
+        >>> import rankloss
+        >>> one_line(rankloss.SpreadLoss(weight=0.5))
+        'SpreadLoss(weight=0.5 (base): ClipLoss())'
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(loss).split()))
+    return text.replace("( ", "(").replace(" )", ")")
+
+
 def warn_of_change(before: str | None, now: str) -> None:
-    """Warn of a checkpoint that was trained on another course; None is one that does not say its course."""
+    """Warn of a checkpoint of another training; None is one that does not say its training."""
     if before is not None and before != now:
-        text = "The checkpoint was trained with %s; this run trains with %s: λ does not go on where it stood"
+        text = "The checkpoint was trained with %s; this run trains with %s"
         _logger.warning(text, before, now)

@@ -37,7 +37,7 @@ from rankloss_trainers.entries import Entries
 from rankloss_trainers.graded.term import OF_LISTS
 from rankloss_trainers.host import Host
 from rankloss_trainers.logging import RunLog
-from rankloss_trainers.progress import METHODS, course, listeners, units_of, warn_of_change
+from rankloss_trainers.progress import METHODS, course, listeners, one_line, units_of, warn_of_change
 from rankloss_trainers.run_options import GIVEN, RunOptions
 from rankloss_trainers.teaching import Teaching
 
@@ -102,7 +102,7 @@ class Runtime(nn.Module):
         self._first_state = deepcopy(self.criterion.state_dict())
         self._has_progress = any(map(units_of, self.criterion.modules()))
         self._is_told = not self._has_progress
-        self._training: str | None = None  # the loss with its course, once a training has begun
+        self._training: str | None = None  # the losses with their course, once a training has begun
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def _needs(self) -> list[str]:
@@ -163,7 +163,7 @@ class Runtime(nn.Module):
         return ", ".join(texts)
 
     def begin(self, epochs: float, total_steps: float) -> None:
-        """A training begins; a checkpoint of one with another length or schedule is warned of.
+        """A training begins; a checkpoint of one with another loss, option, length or schedule is warned of.
 
         Args:
             epochs: Its epochs; infinity where its data have no length.
@@ -180,11 +180,20 @@ class Runtime(nn.Module):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
         self.end()
-        if self._has_progress:
-            lengths = {"epoch": epochs, "step": total_steps}
-            self._training = f"{self.name}: {course(self.criterion, self.unit, lengths)}"
-        warn_of_change(self._training_before, self._training or self.name)
+        courses = course(self.criterion, self.unit, {"epoch": epochs, "step": total_steps})
+        self._training = ": ".join(filter(None, [self._described(), courses]))
+        warn_of_change(self._training_before, self._training)
         self._training_before = None
+
+    def _described(self) -> str:
+        """The losses with the options that were given, a module by its own text; and the named teacher."""
+        texts = []
+        for loss in self.losses:
+            own = str(self.criterion) if loss.package is None else loss.name
+            texts.append(f"{own} ({loss.summary})" if loss.summary else own)
+        teacher = self.teaching.teacher
+        taught = [] if teacher is None else [f"teacher {teacher.text}"]
+        return one_line(", ".join([JOIN.join(texts), *taught]))
 
     def end(self) -> None:
         """The training ends: a call in another one, which does not tell the loss, is an error."""
@@ -283,18 +292,11 @@ class Runtime(nn.Module):
 
     # --- checkpoints ---
 
-    @property
-    def is_saved(self) -> bool:
-        """True for a loss with a state or a schedule, whose checkpoints have to hold them."""
-        return self._has_progress or bool(self._first_state)
+    def saved(self) -> dict[str, Any]:
+        """The name of the loss, a copy of its state on the CPU, and its options and course, as text.
 
-    def saved(self) -> dict[str, Any] | None:
-        """The name of the loss, a copy of its state on the CPU, and the course of its training, as text.
-
-        Of tensors, texts and containers only; None for a loss that is not saved.
+        Of tensors, texts and containers only.
         """
-        if not self.is_saved:
-            return None
         state = {key: x.detach().to("cpu", copy=True) for key, x in self.criterion.state_dict().items()}
         return {"loss": self.name, "state_dict": state, "training": self._training}
 
@@ -304,10 +306,14 @@ class Runtime(nn.Module):
         Args:
             state: The state in the checkpoint that is resumed from, or None.
             warn: True to warn, on this process, of another state than this loss's, which then starts anew,
-                and at the beginning of the training of another course.
+                and at the beginning of the training of another loss, option or course.
         """
         first = self._first_state
-        self._training_before = state.get("training") if state is not None and warn else None
+        self._training_before = None
+        if warn and state is not None:
+            self._training_before = state.get("training")
+        elif warn and not first:
+            self._training_before = "no loss of rankloss"
         if state is not None and state["loss"] == self.name:
             self.criterion.load_state_dict(_as_tensors(state["state_dict"], first))
             return

@@ -194,8 +194,9 @@ class RankedLists(GatheringLoss):
         return self.model in ("top_one", "lambda") or self.pair_weight is not None
 
     def extra_repr(self) -> str:
-        """The model, and the option of negatives."""
-        return f"model={self.model!r}, in_batch_negatives={self.in_batch_negatives!r}"
+        """The options."""
+        names = ("model", "top_k", "pair_weight", "gain", "in_batch_negatives", "reduction", "chunk_size")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @precision.outside_graphs
     def forward(

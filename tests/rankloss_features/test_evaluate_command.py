@@ -244,6 +244,19 @@ def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
     assert re.search("ids of pairs must be texts or integers; column product has the (float|bool) ", error)
 
 
+@pytest.mark.parametrize("others", [("8", "9"), ("x", "y")])
+def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
+    sample_folder: Path, tmp_path: Path, others: tuple[str, str]
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")[::2][:4]
+    for row, product in zip(rows, ("7", "007", *others), strict=True):
+        row["product"] = product
+    data = write(tmp_path / "x.csv", rows)
+    result = evaluated(sample_folder, data, tmp_path, "--ids-key", "product", "--k", "1")
+    print(result)
+    assert "image_to_image" not in str(result), "no picture has a partner"
+
+
 def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
     code = run(sample_folder, sample_folder / "val.csv", "--pretrained", "epoch_3.pt")
     error = refusal(capsys, code)

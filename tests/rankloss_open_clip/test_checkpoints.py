@@ -166,11 +166,29 @@ def test_resuming_on_another_course_warns_once_and_shows_both(
     assert "rankclip per step over 16 step(s)" in caplog.text
 
 
+def test_resuming_with_another_loss_or_option_warns_once_and_shows_both(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path, first = str(tmp_path / "epoch_1.pt"), optimizer()
+    before = arguments("spread")
+    epoch_begins(loss(before), 0, before, first)
+    torch.save({"epoch": 1, "optimizer": first.state_dict()}, path)
+    for changes, shown in (({}, None), ({"spread_weight": 0.5}, "spread (weight 0.5)")):
+        args = arguments("spread", resume=path, **changes)
+        epoch_begins(loss(args), 1, args, optimizer())
+        assert caplog.messages == (
+            [f"The checkpoint was trained with spread; this run trains with {shown}"] if shown else []
+        )
+    torch.save({"epoch": 1, "optimizer": optimizer().state_dict()}, path)
+    args = arguments("spread", resume=path)
+    epoch_begins(loss(args), 1, args, optimizer())
+    assert "trained with no loss of rankloss; this run trains with spread" in caplog.messages[-1]
+
+
 def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCaptureFixture) -> None:
-    built, sharded = optimizer(), optimizer()
-    for args, each in ((arguments("tiny", resume="x.pt"), built), (arguments(fsdp=True), sharded)):
-        epoch_begins(loss(args), 1, args, each)
-    assert not {**built._optimizer_state_dict_post_hooks, **sharded._optimizer_state_dict_post_hooks}
+    sharded, args = optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
+    epoch_begins(loss(args), 1, args, sharded)
+    assert not sharded._optimizer_state_dict_post_hooks
     assert resumed(0, resume="weights.pt") == 1, "a file of weights alone"
     assert not caplog.records
 

@@ -86,10 +86,21 @@ def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -
     with mock.patch("pandas.read_csv", wraps=pandas.read_csv) as reads:
         TextColumns(parts).check_csv(file, ";", "filepath", "title")
         TextColumns(parts).join_csv(dataset, file, ";")
-        assert [call.kwargs.get("nrows") for call in reads.mock_calls].count(None) == 1
+        whole = [call for call in reads.mock_calls if not {"nrows", "usecols"} & call.kwargs.keys()]
+        assert len(whole) == 1
         TextColumns([CAPTION]).check_csv(file, ";", "filepath", "title")
         csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
         assert SecondCaption(caption_key="syn").read_rows(file, ";", None) == ["other"]
+
+
+@pytest.mark.parametrize("other", ["8", "x"])
+def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(tmp_path: Path, other: str) -> None:
+    dataset, file = csv(
+        tmp_path, f"filepath;title;group\n0.png;a;7\n1.png;b;007\n2.png;c;{other}\n3.png;d;7\n"
+    )
+    ids = PairIds(key="group").read_rows(file, ";", dataset)
+    assert ids[0] == ids[3]
+    assert len(set(ids)) == 3
 
 
 def test_a_caption_keeps_every_character() -> None:

@@ -37,6 +37,7 @@ with warnings.catch_warnings():
 import rankloss
 import rankloss_trainers
 from rankloss import schedules
+from rankloss_trainers.progress import one_line
 from registered import NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
@@ -291,11 +292,13 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
         caplog.clear()
         given = {"callbacks": [Progress()], "max_epochs": epochs, "num_sanity_val_steps": 1}
         fit(tmp_path, Module(), resume=tmp_path / "step=4.ckpt", **given)
-        assert (
-            caplog.text.count("trained with linear per step over 8 step(s); this run trains with linear")
-            == count
-        )
-    assert "linear per step over 12 step(s): λ does not go on" in caplog.text
+        loss = one_line(Module().loss)
+        told = f"trained with {loss}: linear per step over 8 step(s); this run trains with {loss}: linear"
+        assert caplog.text.count(told) == count
+    assert "linear per step over 12 step(s)" in caplog.text
+    caplog.clear()
+    fit(tmp_path, Module(lambda_in=8.0), callbacks=[Progress()], resume=tmp_path / "step=4.ckpt")
+    assert f"this run trains with {one_line(Module(lambda_in=8.0).loss)}: linear" in caplog.text
 
 
 class OneNumber(nn.Linear):

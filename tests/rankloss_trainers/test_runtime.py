@@ -21,7 +21,9 @@ from torch.nn.functional import normalize
 import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
+from rankloss_baselines import CyClipLoss
 from rankloss_trainers import catalog
+from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_products
 from rankloss_trainers.option import options_of
@@ -288,10 +290,19 @@ def test_a_loss_of_an_ended_training_is_told_of_the_next_or_is_an_error() -> Non
     assert plain(**inputs(features())).total > 0
 
 
-def begun(state: Any, schedule: Any = "linear", unit: str = "step", epochs: int = 2) -> Any:
+def begun(
+    state: Any,
+    schedule: Any = "linear",
+    unit: str = "step",
+    epochs: int = 2,
+    loss: Any = "rankclip",
+    options: Any = None,
+) -> Any:
     """The saved state of a run of so many epochs of ten steps, resumed from a state."""
-    run = run_of(HOST, "rankclip", {"schedule": schedule}, {"schedule_unit": unit})
-    run.restore(state)
+    if loss == "rankclip":
+        options = {"schedule": schedule, **(options or {})}
+    run = run_of(HOST, loss, options, {"schedule_unit": unit})
+    run.restore(state, warn=state is not None)
     run.begin(epochs, 10 * epochs)
     return run.saved()
 
@@ -304,32 +315,67 @@ def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_sho
         (None, {}),
         (saved, {}),
         (begun(None, "constant"), {"schedule": "constant", "epochs": 9}),
+        (begun(None, functools.partial(max, 0)), {"schedule": functools.partial(max, 0)}),
+        (begun(None, loss=rankloss.SpreadLoss()), {"loss": rankloss.SpreadLoss(), "epochs": 9}),
     ):
         begun(state, **same)
         assert not caplog.records
     for change, now in (
-        ({"epochs": 3}, "linear per step over 30 step(s)"),
-        ({"unit": "epoch"}, "linear per epoch over 2 epoch(s)"),
-        ({"schedule": "cosine"}, "cosine per step over 20 step(s)"),
-        ({"schedule": "constant"}, "constant"),
+        ({"epochs": 3}, "(schedule linear): linear per step over 30 step(s)"),
+        ({"unit": "epoch"}, "(schedule linear): linear per epoch over 2 epoch(s)"),
+        ({"schedule": "cosine"}, "(schedule cosine): cosine per step over 20 step(s)"),
+        ({"schedule": "constant"}, "(schedule constant): constant"),
+        ({"options": {"lambda_in": 8}}, "(schedule linear, lambda-in 8): linear per step over 20 step(s)"),
     ):
         caplog.clear()
         begun(saved, **change)
         (message,) = caplog.messages
-        before = "trained with rankclip: linear per step over 20 step(s); "
-        assert f"{before}this run trains with rankclip: {now}: λ does not go on" in message
+        before = "trained with rankclip (schedule linear): linear per step over 20 step(s); "
+        assert message.endswith(f"{before}this run trains with rankclip {now}")
 
 
-def test_a_checkpoint_of_a_loss_with_a_schedule_warns_a_run_of_one_without(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("before", "now", "shown"),
+    [
+        ({}, {"loss": "spread"}, ["rankclip (schedule linear): linear per step over 20 step(s)", "spread"]),
+        (
+            {"loss": "spread"},
+            {"loss": "spread", "options": {"weight": 0.5}},
+            ["spread", "spread (weight 0.5)"],
+        ),
+        (
+            {"loss": rankloss.SpreadLoss()},
+            {"loss": rankloss.SpreadLoss(weight=1)},
+            ["SpreadLoss(weight=0.3 (base): ClipLoss())", "SpreadLoss(weight=1 (base): ClipLoss())"],
+        ),
+        (
+            {"loss": CyClipLoss()},
+            {"loss": CyClipLoss(lambda_in=1)},
+            [
+                f"CyClipLoss(lambda_cross=0.25, lambda_in={weight} (base): ClipLoss())"
+                for weight in ("0.25", "1")
+            ],
+        ),
+        (None, {"loss": "spread"}, ["no loss of rankloss", "spread"]),
+    ],
+)
+def test_a_checkpoint_of_another_loss_or_option_is_one_warning_that_shows_both(
+    caplog: pytest.LogCaptureFixture, before: Any, now: Any, shown: list[str]
 ) -> None:
-    run = run_of(HOST, "spread")
-    run.restore(begun(None))
+    state = None if before is None else begun(None, **before)
+    run = run_of(HOST, now["loss"], now.get("options"))
+    run.restore(state)
     run.begin(2, 20)
     (message,) = caplog.messages
-    assert "trained with rankclip: linear per step over 20 step(s); this run trains with spread" in message
+    assert message.endswith(f"trained with {shown[0]}; this run trains with {shown[1]}")
     run.begin(2, 20)
     assert caplog.messages == [message], "a second training is not resumed"
+
+
+def test_a_loss_of_lists_shows_its_options_in_a_checkpoint() -> None:
+    whole = begun(None, loss=RankedListsTerm(rankloss.RankedLists(top_k=3), weight=2.0))["training"]
+    assert "weight=2" in whole
+    assert "top_k=3" in whole
 
 
 # --- a teacher ------------------------------------------------------------------------------------------
@@ -453,7 +499,6 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
     as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
     other.restore(as_lists)
     assert torch.equal(other.criterion.average, run.criterion.average)
-    assert run_of(HOST, "mimicry").saved() is None
     for state, message in ((None, "no state of a loss"), ({**saved, "loss": "x"}, "the state of the loss x")):
         other.restore(state)
         assert f"holds {message}: the state of TinyCaptionLoss starts anew" in caplog.text

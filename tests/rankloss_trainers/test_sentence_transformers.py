@@ -323,6 +323,24 @@ def test_equal_captions_are_known_in_bags_of_words() -> None:
         rank_clip(model, mini_batch_size=3)
 
 
+@pytest.mark.parametrize("name", ["rankclip", "clip-ids"])
+@pytest.mark.parametrize("label", [0.3, 1])
+def test_labels_that_are_not_used_are_one_warning(
+    caplog: pytest.LogCaptureFixture, name: str, label: float
+) -> None:
+    model = tiny()
+    loss = at(ContrastiveLoss(model, name), 1)
+    for _ in range(2):
+        at(loss, 1)(columns(model), torch.tensor([label] * 8))
+    (message,) = caplog.messages
+    assert f"{name} does not use the column label" in message
+    caplog.clear()
+    at(ContrastiveLoss(model, "clip-ids", {"key": "label"}), 1)(columns(model), torch.arange(8))
+    at(ContrastiveLoss(model, "rankclip"), 1)(columns(model), F.normalize(torch.randn(8, 2, 5), dim=-1))
+    at(ContrastiveLoss(model, "rankclip"), 1)(columns(model))
+    assert not caplog.messages
+
+
 def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = tiny()
     before = weights(model)

@@ -571,7 +571,7 @@ def test_scale_is_the_multiplier() -> None:
 def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, loss="clip-streamed")
     stateless = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
-    assert "rankloss" not in stateless["stateful_callbacks"]
+    assert stateless["stateful_callbacks"]["rankloss"]["training"] == "clip-streamed"
     train(tmp_path, max_steps=2, resume=True, loss=Remembering())
     assert "the state of Remembering" in caplog.text
 
@@ -583,8 +583,12 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
         caplog.clear()
         saving = {"save_strategy": "steps", "save_steps": 2}
         train(tmp_path, max_steps=steps, resume=resume and str(tmp_path / resume), **saving)
-        assert caplog.text.count("trained with rankclip: linear per step over 4 step(s)") == count
-    assert "this run trains with rankclip: linear per step over 6 step(s)" in caplog.text
+        before = "trained with rankclip (schedule linear): linear per step over 4 step(s)"
+        assert caplog.text.count(before) == count
+    assert "this run trains with rankclip (schedule linear): linear per step over 6 step(s)" in caplog.text
+    caplog.clear()
+    train(tmp_path, max_steps=4, resume=str(tmp_path / "checkpoint-2"), loss="spread", **saving)
+    assert caplog.text.count("this run trains with spread") == 1
 
 
 def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:

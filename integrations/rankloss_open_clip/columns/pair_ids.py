@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_features.data import named_sample
+from rankloss_features.data import ids_as_written, named_sample
 from rankloss_open_clip.columns.csv_files import read_columns, read_member
 from rankloss_trainers.pair_ids import CAPTIONS, check_column, make_ids
 
@@ -42,7 +42,7 @@ class PairIds:
         if self.key == CAPTIONS:
             return make_ids([str(x) for x in dataset.captions], CAPTIONS).tolist()
         (column,) = read_columns(path, separator, self.key)
-        ids = make_ids(column.tolist(), self.key)
+        ids = make_ids(ids_as_written(path, separator, self.key, column), self.key)
         check_column(ids, self.key)
         return ids.tolist()
 

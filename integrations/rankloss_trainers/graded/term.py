@@ -99,6 +99,10 @@ class RankedListsTerm(nn.Module):
                 logit_scale = logit_scale + 0.0 * logit_bias
         return combined(entries, self.list_terms(logit_scale, **lists), output_dict)
 
+    def extra_repr(self) -> str:
+        """The weight."""
+        return f"weight={self.weight:g}"
+
     def list_terms(self, logit_scale: Tensor | float, **lists: Any) -> dict[str, Tensor]:
         """The weighted term of the lists, without the base."""
         return {"ranked_lists_loss": self.weight * self.lists(**lists, logit_scale=logit_scale)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 with extra("sentence-transformers"):
     from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+
+_logger = logging.getLogger("rankloss_trainers")
 
 HOST = Host(
     name="sentence-transformers",
@@ -117,6 +120,7 @@ class ContrastiveLoss(EmbeddingLoss):
             raise TypeError(f"{type(self).__name__} has no keyword {key!r}{hint}")
         self.run = Runtime(HOST, read_losses(loss, options), of_run, gather=gather)
         self.metrics: tuple[str, ...] | None = None
+        self._has_warned = False  # of labels that are not used
         self.image_column = None if self.run.teaching.features is not None else 0
         if self.run.id_key not in (None, CAPTIONS, "label"):
             text = f"key must be {CAPTIONS} or label, the columns that a loss is given"
@@ -129,7 +133,8 @@ class ContrastiveLoss(EmbeddingLoss):
             sentence_features: The tokenized columns, two of them.
             labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` in the order
                 of the columns or ``[N, D']`` for both; or the column ``label`` of data that are bound to a
-                folder of them. Others are not used: the pairs are the labels.
+                folder of them; or the ids of the pairs. Others are not used, and the first batch with them
+                gives a warning.
         """
         columns = list(sentence_features)
         if len(columns) != 2:
@@ -189,8 +194,17 @@ class ContrastiveLoss(EmbeddingLoss):
             if labels is None:
                 raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
             more["pair_ids"] = labels
+        if labels is not None and key != "label" and more.keys() <= {"pair_ids"}:
+            self._warn_of_unused_labels()
         entries: Entries = self.run(**features, logit_scale=self.scale, **more)
         return entries
+
+    def _warn_of_unused_labels(self) -> None:
+        """Warn once of labels that are neither a teacher's nor ids, such as grades of the pairs."""
+        if not self._has_warned and self.run.gather.place[0] == 0:
+            self._has_warned = True
+            text = "%s does not use the column label, and takes every pair for a match: leave out the pairs "
+            _logger.warning(text + "that are none, and remove the column", self.run.name)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""

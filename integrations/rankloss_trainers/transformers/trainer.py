@@ -274,8 +274,7 @@ class ContrastiveTrainer(transformers.Trainer):
     # A callback's on_save would miss the checkpoint at SIGTERM.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         states, saved = cast("dict[str, Any]", self.state.stateful_callbacks), self.loss_runtime.saved()
-        if saved is not None:
-            states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
+        states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
         super()._save_checkpoint(*args, **kwargs)
 
     def _refuse_lost_losses(self) -> None:
