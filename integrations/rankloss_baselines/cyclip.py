@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,13 +140,26 @@ def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tu
 
     They come from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items.
     """
-    vv, tt, vt = of_anchors = _moments(*anchors)
-    ww, uu, wu = of_anchors if items is anchors else _moments(*items)
-    cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
-    in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
+    a = _Moments.of(*anchors)
+    b = a if items is anchors else _Moments.of(*items)
+    # Σ_ij (v_i·t_j)² = ⟨VᵀV, TᵀT⟩, and Σ_ij (v_i·t_j)·(t_i·v_j) = ⟨VᵀT, (VᵀT)ᵀ⟩, V and T of a side each.
+    cross = _inner(a.image, b.text) + _inner(a.text, b.image) - 2 * _inner(a.between, b.between.T)
+    in_ = _inner(a.image, b.image) + _inner(a.text, b.text) - 2 * _inner(a.between, b.between)
     # Rounding may leave values below 0, which become 0; the gradient, right to rounding, stays.
     return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
 
 
-def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return v.T @ v, t.T @ t, v.T @ t
+class _Moments(NamedTuple):
+    """VᵀV, TᵀT and VᵀT."""
+
+    image: Tensor
+    text: Tensor
+    between: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor, t: Tensor) -> _Moments:
+        return cls(v.T @ v, t.T @ t, v.T @ t)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()

@@ -155,33 +155,58 @@ def test_a_report_is_of_the_records_that_are_there():
     assert n == {"emojis-64": "2", "emojis-250": "4", "icons-64": "4", "icons-250": "4"}
 
 
+GAINS = {"captions": 4.0, "encoders": 3.0}
+OF_MORE_PAIRS = {"icons-71680-64", "icons-all-64"}
+
+
+@pytest.fixture(scope="module")
+def of_every_block():
+    """Made-up records of every block, by the data they are of, and the report's tables."""
+    finds = of_blocks(GAINS, blocks=len(SIZES.blocks))
+    return finds, study.results(SIZES, finds)
+
+
 @pytest.mark.slow
-def test_more_pairs_curves_and_splits_have_families_of_their_own():
-    """No planned family grows; more pairs have rates of their own."""
-    gain = {"captions": 4.0, "encoders": 3.0}
-    finds = of_blocks(gain, blocks=len(SIZES.blocks))
-    found = study.results(SIZES, finds)
+def test_more_pairs_have_rates_and_a_family_of_their_own(of_every_block):
+    """No planned family grows."""
+    finds, tables = of_every_block
     for name, tried in zip(study.LARGE, ({0.002, 0.004}, {0.002, 0.004, 0.008}), strict=True):
         every = finds[name].records
         assert {one.lr for one in every if one.side == "dev"} == tried
         assert {one.lr for one in every if one.side == "test"} == {max(tried)}
-    cells = {"icons-71680-64", "icons-all-64"}
-    assert {row[0] for row in found["large"]} == cells
-    assert len(found["large"]) == 10
-    assert len(found["primary"]) == len(found["control"]) == 6
-    curves = [name for cells in SIZES.curves.values() for name in cells]
-    assert [row[2] for row in found["gains"]] == curves
-    untested = cells | {name for name, of in SIZES.cells.items() if "described" in of}
-    assert untested.isdisjoint(row[0] for row in found["secondary"])
-    arms = {row[0]: [of[1] for of in found["changes"] if of[0] == row[0]] for row in found["changes"]}
-    assert all({"`encoders`", "`rankclip`", "`captions`"} <= {*of} for of in arms.values())
-    assert len(found["splits"]) == 7
-    for cell, arm, *splits, mean, _, mark in found["splits"]:
+    assert {row[0] for row in tables["large"]} == OF_MORE_PAIRS
+    assert len(tables["large"]) == 10
+    assert len(tables["primary"]) == len(tables["control"]) == 6
+
+
+@pytest.mark.slow
+def test_a_secondary_test_is_of_no_cell_that_is_described_alone(of_every_block):
+    described = {name for name, cell in SIZES.cells.items() if "described" in cell}
+    tested = {row[0] for row in of_every_block[1]["secondary"]}
+    assert tested.isdisjoint(OF_MORE_PAIRS | described)
+
+
+@pytest.mark.slow
+def test_every_curve_has_the_gains_of_its_cells_and_the_changes_of_every_arm(of_every_block):
+    tables = of_every_block[1]
+    assert [row[2] for row in tables["gains"]] == [x for cells in SIZES.curves.values() for x in cells]
+    curves = {row[0] for row in tables["changes"]}
+    assert curves
+    for curve in curves:
+        arms = {row[1] for row in tables["changes"] if row[0] == curve}
+        assert {"`encoders`", "`rankclip`", "`captions`"} <= arms
+
+
+@pytest.mark.slow
+def test_splits_show_the_mean_gain_of_five_and_mark_one_above_0(of_every_block):
+    splits = of_every_block[1]["splits"]
+    assert len(splits) == 7
+    for cell, arm, *of_splits, mean, _, mark in splits:
         assert cell in SIZES.splits["cells"]
-        assert len(splits) == 5
-        expected = gain.get(arm.strip("`"), 0.0)
-        assert float(mean.split(" ")[0].replace("−", "-")) == pytest.approx(expected, abs=0.5)
-        assert (mark == "▲") == (expected > 0)
+        assert len(of_splits) == 5
+        gain = GAINS.get(arm.strip("`"), 0.0)
+        assert float(mean.split(" ")[0].replace("−", "-")) == pytest.approx(gain, abs=0.5)
+        assert (mark == "▲") == (gain > 0)
 
 
 def test_the_change_of_a_gain_is_paired_by_seed():

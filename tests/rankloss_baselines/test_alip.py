@@ -93,7 +93,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_code(name: str) -> None:
+def test_parts_histories_weights_and_gradient_are_the_published_codes(name: str) -> None:
     recipe, start, steps, expected = PUBLISHED[name]
     inputs = triples(*recipe)
     loss, histories = AlipLoss(initial_history=start), np.full(3, start)

@@ -36,7 +36,7 @@ def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[
 
 
 @pytest.mark.parametrize("key", VECTORS)
-def test_vectors(key: str) -> None:
+def test_entries_are_the_float64_vectors(key: str) -> None:
     case = VECTORS[key]
     entries = CyClipLoss()(*vector_batch(case).leaves(), output_dict=True)
     assert tuple(entries) == KEYS
