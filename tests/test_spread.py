@@ -187,6 +187,18 @@ def test_memory_is_linear_in_the_pairs(n: int) -> None:
     assert live.peak < 4 * 9 * (n * d + d * d)
 
 
+def test_a_step_holds_the_features_and_a_covariance_a_modality_more_than_its_base() -> None:
+    n, d = 1024, 64
+    peaks = []
+    for loss in (ClipLoss(), SpreadLoss()):
+        v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
+        with LiveBytes() as live:
+            loss(v, t, 10.0).backward()
+        peaks.append(live.peak)
+    numbers = 2 * (n * d + d * d)
+    assert 4 * numbers <= peaks[1] - peaks[0] <= 4 * (numbers + 16 * n)
+
+
 def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
     n, d = 16, 512
     v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
