@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankloss.options import RankOptions
+from rankloss.options import RankOptions, shown
 from rankloss.precision import can_be_read
 
 
@@ -290,6 +290,10 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
     if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.integer, np.floating)):
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
     if not isinstance(value, Tensor):
+        try:
+            float(value)
+        except OverflowError as error:
+            raise ValueError(f"{name} must be a number that a float holds; got {shown(value)}") from error
         return
     _check_is_of_this_process(name, value)
     if value.numel() != 1 or value.dim() > 2:  # a factor of more dimensions would not broadcast

@@ -597,7 +597,8 @@ def weighted_terms(
     factors = factors.to(inputs.image.device, non_blocking=True)
     lists = RowLists(batch, options, wanted)
     if options.kernel != "torch":
-        module = options.kernel_module(inputs.image, batch.anchors)
+        features = inputs.image
+        module = options.kernel_module(features.device, features.dtype, batch.anchors, len(features))
         batch = replace(batch, find_equal=module.first_equal)
         lists = lists._replace(batch=batch, evaluate=module.evaluate)
     return tuple(lists.definition(inputs, factors) if options.is_dense else apply(lists, factors, inputs))

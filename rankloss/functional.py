@@ -94,6 +94,8 @@ def plackett_luce_nll(
         )
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point; got {scores.dtype}")
+    if reference.is_complex():
+        raise ValueError(f"reference must be real numbers, which have an order; got {reference.dtype}")
     check_device("reference", reference, scores, "scores")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)

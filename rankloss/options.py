@@ -6,6 +6,7 @@ from its fields and from the first sentence of each entry of its ``Args``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -16,7 +17,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor
 
 ListsOption = Literal["row", "batch"]
 Model = Literal["plackett_luce", "top_one"]
@@ -30,6 +30,7 @@ KernelOption = Literal["torch", "triton"]
 
 
 _LARGEST_COUNT = 2**31 - 1
+_BITS_OF_FLOATS = 1024  # of the largest integer that float64 holds
 _BUDGET = {"cpu": 2**26}  # bytes
 _BUDGET_ELSEWHERE = 2**30
 _BINS = 640
@@ -172,8 +173,14 @@ class RankOptions:
             budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
         return rows * columns * dtype.itemsize <= budget
 
-    def kernel_module(self, features: Tensor, anchors: int) -> Any:
-        """The package of ``kernel``, for features ``[N, D]`` and lists of so many of them.
+    def kernel_module(self, device: torch.device, dtype: torch.dtype, anchors: int, items: int) -> Any:
+        """The package of ``kernel``, for the lists of so many anchors, each of so many items.
+
+        Args:
+            device: of the features.
+            dtype: of the arithmetic.
+            anchors: rows of the matrix.
+            items: columns of the matrix.
 
         Raises:
             ValueError: if it is missing or does not support the case.
@@ -182,7 +189,7 @@ class RankOptions:
             module = importlib.import_module(f"rankloss_{self.kernel}")
         except ImportError as error:
             raise ValueError(f"kernel={self.kernel!r} cannot be loaded: {error}") from error
-        reason = module.why_not(self, features.device, features.dtype, anchors, len(features))
+        reason = module.why_not(self, device, dtype, anchors, items)
         if reason is not None:
             raise ValueError(f"kernel={self.kernel!r} does not serve here: {reason}")
         return module
@@ -195,11 +202,18 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """The choices of an option, by name; empty for a number."""
 
 
+def shown(value: object) -> str:
+    """A value in an error; of an integer that no float holds the length, which Python would not print."""
+    if isinstance(value, int) and value.bit_length() > _BITS_OF_FLOATS:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
     # Compare the types, too: True equals 1, but must not replace it.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(value)}")
 
 
 def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _LARGEST_COUNT) -> int:
@@ -208,9 +222,9 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     Other integer types (NumPy's) are taken; booleans and floats are not.
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {at_least}; got {shown(value)}")
     if value > at_most:
-        raise ValueError(f"{name} must be at most {at_most}; got {value!r}")
+        raise ValueError(f"{name} must be at most {at_most}; got {shown(value)}")
     return int(value)
 
 
@@ -222,11 +236,12 @@ def check_weight(name: str, value: object, *, above: float | None = None, below:
     """
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        with contextlib.suppress(OverflowError):  # an integer or a fraction that no float holds
+            number = float(value)
     is_large_enough = number >= 0 if above is None else number > above
     if not (math.isfinite(number) and is_large_enough and number < below):
         bounds = [">= 0" if above is None else f"> {above:g}"]
         if below < math.inf:
             bounds.append(f"< {below:g}")
-        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}; got {value!r}")
+        raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}; got {shown(value)}")
     return number

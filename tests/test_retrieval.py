@@ -149,6 +149,14 @@ FOUR = torch.eye(4)
         ({"k": 5}, "k must be at most the number of texts, 4; got 5"),
         ({"k": (1, 0)}, "k must be an integer of at least 1; got 0"),
         ({"k": 0.5}, "k must be an integer of at least 1; got 0.5"),
+        ({"k": torch.tensor(1.5)}, "k must be an integer of at least 1; got 1.5"),
+        ({"k": torch.tensor([2, 0])}, "k must be an integer of at least 1; got 0"),
+        ({"k": torch.ones(2, device="meta")}, "k must have values; got a tensor on the meta device"),
+        (
+            {"image_features": FOUR.to("meta"), "text_features": FOUR.to("meta")},
+            "image_features must have values to be ranked; got a tensor on the meta device",
+        ),
+        ({"text_features": FOUR.to("meta")}, "text_features must have values to be ranked; got a tensor"),
         (
             {"text_features": FOUR[:3], "image_ids": [0, 1, 2, 0], "text_ids": [0, 1, 2], "k": 4},
             "k must be at most the number of texts, 3; got 4",
@@ -192,6 +200,12 @@ def test_bad_input_of_recall_is_named(change: dict[str, Any], message: str) -> N
     given = {"image_features": FOUR, "text_features": FOUR, "k": 1, **change}
     with pytest.raises(ValueError, match=message):
         metrics.recall(**given)
+
+
+@pytest.mark.parametrize("k", [torch.tensor([1, 2]), np.array([1, 2]), range(1, 3), [np.int64(1), 2]])
+def test_numbers_of_answers_may_be_a_tensor_or_an_array(k: Any) -> None:
+    assert metrics.recall(FOUR, FOUR, k) == metrics.recall(FOUR, FOUR, (1, 2))
+    assert metrics.recall(FOUR, FOUR, k[1]) == metrics.recall(FOUR, FOUR, 2)
 
 
 def test_features_that_are_not_unit_norm_are_warned_of() -> None:

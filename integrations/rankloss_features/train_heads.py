@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = Training(
             check_count("--epochs", args.epochs),
-            check_count("--batch-size", args.batch_size),
+            check_count("--batch-size", args.batch_size, at_least=2),
             check_weight("--lr", args.lr, above=0.0),
             width=check_count("--width", args.width),
             seed=args.seed,

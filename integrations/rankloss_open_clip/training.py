@@ -144,6 +144,20 @@ class TrainerLoss(Runtime):
         if student is not None:
             self.teaching.check_width(student, _width_of(teacher))
 
+    def check_batch(self) -> None:
+        """Raise an error for a batch, or a device, that the loss would refuse at the first step."""
+        args, size = self.args, getattr(self.args, "batch_size", None)
+        if size is None:  # of another parser
+            return
+        accum_freq, number = getattr(args, "accum_freq", 1), processes()
+        pairs = size * accum_freq * number
+        if pairs < self.min_pairs:
+            raise ValueError(
+                f"{self.name} needs at least {self.min_pairs} pairs in a batch; got {pairs}: "
+                f"--batch-size {size}, --accum-freq {accum_freq}, {number} process(es)"
+            )
+        self.check_device(torch.device(device_of(args)), pairs)
+
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
         """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
         if self.place is None:
@@ -209,6 +223,12 @@ def device_of(args: Any) -> str:
     return f"cuda:{place}"
 
 
+def processes() -> int:
+    """The number of processes of a training that has not begun, by the variables that the trainer reads."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
 # --- the patched functions ------------------------------------------------------------------------------
 
 
@@ -229,6 +249,7 @@ def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss
         run = TrainerLoss(args, losses, options)
         check_run(run, args)
         run.check_width()
+        run.check_batch()
     check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
     run.check_data()
     with naming_flags(losses):

@@ -18,6 +18,7 @@ has, and learns its needs from the attributes that docs/writing.md lists. ``run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from rankloss_trainers.entries import Entries
 from rankloss_trainers.graded.term import OF_LISTS
 from rankloss_trainers.host import Host
 from rankloss_trainers.logging import RunLog
+from rankloss_trainers.option import naming_options
 from rankloss_trainers.progress import METHODS, course, listeners, one_line, units_of, warn_of_change
 from rankloss_trainers.run_options import GIVEN, RunOptions
 from rankloss_trainers.teaching import Teaching
@@ -141,6 +143,32 @@ class Runtime(nn.Module):
         """The gathering of the loss."""
         gathers = (part.gather for part in self.criterion.modules() if hasattr(part, "gather"))
         return next((gather for gather in gathers if isinstance(gather, Gather)), self._gather)
+
+    # --- what the losses need of a batch ---
+
+    @property
+    def min_pairs(self) -> int:
+        """The smallest number of pairs, in a batch of all processes, that all parts of the loss take."""
+        return max(getattr(part, "min_pairs", 1) for part in self.criterion.modules())
+
+    def check_device(self, device: torch.device, pairs: int) -> None:
+        """Raise an error if a part of the loss does not work on a device.
+
+        Args:
+            device: The device of the training.
+            pairs: The pairs of a batch of all processes.
+
+        Raises:
+            OptionError: An option of a loss does not work there.
+            ValueError: The loss does not.
+        """
+        with contextlib.ExitStack() as named:
+            for loss in self.losses:
+                named.enter_context(naming_options(loss.given, loss.name))
+            for part in self.criterion.modules():
+                check: Any = getattr(part, "check_device", None)
+                if check is not None:
+                    check(device, pairs)
 
     # --- progress ---
 

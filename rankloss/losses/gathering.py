@@ -32,8 +32,8 @@ class GatheringLoss(nn.Module):
             several processes is initialised at the call. False: the pairs of this process only.
     """
 
-    _min_pairs: ClassVar[int] = 2
-    """The minimal number of pairs in the whole batch: a list needs two items."""
+    min_pairs: ClassVar[int] = 2
+    """The smallest number of pairs in a batch of all processes: a list needs two items."""
 
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GatheringLoss(nn.Module):
         """
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, *sorted(base_inputs), **features, **references, pair_ids=pair_ids):
-            min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
+            min_pairs = 1 if self.gather.place[1] > 1 else self.min_pairs
             checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
             checks.check_scale(logit_scale, image_features)
             if logit_bias is not None:
@@ -206,7 +206,7 @@ class StreamedLoss(GatheringLoss):
         memory_budget: see :class:`rankloss.RankOptions`.
     """
 
-    _min_pairs = 1  # open_clip's losses give a number for a single pair
+    min_pairs = 1  # open_clip's losses give a number for a single pair
 
     _whole: Callable[..., Tensor]
     """The formula, bit-equal to open_clip's: the order of operations and the dtypes are the same."""

@@ -62,7 +62,7 @@ class MimicryLoss(GatheringLoss):
         16.0
     """
 
-    _min_pairs = 1
+    min_pairs = 1
 
     def __init__(
         self,

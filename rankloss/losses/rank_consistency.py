@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankloss.checks import check_references
@@ -110,6 +111,11 @@ class RankConsistency(GatheringLoss):
     def needs_common_space(self) -> str:
         """The option by which a teacher's images are compared with its texts; empty if it is 0."""
         return "cross_modal" if self.cross_modal else ""
+
+    def check_device(self, device: torch.device, pairs: int) -> None:
+        """Raise a ValueError if the kernel does not serve float32 batches of so many pairs on a device."""
+        if self.options.kernel != "torch":
+            self.options.kernel_module(device, torch.float32, pairs, pairs)
 
     @outside_graphs
     def forward(

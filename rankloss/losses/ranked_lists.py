@@ -131,6 +131,8 @@ class RankedLists(GatheringLoss):
         0.3466
     """
 
+    min_pairs = 1  # a query has a list of its own
+
     def __init__(
         self,
         *,

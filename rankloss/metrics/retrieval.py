@@ -46,7 +46,7 @@ def recall(
     Args:
         image_features: ``[N, D]``, unit-norm.
         text_features: ``[M, D]``, unit-norm; M = N without ids.
-        k: one number of answers, or several.
+        k: one number of answers, or several, also in an array.
         image_ids: ``[N]``, integers or texts.
         text_ids: ``[M]``, of the same kind.
 
@@ -67,7 +67,7 @@ def recall(
         >>> {name: round(value.item(), 2) for name, value in found.items() if "R@1" in name}
         {'image_to_text_R@1': 0.67, 'text_to_image_R@1': 0.5, 'image_to_image_R@1': 1.0}
     """
-    ks = [check_count("k", x) for x in (k if isinstance(k, Iterable) else [k])]
+    ks = _counts(k)
     ranks = partner_ranks(image_features, text_features, image_ids=image_ids, text_ids=text_ids)
     answers = {
         "image_to_text": len(text_features),
@@ -87,6 +87,14 @@ def recall(
         ordered, n = of_queries.sort().values, len(of_queries)
         values[f"{way}_median_rank"] = ((ordered[(n - 1) // 2] + ordered[n // 2]) / 2).floor()
     return values
+
+
+def _counts(k: object) -> list[int]:
+    """The numbers of answers, of one number, a sequence, or an array of torch or NumPy."""
+    if isinstance(k, Tensor) and k.is_meta:
+        raise ValueError("k must have values; got a tensor on the meta device")
+    numbers = k.tolist() if hasattr(k, "tolist") else k
+    return [check_count("k", x) for x in (numbers if isinstance(numbers, Iterable) else [numbers])]
 
 
 @torch.no_grad()
@@ -175,6 +183,8 @@ def _check_pair(image_features: Tensor, text_features: Tensor, *, has_ids: bool)
         check_matrix(name, features)
         if len(features) == 0:
             raise ValueError(f"{name} must have at least one row; got shape {tuple(features.shape)}")
+        if features.is_meta:
+            raise ValueError(f"{name} must have values to be ranked; got a tensor on the meta device")
         row_is_finite = features.isfinite().all(-1)
         if not bool(row_is_finite.all()):
             row = int((~row_is_finite).nonzero()[0])

@@ -103,6 +103,14 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
     assert not (tmp_path / "x").exists()
 
 
+def test_batches_of_one_pair_are_refused_by_the_option(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--batch-size", "1")
+    assert "--batch-size must be an integer of at least 2; got 1" in refusal(capsys, code)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     error = refusal(capsys, run(sample_folder, tmp_path, sample_folder / "train.csv"))

@@ -200,6 +200,66 @@ def test_what_cannot_work_is_refused(
     assert [word for word in others.split() if word in said] == []
 
 
+class NeedsRoom(nn.Module):
+    """A loss of another package, which takes three pairs or more, on a device of its own."""
+
+    min_pairs = 3
+
+    def __init__(self, base: nn.Module, *, only_on: str = "cpu", gather: Any = None) -> None:
+        super().__init__()
+        self.base, self.only_on = base, only_on
+
+    def check_device(self, device: torch.device, pairs: int) -> None:
+        if device.type != self.only_on:
+            raise ValueError(f"only_on={self.only_on!r}, not {device}, for {pairs} pairs")
+
+
+FIRST_BATCHES = [
+    ("rankclip --batch-size 1", "--loss: rankclip needs at least 2 pairs in a batch; got 1: --batch-size 1,"),
+    ("spread --batch-size 1", "--loss: spread needs at least 2 pairs in a batch; got 1: --batch-size 1,"),
+    ("tiny --batch-size 1", "--loss: tiny needs at least 2 pairs in a batch; got 1: --batch-size 1,"),
+    (
+        "room --batch-size 1 --accum-freq 2",
+        "--loss: room needs at least 3 pairs in a batch; got 2: --batch-size 1, --accum-freq 2, 1 process",
+    ),
+    ("room --room-only-on cuda --batch-size 5", "--room-only-on: only_on='cuda', not cpu, for 5 pairs"),
+    (
+        "rankclip --rankclip-kernel triton --batch-size 6 --device cuda",  # where there is none, the CPU
+        "--rankclip-kernel: kernel='triton' does not serve here: the kernels run on CUDA, not on cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "reason"), FIRST_BATCHES)
+def test_what_the_first_batch_would_be_refused_for_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, reason: str
+) -> None:
+    register(monkeypatch, room=NeedsRoom)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"argument {reason}" in refused(capsys, "--device", "cpu", "--loss", *command.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "variables"),
+    [
+        ("clip-streamed --batch-size 1", {}),
+        ("ranked-lists --batch-size 1", {}),
+        ("rankclip --batch-size 1 --accum-freq 2", {}),  # the loss gets both batches at once
+        ("rankclip --batch-size 1", {"WORLD_SIZE": "2", "SLURM_NTASKS": "1"}),
+        ("rankclip --batch-size 1", {"SLURM_NTASKS": "2"}),
+        ("room --batch-size 1", {"WORLD_SIZE": "3"}),
+    ],
+)
+def test_the_pairs_of_a_batch_are_counted_over_processes_and_accumulation(
+    monkeypatch: pytest.MonkeyPatch, command: str, variables: dict[str, str]
+) -> None:
+    register(monkeypatch, room=NeedsRoom)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    args = parse_args(["--device", "cpu", "--loss", *command.split()])
+    assert run_of(args).name == command.split()[0]
+
+
 _OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
 
 

@@ -121,6 +121,25 @@ def test_run_says_what_it_logs_and_depends_on_and_warns_of_nothing(runs: Runs) -
     assert warned(run) <= warned(runs["stock"])
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--loss rankclip --batch-size 1", "--loss: rankclip needs at least 2 pairs in a batch; got 1"),
+        ("--loss tiny --batch-size 1", "--loss: tiny needs at least 2 pairs in a batch; got 1"),
+        (
+            "--loss rankclip --rankclip-kernel triton",
+            "--rankclip-kernel: kernel='triton' does not serve here: the kernels run on CUDA, not on cpu",
+        ),
+    ],
+)
+def test_a_run_whose_first_batch_would_be_refused_takes_no_name(
+    trainer: Trainer, options: str, reason: str
+) -> None:
+    run = trainer.call("first batch", *options.split(), code=2)
+    assert f"error: argument {reason}" in run.output
+    assert not run.directory.exists()
+
+
 # --- λ --------------------------------------------------------------------------------------------------
 
 
