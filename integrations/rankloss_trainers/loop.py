@@ -83,7 +83,7 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
     if not losses and teacher is not None:
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
     of_base = getattr(base, "gather", None)
-    if gather is None and isinstance(of_base, Gather):
+    if gather is None and isinstance(of_base, Gather) and of_base != Gather():
         gather = of_base
     for loss in losses:
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
