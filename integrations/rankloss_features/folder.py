@@ -24,10 +24,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     file = folder / ABOUT if os.path.lexists(folder / ABOUT) else folder / _EARLIER
     if not os.path.lexists(file):
         return None
-    about = _read_json(file)
+    about = read_json(file)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         command = about.get("command") if isinstance(about, dict) else None
         raise ValueError(
@@ -216,7 +216,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     return about
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     """The content of a regular JSON file.
 
     Raises:
@@ -230,16 +230,18 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """True for an integer from 1."""
     return type(value) is int and value > 0
 
 
-def _are_widths(value: Any) -> bool:
+def are_widths(value: Any) -> bool:
+    """True for the width of each of some modalities."""
     return (
         isinstance(value, dict)
         and bool(value)
         and {*value} <= {*NAMES}
-        and all(map(_is_count, value.values()))
+        and all(map(is_count, value.values()))
     )
 
 
@@ -247,16 +249,19 @@ def _are_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
-_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rows": (_is_count, "a number of rows from 1"),
-    "shard_rows": (_is_count, "a number of rows from 1"),
+Entries: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""A check of each entry of a JSON file, and its kind in words."""
+
+_ENTRIES: Entries = {
+    "rows": (is_count, "a number of rows from 1"),
+    "shard_rows": (is_count, "a number of rows from 1"),
     "complete": (lambda value: isinstance(value, bool), "true or false"),
     "dtype": (lambda value: value in ("float16", "float32"), "float16 or float32"),
     "spaces": (lambda value: value in SPACES, f"{SPACES[0]} or {SPACES[1]}"),
-    "widths": (_are_widths, f"a width from 1 for {NAMES[0]}, {NAMES[1]} or both"),
+    "widths": (are_widths, f"a width from 1 for {NAMES[0]}, {NAMES[1]} or both"),
     "files": (_are_hashes, "a hash for each file"),
 }
-_OPTIONAL_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_OPTIONAL_ENTRIES: Entries = {
     "skipped": (lambda value: type(value) is int and value >= 0, "a number of rows"),
     "teacher": (lambda value: isinstance(value, dict), "the teacher's entries"),
     "data": (lambda value: isinstance(value, dict), "the data's entries"),
@@ -266,11 +271,20 @@ _OPTIONAL_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _check_entries(file: Path, about: dict[str, Any]) -> None:
     """Raise a ValueError for the first entry of ``folder.json`` that is missing, or not of its kind."""
-    for name, (is_right, kind) in {**_ENTRIES, **_OPTIONAL_ENTRIES}.items():
+    check_entries(file, about, _ENTRIES)
+    needed = {"skipped": _OPTIONAL_ENTRIES["skipped"]} if about["complete"] else {}
+    given = {name: entry for name, entry in _OPTIONAL_ENTRIES.items() if name in about}
+    check_entries(file, about, {**needed, **given})
+
+
+def check_entries(file: Path, about: Any, entries: Entries) -> None:
+    """Raise a ValueError for the first entry of a JSON file that is missing, or not of its kind."""
+    if not isinstance(about, dict):
+        raise ValueError(f"{file} is damaged: it has no entries")
+    for name, (is_right, kind) in entries.items():
         if name not in about:
-            if name in _ENTRIES or (name == "skipped" and about["complete"]):
-                raise ValueError(f"{file} is damaged: it has no entry {name!r}")
-        elif not is_right(about[name]):
+            raise ValueError(f"{file} is damaged: it has no entry {name!r}")
+        if not is_right(about[name]):
             raise ValueError(f"{file} is damaged: {name!r} must be {kind}; got {about[name]!r}")
 
 
@@ -601,7 +615,7 @@ class Draft(Pairs):
         """The hashes of a shard's files as they were written."""
         mark = self._mark_of(shard)
         if os.path.lexists(mark):
-            hashes = _read_json(mark)
+            hashes = read_json(mark)
             if not _are_hashes(hashes):
                 raise ValueError(f"{mark} is damaged: it must be a hash for each file; got {hashes!r}")
             return dict(hashes)

@@ -14,9 +14,10 @@ The folder has ``heads.json``, with the names of the encoders and the hashes of 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,22 @@ from rankloss.precision import unit_rows
 from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
-from rankloss_features.folder import NAMES, SPACES, hash_of, write_bytes
+from rankloss_features.folder import (
+    NAMES,
+    SPACES,
+    Entries,
+    are_widths,
+    check_entries,
+    hash_of,
+    is_count,
+    read_json,
+    write_bytes,
+)
 from rankloss_features.teachers import Encoder, Teacher
 
 ABOUT, WEIGHTS = "heads.json", "heads.safetensors"
 _IMAGES, _TEXTS = NAMES
+_LOCAL = "local-dir:"  # timm's word for a folder
 
 
 @dataclass(frozen=True)
@@ -141,8 +153,34 @@ class FrozenEncoders:
 
 
 def _absolute(name: str | None) -> str | None:
-    """The absolute path of a file or folder; other names as they are."""
-    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
+    """The absolute path of a file or folder, of ``local-dir:FOLDER`` too; other names as they are."""
+    if name is None:
+        return None
+    scheme = _LOCAL if name.startswith(_LOCAL) else ""
+    path = name.removeprefix(scheme)
+    return scheme + os.path.abspath(path) if os.path.exists(path) else name
+
+
+def _are_encoders(value: Any) -> bool:
+    if not isinstance(value, dict) or {*value} != {field.name for field in fields(Encoders)}:
+        return False
+    weights = value["image_weights"]
+    are_named = isinstance(value["image_encoder"], str) and isinstance(value["text_encoder"], str)
+    return are_named and (weights is None or isinstance(weights, str))
+
+
+_ENTRIES: Entries = {
+    "encoders": (_are_encoders, "the names of two encoders"),
+    "weights": (
+        lambda value: isinstance(value, dict) and {"image_weights", "text_weights"} <= {*value},
+        "the hashes of two encoders' weights",
+    ),
+    "widths": (lambda value: are_widths(value) and len(value) == len(NAMES), "a width from 1 for each"),
+    "hidden": (is_count, "a width from 1"),
+    "width": (is_count, "a width from 1"),
+    "scale": (lambda value: type(value) is float and 0 < value < math.inf, "a number above 0"),
+    "hash": (lambda value: isinstance(value, str), "a hash"),
+}
 
 
 def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> FrozenEncoders:
@@ -153,13 +191,14 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
         device: The device that computes.
 
     Raises:
-        ValueError: It is no such folder, its weights are not as they were written, or an encoder is not found
-            or has other weights than it was trained with.
+        ValueError: It is no such folder, an entry of it is missing or not of its kind, its weights are not as
+            they were written, or an encoder is not found or has other weights than it was trained with.
     """
     place = Path(folder)
-    if not (place / ABOUT).is_file():
+    if not os.path.lexists(place / ABOUT):
         raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
-    about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    about = read_json(place / ABOUT)
+    check_entries(place / ABOUT, about, _ENTRIES)
     weights = (place / WEIGHTS).read_bytes() if (place / WEIGHTS).is_file() else b""
     if hash_of(weights).hex() != about["hash"]:
         raise ValueError(f"{place / WEIGHTS} is not as it was written with {ABOUT}: train the heads again")
@@ -171,9 +210,10 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{folder} was trained on {name} {about['weights'][name]}; the encoder that is found has "
                 f"{teacher.about[name]}"
             )
-    heads = make_heads(about["widths"], about["hidden"], about["width"])
+    with torch.device("meta"):  # the weights are the memory; a file may name any width
+        heads = make_heads(about["widths"], about["hidden"], about["width"])
     opening.load_safetensors(heads, place / WEIGHTS)
-    return FrozenEncoders(encoders, teacher, heads, about["scale"])
+    return FrozenEncoders(encoders, teacher, heads.float(), about["scale"])
 
 
 def make_heads(widths: dict[str, int], hidden: int, width: int) -> nn.ModuleDict:

@@ -180,16 +180,16 @@ def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[s
 
 
 def load_safetensors(model: nn.Module, file: Path) -> None:
-    """Load a model's weights, all of them, from a file of safetensors.
+    """Let a model have its weights, all of them, from a file of safetensors; it may be on the meta device.
 
     Raises:
         ValueError: The file is damaged, or has other weights than the model.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
 
     try:
-        load_model(model, file)
+        model.load_state_dict(load_file(file), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file} does not fit: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -117,6 +118,61 @@ def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path:
     assert f"--output {tmp_path} is there and no folder of heads: give a new one" in error
     with pytest.raises(ValueError, match=r"has no heads.json: it is no folder of rankloss heads"):
         load_heads(tmp_path)
+
+
+WRONG = {
+    ("encoders",): [None, {}, 7],
+    ("encoders", "image_encoder"): [None, 7],
+    ("weights",): [None, {}, "x"],
+    ("widths",): [None, {}, {"image_features": 64}],
+    ("widths", "image_features"): [0, -1, 2.5, "x", 2**40, 7],
+    ("hidden",): [None, True, 2**40, 7],
+    ("width",): [None, -1, 2**40, 7],
+    ("scale",): [None, "x", 0.0, -1.0, float("inf"), float("nan")],
+    ("hash",): [None, 7],
+}
+
+
+@pytest.mark.parametrize(("path", "values"), WRONG.items())
+def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
+    folder: Path, tmp_path: Path, path: tuple[str, ...], values: list[Any]
+) -> None:
+    shutil.copytree(folder, tmp_path / "heads")
+    file = tmp_path / "heads/heads.json"
+    for value in [..., *values]:
+        about = json.loads((folder / "heads.json").read_text())
+        entry = about if len(path) == 1 else about[path[0]]
+        entry[path[-1]] = value
+        if value is ...:
+            del entry[path[-1]]
+        file.write_text(json.dumps(about))
+        with pytest.raises(
+            ValueError, match=f"heads.json is damaged: .*'{path[0]}'|does not fit|not as it was"
+        ):
+            load_heads(tmp_path / "heads")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "[" * 100_000])
+def test_a_file_of_something_else_is_no_heads(folder: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(folder, tmp_path / "heads")
+    (tmp_path / "heads/heads.json").write_text(text)
+    with pytest.raises(ValueError, match=r"heads.json (is damaged|cannot be read)"):
+        load_heads(tmp_path / "heads")
+    (tmp_path / "heads/heads.json").unlink()
+    os.mkfifo(tmp_path / "heads/heads.json")
+    with pytest.raises(ValueError, match=r"heads.json cannot be read: it is no regular file"):
+        load_heads(tmp_path / "heads")
+
+
+def test_heads_find_their_local_encoders_from_another_folder(
+    sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sample_folder)
+    encoders = ["--image-encoder", "local-dir:image_encoder", "--text-encoder", "text_encoder"]
+    data = ["--data", "train.csv", "--val-data", "val.csv", "--workers", "0", "--epochs", "1"]
+    assert main(["heads", *encoders, *data, "--output", str(tmp_path / "heads")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_heads("heads").encode_texts(["a red circle"]).shape == (1, 256)
 
 
 def test_heads_on_another_encoder_than_they_were_trained_with_are_refused(
