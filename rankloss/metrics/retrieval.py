@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankloss.batch import first_occurrence
+from rankloss.batch import first_equal
 from rankloss.checks import INTEGERS, check_device, check_matrix, check_norms, kind_of
 from rankloss.options import check_count
 from rankloss.precision import product, widest_dtype
@@ -20,7 +20,7 @@ from rankloss.precision import product, widest_dtype
 Ids: TypeAlias = Tensor | Sequence[int] | Sequence[str]
 """The id of each picture or text: integers ``[N]``, or a sequence of integers or of texts."""
 
-_BLOCK = 2**23  # elements of a block of similarities
+_BLOCK = 2**21  # elements of a block of similarities; the memory of larger ones is mapped anew each time
 
 
 def recall(
@@ -163,9 +163,11 @@ def _ranks(
     """
     ranks = torch.empty(len(queries), dtype=queries.dtype, device=queries.device)
     # A product of equal rows is rounded by their place: all take that of the first, and are tied exactly.
-    first = first_occurrence(answers)
+    first = first_equal(answers)
     for rows in torch.arange(len(queries), device=queries.device).split(max(1, _BLOCK // len(answers))):
-        scores = product(queries[rows], answers.T)[:, first]
+        scores = product(queries[rows], answers.T)
+        if first is not None:
+            scores = scores[:, first]
         is_partner = query_ids[rows, None] == answer_ids
         is_other = ~is_partner
         if is_one_set:
