@@ -265,6 +265,20 @@ def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) 
         references(Features(other), np.array(shuffled[COLUMN]))
 
 
+def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_one(
+    bound: tuple[Any, str],
+) -> None:
+    """As the page says: a batch has no picture's name, and tokens in place of its captions."""
+    data, path = bound
+    features = Features(path)
+    changed = bind(data, path).map(lambda _: {"caption": "another"})
+    taken = references(features, np.array(changed[COLUMN]))
+    for name in NAMES:
+        np.testing.assert_array_equal(taken[f"reference_{name}"], features.take(np.arange(ROWS))[name])
+    with pytest.raises(ValueError, match=r"row 0 .*'another'"):  # the order that the page asks for
+        bind(data.map(lambda _: {"caption": "another"}), path)
+
+
 def test_only_a_table_is_bound_and_once(bound: tuple[Any, str]) -> None:
     data, path = bound
     for other, message in (

@@ -323,6 +323,12 @@ def test_equal_captions_are_known_in_bags_of_words() -> None:
         rank_clip(model, mini_batch_size=3)
 
 
+def test_a_loss_of_another_model_is_refused(tmp_path: Path) -> None:
+    """It would embed by its own model, and the trainer's would not change."""
+    with pytest.raises(ValueError, match="ContrastiveLoss was built with another model than the trainer's"):
+        train(tmp_path, ContrastiveLoss(tiny()), tiny())
+
+
 @pytest.mark.parametrize("name", ["rankclip", "clip-ids"])
 @pytest.mark.parametrize("label", [0.3, 1])
 def test_labels_that_are_not_used_are_one_warning(

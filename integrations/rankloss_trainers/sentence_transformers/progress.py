@@ -36,8 +36,8 @@ class Progress(TrainerProgress):
     Raises:
         ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
             of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
-            for a label that all pairs share and that is their id, and for columns that are not those of the
-            folder of a teacher's features.
+            for a label that all pairs share and that is their id, for a loss of another model than the
+            trainer's, and for columns that are not those of the folder of a teacher's features.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -49,6 +49,7 @@ class Progress(TrainerProgress):
         data = kwargs["train_dataloader"].dataset
         parts = data.datasets if isinstance(data, ConcatDataset) else [data]
         for loss in self._losses:
+            _check_model(loss, kwargs.get("model"))
             if len(parts) > 1 and loss.run.gather.place[1] > 1:
                 raise ValueError("several datasets on several processes: give each loss gather=False")
             folder = loss.run.teaching.features
@@ -78,6 +79,16 @@ class Progress(TrainerProgress):
         """After a line about training an interval begins."""
         for loss in self._losses if "loss" in logs else ():
             loss.metrics = None
+
+
+def _check_model(loss: ContrastiveLoss, model: nn.Module | None) -> None:
+    """Raise a ValueError for a loss that was built with another model, which alone its gradients reach."""
+    trained = set() if model is None else {*model.parameters()}
+    if trained and trained.isdisjoint(loss.model.parameters()):
+        raise ValueError(
+            f"{type(loss).__name__} was built with another model than the trainer's, which it would not "
+            "train: build it with the model that the trainer is given"
+        )
 
 
 def _check_labels(dataset: Any) -> None:
