@@ -122,7 +122,20 @@ def _read(file: Path) -> dict[str, Any]:
     missing = [x for x in entries if not isinstance(result, dict) or x not in result]
     if missing:
         raise ValueError(f"--against {file} is no result of --json: it has no {missing[0]!r}")
+    _check_ranks(file, result)
     return dict(result)
+
+
+def _check_ranks(file: Path, result: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a file of ``--json`` has a rank, or null, of each query of its directions."""
+    ranks = result["ranks"]
+    if not isinstance(ranks, dict) or not {"image_to_text", "text_to_image"} <= {*ranks} <= {*WAYS}:
+        raise ValueError(f"--against {file} is damaged: its ranks are not those of the directions")
+    for way, of_way in ranks.items():
+        queries = result["pictures" if way.startswith("image") else "texts"]
+        is_whole = isinstance(of_way, list) and len(of_way) == queries
+        if not is_whole or not all(x is None or (type(x) is int and x > 0) for x in of_way):
+            raise ValueError(f"--against {file} is damaged: {way} must have {queries} ranks from 1, or null")
 
 
 # --- the table --------------------------------------------------------------------------------------------

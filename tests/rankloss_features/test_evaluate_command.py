@@ -185,6 +185,29 @@ def refusal(capsys: Any, code: int) -> str:
     return str(error)
 
 
+def test_a_damaged_result_is_no_comparison(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    data, base = sample_folder / "val.csv", tmp_path / "base.json"
+    assert run(sample_folder, data, "--json", str(base)) == 0
+    result = json.loads(base.read_text())
+    for ranks in (None, {}, [], {"image_to_text": result["ranks"]["image_to_text"]}):
+        base.write_text(json.dumps({**result, "ranks": ranks}))
+        error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
+        assert f"--against {base} is damaged: its ranks are not those of the directions" in error
+    for values in (
+        [1] * 15,
+        ["1"] * 16,
+        [float("nan")] * 16,
+        [0] * 16,
+        [1.5] * 16,
+        [[1]] * 16,
+        [True] * 16,
+        7,
+    ):
+        base.write_text(json.dumps({**result, "ranks": {**result["ranks"], "text_to_image": values}}))
+        error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
+        assert f"--against {base} is damaged: text_to_image must have 16 ranks from 1, or null" in error
+
+
 def test_other_data_and_other_files_are_no_comparison(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
