@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from launch import torchrun
 from other_values import OTHER_VALUES
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
 from tokenizers import Tokenizer
@@ -174,6 +175,24 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
         train(tmp_path, rank_clip(model), model, resume=path, num_train_epochs=epochs, **given)
         assert caplog.text.count("trained with rankclip: rankclip per step over 8 step(s)") == count
     assert "this run trains with rankclip: rankclip per step over 12 step(s)" in caplog.text
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_plain: bool
+) -> None:
+    model = tiny()
+    loss = (
+        MultipleNegativesRankingLoss(model) if is_plain else ContrastiveLoss(model, "spread", {"weight": 1})
+    )
+    kind = {"kind": SentenceTransformerTrainer} if is_plain else {}
+    train(tmp_path, loss, model, save_strategy="epoch", num_train_epochs=1, **kind)
+    model = tiny()
+    path = str(tmp_path / "checkpoint-4")
+    train(tmp_path, ContrastiveLoss(model, "spread"), model, resume=path, num_train_epochs=2)
+    before = "no loss of rankloss" if is_plain else "spread (weight 1)"
+    told = f"The checkpoint was trained with {before}; this run trains with spread"
+    assert [message for message in caplog.messages if "trained with" in message] == [told]
 
 
 def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,10 @@ class Progress(TrainerProgress):
                     raise ValueError(f"teacher needs the two columns and the label of {bind}")
                 loss.image_column = 0 if bindings == {Binding.IMAGES_FIRST} else 1
         states = state.stateful_callbacks  # which its checkpoints hold
-        before = states.get(_TRAININGS, []) if state.global_step > 0 else []
-        for run, saved in zip(self.runs, before, strict=False):
-            run.restore(saved, warn=state.is_world_process_zero)
+        if state.global_step > 0:  # a run that is resumed
+            before = states.get(_TRAININGS, [])
+            for run, saved in itertools.zip_longest(self.runs, before[: len(self.runs)]):
+                run.restore(saved, warn=state.is_world_process_zero)
         super().on_train_begin(args, state, control, **kwargs)
         # The losses have no state of tensors, which this trainer does not serve.
         states[_TRAININGS] = [run.saved() for run in self.runs]
