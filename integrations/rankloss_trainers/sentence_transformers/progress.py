@@ -86,7 +86,8 @@ class Progress(TrainerProgress):
 def _check_model(loss: ContrastiveLoss, model: nn.Module | None) -> None:
     """Raise a ValueError for a loss that was built with another model, which alone its gradients reach."""
     trained = set() if model is None else {*model.parameters()}
-    if trained and trained.isdisjoint(loss.model.parameters()):
+    own = {*loss.model.parameters()}  # empty where a wrapper has taken them
+    if trained and own and trained.isdisjoint(own):
         raise ValueError(
             f"{type(loss).__name__} was built with another model than the trainer's, which it would not "
             "train: build it with the model that the trainer is given"
