@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import rankloss_trainers
+from devices import needs_fsdp2
 from process_pool import Pools
 from rankloss_trainers import catalog
 
@@ -134,10 +135,13 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
     "sharded by wrappers": sharded_by_wrappers,
     "sharded by wrappers with the losses": functools.partial(sharded_by_wrappers, holds_losses=True),
 }
+OF_FSDP2 = ("sharded", "sharded with the losses")
 
 
 @pytest.mark.filterwarnings("ignore:logit_bias is given")  # by one model for all losses
-@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[needs_fsdp2] * (kind in OF_FSDP2)) for kind in WRAPPED]
+)
 def test_two_processes_have_the_gradients_of_the_whole_batch(pools: Pools, kind: str) -> None:
     expected = gradients(0, 1, WRAPPED[kind])
     for found in pools[2].run(gradients, WRAPPED[kind]):
@@ -235,7 +239,10 @@ def sharded_by_one_wrapper(model: nn.Module) -> Any:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded_in_one, sharded_by_one_wrapper])
+@pytest.mark.parametrize(
+    "wrap",
+    [DistributedDataParallel, pytest.param(sharded_in_one, marks=needs_fsdp2), sharded_by_one_wrapper],
+)
 def test_states_of_losses_are_saved_whole_and_resumed_to_the_last_bit(
     pools: Pools, wrap: Callable[[Any], Any]
 ) -> None:

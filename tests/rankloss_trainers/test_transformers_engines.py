@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rankloss
+from devices import needs_fsdp2
 from process_pool import Pools
 from rankloss_trainers.cached import Split, embedding_in
 from rankloss_trainers.transformers.embeddings import embeddings_of, scale_of
@@ -64,7 +65,14 @@ def sharded(model: Any, reshard: bool = True) -> Any:
 
 # accelerate 1.6 to 1.13 reshards the root as well; by default torch leaves it whole for the backward pass.
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-@pytest.mark.parametrize("wrap", [distributed, sharded, functools.partial(sharded, reshard=False)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        distributed,
+        pytest.param(sharded, marks=needs_fsdp2),
+        pytest.param(functools.partial(sharded, reshard=False), marks=needs_fsdp2),
+    ],
+)
 def test_two_processes_have_the_gradients_of_the_whole_batch(
     pools: Pools, wrap: Callable[[Any], Any], mini_batch_size: int | None
 ) -> None:
@@ -126,7 +134,7 @@ def run_as_a_process(engine: str, size: str, file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", "zero_2", pytest.param("fsdp_2", marks=needs_fsdp2)])
 @pytest.mark.parametrize("size", [0, 3])  # of mini-batches
 def test_two_processes_train_as_an_own_loop_with_the_whole_batch(
     tmp_path: Path, engine: str, size: int
