@@ -146,15 +146,18 @@ class TrainerLoss(Runtime):
 
     def check_batch(self) -> None:
         """Raise an error for a batch, or a device, that the loss would refuse at the first step."""
+        from open_clip_train.distributed import world_info_from_env  # no process group is there yet
+
         args, size = self.args, getattr(self.args, "batch_size", None)
         if size is None:  # of another parser
             return
-        accum_freq, number = getattr(args, "accum_freq", 1), processes()
-        pairs = size * accum_freq * number
+        accum_freq = getattr(args, "accum_freq", 1)
+        *_, world_size = world_info_from_env()
+        pairs = size * accum_freq * world_size
         if pairs < self.min_pairs:
             raise ValueError(
                 f"{self.name} needs at least {self.min_pairs} pairs in a batch; got {pairs}: "
-                f"--batch-size {size}, --accum-freq {accum_freq}, {number} process(es)"
+                f"--batch-size {size}, --accum-freq {accum_freq}, {world_size} process(es)"
             )
         self.check_device(torch.device(device_of(args)), pairs)
 
@@ -221,12 +224,6 @@ def device_of(args: Any) -> str:
     if place is None or getattr(args, "no_set_device_rank", False):
         return device
     return f"cuda:{place}"
-
-
-def processes() -> int:
-    """The number of processes of a training that has not begun, by the variables that the trainer reads."""
-    names = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
 # --- the patched functions ------------------------------------------------------------------------------
