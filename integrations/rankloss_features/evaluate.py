@@ -19,7 +19,7 @@ from rankloss.options import check_count
 from rankloss_features import data, sources
 from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
-from rankloss_features.folder import write_bytes
+from rankloss_features.folder import read_json, write_bytes
 
 WAYS = {
     "image_to_text": "picture → text",
@@ -115,9 +115,9 @@ def described(encoded: Encoded, model: str, data: str, ids_key: str | None) -> d
 def _read(file: Path) -> dict[str, Any]:
     """The result in a file of ``--json``."""
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json(file)
     except ValueError as error:
-        raise ValueError(f"--against {file} is no JSON: {error}") from error
+        raise ValueError(f"--against {file} is no JSON file: {error}") from error
     entries = ("identity", "ranks", "recall", "model", "data", "ids_key", "pictures", "texts")
     missing = [x for x in entries if not isinstance(result, dict) or x not in result]
     if missing:

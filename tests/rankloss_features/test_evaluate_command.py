@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -217,6 +218,10 @@ def test_other_data_and_other_files_are_no_comparison(
         error = refusal(capsys, run(sample_folder, other, *options, "--against", str(base)))
         assert f"--against {base} is of other pictures, captions or ids: 16 pictures and 16 texts" in error
     assert "no JSON" in refusal(capsys, run(sample_folder, data, "--against", str(data)))
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes: it would be waited for
+    error = refusal(capsys, run(sample_folder, data, "--against", str(tmp_path / "pipe")))
+    assert "is no JSON file" in error
+    assert "it is no regular file" in error
     base.write_text('{"identity": "0"}')
     assert "it has no 'ranks'" in refusal(capsys, run(sample_folder, data, "--against", str(base)))
 
