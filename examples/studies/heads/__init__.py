@@ -1,0 +1,1 @@
+"""Heads on frozen encoders: what spread, ranks and smoothing add to CLIP's loss there."""
