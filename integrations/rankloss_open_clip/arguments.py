@@ -55,7 +55,7 @@ def chosen(args: Any) -> Choice:
     Raises:
         ValueError: As :meth:`rankloss_trainers.command_line.LossArguments.chosen`.
     """
-    choice = LossArguments(argparse.ArgumentParser(), args.loss.split(catalog.JOIN)).chosen(args)
+    choice = LossArguments(argparse.ArgumentParser(), catalog.names_of(args.loss)).chosen(args)
     assert choice is not None  # the name is of the catalogue
     return choice
 

@@ -63,7 +63,7 @@ LOSSES: Mapping[str, Named] = {
     "rankclip-encoders": _rank_clip(
         {**_SOFT, "lambda_in": 16.0},
         teacher="image=efficientnet-lite0,text=minilm",
-        help="rankclip taught by two small encoders of the extra `encoders`: pairs alone are needed",
+        help="rankclip taught by two small encoders of the extra `encoders`, with spread: needs pairs alone",
     ),
     "spread": Named(
         "rankloss:SpreadLoss",
@@ -124,6 +124,13 @@ JOINT_DEFAULTS: Mapping[frozenset[str], Mapping[str, Options]] = {
 """Defaults of two losses where they are joined, by both names."""
 
 
+BROUGHT: Mapping[str, str] = {
+    # Above the encoders alone over three data sets together (docs/evidence.md, "Spread or ranks").
+    "rankclip-encoders": "spread",
+}
+"""The loss that a preset is joined with, by the preset's name; its options are its own."""
+
+
 def prefix_of(name: str, named: Named) -> str:
     """The prefix of the options of a loss on a command line."""
     return named.prefix or name
@@ -157,7 +164,7 @@ def package_of(name: str) -> str:
 
 
 def names_of(name: str) -> list[str]:
-    """The name of a loss, or the several that :data:`JOIN` joins.
+    """The name of a loss, or the several that :data:`JOIN` joins, with those that presets bring.
 
     Raises:
         ValueError: There is no such loss, or two of them are one.
@@ -165,6 +172,8 @@ def names_of(name: str) -> list[str]:
     Example:
         >>> names_of("rankclip+mimicry")
         ['rankclip', 'mimicry']
+        >>> names_of("rankclip-encoders")
+        ['rankclip-encoders', 'spread']
     """
     found, names = known(), name.split(JOIN)
     for each in names:
@@ -175,7 +184,8 @@ def names_of(name: str) -> list[str]:
             raise ValueError(f"loss must be one of {', '.join(found)}; got {each!r}{hint}")
     if len({*map(own_prefix, names)}) < len(names):
         raise ValueError(f"loss {name} names a loss twice")
-    return names
+    brought = [BROUGHT[each] for each in names if each in BROUGHT]
+    return [*names, *(each for each in brought if each not in names)]
 
 
 def load(name: str) -> Named:
@@ -229,7 +239,8 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
-        given: Its options; those of joined losses by the name of each.
+        given: Its options; those of joined losses by the name of each. So those of the loss that a preset
+            brings need the joined name.
 
     Raises:
         TypeError: There is no such option.
@@ -242,4 +253,9 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
         ['rankclip', 'mimicry']
     """
     names = names_of(name)
-    return choose_each(names, given if len(names) > 1 else {name: given})
+    if JOIN in name:
+        return choose_each(names, given)
+    by_loss = [key for key in given if key in names]
+    if len(names) > 1 and by_loss:  # a preset, with the loss that it brings
+        raise TypeError(f"options by loss need the name {JOIN.join(names)}; got {by_loss[0]!r} with {name}")
+    return choose_each(names, {name: given})

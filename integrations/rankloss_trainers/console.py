@@ -86,7 +86,7 @@ def _lines(name: str, *, options: bool) -> Iterator[str]:
     packages = dict.fromkeys(filter(None, map(catalog.package_of, names)))
     title = name + (f" ({', '.join(packages)})" if packages else "")
     try:
-        summaries = [catalog.load(part).summary for part in names]
+        summaries = [catalog.load(part).summary for part in name.split(catalog.JOIN)]
     except Exception as error:  # another package's
         yield f"{title}: cannot be used: {type(error).__name__}: {error}"
         return

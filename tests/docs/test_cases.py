@@ -46,7 +46,7 @@ def test_both_columns_of_a_row_build_the_same_loss(case: Any) -> None:
     made = {"create": lambda name, **options: found.append(catalog.choose(name, options))}
     eval(case.python(), made)
     assert options_of_losses(typed) == options_of_losses(found[0])
-    assert "+".join(x.name for x in typed) == case.loss
+    assert [x.name for x in typed] == catalog.names_of(case.loss)
     loss = eval(case.python(), {"create": create})
     assert list(loss.parameters()) == []
 

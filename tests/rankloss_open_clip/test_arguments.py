@@ -316,6 +316,7 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
         (f"rankclip --loss-teacher given {SIGMOID_STUDENT}", {"lambda_in": 1.0, "local_loss": True}),
         ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),
+        (f"rankclip-encoders --spread-weight 2 --loss-teacher given {SIGMOID_STUDENT}", {"weight": 2.0}),
         ("tiny --tiny-weight 1", {"weight": 1.0, "local_loss": False}),
         ("tiny-caption --second-caption-key x --second-momentum 1", {"momentum": 1.0}),
     ],

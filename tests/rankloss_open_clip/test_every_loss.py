@@ -87,7 +87,7 @@ def runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_trains_with_its_own_defaults(runs: dict[str, Run], name: str) -> None:
     run = runs[name]
-    assert re.search(f"Loss: {re.escape(name)} ", run.log)
+    assert re.search(f"Loss: {re.escape('+'.join(catalog.names_of(name)))} ", run.log)
     values = list(run.scalars["loss"].values())
     assert len(values) == STEPS
     assert torch.tensor(values).isfinite().all()

@@ -50,7 +50,7 @@ def parsed(*argv: str, name: str = "rankclip") -> Any:
 
 
 def built(name: str, **given: Any) -> Any:
-    (loss,) = catalog.choose(name, given)
+    loss, *_brought = catalog.choose(name, given)
     return loss.build(rankloss.ClipLoss(gather=False), ALONE)
 
 

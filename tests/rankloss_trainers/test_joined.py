@@ -46,7 +46,7 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
 
 
 @pytest.mark.parametrize("base", [None, SigLipLoss()], ids=["CLIP", "SigLIP"])
-@pytest.mark.parametrize("other", ["rankclip", "rankclip-encoders", "clip-ids"])
+@pytest.mark.parametrize("other", ["rankclip", "clip-ids"])
 def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, base: Any) -> None:
     taught = inputs_of(other) | inputs_of("siglip-streamed" if base else "clip-streamed")
     for name in (f"spread+{other}", f"{other}+spread"):
@@ -60,6 +60,44 @@ def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, ba
         torch.testing.assert_close(list(actual.values()), list(expected.values()))
         of_pairs = {key: taught[key] for key in ("image_features", "text_features", "logit_scale")}
         torch.testing.assert_close(spread, SpreadLoss()(**of_pairs, output_dict=True)["spread_loss"])
+
+
+ENCODERS_ALONE = {
+    "schedule": "constant",
+    "lambda_cross": 0.0,
+    "lambda_in": 16.0,
+    "model": "top_one",
+    "reference_scale": 40.0,
+    "diagonal": False,
+}
+
+
+@pytest.mark.parametrize("base", [None, SigLipLoss()], ids=["CLIP", "SigLIP"])
+@pytest.mark.parametrize(
+    "name", ["rankclip-encoders", "rankclip-encoders+spread", "spread+rankclip-encoders"]
+)
+def test_the_preset_of_two_encoders_brings_the_spread_once(name: str, base: Any) -> None:
+    taught = inputs_of("rankclip-encoders") | inputs_of("siglip-streamed" if base else "clip-streamed")
+    of_pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}
+    expected = {
+        **RankClipLoss(base, **ENCODERS_ALONE)(**taught, output_dict=True),
+        **SpreadLoss(base)(**of_pairs, output_dict=True),
+    }
+    actual = rankloss_trainers.create(name, base)(**taught, output_dict=True)
+    assert actual.keys() == expected.keys()
+    assert min(actual["in_modal_loss"], actual["spread_loss"]) > 0.1
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_spread_that_a_preset_brings_has_its_options_where_the_name_joins_both() -> None:
+    taught = inputs_of("rankclip-encoders")
+    options: dict[str, Any] = {"rankclip-encoders": {"lambda_in": 2.0}, "spread": {"weight": 0.0}}
+    without = rankloss_trainers.create("rankclip-encoders+spread", **options)(**taught)
+    torch.testing.assert_close(without, RankClipLoss(**{**ENCODERS_ALONE, "lambda_in": 2.0})(**taught))
+    assert [x.given for x in choose("rankclip-encoders", {"lambda_in": 2.0})] == [{"lambda_in": 2.0}, {}]
+    for key in options:
+        with pytest.raises(TypeError, match=rf"need the name rankclip-encoders\+spread; got '{key}' with"):
+            choose("rankclip-encoders", {key: options[key]})
 
 
 @pytest.mark.parametrize(

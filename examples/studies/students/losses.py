@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import rankloss
-from rankloss_trainers import create
+from rankloss_trainers import catalog
 
 TEACHER = ("reference_image_features", "reference_text_features")
 CLIP, RANKCLIP, ENCODERS = "clip", "rankclip", "rankclip-encoders"
@@ -17,7 +17,8 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
 
     Args:
         name: Of :data:`NAMES`.
-        weight: Multiplies λ of RankCLIP; of the encoders' terms it is λ.
+        weight: Multiplies λ of RankCLIP; of the encoders' terms it is λ. These are the preset's terms without
+            the spread that it brings: their records are older.
         label_smoothing: Of CLIP's term, alone or as a base.
         same_id: What CLIP's term does with pairs of one id; empty: nothing.
 
@@ -29,7 +30,9 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
     base = rankloss.ClipLoss(same_id=same_id or None, label_smoothing=label_smoothing)
     if name == RANKCLIP:
         return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
-    return create(name, base, lambda_in=weight) if name == ENCODERS else base
+    if name == ENCODERS:
+        return rankloss.RankClipLoss(base, **{**catalog.LOSSES[name].defaults, "lambda_in": weight})
+    return base
 
 
 def references(name: str, teacher: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
