@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,24 @@ def _has_other_files(folder: Path) -> bool:
     return any(file.name.removeprefix(".") not in (ABOUT, WEIGHTS) for file in folder.iterdir())
 
 
+class Side(NamedTuple):
+    """A side of the data, to train on or held out.
+
+    Attributes:
+        opened: The file of data that has it.
+        rows: Its rows in that file.
+        pairs: Its pairs.
+    """
+
+    opened: Any
+    rows: list[int]
+    pairs: Pairs
+
+    def of(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its rows of the features of the whole file."""
+        return {name: x[self.rows] for name, x in features.items()}
+
+
 def run(args: argparse.Namespace, settings: Training) -> None:
     """Encode the pairs, train on some, evaluate on the others, and save.
 
@@ -56,57 +75,79 @@ def run(args: argparse.Namespace, settings: Training) -> None:
         ValueError: An encoder or the data cannot be read, there are too few pairs, or an id stands on both
             sides.
     """
-    opened = data.open_data(args)
-    pairs = Pairs.of(opened)
-    if args.val_data is None:
-        learned, held_out = split(pairs.groups, settings.seed)
-        validation = pairs.take(held_out)
-    else:
-        learned = list(range(len(pairs.captions)))
-        val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
-        validation = Pairs.of(val_data)
-        both = sorted({*map(str, pairs.groups)} & {*map(str, validation.groups)})
-        if both:
-            raise ValueError(
-                f"{len(both)} {_kind(args)} of --val-data are in --data, too; the first is {both[0]!r}"
-            )
-    for side, number in (("train", len(learned)), ("evaluate", len(validation.captions))):
-        if number < _FEWEST:
-            raise ValueError(
-                f"{number} pairs are too few to {side} on, of {len(pairs.captions)} in --data {args.data}; "
-                f"at least {_FEWEST} are needed"
-            )
+    training, validation = _sides(args, settings.seed)
     encoders = Encoders(args.image_encoder, args.text_encoder, args.image_weights)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     frozen = encoders.load(device, args.batch_size)
     encode = partial(encode_rows, frozen, batch_size=64, workers=args.workers, shows=True)
-    features = encode(opened)
-    if args.val_data is None:
-        of_validation = {name: x[held_out] for name, x in features.items()}
-    else:
-        of_validation = encode(val_data)
-    chosen = pairs.take(learned)
-    ids = _numbers(chosen.groups)
-    print(f"training on {len(learned)} pairs of {int(ids.max()) + 1} {_kind(args)}")
-    heads, scale, losses = train({name: x[learned] for name, x in features.items()}, ids, settings)
-    for epoch in range(0, settings.epochs, max(1, settings.epochs // 5)):
-        print(f"epoch {epoch + 1}: loss {losses[epoch]:.3f}")
-    print(f"epoch {settings.epochs}: loss {losses[-1]:.3f}")
+    features = encode(training.opened)
+    is_one_file = validation.opened is training.opened
+    held_out = validation.of(features if is_one_file else encode(validation.opened))
+    ids = _numbers(training.pairs.groups)
+    print(f"training on {len(training.rows)} pairs of {int(ids.max()) + 1} {_kind(args)}")
+    heads, scale, losses = train(training.of(features), ids, settings)
+    _print_course(losses)
     model = FrozenEncoders(encoders, frozen, heads, scale)
     model.save(args.output)
-    with torch.no_grad():
-        encoded = validation.encoded(
-            **{
-                name: torch.nn.functional.normalize(model.heads[name](x.to(device)), dim=-1).cpu()
-                for name, x in of_validation.items()
-            }
+    _print_evaluation(args, model, validation.pairs, held_out)
+    print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
+
+
+def _sides(args: argparse.Namespace, seed: int) -> tuple[Side, Side]:
+    """The pairs to train on, and those of ``--val-data``, or a part of the data that is held out."""
+    opened = data.open_data(args)
+    pairs = Pairs.of(opened)
+    if args.val_data is None:
+        learned, held_out = split(pairs.groups, seed)
+        training = Side(opened, learned, pairs.take(learned))
+        validation = Side(opened, held_out, pairs.take(held_out))
+    else:
+        val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
+        val_pairs = Pairs.of(val_data)
+        training = Side(opened, [*range(len(pairs.captions))], pairs)
+        validation = Side(val_data, [*range(len(val_pairs.captions))], val_pairs)
+        _check_disjoint(args, pairs, val_pairs)
+    for purpose, side in (("train", training), ("evaluate", validation)):
+        if len(side.rows) < _FEWEST:
+            raise ValueError(
+                f"{len(side.rows)} pairs are too few to {purpose} on, of {len(pairs.captions)} in --data "
+                f"{args.data}; at least {_FEWEST} are needed"
+            )
+    return training, validation
+
+
+def _check_disjoint(args: argparse.Namespace, pairs: Pairs, val_pairs: Pairs) -> None:
+    """Raise a ValueError for an id, or a picture, that is trained on and evaluated on."""
+    both = sorted({*map(str, pairs.groups)} & {*map(str, val_pairs.groups)})
+    if both:
+        raise ValueError(
+            f"{len(both)} {_kind(args)} of --val-data are in --data, too; the first is {both[0]!r}"
         )
+
+
+def _print_course(losses: list[float]) -> None:
+    """Print the loss of some five epochs, and of the last."""
+    for epoch in range(0, len(losses), max(1, len(losses) // 5)):
+        print(f"epoch {epoch + 1}: loss {losses[epoch]:.3f}")
+    print(f"epoch {len(losses)}: loss {losses[-1]:.3f}")
+
+
+def _print_evaluation(
+    args: argparse.Namespace, model: FrozenEncoders, pairs: Pairs, features: dict[str, Tensor]
+) -> None:
+    """Print the table of ``rankloss evaluate`` of held-out pairs, from the encoders' features of them."""
+    projected = {}
+    with torch.no_grad():
+        for name, x in features.items():
+            projected[name] = torch.nn.functional.normalize(
+                model.heads[name](x.to(model.teacher.device)), dim=-1
+            )
+    encoded = pairs.encoded(**{name: x.cpu() for name, x in projected.items()})
     most = min(len(encoded.image_features), len(encoded.text_features))
     ks = [k for k in (1, 5, 10) if k <= most]
     about = described(encoded, str(args.output), str(args.val_data or f"held-out {args.data}"), args.ids_key)
     print()
     print("\n".join(lines({**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}, ks)))
-    print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
 
 
 def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
