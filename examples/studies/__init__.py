@@ -3,6 +3,7 @@
 STUDIES = {
     "baselines": "studies.baselines.study",
     "captions": "studies.captions.study",
+    "heads": "studies.heads.study",
     "spread": "studies.spread.study",
     "towers": "studies.towers.study",
 }

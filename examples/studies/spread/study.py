@@ -9,20 +9,13 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
+from studies.cells import HEAD, Tested, rows, title, verdict_sentence
 from studies.plan import Find, MissingError
 from studies.records import Record
-from studies.report import (
-    conditions_texts,
-    difference_text,
-    ends_text,
-    mark,
-    mean_text,
-    p_text,
-    test_cells,
-)
+from studies.report import conditions_texts, mean_text, test_cells
 from studies.runner import Study
-from studies.statistics import Arms, Difference, Measure, Pair, correct, paired_difference, verdict
-from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
+from studies.statistics import Arms, Measure, Pair, correct, paired_difference
+from studies.students.measure import CORRELATION, PRIMARY
 
 from .data import SECOND, VENDOR, data
 from .train import Setting
@@ -184,24 +177,16 @@ def ask(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tested:
-    """The records of a cell's test side that are there.
+class Chosen(Tested):
+    """A cell, which may be the icons' second thousand, and what its dev side chose.
 
     Attributes:
-        cell: The cell's name; of the icons' second thousand a name of its own.
-        settings: Of the arms that are tuned, as their dev side chose them.
+        settings: Of the arms that are tuned.
         tried: All tries of these arms.
-        arms: The records by arm and seed.
     """
 
-    cell: str
     settings: Mapping[str, Setting]
     tried: Mapping[str, Tried]
-    arms: Arms
-
-    def difference(self, pair: Pair) -> Difference | None:
-        """Return the paired difference of two arms, if both have records of one seed."""
-        return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
 
 
 def is_whole(one: Cell, block: Mapping[str, Any]) -> bool:
@@ -214,7 +199,7 @@ def is_whole(one: Cell, block: Mapping[str, Any]) -> bool:
     return len(one.find.there(wanted)) == len(wanted)
 
 
-def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Tested]:
+def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Chosen]:
     """Yield the records of every cell's test side, split 0."""
     for one in cells(sizes, list(sizes.cells), finds):
         blocks = [of for of in sizes.blocks if one.name in of["cells"] and "split" not in of]
@@ -235,37 +220,14 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Teste
                 records[arm] = found
         if not records:
             continue
-        yield Tested(one.name, settings, tried, Arms(records))
+        yield Chosen(one.name, Arms(records), settings, tried)
         second = {
             arm: {seed: {**record, "metrics": record["metrics"][SECOND]} for seed, record in of.items()}
             for arm, of in records.items()
             if all(SECOND in record["metrics"] for record in of.values())
         }
         if second:
-            yield Tested(f"{one.name}, second", settings, {}, Arms(second))
-
-
-def family(every: Sequence[Tested], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
-    """Return the differences of pairs of arms by cell, corrected together."""
-    found = {(of.cell, pair): of.difference(pair) for pair in pairs for of in every}
-    return correct({key: difference for key, difference in found.items() if difference is not None})
-
-
-def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
-    """Return the rows of a family's table."""
-    arms_of = {of.cell: of.arms for of in every}
-    return [
-        [
-            name,
-            *(f"`{arm}`" for arm in pair),
-            difference_text(of),
-            str(of.n),
-            p_text(of.adjusted),
-            mark(of),
-            ends_text(arms_of[name].over_pictures(pair, hits_of_pictures)),
-        ]
-        for (name, pair), of in family(every, pairs).items()
-    ]
+            yield Chosen(f"{one.name}, second", Arms(second), settings, {})
 
 
 def together(every: Sequence[Tested]) -> list[list[str]]:
@@ -293,10 +255,10 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     others = [(arm, "clip") for arm in sizes.tries if arm not in ("clip", "spread")]
     return {
         "records": sum(len(find.records) for find in finds.values()),
-        "tests_head": ["cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures"],
+        "tests_head": HEAD,
         "verdicts": [verdict_sentence(every, pair) for pair in PRIMARY_TESTS.values()],
         "primary": [
-            (f"({letter}) {_minus(pair)}", rows(every, [pair])) for letter, pair in PRIMARY_TESTS.items()
+            (f"({letter}) {title(pair)}", rows(every, [pair])) for letter, pair in PRIMARY_TESTS.items()
         ],
         "secondary": [
             row for pairs in (*([pair] for pair in SECONDARY), others) for row in rows(every, pairs)
@@ -322,19 +284,6 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "blocks": [_progress(sizes, finds, block) for block in sizes.blocks],
         "made": conditions_texts(record for find in finds.values() for record in find.records.values()),
     }
-
-
-def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
-    """Return in words where a difference is above 0, below it, and neither."""
-    cells_of: dict[str, list[str]] = {}
-    for (name, _), difference in family(every, [pair]).items():
-        cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
-    where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
-    return f"{_minus(pair)}: {where or 'no record yet'}."
-
-
-def _minus(pair: Pair) -> str:
-    return " minus ".join(f"`{arm}`" for arm in pair)
 
 
 def form_scores(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[tuple[str, float], list[float]]:

@@ -9,7 +9,8 @@ from rankloss_trainers import catalog
 
 TEACHER = ("reference_image_features", "reference_text_features")
 CLIP, RANKCLIP, ENCODERS = "clip", "rankclip", "rankclip-encoders"
-NAMES = (CLIP, RANKCLIP, ENCODERS)
+SPREAD, RANKCLIP_SPREAD = "spread", "rankclip-spread"
+NAMES = (CLIP, RANKCLIP, ENCODERS, SPREAD, RANKCLIP_SPREAD)
 
 
 def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_id: str = "") -> nn.Module:
@@ -17,8 +18,9 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
 
     Args:
         name: Of :data:`NAMES`.
-        weight: Multiplies λ of RankCLIP; of the encoders' terms it is λ. These are the preset's terms without
-            the spread that it brings: their records are older.
+        weight: Of the added terms: it multiplies λ of RankCLIP, of the encoders' terms it is λ. These are the
+            preset's terms without the spread that it brings: their records are older. Spread beside RankCLIP
+            keeps its default weight.
         label_smoothing: Of CLIP's term, alone or as a base.
         same_id: What CLIP's term does with pairs of one id; empty: nothing.
 
@@ -28,11 +30,14 @@ def build(name: str, *, weight: float = 1.0, label_smoothing: float = 0.0, same_
     if name not in NAMES:
         raise ValueError(f"loss: must be one of {', '.join(NAMES)}, got {name!r}")
     base = rankloss.ClipLoss(same_id=same_id or None, label_smoothing=label_smoothing)
-    if name == RANKCLIP:
-        return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
+    if name == SPREAD:
+        return rankloss.SpreadLoss(base, weight=weight)
     if name == ENCODERS:
         return rankloss.RankClipLoss(base, **{**catalog.LOSSES[name].defaults, "lambda_in": weight})
-    return base
+    if name == CLIP:
+        return base
+    rankclip = rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
+    return rankclip if name == RANKCLIP else rankloss.SpreadLoss(rankclip)
 
 
 def references(name: str, teacher: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

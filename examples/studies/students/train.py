@@ -68,8 +68,9 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "steps": setting.epochs * steps}
     descent = Descent(model.log_scale, [model, loss], **sizes)
     for epoch in range(1, setting.epochs + 1):
-        if hasattr(loss, "set_epoch"):
-            loss.set_epoch(epoch, setting.epochs)
+        for part in loss.modules():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=drawing)
         for rows in shuffled.split(setting.batch_size)[:steps]:
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)

@@ -1,0 +1,66 @@
+"""Tests of one arm against another on several cells, data sets with a training each, corrected together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from .report import difference_text, ends_text, mark, p_text
+from .statistics import Arms, Difference, Pair, correct, verdict
+from .students.measure import PRIMARY, hits_of_pictures
+
+HEAD = ("cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """The records of a cell's test side that are there, by arm and seed."""
+
+    cell: str
+    arms: Arms
+
+    def difference(self, pair: Pair) -> Difference | None:
+        """Return the paired difference of two arms, if both have records of one seed."""
+        return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
+
+
+def family(every: Sequence[Tested], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
+    """Return the differences of pairs of arms by cell, corrected together."""
+    found = {(of.cell, pair): of.difference(pair) for pair in pairs for of in every}
+    return correct({key: difference for key, difference in found.items() if difference is not None})
+
+
+def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
+    """Return the rows of a family's table."""
+    arms_of = {of.cell: of.arms for of in every}
+    return [
+        [
+            name,
+            *(f"`{arm}`" for arm in pair),
+            difference_text(of),
+            str(of.n),
+            p_text(of.adjusted),
+            mark(of),
+            ends_text(arms_of[name].over_pictures(pair, hits_of_pictures)),
+        ]
+        for (name, pair), of in family(every, pairs).items()
+    ]
+
+
+def title(pair: Pair) -> str:
+    """Return a pair as text.
+
+    Example:
+        >>> title(("spread", "clip"))
+        '`spread` minus `clip`'
+    """
+    return " minus ".join(f"`{arm}`" for arm in pair)
+
+
+def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
+    """Return in words where a difference is above 0, below it, and neither."""
+    cells_of: dict[str, list[str]] = {}
+    for (name, _), difference in family(every, [pair]).items():
+        cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
+    where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
+    return f"{title(pair)}: {where or 'no record yet'}."
