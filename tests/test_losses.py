@@ -221,6 +221,34 @@ def test_a_single_epoch_is_ramped_by_step(schedule: Any, caplog: pytest.LogCaptu
     assert loss.schedule_value == loss.schedule(2, 50)
 
 
+def test_after_the_end_of_a_training_lambda_is_for_evaluations_until_another_one_is_set() -> None:
+    loss, inputs = RankClipLoss(schedule="linear", normalizer=1.0), features()
+    loss.set_progress(3, 3)
+    value = loss(*inputs)
+    loss.end_training()
+    with pytest.raises(
+        RuntimeError, match=r"lambda of a training that has ended: .*call set_epoch.*set_progress"
+    ):
+        loss(*inputs)
+    with torch.no_grad():
+        assert torch.equal(loss(*inputs), value)
+    assert torch.equal(loss.eval()(*inputs), value)
+    assert loss.schedule_value == 1
+    loss.train().set_epoch(1, 1)  # sets no λ
+    with pytest.raises(RuntimeError, match="has ended"):
+        loss(*inputs)
+    loss.set_progress(1, 2)
+    loss(*inputs)
+    assert loss.schedule_value == 0
+
+
+def test_a_constant_lambda_has_no_training_that_ends() -> None:
+    loss, inputs = RankClipLoss(schedule="constant"), features()
+    value = loss(*inputs)
+    loss.end_training()
+    assert torch.equal(loss(*inputs), value)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[], Any]) -> None:
     loss, inputs = RankClipLoss(normalizer=1.0), features()

@@ -114,6 +114,10 @@ class AlipLoss(GatheringLoss):
         """A training step begins: the next call in training mode moves the histories, later ones do not."""
         self._steps_are_announced = self._step_begins = True
 
+    def end_training(self) -> None:
+        """The training ends: until the next one announces its steps, each call in training mode is a step."""
+        self._steps_are_announced, self._step_begins = False, True
+
     @outside_graphs
     def forward(
         self,

@@ -16,7 +16,7 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
-from rankloss_trainers.progress import METHODS, course, listeners, one_line, warn_of_change
+from rankloss_trainers.progress import METHODS, course, end_training, listeners, one_line, warn_of_change
 from rankloss_trainers.run_options import RunOptions
 
 with extra("lightning"):
@@ -117,6 +117,15 @@ class Progress(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
+        """A next training has to tell the losses itself."""
+        end_training(tell.__self__ for tell in self._tellers)
+        self._tellers = []
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:  # noqa: ARG002
+        """An error ends the training, too."""
+        self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The losses and the course of the training, for a checkpoint."""

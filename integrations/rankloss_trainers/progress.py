@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,14 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
         methods = units_of(part)
         if unit in methods and (unit == preferred or len(methods) == 1):
             yield types.MethodType(methods[unit], part)
+
+
+def end_training(parts: Iterable[nn.Module]) -> None:
+    """Tell the parts that have a method ``end_training`` that the training ends, of which they were told."""
+    for part in parts:
+        end = getattr(type(part), "end_training", None)
+        if callable(end):
+            end(part)
 
 
 def course(loss: nn.Module, unit: str, lengths: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ from rankloss.precision import outside_graphs
 from rankloss.schedules import Schedule
 
 _log = logging.getLogger(__name__)
+_PROGRESS = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
 
 
 class RankClipLoss(nn.Module):
@@ -67,7 +68,8 @@ class RankClipLoss(nn.Module):
         ValueError: for an unknown schedule, an invalid value of an option, a weight that is negative or not
             finite, or a base that cannot be called.
         TypeError: for an option that does not exist.
-        RuntimeError: in ``forward``, if the schedule needs the progress and it was not set.
+        RuntimeError: in ``forward``, if the schedule needs the progress and it was not set, or, in training
+            mode, if it is that of a training that has ended (:meth:`end_training`).
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
@@ -109,8 +111,9 @@ class RankClipLoss(nn.Module):
         self.base = check_base(base, self.consistency.gather, streaming)
         self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
-        self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
+        self._missing: str | None = _PROGRESS
         self._goes_by_epochs = False  # True if λ is of an epoch
+        self._training_has_ended = False  # True if λ is of a training that has ended
         self._schedule_value = 0.0
         if self.schedule is schedules.constant:
             self._missing = None
@@ -184,6 +187,21 @@ class RankClipLoss(nn.Module):
         """
         self._tell("step", step, "total_steps", total_steps)
 
+    def end_training(self) -> None:
+        """The training ends: the next one has to set its progress.
+
+        Until then a call in training mode with gradients is an error, unless the schedule is constant. Other
+        calls, as an evaluation makes them, have the last λ.
+
+        Example:
+            >>> loss = RankClipLoss(schedule="linear")
+            >>> loss.set_progress(2, 2)
+            >>> loss.end_training()
+            >>> loss.schedule_value
+            1.0
+        """
+        self._training_has_ended = self.schedule is not schedules.constant
+
     @outside_graphs
     def forward(
         self,
@@ -213,6 +231,11 @@ class RankClipLoss(nn.Module):
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, logit_bias
         cross, in_ = self.rank_weights.values()
+        if self._training_has_ended and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "RankClipLoss has the lambda of a training that has ended: in the next one call "
+                f"{_PROGRESS}, before an evaluation eval()"
+            )
         gather = self.consistency.gather
         options = self.consistency.options
         # The rank terms' pass also gives the loss of such a base.
@@ -275,3 +298,4 @@ class RankClipLoss(nn.Module):
         self._schedule_value = check_weight("schedule's value", self.schedule(now, end))
         self._missing = None
         self._goes_by_epochs = is_epoch
+        self._training_has_ended = False

@@ -152,6 +152,17 @@ def test_histories_move_once_a_training_step(announced: list[int], modes: str, m
     assert moved == moves
 
 
+def test_after_the_end_of_an_announced_training_each_call_is_a_step_again() -> None:
+    loss, inputs = AlipLoss(), triples(*R0)
+    loss.set_progress(1, 1)
+    call(loss, inputs)
+    loss.end_training()
+    for _ in range(2):
+        before = loss.histories.clone()
+        call(loss, inputs)
+        assert not torch.equal(loss.histories, before)
+
+
 def test_casting_the_module_does_not_round_the_histories() -> None:
     loss = AlipLoss()
     call(loss, triples(*R0))

@@ -351,6 +351,60 @@ def test_a_loss_is_told_by_whatever_names_its_methods_have(tmp_path: Path) -> No
     assert lambdas(module) == pytest.approx(linear(*range(1, 9)))
 
 
+# --- a module that is fitted again ---
+
+
+class Fault(Exception):
+    """The error that ends a training."""
+
+
+class Failing(lightning.Callback):
+    """Ends a training at a step."""
+
+    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise Fault
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_module_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path, unit: Any) -> None:
+    """Its λ would be the last of the first training."""
+    module = Module()
+    trainer = fit(tmp_path, module, callbacks=[Progress(unit)])
+    before = weights(module)
+    with pytest.raises(RuntimeError, match=r"training that has ended: .*call .*set_progress"):
+        fit(tmp_path, module, callbacks=[], num_sanity_val_steps=1)
+    assert torch.equal(weights(module), before)
+    validated = module.validated[-1]
+    trainer.validate(module, DataLoader(pairs(8), 8), verbose=False)
+    expected = rankloss.RankClipLoss(schedule="constant")(*module.features(list(pairs(8).tensors)))
+    assert module.validated[-1] == validated == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_module_of_a_training_that_an_error_ended_does_not_train_without_progress(tmp_path: Path) -> None:
+    module = Module()
+    with pytest.raises(Fault):
+        fit(tmp_path, module, callbacks=[Progress(), Failing()])
+    with pytest.raises(RuntimeError, match="training that has ended"):
+        fit(tmp_path, module, callbacks=[])
+
+
+class Telling(Module):
+    """A module that tells its loss of each step by itself."""
+
+    def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+        self.loss.set_progress(number + 1, 4)
+        return super().training_step(batch, number)
+
+
+def test_module_that_is_told_again_has_the_lambdas_of_a_new_training(tmp_path: Path) -> None:
+    for kind, callbacks in ((Module, [Progress()]), (Telling, [])):
+        module: Any = kind()
+        fit(tmp_path, module, max_epochs=1, callbacks=[Progress()])
+        fit(tmp_path, module, max_epochs=1, callbacks=callbacks)
+        assert lambdas(module) == pytest.approx(linear(*range(1, 5)) * 2)
+
+
 # --- several processes ----------------------------------------------------------------------------------
 
 
