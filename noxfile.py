@@ -38,6 +38,11 @@ TESTS = {name: [f"rankloss_trainers/test_{name.replace('-', '_')}*.py"] for name
     "encoders": ["rankloss_features/test_encoders.py"],
     "gpu": ["rankloss_triton"],
 }
+# What the tests of an extra need beside it. From 26 on the pyarrow of datasets refuses NumPy 1.
+TESTED_WITH = {
+    "transformers": ["datasets>=4", "pyarrow<26", "pillow"],
+    "sentence-transformers": ["datasets>=4", "pillow"],
+}
 VERSIONS = [nox.param(name, version, id=f"{name}-{version}", tags=[name])
             for name, versions in TRAINERS.items() for version in versions]  # fmt: skip
 
@@ -71,7 +76,8 @@ def lowest(session: nox.Session) -> None:
 def lowest_of_extra(session: nox.Session, extra: str) -> None:
     """Every requirement of an extra at its lower bound: an import of what it is for, and its tests."""
     floors = floors_of(extra, project_table())
-    session.install("--editable", f".[{extra}]", "pytest", "hypothesis", *floors)
+    tools = ["pytest", "hypothesis", *TESTED_WITH.get(extra, [])]
+    session.install("--editable", f".[{extra}]", *tools, *floors)
     for module in MODULES[extra]:
         session.run("python", "-c", f"import {module}")
     chosen = tests(*TESTS[extra]) if extra in TESTS else []
@@ -84,7 +90,8 @@ def lowest_of_extra(session: nox.Session, extra: str) -> None:
 def trainer(session: nox.Session, name: str, version: str) -> None:
     """An integration in the lowest and the newest supported version of its trainer."""
     extra = "test" if name == "open-clip" else name  # the others without each other's dependencies
-    session.install("--editable", f".[{extra}]", "pytest", "hypothesis", f"{PACKAGES[name]}=={version}")
+    tools = ["pytest", "hypothesis", *TESTED_WITH.get(name, [])]
+    session.install("--editable", f".[{extra}]", *tools, f"{PACKAGES[name]}=={version}")
     # Older releases warn of what newer ones of torch and NumPy deprecate.
     session.run("pytest", "-W", "default", *tests(*TESTS[name]), *session.posargs)
 

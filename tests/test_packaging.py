@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from rankloss_trainers.doctor import TRAINERS
 
@@ -81,12 +82,32 @@ def test_torchs_entry_point_is_the_function_that_no_other_file_can_break() -> No
     assert names <= sys.stdlib_module_names
 
 
+def table_of_nox(name: str) -> dict[str, list[str]]:
+    """A table of lists in the file of nox's sessions."""
+    source = (ROOT / "noxfile.py").read_text()
+    (text,) = re.findall(rf"^{name} = (\{{.*?^\}})", source, re.MULTILINE | re.DOTALL)
+    table: dict[str, list[str]] = ast.literal_eval(text)
+    return table
+
+
 def versions_of_sessions() -> dict[str, list[str]]:
     """By trainer, the versions that nox tests."""
-    source = (ROOT / "noxfile.py").read_text()
-    (table,) = re.findall(r"^TRAINERS = (\{.*?^\})", source, re.MULTILINE | re.DOTALL)
-    versions: dict[str, list[str]] = ast.literal_eval(table)
-    return versions
+    return table_of_nox("TRAINERS")
+
+
+def test_sessions_install_every_package_without_which_a_trainers_tests_are_left_out() -> None:
+    """A session names the files, and pytest collects those whatever the folder's conftest leaves out."""
+    source = (ROOT / "tests/rankloss_trainers/conftest.py").read_text()
+    (text,) = re.findall(r"^NEEDED \+= (\[.*?^\])", source, re.MULTILINE | re.DOTALL)
+    needed: list[tuple[str, list[str]]] = ast.literal_eval(text)
+    distributions = {"PIL": "pillow"}
+    for trainer in versions_of_sessions().keys() - {"open-clip"}:  # whose tests are in another folder
+        requirements = [*EXTRAS[trainer], *table_of_nox("TESTED_WITH").get(trainer, [])]
+        installed = {Requirement(text).name for text in requirements}
+        for path in (ROOT / "tests/rankloss_trainers").glob(f"test_{trainer.replace('-', '_')}*.py"):
+            packages = {x for pattern, names in needed if path.match(pattern) for x in names}
+            missing = {distributions.get(x, x) for x in packages} - installed
+            assert not missing, f"{path.name} needs {missing}"
 
 
 def test_no_extra_claims_a_major_version_that_no_session_tests() -> None:
