@@ -88,10 +88,10 @@ def test_every_family_is_of_both_data_sets(monkeypatch):
     assert gains == pytest.approx([3, 3, -3, -3, 0, 0, 1.5, 1.5], abs=0.3)
     assert [row[6] for of in families[:2] for row in of] == ["▲", "▲", "▼", "▼"]
     assert [row[:3] for row in found["secondary"][::2]] == [
-        ["emojis", "`spread`", "`smoothing`"],
-        ["emojis", "`rankclip`", "`clip`"],
+        ["photographs", "`spread`", "`smoothing`"],
+        ["photographs", "`rankclip`", "`clip`"],
     ]
-    assert found["verdicts"][0] == "`spread` minus `clip`: above 0 on emojis, photographs."
+    assert found["verdicts"][0] == "`spread` minus `clip`: above 0 on photographs, emojis."
     assert [row[3] for row in found["arms"] if row[0] == "emojis"] == ["–"] * 5
     assert all("dropout 0" in row[2] for row in found["tries"])
 

@@ -19,7 +19,7 @@ from studies.statistics import Arms, Measure, Pair
 from studies.students import losses
 from studies.students.measure import CORRELATION, PRIMARY
 
-SETS = ("emojis", "photographs")
+SETS = ("photographs", "emojis")
 SMOOTHING = "smoothing"  # the arm of CLIP's loss that is smoothed
 PRIMARY_TESTS: dict[str, Pair] = {
     "a": ("spread", "clip"),
