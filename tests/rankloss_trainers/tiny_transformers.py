@@ -25,6 +25,8 @@ from rankloss_trainers.transformers import ContrastiveTrainerMixin
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
+LOGGED = 5e-5
+"""The rounding of a logged ``loss``, to which releases before 5 give four decimals; entries have all."""
 
 
 class Pictures:
