@@ -40,6 +40,7 @@ TESTS = {name: [f"rankloss_trainers/test_{name.replace('-', '_')}*.py"] for name
 }
 # What the tests of an extra need beside it. From 26 on the pyarrow of datasets refuses NumPy 1.
 TESTED_WITH = {
+    "open-clip": ["scipy"],
     "transformers": ["datasets>=4", "pyarrow<26", "pillow"],
     "sentence-transformers": ["datasets>=4", "pillow"],
 }

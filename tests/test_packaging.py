@@ -95,19 +95,28 @@ def versions_of_sessions() -> dict[str, list[str]]:
     return table_of_nox("TRAINERS")
 
 
-def test_sessions_install_every_package_without_which_a_trainers_tests_are_left_out() -> None:
+def imported_by(path: Path) -> set[str]:
+    """The packages that a file imports at its top."""
+    nodes = ast.parse(path.read_text()).body
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_sessions_install_every_package_without_which_a_trainers_tests_cannot_be_collected() -> None:
     """A session names the files, and pytest collects those whatever the folder's conftest leaves out."""
     source = (ROOT / "tests/rankloss_trainers/conftest.py").read_text()
     (text,) = re.findall(r"^NEEDED \+= (\[.*?^\])", source, re.MULTILINE | re.DOTALL)
     needed: list[tuple[str, list[str]]] = ast.literal_eval(text)
-    distributions = {"PIL": "pillow"}
-    for trainer in versions_of_sessions().keys() - {"open-clip"}:  # whose tests are in another folder
+    tools = {Requirement(text).name for text in EXTRAS["test"]} - {"rankloss", "pytest", "hypothesis"}
+    for trainer in versions_of_sessions():
         requirements = [*EXTRAS[trainer], *table_of_nox("TESTED_WITH").get(trainer, [])]
         installed = {Requirement(text).name for text in requirements}
-        for path in (ROOT / "tests/rankloss_trainers").glob(f"test_{trainer.replace('-', '_')}*.py"):
+        files = f"rankloss_trainers/test_{trainer.replace('-', '_')}*.py"
+        for path in (ROOT / "tests").glob("rankloss_open_clip/*.py" if trainer == "open-clip" else files):
             packages = {x for pattern, names in needed if path.match(pattern) for x in names}
-            missing = {distributions.get(x, x) for x in packages} - installed
-            assert not missing, f"{path.name} needs {missing}"
+            packages = {"pillow" if x == "PIL" else x for x in packages} | (imported_by(path) & tools)
+            assert packages <= installed, f"{path.name} needs {packages - installed}"
 
 
 def test_no_extra_claims_a_major_version_that_no_session_tests() -> None:
