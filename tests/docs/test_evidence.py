@@ -149,18 +149,28 @@ def beside_shuffled_words() -> list[str]:
     return rows
 
 
-def spread_or_ranks() -> list[str]:
-    """… in R@10 of the five primary tests on each cell of the study of the spread, with the seeds of each."""
-    report = (ROOT / "examples/studies/spread/report/spread.md").read_text(encoding="utf-8")
+def primary_tests(study: str, families_count: int) -> list[str]:
+    """… in R@10 of a study's primary tests, a row for each cell, with the seeds of each."""
+    report = (ROOT / f"examples/studies/{study}/report/{study}.md").read_text(encoding="utf-8")
     families = report.partition("## Primary tests")[2].partition("\n## ")[0].split("\n**(")[1:]
     rows: dict[str, list[str]] = {}
     for place, family in enumerate(families):
         for line in re.findall(r"^\| [^|]+ \| +`.*\|$", family, re.MULTILINE):
             cell, _, _, difference, n, *_ = (of.strip() for of in line.strip("| ").split("|"))
             rows.setdefault(cell, ["–"] * len(families))[place] = f"{difference} ({n})"
-    assert len(families) == 5
-    assert len(rows) >= 5
+    assert len(families) == families_count
+    assert rows
     return [f"| {' | '.join(of)} |" for of in rows.values()]
+
+
+def spread_or_ranks() -> list[str]:
+    """… on students from scratch."""
+    return primary_tests("spread", 5)
+
+
+def spread_on_heads() -> list[str]:
+    """… on heads on frozen encoders."""
+    return primary_tests("heads", 4)
 
 
 def heads_beside_smoothing() -> list[str]:
@@ -244,6 +254,7 @@ def demo_agreement() -> list[str]:
                 two_encoders,
                 beside_shuffled_words,
                 spread_or_ranks,
+                spread_on_heads,
                 bar,
                 costs,
                 parts_of_a_teacher,
