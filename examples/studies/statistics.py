@@ -107,12 +107,15 @@ def two_way(differences: np.ndarray, draws: int = 5000) -> tuple[float, float]:
     """
     seeds, pictures = differences.shape
     rng = np.random.default_rng(0)
-    means = [
-        (rng.multinomial(seeds, [1 / seeds] * seeds) / seeds)
+    sums = [
+        rng.multinomial(seeds, [1 / seeds] * seeds)
         @ differences
-        @ (rng.multinomial(pictures, [1 / pictures] * pictures) / pictures)
+        @ rng.multinomial(pictures, [1 / pictures] * pictures)
         for _ in range(draws)
     ]
+    # The sums of whole counts are exact, so that an end that lies between two decimals is rounded alike on
+    # every processor; so is the mean of values that are not.
+    means = np.round(np.divide(sums, seeds * pictures), 9)
     low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
 
