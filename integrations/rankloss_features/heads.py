@@ -235,6 +235,7 @@ class Training:
         hidden: The width of a head's hidden layer.
         width: The width of the common space.
         seed: Of weights, dropout and the order of the pairs.
+        spread_weight: The weight of the spread of each modality beside CLIP's loss; 0 leaves it out.
     """
 
     epochs: int = 20
@@ -243,12 +244,15 @@ class Training:
     hidden: int = 512
     width: int = 256
     seed: int = 0
+    spread_weight: float = 0.0
 
 
 def train(
     features: dict[str, Tensor], ids: Tensor | None, settings: Training
 ) -> tuple[nn.ModuleDict, float, list[float]]:
-    """Train heads on features of pairs with CLIP's loss; pairs of one id are no negatives of each other.
+    """Train heads on features of pairs with CLIP's loss, and spread if it has a weight.
+
+    Pairs of one id are no negatives of each other.
 
     Args:
         features: ``image_features`` and ``text_features``, ``[N, D']`` each.
@@ -259,7 +263,9 @@ def train(
         The heads, the scale, and the mean loss of each epoch.
     """
     images, texts = features[_IMAGES], features[_TEXTS]
-    criterion = rankloss.ClipLoss(same_id=None if ids is None else "ignore", gather=False)
+    criterion: nn.Module = rankloss.ClipLoss(same_id=None if ids is None else "ignore", gather=False)
+    if settings.spread_weight > 0:
+        criterion = rankloss.SpreadLoss(criterion, weight=settings.spread_weight, gather=False)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

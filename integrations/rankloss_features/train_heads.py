@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
             check_weight("--lr", args.lr, above=0.0),
             width=check_count("--width", args.width),
             seed=args.seed,
+            spread_weight=check_weight("--spread-weight", args.spread_weight),
         )
         if args.output.exists() and not (args.output / ABOUT).is_file() and _has_other_files(args.output):
             raise ValueError(f"--output {args.output} is there and no folder of heads: give a new one")
@@ -196,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         ("lr", float, "learning rate"),
         ("width", int, "width of the common space"),
         ("seed", int, "seed of the split and of the training"),
+        ("spread-weight", float, "weight of the spread of each modality beside CLIP's loss"),
     ):
         value = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=f"{text} ({value})")

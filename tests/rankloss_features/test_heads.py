@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluate_command import rows_of, write
 
-from rankloss_features.heads import load_heads
+from rankloss_features.heads import Training, load_heads, train
 from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
 
@@ -110,6 +110,28 @@ def test_batches_of_one_pair_are_refused_by_the_option(
     code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--batch-size", "1")
     assert "--batch-size must be an integer of at least 2; got 1" in refusal(capsys, code)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_weight_of_the_spread_is_of_the_loss_that_trains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(24, 8, generator=generator) for name in ("image_features", "text_features")}
+    ids = torch.arange(24) // 2
+    first, spreads = {}, {}
+    for weight in (0.0, 0.5, 1.0):
+        _, _, (first[weight],) = train(features, ids, Training(1, batch_size=24, spread_weight=weight))
+        heads, _, _ = train(features, ids, Training(30, batch_size=24, spread_weight=weight))
+        v = torch.nn.functional.normalize(heads["image_features"](features["image_features"]), dim=-1)
+        spreads[weight] = (v @ v.T)[~torch.eye(24, dtype=torch.bool)].std().item()
+    assert first[0.5] - first[0.0] > 0.05
+    assert first[1.0] - first[0.0] == pytest.approx(2 * (first[0.5] - first[0.0]), rel=1e-4)
+    assert spreads[1.0] < spreads[0.5] < spreads[0.0]
+
+
+def test_a_weight_of_the_spread_that_is_none_is_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--spread-weight", "-1") == 1
+    assert re.search(r"--spread-weight must be .*; got -1", capsys.readouterr().err)
 
 
 def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
