@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .report import difference_text, ends_text, mark, p_text
 from .statistics import Arms, Difference, Pair, correct, verdict
@@ -64,3 +65,12 @@ def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
         cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
     where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
     return f"{title(pair)}: {where or 'no record yet'}."
+
+
+def primary_values(every: Sequence[Tested], tests: Mapping[str, Pair]) -> dict[str, Any]:
+    """Return a report's values of its primary tests, each a family of its own, by their letters."""
+    return {
+        "tests_head": HEAD,
+        "verdicts": [verdict_sentence(every, pair) for pair in tests.values()],
+        "primary": [(f"({letter}) {title(pair)}", rows(every, [pair])) for letter, pair in tests.items()],
+    }

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.baselines.study import Setting, data
-from studies.cells import HEAD, Tested, rows, title, verdict_sentence
+from studies.cells import Tested, primary_values, rows
 from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record
 from studies.report import conditions_texts, mean_text, tries_row
@@ -87,11 +87,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     every = list(by_set(sizes, finds))
     return {
         "records": sum(len(find.records) for find in finds.values()),
-        "tests_head": HEAD,
-        "verdicts": [verdict_sentence(every, pair) for pair in PRIMARY_TESTS.values()],
-        "primary": [
-            (f"({letter}) {title(pair)}", rows(every, [pair])) for letter, pair in PRIMARY_TESTS.items()
-        ],
+        **primary_values(every, PRIMARY_TESTS),
         "secondary": [row for pair in SECONDARY for row in rows(every, [pair])],
         "arms": [
             [

@@ -9,7 +9,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from studies.cells import HEAD, Tested, rows, title, verdict_sentence
+from studies.cells import Tested, primary_values, rows
 from studies.plan import Find, MissingError
 from studies.records import Record
 from studies.report import conditions_texts, mean_text, test_cells
@@ -255,11 +255,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     others = [(arm, "clip") for arm in sizes.tries if arm not in ("clip", "spread")]
     return {
         "records": sum(len(find.records) for find in finds.values()),
-        "tests_head": HEAD,
-        "verdicts": [verdict_sentence(every, pair) for pair in PRIMARY_TESTS.values()],
-        "primary": [
-            (f"({letter}) {title(pair)}", rows(every, [pair])) for letter, pair in PRIMARY_TESTS.items()
-        ],
+        **primary_values(every, PRIMARY_TESTS),
         "secondary": [
             row for pairs in (*([pair] for pair in SECONDARY), others) for row in rows(every, pairs)
         ],
