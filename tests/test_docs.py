@@ -357,7 +357,7 @@ def test_writing_a_loss_names_the_facts_of_a_row() -> None:
 def test_writing_a_loss_lists_the_attributes_that_the_trainers_read() -> None:
     """All that they ask a part of a loss for, but its base and its gathering."""
     table = WRITING_TEXT.partition("| attribute | meaning |")[2].partition("\n\n")[0]
-    asked = re.compile(r'(?:get|has)attr\((?:part|of_pairs), "(\w+)"')
+    asked = re.compile(r'(?:get|has)attr\((?:type\()?(?:part|of_pairs)\)?, "(\w+)"')
     files = (ROOT / "integrations/rankloss_trainers").rglob("*.py")
     read = {name for path in files for name in asked.findall(path.read_text(encoding="utf-8"))}
     assert {*re.findall(r"^\| `(\w+)", table, re.MULTILINE)} == read - {"base", "gather"}
