@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report import difference_text, ends_text, mark, p_text
-from .statistics import Arms, Difference, Pair, correct, verdict
+from .report import difference_text, ends_text, mark, mean_text, p_text
+from .statistics import Arms, Difference, Measure, Pair, correct, verdict
 from .students.measure import PRIMARY, hits_of_pictures
 
 HEAD = ("cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures")
@@ -65,6 +65,14 @@ def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
         cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
     where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
     return f"{title(pair)}: {where or 'no record yet'}."
+
+
+def mean_of(arms: Arms, arm: str, measure: Measure) -> str:
+    """Return an arm's mean of a measure; a dash where its records do not have it."""
+    records = arms.records[arm].values()
+    group, *names = measure.path
+    is_there = all(set(names) <= record["metrics"].get(group, {}).keys() for record in records)
+    return mean_text(arms.estimate(arm, measure), measure.digits) if is_there else "–"
 
 
 def primary_values(every: Sequence[Tested], tests: Mapping[str, Pair]) -> dict[str, Any]:

@@ -113,8 +113,8 @@ def two_way(differences: np.ndarray, draws: int = 5000) -> tuple[float, float]:
         @ rng.multinomial(pictures, [1 / pictures] * pictures)
         for _ in range(draws)
     ]
-    # The sums of whole counts are exact, so that an end that lies between two decimals is rounded alike on
-    # every processor; so is the mean of values that are not.
+    # An end that lies between two decimals is rounded alike on every processor: sums with whole counts are
+    # exact for hits, and what is left of other values' rounding is cut.
     means = np.round(np.divide(sums, seeds * pictures), 9)
     low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)

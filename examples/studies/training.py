@@ -52,6 +52,13 @@ class Descent:
             self.log_scale.clamp_(0.0, self.largest)
 
 
+def set_epoch(loss: nn.Module, epoch: int, epochs: int) -> None:
+    """Tell every part of a loss that goes by epochs which one begins, from 1."""
+    for part in loss.modules():
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch, epochs)
+
+
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return a file's content; what is not there is made by one process, and written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

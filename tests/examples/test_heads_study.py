@@ -14,6 +14,7 @@ from studies.heads import study
 from studies.runner import Run, load
 from studies.statistics import Arms
 from studies.students import losses
+from studies.training import set_epoch
 from test_studies import Encoders
 
 import rankloss
@@ -117,9 +118,7 @@ def test_losses_with_spread_are_its_term_more():
 
     def value(name, **options):
         loss = losses.build(name, **options)
-        for part in loss.modules():
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(3, 4)
+        set_epoch(loss, 3, 4)
         return loss(v, t, scale).item()
 
     term = (rankloss.SpreadLoss(weight=1.0)(v, t, scale) - rankloss.ClipLoss()(v, t, scale)).item()

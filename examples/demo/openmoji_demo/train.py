@@ -13,7 +13,7 @@ from typing import Any
 from joblib import cpu_count
 from rich.console import Console
 
-from rankloss_trainers.catalog import TRAINERS_OWN, known, load, names_of
+from rankloss_trainers.catalog import TRAINERS_OWN, known, load, names_of, prefix_of
 
 from . import trainer
 from .arms import ENCODERS, Arm
@@ -130,7 +130,7 @@ def features_command(data: str) -> list[str]:
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the trainer's arguments that apply to this loss, which may be joined: others' are dropped."""
     names = [] if loss == TRAINERS_OWN else names_of(loss)
-    prefixes = {name: load(name).prefix or name for name in known()}
+    prefixes = {name: prefix_of(name, load(name)) for name in known()}
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):

@@ -14,7 +14,7 @@ from studies.data.features import Side
 from studies.students.losses import TEACHER
 from studies.students.model import SCALE
 from studies.students.train import crops
-from studies.training import Descent
+from studies.training import Descent, set_epoch
 
 from .memory import MemoryLoss
 from .student import CROP, Student
@@ -146,9 +146,7 @@ def fit(
         model.log_scale, [model], lr=setting.lr, weight_decay=_WEIGHT_DECAY, steps=setting.epochs * steps
     )
     for epoch in range(1, setting.epochs + 1):
-        for part in loss.modules():
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch, setting.epochs)
+        set_epoch(loss, epoch, setting.epochs)
         for rows in torch.randperm(n, generator=drawing).split(size)[:steps]:
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
             v = model.pictures(crops(seen.pictures[rows], drawing, CROP))

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.baselines.study import Setting, data
-from studies.cells import Tested, primary_values, rows
+from studies.cells import Tested, mean_of, primary_values, rows
 from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record
-from studies.report import conditions_texts, mean_text, tries_row
+from studies.report import conditions_texts, tries_row
 from studies.runner import Study
 from studies.statistics import Arms, Measure, Pair
 from studies.students import losses
@@ -93,7 +93,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
             [
                 of.cell,
                 f"`{arm}`",
-                *(_mean(of.arms, arm, measure) for measure in (PRIMARY, CORRELATION, SCALE)),
+                *(mean_of(of.arms, arm, measure) for measure in (PRIMARY, CORRELATION, SCALE)),
             ]
             for of in every
             for arm in of.arms.records
@@ -105,11 +105,6 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         ],
         "made": conditions_texts(record for find in finds.values() for record in find.records.values()),
     }
-
-
-def _mean(arms: Arms, arm: str, measure: Measure) -> str:
-    has = measure.path[0] in next(iter(arms.records[arm].values()))["metrics"]
-    return mean_text(arms.estimate(arm, measure), measure.digits) if has else "–"  # type: ignore[arg-type]
 
 
 def _text(sizes: SimpleNamespace, one: Setting) -> str:

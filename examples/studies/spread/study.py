@@ -9,10 +9,10 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from studies.cells import Tested, primary_values, rows
+from studies.cells import Tested, mean_of, primary_values, rows
 from studies.plan import Find, MissingError
 from studies.records import Record
-from studies.report import conditions_texts, mean_text, test_cells
+from studies.report import conditions_texts, test_cells
 from studies.runner import Study
 from studies.statistics import Arms, Measure, Pair, correct, paired_difference
 from studies.students.measure import CORRELATION, PRIMARY
@@ -263,7 +263,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "together_cells": ", ".join(TOGETHER_CELLS),
         "arms_head": ["cell", "arm", *(of.title for of in MEASURES)],
         "arms": [
-            [of.cell, f"`{arm}`", *(_mean(of.arms, arm, measure) for measure in MEASURES)]
+            [of.cell, f"`{arm}`", *(mean_of(of.arms, arm, measure) for measure in MEASURES)]
             for of in every
             for arm in of.arms.records
         ],
@@ -306,12 +306,6 @@ def form_rows(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> list[list[st
         [f"`{arm}`", f"{value:g}", *(f"{score:.1f}" for score in scores), f"{fmean(scores):.2f}"]
         for (arm, value), scores in form_scores(sizes, finds).items()
     ]
-
-
-def _mean(arms: Arms, arm: str, measure: Measure) -> str:
-    has = [*arms.records[arm].values()]
-    there = all(set(measure.path[1:]) <= record["metrics"].get(measure.path[0], {}).keys() for record in has)
-    return mean_text(arms.estimate(arm, measure), measure.digits) if there else "–"
 
 
 def _text(setting: Setting) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from studies.data.features import Side
-from studies.training import Descent
+from studies.training import Descent, set_epoch
 
 from . import losses
 
@@ -102,9 +102,7 @@ def train(
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay}
     descent = Descent(model.log_scale, [model, loss], steps=setting.epochs * setting.steps, **sizes)
     for epoch in range(1, setting.epochs + 1):
-        for part in loss.modules():
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch, setting.epochs)
+        set_epoch(loss, epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=order)
         for rows in shuffled.split(setting.batch_size)[: setting.steps]:
             drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from studies.data.features import Side
-from studies.training import Descent
+from studies.training import Descent, set_epoch
 
 from . import losses
 from .model import CROP, Student
@@ -68,9 +68,7 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     sizes = {"lr": setting.lr, "weight_decay": setting.weight_decay, "steps": setting.epochs * steps}
     descent = Descent(model.log_scale, [model, loss], **sizes)
     for epoch in range(1, setting.epochs + 1):
-        for part in loss.modules():
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch, setting.epochs)
+        set_epoch(loss, epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=drawing)
         for rows in shuffled.split(setting.batch_size)[:steps]:
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)

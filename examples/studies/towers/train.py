@@ -15,7 +15,7 @@ from studies.data.features import Side
 from studies.spread.train import by_teacher, rankclip
 from studies.students import heads
 from studies.students.losses import TEACHER
-from studies.training import Descent
+from studies.training import Descent, set_epoch
 
 from .activations import Activations
 
@@ -166,9 +166,7 @@ def train(setting: Setting, start: Start) -> Model:
         steps=setting.epochs * steps,
     )  # fmt: skip
     for epoch in range(1, setting.epochs + 1):
-        for part in loss.modules():
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch, setting.epochs)
+        set_epoch(loss, epoch, setting.epochs)
         for rows in torch.randperm(n, generator=drawing).split(setting.batch_size)[:steps]:
             drawn = torch.randint(seen.ends.shape[1], rows.shape, generator=drawing)
             v = model.pictures(seen.maps[rows].float())
