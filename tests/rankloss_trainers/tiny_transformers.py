@@ -25,8 +25,8 @@ from rankloss_trainers.transformers import ContrastiveTrainerMixin
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
-LOGGED = 5e-5
-"""The rounding of a logged ``loss``, to which releases before 5 give four decimals; entries have all."""
+LOGGED = 5e-5 if int(transformers.__version__.partition(".")[0]) < 5 else 0.0
+"""The rounding of a logged ``loss``: releases before 5 give it four decimals. Entries have all."""
 
 
 class Pictures:
