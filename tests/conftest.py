@@ -22,6 +22,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.manual_seed(0)
 
+# A data loader whose worker raised waits for the worker when it is let go: five seconds, for nothing.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect_the_garbage_of_this_file_alone() -> None:
