@@ -3,6 +3,7 @@
 STUDIES = {
     "baselines": "studies.baselines.study",
     "captions": "studies.captions.study",
+    "dropout": "studies.dropout.study",
     "heads": "studies.heads.study",
     "spread": "studies.spread.study",
     "towers": "studies.towers.study",

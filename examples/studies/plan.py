@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,19 @@ class Find:
         """Return a function that returns the scores of settings by a measure."""
         return lambda settings: [measure(record) for record in self(settings).values()]
 
+    def means(self, measure: Callable[[Record], float], seeds: Sequence[int]) -> Scores:
+        """Return a function that returns the scores of settings: means over seeds."""
+
+        def of(settings: Sequence[Any]) -> list[float]:
+            of_seeds = {
+                one: [dataclasses.replace(one, seed=seed) for seed in seeds]
+                for one in dict.fromkeys(settings)
+            }
+            records = self(itertools.chain(*of_seeds.values()))
+            return [fmean(measure(records[each]) for each in of_seeds[one]) for one in settings]
+
+        return of
+
     def arms(self, settings: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, dict[int, Record]]:
         """Return the records of the test by arm and seed, which are trained seed by seed."""
         wanted = {
@@ -73,7 +87,7 @@ def read(path: Path, preset: str) -> SimpleNamespace:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best of some tries, with one seed."""
+    """The best of some tries."""
 
     arm: str
     tries: dict[Any, float]

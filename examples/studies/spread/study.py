@@ -83,10 +83,8 @@ class Cell:
         Raises:
             MissingError: If one has no record.
         """
-        seeds = self.tuned["tuning_seeds"]
-        every = [dataclasses.replace(one, seed=seed) for one in tries for seed in seeds]
-        found = self.tuning_find.scores(PRIMARY)(every)
-        return {one: fmean(found[i * len(seeds) : (i + 1) * len(seeds)]) for i, one in enumerate(tries)}
+        scores = self.tuning_find.means(PRIMARY, self.tuned["tuning_seeds"])
+        return dict(zip(tries, scores(tries), strict=True))
 
     def rates(self, arm: str) -> list[Setting]:
         """Return an arm's first tries: its first number at every rate."""
