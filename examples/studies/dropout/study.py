@@ -37,7 +37,7 @@ def tuned(sizes: SimpleNamespace, find: Find, arm: str, dropouts: Sequence[float
         losses.CLIP if arm == SMOOTHING else arm,
         sizes.tuning_seeds[0],
         "dev",
-        **sizes.size,
+        **sizes.sizes[find.data],
         **sizes.arms[arm],
     )
     tries = [dataclasses.replace(base, dropout=dropout, lr=lr) for dropout in dropouts for lr in sizes.rates]
@@ -68,7 +68,7 @@ def tested(sizes: SimpleNamespace, find: Find) -> list[Tested]:
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values; asks for all trainings."""
-    find = finds[sizes.data]
+    (find,) = (finds[name] for name in sizes.sizes)
     every = tested(sizes, find)
     return {
         "records": len(find.records),
