@@ -75,6 +75,15 @@ def mean_of(arms: Arms, arm: str, measure: Measure) -> str:
     return mean_text(arms.estimate(arm, measure), measure.digits) if is_there else "–"
 
 
+def mean_rows(every: Sequence[Tested], measures: Sequence[Measure]) -> list[list[str]]:
+    """Return the rows of a table with the means of every arm, by cell."""
+    return [
+        [of.cell, f"`{arm}`", *(mean_of(of.arms, arm, measure) for measure in measures)]
+        for of in every
+        for arm in of.arms.records
+    ]
+
+
 def primary_values(every: Sequence[Tested], tests: Mapping[str, Pair]) -> dict[str, Any]:
     """Return a report's values of its primary tests, each a family of its own, by their letters."""
     return {

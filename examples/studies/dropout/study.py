@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.baselines.study import Setting, data
-from studies.cells import Tested, mean_of, primary_values
+from studies.cells import Tested, mean_rows, primary_values
 from studies.heads.study import SCALE, SMOOTHING
 from studies.plan import Best, Find, best_of
 from studies.report import conditions_texts, tries_row
@@ -73,15 +73,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     return {
         "records": len(find.records),
         **primary_values(every, PRIMARY_TESTS),
-        "arms": [
-            [
-                of.cell,
-                f"`{arm}`",
-                *(mean_of(of.arms, arm, measure) for measure in (PRIMARY, CORRELATION, SCALE)),
-            ]
-            for of in every
-            for arm in of.arms.records
-        ],
+        "arms": mean_rows(every, [PRIMARY, CORRELATION, SCALE]),
         "tries": [
             tries_row(
                 tuned(sizes, find, arm, sizes.dropouts), lambda one: f"lr {one.lr:g}, dropout {one.dropout:g}"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.baselines.study import Setting, data
-from studies.cells import Tested, mean_of, primary_values, rows
+from studies.cells import Tested, mean_rows, primary_values, rows
 from studies.plan import Best, Find, MissingError, best_of
 from studies.records import Record
 from studies.report import conditions_texts, tries_row
@@ -89,15 +89,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "records": sum(len(find.records) for find in finds.values()),
         **primary_values(every, PRIMARY_TESTS),
         "secondary": [row for pair in SECONDARY for row in rows(every, [pair])],
-        "arms": [
-            [
-                of.cell,
-                f"`{arm}`",
-                *(mean_of(of.arms, arm, measure) for measure in (PRIMARY, CORRELATION, SCALE)),
-            ]
-            for of in every
-            for arm in of.arms.records
-        ],
+        "arms": mean_rows(every, [PRIMARY, CORRELATION, SCALE]),
         "tries": [
             [of.cell, *tries_row(tried(sizes, of.cell, finds[of.cell], arm), lambda one: _text(sizes, one))]
             for of in every

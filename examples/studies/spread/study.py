@@ -9,7 +9,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from studies.cells import Tested, mean_of, primary_values, rows
+from studies.cells import Tested, mean_rows, primary_values, rows
 from studies.plan import Find, MissingError
 from studies.records import Record
 from studies.report import conditions_texts, test_cells
@@ -260,11 +260,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "together": together(every),
         "together_cells": ", ".join(TOGETHER_CELLS),
         "arms_head": ["cell", "arm", *(of.title for of in MEASURES)],
-        "arms": [
-            [of.cell, f"`{arm}`", *(mean_of(of.arms, arm, measure) for measure in MEASURES)]
-            for of in every
-            for arm in of.arms.records
-        ],
+        "arms": mean_rows(every, MEASURES),
         "tries": [
             [of.cell, f"`{arm}`", _text(max(tried, key=tried.__getitem__)), _texts(tried)]
             for of in every
