@@ -73,13 +73,13 @@ class Encoders:
 class Head(nn.Sequential):
     """Standardises an encoder's unit-norm features, and brings them into the common space, ``[n, width]``."""
 
-    def __init__(self, features: int, hidden: int, width: int) -> None:
+    def __init__(self, features: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__(
             nn.BatchNorm1d(features, affine=False),
-            nn.Dropout(0.3),
+            nn.Dropout(dropout),
             nn.Linear(features, hidden),
             nn.GELU(),
-            nn.Dropout(0.3),
+            nn.Dropout(dropout),
             nn.Linear(hidden, width),
         )
 
@@ -216,9 +216,9 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
     return FrozenEncoders(encoders, teacher, heads.float(), about["scale"])
 
 
-def make_heads(widths: dict[str, int], hidden: int, width: int) -> nn.ModuleDict:
-    """A head for each encoder, with random weights."""
-    return nn.ModuleDict({name: Head(features, hidden, width) for name, features in widths.items()})
+def make_heads(widths: dict[str, int], hidden: int, width: int, dropout: float = 0.0) -> nn.ModuleDict:
+    """A head for each encoder, with random weights; dropout is of their training alone."""
+    return nn.ModuleDict({name: Head(features, hidden, width, dropout) for name, features in widths.items()})
 
 
 # --- training ---------------------------------------------------------------------------------------------
@@ -235,6 +235,8 @@ class Training:
         hidden: The width of a head's hidden layer.
         width: The width of the common space.
         seed: Of weights, dropout and the order of the pairs.
+        dropout: The share of units that drop out, before each layer of a head.
+        label_smoothing: Of CLIP's loss.
         spread_weight: The weight of the spread of each modality beside CLIP's loss; 0 leaves it out.
     """
 
@@ -244,6 +246,8 @@ class Training:
     hidden: int = 512
     width: int = 256
     seed: int = 0
+    dropout: float = 0.3
+    label_smoothing: float = 0.0
     spread_weight: float = 0.0
 
 
@@ -263,14 +267,16 @@ def train(
         The heads, the scale, and the mean loss of each epoch.
     """
     images, texts = features[_IMAGES], features[_TEXTS]
-    criterion: nn.Module = rankloss.ClipLoss(same_id=None if ids is None else "ignore", gather=False)
+    criterion: nn.Module = rankloss.ClipLoss(
+        label_smoothing=settings.label_smoothing, same_id=None if ids is None else "ignore", gather=False
+    )
     if settings.spread_weight > 0:
         criterion = rankloss.SpreadLoss(criterion, weight=settings.spread_weight, gather=False)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         widths = {name: x.shape[1] for name, x in features.items()}
-        heads = make_heads(widths, settings.hidden, settings.width)
+        heads = make_heads(widths, settings.hidden, settings.width, settings.dropout)
         log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
         optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
         size = min(settings.batch_size, len(images))

@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
             check_weight("--lr", args.lr, above=0.0),
             width=check_count("--width", args.width),
             seed=args.seed,
+            dropout=check_weight("--dropout", args.dropout, below=1.0),
+            label_smoothing=check_weight("--label-smoothing", args.label_smoothing, below=1.0),
             spread_weight=check_weight("--spread-weight", args.spread_weight),
         )
         if args.output.exists() and not (args.output / ABOUT).is_file() and _has_other_files(args.output):
@@ -197,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
         ("lr", float, "learning rate"),
         ("width", int, "width of the common space"),
         ("seed", int, "seed of the split and of the training"),
+        ("dropout", float, "share of units that drop out in training"),
+        ("label-smoothing", float, "of CLIP's loss"),
         ("spread-weight", float, "weight of the spread of each modality beside CLIP's loss"),
     ):
         value = getattr(defaults, name.replace("-", "_"))

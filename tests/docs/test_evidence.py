@@ -173,6 +173,11 @@ def spread_on_heads() -> list[str]:
     return primary_tests("heads", 4, 2)
 
 
+def same_dropout() -> list[str]:
+    """… on heads with the same dropout."""
+    return primary_tests("dropout", 3, 4)
+
+
 def heads_beside_smoothing() -> list[str]:
     """… in R@10 of heads on photographs with RankCLIP, minus those with label smoothing."""
     heads = records(
@@ -255,6 +260,7 @@ def demo_agreement() -> list[str]:
                 beside_shuffled_words,
                 spread_or_ranks,
                 spread_on_heads,
+                same_dropout,
                 bar,
                 costs,
                 parts_of_a_teacher,

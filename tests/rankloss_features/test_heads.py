@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluate_command import rows_of, write
 
-from rankloss_features.heads import Training, load_heads, train
+from rankloss_features.folder import NAMES
+from rankloss_features.heads import Training, load_heads, make_heads, train
 from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
 
@@ -127,11 +128,46 @@ def test_the_weight_of_the_spread_is_of_the_loss_that_trains() -> None:
     assert spreads[1.0] < spreads[0.5] < spreads[0.0]
 
 
-def test_a_weight_of_the_spread_that_is_none_is_refused(
-    sample_folder: Path, tmp_path: Path, capsys: Any
+def test_smoothing_is_of_the_loss_that_trains() -> None:
+    """Without dropout the first loss of one batch is that of the same heads, smoothed."""
+    features = {name: torch.randn(24, 8, generator=torch.Generator().manual_seed(0)) for name in NAMES}
+    losses, expected = {}, {}
+    for smoothing in (0.0, 0.3):
+        settings = Training(1, batch_size=24, dropout=0.0, label_smoothing=smoothing)
+        _, _, (losses[smoothing],) = train(features, None, settings)
+        torch.manual_seed(settings.seed)
+        heads = make_heads(dict.fromkeys(NAMES, 8), settings.hidden, settings.width)
+        v, t = (torch.nn.functional.normalize(heads[name](features[name]), dim=-1) for name in NAMES)
+        logits, own = v @ t.T / 0.07, torch.arange(24)
+        expected[smoothing] = sum(
+            torch.nn.functional.cross_entropy(x, own, label_smoothing=smoothing).item() / 2
+            for x in (logits, logits.T)
+        )
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert abs(expected[0.3] - expected[0.0]) > 0.01
+
+
+def test_dropout_is_of_the_training_alone() -> None:
+    features = {name: torch.randn(24, 8, generator=torch.Generator().manual_seed(0)) for name in NAMES}
+    losses = {}
+    for dropout in (0.0, 0.3, 0.9):
+        heads, _, (losses[dropout],) = train(features, None, Training(1, batch_size=24, dropout=dropout))
+        assert {x.p for x in heads.modules() if isinstance(x, torch.nn.Dropout)} == {dropout}
+        once, again = (heads[NAMES[0]](features[NAMES[0]]) for _ in range(2))
+        assert torch.equal(once, again)
+    assert len(set(losses.values())) == 3
+    assert losses[0.3] == train(features, None, Training(1, batch_size=24))[2][0]  # the default
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("spread-weight", "-1"), ("dropout", "1"), ("label-smoothing", "1")]
+)
+def test_a_number_out_of_its_bounds_is_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, option: str, value: str
 ) -> None:
-    assert run(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--spread-weight", "-1") == 1
-    assert re.search(r"--spread-weight must be .*; got -1", capsys.readouterr().err)
+    assert run(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value) == 1
+    assert re.search(rf"--{option} must be .*; got {value}", capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
