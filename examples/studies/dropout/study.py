@@ -55,15 +55,11 @@ def tested(sizes: SimpleNamespace, find: Find) -> list[Tested]:
     Raises:
         MissingError: If a try or a test has no record; the first.
     """
-    return [
-        Tested(
-            cell,
-            Arms(
-                find.arms({arm: tuned(sizes, find, arm, dropouts).chosen for arm in sizes.arms}, sizes.seeds)
-            ),
-        )
-        for cell, dropouts in cells(sizes).items()
-    ]
+    found = []
+    for cell, dropouts in cells(sizes).items():
+        chosen = {arm: tuned(sizes, find, arm, dropouts).chosen for arm in sizes.arms}
+        found.append(Tested(cell, Arms(find.arms(chosen, sizes.seeds))))
+    return found
 
 
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
