@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from studies.baselines.study import Setting
 from studies.dropout import study
-from studies.heads.study import SMOOTHING
+from studies.heads.study import SMOOTHING, arm_of
 from studies.plan import Find
 from studies.runner import load
 from studies.statistics import Arms
@@ -19,10 +19,6 @@ from made_up_records import made_up, record
 STUDY = load("dropout")
 SIZES = STUDY.sizes("full")
 CELLS = ["dropout 0", "dropout 0.15", "dropout 0.3", study.BEST]
-
-
-def arm_of(one):
-    return SMOOTHING if one.label_smoothing else one.arm
 
 
 @pytest.fixture(scope="module")

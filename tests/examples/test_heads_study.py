@@ -31,8 +31,7 @@ def records(gains, *, best=(0.002, 0.0)):
     """
 
     def score(one):
-        arm = study.SMOOTHING if one.label_smoothing else one.arm
-        return 50 + gains.get(arm, 0.0) + 3 * (one.lr == best[0]) + 3 * (one.dropout == best[1])
+        return 50 + gains.get(study.arm_of(one), 0.0) + 3 * (one.lr == best[0]) + 3 * (one.dropout == best[1])
 
     return made_up(study.ask, SIZES, study.SETS, score)
 

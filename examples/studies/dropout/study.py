@@ -10,12 +10,11 @@ from typing import Any
 
 from studies.baselines.study import Setting, data
 from studies.cells import Tested, mean_rows, primary_values
-from studies.heads.study import SCALE, SMOOTHING
+from studies.heads.study import SCALE, SMOOTHING, loss_of
 from studies.plan import Best, Find, best_of
 from studies.report import conditions_texts, tries_row
 from studies.runner import Study
 from studies.statistics import Arms, Pair
-from studies.students import losses
 from studies.students.measure import CORRELATION, PRIMARY
 
 PRIMARY_TESTS: dict[str, Pair] = {
@@ -34,7 +33,7 @@ def tuned(sizes: SimpleNamespace, find: Find, arm: str, dropouts: Sequence[float
         MissingError: If one has no record.
     """
     base = Setting(
-        losses.CLIP if arm == SMOOTHING else arm,
+        loss_of(arm),
         sizes.tuning_seeds[0],
         "dev",
         **sizes.sizes[find.data],

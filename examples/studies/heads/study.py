@@ -31,6 +31,16 @@ SECONDARY: list[Pair] = [("spread", SMOOTHING), ("rankclip", "clip")]
 SCALE = Measure("scale", ("geometry", "logit_scale"), 1)
 
 
+def loss_of(arm: str) -> str:
+    """Return the loss of an arm, of those of :mod:`studies.students.losses`."""
+    return losses.CLIP if arm == SMOOTHING else arm
+
+
+def arm_of(one: Setting) -> str:
+    """Return the arm of a setting."""
+    return SMOOTHING if one.label_smoothing else one.arm
+
+
 def tried(sizes: SimpleNamespace, name: str, find: Find, arm: str) -> Best:
     """Return an arm's tries: rates, then dropouts at the best rate, then its own numbers at the best so far.
 
@@ -38,9 +48,13 @@ def tried(sizes: SimpleNamespace, name: str, find: Find, arm: str) -> Best:
         MissingError: If one has no record.
     """
     ((field, values),) = sizes.numbers[arm].items()
-    loss = losses.CLIP if arm == SMOOTHING else arm
     base = Setting(
-        loss, sizes.try_seed, "dev", **sizes.sizes[name], dropout=sizes.dropouts[0], **{field: values[0]}
+        loss_of(arm),
+        sizes.try_seed,
+        "dev",
+        **sizes.sizes[name],
+        dropout=sizes.dropouts[0],
+        **{field: values[0]},
     )
     tries = [dataclasses.replace(base, lr=rate) for rate in sizes.rates]
     for factor, others in (("dropout", sizes.dropouts[1:]), (field, values[1:])):
@@ -100,8 +114,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
 
 
 def _text(sizes: SimpleNamespace, one: Setting) -> str:
-    arm = SMOOTHING if one.label_smoothing else one.arm
-    (field,) = sizes.numbers[arm]
+    (field,) = sizes.numbers[arm_of(one)]
     return f"lr {one.lr:g}, dropout {one.dropout:g}, {field.replace('_', ' ')} {getattr(one, field):g}"
 
 
