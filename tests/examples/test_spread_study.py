@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import tarfile
 from types import SimpleNamespace as Namespace
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from studies.captions.data import SIDES, Source
+from studies.captions.student import Student
+from studies.captions.train import fit
 from studies.runner import load
 from studies.spread import study
 from studies.spread.data import Measured, of_class, sharing, vendor
@@ -146,6 +149,8 @@ def test_every_arm_trains_and_differs_from_clip(arm, data):
     assert all(of.isfinite().all() for of in model.parameters())
     same = torch.equal(model.of_pictures[1].weight, clips.of_pictures[1].weight)
     assert same is (arm == "clip")
+    if arm.endswith("-unbounded"):
+        assert math.isinf(ARMS[arm].ceiling)
     if arm.endswith("-fixed"):
         assert model.log_scale.exp().item() == pytest.approx(5.0)
 
@@ -332,3 +337,31 @@ def test_a_fixed_scale_is_that_of_clip_at_its_end():
     assert (tested["rankclip-fixed"].lr, tested["rankclip-fixed"].value) == (0.004, 20.0)
     (cell,) = study.by_cell(sizes, finds)
     assert cell.arms.records.keys() == tested.keys()
+
+
+@pytest.mark.parametrize("best", [0.002, 0.0005])
+def test_clip_lower_is_the_best_of_clips_tries_and_of_those_at_lower_rates(best):
+    blocks = [{"cells": ["emojis-250"], "arms": ["clip", "clip-lower"], "seeds": [1, 2]}]
+    sizes = Namespace(**{**vars(SIZES), "blocks": blocks})
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + (one.lr == best))
+    (cell,) = study.by_cell(sizes, finds)
+    assert cell.settings["clip-lower"].lr == best
+    assert cell.settings["clip"].lr in SIZES.rates
+    assert {one.lr for one in cell.tried["clip-lower"]} == {*SIZES.rates, *SIZES.lower_rates}
+
+
+def test_the_arm_without_a_ceiling_has_the_settings_of_spread():
+    blocks = [{"cells": ["emojis-250"], "arms": ["spread", "spread-unbounded"], "seeds": [1, 2]}]
+    sizes = Namespace(**{**vars(SIZES), "blocks": blocks})
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + (one.lr == 0.004))
+    (cell,) = study.by_cell(sizes, finds)
+    spread, unbounded = (cell.settings[arm] for arm in ("spread", "spread-unbounded"))
+    assert dataclasses.replace(spread, arm="spread-unbounded") == unbounded
+
+
+def test_a_scale_without_a_ceiling_passes_it(data):
+    setting = Setting("spread-unbounded", 1, "dev", 8, 2, 0.01, 0.3)
+    model = Student(data.words, scale=200.0)
+    arm = ARMS[setting.arm]
+    fit(model, arm.loss(0.3), setting, data.sides["train"], lambda *_: {}, ceiling=arm.ceiling)
+    assert model.log_scale.exp() > 150

@@ -14,7 +14,7 @@ from studies.data.features import Side
 from studies.students.losses import TEACHER
 from studies.students.model import SCALE
 from studies.students.train import crops
-from studies.training import Descent, set_epoch
+from studies.training import CEILING, Descent, set_epoch
 
 from .memory import MemoryLoss
 from .student import CROP, Student
@@ -129,6 +129,8 @@ def fit(
     setting: Steps,
     seen: Side,
     inputs: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
+    *,
+    ceiling: float = CEILING,
 ) -> Student:
     """Train a student, and return it in evaluation mode.
 
@@ -138,13 +140,13 @@ def fit(
         setting: Its seed draws the batches, captions and crops.
         seen: Pictures, and their captions as words' numbers.
         inputs: Further arguments of the loss, from a batch's pictures and their captions' numbers.
+        ceiling: Of the similarities' scale.
     """
     n, size = len(seen.pictures), setting.batch_size
     drawing, steps = torch.Generator().manual_seed(setting.seed), n // size
     model.train()
-    descent = Descent(
-        model.log_scale, [model], lr=setting.lr, weight_decay=_WEIGHT_DECAY, steps=setting.epochs * steps
-    )
+    sizes = {"lr": setting.lr, "weight_decay": _WEIGHT_DECAY, "steps": setting.epochs * steps}
+    descent = Descent(model.log_scale, [model], ceiling=ceiling, **sizes)
     for epoch in range(1, setting.epochs + 1):
         set_epoch(loss, epoch, setting.epochs)
         for rows in torch.randperm(n, generator=drawing).split(size)[:steps]:

@@ -34,6 +34,7 @@ SECONDARY: list[Pair] = [
     ("captions", "captions-shuffled"),
     ("encoders-spread", "encoders"),
     ("one-space", "encoders"),
+    ("spread-unbounded", "spread"),
 ]
 TOGETHER_CELLS = ("emojis-250", "icons-64", "photographs-64")
 TOGETHER: list[Pair] = [("encoders-spread", "encoders"), ("one-space", "encoders")]
@@ -50,6 +51,8 @@ MEASURES = (
     Measure("scale", ("geometry", "logit_scale"), 1),
 )
 FIXED = "-fixed"  # at the end of the arms whose scale is not learned
+UNBOUNDED = "-unbounded"  # at the end of the arms whose scale has no ceiling
+LOWER = "clip-lower"  # CLIP's loss, tuned at lower rates beside all tries of clip
 Tried = dict[Setting, float]  # R@10 on the dev side, the mean over the tuning seeds
 
 
@@ -89,7 +92,8 @@ class Cell:
     def rates(self, arm: str) -> list[Setting]:
         """Return an arm's first tries: its first number at every rate."""
         name, value = self.sizes.tries[arm][0]
-        return [self.dev(name, lr, value) for lr in self.sizes.rates]
+        rates = self.sizes.lower_rates if arm == LOWER else self.sizes.rates
+        return [self.dev(name, lr, value) for lr in rates]
 
     def numbers(self, arm: str, rates: Tried) -> list[Setting]:
         """Return an arm's further tries: its other numbers at the best rate."""
@@ -103,16 +107,19 @@ class Cell:
             MissingError: If one has no record.
         """
         rates = self.scores(self.rates(arm))
-        return {**rates, **self.scores(self.numbers(arm, rates))}
+        tried = {**rates, **self.scores(self.numbers(arm, rates))}
+        return {**self.tried("clip"), **tried} if arm == LOWER else tried
 
     def chosen(self, arm: str) -> Setting:
-        """Return the arm's best try; of an arm of a fixed scale that of the arm without it.
+        """Return the arm's best try; of an arm of another scale that of the arm with the learned one.
 
-        The scale is that of CLIP's best try at its end.
+        A fixed scale is that of CLIP's best try at its end.
         """
         if arm in self.sizes.tries:
             tried = self.tried(arm)
             return max(tried, key=tried.__getitem__)
+        if arm.endswith(UNBOUNDED):
+            return dataclasses.replace(self.chosen(arm.removesuffix(UNBOUNDED)), arm=arm)
         clip = self.chosen("clip")
         scale = self.tuning_find([clip])[clip]["metrics"]["geometry"]["logit_scale"]
         return dataclasses.replace(self.chosen(arm.removesuffix(FIXED)), arm=arm, value=round(scale, 1))
@@ -251,11 +258,14 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     """Return the report's values, of the records that are there."""
     every = list(by_cell(sizes, finds))
     others = [(arm, "clip") for arm in sizes.tries if arm not in ("clip", "spread")]
+    against_lower = [(arm, LOWER) for arm in sizes.tries if arm not in ("clip", LOWER)]
     return {
         "records": sum(len(find.records) for find in finds.values()),
         **primary_values(every, PRIMARY_TESTS),
         "secondary": [
-            row for pairs in (*([pair] for pair in SECONDARY), others) for row in rows(every, pairs)
+            row
+            for pairs in (*([pair] for pair in SECONDARY), others, against_lower)
+            for row in rows(every, pairs)
         ],
         "together": together(every),
         "together_cells": ", ".join(TOGETHER_CELLS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from studies.captions.train import fit, taught
 from studies.data.features import Side
 from studies.students.losses import TEACHER
 from studies.students.model import SCALE
+from studies.training import CEILING
 
 from .terms import SameTowerLoss, WithinModalities
 
@@ -47,6 +49,7 @@ class Arm:
         is_joined: Both teachers are one: their rows side by side.
         scale: Returns that of the similarities at the start, given the arm's own number.
         is_scale_fixed: It stays there.
+        ceiling: Of the scale.
     """
 
     loss: Callable[[float], nn.Module]
@@ -55,6 +58,7 @@ class Arm:
     is_joined: bool = False
     scale: Callable[[float], float] = lambda _: SCALE
     is_scale_fixed: bool = False
+    ceiling: float = CEILING
 
 
 def spread(weight: float, base: nn.Module | None = None) -> nn.Module:
@@ -105,6 +109,7 @@ ARMS = {
     "one-space": Arm(lambda weight: by_teacher(weight, is_cross=True), **_ENCODERS, is_joined=True),
     "clip-fixed": Arm(lambda _: rankloss.ClipLoss(), scale=float, is_scale_fixed=True),
     "spread-fixed": Arm(lambda _: spread(WEIGHT), scale=float, is_scale_fixed=True),
+    "spread-unbounded": Arm(spread, ceiling=math.inf),
     "rankclip-fixed": Arm(lambda _: rankclip(1.0), scale=float, is_scale_fixed=True),
 }
 
@@ -126,4 +131,4 @@ def train(setting: Setting, seen: Side, teachers: Teachers, words: int) -> Stude
             return dict.fromkeys(TEACHER, joined)
         return found
 
-    return fit(model, arm.loss(setting.value), setting, seen, inputs)
+    return fit(model, arm.loss(setting.value), setting, seen, inputs, ceiling=arm.ceiling)
