@@ -228,6 +228,20 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     return int(value)
 
 
+def check_position(name: str, now: object, end_name: str, end: object) -> tuple[int, int]:
+    """Where training stands, ``now`` of ``end`` counted from 1, or a ValueError that names the arguments.
+
+    Example:
+        >>> check_position("step", 0, "total_steps", 10)
+        Traceback (most recent call last):
+        ValueError: step must be an integer of at least 1; got 0
+    """
+    position, last = check_count(name, now), check_count(end_name, end)
+    if position > last:
+        raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
+    return position, last
+
+
 def check_weight(name: str, value: object, *, above: float | None = None, below: float = math.inf) -> float:
     """``value`` as a float, or a ValueError that names the argument.
 

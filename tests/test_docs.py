@@ -38,6 +38,7 @@ from registered import register
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+LOSSES = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
 WRITING_TEXT = (ROOT / "docs/writing.md").read_text(encoding="utf-8")
 EXAMPLES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "examples/trainers").glob("*.py")}
 
@@ -76,6 +77,48 @@ def test_the_loop_of_the_readme_trains(capsys: pytest.CaptureFixture[str]) -> No
     assert len(terms) == 4
     assert {*terms[-1]} == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
     assert terms[-1]["contrastive_loss"] < terms[0]["contrastive_loss"] / 2
+
+
+@pytest.mark.parametrize(
+    "loss", ["SpreadLoss()", "ClipLoss()", "RankConsistency()", "RankClipLoss(ClipLoss())"]
+)
+def test_the_loop_of_the_readme_takes_any_loss_of_pairs(
+    loss: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    (code,) = [code for code in blocks(README) if "optimizer.step()" in code]
+    assert "RankClipLoss()" in code
+    other = re.sub(r"(\w+Loss|RankConsistency)\(", r"rankloss.\1(", loss)
+    executed(code.replace("rankloss.RankClipLoss()", other))
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+CALLS = {  # of a loss by its name, and as a class
+    calls[0].split('"')[1]: (calls[0], calls[-1])
+    for line in re.findall(r"^- \*\*Call\*\*: (.*)$", LOSSES, re.MULTILINE)
+    if len(calls := re.findall(r"`((?:create|rankloss\w*\.\w+)\(.*?\))`", line)) > 1
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_both_calls_of_a_loss_are_told_alike_and_have_one_value(name: str) -> None:
+    if "rankloss_baselines" in CALLS[name][1]:
+        pytest.importorskip("rankloss_baselines")
+    inputs = importlib.import_module("named_inputs").inputs_of(name)
+    if "query_features" in inputs:  # the loss by its name also trains pairs, where there are some
+        inputs = {key: x for key, x in inputs.items() if key not in ("image_features", "text_features")}
+    imports = "import rankloss, rankloss_baselines; from rankloss_trainers import create"
+    losses = [executed(f"loss = {call}", imports)["loss"] for call in CALLS[name]]
+    values = []
+    for loss in losses:
+        with pytest.raises(ValueError, match="step must be at most total_steps; got step=4, total_steps=3"):
+            loss.set_progress(4, 3)
+        with pytest.raises(ValueError, match="epoch must be an integer of at least 1; got 0"):
+            loss.set_epoch(0, 3)
+        loss.set_epoch(1, 3)
+        loss.set_progress(2, 3)
+        values.append(loss(**inputs))
+    assert torch.equal(*values)
 
 
 # --- quotations -------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from rankloss import (
     ClipLoss,
     Gather,
     InputWarning,
+    MimicryLoss,
     RankClipLoss,
     RankConsistency,
     SigLipLoss,
+    SpreadLoss,
     schedules,
 )
 from rankloss.checks import check_teacher
@@ -219,6 +221,14 @@ def test_a_single_epoch_is_ramped_by_step(schedule: Any, caplog: pytest.LogCaptu
     loss.set_progress(2, 50)
     loss.set_epoch(1, 1)  # does not undo the step's value
     assert loss.schedule_value == loss.schedule(2, 50)
+
+
+@pytest.mark.parametrize("outer", [SpreadLoss, MimicryLoss])
+@pytest.mark.parametrize("method", ["set_epoch", "set_progress"])
+def test_a_loss_without_a_schedule_passes_the_progress_on_to_its_base(outer: Any, method: str) -> None:
+    loss = outer(outer(RankClipLoss(schedule="linear")))
+    getattr(loss, method)(2, 5)
+    assert loss.base.base.schedule_value == 0.25
 
 
 def test_after_the_end_of_a_training_lambda_is_for_evaluations_until_another_one_is_set() -> None:

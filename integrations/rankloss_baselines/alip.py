@@ -110,8 +110,9 @@ class AlipLoss(GatheringLoss):
         """Start the histories anew, as a module built on the meta device needs it after ``to_empty()``."""
         self.histories.fill_(self.initial_history)
 
-    def set_progress(self, step: int, total_steps: int) -> None:  # noqa: ARG002 (a trainer's convention)
+    def set_progress(self, step: int, total_steps: int) -> None:
         """A training step begins: the next call in training mode moves the histories, later ones do not."""
+        super().set_progress(step, total_steps)
         self._steps_are_announced = self._step_begins = True
 
     def end_training(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import rankloss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import TEACHER
+from rankloss.options import check_position
 from rankloss_trainers.catalog import JOIN, choose, choose_each, names_of
 from rankloss_trainers.declared import Loss, Named, Options
 from rankloss_trainers.host import Host
@@ -27,6 +28,7 @@ HOST = Host(
     progress="call set_epoch or set_progress",
     serves=("columns", "ids", "lists", "state", "parameters", "folder"),
 )
+_ENDS = {"epoch": "epochs", "step": "total_steps"}
 BASES = {"clip": rankloss.ClipLoss, "siglip": rankloss.SigLipLoss}
 """Losses of pairs by name, alone or as the first of joined ones."""
 
@@ -100,13 +102,10 @@ def _with_progress(run: Runtime) -> nn.Module:
     """The module of a run, whose methods tell all of its parts where training stands."""
     module = run.criterion
     told = [part for part in module.modules() if units_of(part)]
-    has_own_methods = told == [module] and len(units_of(module)) == len(METHODS)
+    tells_all = told in ([], [module]) and all(hasattr(module, name) for name in METHODS.values())
     is_joined = len(run.losses) != 1
-    if is_joined or not hasattr(module, "base") or (told and not has_own_methods):
+    if is_joined or not tells_all or not hasattr(module, "base"):
         return CreatedLoss(module, run.base_to_evaluate)
-    if not told:
-        for method in METHODS.values():
-            setattr(module, method, _tell_nobody)
     return module
 
 
@@ -125,12 +124,9 @@ def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[A
 
 def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
     """Tell all parts of a loss that have the method where training stands."""
+    check_position(unit, now, _ENDS[unit], end)
     for tell in listeners(loss, unit, unit):
         tell(now, end)
-
-
-def _tell_nobody(now: int, end: int) -> None:
-    """The methods of a loss that no progress changes."""
 
 
 def _before_call(teaching: Teaching, _: nn.Module, args: Sequence[Any], inputs: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rankloss import schedules
+from rankloss.losses import GatheringLoss
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -19,9 +20,13 @@ METHODS = {"epoch": "set_epoch", "step": "set_progress"}
 
 
 def units_of(part: nn.Module) -> dict[str, Any]:
-    """The methods of :data:`METHODS` that the class of a part has, by unit."""
+    """The methods of :data:`METHODS` by which the class of a part learns of progress, by unit.
+
+    Those of :class:`rankloss.losses.GatheringLoss` only pass it on to parts, which are told by themselves.
+    """
     methods = {unit: getattr(type(part), name, None) for unit, name in METHODS.items()}
-    return {unit: method for unit, method in methods.items() if callable(method)}
+    passing_on = [getattr(GatheringLoss, name) for name in METHODS.values()]
+    return {unit: method for unit, method in methods.items() if callable(method) and method not in passing_on}
 
 
 def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[Any]:

@@ -14,7 +14,7 @@ from rankloss.batch import Batch
 from rankloss.distributed import Gather, GatherOption
 from rankloss.engine import weighted_terms
 from rankloss.losses.score_rows import Differentiated, mean_of_rows
-from rankloss.options import RankOptions, check_choice, check_count
+from rankloss.options import RankOptions, check_choice, check_count, check_position
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, outside_graphs
 
 Number: TypeAlias = Tensor | float
@@ -39,6 +39,32 @@ class GatheringLoss(nn.Module):
         super().__init__()
         self.gather = Gather.of(gather)
         self._checked_once: set[str] = set()  # names of the arguments whose values were read
+
+    @outside_graphs
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Epoch ``epoch`` of ``epochs`` begins, counted from 1: a base whose weights change is told.
+
+        The loss itself does not depend on it, unless its class says so.
+
+        Raises:
+            ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
+        """
+        self._tell_losses_within("set_epoch", *check_position("epoch", epoch, "epochs", epochs))
+
+    @outside_graphs
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Optimizer step ``step`` of ``total_steps`` begins, counted from 1, as :meth:`set_epoch`.
+
+        Raises:
+            ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
+        """
+        self._tell_losses_within("set_progress", *check_position("step", step, "total_steps", total_steps))
+
+    def _tell_losses_within(self, method: str, now: int, end: int) -> None:
+        for loss in self.children():
+            tell: Any = getattr(loss, method, None)
+            if callable(tell):
+                tell(now, end)
 
     @outside_graphs
     def check_inputs(

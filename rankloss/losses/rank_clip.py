@@ -21,7 +21,7 @@ from rankloss.losses.composition import (
     is_streamed_clip,
 )
 from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.options import check_count, check_weight
+from rankloss.options import check_position, check_weight
 from rankloss.precision import outside_graphs
 from rankloss.schedules import Schedule
 
@@ -283,10 +283,7 @@ class RankClipLoss(nn.Module):
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
         """Evaluate the schedule at position ``now`` of ``end``, given the names of both arguments."""
-        now = check_count(name, now)
-        end = check_count(end_name, end)
-        if now > end:
-            raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
+        now, end = check_position(name, now, end_name, end)
         is_epoch = name == "epoch"
         if is_epoch and end == 1 and self.schedule is not schedules.constant:
             if self.consistency.gather.place[0] == 0:
