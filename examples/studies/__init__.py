@@ -1,6 +1,7 @@
 """The studies: each is a folder with its plan, its settings, its records and its report."""
 
 STUDIES = {
+    "alignment": "studies.alignment.study",
     "baselines": "studies.baselines.study",
     "captions": "studies.captions.study",
     "dropout": "studies.dropout.study",

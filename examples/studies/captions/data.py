@@ -63,6 +63,7 @@ class DataSet:
         self.word_numbers, self.words = words, 2 + len(words)
         content = hashlib.sha256(repr([source.captions, source.judgements, source.classes]).encode())
         folder = folder / content.hexdigest()[:16]
+        self.folder = folder
         sides = (*SIDES, *sorted(source.captions.keys() - set(SIDES)))
         shown = kept(folder / "pixels.pt", lambda: {side: pixels(source.pictures(side)) for side in sides})
         self.sides = {side: Side(shown[side], numbered(source.captions[side], words)) for side in sides}

@@ -1,0 +1,1 @@
+"""Two encoders in one space in closed form: as heads, and as a teacher of students."""
