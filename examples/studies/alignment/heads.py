@@ -17,7 +17,7 @@ from studies.spread.data import SECOND
 from studies.students import heads
 from studies.students.measure import PRIMARY, Metrics, measure
 
-
+from .cca import searched
 from .setting import Setting
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from studies.students.model import WIDTH
 from studies.training import kept
 
 from . import heads
-
+from .cca import fitted, searched
 from .setting import Setting
 
 if TYPE_CHECKING:
