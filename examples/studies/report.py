@@ -10,7 +10,7 @@ from openmoji_demo import page
 
 from . import statistics
 from .plan import Best
-from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
+from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, MIN_SEEDS_OVER_PICTURES, Difference, Estimate, verdict
 
 MARKS = {
     "above": "▲",
@@ -20,7 +20,18 @@ MARKS = {
     statistics.NOT_SIGNIFICANT: "≈",
     statistics.TOO_FEW_SEEDS: "·",
 }
-_CONSTANTS = {"alpha": ALPHA, "confidence": f"{100 * CONFIDENCE:.0f} %", "min_seeds": MIN_SEEDS}
+INTERVALS = (
+    "An interval over seeds is given these settings and these pictures: another tuning may choose other "
+    "settings, and other pictures give other numbers. **Seeds and pictures**: the interval in which the test "
+    f"pictures are drawn, too, from {MIN_SEEDS_OVER_PICTURES} seeds on, as fewer make it too narrow; "
+    "only where it is above 0 a gain is a statement about such data. Of photographs there is one split."
+)
+_CONSTANTS = {
+    "alpha": ALPHA,
+    "confidence": f"{100 * CONFIDENCE:.0f} %",
+    "min_seeds": MIN_SEEDS,
+    "intervals": INTERVALS,
+}
 
 
 def write(path: Path, template: Path, **values: Any) -> Path:
@@ -90,14 +101,14 @@ def mark(difference: Difference | None) -> str:
 # --- cells of tables ---
 
 
-def ends_text(interval: tuple[float, float]) -> str:
-    """Return the ends of an interval.
+def ends_text(interval: tuple[float, float] | None) -> str:
+    """Return the ends of an interval, a dash for none.
 
     Example:
-        >>> ends_text((-0.5, 1.25))
-        '−0.50 to +1.25'
+        >>> ends_text((-0.5, 1.25)), ends_text(None)
+        ('−0.50 to +1.25', '–')
     """
-    return " to ".join(map(signed, interval))
+    return "–" if interval is None else " to ".join(map(signed, interval))
 
 
 def test_cells(difference: Difference) -> list[str]:

@@ -21,6 +21,8 @@ CONFIDENCE = 1 - ALPHA
 # With two seeds the interval is 12.7 standard errors wide (one degree of freedom) and rests on normality
 # alone: it is shown, but nothing is concluded from it.
 MIN_SEEDS = 3
+# A bootstrap that draws few seeds is too narrow: with four it was often narrower than the seeds' t-interval.
+MIN_SEEDS_OVER_PICTURES = 8
 
 BETTER = "better"
 WORSE = "worse"
@@ -190,10 +192,15 @@ class Arms:
 
     def over_pictures(
         self, pair: Pair, read: Callable[[Mapping[str, Any]], np.ndarray]
-    ) -> tuple[float, float]:
-        """Return the interval over seeds and pictures of a difference of what records have by picture."""
+    ) -> tuple[float, float] | None:
+        """Return the interval over seeds and pictures of a difference of what records have by picture.
+
+        None with fewer common seeds than ``MIN_SEEDS_OVER_PICTURES``.
+        """
         mine, others = (self.records[arm] for arm in pair)
         common = sorted(set(mine) & set(others))
+        if len(common) < MIN_SEEDS_OVER_PICTURES:
+            return None
         return two_way(np.stack([read(mine[seed]) - read(others[seed]) for seed in common]))
 
     def tests(self, pairs: Iterable[Pair], measures: Iterable[Measure]) -> dict[tuple[Pair, str], Difference]:

@@ -178,7 +178,10 @@ def test_the_tests_are_paired_and_corrected_together():
     )
 
 
-def test_over_pictures_the_common_seeds_are_compared():
-    rows = {0: np.array([3.0, 3.0]), 1: np.array([5.0, 5.0]), 2: np.array([9.0, 9.0])}
-    arms = Arms({"a": rows, "b": {0: np.array([1.0, 1.0]), 1: np.array([3.0, 3.0])}})
-    assert arms.over_pictures(("a", "b"), lambda record: record) == (2.0, 2.0)
+def test_over_pictures_the_common_seeds_are_compared_of_which_there_must_be_eight():
+    rows = {seed: np.array([seed + 2.0, seed + 2.0]) for seed in range(9)}
+    less = {seed: np.array([seed, seed]) for seed in range(8)}
+    interval = Arms({"a": rows, "b": less}).over_pictures(("a", "b"), lambda record: record)
+    assert interval == (2.0, 2.0)
+    del less[0]
+    assert Arms({"a": rows, "b": less}).over_pictures(("a", "b"), lambda record: record) is None

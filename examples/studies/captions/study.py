@@ -219,7 +219,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "captions_own": [name for name in gains if name in above and name in held],
         "not_captions": [name for name in gains if name in above and name not in held],
         "not_shown": [name for name in gains if name not in above],
-        "on_data": [key[0] for key in primary if ends[key][0] > 0],
+        "on_data": [key[0] for key in primary if (of := ends[key]) is not None and of[0] > 0],
         "primary": [row(key, d) for key, d in primary.items()],
         "control": [row(key, d) for key, d in control.items()],
         "secondary": [row(key, d) for key, d in secondary.items()],
