@@ -25,14 +25,24 @@ class Tested:
         return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
 
 
-def family(every: Sequence[Tested], pairs: Sequence[Pair]) -> dict[tuple[str, Pair], Difference]:
-    """Return the differences of pairs of arms by cell, corrected together."""
-    found = {(of.cell, pair): of.difference(pair) for pair in pairs for of in every}
-    return correct({key: difference for key, difference in found.items() if difference is not None})
+def family(
+    every: Sequence[Tested], pairs: Sequence[Pair], among: Sequence[Pair] = ()
+) -> dict[tuple[str, Pair], Difference]:
+    """Return the differences of pairs of arms by cell, corrected together.
+
+    Args:
+        every: The cells.
+        pairs: Of arms.
+        among: A larger family; pairs that belong to it are corrected with all of it.
+    """
+    together = among if set(pairs) <= set(among) else pairs
+    found = {(of.cell, pair): of.difference(pair) for pair in together for of in every}
+    tested = correct({key: difference for key, difference in found.items() if difference is not None})
+    return {key: difference for key, difference in tested.items() if key[1] in pairs}
 
 
-def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
-    """Return the rows of a family's table."""
+def rows(every: Sequence[Tested], pairs: Sequence[Pair], among: Sequence[Pair] = ()) -> list[list[str]]:
+    """Return the rows of a table of :func:`family`."""
     arms_of = {of.cell: of.arms for of in every}
     return [
         [
@@ -44,7 +54,7 @@ def rows(every: Sequence[Tested], pairs: Sequence[Pair]) -> list[list[str]]:
             mark(of),
             ends_text(arms_of[name].over_pictures(pair, hits_of_pictures)),
         ]
-        for (name, pair), of in family(every, pairs).items()
+        for (name, pair), of in family(every, pairs, among).items()
     ]
 
 
@@ -58,10 +68,10 @@ def title(pair: Pair) -> str:
     return " minus ".join(f"`{arm}`" for arm in pair)
 
 
-def verdict_sentence(every: Sequence[Tested], pair: Pair) -> str:
+def verdict_sentence(every: Sequence[Tested], pair: Pair, among: Sequence[Pair] = ()) -> str:
     """Return in words where a difference is above 0, below it, and neither."""
     cells_of: dict[str, list[str]] = {}
-    for (name, _), difference in family(every, [pair]).items():
+    for (name, _), difference in family(every, [pair], among).items():
         cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
     where = "; ".join(f"{said} on {', '.join(names)}" for said, names in cells_of.items())
     return f"{title(pair)}: {where or 'no record yet'}."
@@ -84,10 +94,17 @@ def mean_rows(every: Sequence[Tested], measures: Sequence[Measure]) -> list[list
     ]
 
 
-def primary_values(every: Sequence[Tested], tests: Mapping[str, Pair]) -> dict[str, Any]:
-    """Return a report's values of its primary tests, each a family of its own, by their letters."""
+def primary_values(
+    every: Sequence[Tested], tests: Mapping[str, Pair], among: Sequence[Pair] = ()
+) -> dict[str, Any]:
+    """Return a report's values of its primary tests, by their letters.
+
+    Each is a family of its own, but those of the larger family ``among`` are corrected with all of it.
+    """
     return {
         "tests_head": HEAD,
-        "verdicts": [verdict_sentence(every, pair) for pair in tests.values()],
-        "primary": [(f"({letter}) {title(pair)}", rows(every, [pair])) for letter, pair in tests.items()],
+        "verdicts": [verdict_sentence(every, pair, among) for pair in tests.values()],
+        "primary": [
+            (f"({letter}) {title(pair)}", rows(every, [pair], among)) for letter, pair in tests.items()
+        ],
     }

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from statsmodels.stats.multitest import multipletests
 from studies.captions.data import SIDES, Source
 from studies.captions.student import Student
 from studies.captions.train import fit
+from studies.report import p_text
 from studies.runner import load
 from studies.spread import study
 from studies.spread.data import Measured, of_class, sharing, vendor
@@ -266,6 +268,31 @@ def test_a_family_is_of_the_cells_that_have_records():
     assert gained == f"`spread` minus `clip`: above 0 on {', '.join(cells)}."
     assert last == "`encoders` minus `encoders-shuffled`: no record yet."
     assert all(len(set(row[3].split(" of "))) == 1 for row in found["blocks"])
+
+
+def test_all_arms_minus_clip_are_one_family_and_spread_is_in_it():
+    sizes, finds = records({"std-constant": 0.3}, blocks=1)
+    for find in finds.values():
+        for of in find.records.values():
+            of["metrics"]["within"] = {}
+    found = study.results(sizes, finds)
+    tests = [found["primary"][0][1][0], *(row for row in found["secondary"] if row[2] == "`clip`")]
+    assert [row[1] for row in tests] == ["`spread`", "`rankclip`", "`rankclip-spread`"]
+    (cell,) = study.by_cell(sizes, finds)
+    p = [cell.difference((row[1].strip("`"), "clip")).p for row in tests]
+    assert [row[5] for row in tests] == [p_text(x) for x in multipletests(p, method="holm")[1]]
+
+
+def test_a_split_is_a_cell_of_its_own_with_the_settings_of_the_first():
+    first = {"cells": ["emojis-250"], "arms": ["clip", "spread"], "seeds": [1, 2, 3]}
+    sizes = Namespace(**{**vars(SIZES), "blocks": [first, {**first, "split": 5}]})
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + one.split * (one.arm == "std-constant"))
+    whole, split = study.by_cell(sizes, finds)
+    assert (whole.cell, split.cell) == ("emojis-250", "emojis-250, split 5")
+    assert {arm: dataclasses.replace(of, split=0) for arm, of in split.settings.items()} == whole.settings
+    gains = [of.difference(("spread", "clip")).mean for of in (whole, split)]
+    assert gains == pytest.approx([0.0, 5.0], abs=0.6)
+    assert (bool(whole.tried), bool(split.tried)) == (True, False)
 
 
 def test_a_repeat_is_read_once_it_is_whole():

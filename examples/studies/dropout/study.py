@@ -22,6 +22,8 @@ PRIMARY_TESTS: dict[str, Pair] = {
     "b": (SMOOTHING, "clip"),
     "c": ("spread", SMOOTHING),
 }
+AGAINST_CLIP = [pair for pair in PRIMARY_TESTS.values() if pair[1] == "clip"]
+"""One family: comparisons of one kind are corrected together."""
 BEST = "each at its best"
 """The cell in which each arm has the dropout that is best for it."""
 
@@ -67,7 +69,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     every = tested(sizes, find)
     return {
         "records": len(find.records),
-        **primary_values(every, PRIMARY_TESTS),
+        **primary_values(every, PRIMARY_TESTS, AGAINST_CLIP),
         "arms": mean_rows(every, [PRIMARY, CORRELATION, SCALE]),
         "tries": [
             tries_row(

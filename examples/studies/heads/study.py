@@ -28,6 +28,8 @@ PRIMARY_TESTS: dict[str, Pair] = {
     "d": (SMOOTHING, "clip"),
 }
 SECONDARY: list[Pair] = [("spread", SMOOTHING), ("rankclip", "clip")]
+AGAINST_CLIP = [pair for pair in (*PRIMARY_TESTS.values(), *SECONDARY) if pair[1] == "clip"]
+"""One family: comparisons of one kind are corrected together."""
 SCALE = Measure("scale", ("geometry", "logit_scale"), 1)
 
 
@@ -101,8 +103,8 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     every = list(by_set(sizes, finds))
     return {
         "records": sum(len(find.records) for find in finds.values()),
-        **primary_values(every, PRIMARY_TESTS),
-        "secondary": [row for pair in SECONDARY for row in rows(every, [pair])],
+        **primary_values(every, PRIMARY_TESTS, AGAINST_CLIP),
+        "secondary": [row for pair in SECONDARY for row in rows(every, [pair], AGAINST_CLIP)],
         "arms": mean_rows(every, [PRIMARY, CORRELATION, SCALE]),
         "tries": [
             [of.cell, *tries_row(tried(sizes, of.cell, finds[of.cell], arm), lambda one: _text(sizes, one))]

@@ -197,7 +197,7 @@ class Chosen(Tested):
 def is_whole(one: Cell, block: Mapping[str, Any]) -> bool:
     """True if all of a block's trainings in a cell have records; a repeat of the first seeds is read then."""
     try:
-        settings = [one.test(arm, 0) for arm in block["arms"]]
+        settings = [one.test(arm, 0, block.get("split", 0)) for arm in block["arms"]]
     except MissingError:
         return False
     wanted = [dataclasses.replace(of, seed=seed) for of in settings for seed in block["seeds"]]
@@ -205,19 +205,26 @@ def is_whole(one: Cell, block: Mapping[str, Any]) -> bool:
 
 
 def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Chosen]:
-    """Yield the records of every cell's test side, split 0."""
+    """Yield the records of every cell's test side: of split 0, then of the others."""
+    for split in sorted({block.get("split", 0) for block in sizes.blocks}):
+        yield from by_cell_of_split(sizes, finds, split)
+
+
+def by_cell_of_split(sizes: SimpleNamespace, finds: Mapping[str, Find], split: int) -> Iterator[Chosen]:
+    """Yield the records of every cell's test side on a split; the tries with those of split 0."""
     for one in cells(sizes, list(sizes.cells), finds):
-        blocks = [of for of in sizes.blocks if one.name in of["cells"] and "split" not in of]
+        name = f"{one.name}, split {split}" if split else one.name
+        blocks = [of for of in sizes.blocks if one.name in of["cells"] and of.get("split", 0) == split]
         read = [of for of in blocks if of["seeds"] == sizes.blocks[0]["seeds"] or is_whole(one, of)]
         tried: dict[str, Tried] = {}
         settings: dict[str, Setting] = {}
         records: dict[str, dict[int, Record]] = {}
         for arm in dict.fromkeys(arm for of in blocks for arm in of["arms"]):
             try:
-                settings[arm] = one.test(arm, 0)
+                settings[arm] = one.test(arm, 0, split)
             except MissingError:
                 continue
-            if arm in sizes.tries:
+            if arm in sizes.tries and not split:
                 tried[arm] = one.tried(arm)
             seeds = {seed for of in read if arm in of["arms"] for seed in of["seeds"]}
             wanted = [dataclasses.replace(settings[arm], seed=seed) for seed in sorted(seeds)]
@@ -225,14 +232,14 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> Iterator[Chose
                 records[arm] = found
         if not records:
             continue
-        yield Chosen(one.name, Arms(records), settings, tried)
+        yield Chosen(name, Arms(records), settings, tried)
         second = {
             arm: {seed: {**record, "metrics": record["metrics"][SECOND]} for seed, record in of.items()}
             for arm, of in records.items()
             if all(SECOND in record["metrics"] for record in of.values())
         }
         if second:
-            yield Chosen(f"{one.name}, second", Arms(second), settings, {})
+            yield Chosen(f"{name}, second", Arms(second), settings, {})
 
 
 def together(every: Sequence[Tested]) -> list[list[str]]:
@@ -257,15 +264,16 @@ def together(every: Sequence[Tested]) -> list[list[str]]:
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
     every = list(by_cell(sizes, finds))
-    others = [(arm, "clip") for arm in sizes.tries if arm not in ("clip", "spread")]
+    against_clip = [(arm, "clip") for arm in sizes.tries if arm != "clip"]  # one family, spread's gain in it
+    others = [pair for pair in against_clip if pair not in PRIMARY_TESTS.values()]
     against_lower = [(arm, LOWER) for arm in sizes.tries if arm not in ("clip", LOWER)]
     return {
         "records": sum(len(find.records) for find in finds.values()),
-        **primary_values(every, PRIMARY_TESTS),
+        **primary_values(every, PRIMARY_TESTS, against_clip),
         "secondary": [
             row
             for pairs in (*([pair] for pair in SECONDARY), others, against_lower)
-            for row in rows(every, pairs)
+            for row in rows(every, pairs, against_clip)
         ],
         "together": together(every),
         "together_cells": ", ".join(TOGETHER_CELLS),
