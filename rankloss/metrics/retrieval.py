@@ -136,9 +136,9 @@ def partner_ranks(
     if image_ids is None or text_ids is None:
         given = "image_ids" if text_ids is None else "text_ids"
         raise ValueError(f"image_ids and text_ids go together; got {given} alone")
-    of_images, of_texts = _codes(image_ids, text_ids, v, t)
-    _check_partners("image", image_ids, of_images, "text", of_texts)
-    _check_partners("text", text_ids, of_texts, "image", of_images)
+    of_images, of_texts = id_numbers(image_ids, text_ids, v, t)
+    check_partners("image", image_ids, of_images, "text", of_texts)
+    check_partners("text", text_ids, of_texts, "image", of_images)
     ranks = {
         "image_to_text": _ranks(v, t, of_images, of_texts),
         "text_to_image": _ranks(t, v, of_texts, of_images),
@@ -204,7 +204,7 @@ def _check_pair(image_features: Tensor, text_features: Tensor, *, has_ids: bool)
         check_norms(name, features)
 
 
-def _codes(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def id_numbers(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Ids as integers on the features' device, equal where the ids are.
 
     Raises:
@@ -232,7 +232,8 @@ def _as_list(name: str, ids: Ids) -> list[int | str]:
     return values
 
 
-def _check_partners(kind: str, ids: Ids, own: Tensor, other_kind: str, others: Tensor) -> None:
+def check_partners(kind: str, ids: Ids, own: Tensor, other_kind: str, others: Tensor) -> None:
+    """Raise a ValueError that names the first item without a partner of the other kind, by their numbers."""
     lone = (~torch.isin(own, others)).nonzero().flatten().tolist()
     if lone:
         raise ValueError(

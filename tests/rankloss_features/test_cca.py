@@ -1,0 +1,368 @@
+"""Canonical correlation analysis: oracles of NumPy and other libraries, blocks of rows, search, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from sklearn.cross_decomposition import CCA
+from statsmodels.multivariate.cancorr import CanCorr
+from torch import Tensor
+
+from rankloss.metrics import recall
+from rankloss_features.cca import CanonicalCorrelation, Eigenbases, Grid, PairSums, Setting, search
+
+
+def features(
+    n: int = 120, widths: tuple[int, int] = (10, 7), captions: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Two views of four shared directions, with noise, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shared = normal(n, 4)
+    texts = (n, widths[1]) if captions is None else (n, captions, widths[1])
+    of_texts = shared if captions is None else shared[:, None]
+    return (
+        shared @ normal(4, widths[0]) + 0.7 * normal(n, widths[0]) + 0.5,
+        of_texts @ normal(4, widths[1]) + 0.7 * normal(*texts) - 0.3,
+    )
+
+
+def unit(x: Tensor, *, root: bool = False) -> np.ndarray:
+    values = x.double().numpy()
+    values = np.sign(values) * np.sqrt(np.abs(values)) if root else values
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def by_numpy(v: Tensor, t: Tensor, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """The features of the pictures and of all captions, by the definition."""
+    images, texts = unit(v, root=setting.root), unit(t, root=setting.root)
+    texts = texts if texts.ndim == 3 else texts[:, None]
+    mean_v, mean_t = images.mean(0), texts.mean((0, 1))
+    images, texts = images - mean_v, texts - mean_t
+    captions = texts.reshape(-1, texts.shape[-1])
+    weights = []
+    for x, ridge in ((images, setting.image_ridge), (captions, setting.text_ridge)):
+        covariance = x.T @ x / len(x)
+        covariance += ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        weights.append(np.linalg.inv(scipy.linalg.sqrtm(covariance).real))
+    U, S, Vh = np.linalg.svd(weights[0] @ (images.T @ texts.mean(1) / len(images)) @ weights[1])
+    power = S[: setting.dimensions] ** setting.power
+    v_k = images @ weights[0] @ U[:, : setting.dimensions] * power
+    t_k = captions @ weights[1] @ Vh.T[:, : setting.dimensions] * power
+    return (
+        v_k / np.linalg.norm(v_k, axis=1, keepdims=True),
+        t_k / np.linalg.norm(t_k, axis=1, keepdims=True),
+    )
+
+
+SETTINGS = [
+    Setting(1.0, 1.0, 7),
+    Setting(0.3, 0.1, 3, 0.5, root=True),
+    Setting(0.0, 2.0, 5, 0.0),
+    Setting(0.0, 0.0, 4, 2.0, root=True),
+]
+
+
+@pytest.mark.parametrize("captions", [None, 1, 3])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_features_are_those_of_the_definition_in_numpy(setting: Setting, captions: int | None) -> None:
+    v, t = features(captions=captions)
+    cca = CanonicalCorrelation.fit(v, t, **setting.as_options())
+    images, texts = cca.images(v).numpy(), cca.texts(t.reshape(-1, t.shape[-1])).numpy()
+    expected_images, expected_texts = by_numpy(v, t, setting)
+    for a, b in itertools.product((images, texts), (expected_images, expected_texts)):
+        assert a.shape[1] == b.shape[1] == setting.dimensions
+    for own, expected in (
+        (images @ images.T, expected_images @ expected_images.T),
+        (images @ texts.T, expected_images @ expected_texts.T),
+        (texts @ texts.T, expected_texts @ expected_texts.T),
+    ):  # the sign of each direction is free
+        np.testing.assert_allclose(own, expected, atol=1e-9)
+
+
+def test_without_ridges_correlations_are_the_canonical_ones_of_other_libraries() -> None:
+    v, t = features(300)
+    cca = CanonicalCorrelation.fit(v, t, dimensions=7, image_ridge=0, text_ridge=0, power=0)
+    of_statsmodels = CanCorr(unit(v), unit(t)).cancorr
+    np.testing.assert_allclose(cca.correlations.numpy(), of_statsmodels, atol=1e-10)
+    x, y = CCA(n_components=3, scale=False, tol=1e-12, max_iter=100_000).fit_transform(unit(v), unit(t))
+    of_sklearn = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
+    np.testing.assert_allclose(cca.correlations[:3].numpy(), of_sklearn, atol=1e-6)
+    projected = [
+        (torch.from_numpy(unit(x)) - mean) @ projection
+        for x, mean, projection in (
+            (v, cca.image_mean, cca.image_projection),
+            (t, cca.text_mean, cca.text_projection),
+        )
+    ]
+    correlations = np.corrcoef(projected[0].T, projected[1].T)[:7, 7:]
+    np.testing.assert_allclose(correlations, np.diag(of_statsmodels), atol=1e-9)
+
+
+def test_captions_of_a_picture_are_pairs_in_which_it_is_repeated() -> None:
+    v, t = features(captions=3)
+    setting = Setting(0.5, 0.2, 5).as_options()
+    cca = CanonicalCorrelation.fit(v, t, **setting)
+    pairs = CanonicalCorrelation.fit(v.repeat_interleave(3, 0), t.flatten(0, 1), **setting)
+    torch.testing.assert_close(cca.images(v), pairs.images(v))
+    torch.testing.assert_close(cca.texts(t[:, 0]), pairs.texts(t[:, 0]))
+
+
+@pytest.mark.parametrize("cuts", [[120], [1, 2, 117], [0, 60, 60]])
+def test_blocks_of_rows_give_the_same_projections(cuts: list[int], monkeypatch: Any) -> None:
+    v, t = features(captions=2)
+    whole = CanonicalCorrelation.fit(v, t, dimensions=7)
+    monkeypatch.setattr("rankloss_features.cca._BLOCK", 77)  # blocks are themselves cut, into rows of five
+    blocks = CanonicalCorrelation.fit(iter(v.split(cuts)), iter(t.split(cuts)), dimensions=7)
+    torch.testing.assert_close(blocks.image_projection, whole.image_projection, atol=1e-9, rtol=0)
+    torch.testing.assert_close(blocks.texts(t[:, 0]), whole.texts(t[:, 0]), atol=1e-9, rtol=0)
+
+
+def test_sums_of_two_parts_are_those_of_all_pairs() -> None:
+    v, t = features()
+    parts = PairSums.of(v[:50], t[:50]).merged(PairSums.of(v[50:], t[50:]))
+    assert parts.pairs == 120
+    whole = PairSums.of(v, t)
+    for name in ("image_mean", "text_mean", "image_covariance", "text_covariance", "cross_covariance"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-14, rtol=0)
+
+
+def test_sums_lose_nothing_to_a_mean_that_is_large() -> None:
+    v, t = features()
+    sums = PairSums()
+    for images, texts in zip((v + 1e5).split(7), (t - 1e5).split(7), strict=True):
+        sums.add(images, texts)
+    images = unit(v + 1e5)
+    expected = np.cov(images.T, bias=True)
+    np.testing.assert_allclose(sums.image_covariance.numpy(), expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_is_fitted_in_float64(dtype: torch.dtype) -> None:
+    v, t = (x.to(dtype) for x in features())
+    cca = CanonicalCorrelation.fit(v, t, dimensions=7)
+    expected = CanonicalCorrelation.fit(v.double(), t.double(), dimensions=7)
+    assert torch.equal(cca.image_projection, expected.image_projection)
+    found = cca.images(v)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected.images(v.double()), atol=1e-7, rtol=0)
+
+
+def test_autocast_and_inference_mode_change_nothing() -> None:
+    v, t = (x.float() for x in features())
+    expected = CanonicalCorrelation.fit(v, t, dimensions=7)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        found = CanonicalCorrelation.fit(v, t, dimensions=7)
+        assert torch.equal(found.texts(t), expected.texts(t))
+    v.requires_grad_()
+    assert not CanonicalCorrelation.fit(v, t, dimensions=7).images(v).requires_grad
+
+
+def test_a_constant_dimension_is_left_out() -> None:
+    v, t = features()
+    one = torch.full((120, 1), 0.25, dtype=torch.float64)
+    # The others have unit norm each, so that the added dimension stays constant beside them.
+    of_images, of_texts = torch.from_numpy(unit(v)), torch.from_numpy(unit(t))
+    padded = CanonicalCorrelation.fit(
+        torch.cat([of_images, one], 1), of_texts, dimensions=5, image_ridge=0, text_ridge=0
+    )
+    plain = CanonicalCorrelation.fit(of_images, of_texts, dimensions=5, image_ridge=0, text_ridge=0)
+    torch.testing.assert_close(padded.correlations, plain.correlations)
+    torch.testing.assert_close(
+        padded.images(torch.cat([of_images, one], 1)).abs(), plain.images(of_images).abs()
+    )
+
+
+def test_fewer_pairs_than_dimensions_give_as_many_directions_as_there_are(caplog: Any) -> None:
+    v, t = features(6)
+    with caplog.at_level(logging.WARNING, "rankloss_features"):
+        cca = CanonicalCorrelation.fit(v, t, dimensions=7)
+    assert cca.images(v).shape == (6, 5)
+    assert "dimensions=7: the pairs have 5 canonical directions, which are taken" in caplog.text
+    torch.testing.assert_close(cca.images(v).norm(dim=1), torch.ones(6, dtype=torch.float64))
+
+
+def test_directions_of_linearly_dependent_features_are_not_invented(caplog: Any) -> None:
+    v, t = features()
+    directions = torch.from_numpy(unit(v))
+    plane = directions[:, :2] / directions[:, :2].norm(dim=1, keepdim=True)
+    cca = CanonicalCorrelation.fit(plane @ torch.eye(2, 9, dtype=torch.float64), t, dimensions=5, power=0)
+    assert cca.image_projection.shape == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, t: (v[:2], t[:2]), "image_features and text_features must be at least 3 pairs; got 2"),
+        (
+            lambda v, t: (v, t[:-1]),
+            "must have one row per pair, texts [N, D'] or [N, S, D']; got (120, 10) and",
+        ),
+        (lambda v, t: (v, t[:, None][:, :0]), "must have one row per pair"),
+        (lambda v, t: (torch.ones_like(v), t), "image_features must differ; all rows are equal"),
+        (lambda v, t: (v, torch.ones_like(t) * torch.rand(len(t), 1)), "text_features must differ; all rows"),
+        (lambda v, t: (v.long(), t), "image_features must be floating point; got torch.int64"),
+        (lambda v, t: (v[0], t), "image_features must have shape [N, D]; got (10,)"),
+        (lambda v, t: ([v, v], [t]), "must have equally many blocks of rows"),
+        (lambda v, t: ([v, v[:, :3]], [t, t]), "image_features must have the 10 columns of the pairs before"),
+        (lambda v, t: (v.to("meta"), t.to("meta")), "image_features must have values"),
+    ],
+)
+def test_features_that_cannot_be_fitted_are_refused_by_name(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CanonicalCorrelation.fit(*change(*features()), dimensions=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_named(value: float) -> None:
+    v, t = features(captions=2)
+    v[17, 3] = value
+    with pytest.raises(ValueError, match="image_features must be finite; row 17 has NaN or infinity"):
+        CanonicalCorrelation.fit(v, t, dimensions=3)
+    v[17, 3], t[4, 1, 2] = 0.0, value
+    with pytest.raises(ValueError, match="text_features must be finite; row 4, 1 has NaN or infinity"):
+        CanonicalCorrelation.fit(v, t, dimensions=3)
+
+
+def test_a_row_of_zeros_is_named() -> None:
+    v, t = features()
+    cca = CanonicalCorrelation.fit(v, t, dimensions=3)
+    v[5] = 0
+    with pytest.raises(ValueError, match="image_features must have a direction; row 5 has zeros alone"):
+        CanonicalCorrelation.fit(v, t, dimensions=3)
+    with pytest.raises(ValueError, match="images must have a direction; row 5 has zeros alone"):
+        cca.images(v)
+    with pytest.raises(ValueError, match=re.escape("texts must have 7 columns; got shape (120, 10)")):
+        cca.texts(v)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_ridge": -0.1}, "image_ridge must be a finite number >= 0; got -0.1"),
+        ({"text_ridge": float("nan")}, "text_ridge must be a finite number >= 0; got nan"),
+        ({"text_ridge": float("inf")}, "text_ridge must be a finite number >= 0; got inf"),
+        ({"power": -1}, "power must be a finite number >= 0; got -1"),
+        ({"dimensions": 0}, "dimensions must be an integer of at least 1; got 0"),
+        ({"dimensions": 8}, "dimensions must be at most the width of the narrower features, 7; got 8"),
+        ({"root": 1}, "root must be True or False; got 1"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CanonicalCorrelation.fit(*features(), **{"dimensions": 3, **options})
+
+
+def test_no_ridge_for_as_few_pairs_as_dimensions_is_refused() -> None:
+    """Noise would correlate perfectly."""
+    v, t = features(11)
+    with pytest.raises(ValueError, match="image_ridge=0 needs more pairs than dimensions"):
+        CanonicalCorrelation.fit(v, t, dimensions=3, image_ridge=0)
+    assert CanonicalCorrelation.fit(v, t, dimensions=3, text_ridge=0).correlations[0] < 1
+
+
+@pytest.mark.parametrize("captions", [None, 2])
+def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None:
+    v, t = features(400, (20, 12), captions=captions)
+    roots = (False, True)
+    grid = Grid((0.5, 2.0), (0.1,), (3, 12), (0.0, 1.0))
+    trials = search([PairSums.of(v[:300], t[:300], root=root) for root in roots], v[300:], t[300:], grid=grid)
+    assert len({trial.setting for trial in trials}) == len(trials) == 16
+    assert [trial.recall for trial in trials] == sorted((trial.recall for trial in trials), reverse=True)
+    of_texts = torch.arange(100).repeat_interleave(captions or 1)
+    for setting, value in trials:
+        cca = CanonicalCorrelation.fit(v[:300], t[:300], **setting.as_options())
+        images, texts = cca.images(v[300:]), cca.texts(t[300:].reshape(-1, 12))
+        expected = recall(images, texts, 10, image_ids=torch.arange(100), text_ids=of_texts)
+        assert value == pytest.approx(
+            (expected["image_to_text_R@10"] + expected["text_to_image_R@10"]).item() / 2, abs=0.004
+        )
+
+
+def test_equal_held_out_rows_are_ties_and_rank_before_the_partner() -> None:
+    v, t = features(200)
+    held_out = (v[:40].clone(), t[:40].clone())
+    held_out[0][:30], held_out[1][:30] = held_out[0][0].clone(), held_out[1][0].clone()
+    (trial,) = search([PairSums.of(v[40:], t[40:])], *held_out, grid=Grid((1.0,), (1.0,), (7,), (1.0,)))
+    cca = CanonicalCorrelation.fit(v[40:], t[40:], dimensions=7)
+    expected = recall(cca.images(held_out[0]), cca.texts(held_out[1]), 10)
+    assert trial.recall == (expected["image_to_text_R@10"] + expected["text_to_image_R@10"]).item() / 2
+    assert trial.recall <= 0.25
+
+
+def test_ids_make_partners_of_several_pictures_and_captions() -> None:
+    v, t = features(300)
+    ids = torch.arange(60) // 3
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    given = {"image_ids": ids, "text_ids": ids[order]}
+    sums = PairSums.of(v[60:], t[60:])
+    (trial,) = search([sums], v[:60], t[:60][order], grid=Grid((1.0,), (1.0,), (7,), (1.0,)), k=3, **given)
+    cca = Eigenbases(sums).fit(Setting(dimensions=7))
+    expected = recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **given)
+    assert trial.recall == pytest.approx(
+        (expected["image_to_text_R@3"] + expected["text_to_image_R@3"]).item() / 2, abs=1e-6
+    )
+
+
+def test_of_equally_good_settings_the_first_of_the_grid_is_the_best() -> None:
+    v, t = features(200)
+    grid = Grid((2.0, 1.0, 0.5), (1.0, 0.7), (7,), (1.0,))
+    trials = search([PairSums.of(v, t)], v[:10], t[:10], grid=grid)  # ten items: all are found
+    assert [(trial.setting.image_ridge, trial.setting.text_ridge) for trial in trials] == list(
+        itertools.product(grid.image_ridges, grid.text_ridges)
+    )
+
+
+def test_widths_beyond_the_features_are_tried_as_these() -> None:
+    v, t = features(200)
+    trials = search([PairSums.of(v, t)], v[:50], t[:50], grid=Grid((1.0,), (1.0,), (3, 256, 384), (1.0,)))
+    assert {trial.setting.dimensions for trial in trials} == {3, 7}
+
+
+def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monkeypatch: Any) -> None:
+    v, t = features(200)
+    calls = {"eigh": 0, "svd": 0}
+    for name in calls:
+        whole = getattr(torch.linalg, name)
+
+        def counted(*args: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
+            calls[_name] += 1
+            return _whole(*args, **options)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    trials = search([PairSums.of(v, t)], v, t, grid=Grid((1.0, 2.0, 3.0), (0.1, 0.2), (2, 4, 6), (0.5, 1.0)))
+    assert len(trials) == 36
+    assert calls == {"eigh": 2, "svd": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 41}, "k must be at most 40; got 41"),
+        ({"image_ids": torch.arange(40)}, "image_ids and text_ids go together; got image_ids alone"),
+        (
+            {"image_ids": torch.arange(40), "text_ids": torch.arange(40) + 1},
+            "image_ids: 1 of 40 images have no text of their id, the first is row 0 with id 0",
+        ),
+        ({"grid": Grid(powers=())}, "grid must have at least one setting"),
+    ],
+)
+def test_a_search_that_cannot_be_ranked_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    v, t = features(200)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search([PairSums.of(v[40:], t[40:])], v[:40], t[:40], **options)
+
+
+def test_a_grid_with_a_bad_number_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="text_ridge must be a finite number >= 0; got -1"):
+        Grid(text_ridges=(1.0, -1.0))
