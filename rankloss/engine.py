@@ -49,6 +49,7 @@ _LISTS_ELSEWHERE = 2**23
 # Below these numbers overhead exceeds the work.
 _FEWEST_ROWS = 128
 _FEWEST_LISTS = 16
+_OWN_ANCHORS = ("image_anchors", "text_anchors")
 
 
 # --- any streamed loss ------------------------------------------------------------------------------------
@@ -62,13 +63,25 @@ class StreamedTerms(Protocol):
         """True for each term to compute."""
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
-        """The terms times ``weights``, and the gradients of their sum by the inputs, by :func:`streamed`."""
+        """The terms times ``weights``, and the gradients of their sum, by :func:`streamed`."""
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """The same terms as differentiable operations on whole matrices."""
 
 
-Streamed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+class Streamed(NamedTuple):
+    """Terms with the gradients of their sum.
+
+    Attributes:
+        values: the terms, scalars.
+        gradients: by each of the inputs, those by features without ``factor``; None where there is none.
+        factor: a scalar; None without gradients. The backward pass multiplies the features' gradients by it
+            and by its own upstream value at once, since each product with a scalar moves all of them.
+    """
+
+    values: Sequence[Tensor]
+    gradients: Sequence[Tensor | None]
+    factor: Tensor | None
 
 
 def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -94,32 +107,35 @@ class _Streamed(torch.autograd.Function):
         image = inputs[0]
         assert image is not None
         with full_precision(image.device):
-            values, gradients = terms.stream(inputs, weights, any(ctx.needs_input_grad))
+            values, gradients, factor = terms.stream(inputs, weights, any(ctx.needs_input_grad))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *gradients)
+        ctx.save_for_backward(*inputs, *gradients, factor)
         return tuple(value.to(image.dtype) for value in values)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: each access unpacks them, which triggers hooks and checkpoints
         n_inputs = len(saved) // 2
-        inputs, gradients = saved[:n_inputs], saved[n_inputs:]
+        inputs, gradients, factor = saved[:n_inputs], saved[n_inputs:-1], saved[-1]
         by = ctx.needs_input_grad[2:]
         with full_precision(inputs[0].device):
             if torch.is_grad_enabled():
                 return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
-            factor = _common(
+            common = _common(
                 [g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted]
             )
-            if factor is None:
+            if common is None:
                 zero = ctx.weights.new_zeros(())
                 weights = ctx.weights * torch.stack([zero if g is None else g for g in upstream])
-                _, gradients = ctx.terms.stream(inputs, weights, with_gradient=True)
-                factor = inputs[0].new_ones(())
-            by_inputs = [
-                factor * gradient if is_needed and gradient is not None else None
-                for gradient, is_needed in zip(gradients, by, strict=True)
-            ]
+                _, gradients, factor = ctx.terms.stream(inputs, weights, with_gradient=True)
+                common = inputs[0].new_ones(())
+            of_features = common * factor
+            by_inputs: list[Tensor | None] = []
+            for gradient, is_needed in zip(gradients, by, strict=True):
+                if gradient is None or not is_needed:
+                    by_inputs.append(None)
+                else:
+                    by_inputs.append((of_features if gradient.dim() == 2 else common) * gradient)
             return None, None, *by_inputs
 
 
@@ -216,7 +232,7 @@ def streamed(
     inputs: Mapping[str, Tensor | None],
     with_gradient: bool,
     share: Tensor | None = None,
-) -> tuple[list[list[Any]], dict[str, Tensor]]:
+) -> tuple[list[list[Any]], dict[str, Tensor], Tensor | None]:
     """Values of loops over rows, and the gradients by the features and by the scale of their matrices.
 
     Args:
@@ -227,24 +243,26 @@ def streamed(
 
     Returns:
         For each loop both values of a list, summed over the rows: ``[matrices]`` each, None if there is none;
-        and the gradients by name, none if they are not wanted.
+        the gradients by name, none if they are not wanted; and the factor that those by features lack, see
+        :class:`Streamed`.
     """
     features = {name: x for name, x in inputs.items() if x is not None and x.dim() == 2}
     sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else None
     values = [accumulate(loop, sums) for loop in loops]
     if sums is None:
-        return values, {}
+        return values, {}, None
     scale = inputs["scale"]
     assert scale is not None
-    # Each matrix is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q. Both give Σ G∘C.
-    products = torch.stack([(sums[name] * x).sum() for name, x in features.items()])
-    by_scale = products.sum() / 2
+    # Each matrix is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q. Both give Σ G∘C; anchors
+    # of this process alone are the fewer rows.
+    counted = [name for name in _OWN_ANCHORS if name in features] or list(features)
+    products = torch.stack([(sums[name] * features[name]).sum() for name in counted])
+    by_scale = products.sum() / (1 if counted[0] in _OWN_ANCHORS else 2)
     factor = scale
     if share is not None:
         by_scale = (share * by_scale).to(scale.dtype)
         factor = share * scale
-    gradients = {name: by_scores.mul_(factor) for name, by_scores in sums.items()}
-    return values, {**gradients, "scale": by_scale}
+    return values, {**sums, "scale": by_scale}, factor
 
 
 def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
@@ -524,7 +542,7 @@ class RowLists(NamedTuple):
         by_term = {term: self._matrix_weights(term, weights) for term in RANK_TERMS}
         terms = [term for term in RANK_TERMS if any(weight is not None for weight in by_term[term])]
         loops = [self._loop(batch, term, *by_term[term], with_gradient) for term in terms]
-        sums, gradients = streamed(loops, batch.inputs._asdict(), with_gradient)
+        sums, gradients, factor = streamed(loops, batch.inputs._asdict(), with_gradient)
         values = [weights.new_zeros(()) for _ in self.wanted]
         for term, (cross_entropy, nll) in zip(terms, sums, strict=True):
             alpha, beta = by_term[term]
@@ -532,7 +550,7 @@ class RowLists(NamedTuple):
                 values[0] = torch.dot(alpha, cross_entropy)
             if beta is not None:
                 values[_PLACES[term]] = torch.dot(beta, nll)
-        return values, [gradients.get(name) for name in Inputs._fields]
+        return Streamed(values, [gradients.get(name) for name in Inputs._fields], factor)
 
     def _matrix_weights(self, term: Term, weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The weights of the cross-entropies and of the NLL of a term's matrices, each ``[2]`` or None."""

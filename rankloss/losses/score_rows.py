@@ -147,10 +147,11 @@ class ScoreRows(NamedTuple):
         matrices = self._matrices(by_name)
         loop = engine.Loop(evaluate, matrices, self.first_row, chunk_size=self.chunk_size)
         share = self._share(by_name, weights)
-        ((losses, by_bias),), gradients = engine.streamed([loop], by_name, with_gradient, share)
+        ((losses, by_bias),), gradients, factor = engine.streamed([loop], by_name, with_gradient, share)
         if by_bias is not None:
             gradients["bias"] = (share * by_bias.sum()).to(bias.dtype)
-        return [share * losses.sum()], [gradients.get(name) for name in _NAMES]
+        by_inputs = [gradients.get(name) for name in _NAMES]
+        return engine.Streamed([share * losses.sum()], by_inputs, factor)
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """L from whole matrices."""

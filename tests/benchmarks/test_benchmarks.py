@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import page  # noqa: E402
+import traffic  # noqa: E402
 import turns  # noqa: E402
 from products import products_of  # noqa: E402
 
@@ -71,6 +72,15 @@ def test_products_of_a_step_are_all_its_products() -> None:
     with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
         products()
     assert flops.get_total_flops() == 8 * 2 * n * n * d
+
+
+@pytest.mark.parametrize("method", ["sort", "bin"])
+def test_a_step_by_the_kernels_moves_at_most_35_bytes_for_each_element_of_its_lists(method: str) -> None:
+    """On one of eight GPUs, with 1,024 pairs on each."""
+    loss = rankloss.RankClipLoss(schedule="constant", method=method, kernel="triton")
+    counted = traffic.count(loss, traffic.features(1024, 8192, 512))
+    assert counted["bytes_by_operation"]["kernel"] > 8  # what the lists' kernels move is in the count
+    assert counted["bytes_per_element"] <= 35
 
 
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios() -> None:
