@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, settings
 import interpreter  # noqa: F401  -- before a test imports Triton, through a compiler of torch's
 from process_pool import Pool, Pools
 
-# Examples are drawn from the test's own name, so that a red run is red again. A deadline would time the
-# machine, not us.
+# Examples are drawn from the test's own name, so that a red run is red again; those of the thorough profile
+# from the seed that `make test-properties` prints. A deadline would time the machine, not us.
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=2000)
+settings.register_profile(
+    "thorough", settings.get_profile("default"), derandomize=False, max_examples=2000, print_blob=True
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.manual_seed(0)

@@ -74,7 +74,10 @@ class Case:
         if options.get("worth") == "identity":
             v, t = v.abs(), t.abs()
         elif options.get("worth") == "shifted":
-            v = 0.9 * v  # near a cosine of −1 the logarithm is too steep for differences
+            # Norms below 1: near a cosine of −1 the logarithm is too steep for differences. Of different rows
+            # they differ, as squares that are equal but for rounding would leave the order open.
+            first_equal = (v[:, None] == v).all(-1).byte().argmax(-1)
+            v = v * torch.linspace(0.7, 0.9, n, dtype=torch.float64)[first_equal, None]
         elif norms is not None and options.get("worth", "exp") == "exp":
             # No two of their products are equal but for rounding, which would leave the order open.
             v = v * torch.linspace(*norms, n, dtype=torch.float64)[:, None]
