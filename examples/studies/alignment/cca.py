@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from rankloss_features.cca import CanonicalCorrelation, Grid, PairSums, search
 from studies.data.features import Side
 
 if TYPE_CHECKING:
     from .data import Encoded
 
 
-def searched(data: Encoded, most: int = 384) -> tuple[Any, dict[str, float]]:
-    """Return the closed form with the settings that are best on the dev side, and these."""
-    raise NotImplementedError("the library does not have it yet")
+class Closed:
+    """The closed form as a model of the encoders' features.
+
+    Args:
+        cca: Its projections.
+    """
+
+    def __init__(self, cca: CanonicalCorrelation) -> None:
+        self.cca = cca
+
+    def pictures(self, pictures: Tensor) -> Tensor:
+        """Return unit-norm features, ``[N, K]``."""
+        return self.cca.images(pictures)
+
+    def sentences(self, sentences: Tensor) -> Tensor:
+        """Return unit-norm features, ``[N, S, K]``."""
+        return self.cca.texts(sentences.flatten(0, 1)).unflatten(0, sentences.shape[:2])
 
 
-def fitted(train: Side, chosen: dict[str, float]) -> Any:
-    """Return the closed form of a train side, with settings."""
-    raise NotImplementedError("the library does not have it yet")
+@functools.cache
+def searched(data: Encoded, most: int | None = None) -> tuple[Closed, dict[str, Any]]:
+    """Return the closed form with the setting that is best on the dev side, and this setting with its R@10.
+
+    Args:
+        data: The data set.
+        most: Dimensions; None: those of the library's grid.
+    """
+    train, dev = data.encoded("train"), data.encoded("dev")
+    sums = [PairSums.of(train.pictures, train.sentences, root=root) for root in (False, True)]
+    widths = tuple(width for width in Grid().dimensions if most is None or width <= most)
+    best = search(sums, dev.pictures, dev.sentences, grid=Grid(dimensions=widths))[0]
+    chosen = best.setting.as_options()
+    return fitted(train, chosen), {**chosen, "dev": 100 * best.recall}
+
+
+def fitted(train: Side, chosen: dict[str, Any]) -> Closed:
+    """Return the closed form of a train side, with a setting; its R@10 is passed over."""
+    options = {name: value for name, value in chosen.items() if name != "dev"}
+    return Closed(CanonicalCorrelation.fit(train.pictures, train.sentences, **options))

@@ -24,6 +24,7 @@ from . import heads, students
 from .setting import Setting
 
 _ENCODED_TOGETHER = 64  # pictures
+_DEV = 0.2  # of the vendors' concepts; a quarter is the test side
 
 
 class Encoded(Measured):
@@ -71,7 +72,9 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Split
     if (options.icons / "manifest.json").is_file():
         tarball = package.fetch(options.icons / "cache")
         vendors = {name: prefix for name, prefix in sizes.sizes.items() if isinstance(prefix, str)}
-        made |= {name: functools.partial(vendor, tarball, prefix) for name, prefix in vendors.items()}
+        made |= {
+            name: functools.partial(vendor, tarball, prefix, dev=_DEV) for name, prefix in vendors.items()
+        }
     return {
         name: _splits(make, options.output / "alignment" / sizes.preset / name) for name, make in made.items()
     }

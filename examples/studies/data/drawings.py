@@ -114,10 +114,10 @@ def _split_icons(build: Icons, split: int) -> dict[str, list[Record]]:
     return found
 
 
-def side_of(concept: str, test: float = TEST) -> str:
-    """Return the side of a concept, by its hash; ``test`` is the share of the test side."""
+def side_of(concept: str, test: float = TEST, dev: float = VALIDATION) -> str:
+    """Return the side of a concept, by its hash; ``test`` and ``dev`` are the shares of these sides."""
     share = int(hash_of(concept), 16) / 16**16
-    return "test" if share < test else "dev" if share < test + VALIDATION else "train"
+    return "test" if share < test else "dev" if share < test + dev else "train"
 
 
 def hash_of(text: str) -> str:

@@ -22,6 +22,7 @@ from studies.captions.data import SIDES, DataSet, Source, Splits, sources
 from studies.captions.student import Student
 from studies.data import drawings
 from studies.icons import draw, labels, package
+from studies.icons.split import VALIDATION
 from studies.records import Record
 from studies.students.measure import recorded
 
@@ -99,8 +100,8 @@ def of_class(x: Tensor, same: Tensor, k: int) -> float:
     return 100 * hits.double().mean().item()
 
 
-def vendor(tarball: Path, prefix: str, split: int) -> Source:
-    """Return an icon set of the npm package, split by its drawings' concepts.
+def vendor(tarball: Path, prefix: str, split: int, *, dev: float = VALIDATION) -> Source:
+    """Return an icon set of the npm package, split by its drawings' concepts, of which ``dev`` is a share.
 
     Each held-out concept has one drawing; texts to train on are the captions in the icons' templates.
     """
@@ -108,7 +109,7 @@ def vendor(tarball: Path, prefix: str, split: int) -> Source:
     seen = set()
     every = package.icons_of(prefix, _one_set(tarball, prefix))
     for one in sorted(every, key=lambda one: drawings.hash_of(f"{split}/{one.set}/{one.name}")):
-        side = drawings.side_of(f"{split}/{one.concept}", _TEST)
+        side = drawings.side_of(f"{split}/{one.concept}", _TEST, dev)
         if side == "train" or one.concept not in seen:
             found[side].append(one)
         seen.add(one.concept)

@@ -1,0 +1,201 @@
+"""The study of the alignment: its arms, its choices, and a report that is of its records."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace as Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from studies.alignment import heads, study
+from studies.alignment.data import Encoded
+from studies.alignment.setting import Setting
+from studies.alignment.students import ARMS, teacher, train
+from studies.captions.data import Source
+from studies.data.features import Side
+from studies.runner import load
+
+from batches import unit
+from made_up_records import made_up, record
+
+SIZES = load("alignment").sizes("full")
+ENCODED = {"train": 140, "dev": 24, "test": 24, "second": 20}
+
+
+def drawings():
+    """Return a source of random pictures, whose captions are of three words."""
+    rng = np.random.default_rng(0)
+    captions = {side: [[f"a{i % 3} b{i % 5} c{i}"] for i in range(n)] for side, n in ENCODED.items()}
+
+    def pictures(side):
+        return [
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(ENCODED[side])
+        ]
+
+    return Source(captions, pictures)
+
+
+def of_two_views(n, *, seed, directions):
+    """Return features of pictures and of captions, which share what both see."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, 6, generator=generator)
+    noise = [0.7 * torch.randn(n, width, generator=generator) for width in (14, 12)]
+    v, t = (shared @ of + more for of, more in zip(directions, noise, strict=True))
+    return Side(torch.nn.functional.normalize(v, dim=-1), torch.nn.functional.normalize(t, dim=-1)[:, None])
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A small data set whose encoders are made up."""
+    made = Encoded(drawings(), tmp_path)
+    generator = torch.Generator().manual_seed(9)
+    directions = [torch.randn(6, width, generator=generator) for width in (14, 12)]
+    sides = {
+        side: of_two_views(n, seed=seed, directions=directions)
+        for seed, (side, n) in enumerate(ENCODED.items())
+    }
+    monkeypatch.setattr(made, "encoded", sides.__getitem__)
+    return made
+
+
+def test_the_closed_form_finds_what_both_encoders_see(data):
+    found = heads.record(Setting("cca", 0, "test"), data)["metrics"]
+    assert found["retrieval"]["R@10, mean of both"] > 80
+    assert found["second"]["hits"]["pictures"] == ENCODED["second"]
+    assert {"image_ridge", "text_ridge", "dimensions", "power", "root", "dev"} == found["chosen"].keys()
+    assert found["joined"].keys() == {"cca-search"}
+
+
+def test_a_record_of_heads_holds_those_that_stand_side_by_side(data):
+    setting = Setting("heads", 3, "test", batch_size=20, epochs=3, lr=0.01)
+    found = heads.record(setting, data)["metrics"]
+    assert found["joined"].keys() == {"heads-2", "both", "both-2"}
+    assert found["joined"]["both"]["chosen"]["weight"] in heads.WEIGHTS
+    again = heads.record(setting, data)["metrics"]
+    assert again["hits"] == found["hits"]
+    tried = heads.record(dataclasses.replace(setting, side="dev"), data)["metrics"]
+    assert "joined" not in tried
+    assert "second" not in tried
+
+
+def test_models_side_by_side_add_their_similarities():
+    class Fixed:
+        def __init__(self, seed):
+            self.v, self.t = unit(5, 4, seed=seed), unit(5, 4, seed=seed + 1)
+
+        def pictures(self, _):
+            return self.v
+
+        def sentences(self, _):
+            return self.t[:, None]
+
+    first, second = Fixed(0), Fixed(2)
+    both = heads.SideBySide({first: 2.0, second: 1.0})
+    found = both.pictures(None) @ both.sentences(None)[:, 0].T
+    torch.testing.assert_close(found, (4 * first.v @ first.t.T + second.v @ second.t.T) / 5)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_student_trains_and_differs_from_clip(arm, data):
+    def trained(name, value):
+        return train(Setting(name, 1, "dev", batch_size=20, epochs=2, lr=0.01, value=value), data)
+
+    first = {name: value for of in SIZES.tries.values() for name, value in of}[arm]
+    model, clips = trained(arm, first), trained("clip", 0.0)
+    assert all(of.isfinite().all() for of in model.parameters())
+    same = torch.equal(model.of_pictures[1].weight, clips.of_pictures[1].weight)
+    assert same is (arm == "clip")
+
+
+@pytest.mark.parametrize("name", ["cca", "shuffled", "components", "heads"])
+def test_a_teacher_has_unit_rows_of_the_students_width(name, data):
+    of = teacher(name, data)
+    n = ENCODED["train"]
+    assert of.pictures.shape == (n, 256)
+    assert of.sentences.shape == (n, 1, 256)
+    for x in (of.pictures, of.sentences):
+        torch.testing.assert_close(x.norm(dim=-1), torch.ones(x.shape[:-1]))
+
+
+def test_a_closed_form_of_shuffled_pairs_does_not_find_the_partners(data):
+    def own(name):
+        of = teacher(name, data)
+        return (of.pictures * of.sentences[:, 0]).sum(-1).mean()
+
+    assert own("cca") > own("shuffled") + 0.2
+
+
+def records(score, *, blocks):
+    """Return the plan's first blocks of split 0 with two cells, and made-up records that follow them."""
+    sizes = Namespace(**{**vars(SIZES), "blocks": SIZES.blocks[:blocks]})
+    finds = made_up(study.ask, sizes, study.SETS, score)
+    rng = np.random.default_rng(1)
+    for find in finds.values():
+        for one, of in find.records.items():
+            if one.side == "test" and one.arm in heads.JOINED:
+                of["metrics"]["joined"] = {
+                    name: record(score(one) + 5, rng)["metrics"] for name in heads.JOINED[one.arm]
+                }
+    return sizes, finds
+
+
+def test_every_arm_of_students_has_as_many_tries_and_its_best_is_tested():
+    assert {len(of) for of in SIZES.tries.values()} == {3}
+
+    def score(one):
+        return 30.0 - abs(np.log2(max(one.lr, 1e-6) / 0.001)) - (2 if one.value in (16.0, 8.0) else 0)
+
+    sizes, finds = records(score, blocks=2)
+    (emojis,) = [of for of in study.by_cell(sizes, finds) if of.cell == "emojis-250"]
+    assert {len(of) for of in emojis.tried.values()} == {len(SIZES.rates) + 2}
+    tested = {one for one in finds["emojis"].records if one.side == "test" and one.epochs == 30}
+    assert {one.lr for one in tested} == {0.001}
+    assert {one.value for one in tested}.isdisjoint({8.0, 16.0})
+    tuned = {one.seed for find in finds.values() for one in find.records if one.side == "dev"}
+    assert tuned.isdisjoint(one.seed for one in tested)
+
+
+def test_the_finalists_alone_have_all_tuning_seeds():
+    _, finds = records(lambda one: 30.0 + one.lr, blocks=2)
+    of_arm = [one for one in finds["emojis"].records if (one.arm, one.side) == ("mimicry", "dev")]
+    by_seed = {seed: sum(one.seed == seed for one in of_arm) for seed in SIZES.tuning_seeds}
+    assert [*by_seed.values()] == [7, 2, 2]
+
+
+def test_heads_are_tried_stage_by_stage():
+    def score(one):
+        longer, smoothed = one.epochs == 40, one.label_smoothing == 0.2
+        return 30.0 + 2 * (one.lr == 0.0005) + 2 * longer + 2 * (one.dropout == 0.15) + 2 * smoothed
+
+    _, finds = records(score, blocks=1)
+    tested = {one for one in finds["photographs"].records if (one.arm, one.side) == ("heads", "test")}
+    assert {(one.lr, one.epochs, one.dropout, one.label_smoothing) for one in tested} == {
+        (0.0005, 40, 0.15, 0.2)
+    }
+    assert len(tested) == len(SIZES.blocks[0]["seeds"])
+
+
+def test_the_closed_form_stands_beside_every_seed_of_the_heads():
+    sizes, finds = records(lambda one: 30.0 + 4 * (one.arm == "cca"), blocks=1)
+    found = study.results(sizes, finds)
+    families = dict(zip(study.PRIMARY_TESTS, (of for _, of in found["primary"]), strict=True))
+    assert [row[4] for row in families["a"]] == ["8"] * 5
+    assert [row[6] for row in families["a"]] == ["▲"] * 5
+    assert families["d"] == []
+    gains = [float(row[3].split(" ")[0].replace("−", "-")) for row in families["b"]]
+    assert gains == pytest.approx([1.0] * 5, abs=0.8)
+    assert all(len(set(row[3].split(" of "))) == 1 for row in found["blocks"])
+
+
+def test_cells_of_other_settings_are_trained_as_their_dev_side_chose():
+    _, finds = records(lambda one: 30.0 + (one.lr == 0.002), blocks=5)
+    of_emojis, of_vendor = (
+        {(one.arm, one.lr, one.value) for one in finds[name].records if one.side == "test" and one.value}
+        for name in ("emojis", "fxemoji")
+    )
+    searched = ("search", 0.0)
+    students = {(arm, lr) for arm, lr, _ in of_vendor} - {searched}
+    assert students == {(arm, lr) for arm, lr, _ in of_emojis} - {searched}
+    assert {one.epochs for one in finds["fxemoji"].records if one.arm == "mimicry"} == {60}
