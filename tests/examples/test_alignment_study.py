@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studies.alignment import heads, study
+from studies.alignment import heads, pretrained, study
 from studies.alignment.data import Encoded
 from studies.alignment.setting import Setting
 from studies.alignment.students import ARMS, teacher, train
@@ -127,6 +127,18 @@ def test_a_closed_form_of_shuffled_pairs_does_not_find_the_partners(data):
     assert own("cca") > own("shuffled") + 0.2
 
 
+def test_a_pretrained_clip_is_measured_on_new_and_on_old_pairs(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "PRETRAINING", dataclasses.replace(pretrained.PRETRAINING, epochs=1))
+    of = pretrained.Pretrained(Encoded(drawings(), tmp_path / "old"), data)
+    before = {name: x.clone() for name, x in of.start.state_dict().items()}
+    setting = Setting("start", 0, "test", batch_size=20, epochs=2, lr=0.01)
+    found = {arm: of.train(dataclasses.replace(setting, arm=arm))["metrics"] for arm in pretrained.ARMS}
+    assert len({repr(one["hits"]) for one in found.values()}) == len(pretrained.ARMS)
+    assert all(one[pretrained.OLD]["hits"]["pictures"] == ENCODED["test"] for one in found.values())
+    for name, x in of.start.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
 def records(score, *, blocks):
     """Return the plan's first blocks of split 0 with two cells, and made-up records that follow them."""
     sizes = Namespace(**{**vars(SIZES), "blocks": SIZES.blocks[:blocks]})
@@ -142,7 +154,7 @@ def records(score, *, blocks):
 
 
 def test_every_arm_of_students_has_as_many_tries_and_its_best_is_tested():
-    assert {len(of) for of in SIZES.tries.values()} == {3}
+    assert {len(SIZES.tries[arm]) for arm in ARMS if arm in SIZES.tries} == {3}
 
     def score(one):
         return 30.0 - abs(np.log2(max(one.lr, 1e-6) / 0.001)) - (2 if one.value in (16.0, 8.0) else 0)

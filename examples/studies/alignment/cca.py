@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from rankloss_features.cca import CanonicalCorrelation, Grid, PairSums, search
 from studies.data.features import Side
 
-if TYPE_CHECKING:
-    from .data import Encoded
+
+class HasEncoded(Protocol):
+    """Data whose sides are there as an encoder sees them."""
+
+    def encoded(self, side: str) -> Side:
+        """Return the unit-norm features of a side."""
 
 
 class Closed:
@@ -34,7 +38,7 @@ class Closed:
 
 
 @functools.cache
-def searched(data: Encoded, most: int | None = None) -> tuple[Closed, dict[str, Any]]:
+def searched(data: HasEncoded, most: int | None = None) -> tuple[Closed, dict[str, Any]]:
     """Return the closed form with the setting that is best on the dev side, and this setting with its R@10.
 
     Args:

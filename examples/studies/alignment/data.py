@@ -21,9 +21,11 @@ from studies.students.measure import recorded
 from studies.training import kept
 
 from . import heads, students
+from .pretrained import Pretrained, PretrainedSplits
 from .setting import Setting
 
 _ENCODED_TOGETHER = 64  # pictures
+AFTER = " after "  # between the new pairs and those before
 _DEV = 0.2  # of the vendors' concepts; a quarter is the test side
 
 
@@ -63,8 +65,11 @@ class Encoded(Measured):
         )
 
 
-def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits]:
-    """Return the data sets that are there; those of the icons' package are, if the icons are."""
+def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits | PretrainedSplits]:
+    """Return the data sets that are there; those of the icons' package are, if the icons are.
+
+    A name such as "emojis after icons-30000" is that of a CLIP of the latter on the pairs of the former.
+    """
     made = sources({name: size for name, size in sizes.sizes.items() if not isinstance(size, str)}, options)
     for name in made:
         if name.startswith("icons"):
@@ -75,9 +80,19 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Split
         made |= {
             name: functools.partial(vendor, tarball, prefix, dev=_DEV) for name, prefix in vendors.items()
         }
-    return {
+    found: dict[str, Splits | PretrainedSplits] = {
         name: _splits(make, options.output / "alignment" / sizes.preset / name) for name, make in made.items()
     }
+    for pair in sizes.pretrained:
+        new, _, old = pair.partition(AFTER)
+        if {new, old} <= found.keys():
+            both = [functools.partial(found[name].of, 0) for name in (old, new)]
+            found[pair] = PretrainedSplits(functools.partial(_pretrained, *both))
+    return found
+
+
+def _pretrained(old: Callable[[], Encoded], new: Callable[[], Encoded]) -> Pretrained:
+    return Pretrained(old(), new())
 
 
 def _splits(make: Callable[[int], Source], folder: Path) -> Splits:

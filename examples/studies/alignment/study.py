@@ -17,11 +17,20 @@ from studies.spread.data import SECOND
 from studies.statistics import Arms, Measure, Pair
 from studies.students.measure import CORRELATION, PRIMARY
 
-from . import heads
+from . import heads, pretrained
 from .data import data
 from .setting import Setting
 
-SETS = ("emojis", "icons", "icons-71680", "photographs", "fxemoji", "noto-v1")
+SETS = (
+    "emojis",
+    "icons",
+    "icons-71680",
+    "photographs",
+    "fxemoji",
+    "noto-v1",
+    "emojis after icons-30000",
+    "fxemoji after icons-30000",
+)
 PRIMARY_TESTS: dict[str, Pair] = {
     "a": (heads.CCA, heads.HEADS),
     "b": (heads.BOTH, heads.CCA),
@@ -31,6 +40,7 @@ PRIMARY_TESTS: dict[str, Pair] = {
     "f": ("mimicry", "mimicry-shuffled"),
     "g": ("mimicry-ranks", "mimicry"),
     "h": ("mimicry-spread", "mimicry"),
+    "i": (pretrained.CLOSED, pretrained.TUNED),
 }
 OF_MIMICRY = (
     "ranks",
@@ -47,7 +57,14 @@ MEASURES = (
     Measure("modality gap", ("geometry", "modality_gap")),
     Measure("scale", ("geometry", "logit_scale"), 1),
 )
-SEEDLESS = (heads.CCA, heads.SEARCH)  # arms that draw no random number
+SEEDLESS = (heads.CCA, heads.SEARCH, *pretrained.SEEDLESS)  # arms that draw no random number
+HEADS = (heads.HEADS, pretrained.HEADS)
+OF_PRETRAINED: list[Pair] = [
+    (pretrained.JOINED, pretrained.TUNED),
+    (pretrained.CLOSED, pretrained.HEADS),
+    (pretrained.TUNED, pretrained.START),
+]
+UNTUNED = (heads.CCA, *pretrained.SEEDLESS)  # arms without tries
 Tried = dict[Setting, float]  # R@10 on the dev side
 
 
@@ -59,7 +76,7 @@ class Cell:
         name: In the plan.
         find: The data set's records.
         tuned: The cell whose dev side chooses the settings.
-        epochs: Of a student of the test side; None for heads.
+        epochs: Of the test side, where the settings are another cell's; None: as they were tried.
         sizes: The plan.
         tuning_find: The records of that cell's data set.
     """
@@ -76,7 +93,7 @@ class Cell:
         start = Setting(arm, self.sizes.tuning_seeds[0], "dev")
         if arm in SEEDLESS:
             return dataclasses.replace(start, seed=0)
-        if arm == heads.HEADS:
+        if arm in HEADS:
             epochs, batch_size = self._schedule(0)
             return dataclasses.replace(
                 start, epochs=epochs, batch_size=batch_size, dropout=self.sizes.first_dropout
@@ -89,11 +106,11 @@ class Cell:
 
     def stages(self, arm: str) -> list[list[dict[str, Any]]]:
         """Return the stages of an arm's tries: changes of the best so far."""
-        if arm == heads.CCA:
+        if arm in UNTUNED:
             return []
         if arm == heads.SEARCH:
             return [[{"value": float(k)} for k in self.sizes.neighbours]]
-        if arm == heads.HEADS:
+        if arm in HEADS:
             return [[self._change(name, value) for value in of] for name, of in self.sizes.heads.items()]
         others = [{"arm": name, "value": value} for name, value in self.sizes.tries[arm][1:]]
         return [[{"lr": lr} for lr in self.sizes.rates], others]
@@ -146,7 +163,7 @@ class Cell:
         Raises:
             MissingError: If one has no record.
         """
-        if arm == heads.CCA:
+        if arm in UNTUNED:
             return self.start(arm)
         of = self.tried(arm) if arm in SEEDLESS else self.finalists(arm)
         return max(of, key=of.__getitem__)
@@ -169,7 +186,7 @@ def cells(sizes: SimpleNamespace, names: Sequence[str], finds: Mapping[str, Find
         of = sizes.cells[name]
         tuned = sizes.cells[of.get("settings_of", name)]
         if {of["data"], tuned["data"]} <= finds.keys():
-            epochs = getattr(sizes, "epochs", of["epochs"]) if "epochs" in of else None
+            epochs = getattr(sizes, "epochs", of["epochs"]) if tuned is not of else None
             yield Cell(name, finds[of["data"]], tuned, epochs, sizes, finds[tuned["data"]])
 
 
@@ -215,8 +232,9 @@ def by_cell(sizes: SimpleNamespace, finds: Mapping[str, Find], split: int = 0) -
             records.setdefault(arm, {}).update({setting.seed: record for setting, record in there.items()})
         if found := with_joined({arm: of for arm, of in records.items() if of}):
             yield Chosen(one.name, Arms(found), tried, finalists)
-            if second := inner(found, SECOND):
-                yield Chosen(f"{one.name}, second", Arms(second), {}, {})
+            for name in (SECOND, pretrained.OLD):
+                if of_name := inner(found, name):
+                    yield Chosen(f"{one.name}, {name}", Arms(of_name), {}, {})
 
 
 def with_joined(records: Mapping[str, Mapping[int, Record]]) -> dict[str, dict[int, Record]]:
@@ -224,7 +242,7 @@ def with_joined(records: Mapping[str, Mapping[int, Record]]) -> dict[str, dict[i
 
     An arm that draws no random number has its one record with every seed of the heads.
     """
-    seeds = [*records.get(heads.HEADS, {0: None})]
+    seeds = next(([*records[arm]] for arm in (heads.HEADS, pretrained.TUNED) if arm in records), [0])
     found = {}
     for arm, of in records.items():
         by_seed = dict.fromkeys(seeds, next(iter(of.values()))) if arm in SEEDLESS else dict(of)
@@ -252,6 +270,7 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
     families = [SEARCHED[:1], SEARCHED[1:]]
     families.append([(arm, "clip") for arm in sizes.tries if arm != "clip"])
     families.append([(arm, "mimicry") for arm in OF_MIMICRY])
+    families += [[pair] for pair in OF_PRETRAINED]
     return {
         "records": sum(len(find.records) for find in finds.values()),
         **primary_values(every, PRIMARY_TESTS),
@@ -298,7 +317,7 @@ def _text(setting: Setting) -> str:
     """Return what a try differs in from others."""
     if setting.arm == heads.SEARCH:
         return f"k {setting.value:g}"
-    if setting.arm == heads.HEADS:
+    if setting.arm in HEADS:
         schedule = f"{setting.epochs} epochs of {setting.batch_size}"
         rest = f"dropout {setting.dropout:g}, smoothing {setting.label_smoothing:g}"
         return f"lr {setting.lr:g}, {schedule}, {rest}"
@@ -335,7 +354,7 @@ def study(_: str) -> Study:
         folder=Path(__file__).parent,
         setting=Setting,
         plan="plan.yaml",
-        records={name: name for name in SETS},
+        records={name: name.replace(" ", "-") for name in SETS},
         data=data,
         results=results,
         report="alignment",
