@@ -83,12 +83,14 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Split
     found: dict[str, Splits | PretrainedSplits] = {
         name: _splits(make, options.output / "alignment" / sizes.preset / name) for name, make in made.items()
     }
+    before = {}
     for pair in sizes.pretrained:
         new, _, old = pair.partition(AFTER)
         if {new, old} <= found.keys():
             both = [functools.partial(found[name].of, 0) for name in (old, new)]
-            found[pair] = PretrainedSplits(functools.partial(_pretrained, *both))
-    return found
+            before[pair] = PretrainedSplits(functools.partial(_pretrained, *both))
+    trained_before = {pair.partition(AFTER)[2] for pair in sizes.pretrained}
+    return {name: of for name, of in (found | before).items() if name not in trained_before}
 
 
 def _pretrained(old: Callable[[], Encoded], new: Callable[[], Encoded]) -> Pretrained:
