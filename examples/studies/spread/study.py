@@ -261,6 +261,11 @@ def together(every: Sequence[Tested]) -> list[list[str]]:
     return [[*(f"`{arm}`" for arm in pair), str(of.n), *test_cells(of)] for pair, of in tested.items()]
 
 
+def is_tuned_lower(of: Chosen) -> bool:
+    """True if CLIP's best rate is one of those that only ``clip-lower`` has."""
+    return LOWER in of.settings and of.settings[LOWER] != of.settings["clip"]
+
+
 def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]:
     """Return the report's values, of the records that are there."""
     every = list(by_cell(sizes, finds))
@@ -271,9 +276,12 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "records": sum(len(find.records) for find in finds.values()),
         **primary_values(every, PRIMARY_TESTS, against_clip),
         "secondary": [
-            row
-            for pairs in (*([pair] for pair in SECONDARY), others, against_lower)
-            for row in rows(every, pairs, against_clip)
+            *(
+                row
+                for pairs in (*([pair] for pair in SECONDARY), others)
+                for row in rows(every, pairs, against_clip)
+            ),
+            *rows([of for of in every if is_tuned_lower(of)], against_lower),
         ],
         "together": together(every),
         "together_cells": ", ".join(TOGETHER_CELLS),
