@@ -458,6 +458,58 @@ def test_engines_that_hide_pairs_or_the_scale_are_refused(
         Trainer(model=clip(), args=arguments(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_several_processes_with_the_pairs_of_one_batch_are_refused(tmp_path: Path, kind: str) -> None:
+    class Sharded(ContrastiveTrainer):
+        pass
+
+    setattr(Sharded, f"get_{kind}_size", lambda _: 2)
+    with pytest.raises(ValueError, match="parallelism over 2 processes gives one batch to several processes"):
+        Sharded(model=clip(), args=arguments(tmp_path))
+
+
+class Scaled(transformers.Trainer):
+    """A Trainer of one's own that says, in each way, that its loss is divided by the accumulated batches."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+
+
+def test_accumulated_batches_are_averaged_before_any_trainer(tmp_path: Path) -> None:
+    class Mine(ContrastiveTrainer, Scaled):
+        loss_is_scaled_for_ga = True
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(range(64))
+
+    model = clip()
+    expected = own_loop(model, linear(), Pairs(64), [8] * 4, steps=2)
+    args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=4, **SGD)
+    given = {"args": args, "train_dataset": Pairs(64), "loss_options": {"schedule": "linear"}}
+    mine = Mine(model=clip(), **given)
+    mine.train()
+    torch.testing.assert_close(weights(mine.model), weights(model), rtol=1e-5, atol=1e-6)
+    for line, terms in zip(lines(mine), expected, strict=True):
+        assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4, abs=LOGGED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss_is_scaled_for_ga", True), ("model_accepts_loss_kwargs", True), ("compute_loss_func", max)],
+)
+def test_an_attribute_that_would_multiply_gradients_is_refused_before_the_first_step(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    trained = trainer(tmp_path, max_steps=1)
+    setattr(trained, name, value)
+    with pytest.raises(ValueError, match=f"^{name} must not be set: .* gradient_accumulation_steps; got "):
+        trained.train()
+    assert torch.equal(weights(trained.model), weights(clip()))
+
+
 class Other(nn.Module):
     """A model with a scale and without embeddings."""
 

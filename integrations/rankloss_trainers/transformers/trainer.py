@@ -89,13 +89,14 @@ class ContrastiveTrainer(transformers.Trainer):
             option beside a choice of a command line, and for a ``compute_loss`` of a class behind this one,
             which would never be called.
         ValueError: for options that cannot work, and for a set-up that would train something else:
-            DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
-            scale, a loss with parameters, which the Trainer's optimizer does not know, or one that needs
-            pairs beside lists. In ``train``, for a wrong list, with its row, for a
-            last batch of one pair, for a loss that goes by epochs on data without a length, for a teacher's
-            features that are missing, damaged, come from two sources, or come with a loss that does not use
-            them, and for mini-batches of a model that is compiled as a whole, or of columns that cannot be
-            split.
+            DataParallel, ZeRO stage 3, FSDP with flat parameters, tensor, context and sequence parallelism, a
+            ``compute_loss_func`` or another attribute by which the Trainer does not divide the loss by the
+            accumulated batches, a model without a scale, a loss with parameters, which the Trainer's
+            optimizer does not know, or one that needs pairs beside lists. In ``train``, for a wrong list,
+            with its row, for a last batch of one pair, for a loss that goes by epochs on data without a
+            length, for a teacher's features that are missing, damaged, come from two sources, or come with a
+            loss that does not use them, and for mini-batches of a model that is compiled as a whole, or of
+            columns that cannot be split.
 
     References:
         Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
@@ -121,8 +122,8 @@ class ContrastiveTrainer(transformers.Trainer):
             check_count("mini_batch_size", mini_batch_size)
         self._refuse_other_trainings()
         embeddings.logit_scale(self.model)  # an error where there is none
-        # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
-        self.model_accepts_loss_kwargs = False
+        # Of a Trainer behind this class, too, whose own loss was scaled: see check_scaling.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         if self.args.label_names is None:
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
@@ -299,6 +300,20 @@ class ContrastiveTrainer(transformers.Trainer):
                 "ContrastiveTrainer.compute_loss"
             )
 
+    def check_scaling(self) -> None:
+        """Raise a ValueError if the Trainer would not divide the loss by the accumulated batches.
+
+        The loss is a mean over a micro-batch. Each of these attributes, set after this class has been, tells
+        the Trainer that it is divided already.
+        """
+        for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "compute_loss_func"):
+            value = getattr(self, name, None)
+            if value:
+                raise ValueError(
+                    f"{name} must not be set: the loss is a mean over a micro-batch, which the Trainer has "
+                    f"to divide by gradient_accumulation_steps; got {value!r}"
+                )
+
     def _refuse_other_trainings(self) -> None:
         """Raise a ValueError for a set-up that would train another loss, or a loss of fewer pairs."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -311,8 +326,21 @@ class ContrastiveTrainer(transformers.Trainer):
             reason = f"DataParallel over {devices} GPUs contrasts each GPU's pairs alone; start with torchrun"
         elif fsdp is not None and fsdp.fsdp_version == 1:
             reason = 'FSDP version 1 hides the logit_scale; give fsdp_config={"version": 2}'
+        elif sharded := self._processes_of_a_batch():
+            reason = (
+                f"{sharded} gives one batch to several processes, which would contrast a pair with itself"
+            )
         if reason:
             raise ValueError(reason)
+
+    def _processes_of_a_batch(self) -> str:
+        """The parallelism by which several processes have the pairs of one batch; empty without one."""
+        for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+            size_of: Any = getattr(self, f"get_{kind}_size", None)  # of releases that have such a mode
+            size = getattr(self.args, f"{kind}_size", 1) if size_of is None else size_of()
+            if size > 1:
+                return f"{name} parallelism over {size} processes"
+        return ""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -333,6 +361,7 @@ class _Progress(Progress):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume, or begin anew: a search trains several times, with a new model."""
+        self.trainer.check_scaling()
         run, resumes = self.trainer.loss_runtime, state.global_step > 0
         found = state.stateful_callbacks.get(_STATE) if resumes else None
         run.restore(found, warn=resumes and state.is_world_process_zero)
