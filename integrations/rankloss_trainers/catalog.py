@@ -63,7 +63,8 @@ LOSSES: Mapping[str, Named] = {
     "rankclip-encoders": _rank_clip(
         {**_SOFT, "lambda_in": 16.0},
         teacher="image=efficientnet-lite0,text=minilm",
-        help="rankclip taught by two small encoders of the extra `encoders`, with spread: needs pairs alone",
+        help="rankclip taught by two small encoders of the extra `encoders`, with spread: needs pairs alone, "
+        "and in a loop or sentence-transformers a folder of `rankloss features`",
     ),
     "spread": Named(
         "rankloss:SpreadLoss",

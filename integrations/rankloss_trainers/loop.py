@@ -24,7 +24,8 @@ from rankloss_trainers.teaching import Teaching
 HOST = Host(
     name="a loop of one's own",
     biased="a SigLipLoss as base",
-    teacher=f"call it with {' and '.join(TEACHER)}, for instance rows of rankloss_features.Features(FOLDER)",
+    teacher=f"call it with {' and '.join(TEACHER)}, for instance rows of rankloss_features.Features(FOLDER)"
+    ", a folder of `rankloss features`",
     progress="call set_epoch or set_progress",
     serves=("columns", "ids", "lists", "state", "parameters", "folder"),
 )

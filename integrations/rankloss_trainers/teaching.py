@@ -50,7 +50,7 @@ class Teaching:
         self.teacher = _named_teacher(host, name, losses, options.teacher)
         self.features: Features | None = None
         self.data_columns: Collection[str] = ()
-        self._remedy = host.teacher
+        self._host, self._losses = host, losses
         parts = [*criterion.modules()]
         self._copying: list[Any] = [part for part in parts if hasattr(part, "components")]
         self._copying_loss = _loss_of(self._copying, losses) or name
@@ -148,12 +148,18 @@ class Teaching:
         is_incomplete = not features or (similar and len(features) < len(TEACHER))
         if self.use == "required" and is_incomplete:
             has = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
-            raise ValueError(f"{self.name} needs a teacher's features: {self._remedy}{has}")
+            raise ValueError(f"{self.name} needs a teacher's features: {self._remedy()}{has}")
         dropped = [column for column in others if column in TEACHER]
         if self.use == "optional" and dropped:
             raise ValueError(
                 f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"
             )
+
+    def _remedy(self) -> str:
+        """The way to give a teacher's features, with the command that computes those of a loss's own."""
+        own = _own_teachers(self._losses)
+        ways = self._host.teacher
+        return Teacher(own[0]).spec.two_steps(ways) if own else ways
 
     def check_width(self, width: int, teacher_width: int | None = None) -> None:
         """Raise an error if a part copies features of a teacher that is narrower than the student.
@@ -205,10 +211,15 @@ def _named_teacher(host: Host, name: str, losses: Sequence[Loss], option: str | 
         return None if option == GIVEN else Teacher(option)
     if "teacher" not in host.serves:
         return None
-    names = sorted({teacher for loss in losses if (teacher := loss.named.teacher)} - {"required"})
+    names = _own_teachers(losses)
     if len(names) > 1:
         raise ValueError(f"{name} has two teachers, {' and '.join(names)}: name one")
     return Teacher(names[0]) if names else None
+
+
+def _own_teachers(losses: Sequence[Loss]) -> list[str]:
+    """The teachers that losses have where a run names none."""
+    return sorted({teacher for loss in losses if (teacher := loss.named.teacher)} - {"required"})
 
 
 def _use(name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | None) -> str:

@@ -115,7 +115,7 @@ def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path:
     def loss(*texts: str) -> Tensor:
         encoded = lists.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), [*texts])
         v, t = torch.eye(4)[: len(texts)], torch.full((3 * len(texts), 4), 0.5)
-        return term(1.0, **lists.outputs({"image_features": v, "text_features": t}, encoded))
+        return term(logit_scale=1.0, **lists.outputs({"image_features": v, "text_features": t}, encoded))
 
     for texts in (rows, samples[:3]):
         with pytest.raises(ValueError, match="rows 0 and 2 of the batch are one query"):
@@ -145,7 +145,7 @@ def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(tmp_path: 
     term = RankedListsTerm(RankedLists(in_batch_negatives=True))
     index, grades = torch.tensor([[2, 3], [4, 5]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     expected = literal(v, t, index, grades, 10.0, in_batch_negatives=True, excluded=[4, -1])
-    torch.testing.assert_close(term(10.0, **inputs), expected)
+    torch.testing.assert_close(term(logit_scale=10.0, **inputs), expected)
 
 
 # --- runs of the trainer ----------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def test_every_option_is_an_argument_of_a_constructor_with_a_help(name: str) -> 
     assert {*named.options, *named.defaults, *named.python_only} <= arguments
     for key, option in typed_options(named).items():
         assert option.help, key
+        assert not option.help.startswith("See "), key
         assert any(kind in (int, float, str) for kind in option.types) or option.choices, key
     assert named.summary
 

@@ -124,31 +124,47 @@ def test_entries_are_the_bases_and_the_weighted_lists(base: rankloss.ClipLoss | 
 def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
     term = RankedListsTerm(rankloss.RankedLists())
     bias = torch.tensor(-3.0, requires_grad=True)
-    loss = term(SCALE, bias, image_features=V, text_features=T, **LISTS)
+    loss = term(logit_scale=SCALE, logit_bias=bias, image_features=V, text_features=T, **LISTS)
     assert loss == rankloss.RankedLists()(**LISTS, logit_scale=SCALE)
     loss.backward()
     assert bias.grad == 0
     with pytest.raises(ValueError, match="dist_image_features"):
-        term(SCALE, dist_image_features=V, **LISTS)
+        term(logit_scale=SCALE, dist_image_features=V, **LISTS)
 
 
 def test_a_base_is_trained_where_the_data_have_pairs() -> None:
     pairs = {"image_features": V, "text_features": T}
     terms = [rankloss_trainers.create("ranked-lists", base_loss=x) for x in ("auto", "include")]
     for term in terms:
-        assert {*term(SCALE, **pairs, **LISTS, output_dict=True)} == {"contrastive_loss", "ranked_lists_loss"}
-    assert {*terms[0](SCALE, **LISTS, output_dict=True)} == {"ranked_lists_loss"}
+        assert {*term(logit_scale=SCALE, **pairs, **LISTS, output_dict=True)} == {
+            "contrastive_loss",
+            "ranked_lists_loss",
+        }
+    assert {*terms[0](logit_scale=SCALE, **LISTS, output_dict=True)} == {"ranked_lists_loss"}
     with pytest.raises(ValueError, match=r"base_loss.*include"):
-        terms[1](SCALE, **LISTS)
+        terms[1](logit_scale=SCALE, **LISTS)
+
+
+def test_a_created_loss_of_lists_is_called_as_every_other_one() -> None:
+    loss = rankloss_trainers.create("ranked-lists")
+    entries = loss(V, T, SCALE, output_dict=True, **LISTS)
+    owed = loss(image_features=V, text_features=T, logit_scale=SCALE, output_dict=True, **LISTS)
+    assert entries == owed
+    with pytest.raises(ValueError, match="missing are query_features, candidate_features, grades"):
+        loss(V, T, SCALE, output_dict=True)
+    with pytest.raises(ValueError, match="logit_scale must be given"):
+        loss(**LISTS)
+    with pytest.raises(ValueError, match="got image_features alone"):
+        loss(V, logit_scale=SCALE, **LISTS)
 
 
 def test_a_query_twice_in_a_batch_is_refused_where_its_candidates_would_be_negatives() -> None:
     ids = torch.tensor([3, 1, 2, 1, 0, 5, 6, 7])
-    RankedListsTerm(rankloss.RankedLists())(SCALE, query_ids=ids, **LISTS)
+    RankedListsTerm(rankloss.RankedLists())(logit_scale=SCALE, query_ids=ids, **LISTS)
     term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=True))
-    term(SCALE, query_ids=torch.arange(N), **LISTS)
+    term(logit_scale=SCALE, query_ids=torch.arange(N), **LISTS)
     with pytest.raises(ValueError, match=r"1 and 3 .*query"):
-        term(SCALE, query_ids=ids, **LISTS)
+        term(logit_scale=SCALE, query_ids=ids, **LISTS)
 
 
 def test_options_reach_the_loss() -> None:

@@ -680,6 +680,14 @@ def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str])
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -> None:
+    """Where the trainer does not."""
+    loss = rankloss_trainers.create("rankclip-encoders")
+    command = "`rankloss features --image-encoder efficientnet-lite0 --text-encoder minilm --data PAIRS"
+    with pytest.raises(ValueError, match=f"needs a teacher's features: compute them, {command}"):
+        loss(*features(), SCALE)
+
+
 def test_created_loss_demands_its_teacher() -> None:
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
     loss = pickle.loads(pickle.dumps(loss))

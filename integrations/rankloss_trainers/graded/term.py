@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -34,15 +35,16 @@ class RankedListsTerm(nn.Module):
         ``output_dict=True`` the base's entries and ``{"ranked_lists_loss": …}``.
 
     Raises:
-        ValueError: for a weight that is negative or not finite; in ``forward`` with a base for a batch
-            without pairs, without one for inputs that only a base would use, and as the two losses.
+        ValueError: for a weight that is negative or not finite; in ``forward`` for a batch without lists or
+            without a scale, with a base for a batch without pairs, without one for inputs that only a base
+            would use, and as the two losses.
 
     Example:
         >>> import torch
         >>> v, candidates = torch.eye(2), torch.eye(2).expand(2, 2, 2)
         >>> lists = dict(query_features=v, candidate_features=candidates, grades=torch.eye(2))
         >>> term = RankedListsTerm(rankloss.RankedLists(), weight=2.0)
-        >>> round(term(1.0, **lists).item(), 4)  # 2·[log(e + 1) − 1]
+        >>> round(term(logit_scale=1.0, **lists).item(), 4)  # 2·[log(e + 1) − 1]
         0.6265
     """
 
@@ -60,7 +62,9 @@ class RankedListsTerm(nn.Module):
 
     def forward(
         self,
-        logit_scale: Tensor | float,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        logit_scale: Tensor | float | None = None,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
         *,
@@ -70,7 +74,9 @@ class RankedListsTerm(nn.Module):
         """The loss, or with ``output_dict`` its summands.
 
         Args:
-            logit_scale: The multiplier s.
+            image_features: ``[N, D]``, of the pairs beside the lists; None for lists alone.
+            text_features: ``[N, D]``, also of the pairs.
+            logit_scale: The multiplier s, which must be given.
             logit_bias: A bias of the base.
             output_dict: Return a dict.
             query_ids: ``[N]`` integers, which tell a query that is twice in the batch where its features
@@ -85,15 +91,20 @@ class RankedListsTerm(nn.Module):
             if query_ids is not None:
                 _check_distinct(self.lists.gather.items(query_ids))
         lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}
-        has_pairs = "text_features" in inputs
-        if self.base is not None and self.needs_pairs and not has_pairs:
+        _check_given(lists)
+        if logit_scale is None:
+            raise ValueError("logit_scale must be given, the multiplier of the similarities; got None")
+        if (image_features is None) != (text_features is None):
+            given = "image_features" if text_features is None else "text_features"
+            raise ValueError(f"pairs are image_features and text_features; got {given} alone")
+        if self.base is not None and self.needs_pairs and image_features is None:
             raise ValueError("base_loss include needs pairs beside the lists; the batch has none")
-        if self.base is not None and has_pairs:
-            entries = base_entries(self.base, logit_scale=logit_scale, logit_bias=logit_bias, **inputs)
+        if self.base is not None and image_features is not None and text_features is not None:
+            pairs = image_features, text_features, logit_scale, logit_bias
+            entries = base_entries(self.base, *pairs, **inputs)
         else:
-            unused = inputs.keys() - {"image_features", "text_features"}
-            if unused:
-                raise ValueError(f"the lists alone have no use for {', '.join(sorted(unused))}")
+            if inputs:
+                raise ValueError(f"the lists alone have no use for {', '.join(sorted(inputs))}")
             entries = {}
             if logit_bias is not None:  # changes no list, but is a parameter of which DDP expects a gradient
                 logit_scale = logit_scale + 0.0 * logit_bias
@@ -106,6 +117,19 @@ class RankedListsTerm(nn.Module):
     def list_terms(self, logit_scale: Tensor | float, **lists: Any) -> dict[str, Tensor]:
         """The weighted term of the lists, without the base."""
         return {"ranked_lists_loss": self.weight * self.lists(**lists, logit_scale=logit_scale)}
+
+
+_REQUIRED = ("query_features", "candidate_features", "grades")
+
+
+def _check_given(lists: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a batch without lists."""
+    missing = [name for name in _REQUIRED if name not in lists]
+    if missing:
+        raise ValueError(
+            "ranked-lists is called with each query's candidates and their grades, beside image_features and "
+            f"text_features of pairs; missing are {', '.join(missing)}"
+        )
 
 
 def _check_distinct(ids: Tensor) -> None:
@@ -135,7 +159,8 @@ def ranked_lists(
         weight: Weight of the lists beside the trainer's own loss.
         base_loss: Include or exclude the trainer's own loss, of the pairs of a picture and its caption; auto
             includes it where the data have pairs beside the lists.
-        own_caption: See :class:`rankloss_open_clip.columns.candidates.Candidates`.
+        own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all
+            graded candidates.
         gather: The gathering.
         **options: Those of :class:`rankloss.RankedLists`.
 

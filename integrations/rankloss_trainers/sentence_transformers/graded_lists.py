@@ -169,7 +169,7 @@ class RankedListsLoss(EmbeddingLoss):
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         lists = self._lists(len(queries), candidates, labels, ids)
-        loss: Tensor = self.term(self.scale, query_features=queries, **pairs, **lists)
+        loss: Tensor = self.term(logit_scale=self.scale, query_features=queries, **pairs, **lists)
         return loss
 
     def _embedded_column(self, column: dict[str, Tensor]) -> Tensor:

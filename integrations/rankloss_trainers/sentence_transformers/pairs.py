@@ -34,7 +34,8 @@ _logger = logging.getLogger("rankloss_trainers")
 HOST = Host(
     name="sentence-transformers",
     biased="a trainer with a sigmoid loss",
-    teacher="give labels, [N, 2, D'], or teacher=FOLDER and data that are bound to it",
+    teacher="give labels, [N, 2, D'], or teacher=FOLDER, of `rankloss features`, and data that are bound "
+    "to it",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("ids", "folder"),
     instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers trains them"},
