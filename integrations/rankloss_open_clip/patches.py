@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from rankloss_open_clip.arguments import parsed, requested
+from rankloss_open_clip.arguments import parsed, requested, usage_errors
 
 Original = Callable[..., Any]
 Wrapper = Callable[[Original], Original]
@@ -80,23 +80,27 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
             bound = signature.bind(*args, **kwargs)
             if requested(bound.arguments["args"]) is None:
                 return original(*args, **kwargs)
-            return getattr(importlib.import_module("rankloss_open_clip.training"), act)(original, bound)
+            return getattr(_training(), act)(original, bound)
 
         return call
 
     return wrapper
 
 
-def _start(*run: Any) -> Any:
-    return importlib.import_module("rankloss_open_clip.training").start(*run)
-
-
 def _parsing(original: Original) -> Original:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         given = next(iter((*args, *kwargs.values())), None)
-        return parsed(original, sys.argv[1:] if given is None else given, _start)
+        arguments, choice = parsed(original, sys.argv[1:] if given is None else given)
+        if choice is not None:
+            with usage_errors():
+                arguments.rankloss_run = _training().start(arguments, choice)
+        return arguments
 
     return parse_args
+
+
+def _training() -> Any:
+    return importlib.import_module("rankloss_open_clip.training")
 
 
 _WRAPPERS: dict[str, Wrapper] = {

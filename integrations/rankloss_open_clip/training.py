@@ -1,4 +1,4 @@
-"""The patched functions in a run with ``--loss``: data are read, the loss is built, and its epochs start."""
+"""A run with ``--loss``: its start, and the patched functions, which build the loss, read data and train."""
 
 from __future__ import annotations
 
@@ -6,191 +6,119 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import BoundArguments
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.version import __version__
-from torch import Tensor, nn
+from torch import nn
 
-import rankloss
-from rankloss.precision import unit_rows
 from rankloss_features.errors import last_line
-from rankloss_features.folder import NAMES
 from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.arguments import HOST, check_run, chosen, distils, gather_of
-from rankloss_open_clip.columns.teacher_rows import RowColumn
+from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.columns.text_columns import TextColumns
-from rankloss_trainers.command_line import naming_flags
-from rankloss_trainers.declared import Loss
-from rankloss_trainers.entries import Entries, LoggedTerms
+from rankloss_open_clip.trainer_loss import HOST, TrainerLoss, distils
+from rankloss_trainers.command_line import RUN, flag, naming_flags
+from rankloss_trainers.declared import Choice
 from rankloss_trainers.option import OptionError
-from rankloss_trainers.run_options import RunOptions
-from rankloss_trainers.runtime import Runtime
+from rankloss_trainers.run_options import GIVEN
 
 _TEXT_COLUMNS = "_rankloss_open_clip_text_columns"  # the attribute of the training data that holds them
 _logger = logging.getLogger("rankloss_open_clip")
 
-# Early releases, to which a trainer may be attached, have no such loss.
-_SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
+
+# --- the start ------------------------------------------------------------------------------------------
 
 
-class TrainerLoss(Runtime):
-    """Losses in open_clip's trainer, which takes their terms and their metrics in one dict.
+def start(args: Any, choice: Choice) -> TrainerLoss:
+    """Build the losses of a run, check them and their data, and compute their teacher.
 
-    The trainer announces epochs and no steps, so the calls of each epoch are counted. There is no other
-    state, so a resumed run is where an uninterrupted one would be.
+    The trainer then makes a folder of logs, whose name cannot be used again.
 
-    Args:
-        args: The trainer's parsed arguments.
-        losses: The losses.
-        options: The options of the run.
-        base: The loss that the trainer built, where it is known; None: CLIP's or, with --siglip, SigLIP's.
-
-    Attributes:
-        sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
-        place: The epoch that began last, counted from 0, the number of epochs, the optimizer steps of each,
-            and the calls of the loss per step; None before the first.
+    Raises:
+        ValueError: The reason against them, which begins with a flag.
     """
+    with naming_flags(choice.losses):
+        run = TrainerLoss(args, *choice)
+        check_arguments(run)
+        check_width(run)
+        check_batch(run)
+        check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
+        data = read_data(run)
+        if data is not None:
+            compute_teacher(run, data)
+    return run
 
-    def __init__(self, args: Any, losses: Sequence[Loss], options: RunOptions, base: Any = None) -> None:
-        gather = gather_of(args)
-        if base is None:
-            base = rankloss.SigLipLoss if getattr(args, "siglip", False) else rankloss.ClipLoss
-        super().__init__(HOST, losses, options, base=base, gather=gather)
-        self.args = args
-        # It replaces the trainer's own distillation term.
-        self._takes_trainers_teacher = distils(args) and self.teaching.use == "required"
-        self.has_fixed_entries = getattr(args, "torchcompile", False)
-        self.sums_every_value = True
-        self.place: tuple[int, int, int, int] | None = None
-        self._data: Any = None  # of a teacher to compute
-        self._calls = 0  # of the epoch
 
-    def on(self, base: Any) -> TrainerLoss:
-        """The losses on the trainer's loss: this object where it is the expected one of open_clip's."""
-        expected = _SigLipLoss if getattr(self.args, "siglip", False) else open_clip.ClipLoss
-        if self._takes_trainers_teacher or type(base) is expected:
-            return self
-        run = TrainerLoss(self.args, self.losses, self.options, base)
-        run.teaching.features = self.teaching.features
-        return run
+def run_of(args: Any) -> TrainerLoss:
+    """The losses of the run with these arguments; built anew where another parser than ours made them."""
+    run: TrainerLoss | None = getattr(args, "rankloss_run", None)
+    return start(args, chosen(args)) if run is None else run
 
-    def text_columns(self) -> TextColumns | None:
-        """Columns of every training text, as far as they are known; None for losses of pairs alone."""
-        parts = [x for loss in self.losses if (x := loss.columns) is not None]
-        if self.teaching.features is not None:
-            parts.append(RowColumn(self.teaching.features))
-        return TextColumns(parts) if parts else None
 
-    def check_data(self) -> None:
-        """Read the columns of the training data beside pairs, before the trainer makes a folder of logs.
+def check_arguments(run: TrainerLoss) -> None:
+    """Raise a ValueError for a reason against the losses that lies in the trainer's arguments."""
+    for reason, holds in _exclusions(run):
+        if holds:
+            raise ValueError(f"{run.name} does not work with {reason}")
+    teaching, teacher = run.teaching, _flags_of_teacher(run.args)
+    if teaching.teacher is not None and teacher:
+        raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
+    if run.options.teacher == GIVEN and not teacher:
+        raise OptionError("teacher", f"must not be {GIVEN} where the trainer has none: {HOST.teacher}")
+    if teaching.use == "required" and teaching.teacher is None and not teacher:
+        raise ValueError(f"{run.name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
+    if teacher and getattr(run.args, "siglip", False) and teaching.use != "required":
+        raise ValueError(f"{run.name} does not work with --siglip and {teacher}, whose loss takes no bias")
 
-        Of a webdataset samples are compared when they are read.
 
-        Raises:
-            ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is
-                wrong.
-        """
-        args = self.args
-        path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
-        if kind == "auto" and str(path).endswith((".csv", ".tsv")):
-            kind = "csv"
-        try:
-            if self.teaching.spec is not None:
-                from rankloss_features import caching
+def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
+    """Parts of the trainer that losses may exclude, with True where these do."""
+    args = run.args
+    model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
+    teacher = _flags_of_teacher(args)
+    takes_more_texts = any(loss.columns is not None for loss in run.losses)
+    takes_columns = takes_more_texts or run.teaching.teacher is not None
+    replaces = any(loss.replaces for loss in run.losses)
+    keeps_distillation = bool(teacher) and run.teaching.use != "required"
+    other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
+    is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
+    has_no_pairs = "audio" in data_type or (takes_columns and data_type == "synthetic")
+    return [
+        ("--horovod", bool(_flags(args, "horovod"))),
+        (model, is_generative),
+        (f"--dataset-type {data_type}", has_no_pairs),
+        (other_texts, takes_columns and bool(other_texts)),
+        ("CoCa", (takes_columns or replaces) and "coca" in model),
+        (f"{teacher}, whose loss it would replace", replaces and keeps_distillation),
+        (f"{teacher}, whose teacher takes one caption per image", takes_more_texts and bool(teacher)),
+    ]
 
-                self._data = caching.of_open_clip(self.args, self.teaching.spec)
-            if path and kind == "csv":
-                (self.text_columns() or TextColumns([])).check_csv(
-                    path, args.csv_separator, args.csv_img_key, args.csv_caption_key
-                )
-        except (OSError, ValueError) as error:
-            text = str(error)
-            raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
 
-    def compute_teacher(self) -> None:
-        """Compute the teacher's features of the training data, unless a cache has them.
+def _flags_of_teacher(args: Any) -> str:
+    """The flags of a teacher of the trainer's; empty without one."""
+    return _flags(args, "distill_model", "dataset_reinforcement") if distils(args) else ""
 
-        Raises:
-            OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written,
-                or the teacher is narrower than a model that copies it.
-        """
-        if self._data is None:  # there is no teacher to compute
-            return
-        from rankloss_features import caching
 
-        data, self._data = self._data, None
-        place = os.path.join(getattr(self.args, "logs", None) or "logs", "teachers")
-        try:
-            folder = caching.cached(self.teaching.spec, data, place, device_of(self.args))
-        except (OSError, ValueError) as error:
-            raise OptionError("teacher", last_line(error)) from error
-        self.teaching.open_folder(folder)
-        self.check_width()
+def _flags(args: Any, *names: str) -> str:
+    """The flags, of these arguments, that are given."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
-    def check_width(self) -> None:
-        """Raise an error for a teacher that a loss copies and that is narrower than the model.
 
-        Of a model or a teacher whose width is not known before it is built, its features tell.
-        """
-        student, spec = _width_of(getattr(self.args, "model", None)), self.teaching.spec
-        teacher = None if spec is None else spec.model
-        if self._takes_trainers_teacher:
-            teacher = getattr(self.args, "distill_model", None)
-        if student is not None:
-            self.teaching.check_width(student, _width_of(teacher))
+def check_width(run: TrainerLoss) -> None:
+    """Raise an error for a teacher that a loss copies and that is narrower than the model.
 
-    def check_batch(self) -> None:
-        """Raise an error for a batch, or a device, that the loss would refuse at the first step."""
-        from open_clip_train.distributed import world_info_from_env  # no process group is there yet
-
-        args, size = self.args, getattr(self.args, "batch_size", None)
-        if size is None:  # of another parser
-            return
-        accum_freq = getattr(args, "accum_freq", 1)
-        *_, world_size = world_info_from_env()
-        pairs = size * accum_freq * world_size
-        if pairs < self.min_pairs:
-            raise ValueError(
-                f"{self.name} needs at least {self.min_pairs} pairs in a batch; got {pairs}: "
-                f"--batch-size {size}, --accum-freq {accum_freq}, {world_size} process(es)"
-            )
-        self.check_device(torch.device(device_of(args)), pairs)
-
-    def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
-        """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
-        if self.place is None:
-            self.begin(epochs, epochs * steps)
-        self.place, self._calls = (epoch, epochs, steps, accum_freq), 0
-        self.set_epoch(epoch + 1, epochs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, *features: Tensor, output_dict: bool = False, **inputs: Any) -> Any:
-        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
-
-        Some trainers give the features and the scale by position.
-        """
-        inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
-        if self._takes_trainers_teacher:
-            inputs = _with_trainers_teacher(inputs)
-        self._count()
-        entries: Entries = super().forward(**inputs)
-        if not output_dict:
-            return entries.total
-        return LoggedTerms(*entries) if self.sums_every_value else {**entries.terms, **entries.metrics}
-
-    def _count(self) -> None:
-        """Announce the optimizer step of a call; gradient accumulation makes several calls for one."""
-        epoch, epochs, steps, accum_freq = self.place or (0, 0, 0, 0)
-        if accum_freq and self._calls % accum_freq == 0:
-            # An epoch that is longer than announced stays at its last step.
-            step = min(self._calls // accum_freq, steps - 1)
-            self.set_progress(epoch * steps + step + 1, epochs * steps)
-        self._calls += 1
+    Of a model or a teacher whose width is not known before it is built, its features tell.
+    """
+    student, spec = _width_of(getattr(run.args, "model", None)), run.teaching.spec
+    teacher = None if spec is None else spec.model
+    if run.takes_trainers_teacher:
+        teacher = getattr(run.args, "distill_model", None)
+    if student is not None:
+        run.teaching.check_width(student, _width_of(teacher))
 
 
 def _width_of(model: str | None) -> int | None:
@@ -204,13 +132,22 @@ def _width_of(model: str | None) -> int | None:
     return config.get("embed_dim")
 
 
-def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a loss, in which the features of the trainer's teacher have the loss's names."""
-    others = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
-    for name in NAMES:
-        # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
-        others[f"reference_{name}"] = unit_rows(inputs[f"dist_{name}"].float())
-    return others
+def check_batch(run: TrainerLoss) -> None:
+    """Raise an error for a batch, or a device, that the loss would refuse at the first step."""
+    from open_clip_train.distributed import world_info_from_env  # no process group is there yet
+
+    args, size = run.args, getattr(run.args, "batch_size", None)
+    if size is None:  # of another parser
+        return
+    accum_freq = getattr(args, "accum_freq", 1)
+    *_, world_size = world_info_from_env()
+    pairs = size * accum_freq * world_size
+    if pairs < run.min_pairs:
+        raise ValueError(
+            f"{run.name} needs at least {run.min_pairs} pairs in a batch; got {pairs}: "
+            f"--batch-size {size}, --accum-freq {accum_freq}, {world_size} process(es)"
+        )
+    run.check_device(torch.device(device_of(args)), pairs)
 
 
 def device_of(args: Any) -> str:
@@ -226,38 +163,55 @@ def device_of(args: Any) -> str:
     return f"cuda:{place}"
 
 
-# --- the patched functions ------------------------------------------------------------------------------
+def read_data(run: TrainerLoss) -> Any:
+    """Read the columns of the training data beside pairs, before the trainer makes a folder of logs.
 
+    Of a webdataset samples are compared when they are read.
 
-_run: TrainerLoss | None = None
-"""The losses of the run of this process."""
-
-
-def start(args: Any, losses: Sequence[Loss], options: RunOptions) -> TrainerLoss:
-    """Build the losses of a run, check them and their data, and compute their teacher.
-
-    The trainer then makes a folder of logs, whose name cannot be used again.
+    Returns:
+        The data of a teacher that is to be computed, or None.
 
     Raises:
-        ValueError: The reason against them, which begins with the flag of an option.
+        ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
     """
-    global _run
-    with naming_flags(losses):
-        run = TrainerLoss(args, losses, options)
-        check_run(run, args)
-        run.check_width()
-        run.check_batch()
-    check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
-    run.check_data()
-    with naming_flags(losses):
-        run.compute_teacher()
-    _run = run
-    return run
+    args, spec, data = run.args, run.teaching.spec, None
+    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
+    if kind == "auto" and str(path).endswith((".csv", ".tsv")):
+        kind = "csv"
+    try:
+        if spec is not None:
+            from rankloss_features import caching
+
+            data = caching.of_open_clip(args, spec)
+        if path and kind == "csv":
+            (run.text_columns() or TextColumns([])).check_csv(
+                path, args.csv_separator, args.csv_img_key, args.csv_caption_key
+            )
+    except (OSError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
+    return data
 
 
-def run_of(args: Any) -> TrainerLoss:
-    """The losses of the run with these arguments; built anew where another parser than ours made them."""
-    return _run if _run is not None and _run.args is args else start(args, *chosen(args))
+def compute_teacher(run: TrainerLoss, data: Any) -> None:
+    """Compute the teacher's features of the training data, unless a cache has them.
+
+    Raises:
+        OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written, or
+            the teacher is narrower than a model that copies it.
+    """
+    from rankloss_features import caching
+
+    place = os.path.join(getattr(run.args, "logs", None) or "logs", "teachers")
+    try:
+        folder = caching.cached(run.teaching.spec, data, place, device_of(run.args))
+    except (OSError, ValueError) as error:
+        raise OptionError("teacher", last_line(error)) from error
+    run.teaching.open_folder(folder)
+    check_width(run)
+
+
+# --- the patched functions ------------------------------------------------------------------------------
 
 
 def create_loss(original: Callable[..., Any], bound: BoundArguments) -> nn.Module:

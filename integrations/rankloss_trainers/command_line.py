@@ -43,6 +43,13 @@ def attributes(losses: Mapping[str, Named]) -> Iterator[tuple[str, str, str]]:
             yield name, key, dest(prefix_of(name, named), key)
 
 
+def fill_in(args: Any, choice: Choice) -> None:
+    """Set every option of a run and its losses as an attribute of parsed arguments."""
+    values = {"": vars(choice.options), **{loss.name: loss.values for loss in choice.losses}}
+    for loss, key, where in attributes({loss.name: loss.named for loss in choice.losses}):
+        setattr(args, where, values[loss][key])
+
+
 def mentioned(argv: Sequence[str]) -> list[str]:
     """The losses that a command line may mean: those that it names, and those whose options it has.
 
@@ -76,7 +83,12 @@ def beginnings() -> tuple[str, ...]:
 
 
 def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
-    """An error of losses or of a run that begins with the flag of an option; else with ``--loss``."""
+    """An error of losses or of a run that begins with the flag of an option; else with ``--loss``.
+
+    One that begins with a flag already, of the trainer's own, stays.
+    """
+    if str(error).startswith("--"):
+        return str(error)
     prefixes = {loss.name: prefix_of(loss.name, loss.named) for loss in losses}
     if isinstance(error, OptionError):
         prefix = prefixes.get(error.loss) or (RUN if error.key in options_of(RunOptions) else None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +96,17 @@ def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None
     for name in ("--loss-d", "--loss-dist-impl"):
         args = vars(parse_args([name, "gather", "--loss", "rankclip"]))
         assert (args["loss_dist_impl"], args["loss"]) == ("gather", "rankclip")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda args: Namespace(**vars(args))])
+def test_the_losses_of_a_run_are_found_at_its_arguments_and_built_anew_for_a_copy(copied: Any) -> None:
+    args = parse_args(["--device", "cpu", "--loss", "rankclip", "--rankclip-top-k", "3"])
+    assert run_of(args) is run_of(args)
+    assert run_of(args) not in vars(args).values()
+    other = copied(args)
+    other.rankclip_top_k = 5
+    assert run_of(other).args is other
+    assert [run_of(x).losses[0].values["top_k"] for x in (args, other)] == [3, 5]
 
 
 def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
@@ -292,7 +305,7 @@ def test_words_of_the_trainers_parser_are_shown_at_once_and_once(
 
     shown: list[str] = []
     with contextlib.suppress(SystemExit):
-        arguments.parsed(own, ["--workers", "3"], lambda *_: None)
+        arguments.parsed(own, ["--workers", "3"])
     assert shown == ["a word of the trainer ['--workers', '3']\n"]
     assert capsys.readouterr().err == ""
 

@@ -27,7 +27,8 @@ import rankloss_open_clip
 from rankloss import reference, schedules
 from rankloss_open_clip import __main__ as runner
 from rankloss_open_clip.arguments import chosen
-from rankloss_open_clip.training import TrainerLoss, build_loss, start
+from rankloss_open_clip.trainer_loss import TrainerLoss
+from rankloss_open_clip.training import build_loss, start
 from stored_features import stored
 
 FORK = """
@@ -190,10 +191,10 @@ def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation
 
 def test_the_option_names_a_teacher(tmp_path: Path) -> None:
     args = arguments(loss="rankclip-distill")
-    assert start(args, *chosen(args)).teaching.use == "required"
+    assert start(args, chosen(args)).teaching.use == "required"
     args.loss_teacher = stored(tmp_path / "x", text_features=unit_rows(4, 2))
     with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
-        start(args, *chosen(args))
+        start(args, chosen(args))
 
 
 # --- the former releases themselves ---------------------------------------------------------------------

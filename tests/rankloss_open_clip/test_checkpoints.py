@@ -18,7 +18,7 @@ from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_tra
 from rankloss import schedules
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
-from rankloss_open_clip.training import TrainerLoss
+from rankloss_open_clip.trainer_loss import TrainerLoss
 from untrusted import Pickled
 
 EPOCHS = 2

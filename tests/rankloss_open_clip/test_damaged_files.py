@@ -19,12 +19,13 @@ FILES = [
     "rankloss_open_clip/patches.py",
     "rankloss_open_clip/arguments.py",
     "rankloss_open_clip/training.py",
+    "rankloss_open_clip/trainer_loss.py",
     "rankloss_trainers/__init__.py",
     "rankloss_trainers/import_hook.py",
 ]
 """The files on the way into the trainer, but the one that has the entry point."""
 
-START = [FILES[0], FILES[1], FILES[5]]  # whose every line is cut
+START = [FILES[0], FILES[1], FILES[-1]]  # whose every line is cut
 
 # The process imports torch and the trainer once, and each case in a fork of it, with modules of its own.
 CASES = """

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import pickle
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_attaching_twice_changes_nothing() -> None:
     assert open_clip_train.params.parse_args is FUNCTIONS[1]
     assert open_clip_train.train.train_one_epoch is FUNCTIONS[2]
     assert bootstrap.problems() == []
+
+
+def test_a_run_without_a_loss_imports_no_loss() -> None:
+    """Nor the runtime: of rankloss it has the patches, and the names of losses."""
+    script = (
+        "from open_clip_train.params import parse_args; import torch, sys; parse_args(['--epochs', '1']);"
+    )
+    script += "print(*(name for name in sys.modules if name.startswith('rankloss')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "rankloss_open_clip.patches" in imported
+    assert not imported & {"rankloss", "rankloss_features", "rankloss_trainers.runtime"}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -6,7 +6,8 @@ import pytest
 from open_clip_train.params import parse_args
 from stand_ins import Base, features, ready
 
-from rankloss_open_clip.training import TrainerLoss, build_loss
+from rankloss_open_clip.trainer_loss import TrainerLoss
+from rankloss_open_clip.training import build_loss
 
 
 def loss_of_a_run() -> TrainerLoss:
