@@ -27,6 +27,16 @@ def named_sample(sample: Mapping[str, Any]) -> str:
     return f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
 
 
+def extensions(keys: str) -> list[str]:
+    """The extensions, the preferred first, that an option like ``--text-key`` names: separated by ``;``.
+
+    Example:
+        >>> extensions("txt; caption")
+        ['txt', 'caption']
+    """
+    return [key for part in keys.split(";") if (key := part.strip())]
+
+
 class Sample(NamedTuple):
     """A pair, whose picture is opened when it is needed.
 
@@ -250,7 +260,7 @@ class Shards:
         # A shard that is listed twice, to be seen more often, has the same pairs.
         listed = (webdataset.shardlists.expand_urls(part) for part in urls.split("::"))
         self.urls = list(dict.fromkeys(itertools.chain.from_iterable(listed)))
-        self.text_keys = text_key.split(";")
+        self.text_keys = extensions(text_key)
         self.about = {"kind": "webdataset", "data": urls}
         self.counts: list[int] = []
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import BoundArguments
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from open_clip.version import __version__
 from torch import nn
 
+from rankloss_features.data import extensions
 from rankloss_features.errors import last_line
 from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
-from rankloss_open_clip.columns.text_columns import TextColumns
+from rankloss_open_clip.columns.text_columns import Members, TextColumns
 from rankloss_open_clip.trainer_loss import HOST, TrainerLoss, distils
 from rankloss_trainers.command_line import RUN, flag, naming_flags
 from rankloss_trainers.declared import Choice
@@ -285,7 +286,7 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     # A webdataset's pipeline is built inside the call, so the reader is replaced during it.
     names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
     read: Any = names.get(reader)
-    names[reader] = functools.partial(columns.join_samples, read, getattr(args, "text_key", None) or "txt")
+    names[reader] = functools.partial(columns.join_samples, read, members_of(args, names))
     try:
         info = original(*bound.args, **bound.kwargs)
     finally:
@@ -295,3 +296,18 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     if hasattr(dataset, "captions"):  # of a CSV file
         columns.join_csv(dataset, args.train_data, args.csv_separator)
     return info
+
+
+def members_of(args: Any, names: Mapping[str, Any]) -> Members:
+    """The members of a webdataset sample that the trainer takes.
+
+    Args:
+        args: Its arguments; early releases have no such options, and one extension of captions.
+        names: The names of its module of data.
+    """
+    captions, images = (getattr(args, key, None) for key in ("text_key", "image_key"))
+    return Members(
+        extensions(captions) if captions else Members.captions,
+        extensions(images) if images else Members.images,
+        skips_blank="FilterNonEmptyText" in names,
+    )

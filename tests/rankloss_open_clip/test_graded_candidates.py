@@ -96,8 +96,6 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
         Candidates(max_candidates=3).read_sample(sample, "a")
     with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
         Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a")
-    without_a_picture = {"__key__": "7", "txt": b"a"}
-    assert Candidates(max_candidates=3).read_sample(without_a_picture, "a") is None
 
 
 def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:

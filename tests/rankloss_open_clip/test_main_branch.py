@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trainer_runs import BOTH, OFFICIAL, STEPS, NoRecompilation, Run, Trainer, assert_equal_training
+from trainer_runs import BOTH, OFFICIAL, SAMPLES, STEPS, NoRecompilation, Run, Trainer, assert_equal_training
 
 from open_clip_main import unpacked
 from rankloss import schedules
+from samples import add_sample
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +61,35 @@ def runs_of(trainer: Trainer) -> dict[str, Any]:
     add("generative", *OFFICIAL, "--model", "naflexgenlip_b16", code=2)
     audio = ("--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
     add("audio", *OFFICIAL, *audio, code=2)
+    columns = ("--loss", "clip-ids+rankclip", "--clip-ids-key")
+    halves, shard = (*BOTH, *WHOLE_BATCH, "--batch-size", "32"), blank_captions(trainer)
+    add("csv", *columns, "group", *table_of_groups(trainer), *WHOLE_BATCH, "--batch-size", "64")
+    add("csv, accumulated", *columns, "group", *table_of_groups(trainer), *halves, "--accum-freq", "2")
+    add("csv, fsdp", *columns, "group", *table_of_groups(trainer), *halves, "--fsdp", processes=2)
+    add("blank", *columns, "group.txt", *shard, *WHOLE_BATCH, "--batch-size", "64", epochs=1)
+    add("spaces", *columns, "group.txt", *shard, "--text-key", "caption; txt", epochs=1, code=1)
     return runs
+
+
+def table_of_groups(trainer: Trainer) -> list[str]:
+    """A CSV file in which every second pair has a partner, the next such one."""
+    groups = [i // 4 if i % 2 else 100 + i for i in range(SAMPLES)]
+    rows = [[*row[:2], f"group {x}"] for row, x in zip(trainer.rows, groups, strict=True)]
+    file = trainer.directory / "main-groups.csv"
+    file.write_text("".join("\t".join(row) + "\n" for row in [["filepath", "title", "group"], *rows]))
+    return ["--train-data", str(file)]
+
+
+def blank_captions(trainer: Trainer) -> list[str]:
+    """A shard in which every pair has one partner, and samples with a blank caption have none."""
+    file, picture = trainer.directory / "blank.tar", Path(trainer.rows[0][0]).read_bytes()
+    with tarfile.open(file, "w") as shard:
+        for i, (name, title, _) in enumerate(trainer.rows):
+            group = {"group.txt": f"{i // 2}".encode()}
+            add_sample(shard, f"{i:03}", png=Path(name).read_bytes(), txt=title.encode(), **group)
+        for i in range(SAMPLES, 2 * SAMPLES):
+            add_sample(shard, f"{i:03}", png=picture, txt=b" \n", **{"group.txt": f"alone {i}".encode()})
+    return [*trainer.webdataset, "--train-data", str(file)]
 
 
 def trained(trainer: Trainer, path: str, runs: dict[str, Any]) -> dict[str, Run]:
@@ -144,3 +175,23 @@ def test_naflex_batches_change_their_size(main_runs: dict[str, Run]) -> None:
     )
     for step, total in run.scalars["loss"].items():
         assert total == pytest.approx(sum(run.scalars[name][step] for name in TERMS), rel=1e-6)
+
+
+def test_columns_of_a_table_train_alike_accumulated_and_on_two_processes(main_runs: dict[str, Run]) -> None:
+    whole = main_runs["csv"].scalars
+    assert {*whole["pairs_with_partner"].values()} == {0.5}
+    for name in ("csv, accumulated", "csv, fsdp"):
+        for term in (*TERMS, "pairs_with_partner"):
+            found = main_runs[name].scalars[term]
+            assert found == pytest.approx(whole[term], rel=1e-3, abs=1e-5), (name, term)
+
+
+def test_samples_with_a_blank_caption_are_not_trained_beside_a_column(main_runs: dict[str, Run]) -> None:
+    """As without one: open_clip's filter sees the caption alone."""
+    assert {*main_runs["blank"].scalars["pairs_with_partner"].values()} == {1.0}
+
+
+def test_a_text_key_with_a_space_ends_as_without_a_column(main_runs: dict[str, Run]) -> None:
+    """The trainer strips it in one place, and webdataset asserts in the next that there is no space."""
+    assert "AssertionError" in main_runs["spaces"].output
+    assert "Train Epoch" not in main_runs["spaces"].output

@@ -7,7 +7,7 @@ import functools
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +27,13 @@ from trainer_runs import WHOLE_SET, Trainer
 import rankloss
 from rankloss_features import Features
 from rankloss_features.command import main
+from rankloss_features.data import extensions
 from rankloss_features.folder import NAMES
+from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows
 from rankloss_open_clip.columns.pair_ids import PairIds
 from rankloss_open_clip.columns.second_caption import SecondCaption
 from rankloss_open_clip.columns.teacher_rows import RowColumn
-from rankloss_open_clip.columns.text_columns import TextColumn, TextColumns, _joined, _separated
+from rankloss_open_clip.columns.text_columns import Members, TextColumn, TextColumns
 from rankloss_open_clip.training import run_of
 from stored_features import stored
 
@@ -44,12 +46,19 @@ def tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=CONTEXT)
 
 
-def read(parts: list[TextColumn], *samples: dict[str, Any], text_key: str = "txt") -> list[dict[str, Any]]:
+def read(
+    parts: list[TextColumn], *samples: dict[str, Any], members: Members | None = None
+) -> list[dict[str, Any]]:
     def reader(source: str, handler: str) -> Iterator[dict[str, Any]]:
         for i, sample in enumerate(samples):
             yield {"__key__": str(i), "__url__": source, "jpg": b"...", **sample}
 
-    return list(TextColumns(parts).join_samples(reader, text_key, "a.tar", handler="handler"))
+    return list(TextColumns(parts).join_samples(reader, members or Members(), "a.tar", handler="handler"))
+
+
+def captions(samples: list[dict[str, Any]], key: str = "txt") -> list[Caption]:
+    """The captions of samples, as the trainer decodes them."""
+    return [sample[key].decode("utf-8") for sample in samples]
 
 
 def csv(path: Path, text: str) -> tuple[Any, str]:
@@ -63,9 +72,35 @@ def csv(path: Path, text: str) -> tuple[Any, str]:
 
 
 def test_first_caption_is_the_one_the_trainer_prefers() -> None:
-    given = ({"caption": b"a", "syn": b"b\x1fc"}, {"txt": b"c", "caption": b"d", "syn": b"e"}, {"txt": b"f"})
-    texts = [(x.get("txt"), x["caption"]) for x in read([CAPTION], *given, text_key="txt;caption")]
-    assert texts == [(None, b"a\x1fb\x1b1c"), (b"c\x1fe", b"d")]
+    first, both, without = (
+        {"caption": b"a", "syn": b"b"},
+        {"txt": b"c", "caption": b"d", "syn": b"e"},
+        {"txt": b"f"},
+    )
+    members = Members(captions=extensions("txt; caption"))
+    samples = read([CAPTION], first, both, without, members=members)
+    (one,), (other,) = captions(samples[:1], "caption"), captions(samples[1:])
+    assert [(one, one.columns), (other, other.columns)] == [("a", ("b",)), ("c", ("e",))]
+    assert type(samples[1]["caption"]) is bytes
+
+
+SKIPPED: list[dict[str, Any]] = [
+    {"jpg": b"...", "syn": b"no caption"},
+    {"txt": b"no picture", "syn": b"a"},
+    {"jpg": b"...", "txt": b" \n", "syn": b"a blank caption"},
+]
+
+
+@pytest.mark.parametrize("sample", SKIPPED)
+def test_a_sample_that_the_trainer_skips_is_left_to_it_and_its_columns_are_not_read(
+    sample: dict[str, Any],
+) -> None:
+    column = mock.Mock(read_sample=mock.Mock(side_effect=LookupError))
+    column.name = "column"
+    members = Members(images=("jpg",), skips_blank=True)
+    assert list(TextColumns([column]).join_samples(lambda: [sample], members)) == [sample]
+    with pytest.raises(LookupError):
+        list(TextColumns([column]).join_samples(lambda: [{"jpg": b"...", "txt": b""}], Members()))
 
 
 @pytest.mark.parametrize("loss", ["rankclip", "clip-ids", "ranked-lists"])
@@ -103,9 +138,22 @@ def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(tmp_path: Path, o
     assert len(set(ids)) == 3
 
 
-def test_a_caption_keeps_every_character() -> None:
-    texts = ["a\x1fb", "\x1b1", "\x1b\x1f0", ""]
-    assert _separated(_joined(texts)) == texts
+@pytest.mark.parametrize("text", ["a\x1fb", "\x1b1", "", "a"])
+def test_a_caption_with_columns_is_the_caption(text: str) -> None:
+    (sample,) = read([CAPTION], {"txt": text.encode(), "syn": text.encode()})
+    (table,) = CaptionsOfRows([text], [[text]])
+    for caption in (*captions([sample]), str(table), pickle.loads(pickle.dumps(table))):
+        assert (caption, hash(caption), caption.columns) == (text, hash(text), (text,))
+    assert sample["txt"] == text.encode()
+
+
+def test_a_text_that_lost_its_columns_is_an_error() -> None:
+    (caption,) = captions(read([CAPTION], {"txt": b" a ", "syn": b"b"}))
+    tokenized = TextColumns([CAPTION]).tokenizer(tokenizer())
+    tokenized([caption])
+    for text in (caption.strip(), [caption, "a"]):
+        with pytest.raises(TypeError, match="second caption 'syn' of caption 'a'"):
+            tokenized(text)
 
 
 @pytest.mark.parametrize("count", [1, 1000])
@@ -200,18 +248,18 @@ def column_of(where: str) -> Any:
     return RowColumn(Features(where))
 
 
-def taken_apart(column: Any, texts: list[str]) -> dict[str, Tensor]:
+def taken_apart(column: Any, texts: list[Caption]) -> dict[str, Tensor]:
     """Features of texts, as the loss gets them."""
     encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
     assert encoded.dtype == torch.int64
-    assert torch.equal(encoded[:, 0, :CONTEXT], tokenizer()([text.split("\x1f")[0] for text in texts]))
+    assert torch.equal(encoded[:, 0, :CONTEXT], tokenizer()(texts))
     return column.outputs({}, encoded[:, 1])
 
 
 def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
     """Features of a webdataset's samples."""
     column = column_of(where)
-    return taken_apart(column, [x["txt"].decode() for x in read([column], *samples)])
+    return taken_apart(column, captions(read([column], *samples)))
 
 
 def test_rows_of_features_are_those_of_the_table(tmp_path: Path) -> None:
@@ -241,14 +289,14 @@ def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
     else:
         assert code == 0
         TextColumns([column := column_of(folder)]).join_csv(dataset, file, ";")
-        assert float(dataset.captions[0].split("\x1f")[0]) == float(caption)
+        assert float(dataset.captions[0]) == float(caption)
         assert len(taken_apart(column, list(dataset.captions))["reference_text_features"]) == 2
 
 
 def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
     array = unit_rows(2, 2)
     folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=array)
-    samples = {"txt": b"a"}, {"txt": b"b"}, {"syn": b"skipped by the trainer"}
+    samples = {"txt": b"a"}, {"txt": b"b"}
     (found,) = features_of(*samples, where=folder).values()
     assert torch.equal(found, torch.from_numpy(array[::-1].copy()))
     for wrong in ({"txt": b"b"},), (*samples[:2], {"txt": b"a"}):
@@ -261,7 +309,7 @@ def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
 TABLE = "filepath;title;group\n0.png;a;x\n1.png;b;y\n2.png;a;y\n"
 
 
-def ids_of(column: Any, texts: list[str]) -> list[int]:
+def ids_of(column: Any, texts: Sequence[str]) -> list[int]:
     encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
     found: list[int] = column.outputs({}, encoded[:, 1])["pair_ids"].tolist()
     return found
@@ -286,7 +334,7 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
         for group in groups
     ]
     column = PairIds(key=key)
-    ids = ids_of(column, [x["txt"].decode() for x in read([column], *samples)])
+    ids = ids_of(column, captions(read([column], *samples)))
     assert len({*ids}) == (3 if key == "__key__" else 2)
     assert (ids[0] == ids[2]) is (key != "__key__")
 

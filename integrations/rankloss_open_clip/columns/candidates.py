@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.options import check_choice, check_count
-from rankloss_features.data import IMAGES, named_sample
+from rankloss_features.data import named_sample
 from rankloss_open_clip.columns.csv_files import read_columns
 from rankloss_trainers.graded.lists import (
     check_list,
@@ -81,14 +81,12 @@ class Candidates:
             for of_row, (captions, grades) in zip(ids, lists, strict=True)
         ]
 
-    def read_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+    def read_sample(self, sample: dict[str, Any], caption: str) -> str:
         """The two members of a webdataset sample, which are taken out of it.
 
         Raises:
             ValueError: The sample lacks one, or its list is wrong.
         """
-        if not any(name in sample for name in IMAGES):  # skipped by the trainer
-            return None
         where = named_sample(sample)
         members = [f"{name}.json" for name in (CANDIDATES, GRADES)]
         missing = [name for name in members if name not in sample]

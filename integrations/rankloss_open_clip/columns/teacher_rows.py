@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankloss_features.data import IMAGES, named_sample
+from rankloss_features.data import named_sample
 from rankloss_features.folder import Features, hash_of_pair
 
 
@@ -34,21 +34,19 @@ class RowColumn:
         self.folder.compare_columns(dataset.captions, dataset.images, path)
         return range(len(self.folder))
 
-    def read_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
-        """The row of a webdataset sample; None without a picture, which the trainer skips.
+    def read_sample(self, sample: Mapping[str, Any], caption: str) -> int:
+        """The row of a webdataset sample.
 
         Raises:
             ValueError: The folder has no such pair.
         """
-        if not any(name in sample for name in IMAGES):
-            return None
         row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
         if row is None:
             raise ValueError(
                 f"{named_sample(sample)} with caption {caption!r} has no row in {self.folder.path}: its rows "
                 "are of another caption, or of other data"
             )
-        return str(row)
+        return row
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
         """The bits of each row's numbers, two to an integer."""

@@ -1,12 +1,11 @@
-"""Extra per-pair data is appended to the caption, so that open_clip's loader carries it.
+"""Extra per-pair data travels with the caption, so that open_clip's loader carries it.
 
 The trainer reads one text per image, tokenizes it, stacks the batch and calls ``model(images, texts)``. Only
 the values differ:
 
-- A caption and its columns are one text, with a separator between, from the moment they are read: in the
-  column of a CSV file, in the text of a webdataset sample.
-- The tokenizer of the training data separates them and gives integers, ``[n, 1 + columns, width]`` instead
-  of ``[n, context]``.
+- A caption has its columns beside it (:mod:`rankloss_open_clip.columns.captions`) from the moment it is read,
+  in the column of a CSV file or in a webdataset sample. It stays the same caption to all steps between.
+- The tokenizer of the training data gives integers, ``[n, 1 + columns, width]`` instead of ``[n, context]``.
 - A hook before the model restores the tokens, and a hook behind it adds the columns to the model's output,
   from which they reach the loss. The model is called once, so DDP sees one forward.
 
@@ -19,6 +18,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankloss_features.data import IMAGES
+from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows, EncodedCaption, text_of
 from rankloss_open_clip.columns.csv_files import check_header, forget_files, read_columns
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
 
-_SEPARATOR, _ESCAPE = "\x1f", "\x1b"  # ASCII's own
 _MAX_MISSING = 100  # samples without a column, before the first with it
 
 
@@ -57,7 +58,7 @@ class TextColumn(Protocol):
         """
 
     def read_sample(self, sample: Sample, caption: str) -> Any:
-        """Text for a webdataset sample and its caption; None skips the sample.
+        """Text for a webdataset sample with a picture and this caption; None skips the sample.
 
         Raises:
             ValueError: The data are others than those that the column belongs to.
@@ -72,6 +73,28 @@ class TextColumn(Protocol):
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """Output of the model, with the features that the integers stand for."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of a webdataset sample that the trainer takes, by their extensions, the preferred first.
+
+    Attributes:
+        captions: The extensions of captions.
+        images: Those of pictures.
+        skips_blank: The trainer skips samples with a blank caption.
+    """
+
+    captions: Sequence[str] = ("txt",)
+    images: Sequence[str] = IMAGES
+    skips_blank: bool = False
+
+    def key_of_caption(self, sample: Sample) -> str | None:
+        """The extension of a sample's caption; None of a sample that the trainer skips."""
+        key = next((key for key in self.captions if key in sample), None)
+        if key is None or not any(image in sample for image in self.images):
+            return None
+        return None if self.skips_blank and not text_of(sample[key]).strip() else key
 
 
 class TextColumns:
@@ -102,21 +125,21 @@ class TextColumns:
             check_header(path, separator, image_key, caption_key)
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
-        """Add the columns to the captions of the trainer's CSV dataset; see :meth:`TextColumn.read_rows`."""
+        """Put the columns beside the captions of the trainer's dataset; see :meth:`TextColumn.read_rows`."""
         columns = [part.read_rows(path, separator, dataset) for part in self.parts]
         forget_files()
-        dataset.captions = [_joined(texts) for texts in zip(dataset.captions, *columns, strict=True)]
+        dataset.captions = CaptionsOfRows(dataset.captions, columns)
 
     def join_samples(
-        self, read: Callable[..., Iterable[Sample]], text_keys: str, /, *args: Any, **kwargs: Any
+        self, read: Callable[..., Iterable[Sample]], members: Members, /, *args: Any, **kwargs: Any
     ) -> Iterator[Sample]:
-        """Read webdataset samples as the trainer does, and add the columns to the text of each.
+        """Read webdataset samples as the trainer does, and put the columns beside the caption of each.
 
-        Samples without a column are skipped, as the trainer skips those without a caption.
+        Samples without a column are skipped, as the trainer skips those without a caption or a picture.
 
         Args:
             read: The trainer's reader.
-            text_keys: The extension of the caption; several, by preference, are separated by ``;``.
+            members: The members of a sample that the trainer takes.
             *args: Arguments of the reader.
             **kwargs: The same, by name.
 
@@ -125,24 +148,25 @@ class TextColumns:
         """
         found, missing, sample = False, 0, {}
         for sample in read(*args, **kwargs):
-            text_key = next((name for name in text_keys.split(";") if name in sample), None)
-            if text_key is None:
+            key = members.key_of_caption(sample)
+            if key is None:
+                yield sample  # which the trainer skips
                 continue
-            caption = _text(sample[text_key])
-            texts = [caption, *(part.read_sample(sample, caption) for part in self.parts)]
+            caption = text_of(sample[key])
+            texts = [part.read_sample(sample, caption) for part in self.parts]
             if None not in texts:
                 found = True
-                sample[text_key] = _joined(texts).encode()
+                sample[key] = EncodedCaption(sample[key], texts)
                 yield sample
             else:
                 missing += 1
                 if not found and missing >= _MAX_MISSING:
                     break
         if missing and not found:
-            members = ", ".join(name for name in sample if not name.startswith("__"))
+            names = ", ".join(name for name in sample if not name.startswith("__"))
             raise ValueError(
                 f"none of {missing} samples has a {self.name}; the last one, {sample.get('__key__')!r}, "
-                f"has {members}"
+                f"has {names}"
             )
 
     # --- tokenizing ---------------------------------------------------------------------------------------
@@ -189,31 +213,25 @@ class TextColumns:
 
 
 def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[str]) -> Tensor:
-    """Tokenize every text, encode its columns, and pad all to one width."""
+    """Tokenize every caption, encode its columns, and pad all to one width.
+
+    Raises:
+        TypeError: A caption has lost its columns.
+    """
 
     def tokenize(captions: list[str]) -> Tensor:
         tokens: Tensor = tokenizer(captions)
         return tokens.long()
 
-    rows = [_separated(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    captions, *columns = zip(*rows, strict=True)
+    captions = [texts] if isinstance(texts, str) else texts
+    rows = []
+    for caption in captions:
+        if not isinstance(caption, Caption):
+            names = " and ".join(part.name for part in parts)
+            raise TypeError(f"the trainer's data path has lost the {names} of caption {caption!r:.60}")
+        rows.append(caption.columns)
     encoded = [tokenize(list(captions))]
-    for part, column in zip(parts, columns, strict=True):
+    for part, column in zip(parts, zip(*rows, strict=True), strict=True):
         encoded.append(part.encode(tokenize, list(column)))
     width = max(integers.shape[1] for integers in encoded)
     return torch.stack([F.pad(integers, (0, width - integers.shape[1])) for integers in encoded], dim=1)
-
-
-def _joined(texts: Iterable[Any]) -> str:
-    """Texts as one, which :func:`_separated` splits into these."""
-    escaped = (_text(x).replace(_ESCAPE, f"{_ESCAPE}0").replace(_SEPARATOR, f"{_ESCAPE}1") for x in texts)
-    return _SEPARATOR.join(escaped)
-
-
-def _separated(text: str) -> list[str]:
-    parts = text.split(_SEPARATOR)
-    return [x.replace(f"{_ESCAPE}1", _SEPARATOR).replace(f"{_ESCAPE}0", _ESCAPE) for x in parts]
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,79 @@
+"""A caption that has columns beside it, and is the caption alone to every reader but the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class Caption(str):
+    """A caption of the training data, with a text of each column beside it.
+
+    The trainer's filters and checks see the caption as it is in the data. A text made of it, by ``strip`` for
+    instance, has no columns.
+
+    Attributes:
+        columns: The texts of the columns.
+    """
+
+    __slots__ = ("columns",)
+    columns: tuple[str, ...]
+
+    def __new__(cls, caption: str, columns: Iterable[Any] = ()) -> Caption:
+        """Make the texts of the columns, too, if they are none yet."""
+        made = super().__new__(cls, caption)
+        made.columns = tuple(map(text_of, columns))
+        return made
+
+    def __str__(self) -> Caption:
+        return self  # the trainer calls str() on the cells of a CSV file
+
+
+class EncodedCaption(bytes):
+    """A caption in a webdataset sample: bytes until the trainer decodes them, to a :class:`Caption`.
+
+    Attributes:
+        columns: As of the caption.
+    """
+
+    columns: tuple[Any, ...]
+
+    def __new__(cls, caption: bytes, columns: Iterable[Any]) -> EncodedCaption:
+        """Keep the columns beside the bytes."""
+        made = super().__new__(cls, caption)
+        made.columns = tuple(columns)
+        return made
+
+    def decode(self, *args: Any, **kwargs: Any) -> Caption:
+        """As of any bytes, also in the errors."""
+        return Caption(super().decode(*args, **kwargs), self.columns)
+
+
+class CaptionsOfRows(Sequence[Caption]):
+    """The captions of a CSV file's rows, each made when it is read, as the trainer's dataset holds them.
+
+    Args:
+        captions: The captions: a list, or a column of pandas.
+        columns: The texts of each column, by rows.
+    """
+
+    def __init__(self, captions: Any, columns: Iterable[Iterable[Any]]) -> None:
+        self._captions = getattr(captions, "iloc", captions)
+        self._columns = [x if isinstance(x, Sequence) else list(x) for x in columns]
+        self._count = len(captions)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: Any) -> Any:
+        return Caption(str(self._captions[row]), (column[row] for column in self._columns))
+
+    @property
+    def iloc(self) -> CaptionsOfRows:
+        """The same, as a column of pandas spells it."""
+        return self
+
+
+def text_of(value: Any) -> str:
+    """A cell of a table or a member of a sample as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
