@@ -40,7 +40,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.base
 demo: $(VENV)/.examples
 	$(BIN)/python examples/demo/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
-## A living study of examples/studies, `make study NAME=baselines PRESET=quick`: its missing trainings, then its report;
+## A living study of examples/studies, `make study NAME=alignment PRESET=quick`: its missing trainings, then its report;
 ## DATA is the folder of Flickr8k, which some need; repeat to resume. Of a finished study the commands that repeat it,
 ## or one SEED of it. Without NAME all names.
 PRESET ?= quick

@@ -13,8 +13,8 @@ from studies.alignment import heads, pretrained, study
 from studies.alignment.data import Encoded
 from studies.alignment.setting import Setting
 from studies.alignment.students import ARMS, teacher, train
-from studies.captions.data import Source
 from studies.data.features import Side
+from studies.data.sets import Source
 from studies.runner import load
 
 from batches import unit

@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from studies.data import drawings
 from studies.icons import command, draw, labels, load, package, split
-from studies.students import losses, train
-from test_studies import Encoders, Unused
 
 
 def _drawing(key: str) -> str:
@@ -144,13 +141,3 @@ def test_shards_hold_pictures_and_texts(built, data):
         samples = list(webdataset.WebDataset(str(built / name), shardshuffle=False))
         assert [one[kind].decode() for one in samples] == targets
         assert (np.stack([draw.pixels(one["png"]) for one in samples]) == images).all()
-
-
-@pytest.mark.parametrize("arm", losses.NAMES)
-def test_a_student_of_each_kind(arm, data, tmp_path):
-    """The features are kept."""
-    sides = drawings.icons(data, 60, 3)
-    found = drawings.data_set(sides, tmp_path, Encoders)
-    assert drawings.data_set(sides, tmp_path, Unused).fingerprint == found.fingerprint
-    setting = train.Setting(arm, 0, "dev", epochs=2, batch_size=20, train_pictures=60)
-    assert found.train(setting)["metrics"].keys() == {"retrieval", "geometry", "hits"}

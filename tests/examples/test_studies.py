@@ -12,13 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 from studies import STUDIES, manifest, runner
-from studies.baselines import search
-from studies.baselines import study as baselines
+from studies.alignment import data as alignment
+from studies.alignment.search import Search
 from studies.data import features
 from studies.manifest import FINISHED, KINDS
 from studies.records import read_lines
 from studies.report import write
-from studies.students import train
 from studies.students.measure import hits_of_pictures
 
 
@@ -78,12 +77,10 @@ def test_without_a_name_all_names_are_shown(capsys):
 class Encoders:
     """Encoders that need no weights."""
 
-    name = "made up"
-
     def pictures(self, pictures):
         """Return a picture's pixels, averaged."""
         small = [np.asarray(one.convert("RGB").resize((8, 8)), dtype=np.float32).ravel() for one in pictures]
-        return np.stack(small) / 255
+        return np.stack(small) / 255 + 0.01
 
     def sentences(self, sentences):
         """Return numbers drawn by a sentence's hash."""
@@ -98,18 +95,20 @@ class Unused(Encoders):
         raise AssertionError("features are computed again")
 
 
-def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path):
-    study = runner.load("baselines")
-    options = SimpleNamespace(output=tmp_path, icons=None, data=None)
+def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "FrozenEncoders", Encoders)
+    study = runner.load("alignment")
+    options = SimpleNamespace(output=tmp_path, icons=tmp_path, data=None)
     run = runner.Run(study, "quick", tmp_path)
     with pytest.raises(RuntimeError, match="results"):
         run.write()
     console = Console(quiet=True)
-    run.train(baselines.data(study.sizes("quick"), options, Encoders), console)
+    run.train(alignment.data(study.sizes("quick"), options), console)
     text = run.write().read_text(encoding="utf-8")
     assert "smoke test" in text
     trained = run.stores["emojis"].path.read_bytes()
-    run.train(baselines.data(study.sizes("quick"), options, Unused), console)
+    monkeypatch.setattr(alignment, "FrozenEncoders", Unused)
+    run.train(alignment.data(study.sizes("quick"), options), console)
     assert run.stores["emojis"].path.read_bytes() == trained
     for record in run.stores["emojis"].find().values():
         found = hits_of_pictures(record)
@@ -117,20 +116,12 @@ def test_a_small_study_is_trained_and_reported_and_not_repeated(tmp_path):
     assert len(found) == record["metrics"]["hits"]["pictures"] > 50
 
 
-def test_pairs_of_one_caption_have_one_id_and_a_search_finds_a_copy():
+def test_a_search_finds_a_copy():
     """A picture and a caption of a training pair are each other's best answer."""
     generator = torch.Generator().manual_seed(0)
     side = features.Side(torch.randn(40, 6, generator=generator), torch.randn(40, 2, 5, generator=generator))
-    model = search.Search(side, 1)
+    model = Search(side, 1)
     v, t = model.pictures(side.pictures), model.sentences(side.sentences.mean(1, keepdim=True))[:, 0]
     assert torch.equal((v @ t.T).argmax(1), torch.arange(40))
     assert torch.equal((v @ t.T).argmax(0), torch.arange(40))
     torch.testing.assert_close((v @ t.T).diagonal(), torch.ones(40))
-    sides = {"train": train.Pairs(side, side)}
-    data = SimpleNamespace(sides=sides, fingerprint="")
-    made = baselines.Baselines(data, [["a", "b"], ["b", "c"]])
-    assert made.ids.tolist() == [[0, 1], [1, 2]]
-    words = baselines.Baselines(data, [["red apple"], ["red car"], ["green apple"]]).words
-    half = 0.5**0.5  # "car" and "green" are in one caption alone
-    expected = torch.tensor([[1, half, half], [half, 1, 0], [half, 0, 1]])
-    torch.testing.assert_close(words[:, 0] @ words[:, 0].T, expected)

@@ -22,14 +22,16 @@ BINS = 50  # of cosines from −1 to 1
 
 
 def measure() -> None:
-    """Train the students of the study of the captions on emojis, and count held-out items' similarities."""
-    from studies.captions.data import DataSet, emojis
-    from studies.captions.student import Student
-    from studies.captions.train import Setting, fit
+    """Train the studies' student on emojis, and count held-out items' similarities."""
+    from studies.alignment.data import Encoded
+    from studies.alignment.setting import Setting
+    from studies.data.sets import emojis
+    from studies.students.student import Student
+    from studies.students.train import fit
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        data = DataSet(emojis(None, 0), Path(folder))
+        data = Encoded(emojis(None, 0), Path(folder))
     for name, loss in LOSSES.items():
         torch.manual_seed(0)
         setting = Setting(name, seed=0, side="dev", batch_size=250, epochs=30, lr=0.004)

@@ -4,44 +4,67 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from openmoji_demo.data import TEMPLATES
+from openmoji_demo.metrics import accuracy_at_k
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from studies.captions.data import Source, Splits, sources
+from rankloss.metrics import alignment
 from studies.data.features import FrozenEncoders, Side
-from studies.icons import package
+from studies.data.pairs import numbered, vocabulary
+from studies.data.sets import SECOND, SIDES, Source, sources
 from studies.records import Record
-from studies.spread.data import SECOND, Measured, icons_of, vendor
-from studies.students.measure import recorded
+from studies.students.measure import measure, recorded
+from studies.students.student import Student, pixels
 from studies.training import kept
 
 from . import heads, students
 from .pretrained import Pretrained, PretrainedSplits
 from .setting import Setting
 
-_ENCODED_TOGETHER = 64  # pictures
 AFTER = " after "  # between the new pairs and those before
-_DEV = 0.2  # of the vendors' concepts; a quarter is the test side
+_ENCODED_TOGETHER = 64  # pictures
 
 
-class Encoded(Measured):
-    """A data set, and the features of two frozen encoders of all its sides."""
+class Encoded:
+    """A data set as a student sees it and as two frozen encoders do, and the trainings on it.
+
+    Args:
+        source: Before anything is computed.
+        folder: Of what is computed once.
+    """
+
+    def __init__(self, source: Source, folder: Path) -> None:
+        self.source = source
+        words = vocabulary(text for of in source.captions["train"] for text in of)
+        self.word_numbers, self.words = words, 2 + len(words)
+        content = hashlib.sha256(repr([source.captions, source.judgements, source.classes]).encode())
+        self.folder = folder / content.hexdigest()[:16]
+        sides = (*SIDES, *sorted(source.captions.keys() - set(SIDES)))
+        shown = kept(
+            self.folder / "pixels.pt", lambda: {side: pixels(source.pictures(side)) for side in sides}
+        )
+        self.sides = {side: Side(shown[side], numbered(source.captions[side], words)) for side in sides}
+        for side in sides:
+            content.update(shown[side].numpy().tobytes())
+        self.fingerprint = content.hexdigest()[:16]
 
     @functools.cache  # noqa: B019 (a data set is there as long as the process)
     def encoded(self, side: str) -> Side:
-        """Return the unit-norm features of a side's pictures and sentences."""
-        if side == "train":
-            return Side(self.teachers.rows("efficientnet"), self.teachers.rows("minilm"))
+        """Return the encoders' unit-norm features of a side, ``[N, 1280]`` and ``[N, S, 384]``."""
         found = kept(self.folder / f"encoders-{side}.pt", functools.partial(self._encode, side))
         sentences = normalize(found["sentences"], dim=-1).unflatten(0, (len(found["pictures"]), -1))
         return Side(normalize(found["pictures"], dim=-1), sentences)
 
-    def _encode(self, side: str) -> dict[str, torch.Tensor]:
+    def _encode(self, side: str) -> dict[str, Tensor]:
         encoders, shown = FrozenEncoders(), self.source.pictures(side)
         starts = range(0, len(shown), _ENCODED_TOGETHER)
         pictures = [encoders.pictures(shown[start : start + _ENCODED_TOGETHER]) for start in starts]
@@ -51,11 +74,6 @@ class Encoded(Measured):
             "sentences": torch.from_numpy(sentences),
         }
 
-    @property
-    def searched(self) -> list[str]:
-        """The sides that a model of the test side is measured on."""
-        return ["test", SECOND] if SECOND in self.sides else ["test"]
-
     def train(self, setting: Setting) -> Record:
         """Train and measure heads or a student, or only measure what is not trained."""
         if setting.arm in heads.ARMS:
@@ -64,37 +82,66 @@ class Encoded(Measured):
             lambda: students.train(setting, self), lambda model: self.measure(model, setting.side)
         )
 
+    @torch.inference_mode()
+    def measure(self, model: Student, side: str) -> dict[str, dict[str, Any]]:
+        """Return the metrics of a student on a side; with the test side also those of the second."""
+        judgements = self.source.judgements if side == "test" else None
+        of = self.sides[side]
+        found: dict[str, Any] = measure(model, of, self.source.names.get(side, ()), judgements)
+        v, t = model.pictures(of.pictures), model.sentences(of.sentences[:, 0])
+        found["geometry"]["alignment"] = alignment(v, t).item()
+        if classes := self.source.classes.get(side):
+            found["zero-shot"] = {"top-1": self._zero_shot(model, v, classes)}
+        if side == "test" and SECOND in self.sides:
+            found[SECOND] = measure(model, self.sides[SECOND], ())
+        return found
+
+    def _zero_shot(self, model: Student, pictures: Tensor, classes: list[str]) -> float:
+        """Return the share of pictures, in percent, whose class is the nearest of all classes' prompts."""
+        names = sorted(set(classes))
+        prompts = [[template.format(name) for template in TEMPLATES] for name in names]
+        of_names = normalize(model.sentences(numbered(prompts, self.word_numbers)).mean(1), dim=-1)
+        labels = torch.tensor([names.index(name) for name in classes])
+        return accuracy_at_k(pictures @ of_names.T, labels, (1,))[1]
+
+
+class Splits:
+    """The splits of a data set, each of which is made when it is trained on.
+
+    Args:
+        make: Returns a split.
+    """
+
+    def __init__(self, make: Callable[[int], Encoded]) -> None:
+        self.of = functools.cache(make)
+
+    def fingerprint(self, setting: Setting) -> str:
+        """Return the fingerprint of a setting's split."""
+        return self.of(setting.split).fingerprint
+
+    def train(self, setting: Setting) -> Record:
+        """Train and measure on a setting's split."""
+        return self.of(setting.split).train(setting)
+
 
 def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Splits | PretrainedSplits]:
-    """Return the data sets that are there; those of the icons' package are, if the icons are.
+    """Return the data sets that are there.
 
     A name such as "emojis after icons-30000" is that of a CLIP of the latter on the pairs of the former.
     """
-    made = sources({name: size for name, size in sizes.sizes.items() if not isinstance(size, str)}, options)
-    for name in made:
-        if name.startswith("icons"):
-            made[name] = functools.partial(icons_of, options.icons, sizes.sizes[name])
-    if (options.icons / "manifest.json").is_file():
-        tarball = package.fetch(options.icons / "cache")
-        vendors = {name: prefix for name, prefix in sizes.sizes.items() if isinstance(prefix, str)}
-        made |= {
-            name: functools.partial(vendor, tarball, prefix, dev=_DEV) for name, prefix in vendors.items()
-        }
-    found: dict[str, Splits | PretrainedSplits] = {
-        name: _splits(make, options.output / "alignment" / sizes.preset / name) for name, make in made.items()
-    }
-    before = {}
+    folder = options.output / "alignment" / sizes.preset
+    every = {name: _splits(make, folder / name) for name, make in sources(sizes.sizes, options).items()}
+    found: dict[str, Splits | PretrainedSplits] = dict(every)
     for pair in sizes.pretrained:
         new, _, old = pair.partition(AFTER)
-        if {new, old} <= found.keys():
-            both = [functools.partial(found[name].of, 0) for name in (old, new)]
-            before[pair] = PretrainedSplits(functools.partial(_pretrained, *both))
-    trained_before = {pair.partition(AFTER)[2] for pair in sizes.pretrained}
-    return {name: of for name, of in (found | before).items() if name not in trained_before}
+        found.pop(old, None)  # no data set of its own
+        if {new, old} <= every.keys():
+            found[pair] = PretrainedSplits(functools.partial(_pretrained, every[old], every[new]))
+    return found
 
 
-def _pretrained(old: Callable[[], Encoded], new: Callable[[], Encoded]) -> Pretrained:
-    return Pretrained(old(), new())
+def _pretrained(old: Splits, new: Splits) -> Pretrained:
+    return Pretrained(old.of(0), new.of(0))
 
 
 def _splits(make: Callable[[int], Source], folder: Path) -> Splits:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from studies.baselines.search import Search
 from studies.data.features import Side
+from studies.data.sets import SECOND
 from studies.records import Record
-from studies.spread.data import SECOND
 from studies.students import heads
 from studies.students.measure import PRIMARY, Metrics, measure
 
 from .cca import searched
+from .search import Search
 from .setting import Setting
 
 if TYPE_CHECKING:
@@ -94,11 +94,14 @@ class SideBySide:
 
 def trained(setting: Setting, train: Side, seed: int) -> Standardised:
     """Return heads that are trained as a setting says, with a seed."""
-    of = heads.Setting(
-        "clip", seed, setting.side,
-        epochs=setting.epochs, batch_size=setting.batch_size, lr=setting.lr, dropout=setting.dropout,
-        label_smoothing=setting.label_smoothing, train_pictures=len(train.pictures),
-    )  # fmt: skip
+    of = heads.Training(
+        seed=seed,
+        epochs=setting.epochs,
+        batch_size=setting.batch_size,
+        lr=setting.lr,
+        dropout=setting.dropout,
+        label_smoothing=setting.label_smoothing,
+    )
     return Standardised(train, lambda side: heads.train(of, side))
 
 

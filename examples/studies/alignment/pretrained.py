@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import rankloss
-from studies.captions.student import Student
-from studies.captions.train import fit
 from studies.data.features import Side
 from studies.data.pairs import numbered, vocabulary
 from studies.records import Record
 from studies.students.measure import Metrics, measure, recorded
+from studies.students.student import Student
+from studies.students.train import fit
 from studies.training import kept
 
 from . import heads

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 import rankloss
-from studies.captions.student import Student
-from studies.captions.train import fit
 from studies.data.features import Side
-from studies.spread.train import WEIGHT, by_teacher, spread
-from studies.students.losses import TEACHER
-from studies.students.model import WIDTH
+from studies.students.student import WIDTH, Student
+from studies.students.train import fit
 from studies.training import kept
 
 from . import heads
@@ -26,6 +23,8 @@ from .setting import Setting
 if TYPE_CHECKING:
     from .data import Encoded
 
+TEACHER = ("reference_image_features", "reference_text_features")
+_SPREAD = 0.3  # weight beside another term
 _HEADS = Setting(
     "heads", seed=0, side="dev", batch_size=128, epochs=20, lr=1e-3, dropout=0.3
 )  # the command's
@@ -37,6 +36,23 @@ class Arm:
 
     loss: Callable[[float], nn.Module]
     teacher: str = ""
+
+
+def spread(weight: float, base: nn.Module | None = None) -> nn.Module:
+    """Return CLIP's loss, or another, with the spread of each modality."""
+    return rankloss.SpreadLoss(base, weight=weight)
+
+
+def soft_targets(weight: float, *, is_cross: bool = False) -> nn.Module:
+    """Return CLIP's loss with a teacher's similarities as soft targets, as in the presets of encoders."""
+    return rankloss.RankClipLoss(
+        lambda_cross=weight if is_cross else 0.0,
+        lambda_in=weight,
+        schedule="constant",
+        model="top_one",
+        reference_scale=40.0,
+        diagonal=False,
+    )
 
 
 def mimicry(weight: float, base: nn.Module | None = None) -> nn.Module:
@@ -53,15 +69,15 @@ ARMS = {
     "clip": Arm(lambda _: rankloss.ClipLoss()),
     "smoothing": Arm(lambda value: rankloss.ClipLoss(label_smoothing=value)),
     "spread": Arm(spread),
-    "encoders": Arm(lambda weight: spread(WEIGHT, by_teacher(weight)), "encoders"),
+    "encoders": Arm(lambda weight: spread(_SPREAD, soft_targets(weight)), "encoders"),
     "mimicry": Arm(mimicry, "cca"),
     "mimicry-shuffled": Arm(mimicry, "shuffled"),
     "mimicry-components": Arm(mimicry, "components"),
     "mimicry-heads": Arm(mimicry, "heads"),
-    "mimicry-spread": Arm(lambda weight: spread(WEIGHT, mimicry(weight)), "cca"),
+    "mimicry-spread": Arm(lambda weight: spread(_SPREAD, mimicry(weight)), "cca"),
     "ranks": Arm(ranks, "cca"),
     "mimicry-ranks": Arm(lambda times: mimicry(16 * times, ranks(16 * times, top_k=4)), "cca"),
-    "softmax": Arm(lambda weight: by_teacher(weight, is_cross=True), "cca"),
+    "softmax": Arm(lambda weight: soft_targets(weight, is_cross=True), "cca"),
 }
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from studies.cells import Tested, mean_rows, primary_values, rows
+from studies.data.sets import SECOND
 from studies.plan import Find, MissingError
 from studies.records import Record
 from studies.report import conditions_texts
 from studies.runner import Study
-from studies.spread.data import SECOND
 from studies.statistics import Arms, Measure, Pair
 from studies.students.measure import CORRELATION, PRIMARY
 
@@ -359,5 +359,4 @@ def study(_: str) -> Study:
         results=results,
         report="alignment",
         ask=ask,
-        packages=("torch", "numpy", "scipy", "scikit-learn", "rankloss"),
     )

@@ -1,15 +1,11 @@
-"""Emojis and icons: drawings with their names, as a student and as two frozen encoders see them."""
+"""Emojis and icons: drawings with their names, split by concept."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
 from openmoji_demo.data import (
     Emoji,
     draw,
@@ -20,16 +16,10 @@ from openmoji_demo.data import (
     train_captions,
 )
 from PIL import Image
-from torch.nn.functional import normalize
 
 from studies.icons.load import Icons
 from studies.icons.records import Record
 from studies.icons.split import TEST, VALIDATION
-from studies.students.measure import Metrics, Model, measure
-from studies.students.train import Pairs
-
-from .features import Encoders, Side, save
-from .pairs import DataSet, Thumbnails, numbered, vocabulary
 
 _OTHER_SET = "moji"  # in the names of the icons' sets of emojis, which are left out
 
@@ -123,47 +113,3 @@ def side_of(concept: str, test: float = TEST, dev: float = VALIDATION) -> str:
 def hash_of(text: str) -> str:
     """Return a number in hexadecimal that orders texts at random."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def data_set(sides: Sides, folder: Path, kind: type[Encoders]) -> DataSet:
-    """Return drawings as a data set; the folder keeps the features, of which missing ones are computed."""
-    pixels = {side: Thumbnails().pictures(of.pictures) for side, of in sides.items()}
-    load = functools.cache(kind)  # once for all sides, and only where features are missing
-    kept = {side: _features(of, pixels[side], folder, kind.name, load) for side, of in sides.items()}
-    words = vocabulary(caption for of in sides["train"].captions for caption in of)
-
-    def pairs(side: str) -> Pairs:
-        of = sides[side]
-        with np.load(kept[side]) as found:
-            teacher = {of: torch.from_numpy(found[of]).float() for of in ("pictures", "sentences")}
-        return Pairs(
-            Side(torch.from_numpy(pixels[side]), numbered(of.captions, words)),
-            Side(
-                normalize(teacher["pictures"], dim=-1),
-                normalize(teacher["sentences"], dim=-1).unflatten(0, (len(of.captions), -1)),
-            ),
-        )
-
-    found = {side: pairs(side) for side in sides}
-
-    def measured(model: Model, side: str, of: Side | None = None) -> Metrics:
-        return measure(model, of or found[side].student, ())
-
-    fingerprint = hashlib.sha256("\n".join(path.stem for path in kept.values()).encode()).hexdigest()[:16]
-    return DataSet(2 + len(words), found, measured, fingerprint)
-
-
-def _features(
-    of: Drawings, pixels: np.ndarray, folder: Path, encoders_name: str, load: Callable[[], Encoders]
-) -> Path:
-    """Return the file of the encoders' features of a side, named by all that they depend on."""
-    sentences = [text for captions in of.captions for text in captions]
-    content = hashlib.sha256("\n".join([encoders_name, str(pixels.shape), *sentences]).encode())
-    content.update(pixels)
-    for picture in of.pictures:
-        content.update(picture.tobytes())
-    path = folder / f"{content.hexdigest()[:16]}.npz"
-    if not path.is_file():
-        encoders = load()
-        save(path, pictures=encoders.pictures(of.pictures), sentences=encoders.sentences(sentences))
-    return path

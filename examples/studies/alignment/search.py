@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from studies.data.features import Side
-from studies.data.pairs import Pairs
 
 
 class Search:
@@ -40,21 +37,3 @@ class Search:
     def _beside(self, own: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         nearest = (own @ keys.T).topk(self.k).indices
         return normalize(values[nearest].mean(1), dim=-1)
-
-
-def without_encoders(sides: Mapping[str, Pairs]) -> dict[str, Side]:
-    """Return pixels minus the mean picture, and TF-IDF of the captions' words, as features."""
-    words = 1 + max(int(of.student.sentences.max()) for of in sides.values())
-    counts = {name: _counts(of.student.sentences, words) for name, of in sides.items()}
-    train = counts["train"].flatten(0, 1)
-    rarity = (len(train) / (train > 0).sum(0).clamp_min(1)).log()
-    pixels = {name: of.student.pictures.flatten(1).float() for name, of in sides.items()}
-    mean = pixels["train"].mean(0)
-    return {name: Side(pixels[name] - mean, normalize(counts[name] * rarity, dim=-1)) for name in sides}
-
-
-def _counts(sentences: Tensor, words: int) -> Tensor:
-    """Return how often each word is in a sentence, ``[N, S, words]``; padding and unknown words are none."""
-    found = torch.zeros(*sentences.shape[:2], words)
-    found.scatter_add_(-1, sentences, (sentences > 1).float())
-    return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from studies.students.model import SCALE, convolutions, middle, projection
-
 SIZE, CROP = 32, 28  # pixels of a picture's side, and those of them that are seen
+WIDTH = 256  # of the common space
+SCALE = 1 / 0.07  # of the similarities, at the start
 _CHANNELS = (16, 32, 64, 128)
 _WORDS = 128
 
@@ -50,3 +51,27 @@ def pixels(pictures: Iterable[Image.Image]) -> Tensor:
     """Return pictures resized without regard to their shape, uint8 ``[N, 32, 32, 3]``."""
     resized = (one.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) for one in pictures)
     return torch.from_numpy(np.stack([np.asarray(one) for one in resized]))
+
+
+def middle(pictures: Tensor, size: int) -> Tensor:
+    """Return the middle of pictures as numbers from −1 to 1, ``[N, 3, size, size]``."""
+    top, left = ((side - size) // 2 for side in pictures.shape[1:3])
+    return pictures[:, top : top + size, left : left + size].permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def convolutions(channels: Sequence[int]) -> nn.Sequential:
+    """Return convolutions, each of which halves the pictures' sides."""
+    layers = (
+        nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        )
+        for before, after in itertools.pairwise((3, *channels))
+    )
+    return nn.Sequential(*layers)
+
+
+def projection(width: int) -> nn.Sequential:
+    """Return a map of standardised features into the common space."""
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, WIDTH))

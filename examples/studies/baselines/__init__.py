@@ -1,1 +1,0 @@
-"""What a loss is compared with: no training, heads on frozen encoders, students from scratch."""

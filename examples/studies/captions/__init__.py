@@ -1,1 +1,0 @@
-"""The captions as teacher, and rivals that need nothing but pairs."""

@@ -1,1 +1,0 @@
-"""Heads on frozen encoders: spread, smoothing and CLIP's loss with the same dropout, and each at its best."""

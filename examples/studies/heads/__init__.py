@@ -1,1 +1,0 @@
-"""Heads on frozen encoders: what spread, ranks and smoothing add to CLIP's loss there."""

@@ -1,1 +1,0 @@
-"""Pretrained towers that are trained together, after heads on them."""
