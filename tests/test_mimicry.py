@@ -58,6 +58,17 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
     assert sizes.largest < n * n
 
 
+def test_a_narrower_teacher_is_compared_with_zeros_in_the_other_dimensions() -> None:
+    v, t, s = batch()
+    teacher = teacher_of(6, 3)
+    distance = MimicryLoss(weight=2)(v, t, s, output_dict=True, **teacher)["mimicry_loss"]
+    (3 * distance).backward()
+    padded = {name: torch.cat([x, torch.zeros(6, 1)], 1) for name, x in teacher.items()}
+    expected = 2 * sum((x - y).square().sum(1).mean() for x, y in zip((v, t), padded.values(), strict=True))
+    torch.testing.assert_close(distance, expected)
+    torch.testing.assert_close(v.grad, 3 * 2 * 2 * (v - padded[IMAGE]) / 6)
+
+
 # --- errors -----------------------------------------------------------------------------------------------
 
 
@@ -65,7 +76,11 @@ def test_no_matrix_of_all_pairs_is_held() -> None:
     ("teacher", "components", "named"),
     [
         ({}, None, f"MimicryLoss needs {IMAGE} or {TEXT}.* neither"),
-        (teacher_of(6, 5), None, rf"{IMAGE} must have the student\'s width, 4,.* got 5.*components\(4\)"),
+        (
+            teacher_of(6, 5),
+            None,
+            rf"{IMAGE} must have at most .* width, 4,.* got 5.*components\(4\)",
+        ),
         (teacher_of(6, 5), torch.eye(6)[:, :4], rf"components must be \(5, 4\) for {IMAGE}.* \(6, 4\)"),
         (teacher_of(5, 4), None, rf"{IMAGE} must have one row per pair, 6.* \(5, 4\)"),
         ({TEXT: torch.full((6, 4), torch.nan)}, None, f"{TEXT} must be finite.* row 0 has norm nan"),

@@ -22,15 +22,18 @@ from typing import Any, NamedTuple
 import torch
 
 from rankloss_features import image_encoders, packages, sources
+from rankloss_features.aligning import align
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.errors import flag, named_errors
-from rankloss_features.folder import read_about
+from rankloss_features.folder import Features, read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import precision_on, turn, write
 
-_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A or text=B"
+_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A,text=B,align, image=A or text=B"
+_ALIGN = "align"
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
+_NAMES = ("model", "pretrained", *_ENCODERS.values())
 _REMEDY = "give the training teacher FOLDER"
 _BATCH_SIZE, _WORKERS = 256, 2
 _logger = logging.getLogger("rankloss_features")
@@ -44,16 +47,21 @@ class Spec(NamedTuple):
         pretrained: Its weights; None for ``hf-hub:…`` and ``local-dir:…``, which have their own.
         image_encoder: The encoder of images, or None.
         text_encoder: The encoder of texts, or None.
+        align: True if the features of both encoders are brought into one space.
     """
 
     model: str | None = None
     pretrained: str | None = None
     image_encoder: str | None = None
     text_encoder: str | None = None
+    align: bool = False
 
     @classmethod
     def of(cls, text: str) -> Spec:
-        """Parse a teacher: ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A`` or ``text=B``.
+        """Parse a teacher.
+
+        It is ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A,text=B,align``, ``image=A`` or
+        ``text=B``.
 
         Raises:
             ValueError: It is none of these.
@@ -63,13 +71,21 @@ class Spec(NamedTuple):
             ['--model', 'ViT-L-14', '--pretrained', 'openai']
             >>> Spec.of("text=minilm").options()
             ['--text-encoder', 'minilm']
+            >>> Spec.of("image=efficientnet-lite0,text=minilm,align").options()
+            ['--image-encoder', 'efficientnet-lite0', '--text-encoder', 'minilm', '--align']
         """
-        parts = [part.partition("=") for part in text.split(",")]
+        words = text.split(",")
+        if "=" in words[0] and words.count(_ALIGN) == 1:
+            both = cls.of(",".join(word for word in words if word != _ALIGN))
+            if both.image_encoder is None or both.text_encoder is None:
+                raise ValueError(f"{text!r}: {_ALIGN} brings two encoders into one space, image=A,text=B")
+            return both._replace(align=True)
+        parts = [word.partition("=") for word in words]
         if all(separator for _, separator, _ in parts):
             unknown = next((key for key, _, _ in parts if key not in _ENCODERS), None)
             if unknown is not None:
                 raise ValueError(f"{text!r}: {unknown!r} is no modality{did_you_mean(unknown, [*_ENCODERS])}")
-            encoders = {_ENCODERS[key]: name for key, _, name in parts}
+            encoders: dict[str, Any] = {_ENCODERS[key]: name for key, _, name in parts}
             if len(encoders) == len(parts) and all(encoders.values()):
                 return cls(**encoders)
         elif text.startswith(sources.OWN_WEIGHTS) and text not in sources.OWN_WEIGHTS:
@@ -82,8 +98,9 @@ class Spec(NamedTuple):
 
     def options(self) -> list[str]:
         """The options of ``rankloss features`` that name the teacher."""
-        given = ((flag(name), value) for name, value in self._asdict().items() if value is not None)
-        return [word for pair in given for word in pair]
+        named = [(flag(name), getattr(self, name)) for name in _NAMES]
+        words = [word for pair in named if pair[1] is not None for word in pair]
+        return [*words, *([flag(_ALIGN)] if self.align else [])]
 
     def command(self, *more: str) -> str:
         """The command of ``rankloss features`` with more options."""
@@ -107,13 +124,14 @@ class Spec(NamedTuple):
         return self
 
     def load(self, device: torch.device, batch_size: int) -> Teacher:
-        """The teacher, on a device; its texts are encoded so many at a time.
+        """The teacher, on a device; its texts are encoded so many at a time. Encoders are not aligned yet.
 
         Raises:
             ValueError: It is not installed, not found, or has no weights.
         """
         names = dict.fromkeys(("features", "image_weights", "spaces"))
-        args = Namespace(**names, **self._asdict(), batch_size=batch_size)
+        given = {name: getattr(self, name) for name in _NAMES}
+        args = Namespace(**names, **given, align=None, batch_size=batch_size)
         return sources.load(sources.given(args), args, device)
 
     def _look_up(self, name: str, value: str) -> None:
@@ -218,6 +236,11 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
         if not _is_complete(folder):
             _logger.info("a teacher's features are computed into %s", folder)
             command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
+            if spec.align:
+                encoded = cached(spec._replace(align=False), data, cache, device)
+                folder.mkdir(exist_ok=True)
+                align(Features(encoded), data, folder, command)
+                return str(folder)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 teacher = spec.load(device, _BATCH_SIZE)
                 write(folder, data, teacher, {**settings, "command": command}, _WORKERS, shared=False)
@@ -231,11 +254,12 @@ def _is_complete(folder: Path) -> bool:
 
 def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
-    files = {name: _files(name) for name in spec if name is not None}
+    names = [name for name in (getattr(spec, each) for each in _NAMES) if name is not None]
+    files = {name: _files(name) for name in names}
     known = json.dumps([spec, files, settings, data.identity()])
     digest = hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
     words = []
-    for name in (str(data.about["data"]), *filter(None, spec)):
+    for name in (str(data.about["data"]), *names, *([_ALIGN] if spec.align else [])):
         last_part = os.path.basename(name.rstrip("/"))
         words.append(re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32])
     return "_".join([*words, digest])

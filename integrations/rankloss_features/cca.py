@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -431,6 +431,35 @@ class CanonicalCorrelation:
         setting = Setting(image_ridge, text_ridge, dimensions, power, root)
         bases = Eigenbases(PairSums.of(image_features, text_features, root=root))
         return bases.fit(setting)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the fit by name, to be stored beside its setting."""
+        names = ("image_mean", "image_projection", "text_mean", "text_projection", "correlations")
+        return {name: getattr(self, name).cpu().contiguous() for name in names}
+
+    @classmethod
+    def of_tensors(cls, setting: Setting, tensors: Mapping[str, Tensor]) -> CanonicalCorrelation:
+        """The fit of stored tensors, as :meth:`tensors` gives them.
+
+        Raises:
+            ValueError: They are others, of another dtype, of shapes that do not fit, or not finite.
+        """
+        D, D_text, K = (
+            tensors[name].numel() if name in tensors else 0
+            for name in ("image_mean", "text_mean", "correlations")
+        )
+        needed = {
+            "image_mean": (D,),
+            "image_projection": (D, K),
+            "text_mean": (D_text,),
+            "text_projection": (D_text, K),
+            "correlations": (K,),
+        }
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        are_numbers = all(x.dtype == torch.float64 and bool(x.isfinite().all()) for x in tensors.values())
+        if found != needed or 0 in (D, D_text, K) or not are_numbers:
+            raise ValueError(f"tensors must be {', '.join(needed)}, finite float64; got shapes {found}")
+        return cls(setting, **tensors)
 
     def images(self, x: Tensor) -> Tensor:
         """The unit-norm features of pictures in the common space.

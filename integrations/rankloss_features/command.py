@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rankloss.options import check_count
-from rankloss_features import checking, data, sources, writing
+from rankloss_features import aligning, checking, data, sources, writing
 from rankloss_features.folder import SPACES
 from rankloss_features.image_encoders import did_you_mean
 
@@ -43,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
         settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         given = sources.given(args)
         pairs, teacher = data.open_data(args), sources.load(given, args, device)
-        writing.write(args.output, pairs, teacher, {**settings, "command": command}, args.workers)
+        if isinstance(args.align, str):
+            teacher = aligning.aligned_teacher(teacher, args.align)
+        write = aligning.write_aligned if args.align is True else writing.write
+        write(args.output, pairs, teacher, {**settings, "command": command}, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1
@@ -95,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         "--spaces",
         choices=SPACES,
         help="of --features: separate if images and texts are of two encoders; else common, for equal widths",
+    )
+    said.add_argument(
+        "--align",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="bring images and texts into one space, by projections that are fitted to these pairs (CCA with "
+        "ridges), or by those of an aligned folder",
     )
     data.add_options(parser)
     how = parser.add_argument_group("how")

@@ -7,6 +7,7 @@
     pairs.npy                  [rows], uint64: the hash of each row's caption and image name
     image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
     text_features-00000.npy    likewise; one of the two modalities may be missing
+    alignment.safetensors      of --align: the projections of two encoders' features into one space
 
 A row of zeros has no features, since its picture cannot be read. ``folder.json`` has a hash of its own
 entries, too, so a file that is cut, changed or from another folder is refused, and named. While the folder is
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 
 from rankloss.checks import FEWEST_THAT_DIFFER
+from rankloss_features.cca import CanonicalCorrelation, Setting
 from rankloss_features.components import Components, first_components
 
 NAMES = ("image_features", "text_features")
@@ -47,6 +49,9 @@ FORMAT = 3
 Array = np.ndarray[Any, Any]
 
 ABOUT, PAIRS = "folder.json", "pairs.npy"
+ALIGNMENT = "alignment.safetensors"
+"""The projections of an aligned folder, whose setting is the entry ``alignment`` of ``folder.json``."""
+
 _EARLIER = "features.json"  # of formats 1 and 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 65_536  # pairs that are hashed together
@@ -249,6 +254,14 @@ def _are_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
+def _is_setting(value: Any) -> bool:
+    try:
+        Setting(**value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 Entries: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
 """A check of each entry of a JSON file, and its kind in words."""
 
@@ -266,6 +279,7 @@ _OPTIONAL_ENTRIES: Entries = {
     "teacher": (lambda value: isinstance(value, dict), "the teacher's entries"),
     "data": (lambda value: isinstance(value, dict), "the data's entries"),
     "command": (lambda value: isinstance(value, str), "a command"),
+    "alignment": (_is_setting, "a setting of the alignment"),
 }
 
 
@@ -546,6 +560,28 @@ class Features(Pairs):
         """
         return first_components(self, width)
 
+    @functools.cached_property
+    def alignment(self) -> CanonicalCorrelation | None:
+        """The projections of an aligned folder, for new pairs; None of any other.
+
+        They take the features of the encoders that the entry ``teacher`` names.
+
+        Raises:
+            ValueError: Their file is not as it was written.
+        """
+        if "alignment" not in self.about:
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = Path(self.path, ALIGNMENT)
+        content = file.read_bytes() if file.is_file() else b""  # a pipe would be waited for
+        self.check_hash(ALIGNMENT, content)
+        try:
+            return CanonicalCorrelation.of_tensors(Setting(**self.about["alignment"]), load(content))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+
     def check(self) -> Features:
         """Read every file once, from end to end; the same folder.
 
@@ -553,6 +589,7 @@ class Features(Pairs):
             ValueError: A file is not as it was written.
         """
         self.check_hash(PAIRS, self.pairs)
+        _ = self.alignment
         for shard in self.shards:
             for name, file in self.files_of(shard).items():
                 self.check_hash(file.name, self.arrays[name].shards[shard])
@@ -563,10 +600,19 @@ class Draft(Pairs):
     """A folder that is written."""
 
     @staticmethod
-    def begin(output: Path, about: dict[str, Any], pairs: Array) -> None:
-        """Make a folder without features, of some entries and pairs."""
+    def begin(
+        output: Path, about: dict[str, Any], pairs: Array, alignment: CanonicalCorrelation | None = None
+    ) -> None:
+        """Make a folder without features, of some entries and pairs; of projections if it is aligned."""
         _delete_marks(output)  # of other pairs
         files = {PAIRS: hash_of(pairs).hex()}
+        if alignment is not None:
+            from safetensors.torch import save
+
+            content = save(alignment.tensors())
+            files[ALIGNMENT] = hash_of(content).hex()
+            about = {**about, "alignment": alignment.setting.as_options()}
+            write_bytes(output / ALIGNMENT, content)
         about = {**about, "rows": len(pairs), "complete": False, "files": files}
         write_about(output, about)
         write_array(output / PAIRS, pairs)
@@ -593,7 +639,7 @@ class Draft(Pairs):
         Raises:
             ValueError: No row has features.
         """
-        files = {PAIRS: self.about["files"][PAIRS]}
+        files = {name: x for name, x in self.about["files"].items() if name in (PAIRS, ALIGNMENT)}
         skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)

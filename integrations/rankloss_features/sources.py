@@ -42,6 +42,11 @@ def given(args: Any) -> list[str]:
                 f"{flag(name)} {getattr(args, name)} belongs to {flag(owner)}, which is not given"
             )
     check_pretrained(args.model, args.pretrained)
+    if args.align is not None and len(found) == 1 and "encoder" in found[0]:
+        raise ValueError(
+            f"--align brings images and texts into one space: {flag(found[0])} has one modality; give "
+            "--image-encoder and --text-encoder"
+        )
     return found
 
 

@@ -67,14 +67,10 @@ def write(
             folder is lost.
         OSError: The disk is full, or the folder cannot be written.
     """
-    rank, world = _place_in_torchrun() if shared else (0, 1)
+    rank, world = join_processes() if shared else (0, 1)
     is_first = rank == 0
-    if world > 1 and not torch.distributed.is_initialized():
-        _join_processes(rank, world)
     if is_first:
-        if os.path.lexists(output) and not output.is_dir():
-            raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     with turn(output / ".lock", output) if is_first else nullcontext():
         if is_first:
             _begin(output, data, teacher, settings)
@@ -89,9 +85,27 @@ def write(
             draft.finish()
 
 
-def _place_in_torchrun() -> tuple[int, int]:
-    """The number of this process, and the number of all; 0 and 1 without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def join_processes() -> tuple[int, int]:
+    """The number of this process, and the number of all, in one process group; 0 and 1 without torchrun.
+
+    Raises:
+        ConnectionError: As :func:`_join_processes`.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        _join_processes(rank, world)
+    return rank, world
+
+
+def make_folder(output: Path) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        ValueError: It is a file, or a link to nothing.
+    """
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"--output {output} is no folder, nor a link to one that is there")
+    output.mkdir(parents=True, exist_ok=True)
 
 
 def _share_counts(data: Data) -> None:
@@ -163,9 +177,9 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     }
     found = read_about(output)
     if found is None:
-        _check_has_no_files(output)
+        check_has_no_files(output)
     else:
-        _check_is_of(output, found, about)
+        check_is_of(output, found, about)
     has_pairs = found is not None and (found["complete"] or (output / PAIRS).exists())
     if has_pairs:
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
@@ -173,16 +187,16 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         _begin_draft(output, data, teacher, about)
 
 
-def _check_has_no_files(output: Path) -> None:
+def check_has_no_files(output: Path) -> None:
     """Raise a ValueError for a folder with files of another program."""
     if any(not file.name.startswith(".") for file in output.iterdir()):
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
 
 
-def _check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
+def check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
     """Raise a ValueError for a folder that was begun with another teacher or other settings."""
     for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
-        if found.get(key) != about[key]:
+        if key in about and found.get(key) != about[key]:
             raise ValueError(
                 f"--output {output} was begun with another {key}, {found.get(key)}, not {about[key]}; by its "
                 f"own account, its command was {found.get('command')!r}"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from inspect import BoundArguments
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.version import __version__
 from torch import nn
@@ -45,7 +44,6 @@ def start(args: Any, choice: Choice) -> TrainerLoss:
     with naming_flags(choice.losses):
         run = TrainerLoss(args, *choice)
         check_arguments(run)
-        check_width(run)
         check_batch(run)
         check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
         data = read_data(run)
@@ -107,30 +105,6 @@ def _flags_of_teacher(args: Any) -> str:
 def _flags(args: Any, *names: str) -> str:
     """The flags, of these arguments, that are given."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
-
-
-def check_width(run: TrainerLoss) -> None:
-    """Raise an error for a teacher that a loss copies and that is narrower than the model.
-
-    Of a model or a teacher whose width is not known before it is built, its features tell.
-    """
-    student, spec = _width_of(getattr(run.args, "model", None)), run.teaching.spec
-    teacher = None if spec is None else spec.model
-    if run.takes_trainers_teacher:
-        teacher = getattr(run.args, "distill_model", None)
-    if student is not None:
-        run.teaching.check_width(student, _width_of(teacher))
-
-
-def _width_of(model: str | None) -> int | None:
-    """The number of dimensions of a model of open_clip; None where its configuration does not say."""
-    if not model or model.startswith("hf-hub:"):
-        return None
-    try:
-        config = open_clip.get_model_config(model) or {}
-    except (OSError, ValueError):  # who builds the model says what is wrong with it
-        return None
-    return config.get("embed_dim")
 
 
 def check_batch(run: TrainerLoss) -> None:
@@ -198,8 +172,7 @@ def compute_teacher(run: TrainerLoss, data: Any) -> None:
     """Compute the teacher's features of the training data, unless a cache has them.
 
     Raises:
-        OptionError: The teacher cannot be loaded, a picture cannot be read, the cache cannot be written, or
-            the teacher is narrower than a model that copies it.
+        OptionError: The teacher cannot be loaded, a picture cannot be read, or the cache cannot be written.
     """
     from rankloss_features import caching
 
@@ -209,7 +182,6 @@ def compute_teacher(run: TrainerLoss, data: Any) -> None:
     except (OSError, ValueError) as error:
         raise OptionError("teacher", last_line(error)) from error
     run.teaching.open_folder(folder)
-    check_width(run)
 
 
 # --- the patched functions ------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ class RunOptions:
 
     Args:
         teacher: Folder of `rankloss features`; or a teacher to compute before the first step,
-            MODEL:PRETRAINED of open_clip or image=A,text=B; or "given", that of the trainer or the data. One
-            encoder alone is image=A or text=B. None is a loss's own teacher, or "given" for a loss
-            that needs one.
+            MODEL:PRETRAINED of open_clip or image=A,text=B; or "given", that of the trainer or the data.
+            image=A,text=B,align brings two encoders into one space; image=A or text=B is one alone. None is
+            a loss's own teacher, or "given" for a loss that needs one.
         schedule_unit: Evaluate schedules per epoch or per optimizer step; auto is per epoch in a run of ten
             or more.
         agreement_every: Log the batch's rank agreement, Kendall's tau, at every so many optimizer steps.
@@ -147,7 +147,7 @@ class Teacher:
     @property
     def are_encoders(self) -> bool:
         """True for a teacher to compute whose images and texts have no common space."""
-        return self.spec is not None and self.spec.model is None
+        return self.spec is not None and self.spec.model is None and not self.spec.align
 
     @property
     def is_one_encoder(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankloss.losses import TEACHER, takes_teacher
@@ -130,8 +131,7 @@ class Teaching:
         """The teacher's features among the inputs of a loss, whose parts get the components to copy them.
 
         Raises:
-            ValueError: There are none and the loss needs them, or it does not use them; or the teacher is
-                narrower than the student, which cannot copy it.
+            ValueError: There are none and the loss needs them, or it does not use them.
         """
         features = {name: batch[name] for name in TEACHER if batch.get(name) is not None}
         self._check_use(features)
@@ -161,48 +161,24 @@ class Teaching:
         ways = self._host.teacher
         return Teacher(own[0]).spec.two_steps(ways) if own else ways
 
-    def check_width(self, width: int, teacher_width: int | None = None) -> None:
-        """Raise an error if a part copies features of a teacher that is narrower than the student.
-
-        Args:
-            width: The student's.
-            teacher_width: The teacher's, where it is known before there is a folder of its features.
-
-        Raises:
-            OptionError: The teacher that the run's options name is narrower.
-            ValueError: The trainer's own is.
-        """
-        if self.features is not None:
-            teacher_width = min(rows.shape[1] for rows in self.features.arrays.values())
-        if not self._copying or teacher_width is None:
-            return
-        try:
-            _check_is_wide_enough(width, teacher_width)
-        except ValueError as error:
-            if self.teacher is None:
-                raise ValueError(f"{self.name}: {error}") from error
-            name = self.teacher.text if self.features is None else self.features.path
-            raise OptionError("teacher", f"{name}: {error}") from error
-
     def _set_components(self, student: Any, teacher: Any) -> None:
-        """Give the folder's principal components to the parts that copy features of another width."""
+        """Give the matrix that brings the teacher to the student's width to the parts that copy it.
+
+        Of a wider teacher these are the folder's principal components; of a narrower one it adds zeros.
+        """
         parts = [part for part in self._copying if part.components is None]
         student_shape, teacher_shape = (tuple(getattr(x, "shape", ())) for x in (student, teacher))
         if not parts or len(student_shape) != 2 or len(teacher_shape) != 2:  # the loss names wrong inputs
             return
         student_width, teacher_width = student_shape[1], teacher_shape[1]
-        _check_is_wide_enough(student_width, teacher_width)
-        if student_width < teacher_width and self.features is not None:
+        if student_width > teacher_width:
+            matrix = torch.eye(teacher_width, student_width)
+        elif student_width < teacher_width and self.features is not None:
             matrix = self.features.components(student_width).matrix
-            for part in parts:
-                part.components = matrix
-
-
-def _check_is_wide_enough(student_width: int, teacher_width: int) -> None:
-    if student_width > teacher_width:
-        text = f"the teacher has {teacher_width} dimensions, fewer than the student's {student_width}, "
-        text += "which cannot copy them; rankclip-distill ranks by a teacher of any width"
-        raise ValueError(text)
+        else:
+            return
+        for part in parts:
+            part.components = matrix
 
 
 def _named_teacher(host: Host, name: str, losses: Sequence[Loss], option: str | None) -> Teacher | None:

@@ -22,9 +22,9 @@ class MimicryLoss(GatheringLoss):
 
     With a teacher of one modality, only that modality has distances.
 
-    If the teacher's width differs from the student's, the teacher's features are projected onto its principal
-    components, V'·P divided by its norms, with P in :attr:`components`. The trainers' plug-ins set P from a
-    folder of features.
+    Features of a teacher that is narrower than the student are padded with zeros, which keeps their products.
+    Those of a wider one are projected onto its principal components, V'·P divided by its norms, with P in
+    :attr:`components`, which the trainers' plug-ins set from a folder of features.
 
     The distances are computed in float32 at least, under autocast too. Under ``torch.compile`` the loss is
     one call between two graphs.
@@ -43,8 +43,8 @@ class MimicryLoss(GatheringLoss):
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm. ``logit_scale``: the multiplier s of
-        the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D]``, or ``[N, D']``
-        with components, unit-norm; they carry no gradient. ``output_dict=True`` gives the base's entries,
+        the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D']``, unit-norm, D'
+        above D with components; they carry no gradient. ``output_dict=True`` gives the base's entries,
         then the weighted ``mimicry_loss``.
 
     Raises:
@@ -126,7 +126,7 @@ class MimicryLoss(GatheringLoss):
         """The target of the student's features, without its graph."""
         features = constant(features)
         width = student.shape[1]
-        if features.shape[1] != width and self.components is not None:
+        if features.shape[1] > width and self.components is not None:
             self.components = components = self.components.to(features.device)
             if components.shape != (features.shape[1], width):
                 raise ValueError(
@@ -135,13 +135,10 @@ class MimicryLoss(GatheringLoss):
                 )
             features = F.normalize(product(features, components.to(features.dtype)), dim=-1)
         if features.shape[1] < width:
-            raise ValueError(
-                f"{name} must have at least the student's width, {width}, to be copied; got "
-                f"{features.shape[1]}. RankClipLoss ranks by a teacher of any width"
-            )
+            return F.pad(features, (0, width - features.shape[1]))
         if features.shape[1] != width:
             raise ValueError(
-                f"{name} must have the student's width, {width}, to be compared with its features; got "
+                f"{name} must have at most the student's width, {width}, to be compared with it; got "
                 f"{features.shape[1]}. The principal components of a folder of features bring them to it: "
                 f"loss.components = rankloss_features.Features(FOLDER).components({width}).matrix"
             )

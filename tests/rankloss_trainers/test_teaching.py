@@ -127,6 +127,14 @@ def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_a
     for loss in (loop, pickle.loads(pickle.dumps(loop)), copy.deepcopy(loop)):
         assert torch.equal(loss(**inputs, output_dict=True)["copy_loss"], entries["copy_loss"])
         assert torch.equal(loss.components, run.criterion.components)
-    narrow = {**inputs, "reference_image_features": unit(5, 3, seed=3, dtype=torch.float32)}
-    with pytest.raises(ValueError, match="3 dimensions, fewer than the student's 4, which cannot copy them"):
-        create("copying", teacher="common")(**narrow)
+
+
+def test_a_copying_loss_gets_zeros_beside_the_features_of_a_narrower_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, copying=Copying)
+    v, t, narrow = (unit(5, width, seed=width, dtype=torch.float32) for width in (4, 4, 3))
+    loss = create("copying", teacher="given")
+    copied = loss(v, t, 5.0, reference_image_features=narrow, output_dict=True)["copy_loss"]
+    expected = (v - torch.nn.functional.pad(narrow, (0, 1))).square().sum()
+    torch.testing.assert_close(copied, expected)

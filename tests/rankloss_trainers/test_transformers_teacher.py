@@ -228,6 +228,22 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
     assert not torch.equal(weights(ended.model), weights(clip()))
 
 
+@pytest.mark.parametrize("loss", ["mimicry", "rankclip-distill", "rankclip-distill+mimicry"])
+def test_two_encoders_that_are_aligned_teach_every_loss_of_a_common_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """The student is wider than the teacher, too."""
+    tiny_encoders(monkeypatch)
+    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
+    given = {"loss": loss, "max_steps": 2, **SGD}
+    by_flag = train(tmp_path, pairs=joined(captioned()), teacher="image=a,text=b,align", **given)
+    (folder,) = (tmp_path / "cache").glob("*align*/folder.json")
+    bound = joined(bind(captioned(), str(folder.parent)))
+    by_folder = train(tmp_path, pairs=bound, teacher=str(folder.parent), **given)
+    assert torch.equal(weights(by_flag.model), weights(by_folder.model))
+    assert not torch.equal(weights(by_flag.model), weights(clip()))
+
+
 def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,178 @@
+"""Writes the folder of two encoders whose features are aligned: brought into one space by their pairs.
+
+The projections are fitted to all pairs of the folder (:mod:`rankloss_features.tuning` chooses their setting),
+and kept in it, so that they serve for new pairs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankloss_features.data import Data
+from rankloss_features.folder import ALIGNMENT, NAMES, SPACES, Array, Draft, Features, hash_of, read_about
+from rankloss_features.teachers import Encoder, Teacher
+from rankloss_features.tuning import tuned
+from rankloss_features.writing import (
+    check_has_no_files,
+    check_is_of,
+    join_processes,
+    make_folder,
+    turn,
+    write,
+)
+
+_ENCODED = ".encoders"
+"""The folder of the encoders' own features, in that of the aligned ones while it is written."""
+
+_IMAGES, _TEXTS = NAMES
+
+
+def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any], workers: int) -> None:
+    """Write the aligned features of all pairs into a folder, fitted to these pairs.
+
+    The encoders' own features come first, as :func:`rankloss_features.writing.write` writes them, in a hidden
+    folder inside, which is deleted in the end. Interrupted, the same command goes on.
+
+    Args:
+        output: The folder.
+        data: The pairs.
+        teacher: The encoders.
+        settings: As for :func:`rankloss_features.writing.write`.
+        workers: Likewise.
+
+    Raises:
+        ValueError: As there; the features cannot be aligned.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    rank, world = join_processes()
+    is_first = rank == 0
+    if is_first:
+        make_folder(output)
+    with turn(output / ".lock", output) if is_first else nullcontext():
+        is_complete = [is_first and _is_complete(output, data, teacher, settings)]
+        if world > 1:
+            torch.distributed.broadcast_object_list(is_complete)
+        if is_complete[0]:
+            return
+        write(output / _ENCODED, data, teacher, settings, workers)
+        if is_first:
+            align(Features(str(output / _ENCODED)), data, output, settings["command"])
+            shutil.rmtree(output / _ENCODED)
+
+
+def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> bool:
+    """True for a complete folder of these features; False for one that is empty or unfinished.
+
+    Raises:
+        ValueError: It holds something else, or features of other pairs, another teacher or other settings.
+    """
+    found = read_about(output)
+    if found is None:
+        check_has_no_files(output)
+        return False
+    check_is_of(output, found, {"teacher": teacher.about, "spaces": SPACES[0], **settings})
+    if "alignment" not in found:
+        raise ValueError(f"--output {output} was begun without --align")
+    if not found["complete"]:
+        return False
+    Features(str(output)).check().compare(data.pairs(), str(data.about["data"]))
+    return True
+
+
+def align(encoded: Features, data: Data, output: Path, command: str) -> None:
+    """Write the aligned features of a folder of two encoders.
+
+    Args:
+        encoded: Their own features.
+        data: The pairs of the folder, which tell the rows of one picture.
+        output: The folder of the aligned ones; what an interrupted command has left there is replaced.
+        command: For ``folder.json``.
+
+    Raises:
+        ValueError: The features cannot be aligned.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    arrays = [encoded.arrays[name] for name in NAMES]
+    present = np.flatnonzero(np.concatenate([shard.any(axis=1) for shard in arrays[0].shards]))
+
+    def take(rows: Array) -> tuple[Tensor, Tensor]:
+        images, texts = (torch.from_numpy(array[present[rows]]) for array in arrays)
+        return images, texts
+
+    cca = tuned(take, _pictures(data, len(encoded))[present]).cca
+    about = {
+        **{key: encoded.about[key] for key in ("teacher", "dtype", "precision", "batch_size", "shard_rows")},
+        "data": encoded.about["data"],
+        "command": command,
+        "scale": None,
+        "spaces": SPACES[0],
+        "widths": dict.fromkeys(NAMES, len(cca.correlations)),
+    }
+    Draft.begin(output, about, encoded.pairs, cca)
+    draft = Draft(str(output))
+    project = {_IMAGES: cca.images, _TEXTS: cca.texts}
+    for shard in draft.shards:
+        rows = {name: encoded.arrays[name].shards[shard] for name in NAMES}
+        draft.save(shard, {name: _projected(project[name], x, about["dtype"]) for name, x in rows.items()})
+    draft.finish()
+
+
+def _pictures(data: Data, rows: int) -> Array:
+    """A number for each row, equal where rows have one picture. Samples of a stream have one each."""
+    if data.is_stream:
+        return np.arange(rows)
+    hashes = bytearray()  # which grows in place
+    for _, names in data.pairs():
+        hashes += b"".join(hash_of(name.encode("utf-8", "surrogatepass"), 8) for name in names)
+    return np.frombuffer(hashes, np.int64)
+
+
+def _projected(project: Callable[[Tensor], Tensor], rows: Array, dtype: str) -> Array:
+    """The aligned rows; those without features stay zero."""
+    is_present = rows.any(axis=1)
+    projected = project(torch.from_numpy(rows[is_present])).numpy()
+    aligned = np.zeros((len(rows), projected.shape[1]), dtype)
+    aligned[is_present] = projected
+    return aligned
+
+
+def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
+    """Encoders with the projections of a folder, for new pairs.
+
+    Raises:
+        ValueError: It is no aligned folder, or one of other encoders.
+    """
+    features = Features(folder)
+    cca = features.alignment
+    if cca is None:
+        raise ValueError(f"--align {folder} has no projections: it was written without --align")
+    of_folder = features.about["teacher"]
+    for name, value in teacher.about.items():
+        if of_folder.get(name) != value:
+            raise ValueError(
+                f"--align {folder} has the projections of other encoders, of {name} {of_folder.get(name)!r}; "
+                f"these have {value!r}"
+            )
+    project = {_IMAGES: cca.images, _TEXTS: cca.texts}
+    encoders = {
+        name: _with_projection(encoder, project[name], len(cca.correlations))
+        for name, encoder in teacher.encoders.items()
+    }
+    about = {**teacher.about, "alignment": features.about["files"][ALIGNMENT]}
+    return replace(teacher, about=about, encoders=encoders, spaces=SPACES[0])
+
+
+def _with_projection(encoder: Encoder, project: Callable[[Tensor], Tensor], width: int) -> Encoder:
+    def encode(inputs: Any) -> Tensor:
+        return project(encoder.encode(inputs).float())
+
+    return replace(encoder, encode=encode, width=width)
