@@ -65,35 +65,13 @@ def first_differences(report: str) -> list[str]:
 
 
 def photographs_table() -> list[str]:
-    """… in R@10 and in the agreement with experts, of every comparison."""
+    """… in R@10 and in the agreement with experts, of the comparisons that the page shows."""
     report = of_photographs("1")
     (agreement,) = re.findall(r"^\| τ_c, experts +\|(.*)\|$", report, re.MULTILINE)
-    both = zip(first_differences(report), agreement.replace("*", "").split("|"), strict=True)
-    return [f"{of_recall} | {of_agreement.strip()} |" for of_recall, of_agreement in both]
-
-
-def taught_heads() -> list[str]:
-    """… in R@10 of every way to learn from one teacher, minus CLIP's and minus ranks'."""
-    return [f"| {cell} |" for cell in first_differences(of_photographs("2b"))]
-
-
-def parts_of_a_teacher() -> list[str]:
-    """… in R@10 of every loss that sees a part of that teacher, minus CLIP's."""
-    tests = table_of_tests(of_photographs("3"))
-    arms = re.findall(r"^\| `[^:]+: ([^`]+)` +\| `clip` +\| ([^|]+?) +\|", tests, re.MULTILINE)
-    names = {"pearson": "Pearson", "cka": "CKA", "soft-labels": "soft labels", "ranks": "|"}
-    return [f"{names.get(loss, loss.replace('-', ' '))} {difference}" for loss, difference in arms]
-
-
-def two_encoders() -> list[str]:
-    """… in R@10 of every way to learn from two encoders, minus CLIP's, on all three data sets."""
-    cells: dict[str, list[str]] = {}
-    for part in ("2a", "2c"):
-        report = of_photographs(part)
-        for line in re.findall(r"^\| `[\w-]+` +\| `clip` .*$", report, re.MULTILINE):
-            arm, _, *of = (cell.strip() for cell in line.strip("| ").split("|"))
-            cells.setdefault(arm, []).extend(of[:1] if part == "2a" else of[:4:3])
-    return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
+    both = list(zip(first_differences(report), agreement.replace("*", "").split("|"), strict=True))
+    names = re.findall(r"^\| (`.*?) +\|", table_of_tests(report), re.MULTILINE)
+    assert len(names) == len(both) == 9
+    return [f"{both[place][0]} | {both[place][1].strip()} |" for place in (0, 1, 5, 6)]
 
 
 RECALL = ("metrics", "retrieval", "R@10, mean of both")
@@ -149,33 +127,118 @@ def beside_shuffled_words() -> list[str]:
     return rows
 
 
-def primary_tests(study: str, families_count: int, least_cells: int) -> list[str]:
-    """… in R@10 of a study's primary tests, a row for each cell, with the seeds of each."""
-    report = (ROOT / f"examples/studies/{study}/report/{study}.md").read_text(encoding="utf-8")
-    families = report.partition("## Primary tests")[2].partition("\n## ")[0].split("\n**(")[1:]
-    rows: dict[str, list[str]] = {}
-    for place, family in enumerate(families):
-        for line in re.findall(r"^\| [^|]+ \| +`.*\|$", family, re.MULTILINE):
-            cell, _, _, difference, n, *_ = (of.strip() for of in line.strip("| ").split("|"))
-            rows.setdefault(cell, ["–"] * len(families))[place] = f"{difference} ({n})"
-    assert len(families) == families_count
-    assert len(rows) >= least_cells
-    return [f"| {' | '.join(of)} |" for of in rows.values()]
+def rows_of(path: str, head: str) -> list[list[str]]:
+    """The cells of the rows of a report that begin so."""
+    text = (ROOT / "examples/studies" / path).read_text(encoding="utf-8")
+    lines = re.findall(rf"^\| {head}.*\|$", text, re.MULTILINE)
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
-def spread_or_ranks() -> list[str]:
-    """… on students from scratch."""
-    return primary_tests("spread", 5, 5)
+def differences_of(study: str) -> dict[tuple[str, str, str], str]:
+    """The differences in R@10 of a study's report, by cell and both arms."""
+    rows = rows_of(f"{study}/report/{study}.md", "[^|]+ \\| +`")
+    return {(row[0], row[1], row[2]): row[3] for row in rows if len(row) == 8}
 
 
 def spread_on_heads() -> list[str]:
-    """… on heads on frozen encoders."""
-    return primary_tests("heads", 4, 2)
+    """… on heads on frozen encoders, and on those with the same dropout."""
+    pairs = [("spread", "clip"), ("smoothing", "clip"), ("spread", "smoothing"), ("rankclip", "clip"),
+             ("rankclip", "spread"), ("rankclip-spread", "spread")]  # fmt: skip
+    heads, dropout = differences_of("heads"), differences_of("dropout")
+    assert all(dropout[("dropout 0.15", *pair)] == dropout[("each at its best", *pair)] for pair in pairs[:3])
+    rows = [[heads[(cell, *pair)] for pair in pairs] for cell in ("emojis", "photographs")]
+    rows += [
+        [dropout[(f"dropout {x}", *pair)] for pair in pairs[:3]] + ["–"] * 3 for x in ("0", "0.15", "0.3")
+    ]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def same_dropout() -> list[str]:
-    """… on heads with the same dropout."""
-    return primary_tests("dropout", 3, 4)
+CELLS = {
+    "emojis, 250": ("emojis", 250, 30, "emojis-250", "clip"),
+    "icons, 64": ("icons", 64, 4, "icons-64", "smoothing"),
+    "icons, 250": ("icons", 250, 4, "icons-250", "clip"),
+    "photographs, 64": ("photographs", 64, 8, "photographs-64", "clip"),
+    "photographs, 250": ("photographs", 250, 8, "photographs-250", "scale-5"),
+    "71,680 icons, 64": ("icons-71680", 64, 2, "icons-71680-64", "smoothing"),
+}
+"""Cells of both studies of one student: records, batch, epochs, name, and CLIP of the captions' study."""
+ARMS = {"std-constant": "spread", "rankclip": "rankclip", "encoders-spread": "encoders-spread"}
+"""Arms of the study of the spread, as its records and its report have them."""
+
+
+def baselines() -> list[str]:
+    """CLIP's R@10 in both studies, where the captions' has the arm that its dev side chose."""
+    rows = []
+    for title, (*_, cell, reference) in CELLS.items():
+        (tries,) = (x for x in rows_of("captions/report/captions.md", f"{cell} ") if x[-1] == reference)
+        assert len(tries) == 9
+        means = [
+            next(
+                x[2] for x in rows_of(f"{study}/report/{study}.md", f"{cell} ") if x[1] == arm and "±" in x[2]
+            )
+            for study, arm in (("captions", reference), ("spread", "clip"))
+        ]
+        rows.append(f"| {title} | {' | '.join(re.sub(r' .[0-9]+.$', '', x) for x in means)} |")
+    return rows
+
+
+def over_the_higher_clip() -> list[str]:
+    """… in R@10 of students from scratch, over the higher CLIP of both studies."""
+    tests, rows = differences_of("spread"), []
+    for title, (folder, batch, epochs, cell, reference) in CELLS.items():
+        of_captions, of_spread = (
+            records(
+                f"{study}/results/{folder}",
+                lambda s, cell=(batch, epochs, 0): (
+                    s["arm"] if (s["batch_size"], s["epochs"], s.get("split", 0)) == cell else ""
+                ),
+            )
+            for study in ("captions", "spread")
+        )
+        clip = list(of_seeds(of_captions[reference]).values())
+        own = float(
+            re.findall(r"([\d.]+) ±", next(x for x in baselines() if x.startswith(f"| {title} |")))[1]
+        )
+        is_paired = own > np.mean(clip)
+        row = []
+        for arm, name in ARMS.items():
+            if arm not in of_spread:
+                row.append("–")
+            elif is_paired:
+                row.append(tests[cell, name, "clip"])
+            else:
+                row.append(unpaired(list(of_seeds(of_spread[arm]).values()), clip))
+        rows.append(f"| {title} | {' | '.join([*row, tests[cell, 'rankclip', 'spread']])} |")
+    return rows
+
+
+def unpaired(values: list[float], others: list[float]) -> str:
+    """The mean difference of two samples with the ends of Welch's 95 % interval."""
+    ends = stats.ttest_ind(values, others, equal_var=False).confidence_interval()
+    text = f"{np.mean(values) - np.mean(others):+.2f} ({ends.low:.2f} to {ends.high:.2f})"
+    return text.replace("-", "−")
+
+
+def long_trainings() -> list[str]:
+    """… of trainings with several times the epochs, and of the vendor's emojis."""
+    tests, cells = differences_of("spread"), {
+        "icons, 250, eight times the epochs": "icons-250-long",
+        "emojis, 250, eight times the epochs": "emojis-250-long",
+        "photographs, 250, four times the epochs": "photographs-250-long",
+        "a vendor's emojis, 250": "vendor-250",
+    }  # fmt: skip
+    pairs = [("spread", "clip"), ("rankclip", "clip"), ("encoders-spread", "clip"), ("rankclip", "spread")]
+    rows = {title: [tests.get((cell, *pair), "–") for pair in pairs] for title, cell in cells.items()}
+    return [f"| {title} | {' | '.join(row)} |" for title, row in rows.items()]
+
+
+def uniform_beside_spread() -> list[str]:
+    """… in R@10 of uniform targets on icons in batches of 64, minus spread."""
+    arms = records(
+        "spread/results/icons",
+        lambda s: s["arm"] if (s["batch_size"], s["epochs"], s["split"]) == (64, 4, 0) else "",
+    )
+    return [minus(arms["uniform"], arms["std-constant"])]
 
 
 def heads_beside_smoothing() -> list[str]:
@@ -187,7 +250,12 @@ def heads_beside_smoothing() -> list[str]:
 
 
 def differences_without_a_report() -> list[str]:
-    return [*beside_shuffled_words(), *heads_beside_smoothing()]
+    return [
+        *beside_shuffled_words(),
+        *heads_beside_smoothing(),
+        *over_the_higher_clip(),
+        *uniform_beside_spread(),
+    ]
 
 
 def bar() -> list[str]:
@@ -255,15 +323,13 @@ def demo_agreement() -> list[str]:
             "docs/evidence.md",
             [
                 photographs_table,
-                taught_heads,
-                two_encoders,
                 beside_shuffled_words,
-                spread_or_ranks,
+                baselines,
+                over_the_higher_clip,
+                long_trainings,
                 spread_on_heads,
-                same_dropout,
                 bar,
                 costs,
-                parts_of_a_teacher,
             ],
         ),
     ],
