@@ -232,6 +232,21 @@ def long_trainings() -> list[str]:
     return [f"| {title} | {' | '.join(row)} |" for title, row in rows.items()]
 
 
+def frozen_encoders() -> list[str]:
+    """R@10 without training, of heads, in closed form and of both; and the differences."""
+    cells = [f"heads-{name}" for name in ("emojis", "icons", "photographs", "fxemoji", "noto-v1")]
+    means = {
+        (row[0], row[1]): re.sub(r" ± 0\.00|( ?\(\d+\))", "", row[2])
+        for row in rows_of("alignment/report/alignment.md", "heads-")
+        if "±" in row[2]
+    }
+    tests = differences_of("alignment")
+    rows = [[means[cell, arm] for cell in cells] for arm in ("search", "heads", "cca", "both")]
+    pairs = [("cca", "heads"), ("both", "cca"), ("both", "heads-2")]
+    rows += [[tests[(cell, *pair)] for cell in cells] for pair in pairs]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def uniform_beside_spread() -> list[str]:
     """… in R@10 of uniform targets on icons in batches of 64, minus spread."""
     arms = records(
@@ -322,6 +337,7 @@ def demo_agreement() -> list[str]:
         (
             "docs/evidence.md",
             [
+                frozen_encoders,
                 photographs_table,
                 beside_shuffled_words,
                 baselines,
