@@ -3,7 +3,8 @@
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
 :class:`SigLipLoss`, :class:`SpreadLoss`, :class:`MimicryLoss`, :class:`RankedLists`). :class:`RankOptions`
 has the options of the rank terms, :class:`Gather` configures the gathering from processes, and
-:func:`plackett_luce_nll` is the loss of one list.
+:func:`plackett_luce_nll` is the loss of one list. Losses of one's own are written on :class:`AddedTerms` or
+:class:`OwnTerms`.
 """
 
 from rankloss import distributed as distributed
@@ -14,9 +15,11 @@ from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
 from rankloss.distributed import Gather as Gather
 from rankloss.functional import plackett_luce_nll as plackett_luce_nll
+from rankloss.losses import AddedTerms as AddedTerms
 from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import MimicryLoss as MimicryLoss
+from rankloss.losses import OwnTerms as OwnTerms
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
 from rankloss.losses import RankedLists as RankedLists

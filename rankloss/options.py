@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ FixedReference = Literal[None, "image", "text"]
 Method = Literal["sort", "bin"]
 KernelOption = Literal["torch", "triton"]
 
+T = TypeVar("T")
 
 _LARGEST_COUNT = 2**31 - 1
 _BITS_OF_FLOATS = 1024  # of the largest integer that float64 holds
@@ -209,17 +210,29 @@ def shown(value: object) -> str:
     return repr(value)
 
 
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
+def check_choice(name: str, value: T, choices: Sequence[object]) -> T:
+    """``value``, or a ValueError that names the argument unless it is one of ``choices``.
+
+    Example:
+        >>> check_choice("mode", "b", ("a", "c"))
+        Traceback (most recent call last):
+        ValueError: mode must be one of 'a', 'c'; got 'b'
+    """
     # Compare the types, too: True equals 1, but must not replace it.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(value)}")
+    return value
 
 
 def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _LARGEST_COUNT) -> int:
     """``value`` as an int, or a ValueError that names the argument unless it is a whole number in range.
 
     Other integer types (NumPy's) are taken; booleans and floats are not.
+
+    Example:
+        >>> check_count("steps", 2.5)
+        Traceback (most recent call last):
+        ValueError: steps must be an integer of at least 1; got 2.5
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {shown(value)}")
@@ -247,6 +260,11 @@ def check_weight(name: str, value: object, *, above: float | None = None, below:
 
     It must be a finite number, no tensor, less than ``below``, and greater than ``above``, or without it at
     least 0.
+
+    Example:
+        >>> check_weight("weight", -1)
+        Traceback (most recent call last):
+        ValueError: weight must be a finite number >= 0; got -1
     """
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):

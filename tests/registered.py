@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import pkgutil
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 import rankloss_trainers
 from rankloss.losses import TEACHER
+from rankloss.losses.composition import call_arguments
 from rankloss_trainers import catalog
 
 NAMES = tuple(catalog.known())
@@ -32,7 +32,7 @@ def input_names(name: str) -> tuple[str, ...]:
     if any(getattr(part, "same_id", None) for part in loss.modules()):
         names["pair_ids"] = None
     for part in loss.modules():
-        for key, parameter in inspect.signature(part.forward).parameters.items():
+        for key, parameter in call_arguments(part).items():
             is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if is_named and parameter.default is parameter.empty:
                 names[key] = None

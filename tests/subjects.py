@@ -447,8 +447,10 @@ SUBJECTS = [
 
 NO_SUBJECTS = {
     "__version__": "a string",
+    "AddedTerms": "the base class of MimicryLoss, SpreadLoss and others",
     "Gather": "how a loss gathers: test_distributed has the losses with it",
     "InputWarning": "the warning of a suspicious input",
+    "OwnTerms": "the base class of AddedTerms, and of losses that other packages register",
     "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
     "distributed.gather_once": "a context: test_distributed has losses in it",
     "functional.cross_modal": "a term of RankConsistency",

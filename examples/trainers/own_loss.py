@@ -7,11 +7,11 @@ put in your model and your data.
 from datasets import Image, load_dataset
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
-from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss.losses import AddedTerms, check_weight
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 
-class SoftLoss(GatheringLoss):
+class SoftLoss(AddedTerms):
     """The trainer's own plus the softmax of a teacher's similarities of the captions.
 
     Args:
@@ -19,18 +19,14 @@ class SoftLoss(GatheringLoss):
     """
 
     def __init__(self, base=None, *, weight: float = 1.0, gather=None):
-        super().__init__(gather)
-        self.base, self.weight = check_base(base, self.gather), check_weight("weight", weight)
+        super().__init__(base, gather=gather)
+        self.weight = check_weight("weight", weight)
 
-    def forward(
-        self, image_features, text_features, logit_scale, *, reference_text_features, output_dict=False, **kw
-    ):
+    def own_terms(self, image_features, text_features, scale, *, reference_text_features):
         own, (teacher,) = self.gather.items(text_features), self.gather.constants(reference_text_features)
         targets = (20 * teacher @ teacher.T).softmax(-1)
         term = -(targets * (20 * own @ own.T).log_softmax(-1)).sum(-1).mean()
-        features, used = (image_features, text_features), {"reference_text_features": reference_text_features}
-        entries = base_entries(self.base, *features, logit_scale, teacher=used, **kw)
-        return combined(entries, {"soft_loss": self.weight * term}, output_dict)
+        return {"soft_loss": self.weight * term}
 
 
 def main(folder="outputs/sample", output="outputs/trainers/own_loss"):

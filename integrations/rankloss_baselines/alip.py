@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.distributed import GatherOption
-from rankloss.losses import GatheringLoss, check_weight, combined, outside_graphs, widest_dtype
+from rankloss.losses import OwnTerms, check_weight, widest_dtype
 from rankloss_trainers.declared import Named
 
 _KIND = ("shape", "dtype", "device")
 
 
-class AlipLoss(GatheringLoss):
+class AlipLoss(OwnTerms):
     r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
 
         A(v, u, w) = (1/N)·Σ_k w_s,k · w_k · ½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]
@@ -101,11 +101,6 @@ class AlipLoss(GatheringLoss):
         self._steps_are_announced = False
         self._step_begins = True
 
-    def extra_repr(self) -> str:
-        """The options."""
-        names = ("gamma_sample", "gamma_pair", "momentum", "initial_history")
-        return ", ".join(f"{name}={getattr(self, name):g}" for name in names)
-
     def reset_parameters(self) -> None:
         """Start the histories anew, as a module built on the meta device needs it after ``to_empty()``."""
         self.histories.fill_(self.initial_history)
@@ -119,29 +114,20 @@ class AlipLoss(GatheringLoss):
         """The training ends: until the next one announces its steps, each call in training mode is a step."""
         self._steps_are_announced, self._step_begins = False, True
 
-    @outside_graphs
-    def forward(
+    def own_terms(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
+        scale: Tensor | float,
         *,
         caption_features: Tensor,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its two parts."""
-        self.check_inputs(image_features, text_features, logit_scale)
-        kinds = [[getattr(x, name, None) for name in _KIND] for x in (text_features, caption_features)]
-        with self.gather.agreement(self, text_features=text_features, caption_features=caption_features):
-            if kinds[0] != kinds[1]:
-                raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
+    ) -> dict[str, Tensor]:
+        """``A(v, t, w_r)`` and ``A(v, c, w_c)``."""
+        self._check_captions(text_features, caption_features)
         images = self.gather.items(image_features)
         # Both captions in one collective.
         texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
         text_weights, caption_weights = self._weights(images, texts, synthetic)
-        if logit_bias is not None:  # changes nothing, but is a parameter of which DDP expects a gradient
-            logit_scale = logit_scale + 0.0 * logit_bias
         anchors = images, texts, synthetic
         if self.gather.anchors_are_local:
             anchors = image_features, text_features, caption_features
@@ -149,13 +135,21 @@ class AlipLoss(GatheringLoss):
         rows = rows + self.gather.first_row(len(rows))
 
         def part(own: Tensor, everyone: Tensor, weights: Tensor) -> Tensor:
-            nll = F.cross_entropy(logit_scale * anchors[0] @ everyone.T, rows, reduction="none")
-            nll = nll + F.cross_entropy(logit_scale * own @ images.T, rows, reduction="none")
+            nll = F.cross_entropy(scale * anchors[0] @ everyone.T, rows, reduction="none")
+            nll = nll + F.cross_entropy(scale * own @ images.T, rows, reduction="none")
             return (nll / 2 * weights[rows]).mean()
 
-        raw = {"contrastive_loss": part(anchors[1], texts, text_weights)}
-        caption = {"caption_contrastive_loss": part(anchors[2], synthetic, caption_weights)}
-        return combined(raw, caption, output_dict)
+        return {
+            "contrastive_loss": part(anchors[1], texts, text_weights),
+            "caption_contrastive_loss": part(anchors[2], synthetic, caption_weights),
+        }
+
+    def _check_captions(self, text_features: Tensor, caption_features: Tensor) -> None:
+        """Raise a ValueError, on all processes, unless the second captions are like the first."""
+        kinds = [[getattr(x, name, None) for name in _KIND] for x in (text_features, caption_features)]
+        with self.gather.agreement(self, text_features=text_features, caption_features=caption_features):
+            if kinds[0] != kinds[1]:
+                raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
 
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rankloss.distributed import GatherOption, gather_once
-from rankloss.losses import (
-    Base,
-    GatheringLoss,
-    base_entries,
-    check_base,
-    check_weight,
-    combined,
-    outside_graphs,
-    product,
-    widest_dtype,
-)
+from rankloss.distributed import GatherOption
+from rankloss.losses import AddedTerms, Base, check_weight, product, widest_dtype
 
 
-class CyClipLoss(GatheringLoss):
+class CyClipLoss(AddedTerms):
     r"""CyCLIP: ``L_base + lambda_cross·cross + lambda_in·in``.
 
     With v_i, t_i the image and text features of the N pairs,
@@ -72,42 +61,17 @@ class CyClipLoss(GatheringLoss):
         lambda_in: float = 0.25,
         gather: GatherOption = None,
     ) -> None:
-        super().__init__(gather)
-        self.base = check_base(base, self.gather)
+        super().__init__(base, gather=gather)
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
 
-    @outside_graphs
-    def forward(
+    def own_terms(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        **base_inputs: Any,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
-        with gather_once():
-            cross, in_ = self.terms(image_features, text_features, base_inputs)
-            entries = base_entries(
-                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-            )
-        own = {
-            "cyclic_cross_modal_loss": self.lambda_cross * cross,
-            "cyclic_in_modal_loss": self.lambda_in * in_,
-        }
-        return combined(entries, own, output_dict)
-
-    def extra_repr(self) -> str:
-        """The weights."""
-        return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
-
-    def terms(
-        self, image_features: Tensor, text_features: Tensor, base_inputs: Collection[str] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Both terms without their weights."""
-        self.check_inputs(image_features, text_features, logit_scale=1.0, base_inputs=base_inputs)
+        scale: Tensor | float,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """The two weighted terms."""
         own = image_features, text_features
         anchors = items = _widened(*map(self.gather.items, own))
         if self.gather.anchors_are_local:
@@ -115,7 +79,10 @@ class CyClipLoss(GatheringLoss):
         dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
         squares = (_squares if items[0].dtype == torch.float64 else _differences)(anchors, items)
         cross, in_ = ((x / len(anchors[0])).to(dtype) for x in squares)
-        return cross, in_
+        return {
+            "cyclic_cross_modal_loss": self.lambda_cross * cross,
+            "cyclic_in_modal_loss": self.lambda_in * in_,
+        }
 
 
 def _widened(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

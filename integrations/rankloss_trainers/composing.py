@@ -11,6 +11,7 @@ from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather, GatherOption
+from rankloss.losses.composition import call_arguments
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.option import naming_options
 
@@ -101,8 +102,8 @@ def innermost(loss: Any) -> Any:
 
 def arguments_of(loss: nn.Module, *names: str) -> list[inspect.Parameter]:
     """The arguments of these names that the parts of a loss are called with."""
-    signatures = [inspect.signature(part.forward).parameters for part in loss.modules()]
-    return [signature[name] for signature in signatures for name in names if name in signature]
+    of_parts = [call_arguments(part) for part in loss.modules()]
+    return [arguments[name] for arguments in of_parts for name in names if name in arguments]
 
 
 def _is_a(name: str, loss: Any) -> bool:

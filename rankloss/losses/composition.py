@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -51,21 +51,40 @@ TEACHER = ("reference_image_features", "reference_text_features")
 """Names of a teacher's features of each pair, ``[N, D']``: a loss's arguments and columns of data."""
 
 
+@functools.cache  # each call of a loss asks
+def _keyword_only(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {name: x for name, x in parameters.items() if x.kind is x.KEYWORD_ONLY}
+
+
+def own_inputs(loss: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The inputs that ``own_terms`` of a loss names, its keyword-only arguments; none without this method."""
+    own_terms = getattr(type(loss), "own_terms", None)
+    return {} if own_terms is None else _keyword_only(own_terms)
+
+
+def call_arguments(loss: Base) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a loss is called with, by name: those of ``forward`` and :func:`own_inputs`."""
+    if not isinstance(loss, nn.Module):
+        return inspect.signature(loss).parameters
+    return {**inspect.signature(loss.forward).parameters, **own_inputs(loss)}
+
+
 def takes_teacher(loss: Base) -> bool:
     """True if a loss, or a base to which it passes its inputs on, takes a teacher's features.
 
-    A loss takes them if its signature names one of :data:`TEACHER`, or if it passes unnamed inputs on to a
-    ``base`` or another module of its own that takes them.
+    A loss takes them if the signature of its ``forward`` or ``own_terms`` names one of :data:`TEACHER`, or if
+    it passes unnamed inputs on to a ``base`` or another module of its own that takes them.
 
     Example:
         >>> import rankloss
         >>> takes_teacher(rankloss.RankClipLoss()), takes_teacher(rankloss.ClipLoss())
         (True, False)
     """
-    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
-    if not set(TEACHER).isdisjoint(parameters):
+    arguments = call_arguments(loss)
+    if not set(TEACHER).isdisjoint(arguments):
         return True
-    if all(x.kind is not x.VAR_KEYWORD for x in parameters.values()):
+    if all(x.kind is not x.VAR_KEYWORD for x in arguments.values()):
         return False
     below = [getattr(loss, "base", None), *(loss.children() if isinstance(loss, nn.Module) else ())]
     return any(takes_teacher(x) for x in below if x is not None)
@@ -151,4 +170,4 @@ def combined(
     if both:
         raise ValueError(f"the base has an entry {both[0]!r} of its own, so a second one cannot be added")
     terms = {**entries, **own}
-    return terms if output_dict else reduce(operator.add, terms.values())
+    return terms if output_dict else functools.reduce(operator.add, terms.values())

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.distributed import GatherOption, gather_once
-from rankloss.losses.composition import TEACHER, Base, base_entries, check_base, combined
-from rankloss.losses.gathering import GatheringLoss
+from rankloss.distributed import GatherOption
+from rankloss.losses.composition import TEACHER, Base
+from rankloss.losses.gathering import Number
+from rankloss.losses.own_terms import AddedTerms
 from rankloss.options import check_weight
-from rankloss.precision import arithmetic_dtype, constant, outside_graphs, product
+from rankloss.precision import arithmetic_dtype, constant, product
 
 
-class MimicryLoss(GatheringLoss):
+class MimicryLoss(AddedTerms):
     r"""A base loss plus the squared distances of the features v, t from a teacher's v', t'.
 
         L_base + weight · [mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²]
@@ -63,64 +62,33 @@ class MimicryLoss(GatheringLoss):
     """
 
     min_pairs = 1
+    one_space = False  # the base decides whether images are compared with texts
 
-    def __init__(
-        self,
-        base: Base | None = None,
-        *,
-        weight: float = 8.0,
-        gather: GatherOption = None,
-    ) -> None:
-        super().__init__(gather)
-        self.base = check_base(base, self.gather)
+    def __init__(self, base: Base | None = None, *, weight: float = 8.0, gather: GatherOption = None) -> None:
+        super().__init__(base, gather=gather)
         self.weight = check_weight("weight", weight, above=0.0)
         self.components: Tensor | None = None  # no buffer: to_empty() would leave it without numbers
 
-    @outside_graphs
-    def forward(
+    def own_terms(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
+        scale: Number,  # noqa: ARG002
         *,
         reference_image_features: Tensor | None = None,
         reference_text_features: Tensor | None = None,
-        **base_inputs: Any,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands.
-
-        Args:
-            image_features: ``[N, D]``.
-            text_features: ``[N, D]``.
-            logit_scale: the multiplier s.
-            logit_bias: passed on to the base, if it is not None.
-            output_dict: return the summands by name instead of their sum.
-            reference_image_features: a teacher's features. A base whose signature takes a teacher's features
-                gets them, too.
-            reference_text_features: also a teacher's; one of the two is enough.
-            **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
-        """
-        features: dict[str, Any] = dict(
-            zip(TEACHER, (reference_image_features, reference_text_features), strict=True)
-        )
-        teacher = {name: x for name, x in features.items() if x is not None}
-        # The base decides whether images are compared with texts.
-        self.check_inputs(
-            image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs, **features
-        )
-        if not teacher:
+    ) -> dict[str, Tensor]:
+        """``weight · [mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²]``."""
+        students = image_features, text_features
+        teachers = reference_image_features, reference_text_features
+        dtype = arithmetic_dtype(*students)
+        distances = []
+        for name, student, teacher in zip(TEACHER, students, teachers, strict=True):
+            if teacher is not None:
+                distances.append(student.to(dtype) - self._target(name, teacher.to(dtype), student))
+        if not distances:
             raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")
-        students = dict(zip(TEACHER, (image_features, text_features), strict=True))
-        dtype = arithmetic_dtype(image_features, text_features)
-        targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}
-        with gather_once():
-            distances = [students[name].to(dtype) - target for name, target in targets.items()]
-            own = {"mimicry_loss": self.weight * self._mean(distances)}
-            inputs = image_features, text_features, logit_scale, logit_bias
-            entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
-        return combined(entries, own, output_dict)
+        return {"mimicry_loss": self.weight * self._mean(distances)}
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
         """The target of the student's features, without its graph."""
@@ -148,7 +116,3 @@ class MimicryLoss(GatheringLoss):
         """The mean over the pairs of this process, or over all pairs if every process computes all rows."""
         squared = torch.stack([x.square().sum(-1) for x in differences]).sum(0)[:, None]
         return (squared if self.gather.anchors_are_local else self.gather.items(squared)).mean()
-
-    def extra_repr(self) -> str:
-        """The weight."""
-        return f"weight={self.weight:g}"

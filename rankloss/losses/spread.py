@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import kind_of
-from rankloss.distributed import GatherOption, gather_once
-from rankloss.losses.composition import Base, base_entries, check_base, combined
-from rankloss.losses.gathering import GatheringLoss
+from rankloss.distributed import GatherOption
+from rankloss.losses.composition import Base
+from rankloss.losses.gathering import Number
+from rankloss.losses.own_terms import AddedTerms
 from rankloss.options import check_weight
-from rankloss.precision import arithmetic_dtype, in_arithmetic, outside_graphs
+from rankloss.precision import arithmetic_dtype, in_arithmetic
 from rankloss.spread import spread
 
 
-class SpreadLoss(GatheringLoss):
+class SpreadLoss(AddedTerms):
     r"""A base loss plus the spread of each modality: how much its similarities vary around an item.
 
         L_base + weight · ½ [σ(V) + σ(T)],   σ(X) = (1/N) Σ_i √(Var_{j≠i}(s·x_i·x_j) + ε·s²)
@@ -66,57 +67,27 @@ class SpreadLoss(GatheringLoss):
         {'contrastive_loss': 0.49, 'spread_loss': 0.58}
     """
 
-    def __init__(
-        self,
-        base: Base | None = None,
-        *,
-        weight: float = 0.3,
-        gather: GatherOption = None,
-    ) -> None:
-        super().__init__(gather)
-        self.base = check_base(base, self.gather)
+    one_space = False  # the base decides whether images are compared with texts
+
+    def __init__(self, base: Base | None = None, *, weight: float = 0.3, gather: GatherOption = None) -> None:
+        super().__init__(base, gather=gather)
         self.weight = check_weight("weight", weight)
 
-    @outside_graphs
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        **base_inputs: Any,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands.
-
-        Args:
-            image_features: ``[N, D]``.
-            text_features: ``[N, D]``.
-            logit_scale: the multiplier s.
-            logit_bias: passed on to the base, if it is not None.
-            output_dict: return the summands by name instead of their sum.
-            **base_inputs: passed on to the base, such as ``pair_ids``; it refuses unknown ones.
-        """
-        # The base decides whether images are compared with texts.
-        self.check_inputs(
-            image_features, text_features, logit_scale, one_space=False, base_inputs=base_inputs
-        )
+    def own_terms(self, image_features: Tensor, text_features: Tensor, scale: Number) -> dict[str, Tensor]:
+        """``weight · ½ [σ(V) + σ(T)]``."""
         dtype = arithmetic_dtype(image_features, text_features)
         # A constant: learned through the term, the scale would fall, which softens the base's softmax, too.
-        scale = in_arithmetic(logit_scale, dtype, image_features.device).detach().reshape(())
-        with gather_once():
-            spreads = [spread(x, self.gather, dtype) for x in (image_features, text_features)]
-            own = {"spread_loss": self.weight * scale * torch.stack(spreads).mean()}
-            inputs = image_features, text_features, logit_scale, logit_bias
-            entries = base_entries(self.base, *inputs, **base_inputs)
+        constant_scale = in_arithmetic(scale, dtype, image_features.device).detach().reshape(())
+        spreads = [spread(x, self.gather, dtype) for x in (image_features, text_features)]
+        return {"spread_loss": self.weight * constant_scale * torch.stack(spreads).mean()}
+
+    def entries_of_base(self, *inputs: Any, **more: Any) -> dict[str, Tensor]:
+        """The base's entries; they must have a loss of pairs."""
+        entries = super().entries_of_base(*inputs, **more)
         if not isinstance(entries.get("contrastive_loss"), Tensor):
             entries_given = ", ".join(f"{name} ({kind_of(x)})" for name, x in entries.items())
             raise ValueError(
                 "base must give a loss of pairs, an entry contrastive_loss, since the spread alone brings no "
                 f"caption to its picture; got {entries_given or 'no entry'}"
             )
-        return combined(entries, own, output_dict)
-
-    def extra_repr(self) -> str:
-        """The weight."""
-        return f"weight={self.weight:g}"
+        return entries

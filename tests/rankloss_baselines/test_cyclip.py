@@ -25,6 +25,11 @@ def direct(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return cross.square().sum() / len(v), within.square().sum() / len(v)
 
 
+def terms(v: Tensor, t: Tensor) -> list[Tensor]:
+    """Both terms of the loss without their weights."""
+    return [*CyClipLoss(lambda_cross=1.0, lambda_in=1.0).own_terms(v, t, 1.0).values()]
+
+
 def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[Tensor, Tensor]:
     """Float32 texts that are the images up to noise, or up to noise and a rotation of the whole space."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,8 +55,8 @@ def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: fl
     v, t, s = inputs = batch.leaves()
     loss = CyClipLoss(lambda_cross=0.7, lambda_in=0.3)
     cross, in_ = direct(v, t)
-    assert [x.item() for x in loss.terms(v, t)] == pytest.approx(
-        [cross.item(), in_.item()], rel=1e-9, abs=1e-13
+    assert [x.item() for x in loss.own_terms(v, t, s).values()] == pytest.approx(
+        [0.7 * cross.item(), 0.3 * in_.item()], rel=1e-9, abs=1e-13
     )
     total, expected = loss(v, t, s), ClipLoss()(v, t, s) + 0.7 * cross + 0.3 * in_
     for a, b in zip(gradients(total, inputs, upstream), gradients(expected, inputs, upstream), strict=True):
@@ -64,7 +69,7 @@ def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: fl
 def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int, noise: float) -> None:
     for rotated in (False, True):
         leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
-        for actual, expected in zip(CyClipLoss().terms(*leaves), direct(*leaves), strict=True):
+        for actual, expected in zip(terms(*leaves), direct(*leaves), strict=True):
             if expected < 1e-9 * n:  # cosines that differ by less than some hundred roundings of float32
                 continue
             assert actual.dtype == torch.float32
@@ -78,7 +83,7 @@ def test_memory_is_linear_in_the_batch() -> None:
     n, d = 512, 8
     v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)
     with TensorSizes() as sizes:
-        sum(CyClipLoss().terms(v, t)).backward()
+        sum(terms(v, t)).backward()
     assert sizes.largest <= n * d
 
 
@@ -86,7 +91,7 @@ def test_half_precision_features_are_computed_in_full() -> None:
     v, t, _ = random_batch(0, 32, 16, 10.0).leaves(torch.bfloat16)
     expected = torch.stack(direct(v.detach(), t.detach())).float()
     with torch.autocast("cpu", torch.bfloat16):
-        actual = torch.stack(CyClipLoss().terms(v, t))
+        actual = torch.stack(terms(v, t))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(actual.sum(), (v, t)))
@@ -98,7 +103,7 @@ def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> N
         v, t, _ = random_batch(0, 6, 4, 10.0).leaves()
         with torch.no_grad():
             (v, t)[which][2, 1] = value
-        assert not any(term.isfinite() for term in CyClipLoss().terms(v, t))
+        assert not any(term.isfinite() for term in terms(v, t))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from rankloss import ClipLoss
 from rankloss.distributed import GatherOption
-from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss.losses import AddedTerms, Base, OwnTerms, check_weight
 from rankloss_trainers.declared import Named
 
 
-class TinyLoss(GatheringLoss):
+class TinyLoss(AddedTerms):
     """The trainer's own plus the squared distance of the two features of a pair.
 
     ``base + weight·(1/N)·Σ_i ‖v_i − t_i‖²``
@@ -26,30 +26,19 @@ class TinyLoss(GatheringLoss):
     """
 
     def __init__(self, base: Base | None = None, *, weight: float = 0.5, gather: GatherOption = None) -> None:
-        super().__init__(gather)
-        self.base = check_base(base, self.gather)
+        super().__init__(base, gather=gather)
         self.weight = check_weight("weight", weight)
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        **base_inputs: Any,
-    ) -> Any:
-        self.check_inputs(image_features, text_features, logit_scale, base_inputs=base_inputs)
+    def own_terms(self, image_features: Tensor, text_features: Tensor, _scale: Any) -> dict[str, Tensor]:
         pair = image_features, text_features
-        entries = base_entries(self.base, *pair, logit_scale, logit_bias, **base_inputs)
         if not self.gather.anchors_are_local:
             pair = tuple(self.gather.items(x) for x in pair)
         wide = torch.promote_types(torch.promote_types(pair[0].dtype, pair[1].dtype), torch.float32)
         distance = (pair[0].to(wide) - pair[1].to(wide)).square().sum(-1).mean()
-        return combined(entries, {"tiny_loss": self.weight * distance}, output_dict)
+        return {"tiny_loss": self.weight * distance}
 
 
-class TinyCaptionLoss(GatheringLoss):
+class TinyCaptionLoss(OwnTerms):
     """CLIP's loss of two captions of each image: a column of data, and a state that each step moves.
 
     ``L(v, t) + m·L(v, c)``, c the second caption and m a moving average of the mean of ``t_i·c_i``, which
@@ -72,28 +61,18 @@ class TinyCaptionLoss(GatheringLoss):
         """A training step begins, in which the average moves once."""
         self._step_begins, self._calls_are_steps = True, False
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        *,
-        caption_features: Tensor,
-    ) -> Any:
-        first = self.clip(image_features, text_features, logit_scale)
-        second = self.clip(image_features, caption_features, logit_scale)
+    def own_terms(
+        self, image_features: Tensor, text_features: Tensor, scale: Any, *, caption_features: Tensor
+    ) -> dict[str, Tensor]:
+        first = self.clip(image_features, text_features, scale)
+        second = self.clip(image_features, caption_features, scale)
         if self.training and self._step_begins:
             with torch.no_grad():
                 texts, captions = self.gather.items(text_features), self.gather.items(caption_features)
                 mean = (texts * captions).sum(-1).mean()
                 self.average.lerp_(mean.to(self.average.dtype), 1 - self.momentum)
             self._step_begins = self._calls_are_steps
-        if logit_bias is not None:  # changes nothing, but is a parameter of which DDP expects a gradient
-            first = first + 0.0 * logit_bias
-        own = {"caption_loss": self.average * second}
-        return combined({"contrastive_loss": first}, own, output_dict)
+        return {"contrastive_loss": first, "caption_loss": self.average * second}
 
 
 def log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:

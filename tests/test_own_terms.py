@@ -1,0 +1,241 @@
+"""The frame of losses that write their own terms: what a subclass of ``OwnTerms`` or ``AddedTerms`` gets.
+
+The conditions and the tests of processes have MimicryLoss, SpreadLoss and those that packages register.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batches import gradients, random_batch, teacher_of
+from process_pool import Pool
+from rankloss import AddedTerms, ClipLoss, MimicryLoss, OwnTerms, RankClipLoss, SigLipLoss
+from rankloss.losses import check_choice, check_count, check_weight, takes_teacher
+
+IMAGE, TEXT = "reference_image_features", "reference_text_features"
+
+
+class Distance(AddedTerms):
+    """A term with an option of each kind."""
+
+    def __init__(
+        self, base: Any = None, *, weight: float = 0.5, power: int = 2, kind: str = "mean", gather: Any = None
+    ) -> None:
+        super().__init__(base, gather=gather)
+        self.weight = check_weight("weight", weight)
+        self.power = check_count("power", power)
+        self.kind = check_choice("kind", kind, ("mean", "sum"))
+
+    def own_terms(self, image_features: Tensor, text_features: Tensor, scale: Any) -> dict[str, Tensor]:
+        distances = (image_features - text_features).norm(dim=-1) ** self.power
+        return {"distance_loss": self.weight * scale * getattr(distances, self.kind)()}
+
+
+class Taught(AddedTerms):
+    """Terms that need a teacher's texts, and take weights of the pairs from the data."""
+
+    one_space = False
+
+    def own_terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        scale: Any,
+        *,
+        reference_text_features: Tensor,
+        pair_weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        distances = (text_features - reference_text_features).square().sum(-1)
+        return {"taught_loss": (distances if pair_weights is None else pair_weights * distances).mean()}
+
+
+class Alone(OwnTerms):
+    """Two terms on no other loss."""
+
+    def own_terms(self, image_features: Tensor, text_features: Tensor, scale: Any) -> dict[str, Tensor]:
+        term = scale * (image_features * text_features).sum(-1).mean()
+        return {"first_loss": term, "second_loss": 2 * term}
+
+
+class Recording(ClipLoss):
+    """CLIP's loss, which keeps the further inputs of its last call."""
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        self.inputs = {name: x for name, x in inputs.items() if not name.startswith(("image", "text"))}
+        known = ("image_features", "text_features", "logit_scale", "output_dict")
+        return super().forward(*args, **{name: inputs[name] for name in known})
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    return random_batch(0, 6, 4, 10.0).leaves()
+
+
+# --- terms on a base ----------------------------------------------------------------------------------------
+
+
+def test_the_terms_stand_after_the_bases_entries_and_all_add_up() -> None:
+    v, t, s = batch()
+    entries = Distance(weight=0.3)(v, t, s, output_dict=True)
+    assert list(entries) == ["contrastive_loss", "distance_loss"]
+    assert torch.equal(entries["contrastive_loss"], ClipLoss()(v, t, s))
+    torch.testing.assert_close(entries["distance_loss"], 0.3 * s * (v - t).square().sum(-1).mean())
+    assert torch.equal(Distance(weight=0.3)(v, t, s), sum(entries.values()))
+
+
+def test_every_input_has_the_gradient_of_base_and_terms() -> None:
+    v, t, s = inputs = batch()
+    owed = ClipLoss()(v, t, s) + 0.5 * s * (v - t).square().sum(-1).mean()
+    torch.testing.assert_close(gradients(Distance()(v, t, s), inputs, -1.7), gradients(owed, inputs, -1.7))
+
+
+def test_options_of_every_kind_are_shown() -> None:
+    assert Distance(weight=2, power=3).extra_repr() == "weight=2, power=3, kind='mean'"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("weight", -1, "weight must be a finite number >= 0; got -1"),
+        ("power", 1.5, "power must be an integer of at least 1; got 1.5"),
+        ("kind", "max", "kind must be one of 'mean', 'sum'; got 'max'"),
+        ("base", 3, "base must be a loss, a module or function; got 3"),
+    ],
+)
+def test_a_bad_value_of_an_option_is_named_and_shown(option: str, value: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
+        Distance(**{option: value})
+
+
+def test_inputs_that_the_terms_do_not_name_are_the_bases_alone() -> None:
+    v, t, s = batch()
+    ids = torch.arange(6) // 2
+    entries = Distance(ClipLoss(same_id="ignore"))(v, t, s, pair_ids=ids, output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], ClipLoss(same_id="ignore")(v, t, s, pair_ids=ids))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pair_weights'"):
+        Distance()(v, t, s, pair_weights=torch.ones(6))
+
+
+def test_inputs_that_the_terms_name_are_theirs_and_a_teachers_are_the_bases_too() -> None:
+    v, t, s = batch()
+    teacher = teacher_of(6, 4)
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)
+    entries = Taught(MimicryLoss())(v, t, s, **teacher, pair_weights=weights, output_dict=True)
+    assert list(entries) == ["contrastive_loss", "mimicry_loss", "taught_loss"]
+    torch.testing.assert_close(entries["taught_loss"], (t - teacher[TEXT])[5].square().sum())
+    assert torch.equal(
+        entries["mimicry_loss"], MimicryLoss()(v, t, s, **teacher, output_dict=True)["mimicry_loss"]
+    )
+
+
+def test_a_base_that_takes_no_teacher_gets_none() -> None:
+    base = Recording()
+    Taught(base)(*batch(), **teacher_of(6, 4))
+    assert base.inputs.keys() == {"logit_scale", "output_dict"}
+
+
+def test_a_bias_is_the_bases() -> None:
+    v, t, s = batch()
+    bias = torch.tensor(-3.0, dtype=v.dtype, requires_grad=True)
+    entries = Distance(SigLipLoss())(v, t, s, bias, output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], SigLipLoss()(v, t, s, bias))
+
+
+def test_an_entry_of_the_base_with_a_terms_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="the base has an entry 'distance_loss' of its own"):
+        Distance(Distance())(*batch())
+
+
+# --- a teacher and the checks -------------------------------------------------------------------------------
+
+
+def test_terms_that_name_a_teachers_features_take_a_teacher() -> None:
+    assert takes_teacher(Taught())
+    assert takes_teacher(Distance(Taught())), "through the base"
+    assert not takes_teacher(Distance())
+
+
+def test_required_inputs_that_are_missing_are_named() -> None:
+    with pytest.raises(TypeError, match=f"Taught.own_terms.*'{TEXT}'"):
+        Taught()(*batch())
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        (torch.zeros(6, 4), f"{TEXT} must not have rows of zeros"),
+        (torch.full((6, 4), torch.nan), f"{TEXT} must be finite; row 0 has norm nan"),
+        (torch.ones(5, 4) / 2, rf"{TEXT} must have one row per pair, 6; got shape \(5, 4\)"),
+    ],
+)
+def test_a_teachers_features_are_checked_before_the_terms(features: Tensor, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Taught()(*batch(), **{TEXT: features})
+
+
+def test_terms_within_each_modality_allow_two_widths() -> None:
+    v, t, s = batch()
+    narrow = F.normalize(t[:, :3], dim=-1)
+    base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
+    entries = Taught(base)(v, narrow, s, **{TEXT: narrow.detach()}, output_dict=True)
+    assert entries["taught_loss"] == 0
+    with pytest.raises(ValueError, match=r"must have one shape \[N, D\]; got \(6, 4\) and \(6, 3\)"):
+        Distance(base)(v, narrow, s)
+
+
+def missing_on_the_last(rank: int, world_size: int) -> str:
+    v, t, s = (x.detach() for x in batch())
+    with pytest.raises(ValueError, match="text_features must be floating point") as error:
+        Alone()(v, t.long() if rank == world_size - 1 else t, s)
+    return str(error.value)
+
+
+def test_a_bad_input_of_one_process_is_the_error_of_all(pool: Pool) -> None:
+    first, *others = pool.run(missing_on_the_last)
+    assert f"on rank {pool.world_size - 1} of {pool.world_size}" in first
+    assert others == [first] * (pool.world_size - 1)
+
+
+# --- terms on no other loss ---------------------------------------------------------------------------------
+
+
+def test_terms_on_no_other_loss_are_the_loss() -> None:
+    v, t, s = batch()
+    entries = Alone()(v, t, s, output_dict=True)
+    assert list(entries) == ["first_loss", "second_loss"]
+    torch.testing.assert_close(Alone()(v, t, s), 3 * s * (v * t).sum(-1).mean())
+    assert not hasattr(Alone(), "base")
+
+
+def test_a_bias_without_a_base_has_a_gradient_of_zero_and_changes_nothing() -> None:
+    v, t, s = batch()
+    bias = torch.tensor(-3.0, dtype=v.dtype, requires_grad=True)
+    value = Alone()(v, t, s, bias)
+    assert torch.equal(value, Alone()(v, t, s))
+    assert torch.autograd.grad(value, bias)[0] == 0
+
+
+def test_an_input_that_nobody_takes_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Alone\.forward\(\) got an unexpected keyword argument 'pair_ids'"):
+        Alone()(*batch(), pair_ids=torch.arange(6))
+
+
+def test_a_class_without_terms_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="OwnTerms must have a method own_terms"):
+        OwnTerms()(*batch())
+
+
+def test_a_compiled_call_breaks_the_graph_and_has_the_same_value_and_gradients() -> None:
+    torch._dynamo.reset()
+    inputs = batch()
+    loss = Distance()
+    compiled = torch.compile(lambda v, t, s: loss(v.flip(0), t, s) + 1, backend="eager")
+    v, t, s = inputs
+    torch.testing.assert_close(
+        gradients(compiled(v, t, s), inputs, 1.3), gradients(loss(v.flip(0), t, s) + 1, inputs, 1.3)
+    )
