@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from rankloss_features import opening
+from rankloss_features.csv_cells import check_cells
 from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
@@ -364,6 +365,7 @@ def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -
         table = pandas.read_csv(path, sep=separator)
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error} (--csv-separator {separator!r})") from error
+    check_cells(table, path, separator)
     for flag, key in keys.items():
         if key not in table.columns:
             hint = "; wrong --csv-separator?" if any(key in str(x) for x in table.columns) else ""

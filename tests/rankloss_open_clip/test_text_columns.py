@@ -7,6 +7,7 @@ import functools
 import json
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from trainer_runs import WHOLE_SET, Trainer
 import rankloss
 from rankloss_features import Features
 from rankloss_features.command import main
-from rankloss_features.data import extensions
+from rankloss_features.data import extensions, open_data
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows
 from rankloss_open_clip.columns.pair_ids import PairIds
@@ -126,6 +127,34 @@ def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -
         TextColumns([CAPTION]).check_csv(file, ";", "filepath", "title")
         csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
         assert SecondCaption(caption_key="syn").read_rows(file, ";", None) == ["other"]
+
+
+SWALLOWED = """filepath;title;group
+0.png;a dog;0
+1.png;"big" dog;1
+2.png;"a cat;2
+3.png;a mat;3
+4.png;the hat";4
+5.png;a bat;5
+"""
+
+
+@pytest.mark.parametrize("loss", ["rankclip", "clip-ids --clip-ids-key group"])
+def test_a_cell_that_swallows_rows_is_refused_before_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    """Also where the loss reads no column."""
+    dataset, file = csv(tmp_path, SWALLOWED)
+    assert len(dataset) == 4, "the trainer itself reads four of the six rows"
+    command = f"--loss {loss} --csv-separator ; --train-data {file}".split()
+    reason = f"row 2 of {file}, column 'title': the cell 'a cat;2' goes on for 2 more lines"
+    assert f"argument --train-data: {reason}" in refused(capsys, *command)
+    keys = {"csv_separator": ";", "csv_img_key": "filepath", "csv_caption_key": "title"}
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        open_data(Namespace(data=file, dataset_type="auto", **keys))
+    dataset, _ = csv(tmp_path, SWALLOWED.replace('"a cat', '"""a"" cat"').replace('hat"', "hat"))
+    assert (len(dataset), dataset.captions[2]) == (6, '"a" cat')
+    parse_args(command)
 
 
 @pytest.mark.parametrize("other", ["8", "x"])

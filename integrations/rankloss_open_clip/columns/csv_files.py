@@ -8,17 +8,24 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from rankloss_features.csv_cells import check_cells, may_swallow_rows
+
 
 def read_columns(path: str, separator: str, *names: str) -> list[Any]:
     """Columns of a CSV file, which is read once for all calls; see :func:`forget_files`.
 
     Raises:
-        ValueError: There is no such column.
+        ValueError: There is no such column, or a cell has swallowed rows.
     """
     check_header(path, separator, *names)
-    about = os.stat(path) if os.path.exists(path) else None  # of an address nothing is known
-    table = _table(path, separator, about and (about.st_mtime_ns, about.st_size))
+    table = _read_once(path, separator)
     return [table[name] for name in names]
+
+
+def check_rows(path: str, separator: str) -> None:
+    """Raise a ValueError for a cell that has swallowed rows; the file is read if it may have such a cell."""
+    if may_swallow_rows(path):
+        _read_once(path, separator)
 
 
 def check_header(path: str, separator: str, *names: str) -> None:
@@ -32,11 +39,18 @@ def check_header(path: str, separator: str, *names: str) -> None:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(header)}{hint}")
 
 
+def _read_once(path: str, separator: str) -> Any:
+    about = os.stat(path) if os.path.exists(path) else None  # of an address nothing is known
+    return _table(path, separator, about and (about.st_mtime_ns, about.st_size))
+
+
 @functools.lru_cache(maxsize=1)
 def _table(path: str, separator: str, about: Any) -> Any:  # noqa: ARG001
     import pandas
 
-    return pandas.read_csv(path, sep=separator)
+    table = pandas.read_csv(path, sep=separator)
+    check_cells(table, path, separator)
+    return table
 
 
 def forget_files() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rankloss_features.data import IMAGES
 from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows, EncodedCaption, text_of
-from rankloss_open_clip.columns.csv_files import check_header, forget_files, read_columns
+from rankloss_open_clip.columns.csv_files import check_header, check_rows, forget_files, read_columns
 
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
@@ -114,7 +114,7 @@ class TextColumns:
         """Read the columns of a CSV file as the trainer will; see :meth:`TextColumn.read_rows`.
 
         Raises:
-            ValueError: The file lacks a column, also one of the trainer's own.
+            ValueError: The file lacks a column, also one of the trainer's own, or a cell has swallowed rows.
         """
         if self.parts:
             images, captions = read_columns(path, separator, image_key, caption_key)
@@ -123,6 +123,8 @@ class TextColumns:
                 part.read_rows(path, separator, rows)
         elif os.path.exists(path):  # the trainer names a missing file
             check_header(path, separator, image_key, caption_key)
+            check_rows(path, separator)
+            forget_files()
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Put the columns beside the captions of the trainer's dataset; see :meth:`TextColumn.read_rows`."""
