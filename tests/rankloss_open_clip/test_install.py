@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -64,3 +66,32 @@ def test_wheels_train_in_a_fresh_environment_and_leave_no_file(
 
     pip("uninstall", "--yes", "rankloss", "uniform-clip", python=python)
     assert set(directory.rglob("*")) == before
+
+
+def test_the_error_of_a_clone_that_is_gone_names_the_command_that_mends_it(tmp_path: Path) -> None:
+    """In an environment that shares all other packages with this one."""
+    clone, directory = tmp_path / "clone", tmp_path / "environment"
+    for name in ("rankloss", "integrations", "tools"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    venv.create(directory, symlinks=True)
+    python = str(directory / "bin" / "python")
+    (site_packages,) = directory.glob("lib/python*/site-packages")
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not path.name.startswith(("rankloss", "_rankloss")) and path.suffix != ".pth":
+            (site_packages / path.name).symlink_to(path)
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(clone), python=python)
+
+    def imported(module: str) -> subprocess.CompletedProcess[str]:
+        command = [python, "-c", f"import {module}; print({module}.__file__)"]
+        clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
+
+    assert str(clone) in imported("rankloss").stdout
+    shutil.rmtree(clone)
+    said = imported("torch").stderr.splitlines()[-1]
+    command = re.search(r"\((?:.*) pip (uninstall rankloss)\)", said)
+    assert command is not None, said
+    pip(*command[1].split(), "--yes", python=python)
+    assert imported("torch").returncode == 0
