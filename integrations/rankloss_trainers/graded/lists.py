@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,30 +165,59 @@ def hash_identity(key: Hashable) -> int:
     return int.from_bytes(hash_of(repr(key).encode(), 8), "little", signed=True)
 
 
+class Distinct:
+    """Texts, pictures or other objects without repetitions, each with a row; equal are those of one content.
+
+    Args:
+        items: The first ones.
+
+    Attributes:
+        items: The distinct ones, by row.
+
+    Example:
+        >>> distinct = Distinct(["a", "b"])
+        >>> distinct.rows_of(["b", "c", "b"]), distinct.items
+        (tensor([1, 2, 1]), ['a', 'b', 'c'])
+    """
+
+    def __init__(self, items: Iterable[Any] = ()) -> None:
+        self.items: list[Any] = []
+        self._rows: dict[Hashable, int] = {}  # by identity
+        self.rows_of(items)
+
+    def rows_of(self, items: Iterable[Any]) -> Tensor:
+        """The row of each item, ``[n]``; one that is not there yet gets the next row."""
+        rows = []
+        for item in items:
+            row = self._rows.setdefault(identify(item), len(self.items))
+            if row == len(self.items):
+                self.items.append(item)
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.int64)
+
+    @property
+    def ids(self) -> Tensor:
+        """64 bits of each distinct item's content, ``[M]``, the same on all processes."""
+        return torch.tensor([hash_identity(identity) for identity in self._rows])
+
+
 def pool_lists(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
     """Put the candidates of several lists into one pool without repetitions.
 
     Args:
-        lists: The lists of :func:`graded`.
+        lists: The lists of :func:`check_list`.
 
     Example:
         >>> pool_lists([[("a", 2.0), ("b", 1.0)], [("b", 3.0)]]).index
         tensor([[ 0,  1],
                 [ 1, -1]])
     """
-    pool: dict[Hashable, Any] = {}
-    rows: dict[Hashable, int] = {}  # of each candidate in the pool, by its identity
-    index, grades = [], []
-    for graded in lists:
-        identities = [identify(candidate) for candidate, _ in graded]
-        for identity, (candidate, _) in zip(identities, graded, strict=True):
-            rows.setdefault(identity, len(rows))
-            pool[identity] = candidate
-        index.append(torch.tensor([rows[identity] for identity in identities]))
-        grades.append(torch.tensor([grade for _, grade in graded], dtype=torch.float64))
+    distinct = Distinct()
+    index = [distinct.rows_of(candidate for candidate, _ in graded) for graded in lists]
+    grades = [torch.tensor([grade for _, grade in graded], dtype=torch.float64) for graded in lists]
     return Pooled(
-        candidates=list(pool.values()),
-        ids=torch.tensor([hash_identity(identity) for identity in pool]),
+        candidates=distinct.items,
+        ids=distinct.ids,
         index=pad_sequence(index, batch_first=True, padding_value=PADDING),
         grades=pad_sequence(grades, batch_first=True),
     )

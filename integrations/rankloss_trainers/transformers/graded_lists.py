@@ -17,6 +17,7 @@ from rankloss import metrics
 from rankloss_features.folder import NAMES
 from rankloss_trainers.cached import Split
 from rankloss_trainers.graded.lists import (
+    Distinct,
     check_list,
     check_unique,
     decode_grades,
@@ -100,29 +101,32 @@ class RankedListsCollator:
         for n, row in enumerate(rows):
             _check_kinds(row, owns[n : n + 1], are_texts, places[n])
 
-        pool = pool_lists(lists)
-        distinct_queries = pool_lists([[(query, 0.0)] for query in queries])
-        # The candidates come first, in the order of their pool, so that its index holds for all.
-        others = pool_lists([*lists, *([(own, 0.0)] for own in owns)])
-        texts, pictures = distinct_queries.candidates, others.candidates
-        if not are_texts:
-            texts, pictures = pictures, texts
+        pool, distinct_queries = pool_lists(lists), Distinct()
+        others = Distinct(
+            pool.candidates
+        )  # which keep their rows; the own ones that are no candidates follow
         batch: dict[str, Any] = {
             # The first: its length is the number of lists to the Trainer.
             "grade_bits": encode_grades(pool.grades),
             "graded_by": graded_by,
-            "query_index": distinct_queries.index[:, 0],
+            "query_index": distinct_queries.rows_of(queries),
             "candidate_index": pool.index,
             "candidate_ids": pool.ids,
             "queries": "text" if are_texts else "image",
-            "plan": EmbeddingPlan(len(distinct_queries.candidates), len(others.candidates)),
         }
         if owns:
-            batch["own_index"] = others.index[len(rows) :, 0]
+            batch["own_index"] = others.rows_of(owns)
             batch["excluded_ids"] = others.ids[batch["own_index"]]
+        batch["plan"] = EmbeddingPlan(len(distinct_queries.items), len(others.items))
+        texts, pictures = distinct_queries.items, others.items
+        if not are_texts:
+            texts, pictures = pictures, texts
+        return {**batch, **self._encoded(texts, pictures)}
+
+    def _encoded(self, texts: list[str], pictures: list[Any]) -> dict[str, Any]:
+        """The model's inputs of the distinct texts and pictures."""
         tokens = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")
-        return {**batch, **tokens, **pixels}
+        return {**tokens, **self.processor.image_processor(pictures, return_tensors="pt")}
 
 
 @dataclass(frozen=True)
