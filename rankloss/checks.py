@@ -70,11 +70,13 @@ def check_features(
             f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}. "
             "Extra texts are for the base loss: see docs/losses.md"
         )
-    if image_features.shape[0] < min_pairs:
+    pairs = len(image_features)
+    if pairs < min_pairs:
         fewest = "one pair" if min_pairs == 1 else "two pairs"
+        hint = ". A last batch of one pair is left out by a data loader with drop_last=True" if pairs else ""
         raise ValueError(
             f"image_features and text_features must hold at least {fewest}; got shape "
-            f"{tuple(image_features.shape)}"
+            f"{tuple(image_features.shape)}{hint}"
         )
     check_device("text_features", text_features, image_features)
     if one_space:
@@ -331,34 +333,50 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
 
 
 _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
+_SCALES = 1.0, 1000.0  # of CLIP models, which clamp theirs at 100, as many also at 1 below
 
 
-def check_is_no_logarithm(name: str, scale: Tensor | float, features: Tensor) -> bool:
-    """Warn of a scale that looks like its logarithm; False if its value cannot be read.
+def warn_of_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
+    """Warn of a scale that no CLIP model has, with the remedy; False if its value cannot be read.
 
-    CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter below 5
-    gives a warning. So does another number between 1 and 5 that was not computed from a parameter, if
-    ``features`` are unit-norm: no model trains with such a small scale.
+    Beside unit-norm features a scale is between 1 and 1,000. One below is likely a temperature, one above has
+    been exponentiated twice. CLIP models keep the logarithm of the scale in a parameter, and clamp it at log
+    100, so a parameter between 1 and 5 is taken for it, and so is another number between 1 and 5 that was not
+    computed from a parameter.
+
+    Args:
+        name: of the argument.
+        scale: the multiplier s.
+        features: ``[N, D]``, which it multiplies.
+
+    Example:
+        >>> warn_of_scale("logit_scale", 100.0, torch.eye(2))
+        True
     """
-    is_parameter = isinstance(scale, nn.Parameter)
-    value = scale
-    if not can_be_read(features):
+    if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):
         return False
-    if isinstance(scale, Tensor):
-        if not can_be_read(scale):
-            return False
-        if scale.requires_grad and not is_parameter:  # computed from a parameter
-            return True
-        value = scale.item()
     norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
-    are_unit = bool((norms - 1).abs().amax() < _UNIT)
-    is_suspicious = is_parameter or (value > 1 and are_unit)
-    if value < _LARGEST_LOG and is_suspicious:
-        kind = "a parameter of value" if is_parameter else "only"
-        warnings.warn(
-            f"{name} is {kind} {value:.4g}. CLIP models keep the logarithm of the scale in their parameter; "
-            f"the loss takes the scale itself, {name}.exp()",
-            InputWarning,
-            stacklevel=1,
+    if not bool((norms - 1).abs().amax() < _UNIT):
+        return True
+    value = scale.item() if isinstance(scale, Tensor) else float(scale)
+    least, most = _SCALES
+    is_parameter = isinstance(scale, nn.Parameter)
+    is_computed = isinstance(scale, Tensor) and scale.requires_grad and not is_parameter
+    looks_like_log = least <= value < _LARGEST_LOG and (is_parameter or (value > least and not is_computed))
+    found = f"{name} is {'a parameter of value' if is_parameter else 'only'} {value:.4g}"
+    if value < least:
+        text = f"{found}, as a temperature is: the loss takes the scale, its reciprocal, 1 / {name}"
+    elif value > most:
+        text = (
+            f"{name} is {value:.4g}, and CLIP models have at most 100. The loss takes the scale itself; "
+            "where a model returns the scale, take no exponential of it"
         )
+    elif looks_like_log:
+        text = (
+            f"{found}. CLIP models keep the logarithm of the scale in their parameter; the loss takes the "
+            f"scale itself, {name}.exp()"
+        )
+    else:
+        return True
+    warnings.warn(text, InputWarning, stacklevel=1)
     return True

@@ -24,6 +24,7 @@ from rankloss import (
     RankConsistency,
     SigLipLoss,
     SpreadLoss,
+    checks,
     schedules,
 )
 from rankloss.checks import check_teacher
@@ -412,6 +413,47 @@ def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
     with pytest.warns(InputWarning) as warned:
         ClipLoss()(5 * V, 5 * T, 3.0)
     assert not any(str(x.message).startswith("logit_scale") for x in warned)
+
+
+LOG = torch.tensor(2.66)
+SCALES = {  # of which each has a warning, with its remedy
+    "a temperature": (0.07, r"only 0\.07, as a temperature is: .* 1 / logit_scale$"),
+    "a temperature that is learned": (
+        nn.Parameter(torch.tensor(0.07)),
+        r"a parameter of value 0\.07, as a temperature is: .* 1 / logit_scale$",
+    ),
+    "a computed temperature": (nn.Parameter(-LOG).exp(), r"only 0\.06995, as a temperature is: "),
+    "a logarithm": (nn.Parameter(LOG), r"a parameter of value 2\.66\. .* logit_scale\.exp\(\)$"),
+    "a number that is a logarithm": (2.66, r"only 2\.66\. .* logit_scale\.exp\(\)$"),
+    "an exponential of the scale": (
+        nn.Parameter(LOG).exp().exp(),
+        r"1\.617e\+06, and .* no exponential of it$",
+    ),
+    "an infinite scale": (torch.tensor(math.inf), "inf, and CLIP models have at most 100"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:logit_bias")
+@pytest.mark.parametrize(
+    "make", [RankConsistency, ClipLoss, SigLipLoss, SpreadLoss], ids=lambda x: x.__name__
+)
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_that_cannot_be_one_is_a_warning_with_its_remedy(name: str, make: Any) -> None:
+    scale, message = SCALES[name]
+    loss = make()
+    with pytest.warns(InputWarning, match=f"^logit_scale is {message}") as warned:
+        loss(V, T, scale)
+    texts = [str(x.message) for x in warned if str(x.message).startswith("logit_scale")]
+    assert len({*texts}) == 1, "Python shows an equal text of two parts once"
+    loss(V, T, scale)  # a second warning would be an error
+    assert checks.warn_of_scale("logit_scale", scale, V.to("meta")) is False
+
+
+@pytest.mark.parametrize(
+    "scale", [1.0, 5.0, 100.0, 1000.0, nn.Parameter(torch.tensor(10.0)), nn.Parameter(LOG).clamp(0, 4)]
+)
+def test_a_scale_that_can_be_one_is_no_warning(scale: Any) -> None:
+    assert checks.warn_of_scale("logit_scale", scale, V)
 
 
 SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {

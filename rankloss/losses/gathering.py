@@ -113,7 +113,7 @@ class GatheringLoss(nn.Module):
             for name, x in features.items():
                 if name not in checked and checks.check_norms(name, x):
                     checked.add(name)
-            if "logit_scale" not in checked and checks.check_is_no_logarithm(
+            if "logit_scale" not in checked and checks.warn_of_scale(
                 "logit_scale", logit_scale, image_features
             ):
                 checked.add("logit_scale")

@@ -487,7 +487,7 @@ class RankedLists(GatheringLoss):
         if is_first:
             checks.check_norms("query_features", inputs.query_features)
             checks.check_norms("candidate_features", inputs.listed(inputs.candidate_features))
-            checks.check_is_no_logarithm("logit_scale", inputs.logit_scale, inputs.query_features)
+            checks.warn_of_scale("logit_scale", inputs.logit_scale, inputs.query_features)
 
 
 def _check_distinct(queries: Tensor) -> None:
