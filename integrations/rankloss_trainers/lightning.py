@@ -13,6 +13,7 @@ import math
 from typing import Any, Literal
 
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.extras import extra
@@ -22,7 +23,7 @@ from rankloss_trainers.run_options import RunOptions
 with extra("lightning"):
     from lightning.pytorch import Callback
     from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
-    from lightning.pytorch.utilities import rank_zero_info
+    from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 
 __all__ = ["Progress"]
 
@@ -53,7 +54,8 @@ class Progress(Callback):
         ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
             training begins with a loss that has a schedule: if it goes by the other unit alone, if the
             trainer does not know the run's steps (under ``unit="epoch"``, if ``max_epochs`` alone does not
-            end it), and under manual optimization, whose steps the trainer may not count.
+            end it), and under manual optimization, whose steps the trainer may not count; and for a last
+            batch of one pair, where the loader has a length.
 
     Example:
         >>> Progress(unit="batch")
@@ -95,6 +97,8 @@ class Progress(Callback):
         if trainer.is_global_zero:
             warn_of_change(self._training_before, self._training)
         self._training_before = None
+        if not trainer.sanity_checking:
+            _check_last_batch(trainer, pl_module)
         if told and not trainer.sanity_checking:
             rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
@@ -161,6 +165,26 @@ def _losses(module: nn.Module) -> list[nn.Module]:
     losses = [part for part in module.modules() if part is not module and _is_loss(part)]
     held = {part for loss in losses for part in loss.modules() if part is not loss}
     return [loss for loss in losses if loss not in held]
+
+
+def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
+    """Raise a ValueError for a last batch of one pair, which the run reaches and a loss cannot contrast."""
+    parts = [part for loss in _losses(pl_module) for part in loss.modules()]
+    if trainer.world_size > 1 or max((getattr(part, "min_pairs", 1) for part in parts), default=1) < 2:
+        return
+    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+        if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last:
+            continue
+        if isinstance(loader.dataset, IterableDataset):
+            continue
+        pairs, batches = len(loader.sampler), len(loader)  # type: ignore[arg-type]
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+        is_reached = trainer.num_training_batches >= batches and (steps < 0 or steps >= batches)
+        if is_reached and loader.batch_size > 1 and pairs % loader.batch_size == 1:
+            raise ValueError(
+                "the last batch of an epoch has 1 pair, which cannot be contrasted: "
+                f"{pairs} pairs in batches of {loader.batch_size}; give the DataLoader drop_last=True"
+            )
 
 
 def _is_loss(part: nn.Module) -> bool:

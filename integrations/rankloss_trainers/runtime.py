@@ -104,6 +104,8 @@ class Runtime(nn.Module):
         self._first_state = deepcopy(self.criterion.state_dict())
         self._has_progress = any(map(units_of, self.criterion.modules()))
         self._is_told = not self._has_progress
+        self._has_contrasted = False  # a batch of this training
+        self._has_met_single = False
         self._training: str | None = None  # the losses with their course, once a training has begun
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
@@ -208,6 +210,7 @@ class Runtime(nn.Module):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
         self.end()
+        self._has_contrasted = self._has_met_single = False
         courses = course(self.criterion, self.unit, {"epoch": epochs, "step": total_steps})
         self._training = ": ".join(filter(None, [self._described(), courses]))
         warn_of_change(self._training_before, self._training)
@@ -253,12 +256,16 @@ class Runtime(nn.Module):
         Args:
             **inputs: ``image_features``, ``text_features``, ``logit_scale``, and other inputs of the loss.
 
+        A single pair after others counts 0, which the log says once.
+
         Raises:
             RuntimeError: The loss has a schedule and was not told where training stands.
             ValueError: As :meth:`Entries.of` and :meth:`Teaching.inputs`.
         """
         if not self._is_told:
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
+        if self._is_single(inputs):
+            return self._of_single(inputs)
         teacher = self.teaching.inputs(inputs)
         if self.gather.place[0] == 0:
             self._log.remark_on_teacher([*teacher])
@@ -272,7 +279,27 @@ class Runtime(nn.Module):
                 entries[name] = value
             elif self.has_fixed_entries:
                 entries[name] = torch.full((), math.nan, device=inputs["image_features"].device)
+        self._has_contrasted = True
         return Entries.of(self.criterion, entries)
+
+    def _is_single(self, inputs: Mapping[str, Any]) -> bool:
+        """True for the one pair that a stream's last batch may have; a first batch of one is refused.
+
+        A stream has no length by which it is known before the first step, and its training may be long.
+        """
+        images = inputs.get("image_features")
+        is_single = isinstance(images, Tensor) and len(images) == 1 and self.gather.place[1] == 1
+        return is_single and self._has_contrasted and self.min_pairs > 1 and not self.takes_lists
+
+    def _of_single(self, inputs: Mapping[str, Any]) -> Entries:
+        """The loss of a single pair, which has nothing to be contrasted with: 0, as in an evaluation."""
+        if not self._has_met_single:
+            self._has_met_single = True
+            _logger.warning("A batch of one pair counts 0: %s contrasts two pairs at least", self.name)
+        learned = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+        # In the graph of all inputs, of whose parameters DDP expects gradients; NaN stays NaN.
+        zero = sum((0.0 * x.sum() for x in learned), inputs["image_features"].new_zeros(()))
+        return Entries({"contrastive_loss": zero}, {})
 
     # --- evaluation ---
 

@@ -202,6 +202,30 @@ def test_run_whose_steps_cannot_be_known_is_refused(
         fit(tmp_path, module(), **given)
 
 
+def test_a_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Where the run reaches it and the loss contrasts pairs."""
+    module = Module()
+    before = weights(module)
+    with pytest.raises(
+        ValueError, match=r"last batch .* 1 pair.* 33 pairs in batches of 8; .*drop_last=True"
+    ):
+        fit(tmp_path, module, data=pairs(33))
+    assert torch.equal(weights(module), before)
+    assert module.seen == []
+    fit(tmp_path, module, data=pairs(33), limit_train_batches=4)
+    fit(tmp_path, Module(), data=pairs(33), max_steps=4)
+    fit(tmp_path, Plain(), data=pairs(33))
+
+
+def test_a_single_pair_of_a_stream_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
+    class Odd(Stream):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(pairs(9))
+
+    with pytest.raises(ValueError, match=r"at least two pairs; got shape \(1, 4\)\. .* drop_last=True"):
+        fit(tmp_path, Module(), data=Odd(), callbacks=[Progress(total_steps=4)])
+
+
 def test_loss_without_a_schedule_is_told_nothing(tmp_path: Path) -> None:
     module = Plain()
     fit(tmp_path, module, data=Stream(), max_epochs=1)

@@ -342,6 +342,22 @@ def test_equal_captions_are_known_in_bags_of_words() -> None:
         rank_clip(model, mini_batch_size=3)
 
 
+def test_a_last_pair_after_others_counts_0(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny()
+    loss = rank_clip(model, schedule="constant")
+    single = [model.preprocess(list(pairs(1)[name])) for name in ("image", "text")]
+    with pytest.raises(ValueError, match="at least two pairs"):
+        at(loss, 1)(single)
+    sum(at(loss, 1)(columns(model)).values()).backward()
+    model.zero_grad()
+    for _ in range(2):
+        total = sum(at(loss, 2)(single).values())
+        assert total == 0
+        total.backward()
+    assert all((x.grad == 0).all() for x in model.parameters() if x.grad is not None)
+    assert caplog.text.count("A batch of one pair counts 0: rankclip") == 1
+
+
 def test_a_loss_of_another_model_is_refused(tmp_path: Path) -> None:
     """It would embed by its own model, and the trainer's would not change."""
     with pytest.raises(ValueError, match="ContrastiveLoss was built with another model than the trainer's"):

@@ -107,6 +107,18 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
+def test_an_evaluation_has_every_list_where_a_training_drops_the_last(tmp_path: Path) -> None:
+    model = tiny()
+    given = {"eval_dataset": lists(11), "dataloader_drop_last": True, "max_steps": 1}
+    trained = train(tmp_path, RankedListsLoss(model), model, lists(11), **given)
+    loaders = (
+        trained.get_train_dataloader(),
+        trained.get_eval_dataloader(),
+        trained.get_test_dataloader(lists(11)),
+    )
+    assert [sum(len(batch["label"]) for batch in loader) for loader in loaders] == [8, 11, 11]
+
+
 @pytest.mark.parametrize("in_batch_negatives", [False, True])
 def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
     tmp_path: Path, in_batch_negatives: bool

@@ -414,6 +414,33 @@ def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
     assert f"schedule per {'epoch' if repeats else 'step'}" in caplog.text
 
 
+class Odd(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """A stream whose last batch is one pair."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(Pairs().__getitem__, range(self.pairs))
+
+
+@pytest.mark.parametrize("loss", ["rankclip", "spread"])
+def test_a_last_pair_of_a_stream_counts_0_and_the_log_says_so_once(
+    tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"loss": loss, "loss_options": {"schedule": "constant"} if loss == "rankclip" else None}
+    trained = [train(tmp_path, pairs=Odd(17), max_steps=n, **SGD, **given) for n in (2, 3, 6)]
+    assert torch.equal(weights(trained[1].model), weights(trained[0].model))
+    assert column(trained[1], "loss")[2] == 0
+    assert min(column(trained[2], "loss")[3:5]) > 1
+    assert caplog.text.count("A batch of one pair counts 0") == 2  # of two trainings that reach it
+
+
+def test_a_first_batch_of_one_pair_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least two pairs; got shape \(1, 8\)\. .* drop_last=True"):
+        train(tmp_path, pairs=Odd(1), max_steps=2)
+
+
 # --- what changes nothing ---------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from tiny_transformers import InOrder, arguments
 
 from process_pool import Pools
 from rankloss import metrics
+from rankloss_trainers.transformers.retrieval import Retrieval
 
 NUMBER = 13  # which neither batches nor processes divide
 GROUPS = [n % 5 for n in range(NUMBER)]
@@ -52,6 +54,23 @@ def test_an_evaluation_logs_recall_of_all_its_pairs_at_once(tmp_path: Path) -> N
     assert found == pytest.approx(owed())
     assert {"eval_image_to_text_R@10", "eval_text_to_image_median_rank"} < set(found)
     assert len(found) == 8
+
+
+def test_an_evaluation_has_every_row_where_a_training_drops_the_last(tmp_path: Path) -> None:
+    assert evaluated(tmp_path, Pairs(NUMBER), dataloader_drop_last=True) == pytest.approx(owed())
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    trainer = InOrder(clip(), args, train_dataset=Pairs(NUMBER), eval_dataset=Pairs(NUMBER))
+    assert sum(len(batch["input_ids"]) for batch in trainer.get_train_dataloader()) == 8
+    assert len(trainer.predict(Pairs(NUMBER)).predictions[0]) == NUMBER
+
+
+def test_the_mean_of_both_directions_is_a_metric_of_its_own() -> None:
+    """The second text is nearer to the first image than to its own."""
+    retrieval = Retrieval([], processes=1)
+    one_process: Any = SimpleNamespace(gather_for_metrics=lambda columns: columns)
+    retrieval.add(one_process, torch.eye(2), torch.tensor([[1.0, 0.0], [0.8, 0.6]]))
+    values = retrieval.measure()
+    assert (values["image_to_text_R@1"], values["text_to_image_R@1"], values["mean_R@1"]) == (1, 0.5, 0.75)
 
 
 def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ with extra("sentence-transformers"):
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+    from rankloss_trainers.transformers.progress import keeping_last_batch
+
 _IDS = "candidate_ids"  # beside a column's inputs
 _CITATIONS = {
     "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
@@ -91,9 +93,22 @@ class RankedListsCollator(SentenceTransformerDataCollator):
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
-    """A ``SentenceTransformerTrainer`` of queries with lists of candidates: it has the collator for them."""
+    """A ``SentenceTransformerTrainer`` of queries with lists of candidates: it has the collator for them.
+
+    ``dataloader_drop_last`` is for training: an evaluation has every row.
+    """
 
     data_collator_class = RankedListsCollator
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Batches of all rows."""
+        with keeping_last_batch(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`get_eval_dataloader`."""
+        with keeping_last_batch(self.args):
+            return super().get_test_dataloader(*args, **kwargs)
 
 
 class RankedListsLoss(EmbeddingLoss):

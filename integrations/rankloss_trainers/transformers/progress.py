@@ -1,9 +1,14 @@
-"""The callback that tells losses where a transformers Trainer, or one derived from it, stands."""
+"""The callback that tells losses where a transformers Trainer, or one derived from it, stands.
+
+And the last batch: checked before a training, kept in an evaluation.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -64,6 +69,20 @@ class Progress(TrainerCallback):
         """Once per optimizer step."""
         for run in self.runs:
             run.set_progress(state.global_step + 1, state.max_steps)
+
+
+@contextlib.contextmanager
+def keeping_last_batch(args: Any) -> Iterator[None]:
+    """Let a loader that is made within have every row, since ``dataloader_drop_last`` is for training.
+
+    Args:
+        args: The training arguments.
+    """
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> None:

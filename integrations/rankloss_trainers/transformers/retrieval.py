@@ -44,7 +44,10 @@ class Retrieval:
             self._batches.append(tuple(x.cpu() for x in gathered))
 
     def measure(self) -> dict[str, float]:
-        """:func:`rankloss.metrics.recall` of all pairs, for k up to their number; NaN if the features are."""
+        """:func:`rankloss.metrics.recall` of all pairs, for k up to their number; NaN if the features are.
+
+        And ``mean_R@1``, the mean of the images' R@1 and the texts'.
+        """
         if not self._batches:
             return {}
         v, t, *ids = (torch.cat(column) for column in zip(*self._batches, strict=True))
@@ -54,4 +57,5 @@ class Retrieval:
             v, t = torch.ones_like(v) / v.shape[1] ** 0.5, torch.ones_like(t) / t.shape[1] ** 0.5
         by_ids = {"image_ids": ids[0], "text_ids": ids[0]} if ids else {}
         values = recall(v.float(), t.float(), [k for k in _KS if k <= len(v)], **by_ids)
+        values["mean_R@1"] = (values["image_to_text_R@1"] + values["text_to_image_R@1"]) / 2
         return {name: value.item() if is_finite else math.nan for name, value in values.items()}

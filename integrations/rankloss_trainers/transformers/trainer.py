@@ -31,7 +31,7 @@ with extra("transformers"):
     import transformers
 
     from rankloss_trainers.transformers import graded_lists
-    from rankloss_trainers.transformers.progress import Progress
+    from rankloss_trainers.transformers.progress import Progress, keeping_last_batch
     from rankloss_trainers.transformers.retrieval import Retrieval
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
@@ -61,8 +61,10 @@ class ContrastiveTrainer(transformers.Trainer):
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - Evaluation of pairs also gives recall, ``eval_image_to_text_R@1`` to ``eval_text_to_image_R@10`` and the
-      median ranks, of all pairs of all processes at once (:func:`rankloss.metrics.recall`). With
+      median ranks, of all pairs of all processes at once (:func:`rankloss.metrics.recall`), and
+      ``eval_mean_R@1``, the mean of both directions, by which to choose a checkpoint. With
       ``loss="clip-ids"`` pairs of one id are partners, and there are ``eval_image_to_image_R@1`` and so on.
+      ``dataloader_drop_last`` is for training: an evaluation has every row.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
 
     Args:
@@ -230,19 +232,22 @@ class ContrastiveTrainer(transformers.Trainer):
         return outputs, self.loss_runtime(**features, **of_loss)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """Batches with the pairs' ids, where the data have them."""
-        return self._with_ids(super().get_eval_dataloader, *args, **kwargs)
+        """Batches of all rows, with the pairs' ids where the data have them."""
+        return self._of_every_row(super().get_eval_dataloader, *args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """As :meth:`get_eval_dataloader`."""
-        return self._with_ids(super().get_test_dataloader, *args, **kwargs)
+        return self._of_every_row(super().get_test_dataloader, *args, **kwargs)
 
-    def _with_ids(self, make: Callable[..., DataLoader[Any]], *args: Any, **kwargs: Any) -> DataLoader[Any]:
+    def _of_every_row(
+        self, make: Callable[..., DataLoader[Any]], *args: Any, **kwargs: Any
+    ) -> DataLoader[Any]:
         collate, key = self.data_collator, self._pair_column
         if key is not None:
             self.data_collator = functools.partial(pair_columns.collate_ids, collate, key)
         try:
-            return make(*args, **kwargs)
+            with keeping_last_batch(self.args):
+                return make(*args, **kwargs)
         finally:
             self.data_collator = collate
 
