@@ -65,6 +65,22 @@ def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, 
     assert 100 * float(shown[1]) == pytest.approx(float(row), abs=0.1)
 
 
+@pytest.mark.parametrize("trainer", [" ContrastiveTrainer(", "SentenceTransformerTrainer("])
+def test_trainings_in_python_log_their_terms(trainer: str, done: tuple[Path, Any]) -> None:
+    block = next(x for x in done[1] if trainer in x["text"])
+    for term in ("contrastive_loss", "in_modal_loss", "rank_lambda"):
+        assert f"'{term}':" in block["output"], term
+
+
+def test_hugging_faces_training_chooses_by_a_recall_that_is_not_saturated(done: tuple[Path, Any]) -> None:
+    """No epoch is chosen by a recall that is 1 in all."""
+    block = next(x for x in done[1] if " ContrastiveTrainer(" in x["text"])
+    name = re.findall(r'metric_for_best_model="(.*)"', block["text"])[0]
+    values = [float(x) for x in re.findall(rf"'{re.escape(name)}': '?([\d.]+)", block["output"])]
+    assert len(values) == 4
+    assert max(values) < 1
+
+
 def test_the_first_training_of_the_readme_is_on_and_its_loss_falls(done: tuple[Path, Any]) -> None:
     folder, outputs = done
     assert outputs[-1]["error"] == ""
