@@ -336,7 +336,7 @@ _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
 _SCALES = 1.0, 1000.0  # of CLIP models, which clamp theirs at 100, as many also at 1 below
 
 
-def warn_of_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
+def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
     """Warn of a scale that no CLIP model has, with the remedy; False if its value cannot be read.
 
     Beside unit-norm features a scale is between 1 and 1,000. One below is likely a temperature, one above has
@@ -347,16 +347,15 @@ def warn_of_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
     Args:
         name: of the argument.
         scale: the multiplier s.
-        features: ``[N, D]``, which it multiplies.
+        *features: ``[N, D]`` each, whose products it multiplies.
 
     Example:
         >>> warn_of_scale("logit_scale", 100.0, torch.eye(2))
         True
     """
-    if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):
+    if not all(can_be_read(x) for x in (*features, scale) if isinstance(x, Tensor)):
         return False
-    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
-    if not bool((norms - 1).abs().amax() < _UNIT):
+    if not all(_are_unit(x) for x in features):
         return True
     value = scale.item() if isinstance(scale, Tensor) else float(scale)
     least, most = _SCALES
@@ -380,3 +379,8 @@ def warn_of_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
         return True
     warnings.warn(text, InputWarning, stacklevel=1)
     return True
+
+
+def _are_unit(features: Tensor) -> bool:
+    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
+    return bool(((norms - 1).abs() < _UNIT).all()) and norms.numel() > 0

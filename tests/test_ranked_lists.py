@@ -196,6 +196,7 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
 
 
 @models
+@pytest.mark.filterwarnings("ignore:logit_scale is 5000")
 @pytest.mark.parametrize("scale", [356.0, 680.0, 5000.0])
 def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> None:
     """The candidates' scores are s, 0 and −s."""

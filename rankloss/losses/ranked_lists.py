@@ -485,9 +485,10 @@ class RankedLists(GatheringLoss):
         inputs.refuse("grades", graded.is_rounded(grades, dtype), needed)
         inputs.refuse_contradictions()
         if is_first:
+            candidates = inputs.listed(inputs.candidate_features)
             checks.check_norms("query_features", inputs.query_features)
-            checks.check_norms("candidate_features", inputs.listed(inputs.candidate_features))
-            checks.warn_of_scale("logit_scale", inputs.logit_scale, inputs.query_features)
+            checks.check_norms("candidate_features", candidates)
+            checks.warn_of_scale("logit_scale", inputs.logit_scale, inputs.query_features, candidates)
 
 
 def _check_distinct(queries: Tensor) -> None:
