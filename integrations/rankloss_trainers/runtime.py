@@ -362,21 +362,48 @@ class Runtime(nn.Module):
             state: The state in the checkpoint that is resumed from, or None.
             warn: True to warn, on this process, of another state than this loss's, which then starts anew,
                 and at the beginning of the training of another loss, option or course.
+
+        Raises:
+            ValueError: It is no state of :meth:`saved`, or one that does not fit the loss.
         """
         first = self._first_state
         self._training_before = None
+        if state is not None:
+            check_saved(state)
         if warn and state is not None:
             self._training_before = state.get("training")
         elif warn and not first:
             self._training_before = "no loss of rankloss"
         if state is not None and state["loss"] == self.name:
-            self.criterion.load_state_dict(_as_tensors(state["state_dict"], first))
+            try:
+                self.criterion.load_state_dict(_as_tensors(state["state_dict"], first))
+            except (RuntimeError, TypeError, ValueError) as error:
+                text = f"the checkpoint resumed from holds a state of {self.name} that does not fit the loss"
+                raise ValueError(f"{text}: {error}") from error
             return
         if first and warn:
             held = "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
             text = "The checkpoint resumed from holds %s: the state of %s starts anew"
             _logger.warning(text, held, self.name)
         self.criterion.load_state_dict(first)
+
+
+def check_saved(state: object) -> None:
+    """Raise a ValueError unless an object has the form of :meth:`Runtime.saved`.
+
+    Example:
+        >>> check_saved({"loss": "rankclip"})
+        Traceback (most recent call last):
+        ValueError: the checkpoint resumed from holds no state of rankloss; got {'loss': 'rankclip'}
+    """
+    is_right = (
+        isinstance(state, Mapping)
+        and isinstance(state.get("loss"), str)
+        and isinstance(state.get("state_dict"), Mapping)
+        and isinstance(state.get("training"), str | None)
+    )
+    if not is_right:
+        raise ValueError(f"the checkpoint resumed from holds no state of rankloss; got {state!r:.60}")
 
 
 def _as_tensors(state: Mapping[str, Any], first: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""A training that is killed at random moments and resumed, in forks of a process that has imported a trainer.
+"""A training that is killed and resumed, in forks of a process that has imported a trainer.
 
-Called with the trainer, a folder and the number of kills; prints a line of JSON for each.
+Called with the trainer, a folder, the number of kills and their kind: ``random`` moments, or ``writes``, the
+middle of a file that a save is writing. Prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 END = "end.pt"  # the tensors at the end of a training
+WRITES = "writes.json"  # the number of files that it wrote
+NEVER = 10**9
 Training = Callable[[Path], dict[str, Tensor]]
 
 
@@ -122,15 +125,59 @@ TRAINERS: dict[str, Callable[[], Training]] = {
 }
 
 
-def forked(run: Training, folder: Path) -> int:
-    """Start a training in a fork; the process's id."""
+def end_at_write(number: int, folder: Path) -> list[str]:
+    """Kill this process in the middle of the n-th file that it writes below a folder.
+
+    Returns:
+        The files that are written, which goes on growing.
+    """
+    written: list[str] = []
+
+    def count(path: Any) -> None:
+        if not isinstance(path, str) or not os.path.abspath(path).startswith(str(folder)):
+            return
+        written.append(path)
+        if len(written) == number:
+            if os.path.exists(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and {*(arguments[1] or "")} & {*"wax"}:
+            count(arguments[0])
+        elif event == "shutil.move":
+            count(arguments[1])
+
+    def counting(save: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that opens its file where no event tells of it."""
+
+        def saved(content: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+            result = save(content, file, *args, **kwargs)
+            count(os.fspath(file) if isinstance(file, os.PathLike) else file)
+            return result
+
+        return saved
+
+    sys.addaudithook(look)
+    torch.save = counting(torch.save)
+    if models := sys.modules.get("transformers.modeling_utils"):
+        models.safe_save_file = counting(models.safe_save_file)  # type: ignore[attr-defined]
+    return written
+
+
+def forked(run: Training, folder: Path, last_write: int) -> int:
+    """Start a training in a fork, which is killed at its n-th write; the process's id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         folder.mkdir(exist_ok=True)
-        torch.save(run(folder), folder / END)
+        written = end_at_write(last_write, folder)
+        end = run(folder)
+        number = len(written)
+        torch.save(end, folder / END)
+        (folder / WRITES).write_text(json.dumps(number))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -143,23 +190,34 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def main(trainer: str, place: str, kills: str) -> None:
+def main(trainer: str, place: str, kills: str, kind: str) -> None:
     run, folder = TRAINERS[trainer](), Path(place)
     begin = time.monotonic()
-    assert ended(forked(run, folder / "whole")) == 0
+    assert ended(forked(run, folder / "whole", NEVER)) == 0
     length = time.monotonic() - begin
     whole = torch.load(folder / "whole" / END, weights_only=True)
+    writes = json.loads((folder / "whole" / WRITES).read_text())
     for number in range(int(kills)):
-        at = random.uniform(0.1, 1.0) * length
-        process = forked(run, folder / f"{number}")
-        time.sleep(at)
-        os.kill(process, signal.SIGKILL)
+        own = folder / f"{number}"
+        last_write, at = NEVER, random.uniform(0.1, 1.0) * length
+        if kind == "writes":  # spread over the training
+            last_write, at = 1 + (number * (writes - 1)) // max(int(kills) - 1, 1), 0.0
+        process = forked(run, own, last_write)
+        if kind == "random":
+            time.sleep(at)
+            os.kill(process, signal.SIGKILL)
         code = ended(process)
-        files = sorted(x.name for x in (folder / f"{number}").glob("*"))
-        resumed = ended(forked(run, folder / f"{number}"))
-        found = torch.load(folder / f"{number}" / END, weights_only=True) if not resumed else {}
+        files = sorted(x.name for x in own.glob("*"))
+        resumed = ended(forked(run, own, NEVER))
+        found = torch.load(own / END, weights_only=True) if not resumed else {}
         unequal = [key for key in whole if key not in found or not torch.equal(whole[key], found[key])]
-        result = {"at": at / length, "killed": code, "files": files, "resumed": resumed, "unequal": unequal}
+        result = {
+            "at": at or last_write,
+            "killed": code,
+            "files": files,
+            "resumed": resumed,
+            "unequal": unequal,
+        }
         print("RESULT", json.dumps(result), flush=True)
 
 

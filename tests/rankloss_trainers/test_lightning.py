@@ -240,6 +240,33 @@ def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:
     assert module.validated[0] == pytest.approx(expected.item(), rel=1e-5), "λ is 0 at the first step"
 
 
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("64-true", 1e-4), ("bf16-true", 1e-2), ("16-true", 3e-3), ("bf16-mixed", 1e-2)],
+)
+def test_a_training_of_another_precision_has_the_loss_but_for_its_rounding(
+    tmp_path: Path, precision: Any, tolerance: float
+) -> None:
+    of_precisions = []
+    for each in ("32-true", precision):
+        module = Module(schedule="constant")
+        fit(tmp_path, module, max_steps=3, precision=each)
+        of_precisions.append([sum(line[term] for term in TERMS) for line in module.seen])
+    assert of_precisions[1] == pytest.approx(of_precisions[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["text_features", "logit_scale"])
+def test_an_input_on_another_device_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    class Scattered(Module):
+        def features(self, batch: list[Tensor]) -> Any:
+            names = ("image_features", "text_features", "logit_scale")
+            both = zip(names, super().features(batch), strict=True)
+            return tuple(x.to("meta") if each == name else x for each, x in both)
+
+    with pytest.raises(ValueError, match=f"^{name} must be on the device of image_features, cpu; got meta"):
+        fit(tmp_path, Scattered(schedule="constant"), num_sanity_val_steps=0)
+
+
 class Remembering(Module):
     """A loss whose state is part of the module, under rank terms."""
 

@@ -515,6 +515,32 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> No
         run.begin(1, 4)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (3, "holds no state of rankloss; got 3"),
+        ([{"loss": "Counting"}], "holds no state of rankloss; got "),
+        ({"state_dict": {}}, "holds no state of rankloss; got "),
+        ({"loss": "Counting"}, "holds no state of rankloss; got "),
+        ({"loss": "Counting", "state_dict": {}, "training": 7}, "holds no state of rankloss; got "),
+        ({"loss": "Counting", "state_dict": {"count": "x"}}, "does not fit the loss: .*'str'"),
+        (
+            {"loss": "Counting", "state_dict": {"count": [1, 2]}},
+            r"does not fit the loss: .*\n.*size mismatch",
+        ),
+        ({"loss": "Counting", "state_dict": {"other": 1}}, "does not fit the loss: .*\n.*count"),
+    ],
+)
+def test_a_strangers_state_in_a_checkpoint_is_an_error_that_says_so(state: Any, message: str) -> None:
+    class Counting(Named):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+    with pytest.raises(ValueError, match=f"^the checkpoint resumed from .*{message}"):
+        run_of(HOST, Counting()).restore(state)
+
+
 def test_a_buffer_without_rows_is_restored() -> None:
     class Queue(Named):
         def __init__(self) -> None:

@@ -165,6 +165,34 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert lambdas[0] == lambdas[1]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
+def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    of_dtypes = []
+    for each in (torch.float32, dtype):
+        model = tiny().to(each)
+        trainer = train(tmp_path, rank_clip(model, schedule="constant"), model, max_steps=3)
+        of_dtypes.append([line["loss"] for line in steps(trainer)])
+    assert of_dtypes[1] == pytest.approx(of_dtypes[0], rel=tolerance)
+
+
+def test_a_checkpoint_of_another_trainer_is_an_error_that_says_so(tmp_path: Path) -> None:
+    given = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    model = tiny()
+    train(tmp_path, rank_clip(model), model, **given)
+    file = tmp_path / "checkpoint-2/trainer_state.json"
+    saved = json.loads(file.read_text())
+    (state,) = saved["stateful_callbacks"]["rankloss"]
+    saved["stateful_callbacks"]["rankloss"] = state  # as Hugging Face's Trainer has it
+    file.write_text(json.dumps(saved))
+    model = tiny()
+    with pytest.raises(ValueError, match=r"the state of another trainer's loss; got .*rankclip"):
+        train(tmp_path, rank_clip(model), model, resume=str(file.parent), **{**given, "max_steps": 4})
+
+
 def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

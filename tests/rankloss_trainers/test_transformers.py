@@ -463,6 +463,43 @@ def test_numbers_are_an_own_loops_but_for_rounding(tmp_path: Path, given: Any, t
     assert column(trained, "eval_loss")[-1] == pytest.approx(output.loss.item(), rel=tolerance)
 
 
+def of_dtype(dtype: torch.dtype) -> Any:
+    return clip().to(dtype)
+
+
+def with_a_double_scale(dtype: torch.dtype) -> Any:
+    model = clip()
+    model.logit_scale.data = model.logit_scale.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [
+        (of_dtype, torch.float64, 1e-4),
+        (of_dtype, torch.bfloat16, 2e-2),
+        (of_dtype, torch.float16, 3e-3),
+        (with_a_double_scale, torch.float64, 1e-4),
+    ],
+)
+def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
+    tmp_path: Path, make: Any, dtype: torch.dtype, tolerance: float
+) -> None:
+    given: dict[str, Any] = {"max_steps": 3, "loss_options": {"schedule": "constant"}, **SGD}
+    given["eval_dataset"] = Pairs(8)
+    single = train(tmp_path, **given)
+
+    def collate(examples: Any) -> Any:
+        batch = transformers.default_data_collator(examples)
+        return {**batch, "pixel_values": batch["pixel_values"].to(model.dtype)}
+
+    model = make(dtype)
+    trained = train(tmp_path, model=model, data_collator=collate, **given)
+    assert column(trained, "loss") == pytest.approx(column(single, "loss"), rel=tolerance)
+    values = [x.evaluate()["eval_loss"] for x in (trained, single)]
+    assert values[0] == pytest.approx(values[1], rel=tolerance)
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,11 @@ class Progress(TrainerProgress):
         states = state.stateful_callbacks  # which its checkpoints hold
         if state.global_step > 0:  # a run that is resumed
             before = states.get(_TRAININGS, [])
+            if not isinstance(before, list):
+                raise ValueError(
+                    "the checkpoint resumed from holds the state of another trainer's loss; got "
+                    f"{before!r:.60}"
+                )
             for run, saved in itertools.zip_longest(self.runs, before[: len(self.runs)]):
                 run.restore(saved, warn=state.is_world_process_zero)
         super().on_train_begin(args, state, control, **kwargs)
