@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
+sys.path.append(str(Path(__file__).parents[1] / "rankloss_trainers"))  # the inputs of its losses
 
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]

@@ -7,10 +7,13 @@ are proportional to gradients, where Adam's would be signs of rounding errors as
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args
+from teacher_features import TEACHER
 from torch import Tensor
 from trainer_runs import BOTH, OFFICIAL, SAMPLES, Run, Runs, Trainer
 
@@ -19,6 +22,7 @@ from collectives import Collectives
 from process_pool import Pools
 from rankloss import metrics, reference
 from rankloss_features.folder import NAMES
+from stored_features import stored
 
 # --- losses ---------------------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def ddp_runs(trainer: Trainer) -> Runs:
+def ddp_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     table = Runs()
 
     def add(name: str, *options: str, processes: int = 1) -> None:
@@ -142,7 +146,21 @@ def ddp_runs(trainer: Trainer) -> Runs:
     checkpointing = (*OFFICIAL, "--grad-checkpointing")
     add("checkpointing", *checkpointing)
     add("static graph", *checkpointing, *BOTH, "--ddp-static-graph", processes=2)
+    columns = columns_and_a_teacher(trainer, tmp_path_factory.mktemp("teacher"))
+    add("columns", *columns)
+    quarter = ("--batch-size", str(SAMPLES // 4), "--accum-freq", "2")
+    add("columns, accumulated", *columns, *BOTH, *quarter, processes=2)
     return table
+
+
+def columns_and_a_teacher(trainer: Trainer, directory: Path) -> list[str]:
+    """The options of a loss with ids of pairs and a teacher's features, beside the captions."""
+    rows = [[*row[:2], f"group {i // 3}"] for i, row in enumerate(trainer.rows)]
+    file = trainer.directory / "ddp-columns.csv"
+    file.write_text("".join("\t".join(row) + "\n" for row in [["filepath", "title", "group"], *rows]))
+    pairs = [(Path(row[0]).name, row[1]) for row in rows]
+    ids = ["--loss", "clip-ids+rankclip", "--clip-ids-key", "group"]
+    return [*ids, "--loss-teacher", stored(directory / "x", pairs, **TEACHER), "--train-data", str(file)]
 
 
 def gradient_and_step(run: Run) -> list[dict[str, Tensor]]:
@@ -178,3 +196,14 @@ def test_processes_with_both_flags_train_as_one_does(ddp_runs: Runs, several: st
     if several == "static graph":
         assert runs[0].params["ddp_static_graph"] == "True"
         assert list(runs[0].scalars["rank_lambda"].values()) == [0.0, 2.0]
+
+
+@pytest.mark.slow
+def test_columns_and_a_teacher_train_accumulated_on_processes_as_in_one(ddp_runs: Runs) -> None:
+    several, one = ddp_runs["columns, accumulated"], ddp_runs["columns"]
+    assert [run.params["world_size"] for run in (several, one)] == ["2", "1"]
+    (gradient, _), (whole, _) = map(gradient_and_step, (several, one))
+    assert relative_error(gradient["towers"], whole["towers"]) < 1e-5
+    # The trainer's own: each of the two calls has the whole gradient of the scale.
+    assert relative_error(gradient["scale"] / 2, whole["scale"]) < 1e-5
+    assert several.scalars["pairs_with_partner"] == pytest.approx(one.scalars["pairs_with_partner"])
