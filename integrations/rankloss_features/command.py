@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("rankloss_features").setLevel(logging.INFO)
     try:
         check_count("--batch-size", args.batch_size)
+        check_count("--workers", args.workers, at_least=0)
         if args.check is not None:
             print(checking.report(args.check, data.open_data(args)))
             return 0

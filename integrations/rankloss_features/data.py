@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from rankloss_features import opening
 from rankloss_features.csv_cells import check_cells
 from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
+from rankloss_features.pictures import Rendering
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
 _LOOKED_AT = 64  # pictures or shards that are read to tell data apart
@@ -94,6 +95,7 @@ class Table:
         image_column: Its images, or their paths.
         caption_column: Its captions.
         id_column: The ids of pairs that belong together, or None.
+        rendering: The way to its pictures.
         **about: The entries of ``folder.json`` about it.
 
     Attributes:
@@ -109,10 +111,17 @@ class Table:
     is_stream = False
 
     def __init__(
-        self, dataset: Any, image_column: str, caption_column: str, id_column: str | None = None, **about: Any
+        self,
+        dataset: Any,
+        image_column: str,
+        caption_column: str,
+        id_column: str | None = None,
+        rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
+        **about: Any,
     ) -> None:
         import datasets
 
+        self.rendering = rendering
         self.about, self.counts, self.caption_column = about, [len(dataset)], caption_column
         self.ids: list[Any] | None = None
         if id_column is not None:
@@ -191,7 +200,7 @@ class Table:
 
     def identity(self) -> str:
         """A hash that differs for other data: of captions, paths, and the pictures of some rows."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(repr(self.rendering).encode(), digest_size=16)
         for first in range(0, len(self.names), _BLOCK):
             block = self.names[first : first + _BLOCK]
             described = repr(
@@ -212,10 +221,8 @@ class Table:
             sources += [picture if isinstance(picture, str) else name_of(picture) for picture in pictures]
         return sources
 
-    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
-        """The samples of some batches of a source."""
-        # A CSV file is open_clip's, which leaves the camera's orientation as it is.
-        opened = opening.picture if self.about.get("kind") == "csv" else _decoded
+    def read(self, source: int, spans: Spans, rendering: Rendering) -> Iterator[list[Sample]]:  # noqa: ARG002
+        """The samples of some batches of a source, whose pictures are opened by a rendering."""
         for first, last in spans:
             block = self.dataset[first:last]
             captions, names = self._named(first, block)
@@ -225,7 +232,7 @@ class Table:
                 range(first, last), captions, names, contents, paths, strict=True
             ):
                 picture = content or path
-                samples.append(Sample(row, name, caption, partial(opened, picture), picture))
+                samples.append(Sample(row, name, caption, partial(rendering.open, picture), picture))
             yield samples
 
 
@@ -250,14 +257,21 @@ class Shards:
     Args:
         urls: As ``--train-data`` has them.
         text_key: The extension of a caption; several, by preference, are separated by ``;``.
+        rendering: The way to its pictures.
     """
 
     is_stream = True
     ids = None
 
-    def __init__(self, urls: str, text_key: str = "txt") -> None:
+    def __init__(
+        self,
+        urls: str,
+        text_key: str = "txt",
+        rendering: Rendering = Rendering(upright=False),  # noqa: B008 (it is frozen)
+    ) -> None:
         import webdataset
 
+        self.rendering = rendering
         # A shard that is listed twice, to be seen more often, has the same pairs.
         listed = (webdataset.shardlists.expand_urls(part) for part in urls.split("::"))
         self.urls = list(dict.fromkeys(itertools.chain.from_iterable(listed)))
@@ -271,8 +285,9 @@ class Shards:
 
     def identity(self) -> str:
         """See :class:`Table`: of the shards' paths and sizes, and the beginning of some."""
+        places = [os.path.abspath(url) for url in self.urls]
         sizes = [os.path.getsize(url) if os.path.isfile(url) else None for url in self.urls]
-        digest = hashlib.blake2b(repr(([*map(os.path.abspath, self.urls)], sizes, self.text_keys)).encode())
+        digest = hashlib.blake2b(repr((places, sizes, self.text_keys, self.rendering)).encode())
         for i in _spread(len(self.urls)):
             digest.update(_beginning(self.urls[i]))
         return digest.hexdigest()
@@ -307,13 +322,13 @@ class Shards:
                 captions, keys = map(list, zip(*block, strict=True))
                 yield captions, keys
 
-    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
+    def read(self, source: int, spans: Spans, rendering: Rendering) -> Iterator[list[Sample]]:
         """See :class:`Table`."""
         row, samples = sum(self.counts[:source]), self._samples(self.urls[source])
         for first, last in spans:
             batch = enumerate(itertools.islice(samples, first - row, last - row), first)
             yield [
-                Sample(i, key, caption, partial(opening.picture, image), image)
+                Sample(i, key, caption, partial(rendering.open, image), image)
                 for i, (caption, key, image) in batch
             ]
             row = last
@@ -333,16 +348,6 @@ def _beginning(path: str) -> bytes:
         return b""
     with open(path, "rb") as file:
         return file.read(2**20)
-
-
-def _decoded(picture: bytes | str) -> Any:
-    """A picture as datasets decodes it: fetched if it is a URL, and upright."""
-    if isinstance(picture, str) and "://" in picture:
-        import fsspec
-
-        with fsspec.open(picture) as file:
-            picture = file.read()
-    return opening.picture(picture, upright=True)
 
 
 def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -> Any:
@@ -415,6 +420,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     read.add_argument("--image-column", default="image", metavar="NAME", help="of a folder of datasets")
     read.add_argument("--caption-column", default="caption", metavar="NAME", help="of a folder of datasets")
     read.add_argument("--split", default="train", help="of a folder of datasets")
+    read.add_argument("--background", metavar="COLOUR", help="behind transparent pictures (white)")
 
 
 def open_data(args: Any) -> Data:
@@ -426,6 +432,9 @@ def open_data(args: Any) -> Data:
     if args.data is None:
         raise ValueError("--data is needed: the pairs, as the trainer has them")
     path, ids_key = str(args.data), getattr(args, "ids_key", None)
+    # open_clip's readers of CSV files and shards leave the camera's orientation as it is; datasets turns it.
+    background = getattr(args, "background", None)
+    as_stored, turned = rendering_of(background, upright=False), rendering_of(background, upright=True)
     kind = args.dataset_type
     if kind == "auto":
         is_folder, extension = os.path.isdir(path), path.rpartition(".")[2].lower()
@@ -438,17 +447,30 @@ def open_data(args: Any) -> Data:
                 f"--ids-key {ids_key}: shards have no columns; got {path}. Write the pairs as a CSV file "
                 "or a folder of datasets with a column of ids"
             )
-        return Shards(path, args.text_key)
+        return Shards(path, args.text_key, as_stored)
     import datasets
 
     datasets.disable_progress_bars()
     if kind == "csv":
         keys = {"--csv-img-key": args.csv_img_key, "--csv-caption-key": args.csv_caption_key}
         table = _csv(path, args.csv_separator, keys, ids_key)
-        return Table(table, args.csv_img_key, args.csv_caption_key, ids_key, kind=kind, data=path)
+        image_key, caption_key = keys.values()
+        return Table(table, image_key, caption_key, ids_key, as_stored, kind=kind, data=path)
     dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):
         if args.split not in dataset:
             raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")
         dataset = dataset[args.split]
-    return Table(dataset, args.image_column, args.caption_column, ids_key, kind=kind, data=path)
+    return Table(dataset, args.image_column, args.caption_column, ids_key, turned, kind=kind, data=path)
+
+
+def rendering_of(background: str | None, *, upright: bool) -> Rendering:
+    """The rendering with the colour of ``--background``, if one is given.
+
+    Raises:
+        ValueError: It is no colour.
+    """
+    try:
+        return Rendering(upright) if background is None else Rendering(upright, background)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error

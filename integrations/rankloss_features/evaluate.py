@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         check_count("--batch-size", args.batch_size)
+        check_count("--workers", args.workers, at_least=0)
         ks = sorted({check_count("--k", k) for k in args.k})
         other = None if args.against is None else _read(args.against)
         with quiet_libraries():
@@ -70,10 +71,7 @@ def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, An
     sources.check_pretrained(args.model, args.pretrained)
     opened = data.open_data(args)
     device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
-    options = argparse.Namespace(
-        model=args.model, pretrained=args.pretrained, features=None, image_encoder=None, text_encoder=None
-    )
-    model = sources.load(["model"], options, device)
+    model = sources.load(["model"], args, device)
     pairs = Pairs.of(opened)
     features = encode_rows(model, opened, batch_size=args.batch_size, workers=args.workers, shows=True)
     encoded = pairs.encoded(**features)

@@ -278,6 +278,7 @@ _OPTIONAL_ENTRIES: Entries = {
     "skipped": (lambda value: type(value) is int and value >= 0, "a number of rows"),
     "teacher": (lambda value: isinstance(value, dict), "the teacher's entries"),
     "data": (lambda value: isinstance(value, dict), "the data's entries"),
+    "pictures": (lambda value: isinstance(value, dict), "the way to pictures"),
     "command": (lambda value: isinstance(value, str), "a command"),
     "alignment": (_is_setting, "a setting of the alignment"),
 }

@@ -7,8 +7,9 @@
     model = load_heads("heads")
     scores = model.encode_images(["new.jpg"]) @ model.encode_texts(["a red shoe", "a blue hat"]).T
 
-The folder has ``heads.json``, with the names of the encoders and the hashes of their weights, and
-``heads.safetensors``.
+The folder has ``heads.json``, with the method that made the heads, the names of the encoders, the hashes of
+their weights and the way to pictures; and the heads' weights, in a file that is named by its hash. So heads
+that replace others are there once ``heads.json`` names them, and an interruption before leaves the others.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rankloss
+from rankloss.options import shown
 from rankloss.precision import unit_rows
 from rankloss_features import image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
@@ -36,16 +39,24 @@ from rankloss_features.folder import (
     Entries,
     are_widths,
     check_entries,
+    check_rows_differ,
     hash_of,
     is_count,
     read_json,
     write_bytes,
 )
+from rankloss_features.pictures import Rendering
 from rankloss_features.teachers import Encoder, Teacher
 
-ABOUT, WEIGHTS = "heads.json", "heads.safetensors"
+ABOUT = "heads.json"
+TRAINED = "trained"
+"""The method of heads that were trained, an entry of ``heads.json``."""
+
 _IMAGES, _TEXTS = NAMES
 _LOCAL = "local-dir:"  # timm's word for a folder
+_BATCH_SIZE = 64
+_LEAST_STD = 0.1
+_EPSILON = 1e-5  # of batch normalisation
 
 
 @dataclass(frozen=True)
@@ -70,18 +81,60 @@ class Encoders:
         return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SPACES[1])
 
 
+class Standardise(nn.Module):
+    """(x − mean) / std in each dimension, of constants.
+
+    Attributes:
+        mean: ``[features]``.
+        std: ``[features]``, the population standard deviation, but at least a tenth of the root of its mean
+            square over the dimensions: one that is constant in a training is noise elsewhere.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take the statistics of features, ``[N, features]``."""
+        std, mean = torch.std_mean(features, dim=0, correction=0)
+        self.std.copy_(std.clamp(min=_LEAST_STD * float(std.square().mean().sqrt())))
+        self.mean.copy_(mean)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The standardised features."""
+        return (features - self.mean) / self.std
+
+
 class Head(nn.Sequential):
     """Standardises an encoder's unit-norm features, and brings them into the common space, ``[n, width]``."""
 
     def __init__(self, features: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__(
-            nn.BatchNorm1d(features, affine=False),
+            Standardise(features),
             nn.Dropout(dropout),
             nn.Linear(features, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, width),
         )
+        self.hidden, self.width = hidden, width
+
+    def standardise(self, name: str, features: Tensor) -> None:
+        """Take the statistics of all features that are trained on, which are constants.
+
+        Raises:
+            ValueError: They are not finite, or one row N times.
+        """
+        statistics: Any = self[0]
+        statistics.fit(features)
+        if not bool(statistics.std.isfinite().all()):
+            raise ValueError(f"{name} must be finite; got NaN or infinity")
+        check_rows_differ(name, [features.numpy()])
 
 
 class FrozenEncoders:
@@ -92,14 +145,22 @@ class FrozenEncoders:
         teacher: The encoders.
         heads: The head of each, by ``image_features`` and ``text_features``.
         scale: The multiplier of the similarities.
+        rendering: The way to the pictures, the same for those that trained the heads and for others.
     """
 
-    def __init__(self, encoders: Encoders, teacher: Teacher, heads: nn.ModuleDict, scale: float) -> None:
-        self.encoders, self.scale = encoders, scale
+    def __init__(
+        self,
+        encoders: Encoders,
+        teacher: Teacher,
+        heads: nn.ModuleDict,
+        scale: float,
+        rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
+    ) -> None:
+        self.encoders, self.scale, self.rendering = encoders, scale, rendering
         self.heads = heads.to(teacher.device).eval()
         self._frozen = teacher
         with_heads = {name: self._with_head(name, encoder) for name, encoder in teacher.encoders.items()}
-        self.teacher = Teacher(teacher.about, with_heads, scale, device=teacher.device)
+        self.teacher = Teacher(teacher.about, with_heads, scale, device=teacher.device, rendering=rendering)
         """The same as :class:`rankloss_features.teachers.Teacher`, for ``rankloss evaluate``."""
 
     def _with_head(self, name: str, encoder: Encoder) -> Encoder:
@@ -109,26 +170,56 @@ class FrozenEncoders:
             features: Tensor = head(unit_rows(encoder.encode(inputs).float()))
             return features
 
-        return Encoder(encoder.prepare, encode, head[-1].out_features, encoder.needs_pictures)
+        return Encoder(encoder.prepare, encode, head.width, encoder.needs_pictures)
 
     def encode_images(self, pictures: Sequence[Any]) -> Tensor:
-        """The unit-norm features of pictures, paths or PIL's: ``[n, width]``."""
-        opened = [
-            x.convert("RGB") if hasattr(x, "convert") else opening.picture(os.fspath(x)) for x in pictures
-        ]
-        return self._encode(_IMAGES, [Sample(n, "", "", x.copy, n) for n, x in enumerate(opened)])
+        """The unit-norm features of pictures: ``[n, width]``.
+
+        Args:
+            pictures: Paths, bytes of files, or pictures of Pillow.
+
+        Raises:
+            ValueError: It is one picture, not several, or an item is none.
+            OSError: A file cannot be read.
+        """
+        if isinstance(pictures, (str, bytes, os.PathLike)) or hasattr(pictures, "convert"):
+            raise ValueError(f"pictures must be several, in a list; got {shown(pictures)}")
+        return self._encode(_IMAGES, [self._sample_of(n, x) for n, x in enumerate(pictures)])
+
+    def _sample_of(self, place: int, picture: Any) -> Sample:
+        if hasattr(picture, "convert"):
+            return Sample(place, "", "", partial(self.rendering.convert, picture), place)
+        if not isinstance(picture, (str, bytes, os.PathLike)):
+            raise ValueError(
+                f"pictures must be paths, bytes of files or pictures of Pillow; in place {place} stands "
+                f"{shown(picture)}"
+            )
+        return Sample(place, "", "", partial(self.rendering.open, os.fspath(picture)), place)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """The unit-norm features of texts: ``[n, width]``."""
+        """The unit-norm features of texts: ``[n, width]``.
+
+        Raises:
+            ValueError: It is one text, not several, or an item is none.
+        """
+        if isinstance(texts, (str, bytes)):
+            raise ValueError(f"texts must be several, in a list; got {shown(texts)}")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts must be of type str; got {shown(text)} in place {place}")
         return self._encode(_TEXTS, [Sample(n, "", text) for n, text in enumerate(texts)])
 
     def _encode(self, name: str, samples: list[Sample]) -> Tensor:
         encoder = self.teacher.encoders[name]
         one = Teacher({}, {name: encoder}, device=self.teacher.device)
-        return one.encode({name: encoder.prepare(samples)}, torch.float32)[name]
+        features = [torch.empty(0, encoder.width)]
+        for first in range(0, len(samples), _BATCH_SIZE):
+            prepared = encoder.prepare(samples[first : first + _BATCH_SIZE])
+            features.append(one.encode({name: prepared}, torch.float32)[name])
+        return torch.cat(features)
 
     def save(self, folder: str | Path) -> None:
-        """Write the heads and the names of their encoders into a folder.
+        """Write the heads and the names of their encoders into a folder, in place of heads that it has.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written.
@@ -137,19 +228,47 @@ class FrozenEncoders:
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
+        weights = save({name: x.contiguous() for name, x in self.heads.state_dict().items()})
         first: Any = self.heads[_IMAGES]
         about = {
+            "method": TRAINED,
             "encoders": {name: _absolute(value) for name, value in asdict(self.encoders).items()},
             "weights": self._frozen.about,
+            "pictures": asdict(self.rendering),
             "widths": {name: encoder.width for name, encoder in self._frozen.encoders.items()},
-            "hidden": first[2].out_features,
-            "width": first[-1].out_features,
+            "hidden": first.hidden,
+            "width": first.width,
             "scale": self.scale,
+            "hash": hash_of(weights).hex(),
         }
-        weights = save({name: x.contiguous() for name, x in self.heads.state_dict().items()})
-        about["hash"] = hash_of(weights).hex()  # an interruption between the files is seen by it
-        write_bytes(place / WEIGHTS, weights)
+        replaced = _weights_in(place)
+        file = _weights_file(place, about)
+        write_bytes(file, weights)
         write_bytes(place / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+        if replaced not in (None, file):
+            replaced.unlink(missing_ok=True)
+
+
+def _weights_file(folder: Path, about: Mapping[str, Any]) -> Path:
+    """The file of weights that ``heads.json`` names."""
+    if "method" not in about:
+        return folder / "heads.safetensors"  # of earlier folders
+    return folder / f"heads-{about['hash'][:16]}.safetensors"
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The file of weights of the heads in a folder, or None."""
+    with suppress(ValueError):
+        return _weights_file(folder, _read(folder))
+    return None
+
+
+def has_other_files(folder: Path) -> bool:
+    """True for a folder with more than heads, or than an interrupted command leaves of them."""
+    names = (file.name.removeprefix(".") for file in folder.iterdir())
+    return any(
+        name != ABOUT and not re.fullmatch(r"heads(-[0-9a-f]{16})?\.safetensors", name) for name in names
+    )
 
 
 def _absolute(name: str | None) -> str | None:
@@ -169,17 +288,26 @@ def _are_encoders(value: Any) -> bool:
     return are_named and (weights is None or isinstance(weights, str))
 
 
+def _is_rendering(value: Any) -> bool:
+    if not isinstance(value, dict) or {*value} != {field.name for field in fields(Rendering)}:
+        return False
+    with suppress(ValueError):
+        return isinstance(value["upright"], bool) and bool(Rendering(**value))
+    return False
+
+
 _ENTRIES: Entries = {
     "encoders": (_are_encoders, "the names of two encoders"),
     "weights": (
         lambda value: isinstance(value, dict) and {"image_weights", "text_weights"} <= {*value},
         "the hashes of two encoders' weights",
     ),
+    "pictures": (_is_rendering, "the way to pictures"),
     "widths": (lambda value: are_widths(value) and len(value) == len(NAMES), "a width from 1 for each"),
     "hidden": (is_count, "a width from 1"),
     "width": (is_count, "a width from 1"),
     "scale": (lambda value: type(value) is float and 0 < value < math.inf, "a number above 0"),
-    "hash": (lambda value: isinstance(value, str), "a hash"),
+    "hash": (lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{32}", value)), "a hash"),
 }
 
 
@@ -191,19 +319,18 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
         device: The device that computes.
 
     Raises:
-        ValueError: It is no such folder, an entry of it is missing or not of its kind, its weights are not as
-            they were written, or an encoder is not found or has other weights than it was trained with.
+        ValueError: It is no such folder, or its heads are of an unknown method; an entry of it is missing or
+            not of its kind, its weights are not as they were written, or an encoder is not found or has other
+            weights than it was trained with.
     """
     place = Path(folder)
-    if not os.path.lexists(place / ABOUT):
-        raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
-    about = read_json(place / ABOUT)
-    check_entries(place / ABOUT, about, _ENTRIES)
-    weights = (place / WEIGHTS).read_bytes() if (place / WEIGHTS).is_file() else b""
+    about = _read(place)
+    file = _weights_file(place, about)
+    weights = file.read_bytes() if file.is_file() else b""
     if hash_of(weights).hex() != about["hash"]:
-        raise ValueError(f"{place / WEIGHTS} is not as it was written with {ABOUT}: train the heads again")
+        raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
     encoders = Encoders(**about["encoders"])
-    teacher = encoders.load(torch.device(device), 64)
+    teacher = encoders.load(torch.device(device), _BATCH_SIZE)
     for name in ("image_weights", "text_weights"):
         if teacher.about[name] != about["weights"][name]:
             raise ValueError(
@@ -212,88 +339,46 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
             )
     with torch.device("meta"):  # the weights are the memory; a file may name any width
         heads = make_heads(about["widths"], about["hidden"], about["width"])
-    opening.load_safetensors(heads, place / WEIGHTS)
-    return FrozenEncoders(encoders, teacher, heads.float(), about["scale"])
+    convert = _constants_of_batch_norm if "method" not in about else None
+    opening.load_safetensors(heads, file, convert)
+    return FrozenEncoders(encoders, teacher, heads.float(), about["scale"], Rendering(**about["pictures"]))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The entries of ``heads.json``."""
+    file = folder / ABOUT
+    if not os.path.lexists(file):
+        raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
+    about = read_json(file)
+    if isinstance(about, dict) and "method" in about and about["method"] != TRAINED:
+        raise ValueError(
+            f"{file}: its heads are of the method {about['method']!r}; this release has {TRAINED!r}"
+        )
+    if isinstance(about, dict) and "method" not in about:
+        about = {"pictures": asdict(Rendering()), **about}  # an earlier folder
+    check_entries(file, about, _ENTRIES)
+    return dict(about)
+
+
+def _constants_of_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an earlier folder, whose statistics are those of batch normalisation, with constants.
+
+    Its running mean began at 0 and its running variance at 1, of which n steps leave 0.9ⁿ. Without that share
+    they are weighted means of the batches' own.
+    """
+    converted = dict(weights)
+    for name in NAMES:
+        mean, variance, steps = (
+            converted.pop(f"{name}.0.{kind}", torch.tensor(0.0)).double()
+            for kind in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        left = 0.9**steps
+        converted[f"{name}.0.mean"] = (mean / (1 - left)).float()
+        variance = (variance - left) / (1 - left)
+        converted[f"{name}.0.std"] = (variance.clamp(min=0) + _EPSILON).sqrt().float()
+    return converted
 
 
 def make_heads(widths: dict[str, int], hidden: int, width: int, dropout: float = 0.0) -> nn.ModuleDict:
     """A head for each encoder, with random weights; dropout is of their training alone."""
     return nn.ModuleDict({name: Head(features, hidden, width, dropout) for name, features in widths.items()})
-
-
-# --- training ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """The settings of a training.
-
-    Attributes:
-        epochs: Passes over the pairs.
-        batch_size: Pairs of a step; all pairs if they are fewer.
-        lr: The learning rate, which falls to 0 by a cosine.
-        hidden: The width of a head's hidden layer.
-        width: The width of the common space.
-        seed: Of weights, dropout and the order of the pairs.
-        dropout: The share of units that drop out, before each layer of a head.
-        label_smoothing: Of CLIP's loss.
-        spread_weight: The weight of the spread of each modality beside CLIP's loss; 0 leaves it out.
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 1e-3
-    hidden: int = 512
-    width: int = 256
-    seed: int = 0
-    dropout: float = 0.3
-    label_smoothing: float = 0.0
-    spread_weight: float = 0.0
-
-
-def train(
-    features: dict[str, Tensor], ids: Tensor | None, settings: Training
-) -> tuple[nn.ModuleDict, float, list[float]]:
-    """Train heads on features of pairs with CLIP's loss, and spread if it has a weight.
-
-    Pairs of one id are no negatives of each other.
-
-    Args:
-        features: ``image_features`` and ``text_features``, ``[N, D']`` each.
-        ids: ``[N]``, or None.
-        settings: The settings.
-
-    Returns:
-        The heads, the scale, and the mean loss of each epoch.
-    """
-    images, texts = features[_IMAGES], features[_TEXTS]
-    criterion: nn.Module = rankloss.ClipLoss(
-        label_smoothing=settings.label_smoothing, same_id=None if ids is None else "ignore", gather=False
-    )
-    if settings.spread_weight > 0:
-        criterion = rankloss.SpreadLoss(criterion, weight=settings.spread_weight, gather=False)
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        widths = {name: x.shape[1] for name, x in features.items()}
-        heads = make_heads(widths, settings.hidden, settings.width, settings.dropout)
-        log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
-        optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
-        size = min(settings.batch_size, len(images))
-        steps = len(images) // size
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
-        losses = []
-        for _ in range(settings.epochs):
-            total = 0.0
-            for rows in torch.randperm(len(images), generator=generator).split(size)[:steps]:
-                v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
-                t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
-                of_pairs = {} if ids is None else {"pair_ids": ids[rows]}
-                loss = criterion(v, t, log_scale.exp(), **of_pairs)
-                loss.backward()
-                optimizer.step()
-                decay.step()
-                optimizer.zero_grad()
-                total += loss.item()
-            losses.append(total / steps)
-    return heads.eval(), float(log_scale.detach().exp()), losses

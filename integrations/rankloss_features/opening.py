@@ -179,8 +179,15 @@ def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[s
     return missing, unexpected
 
 
-def load_safetensors(model: nn.Module, file: Path) -> None:
+def load_safetensors(
+    model: nn.Module, file: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> None:
     """Let a model have its weights, all of them, from a file of safetensors; it may be on the meta device.
+
+    Args:
+        model: The model.
+        file: The file.
+        convert: From the weights in the file to the model's, or None.
 
     Raises:
         ValueError: The file is damaged, or has other weights than the model.
@@ -189,7 +196,8 @@ def load_safetensors(model: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(file), assign=True)
+        weights = load_file(file)
+        model.load_state_dict(weights if convert is None else convert(weights), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{file} does not fit: {error}") from error
 
@@ -269,29 +277,49 @@ def dataset(path: str) -> Any:
         return datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
 
 
-def picture(source: bytes | str, *, upright: bool = False) -> Any:
-    """A picture in RGB: AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF or WebP.
+@contextmanager
+def picture(source: bytes | str) -> Iterator[Any]:
+    """A context with a picture of Pillow: AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF or WebP.
 
     Pillow reads many other formats, which few use and few have checked; its reader of EPS starts Ghostscript.
 
     Args:
-        source: Its file, or the bytes of one.
-        upright: True to turn it as the camera was held.
+        source: Its file, a URL, or the bytes of one.
 
     Raises:
         OSError: It is of another format, cut, or no regular file.
         PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
     check_version("pillow")
-    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
-        raise OSError(f"{source} is no regular file")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is optional
-    opened = io.BytesIO(source) if isinstance(source, bytes) else source
-    with Image.open(opened, formats=formats) as image:
-        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    try:
+        opened = Image.open(io.BytesIO(content_of(source)), formats=formats)
+    except UnidentifiedImageError as error:
+        what = source if isinstance(source, str) else "its content"
+        raise OSError(f"{what} is none of {', '.join(formats)}, or it is damaged") from error
+    with opened:
+        yield opened
+
+
+def content_of(source: bytes | str) -> bytes:
+    """The bytes of a picture's file, or of a URL.
+
+    Raises:
+        OSError: It is not there, or no regular file.
+    """
+    if isinstance(source, bytes):
+        return source
+    if "://" in source:
+        import fsspec  # which datasets brings
+
+        with fsspec.open(source) as file:
+            return bytes(file.read())
+    if os.path.exists(source) and not os.path.isfile(source):  # a pipe would be waited for
+        raise OSError(f"{source} is no regular file")
+    return Path(source).read_bytes()
 
 
 def stored_array(file: Path) -> Array:

@@ -71,14 +71,21 @@ def device_of(name: str | None, default: str) -> torch.device:
     """The device of the option ``--device``.
 
     Raises:
-        ValueError: Torch knows no such device.
+        ValueError: Torch knows no such device, or cannot use it here.
     """
     try:
-        return torch.device(name or default)
+        device = torch.device(name or default)
     except RuntimeError as error:
         raise ValueError(
             f"--device must be a device of torch, such as cpu or cuda:0; got {name!r}"
         ) from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise ValueError(f"--device {device} is not here: {str(error).partition(chr(10))[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"--device {name} computes nothing: give cpu or cuda:0")
+    return device
 
 
 def load(given: list[str], args: Any, device: torch.device) -> Teacher:
@@ -100,7 +107,12 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
     spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
-    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces, parts[0].pairs)
+    first, background = parts[0], getattr(args, "background", None)
+    if first.rendering is not None and background is not None:
+        raise ValueError(
+            f"--background {background}: --model {args.model} has its own, {first.rendering.background}"
+        )
+    return Teacher(about, encoders, first.scale, first.rows, device, spaces, first.pairs, first.rendering)
 
 
 # Functions that prepare samples are sent to other processes, where these are not forked.

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from rankloss.precision import unit_rows
 from rankloss_features.data import Data, Sample, Spans
 from rankloss_features.folder import SPACES, Pairs
+from rankloss_features.pictures import Rendering
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Teacher:
         device: The device that it computes on.
         spaces: One of :data:`rankloss_features.folder.SPACES`.
         pairs: The pairs of its rows, where they are known.
+        rendering: The way to its pictures; None for the data's.
     """
 
     about: dict[str, Any]
@@ -55,6 +57,7 @@ class Teacher:
     device: torch.device = torch.device("cpu")
     spaces: str = SPACES[0]
     pairs: Pairs | None = None
+    rendering: Rendering | None = None
 
     @torch.inference_mode()
     def encode(self, prepared: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,6 +133,7 @@ class Batches(IterableDataset[Any]):
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
         self.data, self.groups = data, groups
+        self.rendering = teacher.rendering or data.rendering
         self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
         self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
@@ -138,7 +142,7 @@ class Batches(IterableDataset[Any]):
         worker = get_worker_info()
         mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
         for source, spans in mine:
-            for span, samples in zip(spans, self.data.read(source, spans), strict=True):
+            for span, samples in zip(spans, self.data.read(source, spans, self.rendering), strict=True):
                 if self.needs_pictures:
                     samples = list(self._readable(samples))
                 prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}

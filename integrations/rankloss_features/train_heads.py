@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +16,17 @@ import torch
 from torch import Tensor
 
 from rankloss.options import check_count, check_weight
-from rankloss_features import data
+from rankloss_features import data, sources
 from rankloss_features.errors import last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
-from rankloss_features.heads import ABOUT, WEIGHTS, Encoders, FrozenEncoders, Training, train
+from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, has_other_files
+from rankloss_features.heads_training import Training, train
 
 _FEWEST = 16  # pairs, on either side of the split
 _HELD_OUT = 10  # of so many ids one
+_WIDEST = 65_536  # of the common space
+_LARGEST_SEED = 2**63 - 1  # which torch takes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,26 +36,37 @@ def main(argv: Sequence[str]) -> int:
         settings = Training(
             check_count("--epochs", args.epochs),
             check_count("--batch-size", args.batch_size, at_least=2),
-            check_weight("--lr", args.lr, above=0.0),
-            width=check_count("--width", args.width),
-            seed=args.seed,
+            check_weight("--lr", args.lr, above=0.0, below=1.0),
+            width=check_count("--width", args.width, at_most=_WIDEST),
+            seed=check_count("--seed", args.seed, at_least=0, at_most=_LARGEST_SEED),
             dropout=check_weight("--dropout", args.dropout, below=1.0),
             label_smoothing=check_weight("--label-smoothing", args.label_smoothing, below=1.0),
             spread_weight=check_weight("--spread-weight", args.spread_weight),
         )
-        if args.output.exists() and not (args.output / ABOUT).is_file() and _has_other_files(args.output):
-            raise ValueError(f"--output {args.output} is there and no folder of heads: give a new one")
+        check_count("--workers", args.workers, at_least=0)
+        device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
+        _check_output(args.output, overwrite=args.overwrite)
         with quiet_libraries():
-            run(args, settings)
+            run(args, settings, device)
     except (OSError, ValueError) as error:
         print(f"rankloss heads: {last_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _has_other_files(folder: Path) -> bool:
-    """True for a folder with more than an interrupted command leaves there."""
-    return any(file.name.removeprefix(".") not in (ABOUT, WEIGHTS) for file in folder.iterdir())
+def _check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise a ValueError for a place where the heads cannot go, or where others are."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--output {folder} is no folder, nor a link to one that is there")
+    if folder.is_dir() and has_other_files(folder):
+        raise ValueError(f"--output {folder} is there and no folder of heads: give a new one")
+    if os.path.lexists(folder / ABOUT) and not overwrite:
+        raise ValueError(
+            f"--output {folder} has trained heads: give another folder, or --overwrite to replace them"
+        )
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {folder} cannot be written: {parent} may not be changed")
 
 
 class Side(NamedTuple):
@@ -71,8 +87,10 @@ class Side(NamedTuple):
         return {name: x[self.rows] for name, x in features.items()}
 
 
-def run(args: argparse.Namespace, settings: Training) -> None:
+def run(args: argparse.Namespace, settings: Training, device: torch.device) -> None:
     """Encode the pairs, train on some, evaluate on the others, and save.
+
+    Pictures are upright, whatever the kind of data: no other trainer sees them otherwise.
 
     Raises:
         ValueError: An encoder or the data cannot be read, there are too few pairs, or an id stands on both
@@ -80,8 +98,8 @@ def run(args: argparse.Namespace, settings: Training) -> None:
     """
     training, validation = _sides(args, settings.seed)
     encoders = Encoders(args.image_encoder, args.text_encoder, args.image_weights)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    frozen = encoders.load(device, args.batch_size)
+    rendering = data.rendering_of(args.background, upright=True)
+    frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
     encode = partial(encode_rows, frozen, batch_size=64, workers=args.workers, shows=True)
     features = encode(training.opened)
     is_one_file = validation.opened is training.opened
@@ -90,7 +108,7 @@ def run(args: argparse.Namespace, settings: Training) -> None:
     print(f"training on {len(training.rows)} pairs of {int(ids.max()) + 1} {_kind(args)}")
     heads, scale, losses = train(training.of(features), ids, settings)
     _print_course(losses)
-    model = FrozenEncoders(encoders, frozen, heads, scale)
+    model = FrozenEncoders(encoders, frozen, heads, scale, rendering)
     model.save(args.output)
     _print_evaluation(args, model, validation.pairs, held_out)
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
@@ -105,8 +123,11 @@ def _sides(args: argparse.Namespace, seed: int) -> tuple[Side, Side]:
         training = Side(opened, learned, pairs.take(learned))
         validation = Side(opened, held_out, pairs.take(held_out))
     else:
-        val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
-        val_pairs = Pairs.of(val_data)
+        try:
+            val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
+            val_pairs = Pairs.of(val_data)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data ", "--val-data ")) from error
         training = Side(opened, [*range(len(pairs.captions))], pairs)
         validation = Side(val_data, [*range(len(val_pairs.captions))], val_pairs)
         _check_disjoint(args, pairs, val_pairs)
@@ -184,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the heads go")
+    parser.add_argument("--overwrite", action="store_true", help="replace the heads that are there")
     parser.add_argument("--image-encoder", required=True, metavar="NAME", help="as rankloss features has it")
     parser.add_argument("--image-weights", metavar="PATH", help="as rankloss features has it")
     parser.add_argument("--text-encoder", required=True, metavar="NAME", help="as rankloss features has it")

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     """Make the folder, or verify that it is of this command."""
     about: dict[str, Any] = {
         "teacher": teacher.about,
+        "pictures": asdict(teacher.rendering or data.rendering),
         "scale": teacher.scale,
         "spaces": teacher.spaces,
         "widths": {name: encoder.width for name, encoder in teacher.encoders.items()},
@@ -195,8 +197,9 @@ def check_has_no_files(output: Path) -> None:
 
 def check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
     """Raise a ValueError for a folder that was begun with another teacher or other settings."""
-    for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
-        if key in about and found.get(key) != about[key]:
+    earlier = {"pictures": about.get("pictures")}  # folders of before say nothing of pictures
+    for key in ("teacher", "pictures", "widths", "spaces", "dtype", "precision", "batch_size"):
+        if key in about and found.get(key, earlier.get(key)) != about[key]:
             raise ValueError(
                 f"--output {output} was begun with another {key}, {found.get(key)}, not {about[key]}; by its "
                 f"own account, its command was {found.get('command')!r}"

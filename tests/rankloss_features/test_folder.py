@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import logging
 import pickle
 import re
 import shutil
+import tarfile
 import tracemalloc
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from rankloss_features import Features, bind
 from rankloss_features import data as data_module
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
-from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair
+from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair, open_data
 from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
+from samples import add_sample
 from stored_features import stored
 
 
@@ -139,23 +141,35 @@ def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
     assert tuple(listed.split(";")) == IMAGES
 
 
-@pytest.mark.parametrize("kind", ["datasets", "csv"])
-@pytest.mark.parametrize("has_bytes", [True, False])
-def test_the_cameras_orientation_counts_where_it_counts_in_training(
-    tmp_path: Path, kind: str, has_bytes: bool
-) -> None:
-    picture, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 2, 3)), Image.Exif()
+@pytest.mark.parametrize("kind", ["datasets", "csv", "webdataset"])
+def test_the_cameras_orientation_counts_where_it_counts_in_training(tmp_path: Path, kind: str) -> None:
+    plain, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 2, 3)), Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", exif=exif)
-    (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    image: Any = {"bytes": buffer.getvalue(), "path": None} if has_bytes else str(tmp_path / "a.png")
-    data = datasets.Dataset.from_dict({"image": [image], "caption": ["a"]})
-    data = data.cast_column("image", datasets.Image())
-    (samples,) = Table(data, "image", "caption", kind=kind).read(0, [(0, 1)])
-    trained = data[0]["image"].convert("RGB") if kind == "datasets" else picture
+    file = tmp_path / "a.png"
+    plain.save(file, exif=exif)
+    trained: Any = plain
+    if kind == "csv":
+        (tmp_path / "a.csv").write_text(f"filepath\ttitle\n{file}\ta\n")
+        data = csv_data(tmp_path / "a.csv")
+    elif kind == "webdataset":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            add_sample(tar, "a", png=file.read_bytes(), txt=b"a")
+        data = Shards(str(tmp_path / "a.tar"))
+    else:
+        columns = {"image": [str(file)], "caption": ["a"]}
+        dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        dataset.save_to_disk(tmp_path / "data")
+        data = open_data(data_args(tmp_path / "data"))
+        trained = dataset[0]["image"].convert("RGB")
+        assert trained.size == (4, 2) != plain.size
+    list(data.pairs())
+    (samples,) = data.read(0, [(0, 1)], data.rendering)
     np.testing.assert_array_equal(np.asarray(samples[0].open()), np.asarray(trained))
-    assert data[0]["image"].size == (4, 2) != picture.size
+
+
+def data_args(folder: Path) -> Namespace:
+    keys = {"image_column": "image", "caption_column": "caption", "split": "train"}
+    return Namespace(data=str(folder), dataset_type="auto", **keys)
 
 
 # --- binding ----------------------------------------------------------------------------------------------

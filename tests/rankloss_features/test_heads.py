@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
+import signal
+import tarfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
+import tiny_teacher as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluate_command import rows_of, write
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from rankloss_features.folder import NAMES
-from rankloss_features.heads import Training, load_heads, make_heads, train
+from rankloss_features import sources, train_heads
+from rankloss_features.folder import NAMES, hash_of
+from rankloss_features.heads import Encoders, FrozenEncoders, load_heads, make_heads
+from rankloss_features.heads_training import Training, train
+from rankloss_features.pictures import Rendering
 from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
+from samples import add_sample
+
+
+def weights_of(folder: Path) -> Path:
+    (file,) = folder.glob("heads-*.safetensors")
+    return file
 
 
 def run(sample: Path, output: Path, data: Path, *options: str, texts: str = "{}/text_encoder") -> int:
@@ -121,7 +140,7 @@ def test_the_weight_of_the_spread_is_of_the_loss_that_trains() -> None:
     for weight in (0.0, 0.5, 1.0):
         _, _, (first[weight],) = train(features, ids, Training(1, batch_size=24, spread_weight=weight))
         heads, _, _ = train(features, ids, Training(30, batch_size=24, spread_weight=weight))
-        v = torch.nn.functional.normalize(heads["image_features"](features["image_features"]), dim=-1)
+        v = normalize(heads["image_features"](features["image_features"]), dim=-1)
         spreads[weight] = (v @ v.T)[~torch.eye(24, dtype=torch.bool)].std().item()
     assert first[0.5] - first[0.0] > 0.05
     assert first[1.0] - first[0.0] == pytest.approx(2 * (first[0.5] - first[0.0]), rel=1e-4)
@@ -137,7 +156,9 @@ def test_smoothing_is_of_the_loss_that_trains() -> None:
         _, _, (losses[smoothing],) = train(features, None, settings)
         torch.manual_seed(settings.seed)
         heads = make_heads(dict.fromkeys(NAMES, 8), settings.hidden, settings.width)
-        v, t = (torch.nn.functional.normalize(heads[name](features[name]), dim=-1) for name in NAMES)
+        for name, x in features.items():
+            heads[name].standardise(name, x)
+        v, t = (normalize(heads[name](features[name]), dim=-1) for name in NAMES)
         logits, own = v @ t.T / 0.07, torch.arange(24)
         expected[smoothing] = sum(
             torch.nn.functional.cross_entropy(x, own, label_smoothing=smoothing).item() / 2
@@ -187,7 +208,10 @@ WRONG = {
     ("hidden",): [None, True, 2**40, 7],
     ("width",): [None, -1, 2**40, 7],
     ("scale",): [None, "x", 0.0, -1.0, float("inf"), float("nan")],
-    ("hash",): [None, 7],
+    ("hash",): [None, 7, "", "/../../other", "0" * 32],
+    ("pictures",): [None, {}, {"upright": True}, {"upright": 1, "background": "white"}],
+    ("pictures", "background"): [None, 7, "whitish", "#ffffff00"],
+    ("method",): [None, "cca", []],
 }
 
 
@@ -205,7 +229,7 @@ def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
             del entry[path[-1]]
         file.write_text(json.dumps(about))
         with pytest.raises(
-            ValueError, match=f"heads.json is damaged: .*'{path[0]}'|does not fit|not as it was"
+            ValueError, match=f"heads.json(:| is damaged:) .*{path[0]}|does not fit|not as it was"
         ):
             load_heads(tmp_path / "heads")
 
@@ -248,6 +272,258 @@ def test_heads_on_another_encoder_than_they_were_trained_with_are_refused(
         load_heads(copy)
     about["encoders"]["text_encoder"] = str(sample_folder / "text_encoder")
     (copy / "heads.json").write_text(json.dumps(about))
-    (copy / "heads.safetensors").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"heads.safetensors is not as it was written with heads.json"):
+    weights_of(copy).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"heads-\w+.safetensors is not as it was written with heads.json"):
         load_heads(copy)
+
+
+# --- statistics -------------------------------------------------------------------------------------------
+
+
+def unit_features(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Unit-norm features with a mean that is not 0, and a dimension that is constant."""
+    features = {}
+    for name, width in zip(NAMES, (40, 24), strict=True):
+        x = torch.randn(rows, width, generator=generator) + 2.0
+        x[:, 3] = 0.0
+        features[name] = normalize(x, dim=-1)
+    return features
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+def test_the_statistics_are_those_of_all_features_after_few_steps_as_after_many(epochs: int) -> None:
+    features = unit_features(200, torch.Generator().manual_seed(0))
+    heads, _, _ = train(features, None, Training(epochs, batch_size=128))
+    for name, x in features.items():
+        standardised = heads[name][0](x)
+        varies = x.std(dim=0) > 0
+        torch.testing.assert_close(standardised.mean(dim=0), torch.zeros(x.shape[1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(standardised.std(dim=0, correction=0), varies.float(), atol=1e-4, rtol=0)
+
+
+def test_a_dimension_that_is_constant_in_a_training_does_not_drown_the_others_later() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = unit_features(64, generator)
+    heads, _, _ = train(features, None, Training(1, batch_size=32))
+    later = features[NAMES[0]] + 0.1 * torch.eye(40)[3]  # as much as the others vary
+    assert heads[NAMES[0]][0](later).abs().max() < 30
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.full((24, 8), math.nan), "image_features must be finite; got NaN or infinity"),
+        (torch.ones(24, 8), "image_features must not be one row 24 times, which ranks nothing"),
+    ],
+)
+def test_features_that_teach_nothing_are_refused(wrong: Tensor, message: str) -> None:
+    features = {NAMES[0]: wrong, NAMES[1]: torch.randn(24, 8)}
+    with pytest.raises(ValueError, match=message):
+        train(features, None, Training(1))
+
+
+def test_an_earlier_folder_is_read_with_the_statistics_of_its_features(folder: Path, tmp_path: Path) -> None:
+    """It has those of batch normalisation, of which 0.9ⁿ is left of their first values 0 and 1."""
+    batches = [normalize(torch.rand(24, 64), dim=-1) for _ in range(3)]
+    earlier = torch.nn.BatchNorm1d(64, affine=False)
+    for batch in batches:
+        earlier(batch)
+    weights = load_file(weights_of(folder))
+    for name in NAMES:
+        width = len(weights.pop(f"{name}.0.mean"))
+        del weights[f"{name}.0.std"]
+        for kind, x in earlier.state_dict().items():
+            weights[f"{name}.0.{kind}"] = (x[:width] if x.dim() else x).clone()
+    shutil.copytree(folder, tmp_path / "heads")
+    weights_of(tmp_path / "heads").unlink()
+    file = tmp_path / "heads/heads.safetensors"
+    save_file(weights, file)
+    about = json.loads((folder / "heads.json").read_text())
+    del about["method"], about["pictures"]
+    (tmp_path / "heads/heads.json").write_text(
+        json.dumps({**about, "hash": hash_of(file.read_bytes()).hex()})
+    )
+    model = load_heads(tmp_path / "heads")
+    shares = torch.tensor([0.081, 0.09, 0.1]) / 0.271
+    for name in NAMES:
+        found: Any = model.heads[name][0]
+        width = len(found.mean)
+        mean = sum(share * batch.mean(dim=0) for share, batch in zip(shares, batches, strict=True))
+        variance = sum(share * batch.var(dim=0) for share, batch in zip(shares, batches, strict=True))
+        torch.testing.assert_close(found.mean, mean[:width])
+        torch.testing.assert_close(found.std, (variance[:width] + 1e-5).sqrt(), rtol=1e-4, atol=0)
+    assert model.encode_texts(["a red circle"]).isfinite().all()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def awkward(picture: Image.Image, number: int, file: Path) -> Path:
+    """A picture as a camera that was turned, of 16 bits, or transparent, as a PNG file."""
+    if number % 3 == 0:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(file, "PNG", exif=exif)
+    elif number % 3 == 1:
+        grey = np.asarray(picture.convert("L"), np.uint16) * 257
+        Image.fromarray(grey).save(file, "PNG")
+    else:
+        transparent = picture.convert("RGBA")
+        transparent.putalpha(picture.convert("L"))
+        transparent.save(file, "PNG")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["csv", "datasets", "webdataset"])
+def test_new_pictures_are_opened_as_those_that_trained(
+    sample_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(sample_folder / "train.csv")
+    for number, row in enumerate(rows):
+        row["filepath"] = str(awkward(Image.open(row["filepath"]), number, tmp_path / f"{number:02}.png"))
+    data = write(tmp_path / "train.csv", rows)
+    if kind == "datasets":
+        columns = {"image": [row["filepath"] for row in rows], "caption": [row["title"] for row in rows]}
+        data = tmp_path / "data"
+        datasets.Dataset.from_dict(columns).save_to_disk(data)
+    elif kind == "webdataset":
+        data = tmp_path / "data.tar"
+        with tarfile.open(data, "w") as tar:
+            for number, row in enumerate(rows):
+                picture = Path(row["filepath"]).read_bytes()
+                add_sample(tar, f"{number:02}", png=picture, txt=row["title"].encode())
+    seen: list[dict[str, Tensor]] = []
+
+    def watched(features: dict[str, Tensor], *args: Any) -> Any:
+        seen.append(features)
+        return train(features, *args)
+
+    monkeypatch.setattr(train_heads, "train", watched)
+    val = ("--val-data", str(sample_folder / "val.csv"), "--background", "gray")
+    assert run(sample_folder, tmp_path / "heads", data, *val) == 0
+    model = load_heads(tmp_path / "heads")
+    with torch.no_grad():
+        of_training = normalize(model.heads[NAMES[0]](seen[0][NAMES[0]]), dim=-1)
+    files = [row["filepath"] for row in rows]
+    torch.testing.assert_close(model.encode_images(files), of_training, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_images(map(Image.open, files)), of_training, atol=1e-5, rtol=0)
+    contents = [Path(file).read_bytes() for file in files]
+    torch.testing.assert_close(model.encode_images(contents), of_training, atol=1e-5, rtol=0)
+    assert model.rendering == Rendering(upright=True, background="gray")
+    given = Namespace(model=str(tmp_path / "heads"), pretrained=None)
+    assert sources.load(["model"], given, torch.device("cpu")).rendering == model.rendering
+
+
+# --- options that fail before anything is computed -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("device", "nonsense", "--device must be a device of torch, such as cpu or cuda:0; got 'nonsense'"),
+        ("device", "cuda:99", "--device cuda:99 is not here: "),
+        ("device", "meta", "--device meta computes nothing"),
+        ("seed", str(2**64), f"--seed must be at most {2**63 - 1}; got {2**64}"),
+        ("seed", "-1", "--seed must be an integer of at least 0; got -1"),
+        ("lr", "1e6", "--lr must be a finite number > 0 and < 1; got 1000000.0"),
+        ("lr", "nan", "--lr must be a finite number > 0 and < 1; got nan"),
+        ("width", str(10**9), "--width must be at most 65536; got 1000000000"),
+        ("workers", "-1", "--workers must be an integer of at least 0; got -1"),
+        ("background", "whitish", "--background must be a colour, such as white or #808080; got 'whitish'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_before_the_encoders_are_loaded(
+    sample_folder: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Encoders, "load", lambda *_: pytest.fail("the encoders are loaded"))
+    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value)
+    assert message in refusal(capsys, code)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_training_that_diverges_names_the_options() -> None:
+    features = unit_features(64, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"diverged in epoch 1: give less than --lr 1e\+30$"):
+        train(features, None, Training(3, batch_size=16, lr=1e30))
+    with pytest.raises(ValueError, match=r"give less than --lr 1e\+30 or --spread-weight 2$"):
+        train(features, None, Training(3, batch_size=16, lr=1e30, spread_weight=2.0))
+
+
+def test_trained_heads_are_replaced_only_on_demand(
+    sample_folder: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(folder, tmp_path / "heads")
+    before = tiny.files(folder)
+    val = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product")
+    code = run(sample_folder, tmp_path / "heads", sample_folder / "train.csv", *val)
+    error = refusal(capsys, code)
+    assert f"--output {tmp_path}/heads has trained heads: give another folder, or --overwrite" in error
+    assert tiny.files(tmp_path / "heads") == before
+    more = (*val, "--overwrite", "--seed", "1")
+    assert run(sample_folder, tmp_path / "heads", sample_folder / "train.csv", *more) == 0
+    after = tiny.files(tmp_path / "heads")
+    assert len(after) == 2
+    assert not {*after.values()} & {*before.values()}
+    load_heads(tmp_path / "heads")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(
+    sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoders, "load", lambda *_: pytest.fail("the encoders are loaded"))
+    (tmp_path / "file").write_text("mine")
+    error = refusal(capsys, run(sample_folder, tmp_path / "file", sample_folder / "train.csv"))
+    assert f"--output {tmp_path}/file is no folder" in error
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    error = refusal(capsys, run(sample_folder, tmp_path / "new/x", sample_folder / "train.csv"))
+    assert f"--output {tmp_path}/new/x cannot be written: {tmp_path} may not be changed" in error
+
+
+# --- interruptions ------------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: Path, tmp_path: Path) -> None:
+    old = load_heads(folder)
+    heads = make_heads({name: x[0].mean.numel() for name, x in old.heads.items()}, 16, 8)
+    new = FrozenEncoders(old.encoders, old._frozen, heads, 20.0)
+    expected = {"old": old.encode_texts(["a red circle"]), "new": new.encode_texts(["a red circle"])}
+    outcomes = []
+    for step in range(1, 40):
+        place = tmp_path / str(step)
+        shutil.copytree(folder, place)
+        code = tiny.in_process(save_and_die, new, place, step)
+        found = load_heads(place).encode_texts(["a red circle"])
+        (outcome,) = [name for name, x in expected.items() if torch.equal(x, found)]
+        outcomes.append(outcome)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        new.save(place)  # and the next saving goes through
+        assert torch.equal(load_heads(place).encode_texts(["a red circle"]), expected["new"])
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert {*outcomes[:-1]} == {"old", "new"}
+
+
+def save_and_die(model: FrozenEncoders, place: Path, step: int) -> None:
+    """Save, but be killed at a call that opens, brings to the disk, renames or deletes a file."""
+    calls = itertools.count(1)
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    os.fsync = dying(os.fsync)
+    Path.replace = dying(Path.replace)  # type: ignore[method-assign]
+    Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
+    Path.mkdir = dying(Path.mkdir)  # type: ignore[method-assign]
+    model.save(place)

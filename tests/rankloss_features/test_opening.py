@@ -369,16 +369,17 @@ def test_pictures_of_the_common_formats_are_read_from_files_and_bytes(tmp_path: 
     file = tmp_path / "picture"
     Image.new("RGB", (8, 6), (200, 40, 40)).save(file, form)
     for source in (str(file), file.read_bytes()):
-        picture = opening.picture(source)
-        assert (picture.size, picture.mode) == ((8, 6), "RGB")
+        with opening.picture(source) as picture:
+            assert picture.size == (8, 6)
+            np.testing.assert_allclose(picture.convert("RGB").getpixel((3, 3)), (200, 40, 40), atol=3)
 
 
 def test_a_picture_of_another_format_is_refused(tmp_path: Path) -> None:
     """Ghostscript would be started for EPS."""
     file = tmp_path / "picture.jpg"
     Image.new("RGB", (8, 6)).save(file, "EPS")
-    with pytest.raises(OSError, match=r"cannot identify image file .*picture\.jpg"):
-        opening.picture(str(file))
+    with pytest.raises(OSError, match=r"picture\.jpg is none of .*JPEG, PNG.*, or it is damaged"):
+        opening.picture(str(file)).__enter__()
 
 
 def test_a_picture_that_would_fill_the_memory_is_an_error_of_its_row(tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_an_array_that_is_none_is_refused_with_its_name(
 
 OPENED_BY = {
     "datasets": lambda: opening.dataset("x"),
-    "pillow": lambda: opening.picture(picture(0)),
+    "pillow": lambda: opening.picture(picture(0)).__enter__(),
     "sentence-transformers": lambda: opening.sentence_transformers_model("x", torch.device("cpu")),
     "timm": lambda: opening.timm_model("test_vit"),
 }

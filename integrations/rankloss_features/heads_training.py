@@ -1,0 +1,109 @@
+"""The training of heads on features of frozen encoders."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rankloss
+from rankloss_features.folder import NAMES
+from rankloss_features.heads import make_heads
+
+_IMAGES, _TEXTS = NAMES
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of a training.
+
+    Attributes:
+        epochs: Passes over the pairs.
+        batch_size: Pairs of a step; all pairs if they are fewer.
+        lr: The learning rate, which falls to 0 by a cosine.
+        hidden: The width of a head's hidden layer.
+        width: The width of the common space.
+        seed: Of weights, dropout and the order of the pairs.
+        dropout: The share of units that drop out, before each layer of a head.
+        label_smoothing: Of CLIP's loss.
+        spread_weight: The weight of the spread of each modality beside CLIP's loss; 0 leaves it out.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 1e-3
+    hidden: int = 512
+    width: int = 256
+    seed: int = 0
+    dropout: float = 0.3
+    label_smoothing: float = 0.0
+    spread_weight: float = 0.0
+
+
+def train(
+    features: dict[str, Tensor], ids: Tensor | None, settings: Training
+) -> tuple[nn.ModuleDict, float, list[float]]:
+    """Train heads on features of pairs with CLIP's loss, and spread if it has a weight.
+
+    Pairs of one id are no negatives of each other.
+
+    Args:
+        features: ``image_features`` and ``text_features``, ``[N, D']`` each.
+        ids: ``[N]``, or None.
+        settings: The settings.
+
+    Returns:
+        The heads, the scale, and the mean loss of each epoch.
+
+    Raises:
+        ValueError: Features are not finite, or one row N times; or the training diverges.
+    """
+    images, texts = features[_IMAGES], features[_TEXTS]
+    criterion: nn.Module = rankloss.ClipLoss(
+        label_smoothing=settings.label_smoothing, same_id=None if ids is None else "ignore", gather=False
+    )
+    if settings.spread_weight > 0:
+        criterion = rankloss.SpreadLoss(criterion, weight=settings.spread_weight, gather=False)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        widths = {name: x.shape[1] for name, x in features.items()}
+        heads = make_heads(widths, settings.hidden, settings.width, settings.dropout)
+        for name, x in features.items():
+            head: Any = heads[name]
+            head.standardise(name, x)
+        log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
+        optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
+        size = min(settings.batch_size, len(images))
+        steps = len(images) // size
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
+        losses = []
+        for epoch in range(1, settings.epochs + 1):
+            total = 0.0
+            for rows in torch.randperm(len(images), generator=generator).split(size)[:steps]:
+                v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
+                t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
+                of_pairs = {} if ids is None else {"pair_ids": ids[rows]}
+                scale = log_scale.exp()
+                if not 0 < scale.item() < math.inf:
+                    raise _divergence(epoch, settings)
+                loss = criterion(v, t, scale, **of_pairs)
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                optimizer.zero_grad()
+                total += loss.item()
+            if not (math.isfinite(total) and all(bool(x.isfinite().all()) for x in heads.parameters())):
+                raise _divergence(epoch, settings)
+            losses.append(total / steps)
+    return heads.eval(), float(log_scale.detach().exp()), losses
+
+
+def _divergence(epoch: int, settings: Training) -> ValueError:
+    """The error of a loss, a weight or a scale that is not finite."""
+    others = f" or --spread-weight {settings.spread_weight:g}" if settings.spread_weight else ""
+    return ValueError(f"the training diverged in epoch {epoch}: give less than --lr {settings.lr:g}{others}")
