@@ -253,16 +253,22 @@ def streamed(
         return values, {}, None
     scale = inputs["scale"]
     assert scale is not None
-    # Each matrix is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q. Both give Σ G∘C; anchors
-    # of this process alone are the fewer rows.
-    counted = [name for name in _OWN_ANCHORS if name in features] or list(features)
-    products = torch.stack([(sums[name] * features[name]).sum() for name in counted])
-    by_scale = products.sum() / (1 if counted[0] in _OWN_ANCHORS else 2)
-    factor = scale
-    if share is not None:
-        by_scale = (share * by_scale).to(scale.dtype)
-        factor = share * scale
-    return values, {**sums, "scale": by_scale}, factor
+    by_scale = _by_scale(features, sums)
+    if share is None:
+        return values, {**sums, "scale": by_scale}, scale
+    return values, {**sums, "scale": (share * by_scale).to(scale.dtype)}, share * scale
+
+
+def _by_scale(features: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Tensor:
+    """Σ G∘C over all matrices.
+
+    Each is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q, and both give it. Anchors of this
+    process alone are the fewer rows.
+    """
+    own_anchors = [name for name in _OWN_ANCHORS if name in features]
+    products = [(sums[name] * features[name]).sum() for name in own_anchors or features]
+    total = torch.stack(products).sum()
+    return total if own_anchors else total / 2
 
 
 def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
@@ -596,16 +602,15 @@ def weighted_terms(
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
     An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
-    each list by its Σ_p μ_p and averages the anchors. ``"sum"`` is N times the average of the anchors' sums:
-    the plain sum if every item is an anchor. If a process has only a share of the anchors, this keeps the
-    balance between terms. The cross-entropy is always the mean over the anchors.
+    each list by its number of counted items and averages the anchors. ``"sum"`` is N times the average of the
+    anchors' sums: the plain sum if every item is an anchor. If a process has only a share of the anchors,
+    this keeps the balance between terms. The cross-entropy is always the mean over the anchors.
 
     Args:
         batch: the features.
         options: of the rank terms.
         weights: of the three terms.
-        wanted: True for each term to compute; the others are zero. Only row lists of worth ``exp`` can
-            include the cross-entropy.
+        wanted: True for each term to compute; the others are zero.
 
     Returns:
         Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``.
@@ -619,4 +624,6 @@ def weighted_terms(
         module = options.kernel_module(features.device, features.dtype, batch.anchors, len(features))
         batch = replace(batch, find_equal=module.first_equal)
         lists = lists._replace(batch=batch, evaluate=module.evaluate)
-    return tuple(lists.definition(inputs, factors) if options.is_dense else apply(lists, factors, inputs))
+    if options.reduction == "none":
+        return tuple(lists.definition(inputs, factors))
+    return apply(lists, factors, inputs)

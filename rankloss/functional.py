@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
+from rankloss import reference as literal
 from rankloss.checks import check_device, check_is_tensor
 from rankloss.losses import TEACHER, RankConsistency
-from rankloss.options import Discount, RankOptions, Ties, Worth
+from rankloss.options import RankOptions
 from rankloss.precision import outside_graphs
+from rankloss.reference import Discount, Ties, Worth
 
 __all__ = ["cross_modal", "in_modal", "plackett_luce_nll"]
 
@@ -41,7 +43,7 @@ def plackett_luce_nll(
     *,
     worth: Worth = "exp",
     ties: Ties = "shared",
-    discount: Discount = None,
+    discount: Discount | None = None,
     top_k: int | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of the reference's ranking under a Plackett–Luce model of the scores.
@@ -51,6 +53,8 @@ def plackett_luce_nll(
     Items tied in the reference share one denominator (Breslow's rule), so the value does not depend on the
     order of the items. The reference only gives the order and never receives a gradient. The NLL is computed
     in float32 at least, for any dtype of the scores, and differentiable any number of times in reverse mode.
+
+    Other options than ``top_k`` are computed by :func:`rankloss.reference.plackett_luce`, in O(N²) memory.
 
     Args:
         scores: ``[..., N]``, floating point, the x of the formula.
@@ -84,7 +88,7 @@ def plackett_luce_nll(
         >>> round(nll.exp().item())
         24
     """
-    options = RankOptions(worth=worth, ties=ties, discount=discount, top_k=top_k, reduction="sum")
+    options = RankOptions(top_k=top_k, reduction="sum")
     check_is_tensor("scores", scores)
     check_is_tensor("reference", reference)
     if scores.shape != reference.shape or scores.dim() == 0 or scores.shape[-1] == 0:
@@ -98,7 +102,12 @@ def plackett_luce_nll(
         raise ValueError(f"reference must be real numbers, which have an order; got {reference.dtype}")
     check_device("reference", reference, scores, "scores")
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return dense.nll_terms(scores, reference.detach(), options).sum(-1)
+    if (worth, ties, discount) == ("exp", "shared", None):
+        return dense.nll_terms(scores, reference.detach(), options).sum(-1)
+    nll: Tensor = literal.plackett_luce(
+        scores, reference, worth=worth, ties=ties, discount=discount, top_k=options.top_k
+    )
+    return nll
 
 
 def cross_modal(

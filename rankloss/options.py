@@ -18,17 +18,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 
-ListsOption = Literal["row", "batch"]
+T = TypeVar("T")
+
 Model = Literal["plackett_luce", "top_one"]
-Worth = Literal["exp", "shifted", "identity"]
-Ties = Literal["shared", "random"]
-Discount = Literal[None, "log"]
 Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal[None, "image", "text"]
 Method = Literal["sort", "bin"]
 KernelOption = Literal["torch", "triton"]
-
-T = TypeVar("T")
 
 _LARGEST_COUNT = 2**31 - 1
 _BITS_OF_FLOATS = 1024  # of the largest integer that float64 holds
@@ -42,39 +38,50 @@ def _bounded(default: Any, **bounds: float) -> Any:
     return field(default=default, metadata=bounds)
 
 
+OF_REFERENCE = ("lists", "worth", "ties", "discount")
+"""Options that the functions of :mod:`rankloss.reference` alone have."""
+
+
+def _refusing_those_of_reference(options: type[T]) -> type[T]:
+    """A class of options whose error about one of :data:`OF_REFERENCE` says where it is."""
+    init: Any = options.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, **given: Any) -> None:
+        for name in OF_REFERENCE:
+            if name in given:
+                where = "rankloss.reference.cross_modal and in_modal have it"
+                raise TypeError(f"{options.__name__} has no option {name!r}; {where}")
+        init(self, **given)
+
+    options.__init__ = checked  # type: ignore[assignment, method-assign]
+    return options
+
+
+@_refusing_those_of_reference
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """Options of the rank terms: the lists, their ranking, and the reduction of their values.
+    """Options of the rank terms: the ranking of the lists, and the reduction of their values.
 
-    Row lists of worth ``exp`` with shared ties, without ``discount`` and ``reduction="none"``, are computed
-    in linear memory; all other options use whole N×N matrices.
+    All of them are computed in linear memory, except ``reduction="none"``, which uses whole N×N matrices.
+    Variants that were searched and found no better are functions of :mod:`rankloss.reference`.
 
     Args:
-        lists: One list per anchor, or one list of all pairs of the batch. ``"row"``: N lists of N.
-            ``"batch"``: one list of N², the formula as printed in the paper.
         model: Likelihood of the reference's ranking, or cross-entropy of top-one probabilities. It is the C(x
             | y) of a list. ``"plackett_luce"``: the NLL of the reference's ranking,
             :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy between the softmax of the
             reference list and that of the scores, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the top-one
             probabilities of ListNet. It emphasises the top of a list and needs no sort. y has the scale of
-            the scores and carries no gradient. This model needs ``worth="exp"``, ``ties="shared"`` and
-            ``method="sort"``, without ``discount`` and ``top_k``; ``reduction="mean"`` averages the lists'
-            cross-entropies.
+            the scores and carries no gradient. This model needs ``method="sort"``, without ``top_k``;
+            ``reduction="mean"`` averages the lists' cross-entropies.
         reference_scale: Multiplier of a teacher's similarities, with model top_one. None takes the scale of
             the scores. A suitable value is the teacher's ``logit_scale.exp()``.
-        worth: Worth of an item: exp of the scaled similarity, (1 + cosine)/2, or the cosine. ``"shifted"``
-            and ``"identity"`` do not depend on ``logit_scale``. A cosine whose worth is not positive is a
-            ValueError on a CPU; on an accelerator or in a compiled graph, where reading would wait or break
-            the graph, the loss is NaN.
-        ties: Equal reference scores share one denominator, or are shuffled. See
-            :func:`rankloss.plackett_luce_nll`.
-        discount: Weight of a rank: 1, or 1/log(1 + rank). See :func:`rankloss.plackett_luce_nll`.
         top_k: Number of best ranks of each list that count; None counts all. See
             :func:`rankloss.plackett_luce_nll`.
         reduction: Reduction of the lists' values. ``"mean"``: nats per counted item, averaged over the lists:
-            every list is divided by its Σ_p μ_p, which is its number of items without ``discount`` and
-            ``top_k``. ``"sum"``: the plain sum of the lists. ``"none"``: one value per anchor of this
-            process; the values add up to ``"sum"``, with ``local_loss`` over all processes.
+            every list is divided by the number of its items, or with ``top_k`` of those that count.
+            ``"sum"``: the plain sum of the lists. ``"none"``: one value per anchor of this process; the
+            values add up to ``"sum"``, with ``local_loss`` over all processes.
         diagonal: Include or exclude an anchor's own pair as an item of its lists. In the in-modal term it is
             the anchor itself. The paper includes it; the contrastive loss ranks it first in either case.
         fixed_reference: Modality whose rankings are a fixed reference for the other's; None is neither.
@@ -93,19 +100,15 @@ class RankOptions:
     Raises:
         ValueError: for a value outside the choices or the bounds, or options that exclude each other; the
             message names the option and shows the value.
-        TypeError: for an option that does not exist.
+        TypeError: for an option that does not exist, or that :mod:`rankloss.reference` has.
 
     Example:
         >>> RankOptions(top_k=8)
         RankOptions(top_k=8)
     """
 
-    lists: ListsOption = "row"
     model: Model = "plackett_luce"
     reference_scale: float | None = _bounded(None, above=0.0)
-    worth: Worth = "exp"
-    ties: Ties = "shared"
-    discount: Discount = None
     top_k: int | None = None
     reduction: Reduction = "mean"
     diagonal: bool = True
@@ -126,13 +129,10 @@ class RankOptions:
             elif value is not None or option.default is not None:
                 check = check_weight if "above" in bounds else check_count
                 object.__setattr__(self, name, check(name, value, **bounds))
-        top_one = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
         needs: list[tuple[bool, str, dict[str, Any]]] = [
             (self.bins != _BINS, "bins", {"method": "bin"}),
-            (self.method == "bin", "method", {"lists": "row", "ties": "shared"}),
-            (not self.diagonal, "diagonal", {"ties": "shared"}),
             (self.reference_scale is not None, "reference_scale", {"model": "top_one"}),
-            (self.model == "top_one", "model", top_one),
+            (self.model == "top_one", "model", {"top_k": None, "method": "sort"}),
         ]
         for is_given, name, needed in needs:
             for other, value in needed.items():
@@ -148,15 +148,6 @@ class RankOptions:
     def changed(self) -> dict[str, Any]:
         """The options with other values than their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-
-    @functools.cached_property
-    def is_dense(self) -> bool:
-        """True where the terms are computed from whole matrices of N×N, by :mod:`rankloss.dense`.
-
-        Row lists of worth ``exp`` with shared ties are computed in linear memory.
-        """
-        is_streamed = self.lists == "row" and self.worth == "exp" and self.ties == "shared"
-        return not is_streamed or self.discount is not None or self.reduction == "none"
 
     @functools.cached_property
     def directions(self) -> tuple[float, float]:

@@ -1,17 +1,25 @@
-r"""The formulas in NumPy float64, slow and literal: the oracle of the tests.
+r"""The formulas, slow and literal: the oracle of the tests, and variants of the rank terms.
 
 No code is shared with the rest of the package. Every function follows its formula symbol by symbol, with one
 exception: a log-sum-exp subtracts its largest term.
+
+:func:`plackett_luce`, :func:`cross_modal` and :func:`in_modal` have options that the losses do not: the
+formula as printed in the paper, ``cross_modal(…, lists="batch", worth="identity", reduction="sum")``, and the
+published code, ``ties="random"``. Of tensors they are tensors in their dtype, float32 at least, and
+differentiable any number of times; of NumPy's arrays they are NumPy's in float64. A list of N items takes
+N × N numbers, so a term takes N³, and with ``lists="batch"`` N⁴.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 __all__ = [
     "clip",
@@ -19,6 +27,7 @@ __all__ = [
     "in_modal",
     "lambda_loss",
     "lambda_weights",
+    "plackett_luce",
     "plackett_luce_nll",
     "recall",
     "siglip",
@@ -26,80 +35,128 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Lists = Literal["row", "batch"]
+Worth = Literal["exp", "shifted", "identity"]
+Ties = Literal["shared", "random"]
+Discount = Literal["log"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "lists": ("row", "batch"),
+    "model": ("plackett_luce", "top_one"),
+    "worth": ("exp", "shifted", "identity"),
+    "ties": ("shared", "random"),
+    "discount": (None, "log"),
+    "reduction": ("mean", "sum", "none"),
+    "fixed_reference": (None, "image", "text"),
+}
 
 
-def plackett_luce_nll(
-    scores: ArrayLike,
-    reference: ArrayLike,
+# --- the rank terms ---------------------------------------------------------------------------------------
+
+
+def plackett_luce(
+    scores: Tensor | ArrayLike,
+    reference: Tensor | ArrayLike,
     *,
-    worth: str = "exp",
-    discount: str | None = None,
+    worth: Worth = "exp",
+    ties: Ties = "shared",
+    discount: Discount | None = None,
     top_k: int | None = None,
-) -> Array:
-    """``Σ_p μ_p · [log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of every list, ties shared.
+) -> Any:
+    """``Σ_p μ_p · [log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of every list.
 
-    Arguments and errors as in :func:`rankloss.plackett_luce_nll`; the result has the shape of the leading
-    dimensions.
+    Args:
+        scores: ``[..., N]``, the x of the formula.
+        reference: ``[..., N]``, the y of the formula, which gives the order alone and gets no gradient.
+        worth: w(x): ``"exp"`` for eˣ; of cosines also ``"shifted"`` for (1 + x)/2 and ``"identity"`` for x.
+        ties: ``"shared"`` as in the formula; ``"random"``: tied items are shuffled, as in the published code,
+            by one shuffle for all lists of the call, from torch's default generator.
+        discount: None for μ = 1; ``"log"`` for μ_p = 1 / log(1 + rank of p), where the best rank is 1 and
+            items tied by the formula share their best rank.
+        top_k: only the terms of ranks ≤ k count; their denominators still run over the whole tail.
+
+    Returns:
+        ``[...]``, in nats. NaN in a list gives NaN.
+
+    Raises:
+        ValueError: for shapes that differ or have no items, an unknown option, or on a CPU a score whose
+            worth is not positive; the value is NaN on other devices, where reading would wait.
 
     Example:
-        >>> nll = plackett_luce_nll([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])  # log 3!
+        >>> nll = plackett_luce([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])  # log 3!
         >>> round(float(np.exp(nll)))
         6
     """
-    x = np.asarray(scores, np.float64)
-    y = np.asarray(reference)
-    if y.dtype.kind == "f":  # integers keep theirs: float64 has not all of them
-        y = y.astype(np.float64)
-    if x.shape != y.shape or x.ndim == 0 or x.shape[-1] == 0:
+    _check_options(worth=worth, ties=ties, discount=discount, top_k=top_k)
+    x, y = _numbers(scores), _tensor(reference).detach()
+    if x.shape != y.shape or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             "scores and reference must have one shape [..., N] with N >= 1; "
-            f"got scores {x.shape} and reference {y.shape}"
+            f"got scores {tuple(x.shape)} and reference {tuple(y.shape)}"
         )
-    values = []
-    for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True):
-        has_nan = np.isnan(a).any() or np.isnan(b).any()
-        values.append(math.nan if has_nan else sum(_terms(a, b, worth, discount, top_k)[0]))
-    return np.array(values).reshape(x.shape[:-1])
+    n = x.shape[-1]
+    summands, _ = _summands(x.reshape(-1, n), y.reshape(-1, n), worth, ties, discount, top_k)
+    return _like(summands.sum(-1).reshape(x.shape[:-1]), scores, reference)
+
+
+plackett_luce_nll = plackett_luce
+"""The same by the name of :func:`rankloss.plackett_luce_nll`."""
 
 
 def cross_modal(
-    image_features: ArrayLike,
-    text_features: ArrayLike,
-    logit_scale: float = 1.0,
+    image_features: Tensor | ArrayLike,
+    text_features: Tensor | ArrayLike,
+    logit_scale: Tensor | float = 1.0,
     *,
-    reference_image_features: ArrayLike | None = None,
-    reference_text_features: ArrayLike | None = None,
+    reference_image_features: Tensor | ArrayLike | None = None,
+    reference_text_features: Tensor | ArrayLike | None = None,
     **options: Any,
 ) -> Any:
     """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ, R = Sᵀ; with a teacher ``½[C(S | S') + C(R | R')]``.
 
-    Options as in :func:`rankloss.functional.cross_modal`.
+    Args:
+        image_features: ``[N, D]``.
+        text_features: ``[N, D]``.
+        logit_scale: the multiplier s.
+        reference_image_features: ``[N, D']``, a teacher's features.
+        reference_text_features: ``[N, D']``, also a teacher's.
+        **options: ``lists="row"``: N lists of N, one of each anchor; ``"batch"``: one list of all N² pairs.
+            ``worth``, ``ties``, ``discount`` and ``top_k`` as :func:`plackett_luce`; of ``worth="shifted"``
+            and ``"identity"`` the scores are cosines, without s. ``model``, ``reference_scale``,
+            ``reduction``, ``diagonal`` and ``fixed_reference`` as :class:`rankloss.RankOptions`;
+            ``reduction="mean"`` divides each list by its Σ_p μ_p.
+
+    Raises:
+        ValueError: for features of different shapes, an unknown option, or as :func:`plackett_luce`.
 
     Example:
         >>> round(float(cross_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
+        >>> v = torch.eye(3, requires_grad=True)
+        >>> cross_modal(v, 0.9 * torch.eye(3) + 0.1, lists="batch", worth="identity").requires_grad
+        True
     """
     S = _cosines(image_features, text_features)
     teacher = _teacher_features(reference_image_features, reference_text_features, options)
     if len(teacher) == 1:
         raise ValueError("reference_image_features and reference_text_features go together; got one")
     y = _cosines(*teacher) if teacher else S.T
-    return _term((S, S.T), (y, y.T), logit_scale, **options)
+    value = _term((S, S.T), (y, y.T), logit_scale, **options)
+    return _like(value, image_features, text_features, logit_scale)
 
 
 def in_modal(
-    image_features: ArrayLike,
-    text_features: ArrayLike,
-    logit_scale: float = 1.0,
+    image_features: Tensor | ArrayLike,
+    text_features: Tensor | ArrayLike,
+    logit_scale: Tensor | float = 1.0,
     *,
-    reference_image_features: ArrayLike | None = None,
-    reference_text_features: ArrayLike | None = None,
+    reference_image_features: Tensor | ArrayLike | None = None,
+    reference_text_features: Tensor | ArrayLike | None = None,
     **options: Any,
 ) -> Any:
     """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ; with a teacher ``½[C(I | I') + C(X | X')]``.
 
-    With a teacher of one modality, X' also ranks I, or I' also ranks X. Options as in
-    :func:`rankloss.functional.in_modal`.
+    With a teacher of one modality, X' also ranks I, or I' also ranks X. Arguments as :func:`cross_modal`.
 
     Example:
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
@@ -111,7 +168,187 @@ def in_modal(
     ranking = _exact_where_equal if ranks_pairs else _cosines
     matrices = _cosines(image_features, image_features), _cosines(text_features, text_features)
     references = ranking(ranked_by[0], ranked_by[0]), ranking(ranked_by[-1], ranked_by[-1])
-    return _term(matrices, references, logit_scale, **options)
+    value = _term(matrices, references, logit_scale, **options)
+    return _like(value, image_features, text_features, logit_scale)
+
+
+def _teacher_features(image: Any, text: Any, options: dict[str, Any]) -> list[Any]:
+    """The given features of a teacher."""
+    teacher = [features for features in (image, text) if features is not None]
+    if teacher and options.get("fixed_reference") is not None:
+        raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
+    return teacher
+
+
+def _term(
+    matrices: tuple[Tensor, Tensor],
+    references: tuple[Tensor, Tensor],
+    s: Tensor | float,
+    *,
+    lists: Lists = "row",
+    model: str = "plackett_luce",
+    reference_scale: float | None = None,
+    worth: Worth = "exp",
+    ties: Ties = "shared",
+    discount: Discount | None = None,
+    top_k: int | None = None,
+    reduction: str = "mean",
+    diagonal: bool = True,
+    fixed_reference: str | None = None,
+) -> Tensor:
+    """A term of two matrices of cosines, each ranked by its reference.
+
+    ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
+    """
+    _check_options(
+        lists=lists,
+        model=model,
+        worth=worth,
+        ties=ties,
+        discount=discount,
+        top_k=top_k,
+        reduction=reduction,
+        fixed_reference=fixed_reference,
+    )
+    rows = [len(matrix) for matrix in (*matrices, *references)]
+    n = rows[0]
+    if rows != [n] * len(rows):
+        raise ValueError(f"features must have one row per pair; got {', '.join(map(str, rows))}")
+    if model == "top_one" and (worth, ties, discount, top_k) != ("exp", "shared", None, None):
+        raise ValueError("model='top_one' takes no worth, ties, discount and top_k")
+    s = s.reshape(()) if isinstance(s, Tensor) else float(s)
+    directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
+    by_anchor = matrices[0].new_zeros(n)
+    mean = matrices[0].new_zeros(())
+    for share, cosines, reference in zip(directions, matrices, references, strict=True):
+        if share == 0:
+            continue
+        x = _lists(s * cosines if worth == "exp" else cosines, lists, diagonal)
+        y = _lists(reference.detach(), lists, diagonal)
+        if model == "top_one":
+            summands, mu = _top_one_summands(x, y * (s if reference_scale is None else reference_scale))
+        else:
+            summands, mu = _summands(x, y, worth, ties, discount, top_k)
+        mean = mean + share * (summands.sum(-1) / mu.sum(-1)).mean()
+        by_anchor = by_anchor + share * summands.view(n, -1).sum(-1)
+    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
+
+
+def _lists(matrix: Tensor, lists: Lists, diagonal: bool) -> Tensor:
+    """``[lists, items]``: the rows of a matrix, or all of it as one list; with or without its diagonal."""
+    if not diagonal:
+        row = torch.arange(len(matrix), device=matrix.device)
+        column = row[:-1]
+        matrix = matrix.gather(1, column + (column >= row[:, None]))
+    return matrix.reshape(1, -1) if lists == "batch" else matrix
+
+
+def _summands(
+    x: Tensor, y: Tensor, worth: Worth, ties: Ties, discount: Discount | None, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """The summand of every item of lists ``[lists, N]``, and its μ, one list after the other."""
+    place = torch.randperm(x.shape[1], device=x.device).argsort() if ties == "random" else None
+    if len(x) == 0:
+        return x, x
+    lists = [_of_list(a, b, worth, place, discount, top_k) for a, b in zip(x, y, strict=True)]
+    summands, mu = zip(*lists, strict=True)
+    return torch.stack(summands), torch.stack(mu)
+
+
+def _of_list(
+    x: Tensor, y: Tensor, worth: Worth, place: Tensor | None, discount: Discount | None, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_summands`, of one list, whose tied items have places in a shuffle, or None."""
+    log_w = _log_worth(x, worth)
+    is_in_tail = y <= y[:, None]  # [p, q]
+    if place is not None:
+        is_in_tail = (y < y[:, None]) | ((y == y[:, None]) & (place <= place[:, None]))
+    rank = 1 + len(y) - is_in_tail.sum(-1)
+    mu = torch.ones_like(log_w) if discount is None else 1 / torch.log(1 + rank.to(log_w.dtype))
+    if top_k is not None:
+        mu = mu.where(rank <= top_k, 0.0)
+    summands = mu * (log_w.where(is_in_tail, -math.inf).logsumexp(-1) - log_w)
+    if y.is_floating_point():  # NaN has no place in an order
+        summands = summands * torch.where(y.isnan().any(), math.nan, 1.0).to(log_w.dtype)
+    return summands, mu.detach()
+
+
+def _top_one_summands(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """``p_q·(log Σ e^x − x_q)`` of every item of lists ``[lists, N]``, and p = softmax(y)."""
+    p = y.detach().softmax(-1)
+    return p * (x.logsumexp(-1, keepdim=True) - x), p
+
+
+def _log_worth(x: Tensor, worth: Worth) -> Tensor:
+    """The log w(x); NaN, or on a CPU an error, if w(x) is not positive."""
+    if worth == "exp":
+        return x
+    floor = {"shifted": -1.0, "identity": 0.0}[worth]
+    values = x.detach()
+    if values.is_cpu and bool(values.min() <= floor) and bool(values.isfinite().all()):
+        raise ValueError(
+            f"worth={worth!r} needs scores above {floor:g}, where their logarithm exists; "
+            f"the smallest is {values.min().item():g}"
+        )
+    x = x.masked_fill(values <= floor, math.nan)
+    return torch.log((1 + x) / 2) if worth == "shifted" else torch.log(x)
+
+
+def _exact_where_equal(a: Any, b: Any) -> Tensor:
+    """Cosines as the reference of a batch list: all products of unit vectors with their equals are one tie.
+
+    Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
+    """
+    rows = _numbers(a).detach()
+    squares = (rows * rows).sum(-1)
+    is_unit = (squares.sqrt() - 1).abs() <= 0.01
+    largest_of_units = squares.where(is_unit, 0.0).max()
+    with_itself = torch.where(is_unit, largest_of_units, squares)
+    is_equal = (rows[:, None] == rows).all(-1)
+    return torch.where(is_equal, with_itself[:, None], _cosines(a, b))
+
+
+def _cosines(a: Any, b: Any) -> Tensor:
+    """Dot products, each summed in one order, so that equal rows give equal products in any position."""
+    rows, columns = _numbers(a), _numbers(b)
+    if rows.dim() != 2 or columns.dim() != 2 or rows.shape[1] != columns.shape[1]:
+        raise ValueError(
+            "features must be matrices of one width; "
+            f"got shapes {tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
+    return torch.stack([(row * columns).sum(-1) for row in rows])
+
+
+def _numbers(x: Any) -> Tensor:
+    """Scores or features: a tensor in its dtype, float32 at least, or an array in float64."""
+    if not isinstance(x, Tensor):
+        return _tensor(np.asarray(x, np.float64))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _tensor(x: Any) -> Tensor:
+    """A tensor, or an array as one; its integers keep their dtype, since float64 has not all of them."""
+    if isinstance(x, Tensor):
+        return x
+    array = np.array(x, order="C")
+    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
+
+
+def _like(value: Tensor, *inputs: Any) -> Any:
+    """A value as a tensor if any of the inputs is one, else as NumPy's."""
+    return value if any(isinstance(x, Tensor) for x in inputs) else value.numpy()[()]
+
+
+def _check_options(*, top_k: int | None, **chosen: Any) -> None:
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            choices = ", ".join(map(repr, _CHOICES[name]))
+            raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+    if top_k is not None and not top_k >= 1:
+        raise ValueError(f"top_k must be an integer of at least 1; got {top_k!r}")
+
+
+# --- losses of pairs --------------------------------------------------------------------------------------
 
 
 def clip(
@@ -129,7 +366,7 @@ def clip(
         >>> round(float(clip(np.eye(2), np.eye(2))), 4)  # log(1 + 1/e)
         0.3133
     """
-    s = logit_scale * _cosines(image_features, text_features)
+    s = logit_scale * _cosines_of_arrays(image_features, text_features)
     n = len(s)
     same = _same(n, pair_ids, same_id)
     own = np.eye(n, dtype=bool)
@@ -161,7 +398,7 @@ def siglip(
         >>> round(siglip(np.eye(2), np.eye(2)), 4)  # log(1 + 1/e) + log 2
         1.0064
     """
-    logits = logit_scale * _cosines(image_features, text_features) + logit_bias
+    logits = logit_scale * _cosines_of_arrays(image_features, text_features) + logit_bias
     n = len(logits)
     same = _same(n, pair_ids, same_id)
     own = np.eye(n, dtype=bool)
@@ -181,7 +418,7 @@ def spread(image_features: ArrayLike, text_features: ArrayLike, logit_scale: flo
     """
     deviations = []
     for features in (image_features, text_features):
-        similarities = logit_scale * _cosines(features, features)
+        similarities = logit_scale * _cosines_of_arrays(features, features)
         for i, row in enumerate(similarities):
             variance = np.delete(row, i).var()
             deviations.append(math.sqrt(variance + 1e-9 * logit_scale**2))
@@ -263,7 +500,7 @@ def recall(
     values = {}
     for query, answer in directions:
         has_itself = query == answer
-        cosines = _cosines(features[query], features[answer])
+        cosines = _cosines_of_arrays(features[query], features[answer])
         ranks = _partner_ranks(cosines, ids[query], ids[answer], has_itself)
         if not ranks:
             continue
@@ -290,116 +527,11 @@ def _partner_ranks(
     return ranks
 
 
-def _teacher_features(
-    image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]
-) -> list[ArrayLike]:
-    """The given features of a teacher."""
-    teacher = [features for features in (image, text) if features is not None]
-    if teacher and options.get("fixed_reference") is not None:
-        raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
-    return teacher
-
-
-def _term(
-    matrices: tuple[Array, Array],
-    references: tuple[Array, Array],
-    s: float,
-    *,
-    lists: str = "row",
-    model: str = "plackett_luce",
-    reference_scale: float | None = None,
-    worth: str = "exp",
-    discount: str | None = None,
-    top_k: int | None = None,
-    reduction: str = "mean",
-    diagonal: bool = True,
-    fixed_reference: str | None = None,
-) -> Any:
-    """A term of two matrices of cosines, each ranked by its reference.
-
-    ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
-    """
-    n = len(matrices[0])
-    factor = s if worth == "exp" else 1.0
-    is_top_one = {"plackett_luce": False, "top_one": True}[model]
-    kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
-    by_anchor = np.zeros(n)
-    mean = 0.0
-    directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
-    for share, cosines, y in zip(directions, matrices, references, strict=True):
-        if share == 0:
-            continue
-        x = factor * cosines
-        terms = np.zeros((n, n))
-        # The entries of every list: of a row, or of the whole matrix.
-        entries_of: dict[str, list[Any]] = {"row": [*enumerate(kept)], "batch": [kept]}
-        of_lists = entries_of[lists]
-        for entries in of_lists:
-            if is_top_one:
-                y_scale = s if reference_scale is None else reference_scale
-                terms[entries], mu = _top_one_terms(x[entries], y_scale * y[entries])
-            else:
-                terms[entries], mu = _terms(x[entries], y[entries], worth, discount, top_k)
-            mean += share * math.fsum(terms[entries]) / math.fsum(mu) / len(of_lists)
-        by_anchor += share * terms.sum(axis=1)
-    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
-
-
-def _terms(
-    x: Array, y: Array, worth: str, discount: str | None, top_k: int | None
-) -> tuple[list[float], list[float]]:
-    """The summand of every item of one list, and its μ."""
-    log_w = _log_worth(x, worth)
-    terms = []
-    weights = []
-    for p in range(len(x)):
-        rank = 1 + int(np.sum(y > y[p]))
-        mu = {None: 1.0, "log": 1 / math.log(1 + rank)}[discount]
-        if top_k is not None and rank > top_k:
-            mu = 0.0
-        terms.append(mu * (_log_sum_exp(log_w[y <= y[p]]) - float(log_w[p])))
-        weights.append(mu)
-    return terms, weights
-
-
-def _top_one_terms(x: Array, y: Array) -> tuple[list[float], list[float]]:
-    """``p_q·(log Σ e^x − x_q)`` of every item of one list, and p = softmax(y)."""
-    p = [math.exp(float(b) - _log_sum_exp(y)) for b in y]
-    return [q * (_log_sum_exp(x) - float(a)) for q, a in zip(p, x, strict=True)], p
-
-
-def _log_worth(x: Array, worth: str) -> Array:
-    floor = {"exp": -math.inf, "shifted": -1.0, "identity": 0.0}[worth]
-    if x.min() <= floor and np.isfinite(x).all():
-        raise ValueError(
-            f"worth={worth!r} needs scores above {floor:g}, where their logarithm exists; "
-            f"the smallest is {x.min():g}"
-        )
-    if worth == "shifted":
-        return np.log((1 + x) / 2)
-    return x if worth == "exp" else np.log(x)
+def _cosines_of_arrays(a: ArrayLike, b: ArrayLike) -> Array:
+    cosines: Array = _cosines(np.asarray(a, np.float64), np.asarray(b, np.float64)).numpy()
+    return cosines
 
 
 def _log_sum_exp(x: Array) -> float:
     largest = float(np.max(x))
     return largest + math.log(math.fsum(np.exp(x - largest)))
-
-
-def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
-    """Dot products, each rounded once, so that equal rows give equal products in any position."""
-    rows, columns = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.array([[math.fsum(row * column) for column in columns] for row in rows])
-
-
-def _exact_where_equal(a: ArrayLike, b: ArrayLike) -> Array:
-    """Cosines as the reference of a batch list: all products of unit vectors with their equals are one tie.
-
-    Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
-    """
-    rows = np.asarray(a, np.float64)
-    squares = np.array([math.fsum(row * row) for row in rows])
-    is_unit = abs(np.sqrt(squares) - 1) <= 0.01
-    largest_of_units = squares[is_unit].max(initial=0.0)
-    with_itself = np.where(is_unit, largest_of_units, squares)
-    is_equal = (rows[:, None] == rows[None]).all(-1)
-    return np.where(is_equal, with_itself[:, None], _cosines(a, b))

@@ -47,17 +47,10 @@ def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.normalize(made, dim=-1)
 
 
-def random_batch(
-    seed: int, n: int, d: int, scale: float, *, duplicates: int = 0, positive: bool = False
-) -> Batch:
-    """A batch in which the last ``duplicates`` texts, and one image more, repeat earlier ones.
-
-    With ``positive`` every cosine is positive.
-    """
+def random_batch(seed: int, n: int, d: int, scale: float, *, duplicates: int = 0) -> Batch:
+    """A batch in which the last ``duplicates`` texts, and one image more, repeat earlier ones."""
     rng = np.random.default_rng(seed)
     image, text = unit_rows(rng, n, d), unit_rows(rng, n, d)
-    if positive:
-        image, text = abs(image), abs(text)
     for k in range(1, duplicates + 1):
         text[-k] = text[rng.integers(n - duplicates)]
     if duplicates:
@@ -67,9 +60,7 @@ def random_batch(
 
 
 @st.composite
-def batches(
-    draw: st.DrawFn, *, min_n: int = 2, max_n: int = 12, ties: bool = True, positive: bool = False
-) -> Batch:
+def batches(draw: st.DrawFn, *, min_n: int = 2, max_n: int = 12, ties: bool = True) -> Batch:
     n = draw(st.integers(min_n, max_n))
     duplicates = draw(st.integers(0, n // 2)) if ties else 0
     return random_batch(
@@ -78,7 +69,6 @@ def batches(
         draw(st.integers(2, 9)),
         draw(st.sampled_from([1.0, 10.0, 1 / 0.07, 100.0])),
         duplicates=duplicates,
-        positive=positive,
     )
 
 

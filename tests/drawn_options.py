@@ -43,7 +43,7 @@ def options(accepts: Callable[[RankOptions], bool] = bool) -> st.SearchStrategy[
 
 def is_streamed(x: RankOptions) -> bool:
     """True for lists in linear memory."""
-    return not x.is_dense
+    return x.reduction != "none"
 
 
 CHANGES: list[dict[str, Any]] = [

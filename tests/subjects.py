@@ -45,7 +45,7 @@ class Subject:
     """The public name of ``rankloss``, or ``module.function``; "" for a loss of another package."""
     build: Callable[..., Callable[..., Any]]
     reference: Callable[..., Any] | None = None
-    """The value in NumPy, of arrays by the same names; None where the NumPy twins do not have it."""
+    """The value in NumPy, of arrays by the same names; None where ``rankloss.reference`` does not have it."""
     inputs: tuple[str, ...] = (*PAIR, "logit_scale")
     differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
     half: bool = False
@@ -389,7 +389,6 @@ SUBJECTS = [
     rank_terms("bins", method="bin", bins=17),  # a prime: no code's cosine is on a bin's edge
     rank_terms("top one", teacher=TEACHER, model="top_one"),
     rank_terms("teacher", teacher=TEACHER, chunk_size=4),
-    rank_terms("batch", lists="batch", discount="log"),
     _rankclip(),
     _rankclip("[over SigLipLoss]", rankloss.SigLipLoss, reference.siglip),
     _rankclip("[over ClipLoss of ids]", rankloss.ClipLoss, same_id="ignore"),
@@ -511,7 +510,7 @@ def _queries(kind: str, n: int) -> Tensor:
 def _data(kind: str, n: int, seed: int) -> Inputs:
     v, t = _features(kind, seed, n)
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]]).double()
-    cosines = torch.tensor(reference._cosines(v[:N], t[:N]))  # rounded once
+    cosines = reference._cosines(v[:N], t[:N])  # equal for equal pairs
     of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
     return {
         "image_features": v,

@@ -265,7 +265,7 @@ def test_losses_take_a_group_and_look_no_further_and_need_no_graph(table: list[A
 
 
 SHARDED: dict[str, dict[str, Any]] = {
-    **{str(x): x for x in [{}, *CHANGES] if x != {"ties": "random"}},
+    **{str(x): x for x in [{}, *CHANGES]},
     "teacher": {"teacher": TEACHER},
     "teacher of texts": {"teacher": TEACHER[1:], "cross_modal": 0.0},
     "one pair": {"pairs": 1},
@@ -279,7 +279,7 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
     for name, options in SHARDED.items():
         options = dict(options)
         pairs, dtype = options.pop("pairs", N), options.pop("dtype", torch.float64)
-        inputs = leaves(world_size, dtype, duplicates=2, positive="worth" in options)
+        inputs = leaves(world_size, dtype, duplicates=2)
         inputs = (*(x[: pairs * world_size] for x in inputs[:2]), *inputs[2:])
         wide = random_batch(1, pairs * world_size, 9, 1.0, duplicates=1)
         teacher = dict(zip(TEACHER, (wide.image, wide.text), strict=True))
@@ -591,9 +591,7 @@ Constant = functools.partial(RankClipLoss, schedule="constant")
 OfIds = functools.partial(ClipLoss, same_id="share")
 OverIds = functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share"))
 IDS = torch.arange(4)
-RIGHT_ANGLE, WIDE_ANGLE = torch.tensor([[1.0, 0.0]] * 2), torch.tensor([[0.6, 0.8], [0.6, -0.8]])
 scaled_lists = functools.partial(lists_of, logit_scale=1.0)
-at_a_right_angle = functools.partial(pairs_of, image_features=RIGHT_ANGLE, text_features=RIGHT_ANGLE)
 FAULTS: dict[str, Fault] = {
     "teachers": (Rows, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER),
     "a teacher": fault(
@@ -646,12 +644,6 @@ FAULTS: dict[str, Fault] = {
         rank_clip,
         lambda rank: pairs_of(rank, **{name: without(torch.eye(4), 0.0, rank) for name in TEACHER}),
         ("reference_image_features", "row 2", "rank 1"),
-    ),
-    "a cosine without worth": fault(
-        functools.partial(Rows, worth="identity"),
-        "worth='identity'",
-        of=at_a_right_angle,
-        image_features=WIDE_ANGLE,
     ),
     "a grade": fault(Lists, "grades", "row 2", "nan", of=lists_of, grades=without(GRADES, math.nan, 1)),
     "an index": fault(

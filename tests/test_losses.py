@@ -49,10 +49,9 @@ def at(value: float, **options: Any) -> RankClipLoss:
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
-@pytest.mark.parametrize("lists", ["row", "batch"])
-def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, float], lists: Any) -> None:
+def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, float]) -> None:
     v, t, s = features()
-    loss = RankConsistency(cross_modal=weights[0], in_modal=weights[1], lists=lists)
+    loss = RankConsistency(cross_modal=weights[0], in_modal=weights[1])
     entries = loss(v, t, s, output_dict=True)
     for entry, weight in zip(entries.values(), weights, strict=True):
         assert (entry != 0) == bool(weight)
@@ -365,9 +364,6 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
     own = ClipLoss(gather=False)
     assert RankClipLoss(own, gather=gather).base is own
     assert own.gather == Gather.of(False)
-    of_batch = RankClipLoss(lists="batch")
-    assert of_batch.base.gather == of_batch.consistency.gather == Gather(local_loss=False)
-    assert RankClipLoss(lists="batch", gather=False).consistency.gather == Gather.of(False)
 
 
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:

@@ -69,15 +69,9 @@ def test_bounds_are_inclusive(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"method": "bin", "lists": "batch"}, "method='bin' needs lists='row'.* lists='batch'"),
-        ({"method": "bin", "ties": "random"}, "method='bin' needs ties='shared'.* ties='random'"),
         ({"bins": 3}, "bins=3 needs method='bin'.* method='sort'"),
         ({"bins": 3, "method": "sort"}, "bins=3 needs method='bin'.* method='sort'"),
-        ({"diagonal": False, "ties": "random"}, "diagonal=False needs ties='shared'.* ties='random'"),
         ({"reference_scale": 2.0}, "reference_scale=2.0 needs model='top_one'.* model='plackett_luce'"),
-        ({"model": "top_one", "worth": "shifted"}, "model='top_one' needs worth='exp'.* worth='shifted'"),
-        ({"model": "top_one", "ties": "random"}, "model='top_one' needs ties='shared'.* ties='random'"),
-        ({"model": "top_one", "discount": "log"}, "model='top_one' needs discount=None.* discount='log'"),
         ({"model": "top_one", "top_k": 4}, "model='top_one' needs top_k=None.* top_k=4"),
         ({"model": "top_one", "method": "bin"}, "model='top_one' needs method='sort'.* method='bin'"),
     ],

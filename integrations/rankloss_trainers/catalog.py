@@ -37,9 +37,7 @@ _rank_clip = functools.partial(
     more="rankloss:RankOptions",
     prefix="rankclip",
     # Searched without a gain, or of no use beside a base.
-    python_only=frozenset(
-        {"normalizer", "lists", "worth", "ties", "discount", "fixed_reference", "reduction"}
-    ),
+    python_only=frozenset({"normalizer", "fixed_reference", "reduction"}),
     citation=citations.RANKCLIP,
 )
 # Softmax beats ranks where encoders teach, pooled over three data sets (docs/evidence.md).
@@ -53,7 +51,6 @@ _SOFT = {
 
 LOSSES: Mapping[str, Named] = {
     "rankclip": _rank_clip(help="the trainer's own plus RankCLIP's ranking terms"),
-    "rankclip-cross": _rank_clip({"lambda_in": 0.0}, help="rankclip without its in-modal term"),
     "rankclip-in": _rank_clip({"lambda_cross": 0.0}, help="rankclip without its cross-modal term"),
     "rankclip-distill": _rank_clip(
         {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 8},

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import rankloss
-from rankloss.distributed import Gather, GatherOption
+from rankloss.distributed import Gather
 from rankloss.losses.composition import call_arguments
 from rankloss_trainers.declared import Loss
 from rankloss_trainers.option import naming_options
@@ -46,13 +46,13 @@ def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) ->
     return base
 
 
-def composed(losses: Sequence[Loss], base: Any, gather: GatherOption, biased: str) -> nn.Module:
+def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> nn.Module:
     """The module of the last loss, which stands on those before it and on a base.
 
     Args:
         losses: The losses, the innermost first.
         base: The loss of the trainer.
-        gather: The gathering; None lets each loss choose its own, which a list of the whole batch does.
+        gather: The gathering.
         biased: The trainer's set-up whose own loss is a sigmoid loss, for the errors.
 
     Raises:

@@ -218,10 +218,14 @@ class Loss:
 _REPLACED = {"reference_features": "teacher", "reference": "teacher"}
 """Options that losses had once, and the option of the run in the place of each."""
 _WITHOUT_REPLACEMENT = "distill_loss"
+OF_REFERENCE = frozenset({"lists", "worth", "ties", "discount"})
+"""Options that ``rankloss.reference`` alone has: ``rankloss.options.OF_REFERENCE``, which needs torch."""
 
 
 def replaced(key: str, prefix: str = "") -> str:
-    """The end of an error about an option that belongs to the run, or that a loss had once; else empty.
+    """The end of an error about an option that belongs to the run or elsewhere, or that a loss had once.
+
+    Empty for any other option.
 
     Args:
         key: The option, as Python spells it.
@@ -229,6 +233,8 @@ def replaced(key: str, prefix: str = "") -> str:
     """
     if key == _WITHOUT_REPLACEMENT:
         return "; a loss that has a teacher leaves it out"
+    if key in OF_REFERENCE:
+        return "; rankloss.reference.cross_modal and in_modal have it"
     of_run = _REPLACED.get(key, key)
     if of_run not in options_of(RunOptions):
         return ""

@@ -88,10 +88,10 @@ class Runtime(nn.Module):
         self.host, self.losses = host, losses
         self.options = RunOptions() if options is None else options
         self.name = JOIN.join(loss.name for loss in losses)
-        self._gather_option, self._gather = gather, Gather.of(gather)
+        self._gather = Gather.of(gather)
         is_built = base is not None and not isinstance(base, type)
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
-        self.criterion = composed(losses, self.own_base, gather, host.biased)
+        self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.teaching = Teaching(host, self.name, losses, self.criterion, self.options)
         self.takes_lists = bool(arguments_of(self.criterion, "candidate_features"))
         spec = self.teaching.spec
@@ -130,7 +130,7 @@ class Runtime(nn.Module):
         """These losses on the loss that the trainer built: the same object where it is the expected one."""
         if (base if isinstance(base, type) else type(base)) is type(self.own_base):
             return self
-        return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather_option)
+        return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
 
     @property
     def id_key(self) -> str | None:

@@ -49,8 +49,8 @@ def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: i
         >>> why_not(RankOptions(model="top_one"), torch.device("cuda"), torch.float32, 1024, 8192)
         "model='top_one' has no kernel"
     """
-    if options.is_dense:
-        return f"{options!r} is computed from whole matrices"
+    if options.reduction == "none":
+        return "reduction='none' is computed from whole matrices"
     if options.model != "plackett_luce":
         return f"model={options.model!r} has no kernel"
     if options.method == "bin" and options.bins > LARGEST_LIST:

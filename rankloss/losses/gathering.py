@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -141,10 +140,7 @@ class GatheringLoss(nn.Module):
             zeros = image_features.new_zeros(3, dtype=arithmetic_dtype(image_features, text_features))
             return nan_unless_finite(zeros, image_features, text_features).unbind()
         batch = self._batch(image_features, text_features, logit_scale, teacher)
-        has_values = options.worth != "exp" and image_features.is_cpu  # which may have no worth: an error
-        features = {"image_features": image_features, "text_features": text_features}
-        with self.gather.agreement(self, **features) if has_values else nullcontext():
-            contrastive, *terms = weighted_terms(batch, options, weights, wanted)
+        contrastive, *terms = weighted_terms(batch, options, weights, wanted)
         if wanted[0] and isinstance(bias, Tensor):
             contrastive = contrastive + 0 * bias.sum()
         return contrastive, *terms

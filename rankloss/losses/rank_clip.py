@@ -67,7 +67,7 @@ class RankClipLoss(nn.Module):
     Raises:
         ValueError: for an unknown schedule, an invalid value of an option, a weight that is negative or not
             finite, or a base that cannot be called.
-        TypeError: for an option that does not exist.
+        TypeError: for an option that does not exist, or that :mod:`rankloss.reference` alone has.
         RuntimeError: in ``forward``, if the schedule needs the progress and it was not set, or, in training
             mode, if it is that of a training that has ended (:meth:`end_training`).
 
@@ -239,7 +239,7 @@ class RankClipLoss(nn.Module):
         gather = self.consistency.gather
         options = self.consistency.options
         # The rank terms' pass also gives the loss of such a base.
-        is_fused = bool(cross or in_) and not (base_inputs or options.is_dense)
+        is_fused = bool(cross or in_) and not base_inputs
         is_fused = is_fused and is_streamed_clip(self.base, gather)
         self.consistency.check(inputs, teacher, one_space=is_fused, base_inputs=base_inputs)
         with gather_once():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_references
-from rankloss.distributed import Gather, GatherOption
+from rankloss.distributed import GatherOption
 from rankloss.losses.composition import TEACHER
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import RankOptions, check_weight
@@ -26,19 +26,19 @@ class RankConsistency(GatheringLoss):
 
         cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
 
-    where C averages the Plackett–Luce NLL of the matrix's lists (:func:`rankloss.plackett_luce_nll`): one
-    list per row, or one of all pairs. The second matrix only gives the order and receives no gradient. With a
-    teacher's features V', T' of the same pairs each matrix is ranked by the teacher's matrix, S' = V'·T'ᵀ and
-    so on,
+    where C averages the Plackett–Luce NLL of the matrix's rows (:func:`rankloss.plackett_luce_nll`). The
+    second matrix only gives the order and receives no gradient. With a teacher's features V', T' of the same
+    pairs each matrix is ranked by the teacher's matrix, S' = V'·T'ᵀ and so on,
 
         cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
 
     With the teacher's features of one modality alone, its matrix Y' ranks both images and texts: the in-modal
     term is ½[C(I | Y') + C(X | Y')], and the cross-modal term must have the weight 0.
 
-    Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N;
-    :class:`rankloss.RankOptions` lists the options that need whole matrices. Similarities, order and sums are
-    float32 at least, under autocast too; products are TF32's where torch allows them (docs/performance.md).
+    Lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N, except
+    with ``reduction="none"``. :mod:`rankloss.reference` has the formula as printed, one list of all pairs,
+    and the published code. Similarities, order and sums are float32 at least, under autocast too; products
+    are TF32's where torch allows them (docs/performance.md).
 
     Args:
         cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation.
@@ -63,7 +63,7 @@ class RankConsistency(GatheringLoss):
             not positive (not checked on an accelerator, where reading it would wait), a teacher's features of
             another shape or, with a weighted cross-modal term, of one modality alone, or a teacher together
             with ``fixed_reference``.
-        TypeError: for an option that does not exist.
+        TypeError: for an option that does not exist, or that :mod:`rankloss.reference` alone has.
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
@@ -89,18 +89,10 @@ class RankConsistency(GatheringLoss):
         gather: GatherOption = None,
         **options: Any,
     ) -> None:
-        rank_options = RankOptions(**options)
-        if rank_options.lists == "batch":
-            if isinstance(gather, Gather) and gather.local_loss:
-                raise ValueError(
-                    "lists='batch' is one list of the whole batch and cannot have local_loss=True; "
-                    f"got gather={gather!r}"
-                )
-            gather = Gather(local_loss=False) if gather is None else gather
         super().__init__(gather)
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
-        self.options = rank_options
+        self.options = RankOptions(**options)
         if self.gather.anchors_are_local and not self.gather.gather_with_grad and self.gather.place[0] == 0:
             _log.warning(
                 "local_loss without gather_with_grad: the gradient of the rank terms differs from that "

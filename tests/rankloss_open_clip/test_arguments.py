@@ -325,7 +325,7 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
     ("command", "expected"),
     [
         ("rankclip --rankclip-schedule cosine", {"schedule": schedules.cosine, "gather_with_grad": False}),
-        ("rankclip-cross --local-loss", {"lambda_cross": 1.0, "lambda_in": 0.0, "local_loss": True}),
+        ("rankclip-in --local-loss", {"lambda_cross": 0.0, "lambda_in": 1.0, "local_loss": True}),
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
         (f"rankclip --loss-teacher given {SIGMOID_STUDENT}", {"lambda_in": 1.0, "local_loss": True}),
         ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),

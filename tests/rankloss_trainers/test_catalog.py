@@ -19,8 +19,8 @@ from torch import nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss.options import CHOICES, RankOptions
-from rankloss_trainers import catalog
+from rankloss.options import CHOICES, OF_REFERENCE, RankOptions
+from rankloss_trainers import catalog, declared
 from rankloss_trainers.command_line import (
     RUN,
     LossArguments,
@@ -129,9 +129,24 @@ def test_an_error_about_a_default_of_joined_losses_says_so() -> None:
 
 
 def test_options_for_python_alone_are_not_typed() -> None:
-    assert built("rankclip", lists="batch").consistency.options.lists == "batch"
+    assert built("rankclip", fixed_reference="text").consistency.options.fixed_reference == "text"
     with pytest.raises((SystemExit, argparse.ArgumentError)):
-        parsed("--rankclip-lists", "batch")
+        parsed("--rankclip-fixed-reference", "text")
+
+
+@pytest.mark.parametrize("key", OF_REFERENCE)
+def test_an_option_of_the_reference_alone_is_refused_with_its_place(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = "rankloss.reference.cross_modal and in_modal have it"
+    with pytest.raises(TypeError, match=f"rankclip has no option '{key}'; {where}"):
+        built("rankclip", **{key: "batch"})
+    with pytest.raises(SystemExit):
+        LossArguments(argparse.ArgumentParser(), ["rankclip"]).parse(
+            ["--loss", "rankclip", f"--rankclip-{key}", "batch"]
+        )
+    assert f"--rankclip-{key}: there is no such option; {where}" in capsys.readouterr().err
+    assert {*OF_REFERENCE} == declared.OF_REFERENCE
 
 
 @pytest.mark.parametrize(

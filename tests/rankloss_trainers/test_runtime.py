@@ -680,18 +680,6 @@ def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> Non
     assert rankloss_trainers.create("mimicry", other).gather == rankloss.MimicryLoss().gather
 
 
-@pytest.mark.parametrize("base", [None, rankloss.ClipLoss()])
-def test_a_named_loss_may_be_of_one_list_of_the_whole_batch(base: Any) -> None:
-    """Whose gathering no default of the trainers decides: a list is not shared among processes."""
-    options: Any = {"lists": "batch", "schedule": "constant"}
-    created = rankloss_trainers.create("rankclip", base, **options)
-    assert torch.equal(created(**inputs(features())), rankloss.RankClipLoss(**options)(**inputs(features())))
-    assert not created.consistency.gather.local_loss
-    assert not run_of(HOST, "rankclip", options).gather.local_loss
-    with pytest.raises(ValueError, match=r"lists='batch' .* local_loss=True"):
-        rankloss_trainers.create("rankclip", gather=rankloss.Gather(), **options)
-
-
 @pytest.mark.parametrize("names", [("tiny+rankclip", "mimicry"), ("tiny+mimicry", "rankclip")])
 def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
     """Whole, in two steps, and as the module of a trainer."""

@@ -193,7 +193,7 @@ def test_help_is_the_runners_before_the_script(
     text = " ".join(capsys.readouterr().out.split())
     for option in ("--rankclip-lambda-in X", "--loss-teacher TEXT", "--loss-schedule-unit {auto,epoch,step}"):
         assert option in text
-    assert "rankclip-cross: 0.0" in text
+    assert "rankclip-in: 0.0" in text
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):
         main()
