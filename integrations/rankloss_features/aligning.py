@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from rankloss_features.writing import (
 
 _ENCODED = ".encoders"
 """The folder of the encoders' own features, in that of the aligned ones while it is written."""
+
+_SHARED = ("teacher", "pictures", "dtype", "precision", "batch_size", "shard_rows", "data")
+"""The entries of ``folder.json`` that an aligned folder has from that of its encoders."""
 
 _IMAGES, _TEXTS = NAMES
 
@@ -79,7 +82,9 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     if found is None:
         check_has_no_files(output)
         return False
-    check_is_of(output, found, {"teacher": teacher.about, "spaces": SPACES[0], **settings})
+    pictures = asdict(teacher.rendering or data.rendering)
+    about = {"teacher": teacher.about, "pictures": pictures, "spaces": SPACES[0], **settings}
+    check_is_of(output, found, about)
     if "alignment" not in found:
         raise ValueError(f"--output {output} was begun without --align")
     if not found["complete"]:
@@ -110,8 +115,7 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
 
     cca = tuned(take, _pictures(data, len(encoded))[present]).cca
     about = {
-        **{key: encoded.about[key] for key in ("teacher", "dtype", "precision", "batch_size", "shard_rows")},
-        "data": encoded.about["data"],
+        **{key: encoded.about[key] for key in _SHARED},
         "command": command,
         "scale": None,
         "spaces": SPACES[0],

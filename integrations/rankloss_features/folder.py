@@ -254,7 +254,8 @@ def _are_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
-def _is_setting(value: Any) -> bool:
+def is_setting(value: Any) -> bool:
+    """True for the options of a :class:`rankloss_features.cca.Setting`."""
     try:
         Setting(**value)
     except (TypeError, ValueError):
@@ -280,7 +281,7 @@ _OPTIONAL_ENTRIES: Entries = {
     "data": (lambda value: isinstance(value, dict), "the data's entries"),
     "pictures": (lambda value: isinstance(value, dict), "the way to pictures"),
     "command": (lambda value: isinstance(value, str), "a command"),
-    "alignment": (_is_setting, "a setting of the alignment"),
+    "alignment": (is_setting, "a setting of the alignment"),
 }
 
 

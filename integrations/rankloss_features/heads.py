@@ -18,7 +18,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from rankloss.options import shown
 from rankloss.precision import unit_rows
 from rankloss_features import image_encoders, opening, text_encoders
+from rankloss_features.cca import CanonicalCorrelation
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
 from rankloss_features.folder import (
@@ -42,15 +44,22 @@ from rankloss_features.folder import (
     check_rows_differ,
     hash_of,
     is_count,
+    is_setting,
     read_json,
     write_bytes,
 )
 from rankloss_features.pictures import Rendering
+from rankloss_features.side_by_side import Own, Projection, SideBySide
 from rankloss_features.teachers import Encoder, Teacher
 
 ABOUT = "heads.json"
-TRAINED = "trained"
-"""The method of heads that were trained, an entry of ``heads.json``."""
+CCA, TRAINED, BOTH = "cca", "trained", "both"
+"""Methods that make heads, an entry of ``heads.json``: in closed form, trained, both side by side."""
+
+METHODS = (CCA, TRAINED, BOTH)
+
+OWN = "own"
+"""A part of heads: the encoders' own features, which have a common space."""
 
 _IMAGES, _TEXTS = NAMES
 _LOCAL = "local-dir:"  # timm's word for a folder
@@ -61,18 +70,26 @@ _EPSILON = 1e-5  # of batch normalisation
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two frozen encoders, by the names that ``rankloss features`` has for them."""
+    """The two frozen encoders, or a model that has both, by the names that ``rankloss features`` has."""
 
-    image_encoder: str
-    text_encoder: str
+    image_encoder: str | None = None
+    text_encoder: str | None = None
     image_weights: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
 
     def load(self, device: torch.device, batch_size: int) -> Teacher:
-        """Load both.
+        """Load both, or the model that has both.
 
         Raises:
             ValueError: One is not found or not installed.
         """
+        if self.model is not None:
+            from rankloss_features import sources  # which loads heads as models
+
+            return sources.load(["model"], Namespace(**asdict(self), batch_size=batch_size), device)
+        assert self.image_encoder is not None
+        assert self.text_encoder is not None
         with named_errors(f"--image-encoder {self.image_encoder}"):
             images = image_encoders.load(self.image_encoder, self.image_weights, device)
         with named_errors(f"--text-encoder {self.text_encoder}"):
@@ -137,13 +154,79 @@ class Head(nn.Sequential):
         check_rows_differ(name, [features.numpy()])
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of heads.
+
+    Attributes:
+        method: :data:`CCA`, :data:`TRAINED` or :data:`OWN`.
+        share: Its share of the similarity.
+        sizes: The sizes by which its modules are built, as ``heads.json`` has them.
+        modules: Its module for each modality.
+    """
+
+    method: str
+    share: float
+    sizes: dict[str, Any]
+    modules: dict[str, nn.Module]
+
+    @classmethod
+    def closed(cls, cca: CanonicalCorrelation, share: float) -> Part:
+        """The projections of a canonical correlation analysis."""
+        sizes = {"setting": cca.setting.as_options(), "width": len(cca.correlations)}
+        means = {_IMAGES: cca.image_mean, _TEXTS: cca.text_mean}
+        part = cls.of(CCA, share, sizes, {name: len(mean) for name, mean in means.items()})
+        matrices = {_IMAGES: cca.image_projection, _TEXTS: cca.text_projection}
+        for name, module in part.modules.items():
+            module.load_state_dict({"mean": means[name].float(), "matrix": matrices[name].float()})
+        return part
+
+    @classmethod
+    def trained(cls, heads: nn.ModuleDict, share: float) -> Part:
+        """Trained heads."""
+        first: Any = heads[_IMAGES]
+        return cls(TRAINED, share, {"hidden": first.hidden, "width": first.width}, dict(heads.items()))
+
+    @classmethod
+    def own(cls, widths: Mapping[str, int], share: float) -> Part:
+        """The encoders' own features, of one width."""
+        return cls.of(OWN, share, {}, widths)
+
+    @classmethod
+    def of(cls, method: str, share: float, sizes: dict[str, Any], widths: Mapping[str, int]) -> Part:
+        """A part with weights that are not its own yet, for features of some widths."""
+        makers: dict[str, Callable[[int], nn.Module]] = {
+            CCA: lambda width: Projection(width, sizes["width"], root=sizes["setting"]["root"]),
+            TRAINED: lambda width: Head(width, sizes["hidden"], sizes["width"], 0.0),
+            OWN: Own,
+        }
+        return cls(method, share, sizes, {name: makers[method](width) for name, width in widths.items()})
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry of ``heads.json``."""
+        return {"method": self.method, "share": self.share, **self.sizes}
+
+
+def joined(parts: Sequence[Part]) -> nn.ModuleDict:
+    """The head of each modality: that of the one part, or of all side by side."""
+    shares = [part.share for part in parts]
+    return nn.ModuleDict(
+        {
+            name: parts[0].modules[name]
+            if len(parts) == 1
+            else SideBySide([part.modules[name] for part in parts], shares)
+            for name in NAMES
+        }
+    )
+
+
 class FrozenEncoders:
     """Two frozen encoders with their heads.
 
     Args:
         encoders: The names of the encoders.
         teacher: The encoders.
-        heads: The head of each, by ``image_features`` and ``text_features``.
+        parts: The parts of the heads.
         scale: The multiplier of the similarities.
         rendering: The way to the pictures, the same for those that trained the heads and for others.
     """
@@ -152,12 +235,13 @@ class FrozenEncoders:
         self,
         encoders: Encoders,
         teacher: Teacher,
-        heads: nn.ModuleDict,
+        parts: Sequence[Part],
         scale: float,
         rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
     ) -> None:
         self.encoders, self.scale, self.rendering = encoders, scale, rendering
-        self.heads = heads.to(teacher.device).eval()
+        self.parts = list(parts)
+        self.heads = joined(parts).to(teacher.device).eval()
         self._frozen = teacher
         with_heads = {name: self._with_head(name, encoder) for name, encoder in teacher.encoders.items()}
         self.teacher = Teacher(teacher.about, with_heads, scale, device=teacher.device, rendering=rendering)
@@ -229,15 +313,14 @@ class FrozenEncoders:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         weights = save({name: x.contiguous() for name, x in self.heads.state_dict().items()})
-        first: Any = self.heads[_IMAGES]
+        methods = {part.method for part in self.parts} - {OWN}
         about = {
-            "method": TRAINED,
+            "method": BOTH if len(methods) > 1 else methods.pop(),
             "encoders": {name: _absolute(value) for name, value in asdict(self.encoders).items()},
             "weights": self._frozen.about,
             "pictures": asdict(self.rendering),
             "widths": {name: encoder.width for name, encoder in self._frozen.encoders.items()},
-            "hidden": first.hidden,
-            "width": first.width,
+            "parts": [part.entry() for part in self.parts],
             "scale": self.scale,
             "hash": hash_of(weights).hex(),
         }
@@ -283,9 +366,29 @@ def _absolute(name: str | None) -> str | None:
 def _are_encoders(value: Any) -> bool:
     if not isinstance(value, dict) or {*value} != {field.name for field in fields(Encoders)}:
         return False
-    weights = value["image_weights"]
-    are_named = isinstance(value["image_encoder"], str) and isinstance(value["text_encoder"], str)
-    return are_named and (weights is None or isinstance(weights, str))
+    given = {name for name, text in value.items() if text is not None}
+    if not all(isinstance(value[name], str) for name in given):
+        return False
+    if "model" in given:
+        return given <= {"model", "pretrained"}
+    return {"image_encoder", "text_encoder"} <= given and "pretrained" not in given
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_part, value))
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("share"), (int, float)):
+        return False
+    sizes = {name: x for name, x in value.items() if name not in ("method", "share")}
+    if not 0 < value["share"] <= 1:
+        return False
+    if value.get("method") == TRAINED:
+        return {*sizes} == {"hidden", "width"} and all(map(is_count, sizes.values()))
+    if value.get("method") == CCA:
+        return {*sizes} == {"setting", "width"} and is_setting(sizes["setting"]) and is_count(sizes["width"])
+    return value.get("method") == OWN and not sizes
 
 
 def _is_rendering(value: Any) -> bool:
@@ -299,13 +402,12 @@ def _is_rendering(value: Any) -> bool:
 _ENTRIES: Entries = {
     "encoders": (_are_encoders, "the names of two encoders"),
     "weights": (
-        lambda value: isinstance(value, dict) and {"image_weights", "text_weights"} <= {*value},
-        "the hashes of two encoders' weights",
+        lambda value: isinstance(value, dict) and bool(_hashes(value)),
+        "the hashes of the encoders' weights",
     ),
     "pictures": (_is_rendering, "the way to pictures"),
     "widths": (lambda value: are_widths(value) and len(value) == len(NAMES), "a width from 1 for each"),
-    "hidden": (is_count, "a width from 1"),
-    "width": (is_count, "a width from 1"),
+    "parts": (_are_parts, "a method, a share and sizes for each"),
     "scale": (lambda value: type(value) is float and 0 < value < math.inf, "a number above 0"),
     "hash": (lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{32}", value)), "a hash"),
 }
@@ -331,17 +433,30 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
         raise ValueError(f"{file} is not as it was written with {ABOUT}: train the heads again")
     encoders = Encoders(**about["encoders"])
     teacher = encoders.load(torch.device(device), _BATCH_SIZE)
-    for name in ("image_weights", "text_weights"):
-        if teacher.about[name] != about["weights"][name]:
+    for name, value in _hashes(about["weights"]).items():
+        if teacher.about.get(name) != value:
             raise ValueError(
-                f"{folder} was trained on {name} {about['weights'][name]}; the encoder that is found has "
-                f"{teacher.about[name]}"
+                f"{folder} was trained on {name} {value}; the encoder that is found has "
+                f"{teacher.about.get(name)}"
             )
     with torch.device("meta"):  # the weights are the memory; a file may name any width
-        heads = make_heads(about["widths"], about["hidden"], about["width"])
+        parts = [_part(entry, about["widths"]) for entry in about["parts"]]
     convert = _constants_of_batch_norm if "method" not in about else None
-    opening.load_safetensors(heads, file, convert)
-    return FrozenEncoders(encoders, teacher, heads.float(), about["scale"], Rendering(**about["pictures"]))
+    opening.load_safetensors(joined(parts), file, convert)
+    for part in parts:
+        for module in part.modules.values():
+            module.float()
+    return FrozenEncoders(encoders, teacher, parts, about["scale"], Rendering(**about["pictures"]))
+
+
+def _part(entry: Mapping[str, Any], widths: Mapping[str, int]) -> Part:
+    sizes = {name: x for name, x in entry.items() if name not in ("method", "share")}
+    return Part.of(entry["method"], entry["share"], sizes, widths)
+
+
+def _hashes(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The hashes of the weights among the entries of a teacher."""
+    return {name: value for name, value in about.items() if name.endswith("weights") and value is not None}
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -350,12 +465,16 @@ def _read(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
     about = read_json(file)
-    if isinstance(about, dict) and "method" in about and about["method"] != TRAINED:
+    if isinstance(about, dict) and "method" in about and about["method"] not in METHODS:
         raise ValueError(
-            f"{file}: its heads are of the method {about['method']!r}; this release has {TRAINED!r}"
+            f"{file}: its heads are of the method {about['method']!r}; this release has {', '.join(METHODS)}"
         )
     if isinstance(about, dict) and "method" not in about:
         about = {"pictures": asdict(Rendering()), **about}  # an earlier folder
+        if isinstance(about.get("encoders"), dict):
+            about["encoders"] = {"model": None, "pretrained": None, **about["encoders"]}
+        sizes = {name: about.get(name) for name in ("hidden", "width")}
+        about["parts"] = [{"method": TRAINED, "share": 1.0, **sizes}]
     check_entries(file, about, _ENTRIES)
     return dict(about)
 

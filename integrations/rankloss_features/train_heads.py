@@ -1,4 +1,4 @@
-"""``rankloss heads``: heads on two frozen encoders, for a few thousand pairs: trained, evaluated, saved."""
+"""``rankloss heads``: heads on two frozen encoders, for a few thousand pairs: made, evaluated, saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rankloss.options import check_count, check_weight
@@ -20,8 +22,10 @@ from rankloss_features import data, sources
 from rankloss_features.errors import last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
-from rankloss_features.heads import ABOUT, Encoders, FrozenEncoders, has_other_files
-from rankloss_features.heads_training import Training, train
+from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
+from rankloss_features.heads_training import Training
+from rankloss_features.methods import DEFAULT, Asked, Made, closed_form, make
+from rankloss_features.methods import Pairs as Learned
 
 _FEWEST = 16  # pairs, on either side of the split
 _HELD_OUT = 10  # of so many ids one
@@ -43,15 +47,44 @@ def main(argv: Sequence[str]) -> int:
             label_smoothing=check_weight("--label-smoothing", args.label_smoothing, below=1.0),
             spread_weight=check_weight("--spread-weight", args.spread_weight),
         )
+        asked = Asked(
+            args.method,
+            settings,
+            check_count("--heads", args.heads),
+            check_weight("--keep", args.keep, below=1.0),
+        )
+        encoders = _encoders(args)
         check_count("--workers", args.workers, at_least=0)
         device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
         _check_output(args.output, overwrite=args.overwrite)
         with quiet_libraries():
-            run(args, settings, device)
+            run(args, asked, encoders, device)
     except (OSError, ValueError) as error:
         print(f"rankloss heads: {last_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _encoders(args: argparse.Namespace) -> Encoders:
+    """The encoders of the options.
+
+    Raises:
+        ValueError: They are neither two encoders nor a model that has both, or the method does not fit them.
+    """
+    given = sources.given(argparse.Namespace(**vars(args), features=None, spaces=None, align=None))
+    if len(given) == 1 and given != ["model"]:
+        missing = "--text-encoder" if given == ["image_encoder"] else "--image-encoder"
+        raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
+    if args.keep and given != ["model"]:
+        raise ValueError(
+            f"--keep {args.keep:g} keeps the space that images and texts share: it needs --model, since two "
+            "encoders share none"
+        )
+    if args.heads > 1 and args.method == CCA:
+        raise ValueError(f"--heads {args.heads} joins trained heads: --method {CCA} trains none")
+    if given == ["model"] and (Path(args.model) / ABOUT).is_file():
+        raise ValueError(f"--model {args.model} has heads already: give its encoders")
+    return Encoders(args.image_encoder, args.text_encoder, args.image_weights, args.model, args.pretrained)
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
@@ -87,8 +120,8 @@ class Side(NamedTuple):
         return {name: x[self.rows] for name, x in features.items()}
 
 
-def run(args: argparse.Namespace, settings: Training, device: torch.device) -> None:
-    """Encode the pairs, train on some, evaluate on the others, and save.
+def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torch.device) -> None:
+    """Encode the pairs, learn from some, evaluate on the others, and save.
 
     Pictures are upright, whatever the kind of data: no other trainer sees them otherwise.
 
@@ -96,19 +129,18 @@ def run(args: argparse.Namespace, settings: Training, device: torch.device) -> N
         ValueError: An encoder or the data cannot be read, there are too few pairs, or an id stands on both
             sides.
     """
-    training, validation = _sides(args, settings.seed)
-    encoders = Encoders(args.image_encoder, args.text_encoder, args.image_weights)
+    training, validation = _sides(args, asked.training.seed)
     rendering = data.rendering_of(args.background, upright=True)
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
     encode = partial(encode_rows, frozen, batch_size=64, workers=args.workers, shows=True)
     features = encode(training.opened)
     is_one_file = validation.opened is training.opened
     held_out = validation.of(features if is_one_file else encode(validation.opened))
-    ids = _numbers(training.pairs.groups)
-    print(f"training on {len(training.rows)} pairs of {int(ids.max()) + 1} {_kind(args)}")
-    heads, scale, losses = train(training.of(features), ids, settings)
-    _print_course(losses)
-    model = FrozenEncoders(encoders, frozen, heads, scale, rendering)
+    pairs = Learned(training.of(features), _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
+    print(f"training on {len(training.rows)} pairs of {pairs.groups.max() + 1} {_kind(args)}")
+    made = make(asked, pairs)
+    _print_course(made, _kind(args))
+    model = FrozenEncoders(encoders, frozen, made.parts, made.scale, rendering)
     model.save(args.output)
     _print_evaluation(args, model, validation.pairs, held_out)
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
@@ -149,7 +181,24 @@ def _check_disjoint(args: argparse.Namespace, pairs: Pairs, val_pairs: Pairs) ->
         )
 
 
-def _print_course(losses: list[float]) -> None:
+def _print_course(made: Made, kind: str) -> None:
+    """Print the losses, the settings that were chosen, and R@10 of each method where they were."""
+    if made.losses:
+        _print_losses(made.losses)
+    if made.tuned is None:
+        return
+    if made.chosen:
+        print(f"R@10 on {made.tuned.cut} {kind} cut from those to learn from, by which settings were chosen:")
+        for method in METHODS:
+            if method in made.chosen:
+                print(f"  {method} {100 * made.chosen[method]:.1f}")
+    default = "" if made.chosen else ", of the default setting, since there are few pairs"
+    print(f"closed form{default}: {closed_form(made.tuned.cca)}")
+    if "weight" in made.chosen:
+        print(f"weight of the closed form beside each trained head: {made.chosen['weight']:g}")
+
+
+def _print_losses(losses: list[float]) -> None:
     """Print the loss of some five epochs, and of the last."""
     for epoch in range(0, len(losses), max(1, len(losses) // 5)):
         print(f"epoch {epoch + 1}: loss {losses[epoch]:.3f}")
@@ -188,9 +237,9 @@ def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
     return learned, [row for row, group in enumerate(groups) if group in chosen]
 
 
-def _numbers(groups: Sequence[object]) -> Tensor:
+def _numbers(groups: Sequence[object]) -> NDArray[np.int64]:
     numbers: dict[object, int] = {}
-    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups])
 
 
 def _kind(args: argparse.Namespace) -> str:
@@ -200,15 +249,34 @@ def _kind(args: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rankloss heads",
-        description="Train a head on each of two frozen encoders with CLIP's loss, for a few thousand pairs; "
-        "evaluate on held-out pairs, and save both with the names of their encoders.",
+        description="Bring two frozen encoders into one space by a few thousand pairs, in closed form or by "
+        "heads that are trained with CLIP's loss; evaluate on held-out pairs, and save.",
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the heads go")
     parser.add_argument("--overwrite", action="store_true", help="replace the heads that are there")
-    parser.add_argument("--image-encoder", required=True, metavar="NAME", help="as rankloss features has it")
+    parser.add_argument("--image-encoder", metavar="NAME", help="as rankloss features has it")
     parser.add_argument("--image-weights", metavar="PATH", help="as rankloss features has it")
-    parser.add_argument("--text-encoder", required=True, metavar="NAME", help="as rankloss features has it")
+    parser.add_argument("--text-encoder", metavar="NAME", help="as rankloss features has it")
+    parser.add_argument("--model", help="in place of both, a CLIP, as rankloss features has it")
+    parser.add_argument("--pretrained", metavar="TAG", help="its weights")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=DEFAULT,
+        help="cca: projections in closed form, with the best of 256 settings; trained: heads; both: side by "
+        f"side ({DEFAULT})",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=1, metavar="N", help="trained heads side by side, each with its seed (1)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of --model: the share of its own similarity, below 1, which keeps what it can do (0)",
+    )
     data.add_options(parser)
     parser.add_argument("--val-data", metavar="DATA", help="held-out pairs; without it a tenth of the ids")
     parser.add_argument(

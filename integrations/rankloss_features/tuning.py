@@ -33,12 +33,14 @@ class Tuned(NamedTuple):
         of_learned: The fit of those pairs alone that were not held out.
         is_held_out: ``[N]``, True for the held-out pairs.
         trials: The settings, the best first; none where there were too few pairs to hold some out.
+        cut: The number of groups that were held out.
     """
 
     cca: CanonicalCorrelation
     of_learned: CanonicalCorrelation
     is_held_out: NDArray[np.bool_]
     trials: list[Trial]
+    cut: int
 
 
 def held_out(groups: NDArray[Any], seed: int = 0, share: int = _HELD_OUT) -> NDArray[np.bool_]:
@@ -120,7 +122,8 @@ def tuned(
     _logger.info("the best of %d settings, held-out R@10 %.1f %%: %s", len(trials), 100 * recall, setting)
     of_root = learned[_ROOTS.index(setting.root)]
     both = of_root.merged(PairSums.of(images, texts, root=setting.root))
-    return Tuned(Eigenbases(both).fit(setting), Eigenbases(of_root).fit(setting), is_held_out, trials)
+    fits = Eigenbases(both).fit(setting), Eigenbases(of_root).fit(setting)
+    return Tuned(*fits, is_held_out, trials, int(numbers.max()) + 1)
 
 
 def _default(take: Callable[[Numbers], tuple[Tensor, Tensor]], rows: int, groups: int) -> Tuned:
@@ -131,7 +134,7 @@ def _default(take: Callable[[Numbers], tuple[Tensor, Tensor]], rows: int, groups
     setting = Setting(dimensions=min(Setting.dimensions, bases.most_dimensions))
     _logger.info("%d groups of pairs are too few to search a setting: %s", groups, setting)
     cca = bases.fit(setting)
-    return Tuned(cca, cca, np.zeros(rows, bool), [])
+    return Tuned(cca, cca, np.zeros(rows, bool), [], 0)
 
 
 def _blocks(rows: Numbers) -> Iterator[Numbers]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -25,9 +27,9 @@ from test_evaluate_command import rows_of, write
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rankloss_features import sources, train_heads
+from rankloss_features import methods, sources
 from rankloss_features.folder import NAMES, hash_of
-from rankloss_features.heads import Encoders, FrozenEncoders, load_heads, make_heads
+from rankloss_features.heads import Encoders, FrozenEncoders, Part, load_heads, make_heads
 from rankloss_features.heads_training import Training, train
 from rankloss_features.pictures import Rendering
 from rankloss_features.train_heads import split
@@ -205,25 +207,28 @@ WRONG = {
     ("weights",): [None, {}, "x"],
     ("widths",): [None, {}, {"image_features": 64}],
     ("widths", "image_features"): [0, -1, 2.5, "x", 2**40, 7],
-    ("hidden",): [None, True, 2**40, 7],
-    ("width",): [None, -1, 2**40, 7],
+    ("parts",): [None, [], {}, [7]],
+    ("parts", 0, "hidden"): [None, True, 2**40, 7],
+    ("parts", 0, "width"): [None, -1, 2**40, 7],
+    ("parts", 0, "share"): [None, 0, -1.0, 2.0, float("nan"), "x"],
+    ("parts", 0, "method"): [None, "cca", "own", []],
     ("scale",): [None, "x", 0.0, -1.0, float("inf"), float("nan")],
     ("hash",): [None, 7, "", "/../../other", "0" * 32],
     ("pictures",): [None, {}, {"upright": True}, {"upright": 1, "background": "white"}],
     ("pictures", "background"): [None, 7, "whitish", "#ffffff00"],
-    ("method",): [None, "cca", []],
+    ("method",): [None, "pca", []],
 }
 
 
 @pytest.mark.parametrize(("path", "values"), WRONG.items())
 def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
-    folder: Path, tmp_path: Path, path: tuple[str, ...], values: list[Any]
+    folder: Path, tmp_path: Path, path: tuple[Any, ...], values: list[Any]
 ) -> None:
     shutil.copytree(folder, tmp_path / "heads")
     file = tmp_path / "heads/heads.json"
     for value in [..., *values]:
         about = json.loads((folder / "heads.json").read_text())
-        entry = about if len(path) == 1 else about[path[0]]
+        entry = functools.reduce(operator.getitem, path[:-1], about)
         entry[path[-1]] = value
         if value is ...:
             del entry[path[-1]]
@@ -339,7 +344,9 @@ def test_an_earlier_folder_is_read_with_the_statistics_of_its_features(folder: P
     file = tmp_path / "heads/heads.safetensors"
     save_file(weights, file)
     about = json.loads((folder / "heads.json").read_text())
-    del about["method"], about["pictures"]
+    del about["method"], about["pictures"], about["encoders"]["model"], about["encoders"]["pretrained"]
+    (part,) = about.pop("parts")
+    about |= {name: part[name] for name in ("hidden", "width")}
     (tmp_path / "heads/heads.json").write_text(
         json.dumps({**about, "hash": hash_of(file.read_bytes()).hex()})
     )
@@ -398,7 +405,7 @@ def test_new_pictures_are_opened_as_those_that_trained(
         seen.append(features)
         return train(features, *args)
 
-    monkeypatch.setattr(train_heads, "train", watched)
+    monkeypatch.setattr(methods, "train", watched)
     val = ("--val-data", str(sample_folder / "val.csv"), "--background", "gray")
     assert run(sample_folder, tmp_path / "heads", data, *val) == 0
     model = load_heads(tmp_path / "heads")
@@ -491,7 +498,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: Path, tmp_path: Path) -> None:
     old = load_heads(folder)
     heads = make_heads({name: x[0].mean.numel() for name, x in old.heads.items()}, 16, 8)
-    new = FrozenEncoders(old.encoders, old._frozen, heads, 20.0)
+    new = FrozenEncoders(old.encoders, old._frozen, [Part.trained(heads, 1.0)], 20.0)
     expected = {"old": old.encode_texts(["a red circle"]), "new": new.encode_texts(["a red circle"])}
     outcomes = []
     for step in range(1, 40):

@@ -1,0 +1,223 @@
+"""Heads in closed form, trained and side by side: their choice, their folder, a CLIP's own space."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_aligning import views
+from torch import Tensor
+
+from rankloss.precision import unit_rows
+from rankloss_features import methods
+from rankloss_features.cca import CanonicalCorrelation, Grid
+from rankloss_features.folder import NAMES
+from rankloss_features.heads import BOTH, CCA, TRAINED, Part, joined, load_heads
+from rankloss_features.heads_training import Training
+from rankloss_features.methods import Asked, Made, Pairs, make
+from rankloss_trainers.console import main
+
+TRAINING = Training(epochs=2, hidden=16, width=8)
+
+
+def pairs(pictures: int = 120) -> Pairs:
+    v, t, numbers = views(pictures)
+    features = dict(zip(NAMES, (unit_rows(v), unit_rows(t)), strict=True))
+    return Pairs(features, numbers, numbers)
+
+
+@pytest.fixture(autouse=True)
+def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankloss_features.tuning.Grid", lambda: Grid((0.1, 1.0), (1.0,), (4, 16), (1.0,)))
+
+
+@torch.no_grad()
+def cosines(made: Made, of: Pairs) -> Tensor:
+    v, t = (unit_rows(made.modules[name](of.features[name])) for name in NAMES)
+    return v @ t.T
+
+
+def test_the_closed_form_as_heads_is_the_closed_form() -> None:
+    of = pairs()
+    made = make(Asked(CCA), of)
+    assert made.tuned is not None
+    options = made.tuned.trials[0].setting.as_options()
+    cca = CanonicalCorrelation.fit(*of.features.values(), **options)
+    images, texts = of.features.values()
+    torch.testing.assert_close(cosines(made, of), cca.images(images) @ cca.texts(texts).T, atol=1e-5, rtol=0)
+    assert [part.method for part in made.parts] == [CCA]
+    assert made.chosen == {CCA: made.tuned.trials[0].recall}
+
+
+def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() -> None:
+    of = pairs()
+    alone = [cosines(make(Asked(method, TRAINING), of), of) for method in (CCA, TRAINED)]
+    both = make(Asked(BOTH, TRAINING), of)
+    shares = [part.share for part in both.parts]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] / shares[1] == pytest.approx(both.chosen["weight"] ** 2)
+    mean = shares[0] * alone[0] + shares[1] * alone[1]
+    torch.testing.assert_close(cosines(both, of), mean, atol=1e-5, rtol=0)
+
+
+def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_choose_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of, rows, scores = pairs(), list[int](), iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.4, 0.3])
+    whole = methods.train
+    monkeypatch.setattr(methods, "train", lambda x, *more: rows.append(len(x[NAMES[0]])) or whole(x, *more))
+    monkeypatch.setattr(methods, "recall_of", lambda _, cut: rows.append(-len(cut.groups)) or next(scores))
+    made = make(Asked(BOTH, TRAINING), of)
+    assert rows == [216, *[-24] * 7, 240]  # of 120 pictures with two captions, twelve are cut
+    assert made.chosen == {CCA: 0.4, TRAINED: 0.3, BOTH: 0.9, "weight": methods.WEIGHTS[2]}
+
+
+def test_several_trained_heads_have_seeds_of_their_own_and_equal_shares() -> None:
+    of = pairs()
+    first, second, third = (
+        cosines(make(Asked(TRAINED, Training(2, hidden=16, width=8, seed=seed)), of), of)
+        for seed in (3, 4, 5)
+    )
+    made = make(Asked(TRAINED, Training(2, hidden=16, width=8, seed=3), count=3), of)
+    torch.testing.assert_close(cosines(made, of), (first + second + third) / 3, atol=1e-5, rtol=0)
+    assert (first - second).abs().max() > 0.01
+
+
+def test_a_kept_space_has_its_share_of_the_similarity() -> None:
+    of = pairs()
+    both = Pairs({name: x[:, :16] for name, x in of.features.items()}, of.pictures, of.groups)
+    both = both._replace(features={name: unit_rows(x) for name, x in both.features.items()})
+    own = both.features[NAMES[0]] @ both.features[NAMES[1]].T
+    new = cosines(make(Asked(CCA), both), both)
+    kept = cosines(make(Asked(CCA, keep=0.8), both), both)
+    torch.testing.assert_close(kept, 0.8 * own + 0.2 * new, atol=1e-5, rtol=0)
+
+
+def test_recall_counts_a_picture_once_and_every_caption() -> None:
+    v = torch.eye(12)[[0, 0, 1, 1, *range(2, 12)]]
+    numbers = np.array([0, 0, 1, 1, *range(2, 12)])
+    t = v.clone()
+    t[1] = -v[1]  # the second caption of the first picture fits it worst
+    heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in NAMES})
+    found = methods.recall_of(heads, Pairs(dict(zip(NAMES, (v, t), strict=True)), numbers, numbers))
+    assert found == pytest.approx((1 + 13 / 14) / 2)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def heads(sample: Path, output: Path, *options: str, clip: str | None = None) -> int:
+    encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
+    model = encoders if clip is None else ["--model", clip]
+    data = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
+    return main(
+        ["heads", *model, *data, "--output", str(output), "--workers", "0", "--epochs", "2", *options]
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "parts"),
+    [
+        (CCA, (), [CCA]),
+        (BOTH, ("--heads", "2"), [CCA, TRAINED, TRAINED]),
+        (TRAINED, ("--heads", "2"), [TRAINED, TRAINED]),
+    ],
+)
+def test_heads_of_every_method_are_saved_evaluated_and_loaded(
+    sample_folder: Path, tmp_path: Path, capsys: Any, method: str, options: Any, parts: list[str]
+) -> None:
+    assert heads(sample_folder, tmp_path / "x", "--method", method, *options) == 0
+    printed = capsys.readouterr().out
+    about = json.loads((tmp_path / "x/heads.json").read_text())
+    assert about["method"] == method
+    assert [part["method"] for part in about["parts"]] == parts
+    assert ("closed form, of the default setting" in printed) == (CCA in parts)
+    model = load_heads(tmp_path / "x")
+    data = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
+    assert main(["evaluate", "--model", str(tmp_path / "x"), *data]) == 0
+    evaluated = capsys.readouterr().out
+
+    def lines(text: str) -> list[str]:
+        return re.findall(r"^(?:picture|text) → .*$", text, re.MULTILINE)
+
+    assert lines(evaluated) == lines(printed) != []
+    width = model.encode_texts(["a red circle"]).shape[1]
+    assert width == sum(part["width"] for part in about["parts"])
+
+
+def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    own = f"local-dir:{sample_folder}/open_clip"
+    options = ("--method", CCA, "--keep", "0.75")
+    assert heads(sample_folder, tmp_path / "joined", *options, clip=own) == 0
+    assert heads(sample_folder, tmp_path / "alone", "--method", CCA, clip=own) == 0
+    model, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
+    pictures, texts = [sample_folder / "pictures/red-circle-large.png"], ["a red circle", "a blue square"]
+    scores, new = (x.encode_images(pictures) @ x.encode_texts(texts).T for x in (model, alone))
+    start = model._frozen
+    from rankloss_features.heads import FrozenEncoders
+
+    kept = Part.own({name: encoder.width for name, encoder in start.encoders.items()}, 1.0)
+    before = FrozenEncoders(model.encoders, start, [kept], 1.0, model.rendering)
+    expected = 0.75 * before.encode_images(pictures) @ before.encode_texts(texts).T + 0.25 * new
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    del capsys
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--method", "pca"), None),
+        (("--keep", "0.5"), "--keep 0.5 keeps the space that images and texts share: it needs --model"),
+        (("--keep", "1"), "--keep must be a finite number >= 0 and < 1; got 1.0"),
+        (("--method", "cca", "--heads", "2"), "--heads 2 joins trained heads: --method cca trains none"),
+        (("--heads", "0"), "--heads must be an integer of at least 1; got 0"),
+        (("--model", "x"), "the teacher must be one of .*; got --model and --image-encoder and --text"),
+        (("--pretrained", "openai"), "--pretrained openai belongs to --model, which is not given"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_encoded(
+    sample_folder: Path, tmp_path: Path, capsys: Any, options: Any, named: str | None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("rankloss_features.heads.Encoders.load", lambda *_: pytest.fail("loaded"))
+    if named is None:
+        with pytest.raises(SystemExit):
+            heads(sample_folder, tmp_path / "x", *options)
+        assert "invalid choice: 'pca'" in capsys.readouterr().err
+    else:
+        assert heads(sample_folder, tmp_path / "x", *options) == 1
+        assert re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"parts": []}, "'parts' must be a method, a share and sizes for each"),
+        ({"parts": [{"method": "cca", "share": 1.0, "width": 4}]}, "'parts' must be a method"),
+        ({"parts": [{"method": "own", "share": 2.0}]}, "'parts' must be a method"),
+        ({"method": "pca"}, "its heads are of the method 'pca'; this release has cca, trained, both"),
+        ({"encoders": {"model": "x"}}, "'encoders' must be the names of two encoders"),
+    ],
+)
+def test_a_folder_of_unknown_parts_is_refused(
+    sample_folder: Path, tmp_path: Path, change: Any, named: str, capsys: Any
+) -> None:
+    assert heads(sample_folder, tmp_path / "x", "--method", CCA) == 0
+    capsys.readouterr()
+    file = tmp_path / "x/heads.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=named):
+        load_heads(tmp_path / "x")
+
+
+def test_joined_heads_are_the_modules_of_one_part_or_of_all() -> None:
+    part = Part.own(dict.fromkeys(NAMES, 3), 1.0)
+    assert joined([part])[NAMES[0]] is part.modules[NAMES[0]]
+    assert joined([part, part])[NAMES[0]].width == 6
