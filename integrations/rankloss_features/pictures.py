@@ -13,6 +13,8 @@ from rankloss_features import opening
 _WHITES = (1, 255, 65_535)  # in pictures of floats; in those of 32 bits the latter two
 _SCALED_TO_16_BITS = ("PNG", "PPM")  # formats whose deeper grey Pillow scales
 
+_WHITE = "white"
+
 
 @dataclass(frozen=True)
 class Rendering:
@@ -32,9 +34,11 @@ class Rendering:
     """
 
     upright: bool = True
-    background: str = "white"
+    background: str = _WHITE
 
     def __post_init__(self) -> None:
+        if self.background == _WHITE:  # modules have this default, also where Pillow is not installed
+            return
         from PIL import ImageColor
 
         with suppress(ValueError, AttributeError, TypeError):
