@@ -476,7 +476,6 @@ def with_a_double_scale(dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize(
     ("make", "dtype", "tolerance"),
     [
-        (of_dtype, torch.float64, 1e-4),
         (of_dtype, torch.bfloat16, 2e-2),
         (of_dtype, torch.float16, 3e-3),
         (with_a_double_scale, torch.float64, 1e-4),
