@@ -604,6 +604,15 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     assert torch.equal(created(**given), run(**given).total)
 
 
+@pytest.mark.parametrize("name", catalog.known())
+def test_every_created_loss_takes_features_and_scale_by_position(name: str) -> None:
+    created, given = rankloss_trainers.create(name), inputs_of(name)
+    created.set_progress(2, 3)
+    expected = created.eval()(**given, output_dict=True)
+    positions = [given.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+    assert created(*positions, output_dict=True, **given) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

@@ -96,10 +96,10 @@ class ContrastiveTrainer(transformers.Trainer):
             ``compute_loss_func`` or another attribute by which the Trainer does not divide the loss by the
             accumulated batches, a model without a scale, a loss with parameters, which the Trainer's
             optimizer does not know, or one that needs pairs beside lists. In ``train``, for a wrong list,
-            with its row, for a last batch of one pair, for a loss that goes by epochs on data without a
-            length, for a teacher's features that are missing, damaged, come from two sources, or come with a
-            loss that does not use them, and for mini-batches of a model that is compiled as a whole, or of
-            columns that cannot be split.
+            with its row, for a last batch of one pair of data with a length (in a stream it counts 0), for a
+            loss that goes by epochs on data without a length, for a teacher's features that are missing,
+            damaged, come from two sources, or come with a loss that does not use them, and for mini-batches
+            of a model that is compiled as a whole, or of columns that cannot be split.
 
     References:
         Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
