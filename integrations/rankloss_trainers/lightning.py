@@ -176,7 +176,7 @@ def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
         has_batches = isinstance(loader, DataLoader) and loader.batch_size is not None
         if not has_batches or loader.drop_last or isinstance(loader.dataset, IterableDataset):
             continue
-        pairs, batches = len(loader.sampler), len(loader)  # type: ignore[arg-type]
+        pairs, batches = len(loader.sampler), len(loader)
         steps = trainer.max_steps * trainer.accumulate_grad_batches
         is_reached = trainer.num_training_batches >= batches and (steps < 0 or steps >= batches)
         if is_reached and loader.batch_size > 1 and pairs % loader.batch_size == 1:
