@@ -176,6 +176,11 @@ def test_a_caption_with_columns_is_the_caption(text: str) -> None:
     assert sample["txt"] == text.encode()
 
 
+def test_a_column_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="a column has 2 rows beside 3 captions"):
+        CaptionsOfRows(["a", "b", "c"], [range(3), ["x", "y"]])
+
+
 def test_a_text_that_lost_its_columns_is_an_error() -> None:
     (caption,) = captions(read([CAPTION], {"txt": b" a ", "syn": b"b"}))
     tokenized = TextColumns([CAPTION]).tokenizer(tokenizer())
