@@ -73,8 +73,8 @@ def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, An
     device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
     model = sources.load(["model"], args, device)
     pairs = Pairs.of(opened)
-    features = encode_rows(model, opened, batch_size=args.batch_size, workers=args.workers, shows=True)
-    encoded = pairs.encoded(**features)
+    rows = encode_rows(model, opened, batch_size=args.batch_size, workers=args.workers, shows=True)
+    encoded = pairs.with_pictures(rows.pictures).encoded(rows.features)
     named = args.model + (f" ({args.pretrained})" if args.pretrained else "")
     about = described(encoded, named, str(args.data), args.ids_key)
     if other is not None and other["identity"] != encoded.identity:
