@@ -16,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import scipy.stats
+import tiny_teacher as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from transformers import AutoModel, AutoProcessor
 
 from rankloss import metrics, reference
 from rankloss_features import evaluation, opening, teachers
+from rankloss_features.evaluate import evaluate
 from rankloss_trainers.console import main
 from samples import add_sample
 
@@ -452,3 +454,10 @@ def test_each_picture_is_read_once(
     monkeypatch.setattr(teachers, "content_of", counted)
     evaluated(sample_folder, sample_folder / "val.csv", tmp_path)
     assert len(reads) == len({*reads}) == 16
+
+
+def test_a_model_is_evaluated_without_a_command_line(tmp_path: Path) -> None:
+    result, encoded = evaluate(tiny.teacher(), tiny.data_of("csv", tmp_path / "data"), (1, 5), name="tiny")
+    assert (result["model"], result["pictures"], result["ids_key"]) == ("tiny", tiny.ROWS, None)
+    assert encoded.image_features.shape == (tiny.ROWS, tiny.WIDTH)
+    assert set(result["recall"]) == {f"{way}_R@{k}" for way in WAYS for k in (1, 5)}
