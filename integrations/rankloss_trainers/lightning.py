@@ -173,10 +173,11 @@ def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
     if trainer.world_size > 1 or max((getattr(part, "min_pairs", 1) for part in parts), default=1) < 2:
         return
     for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        has_batches = isinstance(loader, DataLoader) and loader.batch_size is not None
-        if not has_batches or loader.drop_last or isinstance(loader.dataset, IterableDataset):
+        if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last:
             continue
-        pairs, batches = len(loader.sampler), len(loader)
+        if isinstance(loader.dataset, IterableDataset):
+            continue
+        pairs, batches = len(loader.sampler), len(loader)  # type: ignore[arg-type]
         steps = trainer.max_steps * trainer.accumulate_grad_batches
         is_reached = trainer.num_training_batches >= batches and (steps < 0 or steps >= batches)
         if is_reached and loader.batch_size > 1 and pairs % loader.batch_size == 1:

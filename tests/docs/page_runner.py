@@ -47,8 +47,9 @@ GOES_ON = {"get_peft_model": "AutoProcessor", SEARCH: "load_checkpoint", "ranklo
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """The language and the text of each block that a reader runs, with the changes."""
+    """The language and the text of each block that a reader runs, with the changes; the sample's first."""
     found = re.findall(r"^```(console|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    found.sort(key=lambda block: "rankloss sample" not in block[1])
     return [(language, changed(text)) for language, text in found]
 
 

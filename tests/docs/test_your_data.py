@@ -85,7 +85,7 @@ def test_the_first_training_of_the_readme_is_on_and_its_loss_falls(done: tuple[P
     folder, outputs = done
     assert outputs[-1]["error"] == ""
     log = (folder / "logs/sample/out.log").read_text(encoding="utf-8")
-    assert "| Loss: rankclip (rankloss" in log
+    assert "| Loss: clip-ids (rankloss" in log
     losses = [float(x) for x in re.findall(r"Contrastive_loss: ([\d.]+) \(", log)]
     chance = math.log(16)
     assert losses[0] == pytest.approx(chance, abs=0.5)

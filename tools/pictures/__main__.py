@@ -6,7 +6,6 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import alignment
 import cost
 import forest
 import gains
@@ -15,6 +14,7 @@ import schedules
 import spread
 import style
 import watch
+import ways
 
 PICTURES = {
     "method": method.draw,
@@ -24,7 +24,7 @@ PICTURES = {
     "gains": gains.draw,
     "watch": watch.draw,
     "spread": spread.draw,
-    "alignment": alignment.draw,
+    "ways": ways.draw,
 }
 
 
