@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral
 from typing import NoReturn
 
 import numpy as np
@@ -264,6 +265,30 @@ def check_ids(name: str, ids: Tensor, image_features: Tensor) -> None:
     if ids.dtype not in INTEGERS or ids.shape != (n,):
         raise ValueError(f"{name} must be {n} integers, one for every pair; got {ids.dtype} {[*ids.shape]}")
     check_device(name, ids, image_features)
+
+
+def check_id(name: str, value: object, row: int) -> None:
+    """Raise a ValueError for an id of a row that is missing, or neither a text nor an integer.
+
+    Missing ids, None, NaN, an empty or a blank text, would make one group of all their rows, and so would
+    floats that are rounded alike.
+
+    Example:
+        >>> check_id("image_ids", "red-shoe", 0)
+        >>> check_id("image_ids", " ", 7)
+        Traceback (most recent call last):
+        ValueError: image_ids must be texts or integers; row 7 has none: ' '
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)):
+        raise ValueError(f"{name} must be texts or integers; row {row} has {kind_of(value)} {value!r}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must be texts or integers; row {row} has none: {value!r}")
+
+
+def check_several(name: str, values: object) -> None:
+    """Raise a ValueError for one text in place of several, whose letters would be taken for them."""
+    if isinstance(values, (str, bytes)):
+        raise ValueError(f"{name} must be several, one for each row; got {values!r}")
 
 
 def check_is_tensor(name: str, value: object) -> None:

@@ -35,7 +35,6 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         reference: ``[..., N]``, any real dtype.
         options: of the lists. With ``reduction="mean"`` the terms of a list are divided by the number of
             counted items.
-
     """
     # A NaN in the reference has no place in the order, so the list's value is NaN.
     ordered_or_nan: Tensor | None = None
@@ -50,9 +49,8 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
     terms = log_cumsum_exp(ranked).gather(-1, last) - ranked
     counted: Tensor | int = n
     if options.top_k is not None:
-        is_counted = (n - last <= options.top_k).to(
-            scores.dtype
-        )  # tied items share their best rank, n − last
+        best_rank = n - last  # which tied items share
+        is_counted = (best_rank <= options.top_k).to(scores.dtype)
         terms = terms * is_counted
         counted = is_counted.sum(-1, keepdim=True)
     if options.reduction == "mean":

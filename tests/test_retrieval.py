@@ -187,7 +187,7 @@ FOUR = torch.eye(4)
         ({"image_ids": [1, 2, 3, 4], "text_ids": ["1", "2", "3", "4"]}, "4 of 4 images have no text.*id 1$"),
         (
             {"image_ids": [0.0, 1.0, 2.0, 3.0], "text_ids": [0, 1, 2, 3]},
-            "integers or texts; row 0 has float 0.0",
+            "texts or integers; row 0 has float 0.0",
         ),
         (
             {"image_ids": FOUR[0], "text_ids": [0, 1, 2, 3]},
@@ -219,3 +219,16 @@ def test_ranks_are_of_each_query() -> None:
     owed = [int((scores[i] >= scores[i, i]).sum()) for i in range(9)]
     assert metrics.partner_ranks(v, t)["image_to_text"].tolist() == owed
     assert np.mean(owed) == pytest.approx(metrics.partner_ranks(v, t)["image_to_text"].mean().item())
+
+
+@pytest.mark.parametrize("missing", ["", "  ", None, math.nan])
+def test_missing_ids_are_refused_by_their_row(missing: Any) -> None:
+    v = torch.eye(3)
+    with pytest.raises(ValueError, match="image_ids must be texts or integers; row 1 has "):
+        metrics.recall(v, v, image_ids=["a", missing, "b"], text_ids=["a", "a", "b"])
+
+
+def test_one_text_is_no_list_of_ids() -> None:
+    v = torch.eye(3)
+    with pytest.raises(ValueError, match="image_ids must be several, one for each row; got 'aab'"):
+        metrics.recall(v, v, image_ids="aab", text_ids="aab")

@@ -124,6 +124,10 @@ class AlipLoss(OwnTerms):
     ) -> dict[str, Tensor]:
         """``A(v, t, w_r)`` and ``A(v, c, w_c)``."""
         self._check_captions(text_features, caption_features)
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        image_features, text_features, caption_features = (
+            x.to(dtype) for x in (image_features, text_features, caption_features)
+        )
         images = self.gather.items(image_features)
         # Both captions in one collective.
         texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)

@@ -7,13 +7,13 @@ import bisect
 import functools
 import hashlib
 import itertools
-import numbers
+import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+from rankloss.checks import check_id
 from rankloss_features import opening
 from rankloss_features.csv_cells import check_cells
 from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
@@ -39,10 +39,27 @@ def extensions(keys: str) -> list[str]:
     return [key for part in keys.split(";") if (key := part.strip())]
 
 
+def read_member(sample: Mapping[str, Any], key: str) -> Any:
+    """A member of a webdataset sample by its extension, or with ``json:FIELD`` a field of its JSON.
+
+    None if the sample has none.
+    """
+    kind, _, field = key.partition(":")
+    try:
+        return json.loads(sample["json"])[field] if kind == "json" else sample[key.lower()]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 class Sample(NamedTuple):
     """A pair, whose picture is opened when it is needed.
 
-    Equal values of ``source``, a path or bytes, mean one picture.
+    Attributes:
+        row: Its row.
+        name: Its picture's name.
+        caption: Its caption.
+        open: Opens its picture, once it is read.
+        source: Its picture's path or bytes, and once it is read its identity; equal values mean one picture.
     """
 
     row: int
@@ -70,21 +87,6 @@ def groups_of(data: Any, size: int, left: Iterable[range]) -> list[tuple[int, Sp
     if data.is_stream:
         return list(groups.items())
     return [(source, [span]) for source, spans in groups.items() for span in spans]
-
-
-def check_id(value: Any, row: int, column: str) -> None:
-    """Raise a ValueError for an id of a pair that is neither a text nor an integer.
-
-    Missing ids would make one group of all their pairs, and so would floats that are rounded alike.
-
-    Example:
-        >>> check_id("red-shoe", 0, "product")
-    """
-    if isinstance(value, bool) or not isinstance(value, (str, numbers.Integral)):
-        kind = type(value).__name__
-        raise ValueError(
-            f"ids of pairs must be texts or integers; column {column} has the {kind} {value!r} in row {row}"
-        )
 
 
 class Table:
@@ -129,7 +131,7 @@ class Table:
                 raise ValueError(f"there is no column {id_column!r} of ids, but {dataset.column_names}")
             self.ids = list(dataset.with_format(None)[id_column])
             for row, value in enumerate(self.ids):
-                check_id(value, row, id_column)
+                check_id(f"ids in column {id_column}", value, row)
         dataset = dataset.with_format(None).select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "caption"})
         try:
@@ -221,8 +223,8 @@ class Table:
             sources += [picture if isinstance(picture, str) else name_of(picture) for picture in pictures]
         return sources
 
-    def read(self, source: int, spans: Spans, rendering: Rendering) -> Iterator[list[Sample]]:  # noqa: ARG002
-        """The samples of some batches of a source, whose pictures are opened by a rendering."""
+    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
+        """The samples of some batches of a source."""
         for first, last in spans:
             block = self.dataset[first:last]
             captions, names = self._named(first, block)
@@ -231,8 +233,7 @@ class Table:
             for row, caption, name, content, path in zip(
                 range(first, last), captions, names, contents, paths, strict=True
             ):
-                picture = content or path
-                samples.append(Sample(row, name, caption, partial(rendering.open, picture), picture))
+                samples.append(Sample(row, name, caption, source=content or path))
             yield samples
 
 
@@ -258,20 +259,22 @@ class Shards:
         urls: As ``--train-data`` has them.
         text_key: The extension of a caption; several, by preference, are separated by ``;``.
         rendering: The way to its pictures.
+        id_key: The ids of pairs that belong together, as :func:`read_member` reads them, or None.
     """
 
     is_stream = True
-    ids = None
 
     def __init__(
         self,
         urls: str,
         text_key: str = "txt",
         rendering: Rendering = Rendering(upright=False),  # noqa: B008 (it is frozen)
+        id_key: str | None = None,
     ) -> None:
         import webdataset
 
-        self.rendering = rendering
+        self.rendering, self.id_key = rendering, id_key
+        self.ids: list[Any] | None = None
         # A shard that is listed twice, to be seen more often, has the same pairs.
         listed = (webdataset.shardlists.expand_urls(part) for part in urls.split("::"))
         self.urls = list(dict.fromkeys(itertools.chain.from_iterable(listed)))
@@ -280,7 +283,7 @@ class Shards:
         self.counts: list[int] = []
 
     def sources(self) -> list[str]:
-        """See :class:`Table`: each sample has its own picture."""
+        """See :class:`Table`: the number of each sample, whose picture is not known before it is read."""
         return [str(row) for row in range(sum(self.counts))]
 
     def identity(self) -> str:
@@ -292,13 +295,16 @@ class Shards:
             digest.update(_beginning(self.urls[i]))
         return digest.hexdigest()
 
-    def _samples(self, url: str) -> Iterator[tuple[str, str, bytes]]:
-        """The caption, the key and the picture of each sample that has them all."""
+    def _samples(self, url: str) -> Iterator[tuple[str, str, bytes, Any]]:
+        """The caption, the key, the picture and the id of each sample that has the former."""
         from webdataset.gopen import gopen
         from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
+        of_ids = [] if self.id_key is None else [self.id_key.partition(":")[0].lower()]
+        extensions_read = {*self.text_keys, *IMAGES, *of_ids}
+
         def wanted(file: str) -> bool:
-            return (base_plus_ext(file)[1] or "").lower() in {*self.text_keys, *IMAGES}
+            return (base_plus_ext(file)[1] or "").lower() in extensions_read
 
         try:
             with gopen(url) as stream:
@@ -307,30 +313,45 @@ class Shards:
                     text = next((sample[key] for key in self.text_keys if key in sample), None)
                     image = next((sample[key] for key in IMAGES if key in sample), None)
                     if text is not None and image is not None:
-                        yield text.decode(errors="replace"), sample["__key__"], image
+                        yield text.decode(errors="replace"), sample["__key__"], image, self._id_of(sample)
         except tarfile.TarError as error:
             raise ValueError(f"{url} cannot be read: {error}") from error
 
+    def _id_of(self, sample: Mapping[str, Any]) -> Any:
+        if self.id_key is None:
+            return None
+        value = read_member(sample, self.id_key)
+        value = value.decode(errors="replace").strip() if isinstance(value, bytes) else value
+        try:
+            check_id(self.id_key, value, 0)
+        except ValueError as error:
+            raise ValueError(
+                f"--ids-key {self.id_key}: {named_sample(sample)} has no text or integer there, but {value!r}"
+            ) from error
+        return value
+
     def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
         """See :class:`Table`."""
-        self.counts = []
+        self.counts, ids = [], list[Any]()
         for url in self.urls:
-            named = (sample[:2] for sample in self._samples(url))  # without the picture
+            named = (
+                (caption, key, own) for caption, key, _, own in self._samples(url)
+            )  # without the picture
             self.counts.append(0)
             while block := list(itertools.islice(named, _BLOCK)):
                 self.counts[-1] += len(block)
-                captions, keys = map(list, zip(*block, strict=True))
+                captions, keys, of_block = map(list, zip(*block, strict=True))
+                if self.id_key is not None:
+                    ids += of_block
+                    self.ids = ids
                 yield captions, keys
 
-    def read(self, source: int, spans: Spans, rendering: Rendering) -> Iterator[list[Sample]]:
+    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
         """See :class:`Table`."""
         row, samples = sum(self.counts[:source]), self._samples(self.urls[source])
         for first, last in spans:
             batch = enumerate(itertools.islice(samples, first - row, last - row), first)
-            yield [
-                Sample(i, key, caption, partial(rendering.open, image), image)
-                for i, (caption, key, image) in batch
-            ]
+            yield [Sample(i, key, caption, source=image) for i, (caption, key, image, _) in batch]
             row = last
 
 
@@ -384,7 +405,7 @@ def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -
     if ids_key is not None:
         ids = ids_as_written(path, separator, ids_key, table[ids_key])
         for row, value in enumerate(ids):
-            check_id(value, row, ids_key)
+            check_id(f"ids in column {ids_key}", value, row)
         if ids_key not in (keys["--csv-img-key"], keys["--csv-caption-key"]):
             columns[ids_key] = ids
     return datasets.Dataset.from_dict(columns)
@@ -442,12 +463,7 @@ def open_data(args: Any) -> Data:
     if kind is None:
         raise ValueError(f"--data {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
     if kind == "webdataset":
-        if ids_key is not None:
-            raise ValueError(
-                f"--ids-key {ids_key}: shards have no columns; got {path}. Write the pairs as a CSV file "
-                "or a folder of datasets with a column of ids"
-            )
-        return Shards(path, args.text_key, as_stored)
+        return Shards(path, args.text_key, as_stored, ids_key)
     import datasets
 
     datasets.disable_progress_bars()

@@ -17,9 +17,11 @@ import torch
 
 from rankloss.options import check_count
 from rankloss_features import data, sources
+from rankloss_features.data import Data
 from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
 from rankloss_features.folder import read_json, write_bytes
+from rankloss_features.teachers import Teacher
 
 WAYS = {
     "image_to_text": "picture → text",
@@ -39,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         ks = sorted({check_count("--k", k) for k in args.k})
         other = None if args.against is None else _read(args.against)
         with quiet_libraries():
-            result = evaluate(args, ks, other)
+            result = _evaluated(args, ks, other)
         print("\n".join(lines(result, ks)))
         if args.json is not None:
             result["command"] = shlex.join(["rankloss", "evaluate", *argv])
@@ -62,36 +64,65 @@ def quiet_libraries() -> Iterator[None]:
         root.setLevel(level)
 
 
-def evaluate(args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The result that ``--json`` writes.
+def evaluate(
+    model: Teacher,
+    opened: Data,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    name: str,
+    ids_key: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> tuple[dict[str, Any], Encoded]:
+    """Encode all pairs by a model, and measure it.
+
+    Args:
+        model: The model.
+        opened: The pairs.
+        ks: The numbers of answers.
+        name: The model's name, for the result and the errors.
+        ids_key: The name of the ids, if the pairs have them.
+        batch_size: Pairs at a time.
+        workers: Processes that read pictures.
+
+    Returns:
+        The result that ``--json`` writes, and the features.
 
     Raises:
-        ValueError: The model or the data cannot be read, or do not fit; the other result is of other data.
+        ValueError: The data cannot be read, or k is beyond them.
     """
+    pairs = Pairs.of(opened)
+    rows = encode_rows(model, opened, batch_size=batch_size, workers=workers, shows=True)
+    encoded = pairs.with_pictures(rows.pictures).encoded(rows.features)
+    about = described(encoded, name, pairs.data, ids_key)
+    try:
+        return {**about, **measure(encoded, ks, by_ids=pairs.by_ids)}, encoded
+    except ValueError as error:
+        hint = "; give fewer answers by --k" if str(error).startswith("k must") else ""
+        raise ValueError(f"--model {name}: {error}{hint}") from error
+
+
+def _evaluated(
+    args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The result of a command line, with the difference from another one if it is given."""
     sources.check_pretrained(args.model, args.pretrained)
     opened = data.open_data(args)
     device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
     model = sources.load(["model"], args, device)
-    pairs = Pairs.of(opened)
-    features = encode_rows(model, opened, batch_size=args.batch_size, workers=args.workers, shows=True)
-    encoded = pairs.encoded(**features)
-    named = args.model + (f" ({args.pretrained})" if args.pretrained else "")
-    about = described(encoded, named, str(args.data), args.ids_key)
-    if other is not None and other["identity"] != encoded.identity:
+    name = args.model + (f" ({args.pretrained})" if args.pretrained else "")
+    how = {"batch_size": args.batch_size, "workers": args.workers}
+    result, encoded = evaluate(model, opened, ks, name=name, ids_key=args.ids_key, **how)
+    if other is None:
+        return result
+    if other["identity"] != encoded.identity:
         raise ValueError(
             f"--against {args.against} is of other pictures, captions or ids: {other['pictures']} pictures "
             f"and {other['texts']} texts of {other['data']}, ids {other['ids_key']}; these are "
-            f"{about['pictures']} and {about['texts']} of {args.data}, ids {args.ids_key}"
+            f"{result['pictures']} and {result['texts']} of {args.data}, ids {args.ids_key}"
         )
-    try:
-        result = {**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}
-    except ValueError as error:
-        hint = "; give fewer answers by --k" if str(error).startswith("k must") else ""
-        raise ValueError(f"--model {named}: {error}{hint}") from error
-    if other is not None:
-        result["against"] = {"file": str(args.against), "model": other["model"]}
-        result["differences"] = differences(encoded, result, other)
-    return result
+    against = {"file": str(args.against), "model": other["model"]}
+    return {**result, "against": against, "differences": differences(encoded, result, other)}
 
 
 def described(encoded: Encoded, model: str, data: str, ids_key: str | None) -> dict[str, Any]:

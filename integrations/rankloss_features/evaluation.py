@@ -4,7 +4,8 @@
 
     data = open_data(args)
     pairs = Pairs.of(data)
-    encoded = pairs.encoded(**encode_rows(teacher, data, batch_size=64))
+    rows = encode_rows(teacher, data, batch_size=64)
+    encoded = pairs.with_pictures(rows.pictures).encoded(rows.features)
     result = measure(encoded, (1, 5, 10), by_ids=False)
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,9 +73,11 @@ class Pairs:
     Attributes:
         captions: The caption of each row.
         names: The name of each row's picture.
-        pictures: The picture of each row: equal values are one picture.
+        pictures: The picture of each row, where equal values are one picture: its place in the data, until
+            :meth:`with_pictures` knows its content.
         groups: The group of each row: its id, or without ids its picture.
         data: The data, for messages.
+        by_ids: True if the data have ids.
     """
 
     captions: list[str]
@@ -82,6 +85,7 @@ class Pairs:
     pictures: list[str]
     groups: list[Any]
     data: str
+    by_ids: bool = False
 
     @classmethod
     def of(cls, data: Data) -> Pairs:
@@ -99,33 +103,49 @@ class Pairs:
             raise ValueError(f"--data {place} has no pairs of a picture and a caption")
         pictures = data.sources()
         groups = pictures if data.ids is None else data.ids
+        return cls(captions, names, pictures, groups, place, by_ids=data.ids is not None)._checked()
+
+    def with_pictures(self, pictures: list[str]) -> Pairs:
+        """The same pairs by their pictures' content; without ids a picture is the group of its rows.
+
+        Args:
+            pictures: The identity of each row's picture, of :func:`encode_rows`.
+
+        Raises:
+            ValueError: A picture has two ids.
+        """
+        groups = self.groups if self.by_ids else pictures
+        return replace(self, pictures=pictures, groups=groups)._checked()
+
+    def _checked(self) -> Pairs:
         first_row: dict[str, int] = {}
-        for row, picture in enumerate(pictures):
+        for row, picture in enumerate(self.pictures):
             first = first_row.setdefault(picture, row)
-            if groups[first] != groups[row]:
+            if self.groups[first] != self.groups[row]:
                 raise ValueError(
-                    f"row {row}: the picture {names[row]!r} has the id {groups[row]!r} here, and "
-                    f"{groups[first]!r} in row {first}"
+                    f"row {row}: the picture {self.names[row]!r} has the id {self.groups[row]!r} here, and "
+                    f"{self.groups[first]!r} in row {first}, as {self.names[first]!r}"
                 )
-        return cls(captions, names, pictures, groups, place)
+        return self
 
     def take(self, rows: Sequence[int]) -> Pairs:
         """Some of the pairs."""
         columns = (self.captions, self.names, self.pictures, self.groups)
         captions, names, pictures, groups = ([column[row] for row in rows] for column in columns)
-        return Pairs(captions, names, pictures, groups, self.data)
+        return Pairs(captions, names, pictures, groups, self.data, self.by_ids)
 
-    def encoded(self, image_features: Tensor, text_features: Tensor) -> Encoded:
+    def encoded(self, features: Mapping[str, Tensor]) -> Encoded:
         """The distinct pictures and texts, of the features of all rows.
 
         A caption that stands in several groups is a text of each.
         """
+        image_features, text_features = features[_IMAGES], features[_TEXTS]
         pictures, _ = _distinct(self.pictures)
         texts, of_text = _distinct(list(zip(self.captions, self.groups, strict=True)))
         # The last bits of equal captions may differ by their batches: each has those of its first row.
         first_of_caption = {caption: row for row, caption in reversed([*enumerate(self.captions)])}
         numbers = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
-        digest = hashlib.blake2b(hashes_of_pairs(self.captions, self.names).tobytes(), digest_size=16)
+        digest = hashlib.blake2b(hashes_of_pairs(self.captions, self.pictures).tobytes(), digest_size=16)
         digest.update(repr([numbers[group] for group in self.groups]).encode())
         return Encoded(
             image_features=image_features[pictures],
@@ -151,10 +171,22 @@ def _distinct(values: Sequence[Any]) -> tuple[list[int], list[int]]:
     return first, of_row
 
 
+class EncodedRows(NamedTuple):
+    """All rows of some data, encoded.
+
+    Attributes:
+        features: ``image_features`` and ``text_features``, ``[rows, width]``, float32.
+        pictures: The identity of each row's picture, a hash of its content.
+    """
+
+    features: dict[str, Tensor]
+    pictures: list[str]
+
+
 def encode_rows(
     teacher: Teacher, data: Data, *, batch_size: int, workers: int = 0, shows: bool = False
-) -> dict[str, Tensor]:
-    """The features of all pairs, in float32.
+) -> EncodedRows:
+    """The features of all pairs, and the identities of their pictures, each of which is read once.
 
     Args:
         teacher: The model.
@@ -163,22 +195,23 @@ def encode_rows(
         workers: Processes that read pictures.
         shows: True for a progress bar.
 
-    Returns:
-        ``image_features`` and ``text_features``, ``[rows, width]``.
-
     Raises:
         ValueError: A picture cannot be read.
     """
     rows = sum(data.counts)
     features = {name: torch.empty(rows, encoder.width) for name, encoder in teacher.encoders.items()}
+    pictures = [""] * rows
+    known: dict[str, str] = {}  # equal identities are one object
     was_read = torch.zeros(rows, dtype=torch.bool)
     batches = DataLoader(
         Batches(data, groups_of(data, batch_size, [range(rows)]), teacher), None, num_workers=workers
     )
     with tqdm(total=rows, unit="pair", disable=not shows) as bar:
-        for (first, last), places, prepared in batches:
+        for (first, last), places, identities, prepared in batches:
             if places:
                 was_read[places] = True
+                for row, identity in zip(places, identities, strict=True):
+                    pictures[row] = known.setdefault(identity, identity)
                 for name, encoded in teacher.encode(prepared, torch.float32).items():
                     features[name][places] = encoded
             bar.update(last - first)
@@ -188,7 +221,7 @@ def encode_rows(
             f"{len(lost)} of {rows} pictures of {data.about['data']} cannot be read; the first is that of "
             f"sample {lost[0]}"
         )
-    return features
+    return EncodedRows(features, pictures)
 
 
 # --- measures ---------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Rendering:
     def __post_init__(self) -> None:
         if self.background == _WHITE:  # modules have this default, also where Pillow is not installed
             return
+
         from PIL import ImageColor
 
         with suppress(ValueError, AttributeError, TypeError):

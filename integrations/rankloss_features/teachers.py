@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rankloss.precision import unit_rows
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import SPACES, Pairs
+from rankloss_features.folder import SPACES, Pairs, hash_of
+from rankloss_features.opening import content_of
 from rankloss_features.pictures import Rendering
 
 
@@ -127,8 +128,9 @@ class Batches(IterableDataset[Any]):
     A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
 
     Yields:
-        The batch's first and last row, the latter excluded, the rows of its samples that can be read, and the
-        teacher's inputs.
+        The batch's first and last row, the latter excluded, the rows of its samples that can be read, the
+        identities of their pictures, which are hashes of their content, and the teacher's inputs. Without an
+        encoder of pictures no picture is read, and there are no identities.
     """
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
@@ -142,19 +144,27 @@ class Batches(IterableDataset[Any]):
         worker = get_worker_info()
         mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
         for source, spans in mine:
-            for span, samples in zip(spans, self.data.read(source, spans, self.rendering), strict=True):
+            for span, samples in zip(spans, self.data.read(source, spans), strict=True):
                 if self.needs_pictures:
                     samples = list(self._readable(samples))
                 prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
-                yield span, [sample.row for sample in samples], prepared
+                identities = [sample.source for sample in samples] if self.needs_pictures else []
+                yield span, [sample.row for sample in samples], identities, prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
-        pictures: dict[Any, Any] = {}
+        """The samples with pictures that are read once, and whose source is their identity."""
+        identities: dict[Any, str] = {}  # by path or bytes
+        pictures: dict[str, Any] = {}
         for sample in samples:
             try:
-                if sample.source not in pictures:
-                    pictures[sample.source] = sample.open()
-                yield sample._replace(open=pictures[sample.source].copy)
+                if sample.source not in identities:
+                    content = content_of(sample.source)
+                    identity = hash_of(content).hex()
+                    if identity not in pictures:
+                        pictures[identity] = self.rendering.open(content)
+                    identities[sample.source] = identity
+                identity = identities[sample.source]
+                yield sample._replace(open=pictures[identity].copy, source=identity)
             except Exception as error:  # Pillow raises many
                 if not self.data.is_stream:
                     where = f"row {sample.row}: the picture of {sample.name!r}"

@@ -8,9 +8,8 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,18 +105,12 @@ class Side(NamedTuple):
     """A side of the data, to train on or held out.
 
     Attributes:
-        opened: The file of data that has it.
-        rows: Its rows in that file.
         pairs: Its pairs.
+        features: The encoders' features of them.
     """
 
-    opened: Any
-    rows: list[int]
     pairs: Pairs
-
-    def of(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its rows of the features of the whole file."""
-        return {name: x[self.rows] for name, x in features.items()}
+    features: dict[str, Tensor]
 
 
 def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torch.device) -> None:
@@ -126,58 +119,90 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     Pictures are upright, whatever the kind of data: no other trainer sees them otherwise.
 
     Raises:
-        ValueError: An encoder or the data cannot be read, there are too few pairs, or an id stands on both
-            sides.
+        ValueError: An encoder or the data cannot be read, there are too few pairs, or a picture or an id
+            stands on both sides.
     """
-    training, validation = _sides(args, asked.training.seed)
+    opened = {"--data": data.open_data(args)}
+    pairs = {"--data": Pairs.of(opened["--data"])}
+    if args.val_data is not None:
+        opened["--val-data"], pairs["--val-data"] = _held_out(args)
+    seed = asked.training.seed
+    if args.ids_key is not None:
+        _split(args, pairs, seed, are_read=False)  # raises before anything is encoded
     rendering = data.rendering_of(args.background, upright=True)
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
-    encode = partial(encode_rows, frozen, batch_size=64, workers=args.workers, shows=True)
-    features = encode(training.opened)
-    is_one_file = validation.opened is training.opened
-    held_out = validation.of(features if is_one_file else encode(validation.opened))
-    pairs = Learned(training.of(features), _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
-    print(f"training on {len(training.rows)} pairs of {pairs.groups.max() + 1} {_kind(args)}")
-    made = make(asked, pairs)
+    features = {}
+    for flag, of_file in opened.items():
+        rows = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
+        features[flag], pairs[flag] = rows.features, pairs[flag].with_pictures(rows.pictures)
+    training, validation = (
+        Side(pairs[flag].take(rows), {name: x[rows] for name, x in features[flag].items()})
+        for flag, rows in _split(args, pairs, seed, are_read=True)
+    )
+    learned = Learned(training.features, _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
+    print(f"training on {len(training.pairs.captions)} pairs of {learned.groups.max() + 1} {_kind(args)}")
+    made = make(asked, learned)
     _print_course(made, _kind(args))
     model = FrozenEncoders(encoders, frozen, made.parts, made.scale, rendering)
     model.save(args.output)
-    _print_evaluation(args, model, validation.pairs, held_out)
+    _print_evaluation(args, model, validation)
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
 
 
-def _sides(args: argparse.Namespace, seed: int) -> tuple[Side, Side]:
-    """The pairs to train on, and those of ``--val-data``, or a part of the data that is held out."""
-    opened = data.open_data(args)
-    pairs = Pairs.of(opened)
+def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
+    """The data of ``--val-data`` and their pairs."""
+    try:
+        opened = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
+        return opened, Pairs.of(opened)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--data ", "--val-data ")) from error
+
+
+def _split(
+    args: argparse.Namespace, pairs: dict[str, Pairs], seed: int, *, are_read: bool
+) -> list[tuple[str, list[int]]]:
+    """The file and the rows to train on, and those to evaluate on.
+
+    Args:
+        args: The command line.
+        pairs: Those of each file.
+        seed: Of the part that is held out.
+        are_read: True once the pictures are known by their content.
+
+    Raises:
+        ValueError: They are too few, or a picture or an id stands on both sides.
+    """
+    given = pairs["--data"]
     if args.val_data is None:
-        learned, held_out = split(pairs.groups, seed)
-        training = Side(opened, learned, pairs.take(learned))
-        validation = Side(opened, held_out, pairs.take(held_out))
+        learned, held_out = split(given.groups, seed)
+        sides = [("--data", learned), ("--data", held_out)]
     else:
-        try:
-            val_data = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
-            val_pairs = Pairs.of(val_data)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--data ", "--val-data ")) from error
-        training = Side(opened, [*range(len(pairs.captions))], pairs)
-        validation = Side(val_data, [*range(len(val_pairs.captions))], val_pairs)
-        _check_disjoint(args, pairs, val_pairs)
-    for purpose, side in (("train", training), ("evaluate", validation)):
-        if len(side.rows) < _FEWEST:
+        others = pairs["--val-data"]
+        sides = [("--data", [*range(len(given.captions))]), ("--val-data", [*range(len(others.captions))])]
+        if args.ids_key is not None:
+            _check_disjoint(_kind(args), others.groups, others.groups, given.groups)
+        if are_read:
+            _check_disjoint("pictures", others.pictures, others.names, given.pictures)
+    for purpose, (_, rows) in zip(("train", "evaluate"), sides, strict=True):
+        if len(rows) < _FEWEST:
             raise ValueError(
-                f"{len(side.rows)} pairs are too few to {purpose} on, of {len(pairs.captions)} in --data "
+                f"{len(rows)} pairs are too few to {purpose} on, of {len(given.captions)} in --data "
                 f"{args.data}; at least {_FEWEST} are needed"
             )
-    return training, validation
+    return sides
 
 
-def _check_disjoint(args: argparse.Namespace, pairs: Pairs, val_pairs: Pairs) -> None:
-    """Raise a ValueError for an id, or a picture, that is trained on and evaluated on."""
-    both = sorted({*map(str, pairs.groups)} & {*map(str, val_pairs.groups)})
-    if both:
+def _check_disjoint(
+    kind: str, held_out: Sequence[object], names: Sequence[object], trained: Sequence[object]
+) -> None:
+    """Raise a ValueError for an id, or a picture, that is trained on and evaluated on, by its name."""
+    learned = {*map(str, trained)}
+    rows = [row for row, group in enumerate(held_out) if str(group) in learned]
+    if rows:
+        count = len({str(held_out[row]) for row in rows})
         raise ValueError(
-            f"{len(both)} {_kind(args)} of --val-data are in --data, too; the first is {both[0]!r}"
+            f"{count} {kind} of --val-data are in --data, too; the first is {str(names[rows[0]])!r}, "
+            f"of row {rows[0]}"
         )
 
 
@@ -205,17 +230,15 @@ def _print_losses(losses: list[float]) -> None:
     print(f"epoch {len(losses)}: loss {losses[-1]:.3f}")
 
 
-def _print_evaluation(
-    args: argparse.Namespace, model: FrozenEncoders, pairs: Pairs, features: dict[str, Tensor]
-) -> None:
+def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out: Side) -> None:
     """Print the table of ``rankloss evaluate`` of held-out pairs, from the encoders' features of them."""
     projected = {}
     with torch.no_grad():
-        for name, x in features.items():
+        for name, x in held_out.features.items():
             projected[name] = torch.nn.functional.normalize(
                 model.heads[name](x.to(model.teacher.device)), dim=-1
             )
-    encoded = pairs.encoded(**{name: x.cpu() for name, x in projected.items()})
+    encoded = held_out.pairs.encoded({name: x.cpu() for name, x in projected.items()})
     most = min(len(encoded.image_features), len(encoded.text_features))
     ks = [k for k in (1, 5, 10) if k <= most]
     about = described(encoded, str(args.output), str(args.val_data or f"held-out {args.data}"), args.ids_key)

@@ -246,7 +246,7 @@ def _compute(
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
     rows = sum(len(draft.rows_of(shard)) for shard in mine)
     with tqdm(total=rows, initial=rows - sum(left.values()), unit="row", disable=not shows) as bar:
-        for (first, last), samples, prepared in batches:
+        for (first, last), samples, _, prepared in batches:
             shard = first // about["shard_rows"]
             if shard not in shards:
                 shards[shard] = {

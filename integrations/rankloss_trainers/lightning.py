@@ -173,11 +173,10 @@ def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
     if trainer.world_size > 1 or max((getattr(part, "min_pairs", 1) for part in parts), default=1) < 2:
         return
     for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last:
+        has_batches = isinstance(loader, DataLoader) and loader.batch_size is not None
+        if not has_batches or loader.drop_last or isinstance(loader.dataset, IterableDataset):
             continue
-        if isinstance(loader.dataset, IterableDataset):
-            continue
-        pairs, batches = len(loader.sampler), len(loader)  # type: ignore[arg-type]
+        pairs, batches = len(loader.sampler), len(loader)
         steps = trainer.max_steps * trainer.accumulate_grad_batches
         is_reached = trainer.num_training_batches >= batches and (steps < 0 or steps >= batches)
         if is_reached and loader.batch_size > 1 and pairs % loader.batch_size == 1:

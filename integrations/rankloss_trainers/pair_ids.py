@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_features.data import check_id
+from rankloss.checks import check_id, check_several
 from rankloss_trainers.graded.lists import hash_identity, identify
 
 CAPTIONS = "captions"
@@ -38,8 +38,9 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         (True, False)
         >>> make_ids([0.5, 1.0], "score")
         Traceback (most recent call last):
-        ValueError: ids of pairs must be texts or integers; column score has the float 0.5 in row 0
+        ValueError: ids in column score must be texts or integers; row 0 has float 0.5
     """
+    check_several(f"ids in column {column}", values)
     if isinstance(values, Tensor):
         is_other = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
         if values.dim() != 1 or is_other:
@@ -60,7 +61,9 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
 
 def _check_id(value: Any, row: int, column: str) -> None:
     """Raise a ValueError for a value that is neither a text nor an integer of 64 bits."""
-    check_id(value, row, column)
+    if column == CAPTIONS and isinstance(value, str):
+        return  # an empty caption is one
+    check_id(f"ids in column {column}", value, row)
     if not isinstance(value, str) and not -_LARGEST - 1 <= int(value) <= _LARGEST:
         raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
 

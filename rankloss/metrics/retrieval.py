@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankloss.batch import first_equal
-from rankloss.checks import INTEGERS, check_device, check_matrix, check_norms, kind_of
+from rankloss.checks import INTEGERS, check_device, check_id, check_matrix, check_norms, check_several
 from rankloss.options import check_count
 from rankloss.precision import product, widest_dtype
 
@@ -222,13 +222,13 @@ def id_numbers(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Ten
 
 
 def _as_list(name: str, ids: Ids) -> list[int | str]:
+    check_several(name, ids)
     if isinstance(ids, Tensor) and (ids.dtype not in INTEGERS or ids.dim() != 1):
         raise ValueError(f"{name} must be integers [N]; got {ids.dtype} {[*ids.shape]}")
     # Arrays of torch and NumPy, and columns of pandas.
     values = list(ids.tolist() if hasattr(ids, "tolist") else ids)
     for row, value in enumerate(values):
-        if not isinstance(value, (int, str)) or isinstance(value, bool):
-            raise ValueError(f"{name} must be integers or texts; row {row} has {kind_of(value)} {value!r}")
+        check_id(name, value, row)
     return values
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import numpy as np
 import open_clip
 import pytest
 import scipy.stats
+import tiny_teacher as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from rankloss import metrics, reference
-from rankloss_features import evaluation
+from rankloss_features import evaluation, opening, teachers
+from rankloss_features.evaluate import evaluate
 from rankloss_trainers.console import main
+from samples import add_sample
 
 WAYS = ("image_to_text", "text_to_image")
 
@@ -245,10 +249,12 @@ def test_a_result_without_ids_is_compared_in_the_directions_that_it_has(
 @pytest.mark.parametrize(
     ("values", "wrong"),
     [
-        (["a", None, None, "b"], "NoneType None in row 1"),
-        ([1.5, 1.5, 2.5, 2.5], "float 1.5 in row 0"),
-        ([True, True, False, False], "bool True in row 0"),
-        ([["a"], ["a"], ["b"], ["b"]], r"list \['a'\] in row 0"),
+        (["a", None, None, "b"], "row 1 has NoneType None"),
+        (["a", "", "", "b"], "row 1 has none: ''"),
+        (["a", "b", "c", "  "], "row 3 has none: '  '"),
+        ([1.5, 1.5, 2.5, 2.5], "row 0 has float 1.5"),
+        ([True, True, False, False], "row 0 has bool True"),
+        ([["a"], ["a"], ["b"], ["b"]], r"row 0 has list \['a'\]"),
     ],
 )
 def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
@@ -259,7 +265,7 @@ def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
     columns = {"image": [row["filepath"] for row in rows], "caption": [row["title"] for row in rows]}
     datasets.Dataset.from_dict({**columns, "product": values}).save_to_disk(tmp_path / "data")
     error = refusal(capsys, run(sample_folder, tmp_path / "data", "--ids-key", "product"))
-    assert re.search(f"ids of pairs must be texts or integers; column product has the {wrong}", error)
+    assert re.search(f"ids in column product must be texts or integers; {wrong}", error)
 
 
 @pytest.mark.parametrize(("first", "second"), [("1e5", "100000"), ("1.1", "1.10"), ("true", "TRUE")])
@@ -269,7 +275,7 @@ def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
     rows = rows_of(sample_folder / "val.csv")[:2]
     rows[0]["product"], rows[1]["product"] = first, second
     error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
-    assert re.search("ids of pairs must be texts or integers; column product has the (float|bool) ", error)
+    assert re.search("ids in column product must be texts or integers; row 0 has (float|bool) ", error)
 
 
 @pytest.mark.parametrize("others", [("8", "9"), ("x", "y")])
@@ -336,13 +342,6 @@ def test_bad_input_is_named(
     assert re.search(message, refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), *options)))
 
 
-def test_shards_have_no_column_of_ids(sample_folder: Path, capsys: Any) -> None:
-    code = run(sample_folder, Path("shard.tar"), "--ids-key", "product")
-    assert "--ids-key product: shards have no columns; got shard.tar. Write the pairs as a CSV" in refusal(
-        capsys, code
-    )
-
-
 def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(
     sample_folder: Path, tmp_path: Path
 ) -> None:
@@ -367,3 +366,98 @@ def test_weights_beside_a_folder_of_transformers_are_refused(sample_folder: Path
         f"--pretrained x.bin: the folder --model {sample_folder}/transformers has its own weights"
         in refusal(capsys, code)
     )
+
+
+# --- pictures are their content ---------------------------------------------------------------------------
+
+
+def shard(file: Path, rows: list[dict[str, str]]) -> Path:
+    """A webdataset of one shard, with an id of each pair as text and in a JSON."""
+    with tarfile.open(file, "w") as tar:
+        for number, row in enumerate(rows):
+            about = json.dumps({"product": row["product"]}).encode()
+            members = {"txt": row["title"].encode(), "id": row["product"].encode(), "json": about}
+            add_sample(tar, f"{number:04}", png=Path(row["filepath"]).read_bytes(), **members)
+    return file
+
+
+def test_a_picture_is_its_content_by_any_name_and_in_shards(sample_folder: Path, tmp_path: Path) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    copied = []
+    for number, row in enumerate(rows):
+        shutil.copy(row["filepath"], tmp_path / f"{number}.png")
+        copied += [
+            row,
+            {**row, "filepath": str(tmp_path / f"{number}.png"), "title": f"{row['title']} again"},
+        ]
+    copied.append(
+        {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a path from here"}
+    )
+    named = evaluated(sample_folder, write(tmp_path / "x.csv", copied), tmp_path)
+    in_shards = evaluated(sample_folder, shard(tmp_path / "x.tar", copied), tmp_path)
+    for result in (named, in_shards):
+        assert (result["pictures"], result["texts"], result["groups"]) == (16, 33, 16)
+    assert named["identity"] == in_shards["identity"]
+    assert named["recall"] == in_shards["recall"]
+
+
+def test_pictures_may_move_between_two_results_that_are_compared(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows, base = rows_of(sample_folder / "val.csv"), tmp_path / "base.json"
+    assert run(sample_folder, sample_folder / "val.csv", "--json", str(base)) == 0
+    for number, row in enumerate(rows):
+        row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
+    moved = write(tmp_path / "moved.csv", rows)
+    evaluated(sample_folder, moved, tmp_path, "--against", str(base))
+    Image.new("RGB", (8, 8)).save(rows[3]["filepath"])  # another picture of the same name
+    error = refusal(capsys, run(sample_folder, moved, "--against", str(base)))
+    assert "is of other pictures, captions or ids" in error
+
+
+def test_a_picture_of_two_ids_is_refused_by_its_content(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    copy = shutil.copy(rows[2]["filepath"], f"{tmp_path}/copy.png")
+    rows.append({**rows[2], "filepath": copy, "product": "other"})
+    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    assert "row 16: the picture " in error
+    assert f"has the id 'other' here, and {rows[2]['product']!r} in row 2" in error
+
+
+@pytest.mark.parametrize("key", ["id", "json:product"])
+def test_ids_of_shards_are_those_of_the_table(sample_folder: Path, tmp_path: Path, key: str) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    table = evaluated(sample_folder, sample_folder / "val.csv", tmp_path, "--ids-key", "product")
+    found = evaluated(sample_folder, shard(tmp_path / "x.tar", rows), tmp_path, "--ids-key", key)
+    assert found["recall"] == table["recall"]
+    assert found["groups"] == 8
+
+
+def test_a_sample_of_shards_without_its_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    data = shard(tmp_path / "x.tar", rows_of(sample_folder / "val.csv")[:3])
+    error = refusal(capsys, run(sample_folder, data, "--ids-key", "cls"))
+    assert "--ids-key cls: sample '0000' of" in error
+    assert "has no text or integer there, but None" in error
+
+
+def test_each_picture_is_read_once(
+    sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Any] = []
+
+    def counted(source: Any) -> bytes:
+        reads.append(source)
+        return opening.content_of(source)
+
+    monkeypatch.setattr(teachers, "content_of", counted)
+    evaluated(sample_folder, sample_folder / "val.csv", tmp_path)
+    assert len(reads) == len({*reads}) == 16
+
+
+def test_a_model_is_evaluated_without_a_command_line(tmp_path: Path) -> None:
+    result, encoded = evaluate(tiny.teacher(), tiny.data_of("csv", tmp_path / "data"), (1, 5), name="tiny")
+    assert (result["model"], result["pictures"], result["ids_key"]) == ("tiny", tiny.ROWS, None)
+    assert encoded.image_features.shape == (tiny.ROWS, tiny.WIDTH)
+    assert set(result["recall"]) == {f"{way}_R@{k}" for way in WAYS for k in (1, 5)}

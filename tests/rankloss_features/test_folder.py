@@ -163,8 +163,8 @@ def test_the_cameras_orientation_counts_where_it_counts_in_training(tmp_path: Pa
         trained = dataset[0]["image"].convert("RGB")
         assert trained.size == (4, 2) != plain.size
     list(data.pairs())
-    (samples,) = data.read(0, [(0, 1)], data.rendering)
-    np.testing.assert_array_equal(np.asarray(samples[0].open()), np.asarray(trained))
+    ((sample,),) = data.read(0, [(0, 1)])
+    np.testing.assert_array_equal(np.asarray(data.rendering.open(sample.source)), np.asarray(trained))
 
 
 def data_args(folder: Path) -> Namespace:

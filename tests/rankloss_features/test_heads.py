@@ -23,7 +23,7 @@ import tiny_teacher as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_evaluate_command import rows_of, write
+from test_evaluate_command import rows_of, shard, write
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -122,7 +122,9 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
     assert "4 pairs are too few to evaluate on, of 48" in error
     shutil.copy(sample_folder / "val.csv", few)
     error = refusal(capsys, run(sample_folder, tmp_path / "x", few, *val, "--ids-key", "product"))
-    assert "8 ids of 'product' of --val-data are in --data, too; the first is 'black-triangle'" in error
+    assert re.search(
+        "8 ids of 'product' of --val-data are in --data, too; the first is '.*', of row 0", error
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -534,3 +536,63 @@ def save_and_die(model: FrozenEncoders, place: Path, step: int) -> None:
     Path.unlink = dying(Path.unlink)  # type: ignore[method-assign]
     Path.mkdir = dying(Path.mkdir)  # type: ignore[method-assign]
     model.save(place)
+
+
+# --- pictures that are trained on are not held out -----------------------------------------------------
+
+
+def test_pictures_of_the_training_are_not_held_out_under_another_path(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = rows_of(sample_folder / "train.csv")
+    for number, row in enumerate(rows[16:32]):
+        row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
+        row["product"] = f"another {number}"
+    val = ["--val-data", str(write(tmp_path / "val.csv", rows[16:32]))]
+    for options in (val, [*val, "--ids-key", "product"]):
+        code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", *options)
+        error = refusal(capsys, code)
+        assert "16 pictures of --val-data are in --data, too; the first is '0.png', of row 0" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_captions_of_one_picture_in_shards_are_on_one_side(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [
+        {**row, "title": f"{row['title']} {n}"}
+        for n in range(5)
+        for row in rows_of(sample_folder / "train.csv")
+    ]
+    assert run(sample_folder, tmp_path / "x", shard(tmp_path / "x.tar", rows)) == 0
+    printed = capsys.readouterr().out
+    assert "training on 220 pairs of 44 pictures" in printed
+    assert "4 pictures, 20 texts" in printed
+
+
+def test_shards_are_held_out_by_other_shards_of_other_pictures(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data = shard(tmp_path / "a.tar", rows_of(sample_folder / "train.csv"))
+    val = shard(tmp_path / "b.tar", rows_of(sample_folder / "val.csv"))
+    assert run(sample_folder, tmp_path / "x", data, "--val-data", str(val), "--ids-key", "id") == 0
+    assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out
+    error = refusal(capsys, run(sample_folder, tmp_path / "y", data, "--val-data", str(data)))
+    assert "48 pictures of --val-data are in --data, too" in error
+
+
+def test_one_text_or_picture_is_no_list_of_them(sample_folder: Path, folder: Path) -> None:
+    model = load_heads(folder)
+    file = sample_folder / "pictures/red-circle-large.png"
+    with pytest.raises(ValueError, match="texts must be several, in a list; got 'a red shoe'"):
+        model.encode_texts("a red shoe")
+    for one in (str(file), file, file.read_bytes(), Image.new("RGB", (8, 8))):
+        with pytest.raises(ValueError, match="pictures must be several, in a list; got"):
+            model.encode_images(one)
+    with pytest.raises(ValueError, match="texts must be of type str; got None in place 1"):
+        model.encode_texts(["a red shoe", None])
+    with pytest.raises(ValueError, match="in place 0 stands 7"):
+        model.encode_images([7])
+    assert model.encode_texts([]).shape == model.encode_images([]).shape == (0, 256)
+    many = model.encode_texts([f"a red shoe {n}" for n in range(150)])
+    torch.testing.assert_close(many[149], model.encode_texts(["a red shoe 149"])[0], atol=1e-5, rtol=0)

@@ -176,6 +176,11 @@ def test_a_caption_with_columns_is_the_caption(text: str) -> None:
     assert sample["txt"] == text.encode()
 
 
+def test_a_column_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="a column has 2 rows beside 3 captions"):
+        CaptionsOfRows(["a", "b", "c"], [range(3), ["x", "y"]])
+
+
 def test_a_text_that_lost_its_columns_is_an_error() -> None:
     (caption,) = captions(read([CAPTION], {"txt": b" a ", "syn": b"b"}))
     tokenized = TextColumns([CAPTION]).tokenizer(tokenizer())
@@ -369,7 +374,7 @@ def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
 
 
 def test_a_column_of_no_ids_is_refused(tmp_path: Path) -> None:
-    for groups, message in (("x ", "group .*nan in row 1"), ("77", "group .*2 rows")):
+    for groups, message in (("x ", "group .*row 1 has float nan"), ("77", "group .*2 rows")):
         text = "".join(f"{n}.png;a;{x.strip()}\n" for n, x in enumerate(groups))
         dataset, file = csv(tmp_path, f"filepath;title;group\n{text}")
         with pytest.raises(ValueError, match=message):

@@ -19,18 +19,18 @@ from torch import Tensor
 import rankloss
 import rankloss_trainers
 from rankloss_trainers.clip_ids import PartnersLog
-from rankloss_trainers.pair_ids import check_column, count_partners, hash_tokens, make_ids
+from rankloss_trainers.pair_ids import CAPTIONS, check_column, count_partners, hash_tokens, make_ids
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
 OF_A_CAT = 1032509871426853262  # whatever the seed of Python's own hashes
 
 
 def test_texts_have_one_id_in_every_process() -> None:
-    ids = make_ids(TEXTS, "caption")
+    ids = make_ids(TEXTS, CAPTIONS)
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
     assert ids[0] == OF_A_CAT
-    assert torch.equal(make_ids(np.array(TEXTS), "caption"), ids)
+    assert torch.equal(make_ids(np.array(TEXTS), CAPTIONS), ids)
 
 
 def test_integers_are_ids_as_they_are() -> None:
@@ -44,10 +44,10 @@ def test_integers_are_ids_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ([0.5], r"float 0\.5 in row 0"),
-        (["a", None], "None in row 1"),
-        ([1, math.nan], "nan in row 1"),
-        ([True, False], "True in row 0"),
+        ([0.5], r"row 0 has float 0\.5"),
+        (["a", None], "row 1 has NoneType None"),
+        ([1, math.nan], "row 1 has float nan"),
+        ([True, False], "row 0 has bool True"),
         ([("a", "b")], "tuple"),
         ([1, "1"], "id .*1 in row 0 .*'1' in row 1"),
         ([2**63], "9223372036854775808 in row 0"),

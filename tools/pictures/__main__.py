@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import alignment
 import cost
 import forest
 import gains
@@ -24,6 +25,7 @@ PICTURES = {
     "gains": gains.draw,
     "watch": watch.draw,
     "spread": spread.draw,
+    "alignment": alignment.draw,
     "ways": ways.draw,
 }
 

@@ -55,12 +55,18 @@ class CaptionsOfRows(Sequence[Caption]):
     Args:
         captions: The captions: a list, or a column of pandas.
         columns: The texts of each column, by rows.
+
+    Raises:
+        ValueError: A column has another number of rows.
     """
 
     def __init__(self, captions: Any, columns: Iterable[Iterable[Any]]) -> None:
         self._captions = getattr(captions, "iloc", captions)
         self._columns = [x if isinstance(x, Sequence) else list(x) for x in columns]
         self._count = len(captions)
+        for column in self._columns:
+            if len(column) != self._count:
+                raise ValueError(f"a column has {len(column)} rows beside {self._count} captions")
 
     def __len__(self) -> int:
         return self._count

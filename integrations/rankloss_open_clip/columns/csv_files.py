@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from rankloss_features.csv_cells import check_cells, may_swallow_rows
@@ -56,15 +54,3 @@ def _table(path: str, separator: str, about: Any) -> Any:  # noqa: ARG001
 def forget_files() -> None:
     """Free the memory of the file whose columns were read."""
     _table.cache_clear()
-
-
-def read_member(sample: Mapping[str, Any], key: str) -> Any:
-    """A member of a webdataset sample by its extension, or with ``json:FIELD`` a field of its JSON.
-
-    None if the sample has none.
-    """
-    kind, _, field = key.partition(":")
-    try:
-        return json.loads(sample["json"])[field] if kind == "json" else sample[key.lower()]
-    except (KeyError, TypeError, ValueError):
-        return None

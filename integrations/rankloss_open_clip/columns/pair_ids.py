@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_features.data import ids_as_written, named_sample
-from rankloss_open_clip.columns.csv_files import read_columns, read_member
+from rankloss_features.data import ids_as_written, named_sample, read_member
+from rankloss_open_clip.columns.csv_files import read_columns
 from rankloss_trainers.pair_ids import CAPTIONS, check_column, make_ids
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_open_clip.columns.csv_files import read_columns, read_member
+from rankloss_features.data import read_member
+from rankloss_open_clip.columns.csv_files import read_columns
 
 
 class SecondCaption:
