@@ -23,8 +23,8 @@ from rankloss_features.heads import BOTH, CCA, TRAINED, Part, joined
 from rankloss_features.heads_training import Training, train
 from rankloss_features.tuning import Tuned, tuned
 
-DEFAULT = TRAINED
-"""The method of ``rankloss heads`` without ``--method``."""
+DEFAULT = BOTH
+"""The method of ``rankloss heads`` without ``--method``: the study of docs/evidence.md chose it."""
 
 WEIGHTS = (1.0, 0.5, 0.7, 1.4, 2.0)
 """Tried weights of the closed form's features beside those of each trained head."""

@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from rankloss_features import methods, sources
 from rankloss_features.folder import NAMES, hash_of
-from rankloss_features.heads import Encoders, FrozenEncoders, Part, load_heads, make_heads
+from rankloss_features.heads import TRAINED, Encoders, FrozenEncoders, Part, load_heads, make_heads
 from rankloss_features.heads_training import Training, train
 from rankloss_features.pictures import Rendering
 from rankloss_features.train_heads import split
@@ -45,7 +45,7 @@ def weights_of(folder: Path) -> Path:
 def run(sample: Path, output: Path, data: Path, *options: str, texts: str = "{}/text_encoder") -> int:
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", texts.format(sample)]
     given = ["--data", str(data), "--output", str(output), "--workers", "0", "--epochs", "12"]
-    return main(["heads", *encoders, *given, *options])
+    return main(["heads", *encoders, *given, "--method", TRAINED, *options])
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,15 @@ def heads(sample: Path, output: Path, *options: str, clip: str | None = None) ->
     )
 
 
+def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    assert heads(sample_folder, tmp_path / "x") == 0
+    about = json.loads((tmp_path / "x/heads.json").read_text())
+    assert about["method"] == BOTH
+    assert [part["method"] for part in about["parts"]] == [CCA, TRAINED]
+
+
 @pytest.mark.parametrize(
     ("method", "options", "parts"),
     [
