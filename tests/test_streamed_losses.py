@@ -56,6 +56,7 @@ def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7
     bias=st.sampled_from([-10.0, 0.0, 2.0]),
     ids=st.lists(st.integers(0, 4), min_size=17, max_size=17),
 )
+@pytest.mark.filterwarnings("ignore:logit_scale is 3000")
 def test_value_and_all_gradients_are_the_formulas(
     name: str,
     same_id: Any,

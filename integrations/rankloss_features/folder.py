@@ -36,6 +36,7 @@ import torch
 from rankloss.checks import FEWEST_THAT_DIFFER
 from rankloss_features.cca import CanonicalCorrelation, Setting
 from rankloss_features.components import Components, first_components
+from rankloss_features.opening import tensors_of
 
 NAMES = ("image_features", "text_features")
 """The features of a folder."""
@@ -573,15 +574,12 @@ class Features(Pairs):
         """
         if "alignment" not in self.about:
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         file = Path(self.path, ALIGNMENT)
         content = file.read_bytes() if file.is_file() else b""  # a pipe would be waited for
         self.check_hash(ALIGNMENT, content)
         try:
-            return CanonicalCorrelation.of_tensors(Setting(**self.about["alignment"]), load(content))
-        except (SafetensorError, ValueError) as error:
+            return CanonicalCorrelation.of_tensors(Setting(**self.about["alignment"]), tensors_of(content))
+        except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
 
     def check(self) -> Features:

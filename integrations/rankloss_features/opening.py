@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-
-from rankloss_features.folder import Array
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 _LOCK = threading.RLock()  # the functions are replaced in the whole process
 _SAFE_TORCH = "2.10"
@@ -179,6 +178,21 @@ def load_timm_weights(model: nn.Module, file: str, convert: Any) -> tuple[list[s
     return missing, unexpected
 
 
+def tensors_of(content: bytes) -> dict[str, Tensor]:
+    """The tensors in the content of a file of safetensors, by name.
+
+    Raises:
+        ValueError: The content is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
 def load_safetensors(
     model: nn.Module, file: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> None:
@@ -322,18 +336,18 @@ def content_of(source: bytes | str) -> bytes:
     return Path(source).read_bytes()
 
 
-def stored_array(file: Path) -> Array:
+def stored_array(file: Path) -> NDArray[Any]:
     """The array in an ``.npy`` file, mapped into memory.
 
     Raises:
         ValueError: It cannot be read: it is a pickle, cut, or no array.
     """
     with _reading(file):
-        mapped: Array = np.load(file, mmap_mode="c", allow_pickle=False)
+        mapped: NDArray[Any] = np.load(file, mmap_mode="c", allow_pickle=False)
     return mapped
 
 
-def stored_arrays(file: Path, names: Sequence[str]) -> dict[str, Array]:
+def stored_arrays(file: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The arrays of these names that an ``.npz`` file has.
 
     Raises:

@@ -259,6 +259,7 @@ def test_heads_find_their_local_encoders_from_another_folder(
     monkeypatch.chdir(sample_folder)
     encoders = ["--image-encoder", "local-dir:image_encoder", "--text-encoder", "text_encoder"]
     data = ["--data", "train.csv", "--val-data", "val.csv", "--workers", "0", "--epochs", "1"]
+    data += ["--method", TRAINED]
     assert main(["heads", *encoders, *data, "--output", str(tmp_path / "heads")]) == 0
     monkeypatch.chdir(tmp_path)
     assert load_heads("heads").encode_texts(["a red circle"]).shape == (1, 256)

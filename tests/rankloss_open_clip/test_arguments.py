@@ -170,10 +170,6 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         ("--loss clip-smooth --model coca_ViT-B-32", "--loss: clip-smooth CoCa"),
         ("--loss siglip-streamed --siglip --model coca_ViT-B-32", "--loss: siglip-streamed CoCa"),
         (f"--loss clip-streamed {DISTILLED}", "--loss: clip-streamed --distill-model replace"),
-        (
-            f"--loss mimicry --model ViT-L-14 {DISTILLED.replace('RN50', 'ViT-B-32')}",
-            "--loss: mimicry: 512 768",
-        ),
         (f"{CAPTIONS} --dataset-type synthetic", "tiny-caption --dataset-type synthetic"),
         (f"{CAPTIONS} --torchscript", "tiny-caption --torchscript"),
         ("--loss clip-ids --dataset-type synthetic", "clip-ids --dataset-type synthetic"),
