@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -361,7 +361,50 @@ def loss_that_copies(code: str) -> None:
     torch.testing.assert_close(terms["copy_loss"], (texts - projected).square().sum(-1).mean())
 
 
+def logged_by_trainers(code: str) -> None:
+    """The curves of the page are in TensorBoard's files."""
+    tiny, sentences = pytest.importorskip("tiny_transformers"), pytest.importorskip("tiny_sentences")
+    of_transformers, of_sentences = code.split("\n\n")
+
+    def arguments(_: str, *, logging_steps: int, **named: Any) -> Any:
+        return tiny.arguments(Path(), max_steps=2, **named)
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TENSORBOARD_LOGGING_DIR", "curves")
+        names: dict[str, Any] = {"TrainingArguments": arguments, "pairs": tiny.Pairs(8), "model": tiny.clip()}
+        executed(of_transformers, OF_TRANSFORMERS, **names)["trainer"].train()
+    content = b"".join(path.read_bytes() for path in Path().rglob("events.out.tfevents*"))
+    for curve in ("contrastive_loss", "in_modal_loss", "in_modal_raw", "rank_lambda", "in_modal_tau"):
+        assert f"train/{curve}".encode() in content
+    names = {"SentenceTransformerTrainingArguments": arguments, "model": sentences.tiny()}
+    assert isinstance(executed(of_sentences, OF_SENTENCES, **names)["loss"], torch.nn.Module)
+
+
+def logged_by_lightning(code: str) -> None:
+    lightning = pytest.importorskip("lightning")
+    imports = "from rankloss_trainers.lightning import Progress"
+    trainer = executed(code, imports, lightning=lightning)["trainer"]
+    assert type(trainer.logger).__name__ == "TensorBoardLogger"
+
+
+def logged_by_a_loop(code: str) -> None:
+    """Both writers get every term and λ."""
+    criterion, features = rankloss.RankClipLoss(), torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
+    criterion.set_progress(2, 3)
+    seen: dict[str, Any] = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.update({name: value}))
+    wandb = SimpleNamespace(log=lambda logged, step: seen.update(all=logged))
+    named = {"criterion": criterion, "images": features[0], "texts": features[1], "scale": 10.0, "step": 1}
+    executed(code, writer=writer, wandb=wandb, **named)
+    assert seen.pop("all") == seen
+    assert set(seen) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "rank_lambda"}
+    assert seen["rank_lambda"] > 0
+
+
 RUNS: dict[str, Callable[[str], None]] = {
+    'report_to="tensorboard"': logged_by_trainers,
+    "TensorBoardLogger(": logged_by_lightning,
+    "writer.add_scalar(": logged_by_a_loop,
     "HfArgumentParser(": options_of_a_script,
     "pairs.map(": hard_negatives,
     "RankedListsTrainer(": lists_of_sentences,
