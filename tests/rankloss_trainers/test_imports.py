@@ -111,6 +111,14 @@ def documented_names() -> dict[str, set[str]]:
     return names
 
 
+def test_no_test_imports_a_baseline_but_those_of_the_baselines() -> None:
+    """So a baseline goes by its own folder, its entry point and its pages."""
+    own = ROOT / "tests/rankloss_baselines"
+    importing = re.compile(r"^\s*(?:from|import) rankloss_baselines\b", re.MULTILINE)
+    others = [path for path in (ROOT / "tests").rglob("*.py") if own not in path.parents]
+    assert [path.name for path in others if importing.search(path.read_text(encoding="utf-8"))] == []
+
+
 @pytest.mark.parametrize("package", sorted(REGISTERING - {"tiny_losses"}))
 def test_packages_that_register_losses_import_documented_names_of_the_core_alone(package: str) -> None:
     """So another package's loss can be written as they are."""

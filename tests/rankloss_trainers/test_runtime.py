@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
-from rankloss_baselines import CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.host import NEEDS, Host, read_losses
@@ -349,12 +348,9 @@ def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_sho
             ["SpreadLoss(weight=0.3 (base): ClipLoss())", "SpreadLoss(weight=1 (base): ClipLoss())"],
         ),
         (
-            {"loss": CyClipLoss()},
-            {"loss": CyClipLoss(lambda_in=1)},
-            [
-                f"CyClipLoss(lambda_cross=0.25, lambda_in={weight} (base): ClipLoss())"
-                for weight in ("0.25", "1")
-            ],
+            {"loss": TinyLoss()},
+            {"loss": TinyLoss(weight=2)},
+            [f"TinyLoss(weight={weight} (base): ClipLoss())" for weight in ("0.5", "2")],
         ),
         (None, {"loss": "spread"}, ["no loss of rankloss", "spread"]),
     ],
