@@ -233,7 +233,7 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
 
 
 def check_position(name: str, now: object, end_name: str, end: object) -> tuple[int, int]:
-    """Where training stands, ``now`` of ``end`` counted from 1, or a ValueError that names the arguments.
+    """The position in training, ``now`` of ``end`` counted from 1; a ValueError names the arguments.
 
     Example:
         >>> check_position("step", 0, "total_steps", 10)

@@ -292,7 +292,7 @@ class Runtime(nn.Module):
         return is_single and self._has_contrasted and self.min_pairs > 1 and not self.takes_lists
 
     def _of_single(self, inputs: Mapping[str, Any]) -> Entries:
-        """The loss of a single pair, which has nothing to be contrasted with: 0, as in an evaluation."""
+        """The loss of a single pair, without negatives: 0, as in an evaluation."""
         if not self._has_met_single:
             self._has_met_single = True
             _logger.warning("A batch of one pair counts 0: %s contrasts two pairs at least", self.name)
