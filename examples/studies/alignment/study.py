@@ -24,7 +24,10 @@ from .setting import Setting
 SETS = (
     "emojis",
     "icons",
+    "icons-2000",
+    "icons-35840",
     "icons-71680",
+    "icons-141093",
     "photographs",
     "fxemoji",
     "noto-v1",
