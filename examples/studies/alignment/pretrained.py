@@ -68,9 +68,9 @@ class Pretrained:
     @functools.cache  # noqa: B019 (a data set is there as long as the process)
     def encoded(self, side: str) -> Side:
         """Return the CLIP's own features of a side of the new pairs."""
-        of = self.side(self.new, side)
+        clip, of = self.start, self.side(self.new, side)  # the CLIP may have to be trained first
         with torch.no_grad():
-            return Side(self.start.pictures(of.pictures), self.start.sentences(of.sentences))
+            return Side(clip.pictures(of.pictures), clip.sentences(of.sentences))
 
     def train(self, setting: Setting) -> Record:
         """Train what is trained, and measure on the new pairs and on the old ones."""

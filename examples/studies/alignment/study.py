@@ -33,6 +33,7 @@ SETS = (
     "noto-v1",
     "emojis after icons-30000",
     "fxemoji after icons-30000",
+    "noto-v1 after icons-30000",
 )
 PRIMARY_TESTS: dict[str, Pair] = {
     "a": (heads.CCA, heads.HEADS),
