@@ -130,9 +130,9 @@ def test_a_closed_form_of_shuffled_pairs_does_not_find_the_partners(data):
 def test_a_pretrained_clip_is_measured_on_new_and_on_old_pairs(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PRETRAINING", dataclasses.replace(pretrained.PRETRAINING, epochs=1))
     of = pretrained.Pretrained(Encoded(drawings(), tmp_path / "old"), data)
+    of.encoded("train")  # trains the CLIP, although nothing else here needs a gradient
     before = {name: x.clone() for name, x in of.start.state_dict().items()}
     setting = Setting("start", 0, "test", batch_size=20, epochs=2, lr=0.01)
-    of.encoded("train")  # trains the CLIP, although nothing else here needs a gradient
     found = {arm: of.train(dataclasses.replace(setting, arm=arm))["metrics"] for arm in pretrained.ARMS}
     assert len({repr(one["hits"]) for one in found.values()}) == len(pretrained.ARMS)
     assert all(one[pretrained.OLD]["hits"]["pictures"] == ENCODED["test"] for one in found.values())
