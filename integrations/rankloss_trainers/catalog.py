@@ -54,11 +54,15 @@ LOSSES: Mapping[str, Named] = {
     "rankclip-in": _rank_clip({"lambda_cross": 0.0}, help="rankclip without its cross-modal term"),
     "rankclip-distill": _rank_clip(
         {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 8},
+        # The setting of both that the miniature confirmed (docs/evidence.md).
+        beside={"mimicry": {"lambda_cross": 16.0, "lambda_in": 16.0, "top_k": 4}},
         teacher="required",
         help="rankclip trained to match a teacher's eight best ranks",
     ),
     "rankclip-encoders": _rank_clip(
         {**_SOFT, "lambda_in": 16.0},
+        # Above the encoders alone over three data sets together (docs/evidence.md, "Spread or ranks").
+        brings={"spread": {}},
         teacher="image=efficientnet-lite0,text=minilm",
         help="rankclip taught by two small encoders of the extra `encoders`, with spread: needs pairs alone, "
         "and in a loop or sentence-transformers a folder of `rankloss features`",
@@ -70,6 +74,7 @@ LOSSES: Mapping[str, Named] = {
     ),
     "mimicry": Named(
         "rankloss:MimicryLoss",
+        beside={"rankclip-distill": {"weight": 16.0}},
         teacher="required",
         help="the trainer's own plus the distance of the features from a teacher's",
         citation=citations.MIMICRY,
@@ -112,22 +117,6 @@ LOSSES: Mapping[str, Named] = {
 }
 """rankloss's own losses."""
 
-JOINT_DEFAULTS: Mapping[frozenset[str], Mapping[str, Options]] = {
-    # The setting of both that the miniature confirmed (docs/evidence.md).
-    frozenset({"rankclip-distill", "mimicry"}): {
-        "rankclip-distill": {"lambda_cross": 16.0, "lambda_in": 16.0, "top_k": 4},
-        "mimicry": {"weight": 16.0},
-    },
-}
-"""Defaults of two losses where they are joined, by both names."""
-
-
-BROUGHT: Mapping[str, str] = {
-    # Above the encoders alone over three data sets together (docs/evidence.md, "Spread or ranks").
-    "rankclip-encoders": "spread",
-}
-"""The loss that a preset is joined with, by the preset's name; its options are its own."""
-
 
 def prefix_of(name: str, named: Named) -> str:
     """The prefix of the options of a loss on a command line."""
@@ -161,11 +150,29 @@ def package_of(name: str) -> str:
     return " and ".join(f"{x.name} {x.version}" if x is not None else "unknown package" for x in dists)
 
 
-def names_of(name: str) -> list[str]:
-    """The name of a loss, or the several that :data:`JOIN` joins, with those that presets bring.
+def typed_names(name: str) -> list[str]:
+    """The name of a loss, or the several that :data:`JOIN` joins; no loss is imported.
 
     Raises:
         ValueError: There is no such loss, or two of them are one.
+    """
+    names = name.split(JOIN)
+    for each in names:
+        if each not in known():
+            hint = did_you_mean(each, known())
+            if each == TRAINERS_OWN:
+                hint = ", the trainer's own loss, on which the others stand: leave it out"
+            raise ValueError(f"loss must be one of {', '.join(known())}; got {each!r}{hint}")
+    _check_once(names)
+    return names
+
+
+def names_of(name: str) -> list[str]:
+    """The names that a name stands for: those that it joins, then those that they bring.
+
+    Raises:
+        ValueError: There is no such loss, or two of them are one.
+        Exception: As :func:`load`.
 
     Example:
         >>> names_of("rankclip+mimicry")
@@ -173,27 +180,27 @@ def names_of(name: str) -> list[str]:
         >>> names_of("rankclip-encoders")
         ['rankclip-encoders', 'spread']
     """
-    found, names = known(), name.split(JOIN)
-    for each in names:
-        if each not in found:
-            hint = did_you_mean(each, found)
-            if each == TRAINERS_OWN:
-                hint = ", the trainer's own loss, on which the others stand: leave it out"
-            raise ValueError(f"loss must be one of {', '.join(found)}; got {each!r}{hint}")
+    names = typed_names(name)
+    for each in names:  # the list grows: what is brought may bring others
+        names.extend(other for other in load(each).brings if other not in names)
+    _check_once(names)
+    return names
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raise a ValueError if two names are one loss, with one prefix."""
     if len({*map(own_prefix, names)}) < len(names):
-        raise ValueError(f"loss {name} names a loss twice")
-    brought = [BROUGHT[each] for each in names if each in BROUGHT]
-    return [*names, *(each for each in brought if each not in names)]
+        raise ValueError(f"loss {JOIN.join(names)} names a loss twice")
 
 
 def load(name: str) -> Named:
     """The declaration of one loss.
 
     Raises:
-        ValueError: There is no such loss, or its name or prefix is taken.
+        ValueError: There is no such loss, its name or prefix is taken, or it brings one that is not there.
         Exception: Any error of the import.
     """
-    names_of(name)
+    typed_names(name)
     if name in LOSSES:
         return LOSSES[name]
     point, *others = known()[name]
@@ -204,11 +211,23 @@ def load(name: str) -> Named:
     prefix = prefix_of(name, named)
     if prefix in PREFIXES or prefix == "loss":  # the prefix of a run's options
         raise ValueError(f"the prefix {prefix!r} of {name} is taken")
+    for other in named.brings:
+        if other not in known():
+            raise ValueError(f"{name} brings {other!r}, which is no loss here{did_you_mean(other, known())}")
+    return named
+
+
+def _among(name: str, names: Sequence[str]) -> Named:
+    """The declaration of one of several losses, with the defaults that it has among them."""
+    named = load(name)
+    for other in names:
+        named = named.with_defaults(named.beside.get(other, {}))
+        named = named.with_defaults(load(other).brings.get(name, {}))
     return named
 
 
 def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss]:
-    """The losses of these names, with their options by loss and their joint defaults, the innermost first.
+    """The losses of these names, each with its options and defaults among the others, the innermost first.
 
     One that replaces the trainer's loss is the innermost, wherever its name stands.
 
@@ -222,13 +241,7 @@ def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss
             raise TypeError(f"options of {joined} are given by loss, {names[0]}={{…}}; got {key!r}")
         if not isinstance(options, Mapping):
             raise TypeError(f"options of {key} must be a mapping; got {options!r}")
-    tables = [table for both, table in JOINT_DEFAULTS.items() if both <= {*names}]
-    losses = []
-    for name in names:
-        named = load(name)
-        for table in tables:
-            named = named.with_defaults(table.get(name, {}))
-        losses.append(Loss(name, named, given.get(name, {}), package_of(name)))
+    losses = [Loss(name, _among(name, names), given.get(name, {}), package_of(name)) for name in names]
     return sorted(losses, key=lambda loss: not loss.replaces)
 
 

@@ -212,13 +212,18 @@ class LossArguments:
         if name == TRAINERS_OWN:
             return []
         try:
-            names = catalog.names_of(name)
+            typed = catalog.typed_names(name)
         except ValueError as error:
             raise ValueError(f"--loss: {error}; {TRAINERS_OWN} is the trainer's own") from None
-        for each in names:
+        for each in typed:
             if each in self.unusable:
                 raise ValueError(f"--loss: {each} {self.unusable[each]}")
-        return names
+        try:
+            return catalog.names_of(name)
+        except ValueError as error:
+            raise ValueError(f"--loss: {error}") from None
+        except Exception as error:  # another package's, which a loss brings
+            raise ValueError(f"--loss: {name} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def add_options(parser: argparse.ArgumentParser, losses: Mapping[str, Named]) -> None:

@@ -49,6 +49,9 @@ class Named:
     Attributes:
         make: The class of its module, a function that builds it, or either as ``"module:name"``.
         defaults: The options in which it differs from ``make``.
+        beside: Other defaults of its options where another loss is joined with it, by that loss's name.
+        brings: The losses that its name is joined with, each with the options in which it differs there from
+            its own defaults.
         more: A callable whose options ``make`` takes, too, as its ``**options``.
         columns: A class of columns of the training data that the loss is called with, whose keyword-only
             arguments are options as well; see :class:`rankloss_open_clip.columns.text_columns.TextColumn`.
@@ -65,6 +68,8 @@ class Named:
 
     make: Make | str
     defaults: Options = field(default_factory=dict)
+    beside: Mapping[str, Options] = field(default_factory=dict)
+    brings: Mapping[str, Options] = field(default_factory=dict)
     more: Make | str | None = None
     columns: Make | str | None = None
     teacher: str | None = None
@@ -101,6 +106,12 @@ class Named:
         return {
             key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
         }
+
+    def spelled(self, values: Options) -> str:
+        """Some of its options with their values, as text."""
+        return ", ".join(
+            f"{key.replace('_', '-')} {self.options[key].spelled(x)}" for key, x in values.items()
+        )
 
     def with_defaults(self, defaults: Options) -> Named:
         """The same with some other defaults."""
@@ -161,8 +172,7 @@ class Loss:
     def summary(self) -> str:
         """The options that are not at their defaults, as text."""
         options = self.named.options
-        shown = {key: x for key, x in self.given.items() if x != options[key].default}
-        return ", ".join(f"{key.replace('_', '-')} {options[key].spelled(x)}" for key, x in shown.items())
+        return self.named.spelled({key: x for key, x in self.given.items() if x != options[key].default})
 
     @functools.cached_property
     def columns(self) -> Any:

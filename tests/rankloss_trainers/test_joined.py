@@ -9,12 +9,13 @@ import pytest
 import torch
 from named_inputs import HOST, inputs_of
 from taught import ROWS, features, folder
-from tiny_losses import TinyLoss
+from tiny_losses import TinyCaptionLoss, TinyLoss
 
 import rankloss_trainers
 from rankloss import ClipLoss, Gather, MimicryLoss, RankClipLoss, SigLipLoss, SpreadLoss
-from rankloss_trainers.catalog import choose
+from rankloss_trainers.catalog import choose, names_of
 from rankloss_trainers.composing import base_of
+from rankloss_trainers.declared import Named
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.runtime import Runtime
 from registered import register
@@ -143,6 +144,61 @@ def test_another_packages_chunk_size_and_memory_budget_are_its_own(monkeypatch: 
     for name in ("rankclip+words", "words+rankclip"):
         streaming = base_of(choose(name, given), Gather()).streaming
         assert streaming == {"chunk_size": 3, "memory_budget": 0}
+
+
+def test_a_row_brings_losses_with_options_which_a_users_own_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = inputs_of("mimicry")
+    of_pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}
+    preset = Named(
+        "rankloss:MimicryLoss",
+        {"weight": 3.0},
+        brings={"spread": {"weight": 0.5}, "tiny": {}},
+        teacher="image=efficientnet-lite0,text=minilm,align",
+    )
+    register(monkeypatch, preset=preset, twice=Named(TinyCaptionLoss, brings={"preset": {}}))
+    copied = MimicryLoss(weight=3.0)(**taught, output_dict=True)
+    tiny = TinyLoss()(**of_pairs, output_dict=True)
+    for name, options, weight in (
+        ("preset", {}, 0.5),
+        ("spread+preset", {}, 0.5),
+        ("preset+spread", {"spread": {"weight": 2.0}}, 2.0),
+    ):
+        expected = {**copied, **tiny, **SpreadLoss(weight=weight)(**of_pairs, output_dict=True)}
+        actual = rankloss_trainers.create(name, **options)(**taught, output_dict=True)
+        assert actual.keys() == expected.keys()
+        torch.testing.assert_close(actual, expected)
+    assert names_of("twice") == ["twice", "preset", "spread", "tiny"]
+    own = [loss.named.teacher for loss in choose("preset")]
+    assert own == [preset.teacher, None, None]
+
+
+def test_a_row_has_other_defaults_beside_a_loss_whatever_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    light = Named(TinyLoss, {"weight": 3.0}, beside={"spread": {"weight": 0.25}})
+    register(monkeypatch, light=light)
+    for name, weight in (
+        ("light", 3.0),
+        ("light+spread", 0.25),
+        ("spread+light", 0.25),
+        ("light+rankclip", 3.0),
+    ):
+        values = {loss.name: loss.values for loss in choose(name)}
+        assert values["light"]["weight"] == weight
+    assert choose("light+spread", {"light": {"weight": 1.0}})[0].values["weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("brings", "name", "text"),
+    [
+        ("spraed", "mine", "mine brings 'spraed', which is no loss here; did you mean spread"),
+        ("rankclip-in", "mine+rankclip", r"mine\+rankclip\+rankclip-in names a loss twice"),
+    ],
+)
+def test_a_row_that_brings_a_wrong_loss_is_refused(
+    monkeypatch: pytest.MonkeyPatch, brings: str, name: str, text: str
+) -> None:
+    register(monkeypatch, mine=Named(TinyLoss, brings={brings: {}}))
+    with pytest.raises(ValueError, match=text):
+        choose(name)
 
 
 ENCODERS = "image=efficientnet-lite0,text=minilm"
