@@ -11,6 +11,7 @@ from .statistics import Arms, Difference, Measure, Pair, correct, verdict
 from .students.measure import PRIMARY, hits_of_pictures
 
 HEAD = ("cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures")
+_BY_TIES = 0.5  # points of R@10, by which hits may differ from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,22 @@ def rows(every: Sequence[Tested], pairs: Sequence[Pair], among: Sequence[Pair] =
             str(of.n),
             p_text(of.adjusted),
             mark(of),
-            ends_text(arms_of[name].over_pictures(pair, hits_of_pictures)),
+            ends_text(over_pictures(arms_of[name], pair, of.mean)),
         ]
         for (name, pair), of in family(every, pairs, among).items()
     ]
+
+
+def over_pictures(arms: Arms, pair: Pair, difference: float) -> tuple[float, float] | None:
+    """Return the interval over seeds and pictures of a difference in R@10, None with few seeds or many ties.
+
+    A tie is a hit in the pictures' hits, but not in R@10. Where captions of words that are all unknown tie,
+    an interval of hits is one of another measure.
+    """
+    hits = arms.difference(pair, lambda record: float(hits_of_pictures(record).mean()))
+    if hits is None or abs(hits.mean - difference) > _BY_TIES:
+        return None
+    return arms.over_pictures(pair, hits_of_pictures)
 
 
 def title(pair: Pair) -> str:

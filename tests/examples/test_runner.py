@@ -12,10 +12,13 @@ from filelock import FileLock
 from rich.console import Console
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from studies import cells
 from studies.plan import best_of
 from studies.records import key_of, read_lines
 from studies.runner import Run, Study
 from studies.statistics import Arms, Measure
+
+from made_up_records import record
 
 SCORE = Measure("score", ("score",))
 
@@ -185,3 +188,18 @@ def test_over_pictures_the_common_seeds_are_compared_of_which_there_must_be_eigh
     assert interval == (2.0, 2.0)
     del less[0]
     assert Arms({"a": rows, "b": less}).over_pictures(("a", "b"), lambda record: record) is None
+
+
+def test_an_interval_over_pictures_is_left_out_where_ties_are_hits():
+    def seeds(*scores, hits):
+        rng = np.random.default_rng(0)
+        found = {seed: record(score, rng) for seed, score in enumerate(scores)}
+        for of in found.values():
+            of["metrics"]["hits"] = record(hits, rng)["metrics"]["hits"]
+        return found
+
+    as_counted = {"a": seeds(*[60.0] * 8, hits=60), "b": seeds(*[50.0] * 8, hits=50)}
+    low, high = cells.over_pictures(Arms(as_counted), ("a", "b"), 10.0)
+    assert low < 10.0 < high
+    tied = {**as_counted, "a": seeds(*[60.0] * 8, hits=90)}
+    assert cells.over_pictures(Arms(tied), ("a", "b"), 10.0) is None
