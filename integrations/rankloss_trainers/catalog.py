@@ -40,14 +40,6 @@ _rank_clip = functools.partial(
     python_only=frozenset({"normalizer", "fixed_reference", "reduction"}),
     citation=citations.RANKCLIP,
 )
-# Softmax beats ranks where encoders teach, pooled over three data sets (docs/evidence.md).
-_SOFT = {
-    "schedule": "constant",
-    "lambda_cross": 0.0,
-    "model": "top_one",
-    "reference_scale": 40.0,
-    "diagonal": False,
-}
 
 LOSSES: Mapping[str, Named] = {
     "rankclip": _rank_clip(help="the trainer's own plus RankCLIP's ranking terms"),
@@ -59,13 +51,14 @@ LOSSES: Mapping[str, Named] = {
         teacher="required",
         help="rankclip trained to match a teacher's eight best ranks",
     ),
-    "rankclip-encoders": _rank_clip(
-        {**_SOFT, "lambda_in": 16.0},
-        # Above the encoders alone over three data sets together (docs/evidence.md, "Spread or ranks").
-        brings={"spread": {}},
-        teacher="image=efficientnet-lite0,text=minilm",
-        help="rankclip taught by two small encoders of the extra `encoders`, with spread: needs pairs alone, "
-        "and in a loop or sentence-transformers a folder of `rankloss features`",
+    # Above the encoders' ranks and softmax on three of four data sets (docs/evidence.md, "Two encoders").
+    "rankclip-encoders": Named(
+        "rankloss:MimicryLoss",
+        prefix="mimicry",
+        teacher="image=efficientnet-lite0,text=minilm,align",
+        help="mimicry of two small encoders of the extra `encoders`, in one space that the pairs give them: "
+        "needs pairs alone, and in a loop or sentence-transformers a folder of `rankloss features --align`",
+        citation=citations.MIMICRY,
     ),
     "spread": Named(
         "rankloss:SpreadLoss",
@@ -150,11 +143,15 @@ def package_of(name: str) -> str:
     return " and ".join(f"{x.name} {x.version}" if x is not None else "unknown package" for x in dists)
 
 
-def typed_names(name: str) -> list[str]:
+def names_of(name: str) -> list[str]:
     """The name of a loss, or the several that :data:`JOIN` joins; no loss is imported.
 
     Raises:
         ValueError: There is no such loss, or two of them are one.
+
+    Example:
+        >>> names_of("rankclip+mimicry")
+        ['rankclip', 'mimicry']
     """
     names = name.split(JOIN)
     for each in names:
@@ -163,44 +160,19 @@ def typed_names(name: str) -> list[str]:
             if each == TRAINERS_OWN:
                 hint = ", the trainer's own loss, on which the others stand: leave it out"
             raise ValueError(f"loss must be one of {', '.join(known())}; got {each!r}{hint}")
-    _check_once(names)
+    if len({*map(own_prefix, names)}) < len(names):  # two names are one loss, with one prefix
+        raise ValueError(f"loss {name} names a loss twice")
     return names
-
-
-def names_of(name: str) -> list[str]:
-    """The names that a name stands for: those that it joins, then those that they bring.
-
-    Raises:
-        ValueError: There is no such loss, or two of them are one.
-        Exception: As :func:`load`.
-
-    Example:
-        >>> names_of("rankclip+mimicry")
-        ['rankclip', 'mimicry']
-        >>> names_of("rankclip-encoders")
-        ['rankclip-encoders', 'spread']
-    """
-    names = typed_names(name)
-    for each in names:  # the list grows: what is brought may bring others
-        names.extend(other for other in load(each).brings if other not in names)
-    _check_once(names)
-    return names
-
-
-def _check_once(names: Sequence[str]) -> None:
-    """Raise a ValueError if two names are one loss, with one prefix."""
-    if len({*map(own_prefix, names)}) < len(names):
-        raise ValueError(f"loss {JOIN.join(names)} names a loss twice")
 
 
 def load(name: str) -> Named:
     """The declaration of one loss.
 
     Raises:
-        ValueError: There is no such loss, its name or prefix is taken, or it brings one that is not there.
+        ValueError: There is no such loss, its name or prefix is taken.
         Exception: Any error of the import.
     """
-    typed_names(name)
+    names_of(name)
     if name in LOSSES:
         return LOSSES[name]
     point, *others = known()[name]
@@ -211,9 +183,6 @@ def load(name: str) -> Named:
     prefix = prefix_of(name, named)
     if prefix in PREFIXES or prefix == "loss":  # the prefix of a run's options
         raise ValueError(f"the prefix {prefix!r} of {name} is taken")
-    for other in named.brings:
-        if other not in known():
-            raise ValueError(f"{name} brings {other!r}, which is no loss here{did_you_mean(other, known())}")
     return named
 
 
@@ -222,7 +191,6 @@ def _among(name: str, names: Sequence[str]) -> Named:
     named = load(name)
     for other in names:
         named = named.with_defaults(named.beside.get(other, {}))
-        named = named.with_defaults(load(other).brings.get(name, {}))
     return named
 
 
@@ -250,8 +218,7 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
-        given: Its options; those of joined losses by the name of each. So those of the loss that a preset
-            brings need the joined name.
+        given: Its options; those of joined losses by the name of each.
 
     Raises:
         TypeError: There is no such option.
@@ -264,9 +231,4 @@ def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:
         ['rankclip', 'mimicry']
     """
     names = names_of(name)
-    if JOIN in name:
-        return choose_each(names, given)
-    by_loss = [key for key in given if key in names]
-    if len(names) > 1 and by_loss:  # a preset, with the loss that it brings
-        raise TypeError(f"options by loss need the name {JOIN.join(names)}; got {by_loss[0]!r} with {name}")
-    return choose_each(names, {name: given})
+    return choose_each(names, given if JOIN in name else {name: given})

@@ -212,18 +212,13 @@ class LossArguments:
         if name == TRAINERS_OWN:
             return []
         try:
-            typed = catalog.typed_names(name)
+            names = catalog.names_of(name)
         except ValueError as error:
             raise ValueError(f"--loss: {error}; {TRAINERS_OWN} is the trainer's own") from None
-        for each in typed:
+        for each in names:
             if each in self.unusable:
                 raise ValueError(f"--loss: {each} {self.unusable[each]}")
-        try:
-            return catalog.names_of(name)
-        except ValueError as error:
-            raise ValueError(f"--loss: {error}") from None
-        except Exception as error:  # another package's, which a loss brings
-            raise ValueError(f"--loss: {name} cannot be used: {type(error).__name__}: {error}") from error
+        return names
 
 
 def add_options(parser: argparse.ArgumentParser, losses: Mapping[str, Named]) -> None:

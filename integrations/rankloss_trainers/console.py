@@ -82,29 +82,24 @@ def _of_features(command: str, argv: Sequence[str]) -> int:
 
 
 def _lines(name: str, *, options: bool) -> Iterator[str]:
-    typed = catalog.typed_names(name)
-    packages = dict.fromkeys(filter(None, map(catalog.package_of, typed)))
+    names = catalog.names_of(name)
+    packages = dict.fromkeys(filter(None, map(catalog.package_of, names)))
     title = name + (f" ({', '.join(packages)})" if packages else "")
     try:
-        summaries = [catalog.load(each).summary for each in typed]
-        names = catalog.names_of(name)
+        summaries = [catalog.load(each).summary for each in names]
     except Exception as error:  # another package's
         yield f"{title}: cannot be used: {type(error).__name__}: {error}"
         return
     yield f"{title}: {' and '.join(summaries)}"
     if options:
         for each in names:
-            yield from _company(each)
+            yield from _beside(each)
         yield described(names)
 
 
-def _company(name: str) -> Iterator[str]:
-    """The losses that a name brings, and its defaults beside others, a sentence each."""
+def _beside(name: str) -> Iterator[str]:
+    """The other defaults that a loss has beside others, a sentence each."""
     named = catalog.load(name)
-    for other, values in named.brings.items():
-        changed = catalog.load(other).spelled(values)
-        with_options = f" with {changed}" if changed else ""
-        yield f"{name} brings {other}{with_options}: --loss {name}{catalog.JOIN}{other} is the same."
     for other, values in named.beside.items():
         yield f"Beside {other}, {name} has other defaults: {named.spelled(values)}."
 

@@ -50,8 +50,6 @@ class Named:
         make: The class of its module, a function that builds it, or either as ``"module:name"``.
         defaults: The options in which it differs from ``make``.
         beside: Other defaults of its options where another loss is joined with it, by that loss's name.
-        brings: The losses that its name is joined with, each with the options in which it differs there from
-            its own defaults.
         more: A callable whose options ``make`` takes, too, as its ``**options``.
         columns: A class of columns of the training data that the loss is called with, whose keyword-only
             arguments are options as well; see :class:`rankloss_open_clip.columns.text_columns.TextColumn`.
@@ -69,7 +67,6 @@ class Named:
     make: Make | str
     defaults: Options = field(default_factory=dict)
     beside: Mapping[str, Options] = field(default_factory=dict)
-    brings: Mapping[str, Options] = field(default_factory=dict)
     more: Make | str | None = None
     columns: Make | str | None = None
     teacher: str | None = None

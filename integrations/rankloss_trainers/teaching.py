@@ -100,18 +100,28 @@ class Teaching:
         self._check_copies()
         if self._comparing is not None:
             option, loss = self._comparing
-            text = f"must be 0: this teacher is {self._encoders}, so it can rank only in-modal lists; "
-            raise OptionError(option, text + "rankclip-in and rankclip-encoders do", loss)
+            text = f"must be 0: this teacher is {self._encoders}, so it can rank only in-modal lists, as "
+            raise OptionError(option, f"{text}rankclip-in does{self._alignment}", loss)
 
     def _check_copies(self) -> None:
         if self._copying:
-            raise ValueError(f"{self._copying_loss} cannot copy {self._encoders}")
+            raise ValueError(f"{self._copying_loss} cannot copy {self._encoders}{self._alignment}")
+
+    @property
+    def _is_one_encoder(self) -> bool:
+        return self.teacher is not None and self.teacher.is_one_encoder
 
     @property
     def _encoders(self) -> str:
         """A teacher without a common space, in words."""
-        is_one = self.teacher is not None and self.teacher.is_one_encoder
-        return "an encoder of one modality" if is_one else "two encoders that have no common space"
+        if self._is_one_encoder:
+            return "an encoder of one modality"
+        return "two encoders that have no common space"
+
+    @property
+    def _alignment(self) -> str:
+        """The way to give two encoders a common space, as the end of a sentence."""
+        return "" if self._is_one_encoder else "; image=A,text=B,align or features --align gives them one"
 
     # --- the data ---
 

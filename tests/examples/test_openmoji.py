@@ -114,9 +114,9 @@ def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it():
     given = ["--lr", "1", "--rankclip-lambda-in", "3", "--tiny-weight", "2"]
     assert train.arguments_for("clip", given) == ("--lr", "1")
     assert train.arguments_for("rankclip-distill+mimicry", given) == tuple(given[:4])
-    brought = ["--spread-weight", "0.1"]
-    assert train.arguments_for("rankclip-encoders", brought) == tuple(brought)
-    assert train.arguments_for("rankclip", brought) == ()
+    of_preset = ["--mimicry-weight", "0.1"]
+    assert train.arguments_for("rankclip-encoders", of_preset) == tuple(of_preset)
+    assert train.arguments_for("rankclip", of_preset) == ()
 
 
 def test_a_difference_is_noise_unless_its_interval_excludes_zero():

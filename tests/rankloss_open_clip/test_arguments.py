@@ -181,7 +181,7 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         ("--loss ranked-lists --model coca_ViT-B-32", "ranked-lists CoCa"),
         (f"--loss ranked-lists {DISTILLED}", "ranked-lists --distill-model"),
         ("--loss ranked-lists --dataset-type synthetic", "ranked-lists --dataset-type synthetic"),
-        ("--loss mimicry+rankclip-encoders --loss-teacher text=minilm", "argument --loss: mimicry"),
+        ("--loss mimicry+rankclip-in --loss-teacher text=minilm", "argument --loss: mimicry"),
         # Of two widths, which rank the in-modal lists alone.
         (f"--loss rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
         (f"--loss tiny+rankclip {OPTION} WIDTHS", "--rankclip-lambda-cross: "),
@@ -325,7 +325,7 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
         (f"rankclip --loss-teacher given {SIGMOID_STUDENT}", {"lambda_in": 1.0, "local_loss": True}),
         ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),
-        (f"rankclip-encoders --spread-weight 2 --loss-teacher given {SIGMOID_STUDENT}", {"weight": 2.0}),
+        (f"rankclip-encoders --mimicry-weight 2 --loss-teacher given {SIGMOID_STUDENT}", {"weight": 2.0}),
         ("tiny --tiny-weight 1", {"weight": 1.0, "local_loss": False}),
         ("tiny-caption --second-caption-key x --second-momentum 1", {"momentum": 1.0}),
     ],

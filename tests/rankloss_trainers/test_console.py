@@ -15,7 +15,6 @@ import torch
 import rankloss
 from rankloss_trainers import catalog, console, doctor
 from rankloss_trainers.command_line import flag, prefix_of, typed_options
-from rankloss_trainers.declared import Named
 from rankloss_trainers.doctor import Trainer
 from registered import register
 
@@ -44,19 +43,10 @@ def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[s
         assert all(choice in said for choice in option.choices)
 
 
-def test_a_loss_says_what_it_brings_and_what_another_changes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = printed(capsys, "losses", "rankclip-encoders")
-    assert "\nrankclip-encoders brings spread: --loss rankclip-encoders+spread is the same.\n" in said
-    assert "--spread-weight X" in said
+def test_a_loss_tells_its_other_defaults_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, "losses", "rankclip-distill")
     changed = "lambda-cross 16.0, lambda-in 16.0, top-k 4"
     assert f"\nBeside mimicry, rankclip-distill has other defaults: {changed}.\n" in said
-    register(monkeypatch, mine=Named(rankloss.MimicryLoss, brings={"spread": {"weight": 0.5}}))
-    said = printed(capsys, "losses", "mine")
-    assert "\nmine brings spread with weight 0.5: --loss mine+spread is the same.\n" in said
-    assert re.search(r"--spread-weight X .*\(default: 0\.5\)", said, re.DOTALL)
 
 
 def test_loss_that_cannot_be_listed_is_named(

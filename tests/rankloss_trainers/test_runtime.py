@@ -702,7 +702,9 @@ def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str])
 def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -> None:
     """Where the trainer does not."""
     loss = rankloss_trainers.create("rankclip-encoders")
-    command = "`rankloss features --image-encoder efficientnet-lite0 --text-encoder minilm --data PAIRS"
+    command = (
+        "`rankloss features --image-encoder efficientnet-lite0 --text-encoder minilm --align --data PAIRS"
+    )
     with pytest.raises(ValueError, match=f"needs a teacher's features: compute them, {command}"):
         loss(*features(), SCALE)
 

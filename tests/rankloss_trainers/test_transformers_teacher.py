@@ -165,7 +165,7 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
     ("loss", "teacher", "names"),
     [
         ("rankclip-in", "text=other", NAMES[1:]),
-        ("rankclip-encoders", None, NAMES),
+        ("rankclip-in", "image=some,text=other", NAMES),
     ],
 )
 def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
@@ -195,8 +195,8 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
         trainer(
             tmp_path, pairs=captioned().select_columns("caption"), loss="rankclip-in", teacher="text=other"
         )
-    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space$"):
-        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry+rankclip-encoders")
+    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space; "):
+        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry", teacher="image=some,text=other")
     assert len(loaded) == 1
 
 
@@ -224,7 +224,7 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
     assert len(loaded) == 1
     assert ended.loss_runtime.teaching.use == "required"
     assert all(math.isfinite(x) for x in column(ended, "loss"))
-    assert column(ended, "in_modal_loss")[1] > 0
+    assert column(ended, "mimicry_loss")[1] > 0
     assert not torch.equal(weights(ended.model), weights(clip()))
 
 
