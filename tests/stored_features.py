@@ -8,24 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from rankloss_features.folder import SPACES, Draft, hashes_of_pairs
+from rankloss_features.folder import PICTURES, SPACES, Draft, hashes_of_pairs, identity_of, numbers_of
 
 
 def stored(
     path: Path,
     pairs: Sequence[tuple[str, str]] | None = None,
     spaces: str | None = None,
+    pictures: Sequence[bytes] | None = None,
     **arrays: np.ndarray[Any, Any],
 ) -> str:
-    """A folder of features, of images and captions ``0.png``, ``a0`` and so on if no others are given."""
+    """A folder of features, of images and captions ``0.png``, ``a0`` and so on if no others are given.
+
+    With pictures, the content of the images' files, a teacher has read them.
+    """
     rows, dtype = min(map(len, arrays.values())), next(iter(arrays.values())).dtype
     images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
     path.mkdir()
     widths = {name: array.shape[-1] for name, array in arrays.items()}
     spaces = spaces or SPACES[len(set(widths.values())) - 1]
     about = {"widths": widths, "dtype": str(dtype), "shard_rows": rows, "spaces": spaces}
+    about["has_picture_hashes"] = pictures is not None
     Draft.begin(path, about, hashes_of_pairs(captions, images))
     draft = Draft(str(path))
-    draft.save(0, {name: array[:rows] for name, array in arrays.items()})
+    files = {name: array[:rows] for name, array in arrays.items()}
+    if pictures is not None:
+        files[PICTURES] = numbers_of([identity_of(content) for content in pictures])
+    draft.save(0, files)
     draft.finish()
     return str(path)

@@ -17,8 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankloss_features.data import Data
-from rankloss_features.folder import ALIGNMENT, NAMES, SPACES, Array, Draft, Features, hash_of, read_about
+from rankloss_features.data import Data, some_rows
+from rankloss_features.folder import (
+    ALIGNMENT,
+    NAMES,
+    PICTURES,
+    SPACES,
+    Array,
+    Draft,
+    Features,
+    hash_of,
+    read_about,
+)
 from rankloss_features.teachers import Encoder, Teacher
 from rankloss_features.tuning import tuned
 from rankloss_features.writing import (
@@ -33,7 +43,16 @@ from rankloss_features.writing import (
 _ENCODED = ".encoders"
 """The folder of the encoders' own features, in that of the aligned ones while it is written."""
 
-_SHARED = ("teacher", "pictures", "dtype", "precision", "batch_size", "shard_rows", "data")
+_SHARED = (
+    "teacher",
+    "pictures",
+    "dtype",
+    "precision",
+    "batch_size",
+    "shard_rows",
+    "data",
+    "has_picture_hashes",
+)
 """The entries of ``folder.json`` that an aligned folder has from that of its encoders."""
 
 _IMAGES, _TEXTS = NAMES
@@ -89,7 +108,9 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
         raise ValueError(f"--output {output} was begun without --align")
     if not found["complete"]:
         return False
-    Features(str(output)).check().compare(data.pairs(), str(data.about["data"]))
+    features, where = Features(str(output)).check(), str(data.about["data"])
+    features.compare(data.pairs(), where)
+    features.compare_pictures(data.pictures(some_rows(len(features))), where)
     return True
 
 
@@ -113,7 +134,7 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
         images, texts = (torch.from_numpy(array[present[rows]]) for array in arrays)
         return images, texts
 
-    cca = tuned(take, _pictures(data, len(encoded))[present]).cca
+    cca = tuned(take, _pictures(encoded, data)[present]).cca
     about = {
         **{key: encoded.about[key] for key in _SHARED},
         "command": command,
@@ -125,19 +146,24 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
     draft = Draft(str(output))
     project = {_IMAGES: cca.images, _TEXTS: cca.texts}
     for shard in draft.shards:
-        rows = {name: encoded.arrays[name].shards[shard] for name in NAMES}
-        draft.save(shard, {name: _projected(project[name], x, about["dtype"]) for name, x in rows.items()})
+        files = {
+            name: _projected(project[name], encoded.arrays[name].shards[shard], about["dtype"])
+            for name in NAMES
+        }
+        if encoded.pictures is not None:
+            files[PICTURES] = encoded.pictures.shards[shard]
+        draft.save(shard, files)
     draft.finish()
 
 
-def _pictures(data: Data, rows: int) -> Array:
-    """A number for each row, equal where rows have one picture. Samples of a stream have one each."""
-    if data.is_stream:
-        return np.arange(rows)
+def _pictures(encoded: Features, data: Data) -> Array:
+    """A number for each row, equal where rows have one picture, by its content as far as it is known."""
+    if encoded.pictures is not None:
+        return encoded.pictures[:]
     hashes = bytearray()  # which grows in place
-    for _, names in data.pairs():
-        hashes += b"".join(hash_of(name.encode("utf-8", "surrogatepass"), 8) for name in names)
-    return np.frombuffer(hashes, np.int64)
+    for block in data.pairs():
+        hashes += b"".join(hash_of(name.encode("utf-8", "surrogatepass"), 8) for name in block.pictures)
+    return np.frombuffer(hashes, np.uint64)
 
 
 def _projected(project: Callable[[Tensor], Tensor], rows: Array, dtype: str) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Table
+from rankloss_features.data import Table, some_rows
 from rankloss_features.folder import NAMES, Array, Features
 
 COLUMN = "reference_pair"
@@ -53,6 +53,7 @@ def bind(
         raise ValueError(f"dataset has a column {column} already: bind it once, or remove the column")
     features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
+    features.compare_pictures(table.pictures(some_rows(len(features))), "the data")
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)
     starts = np.arange(0, bound.size + 1, bound.shape[1])
     return dataset.add_column(column, pa.ListArray.from_arrays(starts, bound.ravel()))

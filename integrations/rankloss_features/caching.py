@@ -25,7 +25,7 @@ from rankloss_features import image_encoders, packages, sources
 from rankloss_features.aligning import align
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.errors import flag, named_errors
-from rankloss_features.folder import Features, read_about
+from rankloss_features.folder import FORMAT, Features, read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import precision_on, turn, write
@@ -256,7 +256,7 @@ def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
     names = [name for name in (getattr(spec, each) for each in _NAMES) if name is not None]
     files = {name: _files(name) for name in names}
-    known = json.dumps([spec, files, settings, data.identity()])
+    known = json.dumps([FORMAT, spec, files, settings, data.identity()])
     digest = hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
     words = []
     for name in (str(data.about["data"]), *names, *([_ALIGN] if spec.align else [])):

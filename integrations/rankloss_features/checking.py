@@ -7,20 +7,24 @@ from rankloss_features.folder import Features
 
 
 def report(path: str, data: Data) -> str:
-    """Compare a folder with data, read all of its rows, and describe them.
+    """Compare a folder with data, read all of its rows and all pictures, and describe them.
 
     Args:
         path: The folder.
         data: The pairs that it should be of.
 
     Raises:
-        ValueError: It is not of these pairs, or its rows are no teacher's.
+        ValueError: It is not of these pairs, a picture has changed, or its rows are no teacher's.
     """
     features = Features(path).check()
-    about = features.about
-    features.compare(data.pairs(), str(data.about["data"]))
+    about, where = features.about, str(data.about["data"])
+    features.compare(data.pairs(), where)
+    if features.pictures is not None:
+        features.compare_pictures(data.pictures(range(len(features))), where)
     teacher = ", ".join(f"{name} {value!r}" for name, value in about.get("teacher", {}).items())
-    lines = [f"{path}: {len(features):,} rows of {data.about['data']}, pair by pair", f"teacher: {teacher}"]
+    lines = [f"{path}: {len(features):,} rows of {where}, pair by pair", f"teacher: {teacher}"]
+    if features.pictures is None:
+        lines.append("pictures: by their names, since the teacher has read none")
     if about["skipped"]:
         lines.append(f"{about['skipped']:,} rows without features: their pictures cannot be read")
     lines += [f"{name}: {x.dtype}, {x.shape[1]} columns" for name, x in features.arrays.items()]

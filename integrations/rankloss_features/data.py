@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, TypeAlias
 from rankloss.checks import check_id
 from rankloss_features import opening
 from rankloss_features.csv_cells import check_cells
-from rankloss_features.folder import common_folder, hash_of, hash_of_pair, name_of, possible_names
+from rankloss_features.folder import (
+    PairBlock,
+    common_folder,
+    hash_of,
+    hash_of_pair,
+    identity_of,
+    name_of,
+    possible_names,
+)
 from rankloss_features.pictures import Rendering
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
@@ -141,10 +149,19 @@ class Table:
         self.names = self.dataset.select_columns(["image.path", "caption"])
         self.contents = self.dataset.select_columns(["image.bytes"])
 
-    def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Captions and image names, in the order of the rows. It is called first, and counts them."""
+    def pairs(self) -> Iterator[PairBlock]:
+        """All pairs, in the order of the rows. It is called first, and counts them."""
         for first in range(0, len(self.names), _BLOCK):
-            yield self._named(first, self.names[first : first + _BLOCK])
+            captions, names = self._named(first, self.names[first : first + _BLOCK])
+            yield PairBlock(captions, names, names)
+
+    def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
+        """The row, the name and the content of the pictures of some rows, but of those that are not there."""
+        for row in rows:
+            picture = self.dataset[row]
+            path, content = picture["image.path"], picture["image.bytes"]
+            if content or (path and os.path.isfile(path)):
+                yield row, name_of(path or content, self._folder), content or opening.content_of(path)
 
     def _named(self, first: int, block: dict[str, list[Any]]) -> tuple[list[str], list[str]]:
         for row, caption in enumerate(block["caption"], first):
@@ -209,7 +226,7 @@ class Table:
                 (self._named(first, block), [path and os.path.abspath(path) for path in block["image.path"]])
             )
             digest.update(described.encode("utf-8", "surrogatepass"))
-        for row in _spread(len(self.dataset)):
+        for row in some_rows(len(self.dataset)):
             picture = self.dataset[row]
             digest.update(picture["image.bytes"] or _beginning(picture["image.path"]))
         return digest.hexdigest()
@@ -245,7 +262,7 @@ def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: st
     """
     table = Table(dataset.select([0]), image_column, caption_column)
     row = table.dataset[0]
-    captions, _ = next(table.pairs())
+    captions = next(table.pairs()).captions
     path, content = row["image.path"], row["image.bytes"]
     names = possible_names(path) if path else []
     names += [name_of(content)] if content else []
@@ -291,7 +308,7 @@ class Shards:
         places = [os.path.abspath(url) for url in self.urls]
         sizes = [os.path.getsize(url) if os.path.isfile(url) else None for url in self.urls]
         digest = hashlib.blake2b(repr((places, sizes, self.text_keys, self.rendering)).encode())
-        for i in _spread(len(self.urls)):
+        for i in some_rows(len(self.urls)):
             digest.update(_beginning(self.urls[i]))
         return digest.hexdigest()
 
@@ -330,21 +347,25 @@ class Shards:
             ) from error
         return value
 
-    def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
+    def pairs(self) -> Iterator[PairBlock]:
         """See :class:`Table`."""
         self.counts, ids = [], list[Any]()
         for url in self.urls:
-            named = (
-                (caption, key, own) for caption, key, _, own in self._samples(url)
+            known = (
+                (caption, key, identity_of(image), own) for caption, key, image, own in self._samples(url)
             )  # without the picture
             self.counts.append(0)
-            while block := list(itertools.islice(named, _BLOCK)):
+            while block := list(itertools.islice(known, _BLOCK)):
                 self.counts[-1] += len(block)
-                captions, keys, of_block = map(list, zip(*block, strict=True))
+                captions, keys, identities, of_block = map(list, zip(*block, strict=True))
                 if self.id_key is not None:
                     ids += of_block
                     self.ids = ids
-                yield captions, keys
+                yield PairBlock(captions, keys, identities)
+
+    def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:  # noqa: ARG002
+        """See :class:`Table`: none, since :meth:`pairs` has the content of all."""
+        yield from ()
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
         """See :class:`Table`."""
@@ -358,8 +379,8 @@ class Shards:
 Data: TypeAlias = Table | Shards
 
 
-def _spread(number: int) -> list[int]:
-    """Some of so many numbers, from the first to the last."""
+def some_rows(number: int) -> list[int]:
+    """Some of so many rows, from the first to the last."""
     return sorted({i * (number - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}) if number else []
 
 

@@ -95,9 +95,9 @@ class Pairs:
             ValueError: There are none, or a picture has two ids.
         """
         captions, names = list[str](), list[str]()
-        for of_captions, of_names in data.pairs():
-            captions += of_captions
-            names += of_names
+        for block in data.pairs():
+            captions += block.captions
+            names += block.names
         place = str(data.about["data"])
         if not captions:
             raise ValueError(f"--data {place} has no pairs of a picture and a caption")

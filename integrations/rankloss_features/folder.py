@@ -4,9 +4,12 @@
 
     folder.json                the teacher, a hash of its weights, whether images and texts have one space,
                                widths, dtype, scale, counts, the data, and a hash of each other file
-    pairs.npy                  [rows], uint64: the hash of each row's caption and image name
+    pairs.npy                  [rows], uint64: the hash of each row's caption and picture, the latter by its
+                               name, or without a name of its own, as in shards, by its content
     image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
     text_features-00000.npy    likewise; one of the two modalities may be missing
+    pictures-00000.npy         [shard_rows], uint64: the hash of each row's picture by its content, 0 where it
+                               cannot be read; missing where the teacher reads no pictures
     alignment.safetensors      of --align: the projections of two encoders' features into one space
 
 A row of zeros has no features, since its picture cannot be read. ``folder.json`` has a hash of its own
@@ -28,7 +31,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -44,7 +47,10 @@ NAMES = ("image_features", "text_features")
 SPACES = ("common", "separate")
 """The spaces of images and texts: one, in which they are compared; or one for each. One modality has one."""
 
-FORMAT = 3
+PICTURES = "pictures"
+"""The hashes of the pictures' content, beside the features of a shard."""
+
+FORMAT = 4
 """The version of the format."""
 
 Array = np.ndarray[Any, Any]
@@ -64,6 +70,16 @@ _BLOCK = 65_536  # pairs that are hashed together
 def hash_of(data: Any, size: int = 16) -> bytes:
     """A hash of so many bytes, of bytes or of an array."""
     return hashlib.blake2b(data, digest_size=size).digest()
+
+
+def identity_of(content: bytes) -> str:
+    """The identity of a picture: a hash of its content, as hexadecimal digits."""
+    return hash_of(content).hex()
+
+
+def numbers_of(identities: Sequence[str]) -> Array:
+    """The first 64 bits of identities, uint64."""
+    return np.array([int(identity[:16], 16) for identity in identities], np.uint64)
 
 
 def hash_of_pair(caption: str, image: str) -> int:
@@ -87,7 +103,7 @@ def common_folder(paths: Sequence[str]) -> str:
 
 
 def name_of(image: object, folder: str = "") -> str:
-    """The name of an image: of bytes their hash; of a path its part below the folder of all images.
+    """The name of an image: of bytes their identity; of a path its part below the folder of all images.
 
     That folder may move, and the images keep their names. Images of one file name in two folders have two.
 
@@ -95,7 +111,7 @@ def name_of(image: object, folder: str = "") -> str:
         image: Its bytes or its path.
         folder: The :func:`common_folder` of all images.
     """
-    return hash_of(image, 8).hex() if isinstance(image, bytes) else str(image).removeprefix(folder)
+    return identity_of(image) if isinstance(image, bytes) else str(image).removeprefix(folder)
 
 
 def possible_names(path: str) -> list[str]:
@@ -107,6 +123,20 @@ def possible_names(path: str) -> list[str]:
     """
     parts = path.split("/")
     return ["/".join(parts[first:]) for first in range(len(parts))]
+
+
+class PairBlock(NamedTuple):
+    """Some pairs of data, one after the other.
+
+    Attributes:
+        captions: Their captions.
+        names: The names of their pictures, for messages.
+        pictures: What :func:`hash_of_pair` has of them: the same, or in shards the pictures' identities.
+    """
+
+    captions: list[str]
+    names: list[str]
+    pictures: list[str]
 
 
 def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
@@ -280,6 +310,7 @@ _OPTIONAL_ENTRIES: Entries = {
     "skipped": (lambda value: type(value) is int and value >= 0, "a number of rows"),
     "teacher": (lambda value: isinstance(value, dict), "the teacher's entries"),
     "data": (lambda value: isinstance(value, dict), "the data's entries"),
+    "has_picture_hashes": (lambda value: isinstance(value, bool), "true or false"),
     "pictures": (lambda value: isinstance(value, dict), "the way to pictures"),
     "command": (lambda value: isinstance(value, str), "a command"),
     "alignment": (is_setting, "a setting of the alignment"),
@@ -338,19 +369,20 @@ def check_rows_differ(name: str, shards: Iterable[Array]) -> None:
 
 
 class Rows:
-    """The rows of one modality, mapped into memory.
+    """The rows of one modality, or the hashes of the pictures, mapped into memory.
 
     Args:
         shards: The arrays of its files, of which the last may be shorter.
 
     Attributes:
-        shape: ``(rows, D')``.
+        shape: ``(rows, D')``, or ``(rows,)`` of hashes.
         dtype: The numbers' type.
     """
 
     def __init__(self, shards: Sequence[Array]) -> None:
         self.shards = shards
-        self.shape, self.dtype = (sum(map(len, shards)), shards[0].shape[1]), shards[0].dtype
+        self.shape: tuple[int, ...] = (sum(map(len, shards)), *shards[0].shape[1:])
+        self.dtype = shards[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -369,7 +401,7 @@ class Rows:
             raise IndexError(f"rows must be integers from 0 to {len(self) - 1}; got {rows}")
         rows_of_shard = len(self.shards[0])
         shard_of_row, place_in_shard = np.divmod(rows, rows_of_shard)
-        taken = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
         for shard in np.unique(shard_of_row):
             is_in_shard = shard_of_row == shard
             taken[is_in_shard] = self.shards[shard][place_in_shard[is_in_shard]]
@@ -414,19 +446,26 @@ class Pairs:
         return range(shard * size, min((shard + 1) * size, len(self)))
 
     def files_of(self, shard: int) -> dict[str, Path]:
-        """The files of a shard, by the names of their features."""
-        names = (name for name in NAMES if name in self.about["widths"])
+        """The files of a shard, by the names of their features, and :data:`PICTURES`."""
+        names = [name for name in NAMES if name in self.about["widths"]]
+        names += [PICTURES] if self.about.get("has_picture_hashes") else []
         return {name: Path(self.path, f"{name}-{shard:05}.npy") for name in names}
 
+    def form_of(self, name: str, shard: int) -> tuple[str, tuple[int, ...]]:
+        """The type and the shape of the array in a file of a shard."""
+        rows = len(self.rows_of(shard))
+        if name == PICTURES:
+            return "uint64", (rows,)
+        return self.about["dtype"], (rows, self.about["widths"][name])
+
     def read_shard(self, shard: int) -> dict[str, Array]:
-        """The features of a shard.
+        """The features of a shard, and the hashes of its pictures.
 
         Raises:
             ValueError: A file is missing, or of another type, shape or size.
         """
-        about, rows = self.about, len(self.rows_of(shard))
         files = self.files_of(shard).items()
-        return {x: read_array(file, about["dtype"], (rows, about["widths"][x])) for x, file in files}
+        return {name: read_array(file, *self.form_of(name, shard)) for name, file in files}
 
     def check_hash(self, name: str, content: Any) -> None:
         """Compare the content of a file, or its array, with its hash.
@@ -451,8 +490,8 @@ class Pairs:
         place = int(np.searchsorted(pairs, np.uint64(pair)))
         return int(order[place]) if place < len(pairs) and pairs[place] == pair else None
 
-    def compare(self, pairs: Iterable[tuple[list[str], list[str]]], where: str, advice: str = "") -> None:
-        """Compare the rows, in their order, with pairs: captions and image names, block by block.
+    def compare(self, pairs: Iterable[PairBlock], where: str, advice: str = "") -> None:
+        """Compare the rows, in their order, with pairs, block by block.
 
         Args:
             pairs: The blocks.
@@ -463,12 +502,12 @@ class Pairs:
             ValueError: A row is of another pair, or missing; the error names the first.
         """
         row = 0
-        for captions, images in pairs:
-            found = hashes_of_pairs(captions, images)
+        for captions, names, pictures in pairs:
+            found = hashes_of_pairs(captions, pictures)
             wanted = self.pairs[row : row + len(found)]
             if not np.array_equal(found, wanted):
                 i = next(i for i, x in enumerate(found) if i >= len(wanted) or x != wanted[i])
-                named = f"row {row + i} of {where}, image {images[i]!r} with caption {captions[i]!r},"
+                named = f"row {row + i} of {where}, image {names[i]!r} with caption {captions[i]!r},"
                 place = self.find(found[i])
                 if place is None:
                     raise ValueError(f"{named} is none of the {len(self)} rows of {self.path}")
@@ -485,15 +524,41 @@ class Pairs:
             ValueError: As :meth:`compare`.
         """
         folder = common_folder([str(image) for image in images if not isinstance(image, bytes)])
-        blocks = [slice(first, first + _BLOCK) for first in range(0, len(captions), _BLOCK)]
-        pairs = (
-            (
-                [str(caption) for caption in captions[block]],
-                [name_of(image, folder) for image in images[block]],
-            )
-            for block in blocks
-        )
-        self.compare(pairs, where)
+
+        def blocks() -> Iterator[PairBlock]:
+            for first in range(0, len(captions), _BLOCK):
+                block = slice(first, first + _BLOCK)
+                names = [name_of(image, folder) for image in images[block]]
+                yield PairBlock([str(caption) for caption in captions[block]], names, names)
+
+        self.compare(blocks(), where)
+
+    def compare_pictures(self, pictures: Iterable[tuple[int, str, bytes]], where: str) -> None:
+        """Compare pictures with those that the teacher has read, by their content.
+
+        Nothing is compared where the teacher has read none.
+
+        Args:
+            pictures: The row, the name and the content of each.
+            where: The name of the data in errors.
+
+        Raises:
+            ValueError: A picture is another than the teacher's, although it has the name.
+        """
+        for row, name, content in pictures:
+            wanted = self._hash_of_picture(row)
+            if wanted is not None and wanted != numbers_of([identity_of(content)])[0]:
+                raise ValueError(
+                    f"row {row} of {where}: the picture {name!r} is not the one that the features of "
+                    f"{self.path} are of. If the new one is right, delete the folder and give its command "
+                    f"again, {self.about.get('command')!r} by its own account"
+                )
+
+    def _hash_of_picture(self, row: int) -> Any:
+        """The hash of a row's picture by its content, or None if the teacher has read none."""
+        shard, place = divmod(row, self.about["shard_rows"])
+        file = self.files_of(shard).get(PICTURES)
+        return None if file is None else read_array(file, *self.form_of(PICTURES, shard))[place]
 
 
 class Features(Pairs):
@@ -507,6 +572,7 @@ class Features(Pairs):
         arrays: The features by their names, :class:`Rows`.
         common_space: True if images and texts are compared in one space, or one modality is there.
         pairs: The hash of each row's pair.
+        pictures: The hash of each row's picture by its content, :class:`Rows`; None without.
 
     Raises:
         ValueError: It is no such folder, unfinished, or a file is not as ``folder.json`` says.
@@ -521,7 +587,9 @@ class Features(Pairs):
             )
         self.common_space = self.about["spaces"] == SPACES[0]
         shards = [self.read_shard(shard) for shard in self.shards]
-        self.arrays = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+        rows_of = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
+        self.pictures = rows_of.pop(PICTURES, None)
+        self.arrays = rows_of
         for name, rows in self.arrays.items():
             check_rows_differ(f"{name} of {path}", rows.shards)
 
@@ -590,10 +658,14 @@ class Features(Pairs):
         """
         self.check_hash(PAIRS, self.pairs)
         _ = self.alignment
+        rows_of = dict(self.arrays) if self.pictures is None else {**self.arrays, PICTURES: self.pictures}
         for shard in self.shards:
             for name, file in self.files_of(shard).items():
-                self.check_hash(file.name, self.arrays[name].shards[shard])
+                self.check_hash(file.name, rows_of[name].shards[shard])
         return self
+
+    def _hash_of_picture(self, row: int) -> Any:
+        return None if self.pictures is None else self.pictures[row]
 
 
 class Draft(Pairs):
@@ -616,6 +688,11 @@ class Draft(Pairs):
         about = {**about, "rows": len(pairs), "complete": False, "files": files}
         write_about(output, about)
         write_array(output / PAIRS, pairs)
+
+    def empty_shard(self, shard: int) -> dict[str, Array]:
+        """Arrays of zeros, for the files of a shard."""
+        forms = {name: self.form_of(name, shard) for name in self.files_of(shard)}
+        return {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}
 
     def save(self, shard: int, arrays: dict[str, Array]) -> None:
         """Write the files of a shard, and their hashes once they are on the disk."""
@@ -653,6 +730,9 @@ class Draft(Pairs):
             )
         write_about(Path(self.path), {**self.about, "files": files, "complete": True, "skipped": skipped})
         _delete_marks(Path(self.path))
+        for shard in self.shards:  # of an interrupted repair, whose shard is whole without them
+            for file in self.files_of(shard).values():
+                draft_path(file).unlink(missing_ok=True)
 
     def _mark_of(self, shard: int) -> Path:
         return Path(self.path, f"shard-{shard:05}.json")

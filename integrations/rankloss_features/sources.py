@@ -112,7 +112,7 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
         raise ValueError(
             f"--background {background}: --model {args.model} has its own, {first.rendering.background}"
         )
-    return Teacher(about, encoders, first.scale, first.rows, device, spaces, first.pairs, first.rendering)
+    return Teacher(about, encoders, first.scale, first.rows, device, spaces, first.stored, first.rendering)
 
 
 # Functions that prepare samples are sent to other processes, where these are not forked.
@@ -164,7 +164,7 @@ def _stored(args: Any) -> Teacher:
         digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
         encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
     spaces = args.spaces or (separate if is_separate else common)
-    return Teacher({"features": digests}, encoders, rows=rows, pairs=folder, spaces=spaces)
+    return Teacher({"features": digests}, encoders, rows=rows, stored=folder, spaces=spaces)
 
 
 def _stored_arrays(place: Path) -> tuple[dict[str, Any], Features | None]:

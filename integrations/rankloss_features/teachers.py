@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rankloss.precision import unit_rows
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import SPACES, Pairs, hash_of
+from rankloss_features.folder import SPACES, Features, identity_of
 from rankloss_features.opening import content_of
 from rankloss_features.pictures import Rendering
 
@@ -47,7 +47,7 @@ class Teacher:
         rows: The rows that it has features of; None for any.
         device: The device that it computes on.
         spaces: One of :data:`rankloss_features.folder.SPACES`.
-        pairs: The pairs of its rows, where they are known.
+        stored: The folder that has its rows, if it is one.
         rendering: The way to its pictures; None for the data's.
     """
 
@@ -57,7 +57,7 @@ class Teacher:
     rows: int | None = None
     device: torch.device = torch.device("cpu")
     spaces: str = SPACES[0]
-    pairs: Pairs | None = None
+    stored: Features | None = None
     rendering: Rendering | None = None
 
     @torch.inference_mode()
@@ -129,7 +129,7 @@ class Batches(IterableDataset[Any]):
 
     Yields:
         The batch's first and last row, the latter excluded, the rows of its samples that can be read, the
-        identities of their pictures, which are hashes of their content, and the teacher's inputs. Without an
+        identities of their pictures, and the teacher's inputs. Without an
         encoder of pictures no picture is read, and there are no identities.
     """
 
@@ -159,7 +159,7 @@ class Batches(IterableDataset[Any]):
             try:
                 if sample.source not in identities:
                     content = content_of(sample.source)
-                    identity = hash_of(content).hex()
+                    identity = identity_of(content)
                     if identity not in pictures:
                         pictures[identity] = self.rendering.open(content)
                     identities[sample.source] = identity

@@ -21,8 +21,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Data, groups_of
-from rankloss_features.folder import ABOUT, PAIRS, Array, Draft, hashes_of_pairs, read_about
+from rankloss_features.data import Data, groups_of, some_rows
+from rankloss_features.folder import (
+    ABOUT,
+    PAIRS,
+    PICTURES,
+    Array,
+    Draft,
+    hashes_of_pairs,
+    numbers_of,
+    read_about,
+)
 from rankloss_features.teachers import Batches, Teacher
 
 SHARD_ROWS = 65_536
@@ -175,6 +184,7 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         "scale": teacher.scale,
         "spaces": teacher.spaces,
         "widths": {name: encoder.width for name, encoder in teacher.encoders.items()},
+        "has_picture_hashes": _knows_pictures(teacher),
         **settings,
     }
     found = read_about(output)
@@ -187,6 +197,12 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
     else:
         _begin_draft(output, data, teacher, about)
+
+
+def _knows_pictures(teacher: Teacher) -> bool:
+    """True if the content of the pictures is read with them, or is known from the folder of the rows."""
+    stored = teacher.stored is not None and teacher.stored.pictures is not None
+    return stored or any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
 
 def check_has_no_files(output: Path) -> None:
@@ -211,9 +227,11 @@ def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, An
     pairs = _hash_pairs(data)
     if teacher.rows not in (None, len(pairs)):
         raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
-    if teacher.pairs is not None and not np.array_equal(teacher.pairs.pairs, pairs):
-        advice = ": --features must be of these data, in their order"
-        teacher.pairs.compare(data.pairs(), str(data.about["data"]), advice)
+    if teacher.stored is not None:
+        where = str(data.about["data"])
+        if not np.array_equal(teacher.stored.pairs, pairs):
+            teacher.stored.compare(data.pairs(), where, ": --features must be of these data, in their order")
+        teacher.stored.compare_pictures(data.pictures(some_rows(len(pairs))), where)
     about = {**about, "shard_rows": size_of_shards(len(pairs)), "data": data.about}
     Draft.begin(output, about, pairs)
 
@@ -222,17 +240,10 @@ def _hash_pairs(data: Data) -> Array:
     """The hashes of all pairs."""
     hashes = bytearray()  # which grows in place
     for block in data.pairs():
-        hashes += hashes_of_pairs(*block).data
+        hashes += hashes_of_pairs(block.captions, block.pictures).data
     if not hashes:
         raise ValueError(f"--data {data.about['data']} has no pairs of a picture and a caption")
-    pairs = np.frombuffer(hashes, np.uint64)
-    if data.is_stream:
-        ordered = np.sort(pairs)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(twice):
-            row = int((pairs == twice[0]).argmax())
-            raise ValueError(f"--data: sample {row} is not the only one with its key and caption")
-    return pairs
+    return np.frombuffer(hashes, np.uint64)
 
 
 def _compute(
@@ -242,18 +253,23 @@ def _compute(
     about, shards = draft.about, dict[int, dict[str, Array]]()
     precision = _PRECISIONS[about["precision"]]
     left = {shard: len(draft.rows_of(shard)) for shard in mine if not draft.is_whole(shard)}
+    written = {*mine} - {*left}
+    compared = [row for row in some_rows(len(draft)) if row // about["shard_rows"] in written]
+    draft.compare_pictures(data.pictures(compared), str(data.about["data"]))
     groups = groups_of(data, about["batch_size"], map(draft.rows_of, left))
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
     rows = sum(len(draft.rows_of(shard)) for shard in mine)
     with tqdm(total=rows, initial=rows - sum(left.values()), unit="row", disable=not shows) as bar:
-        for (first, last), samples, _, prepared in batches:
+        for (first, last), samples, identities, prepared in batches:
             shard = first // about["shard_rows"]
             if shard not in shards:
-                shards[shard] = {
-                    x: np.zeros((left[shard], n), about["dtype"]) for x, n in about["widths"].items()
-                }
+                shards[shard] = draft.empty_shard(shard)
             if samples:
                 places = np.array(samples) - draft.rows_of(shard).start
+                if identities:
+                    shards[shard][PICTURES][places] = numbers_of(identities)
+                elif teacher.stored is not None and teacher.stored.pictures is not None:
+                    shards[shard][PICTURES][places] = teacher.stored.pictures[samples]
                 for name, features in teacher.encode(prepared, precision).items():
                     shards[shard][name][places] = features.numpy()
                     where = f"the teacher's {name}, counted from row {samples[0]},"

@@ -12,6 +12,7 @@ import tarfile
 import tracemalloc
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,27 @@ import open_clip_train.data
 import pytest
 import torch
 from PIL import Image
-from tiny_teacher import ROWS, csv_data, data_of, files, flip, picture, shards, table, teacher, written
+from tiny_teacher import (
+    CAPTIONS,
+    ROWS,
+    csv_data,
+    data_of,
+    files,
+    flip,
+    picture,
+    shards,
+    table,
+    teacher,
+    written,
+)
 
 import rankloss_trainers
-from rankloss_features import Features, bind
+from rankloss_features import Features, bind, opening, sources
 from rankloss_features import data as data_module
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
 from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair, open_data
-from rankloss_features.folder import NAMES, read_about, write_about
+from rankloss_features.folder import NAMES, PICTURES, identity_of, numbers_of, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
 from samples import add_sample
 from stored_features import stored
@@ -68,7 +81,7 @@ def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(place: Path) -> 
 
 # --- damage -----------------------------------------------------------------------------------------------
 
-SHARDS = [f"{name}-00001.npy" for name in NAMES]
+SHARDS = [f"{name}-00001.npy" for name in (*NAMES, PICTURES)]
 CHANGES: dict[str, Callable[[bytes, bytes, bytes], bytes | None]] = {
     "missing": lambda *_: None,
     "empty": lambda *_: b"",
@@ -76,7 +89,7 @@ CHANGES: dict[str, Callable[[bytes, bytes, bytes], bytes | None]] = {
     "cut": lambda x, *_: x[:-9],
     "longer": lambda x, *_: x + b"0",
     "a bit": lambda x, *_: x[:-2] + bytes([x[-2] ^ 1]) + x[-1:],
-    "a digit of the header or an entry": lambda x, *_: re.sub(rb"[46]", b"5", x, count=1),
+    "a digit of the header or an entry": lambda x, *_: re.sub(rb"[468]", b"5", x, count=1),
     "reversed": lambda x, *_: x[:128] + x[:127:-1],
     "of another modality": lambda x, modality, _: modality,
     "of another data set": lambda x, _, other: other,
@@ -125,12 +138,11 @@ def test_folders_that_are_older_or_unfinished_are_refused_with_their_command(
     with pytest.raises(ValueError, match=f"begun with another batch_size, 8, not 4.*{quoted}"):
         written(folder, data, teacher(), batch_size=4)
     (folder / "folder.json").unlink()
-    (folder / "features.json").write_text(json.dumps({"format": 2, "rows": 7, "command": command}))
-    for read in (lambda: Features(str(folder)), lambda: written(folder, data, teacher())):
-        with pytest.raises(
-            ValueError, match=f"features.json .*delete it and give its command again, {quoted}"
-        ):
-            read()
+    for name, format_ in (("features.json", 2), ("folder.json", 3)):
+        (folder / name).write_text(json.dumps({"format": format_, "rows": 7, "command": command}))
+        for read in (lambda: Features(str(folder)), lambda: written(folder, data, teacher())):
+            with pytest.raises(ValueError, match=f"{name} .*delete it and give its command again, {quoted}"):
+                read()
 
 
 # --- pairs ----------------------------------------------------------------------------------------------
@@ -257,6 +269,102 @@ def test_pictures_of_one_file_name_are_told_apart(tmp_path: Path, is_embedded: b
         Features(path).compare_columns(data["caption"][:], csv, "the CSV file")
         with pytest.raises(ValueError, match="row 0 of the CSV file"):
             Features(path).compare_columns(data["caption"][:], [*csv[2:], *csv[:2]], "the CSV file")
+
+
+# --- pictures by their content ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
+    tmp_path: Path, is_embedded: bool
+) -> None:
+    """By a check, which reads all, and of few rows by a binding and a resumption, too."""
+    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(ROWS)]
+    if not is_embedded:
+        images = [str(tmp_path / f"{i}.png") for i in range(ROWS)]
+        table(tmp_path)
+
+    def data() -> Any:
+        rows = datasets.Dataset.from_dict({"image": images, "caption": [f"a {i}" for i in range(ROWS)]})
+        return rows.cast_column("image", datasets.Image())
+
+    def pairs() -> Table:
+        return Table(data(), "image", "caption", data="these")
+
+    path = written(tmp_path / "x", pairs(), teacher()).path
+    bind(data(), path)
+    report(path, pairs())
+    if is_embedded:
+        images[7] = {"bytes": picture(99), "path": "7.png"}
+    else:
+        (tmp_path / "7.png").write_bytes(picture(99))
+    named = rf"row 7 of {{}}: the picture '7.png' is not the one .* {path} .*delete the folder"
+    for call, where in (
+        (lambda: report(path, pairs()), "these"),
+        (lambda: bind(data(), path), "the data"),
+        (lambda: written(Path(path), pairs(), teacher()), "these"),
+        (lambda: written(tmp_path / "y", pairs(), stored_teacher(path)), "these"),
+    ):
+        with pytest.raises(ValueError, match=named.format(where)):
+            call()
+
+
+def stored_teacher(path: str) -> Teacher:
+    """The teacher of ``--features``, with the rows of a folder."""
+    given = dict.fromkeys(("model", "image_encoder", "text_encoder", "spaces"))
+    return sources.load(["features"], Namespace(features=path, **given), torch.device("cpu"))
+
+
+def test_the_identities_of_pictures_go_with_the_rows_of_a_folder(
+    tmp_path: Path, data: Data, place: Path
+) -> None:
+    whole = Features(str(place / "whole"))
+    expected = numbers_of([identity_of(picture(i)) for i in range(ROWS)])
+    again = written(tmp_path / "x", data, stored_teacher(whole.path), batch_size=5)
+    for features in (whole, again):
+        assert features.pictures is not None
+        np.testing.assert_array_equal(features.pictures[:], expected)
+        np.testing.assert_array_equal(np.load(f"{features.path}/pictures-00000.npy"), expected[:12])
+    texts = replace(teacher(), encoders={NAMES[1]: teacher().encoders[NAMES[1]]})
+    without = written(tmp_path / "texts", data, texts).check()
+    assert without.pictures is None
+    assert "pictures: by their names" in report(without.path, data)
+
+
+def test_a_start_reads_few_pictures_and_a_check_each_once(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A binding to a large table reads as many as to a small one."""
+    read: list[Any] = []
+    monkeypatch.setattr(opening, "content_of", lambda path: read.append(path) or Path(path).read_bytes())
+    monkeypatch.setattr(data_module, "_LOOKED_AT", 6)
+    columns = {"image": [str(tmp_path / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
+    table(tmp_path)
+    data = datasets.Dataset.from_dict(columns)
+    bind(data, str(place / "whole"))
+    assert [Path(path).name for path in read] == [f"{i}.png" for i in (0, 7, 15, 23, 31, 39)]
+    read.clear()
+    report(str(place / "whole"), Table(data, "image", "caption", data="these"))
+    assert len(read) == ROWS
+
+
+def test_samples_of_shards_are_known_by_their_content(tmp_path: Path) -> None:
+    """Keys may change, and two shards may have the same; another picture of a key is another pair."""
+
+    def written_shards(name: str, *samples: tuple[str, int, str]) -> Shards:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for key, number, caption in samples:
+                add_sample(tar, key, png=picture(number), txt=caption.encode())
+        return Shards(str(tmp_path / name))
+
+    written_shards("a0.tar", ("000", 0, "a dog"), ("001", 1, "a cat"))
+    written_shards("a1.tar", ("000", 2, "a dog"), ("001", 0, "a dog"))  # of equal keys and captions
+    both = Shards(f"{tmp_path}/a{{0..1}}.tar")
+    features = written(tmp_path / "x", both, teacher()).check()
+    samples = [("0", 0, "a dog"), ("1", 1, "a cat"), ("2", 2, "a dog"), ("3", 0, "a dog")]
+    report(features.path, written_shards("renamed.tar", *samples))
+    with pytest.raises(ValueError, match=r"row 2 of .*, image '2' with caption 'a dog', is none of the 4"):
+        report(features.path, written_shards("changed.tar", *samples[:2], ("2", 9, "a dog"), samples[3]))
 
 
 def test_pictures_whose_folder_moved_keep_their_names(tmp_path: Path) -> None:

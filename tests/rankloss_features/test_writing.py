@@ -42,7 +42,7 @@ from torch import Tensor
 
 from rankloss_features import Features, writing
 from rankloss_features.data import Shards
-from rankloss_features.folder import NAMES, Pairs, write_array
+from rankloss_features.folder import NAMES, write_array
 from stored_features import stored
 
 
@@ -281,7 +281,7 @@ def test_data_are_read_once_to_be_compared_with_stored_features(
         yield from pairs()
 
     monkeypatch.setattr(data, "pairs", read)
-    written(tmp_path / "output", data, replace(teacher(), rows=ROWS, pairs=Pairs(str(folder))))
+    written(tmp_path / "output", data, replace(teacher(), rows=ROWS, stored=Features(str(folder))))
     assert readings == ["begins"]
 
 

@@ -70,7 +70,7 @@ def test_a_bad_list_is_refused_by_its_row_or_sample(
         "grades.json": json.dumps(grades).encode(),
     }
     with pytest.raises(ValueError, match=named) as error:
-        lists.read_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1")
+        lists.read_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1", b"")
     assert "sample '7' of x.tar" in str(error.value)
 
 
@@ -93,21 +93,22 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
         Candidates().read_rows(str(tmp_path / "other.csv"), "\t", dataset)
     sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
     with pytest.raises(ValueError, match=r"sample '7' of x\.tar has no grades\.json; every picture needs"):
-        Candidates(max_candidates=3).read_sample(sample, "a")
+        Candidates(max_candidates=3).read_sample(sample, "a", b"")
     with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
-        Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a")
+        Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a", b"")
 
 
 def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:
-    """By its file, however its path is written, or by its sample; captions do not matter."""
+    """By its file, however its path is written, or in shards by its content; captions do not matter."""
     lists, term = Candidates(max_candidates=2), RankedListsTerm(RankedLists(in_batch_negatives=True))
     dataset, file = csv(tmp_path, GOOD, GOOD, GOOD)
     dataset.images = ["0.png", "a/0.png", "./0.png"]
     rows = lists.read_rows(file, "\t", dataset)
-    members = {"png": b"", "candidates.json": b'["a dog", "a cat"]', "grades.json": b"[2, 1]"}
-    keys = [("x.tar", "0", "a"), ("x.tar", "1", "a"), ("x.tar", "0", "b"), ("y.tar", "0", "a")]
+    members = {"candidates.json": b'["a dog", "a cat"]', "grades.json": b"[2, 1]"}
+    of_samples = [("0", "a", b"first"), ("1", "a", b"second"), ("2", "b", b"first"), ("0", "a", b"third")]
     samples = [
-        lists.read_sample({"__url__": url, "__key__": key, **members}, text) or "" for url, key, text in keys
+        lists.read_sample({"__url__": "x.tar", "__key__": key, "png": image, **members}, text, image)
+        for key, text, image in of_samples
     ]
 
     def loss(*texts: str) -> Tensor:
@@ -134,8 +135,8 @@ def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(tmp_path: 
             {"candidates.json": json.dumps(x).encode(), "grades.json": json.dumps(y).encode()}
             for x, y in lists
         ]
-        samples = [{"__url__": "x.tar", "__key__": f"{i}", "png": b"", **x} for i, x in enumerate(members)]
-        texts = [column.read_sample(sample, f"a{i}") or "" for i, sample in enumerate(samples)]
+        samples = [{"__url__": "x.tar", "__key__": f"{i}", **x} for i, x in enumerate(members)]
+        texts = [column.read_sample(sample, f"a{i}", bytes([i])) for i, sample in enumerate(samples)]
     encoded = column.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), texts)
     features = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))
     v, t = features[:2], features[2:]  # the own captions, then x, y, a0, z

@@ -23,7 +23,7 @@ from rankloss_open_clip.columns.second_caption import SecondCaption
     ],
 )
 def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> None:
-    assert SecondCaption(caption_key=key).read_sample(sample, "raw") == caption
+    assert SecondCaption(caption_key=key).read_sample(sample, "raw", b"") == caption
 
 
 @pytest.mark.parametrize(

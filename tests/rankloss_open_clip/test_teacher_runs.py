@@ -20,7 +20,7 @@ from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Runs, Trainer
 
 from rankloss import reference
 from rankloss_features import Features, caching, sources
-from rankloss_features.folder import NAMES
+from rankloss_features.folder import NAMES, identity_of
 from rankloss_features.teachers import Teacher
 from rankloss_open_clip.training import device_of, run_of
 from rankloss_trainers import console
@@ -37,8 +37,10 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("teacher")
     lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
     pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
-    both = stored(directory / "both", pairs, **TEACHER)
-    keys = stored(directory / "keys", [(f"{i:03}", title) for i, (_, title) in enumerate(pairs)], **TEACHER)
+    contents = [Path(line.split("\t")[0]).read_bytes() for line in lines]
+    both = stored(directory / "both", pairs, pictures=contents, **TEACHER)
+    of_samples = [(identity_of(content), pair[1]) for content, pair in zip(contents, pairs, strict=True)]
+    shards = stored(directory / "shards", of_samples, **TEACHER)
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
     def add(name: str, where: str, *options: str) -> None:
@@ -46,7 +48,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         table.add(name, trainer.call, *given)
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
-    add("webdataset", keys, *trainer.webdataset)
+    add("webdataset", shards, *trainer.webdataset)
     wide = stored(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
     given = ("features, mimicry", *WHOLE_SET, *mimicry, "--loss-teacher", wide)

@@ -29,7 +29,8 @@ import rankloss
 from rankloss_features import Features
 from rankloss_features.command import main
 from rankloss_features.data import extensions, open_data
-from rankloss_features.folder import NAMES
+from rankloss_features.folder import NAMES, identity_of
+from rankloss_open_clip.columns import teacher_rows
 from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows
 from rankloss_open_clip.columns.pair_ids import PairIds
 from rankloss_open_clip.columns.second_caption import SecondCaption
@@ -327,15 +328,51 @@ def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
         assert len(taken_apart(column, list(dataset.captions))["reference_text_features"]) == 2
 
 
-def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
+def test_rows_of_features_are_found_by_picture_and_caption(tmp_path: Path) -> None:
+    """The picture is its content, under any key, and the one that the trainer takes."""
     array = unit_rows(2, 2)
-    folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=array)
-    samples = {"txt": b"a"}, {"txt": b"b"}
-    (found,) = features_of(*samples, where=folder).values()
-    assert torch.equal(found, torch.from_numpy(array[::-1].copy()))
-    for wrong in ({"txt": b"b"},), (*samples[:2], {"txt": b"a"}):
-        with pytest.raises(ValueError, match=rf"sample '{len(wrong) - 1}' of a\.tar .*{folder}"):
+    pairs = [(identity_of(b"second"), "b"), (identity_of(b"first"), "a")]
+    folder = stored(tmp_path / "x", pairs, text_features=array)
+    first, second = {"txt": b"a", "jpg": b"first"}, {"txt": b"b", "jpg": b"second"}
+    for samples in ((first, second), (second, first)):
+        (found,) = features_of(*samples, where=folder).values()
+        rows = [1, 0] if samples[0] is first else [0, 1]
+        assert torch.equal(found, torch.from_numpy(array[rows]))
+    for wrong in ({**second, "txt": b"a"},), (first, second, {**first, "jpg": b"another"}):
+        with pytest.raises(
+            ValueError, match=rf"sample '{len(wrong) - 1}' of a\.tar .*{folder}.* another picture or caption"
+        ):
             features_of(*wrong, where=folder)
+    column, both = column_of(folder), {**first, "png": b"another"}
+    read([column], both, members=Members(images=("jpg", "png")))
+    with pytest.raises(ValueError, match="sample '0' of"):
+        read([column], both, members=Members(images=("png", "jpg")))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_picture_that_has_changed_is_refused_where_the_trainer_reads_it(tmp_path: Path, row: int) -> None:
+    """The first row's before the training, as one of few that are compared there."""
+    contents = [b"first", b"second", b"third"]
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    lines = "".join(f"{file};a{i}\n" for i, file in enumerate(files))
+    dataset, file = csv(tmp_path, f"filepath;title\n{lines}")
+    as_read = copy.copy(dataset)
+    column = column_of(stored(tmp_path / "x", pictures=contents, text_features=unit_rows(3, 2)))
+    with mock.patch.object(teacher_rows, "some_rows", lambda rows: [0, rows - 1]):
+        TextColumns([column]).join_csv(dataset, file, ";")
+        tokenized = TextColumns([column]).tokenizer(tokenizer())
+        dataset, tokenized = pickle.loads(pickle.dumps((dataset, tokenized)))  # as a worker has them
+        tokenized(list(dataset.captions))
+        files[row].write_bytes(b"another")
+        named = re.escape(f"row {row} of {file}: the picture '{files[row]}' is not the one that the features")
+        with pytest.raises(ValueError, match=named):
+            tokenized([dataset.captions[row]])
+        tokenized([dataset.captions[2]])
+        if row == 0:
+            with pytest.raises(ValueError, match=named):
+                column.read_rows(file, ";", as_read)
 
 
 # --- ids of pairs -----------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def folder(
 ) -> str:
     """A folder of these features of a dataset's pairs."""
     pairs = Table(dataset, image, caption, data="given").pairs()
-    names = [(name, text) for texts, images in pairs for name, text in zip(images, texts, strict=True)]
+    names = [pair for block in pairs for pair in zip(block.pictures, block.captions, strict=True)]
     return stored(path, names, spaces, **{key: x.numpy() for key, x in features.items()})
 
 

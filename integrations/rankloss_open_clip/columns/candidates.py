@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rankloss.options import check_choice, check_count
 from rankloss_features.data import named_sample
+from rankloss_features.folder import identity_of
 from rankloss_open_clip.columns.csv_files import read_columns
 from rankloss_trainers.graded.lists import (
     check_list,
@@ -81,8 +82,8 @@ class Candidates:
             for of_row, (captions, grades) in zip(ids, lists, strict=True)
         ]
 
-    def read_sample(self, sample: dict[str, Any], caption: str) -> str:
-        """The two members of a webdataset sample, which are taken out of it.
+    def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> str:
+        """The two members of a webdataset sample, which are taken out of it; its picture is its content.
 
         Raises:
             ValueError: The sample lacks one, or its list is wrong.
@@ -97,8 +98,8 @@ class Candidates:
                 "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
             )
         candidates, grades = (sample.pop(name) for name in members)
-        picture = hash_identity((sample.get("__url__"), sample["__key__"]))
-        return json.dumps([picture, hash_identity(caption), *self._list(caption, candidates, grades, where)])
+        of_pair = [hash_identity(identity_of(image)), hash_identity(caption)]
+        return json.dumps([*of_pair, *self._list(caption, candidates, grades, where)])
 
     def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
         """The texts of a list, with the own caption where it has a place, and their grades."""

@@ -46,7 +46,7 @@ class PairIds:
         check_column(ids, self.key)
         return ids.tolist()
 
-    def read_sample(self, sample: Mapping[str, Any], caption: str) -> int:
+    def read_sample(self, sample: Mapping[str, Any], caption: str, image: bytes) -> int:  # noqa: ARG002
         """The id of a webdataset sample.
 
         Raises:

@@ -42,7 +42,7 @@ class SecondCaption:
             )
         return column.tolist()
 
-    def read_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
+    def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none."""
         return read_member(sample, self.key)
 

@@ -57,8 +57,8 @@ class TextColumn(Protocol):
             ValueError: A row has none.
         """
 
-    def read_sample(self, sample: Sample, caption: str) -> Any:
-        """Text for a webdataset sample with a picture and this caption; None skips the sample.
+    def read_sample(self, sample: Sample, caption: str, image: bytes) -> Any:
+        """Text for a webdataset sample with this caption and this picture; None skips the sample.
 
         Raises:
             ValueError: The data are others than those that the column belongs to.
@@ -92,9 +92,13 @@ class Members:
     def key_of_caption(self, sample: Sample) -> str | None:
         """The extension of a sample's caption; None of a sample that the trainer skips."""
         key = next((key for key in self.captions if key in sample), None)
-        if key is None or not any(image in sample for image in self.images):
+        if key is None or self.image_of(sample) is None:
             return None
         return None if self.skips_blank and not text_of(sample[key]).strip() else key
+
+    def image_of(self, sample: Sample) -> Any:
+        """A sample's picture, the content of its file; None without one."""
+        return next((sample[key] for key in self.images if key in sample), None)
 
 
 class TextColumns:
@@ -155,7 +159,8 @@ class TextColumns:
                 yield sample  # which the trainer skips
                 continue
             caption = text_of(sample[key])
-            texts = [part.read_sample(sample, caption) for part in self.parts]
+            image = members.image_of(sample)
+            texts = [part.read_sample(sample, caption, image) for part in self.parts]
             if None not in texts:
                 found = True
                 sample[key] = EncodedCaption(sample[key], texts)
