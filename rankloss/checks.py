@@ -137,9 +137,43 @@ def check_teacher(
                 f"{name} must have one row per pair, {len(image_features)}; got shape {tuple(features.shape)}"
             )
         check_device(name, features, image_features)
-    if not (first_look or features.is_cpu):
-        return False
-    return check_norms(name, features, is_teacher=True, warns=first_look)
+    are_read = (first_look or features.is_cpu) and _has_values(features)
+    if are_read:
+        _check_teacher_rows(name, features.detach())
+        if first_look:
+            warn_of_norms(name, features)
+    return are_read
+
+
+def _has_values(x: Tensor) -> bool:
+    """True for a tensor with values that can be read."""
+    return len(x) > 0 and can_be_read(x)
+
+
+def _check_teacher_rows(name: str, features: Tensor) -> None:
+    """Raise a ValueError for a teacher's rows that are zero or not finite, or whose norms overflow."""
+    norms = _norms(features)
+    if not norms.isfinite().all():
+        row = int((~norms.isfinite()).long().argmax())
+        if features[row].isfinite().all():
+            _refuse_extreme(name, features, row)
+        raise ValueError(f"{name} must be finite; row {row} has norm {norms[row].item():g}")
+    if not norms.all():
+        rows = (norms == 0).nonzero().flatten().tolist()
+        if features[rows[0]].any():
+            _refuse_extreme(name, features, rows[0])
+        raise ValueError(
+            f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(features)}, "
+            f"the first is row {rows[0]}. A file that is filled in part looks like this"
+        )
+
+
+def _refuse_extreme(name: str, x: Tensor, row: int) -> NoReturn:
+    """Raise the error about a row of finite values whose norm is not in the range of its dtype."""
+    largest = x[row].abs().amax().item()
+    raise ValueError(
+        f"{name} must be unit-norm; row {row} has values up to {largest:g}, whose squares float32 cannot hold"
+    )
 
 
 FEWEST_THAT_DIFFER = 8
@@ -197,51 +231,32 @@ def check_references(
     _check_one_space("reference_image_features", image, "reference_text_features", text)
 
 
+# --- norms ------------------------------------------------------------------------------------------------
+
 _UNIT = 0.01  # largest distance of a norm from 1
 
 
-def check_norms(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
-    """Check the norms of ``[N, D]``; False if no value can be read.
+def _norms(x: Tensor) -> Tensor:
+    """The norms of the rows of ``[N, D]``, in float32 at least."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    Raises:
-        ValueError: for a teacher's rows that are not finite, or are zero.
+
+def warn_of_norms(name: str, x: Tensor) -> None:
+    """Warn of rows of ``[N, D]`` that are not unit-norm; nothing where there are no values to read.
+
+    Infinities and NaN are no case of it: they show in the loss.
     """
-    if not can_be_read(x) or not len(x):
-        return False
-    x = x.detach()
-    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    least, most = torch.stack(norms.aminmax()).tolist()
-    if is_teacher:
-        if not math.isfinite(most):
-            row = int((~norms.isfinite()).long().argmax())
-            if x[row].isfinite().all():
-                _refuse_extreme(name, x, row)
-            raise ValueError(f"{name} must be finite; row {row} has norm {norms[row].item():g}")
-        if least == 0:
-            rows = (norms == 0).nonzero().flatten().tolist()
-            if x[rows[0]].any():
-                _refuse_extreme(name, x, rows[0])
-            raise ValueError(
-                f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(x)}, the "
-                f"first is row {rows[0]}. A file that is filled in part looks like this"
-            )
+    if not _has_values(x):
+        return
+    least, most = torch.stack(_norms(x.detach()).aminmax()).tolist()
     off = max(abs(least - 1), abs(most - 1))
-    if warns and _UNIT < off < math.inf:  # a student's infinities and NaN show in the loss
+    if _UNIT < off < math.inf:
         warnings.warn(
             f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
             "Features are used unnormalised",
             InputWarning,
             stacklevel=1,  # one place for all losses, so that Python shows an equal text once
         )
-    return True
-
-
-def _refuse_extreme(name: str, x: Tensor, row: int) -> NoReturn:
-    """Raise the error about a row of finite values whose norm is not in the range of its dtype."""
-    largest = x[row].abs().amax().item()
-    raise ValueError(
-        f"{name} must be unit-norm; row {row} has values up to {largest:g}, whose squares float32 cannot hold"
-    )
 
 
 # --- other arguments ---------------------------------------------------------------------------------------
@@ -407,5 +422,5 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
 
 
 def _are_unit(features: Tensor) -> bool:
-    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
+    norms = _norms(features.detach())
     return bool(((norms - 1).abs() < _UNIT).all()) and norms.numel() > 0

@@ -14,7 +14,7 @@ from rankloss.distributed import Gather, GatherOption
 from rankloss.engine import weighted_terms
 from rankloss.losses.score_rows import Differentiated, mean_of_rows
 from rankloss.options import RankOptions, check_choice, check_count, check_position
-from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite, outside_graphs
+from rankloss.precision import arithmetic_dtype, can_be_read, in_arithmetic, nan_unless_finite, outside_graphs
 
 Number: TypeAlias = Tensor | float
 """A number, or a tensor of one element."""
@@ -110,7 +110,8 @@ class GatheringLoss(nn.Module):
                     checks.warn_of_one_row(name, x)
                     checked.add(name)
             for name, x in features.items():
-                if name not in checked and checks.check_norms(name, x):
+                if name not in checked and can_be_read(x):
+                    checks.warn_of_norms(name, x)
                     checked.add(name)
             if "logit_scale" not in checked and checks.warn_of_scale(
                 "logit_scale", logit_scale, image_features

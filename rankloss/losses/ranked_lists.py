@@ -486,8 +486,8 @@ class RankedLists(GatheringLoss):
         inputs.refuse_contradictions()
         if is_first:
             candidates = inputs.listed(inputs.candidate_features)
-            checks.check_norms("query_features", inputs.query_features)
-            checks.check_norms("candidate_features", candidates)
+            checks.warn_of_norms("query_features", inputs.query_features)
+            checks.warn_of_norms("candidate_features", candidates)
             checks.warn_of_scale("logit_scale", inputs.logit_scale, inputs.query_features, candidates)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankloss.batch import first_equal
-from rankloss.checks import INTEGERS, check_device, check_id, check_matrix, check_norms, check_several
+from rankloss.checks import INTEGERS, check_device, check_id, check_matrix, check_several, warn_of_norms
 from rankloss.options import check_count
 from rankloss.precision import product, widest_dtype
 
@@ -201,7 +201,7 @@ def _check_pair(image_features: Tensor, text_features: Tensor, *, has_ids: bool)
             f"{shapes}"
         )
     for name, features in both.items():
-        check_norms(name, features)
+        warn_of_norms(name, features)
 
 
 def id_numbers(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
