@@ -373,20 +373,37 @@ def gatherings(rank: int, world_size: int) -> dict[str, Any]:
     return {**found, "of_whole": torch.equal(of_whole, weights)}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_all_gather_concatenates_and_its_gradient_adds_up(pools: Pools, world_size: int) -> None:
-    total = sum(range(1, world_size + 1))
-    for rank, found in enumerate(pools[world_size].run(gatherings)):
-        members = range(rank % 2, world_size, 2)
-        assert found["y"].flatten().tolist() == [x for r in range(world_size) for x in (1.0 + r, 0.5)]
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def gathered(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
+    """What each of some processes has gathered."""
+    return pools[request.param].run(gatherings)
+
+
+def test_all_gather_concatenates(gathered: list[dict[str, Any]]) -> None:
+    for found in gathered:
+        assert found["y"].flatten().tolist() == [x for r in range(len(gathered)) for x in (1.0 + r, 0.5)]
+
+
+def test_first_and_second_derivatives_of_all_gather_add_up(gathered: list[dict[str, Any]]) -> None:
+    total = sum(range(1, len(gathered) + 1))
+    for rank, found in enumerate(gathered):
         assert found["of_whole"]  # the reduction leaves the gradient of the whole as it was
         assert found["first"].flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
         # Σ_w L_w = total·Σ x³; the square of its gradient is 9·total²·x⁴.
         second = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]
         assert found["twice"].flatten().tolist() == pytest.approx(second)
+
+
+def test_gradients_of_half_precision_are_added_in_float32(gathered: list[dict[str, Any]]) -> None:
+    for found in gathered:
         # 256 + 1 is 256 in bfloat16; the sum of three is taken in float32.
         assert found["half"].dtype == torch.bfloat16
-        assert world_size != 3 or found["half"].tolist() == [258.0] * 2
+        assert len(gathered) != 3 or found["half"].tolist() == [258.0] * 2
+
+
+def test_all_gather_of_a_group_is_of_its_members_alone(gathered: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(gathered):
+        members = range(rank % 2, len(gathered), 2)
         assert found["group"].flatten().tolist() == [1.0 + r for r in members]
         assert found["is_own"] == (len(members) == 1)
 

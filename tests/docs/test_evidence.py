@@ -137,7 +137,8 @@ def rows_of(path: str, head: str) -> list[list[str]]:
 def differences_of(study: str) -> dict[tuple[str, str, str], str]:
     """The differences in R@10 of a study's report, by cell and both arms."""
     rows = rows_of(f"{study}/report/{study}.md", "[^|]+ \\| +`")
-    return {(row[0], row[1], row[2]): row[3] for row in rows if len(row) == 8}
+    of_tests = (row for row in rows if len(row) == 8)
+    return {(cell, arm, minus): difference for cell, arm, minus, difference, *_ in of_tests}
 
 
 def spread_on_heads() -> list[str]:
@@ -236,9 +237,9 @@ def frozen_encoders() -> list[str]:
     """R@10 without training, of heads, in closed form and of both; and the differences."""
     cells = [f"heads-{name}" for name in ("emojis", "icons", "photographs", "fxemoji", "noto-v1")]
     means = {
-        (row[0], row[1]): re.sub(r" ± 0\.00|( ?\(\d+\))", "", row[2])
-        for row in rows_of("alignment/report/alignment.md", "heads-")
-        if "±" in row[2]
+        (cell, arm): re.sub(r" ± 0\.00|( ?\(\d+\))", "", recall)  # without the count of seeds
+        for cell, arm, recall, *_ in rows_of("alignment/report/alignment.md", "heads-")
+        if "±" in recall
     }
     tests = differences_of("alignment")
     rows = [[means[cell, arm] for cell in cells] for arm in ("search", "heads", "cca", "both")]

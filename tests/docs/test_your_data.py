@@ -43,16 +43,27 @@ def test_every_command_and_code_of_the_page_runs(
     assert block["error"] == ""
 
 
-def test_a_run_trains_the_loss_is_resumed_and_is_loaded_again(done: tuple[Path, Any]) -> None:
-    folder, outputs = done
+def test_a_run_trains_the_loss_and_is_resumed(done: tuple[Path, Any]) -> None:
+    folder, _ = done
     log = (folder / "logs/first/out.log").read_text(encoding="utf-8")
     assert log.count("| Loss: rankclip (rankloss") == 4  # of two runs, at the start and before training
     assert "resuming checkpoint 'logs/first/checkpoints/epoch_1.pt'" in log
-    small = (folder / "logs/small/out.log").read_text(encoding="utf-8")
-    assert "Train Epoch: 0" in small
     assert len(re.findall("Eval Epoch: 2 image_to_text_mean_rank", log)) == 1
+
+
+def test_the_smaller_model_trains(done: tuple[Path, Any]) -> None:
+    folder, _ = done
+    assert "Train Epoch: 0" in (folder / "logs/small/out.log").read_text(encoding="utf-8")
+
+
+def test_a_trained_model_finds_pictures(done: tuple[Path, Any]) -> None:
+    _, outputs = done
     (search,) = [x["output"] for x in outputs if "by_caption" in x["text"]]
     assert len(re.findall(r"sample/pictures/[\w-]+\.png", search)) == 6
+
+
+def test_recall_is_another_after_training_and_that_of_the_metrics(done: tuple[Path, Any]) -> None:
+    folder, outputs = done
     tables = [
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("before.json", "after.json")
     ]

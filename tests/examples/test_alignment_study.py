@@ -193,13 +193,18 @@ def test_heads_are_tried_stage_by_stage():
 def test_the_closed_form_stands_beside_every_seed_of_the_heads():
     sizes, finds = records(lambda one: 30.0 + 4 * (one.arm == "cca"), blocks=1)
     found = study.results(sizes, finds)
-    families = dict(zip(study.PRIMARY_TESTS, (of for _, of in found["primary"]), strict=True))
-    assert [row[4] for row in families["a"]] == ["8"] * 5
-    assert [row[6] for row in families["a"]] == ["▲"] * 5
+    families = {
+        letter: [dict(zip(found["tests_head"], row, strict=True)) for row in rows]
+        for letter, (_, rows) in zip(study.PRIMARY_TESTS, found["primary"], strict=True)
+    }
+    assert [row["n"] for row in families["a"]] == ["8"] * 5
+    assert [row[""] for row in families["a"]] == ["▲"] * 5  # the column without a heading
     assert families["d"] == []
-    gains = [float(row[3].split(" ")[0].replace("−", "-")) for row in families["b"]]
+    gains = [float(row["R@10"].split(" ")[0].replace("−", "-")) for row in families["b"]]
     assert gains == pytest.approx([1.0] * 5, abs=0.8)
-    assert all(len(set(row[3].split(" of "))) == 1 for row in found["blocks"])
+    for _cells, _arms, _seeds, progress in found["blocks"]:
+        done, asked = progress.split(" of ")
+        assert done == asked
 
 
 def test_cells_of_other_settings_are_trained_as_their_dev_side_chose():

@@ -45,7 +45,7 @@ def test_no_concept_is_on_both_sides(emojis, number):
     assert Counter((*split.train, *split.test, *split.dropped)) == Counter(emojis)
 
 
-def test_build_is_complete_attributed_and_leaks_nothing(built):
+def test_build_is_complete_and_attributed(built):
     folder = built / "data" / "split0"
     assert data.is_complete(folder, 0)
     assert not data.is_complete(folder, 1)
@@ -54,6 +54,9 @@ def test_build_is_complete_attributed_and_leaks_nothing(built):
     assert "All emojis designed by OpenMoji" in attribution
     assert "CC BY-SA 4.0" in attribution
 
+
+def test_no_picture_or_caption_is_on_both_sides(built):
+    folder = built / "data" / "split0"
     train, test = (data.read_table(folder / name) for name in ("train.csv", "test.csv"))
     assert list(train) == ["filepath", "title"]
     assert all((built / path).is_file() for path in [*train["filepath"], *test["line_filepath"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,22 +17,41 @@ from openmoji_demo import slope_chart as charts
 
 from batches import Batch, batches
 
+any_chart = given(batches(max_n=24), st.sampled_from(["cross_modal", "in_modal"]), st.integers(2, 30))
+
+
+def axes_of(batch: Batch, term: charts.Term, items: int) -> Any:
+    """The axes of a chart of the last pair, whose items are labelled by their number."""
+    v, t = batch.image.float(), batch.text.float()
+    labels = [f"label {k}" for k in range(len(v))]
+    chart = charts.slope_chart(
+        v.requires_grad_(), t, labels, len(v) - 1, term=term, items=items, title="A model"
+    )
+    (axes,) = chart.axes
+    return axes
+
+
+def both_lists(batch: Batch, term: charts.Term) -> list[np.ndarray]:
+    """The similarities of the last pair, rounded, so that equal items have equal products."""
+    v, t = batch.image.float().double(), batch.text.float().double()
+    pairs = ((v, t), (t, v)) if term == "cross_modal" else ((v, v), (t, t))
+    return [(x @ y.T)[-1].numpy().round(12) for x, y in pairs]
+
 
 @settings(max_examples=25)
-@given(batches(max_n=24), st.sampled_from(["cross_modal", "in_modal"]), st.integers(2, 30))
-def test_chart_shows_the_ranks(batch: Batch, term: charts.Term, items: int) -> None:
-    """Equal items are tied, too, however a product rounds."""
-    v, t = batch.image.float(), batch.text.float()
-    n, labels = len(v), [f"label {k}" for k in range(len(v))]
-    figure = charts.slope_chart(v.requires_grad_(), t, labels, n - 1, term=term, items=items, title="A model")
-    pairs = ((v, t), (t, v)) if term == "cross_modal" else ((v, v), (t, t))
-    # Rounded, so that equal items have equal products.
-    first, second = ((x.double() @ y.double().T)[n - 1].detach().numpy().round(12) for x, y in pairs)
-    left, right = (scipy.stats.rankdata(-x, method="min").astype(int) for x in (first, second))
-    tau = scipy.stats.kendalltau(first, second).statistic
-    (axes,) = figure.axes
+@any_chart
+def test_the_title_has_the_agreement_of_both_lists(batch: Batch, term: charts.Term, items: int) -> None:
+    tau = scipy.stats.kendalltau(*both_lists(batch, term)).statistic
     heading = "Kendall τ: no ranking" if np.isnan(tau) else f"Kendall τ = {tau:.3f}"
-    assert axes.get_title() == f"A model\n{heading}"
+    assert axes_of(batch, term, items).get_title() == f"A model\n{heading}"
+
+
+@settings(max_examples=25)
+@any_chart
+def test_each_line_joins_the_two_ranks_of_an_item(batch: Batch, term: charts.Term, items: int) -> None:
+    """Equal items are tied, too, however a product rounds."""
+    n, axes = len(batch.image), axes_of(batch, term, items)
+    left, right = (scipy.stats.rankdata(-x, method="min").astype(int) for x in both_lists(batch, term))
     shown = left.argsort(kind="stable")[:items].tolist()
     at = {text.get_position(): text for text in axes.texts}
     assert (at.pop((0, -1)).get_text(), at.pop((1, -1)).get_text()) == ("by the picture", "by its caption")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -59,37 +60,65 @@ def trainer_arguments(words: list[str]) -> list[str]:
     return words[words.index("open_clip_train.main") + 1 :]
 
 
-@pytest.mark.parametrize("launch", PROCESSES)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_trainer_parses_the_command_and_the_readme_explains_it(
-    command: Command, name: str, launch: str
-) -> None:
-    words = trainer_arguments(command(name, launch))
-    args, readme = parse_args(words), (RECIPES / "README.md").read_text(encoding="utf-8")
-    taught = name.endswith("-distill")
-    assert args.loss == ("rankclip-distill" if taught else "rankclip")
-    assert taught == ((args.distill_model, args.distill_pretrained) != (None, None))
-    if taught:
-        assert args.distill_pretrained in open_clip.list_pretrained_tags_by_model(args.distill_model)
+README = (RECIPES / "README.md").read_text(encoding="utf-8")
+
+each_recipe = pytest.mark.parametrize("name", NAMES)
+
+
+def recipe(command: Command, name: str, launch: str = "8") -> argparse.Namespace:
+    """The trainer's arguments of a recipe."""
+    return parse_args(trainer_arguments(command(name, launch)))
+
+
+@each_recipe
+def test_a_recipe_trains_a_known_model_with_its_loss_under_its_name(command: Command, name: str) -> None:
+    args = recipe(command, name)
+    assert args.loss == ("rankclip-distill" if name.endswith("-distill") else "rankclip")
     assert args.rankclip_schedule == "rankclip"
     assert args.model in open_clip.list_models()
     assert args.name == name
+
+
+@each_recipe
+def test_the_recipes_of_distillation_alone_have_a_teacher(command: Command, name: str) -> None:
+    args = recipe(command, name)
+    if name.endswith("-distill"):
+        assert args.distill_pretrained in open_clip.list_pretrained_tags_by_model(args.distill_model)
+    else:
+        assert (args.distill_model, args.distill_pretrained) == (None, None)
+
+
+@pytest.mark.parametrize("launch", PROCESSES)
+@each_recipe
+def test_batch_epochs_and_data_are_those_of_the_readme_on_any_number_of_processes(
+    command: Command, name: str, launch: str
+) -> None:
+    args = recipe(command, name, launch)
     assert args.local_loss is args.gather_with_grad is (PROCESSES[launch] > 1)
     batch = args.batch_size * args.accum_freq * PROCESSES[launch]
-    (row,) = re.findall(rf"\| \[`{name}\.sh`\].*", readme)
+    (row,) = re.findall(rf"\| \[`{name}\.sh`\].*", README)
     description, pairs, epochs = (cell.strip() for cell in row.split("|")[2:-1])
     assert (batch, args.epochs) == (int(pairs.replace(",", "")), int(epochs))
-    if name.startswith("cc3m"):  # as published
-        assert (args.lr, args.wd, args.warmup, args.epochs) == (5e-4, 0.1, 10000, 64)
-        assert (args.beta1, args.beta2, args.eps, args.lr_scheduler) == (0.9, 0.999, 1e-8, "cosine")
-        # The centre of each picture, uncropped: nothing is drawn.
-        assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-        assert (args.csv_img_key, args.csv_caption_key, args.csv_separator) == ("image", "caption", ",")
-    else:
-        assert args.warmup == args.train_num_samples // batch * args.epochs // 10
     assert ("YFCC15M" in description) == ("yfcc15m" in args.train_data)
-    for option in (word for word in words if word.startswith("--")):
-        assert re.search(rf"`{option}\b", readme), option
+    if not name.startswith("cc3m"):
+        assert args.warmup == args.train_num_samples // batch * args.epochs // 10
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cc3m")])
+def test_the_recipes_of_the_paper_have_its_settings(command: Command, name: str) -> None:
+    args = recipe(command, name)
+    assert (args.lr, args.wd, args.warmup, args.epochs) == (5e-4, 0.1, 10000, 64)
+    assert (args.beta1, args.beta2, args.eps, args.lr_scheduler) == (0.9, 0.999, 1e-8, "cosine")
+    # The centre of each picture, uncropped: nothing is drawn.
+    assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    assert (args.csv_img_key, args.csv_caption_key, args.csv_separator) == ("image", "caption", ",")
+
+
+@pytest.mark.parametrize("launch", PROCESSES)
+@each_recipe
+def test_the_readme_explains_every_option_of_a_recipe(command: Command, name: str, launch: str) -> None:
+    for word in trainer_arguments(command(name, launch)):
+        assert not word.startswith("--") or re.search(rf"`{word}\b", README), word
 
 
 def commands_of(words: list[str], program: str) -> list[list[str]]:

@@ -66,16 +66,14 @@ def adapted() -> Any:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("make", [tiny, adapted])
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
+def test_run_trains_as_an_own_loop_and_logs_its_terms_and_schedule(
     tmp_path: Path, make: Any, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a model with adapters these change, and nothing else."""
     caplog.set_level(logging.INFO, "rankloss_trainers")
     model, own = make(), make()
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
-    given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
     loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
-    trainer = train(tmp_path, loss, model, **given)
+    trainer = train(tmp_path, loss, model, learning_rate=0.1)
     batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
     owed = own_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
     assert "Loss: rankclip (rankloss" in caplog.text
@@ -88,12 +86,28 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         assert (line.keys() >= {*METRICS}) == (number > 0)  # λ is 0 at the first step
     assert not torch.allclose(weights(own), weights(make()), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
-    both = zip(make().named_parameters(), model.parameters(), strict=True)
-    changed = {name for (name, x), y in both if not torch.equal(x, y)}
-    assert make is tiny or all("lora_" in name for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_of_a_model_with_adapters_these_alone_change(tmp_path: Path) -> None:
+    model = adapted()
+    train(tmp_path, rank_clip(model, scale=30.0, schedule="constant"), model, learning_rate=0.1)
+    both = zip(adapted().named_parameters(), model.parameters(), strict=True)
+    changed = [name for (name, x), y in both if not torch.equal(x, y)]
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_an_evaluation_is_of_the_base_alone(tmp_path: Path, mini_batch_size: int | None) -> None:
+    model = tiny()
+    loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, schedule="constant")
+    given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
+    trainer = train(tmp_path, loss, model, **given)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
     with torch.no_grad():  # a last batch of one counts 0
-        features = [embed(own, *(pairs().select(rows)[x] for x in ("image", "text"))) for rows in batches[:2]]
+        batches = [pairs().select(range(start, start + 8)) for start in (0, 8)]
+        features = [embed(model, batch["image"], batch["text"]) for batch in batches]
         total = sum(8 * rankloss.ClipLoss()(*both, 30.0).item() for both in features)
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
     assert all(not any("modal" in name for name in line) for line in evaluated)
