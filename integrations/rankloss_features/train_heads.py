@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankloss.options import check_count, check_weight
 from rankloss_features import data, sources
-from rankloss_features.errors import last_line
+from rankloss_features.errors import flag, last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
 from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
@@ -30,6 +30,7 @@ _FEWEST = 16  # pairs, on either side of the split
 _HELD_OUT = 10  # of so many ids one
 _WIDEST = 65_536  # of the common space
 _LARGEST_SEED = 2**63 - 1  # which torch takes
+_OF_TRAINED_HEADS = ("epochs", "batch_size", "lr", "width", "dropout", "label_smoothing", "spread_weight")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,11 +80,20 @@ def _encoders(args: argparse.Namespace) -> Encoders:
             f"--keep {args.keep:g} keeps the space that images and texts share: it needs --model, since two "
             "encoders share none"
         )
-    if args.heads > 1 and args.method == CCA:
-        raise ValueError(f"--heads {args.heads} joins trained heads: --method {CCA} trains none")
+    if args.method == CCA:
+        _check_trains_nothing(args)
     if given == ["model"] and (Path(args.model) / ABOUT).is_file():
         raise ValueError(f"--model {args.model} has heads already: give its encoders")
     return Encoders(args.image_encoder, args.text_encoder, args.image_weights, args.model, args.pretrained)
+
+
+def _check_trains_nothing(args: argparse.Namespace) -> None:
+    """Raise a ValueError for an option of trained heads, which the closed form would ignore."""
+    defaults = {"heads": 1, **{name: getattr(Training(), name) for name in _OF_TRAINED_HEADS}}
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        if value != default:
+            raise ValueError(f"{flag(name)} {value:g} is of trained heads: --method {CCA} trains none")
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
@@ -132,12 +142,12 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     rendering = data.rendering_of(args.background, upright=True)
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
     features = {}
-    for flag, of_file in opened.items():
+    for option, of_file in opened.items():
         rows = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
-        features[flag], pairs[flag] = rows.features, pairs[flag].with_pictures(rows.pictures)
+        features[option], pairs[option] = rows.features, pairs[option].with_pictures(rows.pictures)
     training, validation = (
-        Side(pairs[flag].take(rows), {name: x[rows] for name, x in features[flag].items()})
-        for flag, rows in _split(args, pairs, seed, are_read=True)
+        Side(pairs[option].take(rows), {name: x[rows] for name, x in features[option].items()})
+        for option, rows in _split(args, pairs, seed, are_read=True)
     )
     learned = Learned(training.features, _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
     print(f"training on {len(training.pairs.captions)} pairs of {learned.groups.max() + 1} {_kind(args)}")

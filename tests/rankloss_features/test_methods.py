@@ -115,9 +115,8 @@ def heads(sample: Path, output: Path, *options: str, clip: str | None = None) ->
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     model = encoders if clip is None else ["--model", clip]
     data = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
-    return main(
-        ["heads", *model, *data, "--output", str(output), "--workers", "0", "--epochs", "2", *options]
-    )
+    short = [] if CCA in options else ["--epochs", "2"]
+    return main(["heads", *model, *data, "--output", str(output), "--workers", "0", *short, *options])
 
 
 def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
@@ -185,7 +184,9 @@ def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
         (("--method", "pca"), None),
         (("--keep", "0.5"), "--keep 0.5 keeps the space that images and texts share: it needs --model"),
         (("--keep", "1"), "--keep must be a finite number >= 0 and < 1; got 1.0"),
-        (("--method", "cca", "--heads", "2"), "--heads 2 joins trained heads: --method cca trains none"),
+        (("--method", "cca", "--heads", "2"), "--heads 2 is of trained heads: --method cca trains none"),
+        (("--method", "cca", "--batch-size", "64"), "--batch-size 64 is of trained heads: --method cca"),
+        (("--method", "cca", "--dropout", "0.1"), "--dropout 0.1 is of trained heads: --method cca trains"),
         (("--heads", "0"), "--heads must be an integer of at least 1; got 0"),
         (("--model", "x"), "the teacher must be one of .*; got --model and --image-encoder and --text"),
         (("--pretrained", "openai"), "--pretrained openai belongs to --model, which is not given"),
