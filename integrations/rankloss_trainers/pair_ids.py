@@ -97,7 +97,7 @@ def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
         text = torch.searchsorted(starts, place, right=True) - 1
         return torch.zeros_like(starts).index_add(0, text, _hashes(tokens, place - starts[text]))
     if mask is None:
-        pad = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
+        pad = _padding(processor)
         if pad is None:
             raise ValueError(
                 "attention_mask, or a tokenizer with a pad_token_id, has to tell the padding, which ids of "
@@ -108,6 +108,41 @@ def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
     used = (mask != 0).long()
     ids: Tensor = (_hashes(tokens, used.cumsum(-1) - used) * used).sum(-1)
     return ids
+
+
+def has_padding(inputs: Mapping[str, Any], processor: Any) -> bool:
+    """True for inputs with tokens whose padding is known, as :func:`hash_tokens` needs them."""
+    is_known = "attention_mask" in inputs or "offsets" in inputs or _padding(processor) is not None
+    return "input_ids" in inputs and is_known
+
+
+def _padding(processor: Any) -> int | None:
+    """The token of padding of a tokenizer, or of a processor that holds one."""
+    token: int | None = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
+    return token
+
+
+def hash_rows(rows: Tensor) -> Tensor:
+    """The ids of pictures by their content, ``[N]``: hashes of rows, made on their device without a wait.
+
+    Args:
+        rows: The pixels, ``[N, …]``, of any dtype.
+
+    Example:
+        >>> pixels = torch.tensor([[0.5, 1.0], [1.0, 0.5], [0.5, 1.0]])
+        >>> (hash_rows(pixels)[:, None] == hash_rows(pixels)).int().tolist()
+        [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    of_values, of_blocks = _factors(rows.device)
+
+    def hashed(row: Tensor) -> Tensor:
+        blocks = row.long().split(_LONGEST)
+        hashes = torch.stack([(block * of_values[: len(block)]).sum() for block in blocks])
+        found: Tensor = (hashes * of_blocks[: len(blocks)]).sum()
+        return found
+
+    return torch.stack([hashed(row) for row in rows.detach().contiguous().flatten(1).view(integers)])
 
 
 def _hashes(tokens: Tensor, places: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from tiny_pairs import Pairs, clip
 from tiny_transformers import InOrder, arguments
 
 from process_pool import Pools
-from rankloss import metrics
+from rankloss import InputWarning, metrics
 from rankloss_trainers.transformers.retrieval import Retrieval
 
 NUMBER = 13  # which neither batches nor processes divide
@@ -68,9 +68,51 @@ def test_the_mean_of_both_directions_is_a_metric_of_its_own() -> None:
     """The second text is nearer to the first image than to its own."""
     retrieval = Retrieval([], processes=1)
     one_process: Any = SimpleNamespace(gather_for_metrics=lambda columns: columns)
-    retrieval.add(one_process, torch.eye(2), torch.tensor([[1.0, 0.0], [0.8, 0.6]]))
+    texts = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    retrieval.add(one_process, torch.eye(2), texts, inputs={}, processor=None)
     values = retrieval.measure()
     assert (values["image_to_text_R@1"], values["text_to_image_R@1"], values["mean_R@1"]) == (1, 0.5, 0.75)
+
+
+CAPTIONS_OF_ONE = 4  # rows, of which the first two have one caption, too
+
+
+def repeated(pairs: Pairs) -> Pairs:
+    pairs.columns["pixel_values"][:CAPTIONS_OF_ONE] = pairs.columns["pixel_values"][0].clone()
+    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
+    return pairs
+
+
+def owed_of_distinct(ids: list[int]) -> dict[str, float]:
+    """Recall of the distinct pictures and captions of :func:`repeated`."""
+    with torch.no_grad():
+        output = clip().eval()(**repeated(Pairs(NUMBER)).batch())
+    images, texts = [0, *range(CAPTIONS_OF_ONE, NUMBER)], [0, *range(2, NUMBER)]
+    by_ids = {"image_ids": [ids[n] for n in images], "text_ids": [ids[n] for n in texts]}
+    values = metrics.recall(output.image_embeds[images], output.text_embeds[texts], **by_ids)
+    return {f"eval_{name}": value.item() for name, value in values.items()}
+
+
+def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
+    values = owed_of_distinct([max(0, row - CAPTIONS_OF_ONE + 1) for row in range(NUMBER)])
+    across = {name: x for name, x in values.items() if "text_to_text" not in name}
+    assert evaluated(tmp_path, repeated(Pairs(NUMBER))) == pytest.approx(across)
+
+
+def test_a_picture_in_several_rows_is_no_answer_to_itself_by_ids(tmp_path: Path) -> None:
+    pairs = repeated(Pairs(NUMBER))
+    ids = [0] * (CAPTIONS_OF_ONE + 2) + [1] * (NUMBER - CAPTIONS_OF_ONE - 2)
+    pairs.columns["group"] = torch.tensor(ids)
+    found = evaluated(tmp_path, pairs, **BY_IDS)
+    assert found == pytest.approx(owed_of_distinct(ids))
+    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@1"} < set(found)
+
+
+def test_a_caption_of_two_pictures_counts_as_wrong_beside_one_with_a_warning(tmp_path: Path) -> None:
+    pairs = Pairs(NUMBER)
+    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
+    with pytest.warns(InputWarning, match="1 captions of the evaluation repeat that of another picture"):
+        evaluated(tmp_path, pairs)
 
 
 def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:
@@ -91,7 +133,13 @@ def test_ids_may_be_texts_of_a_table_or_equal_captions(tmp_path: Path) -> None:
         output = clip().eval()(**inputs)
     equal = [0, 0, *range(2, NUMBER)]
     for key, groups in (("group", GROUPS), ("captions", equal)):
-        values = metrics.recall(output.image_embeds, output.text_embeds, image_ids=groups, text_ids=groups)
+        of_texts = range(NUMBER) if key == "group" else [0, *range(2, NUMBER)]  # of a group once
+        values = metrics.recall(
+            output.image_embeds,
+            output.text_embeds[[*of_texts]],
+            image_ids=groups,
+            text_ids=[groups[n] for n in of_texts],
+        )
         data = table if key == "group" else table.remove_columns("group")
         found = evaluated(tmp_path / key, data, loss="clip-ids", loss_options={"key": key})
         assert found == pytest.approx({f"eval_{name}": x.item() for name, x in values.items()})

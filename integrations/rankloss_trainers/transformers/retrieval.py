@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
+from rankloss import InputWarning
 from rankloss.metrics import recall
+from rankloss_trainers.pair_ids import has_padding, hash_rows, hash_tokens
 
 _KS = (1, 5, 10)
+_IN_MODAL = ("image_to_image", "text_to_text")
 
 
 class Retrieval:
     """The embeddings of an evaluation's pairs.
+
+    As in ``rankloss evaluate``, a picture that stands in several rows is one, with several captions, and a
+    caption of such rows is one. A picture is its pixels, a caption its tokens.
 
     Args:
         dataloader: The evaluation's. Of a stream several processes repeat the last pairs, and nothing is
@@ -25,23 +33,38 @@ class Retrieval:
 
     def __init__(self, dataloader: Any, processes: int) -> None:
         self._is_exact = processes == 1 or has_length(getattr(dataloader, "dataset", None))
-        self._batches: list[tuple[Tensor, ...]] = []
+        self._batches: list[dict[str, Tensor]] = []
 
     def add(
         self,
         accelerator: Any,
         image_features: Tensor,
         text_features: Tensor,
+        *,
+        inputs: Mapping[str, Any],
+        processor: Any,
         pair_ids: Tensor | None = None,
         **_: Any,
     ) -> None:
-        """Add the pairs of a batch, of all processes and each once; every process calls this."""
-        if self._is_exact:
-            columns = [image_features, text_features]
-            if pair_ids is not None:
-                columns.append(pair_ids.to(image_features.device))
-            gathered = accelerator.gather_for_metrics(tuple(x.detach().contiguous() for x in columns))
-            self._batches.append(tuple(x.cpu() for x in gathered))
+        """Add the pairs of a batch, of all processes and each once; every process calls this.
+
+        Args:
+            accelerator: The Trainer's.
+            image_features: ``[n, D]``.
+            text_features: ``[n, D]``.
+            inputs: The model's.
+            processor: The tokenizer, or a processor that holds it; None if there is none.
+            pair_ids: ``[n]``, or None.
+        """
+        if not self._is_exact:
+            return
+        columns = {"images": image_features, "texts": text_features, **_identities(inputs, processor)}
+        if pair_ids is not None:
+            columns["ids"] = pair_ids
+        device = image_features.device
+        rows = tuple(x.detach().to(device).contiguous() for x in columns.values())
+        gathered = accelerator.gather_for_metrics(rows)
+        self._batches.append({name: x.cpu() for name, x in zip(columns, gathered, strict=True)})
 
     def measure(self) -> dict[str, float]:
         """:func:`rankloss.metrics.recall` of all pairs, for k up to their number; NaN if the features are.
@@ -50,12 +73,51 @@ class Retrieval:
         """
         if not self._batches:
             return {}
-        v, t, *ids = (torch.cat(column) for column in zip(*self._batches, strict=True))
+        columns = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         self._batches.clear()
+        v, t = columns["images"].float(), columns["texts"].float()
         is_finite = bool(v.isfinite().all() and t.isfinite().all())
         if not is_finite:  # the training has diverged, as its loss says
             v, t = torch.ones_like(v) / v.shape[1] ** 0.5, torch.ones_like(t) / t.shape[1] ** 0.5
-        by_ids = {"image_ids": ids[0], "text_ids": ids[0]} if ids else {}
-        values = recall(v.float(), t.float(), [k for k in _KS if k <= len(v)], **by_ids)
+        rows = torch.arange(len(v))
+        pictures, captions = columns.get("pictures", rows), columns.get("captions", rows)
+        groups = columns.get("ids", pictures)
+        images, texts = _first_of(pictures, groups), _first_of(captions, groups)
+        if "captions" in columns and "ids" not in columns:
+            _warn_of_repeated(len(texts) - len(captions.unique()))
+        ks = [k for k in _KS if k <= min(len(images), len(texts))]
+        values = recall(v[images], t[texts], ks, image_ids=groups[images], text_ids=groups[texts])
         values["mean_R@1"] = (values["image_to_text_R@1"] + values["text_to_image_R@1"]) / 2
-        return {name: value.item() if is_finite else math.nan for name, value in values.items()}
+        return {
+            name: value.item() if is_finite else math.nan
+            for name, value in values.items()
+            if "ids" in columns or not name.startswith(_IN_MODAL)
+        }
+
+
+def _identities(inputs: Mapping[str, Any], processor: Any) -> dict[str, Tensor]:
+    """Hashes of the pictures and of the captions of a batch, of those that the model's inputs have."""
+    found = {}
+    if isinstance(inputs.get("pixel_values"), Tensor):
+        found["pictures"] = hash_rows(inputs["pixel_values"])
+    if has_padding(inputs, processor):
+        found["captions"] = hash_tokens(inputs, processor)
+    return found
+
+
+def _first_of(items: Tensor, groups: Tensor) -> Tensor:
+    """The first row of each item of each group, in their order."""
+    _, number = torch.stack([items, groups], dim=1).unique(dim=0, return_inverse=True)
+    first = torch.full((int(number.max()) + 1,), len(items))
+    return first.scatter_reduce_(0, number, torch.arange(len(items)), "amin").sort().values
+
+
+def _warn_of_repeated(count: int) -> None:
+    """Warn, once for a number, of captions that stand beside several pictures."""
+    if count:
+        warnings.warn(
+            f"{count} captions of the evaluation repeat that of another picture, and count as wrong answers "
+            "there; with loss='clip-ids' and its key pairs of one id are partners",
+            InputWarning,
+            stacklevel=2,
+        )

@@ -62,8 +62,9 @@ class ContrastiveTrainer(transformers.Trainer):
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - Evaluation of pairs also gives recall, ``eval_image_to_text_R@1`` to ``eval_text_to_image_R@10`` and the
       median ranks, of all pairs of all processes at once (:func:`rankloss.metrics.recall`), and
-      ``eval_mean_R@1``, the mean of both directions, by which to choose a checkpoint. With
-      ``loss="clip-ids"`` pairs of one id are partners, and there are ``eval_image_to_image_R@1`` and so on.
+      ``eval_mean_R@1``, the mean of both directions, by which to choose a checkpoint. Rows of one picture
+      are its captions, each a partner. With ``loss="clip-ids"`` pairs of one id are partners, and there are
+      ``eval_image_to_image_R@1`` and so on.
       ``dataloader_drop_last`` is for training: an evaluation has every row.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
 
@@ -227,7 +228,10 @@ class ContrastiveTrainer(transformers.Trainer):
         outputs, features = embeddings.embedded(model, own, inputs, split)
         if not torch.is_grad_enabled():
             if self._retrieval is not None:
-                self._retrieval.add(self.accelerator, **features, pair_ids=of_loss.get("pair_ids"))
+                ids = of_loss.get("pair_ids")
+                self._retrieval.add(
+                    self.accelerator, inputs=inputs, processor=self.processing_class, pair_ids=ids, **features
+                )
             return outputs, self.loss_runtime.evaluate(**features)
         return outputs, self.loss_runtime(**features, **of_loss)
 
