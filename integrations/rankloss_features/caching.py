@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rankloss_features import image_encoders, packages, sources
+from rankloss_features import clip_models, image_encoders, packages, sources
 from rankloss_features.aligning import align
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.errors import flag, named_errors
@@ -88,7 +88,7 @@ class Spec(NamedTuple):
             encoders: dict[str, Any] = {_ENCODERS[key]: name for key, _, name in parts}
             if len(encoders) == len(parts) and all(encoders.values()):
                 return cls(**encoders)
-        elif text.startswith(sources.OWN_WEIGHTS) and text not in sources.OWN_WEIGHTS:
+        elif text.startswith(clip_models.OWN_WEIGHTS) and text not in clip_models.OWN_WEIGHTS:
             return cls(model=text)
         else:
             model, _, pretrained = text.partition(":")

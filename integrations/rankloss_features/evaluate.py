@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rankloss.options import check_count
-from rankloss_features import data, sources
+from rankloss_features import clip_models, data, sources
 from rankloss_features.data import Data
 from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
@@ -106,7 +106,7 @@ def _evaluated(
     args: argparse.Namespace, ks: Sequence[int], other: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The result of a command line, with the difference from another one if it is given."""
-    sources.check_pretrained(args.model, args.pretrained)
+    clip_models.check_pretrained(args.model, args.pretrained)
     opened = data.open_data(args)
     device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
     model = sources.load(["model"], args, device)

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from rankloss.options import shown
 from rankloss.precision import unit_rows
-from rankloss_features import image_encoders, opening, text_encoders
+from rankloss_features import clip_models, image_encoders, opening, text_encoders
 from rankloss_features.cca import CanonicalCorrelation
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
@@ -85,9 +84,8 @@ class Encoders:
             ValueError: One is not found or not installed.
         """
         if self.model is not None:
-            from rankloss_features import sources  # which loads heads as models
-
-            return sources.load(["model"], Namespace(**asdict(self), batch_size=batch_size), device)
+            with named_errors(f"--model {self.model}"):
+                return clip_models.load(self.model, self.pretrained, device)
         assert self.image_encoder is not None
         assert self.text_encoder is not None
         with named_errors(f"--image-encoder {self.image_encoder}"):

@@ -12,18 +12,15 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features import image_encoders, opening, text_encoders
+from rankloss_features import clip_models, heads, image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import NAMES, SPACES, Array, Features, check_rows_differ, read_about
-from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
+from rankloss_features.teachers import Encoder, Teacher
 
-IMAGES, TEXTS = NAMES
 _CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
 _TWO_ENCODERS = ["image_encoder", "text_encoder"]
 _BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
-OWN_WEIGHTS = ("local-dir:", "hf-hub:")
-"""The beginnings of models of open_clip whose weights lie beside them; it ignores others."""
 
 
 def given(args: Any) -> list[str]:
@@ -41,30 +38,13 @@ def given(args: Any) -> list[str]:
             raise ValueError(
                 f"{flag(name)} {getattr(args, name)} belongs to {flag(owner)}, which is not given"
             )
-    check_pretrained(args.model, args.pretrained)
+    clip_models.check_pretrained(args.model, args.pretrained)
     if args.align is not None and len(found) == 1 and "encoder" in found[0]:
         raise ValueError(
             f"--align brings images and texts into one space: {flag(found[0])} has one modality; give "
             "--image-encoder and --text-encoder"
         )
     return found
-
-
-def check_pretrained(model: str | None, pretrained: str | None) -> None:
-    """Raise a ValueError for weights that open_clip ignores: beside a folder or a hub's model."""
-    if model is None or not pretrained:
-        return
-    if Path(model).is_dir():
-        raise ValueError(f"--pretrained {pretrained}: the folder --model {model} has its own weights")
-    if not model.startswith(OWN_WEIGHTS):
-        return
-    text = "loads the hub's weights: leave it out"
-    if model.startswith(OWN_WEIGHTS[0]):
-        text = (
-            "loads the weights in the folder: copy its open_clip_config.json into a new folder, and your "
-            "file beside it as open_clip_pytorch_model.bin"
-        )
-    raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
 
 
 def device_of(name: str | None, default: str) -> torch.device:
@@ -115,38 +95,16 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
     return Teacher(about, encoders, first.scale, first.rows, device, spaces, first.stored, first.rendering)
 
 
-# Functions that prepare samples are sent to other processes, where these are not forked.
-def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
-    tokens: Tensor = tokenizer(captions(samples))
-    return tokens
-
-
+# It is sent to other processes, where these are not forked.
 def _rows(array: Array, samples: list[Sample]) -> Tensor:
     return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
 
 
 def _joint(args: Any, device: torch.device) -> Teacher:
-    """A model of pictures and texts: of open_clip, or a folder of transformers or of ``rankloss heads``."""
-    from rankloss_features import heads, transformers_clip
-
-    folder = Path(args.model)
-    if (folder / heads.ABOUT).is_file():
-        return heads.load_heads(folder, device).teacher
-    if (folder / "config.json").is_file():
-        return transformers_clip.load(args.model, device)
-    return _open_clip(args, device)
-
-
-def _open_clip(args: Any, device: torch.device) -> Teacher:
-    model, transform, tokenizer = opening.open_clip_model(args.model, args.pretrained, device)
-    about = {"open_clip": args.model, "pretrained": args.pretrained, "weights": hash_of_weights(model)}
-    with torch.inference_mode():
-        width = model.encode_text(tokenizer([""]).to(device)).shape[1]
-    encoders = {
-        IMAGES: image_encoder(transform, model.encode_image, width, device),
-        TEXTS: Encoder(partial(_tokens, tokenizer), model.encode_text, width),
-    }
-    return Teacher(about, encoders, float(model.logit_scale.detach().exp()))
+    """A model of pictures and texts, or a folder of ``rankloss heads``."""
+    if (Path(args.model) / heads.ABOUT).is_file():
+        return heads.load_heads(args.model, device).teacher
+    return clip_models.load(args.model, args.pretrained, device)
 
 
 def _stored(args: Any) -> Teacher:

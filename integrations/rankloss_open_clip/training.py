@@ -14,9 +14,9 @@ import torch
 from open_clip.version import __version__
 from torch import nn
 
+from rankloss_features.clip_models import check_pretrained
 from rankloss_features.data import extensions
 from rankloss_features.errors import last_line
-from rankloss_features.sources import check_pretrained
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.columns.text_columns import Members, TextColumns

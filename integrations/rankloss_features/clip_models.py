@@ -1,0 +1,72 @@
+"""Models of both modalities, by the name or path of ``--model``: open_clip's, or folders of transformers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloss_features import opening, transformers_clip
+from rankloss_features.data import Sample
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
+
+OWN_WEIGHTS = ("local-dir:", "hf-hub:")
+"""The beginnings of models of open_clip whose weights lie beside them; it ignores others."""
+
+_IMAGES, _TEXTS = NAMES
+
+
+def check_pretrained(model: str | None, pretrained: str | None) -> None:
+    """Raise a ValueError for weights that open_clip ignores: beside a folder or a hub's model."""
+    if model is None or not pretrained:
+        return
+    if Path(model).is_dir():
+        raise ValueError(f"--pretrained {pretrained}: the folder --model {model} has its own weights")
+    if not model.startswith(OWN_WEIGHTS):
+        return
+    text = "loads the hub's weights: leave it out"
+    if model.startswith(OWN_WEIGHTS[0]):
+        text = (
+            "loads the weights in the folder: copy its open_clip_config.json into a new folder, and your "
+            "file beside it as open_clip_pytorch_model.bin"
+        )
+    raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
+
+
+def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
+    """A model of both modalities, which have a common space.
+
+    Args:
+        model: The name or path of ``--model``.
+        pretrained: The tag or file of ``--pretrained``, for a model of open_clip.
+        device: The device that it computes on.
+
+    Raises:
+        ValueError: It is not found, or its weights are of another model.
+        ImportError: A package is not installed.
+    """
+    if Path(model, "config.json").is_file():
+        return transformers_clip.load(model, device)
+    return _open_clip(model, pretrained, device)
+
+
+def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teacher:
+    model, transform, tokenizer = opening.open_clip_model(name, pretrained, device)
+    about = {"open_clip": name, "pretrained": pretrained, "weights": hash_of_weights(model)}
+    with torch.inference_mode():
+        width = model.encode_text(tokenizer([""]).to(device)).shape[1]
+    encoders = {
+        _IMAGES: image_encoder(transform, model.encode_image, width, device),
+        _TEXTS: Encoder(partial(_tokens, tokenizer), model.encode_text, width),
+    }
+    return Teacher(about, encoders, float(model.logit_scale.detach().exp()), device=device)
+
+
+# It is sent to other processes, where these are not forked.
+def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
+    tokens: Tensor = tokenizer(captions(samples))
+    return tokens
