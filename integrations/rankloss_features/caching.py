@@ -205,6 +205,44 @@ def of_dataset(
     return Table(dataset, image_column, caption_column, data="dataset")
 
 
+def compute_features(
+    teacher: str,
+    pairs: Any,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    cache: str | Path = "teachers",
+    device: str | torch.device | None = None,
+) -> str:
+    """The folder of a teacher's features of some pairs, computed unless the cache has it.
+
+    It is the folder of ``rankloss features``, and the one that trainers compute which take a teacher by name;
+    the others take it, as :func:`rankloss_features.bind` and :class:`rankloss_features.Features` do.
+
+    Args:
+        teacher: ``"MODEL:PRETRAINED"`` of open_clip, ``"image=A,text=B"``, ``"image=A,text=B,align"`` for
+            two encoders that are brought into one space by these pairs, ``"image=A"`` or ``"text=B"``.
+        pairs: A ``datasets.Dataset`` of the pairs to train on, and no others: they are what ``align`` fits.
+        image_column: The images, or their paths.
+        caption_column: The captions.
+        cache: The place of the folder, unless the environment variable ``RANKLOSS_CACHE`` names another.
+        device: The device that computes; by default a GPU where there is one.
+
+    Raises:
+        ValueError: No teacher has this name, or it is not installed; the pairs are of another kind or lack a
+            column; a picture cannot be read, or the features cannot be aligned.
+        OSError: The disk is full, or the cache cannot be written.
+
+    Example::
+
+        folder = compute_features("image=efficientnet-lite0,text=minilm,align", pairs)
+        pairs = bind(pairs, folder, column="label")
+        loss = ContrastiveLoss(model, "mimicry", teacher=folder)
+    """
+    spec = Spec.of(teacher).check()
+    return cached(spec, of_dataset(pairs, spec, image_column, caption_column), cache, device)
+
+
 # --- the cache --------------------------------------------------------------------------------------------
 
 

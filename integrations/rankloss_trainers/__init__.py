@@ -24,8 +24,9 @@ def create(
         name: A loss of the catalogue, or several joined by ``+``; ``rankloss losses`` lists them. ``"clip"``
             and ``"siglip"``, alone or as the first of joined ones, are the losses of pairs.
         base: The loss to stand on. None: :class:`rankloss.ClipLoss`.
-        teacher: A folder of ``rankloss features``, whose rows each call gives as ``reference_image_features``
-            and ``reference_text_features``.
+        teacher: A folder of ``rankloss features``, or of
+            :func:`rankloss_features.caching.compute_features`, whose rows each call gives as
+            ``reference_image_features`` and ``reference_text_features``.
         gather: See :class:`rankloss.Gather`. None: that of the base, else the default process group, exactly.
         **options: Options by their names without prefix, those of joined losses by loss; ``rankloss losses
             NAME`` lists them.

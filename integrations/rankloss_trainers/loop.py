@@ -25,7 +25,7 @@ HOST = Host(
     name="a loop of one's own",
     biased="a SigLipLoss as base",
     teacher=f"call it with {' and '.join(TEACHER)}, for instance rows of rankloss_features.Features(FOLDER)"
-    ", a folder of `rankloss features`",
+    ", a folder of `rankloss features` or of rankloss_features.caching.compute_features",
     progress="call set_epoch or set_progress",
     serves=("columns", "ids", "lists", "state", "parameters", "folder"),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from rankloss_trainers.doctor import TRAINERS
 
 sys.path.append(str(Path(__file__).parents[1] / "rankloss_features"))  # its tiny teacher
+sys.path.append(str(Path(__file__).parents[1] / "rankloss_open_clip"))  # runs of its trainer
 
 NEEDED = [
     (f"test_{x.name}*.py".replace("-", "_"), [x.distribution.replace("-", "_")])

@@ -34,8 +34,8 @@ _logger = logging.getLogger("rankloss_trainers")
 HOST = Host(
     name="sentence-transformers",
     biased="a trainer with a sigmoid loss",
-    teacher="give labels, [N, 2, D'], or teacher=FOLDER, of `rankloss features`, and data that are bound "
-    "to it",
+    teacher="give labels, [N, 2, D'], or teacher=FOLDER, of `rankloss features` or of "
+    "rankloss_features.caching.compute_features, and data that are bound to it",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("ids", "folder"),
     instead={"lists": "RankedListsLoss of rankloss_trainers.sentence_transformers trains them"},
@@ -64,9 +64,10 @@ class ContrastiveLoss(EmbeddingLoss):
         loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
             losses.
         options: Options of a named loss by their names without prefix; ``rankloss losses NAME`` lists them.
-        teacher: A folder of ``rankloss features`` that the data are bound to (:func:`rankloss_features.bind`
-            with ``column="label"``). None: the labels, where they are a teacher's embeddings; ``"given"``
-            needs these.
+        teacher: A folder of ``rankloss features``, or of
+            :func:`rankloss_features.caching.compute_features`, that the data are bound to
+            (:func:`rankloss_features.bind` with ``column="label"``). None: the labels, where they are a
+            teacher's embeddings; ``"given"`` needs these.
         scale: The multiplier of the similarities, 1/temperature.
         mini_batch_size: Embed each column in mini-batches of so many rows at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch. By
