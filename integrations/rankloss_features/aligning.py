@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankloss_features.cca import FEWEST
 from rankloss_features.data import Data, some_rows
+from rankloss_features.errors import named_errors
 from rankloss_features.folder import (
     ALIGNMENT,
     NAMES,
@@ -72,9 +74,11 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
         workers: Likewise.
 
     Raises:
-        ValueError: As there; the features cannot be aligned.
+        ValueError: As there; the features cannot be aligned, or the pairs are too few, which is known before
+            they are encoded.
         OSError: The disk is full, or the folder cannot be written.
     """
+    check_pairs_suffice(data)
     rank, world = join_processes()
     is_first = rank == 0
     if is_first:
@@ -89,6 +93,17 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
         if is_first:
             align(Features(str(output / _ENCODED)), data, output, settings["command"])
             shutil.rmtree(output / _ENCODED)
+
+
+def check_pairs_suffice(data: Data) -> None:
+    """Raise a ValueError for fewer pairs than projections are fitted to."""
+    pairs = 0
+    for captions, *_ in data.pairs():
+        pairs += len(captions)
+        if pairs >= FEWEST:
+            return
+    place = data.about["data"]
+    raise ValueError(f"{place} has {pairs} pairs: at least {FEWEST} bring two encoders into one space")
 
 
 def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> bool:
@@ -181,8 +196,9 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
     Raises:
         ValueError: It is no aligned folder, or one of other encoders.
     """
-    features = Features(folder)
-    cca = features.alignment
+    with named_errors(f"--align {folder}"):
+        features = Features(folder)
+        cca = features.alignment
     if cca is None:
         raise ValueError(f"--align {folder} has no projections: it was written without --align")
     of_folder = features.about["teacher"]

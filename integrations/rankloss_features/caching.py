@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rankloss_features import clip_models, image_encoders, packages, sources
-from rankloss_features.aligning import align
+from rankloss_features.aligning import align, check_pairs_suffice
 from rankloss_features.data import Data, Table, open_data
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import FORMAT, Features, read_about
@@ -275,6 +275,7 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
             _logger.info("a teacher's features are computed into %s", folder)
             command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
             if spec.align:
+                check_pairs_suffice(data)
                 encoded = cached(spec._replace(align=False), data, cache, device)
                 folder.mkdir(exist_ok=True)
                 align(Features(encoded), data, folder, command)

@@ -34,7 +34,9 @@ from rankloss.precision import arithmetic_dtype, can_be_read, has_float64, produ
 Rows: TypeAlias = Tensor | Iterable[Tensor]
 """Rows of features: a tensor, or blocks of it one after the other."""
 
-_FEWEST = 3  # pairs
+FEWEST = 3
+"""Pairs, below which there is nothing to fit."""
+
 _BLOCK = 2**22  # numbers that are converted to float64 together, 32 MB
 _logger = logging.getLogger("rankloss_features")
 
@@ -104,6 +106,11 @@ class PairSums:
         self.image_mean = self.text_mean = torch.zeros(0)
         self.image_covariance = self.text_covariance = self.cross_covariance = torch.zeros(0, 0)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D of the images and of the texts."""
+        return len(self.image_covariance), len(self.text_covariance)
+
     @classmethod
     def of(cls, image_features: Rows, text_features: Rows, *, root: bool = False) -> PairSums:
         """The sums of all pairs, of tensors or of blocks, as :meth:`CanonicalCorrelation.fit` takes them.
@@ -132,15 +139,7 @@ class PairSums:
         """
         check_pairs(image_features, text_features)
         if self.pairs:
-            for name, x, covariance in (
-                ("image_features", image_features, self.image_covariance),
-                ("text_features", text_features, self.text_covariance),
-            ):
-                if x.shape[-1] != len(covariance):
-                    raise ValueError(
-                        f"{name} must have the {len(covariance)} columns of the pairs before; got shape "
-                        f"{tuple(x.shape)}"
-                    )
+            self.check_widths(image_features, text_features)
         captions = text_features if text_features.dim() == 3 else text_features[:, None]
         widest = max(image_features.shape[1], captions[0].numel()) if len(captions) else 1
         rows = max(1, _BLOCK // widest)
@@ -149,14 +148,25 @@ class PairSums:
                 self._merge(_sums_of_block(images, texts, self.root))
         return self
 
+    def check_widths(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Raise a ValueError for features of other widths than those of the sums."""
+        named = (("image_features", image_features), ("text_features", text_features))
+        for (name, x), width in zip(named, self.widths, strict=True):
+            if x.shape[-1] != width:
+                raise ValueError(
+                    f"{name} must have the {width} columns of the pairs before; got shape {tuple(x.shape)}"
+                )
+
     def merged(self, other: PairSums) -> PairSums:
         """The sums of the pairs of both.
 
         Raises:
-            ValueError: One took the root, the other did not.
+            ValueError: One took the root, the other did not, or their features have other widths.
         """
         if self.root != other.root:
             raise ValueError(f"other must have root={self.root}; got root={other.root}")
+        if self.pairs and other.pairs and self.widths != other.widths:
+            raise ValueError(f"other must be of features of widths {self.widths}; got {other.widths}")
         both = PairSums(root=self.root)
         for sums in (self, other):
             if sums.pairs:
@@ -229,8 +239,14 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
         check_rows(name, x)
 
 
-def check_rows(name: str, x: Tensor) -> None:
-    """Raise a ValueError unless all rows are finite and none is zero."""
+def check_rows(name: str, x: Tensor, numbers: Sequence[int] | None = None) -> None:
+    """Raise a ValueError unless all rows are finite and none is zero.
+
+    Args:
+        name: The features' name.
+        x: ``[n, D]`` or ``[n, S, D]``.
+        numbers: ``[n]``, by which the rows are named; None counts them.
+    """
     if not can_be_read(x):
         raise ValueError(f"{name} must have values; got a tensor on the device {x.device}")
     for is_good, demand, kind in (
@@ -239,6 +255,8 @@ def check_rows(name: str, x: Tensor) -> None:
     ):
         if not bool(is_good.all()):
             row = (~is_good).nonzero()[0].tolist()
+            if numbers is not None:
+                row[0] = int(numbers[row[0]])
             raise ValueError(f"{name} must {demand}; row {', '.join(map(str, row))} has {kind}")
 
 
@@ -266,9 +284,9 @@ class Eigenbases:
     """
 
     def __init__(self, sums: PairSums) -> None:
-        if sums.pairs < _FEWEST:
+        if sums.pairs < FEWEST:
             raise ValueError(
-                f"image_features and text_features must be at least {_FEWEST} pairs; got {sums.pairs}"
+                f"image_features and text_features must be at least {FEWEST} pairs; got {sums.pairs}"
             )
         self.sums = sums
         self._images = _side("image", sums.image_covariance)
@@ -566,6 +584,11 @@ class _HeldOut:
         for name, x in (("image_features", images), ("text_features", texts)):
             check_matrix(name, x)
             check_rows(name, x)
+        if not (len(images) and len(texts)):
+            raise ValueError(
+                "image_features and text_features must be held-out pairs; got none, of shapes "
+                f"{tuple(images.shape)} and {tuple(texts.shape)}"
+            )
         check_count("k", k, at_most=min(len(images), len(texts)))
         of_images, of_texts = id_numbers(image_ids, text_ids, images, texts)
         check_partners("image", image_ids, of_images, "text", of_texts)
@@ -575,6 +598,7 @@ class _HeldOut:
 
     def centred(self, sums: PairSums) -> tuple[Tensor, Tensor]:
         """The unit-norm images and texts minus the means of the pairs that are fitted."""
+        sums.check_widths(self.images, self.texts)
         return (
             unit_features(self.images, root=sums.root) - sums.image_mean,
             unit_features(self.texts, root=sums.root) - sums.text_mean,

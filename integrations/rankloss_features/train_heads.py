@@ -136,6 +136,7 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     pairs = {"--data": Pairs.of(opened["--data"])}
     if args.val_data is not None:
         opened["--val-data"], pairs["--val-data"] = _held_out(args)
+    _check_numbers(args, pairs)
     seed = asked.training.seed
     if args.ids_key is not None:
         _split(args, pairs, seed, are_read=False)  # raises before anything is encoded
@@ -168,6 +169,18 @@ def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
         raise ValueError(str(error).replace("--data ", "--val-data ")) from error
 
 
+def _check_numbers(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
+    """Raise a ValueError for a file with too few pairs, whichever of them are held out."""
+    sides = 1 if args.val_data is not None else 2
+    for flag, of_file in pairs.items():
+        count = len(of_file.captions)
+        if count < sides * _FEWEST:
+            raise ValueError(
+                f"{flag} {of_file.data} has {count} pairs: at least {_FEWEST} are needed to train on, and "
+                f"{_FEWEST} to evaluate on"
+            )
+
+
 def _split(
     args: argparse.Namespace, pairs: dict[str, Pairs], seed: int, *, are_read: bool
 ) -> list[tuple[str, list[int]]]:
@@ -184,6 +197,12 @@ def _split(
     """
     given = pairs["--data"]
     if args.val_data is None:
+        if len({*map(str, given.groups)}) == 1:
+            one = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
+            raise ValueError(
+                f"--data {args.data}: all {len(given.captions)} pairs have one {one}, so none can be held "
+                "out: give --val-data"
+            )
         learned, held_out = split(given.groups, seed)
         sides = [("--data", learned), ("--data", held_out)]
     else:

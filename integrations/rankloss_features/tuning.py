@@ -11,9 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankloss_features.cca import CanonicalCorrelation, Eigenbases, Grid, PairSums, Setting, Trial, search
+from rankloss_features.cca import (
+    CanonicalCorrelation,
+    Eigenbases,
+    Grid,
+    PairSums,
+    Setting,
+    Trial,
+    check_rows,
+    search,
+)
 
 Numbers: TypeAlias = NDArray[np.int64]
+Take: TypeAlias = Callable[[Numbers], tuple[Tensor, Tensor]]
+"""From the numbers of some rows to the features of their images and texts."""
 
 FEWEST_TO_SEARCH = 100
 """Groups of pairs, below which the tenth that is held out tells settings apart by chance alone."""
@@ -72,7 +83,7 @@ def held_out(groups: NDArray[Any], seed: int = 0, share: int = _HELD_OUT) -> NDA
 
 
 def tuned(
-    take: Callable[[Numbers], tuple[Tensor, Tensor]],
+    take: Take,
     pictures: NDArray[Any],
     groups: NDArray[Any] | None = None,
     *,
@@ -92,20 +103,25 @@ def tuned(
         seed: Of the choice of the held-out groups.
 
     Raises:
-        ValueError: As :meth:`rankloss_features.cca.CanonicalCorrelation.fit`.
+        ValueError: As :meth:`rankloss_features.cca.CanonicalCorrelation.fit`; or pictures and groups differ
+            in length.
     """
     groups = pictures if groups is None else groups
+    if len(pictures) != len(groups):
+        raise ValueError(
+            f"pictures and groups must have one value for each row; got {len(pictures)} and {len(groups)}"
+        )
     count = len(np.unique(groups))
     if count < FEWEST_TO_SEARCH:
         return _default(take, len(groups), count)
     is_held_out = held_out(groups, seed)
     learned = [PairSums(root=root) for root in _ROOTS]
     for rows in _blocks(np.flatnonzero(~is_held_out)):
-        images, texts = take(rows)
+        images, texts = _taken(take, rows)
         for sums in learned:
             sums.add(images, texts)
     rows = np.flatnonzero(is_held_out)
-    images, texts = take(rows)
+    images, texts = _taken(take, rows)
     _, first_of_picture = np.unique(pictures[rows], return_index=True)
     first_of_picture.sort()
     numbers = torch.from_numpy(np.unique(groups[rows], return_inverse=True)[1])
@@ -126,10 +142,19 @@ def tuned(
     return Tuned(*fits, is_held_out, trials, int(numbers.max()) + 1)
 
 
-def _default(take: Callable[[Numbers], tuple[Tensor, Tensor]], rows: int, groups: int) -> Tuned:
+def _taken(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
+    """The features of some rows; one that is not finite is named by its number."""
+    images, texts = take(rows)
+    numbers = rows.tolist()
+    check_rows("image_features", images, numbers)
+    check_rows("text_features", texts, numbers)
+    return images, texts
+
+
+def _default(take: Take, rows: int, groups: int) -> Tuned:
     sums = PairSums()
     for block in _blocks(np.arange(rows)):
-        sums.add(*take(block))
+        sums.add(*_taken(take, block))
     bases = Eigenbases(sums)
     setting = Setting(dimensions=min(Setting.dimensions, bases.most_dimensions))
     _logger.info("%d groups of pairs are too few to search a setting: %s", groups, setting)

@@ -231,8 +231,24 @@ def test_projections_of_other_encoders_are_refused_before_anything_is_encoded(
     assert "these have 'another'" in error
     assert aligned(pairs, tmp_path / "y", "--align", str(tmp_path / "raw")) == 1
     assert "raw has no projections: it was written without --align" in capsys.readouterr().err
+    assert aligned(pairs, tmp_path / "y", "--align", str(tmp_path / "no")) == 1
+    assert f"--align {tmp_path}/no: {tmp_path}/no is no folder" in capsys.readouterr().err
     assert not calls
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("write", [table, shards])
+def test_two_pairs_are_refused_before_they_are_encoded(
+    tmp_path: Path, write: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(sources, "load", lambda *_: spaceless(watched(calls)))
+    pairs = write(tmp_path, CAPTIONS[:2])
+    assert aligned(pairs, tmp_path / "x") == 1
+    assert "has 2 pairs: at least 3 bring two encoders into one space" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has 2 pairs: at least 3"):
+        cached(SPEC, of_open_clip(_trained(pairs), SPEC), tmp_path / "cache", "cpu")
+    assert not calls
 
 
 @pytest.mark.parametrize(
@@ -310,6 +326,23 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
     turned = tuned(lambda rows: (v[order][rows], t[order][rows]), pictures[order], grid=GRID)
     assert found.trials[0].setting == turned.trials[0].setting
     torch.testing.assert_close(found.cca.images(v), turned.cca.images(v), atol=1e-5, rtol=0)
+
+
+def test_a_row_that_is_not_finite_is_named_by_its_own_number() -> None:
+    """Whether it is held out, or stands after some that are."""
+    v, t, pictures = views(150)
+    is_held_out = held_out(pictures)
+    for row in (int(is_held_out.argmax()), len(v) - 1):
+        spoilt = v.clone()
+        spoilt[row, 3] = torch.nan
+        with pytest.raises(ValueError, match=f"image_features must be finite; row {row} has NaN or infinity"):
+            tuned(lambda rows, x=spoilt: (x[rows], t[rows]), pictures, grid=GRID)
+
+
+def test_pictures_and_groups_of_two_lengths_are_refused() -> None:
+    v, t, pictures = views(150)
+    with pytest.raises(ValueError, match="one value for each row; got 300 and 299"):
+        tuned(lambda rows: (v[rows], t[rows]), pictures, pictures[1:])
 
 
 def test_few_groups_are_not_searched(caplog: Any) -> None:

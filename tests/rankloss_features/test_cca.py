@@ -234,6 +234,18 @@ def test_a_row_that_is_not_finite_is_named(value: float) -> None:
         CanonicalCorrelation.fit(v, t, dimensions=3)
 
 
+def test_sums_and_held_out_pairs_of_other_widths_are_refused_by_name() -> None:
+    v, t = features(200)
+    sums = PairSums.of(v[40:], t[40:])
+    widths = re.escape("other must be of features of widths (10, 7); got (9, 7)")
+    with pytest.raises(ValueError, match=widths):
+        sums.merged(PairSums.of(v[:, :9], t))
+    with pytest.raises(ValueError, match="text_features must have the 7 columns of the pairs before"):
+        search([sums], v[:40], t[:40, :6])
+    with pytest.raises(ValueError, match="image_features and text_features must be held-out pairs; got none"):
+        search([sums], v[:0], t[:0])
+
+
 def test_a_row_of_zeros_is_named() -> None:
     v, t = features()
     cca = CanonicalCorrelation.fit(v, t, dimensions=3)

@@ -117,7 +117,7 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
     few = write(tmp_path / "few.csv", rows_of(sample_folder / "val.csv")[:9])
     val = ("--val-data", str(sample_folder / "val.csv"))
     error = refusal(capsys, run(sample_folder, tmp_path / "x", few))
-    assert re.search(r"\d pairs are too few to train on, of 9 in --data .*; at least 16 are needed", error)
+    assert f"--data {few} has 9 pairs: at least 16 are needed to train on, and 16 to evaluate on" in error
     error = refusal(capsys, run(sample_folder, tmp_path / "x", sample_folder / "train.csv"))
     assert "4 pairs are too few to evaluate on, of 48" in error
     shutil.copy(sample_folder / "val.csv", few)
@@ -126,6 +126,19 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
         "8 ids of 'product' of --val-data are in --data, too; the first is '.*', of row 0", error
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_ids_that_leave_no_pair_to_hold_out_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
+    rows = [{**row, "product": "one"} for row in rows_of(sample_folder / "train.csv")]
+    one = write(tmp_path / "one.csv", rows)
+    error = refusal(capsys, run(sample_folder, tmp_path / "x", one, "--ids-key", "product"))
+    assert (
+        f"--data {one}: all 48 pairs have one id of 'product', so none can be held out: give --val-data"
+        in error
+    )
 
 
 def test_batches_of_one_pair_are_refused_by_the_option(
