@@ -172,11 +172,11 @@ def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
 def _check_numbers(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
     """Raise a ValueError for a file with too few pairs, whichever of them are held out."""
     sides = 1 if args.val_data is not None else 2
-    for flag, of_file in pairs.items():
+    for option, of_file in pairs.items():
         count = len(of_file.captions)
         if count < sides * _FEWEST:
             raise ValueError(
-                f"{flag} {of_file.data} has {count} pairs: at least {_FEWEST} are needed to train on, and "
+                f"{option} {of_file.data} has {count} pairs: at least {_FEWEST} are needed to train on, and "
                 f"{_FEWEST} to evaluate on"
             )
 
