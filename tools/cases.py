@@ -98,9 +98,12 @@ def typed(option: Any, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(option.spelled(value))
 
 
-OF_ENCODERS = ("+3.08 ± 0.83", "+1.88 ± 0.89", "+2.86 ± 1.11")
-"""The gain of rankclip-encoders before it had spread: icons, photographs, emojis."""
-GAIN_OF_ENCODERS = "without spread photographs {1}, emojis {2}, icons {0}".format(*OF_ENCODERS)
+OF_ENCODERS = ("+9.39 (8.30 to 10.47)", "+6.26 (5.66 to 6.87)", "+7.97 (6.47 to 9.48)")
+"""The gain of rankclip-encoders: icons, photographs, emojis."""
+GAIN_OF_ENCODERS = (
+    "weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; on icons in batches of "
+    "250 with four times the epochs +4.57 ± 1.54, [no more than by spread](evidence.md#two-encoders)"
+).format(*OF_ENCODERS)
 
 
 PAIRS = Case(
@@ -128,9 +131,7 @@ SPREAD = Case(
 PRESET = Case(
     "… and two small encoders, which pip installs",
     "rankclip-encoders",
-    gain="λ and rate tuned: photographs +3.01 ± 0.44, emojis +5.18 (2.83 to 7.53), icons in batches of 64 "
-    "+6.69 (5.47 to 7.92); on icons [the same vectors, shuffled, gain about as much]"
-    "(evidence.md#two-encoders)",
+    gain=GAIN_OF_ENCODERS,
     page="teachers.md",
 )
 CAPTIONS = Case(
@@ -210,9 +211,9 @@ TEACHER_AND_RANKS = Case(
 ENCODERS = Case(
     "an image backbone and a sentence encoder",
     "rankclip-encoders",
-    features=f"{IMAGES} {TEXTS}",
+    features=f"{IMAGES} {TEXTS} --align",
     gain=GAIN_OF_ENCODERS,
-    on=tuple(f"{gain}, without spread" for gain in OF_ENCODERS),
+    on=OF_ENCODERS,
     page="teachers.md",
 )
 BACKBONE = Case(
