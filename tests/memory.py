@@ -68,6 +68,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, sum(self._alive.values()))
         return result
 
+    @property
+    def now(self) -> int:
+        """The bytes of those that live."""
+        return sum(size for ref, size in self._alive.items() if not ref.expired())
+
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

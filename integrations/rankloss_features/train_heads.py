@@ -21,6 +21,7 @@ from rankloss_features import data, sources
 from rankloss_features.errors import flag, last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
 from rankloss_features.evaluation import Pairs, encode_rows, measure
+from rankloss_features.folder import NAMES
 from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
 from rankloss_features.heads_training import Training
 from rankloss_features.methods import DEFAULT, Asked, Made, closed_form, make
@@ -146,10 +147,12 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     for option, of_file in opened.items():
         rows = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
         features[option], pairs[option] = rows.features, pairs[option].with_pictures(rows.pictures)
-    training, validation = (
-        Side(pairs[option].take(rows), {name: x[rows] for name, x in features[option].items()})
-        for option, rows in _split(args, pairs, seed, are_read=True)
-    )
+    (option, learned_rows), (other_option, held_out_rows) = _split(args, pairs, seed, are_read=True)
+    of_held_out = {name: _taken(x, held_out_rows) for name, x in features[other_option].items()}
+    # One modality after the other leaves the features of all pairs, which memory would hold twice.
+    of_learned = {name: _taken(features[option].pop(name), learned_rows) for name in NAMES}
+    training = Side(pairs[option].take(learned_rows), of_learned)
+    validation = Side(pairs[other_option].take(held_out_rows), of_held_out)
     learned = Learned(training.features, _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
     print(f"training on {len(training.pairs.captions)} pairs of {learned.groups.max() + 1} {_kind(args)}")
     made = make(asked, learned)
@@ -158,6 +161,11 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     model.save(args.output)
     _print_evaluation(args, model, validation)
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
+
+
+def _taken(x: Tensor, rows: list[int]) -> Tensor:
+    """The rows of a tensor in their order, which are the tensor itself if they are all."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:

@@ -27,11 +27,13 @@ from test_evaluate_command import rows_of, shard, write
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rankloss_features import methods, sources
+from memory import LiveBytes
+from rankloss_features import methods, sources, train_heads
 from rankloss_features.folder import NAMES, hash_of
 from rankloss_features.heads import TRAINED, Encoders, FrozenEncoders, Part, load_heads, make_heads
 from rankloss_features.heads_training import Training, train
 from rankloss_features.pictures import Rendering
+from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
 from samples import add_sample
@@ -437,6 +439,48 @@ def test_new_pictures_are_opened_as_those_that_trained(
     assert sources.load(["model"], given, torch.device("cpu")).rendering == model.rendering
 
 
+def wide_encoders(*_: Any) -> Teacher:
+    """Two encoders of 1024 numbers each."""
+    generator = torch.Generator().manual_seed(0)
+    of_pixels, of_letters = (torch.randn(width, 1024, generator=generator) for width in (192, 256))
+    pixels = functools.partial(tiny.pixels, 8)
+    images = image_encoder(pixels, lambda x: x @ of_pixels, 1024, torch.device("cpu"))
+    texts = Encoder(tiny.letters, lambda x: x @ of_letters, 1024)
+    return Teacher({}, dict(zip(NAMES, (images, texts), strict=True)), spaces="separate")
+
+
+@pytest.mark.parametrize(("is_split", "most", "left"), [(True, 1.75, 1.2), (False, 1.3, 1.2)])
+def test_memory_holds_the_features_of_all_pairs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_split: bool, most: float, left: float
+) -> None:
+    """While one modality is parted from the held-out pairs, the other is there in whole."""
+    rows, pictures = 2000, 40
+    for number in range(2 * pictures):
+        (tmp_path / f"{number}.png").write_bytes(tiny.picture(number))
+    learned = rows if is_split else rows * 9 // 10
+    of_files = {
+        "many.csv": [f"{tmp_path}/{i % pictures}.png\ta caption {i}" for i in range(learned)],
+        "others.csv": [f"{tmp_path}/{pictures + i % pictures}.png\tanother {i}" for i in range(rows // 10)],
+    }
+    for name, lines in of_files.items():
+        (tmp_path / name).write_text("\n".join(["filepath\ttitle", *lines]))
+    monkeypatch.setattr(Encoders, "load", wide_encoders)
+    live, held = LiveBytes(), list[int]()
+
+    def make(asked: Any, pairs: methods.Pairs) -> Any:
+        held.append(live.now)
+        train(pairs.features, None, Training(epochs=1, hidden=8, width=8, batch_size=64))
+        raise ValueError("made")
+
+    monkeypatch.setattr(train_heads, "make", make)
+    options = [] if is_split else ["--val-data", str(tmp_path / "others.csv")]
+    with live:
+        assert run(tmp_path, tmp_path / "x", tmp_path / "many.csv", *options) == 1
+    features = rows * 2 * 1024 * 4
+    assert live.peak < most * features
+    assert held[0] < left * features
+
+
 # --- options that fail before anything is computed -----------------------------------------------------
 
 
@@ -479,12 +523,15 @@ def test_a_training_that_diverges_names_the_options() -> None:
 
 
 def test_trained_heads_are_replaced_only_on_demand(
-    sample_folder: Path, folder: Path, tmp_path: Path, capsys: Any
+    sample_folder: Path, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are refused before the encoders are loaded."""
     shutil.copytree(folder, tmp_path / "heads")
     before = tiny.files(folder)
     val = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product")
-    code = run(sample_folder, tmp_path / "heads", sample_folder / "train.csv", *val)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoders, "load", lambda *_: pytest.fail("the encoders are loaded"))
+        code = run(sample_folder, tmp_path / "heads", sample_folder / "train.csv", *val)
     error = refusal(capsys, code)
     assert f"--output {tmp_path}/heads has trained heads: give another folder, or --overwrite" in error
     assert tiny.files(tmp_path / "heads") == before
