@@ -157,11 +157,14 @@ class Table:
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
         """The row, the name and the content of the pictures of some rows, but of those that are not there."""
-        for row in rows:
-            picture = self.dataset[row]
-            path, content = picture["image.path"], picture["image.bytes"]
-            if content or (path and os.path.isfile(path)):
-                yield row, name_of(path or content, self._folder), content or opening.content_of(path)
+        left = iter(rows)
+        while block := list(itertools.islice(left, _BLOCK)):
+            pictures = self.dataset[block]
+            for row, path, content in zip(
+                block, pictures["image.path"], pictures["image.bytes"], strict=True
+            ):
+                if content or (path and os.path.isfile(path)):
+                    yield row, name_of(path or content, self._folder), content or opening.content_of(path)
 
     def _named(self, first: int, block: dict[str, list[Any]]) -> tuple[list[str], list[str]]:
         for row, caption in enumerate(block["caption"], first):

@@ -677,16 +677,17 @@ class Draft(Pairs):
     ) -> None:
         """Make a folder without features, of some entries and pairs; of projections if it is aligned."""
         _delete_marks(output)  # of other pairs
-        files = {PAIRS: hash_of(pairs).hex()}
+        files, projections = {PAIRS: hash_of(pairs).hex()}, b""
         if alignment is not None:
             from safetensors.torch import save
 
-            content = save(alignment.tensors())
-            files[ALIGNMENT] = hash_of(content).hex()
+            projections = save(alignment.tensors())
+            files[ALIGNMENT] = hash_of(projections).hex()
             about = {**about, "alignment": alignment.setting.as_options()}
-            write_bytes(output / ALIGNMENT, content)
-        about = {**about, "rows": len(pairs), "complete": False, "files": files}
-        write_about(output, about)
+        # First of all files: a folder that has others alone is not of this command.
+        write_about(output, {**about, "rows": len(pairs), "complete": False, "files": files})
+        if alignment is not None:
+            write_bytes(output / ALIGNMENT, projections)
         write_array(output / PAIRS, pairs)
 
     def empty_shard(self, shard: int) -> dict[str, Array]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import signal
 import socket
+import tarfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from tiny_teacher import (
     flip,
     forks,
     in_process,
+    picture,
     shards,
     table,
     teacher,
@@ -36,6 +40,7 @@ from rankloss_features.cca import CanonicalCorrelation, Grid, Setting
 from rankloss_features.folder import ALIGNMENT, NAMES
 from rankloss_features.tuning import held_out, tuned
 from rankloss_trainers.console import main
+from samples import add_sample
 
 SPEC = Spec.of("image=some,text=other,align")
 ENCODERS = ("--image-encoder", "some", "--text-encoder", "other")
@@ -90,6 +95,30 @@ def test_the_flag_and_the_command_give_the_same_features_bit_for_bit(
         .about["command"]
         .startswith("rankloss features --image-encoder some --text-encoder other --align --data")
     )
+
+
+def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a table, and in shards, where each sample has a key of its own."""
+    found: list[Any] = []
+
+    def tuned_of(take: Any, pictures: Any) -> Any:
+        found.append(pictures)
+        return tuned(take, pictures)
+
+    monkeypatch.setattr(aligning, "tuned", tuned_of)
+    pairs = table(tmp_path)
+    for row in (7, 9):
+        (tmp_path / f"{row}.png").write_bytes(picture(2))
+    assert aligned(pairs, tmp_path / "x") == 0
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for row, caption in enumerate(CAPTIONS):
+            add_sample(tar, f"{row}", png=picture(2 if row in (7, 9) else row), txt=caption.encode())
+    assert aligned(tmp_path / "a.tar", tmp_path / "y") == 0
+    for pictures in found:
+        assert len(np.unique(pictures)) == ROWS - 2
+        assert pictures[2] == pictures[7] == pictures[9]
 
 
 def test_an_aligned_folder_has_one_space_and_the_projections_that_made_it(tmp_path: Path) -> None:
@@ -152,6 +181,43 @@ def test_an_interrupted_command_goes_on(tmp_path: Path, stage: str, monkeypatch:
         assert in_process(aligned, pairs, tmp_path / "x", *options) == -signal.SIGKILL
     assert aligned(pairs, tmp_path / "x", *options) == 0
     assert own(tmp_path / "x") == own(tmp_path / "whole")
+
+
+def killed_at_file(number: int, *given: Any) -> None:
+    """The command, in a process that is killed where a file is to be brought to the disk."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def killing(file: int) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+
+    os.fsync = killing
+    aligned(*given)
+
+
+def test_a_kill_at_any_file_leaves_a_folder_that_is_refused_or_whole_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last of the encoders' own files on; the one before was killed at the one before."""
+    pairs, options, fsync = table(tmp_path), ("--align", "--batch-size", "8"), os.fsync
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(file) or fsync(file))
+    assert aligned(pairs, tmp_path / "whole", *options) == 0
+    monkeypatch.setattr(os, "fsync", fsync)
+    of_aligned = [file for file in files_below(tmp_path / "whole") if file.name != ".lock"]
+    for number in range(len(calls) - len(of_aligned) - 6, len(calls)):
+        output = tmp_path / f"{number}"
+        assert in_process(killed_at_file, number, pairs, output, *options) == -signal.SIGKILL
+        with suppress(ValueError):
+            Features(str(output)).check()
+            assert {**own(tmp_path / "whole"), **own(output)} == own(tmp_path / "whole")
+        assert aligned(pairs, output, *options) == 0
+        assert own(output) == own(tmp_path / "whole")
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def test_the_processes_of_torchrun_write_what_one_does(tmp_path: Path) -> None:

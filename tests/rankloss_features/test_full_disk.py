@@ -78,6 +78,10 @@ def commands(sample: Path) -> dict[str, Command]:
             lambda folder: main(["features", *encoders, *data, "--output", f"{folder}/teacher"]),
             lambda folder: Features(str(folder / "teacher")).check(),
         ),
+        "aligned": Command(
+            lambda folder: main(["features", *encoders, *data, "--align", "--output", f"{folder}/teacher"]),
+            lambda folder: Features(str(folder / "teacher")).check().alignment or _missing(),
+        ),
     }
 
 
@@ -87,7 +91,11 @@ def _missing() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["heads", "evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "features"))],
+    [
+        "heads",
+        "evaluate",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "features", "aligned")),
+    ],
 )
 def test_a_disk_that_is_full_is_named_and_the_same_command_goes_on(
     sample_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -157,7 +165,7 @@ def used(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sample", "heads", "evaluate", "features"])
+@pytest.mark.parametrize("name", ["sample", "heads", "evaluate", "features", "aligned"])
 def test_whatever_is_left_of_a_disk_nothing_looks_whole(
     sample_folder: Path, disk: Disk, tmp_path: Path, name: str, capsys: Any
 ) -> None:
