@@ -238,7 +238,8 @@ _UNIT = 0.01  # largest distance of a norm from 1
 
 def _norms(x: Tensor) -> Tensor:
     """The norms of the rows of ``[N, D]``, in float32 at least."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norms
 
 
 def warn_of_norms(name: str, x: Tensor) -> None:

@@ -20,6 +20,8 @@ from rankloss_open_clip.columns.second_caption import SecondCaption
         ("json:blip", {"json": b'{"other": "d"}'}, None),
         ("json:blip", {"json": b"not json"}, None),
         ("json:blip", {}, None),
+        ("syn", {"syn": b" \n"}, None),
+        ("json:blip", {"json": b'{"blip": " "}'}, None),
     ],
 )
 def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> None:
@@ -32,6 +34,7 @@ def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> 
         ("filepath;title;syn\n1.png;raw;made\n2.png;5;NULL and void\n", ""),
         ("filepath;title\n1.png;raw\n", "'syn'.* filepath, title"),
         ("filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n", "2 rows: column 'syn' .* row 2"),
+        ("filepath;title;syn\n1.png;a;b\n2.png;c; \n", "1 rows: column 'syn' .* row 2"),
     ],
 )
 def test_column_of_a_csv_file(tmp_path: Path, text: str, message: str) -> None:

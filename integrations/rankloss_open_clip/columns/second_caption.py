@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankloss_features.data import read_member
+from rankloss_open_clip.columns.captions import text_of
 from rankloss_open_clip.columns.csv_files import read_columns
 
 
@@ -31,10 +32,10 @@ class SecondCaption:
         """The column of a CSV file.
 
         Raises:
-            ValueError: The file has no such column, or a cell of it is empty.
+            ValueError: The file has no such column, or a cell of it is empty or blank.
         """
         (column,) = read_columns(path, separator, self.key)
-        empty = column.isna()
+        empty = column.isna() | (column.astype(str).str.strip() == "")
         if empty.any():
             raise ValueError(
                 f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
@@ -43,8 +44,9 @@ class SecondCaption:
         return column.tolist()
 
     def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> Any:  # noqa: ARG002
-        """A member of a webdataset sample, or a field of its JSON; None where it has none."""
-        return read_member(sample, self.key)
+        """A member of a webdataset sample, or a field of its JSON; None where it has none, or a blank one."""
+        found = read_member(sample, self.key)
+        return found if found is not None and text_of(found).strip() else None
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
         """Tokens, as of the first caption."""
