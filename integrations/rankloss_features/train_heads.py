@@ -27,6 +27,10 @@ from rankloss_features.heads_training import Training
 from rankloss_features.methods import DEFAULT, Asked, Made, closed_form, make
 from rankloss_features.methods import Pairs as Learned
 
+KEEP = 0.9
+"""The share of a CLIP's own similarity without ``--keep``: of those tried, the least that kept its zero-shot
+accuracy within a point (docs/your_data.md)."""
+
 _FEWEST = 16  # pairs, on either side of the split
 _HELD_OUT = 10  # of so many ids one
 _WIDEST = 65_536  # of the common space
@@ -48,12 +52,7 @@ def main(argv: Sequence[str]) -> int:
             label_smoothing=check_weight("--label-smoothing", args.label_smoothing, below=1.0),
             spread_weight=check_weight("--spread-weight", args.spread_weight),
         )
-        asked = Asked(
-            args.method,
-            settings,
-            check_count("--heads", args.heads),
-            check_weight("--keep", args.keep, below=1.0),
-        )
+        asked = Asked(args.method, settings, check_count("--heads", args.heads), _keep(args))
         encoders = _encoders(args)
         check_count("--workers", args.workers, at_least=0)
         device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
@@ -76,16 +75,28 @@ def _encoders(args: argparse.Namespace) -> Encoders:
     if len(given) == 1 and given != ["model"]:
         missing = "--text-encoder" if given == ["image_encoder"] else "--image-encoder"
         raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
-    if args.keep and given != ["model"]:
-        raise ValueError(
-            f"--keep {args.keep:g} keeps the space that images and texts share: it needs --model, since two "
-            "encoders share none"
-        )
     if args.method == CCA:
         _check_trains_nothing(args)
     if given == ["model"] and (Path(args.model) / ABOUT).is_file():
         raise ValueError(f"--model {args.model} has heads already: give its encoders")
     return Encoders(args.image_encoder, args.text_encoder, args.image_weights, args.model, args.pretrained)
+
+
+def _keep(args: argparse.Namespace) -> float:
+    """The share of the encoders' own similarity.
+
+    Raises:
+        ValueError: It is out of its range, or the encoders have no similarity of their own.
+    """
+    if args.keep is None:
+        return KEEP if args.model is not None else 0.0
+    share = check_weight("--keep", args.keep, below=1.0)
+    if share and args.model is None:
+        raise ValueError(
+            f"--keep {share:g} keeps the space that images and texts share: it needs --model, since two "
+            "encoders share none"
+        )
+    return share
 
 
 def _check_trains_nothing(args: argparse.Namespace) -> None:
@@ -157,6 +168,8 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     print(f"training on {len(training.pairs.captions)} pairs of {learned.groups.max() + 1} {_kind(args)}")
     made = make(asked, learned)
     _print_course(made, _kind(args))
+    if asked.keep:
+        print(f"share of the model's own similarity (--keep): {asked.keep:g}")
     model = FrozenEncoders(encoders, frozen, made.parts, made.scale, rendering)
     model.save(args.output)
     _print_evaluation(args, model, validation)
@@ -333,9 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="of --model: the share of its own similarity, below 1, which keeps what it can do (0)",
+        help=f"of --model: the share of its own similarity, below 1, which keeps what it can do ({KEEP})",
     )
     data.add_options(parser)
     parser.add_argument("--val-data", metavar="DATA", help="held-out pairs; without it a tenth of the ids")

@@ -20,6 +20,7 @@ from rankloss_features.folder import NAMES
 from rankloss_features.heads import BOTH, CCA, TRAINED, Part, joined, load_heads
 from rankloss_features.heads_training import Training
 from rankloss_features.methods import Asked, Made, Pairs, make
+from rankloss_features.train_heads import KEEP
 from rankloss_trainers.console import main
 
 TRAINING = Training(epochs=2, hidden=16, width=8)
@@ -164,7 +165,9 @@ def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
     own = f"local-dir:{sample_folder}/open_clip"
     options = ("--method", CCA, "--keep", "0.75")
     assert heads(sample_folder, tmp_path / "joined", *options, clip=own) == 0
-    assert heads(sample_folder, tmp_path / "alone", "--method", CCA, clip=own) == 0
+    assert "share of the model's own similarity (--keep): 0.75" in capsys.readouterr().out
+    assert heads(sample_folder, tmp_path / "alone", "--method", CCA, "--keep", "0", clip=own) == 0
+    assert "--keep" not in capsys.readouterr().out
     model, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
     pictures, texts = [sample_folder / "pictures/red-circle-large.png"], ["a red circle", "a blue square"]
     scores, new = (x.encode_images(pictures) @ x.encode_texts(texts).T for x in (model, alone))
@@ -175,7 +178,16 @@ def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
     before = FrozenEncoders(model.encoders, start, [kept], 1.0, model.rendering)
     expected = 0.75 * before.encode_images(pictures) @ before.encode_texts(texts).T + 0.25 * new
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    del capsys
+
+
+def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    own = f"local-dir:{sample_folder}/open_clip"
+    assert heads(sample_folder, tmp_path / "x", "--method", CCA, clip=own) == 0
+    parts = json.loads((tmp_path / "x/heads.json").read_text())["parts"]
+    shares = {part["method"]: part["share"] for part in parts}
+    assert shares == {CCA: pytest.approx(1 - KEEP), "own": KEEP}
 
 
 @pytest.mark.parametrize(
