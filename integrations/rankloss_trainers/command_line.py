@@ -119,6 +119,7 @@ class LossArguments:
         unusable: The reasons against those that cannot be used: another package's import fails.
 
     Raises:
+        ValueError: There is no such loss.
         argparse.ArgumentError: The parser has an option of a loss.
 
     Example:
@@ -142,6 +143,7 @@ class LossArguments:
             _add(group, RUN, option)
         alike: dict[str, dict[str, Named]] = {}
         for name in names:
+            catalog.names_of(name)
             try:
                 named = catalog.load(name)
                 named.options  # noqa: B018  # which imports its module

@@ -169,6 +169,17 @@ def test_every_loss_has_its_call_formula_paper_and_measurement() -> None:
         assert re.findall(r"^- \*\*(\w+)\*\*:", section, re.MULTILINE) == SCHEMA, name
 
 
+def test_a_baseline_is_named_by_the_pages_of_all_losses_alone() -> None:
+    """So it goes by its section, its row of the papers, and the records of what was measured."""
+    baselines = [
+        name for name in OF_PACKAGES if catalog.known()[name][0].module.startswith("rankloss_baselines.")
+    ]
+    others = {page: text for page, text in PAGES.items() if page not in ("losses", "papers", "evidence")}
+    for name in baselines:
+        naming = re.compile(rf"\b{name}(loss)?\b", re.IGNORECASE)
+        assert [page for page, text in {**others, "README": README}.items() if naming.search(text)] == []
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_call_of_a_loss_builds_it(name: str) -> None:
     (line,) = re.findall(r"^- \*\*Call\*\*:(.*(?:\n  .*)*)", BY_NAME[name], re.MULTILINE)

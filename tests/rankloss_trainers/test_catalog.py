@@ -248,6 +248,11 @@ def test_each_loss_is_typed_with_its_own_options() -> None:
         parsed("--loss", "clip+mimicry")
 
 
+def test_arguments_for_a_loss_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss must be one of .*; got 'mimcry'; did you mean mimicry"):
+        LossArguments(argparse.ArgumentParser(), ["rankclip", "mimcry"])
+
+
 def test_the_options_of_joined_losses_are_listed() -> None:
     text = described(["rankclip-distill", "mimicry"])
     assert "--rankclip-top-k N" in text
