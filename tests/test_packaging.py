@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def test_every_package_has_its_types() -> None:
     ]
     assert sorted(packages) == sorted(in_the_tree)
     assert [package for package in packages if not (ROOT / package / "py.typed").exists()] == []
+
+
+def test_an_installation_whose_folder_is_gone_names_the_command_that_ends_it(tmp_path: Path) -> None:
+    """torch's own error, at the import of torch, has nothing of ours but the name of the entry point."""
+    (name,) = PROJECT["entry-points"]["torch.backends"]
+    installed = tmp_path / "rankloss-0.1.dist-info"  # which comes before the real one on the path
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: rankloss\nVersion: 0.1\n")
+    (installed / "entry_points.txt").write_text(f"[torch.backends]\n{name} = a_folder_that_is_gone:wait\n")
+    found = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode != 0
+    assert "pip uninstall rankloss" in found.stderr.splitlines()[-1]
 
 
 # In torch 2.6 the second of the two loads the first, which takes longer than the package itself.
