@@ -30,9 +30,10 @@ from batches import unit
 from memory import saved_bytes
 from open_clip_main import unpacked
 from rankloss_features import Features
+from rankloss_trainers import create
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.declared import Named
-from rankloss_trainers.run_options import RunOptions
+from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime
 from registered import register
 
@@ -245,7 +246,11 @@ def taught_sentences(code: str) -> None:
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
     model = tiny.tiny()
-    names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(), pairs=pairs)
+    with patch("rankloss_features.caching.compute_features", return_value="teacher") as computing:
+        names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(), pairs=pairs, create=create)
+    for call in computing.call_args_list:
+        Teacher(call.args[0]).check()
+        assert call.args[1] is pairs
     ended = tiny.train(Path(), names["loss"], model, train_dataset=names["pairs"], max_steps=2)
     assert ended.state.log_history[-2]["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
 
