@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_encoders import FLAG, TinyEncoders, put_tiny_encoders, write_aligned
 from trainer_runs import BOTH, OFFICIAL, SAMPLES, STEPS, NoRecompilation, Run, Trainer, assert_equal_training
 
 from open_clip_main import unpacked
@@ -67,8 +68,20 @@ def runs_of(trainer: Trainer) -> dict[str, Any]:
     add("csv, accumulated", *columns, "group", *table_of_groups(trainer), *halves, "--accum-freq", "2")
     add("csv, fsdp", *columns, "group", *table_of_groups(trainer), *halves, "--fsdp", processes=2)
     add("blank", *columns, "group.txt", *shard, *WHOLE_BATCH, "--batch-size", "64", epochs=1)
+    mimicry = ("--loss", "mimicry", "--loss-teacher")
+    add("aligned", *mimicry, FLAG, epochs=1, change=TinyEncoders())
+    add("aligned, a folder", *mimicry, aligned(trainer), epochs=1)
     add("spaces", *columns, "group.txt", *shard, "--text-key", "caption; txt", epochs=1, code=1)
     return runs
+
+
+def aligned(trainer: Trainer) -> str:
+    """The folder of two tiny encoders in one space."""
+    folder = str(trainer.directory / "aligned")
+    with pytest.MonkeyPatch.context() as patch:
+        put_tiny_encoders(patch)
+        write_aligned(folder, "--data", str(trainer.directory / "data.csv"))
+    return folder
 
 
 def table_of_groups(trainer: Trainer) -> list[str]:
@@ -195,3 +208,7 @@ def test_a_text_key_with_a_space_ends_as_without_a_column(main_runs: dict[str, R
     """The trainer strips it in one place, and webdataset asserts in the next that there is no space."""
     assert "AssertionError" in main_runs["spaces"].output
     assert "Train Epoch" not in main_runs["spaces"].output
+
+
+def test_two_encoders_in_one_space_train_as_their_folder_bit_for_bit(main_runs: dict[str, Run]) -> None:
+    assert_equal_training(main_runs["aligned"], main_runs["aligned, a folder"], (1,))

@@ -11,23 +11,20 @@ import numpy as np
 import pytest
 import tiny_teacher
 import torch
+from tiny_encoders import FLAG, TinyEncoders, put_tiny_encoders, write_aligned
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rankloss_features import Features, bind, caching, sources
-from rankloss_features.caching import Spec, compute_features
-from rankloss_features.data import Sample
+from rankloss_features import Features, bind
+from rankloss_features.caching import compute_features
 from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher
-from rankloss_trainers import console, create
+from rankloss_trainers import create
 from rankloss_trainers.doctor import TRAINERS
 
-FLAG = "image=a,text=b,align"
 LOSS = "rankclip-distill+mimicry"
 RANKS = {"schedule": "constant", "top_k": 4}
 OPTIONS: dict[str, Any] = {"rankclip-distill": RANKS, "mimicry": {"weight": 0.5}}
 ROWS, STEPS = 32, 2
-_IMAGES, _TEXTS = NAMES
 
 
 class Trained(NamedTuple):
@@ -54,31 +51,6 @@ class Training(NamedTuple):
     data: Callable[[Path], list[str]]
     train: Callable[[Path, str | None], Trained]
     package: str = "torch"
-
-
-# --- the encoders -----------------------------------------------------------------------------------------
-
-
-def letters_of_names(samples: list[Sample]) -> Tensor:
-    """The counts of letters in the pictures' names, which tell the pictures apart."""
-    return tiny_teacher.letters([sample._replace(caption=sample.name) for sample in samples])
-
-
-def put_tiny_encoders(patch: pytest.MonkeyPatch) -> None:
-    """Put encoders of names and captions in the place of those that an extra installs."""
-    whole = tiny_teacher.teacher()
-    texts = whole.encoders[_TEXTS]
-    encoders = {_IMAGES: Encoder(letters_of_names, texts.encode, texts.width), _TEXTS: texts}
-    patch.setattr(sources, "load", lambda *_: Teacher(whole.about, encoders, spaces="separate"))
-    patch.setattr(Spec, "check", lambda spec: spec)
-    patch.setattr(caching, "_WORKERS", 0)
-
-
-class TinyEncoders:
-    """Puts them into the process of a run."""
-
-    def install(self, _: Any) -> None:
-        put_tiny_encoders(pytest.MonkeyPatch())
 
 
 # --- the trainings ----------------------------------------------------------------------------------------
@@ -241,8 +213,7 @@ def test_it_trains_without_a_folder_as_with_it_bit_for_bit(
     monkeypatch.chdir(tmp_path)
     put_tiny_encoders(monkeypatch)
     written = str(tmp_path / "written")
-    given = ["--image-encoder", "a", "--text-encoder", "b", "--align", "--workers", "0", "--output", written]
-    assert console.main(["features", *given, *training.data(tmp_path)]) == 0
+    write_aligned(written, *training.data(tmp_path))
     by_flag, by_folder = training.train(tmp_path, None), training.train(tmp_path, written)
     assert Path(by_flag.folder) != Path(by_folder.folder) == Path(written)
     found, expected = rows_of(by_flag.folder), rows_of(written)
