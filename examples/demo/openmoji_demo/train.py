@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.console import Console
 from rankloss_trainers.catalog import TRAINERS_OWN, known, load, names_of, prefix_of
 
 from . import trainer
-from .arms import ENCODERS, Arm
+from .arms import Arm
 from .terminal import Report, run_all, say
 from .trainer import Job, Log, TrainingError
 
@@ -67,8 +66,7 @@ class Run:
         """Return the training job."""
         numbers = {"epochs": self.epochs, "batch_size": 64, "warmup": 30, "seed": self.seed}
         recipe = trainer.recipe(self.arm.loss, **numbers, augmentation=AUGMENTATION)
-        folder = ("--loss-teacher", features_of(self.data)) if self.arm.features else ()
-        return Job(self.arm.loss, self.epochs, "model", (*recipe, *folder, *self.arm.arguments))
+        return Job(self.arm.loss, self.epochs, "model", (*recipe, *self.arm.arguments))
 
     def command(self) -> list[str]:
         """Return the trainer's command line."""
@@ -103,28 +101,19 @@ class Run:
         """Train, report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
-            report("training", log.share)
+            if log.first:
+                report("training", log.share)
             if warning := _WARNING.match(line):
                 say(console, f"{self.arm.name}: {warning['text']}", "yellow")
             if attached := _ATTACHED.search(line):
                 say(console, attached[1])
 
+        report("preparing", 0.0)  # the model, and a teacher's features
         trained = await trainer.train(
             self.job(), self.command(), self.folder, root=self.root, threads=threads, on_line=read
         )
         marker = {"settings": self.settings(), "threads": threads, "seconds": round(trained.seconds, 1)}
         (self.folder / _DONE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-
-
-def features_of(data: str) -> str:
-    """Return the folder of the encoders' features of built data."""
-    return f"{data}/features"
-
-
-def features_command(data: str) -> list[str]:
-    """Return the command that computes them; it goes on where it was stopped, and does nothing twice."""
-    pairs = ("--data", f"{data}/train.csv", "--output", features_of(data))
-    return [sys.executable, "-m", "rankloss", "features", *ENCODERS, *pairs]
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
