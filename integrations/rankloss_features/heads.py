@@ -8,8 +8,9 @@
     scores = model.encode_images(["new.jpg"]) @ model.encode_texts(["a red shoe", "a blue hat"]).T
 
 The folder has ``heads.json``, with the method that made the heads, the names of the encoders, the hashes of
-their weights and the way to pictures; and the heads' weights, in a file that is named by its hash. So heads
-that replace others are there once ``heads.json`` names them, and an interruption before leaves the others.
+their weights and the way to pictures; and the heads' weights, beside the encoders' features of fixed inputs
+(:mod:`rankloss_features.probing`), in a file that is named by its hash. So heads that replace others are
+there once ``heads.json`` names them, and an interruption before leaves the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from rankloss.options import shown
 from rankloss.precision import unit_rows
-from rankloss_features import clip_models, image_encoders, opening, text_encoders
+from rankloss_features import clip_models, image_encoders, opening, probing, text_encoders
 from rankloss_features.cca import CanonicalCorrelation
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
@@ -310,7 +311,8 @@ class FrozenEncoders:
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        weights = save({name: x.contiguous() for name, x in self.heads.state_dict().items()})
+        tensors = {name: x.contiguous() for name, x in self.heads.state_dict().items()}
+        weights = save({**tensors, **probing.features_of(self._frozen)})
         methods = {part.method for part in self.parts} - {OWN}
         about = {
             "method": BOTH if len(methods) > 1 else methods.pop(),
@@ -420,8 +422,8 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
 
     Raises:
         ValueError: It is no such folder, or its heads are of an unknown method; an entry of it is missing or
-            not of its kind, its weights are not as they were written, or an encoder is not found or has other
-            weights than it was trained with.
+            not of its kind, its weights are not as they were written, or an encoder is not found, has other
+            weights than it was trained with, or with these gives other features of fixed inputs.
     """
     place = Path(folder)
     about = _read(place)
@@ -437,9 +439,10 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{folder} was trained on {name} {value}; the encoder that is found has "
                 f"{teacher.about.get(name)}"
             )
+    probing.check_same(str(folder), opening.tensors_of(weights), teacher)
     with torch.device("meta"):  # the weights are the memory; a file may name any width
         parts = [_part(entry, about["widths"]) for entry in about["parts"]]
-    convert = _constants_of_batch_norm if "method" not in about else None
+    convert = _constants_of_batch_norm if "method" not in about else _of_heads
     opening.load_safetensors(joined(parts), file, convert)
     for part in parts:
         for module in part.modules.values():
@@ -475,6 +478,11 @@ def _read(folder: Path) -> dict[str, Any]:
         about["parts"] = [{"method": TRAINED, "share": 1.0, **sizes}]
     check_entries(file, about, _ENTRIES)
     return dict(about)
+
+
+def _of_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the heads themselves."""
+    return {name: x for name, x in tensors.items() if not name.startswith(probing.PREFIX)}
 
 
 def _constants_of_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
