@@ -55,7 +55,9 @@ class RowColumn:
         return row
 
     def _compare_pictures(self, rows: Iterable[int]) -> None:
-        """Compare pictures with the teacher's; the trainer names those that are not there."""
+        """Compare pictures with those that the teacher has read; the trainer names what is not there."""
+        if self.folder.pictures is None:
+            return
         named = ((row, str(self._images[row])) for row in rows)
         read = ((row, path, content_of(path)) for row, path in named if os.path.isfile(path))
         self.folder.compare_pictures(read, self._file)
