@@ -179,7 +179,11 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     data,
 ) -> None:
     """Under any upstream values, in chunks of an option or of the engine's choice, where gradients are kept,
-    with and without a graph of the gradients, and where no look is free."""
+    with and without a graph of the gradients, and where no look is free.
+
+    ``by`` are the inputs that require a gradient, ``is_share`` is of one process of several, and without
+    ``looks`` the device is one on which reading a value would wait.
+    """
     n = len(drawn.image)
     options = {**options, "fixed_reference" if given_teacher else "reference_scale": None}
     if given_teacher:

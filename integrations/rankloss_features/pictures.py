@@ -43,7 +43,7 @@ class Rendering:
         from PIL import ImageColor
 
         with suppress(ValueError, AttributeError, TypeError):
-            if len(ImageColor.getrgb(self.background)) == 3:
+            if len(ImageColor.getrgb(self.background)) == 3:  # without an opacity
                 return
         raise ValueError(f"background must be a colour, such as white or #808080; got {self.background!r}")
 

@@ -62,7 +62,8 @@ def device_of(name: str | None, default: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise ValueError(f"--device {device} is not here: {str(error).partition(chr(10))[0]}") from error
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} is not here: {first_line}") from error
     if device.type == "meta":
         raise ValueError(f"--device {name} computes nothing: give cpu or cuda:0")
     return device

@@ -94,9 +94,9 @@ class Runtime(nn.Module):
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
         self.teaching = Teaching(host, self.name, losses, self.criterion, self.options)
         self.takes_lists = bool(arguments_of(self.criterion, "candidate_features"))
-        spec = self.teaching.spec
-        two_steps = {} if spec is None else {"teacher": spec.two_steps(host.teacher)}
-        host.check_serves(self.name, self._needs(), two_steps)
+        computed = self.teaching.spec  # a teacher that this host may not compute, but takes as a folder
+        advice = {} if computed is None else {"teacher": computed.two_steps(host.teacher)}
+        host.check_serves(self.name, self._needs(), advice)
         self.teaching.look_up()
         self.unit, self.step = "step", 0
         self.has_fixed_entries = False
@@ -105,7 +105,7 @@ class Runtime(nn.Module):
         self._has_progress = any(map(units_of, self.criterion.modules()))
         self._is_told = not self._has_progress
         self._has_contrasted = False  # a batch of this training
-        self._has_met_single = False
+        self._has_met_single = False  # a batch of one pair, which is logged once
         self._training: str | None = None  # the losses with their course, once a training has begun
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 

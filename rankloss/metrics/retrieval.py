@@ -222,6 +222,7 @@ def id_numbers(image_ids: Ids, text_ids: Ids, v: Tensor, t: Tensor) -> tuple[Ten
 
 
 def _as_list(name: str, ids: Ids) -> list[int | str]:
+    """Ids as a list, or an error that names the argument and the first wrong row."""
     check_several(name, ids)
     if isinstance(ids, Tensor) and (ids.dtype not in INTEGERS or ids.dim() != 1):
         raise ValueError(f"{name} must be integers [N]; got {ids.dtype} {[*ids.shape]}")

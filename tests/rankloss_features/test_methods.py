@@ -47,12 +47,12 @@ def test_the_closed_form_as_heads_is_the_closed_form() -> None:
     of = pairs()
     made = make(Asked(CCA), of)
     assert made.tuned is not None
-    options = made.tuned.trials[0].setting.as_options()
-    cca = CanonicalCorrelation.fit(*of.features.values(), **options)
+    best = made.tuned.trials[0]
     images, texts = of.features.values()
+    cca = CanonicalCorrelation.fit(images, texts, **best.setting.as_options())
     torch.testing.assert_close(cosines(made, of), cca.images(images) @ cca.texts(texts).T, atol=1e-5, rtol=0)
     assert [part.method for part in made.parts] == [CCA]
-    assert made.chosen == {CCA: made.tuned.trials[0].recall}
+    assert made.chosen == {CCA: best.recall}
 
 
 def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() -> None:

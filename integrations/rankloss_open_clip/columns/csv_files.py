@@ -38,12 +38,16 @@ def check_header(path: str, separator: str, *names: str) -> None:
 
 
 def _read_once(path: str, separator: str) -> Any:
-    about = os.stat(path) if os.path.exists(path) else None  # of an address nothing is known
-    return _table(path, separator, about and (about.st_mtime_ns, about.st_size))
+    """The table of a CSV file, read again only where the file has changed."""
+    if not os.path.exists(path):  # an address, of which nothing is known
+        return _table(path, separator, None)
+    about = os.stat(path)
+    return _table(path, separator, (about.st_mtime_ns, about.st_size))
 
 
 @functools.lru_cache(maxsize=1)
-def _table(path: str, separator: str, about: Any) -> Any:  # noqa: ARG001
+def _table(path: str, separator: str, state: tuple[int, int] | None) -> Any:  # noqa: ARG001
+    """The table of a file in a state, by which the cache tells a changed file apart."""
     import pandas
 
     table = pandas.read_csv(path, sep=separator)
