@@ -101,8 +101,8 @@ def typed(option: Any, value: Any) -> str:
 OF_ENCODERS = ("+9.39 (8.30 to 10.47)", "+6.26 (5.66 to 6.87)", "+7.97 (6.47 to 9.48)")
 """The gain of rankclip-encoders: icons, photographs, emojis."""
 GAIN_OF_ENCODERS = (
-    "weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; on icons in batches of "
-    "250 with four times the epochs +4.57 ± 1.54, [no more than by spread](evidence.md#two-encoders)"
+    "weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; icons in batches of 250 "
+    "with four times the epochs +4.57 ± 1.54, [no more than spread](evidence.md#two-encoders)"
 ).format(*OF_ENCODERS)
 
 
@@ -129,7 +129,7 @@ SPREAD = Case(
     page="losses.md#spread",
 )
 PRESET = Case(
-    "… and two small encoders, which pip installs",
+    "… and two small encoders that pip installs",
     "rankclip-encoders",
     gain=GAIN_OF_ENCODERS,
     page="teachers.md",
@@ -274,8 +274,8 @@ EXAMPLES = (
 
 HAVE = {
     "a better CLIP, as teacher": TEACHER,
-    "two small encoders, which pip installs": PRESET,
-    "nothing but pairs": SPREAD,
+    "nothing but pairs, and two small encoders that pip installs": PRESET,
+    "nothing but pairs, and no encoder": SPREAD,
 }
 """What a reader of README has beside the pairs, and the loss for it."""
 
