@@ -23,7 +23,7 @@ import torch
 
 from rankloss_features import clip_models, image_encoders, packages, sources
 from rankloss_features.aligning import align, check_pairs_suffice
-from rankloss_features.data import Data, Table, open_data
+from rankloss_features.data import OPTIONS, Data, Table, kind_of, open_data
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import FORMAT, Features, read_about
 from rankloss_features.image_encoders import did_you_mean
@@ -170,11 +170,11 @@ def of_open_clip(args: Any, spec: Spec) -> Data:
     if args.dataset_type == "synthetic" or not args.train_data:
         found = "--dataset-type synthetic" if args.dataset_type == "synthetic" else "no --train-data"
         raise ValueError(f"{found}: the features of a teacher need pairs; {spec.two_steps(_REMEDY)}")
-    keys = ("dataset_type", "csv_separator", "csv_img_key", "csv_caption_key")
-    given = {key: getattr(args, key) for key in keys}
-    text_key = getattr(args, "text_key", None) or "txt"
     try:
-        return open_data(Namespace(data=args.train_data, text_key=text_key, **given))
+        kind = kind_of(args.train_data, args.dataset_type)
+        # The trainer's parser has the options of every kind, given or not.
+        options = {name: getattr(args, name, None) for name in OPTIONS[kind]}
+        return open_data(Namespace(data=args.train_data, dataset_type=kind, **options))
     except ValueError as error:
         raise ValueError(str(error).replace("--data ", "--train-data ")) from error
 

@@ -57,20 +57,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, in which a tab can be read."""
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        return super()._expand_help(action).replace("\t", "\\t")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rankloss features",
         description="Compute a teacher's features of the pairs of a training, once. Stopped at any moment, "
         "the same command goes on. Under torchrun the processes share the work.",
         allow_abbrev=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="FOLDER", help="where the features go")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from rankloss.checks import check_id
 from rankloss_features import opening
 from rankloss_features.csv_cells import check_cells
+from rankloss_features.errors import flag
 from rankloss_features.folder import (
     PairBlock,
     common_folder,
@@ -416,10 +417,10 @@ def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error} (--csv-separator {separator!r})") from error
     check_cells(table, path, separator)
-    for flag, key in keys.items():
+    for option, key in keys.items():
         if key not in table.columns:
             hint = "; wrong --csv-separator?" if any(key in str(x) for x in table.columns) else ""
-            raise ValueError(f"{flag} {key}: {path} has the columns {list(table.columns)}{hint}")
+            raise ValueError(f"{option} {key}: {path} has the columns {list(table.columns)}{hint}")
         missing = table[key].isna()
         if missing.any():
             row = int(missing.argmax())
@@ -452,56 +453,126 @@ def ids_as_written(path: str, separator: str, key: str, parsed: Any) -> list[Any
     return values
 
 
+class Option(NamedTuple):
+    """An option of one kind of data.
+
+    Attributes:
+        default: Its value where it is not given.
+        metavar: The placeholder of its value in the help.
+        help: Its meaning.
+    """
+
+    default: str
+    metavar: str
+    help: str
+
+
+OPTIONS = {
+    "csv": {
+        "csv_separator": Option("\t", "TEXT", "of a CSV file"),
+        "csv_img_key": Option("filepath", "KEY", "column of the image paths in a CSV file"),
+        "csv_caption_key": Option("title", "KEY", "column of the captions in a CSV file"),
+    },
+    "webdataset": {"text_key": Option("txt", "KEY", "caption's extension in a webdataset")},
+    "datasets": {
+        "image_column": Option("image", "NAME", "of a folder of datasets"),
+        "caption_column": Option("caption", "NAME", "of a folder of datasets"),
+        "split": Option("train", "NAME", "of a folder of datasets"),
+    },
+}
+"""The options of each kind of data, by their names in the parsed arguments."""
+
+_NOUNS = {"csv": "a CSV file", "webdataset": "a webdataset", "datasets": "a folder of datasets"}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command line that name data, which :func:`open_data` reads."""
     read = parser.add_argument_group("the data, as the trainer has them")
     read.add_argument("--data", help="a CSV file, shards, or a folder of datasets")
-    kinds = ("auto", "csv", "webdataset", "datasets")
-    read.add_argument("--dataset-type", default="auto", choices=kinds, help="auto goes by the name")
-    read.add_argument("--csv-separator", default="\t", help="of a CSV file")
-    read.add_argument("--csv-img-key", default="filepath", metavar="KEY", help="column of the image paths")
-    read.add_argument("--csv-caption-key", default="title", metavar="KEY", help="column of the captions")
-    read.add_argument("--text-key", default="txt", metavar="KEY", help="caption's extension in a webdataset")
-    read.add_argument("--image-column", default="image", metavar="NAME", help="of a folder of datasets")
-    read.add_argument("--caption-column", default="caption", metavar="NAME", help="of a folder of datasets")
-    read.add_argument("--split", default="train", help="of a folder of datasets")
+    read.add_argument(
+        "--dataset-type", default="auto", choices=("auto", *OPTIONS), help="auto goes by the name"
+    )
+    for options in OPTIONS.values():
+        for name, (default, metavar, text) in options.items():
+            shown = f"{text} (default: {default})".replace("\t", "\\t")
+            # Without a default in the arguments, those that a user gave are known.
+            read.add_argument(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=shown)
     read.add_argument("--background", metavar="COLOUR", help="behind transparent pictures (white)")
 
 
-def open_data(args: Any) -> Data:
-    """The data that a command line names.
+def kind_of(path: str, dataset_type: str, option: str = "--data") -> str:
+    """The kind of data, a key of :data:`OPTIONS`, by ``--dataset-type`` or by the name.
 
     Raises:
-        ValueError: There are none, they are of no known kind, or they have no captions.
+        ValueError: The name is of no known kind.
+    """
+    if dataset_type != "auto":
+        return dataset_type
+    if os.path.isdir(path):
+        return "datasets"
+    kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}
+    extension = path.rpartition(".")[2].lower()
+    if extension not in kinds:
+        raise ValueError(f"{option} {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
+    return kinds[extension]
+
+
+def open_data(args: Any, path: str | None = None) -> Data:
+    """The data that a command line names.
+
+    Args:
+        args: The parsed arguments, where the options of :data:`OPTIONS` are absent, or None, if not given.
+        path: That of ``--val-data``; by default that of ``--data``.
+
+    Raises:
+        ValueError: There are none, they are of no known kind, an option is of another kind than all that the
+            command line names, or they have no captions.
     """
     if args.data is None:
         raise ValueError("--data is needed: the pairs, as the trainer has them")
-    path, ids_key = str(args.data), getattr(args, "ids_key", None)
+    _check_options(args)
+    path, ids_key = str(args.data if path is None else path), getattr(args, "ids_key", None)
     # open_clip's readers of CSV files and shards leave the camera's orientation as it is; datasets turns it.
     background = getattr(args, "background", None)
     as_stored, turned = rendering_of(background, upright=False), rendering_of(background, upright=True)
-    kind = args.dataset_type
-    if kind == "auto":
-        is_folder, extension = os.path.isdir(path), path.rpartition(".")[2].lower()
-        kind = "datasets" if is_folder else {"csv": "csv", "tsv": "csv", "tar": "webdataset"}.get(extension)
-    if kind is None:
-        raise ValueError(f"--data {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
+    kind = kind_of(path, args.dataset_type)
+    given = {name: value for name in OPTIONS[kind] if (value := getattr(args, name, None)) is not None}
+    values = {**{name: option.default for name, option in OPTIONS[kind].items()}, **given}
     if kind == "webdataset":
-        return Shards(path, args.text_key, as_stored, ids_key)
+        return Shards(path, values["text_key"], as_stored, ids_key)
     import datasets
 
     datasets.disable_progress_bars()
     if kind == "csv":
-        keys = {"--csv-img-key": args.csv_img_key, "--csv-caption-key": args.csv_caption_key}
-        table = _csv(path, args.csv_separator, keys, ids_key)
+        keys = {"--csv-img-key": values["csv_img_key"], "--csv-caption-key": values["csv_caption_key"]}
+        table = _csv(path, values["csv_separator"], keys, ids_key)
         image_key, caption_key = keys.values()
         return Table(table, image_key, caption_key, ids_key, as_stored, kind=kind, data=path)
     dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):
-        if args.split not in dataset:
-            raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")
-        dataset = dataset[args.split]
-    return Table(dataset, args.image_column, args.caption_column, ids_key, turned, kind=kind, data=path)
+        if values["split"] not in dataset:
+            raise ValueError(f"--split {values['split']}: {path} has {', '.join(dataset)}")
+        dataset = dataset[values["split"]]
+    elif "split" in given:
+        raise ValueError(f"--split {given['split']}: {path} is a single table, without splits")
+    columns = values["image_column"], values["caption_column"]
+    return Table(dataset, *columns, ids_key, turned, kind=kind, data=path)
+
+
+def _check_options(args: Any) -> None:
+    """Raise a ValueError for an option that is of none of the kinds of data that are given."""
+    places = {"--data": args.data, "--val-data": getattr(args, "val_data", None)}
+    kinds = {
+        f"{option} {path}": kind_of(str(path), args.dataset_type, option)
+        for option, path in places.items()
+        if path is not None
+    }
+    for kind, options in OPTIONS.items():
+        for name in options:
+            value = getattr(args, name, None)
+            if value is not None and kind not in kinds.values():
+                given = ", and ".join(f"{place} is {_NOUNS[each]}" for place, each in kinds.items())
+                raise ValueError(f"{flag(name)} {value!r} is an option of {_NOUNS[kind]}: {given}")
 
 
 def rendering_of(background: str | None, *, upright: bool) -> Rendering:

@@ -184,7 +184,7 @@ def _taken(x: Tensor, rows: list[int]) -> Tensor:
 def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
     """The data of ``--val-data`` and their pairs."""
     try:
-        opened = data.open_data(argparse.Namespace(**{**vars(args), "data": args.val_data}))
+        opened = data.open_data(args, args.val_data)
         return opened, Pairs.of(opened)
     except ValueError as error:
         raise ValueError(str(error).replace("--data ", "--val-data ")) from error

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, CLIP_CONFIG, ROWS, WORDS, shards, table
+from tiny_teacher import CAPTIONS, CLIP_CONFIG, ROWS, WORDS, dataset, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
@@ -37,10 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command")
     shards(folder)
     table(folder)
-    images = datasets.Dataset.from_dict(
-        {"image": [str(folder / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
-    ).cast_column("image", datasets.Image())
-    datasets.DatasetDict({"train": images}).save_to_disk(folder / "images")
+    datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
     (folder / "clip").mkdir()
     described = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}}
     (folder / "clip/open_clip_config.json").write_text(json.dumps(described))

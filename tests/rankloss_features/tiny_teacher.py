@@ -77,6 +77,15 @@ def shards(
     return str(folder / f"{{0..{number - 1}}}.tar")
 
 
+def dataset(folder: Path) -> Any:
+    """The pairs of :func:`table`, whose pictures are there, as a ``datasets.Dataset``."""
+    import datasets
+
+    images = [str(folder / f"{i}.png") for i in range(ROWS)]
+    pairs = datasets.Dataset.from_dict({"image": images, "caption": CAPTIONS})
+    return pairs.cast_column("image", datasets.Image())
+
+
 def csv_data(file: Path) -> Data:
     given = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
     return open_data(Namespace(data=str(file), dataset_type="auto", **given))

@@ -1,0 +1,111 @@
+"""Options of one kind of data beside another kind: ``rankloss features``, ``evaluate`` and ``heads``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tiny_teacher import ROWS, dataset, shards, table
+
+from rankloss_features import data, train_heads
+from rankloss_features.errors import flag
+from rankloss_trainers.console import main
+
+# Nothing is there: neither pairs nor models are read before an option is refused.
+COMMANDS = {
+    "features": "--image-encoder none --text-encoder none --output {}/x",
+    "evaluate": "--model local-dir:none",
+    "heads": "--image-encoder none --text-encoder none --output {}/x",
+}
+MISSING = {"csv": "none.csv", "webdataset": "none.tar", "datasets": "folder"}
+NOUNS = {"csv": "a CSV file", "webdataset": "a webdataset", "datasets": "a folder of datasets"}
+OPTIONS = [(kind, name) for kind, options in data.OPTIONS.items() for name in options]
+OF_OTHERS = [(given, *option) for given in MISSING for option in OPTIONS if option[0] != given]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of every kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    shards(folder)
+    table(folder)
+    datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
+    dataset(folder).save_to_disk(folder / "one-table")
+    return folder
+
+
+PLACES = {"csv": "pairs.csv", "webdataset": "{0..1}.tar", "datasets": "images"}
+
+
+def parsed(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    data.add_options(parser)
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("given", "kind", "name"), OF_OTHERS)
+def test_an_option_of_another_kind_of_data_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: Any, command: str, given: str, kind: str, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    file = f"{tmp_path}/{MISSING[given]}"
+    # Its own default is a value that a user gave, too.
+    options = ["--data", file, flag(name), value := data.OPTIONS[kind][name].default]
+    assert main([command, *COMMANDS[command].format(tmp_path).split(), *options]) == 1
+    reason = f"{flag(name)} {value!r} is an option of {NOUNS[kind]}: --data {file} is {NOUNS[given]}"
+    assert capsys.readouterr().err == f"rankloss {command}: {reason}\n"
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+def test_an_option_of_the_datas_own_kind_has_the_default_that_the_help_shows(
+    place: Path, kind: str, name: str
+) -> None:
+    file = str(place / PLACES[kind])
+    default = data.OPTIONS[kind][name].default
+    pairs = [data.open_data(parsed("--data", file, *x)) for x in ([], [flag(name), default])]
+    first, second = ([block.captions for block in x.pairs()] for x in pairs)
+    assert first == second
+    assert sum(map(len, first)) == ROWS
+    parser = argparse.ArgumentParser()
+    data.add_options(parser)
+    shown = "".join(parser.format_help().split())
+    assert re.search(
+        rf"{flag(name)}[^-][^()]*\(default:{re.escape(default.strip() or chr(92) + 't')}\)", shown
+    )
+
+
+def test_the_type_that_is_given_is_the_kind_of_data(tmp_path: Path) -> None:
+    file = str(tmp_path / "pairs.txt")
+    with pytest.raises(
+        ValueError, match=f"--text-key 'a' is an option of a webdataset: --data {file} is a CSV"
+    ):
+        data.open_data(parsed("--data", file, "--dataset-type", "csv", "--text-key", "a"))
+
+
+def test_a_split_of_a_single_table_is_refused(place: Path) -> None:
+    """Also by the name that the table had before it was saved alone."""
+    file = str(place / "one-table")
+    assert data.open_data(parsed("--data", file)).counts == [ROWS]
+    with pytest.raises(ValueError, match=r"--split test: .*one-table is a single table, without splits"):
+        data.open_data(parsed("--data", file, "--split", "test"))
+
+
+def test_heads_take_the_options_of_either_kind_where_held_out_pairs_are_of_another(place: Path) -> None:
+    encoders = ["--image-encoder", "a", "--text-encoder", "b", "--output", "x"]
+    files = ["--data", str(place / "pairs.csv"), "--val-data", str(place / "{0..1}.tar")]
+    own = ["--csv-caption-key", "title", "--text-key", "txt"]
+    args = train_heads._parser().parse_args([*encoders, *files, *own])
+    for opened in (data.open_data(args), data.open_data(args, args.val_data)):
+        assert sum(len(block.captions) for block in opened.pairs()) == ROWS
+    args = train_heads._parser().parse_args([*encoders, *files, *own, "--split", "train"])
+    places = "--data .*pairs.csv is a CSV file, and --val-data .*tar is a webdataset"
+    with pytest.raises(ValueError, match=f"--split 'train' is an option of a folder of datasets: {places}"):
+        data.open_data(args)
+    args = train_heads._parser().parse_args([*encoders, *files[:3], "none.xyz"])
+    with pytest.raises(ValueError, match=r"--val-data none\.xyz is no folder"):
+        data.open_data(args)
