@@ -247,7 +247,8 @@ class Gather:
         Raises:
             ValueError: if the group's differ from the given ones: the loss would be plausible but wrong.
         """
-        if not _initialized() or (self.world_size == 1 and self.group is None):
+        gathers_nothing = self.world_size == 1 and self.group is None  # whatever the default group holds
+        if not _initialized() or gathers_nothing:
             return self.rank or 0, self.world_size or 1
         rank = dist.get_rank(self.group)
         size = dist.get_world_size(self.group)
@@ -425,9 +426,11 @@ class Gather:
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
-        tensors = [tensor.detach() for tensor in features if tensor is not None]
-        if not tensors or self.place[1] == 1:
-            return list(features)
+        own = [None if tensor is None else tensor.detach() for tensor in features]
+        tensors = [tensor for tensor in own if tensor is not None]
+        _, world_size = self.place
+        if not tensors or world_size == 1:
+            return own
         self._check_ready()
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         side_by_side = torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)

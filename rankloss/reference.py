@@ -136,12 +136,12 @@ def cross_modal(
         >>> cross_modal(v, 0.9 * torch.eye(3) + 0.1, lists="batch", worth="identity").requires_grad
         True
     """
-    S = _cosines(image_features, text_features)
+    S = _cosines(image_features, text_features)  # _term applies s
     teacher = _teacher_features(reference_image_features, reference_text_features, options)
     if len(teacher) == 1:
         raise ValueError("reference_image_features and reference_text_features go together; got one")
-    y = _cosines(*teacher) if teacher else S.T
-    value = _term((S, S.T), (y, y.T), logit_scale, **options)
+    reference = _cosines(*teacher) if teacher else S.T
+    value = _term((S, S.T), (reference, reference.T), logit_scale, **options)
     return _like(value, image_features, text_features, logit_scale)
 
 

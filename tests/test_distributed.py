@@ -803,6 +803,15 @@ def refusals(rank: int, world_size: int) -> list[str]:
     return [error_of(attempt) for attempt in attempts]
 
 
+def test_constants_of_one_process_have_no_gradient() -> None:
+    teacher = torch.ones(2, 3, requires_grad=True)
+    constant, absent = Gather().constants(teacher, None)
+    assert constant is not None
+    assert not constant.requires_grad
+    assert torch.equal(constant, teacher)
+    assert absent is None
+
+
 def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -> None:
     for rank, messages in enumerate(pools[2].run(refusals)):
         assert all(re.search(f"ValueError: .*rank {rank} of 2.*rank=", x) for x in messages[:4]), messages

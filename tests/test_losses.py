@@ -89,11 +89,13 @@ def test_rank_clip_is_the_published_recipe_without_its_floor(key: str, epoch: in
 def test_entries_are_weighted_and_sum_to_the_total(batch: Batch) -> None:
     loss = RankClipLoss(schedule="linear", lambda_cross=0.5, lambda_in=3.0, normalizer=0.1)
     loss.set_epoch(3, 5)  # λ = 0.5
-    assert loss.rank_weights == pytest.approx({"cross_modal": 0.025, "in_modal": 0.15})
+    cross_weight, in_weight = 0.5 * 0.5 * 0.1, 0.5 * 3.0 * 0.1  # λ, the term's own weight, the normalizer
+    assert loss.rank_weights == pytest.approx({"cross_modal": cross_weight, "in_modal": in_weight})
     inputs = (batch.image, batch.text, batch.scale)
-    entries, terms = loss(*inputs, output_dict=True), RankConsistency()(*inputs, output_dict=True)
-    torch.testing.assert_close(entries["cross_modal_loss"], 0.025 * terms["cross_modal_loss"])
-    torch.testing.assert_close(entries["in_modal_loss"], 0.15 * terms["in_modal_loss"])
+    entries = loss(*inputs, output_dict=True)
+    terms = RankConsistency()(*inputs, output_dict=True)
+    torch.testing.assert_close(entries["cross_modal_loss"], cross_weight * terms["cross_modal_loss"])
+    torch.testing.assert_close(entries["in_modal_loss"], in_weight * terms["in_modal_loss"])
     torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(*inputs))
     torch.testing.assert_close(loss(*inputs), sum(entries.values()))
 

@@ -39,21 +39,30 @@ def test_values_and_gradients_are_those_of_the_definition(
     options: dict[str, Any], lists: Lists, chunk_size: int | None, reduction: Any, frozen_by: str | None
 ) -> None:
     """Also of scores beyond those of a frozen model, which has no gradient."""
-    loss, frozen = RankedLists(**options, reduction=reduction, chunk_size=chunk_size), Frozen.of(lists)
-    scores, more = frozen.scores.gather(1, lists.index), {}
-    if frozen_by == "scores" and not loss.in_batch_negatives:
-        more = {"reference_scores": scores if lists.mask is None else scores.where(lists.mask, math.nan)}
+    loss = RankedLists(**options, reduction=reduction, chunk_size=chunk_size)
+    frozen = Frozen.of(lists)
+    frozen_inputs: dict[str, Any] = {}
+    if frozen_by == "scores" and not loss.in_batch_negatives:  # in-batch negatives take features alone
+        scores = frozen.scores.gather(1, lists.index)
+        if lists.mask is not None:
+            scores = scores.where(lists.mask, math.nan)  # padding is not read
+        frozen_inputs = {"reference_scores": scores}
     elif frozen_by:
-        more = frozen.as_features()
-    more = {k: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for k, x in more.items()}
+        frozen_inputs = frozen.as_features()
+    # They ask for a gradient, to see that they get none.
+    frozen_inputs = {
+        name: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for name, x in frozen_inputs.items()
+    }
     inputs = lists.leaves()
-    value = lists.loss(loss, *inputs, **more)
-    owed = lists.owed(*inputs, **options, reduction=reduction, frozen=frozen.scores if more else None)
+    value = lists.loss(loss, *inputs, **frozen_inputs)
+    frozen_scores = frozen.scores if frozen_inputs else None
+    owed = lists.owed(*inputs, **options, reduction=reduction, frozen=frozen_scores)
     torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
     upstream = upstream_for(value)
-    found = torch.autograd.grad(value, [*inputs, *more.values()], upstream, allow_unused=True)
-    assert_same(found[:3], gradients(owed, inputs, upstream), 1e-9)
-    assert found[3:] == (None,) * len(more)
+    by_all = torch.autograd.grad(value, [*inputs, *frozen_inputs.values()], upstream, allow_unused=True)
+    by_inputs, by_frozen = by_all[: len(inputs)], by_all[len(inputs) :]
+    assert_same(by_inputs, gradients(owed, inputs, upstream), 1e-9)
+    assert by_frozen == (None,) * len(frozen_inputs)
 
 
 @given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([1.0, 10.0, 100.0]))

@@ -112,20 +112,21 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     Raises:
         ValueError: It holds something else, or features of other pairs, another teacher or other settings.
     """
-    found = read_about(output)
-    if found is None:
+    entries = read_about(output)
+    if entries is None:
         check_has_no_files(output)
         return False
-    pictures = asdict(teacher.rendering or data.rendering)
-    about = {"teacher": teacher.about, "pictures": pictures, "spaces": SPACES[0], **settings}
-    check_is_of(output, found, about)
-    if "alignment" not in found:
+    rendering = asdict(teacher.rendering or data.rendering)
+    wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": SPACES[0], **settings}
+    check_is_of(output, entries, wanted)
+    if "alignment" not in entries:
         raise ValueError(f"--output {output} was begun without --align")
-    if not found["complete"]:
+    if not entries["complete"]:
         return False
-    features, where = Features(str(output)).check(), str(data.about["data"])
-    features.compare(data.pairs(), where)
-    features.compare_pictures(data.pictures(some_rows(len(features))), where)
+    features = Features(str(output)).check()
+    name_of_data = str(data.about["data"])
+    features.compare(data.pairs(), name_of_data)
+    features.compare_pictures(data.pictures(some_rows(len(features))), name_of_data)
     return True
 
 

@@ -178,7 +178,7 @@ def lines(result: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
         f"{result['model']} on {result['data']}: {result['pictures']} pictures, {result['texts']} texts"
         + (f", {result['groups']} {unit}" if by_ids else ""),
         "",
-        *_table(result["recall"], ks, result["median_rank"]),
+        *_table(result["recall"], ks, result["median_rank"], sign=""),
         "",
         f"R@k in percent, with 95 % intervals over the {result['groups']} {unit} (bootstrap).",
         f"Agreement of the rankings: τ {result['cross_modal_tau']:.3f} cross-modal, "
@@ -195,28 +195,47 @@ def lines(result: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
             "",
             f"Difference from {result['against']['model']} ({result['against']['file']}), same pictures:",
             "",
-            *_table(result["differences"], ks, None),
+            *_table(result["differences"], ks, None, sign="+"),
         ]
     return shown
 
 
-def _table(values: Mapping[str, Mapping[str, float]], ks: Sequence[int], medians: Any) -> list[str]:
-    sign = "+" if medians is None else ""
-    head = [f"{'':<18}", *(f"{f'R@{k}':>22}" for k in ks)]
-    rows = ["".join([*head, "" if medians is None else f"{'median rank':>14}"])]
+def _table(
+    values: Mapping[str, Mapping[str, float]],
+    ks: Sequence[int],
+    medians: Mapping[str, float] | None,
+    *,
+    sign: str,
+) -> list[str]:
+    """A line for each way that has values, under a header: R@k with its interval, then the median rank.
+
+    Args:
+        values: The value and the interval of ``{way}_R@{k}``.
+        ks: The k of the columns.
+        medians: The median rank of each way; None for a table without them.
+        sign: ``"+"`` to mark positive numbers, as of differences, or ``""``.
+    """
+    header = f"{'':<18}" + "".join(f"{f'R@{k}':>22}" for k in ks)
+    if medians is not None:
+        header += f"{'median rank':>14}"
+    rows = [header]
     for way, name in WAYS.items():
-        cells = [values.get(f"{way}_R@{k}") for k in ks]
-        if not any(cells):
+        intervals = [values.get(f"{way}_R@{k}") for k in ks]
+        if not any(intervals):
             continue
-        row = [f"{name:<18}"]
-        for cell in cells:
-            text = "–"
-            if cell is not None:
-                value, low, high = (f"{100 * cell[x]:{sign}.1f}" for x in ("value", "low", "high"))
-                text = f"{value} [{low}, {high}]"
-            row.append(f"{text:>22}")
-        rows.append("".join([*row, "" if medians is None else f"{medians[way]:>14.0f}"]))
+        row = f"{name:<18}" + "".join(f"{_percent(interval, sign):>22}" for interval in intervals)
+        if medians is not None:
+            row += f"{medians[way]:>14.0f}"
+        rows.append(row)
     return rows
+
+
+def _percent(interval: Mapping[str, float] | None, sign: str) -> str:
+    """A value and its interval, ``12.5 [10.0, 15.0]``, in percent; a dash for none."""
+    if interval is None:
+        return "–"
+    value, low, high = (f"{100 * interval[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -130,9 +130,13 @@ class Pairs:
 
     def take(self, rows: Sequence[int]) -> Pairs:
         """Some of the pairs."""
-        columns = (self.captions, self.names, self.pictures, self.groups)
-        captions, names, pictures, groups = ([column[row] for row in rows] for column in columns)
-        return Pairs(captions, names, pictures, groups, self.data, self.by_ids)
+        return replace(
+            self,
+            captions=[self.captions[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            pictures=[self.pictures[row] for row in rows],
+            groups=[self.groups[row] for row in rows],
+        )
 
     def encoded(self, features: Mapping[str, Tensor]) -> Encoded:
         """The distinct pictures and texts, of the features of all rows.

@@ -194,6 +194,12 @@ def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The tokens of a word after one merge: where the pair stands side by side, it becomes one token.
+
+    Example:
+        >>> _joined(["r", "e", "d</w>"], ("r", "e"))
+        ['re', 'd</w>']
+    """
     joined: list[str] = []
     for part in parts:
         if joined and (joined[-1], part) == pair:

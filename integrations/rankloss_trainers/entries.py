@@ -56,13 +56,15 @@ class Entries(NamedTuple):
 
 
 def _all_in_the_graph(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms, of which constants require a gradient, too, where another does.
+    """The same values; if any term requires a gradient, so do all, constants included.
 
-    A rank term is a constant while λ is 0. A compiled trainer would be compiled again when it is none.
+    A rank term is a constant while λ is 0. If it began to require a gradient when λ rises above 0, a compiled
+    trainer would be compiled again.
     """
     trained = next((value for value in terms.values() if value.requires_grad), None)
     if trained is None:
         return terms
+    # 0 · trained requires a gradient, and changes neither a value nor a gradient.
     return {name: value if value.requires_grad else value + 0 * trained for name, value in terms.items()}
 
 

@@ -34,7 +34,8 @@ def hash_rows(features: Tensor) -> Tensor:
     """Hashes of float32 rows ``[N, D]``: ``[N]``; equal rows have equal hashes."""
     features = features.detach().contiguous()
     hashes = features.new_empty(len(features), dtype=torch.int64)
-    _launch("hash_rows", (features.view(torch.int32), hashes), features.shape)
+    bits = features.view(torch.int32)  # which the kernel hashes, −0 as 0
+    _launch("hash_rows", (bits, hashes), features.shape)
     return hashes
 
 

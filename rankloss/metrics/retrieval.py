@@ -233,11 +233,20 @@ def _as_list(name: str, ids: Ids) -> list[int | str]:
     return values
 
 
-def check_partners(kind: str, ids: Ids, own: Tensor, other_kind: str, others: Tensor) -> None:
-    """Raise a ValueError that names the first item without a partner of the other kind, by their numbers."""
-    lone = (~torch.isin(own, others)).nonzero().flatten().tolist()
-    if lone:
+def check_partners(kind: str, ids: Ids, numbers: Tensor, other_kind: str, other_numbers: Tensor) -> None:
+    """Raise a ValueError that names the first item without a partner of the other kind.
+
+    Args:
+        kind: ``"image"`` or ``"text"``.
+        ids: The items' ids as they were given, for the error.
+        numbers: The same ids as numbers, of :func:`id_numbers`.
+        other_kind: The other one.
+        other_numbers: The numbers of its items' ids.
+    """
+    lone_rows = (~torch.isin(numbers, other_numbers)).nonzero().flatten().tolist()
+    if lone_rows:
+        first_id = _as_list(f"{kind}_ids", ids)[lone_rows[0]]
         raise ValueError(
-            f"{kind}_ids: {len(lone)} of {len(own)} {kind}s have no {other_kind} of their id, the first is "
-            f"row {lone[0]} with id {_as_list(f'{kind}_ids', ids)[lone[0]]!r}"
+            f"{kind}_ids: {len(lone_rows)} of {len(numbers)} {kind}s have no {other_kind} of their id, the "
+            f"first is row {lone_rows[0]} with id {first_id!r}"
         )

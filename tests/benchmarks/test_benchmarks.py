@@ -101,9 +101,13 @@ def test_a_target_is_judged_by_the_median_of_the_rounds_ratios() -> None:
 def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "doc.md"
     path.write_text("a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n")
-    for text in ("new \\1\n", "newer\n"):
+    for text in ("new \\1\n", "newer\n"):  # \1 stays: the text is no template of a regular expression
         page.fill(path, "x", text)
         assert path.read_text() == f"a\n<!-- bench:x -->\n{text}<!-- /bench:x -->\nb\n"
+
+
+def test_fill_refuses_a_page_that_lacks_a_marker(tmp_path: Path) -> None:
+    path = tmp_path / "doc.md"
     path.write_text("a\n<!-- bench:x -->\nb\n")
     with pytest.raises(ValueError, match="bench:x"):
         page.fill(path, "x", "text\n")

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,46 +83,69 @@ def weights_in(file):
     return saved.get("state_dict", saved)
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """The losses of each choice by name that an example makes."""
+    choices, choose = [], host.choose
+
+    def choose_and_keep(name, given):
+        choices.append(choose(name, given))
+        return choices[-1]
+
+    for module in (host, loop):
+        monkeypatch.setattr(module, "choose", choose_and_keep)
+    return choices
+
+
+@pytest.fixture
+def trained():
+    """The weights of all optimizers that step, and the norm of their gradients behind each step."""
+    weights, norms = {}, []
+
+    def measure(optimizer, *_):
+        weights.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
+        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
+        norms.append(sum(gradient.norm().item() for gradient in gradients))
+
+    hook = register_optimizer_step_post_hook(measure)
+    yield SimpleNamespace(weights=weights, norms=norms)
+    hook.remove()
+
+
 @pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
 @pytest.mark.parametrize(("name", "case"), PYTHON)
 def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
-    name, case, sample_folder, tmp_path, monkeypatch, capsys
+    name, case, sample_folder, chosen, trained, tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
-    module, folder, output = imported(name), str(sample_folder), tmp_path / "output"
-    chosen, norms, trained, choose = [], [], {}, host.choose
-
-    def kept(name, given):
-        chosen.append(choose(name, given))
-        return chosen[-1]
-
-    def measured(optimizer, *_):
-        trained.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
-        found = (p.grad for p in trained.values())
-        norms.append(sum(x.norm().item() for x in found if x is not None))
-
-    for place in (host, loop):
-        monkeypatch.setattr(place, "choose", kept)
+    module, output = imported(name), tmp_path / "output"
     if "datasets" in sys.modules:
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    hook = register_optimizer_step_post_hook(measured)
-    try:
-        module.main(*[folder] * ("folder" in inspect.signature(module.main).parameters), output=str(output))
-    finally:
-        hook.remove()
-    assert len(norms) >= 1
-    assert all(math.isfinite(x) and x > 0 for x in norms)
+    arguments = {"output": str(output)}
+    if "folder" in inspect.signature(module.main).parameters:
+        arguments["folder"] = str(sample_folder)
+    module.main(**arguments)
     printed = capsys.readouterr().out
+
+    # It trains,
+    assert trained.norms
+    assert all(math.isfinite(norm) and norm > 0 for norm in trained.norms)
     logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", printed)]
     assert logged
     assert all(map(math.isfinite, logged))
+
+    # evaluates: a trainer prints a loss, a loop its R@1 of 200 made-up pairs,
     (held_out,) = re.findall(r"(?:\beval_loss|\bval_loss|R@1)['\"]?: ['\"]?([\d.]+)", printed)[-1:]
-    assert float(held_out) > (0.3 if "_loop" in name else 0)  # R@1 of a loop's 200 made-up pairs
-    files = [x for x in output.rglob("*") if x.suffix in (".safetensors", ".pt", ".ckpt")]
-    saved = [x for file in files for x in weights_in(file).values()]
-    for weight in trained.values():
+    assert float(held_out) > (0.3 if "_loop" in name else 0)
+
+    # saves every weight,
+    files = [file for file in output.rglob("*") if file.suffix in (".safetensors", ".pt", ".ckpt")]
+    saved = [weight for file in files for weight in weights_in(file).values()]
+    for weight in trained.weights.values():
         assert any(torch.equal(weight.detach(), x) for x in saved if x.shape == weight.shape)
+
+    # and all that with the loss of its case.
     if isinstance(case, cases.Case):
         (losses,) = chosen
         expected = eval(case.python(), {"create": lambda name, **options: catalog.choose(name, options)})

@@ -112,19 +112,21 @@ def test_parts_histories_weights_and_gradient_are_the_published_codes(name: str)
 
 
 @given(random_triples, st.sampled_from([0.0, 0.5, 1.0]))
-def test_value_and_gradients_over_steps(inputs: Inputs, start: float) -> None:
+def test_values_gradients_and_histories_of_two_steps_are_the_oracles(inputs: Inputs, start: float) -> None:
     options = {"gamma_sample": 1.5, "gamma_pair": 3.0, "momentum": 0.7}
-    loss, histories = AlipLoss(initial_history=start, **options), np.full(3, start)
+    upstream = -1.7  # neither 1 nor positive
+    loss = AlipLoss(initial_history=start, **options)
+    histories = np.full(3, start)
     for _ in range(2):
         entries = call(loss, inputs, output_dict=True)
         step = alip(*inputs, histories=histories, **options)
         histories = step["histories"]
         torch.testing.assert_close(loss.histories, histories, rtol=1e-12, atol=1e-14)
-        parts = [step["text"], step["caption"]]
-        torch.testing.assert_close([*entries.values()], parts, rtol=1e-9, atol=1e-12)
-        wanted = gradients(sum(parts), inputs, -1.7)
-        for a, b in zip(gradients(sum(entries.values()), inputs, -1.7), wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        terms, expected_terms = [*entries.values()], [step["text"], step["caption"]]
+        torch.testing.assert_close(terms, expected_terms, rtol=1e-9, atol=1e-12)
+        found = gradients(sum(terms), inputs, upstream)
+        expected = gradients(sum(expected_terms), inputs, upstream)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # --- histories ------------------------------------------------------------------------------------------

@@ -255,8 +255,9 @@ def test_code_of_a_model_is_not_run(
 
 
 @pytest.mark.parametrize("kind", WITHOUT_GUARD, ids=lambda kind: kind.__name__)
-@pytest.mark.usefixtures("errors")
+@pytest.mark.usefixtures("errors")  # which has opened a copy of the file without the guard
 def test_without_the_guard_the_code_would_be_run(place: Path, kind: Callable[[Path, Path], None]) -> None:
+    """So its code leaves a trace when it runs, and above it did not run."""
     assert (place / f"made by unguarded {kind.__name__}").exists()
 
 

@@ -182,12 +182,17 @@ def a_loss(base, *, weight=0.5, count: int | None = None, kind: Literal["a", "b"
 
 def test_options_are_read_from_signature_and_docstring() -> None:
     options = options_of(a_loss)
-    assert {key: (x.default, x.metavar, x.help) for key, x in options.items()} == {
+    assert {key: (option.default, option.metavar, option.help) for key, option in options.items()} == {
         "weight": (0.5, "X", "Weight of the term, see rankloss.ClipLoss"),
         "count": (None, "N", "Number of terms, in two lines"),
         "kind": ("a", "{a,b}", ""),
     }
-    assert (options["weight"].parsed("2"), options["count"].parsed("none")) == (2.0, None)
+
+
+def test_text_of_an_option_becomes_its_value_or_is_refused() -> None:
+    options = options_of(a_loss)
+    assert options["weight"].parsed("2") == 2.0
+    assert options["count"].parsed("none") is None
     with pytest.raises(ValueError, match="'c'"):
         options["kind"].parsed("c")
 

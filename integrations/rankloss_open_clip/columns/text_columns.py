@@ -133,7 +133,7 @@ class TextColumns:
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Put the columns beside the captions of the trainer's dataset; see :meth:`TextColumn.read_rows`."""
         columns = [part.read_rows(path, separator, dataset) for part in self.parts]
-        forget_files()
+        forget_files()  # each part read its columns from one table in memory, which nothing needs any longer
         dataset.captions = CaptionsOfRows(dataset.captions, columns)
 
     def join_samples(
@@ -193,20 +193,22 @@ class TextColumns:
         """
         while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
             model = inner
-        held: list[Tensor] = []  # the columns of the present call
+        held: list[Tensor] = []  # the columns of the present call, from ``before`` to ``after``
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            held.clear()
+            """Replace texts with columns by their tokens, and keep the columns; plain texts stay."""
+            held.clear()  # a call that failed has left its own
             text = kwargs.get("text", args[1] if len(args) > 1 else None)
-            if not isinstance(text, Tensor) or text.dim() != 3:
+            if not isinstance(text, Tensor) or text.dim() != 3:  # with columns [n, 1 + columns, width]
                 return None
-            tokens, *held[:] = text.unbind(1)
-            text = tokens[:, : self.context].contiguous()
-            for part, x in zip(self.parts, held, strict=True):
-                text = part.inputs(text, x)
+            padded_tokens, *columns = text.unbind(1)
+            held.extend(columns)
+            tokens = padded_tokens[:, : self.context].contiguous()
+            for part, column in zip(self.parts, columns, strict=True):
+                tokens = part.inputs(tokens, column)
             if "text" in kwargs:
-                return args, {**kwargs, "text": text}
-            return (args[0], text, *args[2:]), kwargs
+                return args, {**kwargs, "text": tokens}
+            return (args[0], tokens, *args[2:]), kwargs
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
             # The last texts that were appended are the first to be taken apart.

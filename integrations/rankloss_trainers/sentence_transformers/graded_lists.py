@@ -198,14 +198,17 @@ class RankedListsLoss(EmbeddingLoss):
         self, queries: int, candidates: list[Tensor], labels: Tensor, ids: Tensor | None
     ) -> dict[str, Any]:
         """The candidates and grades of so many queries, as arguments of the criterion."""
-        if labels.dim() == 3 and len(candidates) == 1:  # of the collator
-            index, bits = labels.unbind(-1)
-            return pad_lists(self.criterion.gather, candidates[0], index, decode_grades(bits), ids)
+        is_collated = labels.dim() == 3 and len(candidates) == 1
+        if is_collated:  # RankedListsCollator put each candidate's place and its grade side by side
+            index, encoded_grades = labels.unbind(-1)
+            grades = decode_grades(encoded_grades)
+            return pad_lists(self.criterion.gather, candidates[0], index, grades, ids)
         if labels.shape == (queries, len(candidates)):
             return {"candidate_features": torch.stack(candidates, 1), "grades": labels}
         if len(candidates) != labels.shape[-1] and is_cut(labels):
+            uncut_length = labels.stride(-2)  # a view's rows lie as far apart as those of the tensor it is of
             raise ValueError(
-                f"labels are grades, which MatryoshkaLoss cut to {labels.shape[-1]} of {labels.stride(-2)} "
+                f"labels are grades, which MatryoshkaLoss cut to {labels.shape[-1]} of {uncut_length} "
                 "as if they were embeddings of as many dimensions: train such lists by RankedListsTrainer"
             )
         raise ValueError(

@@ -117,19 +117,23 @@ class Binding(enum.Enum):
 
 
 def _binding(folder: Features, dataset: Any) -> Binding:
-    """The binding of data to a folder, which the hash of the first row's pair tells."""
+    """How the columns of data are bound to a folder: its first label is a row of it, and that pair's hash."""
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         return Binding.NONE
-    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
-    first = dataset.select([0]).with_format(None)
-    bound = np.array(first[0]["label"])
-    if len(names) != 2 or bound.dtype != np.int64 or bound.shape != (2,):
+    columns = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
+    first_pair = dataset.select([0]).with_format(None)
+    label = np.array(first_pair[0]["label"])
+    if len(columns) != 2 or label.dtype != np.int64 or label.shape != (2,):
         return Binding.NONE
-    row, pair = (int(x) % 2**64 for x in bound)
-    if row >= len(folder) or int(folder.pairs[row]) != pair:
+    row, pair_hash = (int(number) % 2**64 for number in label)  # uint64, which the label holds as int64
+    if row >= len(folder) or int(folder.pairs[row]) != pair_hash:
         return Binding.NONE
-    for images, captions, binding in ((0, 1, Binding.IMAGES_FIRST), (1, 0, Binding.IMAGES_SECOND)):
+    first, second = columns
+    for images, captions, binding in (
+        (first, second, Binding.IMAGES_FIRST),
+        (second, first, Binding.IMAGES_SECOND),
+    ):
         with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
-            if is_first_pair(pair, first, names[images], names[captions]):
+            if is_first_pair(pair_hash, first_pair, images, captions):
                 return binding
     return Binding.OTHER
