@@ -180,7 +180,7 @@ def test_the_cameras_orientation_counts_where_it_counts_in_training(tmp_path: Pa
 
 
 def data_args(folder: Path) -> Namespace:
-    keys = {"image_column": "image", "caption_column": "caption", "split": "train"}
+    keys = {"image_column": "image", "caption_column": "caption"}
     return Namespace(data=str(folder), dataset_type="auto", **keys)
 
 
