@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankloss_features import probing
 from rankloss_features.cca import FEWEST
 from rankloss_features.data import Data, some_rows
 from rankloss_features.errors import named_errors
@@ -36,6 +37,7 @@ from rankloss_features.tuning import tuned
 from rankloss_features.writing import (
     check_has_no_files,
     check_is_of,
+    check_probe,
     join_processes,
     make_folder,
     turn,
@@ -54,8 +56,9 @@ _SHARED = (
     "shard_rows",
     "data",
     "has_picture_hashes",
+    "probe",
 )
-"""The entries of ``folder.json`` that an aligned folder has from that of its encoders."""
+"""The entries of ``folder.json`` that an aligned folder has from that of its encoders, if it has them."""
 
 _IMAGES, _TEXTS = NAMES
 
@@ -119,6 +122,7 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     rendering = asdict(teacher.rendering or data.rendering)
     wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": SPACES[0], **settings}
     check_is_of(output, entries, wanted)
+    check_probe(output, entries, teacher)
     if "alignment" not in entries:
         raise ValueError(f"--output {output} was begun without --align")
     if not entries["complete"]:
@@ -152,7 +156,7 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
 
     cca = tuned(take, _pictures(encoded, data)[present]).cca
     about = {
-        **{key: encoded.about[key] for key in _SHARED},
+        **{key: encoded.about[key] for key in _SHARED if key in encoded.about},
         "command": command,
         "scale": None,
         "spaces": SPACES[0],
@@ -209,6 +213,8 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
                 f"--align {folder} has the projections of other encoders, of {name} {of_folder.get(name)!r}; "
                 f"these have {value!r}"
             )
+    remedy = ". Restore it, or align the new one: its projections are others"
+    probing.check_entry(f"--align {folder}", features.about, teacher, remedy)
     project = {_IMAGES: cca.images, _TEXTS: cca.texts}
     encoders = {
         name: _with_projection(encoder, project[name], len(cca.correlations))

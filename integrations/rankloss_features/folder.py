@@ -2,7 +2,8 @@
 
 ::
 
-    folder.json                the teacher, a hash of its weights, whether images and texts have one space,
+    folder.json                the teacher, a hash of its weights, its features of fixed inputs (``probe``),
+                               whether images and texts have one space,
                                widths, dtype, scale, counts, the data, and a hash of each other file
     pairs.npy                  [rows], uint64: the hash of each row's caption and picture, the latter by its
                                name, or without a name of its own, as in shards, by its content
@@ -28,6 +29,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -285,6 +287,15 @@ def _are_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
+def _is_probe(value: Any) -> bool:
+    """True for numbers of float16 in hexadecimal digits, of some modalities."""
+    return (
+        isinstance(value, dict)
+        and {*value} <= {*NAMES}
+        and all(isinstance(x, str) and re.fullmatch("([0-9a-f]{4})+", x) for x in value.values())
+    )
+
+
 def is_setting(value: Any) -> bool:
     """True for the options of a :class:`rankloss_features.cca.Setting`."""
     try:
@@ -313,6 +324,7 @@ _OPTIONAL_ENTRIES: Entries = {
     "has_picture_hashes": (lambda value: isinstance(value, bool), "true or false"),
     "pictures": (lambda value: isinstance(value, dict), "the way to pictures"),
     "command": (lambda value: isinstance(value, str), "a command"),
+    "probe": (_is_probe, "features of fixed inputs, in hexadecimal digits"),
     "alignment": (is_setting, "a setting of the alignment"),
 }
 

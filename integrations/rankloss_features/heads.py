@@ -439,7 +439,7 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{folder} was trained on {name} {value}; the encoder that is found has "
                 f"{teacher.about.get(name)}"
             )
-    probing.check_same(str(folder), opening.tensors_of(weights), teacher)
+    probing.check_same(f"{folder} was trained on", opening.tensors_of(weights), teacher)
     with torch.device("meta"):  # the weights are the memory; a file may name any width
         parts = [_part(entry, about["widths"]) for entry in about["parts"]]
     convert = _constants_of_batch_norm if "method" not in about else _of_heads

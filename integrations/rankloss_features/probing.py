@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,23 +22,53 @@ PREFIX = "probe."
 
 _LEAST_COSINE = 0.99  # other devices and kernels round; another preparation of inputs is below
 _TEXT = "2 small Dogs, one red & one black, run by a café; the other's asleep."
+_REASON = (
+    "The encoder's weights are the same; its tokenizer, its preparation of pictures or its library is another"
+)
 
 
 def features_of(teacher: Teacher) -> dict[str, Tensor]:
     """The features of a fixed picture and a fixed text, ``[width]``: ``probe.image_features`` and so on."""
-    sample = Sample(0, "", _TEXT, _picture, 0)
-    prepared: dict[str, Any] = {name: x.prepare([sample]) for name, x in teacher.encoders.items()}
+    prepared: dict[str, Any] = {name: x.prepare([FIXED]) for name, x in teacher.encoders.items()}
     encoded = teacher.encode(prepared, torch.float32)
     return {PREFIX + name: x[0].contiguous() for name, x in encoded.items()}
 
 
-def check_same(place: str, tensors: Mapping[str, Tensor], teacher: Teacher) -> None:
-    """Compare encoders with those that some heads were trained on.
+def entry_of(teacher: Teacher) -> dict[str, str]:
+    """The entry ``probe`` of ``folder.json``: these features by modality, float16 in hexadecimal digits."""
+    return {
+        name.removeprefix(PREFIX): x.numpy().astype("<f2").tobytes().hex()
+        for name, x in features_of(teacher).items()
+    }
+
+
+def check_entry(place: str, about: Mapping[str, Any], teacher: Teacher, remedy: str) -> None:
+    """Compare encoders with those of a folder of features.
 
     Args:
-        place: The folder of the heads, for the error.
-        tensors: The tensors of the heads. Those of earlier folders have no such features, and pass.
+        place: The folder, for the error.
+        about: The entries of its ``folder.json``.
         teacher: The encoders.
+        remedy: The end of the error.
+
+    Raises:
+        ValueError: As :func:`check_same`.
+    """
+    stored = {
+        PREFIX + name: torch.from_numpy(np.frombuffer(bytes.fromhex(digits), "<f2").astype(np.float32))
+        for name, digits in about.get("probe", {}).items()
+    }
+    check_same(f"{place} has the features of", stored, teacher, remedy)
+
+
+def check_same(beginning: str, tensors: Mapping[str, Tensor], teacher: Teacher, remedy: str = "") -> None:
+    """Compare encoders with those that a folder was made with.
+
+    Args:
+        beginning: The beginning of the error: the folder and its verb.
+        tensors: The tensors of the folder. Those of earlier folders have no such features, and pass.
+        teacher: The encoders.
+        remedy: The end of the error.
 
     Raises:
         ValueError: One has other features of its fixed input.
@@ -45,14 +76,21 @@ def check_same(place: str, tensors: Mapping[str, Tensor], teacher: Teacher) -> N
     if not any(name.startswith(PREFIX) for name in tensors):
         return
     for name, found in features_of(teacher).items():
+        modality = name.removeprefix(PREFIX)
         stored = tensors.get(name, torch.empty(0))
         cosine = float(stored @ found) if stored.shape == found.shape else math.nan
         if not (cosine >= _LEAST_COSINE or torch.equal(stored, found)):
             raise ValueError(
-                f"{place} was trained on other {name.removeprefix(PREFIX)}: those of a fixed input have a "
-                f"cosine of {cosine:.2f}. The encoder's weights are the same; its tokenizer, its preparation "
-                "of pictures or its library is another"
+                f"{beginning} another {_encoder_of(modality, teacher)}: {modality} of a fixed input have a "
+                f"cosine of {cosine:.2f}. {_REASON}{remedy}"
             )
+
+
+def _encoder_of(modality: str, teacher: Teacher) -> str:
+    """The encoder of a modality, by its entry of ``folder.json``."""
+    own = f"{modality.removesuffix('_features')}_encoder"
+    entry = next((key for key in (own, "open_clip", "transformers") if key in teacher.about), None)
+    return own if entry is None else f"{entry} {teacher.about[entry]}"
 
 
 def _picture() -> Image.Image:
@@ -60,3 +98,7 @@ def _picture() -> Image.Image:
     gradient = Image.linear_gradient("L")
     channels = gradient, gradient.transpose(Image.Transpose.ROTATE_90), Image.radial_gradient("L")
     return Image.merge("RGB", channels).resize((480, 320))
+
+
+FIXED = Sample(0, "", _TEXT, _picture, 0)
+"""The fixed picture and text."""

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
+from rankloss_features import probing
 from rankloss_features.data import Data, groups_of, some_rows
 from rankloss_features.folder import (
     ABOUT,
@@ -192,6 +193,7 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         check_has_no_files(output)
     else:
         check_is_of(output, found, about)
+        check_probe(output, found, teacher)
     has_pairs = found is not None and (found["complete"] or (output / PAIRS).exists())
     if has_pairs:
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
@@ -222,6 +224,12 @@ def check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> N
             )
 
 
+def check_probe(output: Path, found: dict[str, Any], teacher: Teacher) -> None:
+    """Raise a ValueError for a folder that was begun with encoders of the same weights and other features."""
+    remedy = ". Restore it; or, for features of the new one, delete the folder and give the command again"
+    probing.check_entry(f"--output {output}", found, teacher, remedy)
+
+
 def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:
     """Write all of the folder but its shards: the entries, and the hashes of the pairs."""
     pairs = _hash_pairs(data)
@@ -233,6 +241,8 @@ def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, An
             teacher.stored.compare(data.pairs(), where, ": --features must be of these data, in their order")
         teacher.stored.compare_pictures(data.pictures(some_rows(len(pairs))), where)
     about = {**about, "shard_rows": size_of_shards(len(pairs)), "data": data.about}
+    if teacher.rows is None:  # stored features are known by their hash
+        about["probe"] = probing.entry_of(teacher)
     Draft.begin(output, about, pairs)
 
 

@@ -64,6 +64,9 @@ def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
         ("skipped", "0"),
         ("teacher", "a"),
         ("command", 3),
+        ("probe", ["3c00"]),
+        ("probe", {"image_features": "3c0"}),
+        ("probe", {"sound_features": "3c00"}),
     ],
 )
 def test_an_entry_of_another_kind_is_named(own: Path, tmp_path: Path, entry: str, value: Any) -> None:
@@ -93,6 +96,7 @@ ENTRIES = [
     "skipped",
     "teacher",
     "data",
+    "probe",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from rankloss_features import Features, writing
 from rankloss_features.data import Data, Sample, Shards, open_data
 from rankloss_features.folder import NAMES
+from rankloss_features.probing import FIXED
 from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.writing import write
 from samples import add_sample
@@ -108,14 +110,24 @@ def letters(samples: list[Sample]) -> Tensor:
     return torch.from_numpy(np.stack(counts)).float()
 
 
+@functools.cache
+def probe(name: str) -> Tensor:
+    """The inputs of the fixed sample by which an encoder is known again."""
+    return pixels(8, FIXED.open())[None] if name == NAMES[0] else letters([FIXED])
+
+
 Change = Callable[[str, Tensor], Tensor]
 
 
 def teacher(change: Change = lambda _, features: features, **about: Any) -> Teacher:
-    """Linear maps of pixels and of letters; ``change`` is applied to what they give."""
+    """Linear maps of pixels and of letters; ``change`` is applied to what they give of the data."""
 
     def encode(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: change(name, x @ projection(name))
+        def encoded(inputs: Tensor) -> Tensor:
+            features = inputs @ projection(name)
+            return features if torch.equal(inputs, probe(name)) else change(name, features)
+
+        return encoded
 
     encoders = {
         NAMES[0]: image_encoder(functools.partial(pixels, 8), encode(NAMES[0]), WIDTH, torch.device("cpu")),
@@ -180,3 +192,17 @@ def flip(file: Path) -> None:
 def data_of(kind: str, folder: Path, captions: list[str] | None = None) -> Data:
     folder.mkdir(exist_ok=True)
     return csv_data(table(folder, captions)) if kind == "csv" else Shards(shards(folder, captions))
+
+
+def prepare_otherwise(folder: Path, modality: str) -> None:
+    """Change the mean and variance of pixels, or the tokenizer, of an encoder of ``rankloss sample``."""
+    if modality == NAMES[0]:
+        file = folder / "image_encoder/config.json"
+        config = json.loads(file.read_text())
+        config["pretrained_cfg"].update(mean=[0.0] * 3, std=[1.0] * 3)
+    else:
+        file = folder / "text_encoder/tokenizer.json"
+        config = json.loads(file.read_text())
+        words = config["model"]["vocab"]
+        config["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    file.write_text(json.dumps(config))
