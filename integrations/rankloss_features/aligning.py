@@ -122,9 +122,9 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     rendering = asdict(teacher.rendering or data.rendering)
     wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": SPACES[0], **settings}
     check_is_of(output, entries, wanted)
-    check_probe(output, entries, teacher)
     if "alignment" not in entries:
         raise ValueError(f"--output {output} was begun without --align")
+    check_probe(output, entries, teacher)
     if not entries["complete"]:
         return False
     features = Features(str(output)).check()

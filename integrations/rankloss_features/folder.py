@@ -3,8 +3,8 @@
 ::
 
     folder.json                the teacher, a hash of its weights, its features of fixed inputs (``probe``),
-                               whether images and texts have one space,
-                               widths, dtype, scale, counts, the data, and a hash of each other file
+                               whether images and texts have one space, widths, dtype, scale, counts, the
+                               data, and a hash of each other file
     pairs.npy                  [rows], uint64: the hash of each row's caption and picture, the latter by its
                                name, or without a name of its own, as in shards, by its content
     image_features-00000.npy   [shard_rows, D'], float16 or float32: the first shard; the last may be shorter
