@@ -231,7 +231,11 @@ def of_a_pretrained_clip() -> list[str]:
 
 def from_how_many_pairs() -> list[str]:
     """R@10 of both thousands of icons, by the number of pairs: frozen encoders, and models from scratch."""
-    sizes = {2_000: "heads-icons-2000 pairs-2000", 8_000: "heads-icons pairs-8000"}
+    sizes = {
+        2_000: "heads-icons-2000 pairs-2000",
+        8_000: "heads-icons pairs-8000",
+        35_840: "heads-icons-35840 pairs-35840",
+    }
     rows = []
     for frozen, scratch in map(str.split, sizes.values()):
         of = [(frozen, arm) for arm in ("search", "heads", "cca", "both")]

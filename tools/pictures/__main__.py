@@ -11,6 +11,7 @@ import cost
 import forest
 import gains
 import method
+import pairs
 import schedules
 import spread
 import style
@@ -27,6 +28,7 @@ PICTURES = {
     "spread": spread.draw,
     "alignment": alignment.draw,
     "ways": ways.draw,
+    "pairs": pairs.draw,
 }
 
 
