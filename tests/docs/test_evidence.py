@@ -207,8 +207,16 @@ def of_mimicry() -> list[str]:
         own = records(f"alignment/results/{cell.partition('-')[0]}", of_cell(batch, epochs))["mimicry"]
         over = unpaired(*(list(of_seeds(of).values()) for of in (own, clips[cell])))
         rows.append(f"| {title} | {over} | {' | '.join(tests[(cell, *pair)] for pair in pairs)} |")
-    for cell, title in {"icons-64, second": "… another thousand", "noto-v1-250": "`noto-v1`, 250"}.items():
-        rows.append(f"| {title} | – | {' | '.join(tests[(cell, *pair)] for pair in pairs)} |")
+    for cell, title in {
+        "icons-64, second": "… another thousand",
+        "photographs-250": "photographs, 250",
+        "noto-v1-250": "`noto-v1`, 250",
+        "emojis-250-long": "emojis, 250, eight times the epochs",
+        "icons-250-long": "icons, 250, eight times the epochs",
+        "icons-250-long, second": "… another thousand",
+        "photographs-250-long": "photographs, 250, four times the epochs",
+    }.items():
+        rows.append(f"| {title} | – | {' | '.join(tests.get((cell, *pair), '–') for pair in pairs)} |")
     return rows
 
 
