@@ -11,7 +11,7 @@ from .statistics import Arms, Difference, Measure, Pair, correct, verdict
 from .students.measure import PRIMARY, hits_of_pictures
 
 HEAD = ("cell", "arm", "minus", "R@10", "n", "p", "", "seeds and pictures")
-_BY_TIES = 0.5  # points of R@10, by which hits may differ from it
+BY_TIES = 0.5  # points of R@10, by which hits may differ from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def over_pictures(arms: Arms, pair: Pair, difference: float) -> tuple[float, flo
     an interval of hits is one of another measure.
     """
     hits = arms.difference(pair, lambda record: float(hits_of_pictures(record).mean()))
-    if hits is None or abs(hits.mean - difference) > _BY_TIES:
+    if hits is None or abs(hits.mean - difference) > BY_TIES:
         return None
     return arms.over_pictures(pair, hits_of_pictures)
 

@@ -237,6 +237,17 @@ def of_a_pretrained_clip() -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
+def of_keep() -> list[str]:
+    """Zero-shot accuracy and R@10 of new pairs by the share of a CLIP's own similarity."""
+    cells = [f"{name}-after" for name in ("emojis", "noto-v1", "fxemoji")]
+    rows = {
+        cell: [row for row in rows_of("alignment/report/alignment.md", f"{cell} ") if len(row) == 5]
+        for cell in cells
+    }
+    shares = zip(*rows.values(), strict=True)
+    return [f"| {' | '.join(row[of] for of in (2, 3) for row in by_cell)} |" for by_cell in shares]
+
+
 def from_how_many_pairs() -> list[str]:
     """R@10 of both thousands of icons, by the number of pairs: frozen encoders, and models from scratch."""
     sizes = {
@@ -412,6 +423,7 @@ def demo_agreement() -> list[str]:
     ("path", "said"),
     [
         ("docs/method.md", [demo_agreement]),
+        ("docs/your_data.md", [of_keep]),
         ("examples/demo/README.md", [demo_table, demo_taus]),
         (
             "docs/evidence.md",

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studies.alignment import heads, pretrained, study
+from studies import cells
+from studies.alignment import heads, pretrained, study, zero_shot
 from studies.alignment.data import Encoded
 from studies.alignment.setting import Setting
 from studies.alignment.students import ARMS, teacher, train
 from studies.data.features import Side
 from studies.data.sets import Source
 from studies.runner import load
+from studies.statistics import Arms
 
 from batches import unit
 from made_up_records import made_up, record
@@ -138,6 +140,51 @@ def test_a_pretrained_clip_is_measured_on_new_and_on_old_pairs(data, tmp_path, m
     assert all(one[pretrained.OLD]["hits"]["pictures"] == ENCODED["test"] for one in found.values())
     for name, x in of.start.state_dict().items():
         assert torch.equal(x, before[name])
+
+
+@pytest.fixture
+def kept(data, tmp_path, monkeypatch):
+    """Return a function from a share of a CLIP's own similarity to the metrics of its record."""
+    monkeypatch.setattr(pretrained, "PRETRAINING", dataclasses.replace(pretrained.PRETRAINING, epochs=1))
+    monkeypatch.setattr(zero_shot, "FEWEST_HELD_OUT", 5)
+    monkeypatch.setattr(zero_shot, "FEWEST_TRAINED", 5)
+    source = Source({side: worded(n) for side, n in ENCODED.items()}, drawings().pictures)
+    of = pretrained.Pretrained(Encoded(source, tmp_path / "old"), data)
+    return lambda share: of.train(Setting("start-kept", 0, "test", value=share))["metrics"]
+
+
+def worded(n):
+    """Return a caption for each picture, with one word of three."""
+    return [[f"a {('cat', 'dog', 'owl')[i % 3]} c{i}"] for i in range(n)]
+
+
+def test_a_share_of_one_is_the_clip_as_it_is_and_less_is_between(kept):
+    found = {share: kept(share) for share in (1.0, 0.999, 0.0)}
+    held_out = sum(ENCODED[side] for side in pretrained.HELD_OUT)
+    for one in found.values():
+        assert one["zero-shot"]["classes"] == ["cat", "dog", "owl"]
+        assert one["zero-shot"]["pictures"] == held_out
+    assert abs(found[1.0]["zero-shot"]["top-1"] - found[0.999]["zero-shot"]["top-1"]) < 5
+    assert found[1.0]["hits"] != found[0.0]["hits"]
+
+
+def test_the_table_of_shares_has_differences_with_intervals_over_pictures():
+    def scored(hits):
+        bits = np.packbits(np.array(hits, bool)).tobytes().hex()
+        of_pairs = {
+            "retrieval": {"R@10, mean of both": 100 * np.mean(hits)},
+            "hits": {"pictures": len(hits), "image_to_text": bits, "text_to_image": bits},
+        }
+        zero = {"top-1": 100 * np.mean(hits), "pictures": len(hits), "hits": bits}
+        return {0: {"metrics": {**of_pairs, "old": of_pairs, "zero-shot": zero}}}
+
+    arms = {"start-kept 1": scored([0] * 10 + [1] * 10), "start-kept 0.9": scored([0] * 6 + [1] * 14)}
+    rows = study.kept_rows(cells.Tested("emojis-after", Arms(arms)))
+    half = 1.96 * np.std([0] * 16 + [100] * 4, ddof=1) / 20**0.5
+    assert rows == [
+        ["emojis-after", "1", "50.0", "50.0", "50.0"],
+        ["emojis-after", "0.9", *[f"+20.0 ± {half:.1f}"] * 3],
+    ]
 
 
 def records(score, *, blocks):

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from openmoji_demo.data import TEMPLATES
-from openmoji_demo.metrics import accuracy_at_k
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,6 +27,7 @@ from studies.training import kept
 from . import heads, students
 from .pretrained import Pretrained, PretrainedSplits
 from .setting import Setting
+from .zero_shot import is_right
 
 AFTER = " after "  # between the new pairs and those before
 _ENCODED_TOGETHER = 64  # pictures
@@ -91,18 +90,11 @@ class Encoded:
         v, t = model.pictures(of.pictures), model.sentences(of.sentences[:, 0])
         found["geometry"]["alignment"] = alignment(v, t).item()
         if classes := self.source.classes.get(side):
-            found["zero-shot"] = {"top-1": self._zero_shot(model, v, classes)}
+            right = is_right(model, v, classes, self.word_numbers)
+            found["zero-shot"] = {"top-1": 100 * right.double().mean().item()}
         if side == "test" and SECOND in self.sides:
             found[SECOND] = measure(model, self.sides[SECOND], ())
         return found
-
-    def _zero_shot(self, model: Student, pictures: Tensor, classes: list[str]) -> float:
-        """Return the share of pictures, in percent, whose class is the nearest of all classes' prompts."""
-        names = sorted(set(classes))
-        prompts = [[template.format(name) for template in TEMPLATES] for name in names]
-        of_names = normalize(model.sentences(numbered(prompts, self.word_numbers)).mean(1), dim=-1)
-        labels = torch.tensor([names.index(name) for name in classes])
-        return accuracy_at_k(pictures @ of_names.T, labels, (1,))[1]
 
 
 class Splits:

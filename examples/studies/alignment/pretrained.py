@@ -7,12 +7,17 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import rankloss
+from rankloss.precision import unit_rows
+from rankloss_features import methods
+from rankloss_features.folder import NAMES
 from studies.data.features import Side
 from studies.data.pairs import numbered, vocabulary
+from studies.data.sets import SECOND
 from studies.records import Record
 from studies.students.measure import Metrics, measure, recorded
 from studies.students.student import Student
@@ -22,14 +27,19 @@ from studies.training import kept
 from . import heads
 from .cca import searched
 from .setting import Setting
+from .zero_shot import is_right, word_classes
 
 if TYPE_CHECKING:
     from .data import Encoded
 
 START, CLOSED, JOINED, HEADS, TUNED = "start", "start-cca", "start-joined", "start-heads", "start-tuned"
 ARMS = (START, CLOSED, JOINED, HEADS, TUNED)
-SEEDLESS = (START, CLOSED, JOINED)
+KEPT = "start-kept"  # as `rankloss heads --method cca --keep SHARE`; the value is the share
+SHARES = {f"{KEPT} {share:g}": share for share in (1.0, 0.9, 0.8, 0.7, 0.5, 0.0)}
+"""The arms of kept similarity in the plan; 1 is the CLIP as it is."""
+SEEDLESS = (START, CLOSED, JOINED, *SHARES)
 OLD = "old"  # the metrics on the pairs that the CLIP was trained on before
+HELD_OUT = ("dev", "test", SECOND)  # sides of old pictures for the zero-shot accuracy
 PRETRAINING = Setting("clip", seed=9700, side="dev", batch_size=64, epochs=8, lr=0.002)
 
 
@@ -74,11 +84,13 @@ class Pretrained:
 
     def train(self, setting: Setting) -> Record:
         """Train what is trained, and measure on the new pairs and on the old ones."""
-        return recorded(lambda: self._model(setting), lambda model: self._measured(model, setting.side))
+        return recorded(lambda: self._model(setting), lambda model: self._measured(model, setting))
 
     def _model(self, setting: Setting) -> Any:
-        if setting.arm == START:
+        if setting.arm == START or (setting.arm == KEPT and setting.value == 1):
             return self.start
+        if setting.arm == KEPT:
+            return OfFeatures(self.start, [by_command(self.encoded("train"), setting.value)])
         if setting.arm == TUNED:
             torch.manual_seed(setting.seed)
             model, seen = copy.deepcopy(self.start), self.side(self.new, "train")
@@ -89,12 +101,59 @@ class Pretrained:
         closed, _ = searched(self)
         return OfFeatures(self.start, [closed] if setting.arm == CLOSED else [closed, Unchanged()])
 
-    def _measured(self, model: Any, side: str) -> Metrics:
-        with torch.inference_mode():
-            found: dict[str, Any] = measure(model, self.side(self.new, side), ())
-            if side == "test":
-                found[OLD] = measure(model, self.side(self.old, side), ())
+    @torch.inference_mode()
+    def _measured(self, model: Any, setting: Setting) -> Metrics:
+        found: dict[str, Any] = measure(model, self.side(self.new, setting.side), ())
+        if setting.side == "test":
+            found[OLD] = measure(model, self.side(self.old, setting.side), ())
+        if setting.arm == KEPT:
+            found["zero-shot"] = self._zero_shot(model)
         return found
+
+    def _zero_shot(self, model: Any) -> dict[str, Any]:
+        """Return the accuracy on held-out old pictures, whose classes are words, and a bit of each."""
+        captions = self.old.source.captions
+        held_out = [text for side in HELD_OUT for text, *_ in captions[side]]
+        classes = word_classes(held_out, [text for text, *_ in captions["train"]])
+        pictures = torch.cat([self.old.sides[side].pictures for side in HELD_OUT])
+        has_class = torch.tensor([one is not None for one in classes])
+        named = [one for one in classes if one is not None]
+        right = is_right(model, model.pictures(pictures[has_class]), named, self.word_numbers)
+        return {
+            "top-1": 100 * right.double().mean().item(),
+            "pictures": len(named),
+            "classes": sorted(set(named)),
+            "hits": np.packbits(right.numpy()).tobytes().hex(),
+        }
+
+
+def by_command(train: Side, keep: float) -> heads.Part:
+    """Return what ``rankloss heads --method cca --keep`` makes of a CLIP's features of pairs."""
+    each = train.sentences.shape[1]
+    numbers = np.arange(len(train.pictures)).repeat(each)
+    features = (train.pictures.repeat_interleave(each, 0), train.sentences.flatten(0, 1))
+    pairs = methods.Pairs(dict(zip(NAMES, features, strict=True)), pictures=numbers, groups=numbers)
+    return Modules(*map(methods.make(methods.Asked("cca", keep=keep), pairs).modules.__getitem__, NAMES))
+
+
+class Modules:
+    """A module of each modality as a part.
+
+    Args:
+        of_pictures: From features to those of pictures.
+        of_sentences: … of sentences.
+    """
+
+    def __init__(self, of_pictures: nn.Module, of_sentences: nn.Module) -> None:
+        self.of_pictures, self.of_sentences = of_pictures, of_sentences
+
+    def pictures(self, pictures: Tensor) -> Tensor:
+        """Return unit-norm features, ``[N, K]``."""
+        return unit_rows(self.of_pictures(pictures))
+
+    def sentences(self, sentences: Tensor) -> Tensor:
+        """Return unit-norm features, ``[N, S, K]``."""
+        return unit_rows(self.of_sentences(sentences.flatten(0, 1))).unflatten(0, sentences.shape[:2])
 
 
 class Unchanged:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from studies.cells import Tested, mean_rows, primary_values, rows
+import numpy as np
+
+from studies.cells import BY_TIES, Tested, mean_rows, primary_values, rows
 from studies.data.sets import SECOND
 from studies.plan import Find, MissingError
 from studies.records import Record
-from studies.report import conditions_texts
+from studies.report import conditions_texts, signed
 from studies.runner import Study
 from studies.statistics import Arms, Measure, Pair
-from studies.students.measure import CORRELATION, PRIMARY
+from studies.students.measure import CORRELATION, PRIMARY, hits_of_pictures
 
 from . import heads, pretrained
 from .data import data
@@ -95,6 +97,8 @@ class Cell:
     def start(self, arm: str) -> Setting:
         """Return the setting from which an arm's tries begin."""
         start = Setting(arm, self.sizes.tuning_seeds[0], "dev")
+        if arm in pretrained.SHARES:
+            return dataclasses.replace(start, arm=pretrained.KEPT, seed=0, value=pretrained.SHARES[arm])
         if arm in SEEDLESS:
             return dataclasses.replace(start, seed=0)
         if arm in HEADS:
@@ -282,6 +286,8 @@ def results(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> dict[str, Any]
         "splits": split_rows(sizes, finds),
         "arms_head": ["cell", "arm", *(of.title for of in MEASURES)],
         "arms": mean_rows(every, MEASURES),
+        "kept_head": ["cell", "share", *KEPT_MEASURES],
+        "kept": [row for of in every for row in kept_rows(of)],
         "closed": [row for of in every for row in closed_rows(of)],
         "tries": [
             [of.cell, f"`{arm}`", _texts(of.finalists.get(arm, {})), _texts(tried)]
@@ -304,6 +310,55 @@ def split_rows(sizes: SimpleNamespace, finds: Mapping[str, Find]) -> list[list[s
             ):
                 found += [[of.cell, str(split), *row[1:]] for row in mean_rows([of], [PRIMARY])]
     return found
+
+
+def kept_rows(of: Tested) -> list[list[str]]:
+    """Return the rows of the shares of a CLIP's own similarity: its scores, and the differences from them."""
+    records = {
+        share: next(iter(of.arms.records[arm].values()))
+        for arm, share in pretrained.SHARES.items()
+        if arm in of.arms.records
+    }
+    if of.cell.endswith(pretrained.OLD) or 1.0 not in records:
+        return []
+    scores = {share: [score(record) for score in KEPT_MEASURES.values()] for share, record in records.items()}
+    first = scores.pop(1.0)
+    rows = [[of.cell, "1", *(f"{mean:.1f}" for mean, _ in first)]]
+    for share, found in scores.items():
+        rows.append([of.cell, f"{share:g}", *map(_minus, found, first)])
+    return rows
+
+
+Scored = tuple[float, np.ndarray]  # a score, and each picture's
+
+
+def _zero_shot(record: Record) -> Scored:
+    found = record["metrics"]["zero-shot"]
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(found["hits"]), np.uint8))
+    return found["top-1"], 100.0 * bits[: found["pictures"]]
+
+
+def _recall(record: Record) -> Scored:
+    return PRIMARY(record), hits_of_pictures(record)
+
+
+def _recall_of_old(record: Record) -> Scored:
+    return _recall({"metrics": record["metrics"][pretrained.OLD]})
+
+
+KEPT_MEASURES: dict[str, Callable[[Record], Scored]] = {
+    "zero-shot top-1": _zero_shot,
+    "R@10 of new pairs": _recall,
+    "R@10 of old pairs": _recall_of_old,
+}
+
+
+def _minus(first: Scored, second: Scored) -> str:
+    """Return a difference with its 95 % interval over pictures, which ties in the hits may forbid."""
+    difference, each = first[0] - second[0], first[1] - second[1]
+    half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+    is_of_score = abs(each.mean() - difference) <= BY_TIES
+    return f"{signed(difference, 1)} ± {f'{half:.1f}' if is_of_score else '–'}"
 
 
 def closed_rows(of: Tested) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ _PADDING, _UNKNOWN = 0, 1
 
 def vocabulary(captions: Iterable[str]) -> dict[str, int]:
     """Return the numbers, from 2, of the words that occur twice or more, in alphabetical order."""
-    counts = Counter(word for caption in captions for word in _words(caption))
+    counts = Counter(word for caption in captions for word in words_of(caption))
     return {word: number for number, word in enumerate(sorted(w for w in counts if counts[w] > 1), start=2)}
 
 
@@ -29,7 +29,7 @@ def numbered(captions: Sequence[Sequence[str]], words: Mapping[str, int]) -> Ten
         [[[2, 3, 0, 0], [2, 1, 2, 3]]]
     """
     rows = [
-        [words.get(word, _UNKNOWN) for word in _words(caption)[:MAX_WORDS]] or [_UNKNOWN]
+        [words.get(word, _UNKNOWN) for word in words_of(caption)[:MAX_WORDS]] or [_UNKNOWN]
         for of in captions
         for caption in of
     ]
@@ -39,5 +39,6 @@ def numbered(captions: Sequence[Sequence[str]], words: Mapping[str, int]) -> Ten
     return found.unflatten(0, (len(captions), -1))
 
 
-def _words(caption: str) -> list[str]:
+def words_of(caption: str) -> list[str]:
+    """Return a caption's words in small letters."""
     return re.findall(r"[a-z0-9]+", caption.lower())
