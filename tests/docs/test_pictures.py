@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from tools_folder import tool
 
@@ -24,6 +25,13 @@ def forest(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("forest")
 
 
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that draws recall against the number of pairs."""
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("pairs")
+
+
 @pytest.mark.parametrize("name", ["distil"])
 def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) -> None:
     """A cell of a table in docs/evidence.md has its number from the report that the table links to."""
@@ -35,6 +43,31 @@ def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) 
         there = [one for one in report.splitlines() if score in one and difference in one]
         seeds = f" {row['seeds']} |", f"({row['seeds']})"
         assert any(x in one for one in there for x in seeds), row
+
+
+def test_recall_against_pairs_is_drawn_from_every_size_of_the_page(pairs: Any) -> None:
+    """The lines have the scores of the first thousand icons; from scratch, those of the best loss."""
+    page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+), first \|(.*)\|$", page, re.MULTILINE)
+    scores = {
+        int(size.replace(",", "")): [float(cell.split()[0]) for cell in cells.split("|")]
+        for size, cells in rows
+    }
+    lines = {name: list(of.values()) for name, of in pairs.lines().items()}
+    search, _, closed_form, both = zip(*(of[:4] for of in scores.values()), strict=True)
+    from_scratch = [max(of[4:]) for of in scores.values()]
+    assert len(scores) >= 3
+    assert pairs.sizes() == list(scores)
+    assert list(lines.values()) == [list(both), list(closed_form), list(search), from_scratch]
+
+
+@pytest.mark.parametrize("ends", [[1.0, 2.0, 2.0, 30.0], [0.0, 10.0, 20.0], [5.0]])
+def test_names_of_lines_stand_apart_around_the_ends_of_the_lines(ends: list[float], pairs: Any) -> None:
+    places = pairs.apart(np.array(ends), 8.0)
+    assert places.mean() == pytest.approx(np.mean(ends))
+    assert np.all(np.diff(places) >= 8.0 - 1e-9)
+    if np.all(np.diff(ends) >= 8.0):
+        assert places == pytest.approx(ends)
 
 
 def test_images_of_the_site_are_files_of_their_type(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

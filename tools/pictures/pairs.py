@@ -2,48 +2,107 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from style import SMALL, WIDTH, Colors
-from ways import mean
+from style import NARROW, SMALL, Colors
+from ways import STUDIES, mean
 
-FROZEN = {2_000: "heads-icons-2000", 8_000: "heads-icons", 35_840: "heads-icons-35840"}
-SCRATCH = {2_000: "pairs-2000", 8_000: "pairs-8000", 35_840: "pairs-35840"}
-STUDENTS = ("clip", "spread", "mimicry")
 STUDY = "alignment"
+SEEDS = 4  # of every cell, by the study's plan
+UNNAMED = 8_000  # pairs; the study's name of these heads has no number
+FROZEN = {
+    "frozen encoders,\nclosed form + head": "both",
+    "frozen encoders,\nclosed form": "cca",
+    "frozen encoders,\nsearch, no training": "search",
+}
+SCRATCH = "trained from scratch,\nbest of three losses"
+LOSSES = ("clip", "spread", "mimicry")
+NAME_HEIGHT = 29.0  # points; of a line's name, which has two rows
+GAP = 16.0  # points; between the axes and the names
+
+
+def sizes() -> list[int]:
+    """Return the numbers of pairs whose cells all have their seeds in the report, ascending."""
+    report = (STUDIES / STUDY / f"report/{STUDY}.md").read_text(encoding="utf-8")
+    row = r"^\| (\S+) +\| +`(\S+)` +\| +\S+ ± \S+ \((\d+)\)"
+    means = re.findall(row, report.partition("## All arms")[2], re.MULTILINE)
+    complete = {(cell, arm) for cell, arm, seeds in means if int(seeds) >= SEEDS}
+    trained = {int(cell.removeprefix("pairs-")) for cell, _ in complete if re.fullmatch(r"pairs-\d+", cell)}
+    return sorted(pairs for pairs in trained if complete.issuperset(cells(pairs)))
+
+
+def cells(pairs: int) -> list[tuple[str, str]]:
+    """Return cell and arm of every score from so many pairs: of the frozen encoders, then from scratch."""
+    heads = "heads-icons" if pairs == UNNAMED else f"heads-icons-{pairs}"
+    return [*((heads, arm) for arm in FROZEN.values()), *((f"pairs-{pairs}", loss) for loss in LOSSES)]
 
 
 def lines() -> dict[str, dict[int, float]]:
-    """R@10 by the number of pairs, of each way."""
-    frozen = {
-        "frozen encoders: closed form and a head": "both",
-        "frozen encoders: closed form (CCA)": "cca",
-        "frozen encoders: search among the pairs": "search",
-    }
-    found = {
-        title: {pairs: mean(STUDY, cell, arm) for pairs, cell in FROZEN.items()}
-        for title, arm in frozen.items()
-    }
-    found["best model from scratch, 16 epochs"] = {
-        pairs: max(mean(STUDY, cell, arm) for arm in STUDENTS) for pairs, cell in SCRATCH.items()
-    }
-    return found
+    """Return R@10 by the number of pairs, of each way."""
+    names, found = [*FROZEN, SCRATCH], {}
+    for pairs in sizes():
+        scores = [mean(STUDY, *cell) for cell in cells(pairs)]
+        found[pairs] = [*scores[: len(FROZEN)], max(scores[len(FROZEN) :])]
+    return {name: {pairs: of[place] for pairs, of in found.items()} for place, name in enumerate(names)}
+
+
+def apart(places: np.ndarray, least: float) -> np.ndarray:
+    """Return ascending places, moved until neighbours are ``least`` apart, around the same centre."""
+    steps = least * np.arange(len(places))
+    moved = np.maximum.accumulate(places - steps) + steps
+    return moved - (moved - places).mean()
 
 
 def draw(colors: Colors) -> Figure:
-    """A line for each way, with its name at the line's end."""
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    """A line for each way, with its name beside the line's end."""
+    figure = Figure(figsize=(NARROW, 3.5), layout="constrained")
     axes = figure.subplots()
-    paints = (colors.ours, colors.ours_too, colors.mark, colors.other)
-    for (title, values), paint in zip(lines().items(), paints, strict=True):
-        axes.plot(list(values), list(values.values()), color=paint, marker="o", label=title)
+    found = lines()
+    paints = dict(zip(found, (colors.ours, colors.ours_too, colors.mark, colors.other), strict=True))
+    for name, values in found.items():
+        axes.plot(list(values), list(values.values()), color=paints[name], marker="o", clip_on=False)
+
+    pairs = sizes()
     axes.set_xscale("log")
-    axes.set_xticks(list(FROZEN), [f"{pairs:,}" for pairs in FROZEN])
+    axes.set_xticks(pairs, [f"{size / 1000:.0f}k" for size in pairs])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("pairs to train on: icons", fontsize=SMALL)
-    axes.set_ylabel("R@10 of held-out icons", fontsize=SMALL)
+    axes.set_ylim(0, 10 * np.ceil(max(max(of.values()) for of in found.values()) / 10))
+    axes.set_xlabel("pairs to train on (icons)", fontsize=SMALL)
+    axes.set_ylabel("R@10", fontsize=SMALL)
     axes.tick_params(labelsize=SMALL)
+    axes.tick_params(axis="x", pad=7)
     axes.grid(axis="y")
-    axes.legend(fontsize=SMALL, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes.set_axisbelow(True)
+    _name_lines_at_their_ends(figure, {name: of[pairs[-1]] for name, of in found.items()}, paints)
     return figure
+
+
+def _name_lines_at_their_ends(figure: Figure, ends: dict[str, float], paints: dict[str, str]) -> None:
+    """Write each name in its line's colour, right of the axes, where none hides another."""
+    (axes,) = figure.axes
+    names = sorted(ends, key=ends.__getitem__)
+    texts = [
+        axes.annotate(
+            name,
+            (1, ends[name]),
+            xycoords=("axes fraction", "data"),
+            xytext=(GAP, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            color=paints[name],
+            linespacing=1.1,
+            arrowprops={"arrowstyle": "-", "color": paints[name], "linewidth": 0.8, "relpos": (0, 0.5)},
+        )
+        for name in names
+    ]
+    figure.draw_without_rendering()  # lays out, so that the axes' height is known
+    axes_height = axes.get_window_extent().height * 72 / figure.dpi
+    heights = axes_height * np.array([ends[name] for name in names]) / axes.get_ylim()[1]
+    places = apart(heights, NAME_HEIGHT)
+    places -= max(0.0, places[-1] + NAME_HEIGHT / 2 - axes_height)  # the highest name stays beside the axes
+    for text, height, place in zip(texts, heights, places, strict=True):
+        text.set_position((GAP, place - height))
