@@ -254,6 +254,18 @@ def test_the_closed_form_stands_beside_every_seed_of_the_heads():
         assert done == asked
 
 
+def test_heads_of_another_cells_settings_keep_its_schedule():
+    sizes = Namespace(
+        **{**vars(SIZES), "blocks": [of for of in SIZES.blocks if "71680" in of["cells"][0]][:1]}
+    )
+    sizes.blocks.append({**sizes.blocks[0], "cells": ["heads-icons-141093"]})
+    finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + (one.epochs == 20) + (one.value == 5.0))
+    largest = finds["icons-141093"].records
+    assert {one.side for one in largest} == {"test"}
+    assert {(one.epochs, one.batch_size) for one in largest if one.arm == "heads"} == {(20, 500)}
+    assert {one.value for one in largest if one.arm == "search"} == {5.0}
+
+
 def test_cells_of_other_settings_are_trained_as_their_dev_side_chose():
     _, finds = records(lambda one: 30.0 + (one.lr == 0.002), blocks=5)
     of_emojis, of_vendor = (

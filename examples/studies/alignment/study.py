@@ -82,7 +82,7 @@ class Cell:
         name: In the plan.
         find: The data set's records.
         tuned: The cell whose dev side chooses the settings.
-        epochs: Of the test side, where the settings are another cell's; None: as they were tried.
+        epochs: Of students on the test side, where the settings are another cell's; None: as they were tried.
         sizes: The plan.
         tuning_find: The records of that cell's data set.
     """
@@ -194,7 +194,7 @@ def cells(sizes: SimpleNamespace, names: Sequence[str], finds: Mapping[str, Find
         of = sizes.cells[name]
         tuned = sizes.cells[of.get("settings_of", name)]
         if {of["data"], tuned["data"]} <= finds.keys():
-            epochs = getattr(sizes, "epochs", of["epochs"]) if tuned is not of else None
+            epochs = getattr(sizes, "epochs", of.get("epochs")) if tuned is not of else None
             yield Cell(name, finds[of["data"]], tuned, epochs, sizes, finds[tuned["data"]])
 
 
