@@ -122,18 +122,31 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
         if share == 0:
             continue
-        summands = _list_terms(c, batch.exact_reference(reference, y), batch, options)
+        exact = batch.exact_reference(reference, y)
+        summands = list_terms(c, exact, batch.inputs.scale, batch.positives, options)
         value = value + share * summands.sum(-1)
     return value
 
 
-def _list_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
-    """The summands of C(x | y), item by item, of the lists of cosines ``[n, N]``."""
+def list_terms(
+    cosines: Tensor, reference: Tensor, scale: Tensor, own: Tensor, options: RankOptions
+) -> Tensor:
+    """The summands of C(x | y), item by item, of lists of cosines.
+
+    Args:
+        cosines: c, ``[n, N]``; x = s·c.
+        reference: y, ``[n, N]``.
+        scale: s.
+        own: ``[n]``, the column of each list's own pair.
+        options: of the lists.
+
+    Returns:
+        ``[n, N]``, or ``[n, N − 1]`` without the own pairs.
+    """
     if not options.diagonal:
-        others = other_items(batch.positives, cosines.shape[-1])
+        others = other_items(own, cosines.shape[-1])
         cosines = cosines.gather(-1, others)
         reference = reference.gather(-1, others)
-    scale = batch.inputs.scale
     scores = scale * cosines
     if options.model == "top_one":
         p = top_one_probabilities(reference, scale, options)
