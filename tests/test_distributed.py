@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import TestCase, mock
@@ -42,6 +43,7 @@ from rankloss.losses import GatheringLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.graded.term import RankedListsTerm
 from registered import OF_PACKAGES, input_names
+from subjects import SUBJECTS
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
 TEACHER = ("reference_image_features", "reference_text_features")
@@ -70,12 +72,17 @@ def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.M
     return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
 
 
-def given(
-    of: Callable[..., dict[str, Tensor]], make: Callable[..., nn.Module], **options: Any
-) -> Callable[..., Any]:
+class Given(nn.Module):
     """A loss with inputs that are made of its features."""
-    loss = make(**options)
-    return lambda v, t, *inputs, **more: loss(v, t, *inputs, **more, **of(v, t))
+
+    def __init__(
+        self, of: Callable[..., dict[str, Tensor]], make: Callable[..., nn.Module], **options: Any
+    ) -> None:
+        super().__init__()
+        self.of, self.loss = of, make(**options)
+
+    def forward(self, v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Any:
+        return self.loss(v, t, *inputs, **more, **self.of(v, t))
 
 
 def pair_ids(v: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -123,7 +130,7 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
         lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
     ),
     "mimicry": (
-        functools.partial(given, taught, MimicryLoss),
+        functools.partial(Given, taught, MimicryLoss),
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
     ),
 }
@@ -133,19 +140,19 @@ def spread_of_clip(view: one_process.View, bias: Tensor) -> Tensor:
     return one_process.clip(view) + 0.3 * one_process.spread(view)
 
 
-def of_more_dimensions(make: Callable[..., nn.Module], **options: Any) -> Callable[..., Any]:
+class OfMoreDimensions(nn.Module):
     """A loss of the same similarities in three times the dimensions, more than there are pairs."""
-    loss = make(**options)
 
-    def of_wider(v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Tensor:
-        value: Tensor = loss(*(x.repeat(1, 3) / math.sqrt(3) for x in (v, t)), *inputs, **more)
-        return value
+    def __init__(self, make: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.loss = make(**options)
 
-    return of_wider
+    def forward(self, v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Any:
+        return self.loss(*(x.repeat(1, 3) / math.sqrt(3) for x in (v, t)), *inputs, **more)
 
 
 LOSSES["spread"] = SpreadLoss, spread_of_clip
-LOSSES["spread of more dimensions"] = functools.partial(of_more_dimensions, SpreadLoss), spread_of_clip
+LOSSES["spread of more dimensions"] = functools.partial(OfMoreDimensions, SpreadLoss), spread_of_clip
 LOSSES["spread over siglip"] = (
     lambda gather=None: SpreadLoss(SigLipLoss(gather=gather), gather=gather),
     lambda view, bias: one_process.siglip(view, bias) + 0.3 * one_process.spread(view),
@@ -153,12 +160,12 @@ LOSSES["spread over siglip"] = (
 for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
     for of_pairs in ("clip", "clip, smoothed", "siglip"):
         make, oracle = LOSSES[of_pairs]
-        make = functools.partial(given, pair_ids, make, same_id=same_id, memory_budget=budget)
+        make = functools.partial(Given, pair_ids, make, same_id=same_id, memory_budget=budget)
         name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
         LOSSES[name] = make, with_ids(oracle, same_id)
 LOSSES["rank_clip over clip of ids"] = (
     functools.partial(
-        given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
+        Given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
     ),
     lambda view, bias: with_ids(clip_of, "ignore")(view, bias) + one_process.rank_terms(view),
 )
@@ -231,6 +238,12 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, Values]:
         else:
             found[loss, layout] = differentiated(called(*arguments), inputs)
     return found
+
+
+def test_every_loss_of_pairs_is_in_the_table() -> None:
+    """Whoever adds one to the subjects of the other tests is told to add it here."""
+    built = {type(part).__name__ for make, _ in LOSSES.values() for part in make(gather=False).modules()}
+    assert {subject.covers for subject in SUBJECTS if subject.takes_pairs} - {""} <= built
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -430,33 +443,95 @@ def plain(pools: Pools) -> list[dict[Any, Any]]:
     return pools[2].run(counted)
 
 
-def test_a_step_gathers_each_modality_once(plain: list[dict[Any, Any]]) -> None:
-    for of_rank in plain:
-        for (flags, name), (_, forward, filled, backward) in of_rank.items():
-            # Of every loss that is called.
-            checks = 1 + (name.startswith(("mimicry", "spread")) or " over " in name)
-            if name == "spread":  # sums of each modality's features and of their products, and the deviations
-                deviations = 0 if flags[0] else 2
-                assert (forward["allgather"], forward["allreduce"]) == (2 + deviations, 4 + checks)
-                of_sums = 0 if flags == (True, False) else 4
-                assert backward.get("allreduce", 0) == of_sums + (2 + deviations if flags[1] else 0)
-                continue
-            if name == "spread of more dimensions":  # the features that the base has gathered
-                assert (forward["allgather"], forward["allreduce"]) == (2, checks)
-                continue
-            if name == "spread over siglip":
-                continue
-            assert forward["allreduce"] == checks, name
-            if name == "rank_clip over siglip":
-                continue
-            if name == "mimicry":  # the base's features, and the distances where all rows are computed
-                assert forward["allgather"] == 2 + (not flags[0])
-                continue
-            gathered = 1 if name.startswith("siglip") and flags[0] else 2  # its texts alone
-            has_ids = " ids" in name
-            assert forward["allgather"] == gathered + has_ids, name
-            assert filled == gathered * 2 * N * D * 8 + has_ids * 2 * N * 8 + 24 * checks, name
-            assert backward == ({"allreduce": gathered} if flags[1] else {}), name
+@dataclass(frozen=True)
+class Step:
+    """The collectives of a process's step: calls forward and backward, and the bytes that the former fill."""
+
+    name: str
+    local_loss: bool
+    gather_with_grad: bool
+    forward: dict[str, int]
+    filled: int
+    backward: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def steps(plain: list[dict[Any, Any]]) -> list[Step]:
+    """Of every loss under all flags, by both processes."""
+    return [Step(name, *flags, *calls) for found in plain for (flags, name), (_, *calls) in found.items()]
+
+
+BY_COVARIANCE = ("spread", "spread over siglip")  # of which sums are reduced, and no features gathered
+OF_MORE = ("rank_clip over siglip", "mimicry", "spread of more dimensions")  # than one gathering of D columns
+
+
+@pytest.fixture(scope="module")
+def of_one_gathering(steps: list[Step]) -> list[Step]:
+    """Steps that have no other messages than the features', the ids' and the checks'."""
+    return [step for step in steps if step.name not in (*BY_COVARIANCE, *OF_MORE)]
+
+
+def checks_of(name: str) -> int:
+    """The losses of a composition that are called: RankCLIP's pass computes its own base."""
+    parts = [part for part in LOSSES[name][0](gather=False).modules() if isinstance(part, GatheringLoss)]
+    return len(parts) - (name == "rank_clip")
+
+
+def modalities_of(step: Step) -> int:
+    """Two; SigLIP's loss of this process's images needs the texts alone."""
+    return 1 if step.name.startswith("siglip") and step.local_loss else 2
+
+
+def test_every_loss_that_is_called_compares_its_inputs_once(steps: list[Step]) -> None:
+    for step in steps:
+        if step.name not in BY_COVARIANCE:
+            assert step.forward["allreduce"] == checks_of(step.name), step
+
+
+def test_a_step_gathers_each_modality_once(of_one_gathering: list[Step]) -> None:
+    """And ids, where there are some."""
+    for step in of_one_gathering:
+        assert step.forward["allgather"] == modalities_of(step) + (" ids" in step.name), step
+
+
+def test_a_step_fills_the_bytes_of_features_ids_and_checks_alone(of_one_gathering: list[Step]) -> None:
+    for step in of_one_gathering:
+        of_features = modalities_of(step) * 2 * N * D * 8
+        of_ids = 2 * N * 8 if " ids" in step.name else 0
+        assert step.filled == of_features + of_ids + 24 * checks_of(step.name), step
+
+
+def test_the_gradient_of_each_gathered_modality_is_reduced_once(of_one_gathering: list[Step]) -> None:
+    for step in of_one_gathering:
+        assert step.backward == ({"allreduce": modalities_of(step)} if step.gather_with_grad else {}), step
+
+
+def test_mimicry_gathers_distances_where_all_rows_are_computed(steps: list[Step]) -> None:
+    """Beside the two modalities that its base gathers."""
+    for step in (step for step in steps if step.name == "mimicry"):
+        assert step.forward["allgather"] == (2 if step.local_loss else 3)
+
+
+def test_a_spread_of_more_dimensions_than_pairs_has_the_features_of_its_base(steps: list[Step]) -> None:
+    for step in (step for step in steps if step.name == "spread of more dimensions"):
+        assert step.forward["allgather"] == 2
+
+
+def test_the_spread_sums_means_and_covariances_and_gathers_deviations_of_all_rows(steps: list[Step]) -> None:
+    """Beside the two modalities that its base gathers."""
+    for step in (step for step in steps if step.name == "spread"):
+        deviations = 0 if step.local_loss else 2
+        assert step.forward["allgather"] == 2 + deviations
+        assert step.forward["allreduce"] == 4 + checks_of("spread")
+
+
+def test_sums_of_the_spread_are_reduced_backward_unless_other_items_are_constants(steps: list[Step]) -> None:
+    for step in (step for step in steps if step.name == "spread"):
+        deviations = 0 if step.local_loss else 2
+        are_constants = step.local_loss and not step.gather_with_grad
+        of_sums = 0 if are_constants else 4
+        of_features = 2 + deviations if step.gather_with_grad else 0
+        assert step.backward.get("allreduce", 0) == of_sums + of_features
 
 
 @pytest.mark.skipif(
