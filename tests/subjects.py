@@ -50,6 +50,8 @@ class Subject:
     differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
     half: bool = False
     """Whether logits are computed in the dtype of the features or of autocast, as in open_clip."""
+    has_unscaled_term: bool = False
+    """Whether a part of the value is no function of the scores s·x·y alone, but of features of unit norm."""
 
     def __str__(self) -> str:
         return self.name
@@ -301,6 +303,7 @@ def mimicry(
         literal,
         inputs=(*PAIR, "logit_scale", *TEACHER),
         half=name != "over RankClipLoss",  # in which CLIP's loss is a term of the rank terms' pass
+        has_unscaled_term=True,
     )
 
 
@@ -335,7 +338,16 @@ def spread(name: str, base: Any = None, of_base: Any = reference.clip, *, narrow
 
     differentiable = (*PAIR, *(["logit_bias"] if base is rankloss.SigLipLoss else []))
     inputs = (*differentiable, "logit_scale")
-    return Subject(f"SpreadLoss[{name}]", "SpreadLoss", built, literal, inputs, differentiable, half=True)
+    return Subject(
+        f"SpreadLoss[{name}]",
+        "SpreadLoss",
+        built,
+        literal,
+        inputs,
+        differentiable,
+        half=True,
+        has_unscaled_term=True,  # ε, beside a variance of cosines
+    )
 
 
 def _rankclip(name: str = "", base: Any = None, of_base: Any = reference.clip, **of_ids: Any) -> Subject:
@@ -367,6 +379,7 @@ def registered(name: str) -> Subject:
         inputs=inputs,
         differentiable=tuple(x for x in inputs if x not in of_data),
         half=True,
+        has_unscaled_term=True,  # as another package's may have
     )
 
 

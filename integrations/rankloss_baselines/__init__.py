@@ -1,7 +1,7 @@
-"""CyCLIP and ALIP, the losses that RankCLIP is compared with: a package like any other's.
+"""The baselines, losses that RankCLIP is compared with: a package like any other's.
 
-It uses public names of rankloss alone, and registers ``--loss cyclip`` and ``--loss alip`` through the entry
-points ``rankloss.losses``.
+It uses public names of rankloss alone, and registers each for ``--loss`` by an entry point of the group
+``rankloss.losses``.
 """
 
 from rankloss_baselines.alip import AlipLoss as AlipLoss

@@ -189,18 +189,10 @@ def rescaled(inputs: Inputs, _: list[int]) -> Inputs:
     return {name: x * factors.get(name.rpartition("_")[2], 1) for name, x in inputs.items()}
 
 
-def of_unit_norm(subject: Subject) -> bool:
-    """With an unscaled term, as another package's may be, bins from −1 to 1, ties of what is unit-norm, or
-    an ε of cosines.
-    """
-    unit = ("MimicryLoss", "SpreadLoss", "bins", "[batch")
-    return not subject.covers or any(x in subject.name for x in unit)
-
-
 UNCHANGING: list[tuple[Callable[[Inputs, list[int]], Inputs], Subject]] = [
     *((permuted, s) for s in SUBJECTS if s.is_module),
     *((swapped, s) for s in SUBJECTS if s.takes_pairs),
-    *((rescaled, s) for s in SUBJECTS if s.is_module and not of_unit_norm(s)),
+    *((rescaled, s) for s in SUBJECTS if s.is_module and not s.has_unscaled_term),
 ]
 
 

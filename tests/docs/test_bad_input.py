@@ -24,10 +24,9 @@ from rankloss import (
     RankConsistency,
     RankedLists,
     SigLipLoss,
-    SpreadLoss,
 )
 from rankloss_trainers import catalog
-from registered import OF_PACKAGES, input_names
+from registered import NAMES, input_names
 
 PAGE = Path(__file__).parents[2] / "docs/loops.md"
 TABLE = Path(__file__).parent / "bad_input_table.md"
@@ -46,10 +45,9 @@ LOSSES: list[Callable[..., nn.Module]] = [
     functools.partial(SigLipLoss, memory_budget=0),
     functools.partial(RankClipLoss, schedule="constant"),
     functools.partial(RankClipLoss, schedule=lambda i, n: 0.0),
-    SpreadLoss,
     *(
         catalog.load(name).constructor
-        for name in OF_PACKAGES
+        for name in NAMES
         if input_names(name) == ("image_features", "text_features", "logit_scale")
     ),
     RankConsistency,

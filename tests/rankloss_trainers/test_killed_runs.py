@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from killed_runs import TRAINERS
 
 TESTS = Path(__file__).parents[1]
 KILLS = 10
@@ -18,7 +19,7 @@ KILLS = 10
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "writes"])
-@pytest.mark.parametrize("trainer", ["transformers", "sentence_transformers", "lightning", "loop"])
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_training_killed_ten_times_and_resumed_is_the_uninterrupted_one(
     tmp_path: Path, trainer: str, kind: str
 ) -> None:
