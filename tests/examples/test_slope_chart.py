@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib")
 
 from matplotlib.colors import same_color
+from matplotlib.text import Text
 from openmoji_demo import slope_chart as charts
 
-from batches import Batch, batches
+from batches import Batch, batches, random_batch
 
 any_chart = given(batches(max_n=24), st.sampled_from(["cross_modal", "in_modal"]), st.integers(2, 30))
 
@@ -46,24 +48,67 @@ def test_the_title_has_the_agreement_of_both_lists(batch: Batch, term: charts.Te
     assert axes_of(batch, term, items).get_title() == f"A model\n{heading}"
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its ends, the texts there, and the item k that it is of with its ranks."""
+
+    ends: tuple[float, float]
+    texts: tuple[Text, Text]
+    color: Any
+    k: int
+    ranks: tuple[int, int]
+
+
+def lines_of(batch: Batch, term: charts.Term, items: int) -> list[Line]:
+    """The lines of a chart from above, each with the text at either end: no other text is there."""
+    axes = axes_of(batch, term, items)
+    left, right = (scipy.stats.rankdata(-x, method="min").astype(int) for x in both_lists(batch, term))
+    shown = left.argsort(kind="stable")[:items].tolist()
+    at = {text.get_position(): text for text in axes.texts if text.get_position()[1] >= 0}
+    assert len(at) == 2 * len(shown)
+    lines = []
+    for k, line in zip(shown, axes.lines, strict=True):
+        start, end = line.get_ydata()
+        texts = at[0, start], at[1, end]
+        lines.append(Line((start, end), texts, line.get_color(), k, (int(left[k]), int(right[k]))))
+    return lines
+
+
+def test_both_sides_are_named_above() -> None:
+    axes = axes_of(random_batch(0, 6, 4, 1.0), "cross_modal", 6)
+    heads = {text.get_position()[0]: text.get_text() for text in axes.texts if text.get_position()[1] < 0}
+    assert heads == {0: "by the picture", 1: "by its caption"}
+
+
 @settings(max_examples=25)
 @any_chart
 def test_each_line_joins_the_two_ranks_of_an_item(batch: Batch, term: charts.Term, items: int) -> None:
-    """Equal items are tied, too, however a product rounds."""
-    n, axes = len(batch.image), axes_of(batch, term, items)
-    left, right = (scipy.stats.rankdata(-x, method="min").astype(int) for x in both_lists(batch, term))
-    shown = left.argsort(kind="stable")[:items].tolist()
-    at = {text.get_position(): text for text in axes.texts}
-    assert (at.pop((0, -1)).get_text(), at.pop((1, -1)).get_text()) == ("by the picture", "by its caption")
-    assert len(at) == 2 * len(shown)
-    ranks = [int(at[1, place].get_text().split()[0]) for place in range(len(shown))]
+    """Items stand by rank on both sides. Equal items are tied, too, however a product rounds."""
+    lines = lines_of(batch, term, items)
+    for line in lines:
+        assert line.texts[0].get_text() == f"label {line.k}  {line.ranks[0]}"
+        assert line.texts[1].get_text() == f"{line.ranks[1]}  label {line.k}"
+    assert [line.ends[0] for line in lines] == [*range(len(lines))]
+    by_place = sorted(lines, key=lambda line: line.ends[1])
+    assert [line.ends[1] for line in by_place] == [*range(len(lines))]
+    ranks = [line.ranks[1] for line in by_place]
     assert ranks == sorted(ranks)
-    for place, (k, line) in enumerate(zip(shown, axes.lines, strict=True)):
-        start, end = line.get_ydata()
-        assert start == place
-        assert at[0, start].get_text() == f"label {k}  {left[k]}"
-        assert at[1, end].get_text() == f"{right[k]}  label {k}"
-        weight = "bold" if k == n - 1 else "normal"
-        assert at[0, start].get_fontweight() == at[1, end].get_fontweight() == weight
-        assert same_color(line.get_color(), charts.FALLEN) == (end > start)
-        assert same_color(line.get_color(), charts.RISEN) == (end < start)
+
+
+@settings(max_examples=10)
+@any_chart
+def test_the_own_pair_alone_is_bold(batch: Batch, term: charts.Term, items: int) -> None:
+    for line in lines_of(batch, term, items):
+        weight = "bold" if line.k == len(batch.image) - 1 else "normal"
+        assert [text.get_fontweight() for text in line.texts] == [weight, weight]
+
+
+@settings(max_examples=10)
+@any_chart
+def test_the_colour_of_a_line_says_whether_its_item_falls_or_rises(
+    batch: Batch, term: charts.Term, items: int
+) -> None:
+    for line in lines_of(batch, term, items):
+        start, end = line.ends
+        assert same_color(line.color, charts.FALLEN) == (end > start)
+        assert same_color(line.color, charts.RISEN) == (end < start)

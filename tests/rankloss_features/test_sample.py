@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -23,19 +24,32 @@ def rows(folder: Path, part: str) -> list[dict[str, str]]:
         return list(csv.DictReader(lines, delimiter="\t"))
 
 
-def test_64_pictures_have_captions_and_ids_and_no_product_is_on_both_sides(sample_folder: Path) -> None:
-    parts = {part: rows(sample_folder, part) for part in ("train", "val")}
-    both = [*parts["train"], *parts["val"]]
+Parts = dict[str, list[dict[str, str]]]
+
+
+@pytest.fixture
+def parts(sample_folder: Path) -> Parts:
+    """The rows of both sides."""
+    return {part: rows(sample_folder, part) for part in ("train", "val")}
+
+
+def test_64_pictures_have_captions_of_their_own_that_end_in_their_class(parts: Parts) -> None:
     assert [len(part) for part in parts.values()] == [48, 16]
+    both = [*parts["train"], *parts["val"]]
     assert len({row["filepath"] for row in both}) == len({row["title"] for row in both}) == 64
+    assert {row["title"].split()[-1] for row in both} == {row["class"] for row in both}
+    assert len({np.asarray(Image.open(row["filepath"])).tobytes() for row in both}) == 64
+
+
+def test_every_product_has_two_pictures_on_one_side(parts: Parts) -> None:
     products = {part: [row["product"] for row in listed] for part, listed in parts.items()}
     assert not {*products["train"]} & {*products["val"]}
     assert all(listed.count(x) == 2 for listed in products.values() for x in listed)
+
+
+def test_both_sides_have_the_same_words(parts: Parts) -> None:
     words = {part: {w for row in listed for w in row["title"].split()} for part, listed in parts.items()}
     assert words["train"] == words["val"]
-    assert {row["title"].split()[-1] for row in both} == {row["class"] for row in both}
-    pictures = {np.asarray(Image.open(row["filepath"])).tobytes() for row in both}
-    assert len(pictures) == 64
 
 
 def test_the_pictures_are_the_same_at_every_call(sample_folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ NAMES = sorted(script.stem for script in RECIPES.glob("*-*.sh"))
 PROCESSES = {"1": 1, "8": 8, "slurm": 8}  # started by each way to launch
 PAIRS = 16  # of the tiny data
 Command = Callable[..., list[str]]
+Trainings = dict[str, argparse.Namespace]
 
 
 @pytest.fixture(scope="module")
@@ -142,30 +143,47 @@ def shards(trainer: Trainer, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_table_trains_clip_and_rankclip_with_three_seeds_and_evaluates_them(
-    command: Command, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def trainings(command: Command, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    """The trainer's arguments of the table's trainings by their names; the first of all is done already."""
     monkeypatch.chdir(tmp_path)
     done = tmp_path / "logs/cc3m-rn50-clip-0/checkpoints/epoch_64.pt"
     done.parent.mkdir(parents=True)
     done.touch()
     words = command("table", "train", "8", "--precision", "amp_bf16", DATA=str(shards))
-    trainings = [parse_args(trainer_arguments(one)) for one in commands_of(words, "torchrun")]
-    assert [x.name for x in trainings] == [
-        f"cc3m-rn50-{loss}-{seed}" for seed in range(3) for loss in ("clip", "rankclip")
-    ][1:]
-    own = parse_args(trainer_arguments(command("cc3m-rn50", "8")))
-    changed = {"seed", "name", "train_data", "dataset_type", "train_num_samples", "resume", "precision"}
-    for args in trainings:
-        differ = {key for key, value in vars(own).items() if vars(args).get(key) != value}
-        assert args.seed == int(args.name[-1])
+    parsed = [parse_args(trainer_arguments(one)) for one in commands_of(words, "torchrun")]
+    return {args.name: args for args in parsed}
+
+
+def test_the_table_trains_clip_and_rankclip_with_three_seeds_but_not_again(trainings: Trainings) -> None:
+    names = [f"cc3m-rn50-{loss}-{seed}" for seed in range(3) for loss in ("clip", "rankclip")]
+    assert [*trainings] == names[1:]
+    assert [args.seed for args in trainings.values()] == [int(name[-1]) for name in names[1:]]
+
+
+def test_the_table_trains_on_all_pairs_of_the_shards(trainings: Trainings, shards: Path) -> None:
+    for args in trainings.values():
         assert args.train_data == f"{shards}/{{00000..00001}}.tar"
         assert (args.dataset_type, args.train_num_samples) == ("webdataset", PAIRS)
+
+
+def test_a_training_of_the_table_goes_on_and_takes_options_of_the_trainer(trainings: Trainings) -> None:
+    for args in trainings.values():
         assert (args.resume, args.precision) == ("latest", "amp_bf16")
-        if "rankclip" in args.name:
-            assert differ - {"seed"} == changed - {"seed"}
+
+
+def test_the_table_changes_no_other_argument_of_the_recipe(command: Command, trainings: Trainings) -> None:
+    of_recipe = vars(recipe(command, "cc3m-rn50"))
+    changed = {"seed", "name", "train_data", "dataset_type", "train_num_samples", "resume", "precision"}
+    for name, args in trainings.items():
+        differ = {key for key, value in of_recipe.items() if vars(args).get(key) != value}
+        if "rankclip" in name:
+            assert differ - {"seed"} == changed - {"seed"}  # a seed is the recipe's own
         else:
             assert not {"loss", "loss_agreement_every"} & vars(args).keys()
+
+
+def test_the_table_evaluates_the_last_checkpoint_of_both_losses(command: Command, shards: Path) -> None:
     words = command("table", "evaluate", DATA=str(shards), SEEDS="7", EPOCHS="1")
     for evaluated, name in zip(commands_of(words, "clip_benchmark"), ("clip-7", "rankclip-7"), strict=True):
         given = dict(itertools.pairwise(evaluated))

@@ -31,20 +31,31 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_module_is_acted_on_when_it_is_loaded_now_and_again(seen: list[str]) -> None:
-    actions = {NAME: lambda module: seen.append(module.__name__)}
+def act(module: ModuleType) -> None:
+    sys.executed.append(module.__name__)  # type: ignore[attr-defined]
+
+
+def test_looking_for_a_module_that_is_waited_for_is_no_loading(seen: list[str]) -> None:
     assert not waits_for(NAME)
-    after_import(actions)
-    after_import(actions)
+    after_import({NAME: act})
     assert waits_for(NAME)
-    assert find_spec(NAME) is not None  # looking is not loading
+    assert find_spec(NAME) is not None
     assert seen == []
+
+
+def test_a_module_is_acted_on_once_at_each_execution_however_often_it_is_waited_for(seen: list[str]) -> None:
+    after_import({NAME: act})
+    after_import({NAME: act})
     module = importlib.import_module(NAME)
     assert seen == ["executed", NAME]
     importlib.reload(module)
     assert seen == ["executed", NAME] * 2
-    after_import(actions)
-    assert seen[4:] == [NAME]
+
+
+def test_a_module_that_is_loaded_is_acted_on_at_once(seen: list[str]) -> None:
+    importlib.import_module(NAME)
+    after_import({NAME: act})
+    assert seen == ["executed", NAME]
 
 
 def test_modules_of_a_zip_file_share_a_loader_and_each_has_its_own_action(
