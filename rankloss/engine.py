@@ -559,9 +559,12 @@ class RowLists(NamedTuple):
         return Streamed(values, [gradients.get(name) for name in Inputs._fields], factor)
 
     def _matrix_weights(self, term: Term, weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weights of the cross-entropies and of the NLL of a term's matrices, each ``[2]`` or None."""
+        """α and β of a term's two matrices, ``[2]`` each: the weights of a list's cross-entropy and NLL.
+
+        None where the matrices have no such value: the in-modal ones have no cross-entropy.
+        """
         alpha = beta = None
-        if self.wanted[0] and term == "cross_modal":
+        if self.wanted[0] and term == "cross_modal":  # the mean over the anchors and the two directions
             alpha = torch.stack([weights[0] / (2 * self.batch.anchors)] * 2)
         if self.wanted[_PLACES[term]]:
             share = self.options.anchor_weight(self.batch.anchors, self.batch.items)

@@ -75,7 +75,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     from transformers import dynamic_module_utils
     from transformers.integrations import hub_kernels
 
-    yield dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0  # of the question
+    yield dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0  # seconds in which a user may say that code may run
     yield dynamic_module_utils, "get_cached_module_file", _refuse_module
     if hasattr(hub_kernels, "get_kernel"):
         yield hub_kernels, "get_kernel", _refuse_kernel
@@ -84,7 +84,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
 def _load_weights(
     load: Callable[..., Any], file: Any, *args: Any, weights_only: bool | None = None, **options: Any
 ) -> Any:
-    del weights_only  # a file may have set it
+    """``torch.load`` of weights alone, whatever the caller asks for, where torch reads them safely."""
+    del weights_only
     if torch.__version__ < _SAFE_TORCH:
         raise ValueError(
             f"{file} is a pickle, and torch {torch.__version__} does not read one safely (CVE-2026-24747): "

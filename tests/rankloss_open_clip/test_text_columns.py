@@ -432,6 +432,7 @@ def test_a_sample_without_an_id_is_refused() -> None:
 def test_a_run_leaves_partners_out(trainer: Trainer) -> None:
     """Under RankCLIP's terms, which need no ids."""
     lines = ["filepath\ttitle\tgroup"]
+    # Some odd rows share a group; each even row is a group by itself.
     groups = [n // 3 if n % 2 else 100 + n for n in range(len(trainer.rows))]
     lines += ["\t".join([*row[:2], f"group {x}"]) for row, x in zip(trainer.rows, groups, strict=True)]
     file = trainer.directory / "groups.csv"
