@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from rankloss_features.folder import PICTURES, SPACES, Draft, hashes_of_pairs, identity_of, numbers_of
+from rankloss_features.folder import (
+    COMMON_SPACE,
+    PICTURES,
+    SEPARATE_SPACES,
+    Draft,
+    hashes_of_pairs,
+    identity_of,
+    numbers_of,
+)
 
 
 def stored(
@@ -26,7 +34,7 @@ def stored(
     images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
     path.mkdir()
     widths = {name: array.shape[-1] for name, array in arrays.items()}
-    spaces = spaces or SPACES[len(set(widths.values())) - 1]
+    spaces = spaces or (COMMON_SPACE if len(set(widths.values())) == 1 else SEPARATE_SPACES)
     about = {"widths": widths, "dtype": str(dtype), "shard_rows": rows, "spaces": spaces}
     about["has_picture_hashes"] = pictures is not None
     Draft.begin(path, about, hashes_of_pairs(captions, images))

@@ -565,27 +565,30 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
     assert distributed._has_tensor_collectives(features, None) is expected
 
 
-def shared_and_separate(rank: int, world_size: int) -> list[tuple[dict[str, int], Values, Values]]:
-    """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
+def shared_and_separate(rank: int, world_size: int) -> list[tuple[int, dict[str, int], Values, Values]]:
+    """By epoch: two losses of what is gathered once, beside the same of what each has gathered for itself."""
     inputs = v, t, s, _ = leaves(world_size)
     mine = own(rank, world_size, v, t)
     found = []
-    for flags, epoch in itertools.product(FLAGS, (1, 2)):  # where λ is 0, the base computes for itself, and 1
+    for flags, epoch in itertools.product(FLAGS, (1, 2)):  # λ is 0, and the base alone is computed; then 1
         gather = of_flags(flags)
         losses = RankClipLoss(schedule="linear", gather=gather), RankConsistency(gather=gather)
         losses[0].set_epoch(epoch, epochs=2)
         separate = sum(loss(*mine, s) for loss in losses)
         with Collectives() as calls, gather_once():
             shared = sum(loss(*mine, s) for loss in losses)
-        found.append((dict(calls.counts), *(differentiated(x, inputs) for x in (shared, separate))))
+        values = [differentiated(x, inputs) for x in (shared, separate)]
+        found.append((epoch, dict(calls.counts), *values))
     return found
 
 
 def test_one_gathering_serves_several_losses(pools: Pools) -> None:
     for of_rank in pools[2].run(shared_and_separate):
-        for counts, shared, separate in of_rank:
-            assert counts.pop("allreduce") in (2, 3)  # the checks of each loss that is called
-            assert counts == {"allgather": 2}
+        for epoch, counts, shared, separate in of_rank:
+            # Each loss that is called checks its inputs once. The base of RankClipLoss is called, as a third,
+            # where λ is 0. Where λ is 1, it is computed with the rank terms.
+            checks = {1: 3, 2: 2}[epoch]
+            assert counts == {"allgather": 2, "allreduce": checks}  # images and texts, each gathered once
             assert_same(shared, separate, 1e-14)
 
 

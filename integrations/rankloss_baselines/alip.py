@@ -98,6 +98,8 @@ class AlipLoss(OwnTerms):
         widest = widest_dtype(torch.get_default_device())
         self.register_buffer("histories", torch.empty(3, dtype=widest))
         self.reset_parameters()
+        # Without announcements each call in training mode begins a step. Once a trainer announces its steps
+        # by set_progress, one begins there: the first call moves the histories, and ends _step_begins.
         self._steps_are_announced = False
         self._step_begins = True
 

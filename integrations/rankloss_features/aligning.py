@@ -23,9 +23,9 @@ from rankloss_features.data import Data, some_rows
 from rankloss_features.errors import named_errors
 from rankloss_features.folder import (
     ALIGNMENT,
+    COMMON_SPACE,
     NAMES,
     PICTURES,
-    SPACES,
     Array,
     Draft,
     Features,
@@ -120,7 +120,7 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
         check_has_no_files(output)
         return False
     rendering = asdict(teacher.rendering or data.rendering)
-    wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": SPACES[0], **settings}
+    wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": COMMON_SPACE, **settings}
     check_is_of(output, entries, wanted)
     if "alignment" not in entries:
         raise ValueError(f"--output {output} was begun without --align")
@@ -159,7 +159,7 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
         **{key: encoded.about[key] for key in _SHARED if key in encoded.about},
         "command": command,
         "scale": None,
-        "spaces": SPACES[0],
+        "spaces": COMMON_SPACE,
         "widths": dict.fromkeys(NAMES, len(cca.correlations)),
     }
     Draft.begin(output, about, encoded.pairs, cca)
@@ -221,7 +221,7 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
         for name, encoder in teacher.encoders.items()
     }
     about = {**teacher.about, "alignment": features.about["files"][ALIGNMENT]}
-    return replace(teacher, about=about, encoders=encoders, spaces=SPACES[0])
+    return replace(teacher, about=about, encoders=encoders, spaces=COMMON_SPACE)
 
 
 def _with_projection(encoder: Encoder, project: Callable[[Tensor], Tensor], width: int) -> Encoder:

@@ -46,8 +46,14 @@ from rankloss_features.opening import tensors_of
 NAMES = ("image_features", "text_features")
 """The features of a folder."""
 
-SPACES = ("common", "separate")
-"""The spaces of images and texts: one, in which they are compared; or one for each. One modality has one."""
+COMMON_SPACE = "common"
+"""One space, in which images and texts are compared, or of the only modality."""
+
+SEPARATE_SPACES = "separate"
+"""A space of images and another of texts."""
+
+SPACES = (COMMON_SPACE, SEPARATE_SPACES)
+"""The spaces of a folder's features."""
 
 PICTURES = "pictures"
 """The hashes of the pictures' content, beside the features of a shard."""
@@ -313,7 +319,7 @@ _ENTRIES: Entries = {
     "shard_rows": (is_count, "a number of rows from 1"),
     "complete": (lambda value: isinstance(value, bool), "true or false"),
     "dtype": (lambda value: value in ("float16", "float32"), "float16 or float32"),
-    "spaces": (lambda value: value in SPACES, f"{SPACES[0]} or {SPACES[1]}"),
+    "spaces": (lambda value: value in SPACES, " or ".join(SPACES)),
     "widths": (are_widths, f"a width from 1 for {NAMES[0]}, {NAMES[1]} or both"),
     "files": (_are_hashes, "a hash for each file"),
 }
@@ -597,7 +603,7 @@ class Features(Pairs):
                 f"{path} is unfinished: the command that began it goes on where it stopped. {ABOUT}, which "
                 f"anyone may have written, quotes it as {self.about.get('command')!r}"
             )
-        self.common_space = self.about["spaces"] == SPACES[0]
+        self.common_space = self.about["spaces"] == COMMON_SPACE
         shards = [self.read_shard(shard) for shard in self.shards]
         rows_of = {name: Rows([shard[name] for shard in shards]) for name in shards[0]}
         self.pictures = rows_of.pop(PICTURES, None)

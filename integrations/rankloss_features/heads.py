@@ -37,7 +37,7 @@ from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
 from rankloss_features.folder import (
     NAMES,
-    SPACES,
+    SEPARATE_SPACES,
     Entries,
     are_widths,
     check_entries,
@@ -94,7 +94,7 @@ class Encoders:
         with named_errors(f"--text-encoder {self.text_encoder}"):
             texts = text_encoders.load(self.text_encoder, batch_size, device)
         encoders = {**images.encoders, **texts.encoders}
-        return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SPACES[1])
+        return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SEPARATE_SPACES)
 
 
 class Standardise(nn.Module):

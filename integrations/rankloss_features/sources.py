@@ -15,7 +15,15 @@ from rankloss.checks import check_teacher
 from rankloss_features import clip_models, heads, image_encoders, opening, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.errors import flag, named_errors
-from rankloss_features.folder import NAMES, SPACES, Array, Features, check_rows_differ, read_about
+from rankloss_features.folder import (
+    COMMON_SPACE,
+    NAMES,
+    SEPARATE_SPACES,
+    Array,
+    Features,
+    check_rows_differ,
+    read_about,
+)
 from rankloss_features.teachers import Encoder, Teacher
 
 _CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
@@ -87,7 +95,7 @@ def load(given: list[str], args: Any, device: torch.device) -> Teacher:
             parts.append(loaders[name]())
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
-    spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
+    spaces = SEPARATE_SPACES if given == _TWO_ENCODERS else parts[0].spaces
     first, background = parts[0], getattr(args, "background", None)
     if first.rendering is not None and background is not None:
         raise ValueError(
@@ -115,14 +123,13 @@ def _stored(args: Any) -> Teacher:
     widths = {name: array.shape[1] for name, array in arrays.items()}
     has_two_spaces = folder is not None and not folder.common_space
     is_separate = has_two_spaces or len(set(widths.values())) > 1
-    common, separate = SPACES
-    if is_separate and args.spaces == common:
+    if is_separate and args.spaces == COMMON_SPACE:
         raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
     digests, encoders = {}, {}
     for name, array in arrays.items():
         digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
         encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
-    spaces = args.spaces or (separate if is_separate else common)
+    spaces = args.spaces or (SEPARATE_SPACES if is_separate else COMMON_SPACE)
     return Teacher({"features": digests}, encoders, rows=rows, stored=folder, spaces=spaces)
 
 

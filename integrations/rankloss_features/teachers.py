@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from rankloss.precision import unit_rows
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import SPACES, Features, identity_of
+from rankloss_features.folder import COMMON_SPACE, Features, identity_of
 from rankloss_features.opening import content_of
 from rankloss_features.pictures import Rendering
 
@@ -56,7 +56,7 @@ class Teacher:
     scale: float | None = None
     rows: int | None = None
     device: torch.device = torch.device("cpu")
-    spaces: str = SPACES[0]
+    spaces: str = COMMON_SPACE
     stored: Features | None = None
     rendering: Rendering | None = None
 

@@ -16,7 +16,7 @@ from studies import cells
 from studies.plan import best_of
 from studies.records import key_of, read_lines
 from studies.runner import Run, Study
-from studies.statistics import Arms, Measure
+from studies.statistics import MIN_SEEDS_OVER_PICTURES, Arms, Measure
 
 from made_up_records import record
 
@@ -181,13 +181,20 @@ def test_the_tests_are_paired_and_corrected_together():
     )
 
 
-def test_over_pictures_the_common_seeds_are_compared_of_which_there_must_be_eight():
-    rows = {seed: np.array([seed + 2.0, seed + 2.0]) for seed in range(9)}
-    less = {seed: np.array([seed, seed]) for seed in range(8)}
-    interval = Arms({"a": rows, "b": less}).over_pictures(("a", "b"), lambda record: record)
-    assert interval == (2.0, 2.0)
-    del less[0]
-    assert Arms({"a": rows, "b": less}).over_pictures(("a", "b"), lambda record: record) is None
+def over_two_pictures(common_seeds):
+    """The interval of arms that differ by 2 in both pictures of each common seed; one has a seed more."""
+    scores = {seed: np.array([seed, seed]) for seed in range(common_seeds)}
+    above = {seed: np.array([seed + 2.0, seed + 2.0]) for seed in range(common_seeds + 1)}
+    return Arms({"above": above, "arm": scores}).over_pictures(("above", "arm"), lambda record: record)
+
+
+def test_an_interval_over_pictures_compares_the_seeds_that_both_arms_have():
+    assert over_two_pictures(MIN_SEEDS_OVER_PICTURES) == (2.0, 2.0)
+
+
+def test_an_interval_over_pictures_needs_eight_common_seeds():
+    assert MIN_SEEDS_OVER_PICTURES == 8
+    assert over_two_pictures(8 - 1) is None
 
 
 def test_an_interval_over_pictures_is_left_out_where_ties_are_hits():

@@ -126,15 +126,16 @@ def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
 
 def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
     data = table(True)
-    distinct = {x.tobytes() for row in data for x in row["candidates"]}
     twice = datasets.concatenate_datasets([data, data])
-    ended = [
-        run(tmp_path, x, model=watched(), max_steps=1, per_device_train_batch_size=16, mini_batch_size=size)
-        for x, size in ((data, None), (twice, None), (data, 1))
-    ]
-    assert ended[0].model.seen == ended[1].model.seen == [(len(distinct), 8)]
-    torch.testing.assert_close(weights(ended[1].model), weights(ended[0].model))
-    assert {rows for seen in ended[2].model.seen for rows in seen} == {1}
+    queries, pictures = {*data["query"]}, {x.tobytes() for row in data for x in row["candidates"]}
+    whole = {"max_steps": 1, "per_device_train_batch_size": len(twice)}  # one batch, of either table
+    once, repeated, one_by_one = (
+        run(tmp_path, rows, model=watched(), mini_batch_size=size, **whole).model
+        for rows, size in ((data, None), (twice, None), (data, 1))
+    )
+    assert once.seen == repeated.seen == [(len(pictures), len(queries))]
+    torch.testing.assert_close(weights(repeated), weights(once))
+    assert {rows for call in one_by_one.seen for rows in call} == {1}
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 9])

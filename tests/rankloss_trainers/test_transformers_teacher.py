@@ -22,7 +22,7 @@ import rankloss
 from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss_features import bind, sources
 from rankloss_features.caching import Spec
-from rankloss_features.folder import NAMES, SPACES
+from rankloss_features.folder import COMMON_SPACE, NAMES, SEPARATE_SPACES
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.catalog import load
 from rankloss_trainers.pair_ids import hash_tokens
@@ -177,7 +177,8 @@ def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
         loaded.append(given)
         whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
         by_caption = whole.encoders[NAMES[1]]  # the table's pictures are names of no files
-        return Teacher(whole.about, dict.fromkeys(names, by_caption), spaces=SPACES[len(names) - 1])
+        spaces = COMMON_SPACE if len(names) == 1 else SEPARATE_SPACES
+        return Teacher(whole.about, dict.fromkeys(names, by_caption), spaces=spaces)
 
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
