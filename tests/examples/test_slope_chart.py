@@ -95,7 +95,7 @@ def test_each_line_joins_the_two_ranks_of_an_item(batch: Batch, term: charts.Ter
     assert ranks == sorted(ranks)
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @any_chart
 def test_the_own_pair_alone_is_bold(batch: Batch, term: charts.Term, items: int) -> None:
     for line in lines_of(batch, term, items):
@@ -103,7 +103,7 @@ def test_the_own_pair_alone_is_bold(batch: Batch, term: charts.Term, items: int)
         assert [text.get_fontweight() for text in line.texts] == [weight, weight]
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @any_chart
 def test_the_colour_of_a_line_says_whether_its_item_falls_or_rises(
     batch: Batch, term: charts.Term, items: int
