@@ -78,23 +78,28 @@ def own(folder: Path) -> dict[str, Any]:
 # --- the folder -------------------------------------------------------------------------------------------
 
 
-def test_the_flag_and_the_command_give_the_same_features_bit_for_bit(
-    tmp_path: Path, loaded: list[Any]
-) -> None:
+def test_the_flag_and_the_command_give_the_same_features_bit_for_bit(tmp_path: Path) -> None:
     pairs = table(tmp_path)
     assert aligned(pairs, tmp_path / "x") == 0
     folder = Path(cached(SPEC, csv_data(pairs), tmp_path / "cache", "cpu"))
     assert own(folder) == own(tmp_path / "x")
-    assert len(loaded) == 2
-    assert cached(SPEC, csv_data(pairs), tmp_path / "cache", "cpu") == str(folder)
-    both = cached(SPEC._replace(align=False), csv_data(pairs), tmp_path / "cache", "cpu")
-    assert len(loaded) == 2  # the encoders' own features are a folder of the cache, too
-    assert not Features(both).common_space
-    assert (
-        Features(str(folder))
-        .about["command"]
-        .startswith("rankloss features --image-encoder some --text-encoder other --align --data")
-    )
+
+
+def test_the_cache_has_the_aligned_features_and_the_encoders_own(tmp_path: Path, loaded: list[Any]) -> None:
+    data, cache = csv_data(table(tmp_path)), tmp_path / "cache"
+    folder = cached(SPEC, data, cache, "cpu")
+    assert len(loaded) == 1
+    assert cached(SPEC, data, cache, "cpu") == folder
+    encoded = cached(SPEC._replace(align=False), data, cache, "cpu")
+    assert len(loaded) == 1, "both were there"
+    assert Features(folder).common_space
+    assert not Features(encoded).common_space
+
+
+def test_a_folder_of_the_cache_says_which_command_would_write_it(tmp_path: Path) -> None:
+    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
+    command = "rankloss features --image-encoder some --text-encoder other --align --data"
+    assert Features(folder).about["command"].startswith(command)
 
 
 def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
@@ -121,11 +126,21 @@ def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
         assert pictures[2] == pictures[7] == pictures[9]
 
 
-def test_an_aligned_folder_has_one_space_and_the_projections_that_made_it(tmp_path: Path) -> None:
+def test_an_aligned_folder_has_one_space_and_no_folder_of_the_encoders_own_features(tmp_path: Path) -> None:
+    assert aligned(table(tmp_path), tmp_path / "x") == 0
+    assert Features(str(tmp_path / "x")).check().common_space
+    assert not (tmp_path / "x/.encoders").exists()
+
+
+def test_a_folder_without_the_flag_has_no_projections(tmp_path: Path) -> None:
+    assert aligned(table(tmp_path), tmp_path / "raw", "--batch-size", "256") == 0
+    assert Features(str(tmp_path / "raw")).check().alignment is None
+
+
+def test_an_aligned_folder_has_the_projections_that_made_it(tmp_path: Path) -> None:
     pairs = table(tmp_path)
     assert aligned(pairs, tmp_path / "x") == aligned(pairs, tmp_path / "raw", "--batch-size", "256") == 0
     features, encoded = (Features(str(tmp_path / name)).check() for name in ("x", "raw"))
-    assert features.common_space
     cca = features.alignment
     assert cca is not None
     assert cca.setting == Setting(dimensions=6)  # forty pictures are too few to search
@@ -138,20 +153,29 @@ def test_an_aligned_folder_has_one_space_and_the_projections_that_made_it(tmp_pa
         found = torch.from_numpy(features.arrays[name][:])
         assert torch.equal(found, project(rows[name]).half())
         torch.testing.assert_close(project(rows[name]), of_fit(rows[name]))
-    assert encoded.alignment is None
-    assert not (tmp_path / "x/.encoders").exists()
 
 
-def test_a_complete_folder_is_left_as_it_is(tmp_path: Path, capsys: Any) -> None:
+def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
     pairs = table(tmp_path)
     assert aligned(pairs, tmp_path / "x") == 0
     before = files(tmp_path / "x")
     assert aligned(pairs, tmp_path / "x") == 0
     assert files(tmp_path / "x") == before
-    assert aligned(table(tmp_path, CAPTIONS[::-1]), tmp_path / "x") == 1
-    assert "is none of the 40 rows" in capsys.readouterr().err
-    assert aligned(pairs, tmp_path / "x", "--align", "--dtype", "float32") == 1
-    assert "was begun with another dtype, float16, not float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("captions", "options", "reason"),
+    [
+        (CAPTIONS[::-1], (), "is none of the 40 rows"),
+        (CAPTIONS, ("--dtype", "float32"), "was begun with another dtype, float16, not float32"),
+    ],
+)
+def test_a_complete_folder_of_other_captions_or_another_dtype_is_refused(
+    tmp_path: Path, capsys: Any, captions: list[str], options: tuple[str, ...], reason: str
+) -> None:
+    assert aligned(table(tmp_path), tmp_path / "x") == 0
+    assert aligned(table(tmp_path, captions), tmp_path / "x", "--align", *options) == 1
+    assert reason in capsys.readouterr().err
 
 
 def kill_in(stage: str, monkeypatch: Any) -> None:
@@ -282,23 +306,33 @@ def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
         np.testing.assert_allclose(part.arrays[name][:], whole.arrays[name][:9], atol=4e-3)
 
 
-def test_projections_of_other_encoders_are_refused_before_anything_is_encoded(
-    tmp_path: Path, capsys: Any, monkeypatch: Any
+@pytest.mark.parametrize(
+    ("write", "reasons"),
+    [
+        (
+            ("--align",),
+            (
+                "--align {given} has the projections of other encoders, of image_encoder 'some'",
+                "these have 'another'",
+            ),
+        ),
+        (("--dtype", "float16"), ("given has no projections: it was written without --align",)),
+        (None, ("--align {given}: {given} is no folder",)),
+    ],
+    ids=["of other encoders", "not aligned", "no folder"],
+)
+def test_a_folder_whose_projections_do_not_fit_is_refused_before_anything_is_encoded(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, write: tuple[str, ...] | None, reasons: tuple[str, ...]
 ) -> None:
-    pairs = table(tmp_path)
-    assert aligned(pairs, tmp_path / "x") == aligned(pairs, tmp_path / "raw", "--dtype", "float16") == 0
-    calls: list[int] = []
-    monkeypatch.setattr(
-        sources, "load", lambda given, args, device: spaceless(watched(calls), image_encoder="another")
-    )
-    assert aligned(pairs, tmp_path / "y", "--align", str(tmp_path / "x")) == 1
+    pairs, given, calls = table(tmp_path), tmp_path / "given", list[int]()
+    if write is not None:
+        assert aligned(pairs, given, *write) == 0
+    other = spaceless(watched(calls), image_encoder="another")
+    monkeypatch.setattr(sources, "load", lambda *_: other)
+    assert aligned(pairs, tmp_path / "y", "--align", str(given)) == 1
     error = capsys.readouterr().err
-    assert f"--align {tmp_path}/x has the projections of other encoders, of image_encoder 'some'" in error
-    assert "these have 'another'" in error
-    assert aligned(pairs, tmp_path / "y", "--align", str(tmp_path / "raw")) == 1
-    assert "raw has no projections: it was written without --align" in capsys.readouterr().err
-    assert aligned(pairs, tmp_path / "y", "--align", str(tmp_path / "no")) == 1
-    assert f"--align {tmp_path}/no: {tmp_path}/no is no folder" in capsys.readouterr().err
+    for reason in reasons:
+        assert reason.format(given=given) in error
     assert not calls
     assert not (tmp_path / "y").exists()
 
