@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
 import shutil
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +125,46 @@ def test_rows_of_one_picture_are_its_captions(sample_folder: Path, tmp_path: Pat
     assert "--ids-key names the column" in printed
 
 
-def test_the_table_has_recall_in_percent_agreement_and_gap(
-    sample_folder: Path, tmp_path: Path, capsys: Any
-) -> None:
-    result = evaluated(sample_folder, sample_folder / "val.csv", tmp_path, "--ids-key", "product")
-    printed, progress = capsys.readouterr()
-    assert "16/16" in progress
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation by ids, and its table."""
+
+    result: dict[str, Any]
+    printed: str
+    progress: str
+
+
+@pytest.fixture(scope="module")
+def by_product(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    data, folder = sample_folder / "val.csv", tmp_path_factory.mktemp("by_product")
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        result = evaluated(sample_folder, data, folder, "--ids-key", "product")
+    return Evaluation(result, out.getvalue(), err.getvalue())
+
+
+def test_progress_counts_the_pairs(by_product: Evaluation) -> None:
+    assert "16/16" in by_product.progress
+
+
+def test_the_table_has_recall_in_percent_with_intervals_over_ids(by_product: Evaluation) -> None:
+    result, printed = by_product.result, by_product.printed
     value = {x: 100 * result["recall"]["image_to_text_R@10"][x] for x in ("value", "low", "high")}
     assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in printed
     assert re.search(r"^picture → picture .* 2$", printed, re.MULTILINE)
     assert "95 % intervals over the 8 ids of 'product'" in printed
-    rows = rows_of(sample_folder / "val.csv")
-    v, t = features(sample_folder, rows)
-    assert result["modality_gap"] == pytest.approx(metrics.modality_gap(v, t).item(), rel=1e-4)
+
+
+def test_the_modality_gap_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
+    gap = metrics.modality_gap(*features(sample_folder, rows_of(sample_folder / "val.csv"))).item()
+    assert by_product.result["modality_gap"] == pytest.approx(gap, rel=1e-4)
+
+
+def test_the_agreement_of_ranks_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
+    v, t = features(sample_folder, rows_of(sample_folder / "val.csv"))
     tau = metrics.rank_agreement(v, t)["cross_modal_tau"].item()
-    assert result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
-    assert f"τ {tau:.3f} cross-modal" in printed
+    assert by_product.result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
+    assert f"τ {tau:.3f} cross-modal" in by_product.printed
 
 
 def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
@@ -162,25 +189,37 @@ def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
     assert found["high"] - found["low"] > 0.15
 
 
-def test_two_models_are_compared_on_the_same_pictures(
-    sample_folder: Path, tmp_path: Path, capsys: Any
+@pytest.fixture(scope="module")
+def base(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of the sample's model, against which others are compared."""
+    file = tmp_path_factory.mktemp("base") / "base.json"
+    assert run(sample_folder, sample_folder / "train.csv", "--ids-key", "product", "--json", str(file)) == 0
+    return file
+
+
+def test_a_model_does_not_differ_from_itself(
+    sample_folder: Path, tmp_path: Path, capsys: Any, base: Path
 ) -> None:
-    data, base = sample_folder / "train.csv", tmp_path / "base.json"
-    assert run(sample_folder, data, "--ids-key", "product", "--json", str(base)) == 0
+    options = ("--ids-key", "product", "--against", str(base))
+    differences = evaluated(sample_folder, sample_folder / "train.csv", tmp_path, *options)["differences"]
+    assert differences
+    assert all(x == {"value": 0, "low": 0, "high": 0} for x in differences.values())
+    printed = capsys.readouterr().out
+    assert f"Difference from local-dir:{sample_folder}/open_clip ({base}), same pictures:" in printed
+    assert "+0.0 [+0.0, +0.0]" in printed
+
+
+def test_two_models_differ_by_their_recalls_with_an_interval_around(
+    sample_folder: Path, tmp_path: Path, base: Path
+) -> None:
     trained(sample_folder, tmp_path / "other")
     options = ("--ids-key", "product", "--against", str(base))
-    capsys.readouterr()
-    same = evaluated(sample_folder, data, tmp_path, *options)["differences"]
-    assert all(x == {"value": 0, "low": 0, "high": 0} for x in same.values())
-    result = evaluated(tmp_path, data, tmp_path, *options, model="other")
+    result = evaluated(tmp_path, sample_folder / "train.csv", tmp_path, *options, model="other")
     before = json.loads(base.read_text())["recall"]
     assert any(x["value"] for x in result["differences"].values())
     for name, found in result["differences"].items():
         assert found["value"] == pytest.approx(result["recall"][name]["value"] - before[name]["value"])
         assert found["low"] <= found["value"] <= found["high"]
-    printed = capsys.readouterr().out
-    assert f"Difference from local-dir:{sample_folder}/open_clip ({base}), same pictures:" in printed
-    assert "+0.0 [+0.0, +0.0]" in printed
 
 
 def refusal(capsys: Any, code: int) -> str:

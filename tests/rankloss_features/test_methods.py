@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,34 +132,64 @@ def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
     assert [part["method"] for part in about["parts"]] == [CCA, TRAINED]
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "parts"),
-    [
+@dataclass(frozen=True)
+class Saved:
+    """Heads that the command has made by a method."""
+
+    method: str
+    parts: list[str]
+    """The methods of the parts that are owed."""
+    folder: Path
+    printed: str
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "heads.json").read_text()))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         (CCA, (), [CCA]),
         (BOTH, ("--heads", "2"), [CCA, TRAINED, TRAINED]),
         (TRAINED, ("--heads", "2"), [TRAINED, TRAINED]),
     ],
+    ids=[CCA, BOTH, TRAINED],
 )
-def test_heads_of_every_method_are_saved_evaluated_and_loaded(
-    sample_folder: Path, tmp_path: Path, capsys: Any, method: str, options: Any, parts: list[str]
-) -> None:
-    assert heads(sample_folder, tmp_path / "x", "--method", method, *options) == 0
-    printed = capsys.readouterr().out
-    about = json.loads((tmp_path / "x/heads.json").read_text())
-    assert about["method"] == method
-    assert [part["method"] for part in about["parts"]] == parts
-    assert ("closed form, of the default setting" in printed) == (CCA in parts)
-    model = load_heads(tmp_path / "x")
-    data = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
-    assert main(["evaluate", "--model", str(tmp_path / "x"), *data]) == 0
-    evaluated = capsys.readouterr().out
+def saved(
+    request: pytest.FixtureRequest, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Saved:
+    """The command's heads of every method; the pairs are too few to search a setting."""
+    method, options, parts = request.param
+    folder = tmp_path_factory.mktemp("heads") / "x"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert heads(sample_folder, folder, "--method", method, *options) == 0
+    return Saved(method, parts, folder, printed.getvalue())
 
+
+def test_a_folder_of_heads_names_its_method_and_that_of_each_part(saved: Saved) -> None:
+    assert saved.about["method"] == saved.method
+    assert [part["method"] for part in saved.about["parts"]] == saved.parts
+
+
+def test_the_default_setting_of_a_closed_form_is_printed_where_a_part_has_one(saved: Saved) -> None:
+    assert ("closed form, of the default setting" in saved.printed) == (CCA in saved.parts)
+
+
+def test_evaluate_prints_the_recall_that_the_command_printed(
+    saved: Saved, sample_folder: Path, capsys: Any
+) -> None:
     def lines(text: str) -> list[str]:
         return re.findall(r"^(?:picture|text) → .*$", text, re.MULTILINE)
 
-    assert lines(evaluated) == lines(printed) != []
-    width = model.encode_texts(["a red circle"]).shape[1]
-    assert width == sum(part["width"] for part in about["parts"])
+    data = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
+    assert main(["evaluate", "--model", str(saved.folder), *data]) == 0
+    assert lines(capsys.readouterr().out) == lines(saved.printed) != []
+
+
+def test_loaded_heads_have_the_widths_of_their_parts_side_by_side(saved: Saved) -> None:
+    width = load_heads(saved.folder).encode_texts(["a red circle"]).shape[1]
+    assert width == sum(part["width"] for part in saved.about["parts"])
 
 
 def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
