@@ -96,9 +96,7 @@ def of_seeds(lines: dict[int, dict[str, Any]]) -> dict[int, float]:
 def minus(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> str:
     """The mean difference in R@10 of the seeds that both have, with its 95 % t-interval."""
     recall, other = of_seeds(first), of_seeds(second)
-    differences = np.array([recall[seed] - other[seed] for seed in recall.keys() & other.keys()])
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{differences.mean():+.2f} ± {half:.2f}".replace("-", "−")
+    return mean_and_interval(np.array([recall[seed] - other[seed] for seed in recall.keys() & other.keys()]))
 
 
 CELLS_OF_ICONS = [
@@ -265,6 +263,57 @@ def from_how_many_pairs() -> list[str]:
     return rows
 
 
+SPLITS = range(5)
+"""Of concepts: emojis and icons have heads on each, once the study of the alignment has trained them."""
+
+
+def across_splits() -> list[str]:
+    """… in R@10 of the closed form minus heads, and of both minus the closed form, over other held-out concepts.
+
+    Of the splits whose four seeds are recorded: the mean of the splits' differences with its 95 % t-interval,
+    and their least and greatest.
+    """
+    rows = []
+    for title, folder, inner in (
+        ("emojis", "emojis", ()),
+        ("icons", "icons", ()),
+        ("… another thousand", "icons", ("second",)),
+    ):
+        found = records(f"alignment/results/{folder}", lambda s: f"{s['arm']} {s['split']}")
+        complete = [x for x in SPLITS if len(found.get(f"heads {x}", {})) >= 4 and f"cca {x}" in found]
+        recalls = {
+            arm: [
+                np.mean(
+                    [
+                        reduce(getitem, (*at, *inner, *RECALL[1:]), line)
+                        for line in found[f"{name} {x}"].values()
+                    ]
+                )
+                for x in complete
+            ]
+            for arm, name, at in (
+                ("heads", "heads", ("metrics",)),
+                ("cca", "cca", ("metrics",)),
+                ("both", "heads", ("metrics", "joined", "both")),
+            )
+        }
+        differences = (np.subtract(recalls[a], recalls[b]) for a, b in (("cca", "heads"), ("both", "cca")))
+        cells = [cell for of in differences for cell in (mean_and_interval(of), least_to_greatest(of))]
+        rows.append(f"| {title} | {len(complete)} | {' | '.join(cells)} |")
+    return rows
+
+
+def mean_and_interval(values: np.ndarray) -> str:
+    """The mean of signed values with its 95 % t-interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{values.mean():+.2f} ± {half:.2f}".replace("-", "−")
+
+
+def least_to_greatest(values: np.ndarray) -> str:
+    """The least and the greatest of signed values."""
+    return f"{values.min():+.2f} to {values.max():+.2f}".replace("-", "−")
+
+
 def over_the_higher_clip() -> list[str]:
     """… in R@10 of students from scratch, over the higher CLIP of both studies."""
     tests, rows = differences_of("spread"), []
@@ -354,6 +403,7 @@ def differences_without_a_report() -> list[str]:
         *over_the_higher_clip(),
         *of_mimicry(),
         *uniform_beside_spread(),
+        *across_splits(),
     ]
 
 
@@ -429,6 +479,7 @@ def demo_agreement() -> list[str]:
             "docs/evidence.md",
             [
                 frozen_encoders,
+                across_splits,
                 photographs_table,
                 beside_shuffled_words,
                 baselines,
