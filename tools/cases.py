@@ -102,8 +102,8 @@ OF_ENCODERS = ("+9.39 (8.30 to 10.47)", "+6.26 (5.66 to 6.87)", "+7.97 (6.47 to 
 """The gain of rankclip-encoders: icons, photographs, emojis."""
 GAIN_OF_ENCODERS = (
     "weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; icons in batches of 250 "
-    "with four times the epochs +4.57 ± 1.54, [no more than spread](evidence.md#two-encoders); from 35,840 icons none shown, "
-    "from 71,680 *−1.09 ± 0.86*"
+    "with four times the epochs +4.57 ± 1.54, [no more than spread](evidence.md#two-encoders); 16 epochs of "
+    "35,840 icons: none shown, of 71,680 *−1.09 ± 0.86*"
 ).format(*OF_ENCODERS)
 
 
@@ -111,7 +111,7 @@ PAIRS = Case(
     "pictures with captions, and nothing else",
     "rankclip",
     gain="λ and rate tuned: icons in batches of 64 +4.19 (3.14 to 5.23), in 250 +1.99 (0.86 to 3.12), from "
-    "71,680 +3.66 (2.76 to 4.57); photographs *−0.10 ± 0.46*, in 250 *+0.35 (−0.10 to 0.80)*; emojis "
+    "71,680 +3.27 (1.32 to 5.23); photographs *−0.10 ± 0.46*, in 250 *+0.35 (−0.10 to 0.80)*; emojis "
     "*−0.29 (−1.76 to 1.17)*; nowhere [shown above spread](evidence.md#spread-or-ranks). With the paper's λ: "
     "icons in batches of 64 *+0.51 ± 0.52* from 2,000 pairs, +2.53 ± 0.29 from 8,000, +2.60 ± 1.07 from "
     "141,093, [no more than shuffled words gain](evidence.md#ranks-or-something-else); tuned heads on "
@@ -122,7 +122,7 @@ SPREAD = Case(
     "… by a term without ranks",
     "spread",
     gain="weight and rate tuned: icons in batches of 64 +4.40 (3.33 to 5.47), in 250 +5.16 (3.87 to 6.44), "
-    "from 71,680 +4.44 (3.44 to 5.43); photographs *+1.07 ± 0.68*, in 250 +1.02 (0.67 to 1.37), with four "
+    "from 71,680 +4.05 (2.09 to 6.01); photographs *+1.07 ± 0.68*, in 250 +1.02 (0.67 to 1.37), with four "
     "times the epochs *−0.57 ± 1.05*; emojis *+0.17 (−1.59 to 1.93)*",
     in_brief="weight and rate tuned: icons in batches of 64 +4.40 (3.33 to 5.47), photographs "
     "*+1.07 ± 0.68*, emojis *+0.17 (−1.59 to 1.93)*; [`--loss rankclip`, the paper's, is nowhere shown above "
