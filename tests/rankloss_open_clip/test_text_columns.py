@@ -9,6 +9,7 @@ import pickle
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -230,20 +231,41 @@ def tokens(text: str) -> Tensor:
     return tokenizer()([text.format(i) for i in range(3)])
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a model with columns, beside the model without them."""
+
+    model: nn.Module
+    wrapped: Any
+    plain: nn.Module
+    output: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    """The output of the plain model."""
+    second: dict[str, Tensor]
+    """The plain model's, of the second captions."""
+    arrays: dict[str, np.ndarray]
+    """The teacher's features."""
+    calls_of_text_tower: int
+
+
 # The compiler reads .grad of tensors that are not leaves, which warns.
-@pytest.mark.parametrize(
-    ("named", "wrap"),
-    [(False, ""), (True, "module"), pytest.param(True, "compile", marks=pytest.mark.slow)],
+@pytest.fixture(
+    scope="module",
+    params=[(False, ""), (True, "module"), pytest.param((True, "compile"), marks=pytest.mark.slow)],
+    ids=["plain", "module", "compile"],
 )
-def test_columns_join_the_output_of_one_call_of_the_model(
-    trainer: Trainer, tmp_path: Path, named: bool, wrap: str
-) -> None:
+def call(
+    request: pytest.FixtureRequest, trainer: Trainer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Call]:
+    """Two columns, a second caption and a teacher's features, attached to a model."""
+    named, wrap = request.param
+    tmp_path = tmp_path_factory.mktemp("columns")
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
     columns = TextColumns([CAPTION, RowColumn(Features(stored(tmp_path / "x", **arrays)))])
     plain, clip = model(trainer), model(trainer)
     expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
     wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
-    call = wrapped[wrap](clip) if wrap else clip
+    outer = wrapped[wrap](clip) if wrap else clip
     calls: list[int] = []
     clip.transformer.register_forward_hook(lambda *_: calls.append(1))
 
@@ -253,28 +275,48 @@ def test_columns_join_the_output_of_one_call_of_the_model(
     # As the trainer's dataset does, in processes that are sent copies of both.
     dataset, tokenized = pickle.loads(pickle.dumps((dataset, copy.deepcopy(tokenized))))
     texts = torch.stack([tokenized([str(dataset.captions[i])])[0] for i in range(len(dataset))])
-    columns.attach(call)
-    output = call(image=IMAGES, text=texts) if named else call(IMAGES, texts)
-    assert len(calls) == 1
-    for name, value in expected.items():
-        torch.testing.assert_close(output[name], value)
-    added = {name: output[name] for name in output if name not in expected}
-    for name, array in arrays.items():
-        found = added.pop(f"reference_{name}")
+    columns.attach(outer)
+    output = outer(image=IMAGES, text=texts) if named else outer(IMAGES, texts)
+    yield Call(clip, outer, plain, output, expected, second, arrays, len(calls))
+    torch.compiler.reset()
+
+
+def test_columns_leave_the_models_own_output_as_it_is(call: Call) -> None:
+    for name, value in call.expected.items():
+        torch.testing.assert_close(call.output[name], value)
+
+
+def test_columns_join_the_output_of_one_call_of_the_model(call: Call) -> None:
+    assert call.calls_of_text_tower == 1
+    names = {f"reference_{name}" for name in call.arrays}
+    assert call.output.keys() - call.expected.keys() == {*names, "caption_features"}
+
+
+def test_the_teachers_features_are_its_rows_without_a_gradient(call: Call) -> None:
+    for name, array in call.arrays.items():
+        found = call.output[f"reference_{name}"]
         assert torch.equal(found, torch.from_numpy(array))
         assert not found.requires_grad
-    torch.testing.assert_close(added.pop("caption_features"), second["text_features"])
-    # Gradients flow from both captions into the one text tower.
-    (output["text_features"].sum() + 3 * output["caption_features"].sum()).backward()
-    (expected["text_features"].sum() + 3 * second["text_features"].sum()).backward()
-    for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
+
+
+def test_the_second_captions_features_are_those_of_the_text_tower(call: Call) -> None:
+    torch.testing.assert_close(call.output["caption_features"], call.second["text_features"])
+
+
+def test_gradients_flow_from_both_captions_into_the_one_text_tower(call: Call) -> None:
+    (call.output["text_features"].sum() + 3 * call.output["caption_features"].sum()).backward()
+    (call.expected["text_features"].sum() + 3 * call.second["text_features"].sum()).backward()
+    for (name, a), b in zip(call.model.named_parameters(), call.plain.parameters(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
-    assert added == {}
-    # What has no column passes untouched, after a call that had one.
-    assert list(call(IMAGES, tokens("a{}"))) == list(call(IMAGES)) == list(expected)
-    assert clip.state_dict().keys() == plain.state_dict().keys()
-    torch.compiler.reset()
+
+
+def test_a_batch_without_columns_passes_untouched_after_one_that_had_them(call: Call) -> None:
+    assert list(call.wrapped(IMAGES, tokens("a{}"))) == list(call.wrapped(IMAGES)) == list(call.expected)
+
+
+def test_columns_add_nothing_to_the_models_state(call: Call) -> None:
+    assert call.model.state_dict().keys() == call.plain.state_dict().keys()
 
 
 # --- a teacher's features ------------------------------------------------------------------------------
