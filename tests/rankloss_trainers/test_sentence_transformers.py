@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import TestCase
 
 import datasets
 import pytest
@@ -63,29 +66,61 @@ def adapted() -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("make", [tiny, adapted])
-@pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_run_trains_as_an_own_loop_and_logs_its_terms_and_schedule(
-    tmp_path: Path, make: Any, mini_batch_size: int | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "rankloss_trainers")
-    model, own = make(), make()
+@dataclass(frozen=True)
+class Run:
+    """A training of the trainer, and the same steps of an own loop."""
+
+    messages: str
+    steps: list[dict[str, float]]
+    terms: list[dict[str, float]]
+    """The terms of each step of the own loop."""
+    start: torch.Tensor
+    trained: torch.Tensor
+    of_own_loop: torch.Tensor
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(tiny, None), (tiny, 3), (adapted, None), (adapted, 3)],
+    ids=["whole", "mini-batches", "adapters", "adapters, mini-batches"],
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    make, mini_batch_size = request.param
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # peft asks for it
+        start, model, own = make(), make(), make()
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
-    trainer = train(tmp_path, loss, model, learning_rate=0.1)
+    with TestCase().assertLogs("rankloss_trainers", logging.INFO) as logs:
+        trainer = train(tmp_path_factory.mktemp("run"), loss, model, learning_rate=0.1)
     batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
-    owed = own_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
-    assert "Loss: rankclip (rankloss" in caplog.text
-    assert "schedule per step over 2 epoch(s)" in caplog.text
-    for number, (line, terms) in enumerate(zip(steps(trainer), owed, strict=True)):
+    terms = own_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
+    vectors = [weights(x) for x in (start, model, own)]
+    return Run("\n".join(logs.output), steps(trainer), terms, *vectors)
+
+
+def test_a_run_trains_as_an_own_loop(run: Run) -> None:
+    assert not torch.allclose(run.of_own_loop, run.start, atol=1e-4)
+    torch.testing.assert_close(run.trained, run.of_own_loop, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_logs_the_terms_of_each_step_and_their_sum(run: Run) -> None:
+    for line, terms in zip(run.steps, run.terms, strict=True):
         # The trainer rounds what it logs of a loss to four digits.
         assert {name: line[name] for name in TERMS} == pytest.approx(terms, abs=1e-3)
-        assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
+
+
+def test_a_run_logs_its_schedule_and_metrics_of_ranks_once_it_has_left_zero(run: Run) -> None:
+    for number, line in enumerate(run.steps):
+        assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert (line.keys() >= {*METRICS}) == (number > 0)  # λ is 0 at the first step
-    assert not torch.allclose(weights(own), weights(make()), atol=1e-4)
-    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+    assert len(run.steps) == 8
+
+
+def test_a_run_says_its_loss_and_schedule(run: Run) -> None:
+    assert "Loss: rankclip (rankloss" in run.messages
+    assert "schedule per step over 2 epoch(s)" in run.messages
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
