@@ -103,7 +103,7 @@ OF_ENCODERS = ("+9.39 (8.30 to 10.47)", "+6.26 (5.66 to 6.87)", "+7.97 (6.47 to 
 GAIN_OF_ENCODERS = (
     "weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; icons in batches of 250 "
     "with four times the epochs +4.57 ± 1.54, [no more than spread](evidence.md#two-encoders); 16 epochs of "
-    "35,840 icons: none shown, of 71,680 *−1.09 ± 0.86*"
+    "35,840 icons: none shown, of 141,093 −3.14 ± 1.03"
 ).format(*OF_ENCODERS)
 
 

@@ -46,7 +46,7 @@ def test_every_command_and_code_of_the_page_runs(
 def test_a_run_trains_the_loss_and_is_resumed(done: tuple[Path, Any]) -> None:
     folder, _ = done
     log = (folder / "logs/first/out.log").read_text(encoding="utf-8")
-    assert log.count("| Loss: rankclip (rankloss") == 4  # of two runs, at the start and before training
+    assert log.count("| Loss: clip-streamed (rankloss") == 4  # of two runs, at the start and before training
     assert "resuming checkpoint 'logs/first/checkpoints/epoch_1.pt'" in log
     assert len(re.findall("Eval Epoch: 2 image_to_text_mean_rank", log)) == 1
 
