@@ -222,6 +222,43 @@ def of_mimicry() -> list[str]:
     return rows
 
 
+PRIMARY = {
+    "(a) closed form − heads": ("heads", "cca", "heads"),
+    "(b) both − closed form": ("heads", "both", "cca"),
+    "(c) both − two heads": ("heads", "both", "heads-2"),
+    "(d) mimicry of the closed form − CLIP": ("students", "mimicry", "clip"),
+    "(e) … − the former preset": ("students", "mimicry", "encoders"),
+    "(f) … − of shuffled pairs": ("students", "mimicry", "mimicry-shuffled"),
+    "(g) … and ranks − mimicry": ("students", "mimicry-ranks", "mimicry"),
+    "(h) … and spread − mimicry": ("students", "mimicry-spread", "mimicry"),
+    "(i) closed form of a CLIP − fine-tuning": ("after", "start-cca", "start-tuned"),
+}
+"""The alignment's primary tests: their kind of cells, and both arms."""
+CELLS_OF_PRIMARY = {
+    "heads": [
+        f"heads-{name}" for name in ("emojis", "icons", "icons, second", "photographs", "fxemoji", "noto-v1")
+    ],
+    "students": [
+        "emojis-250",
+        "icons-64",
+        "icons-64, second",
+        "photographs-64",
+        "fxemoji-250",
+        "noto-v1-250",
+    ],
+    "after": ["emojis-after", "", "", "", "fxemoji-after", "noto-v1-after"],
+}
+
+
+def primary_tests() -> list[str]:
+    """… in R@10 of every primary test on every data set."""
+    tests = differences_of("alignment")
+    return [
+        f"| {' | '.join([title, *(tests.get((cell, *pair), '–') for cell in CELLS_OF_PRIMARY[kind])])} |"
+        for title, (kind, *pair) in PRIMARY.items()
+    ]
+
+
 def of_cell(batch: int, epochs: int) -> Callable[[dict[str, Any]], str]:
     """The arm of a setting of a cell on its own split."""
 
@@ -413,6 +450,7 @@ def differences_without_a_report() -> list[str]:
         *of_mimicry(),
         *uniform_beside_spread(),
         *across_splits(),
+        *primary_tests(),
     ]
 
 
@@ -495,6 +533,7 @@ def demo_agreement() -> list[str]:
                 over_the_higher_clip,
                 of_mimicry,
                 of_a_pretrained_clip,
+                primary_tests,
                 from_how_many_pairs,
                 long_trainings,
                 spread_on_heads,
