@@ -113,12 +113,7 @@ def beside_shuffled_words() -> list[str]:
     """… in R@10 of RankCLIP, minus CLIP's and minus shuffled words', and of two encoders minus those."""
     rows = []
     for folder, *cell in CELLS_OF_ICONS:
-        arms = records(
-            f"captions/results/{folder}",
-            lambda s, cell=cell: (
-                s["arm"] if [s["batch_size"], s["epochs"], s.get("split", 0)] == [*cell, 0] else ""
-            ),
-        )
+        arms = records(f"captions/results/{folder}", of_cell(*cell))
         encoders = minus(arms["encoders"], arms["shuffled"]) if "encoders" in arms else "–"
         ranks = [minus(arms["rankclip"], arms[other]) for other in ("clip", "shuffled")]
         rows.append(f"| {len(arms['rankclip'])} | {' | '.join([*ranks, encoders])} |")
@@ -309,6 +304,15 @@ SPLITS = range(5)
 """Of concepts: emojis and icons have heads on each, once the study of the alignment has trained them."""
 
 
+ARMS_OF_SPLITS = {"heads": ("heads",), "cca": ("cca",), "both": ("heads", "joined", "both")}
+"""The arm that has the record, and where in its metrics the arm stands."""
+
+
+def mean_recall(lines: dict[int, dict[str, Any]], *place: str) -> float:
+    """The mean R@10 of an arm's seeds, at a place in their metrics."""
+    return float(np.mean([reduce(getitem, ("metrics", *place, *RECALL[1:]), of) for of in lines.values()]))
+
+
 def across_splits() -> list[str]:
     """… in R@10 of the closed form minus heads, and of both minus the closed form, over held-out concepts.
 
@@ -324,20 +328,8 @@ def across_splits() -> list[str]:
         found = records(f"alignment/results/{folder}", lambda s: f"{s['arm']} {s['split']}")
         complete = [x for x in SPLITS if len(found.get(f"heads {x}", {})) >= 4 and f"cca {x}" in found]
         recalls = {
-            arm: [
-                np.mean(
-                    [
-                        reduce(getitem, (*at, *inner, *RECALL[1:]), line)
-                        for line in found[f"{name} {x}"].values()
-                    ]
-                )
-                for x in complete
-            ]
-            for arm, name, at in (
-                ("heads", "heads", ("metrics",)),
-                ("cca", "cca", ("metrics",)),
-                ("both", "heads", ("metrics", "joined", "both")),
-            )
+            arm: [mean_recall(found[f"{recorded} {x}"], *joined, *inner) for x in complete]
+            for arm, (recorded, *joined) in ARMS_OF_SPLITS.items()
         }
         differences = (np.subtract(recalls[a], recalls[b]) for a, b in (("cca", "heads"), ("both", "cca")))
         cells = [cell for of in differences for cell in (mean_and_interval(of), least_to_greatest(of))]
@@ -361,13 +353,7 @@ def over_the_higher_clip() -> list[str]:
     tests, rows = differences_of("spread"), []
     for title, (folder, batch, epochs, cell, reference) in CELLS.items():
         of_captions, of_spread = (
-            records(
-                f"{study}/results/{folder}",
-                lambda s, cell=(batch, epochs, 0): (
-                    s["arm"] if (s["batch_size"], s["epochs"], s.get("split", 0)) == cell else ""
-                ),
-            )
-            for study in ("captions", "spread")
+            records(f"{study}/results/{folder}", of_cell(batch, epochs)) for study in ("captions", "spread")
         )
         clips = [list(of_seeds(of_captions[reference]).values())]
         if cell in OF_ALIGNMENT:
