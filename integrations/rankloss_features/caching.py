@@ -67,8 +67,8 @@ class Spec(NamedTuple):
             ValueError: It is none of these.
 
         Example:
-            >>> Spec.of("ViT-L-14:openai").options()
-            ['--model', 'ViT-L-14', '--pretrained', 'openai']
+            >>> Spec.of("ViT-L-14-quickgelu:openai").options()
+            ['--model', 'ViT-L-14-quickgelu', '--pretrained', 'openai']
             >>> Spec.of("text=minilm").options()
             ['--text-encoder', 'minilm']
             >>> Spec.of("image=efficientnet-lite0,text=minilm,align").options()
@@ -152,6 +152,7 @@ class Spec(NamedTuple):
             if not (open_clip.get_pretrained_cfg(model, self.pretrained) or os.path.isfile(self.pretrained)):
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
                 raise ValueError(f"{self.pretrained} is no file, and none of its tags {tags}")
+            clip_models.check_activation(model, self.pretrained)
 
 
 # --- the data ---------------------------------------------------------------------------------------------

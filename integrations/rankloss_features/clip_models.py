@@ -37,6 +37,23 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
     raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
 
 
+def check_activation(model: str | None, pretrained: str | None) -> None:
+    """Raise a ValueError for a tag of weights that were trained with another activation than the model has.
+
+    open_clip warns of it and computes other features: OpenAI's weights need QuickGELU, which ``ViT-B-32`` has
+    not and ``ViT-B-32-quickgelu`` has.
+    """
+    if model is None or not pretrained:
+        return
+    import open_clip
+
+    name = model.replace("/", "-")  # as open_clip reads it
+    if not open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False):
+        return
+    if not open_clip.get_model_config(name).get("quick_gelu", False):
+        raise ValueError(f"the weights {pretrained} were trained with QuickGELU: give {name}-quickgelu")
+
+
 def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
     """A model of both modalities, which have a common space.
 
@@ -46,7 +63,7 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
         device: The device that it computes on.
 
     Raises:
-        ValueError: It is not found, or its weights are of another model.
+        ValueError: It is not found, or its weights are of another model or activation.
         ImportError: A package is not installed.
     """
     if Path(model, "config.json").is_file():
@@ -55,6 +72,7 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
 
 
 def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teacher:
+    check_activation(name, pretrained)
     model, transform, tokenizer = opening.open_clip_model(name, pretrained, device)
     about = {"open_clip": name, "pretrained": pretrained, "weights": hash_of_weights(model)}
     with torch.inference_mode():

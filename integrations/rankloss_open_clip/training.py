@@ -14,9 +14,9 @@ import torch
 from open_clip.version import __version__
 from torch import nn
 
-from rankloss_features.clip_models import check_pretrained
+from rankloss_features.clip_models import check_activation, check_pretrained
 from rankloss_features.data import extensions
-from rankloss_features.errors import last_line
+from rankloss_features.errors import last_line, named_errors
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.columns.text_columns import Members, TextColumns
@@ -64,6 +64,7 @@ def check_arguments(run: TrainerLoss) -> None:
         if holds:
             raise ValueError(f"{run.name} does not work with {reason}")
     teaching, teacher = run.teaching, _flags_of_teacher(run.args)
+    check_distillation(run.args)
     if teaching.teacher is not None and teacher:
         raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
     if run.options.teacher == GIVEN and not teacher:
@@ -72,6 +73,13 @@ def check_arguments(run: TrainerLoss) -> None:
         raise ValueError(f"{run.name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
     if teacher and getattr(run.args, "siglip", False) and teaching.use != "required":
         raise ValueError(f"{run.name} does not work with --siglip and {teacher}, whose loss takes no bias")
+
+
+def check_distillation(args: Any) -> None:
+    """Raise a ValueError for a teacher of the trainer's whose activation is not that of its weights."""
+    model, pretrained = getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None)
+    with named_errors(f"--distill-model {model}"):
+        check_activation(model, pretrained)
 
 
 def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:

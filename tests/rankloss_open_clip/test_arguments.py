@@ -164,6 +164,10 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
         ("--loss rankclip --loss-teacher given", "--loss-teacher"),
         ("--loss rankclip-distill", "--distill-pretrained --loss-teacher"),
+        (
+            "--loss rankclip-distill --distill-model ViT-L-14 --distill-pretrained openai",
+            "--distill-model ViT-L-14: QuickGELU ViT-L-14-quickgelu",
+        ),
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip --distill-model"),
         ("--loss tiny-caption", "--second-caption-key"),
         (f"{CAPTIONS} --model coca_ViT-B-32", "tiny-caption CoCa"),

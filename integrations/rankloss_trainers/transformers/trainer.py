@@ -76,10 +76,10 @@ class ContrastiveTrainer(transformers.Trainer):
         loss_options: Options of the named loss, by their names without prefix; those of joined ones by loss.
         teacher: A folder of ``rankloss features`` that the data are bound to
             (:func:`rankloss_features.bind`); or a teacher whose features are computed before the first step,
-            ``"ViT-L-14:openai"`` or ``"image=…,text=…"``, with ``,align`` in one space. None: the columns
-            ``reference_image_features`` and ``reference_text_features``, or one of them, where the data have
-            them; ``"given"`` needs them. The loss gets a teacher's features, the model does not, and
-            evaluation does not need them.
+            ``"ViT-L-14-quickgelu:openai"`` or ``"image=…,text=…"``, with ``,align`` in one space. None: the
+            columns ``reference_image_features`` and ``reference_text_features``, or one of them, where the
+            data have them; ``"given"`` needs them. The loss gets a teacher's features, the model does not,
+            and evaluation does not need them.
         mini_batch_size: Embed each batch in mini-batches of so many pairs at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch, which
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
