@@ -289,6 +289,7 @@ def from_how_many_pairs() -> list[str]:
         8_000: "heads-icons pairs-8000",
         35_840: "heads-icons-35840 pairs-35840",
         71_680: "heads-icons-71680 pairs-71680",
+        141_093: "heads-icons-141093 pairs-141093",
     }
     rows = []
     for frozen, scratch in map(str.split, sizes.values()):
