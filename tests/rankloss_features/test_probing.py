@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import tiny_teacher as tiny
 
 from rankloss_features import Features, command
 from rankloss_features.folder import NAMES, Draft, read_about, write_about
+
+with_and_without_align = pytest.mark.parametrize("align", [(), ("--align",)], ids=["plain", "aligned"])
 
 
 @pytest.fixture
@@ -21,71 +24,100 @@ def encoders(sample_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def features(encoders: Path, data: Path, output: Path, *options: str) -> int:
+def run_features(encoders: Path, data: Path, output: Path, *options: str) -> int:
+    """Run ``rankloss features`` with both encoders of a folder; the exit code."""
     named = ["--image-encoder", f"{encoders}/image_encoder", "--text-encoder", f"{encoders}/text_encoder"]
     return command.main([*named, "--data", str(data), "--output", str(output), "--workers", "0", *options])
 
 
-def without_probe(folder: Path) -> None:
-    """Make a folder one of an earlier release."""
+def interrupt(*_: Any) -> NoReturn:
+    """Stands in for a step of a command, during which its user presses Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def forget_probe(folder: Path) -> None:
+    """Make a folder one of an earlier release, which did not store features of fixed inputs."""
     about = dict(read_about(folder) or {})
     del about["probe"]
     write_about(folder, about)
 
 
-@pytest.mark.parametrize("align", [(), ("--align",)])
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# --- encoders that prepare their inputs otherwise -----------------------------------------------------------
+
+
+@with_and_without_align
 @pytest.mark.parametrize("changed", NAMES)
-def test_an_encoder_with_other_preparation_of_its_inputs_does_not_go_on(
-    sample_folder: Path, encoders: Path, changed: str, align: Any, monkeypatch: Any, capsys: Any
+@pytest.mark.parametrize("state", ["interrupted", "complete"])
+def test_a_folder_does_not_go_on_with_an_encoder_that_prepares_its_inputs_otherwise(
+    sample_folder: Path, encoders: Path, state: str, changed: str, align: Any, monkeypatch: Any, capsys: Any
 ) -> None:
     given = (encoders, sample_folder / "train.csv", encoders / "x", *align)
     with monkeypatch.context() as patch:
-        patch.setattr(Draft, "finish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert features(*given) == 130
-    capsys.readouterr()
-    begun = {file: file.read_bytes() for file in (encoders / "x").rglob("*") if file.is_file()}
-    shutil.copytree(encoders / "x", encoders / "whole")
-    assert features(*given[:2], encoders / "whole", *align) == 0
+        if state == "interrupted":
+            patch.setattr(Draft, "finish", interrupt)
+        assert run_features(*given) == {"interrupted": 130, "complete": 0}[state]
+    before = contents(encoders / "x")
     tiny.prepare_otherwise(encoders, changed)
-    for output in ("x", "whole"):
-        assert features(*given[:2], encoders / output, *align) == 1
-        error = capsys.readouterr().err
-        assert f"--output {encoders / output}" in error
-        modality = changed.removesuffix("_features")
-        assert f"another {modality}_encoder {encoders}/{modality}_encoder: {changed} of a fixed" in error
-        assert "delete the folder" in error
-    assert {file: file.read_bytes() for file in begun} == begun
+    capsys.readouterr()
+    assert run_features(*given) == 1
+    modality = changed.removesuffix("_features")
+    encoder = f"another {modality}_encoder {encoders}/{modality}_encoder: {changed} of a fixed"
+    folder = (
+        f"{encoders}/x(/.encoders)?"  # the latter holds the encoders' own features until they are aligned
+    )
+    assert re.search(f"--output {folder} .*{encoder} .*delete the folder", capsys.readouterr().err)
+    assert contents(encoders / "x") == before
 
 
 @pytest.mark.parametrize("changed", NAMES)
-def test_projections_of_an_encoder_with_other_preparation_are_refused(
+def test_projections_are_refused_to_an_encoder_that_prepares_its_inputs_otherwise(
     sample_folder: Path, encoders: Path, changed: str, capsys: Any
 ) -> None:
-    assert features(encoders, sample_folder / "train.csv", encoders / "x", "--align") == 0
-    given = (encoders, sample_folder / "val.csv", encoders / "y", "--align", f"{encoders}/x")
-    assert features(*given) == 0
-    shutil.rmtree(encoders / "y")
+    assert run_features(encoders, sample_folder / "train.csv", encoders / "x", "--align") == 0
     tiny.prepare_otherwise(encoders, changed)
-    assert features(*given) == 1
-    error = capsys.readouterr().err
-    assert f"--align {encoders}/x has the features of another " in error
-    assert f"{changed} of a fixed input have a cosine" in error
-    assert "align the new one" in error
+    capsys.readouterr()
+    assert run_features(encoders, sample_folder / "val.csv", encoders / "y", "--align", f"{encoders}/x") == 1
+    words = (
+        f"--align {encoders}/x has the features of another ",
+        f"{changed} of a fixed input have a cosine",
+        "align the new one",
+    )
+    assert re.search(".*".join(words), capsys.readouterr().err)
     assert not (encoders / "y").exists()
 
 
-@pytest.mark.parametrize("align", [(), ("--align",)])
+def test_projections_serve_encoders_that_did_not_change(sample_folder: Path, encoders: Path) -> None:
+    assert run_features(encoders, sample_folder / "train.csv", encoders / "x", "--align") == 0
+    assert run_features(encoders, sample_folder / "val.csv", encoders / "y", "--align", f"{encoders}/x") == 0
+
+
+# --- folders of an earlier release --------------------------------------------------------------------------
+
+
+def test_a_folder_has_features_of_a_fixed_input_of_each_encoder(sample_folder: Path, encoders: Path) -> None:
+    assert run_features(encoders, sample_folder / "train.csv", encoders / "x") == 0
+    assert Features(str(encoders / "x")).about["probe"].keys() == {*NAMES}
+
+
+@with_and_without_align
 def test_a_folder_of_an_earlier_release_is_read_and_goes_on(
     sample_folder: Path, encoders: Path, align: Any
 ) -> None:
-    output = encoders / "x"
-    assert features(encoders, sample_folder / "train.csv", output, *align) == 0
-    assert {*(read_about(output) or {})["probe"]} == {*NAMES}
-    without_probe(output)
-    Features(str(output)).check()
-    assert features(encoders, sample_folder / "train.csv", output, *align) == 0
-    if align:
-        assert features(encoders, sample_folder / "val.csv", encoders / "y", "--align", str(output)) == 0
+    given = (encoders, sample_folder / "train.csv", encoders / "x", *align)
+    assert run_features(*given) == 0
+    forget_probe(encoders / "x")
+    Features(str(encoders / "x")).check()
+    assert run_features(*given) == 0
+
+
+def test_projections_of_an_earlier_release_serve_new_pairs(sample_folder: Path, encoders: Path) -> None:
+    assert run_features(encoders, sample_folder / "train.csv", encoders / "x", "--align") == 0
+    forget_probe(encoders / "x")
+    assert run_features(encoders, sample_folder / "val.csv", encoders / "y", "--align", f"{encoders}/x") == 0
 
 
 def test_the_encoders_own_features_of_an_earlier_release_are_aligned(
@@ -93,8 +125,8 @@ def test_the_encoders_own_features_of_an_earlier_release_are_aligned(
 ) -> None:
     given = (encoders, sample_folder / "train.csv", encoders / "x", "--align")
     with monkeypatch.context() as patch:
-        patch.setattr("rankloss_features.aligning.align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert features(*given) == 130
-    without_probe(encoders / "x/.encoders")
-    assert features(*given) == 0
+        patch.setattr("rankloss_features.aligning.align", interrupt)
+        assert run_features(*given) == 130
+    forget_probe(encoders / "x/.encoders")
+    assert run_features(*given) == 0
     assert "probe" not in Features(str(encoders / "x")).check().about
