@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from batches import unit
 from rankloss.metrics import partner_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,154 +31,300 @@ def few(emojis):
     return [e for e in emojis if e.subgroup in {"food fruit", "person fantasy", "geometric"}]
 
 
+# --- the split --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def split(request, emojis):
+    return data.split_by_concept(emojis, request.param)
+
+
+def concepts(part):
+    return [emoji.concept for emoji in part]
+
+
+def test_no_concept_is_on_both_sides(split):
+    assert not {*concepts(split.train)} & {*concepts(split.test)}
+
+
+def test_every_emoji_is_in_one_part_of_the_split(split, emojis):
+    assert Counter((*split.train, *split.test, *split.dropped)) == Counter(emojis)
+
+
+def test_a_held_out_concept_has_one_picture_and_its_others_are_dropped(split):
+    held_out = concepts(split.test)
+    assert len({*held_out}) == len(held_out)
+    assert {*concepts(split.dropped)} <= {*held_out}
+
+
+# --- the built folder -------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def built(few, tmp_path_factory):
+    """The root of a folder of split 0."""
     root = tmp_path_factory.mktemp("openmoji")
     data.build(root / "data" / "split0", root=root, emojis=few)
     return root
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_no_concept_is_on_both_sides(emojis, number):
-    split = data.split_by_concept(emojis, number)
-    train, test, dropped = ([e.concept for e in part] for part in (split.train, split.test, split.dropped))
-    assert not {*train} & {*test}
-    assert len({*test}) == len(test)
-    assert {*dropped} <= {*test}
-    assert Counter((*split.train, *split.test, *split.dropped)) == Counter(emojis)
+@pytest.fixture
+def tables(built):
+    """The tables of both sides."""
+    return [data.read_table(built / "data/split0" / name) for name in ("train.csv", "test.csv")]
 
 
-def test_build_is_complete_and_attributed(built):
+def test_a_built_folder_is_complete_for_its_own_split_and_stands_alone(built):
     folder = built / "data" / "split0"
     assert data.is_complete(folder, 0)
     assert not data.is_complete(folder, 1)
-    assert [p.name for p in folder.parent.iterdir()] == ["split0"]
-    attribution = (folder / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert [path.name for path in folder.parent.iterdir()] == ["split0"]  # nothing half-built beside it
+
+
+def test_a_built_folder_names_its_designers_and_their_licence(built):
+    attribution = (built / "data/split0/ATTRIBUTION.md").read_text(encoding="utf-8")
     assert "All emojis designed by OpenMoji" in attribution
     assert "CC BY-SA 4.0" in attribution
 
 
-def test_no_picture_or_caption_is_on_both_sides(built):
-    folder = built / "data" / "split0"
-    train, test = (data.read_table(folder / name) for name in ("train.csv", "test.csv"))
-    assert list(train) == ["filepath", "title"]
-    assert all((built / path).is_file() for path in [*train["filepath"], *test["line_filepath"]])
-    for column in train:
-        assert not {*train[column]} & {*test[column]}
-    tables = (evaluate.open_all(built, {*table["filepath"]}) for table in (train, test))
-    seen, unseen = ({image.tobytes() for image in images} for images in tables)
-    assert not seen & unseen
+def test_the_tables_have_the_trainers_columns_and_name_pictures_that_are_there(built, tables):
+    train_table, test_table = tables
+    assert list(train_table) == ["filepath", "title"]
+    named = [*train_table["filepath"], *test_table["filepath"], *test_table["line_filepath"]]
+    assert all((built / path).is_file() for path in named)
 
 
-def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
-    """Two losses whose trainers are scripts, one of which warns of something."""
-    (built / "model").mkdir(exist_ok=True)
-    model = built / "model" / "open_clip_config.json"
+def test_no_picture_or_caption_is_on_both_sides(built, tables):
+    train_table, test_table = tables
+    for column in ("filepath", "title"):
+        assert not {*train_table[column]} & {*test_table[column]}
+    images = [evaluate.open_all(built, {*table["filepath"]}) for table in tables]
+    trained, held_out = ({image.tobytes() for image in side} for side in images)
+    assert not trained & held_out
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+STEP = "Train Epoch: 0 [5372/5372 (100%)] Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0)"
+WARNING = "2026-01-01,00:00:00 | WARNING | beware"
+
+
+def script_in_place_of_the_trainer(run):
+    """A command that logs a step, writes the run's checkpoint and warns of something if it trains CLIP."""
+    lines = [STEP, WARNING] if run.arm.name == "clip" else [STEP]
+    script = f"""
+import pathlib
+checkpoint = pathlib.Path({str(run.checkpoint)!r})
+checkpoint.parent.mkdir(parents=True)
+print(*{lines!r}, sep="\\n")
+checkpoint.touch()
+"""
+    return [sys.executable, "-c", script]
+
+
+@pytest.fixture
+def finished(built, monkeypatch, tmp_path_factory):
+    """Runs of two losses that have ended, the configuration of their model and what was printed."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "data").symlink_to(built / "data")
+    model = root / "model" / "open_clip_config.json"
+    model.parent.mkdir()
     model.write_text("{}", encoding="utf-8")
-    pair = [train.Run(built, "data/split0", arms.find(name), 5, 1, "cpu") for name in ("clip", "rankclip")]
-    step = "Train Epoch: 0 [5372/5372 (100%)] Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0)"
-    said = {"clip": "2026-01-01,00:00:00 | WARNING | beware", "rankclip": step}
-
-    def command(run):
-        script = f"import pathlib; p = pathlib.Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True)"
-        return [sys.executable, "-c", f"{script}; print({step!r}); print({said[run.arm.name]!r}); p.touch()"]
-
-    monkeypatch.setattr(train.Run, "command", command)
+    runs = [train.Run(root, "data/split0", arms.find(name), 5, 1, "cpu") for name in ("clip", "rankclip")]
+    monkeypatch.setattr(train.Run, "command", script_in_place_of_the_trainer)
     monkeypatch.setattr(train, "side_by_side", lambda count, device: (1, 1))
-    out = io.StringIO()
-    train.train_all(pair, "cpu", Console(file=out, width=200))
-    assert "clip: beware" in out.getvalue()
-    for run in pair:
-        assert run.is_complete()
-        assert run.record()["threads"] == 1
-    model.write_text('{"embed_dim": 8}', encoding="utf-8")
-    with pytest.raises(TrainingError, match=run.folder.name):
-        run.is_complete()
+    printed = io.StringIO()
+    train.train_all(runs, "cpu", Console(file=printed, width=200))
+    return SimpleNamespace(runs=runs, model=model, printed=printed.getvalue())
 
 
-def test_trainer_arguments_follow_two_dashes(capsys):
+def test_a_finished_run_is_recognised_with_its_threads(finished):
+    assert [run.is_complete() for run in finished.runs] == [True, True]
+    assert [run.record()["threads"] for run in finished.runs] == [1, 1]
+
+
+def test_a_warning_of_the_trainer_is_printed_with_its_arm(finished):
+    assert "clip: beware" in finished.printed
+
+
+def test_a_finished_run_of_another_model_is_not_overwritten(finished):
+    finished.model.write_text('{"embed_dim": 8}', encoding="utf-8")
+    for run in finished.runs:
+        with pytest.raises(TrainingError, match=run.folder.name):
+            run.is_complete()
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def test_arguments_after_two_dashes_are_the_trainers_last_and_verbatim():
     args = command.parse(["--arms", "encoders", "--", "--lr", "5e-4"])
     run = train.Run(Path(), "data/split0", *args.arms, 3, 2, "cpu", args.extra)
-    assert run.command()[-2:] == ["--lr", "5e-4"]  # verbatim, and last
-    for mistake, said in ((["--", "--loss=clip"], "--loss after --"), (["--epochs", "2", "clip"], ": clip")):
-        with pytest.raises(SystemExit):
-            command.parse(mistake)
-        assert said in capsys.readouterr().err
+    assert run.command()[-2:] == ["--lr", "5e-4"]
 
 
-def test_an_arm_is_a_name_with_a_loss_and_arguments():
-    runs = [train.Run(Path(), "data/split0", arm, 0, 1, "cpu") for arm in command.parse([]).arms]
-    commands = [" ".join(run.command()) for run in runs]
-    assert "--loss rankclip --" in commands[1]
-    assert "--loss-schedule-unit epoch" in commands[1]
-    assert "--loss rankclip-encoders --" in commands[2]
-    (other,) = command.parse(["--arms", "siglip-streamed"]).arms
-    assert (other.label, other.loss, other.arguments) == ("siglip-streamed", "siglip-streamed", ())
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["--", "--loss=clip"], "--loss after --"), (["--epochs", "2", "clip"], "unrecognized argument: clip")],
+)
+def test_arguments_that_the_demo_sets_or_does_not_know_are_refused(arguments, reason, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(arguments)
+    assert reason in capsys.readouterr().err
 
 
-def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it():
-    given = ["--lr", "1", "--rankclip-lambda-in", "3", "--tiny-weight", "2"]
-    assert train.arguments_for("clip", given) == ("--lr", "1")
-    assert train.arguments_for("rankclip-distill+mimicry", given) == tuple(given[:4])
-    of_preset = ["--mimicry-weight", "0.1"]
-    assert train.arguments_for("rankclip-encoders", of_preset) == tuple(of_preset)
-    assert train.arguments_for("rankclip", of_preset) == ()
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("rankclip", ["--loss rankclip --", "--loss-schedule-unit epoch"]),
+        ("encoders", ["--loss rankclip-encoders --"]),
+    ],
+)
+def test_an_arm_of_the_demo_is_trained_with_its_loss_and_arguments(name, arguments):
+    (arm,) = [arm for arm in command.parse([]).arms if arm.name == name]
+    given = " ".join(train.Run(Path(), "data/split0", arm, 0, 1, "cpu").command())
+    assert [argument for argument in arguments if argument not in given] == []
+
+
+def test_any_other_arm_is_a_loss_with_its_defaults():
+    (arm,) = command.parse(["--arms", "siglip-streamed"]).arms
+    assert (arm.label, arm.loss, arm.arguments) == ("siglip-streamed", "siglip-streamed", ())
+
+
+GIVEN = ["--lr", "1", "--rankclip-lambda-in", "3", "--tiny-weight", "2"]
+OF_PRESET = ["--mimicry-weight", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "expected"),
+    [
+        ("clip", GIVEN, GIVEN[:2]),
+        ("rankclip-distill+mimicry", GIVEN, GIVEN[:4]),
+        ("rankclip-encoders", OF_PRESET, OF_PRESET),
+        ("rankclip", OF_PRESET, []),
+    ],
+)
+def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it(loss, given, expected):
+    assert train.arguments_for(loss, given) == tuple(expected)
+
+
+# --- scores -----------------------------------------------------------------------------------------------
+
+
+def compared_models():
+    """Captions, and the features of four models' pictures, of which the first finds half of its captions."""
+    n = 400
+    captions = torch.eye(n)
+    half = captions.clone()
+    half[::2] = half[::2].roll(n // 2, dims=1)  # every second picture's own caption is beaten by another
+    none = captions.roll(1, dims=1)
+    return captions, {"first": half, "same": half.clone(), "all": captions, "none": none}
 
 
 def test_a_difference_is_noise_unless_its_interval_excludes_zero():
-    n = 400
-    perfect = torch.eye(n)
-    half = perfect.clone()
-    half[::2] = half[::2].roll(n // 2, dims=1)  # the picture's own caption is beaten by one of another half
-    shifted = torch.eye(n).roll(1, dims=1)
-    images = {"first": half, "same": half.clone(), "all": perfect, "none": shifted}
-    found = evaluate.compare({name: partner_ranks(of, perfect) for name, of in images.items()}, k=1)
-    for name, of in images.items():
-        recall = evaluate.metrics.recall(of @ perfect.T, ks=(1,))
-        assert found[name].percent == pytest.approx(sum(way[1] for way in recall.values()) / 2)
-    said = {name: report.verdict(of) for name, of in found.items()}
-    assert said == {"first": "", "same": "noise", "all": "higher", "none": "lower"}
+    captions, models = compared_models()
+    found = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
+    verdicts = {name: report.verdict(of_model) for name, of_model in found.items()}
+    assert verdicts == {"first": "", "same": "noise", "all": "higher", "none": "lower"}
+
+
+def test_compared_models_have_the_mean_recall_of_both_ways():
+    captions, models = compared_models()
+    found = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
+    for name, v in models.items():
+        both_ways = evaluate.metrics.recall(v @ captions.T, ks=(1,))
+        mean = (both_ways["image_to_text"][1] + both_ways["text_to_image"][1]) / 2
+        assert found[name].percent == pytest.approx(mean)
 
 
 def test_recall_of_ranks_is_that_of_the_scores_where_none_tie():
     images, texts = (unit(40, 8, seed=seed) for seed in range(2))
-    ranked = evaluate.Answers(images @ texts.T, {}, partner_ranks(images, texts))
-    votes = evaluate.Answers(images @ texts.T, {})
-    assert ranked.recall() == {way: pytest.approx(of) for way, of in votes.recall().items()}
+    by_ranks = evaluate.Answers(images @ texts.T, {}, partner_ranks(images, texts)).recall()
+    by_scores = evaluate.Answers(images @ texts.T, {}).recall()
+    assert by_ranks == {way: pytest.approx(recalls) for way, recalls in by_scores.items()}
+
+
+# --- the demo ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(few, tmp_path_factory):
+    """The folder and the command of a demo of few emojis that was run once."""
+    output = tmp_path_factory.mktemp("demo")
+    argv = ["--output", str(output), "--epochs", "1", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_emojis", lambda: few)
+        assert command.main(argv) == 0
+        yield SimpleNamespace(output=output, argv=argv)
+
+
+def results_of(demo):
+    return json.loads((demo.output / "results.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-def test_the_demo_trains_evaluates_draws_and_resumes(tmp_path, few, capsys, monkeypatch):
-    monkeypatch.setattr(data, "load_emojis", lambda: few)
-    argv = ["--output", str(tmp_path), "--epochs", "1", "--device", "cpu"]
-    assert command.main(argv) == 0
-    capsys.readouterr()
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+def test_the_demo_scores_each_arm_and_both_baselines(demo):
+    results = results_of(demo)
     labels = [arms.find(name).label for name in arms.DEFAULT]
-    assert [list(block["rows"])[2:] for block in results["results"]] == [labels, labels]
+    for block in results["results"]:
+        assert list(block["rows"]) == [report.CHANCE, report.KNN, *labels]
     assert list(results["found"]) == list(results["tau"]) == labels
-    with Image.open(tmp_path / "openmoji.png") as image:
+
+
+@pytest.mark.slow
+def test_the_demo_draws_a_picture(demo):
+    with Image.open(demo.output / "openmoji.png") as image:
         assert min(image.size) > 800
-    assert command.main(argv) == 0
-    assert capsys.readouterr().out.count("Complete already") == 4
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_end_says_what_to_look_at(seed):
-    """Of the committed results: two encoders' model finds most, and agrees least on training concepts."""
-    path = Path(__file__).parents[2] / f"examples/demo/results/seed{seed}.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    rows = {name: {task: {int(k): x for k, x in of.items()} for task, of in row.items()}
-            for name, row in results["results"][0]["rows"].items()}  # fmt: skip
+@pytest.mark.slow
+def test_the_demo_repeated_trains_nothing_and_has_the_same_results(demo, capsys):
+    before = results_of(demo)
+    capsys.readouterr()
+    assert command.main(demo.argv) == 0
+    # The data and each training.
+    assert capsys.readouterr().out.count("Complete already") == 1 + len(arms.DEFAULT)
+    assert results_of(demo) == before
+
+
+@pytest.fixture(params=range(3))
+def ending(request):
+    """The committed results of a seed, and the sentences that end the demo with them."""
+    text = (ROOT / f"examples/demo/results/seed{request.param}.json").read_text(encoding="utf-8")
+    results = json.loads(text)
+    colour, _ = results["results"]
+    rows = {
+        name: {task: {int(k): score for k, score in by_k.items()} for task, by_k in scores.items()}
+        for name, scores in colour["rows"].items()
+    }  # JSON has made texts of the numbers k
     block = report.Block("color", 270, 0, 0, rows)
-    fields = ("percent", "minus_first", "half_width")
-    found = {name: evaluate.Found(*map(of.get, fields)) for name, of in results["found"].items()}
-    first, agreement, last = report.closing(block, found, evaluate.Agreement(results["tau"], {}, 0, [], {}))
-    encoders = arms.find("encoders").label
-    best, baseline = found[encoders], rows[report.KNN]
-    pixels = (baseline["image_to_text"][10] + baseline["text_to_image"][10]) / 2
-    assert [x for x in (best.percent, best.minus_first, pixels) if f"{x:.1f}" not in first] == []
-    assert (Path(__file__).parents[2] / last.rpartition(" ")[2].rstrip(".")).is_file()
-    assert min(results["tau"], key=lambda name: results["tau"][name]["training"]) == encoders
-    assert [x for x in results["tau"][encoders].values() if f"{x:.2f}" not in agreement] == []
+    found = {
+        name: evaluate.Found(of_model["percent"], of_model["minus_first"], of_model["half_width"])
+        for name, of_model in results["found"].items()
+    }
+    agreement = evaluate.Agreement(results["tau"], {}, 0, [], {})
+    first, of_agreement, last = report.closing(block, found, agreement)
+    return SimpleNamespace(
+        first=first, of_agreement=of_agreement, last=last, rows=rows, found=found, tau=results["tau"]
+    )
+
+
+ENCODERS = arms.find("encoders").label
+
+
+def test_the_end_has_the_recall_of_two_encoders_their_gain_and_the_recall_of_pixels(ending):
+    best, pixels = ending.found[ENCODERS], ending.rows[report.KNN]
+    of_pixels = (pixels["image_to_text"][10] + pixels["text_to_image"][10]) / 2
+    for number in (best.percent, best.minus_first, of_pixels):
+        assert f"{number:.1f}" in ending.first
+
+
+def test_the_end_has_the_agreement_of_two_encoders_which_is_the_lowest_on_training_concepts(ending):
+    assert min(ending.tau, key=lambda name: ending.tau[name]["training"]) == ENCODERS
+    for tau in ending.tau[ENCODERS].values():
+        assert f"{tau:.2f}" in ending.of_agreement
+
+
+def test_the_end_leads_to_a_page_that_is_there(ending):
+    page = ending.last.rpartition(" ")[2].rstrip(".")
+    assert (ROOT / page).is_file()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
 import re
 import sys
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -35,11 +39,13 @@ cases = tool("cases.py")
 FOLDER = ROOT / "examples/trainers"
 SLOW = ("own_loss.py", "two_encoders.py")  # which train as transformers_trainer.py and plain_loop.py do
 PYTHON = [
-    pytest.param(name.removesuffix(".py"), case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+    pytest.param((name.removesuffix(".py"), case), id=name, marks=[pytest.mark.slow] * (name in SLOW))
     for name, _, case in cases.EXAMPLES
     if name.endswith(".py")
 ]
+"""The name of each example in Python and the case whose loss it trains, or some words on its loss."""
 
+MOST_LINES = 85  # of a file that a reader copies
 
 # What a file that is no loop may import beside torch, rankloss and the standard library.
 LIBRARIES = {"PIL", "accelerate", "datasets", "lightning"}
@@ -52,28 +58,63 @@ def imported(name):
     return loaded(FOLDER / f"{name}.py")
 
 
-def test_all_examples_are_in_the_table_and_begin_with_their_command():
-    assert {name for name, _, _ in cases.EXAMPLES} == {x.name for x in FOLDER.glob("*.*")}
-    for name, *_ in cases.EXAMPLES:
-        lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 85
-        head = "\n".join(lines[:8])
-        assert f"python examples/trainers/{name}" in head or f"sh examples/trainers/{name}" in head
+# --- the files --------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_examples_has_every_file_of_the_folder():
+    assert {name for name, _, _ in cases.EXAMPLES} == {file.name for file in FOLDER.glob("*.*")}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in cases.EXAMPLES}))
+def test_an_example_is_short_and_begins_with_the_command_that_runs_it(name):
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
+    assert re.search(rf"(python|sh) examples/trainers/{name}", "\n".join(lines[:8]))
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_example_can_be_copied_out_of_the_repository(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [x for x in ast.walk(tree) if isinstance(x, ast.Import | ast.ImportFrom)]
-    modules = [x.module if isinstance(x, ast.ImportFrom) else x.names[0].name for x in found]
-    theirs = {x.partition(".")[0] for x in modules} - sys.stdlib_module_names - OURS
-    assert theirs <= (set() if path.stem == "plain_loop" else LIBRARIES)
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    packages = {module.partition(".")[0] for module in modules}
+    others = packages - sys.stdlib_module_names - OURS
+    assert others <= (set() if path.stem == "plain_loop" else LIBRARIES)
 
 
 def test_no_loss_of_the_examples_is_offered(capsys):
     assert importlib.metadata.distribution("rankloss-examples")  # which is installed
     assert console.main(["losses"]) == 0
     assert "rankloss-examples" not in capsys.readouterr().out
+
+
+# --- a run of each ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What an example did when it was run."""
+
+    name: str
+    case: Any
+    """The case whose loss it trains, or some words on its loss."""
+    losses: list[Any] = field(default_factory=list)
+    """The losses that it chose by name, a list for each choice."""
+    weights: dict[int, Any] = field(default_factory=dict)
+    """The weights of all optimizers that stepped, by the identity of the parameter."""
+    gradient_norms: list[float] = field(default_factory=list)
+    """The sum of these weights' gradient norms, at every step."""
+    saved: list[Any] = field(default_factory=list)
+    """The weights in the files that it saved."""
+    printed: str = ""
+
+    def numbers_after(self, words):
+        """The printed numbers behind words: ``loss 0.5`` of a loop, ``'loss': '0.5'`` of a trainer."""
+        found = re.findall(rf"{words}['\"]?:? ['\"]?([\d.]+|nan|inf)", self.printed)
+        return [float(number) for number in found]
 
 
 def weights_in(file):
@@ -83,79 +124,102 @@ def weights_in(file):
     return saved.get("state_dict", saved)
 
 
-@pytest.fixture
-def chosen(monkeypatch):
-    """The losses of each choice by name that an example makes."""
-    choices, choose = [], host.choose
+def keep_losses(patch, run):
+    """Let a run keep every choice of losses by name."""
+    choose = host.choose
 
     def choose_and_keep(name, given):
-        choices.append(choose(name, given))
-        return choices[-1]
+        run.losses.append(choose(name, given))
+        return run.losses[-1]
 
     for module in (host, loop):
-        monkeypatch.setattr(module, "choose", choose_and_keep)
-    return choices
+        patch.setattr(module, "choose", choose_and_keep)
 
 
-@pytest.fixture
-def trained():
-    """The weights of all optimizers that step, and the norm of their gradients behind each step."""
-    weights, norms = {}, []
+@contextlib.contextmanager
+def optimizers_watched(run):
+    """Let a run keep the weights of all optimizers and the norm of their gradients, behind each step."""
 
     def measure(optimizer, *_):
-        weights.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
-        gradients = [weight.grad for weight in weights.values() if weight.grad is not None]
-        norms.append(sum(gradient.norm().item() for gradient in gradients))
+        run.weights.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
+        gradients = [weight.grad for weight in run.weights.values() if weight.grad is not None]
+        run.gradient_norms.append(sum(gradient.norm().item() for gradient in gradients))
 
     hook = register_optimizer_step_post_hook(measure)
-    yield SimpleNamespace(weights=weights, norms=norms)
+    yield
     hook.remove()
 
 
-@pytest.mark.filterwarnings("ignore")  # the trainers' own, of tiny runs
-@pytest.mark.parametrize(("name", "case"), PYTHON)
-def test_example_trains_the_loss_of_its_case_evaluates_and_saves(
-    name, case, sample_folder, chosen, trained, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture(scope="module", params=PYTHON)
+def run(request, sample_folder, tmp_path_factory):
+    """A run of an example on the sample, in this process and in a folder of its own."""
+    name, case = request.param
     pytest.importorskip("lightning" if "lightning" in name else "accelerate")
-    module, output = imported(name), tmp_path / "output"
-    if "datasets" in sys.modules:
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(tmp_path)
-    arguments = {"output": str(output)}
-    if "folder" in inspect.signature(module.main).parameters:
-        arguments["folder"] = str(sample_folder)
-    module.main(**arguments)
-    printed = capsys.readouterr().out
-
-    # It trains,
-    assert trained.norms
-    assert all(math.isfinite(norm) and norm > 0 for norm in trained.norms)
-    logged = [float(x) for x in re.findall(r"loss\b['\"]?:? ['\"]?([\d.]+|nan|inf)", printed)]
-    assert logged
-    assert all(map(math.isfinite, logged))
-
-    # evaluates: a trainer prints a loss, a loop its R@1 of 200 made-up pairs,
-    (held_out,) = re.findall(r"(?:\beval_loss|\bval_loss|R@1)['\"]?: ['\"]?([\d.]+)", printed)[-1:]
-    assert float(held_out) > (0.3 if "_loop" in name else 0)
-
-    # saves every weight,
-    files = [file for file in output.rglob("*") if file.suffix in (".safetensors", ".pt", ".ckpt")]
-    saved = [weight for file in files for weight in weights_in(file).values()]
-    for weight in trained.weights.values():
-        assert any(torch.equal(weight.detach(), x) for x in saved if x.shape == weight.shape)
-
-    # and all that with the loss of its case.
-    if isinstance(case, cases.Case):
-        (losses,) = chosen
-        expected = eval(case.python(), {"create": lambda name, **options: catalog.choose(name, options)})
-        assert [(x.name, x.values) for x in losses] == [(x.name, x.values) for x in expected]
+    folder, run, printed = tmp_path_factory.mktemp(name), Run(name, case), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        optimizers_watched(run),
+        contextlib.redirect_stdout(printed),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # the trainers' own, of tiny runs
+        example = imported(name)
+        keep_losses(patch, run)
+        patch.chdir(folder)
+        if "datasets" in sys.modules:
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        arguments = {"output": "output", "folder": str(sample_folder)}
+        example.main(**{x: arguments[x] for x in inspect.signature(example.main).parameters})
+    run.printed = printed.getvalue()
+    files = [
+        file for file in (folder / "output").rglob("*") if file.suffix in (".safetensors", ".pt", ".ckpt")
+    ]
+    run.saved = [weight for file in files for weight in weights_in(file).values()]
+    return run
 
 
-def test_the_own_loss_is_short_and_has_options_by_name(monkeypatch):
-    """As another package would register it; test_catalog has the help and the errors of such a loss."""
+def test_an_example_trains_with_gradients(run):
+    assert run.gradient_norms
+    assert all(math.isfinite(norm) and norm > 0 for norm in run.gradient_norms)
+
+
+def test_an_example_prints_finite_losses(run):
+    losses = run.numbers_after(r"loss\b")
+    assert losses
+    assert all(map(math.isfinite, losses))
+
+
+def test_an_example_prints_an_evaluation(run):
+    """A trainer prints a loss; a loop its R@1 of 200 made-up pairs, of which chance finds 0.005."""
+    held_out = run.numbers_after(r"(?:\beval_loss|\bval_loss|R@1)")[-1]
+    assert held_out > (0.3 if "_loop" in run.name else 0)
+
+
+def test_an_example_saves_every_weight_that_it_trained(run):
+    for weight in run.weights.values():
+        alike = [saved for saved in run.saved if saved.shape == weight.shape]
+        assert any(torch.equal(weight.detach(), saved) for saved in alike)
+
+
+def test_an_example_trains_the_loss_of_its_case(run):
+    if not isinstance(run.case, cases.Case):
+        pytest.skip("its loss is not chosen by name")
+    (losses,) = run.losses
+    expected = eval(run.case.python(), {"create": lambda name, **options: catalog.choose(name, options)})
+    assert [(loss.name, loss.values) for loss in losses] == [(loss.name, loss.values) for loss in expected]
+
+
+# --- the loss of one's own --------------------------------------------------------------------------------
+
+
+def test_the_own_loss_is_short():
     soft = imported("own_loss").SoftLoss
     assert len(inspect.getsource(soft).splitlines()) <= 20
+
+
+def test_the_own_loss_has_its_options_by_name_and_the_base_before_it(monkeypatch):
+    """As another package would register it; test_catalog has the help and the errors of such a loss."""
+    soft = imported("own_loss").SoftLoss
     register(monkeypatch, soft=soft)
     loss = rankloss_trainers.create("rankclip+soft", soft={"weight": 2.0})
     parts = {type(part): part for part in loss.modules()}
@@ -163,26 +227,41 @@ def test_the_own_loss_is_short_and_has_options_by_name(monkeypatch):
     assert parts[soft].base is parts[rankloss.RankClipLoss]
 
 
-def test_the_own_loss_trains_on_the_bases_gradient_and_its_own():
-    loss = imported("own_loss").SoftLoss(weight=0.5, gather=rankloss.Gather())
-    v, t = torch.eye(4, 8), torch.eye(4, 8).flip(0).requires_grad_()
-    teacher = torch.ones(4, 3) / 3**0.5  # to which all captions are equal
-    entries = loss(v, t, 1.0, reference_text_features=teacher, output_dict=True)
-    logits = 20 * torch.eye(4)
-    assert entries["soft_loss"].item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
-    assert entries["contrastive_loss"] == rankloss.ClipLoss()(v, t, 1.0)
-    entries["soft_loss"].backward()
+V = torch.eye(4, 8)
+T = V.flip(0)
+EQUAL = torch.ones(4, 3) / 3**0.5
+"""A teacher's unit features of captions, to which all captions are equal."""
+
+
+def own_loss(base=None):
+    return imported("own_loss").SoftLoss(base, weight=0.5, gather=rankloss.Gather())
+
+
+def test_the_own_loss_is_the_cross_entropy_with_the_teachers_similarities_and_has_a_gradient():
+    t = T.clone().requires_grad_()
+    term = own_loss()(V, t, 1.0, reference_text_features=EQUAL, output_dict=True)["soft_loss"]
+    logits = 20 * torch.eye(4)  # of the captions; the teacher's softmax is 1/4 everywhere
+    assert term.item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
+    term.backward()
     assert t.grad is not None
-    both = {"reference_image_features": v, "reference_text_features": teacher}  # of which it uses one
-    assert loss(v, t, 1.0, **both) == sum(entries.values())
-    own = {"reference_image_features": v, "reference_text_features": t}  # a base that takes both gets both
-    above = imported("own_loss").SoftLoss(rankloss.MimicryLoss(), gather=rankloss.Gather())
-    assert above(v, t, 1.0, **own, output_dict=True)["mimicry_loss"] == 0
+
+
+def test_the_own_loss_adds_its_term_to_the_base_and_ignores_a_teacher_of_pictures():
+    teacher = {"reference_image_features": V, "reference_text_features": EQUAL}
+    entries = own_loss()(V, T, 1.0, reference_text_features=EQUAL, output_dict=True)
+    assert entries["contrastive_loss"] == rankloss.ClipLoss()(V, T, 1.0)
+    assert own_loss()(V, T, 1.0, **teacher) == sum(entries.values())
+
+
+def test_the_own_loss_passes_a_teacher_of_pictures_to_a_base_that_takes_it():
+    itself = {"reference_image_features": V, "reference_text_features": T}
+    entries = own_loss(rankloss.MimicryLoss())(V, T, 1.0, **itself, output_dict=True)
+    assert entries["mimicry_loss"] == 0  # of a model that is its own teacher
 
 
 # --- two processes ----------------------------------------------------------------------------------------
 
-PAIRS, EPOCHS = 32, 2
+PAIRS, BATCH, EPOCHS = 32, 16, 2
 
 
 def towers():
@@ -194,7 +273,7 @@ def pairs():
     return Subset(imported("plain_loop").made_pairs()[0], range(PAIRS))
 
 
-def weights(model):
+def weights_of(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
@@ -203,29 +282,31 @@ def sgd(model):
 
 
 def looped(rank, processes):
-    """The last step's loss of the plain loop, and the weights; each process has its share of the batches."""
+    """Train by the plain loop, each process on its share of every batch: the last loss, and all weights."""
     model = towers() if processes == 1 else DistributedDataParallel(towers())
-    shares = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), 16)]
+    shares = [tuple(x.chunk(processes)[rank] for x in batch) for batch in DataLoader(pairs(), BATCH)]
     batches = DataLoader(shares, batch_size=None)
-    value = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
+    loss = imported("plain_loop").train(model, batches, sgd(model), EPOCHS).detach()
     if processes > 1:
-        torch.distributed.all_reduce(value)
-    return [value.item() / processes, *weights(model)]
+        torch.distributed.all_reduce(loss)
+    return [loss.item() / processes, *weights_of(model)]
 
 
 def accelerated(rank, processes):
-    """The last step's loss as it is logged, and the weights."""
+    """Train by accelerate's loop: the last loss, as it is logged, and all weights."""
     accelerate = importlib.import_module("accelerate")
-    model, batches = towers(), DataLoader(pairs(), 16 // processes)
+    model, batches = towers(), DataLoader(pairs(), BATCH // processes)
     accelerator = accelerate.Accelerator(cpu=True)
-    value = imported("accelerate_loop").train(accelerator, model, batches, sgd(model), EPOCHS)
-    return [value.item(), *weights(model)]
+    loss = imported("accelerate_loop").train(accelerator, model, batches, sgd(model), EPOCHS)
+    return [loss.item(), *weights_of(model)]
 
 
-def assert_one_training(alone, shares):
-    assert math.dist(alone[1:], weights(towers())) > 0.01
-    for ended in shares:
-        assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
+def assert_one_training(alone, together):
+    """That one process has trained its weights, and each of several processes ends with the same."""
+    _, *weights = alone
+    assert math.dist(weights, weights_of(towers())) > 0.01
+    for of_process in together:
+        assert of_process == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -235,14 +316,16 @@ def test_the_plain_loop_in_two_processes_is_the_one_in_one(pools):
 
 @pytest.mark.slow
 def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path):
+    """This file as a script, which writes ``PROCESSES-RANK.json`` of each process."""
     pytest.importorskip("accelerate")
     for processes in (1, 2):
         torchrun(__file__, tmp_path, processes=processes)
-    alone, *shares = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json")))
-    assert len(shares) == 2
-    assert_one_training(alone, shares)
+    alone, *together = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json")))
+    assert len(together) == 2
+    assert_one_training(alone, together)
 
 
 if __name__ == "__main__":
-    rank, processes = (int(os.environ.get(x, n)) for x, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    Path(sys.argv[1], f"{processes}-{rank}.json").write_text(json.dumps(accelerated(rank, processes)))
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    ended = json.dumps(accelerated(rank, processes))
+    Path(sys.argv[1], f"{processes}-{rank}.json").write_text(ended)
