@@ -24,53 +24,82 @@ class View:
     text_anchors: Tensor
     first: int  # position of the first anchor among the items
 
+    @property
+    def rows(self) -> slice:
+        """The places of the anchors among the items."""
+        return slice(self.first, self.first + len(self.image_anchors))
+
 
 def clip(
     view: View, ids: Tensor | None = None, same_id: str = "share", label_smoothing: float = 0.0
 ) -> Tensor:
-    own, same = _own_and_same(view, ids)
-    right = own if same_id == "ignore" else same
-    values = []
-    for a, b in ((view.image_anchors, view.text), (view.text_anchors, view.image)):
-        logits, counted = view.scale * a @ b.T, right | ~same
-        target, spread = (x / x.sum(1, keepdim=True, dtype=logits.dtype) for x in (right, counted))
-        target = (1 - label_smoothing) * target + label_smoothing * spread
-        log_sums = logits.masked_fill(~counted, -math.inf).logsumexp(1)
-        values.append((log_sums - (target * logits).sum(1)).mean())
-    return sum(values) / 2  # type: ignore[return-value]
+    """CLIP's loss: the mean of both directions' cross-entropies, with a target of probabilities."""
+    is_own, is_of_same_id = _own_and_same(view, ids)
+    is_right = is_own if same_id == "ignore" else is_of_same_id
+    is_counted = is_right | ~is_of_same_id
+    directions = []
+    for anchors, items in ((view.image_anchors, view.text), (view.text_anchors, view.image)):
+        logits = view.scale * anchors @ items.T
+        over_right, over_counted = _uniform(is_right, logits.dtype), _uniform(is_counted, logits.dtype)
+        target = (1 - label_smoothing) * over_right + label_smoothing * over_counted
+        log_sums = logits.masked_fill(~is_counted, -math.inf).logsumexp(1)
+        directions.append((log_sums - (target * logits).sum(1)).mean())
+    return sum(directions) / 2  # type: ignore[return-value]
+
+
+def _uniform(chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Equal probabilities of the chosen items of each row."""
+    return chosen / chosen.sum(1, keepdim=True, dtype=dtype)
 
 
 def siglip(view: View, bias: Tensor, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
+    """SigLIP's loss: the sum over the images' pairs, by the number of images."""
     # A text has no row that would carry its gradient: a process's own texts always have one.
-    first, n = view.first, len(view.text_anchors)
-    texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
-    logits, (own, same) = view.scale * view.image_anchors @ texts.T + bias, _own_and_same(view, ids)
-    terms = -F.logsigmoid(torch.where(same, logits, -logits))
-    return (terms[own | ~same] if same_id == "ignore" else terms).sum() / n
+    texts = torch.cat([view.text[: view.rows.start], view.text_anchors, view.text[view.rows.stop :]])
+    logits = view.scale * view.image_anchors @ texts.T + bias
+    is_own, is_of_same_id = _own_and_same(view, ids)
+    terms = -F.logsigmoid(torch.where(is_of_same_id, logits, -logits))
+    if same_id == "ignore":
+        terms = terms[is_own | ~is_of_same_id]
+    return terms.sum() / len(view.image_anchors)
 
 
 def _own_and_same(view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """True at each anchor's own item, and at the items of its id."""
-    rows = view.first + torch.arange(len(view.image_anchors))
-    own = rows[:, None] == torch.arange(len(view.image))
-    return own, own if ids is None else ids[rows, None] == ids
+    items = torch.arange(len(view.image))
+    own = items[view.rows, None] == items
+    return own, own if ids is None else ids[view.rows, None] == ids
 
 
-def cross(view: View) -> Tensor:
-    return _lists(view, view.image_anchors @ view.text.T, view.text_anchors @ view.image.T)
+def cross(view: View, teacher: View | None = None) -> Tensor:
+    """The cross-modal term: each direction is ranked by the other, or by a teacher's of the same."""
+    return _ranked(_across(view), _across(teacher) if teacher else _across(view)[::-1], view)
 
 
-def in_(view: View) -> Tensor:
-    return _lists(view, view.image_anchors @ view.image.T, view.text_anchors @ view.text.T)
+def in_(view: View, teacher: View | None = None) -> Tensor:
+    """The in-modal term: each modality is ranked by the other, or by a teacher's of the same."""
+    return _ranked(_within(view), _within(teacher) if teacher else _within(view)[::-1], view)
 
 
-def rank_terms(view: View) -> Tensor:
-    return cross(view) + in_(view)
+def rank_terms(view: View, teacher: View | None = None) -> Tensor:
+    return cross(view, teacher) + in_(view, teacher)
 
 
-def _lists(view: View, a: Tensor, b: Tensor) -> Tensor:
-    nll = plackett_luce_nll(view.scale * a, b) + plackett_luce_nll(view.scale * b, a)
-    return nll.mean() / 2 / len(view.image)
+def _across(view: View) -> tuple[Tensor, Tensor]:
+    return view.image_anchors @ view.text.T, view.text_anchors @ view.image.T
+
+
+def _within(view: View) -> tuple[Tensor, Tensor]:
+    return view.image_anchors @ view.image.T, view.text_anchors @ view.text.T
+
+
+def _ranked(similarities: tuple[Tensor, ...], references: tuple[Tensor, ...], view: View) -> Tensor:
+    """The mean of both kinds of lists under the orders of the references, by the items of a list."""
+    values = [
+        plackett_luce_nll(view.scale * similarity, reference)
+        for similarity, reference in zip(similarities, references, strict=True)
+    ]
+    return torch.stack(values).mean() / len(view.image)
 
 
 def spread(view: View) -> Tensor:
@@ -78,13 +107,13 @@ def spread(view: View) -> Tensor:
 
     The scale is a constant in it.
     """
-    deviations, scale = [], view.scale.detach()
-    for anchors, items in ((view.image_anchors, view.image), (view.text_anchors, view.text)):
-        similarities = scale * anchors @ items.T
-        rows = view.first + torch.arange(len(anchors))
-        others = similarities[rows[:, None] != torch.arange(len(items))].view(len(anchors), -1)
+    scale = view.scale.detach()
+    is_own, _ = _own_and_same(view, None)
+    deviations = []
+    for similarities in _within(view):
+        others = (scale * similarities)[~is_own].view(len(similarities), -1)
         variances = others.var(-1, unbiased=False)
-        deviations.append((variances + 1e-9 * scale**2).sqrt().mean())
+        deviations.append((variances + 1e-9 * scale**2).sqrt().mean())  # ε of rankloss.spread
     return torch.stack(deviations).mean()
 
 

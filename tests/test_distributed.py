@@ -8,9 +8,9 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import TestCase, mock
@@ -26,6 +26,7 @@ import one_process
 from batches import assert_same, random_batch
 from collectives import Collectives
 from drawn_options import CHANGES
+from one_process import View
 from process_pool import Pools
 from rankloss import (
     ClipLoss,
@@ -55,160 +56,265 @@ Values = list[Tensor]  # a value, then its gradients by images, texts, scale and
 # --- the losses, and what they owe ------------------------------------------------------------------------
 
 
-def ids_of(images: Tensor) -> Tensor:
-    """Of a few values, the same wherever an image is."""
-    return 2 * (images[:, 0] > 0) - 3 * (images[:, 1] > 0)
+@dataclass(frozen=True)
+class Case:
+    """A loss of pairs, and what one process owes in it."""
+
+    build: Callable[[Any], nn.Module]
+    """Of the option ``gather``."""
+    owed: Callable[[View, Tensor], Tensor]
+    """The value for a process's view of the batch and the bias, in plain torch."""
+    checks: int = 1
+    """The losses in it that are called: each compares its inputs once.
+
+    RankClipLoss computes CLIP's own loss in its pass, and does not call it.
+    """
+    has_ids: bool = False
+    gathers_pairs_alone: bool = True
+    """Whether its messages are the features', the ids' and the checks' alone, each once."""
 
 
-def clip_of(view: one_process.View, bias: Tensor, **options: Any) -> Tensor:
+def clip_of(view: View, bias: Tensor, **options: Any) -> Tensor:
+    """CLIP's loss, in which a bias has a gradient of zero."""
     return one_process.clip(view, **options) + 0 * bias
 
 
-def with_ids(oracle: Callable[..., Tensor], same_id: str) -> Callable[..., Tensor]:
-    return lambda view, bias: oracle(view, bias, ids=ids_of(view.image), same_id=same_id)
-
-
-def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.Module:
-    return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
-
-
-class Given(nn.Module):
-    """A loss with inputs that are made of its features."""
-
-    def __init__(
-        self, of: Callable[..., dict[str, Tensor]], make: Callable[..., nn.Module], **options: Any
-    ) -> None:
-        super().__init__()
-        self.of, self.loss = of, make(**options)
-
-    def forward(self, v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Any:
-        return self.loss(v, t, *inputs, **more, **self.of(v, t))
+def ids_of(images: Tensor) -> Tensor:
+    """Ids of few values, the same wherever an image is."""
+    return 2 * (images[:, 0] > 0) - 3 * (images[:, 1] > 0)
 
 
 def pair_ids(v: Tensor, t: Tensor) -> dict[str, Tensor]:
     return {"pair_ids": ids_of(v)}
 
 
-def taught(v: Tensor, t: Tensor) -> dict[str, Tensor]:
+def teacher_features(v: Tensor, t: Tensor) -> dict[str, Tensor]:
     """A teacher whose features are the student's, reversed."""
     return dict(zip(TEACHER, (x.detach().flip(-1) for x in (v, t)), strict=True))
 
 
-def mimicry_terms(view: one_process.View) -> Tensor:
-    rows = slice(view.first, view.first + len(view.image_anchors))
-    students, teachers = (view.image_anchors, view.text_anchors), taught(view.image, view.text).values()
-    distances = ((x - y[rows]).square().sum(-1).mean() for x, y in zip(students, teachers, strict=True))
-    return 8 * sum(distances)
+def teacher_view(view: View) -> View:
+    """What the teacher of :func:`teacher_features` makes of the same pairs."""
+    image, text = teacher_features(view.image, view.text).values()
+    return View(image, text, view.scale, image[view.rows], text[view.rows], view.first)
 
 
-class OwnRows(GatheringLoss):
-    """CLIP's loss as a loss of rows."""
+class WithInputs(nn.Module):
+    """A loss with further inputs, made of its features."""
 
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
-    ) -> Tensor:
-        inputs = image_features, text_features, logit_scale, logit_bias
-        return self.streamed(lambda x, row: x.logsumexp(-1) - x.diagonal(row), *inputs, chunk_size=3)
+    def __init__(self, inputs_of: Callable[[Tensor, Tensor], dict[str, Tensor]], loss: nn.Module) -> None:
+        super().__init__()
+        self.inputs_of, self.loss = inputs_of, loss
 
-
-Rank = functools.partial(RankConsistency, chunk_size=3)
-LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
-    "clip": (ClipLoss, clip_of),
-    "clip, streamed": (functools.partial(ClipLoss, memory_budget=0), clip_of),
-    "clip, smoothed": (
-        functools.partial(ClipLoss, label_smoothing=0.2, memory_budget=0),
-        functools.partial(clip_of, label_smoothing=0.2),
-    ),
-    "own rows": (OwnRows, clip_of),
-    "siglip": (SigLipLoss, one_process.siglip),
-    "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), one_process.siglip),
-    "cross": (functools.partial(Rank, in_modal=0), lambda view, bias: one_process.cross(view)),
-    "in": (functools.partial(Rank, cross_modal=0), lambda view, bias: one_process.in_(view)),
-    "rank_clip": (rank_clip, lambda view, bias: one_process.rank_clip(view)),
-    "rank_clip over siglip": (
-        functools.partial(rank_clip, SigLipLoss),
-        lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
-    ),
-    "mimicry": (
-        functools.partial(Given, taught, MimicryLoss),
-        lambda view, bias: one_process.clip(view) + mimicry_terms(view),
-    ),
-}
-
-
-def spread_of_clip(view: one_process.View, bias: Tensor) -> Tensor:
-    return one_process.clip(view) + 0.3 * one_process.spread(view)
+    def forward(self, v: Tensor, t: Tensor, *numbers: Tensor, **more: Tensor) -> Any:
+        return self.loss(v, t, *numbers, **more, **self.inputs_of(v, t))
 
 
 class OfMoreDimensions(nn.Module):
     """A loss of the same similarities in three times the dimensions, more than there are pairs."""
 
-    def __init__(self, make: Callable[..., nn.Module], **options: Any) -> None:
+    def __init__(self, loss: nn.Module) -> None:
         super().__init__()
-        self.loss = make(**options)
+        self.loss = loss
 
-    def forward(self, v: Tensor, t: Tensor, *inputs: Tensor, **more: Tensor) -> Any:
-        return self.loss(*(x.repeat(1, 3) / math.sqrt(3) for x in (v, t)), *inputs, **more)
+    def forward(self, v: Tensor, t: Tensor, *numbers: Tensor, **more: Tensor) -> Any:
+        wide = [x.repeat(1, 3) / math.sqrt(3) for x in (v, t)]
+        return self.loss(*wide, *numbers, **more)
 
 
-LOSSES["spread"] = SpreadLoss, spread_of_clip
-LOSSES["spread of more dimensions"] = functools.partial(OfMoreDimensions, SpreadLoss), spread_of_clip
-LOSSES["spread over siglip"] = (
-    lambda gather=None: SpreadLoss(SigLipLoss(gather=gather), gather=gather),
-    lambda view, bias: one_process.siglip(view, bias) + 0.3 * one_process.spread(view),
-)
-for same_id, budget in itertools.product(("ignore", "share"), (None, 0)):
-    for of_pairs in ("clip", "clip, smoothed", "siglip"):
-        make, oracle = LOSSES[of_pairs]
-        make = functools.partial(Given, pair_ids, make, same_id=same_id, memory_budget=budget)
-        name = f"{of_pairs} of ids, {same_id}{', streamed' if budget == 0 else ''}"
-        LOSSES[name] = make, with_ids(oracle, same_id)
-LOSSES["rank_clip over clip of ids"] = (
-    functools.partial(
-        Given, pair_ids, functools.partial(rank_clip, functools.partial(ClipLoss, same_id="ignore"))
+class OwnRows(GatheringLoss):
+    """CLIP's loss as a loss of rows, as another package would write it."""
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Tensor:
+        inputs = image_features, text_features, logit_scale, logit_bias
+        return self.streamed(
+            lambda scores, row: scores.logsumexp(-1) - scores.diagonal(row), *inputs, chunk_size=3
+        )
+
+
+def rank_clip(base: nn.Module | None, gather: Any) -> nn.Module:
+    return RankClipLoss(base, schedule="constant", normalizer=1.0, gather=gather)
+
+
+MIMICRY_WEIGHT, SPREAD_WEIGHT = 8.0, 0.3  # the defaults
+
+
+def mimicry(base: nn.Module | None, gather: Any) -> nn.Module:
+    return WithInputs(teacher_features, MimicryLoss(base, gather=gather))
+
+
+def mimicry_terms(view: View) -> Tensor:
+    teacher = teacher_view(view)
+    images = (view.image_anchors - teacher.image_anchors).square().sum(-1).mean()
+    texts = (view.text_anchors - teacher.text_anchors).square().sum(-1).mean()
+    return MIMICRY_WEIGHT * (images + texts)
+
+
+def mimicry_and_taught_ranks(view: View, bias: Tensor) -> Tensor:
+    return one_process.clip(view) + mimicry_terms(view) + one_process.rank_terms(view, teacher_view(view))
+
+
+def spread_of_clip(view: View, bias: Tensor) -> Tensor:
+    return one_process.clip(view) + SPREAD_WEIGHT * one_process.spread(view)
+
+
+def of_ids(
+    build: Callable[..., nn.Module], owed: Callable[..., Tensor], same_id: str, **options: Any
+) -> Case:
+    """A loss with this use of ids."""
+
+    def owed_with_ids(view: View, bias: Tensor) -> Tensor:
+        return owed(view, bias, ids=ids_of(view.image), same_id=same_id)
+
+    return Case(
+        lambda gather: WithInputs(pair_ids, build(same_id=same_id, gather=gather, **options)),
+        owed_with_ids,
+        has_ids=True,
+    )
+
+
+Rank = functools.partial(RankConsistency, chunk_size=3)
+smoothed_clip_of = functools.partial(clip_of, label_smoothing=0.2)
+LOSSES = {
+    "ClipLoss": Case(lambda gather: ClipLoss(gather=gather), clip_of),
+    "ClipLoss[streamed]": Case(lambda gather: ClipLoss(gather=gather, memory_budget=0), clip_of),
+    "ClipLoss[smoothed, streamed]": Case(
+        lambda gather: ClipLoss(gather=gather, label_smoothing=0.2, memory_budget=0), smoothed_clip_of
     ),
-    lambda view, bias: with_ids(clip_of, "ignore")(view, bias) + one_process.rank_terms(view),
-)
-FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
+    "a loss of rows": Case(lambda gather: OwnRows(gather=gather), clip_of),
+    "SigLipLoss": Case(lambda gather: SigLipLoss(gather=gather), one_process.siglip),
+    "SigLipLoss[streamed]": Case(
+        lambda gather: SigLipLoss(gather=gather, memory_budget=0), one_process.siglip
+    ),
+    "RankConsistency[cross-modal]": Case(
+        lambda gather: Rank(gather=gather, in_modal=0), lambda view, bias: one_process.cross(view)
+    ),
+    "RankConsistency[in-modal]": Case(
+        lambda gather: Rank(gather=gather, cross_modal=0), lambda view, bias: one_process.in_(view)
+    ),
+    "RankClipLoss": Case(
+        lambda gather: rank_clip(None, gather), lambda view, bias: one_process.rank_clip(view)
+    ),
+    "RankClipLoss[over SigLipLoss]": Case(
+        lambda gather: rank_clip(SigLipLoss(gather=gather), gather),
+        lambda view, bias: one_process.siglip(view, bias) + one_process.rank_terms(view),
+        checks=2,
+        gathers_pairs_alone=False,
+    ),
+    "RankClipLoss[over ClipLoss of ids]": Case(
+        lambda gather: WithInputs(pair_ids, rank_clip(ClipLoss(same_id="ignore", gather=gather), gather)),
+        lambda view, bias: (
+            clip_of(view, bias, ids=ids_of(view.image), same_id="ignore") + one_process.rank_terms(view)
+        ),
+        checks=2,
+        has_ids=True,
+    ),
+    "MimicryLoss[default]": Case(
+        lambda gather: mimicry(None, gather),
+        lambda view, bias: one_process.clip(view) + mimicry_terms(view),
+        checks=2,
+        gathers_pairs_alone=False,
+    ),
+    "MimicryLoss[under RankClipLoss]": Case(
+        lambda gather: WithInputs(teacher_features, rank_clip(MimicryLoss(gather=gather), gather)),
+        mimicry_and_taught_ranks,
+        checks=3,
+        gathers_pairs_alone=False,
+    ),
+    "MimicryLoss[over RankClipLoss]": Case(
+        lambda gather: mimicry(rank_clip(None, gather), gather),
+        mimicry_and_taught_ranks,
+        checks=2,
+        gathers_pairs_alone=False,
+    ),
+    "SpreadLoss[covariance]": Case(
+        lambda gather: SpreadLoss(gather=gather), spread_of_clip, checks=2, gathers_pairs_alone=False
+    ),
+    "SpreadLoss[similarities]": Case(
+        lambda gather: OfMoreDimensions(SpreadLoss(gather=gather)),
+        spread_of_clip,
+        checks=2,
+        gathers_pairs_alone=False,
+    ),
+    "SpreadLoss[over SigLipLoss]": Case(
+        lambda gather: SpreadLoss(SigLipLoss(gather=gather), gather=gather),
+        lambda view, bias: one_process.siglip(view, bias) + SPREAD_WEIGHT * one_process.spread(view),
+        checks=2,
+        gathers_pairs_alone=False,
+    ),
+}
+"""By the names of the subjects of other tests, where they are the same."""
+for same_id, (streamed, budget) in itertools.product(("ignore", "share"), (("", None), (", streamed", 0))):
+    LOSSES |= {
+        f"ClipLoss[{same_id}{streamed}]": of_ids(ClipLoss, clip_of, same_id, memory_budget=budget),
+        f"ClipLoss[smoothed, {same_id}{streamed}]": of_ids(
+            ClipLoss, smoothed_clip_of, same_id, memory_budget=budget, label_smoothing=0.2
+        ),
+        f"SigLipLoss[{same_id}{streamed}]": of_ids(
+            SigLipLoss, one_process.siglip, same_id, memory_budget=budget
+        ),
+    }
+
+
+def has_siglip(loss: str) -> bool:
+    """True for SigLIP's loss, and for a composition with it."""
+    return "SigLipLoss" in loss
+
+
+def is_siglip(loss: str) -> bool:
+    return loss.startswith("SigLipLoss")
+
+
+Flags = tuple[bool, bool]  # local_loss, gather_with_grad
+FLAGS: list[Flags] = list(itertools.product([False, True], repeat=2))
+EXACT_FLAGS = (True, True)  # the default
 LAYOUTS = [*FLAGS, "default", "group", "inference mode"]
 
 
-def of_flags(flags: tuple[bool, bool]) -> Gather:
-    return Gather(local_loss=flags[0], gather_with_grad=flags[1])
+def of_flags(flags: Flags) -> Gather:
+    local_loss, gather_with_grad = flags
+    return Gather(local_loss=local_loss, gather_with_grad=gather_with_grad)
 
 
-def leaves(world_size: int, dtype: torch.dtype = torch.float64, **batch: Any) -> tuple[Tensor, ...]:
-    """Features of the whole batch, scale and bias."""
-    given = random_batch(batch.pop("seed", 0), N * world_size, D, SCALE, **batch)
-    return (*given.leaves(dtype), torch.tensor(-2.0, dtype=dtype, requires_grad=True))
+def leaves(
+    world_size: int, dtype: torch.dtype = F64, *, pairs: int = N, seed: int = 0, duplicates: int = 0
+) -> tuple[Tensor, ...]:
+    """Features of the whole batch, so many pairs of each process, scale and bias."""
+    batch = random_batch(seed, pairs * world_size, D, SCALE, duplicates=duplicates)
+    return (*batch.leaves(dtype), torch.tensor(-2.0, dtype=dtype, requires_grad=True))
 
 
-def own(rank: int, world_size: int, *whole: Tensor) -> Values:
-    """This rank's share of each."""
+def shards(rank: int, world_size: int, *whole: Tensor) -> list[Tensor]:
+    """This rank's share of each tensor."""
     return [x.chunk(world_size)[rank] for x in whole]
 
 
 def called(loss: nn.Module, v: Tensor, t: Tensor, s: Tensor, b: Tensor, **more: Any) -> Tensor:
-    takes_bias = not isinstance(loss, RankConsistency)
-    return loss(v, t, s, **({"logit_bias": b} if takes_bias else {}), **more)
+    """The loss's value; the bias is for losses that take one."""
+    if not isinstance(loss, RankConsistency):
+        more["logit_bias"] = b
+    return loss(v, t, s, **more)
 
 
 def differentiated(value: Tensor, inputs: tuple[Tensor, ...]) -> Values:
-    found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-    return [value.detach(), *found]
+    """The value and its gradients, zeros by inputs that it does not depend on."""
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return [value.detach(), *gradients]
 
 
 def averaged(results: list[Values]) -> Values:
     """DDP's mean of the ranks' values."""
-    return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
+    return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*results, strict=True)]
 
 
-def expected_of(
-    loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: tuple[bool, bool] = (True, True)
-) -> Values:
-    *features, bias = inputs
-    oracle = functools.partial(LOSSES[loss][1], bias=bias)
-    return differentiated(one_process.mean_loss(oracle, tuple(features), world_size, *flags), inputs)
+def expected_of(loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: Flags = EXACT_FLAGS) -> Values:
+    """The mean of the processes' losses and its gradients, computed in this process."""
+    *features_and_scale, bias = inputs
+    owed = functools.partial(LOSSES[loss].owed, bias=bias)
+    mean = one_process.mean_loss(owed, tuple(features_and_scale), world_size, *flags)
+    return differentiated(mean, inputs)
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -223,27 +329,33 @@ def parity_group(rank: int, world_size: int) -> Any:
 def of_this_rank(rank: int, world_size: int) -> dict[Any, Values]:
     """Every loss under every layout: what this rank, with its share of the batch, makes of it."""
     group = parity_group(rank, world_size)
-    found = {}
-    for loss, layout in itertools.product(LOSSES, LAYOUTS):
-        place, inputs, gather = (rank, world_size), leaves(world_size), None
-        if layout == "group":
-            place = dist.get_rank(group), dist.get_world_size(group)
-            inputs, gather = leaves(place[1], seed=rank % 2), Gather(group=group)
-        elif layout in FLAGS:
-            gather = of_flags(layout)
-        arguments = LOSSES[loss][0](gather=gather), *own(*place, *inputs[:2]), *inputs[2:]
-        if layout == "inference mode":
-            with torch.inference_mode():
-                found[loss, layout] = [called(*arguments)]
-        else:
-            found[loss, layout] = differentiated(called(*arguments), inputs)
-    return found
+    group_rank, group_size = dist.get_rank(group), dist.get_world_size(group)
+    whole = leaves(world_size)
+    v, t, *numbers = whole
+    share = shards(rank, world_size, v, t)
+    results: dict[Any, Values] = {}
+    for name, case in LOSSES.items():
+        for flags in FLAGS:
+            value = called(case.build(of_flags(flags)), *share, *numbers)
+            results[name, flags] = differentiated(value, whole)
+        results[name, "default"] = differentiated(called(case.build(None), *share, *numbers), whole)
+        with torch.inference_mode():
+            results[name, "inference mode"] = [called(case.build(None), *share, *numbers)]
+        of_group = leaves(group_size, seed=rank % 2)
+        group_share = shards(group_rank, group_size, *of_group[:2])
+        value = called(case.build(Gather(group=group)), *group_share, *of_group[2:])
+        results[name, "group"] = differentiated(value, of_group)
+    return results
 
 
-def test_every_loss_of_pairs_is_in_the_table() -> None:
-    """Whoever adds one to the subjects of the other tests is told to add it here."""
-    built = {type(part).__name__ for make, _ in LOSSES.values() for part in make(gather=False).modules()}
-    assert {subject.covers for subject in SUBJECTS if subject.takes_pairs} - {""} <= built
+def test_every_variant_of_a_loss_of_pairs_is_in_the_table() -> None:
+    """Whoever adds one to the subjects of the other tests is told to add it here, by the same name.
+
+    Of the rank terms alone, ``SHARDED`` has each option.
+    """
+    subjects = [subject for subject in SUBJECTS if subject.takes_pairs and subject.covers]
+    variants = {subject.name for subject in subjects if subject.covers != "RankConsistency"}
+    assert variants - LOSSES.keys() == set()
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -252,66 +364,118 @@ def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, Values
     return pools[request.param].run(of_this_rank)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("flags", [*FLAGS, "default"])
-def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, flags: Any) -> None:
-    w = len(table)
-    actual = averaged([of_rank[loss, flags] for of_rank in table])
-    local_loss, gather_with_grad = (True, True) if flags == "default" else flags
-    assert_same(actual, expected_of(loss, leaves(w), w, (local_loss, gather_with_grad)))
-    whole = expected_of(loss, leaves(w), 1)
-    assert_same([actual[0], *actual[3:]], [whole[0], *whole[3:]])  # the scale's gradient is always exact
-    if gather_with_grad:
-        assert_same(actual, whole)
-    elif not local_loss and "siglip" not in loss:  # of all terms alike: the launch changes no balance
-        assert_same(actual[1:3], [x / w for x in whole[1:3]])
+every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses_take_a_group_and_look_no_further_and_need_no_graph(table: list[Any], loss: str) -> None:
+def mean_over_ranks(table: list[dict[Any, Values]], loss: str, layout: Any) -> Values:
+    return averaged([of_rank[loss, layout] for of_rank in table])
+
+
+@every_loss
+@pytest.mark.parametrize("layout", [*FLAGS, "default"])
+def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, layout: Any) -> None:
+    world_size, flags = len(table), EXACT_FLAGS if layout == "default" else layout
+    owed = expected_of(loss, leaves(world_size), world_size, flags)
+    assert_same(mean_over_ranks(table, loss, layout), owed)
+
+
+@every_loss
+def test_value_and_the_numbers_gradients_are_the_whole_batchs_under_all_flags(
+    table: list[Any], loss: str
+) -> None:
+    value, _, _, by_scale, by_bias = expected_of(loss, leaves(len(table)), 1)
+    for flags in FLAGS:
+        actual = mean_over_ranks(table, loss, flags)
+        assert_same([actual[0], *actual[3:]], [value, by_scale, by_bias])
+
+
+@every_loss
+def test_features_that_are_gathered_with_their_graph_have_the_whole_batchs_gradients(
+    table: list[Any], loss: str
+) -> None:
+    owed = expected_of(loss, leaves(len(table)), 1)
+    for local_loss in (False, True):
+        assert_same(mean_over_ranks(table, loss, (local_loss, True)), owed)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not has_siglip(loss)])
+def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
+    table: list[Any], loss: str
+) -> None:
+    """Of all terms alike: the launch changes no balance."""
+    _, by_image, by_text, *_ = mean_over_ranks(table, loss, (False, False))
+    _, owed_by_image, owed_by_text, *_ = expected_of(loss, leaves(len(table)), 1)
+    assert_same([by_image, by_text], [owed_by_image / len(table), owed_by_text / len(table)])
+
+
+@every_loss
+def test_a_loss_of_a_group_is_that_of_the_groups_batch(table: list[Any], loss: str) -> None:
     for parity, of_group in enumerate((table[::2], table[1::2])):
         if of_group:
-            actual = averaged([of_rank[loss, "group"] for of_rank in of_group])
-            assert_same(actual, expected_of(loss, leaves(len(of_group), seed=parity), 1))
-    (value,) = averaged([of_rank[loss, "inference mode"] for of_rank in table])
+            owed = expected_of(loss, leaves(len(of_group), seed=parity), 1)
+            assert_same(mean_over_ranks(of_group, loss, "group"), owed)
+
+
+@every_loss
+def test_the_value_in_inference_mode_is_the_whole_batchs(table: list[Any], loss: str) -> None:
+    (value,) = mean_over_ranks(table, loss, "inference mode")
     assert_same([value], expected_of(loss, leaves(len(table)), 1)[:1])
 
 
-SHARDED: dict[str, dict[str, Any]] = {
-    **{str(x): x for x in [{}, *CHANGES]},
-    "teacher": {"teacher": TEACHER},
-    "teacher of texts": {"teacher": TEACHER[1:], "cross_modal": 0.0},
-    "one pair": {"pairs": 1},
-    "float32": {"dtype": torch.float32},
+@dataclass(frozen=True)
+class Sharded:
+    """Rank terms with some options, of a batch that is spread over processes."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    teacher: tuple[str, ...] = ()
+    pairs: int = N
+    """Of a process."""
+    duplicates: int = 2
+    """Texts of the whole batch that repeat earlier ones."""
+    dtype: torch.dtype = F64
+
+
+SHARDED = {
+    **{
+        str(options): Sharded(options, TEACHER if "reference_scale" in options else ())
+        for options in ({}, *CHANGES)
+    },
+    "teacher": Sharded(teacher=TEACHER),
+    "teacher of texts": Sharded({"cross_modal": 0.0}, TEACHER[1:]),
+    "one pair": Sharded(pairs=1, duplicates=0),
+    "float32": Sharded(dtype=F32),
 }
+
+
+def value_of_share(
+    case: Sharded, gather: Any, inputs: tuple[Tensor, ...], teacher: dict[str, Tensor], rank: int, of: int
+) -> Values:
+    """The rank terms of a rank's share of the inputs, one share of so many, and their gradients."""
+    loss = Rank(gather=gather, **case.options)
+    v, t, *numbers = inputs
+    shared_teacher = {name: shards(rank, of, features)[0] for name, features in teacher.items()}
+    with Collectives() as calls:
+        value = called(loss, *shards(rank, of, v, t), *numbers, **shared_teacher)
+    assert bool(calls.counts) == (of > 1)
+    if value.dim():  # a value per anchor, each of which counts differently in the sum over all processes
+        (weights,) = shards(rank, of, torch.arange(1.0, 1 + len(v)))
+        value = of * (weights * value).sum()
+    return differentiated(value, inputs)
 
 
 def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
     """This rank's values of its share, beside those of one process that has the whole batch."""
-    found = {}
-    for name, options in SHARDED.items():
-        options = dict(options)
-        pairs, dtype = options.pop("pairs", N), options.pop("dtype", torch.float64)
-        inputs = leaves(world_size, dtype, duplicates=2)
-        inputs = (*(x[: pairs * world_size] for x in inputs[:2]), *inputs[2:])
-        wide = random_batch(1, pairs * world_size, 9, 1.0, duplicates=1)
+    results = {}
+    for name, case in SHARDED.items():
+        inputs = leaves(world_size, case.dtype, pairs=case.pairs, duplicates=case.duplicates)
+        wide = random_batch(1, case.pairs * world_size, 9, 1.0, duplicates=1)
         teacher = dict(zip(TEACHER, (wide.image, wide.text), strict=True))
-        named = options.pop("teacher", TEACHER if "reference_scale" in options else ())
-        teacher = {k: teacher[k] for k in named}
-        results = []
-        for gather in (None, False):
-            place = (0, 1) if gather is False else (rank, world_size)
-            of_teacher = {k: own(*place, x)[0] for k, x in teacher.items()}
-            loss = Rank(**{"gather": gather, **options})
-            with Collectives() as calls:
-                value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
-            assert bool(calls.counts) == (gather is None)
-            if value.dim():  # of each anchor of this process
-                weights = own(*place, torch.arange(1.0, 1 + pairs * world_size))[0]
-                value = place[1] * (weights * value).sum()
-            results.append(differentiated(value, inputs))
-        found[name] = tuple(results)
-    return found
+        teacher = {modality: teacher[modality] for modality in case.teacher}
+        results[name] = (
+            value_of_share(case, None, inputs, teacher, rank, world_size),
+            value_of_share(case, False, inputs, teacher, 0, 1),
+        )
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -321,8 +485,8 @@ def of_all_options(request: pytest.FixtureRequest, pools: Pools) -> list[dict[st
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_every_option_shards_exactly(of_all_options: list[dict[str, Any]], name: str) -> None:
-    actual = averaged([of_rank[name][0] for of_rank in of_all_options])
-    assert_same(actual, of_all_options[0][name][1], 1e-5 if name == "float32" else 1e-10)
+    of_shares, of_whole = zip(*(of_rank[name] for of_rank in of_all_options), strict=True)
+    assert_same(averaged(list(of_shares)), of_whole[0], 1e-5 if name == "float32" else 1e-10)
 
 
 # --- under DistributedDataParallel ------------------------------------------------------------------------
@@ -332,8 +496,8 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.image, self.text = (nn.Linear(5, D, bias=False, dtype=torch.float64) for _ in range(2))
-        self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.image, self.text = (nn.Linear(5, D, bias=False, dtype=F64) for _ in range(2))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=F64))
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return F.normalize(self.image(images)), F.normalize(self.text(texts)), self.logit_scale.exp()
@@ -348,185 +512,253 @@ def train(rank: int, world_size: int, gather: Gather | None) -> tuple[Values, di
     for step in range(1, 4):
         criterion.set_progress(step, 3)
         optimizer.zero_grad()
-        data = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        batch = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(step), dtype=F64)
         with Collectives() as calls:
-            criterion(*towers(*own(rank, world_size, *data))).backward()
+            criterion(*towers(*shards(rank, world_size, *batch))).backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()], dict(calls.counts)
 
 
-@pytest.mark.parametrize("gather", [None, Gather(local_loss=False)], ids=["default", "global loss"])
-def test_training_ends_at_the_single_process_weights(pools: Pools, gather: Gather | None) -> None:
+@pytest.fixture(scope="module", params=[None, Gather(local_loss=False)], ids=["default", "global loss"])
+def trained(request: pytest.FixtureRequest, pools: Pools) -> list[tuple[Values, dict[str, int]]]:
+    """By rank of three processes, each with a third of every batch."""
+    return pools[3].run(train, request.param)
+
+
+def test_training_ends_at_the_single_process_weights(trained: list[tuple[Values, dict[str, int]]]) -> None:
     expected, _ = train(0, 1, None)
-    for weights, calls in pools[3].run(train, gather):
+    for weights, _ in trained:
         assert_same(weights, expected)
-        # One of the loss's checks, two of its backward pass; all parameters fit one of DDP's buckets.
-        assert (calls["allgather"], calls["allreduce"]) == (2, 4)
-    assert all((x - y).norm() > 1e-3 * y.norm() for x, y in zip(expected, Towers().parameters(), strict=True))
+    for end, start in zip(expected, Towers().parameters(), strict=True):
+        assert (end - start).norm() > 1e-3 * start.norm()
+
+
+def test_a_training_step_has_one_check_and_two_gatherings(
+    trained: list[tuple[Values, dict[str, int]]],
+) -> None:
+    of_check, of_backward_pass, of_ddp = 1, 2, 1  # all parameters fit one of DDP's buckets
+    for _, calls in trained:
+        assert (calls["allgather"], calls["allreduce"]) == (2, of_check + of_backward_pass + of_ddp)
 
 
 # --- the collectives --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What a process has made of ``all_gather``; x is [1 + rank, 0.5] there."""
+
+    items: Tensor
+    """x of all ranks."""
+    first: Tensor
+    """The gradient by x of Σ_r w_r·items, in which rank r weighs item k by (r + 1)·(k + 1)."""
+    keeps_gradient: bool
+    """Whether the gradient of the gathered items is still the rank's own after the reduction."""
+    second: Tensor
+    """The gradient by x of the squared gradient of (r + 1)·Σ items³."""
+    half: Tensor
+    """A gradient in bfloat16, to which one rank gives 256 and the others 1."""
+    of_group: Tensor
+    """x of the even or the odd ranks."""
+    is_own: bool
+    """Whether the group's items are x itself."""
+
+
 def gatherings(rank: int, world_size: int) -> dict[str, Any]:
-    x = torch.tensor([[1.0 + rank], [0.5]], dtype=torch.float64, requires_grad=True)
-    y = all_gather(x)
-    # Every rank weighs the whole by another factor: the gradient has to add them up.
-    weights = (rank + 1) * torch.arange(1, len(y) + 1.0)[:, None]
-    first, of_whole = torch.autograd.grad((weights * y).sum(), (x, y))
-    (once,) = torch.autograd.grad((rank + 1) * all_gather(x).pow(3).sum(), x, create_graph=True)
-    (twice,) = torch.autograd.grad(once.pow(2).sum(), x)
-    half = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
-    one_is_large = torch.where(torch.arange(2 * world_size) % world_size == rank, 256.0, 1.0).bfloat16()
-    (of_half,) = torch.autograd.grad((all_gather(half) * one_is_large).sum(), half)
+    """The fields of :class:`Gathered`."""
+    x = torch.tensor([[1.0 + rank], [0.5]], dtype=F64, requires_grad=True)
+    items = all_gather(x)
+    weights = (rank + 1) * torch.arange(1, len(items) + 1.0)[:, None]
+    first, by_items = torch.autograd.grad((weights * items).sum(), (x, items))
+    (slope,) = torch.autograd.grad((rank + 1) * all_gather(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.pow(2).sum(), x)
+    zeros = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    is_large = torch.arange(2 * world_size) % world_size == rank
+    (half,) = torch.autograd.grad(
+        (all_gather(zeros) * torch.where(is_large, 256.0, 1.0).bfloat16()).sum(), zeros
+    )
     group = parity_group(rank, world_size)
-    of_group = all_gather(x[:1], group)
-    is_own = all_gather(x, group) is x
-    found = {"y": y, "first": first, "twice": twice, "half": of_half, "group": of_group, "is_own": is_own}
-    return {**found, "of_whole": torch.equal(of_whole, weights)}
+    return {
+        "items": items,
+        "first": first,
+        "keeps_gradient": torch.equal(by_items, weights),
+        "second": second,
+        "half": half,
+        "of_group": all_gather(x[:1], group),
+        "is_own": all_gather(x, group) is x,
+    }
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def gathered(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
-    """What each of some processes has gathered."""
-    return pools[request.param].run(gatherings)
+def gathered(request: pytest.FixtureRequest, pools: Pools) -> list[Gathered]:
+    """By rank, for each number of processes."""
+    return [Gathered(**of_rank) for of_rank in pools[request.param].run(gatherings)]
 
 
-def test_all_gather_concatenates(gathered: list[dict[str, Any]]) -> None:
-    for found in gathered:
-        assert found["y"].flatten().tolist() == [x for r in range(len(gathered)) for x in (1.0 + r, 0.5)]
+def test_all_gather_concatenates(gathered: list[Gathered]) -> None:
+    expected = [x for rank in range(len(gathered)) for x in (1.0 + rank, 0.5)]
+    for of_rank in gathered:
+        assert of_rank.items.flatten().tolist() == expected
 
 
-def test_first_and_second_derivatives_of_all_gather_add_up(gathered: list[dict[str, Any]]) -> None:
+def test_gradients_of_all_gather_add_up_over_the_ranks(gathered: list[Gathered]) -> None:
+    total = sum(range(1, len(gathered) + 1))  # of the ranks' factors
+    for rank, of_rank in enumerate(gathered):
+        assert of_rank.first.flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
+
+
+def test_the_reduction_leaves_the_gradient_of_the_gathered_items_as_it_was(gathered: list[Gathered]) -> None:
+    assert all(of_rank.keeps_gradient for of_rank in gathered)
+
+
+def test_second_derivatives_of_all_gather_add_up_over_the_ranks(gathered: list[Gathered]) -> None:
+    """Σ_r L_r = total·Σ x³; the square of its gradient is 9·total²·x⁴."""
     total = sum(range(1, len(gathered) + 1))
-    for rank, found in enumerate(gathered):
-        assert found["of_whole"]  # the reduction leaves the gradient of the whole as it was
-        assert found["first"].flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
-        # Σ_w L_w = total·Σ x³; the square of its gradient is 9·total²·x⁴.
-        second = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]
-        assert found["twice"].flatten().tolist() == pytest.approx(second)
+    for rank, of_rank in enumerate(gathered):
+        expected = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]
+        assert of_rank.second.flatten().tolist() == pytest.approx(expected)
 
 
-def test_gradients_of_half_precision_are_added_in_float32(gathered: list[dict[str, Any]]) -> None:
-    for found in gathered:
-        # 256 + 1 is 256 in bfloat16; the sum of three is taken in float32.
-        assert found["half"].dtype == torch.bfloat16
-        assert len(gathered) != 3 or found["half"].tolist() == [258.0] * 2
+def test_gradients_of_half_precision_are_added_in_float32(gathered: list[Gathered]) -> None:
+    for of_rank in gathered:
+        assert of_rank.half.dtype == torch.bfloat16
+        if len(gathered) == 3:  # 256 + 1 is 256 in bfloat16, 256 + 1 + 1 in float32 is 258
+            assert of_rank.half.tolist() == [258.0] * 2
 
 
-def test_all_gather_of_a_group_is_of_its_members_alone(gathered: list[dict[str, Any]]) -> None:
-    for rank, found in enumerate(gathered):
+def test_all_gather_of_a_group_is_of_its_members_alone(gathered: list[Gathered]) -> None:
+    for rank, of_rank in enumerate(gathered):
         members = range(rank % 2, len(gathered), 2)
-        assert found["group"].flatten().tolist() == [1.0 + r for r in members]
-        assert found["is_own"] == (len(members) == 1)
-
-
-def counted(rank: int, world_size: int, one_tensor: bool = False) -> dict[Any, Any]:
-    """A second step: its values, the collectives forward and backward, and the bytes that they fill."""
-    found: dict[Any, Any] = {}
-    has_it = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
-    with has_it if one_tensor else nullcontext():
-        for flags, (name, (make, _)) in itertools.product(FLAGS, LOSSES.items()):
-            inputs, loss = leaves(world_size), make(gather=of_flags(flags))
-            mine = own(rank, world_size, *inputs[:2])
-            called(loss, *mine, *inputs[2:])  # the first compares what the processes bring
-            with Collectives() as forward:
-                value = called(loss, *mine, *inputs[2:])
-            with Collectives() as backward:
-                values = differentiated(value, inputs)
-            found[flags, name] = values, dict(forward.counts), forward.filled.total(), dict(backward.counts)
-    return found
-
-
-@pytest.fixture(scope="module")
-def plain(pools: Pools) -> list[dict[Any, Any]]:
-    return pools[2].run(counted)
+        assert of_rank.of_group.flatten().tolist() == [1.0 + member for member in members]
+        assert of_rank.is_own == (len(members) == 1)
 
 
 @dataclass(frozen=True)
 class Step:
-    """The collectives of a process's step: calls forward and backward, and the bytes that the former fill."""
+    """A process's step: the collectives, and the value with its gradients."""
 
-    name: str
+    loss: str
     local_loss: bool
     gather_with_grad: bool
     forward: dict[str, int]
+    """Calls by their names."""
     filled: int
+    """Bytes of the tensors that these fill."""
     backward: dict[str, int]
+    values: Values
+
+    @property
+    def modalities(self) -> int:
+        """Those that are gathered: two, but SigLIP's loss of this process's images needs the texts alone."""
+        return 1 if is_siglip(self.loss) and self.local_loss else 2
+
+    @property
+    def bytes_of_features(self) -> int:
+        """Of two processes, in float64."""
+        return self.modalities * 2 * N * D * 8
+
+    @property
+    def bytes_of_checks(self) -> int:
+        return 24 * LOSSES[self.loss].checks
+
+
+def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[dict[str, Any]]:
+    """The fields of :class:`Step` for every loss under all flags; in the first step, processes get to know.
+
+    With ``one_tensor`` by collectives that fill one tensor, as NCCL has them.
+    """
+    steps = []
+    has_them = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
+    with has_them if one_tensor else nullcontext():
+        for flags, (name, case) in itertools.product(FLAGS, LOSSES.items()):
+            v, t, *numbers = inputs = leaves(world_size)
+            share = shards(rank, world_size, v, t)
+            loss = case.build(of_flags(flags))
+            called(loss, *share, *numbers)
+            with Collectives() as forward:
+                value = called(loss, *share, *numbers)
+            with Collectives() as backward:
+                values = differentiated(value, inputs)
+            local_loss, gather_with_grad = flags
+            step = {
+                "loss": name,
+                "local_loss": local_loss,
+                "gather_with_grad": gather_with_grad,
+                "forward": dict(forward.counts),
+                "filled": forward.filled.total(),
+                "backward": dict(backward.counts),
+                "values": values,
+            }
+            steps.append(step)
+    return steps
+
+
+def steps_of(pools: Pools, one_tensor: bool) -> list[Step]:
+    """The steps of both of two processes."""
+    of_ranks = pools[2].run(second_steps, one_tensor)
+    return [Step(**step) for of_rank in of_ranks for step in of_rank]
 
 
 @pytest.fixture(scope="module")
-def steps(plain: list[dict[Any, Any]]) -> list[Step]:
-    """Of every loss under all flags, by both processes."""
-    return [Step(name, *flags, *calls) for found in plain for (flags, name), (_, *calls) in found.items()]
-
-
-BY_COVARIANCE = ("spread", "spread over siglip")  # of which sums are reduced, and no features gathered
-OF_MORE = ("rank_clip over siglip", "mimicry", "spread of more dimensions")  # than one gathering of D columns
+def steps(pools: Pools) -> list[Step]:
+    return steps_of(pools, one_tensor=False)
 
 
 @pytest.fixture(scope="module")
-def of_one_gathering(steps: list[Step]) -> list[Step]:
-    """Steps that have no other messages than the features', the ids' and the checks'."""
-    return [step for step in steps if step.name not in (*BY_COVARIANCE, *OF_MORE)]
-
-
-def checks_of(name: str) -> int:
-    """The losses of a composition that are called: RankCLIP's pass computes its own base."""
-    parts = [part for part in LOSSES[name][0](gather=False).modules() if isinstance(part, GatheringLoss)]
-    return len(parts) - (name == "rank_clip")
-
-
-def modalities_of(step: Step) -> int:
-    """Two; SigLIP's loss of this process's images needs the texts alone."""
-    return 1 if step.name.startswith("siglip") and step.local_loss else 2
+def plain_steps(steps: list[Step]) -> list[Step]:
+    """Those that have no other messages than the features', the ids' and the checks'."""
+    return [step for step in steps if LOSSES[step.loss].gathers_pairs_alone]
 
 
 def test_every_loss_that_is_called_compares_its_inputs_once(steps: list[Step]) -> None:
     for step in steps:
-        if step.name not in BY_COVARIANCE:
-            assert step.forward["allreduce"] == checks_of(step.name), step
+        if step.loss not in ("SpreadLoss[covariance]", "SpreadLoss[over SigLipLoss]"):  # which add up sums
+            assert step.forward["allreduce"] == LOSSES[step.loss].checks, step
 
 
-def test_a_step_gathers_each_modality_once(of_one_gathering: list[Step]) -> None:
-    """And ids, where there are some."""
-    for step in of_one_gathering:
-        assert step.forward["allgather"] == modalities_of(step) + (" ids" in step.name), step
+def test_a_step_gathers_each_modality_and_the_ids_once(plain_steps: list[Step]) -> None:
+    for step in plain_steps:
+        assert step.forward["allgather"] == step.modalities + LOSSES[step.loss].has_ids, step
 
 
-def test_a_step_fills_the_bytes_of_features_ids_and_checks_alone(of_one_gathering: list[Step]) -> None:
-    for step in of_one_gathering:
-        of_features = modalities_of(step) * 2 * N * D * 8
-        of_ids = 2 * N * 8 if " ids" in step.name else 0
-        assert step.filled == of_features + of_ids + 24 * checks_of(step.name), step
+def test_a_step_fills_the_bytes_of_features_ids_and_checks_alone(plain_steps: list[Step]) -> None:
+    for step in plain_steps:
+        bytes_of_ids = 2 * N * 8 if LOSSES[step.loss].has_ids else 0
+        assert step.filled == step.bytes_of_features + bytes_of_ids + step.bytes_of_checks, step
 
 
-def test_the_gradient_of_each_gathered_modality_is_reduced_once(of_one_gathering: list[Step]) -> None:
-    for step in of_one_gathering:
-        assert step.backward == ({"allreduce": modalities_of(step)} if step.gather_with_grad else {}), step
+def test_the_gradient_of_each_gathered_modality_is_reduced_once(plain_steps: list[Step]) -> None:
+    for step in plain_steps:
+        assert step.backward == ({"allreduce": step.modalities} if step.gather_with_grad else {}), step
+
+
+def steps_named(steps: list[Step], loss: str) -> list[Step]:
+    return [step for step in steps if step.loss == loss]
 
 
 def test_mimicry_gathers_distances_where_all_rows_are_computed(steps: list[Step]) -> None:
     """Beside the two modalities that its base gathers."""
-    for step in (step for step in steps if step.name == "mimicry"):
-        assert step.forward["allgather"] == (2 if step.local_loss else 3)
+    for step in steps_named(steps, "MimicryLoss[default]"):
+        distances = 0 if step.local_loss else 1
+        assert step.forward["allgather"] == 2 + distances
 
 
 def test_a_spread_of_more_dimensions_than_pairs_has_the_features_of_its_base(steps: list[Step]) -> None:
-    for step in (step for step in steps if step.name == "spread of more dimensions"):
+    for step in steps_named(steps, "SpreadLoss[similarities]"):
         assert step.forward["allgather"] == 2
 
 
 def test_the_spread_sums_means_and_covariances_and_gathers_deviations_of_all_rows(steps: list[Step]) -> None:
     """Beside the two modalities that its base gathers."""
-    for step in (step for step in steps if step.name == "spread"):
+    for step in steps_named(steps, "SpreadLoss[covariance]"):
         deviations = 0 if step.local_loss else 2
+        sums = 4  # a mean and a covariance of each modality
         assert step.forward["allgather"] == 2 + deviations
-        assert step.forward["allreduce"] == 4 + checks_of("spread")
+        assert step.forward["allreduce"] == sums + LOSSES[step.loss].checks
 
 
 def test_sums_of_the_spread_are_reduced_backward_unless_other_items_are_constants(steps: list[Step]) -> None:
-    for step in (step for step in steps if step.name == "spread"):
+    for step in steps_named(steps, "SpreadLoss[covariance]"):
         deviations = 0 if step.local_loss else 2
         are_constants = step.local_loss and not step.gather_with_grad
         of_sums = 0 if are_constants else 4
@@ -534,17 +766,26 @@ def test_sums_of_the_spread_are_reduced_backward_unless_other_items_are_constant
         assert step.backward.get("allreduce", 0) == of_sums + of_features
 
 
-@pytest.mark.skipif(
-    not hasattr(dist, "all_gather_single"), reason="this gloo does not reduce into one tensor"
-)
-def test_collectives_of_one_tensor_give_the_same(plain: list[dict[Any, Any]], pools: Pools) -> None:
-    for expected, of_rank in zip(plain, pools[2].run(counted, True), strict=True):
-        for (flags, name), (values, _, filled, backward) in of_rank.items():
-            assert_same(values, expected[flags, name][0], 1e-14)
-            if name in ("clip", "rank_clip"):
-                assert filled == 2 * 2 * N * D * 8 + 24
-                assert all("reduce_scatter" in call for call in backward)
-                assert sum(backward.values()) == (2 if flags[1] else 0)
+@pytest.fixture(scope="module")
+def one_tensor_steps(pools: Pools) -> list[Step]:
+    if not hasattr(dist, "all_gather_single"):
+        pytest.skip("this gloo does not reduce into one tensor")
+    return steps_of(pools, one_tensor=True)
+
+
+def test_collectives_of_one_tensor_give_the_same(one_tensor_steps: list[Step], steps: list[Step]) -> None:
+    for step, plain in zip(one_tensor_steps, steps, strict=True):
+        assert_same(step.values, plain.values, 1e-14)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "RankClipLoss"])
+def test_collectives_of_one_tensor_fill_no_more_and_scatter_the_gradients(
+    one_tensor_steps: list[Step], loss: str
+) -> None:
+    for step in steps_named(one_tensor_steps, loss):
+        assert step.filled == step.bytes_of_features + step.bytes_of_checks
+        assert all("reduce_scatter" in call for call in step.backward)
+        assert sum(step.backward.values()) == (2 if step.gather_with_grad else 0)
 
 
 @pytest.mark.parametrize(
@@ -565,75 +806,89 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
     assert distributed._has_tensor_collectives(features, None) is expected
 
 
-def shared_and_separate(rank: int, world_size: int) -> list[tuple[int, dict[str, int], Values, Values]]:
-    """By epoch: two losses of what is gathered once, beside the same of what each has gathered for itself."""
+def two_losses(rank: int, world_size: int, epoch: int) -> list[tuple[dict[str, int], Values, Values]]:
+    """By flags: the collectives and values of two losses that gather once, and the values without that.
+
+    In the first of the two epochs λ is 0, and RankClipLoss computes its base alone; in the second it is 1.
+    """
     inputs = v, t, s, _ = leaves(world_size)
-    mine = own(rank, world_size, v, t)
-    found = []
-    for flags, epoch in itertools.product(FLAGS, (1, 2)):  # λ is 0, and the base alone is computed; then 1
+    share = shards(rank, world_size, v, t)
+    results = []
+    for flags in FLAGS:
         gather = of_flags(flags)
-        losses = RankClipLoss(schedule="linear", gather=gather), RankConsistency(gather=gather)
-        losses[0].set_epoch(epoch, epochs=2)
-        separate = sum(loss(*mine, s) for loss in losses)
+        rank_clip_loss = RankClipLoss(schedule="linear", gather=gather)
+        rank_clip_loss.set_epoch(epoch, epochs=2)
+        losses = rank_clip_loss, RankConsistency(gather=gather)
+        separate = sum(loss(*share, s) for loss in losses)
         with Collectives() as calls, gather_once():
-            shared = sum(loss(*mine, s) for loss in losses)
-        values = [differentiated(x, inputs) for x in (shared, separate)]
-        found.append((epoch, dict(calls.counts), *values))
-    return found
+            shared = sum(loss(*share, s) for loss in losses)
+        values, values_of_separate = (differentiated(total, inputs) for total in (shared, separate))
+        results.append((dict(calls.counts), values, values_of_separate))
+    return results
 
 
-def test_one_gathering_serves_several_losses(pools: Pools) -> None:
-    for of_rank in pools[2].run(shared_and_separate):
-        for epoch, counts, shared, separate in of_rank:
-            # Each loss that is called checks its inputs once. The base of RankClipLoss is called, as a third,
-            # where λ is 0. Where λ is 1, it is computed with the rank terms.
-            checks = {1: 3, 2: 2}[epoch]
+# Each loss that is called checks its inputs once: the base of RankClipLoss is, as a third, where λ is 0.
+@pytest.mark.parametrize(("epoch", "checks"), [(1, 3), (2, 2)], ids=["λ is 0", "λ is 1"])
+def test_one_gathering_serves_several_losses(pools: Pools, epoch: int, checks: int) -> None:
+    for of_rank in pools[2].run(two_losses, epoch):
+        for counts, shared, separate in of_rank:
             assert counts == {"allgather": 2, "allreduce": checks}  # images and texts, each gathered once
             assert_same(shared, separate, 1e-14)
 
 
-def compiled(rank: int, world_size: int) -> list[tuple[Values, Values]]:
-    inputs = leaves(world_size)
-    mine = own(rank, world_size, *inputs[:2])
-    found = []
-    for name, backend in (("siglip, streamed", "eager"), ("rank_clip", "aot_eager")):
-        eager = LOSSES[name][0]()
-        torch._dynamo.reset()
-        losses = eager, torch.compile(eager, backend=backend)  # with graph breaks around the collectives
-        found.append(tuple(differentiated(f(*mine, *inputs[2:]), inputs) for f in losses))
-    return found
+def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> tuple[Values, Values]:
+    v, t, *numbers = inputs = leaves(world_size)
+    share = shards(rank, world_size, v, t)
+    eager = LOSSES[name].build(None)
+    torch._dynamo.reset()
+    compiled = torch.compile(eager, backend=backend)  # with graph breaks around the collectives
+    of_eager, of_compiled = (
+        differentiated(called(loss, *share, *numbers), inputs) for loss in (eager, compiled)
+    )
+    return of_eager, of_compiled
 
 
-def test_compiled_loss_gathers_as_the_eager_one(pools: Pools) -> None:
-    for of_rank in pools[2].run(compiled):
-        for eager, through_dynamo in of_rank:
-            assert_same(through_dynamo, eager)
+@pytest.mark.parametrize(
+    ("loss", "backend"), [("SigLipLoss[streamed]", "eager"), ("RankClipLoss", "aot_eager")]
+)
+def test_compiled_loss_gathers_as_the_eager_one(pools: Pools, loss: str, backend: str) -> None:
+    for eager, compiled in pools[2].run(eager_and_compiled, loss, backend):
+        assert_same(compiled, eager)
 
 
 # --- open_clip's losses -----------------------------------------------------------------------------------
 
 
-def beside_open_clip(rank: int, world_size: int) -> dict[str, list[Values]]:
+def pairs_with_open_clip(rank: int, world_size: int) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """open_clip's losses, each with ours of the same flags."""
     from open_clip import loss as open_clip
 
     place = {"rank": rank, "world_size": world_size}
-    pairs = {}
-    for flags in (dict(zip(("local_loss", "gather_with_grad"), x, strict=True)) for x in FLAGS):
-        ours = ClipLoss(gather=Gather(**place, **flags))
-        pairs[f"clip {flags}"] = open_clip.ClipLoss(**place, **flags), ours
-    for how, budget in itertools.product(("bidir", "shift", "reduce", "gather"), (0, None)):
+    for local_loss, gather_with_grad in FLAGS:
+        flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+        yield open_clip.ClipLoss(**place, **flags), ClipLoss(gather=Gather(**place, **flags))
+    for exchange, budget in itertools.product(("bidir", "shift", "reduce", "gather"), (0, None)):
         ours = SigLipLoss(gather=Gather(**place), memory_budget=budget)
-        pairs[f"siglip {how} {budget}"] = open_clip.SigLipLoss(**place, dist_impl=how), ours
-    inputs = leaves(world_size)
-    given = *own(rank, world_size, *inputs[:2]), *inputs[2:]
-    return {name: [differentiated(called(x, *given), inputs) for x in both] for name, both in pairs.items()}
+        yield open_clip.SigLipLoss(**place, dist_impl=exchange), ours
+
+
+def beside_open_clip(rank: int, world_size: int) -> list[tuple[Values, Values]]:
+    v, t, *numbers = inputs = leaves(world_size)
+    share = shards(rank, world_size, v, t)
+    return [
+        (
+            differentiated(called(theirs, *share, *numbers), inputs),
+            differentiated(called(ours, *share, *numbers), inputs),
+        )
+        for theirs, ours in pairs_with_open_clip(rank, world_size)
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
 def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None:
     """Before DDP averages: the value, and the gradient that each process gets for the batch."""
     for of_rank in pools[3].run(beside_open_clip):
-        for theirs, ours in of_rank.values():
+        for theirs, ours in of_rank:
             assert_same(ours, theirs)
 
 
@@ -641,24 +896,31 @@ def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None
 
 
 GRADES = torch.eye(2).repeat(2, 1)
+IDS = torch.arange(4)
 
 
-def pairs_of(rank: int, rows: int = 4, dtype: torch.dtype = torch.float32, **changed: Any) -> dict[str, Any]:
+def pairs_of(rank: int, rows: int = 4, dtype: torch.dtype = F32, **changed: Any) -> dict[str, Any]:
+    """A rank's own inputs of a loss of pairs."""
     drawn = F.normalize(torch.randn(2, 4, D, generator=torch.Generator().manual_seed(rank)), dim=-1)
     v, t = drawn[:, :rows].to(dtype)
     return {"image_features": v, "text_features": t, "logit_scale": 10.0, **changed}
 
 
 def lists_of(rank: int, **changed: Any) -> dict[str, Any]:
+    """A rank's own inputs of a loss of lists: four of two candidates each."""
     pairs = pairs_of(rank)
     features = {"query_features": pairs["image_features"], "candidate_features": pairs["text_features"]}
     index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
     return {**features, "grades": GRADES, "candidate_index": index, **changed}
 
 
-def without(x: Tensor, value: float, rank: int) -> Tensor:
-    """The tensor, on rank 1 with a value in its third row."""
-    return x.index_fill(0, torch.tensor([2]), value) if rank == 1 else x
+def scaled_lists_of(rank: int, **changed: Any) -> dict[str, Any]:
+    return lists_of(rank, logit_scale=1.0, **changed)
+
+
+def with_bad_row(x: Tensor, value: float) -> Tensor:
+    """The tensor with a value in its third row."""
+    return x.index_fill(0, torch.tensor([2]), value)
 
 
 class FailsElsewhere(nn.Module):
@@ -670,85 +932,114 @@ class FailsElsewhere(nn.Module):
                 raise KeyError("a name")
 
 
-Fault = tuple[Callable[..., nn.Module], Callable[[int], dict[str, Any]], tuple[str, ...]]
+@dataclass(frozen=True)
+class Fault:
+    """A loss whose inputs one of three processes has got wrong."""
+
+    build: Callable[[], nn.Module]
+    inputs_of: Callable[[int], dict[str, Any]]
+    """By rank."""
+    named: tuple[str, ...]
+    """What the error of all processes has in it."""
 
 
-def fault(
-    loss: Callable[..., nn.Module], *named: str, bad: int = 1, of: Any = pairs_of, **changed: Any
+def fault_of_one(
+    build: Callable[[], nn.Module], *named: str, rank: int = 1, of: Any = pairs_of, **changed: Any
 ) -> Fault:
-    """The loss, the inputs by rank, of which one has some instead, and what the error of all ranks names."""
-    return loss, lambda rank: of(rank, **(changed if rank == bad else {})), (*named, f"rank {bad}")
+    """One rank has some inputs instead of its own, and is named."""
+    bad = rank
+
+    def inputs_of(rank: int) -> dict[str, Any]:
+        return of(rank, **changed) if rank == bad else of(rank)
+
+    return Fault(build, inputs_of, (*named, f"rank {bad}"))
 
 
-Rows = functools.partial(RankConsistency, cross_modal=0.0)
-Lists = functools.partial(RankedLists, in_batch_negatives=True)
-Constant = functools.partial(RankClipLoss, schedule="constant")
-OfIds = functools.partial(ClipLoss, same_id="share")
-OverIds = functools.partial(rank_clip, functools.partial(SigLipLoss, same_id="share"))
-IDS = torch.arange(4)
-scaled_lists = functools.partial(lists_of, logit_scale=1.0)
+def zero_row_of_teacher(rank: int) -> dict[str, Any]:
+    teacher = with_bad_row(torch.eye(4), 0.0) if rank == 1 else torch.eye(4)
+    return pairs_of(rank, **dict.fromkeys(TEACHER, teacher))
+
+
+def mimicry_loss() -> nn.Module:
+    return MimicryLoss()
+
+
+def loss_of_in_modal_ranks() -> nn.Module:
+    return RankConsistency(cross_modal=0.0)
+
+
+def loss_with_ranks() -> nn.Module:
+    return RankClipLoss(schedule="constant")
+
+
+def lists_with_negatives() -> nn.Module:
+    return RankedLists(in_batch_negatives=True)
+
+
+def term_of_lists() -> nn.Module:
+    return RankedListsTerm(lists_with_negatives())
+
+
 FAULTS: dict[str, Fault] = {
-    "teachers": (Rows, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER),
-    "a teacher": fault(
-        MimicryLoss, f"{TEACHER[1]} float32 [4, 6]", **dict.fromkeys(TEACHER, torch.eye(4, D))
+    "teachers": Fault(
+        loss_of_in_modal_ranks, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER
     ),
-    "the number of pairs": (
+    "a teacher": fault_of_one(
+        mimicry_loss, f"{TEACHER[1]} float32 [4, 6]", **dict.fromkeys(TEACHER, torch.eye(4, D))
+    ),
+    "the number of pairs": Fault(
         RankConsistency,
         lambda rank: pairs_of(rank, rows=4 - rank),
         ("image_features float32 [4, 6]", "image_features float32 [3, 6]"),
     ),
-    "dtypes": (
+    "dtypes": Fault(
         ClipLoss,
         lambda rank: pairs_of(rank, dtype=torch.float16 if rank else torch.bfloat16),
         ("text_features bfloat16 [4, 6]", "text_features float16 [4, 6]"),
     ),
-    "gradients": (
+    "gradients": Fault(
         ClipLoss,
         lambda rank: pairs_of(rank, image_features=torch.eye(4, D, requires_grad=rank != 1)),
         ("image_features float32 [4, 6] with a gradient", "rank 1"),
     ),
-    "flags": (
+    "flags": Fault(
         lambda: ClipLoss(gather=Gather(gather_with_grad=dist.get_rank() == 0)),
         pairs_of,
         ("gather_with_grad=True", "gather_with_grad=False", "rank 1"),
     ),
-    "ids": fault(OfIds, "pair_ids int64 [4]", pair_ids=IDS),
-    "ids that are numbers": (
-        OverIds,
+    "ids": fault_of_one(lambda: ClipLoss(same_id="share"), "pair_ids int64 [4]", pair_ids=IDS),
+    "ids that are numbers": Fault(
+        lambda: rank_clip(SigLipLoss(same_id="share"), None),
         lambda rank: pairs_of(rank, logit_bias=0.0, pair_ids=IDS.double() if rank == 1 else IDS),
         ("pair_ids", "torch.float64 [4]", "rank 1"),
     ),
-    "ids that a base refuses": fault(Constant, "pair_ids", pair_ids=IDS),
-    "an input of the base that is None": fault(Constant, "pair_ids", pair_ids=None),
-    "ids of queries": fault(
-        lambda: RankedListsTerm(Lists()), "query_ids int64 [4]", of=scaled_lists, query_ids=IDS
+    "ids that a base refuses": fault_of_one(loss_with_ranks, "pair_ids", pair_ids=IDS),
+    "an input of the base that is None": fault_of_one(loss_with_ranks, "pair_ids", pair_ids=None),
+    "ids of queries": fault_of_one(term_of_lists, "query_ids int64 [4]", of=scaled_lists_of, query_ids=IDS),
+    "a query on two processes": Fault(
+        term_of_lists, lambda rank: scaled_lists_of(rank, query_ids=IDS + 3 * rank), ("3 and 4", "query")
     ),
-    "a query on two processes": (
-        lambda: RankedListsTerm(Lists()),
-        lambda rank: scaled_lists(rank, query_ids=IDS + 3 * rank),
-        ("3 and 4", "query"),
-    ),
-    "queries on two processes": (
-        Lists,
+    "queries on two processes": Fault(
+        lists_with_negatives,
         lambda rank: lists_of(rank, query_features=lists_of(0)["query_features"]),
         ("query_features", "twice"),
     ),
-    "a scale": fault(ClipLoss, "logit_scale", "0", logit_scale=0.0),
-    "a type": fault(ClipLoss, "TypeError", "text_features", "list", bad=2, text_features=[1.0]),
-    "a teacher's row of zeros": (
-        rank_clip,
-        lambda rank: pairs_of(rank, **{name: without(torch.eye(4), 0.0, rank) for name in TEACHER}),
-        ("reference_image_features", "row 2", "rank 1"),
+    "a scale": fault_of_one(ClipLoss, "logit_scale", "0", logit_scale=0.0),
+    "a type": fault_of_one(ClipLoss, "TypeError", "text_features", "list", rank=2, text_features=[1.0]),
+    "a teacher's row of zeros": Fault(
+        loss_with_ranks, zero_row_of_teacher, ("reference_image_features", "row 2", "rank 1")
     ),
-    "a grade": fault(Lists, "grades", "row 2", "nan", of=lists_of, grades=without(GRADES, math.nan, 1)),
-    "an index": fault(
-        Lists,
+    "a grade": fault_of_one(
+        lists_with_negatives, "grades", "row 2", "nan", of=lists_of, grades=with_bad_row(GRADES, math.nan)
+    ),
+    "an index": fault_of_one(
+        lists_with_negatives,
         *("candidate_index", "row 3", "[4]"),
-        bad=2,
+        rank=2,
         of=lists_of,
-        candidate_index=torch.tensor([[0, 1]] * 3 + [[2, 4]]),
+        candidate_index=torch.tensor([[0, 1], [0, 1], [0, 1], [2, 4]]),
     ),
-    "an error of another kind": (
+    "an error of another kind": Fault(
         FailsElsewhere,
         lambda rank: {"image_features": torch.eye(2), "is_first": rank == 0},
         ("RuntimeError", "a name", "rank 1"),
@@ -765,120 +1056,138 @@ def error_of(call: Callable[[], Any]) -> str:
     return ""
 
 
-def faulty(rank: int, world_size: int, kind: str) -> list[str]:
-    """The error of a loss that meets the others for the first time, and what the same batch gives again."""
-    loss, inputs = FAULTS[kind][0](), FAULTS[kind][1](rank)
-    return [error_of(lambda: loss(**inputs)) for _ in range(2)]  # a wait without end is ended by the pool
+def errors_of_fault(rank: int, world_size: int, kind: str) -> tuple[str, str]:
+    """The error of a loss that meets the others for the first time, and what the same batch gives again.
+
+    A wait without end is ended by the pool.
+    """
+    loss, inputs = FAULTS[kind].build(), FAULTS[kind].inputs_of(rank)
+    first = error_of(lambda: loss(**inputs))
+    again = error_of(lambda: loss(**inputs))
+    return first, again
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_an_error_of_one_process_is_the_error_of_all(pools: Pools, kind: str) -> None:
-    results = pools[3].run(faulty, kind)
-    assert all(messages == results[0] for messages in results)
-    first, again = results[0]
+    of_first_rank, *of_others = pools[3].run(errors_of_fault, kind)
+    assert of_others == [of_first_rank] * 2
+    first, again = of_first_rank
     assert first == again  # nothing was taken as agreed
-    for part in FAULTS[kind][2]:
+    for part in FAULTS[kind].named:
         assert part in first
 
 
-class Elsewhere(Tensor):
+class OnAccelerator(Tensor):
     """A tensor that says it is on an accelerator."""
 
     device = property(lambda _: torch.device("cuda", 1))  # type: ignore[assignment]
 
 
-def on_device(rank: int, world_size: int, kind: type[Tensor]) -> list[Any]:
-    """Five checks of a loss: good, good, bad on rank 1; then twice bad ones of a new batch."""
-    by_device, found = [], []
+def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[Any], list[str]]:
+    """What a loss's checks give, and the devices by which texts are gathered.
+
+    The first three are of batches of one shape, of which the third is bad on rank 1; the others are of
+    another shape, and bad there. Each gives the number of its collectives, or its error.
+    """
+    devices: list[str] = []
+    results: list[Any] = []
     gather_text = distributed._gather_text
 
-    def on_cpu(text: str, device: torch.device, group: Any) -> list[str]:
-        by_device.append(str(device))
+    def by_way_of_the_cpu(text: str, device: torch.device, group: Any) -> list[str]:
+        devices.append(str(device))
         return gather_text(text, torch.device("cpu"), group)
 
-    owner = nn.Identity()
-    with mock.patch.object(distributed, "_gather_text", on_cpu):
-        for rows, is_bad in ((2, False), (2, False), (2, rank == 1), (3, rank == 1), (3, rank == 1)):
-            x = torch.ones(rows, 2).as_subclass(kind)
+    loss = nn.Identity()  # the checks of one owner know what was agreed before
+    is_bad_here = rank == 1
+    with mock.patch.object(distributed, "_gather_text", by_way_of_the_cpu):
+        for rows, is_bad in ((2, False), (2, False), (2, is_bad_here), (3, is_bad_here), (3, is_bad_here)):
+            features = torch.ones(rows, 2).as_subclass(kind)
             try:
-                with Collectives() as calls, Gather().agreement(owner, image_features=x):
+                with Collectives() as calls, Gather().agreement(loss, image_features=features):
                     if is_bad:
                         raise ValueError("bad")
-                found.append(calls.counts.total())
+                results.append(calls.counts.total())
             except ValueError as error:
-                found.append("bad of rank 1" if "rank 1" in str(error) else "bad")
-    return [*found, by_device]
+                results.append("bad of rank 1" if "rank 1" in str(error) else "bad")
+    return results, devices
 
 
-def test_a_cpu_asks_others_at_each_call_and_an_accelerator_where_a_batch_is_new(pools: Pools) -> None:
-    bad, devices = "bad of rank 1", ["cuda:1"] * 3  # an error is not remembered as agreed
-    assert pools[2].run(on_device, Tensor) == [[1, 1, bad, bad, bad, ["cpu"] * 3]] * 2
-    later = [0, "bad"]  # of each rank, where nobody asks
-    expected = [[2, 0, later[rank], bad, bad, devices] for rank in range(2)]
-    assert pools[2].run(on_device, Elsewhere) == expected
+def test_processes_on_cpus_ask_each_other_at_every_call(pools: Pools) -> None:
+    asked, bad = 1, "bad of rank 1"
+    assert pools[2].run(five_checks, Tensor) == [([asked, asked, bad, bad, bad], ["cpu"] * 3)] * 2
+
+
+def test_processes_on_accelerators_ask_each_other_where_a_batch_is_new(pools: Pools) -> None:
+    """A batch of a shape that was good has no check, and an error is not remembered as agreed."""
+    asked, not_asked, bad, devices = 2, 0, "bad of rank 1", ["cuda:1"] * 3
+    of_rank_0, of_rank_1 = pools[2].run(five_checks, OnAccelerator)
+    assert of_rank_0 == ([asked, not_asked, not_asked, bad, bad], devices)
+    assert of_rank_1 == ([asked, not_asked, "bad", bad, bad], devices)
 
 
 def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices, answers = [], iter([torch.tensor([3, 2]), torch.tensor([97, 98, 99, 100, 101, 0])])
-    monkeypatch.setattr(distributed, "_gather", lambda x, _: devices.append(x.device.type) or next(answers))
+    lengths, characters = torch.tensor([3, 2]), torch.tensor([97, 98, 99, 100, 101, 0])
+    answers = iter([lengths, characters])
+    devices: list[str] = []
+
+    def gather(x: Tensor, group: Any) -> Tensor:
+        devices.append(x.device.type)
+        return next(answers)
+
+    monkeypatch.setattr(distributed, "_gather", gather)
     assert distributed._gather_text("abc", torch.device("meta"), None) == ["abc", "de"]
     assert devices == ["meta"] * 2
 
 
-def kinds_that_change(rank: int, world_size: int, name: str) -> list[str]:
-    """Kinds of batches that all have in turn, then one of either kind at once, and the first again."""
+def errors_of_changing_batches(rank: int, world_size: int, name: str) -> list[str]:
+    """The errors of three kinds of batches, of two in which the processes differ, and of the first again."""
     if name == "ClipLoss":
         loss = ClipLoss()
     else:
         loss = torch.compile(catalog.load(name).constructor(), backend="eager")
-    found = []
-    dtypes = F64, F64, F32, F64, (F64, F32)[rank], F64
-    for rows, dtype in zip((4, 3, 4, 4 - rank, 4, 4), dtypes, strict=True):
-        v, t, c = F.normalize(torch.randn(3, rows, D, dtype=dtype), dim=-1)
+    kinds = [(4, F64), (3, F64), (4, F32), (4 - rank, F64), (4, (F64, F32)[rank]), (4, F64)]
+    errors = []
+    for rows, dtype in kinds:
+        v, t, captions = F.normalize(torch.randn(3, rows, D, dtype=dtype), dim=-1)
         inputs = {"image_features": v, "text_features": t, "logit_scale": 10.0}
         if name != "ClipLoss" and "caption_features" in input_names(name):
-            inputs["caption_features"] = c
+            inputs["caption_features"] = captions
         error = error_of(functools.partial(loss, **inputs))
-        found.append(error.partition(":")[0])
-    return found
+        errors.append(error.partition(":")[0])
+    return errors
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", *OF_PACKAGES])
 def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools, name: str) -> None:
     """Also by compiled losses of other packages."""
-    expected = [""] * 3 + ["ValueError"] * 2 + [""]
-    assert pools[2].run(kinds_that_change, name) == [expected] * 2
+    expected = ["", "", "", "ValueError", "ValueError", ""]
+    assert pools[2].run(errors_of_changing_batches, name) == [expected] * 2
 
 
 # --- what else processes must not get wrong ----------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:logit_bias is given")  # to all losses alike
-def test_gather_is_read_when_it_is_needed() -> None:
+def test_the_default_of_gather_is_none_and_one_process_is_its_own_group() -> None:
     assert Gather() == Gather.of(None)
     assert Gather().place == Gather.of(False).place == (0, 1)
     assert Gather(rank=1, world_size=4).place == (1, 4)
-    v, t, s, b = (x.detach() for x in leaves(1))
+
+
+def test_one_process_gathers_its_own_tensor() -> None:
+    v, t, *_ = leaves(1)
     assert Gather()(v, t)[0] is v
-    for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
-        for loss, _ in LOSSES.values():
-            with pytest.raises(RuntimeError, match="init_process_group"):
-                called(loss(gather=unready), v, t, s, b)
 
 
-def refusals(rank: int, world_size: int) -> list[str]:
-    v, t, s, _ = leaves(1)
-    other = dist.new_group([world_size - 1])  # a group of one, which the other ranks do not belong to
-    whole = dist.group.WORLD
-    attempts = [
-        lambda: RankConsistency(gather=Gather(rank=(rank + 1) % world_size, world_size=world_size))(v, t, s),
-        lambda: ClipLoss(gather=Gather(rank=rank, world_size=world_size + 1))(v, t, s),
-        lambda: Gather(rank=0, world_size=1, group=whole),
-        lambda: Gather(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
-        lambda: all_gather(v, "gloo"),
-        *([] if rank == world_size - 1 else [lambda: Gather(group=other), lambda: all_gather(v, other)]),
-    ]
-    return [error_of(attempt) for attempt in attempts]
+@every_loss
+@pytest.mark.parametrize("place", [{"rank": 1, "world_size": 4}, {"rank": 1}, {"world_size": 2}], ids=str)
+@pytest.mark.filterwarnings("ignore:logit_bias is given")  # to all losses alike
+def test_a_place_among_processes_that_are_not_initialised_is_an_error_of_the_call(
+    loss: str, place: dict[str, int]
+) -> None:
+    built = LOSSES[loss].build(Gather(**place))
+    inputs = [x.detach() for x in leaves(1)]
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        called(built, *inputs)
 
 
 def test_constants_of_one_process_have_no_gradient() -> None:
@@ -890,42 +1199,83 @@ def test_constants_of_one_process_have_no_gradient() -> None:
     assert absent is None
 
 
+def errors_of_wrong_places(rank: int, world_size: int) -> list[str]:
+    v, t, s, _ = leaves(1)
+    other_rank = (rank + 1) % world_size
+    default_group = dist.group.WORLD
+    attempts: list[Callable[[], Any]] = [
+        lambda: RankConsistency(gather=Gather(rank=other_rank, world_size=world_size))(v, t, s),
+        lambda: ClipLoss(gather=Gather(rank=rank, world_size=world_size + 1))(v, t, s),
+        lambda: Gather(rank=0, world_size=1, group=default_group),
+        lambda: Gather(rank=other_rank, world_size=world_size, group=default_group),
+    ]
+    return [error_of(attempt) for attempt in attempts]
+
+
 def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -> None:
-    for rank, messages in enumerate(pools[2].run(refusals)):
-        assert all(re.search(f"ValueError: .*rank {rank} of 2.*rank=", x) for x in messages[:4]), messages
-        assert all(x.startswith("ValueError: group ") for x in messages[4:]), messages
+    for rank, errors in enumerate(pools[2].run(errors_of_wrong_places)):
+        for error in errors:
+            assert re.search(f"ValueError: .*rank {rank} of 2.*rank=", error)
 
 
-def not_finite(rank: int, world_size: int) -> list[Tensor]:
-    """Values with a NaN in rank 0's images; of SigLIP, which sends no image, the gradient of the texts."""
-    found = []
-    for flags, (name, (make, _)) in itertools.product(FLAGS, LOSSES.items()):
-        if name == "mimicry":  # whose teacher must be finite
+def errors_of_wrong_groups(rank: int, world_size: int) -> list[str]:
+    (v, *_), last = leaves(1), world_size - 1
+    group_of_last = dist.new_group([last])
+    errors = [error_of(lambda: all_gather(v, "gloo"))]
+    if rank != last:
+        errors.append(error_of(lambda: Gather(group=group_of_last)))
+        errors.append(error_of(lambda: all_gather(v, group_of_last)))
+    return errors
+
+
+def test_a_group_that_is_none_or_has_not_this_process_is_refused(pools: Pools) -> None:
+    for errors in pools[2].run(errors_of_wrong_groups):
+        for error in errors:
+            assert error.startswith("ValueError: group ")
+
+
+def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
+    """What each loss gives of a NaN in rank 0's images: its value, or the sum of the texts' gradient.
+
+    Of SigLIP, which sends no image, only the gradient can show it, if there is one for other processes.
+    """
+    results = {}
+    for flags, (name, case) in itertools.product(FLAGS, LOSSES.items()):
+        needs_finite = name.startswith("MimicryLoss")  # of its teacher, which is made of the features
+        _, gather_with_grad = flags
+        if needs_finite or (is_siglip(name) and not gather_with_grad):
             continue
         inputs = leaves(1)
         if rank == 0:
             inputs[0].data[0, 0] = math.nan
-        value, _, of_texts, *_ = differentiated(called(make(gather=of_flags(flags)), *inputs), inputs)
-        is_siglip = name.startswith("siglip")
-        found += [] if is_siglip and not flags[1] else [of_texts.sum() if is_siglip else value]
-    for budget in (None, 0):  # in no row of rank 1's, which ignores the others
-        v, t, s, _ = leaves(1)
-        v, t = torch.full_like(v, -math.inf) if rank == 0 else v.detach(), t.abs()
-        equal_ids = {"pair_ids": torch.zeros(N, dtype=torch.int64)}
-        found.append(ClipLoss(same_id="ignore", memory_budget=budget)(v, t, s, **equal_ids).detach())
-    return found
+        value, _, by_texts, *_ = differentiated(called(case.build(of_flags(flags)), *inputs), inputs)
+        results[f"{name} {flags}"] = by_texts.sum() if is_siglip(name) else value
+    return results
 
 
 def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
-    for found in pools[2].run(not_finite):
-        assert all(x.isnan() for x in found)
+    for of_rank in pools[2].run(sums_with_a_nan):
+        assert [name for name, number in of_rank.items() if not number.isnan()] == []
+
+
+def value_where_infinite_rows_are_ignored(rank: int, world_size: int, budget: int | None) -> Tensor:
+    """CLIP's loss of pairs that all have one id, of which rank 0 has images of −∞."""
+    v, t, s, _ = leaves(1)
+    v = torch.full_like(v, -math.inf) if rank == 0 else v.detach()
+    ids = torch.zeros(N, dtype=torch.int64)
+    return ClipLoss(same_id="ignore", memory_budget=budget)(v, t.abs(), s, pair_ids=ids)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_infinity_of_one_rank_is_seen_by_one_whose_rows_ignore_it(pools: Pools, budget: int | None) -> None:
+    assert all(value.isnan() for value in pools[2].run(value_where_infinite_rows_are_ignored, budget))
 
 
 def remarks(rank: int, world_size: int) -> list[str]:
     """The lines that rankloss logs while a loss is built and trained."""
     v, t, s, _ = leaves(1)
     with TestCase().assertLogs("rankloss", logging.INFO) as caught:
-        logging.getLogger("rankloss").info("a line, without which there may be none")
+        logging.getLogger("rankloss").info("assertLogs needs one")
         for flags in FLAGS:
             loss = RankConsistency(gather=of_flags(flags))
             for _ in range(2):
@@ -935,6 +1285,6 @@ def remarks(rank: int, world_size: int) -> list[str]:
 
 
 def test_the_first_process_alone_warns_once(pools: Pools) -> None:
-    first, *others = pools[3].run(remarks)
-    assert [re.split("[: ]", message)[0] for message in first] == ["local_loss", "epochs=1"]
-    assert others == [[], []]
+    of_first, *of_others = pools[3].run(remarks)
+    assert [re.split("[: ]", message)[0] for message in of_first] == ["local_loss", "epochs=1"]
+    assert of_others == [[], []]

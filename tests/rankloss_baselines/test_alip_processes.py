@@ -12,7 +12,7 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines.alip import AlipLoss
-from test_distributed import averaged, differentiated, own
+from test_distributed import averaged, differentiated, shards
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 
@@ -26,7 +26,7 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
 
 def histories(rank: int, world_size: int) -> list[Tensor]:
     *rows, s = leaves(world_size)
-    (v, t, c), loss, seen = own(rank, world_size, *rows), AlipLoss(), []
+    (v, t, c), loss, seen = shards(rank, world_size, *rows), AlipLoss(), []
     for step in (1, 1, 2):
         if len(seen) != 1:
             loss.set_progress(step, 2)
@@ -51,7 +51,7 @@ def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(poo
 
 def composed(rank: int, world_size: int) -> list[Tensor]:
     *rows, s = inputs = leaves(world_size)
-    (v, t, c), values = own(rank, world_size, *rows), []
+    (v, t, c), values = shards(rank, world_size, *rows), []
     for gather in (None, Gather(local_loss=False)):  # None finds the default group
         loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
         values.append(loss(v, t, s, caption_features=c))
@@ -85,7 +85,7 @@ def test_bad_captions_of_one_process_are_the_error_of_all(pool: Pool) -> None:
 
 def collectives(rank: int, world_size: int) -> dict[str, int]:
     *rows, s = leaves(world_size)
-    (v, t, c), loss = own(rank, world_size, *rows), AlipLoss()
+    (v, t, c), loss = shards(rank, world_size, *rows), AlipLoss()
     loss(v, t, s, caption_features=c)  # processes may compare what they bring, once
     with Collectives() as calls:
         loss(v, t, s, caption_features=c)

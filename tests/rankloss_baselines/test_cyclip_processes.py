@@ -11,7 +11,7 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines.cyclip import CyClipLoss
-from test_distributed import averaged, differentiated, own
+from test_distributed import averaged, differentiated, shards
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 
@@ -25,7 +25,7 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
 
 def composed(rank: int, world_size: int) -> list[Tensor]:
     *rows, s = inputs = leaves(world_size)
-    pair, values = own(rank, world_size, *rows), []
+    pair, values = shards(rank, world_size, *rows), []
     for gather in (None, Gather(local_loss=False)):  # None finds the default group
         loss = RankClipLoss(CyClipLoss(gather=gather), schedule="constant", gather=gather)
         values.append(loss(*pair, s))
@@ -41,7 +41,7 @@ def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool) -
 
 def collectives(rank: int, world_size: int) -> dict[str, int]:
     *rows, s = leaves(world_size)
-    pair, loss = own(rank, world_size, *rows), CyClipLoss()
+    pair, loss = shards(rank, world_size, *rows), CyClipLoss()
     loss(*pair, s)  # processes may compare what they bring, once
     with Collectives() as calls:
         loss(*pair, s)
