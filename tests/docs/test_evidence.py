@@ -301,6 +301,34 @@ def from_how_many_pairs() -> list[str]:
     return rows
 
 
+WAYS_TO_LEARN = {
+    "two-rivals": "mimicry and contrast",
+    "mimicry": "mimicry",
+    "ranks-and-rival": "mimicry and ranks",
+    "contrast": "interactive contrast",
+    "distances": "relational distances",
+    "ranks-in-memory": "teacher's ranks, in memory",
+    "softmax": "softmax of all matrices",
+    "pearson": "row-wise Pearson",
+    "relation": "contrastive relation",
+    "sentence-encoder": "sentence encoder's ranks",
+}
+"""Arms of the study of teachers, as its report and as the page has them."""
+
+
+def ways_to_learn_from_a_teacher() -> list[str]:
+    """… in R@10 of each way to learn from a teacher, minus CLIP's and minus its ranks'."""
+    differences = {
+        compared: difference
+        for compared, _, difference, *_ in rows_of("miniature/report/distil.md", ".* less ")
+    }
+    others = ("plain CLIP", "top-ranks")
+    return [
+        f"| {title} | {' | '.join(differences[f'{arm} less {other}'] for other in others)} |"
+        for arm, title in WAYS_TO_LEARN.items()
+    ]
+
+
 SPLITS = range(5)
 """Of concepts: emojis and icons have heads on each, once the study of the alignment has trained them."""
 
@@ -524,6 +552,7 @@ def demo_agreement() -> list[str]:
                 from_how_many_pairs,
                 long_trainings,
                 spread_on_heads,
+                ways_to_learn_from_a_teacher,
                 costs,
             ],
         ),

@@ -19,30 +19,10 @@ TOOLS = ROOT / "tools/pictures"
 
 
 @pytest.fixture
-def forest(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that draws intervals, beside its neighbours."""
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("forest")
-
-
-@pytest.fixture
 def pairs(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that draws recall against the number of pairs."""
     monkeypatch.syspath_prepend(TOOLS)
     return importlib.import_module("pairs")
-
-
-@pytest.mark.parametrize("name", ["distil"])
-def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) -> None:
-    """A cell of a table in docs/evidence.md has its number from the report that the table links to."""
-    for row in map(vars, forest.comparisons(name)):
-        report = (ROOT / "docs" / row["report"]).read_text(encoding="utf-8")
-        assert report.startswith(f"# {row['study']}\n")
-        difference = f"{row['mean']:+.2f} ± {row['half_width']:.2f}".replace("-", "−")
-        (score,) = re.findall(r"R@\d+|top-\d|objective", row["score"])
-        there = [one for one in report.splitlines() if score in one and difference in one]
-        seeds = f" {row['seeds']} |", f"({row['seeds']})"
-        assert any(x in one for one in there for x in seeds), row
 
 
 def test_recall_against_pairs_is_drawn_from_every_size_of_the_page(pairs: Any) -> None:

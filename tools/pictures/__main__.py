@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import alignment
 import cost
-import forest
 import gains
 import method
 import pairs
@@ -22,7 +20,6 @@ PICTURES = {
     "method": method.draw,
     "schedules": schedules.draw,
     "cost": cost.draw_bars,
-    "distil": partial(forest.draw, tables=("distil",)),
     "gains": gains.draw,
     "watch": watch.draw,
     "spread": spread.draw,
