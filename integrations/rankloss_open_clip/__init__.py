@@ -28,7 +28,9 @@ def wait_for_trainer() -> None:
         from rankloss_open_clip import bootstrap
 
         bootstrap.attach()
-        if not any(bootstrap.PARAMS in getattr(finder, "actions", ()) for finder in sys.meta_path):
+        # Asked of the finders themselves: a damaged file may do nothing, and raise nothing.
+        waited_for = {name for finder in sys.meta_path for name in getattr(finder, "actions", ())}
+        if bootstrap.PARAMS not in waited_for:
             raise ImportError("no module of open_clip's trainer is waited for")
     except Exception as error:
         report_damage(error)
@@ -41,7 +43,7 @@ def report_damage(error: Exception) -> None:
         SystemExit: This process is the trainer, started with ``--loss``.
     """
     global _reported
-    program, *words = getattr(sys, "argv", None) or [""]
+    program, *words = getattr(sys, "argv", None) or [""]  # an embedded Python has no command line
     if program.replace("\\", "/").endswith(_MAINS) and asks_for_loss(words):
         sys.exit(f"error: {refusal('rankloss_open_clip', error)}")
     if not _reported:
@@ -56,7 +58,8 @@ def report_damage(error: Exception) -> None:
 
 def asks_for_loss(words: list[str]) -> bool:
     """True if a command line has ``--loss``; the trainer's own parser reads it as ``--loss-dist-impl``."""
-    return not {"--los", "--loss"}.isdisjoint(word.partition("=")[0] for word in words)
+    flags = {word.partition("=")[0] for word in words}
+    return "--loss" in flags or "--los" in flags  # a shorter one is ambiguous
 
 
 def refusal(name: str, error: Exception) -> str:

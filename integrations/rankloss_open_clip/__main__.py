@@ -34,7 +34,10 @@ def main() -> None:
     rankloss_open_clip.attach(trainer)
     # Some read sys.argv themselves.
     sys.argv = [trainer.__file__ or options.trainer, *argv]
-    trainer.main(*([argv] if inspect.signature(trainer.main).parameters else []))
+    if inspect.signature(trainer.main).parameters:
+        trainer.main(argv)
+    else:
+        trainer.main()
 
 
 # Spawned worker processes import this module again.

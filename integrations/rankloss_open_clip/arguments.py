@@ -33,7 +33,8 @@ def chosen(args: Any) -> Choice:
     Raises:
         ValueError: As :meth:`rankloss_trainers.command_line.LossArguments.chosen`.
     """
-    choice = LossArguments(argparse.ArgumentParser(), catalog.names_of(args.loss)).chosen(args)
+    losses = LossArguments(argparse.ArgumentParser(), catalog.names_of(args.loss))
+    choice = losses.chosen(args)
     assert choice is not None  # the name is of the catalogue
     return choice
 
@@ -59,6 +60,7 @@ class Arguments(argparse.Namespace):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """A parser for ``--loss`` and the options of losses, beside the trainer's own."""
     return argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
     )
@@ -74,20 +76,27 @@ def usage_errors() -> Iterator[None]:
 
 
 def _parsed_by_trainer(parse_args: Callable[[list[str]], Any], rest: list[str], parser: Any) -> Any:
-    """The trainer's arguments; after an error about unknown words, a question about misspelt ones of ours."""
+    """The trainer's arguments; after an error about unknown words, a question about misspelt ones of ours.
+
+    Args:
+        parse_args: The trainer's function.
+        rest: The words of the command line that are for the trainer.
+        parser: The parser of the losses.
+    """
     with contextlib.redirect_stderr(_Copied(sys.stderr)) as errors:
         try:
             return parse_args(rest)
         except SystemExit:
-            unknown = errors.getvalue().partition("unrecognized arguments:")[2].split()
-            hint = misspelt(unknown, parser._option_string_actions)
+            _, _, unknown = errors.getvalue().partition("unrecognized arguments:")  # argparse's words
+            flags_of_losses = parser._option_string_actions
+            hint = misspelt(unknown.split(), flags_of_losses)
             if hint:
                 print(hint.removeprefix("; "), file=sys.stderr)
             raise
 
 
 class _Copied(io.StringIO):
-    """A copy of what is written to a stream."""
+    """A copy of the text that is written to a stream."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -110,9 +119,9 @@ def requested(args: Any) -> str | None:
     Raises:
         RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
     """
-    swallowed = getattr(args, "loss_dist_impl", None)
-    # The option's own values come first.
-    if swallowed not in (None, "bidir", "shift", "reduce", "gather") and _is_named(swallowed):
+    swallowed: Any = getattr(args, "loss_dist_impl", None)
+    is_its_own_value = swallowed in (None, "bidir", "shift", "reduce", "gather")
+    if not is_its_own_value and _is_named(swallowed):
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}: start the training with "
             "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
@@ -134,16 +143,16 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> tuple
     """
     parser = _parser()
     losses = LossArguments(parser, mentioned(argv))
-    if {"-h", "--help"} & {*argv}:
+    if "-h" in argv or "--help" in argv:
         parser.print_help()
-    own, rest = losses.parse(argv)
+    of_losses, rest = losses.parse(argv)
     args = _parsed_by_trainer(parse_args, rest, parser)
-    vars(args).update(vars(own))
+    vars(args).update(vars(of_losses))
     with usage_errors():
-        choice = losses.chosen(own)
+        choice = losses.chosen(of_losses)
     if choice is not None:
         raise_failures()
         args = Arguments(**vars(args))
         fill_in(args, choice)
-    requested(args)
+    requested(args)  # raises where another parser has read --loss
     return args, choice

@@ -60,20 +60,21 @@ def problems() -> list[str]:
 def patch(module: ModuleType) -> None:
     """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it."""
     try:
-        _patch(module)
+        _patch_or_raise(module)
     except Exception as error:
         rankloss_open_clip.failures[module.__name__] = error
         if module.__name__ == PARAMS and hasattr(module, "parse_args"):
             _guard(module)
 
 
-def _patch(module: ModuleType) -> None:
+def _patch_or_raise(module: ModuleType) -> None:
+    """Patch a loaded module of :data:`SEAMS`, and raise any error."""
     try:
-        from rankloss_open_clip.patches import patch
+        from rankloss_open_clip.patches import patch as patch_functions
     except Exception as error:
         report_damage(error)
         raise
-    patch(module)
+    patch_functions(module)
     if module.__name__ == PARAMS and not hasattr(module.parse_args, "__wrapped__"):
         raise AttributeError("parse_args is not patched")
 
@@ -83,8 +84,8 @@ def _guard(module: Any) -> None:
     original = module.parse_args
 
     def parse_args(argv: Any = None) -> Any:
-        given = sys.argv[1:] if argv is None else argv
-        if asks_for_loss(given):
+        words = sys.argv[1:] if argv is None else argv
+        if asks_for_loss(words):
             raise_failures()
         return original(argv)
 

@@ -32,22 +32,26 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
         RuntimeError: The loss has a state of tensors, and there is no optimizer.
     """
     has_state = bool(loss.criterion.state_dict())
-    if optimizer is None:  # of a fork whose epochs take none; only the text about the training is lost
+    if optimizer is None:  # only the text about the training is lost
         if has_state:
             raise RuntimeError(
                 f"{loss.name} has a state, and this trainer's epochs no optimizer to save it with"
             )
         return
-    sharded = getattr(args, "fsdp", False)  # collects the optimizer's own entries alone
-    if sharded and not has_state:
+    is_sharded = getattr(args, "fsdp", False)  # FSDP saves the optimizer's own entries alone
+    if is_sharded and not has_state:
         return
     # A file of weights alone begins at epoch 0, and has no state to miss.
     if getattr(args, "resume", None) is not None and epoch > 0:
-        read: Any = None
-        if not sharded:
+        state: Any = None
+        if not is_sharded:
             with fsspec.open(args.resume, "rb") as file:
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            read = checkpoint["optimizer"].get(KEY)
-        loss.restore(read, warn=getattr(args, "rank", 0) == 0)
-    if not sharded:
-        optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: loss.saved()})
+            state = checkpoint["optimizer"].get(KEY)
+        loss.restore(state, warn=getattr(args, "rank", 0) == 0)
+
+    def with_state_of_loss(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        return {**saved, KEY: loss.saved()}
+
+    if not is_sharded:
+        optimizer.register_state_dict_post_hook(with_state_of_loss)

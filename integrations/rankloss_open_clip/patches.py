@@ -63,12 +63,13 @@ def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
     return bool(found)
 
 
-def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
+def _with_loss(replacement: str, *layouts: set[str]) -> Wrapper:
     """Call a function of ``training`` in place of one that has these parameters, in a run with ``--loss``.
 
     Args:
-        act: Its name; it takes the original and the bound arguments.
-        *layouts: Parameters of the original, one of these sets.
+        replacement: The name of the function of ``training``, which takes the original and the bound
+            arguments.
+        *layouts: The parameters that the original has at least, by trainer: one of these sets.
     """
 
     def wrapper(original: Original) -> Original:
@@ -80,7 +81,7 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
             bound = signature.bind(*args, **kwargs)
             if requested(bound.arguments["args"]) is None:
                 return original(*args, **kwargs)
-            return getattr(_training(), act)(original, bound)
+            return getattr(_training(), replacement)(original, bound)
 
         return call
 
@@ -88,9 +89,12 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
 
 
 def _parsing(original: Original) -> Original:
+    """Let ``parse_args`` take the options of losses too, and start the run that they ask for."""
+
     def parse_args(*args: Any, **kwargs: Any) -> Any:
-        given = next(iter((*args, *kwargs.values())), None)
-        arguments, choice = parsed(original, sys.argv[1:] if given is None else given)
+        values = [*args, *kwargs.values()]
+        argv = values[0] if values else None  # its first argument, by whatever name
+        arguments, choice = parsed(original, sys.argv[1:] if argv is None else argv)
         if choice is not None:
             with usage_errors():
                 arguments.rankloss_run = _training().start(arguments, choice)
@@ -100,6 +104,7 @@ def _parsing(original: Original) -> Original:
 
 
 def _training() -> Any:
+    """The module of a run with ``--loss``, which imports open_clip."""
     return importlib.import_module("rankloss_open_clip.training")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -33,6 +33,22 @@ HOST = Host(
 _SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
 
 
+class Place(NamedTuple):
+    """A place in a training, and its length.
+
+    Attributes:
+        epoch: The epoch that began last, counted from 0.
+        epochs: The number of epochs.
+        steps: The optimizer steps of each epoch.
+        accum_freq: The calls of the loss per step.
+    """
+
+    epoch: int
+    epochs: int
+    steps: int
+    accum_freq: int
+
+
 class TrainerLoss(Runtime):
     """Losses in open_clip's trainer, which takes their terms and their metrics in one dict.
 
@@ -49,8 +65,7 @@ class TrainerLoss(Runtime):
         takes_trainers_teacher: It learns from the trainer's teacher, in place of the trainer's own
             distillation term.
         sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
-        place: The epoch that began last, counted from 0, the number of epochs, the optimizer steps of each,
-            and the calls of the loss per step; None before the first.
+        place: The epoch that began last; None before the first.
     """
 
     def __init__(self, args: Any, losses: Sequence[Loss], options: RunOptions, base: Any = None) -> None:
@@ -62,8 +77,8 @@ class TrainerLoss(Runtime):
         self.takes_trainers_teacher = distils(args) and self.teaching.use == "required"
         self.has_fixed_entries = getattr(args, "torchcompile", False)
         self.sums_every_value = True
-        self.place: tuple[int, int, int, int] | None = None
-        self._calls = 0  # of the epoch
+        self.place: Place | None = None
+        self._calls = 0  # in this epoch
 
     def on(self, base: Any) -> TrainerLoss:
         """The losses on the trainer's loss: this object where it is the expected one of open_clip's."""
@@ -71,21 +86,22 @@ class TrainerLoss(Runtime):
         if self.takes_trainers_teacher or type(base) is expected:
             return self
         run = TrainerLoss(self.args, self.losses, self.options, base)
-        run.teaching.features = self.teaching.features
+        run.teaching.features = self.teaching.features  # which may have been computed for this run
         return run
 
     def text_columns(self) -> TextColumns | None:
         """Columns of every training text, as far as they are known; None for losses of pairs alone."""
-        parts = [x for loss in self.losses if (x := loss.columns) is not None]
+        parts = [loss.columns for loss in self.losses if loss.columns is not None]
         if self.teaching.features is not None:
             parts.append(RowColumn(self.teaching.features))
         return TextColumns(parts) if parts else None
 
     def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
-        """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
+        """An epoch begins; its steps are counted from the calls. For the arguments see :class:`Place`."""
         if self.place is None:
             self.begin(epochs, epochs * steps)
-        self.place, self._calls = (epoch, epochs, steps, accum_freq), 0
+        self.place = Place(epoch, epochs, steps, accum_freq)
+        self._calls = 0
         self.set_epoch(epoch + 1, epochs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -97,16 +113,18 @@ class TrainerLoss(Runtime):
         inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
         if self.takes_trainers_teacher:
             inputs = _with_trainers_teacher(inputs)
-        self._count()
+        self._announce_step()
         entries: Entries = super().forward(**inputs)
         if not output_dict:
             return entries.total
         return LoggedTerms(*entries) if self.sums_every_value else {**entries.terms, **entries.metrics}
 
-    def _count(self) -> None:
+    def _announce_step(self) -> None:
         """Announce the optimizer step of a call; gradient accumulation makes several calls for one."""
-        epoch, epochs, steps, accum_freq = self.place or (0, 0, 0, 0)
-        if accum_freq and self._calls % accum_freq == 0:
+        if self.place is None:  # no epoch has begun
+            return
+        epoch, epochs, steps, accum_freq = self.place
+        if self._calls % accum_freq == 0:
             # An epoch that is longer than announced stays at its last step.
             step = min(self._calls // accum_freq, steps - 1)
             self.set_progress(epoch * steps + step + 1, epochs * steps)
@@ -117,8 +135,10 @@ def gather_of(args: Any) -> Gather:
     """The gathering that the trainer's arguments ask for; the processes are those of the first call."""
     # The sigmoid loss is exact in every layout, whatever the flags say, and so must the losses beside it be.
     exact = getattr(args, "siglip", False)
-    flags = {name: exact or getattr(args, name, False) for name in ("local_loss", "gather_with_grad")}
-    return Gather(**flags)
+    return Gather(
+        local_loss=exact or getattr(args, "local_loss", False),
+        gather_with_grad=exact or getattr(args, "gather_with_grad", False),
+    )
 
 
 def distils(args: Any) -> bool:
@@ -127,14 +147,16 @@ def distils(args: Any) -> bool:
     It has a teacher where both of its arguments name one. MobileCLIP's patch adds an option by which it reads
     the features with the data.
     """
-    named = getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None)
-    return getattr(args, "dataset_reinforcement", False) or None not in named
+    model, pretrained = getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None)
+    reads_features = getattr(args, "dataset_reinforcement", False)
+    return reads_features or (model is not None and pretrained is not None)
 
 
 def _with_trainers_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a loss, in which the features of the trainer's teacher have the loss's names."""
-    others = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
+    of_teacher = ("dist_", "syn_")  # its features, and in MobileCLIP's data those of generated captions
+    renamed = {name: value for name, value in inputs.items() if not name.startswith(of_teacher)}
     for name in NAMES:
         # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
-        others[f"reference_{name}"] = unit_rows(inputs[f"dist_{name}"].float())
-    return others
+        renamed[f"reference_{name}"] = unit_rows(inputs[f"dist_{name}"].float())
+    return renamed

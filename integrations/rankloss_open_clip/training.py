@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import BoundArguments
 from typing import Any
 
@@ -46,9 +47,10 @@ def start(args: Any, choice: Choice) -> TrainerLoss:
         check_arguments(run)
         check_batch(run)
         check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
-        data = read_data(run)
-        if data is not None:
-            compute_teacher(run, data)
+        data_of_teacher = read_data_of_teacher(run)
+        check_csv(run)
+        if data_of_teacher is not None:
+            compute_teacher(run, data_of_teacher)
     return run
 
 
@@ -63,16 +65,19 @@ def check_arguments(run: TrainerLoss) -> None:
     for reason, holds in _exclusions(run):
         if holds:
             raise ValueError(f"{run.name} does not work with {reason}")
-    teaching, teacher = run.teaching, _flags_of_teacher(run.args)
+    own_teacher, is_required = run.teaching.teacher, run.teaching.use == "required"
+    trainers_teacher = _flags_of_teacher(run.args)
     check_distillation(run.args)
-    if teaching.teacher is not None and teacher:
-        raise OptionError("teacher", f"excludes {teacher}, which is a teacher too")
-    if run.options.teacher == GIVEN and not teacher:
+    if own_teacher is not None and trainers_teacher:
+        raise OptionError("teacher", f"excludes {trainers_teacher}, which is a teacher too")
+    if run.options.teacher == GIVEN and not trainers_teacher:
         raise OptionError("teacher", f"must not be {GIVEN} where the trainer has none: {HOST.teacher}")
-    if teaching.use == "required" and teaching.teacher is None and not teacher:
+    if is_required and own_teacher is None and not trainers_teacher:
         raise ValueError(f"{run.name} needs a teacher: {HOST.teacher}, or give {flag(RUN, 'teacher')}")
-    if teacher and getattr(run.args, "siglip", False) and teaching.use != "required":
-        raise ValueError(f"{run.name} does not work with --siglip and {teacher}, whose loss takes no bias")
+    if trainers_teacher and getattr(run.args, "siglip", False) and not is_required:
+        raise ValueError(
+            f"{run.name} does not work with --siglip and {trainers_teacher}, whose loss takes no bias"
+        )
 
 
 def check_distillation(args: Any) -> None:
@@ -85,15 +90,17 @@ def check_distillation(args: Any) -> None:
 def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
     """Parts of the trainer that losses may exclude, with True where these do."""
     args = run.args
-    model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
-    teacher = _flags_of_teacher(args)
     takes_more_texts = any(loss.columns is not None for loss in run.losses)
     takes_columns = takes_more_texts or run.teaching.teacher is not None
     replaces = any(loss.replaces for loss in run.losses)
-    keeps_distillation = bool(teacher) and run.teaching.use != "required"
-    other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
+
+    model = getattr(args, "model", "").lower()
     is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
+    data_type = getattr(args, "dataset_type", None) or ""
     has_no_pairs = "audio" in data_type or (takes_columns and data_type == "synthetic")
+    other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
+    teacher = _flags_of_teacher(args)
+    keeps_distillation = bool(teacher) and run.teaching.use != "required"
     return [
         ("--horovod", bool(_flags(args, "horovod"))),
         (model, is_generative),
@@ -119,16 +126,17 @@ def check_batch(run: TrainerLoss) -> None:
     """Raise an error for a batch, or a device, that the loss would refuse at the first step."""
     from open_clip_train.distributed import world_info_from_env  # no process group is there yet
 
-    args, size = run.args, getattr(run.args, "batch_size", None)
-    if size is None:  # of another parser
+    args = run.args
+    batch_size = getattr(args, "batch_size", None)
+    if batch_size is None:  # another trainer's parser
         return
     accum_freq = getattr(args, "accum_freq", 1)
-    *_, world_size = world_info_from_env()
-    pairs = size * accum_freq * world_size
+    _local_rank, _rank, world_size = world_info_from_env()
+    pairs = batch_size * accum_freq * world_size
     if pairs < run.min_pairs:
         raise ValueError(
             f"{run.name} needs at least {run.min_pairs} pairs in a batch; got {pairs}: "
-            f"--batch-size {size}, --accum-freq {accum_freq}, {world_size} process(es)"
+            f"--batch-size {batch_size}, --accum-freq {accum_freq}, {world_size} process(es)"
         )
     run.check_device(torch.device(device_of(args)), pairs)
 
@@ -140,40 +148,53 @@ def device_of(args: Any) -> str:
         return device
     if not torch.cuda.is_available():
         return "cpu"
-    place = os.environ.get("LOCAL_RANK")
-    if place is None or getattr(args, "no_set_device_rank", False):
+    local_rank = os.environ.get("LOCAL_RANK")  # as torchrun sets it
+    if local_rank is None or getattr(args, "no_set_device_rank", False):
         return device
-    return f"cuda:{place}"
+    return f"cuda:{local_rank}"
 
 
-def read_data(run: TrainerLoss) -> Any:
-    """Read the columns of the training data beside pairs, before the trainer makes a folder of logs.
-
-    Of a webdataset samples are compared when they are read.
-
-    Returns:
-        The data of a teacher that is to be computed, or None.
-
-    Raises:
-        ValueError: A CSV file lacks a column, a row of it is not the folder's, or its list or id is wrong.
-    """
-    args, spec, data = run.args, run.teaching.spec, None
-    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
-    if kind == "auto" and str(path).endswith((".csv", ".tsv")):
-        kind = "csv"
+@contextlib.contextmanager
+def _naming_train_data() -> Iterator[None]:
+    """Let an error of the training data begin with their flag, unless it begins with one."""
     try:
-        if spec is not None:
-            from rankloss_features import caching
-
-            data = caching.of_open_clip(args, spec)
-        if path and kind == "csv":
-            (run.text_columns() or TextColumns([])).check_csv(
-                path, args.csv_separator, args.csv_img_key, args.csv_caption_key
-            )
+        yield
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith("--") else f"--train-data: {text}") from error
-    return data
+
+
+def read_data_of_teacher(run: TrainerLoss) -> Any:
+    """The training data of a teacher that is to be computed; None without such a teacher.
+
+    Raises:
+        ValueError: The data cannot be read, or are not of pairs.
+    """
+    spec = run.teaching.spec
+    if spec is None:
+        return None
+    from rankloss_features import caching
+
+    with _naming_train_data():
+        return caching.of_open_clip(run.args, spec)
+
+
+def check_csv(run: TrainerLoss) -> None:
+    """Check a CSV file of training data, with all columns beside the pairs, as far as they are known.
+
+    Samples of a webdataset are checked when they are read.
+
+    Raises:
+        ValueError: The file lacks a column, a row of it is not the folder's, or its list or id is wrong.
+    """
+    args = run.args
+    path, kind = getattr(args, "train_data", None), getattr(args, "dataset_type", None)
+    is_csv = kind == "csv" or (kind == "auto" and str(path).endswith((".csv", ".tsv")))
+    if not path or not is_csv:
+        return
+    columns = run.text_columns() or TextColumns([])
+    with _naming_train_data():
+        columns.check_csv(path, args.csv_separator, args.csv_img_key, args.csv_caption_key)
 
 
 def compute_teacher(run: TrainerLoss, data: Any) -> None:
@@ -218,6 +239,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
 
 
 def _log_summary(loss: TrainerLoss) -> None:
+    """Log the losses with their options, and a computed teacher's folder, in one process."""
     if getattr(loss.args, "rank", 0) != 0:
         return
     features = loss.teaching.features
@@ -232,11 +254,13 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
     Raises:
         RuntimeError: The run asks for a loss of the catalogue and trains with another.
     """
-    given = bound.arguments
-    if "state" in given:  # of open_clip's later trainer: it holds the task, and the task model and loss
-        state = given["state"]
-        given = {**vars(state), **given, "loss": state.task.loss, "model": state.task.trainable_module}
-    loss, args, epoch, train = given["loss"], given["args"], given["epoch"], given["data"]["train"]
+    arguments = dict(bound.arguments)
+    if "state" in arguments:  # of open_clip's later trainer: it holds the task, and the task model and loss
+        state = arguments["state"]
+        of_task = {"loss": state.task.loss, "model": state.task.trainable_module}
+        arguments = {**vars(state), **arguments, **of_task}
+    loss, args, epoch = arguments["loss"], arguments["args"], arguments["epoch"]
+    train = arguments["data"]["train"]
     if not isinstance(loss, TrainerLoss):
         raise RuntimeError(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
@@ -246,8 +270,8 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
         _log_summary(loss)  # again, where a reader of a long log looks: as the last line before training
         columns = getattr(train, _TEXT_COLUMNS, None)
         if columns is not None:
-            columns.attach(given["model"])
-        checkpoints.connect(loss, args, given.get("optimizer"), epoch)
+            columns.attach(arguments["model"])
+        checkpoints.connect(loss, args, arguments.get("optimizer"), epoch)
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
     steps = max(1, train.dataloader.num_batches // accum_freq)
     loss.start_epoch(epoch, args.epochs, steps, accum_freq)
@@ -256,21 +280,20 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
 
 def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     """Data of the trainer, whose training texts have the columns that the loss needs."""
-    given, args = bound.arguments, bound.arguments["args"]
-    if not given["is_train"]:
-        return original(*bound.args, **bound.kwargs)
-    columns = run_of(args).text_columns()
+    arguments, args = bound.arguments, bound.arguments["args"]
+    columns = run_of(args).text_columns() if arguments["is_train"] else None
     if columns is None:
         return original(*bound.args, **bound.kwargs)
-    given["tokenizer"] = columns.tokenizer(given["tokenizer"])
-    # A webdataset's pipeline is built inside the call, so the reader is replaced during it.
-    names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
-    read: Any = names.get(reader)
-    names[reader] = functools.partial(columns.join_samples, read, members_of(args, names))
+    arguments["tokenizer"] = columns.tokenizer(arguments["tokenizer"])  # of the original's call below
+    # A webdataset's pipeline is built inside the call, so the reader of its samples is replaced during it.
+    module_names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
+    read_samples: Any = module_names.get(reader)
+    members = members_of(args, module_names)
+    module_names[reader] = functools.partial(columns.join_samples, read_samples, members)
     try:
         info = original(*bound.args, **bound.kwargs)
     finally:
-        names[reader] = read
+        module_names[reader] = read_samples
     setattr(info, _TEXT_COLUMNS, columns)
     dataset = getattr(info.dataloader, "dataset", None)
     if hasattr(dataset, "captions"):  # of a CSV file
@@ -278,16 +301,16 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     return info
 
 
-def members_of(args: Any, names: Mapping[str, Any]) -> Members:
+def members_of(args: Any, module_names: Mapping[str, Any]) -> Members:
     """The members of a webdataset sample that the trainer takes.
 
     Args:
         args: Its arguments; early releases have no such options, and one extension of captions.
-        names: The names of its module of data.
+        module_names: The names of its module of data.
     """
-    captions, images = (getattr(args, key, None) for key in ("text_key", "image_key"))
+    captions, images = getattr(args, "text_key", None), getattr(args, "image_key", None)
     return Members(
-        extensions(captions) if captions else Members.captions,
-        extensions(images) if images else Members.images,
-        skips_blank="FilterNonEmptyText" in names,
+        captions=extensions(captions) if captions else Members.captions,
+        images=extensions(images) if images else Members.images,
+        skips_blank="FilterNonEmptyText" in module_names,  # the class of releases that do
     )

@@ -187,4 +187,4 @@ def test_own_caption_on_top_needs_a_model_of_orders(given: Any) -> None:
         loss.build(rankloss.ClipLoss(), None)
     (loss,) = choose("ranked-lists", {"own_caption": "top"})
     assert loss.build(rankloss.ClipLoss(), None).lists.model == "plackett_luce"
-    assert loss.columns.own == 1
+    assert loss.columns.own_places == 1

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,43 @@ from rankloss_trainers.graded.lists import (
 CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
 
-_HEAD = 3  # numbers of a row before those of its places
+
+class _Fields(NamedTuple):
+    """The integers of a batch's lists, apart; :meth:`Candidates._encoded` writes them, list by list.
+
+    A list has P places, of which the first may be the own caption's and some at the end may be unused.
+
+    Attributes:
+        mask: ``[B, P]``, true for the places in use, which come first.
+        picture_ids: ``[B]``, the id of the picture.
+        own_ids: ``[B]``, the id of the picture's own caption.
+        caption_ids: ``[B, P]``, an id of each place's text.
+        grade_bits: ``[B, P]``, the bits of each place's grade.
+        tokens: ``[B, ≥ candidates · context]``, the tokens of each candidate, but not of the own caption,
+            which the batch has already; zeros follow where other columns are wider.
+    """
+
+    mask: Tensor
+    picture_ids: Tensor
+    own_ids: Tensor
+    caption_ids: Tensor
+    grade_bits: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, encoded: Tensor, places: int) -> _Fields:
+        """Take rows of integers apart, for lists of so many places."""
+        used, picture_ids, own_ids = encoded[:, :3].unbind(1)
+        caption_ids, grade_bits, tokens = encoded[:, 3:].tensor_split([places, 2 * places], dim=1)
+        mask = torch.arange(places, device=encoded.device) < used[:, None]
+        return cls(mask, picture_ids, own_ids, caption_ids, grade_bits, tokens)
 
 
 class Candidates:
     """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
 
     A :class:`rankloss_open_clip.columns.text_columns.TextColumn` of the picture's own caption. The model
-    encodes the own captions and all candidates of a batch in one call. In each row of integers are the number
-    of places in use, ids of the picture and of its own caption, and for each place an id of its text, the
-    bits of its grade, and its tokens.
+    encodes the own captions and all candidates of a batch in one call.
 
     Args:
         own_caption: The place of a picture's own caption in its list: apart from it, or at the top, above all
@@ -46,7 +73,7 @@ class Candidates:
             the longest list of a CSV file.
     """
 
-    need = "lists"
+    need = "lists"  # of rankloss_trainers.host.NEEDS
 
     def __init__(
         self, *, own_caption: Literal["apart", "top"] = "apart", max_candidates: int | None = None
@@ -54,7 +81,7 @@ class Candidates:
         check_choice("own_caption", own_caption, ("apart", "top"))
         if max_candidates is not None:
             check_count("max_candidates", max_candidates)
-        self.own = int(own_caption == "top")
+        self.own_places = 1 if own_caption == "top" else 0  # of each list, for the picture's own caption
         self.max_candidates: Any = max_candidates
         self.name = f"list of {CANDIDATES} and {GRADES}"
 
@@ -69,17 +96,17 @@ class Candidates:
         """
         columns = read_columns(path, separator, CANDIDATES, GRADES)
         rows = zip(dataset.images, dataset.captions, *columns, strict=True)
-        ids, lists = [], []
+        pairs, lists = [], []
         for number, (image, caption, candidates, grades) in enumerate(rows, start=1):
-            ids.append([hash_identity(os.path.normpath(str(image))), hash_identity(str(caption))])
-            lists.append(self._list(caption, candidates, grades, f"row {number} of {path}"))
+            pairs.append((hash_identity(os.path.normpath(str(image))), hash_identity(str(caption))))
+            lists.append(self._read_list(caption, candidates, grades, f"row {number} of {path}"))
         if not any(has_order(grades) for _, grades in lists):
             warn_of_ties(path)
         if self.max_candidates is None:
-            self.max_candidates = max(len(captions) for captions, _ in lists) - self.own
+            self.max_candidates = max(len(captions) for captions, _ in lists) - self.own_places
         return [
-            json.dumps([*of_row, captions, grades])
-            for of_row, (captions, grades) in zip(ids, lists, strict=True)
+            json.dumps([picture_id, own_id, captions, grades])
+            for (picture_id, own_id), (captions, grades) in zip(pairs, lists, strict=True)
         ]
 
     def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> str:
@@ -89,38 +116,51 @@ class Candidates:
             ValueError: The sample lacks one, or its list is wrong.
         """
         where = named_sample(sample)
-        members = [f"{name}.json" for name in (CANDIDATES, GRADES)]
-        missing = [name for name in members if name not in sample]
-        if missing:
-            raise ValueError(f"{where} has no {missing[0]}; every picture needs a list of candidates")
+        for member in (f"{CANDIDATES}.json", f"{GRADES}.json"):
+            if member not in sample:
+                raise ValueError(f"{where} has no {member}; every picture needs a list of candidates")
         if self.max_candidates is None:
             raise ValueError(
                 "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
             )
-        candidates, grades = (sample.pop(name) for name in members)
-        of_pair = [hash_identity(identity_of(image)), hash_identity(caption)]
-        return json.dumps([*of_pair, *self._list(caption, candidates, grades, where)])
+        candidates = sample.pop(f"{CANDIDATES}.json")
+        grades = sample.pop(f"{GRADES}.json")
+        captions, values = self._read_list(caption, candidates, grades, where)
+        picture_id, own_id = hash_identity(identity_of(image)), hash_identity(caption)
+        return json.dumps([picture_id, own_id, captions, values])
 
-    def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
-        """The texts of a list, with the own caption where it has a place, and their grades."""
-        captions, values = zip(
-            *check_list(_parsed(candidates, where), _parsed(grades, where), where), strict=True
-        )
+    def _read_list(
+        self, caption: Any, candidates: Any, grades: Any, where: str
+    ) -> tuple[list[str], list[float]]:
+        """The texts of a list, with the own caption where it has a place, and their grades.
+
+        Args:
+            caption: The own caption.
+            candidates: The list as JSON.
+            grades: As many numbers, as JSON.
+            where: The place of the list in the data, for the errors.
+
+        Raises:
+            ValueError: The list is wrong, too long, or has the own caption twice.
+        """
+        graded = check_list(_parsed(candidates, where), _parsed(grades, where), where)
+        captions = [candidate for candidate, _ in graded]
+        values = [grade for _, grade in graded]
         if self.max_candidates is not None and len(captions) > self.max_candidates:
             raise ValueError(
                 f"{where} has {len(captions)} candidates, more than --ranked-lists-max-candidates "
                 f"{self.max_candidates}"
             )
-        wrong = [x for x in captions if not isinstance(x, str)]
-        if wrong:
-            raise ValueError(f"candidates must be texts; got {wrong[0]!r} in {where}")
-        if not self.own:
-            return list(captions), list(values)
+        for candidate in captions:
+            if not isinstance(candidate, str):
+                raise ValueError(f"candidates must be texts; got {candidate!r} in {where}")
+        if not self.own_places:
+            return captions, values
         if str(caption) in captions:
             raise ValueError(
                 f"the own caption {caption!r:.60} cannot be above all candidates and among them, in {where}"
             )
-        top = 2 * max(0.0, *values) + 1  # above all: 1 adds nothing to large numbers
+        top = 2 * max(0.0, *values) + 1  # above all: doubled, as adding 1 leaves a large number as it is
         if math.isinf(top):
             raise ValueError(f"no finite grade for the own caption is above {max(values)}, in {where}")
         return [str(caption), *captions], [top, *values]
@@ -129,60 +169,71 @@ class Candidates:
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
         """A row of integers for each list."""
-        return torch.stack([self._encoded(tokenize, *json.loads(text)) for text in texts])
+        rows = []
+        for text in texts:
+            picture_id, own_id, captions, grades = json.loads(text)
+            rows.append(self._encoded(tokenize, picture_id, own_id, captions, grades))
+        return torch.stack(rows)
 
     def _encoded(
         self,
         tokenize: Callable[[list[str]], Tensor],
-        picture: int,
-        own: int,
+        picture_id: int,
+        own_id: int,
         captions: list[str],
         grades: list[float],
     ) -> Tensor:
+        """The integers of one list, in the order of :class:`_Fields`."""
         used = len(captions)
-        free = self._places - used
-        ids = torch.tensor([hash_identity(caption) for caption in captions])
-        bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
-        tokens = tokenize(captions[self.own :])
-        parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
-        return torch.cat([torch.tensor([used, picture, own]), *parts])
+        unused = self._places - used
+        of_list = torch.tensor([used, picture_id, own_id])
+        caption_ids = torch.tensor([hash_identity(caption) for caption in captions])
+        grade_bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
+        tokens = tokenize(captions[self.own_places :])
+        of_places = [
+            F.pad(caption_ids, (0, unused)),
+            F.pad(grade_bits, (0, unused)),
+            F.pad(tokens, (0, 0, 0, unused)).flatten(),
+        ]
+        return torch.cat([of_list, *of_places])
 
     @property
     def _places(self) -> int:
-        return int(self.max_candidates + self.own)
+        """The places of a list, with the own caption's."""
+        return int(self.max_candidates + self.own_places)
 
     # --- the model ---
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
         """The texts, then the candidates of all lists, padding left out."""
-        is_used = self._is_used(encoded)[:, self.own :]
-        tokens = encoded[:, _HEAD + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
-        return torch.cat([texts, tokens.unflatten(1, (-1, texts.shape[1]))[is_used]])
+        fields = _Fields.of(encoded, self._places)
+        has_candidate = fields.mask[:, self.own_places :]
+        candidates, context = has_candidate.shape[1], texts.shape[1]
+        tokens = fields.tokens[:, : candidates * context].unflatten(1, (candidates, context))
+        return torch.cat([texts, tokens[has_candidate]])
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the lists, by the names that the loss has for them."""
-        places, mask = self._places, self._is_used(encoded)
-        is_used = mask[:, self.own :]
-        first = len(output["text_features"]) - int(is_used.sum())
-        texts, candidates = output["text_features"][:first], output["text_features"][first:]
-        features = candidates.new_zeros(*is_used.shape, candidates.shape[-1])
-        features = features.masked_scatter(is_used[..., None], candidates)
-        if self.own:
-            features = torch.cat([texts[: len(encoded), None], features], dim=1)
+        fields = _Fields.of(encoded, self._places)
+        has_candidate = fields.mask[:, self.own_places :]
+        own_texts = len(output["text_features"]) - int(has_candidate.sum())  # the candidates follow them
+        texts, candidates = output["text_features"][:own_texts], output["text_features"][own_texts:]
+        padded = candidates.new_zeros(*has_candidate.shape, candidates.shape[-1])
+        padded = padded.masked_scatter(has_candidate[..., None], candidates)
+        if self.own_places:
+            own_captions = texts[: len(encoded), None]
+            padded = torch.cat([own_captions, padded], dim=1)
         return {
             **output,
             "text_features": texts,
             "query_features": output["image_features"],
-            "candidate_features": features,
-            "query_ids": encoded[:, 1],
-            "excluded_ids": encoded[:, 2],
-            "candidate_ids": encoded[:, _HEAD : _HEAD + places],
-            "grades": decode_grades(encoded[:, _HEAD + places : _HEAD + 2 * places]),
-            "mask": mask,
+            "candidate_features": padded,
+            "query_ids": fields.picture_ids,
+            "excluded_ids": fields.own_ids,
+            "candidate_ids": fields.caption_ids,
+            "grades": decode_grades(fields.grade_bits),
+            "mask": fields.mask,
         }
-
-    def _is_used(self, encoded: Tensor) -> Tensor:
-        return torch.arange(self._places, device=encoded.device) < encoded[:, :1]
 
 
 def _parsed(cell: Any, where: str) -> Any:

@@ -20,9 +20,9 @@ class Caption(str):
     columns: tuple[str, ...]
 
     def __new__(cls, caption: str, columns: Iterable[Any] = ()) -> Caption:
-        """Make the texts of the columns, too, if they are none yet."""
+        """Keep each column beside the caption, as text."""
         made = super().__new__(cls, caption)
-        made.columns = tuple(map(text_of, columns))
+        made.columns = tuple(text_of(column) for column in columns)
         return made
 
     def __str__(self) -> Caption:
@@ -33,7 +33,7 @@ class EncodedCaption(bytes):
     """A caption in a webdataset sample: bytes until the trainer decodes them, to a :class:`Caption`.
 
     Attributes:
-        columns: As of the caption.
+        columns: The cells of the columns, which become texts with the caption.
     """
 
     columns: tuple[Any, ...]
@@ -45,7 +45,7 @@ class EncodedCaption(bytes):
         return made
 
     def decode(self, *args: Any, **kwargs: Any) -> Caption:
-        """As of any bytes, also in the errors."""
+        """Decode the bytes as any others, and put the columns beside the caption."""
         return Caption(super().decode(*args, **kwargs), self.columns)
 
 
@@ -61,8 +61,8 @@ class CaptionsOfRows(Sequence[Caption]):
     """
 
     def __init__(self, captions: Any, columns: Iterable[Iterable[Any]]) -> None:
-        self._captions = getattr(captions, "iloc", captions)
-        self._columns = [x if isinstance(x, Sequence) else list(x) for x in columns]
+        self._captions = getattr(captions, "iloc", captions)  # where pandas finds rows by their place
+        self._columns = [column if isinstance(column, Sequence) else list(column) for column in columns]
         self._count = len(captions)
         for column in self._columns:
             if len(column) != self._count:
@@ -76,7 +76,7 @@ class CaptionsOfRows(Sequence[Caption]):
 
     @property
     def iloc(self) -> CaptionsOfRows:
-        """The same, as a column of pandas spells it."""
+        """Itself, for a reader that takes the captions for a column of pandas: ``captions.iloc[row]``."""
         return self
 
 

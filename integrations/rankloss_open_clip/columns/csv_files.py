@@ -30,24 +30,25 @@ def check_header(path: str, separator: str, *names: str) -> None:
     """Raise a ValueError for a column that a CSV file lacks, without reading its rows."""
     import pandas  # type: ignore[import-untyped]
 
-    header = [str(x) for x in pandas.read_csv(path, sep=separator, nrows=0)]
+    header = [str(column) for column in pandas.read_csv(path, sep=separator, nrows=0)]
     for name in names:
         if name not in header:
-            hint = "; wrong --csv-separator?" if any(name in x for x in header) else ""
+            is_within_another = any(name in column for column in header)  # all names may be one column
+            hint = "; wrong --csv-separator?" if is_within_another else ""
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(header)}{hint}")
 
 
 def _read_once(path: str, separator: str) -> Any:
     """The table of a CSV file, read again only where the file has changed."""
-    if not os.path.exists(path):  # an address, of which nothing is known
+    if not os.path.exists(path):  # an address, whose changes are not known
         return _table(path, separator, None)
-    about = os.stat(path)
-    return _table(path, separator, (about.st_mtime_ns, about.st_size))
+    status = os.stat(path)
+    return _table(path, separator, (status.st_mtime_ns, status.st_size))
 
 
 @functools.lru_cache(maxsize=1)
 def _table(path: str, separator: str, state: tuple[int, int] | None) -> Any:  # noqa: ARG001
-    """The table of a file in a state, by which the cache tells a changed file apart."""
+    """The table of a file; its time and size are arguments by which the cache tells a changed file apart."""
     import pandas
 
     table = pandas.read_csv(path, sep=separator)

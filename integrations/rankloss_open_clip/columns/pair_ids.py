@@ -25,7 +25,7 @@ class PairIds:
             text file, or json:FIELD.
     """
 
-    need = "ids"
+    need = "ids"  # of rankloss_trainers.host.NEEDS
 
     def __init__(self, *, key: str = CAPTIONS) -> None:
         if not isinstance(key, str) or not key:

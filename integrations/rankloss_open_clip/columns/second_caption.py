@@ -35,18 +35,19 @@ class SecondCaption:
             ValueError: The file has no such column, or a cell of it is empty or blank.
         """
         (column,) = read_columns(path, separator, self.key)
-        empty = column.isna() | (column.astype(str).str.strip() == "")
-        if empty.any():
+        is_blank = column.isna() | (column.astype(str).str.strip() == "")
+        if is_blank.any():
             raise ValueError(
-                f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
-                f"first in row {int(empty.argmax()) + 1}"
+                f"{path} has no second caption in {int(is_blank.sum())} rows: column {self.key!r} is empty, "
+                f"first in row {int(is_blank.argmax()) + 1}"
             )
         return column.tolist()
 
     def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none, or a blank one."""
-        found = read_member(sample, self.key)
-        return found if found is not None and text_of(found).strip() else None
+        second = read_member(sample, self.key)
+        is_missing = second is None or not text_of(second).strip()
+        return None if is_missing else second
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
         """Tokens, as of the first caption."""

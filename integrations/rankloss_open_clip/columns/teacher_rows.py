@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,10 @@ class RowColumn:
 
     def __init__(self, folder: Features) -> None:
         self.folder = folder
-        self._images: Sequence[Any] = ()  # the paths of a CSV file's pictures
-        self._file = ""
-        self._widths = {f"reference_{name}": x.shape[1] for name, x in folder.arrays.items()}
+        self._file = ""  # the CSV file of the pairs
+        self._images: Sequence[Any] = ()  # the paths of its pictures, by row; of a webdataset none
+        # By the names that the loss has for the features.
+        self._widths = {f"reference_{name}": array.shape[1] for name, array in folder.arrays.items()}
 
     def read_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
         """The numbers of the rows, once every pair is compared with the folder's, and some pictures."""
@@ -58,21 +59,31 @@ class RowColumn:
         """Compare pictures with those that the teacher has read; the trainer names what is not there."""
         if self.folder.pictures is None:
             return
-        named = ((row, str(self._images[row])) for row in rows)
-        read = ((row, path, content_of(path)) for row, path in named if os.path.isfile(path))
-        self.folder.compare_pictures(read, self._file)
+        self.folder.compare_pictures(self._pictures_of(rows), self._file)
+
+    def _pictures_of(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
+        """The row, the path and the content of each picture that is there."""
+        for row in rows:
+            path = str(self._images[row])
+            if os.path.isfile(path):
+                yield row, path, content_of(path)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """The bits of each row's numbers, two to an integer.
+        """The features of the rows that the texts number, as integers ``[n, width]`` of the bits of two each.
+
+        So they pass unchanged through the trainer's data path, which is made for tokens.
 
         Raises:
             ValueError: The picture of a row has changed since the teacher has read it.
         """
-        rows = np.array(texts, np.int64)
-        if len(self._images):
+        rows = np.array([int(text) for text in texts], np.int64)
+        if len(self._images):  # of a webdataset each picture was compared when its sample was read
             self._compare_pictures(rows.tolist())
-        numbers = np.concatenate([*self.folder.take(rows).values()], axis=1)
-        return torch.from_numpy(np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2))).view(np.int64))
+        of_images_and_texts = list(self.folder.take(rows).values())
+        features = np.concatenate(of_images_and_texts, axis=1)  # [n, D], float32
+        columns_to_add = features.shape[1] % 2  # an odd one out needs a second for its integer
+        padded = np.pad(features, ((0, 0), (0, columns_to_add)))
+        return torch.from_numpy(padded.view(np.int64))
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
         """The texts, to which a row adds none."""
@@ -80,6 +91,8 @@ class RowColumn:
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
-        widths = [*self._widths.values()]
-        features = encoded.contiguous().view(torch.float32)[:, : sum(widths)].split(widths, dim=1)
-        return {**output, **{name: x.contiguous() for name, x in zip(self._widths, features, strict=True)}}
+        widths = list(self._widths.values())
+        padded = encoded.contiguous().view(torch.float32)
+        parts = padded[:, : sum(widths)].split(widths, dim=1)
+        features = {name: part.contiguous() for name, part in zip(self._widths, parts, strict=True)}
+        return {**output, **features}

@@ -94,7 +94,8 @@ class Members:
         key = next((key for key in self.captions if key in sample), None)
         if key is None or self.image_of(sample) is None:
             return None
-        return None if self.skips_blank and not text_of(sample[key]).strip() else key
+        is_skipped = self.skips_blank and not text_of(sample[key]).strip()
+        return None if is_skipped else key
 
     def image_of(self, sample: Sample) -> Any:
         """A sample's picture, the content of its file; None without one."""
@@ -106,7 +107,12 @@ class TextColumns:
 
     Args:
         parts: The columns.
+
+    Attributes:
+        context: The tokens of a text, once :meth:`tokenizer` has asked for them.
     """
+
+    context: int
 
     def __init__(self, parts: Sequence[TextColumn]) -> None:
         self.parts = parts
@@ -152,7 +158,9 @@ class TextColumns:
         Raises:
             ValueError: None of the first hundred samples has a column, or none at all.
         """
-        found, missing, sample = False, 0, {}
+        any_has_columns = False
+        missing = 0
+        sample: Sample = {}
         for sample in read(*args, **kwargs):
             key = members.key_of_caption(sample)
             if key is None:
@@ -162,14 +170,14 @@ class TextColumns:
             image = members.image_of(sample)
             texts = [part.read_sample(sample, caption, image) for part in self.parts]
             if None not in texts:
-                found = True
+                any_has_columns = True
                 sample[key] = EncodedCaption(sample[key], texts)
                 yield sample
             else:
                 missing += 1
-                if not found and missing >= _MAX_MISSING:
+                if not any_has_columns and missing >= _MAX_MISSING:
                     break
-        if missing and not found:
+        if missing and not any_has_columns:
             names = ", ".join(name for name in sample if not name.startswith("__"))
             raise ValueError(
                 f"none of {missing} samples has a {self.name}; the last one, {sample.get('__key__')!r}, "
@@ -191,14 +199,13 @@ class TextColumns:
         Args:
             model: The model, in whatever DDP and ``torch.compile`` wrap around it.
         """
-        while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-            model = inner
         held: list[Tensor] = []  # the columns of the present call, from ``before`` to ``after``
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             """Replace texts with columns by their tokens, and keep the columns; plain texts stay."""
             held.clear()  # a call that failed has left its own
-            text = kwargs.get("text", args[1] if len(args) > 1 else None)
+            by_position = args[1] if len(args) > 1 else None
+            text = kwargs.get("text", by_position)
             if not isinstance(text, Tensor) or text.dim() != 3:  # with columns [n, 1 + columns, width]
                 return None
             padded_tokens, *columns = text.unbind(1)
@@ -211,14 +218,26 @@ class TextColumns:
             return (args[0], tokens, *args[2:]), kwargs
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
-            # The last texts that were appended are the first to be taken apart.
-            for part, x in reversed([*zip(self.parts if held else (), held, strict=True)]):
-                output = part.outputs(output, x)
-            held.clear()
+            """Add the columns to the output of a call whose texts had some."""
+            if held:
+                # The last texts that were appended are the first to be taken apart.
+                for part, column in reversed(list(zip(self.parts, held, strict=True))):
+                    output = part.outputs(output, column)
+                held.clear()
             return output
 
-        model.register_forward_pre_hook(before, with_kwargs=True)
-        model.register_forward_hook(after, with_kwargs=True)
+        unwrapped = _unwrapped(model)
+        unwrapped.register_forward_pre_hook(before, with_kwargs=True)
+        unwrapped.register_forward_hook(after, with_kwargs=True)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that DDP (``module``) and ``torch.compile`` (``_orig_mod``) have wrapped."""
+    while True:
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[str]) -> Tensor:
@@ -233,14 +252,16 @@ def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[st
         return tokens.long()
 
     captions = [texts] if isinstance(texts, str) else texts
-    rows = []
+    texts_of_captions = []
     for caption in captions:
         if not isinstance(caption, Caption):
             names = " and ".join(part.name for part in parts)
             raise TypeError(f"the trainer's data path has lost the {names} of caption {caption!r:.60}")
-        rows.append(caption.columns)
+        texts_of_captions.append(caption.columns)
+    texts_of_columns = zip(*texts_of_captions, strict=True)
     encoded = [tokenize(list(captions))]
-    for part, column in zip(parts, zip(*rows, strict=True), strict=True):
-        encoded.append(part.encode(tokenize, list(column)))
+    for part, texts_of_column in zip(parts, texts_of_columns, strict=True):
+        encoded.append(part.encode(tokenize, list(texts_of_column)))
     width = max(integers.shape[1] for integers in encoded)
-    return torch.stack([F.pad(integers, (0, width - integers.shape[1])) for integers in encoded], dim=1)
+    padded = [F.pad(integers, (0, width - integers.shape[1])) for integers in encoded]
+    return torch.stack(padded, dim=1)
