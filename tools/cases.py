@@ -85,7 +85,7 @@ class Case:
 
     def before(self) -> str:
         """The command that computes the teacher's features."""
-        return f"rankloss features {self.features} --data pairs.csv --output {FOLDER}"
+        return f"rankloss features {self.features} --data train.csv --output {FOLDER}"
 
 
 def shown(value: Any) -> str:
