@@ -11,7 +11,7 @@ from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import JOIN, PREFIXES, TRAINERS_OWN, prefix_of
-from rankloss_trainers.declared import Choice, Loss, Named, replaced
+from rankloss_trainers.declared import Choice, Loss, Named, hint_elsewhere
 from rankloss_trainers.option import Option, OptionError, did_you_mean, options_of
 from rankloss_trainers.run_options import RunOptions
 
@@ -31,7 +31,11 @@ def dest(prefix: str, key: str) -> str:
 
 def typed_options(named: Named) -> dict[str, Option]:
     """The options of a loss that a command line has, by key."""
-    return {key: x for key, x in named.options.items() if key not in named.python_only and x.is_typed}
+    return {
+        key: option
+        for key, option in named.options.items()
+        if key not in named.python_only and option.is_typed
+    }
 
 
 def attributes(losses: Mapping[str, Named]) -> Iterator[tuple[str, str, str]]:
@@ -45,9 +49,11 @@ def attributes(losses: Mapping[str, Named]) -> Iterator[tuple[str, str, str]]:
 
 def fill_in(args: Any, choice: Choice) -> None:
     """Set every option of a run and its losses as an attribute of parsed arguments."""
-    values = {"": vars(choice.options), **{loss.name: loss.values for loss in choice.losses}}
-    for loss, key, where in attributes({loss.name: loss.named for loss in choice.losses}):
-        setattr(args, where, values[loss][key])
+    values = {loss.name: loss.values for loss in choice.losses}
+    values[""] = vars(choice.options)
+    declarations = {loss.name: loss.named for loss in choice.losses}
+    for loss, key, attribute in attributes(declarations):
+        setattr(args, attribute, values[loss][key])
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
@@ -55,14 +61,17 @@ def mentioned(argv: Sequence[str]) -> list[str]:
 
     Only these have to be imported, so that another package's loss cannot affect other runs.
     """
-    words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
-    shows_all = words & {"-h", "--help"}
+    if "-h" in argv or "--help" in argv:
+        return list(catalog.known())
+    names = set()
+    for word in argv:
+        names.update(word.removeprefix("--loss=").split(JOIN))
 
     def is_meant(name: str) -> bool:
         flags = f"--{name}-", f"--{catalog.own_prefix(name)}-"
-        return name in words or any(word.startswith(flags) for word in words)
+        return name in names or any(word.startswith(flags) for word in argv)
 
-    return [name for name in catalog.known() if shows_all or is_meant(name)]
+    return [name for name in catalog.known() if is_meant(name)]
 
 
 def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
@@ -73,13 +82,22 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
         '; did you mean --rankclip-lambda-in?'
     """
     flags = [option for option in known if option.startswith("--")]
-    typed = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
-    return next(filter(None, (did_you_mean(word, flags, cutoff=0.75) for word in typed)), "")
+    for word in words:
+        if word.startswith("--"):
+            hint = did_you_mean(_flag_of(word), flags, cutoff=0.75)
+            if hint:
+                return hint
+    return ""
+
+
+def _flag_of(word: str) -> str:
+    """The flag in a word of a command line: without a value, with hyphens for underscores."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def beginnings() -> tuple[str, ...]:
     """The beginnings of the options of all losses."""
-    return tuple(f"--{x}-" for x in (*PREFIXES, *catalog.known()))
+    return tuple(f"--{prefix}-" for prefix in (*PREFIXES, *catalog.known()))
 
 
 def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
@@ -89,11 +107,12 @@ def with_flag(losses: Sequence[Loss], error: ValueError) -> str:
     """
     if str(error).startswith("--"):
         return str(error)
-    prefixes = {loss.name: prefix_of(loss.name, loss.named) for loss in losses}
     if isinstance(error, OptionError):
-        prefix = prefixes.get(error.loss) or (RUN if error.key in options_of(RunOptions) else None)
-        if prefix is not None:
-            return f"{flag(prefix, error.key)}: {error.reason}"
+        for loss in losses:
+            if loss.name == error.loss:
+                return f"{flag(prefix_of(loss.name, loss.named), error.key)}: {error.reason}"
+        if error.key in options_of(RunOptions):
+            return f"{flag(RUN, error.key)}: {error.reason}"
     return f"--loss: {error}"
 
 
@@ -141,28 +160,37 @@ class LossArguments:
         loss = group.add_argument("--loss", default=default or argparse.SUPPRESS, metavar="NAME")
         for option in options_of(RunOptions).values():
             _add(group, RUN, option)
-        alike: dict[str, dict[str, Named]] = {}
+        for with_one_prefix in self._by_prefix(names).values():
+            try:
+                add_options(parser, with_one_prefix)
+                self.losses.update(with_one_prefix)
+            except Exception as error:  # another package's, whose option the parser has, say
+                for name in with_one_prefix:
+                    self._refuse(name, str(error))
+        loss.help = f"{self._summaries()} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+
+    def _by_prefix(self, names: Iterable[str]) -> dict[str, dict[str, Named]]:
+        """The losses of these names by the prefix of their options; one that cannot be used is refused."""
+        by_prefix: dict[str, dict[str, Named]] = {}
         for name in names:
             catalog.names_of(name)
             try:
                 named = catalog.load(name)
                 named.options  # noqa: B018  # which imports its module
-                alike.setdefault(prefix_of(name, named), {})[name] = named
+                by_prefix.setdefault(prefix_of(name, named), {})[name] = named
             except Exception as error:  # another package's, say, which stops only a run that asks for it
                 self._refuse(name, f"{type(error).__name__}: {error}")
-        for group_of_losses in alike.values():
-            try:
-                add_options(parser, group_of_losses)
-                self.losses.update(group_of_losses)
-            except Exception as error:  # another package's, whose option the parser has, say
-                for name in group_of_losses:
-                    self._refuse(name, str(error))
-        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.summary for x, y in self.losses.items()}}
-        said.update(self.unusable)
-        help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
-        loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+        return by_prefix
+
+    def _summaries(self) -> str:
+        """A line about each loss, for the help of ``--loss``."""
+        summaries = {TRAINERS_OWN: "the trainer's own loss"}
+        summaries.update({name: named.summary for name, named in self.losses.items()})
+        summaries.update(self.unusable)
+        return "; ".join(f"{name}: {text}" for name, text in summaries.items() if text)
 
     def _refuse(self, name: str, reason: str) -> None:
+        """Keep the reason against a loss for a run that asks for it."""
         self.unusable[name] = f"cannot be used ({catalog.package_of(name) or 'rankloss'}): {reason}"
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -172,16 +200,26 @@ class LossArguments:
         ``--``.
         """
         args, rest = self.parser.parse_known_args(argv)
-        of_run = [flag(RUN, key) for key in options_of(RunOptions)]
-        for word in itertools.takewhile("--".__ne__, rest if hasattr(args, "loss") else ()):
-            typed = word.partition("=")[0].replace("_", "-")
-            begins = sorted(filter(typed.startswith, beginnings()), key=len)
-            if begins or (word.startswith("--") and did_you_mean(typed, of_run, cutoff=0.85)):
-                key = typed.removeprefix(begins[0]) if begins else ""
-                hint = replaced(key.replace("-", "_"), f"--{RUN}-")
-                hint = hint or misspelt([word], self.parser._option_string_actions)
-                self.parser.error(f"{word.partition('=')[0]}: there is no such option{hint}")
+        if hasattr(args, "loss"):
+            for word in itertools.takewhile(lambda word: word != "--", rest):
+                self._check_is_no_option(word)
         return args, rest
+
+    def _check_is_no_option(self, word: str) -> None:
+        """End the command for an unknown word that is like an option of a loss or of a run."""
+        typed = _flag_of(word)
+        begun = [beginning for beginning in beginnings() if typed.startswith(beginning)]
+        flags_of_run = [flag(RUN, key) for key in options_of(RunOptions)]
+        is_close = word.startswith("--") and did_you_mean(typed, flags_of_run, cutoff=0.85) != ""
+        if not begun and not is_close:
+            return
+        hint = ""
+        if begun:
+            shortest = min(begun, key=len)  # options of rankclip-distill, too, begin with --rankclip-
+            key = typed.removeprefix(shortest)
+            hint = hint_elsewhere(key.replace("-", "_"), f"--{RUN}-")
+        hint = hint or misspelt([word], self.parser._option_string_actions)
+        self.parser.error(f"{word.partition('=')[0]}: there is no such option{hint}")
 
     def chosen(self, args: Any) -> Choice | None:
         """The losses that parsed arguments ask for, with their options; None for the trainer's own.
@@ -191,21 +229,28 @@ class LossArguments:
                 belongs to another loss; the error begins with the argument.
         """
         names = self._names(args)
-        given = [row for row in attributes(self.losses) if hasattr(args, row[2])]
-        options: dict[str, dict[str, Any]] = {loss: {} for loss in ("", *names)} if names else {}
-        used = set()
-        for loss, key, where in given:
+        of_run = ""  # in place of a loss's name, see attributes
+        options: dict[str, dict[str, Any]] = {}
+        if names:
+            options = {loss: {} for loss in (of_run, *names)}
+        given = [
+            (loss, key, attribute)
+            for loss, key, attribute in attributes(self.losses)
+            if hasattr(args, attribute)
+        ]
+        used = set()  # losses of one prefix share an attribute
+        for loss, key, attribute in given:
             if loss in options:
-                options[loss][key] = getattr(args, where)
-                used.add(where)
-        for _, _, where in given:
-            if where not in used:
-                owners = " or ".join(loss or "NAME" for loss, _, other in given if other == where)
-                raise ValueError(f"--{where.replace('_', '-')}: only with --loss {owners}")
+                options[loss][key] = getattr(args, attribute)
+                used.add(attribute)
+        for _, _, attribute in given:
+            if attribute not in used:
+                owners = [loss or "NAME" for loss, _, other in given if other == attribute]
+                raise ValueError(f"--{attribute.replace('_', '-')}: only with --loss {' or '.join(owners)}")
         if not names:
             return None
         with naming_flags(()):
-            run = RunOptions(**options.pop(""))
+            run = RunOptions(**options.pop(of_run))
         return Choice(catalog.choose_each(names, options), run)
 
     def _names(self, args: Any) -> list[str]:
@@ -217,9 +262,9 @@ class LossArguments:
             names = catalog.names_of(name)
         except ValueError as error:
             raise ValueError(f"--loss: {error}; {TRAINERS_OWN} is the trainer's own") from None
-        for each in names:
-            if each in self.unusable:
-                raise ValueError(f"--loss: {each} {self.unusable[each]}")
+        for loss in names:
+            if loss in self.unusable:
+                raise ValueError(f"--loss: {loss} {self.unusable[loss]}")
         return names
 
 
@@ -236,25 +281,37 @@ def add_options(parser: argparse.ArgumentParser, losses: Mapping[str, Named]) ->
     (first, named), *others = losses.items()
     group = parser.add_argument_group(f"--loss {', '.join(losses)}")
     for key, option in typed_options(named).items():
-        defaults = {name: x.options[key].default for name, x in others if key in x.options}
-        _add(
-            group, prefix_of(first, named), option, {x: y for x, y in defaults.items() if y != option.default}
-        )
+        presets = {}
+        for name, other in others:
+            if key in other.options and other.options[key].default != option.default:
+                presets[name] = other.options[key].default
+        _add(group, prefix_of(first, named), option, presets)
 
 
 def _add(group: Any, prefix: str, option: Option, presets: Mapping[str, Any] = MappingProxyType({})) -> None:
-    default = "must be given" if option.is_required else f"default: {option.spelled(option.default)}"
-    other = "".join(f"; {name}: {option.spelled(x)}" for name, x in presets.items())
+    """Add an option to a group of a parser.
+
+    Args:
+        group: The group.
+        prefix: The prefix of the option.
+        option: The option.
+        presets: Other defaults of it, by the loss that has them, for the help.
+    """
+    defaults = "must be given" if option.is_required else f"default: {option.spelled(option.default)}"
+    for name, value in presets.items():
+        defaults += f"; {name}: {option.spelled(value)}"
     group.add_argument(
         flag(prefix, option.key),
         default=argparse.SUPPRESS,
         type=_typed(option),
         metavar=option.metavar,
-        help=f"{option.help} ({default}{other})".replace("%", "%%"),
+        help=f"{option.help} ({defaults})".replace("%", "%%"),
     )
 
 
 def _typed(option: Option) -> Callable[[str], Any]:
+    """The function by which argparse reads an option, and whose error it shows."""
+
     def typed(text: str) -> Any:
         try:
             return option.parsed(text)
@@ -270,5 +327,7 @@ def described(names: Sequence[str]) -> str:
     for loss in catalog.choose_each(names, {}):
         parser = argparse.ArgumentParser(add_help=False)
         add_options(parser, {loss.name: loss.named})
-        texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())
+        title = f"--loss {loss.name}:\n"  # of the group, below the parser's usage
+        _, _, options = parser.format_help().partition(title)
+        texts.append(options.rstrip())
     return "\n".join(texts)

@@ -96,19 +96,23 @@ class Named:
     @functools.cached_property
     def options(self) -> dict[str, Option]:
         """Its options, by key, with its own defaults."""
-        found: dict[str, Option] = {}
+        options: dict[str, Option] = {}
         for make in (self.make, self.more, self.columns):
-            if make is not None:  # its own come first, and hide those of the same name
-                found = found | options_of(_loaded(make)) | found
+            if make is None:
+                continue
+            for key, option in options_of(_loaded(make)).items():
+                options.setdefault(key, option)  # the earlier callable's hides another of the same name
         return {
-            key: dataclasses.replace(x, default=self.defaults.get(key, x.default)) for key, x in found.items()
+            key: dataclasses.replace(option, default=self.defaults.get(key, option.default))
+            for key, option in options.items()
         }
 
     def spelled(self, values: Options) -> str:
         """Some of its options with their values, as text."""
-        return ", ".join(
-            f"{key.replace('_', '-')} {self.options[key].spelled(x)}" for key, x in values.items()
-        )
+        texts = []
+        for key, value in values.items():
+            texts.append(f"{key.replace('_', '-')} {self.options[key].spelled(value)}")
+        return ", ".join(texts)
 
     def with_defaults(self, defaults: Options) -> Named:
         """The same with some other defaults."""
@@ -150,7 +154,7 @@ class Loss:
         for key in self.given:
             if key not in self.named.options:
                 known = ", ".join(self.named.options) or "none"
-                hint = replaced(key) or did_you_mean(key, self.named.options) or f"; it has {known}"
+                hint = hint_elsewhere(key) or did_you_mean(key, self.named.options) or f"; it has {known}"
                 raise TypeError(f"{self.name} has no option {key!r}{hint}")
 
     @property
@@ -158,18 +162,20 @@ class Loss:
         """True if it takes the place of the trainer's loss; False if it stands on another."""
         if self.named.replaces:
             return True
-        return self.package is not None and "base" not in inspect.signature(self.named.constructor).parameters
+        is_built_here = self.package is not None
+        return is_built_here and "base" not in inspect.signature(self.named.constructor).parameters
 
     @property
     def values(self) -> dict[str, Any]:
         """The values of its options, by key."""
-        return {key: self.given.get(key, x.default) for key, x in self.named.options.items()}
+        return {key: self.given.get(key, option.default) for key, option in self.named.options.items()}
 
     @property
     def summary(self) -> str:
         """The options that are not at their defaults, as text."""
         options = self.named.options
-        return self.named.spelled({key: x for key, x in self.given.items() if x != options[key].default})
+        changed = {key: value for key, value in self.given.items() if value != options[key].default}
+        return self.named.spelled(changed)
 
     @functools.cached_property
     def columns(self) -> Any:
@@ -188,10 +194,12 @@ class Loss:
 
     def refuse_column_options(self, reason: str) -> None:
         """Raise an OptionError for an option of the columns that was given."""
-        for key in (key for key in self.named.column_options if key in self.given):
-            raise OptionError(key, f"{reason}; got {self.given[key]!r}", self.name)
+        for key in self.named.column_options:
+            if key in self.given:
+                raise OptionError(key, f"{reason}; got {self.given[key]!r}", self.name)
 
     def _check_given(self, keys: Iterable[str]) -> None:
+        """Raise an OptionError for one of these options that must be given and is not."""
         for key in keys:
             if self.named.options[key].is_required and key not in self.given:
                 raise OptionError(key, f"must be given: {self.named.options[key].help}", self.name)
@@ -204,21 +212,25 @@ class Loss:
             TypeError: The result is no module.
         """
         make = self.named.constructor
-        names = inspect.signature(make).parameters
+        parameters = inspect.signature(make).parameters
         of_columns = self.named.column_options
-        chosen = {**self.named.defaults, **self.given}
         self._check_given(key for key in self.named.options if key not in of_columns)
-        own = {key: x for key, x in chosen.items() if key in names or key not in of_columns}
-        run = {key: x for key, x in (("base", base), ("gather", gather)) if key in names}
+        # Options of the columns alone are not the constructor's; it may take others as **options.
+        values = {**self.named.defaults, **self.given}
+        options = {key: value for key, value in values.items() if key in parameters or key not in of_columns}
+        if "base" in parameters:
+            options["base"] = base
+        if "gather" in parameters:
+            options["gather"] = gather
         try:
             with naming_options(self.named.options, self.name):
-                return make(**run, **own)
+                return make(**options)
         except OptionError as error:
             presets = self.named.defaults.keys() - self.given
-            named = sorted(x for x in presets if re.search(rf"\b{x}\b", str(error)))
-            if not named:
+            in_error = sorted(key for key in presets if re.search(rf"\b{key}\b", str(error)))
+            if not in_error:
                 raise
-            text = f"{error.reason} ({' and '.join(named)}: by default of {self.name})"
+            text = f"{error.reason} ({' and '.join(in_error)}: by default of {self.name})"
             raise OptionError(error.key, text, error.loss) from error
 
 
@@ -229,10 +241,10 @@ OF_REFERENCE = frozenset({"lists", "worth", "ties", "discount"})
 """Options that ``rankloss.reference`` alone has: ``rankloss.options.OF_REFERENCE``, which needs torch."""
 
 
-def replaced(key: str, prefix: str = "") -> str:
-    """The end of an error about an option that belongs to the run or elsewhere, or that a loss had once.
+def hint_elsewhere(key: str, prefix: str = "") -> str:
+    """The end of an error about an option that a loss has not: the place where it is.
 
-    Empty for any other option.
+    Some belong to the run or to ``rankloss.reference``, some a loss had once; empty for any other option.
 
     Args:
         key: The option, as Python spells it.

@@ -61,18 +61,18 @@ def naming_options(keys: Iterable[str], loss: str = "") -> Iterator[None]:
         raise
     except ValueError as error:
         text = str(error)
-        match = re.match(r"(\w+)(:? |(?==))", text)  # "bins must be …", "lists: …", "diagonal=False …"
-        if match is None or match[1] not in keys:
+        # "bins must be …", "lists: …" and "diagonal=False …" begin with an option.
+        match = re.match(r"(?P<key>\w+)(?P<between>: | |(?==))", text)
+        if match is None or match["key"] not in keys:
             raise
-        raise OptionError(match[1], text[match.end() :] if match[2] else text, loss) from error
+        starts_with_value = match["between"] == ""
+        reason = text if starts_with_value else text[match.end() :]
+        raise OptionError(match["key"], reason, loss) from error
 
 
 _WORDS = {None: "none", True: "include", False: "exclude"}
-_KINDS: dict[Any, tuple[str, str]] = {
-    int: ("an integer", "N"),
-    float: ("a number", "X"),
-    str: ("text", "TEXT"),
-}
+_NOUNS: dict[Any, str] = {int: "an integer", float: "a number", str: "text"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 @dataclass(frozen=True)
@@ -99,25 +99,36 @@ class Option:
     @property
     def is_typed(self) -> bool:
         """True if a command line can spell its values."""
-        return bool(self.choices) or any(kind in _KINDS for kind in self.types)
+        return bool(self.choices) or bool(self._parsed_types)
+
+    @property
+    def _parsed_types(self) -> list[Any]:
+        """The types whose values are parsed from a text."""
+        return [kind for kind in self.types if kind in _NOUNS]
 
     @functools.cached_property
     def choices(self) -> dict[str, Any]:
         """The values by their spelling; empty for numbers and texts."""
-        values = [x for kind in self.types for x in _choices_of(kind)]
-        none = [None] if values and type(None) in self.types else []
-        return {_word(x): x for x in (*none, *values)}
+        values = [value for kind in self.types for value in _choices_of(kind)]
+        if values and type(None) in self.types:
+            values = [None, *values]
+        return {_word(value): value for value in values}
 
     @property
     def metavar(self) -> str:
         """The value in ``--help``."""
-        named = [_KINDS[kind][1] for kind in self.types if kind in _KINDS]
-        return f"{{{','.join([*self.choices, *named])}}}" if self.choices else (named or ["VALUE"])[0]
+        of_types = [_METAVARS[kind] for kind in self._parsed_types]
+        if self.choices:
+            alternatives = ",".join([*self.choices, *of_types])
+            return f"{{{alternatives}}}"
+        return of_types[0] if of_types else "VALUE"
 
     def spelled(self, value: Any) -> str:
         """A value as it is typed."""
-        texts = [text for text, x in self.choices.items() if type(x) is type(value) and x == value]
-        return texts[0] if texts else "none" if value is None else str(value)
+        for text, choice in self.choices.items():
+            if type(choice) is type(value) and choice == value:  # 1 is no True
+                return text
+        return "none" if value is None else str(value)
 
     def parsed(self, text: str) -> Any:
         """The value that a command line spells; the constructor checks it.
@@ -129,26 +140,29 @@ class Option:
             return self.choices[text]
         if text == "none" and type(None) in self.types:
             return None
-        kinds = [kind for kind in self.types if kind in _KINDS]
-        for kind in kinds:
+        for kind in self._parsed_types:
             with contextlib.suppress(ValueError):
                 return kind(text)
-        words = [f"one of {', '.join(self.choices)}"] if self.choices else []
-        said = " or ".join([*words, *(_KINDS[kind][0] for kind in kinds)])
-        raise ValueError(f"must be {said}; got {text!r}{did_you_mean(text.lower(), self.choices)}")
+        alternatives = [f"one of {', '.join(self.choices)}"] if self.choices else []
+        alternatives += [_NOUNS[kind] for kind in self._parsed_types]
+        hint = did_you_mean(text.lower(), self.choices)
+        raise ValueError(f"must be {' or '.join(alternatives)}; got {text!r}{hint}")
 
 
 def _word(value: Any) -> str:
+    """A choice as it is typed."""
     return _WORDS[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values of a type that has a few; none of any other."""
     if hint is bool:
         return True, False
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)  # which are flat
     return typing.get_args(hint) if is_union else (hint,)
 
@@ -156,22 +170,24 @@ def _members(hint: Any) -> tuple[Any, ...]:
 @functools.cache
 def options_of(make: Make) -> dict[str, Option]:
     """The options of a callable, by key: its keyword-only arguments but ``base`` and ``gather``."""
-    made_by: Any = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
+    function: Any = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
     helps = _helps(make.__doc__)
-    return {
-        key: Option(key, _members(_type_of(x, made_by)), x.default, helps.get(key, ""))
-        for key, x in inspect.signature(make).parameters.items()
-        if x.kind is x.KEYWORD_ONLY and key not in ("base", "gather")
-    }
+    options = {}
+    for key, parameter in inspect.signature(make).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in ("base", "gather"):
+            types_of_option = _members(_type_of(parameter, function))
+            options[key] = Option(key, types_of_option, parameter.default, helps.get(key, ""))
+    return options
 
 
 def _type_of(parameter: inspect.Parameter, function: Any) -> Any:
     """The type of an option; of one without an annotation that of its default, text without either."""
     if parameter.annotation is parameter.empty:
         return str if parameter.default is parameter.empty else type(parameter.default)
-    annotated = types.SimpleNamespace(__annotations__={"x": parameter.annotation})
+    # The function's other annotations need not be evaluated, and might fail.
+    annotated_alone = types.SimpleNamespace(__annotations__={"option": parameter.annotation})
     try:
-        return typing.get_type_hints(annotated, _globals_of(function))["x"]
+        return typing.get_type_hints(annotated_alone, _globals_of(function))["option"]
     except NameError:  # imported for type checkers alone: no command line can spell it
         return object
 
@@ -185,21 +201,30 @@ def _globals_of(function: Any) -> dict[str, Any]:
         function = vars(function).get("__init__", function)
     elif not hasattr(function, "__globals__"):
         function = type(function).__call__
-    found: dict[str, Any] = getattr(function, "__globals__", {})
-    return found
+    names: dict[str, Any] = getattr(function, "__globals__", {})
+    return names
+
+
+# ``Args:`` and the lines until one that is not indented; an entry and the lines until the next one.
+_ARGS = re.compile(r"^Args:\n(?P<entries>.*?)(?=^\S|\Z)", re.DOTALL | re.MULTILINE)
+_ENTRY = re.compile(r"^    (?P<key>\w+): (?P<text>.*?)(?=^    \S|\Z)", re.DOTALL | re.MULTILINE)
+_END_OF_SENTENCE = re.compile(r"\.(?=\s|$)")  # and not the point of 0.5
+_ROLE = re.compile(r":\w+:`~?(?P<name>[^`]*)`")  # :class:`Name`
 
 
 def _helps(doc: str | None) -> dict[str, str]:
     """The first sentence of each entry of a docstring's ``Args``, as plain text."""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(doc or ""), re.DOTALL | re.MULTILINE)
-    entries = re.findall(
-        r"^    (\w+): (.*?)(?=^    \S|\Z)", section[1] if section else "", re.DOTALL | re.MULTILINE
-    )
-    return {
-        key: plain(re.split(r"\.(?=\s|$)", " ".join(text.split()), maxsplit=1)[0]) for key, text in entries
-    }
+    section = _ARGS.search(inspect.cleandoc(doc or ""))
+    if section is None:
+        return {}
+    helps = {}
+    for entry in _ENTRY.finditer(section["entries"]):
+        on_one_line = " ".join(entry["text"].split())
+        first_sentence = _END_OF_SENTENCE.split(on_one_line, maxsplit=1)[0]
+        helps[entry["key"]] = plain(first_sentence)
+    return helps
 
 
 def plain(text: str) -> str:
     """Text without the marks of reStructuredText."""
-    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("`", "")
+    return _ROLE.sub(r"\g<name>", text).replace("`", "")
