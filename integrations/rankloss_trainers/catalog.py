@@ -116,7 +116,7 @@ def prefix_of(name: str, named: Named) -> str:
     return named.prefix or name
 
 
-PREFIXES = frozenset(prefix_of(name, x) for name, x in LOSSES.items())
+PREFIXES = frozenset(prefix_of(name, named) for name, named in LOSSES.items())
 """The prefixes of the options of rankloss's own losses."""
 
 
@@ -131,16 +131,19 @@ def known() -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
     losses: dict[str, tuple[metadata.EntryPoint, ...]] = dict.fromkeys(LOSSES, ())
     points = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
     for point in points:
-        is_taken = point.name in LOSSES or point.name == TRAINERS_OWN
-        if not is_taken:  # these mean the same whatever is installed
+        is_taken = point.name in LOSSES or point.name == TRAINERS_OWN  # as in every other environment
+        if not is_taken:
             losses[point.name] = (*losses.get(point.name, ()), point)
     return losses
 
 
 def package_of(name: str) -> str:
     """The distribution that registers a loss, with its version; empty for rankloss's own."""
-    dists = (point.dist for point in known()[name])
-    return " and ".join(f"{x.name} {x.version}" if x is not None else "unknown package" for x in dists)
+    texts = []
+    for point in known()[name]:
+        package = point.dist
+        texts.append("unknown package" if package is None else f"{package.name} {package.version}")
+    return " and ".join(texts)
 
 
 def names_of(name: str) -> list[str]:
@@ -160,7 +163,8 @@ def names_of(name: str) -> list[str]:
             if each == TRAINERS_OWN:
                 hint = ", the trainer's own loss, on which the others stand: leave it out"
             raise ValueError(f"loss must be one of {', '.join(known())}; got {each!r}{hint}")
-    if len({*map(own_prefix, names)}) < len(names):  # two names are one loss, with one prefix
+    prefixes = {own_prefix(each) for each in names}
+    if len(prefixes) < len(names):  # two names are one loss, with one prefix
         raise ValueError(f"loss {name} names a loss twice")
     return names
 

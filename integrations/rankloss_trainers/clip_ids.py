@@ -57,7 +57,7 @@ class PartnersLog:
     """
 
     def __init__(self) -> None:
-        self._found: Tensor | int = 0
+        self._with_partner: Tensor | int = 0  # pairs of the first batches
         self._batches = 0
 
     def __call__(
@@ -68,13 +68,15 @@ class PartnersLog:
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """``pairs_with_partner``, from 0 to 1."""
-        losses = (x for x in criterion.modules() if getattr(x, "same_id", None) is not None)
-        gather: Gather = next(losses).gather  # type: ignore[assignment]
+        with_ids = (part for part in criterion.modules() if getattr(part, "same_id", None) is not None)
+        gather: Gather = next(with_ids).gather  # type: ignore[assignment]
         ids = gather.items(inputs["pair_ids"])
-        found = count_partners(ids)
+        with_partner = count_partners(ids)
         self._batches += 1
-        self._found = self._found + found if self._batches <= _BATCHES else 0
-        if self._batches == _BATCHES and not bool(self._found) and gather.place[0] == 0:
+        if self._batches <= _BATCHES:
+            self._with_partner = self._with_partner + with_partner
+        rank, _world_size = gather.place
+        if self._batches == _BATCHES and not bool(self._with_partner) and rank == 0:
             text = "No pair had a partner of the same id in the first %d batches: clip-ids changes nothing"
             _logger.warning(text, _BATCHES)
-        return {"pairs_with_partner": found / len(ids)}
+        return {"pairs_with_partner": with_partner / len(ids)}

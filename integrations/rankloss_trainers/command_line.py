@@ -208,14 +208,14 @@ class LossArguments:
     def _check_is_no_option(self, word: str) -> None:
         """End the command for an unknown word that is like an option of a loss or of a run."""
         typed = _flag_of(word)
-        begun = [beginning for beginning in beginnings() if typed.startswith(beginning)]
+        matching = [beginning for beginning in beginnings() if typed.startswith(beginning)]
         flags_of_run = [flag(RUN, key) for key in options_of(RunOptions)]
         is_close = word.startswith("--") and did_you_mean(typed, flags_of_run, cutoff=0.85) != ""
-        if not begun and not is_close:
+        if not matching and not is_close:
             return
         hint = ""
-        if begun:
-            shortest = min(begun, key=len)  # options of rankclip-distill, too, begin with --rankclip-
+        if matching:
+            shortest = min(matching, key=len)  # options of rankclip-distill, too, begin with --rankclip-
             key = typed.removeprefix(shortest)
             hint = hint_elsewhere(key.replace("-", "_"), f"--{RUN}-")
         hint = hint or misspelt([word], self.parser._option_string_actions)

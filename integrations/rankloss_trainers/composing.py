@@ -33,9 +33,10 @@ def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) ->
     streaming: dict[str, Any] = {}
     owner = ""  # the last loss that has such an option
     for loss in losses:
-        options = {key: loss.given[key] for key in sorted(_STREAMING & loss.given.keys())}
-        if options and loss.package == "":  # another package's option of this name may mean something else
-            streaming.update(options)
+        given = {key: loss.given[key] for key in sorted(_STREAMING & loss.given.keys())}
+        is_of_rankloss = loss.package == ""  # another package's option of this name may mean something else
+        if given and is_of_rankloss:
+            streaming.update(given)
             owner = loss.name
     make: Any = kind
     if make is None:
@@ -126,6 +127,8 @@ def _check_replaced(loss: Loss, base: Any) -> None:
     text = f"{loss.name} replaces the trainer's loss, and"
     if type(base).__name__ not in PAIRS:
         raise ValueError(f"{text} cannot replace {type(base).__name__}")
-    for key in () if loss.named.replaces else OF_TARGETS:  # what is made from the base keeps or refuses them
+    if loss.named.replaces:  # it is built from the base, and keeps or refuses them itself
+        return
+    for key in OF_TARGETS:
         if value := getattr(base, key, None):
             raise ValueError(f"{text} would lose its {key}={value!r}")

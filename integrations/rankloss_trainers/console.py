@@ -29,27 +29,34 @@ from rankloss_trainers import catalog
 from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
-_OF_FEATURES = {
-    "features": ("command", "compute a teacher's features of the training data"),
-    "evaluate": ("evaluate", "evaluate a model: recall with intervals, and its difference from another's"),
-    "heads": ("train_heads", "train heads on two frozen encoders, for a few thousand pairs"),
-    "sample": ("sample", "write pictures with captions and tiny models, to try everything on"),
+_HELP_OF_FEATURES = {
+    "features": "compute a teacher's features of the training data",
+    "evaluate": "evaluate a model: recall with intervals, and its difference from another's",
+    "heads": "train heads on two frozen encoders, for a few thousand pairs",
+    "sample": "write pictures with captions and tiny models, to try everything on",
 }
-"""The commands of ``rankloss_features``, each with a parser of its own: its module, and its help."""
+"""The commands of ``rankloss_features``, each with a parser of its own."""
+
+_MODULES_OF_FEATURES = {
+    "features": "rankloss_features.command",
+    "evaluate": "rankloss_features.evaluate",
+    "heads": "rankloss_features.train_heads",
+    "sample": "rankloss_features.sample",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in _OF_FEATURES:
-        return _of_features(argv[0], argv[1:])
+    if argv and argv[0] in _MODULES_OF_FEATURES:
+        return _run_of_features(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {version('rankloss')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say which installed trainers will honour --loss")
     losses = commands.add_parser("losses", help="list the losses, or the options of some")
     losses.add_argument("names", nargs="*", metavar="NAME", help="show the options of these")
-    for name, (_, summary) in _OF_FEATURES.items():
+    for name, summary in _HELP_OF_FEATURES.items():
         commands.add_parser(name, help=summary, add_help=False)
     args = parser.parse_args(argv)
     if args.command is None:
@@ -61,19 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor.main()
     try:
         for name in args.names or catalog.known():
-            print(*_lines(name, options=bool(args.names)), sep="\n", flush=True)
+            print(*_lines_about(name, with_options=bool(args.names)), sep="\n", flush=True)
     except ValueError as error:
         losses.error(str(error))
-    except BrokenPipeError:  # its reader, `head` say, wants no more
+    except BrokenPipeError:  # its reader, `head` say, wants no more: Python's flush at the end goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _of_features(command: str, argv: Sequence[str]) -> int:
+def _run_of_features(command: str, argv: Sequence[str]) -> int:
     """Carry out a command of ``rankloss_features``."""
     try:
         with extra("features"):
-            module = importlib.import_module(f"rankloss_features.{_OF_FEATURES[command][0]}")
+            module = importlib.import_module(_MODULES_OF_FEATURES[command])
             code: int = module.main(argv)
             return code
     except ModuleNotFoundError as error:
@@ -81,17 +88,19 @@ def _of_features(command: str, argv: Sequence[str]) -> int:
         return 1
 
 
-def _lines(name: str, *, options: bool) -> Iterator[str]:
+def _lines_about(name: str, *, with_options: bool) -> Iterator[str]:
+    """The line of a loss or of joined ones; and the lines of their options."""
     names = catalog.names_of(name)
-    packages = dict.fromkeys(filter(None, map(catalog.package_of, names)))
-    title = name + (f" ({', '.join(packages)})" if packages else "")
+    packages = [catalog.package_of(each) for each in names]
+    others = dict.fromkeys(package for package in packages if package)  # but rankloss, each once
+    title = name + (f" ({', '.join(others)})" if others else "")
     try:
         summaries = [catalog.load(each).summary for each in names]
     except Exception as error:  # another package's
         yield f"{title}: cannot be used: {type(error).__name__}: {error}"
         return
     yield f"{title}: {' and '.join(summaries)}"
-    if options:
+    if with_options:
         for each in names:
             yield from _beside(each)
         yield described(names)

@@ -91,9 +91,13 @@ def _tested(trainer: Trainer) -> str:
     """The range of versions that the extra of a trainer asks for."""
     from packaging.requirements import Requirement  # every trainer brings it
 
-    wanted = map(Requirement, importlib.metadata.requires("rankloss") or [])
-    named = (x for x in wanted if x.name.replace("_", "-") == trainer.distribution and x.marker is not None)
-    return str(next(x.specifier for x in named if x.marker and x.marker.evaluate({"extra": trainer.name})))
+    for text in importlib.metadata.requires("rankloss") or []:
+        requirement = Requirement(text)
+        is_of_trainer = requirement.name.replace("_", "-") == trainer.distribution
+        marker = requirement.marker
+        if is_of_trainer and marker is not None and marker.evaluate({"extra": trainer.name}):
+            return str(requirement.specifier)
+    raise LookupError(f"no extra {trainer.name} of rankloss asks for {trainer.distribution}")
 
 
 def machine() -> list[str]:

@@ -40,9 +40,9 @@ class Entries(NamedTuple):
         name_of_loss = getattr(loss, "__name__", type(loss).__name__)
         for name, value in entries.items():
             if not isinstance(value, Tensor) or value.numel() != 1:
-                got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+                shown = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
                 raise ValueError(
-                    f"{name_of_loss} must give each entry as a tensor of one value; {name} is {got}"
+                    f"{name_of_loss} must give each entry as a tensor of one value; {name} is {shown}"
                 )
         terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
         metrics = {name: value for name, value in entries.items() if name not in terms}
@@ -71,7 +71,7 @@ def _all_in_the_graph(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 class LoggedTerms(dict[str, Tensor]):
     """The terms of a loss together with metrics that are logged but not trained.
 
-    open_clip 3.x and sentence-transformers add up ``values()`` and log ``items()``; the first therefore
+    open_clip 3.x and sentence-transformers add up ``values()`` and log ``items()``; ``values()`` therefore
     leaves the metrics out.
 
     Args:

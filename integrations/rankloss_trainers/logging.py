@@ -32,9 +32,11 @@ class RunLog:
     def __init__(self, name: str, losses: Sequence[Loss], criterion: nn.Module, options: RunOptions) -> None:
         self.name, self.criterion = name, criterion
         self._agreement = Agreement(options.agreement_every)
-        self._logs = [log() for loss in losses if (log := loss.named.log_maker) is not None]
-        self._teacher: list[str] = []  # the features of the last batch
-        self._remarks_on_products = any(getattr(part, "ranks_items", False) for part in criterion.modules())
+        makers = [loss.named.log_maker for loss in losses]
+        self._logs = [make() for make in makers if make is not None]
+        self._teacher: list[str] = []  # the names of its features in the last batch
+        ranks_items = any(getattr(part, "ranks_items", False) for part in criterion.modules())
+        self._has_remark_to_make = ranks_items  # on products, once
 
     def entries(
         self, entries: Mapping[str, Tensor], inputs: Mapping[str, Any], gather: Gather, step: int
@@ -72,9 +74,9 @@ class RunLog:
 
     def remark_on_products(self, features: Tensor | None) -> None:
         """Log once that TF32 products rank the lists."""
-        if features is None or not self._remarks_on_products:
+        if features is None or not self._has_remark_to_make:
             return
-        self._remarks_on_products = False
+        self._has_remark_to_make = False
         text = remark_on_products(features.device)
         if text is not None:
             _logger.info("%s: %s", self.name, text)
@@ -96,24 +98,26 @@ class Agreement:
     def __init__(self, every: int | None) -> None:
         self.every = every
         self._values: dict[str, Tensor] = {}
-        self._measured: int | None = None  # the last multiple
+        self._multiple: int | None = None  # of ``every``, at or below the last step
 
     def __call__(self, gather: Gather, inputs: Mapping[str, Any], step: int) -> dict[str, Tensor]:
         """The entries of one call with these inputs of the loss."""
-        if self._measures(step):
-            # With gradients, as the loss has gathered them.
+        if self._is_due(step):
+            # With gradients, as the loss has gathered them: once for both.
             both = gather(inputs["image_features"], inputs["text_features"])
             with torch.no_grad():
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._values = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
         return self._values
 
-    def _measures(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
+        """True at a multiple of ``every``, and at the first call since one for which there was no call."""
         if self.every is None:
             return False
-        multiple, since = divmod(step, self.every)
-        last, self._measured = self._measured, multiple
-        return since == 0 or multiple != last
+        multiple, steps_since = divmod(step, self.every)
+        is_first_since = multiple != self._multiple
+        self._multiple = multiple
+        return steps_since == 0 or is_first_since
 
 
 def remark_on_products(device: torch.device) -> str | None:

@@ -29,7 +29,7 @@ HOST = Host(
     progress="call set_epoch or set_progress",
     serves=("columns", "ids", "lists", "state", "parameters", "folder"),
 )
-_ENDS = {"epoch": "epochs", "step": "total_steps"}
+_ENDS = {"epoch": "epochs", "step": "total_steps"}  # the last argument of each method of METHODS
 BASES = {"clip": rankloss.ClipLoss, "siglip": rankloss.SigLipLoss}
 """Losses of pairs by name, alone or as the first of joined ones."""
 
@@ -64,12 +64,12 @@ class CreatedLoss(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "loss":  # of an object that is being made
+            if name == "loss":  # of an object that is being made, or unpickled
                 raise
-        loss: Any = self.loss
-        while not hasattr(loss, name) and isinstance(getattr(loss, "base", None), nn.Module):
-            loss = loss.base
-        return getattr(loss, name)
+        owner: Any = self.loss
+        while not hasattr(owner, name) and isinstance(getattr(owner, "base", None), nn.Module):
+            owner = owner.base
+        return getattr(owner, name)
 
 
 def created(name: str, base: Any, gather: GatherOption, teacher: str | None, options: Options) -> nn.Module:
@@ -85,15 +85,15 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
         base, losses = _on_named_base(name, gather, options)
     if not losses and teacher is not None:
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
-    of_base = getattr(base, "gather", None)
-    if gather is None and isinstance(of_base, Gather) and of_base != Gather():
-        gather = of_base
+    gather_of_base = getattr(base, "gather", None)
+    if gather is None and isinstance(gather_of_base, Gather) and gather_of_base != Gather():
+        gather = gather_of_base
     for loss in losses:
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = _with_progress(run)
     if run.teaching.use != "optional":
-        run.teaching.name = name  # with the base's
+        run.teaching.name = name  # for its errors, with the base's name
         hook = functools.partial(_before_call, run.teaching)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)
     return module
@@ -103,7 +103,8 @@ def _with_progress(run: Runtime) -> nn.Module:
     """The module of a run, whose methods tell all of its parts where training stands."""
     module = run.criterion
     told = [part for part in module.modules() if units_of(part)]
-    tells_all = told in ([], [module]) and all(hasattr(module, name) for name in METHODS.values())
+    has_methods = all(hasattr(module, method) for method in METHODS.values())
+    tells_all = has_methods and told in ([], [module])  # its methods tell no part but itself
     is_joined = len(run.losses) != 1
     if is_joined or not tells_all or not hasattr(module, "base"):
         return CreatedLoss(module, run.base_to_evaluate)
@@ -126,7 +127,7 @@ def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[A
 def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
     """Tell all parts of a loss that have the method where training stands."""
     check_position(unit, now, _ENDS[unit], end)
-    for tell in listeners(loss, unit, unit):
+    for tell in listeners(loss, unit, preferred=unit):
         tell(now, end)
 
 

@@ -102,7 +102,7 @@ class Runtime(nn.Module):
         self.has_fixed_entries = False
         self._log = RunLog(self.name, losses, self.criterion, self.options)
         self._first_state = deepcopy(self.criterion.state_dict())
-        self._has_progress = any(map(units_of, self.criterion.modules()))
+        self._has_progress = any(units_of(part) for part in self.criterion.modules())
         self._is_told = not self._has_progress
         self._has_contrasted = False  # a batch of this training
         self._has_met_single = False  # a batch of one pair, which is logged once
@@ -127,8 +127,9 @@ class Runtime(nn.Module):
         return needs
 
     def on(self, base: Any) -> Runtime:
-        """These losses on the loss that the trainer built: the same object where it is the expected one."""
-        if (base if isinstance(base, type) else type(base)) is type(self.own_base):
+        """These losses on the loss, or the class, that the trainer built: this object where it expects it."""
+        kind = base if isinstance(base, type) else type(base)
+        if kind is type(self.own_base):
             return self
         return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
 
@@ -164,9 +165,9 @@ class Runtime(nn.Module):
             OptionError: An option of a loss does not work there.
             ValueError: The loss does not.
         """
-        with contextlib.ExitStack() as named:
+        with contextlib.ExitStack() as contexts:  # an error may begin with an option of any of the losses
             for loss in self.losses:
-                named.enter_context(naming_options(loss.given, loss.name))
+                contexts.enter_context(naming_options(loss.given, loss.name))
             for part in self.criterion.modules():
                 check: Any = getattr(part, "check_device", None)
                 if check is not None:
@@ -176,15 +177,16 @@ class Runtime(nn.Module):
 
     def summary(self, epochs: float) -> str:
         """The line of the log about a run of so many epochs; infinity where its data have no length."""
-        texts = [f"Loss: {self.name}"]
-        own = f"rankloss {rankloss.__version__}"
-        packages = dict.fromkeys(loss.package or own for loss in self.losses if loss.package is not None)
-        if packages:
-            texts[0] += f" ({', '.join(packages)})"
+        of_rankloss = f"rankloss {rankloss.__version__}"
+        packages = [loss.package or of_rankloss for loss in self.losses if loss.package is not None]
+        distinct_packages = dict.fromkeys(packages)
+        by = f" ({', '.join(distinct_packages)})" if packages else ""
+        texts = [f"Loss: {self.name}{by}"]
         for loss in self.losses:
             if loss.summary:
                 texts.append(f"{loss.name}: {loss.summary}" if len(self.losses) > 1 else loss.summary)
-        if any(len(units_of(part)) == len(METHODS) for part in self.criterion.modules()):
+        has_choice_of_unit = any(len(units_of(part)) == len(METHODS) for part in self.criterion.modules())
+        if has_choice_of_unit:
             length = f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
             texts.append(f"schedule per {self.options.unit(epochs)}{length}")
         if self.teaching.use == "required":
@@ -267,8 +269,9 @@ class Runtime(nn.Module):
         if self._is_single(inputs):
             return self._of_single(inputs)
         teacher = self.teaching.inputs(inputs)
-        if self.gather.place[0] == 0:
-            self._log.remark_on_teacher([*teacher])
+        rank, _world_size = self.gather.place
+        if rank == 0:
+            self._log.remark_on_teacher(list(teacher))
             self._log.remark_on_products(inputs.get("image_features"))
         # Always by name: only the names tell which entry is a term.
         with gather_once():
@@ -288,7 +291,8 @@ class Runtime(nn.Module):
         A stream has no length by which it is known before the first step, and its training may be long.
         """
         images = inputs.get("image_features")
-        is_single = isinstance(images, Tensor) and len(images) == 1 and self.gather.place[1] == 1
+        _rank, world_size = self.gather.place
+        is_single = isinstance(images, Tensor) and len(images) == 1 and world_size == 1
         return is_single and self._has_contrasted and self.min_pairs > 1 and not self.takes_lists
 
     def _of_single(self, inputs: Mapping[str, Any]) -> Entries:
@@ -296,9 +300,11 @@ class Runtime(nn.Module):
         if not self._has_met_single:
             self._has_met_single = True
             _logger.warning("A batch of one pair counts 0: %s contrasts two pairs at least", self.name)
-        learned = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
-        # In the graph of all inputs, of whose parameters DDP expects gradients; NaN stays NaN.
-        zero = sum((0.0 * x.sum() for x in learned), inputs["image_features"].new_zeros(()))
+        zero = inputs["image_features"].new_zeros(())
+        for value in inputs.values():
+            if isinstance(value, Tensor) and value.requires_grad:
+                # In the graph of all inputs, of whose parameters DDP expects gradients; NaN stays NaN.
+                zero = zero + 0.0 * value.sum()
         return Entries({"contrastive_loss": zero}, {})
 
     # --- evaluation ---
@@ -314,7 +320,8 @@ class Runtime(nn.Module):
             return None
         if any(loss.replaces for loss in self.losses):
             return self.own_base
-        if any(getattr(of_pairs, key, None) for key in OF_TARGETS):
+        has_other_targets = any(getattr(of_pairs, key, None) for key in OF_TARGETS)
+        if has_other_targets:
             return self.own_base
         if of_pairs is self.criterion and type(of_pairs).__name__ not in PAIRS:
             return self.own_base  # a module of one's own may need more than features
@@ -326,11 +333,12 @@ class Runtime(nn.Module):
         A single pair counts 0.
         """
         lists = {name: features.pop(name) for name in OF_LISTS if name in features}
-        parts: list[Any] = []
-        if lists:
-            parts = [part for part in self.criterion.modules() if hasattr(part, "list_terms")]
-        if lists and not parts:  # a module of one's own
-            return Entries.of(self.criterion, dict(self.criterion(**features, **lists, output_dict=True)))
+        if not lists:
+            return Entries(self._pair_terms(features), {})
+        parts: list[Any] = [part for part in self.criterion.modules() if hasattr(part, "list_terms")]
+        if not parts:  # a module of one's own
+            entries = dict(self.criterion(**features, **lists, output_dict=True))
+            return Entries.of(self.criterion, entries)
         terms = self._pair_terms(features)
         for part in parts:
             terms.update(part.list_terms(features["logit_scale"], **lists))
@@ -341,7 +349,8 @@ class Runtime(nn.Module):
         images, base = features.get("image_features"), self.base_to_evaluate
         if images is None or base is None:
             return {}
-        if len(images) == 1 and self.gather.place[1] == 1:
+        _rank, world_size = self.gather.place
+        if len(images) == 1 and world_size == 1:
             return {"contrastive_loss": images.new_zeros(())}
         return Entries.of(base, base_entries(base, **features)).terms
 

@@ -56,7 +56,9 @@ class Teaching:
         self._copying: list[Any] = [part for part in parts if hasattr(part, "components")]
         self._copying_loss = _loss_of(self._copying, losses) or name
         self._comparing = _comparing_option(parts, losses)
-        if self.teacher is not None and self.teacher.are_encoders:  # whatever else is wrong with it
+        if (
+            self.teacher is not None and self.teacher.are_encoders
+        ):  # this reason first, whatever else is wrong with it
             self._check_copies()
         self.use = _use(name, losses, criterion, options.teacher)
 
@@ -104,6 +106,7 @@ class Teaching:
             raise OptionError(option, f"{text}rankclip-in does{self._alignment}", loss)
 
     def _check_copies(self) -> None:
+        """Raise a ValueError if the loss copies the teacher, which has no common space."""
         if self._copying:
             raise ValueError(f"{self._copying_loss} cannot copy {self._encoders}{self._alignment}")
 
@@ -132,7 +135,9 @@ class Teaching:
             ValueError: A teacher's column is misspelt, and the loss would train without it.
         """
         self.data_columns = columns
-        for column in columns if self.use == "optional" else ():
+        if self.use != "optional":  # a loss that needs a teacher misses the misspelt column itself
+            return
+        for column in columns:
             hint = did_you_mean(column, TEACHER, cutoff=0.8)
             if hint and column not in TEACHER:
                 raise ValueError(f"the data have {column}, which {self.name} does not use{hint}")
@@ -153,13 +158,15 @@ class Teaching:
         """Raise a ValueError unless a teacher's features are there just where the loss uses them."""
         if features and self.use == "none":
             raise ValueError(f"the data have {', '.join(features)}, but {self.name} does not use a teacher")
-        others = [column for column in self.data_columns if column not in features]
-        similar = [column for column in others if column.startswith("reference_")]
-        is_incomplete = not features or (similar and len(features) < len(TEACHER))
-        if self.use == "required" and is_incomplete:
-            has = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
-            raise ValueError(f"{self.name} needs a teacher's features: {self._remedy()}{has}")
-        dropped = [column for column in others if column in TEACHER]
+        not_in_batch = [column for column in self.data_columns if column not in features]
+        # One of the two features may do, unless the data have the other under a misspelt name.
+        lacks_one = len(features) < len(TEACHER) and any(
+            column.startswith("reference_") for column in not_in_batch
+        )
+        if self.use == "required" and (not features or lacks_one):
+            columns = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
+            raise ValueError(f"{self.name} needs a teacher's features: {self._remedy()}{columns}")
+        dropped = [column for column in not_in_batch if column in TEACHER]
         if self.use == "optional" and dropped:
             raise ValueError(
                 f"the data have {dropped[0]}, and the batch has not: let its collator pass it on"
@@ -167,9 +174,12 @@ class Teaching:
 
     def _remedy(self) -> str:
         """The way to give a teacher's features, with the command that computes those of a loss's own."""
-        own = _own_teachers(self._losses)
         ways = self._host.teacher
-        return Teacher(own[0]).spec.two_steps(ways) if own else ways
+        own = _own_teachers(self._losses)
+        if not own:
+            return ways
+        with_command: str = Teacher(own[0]).spec.two_steps(ways)
+        return with_command
 
     def _set_components(self, student: Any, teacher: Any) -> None:
         """Give the matrix that brings the teacher to the student's width to the parts that copy it.
@@ -177,10 +187,10 @@ class Teaching:
         Of a wider teacher these are the folder's principal components; of a narrower one it adds zeros.
         """
         parts = [part for part in self._copying if part.components is None]
-        student_shape, teacher_shape = (tuple(getattr(x, "shape", ())) for x in (student, teacher))
-        if not parts or len(student_shape) != 2 or len(teacher_shape) != 2:  # the loss names wrong inputs
+        are_matrices = all(isinstance(x, Tensor) and x.dim() == 2 for x in (student, teacher))
+        if not parts or not are_matrices:  # the loss names wrong inputs
             return
-        student_width, teacher_width = student_shape[1], teacher_shape[1]
+        student_width, teacher_width = student.shape[1], teacher.shape[1]
         if student_width > teacher_width:
             matrix = torch.eye(teacher_width, student_width)
         elif student_width < teacher_width and self.features is not None:
@@ -214,8 +224,8 @@ def _use(name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | 
     if option is not None and not takes:
         raise OptionError("teacher", f"{name} does not use a teacher; got {option}")
     is_declared = any(loss.named.teacher is not None for loss in losses)
-    is_demanded = any(x.default is x.empty for x in arguments_of(criterion, *TEACHER))
-    if option is not None or is_declared or is_demanded:
+    has_no_default = any(argument.default is argument.empty for argument in arguments_of(criterion, *TEACHER))
+    if option is not None or is_declared or has_no_default:
         return "required"
     return "optional" if takes else "none"
 
@@ -230,6 +240,6 @@ def _comparing_option(parts: Sequence[nn.Module], losses: Sequence[Loss]) -> tup
 
 
 def _loss_of(parts: Sequence[nn.Module], losses: Sequence[Loss]) -> str | None:
-    """The name of the first loss of whose class one of the parts is."""
-    kinds = {type(part) for part in parts}
-    return next((loss.name for loss in losses if loss.named.constructor in kinds), None)
+    """The name of the first loss of whose class one of the parts is; None where a function built them."""
+    classes = {type(part) for part in parts}
+    return next((loss.name for loss in losses if loss.named.constructor in classes), None)
