@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip.factory
 import pytest
@@ -38,7 +38,7 @@ from stored_features import stored
 CAPTIONS = "--loss tiny-caption --second-caption-key synthetic"
 LISTS = "--loss ranked-lists --ranked-lists"
 OPTION = "--loss-teacher"
-BOTH = unit_rows(4, 2)
+FOUR_ROWS = unit_rows(4, 2)
 DISTILLED = "--distill-model RN50 --distill-pretrained x"
 SIGMOID_STUDENT = f"--siglip {DISTILLED}"
 THIRD_PARTY = Path(__file__).parent / "third_party_loss"
@@ -66,56 +66,94 @@ def loss_of(command: str, base: nn.Module | None = None) -> Any:
 # --- what is there --------------------------------------------------------------------------------------
 
 
-def test_help_shows_every_loss_with_its_options(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def help_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``--help`` prints, on one line, where another package registers a loss and a broken one."""
     monkeypatch.setenv("COLUMNS", "100000")  # no word is broken at a hyphen
     register(monkeypatch, plain=built, broken="missing:X")
     with pytest.raises(SystemExit, match="0"):
         parse_args(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "--train-data" in shown
-    assert "plain: The first line is the help" in shown
-    assert re.search(r"broken: .*\(p 1\.0\): ModuleNotFoundError", shown)
-    for name in LOSSES:
-        named = catalog.load(name)
-        assert f"{name}: {named.summary}" in shown
-        for key in typed_options(named):
-            assert flag(prefix_of(name, named), key) in shown
-    for key in options_of(RunOptions):
-        assert flag(RUN, key) in shown
+    return " ".join(capsys.readouterr().out.split())
 
 
-def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None:
-    args = vars(parse_args([]))
-    filled = {dest("rankclip", key): x.default for key, x in typed_options(catalog.load("rankclip")).items()}
-    filled.update({dest(RUN, key): x.default for key, x in options_of(RunOptions).items()})
-    assert not args.keys() & {"loss", *filled}
-    assert vars(parse_args(["--loss", "clip"])) == {**args, "loss": "clip"}
-    assert vars(parse_args(["--loss=rankclip"])) == {**args, "loss": "rankclip", **filled}
-    for name in ("--loss-d", "--loss-dist-impl"):
-        args = vars(parse_args([name, "gather", "--loss", "rankclip"]))
-        assert (args["loss_dist_impl"], args["loss"]) == ("gather", "rankclip")
+def test_help_still_shows_the_trainers_options(help_text: str) -> None:
+    assert "--train-data" in help_text
+
+
+def test_help_describes_every_loss(help_text: str) -> None:
+    summaries = [f"{name}: {catalog.load(name).summary}" for name in LOSSES]
+    assert [summary for summary in summaries if summary not in help_text] == []
+
+
+def test_help_shows_every_option_of_every_loss(help_text: str) -> None:
+    losses = {name: catalog.load(name) for name in LOSSES}
+    flags = [flag(prefix_of(name, loss), key) for name, loss in losses.items() for key in typed_options(loss)]
+    assert [option for option in flags if option not in help_text] == []
+
+
+def test_help_shows_every_option_of_a_run(help_text: str) -> None:
+    flags = [flag(RUN, key) for key in options_of(RunOptions)]
+    assert [option for option in flags if option not in help_text] == []
+
+
+def test_help_describes_another_packages_loss_by_the_first_line_of_its_docstring(help_text: str) -> None:
+    assert "plain: The first line is the help" in help_text
+
+
+def test_help_says_why_a_loss_cannot_be_used(help_text: str) -> None:
+    assert re.search(r"broken: .*\(p 1\.0\): ModuleNotFoundError", help_text)
+
+
+def defaults_of_rankclip_and_run() -> dict[str, Any]:
+    """The arguments that ``--loss rankclip`` adds, by their names in the namespace."""
+    of_loss = {dest("rankclip", key): x.default for key, x in typed_options(catalog.load("rankclip")).items()}
+    of_run = {dest(RUN, key): x.default for key, x in options_of(RunOptions).items()}
+    return {**of_loss, **of_run}
+
+
+def test_without_a_loss_the_arguments_have_none_of_its_options() -> None:
+    assert not vars(parse_args([])).keys() & {"loss", *defaults_of_rankclip_and_run()}
+
+
+def test_the_trainers_own_loss_adds_only_its_name_to_the_arguments() -> None:
+    assert vars(parse_args(["--loss", "clip"])) == {**vars(parse_args([])), "loss": "clip"}
+
+
+def test_a_loss_adds_its_name_its_options_and_those_of_a_run_to_the_arguments() -> None:
+    expected = {**vars(parse_args([])), "loss": "rankclip", **defaults_of_rankclip_and_run()}
+    assert vars(parse_args(["--loss=rankclip"])) == expected
+
+
+@pytest.mark.parametrize("typed", ["--loss-d", "--loss-dist-impl"])
+def test_the_trainers_option_that_begins_like_loss_keeps_its_value(typed: str) -> None:
+    args = parse_args([typed, "gather", "--loss", "rankclip"])
+    assert (args.loss_dist_impl, args.loss) == ("gather", "rankclip")
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda args: Namespace(**vars(args))])
 def test_the_losses_of_a_run_are_found_at_its_arguments_and_built_anew_for_a_copy(copied: Any) -> None:
     args = parse_args(["--device", "cpu", "--loss", "rankclip", "--rankclip-top-k", "3"])
+    changed_copy = copied(args)
+    changed_copy.rankclip_top_k = 5
     assert run_of(args) is run_of(args)
+    assert run_of(changed_copy).args is changed_copy
+    assert [run_of(x).losses[0].values["top_k"] for x in (args, changed_copy)] == [3, 5]
+
+
+def test_the_losses_of_a_run_are_no_argument_that_the_trainer_would_write_down() -> None:
+    args = parse_args(["--device", "cpu", "--loss", "rankclip"])
     assert run_of(args) not in vars(args).values()
-    other = copied(args)
-    other.rankclip_top_k = 5
-    assert run_of(other).args is other
-    assert [run_of(x).losses[0].values["top_k"] for x in (args, other)] == [3, 5]
 
 
 def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Abbreviated, ``--loss`` is ``--loss-dist-impl`` to a parser that rankloss did not reach."""
     register(monkeypatch, x=built, gather=built)
     for name in ("rankclip", "tiny", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
             arguments.requested(SimpleNamespace(loss_dist_impl=name))
+    # A value of the trainer's own option stays one, also where a loss has that name.
     assert arguments.requested(SimpleNamespace(loss_dist_impl="gather")) is None
 
 
@@ -125,24 +163,35 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A file of pairs, and folders of features: of two widths, and of the pairs in another order."""
-    place, pairs = tmp_path_factory.mktemp("places"), [("0.png", "a0"), ("1.png", "a1")]
-    good = stored(place / "good", pairs, image_features=BOTH[:2], text_features=BOTH[:2])
-    wrong = stored(place / "wrong", pairs[::-1], image_features=BOTH[:2], text_features=BOTH[:2])
-    widths = stored(place / "widths", image_features=BOTH, text_features=unit_rows(4, 3))
-    file, lists = place / "data.csv", "\tcandidates\tgrades\n"
-    rows = [f'{image}\t{caption}\t["x"]\t[1{", 2" * n}]\n' for n, (image, caption) in enumerate(pairs)]
-    file.write_text("".join(["filepath\ttitle", lists, *rows]))
-    folders = {"RIGHT": good, "FOLDER": wrong, "WIDTHS": widths}
-    return {**folders, "FILE": str(file), "DATA": f"--train-data {file}"}
-
-
-def test_right_folders_are_taken(places: dict[str, str]) -> None:
-    """By the parser, as the trainer makes it from the parsed arguments."""
-    data = places["DATA"].split()
-    assert parse_args([*data, "--loss", "rankclip", OPTION, places["RIGHT"]]).loss_teacher == places["RIGHT"]
-    assert (
-        run_of(parse_args(["--loss", "rankclip-in", OPTION, places["WIDTHS"]])).teaching.features is not None
+    place = tmp_path_factory.mktemp("places")
+    pairs = [("0.png", "a0"), ("1.png", "a1")]
+    of_pairs = {"image_features": FOUR_ROWS[:2], "text_features": FOUR_ROWS[:2]}
+    right = stored(place / "right", pairs, **of_pairs)
+    other_order = stored(place / "other_order", pairs[::-1], **of_pairs)
+    widths = stored(place / "widths", image_features=FOUR_ROWS, text_features=unit_rows(4, 3))
+    file = place / "data.csv"
+    file.write_text(
+        "filepath\ttitle\tcandidates\tgrades\n"
+        '0.png\ta0\t["x"]\t[1]\n'
+        '1.png\ta1\t["x"]\t[1, 2]\n'  # one grade too many
     )
+    return {
+        "RIGHT": right,
+        "FOLDER": other_order,
+        "WIDTHS": widths,
+        "FILE": str(file),
+        "DATA": f"--train-data {file}",
+    }
+
+
+def test_a_folder_of_the_datas_pairs_is_taken(places: dict[str, str]) -> None:
+    args = parse_args([*places["DATA"].split(), "--loss", "rankclip", OPTION, places["RIGHT"]])
+    assert args.loss_teacher == places["RIGHT"]
+
+
+def test_a_folder_of_two_widths_is_taken_for_the_in_modal_lists(places: dict[str, str]) -> None:
+    args = parse_args(["--loss", "rankclip-in", OPTION, places["WIDTHS"]])
+    assert run_of(args).teaching.features is not None
 
 
 @pytest.mark.parametrize(
@@ -206,11 +255,16 @@ def test_right_folders_are_taken(places: dict[str, str]) -> None:
 def test_what_cannot_work_is_refused(
     capsys: pytest.CaptureFixture[str], places: dict[str, str], command: str, named: str
 ) -> None:
+    """The error has each word of ``named``, and none of those that follow ``not``.
+
+    Words in capitals stand for the paths of the fixture.
+    """
     for word, place in places.items():
         command, named = command.replace(word, place), named.replace(word, place)
-    said, (words, _, others) = refused(capsys, *command.split()), named.partition(" not ")
-    assert [word for word in words.split() if word not in said] == []
-    assert [word for word in others.split() if word in said] == []
+    present, _, absent = named.partition(" not ")
+    error = refused(capsys, *command.split())
+    assert [word for word in present.split() if word not in error] == []
+    assert [word for word in absent.split() if word in error] == []
 
 
 class NeedsRoom(nn.Module):
@@ -273,47 +327,56 @@ def test_the_pairs_of_a_batch_are_counted_over_processes_and_accumulation(
     assert run_of(args).name == command.split()[0]
 
 
-_OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
+# By the name that somebody may type as a loss's option, the option of a run that does this.
+OPTION_OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
 
 
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
         ("distill_loss", "a loss that has a teacher leaves it out"),
-        *((key, f"it is an option of the run, {flag(RUN, of_run)}") for key, of_run in _OF_RUN.items()),
+        *((key, f"it is an option of the run, {flag(RUN, there)}") for key, there in OPTION_OF_RUN.items()),
     ],
 )
 def test_an_option_that_no_loss_has_is_refused_and_its_place_is_named(
     capsys: pytest.CaptureFixture[str], key: str, advice: str
 ) -> None:
-    old = f"--mimicry-{key}".replace("_", "-")
-    for words in ([old, "x"], [f"{old}=x"], [f"--mimicry_{key}", "x"]):
-        typed = words[0].partition("=")[0]
-        assert advice in refused(capsys, "--loss", "clip-ids+mimicry", *words).split(f" {typed}")[1]
+    with_hyphens, with_underscores = f"--mimicry-{key.replace('_', '-')}", f"--mimicry_{key}"
+    for typed, words in (
+        (with_hyphens, [with_hyphens, "x"]),
+        (with_hyphens, [f"{with_hyphens}=x"]),
+        (with_underscores, [with_underscores, "x"]),
+    ):
+        error = refused(capsys, "--loss", "clip-ids+mimicry", *words)
+        _, after_the_option, *_ = error.split(f" {typed}")
+        assert advice in after_the_option
 
 
 @pytest.mark.parametrize("code", [None, 0, 2])
 def test_words_of_the_trainers_parser_are_shown_at_once_and_once(
     capsys: pytest.CaptureFixture[str], code: int | None
 ) -> None:
-    def own(argv: list[str]) -> Any:
+    shown_within: list[str] = []
+
+    def trainers_parser(argv: list[str]) -> Any:
         print("a word of the trainer", argv, file=sys.stderr, flush=True)
-        shown.append(capsys.readouterr().err)
+        shown_within.append(capsys.readouterr().err)
         if code is not None:
             raise SystemExit(code)
         return SimpleNamespace()
 
-    shown: list[str] = []
     with contextlib.suppress(SystemExit):
-        arguments.parsed(own, ["--workers", "3"])
-    assert shown == ["a word of the trainer ['--workers', '3']\n"]
-    assert capsys.readouterr().err == ""
+        arguments.parsed(trainers_parser, ["--workers", "3"])
+    assert shown_within == ["a word of the trainer ['--workers', '3']\n"]
+    shown_after = capsys.readouterr().err
+    assert shown_after == ""
 
 
 def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rankloss_open_clip.failures, "open_clip.factory", AttributeError("no create_loss"))
     with pytest.raises(ImportError, match="no create_loss"):
         parse_args(["--loss", "rankclip"])
+    # Runs that ask for no loss of rankloss begin.
     parse_args([])
     parse_args(["--loss", "clip"])
 
@@ -337,25 +400,54 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_option_reaches_the_loss(command: str, expected: dict[str, Any]) -> None:
     criterion = loss_of(f"--loss {command}").criterion
     terms = getattr(criterion, "consistency", criterion)
-    parts = (criterion, terms, terms.gather, getattr(terms, "options", None))
-    seen = {key: getattr(x, key) for key in expected for x in parts if hasattr(x, key)}
-    assert seen == expected
+    # An option is an attribute of the loss, of its rank terms, of their options, or of their Gather.
+    holders = (criterion, terms, terms.gather, getattr(terms, "options", None))
+    reached = {key: getattr(holder, key) for key in expected for holder in holders if hasattr(holder, key)}
+    assert reached == expected
 
 
-@pytest.mark.parametrize("options", [[], ["--siglip"]])
-def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str]) -> None:
-    ours, stock = rankloss.SigLipLoss if options else rankloss.ClipLoss, parse_args(options)
-    own = open_clip.create_loss(ready(stock))
-    siglip = " ".join(options)
-    assert type(loss_of(f"--loss tiny {siglip}", own).criterion.base) is ours
-    criterion = loss_of(f"--loss rankclip --rankclip-memory-budget 5 {siglip}", own).criterion
-    assert repr(criterion.base) == f"{ours.__name__}(memory_budget=5)"
-    streamed = f"--loss {'siglip' if options else 'clip'}-streamed --streamed-memory-budget 7 {siglip}"
-    assert repr(loss_of(streamed, own).criterion) == f"{ours.__name__}(memory_budget=7)"
+class Pairing(NamedTuple):
+    """The trainer's loss of pairs for its flag, as the trainer builds it, and rankloss's in its place."""
+
+    flag: str
+    of_trainer: nn.Module
+    ours: type[nn.Module]
+    streamed: str
+
+
+@pytest.fixture(params=["softmax", "sigmoid"])
+def pairing(request: pytest.FixtureRequest) -> Pairing:
+    if request.param == "softmax":
+        return Pairing("", open_clip.create_loss(ready(parse_args([]))), rankloss.ClipLoss, "clip-streamed")
+    of_trainer = open_clip.create_loss(ready(parse_args(["--siglip"])))
+    return Pairing("--siglip", of_trainer, rankloss.SigLipLoss, "siglip-streamed")
+
+
+def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(pairing: Pairing) -> None:
+    base = loss_of(f"--loss tiny {pairing.flag}", pairing.of_trainer).criterion.base
+    assert type(base) is pairing.ours
+
+
+def test_the_memory_budget_of_the_terms_is_the_bases_too(pairing: Pairing) -> None:
+    command = f"--loss rankclip --rankclip-memory-budget 5 {pairing.flag}"
+    base = loss_of(command, pairing.of_trainer).criterion.base
+    assert repr(base) == f"{pairing.ours.__name__}(memory_budget=5)"
+
+
+def test_a_streamed_loss_takes_the_place_of_the_trainers(pairing: Pairing) -> None:
+    command = f"--loss {pairing.streamed} --streamed-memory-budget 7 {pairing.flag}"
+    criterion = loss_of(command, pairing.of_trainer).criterion
+    assert repr(criterion) == f"{pairing.ours.__name__}(memory_budget=7)"
+
+
+def test_a_streamed_loss_takes_the_place_of_no_other_loss(pairing: Pairing) -> None:
     with pytest.raises(ValueError, match=r"clip-streamed .*Base|siglip-streamed needs --siglip"):
-        loss_of(streamed, Base())
-    untold = open_clip.loss.SigLipLoss()
-    assert loss_of("--loss rankclip", untold).criterion.base is untold
+        loss_of(f"--loss {pairing.streamed} {pairing.flag}", Base())
+
+
+def test_terms_stand_on_the_loss_itself_where_the_command_did_not_ask_for_it() -> None:
+    unasked = open_clip.loss.SigLipLoss()  # the command has no --siglip
+    assert loss_of("--loss rankclip", unasked).criterion.base is unasked
 
 
 def test_the_log_names_the_loss_and_its_package_once(
@@ -388,29 +480,37 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
 ) -> None:
     """The own loss of the examples' tests has its help and its errors."""
     monkeypatch.syspath_prepend(THIRD_PARTY)
-    (where,) = re.findall('^uniform = "(.*)"$', (THIRD_PARTY / "pyproject.toml").read_text(), re.MULTILINE)
-    register(monkeypatch, uniform=where)
-    inputs, teacher = features(), {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
-    options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'x', **teacher)}"
+    declared = (THIRD_PARTY / "pyproject.toml").read_text()
+    (entry_point,) = re.findall('^uniform = "(.*)"$', declared, re.MULTILINE)
+    register(monkeypatch, uniform=entry_point)
+    teacher = {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
+    options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'teacher', **teacher)}"
     loss = loss_of(f"--loss clip-smooth+uniform+rankclip {options}")
     loss.start_epoch(1, 2, 1, 1)
-    taught = {f"reference_{name}": torch.from_numpy(x) for name, x in teacher.items()}
-    ranked = loss(**inputs, **taught, output_dict=True)
-    uniform = importlib.import_module("uniform_clip").uniformity
-    distances = [abs(uniform(inputs[key]) - uniform(taught[f"reference_{key}"])).item() for key in NAMES]
-    assert ranked["uniform_loss"].item() == pytest.approx(0.5 * sum(distances), rel=1e-5)
-    assert ranked["uniform_weight"].item() == 0.5
-    assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= ranked.keys()
+    student = features()
+    references = {f"reference_{name}": torch.from_numpy(x) for name, x in teacher.items()}
+    entries = loss(**student, **references, output_dict=True)
+    uniformity = importlib.import_module("uniform_clip").uniformity
+    gaps = [abs(uniformity(student[key]) - uniformity(references[f"reference_{key}"])) for key in NAMES]
+    assert entries["uniform_loss"].item() == pytest.approx(0.5 * sum(gaps).item(), rel=1e-5)
+    assert entries["uniform_weight"].item() == 0.5
+    assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= entries.keys()
 
 
-def test_what_is_no_loss_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_loss_with_parameters_is_refused_as_no_optimizer_would_have_them(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    register(monkeypatch, x=built, y=number)
+    register(monkeypatch, x=built)
     base = Base()
     base.weight = nn.Parameter(base.scale.clone())
     with pytest.raises(ValueError, match="x needs parameters"):
         loss_of("--loss x", base)
+
+
+def test_a_constructor_that_returns_no_module_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(monkeypatch, y=number)
     with pytest.raises(SystemExit):
         loss_of("--loss y")
     assert re.search("y .* 3", capsys.readouterr().err)
