@@ -25,6 +25,7 @@ from PIL import Image
 from tiny_teacher import (
     CAPTIONS,
     ROWS,
+    SHARD,
     csv_data,
     data_of,
     files,
@@ -41,7 +42,7 @@ from rankloss_features import Features, bind, opening, sources
 from rankloss_features import data as data_module
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.checking import report
-from rankloss_features.data import IMAGES, Data, Shards, Table, is_first_pair, open_data
+from rankloss_features.data import IMAGES, Data, Sample, Shards, Table, is_first_pair, open_data
 from rankloss_features.folder import NAMES, PICTURES, identity_of, numbers_of, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
 from samples import add_sample
@@ -64,59 +65,97 @@ def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
     return place
 
 
-def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(place: Path) -> None:
-    features = Features(str(place / "whole")).check()
-    for name in NAMES:
-        array = np.concatenate([np.load(x) for x in sorted((place / "whole").glob(f"{name}-*.npy"))])
-        assert len(array) == ROWS
-        for found in (features, pickle.loads(pickle.dumps(features))):
-            np.testing.assert_array_equal(found.arrays[name][:], array)
-            np.testing.assert_array_equal(found.arrays[name][11:37:2], array[11:37:2])
-            np.testing.assert_array_equal(found.take(np.array([39, 0, 12, 12]))[name], array[[39, 0, 12, 12]])
-        for rows in ([ROWS], [-1], [True] * ROWS, [0.5]):
-            with pytest.raises(IndexError, match=f"rows .*from 0 to {ROWS - 1}"):
-                features.arrays[name][rows]
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(
+    place: Path, name: str, is_pickled: bool
+) -> None:
+    """Also of a folder that was sent to another process."""
+    features, several = Features(str(place / "whole")).check(), np.array([39, 0, 12, 12])
+    if is_pickled:
+        features = pickle.loads(pickle.dumps(features))
+    whole = np.concatenate([np.load(file) for file in sorted((place / "whole").glob(f"{name}-*.npy"))])
+    np.testing.assert_array_equal(features.arrays[name][:], whole)
+    np.testing.assert_array_equal(features.arrays[name][11:37:2], whole[11:37:2])
+    np.testing.assert_array_equal(features.take(several)[name], whole[several])
+
+
+def test_a_folder_has_a_row_for_each_pair(place: Path) -> None:
+    features = Features(str(place / "whole"))
+    assert {len(array[:]) for array in features.arrays.values()} == {ROWS}
     assert read_about(place / "whole")["rows"] == ROWS
+
+
+@pytest.mark.parametrize("rows", [[ROWS], [-1], [True] * ROWS, [0.5]])
+def test_rows_that_a_folder_has_not_are_refused(place: Path, rows: list[Any]) -> None:
+    array = Features(str(place / "whole")).arrays[NAMES[0]]
+    with pytest.raises(IndexError, match=f"rows .*from 0 to {ROWS - 1}"):
+        array[rows]
 
 
 # --- damage -----------------------------------------------------------------------------------------------
 
 SHARDS = [f"{name}-00001.npy" for name in (*NAMES, PICTURES)]
+HEADER = 128  # bytes, of a file of NumPy
 CHANGES: dict[str, Callable[[bytes, bytes, bytes], bytes | None]] = {
     "missing": lambda *_: None,
     "empty": lambda *_: b"",
     "a list": lambda *_: b"[]",
-    "cut": lambda x, *_: x[:-9],
-    "longer": lambda x, *_: x + b"0",
-    "a bit": lambda x, *_: x[:-2] + bytes([x[-2] ^ 1]) + x[-1:],
-    "a digit of the header or an entry": lambda x, *_: re.sub(rb"[468]", b"5", x, count=1),
-    "reversed": lambda x, *_: x[:128] + x[:127:-1],
-    "of another modality": lambda x, modality, _: modality,
-    "of another data set": lambda x, _, other: other,
+    "cut": lambda content, *_: content[:-9],
+    "longer": lambda content, *_: content + b"0",
+    "a bit": lambda content, *_: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:],
+    "a digit of the header or an entry": lambda content, *_: re.sub(rb"[468]", b"5", content, count=1),
+    "reversed": lambda content, *_: content[:HEADER] + content[HEADER:][::-1],
+    "of another modality": lambda content, of_texts, _: of_texts,
+    "of another data set": lambda content, _, of_others: of_others,
 }
+"""From a file's content, that of a file of texts and that of the file of other data to the damaged one."""
+
+every_change = pytest.mark.parametrize("change", CHANGES)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("file", ["folder.json", "pairs.npy", *SHARDS])
-def test_a_damaged_file_is_named_and_the_folders_command_mends_it_or_says_why_not(
-    place: Path, data: Data, tmp_path: Path, file: str, change: str
-) -> None:
-    folder = Path(shutil.copytree(place / "whole", tmp_path / "damaged"))
-    others = folder / "text_features-00000.npy", place / "other" / file
-    content = CHANGES[change](*(x.read_bytes() for x in (folder / file, *others)))
+def damaged(place: Path, folder: Path, file: str, change: str) -> Path:
+    """A copy of the whole folder with a file that is changed, or is missing."""
+    shutil.copytree(place / "whole", folder)
+    sources = (folder / file, folder / "text_features-00000.npy", place / "other" / file)
+    content = CHANGES[change](*(source.read_bytes() for source in sources))
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_bytes(content)
+    return folder
+
+
+@every_change
+@pytest.mark.parametrize("file", ["folder.json", "pairs.npy", *SHARDS])
+def test_a_damaged_file_is_named(place: Path, data: Data, tmp_path: Path, file: str, change: str) -> None:
+    """Or its folder, where the file is whole but another's, or says that the folder is one."""
+    folder = damaged(place, tmp_path / "damaged", file, change)
     is_named = change != "of another data set" and (file, change) != ("folder.json", "missing")
-    for read in (lambda: Features(str(folder)).check(), lambda: report(str(folder), data)):
-        with pytest.raises(ValueError, match=str(folder / file if is_named else folder)):
-            read()
-    if file in SHARDS:
+    words = str(folder / file if is_named else folder)
+    with pytest.raises(ValueError, match=words):
+        Features(str(folder)).check()
+    with pytest.raises(ValueError, match=words):
+        report(str(folder), data)
+
+
+@every_change
+@pytest.mark.parametrize("file", SHARDS)
+def test_the_folders_command_mends_a_damaged_shard(
+    place: Path, data: Data, tmp_path: Path, file: str, change: str
+) -> None:
+    folder = damaged(place, tmp_path / "damaged", file, change)
+    written(folder, data, teacher())
+    assert files(folder) == files(place / "whole")
+
+
+@every_change
+@pytest.mark.parametrize("file", ["folder.json", "pairs.npy"])
+def test_the_folders_command_does_not_go_on_with_damaged_entries_or_pairs(
+    place: Path, data: Data, tmp_path: Path, file: str, change: str
+) -> None:
+    folder = damaged(place, tmp_path / "damaged", file, change)
+    with pytest.raises(ValueError, match=str(folder)):
         written(folder, data, teacher())
-        assert files(folder) == files(place / "whole")
-    else:
-        with pytest.raises(ValueError, match=str(folder)):
-            written(folder, data, teacher())
 
 
 def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
@@ -127,22 +166,40 @@ def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
         rankloss_trainers.create("rankclip", teacher=str(folder))
 
 
-def test_folders_that_are_older_or_unfinished_are_refused_with_their_command(
-    place: Path, data: Data, tmp_path: Path
-) -> None:
+COMMAND = "rm -rf ~ #\x1b[2J"
+"""The command of a folder that another made, with a character that clears a terminal."""
+QUOTED = r"'rm -rf ~ #\\x1b\[2J'"
+"""An expression of the command as an error may show it."""
+
+
+@pytest.fixture
+def unfinished(place: Path, tmp_path: Path) -> Path:
+    """A folder that was not written to its end."""
     folder = Path(shutil.copytree(place / "whole", tmp_path / "x"))
-    command, quoted = "rm -rf ~ #\x1b[2J", r"'rm -rf ~ #\\x1b\[2J'"
-    write_about(folder, {**(read_about(folder) or {}), "complete": False, "command": command})
-    with pytest.raises(ValueError, match=f"unfinished.*{quoted}"):
-        Features(str(folder))
-    with pytest.raises(ValueError, match=f"begun with another batch_size, 8, not 4.*{quoted}"):
-        written(folder, data, teacher(), batch_size=4)
-    (folder / "folder.json").unlink()
-    for name, format_ in (("features.json", 2), ("folder.json", 3)):
-        (folder / name).write_text(json.dumps({"format": format_, "rows": 7, "command": command}))
-        for read in (lambda: Features(str(folder)), lambda: written(folder, data, teacher())):
-            with pytest.raises(ValueError, match=f"{name} .*delete it and give its command again, {quoted}"):
-                read()
+    write_about(folder, {**(read_about(folder) or {}), "complete": False, "command": COMMAND})
+    return folder
+
+
+def test_an_unfinished_folder_is_refused_with_its_command(unfinished: Path) -> None:
+    with pytest.raises(ValueError, match=f"unfinished.*{QUOTED}"):
+        Features(str(unfinished))
+
+
+def test_an_unfinished_folder_does_not_go_on_with_another_setting(unfinished: Path, data: Data) -> None:
+    with pytest.raises(ValueError, match=f"begun with another batch_size, 8, not 4.*{QUOTED}"):
+        written(unfinished, data, teacher(), batch_size=4)
+
+
+@pytest.mark.parametrize(("name", "version"), [("features.json", 2), ("folder.json", 3)])
+def test_a_folder_of_an_older_format_is_refused_with_its_command(
+    data: Data, tmp_path: Path, name: str, version: int
+) -> None:
+    (tmp_path / name).write_text(json.dumps({"format": version, "rows": 7, "command": COMMAND}))
+    words = f"{name} .*delete it and give its command again, {QUOTED}"
+    with pytest.raises(ValueError, match=words):
+        Features(str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        written(tmp_path, data, teacher())
 
 
 # --- pairs ----------------------------------------------------------------------------------------------
@@ -153,35 +210,48 @@ def test_the_picture_of_a_sample_is_the_one_the_trainer_prefers() -> None:
     assert tuple(listed.split(";")) == IMAGES
 
 
-@pytest.mark.parametrize("kind", ["datasets", "csv", "webdataset"])
-def test_the_cameras_orientation_counts_where_it_counts_in_training(tmp_path: Path, kind: str) -> None:
-    plain, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 2, 3)), Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    file = tmp_path / "a.png"
-    plain.save(file, exif=exif)
-    trained: Any = plain
-    if kind == "csv":
-        (tmp_path / "a.csv").write_text(f"filepath\ttitle\n{file}\ta\n")
-        data = csv_data(tmp_path / "a.csv")
-    elif kind == "webdataset":
-        with tarfile.open(tmp_path / "a.tar", "w") as tar:
-            add_sample(tar, "a", png=file.read_bytes(), txt=b"a")
-        data = Shards(str(tmp_path / "a.tar"))
-    else:
-        columns = {"image": [str(file)], "caption": ["a"]}
-        dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        dataset.save_to_disk(tmp_path / "data")
-        data = open_data(data_args(tmp_path / "data"))
-        trained = dataset[0]["image"].convert("RGB")
-        assert trained.size == (4, 2) != plain.size
+@pytest.fixture
+def turned(tmp_path: Path) -> tuple[Path, Image.Image]:
+    """A file of a camera that was turned by a quarter, and its picture as the file stores it."""
+    stored, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 2, 3)), Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "a.png", exif=exif)
+    return tmp_path / "a.png", stored
+
+
+def opened(data: Data) -> np.ndarray:
+    """The first picture, as features are computed of it."""
     list(data.pairs())
     ((sample,),) = data.read(0, [(0, 1)])
-    np.testing.assert_array_equal(np.asarray(data.rendering.open(sample.source)), np.asarray(trained))
+    return np.asarray(data.rendering.open(sample.source))
 
 
-def data_args(folder: Path) -> Namespace:
+def test_the_cameras_orientation_does_not_count_in_a_table(turned: Any, tmp_path: Path) -> None:
+    """As in open_clip's training."""
+    file, stored = turned
+    (tmp_path / "a.csv").write_text(f"filepath\ttitle\n{file}\ta\n")
+    np.testing.assert_array_equal(opened(csv_data(tmp_path / "a.csv")), np.asarray(stored))
+
+
+def test_the_cameras_orientation_does_not_count_in_shards(turned: Any, tmp_path: Path) -> None:
+    """As in open_clip's training."""
+    file, stored = turned
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_sample(tar, "a", png=file.read_bytes(), txt=b"a")
+    np.testing.assert_array_equal(opened(Shards(str(tmp_path / "a.tar"))), np.asarray(stored))
+
+
+def test_the_cameras_orientation_counts_in_a_data_set(turned: Any, tmp_path: Path) -> None:
+    """As where a training reads it."""
+    file, stored = turned
+    columns = {"image": [str(file)], "caption": ["a"]}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "data")
     keys = {"image_column": "image", "caption_column": "caption"}
-    return Namespace(data=str(folder), dataset_type="auto", **keys)
+    data = open_data(Namespace(data=str(tmp_path / "data"), dataset_type="auto", **keys))
+    trained = dataset[0]["image"].convert("RGB")
+    assert trained.size == stored.size[::-1]
+    np.testing.assert_array_equal(opened(data), np.asarray(trained))
 
 
 # --- binding ----------------------------------------------------------------------------------------------
@@ -201,26 +271,39 @@ def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return data, written(folder / "x", Table(data, "image", "caption", data="given"), teacher()).path
 
 
-HINT = "bind before"
-SPOILT = [
-    (lambda x: x.select([7, *range(1, 7), 0, *range(8, ROWS)]), f"row 0 .* row 7 of the 40 .*{HINT}"),
-    (
-        lambda x: x.map(lambda row, i: {"caption": "another"} if i == 5 else row, with_indices=True),
-        "row 5 .*'another', .* 40 rows of .*/x$",
-    ),
-    (lambda x: x.select(range(ROWS - 1)), f" 39: row 39 .*{HINT}"),
-    (lambda x: x.select([3, 4]), f"row 0 .* row 3 .*{HINT}"),
-    (lambda x: x.select([*range(ROWS), 0]), f"row 40 .* row 0 of the 40 .*{HINT}"),
+def with_another_caption(data: Any) -> Any:
+    return data.map(lambda row, i: {"caption": "another"} if i == 5 else row, with_indices=True)
+
+
+CHOSEN = [
+    (lambda data: data.select([7, *range(1, 7), 0, *range(8, ROWS)]), "row 0 .* row 7 of the 40"),
+    (lambda data: data.select(range(ROWS - 1)), " 39: row 39"),
+    (lambda data: data.select([3, 4]), "row 0 .* row 3"),
+    (lambda data: data.select([*range(ROWS), 0]), "row 40 .* row 0 of the 40"),
 ]
+"""Data whose rows are other ones of the folder's, and the error: they can be bound before."""
+SPOILT = [*CHOSEN, (with_another_caption, "row 5 .*'another', .* 40 rows of .*/x$")]
 
 
-@pytest.mark.parametrize(("change", "named"), SPOILT)
-def test_data_are_bound_to_their_own_rows_alone(bound: tuple[Any, str], change: Any, named: str) -> None:
+@pytest.mark.parametrize(("change", "error"), SPOILT)
+def test_data_are_bound_to_their_own_rows_alone(bound: tuple[Any, str], change: Any, error: str) -> None:
     data, path = bound
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=error):
         bind(change(data), path)
-    with pytest.raises(ValueError, match=named.removesuffix(f".*{HINT}").rstrip()):
+
+
+@pytest.mark.parametrize(("change", "error"), SPOILT)
+def test_a_report_refuses_data_of_other_rows(bound: tuple[Any, str], change: Any, error: str) -> None:
+    data, path = bound
+    with pytest.raises(ValueError, match=error):
         report(path, Table(change(data), "image", "caption", data="the data"))
+
+
+@pytest.mark.parametrize("change", [change for change, _ in CHOSEN])
+def test_who_binds_chosen_rows_is_told_to_bind_before(bound: tuple[Any, str], change: Any) -> None:
+    data, path = bound
+    with pytest.raises(ValueError, match="bind before"):
+        bind(change(data), path)
 
 
 def products(tmp_path: Path, *, is_embedded: bool, folder: str = "data") -> Any:
@@ -246,67 +329,88 @@ def test_a_picture_has_one_source_wherever_it_stands(monkeypatch: pytest.MonkeyP
     assert len({*found}) == 3
 
 
-@pytest.mark.parametrize("is_embedded", [True, False])
-def test_pictures_of_one_file_name_are_told_apart(tmp_path: Path, is_embedded: bool) -> None:
-    data = products(tmp_path, is_embedded=is_embedded)
-    pairs = Table(data, "image", "caption", data="given")
-    sources = pairs.sources()  # by which an evaluation knows the captions of one picture
+@pytest.fixture(params=[True, False], ids=["embedded", "files"])
+def of_one_name(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A data set whose pictures have one file name."""
+    return products(tmp_path, is_embedded=request.param)
+
+
+def test_an_evaluation_tells_pictures_of_one_file_name_apart(of_one_name: Any) -> None:
+    """It knows the captions of one picture by their source."""
+    sources = Table(of_one_name, "image", "caption", data="given").sources()
     assert sources[::2] == sources[1::2]
     assert len({*sources}) == ROWS // 2
-    path = written(tmp_path / "x", pairs, teacher()).path
-    bind(data, path)
-    reordered = data.select([2, 3, 0, 1, *range(4, ROWS)])
+
+
+def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_path: Path) -> None:
+    path = written(tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()).path
+    bind(of_one_name, path)
+    reordered = of_one_name.select([2, 3, 0, 1, *range(4, ROWS)])
     with pytest.raises(ValueError, match=f"row 0 .* is row 2 of the {ROWS}"):
         bind(reordered, path)
-    for rows in ([5], [4, 5]):  # in one folder alone
-        assert is_first_pair(int(Features(path).pairs[rows[0]]), data.select(rows), "image", "caption")
-    assert not is_first_pair(int(Features(path).pairs[3]), data.select([5]), "image", "caption")
-    csv = [
-        row["path"] or row["bytes"]
-        for row in data.cast_column("image", datasets.Image(decode=False))["image"]
-    ]
-    if not is_embedded:
-        Features(path).compare_columns(data["caption"][:], csv, "the CSV file")
-        with pytest.raises(ValueError, match="row 0 of the CSV file"):
-            Features(path).compare_columns(data["caption"][:], [*csv[2:], *csv[:2]], "the CSV file")
+
+
+def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_path: Path) -> None:
+    """Also of data with pictures of one folder alone."""
+    hashes = written(tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()).pairs
+    assert is_first_pair(int(hashes[5]), of_one_name.select([5]), "image", "caption")
+    assert is_first_pair(int(hashes[4]), of_one_name.select([4, 5]), "image", "caption")
+    assert not is_first_pair(int(hashes[3]), of_one_name.select([5]), "image", "caption")
+
+
+def test_columns_of_a_csv_file_tell_pictures_of_one_file_name_apart(tmp_path: Path) -> None:
+    data = products(tmp_path, is_embedded=False)
+    features = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher())
+    images = data.cast_column("image", datasets.Image(decode=False))["image"]
+    captions, paths = data["caption"][:], [image["path"] for image in images]
+    features.compare_columns(captions, paths, "the CSV file")
+    with pytest.raises(ValueError, match="row 0 of the CSV file"):
+        features.compare_columns(captions, [*paths[2:], *paths[:2]], "the CSV file")
 
 
 # --- pictures by their content ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_embedded", [True, False])
+def embedded(folder: Path, changed: tuple[int, ...] = ()) -> Any:
+    """A data set of pictures in memory with their names, in which rows have another picture."""
+    contents = [picture(99 if i in changed else i) for i in range(ROWS)]
+    return [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(contents)]
+
+
+def in_files(folder: Path, changed: tuple[int, ...] = ()) -> Any:
+    """The same in files."""
+    table(folder)
+    for row in changed:
+        (folder / f"{row}.png").write_bytes(picture(99))
+    return [str(folder / f"{i}.png") for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("images_of", [embedded, in_files])
 def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
-    tmp_path: Path, is_embedded: bool
+    tmp_path: Path, images_of: Any
 ) -> None:
     """By a check, which reads all, and of few rows by a binding and a resumption, too."""
-    images = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(ROWS)]
-    if not is_embedded:
-        images = [str(tmp_path / f"{i}.png") for i in range(ROWS)]
-        table(tmp_path)
 
-    def data() -> Any:
-        rows = datasets.Dataset.from_dict({"image": images, "caption": [f"a {i}" for i in range(ROWS)]})
-        return rows.cast_column("image", datasets.Image())
+    def dataset(*changed: int) -> Any:
+        columns = {"image": images_of(tmp_path, changed), "caption": [f"a {i}" for i in range(ROWS)]}
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
-    def pairs() -> Table:
-        return Table(data(), "image", "caption", data="these")
-
-    path = written(tmp_path / "x", pairs(), teacher()).path
-    bind(data(), path)
-    report(path, pairs())
-    if is_embedded:
-        images[7] = {"bytes": picture(99), "path": "7.png"}
-    else:
-        (tmp_path / "7.png").write_bytes(picture(99))
-    named = rf"row 7 of {{}}: the picture '7.png' is not the one .* {path} .*delete the folder"
-    for call, where in (
-        (lambda: report(path, pairs()), "these"),
-        (lambda: bind(data(), path), "the data"),
-        (lambda: written(Path(path), pairs(), teacher()), "these"),
-        (lambda: written(tmp_path / "y", pairs(), stored_teacher(path)), "these"),
+    same = dataset()
+    path = written(tmp_path / "x", Table(same, "image", "caption", data="these"), teacher()).path
+    bind(same, path)
+    report(path, Table(same, "image", "caption", data="these"))
+    other = dataset(7)
+    pairs = Table(other, "image", "caption", data="these")
+    named = f"the picture '7.png' is not the one .* {path} .*delete the folder"
+    with pytest.raises(ValueError, match=f"row 7 of the data: {named}"):
+        bind(other, path)
+    for read in (
+        lambda: report(path, pairs),
+        lambda: written(Path(path), pairs, teacher()),
+        lambda: written(tmp_path / "y", pairs, stored_teacher(path)),
     ):
-        with pytest.raises(ValueError, match=named.format(where)):
-            call()
+        with pytest.raises(ValueError, match=f"row 7 of these: {named}"):
+            read()
 
 
 def stored_teacher(path: str) -> Teacher:
@@ -324,47 +428,67 @@ def test_the_identities_of_pictures_go_with_the_rows_of_a_folder(
     for features in (whole, again):
         assert features.pictures is not None
         np.testing.assert_array_equal(features.pictures[:], expected)
-        np.testing.assert_array_equal(np.load(f"{features.path}/pictures-00000.npy"), expected[:12])
-    texts = replace(teacher(), encoders={NAMES[1]: teacher().encoders[NAMES[1]]})
-    without = written(tmp_path / "texts", data, texts).check()
-    assert without.pictures is None
-    assert "pictures: by their names" in report(without.path, data)
+        first_shard = np.load(f"{features.path}/pictures-00000.npy")
+        np.testing.assert_array_equal(first_shard, expected[:SHARD])
 
 
-def test_a_start_reads_few_pictures_and_a_check_each_once(
-    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_of_texts_knows_pictures_by_their_names(tmp_path: Path, data: Data) -> None:
+    of_texts = replace(teacher(), encoders={NAMES[1]: teacher().encoders[NAMES[1]]})
+    features = written(tmp_path / "texts", data, of_texts).check()
+    assert features.pictures is None
+    assert "pictures: by their names" in report(features.path, data)
+
+
+@pytest.fixture
+def read_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by the name of each file of a picture that is read."""
+    names: list[str] = []
+
+    def content_of(path: str) -> bytes:
+        names.append(Path(path).name)
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr(opening, "content_of", content_of)
+    return names
+
+
+def paths_and_captions(folder: Path) -> Any:
+    table(folder)
+    columns = {"image": [str(folder / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
+    return datasets.Dataset.from_dict(columns)
+
+
+def test_a_binding_reads_few_pictures(
+    tmp_path: Path, place: Path, read_pictures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A binding to a large table reads as many as to a small one."""
-    read: list[Any] = []
-    monkeypatch.setattr(opening, "content_of", lambda path: read.append(path) or Path(path).read_bytes())
+    """As many of a large table as of a small one, in equal distances."""
     monkeypatch.setattr(data_module, "_LOOKED_AT", 6)
-    columns = {"image": [str(tmp_path / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
-    table(tmp_path)
-    data = datasets.Dataset.from_dict(columns)
-    bind(data, str(place / "whole"))
-    assert [Path(path).name for path in read] == [f"{i}.png" for i in (0, 7, 15, 23, 31, 39)]
-    read.clear()
-    report(str(place / "whole"), Table(data, "image", "caption", data="these"))
-    assert len(read) == ROWS
+    bind(paths_and_captions(tmp_path), str(place / "whole"))
+    assert read_pictures == [f"{i}.png" for i in (0, 7, 15, 23, 31, 39)]
+
+
+def test_a_check_reads_each_picture_once(tmp_path: Path, place: Path, read_pictures: list[str]) -> None:
+    report(str(place / "whole"), Table(paths_and_captions(tmp_path), "image", "caption", data="these"))
+    assert sorted(read_pictures) == sorted(f"{i}.png" for i in range(ROWS))
 
 
 def test_samples_of_shards_are_known_by_their_content(tmp_path: Path) -> None:
     """Keys may change, and two shards may have the same; another picture of a key is another pair."""
 
-    def written_shards(name: str, *samples: tuple[str, int, str]) -> Shards:
+    def shard(name: str, *samples: tuple[str, int, str]) -> Shards:
+        """A shard of samples: a key, the number of a picture, a caption."""
         with tarfile.open(tmp_path / name, "w") as tar:
             for key, number, caption in samples:
                 add_sample(tar, key, png=picture(number), txt=caption.encode())
         return Shards(str(tmp_path / name))
 
-    written_shards("a0.tar", ("000", 0, "a dog"), ("001", 1, "a cat"))
-    written_shards("a1.tar", ("000", 2, "a dog"), ("001", 0, "a dog"))  # of equal keys and captions
-    both = Shards(f"{tmp_path}/a{{0..1}}.tar")
-    features = written(tmp_path / "x", both, teacher()).check()
-    samples = [("0", 0, "a dog"), ("1", 1, "a cat"), ("2", 2, "a dog"), ("3", 0, "a dog")]
-    report(features.path, written_shards("renamed.tar", *samples))
+    shard("a0.tar", ("000", 0, "a dog"), ("001", 1, "a cat"))
+    shard("a1.tar", ("000", 2, "a dog"), ("001", 0, "a dog"))
+    path = written(tmp_path / "x", Shards(f"{tmp_path}/a{{0..1}}.tar"), teacher()).path
+    first, last = [("0", 0, "a dog"), ("1", 1, "a cat")], ("3", 0, "a dog")
+    report(path, shard("renamed.tar", *first, ("2", 2, "a dog"), last))
     with pytest.raises(ValueError, match=r"row 2 of .*, image '2' with caption 'a dog', is none of the 4"):
-        report(features.path, written_shards("changed.tar", *samples[:2], ("2", 9, "a dog"), samples[3]))
+        report(path, shard("changed.tar", *first, ("2", 9, "a dog"), last))
 
 
 def test_pictures_whose_folder_moved_keep_their_names(tmp_path: Path) -> None:
@@ -382,9 +506,13 @@ def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) 
         taken = references(features, np.array(found[COLUMN]))
         for name in NAMES:
             np.testing.assert_array_equal(taken[f"reference_{name}"], features.take(rows)[name])
-    other = written(tmp_path / "other", data_of("csv", tmp_path / "data"), teacher()).path
-    with pytest.raises(ValueError, match=f"row {rows[0]} .*{other}"):
-        references(Features(other), np.array(shuffled[COLUMN]))
+
+
+def test_bound_rows_have_no_features_in_another_folder(bound: tuple[Any, str], tmp_path: Path) -> None:
+    data, path = bound
+    other = written(tmp_path / "other", data_of("csv", tmp_path / "data"), teacher())
+    with pytest.raises(ValueError, match=f"row 5 .*{other.path}"):
+        references(other, np.array(bind(data, path).select([5, 3])[COLUMN]))
 
 
 def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_one(
@@ -397,7 +525,11 @@ def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_
     taken = references(features, np.array(changed[COLUMN]))
     for name in NAMES:
         np.testing.assert_array_equal(taken[f"reference_{name}"], features.take(np.arange(ROWS))[name])
-    with pytest.raises(ValueError, match=r"row 0 .*'another'"):  # the order that the page asks for
+
+
+def test_a_caption_that_changes_before_the_binding_is_refused(bound: tuple[Any, str]) -> None:
+    data, path = bound
+    with pytest.raises(ValueError, match=r"row 0 .*'another'"):
         bind(data.map(lambda _: {"caption": "another"}), path)
 
 
@@ -437,52 +569,87 @@ WIDTH, KEPT = 12, 5
 def spread(widths: tuple[int, ...] = (WIDTH, WIDTH), **about: Any) -> Teacher:
     """Features of unequal variances, in a basis of their own; of images alone for one width."""
 
-    def encoder(i: int, width: int) -> Encoder:
+    def encoder(modality: int, width: int) -> Encoder:
         basis = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0]
-        noise = np.random.default_rng([0, i]).standard_normal((ROWS, width))
+        noise = np.random.default_rng([0, modality]).standard_normal((ROWS, width))
         rows = torch.from_numpy(noise * 0.7 ** np.arange(width) @ basis).float()
-        return Encoder(lambda of: rows[[x.row for x in of]], lambda x: x, width, needs_pictures=i == 0)
 
-    encoders = {name: encoder(i, width) for i, (name, width) in enumerate(zip(NAMES, widths, strict=False))}
+        def prepare(samples: list[Sample]) -> torch.Tensor:
+            return rows[[sample.row for sample in samples]]
+
+        return Encoder(prepare, lambda features: features, width, needs_pictures=modality == 0)
+
+    encoders = {NAMES[modality]: encoder(modality, width) for modality, width in enumerate(widths)}
     return Teacher({}, encoders, **about)
 
 
-@pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (WIDTH,)])
-def test_components_are_those_of_a_singular_value_decomposition(
-    tmp_path: Path, widths: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of both modalities, or of one and without the rows that have no features."""
-    features = written(tmp_path / "x", Shards(shards(tmp_path, broken=(2, 5))), spread(widths))
-    rows = np.concatenate([x[:] for x in features.arrays.values()]).astype(np.float64)
+@pytest.fixture(params=[(WIDTH, WIDTH), (WIDTH,)], ids=["both modalities", "one"])
+def spread_features(request: pytest.FixtureRequest, tmp_path: Path) -> Features:
+    """A folder of features in which two pictures could not be read."""
+    return written(tmp_path / "x", Shards(shards(tmp_path, broken=(2, 5))), spread(request.param))
+
+
+def decomposed(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """The singular values and right vectors of all rows that have features, each of unit norm."""
+    rows = np.concatenate([array[:] for array in features.arrays.values()]).astype(np.float64)
     rows = rows[rows.any(1)]
-    _, values, vectors = np.linalg.svd(
-        rows / np.linalg.norm(rows, axis=1, keepdims=True), full_matrices=False
-    )
-    for width in (1, KEPT, WIDTH):
-        with caplog.at_level(logging.INFO, "rankloss_features"):
-            found = Features(features.path).components(width)
-        matrix = found.matrix.double().numpy()
-        assert found.matrix.dtype == torch.float32
-        np.testing.assert_allclose(matrix.T @ matrix, np.eye(width), atol=1e-6)
-        np.testing.assert_allclose(matrix @ matrix.T, vectors[:width].T @ vectors[:width], atol=1e-5)
-        assert found.explained == pytest.approx((values[:width] ** 2).sum() / (values**2).sum(), abs=1e-6)
-        assert (np.take_along_axis(matrix, np.abs(matrix).argmax(0)[None], 0) > 0).all()
-        assert f"{100 * found.explained:.1f} %" in caplog.text
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    _, values, vectors = np.linalg.svd(units, full_matrices=False)
+    return values, vectors
 
 
-def test_folders_without_such_components_are_refused(tmp_path: Path, data: Data) -> None:
+every_width = pytest.mark.parametrize("width", [1, KEPT, WIDTH])
+
+
+@every_width
+def test_components_span_the_first_vectors_of_a_singular_value_decomposition(
+    spread_features: Features, width: int
+) -> None:
+    _, vectors = decomposed(spread_features)
+    matrix = spread_features.components(width).matrix.double().numpy()
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(width), atol=1e-6)
+    np.testing.assert_allclose(matrix @ matrix.T, vectors[:width].T @ vectors[:width], atol=1e-5)
+
+
+@every_width
+def test_the_explained_share_is_that_of_the_squared_singular_values_and_is_logged(
+    spread_features: Features, width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    values, _ = decomposed(spread_features)
+    with caplog.at_level(logging.INFO, "rankloss_features"):
+        explained = spread_features.components(width).explained
+    assert explained == pytest.approx((values[:width] ** 2).sum() / (values**2).sum(), abs=1e-6)
+    assert f"{100 * explained:.1f} %" in caplog.text
+
+
+@every_width
+def test_components_are_float32_and_their_largest_entry_is_positive(
+    spread_features: Features, width: int
+) -> None:
+    matrix = spread_features.components(width).matrix
+    assert matrix.dtype == torch.float32
+    largest = matrix.abs().argmax(dim=0, keepdim=True)
+    assert (matrix.gather(0, largest) > 0).all()
+
+
+@pytest.mark.parametrize("width", [ROWS + 1, 0])
+def test_more_components_than_rows_or_none_are_refused(tmp_path: Path, data: Data, width: int) -> None:
     features = written(tmp_path / "x", data, spread((ROWS + 5,) * 2))
     features.components(ROWS)
-    for width in (ROWS + 1, 0):
-        with pytest.raises(
-            ValueError,
-            match=f"width must be at least 1 .*{ROWS + 5} dimensions and the {ROWS} rows .* got {width}$",
-        ):
-            features.components(width)
+    bounds = f"width must be at least 1 .*{ROWS + 5} dimensions and the {ROWS} rows .* got {width}$"
+    with pytest.raises(ValueError, match=bounds):
+        features.components(width)
+
+
+def test_components_of_a_damaged_folder_are_refused(tmp_path: Path, data: Data) -> None:
+    features = written(tmp_path / "x", data, spread())
     flip(tmp_path / "x/text_features-00001.npy")
     with pytest.raises(ValueError, match=r"text_features-00001\.npy is not as it was written"):
         features.components(KEPT)
-    for widths in ((WIDTH, WIDTH), (WIDTH, 4)):
-        features = written(tmp_path / f"{widths}", data, spread(widths, spaces="separate"))
-        with pytest.raises(ValueError, match="separate spaces"):
-            features.components(4)
+
+
+@pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (WIDTH, 4)])
+def test_separate_spaces_have_no_components(tmp_path: Path, data: Data, widths: Any) -> None:
+    features = written(tmp_path / "x", data, spread(widths, spaces="separate"))
+    with pytest.raises(ValueError, match="separate spaces"):
+        features.components(4)
