@@ -132,7 +132,7 @@ PRESET = Case(
     page="teachers.md",
 )
 CAPTIONS = Case(
-    "… and a sentence encoder to rank the captions",
+    "a sentence encoder, to rank the captions",
     "rankclip-in",
     {"lambda_in": 8.0, "top_k": 2},
     features=TEXTS,
@@ -210,7 +210,7 @@ ENCODERS = Case(
     "an image backbone and a sentence encoder",
     "rankclip-encoders",
     features=f"{IMAGES} {TEXTS} --align",
-    gain="that of the two small encoders above",
+    gain="as with the two small encoders above",
     on=OF_ENCODERS,
     page="teachers.md",
 )
