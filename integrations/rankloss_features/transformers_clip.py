@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -33,19 +34,31 @@ def load(folder: str, device: torch.device) -> Teacher:
     tokenizer = opening.text_processor(folder)
     # SigLIP has seen texts of one length alone.
     padding = "max_length" if isinstance(getattr(model, "logit_bias", None), Tensor) else "longest"
+    tokens_of = partial(_tokens, tokenizer, padding, _longest_text(model, tokenizer))
     encode_texts = partial(_texts, model, device)
     with torch.inference_mode():
-        width = encode_texts(_tokens(tokenizer, padding, [Sample(0, "", "a picture")])).shape[1]
+        width = encode_texts(tokens_of([Sample(0, "", "a picture")])).shape[1]
     encoders = {
         NAMES[0]: image_encoder(
             partial(_pixels, opening.image_processor(folder)), partial(_images, model), width, device
         ),
-        NAMES[1]: Encoder(partial(_tokens, tokenizer, padding), encode_texts, width),
+        NAMES[1]: Encoder(tokens_of, encode_texts, width),
     }
     scale = float(model.logit_scale.detach().exp()) if hasattr(model, "logit_scale") else None
     return Teacher(
         {"transformers": folder, "weights": hash_of_weights(model)}, encoders, scale, device=device
     )
+
+
+def _longest_text(model: Any, tokenizer: Any) -> int | None:
+    """The tokens that the text tower takes; None if nothing bounds them.
+
+    A tokenizer without a bound of its own, as SigLIP 2's, would cut no text and pad none to that length.
+    """
+    tower = getattr(model.config, "text_config", model.config)
+    bounds = [tokenizer.model_max_length, getattr(tower, "max_position_embeddings", None) or sys.maxsize]
+    longest = min(bounds)
+    return None if longest >= sys.maxsize else int(longest)
 
 
 def _images(model: Any, pixels: Tensor) -> Tensor:
@@ -67,6 +80,7 @@ def _pixels(processor: Any, picture: Any) -> Tensor:
     return pixels
 
 
-def _tokens(tokenizer: Any, padding: str, samples: list[Sample]) -> dict[str, Tensor]:
-    tokens = tokenizer(captions(samples), padding=padding, truncation=True, return_tensors="pt")
+def _tokens(tokenizer: Any, padding: str, longest: int | None, samples: list[Sample]) -> dict[str, Tensor]:
+    options = {"padding": padding, "truncation": True, "max_length": longest}
+    tokens = tokenizer(captions(samples), **options, return_tensors="pt")
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
