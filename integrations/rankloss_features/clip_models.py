@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_features import opening, transformers_clip
+from rankloss_features import opening, trained_files, transformers_clip
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
@@ -63,7 +63,8 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
         device: The device that it computes on.
 
     Raises:
-        ValueError: It is not found, or its weights are of another model or activation.
+        ValueError: It is not found, its weights are of another model or activation, or nothing says how
+            they want pictures to be prepared.
         ImportError: A package is not installed.
     """
     if Path(model, "config.json").is_file():
@@ -73,7 +74,8 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
 
 def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teacher:
     check_activation(name, pretrained)
-    model, transform, tokenizer = opening.open_clip_model(name, pretrained, device)
+    options = trained_files.options_of(name, pretrained) if pretrained else {}
+    model, transform, tokenizer = opening.open_clip_model(name, pretrained, device, **options)
     about = {"open_clip": name, "pretrained": pretrained, "weights": hash_of_weights(model)}
     with torch.inference_mode():
         width = model.encode_text(tokenizer([""]).to(device)).shape[1]

@@ -126,13 +126,16 @@ def check_version(distribution: str) -> None:
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def open_clip_model(name: str, pretrained: str | None, device: torch.device) -> tuple[Any, Any, Any]:
+def open_clip_model(
+    name: str, pretrained: str | None, device: torch.device, **options: Any
+) -> tuple[Any, Any, Any]:
     """A model of open_clip with its weights, the transform of a picture, and the tokenizer.
 
     Args:
         name: As ``--model`` has it, also ``local-dir:…`` and ``hf-hub:…``.
         pretrained: A tag or a file of weights; None for the latter two.
         device: The device that it computes on.
+        options: Others of open_clip's: of the model, or of the pictures.
 
     Raises:
         ValueError: It needs code of its own.
@@ -142,9 +145,10 @@ def open_clip_model(name: str, pretrained: str | None, device: torch.device) -> 
 
     with without_code():
         model, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained, device=device, require_pretrained=True, weights_only=True
+            name, pretrained, device=device, require_pretrained=True, weights_only=True, **options
         )
-        return model.eval(), transform, open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(name, context_length=options.get("force_context_length"))
+        return model.eval(), transform, tokenizer
 
 
 def timm_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:

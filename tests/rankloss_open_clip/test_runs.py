@@ -21,6 +21,7 @@ from trainer_runs import (
 )
 
 from rankloss import schedules
+from rankloss_features.trained_files import options_of_run
 
 TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
 METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
@@ -128,6 +129,15 @@ def test_run_says_what_it_logs_and_depends_on_and_warns_of_nothing(runs: Runs) -
         return {re.sub(r"^[\d,:-]+ \| ", "", line) for line in lines}
 
     assert warned(run) <= warned(runs["stock"])
+
+
+def test_options_of_a_run_are_read_beside_its_checkpoint(runs: Runs) -> None:
+    """By the commands that open the checkpoint, which build the model and prepare pictures by them."""
+    run = runs["--loss rankclip"]
+    found = options_of_run(run.directory / "checkpoints/epoch_1.pt")
+    assert found.keys() == run.params.keys()
+    assert found["model"] == run.params["model"]
+    assert (found["image_mean"], found["force_quick_gelu"], found["epochs"]) == (None, False, EPOCHS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Files of weights that open_clip's trainer wrote: how it built the model and prepared the pictures.
+
+A file of weights says neither. The trainer writes its options beside the checkpoints, in the run's
+``params.txt``; with others a model computes other features, without an error.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+_OF_PICTURES = {
+    "image_mean": "mean",
+    "image_std": "std",
+    "image_interpolation": "interpolation",
+    "image_resize_mode": "resize_mode",
+}
+"""The trainer's options of prepared pictures, and open_clip's names of them beside known weights."""
+_OF_THE_MODEL = ("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length")
+
+
+def options_of(model: str, weights: str) -> dict[str, Any]:
+    """The options by which open_clip builds a model for the weights in a file as its trainer built it.
+
+    Args:
+        model: The name of ``--model``.
+        weights: A file, ``RUN/checkpoints/epoch_5.pt``, whose options stand in ``RUN/params.txt``; of a tag
+            open_clip knows them.
+
+    Raises:
+        ValueError: The run trained another model; or nothing says how the pictures were prepared, and all
+            known weights of the model want them otherwise than open_clip prepares them by default.
+    """
+    if not Path(weights).is_file():
+        return {}
+    run = options_of_run(Path(weights))
+    trained = str(run.get("model", ""))
+    if not trained or ":" in trained:  # local-dir:… or hf-hub:…, which is not at hand
+        _check_default_pictures(model, weights)
+        return {}
+    if trained.replace("/", "-") != model.replace("/", "-"):
+        raise ValueError(f"the weights {weights} are of --model {trained}, as their params.txt says")
+    return {**_of_pictures(trained, run), **{name: run[name] for name in _OF_THE_MODEL if run.get(name)}}
+
+
+def options_of_run(weights: Path) -> dict[str, Any]:
+    """The options of the run that a checkpoint is of, by name; empty if it is of none."""
+    record = weights.resolve().parent.parent / "params.txt"
+    if not record.is_file():
+        return {}
+    lines = (line.partition(": ") for line in record.read_text(encoding="utf-8").splitlines())
+    return {name: _parsed(value) for name, separator, value in lines if separator}
+
+
+def _parsed(text: str) -> Any:
+    """The value of an option: a number, a list or None; any other text is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _of_pictures(model: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run's pictures: those given, and otherwise those of the weights that it began with."""
+    import open_clip
+
+    began_with = open_clip.get_pretrained_cfg(model.replace("/", "-"), str(run.get("pretrained") or ""))
+    found = {name: run.get(name) or began_with.get(key) for name, key in _OF_PICTURES.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_default_pictures(model: str, weights: str) -> None:
+    """Raise a ValueError if all known weights of a model want other pictures than open_clip's default."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    name, default = model.replace("/", "-"), vars(PreprocessCfg())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = [{**default, **open_clip.get_pretrained_cfg(name, tag)} for tag in tags]
+    if known and not any(all(of[key] == default[key] for key in _OF_PICTURES.values()) for of in known):
+        raise ValueError(
+            f"nothing says how pictures were prepared for {weights}, and {name} wants others than the "
+            "default: leave the file in its run, whose params.txt says it, or give local-dir:FOLDER"
+        )
