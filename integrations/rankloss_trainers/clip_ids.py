@@ -68,7 +68,7 @@ class PartnersLog:
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """``pairs_with_partner``, from 0 to 1."""
-        with_ids = (part for part in criterion.modules() if getattr(part, "same_id", None) is not None)
+        with_ids = (x for x in criterion.modules() if getattr(x, "same_id", None) is not None)
         gather: Gather = next(with_ids).gather  # type: ignore[assignment]
         ids = gather.items(inputs["pair_ids"])
         with_partner = count_partners(ids)
