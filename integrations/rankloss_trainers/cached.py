@@ -41,7 +41,8 @@ class Split:
         if size is None:
             return None
         columns = _tensors(inputs)
-        pairs = len(columns["input_ids"] if "input_ids" in columns else next(iter(columns.values())))
+        first_column = next(iter(columns.values()))
+        pairs = len(columns.get("input_ids", first_column))
         return cls(math.ceil(pairs / size), (pairs,))
 
 
@@ -81,9 +82,11 @@ def embedding_in(
         raise ValueError(
             "mini_batch_size cannot split a model that is compiled as a whole; compile its towers"
         )
-    # MatryoshkaLoss keeps the output of the forward that it decorates: the batch is split beneath it.
-    holder, name = (model.forward, "fn") if hasattr(model.forward, "fn") else (model, "forward")
-    own = vars(holder).get(name)  # accelerate's forward, say, which adds mixed precision
+    holder, name = model, "forward"
+    if hasattr(model.forward, "fn"):
+        # MatryoshkaLoss keeps the output of the forward that it decorates: the batch is split beneath it.
+        holder, name = model.forward, "fn"
+    own = vars(holder).get(name)  # of this object, not of its class: accelerate's, which adds mixed precision
     forward = getattr(holder, name)
     setattr(holder, name, functools.partial(_embedded, forward, split, features_of, of_model))
     try:
@@ -107,22 +110,23 @@ def _embedded(
         output = forward(mini_batch) if args else forward(**mini_batch)
         return features_of(output)  # type: ignore[no-any-return]
 
-    shares = [column.tensor_split(split.number) for column in columns.values()]
-    embedded = [checkpoint(embed, *parts, use_reentrant=False) for parts in zip(*shares, strict=True)]
+    parts_of_columns = [column.tensor_split(split.number) for column in columns.values()]
+    mini_batches = zip(*parts_of_columns, strict=True)
+    embedded = [checkpoint(embed, *parts, use_reentrant=False) for parts in mini_batches]
     features = {name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}
     return {**features, **of_model()}
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The columns of a batch that have rows."""
-    return {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim > 0}
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
 
 
 def _check_rows(batch: Mapping[str, Any], columns: Mapping[str, Tensor], split: Split) -> None:
     """Raise a ValueError for a column that cannot be split."""
-    unlike = [name for name, column in columns.items() if len(column) not in split.rows]
-    unlike += [name for name, column in batch.items() if isinstance(column, list | tuple)]
-    if unlike:
+    others = [name for name, column in columns.items() if len(column) not in split.rows]
+    others += [name for name, column in batch.items() if isinstance(column, list | tuple)]
+    if others:
         raise ValueError(
-            f"mini_batch_size cannot split {', '.join(unlike)}: no rows of {max(split.rows)} pairs"
+            f"mini_batch_size cannot split {', '.join(others)}: no rows of {max(split.rows)} pairs"
         )

@@ -67,14 +67,15 @@ class Progress(Callback):
         self, unit: Literal["auto", "step", "epoch"] = "auto", *, total_steps: int | None = None
     ) -> None:
         check_choice("unit", unit, ("auto", "step", "epoch"))
-        self._given, self.unit = unit, unit
+        self._given = unit
+        self.unit = unit  # of the present run
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
             raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
-        self._tellers: list[Any] = []
-        self._end = 0
-        self._told = 0  # an accumulated batch is no step of its own
-        self._training = ""
+        self._tellers: list[Any] = []  # the methods of losses to call
+        self._end = 0  # the last step or epoch
+        self._told = 0  # the last one that was told, since an accumulated batch is no step of its own
+        self._training = ""  # the losses with their course
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -84,24 +85,33 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
         self.unit = self._unit_of(trainer, pl_module)
-        other = "epoch" if self.unit == "step" else "step"
-        told, untold = (self._listeners(pl_module, each, self.unit) for each in (self.unit, other))
-        if untold:
-            part = type(untold[0].__self__).__name__
-            raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
-        self._tellers, self._told = told, 0
-        self._end = self._end_of(trainer, pl_module) if told else 0
-        courses = [course(tell.__self__, self.unit, {self.unit: self._end}) for tell in told]
-        losses = [one_line(loss) for loss in _losses(pl_module)]
-        self._training = ": ".join(filter(None, [", ".join(losses), ", ".join(courses)]))
+        self._check_no_untold(pl_module)
+        self._tellers, self._told = self._listeners(pl_module, self.unit, self.unit), 0
+        self._end = self._end_of(trainer, pl_module) if self._tellers else 0
+        self._training = self._described(pl_module)
         if trainer.is_global_zero:
             warn_of_change(self._training_before, self._training)
         self._training_before = None
         if not trainer.sanity_checking:
             _check_last_batch(trainer, pl_module)
-        if told and not trainer.sanity_checking:
+        if self._tellers and not trainer.sanity_checking:
             rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
+
+    def _check_no_untold(self, pl_module: nn.Module) -> None:
+        """Raise a ValueError for a loss that is told at the other unit alone."""
+        other = "epoch" if self.unit == "step" else "step"
+        untold = self._listeners(pl_module, other, self.unit)
+        if untold:
+            part = type(untold[0].__self__).__name__
+            raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
+
+    def _described(self, pl_module: nn.Module) -> str:
+        """The losses in the module, and the course of those that are told."""
+        lengths: dict[str, float] = {self.unit: self._end}
+        courses = [course(tell.__self__, self.unit, lengths) for tell in self._tellers]
+        losses = [one_line(loss) for loss in _losses(pl_module)]
+        return ": ".join(filter(None, [", ".join(losses), ", ".join(courses)]))
 
     def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
         """The unit of a run."""
@@ -113,7 +123,13 @@ class Progress(Callback):
         return RunOptions(schedule_unit=self._given).unit(epochs)
 
     def _listeners(self, pl_module: nn.Module, unit: str, preferred: str) -> list[Any]:
-        """The methods by which the losses in the module are told at this unit."""
+        """The methods by which the losses in the module are told at this unit.
+
+        Args:
+            pl_module: The module, whose own methods are the user's.
+            unit: ``"epoch"`` or ``"step"``.
+            preferred: The unit of a part that has both methods.
+        """
         in_losses = {part for loss in _losses(pl_module) for part in loss.modules()}
         tellers = [tell for tell in listeners(pl_module, unit, preferred) if tell.__self__ is not pl_module]
         return [tell for tell in tellers if tell.__self__ in in_losses or _has_names(tell, unit)]
@@ -150,6 +166,7 @@ class Progress(Callback):
         return _steps_of(trainer, reasons) if self.total_steps is None else self.total_steps
 
     def _tell(self, trainer: Any) -> None:
+        """Tell the losses the present step or epoch, once; later ones than the last stay at it."""
         now = 1 + (trainer.global_step if self.unit == "step" else trainer.current_epoch)
         if now != self._told:
             self._told = now
@@ -158,6 +175,7 @@ class Progress(Callback):
 
 
 _PARAMETERS = {"epoch": ["epoch", "epochs"], "step": ["step", "total_steps"]}
+"""The parameters of the methods of :data:`METHODS`."""
 
 
 def _losses(module: nn.Module) -> list[nn.Module]:
@@ -170,20 +188,31 @@ def _losses(module: nn.Module) -> list[nn.Module]:
 def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
     """Raise a ValueError for a last batch of one pair, which the run reaches and a loss cannot contrast."""
     parts = [part for loss in _losses(pl_module) for part in loss.modules()]
-    if trainer.world_size > 1 or max((getattr(part, "min_pairs", 1) for part in parts), default=1) < 2:
+    contrasts_pairs = any(getattr(part, "min_pairs", 1) > 1 for part in parts)
+    if trainer.world_size > 1 or not contrasts_pairs:
         return
     for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        has_batches = isinstance(loader, DataLoader) and loader.batch_size is not None
-        if not has_batches or loader.drop_last or isinstance(loader.dataset, IterableDataset):
-            continue
-        pairs, batches = len(loader.sampler), len(loader)
-        steps = trainer.max_steps * trainer.accumulate_grad_batches
-        is_reached = trainer.num_training_batches >= batches and (steps < 0 or steps >= batches)
-        if is_reached and loader.batch_size > 1 and pairs % loader.batch_size == 1:
-            raise ValueError(
-                "the last batch of an epoch has 1 pair, which cannot be contrasted: "
-                f"{pairs} pairs in batches of {loader.batch_size}; give the DataLoader drop_last=True"
-            )
+        if _has_last_batch(loader) and _is_reached(trainer, len(loader)):
+            pairs = len(loader.sampler)
+            if loader.batch_size > 1 and pairs % loader.batch_size == 1:
+                raise ValueError(
+                    "the last batch of an epoch has 1 pair, which cannot be contrasted: "
+                    f"{pairs} pairs in batches of {loader.batch_size}; give the DataLoader drop_last=True"
+                )
+
+
+def _has_last_batch(loader: Any) -> bool:
+    """True for a loader of a known number of rows, which keeps a last batch of fewer."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return loader.batch_size is not None and not loader.drop_last
+
+
+def _is_reached(trainer: Any, batches: int) -> bool:
+    """True if a run reads the last of so many batches of an epoch."""
+    batches_of_run = trainer.max_steps * trainer.accumulate_grad_batches  # negative without max_steps
+    is_in_run = batches_of_run < 0 or batches_of_run >= batches
+    return bool(is_in_run and trainer.num_training_batches >= batches)
 
 
 def _is_loss(part: nn.Module) -> bool:
@@ -193,7 +222,8 @@ def _is_loss(part: nn.Module) -> bool:
 
 def _has_names(method: Any, unit: str) -> bool:
     """True for a method with the names of a loss's; the ``set_epoch(epoch)`` of a backbone is for others."""
-    return [*inspect.signature(method).parameters][:2] == _PARAMETERS[unit]
+    first_two = list(inspect.signature(method).parameters)[:2]
+    return first_two == _PARAMETERS[unit]
 
 
 def _epochs_of(trainer: Any, reasons: list[str]) -> int:

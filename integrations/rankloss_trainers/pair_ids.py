@@ -15,8 +15,8 @@ from rankloss_trainers.graded.lists import hash_identity, identify
 CAPTIONS = "captions"
 """The key of ids that are equal for equal captions."""
 
-_LARGEST = 2**63 - 1
-_LONGEST = 2**16  # tokens of a text; later places begin anew
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1  # of the integers of 64 bits
+_PLACES = 2**16  # of a text or a row that have factors of their own; later places have the same again
 
 
 def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
@@ -42,20 +42,21 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
     """
     check_several(f"ids in column {column}", values)
     if isinstance(values, Tensor):
-        is_other = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
-        if values.dim() != 1 or is_other:
+        are_integers = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+        if values.dim() != 1 or not are_integers:
             shown = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
             raise ValueError(f"ids of pairs must be integers [N]; column {column} has {shown}")
         return values.long()
     ids = []
     for row, value in enumerate(values):
         _check_id(value, row, column)
-        if isinstance(value, str) != isinstance(values[0], str):
+        is_text, first_is_text = isinstance(value, str), isinstance(values[0], str)
+        if is_text != first_is_text:
             raise ValueError(
                 f"ids of pairs must be all texts or all integers; column {column} has {values[0]!r} in row 0 "
                 f"and {value!r} in row {row}"
             )
-        ids.append(hash_identity(identify(value)) if isinstance(value, str) else int(value))
+        ids.append(hash_identity(identify(value)) if is_text else int(value))
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
@@ -64,15 +65,15 @@ def _check_id(value: Any, row: int, column: str) -> None:
     if column == CAPTIONS and isinstance(value, str):
         return  # an empty caption is one
     check_id(f"ids in column {column}", value, row)
-    if not isinstance(value, str) and not -_LARGEST - 1 <= int(value) <= _LARGEST:
+    if not isinstance(value, str) and not _SMALLEST <= int(value) <= _LARGEST:
         raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")
 
 
 def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
     """The ids of tokenized texts, ``[N]``: hashes of the tokens, made on their device without a wait.
 
-    They are linear in the tokens, modulo 2⁶⁴, with odd factors that are the same everywhere. Padding, on
-    either side, does not count.
+    An id is Σᵢ (aᵢ·tokenᵢ + bᵢ) modulo 2⁶⁴ over the places i of the text, with odd aᵢ and bᵢ that are the
+    same everywhere. Padding, on either side, does not count.
 
     Args:
         inputs: The inputs of a model. ``input_ids``, ``[N, L]``, with ``attention_mask``, zero at padding; or
@@ -91,23 +92,38 @@ def hash_tokens(inputs: Mapping[str, Tensor], processor: Any) -> Tensor:
     """
     if "input_ids" not in inputs:
         raise ValueError(f"input_ids are needed for ids of captions; got {', '.join(inputs)}")
-    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tokens, mask, pad = inputs["input_ids"], inputs.get("attention_mask"), _padding(processor)
     if "offsets" in inputs:  # of a StaticEmbedding
-        starts, place = inputs["offsets"], torch.arange(len(tokens), device=tokens.device)
-        text = torch.searchsorted(starts, place, right=True) - 1
-        return torch.zeros_like(starts).index_add(0, text, _hashes(tokens, place - starts[text]))
-    if mask is None:
-        pad = _padding(processor)
-        if pad is None:
-            raise ValueError(
-                "attention_mask, or a tokenizer with a pad_token_id, has to tell the padding, which ids of "
-                f"captions leave out; got {', '.join(inputs)}"
-            )
-        is_text = (tokens != pad).long()  # a text may have the token inside
-        mask = is_text.cumsum(-1) * is_text.flip(-1).cumsum(-1).flip(-1)
-    used = (mask != 0).long()
-    ids: Tensor = (_hashes(tokens, used.cumsum(-1) - used) * used).sum(-1)
+        return _hash_joined(tokens, inputs["offsets"])
+    if mask is not None:
+        is_text = mask != 0
+    elif pad is not None:
+        is_text = _from_first_to_last(tokens != pad)
+    else:
+        raise ValueError(
+            "attention_mask, or a tokenizer with a pad_token_id, has to tell the padding, which ids of "
+            f"captions leave out; got {', '.join(inputs)}"
+        )
+    counted = is_text.long()
+    places = counted.cumsum(-1) - counted  # of each token among its text's
+    ids: Tensor = (_hashes(tokens, places) * counted).sum(-1)
     return ids
+
+
+def _hash_joined(tokens: Tensor, starts: Tensor) -> Tensor:
+    """The ids of texts whose tokens stand in one row, each from its start on."""
+    places = torch.arange(len(tokens), device=tokens.device)
+    texts = torch.searchsorted(starts, places, right=True) - 1  # the text of each token
+    hashes = _hashes(tokens, places - starts[texts])
+    return torch.zeros_like(starts).index_add(0, texts, hashes)
+
+
+def _from_first_to_last(is_no_pad: Tensor) -> Tensor:
+    """True from the first to the last token of each row that is no padding: a text may have the pad token."""
+    counts = is_no_pad.long()
+    is_begun = counts.cumsum(-1) > 0
+    is_to_come = counts.flip(-1).cumsum(-1).flip(-1) > 0
+    return is_begun & is_to_come
 
 
 def has_padding(inputs: Mapping[str, Any], processor: Any) -> bool:
@@ -118,12 +134,16 @@ def has_padding(inputs: Mapping[str, Any], processor: Any) -> bool:
 
 def _padding(processor: Any) -> int | None:
     """The token of padding of a tokenizer, or of a processor that holds one."""
-    token: int | None = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    token: int | None = getattr(tokenizer, "pad_token_id", None)
     return token
 
 
 def hash_rows(rows: Tensor) -> Tensor:
     """The ids of pictures by their content, ``[N]``: hashes of rows, made on their device without a wait.
+
+    A row is split into blocks. With odd factors a and b that are the same everywhere, the hash of a block is
+    Σᵢ aᵢ·bitsᵢ over its values i, and the hash of the row is Σⱼ bⱼ·hashⱼ over its blocks j, both modulo 2⁶⁴.
 
     Args:
         rows: The pixels, ``[N, …]``, of any dtype.
@@ -133,30 +153,31 @@ def hash_rows(rows: Tensor) -> Tensor:
         >>> (hash_rows(pixels)[:, None] == hash_rows(pixels)).int().tolist()
         [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    of_values, of_blocks = _factors(rows.device)
+    dtype_of_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    factors_of_values, factors_of_blocks = _factors(rows.device)
 
     def hashed(row: Tensor) -> Tensor:
-        blocks = row.long().split(_LONGEST)
-        hashes = torch.stack([(block * of_values[: len(block)]).sum() for block in blocks])
-        found: Tensor = (hashes * of_blocks[: len(blocks)]).sum()
-        return found
+        blocks = row.long().split(_PLACES)
+        hashes = torch.stack([(block * factors_of_values[: len(block)]).sum() for block in blocks])
+        of_row: Tensor = (hashes * factors_of_blocks[: len(blocks)]).sum()
+        return of_row
 
-    return torch.stack([hashed(row) for row in rows.detach().contiguous().flatten(1).view(integers)])
+    bits = rows.detach().contiguous().flatten(1).view(dtype_of_bits)
+    return torch.stack([hashed(row) for row in bits])  # row by row: long() takes up to eight times the memory
 
 
 def _hashes(tokens: Tensor, places: Tensor) -> Tensor:
-    """A number of 64 bits for each token and its place in its text; a token 0 has one too."""
-    factor, offset = _factors(tokens.device)[:, places % _LONGEST]
+    """A number of 64 bits for each token and its place in its text; the offset tells a token 0 from none."""
+    factor, offset = _factors(tokens.device)[:, places % _PLACES]
     hashes: Tensor = tokens.long() * factor + offset
     return hashes
 
 
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
-    """Odd numbers of 64 bits, two for each place of a text; they do not depend on a batch's longest one."""
+    """Two odd numbers of 64 bits for each place, ``[2, places]``, whatever a batch's longest text."""
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(2**62), 2**62, (2, _LONGEST), generator=generator, device="cpu")
+    numbers = torch.randint(-(2**62), 2**62, (2, _PLACES), generator=generator, device="cpu")
     return (numbers * 2 + 1).to(device)
 
 
@@ -187,5 +208,6 @@ def count_partners(ids: Tensor) -> Tensor:
     """
     ordered = ids.sort().values
     equals_next = ordered[1:] == ordered[:-1]
-    edge = equals_next.new_zeros(1)
-    return (torch.cat([edge, equals_next]) | torch.cat([equals_next, edge])).sum()
+    none = equals_next.new_zeros(1)  # the first has no one before it, the last no one behind it
+    has_partner = torch.cat([none, equals_next]) | torch.cat([equals_next, none])
+    return has_partner.sum()

@@ -24,9 +24,13 @@ def units_of(part: nn.Module) -> dict[str, Any]:
 
     Those of :class:`rankloss.losses.GatheringLoss` only pass it on to parts, which are told by themselves.
     """
-    methods = {unit: getattr(type(part), name, None) for unit, name in METHODS.items()}
     passing_on = [getattr(GatheringLoss, name) for name in METHODS.values()]
-    return {unit: method for unit, method in methods.items() if callable(method) and method not in passing_on}
+    methods = {}
+    for unit, name in METHODS.items():
+        method = getattr(type(part), name, None)
+        if callable(method) and method not in passing_on:
+            methods[unit] = method
+    return methods
 
 
 def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[Any]:
@@ -39,7 +43,8 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
     """
     for part in loss.modules():
         methods = units_of(part)
-        if unit in methods and (unit == preferred or len(methods) == 1):
+        is_told_at_unit = unit in methods and (unit == preferred or len(methods) == 1)
+        if is_told_at_unit:
             yield types.MethodType(methods[unit], part)
 
 
@@ -72,8 +77,8 @@ def course(loss: nn.Module, unit: str, lengths: Mapping[str, float]) -> str:
         schedule = getattr(part, "schedule", None)
         text = getattr(schedule, "__name__", type(part).__name__)
         if schedule is not schedules.constant:
-            own = unit if unit in units else next(iter(units))
-            text += f" per {own} over {lengths[own]:g} {own}(s)"
+            unit_of_part = unit if unit in units else next(iter(units))
+            text += f" per {unit_of_part} over {lengths[unit_of_part]:g} {unit_of_part}(s)"
         texts.append(text)
     return ", ".join(texts)
 
@@ -86,8 +91,9 @@ def one_line(loss: object) -> str:
         >>> one_line(rankloss.SpreadLoss(weight=0.5))
         'SpreadLoss(weight=0.5 (base): ClipLoss())'
     """
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(loss).split()))
-    return text.replace("( ", "(").replace(" )", ")")
+    on_one_line = " ".join(str(loss).split())
+    without_addresses = re.sub(r" at 0x[0-9a-fA-F]+", "", on_one_line)
+    return without_addresses.replace("( ", "(").replace(" )", ")")
 
 
 def warn_of_change(before: str | None, now: str) -> None:

@@ -68,7 +68,8 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
             f"{len(grades)} grades in {where}"
         )
     for grade in grades:
-        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
+        is_number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
+        if not is_number or not grade < math.inf:  # NaN is not below either
             raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
         if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
             raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
@@ -115,11 +116,11 @@ def decode_grades(bits: Tensor) -> Tensor:
         return bits.view(torch.float64)
     grades = bits.cpu().view(torch.float64)
     ordered = grades.sort(-1).values
-    narrow = ordered.float()
-    is_tied = (narrow[:, 1:] == narrow[:, :-1]) & (ordered[:, 1:] != ordered[:, :-1])
-    lists = is_tied.any(-1) | (narrow == math.inf).any(-1)
-    if bool(lists.any()):
-        row = int(lists.byte().argmax())
+    rounded = ordered.float()
+    are_tied = (rounded[:, 1:] == rounded[:, :-1]) & (ordered[:, 1:] != ordered[:, :-1])
+    is_lost = are_tied.any(-1) | (rounded == math.inf).any(-1)  # in each list
+    if bool(is_lost.any()):
+        row = int(is_lost.byte().argmax())
         raise ValueError(
             f"grades must stay distinct and finite in float32, the widest dtype of {bits.device}; list {row} "
             f"of the batch has {ordered[row].tolist()}"
@@ -144,17 +145,20 @@ def identify(candidate: Any) -> Hashable:
     if candidate is None or isinstance(candidate, (bytes, int)):
         return candidate
     if isinstance(candidate, Tensor):
-        numbers = candidate.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return str(candidate.dtype), tuple(candidate.shape), numbers.tobytes()
+        flat = candidate.detach().cpu().contiguous().flatten()
+        of_bytes = flat.view(torch.uint8).numpy()  # NumPy has no bfloat16
+        return str(candidate.dtype), tuple(candidate.shape), of_bytes.tobytes()
     if isinstance(candidate, (np.ndarray, np.generic)) and not candidate.dtype.hasobject:
         return str(candidate.dtype), candidate.shape, candidate.tobytes()
-    if hasattr(candidate, "tobytes") and hasattr(candidate, "mode"):
-        shown = candidate.convert("RGBA") if candidate.mode in ("P", "PA") else candidate  # bytes: indices
-        return shown.mode, shown.size, shown.tobytes()
+    if hasattr(candidate, "tobytes") and hasattr(candidate, "mode"):  # a picture of Pillow
+        has_palette = candidate.mode in ("P", "PA")  # whose bytes are indices into it
+        picture = candidate.convert("RGBA") if has_palette else candidate
+        return picture.mode, picture.size, picture.tobytes()
     if isinstance(candidate, Mapping):
-        return "mapping", tuple(sorted((str(key), identify(x)) for key, x in candidate.items()))
+        items = sorted((str(key), identify(value)) for key, value in candidate.items())
+        return "mapping", tuple(items)
     if isinstance(candidate, (list, tuple)):
-        return tuple(map(identify, candidate))
+        return tuple(identify(item) for item in candidate)
     raise ValueError(
         f"candidates and queries must be texts, pictures, arrays or mappings of these; got {candidate!r:.60}"
     )
@@ -162,7 +166,8 @@ def identify(candidate: Any) -> Hashable:
 
 def hash_identity(key: Hashable) -> int:
     """64 bits of an :func:`identify`, the same on all processes."""
-    return int.from_bytes(hash_of(repr(key).encode(), 8), "little", signed=True)
+    eight_bytes = hash_of(repr(key).encode(), 8)
+    return int.from_bytes(eight_bytes, "little", signed=True)
 
 
 class Distinct:
@@ -233,7 +238,8 @@ def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> N
     """
     places: dict[Hashable, int] = {}
     for n, query in enumerate(queries):
-        if (first := places.setdefault(identify(query), n)) != n:
+        first = places.setdefault(identify(query), n)
+        if first != n:
             raise ValueError(
                 f"a query may be in a batch once; got it in row {first} and {named[n]}. {remedy}"
             )
@@ -251,13 +257,15 @@ def pad_lists(
         grades: ``[N, K]``.
         ids: ``[M]``, or None.
     """
-    if gather.place[1] > 1:
-        sizes = len(candidates), index.shape[1]
-        rows, width = gather.items(torch.tensor([sizes], device=index.device)).amax(0).tolist()
-        candidates = F.pad(candidates, (0, 0, 0, rows - sizes[0]))
-        index = F.pad(index, (0, width - sizes[1]), value=PADDING)
-        grades = F.pad(grades, (0, width - sizes[1]))
-        ids = None if ids is None else F.pad(ids, (0, rows - sizes[0]))
+    _rank, world_size = gather.place
+    if world_size > 1:
+        own_sizes = torch.tensor([[len(candidates), index.shape[1]]], device=index.device)
+        largest_pool, longest_list = gather.items(own_sizes).amax(0).tolist()
+        rows_to_add, places_to_add = largest_pool - len(candidates), longest_list - index.shape[1]
+        candidates = F.pad(candidates, (0, 0, 0, rows_to_add))
+        index = F.pad(index, (0, places_to_add), value=PADDING)
+        grades = F.pad(grades, (0, places_to_add))
+        ids = None if ids is None else F.pad(ids, (0, rows_to_add))
     return {
         "candidate_features": candidates,
         "grades": grades,

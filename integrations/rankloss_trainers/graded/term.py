@@ -85,11 +85,7 @@ class RankedListsTerm(nn.Module):
             **inputs: Those of the lists; the others are the base's.
         """
         if self.lists.in_batch_negatives:
-            queries = inputs.get("query_features")
-            with self.lists.gather.agreement(self, query_features=queries, query_ids=query_ids):
-                pass
-            if query_ids is not None:
-                _check_distinct(self.lists.gather.items(query_ids))
+            self._check_queries(inputs.get("query_features"), query_ids)
         lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}
         _check_given(lists)
         if logit_scale is None:
@@ -109,6 +105,13 @@ class RankedListsTerm(nn.Module):
             if logit_bias is not None:  # changes no list, but is a parameter of which DDP expects a gradient
                 logit_scale = logit_scale + 0.0 * logit_bias
         return combined(entries, self.list_terms(logit_scale, **lists), output_dict)
+
+    def _check_queries(self, queries: Tensor | None, ids: Tensor | None) -> None:
+        """Raise a ValueError for a query twice in the batch, or if some processes alone have ids."""
+        with self.lists.gather.agreement(self, query_features=queries, query_ids=ids):
+            pass  # leaving compares the calls of the processes
+        if ids is not None:
+            _check_distinct(self.lists.gather.items(ids))
 
     def extra_repr(self) -> str:
         """The weight."""
@@ -136,9 +139,10 @@ def _check_distinct(ids: Tensor) -> None:
     """Raise a ValueError, the same on all processes, for a query twice in a batch."""
     values, counts = ids.unique(return_counts=True)
     if len(values) < len(ids):
-        rows = (ids == values[counts.argmax()]).nonzero().flatten()[:2].tolist()
+        repeated = values[counts.argmax()]
+        first, second, *_ = (ids == repeated).nonzero().flatten().tolist()
         raise ValueError(
-            f"rows {rows[0]} and {rows[1]} of the batch are one query, whose candidates would be each "
+            f"rows {first} and {second} of the batch are one query, whose candidates would be each "
             "other's in-batch negatives: give all candidates of a query as one list"
         )
 
@@ -173,5 +177,5 @@ def ranked_lists(
     if own_caption == "top" and lists.uses_grade_values:
         text = "top is an order and no grade; it needs a model that goes by the order alone"
         raise ValueError(f"own_caption: {text}")
-    base, needs_pairs = None if base_loss == "exclude" else base, base_loss == "include"
-    return RankedListsTerm(lists, base, weight=weight, needs_pairs=needs_pairs)
+    base_beside = None if base_loss == "exclude" else base
+    return RankedListsTerm(lists, base_beside, weight=weight, needs_pairs=base_loss == "include")
