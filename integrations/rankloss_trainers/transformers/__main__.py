@@ -63,8 +63,9 @@ def parse(argv: list[str]) -> tuple[Any, list[str]]:
     arguments = _losses(argv)
     args, rest = arguments.parse(argv)
     try:
-        chosen = arguments.chosen(args)
-        return (None if chosen is None else _built(*chosen)), rest
+        choice = arguments.chosen(args)
+        run = None if choice is None else _built(*choice)
+        return run, rest
     except ValueError as error:
         arguments.parser.error(f"argument {error}")
 
@@ -107,6 +108,7 @@ class Attached:
         return self.run if not self.built else _built(self.run.losses, self.run.options)
 
     def _guard(self, *_: Any) -> None:
+        """Stop a script that takes an optimizer's step without a Trainer of ours."""
         if not self.built:
             raise RuntimeError(self.missed)
 
@@ -114,14 +116,15 @@ class Attached:
         """Put a ContrastiveTrainer in the place of ``module.Trainer``."""
         from rankloss_trainers.transformers.trainer import ContrastiveTrainer
 
-        attached, former = self, module.Trainer
+        attached, replaced = self, module.Trainer
 
         class Trainer(ContrastiveTrainer):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, loss=attached.take(), **kwargs)
                 attached.built.append(self)
 
-        Trainer.__module__, Trainer.__qualname__ = former.__module__, former.__qualname__
+        # Shown, and pickled, by the name that it is put under.
+        Trainer.__module__, Trainer.__qualname__ = replaced.__module__, replaced.__qualname__
         sys.modules["transformers"].Trainer = module.Trainer = Trainer  # type: ignore[attr-defined]
 
 

@@ -27,10 +27,11 @@ def embedded(
     Returns:
         Its output; and the embeddings, the scale and the bias, as losses call them.
     """
-    scale = functools.partial(scale_of, model)
-    with embedding_in(model, split, embeddings_of, scale):
+    with embedding_in(model, split, embeddings_of, functools.partial(scale_of, model)):
         outputs = call(**inputs)
-    return outputs, {**embeddings_of(outputs), **scale()} if split is None else dict(outputs)
+    if split is not None:  # within the context the model gave the features themselves
+        return outputs, dict(outputs)
+    return outputs, {**embeddings_of(outputs), **scale_of(model)}
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:
@@ -41,8 +42,8 @@ def embeddings_of(outputs: Any) -> dict[str, Tensor]:
     """
     missing = [name for name in _EMBEDDINGS.values() if getattr(outputs, name, None) is None]
     if missing:
-        given = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ValueError(f"the model's output has no {' and no '.join(missing)}, got {given}")
+        shown = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(f"the model's output has no {' and no '.join(missing)}, got {shown}")
     return {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
 
 
@@ -63,13 +64,14 @@ def logit_scale(model: Any) -> Tensor:
         ValueError: The model has none, or this process does not hold it whole.
     """
     if isinstance(getattr(model, "logit_scale", None), Tensor):
-        scale = _whole(model.logit_scale, "logit_scale")
-    elif isinstance(getattr(model, "temperature", None), Tensor):
+        log_scale = _whole(model.logit_scale, "logit_scale")
+        limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
+        if limit is not None:
+            log_scale = log_scale.clamp(0.0, limit)
+        return log_scale.exp()
+    if isinstance(getattr(model, "temperature", None), Tensor):
         return 1 / _whole(model.temperature, "temperature")
-    else:
-        raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
-    limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
-    return (scale if limit is None else scale.clamp(0.0, limit)).exp()
+    raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
 
 
 def has_bias(model: Any) -> bool:
@@ -77,16 +79,21 @@ def has_bias(model: Any) -> bool:
     return isinstance(getattr(model, "logit_bias", None), Tensor)
 
 
-def _whole(whole: Any, name: str) -> Tensor:
-    if hasattr(whole, "full_tensor"):
+def _whole(parameter: Any, name: str) -> Tensor:
+    """A parameter of one number as a scalar, also where FSDP has shared it out among processes.
+
+    Raises:
+        ValueError: This process does not hold it, as under ZeRO stage 3.
+    """
+    if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import Partial
 
         # The gradient is that of this process's share of the batch. Where FSDP has resharded the parameter by
         # now, nothing else averages it, and torch would assume that it is the same on every process.
-        mean = tuple(Partial("avg") for _ in whole.placements)
-        whole = whole.full_tensor(grad_placements=mean)
-    if whole.numel() != 1:
+        mean = tuple(Partial("avg") for _ in parameter.placements)
+        parameter = parameter.full_tensor(grad_placements=mean)
+    if parameter.numel() != 1:
         remedy = "use ZeRO stage 2 or FSDP version 2, which show it outside the forward pass"
-        raise ValueError(f"{name} has {whole.numel()} elements on this process: {remedy}")
-    scalar: Tensor = whole.reshape(())
+        raise ValueError(f"{name} has {parameter.numel()} elements on this process: {remedy}")
+    scalar: Tensor = parameter.reshape(())
     return scalar

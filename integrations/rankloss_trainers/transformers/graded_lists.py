@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,22 +90,22 @@ class RankedListsCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of rows."""
         graded_by = find_grades(rows[0])
+        has_own = "own" in rows[0]
         queries = [row["query"] for row in rows]
+        are_texts = isinstance(queries[0], str)
         places = [f"row {n} of the batch, query {query!r:.60}" for n, query in enumerate(queries)]
         lists = [read_list(row, graded_by, place) for row, place in zip(rows, places, strict=True)]
-        owns = [row["own"] for row in rows] if "own" in rows[0] else []
         if self.unique:
             check_unique(queries, places, _REMEDY)
-        are_texts = isinstance(queries[0], str)
-        for n, row in enumerate(rows):
-            _check_kinds(row, owns[n : n + 1], are_texts, places[n])
+        for row, place in zip(rows, places, strict=True):
+            others_of_row = [*row["candidates"], row["own"]] if has_own else row["candidates"]
+            _check_kinds(row["query"], others_of_row, are_texts, place)
 
-        pool, distinct_queries = pool_lists(lists), Distinct()
-        others = Distinct(
-            pool.candidates
-        )  # which keep their rows; the own ones that are no candidates follow
+        pool = pool_lists(lists)
+        distinct_queries = Distinct()
+        others = Distinct(pool.candidates)  # in the pool's rows; the own ones that are no candidates follow
         batch: dict[str, Any] = {
-            # The first: its length is the number of lists to the Trainer.
+            # The Trainer takes the length of the first for the number of lists.
             "grade_bits": encode_grades(pool.grades),
             "graded_by": graded_by,
             "query_index": distinct_queries.rows_of(queries),
@@ -114,14 +113,15 @@ class RankedListsCollator:
             "candidate_ids": pool.ids,
             "queries": "text" if are_texts else "image",
         }
-        if owns:
-            batch["own_index"] = others.rows_of(owns)
+        if has_own:
+            batch["own_index"] = others.rows_of(row["own"] for row in rows)
             batch["excluded_ids"] = others.ids[batch["own_index"]]
         batch["plan"] = EmbeddingPlan(len(distinct_queries.items), len(others.items))
-        texts, pictures = distinct_queries.items, others.items
-        if not are_texts:
-            texts, pictures = pictures, texts
-        return {**batch, **self._encoded(texts, pictures)}
+        if are_texts:
+            encoded = self._encoded(texts=distinct_queries.items, pictures=others.items)
+        else:
+            encoded = self._encoded(texts=others.items, pictures=distinct_queries.items)
+        return {**batch, **encoded}
 
     def _encoded(self, texts: list[str], pictures: list[Any]) -> dict[str, Any]:
         """The model's inputs of the distinct texts and pictures."""
@@ -152,26 +152,28 @@ class EmbeddingPlan:
         if size is None:
             return None
         few, many = sorted((self.queries, self.others))
-        number = math.ceil(many / size)
-        return Split(number, (many, max(few, number)))
+        mini_batches = math.ceil(many / size)
+        return Split(mini_batches, (many, max(few, mini_batches)))
 
     def repeated(self, columns: Mapping[str, Tensor], split: Split | None) -> dict[str, Tensor]:
         """The model's inputs with as many rows of each kind as the split needs."""
         few = min(self.queries, self.others)
         if split is None or split.number <= few:
             return dict(columns)
-        rows = torch.arange(split.number) % few
-        return {
-            name: column[rows.to(column.device)] if len(column) == few else column
-            for name, column in columns.items()
-        }
+        rows = torch.arange(split.number) % few  # 0, 1, …, few − 1, 0, 1, …
+        repeated = {}
+        for name, column in columns.items():
+            is_of_few = len(column) == few
+            repeated[name] = column[rows.to(column.device)] if is_of_few else column
+        return repeated
 
 
-def _check_kinds(row: Mapping[str, Any], own: Sequence[Any], are_texts: bool, place: str) -> None:
+def _check_kinds(query: Any, others: Sequence[Any], queries_are_texts: bool, place: str) -> None:
     """Raise a ValueError unless the query is of the batch's kind, and its candidates and own of the other."""
-    is_right = isinstance(row["query"], str) == are_texts
-    if not is_right or any(isinstance(other, str) == are_texts for other in (*row["candidates"], *own)):
-        needed = "pictures for a text" if are_texts else "texts for a picture"
+    is_right = isinstance(query, str) == queries_are_texts
+    are_right = all(isinstance(other, str) != queries_are_texts for other in others)
+    if not is_right or not are_right:
+        needed = "pictures for a text" if queries_are_texts else "texts for a picture"
         raise ValueError(f"candidates must be {needed}, in each row of a batch; got others in {place}")
 
 
@@ -181,56 +183,68 @@ def find_grades(names: Any) -> str:
     Raises:
         ValueError: unless there is one of them, beside queries and candidates.
     """
-    found = [name for name in COLUMNS[2:4] if name in names]
-    if len(found) != 1 or not {*COLUMNS[:2]} <= {*names}:
+    orders = [name for name in ("grades", "ranks") if name in names]
+    if len(orders) != 1 or "query" not in names or "candidates" not in names:
         raise ValueError(
             f"lists need the columns query, candidates, and grades or ranks; got {', '.join(names)}"
         )
-    return found[0]
+    return orders[0]
 
 
 def read_list(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, float]]:
     """The candidates of a row with their grades; see :func:`rankloss_trainers.graded.lists.check_list`."""
-    values = row[column]
-    if column == "ranks" and isinstance(values, (list, tuple)):
-        values = [x if isinstance(x, bool) or not isinstance(x, (int, float)) else -x for x in values]
-    return check_list(row["candidates"], values, where)
+    grades = row[column]
+    if column == "ranks" and isinstance(grades, (list, tuple)):
+        grades = [_grade_of(rank) for rank in grades]
+    return check_list(row["candidates"], grades, where)
+
+
+def _grade_of(rank: Any) -> Any:
+    """The grade of a rank, of which a smaller one is better; no number stays for the check's error."""
+    is_number = isinstance(rank, (int, float)) and not isinstance(rank, bool)
+    return -rank if is_number else rank
 
 
 def check_table(run: Runtime, dataset: Any) -> None:
     """Check all lists of a table of `datasets`, without decoding a picture; data of other kinds pass.
 
     Raises:
-        ValueError: as the collator, and as :func:`check_batch`; the message names the row of the table.
+        ValueError: as the collator, and as :func:`check_lists_fit`; the message names the row of the table.
     """
     names = getattr(dataset, "column_names", None)
     if names is None or not hasattr(dataset, "select_columns") or isinstance(dataset, IterableDataset):
         return
     from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
 
-    column, rows, is_ordered = find_grades(names), itertools.count(), False
-    check_batch(run, {"graded_by": column, **dict.fromkeys({"own"} & {*names}, "own")})
-    for block in dataset.select_columns(["candidates", column]).with_format("arrow").iter(1000):
-        lists = (size and [None] * size for size in list_value_length(block["candidates"]).to_pylist())
-        for candidates, values in zip(lists, block[column].to_pylist(), strict=True):
-            read_list({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
-            is_ordered = is_ordered or has_order(values)
-    if not is_ordered:
+    column = find_grades(names)
+    check_lists_fit(run, column, has_pairs="own" in names)
+    row, any_is_ordered = 0, False
+    rows_at_once = 1000
+    blocks = dataset.select_columns(["candidates", column]).with_format("arrow").iter(rows_at_once)
+    for block in blocks:
+        lengths = list_value_length(block["candidates"]).to_pylist()
+        for length, grades in zip(lengths, block[column].to_pylist(), strict=True):
+            # Their number is checked, and no candidate is decoded; a cell without a list has no length.
+            stand_ins = None if length is None else [None] * length
+            read_list({"candidates": stand_ins, column: grades}, column, f"row {row} of the data")
+            any_is_ordered = any_is_ordered or has_order(grades)
+            row += 1
+    if not any_is_ordered:
         warn_of_ties("the data")
 
 
-def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
+def check_lists_fit(run: Runtime, graded_by: str, *, has_pairs: bool) -> None:
     """Raise a ValueError for lists that the loss would take for something else.
 
     Args:
         run: The loss.
-        batch: Its ``graded_by``, and ``own`` or ``own_index`` where it has pairs.
+        graded_by: The column of grades or of ranks.
+        has_pairs: True if each query has an own text or picture beside its list.
     """
-    parts = [*run.criterion.modules()]
+    parts = list(run.criterion.modules())
     uses_values = any(getattr(part, "uses_grade_values", False) for part in parts)
-    if batch["graded_by"] == "ranks" and uses_values:
+    if graded_by == "ranks" and uses_values:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
-    has_pairs = bool({"own", "own_index"} & batch.keys())
     on_pairs = [part for part in parts if getattr(part, "base", None) is not None]
     if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
@@ -272,30 +286,33 @@ def embed(
 
     Raises:
         KeyError: The batch is of another collator.
-        ValueError: as :func:`check_batch`.
+        ValueError: as :func:`check_lists_fit`.
     """
-    index, ids, plan = (inputs[name] for name in ("candidate_index", "candidate_ids", "plan"))
-    grades, own_index = decode_grades(inputs["grade_bits"]), inputs.get("own_index")
-    check_batch(run, inputs)
+    index, ids = inputs["candidate_index"], inputs["candidate_ids"]
+    grades = decode_grades(inputs["grade_bits"])
+    has_pairs = "own_index" in inputs
+    check_lists_fit(run, inputs["graded_by"], has_pairs=has_pairs)
+    plan = inputs["plan"]
     split = plan.split(size)
-    columns = {name: x for name, x in inputs.items() if name not in (*_BATCH, "return_loss")}
-    outputs, features = embeddings.embedded(call, model, plan.repeated(columns, split), split)
-    names = NAMES if inputs["queries"] == "image" else NAMES[::-1]
-    distinct_queries, others = (features[name] for name in names)
-    queries = distinct_queries[inputs["query_index"]]
+    of_model = {name: value for name, value in inputs.items() if name not in (*_BATCH, "return_loss")}
+    outputs, features = embeddings.embedded(call, model, plan.repeated(of_model, split), split)
+    of_queries, of_others = NAMES if inputs["queries"] == "image" else reversed(NAMES)
+    queries, others = features[of_queries][inputs["query_index"]], features[of_others]
 
-    scale, pairs = {"logit_scale": features["logit_scale"]}, {}
-    if own_index is not None:
-        pairs = dict(zip(names, (queries, others[own_index]), strict=True))
+    arguments = {"query_features": queries, "logit_scale": features["logit_scale"]}
+    if has_pairs:
+        arguments[of_queries] = queries
+        arguments[of_others] = others[inputs["own_index"]]
     if "logit_bias" in features:
-        if pairs:
-            scale["logit_bias"] = features["logit_bias"]
+        if has_pairs:
+            arguments["logit_bias"] = features["logit_bias"]
         else:  # changes no list, but is a parameter of which DDP expects a gradient
-            scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
-    lists = pad_lists(run.gather, others[: len(ids)], index, grades, ids)
+            arguments["logit_scale"] = features["logit_scale"] + 0.0 * features["logit_bias"]
+    candidates = others[: len(ids)]
+    arguments.update(pad_lists(run.gather, candidates, index, grades, ids))
     if "excluded_ids" in inputs:
-        lists["excluded_ids"] = inputs["excluded_ids"]
-    return outputs, {"query_features": queries, **scale, **pairs, **lists}
+        arguments["excluded_ids"] = inputs["excluded_ids"]
+    return outputs, arguments
 
 
 def measure(features: Mapping[str, Tensor]) -> Tensor:
@@ -304,12 +321,16 @@ def measure(features: Mapping[str, Tensor]) -> Tensor:
     Args:
         features: The arguments of :func:`embed`.
     """
-    index, grades, mask = (features[name] for name in ("candidate_index", "grades", "mask"))
-    own = features["candidate_features"][index.clamp_min(0)].float()
-    scores = (features["query_features"].float()[:, None] * own).sum(-1)  # autocast would round a product
+    index, grades, mask = features["candidate_index"], features["grades"], features["mask"]
+    places = index.clamp_min(0)  # where there is none any will do: the mask leaves it out
+    candidates = features["candidate_features"][places].float()  # [N, K, D]
+    queries = features["query_features"].float()[:, None]
+    scores = (queries * candidates).sum(-1)  # autocast would round a product of matrices
     has_negative = ((grades < 0) & (grades > -torch.inf) & mask).any(-1, keepdim=True)
+    # nDCG refuses grades below 0. It is NaN for a list whose grades are all 0.
+    grades_of_ndcg = grades.masked_fill(has_negative, 0.0)
     values = (
-        metrics.ndcg(scores, grades.masked_fill(has_negative, 0.0), mask=mask),
+        metrics.ndcg(scores, grades_of_ndcg, mask=mask),
         metrics.reciprocal_rank(scores, grades, mask=mask),
         metrics.pairwise_accuracy(scores, grades, mask=mask),
         metrics.kendall_tau(scores, grades, mask=mask),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,15 +39,18 @@ def collate_pairs(
         raise ValueError(f"the data have {COLUMN}, of a folder that no option teacher names")
     if key is not None:
         of_loss["pair_ids"] = _ids_of(key, examples)
-    if of_loss:
-        examples = [{name: x[name] for name in x if name not in (COLUMN, key)} for x in examples]
-    batch = collate(examples)
+    batch = collate(_without((COLUMN, key), examples) if of_loss else examples)
     if of_loss:
         batch = {**batch, **of_loss}
     for name in TEACHER:  # in the host's memory, where a look at them waits for nothing
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
+
+
+def _without(columns: Collection[str | None], examples: Any) -> list[dict[str, Any]]:
+    """The examples without some columns."""
+    return [{name: example[name] for name in example if name not in columns} for example in examples]
 
 
 def _rows_of(features: Features, names: list[str], examples: Any) -> dict[str, Any]:
@@ -66,8 +69,8 @@ def _ids_of(key: str, examples: Any) -> Any:
     """The ids of examples from their column."""
     for row, example in enumerate(examples):
         if key not in example:
-            has = ", ".join(examples[0])
-            raise ValueError(f"the data have no column {key} of ids; row {row} has {has}")
+            columns = ", ".join(examples[0])
+            raise ValueError(f"the data have no column {key} of ids; row {row} has {columns}")
     return make_ids([_plain(example[key]) for example in examples], key)
 
 
@@ -85,7 +88,7 @@ def collate_ids(collate: Callable[..., Any], key: str, examples: Any) -> Any:
     if not all(isinstance(example, Mapping) and key in example for example in examples):
         return collate(examples)
     ids = _ids_of(key, examples)
-    return {**collate([{name: x[name] for name in x if name != key} for x in examples]), "pair_ids": ids}
+    return {**collate(_without((key,), examples)), "pair_ids": ids}
 
 
 def check_ids(dataset: Any, key: str) -> None:
@@ -100,9 +103,12 @@ def check_ids(dataset: Any, key: str) -> None:
     if key not in names:
         raise ValueError(f"the data have no column {key} of ids; they have {', '.join(names)}")
     as_stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    check_column(make_ids([_plain(x) for x in as_stored[key]], key), key)
-    if key not in (row := dataset[0]):
-        raise ValueError(f"the data have {key} of ids, but their transform gives {', '.join(row)} alone")
+    ids = make_ids([_plain(value) for value in as_stored[key]], key)
+    check_column(ids, key)
+    transformed = dataset[0]
+    if key not in transformed:
+        columns = ", ".join(transformed)
+        raise ValueError(f"the data have {key} of ids, but their transform gives {columns} alone")
 
 
 def _plain(value: Any) -> Any:
@@ -113,6 +119,7 @@ def _plain(value: Any) -> Any:
 def list_columns(dataset: Any) -> list[str]:
     """The columns of a dataset but the binding one, also unused ones; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
-    if names is None and not isinstance(dataset, IterableDataset) and isinstance(dataset[0], Mapping):
-        names = dataset[0]
+    if names is None and not isinstance(dataset, IterableDataset):
+        first_row = dataset[0]
+        names = list(first_row) if isinstance(first_row, Mapping) else None
     return [name for name in names or () if name != COLUMN]

@@ -33,18 +33,20 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, *losses: nn.Module) -> None:
-        self.runs = [x for loss in losses for x in loss.modules() if isinstance(x, Runtime)]
+        self.runs = [part for loss in losses for part in loss.modules() if isinstance(part, Runtime)]
         if not self.runs:
-            given = ", ".join(type(loss).__name__ for loss in losses) or "none"
-            raise ValueError(f"losses must hold a loss of rankloss_trainers; got {given}")
-        self._epoch: int | None = None
+            classes = ", ".join(type(loss).__name__ for loss in losses) or "none"
+            raise ValueError(f"losses must hold a loss of rankloss_trainers; got {classes}")
+        self._epoch: int | None = None  # counted from 0; None before the run's first
 
     # Only now is the number of epochs known: `max_steps` and the data have a say in it.
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Check the data, and log the loss of the run."""
-        loader, self._epoch = kwargs["train_dataloader"], None
-        epochs = state.num_train_epochs if has_length(loader) else math.inf
+        self._epoch = None
+        loader = kwargs["train_dataloader"]
+        epochs = math.inf
         if has_length(loader):
+            epochs = state.num_train_epochs
             least = 1 if all(run.takes_lists for run in self.runs) else 2  # a list needs no second query
             _check_last_batch(loader, args, state.max_steps, least)
         for run in self.runs:
@@ -59,7 +61,7 @@ class Progress(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """At each epoch, for losses that go by epochs."""
-        # Counted: an epoch that a callback ended leaves a fraction.
+        # state.epoch is a fraction after an epoch that a callback ended, so the next ones are counted.
         self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
         epochs = state.num_train_epochs
         for run in self.runs:
@@ -88,17 +90,20 @@ def keeping_last_batch(args: Any) -> Iterator[None]:
 def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> None:
     """Raise a ValueError if a last batch, which the run reaches, has less than the least number of pairs.
 
-    Where accelerate completes the last batch from the first ones, there is none.
+    Of several processes each must have as many pairs as the others. Where accelerate completes the last batch
+    from the first ones, there is none.
     """
     is_completed = getattr(loader.batch_sampler, "even_batches", False)
     is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
     if args.dataloader_drop_last or is_completed or not is_reached:
         return
     dataset: Any = loader.dataset
+    datasets: list[Any] = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
     size, processes = args.train_batch_size, args.world_size
-    for pairs in map(len, dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]):
-        last = pairs % (size * processes)
-        if 0 < last < least or (last and processes > 1):
+    for pairs in map(len, datasets):
+        last = pairs % (size * processes)  # 0 where all batches are full
+        is_too_small, is_uneven = 0 < last < least, last > 0 and processes > 1
+        if is_too_small or is_uneven:
             said = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
             data = f"{pairs} pairs in batches of {size} on {processes} process(es)"
             raise ValueError(f"{said}: {data}; set dataloader_drop_last=True")

@@ -32,7 +32,8 @@ class Retrieval:
     """
 
     def __init__(self, dataloader: Any, processes: int) -> None:
-        self._is_exact = processes == 1 or has_length(getattr(dataloader, "dataset", None))
+        dataset = getattr(dataloader, "dataset", None)
+        self._has_each_pair_once = processes == 1 or has_length(dataset)
         self._batches: list[dict[str, Tensor]] = []
 
     def add(
@@ -56,15 +57,15 @@ class Retrieval:
             processor: The tokenizer, or a processor that holds it; None if there is none.
             pair_ids: ``[n]``, or None.
         """
-        if not self._is_exact:
+        if not self._has_each_pair_once:
             return
         columns = {"images": image_features, "texts": text_features, **_identities(inputs, processor)}
         if pair_ids is not None:
             columns["ids"] = pair_ids
         device = image_features.device
-        rows = tuple(x.detach().to(device).contiguous() for x in columns.values())
-        gathered = accelerator.gather_for_metrics(rows)
-        self._batches.append({name: x.cpu() for name, x in zip(columns, gathered, strict=True)})
+        own_columns = tuple(column.detach().to(device).contiguous() for column in columns.values())
+        gathered = accelerator.gather_for_metrics(own_columns)
+        self._batches.append({name: column.cpu() for name, column in zip(columns, gathered, strict=True)})
 
     def measure(self) -> dict[str, float]:
         """:func:`rankloss.metrics.recall` of all pairs, for k up to their number; NaN if the features are.
@@ -75,41 +76,59 @@ class Retrieval:
             return {}
         columns = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
         self._batches.clear()
-        v, t = columns["images"].float(), columns["texts"].float()
-        is_finite = bool(v.isfinite().all() and t.isfinite().all())
-        if not is_finite:  # the training has diverged, as its loss says
-            v, t = torch.ones_like(v) / v.shape[1] ** 0.5, torch.ones_like(t) / t.shape[1] ** 0.5
-        rows = torch.arange(len(v))
+        image_features, text_features = columns["images"].float(), columns["texts"].float()
+        is_finite = bool(image_features.isfinite().all() and text_features.isfinite().all())
+        if (
+            not is_finite
+        ):  # the training has diverged, as its loss says: stand-ins, for the names of the values
+            image_features, text_features = _unit_rows_like(image_features), _unit_rows_like(text_features)
+
+        has_ids = "ids" in columns
+        rows = torch.arange(len(image_features))  # where nothing tells equal ones, each row is another
         pictures, captions = columns.get("pictures", rows), columns.get("captions", rows)
-        groups = columns.get("ids", pictures)
+        groups = columns.get("ids", pictures)  # pairs of one group are partners
         images, texts = _first_of(pictures, groups), _first_of(captions, groups)
-        if "captions" in columns and "ids" not in columns:
+        if "captions" in columns and not has_ids:
             _warn_of_repeated(len(texts) - len(captions.unique()))
+
         ks = [k for k in _KS if k <= min(len(images), len(texts))]
-        values = recall(v[images], t[texts], ks, image_ids=groups[images], text_ids=groups[texts])
+        values = recall(
+            image_features[images],
+            text_features[texts],
+            ks,
+            image_ids=groups[images],
+            text_ids=groups[texts],
+        )
         values["mean_R@1"] = (values["image_to_text_R@1"] + values["text_to_image_R@1"]) / 2
-        return {
-            name: value.item() if is_finite else math.nan
-            for name, value in values.items()
-            if "ids" in columns or not name.startswith(_IN_MODAL)
-        }
+        if not has_ids:  # a picture has no other picture for a partner
+            values = {name: value for name, value in values.items() if not name.startswith(_IN_MODAL)}
+        return {name: value.item() if is_finite else math.nan for name, value in values.items()}
 
 
 def _identities(inputs: Mapping[str, Any], processor: Any) -> dict[str, Tensor]:
     """Hashes of the pictures and of the captions of a batch, of those that the model's inputs have."""
-    found = {}
+    hashes = {}
     if isinstance(inputs.get("pixel_values"), Tensor):
-        found["pictures"] = hash_rows(inputs["pixel_values"])
+        hashes["pictures"] = hash_rows(inputs["pixel_values"])
     if has_padding(inputs, processor):
-        found["captions"] = hash_tokens(inputs, processor)
-    return found
+        hashes["captions"] = hash_tokens(inputs, processor)
+    return hashes
+
+
+def _unit_rows_like(features: Tensor) -> Tensor:
+    """Equal rows of norm 1, in the shape of features."""
+    return torch.ones_like(features) / features.shape[1] ** 0.5
 
 
 def _first_of(items: Tensor, groups: Tensor) -> Tensor:
     """The first row of each item of each group, in their order."""
-    _, number = torch.stack([items, groups], dim=1).unique(dim=0, return_inverse=True)
-    first = torch.full((int(number.max()) + 1,), len(items))
-    return first.scatter_reduce_(0, number, torch.arange(len(items)), "amin").sort().values
+    rows = torch.arange(len(items))
+    in_groups = torch.stack([items, groups], dim=1)
+    distinct, number_of_row = in_groups.unique(dim=0, return_inverse=True)
+    beyond = torch.full((len(distinct),), len(items))
+    first = beyond.scatter_reduce(0, number_of_row, rows, "amin")
+    ordered: Tensor = first.sort().values
+    return ordered
 
 
 def _warn_of_repeated(count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -140,7 +141,7 @@ class ContrastiveTrainer(transformers.Trainer):
             run = Runtime(HOST, read_losses(loss, loss_options), options, base=base)
         self.loss_runtime: Runtime = run.to(self.args.device)
         self._compute_teacher()
-        self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
+        self._sums: dict[str, tuple[Any, int]] = {}  # of each entry since the log's last line, and its calls
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self._retrieval: Retrieval | None = None  # within an evaluation
         self._has_trained_loss = False
@@ -148,10 +149,14 @@ class ContrastiveTrainer(transformers.Trainer):
         if self.loss_runtime.takes_lists:
             graded_lists.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
-                parts = self.loss_runtime.criterion.modules()
-                unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
-                padding = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
-                self.data_collator = graded_lists.RankedListsCollator(self.processing_class, padding, unique)
+                self.data_collator = self._collator_of_lists()
+
+    def _collator_of_lists(self) -> graded_lists.RankedListsCollator:
+        """The collator of lists that fits the model and the loss."""
+        parts = self.loss_runtime.criterion.modules()
+        unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
+        padding = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
+        return graded_lists.RankedListsCollator(self.processing_class, padding, unique)
 
     def _compute_teacher(self) -> None:
         """Compute the teacher's features of the training data, unless a cache has them, and bind the data."""
@@ -174,17 +179,17 @@ class ContrastiveTrainer(transformers.Trainer):
         return None if key == CAPTIONS else key
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in which a teacher's features have been checked."""
-        collate, run, key = self.data_collator, self.loss_runtime, self._pair_column
-        folder = run.teaching.features
+        """Batches with their data for the loss, in which a teacher's features have been checked."""
+        run, key = self.loss_runtime, self._pair_column
         run.teaching.name_columns(pair_columns.list_columns(self.train_dataset))
         if key is not None:
             pair_columns.check_ids(self.train_dataset, key)
-        self.data_collator = functools.partial(pair_columns.collate_pairs, collate, folder, key)
+        own_collator, folder = self.data_collator, run.teaching.features
+        self.data_collator = functools.partial(pair_columns.collate_pairs, own_collator, folder, key)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
-            self.data_collator = collate
+            self.data_collator = own_collator
         if run.takes_lists:
             graded_lists.check_loader(loader)
             graded_lists.check_table(run, self.train_dataset)
@@ -192,8 +197,8 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on its device; DeepSpeed rounds the model's inputs alone, and not the loss's."""
-        own = {x: inputs[x].to(self.args.device) for x in TEACHER if x in inputs}
-        return {**super()._prepare_inputs(inputs), **own}
+        of_teacher = {name: inputs[name].to(self.args.device) for name in TEACHER if name in inputs}
+        return {**super()._prepare_inputs(inputs), **of_teacher}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
@@ -201,39 +206,49 @@ class ContrastiveTrainer(transformers.Trainer):
         """The loss of a batch; without gradients, as in evaluation, the base loss, or that of its lists."""
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
         self._has_trained_loss |= trains
-        outputs, entries = (self._of_lists if self.loss_runtime.takes_lists else self._of_pairs)(
-            model, inputs
-        )
-        for name, value in {**entries.terms, **entries.metrics}.items() if trains else ():
-            total, number = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + value.detach().float(), number + 1
+        if self.loss_runtime.takes_lists:
+            outputs, entries = self._of_lists(model, inputs)
+        else:
+            outputs, entries = self._of_pairs(model, inputs)
+        if trains:
+            for name, value in {**entries.terms, **entries.metrics}.items():
+                total, calls = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value.detach().float(), calls + 1
         return (entries.total, outputs) if return_outputs else entries.total
 
     def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
-        own, size, run = self.accelerator.unwrap_model(model), self.mini_batch_size, self.loss_runtime
-        outputs, features = graded_lists.embed(run, model, own, inputs, size)
+        """The model's output for a batch of lists, and the entries of its loss."""
+        run = self.loss_runtime
+        unwrapped = self.accelerator.unwrap_model(model)
+        outputs, features = graded_lists.embed(run, model, unwrapped, inputs, self.mini_batch_size)
         if torch.is_grad_enabled():
             return outputs, run(**features)
-        self._measured.append(self.accelerator.gather_for_metrics(graded_lists.measure(features)))
+        of_lists = graded_lists.measure(features)
+        self._measured.append(self.accelerator.gather_for_metrics(of_lists))
         return outputs, run.evaluate(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
+        """The model's output for a batch of pairs, and the entries of its loss."""
         of_loss = {name: inputs[name] for name in (*TEACHER, "pair_ids") if name in inputs}
         if self.loss_runtime.id_key == CAPTIONS:
             of_loss["pair_ids"] = hash_tokens(inputs, self.processing_class)
-        # The model's own loss is of this process alone, and would be computed for nothing.
-        inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
-        own = self.accelerator.unwrap_model(model)
-        split = Split.of_pairs(inputs, self.mini_batch_size)
-        outputs, features = embeddings.embedded(model, own, inputs, split)
-        if not torch.is_grad_enabled():
-            if self._retrieval is not None:
-                ids = of_loss.get("pair_ids")
-                self._retrieval.add(
-                    self.accelerator, inputs=inputs, processor=self.processing_class, pair_ids=ids, **features
-                )
-            return outputs, self.loss_runtime.evaluate(**features)
-        return outputs, self.loss_runtime(**features, **of_loss)
+        # By return_loss the model would compute its own loss, of this process alone, for nothing.
+        others = ("return_loss", COLUMN, *of_loss)
+        of_model = {name: value for name, value in inputs.items() if name not in others}
+        unwrapped = self.accelerator.unwrap_model(model)
+        split = Split.of_pairs(of_model, self.mini_batch_size)
+        outputs, features = embeddings.embedded(model, unwrapped, of_model, split)
+        if torch.is_grad_enabled():
+            return outputs, self.loss_runtime(**features, **of_loss)
+        if self._retrieval is not None:
+            self._retrieval.add(
+                self.accelerator,
+                inputs=of_model,
+                processor=self.processing_class,
+                pair_ids=of_loss.get("pair_ids"),
+                **features,
+            )
+        return outputs, self.loss_runtime.evaluate(**features)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """Batches of all rows, with the pairs' ids where the data have them."""
@@ -246,14 +261,15 @@ class ContrastiveTrainer(transformers.Trainer):
     def _of_every_row(
         self, make: Callable[..., DataLoader[Any]], *args: Any, **kwargs: Any
     ) -> DataLoader[Any]:
-        collate, key = self.data_collator, self._pair_column
+        """The loader that a method of the Trainer makes, of all rows and with the pairs' ids."""
+        own_collator, key = self.data_collator, self._pair_column
         if key is not None:
-            self.data_collator = functools.partial(pair_columns.collate_ids, collate, key)
+            self.data_collator = functools.partial(pair_columns.collate_ids, own_collator, key)
         try:
             with keeping_last_batch(self.args):
                 return make(*args, **kwargs)
         finally:
-            self.data_collator = collate
+            self.data_collator = own_collator
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """Add recall, or the metrics of lists, to those of an evaluation."""
@@ -266,40 +282,46 @@ class ContrastiveTrainer(transformers.Trainer):
             self._retrieval = None
         if output.metrics is None:
             return output
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": x for name, x in retrieved.items()})
+        values = dict(retrieved)
         if self._measured:
-            measured = zip(graded_lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
-            output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
+            means = torch.cat(self._measured).nanmean(0).tolist()
+            of_lists = zip(graded_lists.METRICS, means, strict=True)
+            values.update({name: mean for name, mean in of_lists if not math.isnan(mean)})
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add to the lines of training each entry of the loss, as the mean over the calls that gave it."""
         if "loss" in logs and self._sums:
-            means = torch.stack([total / number for total, number in self._sums.values()])
-            of_all = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs.update(zip(self._sums, of_all, strict=True))
+            means = torch.stack([total / calls for total, calls in self._sums.values()])
+            of_all_processes = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs.update(zip(self._sums, of_all_processes, strict=True))
             self._sums.clear()
         super().log(logs, *args, **kwargs)
 
     # A callback's on_save would miss the checkpoint at SIGTERM.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        states, saved = cast("dict[str, Any]", self.state.stateful_callbacks), self.loss_runtime.saved()
-        states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
+        """Put the state of the loss into the checkpoint's JSON, its tensors as lists."""
+        saved = self.loss_runtime.saved()
+        saved["state_dict"] = {key: tensor.tolist() for key, tensor in saved["state_dict"].items()}
+        states = cast("dict[str, Any]", self.state.stateful_callbacks)
+        states[_STATE] = saved
         super()._save_checkpoint(*args, **kwargs)
 
     def _refuse_lost_losses(self) -> None:
         """Raise a TypeError if a Trainer behind this class computes a loss that would never be called."""
         # Not transformers.Trainer: a script's runner puts a class of rankloss under that name.
-        trainers_own = ContrastiveTrainer.__base__
+        hugging_faces = ContrastiveTrainer.__base__
         classes = type(self).__mro__
-        for each in classes[classes.index(ContrastiveTrainer) + 1 :]:
-            if each is trainers_own:
+        behind_this_one = classes[classes.index(ContrastiveTrainer) + 1 :]
+        for other in behind_this_one:
+            if other is hugging_faces:
                 break
-            if "compute_loss" in vars(each):
+            if "compute_loss" in vars(other):
                 raise TypeError(
-                    f"{each.__name__}.compute_loss would be replaced by ContrastiveTrainer's: leave it out "
-                    f"of {each.__name__}, or move it to {type(self).__name__} and call super().compute_loss"
+                    f"{other.__name__}.compute_loss would be replaced by ContrastiveTrainer's: leave it out "
+                    f"of {other.__name__}, or move it to {type(self).__name__} and call super().compute_loss"
                 )
 
     def check_loss_is_trained(self) -> None:
@@ -327,7 +349,8 @@ class ContrastiveTrainer(transformers.Trainer):
     def _refuse_other_trainings(self) -> None:
         """Raise a ValueError for a set-up that would train another loss, or a loss of fewer pairs."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        devices, reason = self.args.n_gpu, ""
+        devices = self.args.n_gpu
+        reason = ""
         if self.compute_loss_func is not None:
             reason = "compute_loss_func is ignored by this trainer; give the loss as `loss`"
         elif self.args.label_smoothing_factor:
@@ -346,20 +369,20 @@ class ContrastiveTrainer(transformers.Trainer):
     def _processes_of_a_batch(self) -> str:
         """The parallelism by which several processes have the pairs of one batch; empty without one."""
         for kind, name in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
-            size_of: Any = getattr(self, f"get_{kind}_size", None)  # of releases that have such a mode
-            size = getattr(self.args, f"{kind}_size", 1) if size_of is None else size_of()
+            get_size: Any = getattr(self, f"get_{kind}_size", None)  # of releases that have such a mode
+            size = getattr(self.args, f"{kind}_size", 1) if get_size is None else get_size()
             if size > 1:
                 return f"{name} parallelism over {size} processes"
         return ""
 
     def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that the loss takes and the model does not, which would be dropped as unused."""
         super()._set_signature_columns_if_needed()
-        columns = cast("list[str]", self._signature_columns)
-        # Columns that the loss takes and the model does not, which would be dropped as unused.
+        of_model = cast("list[str]", self._signature_columns)
         of_lists = graded_lists.COLUMNS if self.loss_runtime.takes_lists else ()
         of_ids = [] if self._pair_column is None else [self._pair_column]
-        kept = dict.fromkeys([*columns, *of_lists, *of_ids, *TEACHER, COLUMN])
-        self._signature_columns: Any = list(kept)
+        each_once = dict.fromkeys([*of_model, *of_lists, *of_ids, *TEACHER, COLUMN])
+        self._signature_columns: Any = list(each_once)
 
 
 class _Progress(Progress):
@@ -372,9 +395,9 @@ class _Progress(Progress):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume, or begin anew: a search trains several times, with a new model."""
         self.trainer.check_scaling()
-        run, resumes = self.trainer.loss_runtime, state.global_step > 0
-        found = state.stateful_callbacks.get(_STATE) if resumes else None
-        run.restore(found, warn=resumes and state.is_world_process_zero)
+        is_resumed = state.global_step > 0
+        saved = state.stateful_callbacks.get(_STATE) if is_resumed else None
+        self.trainer.loss_runtime.restore(saved, warn=is_resumed and state.is_world_process_zero)
         self.trainer._sums.clear()
         self.trainer._has_trained_loss = False
         super().on_train_begin(args, state, control, **kwargs)
