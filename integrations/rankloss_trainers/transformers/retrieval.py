@@ -117,7 +117,8 @@ def _identities(inputs: Mapping[str, Any], processor: Any) -> dict[str, Tensor]:
 
 def _unit_rows_like(features: Tensor) -> Tensor:
     """Equal rows of norm 1, in the shape of features."""
-    return torch.ones_like(features) / features.shape[1] ** 0.5
+    norm = math.sqrt(features.shape[1])  # of a row of ones
+    return torch.ones_like(features) / norm
 
 
 def _first_of(items: Tensor, groups: Tensor) -> Tensor:
@@ -127,8 +128,7 @@ def _first_of(items: Tensor, groups: Tensor) -> Tensor:
     distinct, number_of_row = in_groups.unique(dim=0, return_inverse=True)
     beyond = torch.full((len(distinct),), len(items))
     first = beyond.scatter_reduce(0, number_of_row, rows, "amin")
-    ordered: Tensor = first.sort().values
-    return ordered
+    return first.sort().values
 
 
 def _warn_of_repeated(count: int) -> None:
