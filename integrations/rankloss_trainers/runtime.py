@@ -291,9 +291,11 @@ class Runtime(nn.Module):
         A stream has no length by which it is known before the first step, and its training may be long.
         """
         images = inputs.get("image_features")
+        if not isinstance(images, Tensor) or len(images) != 1:
+            return False
         _rank, world_size = self.gather.place
-        is_single = isinstance(images, Tensor) and len(images) == 1 and world_size == 1
-        return is_single and self._has_contrasted and self.min_pairs > 1 and not self.takes_lists
+        needs_two = self.min_pairs > 1 and not self.takes_lists
+        return world_size == 1 and needs_two and self._has_contrasted
 
     def _of_single(self, inputs: Mapping[str, Any]) -> Entries:
         """The loss of a single pair, without negatives: 0, as in an evaluation."""
@@ -349,9 +351,10 @@ class Runtime(nn.Module):
         images, base = features.get("image_features"), self.base_to_evaluate
         if images is None or base is None:
             return {}
-        _rank, world_size = self.gather.place
-        if len(images) == 1 and world_size == 1:
-            return {"contrastive_loss": images.new_zeros(())}
+        if len(images) == 1:
+            _rank, world_size = self.gather.place
+            if world_size == 1:
+                return {"contrastive_loss": images.new_zeros(())}
         return Entries.of(base, base_entries(base, **features)).terms
 
     # --- checkpoints ---

@@ -17,6 +17,9 @@ with extra("sentence-transformers"):
     from sentence_transformers.base.losses import has_static_embedding_input
 
 
+_EMBEDDINGS = "sentence_embedding"  # the key of them in a model's output
+
+
 class EmbeddingLoss(nn.Module):
     """A loss of the columns' embeddings.
 
@@ -40,23 +43,38 @@ class EmbeddingLoss(nn.Module):
 
     def embedded(self, column: dict[str, Tensor]) -> Tensor:
         """The embeddings of a column, divided by their norms, in float32 at least."""
-        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
-        is_split = self.mini_batch_size is not None and not hasattr(inner, "_orig_mod")  # refused below
-        if is_split and type(inner[0].forward).__name__ == "TransformerDecorator":
+        unwrapped = extract_model_from_parallel(self.model)
+        self._check_keeps_no_layers(unwrapped)
+        split = Split.of_pairs(column, self.mini_batch_size)
+        with embedding_in(unwrapped, split, _embeddings_of):
+            embeddings = _embeddings_of(self.model(column))[_EMBEDDINGS]
+        at_least_float32 = torch.promote_types(embeddings.dtype, torch.float32)
+        return F.normalize(embeddings.to(at_least_float32), dim=-1)
+
+    def _check_keeps_no_layers(self, model: Any) -> None:
+        """Raise a ValueError for mini-batches of a model whose layers sentence-transformers keeps."""
+        is_compiled = hasattr(model, "_orig_mod")  # which cannot be split either, as embedding_in says
+        if self.mini_batch_size is None or is_compiled:
+            return
+        if type(model[0].forward).__name__ == "TransformerDecorator":
             raise ValueError(
                 "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
                 f"layer of the whole batch; got {self.mini_batch_size}"
             )
-        split = Split.of_pairs(column, self.mini_batch_size)
-        with embedding_in(inner, split, lambda output: {name: output[name]}):
-            embeddings: Tensor = self.model(column)[name]
-        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
         return {"scale": self.scale, "mini_batch_size": self.mini_batch_size}
 
 
+def _embeddings_of(output: Any) -> dict[str, Tensor]:
+    """The embeddings in an output of the model."""
+    return {_EMBEDDINGS: output[_EMBEDDINGS]}
+
+
 def is_cut(labels: Tensor) -> bool:
-    """True for a view of the first numbers of each row."""
+    """True for a view of the first numbers of each row, as MatryoshkaLoss cuts labels to fewer dimensions.
+
+    The rows of a view lie as far apart as those of the tensor that it is of.
+    """
     return labels.dim() > 1 and labels.stride(-2) > labels.shape[-1]

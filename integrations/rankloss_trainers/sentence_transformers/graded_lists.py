@@ -39,8 +39,9 @@ with extra("sentence-transformers"):
 
     from rankloss_trainers.transformers.progress import keeping_last_batch
 
-_IDS = "candidate_ids"  # beside a column's inputs
+_IDS = "candidate_ids"  # the key of them among the candidates' inputs
 _CITATIONS = {
+    # The key of the BibTeX entry, its title and year, by the model of the lists.
     "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
     "top_one": ("cao2007learning", "Learning to Rank: From Pairwise Approach to Listwise Approach", 2007),
     "pairwise": ("burges2005learning", "Learning to Rank using Gradient Descent", 2005),
@@ -65,28 +66,33 @@ class RankedListsCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows."""
-        label = next((name for name in self.valid_label_columns if name in features[0]), None)
-        names = [name for name in features[0] if name not in ("dataset_name", label)]
+        rows = features  # of the data, as sentence-transformers calls them
+        label = next((name for name in self.valid_label_columns if name in rows[0]), None)
+        names = [name for name in rows[0] if name not in ("dataset_name", label)]
         if len(names) not in (2, 3) or label is None:
             raise ValueError(
                 "the data must have a column of queries, one of lists of candidates and a label column "
-                f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(features[0])}"
+                f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(rows[0])}"
             )
         query, *own, candidates = names
-        places = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
+        places = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(rows)]
         remedy = "Join its lists, or train with batch_sampler=BatchSamplers.NO_DUPLICATES"
-        check_unique([row[query] for row in features], places, remedy)
+        check_unique([row[query] for row in rows], places, remedy)
         lists = [
-            check_list(row[candidates], row[label], place)
-            for row, place in zip(features, places, strict=True)
+            check_list(row[candidates], row[label], place) for row, place in zip(rows, places, strict=True)
         ]
         pool = pool_lists(lists)
-        shared = {name: features[0][name] for name in features[0] if name == "dataset_name"}
-        of_queries = [{**shared, **{name: row[name] for name in (query, *own)}} for row in features]
-        of_candidates = [{**shared, candidates: candidate} for candidate in pool.candidates]
+
+        # Queries and candidates differ in number, so each kind is a table of its own to the collator behind.
+        dataset_name = {"dataset_name": rows[0]["dataset_name"]} if "dataset_name" in rows[0] else {}
+        table_of_queries = []
+        for row in rows:
+            pair = {name: row[name] for name in (query, *own)}
+            table_of_queries.append({**dataset_name, **pair})
+        table_of_candidates = [{**dataset_name, candidates: candidate} for candidate in pool.candidates]
         return {
-            **super().__call__(of_queries),
-            **super().__call__(of_candidates),
+            **super().__call__(table_of_queries),
+            **super().__call__(table_of_candidates),
             f"{candidates}_{_IDS}": pool.ids,
             "label": torch.stack([pool.index, encode_grades(pool.grades)], dim=-1),
         }
@@ -172,15 +178,15 @@ class RankedListsLoss(EmbeddingLoss):
         """
         columns = list(sentence_features)
         ids = columns[-1].get(_IDS)
-        queries, *candidates = (self._embedded_column(column) for column in columns)
+        queries, *candidates = [self._embedded_column(column) for column in columns]
         pairs = {}
         if self.term.base is not None and candidates:
-            pairs = {"image_features": queries, "text_features": candidates[0]}
+            own, *others = candidates
+            pairs = {"image_features": queries, "text_features": own}
             if labels is not None:  # without labels the own is the list's positive
-                candidates = candidates[1:]
+                candidates = others
         if labels is None and len(candidates) > 1:
-            below = torch.full((len(queries), len(candidates) - 1), -torch.inf, device=queries.device)
-            labels = torch.cat([torch.ones_like(below[:, :1]), below], dim=1)
+            labels = _grades_of_triplets(len(queries), len(candidates), queries.device)
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         lists = self._lists(len(queries), candidates, labels, ids)
@@ -226,3 +232,10 @@ class RankedListsLoss(EmbeddingLoss):
         """The BibTeX entry of the criterion's paper, for the model card."""
         key, title, year = _CITATIONS[self.criterion.model]
         return f"@inproceedings{{{key},\n    title={{{title}}},\n    year={{{year}}}\n}}"
+
+
+def _grades_of_triplets(queries: int, candidates: int, device: torch.device) -> Tensor:
+    """Grades of lists of a positive and its negatives, which are below it and not ranked: 1, −∞, −∞, …."""
+    grades = torch.full((queries, candidates), -torch.inf, device=device)
+    grades[:, 0] = 1.0
+    return grades

@@ -114,15 +114,15 @@ class ContrastiveLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
-        keywords: dict[str, Any] = {**run_options}
-        of_run = RunOptions.taken_from(keywords)
-        for key in keywords:
-            hint = did_you_mean(key, options_of(RunOptions))
-            hint = hint or "; options of the loss are given as options={…}"
-            raise TypeError(f"{type(self).__name__} has no keyword {key!r}{hint}")
-        self.run = Runtime(HOST, read_losses(loss, options), of_run, gather=gather)
+        for key in run_options:
+            if key not in options_of(RunOptions):
+                hint = did_you_mean(key, options_of(RunOptions))
+                hint = hint or "; options of the loss are given as options={…}"
+                raise TypeError(f"{type(self).__name__} has no keyword {key!r}{hint}")
+        self.run = Runtime(HOST, read_losses(loss, options), RunOptions(**run_options), gather=gather)
         self.metrics: tuple[str, ...] | None = None
         self._has_warned = False  # of labels that are not used
+        # The place of the column of images; of a folder's pairs Progress finds it.
         self.image_column = None if self.run.teaching.features is not None else 0
         if self.run.id_key not in (None, CAPTIONS, "label"):
             text = f"key must be {CAPTIONS} or label, the columns that a loss is given"
@@ -145,9 +145,10 @@ class ContrastiveLoss(EmbeddingLoss):
                 text += "; train a positive and its negatives by RankedListsLoss(model, rankloss.RankedLists("
                 text += "in_batch_negatives=True)) of rankloss_trainers.sentence_transformers"
             raise ValueError(text)
-        columns = columns[::-1] if self.image_column else columns
-        features = dict(zip(NAMES, map(self.embedded, columns), strict=True))
-        entries = self._entries(features, labels, columns[1])
+        images, texts = reversed(columns) if self.image_column == 1 else columns
+        image_features, text_features = NAMES
+        features = {image_features: self.embedded(images), text_features: self.embedded(texts)}
+        entries = self._entries(features, labels, texts)
         self._end_at_backward(entries)
         return LoggedTerms(entries.terms, self._logged(entries)) if self.output_dict else entries.total
 
@@ -171,14 +172,19 @@ class ContrastiveLoss(EmbeddingLoss):
             return {}
         if self.metrics is None:
             self.metrics = tuple(entries.metrics)
-        return {
-            name: entries.metrics[name] if name in entries.metrics else entries.total.detach() * math.nan
-            for name in self.metrics
-        }
+        nan = entries.total.detach() * math.nan
+        return {name: entries.metrics.get(name, nan) for name in self.metrics}
 
     def _entries(
         self, features: dict[str, Tensor], labels: Tensor | None, texts: dict[str, Tensor]
     ) -> Entries:
+        """The entries of the loss; without gradients, as in evaluation, those of the base.
+
+        Args:
+            features: The embeddings of images and texts, as losses call them.
+            labels: See :meth:`forward`.
+            texts: The tokenized column of texts.
+        """
         if not torch.is_grad_enabled():
             return self.run.evaluate(**features, logit_scale=self.scale)
         if self.image_column is None:
@@ -188,18 +194,29 @@ class ContrastiveLoss(EmbeddingLoss):
                 f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
                 "dimensions: bind the data to a folder of them, and give it as teacher"
             )
-        key, more = self.run.id_key, taught(self.run.teaching.features, labels)
-        if key == CAPTIONS:
-            tokenizer = getattr(extract_model_from_parallel(self.model)[0], "tokenizer", None)
-            more["pair_ids"] = hash_tokens(texts, tokenizer)
-        elif key is not None:
-            if labels is None:
-                raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
-            more["pair_ids"] = labels
-        if labels is not None and key != "label" and more.keys() <= {"pair_ids"}:
+        of_teacher = taught(self.run.teaching.features, labels)
+        of_ids = self._ids(labels, texts)
+        has_use_for_labels = bool(of_teacher) or self.run.id_key == "label"
+        if labels is not None and not has_use_for_labels:
             self._warn_of_unused_labels()
-        entries: Entries = self.run(**features, logit_scale=self.scale, **more)
+        entries: Entries = self.run(**features, logit_scale=self.scale, **of_teacher, **of_ids)
         return entries
+
+    def _ids(self, labels: Tensor | None, texts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The ids of the pairs among the inputs of the loss, where it takes any.
+
+        Raises:
+            ValueError: They are to be the labels, and there are none.
+        """
+        key = self.run.id_key
+        if key is None:
+            return {}
+        if key == CAPTIONS:
+            first_module = extract_model_from_parallel(self.model)[0]
+            return {"pair_ids": hash_tokens(texts, getattr(first_module, "tokenizer", None))}
+        if labels is None:
+            raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
+        return {"pair_ids": labels}
 
     def _warn_of_unused_labels(self) -> None:
         """Warn once of labels that are neither a teacher's nor ids, such as grades of the pairs."""

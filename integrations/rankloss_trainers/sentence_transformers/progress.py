@@ -43,39 +43,33 @@ class Progress(TrainerProgress):
 
     def __init__(self, *losses: nn.Module) -> None:
         super().__init__(*losses)
-        self._losses = [x for loss in losses for x in loss.modules() if isinstance(x, ContrastiveLoss)]
+        parts = [part for loss in losses for part in loss.modules()]
+        self._losses = [part for part in parts if isinstance(part, ContrastiveLoss)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the data."""
+        """Check the data, and put the losses with their course among the states that checkpoints hold."""
         data = kwargs["train_dataloader"].dataset
-        parts = data.datasets if isinstance(data, ConcatDataset) else [data]
+        datasets_of_run = data.datasets if isinstance(data, ConcatDataset) else [data]
         for loss in self._losses:
             _check_model(loss, kwargs.get("model"))
-            if len(parts) > 1 and loss.run.gather.place[1] > 1:
-                raise ValueError("several datasets on several processes: give each loss gather=False")
-            folder = loss.run.teaching.features
-            if loss.run.id_key == "label":
-                for dataset in parts:
-                    _check_labels(dataset)
-            if folder is not None:
-                bindings = {_binding(folder, dataset) for dataset in parts} - {Binding.NONE}
-                if bindings not in ({Binding.IMAGES_FIRST}, {Binding.IMAGES_SECOND}):
-                    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
-                    raise ValueError(f"teacher needs the two columns and the label of {bind}")
-                loss.image_column = 0 if bindings == {Binding.IMAGES_FIRST} else 1
-        states = state.stateful_callbacks  # which its checkpoints hold
+            _check_data(loss, datasets_of_run)
         if state.global_step > 0:  # a run that is resumed
-            before = states.get(_TRAININGS, [])
-            if not isinstance(before, list):
-                raise ValueError(
-                    "the checkpoint resumed from holds the state of another trainer's loss; got "
-                    f"{before!r:.60}"
-                )
-            for run, saved in itertools.zip_longest(self.runs, before[: len(self.runs)]):
-                run.restore(saved, warn=state.is_world_process_zero)
+            self._restore(state)
         super().on_train_begin(args, state, control, **kwargs)
-        # The losses have no state of tensors, which this trainer does not serve.
-        states[_TRAININGS] = [run.saved() for run in self.runs]
+        # Of texts alone: the losses have no state of tensors, which this trainer does not serve.
+        state.stateful_callbacks[_TRAININGS] = [run.saved() for run in self.runs]
+
+    def _restore(self, state: Any) -> None:
+        """Compare the losses with those of the checkpoint that the run is resumed from."""
+        saved_runs = state.stateful_callbacks.get(_TRAININGS, [])
+        if not isinstance(saved_runs, list):
+            raise ValueError(
+                "the checkpoint resumed from holds the state of another trainer's loss; got "
+                f"{saved_runs!r:.60}"
+            )
+        # A run beyond the saved ones is restored from None.
+        for run, saved in itertools.zip_longest(self.runs, saved_runs[: len(self.runs)]):
+            run.restore(saved, warn=state.is_world_process_zero)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Before each further batch of an optimizer step."""
@@ -84,8 +78,10 @@ class Progress(TrainerProgress):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """After a line about training an interval begins."""
-        for loss in self._losses if "loss" in logs else ():
-            loss.metrics = None
+        is_about_training = "loss" in logs
+        if is_about_training:
+            for loss in self._losses:
+                loss.metrics = None
 
 
 def _check_model(loss: ContrastiveLoss, model: nn.Module | None) -> None:
@@ -99,11 +95,46 @@ def _check_model(loss: ContrastiveLoss, model: nn.Module | None) -> None:
         )
 
 
+def _check_data(loss: ContrastiveLoss, datasets_of_run: list[Any]) -> None:
+    """Check the datasets of a run, and tell a loss with a folder its column of images.
+
+    Raises:
+        ValueError: They are several on several processes, one has the same label for all pairs, or none is
+            bound to the folder.
+    """
+    if len(datasets_of_run) > 1:
+        _rank, world_size = loss.run.gather.place
+        if world_size > 1:
+            raise ValueError("several datasets on several processes: give each loss gather=False")
+    if loss.run.id_key == "label":
+        for dataset in datasets_of_run:
+            _check_labels(dataset)
+    folder = loss.run.teaching.features
+    if folder is not None:
+        loss.image_column = _image_column(folder, datasets_of_run)
+
+
+def _image_column(folder: Features, datasets_of_run: list[Any]) -> int:
+    """The place of the column of a folder's images in data that are bound to the folder.
+
+    Raises:
+        ValueError: No dataset is bound to it, or the datasets differ.
+    """
+    bindings = {_binding(folder, dataset) for dataset in datasets_of_run} - {Binding.NONE}
+    if bindings == {Binding.IMAGES_FIRST}:
+        return 0
+    if bindings == {Binding.IMAGES_SECOND}:
+        return 1
+    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
+    raise ValueError(f"teacher needs the two columns and the label of {bind}")
+
+
 def _check_labels(dataset: Any) -> None:
     """Raise a ValueError for a table whose pairs all have one label."""
     if isinstance(dataset, datasets.Dataset) and "label" in dataset.column_names:
         labels = torch.as_tensor(dataset.with_format("numpy")["label"][:])
-        if not labels.is_floating_point() and labels.dim() == 1:  # others are of another loss
+        are_ids = not labels.is_floating_point() and labels.dim() == 1  # others are of another loss
+        if are_ids:
             check_column(labels, "label")
 
 
