@@ -37,14 +37,15 @@ class Batch:
 
 
 def unit_rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
-    x = rng.standard_normal((n, d))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    """An array of rows of unit norm."""
+    rows = rng.standard_normal((n, d))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Rows of unit norm."""
-    made = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(made, dim=-1)
+    """A tensor of rows of unit norm."""
+    rows = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(rows, dim=-1)
 
 
 def random_batch(seed: int, n: int, d: int, scale: float, *, duplicates: int = 0) -> Batch:
@@ -61,6 +62,7 @@ def random_batch(seed: int, n: int, d: int, scale: float, *, duplicates: int = 0
 
 @st.composite
 def batches(draw: st.DrawFn, *, min_n: int = 2, max_n: int = 12, ties: bool = True) -> Batch:
+    """Random batches; with ties some of them have equal rows."""
     n = draw(st.integers(min_n, max_n))
     duplicates = draw(st.integers(0, n // 2)) if ties else 0
     return random_batch(
@@ -86,11 +88,12 @@ def vector_batch(case: dict[str, Any]) -> Batch:
 def teacher_of(n: int, d: int = 5, *, seed: int = 7, duplicates: int = 0) -> dict[str, Tensor]:
     """A teacher's features of another dimension; the last ``duplicates`` rows repeat the first."""
     rng = np.random.default_rng(seed)
-    features = [unit_rows(rng, n, d) for _ in range(2)]
-    for x in features:
-        x[n - duplicates :] = x[:duplicates]
-    image, text = (torch.from_numpy(x).to(DEVICE) for x in features)
-    return {"reference_image_features": image, "reference_text_features": text}
+    teacher = {}
+    for name in ("reference_image_features", "reference_text_features"):
+        rows = unit_rows(rng, n, d)
+        rows[n - duplicates :] = rows[:duplicates]
+        teacher[name] = torch.from_numpy(rows).to(DEVICE)
+    return teacher
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -115,11 +118,8 @@ def assert_same(found: Iterable[Tensor], wanted: Iterable[Tensor], tolerance: fl
 
 def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:
     """Gradients by all inputs under a given upstream gradient; an input that gets none is a failure."""
-    return list(
-        torch.autograd.grad(
-            value, inputs, torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
-        )
-    )
+    upstream = torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
+    return list(torch.autograd.grad(value, inputs, upstream))
 
 
 def upstream_for(value: Tensor) -> Tensor:
@@ -130,16 +130,23 @@ def upstream_for(value: Tensor) -> Tensor:
 def assert_slopes(value: Tensor, inputs: tuple[Tensor, ...], literal: Callable[..., Any]) -> None:
     """Every input's gradient, along a random direction, is the difference quotient of a NumPy function.
 
-    The inputs are images, texts, the scale and what else is one number.
+    The inputs are images, texts, the scale and further numbers.
     """
     upstream, rng = upstream_for(value), np.random.default_rng(0)
-    found = torch.autograd.grad(value, inputs, upstream, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(value, inputs, upstream, allow_unused=True, materialize_grads=True)
     arrays = [x.detach().numpy() for x in inputs]
     scale = max(1.0, float(arrays[2]))
-    for k, (gradient, x) in enumerate(zip(found, arrays, strict=True)):
-        step = min(1e-5, 1e-4 / scale) if x.ndim else 1e-6 * scale
-        along = rng.standard_normal(x.shape)
-        above, below = (literal(*arrays[:k], x + d * along, *arrays[k + 1 :]) for d in (step, -step))
-        slope = ((np.asarray(above) - below) * upstream.numpy()).sum() / (2 * step)
-        tolerance = {"rel": 1e-5, "abs": max(1e-5, 1e-7 * scale)}
-        assert (gradient.detach().numpy() * along).sum() == pytest.approx(slope, **tolerance)
+
+    def literal_at(place: int, moved: np.ndarray) -> np.ndarray:
+        """The function where the input at this place is another."""
+        return np.asarray(literal(*arrays[:place], moved, *arrays[place + 1 :]))
+
+    for place, (slope, array) in enumerate(zip(slopes, arrays, strict=True)):
+        # A score is the scale times a cosine: features move by less, the larger it is, and numbers by more.
+        is_feature = array.ndim > 0
+        step = min(1e-5, 1e-4 / scale) if is_feature else 1e-6 * scale
+        direction = rng.standard_normal(array.shape)
+        difference = literal_at(place, array + step * direction) - literal_at(place, array - step * direction)
+        quotient = (difference * upstream.numpy()).sum() / (2 * step)
+        along_direction = (slope.detach().numpy() * direction).sum()
+        assert along_direction == pytest.approx(quotient, rel=1e-5, abs=max(1e-5, 1e-7 * scale))

@@ -15,18 +15,34 @@ def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tens
     n_matrices, n, _ = block.cosines.shape
     cosines = block.cosines.to("cpu", torch.float64, copy=True).requires_grad_()
     scale = block.scale.double().cpu()
-    source = block.cosines.flip(0) if block.reference is None else block.reference
-    y = torch.stack([m if e is None else m[:, e] for m, e in zip(source, block.first_equal, strict=True)])
-    if options.model == "top_one":  # else y has the block's dtype, in which its bins are computed
-        y = y.double()
+    references = _references(block).cpu()
+    if options.model == "top_one":  # else they have the block's dtype, in which their bins are computed
+        references = references.double()
     own = torch.arange(block.first_row, block.first_row + n)
     nll = torch.stack(
-        [dense.list_terms(c, m, scale, own, options).sum(-1) for c, m in zip(cosines, y.cpu(), strict=True)]
+        [
+            dense.list_terms(of_matrix, reference, scale, own, options).sum(-1)
+            for of_matrix, reference in zip(cosines, references, strict=True)
+        ]
     )
-    x = scale * cosines
-    cross_entropy = x.logsumexp(-1) - x.diagonal(block.first_row, 1, 2)
-    zero = torch.zeros(n_matrices, dtype=torch.float64)
-    alpha, beta = (zero if w is None else w.double().cpu() for w in (block.alpha, block.beta))
-    total = (alpha[:, None] * cross_entropy + beta[:, None] * nll).sum()
+    scores = scale * cosines
+    cross_entropy = scores.logsumexp(-1) - scores.diagonal(block.first_row, 1, 2)
+
+    def weights(given: Tensor | None) -> Tensor:
+        """A weight for each matrix, 0 where the block has no such term."""
+        return torch.zeros(n_matrices, dtype=torch.float64) if given is None else given.double().cpu()
+
+    total = weights(block.alpha) @ cross_entropy.sum(-1) + weights(block.beta) @ nll.sum(-1)
     by_scores = torch.autograd.grad(total, cosines)[0] / scale
     return cross_entropy.detach(), nll.detach(), by_scores
+
+
+def _references(block: Block) -> Tensor:
+    """What ranks each matrix: the other one or a teacher's, where equal items have the first one's number."""
+    references = block.cosines.flip(0) if block.reference is None else block.reference
+    return torch.stack(
+        [
+            reference if first_equal is None else reference[:, first_equal]
+            for reference, first_equal in zip(references, block.first_equal, strict=True)
+        ]
+    )

@@ -12,23 +12,34 @@ from hypothesis import strategies as st
 from rankloss.options import CHOICES, RankOptions
 
 FIELDS = {f.name: f for f in fields(RankOptions)}
-_NEEDED = [{}, *({name: value} for name in FIELDS for value in CHOICES[name])]
+OTHERS_NEEDED: list[dict[str, Any]] = [{}]
+"""What an option may need beside it: nothing, or a choice of another option."""
+OTHERS_NEEDED += [{name: value} for name in FIELDS for value in CHOICES[name]]
 
 
 def together(chosen: dict[str, Any], accepts: Callable[[RankOptions], bool] = bool) -> dict[str, Any]:
     """Of these options those that go together, each with the other option that it needs."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in chosen.items():
-        for needed in _NEEDED if name not in found else ():
-            more = {**needed, **found, name: value}
-            with suppress(ValueError):
-                if accepts(RankOptions(**more)):
-                    found = more
-                    break
-    return found
+        if name not in options:  # as what another one needed
+            options = _added(options, name, value, accepts)
+    return options
+
+
+def _added(
+    options: dict[str, Any], name: str, value: Any, accepts: Callable[[RankOptions], bool]
+) -> dict[str, Any]:
+    """The options with one more and what it needs, or as they are where it excludes one of them."""
+    for needed in OTHERS_NEEDED:
+        candidate = {**needed, **options, name: value}
+        with suppress(ValueError):
+            if accepts(RankOptions(**candidate)):
+                return candidate
+    return options
 
 
 def small_values(name: str) -> st.SearchStrategy[Any]:
+    """All choices of an option, or small numbers."""
     if CHOICES[name]:
         return st.sampled_from(CHOICES[name])
     bounds = FIELDS[name].metadata
@@ -46,20 +57,19 @@ def is_streamed(x: RankOptions) -> bool:
     return x.reduction != "none"
 
 
+def _other_values(name: str) -> list[Any]:
+    """All choices but the default, or of a number 3."""
+    return [value for value in CHOICES[name] or (3,) if value != FIELDS[name].default]
+
+
 CHANGES: list[dict[str, Any]] = [
-    together({name: value})
-    for name, field in FIELDS.items()
-    for value in CHOICES[name] or (3,)
-    if name != "kernel" and value != field.default
+    together({name: value}) for name in FIELDS if name != "kernel" for value in _other_values(name)
 ]
-"""Every option alone, with what it needs: all choices but the default, and of numbers 3."""
+"""Every option alone, with what it needs."""
 
 
 def with_teachers(options: list[dict[str, Any]]) -> list[tuple[dict[str, Any], bool]]:
     """Each with and without a teacher, where it goes with one and without."""
-    return [
-        (x, has_teacher)
-        for x in options
-        for has_teacher in (False, True)
-        if x.get("fixed_reference" if has_teacher else "reference_scale") is None
-    ]
+    without_teacher = [(x, False) for x in options if x.get("reference_scale") is None]
+    with_teacher = [(x, True) for x in options if x.get("fixed_reference") is None]
+    return [*without_teacher, *with_teacher]

@@ -27,10 +27,12 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made, used = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in (result, (args, kwargs)))
-        if not self.has_float64 and any(x.dtype == torch.float64 for x in made):
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not self.has_float64 and any(x.dtype == torch.float64 for x in results):
             raise TypeError(f"{func} gives float64, which the device has not")
-        if len({x.is_meta for x in made + used}) > 1:
+        is_between_devices = len({x.is_meta for x in results + inputs}) > 1
+        if is_between_devices:
             self.copies.append(str(func))
         return result
 
@@ -43,6 +45,8 @@ def no_float64() -> Iterator[None]:
 
 
 class _MetaAs(TorchFunctionMode):
+    """Lets meta tensors say that they are on a device, and makes tensors for that device on meta."""
+
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
@@ -51,9 +55,14 @@ class _MetaAs(TorchFunctionMode):
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
             device = func(*args)
             return self.device if device.type == "meta" else device
-        args, kwargs = tree_map(lambda x: _META if x == self.device else x, (tuple(args), dict(kwargs or {})))
+
+        def to_meta(argument: Any) -> Any:
+            return _META if argument == self.device else argument
+
+        args, kwargs = tree_map(to_meta, (tuple(args), dict(kwargs or {})))
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == _META:
-            return func(*args, **{**kwargs, "device": "cpu"}).to(_META)  # as a device with values does it
+            # A device with values gets them by a copy from the CPU, which is to be counted.
+            return func(*args, **{**kwargs, "device": "cpu"}).to(_META)
         return func(*args, **kwargs)
 
 

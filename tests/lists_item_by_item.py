@@ -32,24 +32,28 @@ class Lists:
     mask: Tensor | None = None
 
     def leaves(self, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
-        given = self.queries, self.items, torch.tensor(self.scale, dtype=F64)
-        return tuple(x.detach().to(DEVICE, dtype).requires_grad_() for x in given)  # type: ignore[return-value]
+        """Queries, items and the scale as tensors that take a gradient."""
+        tensors = self.queries, self.items, torch.tensor(self.scale, dtype=F64)
+        return tuple(x.detach().to(DEVICE, dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
 
-    def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **more: Any) -> Tensor:
-        given = {"candidate_index": self.index, "mask": self.mask, **more}
-        found: Tensor = loss(q, c, fitting(self.grades, loss.model, loss.pair_weight), s, **given)
-        return found
+    def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **inputs: Any) -> Tensor:
+        """The library's value of these lists."""
+        grades = fitting(self.grades, loss.model, loss.pair_weight)
+        inputs = {"candidate_index": self.index, "mask": self.mask, **inputs}
+        value: Tensor = loss(q, c, grades, s, **inputs)
+        return value
+
+    def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
+        """The value item by item."""
+        grades = fitting(self.grades, options.get("model"), options.get("pair_weight"))
+        value: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
+        return value
 
     def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
         """A value of queries, items and scale, and its gradients."""
         inputs = self.leaves()
         value = value_of(*inputs)
         return [value, *gradients(value, inputs, upstream)]
-
-    def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
-        grades = fitting(self.grades, options.get("model"), options.get("pair_weight"))
-        found: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
-        return found
 
 
 def literal(
@@ -74,62 +78,96 @@ def literal(
     ``frozen`` has the reference's scores of all queries and items, ``excluded`` an item of each query that is
     no negative.
     """
-    is_item = grades == grades if mask is None else mask
-    rows = [[int(i) for i in places[kept]] for places, kept in zip(index, is_item, strict=True)]
-    values, terms = [], []
-    for n, own in enumerate(rows):
-        g = [float(y) for y in grades[n][is_item[n]]]
-        others = []
+    is_item = ~grades.isnan() if mask is None else mask
+    own_items = [[int(item) for item in index[n][is_item[n]]] for n in range(len(index))]
+    listed = sorted({item for own in own_items for item in own})
+    values, counts = [], []
+    for n, own in enumerate(own_items):
+        list_grades = [float(grade) for grade in grades[n][is_item[n]]]
+        negatives: list[int] = []
         if in_batch_negatives:
-            listed = sorted({j for row in rows for j in row})
-            others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
-            if excluded is not None:
-                others = [j for j in others if j != excluded[n]]
-        g += [-math.inf] * len(others)
-        x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
+            negatives = [item for item in listed if not _is_among(items[item], items[own])]
+        if excluded is not None:
+            negatives = [item for item in negatives if item != excluded[n]]
+        list_grades += [-math.inf] * len(negatives)
+        scores = [logit_scale * (query_features[n] * items[item]).sum() for item in [*own, *negatives]]
         if frozen is not None:
-            x = [score - float(frozen[n, j]) for score, j in zip(x, [*own, *others], strict=True)]
-        if model == "lambda":
-            weights = reference.lambda_weights([score.item() for score in x], g, gain=gain)
-            pairs = np.argwhere(weights)
-            value, count = sum(weights[p, q] * _log_sum([0 * x[p], x[q] - x[p]]) for p, q in pairs), 1
+            scores = [
+                score - float(frozen[n, item]) for score, item in zip(scores, [*own, *negatives], strict=True)
+            ]
+        if model == "plackett_luce":
+            value, count = _plackett_luce(scores, list_grades, top_k)
+        elif model == "top_one":
+            value, count = _top_one(scores, list_grades), 1
+        elif model == "pairwise":
+            value, count = _pairwise(scores, list_grades, pair_weight)
         else:
-            value, count = _list_value(x, g, model, top_k, pair_weight)
-        ranked = len(set(g)) > 1
-        values.append(value if ranked else 0 * x[0])
-        terms.append(count if ranked else 0)
+            value, count = _lambda(scores, list_grades, gain), 1
+        has_an_order = len(set(list_grades)) > 1
+        values.append(value if has_an_order else 0 * scores[0])
+        counts.append(count if has_an_order else 0)
     if reduction == "mean":
-        kept = [value / count for value, count in zip(values, terms, strict=True) if count]
-        return sum(kept) / len(kept) if kept else 0 * sum(values)
+        means = [value / count for value, count in zip(values, counts, strict=True) if count]
+        return sum(means) / len(means) if means else 0 * sum(values)
     return sum(values) if reduction == "sum" else torch.stack(values)
 
 
-def _log_sum(x: list[Any]) -> Any:
-    return torch.stack(x).logsumexp(0)
+def _is_among(row: Tensor, rows: Tensor) -> bool:
+    return bool((row == rows).all(-1).any())
 
 
-def _list_value(
-    x: list[Any], g: list[float], model: str, top_k: int | None, pair_weight: str | None
-) -> tuple[Any, int]:
-    """The value of one list and the number of its terms."""
+def _log_sum(scores: list[Any]) -> Any:
+    return torch.stack(scores).logsumexp(0)
 
-    graded = [p for p in range(len(g)) if g[p] > -math.inf]
-    value, count = 0 * x[0], 0
-    if model == "top_one":
-        total = sum(math.exp(g[p] - max(g)) for p in graded)
-        for p in graded:
-            value = value + math.exp(g[p] - max(g)) / total * (_log_sum(x) - x[p])
-        return value, 1
-    for p in graded:
-        worse = [q for q in range(len(g)) if g[q] < g[p]]
-        if model == "pairwise":
-            for q in worse:
-                weight = g[p] - g[q] if pair_weight else 1.0
-                value, count = value + weight * _log_sum([0 * x[p], x[q] - x[p]]), count + 1
-        elif top_k is None or 1 + sum(y > g[p] for y in g) <= top_k:
-            below = [x[q] for q in range(len(g)) if g[q] <= g[p]]
-            value, count = value + _log_sum(below) - x[p], count + (len(below) > 1)
+
+def _softplus(score: Any) -> Any:
+    """log(1 + eˣ)."""
+    return _log_sum([0 * score, score])
+
+
+def _graded(grades: list[float]) -> list[int]:
+    """The places of the items that have a grade."""
+    return [p for p, grade in enumerate(grades) if grade > -math.inf]
+
+
+def _plackett_luce(scores: list[Any], grades: list[float], top_k: int | None) -> tuple[Any, int]:
+    """The likelihood's logarithm, negated, and its number of terms: those in which an item has a choice."""
+    value, count = 0 * scores[0], 0
+    for p in _graded(grades):
+        rank = 1 + sum(grade > grades[p] for grade in grades)
+        if top_k is None or rank <= top_k:
+            no_better = [score for score, grade in zip(scores, grades, strict=True) if grade <= grades[p]]
+            value = value + _log_sum(no_better) - scores[p]
+            count += len(no_better) > 1
     return value, count
+
+
+def _top_one(scores: list[Any], grades: list[float]) -> Any:
+    """The cross-entropy of the probabilities to be the first, which the grades are logits of."""
+    worths = [math.exp(grade - max(grades)) for grade in grades]
+    value = 0 * scores[0]
+    for p in _graded(grades):
+        value = value + worths[p] / sum(worths) * (_log_sum(scores) - scores[p])
+    return value
+
+
+def _pairwise(scores: list[Any], grades: list[float], pair_weight: str | None) -> tuple[Any, int]:
+    """The sum over the pairs of a graded item and a worse one, and their number."""
+    value, count = 0 * scores[0], 0
+    for better in _graded(grades):
+        for worse in range(len(grades)):
+            if grades[worse] < grades[better]:
+                weight = grades[better] - grades[worse] if pair_weight else 1.0
+                value = value + weight * _softplus(scores[worse] - scores[better])
+                count += 1
+    return value, count
+
+
+def _lambda(scores: list[Any], grades: list[float], gain: str) -> Any:
+    """NDCG-Loss2++, whose weights are constants."""
+    weights = reference.lambda_weights([score.item() for score in scores], grades, gain=gain)
+    pairs = np.argwhere(weights)
+    return sum(weights[better, worse] * _softplus(scores[worse] - scores[better]) for better, worse in pairs)
 
 
 def fitting(grades: Tensor, model: str | None, pair_weight: str | None) -> Tensor:
@@ -144,27 +182,34 @@ def lists_of(
     rng = np.random.default_rng(seed)
     items = unit_rows(rng, m, d)
     items[m - equal :] = items[:equal]
-    index = np.stack([rng.permutation(m)[:k] if k <= m else rng.integers(0, m, k) for _ in range(n)])
+    if k <= m:
+        index = np.stack([rng.permutation(m)[:k] for _ in range(n)])
+    else:  # too few items: some are twice in a list
+        index = np.stack([rng.integers(0, m, k) for _ in range(n)])
     grades = rng.integers(0, 4, (n, k)).astype(float)
-    grades[grades == 0] = rng.choice([0.0, -math.inf], (grades == 0).sum())
+    is_lowest = grades == 0
+    grades[is_lowest] = rng.choice([0.0, -math.inf], is_lowest.sum())
     mask = rng.random((n, k)) < 0.7
-    mask[np.arange(n), rng.integers(0, k, n)] = True
+    mask[np.arange(n), rng.integers(0, k, n)] = True  # no list is empty
     arrays = unit_rows(rng, n, d), items, index, grades
     return Lists(*map(torch.from_numpy, arrays), scale, torch.from_numpy(mask) if masked else None)
 
 
-lists = st.builds(
-    lambda seed, n, k, more, equal, scale, masked: lists_of(
-        seed, n, k, k + more, equal=min(equal, (k + more) // 2), scale=scale, masked=masked
-    ),
-    st.integers(0, 2**32 - 1),
-    st.integers(1, 5),
-    st.integers(1, 5),
-    st.integers(0, 8),
-    st.integers(0, 3),
-    st.sampled_from([1.0, 10.0, 100.0]),
-    st.booleans(),
-)
+@st.composite
+def lists(draw: st.DrawFn) -> Lists:
+    """Lists of some of the items, of which some may be equal."""
+    k = draw(st.integers(1, 5))
+    m = k + draw(st.integers(0, 8))
+    return lists_of(
+        seed=draw(st.integers(0, 2**32 - 1)),
+        n=draw(st.integers(1, 5)),
+        k=k,
+        m=m,
+        equal=min(draw(st.integers(0, 3)), m // 2),
+        scale=draw(st.sampled_from([1.0, 10.0, 100.0])),
+        masked=draw(st.booleans()),
+    )
+
 
 MODELS: list[dict[str, Any]] = [
     {},

@@ -11,13 +11,15 @@ QUERIES = 40
 def made_up(ask, sizes, names, score, *, geometry=lambda _: {"logit_scale": 10.0}, most=1000):
     """Return the records that a plan asks for, by data set.
 
+    A plan is asked again until no training is missing, since what it asks for may depend on earlier scores.
+
     Args:
-        ask: Of a study.
-        sizes: Its plan, whose trainings are all made up.
-        names: Of the data sets.
+        ask: The function of a study that reads the records of its plan, and raises for missing ones.
+        sizes: The plan, whose trainings are all made up.
+        names: The data sets' names.
         score: Returns a setting's R@10, to which noise is added.
-        geometry: Returns that of a setting.
-        most: Questions of the plan.
+        geometry: Returns a setting's geometry.
+        most: How often the plan is asked at most.
     """
     finds = {name: Find(name, {}) for name in names}
     rng = np.random.default_rng(0)
@@ -26,16 +28,17 @@ def made_up(ask, sizes, names, score, *, geometry=lambda _: {"logit_scale": 10.0
             ask(sizes, finds)
             return finds
         except MissingError as missing:
-            for one in missing.settings:
-                of = record(score(one) + rng.normal(0, 0.2), rng)
-                of["metrics"]["geometry"] = geometry(one)
-                finds[missing.data].records[one] = of
-    raise AssertionError
+            for setting in missing.settings:
+                of_setting = record(score(setting) + rng.normal(0, 0.2), rng)
+                of_setting["metrics"]["geometry"] = geometry(setting)
+                finds[missing.data].records[setting] = of_setting
+    raise AssertionError(f"the plan has asked {most} times, and still lacks records")
 
 
 def record(score, rng):
-    """Return a record of an R@10, with hits of as many queries in percent."""
-    packed = np.packbits(rng.permutation(QUERIES) < QUERIES * score / 100).tobytes().hex()
+    """Return a record of an R@10 in percent, with hits of so many of the queries."""
+    is_hit = rng.permutation(QUERIES) < QUERIES * score / 100
+    packed = np.packbits(is_hit).tobytes().hex()
     hits = {"pictures": QUERIES, "image_to_text": packed, "text_to_image": packed}
     metrics = {"retrieval": {"R@10, mean of both": score}, "hits": hits}
     return {"metrics": metrics, "conditions": {"cores": 2}}

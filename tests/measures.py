@@ -9,9 +9,9 @@ from typing import Any
 from rankloss import metrics
 
 MASKED: dict[str, Callable[..., Any]] = {
-    "kendall_tau": functools.partial(metrics.kendall_tau),
+    "kendall_tau": metrics.kendall_tau,
     "kendall_tau, c": functools.partial(metrics.kendall_tau, variant="c"),
-    "pairwise_accuracy": functools.partial(metrics.pairwise_accuracy),
+    "pairwise_accuracy": metrics.pairwise_accuracy,
     "ndcg": functools.partial(metrics.ndcg, k=3),
     "reciprocal_rank": functools.partial(metrics.reciprocal_rank, at_least=0.0),
 }

@@ -40,7 +40,7 @@ def _leave_with_the_session() -> None:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    # A tensor that has a graph cannot be sent.
+    """What the function returns, its tensors without their graphs, with which they cannot be sent."""
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, function(*arguments))
 
 
@@ -67,24 +67,30 @@ class Pool:
         """``function(rank, world_size, *arguments)`` on every rank; the results in the order of the ranks."""
         if not self._ranks:
             self._start()
-        given = (self.world_size, *arguments)
-        results = [x.submit(_call, function, rank, *given) for rank, x in enumerate(self._ranks)]
-        done, silent = wait(results, TIMEOUT, FIRST_EXCEPTION)
-        error = next((x.exception() for x in done if x.exception()), None)
+        answers = [
+            executor.submit(_call, function, rank, self.world_size, *arguments)
+            for rank, executor in enumerate(self._ranks)
+        ]
+        done, silent = wait(answers, TIMEOUT, FIRST_EXCEPTION)
+        error = next((answer.exception() for answer in done if answer.exception()), None)
         if error or silent:
-            # The other ranks may be waiting for this one; the next task gets new processes.
-            for process in (process for x in self._ranks for process in x._processes.values()):
-                process.terminate()
-            self._ranks = []
-            ranks = [rank for rank, x in enumerate(results) if x in silent]
+            self._terminate()
+            ranks = [rank for rank, answer in enumerate(answers) if answer in silent]
             raise AssertionError(f"{function.__name__}: {error}; no answer from ranks {ranks}") from error
-        return [x.result() for x in results]
+        return [answer.result() for answer in answers]
+
+    def _terminate(self) -> None:
+        """End the processes, which may be waiting for one that failed; the next task gets new ones."""
+        for executor in self._ranks:
+            for process in executor._processes.values():
+                process.terminate()
+        self._ranks = []
 
     def close(self) -> None:
-        for x in self._ranks:
-            x.submit(dist.destroy_process_group)
-        for x in self._ranks:
-            x.shutdown()
+        for executor in self._ranks:
+            executor.submit(dist.destroy_process_group)
+        for executor in self._ranks:
+            executor.shutdown()
 
 
 class Pools(dict[int, Pool]):

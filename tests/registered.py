@@ -24,26 +24,34 @@ OF_PACKAGES = tuple(name for name in NAMES if catalog.package_of(name))
 def input_names(name: str) -> tuple[str, ...]:
     """The inputs of a registered loss: those its modules demand, and a teacher's features."""
     named, loss = catalog.load(name), rankloss_trainers.create(name)
-    names = dict.fromkeys(("image_features", "text_features", "logit_scale"))
+    names = ["image_features", "text_features", "logit_scale"]
     if named.teacher is not None:
-        names.update(dict.fromkeys(TEACHER))
+        names += TEACHER
     if named.kind == "sigmoid":
-        names["logit_bias"] = None
+        names.append("logit_bias")
     if any(getattr(part, "same_id", None) for part in loss.modules()):
-        names["pair_ids"] = None
+        names.append("pair_ids")
     for part in loss.modules():
-        for key, parameter in call_arguments(part).items():
+        for name, parameter in call_arguments(part).items():
             is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if is_named and parameter.default is parameter.empty:
-                names[key] = None
-    return tuple(names)
+                names.append(name)
+    return tuple(dict.fromkeys(names))  # each once, in their order
 
 
 def register(patch: pytest.MonkeyPatch, **losses: Any) -> None:
     """Register losses as a package p 1.0: their callables, or references to these."""
-    found: dict[str, Any] = dict(catalog.known())
+    entry_points: dict[str, Any] = dict(catalog.known())
     for name, loss in losses.items():
-        load = functools.partial(pkgutil.resolve_name, loss) if isinstance(loss, str) else lambda x=loss: x
-        dist = SimpleNamespace(name="p", version="1.0")
-        found[name] = (SimpleNamespace(name=name, value=f"x:{name}", dist=dist, load=load),)
-    patch.setattr(catalog, "known", lambda: found)
+        entry_points[name] = (_entry_point(name, loss),)
+    patch.setattr(catalog, "known", lambda: entry_points)
+
+
+def _entry_point(name: str, loss: Any) -> SimpleNamespace:
+    """What the catalogue reads of an entry point, which loads the loss."""
+
+    def load() -> Any:
+        return pkgutil.resolve_name(loss) if isinstance(loss, str) else loss
+
+    package = SimpleNamespace(name="p", version="1.0")
+    return SimpleNamespace(name=name, value=f"x:{name}", dist=package, load=load)

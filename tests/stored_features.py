@@ -30,11 +30,14 @@ def stored(
 
     With pictures, the content of the images' files, a teacher has read them.
     """
-    rows, dtype = min(map(len, arrays.values())), next(iter(arrays.values())).dtype
-    images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
+    rows = min(len(array) for array in arrays.values())
+    dtype = next(iter(arrays.values())).dtype
+    pairs = pairs or [(f"{row}.png", f"a{row}") for row in range(rows)]
+    images, captions = zip(*pairs, strict=True)
     path.mkdir()
     widths = {name: array.shape[-1] for name, array in arrays.items()}
-    spaces = spaces or (COMMON_SPACE if len(set(widths.values())) == 1 else SEPARATE_SPACES)
+    if spaces is None:
+        spaces = COMMON_SPACE if len(set(widths.values())) == 1 else SEPARATE_SPACES
     about = {"widths": widths, "dtype": str(dtype), "shard_rows": rows, "spaces": spaces}
     about["has_picture_hashes"] = pictures is not None
     Draft.begin(path, about, hashes_of_pairs(captions, images))

@@ -162,15 +162,16 @@ def assert_right(actual: Result, wanted: Result, tolerance: tuple[float, float] 
     error = _distance(actual.value, wanted.value)
     assert error <= tolerance[0], f"value {actual.value}, not {wanted.value}: off by {error:.1e}"
     assert actual.gradients.keys() == wanted.gradients.keys()
-    features = max((float(g.norm()) for g in wanted.gradients.values()), default=0.0)
-    if features < 1e-14:  # zero but for roundings, as where a list is compared with itself
-        features = 1e-3
+    largest_norm = max((float(gradient.norm()) for gradient in wanted.gradients.values()), default=0.0)
+    if largest_norm < 1e-14:  # zero but for roundings, as where a list is compared with itself
+        largest_norm = 1e-3
     for name, gradient in wanted.gradients.items():
-        error = _distance(actual.gradients[name], gradient, at_least=1e-2 * features)
+        error = _distance(actual.gradients[name], gradient, at_least=1e-2 * largest_norm)
         assert error <= tolerance[1], f"gradient of {name} off by {error:.1e}"
 
 
 def _distance(actual: Tensor, wanted: Tensor, at_least: float = 1e-3) -> float:
+    """‖actual − wanted‖, relative to the norm of what is wanted, or to a number where that is less."""
     actual, wanted = actual.detach().double().cpu(), wanted.detach().double().cpu()
     assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
     if not torch.equal(actual.isnan(), wanted.isnan()):  # a list in which all is tied has no correlation
@@ -207,15 +208,17 @@ def rank_terms(name: str, *, teacher: tuple[str, ...] = (), **options: Any) -> S
 
 def of_pairs(name: str, build: Callable[..., Any], literal: Callable[..., Any], **options: Any) -> Subject:
     """A loss of all pairs; with ``same_id`` some pairs have the same id."""
-    formula = {name: options[name] for name in ("same_id", "label_smoothing") if name in options}
-    inputs = (*PAIR, "logit_scale", *(["logit_bias"] if build is rankloss.SigLipLoss else []))
+    of_formula = {option: options[option] for option in ("same_id", "label_smoothing") if option in options}
+    differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
+    if build is rankloss.SigLipLoss:
+        differentiable += ("logit_bias",)
     return Subject(
         f"{build.__name__}{name}",
         build.__name__,
         functools.partial(build, **options),
-        functools.partial(literal, **formula),
-        inputs=(*inputs, *(["pair_ids"] if "same_id" in options else [])),
-        differentiable=inputs,
+        functools.partial(literal, **of_formula),
+        inputs=(*differentiable, "pair_ids") if "same_id" in options else differentiable,
+        differentiable=differentiable,
         half=True,  # beyond the budget only the dtype of the result is
     )
 
@@ -231,8 +234,8 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
     """
 
     def call(**arguments: Tensor) -> Tensor:
-        found = public(**arguments)
-        return torch.stack(list(found.values())) if isinstance(found, dict) else found
+        value = public(**arguments)
+        return torch.stack(list(value.values())) if isinstance(value, dict) else value
 
     return Subject(name, name, lambda: call, inputs=inputs or PAIR, differentiable=())
 
@@ -242,9 +245,10 @@ def of_lists(name: str) -> Subject:
     measure = MASKED[name]
 
     def masked(x: Tensor, y: Tensor) -> Tensor:
-        mask = torch.arange(x.shape[-1], device=x.device).expand(x.shape) < x.shape[-1] - 1
-        found: Tensor = measure(x, y.abs() if name == "ndcg" else y, mask=mask)
-        return found
+        items = x.shape[-1]
+        is_item = torch.arange(items, device=x.device).expand(x.shape) < items - 1
+        value: Tensor = measure(x, y.abs() if name == "ndcg" else y, mask=is_item)
+        return value
 
     return function(f"metrics.{name.partition(',')[0]}", masked, "x", "y")
 
@@ -280,7 +284,10 @@ def ranked_lists(name: str, *, frozen: bool = False, **options: Any) -> Subject:
 def mimicry(
     name: str, build: Callable[..., nn.Module], has_ranks: bool = True, weight: float = 8.0
 ) -> Subject:
-    """A composition with ``MimicryLoss``, whose teacher is wider than the student."""
+    """A composition with ``MimicryLoss``, whose teacher is wider than the student.
+
+    The components, of a teacher's D + 4 numbers the first D, are those that the student copies.
+    """
 
     def built() -> nn.Module:
         loss = build(functools.partial(rankloss.MimicryLoss, weight=weight))
@@ -288,12 +295,15 @@ def mimicry(
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
 
+    def distance(student: Any, teacher: Any) -> Any:
+        copied = teacher[:, :D] / np.linalg.norm(teacher[:, :D], axis=-1, keepdims=True)
+        return ((student - copied) ** 2).sum(-1).mean()
+
     def literal(image_features: Any, text_features: Any, logit_scale: Any, **teacher: Any) -> Any:
         inputs = (image_features, text_features, logit_scale)
+        of_images, of_texts = (teacher[name] for name in TEACHER)
         value = reference.clip(*inputs)
-        for x, taught in zip(inputs, teacher.values(), strict=False):
-            copied = taught[:, :D] / np.linalg.norm(taught[:, :D], axis=-1, keepdims=True)
-            value += weight * ((x - copied) ** 2).sum(-1).mean()
+        value += weight * (distance(image_features, of_images) + distance(text_features, of_texts))
         return value + (RANK_FACTOR * ranks(*inputs, **teacher) if has_ranks else 0.0)
 
     return Subject(
@@ -326,14 +336,17 @@ def spread(name: str, base: Any = None, of_base: Any = reference.clip, *, narrow
     The scale, a constant in the term, is left to ``test_spread``.
     """
 
-    def literal(image_features: Any, text_features: Any, logit_scale: Any, **of_bias: Any) -> Any:
-        columns = (len(image_features), -1, 4 if narrow else 1)
-        features = (x.reshape(columns).sum(-1) for x in (image_features, text_features))
-        inputs = *features, logit_scale
-        return of_base(*inputs, **of_bias) + 0.3 * reference.spread(*inputs)
+    def literal(image_features: Any, text_features: Any, logit_scale: Any, **bias: Any) -> Any:
+        if narrow:  # as OfFewDimensions does it
+            columns = (len(image_features), -1, 4)
+            image_features, text_features = (
+                x.reshape(columns).sum(-1) for x in (image_features, text_features)
+            )
+        inputs = image_features, text_features, logit_scale
+        return of_base(*inputs, **bias) + 0.3 * reference.spread(*inputs)
 
     def built() -> nn.Module:
-        loss = rankloss.SpreadLoss(base and base())
+        loss = rankloss.SpreadLoss(None if base is None else base())
         return OfFewDimensions(loss) if narrow else loss
 
     differentiable = (*PAIR, *(["logit_bias"] if base is rankloss.SigLipLoss else []))
@@ -478,6 +491,7 @@ NO_SUBJECTS = {
 
 
 def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
+    """Images and texts of a kind, rows of unit norm but for those of zeros."""
     rng = np.random.default_rng(seed)
     v, t = (torch.from_numpy(rng.standard_normal((n, D))) for _ in range(2))
     v, t = (x / x.norm(dim=-1, keepdim=True) for x in (v, t))
@@ -485,27 +499,39 @@ def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
         v[3], v[5] = v[0], v[0]
         t[4], t[5], t[3] = t[1], t[0], t[0]
     elif kind == "negated rows":  # -x stands before x and its equals; x·x is exactly 1
-        codes = torch.from_numpy(rng.integers(0, 2, (2, D)) / 2 - 0.25)
+        codes = _sign_codes(rng, 2)
         v[:3] = torch.stack([-codes[0], codes[0], codes[0]])
         t[1:5] = torch.stack([-codes[1], codes[1], -codes[1], codes[1]])
     elif kind == "clusters":  # close rows, and equal ones
         v, t = (F.normalize(x[:16].repeat(n // 16, 1) + 0.05 * x, dim=-1) for x in (v, t))
         v[-20:], t[-20:] = v[:20], t[:20]
     elif kind == "sign codes":  # cosines are multiples of 1/8, exact in every dtype; some rows are equal
-        v, t = (torch.from_numpy(rng.integers(0, 2, (n, D)) / 2 - 0.25) for _ in range(2))
+        v, t = _sign_codes(rng, n), _sign_codes(rng, n)
         v[4], t[4], t[5] = v[1], t[1], t[2]
     elif kind == "zero rows":
         v[2] = t[4] = t[5] = 0.0
-    elif kind == "sparse":  # one-hot rows and rows of four halves: most similarities are exactly 0
-        for x in (v.zero_(), t.zero_()):
-            for row in range(n):
-                count = 1 if row % 2 else 4
-                places = rng.permutation(D)[:count]
-                signs = rng.choice([-1.0, 1.0], count) if count > 1 else np.ones(1)
-                x[row, places] = torch.from_numpy(signs) / math.sqrt(count)
+    elif kind == "sparse":  # most similarities are exactly 0
+        v, t = _sparse_rows(rng, n), _sparse_rows(rng, n)
     elif kind != "plain":
         raise ValueError(kind)
     return v, t
+
+
+def _sign_codes(rng: np.random.Generator, n: int) -> Tensor:
+    """Rows of ±1/4, which have unit norm in 16 dimensions."""
+    bits = torch.from_numpy(rng.integers(0, 2, (n, D)))
+    return bits.double() / 2 - 0.25
+
+
+def _sparse_rows(rng: np.random.Generator, n: int) -> Tensor:
+    """In turn rows of four halves, of both signs, and one-hot rows."""
+    rows = torch.zeros(n, D, dtype=torch.float64)
+    for row in range(n):
+        count = 1 if row % 2 else 4
+        places = rng.permutation(D)[:count]
+        signs = rng.choice([-1.0, 1.0], count) if count > 1 else np.ones(1)
+        rows[row, places] = torch.from_numpy(signs) / math.sqrt(count)
+    return rows
 
 
 KINDS = ("plain", "equal rows", "negated rows", "sign codes", "zero rows", "sparse")
@@ -515,7 +541,8 @@ def _queries(kind: str, n: int) -> Tensor:
     """Rows that all differ, exact in every dtype where those of the kind are."""
     if kind != "sign codes":
         return _features("plain", 9, n)[0]
-    bits = torch.arange(n)[:, None] >> torch.arange(D) % 3 & 1
+    digits = torch.arange(D) % 3  # of a row's number, which are repeated along the row
+    bits = torch.arange(n)[:, None] >> digits & 1
     return (bits / 2 - 0.25).double()
 
 

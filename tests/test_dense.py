@@ -37,7 +37,7 @@ def scored_lists(
 
 
 def nll_of_all_rankings(scores: Tensor) -> Tensor:
-    """Of ``[N]`` scores under each of the N! rankings."""
+    """The likelihoods' negated logarithms of N scores under each of the N! rankings."""
     rankings = itertools.permutations(range(len(scores)))
     references = torch.tensor(list(rankings), dtype=torch.float64)
     return plackett_luce_nll(scores.expand_as(references), references)
@@ -75,10 +75,9 @@ def test_value_and_gradient_are_those_of_the_literal_reference(
     lists: tuple[Tensor, Tensor], top_k: int | None
 ) -> None:
     x, y = lists[0].requires_grad_(), lists[1]
-    found, owed = (f(x, y, top_k=top_k) for f in (plackett_luce_nll, reference.plackett_luce))
-    assert_close(
-        [found, *torch.autograd.grad(2.5 * found, x)], [owed, *torch.autograd.grad(2.5 * owed, x)], 1e-10
-    )
+    nll, owed = plackett_luce_nll(x, y, top_k=top_k), reference.plackett_luce(x, y, top_k=top_k)
+    slope, owed_slope = torch.autograd.grad(2.5 * nll, x), torch.autograd.grad(2.5 * owed, x)
+    assert_close([nll, *slope], [owed, *owed_slope], 1e-10)
 
 
 @given(scored_lists(min_n=2, bound=20.0))
@@ -90,12 +89,17 @@ def test_matches_breslows_partial_likelihood_in_statsmodels(lists) -> None:
     assert plackett_luce_nll(x, y).item() == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
-def test_scores_far_apart_do_not_underflow() -> None:
-    # Where exp–cumsum–log with a floor of 1e-10 gives 50.9.
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        x = torch.tensor([0.0, -30.0, -40.0, -50.0], dtype=dtype)
-        nll = plackett_luce_nll(x, torch.tensor([4, 3, 2, 1]))
-        assert nll.item() == pytest.approx(9.07998595896962e-05, rel=tolerance * 1e3, abs=tolerance)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_scores_far_apart_do_not_underflow(dtype: torch.dtype, tolerance: float) -> None:
+    """Where exp–cumsum–log with a floor of 1e-10 gives 50.9."""
+    x = torch.tensor([0.0, -30.0, -40.0, -50.0], dtype=dtype)
+    nll = plackett_luce_nll(x, torch.tensor([4, 3, 2, 1]))
+    tails = [[-30, -40, -50], [-10, -20], [-10]]  # of each item, below its own score
+    owed = sum(math.log1p(math.fsum(map(math.exp, below))) for below in tails)  # 9.08e-5
+    assert nll.item() == pytest.approx(owed, rel=tolerance * 1e3, abs=tolerance)
+
+
+def test_gradients_of_scores_a_thousand_nats_apart_are_exact() -> None:
     x = torch.tensor([0.0, -1000.0, -2000.0], requires_grad=True)
     plackett_luce_nll(x, torch.tensor([1.0, 2.0, 3.0])).backward()
     # log(1 + e^1000 + e^2000) + 2000, then log(1 + e^1000) + 1000: the best item of every tail is the first.
@@ -106,13 +110,14 @@ def test_scores_far_apart_do_not_underflow() -> None:
 def test_an_option_of_the_reference_alone_is_computed_by_it(options: Any) -> None:
     x = torch.tensor([[0.3, -0.2, 0.7, 0.5], [0.1, 0.8, -0.4, 0.6]], dtype=torch.float16)
     y = torch.tensor([[2, 1, 1, 0], [0, 3, 3, 1]])
-    values = []
-    for nll in (plackett_luce_nll, reference.plackett_luce):
-        torch.manual_seed(0)
-        values.append(nll(x, y, top_k=3, **options))
-    assert torch.equal(*values)
-    assert values[0].dtype == torch.float32
-    assert ((values[0] - plackett_luce_nll(x, y, top_k=3)).abs() > 1e-3).all()
+    torch.manual_seed(0)  # of random ties
+    nll = plackett_luce_nll(x, y, top_k=3, **options)
+    torch.manual_seed(0)
+    owed = reference.plackett_luce(x, y, top_k=3, **options)
+    assert torch.equal(nll, owed)
+    assert nll.dtype == torch.float32
+    without_option = plackett_luce_nll(x, y, top_k=3)
+    assert ((nll - without_option).abs() > 1e-3).all()
 
 
 # --- shapes, dtypes, bad input ----------------------------------------------------------------------------
@@ -127,9 +132,9 @@ def test_leading_dimensions_are_lists() -> None:
 
 @pytest.mark.parametrize("where", ["scores", "reference"])
 def test_nan_in_gives_nan_value_and_gradient_in_its_list_only(where: str) -> None:
-    x, y = torch.zeros(2, 4), torch.arange(8.0).view(2, 4)
-    (x if where == "scores" else y)[0, 1] = math.nan
-    x.requires_grad_()
+    lists = {"scores": torch.zeros(2, 4), "reference": torch.arange(8.0).view(2, 4)}
+    lists[where][0, 1] = math.nan
+    x, y = lists["scores"].requires_grad_(), lists["reference"]
     nll = plackett_luce_nll(x, y)
     nll.sum().backward()
     assert nll.isnan().tolist() == [True, False]

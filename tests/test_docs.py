@@ -6,6 +6,7 @@ Examples are run by ``tests/examples/test_trainer_examples.py``, console blocks 
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,18 +48,26 @@ sys.path += [str(Path(__file__).parent / name) for name in ("rankloss_trainers",
 
 
 def blocks(text: str, language: str = "python") -> list[str]:
+    """The blocks of a language that stand between fences."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROMPTED = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
-ELSEWHERE = "CLIPTask("  # of code that runs on a branch of the trainer
-CODE = [
-    pytest.param(page.name, code, id=f"{page.stem} {number}", marks=[pytest.mark.slow] * (ELSEWHERE in code))
-    for page in PAGES
-    for number, code in enumerate(blocks(page.read_text(encoding="utf-8")))
-    if ">>> " not in code and page.stem != "your_data"  # tests/docs/test_your_data.py runs it
-]
+PROMPT = ">>> "
+PROMPTED = [page for page in PAGES if PROMPT in page.read_text(encoding="utf-8")]
+OF_MAIN_BRANCH = "CLIPTask("
+"""A mark of code that needs a branch of the trainer."""
+
+
+def code_without_prompt() -> Iterator[Any]:
+    """The pages' names and their blocks of code; tests/docs/test_your_data.py has those of its page."""
+    for page in PAGES:
+        if page.stem == "your_data":
+            continue
+        for number, code in enumerate(blocks(page.read_text(encoding="utf-8"))):
+            if PROMPT not in code:
+                marks = [pytest.mark.slow] if OF_MAIN_BRANCH in code else []
+                yield pytest.param(page.name, code, id=f"{page.stem} {number}", marks=marks)
 
 
 @pytest.mark.parametrize("page", PROMPTED, ids=lambda page: page.name)
@@ -68,88 +77,118 @@ def test_examples_with_a_prompt_run(page: Path) -> None:
     assert failures == 0
 
 
-def test_the_loop_of_the_readme_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    """It can be pasted: it has all that it names, and prints terms whose sum falls."""
+@pytest.fixture
+def readme_loop() -> str:
+    """The code of README's training loop, which begins at one seed."""
     torch.manual_seed(0)
     (code,) = [code for code in blocks(README) if "optimizer.step()" in code]
-    exec(code, {})
-    printed = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    terms = [json.loads(line.replace("'", '"')) for line in printed]
-    assert len(terms) == 4
-    assert {*terms[-1]} == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
-    assert terms[-1]["contrastive_loss"] < terms[0]["contrastive_loss"] / 2
+    return code
+
+
+def test_the_loop_of_the_readme_trains(readme_loop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It can be pasted: it has all that it names, and prints terms whose sum falls."""
+    exec(readme_loop, {})
+    after_the_step = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    printed_terms = [ast.literal_eval(text) for text in after_the_step]
+    assert len(printed_terms) == 4
+    first, *_, last = printed_terms
+    assert {*last} == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
+    assert last["contrastive_loss"] < first["contrastive_loss"] / 2
 
 
 @pytest.mark.parametrize(
-    "loss", ["SpreadLoss()", "ClipLoss()", "RankConsistency()", "RankClipLoss(ClipLoss())"]
+    "loss",
+    [
+        "rankloss.SpreadLoss()",
+        "rankloss.ClipLoss()",
+        "rankloss.RankConsistency()",
+        "rankloss.RankClipLoss(rankloss.ClipLoss())",
+    ],
 )
 def test_the_loop_of_the_readme_takes_any_loss_of_pairs(
-    loss: str, capsys: pytest.CaptureFixture[str]
+    readme_loop: str, loss: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.manual_seed(0)
-    (code,) = [code for code in blocks(README) if "optimizer.step()" in code]
-    assert "RankClipLoss()" in code
-    other = re.sub(r"(\w+Loss|RankConsistency)\(", r"rankloss.\1(", loss)
-    executed(code.replace("rankloss.RankClipLoss()", other))
+    assert "rankloss.RankClipLoss()" in readme_loop
+    executed(readme_loop.replace("rankloss.RankClipLoss()", loss))
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-CALLS = {  # of a loss by its name, and as a class
-    calls[0].split('"')[1]: (calls[0], calls[-1])
-    for line in re.findall(r"^- \*\*Call\*\*: (.*)$", LOSSES, re.MULTILINE)
-    if len(calls := re.findall(r"`((?:create|rankloss\w*\.\w+)\(.*?\))`", line)) > 1
-}
+def documented_calls() -> dict[str, tuple[str, str]]:
+    """By its name, a loss as the page calls it by this name, and as a class."""
+    calls_by_name = {}
+    for line in re.findall(r"^- \*\*Call\*\*: (.*)$", LOSSES, re.MULTILINE):
+        calls = re.findall(r"`((?:create|rankloss\w*\.\w+)\(.*?\))`", line)
+        if len(calls) > 1:
+            by_name, as_class = calls[0], calls[-1]
+            (name,) = re.findall(r'^create\("([^"]+)"', by_name)
+            calls_by_name[name] = by_name, as_class
+    return calls_by_name
+
+
+CALLS = documented_calls()
+any_call = pytest.mark.parametrize(("name", "as_class"), [(name, x) for name in CALLS for x in (False, True)])
+
+
+def loss_of_call(call: str) -> Any:
+    if "rankloss_baselines" in call:
+        pytest.importorskip("rankloss_baselines")
+    imports = "import rankloss, rankloss_baselines; from rankloss_trainers import create"
+    return executed(f"loss = {call}", imports)["loss"]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_both_calls_of_a_loss_are_told_alike_and_have_one_value(name: str) -> None:
-    if "rankloss_baselines" in CALLS[name][1]:
-        pytest.importorskip("rankloss_baselines")
+def test_both_calls_of_a_loss_have_one_value(name: str) -> None:
     inputs = importlib.import_module("named_inputs").inputs_of(name)
     if "query_features" in inputs:  # the loss by its name also trains pairs, where there are some
         inputs = {key: x for key, x in inputs.items() if key not in ("image_features", "text_features")}
-    imports = "import rankloss, rankloss_baselines; from rankloss_trainers import create"
-    losses = [executed(f"loss = {call}", imports)["loss"] for call in CALLS[name]]
     values = []
-    for loss in losses:
-        with pytest.raises(ValueError, match="step must be at most total_steps; got step=4, total_steps=3"):
-            loss.set_progress(4, 3)
-        with pytest.raises(ValueError, match="epoch must be an integer of at least 1; got 0"):
-            loss.set_epoch(0, 3)
+    for call in CALLS[name]:
+        loss = loss_of_call(call)
         loss.set_epoch(1, 3)
         loss.set_progress(2, 3)
         values.append(loss(**inputs))
     assert torch.equal(*values)
 
 
+@any_call
+def test_both_calls_of_a_loss_refuse_a_progress_that_cannot_be(name: str, as_class: bool) -> None:
+    by_name, of_class = CALLS[name]
+    loss = loss_of_call(of_class if as_class else by_name)
+    with pytest.raises(ValueError, match="step must be at most total_steps; got step=4, total_steps=3"):
+        loss.set_progress(4, 3)
+    with pytest.raises(ValueError, match="epoch must be an integer of at least 1; got 0"):
+        loss.set_epoch(0, 3)
+
+
 # --- quotations -------------------------------------------------------------------------------------------
 
 
 def quoted_from(code: str) -> list[str]:
-    """The examples that have the code: its paragraphs in their order, each as deep as it stands there."""
-
-    def has(text: str) -> bool:
-        start = 0
-        for part in re.split(r"\n{2,}", code.strip("\n")):
-            ends = (text.find(f"\n{textwrap.indent(part, ' ' * depth)}\n", start) for depth in (0, 4, 8, 12))
-            start = max(ends)
-            if start < 0:
-                return False
-        return True
-
-    return [name for name, text in EXAMPLES.items() if has(text)]
+    """The names of the examples that have the code's paragraphs, in their order."""
+    return [name for name, example in EXAMPLES.items() if has_paragraphs(example, code)]
 
 
-@pytest.mark.parametrize(("page", "code"), CODE)
+def has_paragraphs(example: str, code: str) -> bool:
+    """Whether the paragraphs stand in the example one after another, each at any depth of indentation."""
+    start = 0
+    for paragraph in re.split(r"\n{2,}", code.strip("\n")):
+        indented = [textwrap.indent(paragraph, " " * depth) for depth in (0, 4, 8, 12)]
+        start = max(example.find(f"\n{lines}\n", start) for lines in indented)
+        if start < 0:  # at no depth
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("page", "code"), [*code_without_prompt()])
 def test_code_without_a_prompt_is_quoted_or_run(
     page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = quoted_from(code)
     if examples:
-        before = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(code)[0]
+        before, _, _ = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(code)
         links = re.findall(r"\]\(\.\./examples/trainers/(\w+\.py)\)", before)
         assert links, f"{page} does not link the example"
-        assert links[-1] in examples
+        assert links[-1] in examples, "the last link before the code is to the example"
         return
     runs = [run for mark, run in RUNS.items() if mark in code]
     assert len(runs) == 1, "code of a page is quoted from an example, or has a function below that runs it"
@@ -158,9 +197,9 @@ def test_code_without_a_prompt_is_quoted_or_run(
 
 
 def test_every_short_example_is_linked() -> None:
-    pages = "".join(page.read_text() for page in PAGES)
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     linked = {*re.findall(r"examples/trainers/(\w+\.\w+)", pages)}
-    assert linked == {x.name for x in (ROOT / "examples/trainers").glob("*.*")}
+    assert linked == {example.name for example in (ROOT / "examples/trainers").glob("*.*")}
 
 
 def test_pages_that_the_code_names_are_there() -> None:
@@ -174,7 +213,7 @@ def test_pages_that_the_code_names_are_there() -> None:
 
 
 def executed(code: str, imports: str = "", **names: Any) -> dict[str, Any]:
-    """What a page's code makes of imports and of names."""
+    """The names after the code has run with imports and with these names."""
     exec(f"{imports}\n{code}", names)
     return names
 
@@ -184,6 +223,7 @@ OF_SENTENCES = "import numpy as np; from rankloss_trainers.sentence_transformers
 
 
 def options_of_a_script(code: str) -> None:
+    """An option that is typed reaches the loss of a training."""
     tiny = pytest.importorskip("tiny_transformers")
     imports = f"{OF_TRANSFORMERS}; from transformers import HfArgumentParser, TrainingArguments"
     imports += "; from rankloss_trainers.command_line import LossArguments"
@@ -196,6 +236,7 @@ def options_of_a_script(code: str) -> None:
 
 
 def hard_negatives(code: str) -> None:
+    """Rows of one caption and its negatives become graded lists."""
     datasets = pytest.importorskip("datasets")
     row = {"query": "a.png", "caption": "a dog", "negatives": ["a cat", "no dog"]}
     lists = executed(code, pairs=datasets.Dataset.from_list([row]))["lists"]
@@ -204,92 +245,114 @@ def hard_negatives(code: str) -> None:
 
 
 def lists_of_sentences(code: str) -> None:
+    """The code trains the model."""
     tiny = pytest.importorskip("tiny_sentences")
     words = tiny.WORDS
     rows = [{"query": words[n], "candidates": words[10 + n : 12 + n], "label": [n % 2, 2]} for n in range(8)]
-    model, before = tiny.tiny(), tiny.weights(tiny.tiny())
+    model = tiny.tiny()
+    weights_before = tiny.weights(tiny.tiny())
     args = tiny.SentenceTransformerTrainingArguments(
         "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
     )
     executed(code, model=model, args=args, lists=tiny.datasets.Dataset.from_list(rows))
-    assert not torch.equal(tiny.weights(model), before)
+    assert not torch.equal(tiny.weights(model), weights_before)
 
 
-def taught(width: int, **columns: Any) -> Any:
-    """Pairs whose teacher's features are in the folder ``teacher``."""
+def pairs_with_teacher(width: int, *, images: list[str] | None = None) -> Any:
+    """Pairs ``0.png``, ``word0`` and so on, whose teacher's features are in the folder ``teacher``."""
     datasets, made = pytest.importorskip("datasets"), importlib.import_module("taught")
-    names = {"image": "{}.png", "caption": "word{}"}
-    columns = {name: [x.format(n) for n in range(made.ROWS)] for name, x in names.items()} | columns
-    data = datasets.Dataset.from_dict(columns)
-    made.folder(Path("teacher"), data, made.features(width), "image", "caption")
-    return data
+    images = images or [f"{row}.png" for row in range(made.ROWS)]
+    captions = [f"word{row}" for row in range(made.ROWS)]
+    pairs = datasets.Dataset.from_dict({"image": images, "caption": captions})
+    made.folder(Path("teacher"), pairs, made.features(width), "image", "caption")
+    return pairs
 
 
 def taught_in_transformers(code: str) -> None:
-    tiny, pairs = pytest.importorskip("tiny_transformers"), taught(12)  # wider than the model's 8
+    """A training with the teacher's folder copies the teacher, which is wider than the model's 8."""
+    tiny = pytest.importorskip("tiny_transformers")
+    pairs = pairs_with_teacher(12)
 
     def processor(images: list[str], text: list[str], **_: Any) -> dict[str, Tensor]:
+        """The model's inputs by the rows of the images, whose captions are of the same rows."""
         rows = [int(Path(image).stem) for image in images]
         assert text == [f"word{row}" for row in rows]
-        return {name: x[rows] for name, x in tiny.Pairs(len(pairs)).columns.items()}
+        return {name: column[rows] for name, column in tiny.Pairs(len(pairs)).columns.items()}
 
-    names = {"TrainingArguments": lambda _, **given: tiny.arguments(Path(), max_steps=2, **given)}
-    names |= {"model": tiny.clip(), "processor": processor, "pairs": pairs}
-    trainer = executed(code, OF_TRANSFORMERS, **names)["trainer"]
+    def training_arguments(_: str, **named: Any) -> Any:
+        return tiny.arguments(Path(), max_steps=2, **named)
+
+    names = {"TrainingArguments": training_arguments, "model": tiny.clip()}
+    trainer = executed(code, OF_TRANSFORMERS, **names, processor=processor, pairs=pairs)["trainer"]
     trainer.train()
     assert tiny.lines(trainer)[-1]["mimicry_loss"] > 0
 
 
 def taught_sentences(code: str) -> None:
+    """A training with the teacher's folder, or features that the page computes, logs the teacher's term.
+
+    The teacher is wider than the model's 16.
+    """
     tiny = pytest.importorskip("tiny_sentences")
-    pairs = taught(20, image=tiny.WORDS[:-33:-1])  # wider than the model's 16
+    pairs = pairs_with_teacher(20, images=tiny.WORDS[:-33:-1])
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
     model = tiny.tiny()
     with patch("rankloss_features.caching.compute_features", return_value="teacher") as computing:
         names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(), pairs=pairs, create=create)
     for call in computing.call_args_list:
-        Teacher(call.args[0]).check()
-        assert call.args[1] is pairs
+        teacher_name, computed_pairs = call.args[:2]
+        Teacher(teacher_name).check()
+        assert computed_pairs is pairs
     ended = tiny.train(Path(), names["loss"], model, train_dataset=names["pairs"], max_steps=2)
-    assert ended.state.log_history[-2]["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
+    logged_last = ended.state.log_history[-2]  # the last has the training's times
+    assert logged_last["mimicry_loss" if "mimicry" in code else "in_modal_loss"] > 0
 
 
 def several_teachers(code: str) -> None:
-    rows = np.arange(len(taught(6)))
+    """Similarities of the joined teacher are the mean of each teacher's."""
+    rows = np.arange(len(pairs_with_teacher(6)))
     Path("teacher").rename("first")
-    taught(4)
+    pairs_with_teacher(4)
     Path("teacher").rename("second")
     executed(code, np=np, Features=Features, rows=rows)
-    folders = [dict(np.load("both.npz")), *(Features(name).take(rows) for name in ("first", "second"))]
-    both, *each = ([x / np.linalg.norm(x, axis=1, keepdims=True) for x in of.values()] for of in folders)
-    np.testing.assert_allclose(both[0] @ both[1].T, sum(x @ y.T for x, y in each) / 2, atol=2e-3)
+
+    def similarities(features: dict[str, np.ndarray]) -> np.ndarray:
+        images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in features.values())
+        return images @ texts.T
+
+    each = [similarities(Features(name).take(rows)) for name in ("first", "second")]
+    joined = similarities(dict(np.load("both.npz")))
+    np.testing.assert_allclose(joined, sum(each) / 2, atol=2e-3)  # a folder's features are float16
 
 
 def own_script_of_a_fork(code: str) -> None:
     """It attaches, and starts the trainer with its arguments."""
-    training, started = ModuleType("training"), []
-    training.main = main = ModuleType("training.main")  # type: ignore[attr-defined]
+    training, main = ModuleType("training"), ModuleType("training.main")
+    training.main = main  # type: ignore[attr-defined]
 
     def train_one_epoch(model: Any, data: Any, loss: Any, epoch: int, args: Any) -> None:
         pass
 
-    own = {"create_loss": lambda args: args, "parse_args": lambda args: args, "main": started.append}
-    vars(main).update(own, train_one_epoch=train_one_epoch)
+    started_with: list[Any] = []
+    of_fork = {"create_loss": lambda args: args, "parse_args": lambda args: args, "main": started_with.append}
+    vars(main).update(of_fork, train_one_epoch=train_one_epoch)
     with patch.dict(sys.modules, {"training": training, "training.main": main}):
         executed(code)
-    assert started == [sys.argv[1:]]
-    for name in ("create_loss", "parse_args", "train_one_epoch"):
-        assert hasattr(vars(main)[name], "__wrapped__"), name
+    assert started_with == [sys.argv[1:]]
+    for patched in ("create_loss", "parse_args", "train_one_epoch"):
+        assert hasattr(vars(main)[patched], "__wrapped__"), patched
 
 
 def loss_that_is_a_scalar(code: str) -> None:
-    make = executed(code)["RankLoss"]
-    loss = make(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    """It takes open_clip's arguments, and gives CLIP's loss with rank terms, which are positive."""
+    of_open_clip = {"local_loss": True, "gather_with_grad": True, "cache_labels": True}
+    loss = executed(code)["RankLoss"](**of_open_clip, rank=0, world_size=1)
     loss.set_progress(2, 3)
     features = torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
-    assert loss(*features, 10.0).shape == ()
-    assert loss(*features, 10.0) > rankloss.ClipLoss()(*features, 10.0)
+    value = loss(*features, 10.0)
+    assert value.shape == ()
+    assert value > rankloss.ClipLoss()(*features, 10.0)
 
 
 def streamed_loss(code: str) -> None:
@@ -305,16 +368,18 @@ def streamed_loss(code: str) -> None:
         features = torch.nn.functional.normalize(torch.randn(2, n, 4, dtype=dtype), dim=-1)
         return [*features.unbind(), torch.tensor(10.0, dtype=dtype), torch.tensor(-2.0, dtype=dtype)]
 
-    few = [x.requires_grad_() for x in inputs(30, torch.float64)]
-    value, owed = loss(*few), from_matrices(*few)
+    of_30_pairs = [x.requires_grad_() for x in inputs(30, torch.float64)]
+    value, owed = loss(*of_30_pairs), from_matrices(*of_30_pairs)
     torch.testing.assert_close(value, owed)
-    slopes = [torch.autograd.grad(-1.3 * x, few) for x in (value, owed)]
-    torch.testing.assert_close(*slopes)
-    assert list(loss(*few, output_dict=True)) == ["contrastive_loss"]
-    many = [x.requires_grad_() for x in inputs(1024, torch.float32)]
-    assert saved_bytes(lambda: loss(*many)) < 5 * many[0].nbytes  # a matrix is 256 times the features
+    gradients = torch.autograd.grad(-1.3 * value, of_30_pairs)
+    torch.testing.assert_close(gradients, torch.autograd.grad(-1.3 * owed, of_30_pairs))
+    assert list(loss(*of_30_pairs, output_dict=True)) == ["contrastive_loss"]
+    of_1024_pairs = [x.requires_grad_() for x in inputs(1024, torch.float32)]
+    bytes_of_features = of_1024_pairs[0].nbytes  # a matrix has 256 times as many
+    assert saved_bytes(lambda: loss(*of_1024_pairs)) < 5 * bytes_of_features
 
 
+# What the page's code takes for granted, in a process that finds the main branch first; it prints the losses.
 TASK = """
 import json, pathlib, sys, torch
 
@@ -349,14 +414,15 @@ def task_of_the_main_branch(code: str) -> None:
 
 def loss_that_copies(code: str) -> None:
     """It is refused as the page says, and copies the folder's components of a wider teacher."""
-    make, host = executed(code)["CopyLoss"], importlib.import_module("named_inputs").HOST
-    shown = WRITING_TEXT.partition(code)[2]
+    loss, host = executed(code)["CopyLoss"], importlib.import_module("named_inputs").HOST
+    _, _, shown = WRITING_TEXT.partition(code)
+    # "`--loss copy --loss-teacher NAME` … : `the error`"
     ((teacher, error),) = re.findall(r"`--loss copy --loss-teacher (\S+)` .*: `([^`]*)`", shown, re.DOTALL)
     with pytest.MonkeyPatch.context() as patch:
-        register(patch, copy=make)
+        register(patch, copy=loss)
         with pytest.raises(ValueError, match=" ".join(error.split())):
             Runtime(host, choose("copy"), RunOptions(teacher=teacher))
-        taught(12)
+        pairs_with_teacher(12)
         run = Runtime(host, choose("copy"), RunOptions(teacher="teacher"))
     images, texts = (unit(8, 4, seed=seed, dtype=torch.float32) for seed in (0, 1))
     reference = torch.from_numpy(Features("teacher").take(np.arange(8))["text_features"])
@@ -421,7 +487,7 @@ RUNS: dict[str, Callable[[str], None]] = {
     "class RankLoss": loss_that_is_a_scalar,
     "class DecoupledLoss": streamed_loss,
     "class CopyLoss": loss_that_copies,
-    ELSEWHERE: task_of_the_main_branch,
+    OF_MAIN_BRANCH: task_of_the_main_branch,
 }
 """By a mark in the code."""
 
@@ -429,26 +495,33 @@ RUNS: dict[str, Callable[[str], None]] = {
 # --- the page of writing a loss ---------------------------------------------------------------------------
 
 
-def test_writing_a_loss_takes_20_lines_and_is_registered_as_the_tests_package_is() -> None:
-    text = WRITING_TEXT
-    for code in blocks(text):
+def test_writing_a_loss_takes_20_lines_at_most() -> None:
+    for code in blocks(WRITING_TEXT):
         assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    ((header, name, class_),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', blocks(text, "toml")[0])
+
+
+def test_writing_a_loss_registers_the_loss_that_it_writes_as_the_tests_package_does() -> None:
+    entry_point = blocks(WRITING_TEXT, "toml")[0]  # "[table]", then 'name = "module:Class"'
+    ((table, name, class_name),) = re.findall(r'^(\[.*\])\n(\w+) = "\w+:(\w+)"', entry_point)
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
-    assert header in (package / "pyproject.toml").read_text(encoding="utf-8")
-    assert f"class {class_}(" in blocks(text)[0]
-    assert f"--loss {name} " in text
+    assert table in (package / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"class {class_name}(" in blocks(WRITING_TEXT)[0]
+    assert f"--loss {name} " in WRITING_TEXT
 
 
 def test_writing_a_loss_names_the_facts_of_a_row() -> None:
-    shown = re.findall(r"^\| `(\w+)` \|", WRITING_TEXT, re.MULTILINE)
-    assert [x for x in shown if x in Named.__dataclass_fields__] == [*Named.__dataclass_fields__]
+    facts = [*Named.__dataclass_fields__]
+    first_columns = re.findall(r"^\| `(\w+)` \|", WRITING_TEXT, re.MULTILINE)
+    assert [name for name in first_columns if name in facts] == facts
 
 
 def test_writing_a_loss_lists_the_attributes_that_the_trainers_read() -> None:
     """All that they ask a part of a loss for, but its base and its gathering."""
-    table = WRITING_TEXT.partition("| attribute | meaning |")[2].partition("\n\n")[0]
-    asked = re.compile(r'(?:get|has)attr\((?:type\()?(?:part|of_pairs)\)?, "(\w+)"')
+    _, _, after_header = WRITING_TEXT.partition("| attribute | meaning |")
+    table, _, _ = after_header.partition("\n\n")
+    listed = {*re.findall(r"^\| `(\w+)", table, re.MULTILINE)}
+    # getattr(part, "name"), hasattr(of_pairs, "name"), getattr(type(part), "name")
+    reading = re.compile(r'(?:get|has)attr\((?:type\()?(?:part|of_pairs)\)?, "(\w+)"')
     files = (ROOT / "integrations/rankloss_trainers").rglob("*.py")
-    read = {name for path in files for name in asked.findall(path.read_text(encoding="utf-8"))}
-    assert {*re.findall(r"^\| `(\w+)", table, re.MULTILINE)} == read - {"base", "gather"}
+    read = {name for path in files for name in reading.findall(path.read_text(encoding="utf-8"))}
+    assert listed == read - {"base", "gather"}

@@ -51,18 +51,22 @@ def blocks(draw: st.DrawFn) -> Block:
         steps = draw(st.sampled_from([1, 2, 2**30]))  # few steps make many ties
         return ((drawn * steps).round() / steps).to(DEVICE, dtype)
 
-    weights = [torch.randn(n_matrices, generator=generator, dtype=torch.float64) for _ in range(2)]
-    alpha, beta = draw(st.sampled_from([weights, [None, weights[1]], [weights[0], None]]))
-    equal = draw(st.sampled_from([None, torch.arange(n_items).div(2, rounding_mode="floor")]))
+    def weights() -> Tensor:
+        return torch.randn(n_matrices, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    alpha, beta = weights(), weights()
+    has_alpha, has_beta = draw(st.sampled_from([(True, True), (False, True), (True, False)]))
+    pairs_of_equal_items = torch.arange(n_items, device=DEVICE).div(2, rounding_mode="floor")
+    first_equal = draw(st.sampled_from([None, pairs_of_equal_items]))  # of the first matrix alone
     scale = draw(st.sampled_from([1.0, 10.0, 100.0, LARGEST_SCORE]))
     return Block(
-        cosines(),
-        torch.tensor(scale, dtype=dtype, device=DEVICE),
-        None if alpha is None else alpha.to(DEVICE),
-        None if beta is None else beta.to(DEVICE),
-        draw(st.sampled_from([None, cosines()])),
-        tuple(None if k == 1 or equal is None else equal.to(DEVICE) for k in range(n_matrices)),
-        draw(st.integers(0, n_items - n)),
+        cosines=cosines(),
+        scale=torch.tensor(scale, dtype=dtype, device=DEVICE),
+        alpha=alpha if has_alpha else None,
+        beta=beta if has_beta else None,
+        reference=draw(st.sampled_from([None, cosines()])),
+        first_equal=(first_equal, None)[:n_matrices],
+        first_row=draw(st.integers(0, n_items - n)),
     )
 
 
@@ -71,44 +75,50 @@ def blocks(draw: st.DrawFn) -> Block:
     block=blocks(),
     options=drawn_options.options(is_streamed),
     with_gradient=st.sampled_from([True, True, False]),
-    looks=st.booleans(),
+    can_look=st.booleans(),
 )
 def test_a_block_is_its_lists_in_value_and_gradient(
-    block: Block, options: Any, with_gradient: bool, looks: bool
+    block: Block, options: Any, with_gradient: bool, can_look: bool
 ) -> None:
-    """Also where no look is free, as on an accelerator."""
+    """Also where a look at a value is not free, as on an accelerator."""
     options = RankOptions(**options)
-    if not looks and block.cosines.dtype == torch.float32:  # sums of logarithms
+    if not can_look and block.cosines.dtype == torch.float32:  # sums of logarithms
         alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
         block = block._replace(alpha=alpha, beta=beta)
-    is_absent = (block.alpha is None, block.beta is None, not with_gradient)
-    expected = [x for x, absent in zip(definition(block, options), is_absent, strict=True) if not absent]
-    given_cosines = block.cosines.clone()
+    cross_entropy, nll, by_scores = definition(block, options)
+    owed = (
+        None if block.alpha is None else cross_entropy,
+        None if block.beta is None else nll,
+        by_scores if with_gradient else None,
+    )
+    cosines_before = block.cosines.clone()
     with pytest.MonkeyPatch.context() as patch:
-        if not looks:
+        if not can_look:
             patch.setattr(Tensor, "is_cpu", False)
-        found = evaluate(block, options, with_gradient=with_gradient)
-    assert with_gradient or torch.equal(block.cosines, given_cosines)
-    assert tuple(x is None for x in found) == is_absent
+        evaluated = evaluate(block, options, with_gradient=with_gradient)
+    assert with_gradient or torch.equal(block.cosines, cosines_before)  # else the gradient is written there
+    assert [x is None for x in evaluated] == [x is None for x in owed]
     tolerance = TOLERANCE[block.cosines.dtype]
-    if not looks:  # scores are rounded, too
+    if not can_look:  # scores are rounded, too
         tolerance *= max(1.0, block.scale.item() / 5)
-    assert_close([x for x in found if x is not None], expected, tolerance)
+    assert_close([x for x in evaluated if x is not None], [x for x in owed if x is not None], tolerance)
 
 
 # --- the pass ---------------------------------------------------------------------------------------------
 
 
-def features_of(drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor], by: Sequence[bool]) -> Batch:
+def engine_batch(
+    drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor], needs_gradient: Sequence[bool]
+) -> Batch:
     """With leaves of its own for the anchors, which are these rows of the items; None is all of them.
 
-    ``by`` says for each of the inputs whether it takes a gradient.
+    Images, texts, both kinds of anchors and the scale, in this order, need a gradient or not.
     """
     image, text, scale = drawn.leaves()
     anchors = None if rows is None else tuple(x.detach()[rows].clone() for x in (image, text))
-    for x, takes in zip((image, text, *(anchors or (None, None)), scale), by, strict=True):
-        if x is not None:
-            x.requires_grad_(takes)
+    for leaf, needs in zip((image, text, *(anchors or (None, None)), scale), needs_gradient, strict=True):
+        if leaf is not None:
+            leaf.requires_grad_(needs)
     return Batch.of(
         image,
         text,
@@ -120,6 +130,7 @@ def features_of(drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor], by
 
 
 UPSTREAMS: list[tuple[float | None, ...]] = [
+    # Of CLIP's loss, the cross-modal and the in-modal term; None is a term that is not used.
     (2.5, 2.5, 2.5),
     (1.0, -2.0, 0.5),
     (0.0, 1.5, 0.0),
@@ -136,10 +147,13 @@ def weighted(terms: Sequence[Tensor], upstream: Sequence[float | None]) -> Tenso
     return torch.stack(used).sum()
 
 
-def differentiated(total: Tensor, inputs: Sequence[Tensor], *, again: bool = False) -> Sequence[Tensor]:
+def slopes_of(total: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool = False) -> Sequence[Tensor]:
+    """The gradients, zeros where the total depends on nothing that needs one."""
     if not (inputs and total.requires_grad):
         return [torch.zeros_like(x) for x in inputs]
-    return torch.autograd.grad(total, inputs, create_graph=again, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        total, inputs, create_graph=keep_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
@@ -166,56 +180,55 @@ def shares(draw: st.DrawFn, n: int) -> slice:
 @given(
     drawn=batches(),
     options=drawn_options.options(is_streamed),
-    given_teacher=st.sampled_from([(), (), (IMAGE, TEXT), (IMAGE,), (TEXT,)]),
-    wanted=st.sampled_from(
+    modalities_of_teacher=st.sampled_from([(), (), (IMAGE, TEXT), (IMAGE,), (TEXT,)]),
+    wanted_terms=st.sampled_from(
         [(True,) * 3] * 3 + [(True, False, False), (False, True, False), (True, False, True)]
     ),
     upstream=st.sampled_from(UPSTREAMS),
-    by=st.just([True] * 5) | st.lists(st.booleans(), min_size=5, max_size=5),
-    is_share=st.booleans(),
+    needs_gradient=st.just([True] * 5) | st.lists(st.booleans(), min_size=5, max_size=5),
+    is_one_of_several_processes=st.booleans(),
     chunk_size=st.integers(1, 12),
-    keeps_graph=st.booleans(),
+    keep_graph=st.booleans(),
     can_read=st.booleans(),
     data=st.data(),
 )
 def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     drawn: Drawn,
     options,
-    given_teacher,
-    wanted,
+    modalities_of_teacher,
+    wanted_terms,
     upstream,
-    by,
-    is_share,
+    needs_gradient,
+    is_one_of_several_processes,
     chunk_size,
-    keeps_graph,
+    keep_graph,
     can_read,
     data,
 ) -> None:
     """Under any upstream values, in chunks of an option or of the engine's choice, where gradients are kept,
-    with and without a graph of the gradients, and where no look is free.
-
-    ``by`` are the inputs that require a gradient, ``is_share`` is of one process of several, and without
-    ``looks`` the device is one on which reading a value would wait.
+    with and without a graph of the gradients, and on a device on which reading a value would wait.
     """
     n = len(drawn.image)
-    not_beside = "fixed_reference" if given_teacher else "reference_scale"
-    rank_options = RankOptions(**{**options, not_beside: None})
-    if given_teacher:  # one of one modality has no cross-modal term, so the in-modal term is always wanted
-        contrastive, cross_modal, _ = wanted
-        wanted = (contrastive, cross_modal and len(given_teacher) == 2, True)
-    rows = data.draw(shares(n)) if is_share else None
-    teacher = {name: x for name, x in teacher_of(n, duplicates=1).items() if name in given_teacher}
-    batch = features_of(drawn, rows, teacher, by)
+    excluded_option = "fixed_reference" if modalities_of_teacher else "reference_scale"
+    rank_options = RankOptions(**{**options, excluded_option: None})
+    if modalities_of_teacher:
+        # A teacher of one modality has no cross-modal term, so the in-modal term is always wanted.
+        contrastive, cross_modal, _ = wanted_terms
+        wanted_terms = (contrastive, cross_modal and len(modalities_of_teacher) == 2, True)
+    rows = data.draw(shares(n)) if is_one_of_several_processes else None
+    of_both_modalities = teacher_of(n, duplicates=1)
+    teacher = {name: of_both_modalities[name] for name in modalities_of_teacher}
+    batch = engine_batch(drawn, rows, teacher, needs_gradient)
     inputs = [x for x in batch.inputs if x is not None and x.requires_grad]
-    expected_terms = dense.terms(batch, rank_options, WEIGHTS, wanted)
-    expected_gradients = differentiated(weighted(expected_terms, upstream), inputs)
+    owed_terms = dense.terms(batch, rank_options, WEIGHTS, wanted_terms)
+    owed_slopes = slopes_of(weighted(owed_terms, upstream), inputs)
     with pytest.MonkeyPatch.context() as patch:
         choose_chunks(patch, chunk_size)
         if not can_read:
             forbid_reading(patch)
-        terms = weighted_terms(batch, rank_options, FACTORS, wanted)
-        gradients = differentiated(weighted(terms, upstream), inputs, again=keeps_graph)
-    assert_close([*terms, *gradients], [*expected_terms, *expected_gradients], 1e-9)
+        terms = weighted_terms(batch, rank_options, FACTORS, wanted_terms)
+        slopes = slopes_of(weighted(terms, upstream), inputs, keep_graph=keep_graph)
+    assert_close([*terms, *slopes], [*owed_terms, *owed_slopes], 1e-9)
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
@@ -224,9 +237,9 @@ def test_equal_items_tie_exactly_whatever_the_products_rounding(n: int, has_teac
     # A matrix product rounds the columns of equal items differently where they fall on a kernel's edge.
     inputs = random_batch(n, n, 5, 10.0, duplicates=3).leaves(torch.float32)
     teacher = teacher_of(n, 13, duplicates=3) if has_teacher else {}
-    exact = [x.detach().double().cpu().numpy() for x in inputs]
-    given = {name: x.cpu().numpy() for name, x in teacher.items()}
-    owed = sum(term(*exact, **given) for term in (reference.cross_modal, reference.in_modal))
+    arrays = [x.detach().double().cpu().numpy() for x in inputs]
+    teacher_arrays = {name: x.cpu().numpy() for name, x in teacher.items()}
+    owed = reference.cross_modal(*arrays, **teacher_arrays) + reference.in_modal(*arrays, **teacher_arrays)
     values = [rankloss.RankConsistency(chunk_size=size)(*inputs, **teacher) for size in (1, 2, n)]
     assert_close(values, [owed] * 3, 1e-6)
 
@@ -235,38 +248,54 @@ def test_equal_items_tie_exactly_whatever_the_products_rounding(n: int, has_teac
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications of matrix products (torch's own counter passes over those in place)."""
+    """Counts matrix products by their multiplications (torch's own counter passes over those in place)."""
 
-    count = 0
+    multiplications = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
-        factors = {aten.mm.default: args[:2], aten.mm.out: args[:2], aten.addmm_.default: args[1:3]}.get(func)
-        if factors:
-            self.count += factors[0].numel() * factors[1].shape[1]
+        if func in (aten.mm.default, aten.mm.out):
+            self._count(*args[:2])
+        elif func == aten.addmm_.default:
+            _, *factors = args  # the sum that the product is added to
+            self._count(*factors)
         return func(*args, **(kwargs or {}))
+
+    def _count(self, a: Tensor, b: Tensor) -> None:
+        self.multiplications += a.numel() * b.shape[1]
+
+    def of_all_pairs(self, n: int, d: int) -> float:
+        """The number of products of two matrices of n rows, or as many multiplications in parts."""
+        return self.multiplications / (n * n * d)
 
 
 @pytest.mark.parametrize(
-    ("chunk_size", "chosen", "largest_kept", "of_student"),
+    ("chunk_size", "chosen_chunk", "largest_kept", "products"),
     [(None, 8, 32, 8), (None, 8, 31, 12), (None, 32, 31, 8), (32, 8, 31, 8), (8, 32, 32, 12)],
 )
-@pytest.mark.parametrize("has_teacher", [False, True])
-def test_a_step_takes_as_many_products_as_it_says(
-    monkeypatch, chunk_size: int | None, chosen: int, largest_kept: int, of_student: int, has_teacher: bool
+@pytest.mark.parametrize(("teachers_width", "of_teacher"), [(None, 0), (8, 4)], ids=["no teacher", "teacher"])
+def test_a_step_computes_similarities_again_in_chunks_of_an_option_or_beyond_what_is_kept(
+    monkeypatch,
+    chunk_size: int | None,
+    chosen_chunk: int,
+    largest_kept: int,
+    products: int,
+    teachers_width: int | None,
+    of_teacher: int,
 ) -> None:
+    """Eight products, four more where similarities are computed again, and four of a teacher."""
     n, d = 32, 8
-    choose_chunks(monkeypatch, chosen)
+    choose_chunks(monkeypatch, chosen_chunk)
     monkeypatch.setattr(engine, "_KEPT", largest_kept**2)
     loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size)
+    teacher = {} if teachers_width is None else teacher_of(n, teachers_width)
     with Products() as counted:
-        (
-            3.0 * loss(*random_batch(0, n, d, 10.0).leaves(), **teacher_of(n, d) if has_teacher else {})
-        ).backward()
-    assert counted.count == (of_student + 4 * has_teacher) * n * n * d
+        value = loss(*random_batch(0, n, d, 10.0).leaves(), **teacher)
+        (3.0 * value).backward()
+    assert counted.of_all_pairs(n, d) == products + of_teacher
 
 
-VALUES: dict[str, tuple[Any, int]] = {  # with the products that its values take
+LOSSES: dict[str, tuple[Any, int]] = {  # with the products that its values take
     "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
     "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
     "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
@@ -276,40 +305,49 @@ VALUES: dict[str, tuple[Any, int]] = {  # with the products that its values take
 }
 
 
-@pytest.mark.parametrize("without", ["no_grad", "inference_mode", "enable_grad"])
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize(
+    ("mode", "has_graph"), [(torch.no_grad, True), (torch.inference_mode, True), (torch.enable_grad, False)]
+)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.filterwarnings("ignore:logit_bias is not given")
-def test_without_gradients_only_values_are_computed(name: str, without: str) -> None:
-    """Also if the features have a graph; with gradients enabled they have none."""
+def test_without_gradients_only_values_are_computed(name: str, mode: Any, has_graph: bool) -> None:
+    """In a mode without them, also if the features have a graph, or of features without one."""
     n, d = 32, 8
-    loss, products = VALUES[name]
+    build, products = LOSSES[name]
     inputs = random_batch(0, n, d, 10.0).leaves()
-    expected = loss()(*inputs)
-    if without == "enable_grad":
+    expected = build()(*inputs)
+    if not has_graph:
         inputs = tuple(x.detach() for x in inputs)
-    with getattr(torch, without)(), Products() as counted:
-        value = loss()(*inputs)
-    assert counted.count == products * n * n * d
+    with mode(), Products() as counted:
+        value = build()(*inputs)
+    assert counted.of_all_pairs(n, d) == products
     assert torch.equal(value, expected)
     assert not value.requires_grad
 
 
+def memory_of_step(n: int, chunk_size: int | None, options: Any, has_teacher: bool) -> tuple[int, int]:
+    """The bytes that forward keeps for backward, and the elements of the largest tensor of both."""
+    inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+    teacher = teacher_of(n, duplicates=1) if has_teacher else {}
+    loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size, **options)
+    kept = saved_bytes(lambda: loss(*inputs, **teacher))
+    with TensorSizes() as sizes:
+        loss(*inputs, **teacher).backward()
+    return kept, sizes.largest
+
+
 @pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
 def test_memory_grows_linearly_in_n(options, has_teacher: bool) -> None:
-    """What forward keeps for backward, and the largest tensor."""
-    kept, largest = {}, {}
-    for n, rows in ((32, 4), (128, 4), (128, None)):
-        inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
-        teacher = teacher_of(n, duplicates=1) if has_teacher else {}
-        loss = rankloss.RankClipLoss(schedule="constant", chunk_size=rows, **options)
-        kept[n, rows] = saved_bytes(lambda: loss(*inputs, **teacher))  # noqa: B023
-        with TensorSizes() as sizes:
-            loss(*inputs, **teacher).backward()
-        largest[n, rows] = sizes.largest
-    assert 0 < kept[128, 4] <= 4.05 * kept[32, 4]
-    assert kept[128, 4] < 4 * 128**2  # less than one N×N matrix
-    assert 128 * 8 <= largest[128, 4] <= 2 * 128 * 4  # of two matrices
-    assert largest[128, None] >= 128**2  # the measurement sees such a tensor where there is one
+    kept_of_32, _ = memory_of_step(32, 4, options, has_teacher)
+    kept_of_128, largest_of_128 = memory_of_step(128, 4, options, has_teacher)
+    assert 0 < kept_of_128 <= 4.05 * kept_of_32
+    assert kept_of_128 < 4 * 128**2  # less than one N×N matrix
+    assert 128 * 8 <= largest_of_128 <= 2 * 128 * 4  # the features; four rows of two matrices
+
+
+def test_a_matrix_of_the_whole_batch_is_seen_in_the_memory_where_there_is_one() -> None:
+    _, largest = memory_of_step(128, None, {}, has_teacher=False)
+    assert largest >= 128**2
 
 
 # --- limits -----------------------------------------------------------------------------------------------
@@ -325,25 +363,28 @@ def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float)
 
 # --- on an accelerator ------------------------------------------------------------------------------------
 
-PAIRS = [together({**x, **y}) for x, y in zip(CHANGES, [*CHANGES[5:], *CHANGES[:5]], strict=True)]
+FIVE_LATER = [*CHANGES[5:], *CHANGES[:5]]
+TWO_OPTIONS = [together({**one, **other}) for one, other in zip(CHANGES, FIVE_LATER, strict=True)]
+"""Each option with another one, as far as they go together."""
 
 
-@pytest.mark.parametrize(
-    ("options", "has_teacher"),
-    [*with_teachers([{}, *CHANGES]), *(x for n, x in enumerate(with_teachers(PAIRS)) if n % 4 in (0, 3))],
-)
+@pytest.mark.parametrize(("options", "has_teacher"), with_teachers([{}, *CHANGES, *TWO_OPTIONS]))
 def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
     options, has_teacher: bool
 ) -> None:
-    checked = RankOptions(**options)
-    v, t, f, g = (torch.empty(32, d, device="meta", requires_grad=d == 8) for d in (8, 8, 5, 5))
-    arguments: dict[str, Any] = {"teacher": (f, g)} if has_teacher else {}
-    if len(options) == 2 and is_streamed(checked):
-        arguments |= {"anchors": (v[:16], t[:16]), "first_row": 4}
+    """Without a teacher the scale is a number; with two options the anchors are some of the rows."""
+    rank_options = RankOptions(**options)
+    v, t = (torch.empty(32, 8, device="meta", requires_grad=True) for _ in range(2))
+    teacher = tuple(torch.empty(32, 5, device="meta") for _ in range(2)) if has_teacher else (None, None)
+    scale = torch.empty((), device="meta") if has_teacher else 10.0
+    rows: dict[str, Any] = {}
+    if len(options) == 2 and is_streamed(rank_options):
+        rows = {"anchors": (v[:16], t[:16]), "first_row": 4}
     with meta_is(CUDA) as copies:
-        batch = Batch.of(v, t, torch.empty((), device="meta") if has_teacher else 10.0, **arguments)
-        terms = weighted_terms(batch, checked, FACTORS, (True, True, True))
-        assert {(x.device, x.shape) for x in terms} == {(CUDA, (32,) if checked.reduction == "none" else ())}
+        batch = Batch.of(v, t, scale, teacher=teacher, **rows)
+        terms = weighted_terms(batch, rank_options, FACTORS, (True, True, True))
+        shape = (32,) if rank_options.reduction == "none" else ()
+        assert {(term.device, term.shape) for term in terms} == {(CUDA, shape)}
         torch.stack(terms).sum().backward()
         assert {v.grad.device, t.grad.device} == {CUDA}
     assert copies == ["aten._to_copy.default"]

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ IMAGE, TEXT = TEACHER
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
+    """Images, texts and the scale of six pairs."""
     return random_batch(0, 6, 4, 10.0).leaves()
 
 
@@ -48,79 +48,130 @@ def at(value: float, **options: Any) -> RankClipLoss:
 # --- values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
-def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, float]) -> None:
+@pytest.mark.parametrize(("cross_modal", "in_modal"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_a_term_of_weight_zero_is_zero(cross_modal: float, in_modal: float) -> None:
+    entries = RankConsistency(cross_modal=cross_modal, in_modal=in_modal)(*features(), output_dict=True)
+    is_zero = {name: entry.item() == 0 for name, entry in entries.items()}
+    assert is_zero == {"cross_modal_loss": cross_modal == 0, "in_modal_loss": in_modal == 0}
+
+
+def test_terms_of_weight_zero_have_no_graph() -> None:
+    entries = RankConsistency(cross_modal=0.0, in_modal=0.0)(*features(), output_dict=True)
+    assert not any(entry.requires_grad for entry in entries.values())
+
+
+@pytest.mark.parametrize(("cross_modal", "in_modal"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_nan_is_seen_in_a_sum_with_a_term_of_weight_zero(cross_modal: float, in_modal: float) -> None:
     v, t, s = features()
-    loss = RankConsistency(cross_modal=weights[0], in_modal=weights[1])
-    entries = loss(v, t, s, output_dict=True)
-    for entry, weight in zip(entries.values(), weights, strict=True):
-        assert (entry != 0) == bool(weight)
-    if not any(weights):
-        assert not any(entry.requires_grad for entry in entries.values())
-    assert loss(v * math.nan, t, s).isnan()
+    assert RankConsistency(cross_modal=cross_modal, in_modal=in_modal)(v * math.nan, t, s).isnan()
 
 
 @pytest.mark.parametrize("budget", [None, 0])
-def test_a_single_pair_has_the_value_that_open_clip_gives(budget: int | None) -> None:
-    v, t = (x[:1] for x in features()[:2])
-    assert ClipLoss(memory_budget=budget)(v, t, 10.0).item() == 0
-    expected = -torch.nn.functional.logsigmoid(10.0 * (v * t).sum() - 10.0)
-    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, 10.0, -10.0), expected)
+def test_clips_loss_of_a_single_pair_is_zero(budget: int | None) -> None:
+    v, t, s = features()
+    assert ClipLoss(memory_budget=budget)(v[:1], t[:1], s).item() == 0
 
 
-@pytest.mark.parametrize("key", ["0:6:4:10", "1:64:16:14.2857142857142857"])
-@pytest.mark.parametrize(("epoch", "factor"), [(1, 0), (22, 1), (64, 2)])
-def test_rank_clip_is_the_published_recipe_without_its_floor(key: str, epoch: int, factor: float) -> None:
-    case = VECTORS[key]
+@pytest.mark.parametrize("budget", [None, 0])
+def test_siglips_loss_of_a_single_pair_is_that_of_its_own_logit(budget: int | None) -> None:
+    v, t, s = features()
+    v, t = v[:1], t[:1]
+    expected = -torch.nn.functional.logsigmoid(s * (v * t).sum() - 10.0)
+    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, s, -10.0), expected)
+
+
+# By the formula of schedules.official, λ is 0, 1 and 2 in these epochs of 64.
+at_three_lambdas = pytest.mark.parametrize(("epoch", "lambda_"), [(1, 0), (22, 1), (64, 2)])
+of_two_batches = pytest.mark.parametrize("key", ["0:6:4:10", "1:64:16:14.2857142857142857"])
+DIRECTIONS = {"cross_modal": ("S|R", "R|S"), "in_modal": ("I|X", "X|I")}
+"""The two kinds of lists of a term, as the vectors name them."""
+
+
+def entries_of_official_recipe(key: str, epoch: int) -> dict[str, Tensor]:
     loss = RankClipLoss(schedule="official")
     loss.set_epoch(epoch, 64)
-    n, rows = case["N"], case["plackett_luce"]
-    mean = {k: sum(v) / n for k, v in rows.items()}
-    entries = loss(*vector_batch(case).leaves(), output_dict=True)
-    assert entries["contrastive_loss"].item() == pytest.approx(case["clip"], rel=1e-10)
-    for name, pair in (("cross_modal", ("S|R", "R|S")), ("in_modal", ("I|X", "X|I"))):
-        found = entries[f"{name}_loss"].item()
-        assert found == pytest.approx(factor * sum(mean[k] for k in pair) / 32 / n, rel=1e-10)
-        if factor:  # the published code's own numbers, within its 1e-10 floor's effect
-            assert found == pytest.approx(factor * case["official_code"][name], rel=1e-3)
+    entries: dict[str, Tensor] = loss(*vector_batch(VECTORS[key]).leaves(), output_dict=True)
+    return entries
+
+
+@of_two_batches
+@at_three_lambdas
+def test_rank_clip_is_clips_loss_and_a_32nd_of_the_two_directions(
+    key: str, epoch: int, lambda_: float
+) -> None:
+    case = VECTORS[key]
+    entries = entries_of_official_recipe(key, epoch)
+    owed = {"contrastive_loss": case["clip"]}
+    for term, directions in DIRECTIONS.items():
+        of_lists = [nll for direction in directions for nll in case["plackett_luce"][direction]]
+        items = case["N"]
+        owed[f"{term}_loss"] = lambda_ / 32 * sum(of_lists) / case["N"] / items
+    found = {name: entry.item() for name, entry in entries.items()}
+    assert found == pytest.approx(owed, rel=1e-10)
+
+
+@of_two_batches
+@at_three_lambdas
+def test_the_rank_terms_are_the_published_codes_but_for_its_floor(
+    key: str, epoch: int, lambda_: float
+) -> None:
+    """1e-10 inside the logarithm moves its numbers by up to a thousandth at these scales."""
+    entries = entries_of_official_recipe(key, epoch)
+    for term in DIRECTIONS:
+        published = VECTORS[key]["official_code"][term]
+        assert entries[f"{term}_loss"].item() == pytest.approx(lambda_ * published, rel=1e-3)
 
 
 @given(batches())
-def test_entries_are_weighted_and_sum_to_the_total(batch: Batch) -> None:
+def test_entries_are_weighted_by_lambda_the_terms_weight_and_the_normalizer(batch: Batch) -> None:
     loss = RankClipLoss(schedule="linear", lambda_cross=0.5, lambda_in=3.0, normalizer=0.1)
     loss.set_epoch(3, 5)  # λ = 0.5
-    cross_weight, in_weight = 0.5 * 0.5 * 0.1, 0.5 * 3.0 * 0.1  # λ, the term's own weight, the normalizer
-    assert loss.rank_weights == pytest.approx({"cross_modal": cross_weight, "in_modal": in_weight})
     inputs = (batch.image, batch.text, batch.scale)
-    entries = loss(*inputs, output_dict=True)
     terms = RankConsistency()(*inputs, output_dict=True)
-    torch.testing.assert_close(entries["cross_modal_loss"], cross_weight * terms["cross_modal_loss"])
-    torch.testing.assert_close(entries["in_modal_loss"], in_weight * terms["in_modal_loss"])
-    torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(*inputs))
-    torch.testing.assert_close(loss(*inputs), sum(entries.values()))
+    owed = {
+        "contrastive_loss": ClipLoss()(*inputs),
+        "cross_modal_loss": 0.5 * 0.5 * 0.1 * terms["cross_modal_loss"],
+        "in_modal_loss": 0.5 * 3.0 * 0.1 * terms["in_modal_loss"],
+    }
+    torch.testing.assert_close(loss(*inputs, output_dict=True), owed)
+    torch.testing.assert_close(loss(*inputs), sum(owed.values()))
 
 
-@pytest.mark.parametrize(
+def test_rank_weights_are_lambda_times_the_terms_weight_times_the_normalizer() -> None:
+    loss = RankClipLoss(schedule="linear", lambda_cross=0.5, lambda_in=3.0, normalizer=0.1)
+    loss.set_epoch(3, 5)  # λ = 0.5
+    assert loss.rank_weights == pytest.approx({"cross_modal": 0.5 * 0.5 * 0.1, "in_modal": 0.5 * 3.0 * 0.1})
+
+
+without_ranks = pytest.mark.parametrize(
     "loss", [at(0.0), at(1.0, lambda_cross=0, lambda_in=0), at(1.0, normalizer=0)], ids=["λ", "λs", "factor"]
 )
+
+
+@without_ranks
 def test_while_lambda_is_zero_value_and_gradient_are_the_bases_own_to_the_last_bit(loss: nn.Module) -> None:
     inputs = random_batch(0, 32, 16, 100.0).leaves(torch.float32)
     value, expected = loss(*inputs), ClipLoss()(*inputs)
     assert torch.equal(value, expected)
-    for a, b in zip(gradients(value, inputs, 1.0), gradients(expected, inputs, 1.0), strict=True):
-        assert torch.equal(a, b)
-    entries = loss(*inputs, output_dict=True)
+    assert all(map(torch.equal, gradients(value, inputs, 1.0), gradients(expected, inputs, 1.0)))
+
+
+@without_ranks
+def test_while_lambda_is_zero_every_entry_is_there_in_memory_of_its_own(loss: nn.Module) -> None:
+    """So that what changes one, as a trainer's accumulation may, changes no other."""
+    entries = loss(*features(), output_dict=True)
     assert list(entries) == ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
-    assert len({x.data_ptr() for x in entries.values()}) == 3
+    assert len({entry.data_ptr() for entry in entries.values()}) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype, value: float) -> None:
-    inputs, loss = random_batch(0, 6, 4, 10.0).leaves(dtype), at(value)
-    expected = torch.promote_types(dtype, torch.float32)
-    assert {x.dtype for x in loss(*inputs, output_dict=True).values()} == {expected}
-    assert loss(*inputs).dtype == expected
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])
+def test_value_and_entries_have_float32_or_a_wider_dtype_at_every_lambda(
+    dtype: torch.dtype, lambda_: float
+) -> None:
+    inputs, loss = random_batch(0, 6, 4, 10.0).leaves(dtype), at(lambda_)
+    dtypes = {entry.dtype for entry in (loss(*inputs), *loss(*inputs, output_dict=True).values())}
+    assert dtypes == {torch.promote_types(dtype, torch.float32)}
 
 
 OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]", "SigLipLoss")
@@ -150,17 +201,22 @@ def test_a_large_batch_is_as_exact_as_its_dtype(n: int, subject: Subject, dtype:
     """
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 6e-2, SINGLE: 1e-4}[dtype]
     drawn = subject.pick(data("clusters" if dtype is SINGLE else "plain", n), SINGLE)
-    rounded = {k: x.to(DEVICE, dtype if k.endswith("features") else x.dtype) for k, x in drawn.items()}
+    rounded = {
+        name: x.to(DEVICE, dtype if name.endswith("features") else x.dtype) for name, x in drawn.items()
+    }
     wider = torch.float64 if dtype is SINGLE else SINGLE
-    exact = {k: x.to(wider) if x.is_floating_point() else x for k, x in rounded.items()}
-    found, owed = (run(subject, x, upstream=torch.tensor(4096.0, device=DEVICE)) for x in (rounded, exact))
-    for name, wanted in {"": owed.value, **owed.gradients}.items():
-        other = found.gradients[name] if name else found.value
-        assert (other - wanted).norm() <= tolerance * wanted.norm(), name
+    exact = {name: x.to(wider) if x.is_floating_point() else x for name, x in rounded.items()}
+    upstream = torch.tensor(4096.0, device=DEVICE)  # as a scaler of gradients has it
+    of_rounded, of_exact = (run(subject, inputs, upstream=upstream) for inputs in (rounded, exact))
+    assert (of_rounded.value - of_exact.value).norm() <= tolerance * of_exact.value.norm()
+    for name, gradient in of_exact.gradients.items():
+        assert (of_rounded.gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_norms_of_65536_rows_are_no_overflow(dtype: torch.dtype) -> None:
+def test_weights_are_nan_for_an_infinite_entry_and_not_for_the_norms_of_65536_rows(
+    dtype: torch.dtype,
+) -> None:
     rows = torch.full((2**16, 4), 0.5, dtype=dtype)
     weights = torch.ones(3, dtype=torch.float64)
     assert torch.equal(nan_unless_finite(weights, rows, rows, rows), weights)
@@ -193,14 +249,24 @@ def test_bias_of_a_softmax_is_warned_of_once(build: Callable[[], nn.Module]) -> 
 # --- λ ----------------------------------------------------------------------------------------------------
 
 
-def test_lambda_follows_set_epoch_and_set_progress_and_the_later_call_counts() -> None:
+UNKNOWN_PROGRESS = r"RankClipLoss does not know where training stands.*set_epoch.*set_progress"
+
+
+def test_before_the_progress_of_the_training_is_known_there_is_no_lambda() -> None:
     loss = RankClipLoss()
     assert loss.schedule_value is None
-    for use in (lambda: loss(*features()), lambda: loss.rank_weights):
-        with pytest.raises(
-            RuntimeError, match=r"RankClipLoss does not know where training stands.*set_epoch.*set_progress"
-        ):
-            use()
+    with pytest.raises(RuntimeError, match=UNKNOWN_PROGRESS):
+        loss(*features())
+    with pytest.raises(RuntimeError, match=UNKNOWN_PROGRESS):
+        _ = loss.rank_weights
+
+
+def test_a_constant_lambda_is_known_from_the_start() -> None:
+    assert RankClipLoss(schedule="constant").schedule_value == 1.0
+
+
+def test_lambda_is_that_of_the_later_call_of_set_epoch_and_set_progress() -> None:
+    loss = RankClipLoss()
     for epoch in (1, 2, 5):
         loss.set_epoch(epoch, 5)
         assert loss.schedule_value == schedules.rankclip(epoch, 5)
@@ -208,20 +274,29 @@ def test_lambda_follows_set_epoch_and_set_progress_and_the_later_call_counts() -
     assert loss.schedule_value == schedules.rankclip(7, 100)
     loss.set_epoch(3, 20)
     assert loss.schedule_value == schedules.rankclip(3, 20)
-    assert RankClipLoss(schedule="constant").schedule_value == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["rankclip", lambda i, n: (i - 1) / (n - 1)])
-def test_a_single_epoch_is_ramped_by_step(schedule: Any, caplog: pytest.LogCaptureFixture) -> None:
+a_schedule = pytest.mark.parametrize("schedule", ["rankclip", lambda i, n: (i - 1) / (n - 1)])
+
+
+@a_schedule
+def test_a_single_epoch_has_no_lambda_of_an_earlier_run_and_says_that_steps_set_it(
+    schedule: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     loss = RankClipLoss(schedule=schedule)
-    loss.set_epoch(10, 10)  # an earlier run's
+    loss.set_epoch(10, 10)  # the earlier run
     with caplog.at_level(logging.INFO, logger="rankloss"):
         loss.set_epoch(1, 1)
     assert "epochs=1 has no ramp: the schedule is evaluated per step" in caplog.text
     with pytest.raises(RuntimeError, match=r"does not know where training stands.*set_progress"):
         loss(*features())
+
+
+@a_schedule
+def test_a_single_epoch_leaves_the_lambda_of_a_step(schedule: Any) -> None:
+    loss = RankClipLoss(schedule=schedule)
     loss.set_progress(2, 50)
-    loss.set_epoch(1, 1)  # does not undo the step's value
+    loss.set_epoch(1, 1)
     assert loss.schedule_value == loss.schedule(2, 50)
 
 
@@ -233,25 +308,42 @@ def test_a_loss_without_a_schedule_passes_the_progress_on_to_its_base(outer: Any
     assert loss.base.base.schedule_value == 0.25
 
 
-def test_after_the_end_of_a_training_lambda_is_for_evaluations_until_another_one_is_set() -> None:
-    loss, inputs = RankClipLoss(schedule="linear", normalizer=1.0), features()
+@pytest.fixture
+def trained() -> RankClipLoss:
+    """A loss whose training has ended with λ = 1."""
+    loss = RankClipLoss(schedule="linear", normalizer=1.0)
     loss.set_progress(3, 3)
-    value = loss(*inputs)
     loss.end_training()
+    return loss
+
+
+def test_lambda_of_a_training_that_has_ended_is_for_no_other_training(trained: RankClipLoss) -> None:
     with pytest.raises(
         RuntimeError, match=r"lambda of a training that has ended: .*call set_epoch.*set_progress"
     ):
-        loss(*inputs)
+        trained(*features())
+
+
+def test_lambda_of_a_training_that_has_ended_is_for_evaluations(trained: RankClipLoss) -> None:
+    training = RankClipLoss(schedule="linear", normalizer=1.0)
+    training.set_progress(3, 3)
+    value = training(*features())
     with torch.no_grad():
-        assert torch.equal(loss(*inputs), value)
-    assert torch.equal(loss.eval()(*inputs), value)
-    assert loss.schedule_value == 1
-    loss.train().set_epoch(1, 1)  # sets no λ
+        assert torch.equal(trained(*features()), value)
+    assert torch.equal(trained.eval()(*features()), value)
+    assert trained.schedule_value == 1
+
+
+def test_a_single_epoch_which_sets_no_lambda_does_not_begin_another_training(trained: RankClipLoss) -> None:
+    trained.set_epoch(1, 1)
     with pytest.raises(RuntimeError, match="has ended"):
-        loss(*inputs)
-    loss.set_progress(1, 2)
-    loss(*inputs)
-    assert loss.schedule_value == 0
+        trained(*features())
+
+
+def test_another_training_begins_with_a_lambda_of_its_own(trained: RankClipLoss) -> None:
+    trained.set_progress(1, 2)
+    trained(*features())
+    assert trained.schedule_value == 0
 
 
 def test_a_constant_lambda_has_no_training_that_ends() -> None:
@@ -268,13 +360,13 @@ def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[]
     value, expected = loss(*inputs), gradients(loss(*inputs), inputs, 2.0)
     with mode():
         loss.set_epoch(10, 10)
-        seen = loss(*inputs)
+        value_in_mode = loss(*inputs)
     assert all(map(torch.equal, gradients(value, inputs, 2.0), expected))
-    assert torch.equal(loss(*inputs), seen)
+    assert torch.equal(loss(*inputs), value_in_mode)
 
 
-def frames(step: Callable[..., Any], *calls: tuple[Any, ...]) -> int:
-    """The number of dynamo's compilations of a step that is called with these."""
+def compilations(step: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> int:
+    """The number of graphs that dynamo compiles of a step which is called with these arguments."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(step, backend=counter)
@@ -283,34 +375,55 @@ def frames(step: Callable[..., Any], *calls: tuple[Any, ...]) -> int:
     return counter.frame_count
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 makes every float a constant")
-def test_a_loss_is_one_call_between_two_graphs_that_no_number_recompiles() -> None:
-    """The scale as a number, as a tensor, and the epoch, told inside of the step and outside."""
-    v, t, _ = features()
-    loss = RankClipLoss(schedule="official")  # 0 at first
+needs_numbers_in_graphs = pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6 makes every float a constant"
+)
 
-    def step(epoch: int, scale: Any, is_told: bool) -> Tensor:
-        if is_told:
-            loss.set_epoch(epoch, 20)
+
+@needs_numbers_in_graphs
+@pytest.mark.parametrize("scale_of", [lambda epoch: torch.tensor(10.0 + epoch), lambda epoch: 10.0])
+def test_a_loss_is_one_call_between_two_graphs_that_lambda_does_not_recompile(
+    scale_of: Callable[[int], Any],
+) -> None:
+    v, t, _ = features()
+    loss = RankClipLoss(schedule="official")  # λ is 0 in the first epoch
+
+    def step(scale: Any) -> Tensor:
         return 2 * loss(v, t, scale)
 
-    def calls(is_told: bool, as_number: bool) -> Iterator[tuple[Any, ...]]:
+    def in_each_epoch() -> Iterator[tuple[Any]]:
         for epoch in range(1, 7):
             loss.set_epoch(epoch, 20)
-            yield 0 if not is_told else epoch, 10.0 if as_number else torch.tensor(10.0 + epoch), is_told
+            yield (scale_of(epoch),)
 
-    assert frames(step, *calls(False, False)) <= 2
-    assert frames(step, *calls(False, True)) <= 2
-    assert frames(step, *calls(True, False)) <= 5  # the epoch is a number of the graph before the call
+    assert compilations(step, in_each_epoch()) <= 2
+
+
+@needs_numbers_in_graphs
+def test_an_epoch_that_is_set_within_the_compiled_step_does_not_recompile_each_time() -> None:
+    v, t, _ = features()
+    loss = RankClipLoss(schedule="official")
+
+    def step(epoch: int, scale: Tensor) -> Tensor:
+        loss.set_epoch(epoch, 20)
+        return 2 * loss(v, t, scale)
+
+    calls = [(epoch, torch.tensor(10.0 + epoch)) for epoch in range(1, 7)]
+    assert compilations(step, calls) <= 5  # the epoch is a number of the graph before the call
+
+
+def test_a_loss_is_no_part_of_a_full_graph() -> None:
+    loss = RankClipLoss(schedule="constant")
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(loss, backend="eager", fullgraph=True)(v, t, 10.0)
+        torch.compile(loss, backend="eager", fullgraph=True)(*features())
 
 
 # --- bases ------------------------------------------------------------------------------------------------
 
 
-class Base(nn.Module):
-    """A base of somebody else's, with entries and inputs of its own."""
+class BaseOfOthers(nn.Module):
+    """A base of another package, with entries and inputs of its own, and without a bias."""
 
     def forward(self, image_features, text_features, logit_scale, output_dict=False, labels=None):
         assert output_dict
@@ -320,72 +433,96 @@ class Base(nn.Module):
         }
 
 
-def scalar_base(image_features, text_features, logit_scale, output_dict):
-    return logit_scale * (image_features * text_features).sum()
-
-
-def test_any_base_with_the_forward_convention_composes() -> None:
+def test_entries_of_any_base_stand_before_the_rank_terms_and_all_add_up() -> None:
     v, t, s = features()
-    loss = RankClipLoss(Base(), schedule="constant")
+    loss = RankClipLoss(BaseOfOthers(), schedule="constant")
     entries = loss(v, t, s, output_dict=True, labels=torch.ones(3))
     assert list(entries) == ["caption_loss", "contrastive_loss", "cross_modal_loss", "in_modal_loss"]
     assert entries["caption_loss"] == 3
     torch.testing.assert_close(loss(v, t, s, labels=torch.ones(3)), sum(entries.values()))
-    with pytest.raises(
-        TypeError, match="unexpected keyword argument 'logit_bias'"
-    ):  # given, so passed on; this base takes none
-        loss(v, t, s, torch.zeros(()), labels=torch.ones(3))
-    scalar = RankClipLoss(scalar_base, schedule="constant")
-    torch.testing.assert_close(scalar(v, t, s, output_dict=True)["contrastive_loss"], s * (v * t).sum())
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_base_keeps_its_smoothing(value: float) -> None:
+def test_an_input_that_a_base_does_not_take_is_its_error() -> None:
+    loss = RankClipLoss(BaseOfOthers(), schedule="constant")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'logit_bias'"):
+        loss(*features(), logit_bias=torch.zeros(()), labels=torch.ones(3))
+
+
+def test_the_scalar_of_a_base_is_its_contrastive_loss() -> None:
     v, t, s = features()
+
+    def base(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool) -> Tensor:
+        return logit_scale * (image_features * text_features).sum()
+
+    entries = RankClipLoss(base, schedule="constant")(v, t, s, output_dict=True)
+    torch.testing.assert_close(entries["contrastive_loss"], s * (v * t).sum())
+
+
+at_both_lambdas = pytest.mark.parametrize("lambda_", [0.0, 1.0])
+
+
+@at_both_lambdas
+def test_a_base_keeps_its_smoothing(lambda_: float) -> None:
     base = ClipLoss(label_smoothing=0.2)
-    entries = at(value, base=base)(v, t, s, output_dict=True)
-    assert torch.equal(entries["contrastive_loss"], base(v, t, s))
-    assert (base(v, t, s) - ClipLoss()(v, t, s)).abs() > 0.1
+    entries = at(lambda_, base=base)(*features(), output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], base(*features()))
+    assert (base(*features()) - ClipLoss()(*features())).abs() > 0.1
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_base_is_called_where_a_hook_or_a_forward_was_set_on_it(value: float) -> None:
-    v, t, s = features()
-    expected = 3 * ClipLoss()(v, t, s)
-    hooked, replaced = at(value), at(value)
-    hooked.base.register_forward_hook(lambda module, inputs, output: {k: 3 * x for k, x in output.items()})
-    own = replaced.base.forward
-    replaced.base.forward = lambda **inputs: {"contrastive_loss": 3 * own(**inputs)["contrastive_loss"]}
-    for loss in (hooked, replaced):
-        torch.testing.assert_close(loss(v, t, s, output_dict=True)["contrastive_loss"], expected)
+def three_times(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: 3 * entry for name, entry in entries.items()}
 
 
-def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own() -> None:
+@at_both_lambdas
+def test_a_hook_of_the_base_is_called(lambda_: float) -> None:
+    """Though the rank terms' pass could compute CLIP's loss by itself."""
+    loss = at(lambda_)
+    loss.base.register_forward_hook(lambda module, inputs, output: three_times(output))
+    entries = loss(*features(), output_dict=True)
+    torch.testing.assert_close(entries["contrastive_loss"], 3 * ClipLoss()(*features()))
+
+
+@at_both_lambdas
+def test_a_forward_that_is_set_on_the_base_is_called(lambda_: float) -> None:
+    loss = at(lambda_)
+    forward = loss.base.forward
+    loss.base.forward = lambda **inputs: three_times(forward(**inputs))
+    entries = loss(*features(), output_dict=True)
+    torch.testing.assert_close(entries["contrastive_loss"], 3 * ClipLoss()(*features()))
+
+
+def test_a_base_that_is_built_shares_the_gathering() -> None:
     gather = Gather(local_loss=False)
     assert RankClipLoss(gather=gather).base.gather == gather
-    own = ClipLoss(gather=False)
-    assert RankClipLoss(own, gather=gather).base is own
-    assert own.gather == Gather.of(False)
+
+
+def test_a_base_that_is_passed_keeps_its_gathering() -> None:
+    base = ClipLoss(gather=False)
+    assert RankClipLoss(base, gather=Gather(local_loss=False)).base is base
+    assert base.gather == Gather.of(False)
 
 
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
     loss = RankConsistency()
     before = loss(*features(), output_dict=True)
     loss.cross_modal, loss.in_modal = 0.5, 4.0
-    entries = loss(*features(), output_dict=True)
-    assert list(entries) == ["cross_modal_loss", "in_modal_loss"]
-    assert torch.equal(entries["cross_modal_loss"], before["cross_modal_loss"] / 2)
-    assert torch.equal(entries["in_modal_loss"], before["in_modal_loss"] * 4)
-    torch.testing.assert_close(loss(*features()), sum(entries.values()))
+    owed = {
+        "cross_modal_loss": before["cross_modal_loss"] / 2,
+        "in_modal_loss": before["in_modal_loss"] * 4,
+    }
+    torch.testing.assert_close(loss(*features(), output_dict=True), owed, rtol=0, atol=0)
+    torch.testing.assert_close(loss(*features()), sum(owed.values()))
+
+
+def test_a_weight_of_rank_clip_cannot_be_set_later() -> None:
     with pytest.raises(AttributeError, match="lambda_cross"):
         RankClipLoss().lambda_cross = 2.0
 
 
-V, T, S = (x.detach() for x in features())
-
-
 # --- looks at values --------------------------------------------------------------------------------------
 
+
+V, T, S = (x.detach() for x in features())
 
 OF_UNIT_NORM = [x for x in SUBJECTS if x.takes_pairs and x.name != "SpreadLoss[covariance]"]
 
@@ -401,6 +538,7 @@ def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(subject: 
 
 
 def test_norms_are_looked_at_when_they_can_be_read() -> None:
+    """A first call without values takes no warning from a later one."""
     loss = ClipLoss()
     loss(V.to("meta") * 2, T.to("meta"), 10.0)
     with pytest.warns(InputWarning, match="image_features should be unit-norm.* off by up to 1"):
@@ -477,13 +615,19 @@ def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) ->
     inputs, teacher = random_batch(0, 9, 4, 10.0).leaves(), teacher_of(9)
     spoil, reason = SPOILT[how]
     bad = {**teacher, TEXT: spoil(teacher[TEXT])}
-    for loss, before in itertools.product((at(0.0), at(1.0), RankConsistency()), (None, {}, teacher)):
-        if before is not None:
-            loss(*inputs, **before)
-        with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
-            loss(*inputs, **bad)
+    for loss in (at(0.0), at(1.0), RankConsistency()):
+        for earlier_calls in ([], [{}], [{}, teacher]):
+            for earlier_teacher in earlier_calls:
+                loss(*inputs, **earlier_teacher)
+            with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
+                loss(*inputs, **bad)
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_check_teacher_refuses_a_teacher_that_ranks_nothing(how: str) -> None:
+    spoil, reason = SPOILT[how]
     with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
-        check_teacher(TEXT, bad[TEXT])
+        check_teacher(TEXT, spoil(teacher_of(9)[TEXT]))
 
 
 def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
@@ -495,8 +639,10 @@ def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
         value = loss(*inputs, **one_row)
     value.backward()
     assert value.isfinite()
-    few = random_batch(0, 7, 4, 10.0).leaves()
-    loss(*few, **{name: x[:7] for name, x in one_row.items()})
+    of_seven_pairs = random_batch(0, 7, 4, 10.0).leaves()
+    loss(
+        *of_seven_pairs, **{name: x[:7] for name, x in one_row.items()}
+    )  # a second warning would be an error
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:

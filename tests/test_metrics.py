@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,29 +14,39 @@ from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
 from fake_devices import no_float64
-from measures import LISTS
+from measures import LISTS, MASKED
 from rankloss import metrics
 
-pair_of_lists = st.integers(2, 40).flatmap(
-    lambda n: st.tuples(*[st.lists(st.integers(0, n), min_size=n, max_size=n)] * 2)
-)
+
+@st.composite
+def two_lists(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Of one length, with ties."""
+    n = draw(st.integers(2, 40))
+    numbers = st.lists(st.integers(0, n), min_size=n, max_size=n)
+    return draw(numbers), draw(numbers)
 
 
-@given(pair_of_lists)
-def test_spearman_matches_scipy_ties_included(lists: tuple[list[int], list[int]]) -> None:
-    x, y = (torch.tensor(v, dtype=torch.float64) for v in lists)
-    if len(set(lists[0])) == 1 or len(set(lists[1])) == 1:
-        assert metrics.spearman_rho(x, y).isnan()
-        return
-    assert metrics.spearman_rho(x, y).item() == pytest.approx(
-        scipy.stats.spearmanr(x, y).statistic, abs=1e-12
-    )
+@given(two_lists())
+def test_spearman_is_scipys_ties_included_and_nan_where_all_are_tied(
+    lists: tuple[list[int], list[int]],
+) -> None:
+    x, y = (torch.tensor(numbers, dtype=torch.float64) for numbers in lists)
+    if all_are_tied(lists[0]) or all_are_tied(lists[1]):
+        owed = math.nan
+    else:
+        owed = scipy.stats.spearmanr(x, y).statistic
+    assert metrics.spearman_rho(x, y).item() == pytest.approx(owed, abs=1e-12, nan_ok=True)
+
+
+def all_are_tied(numbers: Sequence[float]) -> bool:
+    return len(set(numbers)) == 1
 
 
 # --- graded lists -------------------------------------------------------------------------------------------
 
 
 def padded(lists: list[list[float]], fill: float) -> torch.Tensor:
+    """One matrix of the lists, with one place of padding at least."""
     width = 1 + max(map(len, lists))
     return torch.tensor([x + [fill] * (width - len(x)) for x in lists], dtype=torch.float64)
 
@@ -53,101 +63,137 @@ def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
     ]
 
 
-def of_each(measure: Callable[..., Any], lists: Any, **options: Any) -> list[float]:
-    """Values of lists that are padded to one length."""
-    scores, grades = zip(*lists, strict=True)
-    mask = padded([[1.0] * len(x) for x in scores], 0.0) > 0
-    found = measure(padded(list(scores), 7.0), padded(list(grades), 5.0), mask=mask, **options)
+def assert_each(
+    measure: Callable[..., Any], lists: Any, owed: Callable[[Any, Any], float], **options: Any
+) -> None:
+    """Each list has the value owed for its scores and grades, alone and beside others in a padded matrix."""
+    scores, grades = ([*x] for x in zip(*lists, strict=True))
+    is_item = padded([[1.0] * len(x) for x in scores], 0.0) > 0
+    together = measure(padded(scores, 7.0), padded(grades, 5.0), mask=is_item, **options)
     alone = [measure(torch.tensor(x), torch.tensor(y), **options).item() for x, y in lists]
-    assert found.tolist() == pytest.approx(alone, abs=1e-12, nan_ok=True)
-    assert found.dtype == torch.float64
-    return alone
+    assert together.dtype == torch.float64
+    for values in (together.tolist(), alone):
+        assert values == pytest.approx([owed(x, y) for x, y in lists], abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("variant", ["b", "c"])
+@given(graded_lists())
+def test_kendalls_tau_is_scipys(variant: Any, lists: Any) -> None:
+    def owed(scores: list[float], grades: list[float]) -> float:
+        if all_are_tied(scores) or all_are_tied(grades):
+            return math.nan
+        x, y = map(scipy.stats.rankdata, (scores, grades))  # of infinities SciPy makes NaN
+        return scipy.stats.kendalltau(x, y, variant=variant).statistic
+
+    assert_each(metrics.kendall_tau, lists, owed, variant=variant)
 
 
 @given(graded_lists())
-def test_kendalls_taus_are_scipys(lists: Any) -> None:
-    for variant in ("b", "c"):
-        for found, (x, y) in zip(of_each(metrics.kendall_tau, lists, variant=variant), lists, strict=True):
-            if len(set(x)) == 1 or len(set(y)) == 1:
-                assert math.isnan(found)
-            else:
-                x, y = map(scipy.stats.rankdata, (x, y))  # of infinities SciPy makes NaN
-                assert found == pytest.approx(
-                    scipy.stats.kendalltau(x, y, variant=variant).statistic, abs=1e-12
-                )
+def test_pairwise_accuracy_is_the_share_of_pairs_in_the_grades_order(lists: Any) -> None:
+    """A pair of equal scores is half right."""
+
+    def owed(scores: list[float], grades: list[float]) -> float:
+        items = range(len(grades))
+        pairs = [(better, worse) for better in items for worse in items if grades[better] > grades[worse]]
+        right = sum(scores[better] > scores[worse] for better, worse in pairs)
+        tied = sum(scores[better] == scores[worse] for better, worse in pairs)
+        return (right + tied / 2) / len(pairs) if pairs else math.nan
+
+    assert_each(metrics.pairwise_accuracy, lists, owed)
 
 
-@given(graded_lists())
-def test_pairwise_accuracy_counts_pairs(lists: Any) -> None:
-    for found, (x, y) in zip(of_each(metrics.pairwise_accuracy, lists), lists, strict=True):
-        pairs = [(p, q) for p in range(len(y)) for q in range(len(y)) if y[p] > y[q]]
-        right = [1.0 if x[p] > x[q] else 0.5 if x[p] == x[q] else 0.0 for p, q in pairs]
-        assert found == pytest.approx(sum(right) / len(right) if pairs else math.nan, abs=1e-12, nan_ok=True)
-
-
+@pytest.mark.parametrize("gain", ["linear", "exponential"])
 @given(graded_lists(), st.sampled_from([None, 1, 3]))
-def test_ndcg_is_scikit_learns(lists: Any, k: int | None) -> None:
-    for gain in ("linear", "exponential"):
-        for found, (x, y) in zip(of_each(metrics.ndcg, lists, k=k, gain=gain), lists, strict=True):
-            gains = [max(g, 0.0) if gain == "linear" else 2 ** max(g, 0.0) - 1 for g in y]
-            if any(gains):
-                ranked = scipy.stats.rankdata(x)  # scikit-learn takes no infinities
-                assert found == pytest.approx(sklearn.metrics.ndcg_score([gains], [ranked], k=k), abs=1e-12)
-            else:
-                assert math.isnan(found)
+def test_ndcg_is_scikit_learns(gain: Any, lists: Any, k: int | None) -> None:
+    def owed(scores: list[float], grades: list[float]) -> float:
+        gains = [max(grade, 0.0) for grade in grades]
+        if gain == "exponential":
+            gains = [2**linear - 1 for linear in gains]
+        if not any(gains):
+            return math.nan
+        ranked = scipy.stats.rankdata(scores)  # scikit-learn takes no infinities
+        return sklearn.metrics.ndcg_score([gains], [ranked], k=k)
+
+    assert_each(metrics.ndcg, lists, owed, k=k, gain=gain)
 
 
-def test_exponential_gains_of_large_grades_are_exact() -> None:
-    """2^2000 is no float64, and 2^60 − 1 is rounded: integers have both."""
-    rows = [[2000, 1999, 0, 1998], [3, 1, 0, 2], [0, 0, 0, 0], [9001, 1, 9000, 9000], [60, 59, 1, 0]]
-    scores = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
-    found = metrics.ndcg(scores.expand(5, 4), torch.tensor(rows), gain="exponential", k=3)
-    for value, row in zip(found.tolist(), rows, strict=True):
-        gains = [float(Fraction(2**g - 1, 2 ** max(row))) for g in row]
-        owed = sklearn.metrics.ndcg_score([gains], scores.numpy(), k=3) if any(row) else math.nan
-        assert value == pytest.approx(owed, rel=1e-14, nan_ok=True)
+@pytest.mark.parametrize(
+    "grades", [[2000, 1999, 0, 1998], [3, 1, 0, 2], [9001, 1, 9000, 9000], [60, 59, 1, 0]], ids=str
+)
+def test_exponential_gains_of_large_grades_are_exact(grades: list[int]) -> None:
+    """2^2000 is no float64, and 2^60 − 1 is rounded: Python's integers have both.
+
+    NDCG is a ratio of gains, which may all be divided by one number.
+    """
+    scores = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    gains = [float(Fraction(2**grade - 1, 2 ** max(grades))) for grade in grades]
+    owed = sklearn.metrics.ndcg_score([gains], scores[None].numpy(), k=3)
+    value = metrics.ndcg(scores, torch.tensor(grades), gain="exponential", k=3)
+    assert value.item() == pytest.approx(owed, rel=1e-14)
+
+
+def test_ndcg_of_a_list_without_a_gain_is_nan() -> None:
+    scores, grades = torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.zeros(4, dtype=torch.int64)
+    assert metrics.ndcg(scores, grades, gain="exponential", k=3).isnan()
 
 
 @given(graded_lists())
 def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
-    for found, (x, y) in zip(of_each(metrics.reciprocal_rank, lists, at_least=2.0), lists, strict=True):
-        order = sorted(range(len(x)), key=lambda i: (-x[i], y[i]))  # the worst of equal scores first
-        ranks = [1 / (1 + r) for r, i in enumerate(order) if y[i] >= 2]
-        assert found == pytest.approx(ranks[0] if ranks else math.nan, nan_ok=True)
+    """Of equal scores the worst item comes first."""
+
+    def owed(scores: list[float], grades: list[float]) -> float:
+        order = sorted(range(len(scores)), key=lambda item: (-scores[item], grades[item]))
+        ranks = [rank for rank, item in enumerate(order, start=1) if grades[item] >= 2]
+        return 1 / ranks[0] if ranks else math.nan
+
+    assert_each(metrics.reciprocal_rank, lists, owed, at_least=2.0)
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_integers_that_a_float_rounds_are_refused(name: str) -> None:
-    small, large = torch.tensor([1, 2, 3]), torch.tensor([1, 2**53 + 1, 2**53 + 1])
-    with pytest.raises(
-        ValueError, match=r"(x|y|grades) must be at most 2⁵³, to stay distinct.* 9007199254740993"
-    ):
-        LISTS[name](small, large)
-    with (
-        no_float64(),
-        pytest.raises(
-            ValueError, match=r"(x|scores) must be at most 2²⁴, to stay distinct.*float32.* 16777217"
-        ),
-    ):
-        LISTS[name](torch.tensor([2**24 + 1, 2, 3]), small)
-    if name != "spearman_rho":
-        mask = torch.tensor([True, False, False])
-        assert LISTS[name](small, large, mask=mask).shape == ()  # padding may hold anything
+every_measure = pytest.mark.parametrize("name", LISTS)
 
 
-@pytest.mark.parametrize("name", LISTS)
+@every_measure
+def test_integers_that_float64_rounds_are_refused(name: str) -> None:
+    large = torch.tensor([1, 2**53 + 1, 2**53 + 1])
+    reason = r"(x|y|grades) must be at most 2⁵³, to stay distinct.* 9007199254740993"
+    with pytest.raises(ValueError, match=reason):
+        LISTS[name](torch.tensor([1, 2, 3]), large)
+
+
+@every_measure
+def test_a_device_without_float64_refuses_integers_that_float32_rounds(name: str) -> None:
+    large = torch.tensor([2**24 + 1, 2, 3])
+    reason = r"(x|scores) must be at most 2²⁴, to stay distinct.*float32.* 16777217"
+    with no_float64(), pytest.raises(ValueError, match=reason):
+        LISTS[name](large, torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_may_have_integers_that_float64_rounds(name: str) -> None:
+    large, mask = torch.tensor([1, 2**53 + 1, 2**53 + 1]), torch.tensor([True, False, False])
+    assert MASKED[name](torch.tensor([1, 2, 3]), large, mask=mask).shape == ()
+
+
+@every_measure
 def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
     x, y = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([2**64 - 1, 2**64 - 2, 5], dtype=torch.uint64)
-    with pytest.raises(
-        ValueError,
-        match=r"(grades|y) must hold floating-point numbers, or integers up to int64.* torch.uint64",
-    ):
+    reason = r"(grades|y) must hold floating-point numbers, or integers up to int64.* torch.uint64"
+    with pytest.raises(ValueError, match=reason):
         LISTS[name](x, y)
     with pytest.raises(ValueError, match=r"(scores|x) must hold floating-point numbers.* torch.complex64"):
         LISTS[name](torch.complex(x, x), x)
-    expected = LISTS[name](x, x)
-    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int64, torch.float16):
-        assert torch.equal(LISTS[name](x, x.to(dtype)), expected)
+
+
+@every_measure
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int64, torch.float16])
+def test_other_dtypes_are_taken_as_their_numbers(name: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([3.0, 2.0, 1.0])
+    assert torch.equal(LISTS[name](x, x.to(dtype)), LISTS[name](x, x))
+
+
+@every_measure
+def test_booleans_are_taken_as_0_and_1(name: str) -> None:
+    x = torch.tensor([3.0, 2.0, 1.0])
     assert torch.equal(LISTS[name](x, x > 1), LISTS[name](x, (x > 1).double()))
 
 
@@ -158,29 +204,38 @@ def test_leading_dimensions_are_lists() -> None:
     torch.testing.assert_close(rho[1, 2], metrics.spearman_rho(x[1, 2], y[1, 2]))
 
 
-def test_equal_modalities_agree_perfectly_and_a_sample_of_anchors_is_taken_when_asked() -> None:
+def test_equal_modalities_agree_perfectly() -> None:
     batch = random_batch(0, 50, 8, 1.0)
     for value in metrics.rank_agreement(batch.image, batch.image).values():
         assert value.item() == pytest.approx(1)
-    ends = metrics.kendall_tau(*((x @ x.T)[[0, 49]] for x in (batch.image, batch.text)))
+
+
+def test_two_anchors_of_many_are_the_first_and_the_last() -> None:
+    batch = random_batch(0, 50, 8, 1.0)
+    of_images, of_texts = ((x @ x.T)[[0, 49]] for x in (batch.image, batch.text))
     sampled = metrics.rank_agreement(batch.image, batch.text, max_anchors=2)
-    assert sampled["in_modal_tau"].item() == pytest.approx(ends.mean().item(), abs=1e-12)
+    owed = metrics.kendall_tau(of_images, of_texts).mean()
+    assert sampled["in_modal_tau"].item() == pytest.approx(owed.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
     batch = random_batch(n, n, 5, 1.0, duplicates=3)
     v, t = batch.image, batch.text
-    pairs = {
-        # Products that round equal columns alike.
-        "cross_modal": ((v[:, None] * t).sum(-1), (t[:, None] * v).sum(-1)),
-        "in_modal": ((v[:, None] * v).sum(-1), (t[:, None] * t).sum(-1)),
+
+    def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a·bᵀ, which rounds equal columns alike."""
+        return (a[:, None] * b).sum(-1)
+
+    across, within = (products(v, t), products(t, v)), (products(v, v), products(t, t))
+    owed = {
+        "cross_modal_tau": metrics.kendall_tau(*across).nanmean().item(),
+        "cross_modal_rho": metrics.spearman_rho(*across).nanmean().item(),
+        "in_modal_tau": metrics.kendall_tau(*within).nanmean().item(),
+        "in_modal_rho": metrics.spearman_rho(*within).nanmean().item(),
     }
-    actual = metrics.rank_agreement(v, t)
-    for term, (a, b) in pairs.items():
-        for name, measure in (("tau", metrics.kendall_tau), ("rho", metrics.spearman_rho)):
-            expected = measure(a, b).nanmean().item()
-            assert actual[f"{term}_{name}"].item() == pytest.approx(expected, abs=1e-12)
+    agreement = {name: value.item() for name, value in metrics.rank_agreement(v, t).items()}
+    assert {name: agreement[name] for name in owed} == pytest.approx(owed, abs=1e-12)
 
 
 def test_alignment_and_uniformity_match_the_published_analysis_scripts_values() -> None:

@@ -25,9 +25,8 @@ def test_every_option_is_kept(chosen: dict[str, Any]) -> None:
         options = RankOptions(**chosen)
     except ValueError:  # some exclude each other, see below
         assume(False)
-    assert {name: getattr(options, name) for name in FIELDS} == {
-        name: chosen.get(name, f.default) for name, f in FIELDS.items()
-    }
+    values = {name: getattr(options, name) for name in FIELDS}
+    assert values == {name: chosen.get(name, field.default) for name, field in FIELDS.items()}
     assert RankOptions(**options.changed) == options
 
 
@@ -53,17 +52,32 @@ def test_a_value_that_it_does_not_take_is_refused_by_name(name: str, value: obje
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_bounds_are_inclusive(name: str) -> None:
+def test_bounds_of_a_count_are_inclusive(name: str) -> None:
+    least, largest = bounds_of(name)
+    for value in (least, largest):
+        assert getattr(with_count(name, value), name) == value
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least {least}.* {least - 1}$"):
+        with_count(name, least - 1)
+    with pytest.raises(ValueError, match=f"{name} must be at most {largest}.* {largest + 1}$"):
+        with_count(name, largest + 1)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_of_numpy_is_kept_as_pythons(name: str) -> None:
+    count = getattr(with_count(name, np.int64(64)), name)
+    assert (count, type(count)) == (64, int)
+
+
+def bounds_of(name: str) -> tuple[int, int]:
+    """The least and the largest value of a count."""
     bounds = FIELDS[name].metadata
-    beside = {"method": "bin"} if name == "bins" else {}
-    least, largest = bounds.get("at_least", 1), bounds.get("at_most", LARGEST)
-    for value in (least, largest, np.int64(64)):
-        found = getattr(RankOptions(**beside, **{name: value}), name)
-        assert (found, type(found)) == (value, int)
-    for value in (least - 1, largest + 1):
-        bound = f"an integer of at least {least}" if value < least else f"at most {largest}"
-        with pytest.raises(ValueError, match=f"{name} must be {bound}.* {value}$"):
-            RankOptions(**beside, **{name: value})
+    return bounds.get("at_least", 1), bounds.get("at_most", LARGEST)
+
+
+def with_count(name: str, value: Any) -> RankOptions:
+    """Options with a count, and the method that it needs."""
+    needed: dict[str, Any] = {"method": "bin"} if name == "bins" else {}
+    return RankOptions(**needed, **{name: value})
 
 
 @pytest.mark.parametrize(

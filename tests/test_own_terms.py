@@ -73,6 +73,7 @@ class Recording(ClipLoss):
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Images, texts and the scale of six pairs."""
     return random_batch(0, 6, 4, 10.0).leaves()
 
 
@@ -117,20 +118,27 @@ def test_inputs_that_the_terms_do_not_name_are_the_bases_alone() -> None:
     ids = torch.arange(6) // 2
     entries = Distance(ClipLoss(same_id="ignore"))(v, t, s, pair_ids=ids, output_dict=True)
     assert torch.equal(entries["contrastive_loss"], ClipLoss(same_id="ignore")(v, t, s, pair_ids=ids))
+
+
+def test_an_input_that_neither_the_terms_nor_the_base_take_is_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'pair_weights'"):
-        Distance()(v, t, s, pair_weights=torch.ones(6))
+        Distance()(*batch(), pair_weights=torch.ones(6))
 
 
-def test_inputs_that_the_terms_name_are_theirs_and_a_teachers_are_the_bases_too() -> None:
+def test_inputs_that_the_terms_name_are_theirs() -> None:
     v, t, s = batch()
     teacher = teacher_of(6, 4)
-    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)
-    entries = Taught(MimicryLoss())(v, t, s, **teacher, pair_weights=weights, output_dict=True)
-    assert list(entries) == ["contrastive_loss", "mimicry_loss", "taught_loss"]
+    of_the_last_alone = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)
+    entries = Taught()(v, t, s, **teacher, pair_weights=of_the_last_alone, output_dict=True)
     torch.testing.assert_close(entries["taught_loss"], (t - teacher[TEXT])[5].square().sum())
-    assert torch.equal(
-        entries["mimicry_loss"], MimicryLoss()(v, t, s, **teacher, output_dict=True)["mimicry_loss"]
-    )
+
+
+def test_a_teachers_features_are_the_terms_and_the_bases() -> None:
+    teacher = teacher_of(6, 4)
+    entries = Taught(MimicryLoss())(*batch(), **teacher, output_dict=True)
+    of_base = MimicryLoss()(*batch(), **teacher, output_dict=True)
+    assert list(entries) == ["contrastive_loss", "mimicry_loss", "taught_loss"]
+    assert torch.equal(entries["mimicry_loss"], of_base["mimicry_loss"])
 
 
 def test_a_base_that_takes_no_teacher_gets_none() -> None:
@@ -178,17 +186,25 @@ def test_a_teachers_features_are_checked_before_the_terms(features: Tensor, reas
         Taught()(*batch(), **{TEXT: features})
 
 
+def base_of_any_widths() -> RankClipLoss:
+    """Rank terms within each modality, on a constant."""
+    return RankClipLoss(lambda *_, **__: torch.ones(()), lambda_cross=0.0, schedule="constant")
+
+
 def test_terms_within_each_modality_allow_two_widths() -> None:
     v, t, s = batch()
     narrow = F.normalize(t[:, :3], dim=-1)
-    base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
-    entries = Taught(base)(v, narrow, s, **{TEXT: narrow.detach()}, output_dict=True)
+    entries = Taught(base_of_any_widths())(v, narrow, s, **{TEXT: narrow.detach()}, output_dict=True)
     assert entries["taught_loss"] == 0
+
+
+def test_terms_of_one_space_refuse_two_widths() -> None:
+    v, t, s = batch()
     with pytest.raises(ValueError, match=r"must have one shape \[N, D\]; got \(6, 4\) and \(6, 3\)"):
-        Distance(base)(v, narrow, s)
+        Distance(base_of_any_widths())(v, t[:, :3], s)
 
 
-def missing_on_the_last(rank: int, world_size: int) -> str:
+def error_of_integers_on_the_last(rank: int, world_size: int) -> str:
     v, t, s = (x.detach() for x in batch())
     with pytest.raises(ValueError, match="text_features must be floating point") as error:
         Alone()(v, t.long() if rank == world_size - 1 else t, s)
@@ -196,7 +212,7 @@ def missing_on_the_last(rank: int, world_size: int) -> str:
 
 
 def test_a_bad_input_of_one_process_is_the_error_of_all(pool: Pool) -> None:
-    first, *others = pool.run(missing_on_the_last)
+    first, *others = pool.run(error_of_integers_on_the_last)
     assert f"on rank {pool.world_size - 1} of {pool.world_size}" in first
     assert others == [first] * (pool.world_size - 1)
 
@@ -231,11 +247,13 @@ def test_a_class_without_terms_says_so() -> None:
 
 
 def test_a_compiled_call_breaks_the_graph_and_has_the_same_value_and_gradients() -> None:
+    loss, inputs = Distance(), batch()
+
+    def step(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The call between two operations, which are compiled."""
+        return loss(v.flip(0), t, s) + 1
+
     torch._dynamo.reset()
-    inputs = batch()
-    loss = Distance()
-    compiled = torch.compile(lambda v, t, s: loss(v.flip(0), t, s) + 1, backend="eager")
-    v, t, s = inputs
-    torch.testing.assert_close(
-        gradients(compiled(v, t, s), inputs, 1.3), gradients(loss(v.flip(0), t, s) + 1, inputs, 1.3)
-    )
+    value, compiled_value = step(*inputs), torch.compile(step, backend="eager")(*inputs)
+    torch.testing.assert_close(compiled_value, value)
+    torch.testing.assert_close(gradients(compiled_value, inputs, 1.3), gradients(value, inputs, 1.3))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from batches import unit
 from fake_devices import CUDA, MPS, meta_is, no_float64
 from rankloss import engine, precision
 from rankloss.options import RankOptions
@@ -17,24 +18,25 @@ from rankloss.options import RankOptions
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("agrees", [False, True])
 def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -> None:
+    """Cross-entropies, likelihoods and gradients are the same on a device that has no float64."""
     n, n_items, d = 2, 2**14, 512
-    generator = torch.Generator().manual_seed(0)
-    v, t = (torch.nn.functional.normalize(torch.randn(n_items, d, generator=generator)) for _ in "vt")
+    v, t = (unit(n_items, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
     if agrees:
         v = torch.nn.functional.normalize(t + 4.0 * v)
     cosines = torch.stack([v[:n] @ t.T, t[:n] @ v.T])
-    scale, ones = torch.tensor(100.0), torch.ones(2)
 
-    def evaluated(dtype: torch.dtype) -> Sequence[Tensor]:
-        block = engine.Block(cosines.clone(), scale, ones.to(dtype), ones.to(dtype), None, (None, None), 0)
-        found = engine.evaluate(block, RankOptions(method=method), with_gradient=True)
-        return [x for x in found if x is not None]
+    def evaluated(dtype: torch.dtype) -> engine.Evaluated:
+        weights = torch.ones(2, dtype=dtype)
+        block = engine.Block(
+            cosines.clone(), torch.tensor(100.0), weights, weights, None, (None, None), first_row=0
+        )
+        return engine.evaluate(block, RankOptions(method=method), with_gradient=True)
 
-    expected = evaluated(torch.float64)
+    in_float64 = evaluated(torch.float64)
     with no_float64():
-        found = evaluated(torch.float32)
-    for (a, b), tolerance in zip(zip(found, expected, strict=True), (1e-5, 1e-6, 1e-5), strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
+        in_float32 = evaluated(torch.float32)
+    for found, expected, tolerance in zip(in_float32, in_float64, (1e-5, 1e-6, 1e-5), strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 LOOKS: list[Callable[[Tensor], Any]] = [Tensor.tolist, Tensor.nonzero, Tensor.unique, Tensor.cpu]
@@ -47,17 +49,34 @@ def test_a_look_at_an_accelerators_values_would_be_seen(look: Callable[[Tensor],
         look(torch.empty(2, device=CUDA))
 
 
-def test_a_copy_to_an_accelerator_and_a_tensor_of_float64_would_be_seen() -> None:
+@pytest.mark.parametrize(
+    ("copy", "operation"),
+    [
+        (lambda there: torch.tensor([1.0, 2.0], device=CUDA), "aten._to_copy.default"),
+        (lambda there: torch.zeros(2).to(CUDA), "aten._to_copy.default"),
+        (lambda there: there + torch.zeros(()), "aten.add.Tensor"),
+    ],
+    ids=["a tensor of numbers", "a tensor of the CPU", "a number of the CPU"],
+)
+def test_a_copy_to_an_accelerator_would_be_seen(copy: Callable[[Tensor], Tensor], operation: str) -> None:
     with meta_is(CUDA) as copies:
-        there = torch.tensor([1.0, 2.0], device=CUDA)
-        there.double() + torch.zeros(2).to(CUDA)
-        assert copies == ["aten._to_copy.default"] * 2
-        there + torch.zeros(())
-        assert copies[2:] == ["aten.add.Tensor"]
+        there = torch.empty(2, device=CUDA)
+        assert copies == []
+        copy(there)
+        assert copies == [operation]
+
+
+def test_a_tensor_of_float64_on_a_device_without_it_would_be_seen() -> None:
     with meta_is(MPS), pytest.raises(TypeError, match="float64"):
         torch.empty(2, device=MPS).double()
     with no_float64(), pytest.raises(TypeError, match="float64"):
         torch.zeros(2).double()
+
+
+def test_a_tensor_of_float64_on_an_accelerator_with_it_is_none_of_these() -> None:
+    with meta_is(CUDA) as copies:
+        assert torch.empty(2, device=CUDA).double().dtype == torch.float64
+    assert copies == []
 
 
 @pytest.mark.parametrize("has_it", [True, False])

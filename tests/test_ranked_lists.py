@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batches import assert_close, assert_same, gradients, unit, unit_rows, upstream_for
+from counting import count_calls
 from fake_devices import no_float64
 from lists_item_by_item import F64, MODELS, Frozen, Lists, fitting, lists, lists_of, models
 from memory import TensorSizes, saved_bytes
 from rankloss import ClipLoss, RankedLists, graded, pair_sums, precision, reference
+
+F32 = torch.float32
 
 # --- values and gradients -----------------------------------------------------------------------------------
 
@@ -30,7 +33,7 @@ from rankloss import ClipLoss, RankedLists, graded, pair_sums, precision, refere
 @models
 @settings(max_examples=settings.default.max_examples * 3 // 2)
 @given(
-    lists=lists,
+    lists=lists(),
     chunk_size=st.sampled_from([None, 1, 2]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     frozen_by=st.sampled_from([None, "features", "scores"]),
@@ -43,10 +46,7 @@ def test_values_and_gradients_are_those_of_the_definition(
     frozen = Frozen.of(lists)
     frozen_inputs: dict[str, Any] = {}
     if frozen_by == "scores" and not loss.in_batch_negatives:  # in-batch negatives take features alone
-        scores = frozen.scores.gather(1, lists.index)
-        if lists.mask is not None:
-            scores = scores.where(lists.mask, math.nan)  # padding is not read
-        frozen_inputs = {"reference_scores": scores}
+        frozen_inputs = {"reference_scores": scores_of_lists(frozen, lists)}
     elif frozen_by:
         frozen_inputs = frozen.as_features()
     # They ask for a gradient, to see that they get none.
@@ -59,22 +59,31 @@ def test_values_and_gradients_are_those_of_the_definition(
     owed = lists.owed(*inputs, **options, reduction=reduction, frozen=frozen_scores)
     torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
     upstream = upstream_for(value)
-    by_all = torch.autograd.grad(value, [*inputs, *frozen_inputs.values()], upstream, allow_unused=True)
-    by_inputs, by_frozen = by_all[: len(inputs)], by_all[len(inputs) :]
-    assert_same(by_inputs, gradients(owed, inputs, upstream), 1e-9)
-    assert by_frozen == (None,) * len(frozen_inputs)
+    by_queries, by_items, by_scale, *by_frozen = torch.autograd.grad(
+        value, [*inputs, *frozen_inputs.values()], upstream, allow_unused=True
+    )
+    assert_same([by_queries, by_items, by_scale], gradients(owed, inputs, upstream), 1e-9)
+    assert by_frozen == [None] * len(frozen_inputs)
 
 
+def scores_of_lists(frozen: Frozen, lists: Lists) -> Tensor:
+    """A frozen model's scores of each list's candidates, NaN at padding, which is not to be read."""
+    scores = frozen.scores.gather(1, lists.index)
+    return scores if lists.mask is None else scores.where(lists.mask, math.nan)
+
+
+@pytest.mark.parametrize("model", ["plackett_luce", "top_one"])
 @given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([1.0, 10.0, 100.0]))
 def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
-    seed: int, n: int, scale: float
+    model: Any, seed: int, n: int, scale: float
 ) -> None:
-    v, t = (torch.from_numpy(x) for x in np.split(unit_rows(np.random.default_rng(seed), 2 * n, 7), 2))
-    for model in ("plackett_luce", "top_one"):
-        loss = RankedLists(model=model, in_batch_negatives=True)
-        directions = [loss(a, b[:, None], torch.zeros(n, 1), scale) for a, b in ((v, t), (t, v))]
-        assert torch.equal(directions[0], F.cross_entropy(scale * v @ t.T, torch.arange(n)))
-        assert torch.equal(sum(directions) / 2, ClipLoss()(v, t, scale))
+    rng = np.random.default_rng(seed)
+    v, t = (torch.from_numpy(unit_rows(rng, n, 7)) for _ in range(2))
+    loss = RankedLists(model=model, in_batch_negatives=True)
+    grades = torch.zeros(n, 1)
+    of_images, of_texts = loss(v, t[:, None], grades, scale), loss(t, v[:, None], grades, scale)
+    assert torch.equal(of_images, F.cross_entropy(scale * v @ t.T, torch.arange(n)))
+    assert torch.equal((of_images + of_texts) / 2, ClipLoss()(v, t, scale))
 
 
 @models
@@ -84,10 +93,10 @@ def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: A
     lists = lists_of(0, 4, 3, 9)
     lists = replace(lists, index=lists.index % 7 + 2)
     ids = torch.tensor([id_of(max(row - 2, 0)) for row in range(9)])
-    found = lists.differentiated(
+    by_ids = lists.differentiated(
         lambda *inputs: lists.loss(RankedLists(**options), *inputs, candidate_ids=ids)
     )
-    assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
+    assert_same(by_ids, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
 
 
 @models
@@ -97,16 +106,15 @@ def test_an_excluded_candidate_is_no_negative_of_its_query(
 ) -> None:
     """Such as a query's own caption in another query's list; without negatives nothing changes."""
     lists = lists_of(0, 5, 3, 9)
-    excluded = lists.index.roll(1, 0)[:, 0]  # in the list of the query before
+    first_candidates = lists.index[:, 0]
+    excluded = first_candidates.roll(1)  # that of the query before
     ids = torch.arange(9) + 100
     loss = RankedLists(**options, chunk_size=chunk_size)
-    found = lists.differentiated(
+    by_ids = lists.differentiated(
         lambda *inputs: lists.loss(loss, *inputs, candidate_ids=ids, excluded_ids=ids[excluded])
     )
-    owed = lists.differentiated(
-        lambda *inputs: lists.owed(*inputs, **options, excluded=[int(row) for row in excluded])
-    )
-    assert_same(found, owed)
+    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, excluded=excluded.tolist()))
+    assert_same(by_ids, owed)
 
 
 def test_excluded_ids_need_ids_of_candidates() -> None:
@@ -137,102 +145,167 @@ DIFFERENCES = {"model": "pairwise", "pair_weight": "difference"}
 def test_grades_that_the_model_does_not_take_are_refused(
     options: dict[str, Any], grade: float, needed: str
 ) -> None:
-    """At padding any grade is none."""
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, grade]], dtype=F64)
     q, items = torch.eye(6, dtype=F64)[:2], torch.eye(6, dtype=F64).view(2, 3, 6)
     with pytest.raises(ValueError, match=re.escape(f"grades must be {needed}; row 1 has [{grade}]")):
         RankedLists(**options)(q, items, grades)
+
+
+@pytest.mark.parametrize("options", [{}, LAMBDA, DIFFERENCES], ids=str)
+@pytest.mark.parametrize("grade", [math.inf, -math.inf, math.nan, -1.0, 2.0**54])
+def test_padding_may_have_any_grade(options: dict[str, Any], grade: float) -> None:
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, grade]], dtype=F64)
+    q, items = torch.eye(6, dtype=F64)[:2], torch.eye(6, dtype=F64).view(2, 3, 6)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     assert RankedLists(**options)(q, items, grades, mask=mask).isfinite()
 
 
-@pytest.mark.parametrize("by", ["index", "ids", "index and ids"])
-def test_a_candidate_with_two_grades_in_a_list_is_refused(by: str) -> None:
-    """Twice with one grade it is two tied items; at padding it is none."""
+def with_a_candidate_twice(by: str) -> dict[str, Any]:
+    """Two lists of three; in the second the first and the last candidate are one, by its number or its id."""
     index = torch.tensor([[3, 4, 5], [0, 1, 0]])
-    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
-    mask = torch.tensor([[True, True, True], [True, True, True]])
-    q, items = torch.eye(6)[:2], torch.eye(6)
-    inputs: dict[str, Any] = {"candidate_index": index}
+    inputs: dict[str, Any] = {"query_features": torch.eye(6)[:2], "candidate_features": torch.eye(6)}
+    if by == "index":
+        return {**inputs, "candidate_index": index}
     if by == "ids":
-        items, inputs = items[index], {"candidate_ids": index}
-    elif by == "index and ids":
-        inputs = {"candidate_index": torch.tensor([[3, 4, 5], [0, 1, 2]])}
-        inputs["candidate_ids"] = torch.tensor([7, 8, 7, 9, 10, 11])
+        return {**inputs, "candidate_features": torch.eye(6)[index], "candidate_ids": index}
+    of_different_items = torch.tensor([[3, 4, 5], [0, 1, 2]])
+    return {
+        **inputs,
+        "candidate_index": of_different_items,
+        "candidate_ids": torch.tensor([7, 8, 7, 9, 10, 11]),
+    }
+
+
+twice_in_a_list = pytest.mark.parametrize("by", ["index", "ids", "index and ids"])
+
+
+@twice_in_a_list
+def test_a_candidate_with_two_grades_in_a_list_is_refused(by: str) -> None:
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
     with pytest.raises(ValueError, match=r"grades must be one of each candidate; row 1 .*\[1\.0, 3\.0\]"):
-        RankedLists()(q, items, grades, **inputs)
-    RankedLists()(q, items, grades.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0)), **inputs)
-    mask[1, 2] = False
-    RankedLists()(q, items, grades, mask=mask, **inputs)
+        RankedLists()(grades=grades, **with_a_candidate_twice(by))
+
+
+@twice_in_a_list
+def test_a_candidate_that_is_twice_in_a_list_with_one_grade_is_two_tied_items(by: str) -> None:
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 1.0]])
+    _, of_second = RankedLists(reduction="none")(grades=grades, **with_a_candidate_twice(by))
+    scores = torch.tensor([0.0, 1.0, 0.0])  # the second query is the second candidate
+    torch.testing.assert_close(of_second, reference.plackett_luce(scores, grades[1]))
+
+
+@twice_in_a_list
+def test_a_candidate_may_have_another_grade_at_padding(by: str) -> None:
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    assert RankedLists()(grades=grades, mask=mask, **with_a_candidate_twice(by)).isfinite()
 
 
 @models
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
-    lists, later = lists_of(4, 5, 4, 9), RankedLists(model="pairwise", pair_weight="difference")
-    defaults = {"model": "plackett_luce", "pair_weight": None, **options}
-    for name, value in defaults.items():
-        setattr(later, name, value)
-    value_of = lambda loss: lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))  # noqa: E731
-    assert_same(value_of(later), value_of(RankedLists(**options)), 0.0)
+    lists = lists_of(4, 5, 4, 9)
+    built, changed = RankedLists(**options), RankedLists(model="pairwise", pair_weight="difference")
+    for name, value in {"model": "plackett_luce", "pair_weight": None, **options}.items():
+        setattr(changed, name, value)
+    of_changed = lists.differentiated(lambda *inputs: lists.loss(changed, *inputs))
+    assert_same(of_changed, lists.differentiated(lambda *inputs: lists.loss(built, *inputs)), 0.0)
 
 
 @models
 @settings(max_examples=settings.default.max_examples // 2)
-@given(lists=lists, data=st.data())
+@given(lists=lists(), data=st.data())
 def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists, data: st.DataObject) -> None:
     loss = RankedLists(**options)
-    n, k = lists.grades.shape
-    order = data.draw(st.permutations(range(k + 2)))
-    mask = torch.ones(n, k, dtype=torch.bool) if lists.mask is None else lists.mask
-    mask, index, grades = (
-        F.pad(x, (0, 2), value=value)[:, order]
-        for x, value in ((mask, False), (lists.index, -1), (lists.grades, math.nan))
-    )
-    fitted = fitting(grades, loss.model, loss.pair_weight)
+    padded = Padded.of(lists, data.draw(st.permutations(range(lists.grades.shape[1] + 2))))
 
-    def padded(q: Tensor, c: Tensor, s: Tensor, by_index: bool = True) -> Tensor:
-        pool, given = F.pad(c, (0, 0, 0, 1), value=math.nan), {"candidate_index": index} if by_index else {}
-        return loss(q, pool if by_index else pool[index], fitted, s, mask=mask, **given)
-
-    def of_own_rows(q: Tensor, c: Tensor, s: Tensor) -> Tensor:  # a candidate of several lists is several
-        own = torch.arange(n * k).view(n, k)
-        return lists.loss(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=own)
+    def of_padded(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        grades = fitting(padded.grades, loss.model, loss.pair_weight)
+        return loss(q, with_nan_row(c), grades, s, mask=padded.mask, candidate_index=padded.index)
 
     expected = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
-    assert_same(lists.differentiated(padded), expected)
-    one_by_one = partial(padded, by_index=False)
-    assert_same(lists.differentiated(one_by_one), lists.differentiated(of_own_rows))
+    assert_same(lists.differentiated(of_padded), expected)
+
+
+@models
+@settings(max_examples=settings.default.max_examples // 2)
+@given(lists=lists(), data=st.data())
+def test_order_and_padding_change_nothing_of_features_of_each_list(
+    options: dict[str, Any], lists: Lists, data: st.DataObject
+) -> None:
+    """Where a candidate of several lists is several."""
+    loss = RankedLists(**options)
+    n, k = lists.grades.shape
+    padded = Padded.of(lists, data.draw(st.permutations(range(k + 2))))
+
+    def of_padded(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        grades = fitting(padded.grades, loss.model, loss.pair_weight)
+        return loss(q, with_nan_row(c)[padded.index], grades, s, mask=padded.mask)
+
+    def with_rows_of_their_own(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        index = torch.arange(n * k).view(n, k)
+        return lists.loss(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=index)
+
+    assert_same(lists.differentiated(of_padded), lists.differentiated(with_rows_of_their_own))
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Lists in another order, with two places of padding: the last item of all, and a grade that is NaN."""
+
+    index: Tensor
+    grades: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, lists: Lists, order: list[int]) -> Padded:
+        mask = torch.ones_like(lists.grades, dtype=torch.bool) if lists.mask is None else lists.mask
+        return cls(
+            index=F.pad(lists.index, (0, 2), value=-1)[:, order],
+            grades=F.pad(lists.grades, (0, 2), value=math.nan)[:, order],
+            mask=F.pad(mask, (0, 2), value=False)[:, order],
+        )
+
+
+def with_nan_row(items: Tensor) -> Tensor:
+    """The items, and one more at which nobody is to look."""
+    return F.pad(items, (0, 0, 0, 1), value=math.nan)
 
 
 @models
 @pytest.mark.filterwarnings("ignore:logit_scale is 5000")
 @pytest.mark.parametrize("scale", [356.0, 680.0, 5000.0])
 def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> None:
-    """The candidates' scores are s, 0 and −s."""
-    lists = lists_of(0, 6, 3, 3, d=2, masked=False, scale=scale)
-    axis = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=F64)
-    grades = torch.tensor(list(itertools.permutations([0.0, 1.0, 2.0])), dtype=F64)
-    near = F.normalize(torch.tensor([[1.0, 1e-3 * k] for k in range(6)], dtype=F64), dim=-1)
-    lists = replace(lists, queries=near, items=axis, index=torch.arange(3).expand(6, 3), grades=grades)
-    found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
-    assert_close(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), 1e-11)
+    """Six queries beside the first of three candidates, whose scores are about s, −s and 0, in all orders."""
+    lists = Lists(
+        queries=F.normalize(torch.tensor([[1.0, 1e-3 * k] for k in range(6)], dtype=F64), dim=-1),
+        items=torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=F64),
+        index=torch.arange(3).expand(6, 3),
+        grades=torch.tensor(list(itertools.permutations([0.0, 1.0, 2.0])), dtype=F64),
+        scale=scale,
+    )
+    of_loss = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    assert_close(of_loss, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), 1e-11)
 
 
 @models
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
     """With a list of one candidate, a list without items below it, and ungraded candidates."""
-    lists = lists_of(1, 3, 3, 3, masked=False)
     mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, -math.inf, -math.inf], [1.0, 0.0, 0.0]], dtype=F64)
-    lists, by = replace(lists, grades=grades, mask=mask), []
-    for value_of in (lambda *x: lists.loss(RankedLists(**options), *x), lambda *x: lists.owed(*x, **options)):
+    lists = replace(lists_of(1, 3, 3, 3, masked=False), grades=grades, mask=mask)
+
+    def derivatives(value_of: Callable[..., Tensor]) -> list[Tensor]:
+        """Of the first order, and of the second along a direction; a NaN on the way is an error."""
         inputs = lists.leaves()
         with torch.autograd.detect_anomaly(check_nan=True):
             first = torch.autograd.grad(value_of(*inputs), inputs, create_graph=True)
-            along = sum((g * torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g)).sum() for g in first)
-            by.append([*first, *torch.autograd.grad(along, inputs)])
-    assert_same(by[0], by[1], 1e-9)
+            directions = [torch.linspace(-1, 2, x.numel(), dtype=F64).view_as(x) for x in first]
+            along = sum((x * direction).sum() for x, direction in zip(first, directions, strict=True))
+            return [*first, *torch.autograd.grad(along, inputs)]
+
+    of_loss = derivatives(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    assert_same(of_loss, derivatives(lambda *inputs: lists.owed(*inputs, **options)), 1e-9)
 
 
 # --- a frozen model's scores --------------------------------------------------------------------------------
@@ -257,13 +330,12 @@ def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
     log_ratios = policy.log_softmax(-1) - frozen.log_softmax(-1)
     worse, rows = 1 - better, torch.arange(5)
     dpo = -F.logsigmoid(beta * (log_ratios[rows, better] - log_ratios[rows, worse])).mean()
+    # Features of one dimension, so that a score is β times the policy's logit.
+    queries, candidates = torch.ones(5, 1, dtype=F64), policy[:, :, None]
     grades = F.one_hot(better)
-    queries = torch.ones(5, 1, dtype=F64)
-    found = RankedLists(model="pairwise")(
-        queries, policy[:, :, None], grades, beta, reference_scores=beta * frozen
-    )
-    assert_same([found], [dpo], 1e-14)
-    assert_same(gradients(found, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
+    value = RankedLists(model="pairwise")(queries, candidates, grades, beta, reference_scores=beta * frozen)
+    assert_same([value], [dpo], 1e-14)
+    assert_same(gradients(value, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
 
 
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
@@ -297,56 +369,67 @@ def test_lists_without_a_gain_count_nothing() -> None:
 
 @pytest.mark.parametrize("options", MODELS[2:], ids=str)
 def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
-    """The bytes kept do not grow with the queries, nor does the largest tensor, beside the features."""
-    kept, largest = [], []
-    for n in (8, 16, 32):
-        lists = lists_of(0, n, 3, 64, masked=False)
-        loss = RankedLists(**options, chunk_size=2)
+    """What is kept for the backward pass, and the largest tensor: never one of all queries and items."""
+    k, m, d, chunk = 3, 64, 5, 2
+
+    def memory_of(n: int) -> tuple[int, int]:
+        """The bytes that are kept, and the elements of the largest tensor."""
+        lists, loss = lists_of(0, n, k, m, masked=False), RankedLists(**options, chunk_size=chunk)
         inputs = lists.leaves()
-        kept.append(saved_bytes(lambda: lists.loss(loss, *inputs)))  # noqa: B023
+        kept = saved_bytes(lambda: lists.loss(loss, *inputs))
         with TensorSizes() as sizes:
             lists.loss(loss, *inputs).backward()
-        largest.append(sizes.largest)
-    assert kept[2] - kept[1] == 2 * (kept[1] - kept[0])
-    assert kept[2] < 32 * 64 * 8 + 8 * 64 * 3 * 8 * 5
-    assert max(largest) <= max(32 * 3 * 5, 2 * 64 * 3)
+        return kept, sizes.largest
+
+    (kept_of_8, _), (kept_of_16, _), (kept_of_32, largest) = map(memory_of, (8, 16, 32))
+    assert kept_of_32 - kept_of_16 == 2 * (kept_of_16 - kept_of_8)
+    assert kept_of_32 < 8 * (32 * m + 8 * m * k * d)
+    assert largest <= max(32 * k * d, chunk * m * k)
 
 
 def test_padding_is_not_looked_at_nor_are_equal_queries_without_negatives() -> None:
-    v, t = (torch.from_numpy(unit_rows(np.random.default_rng(0), 4, 3)) for _ in range(2))
+    """A warning of zeros at padding, or of a query that is twice there, would be an error."""
+    query, *candidates = unit(5, 3, seed=0)
     mask = torch.tensor([[True, False], [True, True]])
-    given = {"grades": torch.eye(2), "mask": mask, "candidate_features": t.view(2, 2, 3) * mask[..., None]}
-    entries = RankedLists()(v[[0, 0]], logit_scale=10.0, output_dict=True, **given)  # a warning is an error
-    assert entries["ranked_lists_loss"].isfinite()
+    with_zeros_at_padding = torch.stack(candidates).view(2, 2, 3) * mask[..., None]
+    value = RankedLists()(query.expand(2, 3), with_zeros_at_padding, torch.eye(2), 10.0, mask=mask)
+    assert value.isfinite()
 
 
 def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None:
-    grades = torch.tensor([[2**24 + 1, 2**24]])
-    given = torch.eye(2)[:1], torch.eye(2)[None], grades
-    assert RankedLists()(*given).isfinite()
-    with (
-        no_float64(),
-        pytest.raises(
-            ValueError, match=r"grades must be at most 2²⁴, to stay distinct.*float32.* row 0 .*16777217"
-        ),
-    ):
-        RankedLists()(*given)
+    query, candidates, grades = torch.eye(2)[:1], torch.eye(2)[None], torch.tensor([[2**24 + 1, 2**24]])
+    assert RankedLists()(query, candidates, grades).isfinite()
+    reason = r"grades must be at most 2²⁴, to stay distinct.*float32.* row 0 .*16777217"
+    with no_float64(), pytest.raises(ValueError, match=reason):
+        RankedLists()(query, candidates, grades)
 
 
 def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor holds all pairs, and no more is kept for the backward pass than with Plackett–Luce."""
-    lists = lists_of(0, 8, 12, 512, masked=False)
+    """So that no tensor holds all pairs."""
+    n, k = 8, 12
+    lists = lists_of(0, n, k, 512, masked=False)
     loss = RankedLists(model="pairwise", in_batch_negatives=True)
     owed = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
     monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
     with TensorSizes() as sizes:
         assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, 1e-12)
     negatives = len(lists.index.unique())
-    assert sizes.largest < 12 * negatives * 8 / 2
-    loss.model, inputs = "plackett_luce", lists.leaves()
-    kept = saved_bytes(lambda: lists.loss(loss, *inputs))
-    loss.model = "pairwise"
-    assert saved_bytes(lambda: lists.loss(loss, *inputs)) <= kept + 8 * (4 * 12 * 12 + 2 * 512) * 8
+    assert sizes.largest < n * k * negatives / 2
+
+
+def test_pairs_with_negatives_keep_pairs_within_the_lists_and_some_numbers_an_item_more_than_plackett_luce(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
+    n, k, m = 8, 12, 512
+    lists = lists_of(0, n, k, m, masked=False)
+    inputs = lists.leaves()
+
+    def kept_by(model: Any) -> int:
+        loss = RankedLists(model=model, in_batch_negatives=True)
+        return saved_bytes(lambda: lists.loss(loss, *inputs))
+
+    assert kept_by("pairwise") <= kept_by("plackett_luce") + 8 * n * (4 * k * k + 2 * m)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -356,46 +439,59 @@ def test_long_lists_are_summed_by_cells(
 ) -> None:
     """To rounding in value and gradients, also of the second order, and without a tensor of all pairs."""
     generator = torch.Generator().manual_seed(0)
-    x, rest = (spread * torch.randn(3, n, dtype=F64, generator=generator).clamp(-3, 3) for n in (64, 8000))
+    scores, rest = (
+        spread * torch.randn(3, n, dtype=F64, generator=generator).clamp(-3, 3) for n in (64, 8000)
+    )
     rest[0, 5:900] = rest[1] = -math.inf  # the second list has no rest
+    rounded = scores.to(dtype), rest.to(dtype)
     upstream = torch.rand(3, 64, dtype=F64, generator=generator)
-    found, by_pair = [], pair_sums.pair_sums
-    monkeypatch.delattr(pair_sums, "pair_sums")
-    for sums, kind in ((pair_sums.rest_sums, dtype), (by_pair, F64)):
-        inputs = [z.to(dtype).to(kind).requires_grad_() for z in (x, rest)]
-        with TensorSizes() as sizes:
-            value = sums(*inputs)
-            first = torch.autograd.grad(value, inputs, upstream.to(kind), retain_graph=True)
-        again = torch.autograd.grad(value, inputs, upstream.to(kind), create_graph=True)
-        second = torch.autograd.grad(sum((g * g.detach()).sum() for g in again), inputs)
-        found.append([value, *first, *second])
-        assert kind is F64 or sizes.largest < 3 * 64 * 8000
-    for a, b in zip(*found, strict=True):
-        assert (a - b).norm() <= {F64: 1e-13, torch.float32: 1e-6}[dtype] * b.norm()
+
+    def value_and_derivatives(sums: Callable[..., Tensor], of_dtype: torch.dtype) -> list[Tensor]:
+        """The sums, their gradients, and second derivatives in the gradients' own direction."""
+        inputs = [x.to(of_dtype).requires_grad_() for x in rounded]
+        value = sums(*inputs)
+        first = torch.autograd.grad(value, inputs, upstream.to(of_dtype), create_graph=True)
+        along = sum((x * x.detach()).sum() for x in first)
+        return [value, *first, *torch.autograd.grad(along, inputs)]
+
+    owed = value_and_derivatives(pair_sums.pair_sums, F64)
+    monkeypatch.delattr(pair_sums, "pair_sums")  # the cells do not fall back on all pairs
+    tolerance = {F64: 1e-13, torch.float32: 1e-6}[dtype]
+    for number, exact in zip(value_and_derivatives(pair_sums.rest_sums, dtype), owed, strict=True):
+        assert (number - exact).norm() <= tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("near", [False, True], ids=["drawn", "with a near duplicate"])
-def test_pairs_of_long_lists_take_few_times_plackett_luces_work(near: bool) -> None:
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_sums_by_cells_make_no_tensor_of_all_pairs(dtype: torch.dtype) -> None:
+    scores, rest = (torch.linspace(-9, 9, 3 * n, dtype=dtype).view(3, n) for n in (64, 8000))
+    with TensorSizes() as sizes:
+        pair_sums.rest_sums(scores.requires_grad_(), rest.requires_grad_()).sum().backward()
+    assert 8000 <= sizes.largest < 3 * 64 * 8000
+
+
+@pytest.mark.parametrize("has_near_duplicate", [False, True], ids=["drawn", "with a near duplicate"])
+def test_pairs_of_long_lists_take_few_times_plackett_luces_work(has_near_duplicate: bool) -> None:
     """Counted by the elements of all results, 18 times as many if all pairs are computed; up to 120 nats."""
-    generator = torch.Generator().manual_seed(0)
-    q, c = (F.normalize(torch.randn(*n, 64, generator=generator), dim=-1) for n in ((128,), (128, 64)))
-    if near:
-        c[1, 0] = F.normalize(q[0] + 0.5 * c[1, 0], dim=-1)
-    grades = torch.randint(0, 5, (128, 64), generator=generator)
-    work = []
-    for model in ("plackett_luce", "pairwise"):
-        inputs = [x.clone().requires_grad_() for x in (q, c)]
+    queries, candidates = unit(128, 64, seed=0, dtype=F32), unit(128, 64, 64, seed=1, dtype=F32)
+    if has_near_duplicate:  # of the first query, in the second one's list
+        candidates[1, 0] = F.normalize(queries[0] + 0.5 * candidates[1, 0], dim=-1)
+    grades = torch.randint(0, 5, (128, 64), generator=torch.Generator().manual_seed(0))
+
+    def work_of(model: Any) -> int:
+        loss = RankedLists(model=model, in_batch_negatives=True)
+        inputs = queries.clone().requires_grad_(), candidates.clone().requires_grad_()
         with TensorSizes() as sizes:
-            RankedLists(model=model, in_batch_negatives=True)(*inputs, grades, 100.0).backward()
-        work.append(sizes.total)
-    assert work[1] < 8 * work[0]
+            loss(*inputs, grades, 100.0).backward()
+        return sizes.total
+
+    assert work_of("pairwise") < 8 * work_of("plackett_luce")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
 def test_long_lists_of_any_span_are_summed(bad: float) -> None:
     x, rest = torch.zeros(1, 64), torch.zeros(1, 8000)
     rest[0, 7] = bad
-    owed = (torch.nn.functional.softplus(rest[:, None] - x[:, :, None])).sum(-1)
+    owed = F.softplus(rest[:, None] - x[:, :, None]).sum(-1)
     torch.testing.assert_close(pair_sums.rest_sums(x, rest), owed, equal_nan=True)
 
 
@@ -405,7 +501,8 @@ def test_equal_candidates_share_a_rank_though_products_round_them_apart(
     """The weights of the lambda model depend on ranks, and other devices' products on the place of a row."""
     query = unit(1, 4, seed=0)
     first, second = unit(2, 4, seed=1)
-    inputs = query, torch.stack([first, second, first])[None], torch.tensor([[2.0, 0.0, 1.0]]), 10.0
+    candidates = torch.stack([first, second, first])[None]
+    inputs = query, candidates, torch.tensor([[2.0, 0.0, 1.0]]), 10.0
     loss = RankedLists(model="lambda")
     owed = loss(*inputs)
     exact_product = precision.product
@@ -418,20 +515,12 @@ def test_equal_candidates_share_a_rank_though_products_round_them_apart(
     torch.testing.assert_close(loss(*inputs), owed, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("chunk_size", "checkpointed_chunks"), [(None, 0), (4, 0), (3, 2), (1, 4)])
 def test_lists_of_one_chunk_are_not_computed_again_in_the_backward_pass(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, chunk_size: int | None, checkpointed_chunks: int
 ) -> None:
-    checkpointed: list[int] = []
-    checkpoint = torch.utils.checkpoint.checkpoint
-
-    def counted(function: Any, *args: Any, **options: Any) -> Any:
-        checkpointed.append(1)
-        return checkpoint(function, *args, **options)
-
-    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", counted)
-    query, candidates = unit(4, 6, seed=0).requires_grad_(), unit(4, 3, 6, seed=1)
+    calls = count_calls(monkeypatch, checkpoint="torch.utils.checkpoint.checkpoint")
+    queries, candidates = unit(4, 6, seed=0).requires_grad_(), unit(4, 3, 6, seed=1)
     grades = torch.tensor([2.0, 1.0, 0.0]).expand(4, 3)
-    for chunk_size, chunks in ((None, 0), (4, 0), (3, 2), (1, 4)):
-        checkpointed.clear()
-        RankedLists(chunk_size=chunk_size)(query, candidates, grades, 10.0).backward()
-        assert len(checkpointed) == chunks
+    RankedLists(chunk_size=chunk_size)(queries, candidates, grades, 10.0).backward()
+    assert calls["checkpoint"] == checkpointed_chunks

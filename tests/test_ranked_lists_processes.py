@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -39,38 +38,50 @@ def whole(world_size: int) -> Lists:
     return Lists(queries, items, index, grades, 10.0, mask)
 
 
-def share(lists: Lists, rows: slice, offset: int = 0) -> Lists:
-    """The lists of a process, whose items begin there."""
-    index, grades, mask = (x[rows] for x in (lists.index - offset, lists.grades, lists.mask))
-    return Lists(lists.queries, lists.items, index, grades, 10.0, mask)
+def share(lists: Lists, rows: slice, first_item: int = 0) -> Lists:
+    """The lists of a process, whose candidates are counted from its first item; all queries and items."""
+    assert lists.mask is not None
+    return Lists(
+        lists.queries, lists.items, lists.index[rows] - first_item, lists.grades[rows], 10.0, lists.mask[rows]
+    )
 
 
-def weighed(values: Tensor, rows: slice = slice(None), times: int = 1) -> Tensor:
-    """A value, or the sum of the values of some queries, each with a weight of its own."""
+def total(values: Tensor, rows: slice = slice(None)) -> Tensor:
+    """A value as it is; of values of some queries the sum, each with a weight of its own."""
     if not values.dim():
         return values
     weights = torch.linspace(-1.7, 0.6, 3 * N, dtype=F64)[rows][: len(values)]
-    return times * (weights * values).sum()
+    return (weights * values).sum()
+
+
+def rows_and_places(rank: int) -> tuple[slice, slice]:
+    """The queries and the items of a process among all."""
+    return slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
 
 
 def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
+    """By case and flags, the value of this rank's lists and its gradients by all processes' inputs."""
     lists = whole(world_size)
-    rows, places = slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
-    own = share(lists, rows, rank * M)
-    found = {}
-    for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
+    rows, places = rows_and_places(rank)
+    own = share(lists, rows, first_item=places.start)
+
+    def value_and_gradients(options: dict[str, Any], is_frozen: bool, flags: Any) -> list[Tensor]:
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
-        options, is_frozen = SHARDED[case]
         loss = RankedLists(**options, gather=gather)
-        more = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
-        found[case, flags] = own.differentiated(
-            lambda q, c, s: weighed(own.loss(loss, q[rows], c[places], s, **more), rows, world_size)  # noqa: B023
-        )
-    bad = own.leaves()
-    if rank == world_size - 1:
-        bad[0].data[rows.start, 0] = math.nan
-    found["nan"] = [own.loss(RankedLists(), bad[0][rows], bad[1][places], bad[2])]
-    return found
+        frozen = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
+
+        def value_of(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+            values = own.loss(loss, q[rows], c[places], s, **frozen)
+            # DDP averages, and values of queries are to be added up.
+            return total(values, rows) * (world_size if values.dim() else 1)
+
+        return own.differentiated(value_of)
+
+    return {
+        (case, flags): value_and_gradients(options, is_frozen, flags)
+        for case, (options, is_frozen) in enumerate(SHARDED)
+        for flags in [*FLAGS, None]
+    }
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -80,47 +91,68 @@ def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[T
 
 @pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
 def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[Any], case: int) -> None:
+    """Of the features' gradients what the flags leave, as in CLIP's loss."""
     world_size, (options, is_frozen) = len(table), SHARDED[case]
     lists = whole(world_size)
-    more = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
-    value, *by = lists.differentiated(lambda *inputs: weighed(lists.owed(*inputs, **options, **more)))
+    frozen = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
+    value, by_queries, by_items, by_scale = lists.differentiated(
+        lambda *inputs: total(lists.owed(*inputs, **options, **frozen))
+    )
     for flags in [*FLAGS, None]:
         local_loss, gather_with_grad = flags or (True, True)
         local_loss = local_loss or options["reduction"] == "none"
-        of_ranks = (of[case, flags] for of in table)
-        averaged = [torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)]
-        assert_same([averaged[0], averaged[3]], [value, by[2]])
-        is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered
-        if gather_with_grad or is_local or world_size == 1:
-            assert_same(averaged[1:3], by[:2])
-        elif not local_loss:  # as in CLIP's loss
-            assert_same(averaged[1:3], [x / world_size for x in by[:2]])
-        else:
-            assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
+        averaged = mean_over_ranks([of_rank[case, flags] for of_rank in table])
+        mean_value, mean_by_queries, mean_by_items, mean_by_scale = averaged
+        assert_same([mean_value, mean_by_scale], [value, by_scale])
+        gathers_nothing = world_size == 1 or (local_loss and not options.get("in_batch_negatives"))
+        if gather_with_grad or gathers_nothing:
+            assert_same([mean_by_queries, mean_by_items], [by_queries, by_items])
+        elif not local_loss:
+            assert_same([mean_by_queries, mean_by_items], [by_queries / world_size, by_items / world_size])
+        else:  # the candidates lack the other processes' lists
+            assert_same([mean_by_queries], [by_queries])
 
 
-def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
-    assert all(of_rank["nan"][0].isnan() for of_rank in table)
+def mean_over_ranks(of_ranks: list[list[Tensor]]) -> list[Tensor]:
+    """DDP's mean of a value and of each gradient."""
+    return [torch.stack(results).mean(0) for results in zip(*of_ranks, strict=True)]
 
 
-def collectives(rank: int, world_size: int) -> list[dict[str, int]]:
-    counts = []
-    for options in ({}, {"in_batch_negatives": True}):
-        lists, loss = lists_of(rank, N, K, M), RankedLists(**options)
-        for _ in range(2):
-            with Collectives() as calls:
-                lists.loss(loss, *lists.leaves())
-        counts.append(dict(calls.counts))
-    return counts
+def value_with_nan(rank: int, world_size: int) -> Tensor:
+    """The value where a query of the last rank has a NaN."""
+    lists = whole(world_size)
+    rows, places = rows_and_places(rank)
+    q, c, s = lists.leaves()
+    if rank == world_size - 1:
+        q.data[rows.start, 0] = math.nan
+    return share(lists, rows, first_item=places.start).loss(RankedLists(), q[rows], c[places], s)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nan_of_one_process_is_seen_by_all(pools: Pools, world_size: int) -> None:
+    assert all(value.isnan() for value in pools[world_size].run(value_with_nan))
+
+
+def collectives(rank: int, world_size: int, in_batch_negatives: bool) -> dict[str, int]:
+    """Those of a second call: in the first, processes get to know each other."""
+    lists, loss = lists_of(rank, N, K, M), RankedLists(in_batch_negatives=in_batch_negatives)
+    for _ in range(2):
+        with Collectives() as calls:
+            lists.loss(loss, *lists.leaves())
+    return dict(calls.counts)
 
 
 def excluded_items(lists: Lists) -> Tensor:
-    """An item of each query that is no negative: in the list of a query of the other process."""
-    return lists.index.roll(N, 0)[:, 0]
+    """An item of each query that is no negative: the first in the list of a query of the other process."""
+    first_candidates = lists.index[:, 0]
+    return first_candidates.roll(N)
 
 
-def of_ids(rank: int, world_size: int, local_loss: bool = True) -> list[Tensor]:
-    """Processes share candidates, whose features differ by a rounding."""
+def of_shared_candidates(rank: int, world_size: int, local_loss: bool) -> list[Tensor]:
+    """The value and gradients of lists whose candidates all processes have, but for a rounding.
+
+    One process alone has the lists of both.
+    """
     lists = lists_of(0, 2 * N, K, M)
     rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
     own, ids = share(lists, rows), torch.arange(M) - 3
@@ -136,13 +168,17 @@ def of_ids(rank: int, world_size: int, local_loss: bool = True) -> list[Tensor]:
 
 @pytest.mark.parametrize("local_loss", [True, False])
 def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools, local_loss: bool) -> None:
-    of_process = functools.partial(of_ids, local_loss=local_loss)
-    (alone,), of_ranks = pools[1].run(of_process), pools[2].run(of_process)
-    assert_same([torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)], alone)
     lists = lists_of(0, 2 * N, K, M)
     options = {"in_batch_negatives": True, "excluded": excluded_items(lists).tolist()}
-    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
+    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    for world_size in (1, 2):
+        of_ranks = pools[world_size].run(of_shared_candidates, local_loss)
+        assert_same(mean_over_ranks(of_ranks), owed)
 
 
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
-    assert pools[2].run(collectives) == [[{"allreduce": 1, "allgather": n} for n in (1, 4)]] * 2
+    assert pools[2].run(collectives, False) == [{"allreduce": 1, "allgather": 1}] * 2
+
+
+def test_with_negatives_a_step_has_four_gatherings(pools: Pools) -> None:
+    assert pools[2].run(collectives, True) == [{"allreduce": 1, "allgather": 4}] * 2

@@ -18,10 +18,9 @@ from memory import TensorSizes
 from rankloss import metrics, reference
 from rankloss.metrics import retrieval
 
-WAYS = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
-
 
 def numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    """As ``reference.recall`` has them."""
     return {name: value.item() for name, value in values.items()}
 
 
@@ -29,27 +28,29 @@ def numbers(values: dict[str, Tensor]) -> dict[str, float]:
 def grouped(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
     """Features on a coarse grid, so that many products are tied, and ids that all have a partner."""
     kinds = draw(st.integers(1, 4))
-    ids = [[*range(kinds), *draw(st.lists(st.integers(0, kinds - 1), max_size=5))] for _ in ("image", "text")]
-    rows = st.sampled_from([(1.0, 0.0), (0.6, 0.8), (0.0, 1.0), (-0.8, 0.6), (-1.0, 0.0)])
-    features = [torch.tensor([draw(rows) for _ in x], dtype=torch.float64) for x in ids]
-    named = draw(st.booleans())
-    ids = [draw(st.permutations([f"id {i}" for i in x] if named else x)) for x in ids]
-    return features[0], features[1], ids[0], ids[1]
+    are_texts = draw(st.booleans())
+
+    def modality() -> tuple[Tensor, list[Any]]:
+        """One row of each id at least, in any order."""
+        further = draw(st.lists(st.integers(0, kinds - 1), max_size=5))
+        ids = draw(st.permutations([*range(kinds), *further]))
+        row = st.sampled_from([(1.0, 0.0), (0.6, 0.8), (0.0, 1.0), (-0.8, 0.6), (-1.0, 0.0)])
+        features = torch.tensor([draw(row) for _ in ids], dtype=torch.float64)
+        return features, [f"id {number}" for number in ids] if are_texts else ids
+
+    (v, image_ids), (t, text_ids) = modality(), modality()
+    return v, t, image_ids, text_ids
 
 
 @given(grouped(), st.integers(1, 2**6))
 def test_recall_by_ids_is_the_oracles(case: Any, block: int) -> None:
     v, t, image_ids, text_ids = case
     ks = range(1, 1 + min(len(v), len(t)))
-    before = retrieval._BLOCK
-    retrieval._BLOCK = block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_BLOCK", block)
         values = metrics.recall(v, t, ks, image_ids=image_ids, text_ids=text_ids)
-    finally:
-        retrieval._BLOCK = before
-    assert numbers(values) == pytest.approx(
-        reference.recall(v, t, ks, image_ids=image_ids, text_ids=text_ids), abs=1e-12
-    )
+    owed = reference.recall(v, t, ks, image_ids=image_ids, text_ids=text_ids)
+    assert numbers(values) == pytest.approx(owed, abs=1e-12)
     assert all(value.dtype == torch.float64 for value in values.values())
 
 
@@ -65,30 +66,29 @@ def test_recall_of_pairs_is_the_oracles(seed: int, n: int, duplicates: int) -> N
 def test_recall_and_median_rank_of_unique_captions_are_open_clips(n: int) -> None:
     train = pytest.importorskip("open_clip_train.train")
     v = unit(n, 8, seed=n, dtype=torch.float32)
-    t = torch.nn.functional.normalize(v + 1.0 * unit(n, 8, seed=n + 1, dtype=torch.float32), dim=-1)
-    found = numbers(metrics.recall(v, t))
+    noise = unit(n, 8, seed=n + 1, dtype=torch.float32)
+    t = torch.nn.functional.normalize(v + noise, dim=-1)
+    ours = numbers(metrics.recall(v, t))
     theirs = train.get_clip_metrics(v, t, torch.tensor(100.0))
-    assert found == pytest.approx({name: theirs[name] for name in found}, abs=1e-12)
-    assert len(found) == 8
-    assert 0.1 < found["image_to_text_R@1"] < 1
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-12)
+    assert len(ours) == 8
+    assert 0.1 < ours["image_to_text_R@1"] < 1  # neither trivial nor hopeless
 
 
 @pytest.mark.parametrize("n", [2, 17, 65])
 def test_a_model_that_maps_everything_to_one_point_finds_nothing(n: int) -> None:
-    one = unit(1, 5, seed=0, dtype=torch.float32).expand(n, 5)
-    found = numbers(metrics.recall(one, one, (1, n - 1, n)))
-    for way in WAYS[:2]:
-        assert found[f"{way}_R@{n - 1}"] == 0
-        assert found[f"{way}_R@{n}"] == 1
-        assert found[f"{way}_median_rank"] == n
+    point = unit(1, 5, seed=0, dtype=torch.float32).expand(n, 5)
+    found = numbers(metrics.recall(point, point, (n - 1, n)))
+    owed = {f"R@{n - 1}": 0, f"R@{n}": 1, "median_rank": n}
+    for way in ("image_to_text", "text_to_image"):
+        assert {name: found[f"{way}_{name}"] for name in owed} == owed
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 def test_equal_answers_are_tied_whatever_the_products_rounding(n: int) -> None:
     """The first and the last caption are equal, and each picture's own: both pictures see a tie."""
-    v, t = unit(n, 33, seed=n, dtype=torch.float32), unit(n, 33, seed=n + 1, dtype=torch.float32)
-    t[0], t[-1] = v[0], v[0]
-    v[-1] = v[0]
+    v, t = (unit(n, 33, seed=seed, dtype=torch.float32) for seed in (n, n + 1))
+    v[-1] = t[0] = t[-1] = v[0]
     ranks = metrics.partner_ranks(v, t)
     assert ranks["image_to_text"][[0, -1]].tolist() == [2, 2]
     assert ranks["text_to_image"][[0, -1]].tolist() == [2, 2]
@@ -100,38 +100,54 @@ def test_equal_titles_are_partners_by_their_id_alone() -> None:
     v, t = centres.repeat_interleave(4, 0), centres.repeat_interleave(4, 0)
     assert metrics.recall(v, t, 1)["image_to_text_R@1"] == 0
     ids = torch.arange(4, dtype=torch.int32).repeat_interleave(4)
-    by_ids = metrics.recall(v, t, 1, image_ids=ids, text_ids=ids.numpy())
-    assert {name: x for name, x in numbers(by_ids).items() if "R@" in name} == {f"{x}_R@1": 1.0 for x in WAYS}
+    by_ids = numbers(metrics.recall(v, t, 1, image_ids=ids, text_ids=ids.numpy()))
+    for way in ("image_to_text", "text_to_image", "image_to_image", "text_to_text"):
+        assert by_ids[f"{way}_R@1"] == 1
 
 
-def test_a_lone_picture_is_an_answer_and_no_query_among_pictures() -> None:
-    v, t = torch.eye(3)[[0, 0, 0]], torch.eye(3)[[0, 1]]
-    t[1], v[2] = v[0], v[0]
+@pytest.fixture
+def lone_picture() -> dict[str, Any]:
+    """Three equal pictures, of which the last alone has its id, and two captions; all are tied."""
+    v, t = torch.eye(3)[[0, 0, 0]], torch.eye(3)[[0, 0]]
     ids = {"image_ids": ["a", "a", "b"], "text_ids": ["a", "b"]}
-    ranks = metrics.partner_ranks(v, t, **ids)
-    assert ranks["image_to_image"][:2].tolist() == [2, 2]  # behind the lone one, which ties
-    assert math.isnan(ranks["image_to_image"][2])
-    assert "text_to_text" not in ranks
-    found = metrics.recall(v, t, (1, 2), **ids)
+    return {"image_features": v, "text_features": t, **ids}
+
+
+def test_a_lone_picture_is_an_answer_and_no_query_among_pictures(lone_picture: dict[str, Any]) -> None:
+    behind_the_lone_one = 2  # which ties
+    first, second, lone = metrics.partner_ranks(**lone_picture)["image_to_image"].tolist()
+    assert first == second == behind_the_lone_one
+    assert math.isnan(lone)
+
+
+def test_a_lone_picture_counts_in_no_recall_among_pictures(lone_picture: dict[str, Any]) -> None:
+    found = metrics.recall(**lone_picture, k=(1, 2))
     assert found["image_to_image_R@1"] == 0
     assert found["image_to_image_R@2"] == 1
 
 
-def test_features_are_compared_in_float64_or_the_widest_dtype() -> None:
+def test_where_all_texts_are_lone_there_are_no_ranks_among_texts(lone_picture: dict[str, Any]) -> None:
+    assert "text_to_text" not in metrics.partner_ranks(**lone_picture)
+
+
+def test_features_are_compared_in_float64_within_autocast() -> None:
     v, t = unit(20, 6, seed=1), unit(20, 6, seed=2)
-    whole = numbers(metrics.recall(v, t))
+    expected = numbers(metrics.recall(v, t))
     with torch.autocast("cpu", torch.bfloat16):
-        assert numbers(metrics.recall(v, t)) == whole
-    singles = v.float(), t.float()
+        assert numbers(metrics.recall(v, t)) == expected
+
+
+def test_features_are_compared_in_float32_where_there_is_no_float64() -> None:
+    v, t = unit(20, 6, seed=1), unit(20, 6, seed=2)
+    expected, in_float32 = numbers(metrics.recall(v, t)), (v.float(), t.float())
     with no_float64():
-        narrow = metrics.recall(*singles)
-    assert numbers(narrow) == pytest.approx(whole, rel=1e-6)
-    assert narrow["image_to_text_R@1"].dtype == torch.float32
+        found = metrics.recall(*in_float32)
+    assert numbers(found) == pytest.approx(expected, rel=1e-6)
+    assert found["image_to_text_R@1"].dtype == torch.float32
 
 
 def test_no_matrix_of_all_similarities_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     n, block = 2000, 2**16
-
     monkeypatch.setattr(retrieval, "_BLOCK", block)
     ids = (torch.arange(n) // 2).tolist()
     v, t = unit(n, 8, seed=1), unit(n, 8, seed=2)
@@ -197,9 +213,9 @@ FOUR = torch.eye(4)
     ],
 )
 def test_bad_input_of_recall_is_named(change: dict[str, Any], message: str) -> None:
-    given = {"image_features": FOUR, "text_features": FOUR, "k": 1, **change}
+    arguments = {"image_features": FOUR, "text_features": FOUR, "k": 1, **change}
     with pytest.raises(ValueError, match=message):
-        metrics.recall(**given)
+        metrics.recall(**arguments)
 
 
 @pytest.mark.parametrize("k", [torch.tensor([1, 2]), np.array([1, 2]), range(1, 3), [np.int64(1), 2]])
@@ -213,12 +229,11 @@ def test_features_that_are_not_unit_norm_are_warned_of() -> None:
         metrics.recall(2 * FOUR, FOUR, 1)
 
 
-def test_ranks_are_of_each_query() -> None:
+def test_the_rank_of_a_partner_counts_the_answers_that_are_as_near_at_least() -> None:
     v, t = unit(9, 3, seed=3), unit(9, 3, seed=4)
-    scores = (v @ t.T).numpy()
-    owed = [int((scores[i] >= scores[i, i]).sum()) for i in range(9)]
-    assert metrics.partner_ranks(v, t)["image_to_text"].tolist() == owed
-    assert np.mean(owed) == pytest.approx(metrics.partner_ranks(v, t)["image_to_text"].mean().item())
+    scores = v @ t.T
+    owed = (scores >= scores.diag()[:, None]).sum(1)
+    assert metrics.partner_ranks(v, t)["image_to_text"].tolist() == owed.tolist()
 
 
 @pytest.mark.parametrize("missing", ["", "  ", None, math.nan])

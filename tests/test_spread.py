@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,23 +62,26 @@ def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: fl
 
 def test_items_are_pushed_by_their_similarities_in_standard_deviations() -> None:
     """The gradient as docs/method.md has it."""
-    x = random_batch(3, 9, 5, 1.0).leaves()[0]
-    (found,) = torch.autograd.grad(spread(x, ALONE, x.dtype), x)
-    k, others = (x @ x.T).detach(), 1 - torch.eye(9, dtype=x.dtype)
-    mean = (k * others).sum(-1) / 8
-    deviations = (((k - mean[:, None]) * others).square().sum(-1) / 8 + EPSILON).sqrt()
-    scores = (k - mean[:, None]) / deviations[:, None]
-    push = (scores + scores.T) * others
-    torch.testing.assert_close(found, push @ x.detach() / (9 * 8), rtol=1e-11, atol=1e-14)
+    n = 9
+    x, _, _ = random_batch(3, n, 5, 1.0).leaves()
+    (gradient,) = torch.autograd.grad(spread(x, ALONE, x.dtype), x)
+    similarities, is_other = (x @ x.T).detach(), 1 - torch.eye(n, dtype=x.dtype)
+    means = (similarities * is_other).sum(-1, keepdim=True) / (n - 1)
+    variances = ((similarities - means) * is_other).square().sum(-1, keepdim=True) / (n - 1)
+    in_deviations = (similarities - means) / (variances + EPSILON).sqrt()
+    push = (in_deviations + in_deviations.T) * is_other
+    torch.testing.assert_close(gradient, push @ x.detach() / (n * (n - 1)), rtol=1e-11, atol=1e-14)
 
 
 def test_the_two_ways_to_compute_it_agree() -> None:
     """Columns of zeros change no similarity, but make the matrix of similarities the smaller one."""
     v, t, s = random_batch(0, 12, 5, 30.0).leaves()
-    wide = [F.pad(x, (0, 20)) for x in (v, t)]
-    results = [gradients(SpreadLoss()(*x, s), (v, t), 1.7) for x in ((v, t), wide)]
-    for a, b in zip(*results, strict=True):
-        assert relative_error(a, b) < 1e-12
+    by_covariance = SpreadLoss()(v, t, s)
+    by_similarities = SpreadLoss()(F.pad(v, (0, 20)), F.pad(t, (0, 20)), s)
+    assert relative_error(by_covariance, by_similarities) < 1e-12
+    slopes = gradients(by_covariance, (v, t), 1.7), gradients(by_similarities, (v, t), 1.7)
+    for one, other in zip(*slopes, strict=True):
+        assert relative_error(one, other) < 1e-12
 
 
 @pytest.mark.parametrize("d", [3, 8], ids=["covariance", "similarities"])
@@ -89,12 +91,18 @@ def test_second_derivatives_are_right(d: int) -> None:
 
 
 @pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
-def test_the_scale_is_a_constant_in_the_term(d: int) -> None:
-    inputs = v, t, s = random_batch(0, 8, d, 10.0).leaves()
-    by_scale, of_base = (gradients(loss(*inputs), (s,), 1.7)[0] for loss in (SpreadLoss(), ClipLoss()))
-    assert torch.equal(by_scale, of_base)
-    terms = [SpreadLoss()(v, t, x, output_dict=True)["spread_loss"] for x in (s, 3 * s)]
-    torch.testing.assert_close(terms[1], 3 * terms[0])  # which is proportional to it all the same
+def test_the_term_gives_the_scale_no_gradient(d: int) -> None:
+    inputs = random_batch(0, 8, d, 10.0).leaves()
+    _, _, scale = inputs
+    by_scale, of_base = (gradients(loss(*inputs), (scale,), 1.7) for loss in (SpreadLoss(), ClipLoss()))
+    assert torch.equal(by_scale[0], of_base[0])
+
+
+@pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
+def test_the_term_is_proportional_to_the_scale(d: int) -> None:
+    v, t, s = random_batch(0, 8, d, 10.0).leaves()
+    term, of_three_times = (SpreadLoss()(v, t, x, output_dict=True)["spread_loss"] for x in (s, 3 * s))
+    torch.testing.assert_close(of_three_times, 3 * term)
 
 
 def test_a_frozen_modality_changes_no_other_gradient() -> None:
@@ -108,6 +116,7 @@ def test_a_frozen_modality_changes_no_other_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [4, 40], ids=["similarities", "covariance"])
 def test_equal_rows_have_a_finite_gradient_and_next_to_no_spread(n: int, dtype: torch.dtype) -> None:
+    """ε is added to the variance, which is 0."""
     x = F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     x = x.repeat(n, 1).to(dtype).requires_grad_()
     value = spread(x, ALONE, torch.promote_types(dtype, torch.float32))
@@ -172,9 +181,8 @@ def test_the_backward_pass_keeps_the_features_as_many_numbers_more_and_the_covar
     n, d = 2048, 64
     x = drawn("independent", n, d).float().requires_grad_()
     kept = saved_bytes(lambda: spread(x, ALONE, torch.float32))
-    numbers = 2 * n * d + d * d + d + 4 * n
-    assert kept <= 4 * numbers + 64
-    assert kept > 4 * 2 * n * d
+    features, covariance_and_mean, of_each_row = 2 * n * d, d * d + d, 4 * n
+    assert 4 * features < kept <= 4 * (features + covariance_and_mean + of_each_row) + 64
 
 
 @pytest.mark.parametrize("n", [512, 1024])
@@ -189,14 +197,16 @@ def test_memory_is_linear_in_the_pairs(n: int) -> None:
 
 def test_a_step_holds_the_features_and_a_covariance_a_modality_more_than_its_base() -> None:
     n, d = 1024, 64
-    peaks = []
-    for loss in (ClipLoss(), SpreadLoss()):
+
+    def peak_of(loss: Any) -> int:
         v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
         with LiveBytes() as live:
             loss(v, t, 10.0).backward()
-        peaks.append(live.peak)
-    numbers = 2 * (n * d + d * d)
-    assert 4 * numbers <= peaks[1] - peaks[0] <= 4 * (numbers + 16 * n)
+        return live.peak
+
+    features_and_covariances = 2 * (n * d + d * d)
+    more = peak_of(SpreadLoss()) - peak_of(ClipLoss())
+    assert 4 * features_and_covariances <= more <= 4 * (features_and_covariances + 16 * n)
 
 
 def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
@@ -209,9 +219,9 @@ def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
 
 def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward() -> None:
     processes, n, d = 1024, 4, 32
-    v, t = own = [drawn("independent", n, d).float().requires_grad_() for _ in range(2)]
-    everyone = [x.repeat(processes, 1) for x in own]
-    with one_of(processes, own, everyone):
+    v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
+    everyone = [x.repeat(processes, 1) for x in (v, t)]
+    with one_of(processes, (v, t), everyone):
         loss = SpreadLoss()
         with Collectives() as forward:
             value = loss(v, t, 10.0)
@@ -228,10 +238,11 @@ def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward()
 @pytest.mark.parametrize("base", [None, SigLipLoss(), RankClipLoss(schedule="constant")], ids=str)
 def test_entries_are_the_bases_and_its_own_and_add_up(base: Any) -> None:
     inputs = random_batch(0, 6, 4, 10.0).leaves()
-    loss, alone = SpreadLoss(base, weight=0.5), (base or ClipLoss())(*inputs, output_dict=True)
+    loss = SpreadLoss(base, weight=0.5)
+    of_base = (base or ClipLoss())(*inputs, output_dict=True)
     entries = loss(*inputs, output_dict=True)
-    assert list(entries) == [*alone, "spread_loss"]
-    assert all(torch.equal(entries[name], value) for name, value in alone.items())
+    assert list(entries) == [*of_base, "spread_loss"]
+    assert all(torch.equal(entries[name], value) for name, value in of_base.items())
     assert relative_error(entries["spread_loss"], 0.5 * by_definition(*inputs)) < 1e-12
     torch.testing.assert_close(loss(*inputs), sum(entries.values()))
 
@@ -241,8 +252,8 @@ def test_encoders_that_share_no_space_have_a_spread() -> None:
     narrow = F.normalize(t[:, :3], dim=-1)
     base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
     entry = SpreadLoss(base, weight=1.0)(v, narrow, s, output_dict=True)["spread_loss"]
-    owed = np.mean([reference.spread(x.detach(), x.detach(), 10.0) for x in (v, narrow)])
-    assert relative_error(entry, owed) < 1e-12
+    of_images, of_texts = (reference.spread(x.detach(), x.detach(), 10.0) for x in (v, narrow))
+    assert relative_error(entry, (of_images + of_texts) / 2) < 1e-12
 
 
 @pytest.mark.parametrize(

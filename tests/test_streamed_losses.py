@@ -88,17 +88,30 @@ def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int 
     inputs = inputs_of(random_batch(0, 11, 6, 20.0))
     loss = LOSSES[name][0](memory_budget=budget, chunk_size=4, same_id=same_id)
     ids = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4, 5, 6, 1], dtype=torch.uint8)
-    names = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**62, 2**62 + 1, 7])[ids.long()]
-    assert torch.equal(loss(*inputs, pair_ids=names), loss(*inputs, pair_ids=ids))
-    assert f"(same_id={same_id!r}, " in repr(loss)
-    if name == "clip" and same_id == "ignore":  # no other column is left
-        of_one = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
-        assert all(x.abs().max() < 1e-14 for x in (of_one, *gradients(of_one, inputs, -1.3)))
+    large_ids = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**62, 2**62 + 1, 7])[ids.long()]
+    assert torch.equal(loss(*inputs, pair_ids=large_ids), loss(*inputs, pair_ids=ids))
+
+
+@both
+@pytest.mark.parametrize("same_id", ["ignore", "share"])
+def test_the_use_of_ids_is_shown(name: str, same_id: Any) -> None:
+    build, _ = LOSSES[name]
+    assert repr(build(same_id=same_id)) == f"{build.__name__}(same_id={same_id!r})"
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_clips_loss_of_pairs_that_all_have_one_id_to_ignore_is_zero(budget: int | None) -> None:
+    """No column but the row's own is left."""
+    inputs = inputs_of(random_batch(0, 11, 6, 20.0))
+    loss = ClipLoss(memory_budget=budget, chunk_size=4, same_id="ignore")
+    value = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
+    assert all(x.abs().max() < 1e-14 for x in (value, *gradients(value, inputs, -1.3)))
 
 
 @any_use_of_ids
 @pytest.mark.parametrize("budget", [0, None])
 def test_no_smoothing_changes_no_bit(same_id: Any, budget: int | None) -> None:
+    """Nothing of its formula is computed."""
     inputs = inputs_of(random_batch(0, 11, 6, 20.0), torch.float32)
     options = {"same_id": same_id, "memory_budget": budget}
     ids = torch.arange(11) // 2 if same_id else None
@@ -114,55 +127,79 @@ def test_smoothing_over_the_few_columns_that_are_left(n_others: int) -> None:
     ids = (torch.arange(3000) < n_others).long()
     loss = ClipLoss(same_id="ignore", label_smoothing=0.9)
     value = loss(v, t, s, pair_ids=ids)
-    exact = [x.detach().double().requires_grad_() for x in (v, t, s)]
+    exact = tuple(x.detach().double().requires_grad_() for x in (v, t, s))
     owed = loss(*exact, pair_ids=ids)
     torch.testing.assert_close(value, owed.float(), rtol=1e-5, atol=1e-6)
-    found, wanted = gradients(value, (v, t, s), 1.0), gradients(owed, tuple(exact), 1.0)
-    torch.testing.assert_close(found, [x.float() for x in wanted], rtol=1e-4, atol=1e-6)
+    slopes, owed_slopes = gradients(value, (v, t, s), 1.0), gradients(owed, exact, 1.0)
+    torch.testing.assert_close(slopes, [x.float() for x in owed_slopes], rtol=1e-4, atol=1e-6)
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", ["none", "number", "one element"])
 def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype, bias: str) -> None:
-    theirs = getattr(pytest.importorskip("open_clip.loss"), LOSSES[name][0].__name__)()
+    build, _ = LOSSES[name]
+    theirs = getattr(pytest.importorskip("open_clip.loss"), build.__name__)()
     v, t, s, b = inputs_of(random_batch(1, 23, 8, 14.0, duplicates=3), dtype)
-    b = {"none": None, "number": -7.5, "one element": b.reshape(1)}[bias]
-    value, expected = (loss(v, t, s, b) for loss in (LOSSES[name][0](), theirs))
+    number = {"none": None, "number": -7.5, "one element": b.reshape(1)}[bias]
+    value, expected = build()(v, t, s, number), theirs(v, t, s, number)
     assert value.dtype == expected.dtype
     assert torch.equal(value, expected)
-    found, wanted = (gradients(x, (v, t, s), -1.3) for x in (value, expected))
-    assert all(map(torch.equal, found, wanted))
+    slopes, expected_slopes = (gradients(x, (v, t, s), -1.3) for x in (value, expected))
+    assert all(map(torch.equal, slopes, expected_slopes))
 
 
 @both
-def test_the_budget_is_the_bytes_of_one_matrix(name: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "entry_bytes"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)]
+)
+def test_the_budget_is_the_bytes_of_one_matrix(name: str, dtype: torch.dtype, entry_bytes: int) -> None:
+    """Of entries in float32 at least."""
     v, t, s, b = inputs_of(random_batch(0, 10, 4, 10.0), torch.float32)
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)):
-        for budget, streams in ((100 * size, False), (100 * size - 1, True)):
-            with TensorSizes() as sizes:
-                LOSSES[name][0](memory_budget=budget, chunk_size=2)(v.to(dtype), t.to(dtype), s, b)
-            assert (sizes.largest < 100) == streams
+    entries = 10 * 10
+
+    def streams(budget: int) -> bool:
+        loss = LOSSES[name][0](memory_budget=budget, chunk_size=2)
+        with TensorSizes() as sizes:
+            loss(v.to(dtype), t.to(dtype), s, b)
+        return sizes.largest < entries
+
+    assert not streams(entries * entry_bytes)
+    assert streams(entries * entry_bytes - 1)
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda x: None,
+    "number": lambda x: x.item(),
+    "scalar": lambda x: x,
+    "one element": lambda x: x.reshape(1),
+}
+"""Of a scale or a bias, made of a tensor without dimensions."""
 
 
 @both
-@pytest.mark.parametrize("scale", ["number", "scalar", "one element"])
-@pytest.mark.parametrize("bias", ["none", "number", "scalar", "one element"])
-def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(name: str, scale: str, bias: str) -> None:
-    loss, formula = LOSSES[name]
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize("scale_form", ["number", "scalar", "one element"])
+@pytest.mark.parametrize("bias_form", ["none", "number", "scalar", "one element"])
+def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
+    name: str, budget: int | None, scale_form: str, bias_form: str
+) -> None:
+    build, formula = LOSSES[name]
     v, t, s, b = inputs_of(random_batch(0, 9, 4, 10.0))
-    expected = formula(*(x.detach().numpy() for x in (v, t, s, 0 * b if bias == "none" else b)))
-    given_scale = {"number": s.item(), "scalar": s, "one element": s.reshape(1)}[scale]
-    given_bias = {"none": None, "number": b.item(), "scalar": b, "one element": b.reshape(1)}[bias]
-    by = (v, t, *([] if scale == "number" else [s]), *([b] if bias in ("scalar", "one element") else []))
-    for budget in (0, None):
-        value = loss(memory_budget=budget)(v, t, given_scale, given_bias)
-        assert value.shape == ()
-        assert_close([value], [expected], 1e-10)
-        plain = loss()(v, t, s, None if bias == "none" else b)
-        assert_close(gradients(value, by, -1.3), gradients(plain, by, -1.3), 1e-10)
-        narrow = loss(memory_budget=budget)(v.float(), t.float(), given_scale, given_bias)
-        assert_close([narrow], [expected], 1e-5)
+    scale, bias = FORMS[scale_form](s), FORMS[bias_form](b)
+    plain_bias = None if bias is None else b
+    value = build(memory_budget=budget)(v, t, scale, bias)
+    assert value.shape == ()
+    bias_of_formula = torch.zeros(()) if bias is None else b
+    expected = formula(*(x.detach().numpy() for x in (v, t, s, bias_of_formula)))
+    assert_close([value], [expected], 1e-10)
+    by = [v, t]
+    by += [s] if isinstance(scale, Tensor) else []
+    by += [b] if isinstance(bias, Tensor) else []
+    plain_slopes = gradients(build()(v, t, s, plain_bias), tuple(by), -1.3)
+    assert_close(gradients(value, tuple(by), -1.3), plain_slopes, 1e-10)
+    of_float32 = build(memory_budget=budget)(v.float(), t.float(), scale, bias)
+    assert_close([of_float32], [expected], 1e-5)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -171,21 +208,37 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(name: str, scal
 @both
 @any_use_of_ids
 def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any) -> None:
-    d = 4
+    build, _ = LOSSES[name]
+    n_columns = 4
+    for n in (512, 1024):
+        features_and_gradients = 4 * n * n_columns
+        assert (
+            kept_of(build(memory_budget=0, same_id=same_id), n, n_columns) <= 4 * features_and_gradients + 256
+        )
 
-    def kept(n: int, budget: int | None, **options: float) -> int:
-        inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
-        loss = LOSSES[name][0](memory_budget=budget, same_id=same_id, **options)
-        return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if same_id else None))
 
-    for n in (512, 1024):  # the features, their gradients, and some numbers
-        assert kept(n, 0) <= 4 * 4 * n * d + 256
-        if name == "clip":
-            assert kept(n, 0, label_smoothing=0.2) <= 4 * 15 * n * d
-    assert kept(1024, None) > 4 * 1024**2  # within the budget: whole matrices
+@any_use_of_ids
+def test_with_smoothing_what_is_kept_grows_with_n_too(same_id: Any) -> None:
+    loss = ClipLoss(memory_budget=0, same_id=same_id, label_smoothing=0.2)
+    for n in (512, 1024):
+        assert kept_of(loss, n, 4) <= 4 * 15 * n * 4
+
+
+@both
+@any_use_of_ids
+def test_within_the_budget_whole_matrices_are_kept(name: str, same_id: Any) -> None:
+    build, _ = LOSSES[name]
+    assert kept_of(build(same_id=same_id), 1024, 4) > 4 * 1024**2
+
+
+def kept_of(loss: Any, n: int, d: int) -> int:
+    """The bytes that a loss of n pairs of d numbers keeps for the backward pass."""
+    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if loss.same_id else None))
 
 
 def ids_of(n: int) -> Tensor:
+    """Each of four pairs."""
     return torch.arange(n) % (n // 4)
 
 
@@ -214,32 +267,40 @@ def test_siglip_without_a_bias_warns_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("logit", [-300, -90, -38, -20, -1, 0, 1, 20, 38, 60, 90, 300])
+def test_terms_are_exact_from_where_a_pair_is_hopeless_to_where_it_is_certain(
+    logit: int, dtype: torch.dtype
+) -> None:
     """One pair has one logit, s·c + b, over the range of log(1 + e^y) and beyond that of e^y."""
     one = torch.ones(1, 1, dtype=dtype)
-    for logit in (-300.0, -90.0, -38.0, -20.0, -1.0, 0.0, 1.0, 20.0, 38.0, 60.0, 90.0, 300.0):
-        b = torch.tensor(logit - 1, dtype=dtype, requires_grad=True)
-        inputs = {"image": one, "text": one, "scale": torch.ones((), dtype=dtype), "bias": b}
-        value = mean_of_rows(PairSigmoid(), inputs, 0, factors=[("image", "text")])
-        expected = math.log1p(math.exp(-logit)) if logit > 0 else -logit + math.log1p(math.exp(logit))
-        slope = -math.exp(-logit) / (1 + math.exp(-logit)) if logit > 0 else -1 / (1 + math.exp(logit))
-        assert value.dtype == dtype
-        # float32 holds nothing below 1e-45.
-        tolerance = {"rel": 4 * torch.finfo(dtype).eps, "abs": 1e-37 if dtype == torch.float32 else 0}
-        assert value.item() == pytest.approx(expected, **tolerance)
-        assert torch.autograd.grad(value, b)[0].item() == pytest.approx(slope, **tolerance)
+    bias = torch.tensor(logit - 1.0, dtype=dtype, requires_grad=True)
+    inputs = {"image": one, "text": one, "scale": torch.ones((), dtype=dtype), "bias": bias}
+    value = mean_of_rows(PairSigmoid(), inputs, 0, factors=[("image", "text")])
+    (slope,) = torch.autograd.grad(value, bias)
+    if logit > 0:  # both formulas in the form whose exponential is at most 1
+        owed, owed_slope = math.log1p(math.exp(-logit)), -math.exp(-logit) / (1 + math.exp(-logit))
+    else:
+        owed, owed_slope = -logit + math.log1p(math.exp(logit)), -1 / (1 + math.exp(logit))
+    # float32 holds nothing below 1e-45.
+    tolerance = {"rel": 4 * torch.finfo(dtype).eps, "abs": 1e-37 if dtype == torch.float32 else 0}
+    assert value.dtype == dtype
+    assert value.item() == pytest.approx(owed, **tolerance)
+    assert slope.item() == pytest.approx(owed_slope, **tolerance)
 
 
 # --- a loss of one's own ----------------------------------------------------------------------------------
 
 
 def softmax(scores: Tensor, first_row: int) -> Tensor:
+    """CLIP's."""
     return scores.logsumexp(-1) - scores.diagonal(first_row)
 
 
 def decoupled(scores: Tensor, first_row: int) -> Tensor:
+    """CLIP's without the own pair in the denominator."""
     own = scores.diagonal(first_row)
-    return scores.diagonal_scatter(torch.full_like(own, -math.inf), first_row).logsumexp(-1) - own
+    others = scores.diagonal_scatter(torch.full_like(own, -math.inf), first_row)
+    return others.logsumexp(-1) - own
 
 
 def sigmoid(scores: Tensor, first_row: int) -> Tensor:
@@ -360,12 +421,13 @@ def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown:
 
 def test_a_streamed_loss_checks_its_inputs() -> None:
     v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
+    stream = partial(GatheringLoss().streamed, softmax)
     with pytest.raises(ValueError, match="image_features and text_features must have one row per pair"):
-        GatheringLoss().streamed(softmax, v, t[:5], s, b)
+        stream(v, t[:5], s, b)
     with pytest.raises(ValueError, match=r"logit_scale must be positive .*; got -10"):
-        GatheringLoss().streamed(softmax, v, t, -s, b)
+        stream(v, t, -s, b)
     with pytest.raises(TypeError, match=r"logit_scale must be a float or .*; got numpy.complex64"):
-        GatheringLoss().streamed(softmax, v, t, np.complex64(10), b)
+        stream(v, t, np.complex64(10), b)
 
 
 def test_a_chunk_of_no_row_is_refused() -> None:
