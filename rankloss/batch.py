@@ -27,10 +27,11 @@ Term = Literal["cross_modal", "in_modal"]
 
 RANK_TERMS: tuple[Term, Term] = ("cross_modal", "in_modal")
 
-_FACTORS = {
-    "cross_modal": (("image_anchors", "text"), ("text_anchors", "image")),
-    "in_modal": (("image_anchors", "image"), ("text_anchors", "text")),
+_MODALITIES = {
+    "cross_modal": (("image", "text"), ("text", "image")),
+    "in_modal": (("image", "image"), ("text", "text")),
 }
+"""The modalities of the anchors and of the items, of both matrices of a term."""
 
 
 class Inputs(NamedTuple):
@@ -91,19 +92,26 @@ def first_equal(features: Tensor) -> Tensor | None:
     their equals. Memory is O(N·D), and an accelerator's host does not wait.
     """
     features = features.detach().resolve_neg()  # NumPy has no negative bit
-    looks = features.is_cpu
-    if looks:  # equal rows have the same first eight bytes
-        first = np.add(features.numpy()[:, : 8 // features.itemsize], 0.0, order="C")  # −0.0 equals 0.0
-        if len(set(first.view(f"i{first[0].nbytes}").ravel().tolist())) == len(first):
-            return None
+    can_be_looked_at = features.is_cpu
+    if can_be_looked_at and _have_distinct_beginnings(features):
+        return None
     hashes = row_hashes(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-    if looks and not bool((ordered[1:] == ordered[:-1]).any()):
+    if can_be_looked_at and not bool((ordered[1:] == ordered[:-1]).any()):
         return None
-    candidate = order[torch.searchsorted(ordered, hashes)]
-    same = (features[candidate] == features).all(-1)  # equal rows have one candidate
+    candidate = order[torch.searchsorted(ordered, hashes)]  # equal rows have one candidate
+    is_confirmed = (features[candidate] == features).all(-1)
     itself = torch.arange(len(features), device=features.device)
-    return torch.where(same, candidate, itself)
+    return torch.where(is_confirmed, candidate, itself)
+
+
+def _have_distinct_beginnings(features: Tensor) -> bool:
+    """True if no two rows have the same first eight bytes, a quick proof that none are equal; on a CPU."""
+    entries = 8 // features.itemsize
+    beginnings = np.add(features.numpy()[:, :entries], 0.0, order="C")  # a sum, since −0.0 equals 0.0
+    integer_of_row = f"i{beginnings[0].nbytes}"  # a NumPy dtype of all bytes of a row's beginning
+    integers = beginnings.view(integer_of_row).ravel().tolist()
+    return len(set(integers)) == len(integers)
 
 
 def row_hashes(features: Tensor) -> Tensor:
@@ -114,7 +122,8 @@ def row_hashes(features: Tensor) -> Tensor:
     floating-point arithmetic on the entries, since flushing of subnormals depends on the thread.
     """
     bits = features.detach().contiguous().view(_BITS[features.dtype])
-    bits = F.threshold(bits, torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
+    negative_zero = torch.iinfo(bits.dtype).min  # the sign bit alone
+    bits = F.threshold(bits, negative_zero, 0)  # all larger integers stay, and −0.0 becomes 0.0
     if bits.dtype == torch.int32 and bits.shape[1] % 2:
         bits = F.pad(bits, (0, 1))
     words = bits.view(torch.int64)
@@ -169,14 +178,24 @@ class Batch:
         """
         dtype = arithmetic_dtype(image_features, text_features)
         device = image_features.device
-        features = image_features, text_features, *(anchors or (None, None))
-        inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, device) for x in features]
-        inputs.append(in_arithmetic(logit_scale, dtype, device).reshape(()))
+        inputs = Inputs(
+            image=in_arithmetic(image_features, dtype, device),
+            text=in_arithmetic(text_features, dtype, device),
+            image_anchors=None if anchors is None else in_arithmetic(anchors[0], dtype, device),
+            text_anchors=None if anchors is None else in_arithmetic(anchors[1], dtype, device),
+            scale=in_arithmetic(logit_scale, dtype, device).reshape(()),
+        )
         teachers = [in_arithmetic(constant(x), dtype, device) for x in teacher if x is not None]
-        ranked_by = {"image": teachers[0], "text": teachers[-1]} if teachers else None
         n_items = len(image_features)
-        n = len(anchors[0]) if anchors else n_items
-        return cls(Inputs(*inputs), n, n_items, first_row, ranked_by, sum_dtype(inputs[0]))
+        return cls(
+            inputs,
+            anchors=n_items if anchors is None else len(anchors[0]),
+            items=n_items,
+            first_row=first_row,
+            # With a teacher of one modality, the first and the last are the same.
+            teacher={"image": teachers[0], "text": teachers[-1]} if teachers else None,
+            sum_dtype=sum_dtype(inputs.image),
+        )
 
     @property
     def positives(self) -> Tensor:
@@ -192,9 +211,9 @@ class Batch:
         """The two matrices of a term, with images and with texts as anchors: S and R, or I and X."""
         features = self.inputs._asdict()
         matrices = []
-        for anchors, items in _FACTORS[term]:
-            if features[anchors] is None:
-                anchors = anchors.removesuffix("_anchors")
+        for anchors, items in _MODALITIES[term]:
+            if self.inputs.image_anchors is not None:  # this process's, of all items
+                anchors = f"{anchors}_anchors"
             matrices.append(Matrix(features[anchors], features[items], (anchors, items)))
         return matrices[0], matrices[1]
 
@@ -209,9 +228,8 @@ class Batch:
             return of_texts, of_images
         rows = slice(self.first_row, self.first_row + self.anchors)
         matrices = []
-        for anchors, items in _FACTORS[term]:
-            modality = anchors.removesuffix("_anchors")
-            matrices.append(Matrix(self.teacher[modality][rows], self.teacher[items], (modality, items)))
+        for anchors, items in _MODALITIES[term]:
+            matrices.append(Matrix(self.teacher[anchors][rows], self.teacher[items], (anchors, items)))
         return matrices[0], matrices[1]
 
     @functools.cached_property
@@ -233,5 +251,5 @@ def other_items(own: Tensor, n: int) -> Tensor:
         >>> other_items(torch.tensor([0, 2]), 3).tolist()
         [[1, 2], [0, 1]]
     """
-    column = torch.arange(n - 1, device=own.device)
-    return column + (column >= own[:, None])
+    place = torch.arange(n - 1, device=own.device)
+    return place + (place >= own[:, None])  # places from the own column on are one column further

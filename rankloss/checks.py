@@ -401,24 +401,25 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
     value = scale.item() if isinstance(scale, Tensor) else float(scale)
     least, most = _SCALES
     is_parameter = isinstance(scale, nn.Parameter)
-    is_computed = isinstance(scale, Tensor) and scale.requires_grad and not is_parameter
-    looks_like_log = least <= value < _LARGEST_LOG and (is_parameter or (value > least and not is_computed))
-    found = f"{name} is {'a parameter of value' if is_parameter else 'only'} {value:.4g}"
+    small_value = f"{name} is {'a parameter of value' if is_parameter else 'only'} {value:.4g}"
+    warning = None
     if value < least:
-        text = f"{found}, as a temperature is: the loss takes the scale, its reciprocal, 1 / {name}"
+        warning = f"{small_value}, as a temperature is: the loss takes the scale, its reciprocal, 1 / {name}"
     elif value > most:
-        text = (
+        warning = (
             f"{name} is {value:.4g}, and CLIP models have at most 100. The loss takes the scale itself; "
             "where a model returns the scale, take no exponential of it"
         )
-    elif looks_like_log:
-        text = (
-            f"{found}. CLIP models keep the logarithm of the scale in their parameter; the loss takes the "
-            f"scale itself, {name}.exp()"
-        )
-    else:
-        return True
-    warnings.warn(text, InputWarning, stacklevel=1)
+    elif value < _LARGEST_LOG:
+        is_computed = isinstance(scale, Tensor) and scale.requires_grad and not is_parameter
+        is_given_number = value > least and not is_computed  # 1 itself is what calls without a scale have
+        if is_parameter or is_given_number:
+            warning = (
+                f"{small_value}. CLIP models keep the logarithm of the scale in their parameter; the loss "
+                f"takes the scale itself, {name}.exp()"
+            )
+    if warning is not None:
+        warnings.warn(warning, InputWarning, stacklevel=1)
     return True
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,34 +38,38 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
             counted items.
     """
     # A NaN in the reference has no place in the order, so the list's value is NaN.
-    ordered_or_nan: Tensor | None = None
+    nan_factor: Tensor | None = None
     if reference.is_floating_point():
-        ordered_or_nan = torch.where(reference.isnan().any(-1, keepdim=True), math.nan, 1.0).to(scores.dtype)
+        nan_factor = torch.where(reference.isnan().any(-1, keepdim=True), math.nan, 1.0).to(scores.dtype)
     if options.method == "bin":
         reference = quantize(reference, options.bins)
     n = scores.shape[-1]
     ordered, order = reference.sort(dim=-1)  # ascending, so that {q : y_q ≤ y_p} is a prefix
     last = _last_of_ties(ordered)
     ranked = scores.gather(-1, order)
-    terms = log_cumsum_exp(ranked).gather(-1, last) - ranked
-    counted: Tensor | int = n
+    log_denominators = log_cumsum_exp(ranked).gather(-1, last)
+    terms = log_denominators - ranked
+    n_counted: Tensor | int = n
     if options.top_k is not None:
         best_rank = n - last  # which tied items share
         is_counted = (best_rank <= options.top_k).to(scores.dtype)
         terms = terms * is_counted
-        counted = is_counted.sum(-1, keepdim=True)
+        n_counted = is_counted.sum(-1, keepdim=True)
     if options.reduction == "mean":
-        terms = terms / counted
-    terms = torch.empty_like(terms).scatter(-1, order, terms)
-    return terms if ordered_or_nan is None else terms * ordered_or_nan  # by a product, for a NaN gradient
+        terms = terms / n_counted
+    in_own_order = torch.empty_like(terms).scatter(-1, order, terms)
+    if nan_factor is None:
+        return in_own_order
+    return in_own_order * nan_factor  # a product, so that the gradient is NaN, too
 
 
 def _last_of_ties(ordered: Tensor) -> Tensor:
     """The last index of each position's run of equal values, in sorted lists."""
     n = ordered.shape[-1]
     is_last = F.pad(ordered[..., 1:] != ordered[..., :-1], (0, 1), value=True)
-    index = torch.where(is_last, torch.arange(n, device=ordered.device), n)
-    return index.flip(-1).cummin(-1).values.flip(-1)
+    last_or_n = torch.where(is_last, torch.arange(n, device=ordered.device), n)
+    from_the_end = last_or_n.flip(-1)
+    return from_the_end.cummin(-1).values.flip(-1)  # of each place the next one that ends a run
 
 
 def top_one_probabilities(reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
@@ -83,29 +88,30 @@ def terms(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[
 
     Scalars, but ``[n]`` with ``reduction="none"``.
     """
-    per_anchor = options.reduction == "none"
-    share = options.anchor_weight(batch.anchors, batch.items)
+    is_per_anchor = options.reduction == "none"
+    names: list[Term | Literal["contrastive"]] = ["contrastive", *RANK_TERMS]
     values = []
-    for term, is_wanted, weight in zip((None, *RANK_TERMS), wanted, weights.unbind(), strict=True):
+    for name, is_wanted, weight in zip(names, wanted, weights.unbind(), strict=True):
         if not is_wanted:
-            values.append(batch.inputs.image.new_zeros(batch.anchors if per_anchor else ()))
+            values.append(batch.inputs.image.new_zeros(batch.anchors if is_per_anchor else ()))
             continue
-        if term is None:
+        if name == "contrastive":
             by_anchor = cross_entropy(batch) / batch.anchors
         else:
-            by_anchor = share * rank_term(batch, term, options)
+            share = options.anchor_weight(batch.anchors, batch.items)
+            by_anchor = share * rank_term(batch, name, options)
         by_anchor = by_anchor * weight.to(by_anchor.dtype)
-        values.append(by_anchor if per_anchor else by_anchor.sum())
+        values.append(by_anchor if is_per_anchor else by_anchor.sum())
     return values
 
 
 def cross_entropy(batch: Batch) -> Tensor:
     """Cross-entropy of every anchor with its own pair, averaged over the two directions: ``[n]``."""
-    a, b = (
-        F.cross_entropy(batch.inputs.scale * matrix.cosines(), batch.positives, reduction="none")
-        for matrix in batch.matrices("cross_modal")
-    )
-    return (a + b) / 2
+    by_direction = []
+    for matrix in batch.matrices("cross_modal"):
+        logits = batch.inputs.scale * matrix.cosines()
+        by_direction.append(F.cross_entropy(logits, batch.positives, reduction="none"))
+    return (by_direction[0] + by_direction[1]) / 2
 
 
 def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
@@ -115,15 +121,16 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     """
     references = batch.references(term)
     cosines = [matrix.cosines() for matrix in batch.matrices(term)]
-    ranked_by = cosines[::-1]
-    if batch.teacher is not None:
-        ranked_by = [matrix.cosines() for matrix in references]
+    if batch.teacher is None:  # each matrix ranks the other
+        reference_cosines = cosines[::-1]
+    else:
+        reference_cosines = [matrix.cosines() for matrix in references]
     value: Tensor = batch.inputs.image.new_zeros(batch.anchors)
-    for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
+    for direction, share in enumerate(options.directions):
         if share == 0:
             continue
-        exact = batch.exact_reference(reference, y)
-        summands = list_terms(c, exact, batch.inputs.scale, batch.positives, options)
+        y = batch.exact_reference(references[direction], reference_cosines[direction])
+        summands = list_terms(cosines[direction], y, batch.inputs.scale, batch.positives, options)
         value = value + share * summands.sum(-1)
     return value
 

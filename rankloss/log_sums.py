@@ -45,13 +45,14 @@ class _RunningSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor, is_reversed: bool) -> Tensor:
-        direction = [-1] if is_reversed else []
+        flipped = [-1] if is_reversed else []  # dimensions
 
-        def add_positive(weights: Tensor) -> Tensor:
-            terms = a + weights.clamp_min(0.0).log()
-            return (b + terms.flip(direction).logcumsumexp(-1).flip(direction)).exp()
+        def sum_of_positive(weights: Tensor) -> Tensor:
+            log_terms = a + weights.clamp_min(0.0).log()  # −∞ for a weight that is not positive
+            log_sums = log_terms.flip(flipped).logcumsumexp(-1).flip(flipped)
+            return (b + log_sums).exp()
 
-        z = add_positive(g) - add_positive(-g)
+        z = sum_of_positive(g) - sum_of_positive(-g)
         ctx.is_reversed = is_reversed
         ctx.save_for_backward(a, b, g, z)
         return z

@@ -15,6 +15,7 @@ from rankloss import precision
 _PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
 _LONG_LIST = 16  # candidates from which cells can be faster than pairs
 _MOST_POINTS = 2048  # rows of a table
+_PAIRS_OF_ENTRY = 8  # pairs that cost as much as an entry of the table
 _NODES = {torch.float32: 7, torch.float64: 14}  # polynomials of a cell
 
 
@@ -32,11 +33,15 @@ def pair_sums(
 ) -> Tensor:
     """``Σ_q w_pq·log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
 
-    The weight w_pq is 1. With numbers ``better`` of x and ``worse`` of y it is 0 for a pair that is not in
-    this order, and ``by_difference`` their difference for the others; integers make it 1.
-
     A block of pairs is computed at a time, which stays in a processor's cache; the derivative of the gradient
     holds all pairs at once.
+
+    Args:
+        x: ``[n, P]``.
+        y: ``[n, Q]``.
+        better: ``[n, P]``, a number of each item of x; None for the weight 1 of all pairs.
+        worse: ``[n, Q]``, a number of each item of y, with ``better``. w_pq is 0 unless better_p > worse_q.
+        by_difference: w_pq is better_p − worse_q; False for the smaller of it and 1, which is 1 for integers.
     """
     sums: Tensor = _PairSums.apply(x, y, better, worse, by_difference)  # type: ignore[no-untyped-call]
     return sums
@@ -95,11 +100,12 @@ def _weighted(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> Tensor:
-    """The terms of a block of pairs times their weights."""
+    """The terms of a block of pairs times their weights, see :func:`pair_sums`."""
     if better is None or worse is None:
         return terms
     differences = better[rows, columns, None] - worse[rows, None]
-    return terms * differences.clamp(0.0, None if by_difference else 1.0)
+    largest_weight = None if by_difference else 1.0
+    return terms * differences.clamp(0.0, largest_weight)
 
 
 def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -121,15 +127,17 @@ def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
     """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the scores."""
     if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
         return pair_sums(x, rest)
-    own = x.detach()
-    others = rest.detach()
-    items = others.masked_fill(others == -math.inf, math.inf)
-    low = torch.minimum(own.amin(-1, keepdim=True), items.amin(-1, keepdim=True))
-    high = torch.maximum(own.amax(-1, keepdim=True), others.amax(-1, keepdim=True))
-    cells = float((high - low).amax()) + 1
+    scores = x.detach()
+    rest_scores = rest.detach()
+    is_outside = rest_scores == -math.inf  # of the list
+    least_of_rest = rest_scores.masked_fill(is_outside, math.inf).amin(-1, keepdim=True)
+    low = torch.minimum(scores.amin(-1, keepdim=True), least_of_rest)
+    high = torch.maximum(scores.amax(-1, keepdim=True), rest_scores.amax(-1, keepdim=True))
+    cells = float((high - low).amax()) + 1  # of one nat each
     points = _NODES[rest.dtype] * cells
     # A table of points² numbers shall cost less than the pairs.
-    most_points = min(_MOST_POINTS, math.sqrt(x.numel() * rest.shape[1] / 8))
+    pairs = x.numel() * rest.shape[1]
+    most_points = min(_MOST_POINTS, math.sqrt(pairs / _PAIRS_OF_ENTRY))
     if not points <= most_points:  # NaN, too
         return pair_sums(x, rest)
     sums: Tensor = _CellSums.apply(x, rest, low, int(cells))  # type: ignore[no-untyped-call]
@@ -150,7 +158,7 @@ class _CellSums(torch.autograd.Function):
         table = _chebyshev_table(softplus, cells, nodes)
         sums = torch.empty_like(x)
         moments = table.new_empty(len(x), len(table))
-        for rows, _ in _blocks(low, y):
+        for rows, _ in _blocks(low, y):  # rows alone: low has one column
             moments[rows] = _moments(y[rows], torch.ones_like(y[rows]), low[rows], cells, nodes)
             sums[rows] = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
         ctx.save_for_backward(x, y, low, moments)
@@ -169,7 +177,7 @@ class _CellSums(torch.autograd.Function):
         by_x = torch.empty_like(x)
         by_y = torch.empty_like(y)
         with precision.full_precision(x.device):
-            table = _chebyshev_table(torch.sigmoid, cells, nodes)
+            table = _chebyshev_table(torch.sigmoid, cells, nodes)  # the derivative of softplus
             for rows, _ in _blocks(low, y):
                 slopes = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
                 by_x[rows] = -g[rows] * slopes
@@ -190,19 +198,23 @@ def _chebyshev_table(kernel: Callable[[Tensor], Tensor], cells: int, nodes: int)
     to_coefficients = (degrees[:, None] * angles).cos() * (2 / nodes)
     to_coefficients[0] /= 2
     distances = torch.arange(1 - cells, cells, dtype=torch.float64)
-    values = kernel(distances[:, None, None] + points[:, None] - points)
-    blocks = to_coefficients @ values @ to_coefficients.T
+    differences = distances[:, None, None] + points[:, None] - points  # [distance, point of y, point of x]
+    blocks = to_coefficients @ kernel(differences) @ to_coefficients.T  # [distance, degree of y, degree of x]
     cell = torch.arange(cells)
     block_of_cells = cell[:, None] - cell + cells - 1
-    return blocks[block_of_cells].transpose(1, 2).reshape(cells * nodes, -1)
+    by_cells = blocks[block_of_cells]  # [cell of y, cell of x, degree of y, degree of x]
+    return by_cells.transpose(1, 2).reshape(cells * nodes, -1)
 
 
 def _moments(y: Tensor, weights: Tensor, low: Tensor, cells: int, nodes: int) -> Tensor:
     """Sums of weighted Chebyshev polynomials over the items of each cell, ``[n, cells·nodes]`` in float64."""
     weights = weights.where(y > -math.inf, 0.0)
     cell, polynomials = _chebyshev(y, low, cells, nodes)
-    sums = [y.new_zeros(len(y), cells).scatter_add_(-1, cell, weights * z) for z in polynomials]
-    return torch.stack(sums, -1).flatten(1).double()
+    by_degree = []
+    for polynomial in polynomials:
+        sums_of_cells = y.new_zeros(len(y), cells)
+        by_degree.append(sums_of_cells.scatter_add_(-1, cell, weights * polynomial))
+    return torch.stack(by_degree, -1).flatten(1).double()
 
 
 def _interpolated(x: Tensor, coefficients: Tensor, low: Tensor, cells: int) -> Tensor:
@@ -217,14 +229,16 @@ def _interpolated(x: Tensor, coefficients: Tensor, low: Tensor, cells: int) -> T
 
 def _chebyshev(y: Tensor, low: Tensor, cells: int, nodes: int) -> tuple[Tensor, Iterator[Tensor]]:
     """The cell of each score, and the Chebyshev polynomials of its place in it, by degree."""
-    place = y.clamp_min(low).double() - low
-    cell = place.long().clamp_max_(cells - 1)
-    t = place.sub_(cell).mul_(2).sub_(1).to(y.dtype)
+    nats_above_low = y.clamp_min(low).double() - low
+    cell = nats_above_low.long().clamp_max_(cells - 1)
+    place = nats_above_low.sub_(cell)  # in the cell, from 0 to 1
+    t = place.mul_(2).sub_(1).to(y.dtype)  # from −1 to 1, where the polynomials are defined
     return cell, _polynomials(t, nodes)
 
 
-def _polynomials(t: Tensor, nodes: int) -> Iterator[Tensor]:
+def _polynomials(t: Tensor, count: int) -> Iterator[Tensor]:
+    """Chebyshev's polynomials T₀, T₁, … at t, so many."""
     before, last = t, torch.ones_like(t)  # T₋₁ = T₁, T₀ = 1
-    for _ in range(nodes):
+    for _ in range(count):
         yield last
         before, last = last, (2 * t).mul_(last).sub_(before)  # T₊₁ = 2·t·T − T₋₁

@@ -54,7 +54,8 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 def in_arithmetic(x: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor or number in a dtype, on a device."""
     if isinstance(x, Tensor):
-        return x.resolve_neg().to(device, non_blocking=x.numel() == 1).to(dtype)
+        is_number = x.numel() == 1  # for which, as a scale on a CPU, the host need not wait
+        return x.resolve_neg().to(device, non_blocking=is_number).to(dtype)
     # Filled on the device: copying a number to it would make the host wait.
     return torch.full((), x, dtype=dtype, device=device)
 
@@ -73,10 +74,13 @@ def constant(x: Tensor) -> Tensor:
 
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
-    # A product of two rows is at most the product of the norms; the cube overflows earlier. 0 · ∞ is NaN.
     dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
     norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)
-    return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
+    sum_of_norms = functools.reduce(torch.add, norms)
+    # A product of two rows is at most the product of the norms, and the cube overflows before it does.
+    overflows_first = sum_of_norms**3
+    # weights + 0 · weights · overflows_first, in one operation; 0 · ∞ is NaN.
+    return torch.addcmul(weights, weights, overflows_first, value=0)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -162,18 +162,21 @@ def in_modal(
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    ranked_by = _teacher_features(reference_image_features, reference_text_features, options)
-    ranked_by = ranked_by or [text_features, image_features]
-    ranks_pairs = options.get("lists") == "batch" and options.get("model", "plackett_luce") != "top_one"
-    ranking = _exact_where_equal if ranks_pairs else _cosines
-    matrices = _cosines(image_features, image_features), _cosines(text_features, text_features)
-    references = ranking(ranked_by[0], ranked_by[0]), ranking(ranked_by[-1], ranked_by[-1])
+    teacher = _teacher_features(reference_image_features, reference_text_features, options)
+    if teacher:  # of one modality, its only features rank both matrices
+        ranking_images, ranking_texts = teacher[0], teacher[-1]
+    else:  # each modality ranks the other
+        ranking_images, ranking_texts = text_features, image_features
+    has_structural_ties = options.get("lists") == "batch" and options.get("model") != "top_one"
+    cosines_to_rank_by = _cosines_tied_where_equal if has_structural_ties else _cosines_within
+    matrices = _cosines_within(image_features), _cosines_within(text_features)
+    references = cosines_to_rank_by(ranking_images), cosines_to_rank_by(ranking_texts)
     value = _term(matrices, references, logit_scale, **options)
     return _like(value, image_features, text_features, logit_scale)
 
 
 def _teacher_features(image: Any, text: Any, options: dict[str, Any]) -> list[Any]:
-    """The given features of a teacher."""
+    """The given features of a teacher: of both modalities, of one, or none."""
     teacher = [features for features in (image, text) if features is not None]
     if teacher and options.get("fixed_reference") is not None:
         raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
@@ -210,16 +213,16 @@ def _term(
         reduction=reduction,
         fixed_reference=fixed_reference,
     )
-    rows = [len(matrix) for matrix in (*matrices, *references)]
-    n = rows[0]
-    if rows != [n] * len(rows):
-        raise ValueError(f"features must have one row per pair; got {', '.join(map(str, rows))}")
+    row_counts = [len(matrix) for matrix in (*matrices, *references)]
+    n = row_counts[0]
+    if any(count != n for count in row_counts):
+        raise ValueError(f"features must have one row per pair; got {', '.join(map(str, row_counts))}")
     if model == "top_one" and (worth, ties, discount, top_k) != ("exp", "shared", None, None):
         raise ValueError("model='top_one' takes no worth, ties, discount and top_k")
     s = s.reshape(()) if isinstance(s, Tensor) else float(s)
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
     by_anchor = matrices[0].new_zeros(n)
-    mean = matrices[0].new_zeros(())
+    mean_of_lists = matrices[0].new_zeros(())
     for share, cosines, reference in zip(directions, matrices, references, strict=True):
         if share == 0:
             continue
@@ -229,17 +232,20 @@ def _term(
             summands, mu = _top_one_summands(x, y * (s if reference_scale is None else reference_scale))
         else:
             summands, mu = _summands(x, y, worth, ties, discount, top_k)
-        mean = mean + share * (summands.sum(-1) / mu.sum(-1)).mean()
+        mean_of_lists = mean_of_lists + share * (summands.sum(-1) / mu.sum(-1)).mean()
         by_anchor = by_anchor + share * summands.view(n, -1).sum(-1)
-    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
+    if reduction == "mean":
+        return mean_of_lists
+    return by_anchor.sum() if reduction == "sum" else by_anchor
 
 
 def _lists(matrix: Tensor, lists: Lists, diagonal: bool) -> Tensor:
     """``[lists, items]``: the rows of a matrix, or all of it as one list; with or without its diagonal."""
     if not diagonal:
         row = torch.arange(len(matrix), device=matrix.device)
-        column = row[:-1]
-        matrix = matrix.gather(1, column + (column >= row[:, None]))
+        place = row[:-1]
+        column = place + (place >= row[:, None])  # places from the diagonal on are one column further
+        matrix = matrix.gather(1, column)
     return matrix.reshape(1, -1) if lists == "batch" else matrix
 
 
@@ -247,28 +253,34 @@ def _summands(
     x: Tensor, y: Tensor, worth: Worth, ties: Ties, discount: Discount | None, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
     """The summand of every item of lists ``[lists, N]``, and its μ, one list after the other."""
-    place = torch.randperm(x.shape[1], device=x.device).argsort() if ties == "random" else None
+    # The place of every item in a shuffle, by which tied items are ordered.
+    shuffled = torch.randperm(x.shape[1], device=x.device).argsort() if ties == "random" else None
     if len(x) == 0:
         return x, x
-    lists = [_of_list(a, b, worth, place, discount, top_k) for a, b in zip(x, y, strict=True)]
-    summands, mu = zip(*lists, strict=True)
+    summands = []
+    mu = []
+    for scores, reference in zip(x, y, strict=True):
+        of_list, mu_of_list = _summands_of_list(scores, reference, worth, shuffled, discount, top_k)
+        summands.append(of_list)
+        mu.append(mu_of_list)
     return torch.stack(summands), torch.stack(mu)
 
 
-def _of_list(
-    x: Tensor, y: Tensor, worth: Worth, place: Tensor | None, discount: Discount | None, top_k: int | None
+def _summands_of_list(
+    x: Tensor, y: Tensor, worth: Worth, shuffled: Tensor | None, discount: Discount | None, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_summands`, of one list, whose tied items have places in a shuffle, or None."""
+    """As :func:`_summands`, of one list; its tied items are ordered by ``shuffled``, or shared for None."""
     log_w = _log_worth(x, worth)
-    is_in_tail = y <= y[:, None]  # [p, q]
-    if place is not None:
-        is_in_tail = (y < y[:, None]) | ((y == y[:, None]) & (place <= place[:, None]))
+    is_in_tail = y <= y[:, None]  # [p, q]: q is in the denominator of p
+    if shuffled is not None:
+        is_in_tail = (y < y[:, None]) | ((y == y[:, None]) & (shuffled <= shuffled[:, None]))
     rank = 1 + len(y) - is_in_tail.sum(-1)
     mu = torch.ones_like(log_w) if discount is None else 1 / torch.log(1 + rank.to(log_w.dtype))
     if top_k is not None:
         mu = mu.where(rank <= top_k, 0.0)
-    summands = mu * (log_w.where(is_in_tail, -math.inf).logsumexp(-1) - log_w)
-    if y.is_floating_point():  # NaN has no place in an order
+    log_denominators = log_w.where(is_in_tail, -math.inf).logsumexp(-1)
+    summands = mu * (log_denominators - log_w)
+    if y.is_floating_point():  # NaN has no place in an order; a factor, so that the gradient is NaN, too
         summands = summands * torch.where(y.isnan().any(), math.nan, 1.0).to(log_w.dtype)
     return summands, mu.detach()
 
@@ -285,6 +297,7 @@ def _log_worth(x: Tensor, worth: Worth) -> Tensor:
         return x
     floor = {"shifted": -1.0, "identity": 0.0}[worth]
     values = x.detach()
+    # NaN and infinity are no error: they show in the value.
     if values.is_cpu and bool(values.min() <= floor) and bool(values.isfinite().all()):
         raise ValueError(
             f"worth={worth!r} needs scores above {floor:g}, where their logarithm exists; "
@@ -294,18 +307,24 @@ def _log_worth(x: Tensor, worth: Worth) -> Tensor:
     return torch.log((1 + x) / 2) if worth == "shifted" else torch.log(x)
 
 
-def _exact_where_equal(a: Any, b: Any) -> Tensor:
-    """Cosines as the reference of a batch list: all products of unit vectors with their equals are one tie.
+def _cosines_tied_where_equal(features: Any) -> Tensor:
+    """Cosines within a modality as the reference of a batch list: one tie of all unit vectors with equals.
 
-    Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
+    The squares of unit vectors' norms are 1 but for rounding, so they all take the largest of them. Vectors
+    whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """
-    rows = _numbers(a).detach()
+    rows = _numbers(features).detach()
     squares = (rows * rows).sum(-1)
     is_unit = (squares.sqrt() - 1).abs() <= 0.01
     largest_of_units = squares.where(is_unit, 0.0).max()
     with_itself = torch.where(is_unit, largest_of_units, squares)
     is_equal = (rows[:, None] == rows).all(-1)
-    return torch.where(is_equal, with_itself[:, None], _cosines(a, b))
+    return torch.where(is_equal, with_itself[:, None], _cosines_within(features))
+
+
+def _cosines_within(features: Any) -> Tensor:
+    """The cosines of features with themselves, ``[N, N]``."""
+    return _cosines(features, features)
 
 
 def _cosines(a: Any, b: Any) -> Tensor:
@@ -335,8 +354,10 @@ def _tensor(x: Any) -> Tensor:
 
 
 def _like(value: Tensor, *inputs: Any) -> Any:
-    """A value as a tensor if any of the inputs is one, else as NumPy's."""
-    return value if any(isinstance(x, Tensor) for x in inputs) else value.numpy()[()]
+    """A value as a tensor if any of the inputs is one, else as NumPy's array or, of no dimension, scalar."""
+    if any(isinstance(x, Tensor) for x in inputs):
+        return value
+    return value.numpy()[()]  # an empty index turns an array of no dimension into a scalar
 
 
 def _check_options(*, top_k: int | None, **chosen: Any) -> None:
@@ -366,19 +387,20 @@ def clip(
         >>> round(float(clip(np.eye(2), np.eye(2))), 4)  # log(1 + 1/e)
         0.3133
     """
-    s = logit_scale * _cosines_of_arrays(image_features, text_features)
-    n = len(s)
-    same = _same(n, pair_ids, same_id)
-    own = np.eye(n, dtype=bool)
-    counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
-    right = own if same_id == "ignore" else same
-    values = []
-    for m in (s, s.T):
-        for row, is_counted, is_right in zip(m, counted, right, strict=True):
-            right_mean, mean = (math.fsum(row[x]) / int(x.sum()) for x in (is_right, is_counted))
-            target = (1 - label_smoothing) * right_mean + label_smoothing * mean
-            values.append(_log_sum_exp(row[is_counted]) - target)
-    return math.fsum(values) / (2 * n)
+    S = logit_scale * _cosines_of_arrays(image_features, text_features)
+    n = len(S)
+    is_same = _is_same_id(n, pair_ids, same_id)
+    is_own = np.eye(n, dtype=bool)
+    is_counted = is_own | ~is_same if same_id == "ignore" else np.ones((n, n), bool)
+    is_right = is_own if same_id == "ignore" else is_same
+    losses = []
+    for logits in (S, S.T):
+        for row in range(n):
+            counted_logits = logits[row][is_counted[row]]
+            right_mean = _mean(logits[row][is_right[row]])
+            target = (1 - label_smoothing) * right_mean + label_smoothing * _mean(counted_logits)
+            losses.append(_log_sum_exp(counted_logits) - target)
+    return math.fsum(losses) / (2 * n)
 
 
 def siglip(
@@ -400,10 +422,11 @@ def siglip(
     """
     logits = logit_scale * _cosines_of_arrays(image_features, text_features) + logit_bias
     n = len(logits)
-    same = _same(n, pair_ids, same_id)
-    own = np.eye(n, dtype=bool)
-    counted = own | ~same if same_id == "ignore" else np.ones((n, n), bool)
-    return math.fsum(np.logaddexp(0, np.where(same, -logits, logits))[counted]) / n
+    is_same = _is_same_id(n, pair_ids, same_id)
+    # Where pairs of one id are ignored, those that remain are the own pairs, which are right for each other.
+    is_counted = np.eye(n, dtype=bool) | ~is_same if same_id == "ignore" else np.ones((n, n), bool)
+    terms = np.logaddexp(0, np.where(is_same, -logits, logits))  # −log σ(x) = log(1 + e^−x)
+    return math.fsum(terms[is_counted]) / n
 
 
 def spread(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
@@ -425,13 +448,13 @@ def spread(image_features: ArrayLike, text_features: ArrayLike, logit_scale: flo
     return math.fsum(deviations) / len(deviations)
 
 
-def _same(n: int, pair_ids: ArrayLike | None, same_id: str | None) -> NDArray[np.bool_]:
+def _is_same_id(n: int, pair_ids: ArrayLike | None, same_id: str | None) -> NDArray[np.bool_]:
     """``[N, N]``, True for pairs of one id; without ids every pair has its own."""
     if (pair_ids is None) != (same_id is None) or same_id not in (None, "ignore", "share"):
         raise ValueError(f"pair_ids and same_id='ignore' or 'share' go together; got same_id={same_id!r}")
     ids = np.arange(n) if pair_ids is None else np.asarray(pair_ids)
-    same: NDArray[np.bool_] = ids[:, None] == ids
-    return same
+    is_same: NDArray[np.bool_] = ids[:, None] == ids
+    return is_same
 
 
 def lambda_loss(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear", mu: float = 10.0) -> float:
@@ -458,22 +481,37 @@ def lambda_weights(scores: ArrayLike, grades: ArrayLike, *, gain: str = "linear"
         >>> lambda_weights([2.0, 1.0], [1.0, 0.0], mu=0.0).round(4).tolist()  # 1 − 1/log₂ 3
         [[0.0, 0.3691], [0.0, 0.0]]
     """
-    x = np.asarray(scores, np.float64)
     g = np.asarray(grades, np.float64)
     gains = {"linear": g, "exponential": 2.0**g - 1}[gain]
     best_first = sorted(gains, reverse=True)
-    ideal = math.fsum(value / math.log2(1 + rank) for rank, value in enumerate(best_first, 1))
-    ordered = np.sort(x)[::-1]
-    ranks_of_equals = [1 + np.flatnonzero(ordered == score) for score in x]
-    ranks = [float(np.mean(of_item)) for of_item in ranks_of_equals]
-    weights = np.zeros((len(x), len(x)))
-    better, worse = np.nonzero(g[:, None] > g[None, :])
-    for p, q in zip(better, worse, strict=True):
-        distance = max(1.0, abs(ranks[p] - ranks[q]))
-        rho = abs(1 / math.log2(1 + ranks[p]) - 1 / math.log2(1 + ranks[q]))
-        delta = 1 / math.log2(1 + distance) - 1 / math.log2(2 + distance)
-        weights[p, q] = (rho + mu * delta) * (gains[p] - gains[q]) / ideal
+    ideal_dcg = math.fsum(value / _D(rank) for rank, value in enumerate(best_first, 1))
+    r = _mean_ranks(scores)
+    n = len(g)
+    weights = np.zeros((n, n))
+    for p in range(n):
+        for q in range(n):
+            if g[p] > g[q]:
+                rho = abs(1 / _D(r[p]) - 1 / _D(r[q]))
+                d = max(1.0, abs(r[p] - r[q]))
+                delta = 1 / _D(d) - 1 / _D(d + 1)
+                weights[p, q] = (rho + mu * delta) * (gains[p] - gains[q]) / ideal_dcg
     return weights
+
+
+def _D(rank: float) -> float:
+    """``log₂(1 + rank)``, by which DCG divides a gain."""
+    return math.log2(1 + rank)
+
+
+def _mean_ranks(scores: ArrayLike) -> list[float]:
+    """The rank of every item by its score, the best rank being 1; items of equal scores share their mean."""
+    x = np.asarray(scores, np.float64)
+    best_first = np.sort(x)[::-1]
+    ranks = []
+    for score in x:
+        ranks_of_equals = 1 + np.flatnonzero(best_first == score)
+        ranks.append(float(np.mean(ranks_of_equals)))
+    return ranks
 
 
 def recall(
@@ -491,11 +529,12 @@ def recall(
         1.0
     """
     features = {"image": image_features, "text": text_features}
-    has_ids = image_ids is not None and text_ids is not None
-    own: Sequence[Any] = range(len(np.asarray(image_features)))
-    ids = {"image": image_ids or own, "text": text_ids or own}
     directions = [("image", "text"), ("text", "image")]
-    if has_ids:
+    if image_ids is None or text_ids is None:  # image i and text i are partners
+        rows = range(len(np.asarray(image_features)))
+        ids: dict[str, Sequence[Any]] = {"image": rows, "text": rows}
+    else:
+        ids = {"image": image_ids, "text": text_ids}
         directions += [("image", "image"), ("text", "text")]
     values = {}
     for query, answer in directions:
@@ -507,7 +546,8 @@ def recall(
         answers = len(ids[answer]) - 1 if has_itself else len(ids[answer])
         for count in k:
             if count <= answers:
-                values[f"{query}_to_{answer}_R@{count}"] = sum(r <= count for r in ranks) / len(ranks)
+                found = [rank <= count for rank in ranks]
+                values[f"{query}_to_{answer}_R@{count}"] = sum(found) / len(ranks)
         values[f"{query}_to_{answer}_median_rank"] = float(np.floor(np.median(ranks)))
     return values
 
@@ -535,3 +575,7 @@ def _cosines_of_arrays(a: ArrayLike, b: ArrayLike) -> Array:
 def _log_sum_exp(x: Array) -> float:
     largest = float(np.max(x))
     return largest + math.log(math.fsum(np.exp(x - largest)))
+
+
+def _mean(x: Array) -> float:
+    return math.fsum(x) / len(x)

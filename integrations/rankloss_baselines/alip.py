@@ -14,8 +14,6 @@ from rankloss.distributed import GatherOption
 from rankloss.losses import OwnTerms, check_weight, widest_dtype
 from rankloss_trainers.declared import Named
 
-_KIND = ("shape", "dtype", "device")
-
 
 class AlipLoss(OwnTerms):
     r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
@@ -110,11 +108,13 @@ class AlipLoss(OwnTerms):
     def set_progress(self, step: int, total_steps: int) -> None:
         """A training step begins: the next call in training mode moves the histories, later ones do not."""
         super().set_progress(step, total_steps)
-        self._steps_are_announced = self._step_begins = True
+        self._steps_are_announced = True
+        self._step_begins = True
 
     def end_training(self) -> None:
         """The training ends: until the next one announces its steps, each call in training mode is a step."""
-        self._steps_are_announced, self._step_begins = False, True
+        self._steps_are_announced = False
+        self._step_begins = True
 
     def own_terms(
         self,
@@ -127,73 +127,112 @@ class AlipLoss(OwnTerms):
         """``A(v, t, w_r)`` and ``A(v, c, w_c)``."""
         self._check_captions(text_features, caption_features)
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        image_features, text_features, caption_features = (
-            x.to(dtype) for x in (image_features, text_features, caption_features)
-        )
-        images = self.gather.items(image_features)
+        image_features = image_features.to(dtype)
+        text_features = text_features.to(dtype)
+        caption_features = caption_features.to(dtype)
+        all_images = self.gather.items(image_features)
         # Both captions in one collective.
-        texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
-        text_weights, caption_weights = self._weights(images, texts, synthetic)
-        anchors = images, texts, synthetic
-        if self.gather.anchors_are_local:
-            anchors = image_features, text_features, caption_features
-        rows = torch.arange(len(anchors[0]), device=images.device)
-        rows = rows + self.gather.first_row(len(rows))
-
-        def part(own: Tensor, everyone: Tensor, weights: Tensor) -> Tensor:
-            nll = F.cross_entropy(scale * anchors[0] @ everyone.T, rows, reduction="none")
-            nll = nll + F.cross_entropy(scale * own @ images.T, rows, reduction="none")
-            return (nll / 2 * weights[rows]).mean()
-
+        both_captions = torch.stack([text_features, caption_features], dim=1)
+        all_texts, all_captions = self.gather.items(both_captions).unbind(1)
+        text_weights, caption_weights = self._weights(all_images, all_texts, all_captions)
+        if not self.gather.anchors_are_local:  # every process computes all rows
+            image_features, text_features, caption_features = all_images, all_texts, all_captions
+        pairs = torch.arange(len(image_features), device=all_images.device)
+        pairs = pairs + self.gather.first_row(len(pairs))
+        of_texts = _cross_entropy(scale, image_features, text_features, all_images, all_texts, pairs)
+        of_captions = _cross_entropy(scale, image_features, caption_features, all_images, all_captions, pairs)
         return {
-            "contrastive_loss": part(anchors[1], texts, text_weights),
-            "caption_contrastive_loss": part(anchors[2], synthetic, caption_weights),
+            "contrastive_loss": (of_texts * text_weights[pairs]).mean(),
+            "caption_contrastive_loss": (of_captions * caption_weights[pairs]).mean(),
         }
 
     def _check_captions(self, text_features: Tensor, caption_features: Tensor) -> None:
         """Raise a ValueError, on all processes, unless the second captions are like the first."""
-        kinds = [[getattr(x, name, None) for name in _KIND] for x in (text_features, caption_features)]
+        needed = _shape_dtype_device(text_features)
+        given = _shape_dtype_device(caption_features)
         with self.gather.agreement(self, text_features=text_features, caption_features=caption_features):
-            if kinds[0] != kinds[1]:
-                raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
+            if given != needed:
+                raise ValueError(f"caption_features must be like text_features, {needed}; got {given}")
 
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of the raw and of the caption pairs, ``[N]`` each."""
+        """The weights w_s·w_r and w_s·w_c of all pairs, ``[N]`` each, after a step of the histories."""
         if self.histories.dtype.itemsize < 4:
             raise ValueError(
                 f"histories must not be rounded to {self.histories.dtype}, in which they stand still: leave "
                 "FSDP's buffer_dtype out"
             )
         dtype = torch.promote_types(images.dtype, torch.float32)
-        v, t, c = (x.to(dtype) for x in (images, texts, captions))
+        v, t, c = images.to(dtype), texts.to(dtype), captions.to(dtype)
         cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])
         if self.training and self._step_begins:
-            mean = cosines.mean(-1).to(self.histories.dtype)
-            moved = self.momentum * self.histories + (1 - self.momentum) * mean
-            # A GradScaler skips the step of an overflow; the histories must skip it too.
-            self.histories.copy_(torch.where(mean.isfinite(), moved, self.histories))
+            self._move_histories(cosines.mean(-1))
             self._step_begins = not self._steps_are_announced
-        sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
-        gate = torch.exp(self.gamma_sample * sample)
-        pairs = [torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption)]
-        return gate.clamp_max(1) * pairs[0], gate.clamp_max(1) * pairs[1]
+        above_history = cosines - self.histories.to(dtype)[:, None]
+        text_caption, image_text, image_caption = above_history.unbind(0)
+        g = torch.exp(self.gamma_sample * text_caption)
+        sample_weight = g.clamp_max(1)
+        text_weight = torch.where(g < 1, torch.exp(self.gamma_pair * image_text), 1.0)
+        caption_weight = torch.where(g < 1, torch.exp(self.gamma_pair * image_caption), 1.0)
+        return sample_weight * text_weight, sample_weight * caption_weight
+
+    def _move_histories(self, batch_means: Tensor) -> None:
+        """A step of the moving averages towards the means of a batch, ``[3]``."""
+        batch_means = batch_means.to(self.histories.dtype)
+        moved = self.momentum * self.histories + (1 - self.momentum) * batch_means
+        # A GradScaler skips the step of an overflow; the histories must skip it too.
+        self.histories.copy_(torch.where(batch_means.isfinite(), moved, self.histories))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
         # to(), half() and so on. The device is fn's choice, the dtype is not.
-        held, self.histories = self.histories, self.histories.float()  # a dtype that every device has
+        unrounded = self.histories
+        self.histories = unrounded.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        held, device = self.histories if held.is_meta else held, self.histories.device
-        self.histories = held.to(device, widest_dtype(device))
+        device = self.histories.device
+        if unrounded.is_meta:  # without values: to_empty() has given the buffer memory
+            unrounded = self.histories
+        self.histories = unrounded.to(device, widest_dtype(device))
         return self
+
+
+def _cross_entropy(
+    scale: Tensor | float,
+    images: Tensor,
+    captions: Tensor,
+    all_images: Tensor,
+    all_captions: Tensor,
+    pairs: Tensor,
+) -> Tensor:
+    """``½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]`` of every pair k of the rows: ``[n]``.
+
+    Args:
+        scale: s.
+        images: ``[n, D]``, the rows of the images.
+        captions: ``[n, D]``, the rows of their captions.
+        all_images: ``[N, D]``, the columns of the captions' rows.
+        all_captions: ``[N, D]``, the columns of the images' rows.
+        pairs: ``[n]``, the column of every row's own pair.
+    """
+    of_images = F.cross_entropy(scale * images @ all_captions.T, pairs, reduction="none")
+    of_captions = F.cross_entropy(scale * captions @ all_images.T, pairs, reduction="none")
+    return (of_images + of_captions) / 2
+
+
+def _shape_dtype_device(x: object) -> list[object]:
+    """What two captions of an image have in common; None for each that an object of another type lacks."""
+    return [getattr(x, name, None) for name in ("shape", "dtype", "device")]
 
 
 def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
     """ALIP's histories: of the two captions, and of the image with each."""
-    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
-    alip = next(x for x in criterion.modules() if isinstance(x, AlipLoss))
-    histories = alip.histories.to(torch.float32, copy=True).unbind()
-    return dict(zip(names, histories, strict=True))
+    alip = next(loss for loss in criterion.modules() if isinstance(loss, AlipLoss))
+    # A copy, since the next step moves the histories in place.
+    text_caption, image_text, image_caption = alip.histories.to(torch.float32, copy=True).unbind()
+    return {
+        "alip_text_caption": text_caption,
+        "alip_image_text": image_text,
+        "alip_image_caption": image_caption,
+    }
 
 
 ALIP = Named(

@@ -72,61 +72,88 @@ class CyClipLoss(AddedTerms):
         scale: Tensor | float,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """The two weighted terms."""
-        own = image_features, text_features
-        anchors = items = _widened(*map(self.gather.items, own))
+        all_images, all_texts = self.gather(image_features, text_features)
+        anchors = items = _widened(all_images, all_texts)
         if self.gather.anchors_are_local:
-            anchors = _widened(*own)
-        dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
-        squares = (_squares if items[0].dtype == torch.float64 else _differences)(anchors, items)
-        cross, in_ = ((x / len(anchors[0])).to(dtype) for x in squares)
+            anchors = _widened(image_features, text_features)
+        if items.image.dtype == torch.float64:
+            sums = _sums_from_moments(anchors, items)
+        else:
+            sums = _sums_from_matrices(anchors, items)
+        pairs = len(anchors.image)
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
         return {
-            "cyclic_cross_modal_loss": self.lambda_cross * cross,
-            "cyclic_in_modal_loss": self.lambda_in * in_,
+            "cyclic_cross_modal_loss": self.lambda_cross * (sums.cross_modal / pairs).to(dtype),
+            "cyclic_in_modal_loss": self.lambda_in * (sums.in_modal / pairs).to(dtype),
         }
 
 
-def _widened(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+class _Pairs(NamedTuple):
+    """Features of the same pairs: V and T, ``[n, D]`` each."""
+
+    image: Tensor
+    text: Tensor
+
+
+class _Sums(NamedTuple):
+    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j."""
+
+    cross_modal: Tensor
+    in_modal: Tensor
+
+
+def _widened(image: Tensor, text: Tensor) -> _Pairs:
     """The features as the terms, small differences of large norms, need them: float64 if the device has it.
 
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
     and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
     dtype = widest_dtype(image.device)
-    return image.to(dtype), text.to(dtype)
+    return _Pairs(image.to(dtype), text.to(dtype))
 
 
-def _differences(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As :func:`_squares`, by a direct sum over the entries of N×N matrices."""
-    (v, t), (w, u) = anchors, items
-    cross, in_ = (product(v, x.T) - product(t, y.T) for x, y in ((u, w), (w, u)))
-    return cross.square().sum(), in_.square().sum()
+def _sums_from_matrices(anchors: _Pairs, items: _Pairs) -> _Sums:
+    """The sums over the entries of whole N×N matrices."""
+    cross_modal = product(anchors.image, items.text.T) - product(anchors.text, items.image.T)
+    in_modal = product(anchors.image, items.image.T) - product(anchors.text, items.text.T)
+    return _Sums(cross_modal.square().sum(), in_modal.square().sum())
 
 
-def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j.
+def _sums_from_moments(anchors: _Pairs, items: _Pairs) -> _Sums:
+    """The sums from products of D×D matrices, by (x − y)² = x² + y² − 2·x·y.
 
-    They come from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items.
+    With V and T of the anchors, V' and T' of the items, and ⟨A, B⟩ = Σ A∘B,
+
+        Σ_ij (v_i·t'_j)² = ⟨VᵀV, T'ᵀT'⟩,   Σ_ij (v_i·t'_j)·(t_i·v'_j) = ⟨VᵀT, (V'ᵀT')ᵀ⟩,
+
+    and the other products alike.
     """
-    a = _Moments.of(*anchors)
-    b = a if items is anchors else _Moments.of(*items)
-    # Σ_ij (v_i·t_j)² = ⟨VᵀV, TᵀT⟩, and Σ_ij (v_i·t_j)·(t_i·v_j) = ⟨VᵀT, (VᵀT)ᵀ⟩, V and T of a side each.
-    cross = _inner(a.image, b.text) + _inner(a.text, b.image) - 2 * _inner(a.between, b.between.T)
-    in_ = _inner(a.image, b.image) + _inner(a.text, b.text) - 2 * _inner(a.between, b.between)
-    # Rounding may leave values below 0, which become 0; the gradient, right to rounding, stays.
-    return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
+    a = _Moments.of(anchors)
+    b = a if items is anchors else _Moments.of(items)
+    cross_modal = _inner(a.vv, b.tt) + _inner(a.tt, b.vv) - 2 * _inner(a.vt, b.vt.T)
+    in_modal = _inner(a.vv, b.vv) + _inner(a.tt, b.tt) - 2 * _inner(a.vt, b.vt)
+    return _Sums(_without_negative_rounding(cross_modal), _without_negative_rounding(in_modal))
 
 
 class _Moments(NamedTuple):
-    """VᵀV, TᵀT and VᵀT."""
+    """VᵀV, TᵀT and VᵀT, ``[D, D]`` each."""
 
-    image: Tensor
-    text: Tensor
-    between: Tensor
+    vv: Tensor
+    tt: Tensor
+    vt: Tensor
 
     @classmethod
-    def of(cls, v: Tensor, t: Tensor) -> _Moments:
+    def of(cls, pairs: _Pairs) -> _Moments:
+        v, t = pairs
         return cls(v.T @ v, t.T @ t, v.T @ t)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """``⟨A, B⟩ = Σ A∘B``."""
     return (a * b).sum()
+
+
+def _without_negative_rounding(sum_of_squares: Tensor) -> Tensor:
+    """A sum that rounding left below 0 becomes 0; its gradient, right to rounding, stays."""
+    return sum_of_squares - sum_of_squares.detach().clamp_max(0)
