@@ -44,6 +44,7 @@ def check_matrix(name: str, x: object) -> None:
 
 
 def _check_untransformed(name: str, x: Tensor) -> None:
+    """Raise a ValueError for a tensor inside a transform of torch.func, such as ``grad`` or ``vmap``."""
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise ValueError(
             f"{name} must not be transformed by torch.func; losses are differentiated by autograd"
@@ -85,6 +86,7 @@ def check_features(
 
 
 def _check_one_space(of_images: str, image_features: Tensor, of_texts: str, text_features: Tensor) -> None:
+    """Raise a ValueError that names the arguments unless images and texts have one width."""
     if image_features.shape[1] != text_features.shape[1]:
         raise ValueError(
             f"{of_images} and {of_texts} must have one shape [N, D]; got {tuple(image_features.shape)} and "
@@ -424,5 +426,6 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
 
 
 def _are_unit(features: Tensor) -> bool:
+    """True if there are rows, and all are unit-norm."""
     norms = _norms(features.detach())
     return bool(((norms - 1).abs() < _UNIT).all()) and norms.numel() > 0

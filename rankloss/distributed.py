@@ -79,8 +79,8 @@ class _ReduceScatter(torch.autograd.Function):
             terms = y.detach().to(dtype).contiguous()
             chunk = terms.new_empty(len(y) // dist.get_world_size(group), *y.shape[1:])
             # Since torch 2.13 the old name warns.
-            reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            reduce(chunk, terms, group=group)
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce_scatter(chunk, terms, group=group)
             return chunk.to(y.dtype)
         total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
@@ -117,8 +117,9 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     world_size = dist.get_world_size(group)
     if _has_tensor_collectives(x, group):
         gathered = x.new_empty(world_size * len(x), *x.shape[1:])
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(gathered, x, group=group)
+        # Since torch 2.13 the old name warns.
+        gather_into_one = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather_into_one(gathered, x, group=group)
         return gathered
     chunks = [torch.empty_like(x) for _ in range(world_size)]
     dist.all_gather(chunks, x, group=group)
@@ -160,11 +161,11 @@ def _gather_text(text: str, device: torch.device, group: Any) -> list[str]:
     Tensors of one shape alone can be gathered, so shorter texts are padded: of "ab" and "abc" the sizes are
     2 and 3, and the rows 97 98 0 and 97 98 99.
     """
-    contents = list(text.encode())
+    contents = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([len(contents)], device=device)
     sizes = _gather(size, group).tolist()
     longest = max(sizes)
-    padded = F.pad(torch.tensor(contents, dtype=torch.uint8, device=device), (0, longest - len(contents)))
+    padded = F.pad(contents, (0, longest - len(contents)))
     rows = _gather(padded, group).view(len(sizes), longest).tolist()
     texts = []
     for row, length in zip(rows, sizes, strict=True):
@@ -315,6 +316,7 @@ class Gather:
         features: dict[str, Tensor | None],
         device: torch.device,
     ) -> Iterator[None]:
+        """The context of :meth:`agreement`, for several processes, by way of a device."""
         error: Exception | None = None
         try:
             yield
@@ -329,19 +331,20 @@ class Gather:
             if error is not None:
                 raise error
             return
-        message = None if error is None else [type(error).__name__, str(error)]
-        texts = _gather_text(json.dumps([description, message]), device, self.group)
-        descriptions, messages = zip(*map(json.loads, texts), strict=True)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                kind, words = message
-                raised_by_all = _RAISED_BY_ALL.get(kind, RuntimeError)
-                raise raised_by_all(f"{words} (on rank {rank} of {len(messages)})") from error
-        for rank, other in enumerate(descriptions):
-            if other != descriptions[0]:
+        name_and_message = None if error is None else [type(error).__name__, str(error)]
+        texts = _gather_text(json.dumps([description, name_and_message]), device, self.group)
+        by_rank = [json.loads(text) for text in texts]
+        for rank, (_, error_of_rank) in enumerate(by_rank):
+            if error_of_rank is not None:
+                name, message = error_of_rank
+                raised_by_all = _RAISED_BY_ALL.get(name, RuntimeError)
+                raise raised_by_all(f"{message} (on rank {rank} of {len(by_rank)})") from error
+        first, _ = by_rank[0]
+        for rank, (other, _) in enumerate(by_rank):
+            if other != first:
                 raise ValueError(
                     "all processes must give features of the same names, dtypes, shapes and gradients; got "
-                    f"{descriptions[0]} on rank 0, but {other} on rank {rank}"
+                    f"{first} on rank 0, but {other} on rank {rank}"
                 )
         _agreed.setdefault(owner, set()).add(description)
 
@@ -363,6 +366,7 @@ class Gather:
         """True if a process has an error, or the processes' descriptions differ; one reduction on a CPU."""
         digest = hashlib.blake2b(description.encode(), digest_size=7).digest()
         number = int.from_bytes(digest, "big")
+        # Of all processes' numbers the largest and, negated, the smallest: they are one if both are equal.
         largest = torch.tensor([error is not None, number, -number], dtype=torch.int64, device="cpu")
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         has_error, highest, negated_lowest = largest.tolist()
@@ -394,17 +398,18 @@ class Gather:
         shared = _gathered.get()
         key = self, are_anchors, id(features), torch.is_grad_enabled()
         if shared is not None and key in shared:
-            return shared[key][1]
+            _, gathered = shared[key]
+            return gathered
         if self.gather_with_grad:
             gathered = all_gather(features, self.group)
         else:
             gathered = _gather(features, self.group)
-            if not (self.local_loss and are_anchors):
+            if not (self.local_loss and are_anchors):  # put the own features, with their gradient, in place
                 first = rank * len(features)
                 end = first + len(features)
                 gathered = torch.cat([gathered[:first], features, gathered[end:]])
-        if shared is not None:  # with the tensor, so that its id is not reused
-            shared[key] = features, gathered
+        if shared is not None:
+            shared[key] = features, gathered  # features are kept so that their id is not reused
         return gathered
 
     def total(self, x: Tensor) -> Tensor:
@@ -426,11 +431,11 @@ class Gather:
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
-        own = [None if tensor is None else tensor.detach() for tensor in features]
-        tensors = [tensor for tensor in own if tensor is not None]
+        detached = [None if tensor is None else tensor.detach() for tensor in features]
+        tensors = [tensor for tensor in detached if tensor is not None]
         _, world_size = self.place
         if not tensors or world_size == 1:
-            return own
+            return detached
         self._check_ready()
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         side_by_side = torch.cat([tensor.to(dtype) for tensor in tensors], dim=1)
@@ -447,6 +452,7 @@ class Gather:
 
 
 _gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_gathered", default=None)
+"""Features and what was gathered of them, within :func:`gather_once`; None outside."""
 
 
 @contextlib.contextmanager

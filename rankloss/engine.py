@@ -115,27 +115,27 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: each access unpacks them, which triggers hooks and checkpoints
-        n_inputs = len(saved) // 2
+        n_inputs = len(saved) // 2  # as many inputs as gradients, and the factor
         inputs, gradients, factor = saved[:n_inputs], saved[n_inputs:-1], saved[-1]
-        by = ctx.needs_input_grad[2:]
+        _, _, *by = ctx.needs_input_grad  # behind the terms and the weights
         with full_precision(inputs[0].device):
             if torch.is_grad_enabled():
                 return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
-            common = _common(
-                [g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted]
-            )
-            if common is None:
+            wanted = ctx.terms.wanted
+            common = _common([g for g, is_wanted in zip(upstream, wanted, strict=True) if is_wanted])
+            if common is None:  # the gradients of the terms' sum do not serve; compute those of this sum
                 zero = ctx.weights.new_zeros(())
                 weights = ctx.weights * torch.stack([zero if g is None else g for g in upstream])
                 _, gradients, factor = ctx.terms.stream(inputs, weights, with_gradient=True)
                 common = inputs[0].new_ones(())
-            of_features = common * factor
+            for_features = common * factor
             by_inputs: list[Tensor | None] = []
             for gradient, is_needed in zip(gradients, by, strict=True):
                 if gradient is None or not is_needed:
                     by_inputs.append(None)
                 else:
-                    by_inputs.append((of_features if gradient.dim() == 2 else common) * gradient)
+                    is_by_features = gradient.dim() == 2
+                    by_inputs.append((for_features if is_by_features else common) * gradient)
             return None, None, *by_inputs
 
 
@@ -145,7 +145,8 @@ def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
     for g in upstream:
         if first is None or g is None:
             return None
-        if g.data_ptr() != first.data_ptr() and not (g.is_cpu and torch.equal(g, first)):
+        is_same_tensor = g.data_ptr() == first.data_ptr()
+        if not is_same_tensor and not (g.is_cpu and torch.equal(g, first)):
             return None
     return first
 
@@ -157,19 +158,25 @@ def _by_definition(
     by: Sequence[bool],
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients that are differentiable again."""
+    """Gradients by each of the inputs, None where not asked for, that are differentiable again."""
     # Use aliases: one input may depend on another, as gathered features on the local ones, and the outer
     # graph adds the derivative along that path.
     aliases = [None if x is None else x.view_as(x) for x in inputs]
-    values = zip(terms.definition(aliases, weights), upstream, strict=True)
-    outputs = [(x, g) for x, g in values if x.requires_grad and g is not None]
-    wanted = [x for x, w in zip(aliases, by, strict=True) if x is not None and w]
-    gradients = iter([torch.zeros_like(x) for x in wanted])
-    if outputs:
-        terms_used, grads = zip(*outputs, strict=True)
-        by_wanted = torch.autograd.grad(terms_used, wanted, grads, create_graph=True, materialize_grads=True)
-        gradients = iter(by_wanted)
-    return [next(gradients) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
+    outputs = []
+    upstream_of_outputs = []
+    for value, g in zip(terms.definition(aliases, weights), upstream, strict=True):
+        if value.requires_grad and g is not None:
+            outputs.append(value)
+            upstream_of_outputs.append(g)
+    asked = {place: x for place, x in enumerate(aliases) if x is not None and by[place]}
+    if not outputs:
+        gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in asked.values()]
+    else:
+        gradients = torch.autograd.grad(
+            outputs, list(asked.values()), upstream_of_outputs, create_graph=True, materialize_grads=True
+        )
+    gradient_at = dict(zip(asked, gradients, strict=True))
+    return [gradient_at.get(place) for place in range(len(inputs))]
 
 
 # --- a loop over rows -------------------------------------------------------------------------------------
@@ -223,8 +230,9 @@ class Loop(NamedTuple):
         """True if gradients are kept until their mirror images are known."""
         n_anchors = len(self.matrices[0].anchors)
         n_items = len(self.matrices[0].items)
-        fits = self.rows_at_once >= n_anchors or (self.chunk_size is None and n_items**2 <= _KEPT)
-        return fits and bool(_mirrors(self.matrices))
+        are_all_at_once = self.rows_at_once >= n_anchors
+        is_small = self.chunk_size is None and n_items**2 <= _KEPT
+        return (are_all_at_once or is_small) and bool(_mirrors(self.matrices))
 
 
 def streamed(
@@ -283,7 +291,7 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
         Both values of a list, summed over the rows: ``[matrices]`` each; None if there is none.
     """
     n_anchors = len(loop.matrices[0].anchors)
-    earlier: Kept = [] if loop.keeps_gradients else None
+    earlier: Mirrored = [] if loop.keeps_gradients else None
     values: list[Sequence[Tensor | None]] = []
     for first in range(0, n_anchors, loop.rows_at_once):
         rows = slice(first, min(first + loop.rows_at_once, n_anchors))
@@ -291,8 +299,10 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
         values += chunk_values
         if sums is not None:
             _add_gradients(loop.matrices, rows, by_scores, sums, earlier)
-    by_value = zip(*values, strict=True)
-    return [None if of_slices[0] is None else torch.cat(of_slices, -1).sum(-1) for of_slices in by_value]
+    sums_over_rows = []
+    for of_slices in zip(*values, strict=True):  # of the first value, then of the second
+        sums_over_rows.append(None if of_slices[0] is None else torch.cat(of_slices, -1).sum(-1))
+    return sums_over_rows
 
 
 def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | None]], Tensor]:
@@ -321,11 +331,12 @@ def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | Non
 # --- gradients by features --------------------------------------------------------------------------------
 
 
-Kept: TypeAlias = list[tuple[int, list[Tensor]]] | None
+Mirrored: TypeAlias = list[tuple[int, list[Tensor]]] | None
+"""Of each earlier chunk its first row, and for each matrix the mirror images of the gradients that wait."""
 
 
 def _add_gradients(
-    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor], earlier: Kept
+    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor], earlier: Mirrored
 ) -> None:
     """Add the gradients of given rows of every matrix.
 
@@ -350,9 +361,11 @@ def _add_gradients(
         copies = [image.clone(memory_format=torch.contiguous_format) for image in images]
         earlier.append((rows.start, copies))
     for k, (matrix, gradient) in enumerate(zip(matrices, by_scores, strict=True)):
-        for start, images in earlier or ():
-            image = images[k][rows.start - start :][: len(gradient)]
-            gradient[:, start : start + image.shape[1]].add_(image)  # += would copy the sum onto itself
+        for first_row, images in earlier or ():
+            row = rows.start - first_row  # the image's row that is the first of this chunk
+            image = images[k][row : row + len(gradient)]
+            columns = slice(first_row, first_row + image.shape[1])  # the rows of the earlier chunk
+            gradient[:, columns].add_(image)  # += would copy the sum onto itself
         anchors, items = matrix.factors
         sums[anchors][rows].addmm_(gradient[:, columns_of_rows], matrix.items[columns_of_rows])
         sums[items][columns_of_items].addmm_(gradient[:, columns_of_items].T, matrix.anchors[rows])
@@ -361,8 +374,10 @@ def _add_gradients(
 def _mirrors(matrices: Sequence[Matrix]) -> list[int]:
     """For each matrix the place of the one that is its transpose; empty if one has none."""
     factors = [matrix.factors for matrix in matrices]
-    transposed = [(items, anchors) for anchors, items in factors]
-    return [factors.index(pair) for pair in transposed] if set(transposed) <= set(factors) else []
+    factors_of_transposed = [(items, anchors) for anchors, items in factors]
+    if any(pair not in factors for pair in factors_of_transposed):
+        return []
+    return [factors.index(pair) for pair in factors_of_transposed]
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------
@@ -470,18 +485,19 @@ def _softmax(
         scale = block.scale
         scores = (block.cosines - origin).mul_(scale)
         log_sum = relative_log_sum = scores.logsumexp(-1, keepdim=True)
-    log_p = scores.sub_(log_sum)
+    log_softmax = scores.sub_(log_sum)
     zero = log_sum.new_zeros(())
     nll = None
+    # The gradient is slope·softmax − target, of both values together.
     slope = zero if alpha is None else alpha
     target = zero
     if beta is not None:
         p = dense.top_one_probabilities(_reference(block), scale, options)
-        nll = -(p * log_p).sum(-1)
+        nll = -(p * log_softmax).sum(-1)
         slope = slope + beta
         target = beta * p
     if with_gradient:
-        torch.addcmul(-target, log_p.exp_(), slope, out=block.cosines)
+        torch.addcmul(-target, log_softmax.exp_(), slope, out=block.cosines)
     return nll, relative_log_sum
 
 
@@ -511,11 +527,11 @@ def _without_own(block: Block, options: RankOptions, with_gradient: bool) -> Eva
     others = other_items(own, n_items).expand(n_matrices, -1, -1)
     cosines = block.cosines.gather(-1, others)
     reference = _reference(block).gather(-1, others)
-    lists = block._replace(
-        cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
-    )
+    already_tied = (None,) * len(reference)
+    lists = block._replace(cosines=cosines, alpha=None, reference=reference, first_equal=already_tied)
     evaluate_model = _plackett_luce if options.model == "plackett_luce" else _softmax
-    nll, _ = evaluate_model(lists, options, cosines[..., :1].clone(), with_gradient)
+    origin = cosines[..., :1].clone()  # any item's serves, in place of the own pair's
+    nll, _ = evaluate_model(lists, options, origin, with_gradient)
     cross_entropy = None
     if block.alpha is not None:
         all_items = block._replace(beta=None)

@@ -125,7 +125,8 @@ def cross_modal(
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    return _consistency(1.0, 0.0, (image_features, text_features, logit_scale), **named)
+    term = {"cross_modal": 1.0, "in_modal": 0.0}
+    return _one_term(term, image_features, text_features, logit_scale, **named)
 
 
 def in_modal(
@@ -141,14 +142,18 @@ def in_modal(
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    return _consistency(0.0, 1.0, (image_features, text_features, logit_scale), **named)
+    term = {"cross_modal": 0.0, "in_modal": 1.0}
+    return _one_term(term, image_features, text_features, logit_scale, **named)
 
 
-def _consistency(cross_modal: float, in_modal: float, inputs: tuple[Any, ...], **named: Any) -> Tensor:
+def _one_term(term: dict[str, float], *inputs: Any, **named: Any) -> Tensor:
+    """The loss with the weights of ``term``, of inputs, a teacher's features and options by their names."""
     teacher = {name: named.pop(name) for name in TEACHER if name in named}
-    return _loss(cross_modal, in_modal, **named)(*inputs, **teacher)  # type: ignore[no-any-return]
+    options = named
+    loss = _loss_of_this_process(**term, **options)
+    return loss(*inputs, **teacher)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(typed=True)  # a loss reads values at its first call only
-def _loss(cross_modal: float, in_modal: float, **options: Any) -> RankConsistency:
-    return RankConsistency(cross_modal=cross_modal, in_modal=in_modal, gather=False, **options)
+@functools.lru_cache(typed=True)  # a loss reads the values of its inputs, and warns, at its first call alone
+def _loss_of_this_process(**weights_and_options: Any) -> RankConsistency:
+    return RankConsistency(gather=False, **weights_and_options)

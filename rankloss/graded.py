@@ -46,11 +46,13 @@ def plackett_luce(
     x = x - x.detach().amax(-1, keepdim=True)
     last_tied = torch.searchsorted(grades, grades, right=True) - 1
     log_denominators = log_cumsum_exp(x).gather(-1, last_tied)
-    counts = is_item & (grades > -math.inf)
+    is_counted = is_item & (grades > -math.inf)
     if top_k is not None:
-        counts &= is_item.sum(-1, keepdim=True) - last_tied <= top_k  # tied items share the best rank
-    terms = torch.where(counts, log_denominators - x, 0.0)
-    return terms.sum(-1), (counts & (last_tied > 0)).sum(-1)
+        best_rank = is_item.sum(-1, keepdim=True) - last_tied  # which tied items share
+        is_counted &= best_rank <= top_k
+    values = torch.where(is_counted, log_denominators - x, 0.0)
+    has_other_items = last_tied > 0  # in its denominator
+    return values.sum(-1), (is_counted & has_other_items).sum(-1)
 
 
 def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,12 +86,14 @@ def pairwise(
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
     is_item = grades < math.inf
     is_graded = grades.abs() < math.inf
-    worse_items = torch.searchsorted(grades.sort(-1).values, grades)  # counts, in the order of the grades
+    worse_items = torch.searchsorted(grades.sort(-1).values, grades)  # their number, for every item
     pairs = worse_items.where(is_item, 0).sum(-1)
     x = x if rest is None else x.to(rest.dtype)
-    worse = (grades if by_difference else worse_items).to(x.dtype)
-    better = worse.masked_fill(~is_item, -math.inf)  # padding is neither better nor worse than an item
-    values = pair_sums(x, x, better, worse, by_difference).to(grades.dtype).sum(-1)
+    # Numbers of worse items are in the order of the grades, but finite integers.
+    order = (grades if by_difference else worse_items).to(x.dtype)
+    # Padding is better than no item, by −∞, and worse than none, by the largest number.
+    better = order.masked_fill(~is_item, -math.inf)
+    values = pair_sums(x, x, better, order, by_difference).to(grades.dtype).sum(-1)
     if rest is not None:
         values = values + torch.where(is_graded, rest_sums(x, rest), 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
@@ -154,35 +158,48 @@ def relative_gains(grades: Tensor, gain: str) -> Tensor:
     """
     if gain == "linear":
         return grades
+    # (2^g − 1) / 2^m = (1 − 2^−g)·2^(g − m), in which nothing overflows.
     largest = grades.amax(-1, keepdim=True)
-    return torch.expm1(math.log(2) * -grades).neg() * (grades - largest).exp2()
+    one_less_power = torch.expm1(math.log(2) * -grades).neg()
+    return one_less_power * (grades - largest).exp2()
 
 
 def _discount(rank: Tensor) -> Tensor:
+    """DCG's discount of a rank, ``1 / log₂(1 + r)``."""
     return 1 / (1 + rank).log2()
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
     """True if two items of the list have different grades: ``[n]``."""
-    best = grades.masked_fill(grades == math.inf, -math.inf).amax(-1)
+    is_padding = grades == math.inf
+    best = grades.masked_fill(is_padding, -math.inf).amax(-1)
     worst = grades.amin(-1)
-    return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
+    if has_rest is not None:  # whose items have the grade −∞
+        worst = worst.masked_fill(has_rest, -math.inf)
+    return worst < best
 
 
 def first_of_id(ids: Tensor, is_listed: Tensor | None = None) -> Tensor:
-    """Index of the first item with the id of item i, a listed one if there is any, for every i: ``[M]``."""
+    """Index of the first item with the id of item i, a listed one if there is any, for every i: ``[M]``.
+
+    Example:
+        >>> first_of_id(torch.tensor([7, 3, 7]), torch.tensor([False, True, True])).tolist()
+        [2, 1, 2]
+    """
     if is_listed is None:
         is_listed = torch.ones_like(ids, dtype=torch.bool)
     listed_first = is_listed.byte().argsort(descending=True, stable=True)
-    ordered, order = ids[listed_first].sort(stable=True)
-    first_places = torch.searchsorted(ordered, ids.contiguous())
-    return listed_first[order[first_places]]
+    ordered, order = ids[listed_first].sort(stable=True)  # stable: of one id the listed are still first
+    place_in_ordered = torch.searchsorted(ordered, ids.contiguous())  # of the first with this id
+    place_in_listed_first = order[place_in_ordered]
+    return listed_first[place_in_listed_first]
 
 
 def equal_scores(x: Tensor, items: Tensor) -> Tensor:
     """The scores of lists ``[n, K]``, for equal items that of the first: products may round them apart."""
-    first = (items[:, :, None] == items[:, None, :]).byte().argmax(-1)
-    return x.gather(1, first)
+    is_equal = items[:, :, None] == items[:, None, :]
+    first_equal = is_equal.byte().argmax(-1)  # the first of the largest values
+    return x.gather(1, first_equal)
 
 
 def others(listed: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:

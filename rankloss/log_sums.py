@@ -32,6 +32,7 @@ class _LogCumSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         x, y = ctx.saved_tensors
+        # ∂/∂x_q = e^{x_q}·Σ_{p ≥ q} e^{−y_p}·g_p
         gradient: Tensor = _RunningSum.apply(-y, x, upstream[0], True)  # type: ignore[no-untyped-call]
         return gradient
 

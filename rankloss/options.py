@@ -11,7 +11,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -44,17 +44,17 @@ OF_REFERENCE = ("lists", "worth", "ties", "discount")
 
 def _refusing_those_of_reference(options: type[T]) -> type[T]:
     """A class of options whose error about one of :data:`OF_REFERENCE` says where it is."""
-    init: Any = options.__init__
+    dataclass_init: Any = options.__init__
 
-    @functools.wraps(init)
-    def checked(self: T, **given: Any) -> None:
+    @functools.wraps(dataclass_init)  # with the signature, which tools read
+    def checked_init(self: T, **values: Any) -> None:
         for name in OF_REFERENCE:
-            if name in given:
+            if name in values:
                 where = "rankloss.reference.cross_modal and in_modal have it"
                 raise TypeError(f"{options.__name__} has no option {name!r}; {where}")
-        init(self, **given)
+        dataclass_init(self, **values)
 
-    options.__init__ = checked  # type: ignore[assignment, method-assign]
+    options.__init__ = checked_init  # type: ignore[assignment, method-assign]
     return options
 
 
@@ -121,33 +121,51 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         for option in fields(RankOptions):  # a derived class checks its own
-            name = option.name
-            value = getattr(self, option.name)
-            bounds = option.metadata
-            if CHOICES[name]:
-                check_choice(name, value, CHOICES[name])
-            elif value is not None or option.default is not None:
-                check = check_weight if "above" in bounds else check_count
-                object.__setattr__(self, name, check(name, value, **bounds))
+            self._check_value(option)
         needs: list[tuple[bool, str, dict[str, Any]]] = [
             (self.bins != _BINS, "bins", {"method": "bin"}),
             (self.reference_scale is not None, "reference_scale", {"model": "top_one"}),
             (self.model == "top_one", "model", {"top_k": None, "method": "sort"}),
         ]
         for is_given, name, needed in needs:
-            for other, value in needed.items():
-                if is_given and (got := getattr(self, other)) != value:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} needs {other}={value!r}; got {other}={got!r}"
-                    )
+            if is_given:
+                self._check_needs(name, needed)
+
+    def _check_value(self, option: Field[Any]) -> None:
+        """Raise a ValueError unless an option's value is a choice or a number in bounds; convert a number."""
+        name = option.name
+        value = getattr(self, name)
+        bounds = option.metadata
+        if CHOICES[name]:
+            check_choice(name, value, CHOICES[name])
+            return
+        if value is None and option.default is None:
+            return
+        check = check_weight if "above" in bounds else check_count
+        object.__setattr__(self, name, check(name, value, **bounds))  # the class is frozen
+
+    def _check_needs(self, name: str, needed: dict[str, Any]) -> None:
+        """Raise a ValueError unless other options have the values that an option needs."""
+        for other, value in needed.items():
+            if getattr(self, other) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs {other}={value!r}; got "
+                    f"{other}={getattr(self, other)!r}"
+                )
 
     def __repr__(self) -> str:
-        return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
+        changed = [f"{name}={value!r}" for name, value in self.changed.items()]
+        return f"RankOptions({', '.join(changed)})"
 
     @property
     def changed(self) -> dict[str, Any]:
         """The options with other values than their defaults."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        changed = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default:
+                changed[option.name] = value
+        return changed
 
     @functools.cached_property
     def directions(self) -> tuple[float, float]:
@@ -187,10 +205,14 @@ class RankOptions:
         return module
 
 
-CHOICES: dict[str, tuple[Any, ...]] = {
-    name: (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
-    for name, hint in get_type_hints(RankOptions).items()
-}
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The choices of a type; empty for a number."""
+    if hint is bool:
+        return (True, False)
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+CHOICES = {name: _choices(hint) for name, hint in get_type_hints(RankOptions).items()}
 """The choices of an option, by name; empty for a number."""
 
 

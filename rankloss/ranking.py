@@ -152,7 +152,7 @@ class Selected(Ranking):
         self.counted = reference >= ordered[..., :1]
         self.items = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
         sizes = run_lengths(ordered)
-        # The first run also includes the tied items that were not selected.
+        # The first run also includes the tied items that were not selected; its last slot has their weight.
         ends_first_run = (ordered == ordered[..., :1]) & (sizes > 0)
         not_selected = self.items - top_k
         sizes = torch.where(ends_first_run, sizes + not_selected, sizes)
@@ -209,9 +209,10 @@ def tied_places(ordered: Tensor) -> tuple[Tensor, Tensor]:
     is_tied_with_next = values[1:] == values[:-1]
     is_tied_with_next[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
     tied = np.flatnonzero(is_tied_with_next)
-    is_break = np.diff(tied) > 1
-    begins = tied[np.append(True, is_break)[: len(tied)]]
-    ends = 1 + tied[np.append(is_break, True)[: len(tied)]]
+    is_other_run = np.diff(tied) > 1  # between a tied place and the next one in ``tied``
+    outermost = np.ones(min(1, len(tied)), dtype=bool)  # the first place begins a run, the last ends one
+    begins = tied[np.concatenate([outermost, is_other_run])]
+    ends = 1 + tied[np.concatenate([is_other_run, outermost])]
     places = np.concatenate([tied, ends])
     lengths = np.concatenate([np.zeros(len(tied)), ends - begins + 1])
     return torch.from_numpy(places), torch.from_numpy(lengths)
@@ -340,12 +341,13 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     lowest.clamp_(limits.min, limits.max)  # differences of infinities are avoided
     # Neither the best items nor NaN, nor items of a list with NaN, are other items.
     is_other = reference < highest
-    last = highest.gt_(lowest).mul_(bins - 1)  # but 0 if all items of the list are tied
     second = torch.where(is_other, reference, lowest).amax(-1, keepdim=True)
     # A list whose other items are all tied has no range.
     width = (second - lowest).div_(bins - 1).clamp_(limits.tiny, limits.max)
-    place = (reference - lowest).div_(width).clamp_(0, bins - 2)
-    return torch.where(is_other, place, last).long()
+    bin_of_other = (reference - lowest).div_(width).clamp_(0, bins - 2)
+    has_order = highest.gt_(lowest)  # 1, or 0 if all items of the list are tied; it overwrites the highest
+    bin_of_best = has_order.mul_(bins - 1)
+    return torch.where(is_other, bin_of_other, bin_of_best).long()
 
 
 # --- sorting ----------------------------------------------------------------------------------------------

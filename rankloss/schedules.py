@@ -93,11 +93,13 @@ def by_name(name: str) -> Schedule:
 
 
 def _checked(i: int, n: int) -> tuple[int, int]:
+    """Both as ints of Python, or a ValueError unless i is one of 1 … n."""
     if not (isinstance(i, Integral) and isinstance(n, Integral) and 1 <= i <= n):
         raise ValueError(f"a schedule needs integers 1 <= i <= n; got i={i!r}, n={n!r}")
     return int(i), int(n)  # NumPy's small integers would overflow
 
 
 def _progress(i: int, n: int) -> float:
+    """``(i − 1) / (n − 1)``; with n = 1 the end value, 1."""
     i, n = _checked(i, n)
     return 1.0 if n == 1 else (i - 1) / (n - 1)
