@@ -37,7 +37,7 @@ _logger = logging.getLogger("rankloss_open_clip")
 def start(args: Any, choice: Choice) -> TrainerLoss:
     """Build the losses of a run, check them and their data, and compute their teacher.
 
-    The trainer then makes a folder of logs, whose name cannot be used again.
+    All of it comes before the trainer makes its folder of logs, since it refuses a name that it has used.
 
     Raises:
         ValueError: The reason against them, which begins with a flag.

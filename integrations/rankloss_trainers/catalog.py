@@ -214,7 +214,8 @@ def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss
         if not isinstance(options, Mapping):
             raise TypeError(f"options of {key} must be a mapping; got {options!r}")
     losses = [Loss(name, _among(name, names), given.get(name, {}), package_of(name)) for name in names]
-    return sorted(losses, key=lambda loss: not loss.replaces)
+    replacing = [loss for loss in losses if loss.replaces]
+    return [*replacing, *(loss for loss in losses if not loss.replaces)]
 
 
 def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:

@@ -167,7 +167,8 @@ class LossArguments:
             except Exception as error:  # another package's, whose option the parser has, say
                 for name in with_one_prefix:
                     self._refuse(name, str(error))
-        loss.help = f"{self._summaries()} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+        text = f"{self._summaries()} (default: {default or TRAINERS_OWN})"
+        loss.help = text.replace("%", "%%")  # argparse formats a help by %
 
     def _by_prefix(self, names: Iterable[str]) -> dict[str, dict[str, Named]]:
         """The losses of these names by the prefix of their options; one that cannot be used is refused."""
@@ -305,7 +306,7 @@ def _add(group: Any, prefix: str, option: Option, presets: Mapping[str, Any] = M
         default=argparse.SUPPRESS,
         type=_typed(option),
         metavar=option.metavar,
-        help=f"{option.help} ({defaults})".replace("%", "%%"),
+        help=f"{option.help} ({defaults})".replace("%", "%%"),  # argparse formats it by %
     )
 
 

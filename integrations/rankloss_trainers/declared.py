@@ -159,11 +159,16 @@ class Loss:
 
     @property
     def replaces(self) -> bool:
-        """True if it takes the place of the trainer's loss; False if it stands on another."""
+        """True if it takes the place of the trainer's loss; False if it stands on another.
+
+        A constructor without an argument ``base`` builds a loss that stands on none. A module that was given
+        is the user's, and replaces nothing.
+        """
         if self.named.replaces:
             return True
-        is_built_here = self.package is not None
-        return is_built_here and "base" not in inspect.signature(self.named.constructor).parameters
+        was_given = self.package is None
+        takes_base = "base" in inspect.signature(self.named.constructor).parameters
+        return not was_given and not takes_base
 
     @property
     def values(self) -> dict[str, Any]:

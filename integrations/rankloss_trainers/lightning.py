@@ -116,8 +116,8 @@ class Progress(Callback):
     def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
         """The unit of a run."""
         has_epochs_alone = bool(self._listeners(pl_module, "epoch", "step"))
-        if self._given != "auto" and has_epochs_alone:
-            return self.unit
+        if self._given != "auto" and has_epochs_alone:  # in a run of one epoch, too
+            return self._given
         by_steps = self.total_steps is not None or trainer.max_steps != -1
         epochs = math.inf if by_steps else trainer.max_epochs or 0
         return RunOptions(schedule_unit=self._given).unit(epochs)
@@ -239,8 +239,8 @@ def _epochs_of(trainer: Any, reasons: list[str]) -> int:
 
 def _steps_of(trainer: Any, reasons: list[str]) -> int:
     """The steps of a run as the trainer knows them, unless there are reasons why it does not."""
-    has_no_last_epoch = trainer.max_epochs in (None, -1)
-    if reasons and not has_no_last_epoch:
+    is_ended_by_steps_alone = trainer.max_epochs in (None, -1)
+    if reasons and not is_ended_by_steps_alone:
         raise ValueError(f"with {reasons[0]} the steps of the run are not known: give Progress total_steps")
     steps = float(trainer.estimated_stepping_batches)
     if not 1 <= steps < math.inf:  # -1 stands for no limit

@@ -117,7 +117,7 @@ def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[A
     of_base = options.get(first, {}) if joins else options
     if not isinstance(of_base, Mapping):
         raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
-    base = Loss(first, Named(BASES[first]), of_base).build(None, Gather.of(gather))
+    base = Loss(first, Named(BASES[first]), of_base).build(base=None, gather=Gather.of(gather))
     if not joins:
         return base, []
     of_others = {key: value for key, value in options.items() if key != first}

@@ -233,7 +233,7 @@ class Runtime(nn.Module):
         self._is_told = not self._has_progress
 
     def go_on(self) -> None:
-        """The step that was told goes on, with another of its batches."""
+        """A further batch of the present step comes: for a host that calls :meth:`end` after each batch."""
         self._is_told = True
 
     def set_epoch(self, epoch: int, epochs: int) -> None:

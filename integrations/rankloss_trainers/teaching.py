@@ -112,6 +112,7 @@ class Teaching:
 
     @property
     def _is_one_encoder(self) -> bool:
+        """True for a teacher of images or texts alone."""
         return self.teacher is not None and self.teacher.is_one_encoder
 
     @property
@@ -195,7 +196,7 @@ class Teaching:
             matrix = torch.eye(teacher_width, student_width)
         elif student_width < teacher_width and self.features is not None:
             matrix = self.features.components(student_width).matrix
-        else:
+        else:  # nothing is to be done, or nothing can be: the loss then names both widths
             return
         for part in parts:
             part.components = matrix

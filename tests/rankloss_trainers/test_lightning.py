@@ -459,6 +459,33 @@ def test_module_that_is_told_again_has_the_lambdas_of_a_new_training(tmp_path: P
         assert lambdas(module) == pytest.approx(linear(*range(1, 5)) * 2)
 
 
+class Told(nn.Module):
+    """A part of a loss that goes by epochs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[tuple[int, int]] = []
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        self.epochs.append((epoch, epochs))
+
+
+class ToldAtEpochs(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Told()
+
+
+def test_a_callback_by_epochs_that_served_a_run_of_one_epoch_by_steps_goes_by_epochs_again(
+    tmp_path: Path,
+) -> None:
+    progress, module = Progress("epoch"), ToldAtEpochs()
+    fit(tmp_path, Module(), max_epochs=1, callbacks=[progress])
+    assert progress.unit == "step"
+    fit(tmp_path, module, max_epochs=2, callbacks=[progress])
+    assert module.part.epochs[-2:] == [(1, 2), (2, 2)]
+
+
 # --- several processes ----------------------------------------------------------------------------------
 
 

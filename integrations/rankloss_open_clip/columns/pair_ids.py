@@ -40,9 +40,11 @@ class PairIds:
             ValueError: The file has no such column, or a column of it that holds no ids.
         """
         if self.key == CAPTIONS:
-            return make_ids([str(x) for x in dataset.captions], CAPTIONS).tolist()
+            captions = [str(caption) for caption in dataset.captions]
+            return make_ids(captions, CAPTIONS).tolist()
         (column,) = read_columns(path, separator, self.key)
-        ids = make_ids(ids_as_written(path, separator, self.key, column), self.key)
+        as_written = ids_as_written(path, separator, self.key, column)
+        ids = make_ids(as_written, self.key)
         check_column(ids, self.key)
         return ids.tolist()
 

@@ -77,7 +77,7 @@ class Progress(TrainerProgress):
             run.go_on()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """After a line about training an interval begins."""
+        """After a line of the log about training, the next line's metrics begin."""
         is_about_training = "loss" in logs
         if is_about_training:
             for loss in self._losses:
@@ -132,7 +132,8 @@ def _image_column(folder: Features, datasets_of_run: list[Any]) -> int:
 def _check_labels(dataset: Any) -> None:
     """Raise a ValueError for a table whose pairs all have one label."""
     if isinstance(dataset, datasets.Dataset) and "label" in dataset.column_names:
-        labels = torch.as_tensor(dataset.with_format("numpy")["label"][:])
+        array = dataset.with_format("numpy")["label"][:]  # all rows of what may be a lazy column
+        labels = torch.as_tensor(array)
         are_ids = not labels.is_floating_point() and labels.dim() == 1  # others are of another loss
         if are_ids:
             check_column(labels, "label")

@@ -200,7 +200,7 @@ def read_list(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any
 
 
 def _grade_of(rank: Any) -> Any:
-    """The grade of a rank, of which a smaller one is better; no number stays for the check's error."""
+    """The grade of a rank, as a smaller rank is better; what is no number stays, for the check's error."""
     is_number = isinstance(rank, (int, float)) and not isinstance(rank, bool)
     return -rank if is_number else rank
 
@@ -308,7 +308,7 @@ def embed(
             arguments["logit_bias"] = features["logit_bias"]
         else:  # changes no list, but is a parameter of which DDP expects a gradient
             arguments["logit_scale"] = features["logit_scale"] + 0.0 * features["logit_bias"]
-    candidates = others[: len(ids)]
+    candidates = others[: len(ids)]  # the own ones follow
     arguments.update(pad_lists(run.gather, candidates, index, grades, ids))
     if "excluded_ids" in inputs:
         arguments["excluded_ids"] = inputs["excluded_ids"]

@@ -42,9 +42,12 @@ def collate_pairs(
     batch = collate(_without((COLUMN, key), examples) if of_loss else examples)
     if of_loss:
         batch = {**batch, **of_loss}
-    for name in TEACHER:  # in the host's memory, where a look at them waits for nothing
-        if isinstance(batch, Mapping) and name in batch:
-            check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
+    if isinstance(batch, Mapping):
+        # Here the features are in the host's memory, where reading them waits for no device. Their norms are
+        # checked by the loss, at its first batch.
+        for name in TEACHER:
+            if name in batch:
+                check_teacher(name, batch[name], first_look=False)
     return batch
 
 
