@@ -52,15 +52,15 @@ _PATCHED = "_rankloss_open_clip_patched"
 
 def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
     """Wrap the functions that a module's namespace has, each once; True if it has any."""
-    found = {name: names[name] for name in wrappers if name in names}
+    originals = {name: names[name] for name in wrappers if name in names}
     replaced = {}
-    for name, original in found.items():
+    for name, original in originals.items():
         # The mark sits on the function, not on the module: a reloaded module has new functions to patch.
         if not getattr(original, _PATCHED, False):
             replaced[name] = functools.wraps(original)(wrappers[name](original))
             setattr(replaced[name], _PATCHED, True)
     names.update(replaced)
-    return bool(found)
+    return bool(originals)
 
 
 def _with_loss(replacement: str, *layouts: set[str]) -> Wrapper:

@@ -215,7 +215,8 @@ def choose_each(names: Sequence[str], given: Mapping[str, Options]) -> list[Loss
             raise TypeError(f"options of {key} must be a mapping; got {options!r}")
     losses = [Loss(name, _among(name, names), given.get(name, {}), package_of(name)) for name in names]
     replacing = [loss for loss in losses if loss.replaces]
-    return [*replacing, *(loss for loss in losses if not loss.replaces)]
+    added = [loss for loss in losses if not loss.replaces]
+    return replacing + added
 
 
 def choose(name: str, given: Options = MappingProxyType({})) -> list[Loss]:

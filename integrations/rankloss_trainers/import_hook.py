@@ -42,14 +42,23 @@ class Finder:
             return None  # the second case: another delegating finder, called from here, asks back
         self._searching.add(search)
         try:
-            others = [x for x in sys.meta_path if x is not self and hasattr(x, "find_spec")]
-            found = (finder.find_spec(fullname, path, target) for finder in others)
-            spec = next((spec for spec in found if spec is not None), None)
+            spec = self._find_by_others(fullname, path, target)
         finally:
             self._searching.remove(search)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _acting(spec.loader, self.actions[fullname])
         return spec
+
+    def _find_by_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> ModuleSpec | None:
+        """The module's spec by the first of the other finders that has one; None without any."""
+        for finder in list(sys.meta_path):  # which a finder may change
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+        return None
 
 
 def _acting(loader: Any, act: Callable[[ModuleType], None]) -> Any:
@@ -60,7 +69,7 @@ def _acting(loader: Any, act: Callable[[ModuleType], None]) -> Any:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        loader.exec_module = execute
+        loader.exec_module = execute  # its own again, for a reload
         execute(module)
         act(module)
 
@@ -76,7 +85,8 @@ def after_import(actions: Mapping[str, Callable[[ModuleType], None]]) -> None:
     Args:
         actions: The functions, by the full name of the module.
     """
-    if not any(isinstance(finder, Finder) and finder.actions == actions for finder in sys.meta_path):
+    is_waiting = any(isinstance(finder, Finder) and finder.actions == actions for finder in sys.meta_path)
+    if not is_waiting:
         sys.meta_path.insert(0, Finder(actions))
     for name, act in actions.items():
         module = sys.modules.get(name)

@@ -232,8 +232,8 @@ def _epochs_of(trainer: Any, reasons: list[str]) -> int:
     if trainer.max_steps != -1:
         reasons = [*reasons, f"max_steps={trainer.max_steps}"]
     if epochs < 1 or reasons:
-        got = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
-        raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {got}")
+        shown = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
+        raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {shown}")
     return int(epochs)
 
 

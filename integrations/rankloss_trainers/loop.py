@@ -45,12 +45,13 @@ class CreatedLoss(nn.Module):
     def __init__(self, loss: nn.Module, base: Any) -> None:
         super().__init__()
         self.loss = loss
-        self._base = [base]  # in a list: where it is replaced, it is no part of the loss
+        self._held_base = [base]  # in a list, so that it is no submodule: a loss that replaces it lacks it
 
     @property
     def base(self) -> Any:
         """The loss under all others, which a validation calls: it does not grow with λ."""
-        return self._base[0]
+        (base,) = self._held_base
+        return base
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss, or with ``output_dict`` its terms by name."""

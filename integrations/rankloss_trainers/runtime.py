@@ -364,8 +364,10 @@ class Runtime(nn.Module):
 
         Of tensors, texts and containers only.
         """
-        state = {key: x.detach().to("cpu", copy=True) for key, x in self.criterion.state_dict().items()}
-        return {"loss": self.name, "state_dict": state, "training": self._training}
+        copies = {}
+        for key, tensor in self.criterion.state_dict().items():
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return {"loss": self.name, "state_dict": copies, "training": self._training}
 
     def restore(self, state: Mapping[str, Any] | None, *, warn: bool = True) -> None:
         """Load a state of :meth:`saved`, whose tensors may have become lists, or begin anew.

@@ -216,7 +216,8 @@ def _named_teacher(host: Host, name: str, losses: Sequence[Loss], option: str | 
 
 def _own_teachers(losses: Sequence[Loss]) -> list[str]:
     """The teachers that losses have where a run names none."""
-    return sorted({teacher for loss in losses if (teacher := loss.named.teacher)} - {"required"})
+    declared = {loss.named.teacher for loss in losses if loss.named.teacher is not None}
+    return sorted(declared - {"required"})
 
 
 def _use(name: str, losses: Sequence[Loss], criterion: nn.Module, option: str | None) -> str:

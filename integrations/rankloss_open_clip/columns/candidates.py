@@ -207,9 +207,10 @@ class Candidates:
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
         """The texts, then the candidates of all lists, padding left out."""
         fields = _Fields.of(encoded, self._places)
-        has_candidate = fields.mask[:, self.own_places :]
+        has_candidate = fields.mask[:, self.own_places :]  # [B, candidates]
         candidates, context = has_candidate.shape[1], texts.shape[1]
-        tokens = fields.tokens[:, : candidates * context].unflatten(1, (candidates, context))
+        flat_tokens = fields.tokens[:, : candidates * context]
+        tokens = flat_tokens.unflatten(1, (candidates, context))
         return torch.cat([texts, tokens[has_candidate]])
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class SecondCaption:
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
         """The first captions, then the second ones."""
-        return torch.cat([texts, encoded[:, : texts.shape[1]]])
+        context = texts.shape[1]
+        return torch.cat([texts, encoded[:, :context]])
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:  # noqa: ARG002
         """The features of both captions, apart."""

@@ -208,7 +208,7 @@ class TextColumns:
             text = kwargs.get("text", by_position)
             if not isinstance(text, Tensor) or text.dim() != 3:  # with columns [n, 1 + columns, width]
                 return None
-            padded_tokens, *columns = text.unbind(1)
+            padded_tokens, *columns = text.unbind(1)  # as _tokenized has stacked them
             held.extend(columns)
             tokens = padded_tokens[:, : self.context].contiguous()
             for part, column in zip(self.parts, columns, strict=True):

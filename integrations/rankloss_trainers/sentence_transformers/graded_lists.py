@@ -195,7 +195,7 @@ class RankedListsLoss(EmbeddingLoss):
 
     def _embedded_column(self, column: dict[str, Tensor]) -> Tensor:
         """The embeddings of a column, which gets the model's output: AdaptiveLayerLoss takes its layers."""
-        inputs = {name: x for name, x in column.items() if name != _IDS}
+        inputs = {name: value for name, value in column.items() if name != _IDS}
         embeddings = self.embedded(inputs)
         column.update(inputs)
         return embeddings

@@ -158,9 +158,13 @@ class ContrastiveLoss(EmbeddingLoss):
         An error ends a training without a call of its callbacks, and the loss may go into another training
         that does not tell it: the second batch there is refused, if not the first.
         """
+
+        def end(_gradient: Tensor) -> None:
+            self.run.end()
+
         for term in entries.terms.values():
             if term.requires_grad:
-                term.register_hook(lambda _: self.run.end())
+                term.register_hook(end)
 
     def _logged(self, entries: Entries) -> dict[str, Tensor]:
         """The metrics of this interval of the log; the trainer divides their sums by all of its steps.
@@ -220,7 +224,8 @@ class ContrastiveLoss(EmbeddingLoss):
 
     def _warn_of_unused_labels(self) -> None:
         """Warn once of labels that are neither a teacher's nor ids, such as grades of the pairs."""
-        if not self._has_warned and self.run.gather.place[0] == 0:
+        rank, _world_size = self.run.gather.place
+        if rank == 0 and not self._has_warned:
             self._has_warned = True
             text = "%s does not use the column label, and takes every pair for a match: leave out the pairs "
             _logger.warning(text + "that are none, and remove the column", self.run.name)

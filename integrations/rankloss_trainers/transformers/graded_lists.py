@@ -245,6 +245,7 @@ def check_lists_fit(run: Runtime, graded_by: str, *, has_pairs: bool) -> None:
     uses_values = any(getattr(part, "uses_grade_values", False) for part in parts)
     if graded_by == "ranks" and uses_values:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
+    # A part on a base trains pairs. One that says whether it needs them trains them beside lists.
     on_pairs = [part for part in parts if getattr(part, "base", None) is not None]
     if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")

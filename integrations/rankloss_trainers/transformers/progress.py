@@ -104,6 +104,6 @@ def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> Non
         last = pairs % (size * processes)  # 0 where all batches are full
         is_too_small, is_uneven = 0 < last < least, last > 0 and processes > 1
         if is_too_small or is_uneven:
-            said = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
+            reason = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
             data = f"{pairs} pairs in batches of {size} on {processes} process(es)"
-            raise ValueError(f"{said}: {data}; set dataloader_drop_last=True")
+            raise ValueError(f"{reason}: {data}; set dataloader_drop_last=True")

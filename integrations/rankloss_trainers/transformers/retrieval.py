@@ -74,7 +74,8 @@ class Retrieval:
         """
         if not self._batches:
             return {}
-        columns = {name: torch.cat([batch[name] for batch in self._batches]) for name in self._batches[0]}
+        names = self._batches[0].keys()
+        columns = {name: torch.cat([batch[name] for batch in self._batches]) for name in names}
         self._batches.clear()
         image_features, text_features = columns["images"].float(), columns["texts"].float()
         is_finite = bool(image_features.isfinite().all() and text_features.isfinite().all())
