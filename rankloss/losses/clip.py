@@ -111,10 +111,17 @@ class ClipLoss(StreamedLoss):
         super().__init__(same_id=same_id, gather=gather, chunk_size=chunk_size, memory_budget=memory_budget)
         self.label_smoothing = check_weight("label_smoothing", label_smoothing, below=1.0)
 
-    def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
+    def check_inputs(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = None,
+        **more: Any,
+    ) -> None:
         """Check the inputs, and warn once of a bias."""
-        super().check_inputs(image_features, text_features, *numbers, **more)
-        self.warn_of_bias(numbers[1])
+        super().check_inputs(image_features, text_features, logit_scale, logit_bias, **more)
+        self.warn_of_bias(logit_bias)
 
     def warn_of_bias(self, logit_bias: Number | None) -> None:
         """Warn once of a bias, which no softmax depends on: a model that has one is SigLIP's."""
@@ -144,10 +151,11 @@ class ClipLoss(StreamedLoss):
             excess = _excess_over_mean(self._batch(images, texts, scale), ids, self.same_id)
         return loss + (self.label_smoothing * excess).to(loss.dtype)
 
-    def extra_repr(self) -> str:
+    @property
+    def _changed_options(self) -> dict[str, Any]:
         """The options with other values than their defaults."""
-        smoothing = [f"label_smoothing={self.label_smoothing!r}"] if self.label_smoothing else []
-        return ", ".join([*smoothing, *filter(None, [super().extra_repr()])])
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return {**smoothing, **super()._changed_options}
 
     def _whole(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
@@ -190,26 +198,38 @@ def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) 
     rows = slice(batch.first_row, batch.first_row + batch.anchors)
     excess = []
     for anchors, items, _ in batch.matrices("cross_modal"):
-        right = items[rows]
-        mean = items.mean(0)
-        if ids is not None:
-            # In float64 where there is one: the sum of all less that of an id may be a small difference.
-            widened = items.to(widest_dtype(items.device))
-            sum_of_id = _sums_by_id(widened, ids)[rows]
-            size = _sums_by_id(torch.ones_like(widened[:, :1]), ids)[rows]
-            if same_id == "share":
-                right = sum_of_id / size
-            else:
-                mean = (widened.sum(0) - sum_of_id + right) / (len(items) - size + 1)
+        right, mean = _right_and_mean_items(items, rows, ids, same_id)
         excess.append((anchors * (right - mean)).sum())
     total = batch.inputs.scale * (excess[0] + excess[1])
     return total / (2 * batch.anchors)
 
 
+def _right_and_mean_items(
+    items: Tensor, rows: slice, ids: Tensor | None, same_id: SameId | None
+) -> tuple[Tensor, Tensor]:
+    """The mean of a row's right items, and that of its counted items: ``[n, D]`` each, or one for all rows.
+
+    An anchor's products with them, times the scale, are the row's right logit and its mean logit.
+    """
+    own = items[rows]
+    mean_of_all = items.mean(0)
+    if ids is None:
+        return own, mean_of_all
+    # In float64 where there is one: the sum of all less that of an id may be a small difference.
+    widened = items.to(widest_dtype(items.device))
+    sum_of_id = _sums_by_id(widened, ids)[rows]
+    size = _sums_by_id(torch.ones_like(widened[:, :1]), ids)[rows]
+    if same_id == "share":
+        return sum_of_id / size, mean_of_all
+    sum_of_counted = widened.sum(0) - sum_of_id + own
+    return own, sum_of_counted / (len(items) - size + 1)
+
+
 def _sums_by_id(features: Tensor, ids: Tensor) -> Tensor:
     """The sum over the rows that have the id of row i, for every i: as ``features``."""
     first = first_of_id(ids)
-    return torch.zeros_like(features).index_add(0, first, features)[first]
+    sums_at_first = torch.zeros_like(features).index_add(0, first, features)
+    return sums_at_first[first]
 
 
 def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None, first_row: int) -> Tensor:

@@ -53,6 +53,7 @@ TEACHER = ("reference_image_features", "reference_text_features")
 
 @functools.cache  # each call of a loss asks
 def _keyword_only(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The keyword-only arguments of a function, by name."""
     parameters = inspect.signature(function).parameters
     return {name: x for name, x in parameters.items() if x.kind is x.KEYWORD_ONLY}
 
@@ -84,10 +85,14 @@ def takes_teacher(loss: Base) -> bool:
     arguments = call_arguments(loss)
     if not set(TEACHER).isdisjoint(arguments):
         return True
-    if all(x.kind is not x.VAR_KEYWORD for x in arguments.values()):
+    passes_inputs_on = any(x.kind is x.VAR_KEYWORD for x in arguments.values())
+    if not passes_inputs_on:
         return False
-    below = [getattr(loss, "base", None), *(loss.children() if isinstance(loss, nn.Module) else ())]
-    return any(takes_teacher(x) for x in below if x is not None)
+    losses_within = list(loss.children()) if isinstance(loss, nn.Module) else []
+    base = getattr(loss, "base", None)  # a function is no child
+    if base is not None:
+        losses_within.insert(0, base)
+    return any(takes_teacher(within) for within in losses_within)
 
 
 def base_entries(
@@ -128,10 +133,11 @@ def base_entries(
     """
     if logit_bias is not None:
         base_inputs["logit_bias"] = logit_bias
-    given = {} if teacher is None else {**{x: base_inputs.pop(x, None) for x in TEACHER}, **teacher}
-    features = {name: x for name, x in given.items() if x is not None}
-    if features and takes_teacher(base):
-        base_inputs.update(features)
+    if teacher is not None:
+        of_base = {name: base_inputs.pop(name, None) for name in TEACHER}
+        given = {name: x for name, x in {**of_base, **teacher}.items() if x is not None}
+        if given and takes_teacher(base):
+            base_inputs.update(given)
     base_output = base(
         image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,
@@ -144,6 +150,7 @@ def base_entries(
 
 
 def _checked_entry(name: str, value: Tensor) -> Tensor:
+    """An entry of a base in float32 at least; a ValueError for one of several values."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     if value.numel() != 1:

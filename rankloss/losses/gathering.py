@@ -103,20 +103,24 @@ class GatheringLoss(nn.Module):
                 checks.check_is_number("logit_bias", logit_bias, image_features)
             if pair_ids is not None:
                 checks.check_ids("pair_ids", pair_ids, image_features)
-            checked = self._checked_once
             for name, x in references.items():
-                first_look = name not in checked
-                if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
-                    checks.warn_of_one_row(name, x)
-                    checked.add(name)
+                if x is not None:
+                    self._check_teacher(name, x, image_features)
             for name, x in features.items():
-                if name not in checked and can_be_read(x):
+                if name not in self._checked_once and can_be_read(x):
                     checks.warn_of_norms(name, x)
-                    checked.add(name)
-            if "logit_scale" not in checked and checks.warn_of_scale(
-                "logit_scale", logit_scale, image_features
-            ):
-                checked.add("logit_scale")
+                    self._checked_once.add(name)
+            if "logit_scale" not in self._checked_once:
+                is_read = checks.warn_of_scale("logit_scale", logit_scale, image_features)
+                if is_read:
+                    self._checked_once.add("logit_scale")
+
+    def _check_teacher(self, name: str, features: Tensor, image_features: Tensor) -> None:
+        first_look = name not in self._checked_once
+        are_read = checks.check_teacher(name, features, image_features, first_look=first_look)
+        if are_read:
+            checks.warn_of_one_row(name, features)
+            self._checked_once.add(name)
 
     def weighted_terms(
         self,
@@ -277,22 +281,27 @@ class StreamedLoss(GatheringLoss):
             pair_ids: ``[N]`` integers, equal for pairs that belong together; with ``same_id``.
         """
         self.check_inputs(image_features, text_features, logit_scale, logit_bias, pair_ids=pair_ids)
+        self._check_ids_are_used(pair_ids)
+        ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        image_features = image_features.resolve_neg().to(dtype)
+        text_features = text_features.resolve_neg().to(dtype)
+        columns = len(image_features) * self.gather.place[1]
+        rows = len(image_features) if self.gather.anchors_are_local else columns
+        fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
+        may_overflow = dtype == torch.float16  # in a sum over a large batch
+        is_whole = columns == 1 or (fits and not may_overflow)
+        loss = self.compute(is_whole, image_features, text_features, logit_scale, logit_bias, ids)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _check_ids_are_used(self, pair_ids: Tensor | None) -> None:
+        """Raise a ValueError unless ids and ``same_id`` are given together."""
         name = type(self).__name__
         if pair_ids is None and self.same_id is not None:
             raise ValueError(f"{name}(same_id={self.same_id!r}) needs pair_ids, an integer for every pair")
         if pair_ids is not None and self.same_id is None:
             choices = " or ".join(map(repr, get_args(SameId)))
             raise ValueError(f"pair_ids needs same_id={choices}; got {name}(same_id=None)")
-        ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
-        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        image_features, text_features = (x.resolve_neg().to(dtype) for x in (image_features, text_features))
-        columns = len(image_features) * self.gather.place[1]
-        rows = len(image_features) if self.gather.anchors_are_local else columns
-        fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
-        fits = fits and dtype != torch.float16  # in which a sum over a large batch overflows
-        is_whole = fits or columns == 1
-        loss = self.compute(is_whole, image_features, text_features, logit_scale, logit_bias, ids)
-        return {"contrastive_loss": loss} if output_dict else loss
 
     def compute(
         self,
@@ -304,12 +313,19 @@ class StreamedLoss(GatheringLoss):
         ids: Tensor | None,
     ) -> Tensor:
         """The loss of checked inputs, by the formula or in chunks."""
-        return (self._whole if is_whole else self._streamed)(images, texts, scale, bias, ids)
+        if is_whole:
+            return self._whole(images, texts, scale, bias, ids)
+        return self._streamed(images, texts, scale, bias, ids)
+
+    @property
+    def _changed_options(self) -> dict[str, Any]:
+        """The options with other values than their defaults."""
+        same_id = {} if self.same_id is None else {"same_id": self.same_id}
+        return {**same_id, **self._options.changed}
 
     def extra_repr(self) -> str:
         """The options with other values than their defaults."""
-        same_id = {} if self.same_id is None else {"same_id": self.same_id}
-        return ", ".join(f"{name}={value!r}" for name, value in {**same_id, **self._options.changed}.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._changed_options.items())
 
 
 def scaled_cosines(scale: Number, anchors: Tensor, items: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,10 @@ class ListInputs(NamedTuple):
 
     def scaled_reference(self) -> tuple[Tensor | None, Tensor | None]:
         """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``."""
-        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
-        if queries is None:
+        queries = self.reference_query_features
+        candidates = self.reference_candidate_features
+        scale = self.reference_scale
+        if queries is None or candidates is None or scale is None:  # they go together, see _check_reference
             return None, None
         dtype = precision.arithmetic_dtype(queries, candidates)
         scale = scale.detach().reshape(()) if isinstance(scale, Tensor) else scale
@@ -59,57 +62,63 @@ class ListInputs(NamedTuple):
     def check(self, has_negatives: bool) -> None:
         """Raise an error that names the argument unless types, shapes and devices fit."""
         queries = self.query_features
-        candidates = self.candidate_features
-        ids = self.candidate_ids
         checks.check_matrix("query_features", queries)
-        n, d = queries.shape
-        dtypes_of_lists = {
-            "grades": _REALS,
-            "candidate_index": checks.INTEGERS,
-            "mask": {torch.bool},
-            "reference_scores": _REALS,
-        }
-        for name, dtypes in dtypes_of_lists.items():
-            x = getattr(self, name)
-            if x is None and name != "grades":
-                continue
-            checks.check_is_tensor(name, x)
-            if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != self.grades.shape:
-                raise ValueError(
-                    f"{name} must have shape [N, K], with N = {n} queries and K at least 1 as in grades; "
-                    f"got {tuple(x.shape)}"
-                )
-            if x.dtype not in dtypes:
-                raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
-            checks.check_device(name, x, queries, "query_features")
-        self._check_candidates("candidate_features", candidates, d)
-        if ids is not None:
-            checks.check_is_tensor("candidate_ids", ids)
-            shape = candidates.shape[:-1]
-            if ids.shape != shape or ids.dtype not in checks.INTEGERS:
-                needed = f"integers of shape {tuple(shape)}"
-                raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
-            checks.check_device("candidate_ids", ids, queries, "query_features")
-        if self.excluded_ids is not None:
-            checks.check_ids("excluded_ids", self.excluded_ids, queries)
-            if ids is None:
-                raise ValueError("excluded_ids are ids of candidates, and need candidate_ids")
+        self._check_of_lists("grades", self.grades, _REALS)
+        if self.candidate_index is not None:
+            self._check_of_lists("candidate_index", self.candidate_index, checks.INTEGERS)
+        if self.mask is not None:
+            self._check_of_lists("mask", self.mask, {torch.bool})
+        if self.reference_scores is not None:
+            self._check_of_lists("reference_scores", self.reference_scores, _REALS)
+        _, width = queries.shape
+        self._check_candidates("candidate_features", self.candidate_features, width)
+        self._check_ids()
         checks.check_scale(self.logit_scale, queries)
         self._check_reference(has_negatives)
 
-    def _check_candidates(self, name: str, x: Tensor, d: int) -> None:
+    def _check_of_lists(self, name: str, x: Tensor, dtypes: Collection[torch.dtype]) -> None:
+        """Raise an error unless an argument has an entry of one of the dtypes for every item of the lists."""
         checks.check_is_tensor(name, x)
-        index = self.candidate_index
-        rows = len(self.candidate_features)
-        if x.shape != (*(self.grades.shape if index is None else (rows,)), d):
+        n = len(self.query_features)
+        if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != self.grades.shape:
             raise ValueError(
-                f"{name} must have shape [N, K, D] = {(*self.grades.shape, d)}, or [M, D] with "
+                f"{name} must have shape [N, K], with N = {n} queries and K at least 1 as in grades; "
+                f"got {tuple(x.shape)}"
+            )
+        if x.dtype not in dtypes:
+            raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
+        checks.check_device(name, x, self.query_features, "query_features")
+
+    def _check_ids(self) -> None:
+        """Raise an error unless ids of candidates are integers, one each; excluded ids need them."""
+        ids = self.candidate_ids
+        if ids is not None:
+            checks.check_is_tensor("candidate_ids", ids)
+            shape = self.candidate_features.shape[:-1]
+            if ids.shape != shape or ids.dtype not in checks.INTEGERS:
+                needed = f"integers of shape {tuple(shape)}"
+                raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
+            checks.check_device("candidate_ids", ids, self.query_features, "query_features")
+        if self.excluded_ids is not None:
+            checks.check_ids("excluded_ids", self.excluded_ids, self.query_features)
+            if ids is None:
+                raise ValueError("excluded_ids are ids of candidates, and need candidate_ids")
+
+    def _check_candidates(self, name: str, x: Tensor, width: int) -> None:
+        """Raise an error unless x has features of a width for every item, or with an index for every row."""
+        checks.check_is_tensor(name, x)
+        has_index = self.candidate_index is not None
+        shape_of_items = (len(self.candidate_features),) if has_index else self.grades.shape
+        if x.shape != (*shape_of_items, width):
+            raise ValueError(
+                f"{name} must have shape [N, K, D] = {(*self.grades.shape, width)}, or [M, D] with "
                 f"candidate_index; got {tuple(x.shape)}"
             )
         checks.check_matrix(name, x.flatten(0, -2))
         checks.check_device(name, x, self.query_features, "query_features")
 
     def _check_reference(self, has_negatives: bool) -> None:
+        """Raise an error unless a frozen model's scores, or its features and scale, or neither are given."""
         names = [name for name in _REFERENCE if getattr(self, name) is not None]
         if self.reference_scores is not None and names:
             raise ValueError(f"reference_scores and {names[0]} are two references; give one")
@@ -122,9 +131,11 @@ class ListInputs(NamedTuple):
             return
         if len(names) < len(_REFERENCE):
             raise ValueError(f"{', '.join(_REFERENCE)} go together; got {' and '.join(names)} alone")
-        queries, candidates, scale = (getattr(self, name) for name in _REFERENCE)
-        self._check_reference_features(queries, candidates)
-        self._check_reference_scale(scale)
+        assert self.reference_query_features is not None
+        assert self.reference_candidate_features is not None
+        assert self.reference_scale is not None
+        self._check_reference_features(self.reference_query_features, self.reference_candidate_features)
+        self._check_reference_scale(self.reference_scale)
 
     def _check_reference_features(self, queries: Tensor, candidates: Tensor) -> None:
         checks.check_matrix("reference_query_features", queries)
@@ -156,11 +167,10 @@ class ListInputs(NamedTuple):
             self.refuse("candidate_index", (index < 0) | (index >= rows), f"at least 0 and less than {rows}")
         if self.reference_scores is not None:
             self.refuse("reference_scores", ~self.reference_scores.isfinite(), "finite")
-        queries, candidates, _ = (getattr(self, name) for name in _REFERENCE)
-        if queries is not None:
-            for name, x in zip(_REFERENCE, (queries, self.listed(candidates)), strict=False):
-                if (row := first_row(~x.isfinite().all(-1))) is not None:
-                    raise ValueError(f"{name} must be finite; row {row} is not")
+        if self.reference_query_features is not None:
+            _refuse_infinite("reference_query_features", self.reference_query_features)
+        if self.reference_candidate_features is not None:
+            _refuse_infinite("reference_candidate_features", self.listed(self.reference_candidate_features))
 
     def refuse_contradictions(self) -> None:
         """Raise a ValueError for a candidate that is twice in a list, with two grades."""
@@ -171,12 +181,14 @@ class ListInputs(NamedTuple):
         first_item = is_item.byte().argmax(-1, keepdim=True)  # padding is this item once more
         candidates = candidates.where(is_item, candidates.gather(1, first_item))
         grades = self.grades.where(is_item, self.grades.gather(1, first_item))
-        ordered, order = candidates.sort(-1)
-        of_ordered = grades.gather(1, order)
-        is_wrong = (ordered[:, 1:] == ordered[:, :-1]) & (of_ordered[:, 1:] != of_ordered[:, :-1])
+        candidates, order = candidates.sort(-1)
+        grades = grades.gather(1, order)
+        is_same_candidate = candidates[:, 1:] == candidates[:, :-1]  # as the one before it
+        is_other_grade = grades[:, 1:] != grades[:, :-1]
+        is_wrong = is_same_candidate & is_other_grade
         if (row := first_row(is_wrong)) is not None:
             place = int(is_wrong[row].byte().argmax())
-            both = of_ordered[row, place : place + 2].tolist()
+            both = grades[row, place : place + 2].tolist()
             raise ValueError(f"grades must be one of each candidate; row {row} has one twice, with {both}")
 
     def _identities(self) -> Tensor | None:
@@ -195,7 +207,14 @@ class ListInputs(NamedTuple):
             raise ValueError(f"{name} must be {needed}; row {row} has {values}")
 
 
+def _refuse_infinite(name: str, features: Tensor) -> None:
+    """Raise a ValueError that shows the first row of features ``[n, D]`` with NaN or infinity, if any."""
+    row = first_row(~features.isfinite().all(-1))
+    if row is not None:
+        raise ValueError(f"{name} must be finite; row {row} is not")
+
+
 def first_row(is_wrong: Tensor) -> int | None:
-    """The first row that is True, or None."""
-    rows = is_wrong.nonzero()
-    return int(rows[0, 0]) if len(rows) else None
+    """The first row of ``[n]`` or ``[n, K]`` that has True, or None."""
+    places = is_wrong.nonzero()
+    return int(places[0, 0]) if len(places) else None

@@ -33,9 +33,8 @@ class MimicryLoss(AddedTerms):
             open_clip's losses. None: :class:`ClipLoss`.
         weight: Weight of the squared distances, above 0.
         gather: Gathering of other processes' features, for the default base and for processes that each
-            compute all rows. None: exact,
-            from the default process group, if one of several processes is initialised. False: none. Otherwise
-            a :class:`rankloss.Gather`.
+            compute all rows. None: exact, from the default process group, if one of several processes is
+            initialised. False: none. Otherwise a :class:`rankloss.Gather`.
 
     Attributes:
         components: P, ``[D', D]`` with orthonormal columns, or None. It is not in checkpoints.
@@ -82,37 +81,40 @@ class MimicryLoss(AddedTerms):
         students = image_features, text_features
         teachers = reference_image_features, reference_text_features
         dtype = arithmetic_dtype(*students)
-        distances = []
+        differences = []
         for name, student, teacher in zip(TEACHER, students, teachers, strict=True):
             if teacher is not None:
-                distances.append(student.to(dtype) - self._target(name, teacher.to(dtype), student))
-        if not distances:
+                target = self._target(name, teacher.to(dtype), student)
+                differences.append(student.to(dtype) - target)
+        if not differences:
             raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")
-        return {"mimicry_loss": self.weight * self._mean(distances)}
+        return {"mimicry_loss": self.weight * self._mean_of_pairs(differences)}
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
         """The target of the student's features, without its graph."""
         features = constant(features)
         width = student.shape[1]
-        if features.shape[1] > width and self.components is not None:
-            self.components = components = self.components.to(features.device)
-            if components.shape != (features.shape[1], width):
-                raise ValueError(
-                    f"components must be {(features.shape[1], width)} for {name}; "
-                    f"got {tuple(components.shape)}"
-                )
-            features = F.normalize(product(features, components.to(features.dtype)), dim=-1)
+        if features.shape[1] == width:
+            return features
         if features.shape[1] < width:
             return F.pad(features, (0, width - features.shape[1]))
-        if features.shape[1] != width:
+        if self.components is None:
             raise ValueError(
                 f"{name} must have at most the student's width, {width}, to be compared with it; got "
                 f"{features.shape[1]}. The principal components of a folder of features bring them to it: "
                 f"loss.components = rankloss_features.Features(FOLDER).components({width}).matrix"
             )
-        return features
+        self.components = components = self.components.to(features.device)  # copied once
+        if components.shape != (features.shape[1], width):
+            raise ValueError(
+                f"components must be {(features.shape[1], width)} for {name}; got {tuple(components.shape)}"
+            )
+        return F.normalize(product(features, components.to(features.dtype)), dim=-1)
 
-    def _mean(self, differences: list[Tensor]) -> Tensor:
-        """The mean over the pairs of this process, or over all pairs if every process computes all rows."""
-        squared = torch.stack([x.square().sum(-1) for x in differences]).sum(0)[:, None]
-        return (squared if self.gather.anchors_are_local else self.gather.items(squared)).mean()
+    def _mean_of_pairs(self, differences: list[Tensor]) -> Tensor:
+        """The mean of ``Σ ‖difference‖²`` over this process's pairs, or all if every process computes all."""
+        by_modality = [difference.square().sum(-1) for difference in differences]
+        by_pair = torch.stack(by_modality).sum(0)[:, None]
+        if not self.gather.anchors_are_local:
+            by_pair = self.gather.items(by_pair)
+        return by_pair.mean()

@@ -88,16 +88,18 @@ class OwnTerms(GatheringLoss):
                 which refuses unknown ones. A teacher's features are given to both.
         """
         own = {name: inputs.pop(name) for name in own_inputs(self) if name in inputs}
-        features = image_features, text_features
+        others = inputs
         self.check_inputs(
-            *features,
+            image_features,
+            text_features,
             logit_scale,
             one_space=self.one_space,
-            base_inputs=inputs,
+            base_inputs=others,
             **self._teacher_among(own),
         )
+        checked = image_features, text_features, logit_scale, logit_bias
         with gather_once():
-            entries, terms = self._entries_and_terms((*features, logit_scale, logit_bias), own, inputs)
+            entries, terms = self._entries_and_terms(checked, own, others)
         return combined(entries, terms, output_dict)
 
     def _teacher_among(self, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,11 +122,11 @@ class OwnTerms(GatheringLoss):
         """The options."""
         arguments = inspect.signature(type(self)).parameters.values()
         names = [x.name for x in arguments if x.kind is x.KEYWORD_ONLY and x.name != "gather"]
-        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return ", ".join(f"{name}={_shown(value)}" for name, value in options.items())
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in names if hasattr(self, name))
 
 
 def _shown(value: Any) -> str:
+    """An option's value in ``repr``."""
     return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
@@ -176,6 +178,7 @@ class AddedTerms(OwnTerms):
         self, inputs: Inputs, own: Mapping[str, Any], others: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The base's entries, and the loss's own terms, of checked inputs."""
-        terms = self.own_terms(*inputs[:3], **own)
+        image_features, text_features, scale, _ = inputs  # the bias is the base's
+        terms = self.own_terms(image_features, text_features, scale, **own)
         teacher = self._teacher_among(own) or None
         return self.entries_of_base(*inputs, teacher=teacher, **others), terms

@@ -111,12 +111,12 @@ class RankClipLoss(nn.Module):
         self.base = check_base(base, self.consistency.gather, streaming)
         self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
-        self._missing: str | None = _PROGRESS
+        self._missing_call: str | None = _PROGRESS  # None as soon as λ is known
         self._goes_by_epochs = False  # True if λ is of an epoch
         self._training_has_ended = False  # True if λ is of a training that has ended
         self._schedule_value = 0.0
         if self.schedule is schedules.constant:
-            self._missing = None
+            self._missing_call = None
             self._schedule_value = 1.0
 
     @property
@@ -140,7 +140,7 @@ class RankClipLoss(nn.Module):
 
         None if the schedule needs the progress and it was not set.
         """
-        return None if self._missing else self._schedule_value
+        return None if self._missing_call else self._schedule_value
 
     @property
     def rank_weights(self) -> dict[str, float]:
@@ -153,8 +153,8 @@ class RankClipLoss(nn.Module):
             >>> RankClipLoss(schedule="constant", lambda_in=0.5).rank_weights
             {'cross_modal': 0.0625, 'in_modal': 0.03125}
         """
-        if self._missing is not None:
-            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
+        if self._missing_call is not None:
+            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing_call}")
         weight = self._schedule_value * self.normalizer
         return {
             "cross_modal": weight * self.consistency.cross_modal,
@@ -176,7 +176,15 @@ class RankClipLoss(nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
         """
-        self._tell("epoch", epoch, "epochs", epochs)
+        epoch, epochs = check_position("epoch", epoch, "epochs", epochs)
+        if epochs > 1 or self.schedule is schedules.constant:
+            self._evaluate_schedule(epoch, epochs, goes_by_epochs=True)
+            return
+        if self.consistency.gather.place[0] == 0:
+            _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
+        # λ from the epochs of an earlier run is not valid for this run.
+        if self._missing_call is not None or self._goes_by_epochs:
+            self._missing_call = "set_progress(step, total_steps), as epochs=1 has no ramp"
 
     @outside_graphs
     def set_progress(self, step: int, total_steps: int) -> None:
@@ -185,7 +193,8 @@ class RankClipLoss(nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
         """
-        self._tell("step", step, "total_steps", total_steps)
+        step, total_steps = check_position("step", step, "total_steps", total_steps)
+        self._evaluate_schedule(step, total_steps, goes_by_epochs=False)
 
     def end_training(self) -> None:
         """The training ends: the next one has to set its progress.
@@ -238,15 +247,15 @@ class RankClipLoss(nn.Module):
             )
         gather = self.consistency.gather
         options = self.consistency.options
-        # The rank terms' pass also gives the loss of such a base.
-        is_fused = bool(cross or in_) and not base_inputs
-        is_fused = is_fused and is_streamed_clip(self.base, gather)
+        # The rank terms' pass also gives the loss of such a base, as the first of three terms.
+        has_rank_terms = bool(cross or in_)
+        is_fused = has_rank_terms and not base_inputs and is_streamed_clip(self.base, gather)
         self.consistency.check(inputs, teacher, one_space=is_fused, base_inputs=base_inputs)
         with gather_once():
             entries = {}
             if not is_fused:
                 entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
-            weights = float(is_fused), cross, in_
+            weights = 1.0 if is_fused else 0.0, cross, in_
             contrastive, cross_modal, in_modal = self.consistency.weighted_terms(
                 inputs, options, weights, tuple(teacher.values())
             )
@@ -281,18 +290,9 @@ class RankClipLoss(nn.Module):
         factors = (f"{name}={getattr(self, name):g}" for name in ("lambda_cross", "lambda_in", "normalizer"))
         return ", ".join([f"schedule={schedule}", *factors])
 
-    def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
-        """Evaluate the schedule at position ``now`` of ``end``, given the names of both arguments."""
-        now, end = check_position(name, now, end_name, end)
-        is_epoch = name == "epoch"
-        if is_epoch and end == 1 and self.schedule is not schedules.constant:
-            if self.consistency.gather.place[0] == 0:
-                _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
-            # λ from the epochs of an earlier run is not valid for this run.
-            if self._missing is not None or self._goes_by_epochs:
-                self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
-            return
-        self._schedule_value = check_weight("schedule's value", self.schedule(now, end))
-        self._missing = None
-        self._goes_by_epochs = is_epoch
+    def _evaluate_schedule(self, position: int, end: int, *, goes_by_epochs: bool) -> None:
+        """λ at a position, an epoch or a step, of ``end``."""
+        self._schedule_value = check_weight("schedule's value", self.schedule(position, end))
+        self._missing_call = None
+        self._goes_by_epochs = goes_by_epochs
         self._training_has_ended = False

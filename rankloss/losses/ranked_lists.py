@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -256,10 +257,11 @@ class RankedLists(GatheringLoss):
         return {"ranked_lists_loss": loss} if output_dict else loss
 
     def _compute(self, inputs: ListInputs) -> Tensor:
+        """The loss of unchecked inputs."""
         self._check(inputs)
         padded = self._padded(inputs)
         gathered = self._gathered(padded)
-        items, lists = self._tied(gathered)
+        items, lists = self._items_and_lists(gathered)
         with precision.full_precision(items.is_listed.device):
             values, terms = self._values(items, lists)
         finite_values = precision.nan_unless_finite(values, *lists.factors, *items.features)
@@ -287,7 +289,7 @@ class RankedLists(GatheringLoss):
         """The lists of this process in one form, with neutral values at padding."""
         is_item = inputs.is_item
         widest = precision.widest_dtype(inputs.grades.device)
-        is_right, _ = self._valid(inputs.grades)
+        is_right, _ = self._valid_grades(inputs.grades)
         is_wrong = is_item & (~is_right | graded.is_rounded(inputs.grades, widest))
         grades = inputs.grades.detach().to(widest).masked_fill(~is_item, math.inf)
         offsets = inputs.reference_scores
@@ -299,7 +301,8 @@ class RankedLists(GatheringLoss):
         places = inputs.candidate_index
         if places is None:
             places = torch.arange(len(items), device=items.device).view(grades.shape)
-        first_item = places.gather(1, is_item.byte().argmax(-1, keepdim=True))
+        column_of_first_item = is_item.byte().argmax(-1, keepdim=True)
+        first_item = places.gather(1, column_of_first_item)
         places = places.long().where(is_item, first_item)  # padding repeats a candidate of the list
         is_listed = torch.zeros(len(items), dtype=torch.uint8, device=items.device)
         is_listed = is_listed.index_fill(0, places.flatten(), 1)
@@ -347,41 +350,44 @@ class RankedLists(GatheringLoss):
             )
         return lists
 
-    def _tied(self, lists: _Padded) -> tuple[_Items, _Lists]:
+    def _items_and_lists(self, padded: _Padded) -> tuple[_Items, _Lists]:
         """Candidates and lists in the dtype of the arithmetic, with the candidates that are equal."""
-        dtype = precision.arithmetic_dtype(lists.queries, lists.items)
-        is_listed = lists.is_listed.bool()
-        candidates = [lists.items.to(dtype)]
-        if lists.reference_items is not None:
-            candidates.append(lists.reference_items.to(dtype))
-        if lists.has_unlisted_items:
+        dtype = precision.arithmetic_dtype(padded.queries, padded.items)
+        is_listed = padded.is_listed.bool()
+        candidates = [padded.items.to(dtype)]
+        if padded.reference_items is not None:
+            candidates.append(padded.reference_items.to(dtype))
+        if padded.has_unlisted_items:
             # Rows in no list may hold any values, and 0 · NaN is NaN.
             candidates = [features.masked_fill(~is_listed[:, None], 0.0) for features in candidates]
         equal = None
-        if self.in_batch_negatives and lists.ids is not None:
-            equal = graded.first_of_id(lists.ids, is_listed)
-            is_listed = is_listed & (equal == torch.arange(len(equal), device=equal.device))
+        if self.in_batch_negatives and padded.ids is not None:
+            equal = graded.first_of_id(padded.ids, is_listed)
+            is_first_of_id = equal == torch.arange(len(equal), device=equal.device)
+            is_listed = is_listed & is_first_of_id
         elif self.in_batch_negatives:
             equal = first_equal(candidates[0])
         elif self.model == "lambda":  # whose weights depend on ties
             equal = first_equal(torch.cat(candidates, 1))
-        reference_queries = lists.reference_queries
-        return _Items(candidates, is_listed, equal, lists.ids), _Lists(
-            lists.places,
-            lists.grades,
-            lists.offsets,
-            excluded_ids=lists.excluded_ids,
-            queries=lists.queries.to(dtype) * lists.scale,
+        items = _Items(candidates, is_listed, equal, padded.ids)
+        reference_queries = padded.reference_queries
+        lists = _Lists(
+            padded.places,
+            padded.grades,
+            padded.offsets,
+            queries=padded.queries.to(dtype) * padded.scale,
             reference_queries=None if reference_queries is None else reference_queries.to(dtype),
+            excluded_ids=padded.excluded_ids,
         )
+        return items, lists
 
     def _values(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
         width = lists.places.shape[1]
-        scores = len(items.is_listed) if self.in_batch_negatives else width
-        if self.model == "lambda":
-            scores *= width
-        chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores))
+        scores_of_list = len(items.is_listed) if self.in_batch_negatives else width
+        if self.model == "lambda":  # of all pairs
+            scores_of_list *= width
+        chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores_of_list))
         evaluate_chunk = functools.partial(self._evaluate_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():
             # Not at the top: the lowest supported torch loads sympy with this module.
@@ -395,29 +401,39 @@ class RankedLists(GatheringLoss):
 
     def _evaluate_chunk(self, items: _Items, lists: _Lists) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of some lists; both are 0 for a list that does not count."""
-        places = lists.places
         dtype = lists.grades.dtype
-        scores = self._scores(lists.queries, items.features[0], places)
+        scores = self._scores(lists.queries, items.features[0], lists.places)
         if lists.reference_queries is not None:
-            scores = scores - self._scores(lists.reference_queries, items.features[1], places)
-        if not self.in_batch_negatives:
+            scores = scores - self._scores(lists.reference_queries, items.features[1], lists.places)
+        if self.in_batch_negatives:
+            values, terms, has_negatives = self._evaluate_among_negatives(scores, items, lists)
+            is_ranked = graded.is_ranked(lists.grades, has_negatives)
+        else:
             values, terms = self._evaluate_lists(scores.to(dtype), None, items, lists)
             is_ranked = graded.is_ranked(lists.grades, None)
-        else:
-            of_list = scores.gather(1, places)
-            is_negative = graded.others(places, items.equal, items.is_listed)
-            if lists.excluded_ids is not None:
-                is_negative = is_negative & (items.ids != lists.excluded_ids[:, None])
-            negatives = scores.masked_fill(~is_negative, -math.inf)
-            if places.shape[1] == 1 and self.model != "pairwise":
-                # Both models are the cross-entropy of one candidate; this way is bit-exact.
-                log_p = negatives.scatter(1, places, of_list).log_softmax(-1)
-                values = -log_p.gather(1, places).squeeze(-1)
-                terms = torch.ones_like(places[:, 0])
-            else:
-                values, terms = self._evaluate_lists(of_list.to(dtype), negatives, items, lists)
-            is_ranked = graded.is_ranked(lists.grades, is_negative.any(-1))
         return values.to(dtype).where(is_ranked, 0.0), terms.where(is_ranked, 0)
+
+    def _evaluate_among_negatives(
+        self, scores: Tensor, items: _Items, lists: _Lists
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and numbers of terms of lists with negatives, and True for a list that has any.
+
+        ``scores`` are those of all items, ``[n, M]``.
+        """
+        places = lists.places
+        own_scores = scores.gather(1, places)
+        is_negative = graded.others(places, items.equal, items.is_listed)
+        if lists.excluded_ids is not None:
+            is_negative = is_negative & (items.ids != lists.excluded_ids[:, None])
+        negatives = scores.masked_fill(~is_negative, -math.inf)
+        if places.shape[1] == 1 and self.model != "pairwise":
+            # Both other models are the cross-entropy of one candidate; this way is bit-exact.
+            log_p = negatives.scatter(1, places, own_scores).log_softmax(-1)
+            values = -log_p.gather(1, places).squeeze(-1)
+            terms = torch.ones_like(places[:, 0])
+        else:
+            values, terms = self._evaluate_lists(own_scores.to(lists.grades.dtype), negatives, items, lists)
+        return values, terms, is_negative.any(-1)
 
     def _scores(self, queries: Tensor, items: Tensor, places: Tensor) -> Tensor:
         """Products of queries and all items, ``[n, M]``, or without negatives their own, ``[n, K]``."""
@@ -429,24 +445,29 @@ class RankedLists(GatheringLoss):
     def _evaluate_lists(
         self, x: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
     ) -> tuple[Tensor, Tensor]:
+        """The model's values and numbers of terms, of the lists' own scores ``[n, K]`` and the negatives'."""
         grades = lists.grades
         offsets = lists.offsets
-        change = x if offsets is None else x - offsets
+        x_of_items = x
+        if offsets is not None:
+            x = x - offsets
         if self.model == "plackett_luce":
-            return graded.plackett_luce(change, grades, rest, top_k=self.top_k)
+            return graded.plackett_luce(x, grades, rest, top_k=self.top_k)
         if self.model == "top_one":
-            return graded.top_one(change, grades, rest)
+            return graded.top_one(x, grades, rest)
         if self.model == "pairwise":
-            return graded.pairwise(change, grades, rest, by_difference=self.pair_weight is not None)
-        places = lists.places if items.equal is None else items.equal[lists.places]
-        ranked_by = graded.equal_scores(x, places)
-        ranked_by = ranked_by if offsets is None else ranked_by - offsets
-        return graded.lambda_loss(change, grades, ranked_by, gain=self.gain)
+            return graded.pairwise(x, grades, rest, by_difference=self.pair_weight is not None)
+        first_equal_items = lists.places if items.equal is None else items.equal[lists.places]
+        ranked_by = graded.equal_scores(x_of_items, first_equal_items)
+        if offsets is not None:
+            ranked_by = ranked_by - offsets
+        return graded.lambda_loss(x, grades, ranked_by, gain=self.gain)
 
     @property
     def _has_own_lists(self) -> bool:
-        """True if this process computes its own lists only: values per query are those of its queries."""
-        return self.gather.anchors_are_local or self.reduction == "none"
+        """True if this process computes its own lists only; otherwise it computes those of all processes."""
+        gives_values_of_own_queries = self.reduction == "none"
+        return self.gather.anchors_are_local or gives_values_of_own_queries
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
         """The reduction over all processes; DDP averages their shares."""
@@ -455,16 +476,17 @@ class RankedLists(GatheringLoss):
             return values
         if self.reduction == "sum":
             return values.sum() * shares
-        lists = (terms > 0).sum() + 0 * values.detach().sum()  # NaN on one process is NaN on all
+        lists_that_count = (terms > 0).sum()
+        lists_that_count = lists_that_count + 0 * values.detach().sum()  # NaN on one process is NaN on all
         if self.gather.anchors_are_local:
-            lists = self.gather.items(lists[None]).sum()
-        by_list = (values / terms.clamp_min(1))[:, None]
+            lists_that_count = self.gather.items(lists_that_count[None]).sum()
+        by_list = values / terms.clamp_min(1)
+        # A sum, by nll_loss of one class, which adds as torch's cross_entropy does, to the last bit.
         target = torch.zeros_like(terms).masked_fill(terms == 0, _IGNORED)
-        # As torch's cross_entropy sums, to the last bit.
-        total = F.nll_loss(-by_list, target, ignore_index=_IGNORED, reduction="sum")
-        return total / (lists.clamp_min(1) / shares)
+        total = F.nll_loss(-by_list[:, None], target, ignore_index=_IGNORED, reduction="sum")
+        return total / (lists_that_count.clamp_min(1) / shares)
 
-    def _valid(self, grades: Tensor) -> tuple[Tensor, str]:
+    def _valid_grades(self, grades: Tensor) -> tuple[Tensor, str]:
         """True for grades that the model takes, and the condition in words."""
         if self.model == "lambda":
             is_right = (grades >= 0) & (grades <= graded.LARGEST_INTEGER)
@@ -478,7 +500,7 @@ class RankedLists(GatheringLoss):
         """Raise an error for wrong values; warn of suspicious ones at the first call."""
         grades = inputs.grades
         inputs.refuse_wrong_places()
-        is_right, needed = self._valid(grades)
+        is_right, needed = self._valid_grades(grades)
         inputs.refuse("grades", ~is_right, needed)
         dtype = precision.widest_dtype(grades.device)
         needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
@@ -577,6 +599,8 @@ class _Lists(NamedTuple):
         return [self.queries] if self.reference_queries is None else [self.queries, self.reference_queries]
 
     def split(self, rows: int) -> list[_Lists]:
-        """Chunks of lists."""
-        columns = (itertools.repeat(None) if x is None else x.split(rows) for x in self)
-        return [_Lists(*chunk) for chunk in zip(*columns, strict=False)]
+        """Chunks of so many lists."""
+        chunks_by_field: list[Iterable[Any]] = []
+        for x in self:  # a field that is None is None in every chunk, however many the others have
+            chunks_by_field.append(itertools.repeat(None) if x is None else x.split(rows))
+        return [_Lists(*fields) for fields in zip(*chunks_by_field, strict=False)]

@@ -83,16 +83,16 @@ def _unchanged(tensor: Tensor) -> Tensor:
 def _leaves(value: Tensor) -> list[Tensor]:
     """The tensors that a value's graph gives gradients to."""
     leaves = []
-    nodes = [value.grad_fn]
-    visited = {None, *nodes}
-    while nodes:
-        node = nodes.pop()
-        leaf = getattr(node, "variable", None)  # of an AccumulateGrad
+    nodes_to_visit = [value.grad_fn]
+    known_nodes = {None, value.grad_fn}  # None stands for a constant
+    while nodes_to_visit:
+        node = nodes_to_visit.pop()
+        leaf = getattr(node, "variable", None)  # of the node that ends at a leaf, an AccumulateGrad
         if leaf is not None:
             leaves.append(leaf)
-        below = {function for function, _ in getattr(node, "next_functions", ())} - visited
-        visited |= below
-        nodes += below
+        nodes_below = {function for function, _ in getattr(node, "next_functions", ())}
+        nodes_to_visit += nodes_below - known_nodes
+        known_nodes |= nodes_below
     return leaves
 
 
@@ -136,18 +136,20 @@ class ScoreRows(NamedTuple):
         by_name = dict(zip(_NAMES, inputs, strict=True))
         scale, bias = by_name["scale"], by_name["bias"]
 
-        def evaluate(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
+        def evaluate_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> Sequence[Tensor | None]:
+            """The loop's two values are ℓ of every row and the sum of its gradient, which is that by b."""
             scores = cosines.mul_(scale) if bias is None else torch.addcmul(bias, scale, cosines, out=cosines)
-            values, gradient = self.row_loss.evaluate(scores, first_row, with_gradient)
+            losses, gradient = self.row_loss.evaluate(scores, first_row, with_gradient)
             by_bias = None
             if bias is not None and gradient is not None:
                 by_bias = gradient.sum(-1, dtype=weights.dtype)
-            return values, by_bias, gradient
+            return losses, by_bias, gradient
 
         matrices = self._matrices(by_name)
-        loop = engine.Loop(evaluate, matrices, self.first_row, chunk_size=self.chunk_size)
+        loop = engine.Loop(evaluate_rows, matrices, self.first_row, chunk_size=self.chunk_size)
         share = self._share(by_name, weights)
-        ((losses, by_bias),), gradients, factor = engine.streamed([loop], by_name, with_gradient, share)
+        values_by_loop, gradients, factor = engine.streamed([loop], by_name, with_gradient, share)
+        losses, by_bias = values_by_loop[0]
         if by_bias is not None:
             gradients["bias"] = (share * by_bias.sum()).to(bias.dtype)
         by_inputs = [gradients.get(name) for name in _NAMES]

@@ -84,10 +84,17 @@ class SigLipLoss(StreamedLoss):
         0.3133
     """
 
-    def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
+    def check_inputs(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Number,
+        logit_bias: Number | None = None,
+        **more: Any,
+    ) -> None:
         """Check the inputs, and warn once of a missing bias."""
-        super().check_inputs(image_features, text_features, *numbers, **more)
-        if numbers[1] is None and "logit_bias" not in self._checked_once:
+        super().check_inputs(image_features, text_features, logit_scale, logit_bias, **more)
+        if logit_bias is None and "logit_bias" not in self._checked_once:
             self._checked_once.add("logit_bias")
             warnings.warn(
                 "logit_bias is not given, so it is 0. SigLIP starts from −10: without a bias the many pairs "
@@ -113,18 +120,18 @@ class SigLipLoss(StreamedLoss):
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
         dtype = arithmetic_dtype(images, texts)
-        inputs: dict[str, Tensor | float] = {"scale": scale, "bias": 0.0 if bias is None else bias}
-        inputs["image"], inputs["text"] = self._pairs(images, texts)
-        converted = {name: in_arithmetic(x, dtype, images.device) for name, x in inputs.items()}
-        for name in ("scale", "bias"):
-            converted[name] = converted[name].reshape(())
-        return mean_of_rows(
-            PairSigmoid(ids, self.same_id),
-            converted,
-            self.gather.first_row(len(images)),
-            self._options.chunk_size,
-            factors=[("image", "text")],
-        )
+        device = images.device
+        first_row = self.gather.first_row(len(images))
+        images, texts = self._pairs(images, texts)
+        inputs = {
+            "image": in_arithmetic(images, dtype, device),
+            "text": in_arithmetic(texts, dtype, device),
+            "scale": in_arithmetic(scale, dtype, device).reshape(()),
+            "bias": in_arithmetic(0.0 if bias is None else bias, dtype, device).reshape(()),
+        }
+        row_loss = PairSigmoid(ids, self.same_id)
+        factors = [("image", "text")]  # one matrix, since a pair's term is the same in both directions
+        return mean_of_rows(row_loss, inputs, first_row, self._options.chunk_size, factors)
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The images of this process's rows, and all texts."""
@@ -146,21 +153,23 @@ class PairSigmoid(NamedTuple):
     def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss of every row, and the gradient, which overwrites the scores."""
         rows = scores.shape[-2]
+        # y is x with the other sign where a text is right. ``signed`` is a view of the entries with a sign.
         y = scores
-        right = y.diagonal(first_row, -2, -1)
-        sign: Number = -1.0
         if self.ids is not None and self.same_id == "share":
-            right = y
-            sign = 1 - 2 * equal_ids(self.ids, first_row, rows).to(y.dtype)
-        elif self.ids is not None:
-            # log(1 + e^y) and its slope are 0 at −∞.
-            y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
-        right.mul_(sign)
+            signed = y
+            sign: Number = 1 - 2 * equal_ids(self.ids, first_row, rows).to(y.dtype)
+        else:
+            signed = y.diagonal(first_row, -2, -1)
+            sign = -1.0
+            if self.ids is not None:
+                # log(1 + e^y) and its slope are 0 at −∞.
+                y.masked_fill_(partners(self.ids, first_row, rows), -math.inf)
+        signed.mul_(sign)
         values = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=sum_dtype(y))
         if not with_gradient:
             return values, None
         gradient = y.sigmoid_()
-        right.mul_(sign)
+        signed.mul_(sign)  # the derivative of y by x
         return values, gradient
 
 
@@ -169,9 +178,10 @@ def _log_likelihoods(
 ) -> Tensor:
     """The log σ(z_ij·x_ij) of every pair, with z in a dtype; 0 for a pair that does not count."""
     rows, columns = logits.shape
-    everyone = torch.arange(columns, device=logits.device)
-    is_right = equal_ids(everyone if ids is None or same_id == "ignore" else ids, first_row, rows)
-    terms = F.logsigmoid((2 * is_right.to(dtype) - 1) * logits)
+    distinct_ids = torch.arange(columns, device=logits.device)  # by which the own text alone is right
+    right_ids = distinct_ids if ids is None or same_id == "ignore" else ids
+    z = 2 * equal_ids(right_ids, first_row, rows).to(dtype) - 1
+    terms = F.logsigmoid(z * logits)
     if ids is not None and same_id == "ignore":
         terms = terms.masked_fill(partners(ids, first_row, rows), 0.0)
     return terms

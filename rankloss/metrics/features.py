@@ -6,6 +6,7 @@ Functions take unit-norm ``[N, D]``; image row i and text row i are a pair.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -48,23 +49,22 @@ def rank_agreement(
     v, t = _checked_pair(image_features, text_features)
     n = len(v)
     count = n if max_anchors is None else min(n, check_count("max_anchors", max_anchors))
-    equal_v, equal_t = first_occurrence(v), first_occurrence(t)
     anchors = torch.linspace(0, n - 1, count, dtype=v.dtype, device=v.device).round().long()
-    measures = {"tau": kendall_tau, "rho": spearman_rho}
-    values: dict[str, list[Tensor]] = {
-        f"{term}_{m}": [] for term in ("cross_modal", "in_modal") for m in measures
-    }
+    # Products of equal items are rounded by their place: all take that of the first, and are tied exactly.
+    first_v, first_t = first_occurrence(v), first_occurrence(t)
+    values: defaultdict[str, list[Tensor]] = defaultdict(list)
     for rows in anchors.split(max(1, _BLOCK // n)):
-        of_v, of_t = v[rows], t[rows]
-        terms = {
-            "cross_modal": ((of_v @ t.T)[:, equal_t], (of_t @ v.T)[:, equal_v]),
-            "in_modal": ((of_v @ v.T)[:, equal_v], (of_t @ t.T)[:, equal_t]),
-        }
-        for term, (a, b) in terms.items():
-            for name, measure in measures.items():
-                values[f"{term}_{name}"].append(measure(a, b))
-    finite = bool(v.isfinite().all() & t.isfinite().all())
-    return {k: torch.cat(x).nanmean() if finite else x[0].new_tensor(math.nan) for k, x in values.items()}
+        cross_modal = (v[rows] @ t.T)[:, first_t], (t[rows] @ v.T)[:, first_v]  # rows of S and of R
+        in_modal = (v[rows] @ v.T)[:, first_v], (t[rows] @ t.T)[:, first_t]  # rows of I and of X
+        values["cross_modal_tau"].append(kendall_tau(*cross_modal))
+        values["cross_modal_rho"].append(spearman_rho(*cross_modal))
+        values["in_modal_tau"].append(kendall_tau(*in_modal))
+        values["in_modal_rho"].append(spearman_rho(*in_modal))
+    means = {name: torch.cat(of_blocks).nanmean() for name, of_blocks in values.items()}
+    are_finite = bool(v.isfinite().all() & t.isfinite().all())
+    if not are_finite:
+        return {name: torch.full_like(mean, math.nan) for name, mean in means.items()}
+    return means
 
 
 def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
     for start in range(0, n, rows_at_once):
         rows = x[start : start + rows_at_once]
         squared_distances = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
-        is_earlier = torch.ones_like(squared_distances, dtype=torch.bool).tril(start - 1)
-        exponents = (-2 * squared_distances).masked_fill(~is_earlier, -math.inf)
+        is_counted = torch.ones_like(squared_distances, dtype=torch.bool).tril(start - 1)  # where i > j
+        exponents = (-2 * squared_distances).masked_fill(~is_counted, -math.inf)
         log_sums.append(exponents.flatten().logsumexp(0))
     pairs = n * (n - 1) / 2
     value = torch.stack(log_sums).logsumexp(0) - math.log(pairs)

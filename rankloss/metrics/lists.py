@@ -7,7 +7,7 @@ padding. Integers beyond 2⁵³ are refused, since float64 rounds them.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,12 @@ def kendall_tau(
         0.6666666666666666
     """
     check_choice("variant", variant, ("b", "c"))
-    agreement, unequal_x, unequal_y, distinct = _concordance(x, y, mask)
+    counts = _concordance(x, y, mask)
     if variant == "b":
-        return agreement / (unequal_x * unequal_y).sqrt()
-    n = x.shape[-1] if mask is None else mask.sum(-1).to(agreement.dtype)
-    return 2 * agreement / (n**2 * (distinct - 1) / distinct)
+        return counts.agreement / (counts.unequal_x * counts.unequal_y).sqrt()
+    n = x.shape[-1] if mask is None else mask.sum(-1).to(counts.agreement.dtype)
+    m = counts.distinct
+    return 2 * counts.agreement / (n**2 * (m - 1) / m)
 
 
 def pairwise_accuracy(scores: Tensor, grades: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -71,8 +72,8 @@ def pairwise_accuracy(scores: Tensor, grades: Tensor, *, mask: Tensor | None = N
         >>> pairwise_accuracy(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])).item()
         0.6666666666666666
     """
-    agreement, _, unequal_grades, _ = _concordance(scores, grades, mask)
-    return (1 + agreement / unequal_grades) / 2
+    counts = _concordance(scores, grades, mask)
+    return (1 + counts.agreement / counts.unequal_y) / 2
 
 
 def ndcg(
@@ -114,16 +115,25 @@ def ndcg(
     discounts = places.add(1).to(grades.dtype).log2().reciprocal()
     if k is not None:
         discounts = discounts.where(places <= check_count("k", k), 0.0)
-    # Discounts of the first r ranks; tied items share the discounts of their ranks.
-    cumulated = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
     gains = graded.relative_gains(grades.clamp_min(0.0), gain)
+    dcg = _dcg(gains, discounts, _padding_last(scores, mask))
+    ideal_dcg = _dcg(gains, discounts, _padding_last(grades, mask))
+    return torch.where(is_nan, math.nan, dcg / ideal_dcg)
 
-    def dcg(x: Tensor) -> Tensor:
-        below, ties = smaller_and_equal(_padding_last(x, mask))
-        last = x.shape[-1] - below
-        return (gains * (cumulated[last] - cumulated[last - ties - 1]) / (ties + 1)).sum(-1)
 
-    return torch.where(is_nan, math.nan, dcg(scores) / dcg(grades))
+def _dcg(gains: Tensor, discounts: Tensor, ranked_by: Tensor) -> Tensor:
+    """``Σ gain·discount`` of lists; items that are tied share the mean discount of their ranks.
+
+    Args:
+        gains: ``[..., N]``.
+        discounts: ``[N]``, of the ranks, best first.
+        ranked_by: ``[..., N]``, larger is better.
+    """
+    sums_of_first = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))  # [r]: of the first r ranks
+    below, ties = smaller_and_equal(ranked_by)
+    last_rank = ranked_by.shape[-1] - below
+    sums_of_tied = sums_of_first[last_rank] - sums_of_first[last_rank - ties - 1]
+    return (gains * sums_of_tied / (ties + 1)).sum(-1)
 
 
 def reciprocal_rank(
@@ -200,40 +210,62 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
             raise ValueError(
                 f"mask must be bool of shape {tuple(x.shape)}; got {mask.dtype} {tuple(mask.shape)}"
             )
-    dtype = widest_dtype(x.device)
-    checked = []
-    for name, z in lists.items():
-        if z.is_complex() or z.dtype == torch.uint64:  # torch would drop the imaginary part, and wrap
-            raise ValueError(
-                f"{name} must hold floating-point numbers, or integers up to int64; got {z.dtype}"
-            )
-        is_rounded = graded.is_rounded(z, dtype)
-        if mask is not None:
-            is_rounded = is_rounded & mask
-        if not z.is_floating_point() and bool(is_rounded.any()):
-            raise ValueError(
-                f"{name} must be at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}; got "
-                f"{z[is_rounded][0].item()}"
-            )
-        z = z.detach().to(dtype)
-        checked.append(z if mask is None else z.masked_fill(~mask, -math.inf))
+    checked = [_in_widest_dtype(name, numbers, mask) for name, numbers in lists.items()]
     return checked, (checked[0].isnan() | checked[1].isnan()).any(-1)
+
+
+def _in_widest_dtype(name: str, numbers: Tensor, mask: Tensor | None) -> Tensor:
+    """A list in float64 if the device has it, −∞ at padding; an error names one that it cannot hold."""
+    if numbers.is_complex() or numbers.dtype == torch.uint64:  # torch would drop the imaginary part, and wrap
+        raise ValueError(
+            f"{name} must hold floating-point numbers, or integers up to int64; got {numbers.dtype}"
+        )
+    dtype = widest_dtype(numbers.device)
+    is_rounded = graded.is_rounded(numbers, dtype)
+    if mask is not None:
+        is_rounded = is_rounded & mask
+    if not numbers.is_floating_point() and bool(is_rounded.any()):
+        raise ValueError(
+            f"{name} must be at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}; got "
+            f"{numbers[is_rounded][0].item()}"
+        )
+    widened = numbers.detach().to(dtype)
+    return widened if mask is None else widened.masked_fill(~mask, -math.inf)
 
 
 def _padding_last(x: Tensor, mask: Tensor | None) -> Tensor:
     """Numbers in the order of x; padding is below every item, also one of −∞."""
-    return x if mask is None else smaller_and_equal(x)[0].add(1).masked_fill(~mask, 0)
+    if mask is None:
+        return x
+    below, _ = smaller_and_equal(x)
+    return below.add(1).masked_fill(~mask, 0)
 
 
-def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P − Q, the pairs not tied in x, those not tied in y, and the smaller number of distinct values."""
+class _Concordance(NamedTuple):
+    """Counts of the pairs of items of lists x and y, ``[...]`` each.
+
+    Attributes:
+        agreement: P − Q, the concordant pairs less the discordant ones; NaN for a list with NaN.
+        unequal_x: the pairs that are not tied in x.
+        unequal_y: the pairs that are not tied in y.
+        distinct: the smaller number of distinct values of x and of y.
+    """
+
+    agreement: Tensor
+    unequal_x: Tensor
+    unequal_y: Tensor
+    distinct: Tensor
+
+
+def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> _Concordance:
+    """The counts of lists ``[..., N]``, in O(N log² N): a sort, and inversions counted while merging."""
     (x, y), is_nan = _checked_lists(mask, x=x, y=y)
     n = x.shape[-1]
     x_below, x_ties = smaller_and_equal(_padding_last(x, mask))
     y_below, y_ties = smaller_and_equal(_padding_last(y, mask))
     both = x_below * n + y_below  # in the order of x, and of y where x is tied
     _, both_ties = smaller_and_equal(both)
-    y_in_order_of_x = both.sort(dim=-1).values % n
+    y_in_order_of_x = both.sort(dim=-1).values % n  # the y_below of ``both``
     discordant = _inversions(y_in_order_of_x)
     # Pairs, of which each is in the ties of two items. Counts are integers: float32 has not all of them.
     x_tied = x_ties.sum(-1) // 2
@@ -247,8 +279,12 @@ def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     # Of the values, k equal ones are k times 1/k.
     x_distinct = (is_item / (x_ties + 1.0)).sum(-1).round()
     y_distinct = (is_item / (y_ties + 1.0)).sum(-1).round()
-    distinct = torch.minimum(x_distinct, y_distinct)
-    return agreement, (pairs - x_tied).to(x.dtype), (pairs - y_tied).to(x.dtype), distinct.to(x.dtype)
+    return _Concordance(
+        agreement,
+        unequal_x=(pairs - x_tied).to(x.dtype),
+        unequal_y=(pairs - y_tied).to(x.dtype),
+        distinct=torch.minimum(x_distinct, y_distinct).to(x.dtype),
+    )
 
 
 def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +299,8 @@ def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:
 def _inversions(x: Tensor) -> Tensor:
     """Pairs of positions i < j with x_i > x_j, for non-negative integers x of ``[..., N]``."""
     n = x.shape[-1]
-    padding = (1 << (n - 1).bit_length()) - n
+    power_of_two = 1 << (n - 1).bit_length()  # the least that is not below n
+    padding = power_of_two - n
     x = torch.nn.functional.pad(x, (0, padding), value=n)  # larger than all, and last: no inversion
     count = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
     width = 1

@@ -75,18 +75,27 @@ def recall(
         "image_to_image": len(image_features) - 1,
         "text_to_text": len(text_features) - 1,
     }
-    for way, gallery in (("image_to_text", "texts"), ("text_to_image", "images")):
-        if max(ks, default=0) > answers[way]:
-            raise ValueError(f"k must be at most the number of {gallery}, {answers[way]}; got {max(ks)}")
+    for direction, gallery in (("image_to_text", "texts"), ("text_to_image", "images")):
+        if max(ks, default=0) > answers[direction]:
+            raise ValueError(
+                f"k must be at most the number of {gallery}, {answers[direction]}; got {max(ks)}"
+            )
     values = {}
-    for way, of_all in ranks.items():
-        of_queries = of_all[~of_all.isnan()]
+    for direction, ranks_or_nan in ranks.items():
+        ranks_of_queries = ranks_or_nan[~ranks_or_nan.isnan()]  # of those with a partner
         for count in ks:
-            if count <= answers[way]:
-                values[f"{way}_R@{count}"] = (of_queries <= count).to(of_queries.dtype).mean()
-        ordered, n = of_queries.sort().values, len(of_queries)
-        values[f"{way}_median_rank"] = ((ordered[(n - 1) // 2] + ordered[n // 2]) / 2).floor()
+            if count <= answers[direction]:
+                is_found = ranks_of_queries <= count
+                values[f"{direction}_R@{count}"] = is_found.to(ranks_of_queries.dtype).mean()
+        values[f"{direction}_median_rank"] = _median(ranks_of_queries).floor()
     return values
+
+
+def _median(x: Tensor) -> Tensor:
+    """The middle value, of an even number the mean of the middle two, where torch's takes the lower one."""
+    ordered = x.sort().values
+    n = len(x)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def _counts(k: object) -> list[int]:
@@ -94,7 +103,9 @@ def _counts(k: object) -> list[int]:
     if isinstance(k, Tensor) and k.is_meta:
         raise ValueError("k must have values; got a tensor on the meta device")
     numbers = k.tolist() if hasattr(k, "tolist") else k
-    return [check_count("k", x) for x in (numbers if isinstance(numbers, Iterable) else [numbers])]
+    if not isinstance(numbers, Iterable):
+        numbers = [numbers]
+    return [check_count("k", number) for number in numbers]
 
 
 @torch.no_grad()
@@ -143,9 +154,10 @@ def partner_ranks(
         "image_to_text": _ranks(v, t, of_images, of_texts),
         "text_to_image": _ranks(t, v, of_texts, of_images),
     }
-    for way, features, ids in (("image_to_image", v, of_images), ("text_to_text", t, of_texts)):
-        if len(ids.unique()) < len(ids):
-            ranks[way] = _ranks(features, features, ids, ids, is_one_set=True)
+    for direction, features, ids in (("image_to_image", v, of_images), ("text_to_text", t, of_texts)):
+        has_partners = len(ids.unique()) < len(ids)
+        if has_partners:
+            ranks[direction] = _ranks(features, features, ids, ids, is_one_set=True)
     return ranks
 
 
@@ -164,7 +176,8 @@ def _ranks(
     ranks = torch.empty(len(queries), dtype=queries.dtype, device=queries.device)
     # A product of equal rows is rounded by their place: all take that of the first, and are tied exactly.
     first = first_equal(answers)
-    for rows in torch.arange(len(queries), device=queries.device).split(max(1, _BLOCK // len(answers))):
+    queries_at_once = max(1, _BLOCK // len(answers))
+    for rows in torch.arange(len(queries), device=queries.device).split(queries_at_once):
         scores = product(queries[rows], answers.T)
         if first is not None:
             scores = scores[:, first]
