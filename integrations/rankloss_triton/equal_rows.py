@@ -6,6 +6,8 @@ kernels move 4 for the hash, and 8 for the comparison if the candidate is anothe
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def first_equal(features: Tensor) -> Tensor:
     """
     hashes = hash_rows(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-    return confirm_equals(features, order[torch.searchsorted(ordered, hashes)])
+    candidates = order[torch.searchsorted(ordered, hashes)]  # equal rows have one candidate
+    return confirm_equals(features, candidates)
 
 
 def hash_rows(features: Tensor) -> Tensor:
@@ -47,8 +50,9 @@ def confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _launch(kernel: str, tensors: tuple[Tensor, ...], shape: torch.Size) -> None:
-    rows = _INTERPRETED_ROWS if launching.is_interpreted() else _ROWS
-    programs = -(-shape[0] // rows)
-    options = {"ROWS": rows, "COLUMNS": _COLUMNS, "num_warps": _WARPS}
+    """Launch a kernel of tensors of so many rows and columns, of which each program takes some rows."""
+    rows_of_program = _INTERPRETED_ROWS if launching.is_interpreted() else _ROWS
+    programs = math.ceil(shape[0] / rows_of_program)
+    options = {"ROWS": rows_of_program, "COLUMNS": _COLUMNS, "num_warps": _WARPS}
     if programs:
         launching.launch(f"equal_rows.{kernel}", programs, tensors, *shape, **options)

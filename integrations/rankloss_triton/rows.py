@@ -7,10 +7,10 @@ The programs of a launch stride over the anchors. Each has scratch for one row, 
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from rankloss.engine import Block, Evaluated
@@ -97,22 +97,20 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     x = block.cosines.contiguous()
     matrices, anchors, N = x.shape
     assert block.beta is not None
-    ends = block.first_equal[0], block.first_equal[-1]
-    first_equal = torch.stack([torch.arange(N, device=x.device) if e is None else e for e in ends])
     bins = options.bins if options.method == "bin" else 0
-    launch = choose_launch(anchors, N, bins, *processors_and_cache(x.device))
-    sizes = {torch.float32: launch.floats, torch.int32: launch.ints, torch.int64: launch.longs}
-    scratch = [x.new_empty(launch.programs * size, dtype=dtype) for dtype, size in sizes.items() if size]
-    cross_entropy, nll = (x.new_empty(matrices, anchors) for _ in range(2))
+    processors, cache = processors_and_cache(x.device)
+    launch = choose_launch(anchors, N, bins, processors, cache)
+    cross_entropy = x.new_empty(matrices, anchors)
+    nll = x.new_empty(matrices, anchors)
     gradient = x.new_empty(x.shape if with_gradient else 0)
     tensors = (
         x,
         x if block.reference is None else block.reference.contiguous(),
-        first_equal,
+        _first_equal_of_halves(block),
         gradient,
         cross_entropy,
         nll,
-        *scratch,
+        *launch.new_scratch(x.device),
         block.scale,
         None if block.alpha is None else block.alpha.contiguous(),  # not expanded: read entry by entry
         block.beta.contiguous(),
@@ -150,6 +148,13 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     )
 
 
+def _first_equal_of_halves(block: Block) -> Tensor:
+    """``[2, N]``: the first item equal to each, for the first and for the second half of the matrices."""
+    itself = torch.arange(block.cosines.shape[-1], device=block.cosines.device)
+    of_halves = block.first_equal[0], block.first_equal[-1]
+    return torch.stack([itself if first_equal is None else first_equal for first_equal in of_halves])
+
+
 class Launch(NamedTuple):
     """The shape of a launch.
 
@@ -172,7 +177,21 @@ class Launch(NamedTuple):
     @property
     def scratch_bytes(self) -> int:
         """Scratch of all programs."""
-        return self.programs * (4 * self.floats + 4 * self.ints + 8 * self.longs)
+        return self.programs * _scratch_bytes(self.floats, self.ints, self.longs)
+
+    def new_scratch(self, device: torch.device) -> list[Tensor]:
+        """The scratch of all programs, one tensor for each dtype that the kernel uses."""
+        sizes = {torch.float32: self.floats, torch.int32: self.ints, torch.int64: self.longs}
+        return [
+            torch.empty(self.programs * size, dtype=dtype, device=device)
+            for dtype, size in sizes.items()
+            if size > 0
+        ]
+
+
+def _scratch_bytes(floats: int, ints: int, longs: int) -> int:
+    """The bytes of a program's scratch, with so many entries."""
+    return 4 * floats + 4 * ints + 8 * longs
 
 
 def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE) -> Launch:
@@ -186,21 +205,26 @@ def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE
         >>> choose_launch(1024, 8192, 0, 132)
         Launch(programs=132, block=1024, warps=16, floats=16384, ints=32769, longs=0)
     """
-    short, fitting = N <= _SHORT_LIST, 1 << (N - 1).bit_length()
-    if bins:
-        block = _BLOCK_OF_SHORT_BIN if short else _BLOCK_OF_BIN
-        warps = block // _PER_WARP_OF_BIN
-    else:
-        block = max(_LEAST_BLOCK_OF_SORT, min(fitting, _BLOCK_OF_SHORT_SORT if short else _BLOCK_OF_SORT))
-        warps = block // _PER_WARP_OF_SORT
-    programs = processors * (_WARPS // warps)
+    is_short = N <= _SHORT_LIST
+    block_of_list = 1 << (N - 1).bit_length()  # the least power of two that holds a list
     if not processors:
-        block, warps, programs = min(_INTERPRETED_BLOCK, fitting), 1, 2
-    scratch = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
-    fitting_programs = cache // (8 * N + sum(map(operator.mul, scratch, (4, 4, 8))))
-    if max(1, processors // 2) <= fitting_programs < programs:
-        programs = fitting_programs
-    return Launch(min(n, programs), block, warps, *scratch)
+        block, warps, programs = min(_INTERPRETED_BLOCK, block_of_list), 1, 2
+    elif bins:
+        block = _BLOCK_OF_SHORT_BIN if is_short else _BLOCK_OF_BIN
+        warps = block // _PER_WARP_OF_BIN
+        programs = processors * (_WARPS // warps)
+    else:
+        largest_block = _BLOCK_OF_SHORT_SORT if is_short else _BLOCK_OF_SORT
+        block = max(_LEAST_BLOCK_OF_SORT, min(block_of_list, largest_block))
+        warps = block // _PER_WARP_OF_SORT
+        programs = processors * (_WARPS // warps)
+    # As the kernels' docstrings say.
+    floats, ints, longs = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
+    bytes_of_rows = 8 * N  # of a row of cosines and one of the reference, in float32
+    programs_in_cache = cache // (bytes_of_rows + _scratch_bytes(floats, ints, longs))
+    if max(1, processors // 2) <= programs_in_cache < programs:
+        programs = programs_in_cache
+    return Launch(min(n, programs), block, warps, floats, ints, longs)
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from rankloss_triton.device.pieces import (
     reference_row,
     survey,
     weight_of_rank,
+    with_own_pair,
 )
 
 UNIT = tl.constexpr(2.0**-44)  # of a bin's sum: 2¹⁷ worths of at most 1 stay below 2⁶²
@@ -50,6 +51,7 @@ def collect_bins(
         tl.store(count + c + j, tl.zeros([BLOCK], tl.int32), mask=inside)
         tl.store(total + c + j, tl.zeros([BLOCK], tl.int64), mask=inside)
     tl.debug_barrier()
+    # First the largest scores and the numbers of items, then the sums relative to the largest.
     for c in range(0, N, BLOCK):
         inside = c + j < N
         if not DIAGONAL:
@@ -82,7 +84,7 @@ def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
     total_mu = M.to(tl.float32)
     if WEIGHS:
         total_mu = tl.full([], 0.0, tl.float32)
-    below = tl.full([], 0, tl.int32)
+    below = tl.full([], 0, tl.int32)  # items in all blocks before; m0 and w0 are the sum of their worths
     m0 = tl.full([], NONE, tl.float32)
     w0 = tl.full([], 0.0, tl.float32)
     for c in range(0, bins, BLOCK):
@@ -128,6 +130,35 @@ def sum_bins_downwards(count, log_c, weight, bins, BLOCK: tl.constexpr, WEIGHS: 
         m0, w0 = at(j, m, 0), at(j, w, 0)
 
 
+@triton.jit
+def sum_scores_and_write_gradient(
+    out, x, y, equal, own, N, s, top, low, high, log_u, weight, log_sum, alpha, beta, bins,
+    BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr,
+    WEIGHS: tl.constexpr,
+):  # fmt: skip
+    """Σ μ·x of the list; write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) of every item, if wanted."""
+    j = tl.arange(0, BLOCK)
+    scores = tl.zeros([BLOCK], tl.float32)
+    for c in range(0, N, BLOCK):
+        inside = c + j < N
+        listed = inside
+        if not DIAGONAL:
+            listed = inside & (c + j != own)
+        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
+        q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
+        mu = listed.to(tl.float32)
+        if WEIGHS:
+            mu *= tl.load(weight + q, mask=listed, other=0.0)
+        scores += tl.where(listed, mu * score, 0.0)
+        if HAS_GRADIENT:
+            share = tl.exp(score + tl.load(log_u + q, mask=listed, other=NONE))
+            slope = beta * (share - mu)
+            if HAS_ALPHA:
+                slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
+            tl.store(out + c + j, slope, mask=inside)
+    return tl.sum(scores, 0)
+
+
 @triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
@@ -147,7 +178,6 @@ def binned_rows(
     count = largest + bins
     total = TOTALS + program * bins
     s = tl.load(scale).to(tl.float32)
-    j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
     anchor = tl.program_id(0)
     while anchor < anchors:  # not a range, whose variable is a plain int in the interpreter
@@ -174,41 +204,21 @@ def binned_rows(
                 if HAS_ALPHA:
                     alpha = tl.load(ALPHA + row // anchors).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
-                    if not DIAGONAL:
-                        m, w = joined(log_sum, 1.0, own_score, 1.0)
-                        log_sum = log_of(m, w)
+                    log_sum = with_own_pair(log_sum, own_score, DIAGONAL)
                     tl.store(CE + row, log_sum - own_score)
                 beta = tl.load(BETA + row // anchors).to(tl.float32)
                 if MEAN:
                     beta /= total_mu
-                scores = tl.zeros([BLOCK], tl.float32)
-                for c in range(0, N, BLOCK):
-                    inside = c + j < N
-                    listed = inside
-                    if not DIAGONAL:
-                        listed = inside & (c + j != own)
-                    score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                    q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
-                    mu = listed.to(tl.float32)
-                    if WEIGHS:
-                        mu *= tl.load(weight + q, mask=listed, other=0.0)
-                    scores += tl.where(listed, mu * score, 0.0)
-                    if HAS_GRADIENT:
-                        share = tl.exp(score + tl.load(log_u + q, mask=listed, other=NONE))
-                        slope = beta * (share - mu)
-                        if HAS_ALPHA:
-                            slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
-                        tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
-                nll = denominators - tl.sum(scores, 0)
+                scores = sum_scores_and_write_gradient(
+                    GRADIENT + row.to(tl.int64) * N, x, y, equal, own, N, s, top, low, high, log_u, weight,
+                    log_sum, alpha, beta, bins, BLOCK, HAS_ALPHA, HAS_GRADIENT, DIAGONAL, WEIGHS,
+                )  # fmt: skip
+                nll = denominators - scores
                 if MEAN:
                     nll /= total_mu
                 tl.store(NLL + row, nll)
             else:
-                tl.store(NLL + row, float("nan"))
-                if HAS_ALPHA:
-                    tl.store(CE + row, float("nan"))
-                if HAS_GRADIENT:
-                    fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+                fill_with_nan(GRADIENT, CE, NLL, row, N, BLOCK, HAS_ALPHA, HAS_GRADIENT)
             tl.debug_barrier()  # the next row uses the same scratch
             row = next_row(row, ranked_by, n, anchors, OPPOSITE)
             rows_left -= anchors

@@ -21,12 +21,13 @@ def hash_rows(WORDS, HASHES, n, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     j = tl.arange(0, COLUMNS)
     rows = WORDS + i.to(tl.int64)[:, None] * width
     total = tl.zeros([ROWS], tl.int64)
-    for c in range(0, (width + 1) // 2, COLUMNS):
+    for c in range(0, (width + 1) // 2, COLUMNS):  # of words, which have two columns each
         lower = 2 * (c + j)[None, :]
         inside = (i < n)[:, None] & (lower < width)
         low = tl.load(rows + lower, mask=inside, other=0)
         high = tl.load(rows + lower + 1, mask=inside & (lower + 1 < width), other=0)
-        low, high = tl.where(low == NEGATIVE_ZERO, 0, low), tl.where(high == NEGATIVE_ZERO, 0, high)
+        low = tl.where(low == NEGATIVE_ZERO, 0, low)
+        high = tl.where(high == NEGATIVE_ZERO, 0, high)
         words = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
         factors = ((c + j).to(tl.int64) * tl.full([COLUMNS], GOLDEN, tl.int64)) | 1
         total += tl.sum((words ^ (words >> MIXING_SHIFT)) * factors[None, :], 1)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 NONE = tl.constexpr(-3.0e38)  # the m of an empty sum: finite, since −inf − (−inf) would be NaN
 LARGEST = tl.constexpr(1.0e38)  # a row that holds more is NaN: differences of its entries could overflow
+SMALLEST_NORMAL = tl.constexpr(1.1754944e-38)  # of float32
 
 
 @triton.jit
@@ -29,7 +30,11 @@ def log_of(m, w):
 
 @triton.jit
 def reference_row(row, anchor, n, anchors, OPPOSITE: tl.constexpr):
-    """The row of the block that ranks the list of a row: the same, or that of the opposite matrix."""
+    """The row of the block that ranks the list of a row: the same, or that of the opposite matrix.
+
+    Matrix k of m has the anchor's list in row k·anchors + anchor; the opposite one is m − 1 − k, and n is
+    m·anchors.
+    """
     if OPPOSITE:
         row = n - anchors + 2 * anchor - row
     return row
@@ -40,9 +45,9 @@ def next_row(row, ranked_by, n, anchors, OPPOSITE: tl.constexpr):
     """The row of the same anchor that comes next.
 
     Two lists that rank each other follow one another, since they read the same two rows: the second time
-    those are in the cache.
+    those are in the cache. Of four matrices the order is 0, 3, 1, 2.
     """
-    if OPPOSITE:
+    if OPPOSITE:  # after a row of the first half of the matrices its opposite, then the next of this half
         return tl.where(row < n // 2, ranked_by, ranked_by + anchors)
     return row + anchors
 
@@ -102,7 +107,7 @@ def division_of(value, low, high, divisions):
 
     It never decreases with the value, and is that of :func:`rankloss.ranking.quantize`.
     """
-    width = tl.maximum(tl.div_rn(high - low, (divisions - 1).to(tl.float32)), 1.1754944e-38)
+    width = tl.maximum(tl.div_rn(high - low, (divisions - 1).to(tl.float32)), SMALLEST_NORMAL)
     # Clamped before the division, which would overflow for a best item far above a narrow range.
     part = tl.div_rn(tl.maximum(tl.minimum(value, high) - low, 0.0), width)
     part = tl.minimum(part, (divisions - 2).to(tl.float32))
@@ -116,8 +121,24 @@ def weight_of_rank(rank, top_k):
 
 
 @triton.jit
-def fill_with_nan(out, N, BLOCK: tl.constexpr):
-    """NaN in the N entries of a row."""
-    j = tl.arange(0, BLOCK)
-    for c in range(0, N, BLOCK):
-        tl.store(out + c + j, tl.full([BLOCK], float("nan"), tl.float32), mask=c + j < N)
+def with_own_pair(log_sum, own_score, DIAGONAL: tl.constexpr):
+    """Log Σ e^x of all items, given that of the list, which has all items or all but the own pair."""
+    if not DIAGONAL:
+        m, w = joined(log_sum, 1.0, own_score, 1.0)
+        log_sum = log_of(m, w)
+    return log_sum
+
+
+@triton.jit
+def fill_with_nan(
+    GRADIENT, CE, NLL, row, N, BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr
+):
+    """NaN in both values and in the gradient of a row."""
+    tl.store(NLL + row, float("nan"))
+    if HAS_ALPHA:
+        tl.store(CE + row, float("nan"))
+    if HAS_GRADIENT:
+        out = GRADIENT + row.to(tl.int64) * N
+        j = tl.arange(0, BLOCK)
+        for c in range(0, N, BLOCK):
+            tl.store(out + c + j, tl.full([BLOCK], float("nan"), tl.float32), mask=c + j < N)

@@ -32,6 +32,7 @@ from rankloss_triton.device.pieces import (
     reference_row,
     survey,
     weight_of_rank,
+    with_own_pair,
 )
 
 
@@ -48,6 +49,7 @@ def fill_buckets(
     for c in range(0, buckets + 1, BLOCK):
         tl.store(start + c + j, tl.zeros([BLOCK], tl.int32), mask=c + j <= buckets)
     tl.debug_barrier()
+    # Count each bucket's items; an item's slot in its bucket is the count before it.
     for c in range(0, N, BLOCK):
         inside = c + j < N
         if not DIAGONAL:
@@ -56,6 +58,7 @@ def fill_buckets(
         place = tl.atomic_add(start + q, 1, mask=inside, sem="relaxed")
         tl.store(slot + c + j, place, mask=inside)
     tl.debug_barrier()
+    # Replace the counts by the first places.
     filled = tl.full([], 0, tl.int32)
     deepest = tl.full([], 0, tl.int32)
     for c in range(0, buckets + 1, BLOCK):
@@ -128,7 +131,8 @@ def merge_runs(
         end = tl.load(start + q + 1, mask=inside, other=0)
         run = (c + j - begin) // width
         mine = begin + run * width
-        sibling = begin + (run ^ 1) * width
+        sibling = begin + (run ^ 1) * width  # runs 0 and 1 are merged, 2 and 3, …
+        # The number of the sibling's items before this one is between least and most.
         least = tl.zeros([BLOCK], tl.int32)
         most = tl.minimum(tl.maximum(end - sibling, 0), width)
         for _ in range(0, steps):
@@ -139,7 +143,7 @@ def merge_runs(
             before = (value < key) | ((value == key) & (column < item))
             least = tl.where(open_ & before, middle + 1, least)
             most = tl.where(open_ & ~before, middle, most)
-        place = tl.minimum(mine, sibling) + (c + j - mine) + least
+        place = tl.minimum(mine, sibling) + (c + j - mine) + least  # both runs' begin, those before in each
         tl.store(merged_keys + place, key, mask=inside)
         tl.store(merged_items + place, item, mask=inside)
     tl.debug_barrier()
@@ -198,7 +202,7 @@ def rank_by_merging(
 def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
     """Write log Σ_{q ≤ p} e^{x_q} of every place; the last of them."""
     j = tl.arange(0, BLOCK)
-    m0 = tl.full([], NONE, tl.float32)
+    m0 = tl.full([], NONE, tl.float32)  # m0 and w0 are the sum of all blocks before
     w0 = tl.full([], 0.0, tl.float32)
     for c in range(0, M, BLOCK):
         inside = c + j < M
@@ -239,6 +243,31 @@ def sum_downwards(ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl
     return tl.sum(terms, 0), total_mu
 
 
+@triton.jit
+def write_gradient(
+    out, x, own, N, s, top, first, last, ranked, log_sum, alpha, beta, M, top_k,
+    BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
+):  # fmt: skip
+    """Write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) of every item, with log U at the places."""
+    j = tl.arange(0, BLOCK)
+    for c in range(0, N, BLOCK):
+        inside = c + j < N
+        listed = inside
+        if not DIAGONAL:
+            listed = inside & (c + j != own)
+        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
+        begin = tl.load(first + c + j, mask=listed, other=0)
+        mu = listed.to(tl.float32)
+        if WEIGHS:
+            end = tl.load(last + begin, mask=listed, other=0)
+            mu *= weight_of_rank(M - end, top_k)
+        log_u = tl.load(ranked + begin, mask=listed, other=NONE)
+        slope = beta * (tl.exp(score + log_u) - mu)
+        if HAS_ALPHA:
+            slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
+        tl.store(out + c + j, slope, mask=inside)
+
+
 @triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def sorted_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, scale, ALPHA, BETA,
@@ -257,7 +286,6 @@ def sorted_rows(
     items = INTS + program.to(tl.int64) * (3 * N + buckets + 1)
     last, first, start = items + N, items + 2 * N, items + 3 * N
     s = tl.load(scale).to(tl.float32)
-    j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
     anchor = tl.program_id(0)
     while anchor < anchors:  # not a range, whose variable is a plain int in the interpreter
@@ -270,7 +298,7 @@ def sorted_rows(
             equal = EQUAL + tl.where(row < n // 2, 0, N)
             top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, DIAGONAL)
             if finite != 0:
-                deepest = fill_buckets(
+                deepest = fill_buckets(  # ``first`` has the slots in the buckets until the ranks are known
                     y, equal, own, N, low, high, keys, items, first, start, buckets,
                     BLOCK, DIAGONAL,
                 )  # fmt: skip
@@ -284,7 +312,7 @@ def sorted_rows(
                         deepest, BLOCK,
                     )  # fmt: skip
                 tl.debug_barrier()
-                total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
+                log_sum = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
                 tl.debug_barrier()
                 nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS)
                 beta = tl.load(BETA + row // anchors).to(tl.float32)
@@ -297,33 +325,15 @@ def sorted_rows(
                 if HAS_ALPHA:
                     alpha = tl.load(ALPHA + row // anchors).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
-                    if not DIAGONAL:
-                        m, w = joined(total, 1.0, own_score, 1.0)
-                        total = log_of(m, w)
-                    tl.store(CE + row, total - own_score)
+                    log_sum = with_own_pair(log_sum, own_score, DIAGONAL)
+                    tl.store(CE + row, log_sum - own_score)
                 if HAS_GRADIENT:
-                    for c in range(0, N, BLOCK):
-                        inside = c + j < N
-                        listed = inside
-                        if not DIAGONAL:
-                            listed = inside & (c + j != own)
-                        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                        begin = tl.load(first + c + j, mask=listed, other=0)
-                        mu = listed.to(tl.float32)
-                        if WEIGHS:
-                            end = tl.load(last + begin, mask=listed, other=0)
-                            mu *= weight_of_rank(M - end, top_k)
-                        log_u = tl.load(ranked + begin, mask=listed, other=NONE)
-                        slope = beta * (tl.exp(score + log_u) - mu)
-                        if HAS_ALPHA:
-                            slope += alpha * (tl.exp(score - total) - (c + j == own).to(tl.float32))
-                        tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
+                    write_gradient(
+                        GRADIENT + row.to(tl.int64) * N, x, own, N, s, top, first, last, ranked, log_sum,
+                        alpha, beta, M, top_k, BLOCK, HAS_ALPHA, DIAGONAL, WEIGHS,
+                    )  # fmt: skip
             else:
-                tl.store(NLL + row, float("nan"))
-                if HAS_ALPHA:
-                    tl.store(CE + row, float("nan"))
-                if HAS_GRADIENT:
-                    fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+                fill_with_nan(GRADIENT, CE, NLL, row, N, BLOCK, HAS_ALPHA, HAS_GRADIENT)
             tl.debug_barrier()  # the next row uses the same scratch
             row = next_row(row, ranked_by, n, anchors, OPPOSITE)
             rows_left -= anchors
