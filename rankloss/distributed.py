@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -173,6 +173,13 @@ def _gather_text(text: str, device: torch.device, group: Any) -> list[str]:
     return texts
 
 
+class ProcessPlace(NamedTuple):
+    """A process's rank in its group, and the number of processes."""
+
+    rank: int
+    world_size: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gather:
     """Gathering of features from other processes, with the argument names of open_clip's ClipLoss.
@@ -199,8 +206,8 @@ class Gather:
             size; for a group that is not a process group, or excludes this process.
 
     Example:
-        >>> Gather(local_loss=False).place  # no process group: rank 0 of 1
-        (0, 1)
+        >>> Gather(local_loss=False).place  # no process group
+        ProcessPlace(rank=0, world_size=1)
     """
 
     local_loss: bool = True
@@ -218,7 +225,7 @@ class Gather:
                 object.__setattr__(self, count, check_count(count, value, at_least=at_least))
         _check_group(self.group)
         if self.group is not None:
-            _ = self.place
+            _ = self.place  # which checks rank and size
 
     def __deepcopy__(self, memo: Any) -> Gather:
         return self  # immutable, and a process group cannot be copied
@@ -242,7 +249,7 @@ class Gather:
         return gather
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> ProcessPlace:
         """This process's rank and the number of processes: the group's, or the given ones without a group.
 
         Raises:
@@ -250,7 +257,7 @@ class Gather:
         """
         gathers_nothing = self.world_size == 1 and self.group is None  # whatever the default group holds
         if not _initialized() or gathers_nothing:
-            return self.rank or 0, self.world_size or 1
+            return ProcessPlace(self.rank or 0, self.world_size or 1)
         rank = dist.get_rank(self.group)
         size = dist.get_world_size(self.group)
         if self.rank not in (None, rank) or self.world_size not in (None, size):
@@ -258,16 +265,16 @@ class Gather:
                 f"this process has rank {rank} of {size} in its process group; "
                 f"got rank={self.rank!r}, world_size={self.world_size!r}"
             )
-        return rank, size
+        return ProcessPlace(rank, size)
 
     @property
     def anchors_are_local(self) -> bool:
         """True if this process computes its own rows only."""
-        return self.local_loss and self.place[1] > 1
+        return self.local_loss and self.place.world_size > 1
 
     def first_row(self, rows: int) -> int:
         """The column of the first of this process's ``rows``; 0 if all rows are computed."""
-        return self.place[0] * rows if self.anchors_are_local else 0
+        return self.place.rank * rows if self.anchors_are_local else 0
 
     def agreement(
         self, owner: object, *further: str, **features: Tensor | None
@@ -304,7 +311,7 @@ class Gather:
             ...     pass
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
-        if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
+        if self.place.world_size == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
             return contextlib.nullcontext()
         return self._exchange(owner, further, features, tensors[0].device)
 
@@ -421,7 +428,7 @@ class Gather:
         Raises:
             RuntimeError: for several processes without a process group.
         """
-        if self.place[1] == 1:
+        if self.place.world_size == 1:
             return x
         self._check_ready()
         if self.local_loss and not self.gather_with_grad:
@@ -433,8 +440,7 @@ class Gather:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
         detached = [None if tensor is None else tensor.detach() for tensor in features]
         tensors = [tensor for tensor in detached if tensor is not None]
-        _, world_size = self.place
-        if not tensors or world_size == 1:
+        if not tensors or self.place.world_size == 1:
             return detached
         self._check_ready()
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

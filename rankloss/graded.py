@@ -210,8 +210,9 @@ def others(listed: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Ten
         first_equal: ``[M]``, the first item equal to each; None if no two items are equal.
         is_listed: ``[M]``, True for items in any list.
     """
+    own = listed if first_equal is None else first_equal[listed]
     is_own = torch.zeros(len(listed), len(is_listed), dtype=torch.bool, device=listed.device)
-    if first_equal is None:
-        return is_listed & ~is_own.scatter_(1, listed, True)
-    is_first_of_own = is_own.scatter_(1, first_equal[listed], True)
-    return is_listed & ~is_first_of_own[:, first_equal]
+    is_own.scatter_(1, own, True)
+    if first_equal is not None:
+        is_own = is_own[:, first_equal]  # an item is the list's own if the first equal to it is
+    return is_listed & ~is_own

@@ -36,7 +36,7 @@ def spread(features: Tensor, gather: Gather, dtype: torch.dtype) -> Tensor:
         gather: the gathering of other processes' items.
         dtype: of the arithmetic and of the result.
     """
-    items = len(features) * gather.place[1]
+    items = len(features) * gather.place.world_size
     if items <= features.shape[1]:
         variances = _of_similarities(features, gather, dtype)
     else:
@@ -63,7 +63,7 @@ def _of_covariance(features: Tensor, gather: Gather, dtype: torch.dtype) -> Tens
     anchors = features.to(dtype)
     are_constants = gather.anchors_are_local and not gather.gather_with_grad
     items = anchors.detach() if are_constants else anchors
-    count = len(items) * gather.place[1]
+    count = len(items) * gather.place.world_size
     # Two reductions: centred by the mean of all, the products lose no digits to a large common mean.
     mean = gather.total(items.sum(0)) / count
     covariance = gather.total(_Scatter.apply(items, mean)) / count  # type: ignore[no-untyped-call]

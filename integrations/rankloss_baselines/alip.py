@@ -239,6 +239,6 @@ ALIP = Named(
     AlipLoss,
     columns="rankloss_open_clip.columns.second_caption:SecondCaption",
     kind="softmax",
-    log=lambda: alip_log,
+    log=lambda: alip_log,  # a callable that makes the function
     help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
 )

@@ -96,7 +96,7 @@ class GatheringLoss(nn.Module):
         """
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, *sorted(base_inputs), **features, **references, pair_ids=pair_ids):
-            min_pairs = 1 if self.gather.place[1] > 1 else self.min_pairs
+            min_pairs = 1 if self.gather.place.world_size > 1 else self.min_pairs
             checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
             checks.check_scale(logit_scale, image_features)
             if logit_bias is not None:
@@ -286,7 +286,7 @@ class StreamedLoss(GatheringLoss):
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         image_features = image_features.resolve_neg().to(dtype)
         text_features = text_features.resolve_neg().to(dtype)
-        columns = len(image_features) * self.gather.place[1]
+        columns = len(image_features) * self.gather.place.world_size
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
         may_overflow = dtype == torch.float16  # in a sum over a large batch

@@ -180,7 +180,7 @@ class RankClipLoss(nn.Module):
         if epochs > 1 or self.schedule is schedules.constant:
             self._evaluate_schedule(epoch, epochs, goes_by_epochs=True)
             return
-        if self.consistency.gather.place[0] == 0:
+        if self.consistency.gather.place.rank == 0:
             _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
         # λ from the epochs of an earlier run is not valid for this run.
         if self._missing_call is not None or self._goes_by_epochs:

@@ -93,7 +93,7 @@ class RankConsistency(GatheringLoss):
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
         self.options = RankOptions(**options)
-        if self.gather.anchors_are_local and not self.gather.gather_with_grad and self.gather.place[0] == 0:
+        if self.gather.anchors_are_local and not self.gather.gather_with_grad and self.gather.place.rank == 0:
             _log.warning(
                 "local_loss without gather_with_grad: the gradient of the rank terms differs from that "
                 "of the whole batch; set both flags"

@@ -331,7 +331,7 @@ class RankedLists(GatheringLoss):
         if self.in_batch_negatives or not self._has_own_lists:
             (reference_items,) = gather.constants(lists.reference_items)
             lists = lists._replace(
-                places=lists.places + gather.place[0] * len(lists.items),
+                places=lists.places + gather.place.rank * len(lists.items),
                 items=gather.items(lists.items, are_anchors=False),
                 is_listed=gather.items(lists.is_listed),
                 ids=None if lists.ids is None else gather.items(lists.ids),
@@ -471,7 +471,7 @@ class RankedLists(GatheringLoss):
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
         """The reduction over all processes; DDP averages their shares."""
-        shares = self.gather.place[1] if self.gather.anchors_are_local else 1
+        shares = self.gather.place.world_size if self.gather.anchors_are_local else 1
         if self.reduction == "none":
             return values
         if self.reduction == "sum":
