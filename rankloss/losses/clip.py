@@ -111,18 +111,6 @@ class ClipLoss(StreamedLoss):
         super().__init__(same_id=same_id, gather=gather, chunk_size=chunk_size, memory_budget=memory_budget)
         self.label_smoothing = check_weight("label_smoothing", label_smoothing, below=1.0)
 
-    def check_inputs(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Number,
-        logit_bias: Number | None = None,
-        **more: Any,
-    ) -> None:
-        """Check the inputs, and warn once of a bias."""
-        super().check_inputs(image_features, text_features, logit_scale, logit_bias, **more)
-        self.warn_of_bias(logit_bias)
-
     def warn_of_bias(self, logit_bias: Number | None) -> None:
         """Warn once of a bias, which no softmax depends on: a model that has one is SigLIP's."""
         if logit_bias is not None and "logit_bias" not in self._checked_once:

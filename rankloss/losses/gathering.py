@@ -116,6 +116,7 @@ class GatheringLoss(nn.Module):
                     self._checked_once.add("logit_scale")
 
     def _check_teacher(self, name: str, features: Tensor, image_features: Tensor) -> None:
+        """Raise an error for wrong features of a teacher; warn of suspicious ones at the first look."""
         first_look = name not in self._checked_once
         are_read = checks.check_teacher(name, features, image_features, first_look=first_look)
         if are_read:
@@ -241,6 +242,9 @@ class StreamedLoss(GatheringLoss):
     _streamed: Callable[..., Tensor]
     """The same in chunks of rows."""
 
+    warn_of_bias: Callable[[Number | None], None]
+    """Warns once of a bias, or of a missing one, that does not fit the loss."""
+
     def __init__(
         self,
         *,
@@ -281,6 +285,7 @@ class StreamedLoss(GatheringLoss):
             pair_ids: ``[N]`` integers, equal for pairs that belong together; with ``same_id``.
         """
         self.check_inputs(image_features, text_features, logit_scale, logit_bias, pair_ids=pair_ids)
+        self.warn_of_bias(logit_bias)
         self._check_ids_are_used(pair_ids)
         ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)

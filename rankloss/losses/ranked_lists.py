@@ -443,14 +443,12 @@ class RankedLists(GatheringLoss):
         return precision.product(of_lists, queries[:, :, None]).squeeze(-1)
 
     def _evaluate_lists(
-        self, x: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
+        self, scores: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
     ) -> tuple[Tensor, Tensor]:
         """The model's values and numbers of terms, of the lists' own scores ``[n, K]`` and the negatives'."""
         grades = lists.grades
         offsets = lists.offsets
-        x_of_items = x
-        if offsets is not None:
-            x = x - offsets
+        x = scores if offsets is None else scores - offsets
         if self.model == "plackett_luce":
             return graded.plackett_luce(x, grades, rest, top_k=self.top_k)
         if self.model == "top_one":
@@ -458,7 +456,7 @@ class RankedLists(GatheringLoss):
         if self.model == "pairwise":
             return graded.pairwise(x, grades, rest, by_difference=self.pair_weight is not None)
         first_equal_items = lists.places if items.equal is None else items.equal[lists.places]
-        ranked_by = graded.equal_scores(x_of_items, first_equal_items)
+        ranked_by = graded.equal_scores(scores, first_equal_items)
         if offsets is not None:
             ranked_by = ranked_by - offsets
         return graded.lambda_loss(x, grades, ranked_by, gain=self.gain)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,16 +84,8 @@ class SigLipLoss(StreamedLoss):
         0.3133
     """
 
-    def check_inputs(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Number,
-        logit_bias: Number | None = None,
-        **more: Any,
-    ) -> None:
-        """Check the inputs, and warn once of a missing bias."""
-        super().check_inputs(image_features, text_features, logit_scale, logit_bias, **more)
+    def warn_of_bias(self, logit_bias: Number | None) -> None:
+        """Warn once of a missing bias."""
         if logit_bias is None and "logit_bias" not in self._checked_once:
             self._checked_once.add("logit_bias")
             warnings.warn(
