@@ -57,6 +57,11 @@ class Matrix(NamedTuple):
     items: Tensor
     factors: tuple[str, str]
 
+    @property
+    def item_factor(self) -> str:
+        """The name of the items, which is a modality."""
+        return self.factors[1]
+
     def cosines(self) -> Tensor:
         """The whole matrix, ``[n, N]``, differentiable any number of times, in full precision."""
         return product(self.anchors, self.items.T)
@@ -240,7 +245,7 @@ class Batch:
 
     def exact_reference(self, matrix: Matrix, cosines: Tensor) -> Tensor:
         """Rows of cosines as a reference: no gradient, equal items tied exactly despite rounding."""
-        equal = self.first_equal[matrix.factors[1]]
+        equal = self.first_equal[matrix.item_factor]
         return cosines.detach() if equal is None else cosines.detach().index_select(-1, equal)
 
 

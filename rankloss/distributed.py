@@ -137,6 +137,7 @@ def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
 
 
 def _initialized() -> bool:
+    """True if there is a default process group."""
     return dist.is_available() and dist.is_initialized()
 
 

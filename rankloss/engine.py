@@ -128,15 +128,22 @@ class _Streamed(torch.autograd.Function):
                 weights = ctx.weights * torch.stack([zero if g is None else g for g in upstream])
                 _, gradients, factor = ctx.terms.stream(inputs, weights, with_gradient=True)
                 common = inputs[0].new_ones(())
-            for_features = common * factor
-            by_inputs: list[Tensor | None] = []
-            for gradient, is_needed in zip(gradients, by, strict=True):
-                if gradient is None or not is_needed:
-                    by_inputs.append(None)
-                else:
-                    is_by_features = gradient.dim() == 2
-                    by_inputs.append((for_features if is_by_features else common) * gradient)
-            return None, None, *by_inputs
+            return None, None, *_times_upstream(gradients, by, common, factor)
+
+
+def _times_upstream(
+    gradients: Sequence[Tensor | None], by: Sequence[bool], upstream: Tensor, factor: Tensor
+) -> list[Tensor | None]:
+    """The gradients that are asked for, times an upstream value; those by features lack ``factor``, too."""
+    for_features = upstream * factor
+    by_inputs: list[Tensor | None] = []
+    for gradient, is_asked_for in zip(gradients, by, strict=True):
+        if gradient is None or not is_asked_for:
+            by_inputs.append(None)
+        else:
+            is_by_features = gradient.dim() == 2
+            by_inputs.append((for_features if is_by_features else upstream) * gradient)
+    return by_inputs
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
@@ -593,7 +600,7 @@ class RowLists(NamedTuple):
     ) -> Loop:
         """The loop over the rows of a term's matrices."""
         references = () if beta is None else batch.references(term)
-        first_equal = tuple(batch.first_equal[matrix.factors[1]] for matrix in references)
+        first_equal = tuple(batch.first_equal[matrix.item_factor] for matrix in references)
         evaluate_block = evaluate if beta is None else self.evaluate
 
         def evaluate_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:

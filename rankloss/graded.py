@@ -28,7 +28,7 @@ def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
     """True for integers beyond those that are all distinct in a floating-point dtype."""
     if grades.is_floating_point():
         return torch.zeros_like(grades, dtype=torch.bool)
-    largest = round(2 / torch.finfo(dtype).eps)
+    largest = round(2 / torch.finfo(dtype).eps)  # 2⁵³ in float64
     return (grades.long() > largest) | (grades.long() < -largest)
 
 

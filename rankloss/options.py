@@ -279,7 +279,7 @@ def check_weight(name: str, value: object, *, above: float | None = None, below:
         Traceback (most recent call last):
         ValueError: weight must be a finite number >= 0; got -1
     """
-    number = math.nan
+    number = math.nan  # which is refused, for what is no number
     if isinstance(value, Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # an integer or a fraction that no float holds
             number = float(value)

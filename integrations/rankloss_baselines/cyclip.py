@@ -104,10 +104,13 @@ class _Sums(NamedTuple):
 
 
 def _widened(image: Tensor, text: Tensor) -> _Pairs:
-    """The features as the terms, small differences of large norms, need them: float64 if the device has it.
+    """The features in float64 if the device has it: the moments' sums are small differences of large norms.
 
-    Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
-    and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
+    Relative errors of a sum, where the compared cosines differ by 1e-2 and by 1e-4:
+
+        float32 moments    1e-3    1
+        float32 matrices   6e-8    4e-6
+        float64 moments    8e-13   2e-8
     """
     dtype = widest_dtype(image.device)
     return _Pairs(image.to(dtype), text.to(dtype))

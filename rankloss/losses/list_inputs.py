@@ -42,9 +42,11 @@ class ListInputs(NamedTuple):
         return torch.ones_like(self.grades, dtype=torch.bool) if self.mask is None else self.mask
 
     def listed(self, features: Tensor) -> Tensor:
-        """The rows of candidates that are in a list."""
-        index = self.candidate_index
-        return features[self.is_item] if index is None else features[index[self.is_item].long()]
+        """The rows of the lists' candidates, without padding, of features in the form of the candidates'."""
+        if self.candidate_index is None:
+            return features[self.is_item]
+        rows = self.candidate_index[self.is_item].long()
+        return features[rows]
 
     def scaled_reference(self) -> tuple[Tensor | None, Tensor | None]:
         """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``."""

@@ -17,6 +17,7 @@ from rankloss_triton.device.pieces import (
     at,
     division_of,
     fill_with_nan,
+    is_listed,
     joined,
     log_of,
     next_row,
@@ -53,25 +54,21 @@ def collect_bins(
     tl.debug_barrier()
     # First the largest scores and the numbers of items, then the sums relative to the largest.
     for c in range(0, N, BLOCK):
-        inside = c + j < N
-        if not DIAGONAL:
-            inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside), low, high, bins)
-        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
+        listed = is_listed(c + j, own, N, DIAGONAL)
+        q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
+        score = (tl.load(x + c + j, mask=listed, other=0.0) - top) * s
         key = ordered_bits(score.to(tl.int32, bitcast=True))
-        tl.atomic_max(largest + q, key, mask=inside, sem="relaxed")
-        tl.atomic_add(count + q, 1, mask=inside, sem="relaxed")
+        tl.atomic_max(largest + q, key, mask=listed, sem="relaxed")
+        tl.atomic_add(count + q, 1, mask=listed, sem="relaxed")
     tl.debug_barrier()
     for c in range(0, N, BLOCK):
-        inside = c + j < N
-        if not DIAGONAL:
-            inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside), low, high, bins)
-        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-        key = tl.load(largest + q, mask=inside, other=0)
+        listed = is_listed(c + j, own, N, DIAGONAL)
+        q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
+        score = (tl.load(x + c + j, mask=listed, other=0.0) - top) * s
+        key = tl.load(largest + q, mask=listed, other=0)
         # Above 0 only past the row's end, where no integer would hold the worth.
         worth = tl.exp(tl.minimum(score - ordered_bits(key).to(tl.float32, bitcast=True), 0.0))
-        tl.atomic_add(total + q, (worth * PER_ONE).to(tl.int64), mask=inside, sem="relaxed")
+        tl.atomic_add(total + q, (worth * PER_ONE).to(tl.int64), mask=listed, sem="relaxed")
     tl.debug_barrier()
 
 
@@ -141,9 +138,7 @@ def sum_scores_and_write_gradient(
     scores = tl.zeros([BLOCK], tl.float32)
     for c in range(0, N, BLOCK):
         inside = c + j < N
-        listed = inside
-        if not DIAGONAL:
-            listed = inside & (c + j != own)
+        listed = is_listed(c + j, own, N, DIAGONAL)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
         q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
         mu = listed.to(tl.float32)

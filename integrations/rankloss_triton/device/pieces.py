@@ -59,6 +59,15 @@ def at(index, x, place):
 
 
 @triton.jit
+def is_listed(column, own, N, DIAGONAL: tl.constexpr):
+    """True for columns that are items of a row's list: all, or all but the own pair."""
+    listed = column < N
+    if not DIAGONAL:
+        listed = listed & (column != own)
+    return listed
+
+
+@triton.jit
 def reference_at(y, equal, column, inside):
     """The reference of the columns, each read at the first equal item."""
     column = tl.load(equal + column, mask=inside, other=0)
@@ -81,9 +90,7 @@ def survey(
     finite = tl.full([BLOCK], 1, tl.int32)
     for c in range(0, N, BLOCK):
         inside = c + j < N
-        listed = inside
-        if not DIAGONAL:
-            listed = inside & (c + j != own)
+        listed = is_listed(c + j, own, N, DIAGONAL)
         cosine = tl.load(x + c + j, mask=inside, other=0.0)
         value = reference_at(y, equal, c + j, inside)
         # A comparison with NaN is false.

@@ -25,6 +25,7 @@ from rankloss_triton.device.pieces import (
     at,
     division_of,
     fill_with_nan,
+    is_listed,
     joined,
     log_of,
     next_row,
@@ -51,12 +52,10 @@ def fill_buckets(
     tl.debug_barrier()
     # Count each bucket's items; an item's slot in its bucket is the count before it.
     for c in range(0, N, BLOCK):
-        inside = c + j < N
-        if not DIAGONAL:
-            inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside), low, high, buckets)
-        place = tl.atomic_add(start + q, 1, mask=inside, sem="relaxed")
-        tl.store(slot + c + j, place, mask=inside)
+        listed = is_listed(c + j, own, N, DIAGONAL)
+        q = division_of(reference_at(y, equal, c + j, listed), low, high, buckets)
+        place = tl.atomic_add(start + q, 1, mask=listed, sem="relaxed")
+        tl.store(slot + c + j, place, mask=listed)
     tl.debug_barrier()
     # Replace the counts by the first places.
     filled = tl.full([], 0, tl.int32)
@@ -68,14 +67,12 @@ def fill_buckets(
         deepest = tl.maximum(deepest, tl.max(depth, 0))
     tl.debug_barrier()
     for c in range(0, N, BLOCK):
-        inside = c + j < N
-        if not DIAGONAL:
-            inside = inside & (c + j != own)
-        value = reference_at(y, equal, c + j, inside)
+        listed = is_listed(c + j, own, N, DIAGONAL)
+        value = reference_at(y, equal, c + j, listed)
         q = division_of(value, low, high, buckets)
-        place = tl.load(start + q, mask=inside, other=0) + tl.load(slot + c + j, mask=inside, other=0)
-        tl.store(keys + place, value, mask=inside)
-        tl.store(items + place, c + j, mask=inside)
+        place = tl.load(start + q, mask=listed, other=0) + tl.load(slot + c + j, mask=listed, other=0)
+        tl.store(keys + place, value, mask=listed)
+        tl.store(items + place, c + j, mask=listed)
     tl.debug_barrier()
     return deepest
 
@@ -252,9 +249,7 @@ def write_gradient(
     j = tl.arange(0, BLOCK)
     for c in range(0, N, BLOCK):
         inside = c + j < N
-        listed = inside
-        if not DIAGONAL:
-            listed = inside & (c + j != own)
+        listed = is_listed(c + j, own, N, DIAGONAL)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
         begin = tl.load(first + c + j, mask=listed, other=0)
         mu = listed.to(tl.float32)
