@@ -13,15 +13,19 @@ from rankloss.batch import Batch, first_equal, first_occurrence, row_hashes
 single_or_double = st.sampled_from([torch.float32, torch.float64])
 
 
-@given(
-    st.lists(st.tuples(*[st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])] * 3), min_size=1, max_size=12),
-    single_or_double,
-)
+entries = st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])
+few_rows = st.lists(st.tuples(entries, entries, entries), min_size=1, max_size=12)
+
+
+@given(few_rows, single_or_double)
 def test_first_occurrence_is_the_index_of_the_first_equal_row(rows: list, dtype: torch.dtype) -> None:
-    expected = [rows.index(r) for r in rows]
-    x = torch.tensor(rows, dtype=dtype)
-    assert first_occurrence(x).tolist() == expected
-    assert (first_equal(x) is None) == (len(set(expected)) == len(rows))  # where nothing is equal, no work
+    assert first_occurrence(torch.tensor(rows, dtype=dtype)).tolist() == [rows.index(row) for row in rows]
+
+
+@given(few_rows, single_or_double)
+def test_first_equal_is_none_where_no_two_rows_are_equal(rows: list, dtype: torch.dtype) -> None:
+    all_differ = len({*rows}) == len(rows)
+    assert (first_equal(torch.tensor(rows, dtype=dtype)) is None) == all_differ
 
 
 def test_a_row_with_nan_equals_no_row() -> None:
@@ -29,12 +33,12 @@ def test_a_row_with_nan_equals_no_row() -> None:
     assert first_occurrence(x).tolist() == [0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.parametrize("is_cpu", [True, False])
 def test_many_random_rows_have_no_false_match_and_all_true_ones(
-    looks: bool, monkeypatch: pytest.MonkeyPatch
+    is_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no look is free, as on an accelerator."""
-    monkeypatch.setattr(torch.Tensor, "is_cpu", looks)
+    """Also as on an accelerator, where a look at a value would wait."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
     x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     x[2000:] = x[:1000]
     assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))
@@ -49,21 +53,28 @@ def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.Monk
 def test_rows_that_are_alike_have_hashes_of_their_own(dtype: torch.dtype) -> None:
     """Rows that differ in signs alone, and rows that hold the same entries elsewhere."""
     row = torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    signs = 1 - 2 * (torch.arange(2**9)[:, None] >> torch.arange(16) & 1)
-    shifted = torch.stack([x.roll(k) for k in range(16) for x in (row, torch.eye(16, dtype=dtype)[0])])
-    for rows in (signs * row, shifted):
+    one_hot = torch.eye(16, dtype=dtype)[0]
+    bits_of_numbers = torch.arange(2**9)[:, None] >> torch.arange(16) & 1
+    other_signs = (1 - 2 * bits_of_numbers) * row
+    shifted = torch.stack([x.roll(places) for places in range(16) for x in (row, one_hot)])
+    for rows in (other_signs, shifted):
         assert len(row_hashes(rows).unique()) == len(rows)
 
 
 def test_subnormal_entries_hash_the_same_whether_or_not_they_are_flushed() -> None:
     x = torch.tensor([[1e-40, 1.0], [1e-40, 1.0], [0.0, 1.0]])
-    plain = row_hashes(x)
+    hashes = row_hashes(x)
     assert torch.set_flush_denormal(True)
     try:
-        assert torch.equal(row_hashes(x), plain)
+        assert torch.equal(row_hashes(x), hashes)
     finally:
         torch.set_flush_denormal(False)
-    assert row_hashes(x.t().contiguous().t()).tolist() == plain.tolist()  # wherever the entries lie
+
+
+def test_rows_hash_the_same_wherever_their_entries_lie_in_memory() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    column_by_column = x.t().contiguous().t()
+    assert torch.equal(row_hashes(column_by_column), row_hashes(x))
 
 
 # --- a batch --------------------------------------------------------------------------------------------

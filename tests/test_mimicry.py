@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from batches import random_batch, teacher_of
+from batches import gradients, random_batch, teacher_of
 from memory import TensorSizes
 from rankloss import ClipLoss, MimicryLoss
 
 IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 
 
-def batch(n: int = 6, d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    return random_batch(0, n, d, 10.0).leaves()
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Images, texts and the scale of six pairs."""
+    return random_batch(0, 6, 4, 10.0).leaves()
 
 
 # --- entries ----------------------------------------------------------------------------------------------
@@ -34,27 +35,34 @@ def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
 
 
 def test_one_modality_has_the_distances_of_that_modality() -> None:
-    loss, teacher = MimicryLoss(), teacher_of(6, 4)
-    each = [loss(*batch(), output_dict=True, **{x: teacher[x]})["mimicry_loss"] for x in TEACHER]
-    torch.testing.assert_close(sum(each), loss(*batch(), output_dict=True, **teacher)["mimicry_loss"])
+    teacher = teacher_of(6, 4)
+
+    def distance(**features: Tensor) -> Tensor:
+        return MimicryLoss()(*batch(), output_dict=True, **features)["mimicry_loss"]
+
+    of_images, of_texts = (distance(**{name: teacher[name]}) for name in TEACHER)
+    torch.testing.assert_close(of_images + of_texts, distance(**teacher))
 
 
-def test_a_teacher_gets_no_gradient_and_a_copy_of_it_costs_nothing() -> None:
-    v, t, s = batch()
+def test_a_teacher_gets_no_gradient() -> None:
     teacher = {name: x.requires_grad_() for name, x in teacher_of(6, 4).items()}
-    MimicryLoss()(v, t, s, **teacher).backward()
+    MimicryLoss()(*batch(), **teacher).backward()
     assert all(x.grad is None for x in teacher.values())
-    loss = MimicryLoss(weight=1)
-    same = loss(v, t, s, output_dict=True, **{IMAGE: v, TEXT: t})
-    assert same["mimicry_loss"] == 0
+
+
+def test_a_copy_of_the_teacher_costs_nothing() -> None:
+    v, t, s = batch()
+    entries = MimicryLoss(weight=1)(v, t, s, output_dict=True, **{IMAGE: v, TEXT: t})
+    assert entries["mimicry_loss"] == 0
 
 
 def test_no_matrix_of_all_pairs_is_held() -> None:
-    n = 4096  # beyond the size up to which whole matrices are kept
-    v, t, s = (x.float().detach() for x in batch(n))
+    n = 4096
+    v, t, s = random_batch(0, n, 4, 10.0).leaves(torch.float32)
+    teacher = {name: x.float() for name, x in teacher_of(n, 4).items()}
+    loss = MimicryLoss(ClipLoss(memory_budget=0))
     with TensorSizes() as sizes:
-        loss = MimicryLoss(ClipLoss(memory_budget=0))
-        loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n, 4).items()}).backward()
+        loss(v, t, s, **teacher).backward()
     assert sizes.largest < n * n
 
 
@@ -62,11 +70,10 @@ def test_a_narrower_teacher_is_compared_with_zeros_in_the_other_dimensions() -> 
     v, t, s = batch()
     teacher = teacher_of(6, 3)
     distance = MimicryLoss(weight=2)(v, t, s, output_dict=True, **teacher)["mimicry_loss"]
-    (3 * distance).backward()
-    padded = {name: torch.cat([x, torch.zeros(6, 1)], 1) for name, x in teacher.items()}
-    expected = 2 * sum((x - y).square().sum(1).mean() for x, y in zip((v, t), padded.values(), strict=True))
-    torch.testing.assert_close(distance, expected)
-    torch.testing.assert_close(v.grad, 3 * 2 * 2 * (v - padded[IMAGE]) / 6)
+    images, texts = (torch.cat([teacher[name], torch.zeros(6, 1)], 1) for name in TEACHER)
+    owed = 2 * ((v - images).square().sum(1).mean() + (t - texts).square().sum(1).mean())
+    torch.testing.assert_close(distance, owed)
+    torch.testing.assert_close(gradients(distance, (v, t), 3.0), gradients(owed, (v, t), 3.0))
 
 
 # --- errors -----------------------------------------------------------------------------------------------

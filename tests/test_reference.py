@@ -25,44 +25,73 @@ terms = pytest.mark.parametrize("term", TERMS)
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_reference_matches_the_vectors(key: str) -> None:
+    """Of row lists, means of CLIP's loss and of both terms."""
     case = VECTORS[key]
-    batch = vector_batch(case)
-    v, t, s = batch.image.numpy(), batch.text.numpy(), batch.scale
-    found = {"clip": reference.clip(v, t, s)}
-    found |= {name: term(v, t, s) for name, term in TERMS.items()}
-    owed = {"clip": case["clip"], **{name: case["row_mean"][name] for name in TERMS}}
-    (discounted,) = case["plackett_luce_log_discount"].values()
-    logits = s * reference._cosines(v, t)
-    found["discounted"] = reference.plackett_luce(logits, logits.T, discount="log")
-    owed["discounted"] = discounted
-    if "batch_list_sum" in case:
-        options = {"lists": "batch", "reduction": "sum"}
-        found["cross, batch"] = reference.cross_modal(v, t, s, **options)
-        found["I|X"] = reference.in_modal(v, t, s, **options, fixed_reference="text")
-        found["X|I"] = reference.in_modal(v, t, s, **options, fixed_reference="image")
-        sums = case["batch_list_sum"]
-        owed |= {"cross, batch": sums["cross_modal"]}
-        owed |= {lists: sums[f"in_modal {lists}"] for lists in ("I|X", "X|I")}
-        options["worth"] = "shifted"
-        found["cross, shifted"] = reference.cross_modal(v, t, s, **options)
-        found["in, shifted"] = reference.in_modal(v, t, s, **options, fixed_reference="text")
-        sums = case["batch_list_sum_shifted_worth"]
-        owed |= {"cross, shifted": sums["cross_modal"], "in, shifted": sums["in_modal I|X"]}
-    assert found.keys() == owed.keys()
+    inputs = arrays_of(case)
+    owed = {"clip": case["clip"], **case["row_mean"]}
+    found = {name: loss(*inputs) for name, loss in {"clip": reference.clip, **TERMS}.items()}
     for name, value in found.items():
         assert relative_error(value, owed[name]) < 1e-10, name
 
 
 @pytest.mark.parametrize("key", VECTORS)
+def test_a_discount_matches_the_vectors(key: str) -> None:
+    """In the list of all images, ranked for each text."""
+    v, t, s = arrays_of(VECTORS[key])
+    (discounted,) = VECTORS[key]["plackett_luce_log_discount"].values()
+    logits = s * reference._cosines(v, t)
+    value = reference.plackett_luce(logits, logits.T, discount="log")
+    assert relative_error(value, discounted) < 1e-10
+
+
+OF_BATCH_LISTS = [key for key, case in VECTORS.items() if "batch_list_sum" in case]
+# The name in the vectors, the term, and what ranks it; without it both directions are averaged.
+BATCH_LISTS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
+    "cross_modal": (reference.cross_modal, {}),
+    "in_modal I|X": (reference.in_modal, {"fixed_reference": "text"}),
+    "in_modal X|I": (reference.in_modal, {"fixed_reference": "image"}),
+}
+
+
+@pytest.mark.parametrize("key", OF_BATCH_LISTS)
+@pytest.mark.parametrize("name", BATCH_LISTS)
+def test_lists_of_a_whole_batch_match_the_vectors(key: str, name: str) -> None:
+    term, ranked_by = BATCH_LISTS[name]
+    value = term(*arrays_of(VECTORS[key]), lists="batch", reduction="sum", **ranked_by)
+    assert relative_error(value, VECTORS[key]["batch_list_sum"][name]) < 1e-10
+
+
+@pytest.mark.parametrize("key", OF_BATCH_LISTS)
+@pytest.mark.parametrize("name", ["cross_modal", "in_modal I|X"])
+def test_lists_of_a_whole_batch_with_shifted_worth_match_the_vectors(key: str, name: str) -> None:
+    term, ranked_by = BATCH_LISTS[name]
+    value = term(*arrays_of(VECTORS[key]), lists="batch", reduction="sum", worth="shifted", **ranked_by)
+    assert relative_error(value, VECTORS[key]["batch_list_sum_shifted_worth"][name]) < 1e-10
+
+
+def arrays_of(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images, texts and the scale of a case of the vectors."""
+    batch = vector_batch(case)
+    return batch.image.numpy(), batch.text.numpy(), batch.scale
+
+
+@pytest.mark.parametrize("key", VECTORS)
 def test_gradients_of_tensors_match_the_vectors(key: str) -> None:
+    """Of the sum of both terms, that of the scale by its logarithm."""
     case = VECTORS[key]
     v, t, s = (x.detach().cpu().requires_grad_() for x in vector_batch(case).leaves())
     value = sum(term(v, t, s) for term in TERMS.values())
-    dv, dt, ds = (x / 2.5 for x in torch.autograd.grad(2.5 * value, (v, t, s)))
-    found = {"value": value, "norm_V": dv.norm(), "norm_T": dt.norm(), "V00": dv[0, 0], "T_last": dt[-1, -1]}
-    found["logit_scale"] = case["scale"] * ds  # by its logarithm
-    for name, x in found.items():
-        assert relative_error(x, case["row_mean_gradient"][name]) < 1e-10, name
+    by_v, by_t, by_scale = (slope / 2.5 for slope in torch.autograd.grad(2.5 * value, (v, t, s)))
+    found = {
+        "value": value,
+        "norm_V": by_v.norm(),
+        "norm_T": by_t.norm(),
+        "V00": by_v[0, 0],
+        "T_last": by_t[-1, -1],
+        "logit_scale": case["scale"] * by_scale,
+    }
+    for name, number in found.items():
+        assert relative_error(number, case["row_mean_gradient"][name]) < 1e-10, name
 
 
 OF_PUBLISHED_CODE = [key for key, case in VECTORS.items() if "official_code" in case and case["scale"] < 20]
@@ -82,11 +111,14 @@ def test_random_ties_give_the_published_code_but_for_its_floor(term: str, key: s
 # --- one list ---------------------------------------------------------------------------------------------
 
 
-def test_reference_of_a_list_written_out_by_hand() -> None:
-    # Best first: scores 2, 1, 0.
+def test_a_list_written_out_by_hand() -> None:
+    """Best first, the scores are 2, 1, 0."""
     expected = math.log(1 + math.exp(-1) + math.exp(-2)) + math.log(1 + math.exp(-1))
     assert float(reference.plackett_luce_nll([2, 0, 1], [9, 1, 5])) == pytest.approx(expected, rel=1e-14)
-    # The last two tied: both have the denominator of two items.
+
+
+def test_a_list_with_a_tie_written_out_by_hand() -> None:
+    """The last two are tied: both have the denominator of two items."""
     expected = math.log(1 + math.exp(-1) + math.exp(-2)) + 2 * math.log(math.e + 1) - 1
     assert float(reference.plackett_luce_nll([2, 0, 1], [9, 1, 1])) == pytest.approx(expected, rel=1e-14)
 
@@ -115,17 +147,16 @@ def scored_lists(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_a_list_is_the_sum_over_its_items(lists: Any, worth: Any, discount: Any, top_k: int | None) -> None:
     x, y = lists
-    worths = [WORTHS[worth](score) for score in x]
+    worths = np.array([WORTHS[worth](score) for score in x])
     owed = 0.0
     for p in range(len(x)):
         rank = 1 + sum(y > y[p])
         mu = 1.0 if discount is None else 1 / math.log(1 + rank)
         if top_k is None or rank <= top_k:
-            owed += mu * math.log(
-                math.fsum(w for w, q in zip(worths, y, strict=True) if q <= y[p]) / worths[p]
-            )
-    found = reference.plackett_luce(x, y, worth=worth, discount=discount, top_k=top_k)
-    assert found == pytest.approx(owed, rel=1e-12, abs=1e-12)
+            of_no_better_items = math.fsum(worths[y <= y[p]])
+            owed += mu * math.log(of_no_better_items / worths[p])
+    value = reference.plackett_luce(x, y, worth=worth, discount=discount, top_k=top_k)
+    assert value == pytest.approx(owed, rel=1e-12, abs=1e-12)
 
 
 @settings(max_examples=20)
@@ -139,8 +170,9 @@ def test_derivatives_of_a_list_are_differences_of_the_values(
     lists: Any, worth: Any, discount: Any, top_k: int | None
 ) -> None:
     """Of the first and the second order; none reaches the reference."""
-    x, y = torch.tensor(0.1 + 0.8 * lists[0]).requires_grad_(), torch.tensor(lists[1].astype(float))
-    y.requires_grad_()
+    scores, order = lists
+    x = torch.tensor(0.1 + 0.8 * scores).requires_grad_()  # where no worth is near 0
+    y = torch.tensor(order.astype(float)).requires_grad_()
     nll = partial(reference.plackett_luce, reference=y, worth=worth, discount=discount, top_k=top_k)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(nll, x, atol=1e-4, eps=1e-7)
@@ -148,60 +180,91 @@ def test_derivatives_of_a_list_are_differences_of_the_values(
     assert y.grad is None
 
 
-def test_random_ties_pick_one_of_the_orders_and_follow_the_seed() -> None:
-    x = torch.tensor([0.3, -0.2, 1.1, 0.5], dtype=torch.float64)
-    y = torch.tensor([2.0, 1.0, 1.0, 0.0])
+TIED_SCORES = torch.tensor([0.3, -0.2, 1.1, 0.5], dtype=torch.float64)
+TIED_ORDER = torch.tensor([2.0, 1.0, 1.0, 0.0])
+
+
+def values_of_random_ties(count: int) -> list[float]:
     torch.manual_seed(0)
-    values = [reference.plackett_luce(x, y, ties="random").item() for _ in range(40)]
-    assert {round(v, 8) for v in values} == {3.95713832, 3.32283642}
-    torch.manual_seed(0)
-    assert [reference.plackett_luce(x, y, ties="random").item() for _ in range(40)] == values
-    both = reference.plackett_luce(x.expand(2, 4), y.expand(2, 4), ties="random")  # one shuffle for all lists
-    assert both[0] == both[1]
+    return [reference.plackett_luce(TIED_SCORES, TIED_ORDER, ties="random").item() for _ in range(count)]
+
+
+def test_random_ties_are_each_of_the_orders() -> None:
+    of_both_orders = [
+        reference.plackett_luce(TIED_SCORES, torch.tensor(order)).item()
+        for order in ([3.0, 2.0, 1.0, 0.0], [3.0, 1.0, 2.0, 0.0])
+    ]
+    assert sorted({*values_of_random_ties(40)}) == pytest.approx(sorted(of_both_orders))
+
+
+def test_random_ties_follow_the_seed() -> None:
+    assert values_of_random_ties(40) == values_of_random_ties(40)
+
+
+def test_random_ties_are_one_shuffle_for_all_lists() -> None:
+    first, second = reference.plackett_luce(TIED_SCORES.expand(2, 4), TIED_ORDER.expand(2, 4), ties="random")
+    assert first == second
 
 
 def test_leading_dimensions_are_lists_and_nan_is_that_of_its_list() -> None:
     x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    y = torch.arange(30.0).view(2, 3, 5).where(torch.arange(30).view(2, 3, 5) != 7, math.nan)
+    y = torch.arange(30.0).view(2, 3, 5)
+    y[0, 1, 2] = math.nan
     nll = reference.plackett_luce(x, y)
     nll.sum().backward()
-    expected = torch.tensor([[False, True, False], [False] * 3])
-    assert torch.equal(nll.isnan(), expected)
-    assert torch.equal(x.grad.isnan().all(-1), expected)
-    assert torch.equal(x.grad.isnan().any(-1), expected)
-    assert reference.plackett_luce(x[:0], y[:0]).shape == (0, 3)
+    is_nan = torch.tensor([[False, True, False], [False, False, False]])
+    assert torch.equal(nll.isnan(), is_nan)
+    assert torch.equal(x.grad.isnan(), is_nan[..., None].expand(2, 3, 5))
+
+
+def test_no_list_has_no_value() -> None:
+    empty = torch.zeros(0, 3, 5)
+    assert reference.plackett_luce(empty, empty).shape == (0, 3)
+
+
+def test_nan_of_an_array_is_nan() -> None:
     assert np.isnan(reference.plackett_luce([math.nan, 1.0], [1.0, 2.0]))
-    order = np.array([2**53, 2**53 + 1])  # one number in float64
+
+
+def test_integers_that_are_one_number_in_float64_are_no_tie() -> None:
+    order = np.array([2**53, 2**53 + 1])
     assert reference.plackett_luce([0.0, 1.0], order) == pytest.approx(math.log1p(math.exp(-1)))
 
 
 @pytest.mark.parametrize(("worth", "floor"), [("identity", 0.0), ("shifted", -1.0)])
 @pytest.mark.parametrize("below", [0.0, 0.25])
-def test_a_score_whose_worth_is_not_positive_is_an_error_or_nan(
+def test_a_score_whose_worth_is_not_positive_is_an_error(worth: Any, floor: float, below: float) -> None:
+    scores = torch.tensor([0.5, floor - below, 0.75])
+    reason = rf"worth='{worth}' needs scores above {floor:g}.* {floor - below:g}$"
+    with pytest.raises(ValueError, match=reason):
+        reference.plackett_luce(scores, torch.arange(3), worth=worth)
+
+
+@pytest.mark.parametrize(("worth", "floor"), [("identity", 0.0), ("shifted", -1.0)])
+@pytest.mark.parametrize("below", [0.0, 0.25])
+def test_a_score_whose_worth_is_not_positive_is_nan_where_it_is_not_looked_at(
     worth: Any, floor: float, below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = torch.tensor([0.5, floor - below, 0.75], requires_grad=True)
-    with pytest.raises(
-        ValueError, match=rf"worth='{worth}' needs scores above {floor:g}.* {floor - below:g}$"
-    ):
-        reference.plackett_luce(x, torch.arange(3), worth=worth)
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on an accelerator
-    nll = reference.plackett_luce(x, torch.arange(3), worth=worth)
+    scores = torch.tensor([0.5, floor - below, 0.75], requires_grad=True)
+    nll = reference.plackett_luce(scores, torch.arange(3), worth=worth)
     nll.backward()
     assert nll.isnan()
-    assert x.grad.isnan().any()
+    assert scores.grad.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_tensors_keep_their_dtype_from_float32_on_and_their_device(dtype: torch.dtype) -> None:
+def test_tensors_keep_their_dtype_from_float32_on(dtype: torch.dtype) -> None:
     x = torch.rand(4, 3, dtype=torch.float64).to(dtype)
-    expected = torch.promote_types(dtype, torch.float32)
-    for value in (reference.plackett_luce(x, x.flip(-1)), *(term(x, x, 2.0) for term in TERMS.values())):
-        assert value.dtype == expected
-    on_meta = x.to("meta")
-    assert reference.plackett_luce(on_meta, on_meta, worth="shifted").device.type == "meta"
-    for term in TERMS.values():
-        assert term(on_meta, on_meta, lists="batch", diagonal=False).device.type == "meta"
+    values = reference.plackett_luce(x, x.flip(-1)), *(term(x, x, 2.0) for term in TERMS.values())
+    assert {value.dtype for value in values} == {torch.promote_types(dtype, torch.float32)}
+
+
+def test_tensors_keep_their_device() -> None:
+    x = torch.rand(4, 3, device="meta")
+    terms = [term(x, x, lists="batch", diagonal=False) for term in TERMS.values()]
+    for value in (reference.plackett_luce(x, x, worth="shifted"), *terms):
+        assert value.device.type == "meta"
 
 
 # --- the terms --------------------------------------------------------------------------------------------
@@ -224,16 +287,17 @@ def with_worth(batch: Batch, worth: str = "exp") -> tuple[Tensor, Tensor]:
 
     Norms of different rows differ: squares that are equal but for rounding would leave the order open.
     """
-    features = batch.image, batch.text
     if worth == "exp":
-        return features
-    scaled = []
-    for x in features:
+        return batch.image, batch.text
+
+    def changed(x: Tensor) -> Tensor:
         # Near the least cosine that has a worth its logarithm is too steep for differences.
         far = x.abs() + 0.05 if worth == "identity" else x
         first_equal = (x[:, None] == x).all(-1).byte().argmax(-1)
-        scaled.append(far * torch.linspace(0.7, 0.9, len(x), dtype=x.dtype)[first_equal, None])
-    return scaled[0], scaled[1]
+        norms = torch.linspace(0.7, 0.9, len(x), dtype=x.dtype)[first_equal]
+        return far * norms[:, None]
+
+    return changed(batch.image), changed(batch.text)
 
 
 @terms
@@ -243,11 +307,12 @@ def test_gradients_of_a_term_are_differences_of_its_values(
 ) -> None:
     """Of tensors and of arrays."""
     v, t = with_worth(batch, options.get("worth", "exp"))
-    inputs = (v.requires_grad_(), t.requires_grad_(), torch.tensor(batch.scale).double().requires_grad_())
+    scale = torch.tensor(batch.scale, dtype=torch.float64)
+    inputs = v.requires_grad_(), t.requires_grad_(), scale.requires_grad_()
     teacher = {name: x.cpu() for name, x in teacher_of(len(v), seed=len(v), duplicates=1).items()}
-    value = TERMS[term](*inputs, **options, **(teacher if has_teacher else {}))
     if not has_teacher:  # the order is that of the other modality, which has no gradient
         teacher = dict(zip(teacher, (t.detach(), v.detach()), strict=True))
+    value = TERMS[term](*inputs, **options, **(teacher if has_teacher else {}))
     arrays = {name: x.numpy() for name, x in teacher.items()}
     assert_slopes(value, inputs, partial(TERMS[term], **options, **arrays))
 
@@ -279,26 +344,33 @@ def test_reductions_are_of_the_same_summands(term: str, batch: Batch, lists: str
     assert mean.item() == pytest.approx(total.item() / (n * items), rel=1e-12, abs=1e-12)
 
 
-def test_mean_of_a_list_written_out_by_hand() -> None:
-    # Of three orthogonal pairs each list has one winner and two tied others: ranks 1, 2, 2.
-    mu = [1 / math.log(2), 1 / math.log(3), 1 / math.log(3)]
-    terms = [math.log(math.exp(2) + 2) - 2, math.log(2), math.log(2)]
-    expected = sum(m * x for m, x in zip(mu, terms, strict=True)) / sum(mu)
-    actual = reference.cross_modal(np.eye(3), np.eye(3), 2.0, discount="log")
-    assert actual == pytest.approx(expected, rel=1e-13)
-    assert reference.cross_modal(np.eye(3), np.eye(3), 2.0, top_k=1) == pytest.approx(terms[0], rel=1e-14)
+# Of three orthogonal pairs each list has one winner and two tied others: ranks 1, 2, 2.
+OF_WINNER, OF_OTHERS = math.log(math.exp(2) + 2) - 2, math.log(2)
 
 
-def test_lambda_weights_written_out_by_hand() -> None:
-    # Ranks 1, 2, 3; grades 0, 2, 1: the ideal DCG of the linear gains is 2 + 1/log₂ 3.
-    ideal, second = 2 + 1 / math.log2(3), 1 / math.log2(3)
-    owed = np.zeros((3, 3))
-    owed[1, 0] = (1 - second + 10 * (1 - second)) * 2 / ideal
-    owed[1, 2] = (second - 1 / 2 + 10 * (1 - second)) * 1 / ideal
-    owed[2, 0] = (1 - 1 / 2 + 10 * (second - 1 / 2)) * 1 / ideal
-    found = reference.lambda_weights([3.0, 2.0, 1.0], [0.0, 2.0, 1.0])
-    np.testing.assert_allclose(found, owed, rtol=1e-14)
-    value = 0.0
-    for p, q, difference in ((1, 0, 1.0), (1, 2, -1.0), (2, 0, 2.0)):  # x_q − x_p
-        value += owed[p, q] * math.log1p(math.exp(difference))
-    assert reference.lambda_loss([3.0, 2.0, 1.0], [0.0, 2.0, 1.0]) == pytest.approx(value, rel=1e-14)
+def test_the_mean_of_a_discounted_list_written_out_by_hand() -> None:
+    of_winner, of_others = 1 / math.log(2), 1 / math.log(3)  # μ = 1/log(1 + rank)
+    expected = (of_winner * OF_WINNER + 2 * of_others * OF_OTHERS) / (of_winner + 2 * of_others)
+    value = reference.cross_modal(np.eye(3), np.eye(3), 2.0, discount="log")
+    assert value == pytest.approx(expected, rel=1e-13)
+
+
+def test_the_mean_of_a_list_with_top_k_counts_its_best_items_alone() -> None:
+    assert reference.cross_modal(np.eye(3), np.eye(3), 2.0, top_k=1) == pytest.approx(OF_WINNER, rel=1e-14)
+
+
+def test_lambda_weights_and_their_loss_written_out_by_hand() -> None:
+    """Ranks 1, 2, 3 and grades 0, 2, 1: the ideal DCG of the linear gains is 2 + 1/log₂ 3."""
+    scores, grades = [3.0, 2.0, 1.0], [0.0, 2.0, 1.0]
+    first, second, third = 1.0, 1 / math.log2(3), 1 / 2  # discounts by rank
+    ideal = 2 * first + 1 * second
+    owed = np.zeros((3, 3))  # of a better item and a worse one
+    owed[1, 0] = (first - second + 10 * (first - second)) * 2 / ideal
+    owed[1, 2] = (second - third + 10 * (first - second)) * 1 / ideal
+    owed[2, 0] = (first - third + 10 * (second - third)) * 1 / ideal
+    np.testing.assert_allclose(reference.lambda_weights(scores, grades), owed, rtol=1e-14)
+    value = sum(
+        owed[better, worse] * math.log1p(math.exp(scores[worse] - scores[better]))
+        for better, worse in ((1, 0), (1, 2), (2, 0))
+    )
+    assert reference.lambda_loss(scores, grades) == pytest.approx(value, rel=1e-14)

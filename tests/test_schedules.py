@@ -16,6 +16,7 @@ every = pytest.mark.parametrize("name", ENDS)
 
 @st.composite
 def positions(draw: st.DrawFn) -> tuple[int, int]:
+    """An epoch or step i, and the number n of them."""
     n = draw(st.integers(1, 500))
     return draw(st.integers(1, n)), n
 
@@ -28,10 +29,15 @@ def test_rankclip_is_the_papers_formula(position: tuple[int, int]) -> None:
 
 
 def test_official_is_what_the_authors_code_computes() -> None:
+    """In some of the 64 epochs of its recipe, and in each of ten."""
     for i, expected in [(1, 0.0), (2, 0.047619), (22, 1.0), (43, 2.0), (64, 2.0)]:
         assert schedules.official(i, 64) == pytest.approx(expected, abs=1e-6)
     values = [schedules.official(i, 10) for i in range(1, 11)]
     assert values == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
+
+
+def test_the_tests_have_every_schedule() -> None:
+    assert set(ENDS) == set(schedules.NAMES)
 
 
 @every
@@ -64,6 +70,6 @@ def test_an_unknown_name_is_refused(name: object) -> None:
 
 @every
 def test_small_integers_do_not_wrap(name: str) -> None:
+    """3·100 does not fit eight bits."""
     schedule = schedules.by_name(name)
     assert schedule(np.uint8(100), np.uint8(200)) == schedule(100, 200)
-    assert set(ENDS) == set(schedules.NAMES)

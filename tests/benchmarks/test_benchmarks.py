@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,28 +40,46 @@ def measured(group: str, contender: str, seconds: list[float], **counts: float) 
 
 def test_every_round_runs_every_contender_once_and_in_the_other_order() -> None:
     ran: list[str] = []
-    steps = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    steps = {name: functools.partial(ran.append, name) for name in "abc"}
 
-    def seconds(step: Any) -> float:
+    def number_of_the_call(step: Any) -> float:
+        """What stands for its seconds."""
         step()
         return float(len(ran))
 
-    found = turns.in_turns(steps, 3, seconds)
+    seconds = turns.in_turns(steps, 3, number_of_the_call)
     assert "".join(ran) == "abccbaabc"
-    assert found == {"a": [1.0, 6.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 4.0, 9.0]}
+    assert seconds == {"a": [1.0, 6.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 4.0, 9.0]}
 
 
-def test_on_a_card_seconds_and_bytes_are_of_what_the_card_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+@pytest.fixture
+def card_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of a card that is not there: it has 3 bytes allocated, and by each ``"step"`` one more."""
+    calls: list[str] = []
+
+    def calling(name: str, result: int) -> Any:
+        def call() -> int:
+            calls.append(name)
+            return result
+
+        return call
+
     monkeypatch.setattr(turns, "DEVICE", torch.device("cuda"))
-    for name, bytes_there in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 3}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda name=name, x=bytes_there: seen.append(name) or x)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 + seen.count("step"))
-    turns.stopwatch(lambda: seen.append("step"))
-    assert seen == ["synchronize", "step", "synchronize"]
-    seen.clear()
-    assert turns.count_memory(lambda: seen.append("step")) == {"peak_bytes": 1, "saved_bytes": 0}
-    assert seen == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "step"]
+    for name, result in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 3}.items():
+        monkeypatch.setattr(torch.cuda, name, calling(name, result))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 + calls.count("step"))
+    return calls
+
+
+def test_on_a_card_seconds_are_of_what_the_card_has_done(card_calls: list[str]) -> None:
+    turns.stopwatch(lambda: card_calls.append("step"))
+    assert card_calls == ["synchronize", "step", "synchronize"]
+
+
+def test_on_a_card_the_peak_is_what_the_step_has_allocated(card_calls: list[str]) -> None:
+    counted = turns.count_memory(lambda: card_calls.append("step"))
+    assert counted == {"peak_bytes": 1, "saved_bytes": 0}
+    assert card_calls == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "step"]
 
 
 def test_products_of_a_step_are_all_its_products() -> None:
@@ -68,10 +87,16 @@ def test_products_of_a_step_are_all_its_products() -> None:
     v, t = (F.normalize(torch.randn(n, d), dim=-1).requires_grad_() for _ in range(2))
     loss = rankloss.RankClipLoss(schedule="constant")
     products = products_of(lambda: loss(v, t, torch.tensor(10.0)).backward())
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+
+    def of_product_in_place(_: Any, a: list[int], b: list[int], **__: Any) -> int:
+        """By the shapes of a and b; torch's counter passes over such products."""
+        return 2 * a[0] * a[1] * b[1]
+
+    in_place = {torch.ops.aten.addmm_: of_product_in_place}
     with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
         products()
-    assert flops.get_total_flops() == 8 * 2 * n * n * d
+    eight_products = 8 * 2 * n * n * d
+    assert flops.get_total_flops() == eight_products
 
 
 @pytest.mark.parametrize("method", ["sort", "bin"])
@@ -84,11 +109,13 @@ def test_a_step_by_the_kernels_moves_at_most_35_bytes_for_each_element_of_its_li
 
 
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios() -> None:
-    slow_round = [[3.0, 30.0, 2.0], [1.0, 10.0, 4.0]]  # ratios 3, 3 and 1/2; of the medians 3/4
+    """The rounds' ratios are 3, 3 and 1/2, of which the second is slow; that of the medians is 3/4."""
     results = [
-        measured(GROUP, name, x, peak_bytes=y) for name, x, y in zip("ab", slow_round, (30, 10), strict=True)
+        measured(GROUP, "a", [3.0, 30.0, 2.0], peak_bytes=30),
+        measured(GROUP, "b", [1.0, 10.0, 4.0], peak_bytes=10),
     ]
-    rows = page.judged(page.groups_of({"benchmarks": results}), TARGETS).splitlines()[2:]
+    table = page.judged(page.groups_of({"benchmarks": results}), TARGETS)
+    _header, _line, *rows = table.splitlines()
     assert rows == [
         "| a / b | at least 2.00× | 3.00× | yes |",
         "| b / a | at most 0.30× | 0.33× | no |",

@@ -37,6 +37,7 @@ random_triples = st.builds(
 
 
 def call(loss: AlipLoss, inputs: Inputs, **options: Any) -> Any:
+    """The loss of images, texts, captions and the scale."""
     v, t, c, s = inputs
     return loss(v, t, s, caption_features=c, **options)
 
@@ -55,15 +56,16 @@ def alip(
     """One step of ALIP: the histories H, Hʳ, Hᶜ after it, the weights, and the two parts of the loss."""
     cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)]).detach()
     after = momentum * torch.as_tensor(histories, dtype=torch.float64) + (1 - momentum) * cosines.mean(-1)
-    sample, raw, synthetic = cosines - after[:, None]
-    fits = sample >= 0  # g ≥ 1
-    w_s = torch.where(fits, 1.0, (gamma_sample * sample).exp())
-    w_r, w_c = (torch.where(fits, 1.0, (gamma_pair * x).exp()) for x in (raw, synthetic))
+    of_sample, of_text, of_caption = cosines - after[:, None]
+    fits = of_sample >= 0  # the two texts are closer than usual: all its weights are 1
+    sample_weight = torch.where(fits, 1.0, (gamma_sample * of_sample).exp())
+    text_weight = torch.where(fits, 1.0, (gamma_pair * of_text).exp())
+    caption_weight = torch.where(fits, 1.0, (gamma_pair * of_caption).exp())
     return {
         "histories": after,
-        "weights": torch.stack([w_s, w_r, w_c]),
-        "text": (pair_nll(v, t, logit_scale) * w_s * w_r).mean(),
-        "caption": (pair_nll(v, c, logit_scale) * w_s * w_c).mean(),
+        "weights": torch.stack([sample_weight, text_weight, caption_weight]),
+        "text": (pair_nll(v, t, logit_scale) * sample_weight * text_weight).mean(),
+        "caption": (pair_nll(v, c, logit_scale) * sample_weight * caption_weight).mean(),
     }
 
 
@@ -74,7 +76,8 @@ def pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:
     return sum(cross_entropy(x, own, reduction="none") for x in (logits, logits.T)) / 2  # type: ignore[return-value]
 
 
-# Values of the published code: the recipe of data/vectors.json, the captions drawn third.
+# Values of the published code: the recipe of data/vectors.json, the captions drawn third. By name, the
+# recipe, the histories at first, the number of steps, and what the last of them has.
 R0, R1 = (0, 6, 4, 10.000000000000002), (1, 64, 16, 1 / 0.07)
 PUBLISHED = {
     "R0, H=1, step 2": (R0, 1.0, 2, {
@@ -93,20 +96,25 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parts_histories_weights_and_gradient_are_the_published_codes(name: str) -> None:
+def test_parts_histories_and_gradient_of_a_step_are_the_published_codes(name: str) -> None:
     recipe, start, steps, expected = PUBLISHED[name]
-    inputs = triples(*recipe)
-    loss, histories = AlipLoss(initial_history=start), np.full(3, start)
+    inputs, loss = triples(*recipe), AlipLoss(initial_history=start)
     for _ in range(steps):
         entries = call(loss, inputs, output_dict=True)
-        step = alip(*inputs, histories=histories)
-        histories = step["histories"]
     assert tuple(entries) == KEYS
     assert loss.histories.tolist() == pytest.approx(expected["histories"], rel=1e-9)
     assert [x.item() for x in entries.values()] == pytest.approx(expected["parts"], rel=1e-9)
-    (dv,) = torch.autograd.grad(sum(entries.values()), inputs[0])
-    assert dv.norm().item() == pytest.approx(expected["gradient"], rel=1e-9)
-    # The oracle too, whose weights the published ones are compared with.
+    (by_images,) = torch.autograd.grad(sum(entries.values()), inputs[0])
+    assert by_images.norm().item() == pytest.approx(expected["gradient"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_oracles_parts_and_weights_are_the_published_codes(name: str) -> None:
+    recipe, start, steps, expected = PUBLISHED[name]
+    inputs, histories = triples(*recipe), np.full(3, start)
+    for _ in range(steps):
+        step = alip(*inputs, histories=histories)
+        histories = step["histories"]
     assert (step["text"].item(), step["caption"].item()) == pytest.approx(expected["parts"], rel=1e-9)
     assert step["weights"].mean(1).tolist() == pytest.approx(expected["mean weights"], rel=1e-9)
 
@@ -122,36 +130,39 @@ def test_values_gradients_and_histories_of_two_steps_are_the_oracles(inputs: Inp
         step = alip(*inputs, histories=histories, **options)
         histories = step["histories"]
         torch.testing.assert_close(loss.histories, histories, rtol=1e-12, atol=1e-14)
-        terms, expected_terms = [*entries.values()], [step["text"], step["caption"]]
-        torch.testing.assert_close(terms, expected_terms, rtol=1e-9, atol=1e-12)
-        found = gradients(sum(terms), inputs, upstream)
-        expected = gradients(sum(expected_terms), inputs, upstream)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        parts, owed_parts = [*entries.values()], [step["text"], step["caption"]]
+        torch.testing.assert_close(parts, owed_parts, rtol=1e-9, atol=1e-12)
+        slopes = gradients(sum(parts), inputs, upstream)
+        owed_slopes = gradients(sum(owed_parts), inputs, upstream)
+        torch.testing.assert_close(slopes, owed_slopes, rtol=1e-9, atol=1e-12)
 
 
 # --- histories ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("announced", "modes", "moves"),
+    ("events", "calls_that_move"),
     [
-        ([], "tttt", "1111"),  # each call in training mode is a step
-        ([], "teet", "1001"),
-        ([0, 2], "tttt", "1010"),  # two calls a step
-        ([0, 0, 2], "ettt", "0110"),  # an evaluation takes nothing from the step, nor does a second word
-        ([1], "tttt", "1100"),  # announced late
+        ("train train train train", [0, 1, 2, 3]),
+        ("train eval eval train", [0, 3]),
+        ("step train train step train train", [0, 2]),
+        ("step step eval train step train train", [1, 2]),
+        ("train step train train train", [0, 1]),
     ],
+    ids=["no steps announced", "evaluations", "two calls a step", "a step announced twice", "announced late"],
 )
-def test_histories_move_once_a_training_step(announced: list[int], modes: str, moves: str) -> None:
+def test_histories_move_once_a_training_step(events: str, calls_that_move: list[int]) -> None:
+    """Each call in training mode is a step, until steps are announced."""
     inputs, loss = triples(*R0), AlipLoss()
-    moved = ""
-    for k, mode in enumerate(modes):
-        for step in (step for step in announced if step == k):
-            loss.set_progress(step + 1, 9)
+    has_moved: list[bool] = []
+    for event in events.split():
+        if event == "step":
+            loss.set_progress(1 + len(has_moved), 9)
+            continue
         before = loss.histories.clone()
-        call(loss.train(mode == "t"), inputs)
-        moved += str(int(not torch.equal(loss.histories, before)))
-    assert moved == moves
+        call(loss.train(event == "train"), inputs)
+        has_moved.append(not torch.equal(loss.histories, before))
+    assert [number for number, moved in enumerate(has_moved) if moved] == calls_that_move
 
 
 def test_after_the_end_of_an_announced_training_each_call_is_a_step_again() -> None:
@@ -172,10 +183,13 @@ def test_casting_the_module_does_not_round_the_histories() -> None:
     for cast in (loss.to(torch.bfloat16), loss.half(), loss.float(), loss.double(), loss.to("cpu")):
         assert cast is loss
         assert torch.equal(loss.histories, before)
+
+
+def test_a_loss_that_is_built_on_the_meta_device_has_its_first_histories_after_a_reset() -> None:
     with torch.device("meta"):
-        other = AlipLoss(initial_history=0.5)
-    other.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(call(other, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
+        loss = AlipLoss(initial_history=0.5)
+    loss.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(call(loss, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
 
 
 def test_histories_that_a_wrapper_rounds_are_refused() -> None:
@@ -188,46 +202,59 @@ def test_histories_that_a_wrapper_rounds_are_refused() -> None:
 
 
 def test_a_device_without_float64_has_histories_of_float32() -> None:
+    with no_float64():
+        assert AlipLoss().half().histories.dtype == torch.float32
+
+
+def test_histories_of_float32_give_the_value_of_float64() -> None:
     inputs = triples(*R1)
     expected = call(AlipLoss(initial_history=0.0), inputs)
-    single = tuple(x.detach().float() for x in inputs)
+    in_float32: Inputs = tuple(x.detach().float() for x in inputs)  # type: ignore[assignment]
     with no_float64():
-        loss = AlipLoss(initial_history=0.0)
-        value = call(loss.half(), single)  # type: ignore[arg-type]
-        assert loss.histories.dtype == torch.float32
+        value = call(AlipLoss(initial_history=0.0).half(), in_float32)
     assert relative_error(value, expected) < 1e-5
-    moved = AlipLoss()
+
+
+@pytest.mark.parametrize("how", ["built there", "built there and cast", "moved there"])
+def test_histories_on_mps_are_float32_however_the_loss_came_there(how: str) -> None:
+    loss = AlipLoss()  # on the CPU
     with meta_is(MPS):
-        with MPS:
-            built = AlipLoss()
-        for there in (built, built.half(), moved.to(MPS)):
-            assert (there.histories.device, there.histories.dtype) == (MPS, torch.float32)
+        if how == "moved there":
+            loss = loss.to(MPS)
+        else:
+            with MPS:
+                loss = AlipLoss()
+        if how == "built there and cast":
+            loss = loss.half()
+        assert (loss.histories.device, loss.histories.dtype) == (MPS, torch.float32)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -> None:
+def test_a_bad_image_shows_in_the_loss_of_its_step_alone(value: float) -> None:
+    """It moves no history that it is in: that of texts and captions alone is the one of a good step."""
     v, t, c, s = inputs = triples(*R0)
-    bad = v.detach().clone()
-    bad[1, 2] = value
-    loss, spared = AlipLoss(), AlipLoss()
-    assert not call(loss, (bad, t, c, s)).isfinite()
-    call(spared, inputs)
-    assert loss.histories[0] == spared.histories[0]  # text · caption has nothing to do with the image
-    assert loss.histories[1:].tolist() == [1.0, 1.0]
+    bad_images = v.detach().clone()
+    bad_images[1, 2] = value
+    loss, of_good_step = AlipLoss(), AlipLoss()
+    assert not call(loss, (bad_images, t, c, s)).isfinite()
+    call(of_good_step, inputs)
+    of_texts_and_captions = of_good_step.histories[0].item()
+    assert loss.histories.tolist() == [of_texts_and_captions, 1.0, 1.0]
     assert call(loss, inputs).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_large_batch_in_half_precision_has_the_value_and_gradients_of_float32(dtype: torch.dtype) -> None:
     rounded = triples(0, 512, 16, 1 / 0.07, dtype)
-    exact: Inputs = tuple(x.detach().float().requires_grad_() for x in rounded)  # type: ignore[assignment]
-    results = []
-    for inputs in (rounded, exact):
+    in_float32: Inputs = tuple(x.detach().float().requires_grad_() for x in rounded)  # type: ignore[assignment]
+
+    def value_and_gradients(inputs: Inputs) -> list[Tensor]:
         value = call(AlipLoss(initial_history=0.0), inputs)
-        results.append([value, *gradients(value, inputs, 4096.0)])
-    for found, expected in zip(*results, strict=True):
-        tolerance = 6e-2 if dtype is torch.bfloat16 else 3e-3
-        assert relative_error(found, expected) < tolerance
+        return [value, *gradients(value, inputs, 4096.0)]
+
+    tolerance = 6e-2 if dtype is torch.bfloat16 else 3e-3
+    for found, owed in zip(value_and_gradients(rounded), value_and_gradients(in_float32), strict=True):
+        assert relative_error(found, owed) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,10 +283,24 @@ def test_bad_options_are_named(argument: str, value: Any, reason: str) -> None:
         AlipLoss(**{argument: value})
 
 
-def test_bad_captions_are_named() -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: c[:5],
+        lambda c: normalize(c[:, :3]),
+        lambda c: c.long(),
+        lambda c: c.to("meta"),
+        lambda c: c.detach().numpy(),
+    ],
+    ids=["too few", "too narrow", "integers", "elsewhere", "an array"],
+)
+def test_bad_captions_are_named(spoil: Any) -> None:
     v, t, c, s = triples(*R0)
-    for bad in (c[:5], normalize(c[:, :3]), c.long(), c.to("meta"), c.detach().numpy()):
-        with pytest.raises((ValueError, TypeError), match="caption_features"):
-            AlipLoss()(v, t, s, caption_features=bad)
+    with pytest.raises((ValueError, TypeError), match="caption_features"):
+        AlipLoss()(v, t, s, caption_features=spoil(c))
+
+
+def test_a_single_pair_is_refused() -> None:
+    v, t, c, s = triples(*R0)
     with pytest.raises(ValueError, match="image_features"):
         AlipLoss()(v[:1], t[:1], s, caption_features=c[:1])

@@ -25,47 +25,62 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
 
 
 def histories(rank: int, world_size: int) -> list[Tensor]:
+    """After the first call of a step, after a second one of the same, and after that of another step."""
     *rows, s = leaves(world_size)
-    (v, t, c), loss, seen = shards(rank, world_size, *rows), AlipLoss(), []
-    for step in (1, 1, 2):
-        if len(seen) != 1:
-            loss.set_progress(step, 2)
+    v, t, c = shards(rank, world_size, *rows)
+    loss = AlipLoss()
+
+    def after_a_call() -> Tensor:
         loss(v, t, s, caption_features=c)
-        seen.append(loss.histories.clone())
-    return seen
+        return loss.histories.clone()
+
+    loss.set_progress(1, 2)
+    first, accumulated = after_a_call(), after_a_call()
+    loss.set_progress(2, 2)
+    return [first, accumulated, after_a_call()]
 
 
 def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(pool: Pool) -> None:
-    results = pool.run(histories)
     v, t, c, s = leaves(pool.world_size)
     loss, owed = AlipLoss(), []
     for _ in range(2):
         loss(v, t, s, caption_features=c)
         owed.append(loss.histories.clone())
-    for first, accumulated, second in results:
-        torch.testing.assert_close([first, second], owed, rtol=1e-12, atol=0)
-        assert torch.equal(accumulated, first)
-        assert torch.equal(first, results[0][0])
-        assert torch.equal(second, results[0][2])
+    of_first_rank, *of_others = pool.run(histories)
+    first, accumulated, second = of_first_rank
+    torch.testing.assert_close([first, second], owed, rtol=1e-12, atol=0)
+    assert torch.equal(accumulated, first)
+    for of_other in of_others:
+        assert all(map(torch.equal, of_other, of_first_rank))
 
 
-def composed(rank: int, world_size: int) -> list[Tensor]:
+both_gatherings = pytest.mark.parametrize(
+    "gather", [None, Gather(local_loss=False)], ids=["default", "global loss"]
+)
+
+
+def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
+    """The value and gradients of a share; None finds the default group."""
     *rows, s = inputs = leaves(world_size)
-    (v, t, c), values = shards(rank, world_size, *rows), []
-    for gather in (None, Gather(local_loss=False)):  # None finds the default group
-        loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
-        values.append(loss(v, t, s, caption_features=c))
-    return differentiated(sum(values) / 2, inputs)  # both are exact
+    v, t, c = shards(rank, world_size, *rows)
+    loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
+    return differentiated(loss(v, t, s, caption_features=c), inputs)
 
 
-def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool) -> None:
+@both_gatherings
+def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
+    value = RankClipLoss(AlipLoss(), schedule="constant")(v, t, s, caption_features=c)
+    assert_same(averaged(pool.run(composed, gather)), differentiated(value, inputs), 1e-9)
+
+
+def test_entries_and_state_of_a_base_of_rank_terms_are_those_of_alip() -> None:
+    v, t, c, s = leaves(1)
     loss = RankClipLoss(AlipLoss(), schedule="constant")
     entries = loss(v, t, s, caption_features=c, output_dict=True)
-    assert list(entries)[:2] == ["contrastive_loss", "caption_contrastive_loss"]
-    assert len(entries) == 4
+    of_ranks = ["cross_modal_loss", "in_modal_loss"]
+    assert list(entries) == ["contrastive_loss", "caption_contrastive_loss", *of_ranks]
     assert list(loss.state_dict()) == ["base.histories"]
-    assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
 
 
 def bad_captions(rank: int, world_size: int) -> str:
@@ -85,7 +100,8 @@ def test_bad_captions_of_one_process_are_the_error_of_all(pool: Pool) -> None:
 
 def collectives(rank: int, world_size: int) -> dict[str, int]:
     *rows, s = leaves(world_size)
-    (v, t, c), loss = shards(rank, world_size, *rows), AlipLoss()
+    v, t, c = shards(rank, world_size, *rows)
+    loss = AlipLoss()
     loss(v, t, s, caption_features=c)  # processes may compare what they bring, once
     with Collectives() as calls:
         loss(v, t, s, caption_features=c)

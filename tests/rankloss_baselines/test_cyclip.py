@@ -15,14 +15,12 @@ from memory import TensorSizes
 from rankloss import ClipLoss
 from rankloss_baselines.cyclip import CyClipLoss
 
-KEYS = ("contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss")
-
 
 def direct(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The formulas with their N×N matrices, in float64 and with autograd."""
     v, t = v.double(), t.double()
-    cross, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
-    return cross.square().sum() / len(v), within.square().sum() / len(v)
+    across, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
+    return across.square().sum() / len(v), within.square().sum() / len(v)
 
 
 def terms(v: Tensor, t: Tensor) -> list[Tensor]:
@@ -33,50 +31,58 @@ def terms(v: Tensor, t: Tensor) -> list[Tensor]:
 def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[Tensor, Tensor]:
     """Float32 texts that are the images up to noise, or up to noise and a rotation of the whole space."""
     generator = torch.Generator().manual_seed(seed)
-    v, e = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
-    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
-    v = normalize(v + 1, dim=-1)
-    t = normalize((v @ turn if rotated else v) + noise * e / math.sqrt(d), dim=-1)
-    return v.float(), t.float()
+    drawn, direction = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    images = normalize(drawn + 1, dim=-1)
+    exact_texts = images @ rotation if rotated else images
+    texts = normalize(exact_texts + noise * direction / math.sqrt(d), dim=-1)
+    return images.float(), texts.float()
 
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_entries_are_the_float64_vectors(key: str) -> None:
+    """Whose terms have no weights; the defaults are 1/4."""
     case = VECTORS[key]
     entries = CyClipLoss()(*vector_batch(case).leaves(), output_dict=True)
-    assert tuple(entries) == KEYS
-    expected = (case["clip"], *(case["cyclip"][term] / 4 for term in ("cross_modal", "in_modal")))
-    for entry, value in zip(entries.values(), expected, strict=True):
-        assert relative_error(entry, value) < 1e-9
+    owed = {
+        "contrastive_loss": case["clip"],
+        "cyclic_cross_modal_loss": case["cyclip"]["cross_modal"] / 4,
+        "cyclic_in_modal_loss": case["cyclip"]["in_modal"] / 4,
+    }
+    assert list(entries) == list(owed)
+    for name, entry in entries.items():
+        assert relative_error(entry, owed[name]) < 1e-9
 
 
 @given(batches(), st.sampled_from([1.0, -2.7]))
 def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: float) -> None:
     v, t, s = inputs = batch.leaves()
     loss = CyClipLoss(lambda_cross=0.7, lambda_in=0.3)
-    cross, in_ = direct(v, t)
-    assert [x.item() for x in loss.own_terms(v, t, s).values()] == pytest.approx(
-        [0.7 * cross.item(), 0.3 * in_.item()], rel=1e-9, abs=1e-13
-    )
-    total, expected = loss(v, t, s), ClipLoss()(v, t, s) + 0.7 * cross + 0.3 * in_
-    for a, b in zip(gradients(total, inputs, upstream), gradients(expected, inputs, upstream), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    across, within = direct(v, t)
+    terms = [*loss.own_terms(v, t, s).values()]
+    torch.testing.assert_close(terms, [0.7 * across, 0.3 * within], rtol=1e-9, atol=1e-13)
+    owed = ClipLoss()(v, t, s) + 0.7 * across + 0.3 * within
+    slopes, owed_slopes = gradients(loss(v, t, s), inputs, upstream), gradients(owed, inputs, upstream)
+    torch.testing.assert_close(slopes, owed_slopes, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @given(
     st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 24), st.sampled_from([1, 0.1, 1e-2, 1e-3])
 )
-def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int, noise: float) -> None:
-    for rotated in (False, True):
-        leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
-        for actual, expected in zip(terms(*leaves), direct(*leaves), strict=True):
-            if expected < 1e-9 * n:  # cosines that differ by less than some hundred roundings of float32
-                continue
-            assert actual.dtype == torch.float32
-            assert relative_error(actual, expected) < 1e-5
-            wanted = torch.autograd.grad(expected, leaves, retain_graph=True)
-            for a, b in zip(torch.autograd.grad(actual, leaves, retain_graph=True), wanted, strict=True):
-                assert relative_error(a, b) < 1e-4
+def test_float32_is_right_however_close_the_modalities(
+    rotated: bool, seed: int, n: int, d: int, noise: float
+) -> None:
+    leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
+    for term, owed in zip(terms(*leaves), direct(*leaves), strict=True):
+        if owed < 1e-9 * n:  # cosines that differ by less than some hundred roundings of float32
+            continue
+        assert term.dtype == torch.float32
+        assert relative_error(term, owed) < 1e-5
+        slopes = torch.autograd.grad(term, leaves, retain_graph=True)
+        owed_slopes = torch.autograd.grad(owed, leaves, retain_graph=True)
+        for slope, owed_slope in zip(slopes, owed_slopes, strict=True):
+            assert relative_error(slope, owed_slope) < 1e-4
 
 
 def test_memory_is_linear_in_the_batch() -> None:
@@ -91,19 +97,18 @@ def test_half_precision_features_are_computed_in_full() -> None:
     v, t, _ = random_batch(0, 32, 16, 10.0).leaves(torch.bfloat16)
     expected = torch.stack(direct(v.detach(), t.detach())).float()
     with torch.autocast("cpu", torch.bfloat16):
-        actual = torch.stack(terms(v, t))
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(actual.sum(), (v, t)))
+        values = torch.stack(terms(v, t))
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+    assert {slope.dtype for slope in torch.autograd.grad(values.sum(), (v, t))} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> None:
-    for which in range(2):
-        v, t, _ = random_batch(0, 6, 4, 10.0).leaves()
-        with torch.no_grad():
-            (v, t)[which][2, 1] = value
-        assert not any(term.isfinite() for term in terms(v, t))
+@pytest.mark.parametrize("modality", [0, 1], ids=["images", "texts"])
+def test_no_plausible_number_for_features_that_are_not_finite(modality: int, value: float) -> None:
+    features = [x.detach() for x in random_batch(0, 6, 4, 10.0).leaves()[:2]]
+    features[modality][2, 1] = value
+    assert not any(term.isfinite() for term in terms(*features))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,20 +24,30 @@ def leaves(world_size: int) -> tuple[Tensor, ...]:
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
 
 
-def composed(rank: int, world_size: int) -> list[Tensor]:
+both_gatherings = pytest.mark.parametrize(
+    "gather", [None, Gather(local_loss=False)], ids=["default", "global loss"]
+)
+
+
+def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
+    """The value and gradients of a share; None finds the default group."""
     *rows, s = inputs = leaves(world_size)
-    pair, values = shards(rank, world_size, *rows), []
-    for gather in (None, Gather(local_loss=False)):  # None finds the default group
-        loss = RankClipLoss(CyClipLoss(gather=gather), schedule="constant", gather=gather)
-        values.append(loss(*pair, s))
-    return differentiated(sum(values) / 2, inputs)  # both are exact
+    v, t = shards(rank, world_size, *rows)
+    loss = RankClipLoss(CyClipLoss(gather=gather), schedule="constant", gather=gather)
+    return differentiated(loss(v, t, s), inputs)
 
 
-def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool) -> None:
+@both_gatherings
+def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, s = inputs = leaves(pool.world_size)
-    entries = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s, output_dict=True)
-    assert len(entries) == 5
-    assert_same(averaged(pool.run(composed)), differentiated(sum(entries.values()), inputs), 1e-9)
+    value = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s)
+    assert_same(averaged(pool.run(composed, gather)), differentiated(value, inputs), 1e-9)
+
+
+def test_entries_of_a_base_of_rank_terms_are_those_of_cyclip() -> None:
+    entries = RankClipLoss(CyClipLoss(), schedule="constant")(*leaves(1), output_dict=True)
+    of_cyclip = ["contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss"]
+    assert list(entries) == [*of_cyclip, "cross_modal_loss", "in_modal_loss"]
 
 
 def collectives(rank: int, world_size: int) -> dict[str, int]:

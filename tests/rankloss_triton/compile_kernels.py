@@ -28,6 +28,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
+    """What a kernel for lists of N items needs; no bins is the one that sorts.
+
+    ``plain`` is with the own pair and without ``top_k``.
+    """
     kernel = binned_rows if bins else sorted_rows
     launch = choose_launch(4096, N, bins, PROCESSORS)
     constants = {
@@ -53,19 +57,29 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
     )
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
-    found = {
+    registers, stack, local = resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": kernel.fn.__name__,
+        "N": N,
+        "plain": plain,
         "threads": 32 * launch.warps,
         "programs_per_processor": launch.programs // PROCESSORS,
         "tensors": [kind for kind in signature.values() if kind.startswith("*")],
-        **dict(zip(("registers", "stack", "local"), map(int, found), strict=True)),
+        "registers": registers,
+        "stack": stack,
+        "local": local,
     }
-    return {"kernel": kernel.fn.__name__, "N": N, "plain": plain, **found}
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int, int]:
+    """The registers of a thread, and its bytes of stack and of local memory, to which others are spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    return int(registers), int(stack), int(local)
 
 
 if __name__ == "__main__":

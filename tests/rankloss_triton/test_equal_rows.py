@@ -24,36 +24,57 @@ def first_equal(features: Tensor) -> list[int]:
 def by_definition(features: Tensor) -> list[int]:
     """The rule of Python's floats, in which −0.0 equals 0.0 and NaN nothing."""
     rows = features.tolist()
-    return [next((j for j in range(i) if rows[j] == rows[i]), i) for i in range(len(rows))]
+    firsts = []
+    for place, row in enumerate(rows):
+        equal_before = [earlier for earlier in range(place) if rows[earlier] == row]
+        firsts.append(equal_before[0] if equal_before else place)
+    return firsts
+
+
+@st.composite
+def short_rows(draw: st.DrawFn) -> Tensor:
+    width = draw(st.integers(1, 3))
+    row = st.lists(ENTRIES, min_size=width, max_size=width)
+    return torch.tensor(draw(st.lists(row, min_size=1, max_size=9)), dtype=torch.float32)
 
 
 @settings(max_examples=50)
-@given(
-    st.integers(1, 3).flatmap(
-        lambda d: st.lists(st.lists(ENTRIES, min_size=d, max_size=d), min_size=1, max_size=9)
-    )
-)
-def test_the_first_equal_row_is_that_of_the_definition(rows: list[list[float]]) -> None:
-    x = torch.tensor(rows, dtype=torch.float32)
-    assert first_equal(x) == by_definition(x)
+@given(short_rows())
+def test_the_first_equal_row_is_that_of_the_definition(features: Tensor) -> None:
+    assert first_equal(features) == by_definition(features)
 
 
-@pytest.mark.parametrize("width", [1, 256, 257, 600])
-def test_more_rows_and_columns_than_a_program_takes_at_a_time(width: int) -> None:
+def many_rows(width: int) -> Tensor:
+    """More rows than a program takes at a time, some of which are equal."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(2 if width == 1 else 5, (150, width), generator=generator).float()
-    x[[149, 70, 3]] = x[[1, 1, 1]]
-    assert first_equal(x) == by_definition(x)
-    wide = torch.cat([x, torch.full((150, 3), math.nan)], 1)[:, :width]  # rows a stride apart
-    assert first_equal(wide) == by_definition(x)
+    rows = torch.randint(2 if width == 1 else 5, (150, width), generator=generator).float()
+    rows[[149, 70, 3]] = rows[1].clone()
+    return rows
+
+
+widths = pytest.mark.parametrize("width", [1, 256, 257, 600])
+
+
+@widths
+def test_more_rows_and_columns_than_a_program_takes_at_a_time(width: int) -> None:
+    assert first_equal(many_rows(width)) == by_definition(many_rows(width))
+
+
+@widths
+def test_rows_may_be_a_stride_apart(width: int) -> None:
+    rows = many_rows(width)
+    columns_of_wider = torch.cat([rows, torch.full((150, 3), math.nan)], 1)[:, :width]
+    assert first_equal(columns_of_wider) == by_definition(rows)
 
 
 def test_rows_with_one_hash_that_differ_are_not_equal() -> None:
     x = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]], device=DEVICE)
-    assert confirm_equals(x, torch.zeros(3, dtype=torch.int64, device=DEVICE)).tolist() == [0, 1, 0]
+    candidates = torch.zeros(3, dtype=torch.int64, device=DEVICE)  # all have the first row's hash
+    assert confirm_equals(x, candidates).tolist() == [0, 1, 0]
 
 
 def test_an_entry_that_differs_changes_the_hash() -> None:
-    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).repeat(41, 1)
-    x[range(1, 41), range(40)] *= -1
-    assert len(hash_rows(x.to(DEVICE)).unique()) == 41
+    row = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    with_one_sign_changed = row * (1 - 2 * torch.eye(40))
+    rows = torch.cat([row[None], with_one_sign_changed])
+    assert len(hash_rows(rows.to(DEVICE)).unique()) == 41

@@ -13,7 +13,7 @@ from rankloss.options import RankOptions
 from rankloss_triton import launching, why_not
 
 
-def ask(
+def reason_against(
     n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **options: Any
 ) -> str | None:
     return why_not(RankOptions(**options), torch.device(device), dtype, n, N)
@@ -21,6 +21,7 @@ def ask(
 
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
+    """Kernels are compiled by a Triton that is new enough, and not interpreted as in the other files."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(launching, "triton_version", lambda: "3.7.0")
 
@@ -42,19 +43,31 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
     ids=str,
 )
 def test_the_reason_names_what_is_not_served(case: dict[str, Any], reason: str | None) -> None:
-    found = ask(**case)
-    assert found is None if reason is None else reason in str(found)
+    assert_reason(reason_against(**case), reason)
 
 
-def test_triton_must_be_there_and_not_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version, reason in (
+def assert_reason(found: str | None, expected: str | None) -> None:
+    """None where a case is served, else a reason with this part."""
+    if expected is None:
+        assert found is None
+    else:
+        assert expected in str(found)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
         (None, "Triton is not installed"),
         ("3.2.0+git1", "the kernels need Triton 3.4 or later; 3.2.0+git1 is installed"),
         ("3.4.0", None),
         ("3.10.0", None),
-    ):
-        monkeypatch.setattr(launching, "triton_version", lambda version=version: version)
-        assert ask() is None if reason is None else reason in str(ask())
+    ],
+)
+def test_triton_must_be_there_and_not_too_old(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(launching, "triton_version", lambda: version)
+    assert_reason(reason_against(), reason)
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"])
@@ -64,7 +77,7 @@ def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPa
             raise importlib.metadata.PackageNotFoundError(asked)
         return "3.5.1"
 
-    monkeypatch.undo()
+    monkeypatch.undo()  # the version of the fixture
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     assert launching.triton_version.__wrapped__() == "3.5.1"
@@ -72,5 +85,5 @@ def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPa
 
 def test_the_interpreter_takes_cpu_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ask(device="cpu") is None
-    assert "TRITON_INTERPRET" in str(ask(device="cuda"))
+    assert_reason(reason_against(device="cpu"), None)
+    assert_reason(reason_against(device="cuda"), "TRITON_INTERPRET")
