@@ -25,11 +25,16 @@ class Lists:
     """N lists of K candidates among M items; float64."""
 
     queries: Tensor
+    """``[N, D]``."""
     items: Tensor
+    """``[M, D]``."""
     index: Tensor
+    """``[N, K]``: the items of each list."""
     grades: Tensor
+    """``[N, K]``."""
     scale: float
     mask: Tensor | None = None
+    """``[N, K]``: False at padding."""
 
     def leaves(self, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, items and the scale as tensors that take a gradient."""

@@ -86,10 +86,12 @@ def rank_terms(view: View, teacher: View | None = None) -> Tensor:
 
 
 def _across(view: View) -> tuple[Tensor, Tensor]:
+    """Similarities of the anchors to the items of the other modality."""
     return view.image_anchors @ view.text.T, view.text_anchors @ view.image.T
 
 
 def _within(view: View) -> tuple[Tensor, Tensor]:
+    """Similarities of the anchors to the items of their own modality."""
     return view.image_anchors @ view.image.T, view.text_anchors @ view.text.T
 
 

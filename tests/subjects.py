@@ -121,8 +121,9 @@ def run(
 ) -> Result:
     """The library's value and gradients."""
     wanted = subject.differentiable if wanted is None else wanted
+    built = subject.started() if built is None else built
     taken = leaves(inputs, wanted)
-    return differentiated((subject.started() if built is None else built)(**taken), taken, wanted, upstream)
+    return differentiated(built(**taken), taken, wanted, upstream)
 
 
 def expected(subject: Subject, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> Result:
@@ -219,7 +220,7 @@ def of_pairs(name: str, build: Callable[..., Any], literal: Callable[..., Any], 
         functools.partial(literal, **of_formula),
         inputs=(*differentiable, "pair_ids") if "same_id" in options else differentiable,
         differentiable=differentiable,
-        half=True,  # beyond the budget only the dtype of the result is
+        half=True,  # streamed, only the result has that dtype
     )
 
 

@@ -460,16 +460,18 @@ def logged_by_lightning(code: str) -> None:
 
 def logged_by_a_loop(code: str) -> None:
     """Both writers get every term and λ."""
-    criterion, features = rankloss.RankClipLoss(), torch.nn.functional.normalize(torch.randn(2, 8, 4), dim=-1)
+    criterion = rankloss.RankClipLoss()
     criterion.set_progress(2, 3)
-    seen: dict[str, Any] = {}
-    writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.update({name: value}))
-    wandb = SimpleNamespace(log=lambda logged, step: seen.update(all=logged))
-    named = {"criterion": criterion, "images": features[0], "texts": features[1], "scale": 10.0, "step": 1}
-    executed(code, writer=writer, wandb=wandb, **named)
-    assert seen.pop("all") == seen
-    assert set(seen) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "rank_lambda"}
-    assert seen["rank_lambda"] > 0
+    images, texts = (unit(8, 4, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    of_loop = {"criterion": criterion, "images": images, "texts": texts, "scale": 10.0, "step": 1}
+    in_tensorboard: dict[str, Any] = {}
+    in_wandb: dict[str, Any] = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: in_tensorboard.update({name: value}))
+    wandb = SimpleNamespace(log=lambda logged, step: in_wandb.update(logged))
+    executed(code, writer=writer, wandb=wandb, **of_loop)
+    assert in_tensorboard == in_wandb
+    assert set(in_wandb) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "rank_lambda"}
+    assert in_wandb["rank_lambda"] > 0
 
 
 RUNS: dict[str, Callable[[str], None]] = {

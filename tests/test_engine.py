@@ -157,7 +157,7 @@ def slopes_of(total: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool = Fal
 
 
 def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
-    """Let the engine choose chunks of so many rows."""
+    """Let the engine choose chunks of so many rows, whatever the device and the number of items."""
     patch.setattr(engine, "_FEWEST_ROWS", rows)
     patch.setattr(engine, "_CHUNK", {})
     patch.setattr(engine, "_CHUNK_ELSEWHERE", 0)

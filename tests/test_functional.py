@@ -48,7 +48,7 @@ all_options = drawn_options.options(lambda x: x.method == "sort")
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_row_lists_match_the_vectors_in_value_and_gradient(key: str) -> None:
-    """Of the sum of both terms the gradients, that of the scale by its logarithm."""
+    """The values are of each term, the gradients of their sum, that of the scale by its logarithm."""
     case = VECTORS[key]
     v, t, _ = vector_batch(case).leaves()
     log_scale = torch.tensor(math.log(case["scale"]), dtype=torch.float64, requires_grad=True)

@@ -546,6 +546,7 @@ def test_norms_are_looked_at_when_they_can_be_read() -> None:
 
 
 def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
+    """The warning is of the norms: a scale of 3 times products of 25 is as one of 75."""
     with pytest.warns(InputWarning) as warned:
         ClipLoss()(5 * V, 5 * T, 3.0)
     assert not any(str(x.message).startswith("logit_scale") for x in warned)
@@ -582,6 +583,12 @@ def test_a_scale_that_cannot_be_one_is_a_warning_with_its_remedy(name: str, make
     texts = [str(x.message) for x in warned if str(x.message).startswith("logit_scale")]
     assert len({*texts}) == 1, "Python shows an equal text of two parts once"
     loss(V, T, scale)  # a second warning would be an error
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_beside_features_without_values_is_not_looked_at(name: str) -> None:
+    """That it was not is the answer, so that a later call looks at it."""
+    scale, _ = SCALES[name]
     assert checks.warn_of_scale("logit_scale", scale, V.to("meta")) is False
 
 
@@ -639,10 +646,8 @@ def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
         value = loss(*inputs, **one_row)
     value.backward()
     assert value.isfinite()
-    of_seven_pairs = random_batch(0, 7, 4, 10.0).leaves()
-    loss(
-        *of_seven_pairs, **{name: x[:7] for name, x in one_row.items()}
-    )  # a second warning would be an error
+    # In a later batch, also of another size, a second warning would be an error.
+    loss(*random_batch(0, 7, 4, 10.0).leaves(), **{name: x[:7] for name, x in one_row.items()})
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:

@@ -89,6 +89,7 @@ print(*set(sys.modules) - before)
 
 @pytest.fixture(scope="module")
 def loaded_modules() -> set[str]:
+    """The modules that ``import rankloss`` loads beside torch's and NumPy's."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 

@@ -342,21 +342,26 @@ def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
 
 
 def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
-    x, grades = torch.tensor([[[1.0, 1.0, 0.0, 1.0]], [[2.0, 0.0, 1.0, 1.0]]], dtype=F64)
-    owed = reference.lambda_loss(x[0], grades[0])
+    scores = torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64)
+    grades = torch.tensor([[2.0, 0.0, 1.0, 1.0]], dtype=F64)
+    owed = reference.lambda_loss(scores[0], grades[0])
     for order in itertools.permutations(range(4)):
-        value, terms = graded.lambda_loss(x[:, order], grades[:, order], x[:, order])
+        reordered = scores[:, order]
+        value, terms = graded.lambda_loss(reordered, grades[:, order], ranked_by=reordered)
         assert value.item() == pytest.approx(owed, rel=1e-14)
         assert terms.tolist() == [1]
 
 
 def test_exponential_gains_of_any_grade_are_finite() -> None:
-    x = torch.tensor([[0.0, 1.0, 2.0]], dtype=F64)
-    grades = torch.tensor([[2.0**53, 0.0, 2000.0]], dtype=F64)
-    value, _ = graded.lambda_loss(x, grades, x, gain="exponential")
-    swapped, _ = graded.lambda_loss(x, (grades > 2000).double(), x, gain="exponential")
-    # All but the largest gain vanish beside it.
-    assert value.item() == pytest.approx(swapped.item(), rel=1e-14)
+    """All but the largest gain vanish beside it: the value is that of one item with a gain."""
+    scores = torch.tensor([[0.0, 1.0, 2.0]], dtype=F64)
+    value, _ = graded.lambda_loss(
+        scores, torch.tensor([[2.0**53, 0.0, 2000.0]]).double(), ranked_by=scores, gain="exponential"
+    )
+    of_one_gain, _ = graded.lambda_loss(
+        scores, torch.tensor([[1.0, 0.0, 0.0]]).double(), ranked_by=scores, gain="exponential"
+    )
+    assert value.item() == pytest.approx(of_one_gain.item(), rel=1e-14)
 
 
 def test_lists_without_a_gain_count_nothing() -> None:

@@ -300,7 +300,7 @@ CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @modules
 def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: str) -> None:
-    """Keep the position in training, or tell it again."""
+    """Whether it has kept its position in training, or is told it again."""
     module = CONSTRUCTIONS[construction](subject)
     inputs = subject.pick(data("equal rows"), F32)
     for again in (module, subject.started(module)):
@@ -452,8 +452,9 @@ def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alon
         value = subject.started()(**inputs | numbers)
         value.backward()
         assert {value.device, *(inputs[k].grad.device for k in PAIR)} == {device}
-    components = subject.covers == "MimicryLoss"  # which stay there
-    assert copies == ["aten._to_copy.default"] * (weighted_terms.call_count + components)
+    # The weights of each pass of the engine, and MimicryLoss's components, which then stay there.
+    expected_copies = weighted_terms.call_count + (subject.covers == "MimicryLoss")
+    assert copies == ["aten._to_copy.default"] * expected_copies
 
 
 # --- derivatives ------------------------------------------------------------------------------------------

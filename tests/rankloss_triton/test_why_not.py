@@ -77,10 +77,11 @@ def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPa
             raise importlib.metadata.PackageNotFoundError(asked)
         return "3.5.1"
 
-    monkeypatch.undo()  # the version of the fixture
+    monkeypatch.undo()  # or the fixture's version is found
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    assert launching.triton_version.__wrapped__() == "3.5.1"
+    uncached = launching.triton_version.__wrapped__
+    assert uncached() == "3.5.1"
 
 
 def test_the_interpreter_takes_cpu_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
