@@ -50,8 +50,10 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
             state = checkpoint["optimizer"].get(KEY)
         loss.restore(state, warn=getattr(args, "rank", 0) == 0)
 
+    if is_sharded:
+        return
+
     def with_state_of_loss(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
         return {**saved, KEY: loss.saved()}
 
-    if not is_sharded:
-        optimizer.register_state_dict_post_hook(with_state_of_loss)
+    optimizer.register_state_dict_post_hook(with_state_of_loss)

@@ -101,7 +101,7 @@ def _embedded(
     forward: Callable[..., Any], split: Split, features_of: Any, of_model: Any, *args: Any, **inputs: Any
 ) -> Features:
     """The features of a batch, embedded in mini-batches, and those of the model."""
-    batch = args[0] if args else inputs
+    batch = args[0] if args else inputs  # one dict of columns, or columns by keyword
     columns = _tensors(batch)
     _check_rows(batch, columns, split)
 

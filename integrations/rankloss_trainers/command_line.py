@@ -174,7 +174,7 @@ class LossArguments:
         """The losses of these names by the prefix of their options; one that cannot be used is refused."""
         by_prefix: dict[str, dict[str, Named]] = {}
         for name in names:
-            catalog.names_of(name)
+            catalog.names_of(name)  # raises for an unknown one
             try:
                 named = catalog.load(name)
                 named.options  # noqa: B018  # which imports its module

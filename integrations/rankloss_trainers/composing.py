@@ -73,7 +73,8 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
             raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
         below = built
     module: nn.Module = below
-    if is_sigmoid and not any(part is base for part in module.modules()):
+    stands_on_base = any(part is base for part in module.modules())
+    if is_sigmoid and not stands_on_base:
         _check_no_softmax(module, biased)
     return module
 

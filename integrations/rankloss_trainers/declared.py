@@ -214,7 +214,6 @@ class Loss:
 
         Raises:
             OptionError: An option cannot have its value, or options exclude each other.
-            TypeError: The result is no module.
         """
         make = self.named.constructor
         parameters = inspect.signature(make).parameters

@@ -85,7 +85,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch."""
         self.unit = self._unit_of(trainer, pl_module)
-        self._check_no_untold(pl_module)
+        self._check_units(pl_module)
         self._tellers, self._told = self._listeners(pl_module, self.unit, self.unit), 0
         self._end = self._end_of(trainer, pl_module) if self._tellers else 0
         self._training = self._described(pl_module)
@@ -98,7 +98,7 @@ class Progress(Callback):
             rank_zero_info(f"Loss: lambda per {self.unit} over {self._end} {self.unit}(s)")
         self._tell(trainer)
 
-    def _check_no_untold(self, pl_module: nn.Module) -> None:
+    def _check_units(self, pl_module: nn.Module) -> None:
         """Raise a ValueError for a loss that is told at the other unit alone."""
         other = "epoch" if self.unit == "step" else "step"
         untold = self._listeners(pl_module, other, self.unit)

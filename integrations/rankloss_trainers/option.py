@@ -65,8 +65,8 @@ def naming_options(keys: Iterable[str], loss: str = "") -> Iterator[None]:
         match = re.match(r"(?P<key>\w+)(?P<between>: | |(?==))", text)
         if match is None or match["key"] not in keys:
             raise
-        starts_with_value = match["between"] == ""
-        reason = text if starts_with_value else text[match.end() :]
+        shows_value = match["between"] == ""  # the reason then is the whole text
+        reason = text if shows_value else text[match.end() :]
         raise OptionError(match["key"], reason, loss) from error
 
 

@@ -134,7 +134,7 @@ class TextColumns:
         elif os.path.exists(path):  # the trainer names a missing file
             check_header(path, separator, image_key, caption_key)
             check_rows(path, separator)
-            forget_files()
+            forget_files()  # no column will be read
 
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Put the columns beside the captions of the trainer's dataset; see :meth:`TextColumn.read_rows`."""

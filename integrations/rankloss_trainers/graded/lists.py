@@ -68,20 +68,29 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
             f"{len(grades)} grades in {where}"
         )
     for grade in grades:
-        is_number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
-        if not is_number or not grade < math.inf:  # NaN is not below either
-            raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
-        if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
-            raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
+        _check_grade(grade, where)
+    _check_one_grade_of_each(candidates, grades, where)
+    return list(zip(candidates, map(float, grades), strict=True))
+
+
+def _check_grade(grade: Any, where: str) -> None:
+    """Raise a ValueError for a grade that is no number, NaN or +∞, or an integer that float64 would round."""
+    is_number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
+    if not is_number or not grade < math.inf:  # NaN is not below either
+        raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
+    if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
+        raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
+
+
+def _check_one_grade_of_each(candidates: Sequence[Any], grades: Sequence[float], where: str) -> None:
+    """Raise a ValueError for a text twice with two grades; pictures are compared in a batch, by the loss."""
     grade_of: dict[str, float] = {}
     for candidate, grade in zip(candidates, grades, strict=True):
-        # Pictures are compared by their bytes in a batch, which the loss checks.
         if isinstance(candidate, str) and grade_of.setdefault(candidate, grade) != grade:
             both = f"{grade_of[candidate]!r} and {grade!r}"
             raise ValueError(
                 f"grades must be one of each candidate; {candidate!r:.60} is twice in {where}, with {both}"
             )
-    return list(zip(candidates, map(float, grades), strict=True))
 
 
 def has_order(grades: Sequence[float]) -> bool:

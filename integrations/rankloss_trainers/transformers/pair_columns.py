@@ -64,8 +64,8 @@ def _rows_of(features: Features, names: list[str], examples: Any) -> dict[str, A
     if COLUMN not in names:
         bind = f"rankloss_features.bind(dataset, {features.path!r})"
         raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
-    bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
-    return references(features, bound)
+    arrays = [np.asarray(example[COLUMN]) for example in examples]  # of lists, or of a format's tensors
+    return references(features, np.array(arrays, np.int64))
 
 
 def _ids_of(key: str, examples: Any) -> Any:

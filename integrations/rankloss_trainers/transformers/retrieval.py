@@ -79,9 +79,8 @@ class Retrieval:
         self._batches.clear()
         image_features, text_features = columns["images"].float(), columns["texts"].float()
         is_finite = bool(image_features.isfinite().all() and text_features.isfinite().all())
-        if (
-            not is_finite
-        ):  # the training has diverged, as its loss says: stand-ins, for the names of the values
+        if not is_finite:
+            # The training has diverged, as its loss says. Stand-ins give the names of the values.
             image_features, text_features = _unit_rows_like(image_features), _unit_rows_like(text_features)
 
         has_ids = "ids" in columns
@@ -133,9 +132,9 @@ def _first_of(items: Tensor, groups: Tensor) -> Tensor:
 
 
 def _warn_of_repeated(count: int) -> None:
-    """Warn, once for a number, of captions that stand beside several pictures."""
+    """Warn of captions that stand beside several pictures."""
     if count:
-        warnings.warn(
+        warnings.warn(  # Python shows the same text once
             f"{count} captions of the evaluation repeat that of another picture, and count as wrong answers "
             "there; with loss='clip-ids' and its key pairs of one id are partners",
             InputWarning,
