@@ -427,5 +427,5 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
 
 def _are_unit(features: Tensor) -> bool:
     """True if there are rows, and all are unit-norm."""
-    norms = _norms(features.detach())
-    return bool(((norms - 1).abs() < _UNIT).all()) and norms.numel() > 0
+    is_unit = (_norms(features.detach()) - 1).abs() < _UNIT
+    return len(is_unit) > 0 and bool(is_unit.all())

@@ -252,7 +252,8 @@ class WorthSums:
         by_slot = ranking.weigh(torch.div(share, self._denominators, out=self._denominators))
         if slope_of_all is not None:
             by_slot[..., -1:] += slope_of_all  # every item's sum runs over the last slot
-        slopes = ranking.read_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+        from_best = by_slot.flip(-1).cumsum_(-1).flip(-1)  # Σ of this slot and all better ones
+        slopes = ranking.read_items(from_best)
         counted = share if ranking.counted is None else share * ranking.counted
         torch.addcmul(-counted, self._worths, slopes, out=out)
 
@@ -296,8 +297,9 @@ class LogSums:
     def _slopes(self) -> Tensor:
         """U times the base of every slot."""
         log_sizes = self._ranking.sizes.to(self._logs.dtype).log_()
-        log_sums = log_sizes.sub_(self._logs).flip(-1).logcumsumexp(-1).flip(-1)
-        return log_sums.add_(self._slots.base).exp_()
+        log_terms = log_sizes.sub_(self._logs)  # of size / C
+        log_from_best = log_terms.flip(-1).logcumsumexp(-1).flip(-1)  # log Σ of this slot and all better ones
+        return log_from_best.add_(self._slots.base).exp_()
 
     def _shares(self) -> Tensor:
         """The base of every slot divided by Σ e^x."""

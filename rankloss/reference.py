@@ -361,6 +361,7 @@ def _like(value: Tensor, *inputs: Any) -> Any:
 
 
 def _check_options(*, top_k: int | None, **chosen: Any) -> None:
+    """Raise a ValueError for an option, given by its name, that is none of its choices."""
     for name, value in chosen.items():
         if value not in _CHOICES[name]:
             choices = ", ".join(map(repr, _CHOICES[name]))
@@ -558,12 +559,18 @@ def _partner_ranks(
     """The rank of the best partner of each query that has one; others with its score rank before it."""
     ranks = []
     for query, scores in enumerate(cosines):
-        answers = [answer for answer in range(len(scores)) if not has_itself or answer != query]
-        partners = [scores[a] for a in answers if answer_ids[a] == query_ids[query]]
-        others = [scores[a] for a in answers if answer_ids[a] != query_ids[query]]
+        partners: list[float] = []
+        others: list[float] = []
+        for answer, score in enumerate(scores):
+            if has_itself and answer == query:
+                continue
+            if answer_ids[answer] == query_ids[query]:
+                partners.append(score)
+            else:
+                others.append(score)
         if partners:
-            best = max(partners)
-            ranks.append(1 + sum(int(score >= best) for score in others))
+            before = [score for score in others if score >= max(partners)]
+            ranks.append(1 + len(before))
     return ranks
 
 

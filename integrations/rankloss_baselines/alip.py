@@ -184,7 +184,7 @@ class AlipLoss(OwnTerms):
         self.histories.copy_(torch.where(batch_means.isfinite(), moved, self.histories))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
-        # to(), half() and so on. The device is fn's choice, the dtype is not.
+        """Move or cast the module, as ``to()`` and ``half()`` do; the histories change their device alone."""
         unrounded = self.histories
         self.histories = unrounded.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

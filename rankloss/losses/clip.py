@@ -148,6 +148,7 @@ class ClipLoss(StreamedLoss):
     def _whole(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
+        """The loss from whole matrices of logits, of this process's rows or of all."""
         all_images, all_texts = self.gather(images, texts)
         if all_images is images or self.gather.anchors_are_local:
             logits = scaled_cosines(scale, images, all_texts), scaled_cosines(scale, texts, all_images)
@@ -166,12 +167,15 @@ class ClipLoss(StreamedLoss):
     def _streamed(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
+        """The loss in chunks of rows; without ids it is the first term of the rank terms' pass."""
         if ids is None:
             return self.weighted_terms((images, texts, scale, bias), self._options, (1.0, 0.0, 0.0))[0]
         batch = self._batch(images, texts, scale)
         row_loss = PairSoftmax(ids, self.same_id)
         loss = mean_of_rows(row_loss, batch.inputs._asdict(), batch.first_row, self._options.chunk_size)
-        return loss + 0 * bias.sum() if isinstance(bias, Tensor) else loss
+        if isinstance(bias, Tensor):  # changes nothing, but DDP expects a gradient of a parameter
+            loss = loss + 0 * bias.sum()
+        return loss
 
 
 def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) -> Tensor:

@@ -140,6 +140,7 @@ class ListInputs(NamedTuple):
         self._check_reference_scale(self.reference_scale)
 
     def _check_reference_features(self, queries: Tensor, candidates: Tensor) -> None:
+        """Raise an error unless a frozen model's features are those of the same queries and candidates."""
         checks.check_matrix("reference_query_features", queries)
         if len(queries) != len(self.query_features):
             raise ValueError(
@@ -151,6 +152,7 @@ class ListInputs(NamedTuple):
         self._check_candidates("reference_candidate_features", candidates, dimension)
 
     def _check_reference_scale(self, scale: Tensor | float) -> None:
+        """Raise an error unless a frozen model's scale is one positive number; its value is read on a CPU."""
         checks.check_is_number("reference_scale", scale, self.query_features)
         if isinstance(scale, Tensor):
             if not scale.is_cpu:  # an accelerator's number is not waited for

@@ -98,6 +98,7 @@ class SigLipLoss(StreamedLoss):
     def _whole(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
+        """The loss from the whole matrix of logits, of this process's images or of all."""
         first_row = self.gather.first_row(len(images))
         images, texts = self._pairs(images, texts)
         logits = scaled_cosines(scale, images, texts)
@@ -111,6 +112,7 @@ class SigLipLoss(StreamedLoss):
     def _streamed(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
+        """The loss in chunks of the images' rows."""
         dtype = arithmetic_dtype(images, texts)
         device = images.device
         first_row = self.gather.first_row(len(images))

@@ -160,8 +160,11 @@ def reciprocal_rank(
     is_relevant = grades >= at_least
     best = scores.masked_fill(~is_relevant, -math.inf).amax(-1, keepdim=True)
     is_before = (scores >= best) & ~is_relevant
-    before = (is_before if mask is None else is_before & mask).sum(-1)
-    return torch.where(is_nan | ~is_relevant.any(-1), math.nan, 1 / (1 + before.to(scores.dtype)))
+    if mask is not None:
+        is_before = is_before & mask
+    rank = 1 + is_before.sum(-1).to(scores.dtype)
+    has_no_rank = is_nan | ~is_relevant.any(-1)
+    return torch.where(has_no_rank, math.nan, 1 / rank)
 
 
 def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
@@ -210,8 +213,9 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
             raise ValueError(
                 f"mask must be bool of shape {tuple(x.shape)}; got {mask.dtype} {tuple(mask.shape)}"
             )
-    checked = [_in_widest_dtype(name, numbers, mask) for name, numbers in lists.items()]
-    return checked, (checked[0].isnan() | checked[1].isnan()).any(-1)
+    x, y = _in_widest_dtype(first, x, mask), _in_widest_dtype(second, y, mask)
+    has_nan = (x.isnan() | y.isnan()).any(-1)
+    return [x, y], has_nan
 
 
 def _in_widest_dtype(name: str, numbers: Tensor, mask: Tensor | None) -> Tensor:

@@ -40,11 +40,15 @@ def confirm_equals(X, CANDIDATES, FIRST, n, width, ROWS: tl.constexpr, COLUMNS: 
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     candidate = tl.load(CANDIDATES + i, mask=i < n, other=0)
+    own_row = X + i.to(tl.int64)[:, None] * width
+    candidate_row = X + candidate[:, None] * width
     same = (i < n) & (candidate != i)
-    if tl.max(same.to(tl.int32), 0) > 0:
+    if tl.max(same.to(tl.int32), 0) > 0:  # a program whose rows are their own candidates reads none
         for c in range(0, width, COLUMNS):
-            inside = same[:, None] & (c + j < width)[None, :]
-            mine = tl.load(X + i.to(tl.int64)[:, None] * width + (c + j)[None, :], mask=inside, other=0.0)
-            its = tl.load(X + candidate[:, None] * width + (c + j)[None, :], mask=inside, other=0.0)
-            same = same & (tl.max((mine != its).to(tl.int32), 1) == 0)
+            column = (c + j)[None, :]
+            inside = same[:, None] & (column < width)
+            own = tl.load(own_row + column, mask=inside, other=0.0)
+            of_candidate = tl.load(candidate_row + column, mask=inside, other=0.0)
+            differences = (own != of_candidate).to(tl.int32)
+            same = same & (tl.max(differences, 1) == 0)
     tl.store(FIRST + i, tl.where(same, candidate, i.to(tl.int64)), mask=i < n)
