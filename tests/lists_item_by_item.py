@@ -85,40 +85,47 @@ def literal(
     """
     is_item = ~grades.isnan() if mask is None else mask
     own_items = [[int(item) for item in index[n][is_item[n]]] for n in range(len(index))]
-    listed = sorted({item for own in own_items for item in own})
     values, counts = [], []
     for n, own in enumerate(own_items):
-        list_grades = [float(grade) for grade in grades[n][is_item[n]]]
         negatives: list[int] = []
         if in_batch_negatives:
-            negatives = [item for item in listed if not _is_among(items[item], items[own])]
-        if excluded is not None:
-            negatives = [item for item in negatives if item != excluded[n]]
-        list_grades += [-math.inf] * len(negatives)
-        scores = [logit_scale * (query_features[n] * items[item]).sum() for item in [*own, *negatives]]
+            negatives = _negatives(items, own_items, n, None if excluded is None else excluded[n])
+        list_grades = [*map(float, grades[n][is_item[n]]), *[-math.inf] * len(negatives)]
+        scores = [logit_scale * (query_features[n] * items[item]).sum() for item in (*own, *negatives)]
         if frozen is not None:
-            scores = [
-                score - float(frozen[n, item]) for score, item in zip(scores, [*own, *negatives], strict=True)
-            ]
-        if model == "plackett_luce":
-            value, count = _plackett_luce(scores, list_grades, top_k)
-        elif model == "top_one":
-            value, count = _top_one(scores, list_grades), 1
-        elif model == "pairwise":
-            value, count = _pairwise(scores, list_grades, pair_weight)
-        else:
-            value, count = _lambda(scores, list_grades, gain), 1
+            of_frozen = [float(frozen[n, item]) for item in (*own, *negatives)]
+            scores = [score - known for score, known in zip(scores, of_frozen, strict=True)]
+        value, count = 0 * scores[0], 0
         has_an_order = len(set(list_grades)) > 1
-        values.append(value if has_an_order else 0 * scores[0])
-        counts.append(count if has_an_order else 0)
+        if has_an_order and model == "plackett_luce":
+            value, count = _plackett_luce(scores, list_grades, top_k)
+        elif has_an_order and model == "top_one":
+            value, count = _top_one(scores, list_grades), 1
+        elif has_an_order and model == "pairwise":
+            value, count = _pairwise(scores, list_grades, pair_weight)
+        elif has_an_order:
+            value, count = _lambda(scores, list_grades, gain), 1
+        values.append(value)
+        counts.append(count)
+    return _reduced(values, counts, reduction)
+
+
+def _negatives(items: Tensor, own_items: list[list[int]], n: int, excluded: int | None) -> list[int]:
+    """The items of other queries' lists that equal none of this query's, without the excluded one."""
+    listed = sorted({item for own in own_items for item in own})
+
+    def is_own(item: int) -> bool:
+        return bool((items[item] == items[own_items[n]]).all(-1).any())
+
+    return [item for item in listed if item != excluded and not is_own(item)]
+
+
+def _reduced(values: list[Any], counts: list[int], reduction: str) -> Any:
+    """The lists' values; the mean is of those with a term, by its number of terms each."""
     if reduction == "mean":
         means = [value / count for value, count in zip(values, counts, strict=True) if count]
         return sum(means) / len(means) if means else 0 * sum(values)
     return sum(values) if reduction == "sum" else torch.stack(values)
-
-
-def _is_among(row: Tensor, rows: Tensor) -> bool:
-    return bool((row == rows).all(-1).any())
 
 
 def _log_sum(scores: list[Any]) -> Any:

@@ -108,8 +108,10 @@ def differentiated(
     if not wanted:
         return Result(value, {})
     upstream = upstream_for(value) if upstream is None else upstream
-    found = torch.autograd.grad(value, [inputs[k] for k in wanted], upstream, create_graph=create_graph)
-    return Result(value.detach(), {k: g.detach() for k, g in zip(wanted, found, strict=True)})
+    by = [inputs[name] for name in wanted]
+    gradients = torch.autograd.grad(value, by, upstream, create_graph=create_graph)
+    detached = [gradient.detach() for gradient in gradients]
+    return Result(value.detach(), dict(zip(wanted, detached, strict=True)))
 
 
 def run(

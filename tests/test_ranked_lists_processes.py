@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -89,28 +90,66 @@ def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[T
     return pools[request.param].run(of_this_rank)
 
 
-@pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
-def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[Any], case: int) -> None:
-    """Of the features' gradients what the flags leave, as in CLIP's loss."""
-    world_size, (options, is_frozen) = len(table), SHARDED[case]
+@functools.cache
+def owed_by(case: int, world_size: int) -> list[Tensor]:
+    """The value of the whole batch in one process, and its gradients by queries, items and scale."""
+    options, is_frozen = SHARDED[case]
     lists = whole(world_size)
     frozen = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
-    value, by_queries, by_items, by_scale = lists.differentiated(
-        lambda *inputs: total(lists.owed(*inputs, **options, **frozen))
-    )
+    return lists.differentiated(lambda *inputs: total(lists.owed(*inputs, **options, **frozen)))
+
+
+every_case = pytest.mark.parametrize(
+    "case", range(len(SHARDED)), ids=[f"{options} {is_frozen}" for options, is_frozen in SHARDED]
+)
+
+
+@every_case
+def test_value_and_the_scales_gradient_are_those_of_one_process_under_all_flags(
+    table: list[Any], case: int
+) -> None:
+    value, _, _, by_scale = owed_by(case, len(table))
     for flags in [*FLAGS, None]:
-        local_loss, gather_with_grad = flags or (True, True)
-        local_loss = local_loss or options["reduction"] == "none"
-        averaged = mean_over_ranks([of_rank[case, flags] for of_rank in table])
-        mean_value, mean_by_queries, mean_by_items, mean_by_scale = averaged
+        mean_value, _, _, mean_by_scale = mean_over_ranks([of_rank[case, flags] for of_rank in table])
         assert_same([mean_value, mean_by_scale], [value, by_scale])
-        gathers_nothing = world_size == 1 or (local_loss and not options.get("in_batch_negatives"))
-        if gather_with_grad or gathers_nothing:
-            assert_same([mean_by_queries, mean_by_items], [by_queries, by_items])
-        elif not local_loss:
-            assert_same([mean_by_queries, mean_by_items], [by_queries / world_size, by_items / world_size])
-        else:  # the candidates lack the other processes' lists
-            assert_same([mean_by_queries], [by_queries])
+
+
+@every_case
+def test_features_gathered_with_their_graph_have_the_gradients_of_one_process(
+    table: list[Any], case: int
+) -> None:
+    for flags in ((False, True), (True, True), None):
+        assert_same(mean_over_ranks([of_rank[case, flags] for of_rank in table]), owed_by(case, len(table)))
+
+
+LOCAL, GLOBAL = (True, False), (False, False)  # the flags of features that are gathered without their graph
+
+
+@every_case
+def test_a_local_loss_of_constants_has_the_queries_gradients_of_one_process(
+    table: list[Any], case: int
+) -> None:
+    """With negatives those of candidates lack the other processes' lists; values of queries are local."""
+    options, _ = SHARDED[case]
+    _, by_queries, by_items, _ = owed_by(case, len(table))
+    gathers = options.get("in_batch_negatives") and len(table) > 1
+    for flags in [LOCAL, GLOBAL] if options["reduction"] == "none" else [LOCAL]:
+        _, mean_by_queries, mean_by_items, _ = mean_over_ranks([of_rank[case, flags] for of_rank in table])
+        assert_same([mean_by_queries], [by_queries])
+        if not gathers:
+            assert_same([mean_by_items], [by_items])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (options, _) in enumerate(SHARDED) if options["reduction"] != "none"]
+)
+def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
+    table: list[Any], case: int
+) -> None:
+    """As in CLIP's loss."""
+    _, by_queries, by_items, _ = owed_by(case, len(table))
+    _, mean_by_queries, mean_by_items, _ = mean_over_ranks([of_rank[case, GLOBAL] for of_rank in table])
+    assert_same([mean_by_queries, mean_by_items], [by_queries / len(table), by_items / len(table)])
 
 
 def mean_over_ranks(of_ranks: list[list[Tensor]]) -> list[Tensor]:

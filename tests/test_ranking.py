@@ -85,9 +85,9 @@ def test_the_other_bins_divide_the_range_of_the_rest(reference: Tensor, count: i
 def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
     values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-42, 0.0, -0.0, 1.0])
     rows = torch.cartesian_prod(values, values, values)
-    found = quantize(rows, bins)
-    assert (found.min(), found.max()) == (0, bins - 1)
-    of_finite_rows = found[rows.isfinite().all(-1)]
+    of_rows = quantize(rows, bins)
+    assert (of_rows.min(), of_rows.max()) == (0, bins - 1)
+    of_finite_rows = of_rows[rows.isfinite().all(-1)]
     assert (of_finite_rows.amin(-1) == 0).all()
 
 

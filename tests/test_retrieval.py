@@ -58,8 +58,8 @@ def test_recall_by_ids_is_the_oracles(case: Any, block: int) -> None:
 def test_recall_of_pairs_is_the_oracles(seed: int, n: int, duplicates: int) -> None:
     batch = random_batch(seed, n, 4, 1.0, duplicates=min(duplicates, n // 2))
     ks = range(1, n + 1)
-    found = numbers(metrics.recall(batch.image, batch.text, ks))
-    assert found == pytest.approx(reference.recall(batch.image, batch.text, ks), abs=1e-12)
+    recall = numbers(metrics.recall(batch.image, batch.text, ks))
+    assert recall == pytest.approx(reference.recall(batch.image, batch.text, ks), abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [10, 57, 100])
@@ -78,10 +78,10 @@ def test_recall_and_median_rank_of_unique_captions_are_open_clips(n: int) -> Non
 @pytest.mark.parametrize("n", [2, 17, 65])
 def test_a_model_that_maps_everything_to_one_point_finds_nothing(n: int) -> None:
     point = unit(1, 5, seed=0, dtype=torch.float32).expand(n, 5)
-    found = numbers(metrics.recall(point, point, (n - 1, n)))
+    recall = numbers(metrics.recall(point, point, (n - 1, n)))
     owed = {f"R@{n - 1}": 0, f"R@{n}": 1, "median_rank": n}
     for way in ("image_to_text", "text_to_image"):
-        assert {name: found[f"{way}_{name}"] for name in owed} == owed
+        assert {name: recall[f"{way}_{name}"] for name in owed} == owed
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
@@ -121,9 +121,9 @@ def test_a_lone_picture_is_an_answer_and_no_query_among_pictures(lone_picture: d
 
 
 def test_a_lone_picture_counts_in_no_recall_among_pictures(lone_picture: dict[str, Any]) -> None:
-    found = metrics.recall(**lone_picture, k=(1, 2))
-    assert found["image_to_image_R@1"] == 0
-    assert found["image_to_image_R@2"] == 1
+    recall = metrics.recall(**lone_picture, k=(1, 2))
+    assert recall["image_to_image_R@1"] == 0
+    assert recall["image_to_image_R@2"] == 1
 
 
 def test_where_all_texts_are_lone_there_are_no_ranks_among_texts(lone_picture: dict[str, Any]) -> None:
@@ -141,9 +141,9 @@ def test_features_are_compared_in_float32_where_there_is_no_float64() -> None:
     v, t = unit(20, 6, seed=1), unit(20, 6, seed=2)
     expected, in_float32 = numbers(metrics.recall(v, t)), (v.float(), t.float())
     with no_float64():
-        found = metrics.recall(*in_float32)
-    assert numbers(found) == pytest.approx(expected, rel=1e-6)
-    assert found["image_to_text_R@1"].dtype == torch.float32
+        recall = metrics.recall(*in_float32)
+    assert numbers(recall) == pytest.approx(expected, rel=1e-6)
+    assert recall["image_to_text_R@1"].dtype == torch.float32
 
 
 def test_no_matrix_of_all_similarities_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,9 @@ def test_value_and_slopes_are_the_references(batch: Batch, weight: float) -> Non
 @given(batches(min_n=3, ties=False), st.sampled_from([1.0, -2.7]))
 def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: float) -> None:
     inputs = batch.leaves()
-    found = SpreadLoss(weight=0.7)(*inputs)
+    value = SpreadLoss(weight=0.7)(*inputs)
     owed = ClipLoss()(*inputs) + 0.7 * by_definition(*inputs)
-    for a, b in zip(gradients(found, inputs, upstream), gradients(owed, inputs, upstream), strict=True):
+    for a, b in zip(gradients(value, inputs, upstream), gradients(owed, inputs, upstream), strict=True):
         assert relative_error(a, b) < 1e-9
 
 
@@ -169,9 +169,9 @@ def test_half_precision_features_are_computed_in_float32(n: int, dtype: torch.dt
     owed = spread(half.double(), ALONE, torch.float64)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = SpreadLoss(pairs_sum, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
-        assert found.dtype == torch.float32
-        assert relative_error(found, owed) < 1e-4
+            entry = SpreadLoss(pairs_sum, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
+        assert entry.dtype == torch.float32
+        assert relative_error(entry, owed) < 1e-4
 
 
 # --- memory and messages ----------------------------------------------------------------------------------

@@ -108,10 +108,10 @@ def owed_of(subject: Subject, kind: str = "equal rows", dtype: torch.dtype = F32
 def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
     half_dtypes = (BF16, F16) if kind == "sign codes" else ()  # in which these codes are exact
     for dtype in (F64, F32, *half_dtypes):
-        found = run(subject, subject.pick(data(kind), dtype))
-        assert_right(found, owed_of(subject, kind, dtype), tolerances(subject, dtype))
+        result = run(subject, subject.pick(data(kind), dtype))
+        assert_right(result, owed_of(subject, kind, dtype), tolerances(subject, dtype))
         if subject.is_module and not (subject.is_open_clips and dtype is BF16):
-            assert found.value.dtype == torch.promote_types(dtype, F32)
+            assert result.value.dtype == torch.promote_types(dtype, F32)
 
 
 @differentiable
@@ -376,9 +376,9 @@ def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
             value = built(**inputs)
         upstream = upstream_for(value)
         with around_backward():
-            found = differentiated(value, inputs, subject.differentiable, upstream)
-        assert_right(found, owed, tolerances(subject, F32, half))
-        assert found.value.dtype == F32 or not subject.is_module
+            result = differentiated(value, inputs, subject.differentiable, upstream)
+        assert_right(result, owed, tolerances(subject, F32, half))
+        assert result.value.dtype == F32 or not subject.is_module
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -389,9 +389,9 @@ def test_without_a_graph(subject: Subject, mode: Context) -> None:
     with mode():
         value = built(**leaves(inputs, subject.differentiable))
         made_inside = built(**{k: x.clone() for k, x in inputs.items()})
-    for found in (value, made_inside):
-        assert not found.requires_grad or subject.name == "all_gather"  # one process gets its own tensor
-        assert_right(Result(found, {}), Result(owed.value, {}), tolerances(subject, F32))
+    for number in (value, made_inside):
+        assert not number.requires_grad or subject.name == "all_gather"  # one process gets its own tensor
+        assert_right(Result(number, {}), Result(owed.value, {}), tolerances(subject, F32))
     assert_right(run(subject, inputs, built), owed, tolerances(subject, F32))
 
 
@@ -403,8 +403,8 @@ def test_a_teacher_may_come_from_inference_mode() -> None:
     student = leaves({k: x for k, x in inputs.items() if k not in TEACHER}, subject.differentiable)
     torch._dynamo.reset()
     for built in (subject.build(), torch.compile(subject.build(), backend="aot_eager")):
-        found = differentiated(built(**student, **teacher), student, subject.differentiable)
-        assert_right(found, owed_of(subject, dtype=F64))
+        result = differentiated(built(**student, **teacher), student, subject.differentiable)
+        assert_right(result, owed_of(subject, dtype=F64))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
