@@ -25,6 +25,7 @@ _PRELOADED = ["torch.distributed", "rankloss", "pytest", "hypothesis", "open_cli
 
 
 def _join(rank: int, world_size: int, port: int) -> None:
+    """Begin a process of the group."""
     threading.Thread(target=_leave_with_the_session, daemon=True).start()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

@@ -270,7 +270,6 @@ def is_siglip(loss: str) -> bool:
 Flags = tuple[bool, bool]  # local_loss, gather_with_grad
 FLAGS: list[Flags] = list(itertools.product([False, True], repeat=2))
 EXACT_FLAGS = (True, True)  # the default
-LAYOUTS = [*FLAGS, "default", "group", "inference mode"]
 
 
 def of_flags(flags: Flags) -> Gather:
@@ -333,18 +332,18 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, Values]:
     whole = leaves(world_size)
     v, t, *numbers = whole
     share = shards(rank, world_size, v, t)
+    of_group = leaves(group_size, seed=rank % 2)
+    group_share = shards(group_rank, group_size, *of_group[:2])
     results: dict[Any, Values] = {}
     for name, case in LOSSES.items():
         for flags in FLAGS:
             value = called(case.build(of_flags(flags)), *share, *numbers)
             results[name, flags] = differentiated(value, whole)
         results[name, "default"] = differentiated(called(case.build(None), *share, *numbers), whole)
-        with torch.inference_mode():
-            results[name, "inference mode"] = [called(case.build(None), *share, *numbers)]
-        of_group = leaves(group_size, seed=rank % 2)
-        group_share = shards(group_rank, group_size, *of_group[:2])
         value = called(case.build(Gather(group=group)), *group_share, *of_group[2:])
         results[name, "group"] = differentiated(value, of_group)
+        with torch.inference_mode():
+            results[name, "inference mode"] = [called(case.build(None), *share, *numbers)]
     return results
 
 
@@ -873,6 +872,7 @@ def pairs_with_open_clip(rank: int, world_size: int) -> Iterator[tuple[nn.Module
 
 
 def beside_open_clip(rank: int, world_size: int) -> list[tuple[Values, Values]]:
+    """What open_clip's losses and ours make of this rank's share."""
     v, t, *numbers = inputs = leaves(world_size)
     share = shards(rank, world_size, v, t)
     return [

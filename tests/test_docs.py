@@ -400,6 +400,7 @@ print(json.dumps({name: value.item() for name, value in losses.items()}))
 
 
 def task_of_the_main_branch(code: str) -> None:
+    """Run where open_clip's main branch is imported, it gives all losses, which add up, and all gradients."""
     Path("code.py").write_text(code)
     path = os.pathsep.join(filter(None, [unpacked(Path()), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -433,11 +434,12 @@ def loss_that_copies(code: str) -> None:
 
 
 def logged_by_trainers(code: str) -> None:
-    """The curves of the page are in TensorBoard's files."""
+    """A training by the first block writes the page's curves for TensorBoard; the second builds its loss."""
     tiny, sentences = pytest.importorskip("tiny_transformers"), pytest.importorskip("tiny_sentences")
     of_transformers, of_sentences = code.split("\n\n")
 
     def arguments(_: str, *, logging_steps: int, **named: Any) -> Any:
+        """For two steps, each of which is logged."""
         return tiny.arguments(Path(), max_steps=2, **named)
 
     with pytest.MonkeyPatch.context() as environment:

@@ -82,7 +82,8 @@ def test_a_block_is_its_lists_in_value_and_gradient(
 ) -> None:
     """Also where a look at a value is not free, as on an accelerator."""
     options = RankOptions(**options)
-    if not can_look and block.cosines.dtype == torch.float32:  # sums of logarithms
+    if not can_look and block.cosines.dtype == torch.float32:
+        # By the weights' dtype sums are of logarithms, as where there is no float64.
         alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
         block = block._replace(alpha=alpha, beta=beta)
     cross_entropy, nll, by_scores = definition(block, options)

@@ -383,6 +383,7 @@ def test_an_own_row_loss_in_half_precision_and_autocast_is_computed_in_float32()
 
 
 def test_an_own_row_loss_of_a_feature_that_is_not_finite_is_nan() -> None:
+    """Though the row loss itself, which clamps its scores, would be finite."""
     v, t, s, b = (x.detach() for x in inputs_of(random_batch(0, 9, 4, 10.0)))
     v[3, 1] = math.inf
     assert GatheringLoss().streamed(lambda scores, _: scores.clamp(0, 1).mean(-1), v, t, s, b).isnan()
