@@ -59,11 +59,17 @@ def test_the_likeliest_ranking_is_by_the_scores_themselves(scores) -> None:
 @settings(max_examples=20)
 @given(scored_lists(bound=5.0), counts)
 def test_derivatives_are_differences_of_the_values(lists, top_k: int | None) -> None:
-    """Of the first and the second order; none reaches the reference."""
-    x, y = lists[0].requires_grad_(), lists[1].double().requires_grad_()
+    """Of the first and the second order."""
+    x, y = lists[0].requires_grad_(), lists[1]
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda x: plackett_luce_nll(x, y, top_k=top_k), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_what_ranks_a_list_gets_no_gradient(top_k: int | None) -> None:
+    x, y = (torch.tensor([0.3, 0.2, 0.9], requires_grad=True) for _ in range(2))
     plackett_luce_nll(x, y, top_k=top_k).backward()
+    assert x.grad is not None
     assert y.grad is None
 
 

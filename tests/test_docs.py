@@ -130,6 +130,7 @@ any_call = pytest.mark.parametrize(("name", "as_class"), [(name, x) for name in 
 
 
 def loss_of_call(call: str) -> Any:
+    """What a call of the page builds."""
     if "rankloss_baselines" in call:
         pytest.importorskip("rankloss_baselines")
     imports = "import rankloss, rankloss_baselines; from rankloss_trainers import create"
@@ -294,7 +295,8 @@ def taught_sentences(code: str) -> None:
     The teacher is wider than the model's 16.
     """
     tiny = pytest.importorskip("tiny_sentences")
-    pairs = pairs_with_teacher(20, images=tiny.WORDS[:-33:-1])
+    last_words = tiny.WORDS[:-33:-1]  # as many as there are rows, which stand for pictures
+    pairs = pairs_with_teacher(20, images=last_words)
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
     model = tiny.tiny()

@@ -193,11 +193,13 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
     bias_of_formula = torch.zeros(()) if bias is None else b
     expected = formula(*(x.detach().numpy() for x in (v, t, s, bias_of_formula)))
     assert_close([value], [expected], 1e-10)
-    by = [v, t]
-    by += [s] if isinstance(scale, Tensor) else []
-    by += [b] if isinstance(bias, Tensor) else []
-    plain_slopes = gradients(build()(v, t, s, plain_bias), tuple(by), -1.3)
-    assert_close(gradients(value, tuple(by), -1.3), plain_slopes, 1e-10)
+    differentiable = [v, t]  # and what is no number
+    if isinstance(scale, Tensor):
+        differentiable.append(s)
+    if isinstance(bias, Tensor):
+        differentiable.append(b)
+    plain_slopes = gradients(build()(v, t, s, plain_bias), tuple(differentiable), -1.3)
+    assert_close(gradients(value, tuple(differentiable), -1.3), plain_slopes, 1e-10)
     of_float32 = build(memory_budget=budget)(v.float(), t.float(), scale, bias)
     assert_close([of_float32], [expected], 1e-5)
 

@@ -254,6 +254,7 @@ def test_orders_names_and_units_do_not_matter(
 
 
 def started_in(context: AbstractContextManager[Any], subject: Subject) -> Any:
+    """A subject that is built within a context."""
     with context:
         return subject.started()
 
@@ -344,6 +345,7 @@ on_meta_by_default = functools.partial(during, torch.set_default_device, "meta",
 
 
 def by_default(dtype: torch.dtype) -> Context:
+    """Inside, tensors have this dtype if no other is asked for."""
     return functools.partial(during, torch.set_default_dtype, dtype, F32)
 
 

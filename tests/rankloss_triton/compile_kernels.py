@@ -45,7 +45,8 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
         "MEAN": True,
     }
     names = kernel.arg_names
-    kinds = {**dict.fromkeys(FLOATS, "*fp32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    floats, constant_arguments = dict.fromkeys(FLOATS, "*fp32"), dict.fromkeys(constants, "constexpr")
+    kinds = {**floats, **POINTERS, **constant_arguments}
     signature = {name: kinds.get(name, "i32") for name in names}
     # The runtime tells the compiler that tensors, and lists of such lengths, begin at multiples of 16 bytes.
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name == "N"]

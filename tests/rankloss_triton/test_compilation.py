@@ -25,11 +25,11 @@ REGISTERS = 65_536  # of a multiprocessor
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Both kernels for lists of two lengths, plain and with further options."""
     import triton
 
     if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists():
         pytest.skip("this build of Triton has no NVIDIA assembler")
-    """Both kernels for lists of two lengths, plain and with further options."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, HERE / "compile_kernels.py"]
