@@ -150,9 +150,12 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
 
 def _first_equal_of_halves(block: Block) -> Tensor:
     """``[2, N]``: the first item equal to each, for the first and for the second half of the matrices."""
-    itself = torch.arange(block.cosines.shape[-1], device=block.cosines.device)
-    of_halves = block.first_equal[0], block.first_equal[-1]
-    return torch.stack([itself if first_equal is None else first_equal for first_equal in of_halves])
+    halves = []
+    for first_equal in (block.first_equal[0], block.first_equal[-1]):
+        if first_equal is None:  # each is equal to itself alone
+            first_equal = torch.arange(block.cosines.shape[-1], device=block.cosines.device)
+        halves.append(first_equal)
+    return torch.stack(halves)
 
 
 class Launch(NamedTuple):
