@@ -447,18 +447,24 @@ SHARDED = {
 
 
 def value_of_share(
-    case: Sharded, gather: Any, inputs: tuple[Tensor, ...], teacher: dict[str, Tensor], rank: int, of: int
+    case: Sharded,
+    gather: Any,
+    inputs: tuple[Tensor, ...],
+    teacher: dict[str, Tensor],
+    rank: int,
+    world_size: int,
 ) -> Values:
-    """The rank terms of a rank's share of the inputs, one share of so many, and their gradients."""
+    """The rank terms of a rank's share of the inputs, and their gradients by all of them."""
     loss = Rank(gather=gather, **case.options)
     v, t, *numbers = inputs
-    shared_teacher = {name: shards(rank, of, features)[0] for name, features in teacher.items()}
+    share = shards(rank, world_size, v, t)
+    teachers_share = dict(zip(teacher, shards(rank, world_size, *teacher.values()), strict=True))
     with Collectives() as calls:
-        value = called(loss, *shards(rank, of, v, t), *numbers, **shared_teacher)
-    assert bool(calls.counts) == (of > 1)
+        value = called(loss, *share, *numbers, **teachers_share)
+    assert bool(calls.counts) == (world_size > 1)
     if value.dim():  # a value per anchor, each of which counts differently in the sum over all processes
-        (weights,) = shards(rank, of, torch.arange(1.0, 1 + len(v)))
-        value = of * (weights * value).sum()
+        (weights,) = shards(rank, world_size, torch.arange(1.0, 1 + len(v)))
+        value = world_size * (weights * value).sum()
     return differentiated(value, inputs)
 
 
@@ -479,6 +485,7 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def of_all_options(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
+    """By rank, for each number of processes."""
     return pools[request.param].run(of_options)
 
 
@@ -662,9 +669,10 @@ class Step:
 
 
 def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[dict[str, Any]]:
-    """The fields of :class:`Step` for every loss under all flags; in the first step, processes get to know.
+    """The fields of :class:`Step` for every loss under all flags.
 
-    With ``one_tensor`` by collectives that fill one tensor, as NCCL has them.
+    Of a second step: in the first one, processes get to know each other. With ``one_tensor`` by collectives
+    that fill one tensor, as NCCL has them.
     """
     steps = []
     has_them = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
