@@ -479,7 +479,10 @@ def _plackett_luce(
 def _softmax(
     block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """As :func:`_plackett_luce`, with C(x | y) of ``top_one``, or None without beta."""
+    """C(x | y) of ``top_one``, or None without beta, and log Σ e^x − s·origin.
+
+    The gradient, except for α·[q = k], overwrites the cosines.
+    """
     alpha = _by_list(block.alpha)
     beta = _by_list(block.beta)
     in_float64 = any(weight is not None and weight.dtype == torch.float64 for weight in (alpha, beta))
@@ -517,7 +520,10 @@ def _reference(block: Block) -> Tensor:
     """``[matrices, n, N]``, equal items tied exactly despite rounding of their cosines."""
     if block.reference is not None and all(equal is None for equal in block.first_equal):
         return block.reference
-    references = block.cosines.unbind()[::-1] if block.reference is None else block.reference
+    if block.reference is None:  # each of two matrices ranks the other
+        references: Sequence[Tensor] = block.cosines.unbind()[::-1]
+    else:
+        references = block.reference.unbind()
     tied = torch.empty_like(block.cosines)
     for reference, equal, out in zip(references, block.first_equal, tied, strict=True):
         if equal is None:

@@ -199,7 +199,7 @@ def _term(
     diagonal: bool = True,
     fixed_reference: str | None = None,
 ) -> Tensor:
-    """A term of two matrices of cosines, each ranked by its reference.
+    """A term of two matrices of cosines, S and R or I and X before the scale s, each ranked by its reference.
 
     ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
     """
@@ -226,10 +226,12 @@ def _term(
     for share, cosines, reference in zip(directions, matrices, references, strict=True):
         if share == 0:
             continue
-        x = _lists(s * cosines if worth == "exp" else cosines, lists, diagonal)
+        scores = s * cosines if worth == "exp" else cosines  # the other worths are of cosines
+        x = _lists(scores, lists, diagonal)
         y = _lists(reference.detach(), lists, diagonal)
         if model == "top_one":
-            summands, mu = _top_one_summands(x, y * (s if reference_scale is None else reference_scale))
+            scale_of_reference = s if reference_scale is None else reference_scale
+            summands, mu = _top_one_summands(x, y * scale_of_reference)
         else:
             summands, mu = _summands(x, y, worth, ties, discount, top_k)
         mean_of_lists = mean_of_lists + share * (summands.sum(-1) / mu.sum(-1)).mean()
