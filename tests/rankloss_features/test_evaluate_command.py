@@ -46,17 +46,19 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def run(sample: Path, data: Path, *options: str, model: str = "open_clip") -> int:
+    """Run ``rankloss evaluate`` with a model of a folder; the exit code."""
     given = ["--model", f"local-dir:{sample}/{model}", "--data", str(data), "--workers", "0", *options]
     return main(["evaluate", *given])
 
 
 def evaluated(sample: Path, data: Path, tmp_path: Path, *options: str, **given: Any) -> dict[str, Any]:
+    """The result that the command writes as JSON."""
     assert run(sample, data, "--json", str(tmp_path / "result.json"), *options, **given) == 0
     return dict(json.loads((tmp_path / "result.json").read_text()))
 
 
 def features(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As open_clip's evaluation computes them."""
+    """The features of pictures and of titles, as open_clip's evaluation computes them."""
     name = f"local-dir:{sample}/open_clip"
     model, _, transform = open_clip.create_model_and_transforms(name)
     pictures = torch.stack([transform(Image.open(row["filepath"])) for row in rows])
@@ -70,8 +72,10 @@ def trained(sample: Path, folder: Path) -> Path:
     shutil.copytree(sample / "open_clip", folder)
     weights = load_file(folder / "open_clip_model.safetensors")
     torch.manual_seed(5)
-    noisy = {k: x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for k, x in weights.items()}
-    save_file(noisy, folder / "open_clip_model.safetensors")
+    for weight in weights.values():
+        if weight.is_floating_point():
+            weight += 0.3 * torch.randn_like(weight)
+    save_file(weights, folder / "open_clip_model.safetensors")
     return folder
 
 
@@ -91,35 +95,47 @@ def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_
 def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, column: str) -> None:
     """Also where a title stands in several rows, and a picture has two titles."""
     rows = rows_of(sample_folder / "train.csv")
-    for first in range(0, 48, 2):
-        rows[first]["title"] = rows[first + 1]["title"]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        first["title"] = second["title"]
     rows.insert(3, {**rows[4], "title": "a second title"})
-    result = evaluated(
-        sample_folder, write(tmp_path / "grouped.csv", rows), tmp_path, "--ids-key", column, "--k", "1", "5"
-    )
+    data = write(tmp_path / "grouped.csv", rows)
+    result = evaluated(sample_folder, data, tmp_path, "--ids-key", column, "--k", "1", "5")
     pictures = list({row["filepath"]: row for row in rows}.values())
     texts = list({row["title"]: row for row in rows}.values())
     v, t = features(sample_folder, pictures)[0], features(sample_folder, texts)[1]
     ids = {"image_ids": [x[column] for x in pictures], "text_ids": [x[column] for x in texts]}
-    owed = reference.recall(v.double(), t.double(), (1, 5), **ids)
-    assert len(texts) == 25
-    found = {name: x["value"] for name, x in result["recall"].items()}
-    found |= {f"{way}_median_rank": x for way, x in result["median_rank"].items()}
-    assert found == pytest.approx({name: owed[name] for name in found})
-    assert len(found) == 12
+    expected = reference.recall(v.double(), t.double(), (1, 5), **ids)
+    assert len(texts) == 24 + 1
+    found = {name: recall["value"] for name, recall in result["recall"].items()}
+    found |= {f"{way}_median_rank": rank for way, rank in result["median_rank"].items()}
+    assert found == pytest.approx({name: expected[name] for name in found})
+    assert len(found) == 4 * 3  # ways, with the pictures and the texts among themselves
 
 
-def test_rows_of_one_picture_are_its_captions(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    """Without ids; a caption that stands beside another picture is a wrong answer there, and is named."""
+@pytest.fixture
+def doubled(sample_folder: Path) -> list[dict[str, str]]:
+    """Pairs in which every picture has a second caption: its class, which it shares with other pictures."""
     rows = rows_of(sample_folder / "val.csv")
-    doubled = [{**row, "title": title} for row in rows for title in (row["title"], f"{row['class']} here")]
+    return [{**row, "title": title} for row in rows for title in (row["title"], f"{row['class']} here")]
+
+
+def test_rows_of_one_picture_are_its_captions(
+    sample_folder: Path, tmp_path: Path, doubled: list[dict[str, str]]
+) -> None:
+    """Without ids; a caption that stands beside another picture is a wrong answer there."""
     result = evaluated(sample_folder, write(tmp_path / "two.csv", doubled), tmp_path)
     assert (result["pictures"], result["texts"], result["groups"]) == (16, 32, 16)
     v, t = features(sample_folder, doubled)
     places = [row["filepath"] for row in doubled]
-    owed = reference.recall(v[::2].double(), t.double(), image_ids=places[::2], text_ids=places)
+    expected = reference.recall(v[::2].double(), t.double(), image_ids=places[::2], text_ids=places)
     for way in WAYS:
-        assert result["recall"][f"{way}_R@5"]["value"] == pytest.approx(owed[f"{way}_R@5"])
+        assert result["recall"][f"{way}_R@5"]["value"] == pytest.approx(expected[f"{way}_R@5"])
+
+
+def test_captions_that_stand_beside_several_pictures_are_counted_with_the_remedy(
+    sample_folder: Path, tmp_path: Path, doubled: list[dict[str, str]], capsys: Any
+) -> None:
+    evaluated(sample_folder, write(tmp_path / "two.csv", doubled), tmp_path)
     printed = capsys.readouterr().out
     assert "12 texts repeat a caption of another picture" in printed
     assert "--ids-key names the column" in printed
@@ -149,8 +165,9 @@ def test_progress_counts_the_pairs(by_product: Evaluation) -> None:
 
 def test_the_table_has_recall_in_percent_with_intervals_over_ids(by_product: Evaluation) -> None:
     result, printed = by_product.result, by_product.printed
-    value = {x: 100 * result["recall"]["image_to_text_R@10"][x] for x in ("value", "low", "high")}
-    assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in printed
+    recall = result["recall"]["image_to_text_R@10"]
+    value, low, high = (100 * recall[key] for key in ("value", "low", "high"))
+    assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in printed
     assert re.search(r"^picture → picture .* 2$", printed, re.MULTILINE)
     assert "95 % intervals over the 8 ids of 'product'" in printed
 
@@ -168,11 +185,12 @@ def test_the_agreement_of_ranks_is_that_of_the_features(by_product: Evaluation, 
 
 
 def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
+    """Hits of 60 groups of unequal size, of which every second one has more; some queries have no answer."""
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(60), random.integers(1, 6, 60))
     values = (random.random(len(groups)) < 0.3 + 0.4 * (groups % 2)).astype(float)
     values[::11] = np.nan
-    found = evaluation.means({"it": evaluation.Scores(values, groups)})["it"]
+    found = evaluation.means({"score": evaluation.Scores(values, groups)})["score"]
     kept = ~np.isnan(values)
     sums = np.bincount(groups[kept], values[kept], 60)
     counts = np.bincount(groups[kept], minlength=60)
@@ -185,8 +203,8 @@ def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert found["value"] == pytest.approx(np.nanmean(values))
-    assert [found["low"], found["high"]] == pytest.approx(theirs, abs=0.012)
-    assert found["high"] - found["low"] > 0.15
+    assert [found["low"], found["high"]] == pytest.approx(theirs, abs=0.012)  # of other draws
+    assert found["high"] - found["low"] > 0.15  # so that the tolerance is small beside it
 
 
 @pytest.fixture(scope="module")
@@ -223,50 +241,75 @@ def test_two_models_differ_by_their_recalls_with_an_interval_around(
 
 
 def refusal(capsys: Any, code: int) -> str:
+    """The error of a command that has ended with an exit code, which must be 1."""
     assert code == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("rankloss evaluate: ")
     return str(error)
 
 
-def test_a_damaged_result_is_no_comparison(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    data, base = sample_folder / "val.csv", tmp_path / "base.json"
-    assert run(sample_folder, data, "--json", str(base)) == 0
-    result = json.loads(base.read_text())
-    for ranks in (None, {}, [], {"image_to_text": result["ranks"]["image_to_text"]}):
-        base.write_text(json.dumps({**result, "ranks": ranks}))
-        error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
-        assert f"--against {base} is damaged: its ranks are not those of the directions" in error
-    for values in (
-        [1] * 15,
-        ["1"] * 16,
-        [float("nan")] * 16,
-        [0] * 16,
-        [1.5] * 16,
-        [[1]] * 16,
-        [True] * 16,
-        7,
-    ):
-        base.write_text(json.dumps({**result, "ranks": {**result["ranks"], "text_to_image": values}}))
-        error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
-        assert f"--against {base} is damaged: text_to_image must have 16 ranks from 1, or null" in error
+@pytest.fixture(scope="module")
+def result(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of the sample's model on ``val.csv`` without ids."""
+    return evaluated(sample_folder, sample_folder / "val.csv", tmp_path_factory.mktemp("result"))
 
 
-def test_other_data_and_other_files_are_no_comparison(
+def refused_against(sample: Path, base: Path, content: Any, capsys: Any) -> str:
+    """The error of a comparison on ``val.csv`` with a file of some content."""
+    base.write_text(json.dumps(content))
+    return refusal(capsys, run(sample, sample / "val.csv", "--against", str(base)))
+
+
+@pytest.mark.parametrize("ranks", [None, {}, [], {"image_to_text": [1] * 16}])
+def test_a_result_without_the_ranks_of_a_direction_is_no_comparison(
+    sample_folder: Path, tmp_path: Path, capsys: Any, result: dict[str, Any], ranks: Any
+) -> None:
+    error = refused_against(sample_folder, tmp_path / "base.json", {**result, "ranks": ranks}, capsys)
+    assert f"--against {tmp_path}/base.json is damaged: its ranks are not those of the directions" in error
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1] * 15, ["1"] * 16, [float("nan")] * 16, [0] * 16, [1.5] * 16, [[1]] * 16, [True] * 16, 7],
+)
+def test_a_result_with_other_values_than_ranks_is_no_comparison(
+    sample_folder: Path, tmp_path: Path, capsys: Any, result: dict[str, Any], values: Any
+) -> None:
+    damaged = {**result, "ranks": {**result["ranks"], "text_to_image": values}}
+    error = refused_against(sample_folder, tmp_path / "base.json", damaged, capsys)
+    words = "is damaged: text_to_image must have 16 ranks from 1, or null"
+    assert f"--against {tmp_path}/base.json {words}" in error
+
+
+def test_a_result_that_has_no_ranks_is_no_comparison(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    data, base = sample_folder / "val.csv", tmp_path / "base.json"
-    assert run(sample_folder, data, "--json", str(base)) == 0
-    for other, options in ((sample_folder / "train.csv", ()), (data, ("--ids-key", "product"))):
-        error = refusal(capsys, run(sample_folder, other, *options, "--against", str(base)))
-        assert f"--against {base} is of other pictures, captions or ids: 16 pictures and 16 texts" in error
+    error = refused_against(sample_folder, tmp_path / "base.json", {"identity": "0"}, capsys)
+    assert "it has no 'ranks'" in error
+
+
+@pytest.mark.parametrize(
+    ("file", "options"), [("train.csv", ()), ("val.csv", ("--ids-key", "product"))], ids=["pairs", "ids"]
+)
+def test_results_of_other_pairs_or_ids_are_not_compared(
+    sample_folder: Path, tmp_path: Path, capsys: Any, result: dict[str, Any], file: str, options: Any
+) -> None:
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps(result))
+    error = refusal(capsys, run(sample_folder, sample_folder / file, *options, "--against", str(base)))
+    assert f"--against {base} is of other pictures, captions or ids: 16 pictures and 16 texts" in error
+
+
+def test_a_file_that_is_no_json_is_no_comparison(sample_folder: Path, capsys: Any) -> None:
+    data = sample_folder / "val.csv"
     assert "no JSON" in refusal(capsys, run(sample_folder, data, "--against", str(data)))
-    os.mkfifo(tmp_path / "pipe")  # which nobody writes: it would be waited for
-    error = refusal(capsys, run(sample_folder, data, "--against", str(tmp_path / "pipe")))
-    assert "is no JSON file" in error
-    assert "it is no regular file" in error
-    base.write_text('{"identity": "0"}')
-    assert "it has no 'ranks'" in refusal(capsys, run(sample_folder, data, "--against", str(base)))
+
+
+def test_a_pipe_is_no_comparison(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """It would be waited for, since nobody writes to it."""
+    os.mkfifo(tmp_path / "pipe")
+    code = run(sample_folder, sample_folder / "val.csv", "--against", str(tmp_path / "pipe"))
+    assert re.search("is no JSON file.*it is no regular file", refusal(capsys, code))
 
 
 def test_a_result_without_ids_is_compared_in_the_directions_that_it_has(
@@ -326,8 +369,7 @@ def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
         row["product"] = product
     data = write(tmp_path / "x.csv", rows)
     result = evaluated(sample_folder, data, tmp_path, "--ids-key", "product", "--k", "1")
-    print(result)
-    assert "image_to_image" not in str(result), "no picture has a partner"
+    assert "image_to_image" not in str(result)  # since no picture has a partner
 
 
 def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
@@ -357,28 +399,30 @@ def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "message"),
+    ("options", "message"),
     [
-        (
-            {},
-            ("--k", "17"),
-            "k must be at most the number of pictures, 16; got 17; give fewer",
-        ),
-        ({}, ("--k", "0"), "--k must be an integer of at least 1; got 0"),
-        ({}, ("--batch-size", "0"), "--batch-size must be an integer of at least 1; got 0"),
-        ({}, ("--ids-key", "sku"), "--ids-key sku: .* has the columns .*'product'"),
-        ({"product": ""}, ("--ids-key", "product"), "row 1 of .*, column 'product': '' is a missing value"),
-        ({"filepath": "0"}, ("--ids-key", "product"), "row 1: the picture .* has the id 'other' here, and"),
+        (("--k", "17"), "k must be at most the number of pictures, 16; got 17; give fewer"),
+        (("--k", "0"), "--k must be an integer of at least 1; got 0"),
+        (("--batch-size", "0"), "--batch-size must be an integer of at least 1; got 0"),
+        (("--ids-key", "sku"), "--ids-key sku: .* has the columns .*'product'"),
     ],
 )
-def test_bad_input_is_named(
-    sample_folder: Path, tmp_path: Path, capsys: Any, change: Any, options: Any, message: str
-) -> None:
+def test_a_bad_option_is_named(sample_folder: Path, capsys: Any, options: Any, message: str) -> None:
+    assert re.search(message, refusal(capsys, run(sample_folder, sample_folder / "val.csv", *options)))
+
+
+def test_a_missing_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     rows = rows_of(sample_folder / "val.csv")
-    if "filepath" in change:
-        change = {"filepath": rows[0]["filepath"], "product": "other"}
-    rows[1].update(change)
-    assert re.search(message, refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), *options)))
+    rows[1]["product"] = ""
+    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    assert re.search("row 1 of .*, column 'product': '' is a missing value", error)
+
+
+def test_a_picture_of_two_ids_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    rows[1].update(filepath=rows[0]["filepath"], product="other")
+    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    assert re.search("row 1: the picture .* has the id 'other' here, and", error)
 
 
 def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(
@@ -390,21 +434,18 @@ def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(
     titles = [row["title"] for row in rows]
     with torch.no_grad():
         output = model(**processor(text=titles, images=pictures, return_tensors="pt", padding=True))
-    owed = metrics.recall(output.image_embeds, output.text_embeds)
-    given = ["--data", str(sample_folder / "val.csv"), "--workers", "0", "--json", str(tmp_path / "x.json")]
-    assert main(["evaluate", "--model", str(folder), *given]) == 0
+    expected = metrics.recall(output.image_embeds, output.text_embeds)
+    options = ["--data", str(sample_folder / "val.csv"), "--json", str(tmp_path / "x.json")]
+    assert main(["evaluate", "--model", str(folder), *options, "--workers", "0"]) == 0
     result = json.loads((tmp_path / "x.json").read_text())
     for name, found in result["recall"].items():
-        assert found["value"] == pytest.approx(owed[name].item())
+        assert found["value"] == pytest.approx(expected[name].item())
 
 
 def test_weights_beside_a_folder_of_transformers_are_refused(sample_folder: Path, capsys: Any) -> None:
     given = ["--pretrained", "x.bin", "--data", str(sample_folder / "val.csv")]
-    code = main(["evaluate", "--model", f"{sample_folder}/transformers", *given])
-    assert (
-        f"--pretrained x.bin: the folder --model {sample_folder}/transformers has its own weights"
-        in refusal(capsys, code)
-    )
+    error = refusal(capsys, main(["evaluate", "--model", f"{sample_folder}/transformers", *given]))
+    assert f"--pretrained x.bin: the folder --model {sample_folder}/transformers has its own weights" in error
 
 
 # --- pictures are their content ---------------------------------------------------------------------------
@@ -421,36 +462,48 @@ def shard(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_a_picture_is_its_content_by_any_name_and_in_shards(sample_folder: Path, tmp_path: Path) -> None:
+    """Every picture has a copy of another name and another title; one has a path from here, too."""
     rows = rows_of(sample_folder / "val.csv")
-    copied = []
+    copies = []
     for number, row in enumerate(rows):
-        shutil.copy(row["filepath"], tmp_path / f"{number}.png")
-        copied += [
-            row,
-            {**row, "filepath": str(tmp_path / f"{number}.png"), "title": f"{row['title']} again"},
-        ]
-    copied.append(
-        {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a path from here"}
-    )
-    named = evaluated(sample_folder, write(tmp_path / "x.csv", copied), tmp_path)
-    in_shards = evaluated(sample_folder, shard(tmp_path / "x.tar", copied), tmp_path)
+        copy = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
+        copies.append({**row, "filepath": copy, "title": f"copy {number}"})
+    relative = {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a path from here"}
+    all_rows = [*rows, *copies, relative]
+    named = evaluated(sample_folder, write(tmp_path / "x.csv", all_rows), tmp_path)
+    in_shards = evaluated(sample_folder, shard(tmp_path / "x.tar", all_rows), tmp_path)
     for result in (named, in_shards):
         assert (result["pictures"], result["texts"], result["groups"]) == (16, 33, 16)
     assert named["identity"] == in_shards["identity"]
     assert named["recall"] == in_shards["recall"]
 
 
-def test_pictures_may_move_between_two_results_that_are_compared(
-    sample_folder: Path, tmp_path: Path, capsys: Any
-) -> None:
-    rows, base = rows_of(sample_folder / "val.csv"), tmp_path / "base.json"
-    assert run(sample_folder, sample_folder / "val.csv", "--json", str(base)) == 0
+@pytest.fixture
+def moved(sample_folder: Path, tmp_path: Path) -> list[dict[str, str]]:
+    """The pairs of ``val.csv`` with copies of their pictures in another place."""
+    rows = rows_of(sample_folder / "val.csv")
     for number, row in enumerate(rows):
         row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
-    moved = write(tmp_path / "moved.csv", rows)
-    evaluated(sample_folder, moved, tmp_path, "--against", str(base))
-    Image.new("RGB", (8, 8)).save(rows[3]["filepath"])  # another picture of the same name
-    error = refusal(capsys, run(sample_folder, moved, "--against", str(base)))
+    return rows
+
+
+def test_pictures_may_move_between_two_results_that_are_compared(
+    sample_folder: Path, tmp_path: Path, moved: list[dict[str, str]], result: dict[str, Any]
+) -> None:
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps(result))
+    data = write(tmp_path / "moved.csv", moved)
+    assert evaluated(sample_folder, data, tmp_path, "--against", str(base))["differences"]
+
+
+def test_another_picture_of_the_same_name_is_not_compared(
+    sample_folder: Path, tmp_path: Path, moved: list[dict[str, str]], result: dict[str, Any], capsys: Any
+) -> None:
+    Image.new("RGB", (8, 8)).save(moved[3]["filepath"])
+    data = write(tmp_path / "moved.csv", moved)
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps(result))
+    error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
     assert "is of other pictures, captions or ids" in error
 
 

@@ -20,7 +20,7 @@ from rankloss.precision import unit_rows
 from rankloss_features import methods
 from rankloss_features.cca import CanonicalCorrelation, Grid
 from rankloss_features.folder import NAMES
-from rankloss_features.heads import BOTH, CCA, TRAINED, Part, joined, load_heads
+from rankloss_features.heads import BOTH, CCA, TRAINED, FrozenEncoders, Part, joined, load_heads
 from rankloss_features.heads_training import Training
 from rankloss_features.methods import Asked, Made, Pairs, make
 from rankloss_features.train_heads import KEEP
@@ -29,104 +29,127 @@ from rankloss_trainers.console import main
 TRAINING = Training(epochs=2, hidden=16, width=8)
 
 
-def pairs(pictures: int = 120) -> Pairs:
-    v, t, numbers = views(pictures)
+def made_up_pairs() -> Pairs:
+    """120 pictures with two captions each; each picture is a group of its own."""
+    v, t, numbers = views(120)
     features = dict(zip(NAMES, (unit_rows(v), unit_rows(t)), strict=True))
     return Pairs(features, numbers, numbers)
 
 
 @pytest.fixture(autouse=True)
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid of the search for a setting has four points, and their square roots."""
     monkeypatch.setattr("rankloss_features.tuning.Grid", lambda: Grid((0.1, 1.0), (1.0,), (4, 16), (1.0,)))
 
 
 @torch.no_grad()
-def cosines(made: Made, of: Pairs) -> Tensor:
-    v, t = (unit_rows(made.modules[name](of.features[name])) for name in NAMES)
+def similarities(made: Made, pairs: Pairs) -> Tensor:
+    """The similarities of all pictures and captions by heads."""
+    v, t = (unit_rows(made.modules[name](pairs.features[name])) for name in NAMES)
     return v @ t.T
 
 
-def test_the_closed_form_as_heads_is_the_closed_form() -> None:
-    of = pairs()
-    made = make(Asked(CCA), of)
+def test_the_closed_form_as_heads_is_the_closed_form_of_the_best_setting() -> None:
+    pairs = made_up_pairs()
+    made = make(Asked(CCA), pairs)
     assert made.tuned is not None
-    best = made.tuned.trials[0]
-    images, texts = of.features.values()
+    best, (images, texts) = made.tuned.trials[0], pairs.features.values()
     cca = CanonicalCorrelation.fit(images, texts, **best.setting.as_options())
-    torch.testing.assert_close(cosines(made, of), cca.images(images) @ cca.texts(texts).T, atol=1e-5, rtol=0)
+    expected = cca.images(images) @ cca.texts(texts).T
+    torch.testing.assert_close(similarities(made, pairs), expected, atol=1e-5, rtol=0)
     assert [part.method for part in made.parts] == [CCA]
     assert made.chosen == {CCA: best.recall}
 
 
 def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() -> None:
-    of = pairs()
-    alone = [cosines(make(Asked(method, TRAINING), of), of) for method in (CCA, TRAINED)]
-    both = make(Asked(BOTH, TRAINING), of)
-    shares = [part.share for part in both.parts]
-    assert sum(shares) == pytest.approx(1)
-    assert shares[0] / shares[1] == pytest.approx(both.chosen["weight"] ** 2)
-    mean = shares[0] * alone[0] + shares[1] * alone[1]
-    torch.testing.assert_close(cosines(both, of), mean, atol=1e-5, rtol=0)
+    pairs = made_up_pairs()
+    closed, trained = (similarities(make(Asked(x, TRAINING), pairs), pairs) for x in (CCA, TRAINED))
+    both = make(Asked(BOTH, TRAINING), pairs)
+    of_closed, of_trained = (part.share for part in both.parts)
+    mean = of_closed * closed + of_trained * trained
+    torch.testing.assert_close(similarities(both, pairs), mean, atol=1e-5, rtol=0)
+
+
+def test_shares_add_up_to_one_and_their_ratio_is_the_square_of_the_chosen_weight() -> None:
+    both = make(Asked(BOTH, TRAINING), made_up_pairs())
+    of_closed, of_trained = (part.share for part in both.parts)
+    assert of_closed + of_trained == pytest.approx(1)
+    assert of_closed / of_trained == pytest.approx(both.chosen["weight"] ** 2)
 
 
 def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_choose_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    of, rows, scores = pairs(), list[int](), iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.4, 0.3])
-    whole = methods.train
-    monkeypatch.setattr(methods, "train", lambda x, *more: rows.append(len(x[NAMES[0]])) or whole(x, *more))
-    monkeypatch.setattr(methods, "recall_of", lambda _, cut: rows.append(-len(cut.groups)) or next(scores))
-    made = make(Asked(BOTH, TRAINING), of)
-    assert rows == [216, *[-24] * 7, 240]  # of 120 pictures with two captions, twelve are cut
+    """Of 120 pictures with two captions, twelve are cut. By made-up recalls the third weight is best."""
+    steps: list[tuple[str, int]] = []
+    recalls = iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.4, 0.3])  # of five weights, the closed form, the trained head
+    train = methods.train
+
+    def watched_train(features: dict[str, Tensor], *more: Any) -> Any:
+        steps.append(("train", len(features[NAMES[0]])))
+        return train(features, *more)
+
+    def made_up_recall(_: Any, cut: Pairs) -> float:
+        steps.append(("evaluate", len(cut.groups)))
+        return next(recalls)
+
+    monkeypatch.setattr(methods, "train", watched_train)
+    monkeypatch.setattr(methods, "recall_of", made_up_recall)
+    made = make(Asked(BOTH, TRAINING), made_up_pairs())
+    assert steps == [("train", 216), *[("evaluate", 24)] * 7, ("train", 240)]
     assert made.chosen == {CCA: 0.4, TRAINED: 0.3, BOTH: 0.9, "weight": methods.WEIGHTS[2]}
 
 
 def test_several_trained_heads_have_seeds_of_their_own_and_equal_shares() -> None:
-    of = pairs()
-    first, second, third = (
-        cosines(make(Asked(TRAINED, Training(2, hidden=16, width=8, seed=seed)), of), of)
-        for seed in (3, 4, 5)
-    )
-    made = make(Asked(TRAINED, Training(2, hidden=16, width=8, seed=3), count=3), of)
-    torch.testing.assert_close(cosines(made, of), (first + second + third) / 3, atol=1e-5, rtol=0)
+    pairs = made_up_pairs()
+
+    def trained(seed: int, count: int = 1) -> Tensor:
+        training = Training(2, hidden=16, width=8, seed=seed)
+        return similarities(make(Asked(TRAINED, training, count=count), pairs), pairs)
+
+    first, second, third = trained(3), trained(4), trained(5)
+    torch.testing.assert_close(trained(3, count=3), (first + second + third) / 3, atol=1e-5, rtol=0)
     assert (first - second).abs().max() > 0.01
 
 
 def test_a_kept_space_has_its_share_of_the_similarity() -> None:
-    of = pairs()
-    both = Pairs({name: x[:, :16] for name, x in of.features.items()}, of.pictures, of.groups)
-    both = both._replace(features={name: unit_rows(x) for name, x in both.features.items()})
-    own = both.features[NAMES[0]] @ both.features[NAMES[1]].T
-    new = cosines(make(Asked(CCA), both), both)
-    kept = cosines(make(Asked(CCA, keep=0.8), both), both)
-    torch.testing.assert_close(kept, 0.8 * own + 0.2 * new, atol=1e-5, rtol=0)
+    """A space of pictures and captions of 16 dimensions."""
+    pairs = made_up_pairs()
+    pairs = pairs._replace(features={name: unit_rows(x[:, :16]) for name, x in pairs.features.items()})
+    images, texts = pairs.features.values()
+    new = similarities(make(Asked(CCA), pairs), pairs)
+    kept = similarities(make(Asked(CCA, keep=0.8), pairs), pairs)
+    torch.testing.assert_close(kept, 0.8 * (images @ texts.T) + 0.2 * new, atol=1e-5, rtol=0)
 
 
 def test_recall_counts_a_picture_once_and_every_caption() -> None:
-    v = torch.eye(12)[[0, 0, 1, 1, *range(2, 12)]]
+    """Twelve pictures, the first two with two captions; one of 14 captions is no hit."""
     numbers = np.array([0, 0, 1, 1, *range(2, 12)])
+    v = torch.eye(12)[numbers]
     t = v.clone()
     t[1] = -v[1]  # the second caption of the first picture fits it worst
     heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in NAMES})
     found = methods.recall_of(heads, Pairs(dict(zip(NAMES, (v, t), strict=True)), numbers, numbers))
-    assert found == pytest.approx((1 + 13 / 14) / 2)
+    of_pictures, of_captions = 1, 13 / 14
+    assert found == pytest.approx((of_pictures + of_captions) / 2)
 
 
 # --- the command ------------------------------------------------------------------------------------------
 
 
-def heads(sample: Path, output: Path, *options: str, clip: str | None = None) -> int:
+def run_heads(sample: Path, output: Path, *options: str, clip: str | None = None) -> int:
+    """Run ``rankloss heads`` on the sample's encoders, or on a CLIP, with two epochs; the exit code."""
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     model = encoders if clip is None else ["--model", clip]
     data = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
-    short = [] if CCA in options else ["--epochs", "2"]
-    return main(["heads", *model, *data, "--output", str(output), "--workers", "0", *short, *options])
+    epochs = [] if CCA in options else ["--epochs", "2"]  # which the closed form has not
+    return main(["heads", *model, *data, "--output", str(output), "--workers", "0", *epochs, *options])
 
 
 def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
     sample_folder: Path, tmp_path: Path
 ) -> None:
-    assert heads(sample_folder, tmp_path / "x") == 0
+    assert run_heads(sample_folder, tmp_path / "x") == 0
     about = json.loads((tmp_path / "x/heads.json").read_text())
     assert about["method"] == BOTH
     assert [part["method"] for part in about["parts"]] == [CCA, TRAINED]
@@ -138,7 +161,7 @@ class Saved:
 
     method: str
     parts: list[str]
-    """The methods of the parts that are owed."""
+    """The method that each part must have."""
     folder: Path
     printed: str
 
@@ -163,7 +186,7 @@ def saved(
     method, options, parts = request.param
     folder = tmp_path_factory.mktemp("heads") / "x"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert heads(sample_folder, folder, "--method", method, *options) == 0
+        assert run_heads(sample_folder, folder, "--method", method, *options) == 0
     return Saved(method, parts, folder, printed.getvalue())
 
 
@@ -173,18 +196,20 @@ def test_a_folder_of_heads_names_its_method_and_that_of_each_part(saved: Saved) 
 
 
 def test_the_default_setting_of_a_closed_form_is_printed_where_a_part_has_one(saved: Saved) -> None:
-    assert ("closed form, of the default setting" in saved.printed) == (CCA in saved.parts)
+    is_printed = "closed form, of the default setting" in saved.printed
+    assert is_printed == (CCA in saved.parts)
 
 
 def test_evaluate_prints_the_recall_that_the_command_printed(
     saved: Saved, sample_folder: Path, capsys: Any
 ) -> None:
-    def lines(text: str) -> list[str]:
+    def recalls(text: str) -> list[str]:
         return re.findall(r"^(?:picture|text) → .*$", text, re.MULTILINE)
 
     data = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
     assert main(["evaluate", "--model", str(saved.folder), *data]) == 0
-    assert lines(capsys.readouterr().out) == lines(saved.printed) != []
+    assert recalls(saved.printed) != []
+    assert recalls(capsys.readouterr().out) == recalls(saved.printed)
 
 
 def test_loaded_heads_have_the_widths_of_their_parts_side_by_side(saved: Saved) -> None:
@@ -192,32 +217,40 @@ def test_loaded_heads_have_the_widths_of_their_parts_side_by_side(saved: Saved) 
     assert width == sum(part["width"] for part in saved.about["parts"])
 
 
-def test_a_clip_is_joined_with_its_own_space_and_both_are_kept(
-    sample_folder: Path, tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(
+    ("keep", "expected"), [("0.75", ["share of the model's own similarity (--keep): 0.75"]), ("0", [])]
+)
+def test_the_share_of_a_clips_own_similarity_is_printed_if_it_has_one(
+    sample_folder: Path, tmp_path: Path, keep: str, expected: list[str], capsys: Any
 ) -> None:
-    own = f"local-dir:{sample_folder}/open_clip"
-    options = ("--method", CCA, "--keep", "0.75")
-    assert heads(sample_folder, tmp_path / "joined", *options, clip=own) == 0
-    assert "share of the model's own similarity (--keep): 0.75" in capsys.readouterr().out
-    assert heads(sample_folder, tmp_path / "alone", "--method", CCA, "--keep", "0", clip=own) == 0
-    assert "--keep" not in capsys.readouterr().out
-    model, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
-    pictures, texts = [sample_folder / "pictures/red-circle-large.png"], ["a red circle", "a blue square"]
-    scores, new = (x.encode_images(pictures) @ x.encode_texts(texts).T for x in (model, alone))
-    start = model._frozen
-    from rankloss_features.heads import FrozenEncoders
+    clip = f"local-dir:{sample_folder}/open_clip"
+    assert run_heads(sample_folder, tmp_path / "x", "--method", CCA, "--keep", keep, clip=clip) == 0
+    assert re.findall(r".*--keep.*", capsys.readouterr().out) == expected
 
-    kept = Part.own({name: encoder.width for name, encoder in start.encoders.items()}, 1.0)
-    before = FrozenEncoders(model.encoders, start, [kept], 1.0, model.rendering)
-    expected = 0.75 * before.encode_images(pictures) @ before.encode_texts(texts).T + 0.25 * new
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, tmp_path: Path) -> None:
+    clip = f"local-dir:{sample_folder}/open_clip"
+    for name, keep in (("joined", "0.75"), ("alone", "0")):
+        assert run_heads(sample_folder, tmp_path / name, "--method", CCA, "--keep", keep, clip=clip) == 0
+    joined, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
+    widths = {name: encoder.width for name, encoder in joined._frozen.encoders.items()}
+    as_it_was = FrozenEncoders(
+        joined.encoders, joined._frozen, [Part.own(widths, 1.0)], 1.0, joined.rendering
+    )
+
+    def scores(model: FrozenEncoders) -> Tensor:
+        pictures = [sample_folder / "pictures/red-circle-large.png"]
+        return model.encode_images(pictures) @ model.encode_texts(["a red circle", "a blue square"]).T
+
+    expected = 0.75 * scores(as_it_was) + 0.25 * scores(alone)
+    torch.testing.assert_close(scores(joined), expected, atol=1e-5, rtol=0)
 
 
 def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
     sample_folder: Path, tmp_path: Path
 ) -> None:
     own = f"local-dir:{sample_folder}/open_clip"
-    assert heads(sample_folder, tmp_path / "x", "--method", CCA, clip=own) == 0
+    assert run_heads(sample_folder, tmp_path / "x", "--method", CCA, clip=own) == 0
     parts = json.loads((tmp_path / "x/heads.json").read_text())["parts"]
     shares = {part["method"]: part["share"] for part in parts}
     assert shares == {CCA: pytest.approx(1 - KEEP), "own": KEEP}
@@ -226,7 +259,6 @@ def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--method", "pca"), None),
         (("--keep", "0.5"), "--keep 0.5 keeps the space that images and texts share: it needs --model"),
         (("--keep", "1"), "--keep must be a finite number >= 0 and < 1; got 1.0"),
         (("--method", "cca", "--heads", "2"), "--heads 2 is of trained heads: --method cca trains none"),
@@ -238,16 +270,20 @@ def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_encoded(
-    sample_folder: Path, tmp_path: Path, capsys: Any, options: Any, named: str | None, monkeypatch: Any
+    sample_folder: Path, tmp_path: Path, capsys: Any, options: Any, named: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("rankloss_features.heads.Encoders.load", lambda *_: pytest.fail("loaded"))
-    if named is None:
-        with pytest.raises(SystemExit):
-            heads(sample_folder, tmp_path / "x", *options)
-        assert "invalid choice: 'pca'" in capsys.readouterr().err
-    else:
-        assert heads(sample_folder, tmp_path / "x", *options) == 1
-        assert re.search(named, capsys.readouterr().err)
+    assert run_heads(sample_folder, tmp_path / "x", *options) == 1
+    assert re.search(named, capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_method_is_refused_by_the_command_line(
+    sample_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        run_heads(sample_folder, tmp_path / "x", "--method", "pca")
+    assert "invalid choice: 'pca'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -264,7 +300,7 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_encoded(
 def test_a_folder_of_unknown_parts_is_refused(
     sample_folder: Path, tmp_path: Path, change: Any, named: str, capsys: Any
 ) -> None:
-    assert heads(sample_folder, tmp_path / "x", "--method", CCA) == 0
+    assert run_heads(sample_folder, tmp_path / "x", "--method", CCA) == 0
     capsys.readouterr()
     file = tmp_path / "x/heads.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
