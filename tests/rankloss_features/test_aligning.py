@@ -21,6 +21,7 @@ from tiny_teacher import (
     CAPTIONS,
     ROWS,
     WIDTH,
+    but_for_command,
     csv_data,
     files,
     flip,
@@ -71,11 +72,6 @@ def run_align(data: Path, output: Path, *options: str, encoders: Any = ENCODERS)
     """Run ``rankloss features``, with ``--align`` unless other options are given; the exit code."""
     given = ["--data", str(data), "--output", str(output), "--workers", "0"]
     return main(["features", *encoders, *given, *(options or ("--align",))])
-
-
-def but_for_command(folder: Path) -> dict[str, Any]:
-    """The files of a folder without ``folder.json``, which has the command and its ``--output``."""
-    return {name: content for name, content in files(folder).items() if name != "folder.json"}
 
 
 # --- the folder -------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ import torch
 from tiny_teacher import (
     CAPTIONS,
     ROWS,
+    but_for_command,
     csv_data,
-    files,
     forks,
     in_process,
     shards,
@@ -280,11 +280,6 @@ def train(tmp_path: Path, rank: int, words: Any, kill: Any = None) -> None:
     caching._logger.warning = lambda *_: words.put("waits")  # type: ignore[method-assign]
     Features(cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "cache", "cpu")).check()
     words.put("computes" if calls else "finds")
-
-
-def but_for_command(folder: str | Path) -> dict[str, bytes]:
-    """The files of a folder without ``folder.json``, which has the command and its ``--output``."""
-    return {name: content for name, content in files(Path(folder)).items() if name != "folder.json"}
 
 
 def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(

@@ -32,7 +32,8 @@ def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
     """A copy with other entries, and the hash that its maker gives them; None takes an entry away."""
     shutil.copytree(own, folder)
     about = {**json.loads((folder / ABOUT).read_text()), **entries}
-    about = {name: value for name, value in about.items() if value is not None and name != "hash"}
+    del about["hash"]
+    about = {name: value for name, value in about.items() if value is not None}
     (folder / ABOUT).write_text(json.dumps({**about, "hash": _hash_of_entries(about)}))
     return folder
 
@@ -71,11 +72,9 @@ def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
 )
 def test_an_entry_of_another_kind_is_named(own: Path, tmp_path: Path, entry: str, value: Any) -> None:
     folder = rewritten(own, tmp_path / "x", **{entry: value})
-    words = (
-        f"it has no entry '{entry}'"
-        if value is None
-        else f"'{entry}' must be .*; got {re.escape(repr(value))}"
-    )
+    words = f"'{entry}' must be .*; got {re.escape(repr(value))}"
+    if value is None:
+        words = f"it has no entry '{entry}'"
     with pytest.raises(ValueError, match=f"{folder / ABOUT} is damaged: {words}"):
         Features(str(folder))
 
@@ -85,6 +84,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=3,
 )
+"""Any values that JSON can hold."""
 ENTRIES = [
     "rows",
     "shard_rows",
@@ -104,6 +104,7 @@ ENTRIES = [
 def test_any_entries_are_a_folder_or_one_kind_of_error(
     own: Path, tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]
 ) -> None:
+    """The error names the folder; else its features are those that were written."""
     folder = rewritten(own, tmp_path_factory.mktemp("foreign") / "x", **entries)
     found = opened(folder)
     if isinstance(found, str):
@@ -113,7 +114,7 @@ def test_any_entries_are_a_folder_or_one_kind_of_error(
 
 
 def opened(folder: Path) -> Features | str:
-    """The folder, or the words of the refusal."""
+    """The folder, or the words of the refusal; any other error is the test's."""
     try:
         return Features(str(folder)).check()
     except ValueError as error:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny_teacher as tiny
@@ -23,70 +27,84 @@ FULL = os.strerror(errno.ENOSPC)
 PAGE = 4096
 
 
+@dataclass(frozen=True)
 class Command:
-    """A command that writes, in a folder of its own.
+    """A command that writes, in a folder of its own."""
 
-    Attributes:
-        call: Writes below a folder; the exit code.
-        read: Reads what was written, and raises a ValueError for a part of it.
-    """
+    call: Callable[[Path], int]
+    """Writes below a folder; the exit code."""
+    read: Callable[[Path], Any]
+    """Reads what was written, and raises a ValueError for a part of it."""
 
-    def __init__(self, call: Callable[[Path], int], read: Callable[[Path], Any]) -> None:
-        self.call, self.read = call, read
+
+class Missing(ValueError):
+    """Of a reader: nothing was written."""
 
 
 def commands(sample: Path) -> dict[str, Command]:
-    data = ["--data", str(sample / "train.csv"), "--workers", "0"]
-    encoders = [
-        "--image-encoder",
-        str(sample / "image_encoder"),
-        "--text-encoder",
-        str(sample / "text_encoder"),
-    ]
-    of_heads = [
-        *encoders,
-        *data,
-        "--val-data",
-        f"{sample}/val.csv",
-        "--ids-key",
-        "product",
-        "--epochs",
-        "2",
-        "--width",
-        "8",
-    ]
-    of_evaluate = ["--model", f"local-dir:{sample}/open_clip", *data]
+    """The commands on the sample, by their names."""
+    data = ["--data", f"{sample}/train.csv", "--workers", "0"]
+    encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
+    held_out = ["--val-data", f"{sample}/val.csv", "--ids-key", "product"]
+    short = ["--epochs", "2", "--width", "8"]
+    model = ["--model", f"local-dir:{sample}/open_clip"]
+
+    def run(*options: str, output: str) -> Callable[[Path], int]:
+        """A command, whose last option takes the place where it writes."""
+        return lambda folder: main([*options, f"{folder}/{output}"])
 
     def read_sample(folder: Path) -> None:
         if not (folder / "new").exists():
-            raise ValueError
-        assert {x.name for x in (folder / "new").rglob("*")} == {x.name for x in sample.rglob("*")}
+            raise Missing
+        written = {file.name for file in (folder / "new").rglob("*")}
+        assert written == {file.name for file in sample.rglob("*")}
 
     def read_json(folder: Path) -> Any:
-        return json.loads((folder / "x.json").read_text()) if (folder / "x.json").exists() else _missing()
+        if not (folder / "x.json").exists():
+            raise Missing
+        return json.loads((folder / "x.json").read_text())
+
+    def read_features(folder: Path) -> Features:
+        return Features(f"{folder}/teacher").check()
+
+    def read_aligned(folder: Path) -> None:
+        if read_features(folder).alignment is None:
+            raise Missing
 
     return {
-        "sample": Command(lambda folder: main(["sample", "--output", f"{folder}/new"]), read_sample),
+        "sample": Command(run("sample", "--output", output="new"), read_sample),
         "heads": Command(
-            lambda folder: main(["heads", *of_heads, "--output", f"{folder}/heads"]),
+            run("heads", *encoders, *data, *held_out, *short, "--output", output="heads"),
             lambda folder: load_heads(folder / "heads"),
         ),
-        "evaluate": Command(
-            lambda folder: main(["evaluate", *of_evaluate, "--json", f"{folder}/x.json"]), read_json
-        ),
-        "features": Command(
-            lambda folder: main(["features", *encoders, *data, "--output", f"{folder}/teacher"]),
-            lambda folder: Features(str(folder / "teacher")).check(),
-        ),
+        "evaluate": Command(run("evaluate", *model, *data, "--json", output="x.json"), read_json),
+        "features": Command(run("features", *encoders, *data, "--output", output="teacher"), read_features),
         "aligned": Command(
-            lambda folder: main(["features", *encoders, *data, "--align", "--output", f"{folder}/teacher"]),
-            lambda folder: Features(str(folder / "teacher")).check().alignment or _missing(),
+            run("features", *encoders, *data, "--align", "--output", output="teacher"), read_aligned
         ),
     }
 
 
-def _missing() -> None:
-    raise ValueError
+def fail(_: int) -> None:
+    """In the place of ``os.fsync``, on a full disk."""
+    raise OSError(errno.ENOSPC, FULL)
+
+
+def fsyncs_of(call: Callable[[], int]) -> int:
+    """How many files a command brings to the disk."""
+    fsync = Mock(wraps=os.fsync)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert call() == 0
+    return fsync.call_count
+
+
+def call_on_full_disk(call: Callable[[], int], at: int) -> int:
+    """Call a command while a single file, by its number, cannot be brought to the disk; the exit code."""
+    fsync, files = os.fsync, itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (fail if next(files) == at else fsync)(file))
+        return call()
 
 
 @pytest.mark.parametrize(
@@ -98,29 +116,20 @@ def _missing() -> None:
     ],
 )
 def test_a_disk_that_is_full_is_named_and_the_same_command_goes_on(
-    sample_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    sample_folder: Path, tmp_path: Path, name: str, capsys: Any
 ) -> None:
     """Full where a file is to be brought to the disk, at the first file and at the last."""
-    command, fsync = commands(sample_folder)[name], os.fsync
-    calls: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda file: calls.append(file) or fsync(file))
-    (tmp_path / "whole").mkdir()
-    assert command.call(tmp_path / "whole") == 0
-    (tmp_path / "disk").mkdir()
-    for at in (0, len(calls) - 1):
-        left = iter([*[fsync] * at, _fail])
-        monkeypatch.setattr(os, "fsync", lambda file, left=left: next(left, fsync)(file))
-        assert command.call(tmp_path / "disk") == 1
+    command, whole, disk = commands(sample_folder)[name], tmp_path / "whole", tmp_path / "disk"
+    whole.mkdir()
+    disk.mkdir()
+    last = fsyncs_of(lambda: command.call(whole)) - 1
+    for at in (0, last):
+        assert call_on_full_disk(lambda: command.call(disk), at) == 1
         assert FULL in capsys.readouterr().err
         with pytest.raises(ValueError):  # noqa: PT011 (each reader has its own)
-            command.read(tmp_path / "disk")
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert command.call(tmp_path / "disk") == 0
-    command.read(tmp_path / "disk")
-
-
-def _fail(_: int) -> None:
-    raise OSError(errno.ENOSPC, FULL)
+            command.read(disk)
+    assert command.call(disk) == 0
+    command.read(disk)
 
 
 # --- a disk -----------------------------------------------------------------------------------------------
@@ -141,15 +150,17 @@ class Disk:
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("this process may not mount a file system")
 
-    def leave(self, free: int) -> None:
-        """Fill it up to so many bytes."""
-        filler = self.folder / ".filler"
-        filler.unlink(missing_ok=True)
-        for file in [x for x in self.folder.iterdir() if x != filler]:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-        filler.write_bytes(bytes(self.size - free))
+    def clear_and_fill(self, free: int) -> None:
+        """Delete all files, and leave so many bytes free."""
+        for file in self.folder.iterdir():
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
+        (self.folder / ".filler").write_bytes(bytes(self.size - free))
 
-    def empty(self) -> None:
+    def free(self) -> None:
+        """Leave the other files, and all of the rest free."""
         (self.folder / ".filler").unlink()
 
 
@@ -160,8 +171,9 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", str(made.folder)], check=True)
 
 
-def used(folder: Path) -> int:
-    return sum(-(-x.stat().st_size // PAGE) * PAGE for x in folder.rglob("*") if x.is_file())
+def used_pages(folder: Path) -> int:
+    """The pages that the files below a folder take up."""
+    return sum(math.ceil(x.stat().st_size / PAGE) for x in folder.rglob("*") if x.is_file())
 
 
 @pytest.mark.slow
@@ -169,17 +181,17 @@ def used(folder: Path) -> int:
 def test_whatever_is_left_of_a_disk_nothing_looks_whole(
     sample_folder: Path, disk: Disk, tmp_path: Path, name: str, capsys: Any
 ) -> None:
-    command = commands(sample_folder)[name]
-    (tmp_path / "whole").mkdir()
-    assert command.call(tmp_path / "whole") == 0
-    needed = used(tmp_path / "whole")
+    """At shares of what the command needs; with the rest free, the same command goes on."""
+    command, whole = commands(sample_folder)[name], tmp_path / "whole"
+    whole.mkdir()
+    assert command.call(whole) == 0
     for part in (0, 0.3, 0.6, 0.99):
-        disk.leave(max(0, int(part * needed) - PAGE) // PAGE * PAGE)
+        disk.clear_and_fill(free=max(0, int(part * used_pages(whole)) - 1) * PAGE)
         assert command.call(disk.folder) == 1, part
         assert FULL in capsys.readouterr().err
         with pytest.raises(ValueError):  # noqa: PT011
             command.read(disk.folder)
-        disk.empty()
+        disk.free()
         assert command.call(disk.folder) == 0
         command.read(disk.folder)
 
@@ -188,20 +200,19 @@ def test_whatever_is_left_of_a_disk_nothing_looks_whole(
 def test_a_cache_of_teachers_on_a_full_disk_is_no_teacher(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a disk of every size that is too small; with the rest free, the same call goes on."""
     monkeypatch.setattr(sources, "load", lambda given, args, device: tiny.teacher())
     monkeypatch.setattr(caching, "_WORKERS", 0)
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
     data, spec = tiny.data_of("csv", tmp_path / "data"), Spec.of("image=some,text=other")
-    whole = cached(spec, data, tmp_path / "cache", "cpu")
-    for pages in range(used(Path(whole)) // PAGE):
-        disk.leave(pages * PAGE)
+    whole = Path(cached(spec, data, tmp_path / "cache", "cpu"))
+    for pages in range(used_pages(whole)):
+        disk.clear_and_fill(free=pages * PAGE)
         with pytest.raises(OSError, match=FULL):
             cached(spec, data, disk.folder / "cache", "cpu")
         for folder in (disk.folder / "cache").glob("*/"):
             with pytest.raises(ValueError):  # noqa: PT011
                 Features(str(folder)).check()
-        disk.empty()
-        found = tiny.files(Path(cached(spec, data, disk.folder / "cache", "cpu")))
-        expected = tiny.files(Path(whole))
-        assert found.pop("folder.json") != expected.pop("folder.json")  # which has the command
-        assert found == expected
+        disk.free()
+        found = Path(cached(spec, data, disk.folder / "cache", "cpu"))
+        assert tiny.but_for_command(found) == tiny.but_for_command(whole)

@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from rankloss_features.pictures import Rendering
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+"""Every grey of 8 bits."""
 
 
 def stored(picture: Image.Image, form: str, **options: Any) -> bytes:
+    """The content of a file of a picture."""
     file = io.BytesIO()
     picture.save(file, form, **options)
     return file.getvalue()
 
 
 def grey_of(content: bytes) -> Any:
+    """The greys of an opened picture, whose three channels must be equal."""
     pixels = np.asarray(Rendering().open(content))
     assert pixels.shape == (16, 16, 3)
     assert (pixels == pixels[..., :1]).all()
@@ -31,7 +34,7 @@ def grey_of(content: bytes) -> Any:
 @pytest.mark.parametrize("white", [255, 40])
 def test_grey_of_16_bits_is_scaled_also_where_a_picture_is_dark(form: str, white: int) -> None:
     grey = (RAMP.astype(np.uint32) * white // 255).astype(np.uint16)
-    content = stored(Image.fromarray(grey * 257), form)
+    content = stored(Image.fromarray(grey * 257), form)  # 255 · 257 is the white of 16 bits
     np.testing.assert_array_equal(grey_of(content), grey)
 
 
@@ -60,33 +63,42 @@ def test_transparent_pixels_have_the_colour_of_the_background(mode: str, backgro
     """A red square on nothing, which is stored as black."""
     picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     picture.paste((204, 0, 0, 255), (1, 1, 3, 3))
-    square = (
-        picture.convert("RGB").convert("L" if mode in ("L", "LA") else "RGB").convert("RGB").getpixel((1, 1))
-    )
     if mode in ("RGBA", "LA"):
         content = stored(picture.convert(mode), "PNG")
     else:  # a colour that counts as transparent
         opaque = picture.convert("RGB").convert(mode)
         content = stored(opaque, "PNG", transparency=opaque.getpixel((0, 0)))
     found = np.asarray(Rendering(background=background).open(content))
-    np.testing.assert_array_equal(found[0, 0], Image.new("RGB", (1, 1), background).getpixel((0, 0)))
+    square = grey_of_red() if mode in ("L", "LA") else (204, 0, 0)
+    np.testing.assert_array_equal(found[0, 0], ImageColor.getrgb(background))
     np.testing.assert_array_equal(found[1:3, 1:3], np.full((2, 2, 3), square))
+
+
+def grey_of_red() -> tuple[int, int, int]:
+    """The red of the square, as a mode without colours stores it."""
+    grey = Image.new("RGB", (1, 1), (204, 0, 0)).convert("L").getpixel((0, 0))
+    return (grey, grey, grey)
+
+
+def orientation(number: int) -> Image.Exif:
+    """The entry of a camera: 6 of one turned by a quarter, 3 by a half."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
 
 
 @pytest.mark.parametrize("upright", [True, False])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_a_picture_is_turned_if_it_shall_be_upright(form: str, upright: bool) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
+    exif = orientation(6)
     content = stored(Image.new("RGB", (6, 4)), form, exif=exif)
     assert Rendering(upright).open(content).size == ((4, 6) if upright else (6, 4))
 
 
 def test_grey_of_16_bits_is_turned_too() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3
     grey = Image.fromarray(RAMP.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(grey_of(stored(grey, "PNG", exif=exif)), RAMP[::-1, ::-1])
+    content = stored(grey, "PNG", exif=orientation(3))
+    np.testing.assert_array_equal(grey_of(content), RAMP[::-1, ::-1])
 
 
 @pytest.mark.parametrize("wrong", ["whitish", "", "#12", "#ffffff80", None, 7])

@@ -39,8 +39,8 @@ from untrusted import Pickled, bring_tokenizer, edit, trust_tokenizer
 
 FEATURES = Path(opening.__file__).parent
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-ST = "sentence_transformers.models"
-MODULES = [
+ST = "sentence_transformers.models"  # the beginning of its classes' names
+SENTENCE_MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": f"{ST}.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{ST}.Pooling"},
 ]
@@ -48,7 +48,8 @@ MODULES = [
 
 # --- folders that bring code ------------------------------------------------------------------------------
 #
-# Each function completes a folder with `code.py`, which makes a folder `made` where it is imported.
+# Each function completes a folder whose `code.py` makes a folder `made` where it is imported: with a model
+# whose files ask for that code, or with weights that are a pickle and make `made` where they are unpickled.
 
 
 def open_clip_weights(folder: Path, made: Path) -> None:
@@ -129,7 +130,7 @@ def text_tokenizer(folder: Path, made: Path) -> None:
 def sentence_model(folder: Path, made: Path) -> None:
     """The options of the folder's own configuration trust code and pickles."""
     text_model(folder, made)
-    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "modules.json").write_text(json.dumps(SENTENCE_MODULES))
     (folder / "1_Pooling").mkdir()
     edit(folder / "1_Pooling/config.json", word_embedding_dimension=16, pooling_mode_mean_tokens=True)
     trusting = {"trust_remote_code": True, "weights_only": False, "use_safetensors": False}
@@ -147,7 +148,7 @@ def sentence_weights(folder: Path, made: Path) -> None:
 
 def sentence_module(folder: Path, made: Path) -> None:
     sentence_weights(folder, made)
-    (folder / "modules.json").write_text(json.dumps([{**MODULES[0], "type": "code.Module"}]))
+    (folder / "modules.json").write_text(json.dumps([{**SENTENCE_MODULES[0], "type": "code.Module"}]))
 
 
 # --- every kind of model, from folders and from a hub's cache -----------------------------------------------
@@ -175,7 +176,9 @@ KINDS: dict[Callable[[Path, Path], None], tuple[str, str, str | None]] = {
 """The options of a folder and of a hub's model, and the refusal's words; None if it opens without it."""
 
 WITHOUT_GUARD = (open_clip_tokenizer,)
-OPENED = """
+"""Kinds that are opened without our guard, too, where a library alone would run their code."""
+
+OPENER = """
 import contextlib, json, sys, torch
 from rankloss_features import opening, sources
 from rankloss_features.command import _parser
@@ -196,6 +199,9 @@ for line in unguarded:
     error_of(line)
 print(json.dumps(errors))
 """
+"""A script that opens models by lines of options; it prints the error of each opened with the guard."""
+
+COMMIT = "0" * 40
 
 
 @pytest.fixture(scope="module")
@@ -203,24 +209,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("brought")
 
 
+def write_kind(place: Path, kind: Callable[[Path, Path], None], group: str, name: str) -> list[str]:
+    """Write a model as a folder and into a hub's cache; the options that open both."""
+    of_folder, of_hub, _ = KINDS[kind]
+    folder, made = place / group / name, place / f"made by {group} {kind.__name__}"
+    folder.mkdir(parents=True)
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    kind(folder, made)
+    cached = place / f"home/hub/models--org--{name}"
+    shutil.copytree(folder, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(COMMIT)
+    return [f"{of_folder}{folder}", f"{of_hub}org/{name}"]
+
+
+def name_of(kind: Callable[[Path, Path], None]) -> str:
+    return kind.__name__.replace("_", "-")
+
+
 @pytest.fixture(scope="module")
 def errors(place: Path) -> dict[str, str | None]:
     """The errors of a process that opens every kind, by the options; then some kinds without the guard."""
     guarded, unguarded = [], []
-    for kind, (of_folder, of_hub, _) in KINDS.items():
-        for group in ("guarded", "unguarded")[: 1 + (kind in WITHOUT_GUARD)]:
-            name = kind.__name__.replace("_", "-") + ("-alone" if group == "unguarded" else "")
-            folder = place / group / name
-            folder.mkdir(parents=True)
-            made = place / f"made by {group} {kind.__name__}"
-            (folder / "code.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
-            kind(folder, made)
-            cached = place / f"home/hub/models--org--{name}"
-            shutil.copytree(folder, cached / "snapshots" / COMMIT)
-            (cached / "refs").mkdir()
-            (cached / "refs/main").write_text(COMMIT)
-            lines = guarded if group == "guarded" else unguarded
-            lines += [f"{of_folder}{folder}", f"{of_hub}org/{name}"]
+    for kind in KINDS:
+        guarded += write_kind(place, kind, "guarded", name_of(kind))
+    for kind in WITHOUT_GUARD:
+        unguarded += write_kind(place, kind, "unguarded", f"{name_of(kind)}-alone")
     # Of this process's variables none that leads to another cache, as a test's script sets one.
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
@@ -228,14 +242,16 @@ def errors(place: Path) -> dict[str, str | None]:
         "HF_HUB_OFFLINE": "1",
         "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",  # for loads that do not say what they are
     }
-    command = [sys.executable, "-c", OPENED]
-    given = json.dumps([guarded, unguarded])
-    done = subprocess.run(command, input=given, env=environment, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OPENER],
+        input=json.dumps([guarded, unguarded]),
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-COMMIT = "0" * 40
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -244,13 +260,15 @@ def test_code_of_a_model_is_not_run(
     place: Path, errors: dict[str, str | None], kind: Callable[[Path, Path], None], where: str
 ) -> None:
     of_folder, of_hub, words = KINDS[kind]
-    name = kind.__name__.replace("_", "-")
-    error = errors[f"{of_folder}{place}/guarded/{name}" if where == "folder" else f"{of_hub}org/{name}"]
+    options = {
+        "folder": f"{of_folder}{place}/guarded/{name_of(kind)}",
+        "hub": f"{of_hub}org/{name_of(kind)}",
+    }
+    error = errors[options[where]]
     if words is None:
         assert error is None
     else:
-        assert error is not None
-        assert re.search(words, error)
+        assert re.search(words, error or "")
     assert not (place / f"made by guarded {kind.__name__}").exists()
 
 
@@ -259,6 +277,12 @@ def test_code_of_a_model_is_not_run(
 def test_without_the_guard_the_code_would_be_run(place: Path, kind: Callable[[Path, Path], None]) -> None:
     """So its code leaves a trace when it runs, and above it did not run."""
     assert (place / f"made by unguarded {kind.__name__}").exists()
+
+
+def load_by(options: str) -> None:
+    """Load the teacher that options of ``rankloss features`` name."""
+    args = _parser().parse_args(["--output", "x", *options.split()])
+    sources.load(sources.given(args), args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("form", ["pickle", "archive"])
@@ -277,9 +301,9 @@ def test_a_file_of_weights_that_is_code_is_refused(
     else:
         with pytest.warns(DeprecationWarning, match=r"torch\.jit"):
             torch.jit.script(torch.nn.Linear(1, 1)).save(str(file))
-    args = _parser().parse_args(["--output", "x", *options.format(file).split()])
-    with pytest.raises(ValueError, match=f"^{options.split()[0]} .*(TorchScript|{PICKLE})"):
-        sources.load(sources.given(args), args, torch.device("cpu"))
+    first_option = options.split()[0]
+    with pytest.raises(ValueError, match=f"^{first_option} .*(TorchScript|{PICKLE})"):
+        load_by(options.format(file))
     assert not made.exists()
 
 
@@ -315,46 +339,49 @@ def test_the_libraries_are_as_before_after_an_error() -> None:
 
 OPENERS = {"load", "open", "from_pretrained", "create_model", "create_model_and_transforms", "get_tokenizer"}
 OPENERS |= {"SentenceTransformer", "load_dataset", "load_from_disk", "load_checkpoint", "load_state_dict"}
+"""Functions of the libraries that open a file."""
 LIBRARIES = {"torch", "np", "open_clip", "timm", "datasets", "transformers", "Image", "pickle", "joblib"}
+
+
+def opens_files(node: ast.AST) -> bool:
+    """True of the import of a function that opens files, ``LIBRARY.FUNCTION`` and ``from_pretrained``."""
+    if isinstance(node, ast.ImportFrom):
+        return any(alias.name in OPENERS for alias in node.names)
+    if isinstance(node, ast.Attribute) and node.attr in OPENERS:
+        is_of_a_library = isinstance(node.value, ast.Name) and node.value.id in LIBRARIES
+        return is_of_a_library or node.attr == "from_pretrained"
+    return False
 
 
 def test_files_of_others_are_opened_in_one_place() -> None:
     """``sample.py`` makes models."""
-    found = set()
-    for file in FEATURES.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and {x.name for x in node.names} & OPENERS:
-                found.add(file.name)
-            if isinstance(node, ast.Attribute) and node.attr in OPENERS:
-                owner = getattr(node.value, "id", "")
-                if owner in LIBRARIES or node.attr == "from_pretrained":
-                    found.add(file.name)
-    assert found == {"opening.py", "sample.py"}
+    trees = {file.name: ast.parse(file.read_text()) for file in FEATURES.glob("*.py")}
+    opening_files = {name for name, tree in trees.items() if any(map(opens_files, ast.walk(tree)))}
+    assert opening_files == {"opening.py", "sample.py"}
 
 
 # --- pickles below torch 2.10, pictures, arrays -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options", ["--image-encoder test_vit --image-weights {}.pth", "--model tiny --pretrained {}.pth"]
+    ("make", "options"),
+    [
+        (lambda: timm.create_model("test_vit"), "--image-encoder test_vit --image-weights"),
+        (lambda: open_clip.CLIP(**CLIP_CONFIG), "--model tiny --pretrained"),
+    ],
+    ids=["timm", "open_clip"],
 )
 def test_below_torch_2_10_pickles_of_weights_are_refused_and_safetensors_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], torch.nn.Module], options: str
 ) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP_CONFIG)
-    is_clip = "tiny" in options
-    model = open_clip.CLIP(**CLIP_CONFIG) if is_clip else timm.create_model("test_vit")
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-
-    def load(line: str) -> None:
-        args = _parser().parse_args(["--output", "x", *line.format(tmp_path / "weights").split()])
-        sources.load(sources.given(args), args, torch.device("cpu"))
-
+    weights = make().state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights\.pth is a pickle, and torch 2\.9\.1 .* torch>=2\.10"):
-        load(options)
-    load(options.replace(".pth", ".safetensors"))
+        load_by(f"{options} {tmp_path}/weights.pth")
+    load_by(f"{options} {tmp_path}/weights.safetensors")
 
 
 def test_weights_that_are_known_by_their_hash_are_read_by_any_torch(
@@ -384,10 +411,12 @@ def test_a_picture_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_would_fill_the_memory_is_an_error_of_its_row(tmp_path: Path) -> None:
+    """Its header says 2¹⁵ by 2¹⁴ pixels."""
     file = tmp_path / "0.png"
-    file.write_bytes(picture(0).replace(struct.pack(">II", 8, 8), struct.pack(">II", 2**15, 2**14)))
-    content = bytearray(file.read_bytes())
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    content = bytearray(picture(0))
+    header, checksum = slice(12, 29), slice(29, 33)
+    content[16:24] = struct.pack(">II", 2**15, 2**14)
+    content[checksum] = struct.pack(">I", zlib.crc32(content[header]))
     file.write_bytes(content)
     (tmp_path / "pairs.csv").write_text(f"filepath\ttitle\n{file}\ta bomb\n")
     data = csv_data(tmp_path / "pairs.csv")
@@ -401,10 +430,12 @@ def fifo(file: Path) -> None:
 
 
 def huge_header(file: Path) -> None:
+    """A file of NumPy's second version, whose header has a mebibyte of spaces."""
     file.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**20) + b" " * 2**20)
 
 
 def huge_shape(file: Path) -> None:
+    """A file that says to have 2⁴⁰ rows, and has four."""
     header = io.BytesIO()
     about = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 4)}
     np.lib.format.write_array_header_1_0(header, about)
@@ -412,6 +443,7 @@ def huge_shape(file: Path) -> None:
 
 
 def objects(file: Path) -> None:
+    """A pickle in an array, which makes a folder."""
     with file.open("wb") as opened:
         np.save(opened, np.array([Pickled(file.with_name("made"))]), allow_pickle=True)
 
@@ -421,6 +453,7 @@ def objects(file: Path) -> None:
 def test_an_array_that_is_none_is_refused_with_its_name(
     tmp_path: Path, damage: Callable[[Path], None], name: str
 ) -> None:
+    """A folder with the file of an array, and an archive of one."""
     file = tmp_path / name
     if name.endswith(".npz") and damage is not fifo:
         damage(tmp_path / "image_features.npy")
@@ -428,16 +461,15 @@ def test_an_array_that_is_none_is_refused_with_its_name(
             archive.write(tmp_path / "image_features.npy", "image_features.npy")
     else:
         damage(file)
-    given = str(tmp_path if name.endswith(".npy") else file)
-    args = _parser().parse_args(["--output", "x", "--features", given])
+    given = tmp_path if name.endswith(".npy") else file
     with pytest.raises(ValueError, match=rf"--features {given}: {file} cannot be read: "):
-        sources.load(sources.given(args), args, torch.device("cpu"))
+        load_by(f"--features {given}")
     assert not (tmp_path / "made").exists()
 
 
 # --- versions that open them safely -------------------------------------------------------------------------
 
-OPENED_BY = {
+OPENERS_OF = {
     "datasets": lambda: opening.dataset("x"),
     "pillow": lambda: opening.picture(picture(0)).__enter__(),
     "sentence-transformers": lambda: opening.sentence_transformers_model("x", torch.device("cpu")),
@@ -445,7 +477,7 @@ OPENED_BY = {
 }
 
 
-@pytest.mark.parametrize("distribution", OPENED_BY)
+@pytest.mark.parametrize("distribution", OPENERS_OF)
 def test_an_older_package_that_another_brought_is_refused(
     monkeypatch: pytest.MonkeyPatch, distribution: str
 ) -> None:
@@ -454,7 +486,7 @@ def test_an_older_package_that_another_brought_is_refused(
     needed = re.escape(f"pip install '{distribution}>={opening.SAFE_FROM[distribution]}'")
     match = rf"^{distribution} 0\.9\.1 is installed, .* {needed}"
     with pytest.raises(ValueError, match=match):
-        OPENED_BY[distribution]()
+        OPENERS_OF[distribution]()
     opening.check_version.cache_clear()
 
 

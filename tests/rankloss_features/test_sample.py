@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,35 @@ Parts = dict[str, list[dict[str, str]]]
 
 @pytest.fixture
 def parts(sample_folder: Path) -> Parts:
-    """The rows of both sides."""
+    """The rows of ``train.csv`` and of ``val.csv``."""
     return {part: rows(sample_folder, part) for part in ("train", "val")}
 
 
-def test_64_pictures_have_captions_of_their_own_that_end_in_their_class(parts: Parts) -> None:
-    assert [len(part) for part in parts.values()] == [48, 16]
-    both = [*parts["train"], *parts["val"]]
-    assert len({row["filepath"] for row in both}) == len({row["title"] for row in both}) == 64
-    assert {row["title"].split()[-1] for row in both} == {row["class"] for row in both}
-    assert len({np.asarray(Image.open(row["filepath"])).tobytes() for row in both}) == 64
+def test_48_pairs_are_trained_on_and_16_held_out(parts: Parts) -> None:
+    assert (len(parts["train"]), len(parts["val"])) == (48, 16)
+
+
+def test_every_picture_is_another_and_has_a_caption_of_its_own(parts: Parts) -> None:
+    rows = [*parts["train"], *parts["val"]]
+    assert len({row["filepath"] for row in rows}) == 64
+    assert len({row["title"] for row in rows}) == 64
+    assert len({np.asarray(Image.open(row["filepath"])).tobytes() for row in rows}) == 64
+
+
+def test_a_caption_ends_in_the_class_of_its_picture(parts: Parts) -> None:
+    for row in [*parts["train"], *parts["val"]]:
+        assert row["title"].split()[-1] == row["class"]
 
 
 def test_every_product_has_two_pictures_on_one_side(parts: Parts) -> None:
-    products = {part: [row["product"] for row in listed] for part, listed in parts.items()}
-    assert not {*products["train"]} & {*products["val"]}
-    assert all(listed.count(x) == 2 for listed in products.values() for x in listed)
+    trained, held_out = (Counter(row["product"] for row in parts[part]) for part in ("train", "val"))
+    assert not trained.keys() & held_out.keys()
+    assert {*trained.values(), *held_out.values()} == {2}
 
 
 def test_both_sides_have_the_same_words(parts: Parts) -> None:
-    words = {part: {w for row in listed for w in row["title"].split()} for part, listed in parts.items()}
-    assert words["train"] == words["val"]
+    trained, held_out = (" ".join(row["title"] for row in parts[part]) for part in ("train", "val"))
+    assert {*trained.split()} == {*held_out.split()}
 
 
 def test_the_pictures_are_the_same_at_every_call(sample_folder: Path, tmp_path: Path) -> None:
@@ -58,25 +67,31 @@ def test_the_pictures_are_the_same_at_every_call(sample_folder: Path, tmp_path: 
         assert (tmp_path / "again/pictures" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_both_clips_encode_pictures_and_titles(sample_folder: Path) -> None:
-    row = rows(sample_folder, "val")[0]
-    picture, name = Image.open(row["filepath"]), f"local-dir:{sample_folder}/open_clip"
+def test_open_clips_model_encodes_pictures_and_titles(sample_folder: Path) -> None:
+    row, name = rows(sample_folder, "val")[0], f"local-dir:{sample_folder}/open_clip"
     model, _, transform = open_clip.create_model_and_transforms(name, require_pretrained=True)
+    pictures = transform(Image.open(row["filepath"]))[None]
+    tokens = open_clip.get_tokenizer(name)([row["title"]])
     with torch.no_grad():
-        features = model.eval()(transform(picture)[None], open_clip.get_tokenizer(name)([row["title"]]))[:2]
-    assert [x.shape for x in features] == [(1, 32), (1, 32)]
-    processor = AutoProcessor.from_pretrained(sample_folder / "transformers")
-    theirs = AutoModel.from_pretrained(sample_folder / "transformers")
+        image_features, text_features, _ = model.eval()(pictures, tokens)
+    assert image_features.shape == text_features.shape == (1, 32)
+
+
+def test_transformers_model_encodes_pictures_and_titles_of_a_token_a_word(sample_folder: Path) -> None:
+    row, folder = rows(sample_folder, "val")[0], sample_folder / "transformers"
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    picture = Image.open(row["filepath"])
     inputs: Any = processor(text=[row["title"]], images=picture, return_tensors="pt")
-    assert theirs(**inputs).text_embeds.shape == (1, 32)
-    assert len(processor.tokenizer.tokenize(row["title"])) == 4  # a word is a token
+    assert model(**inputs).text_embeds.shape == (1, 32)
+    assert len(processor.tokenizer.tokenize(row["title"])) == len(row["title"].split()) == 4
 
 
-def test_both_encoders_are_known_to_the_features_command(sample_folder: Path) -> None:
-    assert (
-        image_encoders.load(str(sample_folder / "image_encoder"), None, CPU).encoders["image_features"].width
-        == 64
-    )
+def test_the_image_encoder_is_known_to_the_features_command(sample_folder: Path) -> None:
+    teacher = image_encoders.load(str(sample_folder / "image_encoder"), None, CPU)
+    assert teacher.encoders["image_features"].width == 64
+
+
+def test_the_text_encoder_is_known_to_the_features_command(sample_folder: Path) -> None:
     texts = text_encoders.load(str(sample_folder / "text_encoder"), 8, CPU).encoders["text_features"]
     red, blue = texts.encode(["a red circle", "a blue circle"])
     assert texts.width == 32

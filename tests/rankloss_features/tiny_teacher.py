@@ -215,6 +215,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
+def but_for_command(folder: str | Path) -> dict[str, bytes]:
+    """The same without ``folder.json``, which has the command and its ``--output``."""
+    return {name: content for name, content in files(Path(folder)).items() if name != "folder.json"}
+
+
 def flip(file: Path) -> None:
     """Change one bit in the middle of a file's numbers, in place."""
     header = 128  # bytes, of a file of NumPy
