@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# What a reader would change to run the page on the sample: texts, and patterns with their groups.
 TEXTS = {
     "--model ViT-B-32 --pretrained laion2b_s34b_b79k": "--model local-dir:sample/open_clip",
     "--model ViT-B-32 --pretrained logs/first/checkpoints/epoch_5.pt": "--model local-dir:trained",
@@ -43,7 +44,7 @@ PATTERNS = {
 }
 SEARCH = "held_out = pandas"
 GOES_ON = {"get_peft_model": "AutoProcessor", SEARCH: "load_checkpoint", "rankloss.metrics": SEARCH}
-"""A mark of code that needs the names of earlier code, and the mark of that."""
+"""Some words of a block of code that needs the names of an earlier block, and some words of that."""
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -55,14 +56,15 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def first_training(readme: str) -> str:
     """The first training of README, without its prompt and its output, with the changes."""
-    block = next(
-        x for x in re.findall(r"^```console\n(.*?)^```", readme, re.DOTALL | re.MULTILINE) if "sample" in x
-    )
-    lines = block.replace("\\\n", " ").splitlines()
-    return changed(next(line.removeprefix("$ ") for line in lines if line.startswith("$ python")))
+    consoles = re.findall(r"^```console\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    of_sample = next(block for block in consoles if "sample" in block)
+    lines = of_sample.replace("\\\n", " ").splitlines()
+    command = next(line for line in lines if line.startswith("$ python"))
+    return changed(command.removeprefix("$ "))
 
 
 def changed(text: str) -> str:
+    """A block as it runs on the sample."""
     for large, small in TEXTS.items():
         text = text.replace(large, small)
     for large, small in PATTERNS.items():
@@ -94,19 +96,30 @@ def run_commands(text: str) -> None:
             assert program == "pip", line
 
 
+def run_block(language: str, text: str, names: dict[str, Any]) -> dict[str, str]:
+    """Run a block, its code with some names, to which it adds; its text, its output and its error."""
+    output, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            if language == "console":
+                run_commands(text)
+            else:
+                exec(text, names)
+        except (Exception, SystemExit):
+            error = traceback.format_exc()
+    return {"text": text, "output": output.getvalue(), "error": error}
+
+
 def main(page: Path, readme: Path) -> None:
-    outputs, namespaces = [], {}
+    """Run all blocks of a page, then the first training of README."""
     first = ("console", first_training(readme.read_text(encoding="utf-8")))
+    outputs = []
+    names_after: dict[str, dict[str, Any]] = {}  # by the words of GOES_ON
     for language, text in [*blocks(page.read_text(encoding="utf-8")), first]:
-        output, error = io.StringIO(), ""
-        names: dict[str, Any] = next((namespaces[old] for new, old in GOES_ON.items() if new in text), {})
-        namespaces.update({mark: names for mark in GOES_ON.values() if mark in text})
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                run_commands(text) if language == "console" else exec(text, names)
-            except (Exception, SystemExit):
-                error = traceback.format_exc()
-        outputs.append({"text": text, "output": output.getvalue(), "error": error})
+        earlier = [names_after[words] for mark, words in GOES_ON.items() if mark in text]
+        names = earlier[0] if earlier else {}
+        outputs.append(run_block(language, text, names))
+        names_after.update({words: names for words in GOES_ON.values() if words in text})
     Path("outputs.json").write_text(json.dumps(outputs), encoding="utf-8")
 
 

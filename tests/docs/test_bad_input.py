@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,38 @@ from registered import NAMES, input_names
 
 PAGE = Path(__file__).parents[2] / "docs/loops.md"
 TABLE = Path(__file__).parent / "bad_input_table.md"
-TEXT = PAGE.read_text().partition("## Errors")[2] + TABLE.read_text()
-LINES = [line for line in TEXT.splitlines() if line.startswith("| `")]
-ROWS = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in LINES]
-NUMBERS = [row[:2] for row in ROWS if row[1] in ("`nan`", "`finite`")]
-ERRORS = [row for row in ROWS if row[:2] not in NUMBERS]
-ON_THE_PAGE = PAGE.read_text().count("\n| `")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of each row of tables that begins with a call; ``\\|`` stands for a bar within a cell."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines]
+
+
+@dataclass(frozen=True)
+class Error:
+    """A call of the tables, and what its error says."""
+
+    call: str
+    kind: str
+    argument: str
+    reason: str
+    value: str
+
+
+def error_of_the_page(call: str, kind: str, message: str, remedy: str) -> Error:
+    """A row of the page, whose message may end with an ellipsis: it begins with the argument."""
+    reason = message.removesuffix(" …").removesuffix(".")
+    argument, *_ = re.split(r"\W", reason)
+    return Error(call, kind, argument, reason, reason.split()[-1])
+
+
+ON_THE_PAGE = rows(PAGE.read_text().partition("## Errors")[2])
+IN_THE_TABLE = rows(TABLE.read_text())
+NO_ERRORS = ("`nan`", "`finite`")
+NUMBERS = [row[:2] for row in (*ON_THE_PAGE, *IN_THE_TABLE) if row[1] in NO_ERRORS]
+ERRORS = [error_of_the_page(*row) for row in ON_THE_PAGE if row[1] not in NO_ERRORS]
+ERRORS += [Error(*row) for row in IN_THE_TABLE if row[1] not in NO_ERRORS]
 
 v, t = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
 LOSSES: list[Callable[..., nn.Module]] = [
@@ -63,9 +90,10 @@ def use(make: Callable[..., nn.Module], inputs: tuple[Any, ...], named: dict[str
 
 
 def every(*inputs: Any, **named: Any) -> None:
-    """Use each loss, and raise the error that all of them raise."""
+    """Use each loss, and raise the error that all of them raise; RankConsistency takes no bias."""
     errors = []
-    for make in LOSSES[:-1] if "logit_bias" in named else LOSSES:
+    losses = [loss for loss in LOSSES if loss is not RankConsistency or "logit_bias" not in named]
+    for make in losses:
         with pytest.raises((ValueError, TypeError)) as caught:
             use(make, inputs, named)
         errors.append(caught.value)
@@ -74,14 +102,20 @@ def every(*inputs: Any, **named: Any) -> None:
 
 
 def lists(**changed: Any) -> Any:
-    """Call RankedLists with lists of two candidates, and what is changed, of the options too."""
-    options = {name: changed.pop(name) for name in vars(RankedLists()) & changed.keys()}
-    given = {"candidate_features": torch.stack([t, v], 1), "grades": torch.tensor([[1.0, 0.0]] * 6)}
-    return RankedLists(**options)(**{"query_features": v, "logit_scale": 10.0} | given | changed)
+    """Call RankedLists with six lists of two candidates; options and inputs may be changed."""
+    options = {name: x for name, x in changed.items() if name in vars(RankedLists())}
+    inputs = {
+        "query_features": v,
+        "candidate_features": torch.stack([t, v], 1),
+        "grades": torch.tensor([[1.0, 0.0]] * 6),
+        "logit_scale": 10.0,
+    }
+    inputs |= {name: x for name, x in changed.items() if name not in options}
+    return RankedLists(**options)(**inputs)
 
 
 def frozen(**changed: Any) -> Any:
-    """Call it with a frozen model's features."""
+    """Call RankedLists with a frozen model's features beside."""
     features = {"reference_query_features": v, "reference_candidate_features": torch.stack([t, v], 1)}
     return lists(**features | {"reference_scale": 1.0} | changed)
 
@@ -93,30 +127,36 @@ def changed(loss: Any, **options: Any) -> Any:
 
 
 def evaluate(expression: str) -> Any:
+    """Evaluate a call of the tables, with the names of this file, ``loss`` and ``clip``."""
     names = {**vars(rankloss), **globals(), "loss": RankConsistency(), "clip": RankClipLoss()}
     names["Fraction"] = Fraction
     return eval(expression.strip("`"), names)
 
 
-@pytest.mark.parametrize("row", ERRORS, ids=[row[0] for row in ERRORS])
-def test_an_error_has_the_argument_the_reason_and_the_value(row: list[str]) -> None:
-    call, kind, *words = row
-    if row in ERRORS[:ON_THE_PAGE]:
-        begins = words[0].removesuffix(" …").removesuffix(".")
-        argument, reason, value = re.split(r"\W", begins)[0], begins, begins.split()[-1]
-    else:
-        argument, reason, value = words
-    if kind == "`InputWarning`":
-        with pytest.warns(InputWarning) as warned:
-            assert evaluate(call).isfinite()
-        text = str(warned[0].message)
-    else:
-        with pytest.raises(getattr(builtins, kind.strip("`"))) as caught:
-            evaluate(call)
-        text = str(caught.value)
-    assert re.search(rf"(?<!\w){argument}(?!\w)", text), text
-    assert reason in text
-    assert value in text
+def assert_says(text: str, error: Error) -> None:
+    assert re.search(rf"(?<!\w){error.argument}(?!\w)", text), text  # as a word of its own
+    assert error.reason in text
+    assert error.value in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [pytest.param(error, id=error.call) for error in ERRORS if error.kind != "`InputWarning`"],
+)
+def test_an_error_has_the_argument_the_reason_and_the_value(error: Error) -> None:
+    with pytest.raises(getattr(builtins, error.kind.strip("`"))) as caught:
+        evaluate(error.call)
+    assert_says(str(caught.value), error)
+
+
+@pytest.mark.parametrize(
+    "warning",
+    [pytest.param(error, id=error.call) for error in ERRORS if error.kind == "`InputWarning`"],
+)
+def test_a_warning_has_the_argument_the_reason_and_the_value_of_a_finite_loss(warning: Error) -> None:
+    with pytest.warns(InputWarning) as warned:
+        assert evaluate(warning.call).isfinite()
+    assert_says(str(warned[0].message), warning)
 
 
 @pytest.mark.parametrize(("call", "value"), NUMBERS)

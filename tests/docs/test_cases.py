@@ -24,29 +24,40 @@ COMMANDS = re.compile(r"`([^`\n]*--loss [^`\n]*)`")
 def by_command(command: str) -> list[Loss]:
     """The losses that a command line chooses."""
     parser = argparse.ArgumentParser()
-    words = shlex.split(command)[shlex.split(command).index("--loss") :]
-    names = words[1].split("+")
-    losses = LossArguments(parser, list(catalog.known()), names[0])
-    chosen = losses.chosen(parser.parse_args(words))
+    words = shlex.split(command)
+    from_loss_on = words[words.index("--loss") :]
+    first_loss = from_loss_on[1].split("+")[0]
+    arguments = LossArguments(parser, list(catalog.known()), first_loss)
+    chosen = arguments.chosen(parser.parse_args(from_loss_on))
     assert chosen is not None
-    return chosen[0]
+    losses, *_ = chosen
+    return losses
+
+
+def by_call(call: str) -> list[Loss]:
+    """The losses that a call of ``create`` chooses."""
+    return eval(call, {"create": lambda name, **options: catalog.choose(name, options)})
 
 
 def options_of_losses(losses: list[Loss]) -> dict[str, dict[str, Any]]:
-    """The options of every loss; of columns of the data, only a trainer that reads them has any."""
-    columns = {x.name: x.named.columns_class for x in losses}
-    of_data = {name: {} if x is None else options_of(x) for name, x in columns.items()}
-    return {x.name: {k: v for k, v in x.values.items() if k not in of_data[x.name]} for x in losses}
+    """The options of every loss, without those of columns of the data, which some trainers have not."""
+    options = {}
+    for loss in losses:
+        columns = loss.named.columns_class
+        of_data = {} if columns is None else options_of(columns)
+        options[loss.name] = {name: x for name, x in loss.values.items() if name not in of_data}
+    return options
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.have)
 def test_both_columns_of_a_row_build_the_same_loss(case: Any) -> None:
-    found: list[list[Loss]] = []
     typed = by_command(case.command())
-    made = {"create": lambda name, **options: found.append(catalog.choose(name, options))}
-    eval(case.python(), made)
-    assert options_of_losses(typed) == options_of_losses(found[0])
-    assert [x.name for x in typed] == catalog.names_of(case.loss)
+    assert options_of_losses(typed) == options_of_losses(by_call(case.python()))
+    assert [loss.name for loss in typed] == catalog.names_of(case.loss)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.have)
+def test_the_loss_of_a_case_has_nothing_to_train(case: Any) -> None:
     loss = eval(case.python(), {"create": create})
     assert list(loss.parameters()) == []
 
@@ -59,19 +70,27 @@ def test_a_script_of_open_clip_trains_the_loss_of_its_case(name: str) -> None:
     text = (ROOT / "examples/trainers" / name).read_text(encoding="utf-8").replace("\\\n", " ")
     (command,) = re.findall(r"^python -m open_clip_train.main .*", text, re.MULTILINE)
     words = shlex.split(command)
-    given = words[words.index("--loss") :]
+    from_loss_on = words[words.index("--loss") :]
     expected = shlex.split(SCRIPTS[name].command())
-    assert given[: len(expected)] == expected
-    assert not [x for x in given[len(expected) :] if x.startswith(("--rankclip", "--clip-ids"))]
+    options, others = from_loss_on[: len(expected)], from_loss_on[len(expected) :]
+    assert options == expected
+    assert [word for word in others if word.startswith(("--rankclip", "--clip-ids"))] == []
+
+
+def rows_of_readme() -> list[tuple[str, str]]:
+    """The command and the gain of each row of README's tables."""
+    lines = [line for table in cases.tables_of_readme().values() for line in table.splitlines()[2:]]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [(command, gain) for _, _, command, gain, *_ in cells]
 
 
 def test_a_row_of_the_readme_has_the_command_that_gave_its_numbers() -> None:
     measured = {(f"`{case.command()}`", case.brief()) for case in cases.CASES}
-    rows = [
-        line.split("|")[2:4] for table in cases.tables_of_readme().values() for line in table.splitlines()[2:]
-    ]
-    assert {tuple(cell.strip() for cell in row) for row in rows} <= measured
-    assert [gain for _, gain in rows if not re.search(r"\d\.\d ± \d\.\d", gain)] == []
+    assert {*rows_of_readme()} <= measured
+
+
+def test_a_gain_of_the_readme_has_its_interval() -> None:
+    assert [gain for _, gain in rows_of_readme() if not re.search(r"\d\.\d ± \d\.\d", gain)] == []
 
 
 @pytest.mark.parametrize("case", [case for case in cases.CASES if case.in_brief], ids=lambda case: case.loss)
@@ -112,9 +131,10 @@ def test_the_tables_are_generated(page: str) -> None:
 
 @pytest.mark.parametrize("name", [*cases.TABLES, "README.md", *OTHERS])
 def test_the_commands_beside_the_tables_parse(name: str) -> None:
-    prose = cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
-    prose = re.sub(r"\\\n|\n  ", " ", prose)
-    typed = [x for x in COMMANDS.findall(prose) if "…" not in x and x.split("--loss ")[1].strip()]
+    outside_of_tables = cases.SECTION.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    prose = re.sub(r"\\\n|\n  ", " ", outside_of_tables)  # a command may go on in the next line
+    quoted = [command for command in COMMANDS.findall(prose) if "…" not in command]
+    typed = [command for command in quoted if command.split("--loss ")[1].strip()]
     typed += re.findall(r"^python -m open_clip_train.main .*?(--loss [^\n]*)$", prose, re.MULTILINE)
     for command in typed:
         by_command(command)

@@ -35,6 +35,7 @@ def test_a_trainers_page_says_which_curve_to_watch(page: str) -> None:
 
 
 def links(markdown: str) -> list[str]:
+    """The addresses of links and pictures, in Markdown and in HTML."""
     return re.findall(r"\]\(([^)\s]+)\)", markdown) + re.findall(r'(?:src|srcset)="([^"]+)"', markdown)
 
 
@@ -58,12 +59,10 @@ def test_links_lead_to_files_and_headings(path: str) -> None:
 def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
     text = tool("package_readme.py").absolute_links(README, SOURCE)
     for before, after in zip(links(README), links(text), strict=True):
-        if re.match(r"\w+:|#", before):
-            assert after == before
-        else:
-            kind = "raw" if before.endswith(".svg") else "blob"
-            assert after == f"{SOURCE}/{kind}/main/{before}"
-    assert re.sub(rf"{SOURCE}/\w+/main/", "", text) == README
+        is_absolute_or_here = re.match(r"\w+:|#", before)
+        kind = "raw" if before.endswith(".svg") else "blob"
+        assert after == (before if is_absolute_or_here else f"{SOURCE}/{kind}/main/{before}")
+    assert re.sub(rf"{SOURCE}/\w+/main/", "", text) == README  # nothing else has changed
 
 
 # --- notebooks --------------------------------------------------------------------------------------------
@@ -71,13 +70,16 @@ def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 
 
-def cells(notebook: Path) -> list[dict[str, Any]]:
-    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+def outputs_of(cells: list[Any]) -> list[int]:
+    """The number of outputs of each cell of code."""
+    return [len(cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_and_has_the_committed_outputs(
+    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     if notebook.stem == "openmoji":
@@ -88,23 +90,32 @@ def test_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Monke
     # The longest cell takes minutes on two idle cores, and has taken half an hour on busy ones.
     resources = {"metadata": {"path": str(notebook.parent)}}
     nbclient.NotebookClient(read, timeout=5400, kernel_name="python3", resources=resources).execute()
-    expected = [len(cell["outputs"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
-    assert [len(cell["outputs"]) for cell in read.cells if cell["cell_type"] == "code"] == expected
+    committed = json.loads(notebook.read_text(encoding="utf-8"))
+    assert outputs_of(read.cells) == outputs_of(committed["cells"])
 
 
 # --- formulas and options ---------------------------------------------------------------------------------
 
 
+def formulas_of(docstring: str) -> list[str]:
+    """The indented blocks of a docstring before its sections, such as ``Args:``."""
+    before_sections, *_ = re.split(r"^\w+:$", docstring, flags=re.MULTILINE)
+    return re.findall(r"(?<=\n\n)(?: {4}.*\n?)+", before_sections)
+
+
+def docstrings() -> list[str]:
+    """The docstrings of rankloss."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "rankloss").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [ast.get_docstring(node) or "" for node in nodes if isinstance(node, described)]
+
+
 def test_no_sign_of_a_docstring_is_left_untranslated() -> None:
-    formulas, blocks = tool("site/formulas.py"), []
-    for path in (ROOT / "rankloss").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                head = re.split(r"^\w+:$", ast.get_docstring(node) or "", flags=re.MULTILINE)[0]
-                blocks += re.findall(r"(?<=\n\n)(?: {4}.*\n?)+", head)
+    blocks = [block for docstring in docstrings() for block in formulas_of(docstring)]
     assert len(blocks) >= 8
     for block in blocks:
-        tex = formulas.to_tex(block)
+        tex = tool("site/formulas.py").to_tex(block)
         assert tex.isascii(), tex
         assert tex.count("{") == tex.count("}")
 
@@ -118,12 +129,14 @@ def test_the_tables_of_options_are_generated() -> None:
 
 def test_every_schedule_is_named() -> None:
     (row,) = re.findall(r"^\| `schedule` .*", PAGES["options"], re.MULTILINE)
-    assert re.findall(r"\w+", row.partition("training: ")[2].replace(" or ", " ")) == list(schedules.NAMES)
+    listed = row.partition("training: ")[2].replace(" or ", " ")
+    assert re.findall(r"\w+", listed) == list(schedules.NAMES)
 
 
 # --- papers -----------------------------------------------------------------------------------------------
 
 ROWS = [line.strip("| ").split(" | ") for line in PAGES["papers"].splitlines() if line.startswith("| [")]
+"""The rows of papers, which begin with a link."""
 
 
 def test_every_paper_has_a_row_with_a_link_and_what_was_measured() -> None:
@@ -161,35 +174,38 @@ SCHEMA = ["Call", "Formula", "Paper", "Here"]
 
 
 def test_every_loss_has_its_call_formula_paper_and_measurement() -> None:
-    named = {name for section in SECTIONS for name in re.findall(r"`([\w-]+)`|(?<=--loss )([\w-]+)", section)}
-    shown = {name for names in named for name in names} | BY_NAME.keys()
-    of_rankloss = {name for name in OF_PACKAGES if catalog.package_of(name).startswith("rankloss ")}
-    assert {*catalog.LOSSES, *of_rankloss} <= shown
     for name, section in BY_NAME.items():
         assert re.findall(r"^- \*\*(\w+)\*\*:", section, re.MULTILINE) == SCHEMA, name
 
 
+def test_every_loss_is_named_by_the_page_of_losses() -> None:
+    text = "\n".join(SECTIONS)
+    named = {*re.findall(r"`([\w-]+)`", text), *re.findall(r"(?<=--loss )[\w-]+", text), *BY_NAME}
+    of_rankloss = {name for name in OF_PACKAGES if catalog.package_of(name).startswith("rankloss ")}
+    assert {*catalog.LOSSES, *of_rankloss} <= named
+
+
 def test_a_baseline_is_named_by_the_pages_of_all_losses_alone() -> None:
     """So it goes by its section, its row of the papers, and the records of what was measured."""
-    baselines = [
-        name for name in OF_PACKAGES if catalog.known()[name][0].module.startswith("rankloss_baselines.")
-    ]
+    modules = {name: catalog.known()[name][0].module for name in OF_PACKAGES}
+    baselines = [name for name, module in modules.items() if module.startswith("rankloss_baselines.")]
     others = {page: text for page, text in PAGES.items() if page not in ("losses", "papers", "evidence")}
+    others["README"] = README
     for name in baselines:
         naming = re.compile(rf"\b{name}(loss)?\b", re.IGNORECASE)
-        assert [page for page, text in {**others, "README": README}.items() if naming.search(text)] == []
+        assert [page for page, text in others.items() if naming.search(text)] == []
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_call_of_a_loss_builds_it(name: str) -> None:
-    (line,) = re.findall(r"^- \*\*Call\*\*:(.*(?:\n  .*)*)", BY_NAME[name], re.MULTILINE)
-    calls = re.findall(r"`((?:create|rankloss\w*\.\w+)\([^`]*\))`", line)
-    packages = {call.partition(".")[0] for call in calls if "." in call.partition("(")[0]}
+    (item,) = re.findall(r"^- \*\*Call\*\*:(.*(?:\n  .*)*)", BY_NAME[name], re.MULTILINE)
+    calls = re.findall(r"`((?:create|rankloss\w*\.\w+)\([^`]*\))`", item)
+    packages = re.findall(r"`(rankloss\w*)\.", item)
     names = {"create": create, **{package: importlib.import_module(package) for package in packages}}
     assert len(calls) >= 1
     for call in calls:
         assert isinstance(eval(call, names), torch.nn.Module)
-    assert f"--loss {name}" in line
+    assert f"--loss {name}" in item
 
 
 # --- the map of files in CONTRIBUTING.md ------------------------------------------------------------------
@@ -204,14 +220,17 @@ FOLDERS = [
 
 def in_the_tree(folder: str, rows: list[str]) -> set[str]:
     """The files below a folder, as the rows name them: each by itself, by its folder, or as ``*.py``."""
+
+    def row_of(file: str) -> str:
+        folders = [row for row in rows if row.endswith("/") and file.startswith(row)]
+        if folders:
+            return folders[0]
+        if file not in rows and "/" not in file and "*.py" in rows:
+            return "*.py"
+        return file
+
     root = ROOT / folder
-    names = []
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root).as_posix()
-        of_folder = [row for row in rows if row.endswith("/") and name.startswith(row)]
-        is_alike = name not in rows and "/" not in name and "*.py" in rows
-        names.append(of_folder[0] if of_folder else "*.py" if is_alike else name)
-    return set(names)
+    return {row_of(path.relative_to(root).as_posix()) for path in root.rglob("*.py")}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -224,6 +243,7 @@ def test_every_file_is_on_the_map_once_and_nothing_else(folder: str) -> None:
 
 def test_every_file_that_the_recipes_name_exists() -> None:
     recipes = CONTRIBUTING.partition("## Adding")[2]
-    named = {x for x in re.findall(r"`((?:\w+/)+[\w.]*)`", recipes) if not re.search("NAME|TRAINER", x)}
+    paths = {*re.findall(r"`((?:\w+/)+[\w.]*)`", recipes)}
+    named = {path for path in paths if not re.search("NAME|TRAINER", path)}  # which the reader fills in
     assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -15,6 +15,7 @@ JOBS = yaml.safe_load((GITHUB / "workflows/release.yml").read_text())["jobs"]
 
 
 def commands(job: dict[str, Any]) -> list[str]:
+    """The command of each step of a job, or the action without its version."""
     return [step.get("run") or step["uses"].partition("@")[0] for step in job["steps"]]
 
 
@@ -32,15 +33,20 @@ def test_files_are_built_and_uploaded_with_tools_of_known_hashes_alone() -> None
     assert "release_check.py --built --tag" in check
 
 
-def test_no_job_publishes_what_was_not_checked_and_only_that_job_has_the_right() -> None:
+def test_what_is_published_was_built_and_checked() -> None:
     assert JOBS["check"]["needs"] == "build"
     assert JOBS["publish"]["needs"] == ["build", "check"]
+    publishing = [name for name, job in JOBS.items() if "pypa/gh-action-pypi-publish" in commands(job)]
+    assert publishing == ["publish"]
+
+
+def test_a_job_has_no_other_right_than_it_needs() -> None:
     rights = {name: job.get("permissions") for name, job in JOBS.items()}
     expected = {"publish": {"id-token": "write"}, "attach": {"contents": "write"}}
     assert rights == {"build": None, "check": None, **expected}
-    assert [name for name, job in JOBS.items() if "pypa/gh-action-pypi-publish" in commands(job)] == [
-        "publish"
-    ]
+
+
+def test_a_release_has_a_bill_of_its_materials() -> None:
     assert any("sbom.json" in command for command in commands(JOBS["attach"]))
 
 
@@ -53,12 +59,13 @@ def test_actions_are_pinned_to_commits() -> None:
 @pytest.mark.parametrize("name", ["build", "check"])
 def test_tools_of_a_release_are_pinned_by_hashes(name: str) -> None:
     folder = GITHUB / "requirements"
-    pinned = re.split(r"\n(?=\S)", (folder / f"{name}.txt").read_text().strip())
-    for requirement in pinned:
+    # A requirement goes on in lines that are indented.
+    requirements = re.split(r"\n(?=\S)", (folder / f"{name}.txt").read_text().strip())
+    for requirement in requirements:
         assert re.match(r"[\w.-]+==[\w.]+ ?(;.*)?\\\n", requirement), requirement
         assert "--hash=sha256:" in requirement
-    listed = {x.partition("==")[0] for x in pinned}
-    assert {*(folder / f"{name}.in").read_text().split()} <= listed
+    pinned = {requirement.partition("==")[0] for requirement in requirements}
+    assert {*(folder / f"{name}.in").read_text().split()} <= pinned
 
 
 def test_dependabot_looks_at_actions_and_at_python() -> None:
