@@ -8,11 +8,17 @@ import pytest
 collect_ignore_glob = [] if find_spec("studies") else ["test_*.py"]
 
 SMOKE = {
-    "test_common": ("test_plain_clip_under_another_name", "test_the_examples_use_public"),
+    "test_common": ("test_plain_clip", "test_the_log", "test_the_examples_use_public"),
     "test_evaluate": ("test_retrieval_with_several_captions",),
     "test_icons": ("test_shards_hold",),
     "test_openmoji": ("test_a_built_folder", "test_the_end_"),
-    "test_studies": ("test_finished", "test_a_finished", "test_without_a_name"),
+    "test_studies": (
+        "test_finished",
+        "test_a_finished",
+        "test_the_report_of_a_finished",
+        "test_the_runner_prints",
+        "test_without_a_name",
+    ),
 }
 
 

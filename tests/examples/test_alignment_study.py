@@ -32,19 +32,19 @@ def drawings():
     captions = {side: [[f"a{i % 3} b{i % 5} c{i}"] for i in range(n)] for side, n in ENCODED.items()}
 
     def pictures(side):
-        return [
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(ENCODED[side])
-        ]
+        pixels = rng.integers(0, 256, (ENCODED[side], 32, 32, 3), dtype=np.uint8)
+        return [Image.fromarray(picture) for picture in pixels]
 
     return Source(captions, pictures)
 
 
 def of_two_views(n, *, seed, directions):
-    """Return features of pictures and of captions, which share what both see."""
+    """Return features of pictures and of captions: what both see along directions of each, and noise."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(n, 6, generator=generator)
-    noise = [0.7 * torch.randn(n, width, generator=generator) for width in (14, 12)]
-    v, t = (shared @ of + more for of, more in zip(directions, noise, strict=True))
+    of_pictures, of_captions = directions
+    v = shared @ of_pictures + 0.7 * torch.randn(n, 14, generator=generator)
+    t = shared @ of_captions + 0.7 * torch.randn(n, 12, generator=generator)
     return Side(torch.nn.functional.normalize(v, dim=-1), torch.nn.functional.normalize(t, dim=-1)[:, None])
 
 
@@ -62,24 +62,40 @@ def data(tmp_path, monkeypatch):
     return made
 
 
+def metrics_of(setting, data):
+    return heads.record(setting, data)["metrics"]
+
+
+CLOSED_FORM = Setting("cca", 0, "test")
+
+
 def test_the_closed_form_finds_what_both_encoders_see(data):
-    found = heads.record(Setting("cca", 0, "test"), data)["metrics"]
-    assert found["retrieval"]["R@10, mean of both"] > 80
-    assert found["second"]["hits"]["pictures"] == ENCODED["second"]
-    assert {"image_ridge", "text_ridge", "dimensions", "power", "root", "dev"} == found["chosen"].keys()
-    assert found["joined"].keys() == {"cca-search"}
+    assert metrics_of(CLOSED_FORM, data)["retrieval"]["R@10, mean of both"] > 80
+
+
+def test_a_record_of_the_closed_form_has_its_setting_the_other_thousand_and_the_joined_search(data):
+    metrics = metrics_of(CLOSED_FORM, data)
+    assert metrics["chosen"].keys() == {"image_ridge", "text_ridge", "dimensions", "power", "root", "dev"}
+    assert metrics["second"]["hits"]["pictures"] == ENCODED["second"]
+    assert metrics["joined"].keys() == {"cca-search"}
+
+
+HEADS = Setting("heads", 3, "test", batch_size=20, epochs=3, lr=0.01)
 
 
 def test_a_record_of_heads_holds_those_that_stand_side_by_side(data):
-    setting = Setting("heads", 3, "test", batch_size=20, epochs=3, lr=0.01)
-    found = heads.record(setting, data)["metrics"]
-    assert found["joined"].keys() == {"heads-2", "both", "both-2"}
-    assert found["joined"]["both"]["chosen"]["weight"] in heads.WEIGHTS
-    again = heads.record(setting, data)["metrics"]
-    assert again["hits"] == found["hits"]
-    tried = heads.record(dataclasses.replace(setting, side="dev"), data)["metrics"]
-    assert "joined" not in tried
-    assert "second" not in tried
+    joined = metrics_of(HEADS, data)["joined"]
+    assert joined.keys() == {"heads-2", "both", "both-2"}
+    assert joined["both"]["chosen"]["weight"] in heads.WEIGHTS
+
+
+def test_heads_trained_again_find_the_same(data):
+    assert metrics_of(HEADS, data)["hits"] == metrics_of(HEADS, data)["hits"]
+
+
+def test_a_try_of_heads_has_neither_joined_ones_nor_the_other_thousand(data):
+    tried = metrics_of(dataclasses.replace(HEADS, side="dev"), data)
+    assert not tried.keys() & {"joined", "second"}
 
 
 def test_models_side_by_side_add_their_similarities():
@@ -104,41 +120,45 @@ def test_every_student_trains_and_differs_from_clip(arm, data):
     def trained(name, value):
         return train(Setting(name, 1, "dev", batch_size=20, epochs=2, lr=0.01, value=value), data)
 
-    first = {name: value for of in SIZES.tries.values() for name, value in of}[arm]
-    model, clips = trained(arm, first), trained("clip", 0.0)
-    assert all(of.isfinite().all() for of in model.parameters())
-    same = torch.equal(model.of_pictures[1].weight, clips.of_pictures[1].weight)
-    assert same is (arm == "clip")
+    values = {name: value for tries in SIZES.tries.values() for name, value in tries}
+    model, clips = trained(arm, values[arm]), trained("clip", 0.0)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    is_clips = torch.equal(model.of_pictures[1].weight, clips.of_pictures[1].weight)
+    assert is_clips is (arm == "clip")
 
 
 @pytest.mark.parametrize("name", ["cca", "shuffled", "components", "heads"])
 def test_a_teacher_has_unit_rows_of_the_students_width(name, data):
-    of = teacher(name, data)
-    n = ENCODED["train"]
-    assert of.pictures.shape == (n, 256)
-    assert of.sentences.shape == (n, 1, 256)
-    for x in (of.pictures, of.sentences):
+    side, n = teacher(name, data), ENCODED["train"]
+    assert side.pictures.shape == (n, 256)
+    assert side.sentences.shape == (n, 1, 256)
+    for x in (side.pictures, side.sentences):
         torch.testing.assert_close(x.norm(dim=-1), torch.ones(x.shape[:-1]))
 
 
 def test_a_closed_form_of_shuffled_pairs_does_not_find_the_partners(data):
-    def own(name):
-        of = teacher(name, data)
-        return (of.pictures * of.sentences[:, 0]).sum(-1).mean()
+    def similarity_of_partners(name):
+        side = teacher(name, data)
+        return (side.pictures * side.sentences[:, 0]).sum(-1).mean()
 
-    assert own("cca") > own("shuffled") + 0.2
+    assert similarity_of_partners("cca") > similarity_of_partners("shuffled") + 0.2
 
 
-def test_a_pretrained_clip_is_measured_on_new_and_on_old_pairs(data, tmp_path, monkeypatch):
+def test_every_arm_of_a_pretrained_clip_is_measured_on_new_and_old_pairs_and_leaves_it_as_it_is(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pretrained, "PRETRAINING", dataclasses.replace(pretrained.PRETRAINING, epochs=1))
-    of = pretrained.Pretrained(Encoded(drawings(), tmp_path / "old"), data)
-    of.encoded("train")  # trains the CLIP, although nothing else here needs a gradient
-    before = {name: x.clone() for name, x in of.start.state_dict().items()}
-    setting = Setting("start", 0, "test", batch_size=20, epochs=2, lr=0.01)
-    found = {arm: of.train(dataclasses.replace(setting, arm=arm))["metrics"] for arm in pretrained.ARMS}
-    assert len({repr(one["hits"]) for one in found.values()}) == len(pretrained.ARMS)
-    assert all(one[pretrained.OLD]["hits"]["pictures"] == ENCODED["test"] for one in found.values())
-    for name, x in of.start.state_dict().items():
+    study_of_clip = pretrained.Pretrained(Encoded(drawings(), tmp_path / "old"), data)
+    study_of_clip.encoded("train")  # trains the CLIP, although nothing else here needs a gradient
+    clip = study_of_clip.start
+    before = {name: x.clone() for name, x in clip.state_dict().items()}
+    metrics = [
+        study_of_clip.train(Setting(arm, 0, "test", batch_size=20, epochs=2, lr=0.01))["metrics"]
+        for arm in pretrained.ARMS
+    ]
+    assert len({repr(of_arm["hits"]) for of_arm in metrics}) == len(pretrained.ARMS)
+    assert {of_arm[pretrained.OLD]["hits"]["pictures"] for of_arm in metrics} == {ENCODED["test"]}
+    for name, x in clip.state_dict().items():
         assert torch.equal(x, before[name])
 
 
@@ -149,8 +169,8 @@ def kept(data, tmp_path, monkeypatch):
     monkeypatch.setattr(zero_shot, "FEWEST_HELD_OUT", 5)
     monkeypatch.setattr(zero_shot, "FEWEST_TRAINED", 5)
     source = Source({side: worded(n) for side, n in ENCODED.items()}, drawings().pictures)
-    of = pretrained.Pretrained(Encoded(source, tmp_path / "old"), data)
-    return lambda share: of.train(Setting("start-kept", 0, "test", value=share))["metrics"]
+    study_of_clip = pretrained.Pretrained(Encoded(source, tmp_path / "old"), data)
+    return lambda share: study_of_clip.train(Setting("start-kept", 0, "test", value=share))["metrics"]
 
 
 def worded(n):
@@ -158,14 +178,16 @@ def worded(n):
     return [[f"a {('cat', 'dog', 'owl')[i % 3]} c{i}"] for i in range(n)]
 
 
+def test_zero_shot_classes_are_the_common_words_of_held_out_captions(kept):
+    zero_shot = kept(0.5)["zero-shot"]
+    assert zero_shot["classes"] == ["cat", "dog", "owl"]
+    assert zero_shot["pictures"] == sum(ENCODED[side] for side in pretrained.HELD_OUT)
+
+
 def test_a_share_of_one_is_the_clip_as_it_is_and_less_is_between(kept):
-    found = {share: kept(share) for share in (1.0, 0.999, 0.0)}
-    held_out = sum(ENCODED[side] for side in pretrained.HELD_OUT)
-    for one in found.values():
-        assert one["zero-shot"]["classes"] == ["cat", "dog", "owl"]
-        assert one["zero-shot"]["pictures"] == held_out
-    assert abs(found[1.0]["zero-shot"]["top-1"] - found[0.999]["zero-shot"]["top-1"]) < 5
-    assert found[1.0]["hits"] != found[0.0]["hits"]
+    all_kept, nearly_all, nothing = kept(1.0), kept(0.999), kept(0.0)
+    assert abs(all_kept["zero-shot"]["top-1"] - nearly_all["zero-shot"]["top-1"]) < 5
+    assert all_kept["hits"] != nothing["hits"]
 
 
 def test_the_table_of_shares_has_differences_with_intervals_over_pictures():
@@ -193,72 +215,97 @@ def records(score, *, blocks):
     finds = made_up(study.ask, sizes, study.SETS, score)
     rng = np.random.default_rng(1)
     for find in finds.values():
-        for one, of in find.records.items():
-            if one.side == "test" and one.arm in heads.JOINED:
-                of["metrics"]["joined"] = {
-                    name: record(score(one) + 5, rng)["metrics"] for name in heads.JOINED[one.arm]
+        for setting, found in find.records.items():
+            if setting.side == "test" and setting.arm in heads.JOINED:
+                found["metrics"]["joined"] = {
+                    name: record(score(setting) + 5, rng)["metrics"] for name in heads.JOINED[setting.arm]
                 }
     return sizes, finds
 
 
-def test_every_arm_of_students_has_as_many_tries_and_its_best_is_tested():
+def best_at_a_rate(one):
+    """Return a score that is highest at a learning rate of 0.001 and lower with a value of 8 or 16."""
+    return 30.0 - abs(np.log2(max(one.lr, 1e-6) / 0.001)) - (2 if one.value in (16.0, 8.0) else 0)
+
+
+def test_every_arm_of_students_has_as_many_tries():
     assert {len(SIZES.tries[arm]) for arm in ARMS if arm in SIZES.tries} == {3}
+    sizes, finds = records(best_at_a_rate, blocks=2)
+    (emojis,) = [cell for cell in study.by_cell(sizes, finds) if cell.cell == "emojis-250"]
+    assert {len(tries) for tries in emojis.tried.values()} == {len(SIZES.rates) + 2}
 
-    def score(one):
-        return 30.0 - abs(np.log2(max(one.lr, 1e-6) / 0.001)) - (2 if one.value in (16.0, 8.0) else 0)
 
-    sizes, finds = records(score, blocks=2)
-    (emojis,) = [of for of in study.by_cell(sizes, finds) if of.cell == "emojis-250"]
-    assert {len(of) for of in emojis.tried.values()} == {len(SIZES.rates) + 2}
+def test_the_best_try_of_every_student_is_tested():
+    _, finds = records(best_at_a_rate, blocks=2)
     tested = {one for one in finds["emojis"].records if one.side == "test" and one.epochs == 30}
     assert {one.lr for one in tested} == {0.001}
     assert {one.value for one in tested}.isdisjoint({8.0, 16.0})
-    tuned = {one.seed for find in finds.values() for one in find.records if one.side == "dev"}
-    assert tuned.isdisjoint(one.seed for one in tested)
+
+
+def test_no_seed_of_a_choice_is_a_seed_of_a_test():
+    _, finds = records(best_at_a_rate, blocks=2)
+    tried = {one.seed for find in finds.values() for one in find.records if one.side == "dev"}
+    tested = {one.seed for one in finds["emojis"].records if one.side == "test" and one.epochs == 30}
+    assert tried.isdisjoint(tested)
 
 
 def test_the_finalists_alone_have_all_tuning_seeds():
     _, finds = records(lambda one: 30.0 + one.lr, blocks=2)
-    of_arm = [one for one in finds["emojis"].records if (one.arm, one.side) == ("mimicry", "dev")]
-    by_seed = {seed: sum(one.seed == seed for one in of_arm) for seed in SIZES.tuning_seeds}
-    assert [*by_seed.values()] == [7, 2, 2]
+    tries = [one for one in finds["emojis"].records if (one.arm, one.side) == ("mimicry", "dev")]
+    assert [sum(one.seed == seed for one in tries) for seed in SIZES.tuning_seeds] == [7, 2, 2]
 
 
 def test_heads_are_tried_stage_by_stage():
+    best = {"lr": 0.0005, "epochs": 40, "dropout": 0.15, "label_smoothing": 0.2}
+
     def score(one):
-        longer, smoothed = one.epochs == 40, one.label_smoothing == 0.2
-        return 30.0 + 2 * (one.lr == 0.0005) + 2 * longer + 2 * (one.dropout == 0.15) + 2 * smoothed
+        return 30.0 + 2 * sum(getattr(one, name) == value for name, value in best.items())
 
     _, finds = records(score, blocks=1)
-    tested = {one for one in finds["photographs"].records if (one.arm, one.side) == ("heads", "test")}
-    assert {(one.lr, one.epochs, one.dropout, one.label_smoothing) for one in tested} == {
-        (0.0005, 40, 0.15, 0.2)
-    }
+    tested = [one for one in finds["photographs"].records if (one.arm, one.side) == ("heads", "test")]
+    assert [{name: getattr(one, name) for name in best} for one in tested] == [best] * len(tested)
     assert len(tested) == len(SIZES.blocks[0]["seeds"])
 
 
-def test_the_closed_form_stands_beside_every_seed_of_the_heads():
+@pytest.fixture(scope="module")
+def first_block():
+    """Return the results of the first block, in which the closed form scores 34, all heads 30, both 35."""
     sizes, finds = records(lambda one: 30.0 + 4 * (one.arm == "cca"), blocks=1)
-    found = study.results(sizes, finds)
-    families = {
-        letter: [dict(zip(found["tests_head"], row, strict=True)) for row in rows]
-        for letter, (_, rows) in zip(study.PRIMARY_TESTS, found["primary"], strict=True)
-    }
-    assert [row["n"] for row in families["a"]] == ["8"] * 5
-    assert [row[""] for row in families["a"]] == ["▲"] * 5  # the column without a heading
-    assert families["d"] == []
-    gains = [float(row["R@10"].split(" ")[0].replace("−", "-")) for row in families["b"]]
-    assert gains == pytest.approx([1.0] * 5, abs=0.8)
-    for _cells, _arms, _seeds, progress in found["blocks"]:
+    return study.results(sizes, finds)
+
+
+def family(results, letter):
+    """Return the rows of a family of primary tests, by the heads of their columns."""
+    families = dict(zip(study.PRIMARY_TESTS, results["primary"], strict=True))
+    _, rows = families[letter]
+    return [dict(zip(results["tests_head"], row, strict=True)) for row in rows]
+
+
+def test_the_closed_form_is_compared_with_every_seed_of_the_heads(first_block):
+    """The column without a heading has a mark of significance."""
+    rows = family(first_block, "a")
+    assert [(row["n"], row[""]) for row in rows] == [("8", "▲")] * 5
+
+
+def test_heads_beside_the_closed_form_are_compared_with_it_alone(first_block):
+    gains = [float(row["R@10"].split(" ")[0].replace("−", "-")) for row in family(first_block, "b")]
+    assert gains == pytest.approx([35.0 - 34.0] * 5, abs=0.8)
+
+
+def test_tests_of_another_block_have_no_rows_before_it_is_trained(first_block):
+    assert family(first_block, "d") == []
+
+
+def test_a_block_that_is_recorded_is_shown_as_done(first_block):
+    for _cells, _arms, _seeds, progress in first_block["blocks"]:
         done, asked = progress.split(" of ")
         assert done == asked
 
 
 def test_heads_of_another_cells_settings_keep_its_schedule():
-    sizes = Namespace(
-        **{**vars(SIZES), "blocks": [of for of in SIZES.blocks if "71680" in of["cells"][0]][:1]}
-    )
-    sizes.blocks.append({**sizes.blocks[0], "cells": ["heads-icons-141093"]})
+    of_71680, *_ = [block for block in SIZES.blocks if "71680" in block["cells"][0]]
+    of_141093 = {**of_71680, "cells": ["heads-icons-141093"]}
+    sizes = Namespace(**{**vars(SIZES), "blocks": [of_71680, of_141093]})
     finds = made_up(study.ask, sizes, study.SETS, lambda one: 30.0 + (one.epochs == 20) + (one.value == 5.0))
     largest = finds["icons-141093"].records
     assert {one.side for one in largest} == {"test"}
@@ -268,11 +315,14 @@ def test_heads_of_another_cells_settings_keep_its_schedule():
 
 def test_cells_of_other_settings_are_trained_as_their_dev_side_chose():
     _, finds = records(lambda one: 30.0 + (one.lr == 0.002), blocks=5)
-    of_emojis, of_vendor = (
-        {(one.arm, one.lr, one.value) for one in finds[name].records if one.side == "test" and one.value}
-        for name in ("emojis", "fxemoji")
-    )
-    searched = ("search", 0.0)
-    students = {(arm, lr) for arm, lr, _ in of_vendor} - {searched}
-    assert students == {(arm, lr) for arm, lr, _ in of_emojis} - {searched}
+
+    def tested(name):
+        """Return the arms of a data set that have a value to choose, with their rate, but for the search."""
+        return {
+            (one.arm, one.lr)
+            for one in finds[name].records
+            if one.side == "test" and one.value and one.arm != "search"
+        }
+
+    assert tested("fxemoji") == tested("emojis") != set()
     assert {one.epochs for one in finds["fxemoji"].records if one.arm == "mimicry"} == {60}

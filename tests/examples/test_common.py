@@ -18,6 +18,7 @@ from studies.students import measure
 
 
 def line(epoch, seen, total, terms):
+    """Return a line of the trainer's log."""
     return f"2026-01-01,00:00:00 | INFO | Train Epoch: {epoch} [{seen:>5}/{total} (1%)] Data: 0.1 {terms}"
 
 
@@ -25,42 +26,59 @@ PLAIN = line(0, 1, 10, "Contrastive_loss: 3.5 (3.5) Loss: 3.5 (3.5)")
 RANKED = line(1, 50, 100, "Contrastive_loss: 3.5 (3.6) Cross_modal_loss: 0.25 (0.2) Loss: 3.7")
 
 
-def run(tmp_path, loss, *lines, status=0, checkpoint=False):
-    """Train with a script in place of the trainer, which logs these lines."""
-    job = Job(loss, 1, "model", ())
-    made = trainer.checkpoint_of(tmp_path / "run", 1)
-    script = f"import sys, pathlib\nfor line in {lines!r}: print(line)\n"
-    if checkpoint:
-        script += f"p = pathlib.Path({str(made)!r}); p.parent.mkdir(parents=True); p.touch()\n"
-    command = [sys.executable, "-c", f"{script}sys.exit({status})"]
-    return asyncio.run(trainer.train(job, command, tmp_path / "run", root=tmp_path))
+def run(tmp_path, loss, line):
+    """Train one epoch with a script in place of the trainer, which logs a line and saves a checkpoint."""
+    checkpoint = trainer.checkpoint_of(tmp_path / "run", 1)
+    script = f"""
+import pathlib
+print({line!r})
+checkpoint = pathlib.Path({str(checkpoint)!r})
+checkpoint.parent.mkdir(parents=True)
+checkpoint.touch()
+"""
+    command = [sys.executable, "-c", script]
+    return asyncio.run(trainer.train(Job(loss, 1, "model", ()), command, tmp_path / "run", root=tmp_path))
 
 
 def test_plain_clip_under_another_name_is_refused_at_the_first_step(tmp_path):
     with pytest.raises(TrainingError, match="--loss tiny"):
-        run(tmp_path, "tiny", PLAIN, checkpoint=True)
-    assert run(tmp_path, "clip", PLAIN, checkpoint=True).last == {"contrastive_loss": 3.5}
-    log = run(tmp_path, "tiny", RANKED, checkpoint=True)
-    assert log.share == pytest.approx(1.5)  # a job of one epoch
+        run(tmp_path, "tiny", PLAIN)
+
+
+def test_plain_clip_is_trained_under_its_own_name(tmp_path):
+    assert run(tmp_path, "clip", PLAIN).last == {"contrastive_loss": 3.5}
+
+
+def test_the_log_has_the_values_of_the_terms_and_the_share_of_epochs(tmp_path):
+    """The second of a job's single epoch, at its half; the values in parentheses are averages."""
+    log = run(tmp_path, "tiny", RANKED)
+    assert log.share == pytest.approx(1.5)
     assert log.first == log.last == {"contrastive_loss": 3.5, "cross_modal_loss": 0.25}
 
 
 def test_the_examples_use_public_names_only():
+    """Of rankloss and its packages: what a module lists or defines, and its modules."""
     examples = Path(__file__).resolve().parents[2] / "examples"
-    used = set()
-    for path in examples.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                used |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                used |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {name for name in used if name.split(".")[0].startswith("rankloss")}
+    used = {name for path in examples.rglob("*.py") for name in imported_names(path)}
+    ours = {name for name in used if name.startswith("rankloss") and "." in name}
     assert ours
-    for module, _, name in (name.rpartition(".") for name in ours if "." in name):
+    for path in ours:
+        module, _, name = path.rpartition(".")
         owner = importlib.import_module(module)
         modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
-        assert name in {*getattr(owner, "__all__", vars(owner)), *modules}, (module, name)
-        assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
+        assert name in {*getattr(owner, "__all__", vars(owner)), *modules}, path
+        assert not any(part.startswith("_") for part in path.split(".")), path
+
+
+def imported_names(path):
+    """Return the modules that a file imports, and the names with their modules; none of its own package."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("module", [labels, measure, metrics, pairs, studies.report])

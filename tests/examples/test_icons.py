@@ -23,6 +23,7 @@ def _drawing(key: str) -> str:
 
 
 def _set(prefix, names, spdx="MIT", category="General", palette=False, tags=(), redrawn=None, **more):
+    """A set of Iconify; icons that are ``redrawn`` look like icons of the set ``mdi``, by their names."""
     info = {"name": f"Set {prefix}", "category": category, "palette": palette, "tags": tags}
     info["author"] = {"name": f"Maker of {prefix}", "url": f"https://example.org/{prefix}"}
     info["license"] = {"spdx": spdx}
@@ -32,6 +33,7 @@ def _set(prefix, names, spdx="MIT", category="General", palette=False, tags=(), 
     return {"prefix": prefix, "info": info, "icons": icons, "width": 24, "height": 24, **more}
 
 
+# Names of forty icons each, such as "animalba" of "animals"; women have faces' names with a beginning.
 FAMILIES = {
     kind.upper(): [f"{kind[:-1]}{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
     for kind in ("animals", "tools", "faces")
@@ -42,16 +44,21 @@ USED = {"mdi", "tabler", "lucide", "pixel", "noto", "twemoji"}
 
 
 def _expanded(names):
+    """Names, where a family stands for all of its names, and ``FAMILY-end`` for all of them with the end."""
     for name in names:
-        family, _, style = name.partition("-")
-        members = FAMILIES.get(family, [name])
-        yield from (f"{member}-{style}" if style and family in FAMILIES else member for member in members)
+        family, dash, style = name.partition("-")
+        if family in FAMILIES:
+            yield from (f"{member}{dash}{style}" for member in FAMILIES[family])
+        else:
+            yield name
 
 
 def _sets():
-    sets = {prefix: _set(prefix, **one) for prefix, one in SETS.items()}
+    """The sets of ``icons.yaml``, as Iconify has them."""
+    sets = {prefix: _set(prefix, **about) for prefix, about in SETS.items()}
     categories = sets["mdi"]["categories"]
-    categories |= {category: list(_expanded(names)) for category, names in categories.items()}
+    for category, names in categories.items():
+        categories[category] = list(_expanded(names))
     return sets
 
 
@@ -92,52 +99,79 @@ def data(built):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
+    """The icons of the sets that may be used, and their drawings."""
     sets = _sets()
     icons = [icon for one in sorted(USED) for icon in package.icons_of(one, sets[one], {"acme"})]
     _, thumbnails = draw.draw_all(icons, tmp_path_factory.mktemp("cache"), workers=1)
     return icons, thumbnails
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_nothing_alike_is_on_two_sides(drawn, seed):
+every_seed = pytest.mark.parametrize("seed", [0, 1])
+
+
+def sides_of(icons, made):
+    """Each icon with its side."""
+    return zip(icons, (made.side[group] for group in made.group), strict=True)
+
+
+@every_seed
+def test_no_drawings_that_look_alike_are_on_two_sides(drawn, seed):
+    icons, thumbnails = drawn
+    sides = [side for _, side in sides_of(icons, split.split(icons, thumbnails, seed=seed))]
+    for a, b in split.alike_pairs(thumbnails):
+        assert sides[a] == sides[b]
+
+
+@every_seed
+def test_no_concept_or_synonym_is_on_two_sides(drawn, seed):
+    icons, thumbnails = drawn
+    side_of = {}
+    for icon, side in sides_of(icons, split.split(icons, thumbnails, seed=seed)):
+        for concept in (icon.concept, *(synonym for _, synonym in icon.synonyms)):
+            assert side_of.setdefault(concept, side) == side
+
+
+@every_seed
+def test_concepts_of_drawings_that_look_alike_are_one_group(drawn, seed):
     icons, thumbnails = drawn
     made = split.split(icons, thumbnails, seed=seed)
-    side = [made.side[group] for group in made.group]
-    for a, b in split.alike_pairs(thumbnails):
-        assert side[a] == side[b]
-    of_concept = {}
-    for icon, own in zip(icons, side, strict=True):
-        for concept in (icon.concept, *(concept for _, concept in icon.synonyms)):
-            assert of_concept.setdefault(concept, own) == own
-    # By drawing (trash, bin) and by alias (lock open, lock shackle).
     group = {icon.concept: name for icon, name in zip(icons, made.group, strict=True)}
     assert group["trash"] == group["bin"]
     assert made.counts["alike_pairs_of_different_concepts"] >= 1
 
 
 def _rows(path):
-    lines = (line.strip("| ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|")
-    return {row[0]: row[1:] for row in (re.split(r" *\| *", line) for line in lines)}
+    """The cells of the rows of a file's tables, by the first cell."""
+    lines = [line.strip("| ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    rows = [re.split(r" *\| *", line) for line in lines]
+    return {first: others for first, *others in rows}
 
 
-def test_only_what_may_be_used_is_used_and_everybody_is_named(built, data):
-    used = Counter(record.set for record in data.records)
-    assert used.keys() == USED
+def test_only_sets_that_may_be_used_are_used(data):
+    assert {record.set for record in data.records} == USED
+    assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
+
+
+def test_every_maker_is_named_with_the_number_of_icons_and_their_licence(built, data):
+    counts = Counter(record.set for record in data.records)
     named = {key: row for key, row in _rows(built / "ATTRIBUTIONS.md").items() if key.startswith("[")}
     assert named == {
-        f"[Set {s}](https://example.org/{s}) (`{s}`)": [f"Maker of {s}", str(n), SETS[s].get("spdx", "MIT")]
-        for s, n in used.items()
+        f"[Set {name}](https://example.org/{name}) (`{name}`)": [
+            f"Maker of {name}",
+            str(count),
+            SETS[name].get("spdx", "MIT"),
+        ]
+        for name, count in counts.items()
     }
-    assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_shards_hold_pictures_and_texts(built, data):
     train, test = data.part("train"), data.part("test")
-    for name, images, kind, targets in (
-        ("shards/train-0000.tar", train.images, "txt", train.texts),
-        ("shards/test-0000.tar", test.images, "txt", [record.caption for record in test.records]),
+    for name, images, texts in (
+        ("shards/train-0000.tar", train.images, train.texts),
+        ("shards/test-0000.tar", test.images, [record.caption for record in test.records]),
     ):
         samples = list(webdataset.WebDataset(str(built / name), shardshuffle=False))
-        assert [one[kind].decode() for one in samples] == targets
-        assert (np.stack([draw.pixels(one["png"]) for one in samples]) == images).all()
+        assert [sample["txt"].decode() for sample in samples] == texts
+        assert (np.stack([draw.pixels(sample["png"]) for sample in samples]) == images).all()

@@ -39,6 +39,8 @@ def value(one):
 
 
 class Data:
+    """A data set that trains settings by :func:`value`, notes them, and fails for broken arms."""
+
     fingerprint = "made up"
 
     def __init__(self, broken=()):
@@ -52,6 +54,7 @@ class Data:
 
 
 def results(sizes, finds):
+    """The study: the best of three rates of the arm ``plain``, which is compared with ``other``."""
     find = finds["set"]
     plain = best_of("plain", [Setting("plain", 9, "dev", lr) for lr in (1, 2, 4)], find.scores(SCORE))
     settings = {"plain": plain.chosen, "other": dataclasses.replace(plain.chosen, arm="other", weight=8.0)}
@@ -142,43 +145,67 @@ def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
     taken = Setting("plain", 9, "dev", 1)
     key = key_of(taken, data.fingerprint)
     (run.output / "locks").mkdir(parents=True)
-    lock = FileLock(run.output / "locks" / f"{key}.lock")
-    lock.acquire()
+    of_another_process = FileLock(run.output / "locks" / f"{key}.lock")
+    of_another_process.acquire()
     train = data.train
 
-    def release(setting):
+    def train_and_release(setting):
         if setting.lr == 4 and setting.side == "dev":
-            lock.release()
+            of_another_process.release()
         return train(setting)
 
-    data.train = release
+    data.train = train_and_release
     run.train({"set": data}, Console(quiet=True))
     assert [one.lr for one in data.made[:3]] == [2, 4, 1]
 
 
-def test_the_last_line_of_a_killed_writer_is_dropped_and_a_damaged_one_named(run):
+def test_the_last_line_of_a_killed_writer_is_dropped(run):
     store = run.stores["set"]
     setting = dataclasses.asdict(Setting("plain", 9, "dev", 1))
     store.save({"key": "a", "setting": setting, "data": "made up", "metrics": {}})
     with store.path.open("a", encoding="utf-8") as file:
         file.write('{"key": "half')
     assert len(store.find()) == 1
+
+
+def test_a_damaged_line_of_records_is_named(run):
+    store = run.stores["set"]
+    store.path.parent.mkdir(parents=True, exist_ok=True)
     store.path.write_text("no JSON\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 1"):
         store.find()
 
 
-def test_the_tests_are_paired_and_corrected_together():
-    rng = np.random.default_rng(0)
-    values = {arm: rng.normal(size=6) for arm in "abc"}
-    arms = Arms({arm: {i: {"metrics": {"score": x}} for i, x in enumerate(of)} for arm, of in values.items()})
-    pairs = [("a", "b"), ("a", "c"), ("c", "b")]
-    found = arms.tests(pairs, [SCORE])
-    p = [stats.ttest_rel(values[x], values[y]).pvalue for x, y in pairs]
-    assert [d.adjusted for d in found.values()] == pytest.approx(list(multipletests(p, method="holm")[1]))
-    assert [d.mean for d in found.values()] == pytest.approx(
-        [np.mean(values[x] - values[y]) for x, y in pairs]
+PAIRS = [("a", "b"), ("a", "c"), ("c", "b")]
+
+
+def scored(values):
+    """The arms of records with a score for each seed."""
+    return Arms(
+        {
+            arm: {seed: {"metrics": {"score": score}} for seed, score in enumerate(scores)}
+            for arm, scores in values.items()
+        }
     )
+
+
+@pytest.fixture
+def values():
+    """Six scores of three arms."""
+    rng = np.random.default_rng(0)
+    return {arm: rng.normal(size=6) for arm in "abc"}
+
+
+def test_a_difference_is_the_mean_over_the_seeds(values):
+    found = [difference.mean for difference in scored(values).tests(PAIRS, [SCORE]).values()]
+    assert found == pytest.approx([np.mean(values[x] - values[y]) for x, y in PAIRS])
+
+
+def test_the_tests_are_paired_and_corrected_together(values):
+    found = [difference.adjusted for difference in scored(values).tests(PAIRS, [SCORE]).values()]
+    p = [stats.ttest_rel(values[x], values[y]).pvalue for x, y in PAIRS]
+    _, corrected, *_ = multipletests(p, method="holm")
+    assert found == pytest.approx(list(corrected))
 
 
 def over_two_pictures(common_seeds):
@@ -198,15 +225,17 @@ def test_an_interval_over_pictures_needs_eight_common_seeds():
 
 
 def test_an_interval_over_pictures_is_left_out_where_ties_are_hits():
-    def seeds(*scores, hits):
+    def eight_seeds(recall, share_of_hits):
+        """Records with a recall in percent, and hits of a share of the pictures."""
         rng = np.random.default_rng(0)
-        found = {seed: record(score, rng) for seed, score in enumerate(scores)}
-        for of in found.values():
-            of["metrics"]["hits"] = record(hits, rng)["metrics"]["hits"]
+        found = {seed: record(recall, rng) for seed in range(8)}
+        for of_seed in found.values():
+            of_seed["metrics"]["hits"] = record(share_of_hits, rng)["metrics"]["hits"]
         return found
 
-    as_counted = {"a": seeds(*[60.0] * 8, hits=60), "b": seeds(*[50.0] * 8, hits=50)}
-    low, high = cells.over_pictures(Arms(as_counted), ("a", "b"), 10.0)
+    b = eight_seeds(recall=50.0, share_of_hits=50)
+    as_counted = Arms({"a": eight_seeds(recall=60.0, share_of_hits=60), "b": b})
+    low, high = cells.over_pictures(as_counted, ("a", "b"), 10.0)
     assert low < 10.0 < high
-    tied = {**as_counted, "a": seeds(*[60.0] * 8, hits=90)}
-    assert cells.over_pictures(Arms(tied), ("a", "b"), 10.0) is None
+    tied = Arms({"a": eight_seeds(recall=60.0, share_of_hits=90), "b": b})
+    assert cells.over_pictures(tied, ("a", "b"), 10.0) is None

@@ -30,53 +30,102 @@ def test_a_split_is_made_when_it_is_trained_on():
     assert made == [2, 0]
 
 
+def assert_no_concept_is_on_two_sides(concepts_of_sides):
+    everywhere = set.union(*concepts_of_sides)
+    assert sum(map(len, concepts_of_sides)) == len(everywhere)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_no_concept_of_emojis_is_on_two_sides_of_a_split(split):
+    sides = split_emojis(split=split).values()
+    assert_no_concept_is_on_two_sides([{emoji.concept for emoji in side} for side in sides])
+
+
 def test_splits_of_emojis_hold_out_other_concepts():
-    sides = [split_emojis(split=split) for split in (0, 1)]
-    tests = [{one.concept for one in of["test"]} for of in sides]
-    assert len(tests[0] & tests[1]) < 0.4 * len(tests[0])
-    for of in sides:
-        concepts = [{one.concept for one in side} for side in of.values()]
-        assert sum(map(len, concepts)) == len(set.union(*concepts))
+    first, second = ({emoji.concept for emoji in split_emojis(split=split)["test"]} for split in (0, 1))
+    assert len(first & second) < 0.4 * len(first)
 
 
-def test_splits_of_icons_hold_out_other_concepts_once_each():
+CONCEPTS = 200
+
+
+@pytest.fixture
+def icons():
+    """A build of three icons of each concept; of eight concepts one is tested and one validates."""
     parts = {"train": [], "validation": [], "test": []}
-    for i in range(600):
-        concept, part = f"c{i % 200}", ("test", "validation", *["train"] * 6)[i % 200 % 8]
-        parts[part].append(Record(i, "set", f"n{i}", "", "", "", concept, (), (), part, "", i < 200, False))
-    build = Namespace(part=lambda name: Namespace(records=parts[name]))
-    tests = []
-    for split in range(3):
-        sides = drawings._split_icons(build, split)
-        concepts = {side: {one.concept for one in of} for side, of in sides.items()}
-        assert sum(map(len, concepts.values())) == len(set.union(*concepts.values())) == 200
-        assert all(len(sides[side]) == len(concepts[side]) for side in ("dev", "test"))
-        assert len(sides["train"]) == 3 * len(concepts["train"])
-        tests.append(concepts["test"])
-    assert 10 < len(tests[1]) < 60
-    assert tests[1] != tests[2]
-    assert tests[0] == {f"c{i}" for i in range(0, 200, 8)}
+    names = ("test", "validation", *["train"] * 6)
+    for i in range(3 * CONCEPTS):
+        concept = i % CONCEPTS
+        part, is_first = names[concept % len(names)], i < CONCEPTS
+        icon = Record(i, "set", f"n{i}", "", "", "", f"c{concept}", (), (), part, "", is_first, False)
+        parts[part].append(icon)
+    return Namespace(part=lambda name: Namespace(records=parts[name]))
 
 
-def test_a_vendors_concepts_are_on_one_side_only(tmp_path):
-    names = [f"{colour}-{thing}" for colour in ("red", "blue", "green") for thing in map(chr, range(97, 117))]
-    body = '<path d="M0 0h9v9z" fill="red"/>'
-    content = {
-        "info": {"name": "Made up"},
-        "icons": {name: {"body": body} for name in [*names, "red-a-outline"]},
-    }
-    tarball = tmp_path / "package.tgz"
-    with tarfile.open(tarball, "w:gz") as archive:
-        packed = json.dumps(content).encode()
+def concepts_of(icons, split):
+    """The concepts of each side of a split."""
+    sides = drawings._split_icons(icons, split)
+    return {side: {icon.concept for icon in of_side} for side, of_side in sides.items()}
+
+
+@pytest.mark.parametrize("split", range(3))
+def test_no_concept_of_icons_is_on_two_sides_of_a_split_and_none_is_lost(icons, split):
+    concepts = concepts_of(icons, split).values()
+    assert_no_concept_is_on_two_sides(concepts)
+    assert len(set.union(*concepts)) == CONCEPTS
+
+
+@pytest.mark.parametrize("split", range(3))
+def test_all_icons_of_a_concept_are_trained_on_and_one_is_held_out(icons, split):
+    sides, concepts = drawings._split_icons(icons, split), concepts_of(icons, split)
+    icons_of_a_concept = {side: len(sides[side]) / len(concepts[side]) for side in sides}
+    assert icons_of_a_concept == {"train": 3, "dev": 1, "test": 1}
+
+
+def test_the_first_split_of_icons_is_the_builds_own_and_the_others_hold_out_other_concepts(icons):
+    own, second, third = (concepts_of(icons, split)["test"] for split in range(3))
+    assert own == {f"c{number}" for number in range(0, CONCEPTS, 8)}
+    assert 10 < len(second) < 60
+    assert second != third
+
+
+COLOURS, THINGS = ("red", "blue", "green"), "abcdefghijklmnopqrst"
+
+
+@pytest.fixture(scope="module")
+def tarball(tmp_path_factory):
+    """A package as npm makes it: a vendor's drawings of each thing in each colour, one in two styles."""
+    names = [f"{colour}-{thing}" for colour in COLOURS for thing in THINGS]
+    drawing = {"body": '<path d="M0 0h9v9z" fill="red"/>'}
+    icons = dict.fromkeys([*names, "red-a-outline"], drawing)
+    packed = json.dumps({"info": {"name": "Made up"}, "icons": icons}).encode()
+    path = tmp_path_factory.mktemp("vendor") / "package.tgz"
+    with tarfile.open(path, "w:gz") as archive:
         member = tarfile.TarInfo("package/json/made-up.json")
         member.size = len(packed)
         archive.addfile(member, io.BytesIO(packed))
+    return path
+
+
+def test_a_vendors_concepts_are_on_one_side_only(tarball):
+    sides = vendor(tarball, "made-up", 0).captions
+    first_captions = {side: {captions[0] for captions in texts} for side, texts in sides.items()}
+    assert_no_concept_is_on_two_sides(first_captions.values())
+    assert len(set.union(*first_captions.values())) == len(COLOURS) * len(THINGS)
+    assert 5 < len(first_captions["test"]) < 30
+
+
+def test_a_held_out_drawing_of_a_vendor_has_one_caption_and_a_picture(tarball):
     source = vendor(tarball, "made-up", 0)
-    captions = {side: {of[0] for of in texts} for side, texts in source.captions.items()}
-    assert sum(map(len, captions.values())) == len(set.union(*captions.values())) == len(names)
-    assert 5 < len(captions["test"]) < 30
-    assert all(len(of) == 1 for side in ("dev", "test") for of in source.captions[side])
+    for side in ("dev", "test"):
+        assert {len(captions) for captions in source.captions[side]} == {1}
     assert len(source.pictures("test")) == len(source.captions["test"])
-    assert source.captions != vendor(tarball, "made-up", 1).captions
+
+
+def test_another_split_of_a_vendor_is_another(tarball):
+    assert vendor(tarball, "made-up", 0).captions != vendor(tarball, "made-up", 1).captions
+
+
+def test_a_vendor_that_the_package_has_not_is_refused(tarball):
     with pytest.raises(ValueError, match="no icon set 'absent'"):
         vendor(tarball, "absent", 0)

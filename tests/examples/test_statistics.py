@@ -17,9 +17,12 @@ p_values = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
-def test_what_has_no_mean_is_refused_and_one_seed_has_no_interval(values):
+def test_what_has_no_mean_is_refused(values):
     with pytest.raises(ValueError, match=r"^values: "):
         estimate(values)
+
+
+def test_one_seed_has_no_interval():
     found = estimate([12.5])
     assert (found.mean, found.half_width, found.n) == (12.5, None, 1)
     assert found.low == found.high == 12.5
@@ -33,6 +36,13 @@ def test_the_paired_difference_is_scipys_and_its_interval_the_t_interval(pairs):
     assert found.p == pytest.approx(stats.ttest_rel(values, reference).pvalue, rel=1e-6, abs=1e-12)
     interval = DescrStatsW(values - reference).tconfint_mean(0.05)
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-6)
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=10))
+def test_a_paired_difference_is_the_estimate_of_the_differences(pairs):
+    values, reference = map(np.array, zip(*pairs, strict=True))
+    assume(np.ptp(values - reference) > 1e-6)
+    found = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
     alone = estimate(values - reference)
     assert (alone.mean, alone.low, alone.high, alone.n) == (found.mean, found.low, found.high, len(pairs))
 
@@ -56,17 +66,26 @@ def test_holm_steps_down_from_the_smallest(values):
 
 @given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_nothing_is_claimed_whose_interval_holds_zero(rows):
+    for difference in corrected(rows):
+        claim = verdict(difference)
+        if claim in ("better", "worse"):
+            assert difference.n >= statistics.MIN_SEEDS
+            assert difference.low > 0 if claim == "better" else difference.high < 0
+
+
+@given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_what_is_established_is_nominally_so(rows):
+    for difference in corrected(rows):
+        assert difference.nominal or not difference.established
+
+
+def corrected(rows):
+    """Return the differences of a family, corrected together, of rows of pairs of scores."""
     family = {}
     for number, pairs in enumerate(rows):
         values, reference = zip(*pairs, strict=True)
         family[number] = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
-    for difference in correct(family).values():
-        said = verdict(difference)
-        if said in ("better", "worse"):
-            assert difference.n >= statistics.MIN_SEEDS
-            assert (difference.low > 0) if said == "better" else (difference.high < 0)
-        if difference.established:
-            assert difference.nominal
+    return correct(family).values()
 
 
 @given(scores, scores, st.integers(2, 8))
@@ -79,15 +98,26 @@ def test_differences_without_any_spread_prove_nothing(value, other, n):
 
 def test_an_interval_over_seeds_and_pictures_knows_both_variances():
     """Of independent effects of seeds, pictures and cells its width is that of the sum of their variances."""
-    rng = np.random.default_rng(5)
-    seeds, pictures = 40, 900
-    parts = [
-        rng.normal(0, s, shape) for s, shape in ((2, (seeds, 1)), (9, (1, pictures)), (3, (seeds, pictures)))
-    ]
-    effects = sum(parts)
+    effects = drawn_effects()
     low, high = two_way(1 + effects)
-    error = math.sqrt(4 / seeds + 81 / pictures + 9 / (seeds * pictures))
+    error = math.sqrt(2**2 / SEEDS + 9**2 / PICTURES + 3**2 / (SEEDS * PICTURES))
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.2)
     assert (high + low) / 2 == pytest.approx(1 + effects.mean(), abs=0.2 * error)
-    of_one_seed = two_way(np.broadcast_to(effects[:1], (3, pictures)))
-    assert (of_one_seed[1] - of_one_seed[0]) / 2 == pytest.approx(1.96 * effects[0].std() / 30, rel=0.1)
+
+
+def test_an_interval_over_equal_seeds_is_that_over_pictures():
+    of_one_seed, *_ = drawn_effects()
+    low, high = two_way(np.broadcast_to(of_one_seed, (3, PICTURES)))
+    error = of_one_seed.std() / math.sqrt(PICTURES)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+
+
+SEEDS, PICTURES = 40, 900
+
+
+def drawn_effects():
+    """Return effects of seeds, pictures and cells with standard deviations 2, 9 and 3, added."""
+    rng = np.random.default_rng(5)
+    of_seeds = rng.normal(0, 2, (SEEDS, 1))
+    of_pictures = rng.normal(0, 9, (1, PICTURES))
+    return of_seeds + of_pictures + rng.normal(0, 3, (SEEDS, PICTURES))
