@@ -23,10 +23,10 @@ NUMBER = r"(?<![\d.])\d+\.\d\d(?![\d.])"
 def test_every_gain_and_score_is_in_a_report(path: str) -> None:
     """That is, every number with two decimals, with the interval that follows it."""
     text, reports = prose(path), reported()
-    found = re.findall(rf"{NUMBER}(?: ± {NUMBER})?", text)
-    there = {*re.findall(NUMBER, reports), *re.findall(rf"{NUMBER} ± {NUMBER}", reports)}
-    assert len(found) >= 8
-    assert set(found) - there == set()
+    on_the_page = re.findall(rf"{NUMBER}(?: ± {NUMBER})?", text)
+    in_reports = {*re.findall(NUMBER, reports), *re.findall(rf"{NUMBER} ± {NUMBER}", reports)}
+    assert len(on_the_page) >= 8
+    assert set(on_the_page) - in_reports == set()
 
 
 def test_every_interval_of_the_readme_rounds_one_of_a_report() -> None:
@@ -59,19 +59,20 @@ def table_of_tests(report: str) -> str:
 
 
 def first_differences(report: str) -> list[str]:
-    """The first number of every row of that table, with its interval."""
+    """The difference in R@10, with its interval, of every row of the table of a report's tests."""
     rows = re.findall(r"^\| `.*", table_of_tests(report), re.MULTILINE)
     return [row.split("|")[3].strip() for row in rows]
 
 
 def photographs_table() -> list[str]:
-    """… in R@10 and in the agreement with experts, of the comparisons that the page shows."""
+    """Differences in R@10 and in the agreement with experts, of the four comparisons that the page shows."""
     report = of_photographs("1")
     (agreement,) = re.findall(r"^\| τ_c, experts +\|(.*)\|$", report, re.MULTILINE)
-    both = list(zip(first_differences(report), agreement.replace("*", "").split("|"), strict=True))
-    names = re.findall(r"^\| (`.*?) +\|", table_of_tests(report), re.MULTILINE)
-    assert len(names) == len(both) == 9
-    return [f"{both[place][0]} | {both[place][1].strip()} |" for place in (0, 1, 5, 6)]
+    in_recall, in_agreement = first_differences(report), agreement.replace("*", "").split("|")
+    comparisons = re.findall(r"^\| (`.*?) +\|", table_of_tests(report), re.MULTILINE)
+    assert len(comparisons) == len(in_recall) == len(in_agreement) == 9
+    on_the_page = (0, 1, 5, 6)  # rows of the report
+    return [f"{in_recall[row]} | {in_agreement[row].strip()} |" for row in on_the_page]
 
 
 RECALL = ("metrics", "retrieval", "R@10, mean of both")
@@ -79,7 +80,7 @@ Lines = dict[str, dict[int, dict[str, Any]]]  # records by arm and seed
 
 
 def records(folder: str, arm: Callable[[dict[str, Any]], str]) -> Lines:
-    """The records of a test side below the studies' folder."""
+    """The records of a folder of a study that are of the test side, by an arm's name and seed."""
     found: Lines = {}
     text = (ROOT / "examples/studies" / folder / "records.jsonl").read_text(encoding="utf-8")
     for line in map(json.loads, text.splitlines()):
@@ -110,7 +111,7 @@ CELLS_OF_ICONS = [
 
 
 def beside_shuffled_words() -> list[str]:
-    """… in R@10 of RankCLIP, minus CLIP's and minus shuffled words', and of two encoders minus those."""
+    """Differences in R@10: RankCLIP minus CLIP and minus shuffled words, two encoders minus these words."""
     rows = []
     for folder, *cell in CELLS_OF_ICONS:
         arms = records(f"captions/results/{folder}", of_cell(*cell))
@@ -121,21 +122,21 @@ def beside_shuffled_words() -> list[str]:
 
 
 def rows_of(path: str, head: str) -> list[list[str]]:
-    """The cells of the rows of a report that begin so."""
+    """The cells of the rows of a report's tables that begin with a pattern, without code's marks."""
     text = (ROOT / "examples/studies" / path).read_text(encoding="utf-8")
     lines = re.findall(rf"^\| {head}.*\|$", text, re.MULTILINE)
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
 def differences_of(study: str) -> dict[tuple[str, str, str], str]:
-    """The differences in R@10 of a study's report, by cell and both arms."""
+    """The differences in R@10 of a study's report, by cell and both arms: from its rows of eight columns."""
     rows = rows_of(f"{study}/report/{study}.md", "[^|]+ \\| +`")
     of_tests = (row for row in rows if len(row) == 8)
     return {(cell, arm, minus): difference for cell, arm, minus, difference, *_ in of_tests}
 
 
 def spread_on_heads() -> list[str]:
-    """… on heads on frozen encoders, and on those with the same dropout."""
+    """Differences in R@10 of arms of heads on frozen encoders, and of those with the same dropout."""
     pairs = [("spread", "clip"), ("smoothing", "clip"), ("spread", "smoothing"), ("rankclip", "clip"),
              ("rankclip", "spread"), ("rankclip-spread", "spread")]  # fmt: skip
     heads, dropout = differences_of("heads"), differences_of("dropout")
@@ -168,8 +169,9 @@ def baselines() -> list[str]:
     """CLIP's R@10 in the three studies, where the captions' has the arm that its dev side chose."""
     rows = []
     for title, (*_, cell, reference) in CELLS.items():
-        (tries,) = (x for x in rows_of("captions/report/captions.md", f"{cell} ") if x[-1] == reference)
-        assert len(tries) == 9
+        of_cell_in_report = rows_of("captions/report/captions.md", f"{cell} ")
+        (tries,) = (row for row in of_cell_in_report if row[-1] == reference)
+        assert len(tries) == 9  # the columns of the table of CLIP's tries, whose last is the chosen arm
         means = [mean_of(study, cell, arm) for study, arm in (("captions", reference), ("spread", "clip"))]
         means.append(mean_of("alignment", cell, "clip") if cell in OF_ALIGNMENT else "–")
         rows.append(f"| {title} | {' | '.join(means)} |")
@@ -179,12 +181,12 @@ def baselines() -> list[str]:
 def mean_of(study: str, cell: str, arm: str) -> str:
     """An arm's R@10 in a report, without the number of its seeds."""
     rows = rows_of(f"{study}/report/{study}.md", f"{cell} ")
-    mean = next(row[2] for row in rows if row[1] == arm and "±" in row[2])
-    return re.sub(r" \([0-9]+\)$", "", mean)
+    recall = next(recall for _, of, recall, *_ in rows if of == arm and "±" in recall)
+    return re.sub(r" \([0-9]+\)$", "", recall)
 
 
 def of_mimicry() -> list[str]:
-    """… in R@10 of mimicry of two encoders in one space: over the highest CLIP, and paired."""
+    """Differences in R@10 of mimicry of two encoders in one space: over the highest CLIP, and paired."""
     tests, rows = differences_of("alignment"), []
     pairs = [("mimicry", other) for other in ("clip", "encoders", "mimicry-shuffled")]
     pairs += [(more, "mimicry") for more in ("mimicry-ranks", "mimicry-spread")]
@@ -246,7 +248,7 @@ CELLS_OF_PRIMARY = {
 
 
 def primary_tests() -> list[str]:
-    """… in R@10 of every primary test on every data set."""
+    """The difference in R@10 of every primary test on every data set."""
     tests = differences_of("alignment")
     return [
         f"| {' | '.join([title, *(tests.get((cell, *pair), '–') for cell in CELLS_OF_PRIMARY[kind])])} |"
@@ -257,8 +259,9 @@ def primary_tests() -> list[str]:
 def of_cell(batch: int, epochs: int) -> Callable[[dict[str, Any]], str]:
     """The arm of a setting of a cell on its own split."""
 
-    def arm(s: dict[str, Any]) -> str:
-        return s["arm"] if (s["batch_size"], s["epochs"], s.get("split", 0)) == (batch, epochs, 0) else ""
+    def arm(setting: dict[str, Any]) -> str:
+        own_cell = (setting["batch_size"], setting["epochs"], setting.get("split", 0))
+        return setting["arm"] if own_cell == (batch, epochs, 0) else ""
 
     return arm
 
@@ -272,14 +275,20 @@ def of_a_pretrained_clip() -> list[str]:
 
 
 def of_keep() -> list[str]:
-    """Zero-shot accuracy and R@10 of new pairs by the share of a CLIP's own similarity."""
-    cells = [f"{name}-after" for name in ("emojis", "noto-v1", "fxemoji")]
-    rows = {
-        cell: [row for row in rows_of("alignment/report/alignment.md", f"{cell} ") if len(row) == 5]
-        for cell in cells
-    }
-    shares = zip(*rows.values(), strict=True)
-    return [f"| {' | '.join(row[of] for of in (2, 3) for row in by_cell)} |" for by_cell in shares]
+    """Zero-shot accuracy and R@10 of new pairs by the share of a CLIP's own similarity.
+
+    A row of the report is a cell, a share, the accuracy, R@10 of new pairs and of old ones.
+    """
+    of_cells = []
+    for name in ("emojis", "noto-v1", "fxemoji"):
+        rows = rows_of("alignment/report/alignment.md", f"{name}-after ")
+        of_cells.append([row for row in rows if len(row) == 5])
+    shares = []
+    for of_share in zip(*of_cells, strict=True):
+        accuracies = [accuracy for _, _, accuracy, _, _ in of_share]
+        recalls = [recall for _, _, _, recall, _ in of_share]
+        shares.append(f"| {' | '.join([*accuracies, *recalls])} |")
+    return shares
 
 
 def from_how_many_pairs() -> list[str]:
@@ -343,7 +352,7 @@ def mean_recall(lines: dict[int, dict[str, Any]], *place: str) -> float:
 
 
 def across_splits() -> list[str]:
-    """… in R@10 of the closed form minus heads, and of both minus the closed form, over held-out concepts.
+    """Differences in R@10 over held-out concepts: the closed form minus heads, both minus the closed form.
 
     Of the splits whose four seeds are recorded: the mean of the splits' differences with its 95 % t-interval,
     and their least and greatest.
@@ -378,7 +387,7 @@ def least_to_greatest(values: np.ndarray) -> str:
 
 
 def over_the_higher_clip() -> list[str]:
-    """… in R@10 of students from scratch, over the highest CLIP of the three studies."""
+    """Differences in R@10 of students from scratch from the highest CLIP of the three studies."""
     tests, rows = differences_of("spread"), []
     for title, (folder, batch, epochs, cell, reference) in CELLS.items():
         of_captions, of_spread = (
@@ -389,10 +398,9 @@ def over_the_higher_clip() -> list[str]:
             of_alignment = records(f"alignment/results/{folder}", of_cell(batch, epochs))
             clips += [list(of_seeds(of_alignment[arm]).values()) for arm in CLIPS if arm in of_alignment]
         clip = max(clips, key=np.mean)
-        own = float(
-            re.findall(r"([\d.]+) ±", next(x for x in baselines() if x.startswith(f"| {title} |")))[1]
-        )
-        is_paired = own > np.mean(clip)
+        (of_title,) = (row for row in baselines() if row.startswith(f"| {title} |"))
+        _, own, *_ = (float(recall) for recall in re.findall(r"([\d.]+) ±", of_title))
+        is_paired = own > np.mean(clip)  # where the study of the spread has the highest CLIP itself
         row = []
         for arm, name in ARMS.items():
             if arm not in of_spread:
@@ -413,7 +421,7 @@ def unpaired(values: list[float], others: list[float]) -> str:
 
 
 def long_trainings() -> list[str]:
-    """… of trainings with several times the epochs, and of the vendor's emojis."""
+    """Differences in R@10 of trainings with several times the epochs, and of a vendor's emojis."""
     tests, cells = differences_of("spread"), {
         "icons, 250, eight times the epochs": "icons-250-long",
         "emojis, 250, eight times the epochs": "emojis-250-long",
@@ -441,20 +449,20 @@ def frozen_encoders() -> list[str]:
 
 
 def uniform_beside_spread() -> list[str]:
-    """… in R@10 of uniform targets on icons in batches of 64, minus spread."""
-    arms = records(
-        "spread/results/icons",
-        lambda s: s["arm"] if (s["batch_size"], s["epochs"], s["split"]) == (64, 4, 0) else "",
-    )
+    """The difference in R@10 of uniform targets on icons in batches of 64, minus spread."""
+    arms = records("spread/results/icons", of_cell(64, 4))
     return [minus(arms["uniform"], arms["std-constant"])]
 
 
 def heads_beside_smoothing() -> list[str]:
-    """… in R@10 of heads on photographs with RankCLIP, minus those with label smoothing."""
-    heads = records(
-        "baselines/results/photographs", lambda s: f"{s['arm']} {s['label_smoothing']} {s['same_id']}"
-    )
-    return [minus(heads["rankclip 0.0 "], heads["clip 0.2 "])]
+    """The difference in R@10 of heads on photographs with RankCLIP, minus those with label smoothing."""
+
+    def arm(setting: dict[str, Any]) -> str:
+        without_ids = not setting["same_id"]
+        return f"{setting['arm']} {setting['label_smoothing']}" if without_ids else ""
+
+    heads = records("baselines/results/photographs", arm)
+    return [minus(heads["rankclip 0.0"], heads["clip 0.2"])]
 
 
 def differences_without_a_report() -> list[str]:
@@ -470,17 +478,21 @@ def differences_without_a_report() -> list[str]:
 
 
 def costs() -> list[str]:
-    """… the processor time of arms with as many epochs."""
+    """Sentences of the page on the processor time of arms with as many epochs."""
 
-    def seconds(of: dict[int, dict[str, Any]]) -> float:
-        return float(np.mean([line["processor_seconds"]["training"] for line in of.values()]))
+    def seconds(of_seeds: dict[int, dict[str, Any]]) -> float:
+        return float(np.mean([line["processor_seconds"]["training"] for line in of_seeds.values()]))
 
-    of_2a = records("photographs/results/part2a", lambda s: s["arm"])
-    students = {arm: seconds(of) for arm, of in of_2a.items()}
-    taught = records("photographs/results/part2b", lambda s: s["loss"])
-    heads = records("photographs/results/part1", lambda s: str({**s, "seed": 0}))
-    ratios = [seconds(of) / seconds(heads[clip]) for key, of in heads.items() if "'rankclip'" in key
-              and (clip := key.replace("'rankclip'", "'clip'")) in heads]  # fmt: skip
+    trained = records("photographs/results/part2a", lambda setting: setting["arm"])
+    students = {arm: seconds(of_seeds) for arm, of_seeds in trained.items()}
+    taught = records("photographs/results/part2b", lambda setting: setting["loss"])
+    # Heads by all of their settings, as one text, in which RankCLIP's and CLIP's differ by the loss alone.
+    heads = records("photographs/results/part1", lambda setting: str({**setting, "seed": 0}))
+    ratios = []
+    for setting, of_rankclip in heads.items():
+        of_clip = heads.get(setting.replace("'rankclip'", "'clip'"))
+        if "'rankclip'" in setting and of_clip is not None:
+            ratios.append(seconds(of_rankclip) / seconds(of_clip))
     return [
         f"up to {100 * (max(students.values()) / students['clip'] - 1):.0f} % more",
         f"{min(ratios):.1f} to {max(ratios):.1f} times CLIP's with RankCLIP",
@@ -506,12 +518,12 @@ def demo_table() -> list[str]:
 
 def demo_taus() -> list[str]:
     """The least and the greatest τ over the demo's seeds, of the model of two encoders and of CLIP."""
-    said = []
+    ranges = []
     for side in ("training", "held-out"):
         for name in (ENCODERS, "CLIP"):
             taus = [result["tau"][name][side] for result in demo_results()]
-            said.append(f"{min(taus):.2f} to {max(taus):.2f}")
-    return said
+            ranges.append(f"{min(taus):.2f} to {max(taus):.2f}")
+    return ranges
 
 
 def demo_results() -> list[dict[str, Any]]:
@@ -532,7 +544,7 @@ def demo_agreement() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "recomputed"),
     [
         ("docs/method.md", [demo_agreement]),
         ("docs/your_data.md", [of_keep]),
@@ -558,7 +570,8 @@ def demo_agreement() -> list[str]:
         ),
     ],
 )
-def test_numbers_are_the_reports(path: str, said: list[Callable[[], list[str]]]) -> None:
+def test_numbers_are_the_reports(path: str, recomputed: list[Callable[[], list[str]]]) -> None:
+    """Every row and sentence that is recomputed stands on the page, whatever its emphasis."""
     text = " ".join((ROOT / path).read_text(encoding="utf-8").replace("*", "").split())
-    numbers = [number for of in said for number in of()]
-    assert [number for number in numbers if number not in text] == []
+    passages = [passage for recompute in recomputed for passage in recompute()]
+    assert [passage for passage in passages if passage not in text] == []
