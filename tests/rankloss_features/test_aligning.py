@@ -436,10 +436,14 @@ def views(pictures: int, captions: int = 2) -> tuple[Tensor, Tensor, np.ndarray]
     Both modalities are noisy linear maps of what a picture and its captions share.
     """
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(pictures, 5, generator=generator)
-    v = shared @ torch.randn(5, 24, generator=generator) + torch.randn(pictures, 24, generator=generator)
-    noise = torch.randn(pictures, captions, 16, generator=generator)
-    t = (shared @ torch.randn(5, 16, generator=generator))[:, None] + noise
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shared = normal(pictures, 5)
+    v = shared @ normal(5, 24) + normal(pictures, 24)
+    noise = normal(pictures, captions, 16)
+    t = (shared @ normal(5, 16))[:, None] + noise
     return v.repeat_interleave(captions, 0), t.flatten(0, 1), np.arange(pictures).repeat(captions)
 
 

@@ -313,7 +313,7 @@ def train_killed_at(tmp_path: Path, at: int) -> None:
     """A training that is killed at a call which changes a file, unless it has its teacher before."""
     calls = itertools.count()
 
-    def watch(_: Any, event: str, called: Any) -> None:
+    def watch(_: Any, event: str, called: Any) -> None:  # is called at each call of a function
         if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 

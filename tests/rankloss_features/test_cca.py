@@ -239,12 +239,17 @@ def test_features_that_cannot_be_fitted_are_refused_by_name(change: Any, message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_named(value: float) -> None:
+def test_a_row_of_a_picture_that_is_not_finite_is_named(value: float) -> None:
     v, t = features(captions=2)
     v[17, 3] = value
     with pytest.raises(ValueError, match="image_features must be finite; row 17 has NaN or infinity"):
         CanonicalCorrelation.fit(v, t, dimensions=3)
-    v[17, 3], t[4, 1, 2] = 0.0, value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_of_a_caption_that_is_not_finite_is_named_by_its_picture_and_place(value: float) -> None:
+    v, t = features(captions=2)
+    t[4, 1, 2] = value
     with pytest.raises(ValueError, match="text_features must be finite; row 4, 1 has NaN or infinity"):
         CanonicalCorrelation.fit(v, t, dimensions=3)
 

@@ -53,11 +53,13 @@ SENTENCE_MODULES = [
 
 
 def open_clip_weights(folder: Path, made: Path) -> None:
+    """A CLIP of open_clip, whose weights are a pickle."""
     edit(folder / "open_clip_config.json", model_cfg=CLIP_CONFIG, preprocess_cfg={})
     torch.save(Pickled(made), folder / "open_clip_pytorch_model.bin")
 
 
 def open_clip_tokenizer(folder: Path, made: Path) -> None:
+    """A CLIP of open_clip, whose tokenizer needs the code and whose configuration trusts it."""
     edit(folder / "open_clip_config.json", model_cfg=CLIP_CONFIG, preprocess_cfg={})
     model = open_clip.create_model(f"local-dir:{folder}")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors", {"format": "pt"})
@@ -80,6 +82,7 @@ def open_clip_text_tower(folder: Path, made: Path) -> None:
 
 
 def timm_weights(folder: Path, made: Path) -> None:
+    """A model of timm, whose weights are a pickle."""
     save_for_hf(timm.create_model("test_vit"), folder)
     for file in folder.glob("*.safetensors"):
         file.unlink()
@@ -87,6 +90,7 @@ def timm_weights(folder: Path, made: Path) -> None:
 
 
 def image_model(folder: Path, made: Path) -> None:
+    """An encoder of pictures of a type that transformers has not: the code has its classes."""
     image_processor(folder, made)
     edit(folder / "preprocessor_config.json", image_processor_type="ViTImageProcessor", auto_map={})
     classes = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
@@ -94,23 +98,27 @@ def image_model(folder: Path, made: Path) -> None:
 
 
 def image_processor(folder: Path, made: Path) -> None:
+    """An encoder of pictures of transformers, whose preparation of pictures needs the code."""
     ViTModel(ViTConfig(**TOWER, image_size=32, patch_size=16)).save_pretrained(folder)
     classes = {"AutoImageProcessor": "code.Processor", "AutoProcessor": "code.Processor"}
     edit(folder / "preprocessor_config.json", image_processor_type="Theirs", auto_map=classes)
 
 
 def image_weights(folder: Path, made: Path) -> None:
+    """An encoder of pictures of transformers, whose weights are a pickle."""
     image_processor(folder, made)
     edit(folder / "preprocessor_config.json", image_processor_type="ViTImageProcessor", auto_map={})
     pickled_weights(folder, made)
 
 
 def pickled_weights(folder: Path, made: Path) -> None:
+    """Put a pickle in the place of a folder's weights."""
     (folder / "model.safetensors").unlink()
     torch.save(Pickled(made), folder / "pytorch_model.bin")
 
 
 def text_model(folder: Path, made: Path) -> None:
+    """An encoder of texts of a type that transformers has not: the code has its classes."""
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -122,6 +130,7 @@ def text_model(folder: Path, made: Path) -> None:
 
 
 def text_tokenizer(folder: Path, made: Path) -> None:
+    """An encoder of texts of transformers, whose tokenizer asks for the code without need."""
     text_model(folder, made)
     edit(folder / "config.json", model_type="bert", auto_map={})
     bring_tokenizer(folder, made)
@@ -139,6 +148,7 @@ def sentence_model(folder: Path, made: Path) -> None:
 
 
 def sentence_weights(folder: Path, made: Path) -> None:
+    """An encoder of sentence-transformers, whose weights are a pickle."""
     sentence_model(folder, made)
     edit(folder / "config.json", model_type="bert", auto_map={})
     options = {"model_args": {"weights_only": False}, "tokenizer_args": {}, "config_args": {}}
@@ -147,6 +157,7 @@ def sentence_weights(folder: Path, made: Path) -> None:
 
 
 def sentence_module(folder: Path, made: Path) -> None:
+    """An encoder of sentence-transformers, whose first module is a class of the code."""
     sentence_weights(folder, made)
     (folder / "modules.json").write_text(json.dumps([{**SENTENCE_MODULES[0], "type": "code.Module"}]))
 

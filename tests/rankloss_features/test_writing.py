@@ -224,6 +224,12 @@ def test_a_process_of_torchrun_whose_companions_never_come_ends_with_an_error(
     assert not (tmp_path / "x").exists()
 
 
+def wait_for(file: Path, process: Any) -> None:
+    """Wait until a process has written a file; it must not end before."""
+    while not file.exists():
+        assert process.is_alive()
+
+
 def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     """The first goes on once the second has warned that it waits."""
     (data, whole), output = undisturbed, tmp_path / "output"
@@ -245,8 +251,7 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
 
     first = tiny.forks.Process(target=in_process, args=(written, output, data, teacher(wait)))
     first.start()
-    while not (output / "pairs.npy").exists():  # until the first holds the lock
-        assert first.is_alive()
+    wait_for(output / "pairs.npy", first)  # as the first holds the lock then
     assert in_process(write_as_the_second) == 0
     first.join()
     assert str(output) in warnings.get(timeout=10)
