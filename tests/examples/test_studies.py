@@ -48,8 +48,11 @@ def test_the_runner_prints_the_commands_that_repeat_a_finished_study(name, capsy
     assert capsys.readouterr().out.splitlines() == [*manifest.commands(name)]
 
 
-def test_a_seed_is_left_out_of_the_records_alone(tmp_path, monkeypatch):
-    """The first command without git, on a copy."""
+def test_a_seed_that_is_to_be_trained_again_is_left_out_of_the_records_alone(tmp_path):
+    """By the command that makes the folder of a repetition, without its part of git, on a copy of records.
+
+    A seed has eleven records.
+    """
     copy = tmp_path / "study/examples/studies/lists/results"
     shutil.copytree(manifest.HERE / "lists/results", copy)
     make_folder, _ = manifest.commands("lists", 4003)

@@ -184,18 +184,14 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
 
 
 def test_a_constant_dimension_is_left_out() -> None:
-    v, t = features()
-    one = torch.full((120, 1), 0.25, dtype=torch.float64)
-    # The others have unit norm each, so that the added dimension stays constant beside them.
-    of_images, of_texts = torch.from_numpy(unit(v)), torch.from_numpy(unit(t))
-    padded = CanonicalCorrelation.fit(
-        torch.cat([of_images, one], 1), of_texts, dimensions=5, image_ridge=0, text_ridge=0
-    )
-    plain = CanonicalCorrelation.fit(of_images, of_texts, dimensions=5, image_ridge=0, text_ridge=0)
+    """The other dimensions have unit norm, so that the added one stays constant beside them."""
+    v, t = (torch.from_numpy(unit(x)) for x in features())
+    padded_v = torch.cat([v, torch.full((120, 1), 0.25, dtype=torch.float64)], dim=1)
+    options = {"dimensions": 5, "image_ridge": 0, "text_ridge": 0}
+    padded = CanonicalCorrelation.fit(padded_v, t, **options)
+    plain = CanonicalCorrelation.fit(v, t, **options)
     torch.testing.assert_close(padded.correlations, plain.correlations)
-    torch.testing.assert_close(
-        padded.images(torch.cat([of_images, one], 1)).abs(), plain.images(of_images).abs()
-    )
+    torch.testing.assert_close(padded.images(padded_v).abs(), plain.images(v).abs())  # each sign is free
 
 
 def test_fewer_pairs_than_dimensions_give_as_many_directions_as_there_are(caplog: Any) -> None:

@@ -164,12 +164,15 @@ def test_progress_counts_the_pairs(by_product: Evaluation) -> None:
 
 
 def test_the_table_has_recall_in_percent_with_intervals_over_ids(by_product: Evaluation) -> None:
-    result, printed = by_product.result, by_product.printed
-    recall = result["recall"]["image_to_text_R@10"]
+    recall = by_product.result["recall"]["image_to_text_R@10"]
     value, low, high = (100 * recall[key] for key in ("value", "low", "high"))
-    assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in printed
-    assert re.search(r"^picture → picture .* 2$", printed, re.MULTILINE)
-    assert "95 % intervals over the 8 ids of 'product'" in printed
+    assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in by_product.printed
+    assert "95 % intervals over the 8 ids of 'product'" in by_product.printed
+
+
+def test_a_row_of_the_table_ends_with_the_median_rank(by_product: Evaluation) -> None:
+    assert by_product.result["median_rank"]["image_to_image"] == 2
+    assert re.search(r"^picture → picture .* 2$", by_product.printed, re.MULTILINE)
 
 
 def test_the_modality_gap_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:

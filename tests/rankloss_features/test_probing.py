@@ -64,11 +64,10 @@ def test_a_folder_does_not_go_on_with_an_encoder_that_prepares_its_inputs_otherw
     tiny.prepare_otherwise(encoders, changed)
     capsys.readouterr()
     assert run_features(*given) == 1
-    modality = changed.removesuffix("_features")
-    encoder = f"another {modality}_encoder {encoders}/{modality}_encoder: {changed} of a fixed"
-    folder = (
-        f"{encoders}/x(/.encoders)?"  # the latter holds the encoders' own features until they are aligned
-    )
+    name = changed.replace("_features", "_encoder")
+    encoder = f"another {name} {encoders}/{name}: {changed} of a fixed"
+    # The encoders' own features stand in .encoders until they are aligned.
+    folder = f"{encoders}/x(/.encoders)?"
     assert re.search(f"--output {folder} .*{encoder} .*delete the folder", capsys.readouterr().err)
     assert contents(encoders / "x") == before
 
