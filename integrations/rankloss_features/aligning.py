@@ -87,10 +87,12 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
     if is_first:
         make_folder(output)
     with turn(output / ".lock", output) if is_first else nullcontext():
-        is_complete = [is_first and _is_complete(output, data, teacher, settings)]
-        if world > 1:
-            torch.distributed.broadcast_object_list(is_complete)
-        if is_complete[0]:
+        is_complete = is_first and _is_complete(output, data, teacher, settings)
+        if world > 1:  # the others wait here for the answer of the first
+            answer = [is_complete]
+            torch.distributed.broadcast_object_list(answer)
+            (is_complete,) = answer
+        if is_complete:
             return
         write(output / _ENCODED, data, teacher, settings, workers)
         if is_first:
@@ -101,8 +103,8 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
 def check_pairs_suffice(data: Data) -> None:
     """Raise a ValueError for fewer pairs than projections are fitted to."""
     pairs = 0
-    for captions, *_ in data.pairs():
-        pairs += len(captions)
+    for block in data.pairs():
+        pairs += len(block.captions)
         if pairs >= FEWEST:
             return
     place = data.about["data"]
@@ -147,14 +149,16 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
         ValueError: The features cannot be aligned.
         OSError: The disk is full, or the folder cannot be written.
     """
-    arrays = [encoded.arrays[name] for name in NAMES]
-    present = np.flatnonzero(np.concatenate([shard.any(axis=1) for shard in arrays[0].shards]))
+    images, texts = encoded.arrays[_IMAGES], encoded.arrays[_TEXTS]
+    has_features = np.concatenate([shard.any(axis=1) for shard in images.shards])
+    rows_with_features = np.flatnonzero(has_features)
 
-    def take(rows: Array) -> tuple[Tensor, Tensor]:
-        images, texts = (torch.from_numpy(array[present[rows]]) for array in arrays)
-        return images, texts
+    def take(numbers: Array) -> tuple[Tensor, Tensor]:
+        """Features of rows by their numbers among those with features, which :func:`tuned` asks for."""
+        rows = rows_with_features[numbers]
+        return torch.from_numpy(images[rows]), torch.from_numpy(texts[rows])
 
-    cca = tuned(take, _pictures(encoded, data)[present]).cca
+    cca = tuned(take, _picture_of_each_row(encoded, data)[rows_with_features]).cca
     about = {
         **{key: encoded.about[key] for key in _SHARED if key in encoded.about},
         "command": command,
@@ -176,22 +180,23 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
     draft.finish()
 
 
-def _pictures(encoded: Features, data: Data) -> Array:
-    """A number for each row, equal where rows have one picture, by its content as far as it is known."""
+def _picture_of_each_row(encoded: Features, data: Data) -> Array:
+    """A number for each row, equal where rows have one picture, by its content or, unknown, by its name."""
     if encoded.pictures is not None:
         return encoded.pictures[:]
-    hashes = bytearray()  # which grows in place
+    hashes = bytearray()  # of 64 bits each; it grows in place
     for block in data.pairs():
-        hashes += b"".join(hash_of(name.encode("utf-8", "surrogatepass"), 8) for name in block.pictures)
+        for picture in block.pictures:
+            hashes += hash_of(picture.encode("utf-8", "surrogatepass"), 8)
     return np.frombuffer(hashes, np.uint64)
 
 
 def _projected(project: Callable[[Tensor], Tensor], rows: Array, dtype: str) -> Array:
     """The aligned rows; those without features stay zero."""
-    is_present = rows.any(axis=1)
-    projected = project(torch.from_numpy(rows[is_present])).numpy()
+    has_features = rows.any(axis=1)
+    projected = project(torch.from_numpy(rows[has_features])).numpy()
     aligned = np.zeros((len(rows), projected.shape[1]), dtype)
-    aligned[is_present] = projected
+    aligned[has_features] = projected
     return aligned
 
 
@@ -206,12 +211,12 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
         cca = features.alignment
     if cca is None:
         raise ValueError(f"--align {folder} has no projections: it was written without --align")
-    of_folder = features.about["teacher"]
     for name, value in teacher.about.items():
-        if of_folder.get(name) != value:
+        fitted = features.about["teacher"].get(name)
+        if fitted != value:
             raise ValueError(
-                f"--align {folder} has the projections of other encoders, of {name} {of_folder.get(name)!r}; "
-                f"these have {value!r}"
+                f"--align {folder} has the projections of other encoders, of {name} {fitted!r}; these have "
+                f"{value!r}"
             )
     remedy = ". Restore it, or align the new one: its projections are others"
     probing.check_entry(f"--align {folder}", features.about, teacher, remedy)
@@ -225,6 +230,8 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
 
 
 def _with_projection(encoder: Encoder, project: Callable[[Tensor], Tensor], width: int) -> Encoder:
+    """The encoder, followed by a projection to some width."""
+
     def encode(inputs: Any) -> Tensor:
         return project(encoder.encode(inputs).float())
 

@@ -54,9 +54,10 @@ def bind(
     features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
     features.compare_pictures(table.pictures(some_rows(len(features))), "the data")
+    # A list of two integers for each row: its number, and the hash of its pair as a signed integer.
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)
-    starts = np.arange(0, bound.size + 1, bound.shape[1])
-    return dataset.add_column(column, pa.ListArray.from_arrays(starts, bound.ravel()))
+    offsets = np.arange(0, bound.size + 1, bound.shape[1])
+    return dataset.add_column(column, pa.ListArray.from_arrays(offsets, bound.ravel()))
 
 
 def references(features: Features, bound: Array) -> dict[str, Tensor]:
@@ -66,10 +67,11 @@ def references(features: Features, bound: Array) -> dict[str, Tensor]:
         ValueError: The rows were bound to another folder.
     """
     rows, pairs = bound[:, 0], bound[:, 1].view(np.uint64)
-    inside = (rows >= 0) & (rows < len(features))
-    right = inside & (features.pairs[np.where(inside, rows, 0)] == pairs)
-    if not right.all():
-        row = int(rows[right.argmin()])
+    is_in_folder = (rows >= 0) & (rows < len(features))
+    rows_to_read = np.where(is_in_folder, rows, 0)  # row 0 stands in for those that are not there
+    is_bound_here = is_in_folder & (features.pairs[rows_to_read] == pairs)
+    if not is_bound_here.all():
+        row = int(rows[is_bound_here.argmin()])
         raise ValueError(
             f"row {row} of the data is not row {row} of {features.path}: bind them to this folder"
         )
@@ -100,7 +102,8 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
         return {name: x.to(labels.device) for name, x in references(features, rows).items()}
     if not labels.is_floating_point() or labels.dim() not in (2, 3):
         return {}
-    columns = [labels, labels] if labels.dim() == 2 else list(labels.unbind(1))
+    is_of_both_columns = labels.dim() == 2
+    columns = [labels, labels] if is_of_both_columns else list(labels.unbind(1))
     if len(columns) != len(NAMES):
         raise ValueError(f"labels must have the embeddings of two columns; got shape {tuple(labels.shape)}")
     for i, column in enumerate(columns):

@@ -32,6 +32,7 @@ from rankloss_features.writing import precision_on, turn, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A,text=B,align, image=A or text=B"
 _ALIGN = "align"
+_LOCAL = "local-dir:"  # before a folder with a model of open_clip or timm
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
 _NAMES = ("model", "pretrained", *_ENCODERS.values())
 _REMEDY = "give the training teacher FOLDER"
@@ -76,31 +77,33 @@ class Spec(NamedTuple):
         """
         words = text.split(",")
         if "=" in words[0] and words.count(_ALIGN) == 1:
-            both = cls.of(",".join(word for word in words if word != _ALIGN))
+            words.remove(_ALIGN)
+            both = cls.of(",".join(words))
             if both.image_encoder is None or both.text_encoder is None:
                 raise ValueError(f"{text!r}: {_ALIGN} brings two encoders into one space, image=A,text=B")
             return both._replace(align=True)
-        parts = [word.partition("=") for word in words]
-        if all(separator for _, separator, _ in parts):
-            unknown = next((key for key, _, _ in parts if key not in _ENCODERS), None)
-            if unknown is not None:
-                raise ValueError(f"{text!r}: {unknown!r} is no modality{did_you_mean(unknown, [*_ENCODERS])}")
-            encoders: dict[str, Any] = {_ENCODERS[key]: name for key, _, name in parts}
-            if len(encoders) == len(parts) and all(encoders.values()):
-                return cls(**encoders)
-        elif text.startswith(clip_models.OWN_WEIGHTS) and text not in clip_models.OWN_WEIGHTS:
+        if all("=" in word for word in words):
+            return cls(**_encoders_of(text))
+        if text.startswith(clip_models.OWN_WEIGHTS) and text not in clip_models.OWN_WEIGHTS:
             return cls(model=text)
-        else:
-            model, _, pretrained = text.partition(":")
-            if model and pretrained:
-                return cls(model=model, pretrained=pretrained)
-        raise ValueError(f"{text!r} is no teacher: give {_FORMS}")
+        model, _, pretrained = text.partition(":")
+        if model and pretrained:
+            return cls(model=model, pretrained=pretrained)
+        raise _no_teacher(text)
+
+    def names(self) -> dict[str, str]:
+        """The names of the model or of the encoders, and of the model's weights, by the attributes here."""
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {name: value for name, value in values.items() if value is not None}
 
     def options(self) -> list[str]:
         """The options of ``rankloss features`` that name the teacher."""
-        named = [(flag(name), getattr(self, name)) for name in _NAMES]
-        words = [word for pair in named if pair[1] is not None for word in pair]
-        return [*words, *([flag(_ALIGN)] if self.align else [])]
+        words: list[str] = []
+        for name, value in self.names().items():
+            words += [flag(name), value]
+        if self.align:
+            words.append(flag(_ALIGN))
+        return words
 
     def command(self, *more: str) -> str:
         """The command of ``rankloss features`` with more options."""
@@ -116,9 +119,8 @@ class Spec(NamedTuple):
         Raises:
             ValueError: There is no such model, tag or encoder, or its package is not installed.
         """
-        for name in ("model", *_ENCODERS.values()):
-            value = getattr(self, name)
-            if value is not None:
+        for name, value in self.names().items():
+            if name != "pretrained":
                 with named_errors(f"{flag(name)} {value}"):
                     self._look_up(name, packages.SHORT.get(value, value))
         return self
@@ -129,30 +131,64 @@ class Spec(NamedTuple):
         Raises:
             ValueError: It is not installed, not found, or has no weights.
         """
-        names = dict.fromkeys(("features", "image_weights", "spaces"))
-        given = {name: getattr(self, name) for name in _NAMES}
-        args = Namespace(**names, **given, align=None, batch_size=batch_size)
+        # The options of ``rankloss features``, as its parser would have them.
+        options = dict.fromkeys(("features", "image_weights", "spaces", "align", *_NAMES))
+        args = Namespace(**{**options, **self.names()}, batch_size=batch_size)
         return sources.load(sources.given(args), args, device)
 
     def _look_up(self, name: str, value: str) -> None:
-        place = value.removeprefix("local-dir:")
-        if (place != value or value.startswith((".", "/", "~"))) and not os.path.exists(place):
-            raise ValueError(f"there is no folder {place}")
+        """Look up a model or an encoder, ``name``, by its name or path, ``value``.
+
+        Raises:
+            ValueError: It is not found; of a model, or its tag is not.
+            ModuleNotFoundError: Its package is not installed.
+        """
+        folder = value.removeprefix(_LOCAL)
+        is_path = value.startswith((_LOCAL, ".", "/", "~"))
+        if is_path and not os.path.exists(folder):
+            raise ValueError(f"there is no folder {folder}")
         package = value.replace("-", "_")
         if package in packages.MODULES and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         if name == "image_encoder":
             image_encoders.loader_of(value)
         if self.pretrained is not None:
-            import open_clip
+            _look_up_weights(value, self.pretrained)
 
-            models, model = open_clip.list_models(), value.replace("/", "-")
-            if model not in models:
-                raise ValueError(f"unknown model{did_you_mean(model, models)}")
-            if not (open_clip.get_pretrained_cfg(model, self.pretrained) or os.path.isfile(self.pretrained)):
-                tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-                raise ValueError(f"{self.pretrained} is no file, and none of its tags {tags}")
-            clip_models.check_activation(model, self.pretrained)
+
+def _encoders_of(text: str) -> dict[str, Any]:
+    """The encoders of ``image=A,text=B``, ``image=A`` or ``text=B``, by the attributes of :class:`Spec`.
+
+    Raises:
+        ValueError: A modality is unknown, there twice, or without an encoder.
+    """
+    parts = [word.split("=", 1) for word in text.split(",")]
+    for modality, _ in parts:
+        if modality not in _ENCODERS:
+            hint = did_you_mean(modality, [*_ENCODERS])
+            raise ValueError(f"{text!r}: {modality!r} is no modality{hint}")
+    encoders = {_ENCODERS[modality]: encoder for modality, encoder in parts}
+    if len(encoders) < len(parts) or not all(encoders.values()):
+        raise _no_teacher(text)
+    return encoders
+
+
+def _no_teacher(text: str) -> ValueError:
+    return ValueError(f"{text!r} is no teacher: give {_FORMS}")
+
+
+def _look_up_weights(name: str, pretrained: str) -> None:
+    """Raise a ValueError unless open_clip has the model, and its weights are a tag of it or a file."""
+    import open_clip
+
+    models, model = open_clip.list_models(), name.replace("/", "-")
+    if model not in models:
+        raise ValueError(f"unknown model{did_you_mean(model, models)}")
+    is_tag = bool(open_clip.get_pretrained_cfg(model, pretrained))
+    if not is_tag and not os.path.isfile(pretrained):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise ValueError(f"{pretrained} is no file, and none of its tags {tags}")
+    clip_models.check_activation(model, pretrained)
 
 
 # --- the data ---------------------------------------------------------------------------------------------
@@ -168,9 +204,10 @@ def of_open_clip(args: Any, spec: Spec) -> Data:
     Raises:
         ValueError: There are none, or they are synthetic; they cannot be read.
     """
-    if args.dataset_type == "synthetic" or not args.train_data:
-        found = "--dataset-type synthetic" if args.dataset_type == "synthetic" else "no --train-data"
-        raise ValueError(f"{found}: the features of a teacher need pairs; {spec.two_steps(_REMEDY)}")
+    is_synthetic = args.dataset_type == "synthetic"
+    if is_synthetic or not args.train_data:
+        reason = "--dataset-type synthetic" if is_synthetic else "no --train-data"
+        raise ValueError(f"{reason}: the features of a teacher need pairs; {spec.two_steps(_REMEDY)}")
     try:
         kind = kind_of(args.train_data, args.dataset_type)
         # The trainer's parser has the options of every kind, given or not.
@@ -272,15 +309,16 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with turn(Path(f"{folder}.lock"), folder):
-        if not _is_complete(folder):
-            _logger.info("a teacher's features are computed into %s", folder)
-            command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
-            if spec.align:
-                check_pairs_suffice(data)
-                encoded = cached(spec._replace(align=False), data, cache, device)
-                folder.mkdir(exist_ok=True)
-                align(Features(encoded), data, folder, command)
-                return str(folder)
+        if _is_complete(folder):  # by another process, while this one waited
+            return str(folder)
+        _logger.info("a teacher's features are computed into %s", folder)
+        command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
+        if spec.align:
+            check_pairs_suffice(data)
+            encoded = cached(spec._replace(align=False), data, cache, device)
+            folder.mkdir(exist_ok=True)
+            align(Features(encoded), data, folder, command)
+        else:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 teacher = spec.load(device, _BATCH_SIZE)
                 write(folder, data, teacher, {**settings, "command": command}, _WORKERS, shared=False)
@@ -294,20 +332,25 @@ def _is_complete(folder: Path) -> bool:
 
 def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
     """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
-    names = [name for name in (getattr(spec, each) for each in _NAMES) if name is not None]
+    names = list(spec.names().values())
     files = {name: _files(name) for name in names}
-    known = json.dumps([FORMAT, spec, files, settings, data.identity()])
-    digest = hashlib.blake2b(known.encode(), digest_size=6).hexdigest()
-    words = []
-    for name in (str(data.about["data"]), *names, *([_ALIGN] if spec.align else [])):
-        last_part = os.path.basename(name.rstrip("/"))
-        words.append(re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32])
-    return "_".join([*words, digest])
+    described = json.dumps([FORMAT, spec, files, settings, data.identity()])
+    digest = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
+    words = [str(data.about["data"]), *names]
+    if spec.align:
+        words.append(_ALIGN)
+    return "_".join([*map(_file_name, words), digest])
+
+
+def _file_name(name: str) -> str:
+    """The last part of a path or a name, of characters that every file system has, cut at 32."""
+    last_part = os.path.basename(name.rstrip("/"))
+    return re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32]
 
 
 def _files(name: str) -> list[Any]:
     """Path, size and time of change of the files that a name of a teacher means, if it is a path."""
-    place = Path(name.removeprefix("local-dir:"))
+    place = Path(name.removeprefix(_LOCAL))
     candidates = place.rglob("*") if place.is_dir() else [place]
     files = [file for file in candidates if file.is_file()]
     return sorted([str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files)

@@ -141,8 +141,8 @@ class PairSums:
         if self.pairs:
             self.check_widths(image_features, text_features)
         captions = text_features if text_features.dim() == 3 else text_features[:, None]
-        widest = max(image_features.shape[1], captions[0].numel()) if len(captions) else 1
-        rows = max(1, _BLOCK // widest)
+        numbers_of_captions = captions.shape[1] * captions.shape[2]  # of one picture
+        rows = max(1, _BLOCK // max(1, image_features.shape[1], numbers_of_captions))
         for images, texts in zip(image_features.split(rows), captions.split(rows), strict=True):
             if len(images):
                 self._merge(_sums_of_block(images, texts, self.root))
@@ -174,22 +174,30 @@ class PairSums:
         return both
 
     def _merge(self, other: PairSums) -> None:
-        """Add the pairs of another: the mean of covariances, and the covariance of the two means."""
-        if not self.pairs:
-            self.__dict__.update(other.__dict__)
+        """Add the pairs of another: the mean of covariances, and the covariance of the two means.
+
+        With p the share of the other's pairs, μ' and C' its sums, and Δ = μ' − μ of each modality::
+
+            μ ← μ + p·Δ,   C_ab ← (1 − p)·C_ab + p·C'_ab + p·(1 − p)·Δ_a Δ_bᵀ
+        """
+        if not self.pairs:  # there is nothing to add to
+            vars(self).update(vars(other))
             return
         pairs = self.pairs + other.pairs
         share = other.pairs / pairs
-        images, texts = other.image_mean - self.image_mean, other.text_mean - self.text_mean
+        image_shift = other.image_mean - self.image_mean
+        text_shift = other.text_mean - self.text_mean
 
-        def joined(own: Tensor, others: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.lerp(own, others, share).addr_(a, b, alpha=share * (1 - share))
+        def joined(C: Tensor, C_other: Tensor, shift_a: Tensor, shift_b: Tensor) -> Tensor:
+            return torch.lerp(C, C_other, share).addr_(shift_a, shift_b, alpha=share * (1 - share))
 
-        self.image_covariance = joined(self.image_covariance, other.image_covariance, images, images)
-        self.text_covariance = joined(self.text_covariance, other.text_covariance, texts, texts)
-        self.cross_covariance = joined(self.cross_covariance, other.cross_covariance, images, texts)
-        self.image_mean = self.image_mean + share * images
-        self.text_mean = self.text_mean + share * texts
+        self.image_covariance = joined(
+            self.image_covariance, other.image_covariance, image_shift, image_shift
+        )
+        self.text_covariance = joined(self.text_covariance, other.text_covariance, text_shift, text_shift)
+        self.cross_covariance = joined(self.cross_covariance, other.cross_covariance, image_shift, text_shift)
+        self.image_mean = self.image_mean + share * image_shift
+        self.text_mean = self.text_mean + share * text_shift
         self.pairs = pairs
 
 
@@ -208,6 +216,12 @@ def _sums_of_block(images: Tensor, texts: Tensor, root: bool) -> PairSums:
 
 
 def _blocks(image_features: Rows, text_features: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of images with their texts; two tensors are one block.
+
+    Raises:
+        TypeError: One is a tensor, the other is not.
+        ValueError: The numbers of blocks differ.
+    """
     are_tensors = isinstance(image_features, Tensor), isinstance(text_features, Tensor)
     if all(are_tensors):
         yield image_features, text_features  # type: ignore[misc]
@@ -249,15 +263,15 @@ def check_rows(name: str, x: Tensor, numbers: Sequence[int] | None = None) -> No
     """
     if not can_be_read(x):
         raise ValueError(f"{name} must have values; got a tensor on the device {x.device}")
-    for is_good, demand, kind in (
+    for is_good, demand, defect in (
         (x.isfinite().all(-1), "be finite", "NaN or infinity"),
         (x.any(-1), "have a direction", "zeros alone"),
     ):
         if not bool(is_good.all()):
-            row = (~is_good).nonzero()[0].tolist()
+            place = (~is_good).nonzero()[0].tolist()  # the row, and of several captions the caption's place
             if numbers is not None:
-                row[0] = int(numbers[row[0]])
-            raise ValueError(f"{name} must {demand}; row {', '.join(map(str, row))} has {kind}")
+                place[0] = int(numbers[place[0]])
+            raise ValueError(f"{name} must {demand}; row {', '.join(map(str, place))} has {defect}")
 
 
 class _Side(NamedTuple):
@@ -334,12 +348,18 @@ class Eigenbases:
         rank = int((rounding < S).sum())
         image_projection = images.vectors @ (of_images[:, None] * U[:, :rank])
         text_projection = texts.vectors @ (of_texts[:, None] * Vh[:rank].T)
+        # A direction and its opposite are equally good: the largest entry is positive on every machine.
         largest = image_projection.gather(0, image_projection.abs().argmax(0, keepdim=True))
-        signs = largest.sign()  # of two equally good ones, the same on every machine
+        signs = largest.sign()
         return _Projections(sums, image_projection * signs, text_projection * signs, S[:rank])
 
 
 def _side(name: str, covariance: Tensor) -> _Side:
+    """The eigenvectors of a modality's covariance.
+
+    Raises:
+        ValueError: All rows are equal.
+    """
     mean_variance = covariance.diagonal().mean().item()
     eps = torch.finfo(covariance.dtype).eps
     if mean_variance <= eps**2:  # unit-norm rows that differ at most by their rounding
@@ -358,6 +378,7 @@ class _Projections(NamedTuple):
     correlations: Tensor
 
     def of(self, setting: Setting) -> CanonicalCorrelation:
+        """The projections of a setting with these ridges: its dimensions, with its power of S."""
         correlations = self.correlations[: setting.dimensions]
         if len(correlations) < setting.dimensions:
             _logger.warning(
@@ -365,13 +386,13 @@ class _Projections(NamedTuple):
                 setting.dimensions,
                 len(correlations),
             )
-        scaled = correlations**setting.power
+        scale = correlations**setting.power
         return CanonicalCorrelation(
             setting,
             self.sums.image_mean,
-            self.image_projection[:, : len(scaled)] * scaled,
+            self.image_projection[:, : len(scale)] * scale,
             self.sums.text_mean,
-            self.text_projection[:, : len(scaled)] * scaled,
+            self.text_projection[:, : len(scale)] * scale,
             correlations,
         )
 
@@ -535,10 +556,14 @@ class Grid:
         Raises:
             ValueError: One is out of its range.
         """
-        for image_ridge, text_ridge, width, power in itertools.zip_longest(
-            self.image_ridges, self.text_ridges, self.dimensions, self.powers, fillvalue=1
-        ):
-            Setting(image_ridge, text_ridge, width, power)
+        for ridge in self.image_ridges:
+            Setting(image_ridge=ridge)
+        for ridge in self.text_ridges:
+            Setting(text_ridge=ridge)
+        for width in self.dimensions:
+            Setting(dimensions=width)
+        for power in self.powers:
+            Setting(power=power)
 
 
 class Trial(NamedTuple):
@@ -572,6 +597,11 @@ class _HeldOut:
     def of(
         cls, images: Tensor, texts: Tensor, image_ids: Ids | None, text_ids: Ids | None, k: int
     ) -> _HeldOut:
+        """Check held-out pairs, as :func:`search` takes them, and find the partners.
+
+        Raises:
+            ValueError: As :func:`search`.
+        """
         if (image_ids is None) != (text_ids is None):
             given = "image_ids" if text_ids is None else "text_ids"
             raise ValueError(f"image_ids and text_ids go together; got {given} alone")
@@ -590,10 +620,10 @@ class _HeldOut:
                 f"{tuple(images.shape)} and {tuple(texts.shape)}"
             )
         check_count("k", k, at_most=min(len(images), len(texts)))
-        of_images, of_texts = id_numbers(image_ids, text_ids, images, texts)
-        check_partners("image", image_ids, of_images, "text", of_texts)
-        check_partners("text", text_ids, of_texts, "image", of_images)
-        pairs = (of_images[:, None] == of_texts).nonzero().T
+        image_numbers, text_numbers = id_numbers(image_ids, text_ids, images, texts)
+        check_partners("image", image_ids, image_numbers, "text", text_numbers)
+        check_partners("text", text_ids, text_numbers, "image", image_numbers)
+        pairs = (image_numbers[:, None] == text_numbers).nonzero().T
         return cls(images, texts, pairs, _first_equal(images), _first_equal(texts), k)
 
     def centred(self, sums: PairSums) -> tuple[Tensor, Tensor]:
@@ -613,19 +643,23 @@ class _HeldOut:
         if self.equal_texts is not None:
             scores = scores[:, self.equal_texts]
         image, text = self.pairs
-        of_pairs = scores[image, text]
-        is_before = torch.empty_like(scores)  # sums of booleans take six times as long
+        scores_of_partners = scores[image, text]
+        is_in_front = torch.empty_like(scores)  # of floats, since sums of booleans take six times as long
         recalls = []
-        for query, dim in ((image, 1), (text, 0)):
-            best = scores.new_full((scores.shape[1 - dim],), -math.inf)
-            best = best.scatter_reduce(0, query, of_pairs, "amax")
-            before = torch.ge(scores, best.unsqueeze(dim), out=is_before).sum(dim)
-            partners = torch.zeros_like(before).scatter_add_(0, query, (of_pairs >= best[query]).to(before))
-            recalls.append((before - partners < self.k).double().mean().item())
+        for query, answers_dim in ((image, 1), (text, 0)):
+            queries = scores.shape[1 - answers_dim]
+            # A query counts if fewer than k wrong answers score at least as its best partner.
+            best = scores.new_full((queries,), -math.inf)
+            best = best.scatter_reduce(0, query, scores_of_partners, "amax")
+            in_front = torch.ge(scores, best.unsqueeze(answers_dim), out=is_in_front).sum(answers_dim)
+            is_best_partner = (scores_of_partners >= best[query]).to(in_front)
+            best_partners = torch.zeros_like(in_front).scatter_add_(0, query, is_best_partner)
+            recalls.append((in_front - best_partners < self.k).double().mean().item())
         return sum(recalls) / 2
 
 
 def _first_equal(x: Tensor) -> Tensor | None:
+    """Of each row the first that is equal to it in the dtype of the scores; None if all differ."""
     return first_equal(x.to(arithmetic_dtype(x)))
 
 
@@ -678,6 +712,7 @@ def search(
 
 
 def _trials(sums: PairSums, held_out: _HeldOut, grid: Grid) -> Iterator[Trial]:
+    """The trials of one of the sums, in the order of the grid."""
     bases = Eigenbases(sums)
     images, texts = held_out.centred(sums)
     for image_ridge, text_ridge in itertools.product(grid.image_ridges, grid.text_ridges):

@@ -17,12 +17,13 @@ def report(path: str, data: Data) -> str:
         ValueError: It is not of these pairs, a picture has changed, or its rows are no teacher's.
     """
     features = Features(path).check()
-    about, where = features.about, str(data.about["data"])
-    features.compare(data.pairs(), where)
+    about = features.about
+    name_of_data = str(data.about["data"])
+    features.compare(data.pairs(), name_of_data)
     if features.pictures is not None:
-        features.compare_pictures(data.pictures(range(len(features))), where)
+        features.compare_pictures(data.pictures(range(len(features))), name_of_data)
     teacher = ", ".join(f"{name} {value!r}" for name, value in about.get("teacher", {}).items())
-    lines = [f"{path}: {len(features):,} rows of {where}, pair by pair", f"teacher: {teacher}"]
+    lines = [f"{path}: {len(features):,} rows of {name_of_data}, pair by pair", f"teacher: {teacher}"]
     if features.pictures is None:
         lines.append("pictures: by their names, since the teacher has read none")
     if about["skipped"]:

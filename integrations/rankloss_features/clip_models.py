@@ -28,13 +28,14 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
         raise ValueError(f"--pretrained {pretrained}: the folder --model {model} has its own weights")
     if not model.startswith(OWN_WEIGHTS):
         return
-    text = "loads the hub's weights: leave it out"
-    if model.startswith(OWN_WEIGHTS[0]):
-        text = (
+    if model.startswith("local-dir:"):
+        advice = (
             "loads the weights in the folder: copy its open_clip_config.json into a new folder, and your "
             "file beside it as open_clip_pytorch_model.bin"
         )
-    raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {text}")
+    else:
+        advice = "loads the hub's weights: leave it out"
+    raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {advice}")
 
 
 def check_activation(model: str | None, pretrained: str | None) -> None:
@@ -73,6 +74,7 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
 
 
 def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teacher:
+    """A model of open_clip."""
     check_activation(name, pretrained)
     options = trained_files.options_of(name, pretrained) if pretrained else {}
     model, transform, tokenizer = opening.open_clip_model(name, pretrained, device, **options)
@@ -88,5 +90,6 @@ def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teach
 
 # It is sent to other processes, where these are not forked.
 def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
+    """The tokens of the samples' captions, the inputs of the model's text tower."""
     tokens: Tensor = tokenizer(captions(samples))
     return tokens

@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{did_you_mean(unknown[0], known)}")
+        known_options = [option for action in parser._actions for option in action.option_strings]
+        hint = did_you_mean(unknown[0], known_options)
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
     command = shlex.join(["rankloss", "features", *argv])
     logging.basicConfig(format="rankloss features: %(message)s")
     logging.getLogger("rankloss_features").setLevel(logging.INFO)
@@ -38,16 +39,21 @@ def main(argv: Sequence[str]) -> int:
         if args.check is not None:
             print(checking.report(args.check, data.open_data(args)))
             return 0
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = sources.device_of(args.device, own if torch.cuda.is_available() else "cpu")
-        precision = args.precision or writing.precision_on(device)
-        settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
-        given = sources.given(args)
-        pairs, teacher = data.open_data(args), sources.load(given, args, device)
-        if isinstance(args.align, str):
+        gpu_of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = sources.device_of(args.device, gpu_of_process if torch.cuda.is_available() else "cpu")
+        settings = {
+            "dtype": args.dtype,
+            "precision": args.precision or writing.precision_on(device),
+            "batch_size": args.batch_size,
+            "command": command,
+        }
+        options_of_teacher = sources.given(args)
+        pairs = data.open_data(args)
+        teacher = sources.load(options_of_teacher, args, device)
+        if isinstance(args.align, str):  # a folder, whose projections are taken
             teacher = aligning.aligned_teacher(teacher, args.align)
         write = aligning.write_aligned if args.align is True else writing.write
-        write(args.output, pairs, teacher, {**settings, "command": command}, args.workers)
+        write(args.output, pairs, teacher, settings, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1
@@ -68,32 +74,35 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="FOLDER", help="where the features go")
     where.add_argument("--check", metavar="FOLDER", help="a folder to compare with the data and describe")
-    said = parser.add_argument_group("the teacher")
-    said.add_argument("--model", help="a model of open_clip, hf-hub:… and local-dir:… included")
-    said.add_argument(
+    teacher = parser.add_argument_group("the teacher")
+    teacher.add_argument("--model", help="a model of open_clip, hf-hub:… and local-dir:… included")
+    teacher.add_argument(
         "--pretrained", metavar="TAG", help="its weights, a tag or a file; of hf-hub:… and local-dir:… none"
     )
-    said.add_argument(
+    teacher.add_argument(
         "--image-encoder",
         metavar="NAME",
         help="of images: a model of timm or transformers (a folder), or efficientnet-lite0 of the extra "
         "encoders",
     )
-    said.add_argument("--image-weights", metavar="PATH", help="its weights, a file or a folder with one")
-    said.add_argument(
+    teacher.add_argument("--image-weights", metavar="PATH", help="its weights, a file or a folder with one")
+    teacher.add_argument(
         "--text-encoder",
         metavar="NAME",
         help="of texts: a model of sentence-transformers or transformers (a folder), or minilm of the extra "
         "encoders",
     )
-    stored = "a folder or .npz file of image_features and text_features, in the order of the data"
-    said.add_argument("--features", metavar="PATH", help=stored)
-    said.add_argument(
+    teacher.add_argument(
+        "--features",
+        metavar="PATH",
+        help="a folder or .npz file of image_features and text_features, in the order of the data",
+    )
+    teacher.add_argument(
         "--spaces",
         choices=SPACES,
         help="of --features: separate if images and texts are of two encoders; else common, for equal widths",
     )
-    said.add_argument(
+    teacher.add_argument(
         "--align",
         nargs="?",
         const=True,

@@ -32,28 +32,34 @@ def first_components(features: Any, width: int) -> Components:
             f"{features.path} has images and texts of separate spaces, which no one matrix can copy; learn "
             "the ranks within each modality instead: --loss rankclip-distill"
         )
-    arrays, rows = list(features.arrays.values()), len(features) - features.about["skipped"]
-    full = arrays[0].shape[1]
-    if not 1 <= width <= min(full, rows):
+    arrays = list(features.arrays.values())
+    rows = len(features) - features.about["skipped"]
+    full_width = arrays[0].shape[1]
+    if not 1 <= width <= min(full_width, rows):
         raise ValueError(
-            f"width must be at least 1 and at most the {full} dimensions and the {rows} rows of "
+            f"width must be at least 1 and at most the {full_width} dimensions and the {rows} rows of "
             f"{features.path}; got {width}"
         )
     features.check()
-    products = np.zeros((full, full))
+    products = np.zeros((full_width, full_width))  # Σ x·xᵀ
     for array in arrays:
         for first in range(0, len(array), _BLOCK):
             block = array[first : first + _BLOCK].astype(np.float64)
             block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)  # absent rows are 0
             products += block.T @ block
     variances, vectors = np.linalg.eigh(products)  # ascending
-    matrix = vectors[:, : -width - 1 : -1]
-    # A fixed sign, so that all processes have the same.
-    largest = np.take_along_axis(matrix, np.abs(matrix).argmax(axis=0)[None], axis=0)
+    matrix = np.flip(vectors, axis=1)[:, :width]
+    # The largest entry of each vector is positive, so that all processes have the same signs.
+    places = np.abs(matrix).argmax(axis=0)
+    largest = np.take_along_axis(matrix, places[None], axis=0)
     matrix = np.ascontiguousarray(matrix * np.sign(largest), np.float32)
     variances = variances.clip(min=0)
     explained = float(variances[-width:].sum() / variances.sum())
     _logger.info(
-        "%s: %d of %d dimensions, explained variance %.1f %%", features.path, width, full, 100 * explained
+        "%s: %d of %d dimensions, explained variance %.1f %%",
+        features.path,
+        width,
+        full_width,
+        100 * explained,
     )
     return Components(torch.from_numpy(matrix), explained)

@@ -17,7 +17,10 @@ def may_swallow_rows(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return any(b'"' in block for block in iter(lambda: file.read(_BLOCK), b""))
+        while block := file.read(_BLOCK):
+            if b'"' in block:
+                return True
+    return False
 
 
 def check_cells(table: Any, path: str, separator: str) -> None:
@@ -39,13 +42,13 @@ def check_cells(table: Any, path: str, separator: str) -> None:
         return
     pattern = re.compile(separator if len(separator) > 1 else re.escape(separator))
     for name in table.columns:
-        if table[name].dtype.kind in "biufc":  # numbers
+        if table[name].dtype.kind in "biufc":  # booleans and numbers
             continue
         for row, cell in enumerate(table[name]):
             if isinstance(cell, str) and "\n" in cell and pattern.search(cell):
-                beginning, *others = cell.splitlines()
+                first_line, *others = cell.splitlines()
                 raise ValueError(
-                    f"row {row} of {path}, column {name!r}: the cell {beginning!r:.60} goes on for "
+                    f"row {row} of {path}, column {name!r}: the cell {first_line!r:.60} goes on for "
                     f"{len(others)} more lines, up to a second quotation mark, and holds what may be rows of "
                     'the table; a text that begins with a quotation mark is written """like this"" and on", '
                     "and one with line breaks without them"

@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from rankloss.checks import check_id
 from rankloss_features import opening
@@ -30,6 +30,8 @@ from rankloss_features.pictures import Rendering
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
 _LOOKED_AT = 64  # pictures or shards that are read to tell data apart
+_BEGINNING = 2**20  # bytes of each of them
+_Item = TypeVar("_Item")
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the extensions of images in open_clip's trainer, by preference
 
 
@@ -45,7 +47,8 @@ def extensions(keys: str) -> list[str]:
         >>> extensions("txt; caption")
         ['txt', 'caption']
     """
-    return [key for part in keys.split(";") if (key := part.strip())]
+    parts = (part.strip() for part in keys.split(";"))
+    return [part for part in parts if part]
 
 
 def read_member(sample: Mapping[str, Any], key: str) -> Any:
@@ -53,10 +56,12 @@ def read_member(sample: Mapping[str, Any], key: str) -> Any:
 
     None if the sample has none.
     """
-    kind, _, field = key.partition(":")
+    extension, _, field = key.partition(":")
+    if extension != "json":
+        return sample.get(key.lower())
     try:
-        return json.loads(sample["json"])[field] if kind == "json" else sample[key.lower()]
-    except (KeyError, TypeError, ValueError):
+        return json.loads(sample["json"])[field]
+    except (KeyError, TypeError, ValueError):  # no member, no JSON, no object, or an object without the field
         return None
 
 
@@ -79,23 +84,34 @@ class Sample(NamedTuple):
 
 
 Spans = Sequence[tuple[int, int]]
-"""First and last row, the latter excluded, of each batch."""
+"""The batches of a shard: the first row of each, and the row after its last, counted over all shards."""
 
 
-def groups_of(data: Any, size: int, left: Iterable[range]) -> list[tuple[int, Spans]]:
-    """Ranges of rows in batches, grouped by the source that has to be read from its start."""
-    ends = list(itertools.accumulate(data.counts))
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for rows in left:
+def groups_of(data: Any, size: int, ranges: Iterable[range]) -> list[tuple[int, Spans]]:
+    """Divide ranges of rows into batches, and group those that one reader has to read.
+
+    No batch has rows of two shards.
+
+    Args:
+        data: The data, once their pairs were counted.
+        size: The rows of a batch, at most.
+        ranges: The rows.
+
+    Returns:
+        The shard and the batches of each group: all batches of a shard that is read as a stream, else one.
+    """
+    ends = list(itertools.accumulate(data.counts))  # of each shard, the row after its last
+    spans_of_shard: dict[int, list[tuple[int, int]]] = {}
+    for rows in ranges:
         first = rows.start
         while first < rows.stop:
-            source = bisect.bisect_right(ends, first)
-            last = min(first + size, ends[source], rows.stop)
-            groups.setdefault(source, []).append((first, last))
+            shard = bisect.bisect_right(ends, first)
+            last = min(first + size, ends[shard], rows.stop)
+            spans_of_shard.setdefault(shard, []).append((first, last))
             first = last
     if data.is_stream:
-        return list(groups.items())
-    return [(source, [span]) for source, spans in groups.items() for span in spans]
+        return list(spans_of_shard.items())
+    return [(shard, [span]) for shard, spans in spans_of_shard.items() for span in spans]
 
 
 class Table:
@@ -110,9 +126,9 @@ class Table:
         **about: The entries of ``folder.json`` about it.
 
     Attributes:
-        counts: The pairs of each source, here one.
+        counts: The pairs of each shard; a table is one shard.
         ids: The values of the column of ids, None without one.
-        is_stream: True if a source is read from its start, by a trainer that knows samples by name, and skips
+        is_stream: True if a shard is read from its start, by a trainer that knows samples by name, and skips
             pictures that cannot be read.
 
     Raises:
@@ -133,17 +149,15 @@ class Table:
         import datasets
 
         self.rendering = rendering
-        self.about, self.counts, self.caption_column = about, [len(dataset)], caption_column
-        self.ids: list[Any] | None = None
-        if id_column is not None:
-            if id_column not in dataset.column_names:
-                raise ValueError(f"there is no column {id_column!r} of ids, but {dataset.column_names}")
-            self.ids = list(dataset.with_format(None)[id_column])
-            for row, value in enumerate(self.ids):
-                check_id(f"ids in column {id_column}", value, row)
-        dataset = dataset.with_format(None).select_columns([image_column, caption_column])
+        self.about = about
+        self.counts = [len(dataset)]
+        self.caption_column = caption_column
+        dataset = dataset.with_format(None)
+        self.ids = None if id_column is None else _checked_ids(dataset, id_column)
+        dataset = dataset.select_columns([image_column, caption_column])
         dataset = dataset.rename_columns({image_column: "image", caption_column: "caption"})
         try:
+            # Columns caption, image.path and image.bytes; one of the latter two may be None in a row.
             self.dataset = dataset.cast_column("image", datasets.Image(decode=False)).flatten()
         except Exception as error:  # Arrow raises many
             raise ValueError(f"column {image_column!r} must hold images or their paths: {error}") from error
@@ -153,21 +167,26 @@ class Table:
     def pairs(self) -> Iterator[PairBlock]:
         """All pairs, in the order of the rows. It is called first, and counts them."""
         for first in range(0, len(self.names), _BLOCK):
-            captions, names = self._named(first, self.names[first : first + _BLOCK])
+            captions, names = self._captions_and_names(first, self.names[first : first + _BLOCK])
             yield PairBlock(captions, names, names)
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
         """The row, the name and the content of the pictures of some rows, but of those that are not there."""
-        left = iter(rows)
-        while block := list(itertools.islice(left, _BLOCK)):
+        for block in _blocks(rows):
             pictures = self.dataset[block]
-            for row, path, content in zip(
-                block, pictures["image.path"], pictures["image.bytes"], strict=True
-            ):
-                if content or (path and os.path.isfile(path)):
-                    yield row, name_of(path or content, self._folder), content or opening.content_of(path)
+            paths, contents = pictures["image.path"], pictures["image.bytes"]
+            for row, path, content in zip(block, paths, contents, strict=True):
+                is_a_file = bool(path) and os.path.isfile(path)
+                if content or is_a_file:
+                    name = name_of(path or content, self._folder)
+                    yield row, name, content or opening.content_of(path)
 
-    def _named(self, first: int, block: dict[str, list[Any]]) -> tuple[list[str], list[str]]:
+    def _captions_and_names(self, first: int, block: dict[str, list[Any]]) -> tuple[list[str], list[str]]:
+        """The captions, and the names of the pictures, of a block of rows that begins with row ``first``.
+
+        Raises:
+            ValueError: A row has no caption.
+        """
         for row, caption in enumerate(block["caption"], first):
             if not (caption and isinstance(caption, str)):
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
@@ -175,9 +194,14 @@ class Table:
         return block["caption"], [name_of(picture, self._folder) for picture in pictures]
 
     def _pictures(self, first: int, paths: list[str | None]) -> list[Any]:
-        """The path of each row's picture, or the bytes of one whose path others share."""
+        """The path of each row's picture, or the bytes of one whose path does not tell it from others.
+
+        Args:
+            first: The first row.
+            paths: The column ``image.path`` from there on.
+        """
         if self._shared_paths.isdisjoint(paths):
-            return [*paths]
+            return list(paths)
         contents = self.contents[first : first + len(paths)]["image.bytes"]
         return [
             content if path in self._shared_paths and content else path
@@ -199,36 +223,41 @@ class Table:
 
     @functools.cached_property
     def _shared_paths(self) -> set[str | None]:
-        """The paths, None among them, that several pictures inside the data share."""
+        """The paths that do not tell a picture from others: None, and those of several stored pictures."""
+        shared: set[str | None] = {None}
+        stored = self.contents.data.column("image.bytes")
+        if stored.null_count == len(stored):  # all pictures are files, one for each path
+            return shared
+        first_hashes: dict[str, bytes] = {}
+        rows = self._rows_of_repeated_paths()
+        for first in range(0, len(rows), _BLOCK):
+            block = rows[first : first + _BLOCK].to_pylist()
+            paths = self.names[block]["image.path"]
+            contents = self.contents[block]["image.bytes"]
+            for path, content in zip(paths, contents, strict=True):
+                if content and path not in shared:
+                    digest = hash_of(content)
+                    if first_hashes.setdefault(path, digest) != digest:
+                        shared.add(path)
+        return shared
+
+    def _rows_of_repeated_paths(self) -> Any:
+        """The rows whose path stands in another row, too, as an array of Arrow."""
         import pyarrow.compute as pc
 
-        content = self.contents.data.column("image.bytes")
-        if content.null_count == len(content):
-            return {None}
         paths = self._all_paths
         counts = pc.value_counts(paths)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-        rows = pc.indices_nonzero(pc.and_(pc.is_valid(paths), pc.is_in(paths, repeated)))
-        shared: set[str | None] = {None}
-        first_contents: dict[str, bytes] = {}
-        for first in range(0, len(rows), _BLOCK):
-            block = rows[first : first + _BLOCK]
-            contents = self.contents[block.to_pylist()]["image.bytes"]
-            for path, content in zip(paths.take(block).to_pylist(), contents, strict=True):
-                if content and path not in shared:
-                    digest = hash_of(content)
-                    if first_contents.setdefault(path, digest) != digest:
-                        shared.add(path)
-        return shared
+        is_repeated = pc.and_(pc.is_valid(paths), pc.is_in(paths, repeated))
+        return pc.indices_nonzero(is_repeated)
 
     def identity(self) -> str:
         """A hash that differs for other data: of captions, paths, and the pictures of some rows."""
         digest = hashlib.blake2b(repr(self.rendering).encode(), digest_size=16)
         for first in range(0, len(self.names), _BLOCK):
             block = self.names[first : first + _BLOCK]
-            described = repr(
-                (self._named(first, block), [path and os.path.abspath(path) for path in block["image.path"]])
-            )
+            absolute_paths = [path and os.path.abspath(path) for path in block["image.path"]]
+            described = repr((self._captions_and_names(first, block), absolute_paths))
             digest.update(described.encode("utf-8", "surrogatepass"))
         for row in some_rows(len(self.dataset)):
             picture = self.dataset[row]
@@ -244,18 +273,39 @@ class Table:
             sources += [picture if isinstance(picture, str) else name_of(picture) for picture in pictures]
         return sources
 
-    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
-        """The samples of some batches of a source."""
+    def read(self, shard: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002 (there is one)
+        """The samples of some batches of a shard, in the order of its rows."""
         for first, last in spans:
             block = self.dataset[first:last]
-            captions, names = self._named(first, block)
-            contents, paths = block["image.bytes"], block["image.path"]
-            samples = []
-            for row, caption, name, content, path in zip(
-                range(first, last), captions, names, contents, paths, strict=True
-            ):
-                samples.append(Sample(row, name, caption, source=content or path))
-            yield samples
+            captions, names = self._captions_and_names(first, block)
+            contents_and_paths = zip(block["image.bytes"], block["image.path"], strict=True)
+            sources = [content or path for content, path in contents_and_paths]
+            rows = range(first, last)
+            yield [
+                Sample(row, name, caption, source=source)
+                for row, name, caption, source in zip(rows, names, captions, sources, strict=True)
+            ]
+
+
+def _blocks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """The items in lists of :data:`_BLOCK`, of which the last may be shorter."""
+    iterator = iter(items)
+    while block := list(itertools.islice(iterator, _BLOCK)):
+        yield block
+
+
+def _checked_ids(dataset: Any, column: str) -> list[Any]:
+    """The ids of a column.
+
+    Raises:
+        ValueError: There is no such column, or an id is neither a text nor an integer.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"there is no column {column!r} of ids, but {dataset.column_names}")
+    ids = list(dataset[column])
+    for row, value in enumerate(ids):
+        check_id(f"ids in column {column}", value, row)
+    return ids
 
 
 def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: str) -> bool:
@@ -269,8 +319,25 @@ def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: st
     captions = next(table.pairs()).captions
     path, content = row["image.path"], row["image.bytes"]
     names = possible_names(path) if path else []
-    names += [name_of(content)] if content else []
+    if content:
+        names.append(name_of(content))
     return any(hash_of_pair(captions[0], name) == pair for name in names)
+
+
+class _ShardSample(NamedTuple):
+    """A sample of a webdataset.
+
+    Attributes:
+        caption: Its caption.
+        key: Its key, the name of its files without their extensions.
+        picture: The content of its picture, or the identity of that.
+        id: Its id; None without ids.
+    """
+
+    caption: str
+    key: str
+    picture: Any
+    id: Any
 
 
 class Shards:
@@ -296,9 +363,11 @@ class Shards:
 
         self.rendering, self.id_key = rendering, id_key
         self.ids: list[Any] | None = None
+        listed: list[str] = []
+        for part in urls.split("::"):
+            listed += webdataset.shardlists.expand_urls(part)
         # A shard that is listed twice, to be seen more often, has the same pairs.
-        listed = (webdataset.shardlists.expand_urls(part) for part in urls.split("::"))
-        self.urls = list(dict.fromkeys(itertools.chain.from_iterable(listed)))
+        self.urls = list(dict.fromkeys(listed))
         self.text_keys = extensions(text_key)
         self.about = {"kind": "webdataset", "data": urls}
         self.counts: list[int] = []
@@ -316,33 +385,52 @@ class Shards:
             digest.update(_beginning(self.urls[i]))
         return digest.hexdigest()
 
-    def _samples(self, url: str) -> Iterator[tuple[str, str, bytes, Any]]:
-        """The caption, the key, the picture and the id of each sample that has the former."""
+    def _samples(self, url: str) -> Iterator[_ShardSample]:
+        """The samples of a shard that have a caption and a picture. Members that are not needed are not read.
+
+        Raises:
+            ValueError: The shard cannot be read, or a sample lacks an id.
+        """
         from webdataset.gopen import gopen
         from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-        of_ids = [] if self.id_key is None else [self.id_key.partition(":")[0].lower()]
-        extensions_read = {*self.text_keys, *IMAGES, *of_ids}
+        needed_extensions = {*self.text_keys, *IMAGES}
+        if self.id_key is not None:
+            id_extension, _, _ = self.id_key.partition(":")
+            needed_extensions.add(id_extension.lower())
 
-        def wanted(file: str) -> bool:
-            return (base_plus_ext(file)[1] or "").lower() in extensions_read
+        def is_needed(file: str) -> bool:
+            _, extension = base_plus_ext(file)
+            return (extension or "").lower() in needed_extensions
 
         try:
             with gopen(url) as stream:
-                files = tar_file_iterator(stream, select_files=wanted)
-                for sample in group_by_keys({**file, "__url__": url} for file in files):
-                    text = next((sample[key] for key in self.text_keys if key in sample), None)
-                    image = next((sample[key] for key in IMAGES if key in sample), None)
-                    if text is not None and image is not None:
-                        yield text.decode(errors="replace"), sample["__key__"], image, self._id_of(sample)
+                files = tar_file_iterator(stream, select_files=is_needed)
+                for members in group_by_keys({**file, "__url__": url} for file in files):
+                    text = _preferred_member(members, self.text_keys)
+                    picture = _preferred_member(members, IMAGES)
+                    if text is not None and picture is not None:
+                        caption = text.decode(errors="replace")
+                        yield _ShardSample(caption, members["__key__"], picture, self._id_of(members))
         except tarfile.TarError as error:
             raise ValueError(f"{url} cannot be read: {error}") from error
 
+    def _identified_samples(self, url: str) -> Iterator[_ShardSample]:
+        """The samples of a shard, with the identities of their pictures in place of these, to save memory."""
+        for sample in self._samples(url):
+            yield sample._replace(picture=identity_of(sample.picture))
+
     def _id_of(self, sample: Mapping[str, Any]) -> Any:
+        """The id of a sample; None without ids.
+
+        Raises:
+            ValueError: The sample lacks it, or it is neither a text nor an integer.
+        """
         if self.id_key is None:
             return None
         value = read_member(sample, self.id_key)
-        value = value.decode(errors="replace").strip() if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace").strip()
         try:
             check_id(self.id_key, value, 0)
         except ValueError as error:
@@ -353,39 +441,53 @@ class Shards:
 
     def pairs(self) -> Iterator[PairBlock]:
         """See :class:`Table`."""
-        self.counts, ids = [], list[Any]()
+        self.counts = []
+        self.ids = None if self.id_key is None else []
         for url in self.urls:
-            known = (
-                (caption, key, identity_of(image), own) for caption, key, image, own in self._samples(url)
-            )  # without the picture
             self.counts.append(0)
-            while block := list(itertools.islice(known, _BLOCK)):
+            for block in _blocks(self._identified_samples(url)):
                 self.counts[-1] += len(block)
-                captions, keys, identities, of_block = map(list, zip(*block, strict=True))
-                if self.id_key is not None:
-                    ids += of_block
-                    self.ids = ids
-                yield PairBlock(captions, keys, identities)
+                if self.ids is not None:
+                    self.ids += [sample.id for sample in block]
+                yield PairBlock(
+                    captions=[sample.caption for sample in block],
+                    names=[sample.key for sample in block],
+                    pictures=[sample.picture for sample in block],
+                )
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:  # noqa: ARG002
         """See :class:`Table`: none, since :meth:`pairs` has the content of all."""
         yield from ()
 
-    def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
-        """See :class:`Table`."""
-        row, samples = sum(self.counts[:source]), self._samples(self.urls[source])
+    def read(self, shard: int, spans: Spans) -> Iterator[list[Sample]]:
+        """See :class:`Table`. Samples before and between the batches are skipped."""
+        samples = self._samples(self.urls[shard])
+        next_row = sum(self.counts[:shard])  # of the stream's next sample
         for first, last in spans:
-            batch = enumerate(itertools.islice(samples, first - row, last - row), first)
-            yield [Sample(i, key, caption, source=image) for i, (caption, key, image, _) in batch]
-            row = last
+            batch = itertools.islice(samples, first - next_row, last - next_row)
+            next_row = last
+            yield [
+                Sample(row, sample.key, sample.caption, source=sample.picture)
+                for row, sample in enumerate(batch, start=first)
+            ]
+
+
+def _preferred_member(sample: Mapping[str, Any], preferred: Iterable[str]) -> Any:
+    """A sample's member with the first of some extensions that it has; None if it has none of them."""
+    for extension in preferred:
+        if extension in sample:
+            return sample[extension]
+    return None
 
 
 Data: TypeAlias = Table | Shards
 
 
 def some_rows(number: int) -> list[int]:
-    """Some of so many rows, from the first to the last."""
-    return sorted({i * (number - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}) if number else []
+    """Some of so many rows, equally far apart, the first and the last among them."""
+    if number == 0:
+        return []
+    return sorted({i * (number - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)})
 
 
 def _beginning(path: str) -> bytes:
@@ -393,7 +495,7 @@ def _beginning(path: str) -> bytes:
     if not os.path.isfile(path):
         return b""
     with open(path, "rb") as file:
-        return file.read(2**20)
+        return file.read(_BEGINNING)
 
 
 def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -> Any:
@@ -406,34 +508,53 @@ def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -
         separator: Between its columns.
         keys: The columns of pictures and captions by the options that name them.
         ids_key: The column of ids, or None.
+
+    Raises:
+        ValueError: The file cannot be read or lacks a column, a cell has no value, or an id is neither a text
+            nor an integer.
     """
     import datasets
     import pandas  # type: ignore[import-untyped]
 
-    if ids_key is not None:
-        keys = {**keys, "--ids-key": ids_key}
     try:
         table = pandas.read_csv(path, sep=separator)
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error} (--csv-separator {separator!r})") from error
     check_cells(table, path, separator)
     for option, key in keys.items():
-        if key not in table.columns:
-            hint = "; wrong --csv-separator?" if any(key in str(x) for x in table.columns) else ""
-            raise ValueError(f"{option} {key}: {path} has the columns {list(table.columns)}{hint}")
-        missing = table[key].isna()
-        if missing.any():
-            row = int(missing.argmax())
-            cell = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)[key].iloc[row]
-            raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
-    columns = {key: [str(x) for x in table[key].tolist()] for key in keys.values()}
+        _check_column(table, path, separator, option, key)
+    columns = {key: [str(cell) for cell in table[key].tolist()] for key in keys.values()}
     if ids_key is not None:
+        _check_column(table, path, separator, "--ids-key", ids_key)
         ids = ids_as_written(path, separator, ids_key, table[ids_key])
         for row, value in enumerate(ids):
             check_id(f"ids in column {ids_key}", value, row)
-        if ids_key not in (keys["--csv-img-key"], keys["--csv-caption-key"]):
-            columns[ids_key] = ids
+        columns.setdefault(ids_key, ids)  # unless the column is that of the pictures or captions
     return datasets.Dataset.from_dict(columns)
+
+
+def _check_column(table: Any, path: str, separator: str, option: str, key: str) -> None:
+    """Raise a ValueError for a column that a CSV file lacks, or a cell of it that has no value.
+
+    Args:
+        table: The file as pandas has it.
+        path: The file.
+        separator: Between its columns.
+        option: The option that names the column.
+        key: The column.
+    """
+    import pandas
+
+    if key not in table.columns:
+        is_part_of_a_name = any(key in str(name) for name in table.columns)
+        hint = "; wrong --csv-separator?" if is_part_of_a_name else ""
+        raise ValueError(f"{option} {key}: {path} has the columns {list(table.columns)}{hint}")
+    is_missing = table[key].isna()
+    if is_missing.any():
+        row = int(is_missing.argmax())
+        as_written = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+        cell = as_written[key].iloc[row]
+        raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
 
 
 def ids_as_written(path: str, separator: str, key: str, parsed: Any) -> list[Any]:
@@ -447,9 +568,10 @@ def ids_as_written(path: str, separator: str, key: str, parsed: Any) -> list[Any
     """
     import pandas
 
-    values = list(parsed.tolist())
+    values: list[Any] = parsed.tolist()
     if any(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        values = list(pandas.read_csv(path, sep=separator, usecols=[key], dtype=str)[key].tolist())
+        as_written = pandas.read_csv(path, sep=separator, usecols=[key], dtype=str)
+        values = as_written[key].tolist()
     return values
 
 
@@ -531,48 +653,67 @@ def open_data(args: Any, path: str | None = None) -> Data:
     if args.data is None:
         raise ValueError("--data is needed: the pairs, as the trainer has them")
     _check_options(args)
-    path, ids_key = str(args.data if path is None else path), getattr(args, "ids_key", None)
-    # open_clip's readers of CSV files and shards leave the camera's orientation as it is; datasets turns it.
-    background = getattr(args, "background", None)
-    as_stored, turned = rendering_of(background, upright=False), rendering_of(background, upright=True)
+    path = str(args.data if path is None else path)
     kind = kind_of(path, args.dataset_type)
-    given = {name: value for name in OPTIONS[kind] if (value := getattr(args, name, None)) is not None}
-    values = {**{name: option.default for name, option in OPTIONS[kind].items()}, **given}
+    given = {name: getattr(args, name, None) for name in OPTIONS[kind]}
+    options: dict[str, Any] = {
+        name: option.default if given[name] is None else given[name] for name, option in OPTIONS[kind].items()
+    }
+    ids_key = getattr(args, "ids_key", None)
+    # open_clip's readers of CSV files and shards leave the camera's orientation as it is; datasets turns it.
+    rendering = rendering_of(getattr(args, "background", None), upright=kind == "datasets")
     if kind == "webdataset":
-        return Shards(path, values["text_key"], as_stored, ids_key)
+        return Shards(path, options["text_key"], rendering, ids_key)
     import datasets
 
     datasets.disable_progress_bars()
     if kind == "csv":
-        keys = {"--csv-img-key": values["csv_img_key"], "--csv-caption-key": values["csv_caption_key"]}
-        table = _csv(path, values["csv_separator"], keys, ids_key)
-        image_key, caption_key = keys.values()
-        return Table(table, image_key, caption_key, ids_key, as_stored, kind=kind, data=path)
+        image_column, caption_column = options["csv_img_key"], options["csv_caption_key"]
+        keys = {"--csv-img-key": image_column, "--csv-caption-key": caption_column}
+        dataset = _csv(path, options["csv_separator"], keys, ids_key)
+    else:
+        image_column, caption_column = options["image_column"], options["caption_column"]
+        dataset = _split(path, given["split"])
+    return Table(dataset, image_column, caption_column, ids_key, rendering, kind=kind, data=path)
+
+
+def _split(path: str, name: str | None) -> Any:
+    """A split of a folder of datasets, ``train`` if no name is given, or its only table.
+
+    Raises:
+        ValueError: The folder has no such split, or a name is given and the folder has no splits.
+    """
+    import datasets
+
     dataset = opening.dataset(path)
     if isinstance(dataset, datasets.DatasetDict):
-        if values["split"] not in dataset:
-            raise ValueError(f"--split {values['split']}: {path} has {', '.join(dataset)}")
-        dataset = dataset[values["split"]]
-    elif "split" in given:
-        raise ValueError(f"--split {given['split']}: {path} is a single table, without splits")
-    columns = values["image_column"], values["caption_column"]
-    return Table(dataset, *columns, ids_key, turned, kind=kind, data=path)
+        split = OPTIONS["datasets"]["split"].default if name is None else name
+        if split not in dataset:
+            raise ValueError(f"--split {split}: {path} has {', '.join(dataset)}")
+        return dataset[split]
+    if name is not None:
+        raise ValueError(f"--split {name}: {path} is a single table, without splits")
+    return dataset
 
 
 def _check_options(args: Any) -> None:
     """Raise a ValueError for an option that is of none of the kinds of data that are given."""
-    places = {"--data": args.data, "--val-data": getattr(args, "val_data", None)}
-    kinds = {
+    path_of = {"--data": args.data, "--val-data": getattr(args, "val_data", None)}
+    kind_of_place = {
         f"{option} {path}": kind_of(str(path), args.dataset_type, option)
-        for option, path in places.items()
+        for option, path in path_of.items()
         if path is not None
     }
     for kind, options in OPTIONS.items():
+        if kind in kind_of_place.values():
+            continue
         for name in options:
             value = getattr(args, name, None)
-            if value is not None and kind not in kinds.values():
-                given = ", and ".join(f"{place} is {_NOUNS[each]}" for place, each in kinds.items())
-                raise ValueError(f"{flag(name)} {value!r} is an option of {_NOUNS[kind]}: {given}")
+            if value is not None:
+                places = ", and ".join(
+                    f"{place} is {_NOUNS[other]}" for place, other in kind_of_place.items()
+                )
+                raise ValueError(f"{flag(name)} {value!r} is an option of {_NOUNS[kind]}: {places}")
 
 
 def rendering_of(background: str | None, *, upright: bool) -> Rendering:
@@ -583,5 +724,5 @@ def rendering_of(background: str | None, *, upright: bool) -> Rendering:
     """
     try:
         return Rendering(upright) if background is None else Rendering(upright, background)
-    except ValueError as error:
+    except ValueError as error:  # its first word is the option's name, background
         raise ValueError(f"--{error}") from error

@@ -20,7 +20,7 @@ from rankloss_features import clip_models, data, sources
 from rankloss_features.data import Data
 from rankloss_features.errors import last_line
 from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
-from rankloss_features.folder import read_json, write_bytes
+from rankloss_features.folder import is_count, read_json, write_bytes
 from rankloss_features.teachers import Teacher
 
 WAYS = {
@@ -110,9 +110,15 @@ def _evaluated(
     opened = data.open_data(args)
     device = sources.device_of(args.device, "cuda" if torch.cuda.is_available() else "cpu")
     model = sources.load(["model"], args, device)
-    name = args.model + (f" ({args.pretrained})" if args.pretrained else "")
-    how = {"batch_size": args.batch_size, "workers": args.workers}
-    result, encoded = evaluate(model, opened, ks, name=name, ids_key=args.ids_key, **how)
+    result, encoded = evaluate(
+        model,
+        opened,
+        ks,
+        name=f"{args.model} ({args.pretrained})" if args.pretrained else args.model,
+        ids_key=args.ids_key,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
     if other is None:
         return result
     if other["identity"] != encoded.identity:
@@ -148,7 +154,8 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--against {file} is no JSON file: {error}") from error
     entries = ("identity", "ranks", "recall", "model", "data", "ids_key", "pictures", "texts")
-    missing = [x for x in entries if not isinstance(result, dict) or x not in result]
+    present = result if isinstance(result, dict) else {}
+    missing = [entry for entry in entries if entry not in present]
     if missing:
         raise ValueError(f"--against {file} is no result of --json: it has no {missing[0]!r}")
     _check_ranks(file, result)
@@ -160,10 +167,10 @@ def _check_ranks(file: Path, result: Mapping[str, Any]) -> None:
     ranks = result["ranks"]
     if not isinstance(ranks, dict) or not {"image_to_text", "text_to_image"} <= {*ranks} <= {*WAYS}:
         raise ValueError(f"--against {file} is damaged: its ranks are not those of the directions")
-    for way, of_way in ranks.items():
+    for way, ranks_of_way in ranks.items():
         queries = result["pictures" if way.startswith("image") else "texts"]
-        is_whole = isinstance(of_way, list) and len(of_way) == queries
-        if not is_whole or not all(x is None or (type(x) is int and x > 0) for x in of_way):
+        is_whole = isinstance(ranks_of_way, list) and len(ranks_of_way) == queries
+        if not is_whole or not all(rank is None or is_count(rank) for rank in ranks_of_way):
             raise ValueError(f"--against {file} is damaged: {way} must have {queries} ranks from 1, or null")
 
 
@@ -174,9 +181,11 @@ def lines(result: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
     """The result as a table for a terminal, in percent."""
     by_ids = result["ids_key"] is not None
     unit = f"ids of {result['ids_key']!r}" if by_ids else "pictures"
+    head = f"{result['model']} on {result['data']}: {result['pictures']} pictures, {result['texts']} texts"
+    if by_ids:
+        head += f", {result['groups']} {unit}"
     shown = [
-        f"{result['model']} on {result['data']}: {result['pictures']} pictures, {result['texts']} texts"
-        + (f", {result['groups']} {unit}" if by_ids else ""),
+        head,
         "",
         *_table(result["recall"], ks, result["median_rank"], sign=""),
         "",
@@ -185,10 +194,11 @@ def lines(result: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
         f"{result['in_modal_tau']:.3f} in-modal. Modality gap: {result['modality_gap']:.3f}.",
     ]
     if result["repeated_captions"]:
+        others = "another id" if by_ids else "another picture"
+        advice = "" if by_ids else "; --ids-key names the column of what belongs together"
         shown.append(
-            f"{result['repeated_captions']} texts repeat a caption of "
-            f"{'another id' if by_ids else 'another picture'}, and count as wrong answers there"
-            + ("." if by_ids else "; --ids-key names the column of what belongs together.")
+            f"{result['repeated_captions']} texts repeat a caption of {others}, and count as wrong answers "
+            f"there{advice}."
         )
     if "differences" in result:
         shown += [

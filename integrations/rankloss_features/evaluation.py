@@ -118,6 +118,11 @@ class Pairs:
         return replace(self, pictures=pictures, groups=groups)._checked()
 
     def _checked(self) -> Pairs:
+        """These pairs.
+
+        Raises:
+            ValueError: A picture has two ids.
+        """
         first_row: dict[str, int] = {}
         for row, picture in enumerate(self.pictures):
             first = first_row.setdefault(picture, row)
@@ -143,36 +148,41 @@ class Pairs:
 
         A caption that stands in several groups is a text of each.
         """
-        image_features, text_features = features[_IMAGES], features[_TEXTS]
-        pictures, _ = _distinct(self.pictures)
-        texts, of_text = _distinct(list(zip(self.captions, self.groups, strict=True)))
-        # The last bits of equal captions may differ by their batches: each has those of its first row.
-        first_of_caption = {caption: row for row, caption in reversed([*enumerate(self.captions)])}
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(self.groups))}
+        picture_rows, _ = _distinct(self.pictures)
+        text_rows, text_of_row = _distinct(list(zip(self.captions, self.groups, strict=True)))
+        # The last bits of equal captions may differ by their batches: all have those of the first row.
+        caption_rows, caption_of_row = _distinct(self.captions)
+        rows_of_text_features = [caption_rows[caption_of_row[row]] for row in text_rows]
+        _, group_of_row = _distinct(self.groups)
         digest = hashlib.blake2b(hashes_of_pairs(self.captions, self.pictures).tobytes(), digest_size=16)
-        digest.update(repr([numbers[group] for group in self.groups]).encode())
+        digest.update(repr(group_of_row).encode())
         return Encoded(
-            image_features=image_features[pictures],
-            text_features=text_features[[first_of_caption[self.captions[row]] for row in texts]],
-            image_ids=torch.tensor([numbers[self.groups[row]] for row in pictures]),
-            text_ids=torch.tensor([numbers[self.groups[row]] for row in texts]),
-            pair_texts=torch.tensor([of_text[row] for row in pictures]),
-            repeated=len(texts) - len(first_of_caption),
+            image_features=features[_IMAGES][picture_rows],
+            text_features=features[_TEXTS][rows_of_text_features],
+            image_ids=torch.tensor([group_of_row[row] for row in picture_rows]),
+            text_ids=torch.tensor([group_of_row[row] for row in text_rows]),
+            pair_texts=torch.tensor([text_of_row[row] for row in picture_rows]),
+            repeated=len(text_rows) - len(caption_rows),
             identity=digest.hexdigest(),
         )
 
 
 def _distinct(values: Sequence[Any]) -> tuple[list[int], list[int]]:
-    """The first row of each distinct value, and the number of the value of each row."""
-    number: dict[Any, int] = {}
-    first: list[int] = []
-    of_row = []
+    """The first row of each distinct value, and for each row the number of its value, from 0.
+
+    Example:
+        >>> _distinct(["a", "b", "a"])
+        ([0, 1], [0, 1, 0])
+    """
+    number_of: dict[Any, int] = {}
+    first_rows: list[int] = []
+    numbers: list[int] = []
     for row, value in enumerate(values):
-        if value not in number:
-            number[value] = len(first)
-            first.append(row)
-        of_row.append(number[value])
-    return first, of_row
+        if value not in number_of:
+            number_of[value] = len(first_rows)
+            first_rows.append(row)
+        numbers.append(number_of[value])
+    return first_rows, numbers
 
 
 class EncodedRows(NamedTuple):
@@ -205,7 +215,7 @@ def encode_rows(
     rows = sum(data.counts)
     features = {name: torch.empty(rows, encoder.width) for name, encoder in teacher.encoders.items()}
     pictures = [""] * rows
-    known: dict[str, str] = {}  # equal identities are one object
+    known: dict[str, str] = {}  # so that equal identities are one object in memory
     was_read = torch.zeros(rows, dtype=torch.bool)
     batches = DataLoader(
         Batches(data, groups_of(data, batch_size, [range(rows)]), teacher), None, num_workers=workers
@@ -219,11 +229,11 @@ def encode_rows(
                 for name, encoded in teacher.encode(prepared, torch.float32).items():
                     features[name][places] = encoded
             bar.update(last - first)
-    if not bool(was_read.all()):
-        lost = (~was_read).nonzero().flatten().tolist()
+    unread = (~was_read).nonzero().flatten().tolist()
+    if unread:
         raise ValueError(
-            f"{len(lost)} of {rows} pictures of {data.about['data']} cannot be read; the first is that of "
-            f"sample {lost[0]}"
+            f"{len(unread)} of {rows} pictures of {data.about['data']} cannot be read; the first is that of "
+            f"sample {unread[0]}"
         )
     return EncodedRows(features, pictures)
 
@@ -255,26 +265,30 @@ def measure(encoded: Encoded, ks: Sequence[int], *, by_ids: bool) -> dict[str, A
         for kind, features in (("pictures", v), ("texts", t)):
             if k > len(features):
                 raise ValueError(f"k must be at most the number of {kind}, {len(features)}; got {k}")
-    by_way = partner_ranks(v, t, image_ids=encoded.image_ids, text_ids=encoded.text_ids)
-    ranks = {way: x.numpy() for way, x in by_way.items() if by_ids or way not in IN_MODAL}
-    hits = {
-        f"{way}_R@{k}": Scores(hits_within(k, of_way), encoded.groups(way))
-        for way, of_way in ranks.items()
-        for k in ks
-        if way not in IN_MODAL or k < len(of_way)  # a query is no answer to itself
-    }
-    pairs = v, t[encoded.pair_texts]
-    agreement = rank_agreement(*pairs, max_anchors=_ANCHORS)
+    all_ranks = partner_ranks(v, t, image_ids=encoded.image_ids, text_ids=encoded.text_ids)
+    ranks = {way: all_ranks[way].numpy() for way in all_ranks if by_ids or way not in IN_MODAL}
+    hits = {}
+    for way, ranks_of_way in ranks.items():
+        # Within a modality a query is no answer to itself.
+        answers = len(ranks_of_way) - 1 if way in IN_MODAL else math.inf
+        for k in ks:
+            if k <= answers:
+                hits[f"{way}_R@{k}"] = Scores(hits_within(k, ranks_of_way), encoded.groups(way))
+    first_texts = t[encoded.pair_texts]
+    agreement = rank_agreement(v, first_texts, max_anchors=_ANCHORS)
     return {
         "recall": means(hits),
-        "median_rank": {way: float(np.floor(np.nanmedian(of_way))) for way, of_way in ranks.items()},
+        "median_rank": {way: float(np.floor(np.nanmedian(x))) for way, x in ranks.items()},
         "cross_modal_tau": agreement["cross_modal_tau"].item(),
         "in_modal_tau": agreement["in_modal_tau"].item(),
-        "modality_gap": modality_gap(*pairs).item(),
-        "ranks": {
-            way: [None if math.isnan(x) else int(x) for x in of_way.tolist()] for way, of_way in ranks.items()
-        },
+        "modality_gap": modality_gap(v, first_texts).item(),
+        "ranks": {way: _integers_or_none(x) for way, x in ranks.items()},
     }
+
+
+def _integers_or_none(ranks: Floats) -> list[int | None]:
+    """Ranks as JSON has them: None without a rank, which is NaN in an array."""
+    return [None if math.isnan(rank) else int(rank) for rank in ranks.tolist()]
 
 
 def differences(encoded: Encoded, result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,10 +306,11 @@ def differences(encoded: Encoded, result: Mapping[str, Any], other: Mapping[str,
     scores = {}
     for name in result["recall"]:
         way, _, k = name.rpartition("_R@")
-        if way not in other["ranks"]:
-            continue
-        ours, theirs = (hits_within(int(k), np.array(x["ranks"][way], np.float64)) for x in (result, other))
-        scores[name] = Scores(ours - theirs, encoded.groups(way))
+        if way in other["ranks"]:
+            ranks = np.array(result["ranks"][way], np.float64)  # None becomes NaN
+            ranks_of_other = np.array(other["ranks"][way], np.float64)
+            difference = hits_within(int(k), ranks) - hits_within(int(k), ranks_of_other)
+            scores[name] = Scores(difference, encoded.groups(way))
     return means(scores)
 
 
@@ -317,22 +332,23 @@ def means(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
     The percentile bootstrap draws whole groups with their queries, since those depend on each other. All
     scores are of the same draws.
     """
-    number = 1 + max(int(x.groups.max()) for x in scores.values())
-    columns = []
-    for values, groups in scores.values():
+    number_of_groups = 1 + max(int(score.groups.max()) for score in scores.values())
+    sums = np.empty((len(scores), number_of_groups))  # of the values of each group's queries
+    counts = np.empty_like(sums)  # of these queries
+    for place, (values, groups) in enumerate(scores.values()):
         has_value = ~np.isnan(values)
-        counted, kept = groups[has_value], values[has_value]
-        columns.append([np.bincount(counted, kept, number), np.bincount(counted, minlength=number)])
-    sums, counts = np.array(columns, np.float64).swapaxes(0, 1)  # [scores, groups]
+        sums[place] = np.bincount(groups[has_value], values[has_value], number_of_groups)
+        counts[place] = np.bincount(groups[has_value], minlength=number_of_groups)
     generator = np.random.default_rng(0)
-    drawn = np.empty((RESAMPLES, len(scores)))
+    resampled_means = np.empty((RESAMPLES, len(scores)))
     for resample in range(RESAMPLES):
-        times = np.bincount(generator.integers(number, size=number), minlength=number).astype(np.float64)
+        drawn = generator.integers(number_of_groups, size=number_of_groups)
+        times = np.bincount(drawn, minlength=number_of_groups).astype(np.float64)
         with np.errstate(invalid="ignore"):  # a draw may have no query of a score
-            drawn[resample] = (sums @ times) / (counts @ times)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+            resampled_means[resample] = (sums @ times) / (counts @ times)
+    low, high = np.nanpercentile(resampled_means, [2.5, 97.5], axis=0)
     mean = sums.sum(1) / counts.sum(1)
     return {
-        name: {"value": float(mean[n]), "low": float(low[n]), "high": float(high[n])}
-        for n, name in enumerate(scores)
+        name: {"value": float(mean[place]), "low": float(low[place]), "high": float(high[place])}
+        for place, name in enumerate(scores)
     }

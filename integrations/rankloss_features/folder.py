@@ -104,9 +104,13 @@ def common_folder(paths: Sequence[str]) -> str:
     """
     if not paths:
         return ""
-    first, last = min(paths), max(paths)
-    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    folder, slash, _ = first[: next(differs, min(len(first), len(last)))].rpartition("/")
+    first, last = min(paths), max(paths)  # all paths between them in the alphabet begin as both do
+    length = 0
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        length += 1
+    folder, slash, _ = first[:length].rpartition("/")
     return folder + slash
 
 
@@ -197,13 +201,14 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 def header_of(dtype: str, shape: tuple[int, ...]) -> bytes:
     """The first bytes of an array's file."""
-    file, described = io.BytesIO(), {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, described)
+    entries = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, entries)
     return file.getvalue()
 
 
 def write_array(file: Path, array: Array) -> str:
-    """Write an array, as :func:`numpy.save` does; the hash of its numbers."""
+    """Write an array, as :func:`numpy.save` does, and return the hash of its numbers."""
     array = np.ascontiguousarray(array)
     with replacing(file) as written:
         written.write(header_of(str(array.dtype), array.shape))
@@ -225,8 +230,8 @@ def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
         mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    wanted = len(header) + np.dtype(dtype).itemsize * math.prod(shape)
-    if size != wanted or bytes(mapped[: len(header)]) != header:
+    right_size = len(header) + np.dtype(dtype).itemsize * math.prod(shape)
+    if size != right_size or bytes(mapped[: len(header)]) != header:
         raise ValueError(f"{file} is damaged: it is no array of {dtype} {shape}")
     array = mapped[len(header) :].view(dtype).reshape(shape)
     array.flags.writeable = False
@@ -234,6 +239,7 @@ def read_array(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def _hash_of_entries(about: dict[str, Any]) -> str:
+    """The hash of the entries of ``folder.json``, which it has beside them."""
     return hash_of(json.dumps(about, sort_keys=True).encode()).hex()
 
 
@@ -281,25 +287,22 @@ def is_count(value: Any) -> bool:
 
 def are_widths(value: Any) -> bool:
     """True for the width of each of some modalities."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and {*value} <= {*NAMES}
-        and all(map(is_count, value.values()))
-    )
+    if not isinstance(value, dict) or not value:
+        return False
+    return set(value).issubset(NAMES) and all(map(is_count, value.values()))
 
 
 def _are_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
+    """True for a text for each of some names."""
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
 
 
 def _is_probe(value: Any) -> bool:
-    """True for numbers of float16 in hexadecimal digits, of some modalities."""
-    return (
-        isinstance(value, dict)
-        and {*value} <= {*NAMES}
-        and all(isinstance(x, str) and re.fullmatch("([0-9a-f]{4})+", x) for x in value.values())
-    )
+    """True for numbers of float16, four hexadecimal digits each, of some modalities."""
+    if not isinstance(value, dict) or not set(value).issubset(NAMES):
+        return False
+    texts = value.values()
+    return all(isinstance(text, str) and re.fullmatch("([0-9a-f]{4})+", text) for text in texts)
 
 
 def is_setting(value: Any) -> bool:
@@ -338,9 +341,10 @@ _OPTIONAL_ENTRIES: Entries = {
 def _check_entries(file: Path, about: dict[str, Any]) -> None:
     """Raise a ValueError for the first entry of ``folder.json`` that is missing, or not of its kind."""
     check_entries(file, about, _ENTRIES)
-    needed = {"skipped": _OPTIONAL_ENTRIES["skipped"]} if about["complete"] else {}
-    given = {name: entry for name, entry in _OPTIONAL_ENTRIES.items() if name in about}
-    check_entries(file, about, {**needed, **given})
+    if about["complete"]:
+        check_entries(file, about, {"skipped": _OPTIONAL_ENTRIES["skipped"]})
+    present = {name: entry for name, entry in _OPTIONAL_ENTRIES.items() if name in about}
+    check_entries(file, about, present)
 
 
 def check_entries(file: Path, about: Any, entries: Entries) -> None:
@@ -456,7 +460,7 @@ class Pairs:
     @property
     def shards(self) -> range:
         """The numbers of the shards."""
-        return range(-(-len(self) // self.about["shard_rows"]))
+        return range(math.ceil(len(self) / self.about["shard_rows"]))
 
     def rows_of(self, shard: int) -> range:
         """The rows of a shard."""
@@ -466,7 +470,8 @@ class Pairs:
     def files_of(self, shard: int) -> dict[str, Path]:
         """The files of a shard, by the names of their features, and :data:`PICTURES`."""
         names = [name for name in NAMES if name in self.about["widths"]]
-        names += [PICTURES] if self.about.get("has_picture_hashes") else []
+        if self.about.get("has_picture_hashes"):
+            names.append(PICTURES)
         return {name: Path(self.path, f"{name}-{shard:05}.npy") for name in names}
 
     def form_of(self, name: str, shard: int) -> tuple[str, tuple[int, ...]]:
@@ -499,14 +504,16 @@ class Pairs:
 
     @functools.cached_property
     def _sorted(self) -> tuple[Array, Array]:
-        order = np.argsort(self.pairs, kind="stable")
-        return order, self.pairs[order]
+        """The rows in the order of their pairs' hashes, and the hashes in this order."""
+        rows = np.argsort(self.pairs, kind="stable")
+        return rows, self.pairs[rows]
 
     def find(self, pair: int) -> int | None:
         """The row of a pair, by its hash, or None."""
-        order, pairs = self._sorted
-        place = int(np.searchsorted(pairs, np.uint64(pair)))
-        return int(order[place]) if place < len(pairs) and pairs[place] == pair else None
+        rows, hashes = self._sorted
+        place = int(np.searchsorted(hashes, np.uint64(pair)))
+        is_there = place < len(hashes) and hashes[place] == pair
+        return int(rows[place]) if is_there else None
 
     def compare(self, pairs: Iterable[PairBlock], where: str, advice: str = "") -> None:
         """Compare the rows, in their order, with pairs, block by block.
@@ -521,16 +528,18 @@ class Pairs:
         """
         row = 0
         for captions, names, pictures in pairs:
-            found = hashes_of_pairs(captions, pictures)
-            wanted = self.pairs[row : row + len(found)]
-            if not np.array_equal(found, wanted):
-                i = next(i for i, x in enumerate(found) if i >= len(wanted) or x != wanted[i])
-                named = f"row {row + i} of {where}, image {names[i]!r} with caption {captions[i]!r},"
-                place = self.find(found[i])
-                if place is None:
+            hashes = hashes_of_pairs(captions, pictures)
+            expected = self.pairs[row : row + len(hashes)]
+            if not np.array_equal(hashes, expected):
+                place = _first_difference(hashes, expected)
+                named = (
+                    f"row {row + place} of {where}, image {names[place]!r} with caption {captions[place]!r},"
+                )
+                own_row = self.find(hashes[place])
+                if own_row is None:
                     raise ValueError(f"{named} is none of the {len(self)} rows of {self.path}")
-                raise ValueError(f"{named} is row {place} of the {len(self)} of {self.path}{advice}")
-            row += len(found)
+                raise ValueError(f"{named} is row {own_row} of the {len(self)} of {self.path}{advice}")
+            row += len(hashes)
         if row != len(self):
             missing = f"row {row} is missing{advice}"
             raise ValueError(f"{self.path} has {len(self)} rows, {where} has {row}: {missing}")
@@ -579,6 +588,13 @@ class Pairs:
         return None if file is None else read_array(file, *self.form_of(PICTURES, shard))[place]
 
 
+def _first_difference(hashes: Array, expected: Array) -> int:
+    """The first place where hashes differ from those that are expected, which may be fewer."""
+    both = min(len(hashes), len(expected))
+    differs = np.flatnonzero(hashes[:both] != expected[:both])
+    return int(differs[0]) if len(differs) else both
+
+
 class Features(Pairs):
     """A folder of a teacher's features.
 
@@ -617,13 +633,13 @@ class Features(Pairs):
         Raises:
             ValueError: A row has none, since its picture could not be read.
         """
-        found = {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
-        for features in found.values():
-            present = features.any(axis=1)
-            if not present.all():
-                row = int(rows[present.argmin()])
+        taken = {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
+        for features in taken.values():
+            has_features = features.any(axis=1)
+            if not has_features.all():
+                row = int(rows[has_features.argmin()])
                 raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
-        return found
+        return taken
 
     def components(self, width: int) -> Components:
         """The first principal components of the features, about the origin.
@@ -675,8 +691,10 @@ class Features(Pairs):
             ValueError: A file is not as it was written.
         """
         self.check_hash(PAIRS, self.pairs)
-        _ = self.alignment
-        rows_of = dict(self.arrays) if self.pictures is None else {**self.arrays, PICTURES: self.pictures}
+        _ = self.alignment  # whose file is checked as it is read
+        rows_of = dict(self.arrays)
+        if self.pictures is not None:
+            rows_of[PICTURES] = self.pictures
         for shard in self.shards:
             for name, file in self.files_of(shard).items():
                 self.check_hash(file.name, rows_of[name].shards[shard])
@@ -693,18 +711,21 @@ class Draft(Pairs):
     def begin(
         output: Path, about: dict[str, Any], pairs: Array, alignment: CanonicalCorrelation | None = None
     ) -> None:
-        """Make a folder without features, of some entries and pairs; of projections if it is aligned."""
+        """Make a folder without features, of some entries and pairs; of projections if it is aligned.
+
+        ``folder.json`` is the first of its files: a folder that has others alone is not of this command.
+        """
         _delete_marks(output)  # of other pairs
-        files, projections = {PAIRS: hash_of(pairs).hex()}, b""
-        if alignment is not None:
+        about = {**about, "rows": len(pairs), "complete": False, "files": {PAIRS: hash_of(pairs).hex()}}
+        if alignment is None:
+            write_about(output, about)
+        else:
             from safetensors.torch import save
 
             projections = save(alignment.tensors())
-            files[ALIGNMENT] = hash_of(projections).hex()
-            about = {**about, "alignment": alignment.setting.as_options()}
-        # First of all files: a folder that has others alone is not of this command.
-        write_about(output, {**about, "rows": len(pairs), "complete": False, "files": files})
-        if alignment is not None:
+            about["files"][ALIGNMENT] = hash_of(projections).hex()
+            about["alignment"] = alignment.setting.as_options()
+            write_about(output, about)
             write_bytes(output / ALIGNMENT, projections)
         write_array(output / PAIRS, pairs)
 
@@ -727,7 +748,8 @@ class Draft(Pairs):
         except ValueError:
             return False
         files = self.files_of(shard)
-        return self._hashes_of(shard) == {files[x].name: hash_of(array).hex() for x, array in arrays.items()}
+        hashes = {files[name].name: hash_of(array).hex() for name, array in arrays.items()}
+        return hashes == self._hashes_of(shard)
 
     def finish(self) -> None:
         """Write that the folder is complete, once its shards are.
@@ -735,12 +757,13 @@ class Draft(Pairs):
         Raises:
             ValueError: No row has features.
         """
-        files = {name: x for name, x in self.about["files"].items() if name in (PAIRS, ALIGNMENT)}
+        hashes = self.about["files"]
+        files = {name: hashes[name] for name in (PAIRS, ALIGNMENT) if name in hashes}
         skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)
-            features = next(iter(self.read_shard(shard).values()))
-            skipped += int((~features.any(axis=1)).sum())
+            first_modality = next(iter(self.read_shard(shard).values()))
+            skipped += int((~first_modality.any(axis=1)).sum())
         if skipped == len(self):
             raise ValueError(f"--data: none of {skipped} pictures can be read")
         for name in self.about["widths"]:
@@ -754,19 +777,25 @@ class Draft(Pairs):
                 draft_path(file).unlink(missing_ok=True)
 
     def _mark_of(self, shard: int) -> Path:
+        """The file with the hashes of a shard's files, which is there once they are on the disk."""
         return Path(self.path, f"shard-{shard:05}.json")
 
     def _hashes_of(self, shard: int) -> dict[str, Any]:
-        """The hashes of a shard's files as they were written."""
+        """The hashes of a shard's files as they were written: of its mark, or of a folder that is complete.
+
+        Raises:
+            ValueError: The mark is damaged.
+        """
         mark = self._mark_of(shard)
-        if os.path.lexists(mark):
-            hashes = read_json(mark)
-            if not _are_hashes(hashes):
-                raise ValueError(f"{mark} is damaged: it must be a hash for each file; got {hashes!r}")
-            return dict(hashes)
-        return {file.name: self.about["files"].get(file.name) for file in self.files_of(shard).values()}
+        if not os.path.lexists(mark):
+            return {file.name: self.about["files"].get(file.name) for file in self.files_of(shard).values()}
+        hashes = read_json(mark)
+        if not _are_hashes(hashes):
+            raise ValueError(f"{mark} is damaged: it must be a hash for each file; got {hashes!r}")
+        return dict(hashes)
 
 
 def _delete_marks(folder: Path) -> None:
+    """Delete the marks of all shards."""
     for mark in folder.glob("*shard-*.json"):  # and their drafts
         mark.unlink()

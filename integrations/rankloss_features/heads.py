@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -194,29 +194,29 @@ class Part:
     @classmethod
     def of(cls, method: str, share: float, sizes: dict[str, Any], widths: Mapping[str, int]) -> Part:
         """A part with weights that are not its own yet, for features of some widths."""
-        makers: dict[str, Callable[[int], nn.Module]] = {
-            CCA: lambda width: Projection(width, sizes["width"], root=sizes["setting"]["root"]),
-            TRAINED: lambda width: Head(width, sizes["hidden"], sizes["width"], 0.0),
-            OWN: Own,
-        }
-        return cls(method, share, sizes, {name: makers[method](width) for name, width in widths.items()})
+        modules = {name: _module(method, sizes, width) for name, width in widths.items()}
+        return cls(method, share, sizes, modules)
 
     def entry(self) -> dict[str, Any]:
         """Its entry of ``heads.json``."""
         return {"method": self.method, "share": self.share, **self.sizes}
 
 
+def _module(method: str, sizes: Mapping[str, Any], features: int) -> nn.Module:
+    """The module of a part for features of some width."""
+    if method == CCA:
+        return Projection(features, sizes["width"], root=sizes["setting"]["root"])
+    if method == TRAINED:
+        return Head(features, sizes["hidden"], sizes["width"], dropout=0.0)
+    return Own(features)
+
+
 def joined(parts: Sequence[Part]) -> nn.ModuleDict:
     """The head of each modality: that of the one part, or of all side by side."""
+    if len(parts) == 1:
+        return nn.ModuleDict({name: parts[0].modules[name] for name in NAMES})
     shares = [part.share for part in parts]
-    return nn.ModuleDict(
-        {
-            name: parts[0].modules[name]
-            if len(parts) == 1
-            else SideBySide([part.modules[name] for part in parts], shares)
-            for name in NAMES
-        }
-    )
+    return nn.ModuleDict({name: SideBySide([part.modules[name] for part in parts], shares) for name in NAMES})
 
 
 class FrozenEncoders:
@@ -247,6 +247,7 @@ class FrozenEncoders:
         """The same as :class:`rankloss_features.teachers.Teacher`, for ``rankloss evaluate``."""
 
     def _with_head(self, name: str, encoder: Encoder) -> Encoder:
+        """An encoder, followed by the head of its modality."""
         head: Any = self.heads[name]
 
         def encode(inputs: Any) -> Tensor:
@@ -270,6 +271,11 @@ class FrozenEncoders:
         return self._encode(_IMAGES, [self._sample_of(n, x) for n, x in enumerate(pictures)])
 
     def _sample_of(self, place: int, picture: Any) -> Sample:
+        """The sample of a path, of bytes or of a picture of Pillow, which is opened when it is needed.
+
+        Raises:
+            ValueError: It is none of these.
+        """
         if hasattr(picture, "convert"):
             return Sample(place, "", "", partial(self.rendering.convert, picture), place)
         if not isinstance(picture, (str, bytes, os.PathLike)):
@@ -293,12 +299,13 @@ class FrozenEncoders:
         return self._encode(_TEXTS, [Sample(n, "", text) for n, text in enumerate(texts)])
 
     def _encode(self, name: str, samples: list[Sample]) -> Tensor:
+        """The features of one modality of samples, in batches."""
         encoder = self.teacher.encoders[name]
-        one = Teacher({}, {name: encoder}, device=self.teacher.device)
-        features = [torch.empty(0, encoder.width)]
+        of_modality = Teacher({}, {name: encoder}, device=self.teacher.device)
+        features = [torch.empty(0, encoder.width)]  # the result without samples
         for first in range(0, len(samples), _BATCH_SIZE):
             prepared = encoder.prepare(samples[first : first + _BATCH_SIZE])
-            features.append(one.encode({name: prepared}, torch.float32)[name])
+            features.append(of_modality.encode({name: prepared}, torch.float32)[name])
         return torch.cat(features)
 
     def save(self, folder: str | Path) -> None:
@@ -348,10 +355,12 @@ def _weights_in(folder: Path) -> Path | None:
 
 def has_other_files(folder: Path) -> bool:
     """True for a folder with more than heads, or than an interrupted command leaves of them."""
-    names = (file.name.removeprefix(".") for file in folder.iterdir())
-    return any(
-        name != ABOUT and not re.fullmatch(r"heads(-[0-9a-f]{16})?\.safetensors", name) for name in names
-    )
+    for file in folder.iterdir():
+        name = file.name.removeprefix(".")  # of a file that is not whole yet
+        is_weights = re.fullmatch(r"heads(-[0-9a-f]{16})?\.safetensors", name)
+        if name != ABOUT and not is_weights:
+            return True
+    return False
 
 
 def _absolute(name: str | None) -> str | None:
@@ -364,6 +373,7 @@ def _absolute(name: str | None) -> str | None:
 
 
 def _are_encoders(value: Any) -> bool:
+    """True for the attributes of :class:`Encoders`: those of a model, or of an encoder of each modality."""
     if not isinstance(value, dict) or {*value} != {field.name for field in fields(Encoders)}:
         return False
     given = {name for name, text in value.items() if text is not None}
@@ -375,23 +385,31 @@ def _are_encoders(value: Any) -> bool:
 
 
 def _are_parts(value: Any) -> bool:
+    """True for the entries of one part or more."""
     return isinstance(value, list) and bool(value) and all(map(_is_part, value))
 
 
 def _is_part(value: Any) -> bool:
+    """True for a method of a :class:`Part`, a share in (0, 1], and the sizes that the method needs."""
     if not isinstance(value, dict) or not isinstance(value.get("share"), (int, float)):
         return False
-    sizes = {name: x for name, x in value.items() if name not in ("method", "share")}
     if not 0 < value["share"] <= 1:
         return False
-    if value.get("method") == TRAINED:
+    method, sizes = value.get("method"), _sizes_of(value)
+    if method == TRAINED:
         return {*sizes} == {"hidden", "width"} and all(map(is_count, sizes.values()))
-    if value.get("method") == CCA:
+    if method == CCA:
         return {*sizes} == {"setting", "width"} and is_setting(sizes["setting"]) and is_count(sizes["width"])
-    return value.get("method") == OWN and not sizes
+    return method == OWN and not sizes
+
+
+def _sizes_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes in the entry of a part."""
+    return {name: size for name, size in entry.items() if name not in ("method", "share")}
 
 
 def _is_rendering(value: Any) -> bool:
+    """True for the attributes of a :class:`rankloss_features.pictures.Rendering`."""
     if not isinstance(value, dict) or {*value} != {field.name for field in fields(Rendering)}:
         return False
     with suppress(ValueError):
@@ -442,17 +460,18 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
     probing.check_same(f"{folder} was trained on", opening.tensors_of(weights), teacher)
     with torch.device("meta"):  # the weights are the memory; a file may name any width
         parts = [_part(entry, about["widths"]) for entry in about["parts"]]
-    convert = _constants_of_batch_norm if "method" not in about else _of_heads
+    is_of_an_earlier_release = "method" not in about
+    convert = _constants_of_batch_norm if is_of_an_earlier_release else _of_heads
     opening.load_safetensors(joined(parts), file, convert)
     for part in parts:
         for module in part.modules.values():
-            module.float()
+            module.float()  # whatever dtype the file has
     return FrozenEncoders(encoders, teacher, parts, about["scale"], Rendering(**about["pictures"]))
 
 
 def _part(entry: Mapping[str, Any], widths: Mapping[str, int]) -> Part:
-    sizes = {name: x for name, x in entry.items() if name not in ("method", "share")}
-    return Part.of(entry["method"], entry["share"], sizes, widths)
+    """The part of an entry, with weights that are not its own yet."""
+    return Part.of(entry["method"], entry["share"], _sizes_of(entry), widths)
 
 
 def _hashes(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -461,23 +480,35 @@ def _hashes(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The entries of ``heads.json``."""
+    """The entries of ``heads.json``.
+
+    Raises:
+        ValueError: There is none, its method is unknown, or an entry is missing or not of its kind.
+    """
     file = folder / ABOUT
     if not os.path.lexists(file):
         raise ValueError(f"{folder} has no {ABOUT}: it is no folder of rankloss heads")
     about = read_json(file)
-    if isinstance(about, dict) and "method" in about and about["method"] not in METHODS:
-        raise ValueError(
-            f"{file}: its heads are of the method {about['method']!r}; this release has {', '.join(METHODS)}"
-        )
-    if isinstance(about, dict) and "method" not in about:
-        about = {"pictures": asdict(Rendering()), **about}  # an earlier folder
-        if isinstance(about.get("encoders"), dict):
-            about["encoders"] = {"model": None, "pretrained": None, **about["encoders"]}
-        sizes = {name: about.get(name) for name in ("hidden", "width")}
-        about["parts"] = [{"method": TRAINED, "share": 1.0, **sizes}]
+    if isinstance(about, dict):
+        if "method" not in about:
+            about = _with_todays_entries(about)
+        elif about["method"] not in METHODS:
+            known = ", ".join(METHODS)
+            raise ValueError(
+                f"{file}: its heads are of the method {about['method']!r}; this release has {known}"
+            )
     check_entries(file, about, _ENTRIES)
     return dict(about)
+
+
+def _with_todays_entries(about: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a folder of an earlier release, which has trained heads, with those added since."""
+    about = {"pictures": asdict(Rendering()), **about}
+    if isinstance(about.get("encoders"), dict):
+        about["encoders"] = {"model": None, "pretrained": None, **about["encoders"]}
+    part = {"method": TRAINED, "share": 1.0, "hidden": about.get("hidden"), "width": about.get("width")}
+    about["parts"] = [part]
+    return about
 
 
 def _of_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -492,15 +523,17 @@ def _constants_of_batch_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     they are weighted means of the batches' own.
     """
     converted = dict(weights)
+    absent = torch.tensor(0.0)  # which leads to a refusal, as its shape does not fit
     for name in NAMES:
-        mean, variance, steps = (
-            converted.pop(f"{name}.0.{kind}", torch.tensor(0.0)).double()
-            for kind in ("running_mean", "running_var", "num_batches_tracked")
-        )
-        left = 0.9**steps
-        converted[f"{name}.0.mean"] = (mean / (1 - left)).float()
-        variance = (variance - left) / (1 - left)
-        converted[f"{name}.0.std"] = (variance.clamp(min=0) + _EPSILON).sqrt().float()
+        first_layer = f"{name}.0"
+        mean = converted.pop(f"{first_layer}.running_mean", absent).double()
+        variance = converted.pop(f"{first_layer}.running_var", absent).double()
+        steps = converted.pop(f"{first_layer}.num_batches_tracked", absent).double()
+        share_of_beginning = 0.9**steps
+        mean = mean / (1 - share_of_beginning)
+        variance = (variance - share_of_beginning) / (1 - share_of_beginning)
+        converted[f"{first_layer}.mean"] = mean.float()
+        converted[f"{first_layer}.std"] = (variance.clamp(min=0) + _EPSILON).sqrt().float()
     return converted
 
 

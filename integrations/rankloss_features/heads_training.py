@@ -63,11 +63,7 @@ def train(
         ValueError: Features are not finite, or one row N times; or the training diverges.
     """
     images, texts = features[_IMAGES], features[_TEXTS]
-    criterion: nn.Module = rankloss.ClipLoss(
-        label_smoothing=settings.label_smoothing, same_id=None if ids is None else "ignore", gather=False
-    )
-    if settings.spread_weight > 0:
-        criterion = rankloss.SpreadLoss(criterion, weight=settings.spread_weight, gather=False)
+    criterion = _criterion(settings, has_ids=ids is not None)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -78,13 +74,14 @@ def train(
             head.standardise(name, x)
         log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
         optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
-        size = min(settings.batch_size, len(images))
-        steps = len(images) // size
+        batch_size = min(settings.batch_size, len(images))
+        steps = len(images) // batch_size  # of an epoch; the pairs that are left over wait for the next one
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
         losses = []
         for epoch in range(1, settings.epochs + 1):
             total = 0.0
-            for rows in torch.randperm(len(images), generator=generator).split(size)[:steps]:
+            order = torch.randperm(len(images), generator=generator)
+            for rows in order.split(batch_size)[:steps]:
                 v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
                 t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
                 of_pairs = {} if ids is None else {"pair_ids": ids[rows]}
@@ -97,10 +94,21 @@ def train(
                 decay.step()
                 optimizer.zero_grad()
                 total += loss.item()
-            if not (math.isfinite(total) and all(bool(x.isfinite().all()) for x in heads.parameters())):
+            are_finite = all(bool(x.isfinite().all()) for x in heads.parameters())
+            if not (math.isfinite(total) and are_finite):
                 raise _divergence(epoch, settings)
             losses.append(total / steps)
     return heads.eval(), float(log_scale.detach().exp()), losses
+
+
+def _criterion(settings: Training, *, has_ids: bool) -> nn.Module:
+    """CLIP's loss, without pairs of one id as negatives, and spread if it has a weight."""
+    clip = rankloss.ClipLoss(
+        label_smoothing=settings.label_smoothing, same_id="ignore" if has_ids else None, gather=False
+    )
+    if settings.spread_weight <= 0:
+        return clip
+    return rankloss.SpreadLoss(clip, weight=settings.spread_weight, gather=False)
 
 
 def _divergence(epoch: int, settings: Training) -> ValueError:

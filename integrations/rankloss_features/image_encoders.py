@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankloss_features import opening, packages
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Teacher, hash_of_weights, image_encoder
-from rankloss_features.weights import SUFFIXES, fill, untrained
+from rankloss_features.weights import SUFFIXES, check_complete, fill
 
 Loaded: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Any], Tensor], str]
 """An encoder of pixels ``[n, 3, height, width]``, the transform of a picture, and the hash of the weights."""
@@ -66,18 +66,20 @@ def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
     if os.path.isdir(name):
         file = Path(name, "config.json")
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        found = next((loader for key, loader in _FOLDERS.items() if key in config), None)
-        if found is None:
-            raise ValueError(f"the folder has no config.json with {' or '.join(_FOLDERS)}")
-        return found
+        for key, loader in _FOLDERS.items():
+            if key in config:
+                return loader
+        raise ValueError(f"the folder has no config.json with {' or '.join(_FOLDERS)}")
     if os.path.isfile(name) and name.endswith(SUFFIXES):
         raise ValueError("a file of weights is given by --image-weights, beside its model's name")
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(split_model_name_tag(name)[0]):
         return _timm
     if "/" in name and not os.path.isfile(name):
         return _transformers
-    close = did_you_mean(name.rpartition(":")[2], [*timm.list_models(), *packages.IMAGES, *packages.SHORT])
-    raise ValueError(f"unknown name{close or '; --features takes the rows of any other model'}")
+    known = [*timm.list_models(), *packages.IMAGES, *packages.SHORT]
+    _, _, last_part = name.rpartition(":")  # of what may be open_clip's MODEL:PRETRAINED
+    hint = did_you_mean(last_part, known) or "; --features takes the rows of any other model"
+    raise ValueError(f"unknown name{hint}")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -90,13 +92,16 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _package(name: str, weights: str | None, device: torch.device) -> Loaded:  # noqa: ARG001
+    """A model whose weights are inside a package."""
     return _of_timm(packages.IMAGES[name](), device)
 
 
 def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
+    """A model of timm, by its name or its folder, with the hub's weights, its folder's or those given."""
     folder = name.removeprefix("local-dir:")
     if os.path.isdir(folder):
-        name, weights = f"local-dir:{folder}", weights or folder
+        name = f"local-dir:{folder}"
+        weights = weights or folder
     model = opening.timm_model(name, pretrained=weights is None, num_classes=0)
     if weights is not None:
         fill(model, weights)
@@ -104,6 +109,7 @@ def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
 
 
 def _of_timm(model: nn.Module, device: torch.device) -> Loaded:
+    """A model of timm, with the transform that its configuration names."""
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
@@ -118,26 +124,29 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     The first token stands for a pooler that the weights do not have.
     """
     processor = opening.image_processor(name)
-    model, info = opening.transformers_model(name)
-    has_pooler = untrained(info, name)
+    model, report = opening.transformers_model(name)
+    check_complete(report, name)
+    has_pooler = not report["missing_keys"]
     model = model.float().to(device).eval()
     encode = partial(_vectors, model, has_pooler)
     return encode, partial(_processed, processor), hash_of_weights(model)
 
 
 def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
-    found: Tensor
+    """The image features of a model of transformers: ``[n, width]``."""
+    features: Tensor
     if hasattr(model, "get_image_features"):
         output = model.get_image_features(pixel_values=pixels)
-        found = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
-    else:
-        output = model(pixel_values=pixels)
-        pooled = output.get("pooler_output") if has_pooler else None
-        found = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-    return found
+        features = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
+        return features
+    output = model(pixel_values=pixels)
+    pooled = output.get("pooler_output") if has_pooler else None
+    features = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+    return features
 
 
 def _processed(processor: Any, picture: Any) -> Tensor:
+    """The pixels of a picture, as a model of transformers takes them."""
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     return pixels
 

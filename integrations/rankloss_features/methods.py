@@ -99,57 +99,61 @@ def make(asked: Asked, pairs: Pairs) -> Made:
     Raises:
         ValueError: The features cannot be aligned, or are not finite.
     """
-    found = None if asked.method == TRAINED else _tuned(pairs, asked.training.seed)
-    weight, chosen = 1.0, dict[str, float]()
-    if asked.method == BOTH and found is not None and found.trials:
-        weight, chosen = _choice(asked, pairs, found)
-    elif found is not None and found.trials:
-        chosen = {CCA: found.trials[0].recall}
-    parts, losses, scale = list[Part](), list[float](), SCALE
-    if found is not None:
-        parts.append(Part.closed(found.cca, weight**2))
+    closed = None if asked.method == TRAINED else _tuned(pairs, asked.training.seed)
+    weight = 1.0
+    chosen: dict[str, float] = {}
+    if closed is not None and closed.trials:  # without trials no pairs were cut
+        if asked.method == BOTH:
+            weight, chosen = _choice(asked, pairs, closed)
+        else:
+            chosen = {CCA: closed.trials[0].recall}
+    parts: list[Part] = []
+    losses: list[float] = []
+    scale = SCALE
+    if closed is not None:
+        parts.append(Part.closed(closed.cca, weight**2))
     if asked.method != CCA:
         trained, scale, losses = _trained(asked, pairs)
         parts += trained
-    return Made(*_shared(parts, asked.keep, pairs), scale, losses, found, chosen)
+    shared_parts, modules = _shared(parts, asked.keep, pairs)
+    return Made(shared_parts, modules, scale, losses, closed, chosen)
 
 
 def _tuned(pairs: Pairs, seed: int) -> Tuned:
-    images, texts = pairs.features[_IMAGES], pairs.features[_TEXTS]
-    return tuned(
-        lambda rows: (images[torch.from_numpy(rows)], texts[torch.from_numpy(rows)]),
-        pairs.pictures,
-        pairs.groups,
-        seed=seed,
-    )
+    """The closed form, with its search."""
+
+    def take(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        taken = pairs.take(rows).features
+        return taken[_IMAGES], taken[_TEXTS]
+
+    return tuned(take, pairs.pictures, pairs.groups, seed=seed)
 
 
 def _trained(asked: Asked, pairs: Pairs) -> tuple[list[Part], float, list[float]]:
     """Trained heads, with the scale and the losses of the first."""
-    runs = [
-        train(
-            pairs.features,
-            torch.from_numpy(pairs.groups),
-            dataclasses.replace(asked.training, seed=asked.training.seed + number),
-        )
-        for number in range(asked.count)
-    ]
-    return [Part.trained(heads, 1.0) for heads, _, _ in runs], runs[0][1], runs[0][2]
+    ids = torch.from_numpy(pairs.groups)
+    runs = []
+    for number in range(asked.count):
+        settings = dataclasses.replace(asked.training, seed=asked.training.seed + number)
+        runs.append(train(pairs.features, ids, settings))
+    _, scale_of_first, losses_of_first = runs[0]
+    return [Part.trained(heads, share=1.0) for heads, _, _ in runs], scale_of_first, losses_of_first
 
 
-def _choice(asked: Asked, pairs: Pairs, found: Tuned) -> tuple[float, dict[str, float]]:
+def _choice(asked: Asked, pairs: Pairs, closed: Tuned) -> tuple[float, dict[str, float]]:
     """The weight of the closed form that is best on the pairs that were cut; R@10 of each method there."""
-    heads, _, _ = _trained(asked, pairs.take(~found.is_held_out))
-    cut = pairs.take(found.is_held_out)
+    heads, _, _ = _trained(asked, pairs.take(~closed.is_held_out))
+    cut = pairs.take(closed.is_held_out)
 
     def score(parts: Sequence[Part]) -> float:
         _, modules = _shared(parts, 0.0, cut)
         return recall_of(modules, cut)
 
-    scores = {weight: score([Part.closed(found.of_learned, weight**2), *heads]) for weight in WEIGHTS}
-    best = max(WEIGHTS, key=scores.__getitem__)
+    # A part's share of the similarity is in proportion to the square of its features' weight.
+    scores = {weight: score([Part.closed(closed.of_learned, weight**2), *heads]) for weight in WEIGHTS}
+    best = max(WEIGHTS, key=lambda weight: scores[weight])
     return best, {
-        CCA: score([Part.closed(found.of_learned, 1.0)]),
+        CCA: score([Part.closed(closed.of_learned, 1.0)]),
         TRAINED: score(heads),
         BOTH: scores[best],
         "weight": best,
@@ -157,7 +161,13 @@ def _choice(asked: Asked, pairs: Pairs, found: Tuned) -> tuple[float, dict[str, 
 
 
 def _shared(parts: Sequence[Part], keep: float, pairs: Pairs) -> tuple[list[Part], nn.ModuleDict]:
-    """The parts with shares that add up to 1, of which the encoders' own features have theirs; the heads."""
+    """The parts with shares that add up to 1, and the heads that they make.
+
+    Args:
+        parts: The parts, whose shares are in proportion.
+        keep: The share of the encoders' own features, which become a part of their own above 0.
+        pairs: Pairs, for the width of these features.
+    """
     widths = {name: x.shape[1] for name, x in pairs.features.items()}
     total = sum(part.share for part in parts)
     shared = [dataclasses.replace(part, share=(1 - keep) * part.share / total) for part in parts]
@@ -169,21 +179,21 @@ def _shared(parts: Sequence[Part], keep: float, pairs: Pairs) -> tuple[list[Part
 @torch.no_grad()
 def recall_of(modules: nn.ModuleDict, pairs: Pairs) -> float:
     """R@10 of heads on pairs, the mean of both directions, each picture once."""
-    _, first = np.unique(pairs.pictures, return_index=True)
-    first.sort()
+    _, first_rows = np.unique(pairs.pictures, return_index=True)
+    rows = torch.from_numpy(np.sort(first_rows))
     groups = torch.from_numpy(pairs.groups)
-    images = unit_rows(modules[_IMAGES](pairs.features[_IMAGES][first]))
+    images = unit_rows(modules[_IMAGES](pairs.features[_IMAGES][rows]))
     texts = unit_rows(modules[_TEXTS](pairs.features[_TEXTS]))
     k = min(10, len(images), len(texts))
-    found = recall(images, texts, k, image_ids=groups[torch.from_numpy(first)], text_ids=groups)
-    return float((found[f"image_to_text_R@{k}"] + found[f"text_to_image_R@{k}"]) / 2)
+    recalls = recall(images, texts, k, image_ids=groups[rows], text_ids=groups)
+    return float((recalls[f"image_to_text_R@{k}"] + recalls[f"text_to_image_R@{k}"]) / 2)
 
 
 def closed_form(cca: CanonicalCorrelation) -> str:
     """A setting in words, for the log."""
-    of = cca.setting
-    root = ", of roots" if of.root else ""
+    setting = cca.setting
+    root = ", of roots" if setting.root else ""
     return (
-        f"ridges {of.image_ridge:g} and {of.text_ridge:g}, {len(cca.correlations)} dimensions, "
-        f"power {of.power:g}{root}"
+        f"ridges {setting.image_ridge:g} and {setting.text_ridge:g}, {len(cca.correlations)} dimensions, "
+        f"power {setting.power:g}{root}"
     )

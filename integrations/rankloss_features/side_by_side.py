@@ -67,11 +67,13 @@ class SideBySide(nn.Module):
     def __init__(self, parts: Sequence[nn.Module], shares: Sequence[float]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.roots = [math.sqrt(share) for share in shares]
+        self.scales = [math.sqrt(share) for share in shares]
         widths: list[Any] = [part.width for part in parts]
         self.width: int = sum(widths)
 
     def forward(self, features: Tensor) -> Tensor:
         """The parts' features side by side, ``[n, width]``."""
-        of_parts = zip(self.roots, self.parts, strict=True)
-        return torch.cat([root * unit_rows(part(features)) for root, part in of_parts], dim=-1)
+        scaled = []
+        for scale, part in zip(self.scales, self.parts, strict=True):
+            scaled.append(scale * unit_rows(part(features)))
+        return torch.cat(scaled, dim=-1)

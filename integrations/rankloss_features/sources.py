@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,23 @@ def given(args: Any) -> list[str]:
     Raises:
         ValueError: There are others, or an option without the one that it belongs to.
     """
-    found = [x for x in ("model", "features", *_TWO_ENCODERS) if getattr(args, x) is not None]
-    if len(found) != 1 and found != _TWO_ENCODERS:
-        shown = " and ".join(map(flag, found)) or "none"
+    names = ("model", "features", *_TWO_ENCODERS)
+    options = [name for name in names if getattr(args, name) is not None]
+    if len(options) != 1 and options != _TWO_ENCODERS:
+        shown = " and ".join(map(flag, options)) or "none"
         raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
     for name, owner in _BELONG.items():
-        if getattr(args, name) is not None and owner not in found:
-            raise ValueError(
-                f"{flag(name)} {getattr(args, name)} belongs to {flag(owner)}, which is not given"
-            )
+        value = getattr(args, name)
+        if value is not None and owner not in options:
+            raise ValueError(f"{flag(name)} {value} belongs to {flag(owner)}, which is not given")
     clip_models.check_pretrained(args.model, args.pretrained)
-    if args.align is not None and len(found) == 1 and "encoder" in found[0]:
+    has_one_modality = options in (["image_encoder"], ["text_encoder"])
+    if args.align is not None and has_one_modality:
         raise ValueError(
-            f"--align brings images and texts into one space: {flag(found[0])} has one modality; give "
+            f"--align brings images and texts into one space: {flag(options[0])} has one modality; give "
             "--image-encoder and --text-encoder"
         )
-    return found
+    return options
 
 
 def device_of(name: str | None, default: str) -> torch.device:
@@ -77,35 +79,51 @@ def device_of(name: str | None, default: str) -> torch.device:
     return device
 
 
-def load(given: list[str], args: Any, device: torch.device) -> Teacher:
-    """The teacher that the options of a command line name.
+def load(options: list[str], args: Any, device: torch.device) -> Teacher:
+    """The teacher that a command line names.
+
+    Args:
+        options: The options that name it, of :func:`given`.
+        args: The parsed command line.
+        device: The device that computes.
 
     Raises:
-        ValueError: It is not installed, not found, or has no weights.
+        ValueError: It is not installed, not found, or has no weights; or both the teacher and the command
+            line have a background for pictures.
     """
-    loaders = {
-        "model": lambda: _joint(args, device),
-        "features": lambda: _stored(args),
-        "image_encoder": lambda: image_encoders.load(args.image_encoder, args.image_weights, device),
-        "text_encoder": lambda: text_encoders.load(args.text_encoder, args.batch_size, device),
-    }
-    parts = []
-    for name in given:
-        with named_errors(f"{flag(name)} {getattr(args, name)}"):
-            parts.append(loaders[name]())
-    about = {key: value for part in parts for key, value in part.about.items()}
-    encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
-    spaces = SEPARATE_SPACES if given == _TWO_ENCODERS else parts[0].spaces
-    first, background = parts[0], getattr(args, "background", None)
-    if first.rendering is not None and background is not None:
+    if options == _TWO_ENCODERS:
+        images, texts = (_named(option, args, device) for option in options)
+        encoders = {**images.encoders, **texts.encoders}
+        return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SEPARATE_SPACES)
+    (option,) = options
+    teacher = _named(option, args, device)
+    background = getattr(args, "background", None)
+    if teacher.rendering is not None and background is not None:
         raise ValueError(
-            f"--background {background}: --model {args.model} has its own, {first.rendering.background}"
+            f"--background {background}: --model {args.model} has its own, {teacher.rendering.background}"
         )
-    return Teacher(about, encoders, first.scale, first.rows, device, spaces, first.stored, first.rendering)
+    return replace(teacher, device=device)
+
+
+def _named(option: str, args: Any, device: torch.device) -> Teacher:
+    """The teacher, or the encoder of one modality, that an option names.
+
+    Raises:
+        ValueError: As :func:`load`.
+    """
+    with named_errors(f"{flag(option)} {getattr(args, option)}"):
+        if option == "model":
+            return _joint(args, device)
+        if option == "features":
+            return _stored(args)
+        if option == "image_encoder":
+            return image_encoders.load(args.image_encoder, args.image_weights, device)
+        return text_encoders.load(args.text_encoder, args.batch_size, device)
 
 
 # It is sent to other processes, where these are not forked.
 def _rows(array: Array, samples: list[Sample]) -> Tensor:
+    """The rows of an array for some samples, row i for sample i of the data."""
     return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
 
 
@@ -119,17 +137,21 @@ def _joint(args: Any, device: torch.device) -> Teacher:
 def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     arrays, folder = _stored_arrays(Path(args.features))
-    rows = _check_stored(arrays)
+    rows = _checked_rows(arrays)
     widths = {name: array.shape[1] for name, array in arrays.items()}
-    has_two_spaces = folder is not None and not folder.common_space
-    is_separate = has_two_spaces or len(set(widths.values())) > 1
-    if is_separate and args.spaces == COMMON_SPACE:
-        raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
+    has_separate_spaces = folder is not None and not folder.common_space
+    if has_separate_spaces or len(set(widths.values())) > 1:
+        if args.spaces == COMMON_SPACE:
+            raise ValueError(
+                f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}"
+            )
+        spaces = SEPARATE_SPACES
+    else:
+        spaces = args.spaces or COMMON_SPACE
     digests, encoders = {}, {}
     for name, array in arrays.items():
         digests[name] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
         encoders[name] = Encoder(partial(_rows, array), _as_they_are, widths[name])
-    spaces = args.spaces or (SEPARATE_SPACES if is_separate else COMMON_SPACE)
     return Teacher({"features": digests}, encoders, rows=rows, stored=folder, spaces=spaces)
 
 
@@ -139,12 +161,13 @@ def _stored_arrays(place: Path) -> tuple[dict[str, Any], Features | None]:
         return opening.stored_arrays(place, NAMES), None
     if read_about(place) is None:
         files = {name: place / f"{name}.npy" for name in NAMES}
-        return {name: opening.stored_array(file) for name, file in files.items() if file.exists()}, None
+        arrays = {name: opening.stored_array(file) for name, file in files.items() if file.exists()}
+        return arrays, None
     folder = Features(str(place)).check()
     return {name: rows[:] for name, rows in folder.arrays.items()}, folder
 
 
-def _check_stored(arrays: dict[str, Any]) -> int:
+def _checked_rows(arrays: dict[str, Any]) -> int:
     """The number of rows of each array.
 
     Raises:

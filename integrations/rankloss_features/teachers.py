@@ -67,7 +67,8 @@ class Teacher:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for name, encoder in self.encoders.items():
                 inputs = prepared[name]
-                inputs = inputs.to(self.device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+                if isinstance(inputs, Tensor):
+                    inputs = inputs.to(self.device, non_blocking=True)
                 features[name] = unit_rows(encoder.encode(inputs).float()).cpu()
         return features
 
@@ -83,15 +84,15 @@ def hash_of_weights(model: nn.Module) -> str:
 
 # Functions that prepare samples are sent to other processes, where these are not forked.
 def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> tuple[Tensor, list[int]]:
-    """The pixels of the distinct pictures, each transformed once, and the picture of each sample."""
-    distinct: dict[Any, int] = {}
+    """The pixels of the distinct pictures, each transformed once, and each sample's place among them."""
+    place_of: dict[Any, int] = {}  # by the identity of the picture
     places: list[int] = []
     pixels: list[Tensor] = []
     for sample in samples:
-        place = distinct.setdefault(sample.source, len(pixels))
-        if place == len(pixels):
+        if sample.source not in place_of:
+            place_of[sample.source] = len(pixels)
             pixels.append(transform(sample.open()))
-        places.append(place)
+        places.append(place_of[sample.source])
     return torch.stack(pixels), places
 
 
@@ -110,8 +111,8 @@ def image_encoder(
         device: The model's device.
     """
 
-    def features(given: tuple[Tensor, list[int]]) -> Tensor:
-        pixels, places = given
+    def features(pixels_and_places: tuple[Tensor, list[int]]) -> Tensor:
+        pixels, places = pixels_and_places
         return encode(pixels.to(device, non_blocking=True))[places]
 
     return Encoder(partial(pictures, transform), features, width, needs_pictures=True)
@@ -128,9 +129,9 @@ class Batches(IterableDataset[Any]):
     A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
 
     Yields:
-        The batch's first and last row, the latter excluded, the rows of its samples that can be read, the
-        identities of their pictures, and the teacher's inputs. Without an
-        encoder of pictures no picture is read, and there are no identities.
+        The batch's first row and the row after its last, the rows of its samples that can be read, the
+        identities of their pictures, and the teacher's inputs. Without an encoder of pictures no picture is
+        read, and there are no identities.
     """
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
@@ -140,30 +141,38 @@ class Batches(IterableDataset[Any]):
         self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
     def __iter__(self) -> Iterator[Any]:
-        """Those of this worker."""
+        """The batches of this process, one of those that read."""
         worker = get_worker_info()
-        mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
-        for source, spans in mine:
-            for span, samples in zip(spans, self.data.read(source, spans), strict=True):
+        groups = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
+        for shard, spans in groups:
+            for span, samples in zip(spans, self.data.read(shard, spans), strict=True):
+                identities = []
                 if self.needs_pictures:
                     samples = list(self._readable(samples))
+                    identities = [sample.source for sample in samples]
+                rows = [sample.row for sample in samples]
                 prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
-                identities = [sample.source for sample in samples] if self.needs_pictures else []
-                yield span, [sample.row for sample in samples], identities, prepared
+                yield span, rows, identities, prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
-        """The samples with pictures that are read once, and whose source is their identity."""
-        identities: dict[Any, str] = {}  # by path or bytes
-        pictures: dict[str, Any] = {}
+        """The samples whose pictures can be read, with these and their identities.
+
+        A picture is read once for all samples that have its path or its content.
+
+        Raises:
+            ValueError: A picture cannot be read, and the data are no stream, whose trainer would skip it.
+        """
+        identity_of_source: dict[Any, str] = {}  # a source is a path, or the picture's bytes
+        pictures: dict[str, Any] = {}  # by identity
         for sample in samples:
             try:
-                if sample.source not in identities:
+                if sample.source not in identity_of_source:
                     content = content_of(sample.source)
                     identity = identity_of(content)
                     if identity not in pictures:
                         pictures[identity] = self.rendering.open(content)
-                    identities[sample.source] = identity
-                identity = identities[sample.source]
+                    identity_of_source[sample.source] = identity
+                identity = identity_of_source[sample.source]
                 yield sample._replace(open=pictures[identity].copy, source=identity)
             except Exception as error:  # Pillow raises many
                 if not self.data.is_stream:

@@ -13,7 +13,7 @@ from rankloss_features import opening, packages
 from rankloss_features.folder import NAMES
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights
-from rankloss_features.weights import untrained
+from rankloss_features.weights import check_complete
 
 
 def load(name: str, batch_size: int, device: torch.device) -> Teacher:
@@ -32,15 +32,19 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
     """
     name = packages.SHORT.get(name, name)
     path = str(packages.TEXTS[name]()) if name in packages.TEXTS else name
-    if os.path.isdir(path) and not Path(path, "modules.json").exists():
+    is_of_transformers = os.path.isdir(path) and not Path(path, "modules.json").exists()
+    if is_of_transformers:
         # sentence-transformers would use the weights that are missing as they are initialised.
-        untrained(opening.transformers_model(path)[1], path)
+        _, report = opening.transformers_model(path)
+        check_complete(report, path)
     try:
         model = opening.sentence_transformers_model(path, device)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS, *packages.SHORT])}") from error
+        hint = did_you_mean(name, [*packages.TEXTS, *packages.SHORT])
+        raise ValueError(f"{error}{hint}") from error
     encode: Any = partial(
         model.encode, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
     )
+    width = encode(["a picture"]).shape[1]
     about = {"text_encoder": name, "text_weights": hash_of_weights(model)}
-    return Teacher(about, {NAMES[1]: Encoder(captions, encode, encode(["a picture"]).shape[1])})
+    return Teacher(about, {NAMES[1]: Encoder(captions, encode, width)})

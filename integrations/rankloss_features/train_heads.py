@@ -71,13 +71,14 @@ def _encoders(args: argparse.Namespace) -> Encoders:
     Raises:
         ValueError: They are neither two encoders nor a model that has both, or the method does not fit them.
     """
-    given = sources.given(argparse.Namespace(**vars(args), features=None, spaces=None, align=None))
-    if len(given) == 1 and given != ["model"]:
-        missing = "--text-encoder" if given == ["image_encoder"] else "--image-encoder"
+    # This command has no option of stored features.
+    options = sources.given(argparse.Namespace(**vars(args), features=None, spaces=None, align=None))
+    if options == ["image_encoder"] or options == ["text_encoder"]:
+        missing = "--text-encoder" if options == ["image_encoder"] else "--image-encoder"
         raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
     if args.method == CCA:
         _check_trains_nothing(args)
-    if given == ["model"] and (Path(args.model) / ABOUT).is_file():
+    if options == ["model"] and (Path(args.model) / ABOUT).is_file():
         raise ValueError(f"--model {args.model} has heads already: give its encoders")
     return Encoders(args.image_encoder, args.text_encoder, args.image_weights, args.model, args.pretrained)
 
@@ -101,8 +102,9 @@ def _keep(args: argparse.Namespace) -> float:
 
 def _check_trains_nothing(args: argparse.Namespace) -> None:
     """Raise a ValueError for an option of trained heads, which the closed form would ignore."""
-    defaults = {"heads": 1, **{name: getattr(Training(), name) for name in _OF_TRAINED_HEADS}}
-    for name, default in defaults.items():
+    defaults = Training()
+    for name in ("heads", *_OF_TRAINED_HEADS):
+        default = 1 if name == "heads" else getattr(defaults, name)
         value = getattr(args, name)
         if value != default:
             raise ValueError(f"{flag(name)} {value:g} is of trained heads: --method {CCA} trains none")
@@ -123,8 +125,20 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {folder} cannot be written: {parent} may not be changed")
 
 
-class Side(NamedTuple):
-    """A side of the data, to train on or held out.
+class Selection(NamedTuple):
+    """Some pairs of the data.
+
+    Attributes:
+        option: The option of their file, ``--data`` or ``--val-data``.
+        rows: Their rows.
+    """
+
+    option: str
+    rows: list[int]
+
+
+class HeldOut(NamedTuple):
+    """Held-out pairs.
 
     Attributes:
         pairs: Its pairs.
@@ -156,17 +170,18 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
     features = {}
     for option, of_file in opened.items():
-        rows = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
-        features[option], pairs[option] = rows.features, pairs[option].with_pictures(rows.pictures)
-    (option, learned_rows), (other_option, held_out_rows) = _split(args, pairs, seed, are_read=True)
-    of_held_out = {name: _taken(x, held_out_rows) for name, x in features[other_option].items()}
+        encoded = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
+        features[option] = encoded.features
+        pairs[option] = pairs[option].with_pictures(encoded.pictures)
+    learned, held_out = _split(args, pairs, seed, are_read=True)
+    held_out_features = {name: _taken(x, held_out.rows) for name, x in features[held_out.option].items()}
     # One modality after the other leaves the features of all pairs, which memory would hold twice.
-    of_learned = {name: _taken(features[option].pop(name), learned_rows) for name in NAMES}
-    training = Side(pairs[option].take(learned_rows), of_learned)
-    validation = Side(pairs[other_option].take(held_out_rows), of_held_out)
-    learned = Learned(training.features, _numbers(training.pairs.pictures), _numbers(training.pairs.groups))
-    print(f"training on {len(training.pairs.captions)} pairs of {learned.groups.max() + 1} {_kind(args)}")
-    made = make(asked, learned)
+    learned_features = {name: _taken(features[learned.option].pop(name), learned.rows) for name in NAMES}
+    learned_pairs = pairs[learned.option].take(learned.rows)
+    validation = HeldOut(pairs[held_out.option].take(held_out.rows), held_out_features)
+    numbered = Learned(learned_features, _numbers(learned_pairs.pictures), _numbers(learned_pairs.groups))
+    print(f"training on {len(learned.rows)} pairs of {numbered.groups.max() + 1} {_kind(args)}")
+    made = make(asked, numbered)
     _print_course(made, _kind(args))
     if asked.keep:
         print(f"share of the model's own similarity (--keep): {asked.keep:g}")
@@ -177,7 +192,7 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
 
 
 def _taken(x: Tensor, rows: list[int]) -> Tensor:
-    """The rows of a tensor in their order, which are the tensor itself if they are all."""
+    """Ascending rows of a tensor; all of them are the tensor itself, to save memory."""
     return x if len(rows) == len(x) else x[rows]
 
 
@@ -204,8 +219,8 @@ def _check_numbers(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
 
 def _split(
     args: argparse.Namespace, pairs: dict[str, Pairs], seed: int, *, are_read: bool
-) -> list[tuple[str, list[int]]]:
-    """The file and the rows to train on, and those to evaluate on.
+) -> tuple[Selection, Selection]:
+    """The pairs to train on, and those to evaluate on.
 
     Args:
         args: The command line.
@@ -216,38 +231,47 @@ def _split(
     Raises:
         ValueError: They are too few, or a picture or an id stands on both sides.
     """
-    given = pairs["--data"]
+    of_data = pairs["--data"]
+    count = len(of_data.captions)
     if args.val_data is None:
-        if len({*map(str, given.groups)}) == 1:
-            one = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
+        if len({*map(str, of_data.groups)}) == 1:
+            group = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
             raise ValueError(
-                f"--data {args.data}: all {len(given.captions)} pairs have one {one}, so none can be held "
-                "out: give --val-data"
+                f"--data {args.data}: all {count} pairs have one {group}, so none can be held out: give "
+                "--val-data"
             )
-        learned, held_out = split(given.groups, seed)
-        sides = [("--data", learned), ("--data", held_out)]
+        learned_rows, held_out_rows = split(of_data.groups, seed)
+        learned, held_out = Selection("--data", learned_rows), Selection("--data", held_out_rows)
     else:
-        others = pairs["--val-data"]
-        sides = [("--data", [*range(len(given.captions))]), ("--val-data", [*range(len(others.captions))])]
+        of_val_data = pairs["--val-data"]
+        learned = Selection("--data", list(range(count)))
+        held_out = Selection("--val-data", list(range(len(of_val_data.captions))))
         if args.ids_key is not None:
-            _check_disjoint(_kind(args), others.groups, others.groups, given.groups)
+            _check_disjoint(_kind(args), of_val_data.groups, of_data.groups, of_val_data.groups)
         if are_read:
-            _check_disjoint("pictures", others.pictures, others.names, given.pictures)
-    for purpose, (_, rows) in zip(("train", "evaluate"), sides, strict=True):
-        if len(rows) < _FEWEST:
+            _check_disjoint("pictures", of_val_data.pictures, of_data.pictures, of_val_data.names)
+    for purpose, selection in (("train", learned), ("evaluate", held_out)):
+        if len(selection.rows) < _FEWEST:
             raise ValueError(
-                f"{len(rows)} pairs are too few to {purpose} on, of {len(given.captions)} in --data "
-                f"{args.data}; at least {_FEWEST} are needed"
+                f"{len(selection.rows)} pairs are too few to {purpose} on, of {count} in --data {args.data}; "
+                f"at least {_FEWEST} are needed"
             )
-    return sides
+    return learned, held_out
 
 
 def _check_disjoint(
-    kind: str, held_out: Sequence[object], names: Sequence[object], trained: Sequence[object]
+    kind: str, held_out: Sequence[object], learned: Sequence[object], names: Sequence[object]
 ) -> None:
-    """Raise a ValueError for an id, or a picture, that is trained on and evaluated on, by its name."""
-    learned = {*map(str, trained)}
-    rows = [row for row, group in enumerate(held_out) if str(group) in learned]
+    """Raise a ValueError for an id, or a picture, that is trained on and evaluated on.
+
+    Args:
+        kind: The noun for several, in the error.
+        held_out: The id, or the picture, of each row of ``--val-data``.
+        learned: The same of ``--data``.
+        names: The names of those that are held out, for the error.
+    """
+    known = {*map(str, learned)}
+    rows = [row for row, group in enumerate(held_out) if str(group) in known]
     if rows:
         count = len({str(held_out[row]) for row in rows})
         raise ValueError(
@@ -280,20 +304,21 @@ def _print_losses(losses: list[float]) -> None:
     print(f"epoch {len(losses)}: loss {losses[-1]:.3f}")
 
 
-def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out: Side) -> None:
+def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out: HeldOut) -> None:
     """Print the table of ``rankloss evaluate`` of held-out pairs, from the encoders' features of them."""
     projected = {}
     with torch.no_grad():
         for name, x in held_out.features.items():
-            projected[name] = torch.nn.functional.normalize(
-                model.heads[name](x.to(model.teacher.device)), dim=-1
-            )
-    encoded = held_out.pairs.encoded({name: x.cpu() for name, x in projected.items()})
-    most = min(len(encoded.image_features), len(encoded.text_features))
-    ks = [k for k in (1, 5, 10) if k <= most]
-    about = described(encoded, str(args.output), str(args.val_data or f"held-out {args.data}"), args.ids_key)
+            of_heads = model.heads[name](x.to(model.teacher.device))
+            projected[name] = torch.nn.functional.normalize(of_heads, dim=-1).cpu()
+    encoded = held_out.pairs.encoded(projected)
+    most_answers = min(len(encoded.image_features), len(encoded.text_features))
+    ks = [k for k in (1, 5, 10) if k <= most_answers]
+    name_of_data = str(args.val_data or f"held-out {args.data}")
+    about = described(encoded, str(args.output), name_of_data, args.ids_key)
+    measures = measure(encoded, ks, by_ids=args.ids_key is not None)
     print()
-    print("\n".join(lines({**about, **measure(encoded, ks, by_ids=args.ids_key is not None)}, ks)))
+    print("\n".join(lines({**about, **measures}, ks)))
 
 
 def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
@@ -305,17 +330,21 @@ def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
         ([0, 1, 2, 3], 1)
     """
     names = list(dict.fromkeys(groups))
-    chosen = set(random.Random(seed).sample(names, max(1, len(names) // _HELD_OUT)))
+    count = max(1, len(names) // _HELD_OUT)
+    chosen = set(random.Random(seed).sample(names, count))
     learned = [row for row, group in enumerate(groups) if group not in chosen]
-    return learned, [row for row, group in enumerate(groups) if group in chosen]
+    held_out = [row for row, group in enumerate(groups) if group in chosen]
+    return learned, held_out
 
 
 def _numbers(groups: Sequence[object]) -> NDArray[np.int64]:
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    """Groups as numbers from 0, in the order in which they first stand."""
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number_of[group] for group in groups])
 
 
 def _kind(args: argparse.Namespace) -> str:
+    """The noun for the groups of pairs."""
     return "pictures" if args.ids_key is None else f"ids of {args.ids_key!r}"
 
 

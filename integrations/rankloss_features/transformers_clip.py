@@ -13,7 +13,7 @@ from rankloss_features import opening
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
-from rankloss_features.weights import untrained
+from rankloss_features.weights import check_complete
 
 
 def load(folder: str, device: torch.device) -> Teacher:
@@ -26,8 +26,8 @@ def load(folder: str, device: torch.device) -> Teacher:
     Raises:
         ValueError: The folder has weights of another model, or one without a common space.
     """
-    model, info = opening.transformers_model(folder)
-    untrained(info, folder)
+    model, report = opening.transformers_model(folder)
+    check_complete(report, folder)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"{type(model).__name__} has no common space of pictures and texts")
     model = model.float().to(device).eval()
@@ -38,16 +38,14 @@ def load(folder: str, device: torch.device) -> Teacher:
     encode_texts = partial(_texts, model, device)
     with torch.inference_mode():
         width = encode_texts(tokens_of([Sample(0, "", "a picture")])).shape[1]
+    transform = partial(_pixels, opening.image_processor(folder))
     encoders = {
-        NAMES[0]: image_encoder(
-            partial(_pixels, opening.image_processor(folder)), partial(_images, model), width, device
-        ),
+        NAMES[0]: image_encoder(transform, partial(_images, model), width, device),
         NAMES[1]: Encoder(tokens_of, encode_texts, width),
     }
     scale = float(model.logit_scale.detach().exp()) if hasattr(model, "logit_scale") else None
-    return Teacher(
-        {"transformers": folder, "weights": hash_of_weights(model)}, encoders, scale, device=device
-    )
+    about = {"transformers": folder, "weights": hash_of_weights(model)}
+    return Teacher(about, encoders, scale, device=device)
 
 
 def _longest_text(model: Any, tokenizer: Any) -> int | None:
@@ -56,31 +54,37 @@ def _longest_text(model: Any, tokenizer: Any) -> int | None:
     A tokenizer without a bound of its own, as SigLIP 2's, would cut no text and pad none to that length.
     """
     tower = getattr(model.config, "text_config", model.config)
-    bounds = [tokenizer.model_max_length, getattr(tower, "max_position_embeddings", None) or sys.maxsize]
-    longest = min(bounds)
+    positions = getattr(tower, "max_position_embeddings", None) or sys.maxsize
+    longest = min(tokenizer.model_max_length, positions)  # a tokenizer without a bound has one beyond maxsize
     return None if longest >= sys.maxsize else int(longest)
 
 
 def _images(model: Any, pixels: Tensor) -> Tensor:
+    """The features of pictures: ``[n, width]``."""
     return _pooled(model.get_image_features(pixel_values=pixels))
 
 
 def _texts(model: Any, device: torch.device, tokens: dict[str, Tensor]) -> Tensor:
-    return _pooled(model.get_text_features(**{name: x.to(device) for name, x in tokens.items()}))
+    """The features of texts: ``[n, width]``."""
+    inputs = {name: x.to(device) for name, x in tokens.items()}
+    return _pooled(model.get_text_features(**inputs))
 
 
 def _pooled(output: Any) -> Tensor:
+    """The features in a model's output."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
     return features
 
 
 # Functions that prepare samples are sent to other processes, where these are not forked.
 def _pixels(processor: Any, picture: Any) -> Tensor:
+    """The pixels of a picture, as the model takes them."""
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     return pixels
 
 
 def _tokens(tokenizer: Any, padding: str, longest: int | None, samples: list[Sample]) -> dict[str, Tensor]:
+    """The tokens of the samples' captions, as the model takes them, cut at the longest that it takes."""
     options = {"padding": padding, "truncation": True, "max_length": longest}
     tokens = tokenizer(captions(samples), **options, return_tensors="pt")
     return {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}

@@ -32,7 +32,6 @@ FEWEST_TO_SEARCH = 100
 MOST_HELD_OUT = 1000  # groups: the standard error of a recall is then below two points
 _HELD_OUT = 10  # of so many groups one
 _BLOCK = 4096  # rows that are read together
-_ROOTS = (False, True)
 _logger = logging.getLogger("rankloss_features")
 
 
@@ -111,35 +110,41 @@ def tuned(
         raise ValueError(
             f"pictures and groups must have one value for each row; got {len(pictures)} and {len(groups)}"
         )
-    count = len(np.unique(groups))
-    if count < FEWEST_TO_SEARCH:
-        return _default(take, len(groups), count)
+    number_of_groups = len(np.unique(groups))
+    if number_of_groups < FEWEST_TO_SEARCH:
+        return _default(take, len(groups), number_of_groups)
     is_held_out = held_out(groups, seed)
-    learned = [PairSums(root=root) for root in _ROOTS]
+    sums_of_learned = {root: PairSums(root=root) for root in (False, True)}
     for rows in _blocks(np.flatnonzero(~is_held_out)):
         images, texts = _taken(take, rows)
-        for sums in learned:
+        for sums in sums_of_learned.values():
             sums.add(images, texts)
-    rows = np.flatnonzero(is_held_out)
-    images, texts = _taken(take, rows)
-    _, first_of_picture = np.unique(pictures[rows], return_index=True)
+    held_out_rows = np.flatnonzero(is_held_out)
+    images, texts = _taken(take, held_out_rows)
+    _, first_of_picture = np.unique(pictures[held_out_rows], return_index=True)
     first_of_picture.sort()
-    numbers = torch.from_numpy(np.unique(groups[rows], return_inverse=True)[1])
+    held_out_groups, group_numbers = np.unique(groups[held_out_rows], return_inverse=True)
+    ids = torch.from_numpy(group_numbers)
     trials = search(
-        learned,
+        list(sums_of_learned.values()),
         images[first_of_picture],
         texts,
-        image_ids=numbers[first_of_picture],
-        text_ids=numbers,
+        image_ids=ids[first_of_picture],
+        text_ids=ids,
         grid=grid or Grid(),
         k=min(10, len(first_of_picture)),
     )
     setting, recall = trials[0]
     _logger.info("the best of %d settings, held-out R@10 %.1f %%: %s", len(trials), 100 * recall, setting)
-    of_root = learned[_ROOTS.index(setting.root)]
-    both = of_root.merged(PairSums.of(images, texts, root=setting.root))
-    fits = Eigenbases(both).fit(setting), Eigenbases(of_root).fit(setting)
-    return Tuned(*fits, is_held_out, trials, int(numbers.max()) + 1)
+    learned = sums_of_learned[setting.root]
+    all_pairs = learned.merged(PairSums.of(images, texts, root=setting.root))
+    return Tuned(
+        cca=Eigenbases(all_pairs).fit(setting),
+        of_learned=Eigenbases(learned).fit(setting),
+        is_held_out=is_held_out,
+        trials=trials,
+        cut=len(held_out_groups),
+    )
 
 
 def _taken(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
@@ -152,6 +157,13 @@ def _taken(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
 
 
 def _default(take: Take, rows: int, groups: int) -> Tuned:
+    """The fit of all pairs with the default setting, or as many dimensions as the narrower features have.
+
+    Args:
+        take: As for :func:`tuned`.
+        rows: The number of pairs.
+        groups: The number of groups, for the log.
+    """
     sums = PairSums()
     for block in _blocks(np.arange(rows)):
         sums.add(*_taken(take, block))
@@ -159,9 +171,10 @@ def _default(take: Take, rows: int, groups: int) -> Tuned:
     setting = Setting(dimensions=min(Setting.dimensions, bases.most_dimensions))
     _logger.info("%d groups of pairs are too few to search a setting: %s", groups, setting)
     cca = bases.fit(setting)
-    return Tuned(cca, cca, np.zeros(rows, bool), [], 0)
+    return Tuned(cca, of_learned=cca, is_held_out=np.zeros(rows, bool), trials=[], cut=0)
 
 
 def _blocks(rows: Numbers) -> Iterator[Numbers]:
+    """The numbers of rows, in blocks that are read together."""
     for first in range(0, len(rows), _BLOCK):
         yield rows[first : first + _BLOCK]

@@ -13,21 +13,17 @@ SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # by preference
 _SHOWN = 3  # keys in an error
 
 
-def untrained(info: dict[str, Any], name: str) -> bool:
-    """True if the weights of a model of transformers have its pooler, if it has one.
+def check_complete(report: dict[str, Any], name: str) -> None:
+    """Raise a ValueError for weights that a model of transformers lacks; its pooler alone may lack them.
 
     Args:
-        info: The report of ``from_pretrained``.
+        report: The report of ``from_pretrained``, whose ``missing_keys`` are the weights as initialised.
         name: The model.
-
-    Raises:
-        ValueError: They lack other keys.
     """
-    missing = sorted(map(str, info["missing_keys"]))
-    lacking = [key for key in missing if "pooler" not in key.split(".")]
-    if lacking:
-        raise ValueError(f"the weights do not fit the model: {_listed(lacking)} missing in {name}")
-    return not missing
+    missing = sorted(map(str, report["missing_keys"]))
+    needed = [key for key in missing if "pooler" not in key.split(".")]
+    if needed:
+        raise ValueError(f"the weights do not fit the model: {_listed(needed)} missing in {name}")
 
 
 def fill(model: Any, path: str) -> None:
@@ -48,28 +44,42 @@ def fill(model: Any, path: str) -> None:
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     file = _file_of(path)
     missing, unexpected = opening.load_timm_weights(model, file, convert)
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    unexpected = [key for key in unexpected if not key.startswith(heads)]
-    kinds = {"missing": missing, "unexpected": unexpected}
-    misfits = [f"{_listed(keys)} {kind}" for kind, keys in kinds.items() if keys]
+    classifiers = model.pretrained_cfg.get("classifier") or ()  # a name or several
+    if isinstance(classifiers, str):
+        classifiers = (classifiers,)
+    beginnings = tuple(f"{classifier}." for classifier in classifiers)
+    unexpected = [key for key in unexpected if not key.startswith(beginnings)]
+    misfits = []
+    if missing:
+        misfits.append(f"{_listed(missing)} missing")
+    if unexpected:
+        misfits.append(f"{_listed(unexpected)} unexpected")
     if misfits:
         raise ValueError(f"--image-weights {path} does not fit the model: {'; '.join(misfits)}")
 
 
 def _file_of(path: str) -> str:
+    """The file of weights that a path names, or the only one in its folder of the first kind that is there.
+
+    Raises:
+        ValueError: There is no such file or folder, or the folder has none, or several of that kind.
+    """
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
         raise ValueError(f"--image-weights {path}: there is no such file or folder")
-    found = [sorted(map(str, Path(path).glob(f"*{suffix}"))) for suffix in SUFFIXES]
-    files = next(filter(None, found), [])
+    files: list[Path] = []
+    for suffix in SUFFIXES:
+        files = sorted(Path(path).glob(f"*{suffix}"))
+        if files:
+            break
     if len(files) != 1:
-        shown = ", ".join(os.path.basename(x) for x in files) or f"no file of {', '.join(SUFFIXES)}"
+        shown = ", ".join(file.name for file in files) or f"no file of {', '.join(SUFFIXES)}"
         raise ValueError(f"--image-weights {path} must be a file, or a folder with one; it has {shown}")
-    return files[0]
+    return str(files[0])
 
 
 def _listed(keys: list[str]) -> str:
+    """The number of keys, and the first of them."""
     more = ", …" if len(keys) > _SHOWN else ""
     return f"{len(keys)} keys ({', '.join(keys[:_SHOWN])}{more})"

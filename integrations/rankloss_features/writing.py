@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ def precision_on(device: torch.device) -> str:
 
 def size_of_shards(rows: int) -> int:
     """The rows of a shard: a sixteenth of all, at least 4,096; so an interruption costs little."""
-    return min(SHARD_ROWS, max(SHARD_ROWS // 16, -(-rows // 16)))
+    return min(SHARD_ROWS, max(SHARD_ROWS // 16, math.ceil(rows / 16)))
 
 
 def write(
@@ -100,11 +101,11 @@ def join_processes() -> tuple[int, int]:
     """The number of this process, and the number of all, in one process group; 0 and 1 without torchrun.
 
     Raises:
-        ConnectionError: As :func:`_join_processes`.
+        ConnectionError: As :func:`_begin_group`.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not torch.distributed.is_initialized():
-        _join_processes(rank, world)
+        _begin_group(rank, world)
     return rank, world
 
 
@@ -126,7 +127,7 @@ def _share_counts(data: Data) -> None:
     data.counts = counts[0]
 
 
-def _join_processes(rank: int, world: int) -> None:
+def _begin_group(rank: int, world: int) -> None:
     """Begin a process group, once every process of torchrun runs this command.
 
     A training's first process that starts this command hands its environment on; its companions never come.
@@ -162,8 +163,9 @@ def turn(file: Path, folder: Path) -> Iterator[None]:
         ValueError: The lock is a link: filelock before 4.2.1 empties a file that has a second name.
     """
     with suppress(FileNotFoundError):
-        found = file.lstat()
-        if stat.S_ISLNK(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+        status = file.lstat()
+        has_a_second_name = status.st_nlink > 1
+        if stat.S_ISLNK(status.st_mode) or (has_a_second_name and status.st_size > 0):
             raise ValueError(f"{file} is a link to another file, which a lock might empty: delete the link")
     lock = FileLock(file)
     try:
@@ -188,13 +190,13 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         "has_picture_hashes": _knows_pictures(teacher),
         **settings,
     }
-    found = read_about(output)
-    if found is None:
+    entries = read_about(output)
+    if entries is None:
         check_has_no_files(output)
     else:
-        check_is_of(output, found, about)
-        check_probe(output, found, teacher)
-    has_pairs = found is not None and (found["complete"] or (output / PAIRS).exists())
+        check_is_of(output, entries, about)
+        check_probe(output, entries, teacher)
+    has_pairs = entries is not None and (entries["complete"] or (output / PAIRS).exists())
     if has_pairs:
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
     else:
@@ -203,8 +205,9 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
 
 def _knows_pictures(teacher: Teacher) -> bool:
     """True if the content of the pictures is read with them, or is known from the folder of the rows."""
-    stored = teacher.stored is not None and teacher.stored.pictures is not None
-    return stored or any(encoder.needs_pictures for encoder in teacher.encoders.values())
+    if teacher.stored is not None and teacher.stored.pictures is not None:
+        return True
+    return any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
 
 def check_has_no_files(output: Path) -> None:
@@ -213,21 +216,29 @@ def check_has_no_files(output: Path) -> None:
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
 
 
-def check_is_of(output: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
-    """Raise a ValueError for a folder that was begun with another teacher or other settings."""
-    earlier = {"pictures": about.get("pictures")}  # folders of before say nothing of pictures
+def check_is_of(output: Path, entries: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise a ValueError for a folder that was begun with another teacher or other settings.
+
+    Args:
+        output: The folder.
+        entries: Those of its ``folder.json``.
+        about: Those that this command would write, or some of them.
+    """
     for key in ("teacher", "pictures", "widths", "spaces", "dtype", "precision", "batch_size"):
-        if key in about and found.get(key, earlier.get(key)) != about[key]:
+        if key not in about:
+            continue
+        is_of_an_earlier_release = key == "pictures" and key not in entries
+        if entries.get(key) != about[key] and not is_of_an_earlier_release:
             raise ValueError(
-                f"--output {output} was begun with another {key}, {found.get(key)}, not {about[key]}; by its "
-                f"own account, its command was {found.get('command')!r}"
+                f"--output {output} was begun with another {key}, {entries.get(key)}, not {about[key]}; by "
+                f"its own account, its command was {entries.get('command')!r}"
             )
 
 
-def check_probe(output: Path, found: dict[str, Any], teacher: Teacher) -> None:
+def check_probe(output: Path, entries: dict[str, Any], teacher: Teacher) -> None:
     """Raise a ValueError for a folder that was begun with encoders of the same weights and other features."""
     remedy = ". Restore it; or, for features of the new one, delete the folder and give the command again"
-    probing.check_entry(f"--output {output}", found, teacher, remedy)
+    probing.check_entry(f"--output {output}", entries, teacher, remedy)
 
 
 def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:
@@ -257,34 +268,59 @@ def _hash_pairs(data: Data) -> Array:
 
 
 def _compute(
-    draft: Draft, mine: Sequence[int], data: Data, teacher: Teacher, workers: int, *, shows: bool
+    draft: Draft, shards: Sequence[int], data: Data, teacher: Teacher, workers: int, *, shows: bool
 ) -> None:
     """Write those of some shards that are missing."""
-    about, shards = draft.about, dict[int, dict[str, Array]]()
-    precision = _PRECISIONS[about["precision"]]
-    left = {shard: len(draft.rows_of(shard)) for shard in mine if not draft.is_whole(shard)}
-    written = {*mine} - {*left}
-    compared = [row for row in some_rows(len(draft)) if row // about["shard_rows"] in written]
+    shard_rows, batch_size = draft.about["shard_rows"], draft.about["batch_size"]
+    rows_left = {shard: len(draft.rows_of(shard)) for shard in shards if not draft.is_whole(shard)}
+    is_written = set(shards).difference(rows_left)
+    compared = [row for row in some_rows(len(draft)) if row // shard_rows in is_written]
     draft.compare_pictures(data.pictures(compared), str(data.about["data"]))
-    groups = groups_of(data, about["batch_size"], map(draft.rows_of, left))
+    groups = groups_of(data, batch_size, map(draft.rows_of, rows_left))
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
-    rows = sum(len(draft.rows_of(shard)) for shard in mine)
-    with tqdm(total=rows, initial=rows - sum(left.values()), unit="row", disable=not shows) as bar:
-        for (first, last), samples, identities, prepared in batches:
-            shard = first // about["shard_rows"]
-            if shard not in shards:
-                shards[shard] = draft.empty_shard(shard)
-            if samples:
-                places = np.array(samples) - draft.rows_of(shard).start
-                if identities:
-                    shards[shard][PICTURES][places] = numbers_of(identities)
-                elif teacher.stored is not None and teacher.stored.pictures is not None:
-                    shards[shard][PICTURES][places] = teacher.stored.pictures[samples]
-                for name, features in teacher.encode(prepared, precision).items():
-                    shards[shard][name][places] = features.numpy()
-                    where = f"the teacher's {name}, counted from row {samples[0]},"
-                    check_teacher(where, torch.from_numpy(shards[shard][name][places]), first_look=False)
-            left[shard] -= last - first
-            if not left[shard]:
-                draft.save(shard, shards.pop(shard))
+    arrays_of: dict[int, dict[str, Array]] = {}  # of each shard that is begun and not written
+    total = sum(len(draft.rows_of(shard)) for shard in shards)
+    written = total - sum(rows_left.values())
+    with tqdm(total=total, initial=written, unit="row", disable=not shows) as bar:
+        for (first, last), rows, identities, prepared in batches:
+            shard = first // shard_rows  # of the whole batch, since batches end with a shard
+            if shard not in arrays_of:
+                arrays_of[shard] = draft.empty_shard(shard)
+            if rows:  # some pictures of the batch can be read
+                _fill(arrays_of[shard], draft, rows, identities, prepared, teacher)
+            rows_left[shard] -= last - first
+            if rows_left[shard] == 0:
+                draft.save(shard, arrays_of.pop(shard))
             bar.update(last - first)
+
+
+def _fill(
+    arrays: dict[str, Array],
+    draft: Draft,
+    rows: list[int],
+    identities: list[str],
+    prepared: dict[str, Any],
+    teacher: Teacher,
+) -> None:
+    """Fill the arrays of a shard with the features of a batch, and the hashes of its pictures.
+
+    Args:
+        arrays: The arrays of the shard.
+        draft: The folder.
+        rows: The rows of the batch, all of this shard.
+        identities: Those of their pictures, if these were read.
+        prepared: The teacher's inputs.
+        teacher: The teacher.
+
+    Raises:
+        ValueError: The teacher gives no teacher's features.
+    """
+    places = np.array(rows) % draft.about["shard_rows"]
+    if identities:
+        arrays[PICTURES][places] = numbers_of(identities)
+    elif teacher.stored is not None and teacher.stored.pictures is not None:
+        arrays[PICTURES][places] = teacher.stored.pictures[rows]
+    for name, features in teacher.encode(prepared, _PRECISIONS[draft.about["precision"]]).items():
+        arrays[name][places] = features.numpy()
+        where = f"the teacher's {name}, counted from row {rows[0]},"
+        check_teacher(where, torch.from_numpy(arrays[name][places]), first_look=False)
