@@ -29,14 +29,19 @@ def pytest_configure() -> None:
     """Refuse to measure another rankloss than PYTHONPATH has, and a card that is not there."""
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"RANKLOSS_TEST_DEVICE={DEVICE} needs a CUDA card and a CUDA build of torch")
-    paths = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    wanted = next((path for path in paths if (path / "rankloss").is_dir()), None)
     imported = Path(rankloss.__file__).resolve().parents[1]
-    if wanted not in (None, imported):
-        raise pytest.UsageError(f"PYTHONPATH has rankloss in {wanted}; imported is that in {imported}")
+    for path in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        folder = Path(path).resolve()
+        if path and (folder / "rankloss").is_dir():  # the first one is the one that is meant
+            if folder != imported:
+                raise pytest.UsageError(
+                    f"PYTHONPATH has rankloss in {folder}; imported is that in {imported}"
+                )
+            break
 
 
 def pytest_report_header() -> str:
+    """The line above the tests: the rankloss that is measured, and the device."""
     return f"benchmarks: rankloss {rankloss.__version__} from {Path(rankloss.__file__).parent}, on {DEVICE}"
 
 
@@ -111,24 +116,31 @@ def compare(
             benchmark.pedantic(seconds, (step,))
             return
         if group not in measured:
-            tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-            selected = [test for test in tests if _place(test) == _place(request.node)]
-            names = [test.callspec.params["contender"] for test in selected]
-            measured[group] = _measure({name: make(name) for name in names}, rounds, seconds, count)
+            steps = {name: make(name) for name in _contenders(request)}
+            measured[group] = _measure(steps, rounds, seconds, count)
         if contender not in measured[group]:
             pytest.skip("out of memory")
-        found, counts = measured[group][contender]
+        seconds_of_rounds, counts = measured[group][contender]
         benchmark.extra_info.update(counts)
-        left = iter(found)
-        benchmark.pedantic(lambda: _let_pass(next(left)), rounds=len(found))
+        # pytest-benchmark times rounds in which its clock moves on by the seconds that were measured before.
+        remaining = iter(seconds_of_rounds)
+        benchmark.pedantic(lambda: _let_pass(next(remaining)), rounds=len(seconds_of_rounds))
 
     return run
 
 
-def _place(test: pytest.Function) -> tuple[Any, ...]:
-    """All by which tests differ, except for the contender."""
-    params = test.callspec.params if hasattr(test, "callspec") else {}
-    return test.path, test.originalname, {name: x for name, x in params.items() if name != "contender"}
+def _contenders(request: pytest.FixtureRequest) -> list[str]:
+    """The contenders of the tests that are selected, and differ from this one in nothing else."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    group = [test for test in tests if _without_contender(test) == _without_contender(request.node)]
+    return [test.callspec.params["contender"] for test in group]
+
+
+def _without_contender(test: pytest.Function) -> tuple[Any, ...]:
+    """All by which tests differ, except for the contender: the file, the function, other parameters."""
+    parameters = test.callspec.params if hasattr(test, "callspec") else {}
+    others = {name: value for name, value in parameters.items() if name != "contender"}
+    return test.path, test.originalname, others
 
 
 def _measure(
@@ -137,15 +149,15 @@ def _measure(
     seconds: Callable[[Step], float],
     count: Callable[[Step], dict[str, Any]],
 ) -> Measured:
+    """Count a step of every contender, then time all in turns; those that are out of memory are left out."""
     counts = {}
-    for name in list(steps):
+    for name, step in steps.items():
         try:
-            counts[name] = count(steps[name])
+            counts[name] = count(step)
         except torch.OutOfMemoryError:  # of a card; the others go on
-            del steps[name]
             torch.cuda.empty_cache()
-    found = in_turns(steps, rounds, seconds)
-    return {name: (found[name], counts[name]) for name in steps}
+    seconds_of = in_turns({name: steps[name] for name in counts}, rounds, seconds)
+    return {name: (seconds_of[name], counts[name]) for name in counts}
 
 
 # --- pytest-benchmark's clock ---------------------------------------------------------------------------
@@ -159,10 +171,12 @@ def clock() -> float:
 
 
 def _let_pass(seconds: float) -> None:
+    """Set the clock forward."""
     global _passed
     _passed += seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let pytest-benchmark use the clock in every test."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from rankloss_triton.rows import CACHE, choose_launch
 
+_ENTRY = 4  # bytes
+
 
 class Traffic(NamedTuple):
     """Bytes of one launch.
@@ -89,19 +91,30 @@ def traffic(
         (12.0, True)
     """
     launch = choose_launch(n // matrices, N, bins, processors, cache)
-    passes = 4 if bins else 3
+    # The rows of the table in the docstring of this file, in entries of a list.
+    passes = 4 if bins else 3  # over x, and over y
     scratch = 10 * N + 12 * bins if bins else 25 * N + round(mates * N) + 3
+    bytes_once = 8 if opposite else 12  # of x, y and the gradient, of each item
     return Traffic(
-        cosines=n * 4 * passes * N,
-        reference=n * (4 + index_bytes) * passes * N,
-        gradient=n * 4 * N,
-        scratch=n * 4 * scratch,
-        once=n * (8 if opposite else 12) * N,
-        kept=launch.programs * 8 * N + launch.scratch_bytes,
+        cosines=n * _ENTRY * passes * N,
+        reference=n * (_ENTRY + index_bytes) * passes * N,
+        gradient=n * _ENTRY * N,
+        scratch=n * _ENTRY * scratch,
+        once=n * bytes_once * N,
+        kept=launch.programs * 2 * _ENTRY * N + launch.scratch_bytes,
     )
 
 
 def feature_bytes(name: str, features: Tensor, others: int = 0) -> int:
-    """Bytes that ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
+    """Bytes that a kernel of :mod:`rankloss_triton.equal_rows` moves.
+
+    Args:
+        name: ``"hash_rows"``, which reads all features and writes a hash of 8 bytes for each row; or
+            ``"confirm_equals"``, which reads and writes an index of 8 bytes for each row.
+        features: ``[n, width]``.
+        others: Rows whose candidate is another row, which are compared with it entry by entry.
+    """
     n, width = features.shape
-    return n * (4 * width + 8) if name == "hash_rows" else n * 16 + others * 8 * width
+    if name == "hash_rows":
+        return n * (_ENTRY * width + 8)
+    return n * 16 + others * 2 * _ENTRY * width

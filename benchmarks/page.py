@@ -37,10 +37,11 @@ Groups = dict[str, dict[str, Measured]]
 
 
 def groups_of(results: dict[str, Any]) -> Groups:
+    """The contenders in pytest-benchmark's JSON."""
     groups: Groups = {}
-    for x in results["benchmarks"]:
-        measured = Measured(x["stats"]["data"], x["extra_info"])
-        groups.setdefault(x["group"], {})[x["params"]["contender"]] = measured
+    for benchmark in results["benchmarks"]:
+        measured = Measured(benchmark["stats"]["data"], benchmark["extra_info"])
+        groups.setdefault(benchmark["group"], {})[benchmark["params"]["contender"]] = measured
     return groups
 
 
@@ -48,7 +49,16 @@ def groups_of(results: dict[str, Any]) -> Groups:
 
 
 class Target(NamedTuple):
-    """A quantity of a contender of a group, as a multiple of another's if that is given, and its bound."""
+    """A quantity of a contender, as a multiple of another's if that is given, and its bound.
+
+    Attributes:
+        what: The quantity in words.
+        of: The group and the name of the contender.
+        beside: The group and the name of the other.
+        bound: The bound.
+        at_least: True if the bound is a lower one.
+        quantity: ``"seconds"``, or one of the counts.
+    """
 
     what: str
     of: tuple[str, str]
@@ -61,6 +71,7 @@ class Target(NamedTuple):
 def _of_losses(
     what: str, n: int, above: str, below: str, bound: float, at_least: bool = False, quantity: str = "seconds"
 ) -> Target:
+    """A target of two losses, ``above`` as a multiple of ``below``, of n pairs."""
     group = f"losses: N = {n:,}"
     return Target(f"{what}, N = {n:,}", (group, above), (group, below), bound, at_least, quantity)
 
@@ -103,73 +114,90 @@ TARGETS = [
 def judged(groups: Groups, targets: Iterable[Target] = TARGETS) -> str:
     """A table of the targets, each with its value and whether it is met."""
     rows = []
-    for x in targets:
-        value = value_of(x, groups)
-        form = "{:.2f} s" if x.beside is None else "{:.2f}×"
-        bound = f"{'at least' if x.at_least else 'at most'} {form.format(x.bound)}"
-        cells = ["not measured", "–"]
-        if value is not None:
-            met = value >= x.bound if x.at_least else value <= x.bound
-            cells = [form.format(value), "yes" if met else "no"]
-        rows.append([x.what, bound, *cells])
+    for target in targets:
+        unit = " s" if target.beside is None else "×"
+        limit = "at least" if target.at_least else "at most"
+        value = value_of(target, groups)
+        if value is None:
+            measured, answer = "not measured", "–"
+        else:
+            is_met = value >= target.bound if target.at_least else value <= target.bound
+            measured, answer = f"{value:.2f}{unit}", "yes" if is_met else "no"
+        rows.append([target.what, f"{limit} {target.bound:.2f}{unit}", measured, answer])
     return markdown_table(["what", "target", "measured", "met"], rows)
 
 
 def value_of(target: Target, groups: Groups) -> float | None:
-    """What was measured; None where a contender was not."""
-    above, below = (
-        None if at is None else groups.get(at[0], {}).get(at[1]) for at in (target.of, target.beside)
-    )
-    if above is None or (below is None and target.beside is not None):
+    """The quantity of a target as it was measured; None where a contender was not measured."""
+    group, name = target.of
+    measured = groups.get(group, {}).get(name)
+    if measured is None:
+        return None
+    if target.beside is None:
+        assert target.quantity == "seconds"  # the unit of a bound by itself
+        return measured.median
+    group, name = target.beside
+    other = groups.get(group, {}).get(name)
+    if other is None:
         return None
     if target.quantity != "seconds":
-        return above.counts[target.quantity] / below.counts[target.quantity]
-    return above.median if below is None else above.ratio_to(below)
+        return measured.counts[target.quantity] / other.counts[target.quantity]
+    return measured.ratio_to(other)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """A table of Markdown, its first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def by_column(groups: Groups, cell: Callable[[Measured, Measured], str]) -> str:
     """A row for each contender, a column for each group; ``cell`` gets a contender and its group's first."""
+    names = dict.fromkeys(name for group in groups.values() for name in group)  # in order, each once
     rows = []
-    for name in dict.fromkeys(name for group in groups.values() for name in group):
-        firsts = [next(iter(group.values())) for group in groups.values()]
-        found = [group.get(name) for group in groups.values()]
-        cells = ["–" if x is None else cell(x, first) for x, first in zip(found, firsts, strict=True)]
-        rows.append([name, *cells])
+    for name in names:
+        row = [name]
+        for group in groups.values():
+            first_of_group = next(iter(group.values()))
+            row.append(cell(group[name], first_of_group) if name in group else "–")
+        rows.append(row)
     return markdown_table(["loss", *groups], rows)
 
 
 def by_row(groups: Groups) -> str:
     """A row for each contender of each group, with all that was counted."""
-    everyone = [(title, name, x) for title, group in groups.items() for name, x in group.items()]
-    counted = list(dict.fromkeys(key for *_, x in everyone for key in x.counts))
+    counts_of_all = [measured.counts for group in groups.values() for measured in group.values()]
+    counted = list(dict.fromkeys(key for counts in counts_of_all for key in counts))  # in order, each once
     rows = []
-    for title, name, x in everyone:
-        ratio = x.ratio_to(next(iter(groups[title].values())))
-        counts = [_shown(key, x.counts[key]) for key in counted]
-        rows.append([f"{title}: {name}", f"{x.median:.3g}", f"{ratio:.2f}×", *counts])
+    for title, group in groups.items():
+        first = next(iter(group.values()))
+        for name, measured in group.items():
+            counts = [_shown(key, measured.counts[key]) for key in counted]
+            ratio = f"{measured.ratio_to(first):.2f}×"
+            rows.append([f"{title}: {name}", f"{measured.median:.3g}", ratio, *counts])
     units = [key.replace("_bytes", ", MiB").replace("_seconds", ", s") for key in counted]
     return markdown_table(["", "seconds", "ratio", *units], rows)
 
 
 def _shown(key: str, value: float) -> str:
+    """A count by its name: bytes in MiB, others as they are."""
     return f"{value / _MIB:,.1f}" if key.endswith("_bytes") else f"{value:.3g}"
 
 
-def _time(x: Measured, first: Measured) -> str:
-    return f"{x.median:.3g}" if x is first else f"{x.median:.3g} ({x.ratio_to(first):.2f}×)"
+def _time(measured: Measured, first: Measured) -> str:
+    """Seconds, and in brackets their ratio to the first of the group."""
+    if measured is first:
+        return f"{measured.median:.3g}"
+    return f"{measured.median:.3g} ({measured.ratio_to(first):.2f}×)"
 
 
-def _memory(x: Measured, _: Measured) -> str:
-    peak, saved = (_shown(key, x.counts[key]) for key in ("peak_bytes", "saved_bytes"))
+def _memory(measured: Measured, _: Measured) -> str:
+    """The peak of a step, and in brackets the part that is kept for backward."""
+    peak = _shown("peak_bytes", measured.counts["peak_bytes"])
+    saved = _shown("saved_bytes", measured.counts["saved_bytes"])
     return f"{peak} ({saved})"
 
 
@@ -181,44 +209,51 @@ CAPTIONS = {
 
 def conditions(results: dict[str, Any]) -> str:
     """The conditions of a run as a sentence."""
-    c = results["machine_info"]
-    cpu = c["cpu"].get("brand_raw", "unknown processor")
-    versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items())
+    machine = results["machine_info"]
+    processor = machine["card"] or machine["cpu"].get("brand_raw", "unknown processor")
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    date, _, _ = results["datetime"].partition("T")
     return (
-        f"{c['card'] or cpu}, {c['threads']} threads of {c['cpu']['count']} cores, load average "
-        f"{c['load_average']:.1f} at the start; {c['system']} {c['machine']}, Python {c['python_version']}, "
-        f"{versions}; {results['datetime'][:10]}."
+        f"{processor}, {machine['threads']} threads of {machine['cpu']['count']} cores, load average "
+        f"{machine['load_average']:.1f} at the start; {machine['system']} {machine['machine']}, Python "
+        f"{machine['python_version']}, {versions}; {date}."
     )
 
 
 def tables(results: dict[str, Any]) -> str:
     """All tables of a run."""
-    groups, families = groups_of(results), dict[str, Groups]()
-    for title, group in groups.items():
+    families: dict[str, Groups] = {}
+    for title, group in groups_of(results).items():
         family, _, one = title.partition(": ")
         families.setdefault(family, {})[one] = group
     parts = [conditions(results)]
-    if losses := families.pop("losses", None):
-        parts += ["**Time of forward and backward, seconds**; in brackets, as a multiple of the first row's."]
-        parts += [by_column(losses, _time)]
+    if "losses" in families:
+        losses = families["losses"]
         parts += [
-            "**Memory, MiB**: the most that tensors hold at once; in brackets, what is kept for backward."
+            "**Time of forward and backward, seconds**; in brackets, as a multiple of the first row's.",
+            by_column(losses, _time),
+            "**Memory, MiB**: the most that tensors hold at once; in brackets, what is kept for backward.",
+            by_column({one: _in_memory(group) for one, group in losses.items()}, _memory),
         ]
-        parts += [by_column({one: _in_memory(group) for one, group in losses.items()}, _memory)]
-    for family, found in families.items():
-        parts += [f"{CAPTIONS[family]}.", by_row(found)] if family in CAPTIONS else []
+    for family, groups in families.items():
+        if family in CAPTIONS:
+            parts += [f"{CAPTIONS[family]}.", by_row(groups)]
     return "\n\n".join(parts) + "\n"
 
 
 def printed(results: dict[str, Any]) -> str:
-    """What only a developer reads: graded lists, the times before the first step, and the targets."""
+    """The tables for developers alone: graded lists, the times before the first step, and the targets."""
     groups = groups_of(results)
-    rest = {title: x for title, x in groups.items() if title.startswith(("lists: ", "start: "))}
-    return "\n\n".join(([by_row(rest)] if rest else []) + [judged(groups)])
+    for_developers = {
+        title: group for title, group in groups.items() if title.startswith(("lists: ", "start: "))
+    }
+    parts = [by_row(for_developers)] if for_developers else []
+    return "\n\n".join([*parts, judged(groups)])
 
 
 def _in_memory(group: dict[str, Measured]) -> dict[str, Measured]:
-    return {name: x for name, x in group.items() if not name.endswith("-products")}
+    """The contenders of a table of memory; products alone keep none."""
+    return {name: measured for name, measured in group.items() if not name.endswith("-products")}
 
 
 def fill(path: Path, name: str, text: str) -> None:
@@ -227,13 +262,14 @@ def fill(path: Path, name: str, text: str) -> None:
     Raises:
         ValueError: unless the page has one pair of them.
     """
-    before = path.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     marked = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
-    if len(marked.findall(before)) != 1:
+    if len(marked.findall(page)) != 1:
         raise ValueError(
             f"{path} must have <!-- bench:{name} --> and <!-- /bench:{name} --> once, in this order"
         )
-    path.write_text(marked.sub(lambda m: m[1] + text + m[2], before), encoding="utf-8")
+    filled = marked.sub(lambda match: match[1] + text + match[2], page)
+    path.write_text(filled, encoding="utf-8")
 
 
 def main() -> None:

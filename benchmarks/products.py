@@ -22,17 +22,18 @@ class _Products(TorchDispatchMode):
         self._stand_ins: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
-            given, named = tree_map_only(Tensor, self._stand_in, (args, kwargs or {}))
-            self.calls.append(functools.partial(func, *given, **named))
-        return func(*args, **(kwargs or {}))
+            own_args, own_kwargs = tree_map_only(Tensor, self._stand_in, (args, kwargs))
+            self.calls.append(functools.partial(func, *own_args, **own_kwargs))
+        return func(*args, **kwargs)
 
     def _stand_in(self, x: Tensor) -> Tensor:
+        """A tensor of random numbers with the layout of an operand, the same one for equal layouts."""
         layout = (x.shape, x.stride(), x.dtype)
         if layout not in self._stand_ins:
-            self._stand_ins[layout] = torch.empty_strided(
-                *layout[:2], dtype=x.dtype, device=x.device
-            ).normal_()
+            stand_in = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            self._stand_ins[layout] = stand_in.normal_()
         return self._stand_ins[layout]
 
 
@@ -40,4 +41,10 @@ def products_of(step: Step) -> Step:
     """A step of the matrix products of a step, and nothing else."""
     with _Products() as products:
         step()
-    return torch.no_grad()(lambda: [call() for call in products.calls])
+
+    @torch.no_grad()
+    def repeat() -> None:
+        for call in products.calls:
+            call()
+
+    return repeat

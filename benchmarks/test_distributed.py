@@ -21,7 +21,7 @@ from rankloss import Gather, RankClipLoss
 from turns import Step
 
 N, D, SCALE = 2048, 512, 1 / 0.07
-CONTENDERS = {
+CONTENDERS = {  # the number of processes, and local_loss
     "1": (1, True),
     "2": (2, True),
     "2-all-rows": (2, False),
@@ -41,22 +41,24 @@ def step(rank: int, world_size: int, n: int, d: int, local_loss: bool) -> Step:
     return lambda: loss(v, t, scale).backward()
 
 
-def timed(rank: int, world_size: int, *given: Any) -> float:
-    own = step(rank, world_size, *given)
+def timed(rank: int, world_size: int, n: int, d: int, local_loss: bool) -> float:
+    """Seconds of a rank's step, once all are ready."""
+    run = step(rank, world_size, n, d, local_loss)
     dist.barrier()
     started = time.perf_counter()
-    own()
+    run()
     return time.perf_counter() - started
 
 
-def counted(rank: int, world_size: int, *given: Any) -> dict[str, float]:
-    own = step(rank, world_size, *given)
-    own()
+def counted(rank: int, world_size: int, n: int, d: int, local_loss: bool) -> dict[str, float]:
+    """Bytes of a rank's collectives, and the processor's seconds, of steps after the first."""
+    run = step(rank, world_size, n, d, local_loss)
+    run()
     with Collectives() as calls:
-        own()
+        run()
     dist.barrier()
     started = time.process_time()
-    own()
+    run()
     return {
         "gathered_bytes": calls.filled["allgather"],
         "reduced_bytes": calls.filled["allreduce"],
@@ -64,7 +66,8 @@ def counted(rank: int, world_size: int, *given: Any) -> dict[str, float]:
     }
 
 
-def slowest(ranks: list[Mapping[str, float]]) -> dict[str, float]:
+def largest(ranks: list[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of every count over the ranks."""
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 
@@ -73,6 +76,7 @@ def test_processes(
     contender: str, compare: Callable[..., None], size: Callable[[int], int], pools: Pools
 ) -> None:
     def make(name: str) -> Callable[..., list[Any]]:
+        """A function that calls another on every rank of a contender, and returns all results."""
         world_size, local_loss = CONTENDERS[name]
         return lambda function: pools[world_size].run(function, size(N), size(D), local_loss)
 
@@ -81,6 +85,6 @@ def test_processes(
         contender,
         make,
         rounds=7,
-        seconds=lambda run: max(run(timed)),
-        count=lambda run: slowest(run(counted)),
+        seconds=lambda on_all_ranks: max(on_all_ranks(timed)),
+        count=lambda on_all_ranks: largest(on_all_ranks(counted)),
     )

@@ -34,13 +34,31 @@ SIZES = ON_CARD if DEVICE.type == "cuda" else ON_CPU
 NAIVE_UP_TO = 16384 if DEVICE.type == "cuda" else 4096
 
 
-def training(loss: Callable[..., Tensor], **given: Tensor | float) -> Callable[[Features], Step]:
-    """Forward and backward."""
-    return lambda x: lambda: loss(*x, **given).backward()
+def training(loss: Callable[..., Tensor], **references: Tensor | float) -> Callable[[Features], Step]:
+    """Forward and backward of a loss, for any features."""
+
+    def with_features(x: Features) -> Step:
+        return lambda: loss(*x, **references).backward()
+
+    return with_features
 
 
 def values_alone(loss: Callable[..., Tensor]) -> Callable[[Features], Step]:
-    return lambda x: torch.no_grad()(lambda: loss(*x))
+    """Forward of a loss without gradients, for any features."""
+
+    def with_features(x: Features) -> Step:
+        return torch.no_grad()(lambda: loss(*x))
+
+    return with_features
+
+
+def products_alone(loss: Callable[..., Tensor]) -> Callable[[Features], Step]:
+    """The matrix products of forward and backward, for any features."""
+
+    def with_features(x: Features) -> Step:
+        return products_of(training(loss)(x))
+
+    return with_features
 
 
 def of_open_clip(x: Features) -> Step:
@@ -81,7 +99,7 @@ CONTENDERS: dict[str, Callable[[Features], Step]] = {
     "RankClipLoss": training(rankloss.RankClipLoss(schedule="constant")),
     "RankClipLoss-bin": training(rankloss.RankClipLoss(schedule="constant", method="bin")),
     "RankClipLoss-no_grad": values_alone(rankloss.RankClipLoss(schedule="constant")),
-    "RankClipLoss-products": lambda x: products_of(training(rankloss.RankClipLoss(schedule="constant"))(x)),
+    "RankClipLoss-products": products_alone(rankloss.RankClipLoss(schedule="constant")),
     "rankclip-lambda-0": in_the_first_epoch,
     "rankclip-distill": distilled,
 }
@@ -104,24 +122,28 @@ AT_MOST_4096 = (
 
 
 def contenders(n: int, processes: int) -> list[str]:
-    names = CONTENDERS if processes == 1 else filter(CONTENDERS.__contains__, OF_A_SHARE)
-    slow = AT_MOST_4096 if DEVICE.type == "cpu" and n > 4096 else ()
-    return [x for x in names if (x != "naive" or n <= NAIVE_UP_TO) and not x.startswith(slow)]
+    """The contenders that are measured on n pairs, which so many processes share."""
+    names = list(CONTENDERS) if processes == 1 else [name for name in OF_A_SHARE if name in CONTENDERS]
+    if n > NAIVE_UP_TO and "naive" in names:
+        names.remove("naive")
+    if DEVICE.type == "cpu" and n > 4096:
+        names = [name for name in names if not name.startswith(AT_MOST_4096)]
+    return names
 
 
 def features(n: int, d: int, seed: int = 0) -> Features:
     """Image and text features of unit norm, independent of each other, and CLIP's initial scale."""
     generator = torch.Generator().manual_seed(seed)
-    made = [F.normalize(torch.randn(n, d, generator=generator), dim=-1) for _ in range(2)]
-    v, t = (x.to(DEVICE).requires_grad_() for x in made)
+    v = F.normalize(torch.randn(n, d, generator=generator), dim=-1).to(DEVICE).requires_grad_()
+    t = F.normalize(torch.randn(n, d, generator=generator), dim=-1).to(DEVICE).requires_grad_()
     return v, t, torch.tensor(SCALE, device=DEVICE, requires_grad=True)
 
 
 def first_of(processes: int, everyone: Features) -> Features:
     """The features of the first process."""
-    *whole, s = everyone
-    v, t = (x.detach()[: len(x) // processes].clone().requires_grad_() for x in whole)
-    return v, t, s
+    v, t, s = everyone
+    share = len(v) // processes
+    return v.detach()[:share].clone().requires_grad_(), t.detach()[:share].clone().requires_grad_(), s
 
 
 @pytest.mark.parametrize(
@@ -131,9 +153,13 @@ def test_loss(
     n: int, processes: int, contender: str, compare: Callable[..., None], size: Callable[[int], int]
 ) -> None:
     everyone = features(size(n), size(D))
-    own = everyone if processes == 1 else first_of(processes, everyone)
+    own = everyone
+    group = f"losses: N = {n:,}"
+    if processes > 1:
+        own = first_of(processes, everyone)
+        group += f", one of {processes} processes"
     rounds = int(min(40, max(3, WORK * processes // n**2)))
-    group = f"losses: N = {n:,}" + f", one of {processes} processes" * (processes > 1)
+    # Stand-ins for the other processes: gathering returns the features of all, in rankloss and in open_clip.
     gathered = mock.patch("open_clip.loss.gather_features", return_value=everyone[:2])
     with one_of(processes, own[:2], everyone[:2]), gathered:
         compare(group, contender, lambda name: CONTENDERS[name](own), rounds)

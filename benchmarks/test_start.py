@@ -14,14 +14,12 @@ import pytest
 from trainer import parsed
 from turns import Step
 
-TIMED = (
-    "import time{before}; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
-)
-# torch imports the plug-in of open_clip's trainer, unless it is told not to look for plug-ins.
+TIMED = "import {before}; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+# The modules that are imported before, the timed one, and 1 if torch looks for plug-ins, such as open_clip's.
 IMPORTS = {
-    "torch": ("", "torch", "0"),
-    "torch-with-plug-in": ("", "torch", "1"),
-    "rankloss-after-torch": ("; import torch", "rankloss", "0"),
+    "torch": ("time", "torch", "0"),
+    "torch-with-plug-in": ("time", "torch", "1"),
+    "rankloss-after-torch": ("time, torch", "rankloss", "0"),
 }
 COMMANDS = {"--help": ["--help"], "losses": ["losses"]}
 
@@ -64,10 +62,11 @@ def test_command(contender: str, compare: Callable[..., None]) -> None:
 @pytest.mark.parametrize("contender", ["parse-clip", "parse-rankclip", "build-clip", "build-rankclip"])
 def test_command_line(contender: str, compare: Callable[..., None]) -> None:
     def make(name: str) -> Step:
-        what, loss = name.split("-")
-        args = parsed(f"--loss {loss}")
-        return (
-            (lambda: parsed(f"--loss {loss}")) if what == "parse" else (lambda: open_clip.create_loss(args))
-        )
+        action, loss = name.split("-")
+        line = f"--loss {loss}"
+        if action == "parse":
+            return lambda: parsed(line)
+        args = parsed(line)
+        return lambda: open_clip.create_loss(args)
 
     compare("start: open_clip's trainer", contender, make, rounds=40, count=nothing)

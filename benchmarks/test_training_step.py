@@ -26,11 +26,12 @@ if ON_CARD:
 
 
 def config_of(model: str) -> dict[str, Any]:
+    """The arguments of :class:`open_clip.CLIP` for the demo's model, or one of open_clip's."""
     if model == "demo":
-        found = json.loads(DEMO.read_text(encoding="utf-8"))["model_cfg"]
+        config = json.loads(DEMO.read_text(encoding="utf-8"))["model_cfg"]
     else:
-        found = open_clip.get_model_config(model)
-    return {name: found[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+        config = open_clip.get_model_config(model)
+    return {name: config[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
 
 
 def training_step(config: dict[str, Any], images: Tensor, texts: Tensor, line: str) -> Step:
@@ -38,11 +39,14 @@ def training_step(config: dict[str, Any], images: Tensor, texts: Tensor, line: s
     torch.manual_seed(0)
     model = open_clip.CLIP(**config, output_dict=True).train().to(DEVICE)
     loss = loss_of_the_trainer(line, epoch=1)  # in the first one λ is 0
-    decayed, others = [], []
-    for name, p in model.named_parameters():  # as open_clip_train.main divides them
-        is_other = p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-        (others if is_other else decayed).append(p)
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
+    with_decay, without_decay = [], []
+    for name, parameter in model.named_parameters():  # as open_clip_train.main divides them
+        is_named_so = any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+        if parameter.ndim < 2 or is_named_so:
+            without_decay.append(parameter)
+        else:
+            with_decay.append(parameter)
+    groups = [{"params": without_decay, "weight_decay": 0.0}, {"params": with_decay, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
 
     def step() -> None:
@@ -61,7 +65,9 @@ def training_step(config: dict[str, Any], images: Tensor, texts: Tensor, line: s
 @pytest.mark.parametrize("contender", LOSSES)
 @pytest.mark.parametrize("model", MODELS)
 def test_step(model: str, contender: str, compare: Callable[..., None], size: Callable[[int], int]) -> None:
-    config, n = config_of("demo" if size(64) < 64 else model), size(MODELS[model])
+    is_timed = size(64) == 64
+    config = config_of(model if is_timed else "demo")
+    n = size(MODELS[model])
     pixels, text = config["vision_cfg"]["image_size"], config["text_cfg"]
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(n, 3, pixels, pixels, generator=generator) * 2 - 1

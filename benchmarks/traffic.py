@@ -53,6 +53,7 @@ class AsCuda(TorchFunctionMode):
 
 
 def _to_meta(x: Any) -> Any:
+    """The meta device for a device of CUDA; all else as it is."""
     return _META if isinstance(x, torch.device) and x.type == "cuda" else x
 
 
@@ -66,8 +67,9 @@ class Count(TorchDispatchMode):
         self.host_copies: Counter[str] = Counter()
         self._live: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
+        self.peak = 0
         self._track(inputs)
-        self._before = self.peak = sum(self._sizes.values())
+        self._before = self.peak
 
     @property
     def added_peak(self) -> int:
@@ -80,25 +82,28 @@ class Count(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # counted by what it is made of
                 return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        result = func(*args, **kwargs)
+        outputs = _tensors(result)
         self._track(x for x in outputs if _on_gpu(x))
-        on_host = [x for x in (*inputs, *outputs) if not _on_gpu(x)]
-        if any(map(_on_gpu, (*inputs, *outputs))) and not (func.is_view or name in _ALLOCATIONS):
-            base = name.rstrip("_")
-            if base in ("_to_copy", "copy") and on_host:
+        are_on_gpu = [_on_gpu(x) for x in (*_tensors((args, kwargs)), *outputs)]
+        launches_nothing = func.is_view or name in _ALLOCATIONS
+        if any(are_on_gpu) and not launches_nothing:
+            operation = name.rstrip("_")  # whether in place or not
+            if operation in ("_to_copy", "copy") and not all(are_on_gpu):
                 self.host_copies[str(func)] += 1
-            self._add(base, _moved(func, args, kwargs, outputs))
-        return out
+            self._add(operation, _moved(func, args, kwargs, outputs))
+        return result
 
     def _add(self, operation: str, moved: int) -> None:
+        """Count a launch that moves so many bytes."""
         self.launches[operation] += 1
         self.bytes[operation] += moved
 
     def launch(self, name: str, _: int, tensors: Sequence[Tensor], *sizes: int, **options: Any) -> None:
         """Count a kernel in place of :func:`rankloss_triton.launching.launch`."""
         if name.startswith("equal_rows"):  # no two rows of a batch without data are equal
-            self._add("kernel", feature_bytes(name.partition(".")[2], tensors[0]))
+            _, _, kernel = name.partition(".")
+            self._add("kernel", feature_bytes(kernel, tensors[0]))
             return
         lists, items, _, anchors, _, divisions = sizes
         moved = traffic(
@@ -113,22 +118,26 @@ class Count(TorchDispatchMode):
         self._add("kernel", moved.from_memory(CACHE))
 
     def _track(self, tensors: Iterable[Tensor]) -> None:
-        for key in [key for key, storage in self._live.items() if storage.expired()]:
+        """Forget the storages that are freed, remember those of some tensors, and take the peak."""
+        freed = [key for key, storage in self._live.items() if storage.expired()]
+        for key in freed:
             del self._live[key], self._sizes[key]
         for x in tensors:
             storage = x.untyped_storage()
             if storage._cdata not in self._live:
                 self._live[storage._cdata] = StorageWeakRef(storage)
                 self._sizes[storage._cdata] = storage.nbytes()
-        if hasattr(self, "peak"):
-            self.peak = max(self.peak, sum(self._sizes.values()))
+        self.peak = max(self.peak, sum(self._sizes.values()))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
+    """The tensors in arguments or results."""
+    leaves, _ = tree_flatten(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _on_gpu(x: Tensor) -> bool:
+    """True for a tensor on the meta device, which stands for CUDA here."""
     return x.device.type != "cpu"
 
 
@@ -145,33 +154,51 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     name = func.overloadpacket.__name__.rstrip("_")
     if name in _FACTORIES:  # which take an operand for its shape
         return sum(map(_footprint, outputs))
-    arguments = func._schema.arguments
-    given = [(arguments[k], value) for k, value in enumerate(args)]
-    given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
-    written = [x for a, v in given if a.alias_info and a.alias_info.is_write for x in _tensors(v)]
-    read = [x for a, v in given if not (a.alias_info and a.alias_info.is_write) for x in _tensors(v)]
-    by_place: dict[tuple[int, int], Tensor] = {}
-    for x in filter(_on_gpu, read):  # two views of the same entries are one operand, the larger
-        place = (x.untyped_storage()._cdata, x.storage_offset())
-        by_place[place] = max(x, by_place.get(place, x), key=_footprint)
-    read = list(by_place.values())
+    read, written = _operands(func, args, kwargs)
+    read = _without_views_of_the_same(filter(_on_gpu, read))
     if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
         return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
     if name in ("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add"):
-        sources = sum(map(_footprint, read if written else read[1:]))
         index = next(x for x in read if not x.is_floating_point())
-        touched = index.numel() * outputs[0].element_size() * (2 if name.endswith(("add", "reduce")) else 1)
-        return sources + touched + (0 if written else 2 * _footprint(outputs[0]))
+        touched = index.numel() * outputs[0].element_size()
+        if name.endswith(("add", "reduce")):  # they read the entries that they write
+            touched *= 2
+        if written:  # in place
+            return sum(map(_footprint, read)) + touched
+        return sum(map(_footprint, read[1:])) + touched + 2 * _footprint(outputs[0])
     writes = sum(map(_footprint, written or outputs))
-    # mul_ reads what it writes; copy_, fill_ and an out= do not.
-    in_place = bool(written) and name not in ("copy", "fill", "zero") and "out" not in kwargs
-    in_place = in_place and kwargs.get("beta") != 0
-    return sum(map(_footprint, read)) + writes * (2 if in_place else 1)
+    # mul_ reads what it writes; copy_, fill_, an out= and a product with beta=0 do not.
+    overwrites = name in ("copy", "fill", "zero") or "out" in kwargs or kwargs.get("beta") == 0
+    if written and not overwrites:
+        writes *= 2
+    return sum(map(_footprint, read)) + writes
+
+
+def _operands(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that an operation reads alone, and those that it writes, by its schema."""
+    arguments = func._schema.arguments
+    values = list(zip(arguments, args, strict=False))  # the last ones are given by name, or not at all
+    values += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    for argument, value in values:
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        (written if is_written else read).extend(_tensors(value))
+    return read, written
+
+
+def _without_views_of_the_same(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, of which views that begin at the same entry are one operand, the larger."""
+    largest: dict[tuple[int, int], Tensor] = {}
+    for x in tensors:
+        beginning = (x.untyped_storage()._cdata, x.storage_offset())
+        largest[beginning] = max(x, largest.get(beginning, x), key=_footprint)
+    return list(largest.values())
 
 
 def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Any]:
     """Costs of one forward and backward pass, those in bytes per element of its four lists."""
-    v, t, *everyone, s = inputs
+    v, t, *everyone, s = inputs  # everyone: the image and text features of all processes
     anchors, items = len(v), len(everyone[0])
     counter = Count(inputs)
     with (
@@ -187,7 +214,9 @@ def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, An
         "bytes_per_element": round(sum(counter.bytes.values()) / elements, 1),
         "launches": sum(counter.launches.values()),
         "peak_mib": round(counter.added_peak / 2**20, 1),
-        "bytes_by_operation": {name: round(b / elements, 1) for name, b in counter.bytes.most_common()},
+        "bytes_by_operation": {
+            name: round(moved / elements, 1) for name, moved in counter.bytes.most_common()
+        },
         "launches_by_operation": dict(counter.launches.most_common()),
         "copies_from_or_to_host": sum(counter.host_copies.values()),
     }
@@ -204,23 +233,29 @@ def features(rows: int, items: int, dim: int) -> list[Tensor]:
 
 def measure(rows: int, items: int, dim: int) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
-    found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
+    counts: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
     for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
         loss = rankloss.RankClipLoss(schedule="constant", method=method, kernel=kernel)
-        found[f"{kernel}-{method}"] = count(loss, features(rows, items, dim))
-    return found
+        counts[f"{kernel}-{method}"] = count(loss, features(rows, items, dim))
+    return counts
 
 
-def table(found: dict[str, Any]) -> str:
-    """The counts as Markdown."""
-    counted = [(name, entry) for name, entry in found.items() if isinstance(entry, dict)]
-    columns = ("bytes_per_element", "launches", "peak_mib")
-    rows = [[name, *(f"{entry[column]:,.0f}" for column in columns)] for name, entry in counted]
-    head = ["", "bytes per element and list", "launches", "peak MiB"]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * 3], *rows))
+def table(counts: dict[str, Any]) -> str:
+    """The counts of :func:`measure` as Markdown."""
+    heads = {
+        "bytes_per_element": "bytes per element and list",
+        "launches": "launches",
+        "peak_mib": "peak MiB",
+    }
+    rows = [["", *heads.values()], ["---", *["---:"] * len(heads)]]
+    for name, of_implementation in counts.items():
+        if isinstance(of_implementation, dict):  # the sizes are numbers
+            rows.append([name, *(f"{of_implementation[key]:,.0f}" for key in heads)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Count, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024, help="of one process (default: %(default)s)")
     parser.add_argument("--items", type=int, default=8192, help="pairs of the batch (default: %(default)s)")
@@ -229,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rows < 1 or args.items < 2 or args.items % args.rows:
         parser.error(f"--items must be a multiple of --rows; got {args.items} and {args.rows}")
-    found = measure(args.rows, args.items, args.dim)
-    print(json.dumps(found, indent=2) if args.json else table(found))
+    counts = measure(args.rows, args.items, args.dim)
+    print(json.dumps(counts, indent=2) if args.json else table(counts))
     return 0
 
 

@@ -21,11 +21,12 @@ def in_turns(
     What slows the machine down for a while slows all of them down, and their ratios stay. Every other round
     runs in reverse order: none always follows the same one.
     """
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds):
-        for name in steps if k % 2 == 0 else reversed(steps):
-            found[name].append(seconds(steps[name]))
-    return found
+    seconds_of: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        names = list(steps) if turn % 2 == 0 else list(reversed(steps))
+        for name in names:
+            seconds_of[name].append(seconds(steps[name]))
+    return seconds_of
 
 
 def stopwatch(step: Step) -> float:
@@ -38,6 +39,7 @@ def stopwatch(step: Step) -> float:
 
 
 def _synchronize() -> None:
+    """Wait until a card has done its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
