@@ -61,19 +61,25 @@ class Case:
         words = ["--loss", self.loss]
         for loss in self.losses():
             prefix, options = prefix_of(loss.name, loss.named), loss.named.options
-            words += [f"{flag(prefix, key)} {typed(options[key], x)}" for key, x in loss.given.items()]
+            for name, value in loss.given.items():
+                words.append(f"{flag(prefix, name)} {typed(options[name], value)}")
         if self.features:
             words.append(f"{flag(RUN, 'teacher')} {FOLDER}")
         return " ".join(words)
 
     def python(self) -> str:
         """The call that builds the same loss."""
-        if "+" in self.loss:
-            return f'create("{self.loss}"' + (f", **{shown(self.options)})" if self.options else ")")
-        columns = catalog.load(self.loss).columns_class  # whose options are no options of the call
-        of_data = {} if columns is None else options_of(columns)
-        given = {key: x for key, x in self.options.items() if key not in of_data}
-        return f"create({', '.join([shown(self.loss), *(f'{key}={shown(x)}' for key, x in given.items())])})"
+        arguments = [shown(self.loss)]
+        if catalog.JOIN in self.loss:
+            if self.options:
+                arguments.append(f"**{shown(self.options)}")
+        else:
+            columns = catalog.load(self.loss).columns_class  # whose options are no options of the call
+            options_of_columns = {} if columns is None else options_of(columns)
+            for name, value in self.options.items():
+                if name not in options_of_columns:
+                    arguments.append(f"{name}={shown(value)}")
+        return f"create({', '.join(arguments)})"
 
     def brief(self) -> str:
         """The gain as README has it."""
@@ -89,7 +95,7 @@ class Case:
 
 
 def shown(value: Any) -> str:
-    """A value as Python has it, with the quotes of this project."""
+    """A value as Python has it, with the quotes of this project, and whole numbers without ``.0``."""
     return re.sub(r"(\d)\.0\b", r"\1", repr(value).replace("'", '"'))
 
 
@@ -289,16 +295,17 @@ WANT = {
 
 def tables_of_readme() -> dict[str, str]:
     """The two tables of README: what the reader has, and what else the reader wants."""
-    have, want = (
-        [(f"[{words}](docs/{case.page})", f"`{case.command()}`", case) for words, case in rows.items()]
-        for rows in (HAVE, WANT)
-    )
-    gains = [(words, command, case.brief()) for words, command, case in have]
-    both = [(words, command, case.brief(), of_readme(case.cost)) for words, command, case in want]
+    have = [(*_first_cells(words, case), case.brief()) for words, case in HAVE.items()]
+    want = [(*_first_cells(words, case), case.brief(), of_readme(case.cost)) for words, case in WANT.items()]
     return {
-        "have": table(("you have", "add to the command", "gain in R@10, points"), gains),
-        "want": table(("you want", "add to the command", "gain, points", "R@10, points"), both),
+        "have": table(("you have", "add to the command", "gain in R@10, points"), have),
+        "want": table(("you want", "add to the command", "gain, points", "R@10, points"), want),
     }
+
+
+def _first_cells(words: str, case: Case) -> tuple[str, str]:
+    """The first two cells of a row of README: words that lead to the case's page, and its command."""
+    return f"[{words}](docs/{case.page})", f"`{case.command()}`"
 
 
 def one_decimal(number: re.Match[str]) -> str:
@@ -308,8 +315,8 @@ def one_decimal(number: re.Match[str]) -> str:
 
 def of_readme(text: str) -> str:
     """Text of a gain with one decimal, and with links as README has them."""
-    rounded = re.sub(r"(?<![\d.])\d+\.\d\d(?![\d.])", one_decimal, text)
-    return re.sub(r"\]\((?=\w+\.md)", "](docs/", rounded)
+    rounded = re.sub(r"(?<![\d.])\d+\.\d\d(?![\d.])", one_decimal, text)  # numbers with two decimals
+    return re.sub(r"\]\((?=\w+\.md)", "](docs/", rounded)  # links to a page beside
 
 
 def table_of_losses() -> str:
@@ -330,15 +337,10 @@ def table_of_teachers() -> str:
 
 def table_of_examples() -> str:
     """The files of examples/trainers."""
-    rows = [
-        (
-            f"[`{file}`](trainers/{file})",
-            trainer,
-            case.have if isinstance(case, Case) else case,
-            f"`{case.loss}`" if isinstance(case, Case) else "–",
-        )
-        for file, trainer, case in EXAMPLES
-    ]
+    rows = []
+    for file, trainer, case in EXAMPLES:
+        data, loss = (case.have, f"`{case.loss}`") if isinstance(case, Case) else (case, "–")
+        rows.append((f"[`{file}`](trainers/{file})", trainer, data, loss))
     return table(("file", "trainer", "data", "loss"), rows)
 
 
@@ -353,25 +355,33 @@ TABLES = {
     "docs/teachers.md": table_of_teachers,
     "examples/README.md": table_of_examples,
 }
-SECTION = re.compile(r"(?<=<!-- cases -->\n).*?(?=<!-- /cases -->)", re.DOTALL)
+
+
+def section(name: str) -> re.Pattern[str]:
+    """The part of a page between the markers of that name."""
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+
+
+SECTION = section("cases")
+
+
+def with_section(text: str, name: str, content: str) -> str:
+    """The text of a page with other content between the markers of that name."""
+    return section(name).sub(lambda _: content, text)  # a function: the content's backslashes stay
 
 
 def pages() -> dict[Path, str]:
     """The pages that have tables of cases, with the tables as they should be."""
-    written = {}
-    for name, made in TABLES.items():
+    texts = {}
+    for name, table_of in TABLES.items():
         file = ROOT / name
-        written[file] = SECTION.sub(lambda _, made=made: made(), file.read_text(encoding="utf-8"))
+        texts[file] = with_section(file.read_text(encoding="utf-8"), "cases", table_of())
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, rows in tables_of_readme().items():
-        text = re.sub(
-            rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)",
-            lambda _, rows=rows: rows,
-            text,
-            flags=re.DOTALL,
-        )
-    return {**written, readme: text}
+    for name, content in tables_of_readme().items():
+        text = with_section(text, name, content)
+    texts[readme] = text
+    return texts
 
 
 if __name__ == "__main__":

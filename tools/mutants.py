@@ -30,29 +30,39 @@ _PAIRS = (
     (ast.Mult, ast.Div),
     (ast.And, ast.Or),
 )
-_OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+_OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
+    **dict(_PAIRS),
+    **{second: first for first, second in _PAIRS},
+}
 _LEFT_OUT = ("annotation", "returns", "decorator_list", "exc", "msg")  # messages and types are not arithmetic
 
 
 def sites(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes that can be changed, always in the same order."""
-    hidden = {
-        id(node)
-        for parent in ast.walk(tree)
-        for name in _LEFT_OUT
-        for part in _as_list(getattr(parent, name, None))
-        for node in ast.walk(part)
-    }
+    left_out = _left_out(tree)
     for node in ast.walk(tree):
-        if id(node) in hidden:
+        if id(node) in left_out:
             continue
-        operator = getattr(node, "op", None) or next(iter(getattr(node, "ops", ())), None)
+        operator = getattr(node, "op", None)
+        if isinstance(node, ast.Compare):
+            operator = node.ops[0]
         is_number = isinstance(node, ast.Constant) and type(node.value) in (int, float, bool)
         if type(operator) in _OPPOSITES or is_number or isinstance(node, (ast.If, ast.IfExp)):
             yield node
 
 
+def _left_out(tree: ast.AST) -> set[int]:
+    """The nodes, by their identity, in annotations, decorators and messages."""
+    left_out = set()
+    for parent in ast.walk(tree):
+        for name in _LEFT_OUT:
+            for part in _as_list(getattr(parent, name, None)):
+                left_out.update(map(id, ast.walk(part)))
+    return left_out
+
+
 def _as_list(part: object) -> list[ast.AST]:
+    """The nodes of a field, which holds one, several or none."""
     parts = part if isinstance(part, list) else [part]
     return [x for x in parts if isinstance(x, ast.AST)]
 
@@ -63,10 +73,13 @@ def mutate(node: ast.AST) -> None:
         node.test = ast.UnaryOp(ast.Not(), node.test)
     elif isinstance(node, ast.Constant):
         value = node.value
-        assert isinstance(value, (bool, int, float))
-        node.value = (
-            (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
-        )
+        if isinstance(value, bool):
+            node.value = not value
+        elif isinstance(value, int):
+            node.value = value + 1
+        else:
+            assert isinstance(value, float)
+            node.value = value / 2
     elif isinstance(node, ast.Compare):
         node.ops[0] = _OPPOSITES[type(node.ops[0])]()  # type: ignore[call-overload]
     else:
@@ -74,25 +87,35 @@ def mutate(node: ast.AST) -> None:
 
 
 def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, object]:
-    """Test one mutant in a copy of the project, as git sees it, at ``tree``."""
+    """Test one mutant in a copy of the project at ``tree``, and return its record."""
+    _copy_project(tree)
+    module = ast.parse(Path(file).read_text())
+    node = list(sites(module))[number]
+    record = {"file": file, "site": number, "line": getattr(node, "lineno", 0), "before": _shown(node)}
+    mutate(node)
+    record["after"] = _shown(node)
+    (tree / file).write_text(ast.unparse(ast.fix_missing_locations(module)))
+    return {**record, "killed": not _pass(tests, tree)}
+
+
+def _copy_project(tree: Path) -> None:
+    """Copy the files of the project as git sees them, without examples and pictures."""
     shutil.rmtree(tree, ignore_errors=True)
-    listed = ["git", "ls-files", "-co", "--exclude-standard", ":!examples", ":!docs/assets"]
-    for path in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+    command = ["git", "ls-files", "-co", "--exclude-standard", ":!examples", ":!docs/assets"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for path in listed.splitlines():
         if os.path.exists(path):
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tree / path)
-    module = ast.parse(Path(file).read_text())
-    node = list(sites(module))[number]
-    line, before = getattr(node, "lineno", 0), _shown(node)
-    mutate(node)
-    after = _shown(node)
-    found = {"file": file, "site": number, "line": line, "before": before, "after": after}
-    (tree / file).write_text(ast.unparse(ast.fix_missing_locations(module)))
+
+
+def _pass(tests: list[str], tree: Path) -> bool:
+    """True if tests pass in a copy of the project; a test that hangs, and a module that fails, do not."""
     path = os.pathsep.join(str(tree / folder) for folder in (".", "integrations", "tests"))
-    command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
     try:
         done = subprocess.run(
-            [sys.executable, *command],
+            [sys.executable, "-m", "pytest", *options, *tests],
             cwd=tree,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -100,14 +123,15 @@ def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, objec
             timeout=1200,
         )
     except subprocess.TimeoutExpired:
-        return {**found, "killed": True}
-    is_not_imported = done.returncode == 2 or "while loading conftest" in done.stderr
-    if done.returncode not in (0, 1) and not is_not_imported:
+        return False
+    has_failed_to_import = done.returncode == 2 or "while loading conftest" in done.stderr
+    if done.returncode not in (0, 1) and not has_failed_to_import:  # pytest itself fails
         raise SystemExit((done.stdout + done.stderr)[-2000:])
-    return {**found, "killed": done.returncode != 0}
+    return done.returncode == 0
 
 
 def _shown(node: ast.AST) -> str:
+    """The source of a node, or of its condition, cut at 90 characters."""
     shown = node.test if isinstance(node, (ast.If, ast.IfExp)) else node
     return ast.unparse(shown)[:90]
 
@@ -121,18 +145,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/mutants"))
     parser.add_argument("files", nargs="+", help="files to change; after -- the tests to run")
-    given = sys.argv[1:]
-    border = given.index("--") if "--" in given else len(given)
-    tests, args = given[border + 1 :], parser.parse_args(given[:border])
+    words = sys.argv[1:]
+    border = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:border])
+    tests = words[border + 1 :]
     args.output.mkdir(parents=True, exist_ok=True)
     log = args.output / "mutants.jsonl"
-    known = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-    done = {(record["file"], record["site"]): record for record in known}
-    pool = [
-        (file, k)
-        for file in sorted(args.files)
-        for k in range(len(list(sites(ast.parse(Path(file).read_text())))))
-    ]
+    lines_of_log = log.read_text().splitlines() if log.exists() else []
+    records = map(json.loads, lines_of_log)
+    done = {(record["file"], record["site"]): record for record in records}
+    pool = []
+    for file in sorted(args.files):
+        count = len(list(sites(ast.parse(Path(file).read_text()))))
+        pool += [(file, number) for number in range(count)]
     random.Random(args.seed).shuffle(pool)
     drawn = pool[: args.count]
     for file, number in drawn:

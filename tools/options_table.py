@@ -10,7 +10,7 @@ from rankloss_trainers.option import Option, options_of
 from rankloss_trainers.run_options import RunOptions
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"
-SECTION = re.compile(r"(<!-- options (\w+) -->\n)(.*?)(?=<!-- /options -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- options (\w+) -->\n)(.*?)(?=<!-- /options -->)", re.DOTALL)  # the mark, its name
 OWNERS = {
     "ranks": rankloss.RankOptions,
     "rankclip": rankloss.RankClipLoss,
@@ -29,12 +29,15 @@ def table(name: str) -> str:
 
 
 def _others(option: Option) -> str:
-    """The other values."""
+    """The values of an option that are not its default, or their kind."""
     if option.choices:
-        return ", ".join(f"`{value!r}`" for value in option.choices.values() if value != option.default)
-    return next(text for kind, text in KINDS.items() if kind in option.types)
+        others = [value for value in option.choices.values() if value != option.default]
+        return ", ".join(f"`{value!r}`" for value in others)
+    kinds = [noun for kind, noun in KINDS.items() if kind in option.types]
+    return kinds[0]
 
 
 if __name__ == "__main__":
     page = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(SECTION.sub(lambda match: match[1] + table(match[2]), page), encoding="utf-8")
+    filled = SECTION.sub(lambda match: match[1] + table(match[2]), page)
+    DOCUMENT.write_text(filled, encoding="utf-8")

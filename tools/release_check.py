@@ -95,15 +95,18 @@ class CheckError(Exception):
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
-    """Run a command in an environment that names no Python path, and give what it prints."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    """Run a command in an environment that names no Python path, and return its output."""
     arguments = [str(argument) for argument in command]
-    result = subprocess.run(
-        arguments, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True
-    )
+    environment = {**_without_python_paths(), **variables}
+    result = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise CheckError(f"{' '.join(arguments)}\n{result.stdout}{result.stderr}")
     return result.stdout
+
+
+def _without_python_paths() -> dict[str, str]:
+    """The environment without variables that change which Python, or which packages, a command finds."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def uv(*arguments: str | Path) -> str:
@@ -113,8 +116,8 @@ def uv(*arguments: str | Path) -> str:
 
 def release_of(interpreter: str) -> str:
     """The release of an interpreter, such as 3.12."""
-    found = run(sys.executable, "-m", "uv", "python", "find", interpreter).strip()
-    return run(found, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    python = run(sys.executable, "-m", "uv", "python", "find", interpreter).strip()
+    return run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
 
 
 def floors_of(extra: str, project: Mapping[str, Any]) -> list[str]:
@@ -130,33 +133,36 @@ def floors_of(extra: str, project: Mapping[str, Any]) -> list[str]:
     Raises:
         CheckError: A requirement has no lower bound.
     """
-    floors = {}
+    floors: dict[tuple[str, str], str] = {}
     for text in [*project["dependencies"], *_listed(extra, project)]:
-        wanted = Requirement(text)
-        bounds = [bound.version for bound in wanted.specifier if bound.operator == ">="]
+        requirement = Requirement(text)
+        bounds = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if len(bounds) != 1:
             raise CheckError(f"the requirement {text!r} of {extra or 'the core'} has no lower bound")
-        extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
-        marker = f"; {wanted.marker}" if wanted.marker else ""
-        floors[wanted.name, marker] = (
-            f"{wanted.name}{extras}=={bounds[0]}{marker}"  # an extra's after the core's
-        )
+        extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+        marker = f"; {requirement.marker}" if requirement.marker else ""
+        # An extra's floor takes the place of the core's.
+        floors[requirement.name, marker] = f"{requirement.name}{extras}=={bounds[0]}{marker}"
     return list(floors.values())
 
 
 def _listed(extra: str, project: Mapping[str, Any]) -> list[str]:
     """The requirements of an extra, with those of the extras that it includes."""
-    listed = []
+    listed: list[str] = []
     for text in project["optional-dependencies"].get(extra, []):
-        wanted = Requirement(text)
-        is_own = wanted.name == project["name"]
-        listed += [x for name in sorted(wanted.extras) for x in _listed(name, project)] if is_own else [text]
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:  # other extras of this package
+            for name in sorted(requirement.extras):
+                listed += _listed(name, project)
+        else:
+            listed.append(text)
     return listed
 
 
 def project_table() -> Mapping[str, Any]:
     """The table ``project`` of ``pyproject.toml``."""
-    table: Mapping[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table: Mapping[str, Any] = tomllib.loads(text)["project"]
     return table
 
 
@@ -227,9 +233,10 @@ def check_installation(interpreter: str, version: str, extra: str, floors: Seque
         # From another directory than the source tree, which would be imported in place of the wheel.
         files = ", ".join(f"{module}.__file__" for module in modules)
         script = f"import {', '.join(modules)}; print({files}, sep='\\n')"
-        for where in run(python, "-c", script, cwd=directory).splitlines()[-len(modules) :]:
-            if not Path(where).is_relative_to(directory):
-                raise CheckError(f"{where} was imported, which is not in {directory}")
+        lines = run(python, "-c", script, cwd=directory).splitlines()
+        for imported in lines[-len(modules) :]:  # after what the modules print themselves
+            if not Path(imported).is_relative_to(directory):
+                raise CheckError(f"{imported} was imported, which is not in {directory}")
         if not extra:  # or another package's imports would be timed
             seconds = min(float(run(python, "-c", IMPORT_TIME, cwd=directory)) for _ in range(5))
             print(f"import rankloss: {seconds * 1000:.0f} ms over torch")
@@ -243,8 +250,8 @@ def check_installation(interpreter: str, version: str, extra: str, floors: Seque
         if left:
             raise CheckError(f"uninstalling rankloss left {', '.join(map(str, left))}")
     versions = "lowest" if floors else "newest"
-    told = f"{requirement}, Python {interpreter}, {versions} requirements: imports {', '.join(modules)}"
-    print(told, flush=True)
+    names = ", ".join(modules)
+    print(f"{requirement}, Python {interpreter}, {versions} requirements: imports {names}", flush=True)
     return extras
 
 
@@ -274,10 +281,11 @@ def check_tests(interpreter: str, version: str, tests: list[str]) -> None:
     """Run tests of the checkout against the wheel; the checkout's packages are not on the path."""
     with environment_with(interpreter, f"rankloss[test]=={version}") as (directory, python):
         command = [python, "-c", TESTS, ROOT, "-c", ROOT / "pyproject.toml", "-m", "not slow"]
-        command += ["-p", "no:cacheprovider", *(path for x in tests for path in sorted(ROOT.glob(x)))]
+        command += ["-p", "no:cacheprovider"]
+        for pattern in tests:
+            command += sorted(ROOT.glob(pattern))
         # Neither this process nor those that tests start find the checkout's packages in their folder.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        environment["PYTHONSAFEPATH"] = "1"
+        environment = {**_without_python_paths(), "PYTHONSAFEPATH": "1"}
         if subprocess.run(command, cwd=directory, env=environment).returncode:
             raise CheckError(f"tests fail against the wheel: {' '.join(tests)}")
 

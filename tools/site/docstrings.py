@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from formulas import to_tex
 
+# A role such as :class:`~rankloss.ClipLoss`, where ~ hides all of the name but its last part.
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`(?P<hidden>~?)(?P<name>[\w.]+)`")
+# Lines that are indented by four, after an empty one; empty lines between them belong to the block.
 _BLOCK = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}\S.*(?:\n|\Z)(?:\n(?= {4}\S))?)+", re.MULTILINE)
 _SECTION = re.compile(
     r"^(Args|Returns|Raises|Example|Examples|References|Shapes|Note|Yields):$", re.MULTILINE
@@ -35,6 +37,7 @@ class ReadableDocstrings(griffe.Extension):
 
 
 def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
+    """An object, and all that is defined in it."""
     yield obj
     for member in obj.members.values():
         if not member.is_alias:
@@ -48,7 +51,8 @@ def _formulas(text: str) -> str:
     head = text[:end]
 
     def formula(match: re.Match[str]) -> str:
-        if head[: match.start()].rstrip().endswith("::"):
+        is_literal = head[: match.start()].rstrip().endswith("::")
+        if is_literal:
             return match[0]
         return "$$\n" + to_tex(textwrap.dedent(match[0])) + "\n$$\n"
 

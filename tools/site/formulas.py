@@ -50,42 +50,56 @@ def to_tex(formula: str) -> str:
 
 
 def _line(line: str) -> str:
+    """One line of a formula in TeX, token by token."""
     parts = []
     position = 0
-    while match := _TOKEN.match(line, position):
-        position = match.end()
-        kind = match.lastgroup
-        text = match[0]
-        if kind == "root":
+    while token := _TOKEN.match(line, position):
+        position = token.end()
+        if token["root"]:
             end = _closing(line, position)
-            parts.append(rf"\sqrt{{{_line(line[position + 1 : end])}}}")
+            radicand = line[position + 1 : end]
+            parts.append(rf"\sqrt{{{_line(radicand)}}}")
             position = end + 1
-        elif kind == "subscript":
-            parts.append(text if text == "_{" else f"_{{{text[1:]}}}")
-        elif kind == "gap":
-            parts.append(r"\qquad ")
-        elif kind == "word":
-            is_operator = text in _OPERATORS
-            name = text.replace("_", r"\_")
-            parts.append(rf"\operatorname{{{name}}}" if is_operator else _word(name))
-        elif match["greek"]:
-            name = _GREEK.get(match["greek"]) or unicodedata.name(match["greek"]).split()[-1].lower()
-            parts.append(rf"\{name} " + (f"_{{{match['index']}}}" if match["index"] else ""))
         else:
-            parts.append(_SIGNS.get(text, text))
+            parts.append(_token(token))
     return "".join(parts)
 
 
-def _word(name: str) -> str:
+def _token(token: re.Match[str]) -> str:
+    """A token in TeX, of any kind but a root."""
+    text = token[0]
+    if token["subscript"]:
+        return text if text == "_{" else f"_{{{text[1:]}}}"
+    if token["gap"]:
+        return r"\qquad "
+    if token["word"]:
+        return _word(text)
+    if token["greek"]:
+        letter, index = token["greek"], token["index"]
+        last_word = unicodedata.name(letter).split()[-1]  # of GREEK SMALL LETTER MU, say
+        name = _GREEK.get(letter) or last_word.lower()
+        return rf"\{name} " + (f"_{{{index}}}" if index else "")
+    return _SIGNS.get(text, text)
+
+
+def _word(word: str) -> str:
     """Names are upright; words of a sentence have spaces around them."""
-    return rf"\;\text{{{name}}}\;" if name in ("where", "else") else rf"\mathrm{{{name}}}"
+    name = word.replace("_", r"\_")
+    if word in _OPERATORS:
+        return rf"\operatorname{{{name}}}"
+    if word in ("where", "else"):
+        return rf"\;\text{{{name}}}\;"
+    return rf"\mathrm{{{name}}}"
 
 
 def _closing(text: str, opening: int) -> int:
     """Position at which the bracket at ``opening`` closes."""
     depth = 0
     for position in range(opening, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if text[position] == "(":
+            depth += 1
+        elif text[position] == ")":
+            depth -= 1
         if depth == 0:
             return position
     raise ValueError(f"a root's bracket does not close in {text!r}")

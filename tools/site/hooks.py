@@ -20,6 +20,7 @@ import notebooks
 
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+# A link of Markdown in four parts: "](", the path of a file, its fragment if there is one, and ")".
 _LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
 _DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
 _BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
@@ -54,23 +55,26 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
 
     def resolve(match: re.Match[str]) -> str:
-        opening, target, fragment, closing = match.groups()
+        opening, target, fragment, closing = match.groups(default="")
         path = posixpath.normpath(posixpath.join(folder, target))
         if not (ROOT / path).exists():
             log.warning("%s links to %s, which does not exist", name, target)
-        inside = {f"docs/{file}" for file in _pages(config)}
-        if path in inside or path.startswith("docs/assets/"):
-            relative = posixpath.relpath(path, posixpath.dirname(f"docs/{name}"))
-            return f"{opening}{relative}{fragment or ''}{closing}"
-        roots = {source: page for page, source in FROM_ROOT.items()}
-        if path in roots:
-            relative = posixpath.relpath(roots[path], posixpath.dirname(name) or ".")
-            return f"{opening}{relative}{fragment or ''}{closing}"
-        kind = "tree" if (ROOT / path).is_dir() else "blob"
-        return f"{opening}{config.extra['source']}/{kind}/main/{path}{fragment or ''}{closing}"
+        return f"{opening}{_address(path, name, config)}{fragment}{closing}"
 
     markdown = _LINK.sub(resolve, markdown)
     return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def _address(path: str, page: str, config: Any) -> str:
+    """The address of a file of the repository on a page of the site: on the site, or in the repository."""
+    pages_of_root_files = {source: name for name, source in FROM_ROOT.items()}
+    if path in pages_of_root_files:
+        return posixpath.relpath(f"docs/{pages_of_root_files[path]}", posixpath.dirname(f"docs/{page}"))
+    pages = {f"docs/{file}" for file in _pages(config)}
+    if path in pages or path.startswith("docs/assets/"):
+        return posixpath.relpath(path, posixpath.dirname(f"docs/{page}"))
+    kind = "tree" if (ROOT / path).is_dir() else "blob"
+    return f"{config.extra['source']}/{kind}/main/{path}"
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -81,12 +85,13 @@ def on_page_content(html: str, **_: Any) -> str:
 
 def _stacked(table: str) -> str:
     """The table with each cell labelled with the head of its column, if it has commands."""
-    heads = [re.sub("<[^>]*>", "", head).strip().replace('"', "&quot;") for head in _HEAD.findall(table)]
+    texts = [re.sub("<[^>]*>", "", head) for head in _HEAD.findall(table)]  # without tags
+    heads = [text.strip().replace('"', "&quot;") for text in texts]
     if len(heads) < 3 or not _CODE_BESIDE.search(table):
         return table
 
     def labelled(row: re.Match[str]) -> str:
-        labels = (f"{head}: " if head else "" for head in heads)
+        labels = (f"{head}: " if head else "" for head in heads)  # each cell takes the next one
         return _CELL.sub(lambda _: f'<td data-label="{next(labels)}"', row[0])
 
     return _ROW.sub(labelled, table).replace("<table>", "<table data-stacked>", 1)
@@ -114,5 +119,6 @@ def _themed_picture(match: re.Match[str]) -> str:
 
 
 def _pages(config: Any) -> set[str]:
+    """The pages in the folder of documents, by their path inside."""
     docs = Path(config.docs_dir)
     return {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}

@@ -16,6 +16,7 @@ def to_markdown(path: Path, source: str) -> str:
 
 
 def _cell(cell: dict[str, Any]) -> list[str]:
+    """A cell's text, or its code and outputs, as parts of a page."""
     text = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return [text]
@@ -23,14 +24,16 @@ def _cell(cell: dict[str, Any]) -> list[str]:
 
 
 def _output(output: dict[str, Any]) -> str:
+    """An output in the first form of these that it has: a picture, Markdown, text."""
     if output["output_type"] == "stream":
         return _literal("".join(output["text"]))
     data = output["data"]
     if "image/png" in data:
         return f"![{_alt(output)}](data:image/png;base64,{''.join(data['image/png']).strip()})"
     if "image/svg+xml" in data:
-        svg = "".join(data["image/svg+xml"])
-        return '<div class="picture">' + svg[svg.index("<svg") :].replace("\n", " ") + "</div>"
+        file = "".join(data["image/svg+xml"])
+        svg = file[file.index("<svg") :].replace("\n", " ")  # without the XML declaration, as one line
+        return f'<div class="picture">{svg}</div>'
     if "text/markdown" in data:
         # Headings of an output are below those of the notebook.
         return "".join(f"##{line}" if line.startswith("#") else line for line in data["text/markdown"])
@@ -38,8 +41,11 @@ def _output(output: dict[str, Any]) -> str:
 
 
 def _literal(text: str) -> str:
+    """Text as it is."""
     return f"```text\n{text.rstrip()}\n```"
 
 
 def _alt(output: dict[str, Any]) -> str:
-    return str(output.get("metadata", {}).get("image/png", {}).get("alt", "the picture that the cell draws"))
+    """The description of a picture, which its cell may give."""
+    about_picture = output.get("metadata", {}).get("image/png", {})
+    return str(about_picture.get("alt", "the picture that the cell draws"))

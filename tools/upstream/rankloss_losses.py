@@ -10,9 +10,13 @@ import rankloss_trainers
 
 def create(args: Any, name: str, **options: Any) -> Any:
     """The loss of this name on CLIP's, or with ``--siglip`` on SigLIP's, gathered as the flags say."""
-    flags = {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
-    if args.siglip:  # exact whatever the flags say, and so must the terms beside it be
-        flags = dict.fromkeys(flags, True)
-    gather = rankloss.Gather(**flags)
-    base = rankloss.SigLipLoss(gather=gather) if args.siglip else rankloss.ClipLoss(gather=gather)
-    return base if name == "base" else rankloss_trainers.create(name, base, **options)
+    if args.siglip:
+        # SigLIP's loss is exact whatever the flags say, and so must the terms beside it be.
+        gather = rankloss.Gather(local_loss=True, gather_with_grad=True)
+        base = rankloss.SigLipLoss(gather=gather)
+    else:
+        gather = rankloss.Gather(local_loss=args.local_loss, gather_with_grad=args.gather_with_grad)
+        base = rankloss.ClipLoss(gather=gather)
+    if name == "base":
+        return base
+    return rankloss_trainers.create(name, base, **options)
