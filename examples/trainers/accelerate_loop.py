@@ -19,7 +19,8 @@ class Towers(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.image = torch.nn.Linear(64, 32)
+        self.text = torch.nn.Linear(48, 32)
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
 
     def forward(self, images, texts):
@@ -29,9 +30,11 @@ class Towers(torch.nn.Module):
 def made_pairs():
     """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
     generator = torch.Generator().manual_seed(0)
-    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
-    views = [concepts.T @ x + 4 * torch.randn(1200, x.shape[1], generator=generator) for x in maps]
-    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
+    concepts = torch.randn(16, 1200, generator=generator).T
+    to_images, to_texts = torch.randn(16, 64, generator=generator), torch.randn(16, 48, generator=generator)
+    images = concepts @ to_images + 4 * torch.randn(1200, 64, generator=generator)
+    texts = concepts @ to_texts + 4 * torch.randn(1200, 48, generator=generator)
+    return TensorDataset(images[:1000], texts[:1000]), TensorDataset(images[1000:], texts[1000:])
 
 
 def train(accelerator, model, batches, optimizer, epochs):
@@ -55,14 +58,17 @@ def train(accelerator, model, batches, optimizer, epochs):
 @torch.no_grad()
 def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
-    images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
+    (batch,) = DataLoader(held_out, batch_size=len(held_out))
+    images, texts, _ = model(*batch)
     return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
 def main(output="outputs/trainers/accelerate"):
     """Train; the first process evaluates, and the model is saved."""
     torch.manual_seed(0)
-    accelerator, model, (pairs, held_out) = Accelerator(cpu=True), Towers(), made_pairs()
+    accelerator = Accelerator(cpu=True)
+    model = Towers()
+    pairs, held_out = made_pairs()
     batches = DataLoader(pairs, 100 // accelerator.num_processes, shuffle=True, drop_last=True)
     train(accelerator, model, batches, torch.optim.AdamW(model.parameters(), lr=1e-2), epochs=3)
     accelerator.print(f"held-out R@1: {evaluate(model, held_out):.3f}")

@@ -18,7 +18,8 @@ class Towers(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.image = torch.nn.Linear(64, 32)
+        self.text = torch.nn.Linear(48, 32)
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
 
     def forward(self, images, texts):
@@ -28,16 +29,21 @@ class Towers(torch.nn.Module):
 def made_pairs():
     """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
     generator = torch.Generator().manual_seed(0)
-    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
-    views = [concepts.T @ x + 4 * torch.randn(1200, x.shape[1], generator=generator) for x in maps]
-    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
+    concepts = torch.randn(16, 1200, generator=generator).T
+    to_images, to_texts = torch.randn(16, 64, generator=generator), torch.randn(16, 48, generator=generator)
+    images = concepts @ to_images + 4 * torch.randn(1200, 64, generator=generator)
+    texts = concepts @ to_texts + 4 * torch.randn(1200, 48, generator=generator)
+    return TensorDataset(images[:1000], texts[:1000]), TensorDataset(images[1000:], texts[1000:])
 
 
 class Clip(lightning.LightningModule):
+    """A model that is trained with the loss, and evaluated by the loss without rank terms and by recall."""
+
     def __init__(self, model):
         super().__init__()
-        self.model, self.loss = model, rankloss_trainers.create("rankclip")
-        self.validated = []
+        self.model = model
+        self.loss = rankloss_trainers.create("rankclip")
+        self.validated = []  # the features of each batch
 
     def training_step(self, batch, batch_idx):
         terms = self.loss(*self.model(*batch), output_dict=True)
@@ -50,7 +56,8 @@ class Clip(lightning.LightningModule):
         self.validated.append((images, texts))
 
     def on_validation_epoch_end(self):
-        images, texts = (torch.cat(x) for x in zip(*self.validated, strict=True))
+        images = torch.cat([images for images, _ in self.validated])
+        texts = torch.cat([texts for _, texts in self.validated])
         self.validated.clear()
         self.log("val_R@1", recall(images, texts, 1)["image_to_text_R@1"].float())  # on one device
 

@@ -23,9 +23,11 @@ class SoftLoss(AddedTerms):
         self.weight = check_weight("weight", weight)
 
     def own_terms(self, image_features, text_features, scale, *, reference_text_features):
-        own, (teacher,) = self.gather.items(text_features), self.gather.constants(reference_text_features)
+        texts = self.gather.items(text_features)  # of all processes, with gradients
+        (teacher,) = self.gather.constants(reference_text_features)
         targets = (20 * teacher @ teacher.T).softmax(-1)
-        term = -(targets * (20 * own @ own.T).log_softmax(-1)).sum(-1).mean()
+        log_probabilities = (20 * texts @ texts.T).log_softmax(-1)
+        term = -(targets * log_probabilities).sum(-1).mean()
         return {"soft_loss": self.weight * term}
 
 
@@ -35,20 +37,39 @@ def main(folder="outputs/sample", output="outputs/trainers/own_loss"):
     model, processor = AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
     def encoded(rows):
-        more = {"reference_pair": rows["reference_pair"]} if "reference_pair" in rows else {}
-        texts = {"text": rows["caption"], "padding": "max_length", "truncation": True}
-        return {**processor(images=rows["image"], **texts, return_tensors="pt"), **more}
+        inputs = processor(
+            images=rows["image"],
+            text=rows["caption"],
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+        )
+        if "reference_pair" in rows:  # the trainer's column with the rows of the teacher's features
+            inputs["reference_pair"] = rows["reference_pair"]
+        return inputs
 
     files = {"train": f"{folder}/train.csv", "test": f"{folder}/val.csv"}
     data = load_dataset("csv", data_files=files, sep="\t").cast_column("filepath", Image())
     data = data.rename_columns({"filepath": "image", "title": "caption"}).with_transform(encoded)
     pairs, held_out = data["train"], data["test"]
-    options = {"num_train_epochs": 8, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
-    options.update(dataloader_drop_last=True, logging_steps=1, save_strategy="no", report_to="none")
-    args = TrainingArguments(output, remove_unused_columns=False, **options)
-    loss, teacher = SoftLoss(weight=2.0), f"text={folder}/text_encoder"  # yours: "text=minilm"
+    args = TrainingArguments(
+        output,
+        num_train_epochs=8,
+        per_device_train_batch_size=16,
+        learning_rate=1e-3,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,  # the transform needs them
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
     trainer = ContrastiveTrainer(
-        model, args, train_dataset=pairs, eval_dataset=held_out, loss=loss, teacher=teacher
+        model,
+        args,
+        train_dataset=pairs,
+        eval_dataset=held_out,
+        loss=SoftLoss(weight=2.0),
+        teacher=f"text={folder}/text_encoder",  # yours: "text=minilm"
     )
     trainer.train()
     print(trainer.evaluate())

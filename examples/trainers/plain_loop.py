@@ -9,7 +9,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import rankloss_trainers
 from rankloss.metrics import recall
@@ -20,7 +20,8 @@ class Towers(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
+        self.image = torch.nn.Linear(64, 32)
+        self.text = torch.nn.Linear(48, 32)
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
 
     def forward(self, images, texts):
@@ -30,9 +31,11 @@ class Towers(torch.nn.Module):
 def made_pairs():
     """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
     generator = torch.Generator().manual_seed(0)
-    concepts, *maps = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
-    views = [concepts.T @ x + 4 * torch.randn(1200, x.shape[1], generator=generator) for x in maps]
-    return TensorDataset(*(x[:1000] for x in views)), TensorDataset(*(x[1000:] for x in views))
+    concepts = torch.randn(16, 1200, generator=generator).T
+    to_images, to_texts = torch.randn(16, 64, generator=generator), torch.randn(16, 48, generator=generator)
+    images = concepts @ to_images + 4 * torch.randn(1200, 64, generator=generator)
+    texts = concepts @ to_texts + 4 * torch.randn(1200, 48, generator=generator)
+    return TensorDataset(images[:1000], texts[:1000]), TensorDataset(images[1000:], texts[1000:])
 
 
 def train(model, batches, optimizer, epochs):
@@ -56,25 +59,28 @@ def train(model, batches, optimizer, epochs):
 @torch.no_grad()
 def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
-    images, texts, _ = model(*next(iter(DataLoader(held_out, len(held_out)))))
+    (batch,) = DataLoader(held_out, batch_size=len(held_out))
+    images, texts, _ = model(*batch)
     return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
 def main(output="outputs/trainers/plain_loop"):
     """Train; each process of torchrun has its share of every batch, and the first one saves the model."""
     torch.manual_seed(0)
-    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    own, (pairs, held_out), sampler = Towers(), made_pairs(), None
-    model = own
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    towers = Towers()
+    pairs, held_out = made_pairs()
     if processes > 1:
         torch.distributed.init_process_group("gloo")
-        model, sampler = DistributedDataParallel(own), DistributedSampler(pairs)
-    batches = DataLoader(pairs, 100 // processes, shuffle=sampler is None, sampler=sampler, drop_last=True)
-    train(model, batches, torch.optim.AdamW(own.parameters(), lr=1e-2), epochs=3)
+        model, sampler = DistributedDataParallel(towers), DistributedSampler(pairs)
+    else:
+        model, sampler = towers, RandomSampler(pairs)
+    batches = DataLoader(pairs, 100 // processes, sampler=sampler, drop_last=True)
+    train(model, batches, torch.optim.AdamW(towers.parameters(), lr=1e-2), epochs=3)
     if rank == 0:
-        print(f"held-out R@1: {evaluate(own, held_out):.3f}")
+        print(f"held-out R@1: {evaluate(towers, held_out):.3f}")
         os.makedirs(output, exist_ok=True)
-        torch.save(own.state_dict(), f"{output}/model.pt")
+        torch.save(towers.state_dict(), f"{output}/model.pt")
     if processes > 1:
         del model  # or DDP may not end, with gloo and torch 2.13
         torch.distributed.destroy_process_group()

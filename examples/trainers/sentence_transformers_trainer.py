@@ -30,8 +30,9 @@ class Recall(SentenceEvaluator):
 
     def __call__(self, model, *args, **kwargs):
         options = {"convert_to_tensor": True, "normalize_embeddings": True}
-        titles, keywords = (model.encode(list(self.pairs[x]), **options) for x in ("title", "keywords"))
+        titles = model.encode(list(self.pairs["title"]), **options)
         ids = list(self.pairs["keywords"])
+        keywords = model.encode(ids, **options)
         values = recall(titles, keywords, (1, 5), image_ids=ids, text_ids=ids)
         return {f"R@{k}": values[f"image_to_text_R@{k}"].item() for k in (1, 5)}
 
@@ -54,8 +55,9 @@ def main(folder="outputs/sample", output="outputs/trainers/sentence_transformers
         report_to="none",
     )
     loss = ContrastiveLoss(model, "rankclip", scale=20.0)
-    more = {"evaluator": Recall(held_out), "callbacks": [Progress(loss)]}
-    trainer = SentenceTransformerTrainer(model, args, pairs, held_out, loss=loss, **more)
+    trainer = SentenceTransformerTrainer(
+        model, args, pairs, held_out, loss=loss, evaluator=Recall(held_out), callbacks=[Progress(loss)]
+    )
     trainer.train()
     print(trainer.evaluate())  # CLIP's loss alone: with the rank terms it would grow with λ
     model.save(output)

@@ -33,8 +33,8 @@ def train(model, images, texts, folder, epochs):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for epoch in range(epochs):
         for rows in batches:
-            found = features.take(rows.numpy())
-            teacher = {f"reference_{name}": torch.from_numpy(x) for name, x in found.items()}
+            of_batch = features.take(rows.numpy())  # image_features and text_features
+            teacher = {f"reference_{name}": torch.from_numpy(x) for name, x in of_batch.items()}
             loss = criterion(*model(images[rows], texts[rows]), **teacher)
             loss.backward()
             optimizer.step()
@@ -54,12 +54,14 @@ def main(folder="outputs/sample", output="outputs/trainers/two_encoders"):
     """Compute the teacher's features of ``train.csv``, train, evaluate on ``val.csv``, and save."""
     name = f"local-dir:{folder}/open_clip"  # yours: "ViT-B-32"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    teacher, tokenizer = f"{output}/teacher", open_clip.get_tokenizer(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    teacher = f"{output}/teacher"
     encoders = ["--image-encoder", f"{folder}/image_encoder", "--text-encoder", f"{folder}/text_encoder"]
     console.main(["features", *encoders, "--align", "--data", f"{folder}/train.csv", "--output", teacher])
     images, texts = read(f"{folder}/train.csv", preprocess, tokenizer)
     train(model, images, texts, teacher, epochs=3)
-    print(f"held-out R@1: {evaluate(model, *read(f'{folder}/val.csv', preprocess, tokenizer)):.3f}")
+    held_out_images, held_out_texts = read(f"{folder}/val.csv", preprocess, tokenizer)
+    print(f"held-out R@1: {evaluate(model, held_out_images, held_out_texts):.3f}")
     torch.save(model.state_dict(), f"{output}/model.pt")
 
 
