@@ -21,11 +21,12 @@ def clouds() -> tuple[torch.Tensor, torch.Tensor]:
     subject = torch.stack([angle.cos(), angle.sin()], dim=1)
 
     def features(turn: float, offset: tuple[float, float]) -> torch.Tensor:
-        turned = subject @ torch.tensor(
-            [[math.cos(turn), math.sin(turn)], [-0.45 * math.sin(turn), 0.45 * math.cos(turn)]]
-        )
-        seen = turned + 0.12 * torch.randn(PAIRS, 2, generator=generator) + torch.tensor(offset)
-        return torch.nn.functional.normalize(torch.cat([seen, torch.full((PAIRS, 1), 2.5)], dim=1), dim=-1)
+        """The circle turned and flattened, with noise, on the sphere around a place beside its pole."""
+        cos, sin = math.cos(turn), math.sin(turn)
+        ellipse = subject @ torch.tensor([[cos, sin], [-0.45 * sin, 0.45 * cos]])
+        noisy = ellipse + 0.12 * torch.randn(PAIRS, 2, generator=generator) + torch.tensor(offset)
+        height = torch.full((PAIRS, 1), 2.5)
+        return torch.nn.functional.normalize(torch.cat([noisy, height], dim=1), dim=-1)
 
     return features(0.5, (0.6, 0.2)), features(2.3, (-0.5, 0.1))
 
@@ -43,7 +44,8 @@ def draw(colors: Colors) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     for axes, (title, (v, t)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for pair in range(JOINED):
-            axes.plot(*torch.stack([v[pair], t[pair]]).T.tolist(), color=colors.mark, linewidth=1.4, zorder=1)
+            x, y = torch.stack([v[pair], t[pair]]).T.tolist()
+            axes.plot(x, y, color=colors.mark, linewidth=1.4, zorder=1)
         axes.scatter(*v.T.tolist(), s=18, color=colors.ours, label="pictures", zorder=2)
         axes.scatter(*t.T.tolist(), s=18, color=colors.ours_too, marker="s", label="captions", zorder=2)
         axes.set(xticks=[], yticks=[], aspect="equal")

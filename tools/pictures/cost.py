@@ -27,16 +27,22 @@ def measured(document: Path = TABLE) -> tuple[str, list[dict[str, list[float]]]]
     Raises:
         KeyError: if a loss or a size of the pictures is not in the document's tables.
     """
-    section = document.read_text(encoding="utf-8").partition("<!-- bench:cpu -->\n")[2]
-    tables: list[dict[str, list[float]]] = []
-    for part in section.split("\n**")[1:3]:
-        rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\|.*\|$", part, re.MULTILINE)]
-        cells = {name: dict(zip(rows[0][1:], of, strict=True)) for name, *of in rows}
-        tables.append({name: [_number(cells[name][f"N = {n:,}"]) for n in BARS_AT] for name in NAMES})
-    return section.partition("\n")[0], tables
+    _, _, section = document.read_text(encoding="utf-8").partition("<!-- bench:cpu -->\n")
+    machine, _, _ = section.partition("\n")
+    _, time, memory, *_ = section.split("\n**")  # each table follows its title, which is bold
+    return machine, [_values(time), _values(memory)]
+
+
+def _values(table: str) -> dict[str, list[float]]:
+    """The values at ``BARS_AT`` of every loss in the pictures, from the lines of a table."""
+    lines = re.findall(r"^\|.*\|$", table, re.MULTILINE)
+    (_, *sizes), *rows = (line.strip("| ").split(" | ") for line in lines)
+    cells = {name: dict(zip(sizes, of_loss, strict=True)) for name, *of_loss in rows}
+    return {name: [_number(cells[name][f"N = {n:,}"]) for n in BARS_AT] for name in NAMES}
 
 
 def _number(cell: str) -> float:
+    """The number at the beginning of a cell."""
     return float(re.split(r"[* (]", cell)[0].replace(",", ""))
 
 
@@ -54,12 +60,14 @@ def draw_bars(colors: Colors) -> Figure:
 
 
 def _bars(axes: Axes, values: dict[str, list[float]], title: str, colors: Colors, number: str) -> None:
-    looks = (colors.other, colors.bad, colors.ours_too, colors.ours)
-    groups = np.arange(len(BARS_AT)) * (len(NAMES) + 0.8)
+    """A group of bars for each size, with the value at each bar's end, in the format ``number``."""
+    paints = (colors.other, colors.bad, colors.ours_too, colors.ours)
+    groups = np.arange(len(BARS_AT)) * (len(NAMES) + 0.8)  # the place of each group's first bar
     widest = max(max(values[name]) for name in NAMES)
-    for k, ((name, label), look) in enumerate(zip(NAMES.items(), looks, strict=True)):
-        axes.barh(groups + k, values[name], color=look, height=0.86, label=label)
-        for y, length in zip(groups + k, values[name], strict=True):
+    for place, (name, paint) in enumerate(zip(NAMES, paints, strict=True)):
+        bars = groups + place
+        axes.barh(bars, values[name], color=paint, height=0.86, label=NAMES[name])
+        for y, length in zip(bars, values[name], strict=True):
             axes.text(length + 0.02 * widest, y, number.format(length), va="center", fontsize=9)
     axes.set_yticks(groups + (len(NAMES) - 1) / 2, [f"N = {n:,}" for n in BARS_AT], fontsize=SMALL)
     axes.set(xlim=(0, 1.3 * widest), ylim=(groups[-1] + len(NAMES) - 0.5, -0.5), xticks=[])

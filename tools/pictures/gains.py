@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -24,36 +23,46 @@ Gain = tuple[str, float, float]  # a point's label, the mean, and half of the 95
 
 def gains(report: Path = REPORT) -> dict[str, dict[str, list[Gain]]]:
     """Gains by curve and arm, in the report's order."""
-    section = report.read_text(encoding="utf-8").partition("## Gains against epochs and pairs\n")[2]
-    after = itertools.dropwhile(lambda line: not line.startswith("|"), section.splitlines())
-    lines = itertools.takewhile(lambda line: line.startswith("|"), after)
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    found: dict[str, dict[str, list[Gain]]] = defaultdict(lambda: defaultdict(list))
-    for curve, label, *of in rows:
-        for arm, cell in zip(head[2:], of, strict=True):
-            if arm in ARMS and (gain := _GAIN.fullmatch(cell)):
-                found[curve][arm].append((label, float(gain[1].replace("−", "-")), float(gain[2])))
-    return found
+    _, _, section = report.read_text(encoding="utf-8").partition("## Gains against epochs and pairs\n")
+    table = re.search(r"(?:^\|.*\|\n)+", section, re.MULTILINE)
+    assert table is not None
+    lines = table[0].splitlines()
+    (_, _, *arms), _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    gains_of: dict[str, dict[str, list[Gain]]] = defaultdict(lambda: defaultdict(list))
+    for curve, label, *cells in rows:
+        for arm, cell in zip(arms, cells, strict=True):
+            gain = _GAIN.fullmatch(cell)
+            if arm in ARMS and gain is not None:
+                mean, half_width = float(gain[1].replace("−", "-")), float(gain[2])
+                gains_of[curve][arm].append((label, mean, half_width))
+    return gains_of
+
+
+def _labels(arms: dict[str, list[Gain]]) -> list[str]:
+    """The labels of a curve's points, in the report's order."""
+    return list(dict.fromkeys(label for points in arms.values() for label, _, _ in points))
 
 
 def draw(colors: Colors) -> Figure:
     """A panel for each curve, with a line for each arm."""
     curves = gains()
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    points = [
-        list(dict.fromkeys(label for of in arms.values() for label, *_ in of)) for arms in curves.values()
-    ]
-    widths = [max(len("     ".join(labels)), 16) for labels in points]  # for the labels and the title
+    labels_of = {curve: _labels(arms) for curve, arms in curves.items()}
+    widths = [max(len("     ".join(labels)), 16) for labels in labels_of.values()]  # for labels and title
     panels = figure.subplots(1, len(curves), sharey=True, width_ratios=widths)
     styles = [(colors.ours, "o-"), (colors.ours_too, "s-"), (colors.bad, "^--"), (colors.other, "v:")]
     looks = dict(zip(ARMS, styles, strict=True))
-    for axes, labels, (curve, arms) in zip(panels, points, curves.items(), strict=True):
-        for shift, (arm, (color, style)) in enumerate(looks.items()):
+    for axes, (curve, arms) in zip(panels, curves.items(), strict=True):
+        labels = labels_of[curve]
+        for number, (arm, (color, style)) in enumerate(looks.items()):
             if arm not in arms:
                 continue
-            names, means, half = zip(*arms[arm], strict=True)
-            places = [labels.index(name) + 0.08 * (shift - 1.5) for name in names]
-            axes.errorbar(places, means, yerr=half, fmt=style, ms=4, lw=1.4, color=color, label=ARMS[arm])
+            names, means, half_widths = zip(*arms[arm], strict=True)
+            shift = 0.08 * (number - 1.5)  # so that intervals of one point stand side by side
+            places = [labels.index(name) + shift for name in names]
+            axes.errorbar(
+                places, means, yerr=half_widths, fmt=style, ms=4, lw=1.4, color=color, label=ARMS[arm]
+            )
         axes.axhline(0, color=colors.text, lw=1)
         axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
         axes.set_xlim(-0.4, len(labels) - 0.6)

@@ -27,10 +27,13 @@ GAP = 16.0  # points; between the axes and the names
 def sizes() -> list[int]:
     """Return the numbers of pairs whose cells all have their seeds in the report, ascending."""
     report = (STUDIES / STUDY / f"report/{STUDY}.md").read_text(encoding="utf-8")
-    row = r"^\| (\S+) +\| +`(\S+)` +\| +\S+ ± \S+ \((\d+)\)"
-    means = re.findall(row, report.partition("## All arms")[2], re.MULTILINE)
-    complete = {(cell, arm) for cell, arm, seeds in means if int(seeds) >= SEEDS}
-    trained = {int(cell.removeprefix("pairs-")) for cell, _ in complete if re.fullmatch(r"pairs-\d+", cell)}
+    _, _, section = report.partition("## All arms")
+    row = r"^\| (\S+) +\| +`(\S+)` +\| +\S+ ± \S+ \((\d+)\)"  # cell, arm, mean ± interval (seeds)
+    complete = {
+        (cell, arm) for cell, arm, seeds in re.findall(row, section, re.MULTILINE) if int(seeds) >= SEEDS
+    }
+    numbers = (re.fullmatch(r"pairs-(\d+)", cell) for cell, _ in complete)
+    trained = {int(number[1]) for number in numbers if number is not None}
     return sorted(pairs for pairs in trained if complete.issuperset(cells(pairs)))
 
 
@@ -42,15 +45,19 @@ def cells(pairs: int) -> list[tuple[str, str]]:
 
 def lines() -> dict[str, dict[int, float]]:
     """Return R@10 by the number of pairs, of each way."""
-    names, found = [*FROZEN, SCRATCH], {}
+    scores_of: dict[str, dict[int, float]] = {name: {} for name in (*FROZEN, SCRATCH)}
     for pairs in sizes():
         scores = [mean(STUDY, *cell) for cell in cells(pairs)]
-        found[pairs] = [*scores[: len(FROZEN)], max(scores[len(FROZEN) :])]
-    return {name: {pairs: of[place] for pairs, of in found.items()} for place, name in enumerate(names)}
+        frozen, from_scratch = scores[: len(FROZEN)], scores[len(FROZEN) :]
+        for name, score in zip(FROZEN, frozen, strict=True):
+            scores_of[name][pairs] = score
+        scores_of[SCRATCH][pairs] = max(from_scratch)
+    return scores_of
 
 
 def apart(places: np.ndarray, least: float) -> np.ndarray:
     """Return ascending places, moved until neighbours are ``least`` apart, around the same centre."""
+    # Minus as many least distances as there are places before, they must not fall.
     steps = least * np.arange(len(places))
     moved = np.maximum.accumulate(places - steps) + steps
     return moved - (moved - places).mean()
@@ -60,23 +67,25 @@ def draw(colors: Colors) -> Figure:
     """A line for each way, with its name beside the line's end."""
     figure = Figure(figsize=(NARROW, 3.5), layout="constrained")
     axes = figure.subplots()
-    found = lines()
-    paints = dict(zip(found, (colors.ours, colors.ours_too, colors.mark, colors.other), strict=True))
-    for name, values in found.items():
-        axes.plot(list(values), list(values.values()), color=paints[name], marker="o", clip_on=False)
+    scores_of = lines()
+    paints = dict(zip(scores_of, (colors.ours, colors.ours_too, colors.mark, colors.other), strict=True))
+    for name, scores in scores_of.items():
+        axes.plot(list(scores), list(scores.values()), color=paints[name], marker="o", clip_on=False)
 
     pairs = sizes()
     axes.set_xscale("log")
     axes.set_xticks(pairs, [f"{size / 1000:.0f}k" for size in pairs])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(0, 10 * np.ceil(max(max(of.values()) for of in found.values()) / 10))
+    highest = max(max(scores.values()) for scores in scores_of.values())
+    axes.set_ylim(0, 10 * np.ceil(highest / 10))
     axes.set_xlabel("pairs to train on (icons)", fontsize=SMALL)
     axes.set_ylabel("R@10", fontsize=SMALL)
     axes.tick_params(labelsize=SMALL)
     axes.tick_params(axis="x", pad=7)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    _name_lines_at_their_ends(figure, {name: of[pairs[-1]] for name, of in found.items()}, paints)
+    ends = {name: scores[pairs[-1]] for name, scores in scores_of.items()}
+    _name_lines_at_their_ends(figure, ends, paints)
     return figure
 
 

@@ -29,7 +29,7 @@ def measure() -> None:
     from studies.students.student import Student
     from studies.students.train import fit
 
-    found = {}
+    record: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Encoded(emojis(None, 0), Path(folder))
     for name, loss in LOSSES.items():
@@ -39,15 +39,19 @@ def measure() -> None:
         held_out = data.sides["dev"]
         with torch.no_grad():
             pictures, captions = model.pictures(held_out.pictures), model.sentences(held_out.sentences[:, 0])
-        found[name] = {"pictures": _counts(pictures), "captions": _counts(captions)}
-        found[name]["scale"] = round(model.log_scale.exp().item(), 1)
-    RECORD.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        record[name] = {
+            "pictures": _counts(pictures),
+            "captions": _counts(captions),
+            "scale": round(model.log_scale.exp().item(), 1),
+        }
+    RECORD.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _counts(features: Tensor) -> dict[str, object]:
     """Numbers of pairs of different items by their cosine, and the mean deviation of an item's cosines."""
     cosines = features @ features.T
-    others = cosines[~torch.eye(len(cosines), dtype=torch.bool)].view(len(cosines), -1)
+    is_other = ~torch.eye(len(cosines), dtype=torch.bool)
+    others = cosines[is_other].view(len(cosines), -1)
     counts = torch.histc(others, BINS, -1, 1).int().tolist()
     return {"counts": counts, "deviation": round(others.std(-1, unbiased=False).mean().item(), 3)}
 
@@ -59,9 +63,10 @@ def draw(colors: Colors) -> Figure:
     edges = torch.linspace(-1, 1, BINS + 1).tolist()
     for axes, modality in zip(figure.subplots(1, 2, sharey=True), ("pictures", "captions"), strict=True):
         for name, color in zip(LOSSES, (colors.other, colors.ours), strict=True):
-            of = record[name][modality]
-            density = [count * BINS / 2 / sum(of["counts"]) for count in of["counts"]]
-            label = f"{name}: {of['deviation']:.2f}"
+            counts, deviation = record[name][modality]["counts"], record[name][modality]["deviation"]
+            bin_width = 2 / BINS
+            density = [count / bin_width / sum(counts) for count in counts]
+            label = f"{name}: {deviation:.2f}"
             if name == "CLIP":
                 axes.stairs(density, edges, color=color, fill=True, alpha=0.6, label=label)
             else:

@@ -79,7 +79,11 @@ def save(draw: Callable[[Colors], Figure], theme: str, path: Path) -> None:
         figure = draw(colors)
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = path.read_text(encoding="utf-8")
-    svg = re.sub(
-        r' d="[^"]+"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), svg
-    )  # to a hundredth of a point
-    path.write_text(re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE), encoding="utf-8")
+    svg = re.sub(r' d="[^"]+"', _in_hundredths, svg)  # of all paths
+    svg = re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)  # without spaces at the ends of lines
+    path.write_text(svg, encoding="utf-8")
+
+
+def _in_hundredths(path: re.Match[str]) -> str:
+    """A path whose numbers are cut at a hundredth of a point."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])

@@ -17,13 +17,16 @@ from style import SMALL, WIDTH, Colors
 RECORD = Path(__file__).parents[2] / "docs/assets/watch.json"
 CURVE = "Cross_modal_tau"
 WINDOW = 20  # steps that are averaged
-VALUE = r"{}: (-?[\d.]+) \("
 
 
 def values(log: str) -> list[float]:
     """The curve of a log with a line for every step."""
-    lines = [line for line in log.splitlines() if "Train Epoch:" in line]
-    return [float(re.findall(VALUE.format(CURVE), line)[0]) for line in lines]
+    curve = []
+    for line in log.splitlines():
+        if "Train Epoch:" in line:
+            value, *_ = re.findall(rf"{CURVE}: (-?[\d.]+) \(", line)
+            curve.append(float(value))
+    return curve
 
 
 def draw(colors: Colors) -> Figure:

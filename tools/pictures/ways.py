@@ -26,9 +26,9 @@ SETS = {
 def mean(study: str, cell: str, arm: str) -> float:
     """Return an arm's R@10, the mean of both directions, as the report has it."""
     report = (STUDIES / study / f"report/{study}.md").read_text(encoding="utf-8")
-    means = report.partition("## All arms")[2]
-    (found,) = re.findall(rf"^\| {cell} +\| +`{arm}` +\| +([\d.]+) ±", means, re.MULTILINE)
-    return float(found)
+    _, _, means = report.partition("## All arms")
+    (score,) = re.findall(rf"^\| {cell} +\| +`{arm}` +\| +([\d.]+) ±", means, re.MULTILINE)
+    return float(score)
 
 
 def draw(colors: Colors) -> Figure:
