@@ -58,8 +58,7 @@ def train(accelerator, model, batches, optimizer, epochs):
 @torch.no_grad()
 def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
-    (batch,) = DataLoader(held_out, batch_size=len(held_out))
-    images, texts, _ = model(*batch)
+    images, texts, _ = model(*held_out[:])
     return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 

@@ -37,8 +37,6 @@ def made_pairs():
 
 
 class Clip(lightning.LightningModule):
-    """A model that is trained with the loss, and evaluated by the loss without rank terms and by recall."""
-
     def __init__(self, model):
         super().__init__()
         self.model = model

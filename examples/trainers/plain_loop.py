@@ -20,8 +20,7 @@ class Towers(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image = torch.nn.Linear(64, 32)
-        self.text = torch.nn.Linear(48, 32)
+        self.image, self.text = torch.nn.Linear(64, 32), torch.nn.Linear(48, 32)
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
 
     def forward(self, images, texts):
@@ -41,13 +40,11 @@ def made_pairs():
 def train(model, batches, optimizer, epochs):
     """Train, and return the last step's loss."""
     criterion = rankloss_trainers.create("rankclip")
-    step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
         if isinstance(batches.sampler, DistributedSampler):
             batches.sampler.set_epoch(epoch)  # or every epoch has the same batches
-        for images, texts in batches:
-            step += 1
-            criterion.set_progress(step, total_steps)
+        for step, (images, texts) in enumerate(batches, start=epoch * len(batches) + 1):
+            criterion.set_progress(step, epochs * len(batches))
             loss = criterion(*model(images, texts))  # image features, text features, the scale
             loss.backward()
             optimizer.step()
@@ -59,8 +56,7 @@ def train(model, batches, optimizer, epochs):
 @torch.no_grad()
 def evaluate(model, held_out):
     """R@1: the share of images whose own text is the most similar one."""
-    (batch,) = DataLoader(held_out, batch_size=len(held_out))
-    images, texts, _ = model(*batch)
+    images, texts, _ = model(*held_out[:])
     return recall(images, texts, 1)["image_to_text_R@1"].item()
 
 
@@ -70,11 +66,10 @@ def main(output="outputs/trainers/plain_loop"):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     towers = Towers()
     pairs, held_out = made_pairs()
+    model, sampler = towers, RandomSampler(pairs)
     if processes > 1:
         torch.distributed.init_process_group("gloo")
         model, sampler = DistributedDataParallel(towers), DistributedSampler(pairs)
-    else:
-        model, sampler = towers, RandomSampler(pairs)
     batches = DataLoader(pairs, 100 // processes, sampler=sampler, drop_last=True)
     train(model, batches, torch.optim.AdamW(towers.parameters(), lr=1e-2), epochs=3)
     if rank == 0:
