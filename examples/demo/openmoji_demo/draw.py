@@ -55,22 +55,23 @@ def draw(
 
 
 def _draw_scores(area: Any, names: Sequence[str], block: report.Block, found: Mapping[str, Found]) -> None:
-    first = names[0]
-    differences = (
-        f"{name} {report.difference(found[name])} ({report.verdict(found[name])})" for name in names[1:]
-    )
-    area.suptitle(
-        f"Scores for {block.n} emojis never seen in training, percent; thin lines: ± one standard error\n"
-        + (f"R@10 of both ways minus {first}'s: {'; '.join(differences)}" if names[1:] else ""),
-        **_TITLE,
-    )
+    """Draw a group of bars for each task, with a bar for each model and one for the untrained baseline."""
+    first, *others = names
+    title = f"Scores for {block.n} emojis never seen in training, percent; thin lines: ± one standard error\n"
+    if others:
+        differences = [
+            f"{name} {report.difference(found[name])} ({report.verdict(found[name])})" for name in others
+        ]
+        title += f"R@10 of both ways minus {first}'s: {'; '.join(differences)}"
+    area.suptitle(title, **_TITLE)
     axis = area.subplots()
-    shown = dict(zip(names, itertools.cycle(_COLOURS))) | {report.KNN: _PALE}
-    width = 0.8 / len(shown)
-    for place, (name, colour) in enumerate(shown.items()):
+    colours = dict(zip(names, itertools.cycle(_COLOURS))) | {report.KNN: _PALE}
+    width = 0.8 / len(colours)
+    for place, (name, colour) in enumerate(colours.items()):
         values = [block.rows[name][task][cutoff] for task, cutoff in _SHOWN.items()]
+        shift = (place - (len(colours) - 1) / 2) * width  # from the middle of its group
         bars = axis.bar(
-            [group + (place - (len(shown) - 1) / 2) * width for group in range(len(_SHOWN))],
+            [group + shift for group in range(len(_SHOWN))],
             values,
             0.92 * width,
             yerr=[metrics.standard_error(value, block.n) for value in values],
@@ -79,20 +80,24 @@ def _draw_scores(area: Any, names: Sequence[str], block: report.Block, found: Ma
             label=name,
         )
         axis.bar_label(bars, fmt="%.1f", label_type="center", color=_INK if name == report.KNN else "white")
-    heads = (
-        f"{report.HEADS[task]}, {'R@' if cutoff == TEN else 'top-'}{cutoff}"
-        for task, cutoff in _SHOWN.items()
-    )
-    axis.set_xticks(range(len(_SHOWN)), list(heads))
+    heads = []
+    for task, cutoff in _SHOWN.items():
+        score = f"R@{cutoff}" if cutoff == TEN else f"top-{cutoff}"
+        heads.append(f"{report.HEADS[task]}, {score}")
+    axis.set_xticks(range(len(_SHOWN)), heads)
     axis.tick_params(axis="x", length=0)
-    axis.legend(loc="upper left", ncols=len(shown), frameon=False, fontsize=10)
+    axis.legend(loc="upper left", ncols=len(colours), frameon=False, fontsize=10)
     axis.margins(y=0.2)
 
 
 def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, picture: Image.Image) -> None:
+    """Draw the two rankings of one training concept under each model, and its picture in the corner."""
     concept = agreement.labels[agreement.anchor]
-    taus = ((name, agreement.averages[name]) for name in names)
-    averages = "; ".join(f"{name} {tau[TRAINING]:.3f} and {tau[HELD_OUT]:.3f}" for name, tau in taus)
+    taus = []
+    for name in names:
+        tau = agreement.averages[name]
+        taus.append(f"{name} {tau[TRAINING]:.3f} and {tau[HELD_OUT]:.3f}")
+    averages = "; ".join(taus)
     area.suptitle(
         f"How the picture and the caption of “{concept}” rank the {agreement.concepts[TRAINING]:,} training "
         "concepts\n"
@@ -117,6 +122,7 @@ def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, pictur
 
 
 def _draw_answers(area: Any, test_set: TestSet, similarities: Mapping[str, torch.Tensor]) -> None:
+    """Draw some held-out pictures, a row each, with the nearest captions under each model."""
     chosen = random.Random(0).sample(range(len(test_set.images)), QUERIES)
     area.suptitle(
         f"The {TOP} nearest of {len(test_set.captions)} captions for {QUERIES} of them, drawn at random\n"
@@ -138,21 +144,24 @@ def _draw_answers(area: Any, test_set: TestSet, similarities: Mapping[str, torch
 
 
 def _write_answers(axis: Any, captions: Sequence[str], scores: torch.Tensor, query: int) -> None:
-    order = scores.argsort(descending=True, stable=True)[:TOP].tolist()
-    lines = list(enumerate(order, start=1))
-    if query not in order:
-        lines.append((_rank(scores, query), query))
-    for line, (place, caption) in enumerate(lines):
-        colour, weight = _INK, "normal"
-        if caption == query:
-            colour, weight = _GREEN, "bold" if query in order else "normal"
-        text = f"{place}  {_shorten(captions[caption], 46)}"
+    """Write the nearest captions of a picture, and below them its own if that is not among them."""
+    nearest = scores.argsort(descending=True, stable=True)[:TOP].tolist()
+    ranked = list(enumerate(nearest, start=1))
+    if query not in nearest:
+        ranked.append((_rank(scores, query), query))
+    for line, (rank, caption) in enumerate(ranked):
+        is_right = caption == query
+        colour = _GREEN if is_right else _INK
+        weight = "bold" if is_right and query in nearest else "normal"
+        text = f"{rank}  {_shorten(captions[caption], 46)}"
         axis.text(0.0, 0.92 - 0.17 * line, text, va="center", fontsize=9.5, color=colour, weight=weight)
 
 
 def _rank(scores: torch.Tensor, right: int) -> int:
+    """Return the rank of the right answer, from 1; tied answers share the best rank."""
     return int((scores > scores[right]).sum()) + 1
 
 
 def _shorten(caption: str, width: int) -> str:
+    """Return a caption that ends at a word, and not at a comma, within a width."""
     return textwrap.shorten(caption, width, placeholder=" …").replace(", …", " …")

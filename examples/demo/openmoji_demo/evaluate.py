@@ -126,13 +126,17 @@ def knn_answers(training: Pictures, shown: TestSet) -> Answers:
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:
+    """Return the pixels of pictures, ``[N, height, width, 3]``."""
     return np.stack([np.asarray(image) for image in pictures.images])
 
 
 def score(answers: Answers, test_set: TestSet) -> Scores:
     """Return a method's score at each task and cut-off."""
-    levels = {k: metrics.accuracy_at_k(of, test_set.labels(k)) for k, of in answers.classes.items()}
-    return {**answers.recall(), **levels}
+    accuracies = {
+        level: metrics.accuracy_at_k(scores, test_set.labels(level))
+        for level, scores in answers.classes.items()
+    }
+    return {**answers.recall(), **accuracies}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +155,27 @@ class Found:
 
 def compare(ranks: Mapping[str, Mapping[str, Tensor]], k: int = 10) -> dict[str, Found]:
     """Compare every model with the first by R@k, paired by concept; given are the ranks of its answers."""
-    hits = {
-        name: 100 * torch.stack([of <= k for of in ways.values()]).double().mean(dim=0)
-        for name, ways in ranks.items()
-    }
+    hits = {}  # of each concept in percent, the mean of both ways
+    for name, ranks_of_ways in ranks.items():
+        is_found = torch.stack([ranks_of_way <= k for ranks_of_way in ranks_of_ways.values()])
+        hits[name] = 100 * is_found.double().mean(dim=0)
     first, *others = hits
     found = {first: Found(hits[first].mean().item())}
     for name in others:
         differences = hits[name] - hits[first]
-        half = 1.96 * differences.std().item() / len(differences) ** 0.5
-        found[name] = Found(hits[name].mean().item(), differences.mean().item(), half)
+        standard_error = differences.std().item() / len(differences) ** 0.5
+        half_width = 1.96 * standard_error
+        found[name] = Found(hits[name].mean().item(), differences.mean().item(), half_width)
     return found
 
 
 def chance_scores(test_set: TestSet) -> Scores:
     """Return what guessing scores at each task."""
     recall = metrics.chance(len(test_set.images), metrics.RETRIEVAL_KS)
-    levels = {k: metrics.chance(len(v), metrics.CLASS_KS) for k, v in test_set.classes.items()}
-    return {"image_to_text": recall, "text_to_image": recall, **levels}
+    accuracies = {
+        level: metrics.chance(len(names), metrics.CLASS_KS) for level, names in test_set.classes.items()
+    }
+    return {"image_to_text": recall, "text_to_image": recall, **accuracies}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +190,9 @@ class Agreement:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        lists = {name: torch.stack(of).double().numpy().round(5) for name, of in self.scores.items()}
-        scores = {name: both.tolist() for name, both in lists.items()}
+        scores = {
+            name: torch.stack(both).double().numpy().round(5).tolist() for name, both in self.scores.items()
+        }
         text = json.dumps({**vars(self), "scores": scores}, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
 
@@ -193,12 +201,12 @@ def measure_agreement(models: Mapping[str, ClipModel], training: Pictures, held_
     """Compare the rankings of all pictures with those of their captions, under every model."""
     averages: dict[str, dict[str, float]] = {}
     lists: dict[str, tuple[Tensor, Tensor]] = {}
-    distance = torch.zeros(len(training.images), dtype=torch.float64)
-    for name, one in models.items():
-        v, t = one.features(training)
+    distance = torch.zeros(len(training.images), dtype=torch.float64)  # of each concept's τ from the averages
+    for name, clip in models.items():
+        v, t = clip.features(training)
         averages[name] = {
-            key: rank_agreement(*features)["cross_modal_tau"].item()
-            for key, features in ((TRAINING, (v, t)), (HELD_OUT, one.features(held_out)))
+            TRAINING: rank_agreement(v, t)["cross_modal_tau"].item(),
+            HELD_OUT: rank_agreement(*clip.features(held_out))["cross_modal_tau"].item(),
         }
         lists[name] = (v @ t.T, t @ v.T)
         distance += (kendall_tau(*lists[name]) - averages[name][TRAINING]).square()

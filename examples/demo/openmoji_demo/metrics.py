@@ -64,21 +64,31 @@ def _recall(
     image_of: Tensor | None,
     ks: Sequence[int],
 ) -> Recall:
+    """Return :func:`recall` of scores that are computed block by block.
+
+    ``of_images`` returns the scores of some images with all captions, ``of_texts`` those of some captions
+    with all images; ``shape`` is ``(I, C)``.
+    """
     images, captions = shape
     image_of = torch.arange(images) if image_of is None else image_of
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
     own = torch.arange(images, device=image_of.device)
-    found = {}
-    for way, scores, query_of, answer_of in (
+    recalls = {}
+    # The image of each query, and of each answer: they fit if these are the same.
+    for way, scores, image_of_query, image_of_answer in (
         ("image_to_text", of_images, own, image_of),
         ("text_to_image", of_texts, image_of, own),
     ):
-        size = max(1, _BLOCK // max(1, len(answer_of)))
-        blocks = [slice(start, start + size) for start in range(0, len(query_of), size)]
-        hits = [_hits(scores(rows), query_of[rows].unsqueeze(1) == answer_of, ks) for rows in blocks]
-        found[way] = dict(zip(ks, (100 * torch.cat(hits).mean(dim=0)).tolist(), strict=True))
-    return found
+        size = max(1, _BLOCK // max(1, len(image_of_answer)))
+        hits = []
+        for start in range(0, len(image_of_query), size):
+            rows = slice(start, start + size)
+            is_right = image_of_query[rows].unsqueeze(1) == image_of_answer
+            hits.append(_hits(scores(rows), is_right, ks))
+        percent = 100 * torch.cat(hits).mean(dim=0)
+        recalls[way] = dict(zip(ks, percent.tolist(), strict=True))
+    return recalls
 
 
 def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
@@ -92,7 +102,8 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     above = (scores > best).sum(dim=1, keepdim=True)
     ties = scores == best
-    tied, right_tied = (count.sum(dim=1, keepdim=True).cpu().numpy() for count in (ties, ties & right))
+    tied = ties.sum(dim=1, keepdim=True).cpu().numpy()
+    right_tied = (ties & right).sum(dim=1, keepdim=True).cpu().numpy()
     # The tied columns share what remains of the first k places, drawn without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
@@ -119,18 +130,24 @@ def chance(n: int, ks: Sequence[int]) -> dict[int, float]:
 
 def retrieval_chance(images: int, image_of: Tensor, ks: Sequence[int] = RETRIEVAL_KS) -> Recall:
     """Return what a random order scores at :func:`recall`."""
-    own = torch.bincount(image_of, minlength=images).unsqueeze(1).numpy()
-    places = np.minimum(ks, len(image_of))
-    found = 100 * (1 - hypergeom.pmf(0, len(image_of), own, places)).mean(axis=0)
-    to_text = dict(zip(ks, found.tolist(), strict=True))
+    captions = len(image_of)
+    captions_of_image = torch.bincount(image_of, minlength=images).unsqueeze(1).numpy()
+    places = np.minimum(ks, captions)
+    has_none = hypergeom.pmf(0, captions, captions_of_image, places)  # the chance of no own caption there
+    percent = 100 * (1 - has_none).mean(axis=0)
+    to_text = dict(zip(ks, percent.tolist(), strict=True))
     return {"image_to_text": to_text, "text_to_image": chance(images, ks)}
 
 
 def named_recall(image_features: Tensor, text_features: Tensor, image_of: Tensor) -> Scored:
     """Return :func:`retrieval` and its chance by names such as ``image_to_text R@5``."""
-    found = retrieval(image_features, text_features, image_of)
-    guess = retrieval_chance(len(image_features), image_of)
-    return {f"{way} R@{k}": (value, guess[way][k]) for way, of in found.items() for k, value in of.items()}
+    recalls = retrieval(image_features, text_features, image_of)
+    chances = retrieval_chance(len(image_features), image_of)
+    scored = {}
+    for way, of_way in recalls.items():
+        for k, value in of_way.items():
+            scored[f"{way} R@{k}"] = (value, chances[way][k])
+    return scored
 
 
 def standard_error(percent: float, n: int) -> float:

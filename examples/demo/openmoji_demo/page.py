@@ -14,6 +14,7 @@ from .tables import markdown
 
 @functools.cache
 def _templates(folder: Path) -> Environment:
+    """Return the templates of a folder, with the filters that all have."""
     environment = Environment(
         loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -33,9 +34,15 @@ def fill(template: Path, filters: Mapping[str, Callable[..., Any]], **values: An
     environment = _templates(template.parent)
     environment.filters.update(filters)
     text = environment.get_template(template.name).render(values)
-    blocks = (block.strip() for block in re.split(r"\n\s*\n", text))
-    lines = (b if b.startswith(("|", "<")) else re.sub(r"\s*\n\s*(?!- )| {2,}", " ", b) for b in blocks if b)
-    return "\n\n".join(lines) + "\n"
+    blocks = [block.strip() for block in re.split(r"\n\s*\n", text)]
+    return "\n\n".join(_joined(block) for block in blocks if block) + "\n"
+
+
+def _joined(block: str) -> str:
+    """Return a paragraph or a list with one line for each item; tables and HTML as they are."""
+    if block.startswith(("|", "<")):
+        return block
+    return re.sub(r"\s*\n\s*(?!- )| {2,}", " ", block)  # line breaks but those before an item
 
 
 def plain(text: object) -> str:
@@ -45,4 +52,5 @@ def plain(text: object) -> str:
 
 def anchor(heading: str) -> str:
     """Return the anchor that GitHub gives to a heading."""
-    return "".join(c for c in heading.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+    kept = [character for character in heading.lower() if character.isalnum() or character in " -_"]
+    return "".join(kept).replace(" ", "-")

@@ -47,12 +47,20 @@ def class_scores(
     _, neighbours = nearest(images, queries)
     columns = []
     for name in classes:
+        votes = (labels[neighbours] == name).sum(axis=1)
         members = images[labels == name]
-        distance = nearest(members, queries, 1)[0][:, 0] if len(members) else np.inf
-        columns.append((labels[neighbours] == name).sum(axis=1) + 1 / (2 + distance))
+        if len(members):
+            distances, _ = nearest(members, queries, 1)
+            bonus = 1 / (2 + distances[:, 0])  # below a vote, and the larger the nearer
+        else:
+            bonus = 0.0
+        columns.append(votes + bonus)
     return torch.from_numpy(np.stack(columns, axis=1))
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    # Whole numbers in float64: distances are exact, whatever the order of summation.
+    """Return each picture as a row of whole numbers in float64.
+
+    Their distances are exact, whatever the order of summation.
+    """
     return np.asarray(images, dtype=np.float64).reshape(len(images), -1)

@@ -54,7 +54,9 @@ def verdict(found: Found) -> str:
     """Return the words for a difference."""
     if found.minus_first is None:
         return ""
-    return "noise" if found.is_noise else "higher" if found.minus_first > 0 else "lower"
+    if found.is_noise:
+        return "noise"
+    return "higher" if found.minus_first > 0 else "lower"
 
 
 def difference(found: Found) -> str:
@@ -64,15 +66,31 @@ def difference(found: Found) -> str:
     return f"{found.minus_first:+.1f} ± {found.half_width:.1f}".replace("-", "−")
 
 
-def _founds(found: dict[str, Found]) -> tuple[list[str], list[list[str]]]:
-    rows = [[name, f"{of.percent:.1f}", difference(of), verdict(of)] for name, of in found.items()]
-    return ["trained with", "R@10", f"minus {next(iter(found))}", "verdict"], rows
+def _table_of_found(found: dict[str, Found]) -> str:
+    """Return the share that each model finds, against that of the first."""
+    first = next(iter(found))
+    rows = []
+    for name, of_model in found.items():
+        rows.append([name, f"{of_model.percent:.1f}", difference(of_model), verdict(of_model)])
+    return tables.markdown(["trained with", "R@10", f"minus {first}", "verdict"], rows, right=3)
 
 
-def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
-    keys = (TRAINING, HELD_OUT)
-    rows = [[name, *(f"{tau[key]:.3f}" for key in keys)] for name, tau in agreement.averages.items()]
-    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
+def _table_of_taus(agreement: Agreement) -> str:
+    """Return the average τ of each model on training and on held-out concepts."""
+    head = ["method", *(f"{agreement.concepts[side]:,} {side} concepts" for side in (TRAINING, HELD_OUT))]
+    rows = [
+        [name, f"{tau[TRAINING]:.3f}", f"{tau[HELD_OUT]:.3f}"] for name, tau in agreement.averages.items()
+    ]
+    return tables.markdown(head, rows, right=2)
+
+
+def _table_of_tasks(blocks: Sequence[Block]) -> str:
+    """Return the scores of each method at each task, below the title of each block."""
+    blank = [""] * len(TASKS)
+    rows = []
+    for block in blocks:
+        rows += [[f"**{block.title}**", *blank], *block.cells()]
+    return tables.markdown(["method", *HEADS.values()], rows, right=len(TASKS))
 
 
 def notes(n: int) -> list[str]:
@@ -84,39 +102,41 @@ def notes(n: int) -> list[str]:
 
 def closing(block: Block, found: dict[str, Found], agreement: Agreement) -> list[str]:
     """Say what to look at, beside the baseline that learns nothing."""
+    first = next(iter(found))
     best = max(found, key=lambda name: found[name].percent)
-    gain = (
-        f", {difference(found[best])} points against {next(iter(found))}" if difference(found[best]) else ""
-    )
-    pixels = sum(block.rows[KNN][way][10] for way in TASKS[:2]) / 2
-    said = [
+    gain = "" if best == first else f", {difference(found[best])} points against {first}"
+    of_pixels = block.rows[KNN]
+    pixels = (of_pixels["image_to_text"][10] + of_pixels["text_to_image"][10]) / 2
+    lines = [
         f"Look at R@10 of {block.n} unseen emojis: {best} finds most, {found[best].percent:.1f} %{gain}. "
         f"Untrained pixels find {pixels:.1f} %: with so few data they are hard to beat."
     ]
     taus = agreement.averages
     if len(taus) > 1 and best == min(taus, key=lambda name: taus[name][TRAINING]):
-        said.append(
+        lines.append(
             f"Its τ is the lowest on training concepts ({taus[best][TRAINING]:.2f}; on unseen ones "
             f"{taus[best][HELD_OUT]:.2f}): τ compares whole rankings, R@10 their first ten."
         )
-    said.append(
+    lines.append(
         "Where pairs are so few, two frozen encoders find more by themselves than a small student: "
         "docs/your_data.md."
     )
-    return said
+    return lines
 
 
 def markdown(blocks: Sequence[Block], found: dict[str, Found], agreement: Agreement) -> str:
     """Return the tables and the notes as Markdown; no row of a table is longer than 100 columns."""
-    blank = [""] * len(TASKS)
-    rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
-    shown = {
-        _FOUND_TITLE: tables.markdown(*_founds(found), right=3),
-        _TASKS_TITLE: tables.markdown(["method", *HEADS.values()], rows, right=len(TASKS)),
-        _TAU_TITLE: tables.markdown(*_taus(agreement), right=2),
-    }
-    parts = [text for title, table in shown.items() for text in (f"{title}:", "", table, "")]
-    return "\n".join([f"# {_TITLE}", "", *parts, *(f"- {line}" for line in notes(blocks[0].n)), ""])
+    parts = [
+        f"# {_TITLE}",
+        f"{_FOUND_TITLE}:",
+        _table_of_found(found),
+        f"{_TASKS_TITLE}:",
+        _table_of_tasks(blocks),
+        f"{_TAU_TITLE}:",
+        _table_of_taus(agreement),
+        "\n".join(f"- {line}" for line in notes(blocks[0].n)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def save(

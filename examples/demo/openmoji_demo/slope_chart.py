@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib import rcParams
@@ -108,12 +108,14 @@ def compare_rankings(
         >>> figure.axes[0].get_title()
         'Kendall τ = 0.333'
     """
-    left, right, tau = _ranks(first), _ranks(second), kendall_tau(first, second).item()
+    left, right = _ranks(first), _ranks(second)
+    tau = kendall_tau(first, second).item()
     shown = left.argsort(stable=True)[:items]
     texts = {item: _text(labels[item]) for item in shown.tolist()}
     if axes is None:
         letter = 0.7 * rcParams["font.size"] / 72  # inches: no less than most letters
-        width = 1.8 + 2 * letter * (max(map(len, texts.values())) + 6)
+        letters = max(map(len, texts.values())) + 6  # with a rank
+        width = 1.8 + 2 * letter * letters
         figure = Figure(figsize=(width, 0.8 + 0.32 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
     heading = f"Kendall τ = {tau:.3f}" if math.isfinite(tau) else "Kendall τ: no ranking"
@@ -121,10 +123,10 @@ def compare_rankings(
     for x, name, side in zip((0, 1), names, ("right", "left"), strict=True):
         axes.text(x, -1, name, ha=side, va="center", style="italic")
     # Places are among the shown; equal ranks keep the order of the left column.
-    places = right[shown].argsort(stable=True).argsort().tolist()
-    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), places, strict=True)):
-        color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
+    right_places = right[shown].argsort(stable=True).argsort().tolist()
+    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), right_places, strict=True)):
         width, weight = (3.0, "bold") if item == own else (1.6, "normal")
+        color = _color(left_place, right_place)
         axes.plot((0.03, 0.97), (left_place, right_place), color=color, lw=width, solid_capstyle="round")
         name = texts[item]
         axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
@@ -155,9 +157,13 @@ def _ranks(scores: Tensor) -> Tensor:
     return torch.searchsorted(worst_last.sort().values, worst_last) + 1
 
 
-def _neutral() -> tuple[float, float, float, float]:
-    """The text's colour, faded: visible in a light style and in a dark one."""
-    return to_rgba(rcParams["text.color"], 0.35)
+def _color(left_place: int, right_place: int) -> Any:
+    """The colour of a line that rises, falls, or does neither: then the text's, faded."""
+    if right_place > left_place:
+        return FALLEN
+    if right_place < left_place:
+        return RISEN
+    return to_rgba(rcParams["text.color"], 0.35)  # visible in a light style and in a dark one
 
 
 def _text(label: str) -> str:

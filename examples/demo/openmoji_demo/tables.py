@@ -16,4 +16,5 @@ def markdown(head: Sequence[str], rows: Rows, *, right: int = 0) -> str:
 
 
 def _escaped(cell: str) -> str:
+    """Return a cell whose text ends neither the cell nor the row."""
     return cell.replace("|", "\\|").replace("\n", " ")

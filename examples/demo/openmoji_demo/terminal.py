@@ -45,7 +45,11 @@ def status_of(run: Callable[[Console], int]) -> int:
 
 def tracker(console: Console) -> Track:
     """Return a function that wraps a loop in a progress bar, given its length and a description."""
-    return lambda items, length, what: rich_track(items, description=what, total=length, console=console)
+
+    def track(items: Iterable[Any], length: int, description: str) -> Iterable[Any]:
+        return rich_track(items, description=description, total=length, console=console)
+
+    return track
 
 
 def bars(console: Console) -> Progress:
@@ -70,26 +74,30 @@ async def run_all(
     Runs are hashable and have a ``name``. The first that fails cancels the others. Cancelling, also by
     SIGTERM, cancels every run and waits until each has cleaned up.
     """
-    free, finished = asyncio.Semaphore(jobs), itertools.count(1)
+    places = asyncio.Semaphore(jobs)
+    finished = itertools.count(1)
     shares: dict[Any, float] = {}  # of every run that has started
     with bars(console) as progress:
-        total = progress.add_task("All runs", total=len(runs))
+        bar_of_all = progress.add_task("All runs", total=len(runs))
 
-        async def one(run: Any) -> None:
-            async with free:
-                bar, started = progress.add_task(run.name, total=1.0), time.monotonic()
+        async def do(run: Any) -> None:
+            """Do one run, once there is a place for it, and show its course."""
+            async with places:
+                bar = progress.add_task(run.name, total=1.0)
+                started = time.monotonic()
 
                 def report(stage: str, share: float) -> None:
                     shares[run] = share
                     progress.update(bar, completed=share, description=f"{run.name}: {stage}")
-                    progress.update(total, completed=sum(shares.values()))
+                    progress.update(bar_of_all, completed=sum(shares.values()))
 
                 await work(run, report)
                 report("done", 1.0)
                 progress.remove_task(bar)
-                say(console, f"{next(finished)}/{len(runs)}  {run.name}  {time.monotonic() - started:.0f} s")
+                seconds = time.monotonic() - started
+                say(console, f"{next(finished)}/{len(runs)}  {run.name}  {seconds:.0f} s")
 
-        tasks = [asyncio.create_task(one(run)) for run in runs]
+        tasks = [asyncio.create_task(do(run)) for run in runs]
         with contextlib.suppress(NotImplementedError, ValueError):  # Windows, or not in the main thread
             cancel = asyncio.current_task().cancel
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)

@@ -120,12 +120,14 @@ def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the trainer's arguments that apply to this loss, which may be joined: others' are dropped."""
     names = [] if loss == TRAINERS_OWN else names_of(loss)
     prefixes = {name: prefix_of(name, load(name)) for name in known()}
-    kept, keep = [], True
+    kept = []
+    applies = True  # of the latest option, and so of its values
     for word in arguments:
         if word.startswith("--"):
             owners = {name for name, prefix in prefixes.items() if word.startswith(f"--{prefix}-")}
-            keep = not owners or not owners.isdisjoint(names)
-        if keep:
+            is_of_the_trainer = not owners
+            applies = is_of_the_trainer or not owners.isdisjoint(names)
+        if applies:
             kept.append(word)
     return tuple(kept)
 

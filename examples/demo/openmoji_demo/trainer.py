@@ -92,10 +92,13 @@ class Log:
             # The logged arguments prove nothing: without the plug-in, --loss abbreviates another option.
             if self._job.loss != "clip" and not self.last.keys() - {"contrastive_loss"}:
                 logged = ", ".join(self.last) or "none"
-                said = f"--loss {self._job.loss} was not honoured: the only loss terms logged are {logged}."
-                raise TrainingError(f"{said}\n{_NOT_ATTACHED}")
+                raise TrainingError(
+                    f"--loss {self._job.loss} was not honoured: the only loss terms logged are {logged}.\n"
+                    f"{_NOT_ATTACHED}"
+                )
             self.first = self.last
-        self.share = (int(step["epoch"]) + int(step["seen"]) / int(step["total"])) / self._job.epochs
+        share_of_epoch = int(step["seen"]) / int(step["total"])
+        self.share = (int(step["epoch"]) + share_of_epoch) / self._job.epochs
 
 
 def checkpoint_of(folder: Path, epochs: int) -> Path:
@@ -128,10 +131,10 @@ async def train(
     code = await follow(command, read, cwd=root, threads=threads)
     log.seconds = time.monotonic() - started
     if code != 0 or not log.checkpoint.is_file() or not log.first:
-        left = f"{'a' if log.checkpoint.is_file() else 'no'} final checkpoint"
-        logged = f"{'some' if log.first else 'no'} logged steps"
-        said = f"open_clip's trainer ended with status {code}, {left} and {logged}. Its last lines:"
-        raise TrainingError("\n".join([said, *log.tail]))
+        checkpoint = "a final checkpoint" if log.checkpoint.is_file() else "no final checkpoint"
+        steps = "some logged steps" if log.first else "no logged steps"
+        reason = f"open_clip's trainer ended with status {code}, {checkpoint} and {steps}. Its last lines:"
+        raise TrainingError("\n".join([reason, *log.tail]))
     return log
 
 
