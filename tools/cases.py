@@ -125,8 +125,8 @@ SPREAD = Case(
     "from 71,680 +4.05 (2.09 to 6.01); photographs *+1.07 ± 0.68*, in 250 +1.02 (0.67 to 1.37), with four "
     "times the epochs *−0.57 ± 1.05*; emojis *+0.17 (−1.59 to 1.93)*",
     in_brief="weight and rate tuned: icons in batches of 64 +4.40 (3.33 to 5.47); photographs "
-    "*+1.07 ± 0.68*, in batches of 250 +1.02 (0.67 to 1.37); emojis *+0.17 (−1.59 to 1.93)*; [`--loss rankclip`, the paper's, is nowhere shown above "
-    "it](evidence.md#spread-or-ranks)",
+    "*+1.07 ± 0.68*, in batches of 250 +1.02 (0.67 to 1.37); emojis *+0.17 (−1.59 to 1.93)*; "
+    "[`--loss rankclip`, the paper's, is nowhere shown above it](evidence.md#spread-or-ranks)",
     page="losses.md#spread",
 )
 PRESET = Case(
@@ -199,8 +199,8 @@ TEACHER = Case(
     "a CLIP as teacher",
     "mimicry",
     features=CLIP,
-    gain="4 epochs of 35,840 icons, taught by a CLIP of icons: from 4.69 to 13.91, +9.22 ± 0.39; photographs, "
-    "heads taught by wider heads: *+1.13 ± 0.63*, with weight 4",
+    gain="4 epochs of 35,840 icons, taught by a CLIP of icons: from 4.69 to 13.91, +9.22 ± 0.39; "
+    "photographs, heads taught by wider heads: *+1.13 ± 0.63*, with weight 4",
     on=("+9.22 ± 0.39", "*+1.13 ± 0.63*, with weight 4", "–"),
     page="teachers.md",
 )

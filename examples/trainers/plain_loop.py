@@ -40,11 +40,13 @@ def made_pairs():
 def train(model, batches, optimizer, epochs):
     """Train, and return the last step's loss."""
     criterion = rankloss_trainers.create("rankclip")
+    step, total_steps = 0, epochs * len(batches)
     for epoch in range(epochs):
         if isinstance(batches.sampler, DistributedSampler):
             batches.sampler.set_epoch(epoch)  # or every epoch has the same batches
-        for step, (images, texts) in enumerate(batches, start=epoch * len(batches) + 1):
-            criterion.set_progress(step, epochs * len(batches))
+        for images, texts in batches:
+            step += 1
+            criterion.set_progress(step, total_steps)
             loss = criterion(*model(images, texts))  # image features, text features, the scale
             loss.backward()
             optimizer.step()
@@ -64,8 +66,7 @@ def main(output="outputs/trainers/plain_loop"):
     """Train; each process of torchrun has its share of every batch, and the first one saves the model."""
     torch.manual_seed(0)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    towers = Towers()
-    pairs, held_out = made_pairs()
+    towers, (pairs, held_out) = Towers(), made_pairs()
     model, sampler = towers, RandomSampler(pairs)
     if processes > 1:
         torch.distributed.init_process_group("gloo")
