@@ -29,10 +29,9 @@ class Towers(torch.nn.Module):
 def made_pairs():
     """Yours: images and texts, for training and held out. Here two noisy views of random vectors."""
     generator = torch.Generator().manual_seed(0)
-    concepts = torch.randn(16, 1200, generator=generator).T
-    to_images, to_texts = torch.randn(16, 64, generator=generator), torch.randn(16, 48, generator=generator)
-    images = concepts @ to_images + 4 * torch.randn(1200, 64, generator=generator)
-    texts = concepts @ to_texts + 4 * torch.randn(1200, 48, generator=generator)
+    concepts, to_images, to_texts = (torch.randn(16, n, generator=generator) for n in (1200, 64, 48))
+    images = concepts.T @ to_images + 4 * torch.randn(1200, 64, generator=generator)
+    texts = concepts.T @ to_texts + 4 * torch.randn(1200, 48, generator=generator)
     return TensorDataset(images[:1000], texts[:1000]), TensorDataset(images[1000:], texts[1000:])
 
 
