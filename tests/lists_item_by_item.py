@@ -84,7 +84,7 @@ def literal(
     no negative.
     """
     is_item = ~grades.isnan() if mask is None else mask
-    own_items = [[int(item) for item in index[n][is_item[n]]] for n in range(len(index))]
+    own_items = [items_of_list[kept].tolist() for items_of_list, kept in zip(index, is_item, strict=True)]
     values, counts = [], []
     for n, own in enumerate(own_items):
         negatives: list[int] = []

@@ -506,7 +506,7 @@ def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
         v[:3] = torch.stack([-codes[0], codes[0], codes[0]])
         t[1:5] = torch.stack([-codes[1], codes[1], -codes[1], codes[1]])
     elif kind == "clusters":  # close rows, and equal ones
-        v, t = (F.normalize(x[:16].repeat(n // 16, 1) + 0.05 * x, dim=-1) for x in (v, t))
+        v, t = (_around_16_centres(x) for x in (v, t))
         v[-20:], t[-20:] = v[:20], t[:20]
     elif kind == "sign codes":  # cosines are multiples of 1/8, exact in every dtype; some rows are equal
         v, t = _sign_codes(rng, n), _sign_codes(rng, n)
@@ -518,6 +518,12 @@ def _features(kind: str, seed: int = 7, n: int = N) -> tuple[Tensor, Tensor]:
     elif kind != "plain":
         raise ValueError(kind)
     return v, t
+
+
+def _around_16_centres(x: Tensor) -> Tensor:
+    """Rows near one of the first 16, in turn."""
+    centres = x[:16].repeat(len(x) // 16, 1)
+    return F.normalize(centres + 0.05 * x, dim=-1)
 
 
 def _sign_codes(rng: np.random.Generator, n: int) -> Tensor:

@@ -248,8 +248,11 @@ def hard_negatives(code: str) -> None:
 def lists_of_sentences(code: str) -> None:
     """The code trains the model."""
     tiny = pytest.importorskip("tiny_sentences")
-    words = tiny.WORDS
-    rows = [{"query": words[n], "candidates": words[10 + n : 12 + n], "label": [n % 2, 2]} for n in range(8)]
+    queries, candidates = tiny.WORDS[:8], tiny.WORDS[10:]
+    rows = [
+        {"query": query, "candidates": candidates[row : row + 2], "label": [row % 2, 2]}
+        for row, query in enumerate(queries)
+    ]
     model = tiny.tiny()
     weights_before = tiny.weights(tiny.tiny())
     args = tiny.SentenceTransformerTrainingArguments(

@@ -647,7 +647,8 @@ def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
     value.backward()
     assert value.isfinite()
     # In a later batch, also of another size, a second warning would be an error.
-    loss(*random_batch(0, 7, 4, 10.0).leaves(), **{name: x[:7] for name, x in one_row.items()})
+    first_seven = {name: x[:7] for name, x in one_row.items()}
+    loss(*random_batch(0, 7, 4, 10.0).leaves(), **first_seven)
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:

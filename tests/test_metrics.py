@@ -176,10 +176,11 @@ def test_padding_may_have_integers_that_float64_rounds(name: str) -> None:
 
 @every_measure
 def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
-    x, y = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([2**64 - 1, 2**64 - 2, 5], dtype=torch.uint64)
+    x = torch.tensor([3.0, 2.0, 1.0])
+    unsigned = torch.tensor([2**64 - 1, 2**64 - 2, 5], dtype=torch.uint64)
     reason = r"(grades|y) must hold floating-point numbers, or integers up to int64.* torch.uint64"
     with pytest.raises(ValueError, match=reason):
-        LISTS[name](x, y)
+        LISTS[name](x, unsigned)
     with pytest.raises(ValueError, match=r"(scores|x) must hold floating-point numbers.* torch.complex64"):
         LISTS[name](torch.complex(x, x), x)
 
@@ -252,5 +253,6 @@ def test_uniformity_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatc
 
 
 def test_modality_gap_is_the_distance_of_the_centres() -> None:
-    v, t = (torch.tensor(x) for x in ([[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [-2.0, -2.0]]))
+    v = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # around (2, 3)
+    t = torch.tensor([[0.0, 0.0], [-2.0, -2.0]])  # around (−1, −1)
     assert metrics.modality_gap(v, t).item() == pytest.approx(5)

@@ -39,14 +39,21 @@ def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -
         assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-LOOKS: list[Callable[[Tensor], Any]] = [Tensor.tolist, Tensor.nonzero, Tensor.unique, Tensor.cpu]
-LOOKS += [lambda x: bool(x[0] > 0), lambda x: x[x > 0], lambda x: torch.equal(x, x + 1)]
+LOOKS: dict[str, Callable[[Tensor], Any]] = {
+    "a list": Tensor.tolist,
+    "places": Tensor.nonzero,
+    "distinct values": Tensor.unique,
+    "a copy": Tensor.cpu,
+    "a condition": lambda x: bool(x[0] > 0),
+    "a selection": lambda x: x[x > 0],
+    "a comparison": lambda x: torch.equal(x, x + 1),
+}
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_a_look_at_an_accelerators_values_would_be_seen(look: Callable[[Tensor], Any]) -> None:
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_at_an_accelerators_values_would_be_seen(name: str) -> None:
     with meta_is(CUDA), pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
-        look(torch.empty(2, device=CUDA))
+        LOOKS[name](torch.empty(2, device=CUDA))
 
 
 @pytest.mark.parametrize(
