@@ -70,7 +70,8 @@ def of_open_clip(x: Features) -> Step:
 def distilled(x: Features) -> Step:
     """``--loss rankclip-distill`` of a teacher's features."""
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant")
-    v, t, _ = features(len(x[0]), x[0].shape[1], seed=1)
+    n, d = x[0].shape
+    v, t, _ = features(n, d, seed=1)  # the teacher's
     return training(loss, reference_image_features=v.detach(), reference_text_features=t.detach())(x)
 
 
@@ -82,8 +83,9 @@ def in_the_first_epoch(x: Features) -> Step:
 
 
 def sharing_ids(x: Features) -> Step:
-    """Every pair has one partner."""
-    ids = torch.arange(len(x[0]), device=DEVICE) // 2
+    """ClipLoss with ids, of which two pairs each share one."""
+    v, _, _ = x
+    ids = torch.arange(len(v), device=DEVICE) // 2
     return training(rankloss.ClipLoss(same_id="share"), pair_ids=ids)(x)
 
 

@@ -309,7 +309,7 @@ def _first_cells(words: str, case: Case) -> tuple[str, str]:
 
 
 def one_decimal(number: re.Match[str]) -> str:
-    """A number with two decimals, rounded as by hand."""
+    """A number rounded to one decimal as by hand: 0.25 becomes 0.3."""
     return str(Decimal(number[0]).quantize(Decimal("0.1"), ROUND_HALF_UP))
 
 

@@ -607,6 +607,7 @@ class _HeldOut:
             raise ValueError(f"image_ids and text_ids go together; got {given} alone")
         if image_ids is None or text_ids is None:
             check_pairs(images, texts)
+            # Images stand for themselves, and each one's captions stand one after the other.
             captions = texts.shape[1] if texts.dim() == 3 else 1
             image_ids = torch.arange(len(images))
             text_ids = image_ids.repeat_interleave(captions)

@@ -256,7 +256,8 @@ class Table:
         digest = hashlib.blake2b(repr(self.rendering).encode(), digest_size=16)
         for first in range(0, len(self.names), _BLOCK):
             block = self.names[first : first + _BLOCK]
-            absolute_paths = [path and os.path.abspath(path) for path in block["image.path"]]
+            paths = block["image.path"]  # None, or empty, of pictures without a file
+            absolute_paths = [path and os.path.abspath(path) for path in paths]
             described = repr((self._captions_and_names(first, block), absolute_paths))
             digest.update(described.encode("utf-8", "surrogatepass"))
         for row in some_rows(len(self.dataset)):

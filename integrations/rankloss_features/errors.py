@@ -26,7 +26,8 @@ def last_line(error: Exception) -> str:
     """The message of an error, without the traceback of a process that reads pictures."""
     text = str(error)
     if "DataLoader worker" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
+        *_, last = text.strip().splitlines()  # the kind of the error, and its message
+        _, _, text = last.partition(": ")
     return text
 
 

@@ -763,7 +763,8 @@ class Draft(Pairs):
         for shard in self.shards:
             files |= self._hashes_of(shard)
             first_modality = next(iter(self.read_shard(shard).values()))
-            skipped += int((~first_modality.any(axis=1)).sum())
+            has_features = first_modality.any(axis=1)
+            skipped += int((~has_features).sum())
         if skipped == len(self):
             raise ValueError(f"--data: none of {skipped} pictures can be read")
         for name in self.about["widths"]:

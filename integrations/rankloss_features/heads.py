@@ -173,11 +173,13 @@ class Part:
     def closed(cls, cca: CanonicalCorrelation, share: float) -> Part:
         """The projections of a canonical correlation analysis."""
         sizes = {"setting": cca.setting.as_options(), "width": len(cca.correlations)}
-        means = {_IMAGES: cca.image_mean, _TEXTS: cca.text_mean}
-        part = cls.of(CCA, share, sizes, {name: len(mean) for name, mean in means.items()})
-        matrices = {_IMAGES: cca.image_projection, _TEXTS: cca.text_projection}
-        for name, module in part.modules.items():
-            module.load_state_dict({"mean": means[name].float(), "matrix": matrices[name].float()})
+        widths = {_IMAGES: len(cca.image_mean), _TEXTS: len(cca.text_mean)}
+        part = cls.of(CCA, share, sizes, widths)
+        for name, mean, matrix in (
+            (_IMAGES, cca.image_mean, cca.image_projection),
+            (_TEXTS, cca.text_mean, cca.text_projection),
+        ):
+            part.modules[name].load_state_dict({"mean": mean.float(), "matrix": matrix.float()})
         return part
 
     @classmethod
@@ -266,7 +268,8 @@ class FrozenEncoders:
             ValueError: It is one picture, not several, or an item is none.
             OSError: A file cannot be read.
         """
-        if isinstance(pictures, (str, bytes, os.PathLike)) or hasattr(pictures, "convert"):
+        is_one_picture = isinstance(pictures, (str, bytes, os.PathLike)) or hasattr(pictures, "convert")
+        if is_one_picture:
             raise ValueError(f"pictures must be several, in a list; got {shown(pictures)}")
         return self._encode(_IMAGES, [self._sample_of(n, x) for n, x in enumerate(pictures)])
 

@@ -41,7 +41,11 @@ def options_of(model: str, weights: str) -> dict[str, Any]:
         return {}
     if trained.replace("/", "-") != model.replace("/", "-"):
         raise ValueError(f"the weights {weights} are of --model {trained}, as their params.txt says")
-    return {**_of_pictures(trained, run), **{name: run[name] for name in _OF_THE_MODEL if run.get(name)}}
+    options = _of_pictures(trained, run)
+    for name in _OF_THE_MODEL:
+        if run.get(name):
+            options[name] = run[name]
+    return options
 
 
 def options_of_run(weights: Path) -> dict[str, Any]:
@@ -49,8 +53,12 @@ def options_of_run(weights: Path) -> dict[str, Any]:
     record = weights.resolve().parent.parent / "params.txt"
     if not record.is_file():
         return {}
-    lines = (line.partition(": ") for line in record.read_text(encoding="utf-8").splitlines())
-    return {name: _parsed(value) for name, separator, value in lines if separator}
+    options = {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        name, separator, value = line.partition(": ")
+        if separator:
+            options[name] = _parsed(value)
+    return options
 
 
 def _parsed(text: str) -> Any:
@@ -65,9 +73,10 @@ def _of_pictures(model: str, run: dict[str, Any]) -> dict[str, Any]:
     """The options of a run's pictures: those given, and otherwise those of the weights that it began with."""
     import open_clip
 
-    began_with = open_clip.get_pretrained_cfg(model.replace("/", "-"), str(run.get("pretrained") or ""))
-    found = {name: run.get(name) or began_with.get(key) for name, key in _OF_PICTURES.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    tag = str(run.get("pretrained") or "")
+    first_weights = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag)
+    options = {name: run.get(name) or first_weights.get(key) for name, key in _OF_PICTURES.items()}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_default_pictures(model: str, weights: str) -> None:
@@ -75,10 +84,15 @@ def _check_default_pictures(model: str, weights: str) -> None:
     import open_clip
     from open_clip.transform import PreprocessCfg
 
-    name, default = model.replace("/", "-"), vars(PreprocessCfg())
+    name = model.replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    known = [{**default, **open_clip.get_pretrained_cfg(name, tag)} for tag in tags]
-    if known and not any(all(of[key] == default[key] for key in _OF_PICTURES.values()) for of in known):
+    default = vars(PreprocessCfg())
+
+    def wants_default(tag: str) -> bool:
+        wanted = {**default, **open_clip.get_pretrained_cfg(name, tag)}
+        return all(wanted[key] == default[key] for key in _OF_PICTURES.values())
+
+    if tags and not any(wants_default(tag) for tag in tags):
         raise ValueError(
             f"nothing says how pictures were prepared for {weights}, and {name} wants others than the "
             "default: leave the file in its run, whose params.txt says it, or give local-dir:FOLDER"

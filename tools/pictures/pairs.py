@@ -92,7 +92,7 @@ def draw(colors: Colors) -> Figure:
 def _name_lines_at_their_ends(figure: Figure, ends: dict[str, float], paints: dict[str, str]) -> None:
     """Write each name in its line's colour, right of the axes, where none hides another."""
     (axes,) = figure.axes
-    names = sorted(ends, key=ends.__getitem__)
+    names = sorted(ends, key=lambda name: ends[name])  # from the lowest
     texts = [
         axes.annotate(
             name,
@@ -109,7 +109,7 @@ def _name_lines_at_their_ends(figure: Figure, ends: dict[str, float], paints: di
         for name in names
     ]
     figure.draw_without_rendering()  # lays out, so that the axes' height is known
-    axes_height = axes.get_window_extent().height * 72 / figure.dpi
+    axes_height = axes.get_window_extent().height * 72 / figure.dpi  # in points
     heights = axes_height * np.array([ends[name] for name in names]) / axes.get_ylim()[1]
     places = apart(heights, NAME_HEIGHT)
     places -= max(0.0, places[-1] + NAME_HEIGHT / 2 - axes_height)  # the highest name stays beside the axes

@@ -116,13 +116,14 @@ Method = Callable[[TestSet], Answers]
 
 def knn_answers(training: Pictures, shown: TestSet) -> Answers:
     """Return the same for the baseline that learns nothing: see :mod:`openmoji_demo.pixel_knn`."""
-    seen, pixels = _pixels(training), _pixels(shown)
-    _, neighbours = pixel_knn.nearest(seen, pixels)
+    seen, queries = _pixels(training), _pixels(shown)
+    _, neighbours = pixel_knn.nearest(seen, queries)
+    similarity = pixel_knn.caption_scores(neighbours, training.captions, shown.captions)
     votes = {
-        level: pixel_knn.class_scores(seen, training.rows[level], pixels, names)
+        level: pixel_knn.class_scores(seen, training.rows[level], queries, names)
         for level, names in shown.classes.items()
     }
-    return Answers(pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes)
+    return Answers(similarity, votes)
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:

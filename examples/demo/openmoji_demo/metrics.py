@@ -37,7 +37,14 @@ def recall(similarity: Tensor, image_of: Tensor | None = None, *, ks: Sequence[i
         >>> recall(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), ks=(1, 2))
         {'image_to_text': {1: 50.0, 2: 100.0}, 'text_to_image': {1: 100.0, 2: 100.0}}
     """
-    return _recall(similarity.__getitem__, similarity.T.__getitem__, tuple(similarity.shape), image_of, ks)
+    images, captions = similarity.shape
+    return _recall(
+        lambda rows: similarity[rows],
+        lambda columns: similarity.T[columns],
+        (images, captions),
+        image_of,
+        ks,
+    )
 
 
 def retrieval(

@@ -101,6 +101,7 @@ class Run:
         """Train, report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
+            """Show a line of the trainer's log, if it says something, and the share that is done."""
             if log.first:
                 report("training", log.share)
             if warning := _WARNING.match(line):
