@@ -181,6 +181,18 @@ def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
             assert torch.equal(term(v, t, scale), term(v, t, s))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(("fixed_reference", "place"), [("image", 0), ("text", 1)])
+def test_a_modality_that_only_ranks_has_a_gradient_of_zero(
+    fixed_reference: Any, place: int, create_graph: bool
+) -> None:
+    """And not none, which autograd refuses."""
+    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    value = in_modal(*inputs, fixed_reference=fixed_reference)
+    slopes = torch.autograd.grad(value, inputs, create_graph=create_graph)
+    assert [bool((slope == 0).all()) for slope in slopes] == [k == place for k in range(3)]
+
+
 def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
     v, t, s = random_batch(0, 6, 4, 10.0).leaves()
     wide = torch.cat([t, t], 1) / 2**0.5  # the same cosines
