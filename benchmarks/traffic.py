@@ -159,7 +159,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
         return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
     if name in ("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add"):
-        index = next(x for x in read if not x.is_floating_point())
+        index, *_ = (x for x in read if not x.is_floating_point())
         touched = index.numel() * outputs[0].element_size()
         if name.endswith(("add", "reduce")):  # they read the entries that they write
             touched *= 2

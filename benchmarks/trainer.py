@@ -14,7 +14,9 @@ from devices import DEVICE
 def parsed(line: str) -> Any:
     """The trainer's arguments, with those that it adds itself: one process, no distillation."""
     args = parse_args(line.split())
-    args.rank, args.world_size, args.distill, args.device = 0, 1, False, str(DEVICE)
+    args.rank, args.world_size = 0, 1
+    args.distill = False
+    args.device = str(DEVICE)
     return args
 
 

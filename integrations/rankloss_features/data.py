@@ -634,7 +634,7 @@ def kind_of(path: str, dataset_type: str, option: str = "--data") -> str:
     if os.path.isdir(path):
         return "datasets"
     kinds = {"csv": "csv", "tsv": "csv", "tar": "webdataset"}
-    extension = path.rpartition(".")[2].lower()
+    _, _, extension = path.lower().rpartition(".")
     if extension not in kinds:
         raise ValueError(f"{option} {path} is no folder, .csv, .tsv or .tar: give --dataset-type")
     return kinds[extension]

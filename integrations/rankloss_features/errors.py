@@ -14,7 +14,8 @@ def named_errors(named: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        extra = "encoders" if (error.name or "").partition(".")[0] in packages.MODULES else "features"
+        package, _, _ = (error.name or "").partition(".")
+        extra = "encoders" if package in packages.MODULES else "features"
         raise ValueError(f"{named} needs a package: pip install 'rankloss[{extra}]' ({error})") from error
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error

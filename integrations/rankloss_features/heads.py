@@ -240,7 +240,9 @@ class FrozenEncoders:
         scale: float,
         rendering: Rendering = Rendering(),  # noqa: B008 (it is frozen)
     ) -> None:
-        self.encoders, self.scale, self.rendering = encoders, scale, rendering
+        self.encoders = encoders
+        self.scale = scale
+        self.rendering = rendering
         self.parts = list(parts)
         self.heads = joined(parts).to(teacher.device).eval()
         self._frozen = teacher

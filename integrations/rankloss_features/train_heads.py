@@ -120,6 +120,7 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"--output {folder} has trained heads: give another folder, or --overwrite to replace them"
         )
+    # The folder, or the first above it that is there.
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--output {folder} cannot be written: {parent} may not be changed")

@@ -43,7 +43,8 @@ def _values(table: str) -> dict[str, list[float]]:
 
 def _number(cell: str) -> float:
     """The number at the beginning of a cell."""
-    return float(re.split(r"[* (]", cell)[0].replace(",", ""))
+    number, *_ = re.split(r"[* (]", cell)
+    return float(number.replace(",", ""))
 
 
 def draw_bars(colors: Colors) -> Figure:

@@ -105,7 +105,9 @@ def _evaluate(runs: list[Run], root: Path, folder: Path, device: str, console: C
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
     methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_answers, emojis)}
     methods |= {name: model.answers for name, model in models.items()}
-    blocks, answers, test_sets = [], {}, {}
+    blocks: list[report.Block] = []
+    answers: dict[tuple[str, str], evaluate.Answers] = {}
+    test_sets: dict[str, evaluate.TestSet] = {}
     for style in tracker(console)(evaluate.STYLES, len(evaluate.STYLES), "Evaluating"):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
         rows = {report.CHANCE: evaluate.chance_scores(test_set)}

@@ -89,10 +89,10 @@ class Answers:
         """Return R@k both ways."""
         if self.ranks is None:
             return metrics.recall(self.similarity)
-        return {
-            way: {k: 100 * (ranks <= k).double().mean().item() for k in metrics.RETRIEVAL_KS}
-            for way, ranks in self.ranks.items()
-        }
+        recalls: metrics.Recall = {}
+        for way, ranks in self.ranks.items():
+            recalls[way] = {k: 100 * (ranks <= k).double().mean().item() for k in metrics.RETRIEVAL_KS}
+        return recalls
 
 
 class ClipModel(model.ClipModel):

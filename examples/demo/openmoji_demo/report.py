@@ -43,11 +43,14 @@ class Block:
         return f"{_STYLES[self.style]}, n = {self.n}"
 
     def cells(self) -> list[list[str]]:
-        """Return the rows as text."""
-        return [
-            [name, *("/".join(f"{value:.1f}" for value in scores[task].values()) for task in TASKS)]
-            for name, scores in self.rows.items()
-        ]
+        """Return the rows as text: a method's name, and its scores at the cut-offs of each task."""
+        rows = []
+        for name, scores in self.rows.items():
+            row = [name]
+            for task in TASKS:
+                row.append("/".join(f"{value:.1f}" for value in scores[task].values()))
+            rows.append(row)
+        return rows
 
 
 def verdict(found: Found) -> str:
