@@ -133,16 +133,18 @@ def compare_rankings(
         axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
     axes.axis("off")
-    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
+    figure = axes.figure
+    return figure if isinstance(figure, Figure) else figure.figure  # that of a subfigure
 
 
 def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term) -> tuple[Tensor, Tensor]:
     """The anchor's row of S and of R, or of I and of X."""
     v, t = image_features.double(), text_features.double()
-    left, right = (t, v) if term == "cross_modal" else (v, t)
-    # A product may round equal rows differently, and break their tie.
-    first, second = left @ v[anchor], right @ t[anchor]
-    return first[_first_equal(left)], second[_first_equal(right)]
+    items_of_picture, items_of_caption = (t, v) if term == "cross_modal" else (v, t)
+    by_picture = items_of_picture @ v[anchor]
+    by_caption = items_of_caption @ t[anchor]
+    # A product may round equal rows differently, and break their tie: all take the score of the first.
+    return by_picture[_first_equal(items_of_picture)], by_caption[_first_equal(items_of_caption)]
 
 
 def _first_equal(features: Tensor) -> Tensor:
