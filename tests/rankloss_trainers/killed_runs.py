@@ -22,7 +22,7 @@ from torch import Tensor
 
 END = "end.pt"  # the tensors at the end of a training
 WRITES = "writes.json"  # the number of files that it wrote
-NEVER = 10**9
+NEVER = 10**9  # more writes than a training has
 Training = Callable[[Path], dict[str, Tensor]]
 
 
@@ -61,7 +61,11 @@ def sentence_transformers() -> Training:
 
 def whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that transformers has written whole: it writes the state of the trainer last."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda x: -int(x.name.rpartition("-")[2])):
+
+    def step(checkpoint: Path) -> int:
+        return int(checkpoint.name.removeprefix("checkpoint-"))
+
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
         except (OSError, ValueError):
@@ -78,9 +82,10 @@ def lightning() -> Training:
     def run(folder: Path) -> dict[str, Tensor]:
         module = Remembering()
         saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
-        saved = sorted(folder.glob("step=*.ckpt"), key=lambda x: -int(x.stem.partition("=")[2]))
+        saved = {int(file.stem.removeprefix("step=")): file for file in folder.glob("step=*.ckpt")}
+        latest = saved[max(saved)] if saved else None
         given = {"callbacks": [Progress("step"), saving], "max_epochs": 4, "enable_checkpointing": True}
-        fit(folder, module, resume=saved[0] if saved else None, **given)
+        fit(folder, module, resume=latest, **given)
         return module.state_dict()
 
     return run
@@ -109,7 +114,8 @@ def loop() -> Training:
             optimizer.zero_grad()
             value_of(name, model, slice(0, N), loss, None).backward()
             optimizer.step()
-            torch.save({"step": step, **{key: x.state_dict() for key, x in parts.items()}}, folder / "new.pt")
+            states = {key: part.state_dict() for key, part in parts.items()}
+            torch.save({"step": step, **states}, folder / "new.pt")
             (folder / "new.pt").replace(file)
             time.sleep(0.05)  # so that a kill finds it
         return {**model.state_dict(), **loss.state_dict()}
@@ -128,12 +134,15 @@ TRAINERS: dict[str, Callable[[], Training]] = {
 def end_at_write(number: int, folder: Path) -> list[str]:
     """Kill this process in the middle of the n-th file that it writes below a folder.
 
+    Files that are opened by Python, or moved into place, are seen by an audit hook, the others in the two
+    functions that open theirs elsewhere.
+
     Returns:
         The files that are written, which goes on growing.
     """
     written: list[str] = []
 
-    def count(path: Any) -> None:
+    def count_write(path: Any) -> None:
         if not isinstance(path, str) or not os.path.abspath(path).startswith(str(folder)):
             return
         written.append(path)
@@ -142,23 +151,26 @@ def end_at_write(number: int, folder: Path) -> list[str]:
                 os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and {*(arguments[1] or "")} & {*"wax"}:
-            count(arguments[0])
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, _flags = arguments
+            if mode is not None and any(letter in mode for letter in "wax"):
+                count_write(path)
         elif event == "shutil.move":
-            count(arguments[1])
+            _source, destination = arguments
+            count_write(destination)
 
     def counting(save: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that opens its file where no event tells of it."""
+        """A function that writes the file of its second argument, of which no event tells."""
 
         def saved(content: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
             result = save(content, file, *args, **kwargs)
-            count(os.fspath(file) if isinstance(file, os.PathLike) else file)
+            count_write(os.fspath(file) if isinstance(file, os.PathLike) else file)
             return result
 
         return saved
 
-    sys.addaudithook(look)
+    sys.addaudithook(hook)
     torch.save = counting(torch.save)
     if models := sys.modules.get("transformers.modeling_utils"):
         models.safe_save_file = counting(models.safe_save_file)  # type: ignore[attr-defined]
@@ -190,34 +202,35 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def killed_at_moment(run: Training, folder: Path, seconds: float) -> int:
+    """A training that is killed from outside, some time after its start; its exit code."""
+    process = forked(run, folder, NEVER)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+    return ended(process)
+
+
 def main(trainer: str, place: str, kills: str, kind: str) -> None:
-    run, folder = TRAINERS[trainer](), Path(place)
+    run, folder, count = TRAINERS[trainer](), Path(place), int(kills)
     begin = time.monotonic()
     assert ended(forked(run, folder / "whole", NEVER)) == 0
-    length = time.monotonic() - begin
-    whole = torch.load(folder / "whole" / END, weights_only=True)
+    duration = time.monotonic() - begin
+    expected = torch.load(folder / "whole" / END, weights_only=True)
     writes = json.loads((folder / "whole" / WRITES).read_text())
-    for number in range(int(kills)):
-        own = folder / f"{number}"
-        last_write, at = NEVER, random.uniform(0.1, 1.0) * length
-        if kind == "writes":  # spread over the training
-            last_write, at = 1 + (number * (writes - 1)) // max(int(kills) - 1, 1), 0.0
-        process = forked(run, own, last_write)
+    for number in range(count):
+        place_of_kill = folder / f"{number}"
+        moment: float
         if kind == "random":
-            time.sleep(at)
-            os.kill(process, signal.SIGKILL)
-        code = ended(process)
-        files = sorted(x.name for x in own.glob("*"))
-        resumed = ended(forked(run, own, NEVER))
-        found = torch.load(own / END, weights_only=True) if not resumed else {}
-        unequal = [key for key in whole if key not in found or not torch.equal(whole[key], found[key])]
-        result = {
-            "at": at or last_write,
-            "killed": code,
-            "files": files,
-            "resumed": resumed,
-            "unequal": unequal,
-        }
+            moment = random.uniform(0.1, 1.0) * duration
+            killed = killed_at_moment(run, place_of_kill, moment)
+        else:  # the writes at which the trainings are killed are spread over a training
+            moment = 1 + (number * (writes - 1)) // max(count - 1, 1)
+            killed = ended(forked(run, place_of_kill, moment))
+        files = sorted(x.name for x in place_of_kill.glob("*"))
+        resumed = ended(forked(run, place_of_kill, NEVER))
+        actual = torch.load(place_of_kill / END, weights_only=True) if resumed == 0 else {}
+        unequal = [key for key, x in expected.items() if key not in actual or not torch.equal(x, actual[key])]
+        result = {"at": moment, "killed": killed, "files": files, "resumed": resumed, "unequal": unequal}
         print("RESULT", json.dumps(result), flush=True)
 
 

@@ -109,8 +109,8 @@ class Towers(nn.Module):
         self.criterion = create(LOSS, teacher=folder, **OPTIONS)
 
     def loss(self, images: Tensor, texts: Tensor, rows: Tensor) -> Any:
-        found = self.features.take(rows.numpy())
-        references = {f"reference_{name}": torch.from_numpy(x) for name, x in found.items()}
+        taken = self.features.take(rows.numpy())
+        references = {f"reference_{name}": torch.from_numpy(x) for name, x in taken.items()}
         v, t = normalize(self.images(images), dim=-1), normalize(self.texts(texts), dim=-1)
         return self.criterion(v, t, 10.0, **references)
 
@@ -155,9 +155,17 @@ def by_lightning(place: Path, folder: str | None) -> Trained:
 
     folder = folder or compute_features(FLAG, captioned())
     module = Module(folder)
-    off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    given: dict[str, Any] = {"accelerator": "cpu", "devices": 1, **dict.fromkeys(off, False)}
-    trainer = lightning.Trainer(max_epochs=1, callbacks=[Progress()], default_root_dir=place, **given)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        callbacks=[Progress()],
+        default_root_dir=place,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, batches())
     return Trained(folder, module.towers.weights)
 
@@ -216,9 +224,9 @@ def test_it_trains_without_a_folder_as_with_it_bit_for_bit(
     write_aligned(written, *training.data(tmp_path))
     by_flag, by_folder = training.train(tmp_path, None), training.train(tmp_path, written)
     assert Path(by_flag.folder) != Path(by_folder.folder) == Path(written)
-    found, expected = rows_of(by_flag.folder), rows_of(written)
-    assert {*found} == {*NAMES}
-    assert all(np.array_equal(found[name], expected[name]) for name in NAMES)
+    computed, expected = rows_of(by_flag.folder), rows_of(written)
+    assert {*computed} == {*NAMES}
+    assert all(np.array_equal(computed[name], expected[name]) for name in NAMES)
     assert torch.equal(by_flag.weights, by_folder.weights)
 
 

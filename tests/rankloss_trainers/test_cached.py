@@ -31,13 +31,25 @@ def test_a_batch_is_split_into_equal_mini_batches_of_at_most_the_size(size: int,
     assert torch.equal(features["text_features"], 2 * columns["input_ids"])
 
 
-def test_the_texts_tell_the_number_of_pairs_and_others_are_named() -> None:
-    """Pictures that a processor flattens to patches are many more rows, and stand first here."""
-    columns = {"pixel_values": torch.randn(40, 2), "input_ids": torch.randn(8, 3)}
-    split = Split.of_pairs(columns, 3)
-    assert split == Split(3, (8,))
-    message = "mini_batch_size cannot split pixel_values: no rows of 8 pairs"
-    with embedding_in(model := Doubled(), split, dict), pytest.raises(ValueError, match=message):
-        model(**columns)
-    assert Split.of_pairs(columns, None) is None
+# Pictures that a processor flattens to patches are many more rows than pairs, and stand first here.
+PATCHES_OF_8_PAIRS = {"pixel_values": torch.randn(40, 2), "input_ids": torch.randn(8, 3)}
+
+
+def test_the_texts_tell_the_number_of_pairs() -> None:
+    assert Split.of_pairs(PATCHES_OF_8_PAIRS, 3) == Split(3, (8,))
+
+
+def test_without_texts_the_pictures_tell_the_number_of_pairs() -> None:
     assert Split.of_pairs({"pixel_values": torch.randn(40, 2)}, 3) == Split(14, (40,))
+
+
+def test_without_a_size_nothing_is_split() -> None:
+    assert Split.of_pairs(PATCHES_OF_8_PAIRS, None) is None
+
+
+def test_a_column_that_has_no_row_for_each_pair_is_named() -> None:
+    model = Doubled()
+    message = "mini_batch_size cannot split pixel_values: no rows of 8 pairs"
+    split = Split.of_pairs(PATCHES_OF_8_PAIRS, 3)
+    with embedding_in(model, split, dict), pytest.raises(ValueError, match=message):
+        model(**PATCHES_OF_8_PAIRS)

@@ -58,20 +58,35 @@ def built(name: str, **given: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", catalog.known())
-def test_every_option_is_an_argument_of_a_constructor_with_a_help(name: str) -> None:
+def test_every_option_is_an_argument_of_a_constructor(name: str) -> None:
     named = catalog.load(name)
-    makes = [named.constructor, rankloss.RankOptions, rankloss.ClipLoss, rankloss.RankedLists]
-    arguments = {
-        x for make in [*makes, named.columns_class] if make for x in inspect.signature(make).parameters
-    }
+    constructors = [named.constructor, rankloss.RankOptions, rankloss.ClipLoss, rankloss.RankedLists]
+    if named.columns_class is not None:
+        constructors.append(named.columns_class)
+    arguments = {key for constructor in constructors for key in inspect.signature(constructor).parameters}
     assert {*named.options, *named.defaults, *named.python_only} <= arguments
+
+
+@pytest.mark.parametrize("name", catalog.known())
+def test_what_changes_beside_other_losses_are_options(name: str) -> None:
+    named = catalog.load(name)
     for defaults in named.beside.values():
         assert defaults.keys() <= named.options.keys()
+
+
+@pytest.mark.parametrize("name", catalog.known())
+def test_every_loss_has_a_summary_and_its_options_a_help_of_their_own(name: str) -> None:
+    named = catalog.load(name)
+    assert named.summary
     for key, option in typed_options(named).items():
         assert option.help, key
         assert not option.help.startswith("See "), key
-        assert any(kind in (int, float, str) for kind in option.types) or option.choices, key
-    assert named.summary
+
+
+@pytest.mark.parametrize("name", catalog.known())
+def test_every_option_of_a_command_line_has_a_type_or_choices(name: str) -> None:
+    for key, option in typed_options(catalog.load(name)).items():
+        assert option.choices or {int, float, str} & {*option.types}, key
 
 
 def test_defaults_are_those_of_the_library() -> None:
@@ -102,21 +117,34 @@ def test_the_typed_value_reaches_the_library(data: st.DataObject) -> None:
         ("diagonal", "x"),
         ("schedule", "x"),
         ("bins", 9),
-        # Of a run.
+    ],
+)
+def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        built("rankclip", **{key: value})
+    assert caught.value.key == key
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
         *(("teacher", x) for x in ("", 3)),
         ("schedule_unit", "x"),
         *(("agreement_every", x) for x in (0, 1.5, True, "1")),
     ],
 )
-def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any) -> None:
-    is_of_run = key in options_of(RunOptions)
+def test_value_that_an_option_of_a_run_cannot_have_is_refused(key: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
-        RunOptions(**{key: value}) if is_of_run else built("rankclip", **{key: value})
+        RunOptions(**{key: value})
     assert caught.value.key == key
     assert repr(value) in str(caught.value)
-    if isinstance(value, str) and key != "schedule" and not is_of_run:
-        with pytest.raises(argparse.ArgumentError, match=value):
-            parsed(f"--rankclip-{key.replace('_', '-')}", value)
+
+
+@pytest.mark.parametrize(("key", "text"), [("lambda_in", "x"), ("top_k", "2.5"), ("diagonal", "x")])
+def test_text_that_is_no_value_of_an_option_is_refused_by_the_command_line(key: str, text: str) -> None:
+    with pytest.raises(argparse.ArgumentError, match=text):
+        parsed(f"--rankclip-{key.replace('_', '-')}", text)
 
 
 def test_an_error_about_a_default_of_a_preset_says_so() -> None:
@@ -136,18 +164,27 @@ def test_options_for_python_alone_are_not_typed() -> None:
         parsed("--rankclip-fixed-reference", "text")
 
 
+PLACE_IN_REFERENCE = "rankloss.reference.cross_modal and in_modal have it"
+
+
 @pytest.mark.parametrize("key", OF_REFERENCE)
-def test_an_option_of_the_reference_alone_is_refused_with_its_place(
+def test_an_option_of_the_reference_alone_is_refused_with_its_place(key: str) -> None:
+    with pytest.raises(TypeError, match=f"rankclip has no option '{key}'; {PLACE_IN_REFERENCE}"):
+        built("rankclip", **{key: "batch"})
+
+
+@pytest.mark.parametrize("key", OF_REFERENCE)
+def test_a_flag_for_an_option_of_the_reference_alone_is_refused_with_its_place(
     key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = "rankloss.reference.cross_modal and in_modal have it"
-    with pytest.raises(TypeError, match=f"rankclip has no option '{key}'; {where}"):
-        built("rankclip", **{key: "batch"})
+    losses = LossArguments(argparse.ArgumentParser(), ["rankclip"])
     with pytest.raises(SystemExit):
-        LossArguments(argparse.ArgumentParser(), ["rankclip"]).parse(
-            ["--loss", "rankclip", f"--rankclip-{key}", "batch"]
-        )
-    assert f"--rankclip-{key}: there is no such option; {where}" in capsys.readouterr().err
+        losses.parse(["--loss", "rankclip", f"--rankclip-{key}", "batch"])
+    assert f"--rankclip-{key}: there is no such option; {PLACE_IN_REFERENCE}" in capsys.readouterr().err
+
+
+def test_trainers_know_the_options_of_the_reference_alone() -> None:
+    """Their names stand twice, as the catalogue imports no torch."""
     assert {*OF_REFERENCE} == declared.OF_REFERENCE
 
 
@@ -166,7 +203,8 @@ def test_unknown_option_is_refused_with_the_one_that_takes_its_place(name: str, 
     with pytest.raises(TypeError) as caught:
         catalog.choose(name, {key: 1})
     assert f"{name} has no option {key!r}" in str(caught.value)
-    assert hint in str(caught.value).partition(key)[2]
+    _, _, after_the_key = str(caught.value).partition(key)
+    assert hint in after_the_key
 
 
 def a_loss(base, *, weight=0.5, count: int | None = None, kind: Literal["a", "b"] = "a", gather=None):
@@ -216,10 +254,10 @@ def test_every_type_of_a_union_can_be_typed_and_what_has_no_spelling_is_pythons_
     typed = {key: x.metavar for key, x in options.items() if x.is_typed}
     assert typed == {"level": "{1,2}", "chunk": "{auto,N}", "share": "{include,exclude,X}"}
     values = {"level": {"1": 1}, "chunk": {"4": 4, "auto": "auto"}, "share": {"0.3": 0.3, "exclude": False}}
-    for key, texts in values.items():
-        for text, value in texts.items():
-            found = options[key].parsed(text)
-            assert (found, type(found)) == (value, type(value))
+    for key, value_of_text in values.items():
+        for text, value in value_of_text.items():
+            parsed_value = options[key].parsed(text)
+            assert (parsed_value, type(parsed_value)) == (value, type(value))
         with pytest.raises(ValueError, match=re.escape(repr("no"))):
             options[key].parsed("no")
 
@@ -239,18 +277,30 @@ def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) 
         loss.build(rankloss.ClipLoss(), None)
 
 
-def test_each_loss_is_typed_with_its_own_options() -> None:
-    name = "rankclip-distill+mimicry"
-    for flags in (("--loss", name), (f"--loss={name}",)):
-        losses, _ = parsed(*flags, "--rankclip-top-k", "4", "--mimicry-weight", "2")
-        assert [x.name for x in losses] == name.split("+")
-        assert (losses[0].values["top_k"], losses[1].values["weight"]) == (4, 2.0)
-    with pytest.raises(ValueError, match=r"^--tiny-weight: only with --loss tiny"):
-        parsed("--loss", name, "--tiny-weight", "1")
-    with pytest.raises(ValueError, match=r"^--loss: loss must be one of .*did you mean mimicry"):
-        parsed("--loss", "rankclip+mimcry")
-    with pytest.raises(ValueError, match="'clip'"):
-        parsed("--loss", "clip+mimicry")
+JOINED = "rankclip-distill+mimicry"
+
+
+@pytest.mark.parametrize("typed", [("--loss", JOINED), (f"--loss={JOINED}",)])
+def test_each_of_joined_losses_is_typed_with_its_own_options(typed: tuple[str, ...]) -> None:
+    losses, _ = parsed(*typed, "--rankclip-top-k", "4", "--mimicry-weight", "2")
+    distilled, mimicry = losses
+    assert (distilled.name, distilled.values["top_k"]) == ("rankclip-distill", 4)
+    assert (mimicry.name, mimicry.values["weight"]) == ("mimicry", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("--loss", JOINED, "--tiny-weight", "1"), r"^--tiny-weight: only with --loss tiny"),
+        (("--loss", "rankclip+mimcry"), r"^--loss: loss must be one of .*did you mean mimicry"),
+        (("--loss", "clip+mimicry"), "'clip'"),  # the trainer's own loss is no part of a join
+    ],
+)
+def test_joined_losses_and_options_that_are_not_theirs_are_refused(
+    typed: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*typed)
 
 
 def test_arguments_for_a_loss_that_is_not_there_are_refused() -> None:
@@ -268,39 +318,59 @@ def test_the_options_of_joined_losses_are_listed() -> None:
 # --- registered by other packages ---------------------------------------------------------------------------
 
 
-def test_registered_callables_and_rows_are_losses_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {"mine": a_loss, "also": a_loss, "row": Named(a_loss, {"weight": 2.0}, prefix="own")}
-    register(monkeypatch, **rows, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
-    chosen = catalog.choose("mine")
-    with pytest.raises(ValueError, match="rankclip"):
-        catalog.load("taken")
-    with pytest.raises(ValueError, match="'streamed' of streamed"):
-        catalog.load("streamed")
-    assert [x.name for x in (*chosen, *catalog.choose("also"))] == ["mine", "also"]
+def test_a_callable_that_is_registered_twice_is_a_loss_of_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, mine=a_loss, also=a_loss)
+    assert [catalog.choose(name)[0].name for name in ("mine", "also")] == ["mine", "also"]
+
+
+def test_a_row_that_is_registered_has_its_defaults_and_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, row=Named(a_loss, {"weight": 2.0}, prefix="own"))
     assert catalog.load("row").options["weight"].default == 2.0
     (loss,), _ = parsed("--own-kind", "b", name="row")
     assert loss.given == {"kind": "b"}
 
 
-def test_another_packages_options_stop_its_own_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def k_loss(base: Any, *, k: int = 1, gather: Any = None) -> nn.Module:
-        """A loss whose option is spelled as one of rankclip's."""
-        return nn.ModuleList([base])
+def test_a_prefix_of_rankloss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
+    with pytest.raises(ValueError, match="rankclip"):
+        catalog.load("taken")
+    with pytest.raises(ValueError, match="'streamed' of streamed"):
+        catalog.load("streamed")
 
-    register(monkeypatch, **{"rankclip-top": k_loss, "my-rankclip": k_loss, "odd": odd_loss})
-    assert "--odd-chunk {auto,N}" in LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
+
+def k_loss(base: Any, *, k: int = 1, gather: Any = None) -> nn.Module:
+    """A loss with an option that, named rankclip-top, it would spell as one of rankclip's."""
+    return nn.ModuleList([base])
+
+
+def test_a_loss_whose_flag_is_one_of_rankclips_cannot_be_used_and_rankclip_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, **{"rankclip-top": k_loss})
     typed = ["--loss", "rankclip", "--rankclip-top-k", "3"]
-    assert "my-rankclip" not in mentioned(typed)
     losses = LossArguments(argparse.ArgumentParser(), mentioned(typed))
     assert [*losses.unusable] == ["rankclip-top"]
-    chosen = losses.chosen(losses.parser.parse_args(typed))
-    assert chosen is not None
-    assert chosen[0][0].given == {"top_k": 3}
+    (rankclip,), _ = losses.chosen(losses.parser.parse_args(typed))
+    assert rankclip.given == {"top_k": 3}
+
+
+def test_a_command_line_mentions_no_loss_whose_name_ends_like_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, **{"my-rankclip": k_loss})
+    assert "my-rankclip" not in mentioned(["--loss", "rankclip", "--rankclip-top-k", "3"])
+
+
+def test_the_help_has_those_options_of_another_package_that_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, odd=odd_loss)
+    assert "--odd-chunk {auto,N}" in LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
 
 
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, mine=a_loss)
-    first = catalog.known()["mine"][0]
+    (first,) = catalog.known()["mine"]
     other = SimpleNamespace(**{**vars(first), "value": "y:mine"})
     monkeypatch.setattr(catalog, "known", lambda: {"mine": (first, other)})
     with pytest.raises(ValueError, match="mine is registered by both"):
@@ -331,22 +401,39 @@ def test_type_checkers_see_the_options_of_a_run_with_their_types() -> None:
     assert get_type_hints(RunKeywords) == {key: annotated[key] for key in options_of(RunOptions)}
 
 
-def test_a_run_is_typed_once_and_only_with_a_loss() -> None:
+def test_the_options_of_a_run_are_typed_together() -> None:
     _, run = parsed("--loss-teacher", "x", "--loss-agreement-every", "3", "--loss-schedule-unit", "step")
     assert run == RunOptions(teacher="x", agreement_every=3, schedule_unit="step")
-    assert RunOptions(teacher=Path("x")).teacher == "x"  # type: ignore[arg-type]
+
+
+def test_the_options_of_a_run_are_refused_without_a_loss() -> None:
     with pytest.raises(ValueError, match=r"^--loss-teacher"):
         parsed("--loss", "clip", "--loss-teacher", "x")
+
+
+def test_a_bad_value_of_an_option_of_a_run_is_refused_by_its_flag() -> None:
     with pytest.raises(ValueError, match=r"^--loss-agreement-every.*0"):
         parsed("--loss-agreement-every", "0")
 
 
-def test_a_teacher_is_a_folder_or_the_name_of_one(tmp_path: Path) -> None:
-    odd = tmp_path / "a=b:c"
-    odd.mkdir()
-    assert [Teacher(x).folder for x in ("teacher", str(odd))] == ["teacher", str(odd)]
-    for text in ("text=minilm", "image=a,text=b"):
-        assert Teacher(text).are_encoders
-    assert not Teacher("ViT-B-32:openai").are_encoders
+def test_a_teacher_may_be_a_path() -> None:
+    assert RunOptions(teacher=Path("x")).teacher == "x"  # type: ignore[arg-type]
+
+
+def test_a_teacher_is_a_folder_where_there_is_one_of_its_name(tmp_path: Path) -> None:
+    named_like_encoders = tmp_path / "a=b:c"
+    named_like_encoders.mkdir()
+    assert Teacher(str(named_like_encoders)).folder == str(named_like_encoders)
+    assert Teacher("teacher").folder == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("text", "are_encoders"), [("text=minilm", True), ("image=a,text=b", True), ("ViT-B-32:openai", False)]
+)
+def test_a_teacher_of_named_towers_is_of_encoders(text: str, are_encoders: bool) -> None:
+    assert Teacher(text).are_encoders is are_encoders
+
+
+def test_an_unknown_model_is_refused_as_a_teacher() -> None:
     with pytest.raises(OptionError, match=r"^teacher: "):
         Teacher("ViT-B-33:openai").check()

@@ -33,7 +33,13 @@ def weights(module: nn.Module) -> torch.Tensor:
 
 
 def looped(name: str, *, is_compiled: bool, is_told_inside: bool) -> dict[str, Any]:
-    """A training of four steps, whose λ grows."""
+    """A training of four steps, whose λ grows: the values, and the weights and the state at its end.
+
+    Args:
+        name: The loss.
+        is_compiled: Whether a step is compiled.
+        is_told_inside: Whether the step itself tells the loss of its progress, or the loop around it.
+    """
     model, loss = Towers().double(), rankloss_trainers.create(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -47,7 +53,8 @@ def looped(name: str, *, is_compiled: bool, is_told_inside: bool) -> dict[str, A
     values = []
     for number in range(1, 5):
         if not is_told_inside:
-            loss.set_epoch(number, 4), loss.set_progress(number, 4)
+            loss.set_epoch(number, 4)
+            loss.set_progress(number, 4)
         values.append(called(number if is_told_inside else None))
         optimizer.step()
     return {"values": torch.stack(values), "weights": weights(model), **loss.state_dict()}
@@ -73,31 +80,36 @@ class Quiet(Module):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lightning's own
 def test_a_compiled_lightning_module_trains_as_the_module(tmp_path: Path) -> None:
-    modules = Quiet(), Quiet()
-    fit(tmp_path, modules[0])
-    fit(tmp_path, torch.compile(modules[1], backend="eager"))
-    assert lambdas(modules[1]) == lambdas(modules[0])
-    assert len({*lambdas(modules[1])}) == 8
-    torch.testing.assert_close(weights(modules[1]), weights(modules[0]), rtol=1e-5, atol=1e-6)
+    plain, compiled = Quiet(), Quiet()
+    fit(tmp_path, plain)
+    fit(tmp_path, torch.compile(compiled, backend="eager"))
+    assert lambdas(compiled) == lambdas(plain)
+    assert len({*lambdas(compiled)}) == 8, "λ changes at each step"
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
+def run_of_sentence_transformers(place: Path, **options: Any) -> tuple[torch.Tensor, list[float]]:
+    """The weights at the end of a run, and λ at each step."""
+    model = tiny()
+    trainer = train(place, rank_clip(model, schedule="linear"), model, learning_rate=0.1, **options)
+    return weights(model), [line["rank_lambda"] for line in trainer.state.log_history if "loss" in line]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_a_compiled_run_of_sentence_transformers_trains_as_the_run(
-    tmp_path: Path, mini_batch_size: int | None
-) -> None:
-    """Mini-batches need the model as it is."""
-    ended, lines = [], []
-    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        model = tiny()
-        loss = rank_clip(model, schedule="linear", mini_batch_size=mini_batch_size)
-        if compiled and mini_batch_size:
-            with pytest.raises(ValueError, match="mini_batch_size cannot split a model that is compiled"):
-                train(tmp_path, loss, model, learning_rate=0.1, **compiled)
-            return
-        trainer = train(tmp_path, loss, model, learning_rate=0.1, **compiled)
-        ended.append(weights(model))
-        lines.append([line["rank_lambda"] for line in trainer.state.log_history if "loss" in line])
-    assert lines[0] == lines[1]
-    assert len({*lines[0]}) == 8
-    torch.testing.assert_close(*ended, rtol=1e-3, atol=1e-4)
+def test_a_compiled_run_of_sentence_transformers_trains_as_the_run(tmp_path: Path) -> None:
+    expected_weights, expected_lambdas = run_of_sentence_transformers(tmp_path)
+    compiled_weights, compiled_lambdas = run_of_sentence_transformers(tmp_path, **COMPILED)
+    assert compiled_lambdas == expected_lambdas
+    assert len({*expected_lambdas}) == 8, "λ changes at each step"
+    torch.testing.assert_close(compiled_weights, expected_weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mini_batches_of_a_compiled_model_of_sentence_transformers_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    loss = rank_clip(model, schedule="linear", mini_batch_size=3)
+    with pytest.raises(ValueError, match="mini_batch_size cannot split a model that is compiled"):
+        train(tmp_path, loss, model, learning_rate=0.1, **COMPILED)

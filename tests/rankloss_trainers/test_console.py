@@ -25,22 +25,26 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_every_loss_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """It begins with its name, and ends with its summary."""
     lines = printed(capsys, "losses").splitlines()
-    found = catalog.known()
-    assert [re.match(r"[\w-]+", line)[0] for line in lines] == list(found)
-    assert all(line.endswith(catalog.load(name).summary) for name, line in zip(found, lines, strict=True))
+    for name, line in zip(catalog.known(), lines, strict=True):
+        assert re.match(rf"{name}[^\w-]", line)
+        assert line.endswith(catalog.load(name).summary)
 
 
 @pytest.mark.parametrize("name", catalog.known())
 def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    loss, said = catalog.load(name), " ".join(printed(capsys, "losses", name).split())
-    assert said.startswith(name)
-    assert loss.summary in said
+    """The page shows each option by its flag, a name for its value, its help and its default."""
+    loss = catalog.load(name)
+    on_one_line = " ".join(printed(capsys, "losses", name).split())
+    assert on_one_line.startswith(name)
+    assert loss.summary in on_one_line
     for key, option in typed_options(loss).items():
         default = "must be given" if option.is_required else f"default: {option.spelled(option.default)}"
-        shown = re.escape(f"{option.help} ({default})").replace("\\-", "-[ ]?")  # lines break there
-        assert re.search(rf" {flag(prefix_of(name, loss), key)} (\S+ )?{shown}", said), option
-        assert all(choice in said for choice in option.choices)
+        # A line may break behind a hyphen of the help, which is a space here.
+        help_text = re.escape(f"{option.help} ({default})").replace("\\-", "-[ ]?")
+        assert re.search(rf" {flag(prefix_of(name, loss), key)} (\S+ )?{help_text}", on_one_line), option
+        assert all(choice in on_one_line for choice in option.choices)
 
 
 def test_a_loss_tells_its_other_defaults_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,16 +64,22 @@ def test_loss_that_cannot_be_listed_is_named(
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_command_is_the_module_and_installed(
+def test_the_module_is_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["rankloss", "--version"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("rankloss", run_name="__main__")
     assert capsys.readouterr().out == f"rankloss {rankloss.__version__}\n"
+
+
+def test_the_command_is_installed() -> None:
+    (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="rankloss")
+    assert entry_point.load() is console.main
+
+
+def test_without_a_word_the_command_shows_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys).startswith("usage")
-    (point,) = importlib.metadata.entry_points(group="console_scripts", name="rankloss")
-    assert point.load() is console.main
 
 
 def test_a_reader_that_ends_early_is_no_error() -> None:
@@ -100,8 +110,9 @@ def test_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for known in doctor.TRAINERS:
         (line,) = [line for line in lines if line.startswith(known.name)]
         assert "not installed" in line or "not ready" in line or ": yes, " in line or ": no" in line
-    ready = any(": yes, " in line for line in lines)
-    assert code == (1 if any(line.endswith(": no") for line in lines) or not ready else 0)
+    is_one_ready = any(": yes, " in line for line in lines)
+    is_one_broken = any(line.endswith(": no") for line in lines)
+    assert code == (0 if is_one_ready and not is_one_broken else 1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,8 @@ def test_trainers_are_shown_and_status_is_0_only_if_one_is_ready_and_none_is_bro
     monkeypatch.setattr(importlib.metadata, "version", lambda name: HERE.get(name) or version(name))
     monkeypatch.setattr(doctor, "TRAINERS", trainers)
     assert console.main(["doctor"]) == code
-    said = capsys.readouterr().out
-    assert shown in said
-    assert said.count("5.24.0 (tested with <6,>=4.51)") == len(trainers) - (MISSING in trainers)
-    assert ("rankloss[open-clip]" in said) == (TRAINER not in trainers)
+    report = capsys.readouterr().out
+    assert shown in report
+    installed = [trainer for trainer in trainers if trainer is not MISSING]
+    assert report.count("5.24.0 (tested with <6,>=4.51)") == len(installed)
+    assert ("rankloss[open-clip]" in report) == (TRAINER not in trainers), "advice where none is ready"

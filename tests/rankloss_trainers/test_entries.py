@@ -15,17 +15,25 @@ def leaf(value: float = 2.0) -> torch.Tensor:
     return torch.tensor(value, requires_grad=True)
 
 
+def entries_with_a_constant(x: torch.Tensor, y: torch.Tensor) -> Entries:
+    """Three terms, of which the first is a constant, and a metric."""
+    constant = torch.tensor(5.0)
+    return Entries.of("a loss", {"a_loss": constant, "b_loss": x * x, "c_loss": y, "d": x.detach()})
+
+
 def test_a_term_that_is_a_constant_requires_a_gradient_where_another_does() -> None:
     """A compiled trainer would be compiled again at the step from which λ is above 0."""
-    x, y = leaf(2.0), leaf(3.0)
-    constant = torch.tensor(5.0)
-    entries = Entries.of("a loss", {"a_loss": constant, "b_loss": x * x, "c_loss": y, "d": x.detach()})
+    entries = entries_with_a_constant(leaf(2.0), leaf(3.0))
     assert all(term.requires_grad for term in entries.terms.values())
     assert not entries.metrics["d"].requires_grad
-    # Neither the values nor the gradients change.
+
+
+def test_a_term_that_is_a_constant_changes_no_value_and_no_gradient() -> None:
+    x, y = leaf(2.0), leaf(3.0)
+    entries = entries_with_a_constant(x, y)
     assert entries.terms == {"a_loss": 5, "b_loss": 4, "c_loss": 3}
     (7 * entries.total).backward()
-    assert (x.grad, y.grad) == (7 * 2 * 2, 7)
+    assert (x.grad, y.grad) == (7 * 2 * 2, 7)  # 7·d(x² + y) at x = 2
 
 
 def test_constant_terms_stay_constants_where_nothing_is_trained() -> None:
