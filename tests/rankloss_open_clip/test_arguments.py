@@ -148,7 +148,7 @@ def test_the_losses_of_a_run_are_no_argument_that_the_trainer_would_write_down()
 def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Abbreviated, ``--loss`` is ``--loss-dist-impl`` to a parser that rankloss did not reach."""
+    """A parser that rankloss did not reach takes ``--loss`` for an abbreviation of ``--loss-dist-impl``."""
     register(monkeypatch, x=built, gather=built)
     for name in ("rankclip", "tiny", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
@@ -497,9 +497,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= entries.keys()
 
 
-def test_a_loss_with_parameters_is_refused_as_no_optimizer_would_have_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_loss_with_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, x=built)
     base = Base()
     base.weight = nn.Parameter(base.scale.clone())

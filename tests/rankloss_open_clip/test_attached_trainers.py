@@ -31,6 +31,7 @@ from rankloss_open_clip.trainer_loss import TrainerLoss
 from rankloss_open_clip.training import build_loss, start
 from stored_features import stored
 
+TINY_PACKAGE = Path(__file__).parents[1] / "tiny_package"
 FORK = """
 import argparse, torch
 from torch.nn.functional import cross_entropy
@@ -69,20 +70,27 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["fork"]
 
 
-def test_fork_that_calls_by_position_gets_a_scalar_and_without_a_loss_its_own(fork: Any) -> None:
+@pytest.mark.parametrize("attached", ["once", "twice"])
+def test_fork_that_calls_by_position_gets_a_scalar_in_which_lambda_grows(fork: Any, attached: str) -> None:
     rankloss_open_clip.attach(fork)
-    rankloss_open_clip.attach(fork)  # a second time changes nothing
+    if attached == "twice":
+        rankloss_open_clip.attach(fork)
     args = fork.parse_args(["--loss", "rankclip", "--rankclip-schedule", "linear"])
     loss = fork.create_loss(args)
     assert isinstance(loss, TrainerLoss)
     values = [fork.train_one_epoch(None, DATA, loss, epoch, args) for epoch in range(4)]
-    assert values[0] == pytest.approx(fork.ClipLoss()(*fork.FEATURES, 8.0).item())
-    steps = [b - a for a, b in itertools.pairwise(values)]
-    assert steps == pytest.approx([steps[0]] * 3, rel=1e-4), "λ grows linearly"
-    assert steps[0] > 0.01
-    without = fork.parse_args(["--epochs", "2"])
-    assert vars(without) == {"model": "ViT-B-32", "epochs": 2}
-    assert type(fork.create_loss(without)) is fork.ClipLoss
+    assert values[0] == pytest.approx(fork.ClipLoss()(*fork.FEATURES, 8.0).item())  # λ is 0
+    # The features are the same in each epoch, so the value grows as λ does: by equal steps.
+    increases = [after - before for before, after in itertools.pairwise(values)]
+    assert increases == pytest.approx([increases[0]] * 3, rel=1e-4)
+    assert increases[0] > 0.01
+
+
+def test_fork_without_a_loss_has_its_own_arguments_and_loss(fork: Any) -> None:
+    rankloss_open_clip.attach(fork)
+    args = fork.parse_args(["--epochs", "2"])
+    assert vars(args) == {"model": "ViT-B-32", "epochs": 2}
+    assert type(fork.create_loss(args)) is fork.ClipLoss
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_fork_that_calls_by_position_gets_a_scalar_and_without_a_loss_its_own(fo
     ],
 )
 def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: str | None) -> None:
-    exec(other or f"{name} = None", vars(fork))
+    exec(other or f"{name} = None", vars(fork))  # the function has other parameters, or is none
     before = dict(vars(fork))
     with pytest.raises((TypeError, AttributeError), match=f"fork.*{name}"):
         rankloss_open_clip.attach(fork)
@@ -117,11 +125,21 @@ def test_loss_whose_data_are_read_by_nobody_is_an_error(fork: Any, options: str,
 
 
 def test_runner_hands_on_the_arguments(monkeypatch: pytest.MonkeyPatch, fork: Any) -> None:
-    seen: list[Any] = []
-    for fork.main in (lambda argv: seen.append((argv, *sys.argv)), lambda: seen.append(sys.argv)):
+    """A trainer's ``main`` takes them as a list, or reads ``sys.argv``."""
+    received: list[Any] = []
+
+    def takes_a_list(argv: list[str]) -> None:
+        received.append((argv, sys.argv))
+
+    def reads_sys_argv() -> None:
+        received.append(sys.argv)
+
+    for main in (takes_a_list, reads_sys_argv):
+        fork.main = main
         monkeypatch.setattr(sys, "argv", ["rankloss_open_clip", "--trainer", "fork", "--epochs", "1"])
         runner.main()
-    assert seen == [(["--epochs", "1"], fork.__file__, "--epochs", "1"), [fork.__file__, "--epochs", "1"]]
+    whole = [fork.__file__, "--epochs", "1"]
+    assert received == [(["--epochs", "1"], whole), whole]
 
 
 # --- data that hold the features, as MobileCLIP's patched trainer reads them ----------------------------
@@ -169,24 +187,37 @@ def arguments(**options: Any) -> Namespace:
     return Namespace(dataset_reinforcement=True, epochs=2, device="cpu", **given)
 
 
-@pytest.mark.parametrize("options", [{"loss_teacher": "given"}, {}, {"loss": "rankclip-distill"}])
+def entries_of(**options: str) -> dict[str, Tensor]:
+    """The entries of a loss on the patch's own, which gets the features of the teacher."""
+    loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
+    loss.start_epoch(0, 2, 1, 1)
+    scale = torch.tensor(SCALE)
+    return loss(**STUDENT, logit_scale=scale, **TEACHER, **SYNTHETIC, output_dict=True)
+
+
+SCALE = 10.0
+STUDENT_ARRAYS = {name: x.double().numpy() for name, x in STUDENT.items()}
+TEACHER_ARRAYS = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name, x in TEACHER.items()}
+
+
+@pytest.mark.parametrize("options", [{"loss_teacher": "given"}, {"loss": "rankclip-distill"}])
 def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation(
     options: dict[str, str],
 ) -> None:
     """And its base is CLIP's loss."""
-    loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
-    loss.start_epoch(0, 2, 1, 1)
-    found = loss(**STUDENT, logit_scale=torch.tensor(10.0), **TEACHER, **SYNTHETIC, output_dict=True)
-    students = {name: x.double().numpy() for name, x in STUDENT.items()}
-    if options:
-        assert "distill_loss" not in found
-        assert found["contrastive_loss"].item() == pytest.approx(reference.clip(**students, logit_scale=10.0))
-    else:
-        assert found["distill_loss"] == sum(x.sum() for x in TEACHER.values())
-    given = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name, x in TEACHER.items()}
-    taught = given if options else {}
-    expected = reference.cross_modal(**students, logit_scale=10.0, **taught, top_k=4)
-    assert found["cross_modal_raw"].item() == pytest.approx(expected, rel=1e-5)
+    entries = entries_of(**options)
+    assert "distill_loss" not in entries
+    contrastive = reference.clip(**STUDENT_ARRAYS, logit_scale=SCALE)
+    assert entries["contrastive_loss"].item() == pytest.approx(contrastive)
+    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, **TEACHER_ARRAYS, top_k=4)
+    assert entries["cross_modal_raw"].item() == pytest.approx(ranked, rel=1e-5)
+
+
+def test_a_loss_without_a_teacher_stands_beside_the_distillation() -> None:
+    entries = entries_of()
+    assert entries["distill_loss"] == sum(x.sum() for x in TEACHER.values())  # as DRClipLoss has it
+    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, top_k=4)
+    assert entries["cross_modal_raw"].item() == pytest.approx(ranked, rel=1e-5)
 
 
 def test_the_option_names_a_teacher(tmp_path: Path) -> None:
@@ -202,15 +233,20 @@ def test_the_option_names_a_teacher(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["2.16.1", "2.24.0"])
 def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A release of open_clip_torch in a folder of its own, before the installed one on PYTHONPATH."""
-    directory, wanted = str(tmp_path_factory.mktemp("release")), f"open_clip_torch=={request.param}"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory, wanted]
-    subprocess.run(pip, check=True, timeout=300)
-    return request.param, os.pathsep.join(filter(None, [directory, os.environ.get("PYTHONPATH")]))
+    """A release of open_clip_torch, and the PYTHONPATH that has it before the installed one.
+
+    The losses of the tests are on it, too: a fresh interpreter has none of pytest's paths.
+    """
+    directory = str(tmp_path_factory.mktemp("release"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory]
+    subprocess.run([*pip, f"open_clip_torch=={request.param}"], check=True, timeout=300)
+    folders = [directory, str(TINY_PACKAGE), os.environ.get("PYTHONPATH")]
+    return request.param, os.pathsep.join(filter(None, folders))
 
 
 def run_release(trainer: Trainer, release: tuple[str, str], name: str, module: str, *options: str) -> Run:
-    version, path = release
+    """A run of a release, started by a module with the options that stand behind its name."""
+    version, python_path = release
     configs = trainer.directory / "former-configs"
     configs.mkdir(exist_ok=True)
     config = json.loads((trainer.directory / "tiny" / "open_clip_config.json").read_text())["model_cfg"]
@@ -223,23 +259,45 @@ def run_release(trainer: Trainer, release: tuple[str, str], name: str, module: s
     )
     name = f"{version} {name}"
     arguments = trainer.arguments(name, "--model", "tiny-former", "--epochs", "2", *options)
-    at = arguments.index("--device")
-    del arguments[at : at + 2]  # such releases take what there is
-    return trainer.python("-c", script, *arguments, name=name, PYTHONPATH=path, **OFF)
+    device = arguments.index("--device")
+    del arguments[device : device + 2]  # the option and its value: such releases take what there is
+    return trainer.python("-c", script, *arguments, name=name, PYTHONPATH=python_path, **OFF)
+
+
+ATTACHED = "rankloss_open_clip --trainer training.main"
+
+
+@pytest.fixture(scope="module")
+def run_of_release(trainer: Trainer, release: tuple[str, str]) -> Run:
+    """Two epochs of rankclip, of which the first has λ = 0."""
+    return run_release(trainer, release, "rankclip", ATTACHED, *OFFICIAL)
 
 
 @pytest.mark.slow
-def test_former_release_trains(trainer: Trainer, release: tuple[str, str]) -> None:
-    attached = "rankloss_open_clip --trainer training.main"
+def test_former_release_trains_as_without_a_loss_while_lambda_is_0(
+    trainer: Trainer, release: tuple[str, str], run_of_release: Run
+) -> None:
     stock = run_release(trainer, release, "stock", "training.main")
-    run = run_release(trainer, release, "rankclip", attached, *OFFICIAL)
-    assert f"open_clip {release[0]}" in run.log
     number = np.float64(0)  # such releases save the learning rate as NumPy's number
     kinds = [number.__reduce__()[0], np.dtype, type(number.dtype)]
     with torch.serialization.safe_globals(kinds):
-        assert_equal_training(stock, run, epochs=(1,))  # at λ = 0
-        assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"])
+        assert_equal_training(stock, run_of_release, epochs=(1,))
+        assert not torch.equal(stock.epoch(2)["visual.proj"], run_of_release.epoch(2)["visual.proj"])
+
+
+@pytest.mark.slow
+def test_former_release_is_named_and_follows_the_schedule(
+    release: tuple[str, str], run_of_release: Run
+) -> None:
+    assert f"open_clip {release[0]}" in run_of_release.log
     expected = {step: schedules.official(step // STEPS + 1, 2) for step in range(2 * STEPS)}
-    assert run.scalars["rank_lambda"] == expected
+    assert run_of_release.scalars["rank_lambda"] == expected
+
+
+@pytest.mark.slow
+def test_former_release_trains_with_a_column_and_accumulation(
+    trainer: Trainer, release: tuple[str, str]
+) -> None:
     captions = ["--loss", "tiny-caption", "--second-caption-key", "synthetic", "--accum-freq", "2"]
-    assert len(run_release(trainer, release, "captions", attached, *captions).scalars["loss"]) == STEPS
+    run = run_release(trainer, release, "captions", ATTACHED, *captions)
+    assert len(run.scalars["loss"]) == STEPS  # two epochs of half as many steps

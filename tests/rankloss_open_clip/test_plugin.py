@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip.factory
 import open_clip_train.params
@@ -41,18 +41,29 @@ def test_attaching_twice_changes_nothing() -> None:
     finders = list(sys.meta_path)
     rankloss_open_clip.wait_for_trainer()
     assert sys.meta_path == finders
-    assert open_clip.create_loss is open_clip.factory.create_loss is FUNCTIONS[0]
-    assert open_clip_train.params.parse_args is FUNCTIONS[1]
-    assert open_clip_train.train.train_one_epoch is FUNCTIONS[2]
+    patched = [
+        open_clip.factory.create_loss,
+        open_clip_train.params.parse_args,
+        open_clip_train.train.train_one_epoch,
+    ]
+    assert all(now is before for now, before in zip(patched, FUNCTIONS, strict=True))
     assert bootstrap.problems() == []
+
+
+def test_the_factorys_patched_function_is_that_of_the_package() -> None:
+    assert open_clip.create_loss is open_clip.factory.create_loss
 
 
 def test_a_run_without_a_loss_imports_no_loss() -> None:
     """Nor the runtime: of rankloss it has the patches, and the names of losses."""
-    script = (
-        "from open_clip_train.params import parse_args; import torch, sys; parse_args(['--epochs', '1']);"
-    )
-    script += "print(*(name for name in sys.modules if name.startswith('rankloss')))"
+    script = """
+import sys
+import torch
+from open_clip_train.params import parse_args
+
+parse_args(["--epochs", "1"])
+print(*(name for name in sys.modules if name.startswith("rankloss")))
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "rankloss_open_clip.patches" in imported
@@ -71,17 +82,22 @@ def test_patched_function_keeps_source_signature_and_pickle(function: Any) -> No
 # --- what goes wrong ------------------------------------------------------------------------------------
 
 
-def test_unknown_layout_is_kept_as_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, source, reason in (
+@pytest.mark.parametrize(
+    ("name", "source", "reason"),
+    [
         ("open_clip.factory", "", "create_loss"),
         ("open_clip_train.train", "def train_one_epoch(trainer): pass", "trainer"),
-    ):
-        monkeypatch.setattr(rankloss_open_clip, "failures", {})
-        module = ModuleType(name)
-        exec(source, vars(module))
-        bootstrap.patch(module)
-        assert reason in str(rankloss_open_clip.failures[name])
-        assert name in bootstrap.problems()[0]
+    ],
+)
+def test_unknown_layout_is_kept_as_a_failure(
+    monkeypatch: pytest.MonkeyPatch, name: str, source: str, reason: str
+) -> None:
+    monkeypatch.setattr(rankloss_open_clip, "failures", {})
+    module = ModuleType(name)
+    exec(source, vars(module))
+    bootstrap.patch(module)
+    assert reason in str(rankloss_open_clip.failures[name])
+    assert name in bootstrap.problems()[0]
 
 
 PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
@@ -89,8 +105,8 @@ PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
 
 def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rankloss_open_clip, "failures", {})
-    monkeypatch.setattr(rankloss_open_clip, "_reported", True)
-    monkeypatch.setitem(sys.modules, PATCHES, None)
+    monkeypatch.setattr(rankloss_open_clip, "_reported", True)  # no warning
+    monkeypatch.setitem(sys.modules, PATCHES, None)  # an import of it fails
     monkeypatch.delattr(PATCHES)
     params = ModuleType(bootstrap.PARAMS)
     vars(params)["parse_args"] = lambda argv: argv
@@ -113,6 +129,7 @@ MAIN, RUNNER = "/x/open_clip_train/main.py", "C:\\x\\rankloss_open_clip\\__main_
 
 @pytest.fixture
 def without_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import hook cannot be imported, and nothing has said so yet."""
     monkeypatch.setattr(rankloss_open_clip, "_reported", False)
     monkeypatch.setitem(sys.modules, HOOK, None)
 
@@ -157,41 +174,58 @@ def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def arguments() -> Any:
-    return ready(
-        open_clip_train.params.parse_args(
-            ["--loss", "rankclip", "--epochs", "3", "--loss-schedule-unit", "epoch", "--device", "cpu"]
-        )
-    )
+    words = ["--loss", "rankclip", "--epochs", "3", "--loss-schedule-unit", "epoch", "--device", "cpu"]
+    return ready(open_clip_train.params.parse_args(words))
 
 
-def factory_with(**functions: Any) -> Any:
-    factory = ModuleType("open_clip.factory")
-    vars(factory).update(functions)
-    patches.patch(factory)
-    return factory
+class TaskTrainer(NamedTuple):
+    """The two modules of open_clip's later layout that have a patched function."""
+
+    factory: Any
+    train: Any
 
 
-def task(args: Any, model: Any = None) -> Any:
-    """The shape of open_clip's later training task."""
-    return SimpleNamespace(loss=Base(), trainable_module=model)
+@pytest.fixture
+def task_trainer() -> TaskTrainer:
+    """A stand-in for open_clip's main branch: the factory builds a task, which holds the trainer's loss."""
 
+    def create_task(args: Any, model: Any = None) -> Any:
+        return SimpleNamespace(loss=Base(), trainable_module=model)
 
-def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
-    train = ModuleType("open_clip_train.train")
+    factory, train = ModuleType("open_clip.factory"), ModuleType("open_clip_train.train")
+    vars(factory)["create_task"] = create_task
     exec("def train_one_epoch(state, data, args, tb_writer=None): return state", vars(train))
-    factory = factory_with(create_task=task)
+    patches.patch(factory)
     patches.patch(train)
+    return TaskTrainer(factory, train)
+
+
+@pytest.fixture
+def entries_of_second_epoch(task_trainer: TaskTrainer) -> Any:
+    """What the loss of a task returns after its second epoch of three began."""
     args = arguments()
-    state = SimpleNamespace(task=factory.create_task(args, model=None), epoch=1, optimizer=None)
+    task = task_trainer.factory.create_task(args, model=None)
+    state = SimpleNamespace(task=task, epoch=1, optimizer=None)
     data = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
-    assert train.train_one_epoch(state, data, args, tb_writer=None) is state
-    losses = state.task.loss(**features(), output_dict=True)
-    assert type(losses) is dict
+    returned = task_trainer.train.train_one_epoch(state, data, args, tb_writer=None)
+    assert returned is state
+    return task.loss(**features(), output_dict=True)
+
+
+def test_a_task_gets_a_plain_dict_of_terms_and_metrics(entries_of_second_epoch: Any) -> None:
+    assert type(entries_of_second_epoch) is dict
     terms = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
-    assert list(losses) == [*terms, "rank_lambda", "cross_modal_raw", "in_modal_raw"]
-    assert losses["rank_lambda"].item() == 2.0
-    assert not losses["rank_lambda"].requires_grad
-    assert type(factory.create_task(SimpleNamespace(), model=None).loss) is Base
+    assert list(entries_of_second_epoch) == [*terms, "rank_lambda", "cross_modal_raw", "in_modal_raw"]
+
+
+def test_the_loss_of_a_task_is_told_its_epoch(entries_of_second_epoch: Any) -> None:
+    lambda_ = entries_of_second_epoch["rank_lambda"]
+    assert lambda_.item() == 2.0  # the schedule of the paper in the second of three epochs
+    assert not lambda_.requires_grad
+
+
+def test_a_task_without_a_loss_keeps_the_trainers(task_trainer: TaskTrainer) -> None:
+    assert type(task_trainer.factory.create_task(SimpleNamespace(), model=None).loss) is Base
 
 
 def test_what_cannot_be_trained_with_a_loss_is_an_error() -> None:

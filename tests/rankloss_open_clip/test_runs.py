@@ -23,7 +23,8 @@ from trainer_runs import (
 from rankloss import schedules
 from rankloss_features.trained_files import options_of_run
 
-TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
+RANK_TERMS = ("cross_modal_loss", "in_modal_loss")
+TERMS = ("contrastive_loss", *RANK_TERMS)
 METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
 TAUS = ("cross_modal_tau", "in_modal_tau")
 EPOCHS = 3  # of the run called "agreement"
@@ -47,7 +48,8 @@ FAST |= {"tiny-caption"}
 
 
 def some_slow(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in names]
+    """Names of runs as parameters of a test, which is slow for all but the fast runs."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", some_slow(*TRAINED))
@@ -63,18 +65,28 @@ def test_run_names_its_losses_and_versions_once_before_training(runs: Runs, name
 
 
 @pytest.mark.parametrize("name", some_slow(*TRAINED))
-def test_run_trains_the_sum_of_its_terms_to_finite_weights(runs: Runs, name: str) -> None:
-    run, terms = runs[name], TRAINED[name]
-    shown = run.scalars
-    assert {key for key in shown if key.endswith("_loss") and "/" not in key} == set(terms)
-    for step, loss in shown["loss"].items():
-        assert loss == pytest.approx(sum(shown[term][step] for term in terms), rel=1e-6)
-    weighted = shown.get("rank_lambda", {})
-    for term, step in itertools.product(terms, shown["loss"]):
-        off = weighted.get(step) == 0 and term in TERMS[1:]
-        assert math.isfinite(shown[term][step])
-        assert (shown[term][step] == 0) is off, (term, step)
-    last = max(int(path.stem.partition("_")[2]) for path in (run.directory / "checkpoints").glob("epoch_*"))
+def test_run_trains_the_sum_of_its_terms(runs: Runs, name: str) -> None:
+    scalars, terms = runs[name].scalars, TRAINED[name]
+    assert {key for key in scalars if key.endswith("_loss") and "/" not in key} == set(terms)
+    for step, loss in scalars["loss"].items():
+        assert loss == pytest.approx(sum(scalars[term][step] for term in terms), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", some_slow(*TRAINED))
+def test_a_term_is_0_only_where_lambda_is(runs: Runs, name: str) -> None:
+    scalars = runs[name].scalars
+    lambdas = scalars.get("rank_lambda", {})
+    for term, step in itertools.product(TRAINED[name], scalars["loss"]):
+        is_off = term in RANK_TERMS and lambdas.get(step) == 0
+        assert math.isfinite(scalars[term][step])
+        assert (scalars[term][step] == 0) is is_off, (term, step)
+
+
+@pytest.mark.parametrize("name", some_slow(*TRAINED))
+def test_the_last_weights_of_a_run_are_finite(runs: Runs, name: str) -> None:
+    run = runs[name]
+    checkpoints = (run.directory / "checkpoints").glob("epoch_*")
+    last = max(int(path.stem.removeprefix("epoch_")) for path in checkpoints)
     assert all(x.isfinite().all() for x in run.epoch(last).values())
 
 
@@ -82,13 +94,20 @@ def test_run_trains_the_sum_of_its_terms_to_finite_weights(runs: Runs, name: str
 
 
 def test_run_without_loss_is_bit_equal_to_one_without_the_plugin(runs: Runs) -> None:
-    stock, run = runs["stock"], runs["no --loss"]
-    assert_equal_training(stock, run)
-    assert stock.scalars.keys() == run.scalars.keys()
+    assert_equal_training(runs["stock"], runs["no --loss"])
+
+
+def test_run_without_loss_logs_what_one_without_the_plugin_logs(runs: Runs) -> None:
+    run = runs["no --loss"]
+    assert runs["stock"].scalars.keys() == run.scalars.keys()
     assert "rankclip" not in run.log.replace(str(run.directory), "")
-    assert stock.params.keys() == run.params.keys()
+
+
+def test_run_without_loss_has_the_parameters_of_one_without_the_plugin(runs: Runs) -> None:
+    stock, params = runs["stock"].params, runs["no --loss"].params
+    assert stock.keys() == params.keys()
     paths = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
-    assert {key for key in stock.params if stock.params[key] != run.params[key]} <= paths
+    assert {key for key in stock if stock[key] != params[key]} <= paths
 
 
 def test_a_plugin_that_is_switched_off_is_a_problem_until_it_is_attached(runs: Runs) -> None:
@@ -112,23 +131,35 @@ def test_every_way_to_start_and_to_log_trains_the_same(runs: Runs, name: str) ->
         assert run.timeless_log == plugin.timeless_log
 
 
-def test_run_says_what_it_logs_and_depends_on_and_warns_of_nothing(runs: Runs) -> None:
-    run = runs["--loss rankclip"]
-    lines = run.train_lines()
+def test_a_lines_last_values_are_the_terms_the_metrics_and_the_total(runs: Runs) -> None:
+    lines = runs["--loss rankclip"].train_lines()
     assert len(lines) == 3 * STEPS
     for step, line in enumerate(lines):
-        raw = METRICS[1:] if step >= STEPS else ()  # λ is 0 in the first epoch, and nothing is ranked
-        expected = [name.capitalize() for name in (*TERMS, "rank_lambda", *raw, "loss")]
+        is_ranked = step >= STEPS  # λ is 0 in the first epoch, and nothing is ranked
+        metrics = METRICS if is_ranked else ("rank_lambda",)
+        expected = [name.capitalize() for name in (*TERMS, *metrics, "loss")]
         assert list(line)[-len(expected) :] == expected
-        assert ("In_modal_raw" in line) == bool(raw)
-    options = {"loss": "rankclip", "rankclip_schedule": "official", "rankclip_lambda_cross": "1.0"}
-    assert run.params.items() >= {**options, "rankclip_top_k": "None"}.items()
+        assert ("In_modal_raw" in line) is is_ranked
 
-    def warned(run: Run) -> set[str]:
-        lines = [line for line in run.output.splitlines() if "Warning" in line or "WARNING" in line]
-        return {re.sub(r"^[\d,:-]+ \| ", "", line) for line in lines}
 
-    assert warned(run) <= warned(runs["stock"])
+def test_run_writes_down_the_options_of_its_loss(runs: Runs) -> None:
+    expected = {
+        "loss": "rankclip",
+        "rankclip_schedule": "official",
+        "rankclip_lambda_cross": "1.0",
+        "rankclip_top_k": "None",
+    }
+    assert runs["--loss rankclip"].params.items() >= expected.items()
+
+
+def warnings_of(run: Run) -> set[str]:
+    """The lines of a run's output that warn, without their times."""
+    lines = [line for line in run.output.splitlines() if "Warning" in line or "WARNING" in line]
+    return {re.sub(r"^[\d,:-]+ \| ", "", line) for line in lines}
+
+
+def test_run_with_a_loss_warns_of_no_more_than_one_without_the_plugin(runs: Runs) -> None:
+    assert warnings_of(runs["--loss rankclip"]) <= warnings_of(runs["stock"])
 
 
 def test_options_of_a_run_are_read_beside_its_checkpoint(runs: Runs) -> None:
@@ -192,28 +223,45 @@ def test_every_precision_trains_in_its_own_numbers(runs: Runs, precision: str) -
     assert weight.dtype == (torch.bfloat16 if half else torch.float32)
 
 
-@pytest.mark.slow  # the losses of these runs are in test_trainer_processes
-def test_distillation_ranks_the_student_alone_unless_the_teacher_is_asked_for(runs: Runs) -> None:
-    names = ("fp32", "distill", "ranked by the teacher", "rankclip-distill")
-    own, distilled, beside, preset = (runs[name].train_lines()[0] for name in names)
-    ranks = [term.capitalize() for term in TERMS[1:]]
-    assert [distilled[term] for term in ranks] == [own[term] for term in ranks]
-    assert distilled["Loss"] == pytest.approx(own["Loss"] + distilled["Distill_loss"], rel=1e-4)
-    assert "Distill_loss" not in beside, "the ranks take its place"
-    for term in ranks:
-        assert abs(beside[term] / distilled[term] - 1) > 1e-3
+# Distillation. All these runs begin with the same weights and pairs, so their first lines can be compared;
+# the losses themselves are compared in test_trainer_processes.
+RANKS = [term.capitalize() for term in RANK_TERMS]
+
+
+@pytest.mark.slow
+def test_distillation_ranks_the_student_alone_beside_the_trainers_term(runs: Runs) -> None:
+    plain, distilled = (runs[name].train_lines()[0] for name in ("fp32", "distill"))
+    assert [distilled[term] for term in RANKS] == [plain[term] for term in RANKS]
+    assert distilled["Loss"] == pytest.approx(plain["Loss"] + distilled["Distill_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_by_the_teacher_take_the_place_of_the_trainers_term(runs: Runs) -> None:
+    distilled, by_teacher = (runs[name].train_lines()[0] for name in ("distill", "ranked by the teacher"))
+    assert "Distill_loss" not in by_teacher
+    for term in RANKS:
+        assert abs(by_teacher[term] / distilled[term] - 1) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_preset_ranks_the_eight_best_alone_with_a_weight_of_64(runs: Runs) -> None:
+    by_teacher, preset = (
+        runs[name].train_lines()[0] for name in ("ranked by the teacher", "rankclip-distill")
+    )
+    first_lambda = schedules.rankclip(1, STEPS)
+    for term in RANKS:
         raw = term.replace("_loss", "_raw")
-        assert abs(preset[raw] / beside[raw] - 1) > 1e-2, "of the eight best alone"
-        assert preset[term] == pytest.approx(schedules.rankclip(1, STEPS) * 64 / 16 * preset[raw], rel=1e-3)
+        assert abs(preset[raw] / by_teacher[raw] - 1) > 1e-2
+        assert preset[term] == pytest.approx(first_lambda * 64 / 16 * preset[raw], rel=1e-3)
 
 
 def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     run = runs["csv, whole set"]
-    # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.
-    after_the_first, _ = map(float, re.findall(r"clip_val_loss: ([\d.]+)", run.log))
-    line = run.train_lines()[1]
-    assert after_the_first == pytest.approx(line["Contrastive_loss"], rel=1e-4)
-    assert line["Loss"] > 1.01 * after_the_first
+    # An epoch is one step, on the pairs that validate: the second step begins where the first was validated.
+    after_first_epoch, _ = map(float, re.findall(r"clip_val_loss: ([\d.]+)", run.log))
+    second_step = run.train_lines()[1]
+    assert after_first_epoch == pytest.approx(second_step["Contrastive_loss"], rel=1e-4)
+    assert second_step["Loss"] > 1.01 * after_first_epoch
 
 
 @pytest.mark.parametrize("name", some_slow("clip-streamed", "siglip-streamed"))
@@ -230,7 +278,8 @@ def test_text_log_and_tensorboard_show_the_same(runs: Runs) -> None:
     lines = run.train_lines()
     assert len(lines) == EPOCHS * STEPS
     for name in (*TERMS, *METRICS, *TAUS, "loss"):
-        shown, first = run.scalars[name], STEPS * name.endswith("_raw")  # λ is 0 in the first epoch
+        shown = run.scalars[name]
+        first = STEPS if name.endswith("_raw") else 0  # λ is 0 in the first epoch, and nothing is ranked
         assert list(shown) == list(range(first, EPOCHS * STEPS)), "the same entries at every step"
         texts = [line[name.capitalize()] for line in lines[first:]]
         assert list(shown.values()) == pytest.approx(texts, rel=1e-4)
@@ -248,21 +297,25 @@ def average(run: Run, epoch: int) -> float:
     return value
 
 
-def test_a_state_moves_once_a_step_and_is_checkpointed(runs: Runs) -> None:
-    run = runs["tiny-caption"]
-    shown = [1.0, *run.scalars["caption_average"].values()]
-    assert len(shown) == 4
-    for before, after in itertools.pairwise(shown):
-        mean = (after - 0.75 * before) / 0.25  # of the cosines of one batch
-        assert -1 <= mean < 1
+def test_a_state_moves_once_a_step(runs: Runs) -> None:
+    logged = [*runs["tiny-caption"].scalars["caption_average"].values()]
+    assert len(logged) == 3  # epochs of one step
+    for before, after in itertools.pairwise([1.0, *logged]):
+        mean_cosine = (after - 0.75 * before) / 0.25  # of one batch, which the average took in
+        assert -1 <= mean_cosine < 1
         assert after < before
-    assert [average(run, epoch) for epoch in (1, 2, 3)] == pytest.approx(shown[1:], abs=1e-7)
+
+
+def test_a_state_is_in_the_checkpoint_of_each_epoch(runs: Runs) -> None:
+    run = runs["tiny-caption"]
+    logged = [*run.scalars["caption_average"].values()]
+    assert [average(run, epoch) for epoch in (1, 2, 3)] == pytest.approx(logged, abs=1e-7)
 
 
 def test_validation_is_on_the_first_caption_alone(runs: Runs) -> None:
     validated = [float(x) for x in re.findall(r"clip_val_loss: ([\d.]+)", runs["tiny-caption"].log)]
     assert len(validated) == 3
-    assert all(1 < loss < 6 for loss in validated)
+    assert all(1 < loss < 6 for loss in validated)  # CLIP's loss of 64 pairs is log 64 = 4.2 by chance
 
 
 def test_resumed_run_goes_on_with_its_state(runs: Runs) -> None:
@@ -276,20 +329,20 @@ def test_resumed_run_goes_on_with_its_state(runs: Runs) -> None:
 # --- slow -----------------------------------------------------------------------------------------------
 
 
+FEATURES = [
+    "--siglip",
+    "--model {tiny}-coca --accum-freq 2",
+    "--distill-model {tiny} --distill-pretrained none",
+    "--precision amp_bf16 --accum-freq 2",
+    "--precision pure_bf16",
+    "--grad-checkpointing",
+]
+if hasattr(open_clip.CLIP, "lock_text_tower"):  # 3.0.0 locks the text towers of Hugging Face models only
+    FEATURES.append("--lock-text --lock-text-freeze-layer-norm")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--siglip",
-        "--model {tiny}-coca --accum-freq 2",
-        "--distill-model {tiny} --distill-pretrained none",
-        "--precision amp_bf16 --accum-freq 2",
-        "--precision pure_bf16",
-        "--grad-checkpointing",
-        # 3.0.0 locks the text towers of Hugging Face models only, with any loss.
-        *["--lock-text --lock-text-freeze-layer-norm"] * hasattr(open_clip.CLIP, "lock_text_tower"),
-    ],
-)
+@pytest.mark.parametrize("options", FEATURES)
 def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
     trainer: Trainer, options: str
 ) -> None:

@@ -33,19 +33,23 @@ from rankloss_trainers.graded.term import RankedListsTerm
         (["a", "b", "a"], [1, 2, 3], "^grades must be one of each candidate; 'a' is twice .*with 1 and 3"),
     ],
 )
-def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, named: str) -> None:
-    assert check_list(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
-    assert check_list(["a", "a"], [1, 1.0], "row 3") == [("a", 1), ("a", 1)]
+def test_a_list_that_is_none_is_refused_with_its_place(candidates: Any, grades: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named) as error:
         check_list(candidates, grades, "row 3")
     assert "row 3" in str(error.value)
+
+
+def test_a_list_is_of_candidates_and_a_grade_for_each() -> None:
+    assert check_list(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
+    assert check_list(["a", "a"], [1, 1.0], "row 3") == [("a", 1), ("a", 1)]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
     colours = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
     red, again, blue = (x.convert(mode, palette=Image.Palette.ADAPTIVE) for x in colours)
-    assert (red.tobytes() == blue.tobytes()) == (mode == "P")  # of palettes the indices
+    # With a palette, the bytes are indices: equal for pictures of one colour, whatever the colour.
+    assert (red.tobytes() == blue.tobytes()) == (mode == "P")
     pool = pool_lists([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
     assert pool.candidates == [red, blue]
     assert pool.index.tolist() == [[0, 1], [0, -1]]
@@ -80,14 +84,14 @@ def test_grades_that_float32_would_tie_keep_their_order() -> None:
     assert pool_lists([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]
 
 
-def test_grades_reach_any_device_or_are_refused() -> None:
+@pytest.mark.parametrize(("has_float64", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_grades_that_float32_holds_reach_any_device(has_float64: bool, dtype: torch.dtype) -> None:
     grades = [[0.5, -math.inf, 2.0**24], [1.0, 1.0, 0.0]]
     bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
-    assert decode_grades(bits).dtype == torch.float64
-    assert decode_grades(bits).tolist() == grades
-    with mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=False):
-        assert decode_grades(bits).dtype == torch.float32
-        assert decode_grades(bits).tolist() == grades
+    with mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=has_float64):
+        decoded = decode_grades(bits)
+    assert decoded.dtype == dtype
+    assert decoded.tolist() == grades
 
 
 @pytest.mark.parametrize("grades", [[2.0**24 + 1, 2.0**24], [1e300, 1.0]])
@@ -127,64 +131,105 @@ def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
     loss = term(logit_scale=SCALE, logit_bias=bias, image_features=V, text_features=T, **LISTS)
     assert loss == rankloss.RankedLists()(**LISTS, logit_scale=SCALE)
     loss.backward()
-    assert bias.grad == 0
+    assert bias.grad == 0  # DDP waits for the gradient of each parameter
+
+
+def test_lists_alone_refuse_the_inputs_of_a_distillation() -> None:
+    term = RankedListsTerm(rankloss.RankedLists())
     with pytest.raises(ValueError, match="dist_image_features"):
         term(logit_scale=SCALE, dist_image_features=V, **LISTS)
 
 
-def test_a_base_is_trained_where_the_data_have_pairs() -> None:
-    pairs = {"image_features": V, "text_features": T}
-    terms = [rankloss_trainers.create("ranked-lists", base_loss=x) for x in ("auto", "include")]
-    for term in terms:
-        assert {*term(logit_scale=SCALE, **pairs, **LISTS, output_dict=True)} == {
-            "contrastive_loss",
-            "ranked_lists_loss",
-        }
-    assert {*terms[0](logit_scale=SCALE, **LISTS, output_dict=True)} == {"ranked_lists_loss"}
+@pytest.mark.parametrize("base_loss", ["auto", "include"])
+def test_a_base_is_trained_where_the_data_have_pairs(base_loss: str) -> None:
+    term = rankloss_trainers.create("ranked-lists", base_loss=base_loss)
+    entries = term(V, T, SCALE, **LISTS, output_dict=True)
+    assert entries.keys() == {"contrastive_loss", "ranked_lists_loss"}
+
+
+def test_without_pairs_no_base_is_trained_by_default() -> None:
+    entries = rankloss_trainers.create("ranked-lists")(logit_scale=SCALE, **LISTS, output_dict=True)
+    assert entries.keys() == {"ranked_lists_loss"}
+
+
+def test_without_pairs_a_base_that_is_asked_for_is_an_error() -> None:
+    term = rankloss_trainers.create("ranked-lists", base_loss="include")
     with pytest.raises(ValueError, match=r"base_loss.*include"):
-        terms[1](logit_scale=SCALE, **LISTS)
+        term(logit_scale=SCALE, **LISTS)
 
 
-def test_a_created_loss_of_lists_is_called_as_every_other_one() -> None:
+def test_a_created_loss_of_lists_takes_features_by_position_as_every_other_one() -> None:
     loss = rankloss_trainers.create("ranked-lists")
-    entries = loss(V, T, SCALE, output_dict=True, **LISTS)
-    owed = loss(image_features=V, text_features=T, logit_scale=SCALE, output_dict=True, **LISTS)
-    assert entries == owed
-    with pytest.raises(ValueError, match="missing are query_features, candidate_features, grades"):
-        loss(V, T, SCALE, output_dict=True)
-    with pytest.raises(ValueError, match="logit_scale must be given"):
-        loss(**LISTS)
-    with pytest.raises(ValueError, match="got image_features alone"):
-        loss(V, logit_scale=SCALE, **LISTS)
+    by_position = loss(V, T, SCALE, output_dict=True, **LISTS)
+    by_name = loss(image_features=V, text_features=T, logit_scale=SCALE, output_dict=True, **LISTS)
+    assert by_position == by_name
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"image_features": V, "text_features": T, "logit_scale": SCALE},
+            "missing are query_features, candidate_features, grades",
+        ),
+        (LISTS, "logit_scale must be given"),
+        ({"image_features": V, "logit_scale": SCALE, **LISTS}, "got image_features alone"),
+    ],
+)
+def test_inputs_that_a_loss_of_lists_lacks_are_named(inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rankloss_trainers.create("ranked-lists")(**inputs)
+
+
+QUERY_TWICE = torch.tensor([3, 1, 2, 1, 0, 5, 6, 7])  # rows 1 and 3
 
 
 def test_a_query_twice_in_a_batch_is_refused_where_its_candidates_would_be_negatives() -> None:
-    ids = torch.tensor([3, 1, 2, 1, 0, 5, 6, 7])
-    RankedListsTerm(rankloss.RankedLists())(logit_scale=SCALE, query_ids=ids, **LISTS)
     term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=True))
-    term(logit_scale=SCALE, query_ids=torch.arange(N), **LISTS)
     with pytest.raises(ValueError, match=r"1 and 3 .*query"):
-        term(logit_scale=SCALE, query_ids=ids, **LISTS)
+        term(logit_scale=SCALE, query_ids=QUERY_TWICE, **LISTS)
 
 
-def test_options_reach_the_loss() -> None:
+@pytest.mark.parametrize(("in_batch_negatives", "ids"), [(False, QUERY_TWICE), (True, torch.arange(N))])
+def test_queries_that_share_no_negatives_or_are_distinct_are_taken(
+    in_batch_negatives: bool, ids: torch.Tensor
+) -> None:
+    term = RankedListsTerm(rankloss.RankedLists(in_batch_negatives=in_batch_negatives))
+    assert term(logit_scale=SCALE, query_ids=ids, **LISTS).isfinite()
+
+
+def test_options_of_lists_reach_the_loss() -> None:
     create = functools.partial(rankloss_trainers.create, "ranked-lists")
-    given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": 7, "base_loss": "exclude"}
-    term = create(**given)
-    assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
+    pairwise = create(model="pairwise", pair_weight="difference", chunk_size=7, base_loss="exclude")
+    assert (pairwise.base, pairwise.lists.pair_weight, pairwise.lists.chunk_size) == (None, "difference", 7)
     assert create(model="lambda", gain="exponential").lists.gain == "exponential"
-    for given, words in (({"gain": "exponential"}, "gain"), ({"base_loss": "x"}, "base_loss.*'x'")):
-        with pytest.raises(ValueError, match=words):
-            create(**given)
-    for name in load("ranked-lists").options.keys() & inspect.signature(rankloss.RankedLists).parameters:
-        assert getattr(create().lists, name) == getattr(rankloss.RankedLists(), name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gain": "exponential"}, "gain"), ({"base_loss": "x"}, "base_loss.*'x'")],
+)
+def test_options_of_lists_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rankloss_trainers.create("ranked-lists", **options)
+
+
+def test_a_loss_of_lists_has_the_defaults_of_the_library() -> None:
+    shared = load("ranked-lists").options.keys() & inspect.signature(rankloss.RankedLists).parameters
+    assert shared
+    created, expected = rankloss_trainers.create("ranked-lists").lists, rankloss.RankedLists()
+    for name in shared:
+        assert getattr(created, name) == getattr(expected, name), name
 
 
 @pytest.mark.parametrize("given", [{"model": "lambda"}, {"model": "pairwise", "pair_weight": "difference"}])
-def test_own_caption_on_top_needs_a_model_of_orders(given: Any) -> None:
+def test_own_caption_on_top_is_refused_with_a_model_of_grades(given: Any) -> None:
     (loss,) = choose("ranked-lists", {"own_caption": "top", **given})
     with pytest.raises(ValueError, match=r"ranked-lists\.own_caption"):
         loss.build(rankloss.ClipLoss(), None)
+
+
+def test_own_caption_on_top_is_a_column_of_a_model_of_orders() -> None:
     (loss,) = choose("ranked-lists", {"own_caption": "top"})
     assert loss.build(rankloss.ClipLoss(), None).lists.model == "plackett_luce"
     assert loss.columns.own_places == 1

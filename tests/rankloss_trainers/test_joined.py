@@ -50,17 +50,16 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
 @pytest.mark.parametrize("other", ["rankclip", "clip-ids"])
 def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, base: Any) -> None:
     taught = inputs_of(other) | inputs_of("siglip-streamed" if base else "clip-streamed")
+    of_pairs = {key: taught[key] for key in ("image_features", "text_features", "logit_scale")}
+    spread = SpreadLoss()(**of_pairs, output_dict=True)["spread_loss"]
+    assert spread > 0.1
+    alone = rankloss_trainers.create(other, base)
+    alone.set_progress(2, 4)
+    expected = {**alone(**taught, output_dict=True), "spread_loss": spread}
     for name in (f"spread+{other}", f"{other}+spread"):
-        joined, alone = (rankloss_trainers.create(x, base) for x in (name, other))
-        for loss in (joined, alone):
-            loss.set_progress(2, 4)
-        actual, expected = (loss(**taught, output_dict=True) for loss in (joined, alone))
-        spread = actual.pop("spread_loss")
-        assert spread > 0.1
-        assert actual.keys() == expected.keys()
-        torch.testing.assert_close(list(actual.values()), list(expected.values()))
-        of_pairs = {key: taught[key] for key in ("image_features", "text_features", "logit_scale")}
-        torch.testing.assert_close(spread, SpreadLoss()(**of_pairs, output_dict=True)["spread_loss"])
+        joined = rankloss_trainers.create(name, base)
+        joined.set_progress(2, 4)
+        torch.testing.assert_close(dict(joined(**taught, output_dict=True)), expected)
 
 
 @pytest.mark.parametrize("base", [None, SigLipLoss()], ids=["CLIP", "SigLIP"])
@@ -170,19 +169,39 @@ def test_mimicry_of_encoders_is_refused_for_its_one_reason(given: Any, teacher: 
             run_of(name, given, teacher)
 
 
-@pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
-def test_encoders_without_a_common_space_rank_the_in_modal_lists_alone(name: str, tmp_path: Path) -> None:
+def teacher_of(place: Path, spaces: str) -> str:
+    """A folder of features whose images and texts have a common space, or separate ones."""
     columns = {side: [f"{side} {i}" for i in range(ROWS)] for side in ("image", "text")}
     data = pytest.importorskip("datasets").Dataset.from_dict(columns)
-    separate = folder(tmp_path / "x", data, features(), "image", "text", "separate")
-    for teacher in (ENCODERS, separate):
-        with pytest.raises(ValueError, match="lambda_cross must be 0"):
-            run_of(name, {}, teacher)
-        assert run_of("rankclip-in", {}, teacher).teaching.use == "required"
-        with pytest.raises(ValueError, match="mimicry cannot copy"):
-            run_of("rankclip-in+mimicry", {}, teacher)
-    common = folder(tmp_path / "common", data, features(), "image", "text")
-    assert run_of(name, {}, common).teaching.use == "required"
+    return folder(place / spaces, data, features(), "image", "text", spaces)
+
+
+@pytest.fixture(params=["two encoders", "a folder"])
+def without_common_space(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A teacher whose images and texts cannot be compared."""
+    return ENCODERS if request.param == "two encoders" else teacher_of(tmp_path, "separate")
+
+
+@pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
+def test_a_teacher_without_a_common_space_ranks_no_cross_modal_lists(
+    name: str, without_common_space: str
+) -> None:
+    with pytest.raises(ValueError, match="lambda_cross must be 0"):
+        run_of(name, {}, without_common_space)
+
+
+def test_a_teacher_without_a_common_space_ranks_the_in_modal_lists(without_common_space: str) -> None:
+    assert run_of("rankclip-in", {}, without_common_space).teaching.use == "required"
+
+
+def test_a_teacher_without_a_common_space_is_not_copied_beside_its_ranks(without_common_space: str) -> None:
+    with pytest.raises(ValueError, match="mimicry cannot copy"):
+        run_of("rankclip-in+mimicry", {}, without_common_space)
+
+
+@pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
+def test_a_folder_of_a_common_space_ranks_all_lists(name: str, tmp_path: Path) -> None:
+    assert run_of(name, {}, teacher_of(tmp_path, "common")).teaching.use == "required"
 
 
 def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
@@ -190,9 +209,12 @@ def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
         run_of("rankclip", {}, "image=resnet181")
 
 
-def test_a_run_has_one_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_of_a_loss_that_uses_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"teacher: .*tiny.*x/"):
         run_of("tiny", {}, "x/")
+
+
+def test_a_preset_with_a_teacher_of_its_own_needs_no_option() -> None:
     run = run_of("rankclip-encoders", {})
     assert run.teaching.teacher is not None
     assert (run.teaching.teacher.text, run.teaching.use) == (f"{ENCODERS},align", "required")

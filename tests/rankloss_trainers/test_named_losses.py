@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -61,22 +61,26 @@ def value_of(name: str, model: nn.Module, rows: slice, loss: Any = None, step: i
     generator = torch.Generator().manual_seed(3)
     data = torch.randn(3, N, 5, generator=generator, dtype=torch.float64)[:, rows]
     if step is not None:
-        loss.set_epoch(step, 4), loss.set_progress(step, 4)
-    given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name, 3).items()}
-    v, texts, given["logit_scale"], given["logit_bias"] = model(data[0], data[1:].flatten(0, 1))
-    t, c = texts.chunk(2)
+        loss.set_epoch(step, 4)
+        loss.set_progress(step, 4)
+    pictures, texts, other_texts = data
+    v, of_texts, scale, bias = model(pictures, torch.cat([texts, other_texts]))
+    t, c = of_texts.chunk(2)
+    inputs = {key: x[rows] if x.dim() else x for key, x in inputs_of(name, 3).items()}
     of_model = {"query_features": v, "candidate_features": torch.stack([t, c, c], 1), "caption_features": c}
-    given.update({key: x for key, x in of_model.items() if key in given})
-    value: Tensor = loss(**{**given, "image_features": v, "text_features": t})
+    inputs.update({key: x for key, x in of_model.items() if key in inputs})
+    inputs.update(image_features=v, text_features=t, logit_scale=scale, logit_bias=bias)
+    value: Tensor = loss(**inputs)
     return value
 
 
 def gradients(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[str, dict[str, Tensor]]:
     """The gradients of a share of the batch, by loss and parameter, all of one model.
 
-    DDP refuses the step after one that left parameters it waits for.
+    The first loss comes once more at the end: DDP refuses the step after one that left parameters it waits
+    for.
     """
-    found, share = {}, N // world_size
+    of_losses, share = {}, N // world_size
     model = Towers().double()
     wrapped = wrap(model)
     for name in (*NAMES, NAMES[0]):
@@ -84,8 +88,8 @@ def gradients(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[st
         rows = slice(rank * share, (rank + 1) * share)
         value = wrapped(name, rows) if has_losses(wrapped) else value_of(name, wrapped, rows)
         value.backward()
-        found[name] = whole_gradients(model, wrapped)
-    return found
+        of_losses[name] = whole_gradients(model, wrapped)
+    return of_losses
 
 
 def has_losses(wrapped: nn.Module) -> bool:
@@ -93,6 +97,7 @@ def has_losses(wrapped: nn.Module) -> bool:
 
 
 def whole_gradients(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the parameters that have one, put together where they are sharded."""
     if isinstance(wrapped, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
             given = {key: x.grad.clone() for key, x in wrapped.named_parameters() if x.grad is not None}
@@ -135,30 +140,33 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
     "sharded by wrappers": sharded_by_wrappers,
     "sharded by wrappers with the losses": functools.partial(sharded_by_wrappers, holds_losses=True),
 }
-OF_FSDP2 = ("sharded", "sharded with the losses")
+NEEDS_FSDP2 = ("sharded", "sharded with the losses")
 
 
 @pytest.mark.filterwarnings("ignore:logit_bias is given")  # by one model for all losses
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[needs_fsdp2] * (kind in OF_FSDP2)) for kind in WRAPPED]
+    "kind",
+    [pytest.param(kind, marks=needs_fsdp2) if kind in NEEDS_FSDP2 else kind for kind in WRAPPED],
 )
 def test_two_processes_have_the_gradients_of_the_whole_batch(pools: Pools, kind: str) -> None:
     expected = gradients(0, 1, WRAPPED[kind])
-    for found in pools[2].run(gradients, WRAPPED[kind]):
-        assert found.keys() == expected.keys() >= {*NAMES}
-        for name, of_loss in expected.items():
-            assert of_loss["logit_scale"].abs() > 1e-3
-            for key in of_loss.keys() | found[name].keys():  # of what no step uses there may be none
-                both = (x[name].get(key, torch.zeros(())).double() for x in (found, expected))
-                tolerance = {"rtol": 1e-8, "atol": 1e-10}
-                torch.testing.assert_close(*torch.broadcast_tensors(*both), **tolerance, msg=f"{name}: {key}")
+    nothing = torch.zeros((), dtype=torch.float64)  # a parameter that no step uses may have no gradient
+    for of_process in pools[2].run(gradients, WRAPPED[kind]):
+        assert of_process.keys() == expected.keys() >= {*NAMES}
+        for name, whole in expected.items():
+            assert whole["logit_scale"].abs() > 1e-3
+            for key in whole.keys() | of_process[name].keys():
+                both = of_process[name].get(key, nothing), whole.get(key, nothing)
+                actual, wanted = torch.broadcast_tensors(*(x.double() for x in both))
+                torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-10, msg=f"{name}: {key}")
 
 
 def refusal_of_sharded(rank: int, world_size: int, name: str, argument: str) -> str:
     """The error about a parameter, or features, that FSDP2 left sharded."""
     model = Towers().double()
     fully_shard(model, reshard_after_forward=True)
-    rows = slice(4 * rank, 4 * rank + 4)
+    share = N // world_size
+    rows = slice(rank * share, (rank + 1) * share)
     given = {key: x[rows] if x.dim() else x for key, x in inputs_of(name).items()}
     if argument in ("logit_scale", "logit_bias"):
         given[argument] = getattr(model, argument).exp()
@@ -217,8 +225,24 @@ def whole_state(wrapped: nn.Module) -> dict[str, Tensor]:
     return {key: x.clone() for key, x in get_model_state_dict(wrapped, options=options).items()}
 
 
-def interrupted(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[str, Any]:
-    """The states at half of a training and at its end, in one piece and in two."""
+class States(NamedTuple):
+    """The states of a training.
+
+    Attributes:
+        half: At its half.
+        names: The names in the wrapper's own state.
+        end: At its end.
+        resumed: At the end of a second one, which begins with the state at the half.
+    """
+
+    half: dict[str, Tensor]
+    names: list[str]
+    end: dict[str, Tensor]
+    resumed: dict[str, Tensor]
+
+
+def interrupted(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> States:
+    """The states of a training of four steps, in one piece and in two, on a share of the batch."""
     share = N // world_size
     rows = slice(rank * share, (rank + 1) * share)
     _, wrapped = of_states(wrap)
@@ -228,7 +252,7 @@ def interrupted(rank: int, world_size: int, wrap: Callable[[Any], Any]) -> dict[
     steps(wrapped, rows, 2)
     _, again = of_states(wrap, half)
     steps(again, rows, 2)
-    return {"half": half, "names": names, "whole": whole_state(wrapped), "resumed": whole_state(again)}
+    return States(half, names, whole_state(wrapped), whole_state(again))
 
 
 def sharded_in_one(model: nn.Module) -> Any:
@@ -239,25 +263,56 @@ def sharded_by_one_wrapper(model: nn.Module) -> Any:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [DistributedDataParallel, pytest.param(sharded_in_one, marks=needs_fsdp2), sharded_by_one_wrapper],
-)
-def test_states_of_losses_are_saved_whole_and_resumed_to_the_last_bit(
-    pools: Pools, wrap: Callable[[Any], Any]
-) -> None:
-    expected = interrupted(0, 1, wrap)
-    of_losses = {key for key in expected["half"] if key.startswith("losses.")}
+class Trainings(NamedTuple):
+    """The states of one training, by one process and by each of two."""
+
+    one_process: States
+    two_processes: list[States]
+
+
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "FSDP2": sharded_in_one,
+    "FSDP1": sharded_by_one_wrapper,
+}
+
+
+@pytest.fixture(scope="module", params=["DDP", pytest.param("FSDP2", marks=needs_fsdp2), "FSDP1"])
+def trainings(request: pytest.FixtureRequest, pools: Pools) -> Trainings:
+    wrap = WRAPPERS[request.param]
+    return Trainings(interrupted(0, 1, wrap), pools[2].run(interrupted, wrap))
+
+
+def test_the_state_of_every_loss_that_has_one_is_saved_and_moves(trainings: Trainings) -> None:
+    states = trainings.one_process
+    of_losses = {key for key in states.half if key.startswith("losses.")}
     assert {key.split(".")[1] for key in of_losses} == {*WITH_A_STATE}
-    assert all(not torch.equal(expected["half"][key], expected["whole"][key]) for key in of_losses)
-    first, second = pools[2].run(interrupted, wrap)
-    prefix = "module." if wrap is DistributedDataParallel else ""
-    assert [*first["names"]] == [f"{prefix}{name}" for name in expected["half"]]
-    for seen in (first, second):
-        for at in ("half", "whole"):
-            torch.testing.assert_close(seen[at], expected[at], rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(seen["resumed"], seen["whole"], rtol=0, atol=0)
-        torch.testing.assert_close(seen["whole"], first["whole"], rtol=0, atol=0)
+    assert all(not torch.equal(states.half[key], states.end[key]) for key in of_losses)
+
+
+def test_a_wrapper_adds_no_name_to_the_state(trainings: Trainings, request: pytest.FixtureRequest) -> None:
+    first, _ = trainings.two_processes
+    prefix = "module." if "DDP" in request.node.name else ""
+    assert first.names == [f"{prefix}{name}" for name in trainings.one_process.half]
+
+
+def test_the_states_of_two_processes_are_those_of_one(trainings: Trainings) -> None:
+    for of_process in trainings.two_processes:
+        for actual, expected in (
+            (of_process.half, trainings.one_process.half),
+            (of_process.end, trainings.one_process.end),
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_states_of_two_processes_are_equal_to_the_last_bit(trainings: Trainings) -> None:
+    first, second = trainings.two_processes
+    torch.testing.assert_close(second.end, first.end, rtol=0, atol=0)
+
+
+def test_a_state_is_resumed_to_the_last_bit(trainings: Trainings) -> None:
+    for of_process in trainings.two_processes:
+        torch.testing.assert_close(of_process.resumed, of_process.end, rtol=0, atol=0)
 
 
 # --- a last batch -----------------------------------------------------------------------------------------
@@ -287,8 +342,10 @@ def test_a_last_batch_of_unequal_sizes_is_an_error_of_all_and_no_wait(
 ) -> None:
     results = pools[world_size].run(of_last_batches, left)
     assert all(result == results[0] for result in results)
+    unequal = [f"[{left}, {D}]", f"[2, {D}]"]
+    empty = [f"(0, {D}) (on rank {world_size - 1} of"]
+    shapes = unequal if left else empty
     for name, (error, goes_on) in results[0].items():
-        assert goes_on
+        assert goes_on, name
         assert error.startswith("ValueError: "), name
-        named = [f"[{left}, {D}]", f"[2, {D}]"] if left else [f"(0, {D}) (on rank {world_size - 1} of"]
-        assert all(part in error for part in named), (name, error)
+        assert all(part in error for part in shapes), (name, error)

@@ -25,12 +25,18 @@ TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
 OF_A_CAT = 1032509871426853262  # whatever the seed of Python's own hashes
 
 
-def test_texts_have_one_id_in_every_process() -> None:
+def test_texts_have_equal_ids_where_they_are_equal() -> None:
     ids = make_ids(TEXTS, CAPTIONS)
     assert ids.dtype == torch.int64
     assert (ids[:, None] == ids).tolist() == [[a == b for b in TEXTS] for a in TEXTS]
-    assert ids[0] == OF_A_CAT
-    assert torch.equal(make_ids(np.array(TEXTS), CAPTIONS), ids)
+
+
+def test_a_text_has_one_id_in_every_process() -> None:
+    assert make_ids(TEXTS, CAPTIONS)[0] == OF_A_CAT
+
+
+def test_texts_of_an_array_have_the_ids_of_a_list() -> None:
+    assert torch.equal(make_ids(np.array(TEXTS), CAPTIONS), make_ids(TEXTS, CAPTIONS))
 
 
 def test_integers_are_ids_as_they_are() -> None:
@@ -64,7 +70,7 @@ def test_values_that_are_no_ids_are_shown(values: Any, named: str) -> None:
 def test_a_column_of_one_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"split .*5 rows"):
         check_column(make_ids(["train"] * 5, "split"), "split")
-    for ids in ([7, 7, 8], [7], []):
+    for ids in ([7, 7, 8], [7], []):  # two values, and columns too short to tell
         check_column(torch.tensor(ids), "split")
 
 
@@ -81,14 +87,18 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
     """Wherever the padding is, however long a batch's other texts are, and without padding, as in bags."""
 
     def padded(width: int, left: bool, pad: int) -> Tensor:
-        pads = [[pad] * (width - len(text)) for text in texts]
-        return torch.tensor([[*p, *x] if left else [*x, *p] for x, p in zip(texts, pads, strict=True)])
+        rows = []
+        for text in texts:
+            padding = [pad] * (width - len(text))
+            rows.append([*padding, *text] if left else [*text, *padding])
+        return torch.tensor(rows)
 
+    # A bag: all tokens in a row, and where each text begins.
     starts = torch.tensor([0, *map(len, texts)]).cumsum(0)[:-1]
     bag = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
     ids = hash_tokens({"input_ids": bag, "offsets": starts}, None)
     assert (ids[:, None] == ids).tolist() == [[a == b for b in texts] for a in texts]
-    tokenizer = SimpleNamespace(pad_token_id=9)
+    tokenizer = SimpleNamespace(pad_token_id=9)  # no token of a text
     for width, left in itertools.product((4, 7), (False, True)):
         mask = {"attention_mask": (padded(width, left, 9) != 9).float()}
         assert torch.equal(hash_tokens({"input_ids": padded(width, left, 0), **mask}, None), ids)
@@ -112,37 +122,63 @@ IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
 ALONE = rankloss.Gather(rank=0, world_size=1)
 
 
-@pytest.mark.parametrize("same", ["ignore", "share"])
-@pytest.mark.parametrize(
-    "others", ["", "+rankclip", "+tiny", "+rankclip-distill+tiny+mimicry", "+ranked-lists"]
-)
-def test_ids_reach_the_base_under_other_terms(others: str, same: str) -> None:
-    name = f"clip-ids{others}"
-    options = {"clip-ids": {"same_id": same}} if others else {"same_id": same}
-    loss = rankloss_trainers.create(name, **options)
-    inputs = inputs_of(name.rpartition("+")[2])
+SAME_ID = ["ignore", "share"]
+WITH_IDS = [
+    "clip-ids",
+    "clip-ids+rankclip",
+    "clip-ids+tiny",
+    "clip-ids+rankclip-distill+tiny+mimicry",
+    "clip-ids+ranked-lists",
+]
+
+
+def options_of_ids(name: str, same_id: str) -> dict[str, Any]:
+    """The option as ``create`` takes it: of joined losses, by the loss that has it."""
+    return {"clip-ids": {"same_id": same_id}} if "+" in name else {"same_id": same_id}
+
+
+@pytest.mark.parametrize("same_id", SAME_ID)
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_ids_reach_the_base_under_other_terms(name: str, same_id: str) -> None:
+    loss = rankloss_trainers.create(name, **options_of_ids(name, same_id))
+    inputs = inputs_of(name.rpartition("+")[2])  # the last loss has all inputs that are needed
     v, t, s = (inputs[key] for key in ("image_features", "text_features", "logit_scale"))
     ids = inputs.pop("pair_ids", IDS)
-    for number in (1, 3):
-        loss.set_progress(number, 3)
+    expected = rankloss.ClipLoss(same_id=same_id)(v, t, s, pair_ids=ids)
+    for step in (1, 3):
+        loss.set_progress(step, 3)
         entries = loss(**inputs, pair_ids=ids, output_dict=True)
-        expected = rankloss.ClipLoss(same_id=same)(v, t, s, pair_ids=ids)
         torch.testing.assert_close(entries["contrastive_loss"], expected)
+
+
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_ids_that_are_missing_are_named_under_other_terms(name: str) -> None:
+    loss = rankloss_trainers.create(name)
+    loss.set_progress(3, 3)
+    inputs = inputs_of(name.rpartition("+")[2])
+    inputs.pop("pair_ids", None)
     with pytest.raises(ValueError, match="pair_ids"):
         loss(**inputs)
-    sigmoid = rankloss_trainers.create(name, rankloss.SigLipLoss(gather=False), gather=ALONE, **options)
-    bases = [x for x in sigmoid.modules() if isinstance(x, rankloss.SigLipLoss)]
-    assert [x.same_id for x in bases] == [same]
+
+
+@pytest.mark.parametrize("same_id", SAME_ID)
+@pytest.mark.parametrize("name", WITH_IDS)
+def test_ids_reach_a_sigmoid_base_under_other_terms(name: str, same_id: str) -> None:
+    base = rankloss.SigLipLoss(gather=False)
+    loss = rankloss_trainers.create(name, base, gather=ALONE, **options_of_ids(name, same_id))
+    bases = [x for x in loss.modules() if isinstance(x, rankloss.SigLipLoss)]
+    assert [x.same_id for x in bases] == [same_id]
 
 
 def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """One warning, after a hundred steps or so without a partner."""
     loss = rankloss.ClipLoss(same_id="ignore", gather=False)
-    for ids, share, warned in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
+    for ids, share, warnings in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
         log = PartnersLog()
         caplog.clear()
         with caplog.at_level(logging.WARNING, "rankloss_trainers"):
             entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]
         assert {x["pairs_with_partner"].item() for x in entries} == {share}
-        assert len(caplog.records) == warned
+        assert len(caplog.records) == warnings

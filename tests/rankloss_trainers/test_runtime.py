@@ -52,12 +52,13 @@ def teacher(seed: int = 1) -> dict[str, Tensor]:
 
 
 def at(run: Runtime, step: int, total_steps: int = 3) -> Runtime:
+    """The run at a step of its training."""
     run.set_progress(step, total_steps)
     return run
 
 
 class Named(nn.Module):
-    """A loss of given entries, which records its inputs."""
+    """A loss that returns the entries it was built with, and keeps its inputs."""
 
     def __init__(self, **entries: Tensor) -> None:
         super().__init__()
@@ -75,11 +76,16 @@ class Named(nn.Module):
 def test_terms_are_told_from_metrics_by_their_names() -> None:
     x = torch.tensor(2.0, requires_grad=True)
     criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
-    terms, metrics = entries = run_of(BARE, criterion)(**inputs(features()), logit_bias=None)
-    assert terms == {"a_loss": 6, "b_loss": 4}
-    assert metrics == {"depth": 10}
+    entries = run_of(BARE, criterion)(**inputs(features()), logit_bias=None)
+    assert entries.terms == {"a_loss": 6, "b_loss": 4}
+    assert entries.metrics == {"depth": 10}
     entries.total.backward()
-    assert x.grad == 7
+    assert x.grad == 7  # d(3x + x²) at x = 2
+
+
+def test_a_loss_is_given_what_the_trainer_has() -> None:
+    criterion = Named(a_loss=torch.tensor(1.0, requires_grad=True))
+    run_of(BARE, criterion)(**inputs(features()), logit_bias=None)
     assert criterion.seen.keys() == {*inputs(features()), "logit_bias", "output_dict"}
 
 
@@ -94,25 +100,36 @@ def test_entries_that_nobody_could_tell_apart_are_refused() -> None:
             run_of(BARE, Named(**entries))(**inputs(features()))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
-def test_rankclip_is_what_it_is_alone(step: int) -> None:
-    run = at(
-        run_of(HOST, "rankclip", {"schedule": "linear"}, {"schedule_unit": "step", "agreement_every": 1}),
-        step,
-    )
-    assert run.summary(3).startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
+def linear_rankclip(step: int) -> Runtime:
+    """At the steps 1, 2 and 3, λ is 0, ½ and 1."""
+    options = {"schedule_unit": "step", "agreement_every": 1}
+    return at(run_of(HOST, "rankclip", {"schedule": "linear"}, options), step)
+
+
+def test_the_summary_names_the_loss_its_version_and_its_options() -> None:
+    summary = linear_rankclip(1).summary(3)
+    assert summary.startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_rankclip_in_a_run_has_the_value_and_gradients_of_the_loss_alone(step: int) -> None:
     alone = rankloss_trainers.create("rankclip", schedule="linear")
     alone.set_progress(step, 3)
-    driven, plain = features(), features()
-    entries, expected = run(**inputs(driven)), alone(**inputs(plain))
-    kinds = ("raw", "tau") if step > 1 else ("tau",)  # nothing of the rank terms is computed while λ is 0
-    logged = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
-    assert list(entries.metrics) == ["rank_lambda", *logged]
-    assert entries.metrics["rank_lambda"] == (step - 1) / 2
-    assert torch.equal(entries.total, expected)
-    (0.3 * entries.total).backward()
+    of_run, of_loss = features(), features()
+    total, expected = linear_rankclip(step)(**inputs(of_run)).total, alone(**inputs(of_loss))
+    assert torch.equal(total, expected)
+    (0.3 * total).backward()
     (0.3 * expected).backward()
-    assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, plain, strict=True))
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(of_run, of_loss, strict=True))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_logs_lambda_the_agreement_and_raw_terms_where_they_are_computed(step: int) -> None:
+    metrics = linear_rankclip(step)(**inputs(features())).metrics
+    kinds = ("raw", "tau") if step > 1 else ("tau",)  # nothing of the rank terms is computed while λ is 0
+    of_terms = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
+    assert list(metrics) == ["rank_lambda", *of_terms]
+    assert metrics["rank_lambda"] == (step - 1) / 2
 
 
 def test_raw_terms_are_ranked_by_the_teacher_that_is_given() -> None:
@@ -122,80 +139,113 @@ def test_raw_terms_are_ranked_by_the_teacher_that_is_given() -> None:
     expected = rankloss.RankConsistency()(*pair, SCALE, output_dict=True, **given)
     for term in ("cross_modal", "in_modal"):
         torch.testing.assert_close(metrics[f"{term}_raw"], expected[f"{term}_loss"].detach())
-        torch.testing.assert_close(terms[f"{term}_loss"], expected[f"{term}_loss"] / 32)
+        weighted = expected[f"{term}_loss"] * 0.5 / 16  # λ is ½
+        torch.testing.assert_close(terms[f"{term}_loss"], weighted)
 
 
-def test_a_module_is_evaluated_by_its_innermost_base_and_a_single_pair_counts_0() -> None:
-    """Smoothed targets are for training alone; SigLIP's loss of one pair is no 0 by itself."""
-    pair, plain, sigmoid = features(), rankloss.ClipLoss(), rankloss.SigLipLoss()
-    for base, expected in (
-        (plain, plain),
-        (rankloss.ClipLoss(label_smoothing=0.1), plain),
-        (sigmoid, sigmoid),
-    ):
-        for module in (base, TinyLoss(rankloss.RankClipLoss(base, schedule="linear"))):
-            run = run_of(HOST, module)
-            assert torch.equal(run.evaluate(**inputs(pair)).total, expected(*pair, SCALE))
-            assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
+BASES = {
+    "CLIP": rankloss.ClipLoss(),
+    "smoothed CLIP": rankloss.ClipLoss(label_smoothing=0.1),
+    "SigLIP": rankloss.SigLipLoss(),
+}
+
+
+def under_terms(base: nn.Module) -> nn.Module:
+    return TinyLoss(rankloss.RankClipLoss(base, schedule="linear"))
+
+
+@pytest.mark.parametrize("module_of", [lambda base: base, under_terms], ids=["alone", "under terms"])
+@pytest.mark.parametrize(
+    ("base", "expected"), [("CLIP", "CLIP"), ("smoothed CLIP", "CLIP"), ("SigLIP", "SigLIP")]
+)
+def test_a_module_is_evaluated_by_its_innermost_base(base: str, expected: str, module_of: Any) -> None:
+    """Smoothed targets are for training alone."""
+    pair = features()
+    evaluated = run_of(HOST, module_of(BASES[base])).evaluate(**inputs(pair)).total
+    assert torch.equal(evaluated, BASES[expected](*pair, SCALE))
+
+
+@pytest.mark.parametrize("module_of", [lambda base: base, under_terms], ids=["alone", "under terms"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_single_pair_counts_0_in_an_evaluation(base: str, module_of: Any) -> None:
+    """SigLIP's loss of one pair is no 0 by itself."""
+    single = [x[:1] for x in features()]
+    assert run_of(HOST, module_of(BASES[base])).evaluate(**inputs(single)).total == 0
 
 
 def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     """A compiled caller would be compiled again when an entry appears."""
     run = run_of(HOST, "rankclip", {"schedule": "linear"})
     run.has_fixed_entries = True
-    names = [[*at(run, step)(**inputs(features())).metrics] for step in (1, 2)]
-    assert names[0] == names[1]
-    absent = at(run, 1)(**inputs(features())).metrics
-    assert absent["cross_modal_raw"].isnan()
-    assert absent["rank_lambda"] == 0
+    at_zero, later = (at(run, step)(**inputs(features())).metrics for step in (1, 2))
+    assert [*at_zero] == [*later]
+    assert at_zero["rank_lambda"] == 0
+    assert at_zero["cross_modal_raw"].isnan()
 
 
 def test_the_agreement_of_pairs_is_refused_for_lists_alone() -> None:
     """It would be logged nowhere."""
-    given = inputs_of("ranked-lists")
-    pairs = {name: given.pop(name) for name in ("image_features", "text_features")}
-    run = run_of(HOST, rankloss.RankedLists(), run={"agreement_every": 1})
-    run.set_progress(1, 2)
+    lists = inputs_of("ranked-lists")
+    del lists["image_features"], lists["text_features"]
+    run = at(run_of(HOST, rankloss.RankedLists(), run={"agreement_every": 1}), 1)
     with pytest.raises(ValueError, match=r"agreement_every: compares the rankings of pairs, .* lists alone"):
-        run(**given)
-    both = run_of(HOST, "ranked-lists", run={"agreement_every": 1})
-    both.set_progress(1, 2)
-    assert "in_modal_tau" in both(**given, **pairs).metrics
+        run(**lists)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(*catalog.known(), "clip", "siglip", "siglip+rankclip", "clip-ids+rankclip", "clip-smooth+rankclip"),
-        *("rankclip+tiny", "tiny+rankclip", "rankclip+ranked-lists", "rankclip+clip-smooth"),
-        "rankclip+tiny-caption",
-    ],
-)
+def test_the_agreement_of_pairs_is_logged_beside_lists() -> None:
+    run = at(run_of(HOST, "ranked-lists", run={"agreement_every": 1}), 1)
+    assert "in_modal_tau" in run(**inputs_of("ranked-lists")).metrics
+
+
+VALIDATED = [
+    *catalog.known(),
+    *("clip", "siglip", "siglip+rankclip"),
+    *("clip-ids+rankclip", "clip-smooth+rankclip", "rankclip+clip-smooth"),
+    *("rankclip+tiny", "tiny+rankclip", "rankclip+tiny-caption", "rankclip+ranked-lists"),
+]
+
+
+@pytest.mark.parametrize("name", VALIDATED)
 def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> None:
-    """Of the runtime, and the base of a created loss."""
-    sigmoid, given = name.startswith("siglip"), inputs_of("ranked-lists")
-    base = rankloss.SigLipLoss() if sigmoid else rankloss.ClipLoss()
+    """Where the trainer gives its base as a module, or as a class."""
+    base = rankloss.SigLipLoss() if name.startswith("siglip") else rankloss.ClipLoss()
+    of_run = "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+")
+    lists = inputs_of("ranked-lists")
+    pairs = {key: lists.pop(key) for key in ("image_features", "text_features", "logit_scale")}
+    expected, data = base(**pairs), pairs
+    if name.endswith("ranked-lists"):
+        expected = expected + rankloss.RankedLists()(**lists, logit_scale=pairs["logit_scale"])
+        data = {**pairs, **lists}
+    for base_of_trainer in (base, type(base)):
+        run = run_of(HOST, of_run, base=base_of_trainer)
+        for step in (1, 3):
+            torch.testing.assert_close(at(run, step).evaluate(**data).total, expected)
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_the_base_of_a_created_loss_is_its_validation_at_every_step(name: str) -> None:
+    base = rankloss.SigLipLoss() if name.startswith("siglip") else rankloss.ClipLoss()
     loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
-    named = "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+")
-    runs = [run_of(HOST, named, base=x) for x in (base, type(base))]
-    pair = {key: given.pop(key) for key in ("image_features", "text_features", "logit_scale")}
-    of_lists = given if name.endswith("ranked-lists") else {}
-    expected = base(**pair)
-    lists = rankloss.RankedLists()(**of_lists, logit_scale=pair["logit_scale"]) if of_lists else 0.0
     assert type(loss.base) is type(base)
+    inputs = inputs_of("rankclip")
+    pairs = {key: inputs[key] for key in ("image_features", "text_features", "logit_scale")}
     for step in (1, 3):
-        loss.set_progress(step, 3), loss.set_epoch(step, 3)
-        for run in runs:
-            torch.testing.assert_close(at(run, step).evaluate(**pair, **of_lists).total, expected + lists)
-        assert torch.equal(loss.base(**pair), expected)
+        loss.set_progress(step, 3)
+        loss.set_epoch(step, 3)
+        assert torch.equal(loss.base(**pairs), base(**pairs))
 
 
-def _mixed(_: object) -> bool:
-    raise RuntimeError("mix of the legacy and new APIs")
+class NewerMatmul:
+    """``torch.backends.cuda.matmul`` where TF32 was allowed by its newer name: the older one is an error."""
+
+    fp32_precision = "tf32"
+
+    @property
+    def allow_tf32(self) -> bool:
+        raise RuntimeError("mix of the legacy and new APIs")
 
 
 TF32, EXACT = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=False)
-NEWER = type("Newer", (), {"allow_tf32": property(_mixed), "fp32_precision": "tf32"})()
 
 
 def test_tf32_products_are_told_of_once(
@@ -203,14 +253,18 @@ def test_tf32_products_are_told_of_once(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    said = remark_on_products(torch.device("cuda"))
-    assert remark_on_products(torch.device("cpu")) is None
-    monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: said)
+    remark = remark_on_products(torch.device("cuda"))
+    # The runs are on the CPU, and are told that they are on the card.
+    monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: remark)
     run, other = at(run_of(HOST, "rankclip"), 2), at(run_of(HOST, "clip-streamed"), 2)
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
         for each in (run, run, other):
             each(**inputs(features()))
     assert caplog.text.count("rankclip: float32 products are computed in TF32") == 1
+
+
+def test_there_are_no_tf32_products_on_a_cpu() -> None:
+    assert remark_on_products(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -219,26 +273,30 @@ def test_tf32_products_are_told_of_once(
         *((None, card, TF32, card >= (8, 0)) for card in ((7, 5), (8, 0), (8, 9), (12, 0))),
         *(("7.0", card, TF32, False) for card in ("gfx90a:sramecc+:xnack-", "gfx1100")),
         *(("7.0", card, TF32, True) for card in ("gfx942:sramecc+:xnack-", "gfx950")),
-        *[(None, (8, 0), EXACT, False), (None, (8, 0), NEWER, True)],
+        *[(None, (8, 0), EXACT, False), (None, (8, 0), NewerMatmul(), True)],
     ],
 )
 def test_tf32_is_told_of_on_cards_that_have_it_where_it_is_allowed(
     monkeypatch: pytest.MonkeyPatch, hip: str | None, card: Any, matmul: Any, has_tf32: bool
 ) -> None:
-    asked = torch.device("cuda", 1)
+    """The card is NVIDIA's capability, or, with HIP, the name of AMD's architecture."""
+    device = torch.device("cuda", 1)  # the only one that is asked for
     # AMD's capabilities are 9.0 and above, with TF32 or without.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x: (9, 0) if hip else {asked: card}[x])
-    properties = {asked: SimpleNamespace(gcnArchName=card)}
+    capabilities = {device: (9, 0) if hip else card}
+    properties = {device: SimpleNamespace(gcnArchName=card)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    assert (remark_on_products(asked) is not None) is has_tf32
+    assert (remark_on_products(device) is not None) is has_tf32
 
 
 # --- progress -------------------------------------------------------------------------------------------
 
 
 class Both(nn.Module):
+    """A part that has both methods, and keeps what it was told."""
+
     def __init__(self) -> None:
         super().__init__()
         self.told: list[tuple[str, int, int]] = []
@@ -251,20 +309,30 @@ class Both(nn.Module):
 
 
 class Epochs(Both):
+    """A part that goes by epochs alone."""
+
     set_progress = property(None)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(("unit", "told"), [("epoch", ("epoch", 1, 2)), ("step", ("step", 3, 4))])
 def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str, int, int]) -> None:
+    """Once: where the unit is the step, a part with both methods is not told of the epoch."""
     both, epochs = Both(), Epochs()
-
     run = run_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), None, {"schedule_unit": unit})
     run.begin(2, 4)
     run.set_epoch(1, 2)
     run.set_progress(3, 4)
     assert both.told == [told]
     assert epochs.told == [("epoch", 1, 2)]
+
+
+def test_the_listeners_to_epochs_are_all_parts_that_have_the_method() -> None:
+    run = run_of(HOST, nn.Sequential(Both(), nn.ModuleList([Epochs()])))
     assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
+
+
+def test_a_part_that_goes_by_epochs_is_refused_where_there_are_none() -> None:
+    run = run_of(HOST, nn.Sequential(Epochs()))
     with pytest.raises(ValueError, match="Sequential goes by epochs, but data without a length"):
         run.begin(float("inf"), 4)
 
@@ -279,14 +347,17 @@ def test_a_loss_of_an_ended_training_is_told_of_the_next_or_is_an_error() -> Non
     run = run_of(HOST, "rankclip")
     run.begin(1, 3)
     at(run, 3)(**inputs(features()))
-    for call in (run.end, lambda: run.begin(1, 3)):
+    for ends_or_begins in (run.end, lambda: run.begin(1, 3)):
         at(run, 3)
-        call()
+        ends_or_begins()
         with pytest.raises(RuntimeError, match="rankclip is not told where training stands"):
             run(**inputs(features()))
-    plain = run_of(HOST, "clip-smooth")
-    plain.end()
-    assert plain(**inputs(features())).total > 0
+
+
+def test_a_loss_without_a_schedule_is_called_after_the_end_of_a_training() -> None:
+    run = run_of(HOST, "clip-smooth")
+    run.end()
+    assert run(**inputs(features())).total > 0
 
 
 def begun(
@@ -306,31 +377,41 @@ def begun(
     return run.saved()
 
 
-def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_shows_both(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {}),
+        # Nothing depends on the number of epochs.
+        ({"schedule": "constant"}, {"schedule": "constant", "epochs": 9}),
+        ({"loss": rankloss.SpreadLoss()}, {"loss": rankloss.SpreadLoss(), "epochs": 9}),
+        # A function has no name, by which it could be told from another.
+        ({"schedule": functools.partial(max, 0)}, {"schedule": functools.partial(max, 0)}),
+    ],
+)
+def test_a_checkpoint_of_the_same_course_is_no_warning(
+    caplog: pytest.LogCaptureFixture, before: dict[str, Any], now: dict[str, Any]
 ) -> None:
-    saved = begun(None)
-    for state, same in (
-        (None, {}),
-        (saved, {}),
-        (begun(None, "constant"), {"schedule": "constant", "epochs": 9}),
-        (begun(None, functools.partial(max, 0)), {"schedule": functools.partial(max, 0)}),
-        (begun(None, loss=rankloss.SpreadLoss()), {"loss": rankloss.SpreadLoss(), "epochs": 9}),
-    ):
-        begun(state, **same)
-        assert not caplog.records
-    for change, now in (
+    begun(begun(None, **before), **now)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
         ({"epochs": 3}, "(schedule linear): linear per step over 30 step(s)"),
         ({"unit": "epoch"}, "(schedule linear): linear per epoch over 2 epoch(s)"),
         ({"schedule": "cosine"}, "(schedule cosine): cosine per step over 20 step(s)"),
         ({"schedule": "constant"}, "(schedule constant): constant"),
         ({"options": {"lambda_in": 8}}, "(schedule linear, lambda-in 8): linear per step over 20 step(s)"),
-    ):
-        caplog.clear()
-        begun(saved, **change)
-        (message,) = caplog.messages
-        before = "trained with rankclip (schedule linear): linear per step over 20 step(s); "
-        assert message.endswith(f"{before}this run trains with rankclip {now}")
+    ],
+)
+def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_shows_both(
+    caplog: pytest.LogCaptureFixture, change: dict[str, Any], now: str
+) -> None:
+    begun(begun(None), **change)
+    (message,) = caplog.messages
+    before = "trained with rankclip (schedule linear): linear per step over 20 step(s); "
+    assert message.endswith(f"{before}this run trains with rankclip {now}")
 
 
 @pytest.mark.parametrize(
@@ -443,28 +524,45 @@ def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
     for name in ("clip-streamed", "clip-smooth", "clip-ids", "tiny-caption"):
         with pytest.raises(ValueError, match=f"{name} .*TinyLoss"):
             run_of(HOST, name, base=TinyLoss())
+
+
+def test_smoothed_targets_of_the_trainer_are_kept_or_refused() -> None:
+    smooth = rankloss.ClipLoss(label_smoothing=0.1)
+    assert run_of(HOST, "clip-ids", base=smooth).criterion.label_smoothing == 0.1
     with pytest.raises(ValueError, match=r"clip-streamed .*label_smoothing=0\.1"):
-        run_of(HOST, "clip-streamed", base=rankloss.ClipLoss(label_smoothing=0.1))
-    smooth = run_of(HOST, "clip-ids", base=rankloss.ClipLoss(label_smoothing=0.1))
-    assert smooth.criterion.label_smoothing == 0.1
+        run_of(HOST, "clip-streamed", base=smooth)
 
 
 def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
     run = run_of(HOST, "rankclip", {"top_k": 3})
-    assert run.on(rankloss.ClipLoss()) is run
-    other = run.on(base := TinyLoss())
+    base = TinyLoss()
+    other = run.on(base)
     assert other is not run
     assert other.criterion.base is base
     assert other.criterion.consistency.options == run.criterion.consistency.options
 
 
-def test_loss_is_a_module_and_its_options_are_its_own() -> None:
+def test_a_run_whose_base_is_the_trainers_loss_stays_as_it_is() -> None:
+    run = run_of(HOST, "rankclip", {"top_k": 3})
+    assert run.on(rankloss.ClipLoss()) is run
+
+
+def test_a_loss_that_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="loss must be a module"):
         run_of(HOST, 3)  # type: ignore[arg-type]
+
+
+def test_an_entry_of_several_values_is_refused_by_its_name() -> None:
     with pytest.raises(ValueError, match=r"Named.*a_loss.*3"):
         run_of(HOST, Named(a_loss=torch.zeros(3)))(**inputs(features()))
+
+
+def test_options_beside_a_module_are_refused() -> None:
     with pytest.raises(TypeError, match="options are for a loss"):
         run_of(HOST, rankloss.ClipLoss(), {"top_k": 3})
+
+
+def test_a_softmax_loss_of_the_catalogue_is_refused_on_a_sigmoid_base() -> None:
     with pytest.raises(ValueError, match="clip-streamed does not work with --siglip"):
         run_of(HOST, "clip-streamed", base=rankloss.SigLipLoss())
 
@@ -483,22 +581,45 @@ def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
         assert run_of(HOST, module, base=sigmoid).criterion is module
 
 
-def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
-    run, other = run_of(HOST, TinyCaptionLoss()), run_of(HOST, TinyCaptionLoss())
-    at(run, 1)(**inputs(features()), caption_features=features(seed=2)[0])
-    saved = run.saved()
-    assert saved is not None
-    average = run.criterion.average.clone()
+def remembering(step: int = 1) -> Runtime:
+    """A run of a loss with a state, which has trained one step: its average is no longer 1."""
+    run = at(run_of(HOST, TinyCaptionLoss()), step)
+    run(**inputs(features()), caption_features=features(seed=2)[0])
+    return run
+
+
+def test_a_saved_state_does_not_move_with_the_loss() -> None:
+    run = remembering()
+    average, saved = run.criterion.average.clone(), run.saved()
     at(run, 2)(**inputs(features()), caption_features=features(seed=3)[0])
-    assert torch.equal(saved["state_dict"]["average"], average), "it does not move with the loss"
-    run.restore(saved)
-    as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
-    other.restore(as_lists)
-    assert torch.equal(other.criterion.average, run.criterion.average)
-    for state, message in ((None, "no state of a loss"), ({**saved, "loss": "x"}, "the state of the loss x")):
-        other.restore(state)
-        assert f"holds {message}: the state of TinyCaptionLoss starts anew" in caplog.text
-        assert torch.equal(other.criterion.average, TinyCaptionLoss().average)
+    assert not torch.equal(run.criterion.average, average)
+    assert torch.equal(saved["state_dict"]["average"], average)
+
+
+@pytest.mark.parametrize("form", ["tensors", "lists"])
+def test_a_state_is_restored_to_the_last_bit(form: str) -> None:
+    """Checkpoints of JSON have lists."""
+    run, resumed = remembering(), run_of(HOST, TinyCaptionLoss())
+    saved = run.saved()
+    if form == "lists":
+        saved = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
+    resumed.restore(saved)
+    assert torch.equal(resumed.criterion.average, run.criterion.average)
+
+
+@pytest.mark.parametrize("loss", [None, "x"])
+def test_a_state_that_is_missing_or_another_losses_starts_anew_with_a_warning(
+    caplog: pytest.LogCaptureFixture, loss: str | None
+) -> None:
+    run = remembering()
+    if loss is None:
+        run.restore(None)
+        held = "no state of a loss"
+    else:
+        run.restore({**run.saved(), "loss": loss})
+        held = f"the state of the loss {loss}"
+    assert f"holds {held}: the state of TinyCaptionLoss starts anew" in caplog.text
+    assert torch.equal(run.criterion.average, TinyCaptionLoss().average)
 
 
 def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> None:
@@ -583,10 +704,14 @@ def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
         assert duplicate.schedule_value == 0.5
         duplicate.set_progress(3, 3)
         assert (duplicate.schedule_value, original.schedule_value) == (1, 0)
-    joined = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
-    duplicate = copy.deepcopy(joined)
-    joined.set_epoch(1, 3), duplicate.set_epoch(2, 3)
-    assert (duplicate.schedule_value, joined.schedule_value) == (0.5, 0)
+
+
+def test_a_copy_of_joined_losses_is_told_without_the_original() -> None:
+    original = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
+    duplicate = copy.deepcopy(original)
+    original.set_epoch(1, 3)
+    duplicate.set_epoch(2, 3)
+    assert (duplicate.schedule_value, original.schedule_value) == (0.5, 0)
 
 
 @pytest.mark.parametrize("name", [*catalog.known(), "rankclip+tiny", "rankclip-distill+mimicry+tiny"])
@@ -595,9 +720,14 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     loop = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
     created, run = rankloss_trainers.create(name, base), at(run_of(loop, name, base=base), 2)
     created.set_progress(2, 3)
-    created.set_epoch(2, 3) if name.startswith(("clip", "siglip")) else None  # heard by no part, and no error
-    given = inputs_of(name.split("+")[0])
-    assert torch.equal(created(**given), run(**given).total)
+    inputs_of_first = inputs_of(name.split("+")[0])
+    assert torch.equal(created(**inputs_of_first), run(**inputs_of_first).total)
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.known() if name.startswith(("clip", "siglip"))])
+def test_a_loss_without_a_schedule_may_be_told_of_an_epoch(name: str) -> None:
+    base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
+    rankloss_trainers.create(name, base).set_epoch(2, 3)
 
 
 @pytest.mark.parametrize("name", catalog.known())
@@ -689,14 +819,13 @@ def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> Non
 def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
     """Whole, in two steps, and as the module of a trainer."""
     first = rankloss_trainers.create(names[0])
-    losses = [rankloss_trainers.create("+".join(names)), rankloss_trainers.create(names[1], first)]
     assert run_of(HOST, first).teaching.use == "optional"
-    found = []
-    for loss in losses:
+    in_two_steps, whole = rankloss_trainers.create(names[1], first), rankloss_trainers.create("+".join(names))
+    entries = []
+    for loss in (in_two_steps, whole):
         loss.set_progress(2, 3)
-        found.append(loss(*features(), SCALE, output_dict=True, **teacher()))
-    assert found[0].keys() == found[1].keys()
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        entries.append(loss(*features(), SCALE, output_dict=True, **teacher()))
+    torch.testing.assert_close(*entries, rtol=0, atol=0)
 
 
 def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -> None:
@@ -709,11 +838,14 @@ def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -
         loss(*features(), SCALE)
 
 
-def test_created_loss_demands_its_teacher() -> None:
+def test_created_loss_demands_its_teacher_after_pickling_too() -> None:
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
     loss = pickle.loads(pickle.dumps(loss))
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
         loss(*features(), SCALE)
     assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)
+
+
+def test_created_loss_refuses_a_teacher_that_it_does_not_use() -> None:
     with pytest.raises(ValueError, match="does not use a teacher"):
         rankloss_trainers.create("clip-smooth")(*features(), SCALE, **teacher())

@@ -71,7 +71,7 @@ class Comparing(Copying):
 
 @pytest.fixture
 def separate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of features, ``separate``, whose images and texts have no common space."""
+    """Folders of features: ``separate``, whose images and texts have no common space, and ``common``."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     columns = {side: [f"{side} {i}" for i in range(taught.ROWS)] for side in ("image", "text")}
@@ -93,10 +93,25 @@ def test_a_copying_loss_of_another_package_is_refused_with_a_teacher_without_a_c
     for loss, name in (("copying", "copying"), ("rankclip-in+copying", "copying"), (Copying(), "Copying")):
         with pytest.raises(ValueError, match=f"{name} cannot copy {SPACELESS[teacher]}"):
             run_of(loss, teacher)
-    assert run_of("copying", "common").teaching.use == "required"
-    if teacher == "separate":
-        with pytest.raises(ValueError, match=f"copying cannot copy {SPACELESS[teacher]}"):
-            create("copying", teacher=teacher)
+
+
+def test_a_created_copying_loss_is_refused_with_a_folder_without_a_common_space(
+    separate: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, copying=Copying)
+    with pytest.raises(ValueError, match=f"copying cannot copy {SPACELESS['separate']}"):
+        create("copying", teacher="separate")
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "options"),
+    [("copying", "common", {}), ("comparing", "common", {}), ("comparing", "separate", {"crossed": 0.0})],
+)
+def test_a_loss_of_another_package_is_taught_by_a_folder_that_has_what_it_needs(
+    separate: None, monkeypatch: pytest.MonkeyPatch, name: str, teacher: str, options: dict[str, float]
+) -> None:
+    register(monkeypatch, copying=Copying, comparing=Comparing)
+    assert run_of(name, teacher, **options).teaching.use == "required"
 
 
 def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
@@ -108,8 +123,6 @@ def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
         with pytest.raises(OptionError, match=message) as error:
             run_of(name, "separate")
         assert (error.value.key, error.value.loss) == ("crossed", "comparing")
-    assert run_of("comparing", "common").teaching.use == "required"
-    assert run_of("comparing", "separate", crossed=0.0).teaching.use == "required"
 
 
 def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_and_loop(
