@@ -120,34 +120,45 @@ def averaging() -> lightning.Callback:
     return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
 
 
+# By default a training has two epochs of four batches.
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "unit", "expected"),
     [
-        ({}, linear(*range(1, 9))),
-        ({"accumulate_grad_batches": 2}, linear(1, 1, 2, 2, 3, 3, 4, 4)),
-        ({"max_epochs": 10}, [epoch / 9 for epoch in range(10) for _ in range(4)]),
-        ({"max_epochs": 10, "max_steps": 6}, linear(*range(1, 7))),
-        ({"callbacks": [Progress("step")], "max_epochs": 10}, linear(*range(1, 41))),
-        ({"callbacks": [Progress("epoch")], "max_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
-        ({"callbacks": [Progress("epoch")], "max_epochs": 1}, linear(*range(1, 5))),  # which has no ramp
-        ({"callbacks": [Progress(total_steps=5)], "data": Stream()}, linear(1, 2, 3, 4, 5, 5, 5, 5)),
-        ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, linear(*range(1, 7))),
+        ({}, "step", linear(*range(1, 9))),
+        ({"accumulate_grad_batches": 2}, "step", linear(1, 1, 2, 2, 3, 3, 4, 4)),
+        ({"max_epochs": 10}, "epoch", [epoch / 9 for epoch in range(10) for _ in range(4)]),
+        ({"max_epochs": 10, "max_steps": 6}, "step", linear(*range(1, 7))),
+        ({"callbacks": [Progress("step")], "max_epochs": 10}, "step", linear(*range(1, 41))),
+        ({"callbacks": [Progress("epoch")], "max_epochs": 3}, "epoch", [0] * 4 + [0.5] * 4 + [1] * 4),
+        # One epoch has no ramp, and goes by steps.
+        ({"callbacks": [Progress("epoch")], "max_epochs": 1}, "step", linear(*range(1, 5))),
+        ({"callbacks": [Progress(total_steps=5)], "data": Stream()}, "step", linear(1, 2, 3, 4, 5, 5, 5, 5)),
+        ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, "step", linear(*range(1, 7))),
         (
             {"callbacks": [Progress(total_steps=6), GradientAccumulationScheduler({1: 2})]},
+            "step",
             linear(1, 2, 3, 4, 5, 5, 6, 6),
         ),
-        ({"callbacks": [Progress(total_steps=8), averaging()]}, linear(*range(1, 9))),
+        ({"callbacks": [Progress(total_steps=8), averaging()]}, "step", linear(*range(1, 9))),
     ],
 )
 def test_lambda_follows_the_steps_or_the_epochs_and_the_log_says_which(
-    tmp_path: Path, given: dict[str, Any], expected: list[float], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    given: dict[str, Any],
+    unit: str,
+    expected: list[float],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     module = Module()
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        trainer = fit(tmp_path, module, **given)
+        fit(tmp_path, module, **given)
     assert lambdas(module) == pytest.approx(expected, rel=1e-12)
-    unit = "epoch" if len({*expected}) < len(expected) / 3 else "step"
     assert caplog.text.count(f"Loss: lambda per {unit} over ") == 1
+
+
+def test_a_module_can_log_the_terms_that_it_trains(tmp_path: Path) -> None:
+    module = Module()
+    trainer = fit(tmp_path, module)
     assert trainer.logged_metrics.keys() >= {*TERMS}
     assert module.seen[-1]["cross_modal_loss"] > 0
 
@@ -203,18 +214,28 @@ def test_run_whose_steps_cannot_be_known_is_refused(
 
 
 def test_a_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    """Where the run reaches it and the loss contrasts pairs."""
     module = Module()
     before = weights(module)
-    with pytest.raises(
-        ValueError, match=r"last batch .* 1 pair.* 33 pairs in batches of 8; .*drop_last=True"
-    ):
+    message = r"last batch .* 1 pair.* 33 pairs in batches of 8; .*drop_last=True"
+    with pytest.raises(ValueError, match=message):
         fit(tmp_path, module, data=pairs(33))
     assert torch.equal(weights(module), before)
     assert module.seen == []
-    fit(tmp_path, module, data=pairs(33), limit_train_batches=4)
-    fit(tmp_path, Module(), data=pairs(33), max_steps=4)
-    fit(tmp_path, Plain(), data=pairs(33))
+
+
+@pytest.mark.parametrize("given", [{"limit_train_batches": 4}, {"max_steps": 4}])
+def test_a_last_batch_of_one_pair_that_a_run_does_not_reach_is_no_error(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    module = Module()
+    fit(tmp_path, module, data=pairs(33), **given)
+    assert module.seen
+
+
+def test_a_last_batch_of_one_pair_is_no_error_of_a_loss_that_needs_no_other(tmp_path: Path) -> None:
+    module = Plain()
+    fit(tmp_path, module, data=pairs(33))
+    assert not torch.equal(weights(module), weights(Plain()))
 
 
 def test_a_single_pair_of_a_stream_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
@@ -247,12 +268,12 @@ def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:
 def test_a_training_of_another_precision_has_the_loss_but_for_its_rounding(
     tmp_path: Path, precision: Any, tolerance: float
 ) -> None:
-    of_precisions = []
-    for each in ("32-true", precision):
+    def totals(precision: Any) -> list[float]:
         module = Module(schedule="constant")
-        fit(tmp_path, module, max_steps=3, precision=each)
-        of_precisions.append([sum(line[term] for term in TERMS) for line in module.seen])
-    assert of_precisions[1] == pytest.approx(of_precisions[0], rel=tolerance)
+        fit(tmp_path, module, max_steps=3, precision=precision)
+        return [sum(line[term] for term in TERMS) for line in module.seen]
+
+    assert totals(precision) == pytest.approx(totals("32-true"), rel=tolerance)
 
 
 @pytest.mark.parametrize("name", ["text_features", "logit_scale"])
@@ -260,8 +281,9 @@ def test_an_input_on_another_device_is_refused_by_its_name(tmp_path: Path, name:
     class Scattered(Module):
         def features(self, batch: list[Tensor]) -> Any:
             names = ("image_features", "text_features", "logit_scale")
-            both = zip(names, super().features(batch), strict=True)
-            return tuple(x.to("meta") if each == name else x for each, x in both)
+            inputs = dict(zip(names, super().features(batch), strict=True))
+            inputs[name] = inputs[name].to("meta")
+            return tuple(inputs.values())
 
     with pytest.raises(ValueError, match=f"^{name} must be on the device of image_features, cpu; got meta"):
         fit(tmp_path, Scattered(schedule="constant"), num_sanity_val_steps=0)
@@ -294,10 +316,14 @@ class Every(Module):
 
     def training_step(self, batch: list[Tensor], _: int) -> Any:
         images, texts, scale = self.features(batch)
-        of_model = {"image_features": images, "text_features": texts, "logit_scale": scale}
-        of_model |= {"query_features": images, "caption_features": F.normalize(self.text(batch[1].flip(1)))}
-        of_model = {key: x for key, x in of_model.items() if key in self.given}
-        value = self.loss(**{**self.given, **of_model})
+        of_model = {
+            "image_features": images,
+            "text_features": texts,
+            "logit_scale": scale,
+            "query_features": images,
+            "caption_features": F.normalize(self.text(batch[1].flip(1))),
+        }
+        value = self.loss(**{key: of_model.get(key, x) for key, x in self.given.items()})
         self.seen.append({"loss": value.item()})
         return value
 
@@ -315,44 +341,65 @@ def test_every_registered_loss_trains_with_its_defaults(tmp_path: Path, name: st
     assert not torch.equal(weights(module), before)
 
 
-# Within an epoch, after whose checkpoint Lightning 2.4 repeats a batch, and at its end.
-@pytest.mark.parametrize(
-    ("kind", "unit", "step"), [(Module, "step", 6), (Module, "epoch", 4), (Remembering, "step", 4)]
-)
-def test_resumed_run_goes_on_where_it_was(tmp_path: Path, kind: Any, unit: Any, step: int) -> None:
-    """Bit for bit from the end of an epoch."""
+def whole_and_resumed(directory: Path, kind: Any, unit: Any, step: int, **saves: Any) -> tuple[Any, Any]:
+    """The modules of a training of three epochs of four steps, and of one resumed from its checkpoint."""
     whole, resumed = kind(), kind()
-    every: dict[str, Any] = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    if step != 4:
-        every = {"every_n_train_steps": step}
-    saving = ModelCheckpoint(tmp_path, **every, save_top_k=-1, filename="{step}")
-    fit(tmp_path, whole, callbacks=[Progress(unit), saving], max_epochs=3, enable_checkpointing=True)
-    resume = tmp_path / f"step={step}.ckpt"
-    fit(tmp_path, resumed, callbacks=[Progress(unit)], max_epochs=3, resume=resume)
-    left = 12 - step
-    assert lambdas(resumed)[:left] == lambdas(whole)[-left:]
-    if step == 4:
-        states = [module.state_dict() for module in (resumed, whole, kind())]
-        torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-        assert all(not torch.equal(x, y) for x, y in zip(states[0].values(), states[2].values(), strict=True))
+    saving = ModelCheckpoint(directory, **saves, save_top_k=-1, filename="{step}")
+    fit(directory, whole, callbacks=[Progress(unit), saving], max_epochs=3, enable_checkpointing=True)
+    checkpoint = directory / f"step={step}.ckpt"
+    fit(directory, resumed, callbacks=[Progress(unit)], max_epochs=3, resume=checkpoint)
+    return whole, resumed
 
 
-def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_that_is_resumed_within_an_epoch_has_the_remaining_lambdas(tmp_path: Path) -> None:
+    """They come first: after such a checkpoint Lightning 2.4 repeats a batch."""
+    whole, resumed = whole_and_resumed(tmp_path, Module, "step", 6, every_n_train_steps=6)
+    assert lambdas(resumed)[:6] == lambdas(whole)[6:]
+
+
+@pytest.mark.parametrize(("kind", "unit"), [(Module, "epoch"), (Remembering, "step")])
+def test_a_run_that_is_resumed_after_an_epoch_is_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, kind: Any, unit: Any
 ) -> None:
+    saves = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    whole, resumed = whole_and_resumed(tmp_path, kind, unit, 4, **saves)
+    assert lambdas(resumed) == lambdas(whole)[4:]
+    actual, expected, untrained = (module.state_dict() for module in (resumed, whole, kind()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert all(not torch.equal(actual[key], untrained[key]) for key in actual)
+
+
+@pytest.fixture
+def checkpoint_of_two_epochs(tmp_path: Path) -> Path:
+    """The checkpoint in the middle of a training of eight steps."""
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     fit(tmp_path, Module(), callbacks=[Progress(), saving], enable_checkpointing=True)
-    for epochs, count in ((2, 0), (3, 1)):
-        caplog.clear()
-        given = {"callbacks": [Progress()], "max_epochs": epochs, "num_sanity_val_steps": 1}
-        fit(tmp_path, Module(), resume=tmp_path / "step=4.ckpt", **given)
-        loss = one_line(Module().loss)
-        told = f"trained with {loss}: linear per step over 8 step(s); this run trains with {loss}: linear"
-        assert caplog.text.count(told) == count
-    assert "linear per step over 12 step(s)" in caplog.text
+    return tmp_path / "step=4.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "now"),
+    [
+        ({}, 2, None),
+        ({}, 3, "linear per step over 12 step(s)"),
+        ({"lambda_in": 8.0}, 2, "linear per step over 8 step(s)"),
+    ],
+)
+def test_resumed_run_of_another_length_or_option_is_one_warning_that_shows_both(
+    checkpoint_of_two_epochs: Path,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, float],
+    epochs: int,
+    now: str | None,
+) -> None:
     caplog.clear()
-    fit(tmp_path, Module(lambda_in=8.0), callbacks=[Progress()], resume=tmp_path / "step=4.ckpt")
-    assert f"this run trains with {one_line(Module(lambda_in=8.0).loss)}: linear" in caplog.text
+    module = Module(**options)
+    given = {"callbacks": [Progress()], "max_epochs": epochs, "num_sanity_val_steps": 1}
+    fit(checkpoint_of_two_epochs.parent, module, resume=checkpoint_of_two_epochs, **given)
+    before = f"trained with {one_line(Module().loss)}: linear per step over 8 step(s); "
+    after = f"this run trains with {one_line(module.loss)}: {now}"
+    assert caplog.text.count("this run trains with") == (now is not None)
+    assert (before + after in caplog.text) == (now is not None)
 
 
 class OneNumber(nn.Linear):
@@ -372,6 +419,7 @@ class OneOfTwoNumbers(nn.Linear):
 
 @pytest.mark.parametrize("backbone", [OneNumber, TwoNumbers, OneOfTwoNumbers])
 def test_backbone_with_a_set_epoch_of_its_own_is_no_loss(tmp_path: Path, backbone: Any) -> None:
+    """Its method has other parameters than a loss's, and is not called."""
     for callback, expected in ((Progress(), linear(*range(1, 9))), (Progress("epoch"), [0] * 4 + [1] * 4)):
         module = Module()
         module.image = backbone(6, 4)
@@ -424,15 +472,21 @@ class Failing(lightning.Callback):
 def test_module_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path, unit: Any) -> None:
     """Its λ would be the last of the first training."""
     module = Module()
-    trainer = fit(tmp_path, module, callbacks=[Progress(unit)])
+    fit(tmp_path, module, callbacks=[Progress(unit)])
     before = weights(module)
     with pytest.raises(RuntimeError, match=r"training that has ended: .*call .*set_progress"):
         fit(tmp_path, module, callbacks=[], num_sanity_val_steps=1)
     assert torch.equal(weights(module), before)
-    validated = module.validated[-1]
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_module_of_an_earlier_training_is_validated_with_its_last_lambda(tmp_path: Path, unit: Any) -> None:
+    module = Module()
+    trainer = fit(tmp_path, module, callbacks=[Progress(unit)])
+    last_of_training = module.validated[-1]
     trainer.validate(module, DataLoader(pairs(8), 8), verbose=False)
-    expected = rankloss.RankClipLoss(schedule="constant")(*module.features(list(pairs(8).tensors)))
-    assert module.validated[-1] == validated == pytest.approx(expected.item(), rel=1e-6)
+    at_one = rankloss.RankClipLoss(schedule="constant")(*module.features(list(pairs(8).tensors)))
+    assert module.validated[-1] == last_of_training == pytest.approx(at_one.item(), rel=1e-6)
 
 
 def test_module_of_a_training_that_an_error_ended_does_not_train_without_progress(tmp_path: Path) -> None:
@@ -490,7 +544,7 @@ def test_a_callback_by_epochs_that_served_a_run_of_one_epoch_by_steps_goes_by_ep
 
 
 def trained(directory: Path, count: int = 1, rank: int = 0) -> Module:
-    # The i-th batches of two processes are the i-th batch of one; Lightning's own sampler shuffles.
+    """A training by a process of several, whose i-th batches are together the i-th batch of one."""
     module = Module(schedule="rankclip")
     fit(
         directory,
@@ -499,7 +553,7 @@ def trained(directory: Path, count: int = 1, rank: int = 0) -> Module:
         devices=count,
         strategy="ddp" if count > 1 else "auto",
         data=Subset(pairs(), range(rank, 32, count)),
-        use_distributed_sampler=False,
+        use_distributed_sampler=False,  # which shuffles
     )
     return module
 
@@ -508,11 +562,11 @@ def trained(directory: Path, count: int = 1, rank: int = 0) -> Module:
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     whole = trained(tmp_path)
     torchrun(__file__, tmp_path)
-    told, halves = json.loads((tmp_path / "two.json").read_text())
-    assert told == lambdas(whole)
-    assert max(told) == 2
+    lambdas_of_two, weights_of_two = json.loads((tmp_path / "two.json").read_text())
+    assert lambdas_of_two == lambdas(whole)
+    assert max(lambdas_of_two) == 2
     assert math.dist(weights(whole).tolist(), weights(Module()).tolist()) > 0.01
-    assert halves == pytest.approx(weights(whole).tolist(), rel=1e-4, abs=1e-5)
+    assert weights_of_two == pytest.approx(weights(whole).tolist(), rel=1e-4, abs=1e-5)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def test_texts_of_another_dtype_are_computed_in_the_widest(name: str, dtype: tor
     """Those of a second caption, which come from the same tower, too."""
     inputs = inputs_of(name)
     narrow = {key: inputs[key].to(dtype) for key in ("text_features", "caption_features") if key in inputs}
-    value, exact = called(name, **narrow), called(name, **{key: x.double() for key, x in narrow.items()})
+    value = called(name, **narrow)
+    exact = called(name, **{key: x.double() for key, x in narrow.items()})
     assert value.dtype == torch.float64
     # A loss of the tests compares its captions in their own dtype.
-    assert value.item() == pytest.approx(exact.item(), rel=1e-3 if "caption_features" in inputs else 1e-6)
+    tolerance = 1e-3 if "caption_features" in inputs else 1e-6
+    assert value.item() == pytest.approx(exact.item(), rel=tolerance)

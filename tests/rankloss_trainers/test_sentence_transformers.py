@@ -179,10 +179,10 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
     trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **given)
     lines = steps(trainer)
     assert not any("in_modal_raw" in line for line in lines if line["rank_lambda"] == 0)
-    found = [line["in_modal_raw"] for line in lines if "in_modal_raw" in line]
-    assert len(lines) / 2 <= len(found) < len(lines)
-    assert found[0] > 0.1
-    assert found == pytest.approx(found[:1] * len(found), abs=2e-4)
+    raw = [line["in_modal_raw"] for line in lines if "in_modal_raw" in line]
+    assert len(lines) / 2 <= len(raw) < len(lines)
+    assert raw[0] > 0.1
+    assert raw == pytest.approx([raw[0]] * len(raw), abs=2e-4)  # the trainer rounds to four digits
 
 
 def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
@@ -207,15 +207,16 @@ def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
-    ended, lambdas = [], []
-    for resume in (None, str(tmp_path / "checkpoint-4")):
+    def run(resume: str | None) -> tuple[torch.Tensor, list[float]]:
         model = tiny()
+        given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
         trainer = train(tmp_path, rank_clip(model), model, resume=resume, **given)
-        ended.append(weights(model))
-        lambdas.append([line["rank_lambda"] for line in steps(trainer)])
-    assert torch.equal(*ended)
-    assert lambdas[0] == lambdas[1]
+        return weights(model), [line["rank_lambda"] for line in steps(trainer)]
+
+    whole_weights, whole_lambdas = run(None)
+    resumed_weights, resumed_lambdas = run(str(tmp_path / "checkpoint-4"))
+    assert torch.equal(resumed_weights, whole_weights)
+    assert resumed_lambdas == whole_lambdas
 
 
 @pytest.mark.parametrize(
@@ -224,12 +225,12 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     tmp_path: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
-    of_dtypes = []
-    for each in (torch.float32, dtype):
-        model = tiny().to(each)
+    def losses(dtype: torch.dtype) -> list[float]:
+        model = tiny().to(dtype)
         trainer = train(tmp_path, rank_clip(model, schedule="constant"), model, max_steps=3)
-        of_dtypes.append([line["loss"] for line in steps(trainer)])
-    assert of_dtypes[1] == pytest.approx(of_dtypes[0], rel=tolerance)
+        return [line["loss"] for line in steps(trainer)]
+
+    assert losses(dtype) == pytest.approx(losses(torch.float32), rel=tolerance)
 
 
 def test_a_checkpoint_of_another_trainer_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -263,15 +264,16 @@ def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, is_plain: bool
 ) -> None:
     model = tiny()
-    loss = (
-        MultipleNegativesRankingLoss(model) if is_plain else ContrastiveLoss(model, "spread", {"weight": 1})
-    )
-    kind = {"kind": SentenceTransformerTrainer} if is_plain else {}
-    train(tmp_path, loss, model, save_strategy="epoch", num_train_epochs=1, **kind)
+    given: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 1}
+    if is_plain:
+        before = "no loss of rankloss"
+        train(tmp_path, MultipleNegativesRankingLoss(model), model, kind=SentenceTransformerTrainer, **given)
+    else:
+        before = "spread (weight 1)"
+        train(tmp_path, ContrastiveLoss(model, "spread", {"weight": 1}), model, **given)
     model = tiny()
     path = str(tmp_path / "checkpoint-4")
     train(tmp_path, ContrastiveLoss(model, "spread"), model, resume=path, num_train_epochs=2)
-    before = "no loss of rankloss" if is_plain else "spread (weight 1)"
     told = f"The checkpoint was trained with {before}; this run trains with spread"
     assert [message for message in caplog.messages if "trained with" in message] == [told]
 
@@ -382,14 +384,17 @@ def test_column_that_cannot_be_split_is_named() -> None:
 @pytest.mark.parametrize("key", ["captions", "label"])
 def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str) -> None:
     model, own = tiny(), tiny()
-    rows = pairs().select(range(8)).to_dict()
-    rows["text"][1] = rows["text"][6] = rows["text"][0]
-    labels = [0, 1, 0, 2, 2, 3, 4, 5]
-    data = datasets.Dataset.from_dict({**rows, **({"label": labels} if key == "label" else {})})
+    columns = pairs().select(range(8)).to_dict()
+    columns["text"][1] = columns["text"][6] = columns["text"][0]
+    data = dict(columns)
+    ids = [7, 7, 1, 2, 3, 4, 7, 5]  # as the captions are equal
+    if key == "label":
+        data["label"] = ids = [0, 1, 0, 2, 2, 3, 4, 5]
     loss = ContrastiveLoss(model, "clip-ids", {"key": key})
-    train(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
-    ids = torch.tensor(labels if key == "label" else [7, 7, 1, 2, 3, 4, 7, 5])
-    step(own, rankloss.ClipLoss(same_id="ignore")(*embed(own, *rows.values()), 20.0, pair_ids=ids))
+    table = datasets.Dataset.from_dict(data)
+    train(tmp_path, loss, model, train_dataset=table, max_steps=1, learning_rate=0.1)
+    own_loss = rankloss.ClipLoss(same_id="ignore")
+    step(own, own_loss(*embed(own, *columns.values()), 20.0, pair_ids=torch.tensor(ids)))
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
@@ -407,28 +412,44 @@ def test_the_spread_stands_on_the_loss_of_ids(tmp_path: Path, mini_batch_size: i
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
-def test_equal_captions_are_known_in_bags_of_words() -> None:
-    """Of a StaticEmbedding, whose texts stand in one row, and cannot be split."""
+def bags_of_words() -> SentenceTransformer:
+    """A model of a StaticEmbedding, whose texts stand in one row, one behind the other."""
     words = {word: n for n, word in enumerate(["[UNK]", "a", "b", "c"])}
     static = StaticEmbedding(Tokenizer(WordLevel(words, unk_token="[UNK]")), embedding_dim=8)
     static.tokenizer.pre_tokenizer = Whitespace()
-    model = SentenceTransformer(modules=[static], device="cpu")
+    return SentenceTransformer(modules=[static], device="cpu")
+
+
+def test_bags_of_words_that_no_mini_batch_could_split_are_refused() -> None:
+    with pytest.raises(ValueError, match="StaticEmbedding"):
+        rank_clip(bags_of_words(), mini_batch_size=3)
+
+
+def test_equal_captions_are_known_in_bags_of_words() -> None:
+    model = bags_of_words()
     texts = ["a b", "b a", "b", "a b", "c"]
     columns = [model.preprocess(x) for x in (["a", "b", "c", "a b c", "c b"], texts)]
     entries = ContrastiveLoss(model, "clip-ids")(columns)
     both = [F.normalize(model(column)["sentence_embedding"], dim=-1) for column in columns]
-    owed = rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=torch.tensor([1, 2, 3, 1, 4]))
-    torch.testing.assert_close(entries["contrastive_loss"], owed)
-    with pytest.raises(ValueError, match="StaticEmbedding"):
-        rank_clip(model, mini_batch_size=3)
+    ids = torch.tensor([1, 2, 3, 1, 4])  # the first and the fourth text are equal
+    expected = rankloss.ClipLoss(same_id="ignore")(*both, 20.0, pair_ids=ids)
+    torch.testing.assert_close(entries["contrastive_loss"], expected)
+
+
+def single_pair(model: Any) -> list[dict[str, Any]]:
+    return [model.preprocess(list(pairs(1)[name])) for name in ("image", "text")]
+
+
+def test_a_first_batch_of_one_pair_is_an_error() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="at least two pairs"):
+        at(rank_clip(model, schedule="constant"), 1)(single_pair(model))
 
 
 def test_a_last_pair_after_others_counts_0(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
     loss = rank_clip(model, schedule="constant")
-    single = [model.preprocess(list(pairs(1)[name])) for name in ("image", "text")]
-    with pytest.raises(ValueError, match="at least two pairs"):
-        at(loss, 1)(single)
+    single = single_pair(model)
     sum(at(loss, 1)(columns(model)).values()).backward()
     model.zero_grad()
     for _ in range(2):
@@ -451,15 +472,26 @@ def test_labels_that_are_not_used_are_one_warning(
     caplog: pytest.LogCaptureFixture, name: str, label: float
 ) -> None:
     model = tiny()
-    loss = at(ContrastiveLoss(model, name), 1)
+    loss = ContrastiveLoss(model, name)
     for _ in range(2):
         at(loss, 1)(columns(model), torch.tensor([label] * 8))
     (message,) = caplog.messages
     assert f"{name} does not use the column label" in message
-    caplog.clear()
-    at(ContrastiveLoss(model, "clip-ids", {"key": "label"}), 1)(columns(model), torch.arange(8))
-    at(ContrastiveLoss(model, "rankclip"), 1)(columns(model), F.normalize(torch.randn(8, 2, 5), dim=-1))
-    at(ContrastiveLoss(model, "rankclip"), 1)(columns(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "labels"),
+    [
+        ("clip-ids", {"key": "label"}, torch.arange(8)),
+        ("rankclip", {}, F.normalize(torch.randn(8, 2, 5), dim=-1)),  # a teacher's features
+        ("rankclip", {}, None),
+    ],
+)
+def test_labels_that_are_used_or_missing_are_no_warning(
+    caplog: pytest.LogCaptureFixture, name: str, options: dict[str, Any], labels: torch.Tensor | None
+) -> None:
+    model = tiny()
+    at(ContrastiveLoss(model, name, options), 1)(columns(model), labels)
     assert not caplog.messages
 
 
@@ -484,13 +516,13 @@ def test_sentence_transformers_hands_no_other_column_to_a_loss() -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     torchrun(str(Path(__file__).with_name("tiny_sentences.py")), tmp_path)
-    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
-    for kind in of_ranks[0]:
+    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    for kind in results[0]:
         whole = trained(tmp_path, kind, 16)
-        expected = torch.tensor(whole["weights"])
-        for two in (of_rank[kind] for of_rank in of_ranks):
-            assert len(whole["lines"]) == len(two["lines"]) == 4
-            for a, b in zip(two["lines"], whole["lines"], strict=True):
-                for name in {"loss", *TERMS} & b.keys():
-                    assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-4)
-            torch.testing.assert_close(torch.tensor(two["weights"]), expected, rtol=1e-3, atol=1e-5)
+        assert len(whole["lines"]) == 4
+        for of_process in (result[kind] for result in results):
+            for line, expected in zip(of_process["lines"], whole["lines"], strict=True):
+                for name in {"loss", *TERMS} & expected.keys():
+                    assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-4)
+            actual_weights, expected_weights = (torch.tensor(x["weights"]) for x in (of_process, whole))
+            torch.testing.assert_close(actual_weights, expected_weights, rtol=1e-3, atol=1e-5)
