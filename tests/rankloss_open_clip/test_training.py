@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import open_clip
 import pytest
 import torch
@@ -29,28 +31,43 @@ def test_an_epoch_that_is_longer_than_announced_stays_at_its_last_step(accum_fre
         for _ in range(5 * accum_freq):
             loss(**features())
             steps.append(loss.step)
-    expected = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]
+    expected = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]  # three of each epoch's five steps were announced
     assert steps == [step for step in expected for _ in range(accum_freq)]
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_under_autocast_a_loss_of_pairs_is_open_clips_or_more_exact_where_that_rounds_to_float16(
-    name: str, dtype: torch.dtype
-) -> None:
-    """As of --precision amp: on a CPU features are float16, and so are the logits of open_clip's formula."""
-    siglip = name == "siglip"
-    own = open_clip.loss.SigLipLoss() if siglip else open_clip.ClipLoss()
-    ours = rankloss.SigLipLoss() if siglip else rankloss.ClipLoss()
+class Values(NamedTuple):
+    """A loss of pairs at one batch: rankloss's, open_clip's, and open_clip's in float64."""
+
+    ours: torch.Tensor
+    theirs: torch.Tensor
+    exact: float
+
+
+def under_autocast(name: str, dtype: torch.dtype) -> Values:
+    """The values of both losses of a batch whose features have the dtype of autocast."""
+    scale, bias = torch.tensor(14.3), torch.tensor(-10.0)
+    if name == "siglip":
+        theirs, ours, numbers = open_clip.loss.SigLipLoss(), rankloss.SigLipLoss(), (scale, bias)
+    else:
+        theirs, ours, numbers = open_clip.ClipLoss(), rankloss.ClipLoss(), (scale,)
     rows = normalize(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
-    numbers = (torch.tensor(14.3), torch.tensor(-10.0)) if siglip else (torch.tensor(14.3),)
     with torch.autocast("cpu", dtype=dtype):
         images, texts = (normalize(x @ torch.eye(32), dim=-1) for x in rows)
         assert images.dtype == dtype
-        theirs, value = own(images, texts, *numbers), ours(images, texts, *numbers)
-    if dtype == torch.bfloat16:
-        assert torch.equal(value, theirs)
-        return
-    exact = own(images.double(), texts.double(), *(x.double() for x in numbers)).item()
-    assert value.item() == pytest.approx(exact, rel=1e-6)
-    assert abs(theirs.item() - exact) > 1e-5 * exact
+        value, of_open_clip = ours(images, texts, *numbers), theirs(images, texts, *numbers)
+    exact = theirs(images.double(), texts.double(), *(x.double() for x in numbers))
+    return Values(value, of_open_clip, exact.item())
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_under_autocast_to_bfloat16_a_loss_of_pairs_is_open_clips(name: str) -> None:
+    values = under_autocast(name, torch.bfloat16)
+    assert torch.equal(values.ours, values.theirs)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_under_autocast_to_float16_a_loss_of_pairs_is_more_exact_than_open_clips(name: str) -> None:
+    """As of --precision amp: on a CPU features are float16, and so are the logits of open_clip's formula."""
+    values = under_autocast(name, torch.float16)
+    assert values.ours.item() == pytest.approx(values.exact, rel=1e-6)
+    assert abs(values.theirs.item() - values.exact) > 1e-5 * values.exact

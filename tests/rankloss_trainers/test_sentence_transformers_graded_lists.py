@@ -37,25 +37,30 @@ def texts(seed: int, number: int) -> list[str]:
 def lists(number: int = 8, *, length: int | None = None) -> Any:
     """Queries with one to four candidates, some in several lists; grades are tied or −∞ here and there."""
     queries, pool = texts(1, number), texts(2, number + 3)
-    sizes = [length or 1 + n % 4 for n in range(number)]
-    candidates = [[pool[(n + 2 * k) % len(pool)] for k in range(size)] for n, size in enumerate(sizes)]
-    grades = [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(size)] for n, size in enumerate(sizes)]
+    cycle = [3.0, 1.0, 1.0, -math.inf]
+    candidates, grades = [], []
+    for n in range(number):
+        size = length or 1 + n % 4
+        candidates.append([pool[(n + 2 * k) % len(pool)] for k in range(size)])
+        grades.append([cycle[(n + k) % 4] for k in range(size)])
     return datasets.Dataset.from_dict({"query": queries, "candidates": candidates, "label": grades})
 
 
 def in_columns(data: Any) -> Any:
-    columns = {f"candidate_{k}": list(x) for k, x in enumerate(zip(*data["candidates"], strict=True), 1)}
+    """Lists of one length, with a column for each place of a candidate."""
+    places = zip(*data["candidates"], strict=True)
+    columns = {f"candidate_{k}": list(place) for k, place in enumerate(places, 1)}
     return datasets.Dataset.from_dict({"query": data["query"], **columns, "label": data["label"]})
 
 
-def owed(model: Any, data: Any, scale: float, loss: RankedLists | None = None) -> torch.Tensor:
-    """The mean of the lists' losses, one list at a time."""
+def mean_of_lists(model: Any, data: Any, scale: float) -> torch.Tensor:
+    """The mean of the losses of lists that have an order, one list at a time."""
     values = []
     for row in data:
-        q, c = embed(model, [row["query"]], row["candidates"])
-        values.append((loss or RankedLists())(q, c[None], torch.tensor([row["label"]]), scale))
-    counted = [len(set(row["label"])) > 1 for row in data]
-    return sum(v for v, counts in zip(values, counted, strict=True) if counts) / sum(counted)
+        if len(set(row["label"])) > 1:
+            q, c = embed(model, [row["query"]], row["candidates"])
+            values.append(RankedLists()(q, c[None], torch.tensor([row["label"]]), scale))
+    return sum(values) / len(values)
 
 
 def of_layers(model: Any, loss: Any, dimensions: list[int] | None) -> AdaptiveLayerLoss:
@@ -85,7 +90,7 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
     lines = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
     for line in lines:
-        value = owed(own, lists(), 30.0)
+        value = mean_of_lists(own, lists(), 30.0)
         assert line == pytest.approx(value.item(), abs=1e-3)
         step(own, value)
     assert not torch.allclose(weights(own), weights(tiny()), atol=1e-4)
@@ -97,13 +102,17 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
 def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base: Any) -> None:
     """Lists of one length may be columns of the usual trainer."""
     model, own, data = tiny(), tiny(), lists(length=3)
-    owns = {"own": texts(3, 8)} if base else {}
     table = data if kind is RankedListsTrainer else in_columns(data)
-    table = datasets.Dataset.from_dict({"query": table["query"], **owns, **table.to_dict()})
+    columns = table.to_dict()
+    if base:  # which needs a candidate of one's own beside each query: the second column
+        own_candidates = texts(3, 8)
+        columns = {"query": columns.pop("query"), "own": own_candidates, **columns}
     loss = RankedListsLoss(model, base=base, weight=0.5)
-    train(tmp_path, loss, model, table, kind, max_steps=1)
-    value = 0.5 * owed(own, data, 20.0)
-    step(own, value + base(*embed(own, data["query"], *owns.values()), 20.0) if base else value)
+    train(tmp_path, loss, model, datasets.Dataset.from_dict(columns), kind, max_steps=1)
+    value = 0.5 * mean_of_lists(own, data, 20.0)
+    if base:
+        value = value + base(*embed(own, data["query"], own_candidates), 20.0)
+    step(own, value)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
@@ -145,59 +154,77 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
+def triplets(model: Any) -> RankedListsLoss:
+    """Lists of a positive and a negative, and those of the batch: the loss of multiple negatives."""
+    return RankedListsLoss(model, RankedLists(in_batch_negatives=True))
+
+
 @pytest.mark.parametrize("dimensions", [None, [16, 4]])
-def test_losses_of_layers_take_lists_and_refuse_mini_batches(dimensions: list[int] | None) -> None:
-    found = []
-    triplets = RankedLists(in_batch_negatives=True)
-    for make in (lambda model: RankedListsLoss(model, triplets), MultipleNegativesRankingLoss):
+def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
+    values, gradients = [], []
+    for make in (triplets, MultipleNegativesRankingLoss):
         model = tiny().double()
         loss = of_layers(model, make(model), dimensions)
         value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
         value.backward()
-        found.append(torch.cat([value.detach()[None], gradient(model)]))
-    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+        values.append(value.detach())
+        gradients.append(gradient(model))
+    torch.testing.assert_close(*values, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [RankedListsLoss, ContrastiveLoss])
+@pytest.mark.parametrize("dimensions", [None, [16, 4]])
+def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, kind: Any) -> None:
+    model = tiny().double()
     columns = [model.preprocess(texts(seed, 4)) for seed in (1, 2)]
-    for loss in (RankedListsLoss(model, mini_batch_size=2), ContrastiveLoss(model, mini_batch_size=2)):
-        with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*2"):
-            of_layers(model, loss, dimensions)(columns, None)
+    loss = of_layers(model, kind(model, mini_batch_size=2), dimensions)
+    with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*2"):
+        loss(columns, None)
 
 
 @pytest.mark.parametrize("wrapping", [None, [1, 0.25]])
 def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None) -> None:
     """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
     data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
-    found = []
-    for mini_batch_size in (None, 2, 100):
+
+    def value_and_gradient(mini_batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         model = tiny().double()
-        loss: Any = RankedListsLoss(
-            model, RankedLists(in_batch_negatives=True), mini_batch_size=mini_batch_size
-        )
+        criterion = RankedLists(in_batch_negatives=True)
+        loss: Any = RankedListsLoss(model, criterion, mini_batch_size=mini_batch_size)
         if wrapping:
             loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
         batch = RankedListsCollator(model.preprocess)(data)
         features, labels = SentenceTransformerTrainer.collect_features(None, batch)
         value = loss(features, labels)
         (0.37 * value).backward()
-        found.append((value.detach(), gradient(model)))
-    for value, of_weights in found[1:]:
-        torch.testing.assert_close(value, found[0][0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(of_weights, found[0][1], rtol=1e-8, atol=1e-10)
-    assert found[0][1].norm() > 0.01
+        return value.detach(), gradient(model)
+
+    expected_value, expected_gradient = value_and_gradient(None)
+    assert expected_gradient.norm() > 0.01
+    for mini_batch_size in (2, 100):
+        value, of_weights = value_and_gradient(mini_batch_size)
+        torch.testing.assert_close(value, expected_value, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(of_weights, expected_gradient, rtol=1e-8, atol=1e-10)
 
 
 def test_a_candidate_of_several_lists_is_embedded_once() -> None:
-    model = tiny()
-    batch = RankedListsCollator(model.preprocess)(list(lists()))
-    distinct = {c for row in lists() for c in row["candidates"]}
+    batch = RankedListsCollator(tiny().preprocess)(list(lists()))
+    distinct = {candidate for row in lists() for candidate in row["candidates"]}
     assert len(batch["candidates_input_ids"]) == len(distinct)
     assert len(batch["query_input_ids"]) == 8
-    index, grades = batch["label"].unbind(-1)  # of integers, which no engine rounds
-    grades = grades.contiguous().view(torch.float64)
-    pool = list(dict.fromkeys(c for row in lists() for c in row["candidates"]))
-    for n, row in enumerate(lists()):
-        places = index[n] >= 0
-        assert [pool[int(i)] for i in index[n][places]] == row["candidates"]
-        assert grades[n][places].tolist() == row["label"]
+
+
+def test_a_batch_of_lists_has_their_candidates_and_grades() -> None:
+    """In one column of integers, which no engine rounds: places in the pool, and the bits of the grades."""
+    batch = RankedListsCollator(tiny().preprocess)(list(lists()))
+    index, grade_bits = batch["label"].unbind(-1)
+    grades = grade_bits.contiguous().view(torch.float64)
+    pool = list(dict.fromkeys(candidate for row in lists() for candidate in row["candidates"]))
+    for row, of_row, grades_of_row in zip(lists(), index, grades, strict=True):
+        is_candidate = of_row >= 0
+        assert [pool[place] for place in of_row[is_candidate].tolist()] == row["candidates"]
+        assert grades_of_row[is_candidate].tolist() == row["label"]
 
 
 ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
@@ -234,11 +261,13 @@ def test_labels_and_arguments_are_checked(
         RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
 
 
-def test_the_model_card_names_the_loss_with_its_options_and_its_paper() -> None:
-    model = tiny()
-    lists = RankedListsLoss(model, RankedLists(model="top_one"), mini_batch_size=4)
-    pairs = ContrastiveLoss(model, "rankclip", {"top_k": 3})
-    assert "model='top_one'" in lists.get_config_dict()["criterion"]
-    assert "Listwise Approach" in lists.citation
-    assert pairs.get_config_dict()["options"]["rankclip"]["top_k"] == 3
-    assert "RankCLIP" in pairs.citation
+def test_the_model_card_names_a_loss_of_lists_with_its_options_and_its_paper() -> None:
+    loss = RankedListsLoss(tiny(), RankedLists(model="top_one"), mini_batch_size=4)
+    assert "model='top_one'" in loss.get_config_dict()["criterion"]
+    assert "Listwise Approach" in loss.citation
+
+
+def test_the_model_card_names_a_loss_of_pairs_with_its_options_and_its_paper() -> None:
+    loss = ContrastiveLoss(tiny(), "rankclip", {"top_k": 3})
+    assert loss.get_config_dict()["options"]["rankclip"]["top_k"] == 3
+    assert "RankCLIP" in loss.citation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pytest
@@ -51,49 +51,72 @@ def trained(
     return weights(model)
 
 
-@pytest.mark.parametrize("how", ["labels", "labels, turned", "folder, turned", "folder, in mini-batches"])
-def test_a_teacher_trains_as_a_plain_loop(
-    tmp_path: Path, bound: tuple[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Columns may come in either order; of the folder's teacher, a wider one, the loss mimics components."""
-    path, data = bound
-    if "labels" in how:
-        criterion, loss = (RankClipLoss(schedule="constant", top_k=4) for _ in range(2))
-        options = {"teacher": "given"}
-        names = ("image", "text") if how == "labels" else ("text", "image")
-        data = labelled(pairs(ROWS).select_columns(list(names)), NAMES if how == "labels" else NAMES[::-1])
-    else:
-        criterion, loss, options = (
-            taught.criterion(path, 16),
-            LOSS,
-            {**taught.taught_options(), "teacher": path},
-        )
-    if how == "folder, turned":
-        data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
-    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
-    found = trained(tmp_path, data.select(ORDER), loss, 3 if "mini" in how else None, **options)
-    assert calls == (
-        {"build": 1} if "labels" in how else {"choose": 1, "build": 2, "open": 1}
-    )  # of joined losses two
+def of_own_loop(criterion: Any, path: str) -> Any:
+    """The weights after the two steps of a plain loop, with the folder's features of each batch."""
     own, batches = tiny(), [ORDER[:8], ORDER[8:16]]
     own_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: references(path, rows))
-    torch.testing.assert_close(found, weights(own), rtol=1e-4, atol=1e-6)
+    return weights(own)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_registered_loss_trains_with_its_defaults_or_says_what_serves_it(
-    tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    ("columns", "modalities"), [(["image", "text"], NAMES), (["text", "image"], NAMES[::-1])]
+)
+def test_a_teacher_of_labels_trains_as_a_plain_loop_in_either_order_of_columns(
+    tmp_path: Path,
+    bound: tuple[str, Any],
+    columns: list[str],
+    modalities: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, needed = tiny(), input_names(name)
-    if "candidate_features" in needed:
-        with pytest.raises(ValueError, match=f"^{name} .*RankedListsLoss"):
-            ContrastiveLoss(model, name)
-        return
-    if "caption_features" in needed:
-        with pytest.raises(ValueError, match=f"{name} needs a column"):
-            ContrastiveLoss(model, name, {"caption_key": "x"})
-        return
-    is_taught, before = TEACHER[0] in needed, weights(model)
+    path, _ = bound
+    criterion, loss = (RankClipLoss(schedule="constant", top_k=4) for _ in range(2))
+    data = labelled(pairs(ROWS).select_columns(columns), modalities)
+    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
+    actual = trained(tmp_path, data.select(ORDER), loss, teacher="given")
+    assert calls == {"build": 1}
+    torch.testing.assert_close(actual, of_own_loop(criterion, path), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("is_turned", "mini_batch_size"), [(True, None), (False, 3)])
+def test_a_folder_trains_as_a_plain_loop(
+    tmp_path: Path,
+    bound: tuple[str, Any],
+    is_turned: bool,
+    mini_batch_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In either order of columns, whatever their names; of a wider teacher the loss mimics components."""
+    path, data = bound
+    if is_turned:
+        data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
+    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
+    options = taught.taught_options()
+    actual = trained(tmp_path, data.select(ORDER), LOSS, mini_batch_size, teacher=path, **options)
+    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
+    expected = of_own_loop(taught.criterion(path, 16), path)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+OF_LISTS = [name for name in LOSSES if "candidate_features" in input_names(name)]
+OF_CAPTIONS = [name for name in LOSSES if "caption_features" in input_names(name)]
+
+
+@pytest.mark.parametrize("name", OF_LISTS)
+def test_a_loss_of_lists_is_refused_with_the_class_that_serves_it(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} .*RankedListsLoss"):
+        ContrastiveLoss(tiny(), name)
+
+
+@pytest.mark.parametrize("name", OF_CAPTIONS)
+def test_a_loss_of_a_second_caption_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs a column"):
+        ContrastiveLoss(tiny(), name, {"caption_key": "x"})
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in (*OF_LISTS, *OF_CAPTIONS)])
+def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str) -> None:
+    model = tiny()
+    is_taught, before = TEACHER[0] in input_names(name), weights(model)
     data = pairs(ROWS)
     if is_taught:  # of the model's width, which mimicry compares
         rows = features(16)
@@ -138,43 +161,87 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     ):
         with pytest.raises(ValueError, match=r"teacher .*bind"):
             train(tmp_path, loss, model, train_dataset=wrong, max_steps=2)
-    loss.run.set_progress(1, 1)
-    with pytest.raises(RuntimeError, match="Progress"):
-        loss([model.preprocess(["word1", "word2"])] * 2, torch.tensor(data["label"][:2]))
     assert torch.equal(before, weights(model))
 
 
-def test_labels_that_are_no_teachers_missing_or_of_no_use_are_refused(
-    tmp_path: Path, bound: tuple[str, Any]
+def test_labels_of_a_folder_without_the_callback_that_checks_them_are_an_error(
+    bound: tuple[str, Any],
 ) -> None:
-    for data, name, message in (
-        (bound[1], "rankclip", "teacher .*label"),
-        (
-            pairs(ROWS),
-            "rankclip-distill",
-            "rankclip-distill needs a teacher's features: give labels, .*FOLDER",
-        ),
-        (labelled(pairs(ROWS)), "clip-streamed", "clip-streamed does not use a teacher"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            trained(tmp_path, data, name)
-    model, nan = tiny(), torch.stack([*features().values()], 1)
-    nan[3, 1] = torch.nan
-    columns = [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")]
+    path, data = bound
+    model = tiny()
+    loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
+    loss.run.set_progress(1, 1)
+    with pytest.raises(RuntimeError, match="Progress"):
+        loss([model.preprocess(["word1", "word2"])] * 2, torch.tensor(data["label"][:2]))
+
+
+def test_labels_of_a_folder_that_no_loss_names_are_refused(tmp_path: Path, bound: tuple[str, Any]) -> None:
+    _, data = bound
+    with pytest.raises(ValueError, match=r"teacher .*label"):
+        trained(tmp_path, data, "rankclip")
+
+
+def test_a_loss_that_needs_a_teacher_names_the_labels_that_are_missing(tmp_path: Path) -> None:
+    message = "rankclip-distill needs a teacher's features: give labels, .*FOLDER"
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, pairs(ROWS), "rankclip-distill")
+
+
+def test_labels_of_a_teacher_that_a_loss_does_not_use_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="clip-streamed does not use a teacher"):
+        trained(tmp_path, labelled(pairs(ROWS)), "clip-streamed")
+
+
+class Called(NamedTuple):
+    """A loss in the middle of a training, and the columns of all pairs."""
+
+    model: Any
+    loss: ContrastiveLoss
+    columns: list[dict[str, Any]]
+
+
+@pytest.fixture
+def called() -> Called:
+    model = tiny()
     loss = ContrastiveLoss(model, "rankclip", RANKED)
     loss.run.set_progress(1, 1)
-    for labels, message in ((nan, "1 .*labels .*row 3"), (torch.rand(ROWS, 3, 6), "labels|columns")):
-        with pytest.raises(ValueError, match=message):
-            loss(columns, labels)
-    own = loss(columns, None)["in_modal_loss"]
-    for labels in (torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)):  # as other losses have them
-        assert loss(columns, labels)["in_modal_loss"] == own
-    texts = features()[NAMES[1]]
-    student = dict(
-        zip(("image_features", "text_features"), embed(model, *pairs(ROWS).to_dict().values()), strict=True)
+    return Called(model, loss, [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")])
+
+
+def with_a_nan() -> torch.Tensor:
+    labels = torch.stack([*features().values()], 1)
+    labels[3, 1] = torch.nan
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(with_a_nan(), "1 .*labels .*row 3"), (torch.rand(ROWS, 3, 6), "labels|columns")],
+)
+def test_labels_that_are_no_features_of_two_columns_are_refused(
+    called: Called, labels: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        called.loss(called.columns, labels)
+
+
+@pytest.mark.parametrize("labels", [torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)])
+def test_labels_of_one_number_a_pair_are_no_teacher(called: Called, labels: torch.Tensor) -> None:
+    """Other losses have them."""
+    without = called.loss(called.columns, None)["in_modal_loss"]
+    assert called.loss(called.columns, labels)["in_modal_loss"] == without
+
+
+def test_labels_of_one_vector_a_pair_are_the_teacher_of_both_columns(called: Called) -> None:
+    vectors = features()[NAMES[1]]
+    images, texts = embed(called.model, *pairs(ROWS).to_dict().values())
+    expected = called.loss.run(
+        image_features=images,
+        text_features=texts,
+        logit_scale=20.0,
+        **dict.fromkeys(TEACHER, vectors),
     )
-    both = loss.run(**student, logit_scale=20.0, **dict(zip(TEACHER, (texts, texts), strict=True)))
-    assert loss(columns, texts)["in_modal_loss"] == both.terms["in_modal_loss"]
+    assert called.loss(called.columns, vectors)["in_modal_loss"] == expected.terms["in_modal_loss"]
 
 
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -183,31 +250,48 @@ def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path)
     with pytest.raises(ValueError, match=r"1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"):
         train(tmp_path, loss, model, train_dataset=pairs(9))
     assert torch.equal(weights(model), before)
-    train(tmp_path, loss, model, train_dataset=pairs(9), dataloader_drop_last=True)
-    assert not torch.equal(weights(model), before)
-    train(tmp_path, loss, model, train_dataset=pairs(9), max_steps=1)  # is not reached
 
 
-def test_labels_that_matryoshka_cuts_are_refused(tmp_path: Path) -> None:
-    """Its first numbers alone would be another teacher; in mini-batches the numbers are the same."""
-    values, labels = [], torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
-    for size in (None, 3):
-        model, given = tiny(), pairs(8)
-        ranked = {"schedule": "constant"}
-        loss = ContrastiveLoss(model, "rankclip", ranked, output_dict=False, mini_batch_size=size)
-        wrapped = MatryoshkaLoss(model, loss, [16, 4])
-        columns = [model.preprocess(list(given[name])) for name in given.column_names]
-        loss.run.set_progress(1, 1)
-        with pytest.raises(
-            ValueError, match=r"cut the teacher\'s labels to 4 of 16 dimensions: .*as teacher"
-        ):
-            wrapped(columns, labels)
-        # A teacher of another width is left whole.
-        value = wrapped(columns, labels[..., :12].contiguous())
+@pytest.mark.parametrize("given", [{"dataloader_drop_last": True}, {"max_steps": 1}])
+def test_last_batch_of_one_pair_that_is_dropped_or_not_reached_is_no_error(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    model = tiny()
+    train(tmp_path, ContrastiveLoss(model), model, train_dataset=pairs(9), **given)
+    assert not torch.equal(weights(model), weights(tiny()))
+
+
+OF_THE_MODELS_WIDTH = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
+
+
+def in_matryoshka(model: Any, mini_batch_size: int | None) -> tuple[MatryoshkaLoss, list[dict[str, Any]]]:
+    """A loss at 16 and at 4 dimensions, in the middle of a training, and the columns of eight pairs."""
+    ranked = {"schedule": "constant"}
+    loss = ContrastiveLoss(model, "rankclip", ranked, output_dict=False, mini_batch_size=mini_batch_size)
+    loss.run.set_progress(1, 1)
+    data = pairs(8)
+    columns = [model.preprocess(list(data[name])) for name in data.column_names]
+    return MatryoshkaLoss(model, loss, [16, 4]), columns
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_labels_that_matryoshka_cuts_are_refused(mini_batch_size: int | None) -> None:
+    """Their first numbers alone would be another teacher."""
+    model = tiny()
+    wrapped, columns = in_matryoshka(model, mini_batch_size)
+    with pytest.raises(ValueError, match=r"cut the teacher\'s labels to 4 of 16 dimensions: .*as teacher"):
+        wrapped(columns, OF_THE_MODELS_WIDTH)
+
+
+def test_in_mini_batches_a_teacher_that_matryoshka_leaves_whole_has_the_same_gradient() -> None:
+    """It is of another width than the model."""
+    narrower = torch.nn.functional.normalize(OF_THE_MODELS_WIDTH[..., :12], dim=-1)
+
+    def value_and_gradient(mini_batch_size: int | None) -> list[torch.Tensor]:
+        model = tiny()
+        wrapped, columns = in_matryoshka(model, mini_batch_size)
+        value = wrapped(columns, narrower)
         value.backward()
-        values += [
-            value.detach()[None],
-            *(x.grad.flatten() for x in model.parameters() if x.grad is not None),
-        ]
-    plain, cached = torch.cat(values).chunk(2)
-    torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
+        return [value.detach(), *(x.grad for x in model.parameters() if x.grad is not None)]
+
+    torch.testing.assert_close(value_and_gradient(3), value_and_gradient(None), rtol=1e-4, atol=1e-5)

@@ -100,42 +100,90 @@ def test_every_step_is_the_step_of_an_own_loop(
     assert not torch.equal(weights(model), weights(make()))
 
 
-@pytest.mark.parametrize(("kind", "size"), [*((kind, None) for kind in CONFIGS), ("CLIP", 3)])
-def test_every_model_is_trained_and_evaluated_with_its_own_loss(
-    tmp_path: Path, kind: str, size: int | None
-) -> None:
-    """Also in mini-batches, of which an evaluation has the embeddings."""
-    seen: list[Any] = []
-    more = ["patches"] if kind == "Siglip2" else []
-    pairs = Pairs(17, *more)  # a last batch of one, which counts 0
+@dataclasses.dataclass(frozen=True)
+class EveryModel:
+    """A training of one epoch, evaluated before and after it on 17 pairs: the last batch of one counts 0.
 
-    def own_loss(model: Any) -> float:
+    Attributes:
+        kind: The name of the model.
+        held_out: The pairs of the evaluation.
+        trained: The trainer.
+        predictions: What ``compute_metrics`` was given in each evaluation.
+    """
+
+    kind: str
+    held_out: Pairs
+    trained: Any
+    predictions: list[Any]
+
+    def mean_of_own_loss(self, model: Any) -> float:
+        """The model's own loss, summed over the pairs of whole batches and divided by all pairs."""
         total = 0.0
         for start in (0, 8):
             with torch.no_grad():
-                output = model.eval()(**pairs.batch(start, start + 8), return_loss=True)
-            if kind == "Align":  # its own smooths the labels
+                output = model.eval()(**self.held_out.batch(start, start + 8), return_loss=True)
+            value = output.loss
+            if self.kind == "Align":  # whose own loss smooths the labels
                 logits, labels = output.logits_per_image, torch.arange(8)
                 cross_entropy = nn.functional.cross_entropy
-                total += 8 * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).item() / 2
-            else:
-                total += 8 * output.loss.item()
-        return total
+                value = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+            total += 8 * value.item()
+        return total / len(self.held_out)
 
-    untrained = build(kind)
-    given = {"eval_dataset": pairs, "eval_on_start": True, "eval_strategy": "epoch", "num_train_epochs": 1}
-    if size:
-        given |= {"mini_batch_size": size, "compute_metrics": lambda x: seen.append(x.predictions) or {}}
-    trained = train(tmp_path, model=build(kind), pairs=Pairs(32, *more), **given)
-    first, last = column(trained, "eval_loss")
-    assert first == pytest.approx(own_loss(untrained) / 17, rel=1e-5)
-    assert last == pytest.approx(own_loss(trained.model) / 17, rel=1e-5)
-    for name in {"logit_scale", "logit_bias", "temperature"} & dict(untrained.named_parameters()).keys():
-        assert not torch.equal(getattr(trained.model, name), getattr(untrained, name)), name
-    for line in lines(trained):
+
+@pytest.fixture(
+    scope="module",
+    params=[*((kind, None) for kind in CONFIGS), ("CLIP", 3)],
+    ids=[*CONFIGS, "CLIP, mini-batches"],
+)
+def every_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EveryModel:
+    kind, mini_batch_size = request.param
+    more = ["patches"] if kind == "Siglip2" else []
+    held_out, predictions = Pairs(17, *more), []
+
+    def compute_metrics(evaluated: Any) -> dict[str, float]:
+        predictions.append(evaluated.predictions)
+        return {}
+
+    trained = train(
+        tmp_path_factory.mktemp("every_model"),
+        model=build(kind),
+        pairs=Pairs(32, *more),
+        eval_dataset=held_out,
+        eval_on_start=True,
+        eval_strategy="epoch",
+        num_train_epochs=1,
+        mini_batch_size=mini_batch_size,
+        compute_metrics=compute_metrics,
+    )
+    return EveryModel(kind, held_out, trained, predictions)
+
+
+def test_every_model_is_evaluated_with_its_own_loss(every_model: EveryModel) -> None:
+    first, last = column(every_model.trained, "eval_loss")
+    assert first == pytest.approx(every_model.mean_of_own_loss(build(every_model.kind)), rel=1e-5)
+    assert last == pytest.approx(every_model.mean_of_own_loss(every_model.trained.model), rel=1e-5)
+
+
+def test_every_model_trains_its_scale_and_its_bias(every_model: EveryModel) -> None:
+    untrained, trained = build(every_model.kind), every_model.trained.model
+    names = {"logit_scale", "logit_bias", "temperature"} & dict(untrained.named_parameters()).keys()
+    assert names
+    for name in names:
+        assert not torch.equal(getattr(trained, name), getattr(untrained, name)), name
+
+
+def test_every_model_trains_the_sum_of_the_terms(every_model: EveryModel) -> None:
+    for line in lines(every_model.trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
-    assert lines(trained)[-1]["in_modal_loss"] > 0
-    assert [x.shape for found in seen for x in found[:2]] == [(17, 8)] * (4 if size else 0)
+    assert lines(every_model.trained)[-1]["in_modal_loss"] > 0
+
+
+@pytest.mark.parametrize("every_model", [("CLIP", 3)], indirect=True, ids=["CLIP, mini-batches"])
+def test_in_mini_batches_an_evaluation_has_the_embeddings_of_all_pairs(every_model: EveryModel) -> None:
+    for images, texts, *_others in every_model.predictions:
+        assert images.shape == texts.shape == (17, 8)
+    assert len(every_model.predictions) == 2
 
 
 def is_served(name: str) -> bool:
@@ -162,7 +210,13 @@ def batch_for(name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """One step of a loss with its defaults: of the whole model, and of adapters on the same weights."""
+    """One step of a loss with its defaults: of the whole model, and of adapters on the same weights.
+
+    Attributes:
+        start: The parameters before the step.
+        full: The trainer of the whole model.
+        adapted: The trainer of the model with adapters.
+    """
 
     start: dict[str, Tensor]
     full: Any
@@ -267,7 +321,10 @@ def double() -> Iterator[None]:
 def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     tmp_path: Path, kind: str, dropout: float
 ) -> None:
-    """The random numbers are drawn per mini-batch, and drawn again in the backward pass."""
+    """The random numbers are drawn per mini-batch, and drawn again in the backward pass.
+
+    The expected gradients are of one graph of all embeddings, which are computed in as many parts.
+    """
     batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
     model = build(kind).train()
     for part in model.modules():
@@ -343,18 +400,26 @@ def test_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     assert torch.equal(weights(run.rest.model), weights(run.whole.model))
     assert average(run.rest) == average(run.whole) != 1
     for name in (*TERMS, *METRICS):
-        logged = column(run.whole, name)
-        assert column(run.rest, name) == logged
-        assert len(logged) == 12 - name.endswith("_raw")  # λ is 0 at the first step
+        assert column(run.rest, name) == column(run.whole, name)
 
 
-def test_agreement_is_held_between_measurements_and_measured_where_a_run_is_resumed(run: Run) -> None:
-    taus = column(run.whole, "cross_modal_tau")
+def test_a_run_logs_its_entries_at_every_step_at_which_they_are_computed(run: Run) -> None:
+    for name in (*TERMS, *METRICS):
+        steps = 11 if name.endswith("_raw") else 12  # λ is 0 at the first step, and nothing is ranked
+        assert len(column(run.whole, name)) == steps
+
+
+def test_agreement_is_held_between_measurements(run: Run) -> None:
+    taus = column(run.whole, "cross_modal_tau")  # measured at the steps 1, 5 and 9
     assert taus == [taus[0]] * 4 + [taus[4]] * 4 + [taus[8]] * 4
     assert len(set(taus)) == 3
-    resumed = column(run.rest, "cross_modal_tau")[5:]
-    assert resumed == [resumed[0]] * 3 + [taus[8]] * 4
-    assert resumed[0] not in taus
+
+
+def test_agreement_is_measured_where_a_run_is_resumed(run: Run) -> None:
+    taus = column(run.whole, "cross_modal_tau")
+    after_the_checkpoint = column(run.rest, "cross_modal_tau")[5:]
+    assert after_the_checkpoint == [after_the_checkpoint[0]] * 3 + [taus[8]] * 4
+    assert after_the_checkpoint[0] not in taus
 
 
 class Sometimes(rankloss.ClipLoss):
@@ -428,12 +493,16 @@ class Odd(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 def test_a_last_pair_of_a_stream_counts_0_and_the_log_says_so_once(
     tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = {"loss": loss, "loss_options": {"schedule": "constant"} if loss == "rankclip" else None}
-    trained = [train(tmp_path, pairs=Odd(17), max_steps=n, **SGD, **given) for n in (2, 3, 6)]
-    assert torch.equal(weights(trained[1].model), weights(trained[0].model))
-    assert column(trained[1], "loss")[2] == 0
-    assert min(column(trained[2], "loss")[3:5]) > 1
-    assert caplog.text.count("A batch of one pair counts 0") == 2  # of two trainings that reach it
+    """An epoch of the stream is two batches of eight and, at the third step, one of one."""
+    options = {"schedule": "constant"} if loss == "rankclip" else None
+    before_it, at_it, beyond_it = (
+        train(tmp_path, pairs=Odd(17), max_steps=steps, loss=loss, loss_options=options, **SGD)
+        for steps in (2, 3, 6)
+    )
+    assert torch.equal(weights(at_it.model), weights(before_it.model))
+    assert column(at_it, "loss")[2] == 0
+    assert min(column(beyond_it, "loss")[3:5]) > 1
+    assert caplog.text.count("A batch of one pair counts 0") == 2  # once in each training that reaches it
 
 
 def test_a_first_batch_of_one_pair_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
@@ -495,8 +564,8 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     model = make(dtype)
     trained = train(tmp_path, model=model, data_collator=collate, **given)
     assert column(trained, "loss") == pytest.approx(column(single, "loss"), rel=tolerance)
-    values = [x.evaluate()["eval_loss"] for x in (trained, single)]
-    assert values[0] == pytest.approx(values[1], rel=tolerance)
+    evaluated, expected = (x.evaluate()["eval_loss"] for x in (trained, single))
+    assert evaluated == pytest.approx(expected, rel=tolerance)
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -621,14 +690,21 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, given: Any, message: 
 @pytest.mark.parametrize(("name", "value"), [("loss_options", {"lambda_in": 2.0}), *OTHER_VALUES.items()])
 def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     """The choice has its own, and these would be dropped."""
+    message = f"choice, which has its own {name}; got {name}={re.escape(repr(value))}"
+    with pytest.raises(TypeError, match=message):
+        trainer(tmp_path, **{"loss": typed_choice(), "loss_options": None, name: value})
+
+
+def typed_choice() -> Any:
+    """The losses of a command line, with their options and those of the run."""
     parser = argparse.ArgumentParser()
     losses = LossArguments(parser, ["rankclip"])
-    choice = losses.chosen(parser.parse_args(["--loss", "rankclip"]))
-    with pytest.raises(
-        TypeError, match=f"choice, which has its own {name}; got {name}={re.escape(repr(value))}"
-    ):
-        trainer(tmp_path, **{"loss": choice, "loss_options": None, name: value})
-    trainer(tmp_path, loss=choice, loss_options=None)
+    return losses.chosen(parser.parse_args(["--loss", "rankclip"]))
+
+
+def test_a_command_lines_choice_is_a_loss_of_the_trainer(tmp_path: Path) -> None:
+    built = trainer(tmp_path, loss=typed_choice(), loss_options=None)
+    assert isinstance(built.loss_runtime.criterion, rankloss.RankClipLoss)
 
 
 @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
@@ -646,40 +722,51 @@ class OwnLoss(transformers.Trainer):
         return model(**inputs).logits_per_image.square().mean()
 
 
-def test_a_trainers_own_loss_is_neither_lost_nor_trained_in_place_of_the_named_one(tmp_path: Path) -> None:
+def one_step(directory: Path) -> dict[str, Any]:
+    """The arguments and the data of a training of one step."""
+    return {"args": arguments(directory, max_steps=1, **SGD), "train_dataset": Pairs(8)}
+
+
+def test_a_trainers_own_loss_that_the_named_one_would_replace_is_refused(tmp_path: Path) -> None:
     class Lost(ContrastiveTrainer, OwnLoss):
         pass
 
+    with pytest.raises(TypeError, match=r"OwnLoss\.compute_loss would be replaced .*super\(\)\.compute_loss"):
+        Lost(model=clip(), **one_step(tmp_path))
+
+
+def test_a_trainers_own_loss_is_not_trained_in_place_of_the_named_one(tmp_path: Path) -> None:
     class Reversed(OwnLoss, ContrastiveTrainer):
         pass
 
+    model = clip()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"loss rankclip was not used: Reversed .*compute_loss"):
+        Reversed(model=model, **one_step(tmp_path)).train()
+    assert torch.equal(weights(model), before)
+
+
+def test_a_trainer_may_change_the_named_loss_by_its_own_method(tmp_path: Path) -> None:
     class Doubled(ContrastiveTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * super().compute_loss(*args, **kwargs)
 
-    given = {"args": arguments(tmp_path, max_steps=1, **SGD), "train_dataset": Pairs(8)}
-    with pytest.raises(TypeError, match=r"OwnLoss\.compute_loss would be replaced .*super\(\)\.compute_loss"):
-        Lost(model=clip(), **given)
-    reverse = Reversed(model=(model := clip()), **given)
-    before = weights(model)
-    with pytest.raises(RuntimeError, match=r"loss rankclip was not used: Reversed .*compute_loss"):
-        reverse.train()
-    assert torch.equal(weights(model), before)
-    doubled = Doubled(model=clip(), **given)
+    doubled, single = (kind(model=clip(), **one_step(tmp_path)) for kind in (Doubled, ContrastiveTrainer))
     doubled.train()
-    single = ContrastiveTrainer(model=clip(), **given)
     single.train()
     twice = [2 * x for x in column(single, "loss")]
     assert column(doubled, "loss") == pytest.approx(twice, rel=1e-5, abs=3 * LOGGED)
 
 
-def test_scale_is_the_multiplier() -> None:
-    def scale(limit: float | None = None, **parameter: Tensor) -> Tensor:
-        return logit_scale(SimpleNamespace(**parameter, max_log_logit_scale=limit))
+def test_the_scale_is_the_multiplier_up_to_its_limit() -> None:
+    model = SimpleNamespace(logit_scale=torch.tensor(9.0), max_log_logit_scale=2.0)
+    assert torch.equal(logit_scale(model), torch.tensor(2.0).exp())
 
-    assert torch.equal(scale(2.0, logit_scale=torch.tensor(9.0)), torch.tensor(2.0).exp())
+
+def test_a_scale_that_another_process_holds_is_refused() -> None:
+    model = SimpleNamespace(logit_scale=torch.zeros(0), max_log_logit_scale=None)
     with pytest.raises(ValueError, match="logit_scale has 0 elements on this process"):
-        scale(logit_scale=torch.zeros(0))
+        logit_scale(model)
 
 
 # --- a loss that remembers --------------------------------------------------------------------------------
@@ -696,16 +783,21 @@ def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.Lo
 def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for steps, resume, count in ((4, None, 0), (4, "checkpoint-2", 0), (6, "checkpoint-2", 1)):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, max_steps=4, **saving)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    before = "trained with rankclip (schedule linear): linear per step over 4 step(s)"
+    for given, now in (
+        ({"max_steps": 4}, None),
+        ({"max_steps": 6}, "rankclip (schedule linear): linear per step over 6 step(s)"),
+        ({"max_steps": 4, "loss": "spread"}, "spread"),
+    ):
         caplog.clear()
-        saving = {"save_strategy": "steps", "save_steps": 2}
-        train(tmp_path, max_steps=steps, resume=resume and str(tmp_path / resume), **saving)
-        before = "trained with rankclip (schedule linear): linear per step over 4 step(s)"
-        assert caplog.text.count(before) == count
-    assert "this run trains with rankclip (schedule linear): linear per step over 6 step(s)" in caplog.text
-    caplog.clear()
-    train(tmp_path, max_steps=4, resume=str(tmp_path / "checkpoint-2"), loss="spread", **saving)
-    assert caplog.text.count("this run trains with spread") == 1
+        train(tmp_path, resume=checkpoint, **given, **saving)
+        if now is None:
+            assert "trained with" not in caplog.text
+        else:
+            assert caplog.text.count(f"{before}; this run trains with {now}") == 1
 
 
 def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:

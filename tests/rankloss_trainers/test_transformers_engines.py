@@ -37,13 +37,17 @@ def one_dimensional_scale() -> Any:
 def gradients(
     rank: int, world_size: int, wrap: Callable[[Any], Any], mini_batch_size: int | None
 ) -> dict[str, Tensor]:
-    """The gradients of a share of the batch."""
+    """The gradients of a share of the batch.
+
+    In mini-batches the wrapped model gives the inputs of the loss itself, embeddings and scale.
+    """
     model, share = one_dimensional_scale(), 8 // world_size
     wrapped, batch = wrap(model), Pairs(8).batch(rank * share, (rank + 1) * share)
-    loss, scale = rankloss.RankClipLoss(schedule="constant"), functools.partial(scale_of, model)
+    scale = functools.partial(scale_of, model)
     with embedding_in(model, Split.of_pairs(batch, mini_batch_size), embeddings_of, scale):
         outputs = wrapped(**batch)
-    loss(**(outputs if mini_batch_size else {**embeddings_of(outputs), **scale()})).backward()
+    inputs = outputs if mini_batch_size else {**embeddings_of(outputs), **scale()}
+    rankloss.RankClipLoss(schedule="constant")(**inputs).backward()
     return {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in model.named_parameters()
@@ -78,9 +82,9 @@ def test_two_processes_have_the_gradients_of_the_whole_batch(
 ) -> None:
     whole = gradients(0, 1, lambda model: model, None)
     assert whole["logit_scale"].abs() > 1e-4
-    for seen in pools[2].run(gradients, wrap, mini_batch_size):
-        assert seen.keys() == whole.keys()
-        for name, gradient in seen.items():
+    for of_process in pools[2].run(gradients, wrap, mini_batch_size):
+        assert of_process.keys() == whole.keys()
+        for name, gradient in of_process.items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 

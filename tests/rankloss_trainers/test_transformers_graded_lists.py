@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pytest
@@ -28,16 +28,17 @@ LISTS, RATE = {"loss": "ranked-lists"}, 0.1
 
 
 def watched() -> Any:
-    """The model, which lists the numbers of pictures and texts that its calls embed."""
+    """The model, which lists the numbers of pictures and texts that its calls embed, as ``seen``."""
     model = clip()
-    forward, model.seen = model.forward, []
+    model.seen = []
+    forward = model.forward
 
     @functools.wraps(forward)
-    def seen(pixel_values: Tensor, input_ids: Tensor, **more: Any) -> Any:
+    def watched_forward(pixel_values: Tensor, input_ids: Tensor, **more: Any) -> Any:
         model.seen.append((len(pixel_values), len(input_ids)))
         return forward(pixel_values=pixel_values, input_ids=input_ids, **more)
 
-    model.forward = seen
+    model.forward = watched_forward
     return model
 
 
@@ -45,17 +46,20 @@ def watched() -> Any:
 
 
 def embed(model: Any, items: list[Any]) -> Tensor:
-    """Texts, or pictures, beside one of the other kind."""
+    """Embeddings of texts, or of pictures, beside one of the other kind, which the model asks for."""
+    features: Tensor
     if isinstance(items[0], str):
         inputs = Pictures().tokenizer(items)["input_ids"]
-        found: Tensor = model(input_ids=inputs, pixel_values=torch.zeros(1, 3, 16, 16)).text_embeds
-        return found
-    found = model(input_ids=torch.full((1, 8), 49), **Pictures().image_processor(items)).image_embeds
-    return found
+        features = model(input_ids=inputs, pixel_values=torch.zeros(1, 3, 16, 16)).text_embeds
+    else:
+        inputs = Pictures().image_processor(items)
+        features = model(input_ids=torch.full((1, 8), 49), **inputs).image_embeds
+    return features
 
 
-def key(x: Any) -> Any:
-    return x if isinstance(x, str) else x.tobytes()
+def key(item: Any) -> Any:
+    """What tells a text or a picture from another."""
+    return item if isinstance(item, str) else item.tobytes()
 
 
 def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str, Any]:
@@ -65,28 +69,30 @@ def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str,
     index = [torch.tensor([places[key(x)] for x in row["candidates"]]) for row in rows]
     grades = [torch.tensor(row["grades"], dtype=torch.float64) for row in rows]
     padded = nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=-1)
-    ids = {}
-    if owns:
-        ids["candidate_ids"] = torch.arange(len(pool))
-        ids["excluded_ids"] = torch.tensor([places.get(key(own), -1) for own in owns])
-    return {
-        **ids,
+    inputs = {
         "query_features": embed(model, [row["query"] for row in rows]),
         "candidate_features": embed(model, [*pool.values()]),
+        "candidate_index": padded,
+        "mask": padded >= 0,
         "grades": nn.utils.rnn.pad_sequence(grades, batch_first=True),
         "logit_scale": model.logit_scale.exp(),
-        **{"candidate_index": padded, "mask": padded >= 0},
     }
+    if owns:
+        inputs["candidate_ids"] = torch.arange(len(pool))
+        inputs["excluded_ids"] = torch.tensor([places.get(key(own), -1) for own in owns])
+    return inputs
 
 
-def trained(batches: list[list[list[Any]]], **options: Any) -> Tensor:
-    """The weights after steps whose losses are averaged over a step's micro-batches."""
+def trained(rows: list[Any], micro_batches: int, steps: int, **options: Any) -> Tensor:
+    """The weights after equal steps on all rows, whose losses are averaged over micro-batches."""
     model, loss = clip(), rankloss.RankedLists(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for micro in batches:
+    size = len(rows) // micro_batches
+    for _ in range(steps):
         optimizer.zero_grad()
-        for rows in micro:
-            (loss(**lists_of(model, rows)) / len(micro)).backward()
+        for start in range(0, len(rows), size):
+            value = loss(**lists_of(model, rows[start : start + size]))
+            (value / micro_batches).backward()
         optimizer.step()
     return weights(model)
 
@@ -109,10 +115,17 @@ def test_weights_are_those_of_an_own_loop(
     tmp_path: Path, options: dict[str, Any], of_texts: bool, size: int | None, micro_batches: int
 ) -> None:
     """Lists of texts of pictures, and of pictures of texts; in mini-batches, and accumulated."""
-    data, rows = table(of_texts), 8 // micro_batches
-    expected = trained([[list(data)[k : k + rows] for k in range(0, 8, rows)]] * 3, **options)
-    given = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
-    ended = run(tmp_path, data, loss_options=options, mini_batch_size=size, max_steps=3, **given)
+    data = table(of_texts)
+    expected = trained(list(data), micro_batches, steps=3, **options)
+    ended = run(
+        tmp_path,
+        data,
+        loss_options=options,
+        mini_batch_size=size,
+        max_steps=3,
+        per_device_train_batch_size=8 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+    )
     torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
     assert (expected - weights(clip())).norm() > 0.05
     assert column(ended, "ranked_lists_loss") == pytest.approx(column(ended, "loss"), rel=1e-5, abs=LOGGED)
@@ -120,8 +133,9 @@ def test_weights_are_those_of_an_own_loop(
 
 def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
     ranks = [[-g for g in row] for row in table(True)["grades"]]
-    ended = [run(tmp_path, x, max_steps=2) for x in (table(True), table(True, grades=None, ranks=ranks))]
-    assert torch.equal(weights(ended[0].model), weights(ended[1].model))
+    of_grades = run(tmp_path, table(True), max_steps=2)
+    of_ranks = run(tmp_path, table(True, grades=None, ranks=ranks), max_steps=2)
+    assert torch.equal(weights(of_ranks.model), weights(of_grades.model))
 
 
 def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
@@ -151,54 +165,97 @@ def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(queri
             assert torch.equal(repeated[name][: len(distinct)], distinct), "an index leads to the same rows"
             shares = [len(share) for share in repeated[name].tensor_split(split.number)]
             assert 1 <= min(shares) <= max(shares) <= size
-    few = EmbeddingPlan(2, 9).repeated({"few": torch.tensor([7, 8])}, Split(3, (9, 3)))["few"]
-    assert few.tolist() == [7, 8, 7]
 
 
-def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:
+def test_rows_that_are_fewer_than_the_mini_batches_are_repeated_from_the_first() -> None:
+    plan, split = EmbeddingPlan(2, 9), Split(3, (9, 3))
+    assert plan.repeated({"few": torch.tensor([7, 8])}, split)["few"].tolist() == [7, 8, 7]
+
+
+def with_a_bias() -> Any:
+    """The model with a bias, whose gradients it lists as ``bias_gradients``."""
     model = clip()
-    model.logit_bias, seen = nn.Parameter(torch.tensor(-2.0)), []
-    model.logit_bias.register_hook(seen.append)
+    model.logit_bias = nn.Parameter(torch.tensor(-2.0))
+    model.bias_gradients = []
+    model.logit_bias.register_hook(model.bias_gradients.append)
+    return model
+
+
+def test_a_model_with_a_bias_trains_as_one_without_and_the_bias_stays(tmp_path: Path) -> None:
+    """The loss is a module here, and a name there. Its lists have no bias."""
+    model = with_a_bias()
+    run(tmp_path, table(True), max_steps=1, model=model, loss=rankloss.RankedLists())
     by_name = run(tmp_path, table(True), max_steps=1)
-    by_module = run(tmp_path, table(True), max_steps=1, model=model, loss=rankloss.RankedLists())
-    with_bias = dict(model.named_parameters())
-    assert all(torch.equal(x, with_bias[name]) for name, x in by_name.model.named_parameters())
-    assert seen == [0.0]
-    assert by_module.data_collator.padding == "max_length"  # as SigLIP was trained
+    trained_weights = dict(model.named_parameters())
+    assert all(torch.equal(x, trained_weights[name]) for name, x in by_name.model.named_parameters())
+    assert model.bias_gradients == [0.0]
+
+
+def test_texts_are_padded_for_a_model_with_a_bias_as_siglip_was_trained(tmp_path: Path) -> None:
+    built = trainer(tmp_path, model=with_a_bias(), pairs=table(True), processing_class=Pictures(), **LISTS)
+    assert built.data_collator.padding == "max_length"
 
 
 def own_of(data: Any) -> list[Any]:
-    """An own candidate of each query: for every second one that of another list."""
+    """An own candidate of each query: of every second one from its list, of the others from another list."""
     lists = data["candidates"]
     return [lists[n][0] if n % 2 else lists[(n + 3) % len(lists)][-1] for n in range(len(lists))]
 
 
+PICTURE = Image.new("RGB", (16, 16), "red")
+BESIDE_PAIRS = {
+    "loss": "rankclip+ranked-lists",
+    "loss_options": {
+        "rankclip": {"schedule": "constant", "lambda_in": 16.0},
+        "ranked-lists": {"weight": 0.5, "in_batch_negatives": True},
+    },
+}
+
+
+class OwnValues(NamedTuple):
+    """Lists with own candidates, and the values of their losses by a plain call on a model of one's own.
+
+    The own candidates are no negatives of their queries, also where another list has them.
+    """
+
+    data: Any
+    model: Any
+    pairs: tuple[Tensor, Tensor, Tensor]
+    of_lists: Tensor
+
+
+def beside_pairs(of_texts: bool) -> OwnValues:
+    owns = [PICTURE if of_texts else "40", *own_of(table(of_texts))[1:]]  # the first is in no list
+    data, model = table(of_texts, own=owns), clip()
+    rows = list(data)
+    assert any(key(own) in map(key, row["candidates"]) for own in owns for row in rows)
+    queries, own_features = embed(model, [row["query"] for row in rows]), embed(model, owns)
+    images, texts = (own_features, queries) if of_texts else (queries, own_features)
+    lists = rankloss.RankedLists(in_batch_negatives=True)(**lists_of(model, rows, owns))
+    return OwnValues(data, model, (images, texts, model.logit_scale.exp()), 0.5 * lists)
+
+
 @pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
 def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool, size: int | None) -> None:
-    """Own candidates are no negatives, also where another list has them; λ does not reach the evaluation."""
-    owns = [PICTURE if of_texts else "40", *own_of(table(of_texts))[1:]]  # the first is in no list
-    data = table(of_texts, own=owns)
-    of_ranks, of_lists = {"lambda_in": 16.0}, {"in_batch_negatives": True}
-    options = {"rankclip": {"schedule": "constant", **of_ranks}, "ranked-lists": {"weight": 0.5, **of_lists}}
-    given = {"max_steps": 1, "loss": "rankclip+ranked-lists", "loss_options": options}
-    given["mini_batch_size"], rows = size, list(data)
-    ended = run(tmp_path, data, **given)
-    model = clip()
-    queries, pairs = (embed(model, x) for x in ([row["query"] for row in rows], owns))
-    both = (pairs, queries) if of_texts else (queries, pairs)
-    scale = model.logit_scale.exp()
-    assert any(key(own) in map(key, row["candidates"]) for own in owns for row in rows)
-    listed = 0.5 * rankloss.RankedLists(**of_lists)(**lists_of(model, rows, owns))
-    total = rankloss.RankClipLoss(schedule="constant", **of_ranks)(*both, scale) + listed
+    own = beside_pairs(of_texts)
+    total = rankloss.RankClipLoss(schedule="constant", lambda_in=16.0)(*own.pairs) + own.of_lists
     total.backward()
-    for (name, ours), theirs in zip(ended.model.named_parameters(), model.parameters(), strict=True):
-        expected = theirs.detach() - RATE * theirs.grad
-        torch.testing.assert_close(ours.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
+    ended = run(tmp_path, own.data, max_steps=1, mini_batch_size=size, **BESIDE_PAIRS)
+    for (name, actual), start in zip(ended.model.named_parameters(), own.model.parameters(), strict=True):
+        expected = start.detach() - RATE * start.grad
+        torch.testing.assert_close(actual.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
     assert lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
-    untrained = trainer(tmp_path, model=clip(), pairs=data, processing_class=Pictures(), **given)
-    evaluated = untrained.evaluate(data)
-    expected = rankloss.ClipLoss()(*both, scale) + listed
-    assert evaluated["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
+def test_an_evaluation_is_of_the_base_and_the_lists_without_ranks(
+    tmp_path: Path, of_texts: bool, size: int | None
+) -> None:
+    own = beside_pairs(of_texts)
+    expected = rankloss.ClipLoss()(*own.pairs) + own.of_lists
+    given = {"processing_class": Pictures(), "mini_batch_size": size, **BESIDE_PAIRS}
+    untrained = trainer(tmp_path, model=clip(), pairs=own.data, **given)
+    assert untrained.evaluate(own.data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
@@ -207,35 +264,39 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
 def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path) -> None:
     data = table(True)
     given = {"model": clip(), "processing_class": Pictures(), "per_device_eval_batch_size": 3, **LISTS}
-    found = trainer(tmp_path, pairs=data, **given).evaluate(data)
+    evaluated = trainer(tmp_path, pairs=data, **given).evaluate(data)
     model, rows = clip(), list(data)
-    losses = [
-        rankloss.RankedLists()(**lists_of(model, part)).item() * len(part)
-        for part in (rows[:3], rows[3:6], rows[6:])
+    sums = [
+        rankloss.RankedLists()(**lists_of(model, batch)).item() * len(batch)
+        for batch in (rows[:3], rows[3:6], rows[6:])
     ]
-    assert found["eval_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
-    shares = []
+    assert evaluated["eval_loss"] == pytest.approx(sum(sums) / 8, rel=1e-4)
+    accuracies = []
     for row in rows:
         x = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
-        shares.append(metrics.pairwise_accuracy(x, torch.tensor(row["grades"])))
-    assert found["eval_pairwise_accuracy"] == pytest.approx(torch.stack(shares).nanmean().item())
-    assert {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"} <= found.keys()
+        accuracies.append(metrics.pairwise_accuracy(x, torch.tensor(row["grades"])))
+    expected = torch.stack(accuracies).nanmean().item()  # a list without an order has none
+    assert evaluated["eval_pairwise_accuracy"] == pytest.approx(expected)
+    others = {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"}
+    assert others <= evaluated.keys()
 
 
 # --- bad input --------------------------------------------------------------------------------------------
 
-PICTURE = Image.new("RGB", (16, 16), "red")
 ROW = {"query": "7", "candidates": [PICTURE], "grades": [1.0]}
 
 
-def test_bad_rows_are_refused_by_their_row() -> None:
-    for change, named in (
-        ({"grades": []}, "0 grades.*row 1.*'8'"),
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"grades": []}, r"0 grades.*row 1.*'8'"),
         ({"candidates": ["7"]}, "^candidates .*pictures.*row 1"),
         ({"query": PICTURE, "candidates": ["7"]}, "^candidates .*pictures.*row 1"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            RankedListsCollator(Pictures())([ROW, {**ROW, "query": "8", **change}])
+    ],
+)
+def test_a_bad_row_is_refused_by_its_number(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        RankedListsCollator(Pictures())([ROW, {**ROW, "query": "8", **change}])
 
 
 def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -248,11 +309,14 @@ def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:
-    assert len(RankedListsCollator(Pictures())([ROW, ROW])["grade_bits"]) == 2
     twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
     given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
     with pytest.raises(ValueError, match=r"query .*row 0 .*row 8"):
         run(tmp_path, twice, **given)
+
+
+def test_a_query_twice_is_taken_where_no_candidates_are_negatives() -> None:
+    assert len(RankedListsCollator(Pictures())([ROW, ROW])["grade_bits"]) == 2
 
 
 LAST = {"candidates": [["7"]] * 8}

@@ -30,7 +30,8 @@ class Grouped(Pairs):
         return {**super().__getitem__(i), "group": torch.tensor(GROUPS[i])}
 
 
-def owed(**ids: Any) -> dict[str, float]:
+def recall_of_all(**ids: Any) -> dict[str, float]:
+    """Recall of the pairs, whose embeddings one call of the model has."""
     inputs = Pairs(NUMBER).batch()
     with torch.no_grad():
         output = clip().eval()(**inputs)
@@ -39,25 +40,28 @@ def owed(**ids: Any) -> dict[str, float]:
 
 
 def evaluated(folder: Path, pairs: Any, **given: Any) -> dict[str, float]:
+    """Recall as the Trainer evaluates it, in batches of four."""
     loss, options = given.pop("loss", "rankclip"), given.pop("loss_options", None)
     args = arguments(folder, per_device_eval_batch_size=4, remove_unused_columns=False, **given)
     trainer = InOrder(clip(), args, train_dataset=pairs, eval_dataset=pairs, loss=loss, loss_options=options)
-    values = trainer.evaluate()
-    return {name: x for name, x in values.items() if "_to_" in name}
+    return {name: x for name, x in trainer.evaluate().items() if "_to_" in name}
 
 
 BY_IDS = {"loss": "clip-ids", "loss_options": {"key": "group"}}
 
 
 def test_an_evaluation_logs_recall_of_all_its_pairs_at_once(tmp_path: Path) -> None:
-    found = evaluated(tmp_path, Pairs(NUMBER))
-    assert found == pytest.approx(owed())
-    assert {"eval_image_to_text_R@10", "eval_text_to_image_median_rank"} < set(found)
-    assert len(found) == 8
+    values = evaluated(tmp_path, Pairs(NUMBER))
+    assert values == pytest.approx(recall_of_all())
+    assert {"eval_image_to_text_R@10", "eval_text_to_image_median_rank"} < set(values)
+    assert len(values) == 8
 
 
 def test_an_evaluation_has_every_row_where_a_training_drops_the_last(tmp_path: Path) -> None:
-    assert evaluated(tmp_path, Pairs(NUMBER), dataloader_drop_last=True) == pytest.approx(owed())
+    assert evaluated(tmp_path, Pairs(NUMBER), dataloader_drop_last=True) == pytest.approx(recall_of_all())
+
+
+def test_a_prediction_has_every_row_where_a_training_drops_the_last(tmp_path: Path) -> None:
     args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
     trainer = InOrder(clip(), args, train_dataset=Pairs(NUMBER), eval_dataset=Pairs(NUMBER))
     assert sum(len(batch["input_ids"]) for batch in trainer.get_train_dataloader()) == 8
@@ -78,12 +82,13 @@ CAPTIONS_OF_ONE = 4  # rows, of which the first two have one caption, too
 
 
 def repeated(pairs: Pairs) -> Pairs:
+    """The pairs, of which the first four have one picture, and the first two one caption."""
     pairs.columns["pixel_values"][:CAPTIONS_OF_ONE] = pairs.columns["pixel_values"][0].clone()
     pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
     return pairs
 
 
-def owed_of_distinct(ids: list[int]) -> dict[str, float]:
+def recall_of_distinct(ids: list[int]) -> dict[str, float]:
     """Recall of the distinct pictures and captions of :func:`repeated`."""
     with torch.no_grad():
         output = clip().eval()(**repeated(Pairs(NUMBER)).batch())
@@ -94,7 +99,7 @@ def owed_of_distinct(ids: list[int]) -> dict[str, float]:
 
 
 def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
-    values = owed_of_distinct([max(0, row - CAPTIONS_OF_ONE + 1) for row in range(NUMBER)])
+    values = recall_of_distinct([max(0, row - CAPTIONS_OF_ONE + 1) for row in range(NUMBER)])
     across = {name: x for name, x in values.items() if "text_to_text" not in name}
     assert evaluated(tmp_path, repeated(Pairs(NUMBER))) == pytest.approx(across)
 
@@ -103,9 +108,9 @@ def test_a_picture_in_several_rows_is_no_answer_to_itself_by_ids(tmp_path: Path)
     pairs = repeated(Pairs(NUMBER))
     ids = [0] * (CAPTIONS_OF_ONE + 2) + [1] * (NUMBER - CAPTIONS_OF_ONE - 2)
     pairs.columns["group"] = torch.tensor(ids)
-    found = evaluated(tmp_path, pairs, **BY_IDS)
-    assert found == pytest.approx(owed_of_distinct(ids))
-    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@1"} < set(found)
+    values = evaluated(tmp_path, pairs, **BY_IDS)
+    assert values == pytest.approx(recall_of_distinct(ids))
+    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@1"} < set(values)
 
 
 def test_a_caption_of_two_pictures_counts_as_wrong_beside_one_with_a_warning(tmp_path: Path) -> None:
@@ -116,33 +121,41 @@ def test_a_caption_of_two_pictures_counts_as_wrong_beside_one_with_a_warning(tmp
 
 
 def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:
-    ids = owed(image_ids=GROUPS, text_ids=GROUPS)
-    found = evaluated(tmp_path, Grouped(NUMBER), **BY_IDS)
-    assert found == pytest.approx(ids)
-    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@5"} < set(found)
-    assert found["eval_image_to_text_R@5"] > owed()["eval_image_to_text_R@5"]
+    values = evaluated(tmp_path, Grouped(NUMBER), **BY_IDS)
+    assert values == pytest.approx(recall_of_all(image_ids=GROUPS, text_ids=GROUPS))
+    assert {"eval_image_to_image_R@1", "eval_text_to_text_R@5"} < set(values)
+    assert values["eval_image_to_text_R@5"] > recall_of_all()["eval_image_to_text_R@5"]
 
 
-def test_ids_may_be_texts_of_a_table_or_equal_captions(tmp_path: Path) -> None:
-    columns = {name: x.tolist() for name, x in Pairs(NUMBER).columns.items()}
-    columns["input_ids"][1] = columns["input_ids"][0]
-    columns["group"] = [f"product {n}" for n in GROUPS]
-    table = datasets.Dataset.from_dict(columns)
-    inputs = {name: torch.tensor(columns[name]) for name in ("pixel_values", "input_ids", "attention_mask")}
+TWICE = [0, 0, *range(2, NUMBER)]  # rows of which the first two have one caption
+
+
+@pytest.mark.parametrize(
+    ("key", "ids", "rows_of_texts"),
+    [
+        ("group", GROUPS, [*range(NUMBER)]),
+        ("captions", TWICE, [0, *range(2, NUMBER)]),  # the caption of two rows counts once
+    ],
+)
+def test_ids_may_be_texts_of_a_table_or_equal_captions(
+    tmp_path: Path, key: str, ids: list[int], rows_of_texts: list[int]
+) -> None:
+    pairs = Pairs(NUMBER)
+    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
     with torch.no_grad():
-        output = clip().eval()(**inputs)
-    equal = [0, 0, *range(2, NUMBER)]
-    for key, groups in (("group", GROUPS), ("captions", equal)):
-        of_texts = range(NUMBER) if key == "group" else [0, *range(2, NUMBER)]  # of a group once
-        values = metrics.recall(
-            output.image_embeds,
-            output.text_embeds[[*of_texts]],
-            image_ids=groups,
-            text_ids=[groups[n] for n in of_texts],
-        )
-        data = table if key == "group" else table.remove_columns("group")
-        found = evaluated(tmp_path / key, data, loss="clip-ids", loss_options={"key": key})
-        assert found == pytest.approx({f"eval_{name}": x.item() for name, x in values.items()})
+        output = clip().eval()(**pairs.batch())
+    expected = metrics.recall(
+        output.image_embeds,
+        output.text_embeds[rows_of_texts],
+        image_ids=ids,
+        text_ids=[ids[row] for row in rows_of_texts],
+    )
+    columns = {name: x.tolist() for name, x in pairs.columns.items()}
+    if key == "group":
+        columns["group"] = [f"product {n}" for n in GROUPS]
+    table = datasets.Dataset.from_dict(columns)
+    values = evaluated(tmp_path, table, loss="clip-ids", loss_options={"key": key})
+    assert values == pytest.approx({f"eval_{name}": x.item() for name, x in expected.items()})
 
 
 def test_recall_can_choose_the_best_checkpoint(tmp_path: Path) -> None:
@@ -155,16 +168,20 @@ def test_recall_can_choose_the_best_checkpoint(tmp_path: Path) -> None:
     assert trainer.state.best_metric == max(logged)
 
 
-def test_k_beyond_the_pairs_is_left_out_and_nan_is_logged(tmp_path: Path) -> None:
-    found = evaluated(tmp_path, Pairs(6))
-    assert "eval_image_to_text_R@5" in found
-    assert "eval_image_to_text_R@10" not in found
+def test_k_beyond_the_pairs_is_left_out(tmp_path: Path) -> None:
+    values = evaluated(tmp_path, Pairs(6))
+    assert "eval_image_to_text_R@5" in values
+    assert "eval_image_to_text_R@10" not in values
+
+
+def test_recall_of_a_pair_without_numbers_is_nan(tmp_path: Path) -> None:
     broken = Pairs(6)
     broken.columns["pixel_values"][3] = math.nan
     assert all(math.isnan(x) for x in evaluated(tmp_path, broken).values())
 
 
 def evaluated_by_each(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Recall of the pairs, without ids and by them, in a process of several."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     return {
         "pairs": evaluated(folder / "pairs", Pairs(NUMBER)),
@@ -174,7 +191,7 @@ def evaluated_by_each(rank: int, world_size: int, folder: Path) -> dict[str, Any
 
 
 def test_two_processes_measure_each_pair_once(tmp_path: Path, pools: Pools) -> None:
-    for found in pools[2].run(evaluated_by_each, tmp_path):
-        assert found["pairs"] == pytest.approx(owed())
-        assert found["ids"] == pytest.approx(owed(image_ids=GROUPS, text_ids=GROUPS))
-        assert found["processes"] == 2
+    for of_process in pools[2].run(evaluated_by_each, tmp_path):
+        assert of_process["processes"] == 2
+        assert of_process["pairs"] == pytest.approx(recall_of_all())
+        assert of_process["ids"] == pytest.approx(recall_of_all(image_ids=GROUPS, text_ids=GROUPS))

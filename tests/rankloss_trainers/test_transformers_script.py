@@ -48,7 +48,10 @@ def started(launcher: tuple[str, ...], directory: Path, *argv: str, **changes: A
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs the script in this process, through the runner or plainly, and detaches the loss in the end."""
+    """Runs the script in this process, through the runner or plainly, and detaches the loss in the end.
+
+    The runner changes the Trainer, torch's hooks and the paths of imports, which the test puts back.
+    """
     for module in (transformers, importlib.import_module("transformers.trainer")):
         monkeypatch.setattr(module, "Trainer", module.Trainer)
     monkeypatch.setenv("HF_HUB_CACHE", "")  # which the script sets
@@ -72,20 +75,48 @@ def history(directory: Path) -> list[dict[str, float]]:
     return [line for line in log if "loss" in line]
 
 
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the script with RankCLIP's loss, in a process of its own."""
+    directory = tmp_path_factory.mktemp("ranked")
+    return started(RUNNER, directory, "--loss", "rankclip", "--rankclip-lambda-in", "0.5")
+
+
 @pytest.mark.slow
-def test_script_trains_with_the_loss_and_evaluates_without(tmp_path: Path, here: Callable[..., Path]) -> None:
-    ranked = started(RUNNER, tmp_path / "ranked", "--loss", "rankclip", "--rankclip-lambda-in", "0.5")
-    plain = here(tmp_path / "plain", plainly=True)
-    through = here(tmp_path / "clip", "--loss", "clip")
-    weights = [(x / "model.safetensors").read_bytes() for x in (ranked, plain, through)]
-    assert weights[2] == weights[1] != weights[0]
-    assert "contrastive_loss" not in history(through)[0]
+def test_the_trainers_own_loss_trains_as_without_the_runner(
+    tmp_path: Path, here: Callable[..., Path]
+) -> None:
+    plain, by_runner = here(tmp_path / "plain", plainly=True), here(tmp_path / "clip", "--loss", "clip")
+    assert weights(by_runner) == weights(plain)
+    assert "contrastive_loss" not in history(by_runner)[0]
+
+
+@pytest.mark.slow
+def test_a_loss_begins_at_the_scripts_own_and_trains_other_weights(
+    tmp_path: Path, here: Callable[..., Path], ranked: Path
+) -> None:
+    plain = here(tmp_path, plainly=True)
+    first_contrastive = history(ranked)[0]["contrastive_loss"]
+    assert first_contrastive == pytest.approx(history(plain)[0]["loss"], rel=1e-4)
+    assert weights(ranked) != weights(plain)
+
+
+@pytest.mark.slow
+def test_the_script_logs_the_schedule_and_the_option_that_was_typed(ranked: Path) -> None:
     lines = history(ranked)
-    assert lines[0]["contrastive_loss"] == pytest.approx(history(plain)[0]["loss"], rel=1e-4)
-    expected = [schedules.rankclip(i, 8) for i in range(1, 9)]
+    expected = [schedules.rankclip(step, 8) for step in range(1, 9)]
     assert [line["rank_lambda"] for line in lines] == pytest.approx(expected)
     last = lines[-1]
-    assert last["in_modal_loss"] == pytest.approx(last["in_modal_raw"] * last["rank_lambda"] / 32, rel=1e-4)
+    weighted = 0.5 / 16 * last["rank_lambda"] * last["in_modal_raw"]
+    assert last["in_modal_loss"] == pytest.approx(weighted, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_script_evaluates(ranked: Path) -> None:
     assert "eval_loss" in json.loads((ranked / "eval_results.json").read_text())
 
 
@@ -117,8 +148,9 @@ def test_own_compute_loss_that_calls_the_trainers_has_the_terms_of_the_loss(
 def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(
     tmp_path: Path, here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, given = count_calls(monkeypatch, **LOSSES_AND_FOLDERS), ("--loss-agreement-every", "2")
-    directory = here(tmp_path, "--loss", "rankclip", *given, "--trainer", "Derived", max_steps=1)
+    calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
+    typed = ("--loss", "rankclip", "--loss-agreement-every", "2", "--trainer", "Derived")
+    directory = here(tmp_path, *typed, max_steps=1)
     assert calls == {"choose": 1, "build": 1}
     assert history(directory)[0].keys() >= {*TERMS, "cross_modal_tau"}
 
@@ -153,9 +185,9 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_the_scripts_reaches_it_in_order(typed: str, chosen: Any, rest: str) -> None:
-    loss, others = parse(typed.split())
+    choice, others = parse(typed.split())
     assert others == rest.split()
-    assert (loss and (loss.name, loss.losses[0].given)) == chosen
+    assert (None if choice is None else (choice.name, choice.losses[0].given)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -186,7 +218,7 @@ def test_wrong_options_are_refused_before_the_script_runs(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_help_is_the_runners_before_the_script(
+def test_without_a_script_the_runner_shows_its_help(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["runner"])
@@ -195,6 +227,11 @@ def test_help_is_the_runners_before_the_script(
     for option in ("--rankclip-lambda-in X", "--loss-teacher TEXT", "--loss-schedule-unit {auto,epoch,step}"):
         assert option in text
     assert "rankclip-in: 0.0" in text
+
+
+def test_a_loss_without_a_script_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):
         main()

@@ -51,17 +51,19 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
 ) -> None:
     """Ranks and mimicry of a wider teacher, whose components the loss is given; nothing is built twice."""
     path = folder(tmp_path / "x", captioned(), features(names=names), "image", "caption")
-    options = {"lambda_cross": 4.0 * (len(names) == 2)}
+    # A teacher of texts alone ranks no cross-modal lists.
+    options = {"lambda_cross": 4.0 if len(names) == 2 else 0.0}
     data = joined(bind(captioned(), path)).select(ORDER)
     given = {"loss_options": taught_options(**options), "mini_batch_size": mini_batch_size, **SGD}
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     trained = train(tmp_path, pairs=data, loss=LOSS, teacher=path, max_steps=2, **given)
     assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
     pairs, model = Pairs(ROWS), clip()
-    pairs.columns = {name: x[ORDER] for name, x in pairs.columns.items()} | references(path, ORDER)
+    in_order = {name: x[ORDER] for name, x in pairs.columns.items()}
+    pairs.columns = {**in_order, **references(path, ORDER)}
     log = own_loop(model, criterion(path, 8, **options), pairs, [8], 2)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-4, atol=1e-6)
-    expected = [x["mimicry_loss"] for x in log]
+    expected = [terms["mimicry_loss"] for terms in log]
     assert column(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
 
 
@@ -79,6 +81,7 @@ def renamed(old: str, new: str) -> Pairs:
 
 
 def bound_pairs(*more: str) -> Pairs:
+    """Pairs with the column that binds them to the rows of a folder."""
     pairs = Pairs(ROWS, *more)
     pairs.columns["reference_pair"] = torch.zeros(ROWS, 2, dtype=torch.int64)
     return pairs
@@ -161,66 +164,71 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
 # --- a teacher that computes its features ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("loss", "teacher", "names"),
-    [
-        ("rankclip-in", "text=other", NAMES[1:]),
-        ("rankclip-in", "image=some,text=other", NAMES),
-    ],
-)
-def test_a_named_teacher_computes_its_features_once_and_binds_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, teacher: str | None, names: list[str]
-) -> None:
-    loaded: list[Any] = []
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The teachers that were loaded: tiny encoders in the place of those that an extra installs.
 
-    def load(given: list[str], args: Any, device: torch.device) -> Any:
-        loaded.append(given)
-        whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
-        by_caption = whole.encoders[NAMES[1]]  # the table's pictures are names of no files
-        spaces = COMMON_SPACE if len(names) == 1 else SEPARATE_SPACES
-        return Teacher(whole.about, dict.fromkeys(names, by_caption), spaces=spaces)
-
-    monkeypatch.setattr(sources, "load", load)
-    monkeypatch.setattr(Spec, "check", lambda spec: spec)  # the extra `encoders` is not of the tests
-    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    given = {"loss": loss, "loss_options": {"schedule": "constant"}, "max_steps": 2, **SGD}
-    computed = [train(tmp_path, pairs=joined(captioned()), teacher=teacher, **given) for _ in range(2)]
-    assert len(loaded) == 1
-    (path,) = (tmp_path / "cache").glob("*/folder.json")
-    bound = joined(bind(captioned(), str(path.parent)))
-    by_folder = train(tmp_path, pairs=bound, teacher=str(path.parent), **given)
-    assert by_folder.loss_runtime.teaching.use == "required"
-    for trained in computed:
-        assert torch.equal(weights(trained.model), weights(by_folder.model))
-    with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
-        trainer(
-            tmp_path, pairs=captioned().select_columns("caption"), loss="rankclip-in", teacher="text=other"
-        )
-    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space; "):
-        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry", teacher="image=some,text=other")
-    assert len(loaded) == 1
-
-
-def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Put tiny encoders in the place of those that an extra installs; the teachers that are loaded."""
-    loaded: list[Any] = []
+    Both encode the captions: the table's pictures are names of no files.
+    """
+    teachers: list[Any] = []
 
     def load_tiny(given: list[str], args: Any, device: torch.device) -> Teacher:
-        loaded.append(given)
-        whole = tiny_teacher.teacher()
-        return Teacher(whole.about, dict.fromkeys(NAMES, whole.encoders[NAMES[1]]), spaces="separate")
+        teachers.append(given)
+        whole = tiny_teacher.teacher(text_encoder=args.text_encoder)
+        names = [name for name in NAMES if f"{name.partition('_')[0]}_encoder" in given]
+        encoders = dict.fromkeys(names, whole.encoders[NAMES[1]])
+        spaces = COMMON_SPACE if len(names) == 1 else SEPARATE_SPACES
+        return Teacher(whole.about, encoders, spaces=spaces)
 
     monkeypatch.setattr(sources, "load", load_tiny)
     monkeypatch.setattr(Spec, "check", lambda spec: spec)
-    return loaded
+    return teachers
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where computed features are kept."""
+    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("teacher", ["text=other", "image=some,text=other"])
+def test_a_named_teacher_computes_its_features_once_and_trains_as_their_folder(
+    tmp_path: Path, loaded: list[Any], cache: Path, teacher: str
+) -> None:
+    given = {"loss": "rankclip-in", "loss_options": {"schedule": "constant"}, "max_steps": 2, **SGD}
+    by_name, again = (train(tmp_path, pairs=joined(captioned()), teacher=teacher, **given) for _ in range(2))
+    assert len(loaded) == 1
+    (about,) = cache.glob("*/folder.json")
+    bound = joined(bind(captioned(), str(about.parent)))
+    by_folder = train(tmp_path, pairs=bound, teacher=str(about.parent), **given)
+    assert by_folder.loss_runtime.teaching.use == "required"
+    for trained in (by_name, again):
+        assert torch.equal(weights(trained.model), weights(by_folder.model))
+
+
+def test_a_named_teacher_of_data_that_it_cannot_read_names_the_command(
+    tmp_path: Path, loaded: list[Any]
+) -> None:
+    captions = captioned().select_columns("caption")
+    with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
+        trainer(tmp_path, pairs=captions, loss="rankclip-in", teacher="text=other")
+    assert loaded == []
+
+
+def test_a_named_teacher_that_a_loss_cannot_use_is_refused_before_it_is_loaded(
+    tmp_path: Path, loaded: list[Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space; "):
+        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry", teacher="image=some,text=other")
+    assert loaded == []
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", [x for x in NAMES_OF_LOSSES if load(x).teacher not in (None, "required")])
 def test_every_preset_trains_with_its_own_teacher_and_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, loaded: list[Any], name: str
 ) -> None:
-    loaded = tiny_encoders(monkeypatch)
-    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
     ended = train(tmp_path, pairs=joined(captioned()), loss=name, max_steps=2, **SGD)
     assert len(loaded) == 1
     assert ended.loss_runtime.teaching.use == "required"
@@ -229,27 +237,26 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
     assert not torch.equal(weights(ended.model), weights(clip()))
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("loss", ["mimicry", "rankclip-distill", "rankclip-distill+mimicry"])
 def test_two_encoders_that_are_aligned_teach_every_loss_of_a_common_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+    tmp_path: Path, cache: Path, loss: str
 ) -> None:
     """The student is wider than the teacher, too."""
-    tiny_encoders(monkeypatch)
-    monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
     given = {"loss": loss, "max_steps": 2, **SGD}
     by_flag = train(tmp_path, pairs=joined(captioned()), teacher="image=a,text=b,align", **given)
-    (folder,) = (tmp_path / "cache").glob("*align*/folder.json")
+    (folder,) = cache.glob("*align*/folder.json")
     bound = joined(bind(captioned(), str(folder.parent)))
     by_folder = train(tmp_path, pairs=bound, teacher=str(folder.parent), **given)
     assert torch.equal(weights(by_flag.model), weights(by_folder.model))
     assert not torch.equal(weights(by_flag.model), weights(clip()))
 
 
+@pytest.mark.usefixtures("loaded")
 def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
-    tiny_encoders(monkeypatch)
     given = {"loss": "rankclip-in", "teacher": "image=efficientnet-lite0,text=minilm"}
     train(tmp_path / "run", pairs=joined(captioned()), **given, max_steps=1, **SGD)
     (folder,) = (tmp_path / "teachers").glob("*/folder.json")
@@ -287,14 +294,20 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     data, model = Grouped(8), clip()
     ended = train(
         tmp_path,
-        **{"pairs": data, "loss": f"{name}+clip-ids", "max_steps": 1, "mini_batch_size": size},
-        **{"eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1},
-        **{"loss_options": {"clip-ids": {"key": key}, name: options}},
+        pairs=data,
+        loss=f"{name}+clip-ids",
+        loss_options={"clip-ids": {"key": key}, name: options},
+        mini_batch_size=size,
+        max_steps=1,
+        eval_dataset=Pairs(8),
+        eval_strategy="steps",
+        eval_steps=1,
         **SGD,
     )
-    ids = torch.tensor([data.group.index(x) for x in data.group])
     if key == "captions":
         ids = hash_tokens(data.columns, None)
+    else:
+        ids = torch.tensor([data.group.index(x) for x in data.group])
     assert 0 < len({*ids.tolist()}) < 8
     data.columns["pair_ids"] = ids
     own_loop(model, loss_of(rankloss.ClipLoss(same_id="ignore"), **options), data, [8], steps=1)
@@ -309,8 +322,8 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
 
     def decode(rows: dict[str, list[Any]], kept: bool = True) -> dict[str, Any]:
         decoded.extend(rows["row"])
-        found = {name: [column[row] for row in rows["row"]] for name, column in pairs.columns.items()}
-        return {**found, **({"group": rows["group"]} if kept else {})}
+        inputs = {name: [column[row] for row in rows["row"]] for name, column in pairs.columns.items()}
+        return {**inputs, "group": rows["group"]} if kept else inputs
 
     table = datasets.Dataset.from_dict({"row": [*range(64)], "group": [f"{n // 2}" for n in range(64)]})
     given = {**BY_GROUP, "remove_unused_columns": False}

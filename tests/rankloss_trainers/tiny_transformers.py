@@ -41,19 +41,25 @@ class Pictures:
 
 
 def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
-    """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there."""
+    """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there.
+
+    Args:
+        of_texts: Whether the queries are texts and the candidates pictures, or the other way round.
+        number: How many lists there are.
+        more: Columns; None leaves one of the table's own out.
+    """
     noise = np.random.default_rng(1)
-    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)]
-    texts = [f"{n}" for n in range(12)]
+    pixels = noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)
+    pictures, texts = [Image.fromarray(x) for x in pixels], [f"{n}" for n in range(12)]
     queries, pool = (texts, pictures) if of_texts else (pictures, texts)
-    sizes = [1 + n % 4 for n in range(number)]
-    lists = {
-        "query": queries[:number],
-        "candidates": [[pool[(n + 2 * k) % (number + 2)] for k in range(x)] for n, x in enumerate(sizes)],
-        "grades": [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(x)] for n, x in enumerate(sizes)],
-        **more,
-    }
-    return datasets.Dataset.from_dict({name: values for name, values in lists.items() if values is not None})
+    cycle = [3.0, 1.0, 1.0, -math.inf]
+    candidates, grades = [], []
+    for n in range(number):
+        size = 1 + n % 4
+        candidates.append([pool[(n + 2 * k) % (number + 2)] for k in range(size)])
+        grades.append([cycle[(n + k) % 4] for k in range(size)])
+    columns = {"query": queries[:number], "candidates": candidates, "grades": grades, **more}
+    return datasets.Dataset.from_dict({name: x for name, x in columns.items() if x is not None})
 
 
 class Theirs(transformers.Trainer):
@@ -144,22 +150,24 @@ def own_loop(
     Returns:
         The terms of each step.
     """
-    optimizer, start, sizes, log = torch.optim.SGD(model.parameters(), lr=1e-2), 0, [*micro_batches], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    sizes, start, log = [*micro_batches], 0, []
     for step in range(1, steps + 1):
         if hasattr(loss, "set_progress"):
             loss.set_progress(step, steps)
-        seen = []
+        of_batches = []
         for size in sizes:
-            inputs, start = pairs.batch(start, start + size), start + size
-            of_loss = [name for name in inputs if name.startswith(("reference_", "pair_ids"))]
-            given = {name: inputs.pop(name) for name in of_loss}
-            output = model(**inputs)
+            columns = pairs.batch(start, start + size)
+            start += size
+            of_loss = {name: x for name, x in columns.items() if name.startswith(("reference_", "pair_ids"))}
+            output = model(**{name: x for name, x in columns.items() if name not in of_loss})
             features = (output.image_embeds, output.text_embeds, model.logit_scale.exp())
-            entries = loss(*features, output_dict=True, **given)
+            entries = loss(*features, output_dict=True, **of_loss)
             terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
             (sum(terms.values()) / len(sizes)).backward()
-            seen.append({name: value.item() for name, value in terms.items()})
+            of_batches.append({name: value.item() for name, value in terms.items()})
         optimizer.step()
         optimizer.zero_grad()
-        log.append({name: sum(terms[name] for terms in seen) / len(seen) for name in seen[0]})
+        names = of_batches[0]
+        log.append({name: sum(terms[name] for terms in of_batches) / len(of_batches) for name in names})
     return log
