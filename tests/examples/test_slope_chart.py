@@ -76,7 +76,11 @@ def lines_of(batch: Batch, term: charts.Term, items: int) -> list[Line]:
 
 def test_both_sides_are_named_above() -> None:
     axes = axes_of(random_batch(0, 6, 4, 1.0), "cross_modal", 6)
-    heads = {text.get_position()[0]: text.get_text() for text in axes.texts if text.get_position()[1] < 0}
+    heads = {}
+    for text in axes.texts:
+        side, height = text.get_position()
+        if height < 0:  # above the first line
+            heads[side] = text.get_text()
     assert heads == {0: "by the picture", 1: "by its caption"}
 
 

@@ -146,8 +146,8 @@ def test_blocks_of_rows_give_the_same_projections(cuts: list[int], monkeypatch: 
 def test_sums_of_two_parts_are_those_of_all_pairs() -> None:
     v, t = features()
     parts = PairSums.of(v[:50], t[:50]).merged(PairSums.of(v[50:], t[50:]))
-    assert parts.pairs == 120
     whole = PairSums.of(v, t)
+    assert parts.pairs == whole.pairs == len(v)
     for name in ("image_mean", "text_mean", "image_covariance", "text_covariance", "cross_covariance"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-14, rtol=0)
 
@@ -322,10 +322,11 @@ def mean_recall(images: Tensor, texts: Tensor, k: int, **ids: Tensor) -> float:
 
 @pytest.mark.parametrize("captions", [None, 2])
 def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None:
+    """Of a grid of eight settings, each of features and of their square roots; the best comes first."""
     v, t = features(400, (20, 12), captions=captions)
-    roots = (False, True)
     grid = Grid((0.5, 2.0), (0.1,), (3, 12), (0.0, 1.0))
-    trials = search([PairSums.of(v[:300], t[:300], root=root) for root in roots], v[300:], t[300:], grid=grid)
+    learned = [PairSums.of(v[:300], t[:300], root=root) for root in (False, True)]
+    trials = search(learned, v[300:], t[300:], grid=grid)
     assert len({trial.setting for trial in trials}) == len(trials) == 16
     assert [trial.recall for trial in trials] == sorted((trial.recall for trial in trials), reverse=True)
     ids = torch.arange(100)

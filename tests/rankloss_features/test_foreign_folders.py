@@ -24,13 +24,14 @@ ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as we write it."""
     return Path(stored(tmp_path_factory.mktemp("own") / "x", image_features=ROWS, text_features=ROWS[::-1]))
 
 
-def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
+def rewritten(ours: Path, folder: Path, **entries: Any) -> Path:
     """A copy with other entries, and the hash that its maker gives them; None takes an entry away."""
-    shutil.copytree(own, folder)
+    shutil.copytree(ours, folder)
     about = {**json.loads((folder / ABOUT).read_text()), **entries}
     del about["hash"]
     about = {name: value for name, value in about.items() if value is not None}
@@ -70,8 +71,8 @@ def rewritten(own: Path, folder: Path, **entries: Any) -> Path:
         ("probe", {"sound_features": "3c00"}),
     ],
 )
-def test_an_entry_of_another_kind_is_named(own: Path, tmp_path: Path, entry: str, value: Any) -> None:
-    folder = rewritten(own, tmp_path / "x", **{entry: value})
+def test_an_entry_of_another_kind_is_named(ours: Path, tmp_path: Path, entry: str, value: Any) -> None:
+    folder = rewritten(ours, tmp_path / "x", **{entry: value})
     words = f"'{entry}' must be .*; got {re.escape(repr(value))}"
     if value is None:
         words = f"it has no entry '{entry}'"
@@ -102,10 +103,10 @@ ENTRIES = [
 
 @given(st.dictionaries(st.sampled_from(ENTRIES), VALUES, min_size=1))
 def test_any_entries_are_a_folder_or_one_kind_of_error(
-    own: Path, tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]
+    ours: Path, tmp_path_factory: pytest.TempPathFactory, entries: dict[str, Any]
 ) -> None:
     """The error names the folder; else its features are those that were written."""
-    folder = rewritten(own, tmp_path_factory.mktemp("foreign") / "x", **entries)
+    folder = rewritten(ours, tmp_path_factory.mktemp("foreign") / "x", **entries)
     found = opened(folder)
     if isinstance(found, str):
         assert str(folder) in found
@@ -122,8 +123,8 @@ def opened(folder: Path) -> Features | str:
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "3", "", "\x00"])
-def test_a_folder_json_that_is_none_is_named(own: Path, tmp_path: Path, content: str) -> None:
-    folder = Path(shutil.copytree(own, tmp_path / "x"))
+def test_a_folder_json_that_is_none_is_named(ours: Path, tmp_path: Path, content: str) -> None:
+    folder = Path(shutil.copytree(ours, tmp_path / "x"))
     (folder / ABOUT).write_text(content)
     with pytest.raises(ValueError, match=f"{folder / ABOUT} (cannot be read|is damaged)"):
         Features(str(folder))
@@ -132,9 +133,9 @@ def test_a_folder_json_that_is_none_is_named(own: Path, tmp_path: Path, content:
 @pytest.mark.parametrize("name", [ABOUT, "pairs.npy", "image_features-00000.npy"])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_pipe_or_a_folder_in_a_files_place_is_refused_at_once(
-    own: Path, tmp_path: Path, name: str, make: Any
+    ours: Path, tmp_path: Path, name: str, make: Any
 ) -> None:
-    folder = Path(shutil.copytree(own, tmp_path / "x"))
+    folder = Path(shutil.copytree(ours, tmp_path / "x"))
     (folder / name).unlink()
     make(folder / name)
     with pytest.raises(ValueError, match=f"{folder / name} cannot be read: it is no regular file"):
@@ -142,9 +143,9 @@ def test_a_pipe_or_a_folder_in_a_files_place_is_refused_at_once(
 
 
 def test_the_command_reports_a_foreign_folder_in_one_line(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = rewritten(own, tmp_path / "x", shard_rows=0)
+    folder = rewritten(ours, tmp_path / "x", shard_rows=0)
     (tmp_path / "pairs.csv").write_text("filepath\ttitle\n0.png\ta0\n")
     assert command.main(["--check", str(folder), "--data", str(tmp_path / "pairs.csv")]) == 1
     assert "'shard_rows' must be a number of rows from 1; got 0" in capsys.readouterr().err

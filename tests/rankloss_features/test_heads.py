@@ -513,10 +513,10 @@ def test_an_earlier_folder_encodes(earlier: Path) -> None:
 
 
 def awkward(picture: Image.Image, number: int, file: Path) -> Path:
-    """A picture as a camera that was turned, of 16 bits, or transparent, as a PNG file."""
+    """A picture in a PNG file of one of three kinds in turn: turned by a quarter, of 16 bits, transparent."""
     if number % 3 == 0:
         exif = Image.Exif()
-        exif[0x0112] = 6
+        exif[0x0112] = 6  # the camera's orientation
         picture.save(file, "PNG", exif=exif)
     elif number % 3 == 1:
         grey = np.asarray(picture.convert("L"), np.uint16) * 257
