@@ -133,8 +133,8 @@ PRESET = Case(
     "… and two small encoders that pip installs",
     "rankclip-encoders",
     gain="weight and rate tuned: icons in batches of 64 {0}, emojis {2}, photographs {1}; icons in batches "
-    "of 250 with four times the epochs +4.57 ± 1.54, [no more than spread](evidence.md#two-encoders); 16 "
-    "epochs of 35,840 icons: none shown, of 141,093 −3.14 ± 1.03".format(*OF_ENCODERS),
+    "of 250 with four times the epochs *+4.57 ± 1.54*, [not shown above spread](evidence.md#two-encoders); "
+    "16 epochs of 35,840 icons: none shown, of 141,093 *−3.14 ± 1.03*".format(*OF_ENCODERS),
     page="teachers.md",
 )
 CAPTIONS = Case(
