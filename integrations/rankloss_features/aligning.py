@@ -218,12 +218,13 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
                 f"--align {folder} has the projections of other encoders, of {name} {fitted!r}; these have "
                 f"{value!r}"
             )
+    # An encoder of the same name may compute other features: those of a fixed input are compared.
     remedy = ". Restore it, or align the new one: its projections are others"
     probing.check_entry(f"--align {folder}", features.about, teacher, remedy)
     project = {_IMAGES: cca.images, _TEXTS: cca.texts}
+    width = len(cca.correlations)
     encoders = {
-        name: _with_projection(encoder, project[name], len(cca.correlations))
-        for name, encoder in teacher.encoders.items()
+        name: _with_projection(encoder, project[name], width) for name, encoder in teacher.encoders.items()
     }
     about = {**teacher.about, "alignment": features.about["files"][ALIGNMENT]}
     return replace(teacher, about=about, encoders=encoders, spaces=COMMON_SPACE)

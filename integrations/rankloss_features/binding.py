@@ -40,8 +40,8 @@ def bind(
 
     Raises:
         TypeError: The data are no ``datasets.Dataset``: a dict of splits, a stream, or a list.
-        ValueError: A row has another pair than the folder's, which the error names, or there are fewer; or
-            the data have the column already.
+        ValueError: A row has another pair than the folder's, which the error names, or there are fewer; a
+            picture of the same name has other content; or the data have the column already.
     """
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped]  # which datasets brings
@@ -53,6 +53,7 @@ def bind(
         raise ValueError(f"dataset has a column {column} already: bind it once, or remove the column")
     features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data", ": bind before you shuffle, select or split")
+    # Pairs are compared by the names of their pictures; some pictures are read, too: all would take long.
     features.compare_pictures(table.pictures(some_rows(len(features))), "the data")
     # A list of two integers for each row: its number, and the hash of its pair as a signed integer.
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)

@@ -58,13 +58,14 @@ class Rendering:
             return self.convert(image)
 
     def convert(self, image: Any) -> Any:
-        """A picture of Pillow.
+        """A picture of Pillow in RGB of 8 bits: upright if that is asked for, grey scaled, with a background.
 
         Raises:
             ValueError: Values of floats or 32 bits are negative, not finite, or above 65,535.
         """
         from PIL import Image, ImageOps
 
+        # A turned picture has no format any more.
         has_16_bits = image.mode.startswith("I;16") or image.format in _SCALED_TO_16_BITS
         if self.upright:
             image = ImageOps.exif_transpose(image)

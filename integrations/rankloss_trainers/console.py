@@ -89,11 +89,12 @@ def _run_of_features(command: str, argv: Sequence[str]) -> int:
 
 
 def _lines_about(name: str, *, with_options: bool) -> Iterator[str]:
-    """The line of a loss or of joined ones; and the lines of their options."""
+    """The line that lists a loss, or joined ones; with options, their other defaults and the options."""
     names = catalog.names_of(name)
     packages = [catalog.package_of(each) for each in names]
-    others = dict.fromkeys(package for package in packages if package)  # but rankloss, each once
-    title = name + (f" ({', '.join(others)})" if others else "")
+    # rankloss's own losses have none; a dictionary has each once, in this order.
+    other_packages = dict.fromkeys(package for package in packages if package)
+    title = name + (f" ({', '.join(other_packages)})" if other_packages else "")
     try:
         summaries = [catalog.load(each).summary for each in names]
     except Exception as error:  # another package's
@@ -102,12 +103,12 @@ def _lines_about(name: str, *, with_options: bool) -> Iterator[str]:
     yield f"{title}: {' and '.join(summaries)}"
     if with_options:
         for each in names:
-            yield from _beside(each)
+            yield from _defaults_beside_others(each)
         yield described(names)
 
 
-def _beside(name: str) -> Iterator[str]:
-    """The other defaults that a loss has beside others, a sentence each."""
+def _defaults_beside_others(name: str) -> Iterator[str]:
+    """The defaults that a loss has where it is joined with another loss, a sentence for each."""
     named = catalog.load(name)
     for other, values in named.beside.items():
         yield f"Beside {other}, {name} has other defaults: {named.spelled(values)}."

@@ -111,13 +111,16 @@ class Agreement:
         return self._values
 
     def _is_due(self, step: int) -> bool:
-        """True at a multiple of ``every``, and at the first call since one for which there was no call."""
+        """True at a step that is a multiple of ``every``, and at the first step after a multiple was skipped.
+
+        The first call of all is such a step.
+        """
         if self.every is None:
             return False
         multiple, steps_since = divmod(step, self.every)
-        is_first_since = multiple != self._multiple
+        has_passed_a_multiple = multiple != self._multiple
         self._multiple = multiple
-        return steps_since == 0 or is_first_since
+        return steps_since == 0 or has_passed_a_multiple
 
 
 def remark_on_products(device: torch.device) -> str | None:

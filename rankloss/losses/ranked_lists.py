@@ -240,18 +240,18 @@ class RankedLists(GatheringLoss):
         self._check_options()
         loss = self._compute(
             ListInputs(
-                query_features,
-                candidate_features,
-                logit_scale,
-                grades,
-                candidate_index,
-                mask,
-                candidate_ids,
-                excluded_ids,
-                reference_scores,
-                reference_query_features,
-                reference_candidate_features,
-                reference_scale,
+                query_features=query_features,
+                candidate_features=candidate_features,
+                logit_scale=logit_scale,
+                grades=grades,
+                candidate_index=candidate_index,
+                mask=mask,
+                candidate_ids=candidate_ids,
+                excluded_ids=excluded_ids,
+                reference_scores=reference_scores,
+                reference_query_features=reference_query_features,
+                reference_candidate_features=reference_candidate_features,
+                reference_scale=reference_scale,
             )
         )
         return {"ranked_lists_loss": loss} if output_dict else loss

@@ -143,7 +143,7 @@ def test_records_of_other_data_do_not_count_and_are_not_reported_beside_these(ru
 
 def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
     data = Data()
-    taken = Setting("plain", 9, "dev", 1)
+    taken = Setting(arm="plain", seed=9, side="dev", lr=1)
     key = key_of(taken, data.fingerprint)
     (run.output / "locks").mkdir(parents=True)
     of_another_process = FileLock(run.output / "locks" / f"{key}.lock")
@@ -157,6 +157,7 @@ def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
 
     data.train = train_and_release
     run.train({"set": data}, Console(quiet=True))
+    # The search tries the rates 1, 2 and 4; another process holds 1 until 4 is trained.
     assert [one.lr for one in data.made[:3]] == [2, 4, 1]
 
 

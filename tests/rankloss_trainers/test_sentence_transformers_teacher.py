@@ -118,13 +118,14 @@ def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str)
     model = tiny()
     is_taught, before = TEACHER[0] in input_names(name), weights(model)
     data = pairs(ROWS)
-    if is_taught:  # of the model's width, which mimicry compares
-        rows = features(16)
-        data = data.add_column("label", torch.stack([rows[x] for x in NAMES], 1).tolist())
+    if is_taught:
+        teacher = features(16)  # the width of the model: mimicry compares the features themselves
+        both = torch.stack([teacher[modality] for modality in NAMES], 1)
+        data = data.add_column("label", both.tolist())  # the one column that a loss is handed
     loss = ContrastiveLoss(model, name, teacher="given" if is_taught else None)
     trainer = train(tmp_path, loss, model, train_dataset=data, max_steps=2)
     values = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert len(values) == 2
+    assert len(values) == 2  # one a step
     assert torch.tensor(values).isfinite().all()
     assert not torch.equal(weights(model), before)
 
