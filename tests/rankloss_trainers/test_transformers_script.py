@@ -39,7 +39,10 @@ def command_line(directory: Path, *argv: str, **changes: Any) -> list[str]:
 
 def started(launcher: tuple[str, ...], directory: Path, *argv: str, **changes: Any) -> Path:
     """Run the script in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(directory)}
+    tiny_losses = str(Path(__file__).parents[1] / "tiny_package")
+    path = os.pathsep.join(filter(None, [tiny_losses, os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(directory)}
+    environment = {**os.environ, **offline, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, *launcher, *command_line(directory, *argv, **changes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
