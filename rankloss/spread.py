@@ -50,12 +50,14 @@ def _of_similarities(features: Tensor, gather: Gather, dtype: torch.dtype) -> Te
     """The variances from the matrix of the similarities: of this process's rows, or of all."""
     items = gather.items(features).to(dtype)
     anchors = features.to(dtype) if gather.anchors_are_local else items
-    similarities = product(anchors, (items - items.mean(0)).T)
+    centred = items - items.mean(0)
+    similarities = product(anchors, centred.T)
     rows = torch.arange(len(anchors), device=items.device) + gather.first_row(len(features))
     is_own = rows[:, None] == torch.arange(len(items), device=items.device)
     others = len(items) - 1
     mean = similarities.masked_fill(is_own, 0).sum(-1, keepdim=True) / others
-    return (similarities - mean).masked_fill(is_own, 0).square().sum(-1) / others
+    deviations = (similarities - mean).masked_fill(is_own, 0)
+    return deviations.square().sum(-1) / others
 
 
 def _of_covariance(features: Tensor, gather: Gather, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from rankloss.losses import TEACHER
 from rankloss.losses.composition import call_arguments
 from rankloss_trainers import catalog
 
+TINY_PACKAGE = Path(__file__).parent / "tiny_package"
+"""A package with losses for the tests, which an interpreter of its own needs on its path."""
 NAMES = tuple(catalog.known())
 """Every registered loss: rankloss's own, the baselines while they are installed, and the tests' tiny ones."""
 OF_PACKAGES = tuple(name for name in NAMES if catalog.package_of(name))

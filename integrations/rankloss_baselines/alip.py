@@ -219,7 +219,7 @@ def _cross_entropy(
 
 
 def _shape_dtype_device(x: object) -> list[object]:
-    """What two captions of an image have in common; None for each that an object of another type lacks."""
+    """Shape, dtype and device, which an image's captions share; None for each that an object lacks."""
     return [getattr(x, name, None) for name in ("shape", "dtype", "device")]
 
 

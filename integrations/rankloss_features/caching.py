@@ -27,6 +27,7 @@ from rankloss_features.data import OPTIONS, Data, Table, kind_of, open_data
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import FORMAT, Features, read_about
 from rankloss_features.image_encoders import did_you_mean
+from rankloss_features.opening import open_clip_name
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import precision_on, turn, write
 
@@ -181,7 +182,7 @@ def _look_up_weights(name: str, pretrained: str) -> None:
     """Raise a ValueError unless open_clip has the model, and its weights are a tag of it or a file."""
     import open_clip
 
-    models, model = open_clip.list_models(), name.replace("/", "-")
+    models, model = open_clip.list_models(), open_clip_name(name)
     if model not in models:
         raise ValueError(f"unknown model{did_you_mean(model, models)}")
     is_tag = bool(open_clip.get_pretrained_cfg(model, pretrained))

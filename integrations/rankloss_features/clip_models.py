@@ -48,7 +48,7 @@ def check_activation(model: str | None, pretrained: str | None) -> None:
         return
     import open_clip
 
-    name = model.replace("/", "-")  # as open_clip reads it
+    name = opening.open_clip_name(model)
     if not open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False):
         return
     if not open_clip.get_model_config(name).get("quick_gelu", False):

@@ -128,6 +128,11 @@ def check_version(distribution: str) -> None:
 # --- models ---------------------------------------------------------------------------------------------
 
 
+def open_clip_name(model: str) -> str:
+    """The name by which open_clip knows a built-in model: ``ViT-B-32`` is also written ``ViT-B/32``."""
+    return model.replace("/", "-")
+
+
 def open_clip_model(
     name: str, pretrained: str | None, device: torch.device, **options: Any
 ) -> tuple[Any, Any, Any]:

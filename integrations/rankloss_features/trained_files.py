@@ -10,6 +10,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from rankloss_features.opening import open_clip_name
+
 _OF_PICTURES = {
     "image_mean": "mean",
     "image_std": "std",
@@ -36,15 +38,16 @@ def options_of(model: str, weights: str) -> dict[str, Any]:
         return {}
     run = options_of_run(Path(weights))
     trained = str(run.get("model", ""))
+    name = open_clip_name(model)
     if not trained or ":" in trained:  # local-dir:… or hf-hub:…, which is not at hand
-        _check_default_pictures(model, weights)
+        _check_default_pictures(name, weights)
         return {}
-    if trained.replace("/", "-") != model.replace("/", "-"):
+    if open_clip_name(trained) != name:
         raise ValueError(f"the weights {weights} are of --model {trained}, as their params.txt says")
-    options = _of_pictures(trained, run)
-    for name in _OF_THE_MODEL:
-        if run.get(name):
-            options[name] = run[name]
+    options = _of_pictures(name, run)
+    for option in _OF_THE_MODEL:
+        if run.get(option):
+            options[option] = run[option]
     return options
 
 
@@ -69,22 +72,21 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _of_pictures(model: str, run: dict[str, Any]) -> dict[str, Any]:
+def _of_pictures(name: str, run: dict[str, Any]) -> dict[str, Any]:
     """The options of a run's pictures: those given, and otherwise those of the weights that it began with."""
     import open_clip
 
     tag = str(run.get("pretrained") or "")
-    first_weights = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag)
-    options = {name: run.get(name) or first_weights.get(key) for name, key in _OF_PICTURES.items()}
-    return {name: value for name, value in options.items() if value is not None}
+    first_weights = open_clip.get_pretrained_cfg(name, tag)
+    options = {option: run.get(option) or first_weights.get(key) for option, key in _OF_PICTURES.items()}
+    return {option: value for option, value in options.items() if value is not None}
 
 
-def _check_default_pictures(model: str, weights: str) -> None:
+def _check_default_pictures(name: str, weights: str) -> None:
     """Raise a ValueError if all known weights of a model want other pictures than open_clip's default."""
     import open_clip
     from open_clip.transform import PreprocessCfg
 
-    name = model.replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(name)
     default = vars(PreprocessCfg())
 

@@ -47,6 +47,7 @@ def start(args: Any, choice: Choice) -> TrainerLoss:
         check_arguments(run)
         check_batch(run)
         check_pretrained(getattr(args, "model", None), getattr(args, "pretrained", None))
+        check_distillation(args)
         data_of_teacher = read_data_of_teacher(run)
         check_csv(run)
         if data_of_teacher is not None:
@@ -67,7 +68,6 @@ def check_arguments(run: TrainerLoss) -> None:
             raise ValueError(f"{run.name} does not work with {reason}")
     own_teacher, is_required = run.teaching.teacher, run.teaching.use == "required"
     trainers_teacher = _flags_of_teacher(run.args)
-    check_distillation(run.args)
     if own_teacher is not None and trainers_teacher:
         raise OptionError("teacher", f"excludes {trainers_teacher}, which is a teacher too")
     if run.options.teacher == GIVEN and not trainers_teacher:

@@ -29,9 +29,9 @@ from rankloss_open_clip import __main__ as runner
 from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.trainer_loss import TrainerLoss
 from rankloss_open_clip.training import build_loss, start
+from registered import TINY_PACKAGE
 from stored_features import stored
 
-TINY_PACKAGE = Path(__file__).parents[1] / "tiny_package"
 FORK = """
 import argparse, torch
 from torch.nn.functional import cross_entropy

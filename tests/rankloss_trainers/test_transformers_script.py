@@ -20,6 +20,7 @@ import transformers
 from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss import schedules
 from rankloss_trainers.transformers.__main__ import main, parse
+from registered import TINY_PACKAGE
 
 SCRIPT = Path(__file__).parent / "contrastive_script.py"
 RUNNER = ("-m", "rankloss_trainers.transformers")
@@ -39,8 +40,7 @@ def command_line(directory: Path, *argv: str, **changes: Any) -> list[str]:
 
 def started(launcher: tuple[str, ...], directory: Path, *argv: str, **changes: Any) -> Path:
     """Run the script in a process of its own."""
-    tiny_losses = str(Path(__file__).parents[1] / "tiny_package")
-    path = os.pathsep.join(filter(None, [tiny_losses, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TINY_PACKAGE), os.environ.get("PYTHONPATH")]))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(directory)}
     environment = {**os.environ, **offline, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, *launcher, *command_line(directory, *argv, **changes)]
