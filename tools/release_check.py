@@ -32,7 +32,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
-# Bytes, by the end of a file's name. What they let through is text; records or pictures of studies would exceed them.
+# Bytes, by the end of a file's name: room for the text, not for records or pictures of studies that slip in.
 SIZE_LIMITS = {".whl": 1_000_000, ".gz": 2_000_000}
 IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
