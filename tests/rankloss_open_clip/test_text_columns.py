@@ -1,4 +1,4 @@
-"""TextColumns of a text: read, sent through the trainer's data path, and taken apart before the model."""
+"""Columns beside the captions: read, sent through the trainer's data path, taken apart before the model."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from rankloss_open_clip.columns.text_columns import Members, TextColumn, TextCol
 from rankloss_open_clip.training import run_of
 from stored_features import stored
 
-CONTEXT = 16
-CAPTION = SecondCaption(caption_key="syn")
+CONTEXT = 16  # tokens of a caption, as in the tiny model
+SECOND_CAPTION = SecondCaption(caption_key="syn")
 
 
 @functools.cache
@@ -49,9 +49,11 @@ def tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=CONTEXT)
 
 
-def read(
+def read_samples(
     parts: list[TextColumn], *samples: dict[str, Any], members: Members | None = None
 ) -> list[dict[str, Any]]:
+    """The samples of a shard ``a.tar``, with columns; their keys are "0", "1", …, and each has a picture."""
+
     def reader(source: str, handler: str) -> Iterator[dict[str, Any]]:
         for i, sample in enumerate(samples):
             yield {"__key__": str(i), "__url__": source, "jpg": b"...", **sample}
@@ -59,13 +61,14 @@ def read(
     return list(TextColumns(parts).join_samples(reader, members or Members(), "a.tar", handler="handler"))
 
 
-def captions(samples: list[dict[str, Any]], key: str = "txt") -> list[Caption]:
+def decoded_captions(samples: list[dict[str, Any]], key: str = "txt") -> list[Caption]:
     """The captions of samples, as the trainer decodes them."""
     return [sample[key].decode("utf-8") for sample in samples]
 
 
-def csv(path: Path, text: str) -> tuple[Any, str]:
-    file = path / "data.csv"
+def csv_dataset(folder: Path, text: str) -> tuple[Any, str]:
+    """The trainer's dataset of a CSV file with this text, and the file's path."""
+    file = folder / "data.csv"
     file.write_text(text)
     dataset = open_clip_train.data.CsvDataset(str(file), None, "filepath", "title", sep=";")
     return dataset, str(file)
@@ -75,26 +78,30 @@ def csv(path: Path, text: str) -> tuple[Any, str]:
 
 
 def test_first_caption_is_the_one_the_trainer_prefers() -> None:
-    first, both, without = (
-        {"caption": b"a", "syn": b"b"},
-        {"txt": b"c", "caption": b"d", "syn": b"e"},
-        {"txt": b"f"},
+    """A ``txt`` where there is one, else a ``caption``; the columns stand beside it, and beside no other."""
+    without_txt = {"caption": b"a", "syn": b"b"}
+    with_both = {"txt": b"c", "caption": b"d", "syn": b"e"}
+    without_column = {"txt": b"f"}  # which is skipped
+    samples = read_samples(
+        [SECOND_CAPTION],
+        *(without_txt, with_both, without_column),
+        members=Members(captions=extensions("txt; caption")),
     )
-    members = Members(captions=extensions("txt; caption"))
-    samples = read([CAPTION], first, both, without, members=members)
-    (one,), (other,) = captions(samples[:1], "caption"), captions(samples[1:])
-    assert [(one, one.columns), (other, other.columns)] == [("a", ("b",)), ("c", ("e",))]
-    assert type(samples[1]["caption"]) is bytes
+    first, second = samples
+    (of_first,), (of_second,) = decoded_captions([first], "caption"), decoded_captions([second], "txt")
+    assert (of_first, of_first.columns) == ("a", ("b",))
+    assert (of_second, of_second.columns) == ("c", ("e",))
+    assert type(second["caption"]) is bytes
 
 
-SKIPPED: list[dict[str, Any]] = [
-    {"jpg": b"...", "syn": b"no caption"},
-    {"txt": b"no picture", "syn": b"a"},
-    {"jpg": b"...", "txt": b" \n", "syn": b"a blank caption"},
-]
+SKIPPED = {
+    "no caption": {"jpg": b"...", "syn": b"a"},
+    "no picture": {"txt": b"a", "syn": b"a"},
+    "a blank caption": {"jpg": b"...", "txt": b" \n", "syn": b"a"},
+}
 
 
-@pytest.mark.parametrize("sample", SKIPPED)
+@pytest.mark.parametrize("sample", SKIPPED.values(), ids=SKIPPED.keys())
 def test_a_sample_that_the_trainer_skips_is_left_to_it_and_its_columns_are_not_read(
     sample: dict[str, Any],
 ) -> None:
@@ -102,35 +109,57 @@ def test_a_sample_that_the_trainer_skips_is_left_to_it_and_its_columns_are_not_r
     column.name = "column"
     members = Members(images=("jpg",), skips_blank=True)
     assert list(TextColumns([column]).join_samples(lambda: [sample], members)) == [sample]
-    with pytest.raises(LookupError):
-        list(TextColumns([column]).join_samples(lambda: [{"jpg": b"...", "txt": b""}], Members()))
+    complete = {"jpg": b"...", "txt": b"a", "syn": b"a"}
+    with pytest.raises(LookupError):  # the column is read where nothing is missing
+        list(TextColumns([column]).join_samples(lambda: [complete], members))
+
+
+def test_a_blank_caption_has_columns_where_the_trainer_does_not_skip_it() -> None:
+    (sample,) = read_samples([SECOND_CAPTION], {"txt": b"", "syn": b"a"}, members=Members(skips_blank=False))
+    assert sample["txt"].decode("utf-8").columns == ("a",)
 
 
 @pytest.mark.parametrize("loss", ["rankclip", "clip-ids", "ranked-lists"])
 def test_a_wrong_separator_is_named_before_a_row_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
 ) -> None:
-    """Also where the loss reads no column, and where the rows cannot be read with this separator."""
+    """Also where the loss reads no column.
+
+    The separator is the trainer's default, a tab. With it the last row has three cells under a header of one,
+    so that an attempt to read the rows would fail with pandas's own message.
+    """
     (tmp_path / "data.csv").write_text("filepath,title\n0.png,a\n1.png,a\tb\tc\n")
-    said = refused(capsys, "--loss", loss, "--train-data", str(tmp_path / "data.csv"))
-    assert all(x in said for x in ("--train-data", "'filepath'", "filepath,title", "--csv-separator"))
-    parse_args(["--loss", loss, "--train-data", str(tmp_path / "data.tar")])
+    message = refused(capsys, "--loss", loss, "--train-data", str(tmp_path / "data.csv"))
+    for named in ("--train-data", "'filepath'", "filepath,title", "--csv-separator"):
+        assert named in message
+
+
+@pytest.mark.parametrize("loss", ["rankclip", "clip-ids", "ranked-lists"])
+def test_shards_are_not_read_as_a_table_when_the_command_line_is_parsed(tmp_path: Path, loss: str) -> None:
+    shard = tmp_path / "data.tar"
+    shard.write_bytes(b"no table")
+    parse_args(["--loss", loss, "--train-data", str(shard)])  # does not raise
 
 
 def test_a_file_is_read_once_for_its_check_and_all_its_columns(tmp_path: Path) -> None:
-    """Beside the trainer's own reading; a file that has changed is read again."""
-    parts = [CAPTION, PairIds(key="group"), PairIds(key="title")]
-    dataset, file = csv(tmp_path, "filepath;title;syn;group\n0.png;a;b;1\n1.png;c;d;2\n")
+    parts = [SECOND_CAPTION, PairIds(key="group"), PairIds(key="title")]
+    dataset, file = csv_dataset(tmp_path, "filepath;title;syn;group\n0.png;a;b;1\n1.png;c;d;2\n")
     with mock.patch("pandas.read_csv", wraps=pandas.read_csv) as reads:
         TextColumns(parts).check_csv(file, ";", "filepath", "title")
         TextColumns(parts).join_csv(dataset, file, ";")
-        whole = [call for call in reads.mock_calls if not {"nrows", "usecols"} & call.kwargs.keys()]
-        assert len(whole) == 1
-        TextColumns([CAPTION]).check_csv(file, ";", "filepath", "title")
-        csv(tmp_path, "filepath;title;syn;group\n0.png;a;other;1\n")
-        assert SecondCaption(caption_key="syn").read_rows(file, ";", None) == ["other"]
+    # Others read the header, or a column, alone.
+    of_whole_file = [call for call in reads.mock_calls if not {"nrows", "usecols"} & call.kwargs.keys()]
+    assert len(of_whole_file) == 1
 
 
+def test_a_file_that_has_changed_since_its_check_is_read_again(tmp_path: Path) -> None:
+    _, file = csv_dataset(tmp_path, "filepath;title;syn\n0.png;a;b\n1.png;c;d\n")
+    TextColumns([SECOND_CAPTION]).check_csv(file, ";", "filepath", "title")
+    csv_dataset(tmp_path, "filepath;title;syn\n0.png;a;other\n")
+    assert SECOND_CAPTION.read_rows(file, ";", None) == ["other"]
+
+
+# The quotation mark before "a cat" ends at the hat: row 2 swallows the two lines below it.
 SWALLOWED = """filepath;title;group
 0.png;a dog;0
 1.png;"big" dog;1
@@ -139,42 +168,50 @@ SWALLOWED = """filepath;title;group
 4.png;the hat";4
 5.png;a bat;5
 """
+REFUSAL_OF_SWALLOWED = "row 2 of {file}, column 'title': the cell 'a cat;2' goes on for 2 more lines"
 
 
 @pytest.mark.parametrize("loss", ["rankclip", "clip-ids --clip-ids-key group"])
 def test_a_cell_that_swallows_rows_is_refused_before_a_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
 ) -> None:
-    """Also where the loss reads no column."""
-    dataset, file = csv(tmp_path, SWALLOWED)
+    """Also where the loss, as RankCLIP's, reads no column. The mended file is accepted."""
+    dataset, file = csv_dataset(tmp_path, SWALLOWED)
     assert len(dataset) == 4, "the trainer itself reads four of the six rows"
     command = f"--loss {loss} --csv-separator ; --train-data {file}".split()
-    reason = f"row 2 of {file}, column 'title': the cell 'a cat;2' goes on for 2 more lines"
-    assert f"argument --train-data: {reason}" in refused(capsys, *command)
-    keys = {"csv_separator": ";", "csv_img_key": "filepath", "csv_caption_key": "title"}
-    with pytest.raises(ValueError, match=re.escape(reason)):
-        open_data(Namespace(data=file, dataset_type="auto", **keys))
-    dataset, _ = csv(tmp_path, SWALLOWED.replace('"a cat', '"""a"" cat"').replace('hat"', "hat"))
+    refusal = REFUSAL_OF_SWALLOWED.format(file=file)
+    assert f"argument --train-data: {refusal}" in refused(capsys, *command)
+    quoted = SWALLOWED.replace('"a cat', '"""a"" cat"').replace('hat"', "hat")
+    dataset, _ = csv_dataset(tmp_path, quoted)
     assert (len(dataset), dataset.captions[2]) == (6, '"a" cat')
-    parse_args(command)
+    parse_args(command)  # does not raise
 
 
-@pytest.mark.parametrize("other", ["8", "x"])
-def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(tmp_path: Path, other: str) -> None:
-    dataset, file = csv(
-        tmp_path, f"filepath;title;group\n0.png;a;7\n1.png;b;007\n2.png;c;{other}\n3.png;d;7\n"
-    )
-    ids = PairIds(key="group").read_rows(file, ";", dataset)
-    assert ids[0] == ids[3]
-    assert len(set(ids)) == 3
+def test_a_cell_that_swallows_rows_is_refused_by_rankloss_features(tmp_path: Path) -> None:
+    _, file = csv_dataset(tmp_path, SWALLOWED)
+    keys = {"csv_separator": ";", "csv_img_key": "filepath", "csv_caption_key": "title"}
+    with pytest.raises(ValueError, match=re.escape(REFUSAL_OF_SWALLOWED.format(file=file))):
+        open_data(Namespace(data=file, dataset_type="auto", **keys))
 
 
+@pytest.mark.parametrize("last_id", ["8", "x"], ids=["a column of numbers", "a column of texts"])
+def test_ids_7_and_007_of_a_csv_file_are_two(tmp_path: Path, last_id: str) -> None:
+    """Although pandas reads a column of numbers as 7 and 7."""
+    rows = f"0.png;a;7\n1.png;b;007\n2.png;c;7\n3.png;d;{last_id}\n"
+    dataset, file = csv_dataset(tmp_path, f"filepath;title;group\n{rows}")
+    seven, zero_zero_seven, seven_again, _ = PairIds(key="group").read_rows(file, ";", dataset)
+    assert seven == seven_again
+    assert seven != zero_zero_seven
+
+
+# Also with the control characters that a format of one text with separators would give a meaning.
 @pytest.mark.parametrize("text", ["a\x1fb", "\x1b1", "", "a"])
 def test_a_caption_with_columns_is_the_caption(text: str) -> None:
     second = text or "b"  # a blank one is none
-    (sample,) = read([CAPTION], {"txt": text.encode(), "syn": second.encode()})
-    (table,) = CaptionsOfRows([text], [[second]])
-    for caption in (*captions([sample]), str(table), pickle.loads(pickle.dumps(table))):
+    (sample,) = read_samples([SECOND_CAPTION], {"txt": text.encode(), "syn": second.encode()})
+    (of_sample,) = decoded_captions([sample])
+    (of_table,) = CaptionsOfRows([text], [[second]])
+    for caption in (of_sample, str(of_table), pickle.loads(pickle.dumps(of_table))):
         assert (caption, hash(caption), caption.columns) == (text, hash(text), (second,))
     assert sample["txt"] == text.encode()
 
@@ -185,134 +222,166 @@ def test_a_column_of_another_length_is_refused() -> None:
 
 
 def test_a_text_that_lost_its_columns_is_an_error() -> None:
-    (caption,) = captions(read([CAPTION], {"txt": b" a ", "syn": b"b"}))
-    tokenized = TextColumns([CAPTION]).tokenizer(tokenizer())
-    tokenized([caption])
-    for text in (caption.strip(), [caption, "a"]):
+    (caption,) = decoded_captions(read_samples([SECOND_CAPTION], {"txt": b" a ", "syn": b"b"}))
+    tokenized = TextColumns([SECOND_CAPTION]).tokenizer(tokenizer())
+    tokenized([caption])  # the caption itself has its columns
+    stripped = caption.strip()
+    for texts in (stripped, [caption, "a"]):
         with pytest.raises(TypeError, match="second caption 'syn' of caption 'a'"):
-            tokenized(text)
+            tokenized(texts)
 
 
-@pytest.mark.parametrize("count", [1, 1000])
-def test_samples_without_any_column_are_an_error_that_shows_one(count: int) -> None:
-    shown = min(count, 100)
-    with pytest.raises(ValueError, match=f"{shown} samples .*'syn'.* '{shown - 1}', has jpg, txt"):
-        read([CAPTION], *[{"txt": b"a"}] * count)
-    late = [{"txt": b"a"}] * 99 + [{"txt": b"a", "syn": b"b"}] + [{"txt": b"a"}] * 200
-    assert len(read([CAPTION], *late)) == 1
-    assert read([CAPTION]) == []
+@pytest.mark.parametrize(
+    ("count", "read"), [(1, 1), (1000, 100)], ids=["one sample", "more than are read in vain"]
+)
+def test_samples_without_any_column_are_an_error_that_shows_the_last_one_read(count: int, read: int) -> None:
+    with pytest.raises(ValueError, match=f"none of {read} samples .*'syn'.* '{read - 1}', has jpg, txt"):
+        read_samples([SECOND_CAPTION], *[{"txt": b"a"}] * count)
 
 
-def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
+def test_samples_without_a_column_are_skipped_where_one_of_the_first_hundred_has_it() -> None:
+    samples = [{"txt": b"a"}] * 99 + [{"txt": b"a", "syn": b"b"}] + [{"txt": b"a"}] * 200
+    assert [sample["__key__"] for sample in read_samples([SECOND_CAPTION], *samples)] == ["99"]
+
+
+def test_an_empty_shard_is_no_error() -> None:
+    assert read_samples([SECOND_CAPTION]) == []
+
+
+def test_reader_of_shards_is_put_back_after_an_error(tmp_path: Path) -> None:
+    """A run with columns replaces the trainer's reader of shards while the trainer builds its dataset."""
     original = open_clip_train.data.tarfile_to_samples_nothrow
     data = ["--train-data", str(tmp_path / "0.tar")]
     args = parse_args(["--loss", "tiny-caption", "--second-caption-key", "syn", *data])
+    assert run_of(args).text_columns() is not None
     args.world_size = 1
     with pytest.raises(RuntimeError, match="number of dataset samples must be specified"):
         open_clip_train.data.get_wds_dataset(args, None, is_train=True, tokenizer=tokenizer())
     assert open_clip_train.data.tarfile_to_samples_nothrow is original
+
+
+def test_a_loss_without_columns_leaves_the_texts_alone() -> None:
     assert run_of(parse_args(["--loss", "rankclip"])).text_columns() is None
 
 
 # --- from the texts to the model's output ----------------------------------------------------------------
 
 
-def model(trainer: Trainer) -> nn.Module:
+def tiny_model(trainer: Trainer) -> nn.Module:
+    """The tiny model with the weights of one seed, in float64."""
     torch.manual_seed(0)
     path = f"local-dir:{trainer.directory / 'tiny'}"
     return open_clip.create_model(path, output_dict=True, load_weights=False).double()
 
 
 IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-FILE = "filepath;title;syn\n" + "".join(f"{i}.png;a{i};other {i}\n" for i in range(3))
-
-
-def tokens(text: str) -> Tensor:
-    return tokenizer()([text.format(i) for i in range(3)])
+CAPTIONS = [f"a{i}" for i in range(3)]
+SECOND_CAPTIONS = [f"other {i}" for i in range(3)]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a model with columns, beside the model without them."""
+    """A call of a model whose texts have columns, beside a plain model with the same weights."""
 
     model: nn.Module
     wrapped: Any
-    plain: nn.Module
+    """The model in what ``torch.compile`` or DataParallel wraps around it."""
     output: dict[str, Tensor]
-    expected: dict[str, Tensor]
-    """The output of the plain model."""
-    second: dict[str, Tensor]
-    """The plain model's, of the second captions."""
-    arrays: dict[str, np.ndarray]
-    """The teacher's features."""
     calls_of_text_tower: int
+    teacher: dict[str, np.ndarray]
+    """The teacher's features."""
+    plain: nn.Module
+    plain_output: dict[str, Tensor]
+    """The plain model's output, of the captions."""
+    plain_output_of_second: dict[str, Tensor]
+    """The plain model's output, of the second captions in place of the captions."""
 
 
-# The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.fixture(
     scope="module",
-    params=[(False, ""), (True, "module"), pytest.param((True, "compile"), marks=pytest.mark.slow)],
-    ids=["plain", "module", "compile"],
+    params=["plain", "module", pytest.param("compile", marks=pytest.mark.slow)],
 )
 def call(
     request: pytest.FixtureRequest, trainer: Trainer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Call]:
     """Two columns, a second caption and a teacher's features, attached to a model."""
-    named, wrap = request.param
-    tmp_path = tmp_path_factory.mktemp("columns")
-    arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    columns = TextColumns([CAPTION, RowColumn(Features(stored(tmp_path / "x", **arrays)))])
-    plain, clip = model(trainer), model(trainer)
-    expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
-    wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
-    outer = wrapped[wrap](clip) if wrap else clip
-    calls: list[int] = []
-    clip.transformer.register_forward_hook(lambda *_: calls.append(1))
+    folder = tmp_path_factory.mktemp("columns")
+    rows = zip(CAPTIONS, SECOND_CAPTIONS, strict=True)
+    lines = [f"{i}.png;{caption};{second}\n" for i, (caption, second) in enumerate(rows)]
+    dataset, file = csv_dataset(folder, "filepath;title;syn\n" + "".join(lines))
+    teacher = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
+    columns = TextColumns([SECOND_CAPTION, RowColumn(Features(stored(folder / "teacher", **teacher)))])
+
+    plain, clip = tiny_model(trainer), tiny_model(trainer)
+    wrappers = {
+        "plain": lambda model: model,
+        "module": nn.DataParallel,
+        "compile": functools.partial(torch.compile, backend="eager"),
+    }
+    wrapped = wrappers[request.param](clip)
+    calls: list[None] = []
+    clip.transformer.register_forward_hook(lambda *_: calls.append(None))
 
     tokenized = columns.tokenizer(tokenizer())
-    dataset, file = csv(tmp_path, FILE)
     columns.join_csv(dataset, file, ";")
     # As the trainer's dataset does, in processes that are sent copies of both.
     dataset, tokenized = pickle.loads(pickle.dumps((dataset, copy.deepcopy(tokenized))))
     texts = torch.stack([tokenized([str(dataset.captions[i])])[0] for i in range(len(dataset))])
-    columns.attach(outer)
-    output = outer(image=IMAGES, text=texts) if named else outer(IMAGES, texts)
-    yield Call(clip, outer, plain, output, expected, second, arrays, len(calls))
+    columns.attach(wrapped)
+    is_called_by_position = request.param == "plain"  # a caller may do either
+    output = wrapped(IMAGES, texts) if is_called_by_position else wrapped(image=IMAGES, text=texts)
+    yield Call(
+        model=clip,
+        wrapped=wrapped,
+        output=output,
+        calls_of_text_tower=len(calls),
+        teacher=teacher,
+        plain=plain,
+        plain_output=plain(IMAGES, tokenizer()(CAPTIONS)),
+        plain_output_of_second=plain(IMAGES, tokenizer()(SECOND_CAPTIONS)),
+    )
     torch.compiler.reset()
 
 
 def test_columns_leave_the_models_own_output_as_it_is(call: Call) -> None:
-    for name, value in call.expected.items():
+    for name, value in call.plain_output.items():
         torch.testing.assert_close(call.output[name], value)
 
 
 def test_columns_join_the_output_of_one_call_of_the_model(call: Call) -> None:
     assert call.calls_of_text_tower == 1
-    names = {f"reference_{name}" for name in call.arrays}
-    assert call.output.keys() - call.expected.keys() == {*names, "caption_features"}
+    joined = {"reference_image_features", "reference_text_features", "caption_features"}
+    assert call.output.keys() - call.plain_output.keys() == joined
 
 
 def test_the_teachers_features_are_its_rows_without_a_gradient(call: Call) -> None:
-    for name, array in call.arrays.items():
-        found = call.output[f"reference_{name}"]
-        assert torch.equal(found, torch.from_numpy(array))
-        assert not found.requires_grad
+    for name, rows in call.teacher.items():
+        joined = call.output[f"reference_{name}"]
+        assert torch.equal(joined, torch.from_numpy(rows))
+        assert not joined.requires_grad
 
 
 def test_the_second_captions_features_are_those_of_the_text_tower(call: Call) -> None:
-    torch.testing.assert_close(call.output["caption_features"], call.second["text_features"])
+    expected = call.plain_output_of_second["text_features"]
+    torch.testing.assert_close(call.output["caption_features"], expected)
 
 
 def test_gradients_flow_from_both_captions_into_the_one_text_tower(call: Call) -> None:
+    """The factor 3 tells the second captions' part from the captions'."""
     (call.output["text_features"].sum() + 3 * call.output["caption_features"].sum()).backward()
-    (call.expected["text_features"].sum() + 3 * call.second["text_features"].sum()).backward()
-    for (name, a), b in zip(call.model.named_parameters(), call.plain.parameters(), strict=True):
-        if b.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    captions, second_captions = call.plain_output, call.plain_output_of_second
+    (captions["text_features"].sum() + 3 * second_captions["text_features"].sum()).backward()
+    expected = {name: x.grad for name, x in call.plain.named_parameters() if x.grad is not None}
+    assert "text_projection" in expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(call.model.get_parameter(name).grad, gradient, msg=name)
 
 
 def test_a_batch_without_columns_passes_untouched_after_one_that_had_them(call: Call) -> None:
-    assert list(call.wrapped(IMAGES, tokens("a{}"))) == list(call.wrapped(IMAGES)) == list(call.expected)
+    """Also pictures alone, as the trainer's evaluation calls the model."""
+    own_names = list(call.plain_output)
+    assert list(call.wrapped(IMAGES, tokenizer()(CAPTIONS))) == own_names
+    assert list(call.wrapped(IMAGES)) == own_names
 
 
 def test_columns_add_nothing_to_the_models_state(call: Call) -> None:
@@ -322,174 +391,287 @@ def test_columns_add_nothing_to_the_models_state(call: Call) -> None:
 # --- a teacher's features ------------------------------------------------------------------------------
 
 
-def column_of(where: str) -> Any:
-    return RowColumn(Features(where))
+def teacher_column(folder: str) -> Any:
+    """The column of a folder with a teacher's features."""
+    return RowColumn(Features(folder))
 
 
-def taken_apart(column: Any, texts: list[Caption]) -> dict[str, Tensor]:
-    """Features of texts, as the loss gets them."""
-    encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
-    assert encoded.dtype == torch.int64
-    assert torch.equal(encoded[:, 0, :CONTEXT], tokenizer()(texts))
-    return column.outputs({}, encoded[:, 1])
+def encoded_column(column: Any, texts: Sequence[str]) -> Tensor:
+    """The integers of the one column of texts, which stand behind the captions' own tokens."""
+    tokens, of_column = TextColumns([column]).tokenizer(tokenizer())(list(texts)).unbind(1)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens[:, :CONTEXT], tokenizer()(list(texts)))
+    return of_column
 
 
-def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """Features of a webdataset's samples."""
-    column = column_of(where)
-    return taken_apart(column, captions(read([column], *samples)))
+def teacher_features(column: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The teacher's features of texts, as the loss gets them."""
+    return column.outputs({}, encoded_column(column, texts))
 
 
-def test_rows_of_features_are_those_of_the_table(tmp_path: Path) -> None:
-    files = [str(tmp_path / "folder/1.png"), str(tmp_path / "2.png")]
+def teacher_features_of_samples(*samples: dict[str, Any], folder: str) -> dict[str, Tensor]:
+    column = teacher_column(folder)
+    return teacher_features(column, decoded_captions(read_samples([column], *samples)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file of two pairs, whose pictures are in different folders."""
+
+    dataset: Any
+    file: str
+    pairs: list[tuple[str, str]]
+    """The pictures' paths, from the data's folder, and the captions."""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    pairs = [("folder/1.png", "a"), ("2.png", "5")]
     (tmp_path / "folder").mkdir()
-    for name in files:
-        Path(name).write_bytes(b"a picture")
-    dataset, file = csv(tmp_path, f"filepath;title\n{files[0]};a\n{files[1]};5\n")
-    array, pairs = unit_rows(2, 2), [("folder/1.png", "a"), ("2.png", "5")]
-    column = column_of(stored(tmp_path / "x", pairs, text_features=array))
-    other = column_of(stored(tmp_path / "other", pairs[::-1], text_features=array))
+    for picture, _ in pairs:
+        (tmp_path / picture).write_bytes(b"a picture")
+    lines = [f"{tmp_path / picture};{caption}\n" for picture, caption in pairs]
+    dataset, file = csv_dataset(tmp_path, "filepath;title\n" + "".join(lines))
+    return Table(dataset, file, pairs)
+
+
+def test_rows_of_features_are_those_of_the_table(tmp_path: Path, table: Table) -> None:
+    rows = unit_rows(2, 2)
+    column = teacher_column(stored(tmp_path / "teacher", table.pairs, text_features=rows))
+    TextColumns([column]).join_csv(table.dataset, table.file, ";")
+    first, second = table.dataset.captions
+    (features,) = teacher_features(column, [second, first]).values()
+    assert torch.equal(features, torch.from_numpy(rows[[1, 0]]))
+
+
+def test_pictures_are_not_opened_for_a_teacher_of_texts(tmp_path: Path, table: Table) -> None:
+    column = teacher_column(stored(tmp_path / "teacher", table.pairs, text_features=unit_rows(2, 2)))
+    with mock.patch.object(teacher_rows, "content_of", side_effect=AssertionError):
+        TextColumns([column]).join_csv(table.dataset, table.file, ";")
+        teacher_features(column, list(table.dataset.captions))
+
+
+def test_features_of_the_same_pairs_in_another_order_are_refused(tmp_path: Path, table: Table) -> None:
+    reversed_folder = stored(tmp_path / "teacher", table.pairs[::-1], text_features=unit_rows(2, 2))
     with pytest.raises(ValueError, match=r"row 0 .* row 1 "):
-        other.read_rows(file, ";", dataset)
-    with mock.patch.object(teacher_rows, "content_of", side_effect=AssertionError):  # a teacher of texts
-        TextColumns([column]).join_csv(dataset, file, ";")
-        (found,) = taken_apart(column, [dataset.captions[1], dataset.captions[0]]).values()
-    assert torch.equal(found, torch.from_numpy(array[::-1].copy()))
+        teacher_column(reversed_folder).read_rows(table.file, ";", table.dataset)
 
 
-@pytest.mark.parametrize("caption", ["007", "NA"])
-def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: str
+def features_command(tmp_path: Path, file: str) -> int:
+    """The exit code of ``rankloss features`` with two stored features, for the pairs of a file."""
+    np.savez(tmp_path / "features.npz", text_features=unit_rows(2, 2))
+    data = ["--data", file, "--csv-separator", ";", "--features", str(tmp_path / "features.npz")]
+    return main(["--output", str(tmp_path / "teacher"), *data])
+
+
+def test_command_and_trainer_read_a_caption_of_digits_alike(tmp_path: Path) -> None:
+    """The trainer reads with pandas, which makes the number 7 of 007."""
+    dataset, file = csv_dataset(tmp_path, "filepath;title\n1.png;007\n2.png;5\n")
+    assert features_command(tmp_path, file) == 0
+    column = teacher_column(str(tmp_path / "teacher"))
+    TextColumns([column]).join_csv(dataset, file, ";")  # refuses captions other than the folder's
+    assert float(dataset.captions[0]) == 7
+    assert len(teacher_features(column, list(dataset.captions))["reference_text_features"]) == 2
+
+
+def test_a_caption_that_the_trainer_takes_for_a_missing_value_is_refused_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The trainer reads with pandas, which makes numbers, or missing values, of some captions."""
-    dataset, file = csv(tmp_path, f"filepath;title\n1.png;{caption}\n2.png;5\n")
-    np.savez(tmp_path / "given.npz", text_features=unit_rows(2, 2))
-    folder, data = str(tmp_path / "teacher"), ["--data", file, "--csv-separator", ";"]
-    code = main(["--output", folder, "--features", str(tmp_path / "given.npz"), *data])
-    if caption == "NA":
-        assert code == 1
-        assert re.search("row 0 of .*'title'.*'NA'", capsys.readouterr().err)
-    else:
-        assert code == 0
-        TextColumns([column := column_of(folder)]).join_csv(dataset, file, ";")
-        assert float(dataset.captions[0]) == float(caption)
-        assert len(taken_apart(column, list(dataset.captions))["reference_text_features"]) == 2
+    _, file = csv_dataset(tmp_path, "filepath;title\n1.png;NA\n2.png;5\n")
+    assert features_command(tmp_path, file) == 1
+    assert re.search("row 0 of .*'title'.*'NA'", capsys.readouterr().err)
 
 
-def test_rows_of_features_are_found_by_picture_and_caption(tmp_path: Path) -> None:
-    """The picture is its content, under any key, and the one that the trainer takes."""
-    array = unit_rows(2, 2)
+FIRST, SECOND = {"txt": b"a", "jpg": b"first"}, {"txt": b"b", "jpg": b"second"}
+ROW_OF_SECOND, ROW_OF_FIRST = 0, 1  # of the folder below
+
+
+@pytest.fixture
+def folder_of_two_samples(tmp_path: Path) -> str:
+    """A teacher's folder of both samples, in the other order."""
     pairs = [(identity_of(b"second"), "b"), (identity_of(b"first"), "a")]
-    folder = stored(tmp_path / "x", pairs, text_features=array)
-    first, second = {"txt": b"a", "jpg": b"first"}, {"txt": b"b", "jpg": b"second"}
-    for samples in ((first, second), (second, first)):
-        (found,) = features_of(*samples, where=folder).values()
-        rows = [1, 0] if samples[0] is first else [0, 1]
-        assert torch.equal(found, torch.from_numpy(array[rows]))
-    for wrong in ({**second, "txt": b"a"},), (first, second, {**first, "jpg": b"another"}):
-        with pytest.raises(
-            ValueError, match=rf"sample '{len(wrong) - 1}' of a\.tar .*{folder}.* another picture or caption"
-        ):
-            features_of(*wrong, where=folder)
-    column, both = column_of(folder), {**first, "png": b"another"}
-    read([column], both, members=Members(images=("jpg", "png")))
+    return stored(tmp_path / "teacher", pairs, text_features=unit_rows(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"),
+    [
+        pytest.param((FIRST, SECOND), [ROW_OF_FIRST, ROW_OF_SECOND], id="first, second"),
+        pytest.param((SECOND, FIRST), [ROW_OF_SECOND, ROW_OF_FIRST], id="second, first"),
+    ],
+)
+def test_rows_of_features_are_found_by_the_pictures_content_and_the_caption(
+    folder_of_two_samples: str, samples: tuple[dict[str, bytes], ...], rows: list[int]
+) -> None:
+    """In any order, so a sample's key, which counts the samples here, says nothing."""
+    (features,) = teacher_features_of_samples(*samples, folder=folder_of_two_samples).values()
+    assert torch.equal(features, torch.from_numpy(unit_rows(2, 2)[rows]))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pytest.param(({**SECOND, "txt": b"a"},), id="another caption"),
+        pytest.param((FIRST, SECOND, {**FIRST, "jpg": b"another"}), id="another picture"),
+    ],
+)
+def test_a_sample_with_another_picture_or_caption_than_the_features_is_refused(
+    folder_of_two_samples: str, samples: tuple[dict[str, bytes], ...]
+) -> None:
+    """The last of the samples is the wrong one."""
+    key = f"{len(samples) - 1}"
+    message = rf"sample '{key}' of a\.tar .*{folder_of_two_samples}.* another picture or caption"
+    with pytest.raises(ValueError, match=message):
+        teacher_features_of_samples(*samples, folder=folder_of_two_samples)
+
+
+def test_the_picture_of_a_sample_is_the_one_that_the_trainer_takes(folder_of_two_samples: str) -> None:
+    column, two_pictures = teacher_column(folder_of_two_samples), {**FIRST, "png": b"another"}
+    read_samples([column], two_pictures, members=Members(images=("jpg", "png")))  # does not raise
     with pytest.raises(ValueError, match="sample '0' of"):
-        read([column], both, members=Members(images=("png", "jpg")))
+        read_samples([column], two_pictures, members=Members(images=("png", "jpg")))
 
 
-@pytest.mark.parametrize("row", [0, 1])
-def test_a_picture_that_has_changed_is_refused_where_the_trainer_reads_it(tmp_path: Path, row: int) -> None:
-    """The first row's before the training, as one of few that are compared there."""
+@dataclass(frozen=True)
+class PicturesOfTable:
+    """Three pictures of a CSV file, and the column of a teacher that has read them."""
+
+    files: list[Path]
+    dataset: Any
+    table: str
+    column: Any
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PicturesOfTable:
+    """Pictures of which the first and the last are compared before a training, as some are of a long file."""
+    monkeypatch.setattr(teacher_rows, "some_rows", lambda rows: [0, rows - 1])
     contents = [b"first", b"second", b"third"]
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)
     lines = "".join(f"{file};a{i}\n" for i, file in enumerate(files))
-    dataset, file = csv(tmp_path, f"filepath;title\n{lines}")
-    as_read = copy.copy(dataset)
-    column = column_of(stored(tmp_path / "x", pictures=contents, text_features=unit_rows(3, 2)))
-    with mock.patch.object(teacher_rows, "some_rows", lambda rows: [0, rows - 1]):
-        TextColumns([column]).join_csv(dataset, file, ";")
-        tokenized = TextColumns([column]).tokenizer(tokenizer())
-        dataset, tokenized = pickle.loads(pickle.dumps((dataset, tokenized)))  # as a worker has them
-        tokenized(list(dataset.captions))
-        files[row].write_bytes(b"another")
-        named = re.escape(f"row {row} of {file}: the picture '{files[row]}' is not the one that the features")
-        with pytest.raises(ValueError, match=named):
-            tokenized([dataset.captions[row]])
-        tokenized([dataset.captions[2]])
-        if row == 0:
-            with pytest.raises(ValueError, match=named):
-                column.read_rows(file, ";", as_read)
+    dataset, table = csv_dataset(tmp_path, f"filepath;title\n{lines}")
+    folder = stored(tmp_path / "teacher", pictures=contents, text_features=unit_rows(3, 2))
+    return PicturesOfTable(files, dataset, table, teacher_column(folder))
+
+
+def refusal_of_picture(pictures: PicturesOfTable, row: int) -> str:
+    file = pictures.files[row]
+    return re.escape(f"row {row} of {pictures.table}: the picture '{file}' is not the one that the features")
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_picture_that_has_changed_is_refused_where_the_trainer_reads_it(
+    pictures: PicturesOfTable, row: int
+) -> None:
+    TextColumns([pictures.column]).join_csv(pictures.dataset, pictures.table, ";")
+    tokenized = TextColumns([pictures.column]).tokenizer(tokenizer())
+    dataset, tokenized = pickle.loads(pickle.dumps((pictures.dataset, tokenized)))  # as a worker has them
+    tokenized(list(dataset.captions))  # while no picture has changed
+    pictures.files[row].write_bytes(b"another")
+    with pytest.raises(ValueError, match=refusal_of_picture(pictures, row)):
+        tokenized([dataset.captions[row]])
+    tokenized([dataset.captions[2]])  # whose picture is the same
+
+
+def test_a_changed_picture_among_those_that_are_compared_first_is_refused_before_a_training(
+    pictures: PicturesOfTable,
+) -> None:
+    pictures.column.read_rows(pictures.table, ";", pictures.dataset)  # while no picture has changed
+    pictures.files[0].write_bytes(b"another")
+    with pytest.raises(ValueError, match=refusal_of_picture(pictures, row=0)):
+        pictures.column.read_rows(pictures.table, ";", pictures.dataset)
 
 
 # --- ids of pairs -----------------------------------------------------------------------------------------
 
-TABLE = "filepath;title;group\n0.png;a;x\n1.png;b;y\n2.png;a;y\n"
+
+def pair_ids(column: PairIds, texts: Sequence[str]) -> list[int]:
+    """The ids of texts, as the loss gets them."""
+    ids: list[int] = column.outputs({}, encoded_column(column, texts))["pair_ids"].tolist()
+    return ids
 
 
-def ids_of(column: Any, texts: Sequence[str]) -> list[int]:
-    encoded = TextColumns([column]).tokenizer(tokenizer())(texts)
-    found: list[int] = column.outputs({}, encoded[:, 1])["pair_ids"].tolist()
-    return found
-
-
-@pytest.mark.parametrize(("key", "equal"), [("captions", (0, 2)), ("group", (1, 2))])
-def test_rows_have_the_ids_of_captions_or_of_a_column(
-    tmp_path: Path, key: str, equal: tuple[int, int]
+@pytest.mark.parametrize(
+    ("key", "partners"),
+    [
+        pytest.param("captions", (0, 2), id="the captions a, b, a"),
+        pytest.param("group", (1, 2), id="a column x, y, y"),
+    ],
+)
+def test_rows_with_an_equal_caption_or_an_equal_cell_of_a_column_have_one_id(
+    tmp_path: Path, key: str, partners: tuple[int, int]
 ) -> None:
-    dataset, file = csv(tmp_path, TABLE)
-    TextColumns([column := PairIds(key=key)]).join_csv(dataset, file, ";")
-    ids = ids_of(column, dataset.captions)
-    pairs = ((0, 1), (0, 2), (1, 2))
-    assert [pair for pair in pairs if ids[pair[0]] == ids[pair[1]]] == [equal]
+    dataset, file = csv_dataset(tmp_path, "filepath;title;group\n0.png;a;x\n1.png;b;y\n2.png;a;y\n")
+    column = PairIds(key=key)
+    TextColumns([column]).join_csv(dataset, file, ";")
+    ids = pair_ids(column, dataset.captions)
+    with_one_id = [(i, j) for i, j in ((0, 1), (0, 2), (1, 2)) if ids[i] == ids[j]]
+    assert with_one_id == [partners]
 
 
-@pytest.mark.parametrize("key", ["captions", "group.txt", "json:group", "__key__"])
-def test_samples_have_the_ids_of_captions_members_or_keys(key: str) -> None:
-    groups = ["x", "y", "x"]
-    samples = [
+def samples_of_groups(*groups: str) -> list[dict[str, Any]]:
+    """Samples whose caption, member ``group.txt`` and JSON field are their group; each key is another."""
+    return [
         {"txt": group.encode(), "group.txt": group.encode(), "json": json.dumps({"group": group}).encode()}
         for group in groups
     ]
+
+
+@pytest.mark.parametrize("key", ["captions", "group.txt", "json:group"])
+def test_samples_with_an_equal_caption_or_member_have_one_id(key: str) -> None:
     column = PairIds(key=key)
-    ids = ids_of(column, captions(read([column], *samples)))
-    assert len({*ids}) == (3 if key == "__key__" else 2)
-    assert (ids[0] == ids[2]) is (key != "__key__")
+    samples = read_samples([column], *samples_of_groups("x", "y", "x"))
+    first, other, partner = pair_ids(column, decoded_captions(samples))
+    assert first == partner
+    assert first != other
 
 
-def test_a_column_of_no_ids_is_refused(tmp_path: Path) -> None:
-    for groups, message in (("x ", "group .*row 1 has float nan"), ("77", "group .*2 rows")):
-        text = "".join(f"{n}.png;a;{x.strip()}\n" for n, x in enumerate(groups))
-        dataset, file = csv(tmp_path, f"filepath;title;group\n{text}")
-        with pytest.raises(ValueError, match=message):
-            PairIds(key="group").read_rows(file, ";", dataset)
+def test_samples_of_one_group_have_two_ids_by_their_keys() -> None:
+    column = PairIds(key="__key__")
+    samples = read_samples([column], *samples_of_groups("x", "y", "x"))
+    assert len(set(pair_ids(column, decoded_captions(samples)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        pytest.param(("x", ""), "group .*row 1 has float nan", id="an empty cell"),
+        pytest.param(("7", "7"), "group .*2 rows", id="one id for all rows"),
+    ],
+)
+def test_a_column_of_no_ids_is_refused(tmp_path: Path, groups: tuple[str, ...], message: str) -> None:
+    rows = "".join(f"{i}.png;a;{group}\n" for i, group in enumerate(groups))
+    dataset, file = csv_dataset(tmp_path, f"filepath;title;group\n{rows}")
+    with pytest.raises(ValueError, match=message):
+        PairIds(key="group").read_rows(file, ";", dataset)
 
 
 def test_a_sample_without_an_id_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'1' of a\.tar .*'group\.txt'.*jpg, txt"):
-        read([PairIds(key="group.txt")], {"txt": b"a", "group.txt": b"x"}, {"txt": b"b"})
+        read_samples([PairIds(key="group.txt")], {"txt": b"a", "group.txt": b"x"}, {"txt": b"b"})
 
 
 def test_a_run_leaves_partners_out(trainer: Trainer) -> None:
-    """Under RankCLIP's terms, which need no ids."""
-    lines = ["filepath\ttitle\tgroup"]
+    """Joined with RankCLIP's terms, which need no ids. The batch of each step is the whole set."""
     # Some odd rows share a group; each even row is a group by itself.
-    groups = [n // 3 if n % 2 else 100 + n for n in range(len(trainer.rows))]
-    lines += ["\t".join([*row[:2], f"group {x}"]) for row, x in zip(trainer.rows, groups, strict=True)]
+    groups = [row // 3 if row % 2 else 100 + row for row in range(len(trainer.rows))]
+    lines = ["filepath\ttitle\tgroup"]
+    for (picture, title, _), group in zip(trainer.rows, groups, strict=True):
+        lines.append(f"{picture}\t{title}\tgroup {group}")
     file = trainer.directory / "groups.csv"
     file.write_text("\n".join(lines) + "\n")
     options = ["--loss", "clip-ids+rankclip", "--clip-ids-key", "group", "--train-data", str(file)]
     run = trainer.call("clip-ids", *WHOLE_SET, *options)
     assert "Loss: clip-ids+rankclip (rankloss" in run.log
-    features, scale = student(trainer, run)
+
+    features, scale = student(trainer, run)  # at the second step, whose number is 1
     both = [torch.from_numpy(features[name]) for name in ("image_features", "text_features")]
-    own, left_out = (
-        rankloss.ClipLoss(same_id=same)(*both, scale, **ids).item()
-        for same, ids in ((None, {}), ("ignore", {"pair_ids": torch.tensor(groups)}))
-    )
-    assert run.scalars["contrastive_loss"][1] == pytest.approx(left_out, rel=1e-5)
-    assert abs(own / left_out - 1) > 1e-3
-    counts = [groups.count(x) for x in groups]
-    share = sum(x > 1 for x in counts) / len(counts)
+    plain = rankloss.ClipLoss()(*both, scale).item()
+    without_partners = rankloss.ClipLoss(same_id="ignore")(*both, scale, pair_ids=torch.tensor(groups)).item()
+    assert run.scalars["contrastive_loss"][1] == pytest.approx(without_partners, rel=1e-5)
+    assert abs(plain / without_partners - 1) > 1e-3, "the tolerance tells the two apart"
+    with_partner = [groups.count(group) > 1 for group in groups]
+    share = sum(with_partner) / len(groups)
     assert run.scalars["pairs_with_partner"][1] == pytest.approx(share)
