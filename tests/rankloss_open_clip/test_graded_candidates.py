@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,118 +33,198 @@ PAGE = Path(__file__).parents[2] / "docs/lists.md"
 
 # --- what is refused --------------------------------------------------------------------------------------
 
-GOOD = ["a dog", "a cat"], [2, 1]
+A_LIST = ["a dog", "a cat"], [2, 1]  # candidates, and their grades
 
 
-def csv(path: Path, *lists: Any) -> tuple[Any, str]:
-    """A CSV file of own captions a0, a1, …, as the trainer reads it; cells are JSON unless they are texts."""
-    columns: dict[str, list[str]] = {"filepath": [], "title": [], "candidates": [], "grades": []}
-    for i, of_row in enumerate(lists):
-        cells = (x if isinstance(x, str) else json.dumps(x) for x in of_row)
-        for column, cell in zip(columns.values(), (f"{i}.png", f"a{i}", *cells), strict=True):
-            column.append(cell)
-    file = path / "data.csv"
-    pandas.DataFrame(columns).to_csv(file, sep="\t", index=False)
+def as_json(cell: Any) -> str:
+    """A cell as JSON; a text is one already."""
+    return cell if isinstance(cell, str) else json.dumps(cell)
+
+
+def csv_dataset(folder: Path, *lists: tuple[Any, Any]) -> tuple[Any, str]:
+    """The trainer's dataset of a CSV file, and its path; the own captions of its lists are a0, a1, …."""
+    rows = [
+        (f"{number}.png", f"a{number}", as_json(candidates), as_json(grades))
+        for number, (candidates, grades) in enumerate(lists)
+    ]
+    file = folder / "data.csv"
+    table = pandas.DataFrame(rows, columns=["filepath", "title", "candidates", "grades"])
+    table.to_csv(file, sep="\t", index=False)
     return open_clip_train.data.CsvDataset(str(file), None, "filepath", "title", sep="\t"), str(file)
 
 
-@pytest.mark.parametrize(
-    ("captions", "grades", "named"),
+def sample_of(key: str, candidates: Any, grades: Any) -> dict[str, Any]:
+    """A sample of the shard x.tar, with its list."""
+    members = {"candidates.json": as_json(candidates).encode(), "grades.json": as_json(grades).encode()}
+    return {"__key__": key, "__url__": "x.tar", "png": b"", **members}
+
+
+bad_lists = pytest.mark.parametrize(
+    ("candidates", "grades", "message"),
     [
-        ([3], [1], "^candidates must be texts; got 3 in"),
-        ("[a]", [1], r"must be JSON lists; got .*\[a\].* in"),
-        (["x", "a1"], [1, 2], "own caption 'a1' cannot be above all candidates and among them, in"),
-        (["x", "y"], [1e308, 1], "1e\\+308"),
-        (list("abcd"), [1] * 4, "has 4 candidates, more than --ranked-lists-max-candidates 3"),
+        pytest.param([3], [1], "^candidates must be texts; got 3 in", id="a number as candidate"),
+        pytest.param("[a]", [1], r"must be JSON lists; got .*\[a\].* in", id="no JSON"),
+        pytest.param(
+            ["x", "a1"],
+            [1, 2],
+            "own caption 'a1' cannot be above all candidates and among them, in",
+            id="own caption among the candidates",
+        ),
+        pytest.param(["x", "y"], [1e308, 1], "1e\\+308", id="no finite grade is above all"),
+        pytest.param(
+            ["a", "b", "c", "d"],
+            [1, 1, 1, 1],
+            "has 4 candidates, more than --ranked-lists-max-candidates 3",
+            id="too many candidates",
+        ),
     ],
 )
-def test_a_bad_list_is_refused_by_its_row_or_sample(
-    tmp_path: Path, captions: Any, grades: Any, named: str
+
+
+@bad_lists
+def test_a_bad_list_of_a_csv_file_is_refused_by_its_row(
+    tmp_path: Path, candidates: Any, grades: Any, message: str
 ) -> None:
-    dataset, file = csv(tmp_path, GOOD, (captions, grades))
-    lists = Candidates(own_caption="top", max_candidates=3)
-    with pytest.raises(ValueError, match=named) as error:
-        lists.read_rows(file, "\t", dataset)
+    dataset, file = csv_dataset(tmp_path, A_LIST, (candidates, grades))
+    column = Candidates(own_caption="top", max_candidates=3)
+    with pytest.raises(ValueError, match=message) as error:
+        column.read_rows(file, "\t", dataset)
     assert f"row 2 of {file}" in str(error.value)
-    members = {
-        "candidates.json": (captions if isinstance(captions, str) else json.dumps(captions)).encode(),
-        "grades.json": json.dumps(grades).encode(),
-    }
-    with pytest.raises(ValueError, match=named) as error:
-        lists.read_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1", b"")
+
+
+@bad_lists
+def test_a_bad_list_of_a_webdataset_is_refused_by_its_sample(
+    candidates: Any, grades: Any, message: str
+) -> None:
+    column = Candidates(own_caption="top", max_candidates=3)
+    with pytest.raises(ValueError, match=message) as error:
+        column.read_sample(sample_of("7", candidates, grades), caption="a1", image=b"")
     assert "sample '7' of x.tar" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("grades", "own", "warned"), [([2, 2], "apart", 1), ([2, 2], "top", 0), ([2, 1], "apart", 0)]
+    ("grades", "own_caption", "is_warned_of"),
+    [
+        pytest.param([2, 2], "apart", True, id="ties alone"),
+        pytest.param([2, 2], "top", False, id="ties below the own caption"),
+        pytest.param([2, 1], "apart", False, id="an order"),
+    ],
 )
 def test_lists_without_any_order_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, grades: Any, own: Any, warned: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, grades: Any, own_caption: Any, is_warned_of: bool
 ) -> None:
-    dataset, file = csv(tmp_path, (["x", "y"], grades), (["z"], [0]))
+    list_of_one = ["z"], [0]  # which has no order either, unless the own caption is above it
+    dataset, file = csv_dataset(tmp_path, (["x", "y"], grades), list_of_one)
     with caplog.at_level("WARNING", "rankloss_trainers"):
-        Candidates(own_caption=own).read_rows(file, "\t", dataset)
-    assert [file in x.getMessage() for x in caplog.records] == [True] * warned
+        Candidates(own_caption=own_caption).read_rows(file, "\t", dataset)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (1 if is_warned_of else 0)
+    assert all(file in warning for warning in warnings)
 
 
-def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    dataset, _ = csv(tmp_path, GOOD)
-    (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
+def test_a_csv_file_without_a_column_of_the_lists_is_refused(tmp_path: Path) -> None:
+    dataset, _ = csv_dataset(tmp_path, A_LIST)
+    without_grades = tmp_path / "other.csv"
+    without_grades.write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
     with pytest.raises(ValueError, match="has no column 'grades'; it has filepath, title, candidates"):
-        Candidates().read_rows(str(tmp_path / "other.csv"), "\t", dataset)
-    sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
+        Candidates().read_rows(str(without_grades), "\t", dataset)
+
+
+def test_a_sample_without_a_member_of_the_lists_is_refused() -> None:
+    sample = sample_of("7", *A_LIST)
+    del sample["grades.json"]
     with pytest.raises(ValueError, match=r"sample '7' of x\.tar has no grades\.json; every picture needs"):
-        Candidates(max_candidates=3).read_sample(sample, "a", b"")
+        Candidates(max_candidates=3).read_sample(sample, caption="a", image=b"")
+
+
+def test_lists_of_a_webdataset_need_the_length_of_the_longest() -> None:
     with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
-        Candidates().read_sample({**sample, "grades.json": b"[1]"}, "a", b"")
+        Candidates(max_candidates=None).read_sample(sample_of("7", *A_LIST), caption="a", image=b"")
 
 
-def test_a_picture_twice_in_a_batch_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:
-    """By its file, however its path is written, or in shards by its content; captions do not matter."""
-    lists, term = Candidates(max_candidates=2), RankedListsTerm(RankedLists(in_batch_negatives=True))
-    dataset, file = csv(tmp_path, GOOD, GOOD, GOOD)
+def one_token_each(captions: list[str]) -> Tensor:
+    """A tokenizer where the tokens do not matter, as the features are given."""
+    return torch.ones(len(captions), 1, dtype=torch.long)
+
+
+def evaluate_with_negatives(column: Candidates, texts: list[str]) -> Tensor:
+    """The loss, with in-batch negatives, of a batch of the column's texts; of some features."""
+    encoded = column.encode(one_token_each, texts)
+    own_captions_and_two_candidates_each = 3 * len(texts)
+    features = {
+        "image_features": torch.eye(4)[: len(texts)],
+        "text_features": torch.full((own_captions_and_two_candidates_each, 4), 0.5),
+    }
+    term = RankedListsTerm(RankedLists(in_batch_negatives=True))
+    return term(logit_scale=1.0, **column.outputs(features, encoded))
+
+
+ONE_QUERY = "rows 0 and 2 of the batch are one query"
+
+
+def test_a_picture_twice_in_a_batch_of_a_csv_file_is_refused_with_in_batch_negatives(tmp_path: Path) -> None:
+    """A picture is its file, however the path is written."""
+    column = Candidates(max_candidates=2)
+    dataset, file = csv_dataset(tmp_path, A_LIST, A_LIST, A_LIST)
     dataset.images = ["0.png", "a/0.png", "./0.png"]
-    rows = lists.read_rows(file, "\t", dataset)
-    members = {"candidates.json": b'["a dog", "a cat"]', "grades.json": b"[2, 1]"}
-    of_samples = [("0", "a", b"first"), ("1", "a", b"second"), ("2", "b", b"first"), ("0", "a", b"third")]
-    samples = [
-        lists.read_sample({"__url__": "x.tar", "__key__": key, "png": image, **members}, text, image)
-        for key, text, image in of_samples
+    texts = column.read_rows(file, "\t", dataset)
+    with pytest.raises(ValueError, match=ONE_QUERY):
+        evaluate_with_negatives(column, texts)
+    evaluate_with_negatives(column, texts[:2])  # whose pictures are two files
+
+
+def test_a_picture_twice_in_a_batch_of_samples_is_refused_with_in_batch_negatives() -> None:
+    """A picture is its content: neither the key of a sample nor its caption counts."""
+    column = Candidates(max_candidates=2)
+
+    def read(key: str, caption: str, image: bytes) -> str:
+        return column.read_sample(sample_of(key, *A_LIST), caption, image)
+
+    first, second = read("0", "a", b"first"), read("1", "a", b"second")
+    with pytest.raises(ValueError, match=ONE_QUERY):
+        evaluate_with_negatives(column, [first, second, read("2", "b", b"first")])
+    evaluate_with_negatives(column, [first, second, read("0", "a", b"third")])
+
+
+LISTS = [(["x", "y"], [2, 1]), (["a0", "z"], [1, 2])]
+"""The second list has the first picture's own caption, a0, which stands apart from the first list."""
+
+
+def texts_of_csv(column: Candidates, folder: Path) -> list[str]:
+    dataset, file = csv_dataset(folder, *LISTS)
+    return column.read_rows(file, "\t", dataset)
+
+
+def texts_of_samples(column: Candidates, folder: Path) -> list[str]:
+    return [
+        column.read_sample(sample_of(f"{i}", *of_sample), caption=f"a{i}", image=bytes([i]))
+        for i, of_sample in enumerate(LISTS)
     ]
 
-    def loss(*texts: str) -> Tensor:
-        encoded = lists.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), [*texts])
-        v, t = torch.eye(4)[: len(texts)], torch.full((3 * len(texts), 4), 0.5)
-        return term(logit_scale=1.0, **lists.outputs({"image_features": v, "text_features": t}, encoded))
 
-    for texts in (rows, samples[:3]):
-        with pytest.raises(ValueError, match="rows 0 and 2 of the batch are one query"):
-            loss(*texts)
-    loss(*rows[:2])
-    loss(*samples[:2], samples[3])
-
-
-@pytest.mark.parametrize("is_csv", [True, False])
-def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(tmp_path: Path, is_csv: bool) -> None:
-    """The second list has the first picture's own caption, which stands apart from the first list."""
-    column, lists = Candidates(max_candidates=2), [(["x", "y"], [2, 1]), (["a0", "z"], [1, 2])]
-    if is_csv:
-        dataset, file = csv(tmp_path, *lists)
-        texts = column.read_rows(file, "\t", dataset)
-    else:
-        members = [
-            {"candidates.json": json.dumps(x).encode(), "grades.json": json.dumps(y).encode()}
-            for x, y in lists
-        ]
-        samples = [{"__url__": "x.tar", "__key__": f"{i}", **x} for i, x in enumerate(members)]
-        texts = [column.read_sample(sample, f"a{i}", bytes([i])) for i, sample in enumerate(samples)]
-    encoded = column.encode(lambda captions: torch.ones(len(captions), 1, dtype=torch.long), texts)
+@pytest.mark.parametrize("read", [texts_of_csv, texts_of_samples])
+def test_an_own_caption_in_another_list_is_no_negative_of_its_picture(
+    tmp_path: Path, read: Callable[[Candidates, Path], list[str]]
+) -> None:
+    """Against the loss written item by item, which is told to leave that caption out."""
+    column = Candidates(max_candidates=2)
+    encoded = column.encode(one_token_each, read(column, tmp_path))
     features = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)))
-    v, t = features[:2], features[2:]  # the own captions, then x, y, a0, z
-    inputs = column.outputs({"image_features": v, "text_features": t}, encoded)
+    images, texts = features[:2], features[2:]
+    inputs = column.outputs({"image_features": images, "text_features": texts}, encoded)
     term = RankedListsTerm(RankedLists(in_batch_negatives=True))
-    index, grades = torch.tensor([[2, 3], [4, 5]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    expected = literal(v, t, index, grades, 10.0, in_batch_negatives=True, excluded=[4, -1])
+
+    _own_0, _own_1, x, y, a0, z = range(6)  # the rows of texts
+    none = -1
+    expected = literal(
+        images,
+        texts,
+        index=torch.tensor([[x, y], [a0, z]]),
+        grades=torch.tensor([[2.0, 1.0], [1.0, 2.0]]),
+        logit_scale=10.0,
+        in_batch_negatives=True,
+        excluded=[a0, none],
+    )
     torch.testing.assert_close(term(logit_scale=10.0, **inputs), expected)
 
 
@@ -157,91 +238,119 @@ OPTIONS = [
     *("--loss", "ranked-lists", "--ranked-lists-weight", "0.5", "--ranked-lists-own-caption", "top"),
     *("--ranked-lists-in-batch-negatives", "include"),
 ]
+MAX_CANDIDATES = ["--ranked-lists-max-candidates", "3"]  # as a webdataset needs
 
 
-def lists_of(trainer: Trainer) -> list[tuple[list[str], list[float]]]:
-    """One to three captions for each pair, some shared, with ties, and some without a grade."""
+def graded_captions() -> list[tuple[list[str], list[float]]]:
+    """One to three captions for each pair, some shared, and their grades, with ties; −∞ is no grade."""
     pool = [f"{i % 5} pears and {i % 3} plums" for i in range(15)]
     grades = [1.0, 0.0, 1.0, -math.inf]
-    return [
-        ([pool[(n + 4 * k) % 15] for k in range(1 + n % 3)], [grades[(n + k) % 4] for k in range(1 + n % 3)])
-        for n in range(SAMPLES)
-    ]
+    lists = []
+    for n in range(SAMPLES):
+        places = range(1 + n % 3)
+        lists.append(([pool[(n + 4 * k) % 15] for k in places], [grades[(n + k) % 4] for k in places]))
+    return lists
 
 
 @pytest.fixture(scope="module")
 def data(trainer: Trainer) -> dict[str, list[str]]:
-    """The options that name the data, in the two formats."""
+    """The options that name the data of :func:`graded_captions`, in the two formats."""
     lines = ["filepath\ttitle\tcandidates\tgrades"]
     shard = trainer.directory / "lists.tar"
     with tarfile.open(shard, "w") as file:
-        for n, (row, (captions, grades)) in enumerate(zip(trainer.rows, lists_of(trainer), strict=True)):
-            cells = json.dumps(captions), json.dumps(grades)
-            lines.append("\t".join([*row[:2], *cells]))
-            members = dict(zip(("candidates.json", "grades.json"), (x.encode() for x in cells), strict=True))
-            add_sample(file, f"{n:03}", png=Path(row[0]).read_bytes(), txt=row[1].encode(), **members)
+        rows = zip(trainer.rows, graded_captions(), strict=True)
+        for n, ((picture, title, _), (captions, grades)) in enumerate(rows):
+            lines.append("\t".join([picture, title, json.dumps(captions), json.dumps(grades)]))
+            members = {
+                "candidates.json": json.dumps(captions).encode(),
+                "grades.json": json.dumps(grades).encode(),
+            }
+            add_sample(file, f"{n:03}", png=Path(picture).read_bytes(), txt=title.encode(), **members)
     (trainer.directory / "lists.csv").write_text("\n".join(lines) + "\n")
-    samples = ["--train-num-samples", str(SAMPLES), "--ranked-lists-max-candidates", "3"]
+    samples = ["--dataset-type", "webdataset", "--train-num-samples", str(SAMPLES)]
     return {
         "csv": ["--train-data", str(trainer.directory / "lists.csv")],
-        "webdataset": ["--train-data", str(shard), "--dataset-type", "webdataset", *samples],
+        "webdataset": ["--train-data", str(shard), *samples, *MAX_CANDIDATES],
     }
 
 
-def own_step(trainer: Trainer, run: Run, scale_factor: float) -> dict[str, Tensor]:
-    """The second step of a run, from its first checkpoint, by a loop over lists and items."""
+def second_step_item_by_item(
+    trainer: Trainer, run: Run, *, scale_gradient_factor: float
+) -> dict[str, Tensor]:
+    """The model after the second step of a run, from its first checkpoint, by a loop over lists and items.
+
+    The loss is CLIP's plus half that of the lists, as OPTIONS say: the own caption has a grade above the
+    others of its list, and other lists' candidates are negatives.
+    """
     clip, optimizer = resumed(trainer, run)
-    v, t = encoded(trainer, clip)
-    titles = [row[1] for row in trainer.rows]
+    images, own_texts = encoded(trainer, clip)
+    scale, lists = clip.logit_scale.exp(), graded_captions()
+    titles = [title for _, title, _ in trainer.rows]
+    all_captions = sorted({*titles, *(caption for captions, _ in lists for caption in captions)})
     tokenize = open_clip.get_tokenizer(f"local-dir:{trainer.directory / 'tiny'}")
-    s, lists = clip.logit_scale.exp(), lists_of(trainer)
-    everyone = sorted({*titles, *(caption for captions, _ in lists for caption in captions)})
-    items = clip.encode_text(tokenize(everyone), normalize=True)
+    items = clip.encode_text(tokenize(all_captions), normalize=True)
+    # An own caption and up to three candidates; a grade of NaN is a place without an item.
     index, grades = torch.zeros(SAMPLES, 4, dtype=torch.long), torch.full((SAMPLES, 4), math.nan)
-    for n, (title, (captions, given)) in enumerate(zip(titles, lists, strict=True)):
-        own = [title, *captions]
-        index[n, : len(own)] = torch.tensor([everyone.index(caption) for caption in own])
-        grades[n, : len(own)] = torch.tensor([1 + max(0.0, *given), *given])
-    of_lists = literal(v, items, index, grades, s, in_batch_negatives=True)
-    (ClipLoss()(v, t, s) + 0.5 * of_lists).backward()
-    clip.logit_scale.grad *= scale_factor
+    for n, (title, (captions, grades_of_list)) in enumerate(zip(titles, lists, strict=True)):
+        with_own = [title, *captions]
+        own_grade = 1 + max(0.0, *grades_of_list)
+        index[n, : len(with_own)] = torch.tensor([all_captions.index(caption) for caption in with_own])
+        grades[n, : len(with_own)] = torch.tensor([own_grade, *grades_of_list])
+    of_lists = literal(images, items, index, grades, scale, in_batch_negatives=True)
+    (ClipLoss()(images, own_texts, scale) + 0.5 * of_lists).backward()
+    clip.logit_scale.grad *= scale_gradient_factor
     optimizer.step()
     return dict(clip.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["csv", "webdataset"])
-def test_a_run_is_a_loop_of_ones_own(trainer: Trainer, data: dict[str, list[str]], kind: str) -> None:
-    """The gradient of the scale is the trainer's own, which counts every micro-batch in full."""
-    sizes = ["--batch-size", str(SAMPLES)]
-    if kind == "webdataset":
-        sizes = ["--batch-size", str(SAMPLES // 2), "--accum-freq", "2", "--grad-checkpointing"]
-    run = trainer.call(f"lists, {kind}", *SETTING, *OPTIONS, *data[kind], *sizes)
-    found, before = run.epoch(2), run.epoch(1)
-    for name, value in own_step(trainer, run, scale_factor=1.0 if kind == "csv" else 2.0).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
-    assert (found["text_projection"] - before["text_projection"]).abs().max() > 1e-3
+@pytest.mark.parametrize(
+    ("data_format", "batches_of_a_step"),
+    [pytest.param("csv", 1, id="csv"), pytest.param("webdataset", 2, id="webdataset, accumulated")],
+)
+def test_a_run_is_a_loop_of_ones_own(
+    trainer: Trainer, data: dict[str, list[str]], data_format: str, batches_of_a_step: int
+) -> None:
+    """In the gradient of the scale the trainer counts every batch of an accumulated step in full."""
+    sizes = ["--batch-size", str(SAMPLES // batches_of_a_step)]
+    if batches_of_a_step > 1:
+        sizes += ["--accum-freq", str(batches_of_a_step), "--grad-checkpointing"]
+    run = trainer.call(f"lists, {data_format}", *SETTING, *OPTIONS, *data[data_format], *sizes)
+    before, after = run.epoch(1), run.epoch(2)
+    expected = second_step_item_by_item(trainer, run, scale_gradient_factor=float(batches_of_a_step))
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    change = (after["text_projection"] - before["text_projection"]).abs().max()
+    assert change > 1e-3, "the step is far larger than the tolerance"
     assert {"contrastive_loss", "ranked_lists_loss"} <= run.scalars.keys()
 
 
-@pytest.mark.parametrize(("section", "number"), [("Hard negatives", 1), ("In open_clip's trainer", 2)])
+@pytest.mark.parametrize(
+    ("section", "commands_there"), [("Hard negatives", 1), ("In open_clip's trainer", 2)]
+)
 def test_the_pages_file_and_commands_are_read(
-    trainer: Trainer, data: dict[str, list[str]], section: str, number: int
+    trainer: Trainer, data: dict[str, list[str]], section: str, commands_there: int
 ) -> None:
-    """The file of the page, and the options of its commands on the test's data."""
-    page = PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
-    (text,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    for name in re.findall(r"^\w+\.jpg", text, re.MULTILINE):
-        text = text.replace(name, trainer.rows[ord(name[0]) - ord("a")][0])
-    (trainer.directory / f"page {number}.csv").write_text(text)
-    (block,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    commands = block.replace("\\\n", " ").splitlines()
-    assert len(commands) == number
+    """The section's table with this test's pictures, and the options of its commands from ``--loss`` on.
+
+    A command for a webdataset has this file's shard in place of the page's.
+    """
+    text = PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    (table,) = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for number, name in enumerate(sorted(set(re.findall(r"^\w+\.jpg", table, re.MULTILINE)))):
+        table = table.replace(name, trainer.rows[number][0])
+    file = trainer.directory / f"{section}.csv"
+    file.write_text(table)
+    (console,) = re.findall(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    commands = console.replace("\\\n", " ").splitlines()
+    assert len(commands) == commands_there
     for command in commands:
-        options = shlex.split(command)
-        given = options[options.index("--loss") :]
-        files = ["--train-data", str(trainer.directory / f"page {number}.csv"), "--batch-size", "2"]
-        files = data["webdataset"][:-2] if "webdataset" in options else files
-        run = run_of(ready(parse_args(trainer.arguments("page", *files, *given))))
+        words = shlex.split(command)
+        options_of_loss = words[words.index("--loss") :]
+        if "webdataset" in words:
+            source = data["webdataset"][: -len(MAX_CANDIDATES)]  # which the command itself names
+        else:
+            source = ["--train-data", str(file), "--batch-size", "2"]
+        run = run_of(ready(parse_args(trainer.arguments("page", *source, *options_of_loss))))
         assert "ranked-lists" in run.name
         assert run.text_columns() is not None
 
@@ -249,11 +358,11 @@ def test_the_pages_file_and_commands_are_read(
 def test_a_bad_sample_ends_the_run_before_a_checkpoint(trainer: Trainer, data: dict[str, list[str]]) -> None:
     shard = trainer.directory / "bad.tar"
     with tarfile.open(shard, "w") as file:
-        for n, row in enumerate(trainer.rows):
+        for n, (picture, title, _) in enumerate(trainer.rows):
             grades = b"[NaN]" if n == 5 else b"[1]"
-            members = {"candidates.json": b'["a"]', "grades.json": grades, "txt": row[1].encode()}
-            add_sample(file, f"{n:03}", png=Path(row[0]).read_bytes(), **members)
-    files = ["--train-data", str(shard), *data["webdataset"][2:]]
-    run = trainer.call("bad sample", *SETTING, "--loss", "ranked-lists", *files, code=1)
+            members = {"candidates.json": b'["a"]', "grades.json": grades, "txt": title.encode()}
+            add_sample(file, f"{n:03}", png=Path(picture).read_bytes(), **members)
+    source = [*data["webdataset"], "--train-data", str(shard)]  # the last one counts
+    run = trainer.call("bad sample", *SETTING, "--loss", "ranked-lists", *source, code=1)
     assert re.search(r"grades .* nan in sample '005' of .*bad\.tar", run.output)
     assert not list((run.directory / "checkpoints").glob("*.pt"))
