@@ -187,6 +187,15 @@ def test_a_cell_that_swallows_rows_is_refused_before_a_training(
     parse_args(command)  # does not raise
 
 
+def test_a_csv_file_without_rows_is_refused_before_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "header.csv"
+    file.write_text("filepath;title;group\n")
+    command = f"--loss clip-ids --clip-ids-key group --csv-separator ; --train-data {file}".split()
+    assert f"argument --train-data: {file} has no rows" in refused(capsys, *command)
+
+
 def test_a_cell_that_swallows_rows_is_refused_by_rankloss_features(tmp_path: Path) -> None:
     _, file = csv_dataset(tmp_path, SWALLOWED)
     keys = {"csv_separator": ";", "csv_img_key": "filepath", "csv_caption_key": "title"}

@@ -13,7 +13,7 @@ def read_columns(path: str, separator: str, *names: str) -> list[Any]:
     """Columns of a CSV file, which is read once for all calls; see :func:`forget_files`.
 
     Raises:
-        ValueError: There is no such column, or a cell has swallowed rows.
+        ValueError: There is no such column or no row, or a cell has swallowed rows.
     """
     check_header(path, separator, *names)
     table = _read_once(path, separator)
@@ -52,6 +52,8 @@ def _table(path: str, separator: str, state: tuple[int, int] | None) -> Any:  # 
     import pandas
 
     table = pandas.read_csv(path, sep=separator)
+    if table.empty:
+        raise ValueError(f"{path} has no rows")
     check_cells(table, path, separator)
     return table
 
