@@ -19,6 +19,7 @@ _OF_PICTURES = {
     "image_resize_mode": "resize_mode",
 }
 """The trainer's options of prepared pictures, and open_clip's names of them beside known weights."""
+_REPLACED_BIAS = -10.0  # the trainer's first bias of --siglip
 _OF_THE_MODEL = ("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length")
 
 
@@ -48,6 +49,8 @@ def options_of(model: str, weights: str) -> dict[str, Any]:
     for option in _OF_THE_MODEL:
         if run.get(option):
             options[option] = run[option]
+    if run.get("siglip"):  # its models have a bias, which open_clip adds where it is given a value of it
+        options["init_logit_bias"] = _REPLACED_BIAS  # by the one in the file of weights
     return options
 
 

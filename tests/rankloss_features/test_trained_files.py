@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_teacher import CLIP_CONFIG, picture
 from torch import Tensor
 
-from rankloss_features import clip_models
+from rankloss_features import clip_models, opening
 from rankloss_features.data import Sample
 from rankloss_features.trained_files import options_of
 
@@ -63,6 +63,18 @@ def test_pictures_have_the_features_that_they_had_in_the_training(saved: Save) -
     with torch.no_grad():
         expected = trained.eval().encode_image(prepare(opened)[None])
     torch.testing.assert_close(features_of(opened, weights), expected)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="this torch does not read pickles of weights safely")
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_of_a_training_with_siglip_is_read_with_its_bias(saved: Save) -> None:
+    trained = open_clip.create_model(NAME, init_logit_bias=-10.0)  # as the trainer's --siglip builds it
+    trained.logit_bias.data.fill_(-3.0)  # as training has moved it
+    weights = saved({"state_dict": trained.state_dict()}, model=NAME, pretrained="", siglip=True)
+    options = options_of(NAME, str(weights))
+    opened, _, _ = opening.open_clip_model(NAME, str(weights), torch.device("cpu"), **options)
+    assert opened.logit_bias.item() == -3.0
+    clip_models.load(NAME, str(weights), torch.device("cpu"))  # raises without the run's option
 
 
 def picture_file(folder: Path) -> Path:
