@@ -220,7 +220,7 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
             )
     # An encoder of the same name may compute other features: those of a fixed input are compared.
     remedy = ". Restore it, or align the new one: its projections are others"
-    probing.check_entry(f"--align {folder}", features.about, teacher, remedy)
+    probing.check_same_as_in_folder(f"--align {folder}", features.about, teacher, remedy)
     project = {_IMAGES: cca.images, _TEXTS: cca.texts}
     width = len(cca.correlations)
     encoders = {

@@ -7,15 +7,20 @@ import re
 from typing import Any
 
 _BLOCK = 2**20  # bytes
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst", ".tar")  # endings of files that pandas unpacks
+_LINE_BREAK = re.compile(r"[\r\n]")  # old files have "\r" alone
 
 
 def may_swallow_rows(path: str) -> bool:
     """True if a file has a quotation mark, without which no cell holds more than its part of a line.
 
-    An address that is no local file has unknown contents: False.
+    A compressed file may have one that its bytes do not show: True. An address that is no local file has
+    unknown contents: False.
     """
     if not os.path.isfile(path):
         return False
+    if path.lower().endswith(_COMPRESSED):
+        return True
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             if b'"' in block:
@@ -45,7 +50,7 @@ def check_cells(table: Any, path: str, separator: str) -> None:
         if table[name].dtype.kind in "biufc":  # booleans and numbers
             continue
         for row, cell in enumerate(table[name]):
-            if isinstance(cell, str) and "\n" in cell and pattern.search(cell):
+            if isinstance(cell, str) and _LINE_BREAK.search(cell) and pattern.search(cell):
                 first_line, *others = cell.splitlines()
                 raise ValueError(
                     f"row {row} of {path}, column {name!r}: the cell {first_line!r:.60} goes on for "

@@ -167,7 +167,7 @@ class Table:
     def pairs(self) -> Iterator[PairBlock]:
         """All pairs, in the order of the rows. It is called first, and counts them."""
         for first in range(0, len(self.names), _BLOCK):
-            captions, names = self._captions_and_names(first, self.names[first : first + _BLOCK])
+            captions, names = self._read_captions_and_names(first, self.names[first : first + _BLOCK])
             yield PairBlock(captions, names, names)
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
@@ -181,8 +181,14 @@ class Table:
                     name = name_of(path or content, self._folder)
                     yield row, name, content or opening.content_of(path)
 
-    def _captions_and_names(self, first: int, block: dict[str, list[Any]]) -> tuple[list[str], list[str]]:
-        """The captions, and the names of the pictures, of a block of rows that begins with row ``first``.
+    def _read_captions_and_names(
+        self, first: int, block: dict[str, list[Any]]
+    ) -> tuple[list[str], list[str]]:
+        """The caption of each row of a block, and the name of its picture.
+
+        Args:
+            first: The first row of the block, for the error and for the pictures' content.
+            block: The columns ``caption`` and ``image.path`` of the rows.
 
         Raises:
             ValueError: A row has no caption.
@@ -258,7 +264,7 @@ class Table:
             block = self.names[first : first + _BLOCK]
             paths = block["image.path"]  # None, or empty, of pictures without a file
             absolute_paths = [path and os.path.abspath(path) for path in paths]
-            described = repr((self._captions_and_names(first, block), absolute_paths))
+            described = repr((self._read_captions_and_names(first, block), absolute_paths))
             digest.update(described.encode("utf-8", "surrogatepass"))
         for row in some_rows(len(self.dataset)):
             picture = self.dataset[row]
@@ -278,7 +284,7 @@ class Table:
         """The samples of some batches of a shard, in the order of its rows."""
         for first, last in spans:
             block = self.dataset[first:last]
-            captions, names = self._captions_and_names(first, block)
+            captions, names = self._read_captions_and_names(first, block)
             contents_and_paths = zip(block["image.bytes"], block["image.path"], strict=True)
             sources = [content or path for content, path in contents_and_paths]
             rows = range(first, last)

@@ -89,9 +89,10 @@ def evaluate(
         The result that ``--json`` writes, and the features.
 
     Raises:
-        ValueError: The data cannot be read, or k is beyond them.
+        ValueError: The data cannot be read, are of one picture or one id, or k is beyond them.
     """
     pairs = Pairs.of(opened)
+    _check_groups_differ(pairs, ids_key)
     rows = encode_rows(model, opened, batch_size=batch_size, workers=workers, shows=True)
     encoded = pairs.with_pictures(rows.pictures).encoded(rows.features)
     about = described(encoded, name, pairs.data, ids_key)
@@ -100,6 +101,16 @@ def evaluate(
     except ValueError as error:
         hint = "; give fewer answers by --k" if str(error).startswith("k must") else ""
         raise ValueError(f"--model {name}: {error}{hint}") from error
+
+
+def _check_groups_differ(pairs: Pairs, ids_key: str | None) -> None:
+    """Raise a ValueError for pairs of one id, or one picture: any answer of any model would be right."""
+    if len(set(pairs.groups)) == 1:
+        group = "picture" if ids_key is None else f"id of {ids_key!r}"
+        raise ValueError(
+            f"--data {pairs.data}: its pairs, {len(pairs.captions)}, have one {group}, so every answer would "
+            "be right"
+        )
 
 
 def _evaluated(

@@ -20,6 +20,7 @@ from rankloss_features.teachers import Teacher
 PREFIX = "probe."
 """The beginning of the names of these features among the tensors of heads."""
 
+_LITTLE_ENDIAN_FLOAT16 = "<f2"
 _LEAST_COSINE = 0.99  # other devices and kernels round; another preparation of inputs is below
 _TEXT = "2 small Dogs, one red & one black, run by a café; the other's asleep."
 _REASON = (
@@ -29,25 +30,24 @@ _REASON = (
 
 def features_of(teacher: Teacher) -> dict[str, Tensor]:
     """The features of a fixed picture and a fixed text, ``[width]``: ``probe.image_features`` and so on."""
-    prepared: dict[str, Any] = {name: x.prepare([FIXED]) for name, x in teacher.encoders.items()}
+    prepared: dict[str, Any] = {name: encoder.prepare([FIXED]) for name, encoder in teacher.encoders.items()}
     encoded = teacher.encode(prepared, torch.float32)
-    return {PREFIX + name: x[0].contiguous() for name, x in encoded.items()}
+    return {PREFIX + name: features[0].contiguous() for name, features in encoded.items()}
 
 
 def entry_of(teacher: Teacher) -> dict[str, str]:
     """The entry ``probe`` of ``folder.json``: these features by modality, float16 in hexadecimal digits."""
-    little_endian = "<f2"
     return {
-        name.removeprefix(PREFIX): features.numpy().astype(little_endian).tobytes().hex()
+        name.removeprefix(PREFIX): features.numpy().astype(_LITTLE_ENDIAN_FLOAT16).tobytes().hex()
         for name, features in features_of(teacher).items()
     }
 
 
-def check_entry(place: str, about: Mapping[str, Any], teacher: Teacher, remedy: str) -> None:
-    """Compare encoders with those of a folder of features.
+def check_same_as_in_folder(place: str, about: Mapping[str, Any], teacher: Teacher, remedy: str) -> None:
+    """Compare encoders with those of a folder of features, by the entry that :func:`entry_of` made.
 
     Args:
-        place: The folder, for the error.
+        place: The folder, which begins the error.
         about: The entries of its ``folder.json``.
         teacher: The encoders.
         remedy: The end of the error.
@@ -56,9 +56,9 @@ def check_entry(place: str, about: Mapping[str, Any], teacher: Teacher, remedy: 
         ValueError: As :func:`check_same`.
     """
     stored = {}
-    for name, digits in about.get("probe", {}).items():
-        features = np.frombuffer(bytes.fromhex(digits), "<f2").astype(np.float32)
-        stored[PREFIX + name] = torch.from_numpy(features)
+    for modality, digits in about.get("probe", {}).items():
+        features = np.frombuffer(bytes.fromhex(digits), _LITTLE_ENDIAN_FLOAT16).astype(np.float32)
+        stored[PREFIX + modality] = torch.from_numpy(features)
     check_same(f"{place} has the features of", stored, teacher, remedy)
 
 

@@ -34,7 +34,7 @@ def load(folder: str, device: torch.device) -> Teacher:
     tokenizer = opening.text_processor(folder)
     # SigLIP has seen texts of one length alone.
     padding = "max_length" if isinstance(getattr(model, "logit_bias", None), Tensor) else "longest"
-    tokens_of = partial(_tokens, tokenizer, padding, _longest_text(model, tokenizer))
+    tokens_of = partial(_tokens, tokenizer, padding, _most_tokens(model, tokenizer))
     encode_texts = partial(_texts, model, device)
     with torch.inference_mode():
         width = encode_texts(tokens_of([Sample(0, "", "a picture")])).shape[1]
@@ -48,15 +48,17 @@ def load(folder: str, device: torch.device) -> Teacher:
     return Teacher(about, encoders, scale, device=device)
 
 
-def _longest_text(model: Any, tokenizer: Any) -> int | None:
-    """The tokens that the text tower takes; None if nothing bounds them.
+def _most_tokens(model: Any, tokenizer: Any) -> int | None:
+    """The number of tokens to which texts are cut, and those of SigLIP padded; None if nothing bounds it.
 
-    A tokenizer without a bound of its own, as SigLIP 2's, would cut no text and pad none to that length.
+    It is the smaller of two bounds, of which either may be missing: the positions of the text tower, and the
+    tokenizer's own bound, which SigLIP 2's has not.
     """
     tower = getattr(model.config, "text_config", model.config)
     positions = getattr(tower, "max_position_embeddings", None) or sys.maxsize
-    longest = min(tokenizer.model_max_length, positions)  # a tokenizer without a bound has one beyond maxsize
-    return None if longest >= sys.maxsize else int(longest)
+    # transformers gives a tokenizer without a bound a larger one than any integer of 64 bits.
+    most = min(tokenizer.model_max_length, positions)
+    return None if most >= sys.maxsize else int(most)
 
 
 def _images(model: Any, pixels: Tensor) -> Tensor:

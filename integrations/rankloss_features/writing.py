@@ -238,7 +238,7 @@ def check_is_of(output: Path, entries: dict[str, Any], about: dict[str, Any]) ->
 def check_probe(output: Path, entries: dict[str, Any], teacher: Teacher) -> None:
     """Raise a ValueError for a folder that was begun with encoders of the same weights and other features."""
     remedy = ". Restore it; or, for features of the new one, delete the folder and give the command again"
-    probing.check_entry(f"--output {output}", entries, teacher, remedy)
+    probing.check_same_as_in_folder(f"--output {output}", entries, teacher, remedy)
 
 
 def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:

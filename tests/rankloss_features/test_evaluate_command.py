@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -412,6 +413,45 @@ def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, caps
 )
 def test_a_bad_option_is_named(sample_folder: Path, capsys: Any, options: Any, message: str) -> None:
     assert re.search(message, refusal(capsys, run(sample_folder, sample_folder / "val.csv", *options)))
+
+
+@pytest.mark.parametrize("ending", ["crlf.csv", "cr.csv", "lf.csv.gz"])
+def test_a_cell_that_swallows_rows_is_refused_in_every_kind_of_file(
+    sample_folder: Path, tmp_path: Path, capsys: Any, ending: str
+) -> None:
+    """Files with each line break; and a compressed one, whose bytes have no quotation mark."""
+    rows = rows_of(sample_folder / "val.csv")
+    rows[1]["title"] = f'"{rows[1]["title"]}'  # up to the mark two rows below, all is one cell
+    rows[3]["title"] += '"'
+    text = write(tmp_path / "plain.csv", rows).read_text(encoding="utf-8")
+    line_break = {"crlf.csv": "\r\n", "cr.csv": "\r", "lf.csv.gz": "\n"}[ending]
+    content = text.replace("\n", line_break).encode()
+    if ending.endswith(".gz"):
+        # Blank lines at the end, which are no rows, change the compressed bytes.
+        compressed = (gzip.compress(content + b"\n" * blank, mtime=0) for blank in range(1000))
+        content = next(file for file in compressed if b'"' not in file)
+    (tmp_path / ending).write_bytes(content)
+    error = refusal(capsys, run(sample_folder, tmp_path / ending, "--dataset-type", "csv"))
+    assert f"row 1 of {tmp_path / ending}, column 'title'" in error
+    assert "goes on for 2 more lines" in error
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "group"),
+    [
+        pytest.param("filepath", (), "picture", id="one picture"),
+        pytest.param("product", ("--ids-key", "product"), "id of 'product'", id="one id"),
+    ],
+)
+def test_pairs_by_which_every_answer_is_right_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, column: str, options: tuple[str, ...], group: str
+) -> None:
+    rows = rows_of(sample_folder / "val.csv")
+    for row in rows:
+        row[column] = rows[0][column]
+    data = write(tmp_path / "one.csv", rows)
+    error = refusal(capsys, run(sample_folder, data, "--k", "1", *options))
+    assert f"--data {data}: its pairs, 16, have one {group}, so every answer would be right" in error
 
 
 def test_a_missing_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
