@@ -15,7 +15,10 @@ from scipy import stats
 from tools_folder import ROOT, tool
 
 ENCODERS = "CLIP + two encoders"  # the demo's name of it
-PAGES = [f"docs/{name}.md" for name in ("evidence", "lists", "losses", "papers", "teachers", "your_data")]
+PAGES = [
+    f"docs/{name}.md"
+    for name in ("evidence", "evidence_details", "lists", "losses", "papers", "teachers", "your_data")
+]
 NUMBER = r"(?<![\d.])\d+\.\d\d(?![\d.])"
 
 
@@ -34,6 +37,35 @@ def test_every_interval_of_the_readme_rounds_one_of_a_report() -> None:
     rounded = tool("cases.py").of_readme(reported())
     assert len(intervals) >= 15
     assert [x for x in intervals if x not in rounded] == []
+
+
+def test_gains_in_short_round_those_of_the_tables() -> None:
+    """The whole numbers of README's table of what to expect, row by row."""
+    of_encoders = first_gains(of_mimicry(), column=0)
+    of_spread = first_gains(over_the_higher_clip(), column=0)
+    of_ranks = first_gains(over_the_higher_clip(), column=1)
+    of_mimicry_of_icons = differences_of("captions")["icons-250", "mimicry", "clip"]
+    expected = {
+        "`mimicry` of a CLIP of icons": f"icons {whole(of_mimicry_of_icons)}",
+        "`rankclip-encoders`": f"icons {of_encoders['icons, 64']}, emojis {of_encoders['emojis, 250']}, "
+        f"photographs {of_encoders['photographs, 64']}",
+        "`spread`": f"icons {of_spread['icons, 64']}, photographs {of_spread['photographs, 250']}",
+        "`rankclip`": f"icons {of_ranks['icons, 250']} to {of_ranks['icons, 64']}",
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| (`.*?) \| (.*?) \|", readme.partition("**In short")[2], re.MULTILINE))
+    assert shown == expected
+
+
+def first_gains(rows: list[str], column: int) -> dict[str, str]:
+    """The gain in a column of a table's rows, as a whole number, by the row's name."""
+    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
+    return {name: whole(gains[column]) for name, *gains in cells if gains[column] != "–"}
+
+
+def whole(gain: str) -> str:
+    """A gain, as "+4.19 (3.14 to 5.23)" or "+4.19 ± 1.05", rounded and without its interval."""
+    return f"{float(gain.split()[0].replace('−', '-')):+.0f}"
 
 
 def prose(path: str) -> str:
@@ -554,18 +586,23 @@ def demo_agreement() -> list[str]:
             "docs/evidence.md",
             [
                 frozen_encoders,
-                across_splits,
-                photographs_table,
-                beside_shuffled_words,
+                from_how_many_pairs,
                 baselines,
                 over_the_higher_clip,
+                long_trainings,
                 of_mimicry,
                 of_a_pretrained_clip,
-                primary_tests,
-                from_how_many_pairs,
-                long_trainings,
+            ],
+        ),
+        (
+            "docs/evidence_details.md",
+            [
+                photographs_table,
                 spread_on_heads,
+                across_splits,
+                beside_shuffled_words,
                 ways_to_learn_from_a_teacher,
+                primary_tests,
                 costs,
             ],
         ),

@@ -189,7 +189,8 @@ def test_a_baseline_is_named_by_the_pages_of_all_losses_alone() -> None:
     """So it goes by its section, its row of the papers, and the records of what was measured."""
     modules = {name: catalog.known()[name][0].module for name in OF_PACKAGES}
     baselines = [name for name, module in modules.items() if module.startswith("rankloss_baselines.")]
-    others = {page: text for page, text in PAGES.items() if page not in ("losses", "papers", "evidence")}
+    of_all_losses = ("losses", "papers", "evidence", "evidence_details")
+    others = {page: text for page, text in PAGES.items() if page not in of_all_losses}
     others["README"] = README
     for name in baselines:
         naming = re.compile(rf"\b{name}(loss)?\b", re.IGNORECASE)
