@@ -135,7 +135,7 @@ class Spec(NamedTuple):
         # The options of ``rankloss features``, as its parser would have them.
         options = dict.fromkeys(("features", "image_weights", "spaces", "align", *_NAMES))
         args = Namespace(**{**options, **self.names()}, batch_size=batch_size)
-        return sources.load(sources.given(args), args, device)
+        return sources.load(sources.options_of_teacher(args), args, device)
 
     def _look_up(self, name: str, value: str) -> None:
         """Look up a model or an encoder, ``name``, by its name or path, ``value``.

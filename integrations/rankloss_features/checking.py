@@ -28,5 +28,5 @@ def report(path: str, data: Data) -> str:
         lines.append("pictures: by their names, since the teacher has read none")
     if about["skipped"]:
         lines.append(f"{about['skipped']:,} rows without features: their pictures cannot be read")
-    lines += [f"{name}: {x.dtype}, {x.shape[1]} columns" for name, x in features.arrays.items()]
+    lines += [f"{name}: {rows.dtype}, {rows.shape[1]} columns" for name, rows in features.arrays.items()]
     return "\n".join(lines)

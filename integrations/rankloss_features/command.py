@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             "batch_size": args.batch_size,
             "command": command,
         }
-        options_of_teacher = sources.given(args)
+        options_of_teacher = sources.options_of_teacher(args)
         pairs = data.open_data(args)
         teacher = sources.load(options_of_teacher, args, device)
         if isinstance(args.align, str):  # a folder, whose projections are taken

@@ -118,7 +118,7 @@ class Pairs:
         return replace(self, pictures=pictures, groups=groups)._checked()
 
     def _checked(self) -> Pairs:
-        """These pairs.
+        """These pairs themselves, once it is sure that all rows of a picture are of one group.
 
         Raises:
             ValueError: A picture has two ids.

@@ -128,11 +128,11 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     check_complete(report, name)
     has_pooler = not report["missing_keys"]
     model = model.float().to(device).eval()
-    encode = partial(_vectors, model, has_pooler)
-    return encode, partial(_processed, processor), hash_of_weights(model)
+    encode = partial(_image_features, model, has_pooler)
+    return encode, partial(_pixels, processor), hash_of_weights(model)
 
 
-def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
+def _image_features(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
     """The image features of a model of transformers: ``[n, width]``."""
     features: Tensor
     if hasattr(model, "get_image_features"):
@@ -145,7 +145,7 @@ def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
     return features
 
 
-def _processed(processor: Any, picture: Any) -> Tensor:
+def _pixels(processor: Any, picture: Any) -> Tensor:
     """The pixels of a picture, as a model of transformers takes them."""
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     return pixels

@@ -70,7 +70,7 @@ class Rendering:
         if self.upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
-            return Image.fromarray(_of_8_bits(image, has_16_bits=has_16_bits)).convert("RGB")
+            return Image.fromarray(_grey_of_8_bits(image, has_16_bits=has_16_bits)).convert("RGB")
         if not image.has_transparency_data:
             return image.convert("RGB")
         canvas = Image.new("RGBA", image.size, self.background)
@@ -78,7 +78,7 @@ class Rendering:
         return canvas.convert("RGB")
 
 
-def _of_8_bits(image: Any, *, has_16_bits: bool) -> Any:
+def _grey_of_8_bits(image: Any, *, has_16_bits: bool) -> Any:
     """Grey of more bits, or of floats, as an array of 8.
 
     Raises:

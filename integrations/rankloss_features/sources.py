@@ -32,7 +32,7 @@ _TWO_ENCODERS = ["image_encoder", "text_encoder"]
 _BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
 
 
-def given(args: Any) -> list[str]:
+def options_of_teacher(args: Any) -> list[str]:
     """The options that name the teacher of a command line: one, or an encoder of each modality.
 
     Raises:
@@ -83,7 +83,7 @@ def load(options: list[str], args: Any, device: torch.device) -> Teacher:
     """The teacher that a command line names.
 
     Args:
-        options: The options that name it, of :func:`given`.
+        options: The options that name it, of :func:`options_of_teacher`.
         args: The parsed command line.
         device: The device that computes.
 
@@ -92,11 +92,11 @@ def load(options: list[str], args: Any, device: torch.device) -> Teacher:
             line have a background for pictures.
     """
     if options == _TWO_ENCODERS:
-        images, texts = (_named(option, args, device) for option in options)
+        images, texts = (_load_option(option, args, device) for option in options)
         encoders = {**images.encoders, **texts.encoders}
         return Teacher({**images.about, **texts.about}, encoders, device=device, spaces=SEPARATE_SPACES)
     (option,) = options
-    teacher = _named(option, args, device)
+    teacher = _load_option(option, args, device)
     background = getattr(args, "background", None)
     if teacher.rendering is not None and background is not None:
         raise ValueError(
@@ -105,17 +105,17 @@ def load(options: list[str], args: Any, device: torch.device) -> Teacher:
     return replace(teacher, device=device)
 
 
-def _named(option: str, args: Any, device: torch.device) -> Teacher:
-    """The teacher, or the encoder of one modality, that an option names.
+def _load_option(option: str, args: Any, device: torch.device) -> Teacher:
+    """The teacher, or the encoder of one modality, that one option names; errors begin with the option.
 
     Raises:
         ValueError: As :func:`load`.
     """
     with named_errors(f"{flag(option)} {getattr(args, option)}"):
         if option == "model":
-            return _joint(args, device)
+            return _model_of_both(args, device)
         if option == "features":
-            return _stored(args)
+            return _stored_features(args)
         if option == "image_encoder":
             return image_encoders.load(args.image_encoder, args.image_weights, device)
         return text_encoders.load(args.text_encoder, args.batch_size, device)
@@ -127,14 +127,14 @@ def _rows(array: Array, samples: list[Sample]) -> Tensor:
     return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
 
 
-def _joint(args: Any, device: torch.device) -> Teacher:
+def _model_of_both(args: Any, device: torch.device) -> Teacher:
     """A model of pictures and texts, or a folder of ``rankloss heads``."""
     if (Path(args.model) / heads.ABOUT).is_file():
         return heads.load_heads(args.model, device).teacher
     return clip_models.load(args.model, args.pretrained, device)
 
 
-def _stored(args: Any) -> Teacher:
+def _stored_features(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     arrays, folder = _stored_arrays(Path(args.features))
     rows = _checked_rows(arrays)

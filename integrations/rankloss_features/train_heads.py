@@ -72,7 +72,9 @@ def _encoders(args: argparse.Namespace) -> Encoders:
         ValueError: They are neither two encoders nor a model that has both, or the method does not fit them.
     """
     # This command has no option of stored features.
-    options = sources.given(argparse.Namespace(**vars(args), features=None, spaces=None, align=None))
+    options = sources.options_of_teacher(
+        argparse.Namespace(**vars(args), features=None, spaces=None, align=None)
+    )
     if options == ["image_encoder"] or options == ["text_encoder"]:
         missing = "--text-encoder" if options == ["image_encoder"] else "--image-encoder"
         raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
@@ -175,15 +177,17 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
         features[option] = encoded.features
         pairs[option] = pairs[option].with_pictures(encoded.pictures)
     learned, held_out = _split(args, pairs, seed, are_read=True)
-    held_out_features = {name: _taken(x, held_out.rows) for name, x in features[held_out.option].items()}
+    held_out_features = {name: _take_rows(x, held_out.rows) for name, x in features[held_out.option].items()}
     # One modality after the other leaves the features of all pairs, which memory would hold twice.
-    learned_features = {name: _taken(features[learned.option].pop(name), learned.rows) for name in NAMES}
+    learned_features = {name: _take_rows(features[learned.option].pop(name), learned.rows) for name in NAMES}
     learned_pairs = pairs[learned.option].take(learned.rows)
     validation = HeldOut(pairs[held_out.option].take(held_out.rows), held_out_features)
-    numbered = Learned(learned_features, _numbers(learned_pairs.pictures), _numbers(learned_pairs.groups))
-    print(f"training on {len(learned.rows)} pairs of {numbered.groups.max() + 1} {_kind(args)}")
+    numbered = Learned(
+        learned_features, _number_groups(learned_pairs.pictures), _number_groups(learned_pairs.groups)
+    )
+    print(f"training on {len(learned.rows)} pairs of {numbered.groups.max() + 1} {_noun_of_groups(args)}")
     made = make(asked, numbered)
-    _print_course(made, _kind(args))
+    _print_course(made, _noun_of_groups(args))
     if asked.keep:
         print(f"share of the model's own similarity (--keep): {asked.keep:g}")
     model = FrozenEncoders(encoders, frozen, made.parts, made.scale, rendering)
@@ -192,9 +196,10 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
 
 
-def _taken(x: Tensor, rows: list[int]) -> Tensor:
-    """Ascending rows of a tensor; all of them are the tensor itself, to save memory."""
-    return x if len(rows) == len(x) else x[rows]
+def _take_rows(features: Tensor, rows: list[int]) -> Tensor:
+    """The features of ascending, distinct rows. All of them are the tensor itself, to save memory."""
+    has_all_rows = len(rows) == len(features)
+    return features if has_all_rows else features[rows]
 
 
 def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
@@ -248,7 +253,7 @@ def _split(
         learned = Selection("--data", list(range(count)))
         held_out = Selection("--val-data", list(range(len(of_val_data.captions))))
         if args.ids_key is not None:
-            _check_disjoint(_kind(args), of_val_data.groups, of_data.groups, of_val_data.groups)
+            _check_disjoint(_noun_of_groups(args), of_val_data.groups, of_data.groups, of_val_data.groups)
         if are_read:
             _check_disjoint("pictures", of_val_data.pictures, of_data.pictures, of_val_data.names)
     for purpose, selection in (("train", learned), ("evaluate", held_out)):
@@ -309,8 +314,8 @@ def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out:
     """Print the table of ``rankloss evaluate`` of held-out pairs, from the encoders' features of them."""
     projected = {}
     with torch.no_grad():
-        for name, x in held_out.features.items():
-            of_heads = model.heads[name](x.to(model.teacher.device))
+        for name, of_encoder in held_out.features.items():
+            of_heads = model.heads[name](of_encoder.to(model.teacher.device))
             projected[name] = torch.nn.functional.normalize(of_heads, dim=-1).cpu()
     encoded = held_out.pairs.encoded(projected)
     most_answers = min(len(encoded.image_features), len(encoded.text_features))
@@ -338,14 +343,14 @@ def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
     return learned, held_out
 
 
-def _numbers(groups: Sequence[object]) -> NDArray[np.int64]:
+def _number_groups(groups: Sequence[object]) -> NDArray[np.int64]:
     """Groups as numbers from 0, in the order in which they first stand."""
     number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([number_of[group] for group in groups])
 
 
-def _kind(args: argparse.Namespace) -> str:
-    """The noun for the groups of pairs."""
+def _noun_of_groups(args: argparse.Namespace) -> str:
+    """The noun for the groups of pairs in messages: pictures, or the ids of a column."""
     return "pictures" if args.ids_key is None else f"ids of {args.ids_key!r}"
 
 

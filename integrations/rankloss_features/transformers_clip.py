@@ -68,7 +68,7 @@ def _images(model: Any, pixels: Tensor) -> Tensor:
 
 def _texts(model: Any, device: torch.device, tokens: dict[str, Tensor]) -> Tensor:
     """The features of texts: ``[n, width]``."""
-    inputs = {name: x.to(device) for name, x in tokens.items()}
+    inputs = {name: of_texts.to(device) for name, of_texts in tokens.items()}
     return _pooled(model.get_text_features(**inputs))
 
 

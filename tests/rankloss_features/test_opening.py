@@ -199,7 +199,7 @@ from rankloss_features.teachers import Batches
 def error_of(line):
     args = _parser().parse_args(["--output", "x", *line.split()])
     try:
-        sources.load(sources.given(args), args, torch.device("cpu"))
+        sources.load(sources.options_of_teacher(args), args, torch.device("cpu"))
     except ValueError as error:
         return " ".join(str(error).split())
 
@@ -293,7 +293,7 @@ def test_without_the_guard_the_code_would_be_run(place: Path, kind: Callable[[Pa
 def load_by(options: str) -> None:
     """Load the teacher that options of ``rankloss features`` name."""
     args = _parser().parse_args(["--output", "x", *options.split()])
-    sources.load(sources.given(args), args, torch.device("cpu"))
+    sources.load(sources.options_of_teacher(args), args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("form", ["pickle", "archive"])
