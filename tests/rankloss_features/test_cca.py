@@ -203,7 +203,8 @@ def test_fewer_pairs_than_dimensions_give_as_many_directions_as_there_are(caplog
     torch.testing.assert_close(cca.images(v).norm(dim=1), torch.ones(6, dtype=torch.float64))
 
 
-def test_directions_of_linearly_dependent_features_are_not_invented(caplog: Any) -> None:
+def test_directions_of_linearly_dependent_features_are_not_invented() -> None:
+    """Features of nine columns that lie in a plane have two directions, where five are asked for."""
     v, t = features()
     directions = torch.from_numpy(unit(v))
     plane = directions[:, :2] / directions[:, :2].norm(dim=1, keepdim=True)

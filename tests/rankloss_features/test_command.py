@@ -269,34 +269,90 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
 @pytest.mark.parametrize(
     ("data", "options", "named"),
     [
-        ("pairs.csv", f"{SENTENCES} --image-weights x", "--image-weights x belongs to --image-encoder"),
-        ("pairs.csv", f"{BACKBONE} --spaces common", "--spaces common belongs to --features"),
-        (
+        pytest.param(
+            "pairs.csv",
+            f"{SENTENCES} --image-weights x",
+            "--image-weights x belongs to --image-encoder",
+            id="weights of pictures without their encoder",
+        ),
+        pytest.param(
+            "pairs.csv",
+            f"{BACKBONE} --spaces common",
+            "--spaces common belongs to --features",
+            id="spaces of encoders",
+        ),
+        pytest.param(
             "pairs.csv",
             f"{STORED}/two.npz --spaces common",
             "--spaces common: these features have separate spaces.* 3, 'text_features': 4",
+            id="a common space of two widths",
         ),
-        ("pairs.csv", "--image-encoder test_vit --image-weights none.pth", "--image-encoder test_vit: "),
-        ("pairs.csv", "--model no-such-model", "--model no-such-model"),
-        ("pairs.csv", "--model ViT-B/32 --pretrained openai", "--model ViT-B/32: .*give ViT-B-32-quickgelu"),
-        ("pairs.csv", f"{CLIP} --pretrained openai", "--pretrained openai: .*local-dir:.*clip .*model.bin"),
-        ("pairs.csv", "--model local-dir:{place}/no-weights", "--model local-dir:.*no-weights"),
-        ("few.csv", f"{STORED}/arrays.npz", "--features has 40 rows, and the data have 39"),
-        ("pairs.csv", "", "--text-encoder.* none"),
-        ("pairs.csv", f"{CLIP} --text-encoder x", "--model and --text-encoder"),
-        (
+        pytest.param(
+            "pairs.csv",
+            "--image-encoder test_vit --image-weights none.pth",
+            "--image-encoder test_vit: ",
+            id="a missing file of weights",
+        ),
+        pytest.param("pairs.csv", "--model no-such-model", "--model no-such-model", id="an unknown model"),
+        pytest.param(
+            "pairs.csv",
+            "--model ViT-B/32 --pretrained openai",
+            "--model ViT-B/32: .*give ViT-B-32-quickgelu",
+            id="a model under openai's spelling",
+        ),
+        pytest.param(
+            "pairs.csv",
+            f"{CLIP} --pretrained openai",
+            "--pretrained openai: .*local-dir:.*clip .*model.bin",
+            id="a tag beside a folder",
+        ),
+        pytest.param(
+            "pairs.csv",
+            "--model local-dir:{place}/no-weights",
+            "--model local-dir:.*no-weights",
+            id="a folder without weights",
+        ),
+        pytest.param(
+            "few.csv",
+            f"{STORED}/arrays.npz",
+            "--features has 40 rows, and the data have 39",
+            id="fewer pairs than stored rows",
+        ),
+        pytest.param("pairs.csv", "", "--text-encoder.* none", id="no teacher"),
+        pytest.param(
+            "pairs.csv", f"{CLIP} --text-encoder x", "--model and --text-encoder", id="two teachers"
+        ),
+        pytest.param(
             "pairs.csv",
             f"{CLIP} --csv-caption-key caption",
             "--csv-caption-key caption: .*'filepath', 'title'",
+            id="a missing column",
         ),
-        ("pairs.csv", f"{CLIP} --csv-separator ,", "--csv-img-key filepath: .*wrong --csv-separator"),
-        ("pairs.csv", f"{STORED}/array.npy", "--features .*array.npy: .*not one array"),
-        ("none.xyz", CLIP, "none.xyz .*--dataset-type"),
-        ("broken.tar", CLIP, "broken.tar cannot be read"),
-        ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
-        ("{0..1}.tar", f"{CLIP} --text-key caption", "{0..1}.tar has no pairs"),
-        ("images", f"{CLIP} --split test", "--split test: .* train"),
-        ("clip", CLIP, "'image'.*model_cfg"),
+        pytest.param(
+            "pairs.csv",
+            f"{CLIP} --csv-separator ,",
+            "--csv-img-key filepath: .*wrong --csv-separator",
+            id="another separator",
+        ),
+        pytest.param(
+            "pairs.csv",
+            f"{STORED}/array.npy",
+            "--features .*array.npy: .*not one array",
+            id="an array without a name",
+        ),
+        pytest.param("none.xyz", CLIP, "none.xyz .*--dataset-type", id="data of no known kind"),
+        pytest.param("broken.tar", CLIP, "broken.tar cannot be read", id="a damaged archive"),
+        pytest.param(
+            "broken.csv", CLIP, "broken.csv cannot be read: .*utf-8", id="a CSV file that is not UTF-8"
+        ),
+        pytest.param(
+            "{0..1}.tar",
+            f"{CLIP} --text-key caption",
+            "{0..1}.tar has no pairs",
+            id="shards without the key of texts",
+        ),
+        pytest.param("images", f"{CLIP} --split test", "--split test: .* train", id="an unknown split"),
+        pytest.param("clip", CLIP, "'image'.*model_cfg", id="a folder of a model in place of data"),
     ],
 )
 def test_what_cannot_work_is_an_error_that_names_it(

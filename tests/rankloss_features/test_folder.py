@@ -271,8 +271,12 @@ def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return data, written(folder / "x", Table(data, "image", "caption", data="given"), teacher()).path
 
 
+CHANGED_ROW = 5
+
+
 def with_another_caption(data: Any) -> Any:
-    return data.map(lambda row, i: {"caption": "another"} if i == 5 else row, with_indices=True)
+    """The data with the caption ``another`` in one row."""
+    return data.map(lambda row, i: {"caption": "another"} if i == CHANGED_ROW else row, with_indices=True)
 
 
 CHOSEN = [
@@ -516,15 +520,20 @@ def test_bound_rows_have_no_features_in_another_folder(bound: tuple[Any, str], t
 
 
 def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_one(
-    bound: tuple[Any, str],
+    bound: tuple[Any, str], tmp_path: Path
 ) -> None:
     """As the page says: a batch has no picture's name, and tokens in place of its captions."""
     data, path = bound
-    features = Features(path)
-    changed = bind(data, path).map(lambda _: {"caption": "another"})
-    taken = references(features, np.array(changed[COLUMN]))
+    changed = with_another_caption(bind(data, path))
+    assert changed["caption"][CHANGED_ROW] == "another"
+    taken = references(Features(path), np.array(changed[COLUMN]))
+    of_old = Features(path).take(np.arange(ROWS))
     for name in NAMES:
-        np.testing.assert_array_equal(taken[f"reference_{name}"], features.take(np.arange(ROWS))[name])
+        np.testing.assert_array_equal(taken[f"reference_{name}"], of_old[name])
+    # The teacher gives the new caption other features, which a reading by captions would have found.
+    of_new = written(tmp_path / "new", Table(changed, "image", "caption", data="changed"), teacher())
+    new_texts = of_new.arrays["text_features"][:]
+    assert (new_texts[CHANGED_ROW] != of_old["text_features"][CHANGED_ROW]).any()
 
 
 def test_a_caption_that_changes_before_the_binding_is_refused(bound: tuple[Any, str]) -> None:
