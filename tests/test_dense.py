@@ -18,14 +18,16 @@ from batches import assert_close
 from rankloss import dense, plackett_luce_nll, reference
 from rankloss.options import RankOptions
 
-counts = st.none() | st.integers(1, 12)
+top_ks = st.none() | st.integers(1, 12)
+UPSTREAM = 2.5
+"""A gradient from above that is not 1."""
 
 
 @st.composite
 def scored_lists(
     draw: st.DrawFn, *, max_n: int = 10, min_n: int = 1, bound: float = 50.0
 ) -> tuple[Tensor, Tensor]:
-    """Float64 scores, and a reference that is tied in places, of numbers or integers."""
+    """Float64 scores of one list, and the reference that ranks it: tied in places, float64 or int64."""
     n = draw(st.integers(min_n, max_n))
     scores = draw(st.lists(st.floats(-bound, bound), min_size=n, max_size=n))
     y = draw(st.lists(st.integers(-n, n // 2), min_size=n, max_size=n))
@@ -37,7 +39,7 @@ def scored_lists(
 
 
 def nll_of_all_rankings(scores: Tensor) -> Tensor:
-    """The likelihoods' negated logarithms of N scores under each of the N! rankings."""
+    """Of N scores the negative log-likelihoods of each of the N! rankings, ``[N!]``."""
     rankings = itertools.permutations(range(len(scores)))
     references = torch.tensor(list(rankings), dtype=torch.float64)
     return plackett_luce_nll(scores.expand_as(references), references)
@@ -57,12 +59,13 @@ def test_the_likeliest_ranking_is_by_the_scores_themselves(scores) -> None:
 
 
 @settings(max_examples=20)
-@given(scored_lists(bound=5.0), counts)
+@given(scored_lists(bound=5.0), top_ks)
 def test_derivatives_are_differences_of_the_values(lists, top_k: int | None) -> None:
-    """Of the first and the second order."""
-    x, y = lists[0].requires_grad_(), lists[1]
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda x: plackett_luce_nll(x, y, top_k=top_k), x, atol=1e-5)
+    """First derivatives are differences of the value, second ones of the first."""
+    x, y = lists
+    x.requires_grad_()
+    for check_by_differences in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check_by_differences(lambda x: plackett_luce_nll(x, y, top_k=top_k), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -76,39 +79,45 @@ def test_what_ranks_a_list_gets_no_gradient(top_k: int | None) -> None:
 # --- independent oracles ----------------------------------------------------------------------------------
 
 
-@given(scored_lists(), counts)
+@given(scored_lists(), top_ks)
 def test_value_and_gradient_are_those_of_the_literal_reference(
     lists: tuple[Tensor, Tensor], top_k: int | None
 ) -> None:
-    x, y = lists[0].requires_grad_(), lists[1]
+    x, y = lists
+    x.requires_grad_()
     nll, owed = plackett_luce_nll(x, y, top_k=top_k), reference.plackett_luce(x, y, top_k=top_k)
-    slope, owed_slope = torch.autograd.grad(2.5 * nll, x), torch.autograd.grad(2.5 * owed, x)
-    assert_close([nll, *slope], [owed, *owed_slope], 1e-10)
+    (slope,), (owed_slope,) = (torch.autograd.grad(UPSTREAM * value, x) for value in (nll, owed))
+    assert_close([nll, slope], [owed, owed_slope], tolerance=1e-10)
 
 
 @given(scored_lists(min_n=2, bound=20.0))
 def test_matches_breslows_partial_likelihood_in_statsmodels(lists) -> None:
     # A risk set at time t is everyone who lives to t or longer: with time = const − y it is {q : y_q ≤ y_p}.
     x, y = lists
-    model = PHReg((y.max() - y).numpy(), x.numpy()[:, None], ties="breslow")
-    expected = -model.loglike(np.array([1.0]))
+    times, covariates = (y.max() - y).numpy(), x.numpy()[:, None]
+    coefficient = np.array([1.0])  # so that the scores themselves are the log-hazards
+    expected = -PHReg(times, covariates, ties="breslow").loglike(coefficient)
     assert plackett_luce_nll(x, y).item() == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_scores_far_apart_do_not_underflow(dtype: torch.dtype, tolerance: float) -> None:
-    """Where exp–cumsum–log with a floor of 1e-10 gives 50.9."""
+    """Summed by exp, cumsum and a logarithm with a floor of 1e-10, this list would give 50.9."""
     x = torch.tensor([0.0, -30.0, -40.0, -50.0], dtype=dtype)
     nll = plackett_luce_nll(x, torch.tensor([4, 3, 2, 1]))
-    tails = [[-30, -40, -50], [-10, -20], [-10]]  # of each item, below its own score
-    owed = sum(math.log1p(math.fsum(map(math.exp, below))) for below in tails)  # 9.08e-5
-    assert nll.item() == pytest.approx(owed, rel=tolerance * 1e3, abs=tolerance)
+    # An item's term is log(1 + Σ e^(x_q − x_p)) over the worse items q; the last item's is 0.
+    differences_to_worse = [[-30, -40, -50], [-10, -20], [-10]]
+    owed = sum(math.log1p(sum(map(math.exp, worse))) for worse in differences_to_worse)
+    assert owed == pytest.approx(9.08e-5, rel=1e-3)
+    assert nll.item() == pytest.approx(owed, rel=1e3 * tolerance, abs=tolerance)
 
 
 def test_gradients_of_scores_a_thousand_nats_apart_are_exact() -> None:
     x = torch.tensor([0.0, -1000.0, -2000.0], requires_grad=True)
     plackett_luce_nll(x, torch.tensor([1.0, 2.0, 3.0])).backward()
-    # log(1 + e^1000 + e^2000) + 2000, then log(1 + e^1000) + 1000: the best item of every tail is the first.
+    # The items of rank 1 and 2 are the third and the second; C_p is a sum over all that are no better.
+    # Of both sums the first item, with score 0, has all but e^−1000: log C_p − x_p has the gradient
+    # (1, 0, −1) for the third item, (1, −1, 0) for the second, and none for the first.
     assert x.grad.tolist() == [2.0, -1.0, -1.0]
 
 
@@ -116,14 +125,14 @@ def test_gradients_of_scores_a_thousand_nats_apart_are_exact() -> None:
 def test_an_option_of_the_reference_alone_is_computed_by_it(options: Any) -> None:
     x = torch.tensor([[0.3, -0.2, 0.7, 0.5], [0.1, 0.8, -0.4, 0.6]], dtype=torch.float16)
     y = torch.tensor([[2, 1, 1, 0], [0, 3, 3, 1]])
-    torch.manual_seed(0)  # of random ties
+    torch.manual_seed(0)  # random ties are drawn alike in both calls
     nll = plackett_luce_nll(x, y, top_k=3, **options)
     torch.manual_seed(0)
     owed = reference.plackett_luce(x, y, top_k=3, **options)
     assert torch.equal(nll, owed)
     assert nll.dtype == torch.float32
     without_option = plackett_luce_nll(x, y, top_k=3)
-    assert ((nll - without_option).abs() > 1e-3).all()
+    assert ((nll - without_option).abs() > 1e-3).all(), "the option changes the value of this list"
 
 
 # --- shapes, dtypes, bad input ----------------------------------------------------------------------------
@@ -133,7 +142,7 @@ def test_leading_dimensions_are_lists() -> None:
     x, y = torch.randn(2, 2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     nll = plackett_luce_nll(x, y)
     assert nll.shape == (2, 3)
-    assert_close([nll[1, 2]], [plackett_luce_nll(x[1, 2], y[1, 2])], 1e-13)
+    assert_close([nll[1, 2]], [plackett_luce_nll(x[1, 2], y[1, 2])], tolerance=1e-13)
 
 
 @pytest.mark.parametrize("where", ["scores", "reference"])
@@ -147,7 +156,8 @@ def test_nan_in_gives_nan_value_and_gradient_in_its_list_only(where: str) -> Non
     assert x.grad.isnan().any(-1).tolist() == [True, False]
 
 
-def test_probabilities_of_the_top_keep_a_shared_rounding_out() -> None:
-    y = torch.tensor([0.9, 0.8999, -0.3])
-    p = dense.top_one_probabilities(y, torch.tensor(700.0), RankOptions(model="top_one"))
-    assert_close([p], [(700 * y.double()).softmax(-1)], 1e-6)
+def test_top_one_probabilities_subtract_the_largest_cosine_before_they_scale() -> None:
+    """A float32 product of about 630 has a rounding error of 3e-5, which would show in the probabilities."""
+    y, scale = torch.tensor([0.9, 0.8999, -0.3]), torch.tensor(700.0)
+    p = dense.top_one_probabilities(y, scale, RankOptions(model="top_one"))
+    assert_close([p], [(scale.double() * y.double()).softmax(-1)], tolerance=1e-6)

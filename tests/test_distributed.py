@@ -473,7 +473,7 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
     results = {}
     for name, case in SHARDED.items():
         inputs = leaves(world_size, case.dtype, pairs=case.pairs, duplicates=case.duplicates)
-        wide = random_batch(1, case.pairs * world_size, 9, 1.0, duplicates=1)
+        wide = random_batch(seed=1, n=case.pairs * world_size, d=9, scale=1.0, duplicates=1)
         teacher = dict(zip(TEACHER, (wide.image, wide.text), strict=True))
         teacher = {modality: teacher[modality] for modality in case.teacher}
         results[name] = (
@@ -516,7 +516,7 @@ def train(rank: int, world_size: int, gather: Gather | None) -> tuple[Values, di
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     criterion = RankClipLoss(normalizer=1.0, gather=gather)
     for step in range(1, 4):
-        criterion.set_progress(step, 3)
+        criterion.set_progress(step=step, total_steps=3)
         optimizer.zero_grad()
         batch = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(step), dtype=F64)
         with Collectives() as calls:
@@ -782,7 +782,7 @@ def one_tensor_steps(pools: Pools) -> list[Step]:
 
 def test_collectives_of_one_tensor_give_the_same(one_tensor_steps: list[Step], steps: list[Step]) -> None:
     for step, plain in zip(one_tensor_steps, steps, strict=True):
-        assert_same(step.values, plain.values, 1e-14)
+        assert_same(step.values, plain.values, tolerance=1e-14)
 
 
 @pytest.mark.parametrize("loss", ["ClipLoss", "RankClipLoss"])
@@ -840,7 +840,7 @@ def test_one_gathering_serves_several_losses(pools: Pools, epoch: int, checks: i
     for of_rank in pools[2].run(two_losses, epoch):
         for counts, shared, separate in of_rank:
             assert counts == {"allgather": 2, "allreduce": checks}  # images and texts, each gathered once
-            assert_same(shared, separate, 1e-14)
+            assert_same(shared, separate, tolerance=1e-14)
 
 
 def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> tuple[Values, Values]:
@@ -1288,7 +1288,7 @@ def remarks(rank: int, world_size: int) -> list[str]:
             loss = RankConsistency(gather=of_flags(flags))
             for _ in range(2):
                 loss(v, t, s)
-        RankClipLoss().set_epoch(1, 1)
+        RankClipLoss().set_epoch(epoch=1, epochs=1)
     return [record.getMessage() for record in caught.records[1:]]
 
 

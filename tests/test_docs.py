@@ -468,7 +468,7 @@ def logged_by_lightning(code: str) -> None:
 def logged_by_a_loop(code: str) -> None:
     """Both writers get every term and λ."""
     criterion = rankloss.RankClipLoss()
-    criterion.set_progress(2, 3)
+    criterion.set_progress(step=2, total_steps=3)
     images, texts = (unit(8, 4, seed=seed, dtype=torch.float32) for seed in (0, 1))
     of_loop = {"criterion": criterion, "images": images, "texts": texts, "scale": 10.0, "step": 1}
     in_tensorboard: dict[str, Any] = {}

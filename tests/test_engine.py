@@ -28,9 +28,12 @@ from rankloss.options import RankOptions
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
 FACTORS = (0.8, 1.3, 0.6)
+"""The weights of CLIP's loss, the cross-modal and the in-modal term."""
 WEIGHTS = torch.tensor(FACTORS, dtype=torch.float64, device=DEVICE)
+"""The same, as the definition takes them."""
 IMAGE, TEXT = "reference_image_features", "reference_text_features"
 STREAMED = [x for x in [{}, *CHANGES] if is_streamed(RankOptions(**x)) and "chunk_size" not in x]
+"""No option, and each option alone with which lists are computed in linear memory."""
 LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
 
@@ -39,7 +42,7 @@ LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again
 
 @st.composite
 def blocks(draw: st.DrawFn) -> Block:
-    """With scores of up to ±680 nats, ties, equal items, and weights of either term or both."""
+    """Blocks with scores of up to ±680 nats, ties, equal items, and weights of either term or both."""
     n_items = draw(st.integers(2, 9))
     n = draw(st.integers(1, n_items))
     n_matrices = draw(st.sampled_from([1, 2]))
@@ -75,15 +78,15 @@ def blocks(draw: st.DrawFn) -> Block:
     block=blocks(),
     options=drawn_options.options(is_streamed),
     with_gradient=st.sampled_from([True, True, False]),
-    can_look=st.booleans(),
+    is_on_cpu=st.booleans(),
 )
 def test_a_block_is_its_lists_in_value_and_gradient(
-    block: Block, options: Any, with_gradient: bool, can_look: bool
+    block: Block, options: Any, with_gradient: bool, is_on_cpu: bool
 ) -> None:
-    """Also where a look at a value is not free, as on an accelerator."""
+    """The lists are those of ``definition``, which computes them one by one from whole rows in float64."""
     options = RankOptions(**options)
-    if not can_look and block.cosines.dtype == torch.float32:
-        # By the weights' dtype sums are of logarithms, as where there is no float64.
+    if not is_on_cpu and block.cosines.dtype == torch.float32:
+        # Weights in float32 make the engine add logarithms in float32, as on a device without float64.
         alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
         block = block._replace(alpha=alpha, beta=beta)
     cross_entropy, nll, by_scores = definition(block, options)
@@ -94,13 +97,14 @@ def test_a_block_is_its_lists_in_value_and_gradient(
     )
     cosines_before = block.cosines.clone()
     with pytest.MonkeyPatch.context() as patch:
-        if not can_look:
+        if not is_on_cpu:  # the code for accelerators, in which no branch depends on a value
             patch.setattr(Tensor, "is_cpu", False)
         evaluated = evaluate(block, options, with_gradient=with_gradient)
-    assert with_gradient or torch.equal(block.cosines, cosines_before)  # else the gradient is written there
+    if not with_gradient:  # the gradient, where it is wanted, overwrites the cosines
+        assert torch.equal(block.cosines, cosines_before)
     assert [x is None for x in evaluated] == [x is None for x in owed]
     tolerance = TOLERANCE[block.cosines.dtype]
-    if not can_look:  # scores are rounded, too
+    if not is_on_cpu:  # then scores are rounded to the cosines' dtype, by up to half an ulp of the scale
         tolerance *= max(1.0, block.scale.item() / 5)
     assert_close([x for x in evaluated if x is not None], [x for x in owed if x is not None], tolerance)
 
@@ -111,9 +115,13 @@ def test_a_block_is_its_lists_in_value_and_gradient(
 def engine_batch(
     drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor], needs_gradient: Sequence[bool]
 ) -> Batch:
-    """With leaves of its own for the anchors, which are these rows of the items; None is all of them.
+    """The engine's batch of the drawn items, whose anchors are some rows of them, in leaves of their own.
 
-    Images, texts, both kinds of anchors and the scale, in this order, need a gradient or not.
+    Args:
+        drawn: The items and the scale.
+        rows: The items that are anchors, as one of several processes has them; None for all.
+        teacher: The teacher's features by their argument's name.
+        needs_gradient: Whether images, texts, anchors of images, anchors of texts and the scale need one.
     """
     image, text, scale = drawn.leaves()
     anchors = None if rows is None else tuple(x.detach()[rows].clone() for x in (image, text))
@@ -144,7 +152,7 @@ UPSTREAMS: list[tuple[float | None, ...]] = [
 
 def weighted(terms: Sequence[Tensor], upstream: Sequence[float | None]) -> Tensor:
     """The sum of the terms that are used, each with an upstream value of its own."""
-    used = [u * x for u, x in zip(upstream, terms, strict=True) if u is not None]
+    used = [factor * term for factor, term in zip(upstream, terms, strict=True) if factor is not None]
     return torch.stack(used).sum()
 
 
@@ -165,9 +173,9 @@ def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 def forbid_reading(patch: pytest.MonkeyPatch) -> None:
-    """Let the features seem to be on an accelerator, where a look at their values is a wait."""
+    """Let the features seem to be on an accelerator, where reading their values would wait for it."""
     patch.setattr(Tensor, "is_cpu", False)
-    patch.setattr(torch, "equal", None)
+    patch.setattr(torch, "equal", None)  # a call would be an error
 
 
 @st.composite
@@ -206,8 +214,10 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     can_read,
     data,
 ) -> None:
-    """Under any upstream values, in chunks of an option or of the engine's choice, where gradients are kept,
-    with and without a graph of the gradients, and on a device on which reading a value would wait.
+    """The definition is ``rankloss.dense``, which computes whole matrices and leaves derivatives to autograd.
+
+    Under any upstream values, in chunks of an option or of the engine's choice, with and without a graph of
+    the gradients, and on a device on which reading a value would wait.
     """
     n = len(drawn.image)
     excluded_option = "fixed_reference" if modalities_of_teacher else "reference_scale"
@@ -229,20 +239,20 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
             forbid_reading(patch)
         terms = weighted_terms(batch, rank_options, FACTORS, wanted_terms)
         slopes = slopes_of(weighted(terms, upstream), inputs, keep_graph=keep_graph)
-    assert_close([*terms, *slopes], [*owed_terms, *owed_slopes], 1e-9)
+    assert_close([*terms, *slopes], [*owed_terms, *owed_slopes], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_equal_items_tie_exactly_whatever_the_products_rounding(n: int, has_teacher: bool) -> None:
     # A matrix product rounds the columns of equal items differently where they fall on a kernel's edge.
-    inputs = random_batch(n, n, 5, 10.0, duplicates=3).leaves(torch.float32)
-    teacher = teacher_of(n, 13, duplicates=3) if has_teacher else {}
+    inputs = random_batch(seed=n, n=n, d=5, scale=10.0, duplicates=3).leaves(torch.float32)
+    teacher = teacher_of(n=n, d=13, duplicates=3) if has_teacher else {}
     arrays = [x.detach().double().cpu().numpy() for x in inputs]
     teacher_arrays = {name: x.cpu().numpy() for name, x in teacher.items()}
     owed = reference.cross_modal(*arrays, **teacher_arrays) + reference.in_modal(*arrays, **teacher_arrays)
     values = [rankloss.RankConsistency(chunk_size=size)(*inputs, **teacher) for size in (1, 2, n)]
-    assert_close(values, [owed] * 3, 1e-6)
+    assert_close(values, [owed] * 3, tolerance=1e-6)
 
 
 # --- cost --------------------------------------------------------------------------------------------------
@@ -270,11 +280,23 @@ class Products(TorchDispatchMode):
         return self.multiplications / (n * n * d)
 
 
+FORWARD_AND_BACKWARD = 4 + 4  # the matrices S, Sᵀ, I and X; as many for the gradients
+COMPUTED_AGAIN = 4  # the four matrices in the backward pass, where the forward pass keeps none
+
+
 @pytest.mark.parametrize(
     ("chunk_size", "chosen_chunk", "largest_kept", "products"),
-    [(None, 8, 32, 8), (None, 8, 31, 12), (None, 32, 31, 8), (32, 8, 31, 8), (8, 32, 32, 12)],
+    [
+        pytest.param(None, 8, 32, FORWARD_AND_BACKWARD, id="small enough to be kept"),
+        pytest.param(None, 8, 31, FORWARD_AND_BACKWARD + COMPUTED_AGAIN, id="too large to be kept"),
+        pytest.param(None, 32, 31, FORWARD_AND_BACKWARD, id="all rows are one chunk"),
+        pytest.param(32, 8, 31, FORWARD_AND_BACKWARD, id="all rows are one chunk of the option"),
+        pytest.param(8, 32, 32, FORWARD_AND_BACKWARD + COMPUTED_AGAIN, id="chunks of the option"),
+    ],
 )
-@pytest.mark.parametrize(("teachers_width", "of_teacher"), [(None, 0), (8, 4)], ids=["no teacher", "teacher"])
+@pytest.mark.parametrize(
+    ("teachers_width", "products_of_teacher"), [(None, 0), (8, 4)], ids=["no teacher", "teacher"]
+)
 def test_a_step_computes_similarities_again_in_chunks_of_an_option_or_beyond_what_is_kept(
     monkeypatch,
     chunk_size: int | None,
@@ -282,21 +304,21 @@ def test_a_step_computes_similarities_again_in_chunks_of_an_option_or_beyond_wha
     largest_kept: int,
     products: int,
     teachers_width: int | None,
-    of_teacher: int,
+    products_of_teacher: int,
 ) -> None:
-    """Eight products, four more where similarities are computed again, and four of a teacher."""
+    """Of 32 pairs, in chunks of so many rows, where matrices of so many rows at most are kept."""
     n, d = 32, 8
     choose_chunks(monkeypatch, chosen_chunk)
     monkeypatch.setattr(engine, "_KEPT", largest_kept**2)
     loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size)
     teacher = {} if teachers_width is None else teacher_of(n, teachers_width)
     with Products() as counted:
-        value = loss(*random_batch(0, n, d, 10.0).leaves(), **teacher)
+        value = loss(*random_batch(seed=0, n=n, d=d, scale=10.0).leaves(), **teacher)
         (3.0 * value).backward()
-    assert counted.of_all_pairs(n, d) == products + of_teacher
+    assert counted.of_all_pairs(n, d) == products + products_of_teacher
 
 
-LOSSES: dict[str, tuple[Any, int]] = {  # with the products that its values take
+LOSSES: dict[str, tuple[Any, int]] = {
     "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
     "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
     "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
@@ -304,18 +326,25 @@ LOSSES: dict[str, tuple[Any, int]] = {  # with the products that its values take
     "bins": (lambda: rankloss.RankConsistency(method="bin", bins=8, in_modal=0.0), 2),
     "top_one": (lambda: rankloss.RankConsistency(model="top_one", cross_modal=0.0), 2),
 }
+"""Losses, with the products of two matrices of features that their values take.
+
+Each direction of CLIP's loss and of the cross-modal term takes one (RankClipLoss shares them), SigLIP's loss
+one alone, and the in-modal term one for each modality.
+"""
 
 
 @pytest.mark.parametrize(
-    ("mode", "has_graph"), [(torch.no_grad, True), (torch.inference_mode, True), (torch.enable_grad, False)]
+    ("mode", "has_graph"),
+    [(torch.no_grad, True), (torch.inference_mode, True), (torch.enable_grad, False)],
+    ids=["no_grad", "inference_mode", "features without a graph"],
 )
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.filterwarnings("ignore:logit_bias is not given")
 def test_without_gradients_only_values_are_computed(name: str, mode: Any, has_graph: bool) -> None:
-    """In a mode without them, also if the features have a graph, or of features without one."""
+    """No product of a backward pass is computed: the count is that of the values, and they are the same."""
     n, d = 32, 8
     build, products = LOSSES[name]
-    inputs = random_batch(0, n, d, 10.0).leaves()
+    inputs = random_batch(seed=0, n=n, d=d, scale=10.0).leaves()
     expected = build()(*inputs)
     if not has_graph:
         inputs = tuple(x.detach() for x in inputs)
@@ -328,7 +357,7 @@ def test_without_gradients_only_values_are_computed(name: str, mode: Any, has_gr
 
 def memory_of_step(n: int, chunk_size: int | None, options: Any, has_teacher: bool) -> tuple[int, int]:
     """The bytes that forward keeps for backward, and the elements of the largest tensor of both."""
-    inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+    inputs = random_batch(seed=0, n=n, d=8, scale=10.0).leaves(torch.float32)
     teacher = teacher_of(n, duplicates=1) if has_teacher else {}
     loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size, **options)
     kept = saved_bytes(lambda: loss(*inputs, **teacher))
@@ -339,15 +368,17 @@ def memory_of_step(n: int, chunk_size: int | None, options: Any, has_teacher: bo
 
 @pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
 def test_memory_grows_linearly_in_n(options, has_teacher: bool) -> None:
-    kept_of_32, _ = memory_of_step(32, 4, options, has_teacher)
-    kept_of_128, largest_of_128 = memory_of_step(128, 4, options, has_teacher)
-    assert 0 < kept_of_128 <= 4.05 * kept_of_32
-    assert kept_of_128 < 4 * 128**2  # less than one N×N matrix
-    assert 128 * 8 <= largest_of_128 <= 2 * 128 * 4  # the features; four rows of two matrices
+    kept_of_32, _ = memory_of_step(32, chunk_size=4, options=options, has_teacher=has_teacher)
+    kept_of_128, largest_of_128 = memory_of_step(128, chunk_size=4, options=options, has_teacher=has_teacher)
+    assert 0 < kept_of_128 <= 4.05 * kept_of_32  # four times the rows
+    assert kept_of_128 < 4 * 128**2  # the bytes of one N×N matrix
+    features, chunk_of_two_matrices = 128 * 8, 2 * 4 * 128
+    assert features <= largest_of_128 <= chunk_of_two_matrices
 
 
 def test_a_matrix_of_the_whole_batch_is_seen_in_the_memory_where_there_is_one() -> None:
-    _, largest = memory_of_step(128, None, {}, has_teacher=False)
+    """So the test above can fail: a small batch without chunks is computed from whole matrices."""
+    _, largest = memory_of_step(128, chunk_size=None, options={}, has_teacher=False)
     assert largest >= 128**2
 
 
@@ -357,8 +388,9 @@ def test_a_matrix_of_the_whole_batch_is_seen_in_the_memory_where_there_is_one() 
 @pytest.mark.parametrize("options", [x for x in STREAMED if "model" not in x])
 @pytest.mark.parametrize("scale", [1e3, 1e5])
 def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float) -> None:
-    inputs = random_batch(1, 12, 3, scale).leaves()
-    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), FACTORS, (False, True, True))
+    inputs = random_batch(seed=1, n=12, d=3, scale=scale).leaves()
+    rank_terms_alone = (False, True, True)
+    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), FACTORS, rank_terms_alone)
     assert not torch.stack(terms).isfinite().any()
 
 
@@ -366,14 +398,18 @@ def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float)
 
 FIVE_LATER = [*CHANGES[5:], *CHANGES[:5]]
 TWO_OPTIONS = [together({**one, **other}) for one, other in zip(CHANGES, FIVE_LATER, strict=True)]
-"""Each option with another one, as far as they go together."""
+"""Each option with the one five places later in the table, where the two go together."""
 
 
 @pytest.mark.parametrize(("options", "has_teacher"), with_teachers([{}, *CHANGES, *TWO_OPTIONS]))
 def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alone_to_it(
     options, has_teacher: bool
 ) -> None:
-    """Without a teacher the scale is a number; with two options the anchors are some of the rows."""
+    """A tensor without values stands for one on an accelerator: reading a value is an error.
+
+    Without a teacher the scale is a number; with two options the anchors are some of the rows, as in one of
+    several processes.
+    """
     rank_options = RankOptions(**options)
     v, t = (torch.empty(32, 8, device="meta", requires_grad=True) for _ in range(2))
     teacher = tuple(torch.empty(32, 5, device="meta") for _ in range(2)) if has_teacher else (None, None)
@@ -381,11 +417,12 @@ def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alon
     rows: dict[str, Any] = {}
     if len(options) == 2 and is_streamed(rank_options):
         rows = {"anchors": (v[:16], t[:16]), "first_row": 4}
+    all_terms = (True, True, True)
     with meta_is(CUDA) as copies:
         batch = Batch.of(v, t, scale, teacher=teacher, **rows)
-        terms = weighted_terms(batch, rank_options, FACTORS, (True, True, True))
+        terms = weighted_terms(batch, rank_options, FACTORS, all_terms)
         shape = (32,) if rank_options.reduction == "none" else ()
         assert {(term.device, term.shape) for term in terms} == {(CUDA, shape)}
         torch.stack(terms).sum().backward()
         assert {v.grad.device, t.grad.device} == {CUDA}
-    assert copies == ["aten._to_copy.default"]
+    assert copies == ["aten._to_copy.default"]  # one copy, of FACTORS

@@ -39,8 +39,9 @@ TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 terms = pytest.mark.parametrize("term", TERMS)
 IMAGE, TEXT = "reference_image_features", "reference_text_features"
 
-OF_REFERENCE = inspect.signature(reference._term).parameters
-all_options = drawn_options.options(lambda x: x.method == "sort")
+OPTIONS_OF_REFERENCE = inspect.signature(reference._term).parameters
+all_options = drawn_options.options(lambda options: options.method == "sort")
+"""All but bins, in which the lists are another problem than the reference's."""
 
 
 # --- oracles ----------------------------------------------------------------------------------------------
@@ -60,7 +61,8 @@ def test_value_and_gradients_of_the_terms_sum_are_the_vectors(key: str) -> None:
     v, t, _ = vector_batch(case).leaves()
     log_scale = torch.tensor(math.log(case["scale"]), dtype=torch.float64, requires_grad=True)
     total = cross_modal(v, t, log_scale.exp()) + in_modal(v, t, log_scale.exp())
-    by_v, by_t, by_scale = (slope / 2.5 for slope in gradients(total, (v, t, log_scale), 2.5))
+    upstream = 2.5  # which the gradients have as a factor
+    by_v, by_t, by_scale = (x / upstream for x in gradients(total, (v, t, log_scale), upstream))
     found = {
         "value": total,
         "V": by_v,
@@ -72,13 +74,23 @@ def test_value_and_gradients_of_the_terms_sum_are_the_vectors(key: str) -> None:
         "logit_scale": by_scale,
     }
     owed = {name: number for name, number in case["row_mean_gradient"].items() if name != "note"}
-    assert owed.keys() <= found.keys()  # some cases are without the whole matrices
+    assert (
+        {"value", "norm_V", "norm_T", "logit_scale"} <= owed.keys() <= found.keys()
+    )  # the matrices of some cases
     for name, number in owed.items():
         assert relative_error(found[name], number) < 1e-10, name
 
 
 class Case:
-    """Inputs and options of a term, and the same term of the reference."""
+    """Inputs and options of a term, and the same term of ``rankloss.reference``.
+
+    Args:
+        term: A name in ``TERMS``.
+        batch: The features and the scale.
+        options: Those of ``RankOptions``.
+        teacher: Which modalities' features a teacher has, by their arguments' names.
+        norms: The least and the largest norm of the images; None for features of unit norm.
+    """
 
     def __init__(
         self, term: str, batch: Batch, options: dict[str, Any], teacher: tuple[str, ...], norms: Any = None
@@ -86,22 +98,24 @@ class Case:
         self.term, reference_term = TERMS[term]
         self.batch = batch if norms is None else with_norms(batch, *norms)
         if term == "cross_modal" and len(teacher) == 1:
-            teacher = (IMAGE, TEXT)  # which it needs both of
+            teacher = (IMAGE, TEXT)  # its lists need a teacher of both
         n = len(batch.image)
         of_both_modalities = teacher_of(n, seed=n, duplicates=1)
         self.teacher = {name: of_both_modalities[name] for name in teacher}
         excluded_option = "fixed_reference" if teacher else "reference_scale"
         self.options = {**options, excluded_option: None}
         # The reference has the options that change a value, and not those of how it is computed.
-        of_value = {name: value for name, value in self.options.items() if name in OF_REFERENCE}
+        of_value = {name: value for name, value in self.options.items() if name in OPTIONS_OF_REFERENCE}
         self.reference = partial(reference_term, **of_value)
         self.arrays = {name: x.numpy() for name, x in self.teacher.items()}
 
     def value(self, *inputs: Any, **teacher: Tensor) -> Tensor:
+        """The library's value."""
         return self.term(*inputs, **teacher, **self.options)
 
     @property
     def expected(self) -> Any:
+        """The reference's value of the batch."""
         v, t = self.batch.image.numpy(), self.batch.text.numpy()
         return self.reference(v, t, self.batch.scale, **self.arrays)
 
@@ -134,7 +148,7 @@ def test_every_option_has_the_references_value_for_features_of_any_norm(
 @terms
 @given(
     batch=batches(max_n=7),
-    # Without a teacher the order is that of the other modality, which has no gradient.
+    # A fixed reference does not apply beside the orders that the test passes on as a teacher's.
     options=all_options.filter(lambda options: options.get("fixed_reference") is None),
     teacher=teachers,
     norms=norms_of,
@@ -144,10 +158,12 @@ def test_every_options_gradients_are_the_slopes_of_the_reference(
 ) -> None:
     case = Case(term, batch, options, teacher, norms)
     inputs = case.batch.leaves()
+    # What ranks the lists has no gradient, and is held while the reference's inputs move: the teacher's
+    # features, or else the other modality's, and the scale by which they are multiplied.
     orders = case.arrays or {IMAGE: case.batch.text.numpy(), TEXT: case.batch.image.numpy()}
-    fixed = {"reference_scale": batch.scale} if case.options.get("reference_scale") is None else {}
+    scale = {"reference_scale": batch.scale} if case.options.get("reference_scale") is None else {}
     value = case.value(*inputs, **case.teacher)
-    assert_slopes(value, inputs, partial(case.reference, **orders, **fixed))
+    assert_slopes(value, inputs, partial(case.reference, **orders, **scale))
 
 
 @terms
@@ -167,7 +183,9 @@ def test_every_option_has_the_references_value_in_any_order_of_the_pairs(
     shuffled = {name: x[order] for name, x in case.teacher.items()}
     value = case.value(case.batch.image[order], case.batch.text[order], batch.scale, **shuffled)
     per_anchor = options.get("reduction") == "none"
-    expected = np.asarray(case.expected)[order] if per_anchor else case.expected
+    expected = case.expected  # of the pairs in their first order
+    if per_anchor:
+        expected = np.asarray(expected)[order]
     np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -175,41 +193,45 @@ def test_every_option_has_the_references_value_in_any_order_of_the_pairs(
 
 
 def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
-    v, t, s = random_batch(0, 4, 3, 10.0).leaves()
+    v, t, s = random_batch(seed=0, n=4, d=3, scale=10.0).leaves()
     for term, _ in TERMS.values():
         for scale in (s.reshape(1), s.item()):
             assert torch.equal(term(v, t, scale), term(v, t, s))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize(("fixed_reference", "place"), [("image", 0), ("text", 1)])
+@pytest.mark.parametrize(
+    ("fixed_reference", "place_among_inputs"), [("image", 0), ("text", 1)], ids=["images", "texts"]
+)
 def test_a_modality_that_only_ranks_has_a_gradient_of_zero(
-    fixed_reference: Any, place: int, create_graph: bool
+    fixed_reference: Any, place_among_inputs: int, create_graph: bool
 ) -> None:
-    """And not none, which autograd refuses."""
-    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    """It has a gradient, since autograd.grad refuses an input without one; all others are not zero."""
+    inputs = random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
     value = in_modal(*inputs, fixed_reference=fixed_reference)
     slopes = torch.autograd.grad(value, inputs, create_graph=create_graph)
-    assert [bool((slope == 0).all()) for slope in slopes] == [k == place for k in range(3)]
+    is_zero = [bool((slope == 0).all()) for slope in slopes]  # by images, texts and the scale
+    assert is_zero == [k == place_among_inputs for k in range(3)]
 
 
 def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
-    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
-    wide = torch.cat([t, t], 1) / 2**0.5  # the same cosines
-    assert_close([in_modal(v, wide, s)], [in_modal(v, t, s)], 1e-12)
+    v, t, s = random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
+    wide = torch.cat([t, t], 1) / 2**0.5  # twice the width, the same cosines
+    assert_close([in_modal(v, wide, s)], [in_modal(v, t, s)], tolerance=1e-12)
 
 
 def test_the_in_modal_term_takes_a_teacher_of_two_widths() -> None:
-    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
-    teacher = {**teacher_of(6), TEXT: teacher_of(6, 9)[TEXT]}
-    assert in_modal(v, t, s, **teacher).isfinite()
+    v, t, s = random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
+    narrow = teacher_of(n=6)
+    wide = {**narrow, TEXT: torch.cat([narrow[TEXT]] * 2, 1) / 2**0.5}  # the same cosines
+    assert_close([in_modal(v, t, s, **wide)], [in_modal(v, t, s, **narrow)], tolerance=1e-12)
 
 
 # --- bad input --------------------------------------------------------------------------------------------
 
 
-WIDER_TEACHER = {**teacher_of(6), TEXT: teacher_of(6, 9)[TEXT]}
-IMAGES_OF_TEACHER, TEXTS_OF_TEACHER = ({name: teacher_of(6)[name]} for name in (IMAGE, TEXT))
+TEACHER_OF_TWO_WIDTHS = {**teacher_of(n=6), TEXT: teacher_of(n=6, d=9)[TEXT]}
+IMAGES_OF_TEACHER, TEXTS_OF_TEACHER = ({name: teacher_of(n=6)[name]} for name in (IMAGE, TEXT))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +239,7 @@ IMAGES_OF_TEACHER, TEXTS_OF_TEACHER = ({name: teacher_of(6)[name]} for name in (
     [
         (IMAGES_OF_TEACHER, f"cross-modal term needs {IMAGE} and {TEXT}.* got {IMAGE} alone"),
         (TEXTS_OF_TEACHER, f"cross-modal term needs {IMAGE} and {TEXT}.* got {TEXT} alone"),
-        (WIDER_TEACHER, rf"{IMAGE} and {TEXT} must have one shape.*6, 5.*6, 9"),
+        (TEACHER_OF_TWO_WIDTHS, rf"{IMAGE} and {TEXT} must have one shape.*6, 5.*6, 9"),
     ],
     ids=["images alone", "texts alone", "two widths"],
 )
@@ -225,7 +247,7 @@ def test_a_teacher_without_similarities_across_modalities_has_no_cross_modal_ter
     teacher: dict[str, Tensor], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        cross_modal(*random_batch(0, 6, 4, 10.0).leaves(), **teacher)
+        cross_modal(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), **teacher)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +255,7 @@ def test_a_teacher_without_similarities_across_modalities_has_no_cross_modal_ter
     [
         (in_modal, IMAGES_OF_TEACHER, "text", IMAGE),
         (in_modal, TEXTS_OF_TEACHER, "text", TEXT),
-        (cross_modal, teacher_of(6), "image", IMAGE),
+        (cross_modal, teacher_of(n=6), "image", IMAGE),
     ],
     ids=["images alone", "texts alone", "both"],
 )
@@ -241,7 +263,7 @@ def test_a_fixed_reference_does_not_apply_beside_a_teacher(
     term: Any, teacher: dict[str, Tensor], fixed: Any, named: str
 ) -> None:
     with pytest.raises(ValueError, match=f"fixed_reference='{fixed}' .*not apply beside {named}"):
-        term(*random_batch(0, 6, 4, 10.0).leaves(), **teacher, fixed_reference=fixed)
+        term(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), **teacher, fixed_reference=fixed)
 
 
 @pytest.mark.parametrize(
@@ -262,4 +284,4 @@ def test_options_that_do_not_apply_without_a_teacher_or_by_a_kernel_are_named(
     options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        in_modal(*random_batch(0, 6, 4, 10.0).leaves(), **options)
+        in_modal(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), **options)

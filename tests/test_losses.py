@@ -35,13 +35,13 @@ IMAGE, TEXT = TEACHER
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
     """Images, texts and the scale of six pairs."""
-    return random_batch(0, 6, 4, 10.0).leaves()
+    return random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
 
 
-def at(value: float, **options: Any) -> RankClipLoss:
-    """RankClipLoss where λ is ``value``."""
-    loss = RankClipLoss(schedule=lambda i, n: value, **options)
-    loss.set_epoch(1, 5)
+def rank_clip_at(lambda_: float, **options: Any) -> RankClipLoss:
+    """RankClipLoss whose schedule has reached this λ."""
+    loss = RankClipLoss(schedule=lambda i, n: lambda_, **options)
+    loss.set_epoch(epoch=1, epochs=5)  # any epoch: the schedule is constant
     return loss
 
 
@@ -76,8 +76,9 @@ def test_clips_loss_of_a_single_pair_is_zero(budget: int | None) -> None:
 def test_siglips_loss_of_a_single_pair_is_that_of_its_own_logit(budget: int | None) -> None:
     v, t, s = features()
     v, t = v[:1], t[:1]
-    expected = -torch.nn.functional.logsigmoid(s * (v * t).sum() - 10.0)
-    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, s, -10.0), expected)
+    bias = -10.0
+    expected = -torch.nn.functional.logsigmoid(s * (v * t).sum() + bias)
+    torch.testing.assert_close(SigLipLoss(memory_budget=budget)(v, t, s, bias), expected)
 
 
 # By the formula of schedules.official, λ is 0, 1 and 2 in these epochs of 64.
@@ -88,8 +89,9 @@ DIRECTIONS = {"cross_modal": ("S|R", "R|S"), "in_modal": ("I|X", "X|I")}
 
 
 def entries_of_official_recipe(key: str, epoch: int) -> dict[str, Tensor]:
+    """The entries for a case of the vectors in an epoch of the recipe's 64."""
     loss = RankClipLoss(schedule="official")
-    loss.set_epoch(epoch, 64)
+    loss.set_epoch(epoch=epoch, epochs=64)
     entries: dict[str, Tensor] = loss(*vector_batch(VECTORS[key]).leaves(), output_dict=True)
     return entries
 
@@ -99,15 +101,15 @@ def entries_of_official_recipe(key: str, epoch: int) -> dict[str, Tensor]:
 def test_rank_clip_is_clips_loss_and_a_32nd_of_the_two_directions(
     key: str, epoch: int, lambda_: float
 ) -> None:
+    """A direction's value is the mean over its N lists of their likelihoods, by their N items."""
     case = VECTORS[key]
     entries = entries_of_official_recipe(key, epoch)
     owed = {"contrastive_loss": case["clip"]}
     for term, directions in DIRECTIONS.items():
-        of_lists = [nll for direction in directions for nll in case["plackett_luce"][direction]]
-        items = case["N"]
-        owed[f"{term}_loss"] = lambda_ / 32 * sum(of_lists) / case["N"] / items
-    found = {name: entry.item() for name, entry in entries.items()}
-    assert found == pytest.approx(owed, rel=1e-10)
+        of_both_directions = [sum(case["plackett_luce"][name]) / case["N"] ** 2 for name in directions]
+        owed[f"{term}_loss"] = lambda_ / 32 * sum(of_both_directions)
+    values = {name: entry.item() for name, entry in entries.items()}
+    assert values == pytest.approx(owed, rel=1e-10)
 
 
 @of_two_batches
@@ -125,10 +127,10 @@ def test_the_rank_terms_are_the_published_codes_but_for_its_floor(
 @given(batches())
 def test_entries_are_weighted_by_lambda_the_terms_weight_and_the_normalizer(batch: Batch) -> None:
     loss = RankClipLoss(schedule="linear", lambda_cross=0.5, lambda_in=3.0, normalizer=0.1)
-    loss.set_epoch(3, 5)  # λ = 0.5
+    loss.set_epoch(epoch=3, epochs=5)  # λ = 0.5
     inputs = (batch.image, batch.text, batch.scale)
     terms = RankConsistency()(*inputs, output_dict=True)
-    owed = {
+    owed = {  # λ · the term's weight · the normalizer
         "contrastive_loss": ClipLoss()(*inputs),
         "cross_modal_loss": 0.5 * 0.5 * 0.1 * terms["cross_modal_loss"],
         "in_modal_loss": 0.5 * 3.0 * 0.1 * terms["in_modal_loss"],
@@ -139,26 +141,32 @@ def test_entries_are_weighted_by_lambda_the_terms_weight_and_the_normalizer(batc
 
 def test_rank_weights_are_lambda_times_the_terms_weight_times_the_normalizer() -> None:
     loss = RankClipLoss(schedule="linear", lambda_cross=0.5, lambda_in=3.0, normalizer=0.1)
-    loss.set_epoch(3, 5)  # λ = 0.5
+    loss.set_epoch(epoch=3, epochs=5)  # λ = 0.5
     assert loss.rank_weights == pytest.approx({"cross_modal": 0.5 * 0.5 * 0.1, "in_modal": 0.5 * 3.0 * 0.1})
 
 
-without_ranks = pytest.mark.parametrize(
-    "loss", [at(0.0), at(1.0, lambda_cross=0, lambda_in=0), at(1.0, normalizer=0)], ids=["λ", "λs", "factor"]
+any_loss_without_ranks = pytest.mark.parametrize(
+    "loss",
+    [rank_clip_at(0.0), rank_clip_at(1.0, lambda_cross=0, lambda_in=0), rank_clip_at(1.0, normalizer=0)],
+    ids=["λ is 0", "both terms' weights are 0", "the normalizer is 0"],
 )
 
 
-@without_ranks
-def test_while_lambda_is_zero_value_and_gradient_are_the_bases_own_to_the_last_bit(loss: nn.Module) -> None:
-    inputs = random_batch(0, 32, 16, 100.0).leaves(torch.float32)
+@any_loss_without_ranks
+def test_rank_terms_of_factor_zero_leave_value_and_gradients_of_the_base_to_the_last_bit(
+    loss: nn.Module,
+) -> None:
+    inputs = random_batch(seed=0, n=32, d=16, scale=100.0).leaves(torch.float32)
     value, expected = loss(*inputs), ClipLoss()(*inputs)
     assert torch.equal(value, expected)
-    assert all(map(torch.equal, gradients(value, inputs, 1.0), gradients(expected, inputs, 1.0)))
+    assert all(
+        map(torch.equal, gradients(value, inputs, upstream=1.0), gradients(expected, inputs, upstream=1.0))
+    )
 
 
-@without_ranks
-def test_while_lambda_is_zero_every_entry_is_there_in_memory_of_its_own(loss: nn.Module) -> None:
-    """So that what changes one, as a trainer's accumulation may, changes no other."""
+@any_loss_without_ranks
+def test_rank_terms_of_factor_zero_have_their_entries_each_in_memory_of_its_own(loss: nn.Module) -> None:
+    """A trainer that adds to an entry in place changes no other entry."""
     entries = loss(*features(), output_dict=True)
     assert list(entries) == ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
     assert len({entry.data_ptr() for entry in entries.values()}) == 3
@@ -169,7 +177,7 @@ def test_while_lambda_is_zero_every_entry_is_there_in_memory_of_its_own(loss: nn
 def test_value_and_entries_have_float32_or_a_wider_dtype_at_every_lambda(
     dtype: torch.dtype, lambda_: float
 ) -> None:
-    inputs, loss = random_batch(0, 6, 4, 10.0).leaves(dtype), at(lambda_)
+    inputs, loss = random_batch(seed=0, n=6, d=4, scale=10.0).leaves(dtype), rank_clip_at(lambda_)
     dtypes = {entry.dtype for entry in (loss(*inputs), *loss(*inputs, output_dict=True).values())}
     assert dtypes == {torch.promote_types(dtype, torch.float32)}
 
@@ -178,9 +186,8 @@ OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]",
 OF_LARGE_BATCHES += ("RankConsistency[bins]", "RankConsistency[top one]", "RankedLists[negatives, top k]")
 OF_LARGE_BATCHES += ("RankClipLoss", "RankClipLoss[over SigLipLoss]", "MimicryLoss[default]")
 OF_LARGE_BATCHES += ("SpreadLoss[similarities]",)  # and of so many pairs from the covariance
-LARGE = [x for x in SUBJECTS if x.name in OF_LARGE_BATCHES or not x.covers]
-
-
+REGISTERED_BY_PACKAGES = [subject for subject in SUBJECTS if not subject.covers]
+LARGE = [subject for subject in SUBJECTS if subject.name in OF_LARGE_BATCHES] + REGISTERED_BY_PACKAGES
 HALF, SINGLE = (torch.float16, torch.bfloat16), torch.float32
 
 
@@ -195,9 +202,10 @@ HALF, SINGLE = (torch.float16, torch.bfloat16), torch.float32
 @pytest.mark.parametrize("subject", LARGE, ids=str)
 @pytest.mark.filterwarnings("ignore:.*norm")
 def test_a_large_batch_is_as_exact_as_its_dtype(n: int, subject: Subject, dtype: torch.dtype) -> None:
-    """Of half precision as in float32, and of clusters in float32 as in float64.
+    """The same rounded features in a wider dtype give the value and the gradients that are owed.
 
-    The cube of the norms overflows from some 400 pairs on, sums of SigLIP's terms and entropies later.
+    Half precision is compared with float32, and float32, of features in clusters, with float64. float16 would
+    overflow: the cube of the norms from some 400 pairs on, sums of SigLIP's terms and entropies later.
     """
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 6e-2, SINGLE: 1e-4}[dtype]
     drawn = subject.pick(data("clusters" if dtype is SINGLE else "plain", n), SINGLE)
@@ -217,6 +225,7 @@ def test_a_large_batch_is_as_exact_as_its_dtype(n: int, subject: Subject, dtype:
 def test_weights_are_nan_for_an_infinite_entry_and_not_for_the_norms_of_65536_rows(
     dtype: torch.dtype,
 ) -> None:
+    """65536 squared norms of 1 add up to more than float16 holds, whose largest number is 65504."""
     rows = torch.full((2**16, 4), 0.5, dtype=dtype)
     weights = torch.ones(3, dtype=torch.float64)
     assert torch.equal(nan_unless_finite(weights, rows, rows, rows), weights)
@@ -226,21 +235,26 @@ def test_weights_are_nan_for_an_infinite_entry_and_not_for_the_norms_of_65536_ro
 
 @pytest.mark.filterwarnings("ignore:logit_bias is given")
 @pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)
-@pytest.mark.parametrize("loss", [ClipLoss(), ClipLoss(memory_budget=0), at(1.0), at(0.0)], ids=str)
+@pytest.mark.parametrize(
+    "loss", [ClipLoss(), ClipLoss(memory_budget=0), rank_clip_at(1.0), rank_clip_at(0.0)], ids=str
+)
 def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, loss: nn.Module) -> None:
     v, t, s = features()
     entries = loss(v, t, s, logit_bias=bias, output_dict=True)
-    torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(v, t, s), rtol=1e-12, atol=0)
+    without_bias = ClipLoss()(v, t, s)
+    torch.testing.assert_close(entries["contrastive_loss"], without_bias, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
-    "build", [ClipLoss, lambda: ClipLoss(memory_budget=0), lambda: at(1.0), lambda: at(0.0)]
+    "build",
+    [ClipLoss, lambda: ClipLoss(memory_budget=0), lambda: rank_clip_at(1.0), lambda: rank_clip_at(0.0)],
+    ids=["ClipLoss", "streamed ClipLoss", "RankClipLoss", "RankClipLoss at λ = 0"],
 )
 def test_bias_of_a_softmax_is_warned_of_once(build: Callable[[], nn.Module]) -> None:
-    """The model is one for the sigmoid loss."""
+    """A bias is part of a model for the sigmoid loss, for which the loss may have been meant."""
     v, t, s = features()
     loss = build()
-    loss(v, t, s)
+    loss(v, t, s)  # which has no bias, and no warning
     with pytest.warns(InputWarning, match="logit_bias is given, and CLIP's softmax .*SigLipLoss"):
         loss(v, t, s, logit_bias=-10.0)
     loss(v, t, s, logit_bias=-10.0)  # a second warning would be an error
@@ -268,35 +282,38 @@ def test_a_constant_lambda_is_known_from_the_start() -> None:
 def test_lambda_is_that_of_the_later_call_of_set_epoch_and_set_progress() -> None:
     loss = RankClipLoss()
     for epoch in (1, 2, 5):
-        loss.set_epoch(epoch, 5)
+        loss.set_epoch(epoch=epoch, epochs=5)
         assert loss.schedule_value == schedules.rankclip(epoch, 5)
     loss.set_progress(np.int64(7), np.int64(100))
     assert loss.schedule_value == schedules.rankclip(7, 100)
-    loss.set_epoch(3, 20)
+    loss.set_epoch(epoch=3, epochs=20)
     assert loss.schedule_value == schedules.rankclip(3, 20)
 
 
-a_schedule = pytest.mark.parametrize("schedule", ["rankclip", lambda i, n: (i - 1) / (n - 1)])
+a_ramp = pytest.mark.parametrize(
+    "schedule", ["rankclip", lambda i, n: (i - 1) / (n - 1)], ids=["by name", "function"]
+)
+"""Schedules that one epoch alone does not determine: their formulas divide by n − 1."""
 
 
-@a_schedule
+@a_ramp
 def test_a_single_epoch_has_no_lambda_of_an_earlier_run_and_says_that_steps_set_it(
     schedule: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     loss = RankClipLoss(schedule=schedule)
-    loss.set_epoch(10, 10)  # the earlier run
+    loss.set_epoch(epoch=10, epochs=10)  # the earlier run
     with caplog.at_level(logging.INFO, logger="rankloss"):
-        loss.set_epoch(1, 1)
+        loss.set_epoch(epoch=1, epochs=1)
     assert "epochs=1 has no ramp: the schedule is evaluated per step" in caplog.text
     with pytest.raises(RuntimeError, match=r"does not know where training stands.*set_progress"):
         loss(*features())
 
 
-@a_schedule
+@a_ramp
 def test_a_single_epoch_leaves_the_lambda_of_a_step(schedule: Any) -> None:
     loss = RankClipLoss(schedule=schedule)
-    loss.set_progress(2, 50)
-    loss.set_epoch(1, 1)
+    loss.set_progress(step=2, total_steps=50)
+    loss.set_epoch(epoch=1, epochs=1)
     assert loss.schedule_value == loss.schedule(2, 50)
 
 
@@ -304,15 +321,16 @@ def test_a_single_epoch_leaves_the_lambda_of_a_step(schedule: Any) -> None:
 @pytest.mark.parametrize("method", ["set_epoch", "set_progress"])
 def test_a_loss_without_a_schedule_passes_the_progress_on_to_its_base(outer: Any, method: str) -> None:
     loss = outer(outer(RankClipLoss(schedule="linear")))
-    getattr(loss, method)(2, 5)
-    assert loss.base.base.schedule_value == 0.25
+    tell_progress = getattr(loss, method)
+    tell_progress(2, 5)
+    assert loss.base.base.schedule_value == (2 - 1) / (5 - 1)  # linear: (i − 1)/(n − 1)
 
 
 @pytest.fixture
 def trained() -> RankClipLoss:
     """A loss whose training has ended with λ = 1."""
     loss = RankClipLoss(schedule="linear", normalizer=1.0)
-    loss.set_progress(3, 3)
+    loss.set_progress(step=3, total_steps=3)
     loss.end_training()
     return loss
 
@@ -326,7 +344,7 @@ def test_lambda_of_a_training_that_has_ended_is_for_no_other_training(trained: R
 
 def test_lambda_of_a_training_that_has_ended_is_for_evaluations(trained: RankClipLoss) -> None:
     training = RankClipLoss(schedule="linear", normalizer=1.0)
-    training.set_progress(3, 3)
+    training.set_progress(step=3, total_steps=3)
     value = training(*features())
     with torch.no_grad():
         assert torch.equal(trained(*features()), value)
@@ -335,13 +353,13 @@ def test_lambda_of_a_training_that_has_ended_is_for_evaluations(trained: RankCli
 
 
 def test_a_single_epoch_which_sets_no_lambda_does_not_begin_another_training(trained: RankClipLoss) -> None:
-    trained.set_epoch(1, 1)
+    trained.set_epoch(epoch=1, epochs=1)
     with pytest.raises(RuntimeError, match="has ended"):
         trained(*features())
 
 
 def test_another_training_begins_with_a_lambda_of_its_own(trained: RankClipLoss) -> None:
-    trained.set_progress(1, 2)
+    trained.set_progress(step=1, total_steps=2)
     trained(*features())
     assert trained.schedule_value == 0
 
@@ -354,15 +372,19 @@ def test_a_constant_lambda_has_no_training_that_ends() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[], Any]) -> None:
+def test_a_lambda_that_is_set_in_a_mode_without_gradients_changes_no_pending_backward_pass_and_stays_set(
+    mode: Callable[[], Any],
+) -> None:
     loss, inputs = RankClipLoss(normalizer=1.0), features()
-    loss.set_epoch(1, 10)
-    value, expected = loss(*inputs), gradients(loss(*inputs), inputs, 2.0)
+    loss.set_epoch(epoch=1, epochs=10)
+    pending = loss(*inputs)
+    expected = gradients(loss(*inputs), inputs, upstream=2.0)  # of a second graph at the same λ
     with mode():
-        loss.set_epoch(10, 10)
+        loss.set_epoch(epoch=10, epochs=10)
         value_in_mode = loss(*inputs)
-    assert all(map(torch.equal, gradients(value, inputs, 2.0), expected))
+    assert all(map(torch.equal, gradients(pending, inputs, upstream=2.0), expected))
     assert torch.equal(loss(*inputs), value_in_mode)
+    assert value_in_mode != pending, "λ of the two epochs differs"
 
 
 def compilations(step: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> int:
@@ -381,7 +403,11 @@ needs_numbers_in_graphs = pytest.mark.skipif(
 
 
 @needs_numbers_in_graphs
-@pytest.mark.parametrize("scale_of", [lambda epoch: torch.tensor(10.0 + epoch), lambda epoch: 10.0])
+@pytest.mark.parametrize(
+    "scale_of",
+    [lambda epoch: torch.tensor(10.0 + epoch), lambda epoch: 10.0],
+    ids=["tensor that changes", "number"],
+)
 def test_a_loss_is_one_call_between_two_graphs_that_lambda_does_not_recompile(
     scale_of: Callable[[int], Any],
 ) -> None:
@@ -393,10 +419,11 @@ def test_a_loss_is_one_call_between_two_graphs_that_lambda_does_not_recompile(
 
     def in_each_epoch() -> Iterator[tuple[Any]]:
         for epoch in range(1, 7):
-            loss.set_epoch(epoch, 20)
+            loss.set_epoch(epoch=epoch, epochs=20)
             yield (scale_of(epoch),)
 
-    assert compilations(step, in_each_epoch()) <= 2
+    before_and_after_the_loss = 2  # graphs, which serve six epochs
+    assert compilations(step, in_each_epoch()) <= before_and_after_the_loss
 
 
 @needs_numbers_in_graphs
@@ -405,11 +432,13 @@ def test_an_epoch_that_is_set_within_the_compiled_step_does_not_recompile_each_t
     loss = RankClipLoss(schedule="official")
 
     def step(epoch: int, scale: Tensor) -> Tensor:
-        loss.set_epoch(epoch, 20)
+        loss.set_epoch(epoch=epoch, epochs=20)
         return 2 * loss(v, t, scale)
 
     calls = [(epoch, torch.tensor(10.0 + epoch)) for epoch in range(1, 7)]
-    assert compilations(step, calls) <= 5  # the epoch is a number of the graph before the call
+    # Dynamo compiles for the first epoch as a constant, and once more for any; a graph for each of the six
+    # epochs, before and after the loss, would be twelve.
+    assert compilations(step, calls) <= 5
 
 
 def test_a_loss_is_no_part_of_a_full_graph() -> None:
@@ -423,10 +452,10 @@ def test_a_loss_is_no_part_of_a_full_graph() -> None:
 
 
 class BaseOfOthers(nn.Module):
-    """A base of another package, with entries and inputs of its own, and without a bias."""
+    """A base of another package, with an entry and an input (``labels``) of its own, and without a bias."""
 
     def forward(self, image_features, text_features, logit_scale, output_dict=False, labels=None):
-        assert output_dict
+        assert output_dict, "RankClipLoss always asks its base for entries"
         return {
             "caption_loss": labels.sum(),
             "contrastive_loss": logit_scale * (image_features * text_features).sum(),
@@ -464,9 +493,9 @@ at_both_lambdas = pytest.mark.parametrize("lambda_", [0.0, 1.0])
 @at_both_lambdas
 def test_a_base_keeps_its_smoothing(lambda_: float) -> None:
     base = ClipLoss(label_smoothing=0.2)
-    entries = at(lambda_, base=base)(*features(), output_dict=True)
+    entries = rank_clip_at(lambda_, base=base)(*features(), output_dict=True)
     assert torch.equal(entries["contrastive_loss"], base(*features()))
-    assert (base(*features()) - ClipLoss()(*features())).abs() > 0.1
+    assert (base(*features()) - ClipLoss()(*features())).abs() > 0.1, "the smoothing changes the loss"
 
 
 def three_times(entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -476,7 +505,7 @@ def three_times(entries: dict[str, Tensor]) -> dict[str, Tensor]:
 @at_both_lambdas
 def test_a_hook_of_the_base_is_called(lambda_: float) -> None:
     """Though the rank terms' pass could compute CLIP's loss by itself."""
-    loss = at(lambda_)
+    loss = rank_clip_at(lambda_)
     loss.base.register_forward_hook(lambda module, inputs, output: three_times(output))
     entries = loss(*features(), output_dict=True)
     torch.testing.assert_close(entries["contrastive_loss"], 3 * ClipLoss()(*features()))
@@ -484,7 +513,7 @@ def test_a_hook_of_the_base_is_called(lambda_: float) -> None:
 
 @at_both_lambdas
 def test_a_forward_that_is_set_on_the_base_is_called(lambda_: float) -> None:
-    loss = at(lambda_)
+    loss = rank_clip_at(lambda_)
     forward = loss.base.forward
     loss.base.forward = lambda **inputs: three_times(forward(**inputs))
     entries = loss(*features(), output_dict=True)
@@ -523,37 +552,41 @@ def test_a_weight_of_rank_clip_cannot_be_set_later() -> None:
 
 
 V, T, S = (x.detach() for x in features())
+LOG = torch.tensor(2.66)
+"""The logarithm of a scale, 14.3, where the scale itself is asked for: a common mistake."""
 
 OF_UNIT_NORM = [x for x in SUBJECTS if x.takes_pairs and x.name != "SpreadLoss[covariance]"]
+"""The losses of pairs whose subject hands them features of unit norm: the one left out folds them before."""
 
 
 @pytest.mark.parametrize("subject", OF_UNIT_NORM, ids=str)
 def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(subject: Subject) -> None:
     inputs, loss = subject.pick(data()), subject.started()
-    inputs.update(text_features=2 * inputs["text_features"], logit_scale=torch.tensor(2.66))
+    inputs.update(text_features=2 * inputs["text_features"], logit_scale=LOG)
     with pytest.warns(InputWarning) as warned:
         assert loss(**inputs).isfinite()
-    assert {"text_features", "logit_scale"} <= {str(x.message).split()[0] for x in warned}
+    first_words = {str(warning.message).split()[0] for warning in warned}  # the arguments' names
+    assert {"text_features", "logit_scale"} <= first_words
     loss(**inputs)  # a second warning would be an error
 
 
 def test_norms_are_looked_at_when_they_can_be_read() -> None:
-    """A first call without values takes no warning from a later one."""
+    """A first call with features that have no values leaves the warning to a later one."""
     loss = ClipLoss()
-    loss(V.to("meta") * 2, T.to("meta"), 10.0)
+    loss(2 * V.to("meta"), T.to("meta"), 10.0)
     with pytest.warns(InputWarning, match="image_features should be unit-norm.* off by up to 1"):
         loss(2 * V, T, S)
 
 
 def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
-    """The warning is of the norms: a scale of 3 times products of 25 is as one of 75."""
+    """Products of rows of norm 5 are up to 25, and a scale of 3 is as one of 75 on cosines."""
     with pytest.warns(InputWarning) as warned:
         ClipLoss()(5 * V, 5 * T, 3.0)
-    assert not any(str(x.message).startswith("logit_scale") for x in warned)
+    first_words = {str(warning.message).split()[0] for warning in warned}
+    assert first_words == {"image_features", "text_features"}  # the norms alone
 
 
-LOG = torch.tensor(2.66)
-SCALES = {  # of which each has a warning, with its remedy
+SCALES = {
     "a temperature": (0.07, r"only 0\.07, as a temperature is: .* 1 / logit_scale$"),
     "a temperature that is learned": (
         nn.Parameter(torch.tensor(0.07)),
@@ -568,6 +601,7 @@ SCALES = {  # of which each has a warning, with its remedy
     ),
     "an infinite scale": (torch.tensor(math.inf), "inf, and CLIP models have at most 100"),
 }
+"""Values that are no scale, each with its warning, which says the remedy."""
 
 
 @pytest.mark.filterwarnings("ignore:logit_bias")
@@ -580,25 +614,30 @@ def test_a_scale_that_cannot_be_one_is_a_warning_with_its_remedy(name: str, make
     loss = make()
     with pytest.warns(InputWarning, match=f"^logit_scale is {message}") as warned:
         loss(V, T, scale)
-    texts = [str(x.message) for x in warned if str(x.message).startswith("logit_scale")]
-    assert len({*texts}) == 1, "Python shows an equal text of two parts once"
+    messages = {str(warning.message) for warning in warned}
+    of_scale = [message for message in messages if message.startswith("logit_scale")]
+    assert len(of_scale) == 1, "a loss and its base say the same, which Python then shows once"
     loss(V, T, scale)  # a second warning would be an error
 
 
 @pytest.mark.parametrize("name", SCALES)
 def test_a_scale_beside_features_without_values_is_not_looked_at(name: str) -> None:
-    """That it was not is the answer, so that a later call looks at it."""
+    """The function returns whether it has looked, and the loss asks it again in a later call if not."""
     scale, _ = SCALES[name]
-    assert checks.warn_of_scale("logit_scale", scale, V.to("meta")) is False
+    has_looked = checks.warn_of_scale("logit_scale", scale, V.to("meta"))
+    assert has_looked is False
 
 
 @pytest.mark.parametrize(
     "scale", [1.0, 5.0, 100.0, 1000.0, nn.Parameter(torch.tensor(10.0)), nn.Parameter(LOG).clamp(0, 4)]
 )
 def test_a_scale_that_can_be_one_is_no_warning(scale: Any) -> None:
-    assert checks.warn_of_scale("logit_scale", scale, V)
+    """A warning would be an error."""
+    has_looked = checks.warn_of_scale("logit_scale", scale, V)
+    assert has_looked
 
 
+# The change that spoils a teacher's nine rows, and the reason of the refusal.
 SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "half of zeros": (
         lambda x: x.index_fill(0, torch.arange(4, 9), 0.0),
@@ -619,12 +658,13 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) -> None:
-    inputs, teacher = random_batch(0, 9, 4, 10.0).leaves(), teacher_of(9)
+    inputs, teacher = random_batch(seed=0, n=9, d=4, scale=10.0).leaves(), teacher_of(n=9)
     spoil, reason = SPOILT[how]
     bad = {**teacher, TEXT: spoil(teacher[TEXT])}
-    for loss in (at(0.0), at(1.0), RankConsistency()):
-        for earlier_calls in ([], [{}], [{}, teacher]):
-            for earlier_teacher in earlier_calls:
+    no_teacher: dict[str, Tensor] = {}
+    for loss in (rank_clip_at(0.0), rank_clip_at(1.0), RankConsistency()):
+        for teachers_of_earlier_calls in ([], [no_teacher], [no_teacher, teacher]):
+            for earlier_teacher in teachers_of_earlier_calls:
                 loss(*inputs, **earlier_teacher)
             with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
                 loss(*inputs, **bad)
@@ -634,12 +674,12 @@ def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) ->
 def test_check_teacher_refuses_a_teacher_that_ranks_nothing(how: str) -> None:
     spoil, reason = SPOILT[how]
     with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
-        check_teacher(TEXT, spoil(teacher_of(9)[TEXT]))
+        check_teacher(TEXT, spoil(teacher_of(n=9)[TEXT]))
 
 
 def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
     """Sorted data have batches of one caption, whose features are one row of any teacher."""
-    inputs, teacher = random_batch(0, 9, 4, 10.0).leaves(), teacher_of(9)
+    inputs, teacher = random_batch(seed=0, n=9, d=4, scale=10.0).leaves(), teacher_of(n=9)
     one_row = {**teacher, TEXT: teacher[TEXT][:1].expand_as(teacher[TEXT])}
     loss = RankConsistency()
     with pytest.warns(InputWarning, match=f"^{TEXT} are one row for all pairs of a batch"):
@@ -648,14 +688,14 @@ def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
     assert value.isfinite()
     # In a later batch, also of another size, a second warning would be an error.
     first_seven = {name: x[:7] for name, x in one_row.items()}
-    loss(*random_batch(0, 7, 4, 10.0).leaves(), **first_seven)
+    loss(*random_batch(seed=0, n=7, d=4, scale=10.0).leaves(), **first_seven)
 
 
 def test_norms_of_a_teacher_that_comes_later_are_warned_of_once() -> None:
     loss = RankConsistency()
     loss(V, T, S)
-    large = {name: 3 * x for name, x in teacher_of(6).items()}
+    large = {name: 3 * x for name, x in teacher_of(n=6).items()}
     with pytest.warns(InputWarning) as warned:
         loss(V, T, S, **large)
     assert [str(warning.message).split()[0] for warning in warned] == [IMAGE, TEXT]
-    loss(V, T, S, **large)
+    loss(V, T, S, **large)  # a second warning would be an error

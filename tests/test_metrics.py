@@ -20,7 +20,7 @@ from rankloss import metrics
 
 @st.composite
 def two_lists(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Of one length, with ties."""
+    """Two lists of one length, each with ties."""
     n = draw(st.integers(2, 40))
     numbers = st.lists(st.integers(0, n), min_size=n, max_size=n)
     return draw(numbers), draw(numbers)
@@ -46,14 +46,14 @@ def all_are_tied(numbers: Sequence[float]) -> bool:
 
 
 def padded(lists: list[list[float]], fill: float) -> torch.Tensor:
-    """One matrix of the lists, with one place of padding at least."""
+    """One matrix, whose rows are the lists, filled up to one place more than the longest has."""
     width = 1 + max(map(len, lists))
     return torch.tensor([x + [fill] * (width - len(x)) for x in lists], dtype=torch.float64)
 
 
 @st.composite
 def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
-    """Scores and grades with ties; some are −∞."""
+    """Some lists, each as its scores and its grades, both with ties; some are −∞."""
     sizes = draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
     grade = st.one_of(st.integers(0, 3).map(float), st.just(-math.inf))
     score = st.one_of(st.integers(-3, 3).map(float), st.just(-math.inf))
@@ -66,14 +66,16 @@ def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
 def assert_each(
     measure: Callable[..., Any], lists: Any, owed: Callable[[Any, Any], float], **options: Any
 ) -> None:
-    """Each list has the value owed for its scores and grades, alone and beside others in a padded matrix."""
+    """Each list has the value ``owed(scores, grades)``, alone and beside others in a padded matrix."""
     scores, grades = ([*x] for x in zip(*lists, strict=True))
-    is_item = padded([[1.0] * len(x) for x in scores], 0.0) > 0
-    together = measure(padded(scores, 7.0), padded(grades, 5.0), mask=is_item, **options)
+    is_item = padded([[1.0] * len(x) for x in scores], fill=0.0) > 0
+    # Padding has scores and grades above all others: whoever reads it gets another value.
+    together = measure(padded(scores, fill=7.0), padded(grades, fill=5.0), mask=is_item, **options)
     alone = [measure(torch.tensor(x), torch.tensor(y), **options).item() for x, y in lists]
+    owed_values = [owed(x, y) for x, y in lists]
     assert together.dtype == torch.float64
-    for values in (together.tolist(), alone):
-        assert values == pytest.approx([owed(x, y) for x, y in lists], abs=1e-12, nan_ok=True)
+    assert together.tolist() == pytest.approx(owed_values, abs=1e-12, nan_ok=True)
+    assert alone == pytest.approx(owed_values, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("variant", ["b", "c"])
@@ -106,7 +108,7 @@ def test_pairwise_accuracy_is_the_share_of_pairs_in_the_grades_order(lists: Any)
 @given(graded_lists(), st.sampled_from([None, 1, 3]))
 def test_ndcg_is_scikit_learns(gain: Any, lists: Any, k: int | None) -> None:
     def owed(scores: list[float], grades: list[float]) -> float:
-        gains = [max(grade, 0.0) for grade in grades]
+        gains = [max(grade, 0.0) for grade in grades]  # −∞ gains nothing
         if gain == "exponential":
             gains = [2**linear - 1 for linear in gains]
         if not any(gains):
@@ -121,9 +123,9 @@ def test_ndcg_is_scikit_learns(gain: Any, lists: Any, k: int | None) -> None:
     "grades", [[2000, 1999, 0, 1998], [3, 1, 0, 2], [9001, 1, 9000, 9000], [60, 59, 1, 0]], ids=str
 )
 def test_exponential_gains_of_large_grades_are_exact(grades: list[int]) -> None:
-    """2^2000 is no float64, and 2^60 − 1 is rounded: Python's integers have both.
+    """float64 does not hold 2^2000, and rounds 2^60 − 1: the gains owed are of Python's integers.
 
-    NDCG is a ratio of gains, which may all be divided by one number.
+    They are divided by 2 to the largest grade, which changes no ratio of gains, and so no NDCG.
     """
     scores = torch.tensor([0.1, 0.4, 0.3, 0.2])
     gains = [float(Fraction(2**grade - 1, 2 ** max(grades))) for grade in grades]
@@ -139,7 +141,7 @@ def test_ndcg_of_a_list_without_a_gain_is_nan() -> None:
 
 @given(graded_lists())
 def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
-    """Of equal scores the worst item comes first."""
+    """Of items with equal scores the worst comes first, and an item is relevant from grade 2 on."""
 
     def owed(scores: list[float], grades: list[float]) -> float:
         order = sorted(range(len(scores)), key=lambda item: (-scores[item], grades[item]))
@@ -149,11 +151,12 @@ def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
     assert_each(metrics.reciprocal_rank, lists, owed, at_least=2.0)
 
 
-every_measure = pytest.mark.parametrize("name", LISTS)
+every_measure = pytest.mark.parametrize("name", LISTS)  # of two lists, by name
 
 
 @every_measure
 def test_integers_that_float64_rounds_are_refused(name: str) -> None:
+    """From 2⁵³ on neighbours become equal, which would be a tie."""
     large = torch.tensor([1, 2**53 + 1, 2**53 + 1])
     reason = r"(x|y|grades) must be at most 2⁵³, to stay distinct.* 9007199254740993"
     with pytest.raises(ValueError, match=reason):
@@ -170,6 +173,7 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds(name: str
 
 @pytest.mark.parametrize("name", MASKED)
 def test_padding_may_have_integers_that_float64_rounds(name: str) -> None:
+    """Such integers are refused in a list, see above."""
     large, mask = torch.tensor([1, 2**53 + 1, 2**53 + 1]), torch.tensor([True, False, False])
     assert MASKED[name](torch.tensor([1, 2, 3]), large, mask=mask).shape == ()
 
@@ -206,14 +210,15 @@ def test_leading_dimensions_are_lists() -> None:
 
 
 def test_equal_modalities_agree_perfectly() -> None:
-    batch = random_batch(0, 50, 8, 1.0)
+    batch = random_batch(seed=0, n=50, d=8, scale=1.0)
     for value in metrics.rank_agreement(batch.image, batch.image).values():
         assert value.item() == pytest.approx(1)
 
 
 def test_two_anchors_of_many_are_the_first_and_the_last() -> None:
-    batch = random_batch(0, 50, 8, 1.0)
-    of_images, of_texts = ((x @ x.T)[[0, 49]] for x in (batch.image, batch.text))
+    batch = random_batch(seed=0, n=50, d=8, scale=1.0)
+    first, last = 0, 49
+    of_images, of_texts = ((x @ x.T)[[first, last]] for x in (batch.image, batch.text))
     sampled = metrics.rank_agreement(batch.image, batch.text, max_anchors=2)
     owed = metrics.kendall_tau(of_images, of_texts).mean()
     assert sampled["in_modal_tau"].item() == pytest.approx(owed.item(), abs=1e-12)
@@ -221,11 +226,12 @@ def test_two_anchors_of_many_are_the_first_and_the_last() -> None:
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
-    batch = random_batch(n, n, 5, 1.0, duplicates=3)
+    batch = random_batch(seed=n, n=n, d=5, scale=1.0, duplicates=3)
     v, t = batch.image, batch.text
+    # A matrix product may round the similarities to equal items apart, which would break their tie.
 
     def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a·bᵀ, which rounds equal columns alike."""
+        """a·bᵀ, entry by entry, which rounds equal columns alike."""
         return (a[:, None] * b).sum(-1)
 
     across, within = (products(v, t), products(t, v)), (products(v, v), products(t, t))
@@ -240,19 +246,21 @@ def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
 
 
 def test_alignment_and_uniformity_match_the_published_analysis_scripts_values() -> None:
+    """Both numbers are that script's, in float64, for this batch of six pairs."""
     batch = vector_batch(VECTORS["0:6:4:10"])
     assert metrics.alignment(batch.image, batch.text).item() == pytest.approx(2.49989752858144, rel=1e-12)
     assert metrics.uniformity(batch.image, batch.text).item() == pytest.approx(-1.97326705984705, rel=1e-12)
 
 
 def test_uniformity_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = random_batch(0, 23, 5, 1.0)
+    n, rows_of_a_chunk = 23, 4
+    batch = random_batch(seed=0, n=n, d=5, scale=1.0)
     whole = metrics.uniformity(batch.image, batch.text)
-    monkeypatch.setattr(metrics.features, "_BLOCK", 23 * 4)
+    monkeypatch.setattr(metrics.features, "_BLOCK", n * rows_of_a_chunk)
     torch.testing.assert_close(metrics.uniformity(batch.image, batch.text), whole, rtol=1e-12, atol=0)
 
 
 def test_modality_gap_is_the_distance_of_the_centres() -> None:
     v = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # around (2, 3)
     t = torch.tensor([[0.0, 0.0], [-2.0, -2.0]])  # around (−1, −1)
-    assert metrics.modality_gap(v, t).item() == pytest.approx(5)
+    assert metrics.modality_gap(v, t).item() == pytest.approx(5)  # √(3² + 4²)

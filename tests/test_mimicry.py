@@ -20,14 +20,15 @@ IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """Images, texts and the scale of six pairs."""
-    return random_batch(0, 6, 4, 10.0).leaves()
+    return random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
 
 
 # --- entries ----------------------------------------------------------------------------------------------
 
 
 def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
-    loss, teacher = MimicryLoss(weight=0.5), teacher_of(6, 4)
+    """The values themselves are in ``conditions``."""
+    loss, teacher = MimicryLoss(weight=0.5), teacher_of(n=6, d=4)
     entries = loss(*batch(), output_dict=True, **teacher)
     assert list(entries) == ["contrastive_loss", "mimicry_loss"]
     assert torch.equal(entries["contrastive_loss"], ClipLoss()(*batch()))
@@ -35,22 +36,24 @@ def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
 
 
 def test_one_modality_has_the_distances_of_that_modality() -> None:
-    teacher = teacher_of(6, 4)
+    teacher = teacher_of(n=6, d=4)
 
     def distance(**features: Tensor) -> Tensor:
         return MimicryLoss()(*batch(), output_dict=True, **features)["mimicry_loss"]
 
-    of_images, of_texts = (distance(**{name: teacher[name]}) for name in TEACHER)
+    of_images, of_texts = distance(**{IMAGE: teacher[IMAGE]}), distance(**{TEXT: teacher[TEXT]})
     torch.testing.assert_close(of_images + of_texts, distance(**teacher))
 
 
 def test_a_teacher_gets_no_gradient() -> None:
-    teacher = {name: x.requires_grad_() for name, x in teacher_of(6, 4).items()}
-    MimicryLoss()(*batch(), **teacher).backward()
+    teacher = {name: x.requires_grad_() for name, x in teacher_of(n=6, d=4).items()}
+    v, t, s = batch()
+    MimicryLoss()(v, t, s, **teacher).backward()
+    assert v.grad is not None
     assert all(x.grad is None for x in teacher.values())
 
 
-def test_a_copy_of_the_teacher_costs_nothing() -> None:
+def test_a_student_that_equals_its_teacher_has_a_term_of_zero() -> None:
     v, t, s = batch()
     entries = MimicryLoss(weight=1)(v, t, s, output_dict=True, **{IMAGE: v, TEXT: t})
     assert entries["mimicry_loss"] == 0
@@ -58,22 +61,24 @@ def test_a_copy_of_the_teacher_costs_nothing() -> None:
 
 def test_no_matrix_of_all_pairs_is_held() -> None:
     n = 4096
-    v, t, s = random_batch(0, n, 4, 10.0).leaves(torch.float32)
-    teacher = {name: x.float() for name, x in teacher_of(n, 4).items()}
+    v, t, s = random_batch(seed=0, n=n, d=4, scale=10.0).leaves(torch.float32)
+    teacher = {name: x.float() for name, x in teacher_of(n=n, d=4).items()}
     loss = MimicryLoss(ClipLoss(memory_budget=0))
     with TensorSizes() as sizes:
         loss(v, t, s, **teacher).backward()
-    assert sizes.largest < n * n
+    assert n * 4 <= sizes.largest < n * n  # from the features on
 
 
 def test_a_narrower_teacher_is_compared_with_zeros_in_the_other_dimensions() -> None:
     v, t, s = batch()
-    teacher = teacher_of(6, 3)
+    teacher = teacher_of(n=6, d=3)
     distance = MimicryLoss(weight=2)(v, t, s, output_dict=True, **teacher)["mimicry_loss"]
     images, texts = (torch.cat([teacher[name], torch.zeros(6, 1)], 1) for name in TEACHER)
     owed = 2 * ((v - images).square().sum(1).mean() + (t - texts).square().sum(1).mean())
     torch.testing.assert_close(distance, owed)
-    torch.testing.assert_close(gradients(distance, (v, t), 3.0), gradients(owed, (v, t), 3.0))
+    torch.testing.assert_close(
+        gradients(distance, (v, t), upstream=3.0), gradients(owed, (v, t), upstream=3.0)
+    )
 
 
 # --- errors -----------------------------------------------------------------------------------------------
@@ -82,15 +87,31 @@ def test_a_narrower_teacher_is_compared_with_zeros_in_the_other_dimensions() -> 
 @pytest.mark.parametrize(
     ("teacher", "components", "named"),
     [
-        ({}, None, f"MimicryLoss needs {IMAGE} or {TEXT}.* neither"),
-        (
-            teacher_of(6, 5),
+        pytest.param({}, None, f"MimicryLoss needs {IMAGE} or {TEXT}.* neither", id="no teacher"),
+        pytest.param(
+            teacher_of(n=6, d=5),
             None,
             rf"{IMAGE} must have at most .* width, 4,.* got 5.*components\(4\)",
+            id="a teacher wider than the student",
         ),
-        (teacher_of(6, 5), torch.eye(6)[:, :4], rf"components must be \(5, 4\) for {IMAGE}.* \(6, 4\)"),
-        (teacher_of(5, 4), None, rf"{IMAGE} must have one row per pair, 6.* \(5, 4\)"),
-        ({TEXT: torch.full((6, 4), torch.nan)}, None, f"{TEXT} must be finite.* row 0 has norm nan"),
+        pytest.param(
+            teacher_of(n=6, d=5),
+            torch.eye(6)[:, :4],
+            rf"components must be \(5, 4\) for {IMAGE}.* \(6, 4\)",
+            id="components of another teacher",
+        ),
+        pytest.param(
+            teacher_of(n=5, d=4),
+            None,
+            rf"{IMAGE} must have one row per pair, 6.* \(5, 4\)",
+            id="a row too few",
+        ),
+        pytest.param(
+            {TEXT: torch.full((6, 4), torch.nan)},
+            None,
+            f"{TEXT} must be finite.* row 0 has norm nan",
+            id="NaN",
+        ),
     ],
 )
 def test_a_teacher_or_components_that_do_not_fit_are_named(teacher: Any, components: Any, named: str) -> None:

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from drawn_options import FIELDS, small_values
 from rankloss.options import CHOICES, RankOptions
 
-LARGEST = 2**31 - 1
+# FIELDS has the dataclass fields of RankOptions by name, CHOICES what an option that is a choice may be.
+LARGEST_INT32 = 2**31 - 1
 NUMBERS = [name for name, field in FIELDS.items() if "above" in field.metadata]
+"""Options that are a positive number."""
 NAMED = [name for name in FIELDS if CHOICES[name]]
+"""Options that are one of some choices."""
 COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]
+"""Options that are a positive integer, or None."""
 
 
 @given(st.fixed_dictionaries({}, optional={name: small_values(name) for name in FIELDS}))
@@ -27,12 +31,12 @@ def test_every_option_is_kept(chosen: dict[str, Any]) -> None:
         assume(False)
     values = {name: getattr(options, name) for name in FIELDS}
     assert values == {name: chosen.get(name, field.default) for name, field in FIELDS.items()}
-    assert RankOptions(**options.changed) == options
+    assert RankOptions(**options.changed) == options  # `changed` has those that differ from the defaults
 
 
-def test_every_field_is_documented() -> None:
-    for name in FIELDS:
-        assert f"    {name}: " in (RankOptions.__doc__ or "")
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_option_is_documented(name: str) -> None:
+    assert f"    {name}: " in (RankOptions.__doc__ or "")
 
 
 BAD = [(name, value) for name in NAMED for value in ("x", 0, 1, 1.0)]
@@ -43,11 +47,9 @@ BAD += [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_value_that_it_does_not_take_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"^{name} must be (one of|an integer|a finite number|at most) .*got {re.escape(repr(value))}$",
-    ):
+def test_a_value_that_an_option_does_not_take_is_refused_by_name(name: str, value: object) -> None:
+    needed = "(one of|an integer|a finite number|at most) .*"
+    with pytest.raises(ValueError, match=rf"^{name} must be {needed}got {re.escape(repr(value))}$"):
         RankOptions(**{name: value})
 
 
@@ -69,9 +71,9 @@ def test_a_count_of_numpy_is_kept_as_pythons(name: str) -> None:
 
 
 def bounds_of(name: str) -> tuple[int, int]:
-    """The least and the largest value of a count."""
+    """The least and the largest value of a count, as its field declares them."""
     bounds = FIELDS[name].metadata
-    return bounds.get("at_least", 1), bounds.get("at_most", LARGEST)
+    return bounds.get("at_least", 1), bounds.get("at_most", LARGEST_INT32)
 
 
 def with_count(name: str, value: Any) -> RankOptions:

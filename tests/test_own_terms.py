@@ -22,7 +22,7 @@ IMAGE, TEXT = "reference_image_features", "reference_text_features"
 
 
 class Distance(AddedTerms):
-    """A term with an option of each kind."""
+    """w·s·mean_i ‖v_i − t_i‖ᵖ, or the sum: a term with an option of each kind, w, p and mean or sum."""
 
     def __init__(
         self, base: Any = None, *, weight: float = 0.5, power: int = 2, kind: str = "mean", gather: Any = None
@@ -34,13 +34,14 @@ class Distance(AddedTerms):
 
     def own_terms(self, image_features: Tensor, text_features: Tensor, scale: Any) -> dict[str, Tensor]:
         distances = (image_features - text_features).norm(dim=-1) ** self.power
-        return {"distance_loss": self.weight * scale * getattr(distances, self.kind)()}
+        reduced = distances.mean() if self.kind == "mean" else distances.sum()
+        return {"distance_loss": self.weight * scale * reduced}
 
 
 class Taught(AddedTerms):
-    """Terms that need a teacher's texts, and take weights of the pairs from the data."""
+    """mean_i w_i·‖t_i − t'_i‖²: a term that needs a teacher's texts t', and takes weights w of the pairs."""
 
-    one_space = False
+    one_space = False  # it compares no image with a text
 
     def own_terms(
         self,
@@ -56,7 +57,7 @@ class Taught(AddedTerms):
 
 
 class Alone(OwnTerms):
-    """Two terms on no other loss."""
+    """s·mean_i v_i·t_i and twice as much: two terms, added to no other loss."""
 
     def own_terms(self, image_features: Tensor, text_features: Tensor, scale: Any) -> dict[str, Tensor]:
         term = scale * (image_features * text_features).sum(-1).mean()
@@ -64,17 +65,17 @@ class Alone(OwnTerms):
 
 
 class Recording(ClipLoss):
-    """CLIP's loss, which keeps the further inputs of its last call."""
+    """CLIP's loss, which keeps the names of the inputs of its last call, and takes any."""
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        self.inputs = {name: x for name, x in inputs.items() if not name.startswith(("image", "text"))}
-        known = ("image_features", "text_features", "logit_scale", "output_dict")
-        return super().forward(*args, **{name: inputs[name] for name in known})
+    def forward(self, **inputs: Any) -> Any:
+        self.names_of_inputs = {*inputs}
+        of_clip = ("image_features", "text_features", "logit_scale", "output_dict")
+        return super().forward(**{name: inputs[name] for name in of_clip})
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """Images, texts and the scale of six pairs."""
-    return random_batch(0, 6, 4, 10.0).leaves()
+    return random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
 
 
 # --- terms on a base ----------------------------------------------------------------------------------------
@@ -91,8 +92,10 @@ def test_the_terms_stand_after_the_bases_entries_and_all_add_up() -> None:
 
 def test_every_input_has_the_gradient_of_base_and_terms() -> None:
     v, t, s = inputs = batch()
-    owed = ClipLoss()(v, t, s) + 0.5 * s * (v - t).square().sum(-1).mean()
-    torch.testing.assert_close(gradients(Distance()(v, t, s), inputs, -1.7), gradients(owed, inputs, -1.7))
+    owed = ClipLoss()(v, t, s) + 0.5 * s * (v - t).square().sum(-1).mean()  # the default weight and power
+    torch.testing.assert_close(
+        gradients(Distance()(v, t, s), inputs, upstream=-1.7), gradients(owed, inputs, upstream=-1.7)
+    )
 
 
 def test_options_of_every_kind_are_shown() -> None:
@@ -127,14 +130,14 @@ def test_an_input_that_neither_the_terms_nor_the_base_take_is_refused() -> None:
 
 def test_inputs_that_the_terms_name_are_theirs() -> None:
     v, t, s = batch()
-    teacher = teacher_of(6, 4)
-    of_the_last_alone = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)
-    entries = Taught()(v, t, s, **teacher, pair_weights=of_the_last_alone, output_dict=True)
+    teacher = teacher_of(n=6, d=4)
+    last_alone = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)  # of which the mean is 1
+    entries = Taught()(v, t, s, **teacher, pair_weights=last_alone, output_dict=True)
     torch.testing.assert_close(entries["taught_loss"], (t - teacher[TEXT])[5].square().sum())
 
 
 def test_a_teachers_features_are_the_terms_and_the_bases() -> None:
-    teacher = teacher_of(6, 4)
+    teacher = teacher_of(n=6, d=4)
     entries = Taught(MimicryLoss())(*batch(), **teacher, output_dict=True)
     of_base = MimicryLoss()(*batch(), **teacher, output_dict=True)
     assert list(entries) == ["contrastive_loss", "mimicry_loss", "taught_loss"]
@@ -143,8 +146,8 @@ def test_a_teachers_features_are_the_terms_and_the_bases() -> None:
 
 def test_a_base_that_takes_no_teacher_gets_none() -> None:
     base = Recording()
-    Taught(base)(*batch(), **teacher_of(6, 4))
-    assert base.inputs.keys() == {"logit_scale", "output_dict"}
+    Taught(base)(*batch(), **teacher_of(n=6, d=4))
+    assert base.names_of_inputs == {"image_features", "text_features", "logit_scale", "output_dict"}
 
 
 def test_a_bias_is_the_bases() -> None:
@@ -187,14 +190,15 @@ def test_a_teachers_features_are_checked_before_the_terms(features: Tensor, reas
 
 
 def base_of_any_widths() -> RankClipLoss:
-    """Rank terms within each modality, on a constant."""
+    """A base that compares no image with a text: rank terms within each modality, added to a constant."""
     return RankClipLoss(lambda *_, **__: torch.ones(()), lambda_cross=0.0, schedule="constant")
 
 
 def test_terms_within_each_modality_allow_two_widths() -> None:
     v, t, s = batch()
     narrow = F.normalize(t[:, :3], dim=-1)
-    entries = Taught(base_of_any_widths())(v, narrow, s, **{TEXT: narrow.detach()}, output_dict=True)
+    its_own_teacher = {TEXT: narrow.detach()}
+    entries = Taught(base_of_any_widths())(v, narrow, s, **its_own_teacher, output_dict=True)
     assert entries["taught_loss"] == 0
 
 
@@ -204,15 +208,18 @@ def test_terms_of_one_space_refuse_two_widths() -> None:
         Distance(base_of_any_widths())(v, t[:, :3], s)
 
 
-def error_of_integers_on_the_last(rank: int, world_size: int) -> str:
+def error_of_integers_on_the_last_rank(rank: int, world_size: int) -> str:
+    """The error of each process where the last one's texts are integers."""
     v, t, s = (x.detach() for x in batch())
+    if rank == world_size - 1:
+        t = t.long()
     with pytest.raises(ValueError, match="text_features must be floating point") as error:
-        Alone()(v, t.long() if rank == world_size - 1 else t, s)
+        Alone()(v, t, s)
     return str(error.value)
 
 
 def test_a_bad_input_of_one_process_is_the_error_of_all(pool: Pool) -> None:
-    first, *others = pool.run(error_of_integers_on_the_last)
+    first, *others = pool.run(error_of_integers_on_the_last_rank)
     assert f"on rank {pool.world_size - 1} of {pool.world_size}" in first
     assert others == [first] * (pool.world_size - 1)
 
@@ -224,7 +231,7 @@ def test_terms_on_no_other_loss_are_the_loss() -> None:
     v, t, s = batch()
     entries = Alone()(v, t, s, output_dict=True)
     assert list(entries) == ["first_loss", "second_loss"]
-    torch.testing.assert_close(Alone()(v, t, s), 3 * s * (v * t).sum(-1).mean())
+    torch.testing.assert_close(Alone()(v, t, s), (1 + 2) * s * (v * t).sum(-1).mean())
     assert not hasattr(Alone(), "base")
 
 
@@ -236,7 +243,7 @@ def test_a_bias_without_a_base_has_a_gradient_of_zero_and_changes_nothing() -> N
     assert torch.autograd.grad(value, bias)[0] == 0
 
 
-def test_an_input_that_nobody_takes_is_refused() -> None:
+def test_an_input_that_terms_on_no_other_loss_do_not_name_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Alone\.forward\(\) got an unexpected keyword argument 'pair_ids'"):
         Alone()(*batch(), pair_ids=torch.arange(6))
 
@@ -253,7 +260,9 @@ def test_a_compiled_call_breaks_the_graph_and_has_the_same_value_and_gradients()
         """The call between two operations, which are compiled."""
         return loss(v.flip(0), t, s) + 1
 
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # forgets what other tests compiled
     value, compiled_value = step(*inputs), torch.compile(step, backend="eager")(*inputs)
     torch.testing.assert_close(compiled_value, value)
-    torch.testing.assert_close(gradients(compiled_value, inputs, 1.3), gradients(value, inputs, 1.3))
+    torch.testing.assert_close(
+        gradients(compiled_value, inputs, upstream=1.3), gradients(value, inputs, upstream=1.3)
+    )

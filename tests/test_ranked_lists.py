@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_definition(
     by_queries, by_items, by_scale, *by_frozen = torch.autograd.grad(
         value, [*inputs, *frozen_inputs.values()], upstream, allow_unused=True
     )
-    assert_same([by_queries, by_items, by_scale], gradients(owed, inputs, upstream), 1e-9)
+    assert_same([by_queries, by_items, by_scale], gradients(owed, inputs, upstream), tolerance=1e-9)
     assert by_frozen == [None] * len(frozen_inputs)
 
 
@@ -90,7 +90,7 @@ def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
 @pytest.mark.parametrize("id_of", [lambda row: 2**63 - 1 - row, lambda row: row - 2**63, lambda row: -row])
 def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: Any) -> None:
     """Also where an item of no list, here the first two, comes before the candidate, or has its id."""
-    lists = lists_of(0, 4, 3, 9)
+    lists = lists_of(seed=0, n=4, k=3, m=9)
     lists = replace(lists, index=lists.index % 7 + 2)
     ids = torch.tensor([id_of(max(row - 2, 0)) for row in range(9)])
     by_ids = lists.differentiated(
@@ -105,7 +105,7 @@ def test_an_excluded_candidate_is_no_negative_of_its_query(
     options: dict[str, Any], chunk_size: int | None
 ) -> None:
     """Such as a query's own caption in another query's list; without negatives nothing changes."""
-    lists = lists_of(0, 5, 3, 9)
+    lists = lists_of(seed=0, n=5, k=3, m=9)
     first_candidates = lists.index[:, 0]
     excluded = first_candidates.roll(1)  # that of the query before
     ids = torch.arange(9) + 100
@@ -118,7 +118,7 @@ def test_an_excluded_candidate_is_no_negative_of_its_query(
 
 
 def test_excluded_ids_need_ids_of_candidates() -> None:
-    lists = lists_of(0, 4, 3, 9)
+    lists = lists_of(seed=0, n=4, k=3, m=9)
     loss = RankedLists(in_batch_negatives=True)
     with pytest.raises(ValueError, match="excluded_ids are ids of candidates, and need candidate_ids"):
         lists.loss(loss, *lists.leaves(), excluded_ids=torch.arange(4))
@@ -203,12 +203,12 @@ def test_a_candidate_may_have_another_grade_at_padding(by: str) -> None:
 
 @models
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
-    lists = lists_of(4, 5, 4, 9)
+    lists = lists_of(seed=4, n=5, k=4, m=9)
     built, changed = RankedLists(**options), RankedLists(model="pairwise", pair_weight="difference")
     for name, value in {"model": "plackett_luce", "pair_weight": None, **options}.items():
         setattr(changed, name, value)
     of_changed = lists.differentiated(lambda *inputs: lists.loss(changed, *inputs))
-    assert_same(of_changed, lists.differentiated(lambda *inputs: lists.loss(built, *inputs)), 0.0)
+    assert_same(of_changed, lists.differentiated(lambda *inputs: lists.loss(built, *inputs)), tolerance=0.0)
 
 
 @models
@@ -284,7 +284,9 @@ def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> N
         scale=scale,
     )
     of_loss = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
-    assert_close(of_loss, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), 1e-11)
+    assert_close(
+        of_loss, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), tolerance=1e-11
+    )
 
 
 @models
@@ -293,7 +295,7 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
     """With a list of one candidate, a list without items below it, and ungraded candidates."""
     mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, -math.inf, -math.inf], [1.0, 0.0, 0.0]], dtype=F64)
-    lists = replace(lists_of(1, 3, 3, 3, masked=False), grades=grades, mask=mask)
+    lists = replace(lists_of(seed=1, n=3, k=3, m=3, masked=False), grades=grades, mask=mask)
 
     def derivatives(value_of: Callable[..., Tensor]) -> list[Tensor]:
         """Of the first order, and of the second along a direction; a NaN on the way is an error."""
@@ -305,7 +307,7 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
             return [*first, *torch.autograd.grad(along, inputs)]
 
     of_loss = derivatives(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
-    assert_same(of_loss, derivatives(lambda *inputs: lists.owed(*inputs, **options)), 1e-9)
+    assert_same(of_loss, derivatives(lambda *inputs: lists.owed(*inputs, **options)), tolerance=1e-9)
 
 
 # --- a frozen model's scores --------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
 
 def test_a_frozen_copy_leaves_equal_scores() -> None:
     """Exactly, so that a training begins at the loss of a list without an order."""
-    lists = lists_of(6, 4, 5, 9, masked=False)
+    lists = lists_of(seed=6, n=4, k=5, m=9, masked=False)
     q, c, s = lists.leaves(torch.float32)
     frozen = Frozen(lists.queries.float(), lists.items.float(), lists.scale).as_features()
     loss = RankedLists(model="pairwise")
@@ -334,8 +336,10 @@ def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
     queries, candidates = torch.ones(5, 1, dtype=F64), policy[:, :, None]
     grades = F.one_hot(better)
     value = RankedLists(model="pairwise")(queries, candidates, grades, beta, reference_scores=beta * frozen)
-    assert_same([value], [dpo], 1e-14)
-    assert_same(gradients(value, (policy,), 1.3), gradients(dpo, (policy,), 1.3), 1e-14)
+    assert_same([value], [dpo], tolerance=1e-14)
+    assert_same(
+        gradients(value, (policy,), upstream=1.3), gradients(dpo, (policy,), upstream=1.3), tolerance=1e-14
+    )
 
 
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
@@ -365,7 +369,7 @@ def test_exponential_gains_of_any_grade_are_finite() -> None:
 
 
 def test_lists_without_a_gain_count_nothing() -> None:
-    lists = replace(lists_of(0, 3, 2, 4), grades=torch.zeros(3, 2))
+    lists = replace(lists_of(seed=0, n=3, k=2, m=4), grades=torch.zeros(3, 2))
     assert lists.loss(RankedLists(model="lambda"), *lists.leaves()) == 0
 
 
@@ -379,7 +383,7 @@ def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
 
     def memory_of(n: int) -> tuple[int, int]:
         """The bytes that are kept, and the elements of the largest tensor."""
-        lists, loss = lists_of(0, n, k, m, masked=False), RankedLists(**options, chunk_size=chunk)
+        lists, loss = lists_of(seed=0, n=n, k=k, m=m, masked=False), RankedLists(**options, chunk_size=chunk)
         inputs = lists.leaves()
         kept = saved_bytes(lambda: lists.loss(loss, *inputs))
         with TensorSizes() as sizes:
@@ -412,12 +416,12 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None
 def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no tensor holds all pairs."""
     n, k = 8, 12
-    lists = lists_of(0, n, k, 512, masked=False)
+    lists = lists_of(seed=0, n=n, k=k, m=512, masked=False)
     loss = RankedLists(model="pairwise", in_batch_negatives=True)
     owed = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
     monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
     with TensorSizes() as sizes:
-        assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, 1e-12)
+        assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, tolerance=1e-12)
     negatives = len(lists.index.unique())
     assert sizes.largest < n * k * negatives / 2
 
@@ -427,7 +431,7 @@ def test_pairs_with_negatives_keep_pairs_within_the_lists_and_some_numbers_an_it
 ) -> None:
     monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
     n, k, m = 8, 12, 512
-    lists = lists_of(0, n, k, m, masked=False)
+    lists = lists_of(seed=0, n=n, k=k, m=m, masked=False)
     inputs = lists.leaves()
 
     def kept_by(model: Any) -> int:

@@ -192,7 +192,7 @@ def of_shared_candidates(rank: int, world_size: int, local_loss: bool) -> list[T
 
     One process alone has the lists of both.
     """
-    lists = lists_of(0, 2 * N, K, M)
+    lists = lists_of(seed=0, n=2 * N, k=K, m=M)
     rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
     own, ids = share(lists, rows), torch.arange(M) - 3
     loss = RankedLists(in_batch_negatives=True, gather=Gather(local_loss=local_loss))
@@ -207,7 +207,7 @@ def of_shared_candidates(rank: int, world_size: int, local_loss: bool) -> list[T
 
 @pytest.mark.parametrize("local_loss", [True, False])
 def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools, local_loss: bool) -> None:
-    lists = lists_of(0, 2 * N, K, M)
+    lists = lists_of(seed=0, n=2 * N, k=K, m=M)
     options = {"in_batch_negatives": True, "excluded": excluded_items(lists).tolist()}
     owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
     for world_size in (1, 2):

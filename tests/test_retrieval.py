@@ -56,7 +56,7 @@ def test_recall_by_ids_is_the_oracles(case: Any, block: int) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(0, 3))
 def test_recall_of_pairs_is_the_oracles(seed: int, n: int, duplicates: int) -> None:
-    batch = random_batch(seed, n, 4, 1.0, duplicates=min(duplicates, n // 2))
+    batch = random_batch(seed=seed, n=n, d=4, scale=1.0, duplicates=min(duplicates, n // 2))
     ks = range(1, n + 1)
     recall = numbers(metrics.recall(batch.image, batch.text, ks))
     assert recall == pytest.approx(reference.recall(batch.image, batch.text, ks), abs=1e-12)

@@ -63,7 +63,7 @@ def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: fl
 def test_items_are_pushed_by_their_similarities_in_standard_deviations() -> None:
     """The gradient as docs/method.md has it."""
     n = 9
-    x, _, _ = random_batch(3, n, 5, 1.0).leaves()
+    x, _, _ = random_batch(seed=3, n=n, d=5, scale=1.0).leaves()
     (gradient,) = torch.autograd.grad(spread(x, ALONE, x.dtype), x)
     similarities, is_other = (x @ x.T).detach(), 1 - torch.eye(n, dtype=x.dtype)
     means = (similarities * is_other).sum(-1, keepdim=True) / (n - 1)
@@ -75,40 +75,42 @@ def test_items_are_pushed_by_their_similarities_in_standard_deviations() -> None
 
 def test_the_two_ways_to_compute_it_agree() -> None:
     """Columns of zeros change no similarity, but make the matrix of similarities the smaller one."""
-    v, t, s = random_batch(0, 12, 5, 30.0).leaves()
+    v, t, s = random_batch(seed=0, n=12, d=5, scale=30.0).leaves()
     by_covariance = SpreadLoss()(v, t, s)
     by_similarities = SpreadLoss()(F.pad(v, (0, 20)), F.pad(t, (0, 20)), s)
     assert relative_error(by_covariance, by_similarities) < 1e-12
-    slopes = gradients(by_covariance, (v, t), 1.7), gradients(by_similarities, (v, t), 1.7)
+    slopes = gradients(by_covariance, (v, t), upstream=1.7), gradients(by_similarities, (v, t), upstream=1.7)
     for one, other in zip(*slopes, strict=True):
         assert relative_error(one, other) < 1e-12
 
 
 @pytest.mark.parametrize("d", [3, 8], ids=["covariance", "similarities"])
 def test_second_derivatives_are_right(d: int) -> None:
-    v, t, s = random_batch(1, 6, d, 5.0).leaves()
+    v, t, s = random_batch(seed=1, n=6, d=d, scale=5.0).leaves()
     assert torch.autograd.gradgradcheck(lambda v, t: SpreadLoss(pairs_sum)(v, t, s), (v, t))
 
 
 @pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
 def test_the_term_gives_the_scale_no_gradient(d: int) -> None:
-    inputs = random_batch(0, 8, d, 10.0).leaves()
+    inputs = random_batch(seed=0, n=8, d=d, scale=10.0).leaves()
     _, _, scale = inputs
-    by_scale, of_base = (gradients(loss(*inputs), (scale,), 1.7) for loss in (SpreadLoss(), ClipLoss()))
+    by_scale, of_base = (
+        gradients(loss(*inputs), (scale,), upstream=1.7) for loss in (SpreadLoss(), ClipLoss())
+    )
     assert torch.equal(by_scale[0], of_base[0])
 
 
 @pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
 def test_the_term_is_proportional_to_the_scale(d: int) -> None:
-    v, t, s = random_batch(0, 8, d, 10.0).leaves()
+    v, t, s = random_batch(seed=0, n=8, d=d, scale=10.0).leaves()
     term, of_three_times = (SpreadLoss()(v, t, x, output_dict=True)["spread_loss"] for x in (s, 3 * s))
     torch.testing.assert_close(of_three_times, 3 * term)
 
 
 def test_a_frozen_modality_changes_no_other_gradient() -> None:
-    v, t, s = random_batch(0, 9, 4, 10.0).leaves()
-    by_images, _, by_scale = gradients(SpreadLoss()(v, t, s), (v, t, s), 1.7)
-    frozen = gradients(SpreadLoss()(v, t.detach(), s), (v, s), 1.7)
+    v, t, s = random_batch(seed=0, n=9, d=4, scale=10.0).leaves()
+    by_images, _, by_scale = gradients(SpreadLoss()(v, t, s), (v, t, s), upstream=1.7)
+    frozen = gradients(SpreadLoss()(v, t.detach(), s), (v, s), upstream=1.7)
     for a, b in zip(frozen, (by_images, by_scale), strict=True):
         assert torch.equal(a, b)
 
@@ -126,10 +128,10 @@ def test_equal_rows_have_a_finite_gradient_and_next_to_no_spread(n: int, dtype: 
 
 
 def test_two_pairs_have_one_similarity_each_and_no_spread() -> None:
-    v, t, s = random_batch(0, 2, 16, 100.0).leaves(torch.float32)
+    v, t, s = random_batch(seed=0, n=2, d=16, scale=100.0).leaves(torch.float32)
     loss = SpreadLoss(pairs_sum)(v, t, s, output_dict=True)["spread_loss"]
     assert loss.item() == pytest.approx(0.3 * 100 * math.sqrt(EPSILON))
-    assert all(x.norm() == 0 for x in gradients(loss, (v, t), 1.7))
+    assert all(x.norm() == 0 for x in gradients(loss, (v, t), upstream=1.7))
 
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -154,11 +156,11 @@ def test_float32_is_as_exact_as_its_sums_at_every_scale(kind: str, n: int, d: in
     exact = tuple(x.double().requires_grad_() for x in inputs)
     rounded = tuple(x.requires_grad_() for x in inputs)
     of_scale_1 = by_definition(*exact, torch.tensor(1.0, dtype=torch.float64))
-    slopes_of_scale_1 = gradients(of_scale_1, exact, 1.7)
+    slopes_of_scale_1 = gradients(of_scale_1, exact, upstream=1.7)
     for scale in (1.0, 14.3, 100.0):
         entry = SpreadLoss(pairs_sum, weight=1.0)(*rounded, scale, output_dict=True)["spread_loss"]
         assert relative_error(entry, scale * of_scale_1) < 2e-6
-        for slope, owed in zip(gradients(entry, rounded, 1.7), slopes_of_scale_1, strict=True):
+        for slope, owed in zip(gradients(entry, rounded, upstream=1.7), slopes_of_scale_1, strict=True):
             assert relative_error(slope, scale * owed) < 1e-5
 
 
@@ -237,7 +239,7 @@ def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward()
 
 @pytest.mark.parametrize("base", [None, SigLipLoss(), RankClipLoss(schedule="constant")], ids=str)
 def test_entries_are_the_bases_and_its_own_and_add_up(base: Any) -> None:
-    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    inputs = random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
     loss = SpreadLoss(base, weight=0.5)
     of_base = (base or ClipLoss())(*inputs, output_dict=True)
     entries = loss(*inputs, output_dict=True)
@@ -248,7 +250,7 @@ def test_entries_are_the_bases_and_its_own_and_add_up(base: Any) -> None:
 
 
 def test_encoders_that_share_no_space_have_a_spread() -> None:
-    v, t, s = random_batch(0, 9, 6, 10.0).leaves()
+    v, t, s = random_batch(seed=0, n=9, d=6, scale=10.0).leaves()
     narrow = F.normalize(t[:, :3], dim=-1)
     base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
     entry = SpreadLoss(base, weight=1.0)(v, narrow, s, output_dict=True)["spread_loss"]
@@ -266,6 +268,6 @@ def test_encoders_that_share_no_space_have_a_spread() -> None:
     ids=["rank terms alone", "an empty dict", "nothing"],
 )
 def test_a_base_without_a_loss_of_pairs_is_refused(base: Any, named: str) -> None:
-    inputs = random_batch(0, 6, 4, 10.0).leaves()
+    inputs = random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
     with pytest.raises(ValueError, match=f"base must give a loss of pairs.*contrastive_loss.*{named}"):
         SpreadLoss(base)(*inputs)

@@ -77,7 +77,7 @@ def test_value_and_all_gradients_are_the_formulas(
         options["label_smoothing"] = smoothing
     value = loss(memory_budget=budget, chunk_size=chunk, **options)(*inputs, pair_ids=pair_ids)
     literal = partial(formula, pair_ids=pair_ids, **options)
-    assert_close([value], [literal(*(x.detach().numpy() for x in inputs))], 1e-10)
+    assert_close([value], [literal(*(x.detach().numpy() for x in inputs))], tolerance=1e-10)
     assert_slopes(value, inputs, literal)
 
 
@@ -85,7 +85,7 @@ def test_value_and_all_gradients_are_the_formulas(
 @pytest.mark.parametrize("same_id", ["ignore", "share"])
 @pytest.mark.parametrize("budget", [0, None])
 def test_of_ids_only_their_equality_counts(name: str, same_id: Any, budget: int | None) -> None:
-    inputs = inputs_of(random_batch(0, 11, 6, 20.0))
+    inputs = inputs_of(random_batch(seed=0, n=11, d=6, scale=20.0))
     loss = LOSSES[name][0](memory_budget=budget, chunk_size=4, same_id=same_id)
     ids = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4, 5, 6, 1], dtype=torch.uint8)
     names = torch.tensor([-(2**63), 2**63 - 1, 0, -1, 2**62, 2**62 + 1, 7])  # one for each id
@@ -103,17 +103,17 @@ def test_the_use_of_ids_is_shown(name: str, same_id: Any) -> None:
 @pytest.mark.parametrize("budget", [0, None])
 def test_clips_loss_of_pairs_that_all_have_one_id_to_ignore_is_zero(budget: int | None) -> None:
     """No column but the row's own is left."""
-    inputs = inputs_of(random_batch(0, 11, 6, 20.0))
+    inputs = inputs_of(random_batch(seed=0, n=11, d=6, scale=20.0))
     loss = ClipLoss(memory_budget=budget, chunk_size=4, same_id="ignore")
     value = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
-    assert all(x.abs().max() < 1e-14 for x in (value, *gradients(value, inputs, -1.3)))
+    assert all(x.abs().max() < 1e-14 for x in (value, *gradients(value, inputs, upstream=-1.3)))
 
 
 @any_use_of_ids
 @pytest.mark.parametrize("budget", [0, None])
 def test_no_smoothing_changes_no_bit(same_id: Any, budget: int | None) -> None:
     """Nothing of its formula is computed."""
-    inputs = inputs_of(random_batch(0, 11, 6, 20.0), torch.float32)
+    inputs = inputs_of(random_batch(seed=0, n=11, d=6, scale=20.0), torch.float32)
     options = {"same_id": same_id, "memory_budget": budget}
     ids = torch.arange(11) // 2 if same_id else None
     with mock.patch("rankloss.losses.clip._excess_over_mean", side_effect=AssertionError):
@@ -124,14 +124,14 @@ def test_no_smoothing_changes_no_bit(same_id: Any, budget: int | None) -> None:
 @pytest.mark.parametrize("n_others", [0, 1])
 def test_smoothing_over_the_few_columns_that_are_left(n_others: int) -> None:
     """All other columns are of the row's id: their sum has to leave no rounding behind."""
-    v, t, s, _ = inputs_of(random_batch(0, 3000, 3, 100.0), torch.float32)
+    v, t, s, _ = inputs_of(random_batch(seed=0, n=3000, d=3, scale=100.0), torch.float32)
     ids = (torch.arange(3000) < n_others).long()
     loss = ClipLoss(same_id="ignore", label_smoothing=0.9)
     value = loss(v, t, s, pair_ids=ids)
     exact = tuple(x.detach().double().requires_grad_() for x in (v, t, s))
     owed = loss(*exact, pair_ids=ids)
     torch.testing.assert_close(value, owed.float(), rtol=1e-5, atol=1e-6)
-    slopes, owed_slopes = gradients(value, (v, t, s), 1.0), gradients(owed, exact, 1.0)
+    slopes, owed_slopes = gradients(value, (v, t, s), upstream=1.0), gradients(owed, exact, upstream=1.0)
     torch.testing.assert_close(slopes, [x.float() for x in owed_slopes], rtol=1e-4, atol=1e-6)
 
 
@@ -141,12 +141,12 @@ def test_smoothing_over_the_few_columns_that_are_left(n_others: int) -> None:
 def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype, bias: str) -> None:
     build, _ = LOSSES[name]
     theirs = getattr(pytest.importorskip("open_clip.loss"), build.__name__)()
-    v, t, s, b = inputs_of(random_batch(1, 23, 8, 14.0, duplicates=3), dtype)
+    v, t, s, b = inputs_of(random_batch(seed=1, n=23, d=8, scale=14.0, duplicates=3), dtype)
     number = {"none": None, "number": -7.5, "one element": b.reshape(1)}[bias]
     value, expected = build()(v, t, s, number), theirs(v, t, s, number)
     assert value.dtype == expected.dtype
     assert torch.equal(value, expected)
-    slopes, expected_slopes = (gradients(x, (v, t, s), -1.3) for x in (value, expected))
+    slopes, expected_slopes = (gradients(x, (v, t, s), upstream=-1.3) for x in (value, expected))
     assert all(map(torch.equal, slopes, expected_slopes))
 
 
@@ -156,7 +156,7 @@ def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype
 )
 def test_the_budget_is_the_bytes_of_one_matrix(name: str, dtype: torch.dtype, entry_bytes: int) -> None:
     """Of entries in float32 at least."""
-    v, t, s, b = inputs_of(random_batch(0, 10, 4, 10.0), torch.float32)
+    v, t, s, b = inputs_of(random_batch(seed=0, n=10, d=4, scale=10.0), torch.float32)
     entries = 10 * 10
 
     def streams(budget: int) -> bool:
@@ -186,23 +186,23 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
     name: str, budget: int | None, scale_form: str, bias_form: str
 ) -> None:
     build, formula = LOSSES[name]
-    v, t, s, b = inputs_of(random_batch(0, 9, 4, 10.0))
+    v, t, s, b = inputs_of(random_batch(seed=0, n=9, d=4, scale=10.0))
     scale, bias = FORMS[scale_form](s), FORMS[bias_form](b)
     plain_bias = None if bias is None else b
     value = build(memory_budget=budget)(v, t, scale, bias)
     assert value.shape == ()
     bias_of_formula = torch.zeros(()) if bias is None else b
     expected = formula(*(x.detach().numpy() for x in (v, t, s, bias_of_formula)))
-    assert_close([value], [expected], 1e-10)
+    assert_close([value], [expected], tolerance=1e-10)
     differentiable = [v, t]  # and what is no number
     if isinstance(scale, Tensor):
         differentiable.append(s)
     if isinstance(bias, Tensor):
         differentiable.append(b)
-    plain_slopes = gradients(build()(v, t, s, plain_bias), tuple(differentiable), -1.3)
-    assert_close(gradients(value, tuple(differentiable), -1.3), plain_slopes, 1e-10)
+    plain_slopes = gradients(build()(v, t, s, plain_bias), tuple(differentiable), upstream=-1.3)
+    assert_close(gradients(value, tuple(differentiable), upstream=-1.3), plain_slopes, tolerance=1e-10)
     of_float32 = build(memory_budget=budget)(v.float(), t.float(), scale, bias)
-    assert_close([of_float32], [expected], 1e-5)
+    assert_close([of_float32], [expected], tolerance=1e-5)
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_within_the_budget_whole_matrices_are_kept(name: str, same_id: Any) -> N
 
 def kept_of(loss: Any, n: int, d: int) -> int:
     """The bytes that a loss of n pairs of d numbers keeps for the backward pass."""
-    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    inputs = inputs_of(random_batch(seed=0, n=n, d=d, scale=10.0), torch.float32)
     return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if loss.same_id else None))
 
 
@@ -249,7 +249,7 @@ def ids_of(n: int) -> Tensor:
 @any_use_of_ids
 def test_no_matrix_is_held_beyond_the_default_budget(name: str, same_id: Any) -> None:
     n = 4352
-    inputs = inputs_of(random_batch(0, n, 4, 10.0), torch.float32)
+    inputs = inputs_of(random_batch(seed=0, n=n, d=4, scale=10.0), torch.float32)
     with LiveBytes() as live:
         LOSSES[name][0](same_id=same_id)(*inputs, pair_ids=ids_of(n) if same_id else None).backward()
     assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 72
@@ -259,7 +259,7 @@ def test_no_matrix_is_held_beyond_the_default_budget(name: str, same_id: Any) ->
 
 
 def test_siglip_without_a_bias_warns_once() -> None:
-    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
+    v, t, s, _ = inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0))
     loss = SigLipLoss()
     with pytest.warns(InputWarning, match="logit_bias is not given, so it is 0.* SigLIP starts from −10"):
         loss(v, t, s)
@@ -334,28 +334,30 @@ def test_an_own_row_loss_has_the_value_and_all_gradients_of_whole_matrices(
     inputs = inputs_of(batch)
     value = GatheringLoss().streamed(row_loss, *inputs, chunk_size=chunk)
     owed = from_matrices(row_loss, *inputs)
-    assert_close([value], [owed], 1e-12)
-    assert_close(gradients(value, inputs, -1.3), gradients(owed, inputs, -1.3), 1e-12)
+    assert_close([value], [owed], tolerance=1e-12)
+    assert_close(
+        gradients(value, inputs, upstream=-1.3), gradients(owed, inputs, upstream=-1.3), tolerance=1e-12
+    )
     with torch.no_grad():
         assert torch.equal(GatheringLoss().streamed(row_loss, *inputs, chunk_size=chunk), value)
 
 
 @any_row_loss
 def test_an_own_row_loss_has_the_second_derivatives_of_whole_matrices(row_loss: Any) -> None:
-    inputs = inputs_of(random_batch(0, 9, 4, 10.0))
+    inputs = inputs_of(random_batch(seed=0, n=9, d=4, scale=10.0))
 
     def second(value: Tensor) -> list[Tensor]:
         slopes = torch.autograd.grad(value, inputs, torch.tensor(-1.3), create_graph=True)
-        return gradients(sum(slope.square().sum() for slope in slopes), inputs, 0.7)
+        return gradients(sum(slope.square().sum() for slope in slopes), inputs, upstream=0.7)
 
     value = GatheringLoss().streamed(row_loss, *inputs, chunk_size=2)
-    assert_close(second(value), second(from_matrices(row_loss, *inputs)), 1e-10)
+    assert_close(second(value), second(from_matrices(row_loss, *inputs)), tolerance=1e-10)
 
 
 @any_row_loss
 def test_an_own_row_loss_keeps_no_matrix(row_loss: Any) -> None:
     n, d = 1024, 4
-    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    inputs = inputs_of(random_batch(seed=0, n=n, d=d, scale=10.0), torch.float32)
     loss = GatheringLoss()
     features_and_gradients, some_numbers = 4 * n * d, 64
     kept = saved_bytes(lambda: loss.streamed(row_loss, *inputs, chunk_size=16))
@@ -366,36 +368,40 @@ def test_an_own_row_loss_keeps_no_matrix(row_loss: Any) -> None:
 
 
 def test_an_own_row_loss_may_be_checkpointed() -> None:
-    inputs = inputs_of(random_batch(0, 9, 4, 10.0))
+    inputs = inputs_of(random_batch(seed=0, n=9, d=4, scale=10.0))
     stream = partial(GatheringLoss().streamed, decoupled)
     value = torch.utils.checkpoint.checkpoint(stream, *inputs, use_reentrant=False)
     plain = stream(*inputs)
     assert torch.equal(value, plain)
-    assert all(map(torch.equal, gradients(value, inputs, -1.3), gradients(plain, inputs, -1.3)))
+    assert all(
+        map(torch.equal, gradients(value, inputs, upstream=-1.3), gradients(plain, inputs, upstream=-1.3))
+    )
 
 
 def test_an_own_row_loss_in_half_precision_and_autocast_is_computed_in_float32() -> None:
-    batch = random_batch(0, 40, 8, 20.0)
+    batch = random_batch(seed=0, n=40, d=8, scale=20.0)
     inputs = inputs_of(batch, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         value = GatheringLoss().streamed(decoupled, *inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     owed = from_matrices(decoupled, *exact)
     assert value.dtype == torch.float32
-    assert_close([value], [owed], 1e-5)
-    assert_close(gradients(value, inputs, -1.3), gradients(owed, tuple(exact), -1.3), 5e-3)
+    assert_close([value], [owed], tolerance=1e-5)
+    assert_close(
+        gradients(value, inputs, upstream=-1.3), gradients(owed, tuple(exact), upstream=-1.3), tolerance=5e-3
+    )
 
 
 def test_an_own_row_loss_of_a_feature_that_is_not_finite_is_nan() -> None:
     """Though the row loss itself, which clamps its scores, would be finite."""
-    v, t, s, b = (x.detach() for x in inputs_of(random_batch(0, 9, 4, 10.0)))
+    v, t, s, b = (x.detach() for x in inputs_of(random_batch(seed=0, n=9, d=4, scale=10.0)))
     v[3, 1] = math.inf
     assert GatheringLoss().streamed(lambda scores, _: scores.clamp(0, 1).mean(-1), v, t, s, b).isnan()
 
 
 def test_a_row_loss_that_depends_on_another_tensor_with_a_gradient_is_refused() -> None:
     """That tensor would get none."""
-    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
+    inputs = inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0))
     margin = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
 
     def with_margin(scores: Tensor, first_row: int) -> Tensor:
@@ -416,7 +422,7 @@ def test_a_row_loss_that_depends_on_another_tensor_with_a_gradient_is_refused() 
     ],
 )
 def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown: str) -> None:
-    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
+    inputs = inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0))
     needed = f"row_loss must give one value for each of 6 rows; got {shown}"
     with pytest.raises(ValueError, match=needed):
         GatheringLoss().streamed(row_loss, *inputs)
@@ -425,7 +431,7 @@ def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown:
 
 
 def test_a_streamed_loss_checks_its_inputs() -> None:
-    v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
+    v, t, s, b = inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0))
     stream = partial(GatheringLoss().streamed, softmax)
     with pytest.raises(ValueError, match="image_features and text_features must have one row per pair"):
         stream(v, t[:5], s, b)
@@ -437,4 +443,6 @@ def test_a_streamed_loss_checks_its_inputs() -> None:
 
 def test_a_chunk_of_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1; got 0"):
-        GatheringLoss().streamed(softmax, *inputs_of(random_batch(0, 6, 4, 10.0)), chunk_size=0)
+        GatheringLoss().streamed(
+            softmax, *inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0)), chunk_size=0
+        )
