@@ -75,7 +75,7 @@ def of_texts(name: object) -> Tensor:
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
-    """Up to the rounding of pictures and kernels."""
+    """Assert that features are equal, up to the rounding of pictures and kernels."""
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -141,7 +141,7 @@ def test_no_group_is_on_both_sides_of_the_split(seed: int) -> None:
     learned, held_out = split(groups, seed)
     assert sorted(learned + held_out) == list(range(200))
     assert not {groups[row] for row in learned} & {groups[row] for row in held_out}
-    assert len({groups[row] for row in held_out}) == 3
+    assert len({groups[row] for row in held_out}) == 37 // 10  # a tenth of the groups
 
 
 def refusal(capsys: Any, code: int) -> str:
@@ -219,7 +219,7 @@ def first_loss(ids: Tensor | None = None, **settings: Any) -> float:
 def test_the_weight_of_the_spread_is_of_the_loss_that_trains() -> None:
     ids = torch.arange(PAIRS) // 2
     without, half, whole = (first_loss(ids, spread_weight=weight) for weight in (0.0, 0.5, 1.0))
-    assert half - without > 0.05
+    assert half - without > 0.05  # so that the ratio below is not of rounding errors
     assert whole - without == pytest.approx(2 * (half - without), rel=1e-4)
 
 

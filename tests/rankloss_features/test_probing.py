@@ -30,6 +30,10 @@ def run_features(encoders: Path, data: Path, output: Path, *options: str) -> int
     return command.main([*named, "--data", str(data), "--output", str(output), "--workers", "0", *options])
 
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended: 128 and the number of SIGINT."""
+
+
 def interrupt(*_: Any) -> NoReturn:
     """Stands in for a step of a command, during which its user presses Ctrl-C."""
     raise KeyboardInterrupt
@@ -59,7 +63,7 @@ def test_a_folder_does_not_go_on_with_an_encoder_that_prepares_its_inputs_otherw
     with monkeypatch.context() as patch:
         if state == "interrupted":
             patch.setattr(Draft, "finish", interrupt)
-        assert run_features(*given) == {"interrupted": 130, "complete": 0}[state]
+        assert run_features(*given) == {"interrupted": INTERRUPTED, "complete": 0}[state]
     before = contents(encoders / "x")
     tiny.prepare_otherwise(encoders, changed)
     capsys.readouterr()
@@ -125,7 +129,7 @@ def test_the_encoders_own_features_of_an_earlier_release_are_aligned(
     given = (encoders, sample_folder / "train.csv", encoders / "x", "--align")
     with monkeypatch.context() as patch:
         patch.setattr("rankloss_features.aligning.align", interrupt)
-        assert run_features(*given) == 130
+        assert run_features(*given) == INTERRUPTED
     forget_probe(encoders / "x/.encoders")
     assert run_features(*given) == 0
     assert "probe" not in Features(str(encoders / "x")).check().about
