@@ -16,12 +16,12 @@ from rankloss.options import RankOptions
 
 
 @pytest.mark.parametrize("method", ["sort", "bin"])
-@pytest.mark.parametrize("agrees", [False, True])
-def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -> None:
-    """Cross-entropies, likelihoods and gradients are the same on a device that has no float64."""
+@pytest.mark.parametrize("modalities_agree", [False, True])
+def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agree: bool) -> None:
+    """Without float64 a block has the cross-entropies, likelihoods and gradients that it has with float64."""
     n, n_items, d = 2, 2**14, 512
     v, t = (unit(n_items, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    if agrees:
+    if modalities_agree:
         v = torch.nn.functional.normalize(t + 4.0 * v)
     cosines = torch.stack([v[:n] @ t.T, t[:n] @ v.T])
 
@@ -35,8 +35,9 @@ def test_running_sums_over_16384_items_are_float64s(method: str, agrees: bool) -
     in_float64 = evaluated(torch.float64)
     with no_float64():
         in_float32 = evaluated(torch.float32)
-    for found, expected, tolerance in zip(in_float32, in_float64, (1e-5, 1e-6, 1e-5), strict=True):
-        assert (found - expected).norm() <= tolerance * expected.norm()
+    tolerances = (1e-5, 1e-6, 1e-5)  # of cross-entropies, likelihoods and gradients
+    for actual, expected, tolerance in zip(in_float32, in_float64, tolerances, strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
 LOOKS: dict[str, Callable[[Tensor], Any]] = {

@@ -25,7 +25,7 @@ from rankloss.ranking import ascending, quantize
     )
 )
 def test_values_are_sorted_and_indices_say_where_they_came_from(rows) -> None:
-    """Among them zeros of both signs and subnormal numbers."""
+    """Drawn values have ties, zeros of both signs and subnormal numbers; torch's own sort is the oracle."""
     x = torch.from_numpy(rows)
     values, indices = ascending(x, by_numpy=True)
     assert torch.equal(values, x.sort(dim=-1).values)
@@ -63,10 +63,11 @@ def test_a_bin_never_decreases_with_the_reference(reference: Tensor, count: int)
 
 @any_bins
 def test_the_worst_item_has_the_first_bin_and_the_best_alone_the_last(reference: Tensor, count: int) -> None:
-    """Where all are tied, all have the first."""
-    bins, are_tied = quantize(reference, count), reference.min() == reference.max()
+    """Where all items are tied, all have the first bin."""
+    bins, all_are_tied = quantize(reference, count), reference.min() == reference.max()
+    is_best = (reference == reference.max()) & ~all_are_tied
     assert bins.min() == 0
-    assert torch.equal(bins == count - 1, (reference == reference.max()) & ~are_tied)
+    assert torch.equal(bins == count - 1, is_best)
 
 
 @any_bins

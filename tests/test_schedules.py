@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rankloss import schedules
 
+# The value of each schedule at the end of a training.
 ENDS = {"rankclip": 2.0, "official": 2.0, "constant": 1.0, "linear": 1.0, "cosine": 1.0}
 every = pytest.mark.parametrize("name", ENDS)
 
@@ -71,6 +72,6 @@ def test_an_unknown_name_is_refused(name: object) -> None:
 
 @every
 def test_small_integers_do_not_wrap(name: str) -> None:
-    """3·100 does not fit eight bits."""
+    """3·100, which a formula computes, does not fit NumPy's eight bits: it would wrap to 44."""
     schedule = schedules.by_name(name)
     assert schedule(np.uint8(100), np.uint8(200)) == schedule(100, 200)
