@@ -21,52 +21,61 @@ from rankloss_trainers.run_options import GIVEN, RunOptions
 from registered import NAMES
 
 PAIRS = 12
-COLUMNS = {"caption_key": "synthetic"}
+REQUIRED_OPTIONS = {"caption_key": "synthetic"}  # of losses without a default for them
 LEAVES = ("image_features", "text_features", "logit_scale")
 
 
 def built(name: str) -> TrainerLoss:
     """The loss as the trainer has it with both of its flags, in the middle of a training."""
     named = catalog.load(name)
-    given = {key: COLUMNS[key] for key, option in named.options.items() if option.is_required}
-    losses = catalog.choose_each(catalog.names_of(name), {name: given})
+    required = {key: REQUIRED_OPTIONS[key] for key, option in named.options.items() if option.is_required}
+    losses = catalog.choose_each(catalog.names_of(name), {name: required})
     is_sigmoid = named.kind == "sigmoid"
     args = Namespace(loss=name, local_loss=True, gather_with_grad=True, siglip=is_sigmoid, device="cpu")
-    loss = TrainerLoss(args, losses, RunOptions(teacher=GIVEN if named.teacher else None))
-    torch.manual_seed(0)  # of weights that a loss may have
-    return loss
+    torch.manual_seed(0)  # weights that a loss may have are equal in all processes
+    return TrainerLoss(args, losses, RunOptions(teacher=GIVEN if named.teacher else None))
 
 
 def whole_batch(name: str) -> dict[str, Tensor]:
-    """The inputs of 12 pairs, those with a gradient among them."""
-    parts = [inputs_of(name, seed) for seed in (0, 100)]
-    pairs = {key: torch.cat([part[key] for part in parts])[:PAIRS] for key, x in parts[0].items() if x.dim()}
-    numbers = {key: x for key, x in parts[0].items() if not x.dim()}
-    inputs: dict[str, Tensor] = {**pairs, **numbers}
-    return {key: x.clone().requires_grad_(key in LEAVES) for key, x in inputs.items()}
+    """The inputs of PAIRS pairs for a loss; features and the scale take a gradient."""
+    first, second = inputs_of(name, seed=0), inputs_of(name, seed=100)
+    inputs = {}
+    for key, value in first.items():
+        is_number = value.dim() == 0  # the scale and the bias
+        whole = value if is_number else torch.cat([value, second[key]])[:PAIRS]
+        inputs[key] = whole.clone().requires_grad_(key in LEAVES)
+    return inputs
 
 
-def step(rank: int, world_size: int, name: str, batches: int) -> tuple[Tensor, list[Tensor]]:
-    """The value at the last call of a step, and the sum of the gradients of its calls."""
+def inputs_of_call(
+    whole: dict[str, Tensor], call: int, *, rank: int, world_size: int, batches: int
+) -> dict[str, Tensor]:
+    """A call's inputs on one process: its part of all pairs, with the gradient of one batch of it alone."""
+    inputs = {}
+    for key, of_all in whole.items():
+        if of_all.dim() == 0:
+            inputs[key] = of_all
+        else:
+            of_calls = of_all.chunk(world_size)[rank].chunk(batches)
+            inputs[key] = torch.cat([x if i == call else x.detach() for i, x in enumerate(of_calls)])
+    if "query_features" in inputs:  # the pictures ask for candidates
+        inputs["query_features"] = inputs["image_features"]
+    return inputs
+
+
+def step_of_rank(rank: int, world_size: int, name: str, batches: int) -> tuple[Tensor, list[Tensor]]:
+    """The value at the last call of a step, and the sums over its calls of the gradients of LEAVES."""
     loss, whole = built(name), whole_batch(name)
-    loss.start_epoch(5, 10, 2, batches)
+    loss.start_epoch(epoch=5, epochs=10, steps=2, accum_freq=batches)  # after 10 steps
     leaves = [whole[key] for key in LEAVES]
-    total = [torch.zeros_like(x) for x in leaves]
+    sums = [torch.zeros_like(leaf) for leaf in leaves]
     value = torch.zeros(())
     for call in range(batches):
-        inputs: dict[str, Tensor] = {}
-        for key, x in whole.items():
-            if x.dim():
-                of_calls = x.chunk(world_size)[rank].chunk(batches)
-                x = torch.cat([y if i == call else y.detach() for i, y in enumerate(of_calls)])
-            inputs[key] = x
-        if "query_features" in inputs:
-            inputs["query_features"] = inputs["image_features"]
-        value = loss(**inputs)
+        value = loss(**inputs_of_call(whole, call, rank=rank, world_size=world_size, batches=batches))
         assert loss.step == 10, "the calls of a step are one step"
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-        total = [x if y is None else x + y for x, y in zip(total, found, strict=True)]
-    return value.detach(), total
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        sums = [sum_so_far + gradient for sum_so_far, gradient in zip(sums, gradients, strict=True)]
+    return value.detach(), sums
 
 
 @pytest.mark.parametrize(
@@ -78,11 +87,13 @@ def step(rank: int, world_size: int, name: str, batches: int) -> tuple[Tensor, l
 def test_a_step_of_several_processes_and_batches_is_that_of_the_whole_batch(
     pools: Pools, name: str, world_size: int, batches: int
 ) -> None:
-    value, wanted = step(0, 1, name, 1)
-    of_ranks = pools[world_size].run(step, name, batches)
-    assert torch.stack([x for x, _ in of_ranks]).mean() == pytest.approx(value.item(), rel=1e-6)
-    found = [torch.stack(x).mean(0) for x in zip(*(x for _, x in of_ranks), strict=True)]
-    found[-1] = found[-1] / batches
-    for key, x, y in zip(LEAVES, found, wanted, strict=True):
-        assert (x - y).norm() <= 1e-6 * y.norm(), key
-        assert y.norm() > 0, key
+    whole_value, whole_gradients = step_of_rank(0, 1, name, 1)
+    values, gradients_of_ranks = zip(*pools[world_size].run(step_of_rank, name, batches), strict=True)
+    assert torch.stack(values).mean() == pytest.approx(whole_value.item(), rel=1e-6)
+    # DDP takes the mean over the processes.
+    gradients = [torch.stack(of_leaf).mean(0) for of_leaf in zip(*gradients_of_ranks, strict=True)]
+    *_, of_scale = gradients
+    gradients[-1] = of_scale / batches  # which each call has whole
+    for key, gradient, whole_gradient in zip(LEAVES, gradients, whole_gradients, strict=True):
+        assert whole_gradient.norm() > 0, key
+        assert (gradient - whole_gradient).norm() <= 1e-6 * whole_gradient.norm(), key
