@@ -35,71 +35,90 @@ print(json.dumps([codes, [name for name in sys.modules if name.startswith("rankl
 """
 
 
-def by(name: str, **options: Any) -> list[str]:
+def rankloss_flags(name: str, **options: Any) -> list[str]:
+    """The patched trainer's flags of a loss of rankloss; "base" is CLIP's or SigLIP's alone."""
     words = [f"name={name}", *(f"{key}={value}" for key, value in options.items())]
     return ["--loss", "rankloss_losses:create", "--loss-kwargs", *words]
 
 
 RUNS: dict[str, list[str]] = {
     "stock": [],
-    "base": by("base"),
-    "rankclip": [*by("rankclip", schedule="linear"), "--accum-freq", "2"],
-    "spread": [*by("spread", weight=0.5), *BOTH],
-    "siglip": [*by("rankclip+spread"), "--siglip"],
+    "base": rankloss_flags("base"),
+    "rankclip": [*rankloss_flags("rankclip", schedule="linear"), "--accum-freq", "2"],
+    "spread": [*rankloss_flags("spread", weight=0.5), *BOTH],
+    "siglip": [*rankloss_flags("rankclip+spread"), "--siglip"],
     "stock siglip": ["--siglip"],
 }
+# Runs that the trainer refuses: their options, and the message.
 REFUSED = {
     "no factory": (["--loss", "rankclip"], "--loss must be MODULE:FACTORY, got 'rankclip'"),
     "parameters": (["--loss", "own_loss:create"], "--loss own_loss:create has parameters"),
-    "generative": ([*by("rankclip"), "--model", "naflexgenlip_b16"], "--loss needs a contrastive model"),
+    "generative": (
+        [*rankloss_flags("rankclip"), "--model", "naflexgenlip_b16"],
+        "--loss needs a contrastive model",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def patched_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All runs, of one epoch, by open_clip's main branch with the patch and without our plug-in."""
     directory = tmp_path_factory.mktemp("patched")
-    path = unpacked(directory)
+    python_path = os.pathsep.join([str(directory), str(UPSTREAM), unpacked(directory)])
     patch = ["git", "apply", "--verbose", str(UPSTREAM / "open_clip-loss.patch")]
     subprocess.run(patch, cwd=directory / "open_clip", check=True)
+    # A loss with a weight, which the trainer's optimizer would not train.
     (directory / "own_loss.py").write_text("import torch\ndef create(args): return torch.nn.Linear(1, 1)\n")
-    outputs = {name: str(directory / f"{name}.txt") for name in (*RUNS, *REFUSED)}
-    commands = {name: trainer.arguments(f"upstream {name}", "--epochs", "1", *x) for name, x in RUNS.items()}
-    commands |= {name: trainer.arguments(f"upstream {name}", *x) for name, (x, _) in REFUSED.items()}
-    given = json.dumps({name: (argv, outputs[name]) for name, argv in commands.items()})
-    path = os.pathsep.join([str(directory), str(UPSTREAM), path])
-    done = trainer.python("-c", ALL_RUNS, given, PYTHONPATH=path, **OFF)
-    codes, modules = json.loads(done.output.splitlines()[-1])
-    assert modules == [], "no plug-in is in the process that imported the trainer"
-    for name, code in codes.items():
-        assert code == (name in REFUSED), Path(outputs[name]).read_text()[-4000:]
+
+    options = {**RUNS, **{name: of_refused for name, (of_refused, _message) in REFUSED.items()}}
+    outputs = {name: directory / f"{name}.txt" for name in options}
+    commands = {}
+    for name, of_run in options.items():
+        argv = trainer.arguments(f"upstream {name}", "--epochs", "1", *of_run)
+        commands[name] = (argv, str(outputs[name]))
+    done = trainer.python("-c", ALL_RUNS, json.dumps(commands), PYTHONPATH=python_path, **OFF)
+    exit_codes, modules_of_rankloss = json.loads(done.output.splitlines()[-1])
+    assert modules_of_rankloss == [], "no plug-in is in the process that imported the trainer"
+    for name, exit_code in exit_codes.items():
+        assert exit_code == (1 if name in REFUSED else 0), outputs[name].read_text()[-4000:]
     logs = trainer.directory / "logs"
-    return {name: Run(Path(x).read_text(), logs / f"upstream {name}") for name, x in outputs.items()}
+    return {name: Run(output.read_text(), logs / f"upstream {name}") for name, output in outputs.items()}
 
 
 def test_a_loss_that_equals_the_tasks_own_trains_to_the_bit(patched_runs: dict[str, Run]) -> None:
     assert_equal_training(patched_runs["stock"], patched_runs["base"], epochs=(1,))
 
 
-def test_terms_are_summed_and_a_schedule_follows_the_optimizer_steps(patched_runs: dict[str, Run]) -> None:
-    run, steps = patched_runs["rankclip"].scalars, STEPS // 2
+ACCUMULATED_STEPS = STEPS // 2  # optimizer steps of an epoch with --accum-freq 2
+
+
+def test_the_terms_are_summed(patched_runs: dict[str, Run]) -> None:
+    scalars = patched_runs["rankclip"].scalars
     terms = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
-    assert [name for name in run if name.endswith("_loss")] == terms
-    for step in range(steps):
-        assert run["loss"][step] == pytest.approx(sum(run[name][step] for name in terms), rel=1e-6)
-        is_ranked = schedules.linear(step + 1, steps) > 0
-        assert (run["cross_modal_loss"][step] > 0) is is_ranked
-    assert run["cross_modal_loss"].keys() == set(range(steps))
+    assert [name for name in scalars if name.endswith("_loss")] == terms
+    for step in range(ACCUMULATED_STEPS):
+        total = sum(scalars[name][step] for name in terms)
+        assert scalars["loss"][step] == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "stock"), [("spread", "stock"), ("siglip", "stock siglip")])
+def test_a_schedule_follows_the_optimizer_steps(patched_runs: dict[str, Run]) -> None:
+    """The linear one: the rank terms have the weight 0 in the first step of a training, and more later."""
+    cross_modal = patched_runs["rankclip"].scalars["cross_modal_loss"]
+    is_trained = {step: value > 0 for step, value in cross_modal.items()}
+    steps = range(ACCUMULATED_STEPS)
+    assert is_trained == {step: schedules.linear(step + 1, len(steps)) > 0 for step in steps}
+
+
+@pytest.mark.parametrize(("name", "stock_name"), [("spread", "stock"), ("siglip", "stock siglip")])
 def test_an_added_term_trains_beside_the_tasks_own(
-    patched_runs: dict[str, Run], name: str, stock: str
+    patched_runs: dict[str, Run], name: str, stock_name: str
 ) -> None:
-    run, own = patched_runs[name].scalars, patched_runs[stock].scalars
-    assert run["contrastive_loss"][0] == pytest.approx(own["contrastive_loss"][0], rel=1e-6)
-    assert run["spread_loss"][0] > 0
-    weights, others = (patched_runs[x].epoch(1) for x in (name, stock))
-    assert not torch.equal(weights["visual.proj"], others["visual.proj"])
+    """At the first step, of equal weights, the task's own term is the same; then the weights differ."""
+    run, stock = patched_runs[name], patched_runs[stock_name]
+    own_term = stock.scalars["contrastive_loss"][0]
+    assert run.scalars["contrastive_loss"][0] == pytest.approx(own_term, rel=1e-6)
+    assert run.scalars["spread_loss"][0] > 0
+    assert not torch.equal(run.epoch(1)["visual.proj"], stock.epoch(1)["visual.proj"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -107,5 +126,6 @@ def test_a_loss_that_cannot_be_trained_ends_the_run_before_a_step(
     patched_runs: dict[str, Run], name: str
 ) -> None:
     output = patched_runs[name].output
-    assert REFUSED[name][1] in output
+    _options, message = REFUSED[name]
+    assert message in output
     assert "Train Epoch" not in output
