@@ -33,14 +33,15 @@ def _in_every_order(similarity, right, k):
 
 @given(st.data(), st.integers(1, 3), st.integers(0, 2), st.integers(1, 6))
 def test_recall_shares_places_among_ties(data, images, more, k):
-    """Of a caption of each image, and of more captions of drawn images."""
-    own = torch.tensor([*range(images), *(data.draw(st.integers(0, images - 1)) for _ in range(more))])
+    """A caption of each image, and more captions of drawn images; ``own`` has the image of each caption."""
+    images_of_more = [data.draw(st.integers(0, images - 1)) for _ in range(more)]
+    own = torch.tensor([*range(images), *images_of_more])
     scores = st_numpy.arrays(float, (images, len(own)), elements=st.integers(0, 2))
     similarity = torch.tensor(data.draw(scores))
     right = own == torch.arange(images).unsqueeze(1)
-    found = metrics.recall(similarity, own, ks=(k,))
-    assert found["image_to_text"][k] == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
-    assert found["text_to_image"][k] == pytest.approx(_in_every_order(similarity.T, right.T, k), abs=1e-9)
+    recall = metrics.recall(similarity, own, ks=(k,))
+    assert recall["image_to_text"][k] == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
+    assert recall["text_to_image"][k] == pytest.approx(_in_every_order(similarity.T, right.T, k), abs=1e-9)
 
 
 IMAGES, TEXTS = (unit(n, 8, seed=n, dtype=torch.float32) for n in (17, 40))
@@ -50,13 +51,17 @@ IMAGE_OF = torch.cat([torch.arange(17), torch.arange(23) ** 2 % 17])
 
 @pytest.mark.parametrize("block", [2**24, 40])
 def test_retrieval_with_several_captions_is_what_torchmetrics_counts(block, monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK", block)  # 40 elements: two rows at a time
-    found = metrics.retrieval(IMAGES, TEXTS, IMAGE_OF)
+    """With all similarities in one block, and with blocks of 40: a row of images, two rows of texts."""
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    recall = metrics.retrieval(IMAGES, TEXTS, IMAGE_OF)
     matrix, right = IMAGES @ TEXTS.T, torch.arange(17).unsqueeze(1) == IMAGE_OF
     for task, scores, answers in (("image_to_text", matrix, right), ("text_to_image", matrix.T, right.T)):
         for k in metrics.RETRIEVAL_KS:
-            hits = [retrieval_hit_rate(*row, top_k=k) for row in zip(scores, answers, strict=True)]
-            assert found[task][k] == pytest.approx(100 * torch.stack(hits).mean().item(), abs=1e-4)
+            hits = [
+                retrieval_hit_rate(scores_of_query, is_answer, top_k=k)
+                for scores_of_query, is_answer in zip(scores, answers, strict=True)
+            ]
+            assert recall[task][k] == pytest.approx(100 * torch.stack(hits).mean().item(), abs=1e-4)
 
 
 def test_retrieval_of_features_is_the_recall_of_their_similarities():

@@ -149,14 +149,15 @@ def test_neither_features_nor_trainings_are_done_again(trained):
 
 
 def test_the_hits_of_a_record_are_those_of_its_recall(trained):
-    """But for ties, of which the recall counts a part."""
-    sizes = []
-    for record in trained.stores["emojis"].find().values():
+    """Both in percent; they differ by two points at most, for of tied pictures the recall counts a part."""
+    records = trained.stores["emojis"].find().values()
+    pictures = []
+    for record in records:
         hits, metrics = hits_of_pictures(record), record["metrics"]
         assert hits.mean() == pytest.approx(metrics["retrieval"]["R@10, mean of both"], abs=2)
         assert len(hits) == metrics["hits"]["pictures"]
-        sizes.append(len(hits))
-    assert max(sizes) > 50
+        pictures.append(len(hits))
+    assert max(pictures) > 50, "so many that two points are more than a picture"
 
 
 def test_a_search_finds_a_copy():

@@ -38,7 +38,7 @@ FUNCTIONS = [
 
 def test_attaching_twice_changes_nothing() -> None:
     importlib.import_module("open_clip_train.main")
-    finders = list(sys.meta_path)
+    finders = list(sys.meta_path)  # of modules, among which an import hook would stand
     rankloss_open_clip.wait_for_trainer()
     assert sys.meta_path == finders
     patched = [
@@ -46,7 +46,7 @@ def test_attaching_twice_changes_nothing() -> None:
         open_clip_train.params.parse_args,
         open_clip_train.train.train_one_epoch,
     ]
-    assert all(now is before for now, before in zip(patched, FUNCTIONS, strict=True))
+    assert patched == FUNCTIONS  # which were the patched ones when this file was imported
     assert bootstrap.problems() == []
 
 
@@ -85,8 +85,13 @@ def test_patched_function_keeps_source_signature_and_pickle(function: Any) -> No
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("open_clip.factory", "", "create_loss"),
-        ("open_clip_train.train", "def train_one_epoch(trainer): pass", "trainer"),
+        pytest.param("open_clip.factory", "", "create_loss", id="no such function"),
+        pytest.param(
+            "open_clip_train.train",
+            "def train_one_epoch(trainer): pass",
+            "trainer",
+            id="a function with other parameters",
+        ),
     ],
 )
 def test_unknown_layout_is_kept_as_a_failure(
@@ -111,13 +116,15 @@ def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.M
     params = ModuleType(bootstrap.PARAMS)
     vars(params)["parse_args"] = lambda argv: argv
     bootstrap.patch(params)
-    for argv in (["--loss", "rankclip"], ["--los=tiny"]):
+    for asks_for_loss in (["--loss", "rankclip"], ["--los=tiny"]):  # an abbreviation, which argparse takes
         with pytest.raises(ImportError, match=re.escape(PATCHES)):
-            params.parse_args(argv)
-    assert params.parse_args(["--loss-dist-impl", "x"]) == ["--loss-dist-impl", "x"]
+            params.parse_args(asks_for_loss)
+    option_of_trainer = ["--loss-dist-impl", "x"]
+    assert params.parse_args(option_of_trainer) == option_of_trainer
 
 
 def test_a_hook_that_fails_ends_the_command(trainer: Trainer, tmp_path: Path) -> None:
+    """Python imports ``sitecustomize`` when it starts; here it makes an import of the hook fail."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{HOOK!r}] = None")
     done = trainer.run("damaged", "--loss", "rankclip", code=1, PYTHONPATH=str(tmp_path))
     assert re.search(f"--loss .*{re.escape(HOOK)}", done.output, re.DOTALL)
@@ -145,7 +152,14 @@ def test_a_hook_that_cannot_be_loaded_ends_the_trainer_at_once(
 
 
 @pytest.mark.usefixtures("without_hook")
-@pytest.mark.parametrize("argv", [[], ["run_clip.py", "--loss", "rankclip"], [MAIN, "--loss-dist-impl", "x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param([], id="no command"),
+        pytest.param(["run_clip.py", "--loss", "rankclip"], id="another program"),
+        pytest.param([MAIN, "--loss-dist-impl", "x"], id="the trainer without a loss"),
+    ],
+)
 def test_a_hook_that_cannot_be_loaded_is_one_warning_elsewhere(
     monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:
@@ -154,7 +168,8 @@ def test_a_hook_that_cannot_be_loaded_is_one_warning_elsewhere(
         warnings.simplefilter("always")
         rankloss_open_clip.wait_for_trainer()
         rankloss_open_clip.wait_for_trainer()
-    assert [HOOK in str(warning.message) for warning in caught] == [True]
+    (warning,) = caught  # of two calls
+    assert HOOK in str(warning.message)
 
 
 @pytest.mark.usefixtures("without_hook")
@@ -174,6 +189,7 @@ def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def arguments() -> Any:
+    """The trainer's arguments of a training of three epochs, with λ by epochs."""
     words = ["--loss", "rankclip", "--epochs", "3", "--loss-schedule-unit", "epoch", "--device", "cpu"]
     return ready(open_clip_train.params.parse_args(words))
 

@@ -60,8 +60,8 @@ def test_run_names_its_losses_and_versions_once_before_training(runs: Runs, name
     assert sorted(joined.split("+")) == sorted(run.params["loss"].split("+"))  # the innermost is shown first
     assert package.startswith("tiny-losses 1.0" if name.startswith("tiny") else "rankloss")
     assert line.endswith(f"open_clip {open_clip.__version__}")
-    before = run.log[: run.log.index("Train Epoch")].splitlines()
-    assert any(line in shown for shown in before[-4:])  # the last lines before training
+    lines_before_training = run.log[: run.log.index("Train Epoch")].splitlines()
+    assert any(line in shown for shown in lines_before_training[-4:]), "among the last, where it is seen"
 
 
 @pytest.mark.parametrize("name", some_slow(*TRAINED))
@@ -165,10 +165,11 @@ def test_run_with_a_loss_warns_of_no_more_than_one_without_the_plugin(runs: Runs
 def test_options_of_a_run_are_read_beside_its_checkpoint(runs: Runs) -> None:
     """By the commands that open the checkpoint, which build the model and prepare pictures by them."""
     run = runs["--loss rankclip"]
-    found = options_of_run(run.directory / "checkpoints/epoch_1.pt")
-    assert found.keys() == run.params.keys()
-    assert found["model"] == run.params["model"]
-    assert (found["image_mean"], found["force_quick_gelu"], found["epochs"]) == (None, False, EPOCHS)
+    options = options_of_run(run.directory / "checkpoints/epoch_1.pt")
+    assert options.keys() == run.params.keys()
+    assert options["model"] == run.params["model"]
+    # Each in its own type, although the trainer writes text.
+    assert (options["image_mean"], options["force_quick_gelu"], options["epochs"]) == (None, False, 3)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,9 @@ def test_a_run_whose_first_batch_would_be_refused_takes_no_name(
 
 
 def test_lambda_and_raw_terms_explain_the_weighted_ones(runs: Runs) -> None:
+    """A term is its raw value times λ/N, N = 16 pairs in a batch, and λ by epochs as the paper has it."""
     scalars = runs["agreement"].scalars
+    assert scalars["cross_modal_raw"], "some steps are ranked"
     for term in ("cross_modal", "in_modal"):
         for step, raw in scalars[f"{term}_raw"].items():
             lambda_ = schedules.official(step // STEPS + 1, EPOCHS)
@@ -245,9 +248,9 @@ def test_ranks_by_the_teacher_take_the_place_of_the_trainers_term(runs: Runs) ->
 
 @pytest.mark.slow
 def test_the_preset_ranks_the_eight_best_alone_with_a_weight_of_64(runs: Runs) -> None:
-    by_teacher, preset = (
-        runs[name].train_lines()[0] for name in ("ranked by the teacher", "rankclip-distill")
-    )
+    """Its raw terms differ from those of whole lists; a logged term is 64·λ/N times the raw one, N = 16."""
+    by_teacher = runs["ranked by the teacher"].train_lines()[0]
+    preset = runs["rankclip-distill"].train_lines()[0]
     first_lambda = schedules.rankclip(1, STEPS)
     for term in RANKS:
         raw = term.replace("_loss", "_raw")
@@ -346,11 +349,12 @@ if hasattr(open_clip.CLIP, "lock_text_tower"):  # 3.0.0 locks the text towers of
 def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
     trainer: Trainer, options: str
 ) -> None:
-    given = options.format(tiny=f"local-dir:{trainer.directory / 'tiny'}").split()
+    """In the official schedule λ is 0 in the first epoch of two, and 2 in the second."""
+    feature = options.format(tiny=f"local-dir:{trainer.directory / 'tiny'}").split()
 
-    def train(how: str, *loss: str) -> Run:
-        name = f"lambda zero{options.replace('/', '')} {how}"
-        return trainer.call(name, "--epochs", "2", *given, *loss)
+    def train(kind: str, *loss: str) -> Run:
+        name_of_run = f"lambda zero{options.replace('/', '')} {kind}"
+        return trainer.call(name_of_run, "--epochs", "2", *feature, *loss)
 
     stock, run = train("stock"), train("rankclip", *OFFICIAL)
     assert_equal_training(stock, run, epochs=(1,))

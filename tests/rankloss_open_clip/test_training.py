@@ -25,14 +25,14 @@ def loss_of_a_run() -> TrainerLoss:
 @pytest.mark.parametrize("accum_freq", [1, 2])
 def test_an_epoch_that_is_longer_than_announced_stays_at_its_last_step(accum_freq: int) -> None:
     """Data of open_clip's webdatasets may hold more batches than ``--train-num-samples`` announces."""
-    loss, steps = loss_of_a_run(), []
+    loss, step_of_each_call = loss_of_a_run(), []
     for epoch in range(2):
-        loss.start_epoch(epoch, 2, 3, accum_freq)
+        loss.start_epoch(epoch, epochs=2, steps=3, accum_freq=accum_freq)
         for _ in range(5 * accum_freq):
             loss(**features())
-            steps.append(loss.step)
-    expected = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]  # three of each epoch's five steps were announced
-    assert steps == [step for step in expected for _ in range(accum_freq)]
+            step_of_each_call.append(loss.step)
+    expected_steps = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]  # three of each epoch's five steps were announced
+    assert step_of_each_call == [step for step in expected_steps for _ in range(accum_freq)]
 
 
 class Values(NamedTuple):
