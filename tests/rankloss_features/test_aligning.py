@@ -205,6 +205,7 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
         (CAPTIONS[::-1], (), "is none of the 40 rows"),
         (CAPTIONS, ("--dtype", "float32"), "was begun with another dtype, float16, not float32"),
     ],
+    ids=["captions", "dtype"],
 )
 def test_a_complete_folder_of_other_captions_or_another_dtype_is_refused(
     tmp_path: Path, capsys: Any, captions: list[str], options: tuple[str, ...], reason: str
@@ -569,6 +570,7 @@ def test_projections_are_the_same_after_they_were_stored(cca: CanonicalCorrelati
         ("text_mean", lambda x: x * torch.nan),
         ("more", lambda _: torch.ones(1, dtype=torch.float64)),
     ],
+    ids=["another width", "fewer directions", "float32", "not finite", "one tensor too many"],
 )
 def test_stored_tensors_that_do_not_fit_are_refused(
     cca: CanonicalCorrelation, name: str, change: Any

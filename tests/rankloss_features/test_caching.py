@@ -233,6 +233,7 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": "a.png"
             f"the data have no column 'image', but picture, text.*{COMMAND}",
         ),
     ],
+    ids=["synthetic", "no data", "no such file", "a stream", "no column of images"],
 )
 def test_data_without_pairs_are_refused_with_the_two_commands(tmp_path: Path, data: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -229,6 +229,18 @@ def test_directions_of_linearly_dependent_features_are_not_invented() -> None:
         (lambda v, t: ([v, v[:, :3]], [t, t]), "image_features must have the 10 columns of the pairs before"),
         (lambda v, t: (v.to("meta"), t.to("meta")), "image_features must have values"),
     ],
+    ids=[
+        "two pairs",
+        "a text too few",
+        "no texts of a picture",
+        "equal pictures",
+        "equal texts",
+        "integers",
+        "one dimension",
+        "blocks of other numbers",
+        "blocks of other widths",
+        "meta device",
+    ],
 )
 def test_features_that_cannot_be_fitted_are_refused_by_name(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

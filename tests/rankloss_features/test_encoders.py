@@ -327,6 +327,16 @@ def test_weights_that_do_not_fill_a_model_of_transformers_are_refused(
         ("test_vit", "{place}/empty", r"--image-weights .*empty .*it has no file of \.safetensors"),
         ("test_vit", "{place}", r"--image-weights .*it has a\.pth, b\.pth"),
     ],
+    ids=[
+        "another library's prefix",
+        "a misspelt package",
+        "a file of ONNX",
+        "weights as a name",
+        "a folder without a model",
+        "weights of a package",
+        "a folder without weights",
+        "two files of weights",
+    ],
 )
 def test_a_name_that_means_nothing_is_refused(
     tmp_path: Path, name: str, weights: str | None, named: str

@@ -342,6 +342,7 @@ def test_a_result_without_ids_is_compared_in_the_directions_that_it_has(
         ([True, True, False, False], "row 0 has bool True"),
         ([["a"], ["a"], ["b"], ["b"]], r"row 0 has list \['a'\]"),
     ],
+    ids=["missing", "empty", "blank", "floats", "booleans", "lists"],
 )
 def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, values: list[Any], wrong: str

@@ -296,6 +296,13 @@ def test_an_unknown_method_is_refused_by_the_command_line(
         ({"method": "pca"}, "its heads are of the method 'pca'; this release has cca, trained, both"),
         ({"encoders": {"model": "x"}}, "'encoders' must be the names of two encoders"),
     ],
+    ids=[
+        "no parts",
+        "a part without an entry",
+        "a share above one",
+        "an unknown method",
+        "encoders without names",
+    ],
 )
 def test_a_folder_of_unknown_parts_is_refused(
     sample_folder: Path, tmp_path: Path, change: Any, named: str, capsys: Any

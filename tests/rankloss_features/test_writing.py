@@ -279,6 +279,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([*CAPTIONS[:17], "another", *CAPTIONS[18:]], "0", "float16", "row 17"),
         (CAPTIONS[:-1], "0", "float16", "40 rows, .* has 39: row 39 is missing"),
     ],
+    ids=["another teacher", "another dtype", "two captions exchanged", "another caption", "a pair too few"],
 )
 def test_resumed_with_something_else_is_an_error_and_loses_nothing(
     begun: Path, tmp_path: Path, captions: list[str], weights: str, dtype: str, message: str
@@ -336,6 +337,7 @@ def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path
         (2, 0.0, "text_features, counted from row 0, must not have rows of zeros.* row 2"),
         (slice(None), 1.0, f"text_features must not be one row {ROWS + 20} times"),
     ],
+    ids=["NaN", "a row of zeros", "one row"],
 )
 def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float, message: str) -> None:
     def spoil(name: str, features: Tensor) -> Tensor:
