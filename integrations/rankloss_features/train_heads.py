@@ -235,7 +235,7 @@ def _split(
         are_read: True once the pictures are known by their content.
 
     Raises:
-        ValueError: They are too few, or a picture or an id stands on both sides.
+        ValueError: They are too few, a picture or an id stands on both sides, or one alone is held out.
     """
     of_data = pairs["--data"]
     count = len(of_data.captions)
@@ -262,6 +262,13 @@ def _split(
                 f"{len(selection.rows)} pairs are too few to {purpose} on, of {count} in --data {args.data}; "
                 f"at least {_FEWEST} are needed"
             )
+    groups_of_file = pairs[held_out.option].groups
+    held_out_groups = {groups_of_file[row] for row in held_out.rows}
+    if len(held_out_groups) == 1:
+        raise ValueError(
+            f"the {len(held_out.rows)} held-out pairs have one of the {_noun_of_groups(args)}, "
+            f"{next(iter(held_out_groups))!r}, so every answer would be right: give --val-data with several"
+        )
     return learned, held_out
 
 

@@ -178,6 +178,19 @@ def test_ids_on_both_sides_are_refused_with_their_number(
     assert not (tmp_path / "x").exists()
 
 
+def test_ids_of_which_one_alone_is_held_out_are_refused(
+    sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every held-out caption would be a right answer for every held-out picture: an R@1 of 100 %."""
+    monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
+    rows = rows_of(sample_folder / "train.csv")
+    three_ids = [{**row, "product": f"id {number // 16}"} for number, row in enumerate(rows)]
+    data = write(tmp_path / "three.csv", three_ids)
+    error = refusal(capsys, run(sample_folder, tmp_path / "x", data, "--ids-key", "product"))
+    assert re.search("the 16 held-out pairs have one of the ids of 'product', 'id [012]'", error)
+    assert not (tmp_path / "x").exists()
+
+
 def test_ids_that_leave_no_pair_to_hold_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
