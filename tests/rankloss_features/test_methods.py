@@ -96,7 +96,8 @@ def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_c
     monkeypatch.setattr(methods, "train", watched_train)
     monkeypatch.setattr(methods, "recall_of", made_up_recall)
     made = make(Asked(BOTH, TRAINING), made_up_pairs())
-    assert steps == [("train", 216), *[("evaluate", 24)] * 7, ("train", 240)]
+    pairs, cut = 120 * 2, 12 * 2
+    assert steps == [("train", pairs - cut), *[("evaluate", cut)] * 7, ("train", pairs)]
     assert made.chosen == {CCA: 0.4, TRAINED: 0.3, BOTH: 0.9, "weight": methods.WEIGHTS[2]}
 
 
@@ -109,7 +110,7 @@ def test_several_trained_heads_have_seeds_of_their_own_and_equal_shares() -> Non
 
     first, second, third = trained(3), trained(4), trained(5)
     torch.testing.assert_close(trained(3, count=3), (first + second + third) / 3, atol=1e-5, rtol=0)
-    assert (first - second).abs().max() > 0.01
+    assert (first - second).abs().max() > 0.01  # or equal seeds would pass
 
 
 def test_a_kept_space_has_its_share_of_the_similarity() -> None:

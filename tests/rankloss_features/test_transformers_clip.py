@@ -52,7 +52,8 @@ def test_siglip_reads_as_many_tokens_as_it_was_trained_with(
 ) -> None:
     folder, model = siglip
     tokens = tokenizer([text])["input_ids"][0]
-    padded = [*tokens, *[tokenizer.pad_token_id] * POSITIONS][:POSITIONS]
+    padding = [tokenizer.pad_token_id] * POSITIONS
+    padded = [*tokens, *padding][:POSITIONS]  # or cut, where the text is longer
     with torch.no_grad():
         expected = model.text_model(torch.tensor([padded])).pooler_output
     torch.testing.assert_close(features_of_text(folder, text), expected)
