@@ -230,10 +230,10 @@ def options_of_a_script(code: str) -> None:
     imports += "; from rankloss_trainers.command_line import LossArguments"
     typed = ["--rankclip-top-k=3", "--output_dir=out", "--max_steps=2", "--logging_steps=1", "--use_cpu=1"]
     with patch.object(sys, "argv", ["script.py", *typed]):
-        trainer = executed(code, imports, model=tiny.clip(), pairs=tiny.Pairs(8))["trainer"]
+        trainer = executed(code, imports, model=tiny.tiny_clip(), pairs=tiny.Pairs(8))["trainer"]
     trainer.train()
     assert trainer.loss_runtime.losses[0].values["top_k"] == 3
-    assert tiny.lines(trainer, "in_modal_loss")
+    assert tiny.logged_lines(trainer, "in_modal_loss")
 
 
 def hard_negatives(code: str) -> None:
@@ -253,8 +253,8 @@ def lists_of_sentences(code: str) -> None:
         {"query": query, "candidates": candidates[row : row + 2], "label": [row % 2, 2]}
         for row, query in enumerate(queries)
     ]
-    model = tiny.tiny()
-    weights_before = tiny.weights(tiny.tiny())
+    model = tiny.tiny_model()
+    weights_before = tiny.weights(tiny.tiny_model())
     args = tiny.SentenceTransformerTrainingArguments(
         "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
     )
@@ -268,7 +268,9 @@ def pairs_with_teacher(width: int, *, images: list[str] | None = None) -> Any:
     images = images or [f"{row}.png" for row in range(made.ROWS)]
     captions = [f"word{row}" for row in range(made.ROWS)]
     pairs = datasets.Dataset.from_dict({"image": images, "caption": captions})
-    made.folder(Path("teacher"), pairs, made.features(width), "image", "caption")
+    made.write_teacher_folder(
+        Path("teacher"), pairs, made.teacher_features(width), image_column="image", caption_column="caption"
+    )
     return pairs
 
 
@@ -286,10 +288,10 @@ def taught_in_transformers(code: str) -> None:
     def training_arguments(_: str, **named: Any) -> Any:
         return tiny.arguments(Path(), max_steps=2, **named)
 
-    names = {"TrainingArguments": training_arguments, "model": tiny.clip()}
+    names = {"TrainingArguments": training_arguments, "model": tiny.tiny_clip()}
     trainer = executed(code, OF_TRANSFORMERS, **names, processor=processor, pairs=pairs)["trainer"]
     trainer.train()
-    assert tiny.lines(trainer)[-1]["mimicry_loss"] > 0
+    assert tiny.logged_lines(trainer)[-1]["mimicry_loss"] > 0
 
 
 def taught_sentences(code: str) -> None:
@@ -302,9 +304,11 @@ def taught_sentences(code: str) -> None:
     pairs = pairs_with_teacher(20, images=last_words)
     if "teacher.encode" in code:
         pairs = pairs.rename_columns({"image": "question", "caption": "answer"})
-    model = tiny.tiny()
+    model = tiny.tiny_model()
     with patch("rankloss_features.caching.compute_features", return_value="teacher") as computing:
-        names = executed(code, OF_SENTENCES, model=model, teacher=tiny.tiny(), pairs=pairs, create=create)
+        names = executed(
+            code, OF_SENTENCES, model=model, teacher=tiny.tiny_model(), pairs=pairs, create=create
+        )
     for call in computing.call_args_list:
         teacher_name, computed_pairs = call.args[:2]
         Teacher(teacher_name).check()
@@ -449,12 +453,16 @@ def logged_by_trainers(code: str) -> None:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TENSORBOARD_LOGGING_DIR", "curves")
-        names: dict[str, Any] = {"TrainingArguments": arguments, "pairs": tiny.Pairs(8), "model": tiny.clip()}
+        names: dict[str, Any] = {
+            "TrainingArguments": arguments,
+            "pairs": tiny.Pairs(8),
+            "model": tiny.tiny_clip(),
+        }
         executed(of_transformers, OF_TRANSFORMERS, **names)["trainer"].train()
     content = b"".join(path.read_bytes() for path in Path().rglob("events.out.tfevents*"))
     for curve in ("contrastive_loss", "in_modal_loss", "in_modal_raw", "rank_lambda", "in_modal_tau"):
         assert f"train/{curve}".encode() in content
-    names = {"SentenceTransformerTrainingArguments": arguments, "model": sentences.tiny()}
+    names = {"SentenceTransformerTrainingArguments": arguments, "model": sentences.tiny_model()}
     assert isinstance(executed(of_sentences, OF_SENTENCES, **names)["loss"], torch.nn.Module)
 
 

@@ -11,7 +11,7 @@ os.environ["HF_HUB_CACHE"] = "/set/by/the/script"
 
 import torch
 import transformers
-from tiny_pairs import Pairs, clip
+from tiny_pairs import Pairs, tiny_clip
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, TrainingArguments))
     model_args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
-    model = clip() if model_args.kind == "clip" else Classifier()
+    model = tiny_clip() if model_args.kind == "clip" else Classifier()
     if model_args.trainer == "none":
         sys.exit()
     if model_args.trainer == "loop":
@@ -97,7 +97,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # the trainer's DDP must not outlive the process group, see tiny_transformers.leave
+    gc.collect()  # the trainer's DDP must not outlive the group, see tiny_transformers.leave_process_group
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -30,12 +30,12 @@ def transformers() -> Training:
     """The Trainer, whose loss has a state, with a checkpoint after each step."""
     from test_transformers import Remembering, average, linear
     from tiny_pairs import Pairs
-    from tiny_transformers import column, train, weights
+    from tiny_transformers import logged_values, train, weights
 
     def run(folder: Path) -> dict[str, Tensor]:
         given: dict[str, Any] = {"pairs": Pairs(48), "save_strategy": "steps", "save_steps": 1}
         trained = train(folder, loss=linear(base=Remembering()), resume=whole_checkpoint(folder), **given)
-        lambdas = torch.tensor(column(trained, "rank_lambda"))
+        lambdas = torch.tensor(logged_values(trained, "rank_lambda"))
         return {
             "weights": weights(trained.model),
             "state": torch.tensor(average(trained), dtype=torch.float64),
@@ -47,14 +47,14 @@ def transformers() -> Training:
 
 def sentence_transformers() -> Training:
     """The SentenceTransformerTrainer, with a checkpoint after each step."""
-    from tiny_sentences import rank_clip, tiny, train, weights
+    from tiny_sentences import rank_clip, tiny_model, train, weights
 
     def run(folder: Path) -> dict[str, Tensor]:
         given = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
-        model = tiny()
+        model = tiny_model()
         trained = train(folder, rank_clip(model), model, resume=whole_checkpoint(folder), **given)
-        lines = [line["rank_lambda"] for line in trained.state.log_history if "loss" in line]
-        return {"weights": weights(model), "lambdas": torch.tensor(lines)}
+        lambdas = [line["rank_lambda"] for line in trained.state.log_history if "loss" in line]
+        return {"weights": weights(model), "lambdas": torch.tensor(lambdas)}
 
     return run
 

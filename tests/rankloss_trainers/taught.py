@@ -19,43 +19,46 @@ from rankloss_features.folder import NAMES
 from stored_features import stored
 
 ROWS = 32
-LOSS = "rankclip-distill+mimicry"
+TAUGHT_LOSS = "rankclip-distill+mimicry"
 
 
 def taught_options(**more: Any) -> dict[str, Any]:
+    """The options of ``TAUGHT_LOSS``, by the name of each joined loss; more options are of the ranks."""
     ranks = {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4, **more}
     return {"rankclip-distill": ranks, "mimicry": {"weight": 0.5}}
 
 
-def features(width: int = 24, names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:
+def teacher_features(width: int = 24, names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:
+    """Unit-norm features ``[ROWS, width]`` of a teacher, drawn at random, by their names in a folder."""
     generator = torch.Generator().manual_seed(seed)
     return {name: F.normalize(torch.randn(ROWS, width, generator=generator), dim=-1) for name in names}
 
 
-def folder(
+def write_teacher_folder(
     path: Path,
     dataset: Any,
-    features: Mapping[str, Tensor],
-    image: str,
-    caption: str,
+    by_name: Mapping[str, Tensor],
+    *,
+    image_column: str,
+    caption_column: str,
     spaces: str = "common",
 ) -> str:
-    """A folder of these features of a dataset's pairs."""
-    pairs = Table(dataset, image, caption, data="given").pairs()
+    """Write a folder of these features of a dataset's pairs, and return its path."""
+    pairs = Table(dataset, image_column, caption_column, data="given").pairs()
     names = [pair for block in pairs for pair in zip(block.pictures, block.captions, strict=True)]
-    return stored(path, names, spaces, **{key: x.numpy() for key, x in features.items()})
+    return stored(path, names, spaces, **{key: x.numpy() for key, x in by_name.items()})
 
 
-def references(path: str, rows: Any) -> dict[str, Tensor]:
+def teacher_inputs(path: str, rows: Any) -> dict[str, Tensor]:
     """The folder's features of these rows, as a loss takes them."""
     arrays = Features(path).arrays
     names = dict(zip(NAMES, TEACHER, strict=True))
     return {names[name]: torch.from_numpy(x[rows].copy()) for name, x in arrays.items()}
 
 
-def criterion(path: str, width: int, **options: Any) -> Any:
-    """The loss of a plain loop, for a model of this width."""
-    loss = rankloss_trainers.create(LOSS, **taught_options(**options))
-    (part,) = (x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
-    part.components = Features(path).components(width).matrix
+def loss_of_plain_loop(path: str, width: int, **options: Any) -> Any:
+    """``TAUGHT_LOSS`` for a plain loop, whose mimicry projects the folder's features to a model's width."""
+    loss = rankloss_trainers.create(TAUGHT_LOSS, **taught_options(**options))
+    (mimicry,) = (part for part in loss.modules() if isinstance(part, rankloss.MimicryLoss))
+    mimicry.components = Features(path).components(width).matrix
     return loss

@@ -86,11 +86,11 @@ def words_of_sentences() -> Any:
 
 
 def by_sentence_transformers(place: Path, folder: str | None) -> Trained:
-    from tiny_sentences import tiny, train, weights
+    from tiny_sentences import tiny_model, train, weights
 
     from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
-    pairs, model = words_of_sentences(), tiny()
+    pairs, model = words_of_sentences(), tiny_model()
     folder = folder or compute_features(FLAG, pairs, caption_column="text")
     loss = ContrastiveLoss(model, LOSS, OPTIONS, teacher=folder)
     bound = bind(pairs, folder, caption_column="text", column="label")
@@ -236,11 +236,11 @@ def created(teacher: str) -> None:
 
 def a_loss_of_sentence_transformers(teacher: str) -> None:
     pytest.importorskip("sentence_transformers")
-    from tiny_sentences import tiny
+    from tiny_sentences import tiny_model
 
     from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
-    ContrastiveLoss(tiny(), "mimicry", teacher=teacher)
+    ContrastiveLoss(tiny_model(), "mimicry", teacher=teacher)
 
 
 @pytest.mark.parametrize("make", [created, a_loss_of_sentence_transformers])

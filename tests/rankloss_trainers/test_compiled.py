@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_lightning import Module, fit, lambdas
 from test_named_losses import NAMES, N, Towers, value_of
-from tiny_sentences import rank_clip, tiny, train
+from tiny_sentences import rank_clip, tiny_model, train
 from torch import nn
 
 import rankloss_trainers
@@ -93,7 +93,7 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 def run_of_sentence_transformers(place: Path, **options: Any) -> tuple[torch.Tensor, list[float]]:
     """The weights at the end of a run, and λ at each step."""
-    model = tiny()
+    model = tiny_model()
     trainer = train(place, rank_clip(model, schedule="linear"), model, learning_rate=0.1, **options)
     return weights(model), [line["rank_lambda"] for line in trainer.state.log_history if "loss" in line]
 
@@ -109,7 +109,7 @@ def test_a_compiled_run_of_sentence_transformers_trains_as_the_run(tmp_path: Pat
 
 @pytest.mark.slow
 def test_mini_batches_of_a_compiled_model_of_sentence_transformers_are_refused(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3)
     with pytest.raises(ValueError, match="mini_batch_size cannot split a model that is compiled"):
         train(tmp_path, loss, model, learning_rate=0.1, **COMPILED)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from named_inputs import HOST, inputs_of
-from taught import ROWS, features, folder
+from taught import ROWS, teacher_features, write_teacher_folder
 from tiny_losses import TinyLoss
 
 import rankloss_trainers
@@ -173,7 +173,9 @@ def teacher_of(place: Path, spaces: str) -> str:
     """A folder of features whose images and texts have a common space, or separate ones."""
     columns = {side: [f"{side} {i}" for i in range(ROWS)] for side in ("image", "text")}
     data = pytest.importorskip("datasets").Dataset.from_dict(columns)
-    return folder(place / spaces, data, features(), "image", "text", spaces)
+    return write_teacher_folder(
+        place / spaces, data, teacher_features(), image_column="image", caption_column="text", spaces=spaces
+    )
 
 
 @pytest.fixture(params=["two encoders", "a folder"])

@@ -21,7 +21,17 @@ from other_values import OTHER_VALUES
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from tiny_sentences import embed, own_loop, pairs, rank_clip, step, tiny, train, trained, weights
+from tiny_sentences import (
+    embed,
+    pairs,
+    rank_clip,
+    step,
+    tiny_model,
+    train,
+    train_in_plain_loop,
+    trained,
+    weights,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -59,7 +69,7 @@ def steps(trainer: Any) -> list[dict[str, float]]:
 def adapted() -> Any:
     """The model with adapters."""
     peft = pytest.importorskip("peft")
-    model = tiny()
+    model = tiny_model()
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["query", "value"])
     model[0].auto_model = peft.get_peft_model(model[0].auto_model, config)
@@ -81,7 +91,7 @@ class Run:
 
 @pytest.fixture(
     scope="module",
-    params=[(tiny, None), (tiny, 3), (adapted, None), (adapted, 3)],
+    params=[(tiny_model, None), (tiny_model, 3), (adapted, None), (adapted, 3)],
     ids=["whole", "mini-batches", "adapters", "adapters, mini-batches"],
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -94,7 +104,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     with TestCase().assertLogs("rankloss_trainers", logging.INFO) as logs:
         trainer = train(tmp_path_factory.mktemp("run"), loss, model, learning_rate=0.1)
     batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
-    terms = own_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
+    terms = train_in_plain_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
     vectors = [weights(x) for x in (start, model, own)]
     return Run("\n".join(logs.output), steps(trainer), terms, *vectors)
 
@@ -135,7 +145,7 @@ def test_of_a_model_with_adapters_these_alone_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_an_evaluation_is_of_the_base_alone(tmp_path: Path, mini_batch_size: int | None) -> None:
-    model, scale = tiny(), 30.0
+    model, scale = tiny_model(), 30.0
     loss = rank_clip(model, scale=scale, mini_batch_size=mini_batch_size, schedule="constant")
     held_out = pairs(8 + 8 + 1)  # the trainer's batches are of 8; the loss of a last one of 1 is 0
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": held_out}
@@ -156,7 +166,7 @@ def test_an_evaluation_is_of_the_base_alone(tmp_path: Path, mini_batch_size: int
 def test_every_option_of_a_run_is_a_keyword_of_the_loss(name: str, value: Any) -> None:
     shown = inspect.signature(ContrastiveLoss).parameters[name]
     assert shown.default == options_of(RunOptions)[name].default
-    loss = ContrastiveLoss(tiny(), **{name: value})
+    loss = ContrastiveLoss(tiny_model(), **{name: value})
     assert loss.run.options == RunOptions(**{name: value})
 
 
@@ -166,7 +176,7 @@ def test_every_option_of_a_run_is_a_keyword_of_the_loss(name: str, value: Any) -
 )
 def test_a_keyword_that_is_no_option_of_a_run_is_refused(name: str, advice: str) -> None:
     with pytest.raises(TypeError, match=f"ContrastiveLoss has no keyword '{name}'; {advice}"):
-        ContrastiveLoss(tiny(), **{name: 3})
+        ContrastiveLoss(tiny_model(), **{name: 3})
 
 
 @pytest.mark.parametrize(("unit", "logging_steps"), [("epoch", 4), ("step", 1), ("step", 6)])
@@ -174,7 +184,7 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
     tmp_path: Path, unit: str, logging_steps: int
 ) -> None:
     """Without a learning rate, of equal batches: λ is 0 in a third of the training, the term the same."""
-    loss = rank_clip(tiny(), schedule="official", schedule_unit=unit)
+    loss = rank_clip(tiny_model(), schedule="official", schedule_unit=unit)
     given = {"train_dataset": pairs(8), "per_device_train_batch_size": 8, "learning_rate": 0.0}
     trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **given)
     lines = steps(trainer)
@@ -186,7 +196,7 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
 
 
 def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
-    model = tiny()
+    model = tiny_model()
     rows: list[int] = []
     model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
     loss = at(rank_clip(model, mini_batch_size=3), number=2)
@@ -196,19 +206,19 @@ def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
 
 def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     """Three times the same batch is one."""
-    model, own = tiny(), tiny()
+    model, own = tiny_model(), tiny_model()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3)
     repeated = datasets.concatenate_datasets([pairs(8)] * 6)
     options = {"max_steps": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.1}
     trainer = train(tmp_path, loss, model, train_dataset=repeated, **options)
     assert [line["rank_lambda"] for line in steps(trainer)] == [0, 1]
-    own_loop(own, rankloss.RankClipLoss(schedule="linear"), pairs(8), [range(8)] * 2)
+    train_in_plain_loop(own, rankloss.RankClipLoss(schedule="linear"), pairs(8), [range(8)] * 2)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     def run(resume: str | None) -> tuple[torch.Tensor, list[float]]:
-        model = tiny()
+        model = tiny_model()
         given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
         trainer = train(tmp_path, rank_clip(model), model, resume=resume, **given)
         return weights(model), [line["rank_lambda"] for line in steps(trainer)]
@@ -226,7 +236,7 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     tmp_path: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
     def losses(dtype: torch.dtype) -> list[float]:
-        model = tiny().to(dtype)
+        model = tiny_model().to(dtype)
         trainer = train(tmp_path, rank_clip(model, schedule="constant"), model, max_steps=3)
         return [line["loss"] for line in steps(trainer)]
 
@@ -235,14 +245,14 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
 
 def test_a_checkpoint_of_another_trainer_is_an_error_that_says_so(tmp_path: Path) -> None:
     given = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    model = tiny()
+    model = tiny_model()
     train(tmp_path, rank_clip(model), model, **given)
     file = tmp_path / "checkpoint-2/trainer_state.json"
     saved = json.loads(file.read_text())
     (state,) = saved["stateful_callbacks"]["rankloss"]
     saved["stateful_callbacks"]["rankloss"] = state  # as Hugging Face's Trainer has it
     file.write_text(json.dumps(saved))
-    model = tiny()
+    model = tiny_model()
     with pytest.raises(ValueError, match=r"the state of another trainer's loss; got .*rankclip"):
         train(tmp_path, rank_clip(model), model, resume=str(file.parent), **{**given, "max_steps": 4})
 
@@ -253,7 +263,7 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     given = {"save_strategy": "epoch", "optim": "adamw_torch"}
     for epochs, resume, count in ((2, None, 0), (2, "checkpoint-4", 0), (3, "checkpoint-4", 1)):
         caplog.clear()
-        model, path = tiny(), resume and str(tmp_path / resume)
+        model, path = tiny_model(), resume and str(tmp_path / resume)
         train(tmp_path, rank_clip(model), model, resume=path, num_train_epochs=epochs, **given)
         assert caplog.text.count("trained with rankclip: rankclip per step over 8 step(s)") == count
     assert "this run trains with rankclip: rankclip per step over 12 step(s)" in caplog.text
@@ -263,7 +273,7 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
 def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, is_plain: bool
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     given: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 1}
     if is_plain:
         before = "no loss of rankloss"
@@ -271,7 +281,7 @@ def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
     else:
         before = "spread (weight 1)"
         train(tmp_path, ContrastiveLoss(model, "spread", {"weight": 1}), model, **given)
-    model = tiny()
+    model = tiny_model()
     path = str(tmp_path / "checkpoint-4")
     train(tmp_path, ContrastiveLoss(model, "spread"), model, resume=path, num_train_epochs=2)
     told = f"The checkpoint was trained with {before}; this run trains with spread"
@@ -280,7 +290,7 @@ def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
 
 def test_loss_of_an_earlier_training_does_not_train_without_progress(tmp_path: Path) -> None:
     """Its λ would be the last of the first training."""
-    model = tiny()
+    model = tiny_model()
     loss = rank_clip(model)
     train(tmp_path, loss, model, max_steps=2)
     with pytest.raises(
@@ -301,7 +311,7 @@ def fail(*_: Any) -> None:
 def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
     tmp_path: Path, place: str
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     loss = rank_clip(model)
     hook = model.register_forward_hook(fail)
     if place == "an optimizer step":
@@ -316,7 +326,7 @@ def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
 
 def test_several_datasets_on_several_processes_do_not_gather() -> None:
     """Each process has a batch of another one at the same step."""
-    model = tiny()
+    model = tiny_model()
     several, single = ConcatDataset([pairs(), pairs()]), pairs()
     args = SimpleNamespace(dataloader_drop_last=True, gradient_accumulation_steps=1)
     state = TrainerState(num_train_epochs=1, max_steps=1)
@@ -333,7 +343,7 @@ def test_several_datasets_on_several_processes_do_not_gather() -> None:
 
 
 def test_several_datasets_take_turns(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     losses = {name: rank_clip(model, schedule="linear", agreement_every=2) for name in "ab"}
     sets = datasets.DatasetDict({name: pairs(16) for name in losses})
     given = {"num_train_epochs": 1, "multi_dataset_batch_sampler": "round_robin"}
@@ -367,11 +377,11 @@ def test_several_datasets_take_turns(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(wrong: Any, argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
-        wrong(tiny())
+        wrong(tiny_model())
 
 
 def test_column_that_cannot_be_split_is_named() -> None:
-    model = tiny()
+    model = tiny_model()
     features = columns(model)
     features[1]["pixel_values"] = torch.zeros(11, 3)
     with pytest.raises(ValueError, match=r"mini_batch_size cannot split pixel_values: .* 8 pairs"):
@@ -383,7 +393,7 @@ def test_column_that_cannot_be_split_is_named() -> None:
 
 @pytest.mark.parametrize("key", ["captions", "label"])
 def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path: Path, key: str) -> None:
-    model, own = tiny(), tiny()
+    model, own = tiny_model(), tiny_model()
     columns = pairs().select(range(8)).to_dict()
     columns["text"][1] = columns["text"][6] = columns["text"][0]
     data = dict(columns)
@@ -400,7 +410,7 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_the_spread_stands_on_the_loss_of_ids(tmp_path: Path, mini_batch_size: int | None) -> None:
-    model, own = tiny(), tiny()
+    model, own = tiny_model(), tiny_model()
     labels = [0, 1, 0, 2, 2, 3, 4, 5]
     rows = pairs().select(range(8)).to_dict()
     options = {"spread": {"weight": 0.5}, "clip-ids": {"key": "label"}}
@@ -441,13 +451,13 @@ def single_pair(model: Any) -> list[dict[str, Any]]:
 
 
 def test_a_first_batch_of_one_pair_is_an_error() -> None:
-    model = tiny()
+    model = tiny_model()
     with pytest.raises(ValueError, match="at least two pairs"):
         at(rank_clip(model, schedule="constant"), 1)(single_pair(model))
 
 
 def test_a_last_pair_after_others_counts_0(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny()
+    model = tiny_model()
     loss = rank_clip(model, schedule="constant")
     single = single_pair(model)
     sum(at(loss, 1)(columns(model)).values()).backward()
@@ -463,7 +473,7 @@ def test_a_last_pair_after_others_counts_0(caplog: pytest.LogCaptureFixture) -> 
 def test_a_loss_of_another_model_is_refused(tmp_path: Path) -> None:
     """It would embed by its own model, and the trainer's would not change."""
     with pytest.raises(ValueError, match="ContrastiveLoss was built with another model than the trainer's"):
-        train(tmp_path, ContrastiveLoss(tiny()), tiny())
+        train(tmp_path, ContrastiveLoss(tiny_model()), tiny_model())
 
 
 @pytest.mark.parametrize("name", ["rankclip", "clip-ids"])
@@ -471,7 +481,7 @@ def test_a_loss_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_labels_that_are_not_used_are_one_warning(
     caplog: pytest.LogCaptureFixture, name: str, label: float
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     loss = ContrastiveLoss(model, name)
     for _ in range(2):
         at(loss, 1)(columns(model), torch.tensor([label] * 8))
@@ -490,13 +500,13 @@ def test_labels_that_are_not_used_are_one_warning(
 def test_labels_that_are_used_or_missing_are_no_warning(
     caplog: pytest.LogCaptureFixture, name: str, options: dict[str, Any], labels: torch.Tensor | None
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     at(ContrastiveLoss(model, name, options), 1)(columns(model), labels)
     assert not caplog.messages
 
 
 def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     before = weights(model)
     data = pairs().add_column("label", [7] * 32)
     loss = ContrastiveLoss(model, "clip-ids", {"key": "label"})
@@ -507,7 +517,7 @@ def test_a_label_of_one_value_is_refused_before_the_first_step(tmp_path: Path) -
 
 def test_sentence_transformers_hands_no_other_column_to_a_loss() -> None:
     with pytest.raises(ValueError, match=r"^key .*'group'"):
-        ContrastiveLoss(tiny(), "clip-ids", {"key": "group"})
+        ContrastiveLoss(tiny_model(), "clip-ids", {"key": "group"})
 
 
 # --- several processes ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from tiny_sentences import WORDS, embed, step, tiny, weights
+from tiny_sentences import WORDS, embed, step, tiny_model, weights
 
 from rankloss import ClipLoss, RankedLists
 from rankloss_trainers.sentence_transformers import (
@@ -84,7 +84,7 @@ def gradient(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size: int | None) -> None:
-    model, own = tiny(), tiny()
+    model, own = tiny_model(), tiny_model()
     loss = RankedListsLoss(model, scale=30.0, mini_batch_size=mini_batch_size)
     trainer = train(tmp_path, loss, model, lists(), max_steps=2)
     lines = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -93,7 +93,7 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
         value = mean_of_lists(own, lists(), 30.0)
         assert line == pytest.approx(value.item(), abs=1e-3)
         step(own, value)
-    assert not torch.allclose(weights(own), weights(tiny()), atol=1e-4)
+    assert not torch.allclose(weights(own), weights(tiny_model()), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
 @pytest.mark.parametrize("kind", [RankedListsTrainer, SentenceTransformerTrainer])
 def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base: Any) -> None:
     """Lists of one length may be columns of the usual trainer."""
-    model, own, data = tiny(), tiny(), lists(length=3)
+    model, own, data = tiny_model(), tiny_model(), lists(length=3)
     table = data if kind is RankedListsTrainer else in_columns(data)
     columns = table.to_dict()
     if base:  # which needs a candidate of one's own beside each query: the second column
@@ -117,7 +117,7 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base
 
 
 def test_an_evaluation_has_every_list_where_a_training_drops_the_last(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     given = {"eval_dataset": lists(11), "dataloader_drop_last": True, "max_steps": 1}
     trained = train(tmp_path, RankedListsLoss(model), model, lists(11), **given)
     loaders = (
@@ -133,7 +133,7 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
     tmp_path: Path, in_batch_negatives: bool
 ) -> None:
     """Beside a base loss too; the expected value is made of cross-entropies alone."""
-    model, own = tiny(), tiny()
+    model, own = tiny_model(), tiny_model()
     names = ("anchor", "positive", "negative_1", "negative_2")
     columns = dict(zip(names, (texts(seed, 8) for seed in range(1, 5)), strict=True))
     criterion = RankedLists(in_batch_negatives=in_batch_negatives)
@@ -163,7 +163,7 @@ def triplets(model: Any) -> RankedListsLoss:
 def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
     values, gradients = [], []
     for make in (triplets, MultipleNegativesRankingLoss):
-        model = tiny().double()
+        model = tiny_model().double()
         loss = of_layers(model, make(model), dimensions)
         value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
         value.backward()
@@ -176,7 +176,7 @@ def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
 @pytest.mark.parametrize("kind", [RankedListsLoss, ContrastiveLoss])
 @pytest.mark.parametrize("dimensions", [None, [16, 4]])
 def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, kind: Any) -> None:
-    model = tiny().double()
+    model = tiny_model().double()
     columns = [model.preprocess(texts(seed, 4)) for seed in (1, 2)]
     loss = of_layers(model, kind(model, mini_batch_size=2), dimensions)
     with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*2"):
@@ -189,7 +189,7 @@ def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None)
     data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
 
     def value_and_gradient(mini_batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        model = tiny().double()
+        model = tiny_model().double()
         criterion = RankedLists(in_batch_negatives=True)
         loss: Any = RankedListsLoss(model, criterion, mini_batch_size=mini_batch_size)
         if wrapping:
@@ -209,7 +209,7 @@ def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None)
 
 
 def test_a_candidate_of_several_lists_is_embedded_once() -> None:
-    batch = RankedListsCollator(tiny().preprocess)(list(lists()))
+    batch = RankedListsCollator(tiny_model().preprocess)(list(lists()))
     distinct = {candidate for row in lists() for candidate in row["candidates"]}
     assert len(batch["candidates_input_ids"]) == len(distinct)
     assert len(batch["query_input_ids"]) == 8
@@ -217,7 +217,7 @@ def test_a_candidate_of_several_lists_is_embedded_once() -> None:
 
 def test_a_batch_of_lists_has_their_candidates_and_grades() -> None:
     """In one column of integers, which no engine rounds: places in the pool, and the bits of the grades."""
-    batch = RankedListsCollator(tiny().preprocess)(list(lists()))
+    batch = RankedListsCollator(tiny_model().preprocess)(list(lists()))
     index, grade_bits = batch["label"].unbind(-1)
     grades = grade_bits.contiguous().view(torch.float64)
     pool = list(dict.fromkeys(candidate for row in lists() for candidate in row["candidates"]))
@@ -241,7 +241,7 @@ ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
 )
 def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        RankedListsCollator(tiny().preprocess)(rows)
+        RankedListsCollator(tiny_model().preprocess)(rows)
 
 
 @pytest.mark.parametrize(
@@ -256,18 +256,18 @@ def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: s
 def test_labels_and_arguments_are_checked(
     columns: int, labels: Any, given: dict[str, Any], named: str
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     with pytest.raises(ValueError, match=named):
         RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
 
 
 def test_the_model_card_names_a_loss_of_lists_with_its_options_and_its_paper() -> None:
-    loss = RankedListsLoss(tiny(), RankedLists(model="top_one"), mini_batch_size=4)
+    loss = RankedListsLoss(tiny_model(), RankedLists(model="top_one"), mini_batch_size=4)
     assert "model='top_one'" in loss.get_config_dict()["criterion"]
     assert "Listwise Approach" in loss.citation
 
 
 def test_the_model_card_names_a_loss_of_pairs_with_its_options_and_its_paper() -> None:
-    loss = ContrastiveLoss(tiny(), "rankclip", {"top_k": 3})
+    loss = ContrastiveLoss(tiny_model(), "rankclip", {"top_k": 3})
     assert loss.get_config_dict()["options"]["rankclip"]["top_k"] == 3
     assert "RankCLIP" in loss.citation

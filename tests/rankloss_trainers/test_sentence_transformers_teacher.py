@@ -10,8 +10,8 @@ import pytest
 import taught
 import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from taught import LOSS, ROWS, features, folder, references
-from tiny_sentences import embed, own_loop, pairs, tiny, train, weights
+from taught import ROWS, TAUGHT_LOSS, teacher_features, teacher_inputs, write_teacher_folder
+from tiny_sentences import embed, pairs, tiny_model, train, train_in_plain_loop, weights
 
 from counting import LOSSES_AND_FOLDERS, count_calls
 from rankloss import RankClipLoss
@@ -27,13 +27,19 @@ RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 
 
 
 def labelled(data: Any, names: tuple[str, ...] = NAMES) -> Any:
-    return data.add_column("label", torch.stack([features()[name] for name in names], 1).tolist())
+    return data.add_column("label", torch.stack([teacher_features()[name] for name in names], 1).tolist())
 
 
 @pytest.fixture(scope="module")
 def bound(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     """A folder, and data that are bound to it."""
-    path = folder(tmp_path_factory.mktemp("features") / "x", pairs(ROWS), features(), "image", "text")
+    path = write_teacher_folder(
+        tmp_path_factory.mktemp("features") / "x",
+        pairs(ROWS),
+        teacher_features(),
+        image_column="image",
+        caption_column="text",
+    )
     return path, bind(pairs(ROWS), path, caption_column="text", column="label")
 
 
@@ -45,7 +51,7 @@ def trained(
     teacher: str | None = None,
     **options: Any,
 ) -> Any:
-    model = tiny()
+    model = tiny_model()
     run = ContrastiveLoss(model, loss, options or None, teacher=teacher, mini_batch_size=size)
     train(directory, run, model, train_dataset=data, max_steps=2, learning_rate=0.1)
     return weights(model)
@@ -53,8 +59,8 @@ def trained(
 
 def of_own_loop(criterion: Any, path: str) -> Any:
     """The weights after the two steps of a plain loop, with the folder's features of each batch."""
-    own, batches = tiny(), [ORDER[:8], ORDER[8:16]]
-    own_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: references(path, rows))
+    own, batches = tiny_model(), [ORDER[:8], ORDER[8:16]]
+    train_in_plain_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: teacher_inputs(path, rows))
     return weights(own)
 
 
@@ -91,9 +97,9 @@ def test_a_folder_trains_as_a_plain_loop(
         data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     options = taught.taught_options()
-    actual = trained(tmp_path, data.select(ORDER), LOSS, mini_batch_size, teacher=path, **options)
+    actual = trained(tmp_path, data.select(ORDER), TAUGHT_LOSS, mini_batch_size, teacher=path, **options)
     assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
-    expected = of_own_loop(taught.criterion(path, 16), path)
+    expected = of_own_loop(taught.loss_of_plain_loop(path, width=16), path)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -104,22 +110,24 @@ OF_CAPTIONS = [name for name in LOSSES if "caption_features" in input_names(name
 @pytest.mark.parametrize("name", OF_LISTS)
 def test_a_loss_of_lists_is_refused_with_the_class_that_serves_it(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} .*RankedListsLoss"):
-        ContrastiveLoss(tiny(), name)
+        ContrastiveLoss(tiny_model(), name)
 
 
 @pytest.mark.parametrize("name", OF_CAPTIONS)
 def test_a_loss_of_a_second_caption_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} needs a column"):
-        ContrastiveLoss(tiny(), name, {"caption_key": "x"})
+        ContrastiveLoss(tiny_model(), name, {"caption_key": "x"})
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in (*OF_LISTS, *OF_CAPTIONS)])
 def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str) -> None:
-    model = tiny()
+    model = tiny_model()
     is_taught, before = TEACHER[0] in input_names(name), weights(model)
     data = pairs(ROWS)
     if is_taught:
-        teacher = features(16)  # the width of the model: mimicry compares the features themselves
+        teacher = teacher_features(
+            width=16
+        )  # the width of the model: mimicry compares the features themselves
         both = torch.stack([teacher[modality] for modality in NAMES], 1)
         data = data.add_column("label", both.tolist())  # the one column that a loss is handed
     loss = ContrastiveLoss(model, name, teacher="given" if is_taught else None)
@@ -131,7 +139,7 @@ def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str)
 
 
 def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     loss = ContrastiveLoss(model, "tiny", agreement_every=2)
     trainer = train(tmp_path, loss, model, max_steps=3)
     taus = [line["in_modal_tau"] for line in trainer.state.log_history if "loss" in line]
@@ -139,7 +147,9 @@ def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
 
 
 def test_a_narrower_teacher_is_copied_into_some_of_the_dimensions(tmp_path: Path) -> None:
-    path = folder(tmp_path / "x", pairs(ROWS), features(8), "image", "text")
+    path = write_teacher_folder(
+        tmp_path / "x", pairs(ROWS), teacher_features(width=8), image_column="image", caption_column="text"
+    )
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
     taught = trained(tmp_path / "taught", data, "mimicry", teacher=path)
     assert not torch.equal(taught, trained(tmp_path / "alone", pairs(ROWS), "clip-streamed"))
@@ -149,7 +159,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     tmp_path: Path, bound: tuple[str, Any]
 ) -> None:
     path, data = bound
-    model = tiny()
+    model = tiny_model()
     before = weights(model)
     loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
     spoilt = data.map(lambda row: {"text": f"{row['text']}!"})
@@ -169,7 +179,7 @@ def test_labels_of_a_folder_without_the_callback_that_checks_them_are_an_error(
     bound: tuple[str, Any],
 ) -> None:
     path, data = bound
-    model = tiny()
+    model = tiny_model()
     loss = ContrastiveLoss(model, "rankclip", RANKED, teacher=path)
     loss.run.set_progress(1, 1)
     with pytest.raises(RuntimeError, match="Progress"):
@@ -203,14 +213,14 @@ class Called(NamedTuple):
 
 @pytest.fixture
 def called() -> Called:
-    model = tiny()
+    model = tiny_model()
     loss = ContrastiveLoss(model, "rankclip", RANKED)
     loss.run.set_progress(1, 1)
     return Called(model, loss, [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")])
 
 
 def with_a_nan() -> torch.Tensor:
-    labels = torch.stack([*features().values()], 1)
+    labels = torch.stack([*teacher_features().values()], 1)
     labels[3, 1] = torch.nan
     return labels
 
@@ -234,7 +244,7 @@ def test_labels_of_one_number_a_pair_are_no_teacher(called: Called, labels: torc
 
 
 def test_labels_of_one_vector_a_pair_are_the_teacher_of_both_columns(called: Called) -> None:
-    vectors = features()[NAMES[1]]
+    vectors = teacher_features()[NAMES[1]]
     images, texts = embed(called.model, *pairs(ROWS).to_dict().values())
     expected = called.loss.run(
         image_features=images,
@@ -246,7 +256,7 @@ def test_labels_of_one_vector_a_pair_are_the_teacher_of_both_columns(called: Cal
 
 
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    model = tiny()
+    model = tiny_model()
     before, loss = weights(model), ContrastiveLoss(model)
     with pytest.raises(ValueError, match=r"1 pair.* 9 pairs in batches of 8 on 1 .*dataloader_drop_last"):
         train(tmp_path, loss, model, train_dataset=pairs(9))
@@ -257,9 +267,9 @@ def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path)
 def test_last_batch_of_one_pair_that_is_dropped_or_not_reached_is_no_error(
     tmp_path: Path, given: dict[str, Any]
 ) -> None:
-    model = tiny()
+    model = tiny_model()
     train(tmp_path, ContrastiveLoss(model), model, train_dataset=pairs(9), **given)
-    assert not torch.equal(weights(model), weights(tiny()))
+    assert not torch.equal(weights(model), weights(tiny_model()))
 
 
 OF_THE_MODELS_WIDTH = torch.nn.functional.normalize(torch.randn(8, 2, 16), dim=-1)
@@ -278,7 +288,7 @@ def in_matryoshka(model: Any, mini_batch_size: int | None) -> tuple[MatryoshkaLo
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
 def test_labels_that_matryoshka_cuts_are_refused(mini_batch_size: int | None) -> None:
     """Their first numbers alone would be another teacher."""
-    model = tiny()
+    model = tiny_model()
     wrapped, columns = in_matryoshka(model, mini_batch_size)
     with pytest.raises(ValueError, match=r"cut the teacher\'s labels to 4 of 16 dimensions: .*as teacher"):
         wrapped(columns, OF_THE_MODELS_WIDTH)
@@ -289,7 +299,7 @@ def test_in_mini_batches_a_teacher_that_matryoshka_leaves_whole_has_the_same_gra
     narrower = torch.nn.functional.normalize(OF_THE_MODELS_WIDTH[..., :12], dim=-1)
 
     def value_and_gradient(mini_batch_size: int | None) -> list[torch.Tensor]:
-        model = tiny()
+        model = tiny_model()
         wrapped, columns = in_matryoshka(model, mini_batch_size)
         value = wrapped(columns, narrower)
         value.backward()

@@ -75,9 +75,10 @@ def separate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     columns = {side: [f"{side} {i}" for i in range(taught.ROWS)] for side in ("image", "text")}
-    data, features = datasets.Dataset.from_dict(columns), taught.features(8)
-    taught.folder(tmp_path / "separate", data, features, "image", "text", "separate")
-    taught.folder(tmp_path / "common", data, features, "image", "text")
+    columns_of_pairs = {"image_column": "image", "caption_column": "text"}
+    data, features = datasets.Dataset.from_dict(columns), taught.teacher_features(width=8)
+    taught.write_teacher_folder(tmp_path / "separate", data, features, **columns_of_pairs, spaces="separate")
+    taught.write_teacher_folder(tmp_path / "common", data, features, **columns_of_pairs)
 
 
 def run_of(loss: Any, teacher: str, **options: Any) -> Runtime:

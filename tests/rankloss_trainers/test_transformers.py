@@ -18,20 +18,20 @@ import pytest
 import torch
 import transformers
 from other_values import OTHER_VALUES
-from tiny_pairs import CONFIGS, Pairs, build, clip
+from tiny_pairs import CONFIGS, Pairs, tiny_clip, tiny_model
 from tiny_transformers import (
-    LOGGED,
+    LOG_ROUNDING,
     METRICS,
     SGD,
     TERMS,
-    Pictures,
+    PictureProcessor,
     arguments,
-    column,
-    lines,
-    own_loop,
-    table,
+    build_trainer,
+    graded_table,
+    logged_lines,
+    logged_values,
     train,
-    trainer,
+    train_in_plain_loop,
     weights,
 )
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def linear(**options: Any) -> rankloss.RankClipLoss:
 
 def kept_in_evaluation() -> Any:
     """A model that stays in evaluation mode; it has no dropout, so that the mode changes no number."""
-    model = clip().eval()
+    model = tiny_clip().eval()
     model.train = lambda _=True: model
     return model
 
@@ -65,25 +65,25 @@ def kept_in_evaluation() -> Any:
 @pytest.mark.parametrize(
     ("make", "more", "given", "loss"),
     [
-        (clip, (), {}, linear),
+        (tiny_clip, (), {}, linear),
         (kept_in_evaluation, (), {}, linear),
         # A teacher's columns are ranked by wherever they are given.
-        (clip, TEACHER, {"loss": linear()}, linear),
+        (tiny_clip, TEACHER, {"loss": linear()}, linear),
         (
-            clip,
+            tiny_clip,
             TEACHER,
             {"loss": "rankclip-distill", "loss_options": {"schedule": "linear", "top_k": 4}},
             lambda: linear(lambda_cross=64.0, lambda_in=64.0, top_k=4),
         ),
         (
-            clip,
+            tiny_clip,
             ("text",),
             {"loss": "rankclip", "loss_options": {"schedule": "linear", "lambda_cross": 0.0}},
             lambda: linear(lambda_cross=0.0),
         ),
         # Cached gradients.
-        (clip, TEACHER, {"mini_batch_size": 3}, linear),
-        (clip, (), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
+        (tiny_clip, TEACHER, {"mini_batch_size": 3}, linear),
+        (tiny_clip, (), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
     ],
 )
 def test_every_step_is_the_step_of_an_own_loop(
@@ -91,10 +91,10 @@ def test_every_step_is_the_step_of_an_own_loop(
 ) -> None:
     pairs, model = Pairs(72, *more), make()
     micro_batches = [8] * given.get("gradient_accumulation_steps", 1)
-    expected = own_loop(model, loss(), pairs, micro_batches)
+    expected = train_in_plain_loop(model, loss(), pairs, micro_batches)
     trained = train(tmp_path, model=make(), pairs=pairs, max_steps=3, **SGD, **given)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-5, atol=1e-6)
-    for line, terms in zip(lines(trained), expected, strict=True):
+    for line, terms in zip(logged_lines(trained), expected, strict=True):
         assert {name: line[name] for name in terms} == pytest.approx(terms, rel=1e-4, abs=1e-6)
         assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
     assert not torch.equal(weights(model), weights(make()))
@@ -147,7 +147,7 @@ def every_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
     trained = train(
         tmp_path_factory.mktemp("every_model"),
-        model=build(kind),
+        model=tiny_model(kind),
         pairs=Pairs(32, *more),
         eval_dataset=held_out,
         eval_on_start=True,
@@ -160,13 +160,13 @@ def every_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def test_every_model_is_evaluated_with_its_own_loss(every_model: EveryModel) -> None:
-    first, last = column(every_model.trained, "eval_loss")
-    assert first == pytest.approx(every_model.mean_of_own_loss(build(every_model.kind)), rel=1e-5)
+    first, last = logged_values(every_model.trained, "eval_loss")
+    assert first == pytest.approx(every_model.mean_of_own_loss(tiny_model(every_model.kind)), rel=1e-5)
     assert last == pytest.approx(every_model.mean_of_own_loss(every_model.trained.model), rel=1e-5)
 
 
 def test_every_model_trains_its_scale_and_its_bias(every_model: EveryModel) -> None:
-    untrained, trained = build(every_model.kind), every_model.trained.model
+    untrained, trained = tiny_model(every_model.kind), every_model.trained.model
     names = {"logit_scale", "logit_bias", "temperature"} & dict(untrained.named_parameters()).keys()
     assert names
     for name in names:
@@ -174,9 +174,9 @@ def test_every_model_trains_its_scale_and_its_bias(every_model: EveryModel) -> N
 
 
 def test_every_model_trains_the_sum_of_the_terms(every_model: EveryModel) -> None:
-    for line in lines(every_model.trained):
+    for line in logged_lines(every_model.trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
-    assert lines(every_model.trained)[-1]["in_modal_loss"] > 0
+    assert logged_lines(every_model.trained)[-1]["in_modal_loss"] > 0
 
 
 @pytest.mark.parametrize("every_model", [("CLIP", 3)], indirect=True, ids=["CLIP, mini-batches"])
@@ -194,13 +194,16 @@ def is_served(name: str) -> bool:
 @pytest.mark.parametrize("name", [name for name in NAMES if not is_served(name)])
 def test_a_loss_of_columns_that_are_open_clips_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} needs a column"):
-        trainer(tmp_path, loss=name, loss_options={"caption_key": "x"})
+        build_trainer(tmp_path, loss=name, loss_options={"caption_key": "x"})
 
 
 def batch_for(name: str) -> dict[str, Any]:
     """What a Trainer is given for one step of a named loss."""
     if name == "ranked-lists":
-        return {"pairs": table(False, own=[f"{n}" for n in range(8)]), "processing_class": Pictures()}
+        return {
+            "pairs": graded_table(queries_are_texts=False, own=[f"{n}" for n in range(8)]),
+            "processing_class": PictureProcessor(),
+        }
     pairs = Pairs(8, *TEACHER) if catalog.load(name).teacher else Pairs(8)
     for key in [x for x in pairs.columns if x.startswith("reference_")]:
         pairs.columns[key] = nn.functional.pad(pairs.columns[key], (0, 2))  # of the model's width
@@ -237,11 +240,11 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | No
     def of(name: str, size: int | None) -> Adapted:
         kind = "Siglip" if catalog.load(name).kind == "sigmoid" else "CLIP"
         names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
-        model = peft.get_peft_model(build(kind), peft.LoraConfig(r=2, lora_alpha=4, **names))
+        model = peft.get_peft_model(tiny_model(kind), peft.LoraConfig(r=2, lora_alpha=4, **names))
         model.base_model.model.logit_scale.requires_grad_(size is not None)
         given = {**batch_for(name), "loss": name, "max_steps": 1, **SGD, "learning_rate": 1.0}
-        start = dict(build(kind).named_parameters())
-        full = train(tmp_path_factory.mktemp("full"), model=build(kind), **given)
+        start = dict(tiny_model(kind).named_parameters())
+        full = train(tmp_path_factory.mktemp("full"), model=tiny_model(kind), **given)
         place = tmp_path_factory.mktemp("adapted")
         return Adapted(start, full, train(place, model=model, mini_batch_size=size, **given))
 
@@ -263,7 +266,7 @@ def test_a_model_with_adapters_has_the_loss_of_the_whole_model(
     adapted: Adaptations, name: str, size: int | None
 ) -> None:
     one = adapted(name, size)
-    assert lines(one.adapted)[0]["loss"] == pytest.approx(lines(one.full)[0]["loss"], rel=1e-5)
+    assert logged_lines(one.adapted)[0]["loss"] == pytest.approx(logged_lines(one.full)[0]["loss"], rel=1e-5)
 
 
 @peft_warns
@@ -326,12 +329,12 @@ def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     The expected gradients are of one graph of all embeddings, which are computed in as many parts.
     """
     batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
-    model = build(kind).train()
+    model = tiny_model(kind).train()
     for part in model.modules():
         if hasattr(part, "dropout"):  # of the attention
             part.dropout = dropout
     given = {"loss_options": {"schedule": "constant"}, "teacher": "given", "mini_batch_size": 3}
-    cached = trainer(tmp_path, model=model, loss="rankclip", **given)
+    cached = build_trainer(tmp_path, model=model, loss="rankclip", **given)
     cached.loss_runtime.set_progress(1, 1)
     torch.manual_seed(1)
     loss = cached.compute_loss(model, batch)
@@ -400,24 +403,24 @@ def test_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
     assert torch.equal(weights(run.rest.model), weights(run.whole.model))
     assert average(run.rest) == average(run.whole) != 1
     for name in (*TERMS, *METRICS):
-        assert column(run.rest, name) == column(run.whole, name)
+        assert logged_values(run.rest, name) == logged_values(run.whole, name)
 
 
 def test_a_run_logs_its_entries_at_every_step_at_which_they_are_computed(run: Run) -> None:
     for name in (*TERMS, *METRICS):
         steps = 11 if name.endswith("_raw") else 12  # λ is 0 at the first step, and nothing is ranked
-        assert len(column(run.whole, name)) == steps
+        assert len(logged_values(run.whole, name)) == steps
 
 
 def test_agreement_is_held_between_measurements(run: Run) -> None:
-    taus = column(run.whole, "cross_modal_tau")  # measured at the steps 1, 5 and 9
+    taus = logged_values(run.whole, "cross_modal_tau")  # measured at the steps 1, 5 and 9
     assert taus == [taus[0]] * 4 + [taus[4]] * 4 + [taus[8]] * 4
     assert len(set(taus)) == 3
 
 
 def test_agreement_is_measured_where_a_run_is_resumed(run: Run) -> None:
-    taus = column(run.whole, "cross_modal_tau")
-    after_the_checkpoint = column(run.rest, "cross_modal_tau")[5:]
+    taus = logged_values(run.whole, "cross_modal_tau")
+    after_the_checkpoint = logged_values(run.rest, "cross_modal_tau")[5:]
     assert after_the_checkpoint == [after_the_checkpoint[0]] * 3 + [taus[8]] * 4
     assert after_the_checkpoint[0] not in taus
 
@@ -436,9 +439,9 @@ class Sometimes(rankloss.ClipLoss):
 def test_means_are_of_the_calls_that_gave_an_entry_and_of_one_training(tmp_path: Path) -> None:
     """The last two of five steps come after the last line of the log."""
     trained = train(tmp_path, loss=Sometimes(), max_steps=5, logging_steps=3)
-    assert column(trained, "of_even_calls") == [2]
+    assert logged_values(trained, "of_even_calls") == [2]
     trained.train()
-    assert column(trained, "of_even_calls") == [(6 + 8) / 2]
+    assert logged_values(trained, "of_even_calls") == [(6 + 8) / 2]
 
 
 class Halving(transformers.TrainerCallback):
@@ -474,7 +477,7 @@ def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
 ) -> None:
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
         trained = train(tmp_path, schedule_unit=unit, **given)
-    assert column(trained, "rank_lambda") == pytest.approx(expected)
+    assert logged_values(trained, "rank_lambda") == pytest.approx(expected)
     repeats = expected[:2] == [0, 0]
     assert f"schedule per {'epoch' if repeats else 'step'}" in caplog.text
 
@@ -500,8 +503,8 @@ def test_a_last_pair_of_a_stream_counts_0_and_the_log_says_so_once(
         for steps in (2, 3, 6)
     )
     assert torch.equal(weights(at_it.model), weights(before_it.model))
-    assert column(at_it, "loss")[2] == 0
-    assert min(column(beyond_it, "loss")[3:5]) > 1
+    assert logged_values(at_it, "loss")[2] == 0
+    assert min(logged_values(beyond_it, "loss")[3:5]) > 1
     assert caplog.text.count("A batch of one pair counts 0") == 2  # once in each training that reaches it
 
 
@@ -523,21 +526,21 @@ def test_a_first_batch_of_one_pair_is_an_error_that_names_the_remedy(tmp_path: P
     ],
 )
 def test_numbers_are_an_own_loops_but_for_rounding(tmp_path: Path, given: Any, tolerance: float) -> None:
-    model = clip()
-    expected = own_loop(model, linear(), Pairs(), [8])
+    model = tiny_clip()
+    expected = train_in_plain_loop(model, linear(), Pairs(), [8])
     trained = train(tmp_path, max_steps=3, eval_dataset=Pairs(8), eval_strategy="steps", **SGD, **given)
-    for line, terms in zip(lines(trained), expected, strict=True):
+    for line, terms in zip(logged_lines(trained), expected, strict=True):
         assert {name: line[name] for name in terms} == pytest.approx(terms, rel=tolerance, abs=tolerance)
     output = model(**Pairs(8).batch(), return_loss=True)
-    assert column(trained, "eval_loss")[-1] == pytest.approx(output.loss.item(), rel=tolerance)
+    assert logged_values(trained, "eval_loss")[-1] == pytest.approx(output.loss.item(), rel=tolerance)
 
 
 def of_dtype(dtype: torch.dtype) -> Any:
-    return clip().to(dtype)
+    return tiny_clip().to(dtype)
 
 
 def with_a_double_scale(dtype: torch.dtype) -> Any:
-    model = clip()
+    model = tiny_clip()
     model.logit_scale.data = model.logit_scale.data.to(dtype)
     return model
 
@@ -563,7 +566,7 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
 
     model = make(dtype)
     trained = train(tmp_path, model=model, data_collator=collate, **given)
-    assert column(trained, "loss") == pytest.approx(column(single, "loss"), rel=tolerance)
+    assert logged_values(trained, "loss") == pytest.approx(logged_values(single, "loss"), rel=tolerance)
     evaluated, expected = (x.evaluate()["eval_loss"] for x in (trained, single))
     assert evaluated == pytest.approx(expected, rel=tolerance)
 
@@ -587,7 +590,7 @@ def test_engines_that_hide_pairs_or_the_scale_are_refused(
         pass
 
     with pytest.raises(ValueError, match=message):
-        Trainer(model=clip(), args=arguments(tmp_path))
+        Trainer(model=tiny_clip(), args=arguments(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
@@ -597,7 +600,7 @@ def test_several_processes_with_the_pairs_of_one_batch_are_refused(tmp_path: Pat
 
     setattr(Sharded, f"get_{kind}_size", lambda _: 2)
     with pytest.raises(ValueError, match="parallelism over 2 processes gives one batch to several processes"):
-        Sharded(model=clip(), args=arguments(tmp_path))
+        Sharded(model=tiny_clip(), args=arguments(tmp_path))
 
 
 class Scaled(transformers.Trainer):
@@ -617,15 +620,15 @@ def test_accumulated_batches_are_averaged_before_any_trainer(tmp_path: Path) -> 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(range(64))
 
-    model = clip()
-    expected = own_loop(model, linear(), Pairs(64), [8] * 4, steps=2)
+    model = tiny_clip()
+    expected = train_in_plain_loop(model, linear(), Pairs(64), [8] * 4, steps=2)
     args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=4, **SGD)
     given = {"args": args, "train_dataset": Pairs(64), "loss_options": {"schedule": "linear"}}
-    mine = Mine(model=clip(), **given)
+    mine = Mine(model=tiny_clip(), **given)
     mine.train()
     torch.testing.assert_close(weights(mine.model), weights(model), rtol=1e-5, atol=1e-6)
-    for line, terms in zip(lines(mine), expected, strict=True):
-        assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4, abs=LOGGED)
+    for line, terms in zip(logged_lines(mine), expected, strict=True):
+        assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4, abs=LOG_ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -635,11 +638,11 @@ def test_accumulated_batches_are_averaged_before_any_trainer(tmp_path: Path) -> 
 def test_an_attribute_that_would_multiply_gradients_is_refused_before_the_first_step(
     tmp_path: Path, name: str, value: Any
 ) -> None:
-    trained = trainer(tmp_path, max_steps=1)
+    trained = build_trainer(tmp_path, max_steps=1)
     setattr(trained, name, value)
     with pytest.raises(ValueError, match=f"^{name} must not be set: .* gradient_accumulation_steps; got "):
         trained.train()
-    assert torch.equal(weights(trained.model), weights(clip()))
+    assert torch.equal(weights(trained.model), weights(tiny_clip()))
 
 
 class Other(nn.Module):
@@ -662,10 +665,10 @@ def lookup(examples: Any) -> dict[str, Tensor]:
     ("given", "message"),
     [
         ({"mini_batch_size": 0}, "mini_batch_size must be an integer of at least 1.* 0"),
-        ({"loss": "clip-streamed", "model": build("Siglip")}, "clip-streamed .*logit_bias"),
+        ({"loss": "clip-streamed", "model": tiny_model("Siglip")}, "clip-streamed .*logit_bias"),
         ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
         (
-            {"loss": rankloss.RankClipLoss(), "loss_options": None, "model": build("Siglip")},
+            {"loss": rankloss.RankClipLoss(), "loss_options": None, "model": tiny_model("Siglip")},
             "RankClipLoss does not work with a model that has a logit_bias: it stands on ClipLoss, a softmax",
         ),
         ({"compute_loss_func": print}, "compute_loss_func"),
@@ -692,7 +695,7 @@ def test_options_beside_a_command_lines_choice_are_refused(tmp_path: Path, name:
     """The choice has its own, and these would be dropped."""
     message = f"choice, which has its own {name}; got {name}={re.escape(repr(value))}"
     with pytest.raises(TypeError, match=message):
-        trainer(tmp_path, **{"loss": typed_choice(), "loss_options": None, name: value})
+        build_trainer(tmp_path, **{"loss": typed_choice(), "loss_options": None, name: value})
 
 
 def typed_choice() -> Any:
@@ -703,7 +706,7 @@ def typed_choice() -> Any:
 
 
 def test_a_command_lines_choice_is_a_loss_of_the_trainer(tmp_path: Path) -> None:
-    built = trainer(tmp_path, loss=typed_choice(), loss_options=None)
+    built = build_trainer(tmp_path, loss=typed_choice(), loss_options=None)
     assert isinstance(built.loss_runtime.criterion, rankloss.RankClipLoss)
 
 
@@ -711,7 +714,7 @@ def test_a_command_lines_choice_is_a_loss_of_the_trainer(tmp_path: Path) -> None
 def test_every_option_of_a_run_is_a_keyword_of_the_trainer(tmp_path: Path, name: str, value: Any) -> None:
     shown = inspect.signature(ContrastiveTrainer).parameters[name]
     assert shown.default == options_of(RunOptions)[name].default
-    run = trainer(tmp_path, **{name: value}).loss_runtime
+    run = build_trainer(tmp_path, **{name: value}).loss_runtime
     assert run.options == RunOptions(**{name: value})
 
 
@@ -732,14 +735,14 @@ def test_a_trainers_own_loss_that_the_named_one_would_replace_is_refused(tmp_pat
         pass
 
     with pytest.raises(TypeError, match=r"OwnLoss\.compute_loss would be replaced .*super\(\)\.compute_loss"):
-        Lost(model=clip(), **one_step(tmp_path))
+        Lost(model=tiny_clip(), **one_step(tmp_path))
 
 
 def test_a_trainers_own_loss_is_not_trained_in_place_of_the_named_one(tmp_path: Path) -> None:
     class Reversed(OwnLoss, ContrastiveTrainer):
         pass
 
-    model = clip()
+    model = tiny_clip()
     before = weights(model)
     with pytest.raises(RuntimeError, match=r"loss rankclip was not used: Reversed .*compute_loss"):
         Reversed(model=model, **one_step(tmp_path)).train()
@@ -751,11 +754,13 @@ def test_a_trainer_may_change_the_named_loss_by_its_own_method(tmp_path: Path) -
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return 2 * super().compute_loss(*args, **kwargs)
 
-    doubled, single = (kind(model=clip(), **one_step(tmp_path)) for kind in (Doubled, ContrastiveTrainer))
+    doubled, single = (
+        kind(model=tiny_clip(), **one_step(tmp_path)) for kind in (Doubled, ContrastiveTrainer)
+    )
     doubled.train()
     single.train()
-    twice = [2 * x for x in column(single, "loss")]
-    assert column(doubled, "loss") == pytest.approx(twice, rel=1e-5, abs=3 * LOGGED)
+    twice = [2 * x for x in logged_values(single, "loss")]
+    assert logged_values(doubled, "loss") == pytest.approx(twice, rel=1e-5, abs=3 * LOG_ROUNDING)
 
 
 def test_the_scale_is_the_multiplier_up_to_its_limit() -> None:
@@ -801,9 +806,9 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
 
 
 def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:
-    trials = trainer(tmp_path, model_init=clip, max_steps=3, loss=Remembering())
+    trials = build_trainer(tmp_path, model_init=tiny_clip, max_steps=3, loss=Remembering())
     results = []
     for _ in range(2):
         trials.train()
-        results.append((column(trials, "loss"), average(trials)))
+        results.append((logged_values(trials, "loss"), average(trials)))
     assert results[0] == results[1]

@@ -15,8 +15,8 @@ import torch
 import transformers
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from launch import torchrun
-from tiny_pairs import Pairs, clip
-from tiny_transformers import SGD, TERMS, leave, lines, own_loop, train
+from tiny_pairs import Pairs, tiny_clip
+from tiny_transformers import SGD, TERMS, leave_process_group, logged_lines, train, train_in_plain_loop
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +29,7 @@ from rankloss_trainers.transformers.embeddings import embeddings_of, scale_of
 
 
 def one_dimensional_scale() -> Any:
-    model = clip()  # a scalar cannot be sharded
+    model = tiny_clip()  # a scalar cannot be sharded
     model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
     return model
 
@@ -124,17 +124,17 @@ def run_as_a_process(engine: str, size: str, file: str) -> None:
     faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
     given = {**SGD, "max_steps": 3, "pairs": Pairs(48, "image", "text"), **ENGINES[engine]()}
     given["mini_batch_size"] = int(size) or None
-    model = clip() if engine == "ddp" else one_dimensional_scale()
+    model = tiny_clip() if engine == "ddp" else one_dimensional_scale()
     if engine == "fsdp_2":
         model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trained = train(Path(file).parent, model=model, **given)
     assert trained.args.world_size == 2
     if engine == "fsdp_2":
         assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
-    logged = [{name: line[name] for name in ("loss", *TERMS)} for line in lines(trained)]
+    logged = [{name: line[name] for name in ("loss", *TERMS)} for line in logged_lines(trained)]
     Path(f"{file}.{trained.args.process_index}").write_text(json.dumps(logged))
     del trained, model
-    leave()
+    leave_process_group()
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_two_processes_train_as_an_own_loop_with_the_whole_batch(
     # DeepSpeed compiles an extension when it is first started.
     torchrun(__file__, engine, size, tmp_path / "log", DS_ACCELERATOR="cpu")
     loss = rankloss.RankClipLoss(schedule="linear")
-    expected = own_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
+    expected = train_in_plain_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
     for rank in (0, 1):  # each logs the batch's values
         for line, terms in zip(json.loads((tmp_path / f"log.{rank}").read_text()), expected, strict=True):
             assert line == pytest.approx({"loss": sum(terms.values()), **terms}, rel=1e-4, abs=1e-6)

@@ -12,8 +12,18 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tiny_pairs import clip
-from tiny_transformers import LOGGED, SGD, Pictures, column, lines, table, train, trainer, weights
+from tiny_pairs import tiny_clip
+from tiny_transformers import (
+    LOG_ROUNDING,
+    SGD,
+    PictureProcessor,
+    build_trainer,
+    graded_table,
+    logged_lines,
+    logged_values,
+    train,
+    weights,
+)
 from torch import Tensor, nn
 
 import rankloss
@@ -29,7 +39,7 @@ LISTS, RATE = {"loss": "ranked-lists"}, 0.1
 
 def watched() -> Any:
     """The model, which lists the numbers of pictures and texts that its calls embed, as ``seen``."""
-    model = clip()
+    model = tiny_clip()
     model.seen = []
     forward = model.forward
 
@@ -49,10 +59,10 @@ def embed(model: Any, items: list[Any]) -> Tensor:
     """Embeddings of texts, or of pictures, beside one of the other kind, which the model asks for."""
     features: Tensor
     if isinstance(items[0], str):
-        inputs = Pictures().tokenizer(items)["input_ids"]
+        inputs = PictureProcessor().tokenizer(items)["input_ids"]
         features = model(input_ids=inputs, pixel_values=torch.zeros(1, 3, 16, 16)).text_embeds
     else:
-        inputs = Pictures().image_processor(items)
+        inputs = PictureProcessor().image_processor(items)
         features = model(input_ids=torch.full((1, 8), 49), **inputs).image_embeds
     return features
 
@@ -85,7 +95,7 @@ def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str,
 
 def trained(rows: list[Any], micro_batches: int, steps: int, **options: Any) -> Tensor:
     """The weights after equal steps on all rows, whose losses are averaged over micro-batches."""
-    model, loss = clip(), rankloss.RankedLists(**options)
+    model, loss = tiny_clip(), rankloss.RankedLists(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     size = len(rows) // micro_batches
     for _ in range(steps):
@@ -98,7 +108,13 @@ def trained(rows: list[Any], micro_batches: int, steps: int, **options: Any) -> 
 
 
 def run(directory: Path, data: Any, **given: Any) -> Any:
-    options = {**LISTS, **SGD, "learning_rate": RATE, "processing_class": Pictures(), "model": clip()}
+    options = {
+        **LISTS,
+        **SGD,
+        "learning_rate": RATE,
+        "processing_class": PictureProcessor(),
+        "model": tiny_clip(),
+    }
     return train(directory, pairs=data, **{**options, **given})
 
 
@@ -115,7 +131,7 @@ def test_weights_are_those_of_an_own_loop(
     tmp_path: Path, options: dict[str, Any], of_texts: bool, size: int | None, micro_batches: int
 ) -> None:
     """Lists of texts of pictures, and of pictures of texts; in mini-batches, and accumulated."""
-    data = table(of_texts)
+    data = graded_table(queries_are_texts=of_texts)
     expected = trained(list(data), micro_batches, steps=3, **options)
     ended = run(
         tmp_path,
@@ -127,19 +143,21 @@ def test_weights_are_those_of_an_own_loop(
         gradient_accumulation_steps=micro_batches,
     )
     torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
-    assert (expected - weights(clip())).norm() > 0.05
-    assert column(ended, "ranked_lists_loss") == pytest.approx(column(ended, "loss"), rel=1e-5, abs=LOGGED)
+    assert (expected - weights(tiny_clip())).norm() > 0.05
+    assert logged_values(ended, "ranked_lists_loss") == pytest.approx(
+        logged_values(ended, "loss"), rel=1e-5, abs=LOG_ROUNDING
+    )
 
 
 def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
-    ranks = [[-g for g in row] for row in table(True)["grades"]]
-    of_grades = run(tmp_path, table(True), max_steps=2)
-    of_ranks = run(tmp_path, table(True, grades=None, ranks=ranks), max_steps=2)
+    ranks = [[-g for g in row] for row in graded_table(queries_are_texts=True)["grades"]]
+    of_grades = run(tmp_path, graded_table(queries_are_texts=True), max_steps=2)
+    of_ranks = run(tmp_path, graded_table(queries_are_texts=True, grades=None, ranks=ranks), max_steps=2)
     assert torch.equal(weights(of_ranks.model), weights(of_grades.model))
 
 
 def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
-    data = table(True)
+    data = graded_table(queries_are_texts=True)
     twice = datasets.concatenate_datasets([data, data])
     queries, pictures = {*data["query"]}, {x.tobytes() for row in data for x in row["candidates"]}
     whole = {"max_steps": 1, "per_device_train_batch_size": len(twice)}  # one batch, of either table
@@ -174,7 +192,7 @@ def test_rows_that_are_fewer_than_the_mini_batches_are_repeated_from_the_first()
 
 def with_a_bias() -> Any:
     """The model with a bias, whose gradients it lists as ``bias_gradients``."""
-    model = clip()
+    model = tiny_clip()
     model.logit_bias = nn.Parameter(torch.tensor(-2.0))
     model.bias_gradients = []
     model.logit_bias.register_hook(model.bias_gradients.append)
@@ -184,15 +202,21 @@ def with_a_bias() -> Any:
 def test_a_model_with_a_bias_trains_as_one_without_and_the_bias_stays(tmp_path: Path) -> None:
     """The loss is a module here, and a name there. Its lists have no bias."""
     model = with_a_bias()
-    run(tmp_path, table(True), max_steps=1, model=model, loss=rankloss.RankedLists())
-    by_name = run(tmp_path, table(True), max_steps=1)
+    run(tmp_path, graded_table(queries_are_texts=True), max_steps=1, model=model, loss=rankloss.RankedLists())
+    by_name = run(tmp_path, graded_table(queries_are_texts=True), max_steps=1)
     trained_weights = dict(model.named_parameters())
     assert all(torch.equal(x, trained_weights[name]) for name, x in by_name.model.named_parameters())
     assert model.bias_gradients == [0.0]
 
 
 def test_texts_are_padded_for_a_model_with_a_bias_as_siglip_was_trained(tmp_path: Path) -> None:
-    built = trainer(tmp_path, model=with_a_bias(), pairs=table(True), processing_class=Pictures(), **LISTS)
+    built = build_trainer(
+        tmp_path,
+        model=with_a_bias(),
+        pairs=graded_table(queries_are_texts=True),
+        processing_class=PictureProcessor(),
+        **LISTS,
+    )
     assert built.data_collator.padding == "max_length"
 
 
@@ -225,8 +249,11 @@ class OwnValues(NamedTuple):
 
 
 def beside_pairs(of_texts: bool) -> OwnValues:
-    owns = [PICTURE if of_texts else "40", *own_of(table(of_texts))[1:]]  # the first is in no list
-    data, model = table(of_texts, own=owns), clip()
+    owns = [
+        PICTURE if of_texts else "40",
+        *own_of(graded_table(queries_are_texts=of_texts))[1:],
+    ]  # the first is in no list
+    data, model = graded_table(queries_are_texts=of_texts, own=owns), tiny_clip()
     rows = list(data)
     assert any(key(own) in map(key, row["candidates"]) for own in owns for row in rows)
     queries, own_features = embed(model, [row["query"] for row in rows]), embed(model, owns)
@@ -244,7 +271,7 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     for (name, actual), start in zip(ended.model.named_parameters(), own.model.parameters(), strict=True):
         expected = start.detach() - RATE * start.grad
         torch.testing.assert_close(actual.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
-    assert lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert logged_lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
@@ -253,8 +280,8 @@ def test_an_evaluation_is_of_the_base_and_the_lists_without_ranks(
 ) -> None:
     own = beside_pairs(of_texts)
     expected = rankloss.ClipLoss()(*own.pairs) + own.of_lists
-    given = {"processing_class": Pictures(), "mini_batch_size": size, **BESIDE_PAIRS}
-    untrained = trainer(tmp_path, model=clip(), pairs=own.data, **given)
+    given = {"processing_class": PictureProcessor(), "mini_batch_size": size, **BESIDE_PAIRS}
+    untrained = build_trainer(tmp_path, model=tiny_clip(), pairs=own.data, **given)
     assert untrained.evaluate(own.data)["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -262,10 +289,15 @@ def test_an_evaluation_is_of_the_base_and_the_lists_without_ranks(
 
 
 def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path) -> None:
-    data = table(True)
-    given = {"model": clip(), "processing_class": Pictures(), "per_device_eval_batch_size": 3, **LISTS}
-    evaluated = trainer(tmp_path, pairs=data, **given).evaluate(data)
-    model, rows = clip(), list(data)
+    data = graded_table(queries_are_texts=True)
+    given = {
+        "model": tiny_clip(),
+        "processing_class": PictureProcessor(),
+        "per_device_eval_batch_size": 3,
+        **LISTS,
+    }
+    evaluated = build_trainer(tmp_path, pairs=data, **given).evaluate(data)
+    model, rows = tiny_clip(), list(data)
     sums = [
         rankloss.RankedLists()(**lists_of(model, batch)).item() * len(batch)
         for batch in (rows[:3], rows[3:6], rows[6:])
@@ -296,7 +328,7 @@ ROW = {"query": "7", "candidates": [PICTURE], "grades": [1.0]}
 )
 def test_a_bad_row_is_refused_by_its_number(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        RankedListsCollator(Pictures())([ROW, {**ROW, "query": "8", **change}])
+        RankedListsCollator(PictureProcessor())([ROW, {**ROW, "query": "8", **change}])
 
 
 def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -309,14 +341,16 @@ def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:
-    twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
+    twice = datasets.concatenate_datasets(
+        [graded_table(queries_are_texts=True), graded_table(queries_are_texts=True).select([0])]
+    )
     given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
     with pytest.raises(ValueError, match=r"query .*row 0 .*row 8"):
         run(tmp_path, twice, **given)
 
 
 def test_a_query_twice_is_taken_where_no_candidates_are_negatives() -> None:
-    assert len(RankedListsCollator(Pictures())([ROW, ROW])["grade_bits"]) == 2
+    assert len(RankedListsCollator(PictureProcessor())([ROW, ROW])["grade_bits"]) == 2
 
 
 LAST = {"candidates": [["7"]] * 8}
@@ -343,7 +377,13 @@ def test_what_cannot_train_is_refused_before_the_first_step(
 ) -> None:
     model = watched()
     with pytest.raises((ValueError, TypeError, KeyError), match=named):
-        run(tmp_path, table(False, **more), model=model, per_device_train_batch_size=2, **given)
+        run(
+            tmp_path,
+            graded_table(queries_are_texts=False, **more),
+            model=model,
+            per_device_train_batch_size=2,
+            **given,
+        )
     assert model.seen == []
 
 
@@ -351,8 +391,8 @@ def test_what_cannot_train_is_refused_before_the_first_step(
     "options", [{"model": "top_one"}, {"model": "pairwise", "pair_weight": "difference"}]
 )
 def test_ranks_are_no_values(tmp_path: Path, options: dict[str, Any]) -> None:
-    ranks = [[-g for g in row] for row in table(True)["grades"]]
-    data = table(True, grades=None, ranks=ranks)
+    ranks = [[-g for g in row] for row in graded_table(queries_are_texts=True)["grades"]]
+    data = graded_table(queries_are_texts=True, grades=None, ranks=ranks)
     for given in (data, data.to_iterable_dataset()):  # before training, and in the first batch
         more = {"max_steps": 1, "accelerator_config": {"dispatch_batches": False}}
         with pytest.raises(ValueError, match=r"^ranks .*ranked-lists"):
@@ -361,4 +401,4 @@ def test_ranks_are_no_values(tmp_path: Path, options: dict[str, Any]) -> None:
 
 def test_a_loader_that_slices_batches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dispatch_batches"):
-        run(tmp_path, table(True).to_iterable_dataset(), max_steps=1)
+        run(tmp_path, graded_table(queries_are_texts=True).to_iterable_dataset(), max_steps=1)

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from accelerate import PartialState
-from tiny_pairs import Pairs, clip
+from tiny_pairs import Pairs, tiny_clip
 from tiny_transformers import InOrder, arguments
 
 from process_pool import Pools
@@ -34,7 +34,7 @@ def recall_of_all(**ids: Any) -> dict[str, float]:
     """Recall of the pairs, whose embeddings one call of the model has."""
     inputs = Pairs(NUMBER).batch()
     with torch.no_grad():
-        output = clip().eval()(**inputs)
+        output = tiny_clip().eval()(**inputs)
     values = metrics.recall(output.image_embeds, output.text_embeds, **ids)
     return {f"eval_{name}": value.item() for name, value in values.items()}
 
@@ -43,7 +43,9 @@ def evaluated(folder: Path, pairs: Any, **given: Any) -> dict[str, float]:
     """Recall as the Trainer evaluates it, in batches of four."""
     loss, options = given.pop("loss", "rankclip"), given.pop("loss_options", None)
     args = arguments(folder, per_device_eval_batch_size=4, remove_unused_columns=False, **given)
-    trainer = InOrder(clip(), args, train_dataset=pairs, eval_dataset=pairs, loss=loss, loss_options=options)
+    trainer = InOrder(
+        tiny_clip(), args, train_dataset=pairs, eval_dataset=pairs, loss=loss, loss_options=options
+    )
     return {name: x for name, x in trainer.evaluate().items() if "_to_" in name}
 
 
@@ -63,7 +65,7 @@ def test_an_evaluation_has_every_row_where_a_training_drops_the_last(tmp_path: P
 
 def test_a_prediction_has_every_row_where_a_training_drops_the_last(tmp_path: Path) -> None:
     args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
-    trainer = InOrder(clip(), args, train_dataset=Pairs(NUMBER), eval_dataset=Pairs(NUMBER))
+    trainer = InOrder(tiny_clip(), args, train_dataset=Pairs(NUMBER), eval_dataset=Pairs(NUMBER))
     assert sum(len(batch["input_ids"]) for batch in trainer.get_train_dataloader()) == 8
     assert len(trainer.predict(Pairs(NUMBER)).predictions[0]) == NUMBER
 
@@ -91,7 +93,7 @@ def repeated(pairs: Pairs) -> Pairs:
 def recall_of_distinct(ids: list[int]) -> dict[str, float]:
     """Recall of the distinct pictures and captions of :func:`repeated`."""
     with torch.no_grad():
-        output = clip().eval()(**repeated(Pairs(NUMBER)).batch())
+        output = tiny_clip().eval()(**repeated(Pairs(NUMBER)).batch())
     images, texts = [0, *range(CAPTIONS_OF_ONE, NUMBER)], [0, *range(2, NUMBER)]
     by_ids = {"image_ids": [ids[n] for n in images], "text_ids": [ids[n] for n in texts]}
     values = metrics.recall(output.image_embeds[images], output.text_embeds[texts], **by_ids)
@@ -143,7 +145,7 @@ def test_ids_may_be_texts_of_a_table_or_equal_captions(
     pairs = Pairs(NUMBER)
     pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]
     with torch.no_grad():
-        output = clip().eval()(**pairs.batch())
+        output = tiny_clip().eval()(**pairs.batch())
     expected = metrics.recall(
         output.image_embeds,
         output.text_embeds[rows_of_texts],
@@ -162,7 +164,7 @@ def test_recall_can_choose_the_best_checkpoint(tmp_path: Path) -> None:
     choice = {"metric_for_best_model": "image_to_text_R@5", "greater_is_better": True}
     steps = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     args = arguments(tmp_path, **choice, **steps)
-    trainer = InOrder(clip(), args, train_dataset=Pairs(16), eval_dataset=Pairs(NUMBER))
+    trainer = InOrder(tiny_clip(), args, train_dataset=Pairs(16), eval_dataset=Pairs(NUMBER))
     trainer.train()
     logged = [x["eval_image_to_text_R@5"] for x in trainer.state.log_history if "eval_loss" in x]
     assert trainer.state.best_metric == max(logged)

@@ -14,9 +14,17 @@ import datasets
 import pytest
 import tiny_teacher
 import torch
-from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
-from tiny_pairs import Pairs, clip
-from tiny_transformers import SGD, column, own_loop, train, trainer, weights
+from taught import (
+    ROWS,
+    TAUGHT_LOSS,
+    loss_of_plain_loop,
+    taught_options,
+    teacher_features,
+    teacher_inputs,
+    write_teacher_folder,
+)
+from tiny_pairs import Pairs, tiny_clip
+from tiny_transformers import SGD, build_trainer, logged_values, train, train_in_plain_loop, weights
 
 import rankloss
 from counting import LOSSES_AND_FOLDERS, count_calls
@@ -50,21 +58,27 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_size: int | None, names: tuple[str, ...]
 ) -> None:
     """Ranks and mimicry of a wider teacher, whose components the loss is given; nothing is built twice."""
-    path = folder(tmp_path / "x", captioned(), features(names=names), "image", "caption")
+    path = write_teacher_folder(
+        tmp_path / "x",
+        captioned(),
+        teacher_features(names=names),
+        image_column="image",
+        caption_column="caption",
+    )
     # A teacher of texts alone ranks no cross-modal lists.
     options = {"lambda_cross": 4.0 if len(names) == 2 else 0.0}
     data = joined(bind(captioned(), path)).select(ORDER)
     given = {"loss_options": taught_options(**options), "mini_batch_size": mini_batch_size, **SGD}
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
-    trained = train(tmp_path, pairs=data, loss=LOSS, teacher=path, max_steps=2, **given)
+    trained = train(tmp_path, pairs=data, loss=TAUGHT_LOSS, teacher=path, max_steps=2, **given)
     assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
-    pairs, model = Pairs(ROWS), clip()
+    pairs, model = Pairs(ROWS), tiny_clip()
     in_order = {name: x[ORDER] for name, x in pairs.columns.items()}
-    pairs.columns = {**in_order, **references(path, ORDER)}
-    log = own_loop(model, criterion(path, 8, **options), pairs, [8], 2)
+    pairs.columns = {**in_order, **teacher_inputs(path, ORDER)}
+    log = train_in_plain_loop(model, loss_of_plain_loop(path, width=8, **options), pairs, [8], 2)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-4, atol=1e-6)
     expected = [terms["mimicry_loss"] for terms in log]
-    assert column(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
+    assert logged_values(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
 
 
 def spoilt(value: float, rows: slice, name: str = "reference_text_features") -> Pairs:
@@ -133,10 +147,10 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
     tmp_path: Path, pairs: Any, given: dict[str, Any], message: str
 ) -> None:
-    trained = trainer(tmp_path, pairs=pairs, max_steps=1, **{"loss": "rankclip", **given})
+    trained = build_trainer(tmp_path, pairs=pairs, max_steps=1, **{"loss": "rankclip", **given})
     with pytest.raises(ValueError, match=message):
         trained.train()
-    assert torch.equal(weights(trained.model), weights(clip()))
+    assert torch.equal(weights(trained.model), weights(tiny_clip()))
 
 
 def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> None:
@@ -144,12 +158,20 @@ def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) 
     trained = train(tmp_path, pairs=Pairs(ROWS, *TEACHER), max_steps=1, dataloader_num_workers=1)
     assert trained.evaluate(bad)["eval_loss"] == trained.evaluate(Pairs())["eval_loss"]
     with pytest.raises(ValueError, match="reference_text_features"):
-        next(iter(trainer(tmp_path, pairs=bad, dataloader_num_workers=1).get_train_dataloader()))
+        next(iter(build_trainer(tmp_path, pairs=bad, dataloader_num_workers=1).get_train_dataloader()))
 
 
 def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -> None:
-    path = folder(tmp_path / "x", captioned(), features(), "image", "caption")
-    other = folder(tmp_path / "other", captioned("another"), features(), "image", "caption")
+    path = write_teacher_folder(
+        tmp_path / "x", captioned(), teacher_features(), image_column="image", caption_column="caption"
+    )
+    other = write_teacher_folder(
+        tmp_path / "other",
+        captioned("another"),
+        teacher_features(),
+        image_column="image",
+        caption_column="caption",
+    )
     for pairs, message in (
         (bound_pairs(*TEACHER), f"teacher '{path}' and reference_image_features, .* two teachers"),
         (Pairs(ROWS), "no column reference_pair, which rankloss_features.bind"),
@@ -158,7 +180,7 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
         with pytest.raises(ValueError, match=message):
             train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
     with pytest.raises(ValueError, match=f"^teacher: {tmp_path} is no folder"):
-        trainer(tmp_path, teacher=str(tmp_path))
+        build_trainer(tmp_path, teacher=str(tmp_path))
 
 
 # --- a teacher that computes its features ---------------------------------------------------------------
@@ -212,7 +234,7 @@ def test_a_named_teacher_of_data_that_it_cannot_read_names_the_command(
 ) -> None:
     captions = captioned().select_columns("caption")
     with pytest.raises(ValueError, match=r"no column 'image', but .*`rankloss features --text-encoder other"):
-        trainer(tmp_path, pairs=captions, loss="rankclip-in", teacher="text=other")
+        build_trainer(tmp_path, pairs=captions, loss="rankclip-in", teacher="text=other")
     assert loaded == []
 
 
@@ -220,7 +242,7 @@ def test_a_named_teacher_that_a_loss_cannot_use_is_refused_before_it_is_loaded(
     tmp_path: Path, loaded: list[Any]
 ) -> None:
     with pytest.raises(ValueError, match=r"^mimicry cannot copy two encoders that have no common space; "):
-        trainer(tmp_path, pairs=joined(captioned()), loss="mimicry", teacher="image=some,text=other")
+        build_trainer(tmp_path, pairs=joined(captioned()), loss="mimicry", teacher="image=some,text=other")
     assert loaded == []
 
 
@@ -232,9 +254,9 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
     ended = train(tmp_path, pairs=joined(captioned()), loss=name, max_steps=2, **SGD)
     assert len(loaded) == 1
     assert ended.loss_runtime.teaching.use == "required"
-    assert all(math.isfinite(x) for x in column(ended, "loss"))
-    assert column(ended, "mimicry_loss")[1] > 0
-    assert not torch.equal(weights(ended.model), weights(clip()))
+    assert all(math.isfinite(x) for x in logged_values(ended, "loss"))
+    assert logged_values(ended, "mimicry_loss")[1] > 0
+    assert not torch.equal(weights(ended.model), weights(tiny_clip()))
 
 
 @pytest.mark.usefixtures("loaded")
@@ -245,11 +267,11 @@ def test_two_encoders_that_are_aligned_teach_every_loss_of_a_common_space(
     """The student is wider than the teacher, too."""
     given = {"loss": loss, "max_steps": 2, **SGD}
     by_flag = train(tmp_path, pairs=joined(captioned()), teacher="image=a,text=b,align", **given)
-    (folder,) = cache.glob("*align*/folder.json")
-    bound = joined(bind(captioned(), str(folder.parent)))
-    by_folder = train(tmp_path, pairs=bound, teacher=str(folder.parent), **given)
+    (about,) = cache.glob("*align*/folder.json")
+    bound = joined(bind(captioned(), str(about.parent)))
+    by_folder = train(tmp_path, pairs=bound, teacher=str(about.parent), **given)
     assert torch.equal(weights(by_flag.model), weights(by_folder.model))
-    assert not torch.equal(weights(by_flag.model), weights(clip()))
+    assert not torch.equal(weights(by_flag.model), weights(tiny_clip()))
 
 
 @pytest.mark.usefixtures("loaded")
@@ -259,8 +281,8 @@ def test_a_computed_teacher_lies_outside_of_what_push_to_hub_uploads(
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
     given = {"loss": "rankclip-in", "teacher": "image=efficientnet-lite0,text=minilm"}
     train(tmp_path / "run", pairs=joined(captioned()), **given, max_steps=1, **SGD)
-    (folder,) = (tmp_path / "teachers").glob("*/folder.json")
-    assert folder.is_file()
+    (about,) = (tmp_path / "teachers").glob("*/folder.json")
+    assert about.is_file()
     assert not list((tmp_path / "run").rglob("folder.json"))
 
 
@@ -291,7 +313,7 @@ class Grouped(Pairs):
 def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     tmp_path: Path, key: str, size: int | None, name: str, options: dict[str, Any], loss_of: Any
 ) -> None:
-    data, model = Grouped(8), clip()
+    data, model = Grouped(8), tiny_clip()
     ended = train(
         tmp_path,
         pairs=data,
@@ -310,10 +332,10 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
         ids = torch.tensor([data.group.index(x) for x in data.group])
     assert 0 < len({*ids.tolist()}) < 8
     data.columns["pair_ids"] = ids
-    own_loop(model, loss_of(rankloss.ClipLoss(same_id="ignore"), **options), data, [8], steps=1)
+    train_in_plain_loop(model, loss_of(rankloss.ClipLoss(same_id="ignore"), **options), data, [8], steps=1)
     torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
-    assert column(ended, "pairs_with_partner")[0] > 0
-    assert column(ended, "eval_loss")
+    assert logged_values(ended, "pairs_with_partner")[0] > 0
+    assert logged_values(ended, "eval_loss")
 
 
 def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
@@ -328,7 +350,7 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"row": [*range(64)], "group": [f"{n // 2}" for n in range(64)]})
     given = {**BY_GROUP, "remove_unused_columns": False}
     ended = train(tmp_path, pairs=table.with_transform(decode), max_steps=1, **given)
-    assert column(ended, "pairs_with_partner") == [1.0]
+    assert logged_values(ended, "pairs_with_partner") == [1.0]
     assert len(decoded) <= 1 + 2 * 8
     dropping = table.with_transform(functools.partial(decode, kept=False))
     with pytest.raises(ValueError, match=r"group .*transform"):

@@ -32,14 +32,14 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def build(kind: str) -> Any:
+def tiny_model(kind: str) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**CONFIGS[kind])
     return getattr(transformers, f"{kind}Model")(config)
 
 
-def clip() -> Any:
-    return build("CLIP")
+def tiny_clip() -> Any:
+    return tiny_model("CLIP")
 
 
 class Pairs(Dataset[dict[str, Tensor]]):

@@ -48,7 +48,7 @@ def _tiny() -> SentenceTransformer:
         return SentenceTransformer(modules=[Transformer(path), Pooling(16)], device="cpu")
 
 
-def tiny() -> SentenceTransformer:
+def tiny_model() -> SentenceTransformer:
     """A Bert of one layer, the same at each call; copies are faster than reading its files again."""
     return copy.deepcopy(_tiny())
 
@@ -113,7 +113,7 @@ def step(model: nn.Module, loss: Tensor) -> None:
     optimizer.step()
 
 
-def own_loop(
+def train_in_plain_loop(
     model: Any,
     loss: nn.Module,
     data: Any,
@@ -140,7 +140,7 @@ def weights(module: nn.Module) -> Tensor:
 
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
     """Log and weights of a training, to compare numbers of processes."""
-    model, data = tiny(), pairs()
+    model, data = tiny_model(), pairs()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     if kind == "ids":
         model.tokenizer.padding_side = "left"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny_pairs import Pairs, clip
+from tiny_pairs import Pairs, tiny_clip
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
@@ -25,11 +25,11 @@ from rankloss_trainers.transformers import ContrastiveTrainerMixin
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
-LOGGED = 5e-5 if int(transformers.__version__.partition(".")[0]) < 5 else 0.0
+LOG_ROUNDING = 5e-5 if int(transformers.__version__.partition(".")[0]) < 5 else 0.0
 """The rounding of a logged ``loss``: releases before 5 give it four decimals. Entries have all."""
 
 
-class Pictures:
+class PictureProcessor:
     """A processor of 16 × 16 pictures, and of texts that are numbers."""
 
     def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ class Pictures:
         return {"pixel_values": pixels / 255}
 
 
-def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
+def graded_table(of_texts: bool, number: int = 8, **more: Any) -> Any:
     """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there.
 
     Args:
@@ -92,24 +92,24 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**given)
 
 
-def trainer(directory: Path, *, model: Any = None, pairs: Any = None, **given: Any) -> InOrder:
+def build_trainer(directory: Path, *, model: Any = None, pairs: Any = None, **given: Any) -> InOrder:
     """A Trainer of a linear RankCLIP, or of what is given: its own keywords, and training arguments."""
     own = given.keys() - {x.name for x in dataclasses.fields(TrainingArguments)}
     keywords = {name: given.pop(name) for name in own}
     keywords.setdefault("loss_options", {"schedule": "linear"} if "loss" not in keywords else None)
     if "model_init" not in keywords:
-        keywords["model"] = clip() if model is None else model
+        keywords["model"] = tiny_clip() if model is None else model
     pairs = Pairs() if pairs is None else pairs
     return InOrder(args=arguments(directory, **given), train_dataset=pairs, **keywords)
 
 
 def train(directory: Path, *, resume: Any = None, **given: Any) -> InOrder:
-    trained = trainer(directory, **given)
+    trained = build_trainer(directory, **given)
     trained.train(resume_from_checkpoint=resume)
     return trained
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """End the process group of a process that has let its trainer go.
 
     DDP's reducer must not be the last that holds the group. It destroys it with the GIL held and waits for
@@ -121,21 +121,21 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def lines(trained: Any, key: str = "loss") -> list[dict[str, float]]:
+def logged_lines(trained: Any, key: str = "loss") -> list[dict[str, float]]:
     """The lines of the log that have an entry."""
     return [line for line in trained.state.log_history if key in line]
 
 
-def column(trained: Any, key: str) -> list[float]:
+def logged_values(trained: Any, key: str) -> list[float]:
     """One entry of the log, of all lines that have it."""
-    return [line[key] for line in lines(trained, key)]
+    return [line[key] for line in logged_lines(trained, key)]
 
 
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def own_loop(
+def train_in_plain_loop(
     model: Any, loss: nn.Module, pairs: Pairs, micro_batches: Iterable[int], steps: int = 3
 ) -> list[dict[str, float]]:
     """Train in a plain loop: at each step a batch, or several whose losses are averaged.
