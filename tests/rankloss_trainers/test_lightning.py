@@ -357,14 +357,16 @@ def test_a_run_that_is_resumed_within_an_epoch_has_the_remaining_lambdas(tmp_pat
     assert lambdas(resumed)[:6] == lambdas(whole)[6:]
 
 
-@pytest.mark.parametrize(("kind", "unit"), [(Module, "epoch"), (Remembering, "step")])
+@pytest.mark.parametrize(("module_class", "unit"), [(Module, "epoch"), (Remembering, "step")])
 def test_a_run_that_is_resumed_after_an_epoch_is_the_uninterrupted_one_to_the_bit(
-    tmp_path: Path, kind: Any, unit: Any
+    tmp_path: Path, module_class: Any, unit: Any
 ) -> None:
     saves = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    whole, resumed = whole_and_resumed(tmp_path, kind, unit, 4, **saves)
-    assert lambdas(resumed) == lambdas(whole)[4:]
-    actual, expected, untrained = (module.state_dict() for module in (resumed, whole, kind()))
+    steps_of_an_epoch = 4  # 32 pairs in batches of 8
+    whole, resumed = whole_and_resumed(tmp_path, module_class, unit, steps_of_an_epoch, **saves)
+    assert lambdas(resumed) == lambdas(whole)[steps_of_an_epoch:]
+    # A new module has the weights from which both began: its constructor sets the seed.
+    actual, expected, untrained = (module.state_dict() for module in (resumed, whole, module_class()))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert all(not torch.equal(actual[key], untrained[key]) for key in actual)
 

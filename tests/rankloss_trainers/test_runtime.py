@@ -31,33 +31,40 @@ from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime
 
 SCALE, SIGMOID = torch.tensor(8.0), rankloss.SigLipLoss()
-BARE = dataclasses.replace(HOST, serves=())
+HOST_THAT_SERVES_NOTHING = dataclasses.replace(HOST, serves=())
+"""A trainer that gives a loss features and the scale, and nothing else."""
 
 
-def run_of(host: Host, loss: Any, options: Any = None, run: Any = None, **given: Any) -> Runtime:
-    return Runtime(host, read_losses(loss, options), RunOptions(**run or {}), **given)
+def runtime_of(
+    host: Host, loss: Any, loss_options: Any = None, run_options: Any = None, **given: Any
+) -> Runtime:
+    """The runtime of a loss by name, of joined losses, or of a module, with the options of the run."""
+    return Runtime(host, read_losses(loss, loss_options), RunOptions(**run_options or {}), **given)
 
 
-def features(count: int = 2, seed: int = 0) -> list[Tensor]:
-    rows = normalize(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def pair_features(seed: int = 0) -> list[Tensor]:
+    """Unit-norm features ``[6, 4]`` of six images and of their texts, which take gradients."""
+    rows = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
     return [x.clone().requires_grad_() for x in rows]
 
 
-def inputs(pair: list[Tensor]) -> dict[str, Tensor]:
+def loss_inputs(pair: list[Tensor]) -> dict[str, Tensor]:
+    """Features of images and texts, and the scale, by the names of a loss's arguments."""
     return {"image_features": pair[0], "text_features": pair[1], "logit_scale": SCALE}
 
 
-def teacher(seed: int = 1) -> dict[str, Tensor]:
-    return dict(zip(TEACHER, (x.detach() for x in features(seed=seed)), strict=True))
+def features_of_teacher(seed: int = 1) -> dict[str, Tensor]:
+    """A teacher's features of the six images and texts, by the names of a loss's arguments."""
+    return dict(zip(TEACHER, (x.detach() for x in pair_features(seed=seed)), strict=True))
 
 
-def at(run: Runtime, step: int, total_steps: int = 3) -> Runtime:
+def at_step(run: Runtime, step: int, total_steps: int = 3) -> Runtime:
     """The run at a step of its training."""
     run.set_progress(step, total_steps)
     return run
 
 
-class Named(nn.Module):
+class GivenEntries(nn.Module):
     """A loss that returns the entries it was built with, and keeps its inputs."""
 
     def __init__(self, **entries: Tensor) -> None:
@@ -75,8 +82,8 @@ class Named(nn.Module):
 
 def test_terms_are_told_from_metrics_by_their_names() -> None:
     x = torch.tensor(2.0, requires_grad=True)
-    criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
-    entries = run_of(BARE, criterion)(**inputs(features()), logit_bias=None)
+    criterion = GivenEntries(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
+    entries = runtime_of(HOST_THAT_SERVES_NOTHING, criterion)(**loss_inputs(pair_features()), logit_bias=None)
     assert entries.terms == {"a_loss": 6, "b_loss": 4}
     assert entries.metrics == {"depth": 10}
     entries.total.backward()
@@ -84,26 +91,32 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
 
 
 def test_a_loss_is_given_what_the_trainer_has() -> None:
-    criterion = Named(a_loss=torch.tensor(1.0, requires_grad=True))
-    run_of(BARE, criterion)(**inputs(features()), logit_bias=None)
-    assert criterion.seen.keys() == {*inputs(features()), "logit_bias", "output_dict"}
+    criterion = GivenEntries(a_loss=torch.tensor(1.0, requires_grad=True))
+    runtime_of(HOST_THAT_SERVES_NOTHING, criterion)(**loss_inputs(pair_features()), logit_bias=None)
+    # ``output_dict`` is the runtime's own: it asks for entries, not for their sum.
+    assert criterion.seen.keys() == {*loss_inputs(pair_features()), "logit_bias", "output_dict"}
 
 
 def test_entries_that_nobody_could_tell_apart_are_refused() -> None:
-    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are."""
+    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are.
+
+    All entries take a gradient; of these, the runtime trains those whose names end in ``_loss``.
+    """
     for names, message in (
         (["depth"], "no entry ending in _loss .*depth"),
         (["a_loss", "itc"], "'itc' .* call it itc_loss .*detach it"),
     ):
         entries = {name: torch.tensor(1.0, requires_grad=True) for name in names}
-        with pytest.raises(ValueError, match=f"Named.* {message}"):
-            run_of(BARE, Named(**entries))(**inputs(features()))
+        with pytest.raises(ValueError, match=f"GivenEntries.* {message}"):
+            runtime_of(HOST_THAT_SERVES_NOTHING, GivenEntries(**entries))(**loss_inputs(pair_features()))
 
 
 def linear_rankclip(step: int) -> Runtime:
-    """At the steps 1, 2 and 3, λ is 0, ½ and 1."""
+    """A run of rankclip at a step of three; at the steps 1, 2 and 3, λ is 0, ½ and 1."""
     options = {"schedule_unit": "step", "agreement_every": 1}
-    return at(run_of(HOST, "rankclip", {"schedule": "linear"}, options), step)
+    return at_step(
+        runtime_of(HOST, "rankclip", loss_options={"schedule": "linear"}, run_options=options), step
+    )
 
 
 def test_the_summary_names_the_loss_its_version_and_its_options() -> None:
@@ -115,17 +128,17 @@ def test_the_summary_names_the_loss_its_version_and_its_options() -> None:
 def test_rankclip_in_a_run_has_the_value_and_gradients_of_the_loss_alone(step: int) -> None:
     alone = rankloss_trainers.create("rankclip", schedule="linear")
     alone.set_progress(step, 3)
-    of_run, of_loss = features(), features()
-    total, expected = linear_rankclip(step)(**inputs(of_run)).total, alone(**inputs(of_loss))
+    of_run, of_loss = pair_features(), pair_features()
+    total, expected = linear_rankclip(step)(**loss_inputs(of_run)).total, alone(**loss_inputs(of_loss))
     assert torch.equal(total, expected)
-    (0.3 * total).backward()
+    (0.3 * total).backward()  # an upstream gradient that is not 1
     (0.3 * expected).backward()
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(of_run, of_loss, strict=True))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_logs_lambda_the_agreement_and_raw_terms_where_they_are_computed(step: int) -> None:
-    metrics = linear_rankclip(step)(**inputs(features())).metrics
+    metrics = linear_rankclip(step)(**loss_inputs(pair_features())).metrics
     kinds = ("raw", "tau") if step > 1 else ("tau",)  # nothing of the rank terms is computed while λ is 0
     of_terms = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
     assert list(metrics) == ["rank_lambda", *of_terms]
@@ -133,13 +146,13 @@ def test_a_run_logs_lambda_the_agreement_and_raw_terms_where_they_are_computed(s
 
 
 def test_raw_terms_are_ranked_by_the_teacher_that_is_given() -> None:
-    run = at(run_of(HOST, rankloss.RankClipLoss(schedule="linear")), 2)
-    pair, given = features(), teacher()
-    terms, metrics = run(**inputs(pair), **given)
-    expected = rankloss.RankConsistency()(*pair, SCALE, output_dict=True, **given)
+    run = at_step(runtime_of(HOST, rankloss.RankClipLoss(schedule="linear")), 2)
+    pair, references = pair_features(), features_of_teacher()
+    terms, metrics = run(**loss_inputs(pair), **references)
+    expected = rankloss.RankConsistency()(*pair, SCALE, output_dict=True, **references)
     for term in ("cross_modal", "in_modal"):
         torch.testing.assert_close(metrics[f"{term}_raw"], expected[f"{term}_loss"].detach())
-        weighted = expected[f"{term}_loss"] * 0.5 / 16  # λ is ½
+        weighted = expected[f"{term}_loss"] * 0.5 / 16  # λ is ½, and RankClipLoss's normalizer 1/16
         torch.testing.assert_close(terms[f"{term}_loss"], weighted)
 
 
@@ -151,6 +164,7 @@ BASES = {
 
 
 def under_terms(base: nn.Module) -> nn.Module:
+    """A loss that adds terms of ranks and a tiny one to a base."""
     return TinyLoss(rankloss.RankClipLoss(base, schedule="linear"))
 
 
@@ -159,9 +173,9 @@ def under_terms(base: nn.Module) -> nn.Module:
     ("base", "expected"), [("CLIP", "CLIP"), ("smoothed CLIP", "CLIP"), ("SigLIP", "SigLIP")]
 )
 def test_a_module_is_evaluated_by_its_innermost_base(base: str, expected: str, module_of: Any) -> None:
-    """Smoothed targets are for training alone."""
-    pair = features()
-    evaluated = run_of(HOST, module_of(BASES[base])).evaluate(**inputs(pair)).total
+    """Of a smoothed base, the expected loss has no smoothing: smoothed targets are for training alone."""
+    pair = pair_features()
+    evaluated = runtime_of(HOST, module_of(BASES[base])).evaluate(**loss_inputs(pair)).total
     assert torch.equal(evaluated, BASES[expected](*pair, SCALE))
 
 
@@ -169,31 +183,32 @@ def test_a_module_is_evaluated_by_its_innermost_base(base: str, expected: str, m
 @pytest.mark.parametrize("base", BASES)
 def test_a_single_pair_counts_0_in_an_evaluation(base: str, module_of: Any) -> None:
     """SigLIP's loss of one pair is no 0 by itself."""
-    single = [x[:1] for x in features()]
-    assert run_of(HOST, module_of(BASES[base])).evaluate(**inputs(single)).total == 0
+    single = [x[:1] for x in pair_features()]
+    assert runtime_of(HOST, module_of(BASES[base])).evaluate(**loss_inputs(single)).total == 0
 
 
 def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
     """A compiled caller would be compiled again when an entry appears."""
-    run = run_of(HOST, "rankclip", {"schedule": "linear"})
+    run = runtime_of(HOST, "rankclip", loss_options={"schedule": "linear"})
     run.has_fixed_entries = True
-    at_zero, later = (at(run, step)(**inputs(features())).metrics for step in (1, 2))
-    assert [*at_zero] == [*later]
-    assert at_zero["rank_lambda"] == 0
-    assert at_zero["cross_modal_raw"].isnan()
+    first, second = (at_step(run, step)(**loss_inputs(pair_features())).metrics for step in (1, 2))
+    assert first["rank_lambda"] == 0, "so no rank term is computed at the first step"
+    assert first["cross_modal_raw"].isnan()
+    assert second["cross_modal_raw"].isfinite()
+    assert [*first] == [*second]
 
 
 def test_the_agreement_of_pairs_is_refused_for_lists_alone() -> None:
-    """It would be logged nowhere."""
+    """There are no features of pairs, of which it could be logged."""
     lists = inputs_of("ranked-lists")
     del lists["image_features"], lists["text_features"]
-    run = at(run_of(HOST, rankloss.RankedLists(), run={"agreement_every": 1}), 1)
+    run = at_step(runtime_of(HOST, rankloss.RankedLists(), run_options={"agreement_every": 1}), 1)
     with pytest.raises(ValueError, match=r"agreement_every: compares the rankings of pairs, .* lists alone"):
         run(**lists)
 
 
 def test_the_agreement_of_pairs_is_logged_beside_lists() -> None:
-    run = at(run_of(HOST, "ranked-lists", run={"agreement_every": 1}), 1)
+    run = at_step(runtime_of(HOST, "ranked-lists", run_options={"agreement_every": 1}), 1)
     assert "in_modal_tau" in run(**inputs_of("ranked-lists")).metrics
 
 
@@ -207,7 +222,11 @@ VALIDATED = [
 
 @pytest.mark.parametrize("name", VALIDATED)
 def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> None:
-    """Where the trainer gives its base as a module, or as a class."""
+    """Where the trainer gives its base as a module, or as a class.
+
+    Expected is CLIP's or SigLIP's loss of the pairs, called by itself, plus that of the lists if there are
+    any.
+    """
     base = rankloss.SigLipLoss() if name.startswith("siglip") else rankloss.ClipLoss()
     of_run = "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+")
     lists = inputs_of("ranked-lists")
@@ -217,9 +236,9 @@ def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> 
         expected = expected + rankloss.RankedLists()(**lists, logit_scale=pairs["logit_scale"])
         data = {**pairs, **lists}
     for base_of_trainer in (base, type(base)):
-        run = run_of(HOST, of_run, base=base_of_trainer)
+        run = runtime_of(HOST, of_run, base=base_of_trainer)
         for step in (1, 3):
-            torch.testing.assert_close(at(run, step).evaluate(**data).total, expected)
+            torch.testing.assert_close(at_step(run, step).evaluate(**data).total, expected)
 
 
 @pytest.mark.parametrize("name", VALIDATED)
@@ -245,6 +264,7 @@ class NewerMatmul:
         raise RuntimeError("mix of the legacy and new APIs")
 
 
+# Stand-ins of torch.backends.cuda.matmul, by which a process allows TF32 or not.
 TF32, EXACT = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=False)
 
 
@@ -256,10 +276,10 @@ def test_tf32_products_are_told_of_once(
     remark = remark_on_products(torch.device("cuda"))
     # The runs are on the CPU, and are told that they are on the card.
     monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: remark)
-    run, other = at(run_of(HOST, "rankclip"), 2), at(run_of(HOST, "clip-streamed"), 2)
+    run, other = at_step(runtime_of(HOST, "rankclip"), 2), at_step(runtime_of(HOST, "clip-streamed"), 2)
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
         for each in (run, run, other):
-            each(**inputs(features()))
+            each(**loss_inputs(pair_features()))
     assert caplog.text.count("rankclip: float32 products are computed in TF32") == 1
 
 
@@ -316,9 +336,12 @@ class Epochs(Both):
 
 @pytest.mark.parametrize(("unit", "told"), [("epoch", ("epoch", 1, 2)), ("step", ("step", 3, 4))])
 def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str, int, int]) -> None:
-    """Once: where the unit is the step, a part with both methods is not told of the epoch."""
+    """Once: where the unit is the step, a part with both methods is not told of the epoch.
+
+    The run is told of epoch 1 of 2 and of step 3 of 4.
+    """
     both, epochs = Both(), Epochs()
-    run = run_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), None, {"schedule_unit": unit})
+    run = runtime_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), run_options={"schedule_unit": unit})
     run.begin(2, 4)
     run.set_epoch(1, 2)
     run.set_progress(3, 4)
@@ -327,52 +350,55 @@ def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str
 
 
 def test_the_listeners_to_epochs_are_all_parts_that_have_the_method() -> None:
-    run = run_of(HOST, nn.Sequential(Both(), nn.ModuleList([Epochs()])))
-    assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
+    both, epochs = Both(), Epochs()
+    loss = nn.Sequential(both, nn.ModuleList([epochs]))
+    assert [method.__self__ for method in listeners(loss, "epoch", preferred="epoch")] == [both, epochs]
 
 
 def test_a_part_that_goes_by_epochs_is_refused_where_there_are_none() -> None:
-    run = run_of(HOST, nn.Sequential(Epochs()))
+    run = runtime_of(HOST, nn.Sequential(Epochs()))
+    epochs = float("inf")  # as a trainer says of a stream
     with pytest.raises(ValueError, match="Sequential goes by epochs, but data without a length"):
-        run.begin(float("inf"), 4)
+        run.begin(epochs, 4)
 
 
 def test_loss_that_is_told_nothing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"rankclip is not told .*: give callbacks=\[Progress\(\)\]"):
-        run_of(HOST, "rankclip")(**inputs(features()))
+        runtime_of(HOST, "rankclip")(**loss_inputs(pair_features()))
 
 
 def test_a_loss_of_an_ended_training_is_told_of_the_next_or_is_an_error() -> None:
-    """Its λ would be that of the last step."""
-    run = run_of(HOST, "rankclip")
-    run.begin(1, 3)
-    at(run, 3)(**inputs(features()))
-    for ends_or_begins in (run.end, lambda: run.begin(1, 3)):
-        at(run, 3)
-        ends_or_begins()
+    """Its λ would be that of the last step: after a training has ended, or the next has begun."""
+    run = runtime_of(HOST, "rankclip")
+    begin = functools.partial(run.begin, 1, 3)  # one epoch of three steps
+    begin()
+    at_step(run, 3)(**loss_inputs(pair_features()))
+    for end_or_begin in (run.end, begin):
+        at_step(run, 3)
+        end_or_begin()
         with pytest.raises(RuntimeError, match="rankclip is not told where training stands"):
-            run(**inputs(features()))
+            run(**loss_inputs(pair_features()))
 
 
 def test_a_loss_without_a_schedule_is_called_after_the_end_of_a_training() -> None:
-    run = run_of(HOST, "clip-smooth")
+    run = runtime_of(HOST, "clip-smooth")
     run.end()
-    assert run(**inputs(features())).total > 0
+    assert run(**loss_inputs(pair_features())).total > 0
 
 
-def begun(
-    state: Any,
+def saved_state_of_run(
+    resumed_from: Any,
     schedule: Any = "linear",
     unit: str = "step",
     epochs: int = 2,
     loss: Any = "rankclip",
     options: Any = None,
 ) -> Any:
-    """The saved state of a run of so many epochs of ten steps, resumed from a state."""
+    """The saved state of a run of so many epochs of ten steps, resumed from another's, or from None."""
     if loss == "rankclip":
         options = {"schedule": schedule, **(options or {})}
-    run = run_of(HOST, loss, options, {"schedule_unit": unit})
-    run.restore(state, warn=state is not None)
+    run = runtime_of(HOST, loss, loss_options=options, run_options={"schedule_unit": unit})
+    run.restore(resumed_from, warn=resumed_from is not None)
     run.begin(epochs, 10 * epochs)
     return run.saved()
 
@@ -388,10 +414,11 @@ def begun(
         ({"schedule": functools.partial(max, 0)}, {"schedule": functools.partial(max, 0)}),
     ],
 )
-def test_a_checkpoint_of_the_same_course_is_no_warning(
+def test_a_checkpoint_of_the_same_course_gives_no_warning(
     caplog: pytest.LogCaptureFixture, before: dict[str, Any], now: dict[str, Any]
 ) -> None:
-    begun(begun(None, **before), **now)
+    checkpoint = saved_state_of_run(None, **before)
+    saved_state_of_run(checkpoint, **now)
     assert not caplog.records
 
 
@@ -408,7 +435,8 @@ def test_a_checkpoint_of_the_same_course_is_no_warning(
 def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_shows_both(
     caplog: pytest.LogCaptureFixture, change: dict[str, Any], now: str
 ) -> None:
-    begun(begun(None), **change)
+    checkpoint = saved_state_of_run(None)
+    saved_state_of_run(checkpoint, **change)
     (message,) = caplog.messages
     before = "trained with rankclip (schedule linear): linear per step over 20 step(s); "
     assert message.endswith(f"{before}this run trains with rankclip {now}")
@@ -439,9 +467,9 @@ def test_a_checkpoint_of_another_length_unit_or_schedule_is_one_warning_that_sho
 def test_a_checkpoint_of_another_loss_or_option_is_one_warning_that_shows_both(
     caplog: pytest.LogCaptureFixture, before: Any, now: Any, shown: list[str]
 ) -> None:
-    state = None if before is None else begun(None, **before)
-    run = run_of(HOST, now["loss"], now.get("options"))
-    run.restore(state)
+    checkpoint = None if before is None else saved_state_of_run(None, **before)
+    run = runtime_of(HOST, now["loss"], loss_options=now.get("options"))
+    run.restore(checkpoint)
     run.begin(2, 20)
     (message,) = caplog.messages
     assert message.endswith(f"trained with {shown[0]}; this run trains with {shown[1]}")
@@ -450,9 +478,10 @@ def test_a_checkpoint_of_another_loss_or_option_is_one_warning_that_shows_both(
 
 
 def test_a_loss_of_lists_shows_its_options_in_a_checkpoint() -> None:
-    whole = begun(None, loss=RankedListsTerm(rankloss.RankedLists(top_k=3), weight=2.0))["training"]
-    assert "weight=2" in whole
-    assert "top_k=3" in whole
+    loss = RankedListsTerm(rankloss.RankedLists(top_k=3), weight=2.0)
+    description = saved_state_of_run(None, loss=loss)["training"]
+    assert "weight=2" in description
+    assert "top_k=3" in description
 
 
 # --- a teacher ------------------------------------------------------------------------------------------
@@ -477,23 +506,31 @@ class Taught(nn.Module):
     ],
 )
 def test_teacher_that_is_needed_is_demanded(loss: Any, teachers: Any) -> None:
-    run = at(run_of(HOST, loss, None, {"teacher": teachers}), 2)
-    run.teaching.name_columns(["image"])
+    run = at_step(runtime_of(HOST, loss, run_options={"teacher": teachers}), 2)
+    run.teaching.name_columns(["image"])  # of the data, which the error shows
     with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
-        run(**inputs(features()))
-    assert run(**inputs(features()), **teacher(1)).total != run(**inputs(features()), **teacher(2)).total
+        run(**loss_inputs(pair_features()))
+    by_one, by_another = (
+        run(**loss_inputs(pair_features()), **features_of_teacher(seed)).total for seed in (1, 2)
+    )
+    assert by_one != by_another, "the teacher's features reach the loss"
 
 
-@pytest.mark.parametrize("loss", ["clip-streamed", Named()])
+@pytest.mark.parametrize("loss", ["clip-streamed", GivenEntries()])
 def test_teacher_that_nobody_uses_is_refused(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"have reference_text_features, but \S+ does not use a teacher"):
-        at(run_of(HOST, loss), 2)(**inputs(features()), reference_text_features=features()[0])
+        at_step(runtime_of(HOST, loss), 2)(
+            **loss_inputs(pair_features()), reference_text_features=pair_features()[0]
+        )
 
 
 def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="rankloss_trainers")
-    run = at(run_of(HOST, "rankclip", {"schedule": "linear"}), 2)
-    totals = [run(**inputs(features()), **given).total.item() for given in ({}, teacher(), teacher())]
+    run = at_step(runtime_of(HOST, "rankclip", loss_options={"schedule": "linear"}), 2)
+    totals = [
+        run(**loss_inputs(pair_features()), **given).total.item()
+        for given in ({}, features_of_teacher(), features_of_teacher())
+    ]
     assert totals[0] != totals[1] == totals[2]
     said = "rankclip uses a teacher: reference_image_features and reference_text_features"
     assert [x.getMessage() for x in caplog.records if "uses a teacher" in x.message] == [said]
@@ -517,24 +554,24 @@ def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFi
 def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, teachers: Any, message: str) -> None:
     base = rankloss.ClipLoss() if loss == "siglip-streamed" else None
     with pytest.raises(ValueError, match=message):
-        run_of(BARE, loss, None, {"teacher": teachers}, base=base)
+        runtime_of(HOST_THAT_SERVES_NOTHING, loss, run_options={"teacher": teachers}, base=base)
 
 
 def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
     for name in ("clip-streamed", "clip-smooth", "clip-ids", "tiny-caption"):
         with pytest.raises(ValueError, match=f"{name} .*TinyLoss"):
-            run_of(HOST, name, base=TinyLoss())
+            runtime_of(HOST, name, base=TinyLoss())
 
 
 def test_smoothed_targets_of_the_trainer_are_kept_or_refused() -> None:
     smooth = rankloss.ClipLoss(label_smoothing=0.1)
-    assert run_of(HOST, "clip-ids", base=smooth).criterion.label_smoothing == 0.1
+    assert runtime_of(HOST, "clip-ids", base=smooth).criterion.label_smoothing == 0.1
     with pytest.raises(ValueError, match=r"clip-streamed .*label_smoothing=0\.1"):
-        run_of(HOST, "clip-streamed", base=smooth)
+        runtime_of(HOST, "clip-streamed", base=smooth)
 
 
 def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
-    run = run_of(HOST, "rankclip", {"top_k": 3})
+    run = runtime_of(HOST, "rankclip", loss_options={"top_k": 3})
     base = TinyLoss()
     other = run.on(base)
     assert other is not run
@@ -543,28 +580,28 @@ def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
 
 
 def test_a_run_whose_base_is_the_trainers_loss_stays_as_it_is() -> None:
-    run = run_of(HOST, "rankclip", {"top_k": 3})
+    run = runtime_of(HOST, "rankclip", loss_options={"top_k": 3})
     assert run.on(rankloss.ClipLoss()) is run
 
 
 def test_a_loss_that_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="loss must be a module"):
-        run_of(HOST, 3)  # type: ignore[arg-type]
+        runtime_of(HOST, 3)  # type: ignore[arg-type]
 
 
 def test_an_entry_of_several_values_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match=r"Named.*a_loss.*3"):
-        run_of(HOST, Named(a_loss=torch.zeros(3)))(**inputs(features()))
+    with pytest.raises(ValueError, match=r"GivenEntries.*a_loss.*3"):
+        runtime_of(HOST, GivenEntries(a_loss=torch.zeros(3)))(**loss_inputs(pair_features()))
 
 
 def test_options_beside_a_module_are_refused() -> None:
     with pytest.raises(TypeError, match="options are for a loss"):
-        run_of(HOST, rankloss.ClipLoss(), {"top_k": 3})
+        runtime_of(HOST, rankloss.ClipLoss(), loss_options={"top_k": 3})
 
 
 def test_a_softmax_loss_of_the_catalogue_is_refused_on_a_sigmoid_base() -> None:
     with pytest.raises(ValueError, match="clip-streamed does not work with --siglip"):
-        run_of(HOST, "clip-streamed", base=rankloss.SigLipLoss())
+        runtime_of(HOST, "clip-streamed", base=rankloss.SigLipLoss())
 
 
 def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
@@ -576,22 +613,22 @@ def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
         (rankloss_trainers.create("clip+mimicry"), "it stands on ClipLoss, a softmax"),
     ):
         with pytest.raises(ValueError, match=f"{type(module).__name__} .* --siglip: {reason}"):
-            run_of(HOST, module, base=sigmoid)
-    for module in (sigmoid, rankloss.RankClipLoss(sigmoid), Named(a_loss=SCALE)):
-        assert run_of(HOST, module, base=sigmoid).criterion is module
+            runtime_of(HOST, module, base=sigmoid)
+    for module in (sigmoid, rankloss.RankClipLoss(sigmoid), GivenEntries(a_loss=SCALE)):
+        assert runtime_of(HOST, module, base=sigmoid).criterion is module
 
 
 def remembering(step: int = 1) -> Runtime:
     """A run of a loss with a state, which has trained one step: its average is no longer 1."""
-    run = at(run_of(HOST, TinyCaptionLoss()), step)
-    run(**inputs(features()), caption_features=features(seed=2)[0])
+    run = at_step(runtime_of(HOST, TinyCaptionLoss()), step)
+    run(**loss_inputs(pair_features()), caption_features=pair_features(seed=2)[0])
     return run
 
 
 def test_a_saved_state_does_not_move_with_the_loss() -> None:
     run = remembering()
     average, saved = run.criterion.average.clone(), run.saved()
-    at(run, 2)(**inputs(features()), caption_features=features(seed=3)[0])
+    at_step(run, 2)(**loss_inputs(pair_features()), caption_features=pair_features(seed=3)[0])
     assert not torch.equal(run.criterion.average, average)
     assert torch.equal(saved["state_dict"]["average"], average)
 
@@ -599,7 +636,7 @@ def test_a_saved_state_does_not_move_with_the_loss() -> None:
 @pytest.mark.parametrize("form", ["tensors", "lists"])
 def test_a_state_is_restored_to_the_last_bit(form: str) -> None:
     """Checkpoints of JSON have lists."""
-    run, resumed = remembering(), run_of(HOST, TinyCaptionLoss())
+    run, resumed = remembering(), runtime_of(HOST, TinyCaptionLoss())
     saved = run.saved()
     if form == "lists":
         saved = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
@@ -623,11 +660,11 @@ def test_a_state_that_is_missing_or_another_losses_starts_anew_with_a_warning(
 
 
 def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> None:
-    class Counted(Named):
+    class Counted(GivenEntries):
         def get_extra_state(self) -> dict[str, int]:
             return {"n": 3}
 
-    run = run_of(HOST, Counted())
+    run = runtime_of(HOST, Counted())
     with pytest.raises(ValueError, match=r"Counted.*_extra_state"):
         run.begin(1, 4)
 
@@ -649,22 +686,22 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> No
     ],
 )
 def test_a_strangers_state_in_a_checkpoint_is_an_error_that_says_so(state: Any, message: str) -> None:
-    class Counting(Named):
+    class Counting(GivenEntries):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(()))
 
     with pytest.raises(ValueError, match=f"^the checkpoint resumed from .*{message}"):
-        run_of(HOST, Counting()).restore(state)
+        runtime_of(HOST, Counting()).restore(state)
 
 
 def test_a_buffer_without_rows_is_restored() -> None:
-    class Queue(Named):
+    class Queue(GivenEntries):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("rows", torch.zeros(0, 4))
 
-    run = run_of(HOST, Queue())
+    run = runtime_of(HOST, Queue())
     run.restore({"loss": "Queue", "state_dict": {"rows": []}})
     assert run.criterion.rows.shape == (0, 4)
 
@@ -718,7 +755,7 @@ def test_a_copy_of_joined_losses_is_told_without_the_original() -> None:
 def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
     loop = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
-    created, run = rankloss_trainers.create(name, base), at(run_of(loop, name, base=base), 2)
+    created, run = rankloss_trainers.create(name, base), at_step(runtime_of(loop, name, base=base), 2)
     created.set_progress(2, 3)
     inputs_of_first = inputs_of(name.split("+")[0])
     assert torch.equal(created(**inputs_of_first), run(**inputs_of_first).total)
@@ -795,7 +832,7 @@ def test_options_of_joined_losses_are_given_by_loss_that_of_the_base_too() -> No
     joined = rankloss_trainers.create("clip+rankclip", **options, gather=False)
     base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
     expected = rankloss.RankClipLoss(base, top_k=3, schedule="constant", gather=False)
-    assert torch.equal(joined(*features(), SCALE), expected(*features(), SCALE))
+    assert torch.equal(joined(*pair_features(), SCALE), expected(*pair_features(), SCALE))
 
 
 @pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed"])
@@ -809,7 +846,7 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> N
 
 
 def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> None:
-    base, other = rankloss.RankClipLoss(gather=False), Named(contrastive_loss=torch.tensor(1.0))
+    base, other = rankloss.RankClipLoss(gather=False), GivenEntries(contrastive_loss=torch.tensor(1.0))
     other.gather = print
     assert rankloss_trainers.create("mimicry", base).gather == base.gather == rankloss.Gather.of(False)
     assert rankloss_trainers.create("mimicry", other).gather == rankloss.MimicryLoss().gather
@@ -819,12 +856,12 @@ def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> Non
 def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
     """Whole, in two steps, and as the module of a trainer."""
     first = rankloss_trainers.create(names[0])
-    assert run_of(HOST, first).teaching.use == "optional"
+    assert runtime_of(HOST, first).teaching.use == "optional"
     in_two_steps, whole = rankloss_trainers.create(names[1], first), rankloss_trainers.create("+".join(names))
     entries = []
     for loss in (in_two_steps, whole):
         loss.set_progress(2, 3)
-        entries.append(loss(*features(), SCALE, output_dict=True, **teacher()))
+        entries.append(loss(*pair_features(), SCALE, output_dict=True, **features_of_teacher()))
     torch.testing.assert_close(*entries, rtol=0, atol=0)
 
 
@@ -835,17 +872,17 @@ def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -
         "`rankloss features --image-encoder efficientnet-lite0 --text-encoder minilm --align --data PAIRS"
     )
     with pytest.raises(ValueError, match=f"needs a teacher's features: compute them, {command}"):
-        loss(*features(), SCALE)
+        loss(*pair_features(), SCALE)
 
 
 def test_created_loss_demands_its_teacher_after_pickling_too() -> None:
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
     loss = pickle.loads(pickle.dumps(loss))
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
-        loss(*features(), SCALE)
-    assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)
+        loss(*pair_features(), SCALE)
+    assert loss(*pair_features(), SCALE, **features_of_teacher()) > loss.base(*pair_features(), SCALE)
 
 
 def test_created_loss_refuses_a_teacher_that_it_does_not_use() -> None:
     with pytest.raises(ValueError, match="does not use a teacher"):
-        rankloss_trainers.create("clip-smooth")(*features(), SCALE, **teacher())
+        rankloss_trainers.create("clip-smooth")(*pair_features(), SCALE, **features_of_teacher())

@@ -245,20 +245,27 @@ def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: s
 
 
 @pytest.mark.parametrize(
-    ("columns", "labels", "given", "named"),
+    ("columns", "labels", "message"),
     [
-        (2, None, {}, "label"),
-        (3, torch.zeros(3, 3), {}, "^labels .*2 .*3, 3"),
-        (17, torch.zeros(3, 16)[:, :4], {}, "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer"),
-        (3, None, {"scale": 0.0}, "^scale .*0"),
+        (2, None, "label"),  # one candidate without a negative
+        (3, torch.zeros(3, 3), "^labels .*2 .*3, 3"),
+        # As MatryoshkaLoss cuts labels that have as many columns as the embedding has dimensions.
+        (17, torch.zeros(3, 16)[:, :4], "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer"),
     ],
 )
-def test_labels_and_arguments_are_checked(
-    columns: int, labels: Any, given: dict[str, Any], named: str
-) -> None:
+def test_labels_that_do_not_fit_the_columns_are_refused(columns: int, labels: Any, message: str) -> None:
+    """The columns are a query and its candidates; the labels [3, candidates] are their grades."""
     model = tiny_model()
-    with pytest.raises(ValueError, match=named):
-        RankedListsLoss(model, **given)([model.preprocess(texts(k, 3)) for k in range(columns)], labels)
+    features = [model.preprocess(texts(seed, 3)) for seed in range(columns)]
+    with pytest.raises(ValueError, match=message):
+        RankedListsLoss(model)(features, labels)
+
+
+def test_a_scale_of_0_is_refused() -> None:
+    model = tiny_model()
+    features = [model.preprocess(texts(seed, 3)) for seed in range(3)]
+    with pytest.raises(ValueError, match=r"^scale .*0"):
+        RankedListsLoss(model, scale=0.0)(features, None)
 
 
 def test_the_model_card_names_a_loss_of_lists_with_its_options_and_its_paper() -> None:

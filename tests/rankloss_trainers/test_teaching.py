@@ -24,12 +24,12 @@ from rankloss_trainers.runtime import Runtime
 from registered import register
 
 ENCODERS = "image=efficientnet-lite0,text=minilm"
-SPACELESS = {
+WITHOUT_COMMON_SPACE = {
     ENCODERS: "two encoders that have no common space",
     "text=minilm": "an encoder of one modality",
     "separate": "two encoders that have no common space",
 }
-"""Teachers without a common space, and the words for them."""
+"""Teachers without a common space, and the words by which an error describes them; the last is a folder."""
 
 
 class Copying(nn.Module):
@@ -70,8 +70,8 @@ class Comparing(Copying):
 
 
 @pytest.fixture
-def separate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders of features: ``separate``, whose images and texts have no common space, and ``common``."""
+def folders_of_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders in the working directory, named by the spaces of their features: ``separate``, ``common``."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     columns = {side: [f"{side} {i}" for i in range(taught.ROWS)] for side in ("image", "text")}
@@ -86,21 +86,21 @@ def run_of(loss: Any, teacher: str, **options: Any) -> Runtime:
     return Runtime(HOST, losses, RunOptions(teacher=teacher))
 
 
-@pytest.mark.parametrize("teacher", SPACELESS)
+@pytest.mark.parametrize("teacher", WITHOUT_COMMON_SPACE)
 def test_a_copying_loss_of_another_package_is_refused_with_a_teacher_without_a_common_space(
-    teacher: str, separate: None, monkeypatch: pytest.MonkeyPatch
+    teacher: str, folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, copying=Copying)
     for loss, name in (("copying", "copying"), ("rankclip-in+copying", "copying"), (Copying(), "Copying")):
-        with pytest.raises(ValueError, match=f"{name} cannot copy {SPACELESS[teacher]}"):
+        with pytest.raises(ValueError, match=f"{name} cannot copy {WITHOUT_COMMON_SPACE[teacher]}"):
             run_of(loss, teacher)
 
 
 def test_a_created_copying_loss_is_refused_with_a_folder_without_a_common_space(
-    separate: None, monkeypatch: pytest.MonkeyPatch
+    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, copying=Copying)
-    with pytest.raises(ValueError, match=f"copying cannot copy {SPACELESS['separate']}"):
+    with pytest.raises(ValueError, match=f"copying cannot copy {WITHOUT_COMMON_SPACE['separate']}"):
         create("copying", teacher="separate")
 
 
@@ -109,17 +109,21 @@ def test_a_created_copying_loss_is_refused_with_a_folder_without_a_common_space(
     [("copying", "common", {}), ("comparing", "common", {}), ("comparing", "separate", {"crossed": 0.0})],
 )
 def test_a_loss_of_another_package_is_taught_by_a_folder_that_has_what_it_needs(
-    separate: None, monkeypatch: pytest.MonkeyPatch, name: str, teacher: str, options: dict[str, float]
+    folders_of_teachers: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    teacher: str,
+    options: dict[str, float],
 ) -> None:
     register(monkeypatch, copying=Copying, comparing=Comparing)
     assert run_of(name, teacher, **options).teaching.use == "required"
 
 
 def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
-    separate: None, monkeypatch: pytest.MonkeyPatch
+    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, comparing=Comparing)
-    message = f"crossed must be 0: this teacher is {SPACELESS['separate']}"
+    message = f"crossed must be 0: this teacher is {WITHOUT_COMMON_SPACE['separate']}"
     for name in ("comparing", "rankclip-in+comparing", "comparing+tiny"):
         with pytest.raises(OptionError, match=message) as error:
             run_of(name, "separate")
@@ -127,7 +131,7 @@ def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
 
 
 def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_and_loop(
-    separate: None, monkeypatch: pytest.MonkeyPatch
+    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, copying=Copying)
     names = {"image_features": 4, "text_features": 4, "reference_image_features": 8}

@@ -50,8 +50,8 @@ def started(launcher: tuple[str, ...], directory: Path, *argv: str, **changes: A
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs the script in this process, through the runner or plainly, and detaches the loss in the end.
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs the script in this process, by the runner or without it, and returns its folder.
 
     The runner changes the Trainer, torch's hooks and the paths of imports, which the test puts back.
     """
@@ -64,10 +64,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
 
-    def run(directory: Path, *argv: str, plainly: bool = False, **changes: Any) -> Path:
+    def run(directory: Path, *argv: str, by_runner: bool = True, **changes: Any) -> Path:
         script, *rest = command_line(directory, *argv, **changes)
-        monkeypatch.setattr(sys, "argv", [script, *rest] if plainly else ["runner", script, *rest])
-        runpy.run_path(script, run_name="__main__") if plainly else main()
+        monkeypatch.setattr(sys, "argv", ["runner", script, *rest] if by_runner else [script, *rest])
+        if by_runner:
+            main()
+        else:
+            runpy.run_path(script, run_name="__main__")
         return directory
 
     return run
@@ -91,18 +94,19 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_trainers_own_loss_trains_as_without_the_runner(
-    tmp_path: Path, here: Callable[..., Path]
+    tmp_path: Path, run_script: Callable[..., Path]
 ) -> None:
-    plain, by_runner = here(tmp_path / "plain", plainly=True), here(tmp_path / "clip", "--loss", "clip")
-    assert weights(by_runner) == weights(plain)
-    assert "contrastive_loss" not in history(by_runner)[0]
+    plain = run_script(tmp_path / "plain", by_runner=False)
+    with_clip = run_script(tmp_path / "clip", "--loss", "clip")  # the trainer's own
+    assert weights(with_clip) == weights(plain)
+    assert "contrastive_loss" not in history(with_clip)[0], "an entry that rankloss's losses log"
 
 
 @pytest.mark.slow
 def test_a_loss_begins_at_the_scripts_own_and_trains_other_weights(
-    tmp_path: Path, here: Callable[..., Path], ranked: Path
+    tmp_path: Path, run_script: Callable[..., Path], ranked: Path
 ) -> None:
-    plain = here(tmp_path, plainly=True)
+    plain = run_script(tmp_path, by_runner=False)
     first_contrastive = history(ranked)[0]["contrastive_loss"]
     assert first_contrastive == pytest.approx(history(plain)[0]["loss"], rel=1e-4)
     assert weights(ranked) != weights(plain)
@@ -134,26 +138,26 @@ def test_the_script_evaluates(ranked: Path) -> None:
     ],
 )
 def test_script_that_would_train_something_else_fails(
-    tmp_path: Path, here: Callable[..., Path], argv: tuple[str, ...], error: Any, message: str
+    tmp_path: Path, run_script: Callable[..., Path], argv: tuple[str, ...], error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        here(tmp_path, "--loss", "rankclip", *argv)
+        run_script(tmp_path, "--loss", "rankclip", *argv)
 
 
 def test_own_compute_loss_that_calls_the_trainers_has_the_terms_of_the_loss(
-    tmp_path: Path, here: Callable[..., Path]
+    tmp_path: Path, run_script: Callable[..., Path]
 ) -> None:
-    directory = here(tmp_path, "--loss", "rankclip", "--trainer", "WrappedLoss", max_steps=1)
+    directory = run_script(tmp_path, "--loss", "rankclip", "--trainer", "WrappedLoss", max_steps=1)
     first_line = history(directory)[0]
     assert first_line.keys() >= set(TERMS)
 
 
 def test_derived_trainer_is_reached_by_a_loss_that_is_chosen_and_built_once(
-    tmp_path: Path, here: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_script: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     typed = ("--loss", "rankclip", "--loss-agreement-every", "2", "--trainer", "Derived")
-    directory = here(tmp_path, *typed, max_steps=1)
+    directory = run_script(tmp_path, *typed, max_steps=1)
     assert calls == {"choose": 1, "build": 1}
     assert history(directory)[0].keys() >= {*TERMS, "cross_modal_tau"}
 

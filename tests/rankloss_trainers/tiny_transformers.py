@@ -40,18 +40,18 @@ class PictureProcessor:
         return {"pixel_values": pixels / 255}
 
 
-def graded_table(of_texts: bool, number: int = 8, **more: Any) -> Any:
+def graded_table(*, queries_are_texts: bool, number: int = 8, **more: Any) -> Any:
     """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there.
 
     Args:
-        of_texts: Whether the queries are texts and the candidates pictures, or the other way round.
+        queries_are_texts: Whether the queries are texts and the candidates pictures, or the other way round.
         number: How many lists there are.
         more: Columns; None leaves one of the table's own out.
     """
     noise = np.random.default_rng(1)
     pixels = noise.integers(0, 256, (number + 3, 16, 16, 3), dtype=np.uint8)
     pictures, texts = [Image.fromarray(x) for x in pixels], [f"{n}" for n in range(12)]
-    queries, pool = (texts, pictures) if of_texts else (pictures, texts)
+    queries, pool = (texts, pictures) if queries_are_texts else (pictures, texts)
     cycle = [3.0, 1.0, 1.0, -math.inf]
     candidates, grades = [], []
     for n in range(number):
