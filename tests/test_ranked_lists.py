@@ -202,6 +202,22 @@ def test_a_candidate_may_have_another_grade_at_padding(by: str) -> None:
 
 
 @models
+def test_uses_grade_values_tells_if_other_grades_of_the_same_order_change_the_loss(
+    options: dict[str, Any],
+) -> None:
+    """Trainers refuse ranks, which are an order alone, for such a loss."""
+    loss = RankedLists(**options)
+    queries = candidates = torch.eye(3, dtype=F64)
+    every_candidate_by_every_query = torch.arange(3).expand(3, 3)
+    grades = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0], [2.0, 1.0, 0.0]], dtype=F64)
+    value, value_by_squares = (
+        loss(queries, candidates, values, 10.0, candidate_index=every_candidate_by_every_query).item()
+        for values in (grades, grades.square())
+    )
+    assert loss.uses_grade_values is (value != value_by_squares)
+
+
+@models
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
     lists = lists_of(seed=4, n=5, k=4, m=9)
     built, changed = RankedLists(**options), RankedLists(model="pairwise", pair_weight="difference")
