@@ -49,7 +49,8 @@ def test_gains_in_short_round_those_of_the_tables() -> None:
         "`mimicry` of a CLIP of icons": f"icons {whole(of_mimicry_of_icons)}",
         "`rankclip-encoders`": f"icons {of_encoders['icons, 64']}, emojis {of_encoders['emojis, 250']}, "
         f"photographs {of_encoders['photographs, 64']}",
-        "`spread`": f"icons {of_spread['icons, 64']}, photographs {of_spread['photographs, 250']}",
+        "`spread`": f"icons {of_spread['icons, 64']} to {of_spread['icons, 250']}, "
+        f"photographs {of_spread['photographs, 250']}",
         "`rankclip`": f"icons {of_ranks['icons, 250']} to {of_ranks['icons, 64']}",
     }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -335,7 +336,7 @@ def from_how_many_pairs() -> list[str]:
     }
     rows = []
     for frozen, scratch in map(str.split, sizes.values()):
-        of = [(frozen, arm) for arm in ("search", "heads", "cca", "both")]
+        of = [(frozen, arm) for arm in ("search", "heads", "cca", "both", "both-2")]
         of += [(scratch, arm) for arm in ("clip", "spread", "mimicry")]
         for side in ("", ", second"):
             means = [mean_of("alignment", cell + side, arm).removesuffix(" ± 0.00") for cell, arm in of]
