@@ -112,10 +112,10 @@ PAIRS = Case(
     "rankclip",
     gain="λ and rate tuned: icons in batches of 64 +4.19 (3.14 to 5.23), in 250 +1.99 (0.86 to 3.12), from "
     "71,680 +3.27 (1.32 to 5.23); photographs *−0.10 ± 0.46*, in 250 *+0.35 (−0.10 to 0.80)*; emojis "
-    "*−0.29 (−1.76 to 1.17)*; nowhere [shown above spread](evidence.md#spread-or-ranks). With the paper's λ: "
-    "icons in batches of 64 *+0.51 ± 0.52* from 2,000 pairs, +2.53 ± 0.29 from 8,000, +2.60 ± 1.07 from "
-    "141,093, [no more than shuffled words gain](evidence_details.md#ranks-or-something-else); tuned heads "
-    "on photographs −0.20 ± 0.13",
+    "*−0.29 (−1.76 to 1.17)*; without a teacher nowhere [shown above spread](evidence.md#spread-or-ranks). "
+    "With the paper's λ: icons in batches of 64 *+0.51 ± 0.52* from 2,000 pairs, +2.53 ± 0.29 from 8,000, "
+    "+2.60 ± 1.07 from 141,093, [no more than shuffled words "
+    "gain](evidence_details.md#ranks-or-something-else); tuned heads on photographs −0.20 ± 0.13",
     page="evidence.md",
 )
 SPREAD = Case(

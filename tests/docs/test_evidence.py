@@ -488,6 +488,15 @@ def uniform_beside_spread() -> list[str]:
     return [minus(arms["uniform"], arms["std-constant"])]
 
 
+def ranks_beside_spread_in_taught_models() -> list[str]:
+    """Differences in R@10 of models that copy two encoders: with ranks, minus with spread."""
+    differences = []
+    for folder, batch, epochs in (("emojis", 250, 30), ("icons", 64, 4), ("photographs", 64, 8)):
+        arms = records(f"alignment/results/{folder}", of_cell(batch, epochs))
+        differences.append(minus(arms["mimicry-ranks"], arms["mimicry-spread"]))
+    return differences
+
+
 def heads_beside_smoothing() -> list[str]:
     """The difference in R@10 of heads on photographs with RankCLIP, minus those with label smoothing."""
 
@@ -506,6 +515,7 @@ def differences_without_a_report() -> list[str]:
         *over_the_higher_clip(),
         *of_mimicry(),
         *uniform_beside_spread(),
+        *ranks_beside_spread_in_taught_models(),
         *across_splits(),
         *primary_tests(),
     ]
@@ -592,6 +602,7 @@ def demo_agreement() -> list[str]:
                 over_the_higher_clip,
                 long_trainings,
                 of_mimicry,
+                ranks_beside_spread_in_taught_models,
                 of_a_pretrained_clip,
             ],
         ),
