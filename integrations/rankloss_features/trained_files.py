@@ -26,6 +26,9 @@ _OF_THE_MODEL = ("force_quick_gelu", "force_custom_text", "force_image_size", "f
 def options_of(model: str, weights: str) -> dict[str, Any]:
     """The options by which open_clip builds a model for the weights in a file as its trainer built it.
 
+    Options that the run was given are obeyed, whatever its ``--model`` was. What it had of ``local-dir:…`` or
+    ``hf-hub:…`` beside them is not at hand.
+
     Args:
         model: The name of ``--model``.
         weights: A file, ``RUN/checkpoints/epoch_5.pt``, whose options stand in ``RUN/params.txt``; of a tag
@@ -37,20 +40,19 @@ def options_of(model: str, weights: str) -> dict[str, Any]:
     """
     if not Path(weights).is_file():
         return {}
+    name = open_clip_name(model)
     run = options_of_run(Path(weights))
     trained = str(run.get("model", ""))
-    name = open_clip_name(model)
-    if not trained or ":" in trained:  # local-dir:… or hf-hub:…, which is not at hand
-        _check_default_pictures(name, weights)
-        return {}
-    if open_clip_name(trained) != name:
+    is_built_in = trained != "" and ":" not in trained
+    if is_built_in and open_clip_name(trained) != name:
         raise ValueError(f"the weights {weights} are of --model {trained}, as their params.txt says")
-    options = _of_pictures(name, run)
-    for option in _OF_THE_MODEL:
-        if run.get(option):
-            options[option] = run[option]
+
+    options = {option: run[option] for option in (*_OF_PICTURES, *_OF_THE_MODEL) if run.get(option)}
     if run.get("siglip"):  # its models have a bias, which open_clip adds where it is given a value of it
         options["init_logit_bias"] = _REPLACED_BIAS  # by the one in the file of weights
+    if is_built_in:
+        return {**_pictures_of_first_weights(name, run), **options}
+    _check_default_pictures(name, weights, options)
     return options
 
 
@@ -75,27 +77,37 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _of_pictures(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run's pictures: those given, and otherwise those of the weights that it began with."""
+def _pictures_of_first_weights(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The options of pictures that belong to the published weights with which a run began, if it did."""
     import open_clip
 
     tag = str(run.get("pretrained") or "")
-    first_weights = open_clip.get_pretrained_cfg(name, tag)
-    options = {option: run.get(option) or first_weights.get(key) for option, key in _OF_PICTURES.items()}
-    return {option: value for option, value in options.items() if value is not None}
+    about_weights = open_clip.get_pretrained_cfg(name, tag)  # empty where the tag is none of the model's
+    return {
+        option: about_weights[key]
+        for option, key in _OF_PICTURES.items()
+        if about_weights.get(key) is not None
+    }
 
 
-def _check_default_pictures(name: str, weights: str) -> None:
-    """Raise a ValueError if all known weights of a model want other pictures than open_clip's default."""
+def _check_default_pictures(name: str, weights: str, options: dict[str, Any]) -> None:
+    """Raise a ValueError if all known weights of a model want other pictures than open_clip's default.
+
+    Args:
+        name: The model's name.
+        weights: The file of weights, for the error.
+        options: Options of the file's run; those of pictures are known, so their default is not compared.
+    """
     import open_clip
     from open_clip.transform import PreprocessCfg
 
+    unknown_keys = [key for option, key in _OF_PICTURES.items() if option not in options]
     tags = open_clip.list_pretrained_tags_by_model(name)
     default = vars(PreprocessCfg())
 
     def wants_default(tag: str) -> bool:
         wanted = {**default, **open_clip.get_pretrained_cfg(name, tag)}
-        return all(wanted[key] == default[key] for key in _OF_PICTURES.values())
+        return all(wanted[key] == default[key] for key in unknown_keys)
 
     if tags and not any(wants_default(tag) for tag in tags):
         raise ValueError(

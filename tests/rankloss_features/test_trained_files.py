@@ -105,6 +105,28 @@ def test_the_options_are_those_of_the_run(run: dict[str, Any], options: dict[str
     assert options_of("ViT-B-16-SigLIP", str(saved(model="ViT-B-16-SigLIP", **run))) == options
 
 
+@pytest.mark.parametrize("model", ["local-dir:/gone/clip", "hf-hub:owner/clip"])
+def test_options_of_a_run_are_obeyed_where_its_model_was_a_folders_or_a_hubs(model: str, saved: Save) -> None:
+    given = {**GIVEN, "force_image_size": 320}
+    weights = saved(model=model, pretrained="", siglip=True, image_interpolation=None, **given)
+    bias_of_siglip = {"init_logit_bias": -10.0}  # which the file's own bias replaces
+    assert options_of("ViT-B-32", str(weights)) == {**given, **bias_of_siglip}
+
+
+def test_pictures_that_the_options_of_a_run_describe_whole_need_no_known_weights(saved: Save) -> None:
+    """All known weights of the model want others than open_clip's default."""
+    pictures = {**SIGLIP, "image_resize_mode": "squash"}
+    weights = saved(model="hf-hub:timm/ViT-B-16-SigLIP", pretrained="", **pictures)
+    assert options_of("ViT-B-16-SigLIP", str(weights)) == pictures
+
+
+def test_pictures_that_the_options_of_a_run_describe_in_part_are_refused(saved: Save) -> None:
+    """SigLIP's weights want pictures that are squashed, open_clip's default cuts them."""
+    weights = saved(model="hf-hub:timm/ViT-B-16-SigLIP", pretrained="", **SIGLIP)
+    with pytest.raises(ValueError, match=r"nothing says how .*epoch_1.pt, and ViT-B-16-SigLIP .* params.txt"):
+        options_of("ViT-B-16-SigLIP", str(weights))
+
+
 def test_weights_of_another_model_are_refused(saved: Save) -> None:
     """Both have the same weights, of other activations."""
     weights = saved(model="ViT-B-32-quickgelu", pretrained="openai")
