@@ -65,6 +65,23 @@ def read_member(sample: Mapping[str, Any], key: str) -> Any:
         return None
 
 
+def read_id(sample: Mapping[str, Any], key: str) -> Any:
+    r"""The id of a webdataset sample, as a text without the whitespace around it; None without one.
+
+    A file with ``7`` and the end of a line, and in JSON the text ``"7"`` and the number ``7``, are one id.
+    Other values of JSON, which are no ids, stay what they are.
+
+    Example:
+        >>> read_id({"id": b"7\n"}, "id"), read_id({"json": b'{"id": 7}'}, "json:id")
+        ('7', '7')
+    """
+    value = read_member(sample, key)
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return str(value).strip() if is_integer or isinstance(value, str) else value
+
+
 class Sample(NamedTuple):
     """A pair, whose picture is opened when it is needed.
 
@@ -354,7 +371,7 @@ class Shards:
         urls: As ``--train-data`` has them.
         text_key: The extension of a caption; several, by preference, are separated by ``;``.
         rendering: The way to its pictures.
-        id_key: The ids of pairs that belong together, as :func:`read_member` reads them, or None.
+        id_key: The ids of pairs that belong together, as :func:`read_id` reads them, or None.
     """
 
     is_stream = True
@@ -435,9 +452,7 @@ class Shards:
         """
         if self.id_key is None:
             return None
-        value = read_member(sample, self.id_key)
-        if isinstance(value, bytes):
-            value = value.decode(errors="replace").strip()
+        value = read_id(sample, self.id_key)
         try:
             check_id(self.id_key, value, 0)
         except ValueError as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import pickle
 import re
+import tarfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from trainer_runs import WHOLE_SET, Trainer
 import rankloss
 from rankloss_features import Features
 from rankloss_features.command import main
-from rankloss_features.data import extensions, open_data
+from rankloss_features.data import Shards, extensions, open_data
 from rankloss_features.folder import NAMES, identity_of
 from rankloss_open_clip.columns import teacher_rows
 from rankloss_open_clip.columns.captions import Caption, CaptionsOfRows
@@ -635,6 +637,43 @@ def test_samples_with_an_equal_caption_or_member_have_one_id(key: str) -> None:
     first, other, partner = pair_ids(column, decoded_captions(samples))
     assert first == partner
     assert first != other
+
+
+SPELLINGS_OF_ONE_ID = pytest.mark.parametrize(
+    ("key", "members"),
+    [
+        pytest.param("id", [{"id": b"7"}, {"id": b"7\n"}, {"id": b" 7\r\n"}], id="files, with ends of lines"),
+        pytest.param(
+            "json:id", [{"json": b'{"id": 7}'}, {"json": b'{"id": "7"}'}], id="JSON, number and text"
+        ),
+    ],
+)
+
+
+@SPELLINGS_OF_ONE_ID
+def test_an_id_of_samples_is_one_in_a_training_however_it_is_written(
+    key: str, members: list[dict[str, bytes]]
+) -> None:
+    column = PairIds(key=key)
+    samples = read_samples([column], *({"txt": b"a", **member} for member in members))
+    ids = pair_ids(column, decoded_captions(samples))
+    assert len(ids) == len(members)
+    assert len(set(ids)) == 1
+
+
+@SPELLINGS_OF_ONE_ID
+def test_an_id_of_samples_is_one_in_an_evaluation_however_it_is_written(
+    tmp_path: Path, key: str, members: list[dict[str, bytes]]
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number, member in enumerate(members):
+            for extension, content in {"jpg": b"...", "txt": b"a", **member}.items():
+                file = tarfile.TarInfo(f"{number}.{extension}")
+                file.size = len(content)
+                shard.addfile(file, io.BytesIO(content))
+    data = Shards(str(tmp_path / "a.tar"), id_key=key)
+    assert [len(block.captions) for block in data.pairs()] == [len(members)]  # which reads the ids
+    assert data.ids == ["7"] * len(members)
 
 
 def test_samples_of_one_group_have_two_ids_by_their_keys() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_features.data import ids_as_written, named_sample, read_member
+from rankloss_features.data import ids_as_written, named_sample, read_id
 from rankloss_open_clip.columns.csv_files import read_columns
 from rankloss_trainers.pair_ids import CAPTIONS, check_column, make_ids
 
@@ -54,12 +54,11 @@ class PairIds:
         Raises:
             ValueError: The sample has none.
         """
-        value = caption if self.key == CAPTIONS else read_member(sample, self.key)
+        value = caption if self.key == CAPTIONS else read_id(sample, self.key)
         if value is None:
             members = ", ".join(name for name in sample if not name.startswith("__"))
             where = named_sample(sample)
             raise ValueError(f"{where} has no id {self.key!r} of its pair; it has {members}")
-        value = value.decode(errors="replace") if isinstance(value, bytes) else value
         return int(make_ids([value], self.key))
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
