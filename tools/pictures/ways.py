@@ -12,7 +12,7 @@ STUDIES = Path(__file__).parents[2] / "examples/studies"
 WAYS = {
     "CLIP from scratch,\nlong training": ("spread", "clip"),
     "frozen encoders:\nsearch among the pairs": ("alignment", "search"),
-    "… two trained heads": ("alignment", "heads"),
+    "… a trained head": ("alignment", "heads"),
     "… closed form (CCA)": ("alignment", "cca"),
     "… closed form and a head": ("alignment", "both"),
 }
