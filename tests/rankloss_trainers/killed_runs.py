@@ -93,7 +93,7 @@ def lightning() -> Training:
 
 def loop() -> Training:
     """A loop of one's own, with a checkpoint after each step."""
-    from test_named_losses import N, Towers, value_of
+    from test_named_losses import N, Towers, loss_of_rows
 
     import rankloss_trainers
 
@@ -112,7 +112,7 @@ def loop() -> Training:
         for step in range(first, steps + 1):
             loss.set_progress(step, steps)
             optimizer.zero_grad()
-            value_of(name, model, slice(0, N), loss, None).backward()
+            loss_of_rows(name, model, slice(0, N), loss, step=None).backward()
             optimizer.step()
             states = {key: part.state_dict() for key, part in parts.items()}
             torch.save({"step": step, **states}, folder / "new.pt")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_lightning import Module, fit, lambdas
-from test_named_losses import NAMES, N, Towers, value_of
+from test_named_losses import NAMES, N, Towers, loss_of_rows
 from tiny_sentences import rank_clip, tiny_model, train
 from torch import nn
 
@@ -29,33 +29,55 @@ def _no_graphs() -> Iterator[None]:
 
 
 def weights(module: nn.Module) -> torch.Tensor:
+    """All parameters of a module in one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-def looped(name: str, *, is_compiled: bool, is_told_inside: bool) -> dict[str, Any]:
-    """A training of four steps, whose λ grows: the values, and the weights and the state at its end.
+STEPS = 4
+
+
+class CountGraphs:
+    """A backend of ``torch.compile`` that runs each graph as it is, and counts the graphs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
+        self.count += 1
+        return graph.forward
+
+
+def train_in_loop(
+    name: str, *, is_told_inside: bool, backend: CountGraphs | None = None
+) -> dict[str, torch.Tensor]:
+    """Train in a loop of one's own, with a λ that grows.
 
     Args:
         name: The loss.
-        is_compiled: Whether a step is compiled.
         is_told_inside: Whether the step itself tells the loss of its progress, or the loop around it.
+        backend: Compiles the step, if given.
+
+    Returns:
+        The loss's values at each step; at the end, the weights of the model and the state of the loss.
     """
     model, loss = Towers().double(), rankloss_trainers.create(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def step(number: int | None) -> torch.Tensor:
+    def forward_and_backward(number: int | None) -> torch.Tensor:
         optimizer.zero_grad()
-        value = value_of(name, model, slice(0, N), loss, number)
+        value = loss_of_rows(name, model, slice(0, N), loss, step=number)
         value.backward()
         return value.detach()
 
-    called = torch.compile(step, backend="eager") if is_compiled else step
+    step = forward_and_backward
+    if backend is not None:
+        step = torch.compile(forward_and_backward, backend=backend)
     values = []
-    for number in range(1, 5):
+    for number in range(1, STEPS + 1):
         if not is_told_inside:
-            loss.set_epoch(number, 4)
-            loss.set_progress(number, 4)
-        values.append(called(number if is_told_inside else None))
+            loss.set_epoch(number, STEPS)
+            loss.set_progress(number, STEPS)
+        values.append(step(number if is_told_inside else None))
         optimizer.step()
     return {"values": torch.stack(values), "weights": weights(model), **loss.state_dict()}
 
@@ -64,14 +86,16 @@ def looped(name: str, *, is_compiled: bool, is_told_inside: bool) -> dict[str, A
     "name", [x if x == "rankclip" else pytest.param(x, marks=pytest.mark.slow) for x in NAMES]
 )
 def test_a_compiled_step_of_a_loop_is_the_step(name: str) -> None:
-    expected = looped(name, is_compiled=False, is_told_inside=False)
+    expected = train_in_loop(name, is_told_inside=False)
     for is_told_inside in (False, True):
-        found = looped(name, is_compiled=True, is_told_inside=is_told_inside)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        backend = CountGraphs()
+        actual = train_in_loop(name, is_told_inside=is_told_inside, backend=backend)
+        assert backend.count > 0, "nothing was compiled"
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 class Quiet(Module):
-    """Lightning's log cannot be compiled."""
+    """The module without Lightning's log, which cannot be compiled."""
 
     def log_dict(self, *_: Any, **__: Any) -> None:
         pass
@@ -80,9 +104,10 @@ class Quiet(Module):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lightning's own
 def test_a_compiled_lightning_module_trains_as_the_module(tmp_path: Path) -> None:
-    plain, compiled = Quiet(), Quiet()
+    plain, compiled, backend = Quiet(), Quiet(), CountGraphs()
     fit(tmp_path, plain)
-    fit(tmp_path, torch.compile(compiled, backend="eager"))
+    fit(tmp_path, torch.compile(compiled, backend=backend))
+    assert backend.count > 0, "nothing was compiled"
     assert lambdas(compiled) == lambdas(plain)
     assert len({*lambdas(compiled)}) == 8, "λ changes at each step"
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-5, atol=1e-6)

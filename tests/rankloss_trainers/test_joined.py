@@ -21,11 +21,13 @@ from rankloss_trainers.runtime import Runtime
 from registered import register
 
 
-def run_of(name: str, given: Any, teacher: str | None = None) -> Runtime:
-    return Runtime(HOST, choose(name, given), RunOptions(teacher=teacher), gather=False)
+def runtime_of(name: str, options: Any, teacher: str | None = None) -> Runtime:
+    """The runtime of losses by name, with their options, in a run with a teacher or without one."""
+    return Runtime(HOST, choose(name, options), RunOptions(teacher=teacher), gather=False)
 
 
 def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
+    """The expected entries are those of each loss called alone, with the preset's defaults written out."""
     taught = inputs_of("rankclip-distill")
     pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}
     loss = rankloss_trainers.create(
@@ -43,7 +45,7 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     actual = loss(**taught, output_dict=True)
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(list(actual.values()), list(expected.values()))
-    assert [type(x) for x in loss.modules()].count(ClipLoss) == 1
+    assert [type(part) for part in loss.modules()].count(ClipLoss) == 1
 
 
 @pytest.mark.parametrize("base", [None, SigLipLoss()], ids=["CLIP", "SigLIP"])
@@ -52,7 +54,7 @@ def test_the_spread_joins_in_any_order_and_changes_no_other_entry(other: str, ba
     taught = inputs_of(other) | inputs_of("siglip-streamed" if base else "clip-streamed")
     of_pairs = {key: taught[key] for key in ("image_features", "text_features", "logit_scale")}
     spread = SpreadLoss()(**of_pairs, output_dict=True)["spread_loss"]
-    assert spread > 0.1
+    assert spread > 0.1, "the term is there"
     alone = rankloss_trainers.create(other, base)
     alone.set_progress(2, 4)
     expected = {**alone(**taught, output_dict=True), "spread_loss": spread}
@@ -67,7 +69,7 @@ def test_the_preset_of_two_encoders_is_mimicry(base: Any) -> None:
     taught = inputs_of("mimicry") | inputs_of("siglip-streamed" if base else "clip-streamed")
     expected = MimicryLoss(base)(**taught, output_dict=True)
     actual = rankloss_trainers.create("rankclip-encoders", base)(**taught, output_dict=True)
-    assert actual["mimicry_loss"] > 0.1
+    assert actual["mimicry_loss"] > 0.1, "the term is there"
     torch.testing.assert_close(actual, expected)
 
 
@@ -89,36 +91,49 @@ def test_the_softmax_of_two_encoders_and_spread_is_there_by_options() -> None:
     joined = rankloss_trainers.create("rankclip-in+spread", **{"rankclip-in": options})
     actual = joined(**taught, output_dict=True)
     assert actual.keys() == expected.keys()
-    assert min(actual["in_modal_loss"], actual["spread_loss"]) > 0.1
+    assert min(actual["in_modal_loss"], actual["spread_loss"]) > 0.1, "both terms are there"
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "part", "key", "value"),
+    ("name", "loss", "key", "value"),
     [
-        ("rankclip+mimicry", {"mimicry": {"weight": 2}}, 1, "weight", 2),
-        ("rankclip-distill+tiny", {}, 0, "top_k", 8),
-        ("rankclip-distill+mimicry", {}, 0, "top_k", 4),
-        ("rankclip-distill+mimicry", {"rankclip-distill": {"top_k": 8}}, 0, "top_k", 8),
-        ("mimicry+rankclip-distill", {}, 0, "weight", 16.0),
-        ("tiny+mimicry+rankclip-distill", {}, 1, "weight", 16.0),
-        ("mimicry+rankclip", {}, 0, "weight", 8.0),
-        ("rankclip-in+rankclip-encoders", {}, 1, "weight", 8.0),
+        ("rankclip-distill+tiny", "rankclip-distill", "top_k", 8),  # as alone
+        ("rankclip-distill+mimicry", "rankclip-distill", "top_k", 4),
+        ("rankclip-distill+mimicry", "mimicry", "weight", 16.0),
+        ("mimicry+rankclip-distill", "mimicry", "weight", 16.0),
+        ("tiny+mimicry+rankclip-distill", "mimicry", "weight", 16.0),
+        ("mimicry+rankclip", "mimicry", "weight", 8.0),  # as alone
+        ("rankclip-in+rankclip-encoders", "rankclip-encoders", "weight", 8.0),  # as alone
     ],
 )
-def test_options_are_given_by_loss(
-    name: str, options: dict[str, Any], part: int, key: str, value: Any
+def test_rankclip_distill_and_mimicry_have_other_defaults_beside_each_other(
+    name: str, loss: str, key: str, value: Any
 ) -> None:
-    assert choose(name, options)[part].values[key] == value
+    """In either order, as docs/teachers.md has them."""
+    values = {chosen.name: chosen.values for chosen in choose(name)}
+    assert values[loss][key] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "key", "value"),
+    [
+        ("rankclip+mimicry", "mimicry", "weight", 2),
+        ("rankclip-distill+mimicry", "rankclip-distill", "top_k", 8),
+    ],
+)
+def test_options_are_given_by_loss(name: str, loss: str, key: str, value: Any) -> None:
+    values = {chosen.name: chosen.values for chosen in choose(name, {loss: {key: value}})}
+    assert values[loss][key] == value
 
 
 @pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed", "tiny-caption"])
 def test_a_loss_in_place_of_the_trainers_is_the_innermost_wherever_it_stands(name: str) -> None:
-    options = {name: {"caption_key": "x"}} if name == "tiny-caption" else {}
+    options = {name: {"caption_key": "x"}} if name == "tiny-caption" else {}  # which it has to be given
     losses = choose(f"rankclip+{name}+mimicry", options)
-    assert [x.name for x in losses] == [name, "rankclip", "mimicry"]
-    base = run_of(f"rankclip+{name}", options).criterion.base
-    assert type(base) is type(run_of(f"{name}+rankclip", options).criterion.base)
+    assert [loss.name for loss in losses] == [name, "rankclip", "mimicry"]
+    last, first = (runtime_of(joined, options) for joined in (f"rankclip+{name}", f"{name}+rankclip"))
+    assert type(last.criterion.base) is type(first.criterion.base)
 
 
 def test_another_packages_chunk_size_and_memory_budget_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,13 +144,13 @@ def test_another_packages_chunk_size_and_memory_budget_are_its_own(monkeypatch: 
         return TinyLoss(base, weight=chunk_size * memory_budget, gather=gather)
 
     register(monkeypatch, words=in_chunks)
-    (foreign,) = choose("words", {"chunk_size": 7, "memory_budget": 2})
-    assert run_of("words", foreign.given).criterion.weight == 14
-    assert base_of([foreign], Gather()).streaming == ClipLoss().streaming
-    given = {"rankclip": {"chunk_size": 3, "memory_budget": 0}, "words": foreign.given}
+    of_words = {"chunk_size": 7, "memory_budget": 2}
+    assert runtime_of("words", of_words).criterion.weight == 7 * 2, "the loss itself has them"
+    assert base_of(choose("words", of_words), Gather()).streaming == ClipLoss().streaming
+    of_rankclip = {"chunk_size": 3, "memory_budget": 0}
     for name in ("rankclip+words", "words+rankclip"):
-        streaming = base_of(choose(name, given), Gather()).streaming
-        assert streaming == {"chunk_size": 3, "memory_budget": 0}
+        joined = choose(name, {"rankclip": of_rankclip, "words": of_words})
+        assert base_of(joined, Gather()).streaming == of_rankclip
 
 
 def test_a_row_has_other_defaults_beside_a_loss_whatever_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,28 +164,37 @@ def test_a_row_has_other_defaults_beside_a_loss_whatever_its_place(monkeypatch: 
     ):
         values = {loss.name: loss.values for loss in choose(name)}
         assert values["light"]["weight"] == weight
-    assert choose("light+spread", {"light": {"weight": 1.0}})[0].values["weight"] == 1.0
+    light_of_user, _spread = choose("light+spread", {"light": {"weight": 1.0}})
+    assert light_of_user.values["weight"] == 1.0
 
 
 ENCODERS = "image=efficientnet-lite0,text=minilm"
 
 
-@pytest.mark.parametrize("given", [{"mimicry": {"weight": 2.0}}, {"rankclip-in": {"lambda_cross": 1.0}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"mimicry": {"weight": 2.0}}, id="an option of mimicry"),
+        pytest.param({"rankclip-in": {"lambda_cross": 1.0}}, id="cross-modal ranks, refused too"),
+    ],
+)
 @pytest.mark.parametrize(
     ("teacher", "reason"),
     [
-        (ENCODERS, "two encoders that have no common space; image=A,text=B,align"),
-        ("text=minilm", "an encoder of one modality$"),
+        pytest.param(
+            ENCODERS, "two encoders that have no common space; image=A,text=B,align", id="two encoders"
+        ),
+        pytest.param("text=minilm", "an encoder of one modality$", id="one encoder"),
     ],
 )
-def test_mimicry_of_encoders_is_refused_for_its_one_reason(given: Any, teacher: Any, reason: str) -> None:
+def test_mimicry_of_encoders_is_refused_for_its_one_reason(options: Any, teacher: str, reason: str) -> None:
     for name in ("rankclip-in+mimicry", "mimicry+rankclip-in"):
         with pytest.raises(ValueError, match=f"mimicry cannot copy {reason}"):
-            run_of(name, given, teacher)
+            runtime_of(name, options, teacher)
 
 
-def teacher_of(place: Path, spaces: str) -> str:
-    """A folder of features whose images and texts have a common space, or separate ones."""
+def folder_of_teacher(place: Path, spaces: str) -> str:
+    """A folder of features of images and texts in ``common`` or ``separate`` spaces; its path."""
     columns = {side: [f"{side} {i}" for i in range(ROWS)] for side in ("image", "text")}
     data = pytest.importorskip("datasets").Dataset.from_dict(columns)
     return write_teacher_folder(
@@ -181,7 +205,7 @@ def teacher_of(place: Path, spaces: str) -> str:
 @pytest.fixture(params=["two encoders", "a folder"])
 def without_common_space(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A teacher whose images and texts cannot be compared."""
-    return ENCODERS if request.param == "two encoders" else teacher_of(tmp_path, "separate")
+    return ENCODERS if request.param == "two encoders" else folder_of_teacher(tmp_path, "separate")
 
 
 @pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
@@ -189,34 +213,34 @@ def test_a_teacher_without_a_common_space_ranks_no_cross_modal_lists(
     name: str, without_common_space: str
 ) -> None:
     with pytest.raises(ValueError, match="lambda_cross must be 0"):
-        run_of(name, {}, without_common_space)
+        runtime_of(name, {}, without_common_space)
 
 
 def test_a_teacher_without_a_common_space_ranks_the_in_modal_lists(without_common_space: str) -> None:
-    assert run_of("rankclip-in", {}, without_common_space).teaching.use == "required"
+    assert runtime_of("rankclip-in", {}, without_common_space).teaching.use == "required"
 
 
 def test_a_teacher_without_a_common_space_is_not_copied_beside_its_ranks(without_common_space: str) -> None:
     with pytest.raises(ValueError, match="mimicry cannot copy"):
-        run_of("rankclip-in+mimicry", {}, without_common_space)
+        runtime_of("rankclip-in+mimicry", {}, without_common_space)
 
 
 @pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
 def test_a_folder_of_a_common_space_ranks_all_lists(name: str, tmp_path: Path) -> None:
-    assert run_of(name, {}, teacher_of(tmp_path, "common")).teaching.use == "required"
+    assert runtime_of(name, {}, folder_of_teacher(tmp_path, "common")).teaching.use == "required"
 
 
 def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
     with pytest.raises(ValueError, match=r"teacher: .*resnet181"):
-        run_of("rankclip", {}, "image=resnet181")
+        runtime_of("rankclip", {}, "image=resnet181")
 
 
 def test_a_teacher_of_a_loss_that_uses_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"teacher: .*tiny.*x/"):
-        run_of("tiny", {}, "x/")
+        runtime_of("tiny", {}, "x/")
 
 
 def test_a_preset_with_a_teacher_of_its_own_needs_no_option() -> None:
-    run = run_of("rankclip-encoders", {})
+    run = runtime_of("rankclip-encoders", {})
     assert run.teaching.teacher is not None
     assert (run.teaching.teacher.text, run.teaching.use) == (f"{ENCODERS},align", "required")

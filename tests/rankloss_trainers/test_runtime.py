@@ -497,26 +497,32 @@ class Taught(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("loss", "teachers"),
+    ("loss", "teacher"),
     [
-        (Taught(), None),
-        (TinyLoss(Taught()), None),
-        ("rankclip", "given"),
-        ("rankclip-distill", None),
+        pytest.param(Taught(), None, id="a module that needs a teacher"),
+        pytest.param(TinyLoss(Taught()), None, id="a term on a module that needs a teacher"),
+        pytest.param("rankclip", "given", id="a loss that may have a teacher, which is announced"),
+        pytest.param("rankclip-distill", None, id="a loss that needs a teacher"),
     ],
 )
-def test_teacher_that_is_needed_is_demanded(loss: Any, teachers: Any) -> None:
-    run = at_step(runtime_of(HOST, loss, run_options={"teacher": teachers}), 2)
+def test_a_teacher_that_is_needed_is_demanded_and_reaches_the_loss(loss: Any, teacher: str | None) -> None:
+    run = at_step(runtime_of(HOST, loss, run_options={"teacher": teacher}), 2)
     run.teaching.name_columns(["image"])  # of the data, which the error shows
     with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
         run(**loss_inputs(pair_features()))
-    by_one, by_another = (
+    of_one_teacher, of_another = (
         run(**loss_inputs(pair_features()), **features_of_teacher(seed)).total for seed in (1, 2)
     )
-    assert by_one != by_another, "the teacher's features reach the loss"
+    assert of_one_teacher != of_another
 
 
-@pytest.mark.parametrize("loss", ["clip-streamed", GivenEntries()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param("clip-streamed", id="by name"),
+        pytest.param(GivenEntries(), id="a module without the argument"),
+    ],
+)
 def test_teacher_that_nobody_uses_is_refused(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"have reference_text_features, but \S+ does not use a teacher"):
         at_step(runtime_of(HOST, loss), 2)(
@@ -527,34 +533,42 @@ def test_teacher_that_nobody_uses_is_refused(loss: Any) -> None:
 def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="rankloss_trainers")
     run = at_step(runtime_of(HOST, "rankclip", loss_options={"schedule": "linear"}), 2)
-    totals = [
-        run(**loss_inputs(pair_features()), **given).total.item()
-        for given in ({}, features_of_teacher(), features_of_teacher())
-    ]
-    assert totals[0] != totals[1] == totals[2]
-    said = "rankclip uses a teacher: reference_image_features and reference_text_features"
-    assert [x.getMessage() for x in caplog.records if "uses a teacher" in x.message] == [said]
+    untaught, first_taught, second_taught = (
+        run(**loss_inputs(pair_features()), **features).total
+        for features in ({}, features_of_teacher(), features_of_teacher())
+    )
+    assert untaught != first_taught, "the teacher is used"
+    assert first_taught == second_taught, "the second batch is as the first"
+    message = "rankclip uses a teacher: reference_image_features and reference_text_features"
+    assert [x for x in caplog.messages if "uses a teacher" in x] == [message]
 
 
 # --- needs and state ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loss", "teachers", "message"),
+    ("loss", "teacher", "message"),
     [
-        ("tiny-caption", None, "tiny-caption needs a column"),
-        ("clip-ids", None, "clip-ids needs ids"),
-        ("ranked-lists", None, "ranked-lists needs a list"),
-        (TinyCaptionLoss(), None, "TinyCaptionLoss needs a state"),
-        ("rankclip", "x", "rankclip needs a folder"),
-        (rankloss.RankClipLoss(nn.Linear(2, 2)), None, "RankClipLoss needs parameters"),
-        ("siglip-streamed", None, "siglip-streamed needs --siglip"),
+        pytest.param("tiny-caption", None, "tiny-caption needs a column", id="a column"),
+        pytest.param("clip-ids", None, "clip-ids needs ids", id="ids"),
+        pytest.param("ranked-lists", None, "ranked-lists needs a list", id="lists"),
+        pytest.param(TinyCaptionLoss(), None, "TinyCaptionLoss needs a state", id="a state"),
+        pytest.param("rankclip", "x", "rankclip needs a folder", id="a folder"),
+        pytest.param(
+            rankloss.RankClipLoss(nn.Linear(2, 2)), None, "RankClipLoss needs parameters", id="parameters"
+        ),
     ],
 )
-def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, teachers: Any, message: str) -> None:
-    base = rankloss.ClipLoss() if loss == "siglip-streamed" else None
+def test_loss_that_a_host_does_not_serve_is_refused_by_name(
+    loss: Any, teacher: str | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        runtime_of(HOST_THAT_SERVES_NOTHING, loss, run_options={"teacher": teachers}, base=base)
+        runtime_of(HOST_THAT_SERVES_NOTHING, loss, run_options={"teacher": teacher})
+
+
+def test_a_sigmoid_loss_is_refused_on_a_softmax_base() -> None:
+    with pytest.raises(ValueError, match="siglip-streamed needs --siglip"):
+        runtime_of(HOST_THAT_SERVES_NOTHING, "siglip-streamed", base=rankloss.ClipLoss())
 
 
 def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
@@ -614,19 +628,23 @@ def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
     ):
         with pytest.raises(ValueError, match=f"{type(module).__name__} .* --siglip: {reason}"):
             runtime_of(HOST, module, base=sigmoid)
+
+
+def test_a_module_that_is_no_softmax_loss_is_trained_on_a_sigmoid_base() -> None:
+    sigmoid = rankloss.SigLipLoss()
     for module in (sigmoid, rankloss.RankClipLoss(sigmoid), GivenEntries(a_loss=SCALE)):
         assert runtime_of(HOST, module, base=sigmoid).criterion is module
 
 
-def remembering(step: int = 1) -> Runtime:
+def run_with_a_moved_average() -> Runtime:
     """A run of a loss with a state, which has trained one step: its average is no longer 1."""
-    run = at_step(runtime_of(HOST, TinyCaptionLoss()), step)
+    run = at_step(runtime_of(HOST, TinyCaptionLoss()), 1)
     run(**loss_inputs(pair_features()), caption_features=pair_features(seed=2)[0])
     return run
 
 
 def test_a_saved_state_does_not_move_with_the_loss() -> None:
-    run = remembering()
+    run = run_with_a_moved_average()
     average, saved = run.criterion.average.clone(), run.saved()
     at_step(run, 2)(**loss_inputs(pair_features()), caption_features=pair_features(seed=3)[0])
     assert not torch.equal(run.criterion.average, average)
@@ -636,7 +654,7 @@ def test_a_saved_state_does_not_move_with_the_loss() -> None:
 @pytest.mark.parametrize("form", ["tensors", "lists"])
 def test_a_state_is_restored_to_the_last_bit(form: str) -> None:
     """Checkpoints of JSON have lists."""
-    run, resumed = remembering(), runtime_of(HOST, TinyCaptionLoss())
+    run, resumed = run_with_a_moved_average(), runtime_of(HOST, TinyCaptionLoss())
     saved = run.saved()
     if form == "lists":
         saved = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
@@ -644,23 +662,25 @@ def test_a_state_is_restored_to_the_last_bit(form: str) -> None:
     assert torch.equal(resumed.criterion.average, run.criterion.average)
 
 
-@pytest.mark.parametrize("loss", [None, "x"])
+@pytest.mark.parametrize("is_missing", [True, False], ids=["missing", "of another loss"])
 def test_a_state_that_is_missing_or_another_losses_starts_anew_with_a_warning(
-    caplog: pytest.LogCaptureFixture, loss: str | None
+    caplog: pytest.LogCaptureFixture, is_missing: bool
 ) -> None:
-    run = remembering()
-    if loss is None:
+    run = run_with_a_moved_average()
+    if is_missing:
         run.restore(None)
-        held = "no state of a loss"
+        in_checkpoint = "no state of a loss"
     else:
-        run.restore({**run.saved(), "loss": loss})
-        held = f"the state of the loss {loss}"
-    assert f"holds {held}: the state of TinyCaptionLoss starts anew" in caplog.text
-    assert torch.equal(run.criterion.average, TinyCaptionLoss().average)
+        run.restore({**run.saved(), "loss": "another"})
+        in_checkpoint = "the state of the loss another"
+    assert f"holds {in_checkpoint}: the state of TinyCaptionLoss starts anew" in caplog.text
+    assert run.criterion.average == 1, "as a new loss has it"
 
 
 def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> None:
     class Counted(GivenEntries):
+        """A state that is no tensor, while checkpoints hold tensors."""
+
         def get_extra_state(self) -> dict[str, int]:
             return {"n": 3}
 
@@ -672,17 +692,30 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> No
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (3, "holds no state of rankloss; got 3"),
-        ([{"loss": "Counting"}], "holds no state of rankloss; got "),
-        ({"state_dict": {}}, "holds no state of rankloss; got "),
-        ({"loss": "Counting"}, "holds no state of rankloss; got "),
-        ({"loss": "Counting", "state_dict": {}, "training": 7}, "holds no state of rankloss; got "),
-        ({"loss": "Counting", "state_dict": {"count": "x"}}, "does not fit the loss: .*'str'"),
-        (
+        pytest.param(3, "holds no state of rankloss; got 3", id="a number"),
+        pytest.param([{"loss": "Counting"}], "holds no state of rankloss; got ", id="a list"),
+        pytest.param({"state_dict": {}}, "holds no state of rankloss; got ", id="no loss"),
+        pytest.param({"loss": "Counting"}, "holds no state of rankloss; got ", id="no state_dict"),
+        pytest.param(
+            {"loss": "Counting", "state_dict": {}, "training": 7},
+            "holds no state of rankloss; got ",
+            id="a training that is a number",
+        ),
+        pytest.param(
+            {"loss": "Counting", "state_dict": {"count": "x"}},
+            "does not fit the loss: .*'str'",
+            id="a buffer that is text",
+        ),
+        pytest.param(
             {"loss": "Counting", "state_dict": {"count": [1, 2]}},
             r"does not fit the loss: .*\n.*size mismatch",
+            id="a buffer of another shape",
         ),
-        ({"loss": "Counting", "state_dict": {"other": 1}}, "does not fit the loss: .*\n.*count"),
+        pytest.param(
+            {"loss": "Counting", "state_dict": {"other": 1}},
+            "does not fit the loss: .*\n.*count",
+            id="a buffer of another name",
+        ),
     ],
 )
 def test_a_strangers_state_in_a_checkpoint_is_an_error_that_says_so(state: Any, message: str) -> None:
@@ -710,10 +743,13 @@ def test_a_buffer_without_rows_is_restored() -> None:
 
 
 def test_joined_losses_have_the_attributes_of_each() -> None:
-    created = rankloss_trainers.create("rankclip-distill+mimicry")
+    created = rankloss_trainers.create("rankclip-distill+mimicry", mimicry={"weight": 3.0})
     created.set_epoch(2, 3)
-    assert created.schedule_value == 2
-    assert created.weight == 16
+    assert created.schedule_value == rankloss.schedules.rankclip(2, 3) > 0, "of rankclip-distill"
+    assert created.weight == 3.0, "of mimicry"
+
+
+def test_an_attribute_that_no_loss_has_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="schedule"):
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
 
@@ -735,7 +771,7 @@ def test_options_of_partial_functions_and_of_callable_objects_are_read() -> None
 
 def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
     original = rankloss_trainers.create("rankclip", schedule="linear")
-    original.set_epoch(1, 3)
+    original.set_epoch(1, 3)  # λ is 0 at the first of three epochs, ½ at the second, 1 at the last
     for duplicate in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
         duplicate.set_epoch(2, 3)
         assert duplicate.schedule_value == 0.5
@@ -746,19 +782,21 @@ def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
 def test_a_copy_of_joined_losses_is_told_without_the_original() -> None:
     original = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
     duplicate = copy.deepcopy(original)
-    original.set_epoch(1, 3)
+    original.set_epoch(1, 3)  # λ is 0 at the first of three epochs, and ½ at the second
     duplicate.set_epoch(2, 3)
     assert (duplicate.schedule_value, original.schedule_value) == (0.5, 0)
 
 
 @pytest.mark.parametrize("name", [*catalog.known(), "rankclip+tiny", "rankclip-distill+mimicry+tiny"])
-def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
+def test_a_created_loss_has_the_value_of_a_run(name: str) -> None:
     base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
-    loop = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
-    created, run = rankloss_trainers.create(name, base), at_step(runtime_of(loop, name, base=base), 2)
+    # As a plain loop, this trainer computes no teacher, which rankclip-encoders would have by default.
+    trainer = dataclasses.replace(HOST, serves={*NEEDS} - {"teacher"})
+    run = at_step(runtime_of(trainer, name, base=base), 2, total_steps=3)
+    created = rankloss_trainers.create(name, base)
     created.set_progress(2, 3)
-    inputs_of_first = inputs_of(name.split("+")[0])
-    assert torch.equal(created(**inputs_of_first), run(**inputs_of_first).total)
+    inputs = inputs_of(name.partition("+")[0])  # the first of joined losses takes all that the others take
+    assert torch.equal(created(**inputs), run(**inputs).total)
 
 
 @pytest.mark.parametrize("name", [name for name in catalog.known() if name.startswith(("clip", "siglip"))])
@@ -769,28 +807,17 @@ def test_a_loss_without_a_schedule_may_be_told_of_an_epoch(name: str) -> None:
 
 @pytest.mark.parametrize("name", catalog.known())
 def test_every_created_loss_takes_features_and_scale_by_position(name: str) -> None:
-    created, given = rankloss_trainers.create(name), inputs_of(name)
+    created, inputs = rankloss_trainers.create(name).eval(), inputs_of(name)
     created.set_progress(2, 3)
-    expected = created.eval()(**given, output_dict=True)
-    positions = [given.pop(key) for key in ("image_features", "text_features", "logit_scale")]
-    assert created(*positions, output_dict=True, **given) == expected
+    by_name = created(**inputs, output_dict=True)
+    positions = [inputs.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+    assert created(*positions, output_dict=True, **inputs) == by_name
 
 
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
         ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
-        *(
-            (
-                name,
-                {key: value},
-                TypeError,
-                f"{name} has no option {key!r}; it is an option of a trainer's run",
-            )
-            for key, value in OTHER_VALUES.items()
-            for name in ("rankclip", "clip")
-            if key != "teacher"
-        ),
         ("rankclip", {"teacher": "no-folder"}, ValueError, "teacher.*no-folder"),
         ("rankclip", {"teacher": "text=minilm"}, ValueError, "rankloss features --text-encoder minilm"),
         ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),
@@ -819,12 +846,22 @@ def test_every_created_loss_takes_features_and_scale_by_position(name: str) -> N
         ("clip-ids", {"base": SIGMOID, "label_smoothing": 0.1}, ValueError, r"label_smoothing.*0\.1.*SigLIP"),
         ("clip-ids", {"base": rankloss.ClipLoss(same_id="share")}, ValueError, "same_id.*'share'"),
     ],
+    ids=lambda cell: str(cell) if isinstance(cell, dict | nn.Module) else None,
 )
 def test_create_refuses_options_that_nobody_acts_on(
-    name: Any, options: Any, error: Any, message: str
+    name: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         rankloss_trainers.create(name, **options)
+
+
+@pytest.mark.parametrize("name", ["rankclip", "clip"])
+@pytest.mark.parametrize(("key", "value"), [x for x in OTHER_VALUES.items() if x[0] != "teacher"])
+def test_create_refuses_the_options_of_a_trainers_run(key: str, value: Any, name: str) -> None:
+    """All but the teacher, which a loop of one's own may have."""
+    message = f"{name} has no option {key!r}; it is an option of a trainer's run"
+    with pytest.raises(TypeError, match=message):
+        rankloss_trainers.create(name, **{key: value})
 
 
 def test_options_of_joined_losses_are_given_by_loss_that_of_the_base_too() -> None:
@@ -847,17 +884,21 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> N
 
 def test_a_loss_gathers_as_its_base_unless_an_attribute_is_no_gathering() -> None:
     base, other = rankloss.RankClipLoss(gather=False), GivenEntries(contrastive_loss=torch.tensor(1.0))
-    other.gather = print
+    other.gather = print  # an attribute that has the name alone
     assert rankloss_trainers.create("mimicry", base).gather == base.gather == rankloss.Gather.of(False)
     assert rankloss_trainers.create("mimicry", other).gather == rankloss.MimicryLoss().gather
 
 
-@pytest.mark.parametrize("names", [("tiny+rankclip", "mimicry"), ("tiny+mimicry", "rankclip")])
-def test_joined_losses_are_a_base_that_takes_its_teacher(names: tuple[str, str]) -> None:
-    """Whole, in two steps, and as the module of a trainer."""
-    first = rankloss_trainers.create(names[0])
-    assert runtime_of(HOST, first).teaching.use == "optional"
-    in_two_steps, whole = rankloss_trainers.create(names[1], first), rankloss_trainers.create("+".join(names))
+@pytest.mark.parametrize("name", ["tiny+rankclip", "tiny+mimicry"])
+def test_joined_losses_as_the_module_of_a_trainer_may_have_a_teacher(name: str) -> None:
+    assert runtime_of(HOST, rankloss_trainers.create(name)).teaching.use == "optional"
+
+
+@pytest.mark.parametrize(("base", "added"), [("tiny+rankclip", "mimicry"), ("tiny+mimicry", "rankclip")])
+def test_joined_losses_are_a_base_that_takes_its_teacher(base: str, added: str) -> None:
+    """A loss that is created on them has the entries of all that are joined at once."""
+    in_two_steps = rankloss_trainers.create(added, rankloss_trainers.create(base))
+    whole = rankloss_trainers.create(f"{base}+{added}")
     entries = []
     for loss in (in_two_steps, whole):
         loss.set_progress(2, 3)
