@@ -29,7 +29,6 @@ HOST = Host(
     progress="call set_epoch or set_progress",
     serves=("columns", "ids", "lists", "state", "parameters", "folder"),
 )
-_ENDS = {"epoch": "epochs", "step": "total_steps"}  # the last argument of each method of METHODS
 BASES = {"clip": rankloss.ClipLoss, "siglip": rankloss.SigLipLoss}
 """Losses of pairs by name, alone or as the first of joined ones."""
 
@@ -59,9 +58,11 @@ class CreatedLoss(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The method that tells all parts; else the attribute of the outermost loss that has it."""
-        for unit, method in METHODS.items():
-            if name == method:
-                return functools.partial(_tell, self.loss, unit)
+        # Here, and not methods of the class, by which a trainer would tell the parts a second time.
+        if name == METHODS["epoch"]:
+            return functools.partial(_set_epoch, self.loss)
+        if name == METHODS["step"]:
+            return functools.partial(_set_progress, self.loss)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -125,11 +126,18 @@ def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[A
     return base, choose_each(names_of(others), of_others)
 
 
-def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
-    """Tell all parts of a loss that have the method where training stands."""
-    check_position(unit, now, _ENDS[unit], end)
-    for tell in listeners(loss, unit, preferred=unit):
-        tell(now, end)
+def _set_epoch(loss: nn.Module, epoch: int, epochs: int) -> None:
+    """Tell all parts of a loss that can be told that an epoch begins; its arguments are ``set_epoch``'s."""
+    check_position("epoch", epoch, "epochs", epochs)
+    for set_epoch in listeners(loss, "epoch", preferred="epoch"):
+        set_epoch(epoch, epochs)
+
+
+def _set_progress(loss: nn.Module, step: int, total_steps: int) -> None:
+    """Tell all parts of a loss that can be told that a step begins; its arguments are ``set_progress``'s."""
+    check_position("step", step, "total_steps", total_steps)
+    for set_progress in listeners(loss, "step", preferred="step"):
+        set_progress(step, total_steps)
 
 
 def _before_call(teaching: Teaching, _: nn.Module, args: Sequence[Any], inputs: Mapping[str, Any]) -> None:

@@ -779,6 +779,15 @@ def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
         assert (duplicate.schedule_value, original.schedule_value) == (1, 0)
 
 
+def test_joined_losses_are_told_by_the_keywords_of_a_single_loss() -> None:
+    joined = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
+    for loss in (rankloss.RankClipLoss(schedule="linear"), joined):
+        loss.set_epoch(epoch=2, epochs=3)
+        assert loss.schedule_value == 0.5
+        loss.set_progress(step=3, total_steps=3)
+        assert loss.schedule_value == 1
+
+
 def test_a_copy_of_joined_losses_is_told_without_the_original() -> None:
     original = rankloss_trainers.create("rankclip+mimicry", rankclip={"schedule": "linear"})
     duplicate = copy.deepcopy(original)
