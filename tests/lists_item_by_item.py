@@ -41,21 +41,21 @@ class Lists:
         tensors = self.queries, self.items, torch.tensor(self.scale, dtype=F64)
         return tuple(x.detach().to(DEVICE, dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
 
-    def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **inputs: Any) -> Tensor:
+    def value_of(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **inputs: Any) -> Tensor:
         """The library's value of these lists."""
-        grades = fitting(self.grades, loss.model, loss.pair_weight)
+        grades = grades_for_model(self.grades, loss.model, loss.pair_weight)
         inputs = {"candidate_index": self.index, "mask": self.mask, **inputs}
         value: Tensor = loss(q, c, grades, s, **inputs)
         return value
 
-    def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
-        """The value item by item."""
-        grades = fitting(self.grades, options.get("model"), options.get("pair_weight"))
+    def loss_item_by_item(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
+        """The expected value, in plain torch and item by item: see :func:`literal`."""
+        grades = grades_for_model(self.grades, options.get("model"), options.get("pair_weight"))
         value: Tensor = literal(q, c, self.index, grades, s, self.mask, **options)
         return value
 
     def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
-        """A value of queries, items and scale, and its gradients."""
+        """The value of a function of queries, items and scale, and its gradients by them."""
         inputs = self.leaves()
         value = value_of(*inputs)
         return [value, *gradients(value, inputs, upstream)]
@@ -182,15 +182,18 @@ def _lambda(scores: list[Any], grades: list[float], gain: str) -> Any:
     return sum(weights[better, worse] * _softplus(scores[worse] - scores[better]) for better, worse in pairs)
 
 
-def fitting(grades: Tensor, model: str | None, pair_weight: str | None) -> Tensor:
-    """Grades that the model takes: the lowest is 0 and not −∞ for gains and differences."""
+def grades_for_model(grades: Tensor, model: str | None, pair_weight: str | None) -> Tensor:
+    """The grades, with 0 in the place of −∞ where the model takes gains or differences of grades."""
     return grades.clamp_min(0.0) if model == "lambda" or pair_weight else grades
 
 
-def lists_of(
+def random_lists(
     seed: int, n: int, k: int, m: int, *, scale: float = 10.0, d: int = 5, masked: bool = True, equal: int = 0
 ) -> Lists:
-    """Grades have ties and −∞; the last ``equal`` items repeat the first."""
+    """N lists of K among M items of D dimensions, of which the last ``equal`` repeat the first.
+
+    Grades have ties and −∞; some places are padding if ``masked``.
+    """
     rng = np.random.default_rng(seed)
     items = unit_rows(rng, m, d)
     items[m - equal :] = items[:equal]
@@ -208,11 +211,11 @@ def lists_of(
 
 
 @st.composite
-def lists(draw: st.DrawFn) -> Lists:
+def any_lists(draw: st.DrawFn) -> Lists:
     """Lists of some of the items, of which some may be equal."""
     k = draw(st.integers(1, 5))
     m = k + draw(st.integers(0, 8))
-    return lists_of(
+    return random_lists(
         seed=draw(st.integers(0, 2**32 - 1)),
         n=draw(st.integers(1, 5)),
         k=k,
@@ -236,7 +239,9 @@ MODELS: list[dict[str, Any]] = [
     {"in_batch_negatives": True, "model": "top_one"},
     {"in_batch_negatives": True, "model": "pairwise"},
 ]
-models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+every_model = pytest.mark.parametrize(
+    "options", MODELS, ids=lambda o: "-".join(map(str, o.values())) or "default"
+)
 
 
 @dataclass(frozen=True)

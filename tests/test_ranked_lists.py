@@ -21,7 +21,7 @@ from torch import Tensor
 from batches import assert_close, assert_same, gradients, unit, unit_rows, upstream_for
 from counting import count_calls
 from fake_devices import no_float64
-from lists_item_by_item import F64, MODELS, Frozen, Lists, fitting, lists, lists_of, models
+from lists_item_by_item import F64, Frozen, Lists, any_lists, every_model, grades_for_model, random_lists
 from memory import TensorSizes, saved_bytes
 from rankloss import ClipLoss, RankedLists, graded, pair_sums, precision, reference
 
@@ -30,10 +30,10 @@ F32 = torch.float32
 # --- values and gradients -----------------------------------------------------------------------------------
 
 
-@models
+@every_model
 @settings(max_examples=settings.default.max_examples * 3 // 2)
 @given(
-    lists=lists(),
+    lists=any_lists(),
     chunk_size=st.sampled_from([None, 1, 2]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     frozen_by=st.sampled_from([None, "features", "scores"]),
@@ -54,9 +54,9 @@ def test_values_and_gradients_are_those_of_the_definition(
         name: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for name, x in frozen_inputs.items()
     }
     inputs = lists.leaves()
-    value = lists.loss(loss, *inputs, **frozen_inputs)
+    value = lists.value_of(loss, *inputs, **frozen_inputs)
     frozen_scores = frozen.scores if frozen_inputs else None
-    owed = lists.owed(*inputs, **options, reduction=reduction, frozen=frozen_scores)
+    owed = lists.loss_item_by_item(*inputs, **options, reduction=reduction, frozen=frozen_scores)
     torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
     upstream = upstream_for(value)
     by_queries, by_items, by_scale, *by_frozen = torch.autograd.grad(
@@ -78,7 +78,7 @@ def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
     model: Any, seed: int, n: int, scale: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    v, t = (torch.from_numpy(unit_rows(rng, n, 7)) for _ in range(2))
+    v, t = (torch.from_numpy(unit_rows(rng, n, d=7)) for _ in range(2))
     loss = RankedLists(model=model, in_batch_negatives=True)
     grades = torch.zeros(n, 1)
     of_images, of_texts = loss(v, t[:, None], grades, scale), loss(t, v[:, None], grades, scale)
@@ -86,44 +86,55 @@ def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
     assert torch.equal((of_images + of_texts) / 2, ClipLoss()(v, t, scale))
 
 
-@models
-@pytest.mark.parametrize("id_of", [lambda row: 2**63 - 1 - row, lambda row: row - 2**63, lambda row: -row])
-def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: Any) -> None:
-    """Also where an item of no list, here the first two, comes before the candidate, or has its id."""
-    lists = lists_of(seed=0, n=4, k=3, m=9)
-    lists = replace(lists, index=lists.index % 7 + 2)
-    ids = torch.tensor([id_of(max(row - 2, 0)) for row in range(9)])
+@every_model
+@pytest.mark.parametrize(
+    "id_of",
+    [
+        pytest.param(lambda number: 2**63 - 1 - number, id="down from the largest integer"),
+        pytest.param(lambda number: number - 2**63, id="up from the smallest integer"),
+        pytest.param(lambda number: -number, id="zero and below"),
+    ],
+)
+def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: Callable[[int], int]) -> None:
+    """Also where items of no list, here the first two, stand before a candidate and have its id."""
+    n_items, n_unlisted = 9, 2
+    lists = random_lists(seed=0, n=4, k=3, m=n_items)
+    lists = replace(lists, index=lists.index % (n_items - n_unlisted) + n_unlisted)
+    id_numbers = [max(item - n_unlisted, 0) for item in range(n_items)]  # 0, 0, 0, 1, 2, …
+    ids = torch.tensor([id_of(number) for number in id_numbers])
     by_ids = lists.differentiated(
-        lambda *inputs: lists.loss(RankedLists(**options), *inputs, candidate_ids=ids)
+        lambda *inputs: lists.value_of(RankedLists(**options), *inputs, candidate_ids=ids)
     )
-    assert_same(by_ids, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
+    assert_same(by_ids, lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options)))
 
 
-@models
+@every_model
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_an_excluded_candidate_is_no_negative_of_its_query(
     options: dict[str, Any], chunk_size: int | None
 ) -> None:
     """Such as a query's own caption in another query's list; without negatives nothing changes."""
-    lists = lists_of(seed=0, n=5, k=3, m=9)
+    lists = random_lists(seed=0, n=5, k=3, m=9)
     first_candidates = lists.index[:, 0]
-    excluded = first_candidates.roll(1)  # that of the query before
+    excluded = first_candidates.roll(1)  # the first candidate of the query before
     ids = torch.arange(9) + 100
     loss = RankedLists(**options, chunk_size=chunk_size)
     by_ids = lists.differentiated(
-        lambda *inputs: lists.loss(loss, *inputs, candidate_ids=ids, excluded_ids=ids[excluded])
+        lambda *inputs: lists.value_of(loss, *inputs, candidate_ids=ids, excluded_ids=ids[excluded])
     )
-    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options, excluded=excluded.tolist()))
+    owed = lists.differentiated(
+        lambda *inputs: lists.loss_item_by_item(*inputs, **options, excluded=excluded.tolist())
+    )
     assert_same(by_ids, owed)
 
 
 def test_excluded_ids_need_ids_of_candidates() -> None:
-    lists = lists_of(seed=0, n=4, k=3, m=9)
+    lists = random_lists(seed=0, n=4, k=3, m=9)
     loss = RankedLists(in_batch_negatives=True)
     with pytest.raises(ValueError, match="excluded_ids are ids of candidates, and need candidate_ids"):
-        lists.loss(loss, *lists.leaves(), excluded_ids=torch.arange(4))
+        lists.value_of(loss, *lists.leaves(), excluded_ids=torch.arange(4))
     with pytest.raises(ValueError, match=r"excluded_ids must be 4 integers, one for every pair; got .*\[3\]"):
-        lists.loss(loss, *lists.leaves(), candidate_ids=torch.arange(9), excluded_ids=torch.arange(3))
+        lists.value_of(loss, *lists.leaves(), candidate_ids=torch.arange(9), excluded_ids=torch.arange(3))
 
 
 LAMBDA = {"model": "lambda"}
@@ -201,7 +212,7 @@ def test_a_candidate_may_have_another_grade_at_padding(by: str) -> None:
     assert RankedLists()(grades=grades, mask=mask, **with_a_candidate_twice(by)).isfinite()
 
 
-@models
+@every_model
 def test_uses_grade_values_tells_if_other_grades_of_the_same_order_change_the_loss(
     options: dict[str, Any],
 ) -> None:
@@ -217,34 +228,36 @@ def test_uses_grade_values_tells_if_other_grades_of_the_same_order_change_the_lo
     assert loss.uses_grade_values is (value != value_by_squares)
 
 
-@models
+@every_model
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
-    lists = lists_of(seed=4, n=5, k=4, m=9)
+    lists = random_lists(seed=4, n=5, k=4, m=9)
     built, changed = RankedLists(**options), RankedLists(model="pairwise", pair_weight="difference")
     for name, value in {"model": "plackett_luce", "pair_weight": None, **options}.items():
         setattr(changed, name, value)
-    of_changed = lists.differentiated(lambda *inputs: lists.loss(changed, *inputs))
-    assert_same(of_changed, lists.differentiated(lambda *inputs: lists.loss(built, *inputs)), tolerance=0.0)
+    of_changed = lists.differentiated(lambda *inputs: lists.value_of(changed, *inputs))
+    assert_same(
+        of_changed, lists.differentiated(lambda *inputs: lists.value_of(built, *inputs)), tolerance=0.0
+    )
 
 
-@models
+@every_model
 @settings(max_examples=settings.default.max_examples // 2)
-@given(lists=lists(), data=st.data())
+@given(lists=any_lists(), data=st.data())
 def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists, data: st.DataObject) -> None:
     loss = RankedLists(**options)
     padded = Padded.of(lists, data.draw(st.permutations(range(lists.grades.shape[1] + 2))))
 
     def of_padded(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        grades = fitting(padded.grades, loss.model, loss.pair_weight)
+        grades = grades_for_model(padded.grades, loss.model, loss.pair_weight)
         return loss(q, with_nan_row(c), grades, s, mask=padded.mask, candidate_index=padded.index)
 
-    expected = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
+    expected = lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs))
     assert_same(lists.differentiated(of_padded), expected)
 
 
-@models
+@every_model
 @settings(max_examples=settings.default.max_examples // 2)
-@given(lists=lists(), data=st.data())
+@given(lists=any_lists(), data=st.data())
 def test_order_and_padding_change_nothing_of_features_of_each_list(
     options: dict[str, Any], lists: Lists, data: st.DataObject
 ) -> None:
@@ -254,12 +267,12 @@ def test_order_and_padding_change_nothing_of_features_of_each_list(
     padded = Padded.of(lists, data.draw(st.permutations(range(k + 2))))
 
     def of_padded(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        grades = fitting(padded.grades, loss.model, loss.pair_weight)
+        grades = grades_for_model(padded.grades, loss.model, loss.pair_weight)
         return loss(q, with_nan_row(c)[padded.index], grades, s, mask=padded.mask)
 
     def with_rows_of_their_own(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
         index = torch.arange(n * k).view(n, k)
-        return lists.loss(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=index)
+        return lists.value_of(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=index)
 
     assert_same(lists.differentiated(of_padded), lists.differentiated(with_rows_of_their_own))
 
@@ -287,9 +300,16 @@ def with_nan_row(items: Tensor) -> Tensor:
     return F.pad(items, (0, 0, 0, 1), value=math.nan)
 
 
-@models
+@every_model
 @pytest.mark.filterwarnings("ignore:logit_scale is 5000")
-@pytest.mark.parametrize("scale", [356.0, 680.0, 5000.0])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        pytest.param(356.0, id="e^2s is infinite"),
+        pytest.param(680.0, id="e^-2s is 0"),
+        pytest.param(5000.0, id="e^s is infinite"),
+    ],
+)
 def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> None:
     """Six queries beside the first of three candidates, whose scores are about s, −s and 0, in all orders."""
     lists = Lists(
@@ -299,19 +319,21 @@ def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> N
         grades=torch.tensor(list(itertools.permutations([0.0, 1.0, 2.0])), dtype=F64),
         scale=scale,
     )
-    of_loss = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    of_loss = lists.differentiated(lambda *inputs: lists.value_of(RankedLists(**options), *inputs))
     assert_close(
-        of_loss, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), tolerance=1e-11
+        of_loss,
+        lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options)),
+        tolerance=1e-11,
     )
 
 
-@models
+@every_model
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
     """With a list of one candidate, a list without items below it, and ungraded candidates."""
     mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, -math.inf, -math.inf], [1.0, 0.0, 0.0]], dtype=F64)
-    lists = replace(lists_of(seed=1, n=3, k=3, m=3, masked=False), grades=grades, mask=mask)
+    lists = replace(random_lists(seed=1, n=3, k=3, m=3, masked=False), grades=grades, mask=mask)
 
     def derivatives(value_of: Callable[..., Tensor]) -> list[Tensor]:
         """Of the first order, and of the second along a direction; a NaN on the way is an error."""
@@ -322,20 +344,22 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
             along = sum((x * direction).sum() for x, direction in zip(first, directions, strict=True))
             return [*first, *torch.autograd.grad(along, inputs)]
 
-    of_loss = derivatives(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
-    assert_same(of_loss, derivatives(lambda *inputs: lists.owed(*inputs, **options)), tolerance=1e-9)
+    of_loss = derivatives(lambda *inputs: lists.value_of(RankedLists(**options), *inputs))
+    assert_same(
+        of_loss, derivatives(lambda *inputs: lists.loss_item_by_item(*inputs, **options)), tolerance=1e-9
+    )
 
 
 # --- a frozen model's scores --------------------------------------------------------------------------------
 
 
 def test_a_frozen_copy_leaves_equal_scores() -> None:
-    """Exactly, so that a training begins at the loss of a list without an order."""
-    lists = lists_of(seed=6, n=4, k=5, m=9, masked=False)
+    """So that a training begins where each pair costs −log σ(0) = log 2."""
+    lists = random_lists(seed=6, n=4, k=5, m=9, masked=False)
     q, c, s = lists.leaves(torch.float32)
     frozen = Frozen(lists.queries.float(), lists.items.float(), lists.scale).as_features()
     loss = RankedLists(model="pairwise")
-    assert lists.loss(loss, q, c, s, **frozen).item() == pytest.approx(math.log(2), rel=1e-7)
+    assert lists.value_of(loss, q, c, s, **frozen).item() == pytest.approx(math.log(2), rel=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:candidate_features should be unit-norm")
@@ -369,7 +393,7 @@ def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
         reordered = scores[:, order]
         value, terms = graded.lambda_loss(reordered, grades[:, order], ranked_by=reordered)
         assert value.item() == pytest.approx(owed, rel=1e-14)
-        assert terms.tolist() == [1]
+        assert terms.tolist() == [1]  # the list counts once in a mean
 
 
 def test_exponential_gains_of_any_grade_are_finite() -> None:
@@ -385,31 +409,35 @@ def test_exponential_gains_of_any_grade_are_finite() -> None:
 
 
 def test_lists_without_a_gain_count_nothing() -> None:
-    lists = replace(lists_of(seed=0, n=3, k=2, m=4), grades=torch.zeros(3, 2))
-    assert lists.loss(RankedLists(model="lambda"), *lists.leaves()) == 0
+    lists = replace(random_lists(seed=0, n=3, k=2, m=4), grades=torch.zeros(3, 2))
+    assert lists.value_of(RankedLists(model="lambda"), *lists.leaves()) == 0
 
 
 # --- beyond one chunk, and in other surroundings ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", MODELS[2:], ids=str)
-def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
-    """What is kept for the backward pass, and the largest tensor: never one of all queries and items."""
+@every_model
+def test_memory_is_linear_in_the_lists(options: dict[str, Any]) -> None:
+    """The backward pass keeps inputs alone, and no tensor has numbers of all queries and all items."""
     k, m, d, chunk = 3, 64, 5, 2
+    bytes_of_a_number = F64.itemsize
 
     def memory_of(n: int) -> tuple[int, int]:
-        """The bytes that are kept, and the elements of the largest tensor."""
-        lists, loss = lists_of(seed=0, n=n, k=k, m=m, masked=False), RankedLists(**options, chunk_size=chunk)
+        """The bytes that n lists keep for the backward pass, and the elements of the largest tensor."""
+        lists = random_lists(seed=0, n=n, k=k, m=m, masked=False)
+        loss = RankedLists(**options, chunk_size=chunk)
         inputs = lists.leaves()
-        kept = saved_bytes(lambda: lists.loss(loss, *inputs))
+        kept = saved_bytes(lambda: lists.value_of(loss, *inputs))
         with TensorSizes() as sizes:
-            lists.loss(loss, *inputs).backward()
+            lists.value_of(loss, *inputs).backward()
         return kept, sizes.largest
 
     (kept_of_8, _), (kept_of_16, _), (kept_of_32, largest) = map(memory_of, (8, 16, 32))
     assert kept_of_32 - kept_of_16 == 2 * (kept_of_16 - kept_of_8)
-    assert kept_of_32 < 8 * (32 * m + 8 * m * k * d)
-    assert largest <= max(32 * k * d, chunk * m * k)
+    features_and_grades = 32 * (d + k) + m * d
+    assert kept_of_32 <= bytes_of_a_number * features_and_grades < bytes_of_a_number * 32 * m
+    of_listed_candidates, of_a_chunk = 32 * k * d, chunk * m * k
+    assert largest <= max(of_listed_candidates, of_a_chunk) < 32 * m
 
 
 def test_padding_is_not_looked_at_nor_are_equal_queries_without_negatives() -> None:
@@ -430,31 +458,37 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None
 
 
 def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no tensor holds all pairs."""
-    n, k = 8, 12
-    lists = lists_of(seed=0, n=n, k=k, m=512, masked=False)
+    """So that no tensor holds all pairs of a listed candidate and a negative."""
+    n, k, m = 8, 12, 512
+    lists = random_lists(seed=0, n=n, k=k, m=m, masked=False)
     loss = RankedLists(model="pairwise", in_batch_negatives=True)
-    owed = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
-    monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
+    owed = lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs))
+    monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})  # far fewer than there are
     with TensorSizes() as sizes:
-        assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, tolerance=1e-12)
-    negatives = len(lists.index.unique())
-    assert sizes.largest < n * k * negatives / 2
+        assert_same(
+            lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs)), owed, tolerance=1e-12
+        )
+    listed_items = len(lists.index.unique())  # each a negative of the lists without it
+    assert sizes.largest < n * k * listed_items / 2
 
 
-def test_pairs_with_negatives_keep_pairs_within_the_lists_and_some_numbers_an_item_more_than_plackett_luce(
+def test_pairs_with_negatives_keep_at_most_the_pairs_within_the_lists_more_than_plackett_luce(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
+    """They do not keep the pairs with negatives, which are more."""
+    monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})  # far fewer than there are
     n, k, m = 8, 12, 512
-    lists = lists_of(seed=0, n=n, k=k, m=m, masked=False)
+    lists = random_lists(seed=0, n=n, k=k, m=m, masked=False)
     inputs = lists.leaves()
 
     def kept_by(model: Any) -> int:
+        """Bytes for the backward pass."""
         loss = RankedLists(model=model, in_batch_negatives=True)
-        return saved_bytes(lambda: lists.loss(loss, *inputs))
+        return saved_bytes(lambda: lists.value_of(loss, *inputs))
 
-    assert kept_by("pairwise") <= kept_by("plackett_luce") + 8 * n * (4 * k * k + 2 * m)
+    pairs_within_lists, pairs_with_negatives = n * k * k, n * k * (len(lists.index.unique()) - k)
+    assert pairs_within_lists < pairs_with_negatives / 2
+    assert kept_by("pairwise") <= kept_by("plackett_luce") + F64.itemsize * pairs_within_lists
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -462,14 +496,17 @@ def test_pairs_with_negatives_keep_pairs_within_the_lists_and_some_numbers_an_it
 def test_long_lists_are_summed_by_cells(
     dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To rounding in value and gradients, also of the second order, and without a tensor of all pairs."""
+    """Σ log(1 + e^(rest − score)) of each score, with two orders of derivatives, to rounding."""
     generator = torch.Generator().manual_seed(0)
+    n_lists, n_scores, n_rest = 3, 64, 8000
     scores, rest = (
-        spread * torch.randn(3, n, dtype=F64, generator=generator).clamp(-3, 3) for n in (64, 8000)
+        spread * torch.randn(n_lists, n, dtype=F64, generator=generator).clamp(-3, 3)
+        for n in (n_scores, n_rest)
     )
-    rest[0, 5:900] = rest[1] = -math.inf  # the second list has no rest
+    rest[0, 5:900] = -math.inf  # as places that are no negatives
+    rest[1] = -math.inf  # a list without negatives
     rounded = scores.to(dtype), rest.to(dtype)
-    upstream = torch.rand(3, 64, dtype=F64, generator=generator)
+    upstream = torch.rand(n_lists, n_scores, dtype=F64, generator=generator)
 
     def value_and_derivatives(sums: Callable[..., Tensor], of_dtype: torch.dtype) -> list[Tensor]:
         """The sums, their gradients, and second derivatives in the gradients' own direction."""
@@ -488,19 +525,24 @@ def test_long_lists_are_summed_by_cells(
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 def test_sums_by_cells_make_no_tensor_of_all_pairs(dtype: torch.dtype) -> None:
-    scores, rest = (torch.linspace(-9, 9, 3 * n, dtype=dtype).view(3, n) for n in (64, 8000))
+    n_lists, n_scores, n_rest = 3, 64, 8000
+    scores, rest = (
+        torch.linspace(-9, 9, n_lists * n, dtype=dtype).view(n_lists, n) for n in (n_scores, n_rest)
+    )
     with TensorSizes() as sizes:
         pair_sums.rest_sums(scores.requires_grad_(), rest.requires_grad_()).sum().backward()
-    assert 8000 <= sizes.largest < 3 * 64 * 8000
+    assert n_rest <= sizes.largest < n_lists * n_scores * n_rest
 
 
 @pytest.mark.parametrize("has_near_duplicate", [False, True], ids=["drawn", "with a near duplicate"])
 def test_pairs_of_long_lists_take_few_times_plackett_luces_work(has_near_duplicate: bool) -> None:
-    """Counted by the elements of all results, 18 times as many if all pairs are computed; up to 120 nats."""
-    queries, candidates = unit(128, 64, seed=0, dtype=F32), unit(128, 64, 64, seed=1, dtype=F32)
-    if has_near_duplicate:  # of the first query, in the second one's list
+    """Work is the number of elements of all operations' results."""
+    n, k, d = 128, 64, 64
+    most_times = 8  # it would be 18 times the work if all pairs were computed
+    queries, candidates = unit(n, d, seed=0, dtype=F32), unit(n, k, d, seed=1, dtype=F32)
+    if has_near_duplicate:  # a negative whose score is far above all others of the first query
         candidates[1, 0] = F.normalize(queries[0] + 0.5 * candidates[1, 0], dim=-1)
-    grades = torch.randint(0, 5, (128, 64), generator=torch.Generator().manual_seed(0))
+    grades = torch.randint(0, 5, (n, k), generator=torch.Generator().manual_seed(0))
 
     def work_of(model: Any) -> int:
         loss = RankedLists(model=model, in_batch_negatives=True)
@@ -509,15 +551,16 @@ def test_pairs_of_long_lists_take_few_times_plackett_luces_work(has_near_duplica
             loss(*inputs, grades, 100.0).backward()
         return sizes.total
 
-    assert work_of("pairwise") < 8 * work_of("plackett_luce")
+    assert work_of("pairwise") < most_times * work_of("plackett_luce")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-def test_long_lists_of_any_span_are_summed(bad: float) -> None:
-    x, rest = torch.zeros(1, 64), torch.zeros(1, 8000)
-    rest[0, 7] = bad
-    owed = F.softplus(rest[:, None] - x[:, :, None]).sum(-1)
-    torch.testing.assert_close(pair_sums.rest_sums(x, rest), owed, equal_nan=True)
+@pytest.mark.parametrize("outlier", [math.nan, math.inf, 1e30])
+def test_long_lists_of_any_span_are_summed(outlier: float) -> None:
+    """No table of cells spans them: the sums are those of all pairs."""
+    scores, rest = torch.zeros(1, 64), torch.zeros(1, 8000)
+    rest[0, 7] = outlier
+    of_all_pairs = F.softplus(rest[:, None] - scores[:, :, None]).sum(-1)
+    torch.testing.assert_close(pair_sums.rest_sums(scores, rest), of_all_pairs, equal_nan=True)
 
 
 def test_equal_candidates_share_a_rank_though_products_round_them_apart(
@@ -533,6 +576,7 @@ def test_equal_candidates_share_a_rank_though_products_round_them_apart(
     exact_product = precision.product
 
     def rounded(a: Tensor, b: Tensor) -> Tensor:
+        """The product with another rounding at each place."""
         exact = exact_product(a, b)
         return exact + 1e-9 * torch.arange(exact.numel()).view_as(exact)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batches import assert_same
 from collectives import Collectives
-from lists_item_by_item import F64, MODELS, Frozen, Lists, lists_of
+from lists_item_by_item import F64, MODELS, Frozen, Lists, random_lists
 from process_pool import Pools
 from rankloss import Gather, RankedLists
 
@@ -29,7 +29,7 @@ N, K, M = 3, 3, 7  # lists, candidates and rows of a process
 
 def whole(world_size: int) -> Lists:
     """Every process's lists have candidates of its own rows; some rows are equal across processes."""
-    shards = [lists_of(rank, N, K, M) for rank in range(world_size)]
+    shards = [random_lists(rank, N, K, M) for rank in range(world_size)]
     for shard in shards[1:]:
         shard.items[:2] = shards[0].items[:2]
     queries, items, grades, mask = (
@@ -72,7 +72,7 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
         frozen = Frozen.of(lists).as_features(rows, places) if is_frozen else {}
 
         def value_of(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-            values = own.loss(loss, q[rows], c[places], s, **frozen)
+            values = own.value_of(loss, q[rows], c[places], s, **frozen)
             # DDP averages, and values of queries are to be added up.
             return total(values, rows) * (world_size if values.dim() else 1)
 
@@ -96,7 +96,7 @@ def owed_by(case: int, world_size: int) -> list[Tensor]:
     options, is_frozen = SHARDED[case]
     lists = whole(world_size)
     frozen = {"frozen": Frozen.of(lists).scores} if is_frozen else {}
-    return lists.differentiated(lambda *inputs: total(lists.owed(*inputs, **options, **frozen)))
+    return lists.differentiated(lambda *inputs: total(lists.loss_item_by_item(*inputs, **options, **frozen)))
 
 
 every_case = pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def value_with_nan(rank: int, world_size: int) -> Tensor:
     q, c, s = lists.leaves()
     if rank == world_size - 1:
         q.data[rows.start, 0] = math.nan
-    return share(lists, rows, first_item=places.start).loss(RankedLists(), q[rows], c[places], s)
+    return share(lists, rows, first_item=places.start).value_of(RankedLists(), q[rows], c[places], s)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -174,10 +174,10 @@ def test_nan_of_one_process_is_seen_by_all(pools: Pools, world_size: int) -> Non
 
 def collectives(rank: int, world_size: int, in_batch_negatives: bool) -> dict[str, int]:
     """Those of a second call: in the first, processes get to know each other."""
-    lists, loss = lists_of(rank, N, K, M), RankedLists(in_batch_negatives=in_batch_negatives)
+    lists, loss = random_lists(rank, N, K, M), RankedLists(in_batch_negatives=in_batch_negatives)
     for _ in range(2):
         with Collectives() as calls:
-            lists.loss(loss, *lists.leaves())
+            lists.value_of(loss, *lists.leaves())
     return dict(calls.counts)
 
 
@@ -192,7 +192,7 @@ def of_shared_candidates(rank: int, world_size: int, local_loss: bool) -> list[T
 
     One process alone has the lists of both.
     """
-    lists = lists_of(seed=0, n=2 * N, k=K, m=M)
+    lists = random_lists(seed=0, n=2 * N, k=K, m=M)
     rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
     own, ids = share(lists, rows), torch.arange(M) - 3
     loss = RankedLists(in_batch_negatives=True, gather=Gather(local_loss=local_loss))
@@ -200,16 +200,16 @@ def of_shared_candidates(rank: int, world_size: int, local_loss: bool) -> list[T
 
     def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
         features = q[rows], c * (1 + rank * 1e-14), s
-        return own.loss(loss, *features, candidate_ids=ids, excluded_ids=excluded)
+        return own.value_of(loss, *features, candidate_ids=ids, excluded_ids=excluded)
 
     return own.differentiated(value)
 
 
 @pytest.mark.parametrize("local_loss", [True, False])
 def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools, local_loss: bool) -> None:
-    lists = lists_of(seed=0, n=2 * N, k=K, m=M)
+    lists = random_lists(seed=0, n=2 * N, k=K, m=M)
     options = {"in_batch_negatives": True, "excluded": excluded_items(lists).tolist()}
-    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    owed = lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options))
     for world_size in (1, 2):
         of_ranks = pools[world_size].run(of_shared_candidates, local_loss)
         assert_same(mean_over_ranks(of_ranks), owed)
