@@ -153,20 +153,25 @@ def _has_values(x: Tensor) -> bool:
 
 
 def _check_teacher_rows(name: str, features: Tensor) -> None:
-    """Raise a ValueError for a teacher's rows that are zero or not finite, or whose norms overflow."""
+    """Raise a ValueError for a teacher's rows that are zero or not finite, or whose norms overflow.
+
+    Any such row is refused; the message describes the first one.
+    """
     norms = _norms(features)
-    if not norms.isfinite().all():
-        row = int((~norms.isfinite()).long().argmax())
-        if features[row].isfinite().all():
-            _refuse_extreme(name, features, row)
-        raise ValueError(f"{name} must be finite; row {row} has norm {norms[row].item():g}")
+    is_finite = norms.isfinite()
+    if not is_finite.all():
+        first = int((~is_finite).long().argmax())
+        if features[first].isfinite().all():  # its squares overflow
+            _refuse_extreme(name, features, first)
+        raise ValueError(f"{name} must be finite; row {first} has norm {norms[first].item():g}")
     if not norms.all():
-        rows = (norms == 0).nonzero().flatten().tolist()
-        if features[rows[0]].any():
-            _refuse_extreme(name, features, rows[0])
+        rows_without_norm = (norms == 0).nonzero().flatten().tolist()
+        first = rows_without_norm[0]
+        if features[first].any():  # its squares underflow
+            _refuse_extreme(name, features, first)
         raise ValueError(
-            f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(features)}, "
-            f"the first is row {rows[0]}. A file that is filled in part looks like this"
+            f"{name} must not have rows of zeros, which rank nothing; got {len(rows_without_norm)} of "
+            f"{len(features)}, the first is row {first}. A file that is filled in part looks like this"
         )
 
 

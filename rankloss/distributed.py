@@ -358,12 +358,15 @@ class Gather:
 
     def _description(self, features: dict[str, Tensor | None], further: tuple[str, ...]) -> str:
         """The features and the flags of a call in words."""
-        # Backward has collectives of its own, unless other processes' rows do not see this one's features.
-        has_backward = (self.gather_with_grad or not self.local_loss) and torch.is_grad_enabled()
+        # Processes must agree on gradients where the backward pass has collectives: with gather_with_grad
+        # that of `items`, with local_loss=False that of `total`, even without gather_with_grad. Only
+        # local_loss without gather_with_grad has none.
+        backward_has_collectives = self.gather_with_grad or not self.local_loss
+        gradients_must_agree = backward_has_collectives and torch.is_grad_enabled()
         words = []
         for name, feature in features.items():
             if isinstance(feature, Tensor):
-                gradient = " with a gradient" if feature.requires_grad and has_backward else ""
+                gradient = " with a gradient" if feature.requires_grad and gradients_must_agree else ""
                 words.append(f"{name} {feature.dtype} {list(feature.shape)}{gradient}")
             elif feature is not None:
                 words.append(f"{name} {kind_of(feature)}")

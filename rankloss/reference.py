@@ -114,6 +114,9 @@ def cross_modal(
 ) -> Any:
     """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ, R = Sᵀ; with a teacher ``½[C(S | S') + C(R | R')]``.
 
+    C(S | R) is the mean or sum over the lists in S of their negative log-likelihood (or of the model's loss),
+    with the order that R gives. The factor ½ averages the two directions.
+
     Args:
         image_features: ``[N, D]``.
         text_features: ``[N, D]``.
@@ -136,8 +139,9 @@ def cross_modal(
         >>> cross_modal(v, 0.9 * torch.eye(3) + 0.1, lists="batch", worth="identity").requires_grad
         True
     """
+    teacher = _given_features(reference_image_features, reference_text_features)
+    _refuse_fixed_reference_beside(teacher, options)
     S = _cosines(image_features, text_features)  # _term applies s
-    teacher = _teacher_features(reference_image_features, reference_text_features, options)
     if len(teacher) == 1:
         raise ValueError("reference_image_features and reference_text_features go together; got one")
     reference = _cosines(*teacher) if teacher else S.T
@@ -162,7 +166,8 @@ def in_modal(
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    teacher = _teacher_features(reference_image_features, reference_text_features, options)
+    teacher = _given_features(reference_image_features, reference_text_features)
+    _refuse_fixed_reference_beside(teacher, options)
     if teacher:  # of one modality, its only features rank both matrices
         ranking_images, ranking_texts = teacher[0], teacher[-1]
     else:  # each modality ranks the other
@@ -175,12 +180,15 @@ def in_modal(
     return _like(value, image_features, text_features, logit_scale)
 
 
-def _teacher_features(image: Any, text: Any, options: dict[str, Any]) -> list[Any]:
+def _given_features(image: Any, text: Any) -> list[Any]:
     """The given features of a teacher: of both modalities, of one, or none."""
-    teacher = [features for features in (image, text) if features is not None]
+    return [features for features in (image, text) if features is not None]
+
+
+def _refuse_fixed_reference_beside(teacher: list[Any], options: dict[str, Any]) -> None:
+    """Raise a ValueError for a teacher and ``fixed_reference``, which both say what to rank by."""
     if teacher and options.get("fixed_reference") is not None:
         raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
-    return teacher
 
 
 def _term(

@@ -132,10 +132,12 @@ def _sums_from_moments(anchors: _Pairs, items: _Pairs) -> _Sums:
 
     and the other products alike.
     """
-    a = _Moments.of(anchors)
-    b = a if items is anchors else _Moments.of(items)
-    cross_modal = _inner(a.vv, b.tt) + _inner(a.tt, b.vv) - 2 * _inner(a.vt, b.vt.T)
-    in_modal = _inner(a.vv, b.vv) + _inner(a.tt, b.tt) - 2 * _inner(a.vt, b.vt)
+    of_anchors = _Moments.of(anchors)
+    of_items = of_anchors if items is anchors else _Moments.of(items)  # one process: both are the batch
+    vv, tt, vt = of_anchors
+    items_vv, items_tt, items_vt = of_items
+    cross_modal = _inner(vv, items_tt) + _inner(tt, items_vv) - 2 * _inner(vt, items_vt.T)
+    in_modal = _inner(vv, items_vv) + _inner(tt, items_tt) - 2 * _inner(vt, items_vt)
     return _Sums(_without_negative_rounding(cross_modal), _without_negative_rounding(in_modal))
 
 

@@ -521,6 +521,11 @@ class CanonicalCorrelation:
 
     @torch.no_grad()
     def _projected(self, name: str, x: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
+        """``normalize((x̂ − mean)·projection)``, ``[M, d]``, with x̂ the unit features, in float64.
+
+        On a device without float64 it is computed on the CPU. The result is on x's device, in float64 if x
+        is, otherwise in float32.
+        """
         check_matrix(name, x)
         if x.shape[1] != len(mean):
             raise ValueError(f"{name} must have {len(mean)} columns; got shape {tuple(x.shape)}")
@@ -528,7 +533,8 @@ class CanonicalCorrelation:
         device = x.device if has_float64(x.device) else torch.device("cpu")
         centred = unit_features(x.to(device), root=self.setting.root) - mean.to(device)
         features = F.normalize(centred @ projection.to(device), dim=-1)
-        return features.to(x.device, x.dtype if x.dtype == torch.float64 else torch.float32)
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        return features.to(x.device, dtype)
 
 
 # --- the choice of a setting ------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class ListInputs(NamedTuple):
         if self.reference_candidate_features is not None:
             _refuse_infinite("reference_candidate_features", self.listed(self.reference_candidate_features))
 
-    def refuse_contradictions(self) -> None:
+    def refuse_two_grades_of_one_candidate(self) -> None:
         """Raise a ValueError for a candidate that is twice in a list, with two grades."""
         candidates = self._identities()
         if candidates is None:

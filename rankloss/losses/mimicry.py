@@ -81,17 +81,17 @@ class MimicryLoss(AddedTerms):
         students = image_features, text_features
         teachers = reference_image_features, reference_text_features
         dtype = arithmetic_dtype(*students)
-        differences = []
-        for name, student, teacher in zip(TEACHER, students, teachers, strict=True):
+        differences = []  # v − v' and t − t', of the modalities that the teacher has
+        for argument, student, teacher in zip(TEACHER, students, teachers, strict=True):
             if teacher is not None:
-                target = self._target(name, teacher.to(dtype), student)
+                target = self._target(argument, teacher.to(dtype), student)
                 differences.append(student.to(dtype) - target)
         if not differences:
             raise ValueError(f"MimicryLoss needs {' or '.join(TEACHER)}; got neither")
         return {"mimicry_loss": self.weight * self._mean_of_pairs(differences)}
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
-        """The target of the student's features, without its graph."""
+        """The teacher's features as ``[N, D]``, of the student's width: padded or projected; no gradient."""
         features = constant(features)
         width = student.shape[1]
         if features.shape[1] == width:
@@ -112,7 +112,10 @@ class MimicryLoss(AddedTerms):
         return F.normalize(product(features, components.to(features.dtype)), dim=-1)
 
     def _mean_of_pairs(self, differences: list[Tensor]) -> Tensor:
-        """The mean of ``Σ ‖difference‖²`` over this process's pairs, or all if every process computes all."""
+        """The mean over pairs of ``‖v − v'‖² + ‖t − t'‖²``.
+
+        Over this process's pairs, or over all processes' pairs if every process computes all rows.
+        """
         by_modality = [difference.square().sum(-1) for difference in differences]
         by_pair = torch.stack(by_modality).sum(0)[:, None]
         if not self.gather.anchors_are_local:

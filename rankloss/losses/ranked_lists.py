@@ -280,10 +280,10 @@ class RankedLists(GatheringLoss):
             are_read = is_first or queries.is_cpu
             if are_read:
                 self._check_values(inputs, is_first)
-        if are_read and self.in_batch_negatives:
-            _check_distinct(self.gather.items(queries))
+        if are_read and self.in_batch_negatives:  # it gathers, so only after the processes have agreed
+            _refuse_equal_queries(self.gather.items(queries))
         if is_first:
-            self._checked_once.add("all")
+            self._checked_once.add("inputs")  # one entry for all arguments: they are read together
 
     def _padded(self, inputs: ListInputs) -> _Padded:
         """The lists of this process in one form, with neutral values at padding."""
@@ -498,12 +498,12 @@ class RankedLists(GatheringLoss):
         """Raise an error for wrong values; warn of suspicious ones at the first call."""
         grades = inputs.grades
         inputs.refuse_wrong_places()
-        is_right, needed = self._valid_grades(grades)
-        inputs.refuse("grades", ~is_right, needed)
+        is_right, range_of_grades = self._valid_grades(grades)
+        inputs.refuse("grades", ~is_right, range_of_grades)
         dtype = precision.widest_dtype(grades.device)
-        needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
-        inputs.refuse("grades", graded.is_rounded(grades, dtype), needed)
-        inputs.refuse_contradictions()
+        exact_integers = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
+        inputs.refuse("grades", graded.is_rounded(grades, dtype), exact_integers)
+        inputs.refuse_two_grades_of_one_candidate()
         if is_first:
             candidates = inputs.listed(inputs.candidate_features)
             checks.warn_of_norms("query_features", inputs.query_features)
@@ -511,7 +511,7 @@ class RankedLists(GatheringLoss):
             checks.warn_of_scale("logit_scale", inputs.logit_scale, inputs.query_features, candidates)
 
 
-def _check_distinct(queries: Tensor) -> None:
+def _refuse_equal_queries(queries: Tensor) -> None:
     """Raise a ValueError, the same on all processes, if two of all queries are equal."""
     equal = first_occurrence(queries.to(precision.arithmetic_dtype(queries)))
     row = first_row(equal != torch.arange(len(equal), device=equal.device))
