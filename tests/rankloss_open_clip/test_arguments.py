@@ -44,21 +44,21 @@ SIGMOID_STUDENT = f"--siglip {DISTILLED}"
 THIRD_PARTY = Path(__file__).parent / "third_party_loss"
 
 
-def deep(base: nn.Module, *, depth: int = 3) -> nn.Module:
+def loss_with_depth(base: nn.Module, *, depth: int = 3) -> nn.Module:
     return base
 
 
-def built(base: nn.Module, gather: Any) -> nn.Module:
+def base_alone(base: nn.Module, gather: Any) -> nn.Module:
     """The first line is the help."""
     return base
 
 
-def number(base: nn.Module, gather: Any) -> Any:
+def number_in_place_of_a_loss(base: nn.Module, gather: Any) -> Any:
     return 3
 
 
 def loss_of(command: str, base: nn.Module | None = None) -> Any:
-    """The loss of a command line, on the trainer's own or on another."""
+    """The loss that the trainer gets for a command line; on ``base`` where one takes its own loss's place."""
     args = ready(parse_args([*command.split(), "--device", "cpu"]))
     return open_clip.create_loss(args) if base is None else build_loss(base, args, sums_every_value=True)
 
@@ -70,7 +70,7 @@ def loss_of(command: str, base: nn.Module | None = None) -> Any:
 def help_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """What ``--help`` prints, on one line, where another package registers a loss and a broken one."""
     monkeypatch.setenv("COLUMNS", "100000")  # no word is broken at a hyphen
-    register(monkeypatch, plain=built, broken="missing:X")
+    register(monkeypatch, plain=base_alone, broken="missing:X")  # there is no such module
     with pytest.raises(SystemExit, match="0"):
         parse_args(["--help"])
     return " ".join(capsys.readouterr().out.split())
@@ -101,13 +101,15 @@ def test_help_describes_another_packages_loss_by_the_first_line_of_its_docstring
 
 
 def test_help_says_why_a_loss_cannot_be_used(help_text: str) -> None:
-    assert re.search(r"broken: .*\(p 1\.0\): ModuleNotFoundError", help_text)
+    package = r"\(p 1\.0\)"  # the made-up one that registers it
+    assert re.search(rf"broken: .*{package}: ModuleNotFoundError", help_text)
 
 
 def defaults_of_rankclip_and_run() -> dict[str, Any]:
     """The arguments that ``--loss rankclip`` adds, by their names in the namespace."""
-    of_loss = {dest("rankclip", key): x.default for key, x in typed_options(catalog.load("rankclip")).items()}
-    of_run = {dest(RUN, key): x.default for key, x in options_of(RunOptions).items()}
+    options_of_loss, options_of_run = typed_options(catalog.load("rankclip")), options_of(RunOptions)
+    of_loss = {dest("rankclip", key): option.default for key, option in options_of_loss.items()}
+    of_run = {dest(RUN, key): option.default for key, option in options_of_run.items()}
     return {**of_loss, **of_run}
 
 
@@ -130,14 +132,19 @@ def test_the_trainers_option_that_begins_like_loss_keeps_its_value(typed: str) -
     assert (args.loss_dist_impl, args.loss) == ("gather", "rankclip")
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda args: Namespace(**vars(args))])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda args: Namespace(**vars(args))],
+    ids=["copy", "deep copy", "new namespace"],
+)
 def test_the_losses_of_a_run_are_found_at_its_arguments_and_built_anew_for_a_copy(copied: Any) -> None:
     args = parse_args(["--device", "cpu", "--loss", "rankclip", "--rankclip-top-k", "3"])
     changed_copy = copied(args)
     changed_copy.rankclip_top_k = 5
     assert run_of(args) is run_of(args)
     assert run_of(changed_copy).args is changed_copy
-    assert [run_of(x).losses[0].values["top_k"] for x in (args, changed_copy)] == [3, 5]
+    (of_run,), (of_copy,) = run_of(args).losses, run_of(changed_copy).losses
+    assert (of_run.values["top_k"], of_copy.values["top_k"]) == (3, 5)
 
 
 def test_the_losses_of_a_run_are_no_argument_that_the_trainer_would_write_down() -> None:
@@ -149,7 +156,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A parser that rankloss did not reach takes ``--loss`` for an abbreviation of ``--loss-dist-impl``."""
-    register(monkeypatch, x=built, gather=built)
+    register(monkeypatch, x=base_alone, gather=base_alone)
     for name in ("rankclip", "tiny", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
             arguments.requested(SimpleNamespace(loss_dist_impl=name))
@@ -162,7 +169,11 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A file of pairs, and folders of features: of two widths, and of the pairs in another order."""
+    """Paths by a name in capitals: a file of pairs, and folders of a teacher's features.
+
+    RIGHT has the features of the file's pairs, FOLDER those of the pairs in another order, and WIDTHS
+    images of another width than captions.
+    """
     place = tmp_path_factory.mktemp("places")
     pairs = [("0.png", "a0"), ("1.png", "a1")]
     of_pairs = {"image_features": FOUR_ROWS[:2], "text_features": FOUR_ROWS[:2]}
@@ -195,7 +206,7 @@ def test_a_folder_of_two_widths_is_taken_for_the_in_modal_lists(places: dict[str
 
 
 @pytest.mark.parametrize(
-    ("command", "named"),
+    ("command", "words"),
     [
         ("--loss siglip", "'siglip'"),
         ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in: --loss"),
@@ -207,7 +218,9 @@ def test_a_folder_of_two_widths_is_taken_for_the_in_modal_lists(places: dict[str
         ("--loss rankclip --loss-teachr x", "--loss-teacher?"),
         # An option that ends like an old one; and right ones beside unknown ones.
         ("--loss rankclip --rankclip-fixed-reference image", "--rankclip-fixed-reference not --loss-teacher"),
-        *((f"--loss rankclip --logs y {x}", f"{x} not --logs") for x in ("--bogus 1", "--logz x", "word")),
+        ("--loss rankclip --logs y --bogus 1", "--bogus 1 not --logs"),
+        ("--loss rankclip --logs y --logz x", "--logz x not --logs"),
+        ("--loss rankclip --logs y word", "word not --logs"),
         ("--loss-teacher x", "--loss-teacher: --loss"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
@@ -253,15 +266,15 @@ def test_a_folder_of_two_widths_is_taken_for_the_in_modal_lists(places: dict[str
     ],
 )
 def test_what_cannot_work_is_refused(
-    capsys: pytest.CaptureFixture[str], places: dict[str, str], command: str, named: str
+    capsys: pytest.CaptureFixture[str], places: dict[str, str], command: str, words: str
 ) -> None:
-    """The error has each word of ``named``, and none of those that follow ``not``.
+    """The error has each of the words that stand beside the command, and none of those after ``not``.
 
-    Words in capitals stand for the paths of the fixture.
+    Names in capitals stand for the paths of the fixture ``places``.
     """
-    for word, place in places.items():
-        command, named = command.replace(word, place), named.replace(word, place)
-    present, _, absent = named.partition(" not ")
+    for name, path in places.items():
+        command, words = command.replace(name, path), words.replace(name, path)
+    present, _, absent = words.partition(" not ")
     error = refused(capsys, *command.split())
     assert [word for word in present.split() if word not in error] == []
     assert [word for word in absent.split() if word in error] == []
@@ -302,7 +315,7 @@ def test_what_the_first_batch_would_be_refused_for_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, reason: str
 ) -> None:
     register(monkeypatch, room=NeedsRoom)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU as well
     assert f"argument {reason}" in refused(capsys, "--device", "cpu", "--loss", *command.split())
 
 
@@ -323,11 +336,13 @@ def test_the_pairs_of_a_batch_are_counted_over_processes_and_accumulation(
     register(monkeypatch, room=NeedsRoom)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    args = parse_args(["--device", "cpu", "--loss", *command.split()])
-    assert run_of(args).name == command.split()[0]
+    name = command.split()[0]
+    args = parse_args(["--device", "cpu", "--loss", *command.split()])  # which refuses too few pairs
+    assert run_of(args).name == name
 
 
-# By the name that somebody may type as a loss's option, the option of a run that does this.
+# By the name that somebody may type as a loss's option, the option of a run that does this: options that
+# losses had once, and those of a run themselves.
 OPTION_OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
 
 
@@ -335,7 +350,7 @@ OPTION_OF_RUN = {**_REPLACED, **{key: key for key in options_of(RunOptions)}}
     ("key", "advice"),
     [
         ("distill_loss", "a loss that has a teacher leaves it out"),
-        *((key, f"it is an option of the run, {flag(RUN, there)}") for key, there in OPTION_OF_RUN.items()),
+        *((key, f"it is an option of the run, {flag(RUN, of_run)}") for key, of_run in OPTION_OF_RUN.items()),
     ],
 )
 def test_an_option_that_no_loss_has_is_refused_and_its_place_is_named(
@@ -352,11 +367,12 @@ def test_an_option_that_no_loss_has_is_refused_and_its_place_is_named(
         assert advice in after_the_option
 
 
-@pytest.mark.parametrize("code", [None, 0, 2])
+@pytest.mark.parametrize("code", [None, 0, 2], ids=["returns", "exits with 0", "exits with 2"])
 def test_words_of_the_trainers_parser_are_shown_at_once_and_once(
     capsys: pytest.CaptureFixture[str], code: int | None
 ) -> None:
-    shown_within: list[str] = []
+    """They are neither held back until the parser ends, nor printed a second time."""
+    shown_within: list[str] = []  # the parser
 
     def trainers_parser(argv: list[str]) -> Any:
         print("a word of the trainer", argv, file=sys.stderr, flush=True)
@@ -388,7 +404,9 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
     ("command", "expected"),
     [
         ("rankclip --rankclip-schedule cosine", {"schedule": schedules.cosine, "gather_with_grad": False}),
+        # The preset leaves the cross-modal term out.
         ("rankclip-in --local-loss", {"lambda_cross": 0.0, "lambda_in": 1.0, "local_loss": True}),
+        # λ of the preset. Beside --siglip all terms gather exactly, as with both flags.
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
         (f"rankclip --loss-teacher given {SIGMOID_STUDENT}", {"lambda_in": 1.0, "local_loss": True}),
         ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),
@@ -441,7 +459,9 @@ def test_a_streamed_loss_takes_the_place_of_the_trainers(pairing: Pairing) -> No
 
 
 def test_a_streamed_loss_takes_the_place_of_no_other_loss(pairing: Pairing) -> None:
-    with pytest.raises(ValueError, match=r"clip-streamed .*Base|siglip-streamed needs --siglip"):
+    no_such_base = r"clip-streamed .*Base"
+    no_sigmoid_base = "siglip-streamed needs --siglip"  # which has made another loss here
+    with pytest.raises(ValueError, match=f"{no_such_base}|{no_sigmoid_base}"):
         loss_of(f"--loss {pairing.streamed} {pairing.flag}", Base())
 
 
@@ -453,11 +473,13 @@ def test_terms_stand_on_the_loss_itself_where_the_command_did_not_ask_for_it() -
 def test_the_log_names_the_loss_and_its_package_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    register(monkeypatch, x=deep)
+    register(monkeypatch, x=loss_with_depth)
     args = ready(parse_args(["--loss", "x", "--x-depth", "4", "--device", "cpu"]))
     with caplog.at_level("INFO", logger="rankloss_open_clip"):
-        for args.rank, args.world_size in ((0, 1), (1, 2)):  # only the first process says it
-            open_clip.create_loss(args)
+        args.rank, args.world_size = 0, 1
+        open_clip.create_loss(args)
+        args.rank, args.world_size = 1, 2  # a second process logs nothing
+        open_clip.create_loss(args)
     (message,) = caplog.messages
     assert message.startswith("Loss: x (p 1.0), depth 4, open_clip ")
 
@@ -468,7 +490,7 @@ def test_the_log_names_the_loss_and_its_package_once(
 def test_what_cannot_be_used_stops_only_runs_that_ask(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    register(monkeypatch, x="missing:X")
+    register(monkeypatch, x="missing:X")  # there is no such module
     assert "'missing'" in refused(capsys, "--loss", "x")
     for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "tiny"]):
         parse_args(argv)
@@ -478,7 +500,10 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
 def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The own loss of the examples' tests has its help and its errors."""
+    """The package's term is ``weight · Σ over modalities of |u(student) − u(teacher)|``, u its uniformity.
+
+    This holds at the end of training, to which its weight grows.
+    """
     monkeypatch.syspath_prepend(THIRD_PARTY)
     declared = (THIRD_PARTY / "pyproject.toml").read_text()
     (entry_point,) = re.findall('^uniform = "(.*)"$', declared, re.MULTILINE)
@@ -486,21 +511,22 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     teacher = {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
     options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'teacher', **teacher)}"
     loss = loss_of(f"--loss clip-smooth+uniform+rankclip {options}")
-    loss.start_epoch(1, 2, 1, 1)
+    loss.start_epoch(1, 2, 1, 1)  # the second of two epochs, each of one batch: the last step
     student = features()
-    references = {f"reference_{name}": torch.from_numpy(x) for name, x in teacher.items()}
+    references = {f"reference_{name}": torch.from_numpy(rows) for name, rows in teacher.items()}
     entries = loss(**student, **references, output_dict=True)
     uniformity = importlib.import_module("uniform_clip").uniformity
     gaps = [abs(uniformity(student[key]) - uniformity(references[f"reference_{key}"])) for key in NAMES]
     assert entries["uniform_loss"].item() == pytest.approx(0.5 * sum(gaps).item(), rel=1e-5)
     assert entries["uniform_weight"].item() == 0.5
-    assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= entries.keys()
+    joined_with = {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
+    assert joined_with <= entries.keys()
 
 
 def test_a_loss_with_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, x=built)
+    register(monkeypatch, x=base_alone)
     base = Base()
-    base.weight = nn.Parameter(base.scale.clone())
+    base.weight = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match="x needs parameters"):
         loss_of("--loss x", base)
 
@@ -508,7 +534,7 @@ def test_a_loss_with_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_constructor_that_returns_no_module_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    register(monkeypatch, y=number)
+    register(monkeypatch, y=number_in_place_of_a_loss)
     with pytest.raises(SystemExit):
         loss_of("--loss y")
-    assert re.search("y .* 3", capsys.readouterr().err)
+    assert re.search("y .* 3", capsys.readouterr().err), "names the loss, and the number"

@@ -82,8 +82,9 @@ def test_fork_that_calls_by_position_gets_a_scalar_in_which_lambda_grows(fork: A
     assert values[0] == pytest.approx(fork.ClipLoss()(*fork.FEATURES, 8.0).item())  # λ is 0
     # The features are the same in each epoch, so the value grows as λ does: by equal steps.
     increases = [after - before for before, after in itertools.pairwise(values)]
-    assert increases == pytest.approx([increases[0]] * 3, rel=1e-4)
-    assert increases[0] > 0.01
+    first, second, third = increases
+    assert (second, third) == pytest.approx((first, first), rel=1e-4)
+    assert first > 0.01, "three increases of 0 would be equal, too"
 
 
 def test_fork_without_a_loss_has_its_own_arguments_and_loss(fork: Any) -> None:
@@ -94,15 +95,21 @@ def test_fork_without_a_loss_has_its_own_arguments_and_loss(fork: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "definition"),
     [
-        *((name, None) for name in ("create_loss", "parse_args", "train_one_epoch")),
-        ("create_loss", "def create_loss(options): pass"),
-        ("train_one_epoch", "def train_one_epoch(loader, args): pass"),
+        pytest.param("create_loss", "create_loss = None", id="create_loss is no function"),
+        pytest.param("parse_args", "parse_args = None", id="parse_args is no function"),
+        pytest.param("train_one_epoch", "train_one_epoch = None", id="train_one_epoch is no function"),
+        pytest.param("create_loss", "def create_loss(options): pass", id="create_loss has other parameters"),
+        pytest.param(
+            "train_one_epoch",
+            "def train_one_epoch(loader, args): pass",
+            id="train_one_epoch has other parameters",
+        ),
     ],
 )
-def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: str | None) -> None:
-    exec(other or f"{name} = None", vars(fork))  # the function has other parameters, or is none
+def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, definition: str) -> None:
+    exec(definition, vars(fork))
     before = dict(vars(fork))
     with pytest.raises((TypeError, AttributeError), match=f"fork.*{name}"):
         rankloss_open_clip.attach(fork)
@@ -182,20 +189,25 @@ SYNTHETIC = {
 }
 
 
+TOP_K = 4
+
+
 def arguments(**options: Any) -> Namespace:
-    given = {"loss": "rankclip", "rankclip_schedule": "constant", "rankclip_top_k": 4, **options}
-    return Namespace(dataset_reinforcement=True, epochs=2, device="cpu", **given)
+    """The arguments of the patched trainer, whose data hold a teacher's features; rankclip by default."""
+    of_loss = {"loss": "rankclip", "rankclip_schedule": "constant", "rankclip_top_k": TOP_K, **options}
+    return Namespace(dataset_reinforcement=True, epochs=2, device="cpu", **of_loss)
 
 
 def entries_of(**options: str) -> dict[str, Tensor]:
-    """The entries of a loss on the patch's own, which gets the features of the teacher."""
+    """The entries of a loss that is built on the patch's own, for a batch with the teacher's features."""
     loss = build_loss(DRClipLoss(), arguments(**options), sums_every_value=True)
-    loss.start_epoch(0, 2, 1, 1)
+    loss.start_epoch(0, 2, 1, 1)  # the first of two epochs, each of one batch
     scale = torch.tensor(SCALE)
     return loss(**STUDENT, logit_scale=scale, **TEACHER, **SYNTHETIC, output_dict=True)
 
 
 SCALE = 10.0
+# The same features as rankloss.reference takes them.
 STUDENT_ARRAYS = {name: x.double().numpy() for name, x in STUDENT.items()}
 TEACHER_ARRAYS = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name, x in TEACHER.items()}
 
@@ -204,25 +216,31 @@ TEACHER_ARRAYS = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name,
 def test_a_loss_that_learns_from_the_teacher_takes_the_place_of_the_distillation(
     options: dict[str, str],
 ) -> None:
-    """And its base is CLIP's loss."""
+    """Its base is CLIP's loss, and the teacher ranks, as in ``rankloss.reference``."""
     entries = entries_of(**options)
-    assert "distill_loss" not in entries
+    assert "distill_loss" not in entries  # which DRClipLoss has
     contrastive = reference.clip(**STUDENT_ARRAYS, logit_scale=SCALE)
     assert entries["contrastive_loss"].item() == pytest.approx(contrastive)
-    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, **TEACHER_ARRAYS, top_k=4)
+    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, **TEACHER_ARRAYS, top_k=TOP_K)
     assert entries["cross_modal_raw"].item() == pytest.approx(ranked, rel=1e-5)
 
 
 def test_a_loss_without_a_teacher_stands_beside_the_distillation() -> None:
+    """Which stays as it is; the rank term is ``rankloss.reference``'s, by the student's own ranks."""
     entries = entries_of()
-    assert entries["distill_loss"] == sum(x.sum() for x in TEACHER.values())  # as DRClipLoss has it
-    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, top_k=4)
+    assert entries["distill_loss"] == sum(features.sum() for features in TEACHER.values())  # of DRClipLoss
+    ranked = reference.cross_modal(**STUDENT_ARRAYS, logit_scale=SCALE, top_k=TOP_K)
     assert entries["cross_modal_raw"].item() == pytest.approx(ranked, rel=1e-5)
 
 
-def test_the_option_names_a_teacher(tmp_path: Path) -> None:
+def test_a_loss_that_needs_a_teacher_is_content_with_that_of_the_data() -> None:
     args = arguments(loss="rankclip-distill")
-    assert start(args, chosen(args)).teaching.use == "required"
+    teaching = start(args, chosen(args)).teaching
+    assert (teaching.use, teaching.features) == ("required", None)  # no folder is read beside the data
+
+
+def test_a_folder_beside_the_teacher_of_the_data_is_refused(tmp_path: Path) -> None:
+    args = arguments(loss="rankclip-distill")
     args.loss_teacher = stored(tmp_path / "x", text_features=unit_rows(4, 2))
     with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
         start(args, chosen(args))
@@ -245,7 +263,10 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def run_release(trainer: Trainer, release: tuple[str, str], name: str, module: str, *options: str) -> Run:
-    """A run of a release, started by a module with the options that stand behind its name."""
+    """Two epochs of a release's trainer.
+
+    ``module`` is what ``python -m`` starts, and the words behind it, as on a command line.
+    """
     version, python_path = release
     configs = trainer.directory / "former-configs"
     configs.mkdir(exist_ok=True)
@@ -279,9 +300,10 @@ def test_former_release_trains_as_without_a_loss_while_lambda_is_0(
 ) -> None:
     stock = run_release(trainer, release, "stock", "training.main")
     number = np.float64(0)  # such releases save the learning rate as NumPy's number
-    kinds = [number.__reduce__()[0], np.dtype, type(number.dtype)]
-    with torch.serialization.safe_globals(kinds):
+    kinds_in_a_checkpoint = [number.__reduce__()[0], np.dtype, type(number.dtype)]
+    with torch.serialization.safe_globals(kinds_in_a_checkpoint):
         assert_equal_training(stock, run_of_release, epochs=(1,))
+        # In the second epoch λ is above 0.
         assert not torch.equal(stock.epoch(2)["visual.proj"], run_of_release.epoch(2)["visual.proj"])
 
 

@@ -55,7 +55,7 @@ def training(trainer: Trainer) -> Training:
 
 def test_lambda_follows_the_optimizer_steps(training: Training) -> None:
     assert training.whole.scalars["rank_lambda"] == pytest.approx(LAMBDAS)
-    assert len(training.whole.timeless_log) == len(LAMBDAS)
+    assert len(training.whole.timeless_log) == len(LAMBDAS), "a line is logged at each of them"
 
 
 def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits(training: Training) -> None:
@@ -64,12 +64,14 @@ def test_job_that_was_killed_in_an_epoch_ends_with_the_same_bits(training: Train
 
 
 def test_job_that_was_killed_in_an_epoch_repeats_the_lines_of_that_epoch(training: Training) -> None:
+    """The log has the lines up to the kill, then all of the second epoch, which starts again."""
     lines = training.whole.timeless_log
     before_the_kill = training.killed_log.count("Train Epoch:")
-    assert PER_EPOCH < before_the_kill < 2 * PER_EPOCH
+    assert PER_EPOCH < before_the_kill < 2 * PER_EPOCH, "it was killed within the second epoch"
     assert training.latest.timeless_log == [*lines[:before_the_kill], *lines[PER_EPOCH:]]
 
 
+# An epoch calls the loss once for each of its four batches, and steps at the second and the fourth.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("epoch", "call"), [(0, 1), (0, 4), (1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 3), (3, 1), (3, 4)]
@@ -108,49 +110,49 @@ def test_two_processes_resume_with_the_same_bits_and_lines(trainer: Trainer) -> 
 # --- the state of a loss ------------------------------------------------------------------------------------
 
 
-def arguments(name: str = "tiny-caption", **changes: Any) -> Any:
-    given = {
-        "loss": name,
-        "second_caption_key": "syn",
-        "epochs": 3,
-        "rank": 0,
-        "world_size": 2,
-        "resume": None,
-    }
-    return SimpleNamespace(**{**given, **changes})
+def arguments(loss: str, **changes: Any) -> Any:
+    """The trainer's arguments of a run with a loss, in the first of two processes."""
+    of_run = {"loss": loss, "epochs": 3, "rank": 0, "world_size": 2, "resume": None}
+    return SimpleNamespace(**{**of_run, "second_caption_key": "syn", **changes})
 
 
-def loss(args: Any) -> TrainerLoss:
+def loss_of(args: Any) -> TrainerLoss:
     return TrainerLoss(args, *chosen(args))
 
 
-def optimizer() -> torch.optim.Optimizer:
+def stepped_optimizer() -> torch.optim.Optimizer:
+    """An optimizer of one weight, which has a state to save: it has made a step."""
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
-    built = torch.optim.AdamW([weight])
-    built.step()
-    return built
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()
+    return optimizer
 
 
-def resumed(epoch: int, **changes: Any) -> float:
-    """The state with which a run begins at an epoch; that of a new loss is 1."""
-    args = arguments(**changes)
-    run = loss(args)
-    epoch_begins(run, epoch, args, optimizer())
-    average: float = run.criterion.average.item()
+STATE_OF_A_NEW_LOSS = 1.0
+
+
+def state_at_the_begin_of(epoch: int, **changes: Any) -> float:
+    """The state of the loss ``tiny-caption``, one running average, when a run begins at an epoch."""
+    args = arguments("tiny-caption", **changes)
+    loss = loss_of(args)
+    epoch_begins(loss, epoch, args, stepped_optimizer())
+    average: float = loss.criterion.average.item()
     return average
 
 
 @pytest.mark.parametrize(
     ("of_optimizer", "message"),
     [
-        (
+        pytest.param(
             {"state": {}, "param_groups": []},
             "holds no state of a loss: the state of tiny-caption starts anew",
+            id="no state of a loss",
         ),
-        (
+        pytest.param(
             {checkpoints.KEY: {"loss": "other", "state_dict": {}}},
             "holds the state of the loss other: the state of tiny-caption starts anew",
+            id="state of another loss",
         ),
     ],
 )
@@ -160,7 +162,7 @@ def test_resuming_without_the_state_warns_once(
     path = str(tmp_path / "epoch_1.pt")
     torch.save({"epoch": 1, "optimizer": of_optimizer}, path)
     for rank in (0, 1):  # the first process alone warns
-        assert resumed(1, resume=path, rank=rank) == 1
+        assert state_at_the_begin_of(1, resume=path, rank=rank) == STATE_OF_A_NEW_LOSS
     (logged,) = caplog.messages
     assert re.search(message, logged)
 
@@ -168,38 +170,46 @@ def test_resuming_without_the_state_warns_once(
 def test_resuming_on_another_course_warns_once_and_shows_both(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    """The schedule of the checkpoint's run went over three epochs of four steps."""
     path = checkpoint_of(tmp_path, "rankclip")
-    # A run of the same three epochs of four steps; a longer one, in its second process and in its first.
-    for epochs, rank, warnings in ((3, 0, 0), (4, 1, 0), (4, 0, 1)):
+
+    def resume(*, epochs: int, rank: int) -> None:
         args = arguments("rankclip", resume=path, rank=rank, epochs=epochs)
-        epoch_begins(loss(args), 1, args, optimizer())
-        assert caplog.text.count("over 12 step(s); this run trains with rankclip: rankclip") == warnings
+        epoch_begins(loss_of(args), 1, args, stepped_optimizer())
+
+    resume(epochs=3, rank=0)  # the same course
+    resume(epochs=4, rank=1)  # another, but the first process alone warns
+    assert caplog.text == ""
+    resume(epochs=4, rank=0)
+    assert caplog.text.count("over 12 step(s); this run trains with rankclip: rankclip") == 1
     assert "rankclip per step over 16 step(s)" in caplog.text
 
 
 def checkpoint_of(folder: Path, name: str | None) -> str:
     """A checkpoint after the first epoch of a run with a loss, or with none of rankloss."""
-    trained = optimizer()
+    optimizer = stepped_optimizer()
     if name is not None:
         args = arguments(name)
-        epoch_begins(loss(args), 0, args, trained)
-    torch.save({"epoch": 1, "optimizer": trained.state_dict()}, folder / "epoch_1.pt")
+        epoch_begins(loss_of(args), 0, args, optimizer)  # lets the optimizer save the loss's state
+    torch.save({"epoch": 1, "optimizer": optimizer.state_dict()}, folder / "epoch_1.pt")
     return str(folder / "epoch_1.pt")
 
 
 @pytest.mark.parametrize(
     ("before", "changes", "messages"),
     [
-        ("spread", {}, []),
-        (
+        pytest.param("spread", {}, [], id="the same"),
+        pytest.param(
             "spread",
             {"spread_weight": 0.5},
             ["The checkpoint was trained with spread; this run trains with spread (weight 0.5)"],
+            id="another weight",
         ),
-        (
+        pytest.param(
             None,
             {},
             ["The checkpoint was trained with no loss of rankloss; this run trains with spread"],
+            id="another loss",
         ),
     ],
 )
@@ -211,30 +221,34 @@ def test_resuming_with_another_loss_or_option_warns_once_and_shows_both(
     messages: list[str],
 ) -> None:
     args = arguments("spread", resume=checkpoint_of(tmp_path, before), **changes)
-    epoch_begins(loss(args), 1, args, optimizer())
+    epoch_begins(loss_of(args), 1, args, stepped_optimizer())
     assert caplog.messages == messages
 
 
-def test_a_loss_without_a_state_adds_nothing_to_an_optimizer_and_says_nothing(
+def test_under_fsdp_a_loss_without_a_state_adds_nothing_to_an_optimizer_and_says_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sharded, args = optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
-    epoch_begins(loss(args), 1, args, sharded)
-    assert not sharded._optimizer_state_dict_post_hooks
+    """FSDP saves the optimizer's own entries alone. The checkpoint, which is not there, is not opened."""
+    optimizer, args = stepped_optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
+    epoch_begins(loss_of(args), 1, args, optimizer)
+    assert not optimizer._optimizer_state_dict_post_hooks  # by which a loss's state is saved
     assert not caplog.records
 
 
 def test_a_run_that_begins_with_a_file_of_weights_alone_has_a_new_state(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert resumed(0, resume="weights.pt") == 1
+    """Its epoch is the first, and nothing is read of the file: there is none."""
+    assert state_at_the_begin_of(0, resume="weights.pt") == STATE_OF_A_NEW_LOSS
     assert not caplog.records
 
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for loads that do not say what they are
     path = tmp_path / "epoch_1.pt"
-    torch.save({"epoch": 1, "optimizer": Pickled(tmp_path / "made")}, path)
+    torch.save(
+        {"epoch": 1, "optimizer": Pickled(tmp_path / "made")}, path
+    )  # which makes a folder when it is loaded
     with pytest.raises(pickle.UnpicklingError):
-        resumed(1, resume=str(path))
+        state_at_the_begin_of(1, resume=str(path))
     assert not (tmp_path / "made").exists()

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 
@@ -25,8 +26,9 @@ FILES = [
 ]
 """The files on the way into the trainer, but the one that has the entry point."""
 
-EMPTY = "rankloss_trainers/__init__.py"  # nothing here needs its names
-OF_A_LOSS = {"rankloss_open_clip/training.py", "rankloss_open_clip/trainer_loss.py"}
+NOT_NEEDED = "rankloss_trainers/__init__.py"  # whose names the way into the trainer does not need
+OF_RUNS_WITH_A_LOSS = {"rankloss_open_clip/training.py", "rankloss_open_clip/trainer_loss.py"}
+"""The files that are read once a command line has ``--loss``."""
 START = [
     "rankloss_open_clip/bootstrap.py",
     "rankloss_open_clip/patches.py",
@@ -34,8 +36,9 @@ START = [
 ]
 """The files that a program reads before its command line is known."""
 
-# The process imports torch and the trainer once, and each case in a fork of it, with modules of its own.
-CASES = """
+# The process imports torch and the trainer once, and runs each case in a fork of it, with modules of its own.
+# It prints one JSON list a case: the outcome, details of it, and the warnings of rankloss.
+RUN_OF_CASES = """
 import contextlib, json, os, sys, warnings
 from pathlib import Path
 import open_clip, open_clip_train.main
@@ -48,7 +51,6 @@ assert not [name for name in sys.modules if name.startswith("rankloss")]
 del sys.modules["open_clip_train.params"]
 
 def outcome(program, words):
-    # What becomes of the program: the loss that it trains, or how it was refused; and the warnings, last.
     sys.argv = [program, *words]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -58,17 +60,17 @@ def outcome(program, words):
             rankloss_open_clip.wait_for_trainer()
             rankloss_open_clip.wait_for_trainer()
         except SystemExit as error:
-            return ["refused at import of torch", str(error)]
+            return ["refused at import of torch", str(error), []]
         except BaseException as error:
-            return ["import of torch fails", repr(error)]
-        kinds = [str(x.message) for x in caught if "rankloss" in str(x.message)]
+            return ["import of torch fails", repr(error), []]
+        warned = [str(x.message) for x in caught if "rankloss" in str(x.message)]
         try:
             from open_clip_train.params import parse_args
             with contextlib.redirect_stderr(None):
                 args = vars(parse_args(words))
         except BaseException as error:
-            return ["refused", repr(error), kinds]
-    return ["rankclip" if args.get("loss") else "clip", str(args.get("loss_dist_impl")), kinds]
+            return ["refused", repr(error), warned]
+    return ["rankclip" if args.get("loss") else "clip", str(args.get("loss_dist_impl")), warned]
 
 for name, content, program, words in cases:
     file = folder / name
@@ -88,23 +90,42 @@ for name, content, program, words in cases:
 """
 MAIN, OTHER = "/x/open_clip_train/main.py", "my_program.py"
 LOSS = ["--loss", "rankclip"]
-Case = tuple[str, str | None, str, list[str]]  # a file, what it holds, a program, and its command line
 WHOLE = {name: (ROOT / "integrations" / name).read_text() for name in FILES}
 
 
+class Case(NamedTuple):
+    """A program that is started with a file of ours damaged."""
+
+    file: str
+    content: str | None  # of the file; None where it is gone
+    program: str  # sys.argv[0]
+    words: list[str]  # its command line
+
+
+class Outcome(NamedTuple):
+    """How a program went on."""
+
+    ended: str  # the loss that it trains, "rankclip" or "clip", or the step that refused it
+    detail: str
+    warnings: list[str]
+
+
+Outcomes = Callable[[list[Case]], list[Outcome]]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that gives the outcome of each case: a damaged file, a program, and its command line."""
+def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """A function that runs cases on a copy of our packages."""
     folder = tmp_path_factory.mktemp("damaged")
     for package in (ROOT / "rankloss", *(ROOT / "integrations").iterdir()):
         if package.is_dir():
             shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     assert compileall.compile_dir(folder, quiet=1)  # once, not in each case
 
-    def run(cases: list[Case]) -> list[list[Any]]:
+    def run(cases: list[Case]) -> list[Outcome]:
         environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", CASES, str(folder)],
+            [sys.executable, "-c", RUN_OF_CASES, str(folder)],
             input=json.dumps(cases),
             env=environment,
             text=True,
@@ -112,66 +133,72 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        outcomes = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+        assert len(outcomes) == len(cases)
+        return outcomes
 
     return run
 
 
-def damages(name: str) -> dict[str, str | None]:
+def damages(file: str) -> dict[str, str | None]:
     """What a damaged file holds, by the damage; None where it is gone."""
-    lines = WHOLE[name].splitlines(keepends=True)
+    lines = WHOLE[file].splitlines(keepends=True)
     return {"gone": None, "empty": "", "cut": "".join(lines[: len(lines) // 2])}
 
 
-def check(cases: list[Case], outcomes: Any) -> set[str]:
-    """Assert that programs go on and that a loss is never lost; return the files that a warning tells of."""
-    warned = set()
-    for case, (outcome, *details) in zip(cases, outcomes(cases), strict=True):
-        name, content, program, words = case
-        shown = (name, program, words, outcome, details)
-        if content == WHOLE[name]:
-            _, warnings = details
-            assert outcome == ("rankclip" if words else "clip"), shown
-            assert warnings == [], shown
-        elif words:
-            assert outcome.startswith("refused") or (outcome, name) == ("rankclip", EMPTY), shown
-        else:
-            assert outcome == "clip", shown
-            _, warnings = details
-            assert len(warnings) <= 1, shown
-            warned |= {name for text in warnings if "rankloss is damaged" in text}
-    return warned
+def assert_programs_go_on(cases: list[Case], outcomes: list[Outcome]) -> None:
+    """Assert that programs without a loss train plain CLIP, and warn of the damaged file at most once."""
+    for case, outcome in zip(cases, outcomes, strict=True):
+        assert outcome.ended == "clip", (case, outcome)
+        assert len(outcome.warnings) <= 1, (case, outcome)
 
 
-def test_programs_go_on_and_runs_with_a_loss_are_refused(outcomes: Any) -> None:
-    whole: list[Case] = [(FILES[0], WHOLE[FILES[0]], MAIN, words) for words in (LOSS, [])]
-    with_a_loss = [(name, content, MAIN, LOSS) for name in FILES for content in damages(name).values()]
-    cut = [(name, damages(name)["cut"], program, []) for name in FILES for program in (OTHER, MAIN)]
-    gone = [(name, None, MAIN, []) for name in START]
-    cases = [*whole, *with_a_loss, *cut, *gone]
-    warned = check(cases, outcomes)
-    assert warned == {*FILES} - OF_A_LOSS, "these are read by runs with a loss alone"
+def test_whole_files_train_the_asked_loss_without_a_warning(outcomes_of: Outcomes) -> None:
+    """So that the refusals and the warnings of the tests below are of the damage."""
+    file = FILES[0]
+    with_a_loss, without = outcomes_of([Case(file, WHOLE[file], MAIN, words) for words in (LOSS, [])])
+    assert (with_a_loss.ended, with_a_loss.warnings) == ("rankclip", [])
+    assert (without.ended, without.warnings) == ("clip", [])
 
 
-@pytest.mark.slow
-def test_programs_go_on_whatever_the_damage(outcomes: Any) -> None:
-    check(
-        [
-            (name, content, program, [])
-            for name in FILES
-            for content in damages(name).values()
-            for program in (OTHER, MAIN)
-        ],
-        outcomes,
-    )
+def test_runs_with_a_loss_are_refused_when_a_file_is_damaged(outcomes_of: Outcomes) -> None:
+    cases = [Case(file, content, MAIN, LOSS) for file in FILES for content in damages(file).values()]
+    for case, outcome in zip(cases, outcomes_of(cases), strict=True):
+        trains_it_all_the_same = outcome.ended == "rankclip" and case.file == NOT_NEEDED
+        assert outcome.ended.startswith("refused") or trains_it_all_the_same, (case, outcome)
+
+
+def test_programs_without_a_loss_go_on_and_a_warning_names_the_damage(outcomes_of: Outcomes) -> None:
+    cut = [Case(file, damages(file)["cut"], program, []) for file in FILES for program in (OTHER, MAIN)]
+    gone = [Case(file, None, MAIN, []) for file in START]
+    cases = [*cut, *gone]
+    outcomes = outcomes_of(cases)
+    assert_programs_go_on(cases, outcomes)
+    warned_of = {
+        case.file
+        for case, outcome in zip(cases, outcomes, strict=True)
+        if any("rankloss is damaged" in warning for warning in outcome.warnings)
+    }
+    assert warned_of == {*FILES} - OF_RUNS_WITH_A_LOSS
 
 
 @pytest.mark.slow
-def test_a_file_cut_at_any_line_never_trains_plain_clip(outcomes: Any) -> None:
+def test_programs_go_on_whatever_the_damage(outcomes_of: Outcomes) -> None:
+    cases = [
+        Case(file, content, program, [])
+        for file in FILES
+        for content in damages(file).values()
+        for program in (OTHER, MAIN)
+    ]
+    assert_programs_go_on(cases, outcomes_of(cases))
+
+
+@pytest.mark.slow
+def test_a_file_cut_at_any_third_line_never_trains_plain_clip(outcomes_of: Outcomes) -> None:
     cases = []
-    for name in START:
-        lines = WHOLE[name].splitlines(keepends=True)
-        cases += [(name, "".join(lines[:n]), MAIN, LOSS) for n in range(0, len(lines), 3)]
-    for (name, content, *_), (outcome, *details) in zip(cases, outcomes(cases), strict=True):
-        shown = (name, content[-200:], outcome, details)
-        assert outcome.startswith("refused") or outcome == "rankclip", shown
+    for file in START:
+        lines = WHOLE[file].splitlines(keepends=True)
+        cases += [Case(file, "".join(lines[:n]), MAIN, LOSS) for n in range(0, len(lines), 3)]
+    for case, outcome in zip(cases, outcomes_of(cases), strict=True):
+        # A cut behind the last line that matters leaves the loss as it was asked for.
+        assert outcome.ended.startswith("refused") or outcome.ended == "rankclip", (case, outcome)

@@ -31,7 +31,12 @@ from untrusted import bring_tokenizer, trust_tokenizer
 
 OPTION = "--loss-teacher"
 WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
+"""A teacher's features of more dimensions than the tiny model has, 32."""
 ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
+TOP_K = 4  # the ranks that the runs of a folder train; of rankclip-distill beside mimicry it is the default
+MIMICRY_WEIGHT = 0.5
+DEFAULT_WEIGHT = 8  # of mimicry, alone
+LAST_STEP = 1  # its number in the logged scalars; WHOLE_SET has two steps, and student() is of this one
 
 
 def named_pairs(trainer: Trainer) -> list[tuple[str, str]]:
@@ -61,15 +66,15 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
     def add(name: str, where: str, *options: str) -> None:
-        given = (f"features, {name}", *WHOLE_SET, "--rankclip-top-k", "4", OPTION, where, *options)
-        table.add(name, trainer.call, *given)
+        ranks = ("--rankclip-top-k", str(TOP_K))
+        table.add(name, trainer.call, f"features, {name}", *WHOLE_SET, *ranks, OPTION, where, *options)
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
     add("webdataset", shards, *trainer.webdataset)
     wide = stored(directory / "wide", pairs, **WIDE)
-    mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
-    given = ("features, mimicry", *WHOLE_SET, *mimicry, "--loss-teacher", wide)
-    table.add("mimicry", trainer.call, *given, change=Counted())
+    mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", str(MIMICRY_WEIGHT)]
+    options = [*WHOLE_SET, *mimicry, OPTION, wide]
+    table.add("mimicry", trainer.call, "features, mimicry", *options, change=Counted())
     return table
 
 
@@ -81,25 +86,24 @@ def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, nam
     assert re.search(f"Loss: .*{run.params['loss_teacher']}", run.log)
     features, scale = student(trainer, run)
     teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
-    others = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
+    no_teacher: dict[str, Any] = {}
+    rows_of_the_pair_before = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
     for term, oracle in ORACLES.items():
-        expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
-        assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
-        for wrong in ({}, others):
-            value = oracle(**features, logit_scale=scale, **wrong, top_k=4)
+        expected = oracle(**features, logit_scale=scale, **teacher, top_k=TOP_K)
+        assert run.scalars[f"{term}_raw"][LAST_STEP] == pytest.approx(expected, rel=1e-4), term
+        for wrong in (no_teacher, rows_of_the_pair_before):
+            value = oracle(**features, logit_scale=scale, **wrong, top_k=TOP_K)
             assert abs(value / expected - 1) > 1e-3, "the comparison above could not fail"
 
 
 def test_mimicry_copies_the_components_of_a_wider_teacher(trainer: Trainer, taught: Runs) -> None:
     run = taught["mimicry"]
     features, _ = student(trainer, run)
-    basis = Features(run.params["loss_teacher"]).components(features["text_features"].shape[1])
-    copied = {}
-    for name, x in WIDE.items():
-        components = x @ basis.matrix.double().numpy()
-        copied[name] = components / np.linalg.norm(components, axis=1, keepdims=True)
-    expected = 0.5 * mean_of_squares(features, copied)
-    assert run.scalars["mimicry_loss"][1] == pytest.approx(expected, rel=1e-4)
+    width_of_the_model = features["text_features"].shape[1]
+    basis = Features(run.params["loss_teacher"]).components(width_of_the_model).matrix.double().numpy()
+    copied = {name: normalized(rows @ basis) for name, rows in WIDE.items()}
+    expected = MIMICRY_WEIGHT * mean_of_squares(features, copied)
+    assert run.scalars["mimicry_loss"][LAST_STEP] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_of_mimicry_names_its_losses_and_the_variance_of_the_components(taught: Runs) -> None:
@@ -113,12 +117,14 @@ def test_beside_mimicry_the_whole_teacher_ranks(trainer: Trainer, taught: Runs) 
     features, scale = student(trainer, run)
     teacher = {f"reference_{key}": value for key, value in WIDE.items()}
     for term, oracle in ORACLES.items():
-        expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
-        assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
+        expected = oracle(**features, logit_scale=scale, **teacher, top_k=TOP_K)
+        assert run.scalars[f"{term}_raw"][LAST_STEP] == pytest.approx(expected, rel=1e-4), term
 
 
 def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twice(taught: Runs) -> None:
-    counts = json.loads(re.findall(r"before a step: (.*)", taught["mimicry"].output)[0])
+    """As ``Counted`` prints it in the run, before its first step."""
+    first_epoch, *_ = re.findall(r"before a step: (.*)", taught["mimicry"].output)
+    counts = json.loads(first_epoch)
     assert 1 <= counts.pop("open") <= 2
     assert counts == dict.fromkeys(ONCE, 1)
 
@@ -128,7 +134,7 @@ def on_principal_components(arrays: dict[str, Any], width: int) -> dict[str, Any
     teacher = {name: normalized(np.asarray(rows[:], np.float64)) for name, rows in arrays.items()}
     _, _, components = np.linalg.svd(np.concatenate(list(teacher.values())), full_matrices=False)
     components = components[:width]
-    for component in components:  # whose sign is that of its largest entry
+    for component in components:  # the singular vectors' signs are arbitrary: the largest entry is positive
         component *= np.sign(component[np.abs(component).argmax()])
     return {name: normalized(rows @ components.T) for name, rows in teacher.items()}
 
@@ -158,10 +164,10 @@ def by_encoders(trainer: Trainer) -> ByEncoders:
 @pytest.mark.slow
 def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, by_encoders: ByEncoders) -> None:
     features, _ = student(trainer, by_encoders.first)
-    width = features[NAMES[0]].shape[1]
-    copied = on_principal_components(Features(str(by_encoders.folder)).arrays, width)
-    expected = 8 * mean_of_squares(features, copied)
-    assert by_encoders.first.scalars["mimicry_loss"][1] == pytest.approx(expected, rel=1e-3)
+    width_of_the_model = features[NAMES[0]].shape[1]
+    copied = on_principal_components(Features(str(by_encoders.folder)).arrays, width_of_the_model)
+    expected = DEFAULT_WEIGHT * mean_of_squares(features, copied)
+    assert by_encoders.first.scalars["mimicry_loss"][LAST_STEP] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -179,13 +185,16 @@ def test_a_teachers_features_are_computed_by_the_first_run_and_found_by_the_seco
 def test_two_encoders_that_are_aligned_are_copied(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Computed from the data to train on, before the folder of logs."""
+    """Their features, of the pairs to train on, are computed and aligned when the command line is parsed."""
     whole = tiny_teacher.teacher()
-    encoders = dict.fromkeys(NAMES, whole.encoders[NAMES[1]])
-    monkeypatch.setattr(sources, "load", lambda *_: Teacher(whole.about, encoders, spaces="separate"))
+    # The encoders a and b are in no package: both are the tiny teacher's of texts, as if of two spaces.
+    two_spaces = Teacher(
+        whole.about, dict.fromkeys(NAMES, whole.encoders["text_features"]), spaces="separate"
+    )
+    monkeypatch.setattr(sources, "load", lambda *_: two_spaces)
     monkeypatch.setattr(caching.Spec, "check", lambda spec: spec)
-    args = trainer.arguments("aligned", "--loss", "mimicry", OPTION, "image=a,text=b,align")
-    args[args.index("--logs") + 1] = str(tmp_path / "logs")
+    teacher = (OPTION, "image=a,text=b,align")
+    args = trainer.arguments("aligned", "--loss", "mimicry", *teacher, "--logs", str(tmp_path / "logs"))
     features = run_of(parse_args(args)).teaching.features
     assert features is not None
     assert features.common_space
@@ -200,22 +209,22 @@ def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Train
     shutil.copy(trained, own / "open_clip_pytorch_model.bin")
     model, data = ["--model", f"local-dir:{own}"], ["--data", str(trainer.directory / "data.csv")]
     assert console.main(["features", *model, *data, "--workers", "0", "--output", str(own / "start")]) == 0
-    given = [*WHOLE_SET, "--epochs", "1", "--loss", "mimicry", *model, OPTION, str(own / "start")]
-    crops = {"whole": [], "cropped": ["--aug-cfg", "scale=(0.5,0.6)"]}
-    runs = [trainer.call(f"start, {name}", *given, *more) for name, more in crops.items()]
-    whole, cropped = (run.scalars["mimicry_loss"][0] for run in runs)
-    assert whole < 1e-5
-    assert cropped > 1e-3
+    options = [*WHOLE_SET, "--epochs", "1", "--loss", "mimicry", *model, OPTION, str(own / "start")]
+    crop = ["--aug-cfg", "scale=(0.5,0.6)"]  # half of the picture
+    whole, cropped = trainer.call("start, whole", *options), trainer.call("start, cropped", *options, *crop)
+    rounding_error = 1e-5
+    assert whole.scalars["mimicry_loss"][0] < rounding_error
+    assert cropped.scalars["mimicry_loss"][0] > 100 * rounding_error
 
 
 def test_a_teachers_data_are_opened_once(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the command line is checked, where the features are computed, too."""
+    """The check of the command line and the computation of the features have one object of data."""
     opened = count_calls(monkeypatch, data="rankloss_features.caching.of_open_clip")
-    own = with_weights(trainer, tmp_path / "own")
-    args = trainer.arguments("once", "--loss", "rankclip-distill", OPTION, f"local-dir:{own}")
-    args[args.index("--logs") + 1] = str(tmp_path / "logs")
+    teacher = (OPTION, f"local-dir:{with_weights(trainer, tmp_path / 'own')}")
+    logs = ("--logs", str(tmp_path / "logs"))
+    args = trainer.arguments("once", "--loss", "rankclip-distill", *teacher, *logs)
     run = run_of(parse_args(args))
     assert run.teaching.features is not None
     assert opened == {"data": 1}
@@ -233,10 +242,10 @@ def test_code_beside_a_teachers_weights_is_not_run(
     trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, made = with_weights(trainer, tmp_path / "own"), tmp_path / "made"
-    bring_tokenizer(own, made)
+    bring_tokenizer(own, made)  # code.py, which makes this folder when it runs
     trust_tokenizer(own, str(own))
-    args = trainer.arguments("brought", "--loss", "mimicry", OPTION, f"local-dir:{own}")
-    args[args.index("--logs") + 1] = str(tmp_path)
+    teacher, logs = (OPTION, f"local-dir:{own}"), ("--logs", str(tmp_path))
+    args = trainer.arguments("brought", "--loss", "mimicry", *teacher, *logs)
     assert re.search(rf"local-dir:{own}: .* needs code of its own, code\.py", refusal(args, capsys))
     assert not made.exists()
 
@@ -251,37 +260,37 @@ def refusal(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_teacher_that_is_narrower_than_the_model_is_copied_into_some_of_its_dimensions(
     trainer: Trainer, tmp_path: Path
 ) -> None:
-    narrow_rows = {name: unit_rows(SAMPLES, 8, 0) for name in NAMES}
+    """The distance is to the teacher's rows with zeros beside, as :func:`mean_of_squares` has it."""
+    narrow_rows = {name: unit_rows(SAMPLES, 8, seed=0) for name in NAMES}
     narrow = stored(tmp_path / "narrow", named_pairs(trainer), **narrow_rows)
-    args = trainer.arguments("narrow", "--loss", "mimicry", OPTION, narrow)
-    args[args.index("--logs") + 1] = str(tmp_path / "logs")
-    run = run_of(parse_args(args))
-    rows = {name: unit_rows(SAMPLES, 32, 1) for name in NAMES}
-    arrays = {name: x[:] for name, x in run.teaching.features.arrays.items()}
-    features = {name: torch.from_numpy(x) for name, x in rows.items()}
-    references = {f"reference_{name}": torch.from_numpy(x) for name, x in arrays.items()}
+    teacher, logs = (OPTION, narrow), ("--logs", str(tmp_path / "logs"))
+    run = run_of(parse_args(trainer.arguments("narrow", "--loss", "mimicry", *teacher, *logs)))
+    rows_of_model = {name: unit_rows(SAMPLES, 32, seed=1) for name in NAMES}
+    rows_of_teacher = {name: stored_rows[:] for name, stored_rows in run.teaching.features.arrays.items()}
+    features = {name: torch.from_numpy(rows) for name, rows in rows_of_model.items()}
+    references = {f"reference_{name}": torch.from_numpy(rows) for name, rows in rows_of_teacher.items()}
     entries = run(**features, logit_scale=torch.tensor(10.0), output_dict=True, **references)
-    expected = 8 * mean_of_squares(rows, arrays)
+    expected = DEFAULT_WEIGHT * mean_of_squares(rows_of_model, rows_of_teacher)
     assert entries["mimicry_loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("options", "reason"),
     [
         (f"--loss rankclip-in {OPTION} text=EMPTY", "--text-encoder EMPTY: Unrecognized model in EMPTY"),
         (f"--loss rankclip {OPTION} local-dir:EMPTY", "local-dir:EMPTY: .*config file missing"),
     ],
 )
 def test_a_teacher_that_cannot_be_computed_is_refused_before_a_folder_of_logs(
-    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, reason: str
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, reason: str
 ) -> None:
-    """So that the name of the run is not taken by one that never began."""
-    (tmp_path / "empty").mkdir()
-    given, reason = (text.replace("EMPTY", str(tmp_path / "empty")) for text in (given, reason))
-    args = trainer.arguments("never", *given.split())
-    args[args.index("--logs") + 1] = str(tmp_path / "logs")
+    """So that the name of the run is not taken by one that never began. EMPTY stands for an empty folder."""
+    empty, logs = tmp_path / "empty", tmp_path / "logs"
+    empty.mkdir()
+    options, reason = (text.replace("EMPTY", str(empty)) for text in (options, reason))
+    args = trainer.arguments("never", *options.split(), "--logs", str(logs))
     assert re.search(f"{OPTION}: .*{reason}", refusal(args, capsys))
-    assert not (tmp_path / "logs/never").exists()
+    assert not (logs / "never").exists()
 
 
 @pytest.mark.parametrize(
@@ -311,6 +320,7 @@ def test_a_teacher_is_computed_on_the_device_that_the_trainer_will_choose(
 def test_where_each_process_sees_one_gpu_a_teacher_is_computed_on_it(
     monkeypatch: pytest.MonkeyPatch, device: str | None, has_gpu: bool, chosen: str
 ) -> None:
+    """Each process has its GPU as the first, which the trainer is told by ``no_set_device_rank``."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert device_of(Namespace(device=device, no_set_device_rank=True)) == chosen

@@ -34,8 +34,8 @@ DISTIL = ["--distill-model", "tiny", "--distill-pretrained", "file"]
 Terms = dict[str, list[Tensor]]  # by the terms' names: value, and gradients of image, text and scale
 
 
-def built(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Module:
-    """The loss as the trainer builds it."""
+def built_loss(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Module:
+    """The loss of CONSTANT as the trainer builds it in one process; its base is of the class ``base``."""
     args = parse_args([*CONSTANT, *argv])
     args.rank, args.world_size, args.distill = rank, world_size, args.distill_model is not None
     loss = open_clip.create_loss(args)
@@ -61,14 +61,16 @@ def outputs_of(argv: list[str]) -> dict[str, Tensor]:
     return outputs
 
 
-def share(outputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+def share_of(outputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    """The outputs for the pairs of one process; scalars are the same in each."""
     return {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in outputs.items()}
 
 
-def terms(rank: int, world_size: int, base: str, argv: list[str]) -> Terms:
-    """The terms that this rank trains."""
+def trained_terms(rank: int, world_size: int, base: str, argv: list[str]) -> Terms:
+    """The terms that this rank trains on its share of the batch, with gradients of the whole batch."""
     outputs = outputs_of(argv)
-    entries = built(rank, world_size, base, argv)(**share(outputs, rank, world_size), output_dict=True)
+    loss = built_loss(rank, world_size, base, argv)
+    entries = loss(**share_of(outputs, rank, world_size), output_dict=True)
     assert entries["rank_lambda"].item() == 1
     leaves = (outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
 
@@ -77,8 +79,8 @@ def terms(rank: int, world_size: int, base: str, argv: list[str]) -> Terms:
             return [torch.zeros_like(x) for x in leaves]
         return list(torch.autograd.grad(value, leaves, retain_graph=True))
 
-    of_terms = {name: x for name, x in entries.items() if name.endswith("_loss")}
-    return {name: [x.detach(), *gradients(x)] for name, x in of_terms.items()}
+    values = {name: entry for name, entry in entries.items() if name.endswith("_loss")}
+    return {name: [value.detach(), *gradients(value)] for name, value in values.items()}
 
 
 every_base = pytest.mark.parametrize(
@@ -96,9 +98,9 @@ every_base = pytest.mark.parametrize(
 def test_on_every_base_two_processes_have_the_terms_and_gradients_of_one(
     pools: Pools, base: str, argv: list[str]
 ) -> None:
-    whole = terms(0, 1, base, argv)
+    whole = trained_terms(0, 1, base, argv)
     assert {"contrastive_loss", "cross_modal_loss", "in_modal_loss"} <= whole.keys()
-    first, second = pools[2].run(terms, base, argv)
+    first, second = pools[2].run(trained_terms, base, argv)
     for name, expected in whole.items():
         # The value, and the gradient of each input; DDP averages them.
         averages = [(x + y) / 2 for x, y in zip(first[name], second[name], strict=True)]
@@ -112,29 +114,33 @@ def test_on_every_base_the_cross_modal_term_is_the_references(base: str, argv: l
     teacher = {}
     if "--loss-teacher" in argv:
         teacher = {f"reference_{name}": arrays[f"dist_{name}"] for name in NAMES}
-    expected = 3 / 16 * reference.cross_modal(**features, **teacher)  # λ of CONSTANT, and the recipe's 1/16
-    value, *_gradients = terms(0, 1, base, argv)["cross_modal_loss"]
+    lambda_cross, share_of_recipe = 3, 1 / 16  # in CONSTANT; of the default recipe
+    expected = lambda_cross * share_of_recipe * reference.cross_modal(**features, **teacher)
+    value, *_gradients = trained_terms(0, 1, base, argv)["cross_modal_loss"]
     assert value.item() == pytest.approx(expected, rel=1e-10)
 
 
-def agreement(rank: int, world_size: int, flags: list[str]) -> list[dict[str, float]]:
-    """The agreement that three steps log; the first and the third measure it."""
+def logged_agreement(rank: int, world_size: int, flags: list[str]) -> list[dict[str, float]]:
+    """The agreement, Kendall's τ, that three steps log; the first and the third measure it."""
     argv = ["--loss-agreement-every", "2", *flags]
-    loss, outputs = built(rank, world_size, "ClipLoss", argv), share(outputs_of(argv), rank, world_size)
+    loss = built_loss(rank, world_size, "ClipLoss", argv)
+    outputs = share_of(outputs_of(argv), rank, world_size)
     steps = [loss(**outputs, output_dict=True) for _ in range(2)]
-    with Collectives() as calls:
+    with Collectives() as calls:  # of the third step
         steps.append(loss(**outputs, output_dict=True))
     assert calls.counts["allgather"] == 2, "each modality once, for the loss and the log"
     return [{name: x.item() for name, x in step.items() if name.endswith("tau")} for step in steps]
 
 
-@pytest.mark.parametrize("flags", [[], BOTH])
+@pytest.mark.parametrize("flags", [[], BOTH], ids=["global loss", "local loss"])
 def test_every_process_logs_the_agreement_of_the_whole_batch(pools: Pools, flags: list[str]) -> None:
     batch = random_batch(0, N, D, SCALE).leaves(torch.float64)
     whole = metrics.rank_agreement(*batch[:2])
     expected = {name: whole[name].item() for name in ("cross_modal_tau", "in_modal_tau")}
-    for steps in pools[2].run(agreement, flags):
-        assert steps == [pytest.approx(expected, abs=1e-6)] * 3
+    for steps in pools[2].run(logged_agreement, flags):
+        assert len(steps) == 3
+        for step in steps:
+            assert step == pytest.approx(expected, abs=1e-6)
 
 
 # --- trainings ------------------------------------------------------------------------------------------
@@ -155,6 +161,7 @@ def ddp_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs
         # Other tests have runs of these names, in the same directory.
         table.add(name, trainer.call, f"ddp {name}", *OPTIONS, *sizes, *options, processes=processes)
 
+    # Each of them makes two steps, of all pairs.
     add("one process")
     add("two processes", *BOTH, processes=2)
     # λ goes from 0 to 2; a static graph allows no change in what is trained.
@@ -170,16 +177,24 @@ def ddp_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs
 
 def columns_and_a_teacher(trainer: Trainer, directory: Path) -> list[str]:
     """The options of a loss with ids of pairs and a teacher's features, beside the captions."""
-    rows = [[*row[:2], f"group {i // 3}"] for i, row in enumerate(trainer.rows)]
+    pairs = [(picture, title) for picture, title, _ in trainer.rows]
+    rows = [("filepath", "title", "group")]
+    rows += [(picture, title, f"group {i // 3}") for i, (picture, title) in enumerate(pairs)]
     file = trainer.directory / "ddp-columns.csv"
-    file.write_text("".join("\t".join(row) + "\n" for row in [["filepath", "title", "group"], *rows]))
-    pairs = [(Path(row[0]).name, row[1]) for row in rows]
+    file.write_text("".join("\t".join(row) + "\n" for row in rows))
+    names_of_pairs = [(Path(picture).name, title) for picture, title in pairs]
     ids = ["--loss", "clip-ids+rankclip", "--clip-ids-key", "group"]
-    return [*ids, "--loss-teacher", stored(directory / "x", pairs, **TEACHER), "--train-data", str(file)]
+    return [
+        *ids,
+        "--loss-teacher",
+        stored(directory / "x", names_of_pairs, **TEACHER),
+        "--train-data",
+        str(file),
+    ]
 
 
 class OfModel(NamedTuple):
-    """A tensor for each parameter: of the scale, and of all others in one row."""
+    """A tensor, such as a gradient, for each parameter: of the scale, and of all others in one row."""
 
     scale: Tensor
     towers: Tensor
@@ -247,11 +262,12 @@ def test_columns_and_a_teacher_train_accumulated_on_processes_as_in_one(ddp_runs
     assert [run.params["world_size"] for run in (several, one)] == ["2", "1"]
     gradient, whole = first_gradient(several), first_gradient(one)
     assert relative_error(gradient.towers, whole.towers) < 1e-5
-    # The trainer's own: each of the two calls has the whole gradient of the scale.
+    # A trait of the trainer's accumulation: each of the two calls adds the whole gradient of the scale.
     assert relative_error(gradient.scale / 2, whole.scale) < 1e-5
 
 
 @pytest.mark.slow
 def test_accumulated_on_processes_the_partners_are_those_of_the_whole_batch(ddp_runs: Runs) -> None:
+    """Partners are pairs with one id in one batch; a process has a quarter of it in a call."""
     several, one = ddp_runs["columns, accumulated"], ddp_runs["columns"]
     assert several.scalars["pairs_with_partner"] == pytest.approx(one.scalars["pairs_with_partner"])
