@@ -19,16 +19,21 @@ from rankloss_features.folder import (
 )
 
 
-def stored(
+def features_folder(
     path: Path,
     pairs: Sequence[tuple[str, str]] | None = None,
     spaces: str | None = None,
     pictures: Sequence[bytes] | None = None,
     **arrays: np.ndarray[Any, Any],
 ) -> str:
-    """A folder of features, of images and captions ``0.png``, ``a0`` and so on if no others are given.
+    """Write a folder of features made of arrays by modality; its path.
 
-    With pictures, the content of the images' files, a teacher has read them.
+    Args:
+        path: The folder.
+        pairs: Images' names and captions, by default ``0.png`` and ``a0``, and so on.
+        spaces: As ``folder.json`` says it, by default common if all widths are equal.
+        pictures: The content of the images' files, if a teacher is to have read them.
+        **arrays: ``[N, D]`` for each modality, such as ``image_features``.
     """
     rows = min(len(array) for array in arrays.values())
     dtype = next(iter(arrays.values())).dtype

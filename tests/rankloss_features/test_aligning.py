@@ -21,18 +21,18 @@ from tiny_teacher import (
     CAPTIONS,
     ROWS,
     WIDTH,
-    but_for_command,
+    contents_of_files,
+    contents_without_command,
     csv_data,
-    files,
-    flip,
+    csv_table,
+    flip_a_bit,
     in_process,
     picture,
+    record_batch_sizes,
     shards,
-    table,
     teacher,
     trainer_arguments,
     under_torchrun,
-    watched,
 )
 from torch import Tensor
 
@@ -78,14 +78,14 @@ def run_align(data: Path, output: Path, *options: str, encoders: Any = ENCODERS)
 
 
 def test_the_flag_and_the_command_give_the_same_features_bit_for_bit(tmp_path: Path) -> None:
-    pairs = table(tmp_path)
+    pairs = csv_table(tmp_path)
     assert run_align(pairs, tmp_path / "x") == 0
     folder = Path(cached(SPEC, csv_data(pairs), tmp_path / "cache", "cpu"))
-    assert but_for_command(folder) == but_for_command(tmp_path / "x")
+    assert contents_without_command(folder) == contents_without_command(tmp_path / "x")
 
 
 def test_the_cache_has_the_aligned_features_and_the_encoders_own(tmp_path: Path) -> None:
-    data, cache = csv_data(table(tmp_path)), tmp_path / "cache"
+    data, cache = csv_data(csv_table(tmp_path)), tmp_path / "cache"
     aligned = cached(SPEC, data, cache, "cpu")
     encoded = cached(SPEC._replace(align=False), data, cache, "cpu")
     assert Features(aligned).common_space
@@ -93,7 +93,7 @@ def test_the_cache_has_the_aligned_features_and_the_encoders_own(tmp_path: Path)
 
 
 def test_what_the_cache_has_loads_no_encoder_again(tmp_path: Path, loaded: list[Any]) -> None:
-    data, cache = csv_data(table(tmp_path)), tmp_path / "cache"
+    data, cache = csv_data(csv_table(tmp_path)), tmp_path / "cache"
     folder = cached(SPEC, data, cache, "cpu")
     assert cached(SPEC, data, cache, "cpu") == folder
     cached(SPEC._replace(align=False), data, cache, "cpu")
@@ -101,7 +101,7 @@ def test_what_the_cache_has_loads_no_encoder_again(tmp_path: Path, loaded: list[
 
 
 def test_a_folder_of_the_cache_says_which_command_would_write_it(tmp_path: Path) -> None:
-    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
+    folder = cached(SPEC, csv_data(csv_table(tmp_path)), tmp_path / "cache", "cpu")
     command = "rankloss features --image-encoder some --text-encoder other --align --data"
     assert Features(folder).about["command"].startswith(command)
 
@@ -112,7 +112,7 @@ COPIES = (7, 9)
 
 def table_with_copies(folder: Path) -> Path:
     """A table in which the copies are files of their own."""
-    file = table(folder)
+    file = csv_table(folder)
     for row in COPIES:
         (folder / f"{row}.png").write_bytes(picture(2))
     return file
@@ -144,13 +144,13 @@ def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
 
 
 def test_an_aligned_folder_has_one_space_and_no_folder_of_the_encoders_own_features(tmp_path: Path) -> None:
-    assert run_align(table(tmp_path), tmp_path / "x") == 0
+    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
     assert Features(str(tmp_path / "x")).check().common_space
     assert not (tmp_path / "x/.encoders").exists()
 
 
 def test_a_folder_without_the_flag_has_no_projections(tmp_path: Path) -> None:
-    assert run_align(table(tmp_path), tmp_path / "raw", "--batch-size", "256") == 0
+    assert run_align(csv_table(tmp_path), tmp_path / "raw", "--batch-size", "256") == 0
     assert Features(str(tmp_path / "raw")).check().alignment is None
 
 
@@ -162,7 +162,7 @@ def tensors_of(features: Features) -> list[Tensor]:
 @pytest.fixture
 def aligned_and_encoded(tmp_path: Path) -> tuple[Features, Features]:
     """The folder of the pairs with ``--align``, and the one without it."""
-    pairs = table(tmp_path)
+    pairs = csv_table(tmp_path)
     assert run_align(pairs, tmp_path / "aligned") == 0
     assert run_align(pairs, tmp_path / "encoded", "--batch-size", "256") == 0
     return Features(str(tmp_path / "aligned")), Features(str(tmp_path / "encoded"))
@@ -192,11 +192,11 @@ def test_the_projections_of_few_pairs_are_a_fit_of_them_with_the_default_setting
 
 
 def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
-    pairs = table(tmp_path)
+    pairs = csv_table(tmp_path)
     assert run_align(pairs, tmp_path / "x") == 0
-    before = files(tmp_path / "x")
+    before = contents_of_files(tmp_path / "x")
     assert run_align(pairs, tmp_path / "x") == 0
-    assert files(tmp_path / "x") == before
+    assert contents_of_files(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,16 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_complete_folder_of_other_captions_or_another_dtype_is_refused(
     tmp_path: Path, capsys: Any, captions: list[str], options: tuple[str, ...], reason: str
 ) -> None:
-    assert run_align(table(tmp_path), tmp_path / "x") == 0
-    assert run_align(table(tmp_path, captions), tmp_path / "x", "--align", *options) == 1
+    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
+    assert run_align(csv_table(tmp_path, captions), tmp_path / "x", "--align", *options) == 1
     assert reason in capsys.readouterr().err
 
 
 def kill_while_encoding(patch: pytest.MonkeyPatch) -> None:
     """Let the process be killed in the third batch of captions."""
-    killing = two_encoders(watched([], NAMES[1], kill_at=3), image_encoder="some", text_encoder="other")
+    killing = two_encoders(
+        record_batch_sizes([], NAMES[1], kill_at=3), image_encoder="some", text_encoder="other"
+    )
     patch.setattr(sources, "load", lambda given, args, device: killing)
 
 
@@ -235,13 +237,13 @@ def kill_while_aligning(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kill", [kill_while_encoding, kill_while_aligning])
 def test_a_command_that_was_killed_goes_on(tmp_path: Path, kill: Any, monkeypatch: Any) -> None:
-    pairs, options = table(tmp_path), ("--align", "--batch-size", "8")
+    pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
     assert run_align(pairs, tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         kill(patch)
         assert in_process(run_align, pairs, tmp_path / "x", *options) == -signal.SIGKILL
     assert run_align(pairs, tmp_path / "x", *options) == 0
-    assert but_for_command(tmp_path / "x") == but_for_command(tmp_path / "whole")
+    assert contents_without_command(tmp_path / "x") == contents_without_command(tmp_path / "whole")
 
 
 def run_align_killed_at_file(number: int, *given: Any) -> None:
@@ -273,27 +275,27 @@ def files_brought_to_the_disk(pairs: Path, output: Path, *options: str) -> list[
 
 def test_a_kill_at_any_file_leaves_a_folder_that_is_refused_or_whole_and_goes_on(tmp_path: Path) -> None:
     """At any file from the last of the encoders' own features on."""
-    pairs, options = table(tmp_path), ("--align", "--batch-size", "8")
+    pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
     paths = files_brought_to_the_disk(pairs, tmp_path / "whole", *options)
     last_of_encoders = max(number for number, path in enumerate(paths) if "/.encoders/" in path)
-    whole = but_for_command(tmp_path / "whole")
+    whole = contents_without_command(tmp_path / "whole")
     for number in range(last_of_encoders, len(paths)):
         output = tmp_path / f"{number}"
         killed = in_process(run_align_killed_at_file, number, pairs, output, *options)
         assert killed == -signal.SIGKILL
         with suppress(ValueError):
             Features(str(output)).check()
-            assert but_for_command(output).items() <= whole.items()
+            assert contents_without_command(output).items() <= whole.items()
         assert run_align(pairs, output, *options) == 0
-        assert but_for_command(output) == whole
+        assert contents_without_command(output) == whole
 
 
 def test_the_processes_of_torchrun_write_what_one_does_and_find_it_complete(tmp_path: Path) -> None:
-    pairs, options = table(tmp_path), ("--align", "--batch-size", "8")
+    pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
     assert run_align(pairs, tmp_path / "one", *options) == 0
     for _ in ("writes", "finds"):
         under_torchrun(run_align, pairs, tmp_path / "two", *options)
-        assert but_for_command(tmp_path / "two") == but_for_command(tmp_path / "one")
+        assert contents_without_command(tmp_path / "two") == contents_without_command(tmp_path / "one")
 
 
 def test_pairs_whose_picture_cannot_be_read_have_rows_of_zeros(tmp_path: Path) -> None:
@@ -309,16 +311,16 @@ def test_the_cache_leaves_out_the_pictures_that_the_command_cannot_read(tmp_path
     assert run_align(Path(urls), tmp_path / "x") == 0
     data = of_open_clip(trainer_arguments(urls), SPEC)
     folder = cached(SPEC, data, tmp_path / "cache", "cpu")
-    assert but_for_command(Path(folder)) == but_for_command(tmp_path / "x")
+    assert contents_without_command(Path(folder)) == contents_without_command(tmp_path / "x")
 
 
 def double_numbers(file: Path) -> None:
     save_file({name: 2 * x for name, x in load_file(file).items()}, file)
 
 
-@pytest.mark.parametrize("damage", [flip, double_numbers, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_a_bit, double_numbers, Path.unlink])
 def test_damaged_projections_are_named(tmp_path: Path, damage: Any) -> None:
-    assert run_align(table(tmp_path), tmp_path / "x") == 0
+    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
     damage(tmp_path / "x" / ALIGNMENT)
     with pytest.raises(ValueError, match=rf"{ALIGNMENT} is not as it was written"):
         Features(str(tmp_path / "x")).check()
@@ -331,8 +333,8 @@ def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
     """New pairs that are the first nine of the aligned ones have their features, as float16 rounds."""
     for place in ("first", "second"):
         (tmp_path / place).mkdir()
-    assert run_align(table(tmp_path / "first"), tmp_path / "x") == 0
-    new = table(tmp_path / "second", CAPTIONS[:9])
+    assert run_align(csv_table(tmp_path / "first"), tmp_path / "x") == 0
+    new = csv_table(tmp_path / "second", CAPTIONS[:9])
     assert run_align(new, tmp_path / "y", "--align", str(tmp_path / "x")) == 0
     whole, part = (Features(str(tmp_path / name)).check() for name in "xy")
     assert part.common_space
@@ -359,10 +361,10 @@ def test_a_folder_whose_projections_do_not_fit_is_refused_before_anything_is_enc
     tmp_path: Path, capsys: Any, monkeypatch: Any, options: tuple[str, ...] | None, reasons: tuple[str, ...]
 ) -> None:
     """The folder is written with these options, or is not there."""
-    pairs, given, calls = table(tmp_path), tmp_path / "given", list[int]()
+    pairs, given, calls = csv_table(tmp_path), tmp_path / "given", list[int]()
     if options is not None:
         assert run_align(pairs, given, *options) == 0
-    other = two_encoders(watched(calls), image_encoder="another")
+    other = two_encoders(record_batch_sizes(calls), image_encoder="another")
     monkeypatch.setattr(sources, "load", lambda *_: other)
     assert run_align(pairs, tmp_path / "y", "--align", str(given)) == 1
     error = capsys.readouterr().err
@@ -372,23 +374,23 @@ def test_a_folder_whose_projections_do_not_fit_is_refused_before_anything_is_enc
     assert not (tmp_path / "y").exists()
 
 
-@pytest.mark.parametrize("write", [table, shards])
+@pytest.mark.parametrize("write", [csv_table, shards])
 def test_two_pairs_are_refused_by_the_command_before_they_are_encoded(
     tmp_path: Path, write: Any, monkeypatch: Any, capsys: Any
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(watched(calls)))
+    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(calls)))
     assert run_align(write(tmp_path, CAPTIONS[:2]), tmp_path / "x") == 1
     assert "has 2 pairs: at least 3 bring two encoders into one space" in capsys.readouterr().err
     assert not calls
 
 
-@pytest.mark.parametrize("write", [table, shards])
+@pytest.mark.parametrize("write", [csv_table, shards])
 def test_two_pairs_are_refused_by_a_training_before_they_are_encoded(
     tmp_path: Path, write: Any, monkeypatch: Any
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(watched(calls)))
+    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(calls)))
     data = of_open_clip(trainer_arguments(write(tmp_path, CAPTIONS[:2])), SPEC)
     with pytest.raises(ValueError, match="has 2 pairs: at least 3"):
         cached(SPEC, data, tmp_path / "cache", "cpu")
@@ -403,18 +405,18 @@ def test_two_pairs_are_refused_by_a_training_before_they_are_encoded(
     ],
 )
 def test_one_modality_is_not_aligned(tmp_path: Path, options: Any, named: str, capsys: Any) -> None:
-    assert run_align(table(tmp_path), tmp_path / "x", encoders=options) == 1
+    assert run_align(csv_table(tmp_path), tmp_path / "x", encoders=options) == 1
     assert re.search(named, capsys.readouterr().err)
     assert not (tmp_path / "x").exists()
 
 
 def test_an_unaligned_folder_is_not_written_over(tmp_path: Path, capsys: Any) -> None:
-    pairs = table(tmp_path)
+    pairs = csv_table(tmp_path)
     assert run_align(pairs, tmp_path / "x", "--dtype", "float16") == 0
-    before = files(tmp_path / "x")
+    before = contents_of_files(tmp_path / "x")
     assert run_align(pairs, tmp_path / "x") == 1
     assert "was begun with another spaces, separate, not common" in capsys.readouterr().err
-    assert files(tmp_path / "x") == before
+    assert contents_of_files(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize("text", ["image=a,align", "text=a,align", "align,image=a"])
@@ -431,7 +433,7 @@ def test_the_flag_may_stand_in_any_place() -> None:
 # --- the setting ------------------------------------------------------------------------------------------
 
 
-def views(pictures: int, captions: int = 2) -> tuple[Tensor, Tensor, np.ndarray]:
+def features_of_pairs(pictures: int, captions: int = 2) -> tuple[Tensor, Tensor, np.ndarray]:
     """Rows of pairs: each picture with several captions, and the picture of each row.
 
     Both modalities are noisy linear maps of what a picture and its captions share.
@@ -457,7 +459,7 @@ def taking(v: Tensor, t: Tensor) -> Any:
 
 
 def test_the_best_setting_is_fitted_to_all_pairs_and_to_those_that_were_not_held_out() -> None:
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     found = tuned(taking(v, t), pictures, grid=GRID)
     options, learned = found.trials[0].setting.as_options(), ~found.is_held_out
     of_all = CanonicalCorrelation.fit(v, t, **options)
@@ -467,21 +469,21 @@ def test_the_best_setting_is_fitted_to_all_pairs_and_to_those_that_were_not_held
 
 
 def test_every_setting_of_the_grid_is_tried() -> None:
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     settings = 2 * 2 * 2  # of GRID: ridges of pictures, ridges of texts, dimensions; one power
     roots = 2  # each of features and of their square roots
     assert len(tuned(taking(v, t), pictures, grid=GRID).trials) == settings * roots
 
 
 def test_a_tenth_of_the_pictures_is_held_out_with_all_captions() -> None:
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     found = tuned(taking(v, t), pictures, grid=GRID)
     assert {*pictures[~found.is_held_out]}.isdisjoint(pictures[found.is_held_out])
     assert len({*pictures[found.is_held_out]}) == 150 // 10
 
 
 def test_groups_of_pictures_are_on_one_side() -> None:
-    v, t, pictures = views(300)
+    v, t, pictures = features_of_pairs(300)
     groups = pictures // 2
     found = tuned(taking(v, t), pictures, groups, grid=GRID)
     assert {*groups[~found.is_held_out]}.isdisjoint(groups[found.is_held_out])
@@ -489,14 +491,14 @@ def test_groups_of_pictures_are_on_one_side() -> None:
 
 def test_pictures_of_one_group_are_partners() -> None:
     """So that the recall by which a setting is chosen is another than without groups."""
-    v, t, pictures = views(300)
+    v, t, pictures = features_of_pairs(300)
     grouped = tuned(taking(v, t), pictures, pictures // 2, grid=GRID)
     alone = tuned(taking(v, t), pictures, pictures, grid=GRID)
     assert grouped.trials[0].recall != alone.trials[0].recall
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     order = np.random.default_rng(0).permutation(len(v))
     found = tuned(taking(v, t), pictures, grid=GRID)
     reordered = tuned(taking(v[order], t[order]), pictures[order], grid=GRID)
@@ -506,7 +508,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 
 def test_a_row_that_is_not_finite_is_named_by_its_own_number() -> None:
     """Whether it is held out, or stands after some that are."""
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     first_held_out, last = int(held_out(pictures).argmax()), len(v) - 1
     for row in (first_held_out, last):
         spoilt = v.clone()
@@ -516,13 +518,13 @@ def test_a_row_that_is_not_finite_is_named_by_its_own_number() -> None:
 
 
 def test_pictures_and_groups_of_two_lengths_are_refused() -> None:
-    v, t, pictures = views(150)
+    v, t, pictures = features_of_pairs(150)
     with pytest.raises(ValueError, match="one value for each row; got 300 and 299"):
         tuned(taking(v, t), pictures, pictures[1:])
 
 
 def test_few_groups_are_not_searched(caplog: Any) -> None:
-    v, t, pictures = views(tuning.FEWEST_TO_SEARCH - 1)
+    v, t, pictures = features_of_pairs(tuning.FEWEST_TO_SEARCH - 1)
     with caplog.at_level(logging.INFO, "rankloss_features"):
         found = tuned(taking(v, t), pictures)
     assert "99 groups of pairs are too few to search a setting" in caplog.text
@@ -551,12 +553,12 @@ def test_a_single_group_cannot_be_held_out() -> None:
 
 @pytest.fixture
 def cca() -> CanonicalCorrelation:
-    v, t, _ = views(40)
+    v, t, _ = features_of_pairs(40)
     return CanonicalCorrelation.fit(v, t, dimensions=4)
 
 
 def test_projections_are_the_same_after_they_were_stored(cca: CanonicalCorrelation) -> None:
-    v, _, _ = views(40)
+    v, _, _ = features_of_pairs(40)
     again = CanonicalCorrelation.of_tensors(cca.setting, cca.tensors())
     assert torch.equal(again.images(v), cca.images(v))
 

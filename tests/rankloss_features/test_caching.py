@@ -17,12 +17,12 @@ import torch
 from tiny_teacher import (
     CAPTIONS,
     ROWS,
-    but_for_command,
+    contents_without_command,
     csv_data,
+    csv_table,
     forks,
     in_process,
     shards,
-    table,
     teacher,
     trainer_arguments,
 )
@@ -127,7 +127,7 @@ def test_a_second_training_finds_the_features_of_the_first(tmp_path: Path, loade
 
 
 def test_a_folder_of_a_training_has_the_command_that_would_write_it(tmp_path: Path) -> None:
-    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
+    folder = cached(SPEC, csv_data(csv_table(tmp_path)), tmp_path / "cache", "cpu")
     assert Features(folder).about["command"].startswith("rankloss features --")
 
 
@@ -135,7 +135,7 @@ def test_a_trainings_random_numbers_are_as_without_a_teacher(tmp_path: Path) -> 
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    cached(SPEC, csv_data(table(tmp_path)), tmp_path / "cache", "cpu")
+    cached(SPEC, csv_data(csv_table(tmp_path)), tmp_path / "cache", "cpu")
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -143,7 +143,7 @@ def test_a_trainings_random_numbers_are_as_without_a_teacher(tmp_path: Path) -> 
 def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder(
     tmp_path: Path, key: str, value: Any
 ) -> None:
-    data = csv_data(table(tmp_path))
+    data = csv_data(csv_table(tmp_path))
     settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
     name, of_a_copy, of_another = (
         caching._name(SPEC, data, each) for each in (settings, {**settings}, {**settings, key: value})
@@ -174,9 +174,9 @@ def test_other_data_have_a_folder_of_their_own(
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)
     first, second, third = folders
     data = {
-        "a table": csv_data(table(first)),
-        "pictures of the same names in another place": csv_data(table(second)),
-        "other captions": csv_data(table(third, CAPTIONS[::-1])),
+        "a table": csv_data(csv_table(first)),
+        "pictures of the same names in another place": csv_data(csv_table(second)),
+        "other captions": csv_data(csv_table(third, CAPTIONS[::-1])),
         "two shards": of_open_clip(trainer_arguments(shards(first, number=2)), SPEC),
         "three shards": of_open_clip(trainer_arguments(shards(second, number=3)), SPEC),
         "pictures inside": pictures_inside(first, 0),
@@ -188,7 +188,7 @@ def test_other_data_have_a_folder_of_their_own(
 
 def test_another_teacher_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Also a file of weights that was written anew under its old name."""
-    data, weights = csv_data(table(tmp_path)), tmp_path / "weights"
+    data, weights = csv_data(csv_table(tmp_path)), tmp_path / "weights"
     teachers = ["image=some,text=other", "text=other", "text=more", "a:b", *[f"ViT-B-32:{weights}"] * 2]
     found = set()
     for version, text in enumerate(teachers):
@@ -201,7 +201,7 @@ def test_a_variable_of_the_environment_is_the_place_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANKLOSS_CACHE", str(tmp_path / "cache"))
-    folder = cached(SPEC, csv_data(table(tmp_path)), tmp_path / "logs", "cpu")
+    folder = cached(SPEC, csv_data(csv_table(tmp_path)), tmp_path / "logs", "cpu")
     assert Path(folder).parent == tmp_path / "cache"
 
 
@@ -244,7 +244,7 @@ def test_data_without_pairs_are_refused_with_the_two_commands(tmp_path: Path, da
 @pytest.mark.parametrize("name", ["{}.lock", "{}/.lock"])
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) -> None:
     """Beside the folder, where trainings take turns, and in it."""
-    table(tmp_path)
+    csv_table(tmp_path)
     data, mine = csv_data(tmp_path / "pairs.csv"), tmp_path / "mine"
     folder = cached(SPEC, data, tmp_path / "cache", "cpu")
     shutil.rmtree(folder)
@@ -286,7 +286,7 @@ def train(tmp_path: Path, rank: int, words: Any, kill: Any = None) -> None:
 def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table(tmp_path)
+    csv_table(tmp_path)
     monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
     words, kill = forks.Queue(), forks.Event()
     first = forks.Process(target=in_process, args=(train, tmp_path, 0, words, kill))
@@ -303,7 +303,7 @@ def test_one_process_computes_and_the_others_wait_and_go_on_if_it_is_killed(
     assert sorted(words.get(timeout=10) for _ in others) == ["computes", "finds"]
     (folder,) = tmp_path.glob("cache/*/")
     expected = cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "alone", "cpu")
-    assert but_for_command(folder) == but_for_command(expected)
+    assert contents_without_command(folder) == contents_without_command(expected)
 
 
 CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
@@ -331,7 +331,7 @@ def put_exit_code(codes: Any, *call: Any) -> None:
 def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    table(tmp_path)
+    csv_table(tmp_path)
     monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
     codes = forks.Queue()
     both = [
@@ -346,4 +346,6 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     data = csv_data(tmp_path / "pairs.csv")
     found = cached(SPEC, data, tmp_path / "cache", "cpu")
     Features(found).check()
-    assert but_for_command(found) == but_for_command(cached(SPEC, data, tmp_path / "alone", "cpu"))
+    assert contents_without_command(found) == contents_without_command(
+        cached(SPEC, data, tmp_path / "alone", "cpu")
+    )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, CLIP_CONFIG, ROWS, WORDS, dataset, shards, table
+from tiny_teacher import CAPTIONS, CLIP_CONFIG, ROWS, WORDS, csv_table, dataset, shards
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
@@ -73,7 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs in every form, and teachers of every kind."""
     folder = tmp_path_factory.mktemp("command")
     shards(folder)
-    table(folder)
+    csv_table(folder)
     datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
     write_clips(folder)
     write_encoders(folder)

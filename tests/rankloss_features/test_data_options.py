@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_teacher import ROWS, dataset, shards, table
+from tiny_teacher import ROWS, csv_table, dataset, shards
 
 from rankloss_features import data, train_heads
 from rankloss_features.errors import flag
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of every kind."""
     folder = tmp_path_factory.mktemp("kinds")
     shards(folder)
-    table(folder)
+    csv_table(folder)
     datasets.DatasetDict({"train": dataset(folder)}).save_to_disk(folder / "images")
     dataset(folder).save_to_disk(folder / "one-table")
     return folder

@@ -35,18 +35,20 @@ from samples import add_sample
 WAYS = ("image_to_text", "text_to_image")
 
 
-def rows_of(file: Path) -> list[dict[str, str]]:
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """The rows of a table whose cells are separated by tabs, each by the names of its columns."""
     with open(file, encoding="utf-8") as lines:
         return list(csv.DictReader(lines, delimiter="\t"))
 
 
-def write(file: Path, rows: list[dict[str, str]]) -> Path:
+def write_csv(file: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows as such a table; its file."""
     lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 
-def run(sample: Path, data: Path, *options: str, model: str = "open_clip") -> int:
+def run_evaluate(sample: Path, data: Path, *options: str, model: str = "open_clip") -> int:
     """Run ``rankloss evaluate`` with a model of a folder; the exit code."""
     given = ["--model", f"local-dir:{sample}/{model}", "--data", str(data), "--workers", "0", *options]
     return main(["evaluate", *given])
@@ -54,7 +56,7 @@ def run(sample: Path, data: Path, *options: str, model: str = "open_clip") -> in
 
 def evaluated(sample: Path, data: Path, tmp_path: Path, *options: str, **given: Any) -> dict[str, Any]:
     """The result that the command writes as JSON."""
-    assert run(sample, data, "--json", str(tmp_path / "result.json"), *options, **given) == 0
+    assert run_evaluate(sample, data, "--json", str(tmp_path / "result.json"), *options, **given) == 0
     return dict(json.loads((tmp_path / "result.json").read_text()))
 
 
@@ -82,7 +84,7 @@ def trained(sample: Path, folder: Path) -> Path:
 
 def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_path: Path) -> None:
     theirs = pytest.importorskip("open_clip_train.train").get_clip_metrics(
-        *features(sample_folder, rows_of(sample_folder / "train.csv")), torch.tensor(1.0)
+        *features(sample_folder, read_csv(sample_folder / "train.csv")), torch.tensor(1.0)
     )
     result = evaluated(sample_folder, sample_folder / "train.csv", tmp_path, "--batch-size", "7")
     for way in WAYS:
@@ -95,11 +97,11 @@ def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_
 @pytest.mark.parametrize("column", ["product", "class"])
 def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, column: str) -> None:
     """Also where a title stands in several rows, and a picture has two titles."""
-    rows = rows_of(sample_folder / "train.csv")
+    rows = read_csv(sample_folder / "train.csv")
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         first["title"] = second["title"]
     rows.insert(3, {**rows[4], "title": "a second title"})
-    data = write(tmp_path / "grouped.csv", rows)
+    data = write_csv(tmp_path / "grouped.csv", rows)
     result = evaluated(sample_folder, data, tmp_path, "--ids-key", column, "--k", "1", "5")
     pictures = list({row["filepath"]: row for row in rows}.values())
     texts = list({row["title"]: row for row in rows}.values())
@@ -116,7 +118,7 @@ def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, col
 @pytest.fixture
 def doubled(sample_folder: Path) -> list[dict[str, str]]:
     """Pairs in which every picture has a second caption: its class, which it shares with other pictures."""
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     return [{**row, "title": title} for row in rows for title in (row["title"], f"{row['class']} here")]
 
 
@@ -124,7 +126,7 @@ def test_rows_of_one_picture_are_its_captions(
     sample_folder: Path, tmp_path: Path, doubled: list[dict[str, str]]
 ) -> None:
     """Without ids; a caption that stands beside another picture is a wrong answer there."""
-    result = evaluated(sample_folder, write(tmp_path / "two.csv", doubled), tmp_path)
+    result = evaluated(sample_folder, write_csv(tmp_path / "two.csv", doubled), tmp_path)
     assert (result["pictures"], result["texts"], result["groups"]) == (16, 32, 16)
     v, t = features(sample_folder, doubled)
     places = [row["filepath"] for row in doubled]
@@ -136,7 +138,7 @@ def test_rows_of_one_picture_are_its_captions(
 def test_captions_that_stand_beside_several_pictures_are_counted_with_the_remedy(
     sample_folder: Path, tmp_path: Path, doubled: list[dict[str, str]], capsys: Any
 ) -> None:
-    evaluated(sample_folder, write(tmp_path / "two.csv", doubled), tmp_path)
+    evaluated(sample_folder, write_csv(tmp_path / "two.csv", doubled), tmp_path)
     printed = capsys.readouterr().out
     assert "12 texts repeat a caption of another picture" in printed
     assert "--ids-key names the column" in printed
@@ -177,12 +179,12 @@ def test_a_row_of_the_table_ends_with_the_median_rank(by_product: Evaluation) ->
 
 
 def test_the_modality_gap_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
-    gap = metrics.modality_gap(*features(sample_folder, rows_of(sample_folder / "val.csv"))).item()
+    gap = metrics.modality_gap(*features(sample_folder, read_csv(sample_folder / "val.csv"))).item()
     assert by_product.result["modality_gap"] == pytest.approx(gap, rel=1e-4)
 
 
 def test_the_agreement_of_ranks_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
-    v, t = features(sample_folder, rows_of(sample_folder / "val.csv"))
+    v, t = features(sample_folder, read_csv(sample_folder / "val.csv"))
     tau = metrics.rank_agreement(v, t)["cross_modal_tau"].item()
     assert by_product.result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
     assert f"τ {tau:.3f} cross-modal" in by_product.printed
@@ -215,7 +217,10 @@ def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
 def base(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of the sample's model, against which others are compared."""
     file = tmp_path_factory.mktemp("base") / "base.json"
-    assert run(sample_folder, sample_folder / "train.csv", "--ids-key", "product", "--json", str(file)) == 0
+    assert (
+        run_evaluate(sample_folder, sample_folder / "train.csv", "--ids-key", "product", "--json", str(file))
+        == 0
+    )
     return file
 
 
@@ -261,7 +266,7 @@ def result(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def refused_against(sample: Path, base: Path, content: Any, capsys: Any) -> str:
     """The error of a comparison on ``val.csv`` with a file of some content."""
     base.write_text(json.dumps(content))
-    return refusal(capsys, run(sample, sample / "val.csv", "--against", str(base)))
+    return refusal(capsys, run_evaluate(sample, sample / "val.csv", "--against", str(base)))
 
 
 @pytest.mark.parametrize("ranks", [None, {}, [], {"image_to_text": [1] * 16}])
@@ -300,19 +305,21 @@ def test_results_of_other_pairs_or_ids_are_not_compared(
 ) -> None:
     base = tmp_path / "base.json"
     base.write_text(json.dumps(result))
-    error = refusal(capsys, run(sample_folder, sample_folder / file, *options, "--against", str(base)))
+    error = refusal(
+        capsys, run_evaluate(sample_folder, sample_folder / file, *options, "--against", str(base))
+    )
     assert f"--against {base} is of other pictures, captions or ids: 16 pictures and 16 texts" in error
 
 
 def test_a_file_that_is_no_json_is_no_comparison(sample_folder: Path, capsys: Any) -> None:
     data = sample_folder / "val.csv"
-    assert "no JSON" in refusal(capsys, run(sample_folder, data, "--against", str(data)))
+    assert "no JSON" in refusal(capsys, run_evaluate(sample_folder, data, "--against", str(data)))
 
 
 def test_a_pipe_is_no_comparison(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """It would be waited for, since nobody writes to it."""
     os.mkfifo(tmp_path / "pipe")
-    code = run(sample_folder, sample_folder / "val.csv", "--against", str(tmp_path / "pipe"))
+    code = run_evaluate(sample_folder, sample_folder / "val.csv", "--against", str(tmp_path / "pipe"))
     assert re.search("is no JSON file.*it is no regular file", refusal(capsys, code))
 
 
@@ -322,11 +329,11 @@ def test_a_result_without_ids_is_compared_in_the_directions_that_it_has(
     """Where each picture has an id of its own, and two captions: the texts have partners by ids alone."""
     rows = [
         {**row, "title": f"{row['title']} {place}", "product": f"product {number}"}
-        for number, row in enumerate(rows_of(sample_folder / "val.csv"))
+        for number, row in enumerate(read_csv(sample_folder / "val.csv"))
         for place in ("here", "there")
     ]
-    data, base = write(tmp_path / "two.csv", rows), tmp_path / "base.json"
-    assert run(sample_folder, data, "--json", str(base)) == 0
+    data, base = write_csv(tmp_path / "two.csv", rows), tmp_path / "base.json"
+    assert run_evaluate(sample_folder, data, "--json", str(base)) == 0
     result = evaluated(sample_folder, data, tmp_path, "--ids-key", "product", "--against", str(base))
     assert "text_to_text_R@1" in result["recall"]
     assert {name.rpartition("_R@")[0] for name in result["differences"]} == {*WAYS}
@@ -348,10 +355,10 @@ def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, values: list[Any], wrong: str
 ) -> None:
     """Missing ids would make partners of all their pictures."""
-    rows = rows_of(sample_folder / "val.csv")[:4]
+    rows = read_csv(sample_folder / "val.csv")[:4]
     columns = {"image": [row["filepath"] for row in rows], "caption": [row["title"] for row in rows]}
     datasets.Dataset.from_dict({**columns, "product": values}).save_to_disk(tmp_path / "data")
-    error = refusal(capsys, run(sample_folder, tmp_path / "data", "--ids-key", "product"))
+    error = refusal(capsys, run_evaluate(sample_folder, tmp_path / "data", "--ids-key", "product"))
     assert re.search(f"ids in column product must be texts or integers; {wrong}", error)
 
 
@@ -359,9 +366,11 @@ def test_ids_of_a_folder_of_datasets_that_are_none_are_refused(
 def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, first: str, second: str
 ) -> None:
-    rows = rows_of(sample_folder / "val.csv")[:2]
+    rows = read_csv(sample_folder / "val.csv")[:2]
     rows[0]["product"], rows[1]["product"] = first, second
-    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    error = refusal(
+        capsys, run_evaluate(sample_folder, write_csv(tmp_path / "x.csv", rows), "--ids-key", "product")
+    )
     assert re.search("ids in column product must be texts or integers; row 0 has (float|bool) ", error)
 
 
@@ -369,16 +378,16 @@ def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
 def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
     sample_folder: Path, tmp_path: Path, others: tuple[str, str]
 ) -> None:
-    rows = rows_of(sample_folder / "val.csv")[::2][:4]
+    rows = read_csv(sample_folder / "val.csv")[::2][:4]
     for row, product in zip(rows, ("7", "007", *others), strict=True):
         row["product"] = product
-    data = write(tmp_path / "x.csv", rows)
+    data = write_csv(tmp_path / "x.csv", rows)
     result = evaluated(sample_folder, data, tmp_path, "--ids-key", "product", "--k", "1")
     assert "image_to_image" not in str(result)  # since no picture has a partner
 
 
 def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
-    code = run(sample_folder, sample_folder / "val.csv", "--pretrained", "epoch_3.pt")
+    code = run_evaluate(sample_folder, sample_folder / "val.csv", "--pretrained", "epoch_3.pt")
     error = refusal(capsys, code)
     assert f"--pretrained epoch_3.pt: open_clip ignores it beside --model local-dir:{sample_folder}" in error
     assert "open_clip_pytorch_model.bin" in error
@@ -388,10 +397,10 @@ def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, ca
 def test_a_picture_that_cannot_be_read_is_named(
     sample_folder: Path, tmp_path: Path, capsys: Any, workers: str
 ) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     rows[5]["filepath"] = str(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    code = run(sample_folder, write(tmp_path / "broken.csv", rows), "--workers", workers)
+    code = run_evaluate(sample_folder, write_csv(tmp_path / "broken.csv", rows), "--workers", workers)
     assert re.search(r"row 5: the picture of .*broken.png.* cannot be read", refusal(capsys, code))
 
 
@@ -399,7 +408,7 @@ def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, caps
     weights = load_file(trained(sample_folder, tmp_path / "nan") / "open_clip_model.safetensors")
     weights["visual.proj"][0, 0] = float("nan")
     save_file(weights, tmp_path / "nan/open_clip_model.safetensors")
-    error = refusal(capsys, run(tmp_path, sample_folder / "val.csv", model="nan"))
+    error = refusal(capsys, run_evaluate(tmp_path, sample_folder / "val.csv", model="nan"))
     assert f"--model local-dir:{tmp_path}/nan: image_features must be finite; row 0 has NaN" in error
 
 
@@ -413,7 +422,9 @@ def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, caps
     ],
 )
 def test_a_bad_option_is_named(sample_folder: Path, capsys: Any, options: Any, message: str) -> None:
-    assert re.search(message, refusal(capsys, run(sample_folder, sample_folder / "val.csv", *options)))
+    assert re.search(
+        message, refusal(capsys, run_evaluate(sample_folder, sample_folder / "val.csv", *options))
+    )
 
 
 @pytest.mark.parametrize("ending", ["crlf.csv", "cr.csv", "lf.csv.gz"])
@@ -421,10 +432,10 @@ def test_a_cell_that_swallows_rows_is_refused_in_every_kind_of_file(
     sample_folder: Path, tmp_path: Path, capsys: Any, ending: str
 ) -> None:
     """Files with each line break; and a compressed one, whose bytes have no quotation mark."""
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     rows[1]["title"] = f'"{rows[1]["title"]}'  # up to the mark two rows below, all is one cell
     rows[3]["title"] += '"'
-    text = write(tmp_path / "plain.csv", rows).read_text(encoding="utf-8")
+    text = write_csv(tmp_path / "plain.csv", rows).read_text(encoding="utf-8")
     line_break = {"crlf.csv": "\r\n", "cr.csv": "\r", "lf.csv.gz": "\n"}[ending]
     content = text.replace("\n", line_break).encode()
     if ending.endswith(".gz"):
@@ -432,7 +443,7 @@ def test_a_cell_that_swallows_rows_is_refused_in_every_kind_of_file(
         compressed = (gzip.compress(content + b"\n" * blank, mtime=0) for blank in range(1000))
         content = next(file for file in compressed if b'"' not in file)
     (tmp_path / ending).write_bytes(content)
-    error = refusal(capsys, run(sample_folder, tmp_path / ending, "--dataset-type", "csv"))
+    error = refusal(capsys, run_evaluate(sample_folder, tmp_path / ending, "--dataset-type", "csv"))
     assert f"row 1 of {tmp_path / ending}, column 'title'" in error
     assert "goes on for 2 more lines" in error
 
@@ -447,32 +458,36 @@ def test_a_cell_that_swallows_rows_is_refused_in_every_kind_of_file(
 def test_pairs_by_which_every_answer_is_right_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, column: str, options: tuple[str, ...], group: str
 ) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     for row in rows:
         row[column] = rows[0][column]
-    data = write(tmp_path / "one.csv", rows)
-    error = refusal(capsys, run(sample_folder, data, "--k", "1", *options))
+    data = write_csv(tmp_path / "one.csv", rows)
+    error = refusal(capsys, run_evaluate(sample_folder, data, "--k", "1", *options))
     assert f"--data {data}: its pairs, 16, have one {group}, so every answer would be right" in error
 
 
 def test_a_missing_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     rows[1]["product"] = ""
-    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    error = refusal(
+        capsys, run_evaluate(sample_folder, write_csv(tmp_path / "x.csv", rows), "--ids-key", "product")
+    )
     assert re.search("row 1 of .*, column 'product': '' is a missing value", error)
 
 
 def test_a_picture_of_two_ids_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     rows[1].update(filepath=rows[0]["filepath"], product="other")
-    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    error = refusal(
+        capsys, run_evaluate(sample_folder, write_csv(tmp_path / "x.csv", rows), "--ids-key", "product")
+    )
     assert re.search("row 1: the picture .* has the id 'other' here, and", error)
 
 
 def test_a_folder_of_transformers_is_evaluated_as_the_library_embeds(
     sample_folder: Path, tmp_path: Path
 ) -> None:
-    rows, folder = rows_of(sample_folder / "val.csv"), sample_folder / "transformers"
+    rows, folder = read_csv(sample_folder / "val.csv"), sample_folder / "transformers"
     processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
     pictures = [Image.open(row["filepath"]) for row in rows]
     titles = [row["title"] for row in rows]
@@ -495,8 +510,8 @@ def test_weights_beside_a_folder_of_transformers_are_refused(sample_folder: Path
 # --- pictures are their content ---------------------------------------------------------------------------
 
 
-def shard(file: Path, rows: list[dict[str, str]]) -> Path:
-    """A webdataset of one shard, with an id of each pair as text and in a JSON."""
+def write_webdataset(file: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows as a webdataset of one shard, with each pair's product as text and in a JSON; its file."""
     with tarfile.open(file, "w") as tar:
         for number, row in enumerate(rows):
             about = json.dumps({"product": row["product"]}).encode()
@@ -507,15 +522,15 @@ def shard(file: Path, rows: list[dict[str, str]]) -> Path:
 
 def test_a_picture_is_its_content_by_any_name_and_in_shards(sample_folder: Path, tmp_path: Path) -> None:
     """Every picture has a copy of another name and another title; one has a path from here, too."""
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     copies = []
     for number, row in enumerate(rows):
         copy = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
         copies.append({**row, "filepath": copy, "title": f"copy {number}"})
     relative = {**rows[0], "filepath": os.path.relpath(rows[0]["filepath"]), "title": "by a path from here"}
     all_rows = [*rows, *copies, relative]
-    named = evaluated(sample_folder, write(tmp_path / "x.csv", all_rows), tmp_path)
-    in_shards = evaluated(sample_folder, shard(tmp_path / "x.tar", all_rows), tmp_path)
+    named = evaluated(sample_folder, write_csv(tmp_path / "x.csv", all_rows), tmp_path)
+    in_shards = evaluated(sample_folder, write_webdataset(tmp_path / "x.tar", all_rows), tmp_path)
     for result in (named, in_shards):
         assert (result["pictures"], result["texts"], result["groups"]) == (16, 33, 16)
     assert named["identity"] == in_shards["identity"]
@@ -525,7 +540,7 @@ def test_a_picture_is_its_content_by_any_name_and_in_shards(sample_folder: Path,
 @pytest.fixture
 def moved(sample_folder: Path, tmp_path: Path) -> list[dict[str, str]]:
     """The pairs of ``val.csv`` with copies of their pictures in another place."""
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     for number, row in enumerate(rows):
         row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
     return rows
@@ -536,7 +551,7 @@ def test_pictures_may_move_between_two_results_that_are_compared(
 ) -> None:
     base = tmp_path / "base.json"
     base.write_text(json.dumps(result))
-    data = write(tmp_path / "moved.csv", moved)
+    data = write_csv(tmp_path / "moved.csv", moved)
     assert evaluated(sample_folder, data, tmp_path, "--against", str(base))["differences"]
 
 
@@ -544,36 +559,38 @@ def test_another_picture_of_the_same_name_is_not_compared(
     sample_folder: Path, tmp_path: Path, moved: list[dict[str, str]], result: dict[str, Any], capsys: Any
 ) -> None:
     Image.new("RGB", (8, 8)).save(moved[3]["filepath"])
-    data = write(tmp_path / "moved.csv", moved)
+    data = write_csv(tmp_path / "moved.csv", moved)
     base = tmp_path / "base.json"
     base.write_text(json.dumps(result))
-    error = refusal(capsys, run(sample_folder, data, "--against", str(base)))
+    error = refusal(capsys, run_evaluate(sample_folder, data, "--against", str(base)))
     assert "is of other pictures, captions or ids" in error
 
 
 def test_a_picture_of_two_ids_is_refused_by_its_content(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     copy = shutil.copy(rows[2]["filepath"], f"{tmp_path}/copy.png")
     rows.append({**rows[2], "filepath": copy, "product": "other"})
-    error = refusal(capsys, run(sample_folder, write(tmp_path / "x.csv", rows), "--ids-key", "product"))
+    error = refusal(
+        capsys, run_evaluate(sample_folder, write_csv(tmp_path / "x.csv", rows), "--ids-key", "product")
+    )
     assert "row 16: the picture " in error
     assert f"has the id 'other' here, and {rows[2]['product']!r} in row 2" in error
 
 
 @pytest.mark.parametrize("key", ["id", "json:product"])
 def test_ids_of_shards_are_those_of_the_table(sample_folder: Path, tmp_path: Path, key: str) -> None:
-    rows = rows_of(sample_folder / "val.csv")
+    rows = read_csv(sample_folder / "val.csv")
     table = evaluated(sample_folder, sample_folder / "val.csv", tmp_path, "--ids-key", "product")
-    found = evaluated(sample_folder, shard(tmp_path / "x.tar", rows), tmp_path, "--ids-key", key)
+    found = evaluated(sample_folder, write_webdataset(tmp_path / "x.tar", rows), tmp_path, "--ids-key", key)
     assert found["recall"] == table["recall"]
     assert found["groups"] == 8
 
 
 def test_a_sample_of_shards_without_its_id_is_named(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    data = shard(tmp_path / "x.tar", rows_of(sample_folder / "val.csv")[:3])
-    error = refusal(capsys, run(sample_folder, data, "--ids-key", "cls"))
+    data = write_webdataset(tmp_path / "x.tar", read_csv(sample_folder / "val.csv")[:3])
+    error = refusal(capsys, run_evaluate(sample_folder, data, "--ids-key", "cls"))
     assert "--ids-key cls: sample '0000' of" in error
     assert "has no text or integer there, but None" in error
 

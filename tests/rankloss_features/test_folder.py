@@ -26,15 +26,15 @@ from tiny_teacher import (
     CAPTIONS,
     ROWS,
     SHARD,
+    contents_of_files,
     csv_data,
+    csv_table,
     data_of,
-    files,
-    flip,
+    flip_a_bit,
     picture,
     shards,
-    table,
     teacher,
-    written,
+    write_features,
 )
 
 import rankloss_trainers
@@ -46,7 +46,7 @@ from rankloss_features.data import IMAGES, Data, Sample, Shards, Table, is_first
 from rankloss_features.folder import NAMES, PICTURES, identity_of, numbers_of, read_about, write_about
 from rankloss_features.teachers import Encoder, Teacher
 from samples import add_sample
-from stored_features import stored
+from stored_features import features_folder
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
     """A folder ``whole``, and a folder ``other`` of the same pairs in another order."""
     place = tmp_path_factory.mktemp("folders")
-    written(place / "whole", data, teacher())
+    write_features(place / "whole", data, teacher())
     (place / "others").mkdir()
-    others = csv_data(table(place / "others", order=[*range(1, ROWS), 0]))
-    written(place / "other", others, teacher(weights="1"))
+    others = csv_data(csv_table(place / "others", order=[*range(1, ROWS), 0]))
+    write_features(place / "other", others, teacher(weights="1"))
     return place
 
 
@@ -144,8 +144,8 @@ def test_the_folders_command_mends_a_damaged_shard(
     place: Path, data: Data, tmp_path: Path, file: str, change: str
 ) -> None:
     folder = damaged(place, tmp_path / "damaged", file, change)
-    written(folder, data, teacher())
-    assert files(folder) == files(place / "whole")
+    write_features(folder, data, teacher())
+    assert contents_of_files(folder) == contents_of_files(place / "whole")
 
 
 @every_change
@@ -155,13 +155,13 @@ def test_the_folders_command_does_not_go_on_with_damaged_entries_or_pairs(
 ) -> None:
     folder = damaged(place, tmp_path / "damaged", file, change)
     with pytest.raises(ValueError, match=str(folder)):
-        written(folder, data, teacher())
+        write_features(folder, data, teacher())
 
 
 def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place / "whole", tmp_path / "damaged"))
     rankloss_trainers.create("rankclip", teacher=str(folder))
-    flip(folder / SHARDS[0])
+    flip_a_bit(folder / SHARDS[0])
     with pytest.raises(ValueError, match=f"{folder / SHARDS[0]} is not as it was written"):
         rankloss_trainers.create("rankclip", teacher=str(folder))
 
@@ -187,7 +187,7 @@ def test_an_unfinished_folder_is_refused_with_its_command(unfinished: Path) -> N
 
 def test_an_unfinished_folder_does_not_go_on_with_another_setting(unfinished: Path, data: Data) -> None:
     with pytest.raises(ValueError, match=f"begun with another batch_size, 8, not 4.*{QUOTED}"):
-        written(unfinished, data, teacher(), batch_size=4)
+        write_features(unfinished, data, teacher(), batch_size=4)
 
 
 @pytest.mark.parametrize(("name", "version"), [("features.json", 2), ("folder.json", 3)])
@@ -199,7 +199,7 @@ def test_a_folder_of_an_older_format_is_refused_with_its_command(
     with pytest.raises(ValueError, match=words):
         Features(str(tmp_path))
     with pytest.raises(ValueError, match=words):
-        written(tmp_path, data, teacher())
+        write_features(tmp_path, data, teacher())
 
 
 # --- pairs ----------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def pairs(*, is_named: bool) -> Any:
 def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """Data, and the folder of their features."""
     data, folder = pairs(is_named=request.param), tmp_path_factory.mktemp("bound")
-    return data, written(folder / "x", Table(data, "image", "caption", data="given"), teacher()).path
+    return data, write_features(folder / "x", Table(data, "image", "caption", data="given"), teacher()).path
 
 
 CHANGED_ROW = 5
@@ -347,7 +347,9 @@ def test_an_evaluation_tells_pictures_of_one_file_name_apart(of_one_name: Any) -
 
 
 def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_path: Path) -> None:
-    path = written(tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()).path
+    path = write_features(
+        tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()
+    ).path
     bind(of_one_name, path)
     reordered = of_one_name.select([2, 3, 0, 1, *range(4, ROWS)])
     with pytest.raises(ValueError, match=f"row 0 .* is row 2 of the {ROWS}"):
@@ -356,7 +358,9 @@ def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_p
 
 def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_path: Path) -> None:
     """Also of data with pictures of one folder alone."""
-    hashes = written(tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()).pairs
+    hashes = write_features(
+        tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()
+    ).pairs
     assert is_first_pair(int(hashes[5]), of_one_name.select([5]), "image", "caption")
     assert is_first_pair(int(hashes[4]), of_one_name.select([4, 5]), "image", "caption")
     assert not is_first_pair(int(hashes[3]), of_one_name.select([5]), "image", "caption")
@@ -364,7 +368,7 @@ def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_pat
 
 def test_columns_of_a_csv_file_tell_pictures_of_one_file_name_apart(tmp_path: Path) -> None:
     data = products(tmp_path, is_embedded=False)
-    features = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher())
+    features = write_features(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher())
     images = data.cast_column("image", datasets.Image(decode=False))["image"]
     captions, paths = data["caption"][:], [image["path"] for image in images]
     features.compare_columns(captions, paths, "the CSV file")
@@ -383,7 +387,7 @@ def embedded(folder: Path, changed: tuple[int, ...] = ()) -> Any:
 
 def in_files(folder: Path, changed: tuple[int, ...] = ()) -> Any:
     """The same in files."""
-    table(folder)
+    csv_table(folder)
     for row in changed:
         (folder / f"{row}.png").write_bytes(picture(99))
     return [str(folder / f"{i}.png") for i in range(ROWS)]
@@ -400,7 +404,7 @@ def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
     same = dataset()
-    path = written(tmp_path / "x", Table(same, "image", "caption", data="these"), teacher()).path
+    path = write_features(tmp_path / "x", Table(same, "image", "caption", data="these"), teacher()).path
     bind(same, path)
     report(path, Table(same, "image", "caption", data="these"))
     other = dataset(7)
@@ -410,8 +414,8 @@ def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
         bind(other, path)
     for read in (
         lambda: report(path, pairs),
-        lambda: written(Path(path), pairs, teacher()),
-        lambda: written(tmp_path / "y", pairs, stored_teacher(path)),
+        lambda: write_features(Path(path), pairs, teacher()),
+        lambda: write_features(tmp_path / "y", pairs, stored_teacher(path)),
     ):
         with pytest.raises(ValueError, match=f"row 7 of these: {named}"):
             read()
@@ -428,7 +432,7 @@ def test_the_identities_of_pictures_go_with_the_rows_of_a_folder(
 ) -> None:
     whole = Features(str(place / "whole"))
     expected = numbers_of([identity_of(picture(i)) for i in range(ROWS)])
-    again = written(tmp_path / "x", data, stored_teacher(whole.path), batch_size=5)
+    again = write_features(tmp_path / "x", data, stored_teacher(whole.path), batch_size=5)
     for features in (whole, again):
         assert features.pictures is not None
         np.testing.assert_array_equal(features.pictures[:], expected)
@@ -438,7 +442,7 @@ def test_the_identities_of_pictures_go_with_the_rows_of_a_folder(
 
 def test_a_folder_of_texts_knows_pictures_by_their_names(tmp_path: Path, data: Data) -> None:
     of_texts = replace(teacher(), encoders={NAMES[1]: teacher().encoders[NAMES[1]]})
-    features = written(tmp_path / "texts", data, of_texts).check()
+    features = write_features(tmp_path / "texts", data, of_texts).check()
     assert features.pictures is None
     assert "pictures: by their names" in report(features.path, data)
 
@@ -457,7 +461,7 @@ def read_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def paths_and_captions(folder: Path) -> Any:
-    table(folder)
+    csv_table(folder)
     columns = {"image": [str(folder / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
     return datasets.Dataset.from_dict(columns)
 
@@ -479,25 +483,25 @@ def test_a_check_reads_each_picture_once(tmp_path: Path, place: Path, read_pictu
 def test_samples_of_shards_are_known_by_their_content(tmp_path: Path) -> None:
     """Keys may change, and two shards may have the same; another picture of a key is another pair."""
 
-    def shard(name: str, *samples: tuple[str, int, str]) -> Shards:
+    def shard_of_samples(name: str, *samples: tuple[str, int, str]) -> Shards:
         """A shard of samples: a key, the number of a picture, a caption."""
         with tarfile.open(tmp_path / name, "w") as tar:
             for key, number, caption in samples:
                 add_sample(tar, key, png=picture(number), txt=caption.encode())
         return Shards(str(tmp_path / name))
 
-    shard("a0.tar", ("000", 0, "a dog"), ("001", 1, "a cat"))
-    shard("a1.tar", ("000", 2, "a dog"), ("001", 0, "a dog"))
-    path = written(tmp_path / "x", Shards(f"{tmp_path}/a{{0..1}}.tar"), teacher()).path
+    shard_of_samples("a0.tar", ("000", 0, "a dog"), ("001", 1, "a cat"))
+    shard_of_samples("a1.tar", ("000", 2, "a dog"), ("001", 0, "a dog"))
+    path = write_features(tmp_path / "x", Shards(f"{tmp_path}/a{{0..1}}.tar"), teacher()).path
     first, last = [("0", 0, "a dog"), ("1", 1, "a cat")], ("3", 0, "a dog")
-    report(path, shard("renamed.tar", *first, ("2", 2, "a dog"), last))
+    report(path, shard_of_samples("renamed.tar", *first, ("2", 2, "a dog"), last))
     with pytest.raises(ValueError, match=r"row 2 of .*, image '2' with caption 'a dog', is none of the 4"):
-        report(path, shard("changed.tar", *first, ("2", 9, "a dog"), last))
+        report(path, shard_of_samples("changed.tar", *first, ("2", 9, "a dog"), last))
 
 
 def test_pictures_whose_folder_moved_keep_their_names(tmp_path: Path) -> None:
     data = products(tmp_path, is_embedded=False)
-    path = written(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher()).path
+    path = write_features(tmp_path / "x", Table(data, "image", "caption", data="given"), teacher()).path
     bind(products(tmp_path, is_embedded=False, folder="moved/elsewhere"), path)
 
 
@@ -514,7 +518,7 @@ def test_bound_rows_find_their_features(bound: tuple[Any, str], tmp_path: Path) 
 
 def test_bound_rows_have_no_features_in_another_folder(bound: tuple[Any, str], tmp_path: Path) -> None:
     data, path = bound
-    other = written(tmp_path / "other", data_of("csv", tmp_path / "data"), teacher())
+    other = write_features(tmp_path / "other", data_of("csv", tmp_path / "data"), teacher())
     with pytest.raises(ValueError, match=f"row 5 .*{other.path}"):
         references(other, np.array(bind(data, path).select([5, 3])[COLUMN]))
 
@@ -531,7 +535,7 @@ def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_
     for name in NAMES:
         np.testing.assert_array_equal(taken[f"reference_{name}"], of_old[name])
     # The teacher gives the new caption other features, which a reading by captions would have found.
-    of_new = written(tmp_path / "new", Table(changed, "image", "caption", data="changed"), teacher())
+    of_new = write_features(tmp_path / "new", Table(changed, "image", "caption", data="changed"), teacher())
     new_texts = of_new.arrays["text_features"][:]
     assert (new_texts[CHANGED_ROW] != of_old["text_features"][CHANGED_ROW]).any()
 
@@ -561,7 +565,7 @@ def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
     images, captions = [f"a/{i}.png" for i in range(rows)], [f"caption {i}" for i in range(rows)]
     names = [image[2:] for image in images]
     features = np.random.default_rng(0).standard_normal((rows, WIDTH)).astype(np.float16)
-    path = stored(tmp_path / "x", [*zip(names, captions, strict=True)], text_features=features)
+    path = features_folder(tmp_path / "x", [*zip(names, captions, strict=True)], text_features=features)
     data = datasets.Dataset.from_dict({"image": images, "caption": captions})
     tracemalloc.start()
     bind(data, path)
@@ -595,7 +599,7 @@ def spread(widths: tuple[int, ...] = (WIDTH, WIDTH), **about: Any) -> Teacher:
 @pytest.fixture(params=[(WIDTH, WIDTH), (WIDTH,)], ids=["both modalities", "one"])
 def spread_features(request: pytest.FixtureRequest, tmp_path: Path) -> Features:
     """A folder of features in which two pictures could not be read."""
-    return written(tmp_path / "x", Shards(shards(tmp_path, broken=(2, 5))), spread(request.param))
+    return write_features(tmp_path / "x", Shards(shards(tmp_path, broken=(2, 5))), spread(request.param))
 
 
 def decomposed(features: Features) -> tuple[np.ndarray, np.ndarray]:
@@ -643,7 +647,7 @@ def test_components_are_float32_and_their_largest_entry_is_positive(
 
 @pytest.mark.parametrize("width", [ROWS + 1, 0])
 def test_more_components_than_rows_or_none_are_refused(tmp_path: Path, data: Data, width: int) -> None:
-    features = written(tmp_path / "x", data, spread((ROWS + 5,) * 2))
+    features = write_features(tmp_path / "x", data, spread((ROWS + 5,) * 2))
     features.components(ROWS)
     bounds = f"width must be at least 1 .*{ROWS + 5} dimensions and the {ROWS} rows .* got {width}$"
     with pytest.raises(ValueError, match=bounds):
@@ -651,14 +655,14 @@ def test_more_components_than_rows_or_none_are_refused(tmp_path: Path, data: Dat
 
 
 def test_components_of_a_damaged_folder_are_refused(tmp_path: Path, data: Data) -> None:
-    features = written(tmp_path / "x", data, spread())
-    flip(tmp_path / "x/text_features-00001.npy")
+    features = write_features(tmp_path / "x", data, spread())
+    flip_a_bit(tmp_path / "x/text_features-00001.npy")
     with pytest.raises(ValueError, match=r"text_features-00001\.npy is not as it was written"):
         features.components(KEPT)
 
 
 @pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (WIDTH, 4)])
 def test_separate_spaces_have_no_components(tmp_path: Path, data: Data, widths: Any) -> None:
-    features = written(tmp_path / "x", data, spread(widths, spaces="separate"))
+    features = write_features(tmp_path / "x", data, spread(widths, spaces="separate"))
     with pytest.raises(ValueError, match="separate spaces"):
         features.components(4)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rankloss_features import Features, command
 from rankloss_features.folder import ABOUT, _hash_of_entries
 from rankloss_features.weights import fill
-from stored_features import stored
+from stored_features import features_folder
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -26,7 +26,9 @@ ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as we write it."""
-    return Path(stored(tmp_path_factory.mktemp("own") / "x", image_features=ROWS, text_features=ROWS[::-1]))
+    return Path(
+        features_folder(tmp_path_factory.mktemp("own") / "x", image_features=ROWS, text_features=ROWS[::-1])
+    )
 
 
 def rewritten(ours: Path, folder: Path, **entries: Any) -> Path:

@@ -49,8 +49,8 @@ def commands(sample: Path) -> dict[str, Command]:
     short = ["--epochs", "2", "--width", "8"]
     model = ["--model", f"local-dir:{sample}/open_clip"]
 
-    def run(*options: str, output: str) -> Callable[[Path], int]:
-        """A command, whose last option takes the place where it writes."""
+    def writing_call(*options: str, output: str) -> Callable[[Path], int]:
+        """The call of a command whose last option is the place where it writes, below a folder."""
         return lambda folder: main([*options, f"{folder}/{output}"])
 
     def read_sample(folder: Path) -> None:
@@ -72,15 +72,17 @@ def commands(sample: Path) -> dict[str, Command]:
             raise Missing
 
     return {
-        "sample": Command(run("sample", "--output", output="new"), read_sample),
+        "sample": Command(writing_call("sample", "--output", output="new"), read_sample),
         "heads": Command(
-            run("heads", *encoders, *data, *held_out, *short, "--output", output="heads"),
+            writing_call("heads", *encoders, *data, *held_out, *short, "--output", output="heads"),
             lambda folder: load_heads(folder / "heads"),
         ),
-        "evaluate": Command(run("evaluate", *model, *data, "--json", output="x.json"), read_json),
-        "features": Command(run("features", *encoders, *data, "--output", output="teacher"), read_features),
+        "evaluate": Command(writing_call("evaluate", *model, *data, "--json", output="x.json"), read_json),
+        "features": Command(
+            writing_call("features", *encoders, *data, "--output", output="teacher"), read_features
+        ),
         "aligned": Command(
-            run("features", *encoders, *data, "--align", "--output", output="teacher"), read_aligned
+            writing_call("features", *encoders, *data, "--align", "--output", output="teacher"), read_aligned
         ),
     }
 
@@ -215,4 +217,4 @@ def test_a_cache_of_teachers_on_a_full_disk_is_no_teacher(
                 Features(str(folder)).check()
         disk.free()
         found = Path(cached(spec, data, disk.folder / "cache", "cpu"))
-        assert tiny.but_for_command(found) == tiny.but_for_command(whole)
+        assert tiny.contents_without_command(found) == tiny.contents_without_command(whole)

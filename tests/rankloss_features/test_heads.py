@@ -26,7 +26,7 @@ import tiny_teacher as tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_evaluate_command import rows_of, shard, write
+from test_evaluate_command import read_csv, write_csv, write_webdataset
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -50,7 +50,7 @@ def weights_of(folder: Path) -> Path:
     return file
 
 
-def run(sample: Path, output: Path, data: Path, *options: str) -> int:
+def run_heads(sample: Path, output: Path, data: Path, *options: str) -> int:
     """Run ``rankloss heads`` with the encoders of a folder, to train heads; the exit code."""
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     given = ["--data", str(data), "--output", str(output), "--workers", "0", "--epochs", str(EPOCHS)]
@@ -62,7 +62,7 @@ def folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Trained heads."""
     output = tmp_path_factory.mktemp("heads") / "heads"
     options = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product")
-    assert run(sample_folder, output, sample_folder / "train.csv", *options) == 0
+    assert run_heads(sample_folder, output, sample_folder / "train.csv", *options) == 0
     return output
 
 
@@ -99,7 +99,7 @@ def with_captions(sample: Path, captions: int) -> list[dict[str, str]]:
     return [
         {**row, "title": f"{row['title']} {n}"}
         for n in range(captions)
-        for row in rows_of(sample / "train.csv")
+        for row in read_csv(sample / "train.csv")
     ]
 
 
@@ -114,9 +114,9 @@ class Printed:
 @pytest.fixture(scope="module")
 def printed(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Printed:
     folder = tmp_path_factory.mktemp("printed")
-    data = write(folder / "many.csv", with_captions(sample_folder, 4))
+    data = write_csv(folder / "many.csv", with_captions(sample_folder, 4))
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert run(sample_folder, folder / "x", data, "--width", "8") == 0
+        assert run_heads(sample_folder, folder / "x", data, "--width", "8") == 0
     return Printed(folder / "x", output.getvalue())
 
 
@@ -153,8 +153,8 @@ def refusal(capsys: Any, code: int) -> str:
 
 
 def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    few = write(tmp_path / "few.csv", rows_of(sample_folder / "val.csv")[:9])
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", few))
+    few = write_csv(tmp_path / "few.csv", read_csv(sample_folder / "val.csv")[:9])
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", few))
     assert f"--data {few} has 9 pairs: at least 16 are needed to train on, and 16 to evaluate on" in error
     assert not (tmp_path / "x").exists()
 
@@ -162,7 +162,7 @@ def test_few_pairs_are_refused_with_their_number(sample_folder: Path, tmp_path: 
 def test_pairs_of_which_few_would_be_held_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv"))
     assert "4 pairs are too few to evaluate on, of 48" in error
     assert not (tmp_path / "x").exists()
 
@@ -172,7 +172,7 @@ def test_ids_on_both_sides_are_refused_with_their_number(
 ) -> None:
     both = sample_folder / "val.csv"
     options = ("--val-data", str(both), "--ids-key", "product")
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", both, *options))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", both, *options))
     words = "8 ids of 'product' of --val-data are in --data, too; the first is '.*', of row 0"
     assert re.search(words, error)
     assert not (tmp_path / "x").exists()
@@ -183,10 +183,10 @@ def test_ids_of_which_one_alone_is_held_out_are_refused(
 ) -> None:
     """Every held-out caption would be a right answer for every held-out picture: an R@1 of 100 %."""
     monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
-    rows = rows_of(sample_folder / "train.csv")
+    rows = read_csv(sample_folder / "train.csv")
     three_ids = [{**row, "product": f"id {number // 16}"} for number, row in enumerate(rows)]
-    data = write(tmp_path / "three.csv", three_ids)
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", data, "--ids-key", "product"))
+    data = write_csv(tmp_path / "three.csv", three_ids)
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", data, "--ids-key", "product"))
     assert re.search("the 16 held-out pairs have one of the ids of 'product', 'id [012]'", error)
     assert not (tmp_path / "x").exists()
 
@@ -195,9 +195,9 @@ def test_ids_that_leave_no_pair_to_hold_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
-    rows = [{**row, "product": "one"} for row in rows_of(sample_folder / "train.csv")]
-    one = write(tmp_path / "one.csv", rows)
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", one, "--ids-key", "product"))
+    rows = [{**row, "product": "one"} for row in read_csv(sample_folder / "train.csv")]
+    one = write_csv(tmp_path / "one.csv", rows)
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", one, "--ids-key", "product"))
     assert (
         f"--data {one}: all 48 pairs have one id of 'product', so none can be held out: give --val-data"
         in error
@@ -207,7 +207,7 @@ def test_ids_that_leave_no_pair_to_hold_out_are_refused(
 def test_batches_of_one_pair_are_refused_by_the_option(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--batch-size", "1")
+    code = run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", "--batch-size", "1")
     assert "--batch-size must be an integer of at least 2; got 1" in refusal(capsys, code)
     assert not (tmp_path / "x").exists()
 
@@ -290,14 +290,14 @@ def test_trained_heads_know_their_dropout_and_leave_it_out(dropout: float) -> No
 def test_a_number_out_of_its_bounds_is_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, option: str, value: str
 ) -> None:
-    assert run(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value) == 1
+    assert run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value) == 1
     assert re.search(rf"--{option} must be .*; got {value}", capsys.readouterr().err)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    error = refusal(capsys, run(sample_folder, tmp_path, sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path, sample_folder / "train.csv"))
     assert f"--output {tmp_path} is there and no folder of heads: give a new one" in error
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -542,7 +542,7 @@ def awkward(picture: Image.Image, number: int, file: Path) -> Path:
 
 
 def write_table(folder: Path, rows: list[dict[str, str]]) -> Path:
-    return write(folder / "train.csv", rows)
+    return write_csv(folder / "train.csv", rows)
 
 
 def write_dataset(folder: Path, rows: list[dict[str, str]]) -> Path:
@@ -577,23 +577,25 @@ class OnAwkward:
 def on_awkward(
     request: pytest.FixtureRequest, sample_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> OnAwkward:
-    place, rows = tmp_path_factory.mktemp("awkward"), rows_of(sample_folder / "train.csv")
+    place, rows = tmp_path_factory.mktemp("awkward"), read_csv(sample_folder / "train.csv")
     files = []
     for number, row in enumerate(rows):
         files.append(awkward(Image.open(row["filepath"]), number, place / f"{number:02}.png"))
         row["filepath"] = str(files[-1])
-    given: list[dict[str, Tensor]] = []
+    trained_features: list[dict[str, Tensor]] = []
 
-    def watched(features: dict[str, Tensor], *args: Any) -> Any:
-        given.append(features)
+    def train_and_keep_features(features: dict[str, Tensor], *args: Any) -> Any:
+        trained_features.append(features)
         return train(features, *args)
 
     options = ("--val-data", str(sample_folder / "val.csv"), "--background", BACKGROUND)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "train", watched)
-        assert run(sample_folder, place / "heads", request.param(place, rows), *options) == 0
+        patch.setattr(methods, "train", train_and_keep_features)
+        assert run_heads(sample_folder, place / "heads", request.param(place, rows), *options) == 0
     with torch.no_grad():
-        trained = normalize(load_heads(place / "heads").heads[NAMES[0]](given[0][NAMES[0]]), dim=-1)
+        trained = normalize(
+            load_heads(place / "heads").heads[NAMES[0]](trained_features[0][NAMES[0]]), dim=-1
+        )
     return OnAwkward(place / "heads", files, trained)
 
 
@@ -649,7 +651,7 @@ def test_memory_holds_the_features_of_all_pairs_once(
     monkeypatch.setattr(train_heads, "make", train_a_step_and_end)
     options = ["--val-data", str(others)] if has_val_data else []
     with live:
-        assert run(tmp_path, tmp_path / "x", pairs, *options) == 1
+        assert run_heads(tmp_path, tmp_path / "x", pairs, *options) == 1
     features = rows * 2 * 1024 * 4  # bytes, float32
     assert live.peak < most * features
     assert held[0] < 1.2 * features
@@ -683,7 +685,7 @@ def test_an_option_that_cannot_be_is_refused_before_the_encoders_are_loaded(
     message: str,
 ) -> None:
     monkeypatch.setattr(Encoders, "load", lambda *_: pytest.fail("the encoders are loaded"))
-    code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value)
+    code = run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", f"--{option}", value)
     assert message in refusal(capsys, code)
     assert not (tmp_path / "x").exists()
 
@@ -706,19 +708,19 @@ def test_trained_heads_are_not_replaced_without_a_demand(
     sample_folder: Path, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     shutil.copytree(folder, tmp_path / "heads")
-    error = refusal(capsys, run(sample_folder, tmp_path / "heads", sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "heads", sample_folder / "train.csv"))
     assert f"--output {tmp_path}/heads has trained heads: give another folder, or --overwrite" in error
-    assert tiny.files(tmp_path / "heads") == tiny.files(folder)
+    assert tiny.contents_of_files(tmp_path / "heads") == tiny.contents_of_files(folder)
 
 
 def test_trained_heads_are_replaced_on_demand(sample_folder: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "heads")
     options = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product", "--seed", "1")
     data = sample_folder / "train.csv"
-    assert run(sample_folder, tmp_path / "heads", data, *options, "--overwrite") == 0
-    after = tiny.files(tmp_path / "heads")
+    assert run_heads(sample_folder, tmp_path / "heads", data, *options, "--overwrite") == 0
+    after = tiny.contents_of_files(tmp_path / "heads")
     assert len(after) == 2  # the entries and the weights
-    assert not {*after.values()} & {*tiny.files(folder).values()}
+    assert not {*after.values()} & {*tiny.contents_of_files(folder).values()}
     load_heads(tmp_path / "heads")
 
 
@@ -727,7 +729,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_the_training(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    error = refusal(capsys, run(sample_folder, tmp_path / "file", sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "file", sample_folder / "train.csv"))
     assert f"--output {tmp_path}/file is no folder" in error
 
 
@@ -736,7 +738,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
     sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
-    error = refusal(capsys, run(sample_folder, tmp_path / "new/x", sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "new/x", sample_folder / "train.csv"))
     assert f"--output {tmp_path}/new/x cannot be written: {tmp_path} may not be changed" in error
 
 
@@ -790,13 +792,13 @@ def save_and_die(model: FrozenEncoders, place: Path, step: int) -> None:
 def test_pictures_of_the_training_are_not_held_out_under_another_path(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    rows = rows_of(sample_folder / "train.csv")
+    rows = read_csv(sample_folder / "train.csv")
     for number, row in enumerate(rows[16:32]):
         row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
         row["product"] = f"another {number}"
-    val = ["--val-data", str(write(tmp_path / "val.csv", rows[16:32]))]
+    val = ["--val-data", str(write_csv(tmp_path / "val.csv", rows[16:32]))]
     for options in (val, [*val, "--ids-key", "product"]):
-        code = run(sample_folder, tmp_path / "x", sample_folder / "train.csv", *options)
+        code = run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", *options)
         error = refusal(capsys, code)
         assert "16 pictures of --val-data are in --data, too; the first is '0.png', of row 0" in error
     assert not (tmp_path / "x").exists()
@@ -805,25 +807,25 @@ def test_pictures_of_the_training_are_not_held_out_under_another_path(
 def test_captions_of_one_picture_in_shards_are_on_one_side(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    data = shard(tmp_path / "x.tar", with_captions(sample_folder, 5))
-    assert run(sample_folder, tmp_path / "x", data) == 0
+    data = write_webdataset(tmp_path / "x.tar", with_captions(sample_folder, 5))
+    assert run_heads(sample_folder, tmp_path / "x", data) == 0
     printed = capsys.readouterr().out
     assert "training on 220 pairs of 44 pictures" in printed
     assert "4 pictures, 20 texts" in printed
 
 
 def test_shards_are_held_out_by_other_shards(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    data = shard(tmp_path / "a.tar", rows_of(sample_folder / "train.csv"))
-    val = shard(tmp_path / "b.tar", rows_of(sample_folder / "val.csv"))
-    assert run(sample_folder, tmp_path / "x", data, "--val-data", str(val), "--ids-key", "id") == 0
+    data = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
+    val = write_webdataset(tmp_path / "b.tar", read_csv(sample_folder / "val.csv"))
+    assert run_heads(sample_folder, tmp_path / "x", data, "--val-data", str(val), "--ids-key", "id") == 0
     assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out
 
 
 def test_shards_with_pictures_of_the_training_are_not_held_out(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    data = shard(tmp_path / "a.tar", rows_of(sample_folder / "train.csv"))
-    error = refusal(capsys, run(sample_folder, tmp_path / "x", data, "--val-data", str(data)))
+    data = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", data, "--val-data", str(data)))
     assert "48 pictures of --val-data are in --data, too" in error
 
 

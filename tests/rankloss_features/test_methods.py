@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_aligning import views
+from test_aligning import features_of_pairs
 from torch import Tensor
 
 from rankloss.precision import unit_rows
@@ -31,7 +31,7 @@ TRAINING = Training(epochs=2, hidden=16, width=8)
 
 def made_up_pairs() -> Pairs:
     """120 pictures with two captions each; each picture is a group of its own."""
-    v, t, numbers = views(120)
+    v, t, numbers = features_of_pairs(120)
     features = dict(zip(NAMES, (unit_rows(v), unit_rows(t)), strict=True))
     return Pairs(features, numbers, numbers)
 

@@ -15,7 +15,7 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 """Every grey of 8 bits."""
 
 
-def stored(picture: Image.Image, form: str, **options: Any) -> bytes:
+def file_content(picture: Image.Image, form: str, **options: Any) -> bytes:
     """The content of a file of a picture."""
     file = io.BytesIO()
     picture.save(file, form, **options)
@@ -34,7 +34,7 @@ def grey_of(content: bytes) -> Any:
 @pytest.mark.parametrize("white", [255, 40])
 def test_grey_of_16_bits_is_scaled_also_where_a_picture_is_dark(form: str, white: int) -> None:
     grey = (RAMP.astype(np.uint32) * white // 255).astype(np.uint16)
-    content = stored(Image.fromarray(grey * 257), form)  # 255 · 257 is the white of 16 bits
+    content = file_content(Image.fromarray(grey * 257), form)  # 255 · 257 is the white of 16 bits
     np.testing.assert_array_equal(grey_of(content), grey)
 
 
@@ -43,7 +43,7 @@ def test_grey_of_16_bits_is_scaled_also_where_a_picture_is_dark(form: str, white
     [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255), (np.int32, 65535)],
 )
 def test_grey_of_floats_and_of_32_bits_is_scaled(dtype: Any, white: int) -> None:
-    content = stored(Image.fromarray((RAMP * (white / 255)).astype(dtype)), "TIFF")
+    content = file_content(Image.fromarray((RAMP * (white / 255)).astype(dtype)), "TIFF")
     np.testing.assert_array_equal(grey_of(content), RAMP)
 
 
@@ -54,7 +54,7 @@ def test_grey_of_no_known_range_is_refused_with_its_values(wrong: float) -> None
     with pytest.raises(
         ValueError, match=r"its grey values are from .* to .*; they must be from 0 to 1, 255 or"
     ):
-        Rendering().open(stored(Image.fromarray(values), "TIFF"))
+        Rendering().open(file_content(Image.fromarray(values), "TIFF"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
@@ -64,10 +64,10 @@ def test_transparent_pixels_have_the_colour_of_the_background(mode: str, backgro
     picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     picture.paste((204, 0, 0, 255), (1, 1, 3, 3))
     if mode in ("RGBA", "LA"):
-        content = stored(picture.convert(mode), "PNG")
+        content = file_content(picture.convert(mode), "PNG")
     else:  # a colour that counts as transparent
         opaque = picture.convert("RGB").convert(mode)
-        content = stored(opaque, "PNG", transparency=opaque.getpixel((0, 0)))
+        content = file_content(opaque, "PNG", transparency=opaque.getpixel((0, 0)))
     found = np.asarray(Rendering(background=background).open(content))
     square = grey_of_red() if mode in ("L", "LA") else (204, 0, 0)
     np.testing.assert_array_equal(found[0, 0], ImageColor.getrgb(background))
@@ -91,13 +91,13 @@ def orientation(number: int) -> Image.Exif:
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_a_picture_is_turned_if_it_shall_be_upright(form: str, upright: bool) -> None:
     exif = orientation(6)
-    content = stored(Image.new("RGB", (6, 4)), form, exif=exif)
+    content = file_content(Image.new("RGB", (6, 4)), form, exif=exif)
     assert Rendering(upright).open(content).size == ((4, 6) if upright else (6, 4))
 
 
 def test_grey_of_16_bits_is_turned_too() -> None:
     grey = Image.fromarray(RAMP.astype(np.uint16) * 257)
-    content = stored(grey, "PNG", exif=orientation(3))
+    content = file_content(grey, "PNG", exif=orientation(3))
     np.testing.assert_array_equal(grey_of(content), RAMP[::-1, ::-1])
 
 

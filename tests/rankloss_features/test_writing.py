@@ -29,22 +29,22 @@ from PIL import Image
 from tiny_teacher import (
     CAPTIONS,
     ROWS,
+    contents_of_files,
     csv_data,
+    csv_table,
     data_of,
-    files,
-    flip,
+    flip_a_bit,
     in_process,
-    table,
+    record_batch_sizes,
     teacher,
-    watched,
-    written,
+    write_features,
 )
 from torch import Tensor
 
 from rankloss_features import Features, writing
 from rankloss_features.data import Shards
 from rankloss_features.folder import NAMES, write_array
-from stored_features import stored
+from stored_features import features_folder
 
 
 @pytest.fixture(scope="module", params=["csv", "webdataset"])
@@ -52,7 +52,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """Data, and their folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
     data = data_of(request.param, folder / "data")
-    written(folder / "whole", data, teacher())
+    write_features(folder / "whole", data, teacher())
     return data, folder / "whole"
 
 
@@ -106,7 +106,7 @@ def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
     else:
         fail_at_fsync(fault, at)
     with pytest.raises(OSError, match=re.escape(f"{os.strerror(fault)}: {output}/")):
-        written(output, data, teacher())
+        write_features(output, data, teacher())
 
 
 @pytest.mark.parametrize(
@@ -125,17 +125,19 @@ def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
     if data.is_stream:
         shutil.copytree(whole, output)
         for shard in range(4):
-            flip(output / f"text_features-{shard:05}.npy")
+            flip_a_bit(output / f"text_features-{shard:05}.npy")
     for fault, at in faults:
         expected = -signal.SIGKILL if fault == signal.SIGKILL else 0
         assert in_process(write_disturbed, output, data, fault, at) == expected
         with suppress(ValueError):
             Features(str(output)).check()
             # Without files that were being written, and the marks of shards.
-            finished = {x: y for x, y in files(output).items() if not x.startswith((".", "shard-"))}
-            assert finished == files(whole)
-    written(output, data, teacher())
-    assert files(output) == files(whole)
+            finished = {
+                x: y for x, y in contents_of_files(output).items() if not x.startswith((".", "shard-"))
+            }
+            assert finished == contents_of_files(whole)
+    write_features(output, data, teacher())
+    assert contents_of_files(output) == contents_of_files(whole)
 
 
 def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
@@ -143,12 +145,12 @@ def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Pat
     tiny.killed_at(6, output, data)
     begun = sorted(output.glob("*features-*.npy"))
     assert len(begun) == 2 * len(NAMES)  # two shards are on the disk, of which one is damaged now
-    flip(begun[0])
+    flip_a_bit(begun[0])
     for missing in (ROWS - tiny.SHARD, 0):
         rows_of_batches: list[int] = []
-        written(output, data, teacher(watched(rows_of_batches))).check()
+        write_features(output, data, teacher(record_batch_sizes(rows_of_batches))).check()
         assert sum(rows_of_batches) == missing
-        assert files(output) == files(whole)
+        assert contents_of_files(output) == contents_of_files(whole)
 
 
 def link_every_file(whole: Path, folder: Path, elsewhere: Path, link: Any) -> None:
@@ -159,7 +161,7 @@ def link_every_file(whole: Path, folder: Path, elsewhere: Path, link: Any) -> No
     """
     folder.mkdir()
     elsewhere.mkdir()
-    contents = {**files(whole), "shard-00001.json": b"{}"}
+    contents = {**contents_of_files(whole), "shard-00001.json": b"{}"}
     for name, content in contents.items():
         for linked in (name, f".{name}"):
             (elsewhere / linked).write_bytes(content)
@@ -173,13 +175,15 @@ def test_nothing_is_written_through_a_link_or_under_a_training(
     """One file is damaged; a training has mapped the folder, as it was before it is written again."""
     (data, whole), folder, elsewhere = undisturbed, tmp_path / "folder", tmp_path / "elsewhere"
     link_every_file(whole, folder, elsewhere, link)
-    flip(elsewhere / "image_features-00001.npy")
-    before, mapped = files(elsewhere), Features(str(folder)).arrays[NAMES[0]]
+    flip_a_bit(elsewhere / "image_features-00001.npy")
+    before, mapped = contents_of_files(elsewhere), Features(str(folder)).arrays[NAMES[0]]
     rows = mapped[:]
-    written(folder, data, teacher()).check()
-    finished = {name: content for name, content in files(folder).items() if not name.startswith(".")}
-    assert finished == files(whole)
-    assert files(elsewhere) == before
+    write_features(folder, data, teacher()).check()
+    finished = {
+        name: content for name, content in contents_of_files(folder).items() if not name.startswith(".")
+    }
+    assert finished == contents_of_files(whole)
+    assert contents_of_files(elsewhere) == before
     np.testing.assert_array_equal(mapped[:], rows)
 
 
@@ -189,15 +193,15 @@ def test_nothing_is_written_through_a_link_or_under_a_training(
 def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "two"
     tiny.killed_at(3, output, data)
-    tiny.under_torchrun(written, output, data, teacher())
-    assert files(output) == files(whole)
+    tiny.under_torchrun(write_features, output, data, teacher())
+    assert contents_of_files(output) == contents_of_files(whole)
 
 
 def write_alone_under_torchrun(output: Path, data: Any, errors: Any) -> None:
     """Write in the first process of a training whose others go on training; the error goes into a queue."""
     writing.JOINED_WITHIN = datetime.timedelta(seconds=2)
     try:
-        written(output, data, teacher())
+        write_features(output, data, teacher())
     except ConnectionError as error:
         errors.put(str(error))
 
@@ -246,17 +250,17 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
 
         writing._logger.warning = warn  # type: ignore[method-assign, assignment]
         rows_of_batches: list[int] = []
-        written(output, data, teacher(watched(rows_of_batches)))
+        write_features(output, data, teacher(record_batch_sizes(rows_of_batches)))
         batches.put(rows_of_batches)
 
-    first = tiny.forks.Process(target=in_process, args=(written, output, data, teacher(wait)))
+    first = tiny.forks.Process(target=in_process, args=(write_features, output, data, teacher(wait)))
     first.start()
     wait_for(output / "pairs.npy", first)  # as the first holds the lock then
     assert in_process(write_as_the_second) == 0
     first.join()
     assert str(output) in warnings.get(timeout=10)
     assert batches.get(timeout=10) == []
-    assert files(output) == files(whole)
+    assert contents_of_files(output) == contents_of_files(whole)
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -286,23 +290,23 @@ def test_resumed_with_something_else_is_an_error_and_loses_nothing(
 ) -> None:
     output = shutil.copytree(begun, tmp_path / "output")
     data = data_of("csv", tmp_path / "other", captions)
-    before = files(output)
+    before = contents_of_files(output)
     with pytest.raises(ValueError, match=message):
-        written(output, data, teacher(weights=weights), dtype=dtype)
-    assert files(output) == before
+        write_features(output, data, teacher(weights=weights), dtype=dtype)
+    assert contents_of_files(output) == before
 
 
 def test_pictures_may_move_before_a_folder_goes_on(begun: Path, tmp_path: Path) -> None:
     output = shutil.copytree(begun, tmp_path / "output")
-    written(output, data_of("csv", tmp_path / "elsewhere"), teacher()).check()
+    write_features(output, data_of("csv", tmp_path / "elsewhere"), teacher()).check()
 
 
 def test_shards_of_pairs_that_are_gone_are_not_taken_up(begun: Path, tmp_path: Path) -> None:
     output, other = shutil.copytree(begun, tmp_path / "output"), data_of("csv", tmp_path, CAPTIONS[::-1])
     (output / "pairs.npy").unlink()
-    written(output, other, teacher())
-    written(tmp_path / "fresh", other, teacher())
-    assert files(output) == files(tmp_path / "fresh")
+    write_features(output, other, teacher())
+    write_features(tmp_path / "fresh", other, teacher())
+    assert contents_of_files(output) == contents_of_files(tmp_path / "fresh")
 
 
 def test_data_are_read_once_to_be_compared_with_stored_features(
@@ -317,7 +321,7 @@ def test_data_are_read_once_to_be_compared_with_stored_features(
 
     monkeypatch.setattr(data, "pairs", read)
     stored_teacher = replace(teacher(), rows=ROWS, stored=Features(str(folder)))
-    written(tmp_path / "output", data, stored_teacher)
+    write_features(tmp_path / "output", data, stored_teacher)
     assert readings == ["begins"]
 
 
@@ -326,7 +330,7 @@ def test_an_output_that_is_no_folder_of_the_command_is_left_alone(tmp_path: Path
     (tmp_path / "image_features.npy").write_bytes(b"mine")
     for output in (tmp_path / "x", tmp_path, tmp_path / "image_features.npy"):
         with pytest.raises(ValueError, match=f"--output {output} "):
-            written(output, data_of("csv", tmp_path / "data"), teacher())
+            write_features(output, data_of("csv", tmp_path / "data"), teacher())
     assert (tmp_path / "image_features.npy").read_bytes() == b"mine"
 
 
@@ -350,8 +354,8 @@ def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float
     # Neighbours of one caption have one row of any teacher, which is no error.
     data = data_of("csv", tmp_path, CAPTIONS + ["one class"] * 20)
     with pytest.raises(ValueError, match=message):
-        written(tmp_path / "output", data, teacher(spoil))
-    written(tmp_path / "other", data, teacher()).check()
+        write_features(tmp_path / "output", data, teacher(spoil))
+    write_features(tmp_path / "other", data, teacher()).check()
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
@@ -359,8 +363,8 @@ def test_features_whose_squares_float32_cannot_hold_are_divided_by_their_norms(
     tmp_path: Path, scale: float
 ) -> None:
     data = data_of("csv", tmp_path)
-    wanted = written(tmp_path / "plain", data, teacher())
-    scaled = written(tmp_path / "scaled", data, teacher(lambda _, features: features * scale))
+    wanted = write_features(tmp_path / "plain", data, teacher())
+    scaled = write_features(tmp_path / "scaled", data, teacher(lambda _, features: features * scale))
     for name in NAMES:
         np.testing.assert_allclose(scaled.arrays[name][:], wanted.arrays[name][:], atol=1e-3)  # float16
 
@@ -374,14 +378,14 @@ def one_row_and_zeros() -> np.ndarray:
 
 def test_a_folder_that_holds_one_row_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the teacher's text_features must not be one row 8 times"):
-        stored(tmp_path / "x", text_features=one_row_and_zeros())
+        features_folder(tmp_path / "x", text_features=one_row_and_zeros())
 
 
 def test_a_folder_that_holds_one_row_is_not_opened(tmp_path: Path) -> None:
     """It had another row when it was finished."""
     differing = one_row_and_zeros()
     differing[8, 0] = 2
-    path = stored(tmp_path / "x", text_features=differing)
+    path = features_folder(tmp_path / "x", text_features=differing)
     Features(path)
     write_array(tmp_path / "x/text_features-00000.npy", one_row_and_zeros())
     with pytest.raises(ValueError, match=f"text_features of {path} must not be one row 8 times"):
@@ -389,15 +393,15 @@ def test_a_folder_that_holds_one_row_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_picture_of_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    file = table(tmp_path)
+    file = csv_table(tmp_path)
     (tmp_path / "5.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"row 5: .*'5\.png'"):
-        written(tmp_path / "x", csv_data(file), teacher())
+        write_features(tmp_path / "x", csv_data(file), teacher())
 
 
 def test_a_sample_of_shards_without_a_readable_picture_has_no_features(tmp_path: Path) -> None:
     """As the trainer skips it. Row 1 is sample 2, the second of the first shard."""
-    features = written(tmp_path / "x", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
+    features = write_features(tmp_path / "x", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
     assert features.about["skipped"] == 2
     with pytest.raises(ValueError, match=r"row 1 .*picture"):
         features.take(np.array([0, 1]))
@@ -406,7 +410,7 @@ def test_a_sample_of_shards_without_a_readable_picture_has_no_features(tmp_path:
 def test_shards_without_any_readable_picture_are_refused(tmp_path: Path) -> None:
     data = Shards(tiny.shards(tmp_path, broken=tuple(range(ROWS))))
     with pytest.raises(ValueError, match=f"none of {ROWS} pictures can be read"):
-        written(tmp_path / "x", data, teacher())
+        write_features(tmp_path / "x", data, teacher())
 
 
 # --- how rows are computed --------------------------------------------------------------------------------
@@ -414,7 +418,7 @@ def test_shards_without_any_readable_picture_are_refused(tmp_path: Path) -> None
 
 def table_of_three_captions(folder: Path) -> Path:
     """A table in which three rows after another have one picture, beside one where each has its own."""
-    table(folder)
+    csv_table(folder)
     rows = [f"{folder}/{i // 3}.png\t{caption}" for i, caption in enumerate(CAPTIONS)]
     (folder / "shared.csv").write_text("\n".join(["filepath\ttitle", *rows]))
     return folder / "shared.csv"
@@ -425,14 +429,16 @@ def test_a_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
 ) -> None:
     data, opened, rows_of_batches = csv_data(table_of_three_captions(tmp_path)), Mock(wraps=Image.open), []
     monkeypatch.setattr(Image, "open", opened)
-    written(tmp_path / "shared", data, teacher(watched(rows_of_batches)), batch_size=ROWS).check()
+    write_features(
+        tmp_path / "shared", data, teacher(record_batch_sizes(rows_of_batches)), batch_size=ROWS
+    ).check()
     assert sum(rows_of_batches) == opened.call_count == math.ceil(ROWS / 3)
 
 
 def test_a_picture_of_several_captions_has_the_features_that_it_has_alone(tmp_path: Path) -> None:
     data, rows = csv_data(table_of_three_captions(tmp_path)), np.arange(ROWS)
-    shared = written(tmp_path / "shared", data, teacher(), batch_size=ROWS).take(rows)
-    single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
+    shared = write_features(tmp_path / "shared", data, teacher(), batch_size=ROWS).take(rows)
+    single = write_features(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
     images, texts = NAMES
     np.testing.assert_allclose(shared[images], single.take(rows // 3)[images], atol=1e-3)  # float16
     np.testing.assert_array_equal(shared[texts], single.take(rows)[texts])
@@ -441,11 +447,13 @@ def test_a_picture_of_several_captions_has_the_features_that_it_has_alone(tmp_pa
 def test_batches_end_with_their_shard_and_their_source(tmp_path: Path) -> None:
     """In shards of 12 rows and batches of 8; of one file, and of three with 14, 13 and 13 rows."""
     for data, ends in (
-        (csv_data(table(tmp_path)), [8, 12, 20, 24, 32, 36, 40]),
+        (csv_data(csv_table(tmp_path)), [8, 12, 20, 24, 32, 36, 40]),
         (Shards(tiny.shards(tmp_path, number=3)), [8, 12, 14, 22, 24, 27, 35, 36, 40]),
     ):
         rows_of_batches: list[int] = []
-        written(tmp_path / f"{len(ends)}", data, teacher(watched(rows_of_batches, NAMES[1]))).check()
+        write_features(
+            tmp_path / f"{len(ends)}", data, teacher(record_batch_sizes(rows_of_batches, NAMES[1]))
+        ).check()
         assert np.cumsum(rows_of_batches).tolist() == ends
 
 
@@ -460,7 +468,7 @@ def test_memory_does_not_grow_with_the_data(
 ) -> None:
     """Pages of files, which the system takes back, are not counted."""
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**15)
-    table(tmp_path)
+    csv_table(tmp_path)
     lines = [f"{tmp_path}/{i % ROWS}.png\tpicture {i}" for i in range(rows)]
     (tmp_path / "many.csv").write_text("\n".join(["filepath\ttitle", *lines]))
 
@@ -472,6 +480,6 @@ def test_memory_does_not_grow_with_the_data(
         return features
 
     data = csv_data(tmp_path / "many.csv")
-    assert len(written(tmp_path / "output", data, teacher(measure), batch_size=64).check()) == rows
+    assert len(write_features(tmp_path / "output", data, teacher(measure), batch_size=64).check()) == rows
     quarter = len(memory) // 4
     assert max(memory[-quarter:]) - max(memory[:quarter]) < 16

@@ -42,7 +42,7 @@ CLIP_CONFIG = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "heads": 2, "width": 16, "layers": 1},
 }
 CSV = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
-"""The options of the files of :func:`table`."""
+"""The options of the files of :func:`csv_table`."""
 PIXELS, LETTERS = 8 * 8 * 3, 256
 """Inputs of the encoder of pictures, and of that of texts, which counts each byte."""
 forks = multiprocessing.get_context("fork")
@@ -55,7 +55,7 @@ def picture(number: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
-def table(folder: Path, captions: list[str] | None = None, order: Any = None) -> Path:
+def csv_table(folder: Path, captions: list[str] | None = None, order: Any = None) -> Path:
     """A CSV file of pictures and captions, in another order if one is given."""
     captions = CAPTIONS if captions is None else captions
     rows = []
@@ -72,7 +72,7 @@ def table(folder: Path, captions: list[str] | None = None, order: Any = None) ->
 def shards(
     folder: Path, captions: list[str] | None = None, broken: tuple[int, ...] = (), number: int = 2
 ) -> str:
-    """The same as a webdataset of some shards, with samples that a trainer skips between.
+    """The same pairs as a webdataset, by its pattern of shards, with samples between that a trainer skips.
 
     The pictures of broken samples are cut, so that they cannot be read. The pairs are dealt to the shards.
     """
@@ -87,7 +87,7 @@ def shards(
 
 
 def dataset(folder: Path) -> Any:
-    """The pairs of :func:`table`, whose pictures are there, as a ``datasets.Dataset``."""
+    """The pairs of :func:`csv_table`, whose pictures are there, as a ``datasets.Dataset``."""
     import datasets
 
     images = [str(folder / f"{i}.png") for i in range(ROWS)]
@@ -151,30 +151,35 @@ def teacher(change: Change = lambda _, features: features, **about: Any) -> Teac
     return Teacher({"weights": "0", **about}, encoders, scale=100.0)
 
 
-def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any) -> Features:
+def write_features(
+    output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any
+) -> Features:
+    """Write a folder of the data's features by the teacher; the folder, opened."""
     write(output, data, teacher, {**SETTINGS, **settings}, workers)
     return Features(str(output))
 
 
-def watched(calls: list[int], name: str = NAMES[0], *, kill_at: int | None = None) -> Change:
-    """A change that changes nothing: it notes the number of rows of each batch of a modality.
+def record_batch_sizes(sizes: list[int], name: str = NAMES[0], *, kill_at: int | None = None) -> Change:
+    """A change that changes nothing: it appends the number of rows of each batch of a modality to ``sizes``.
 
     With ``kill_at`` the process is killed in that batch, counted from 1, as by ``kill -9``.
     """
 
-    def watch(called: str, features: Tensor) -> Tensor:
+    def record(called: str, features: Tensor) -> Tensor:
         if called == name:
-            calls.append(len(features))
-            if len(calls) == kill_at:
+            sizes.append(len(features))
+            if len(sizes) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
         return features
 
-    return watch
+    return record
 
 
 def killed_at(batch: int, output: Path, data: Data) -> None:
     """Write in a process that is killed in that batch of captions, counted from 1."""
-    killed = in_process(written, output, data, teacher(watched([], NAMES[1], kill_at=batch)))
+    killed = in_process(
+        write_features, output, data, teacher(record_batch_sizes([], NAMES[1], kill_at=batch))
+    )
     assert killed == -signal.SIGKILL
 
 
@@ -210,17 +215,19 @@ def under_torchrun(function: Callable[..., Any], *args: Any) -> None:
         process.join()
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All files but the lock, which stays."""
+def contents_of_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file of a folder by its name, without the lock, which stays."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
-def but_for_command(folder: str | Path) -> dict[str, bytes]:
+def contents_without_command(folder: str | Path) -> dict[str, bytes]:
     """The same without ``folder.json``, which has the command and its ``--output``."""
-    return {name: content for name, content in files(Path(folder)).items() if name != "folder.json"}
+    return {
+        name: content for name, content in contents_of_files(Path(folder)).items() if name != "folder.json"
+    }
 
 
-def flip(file: Path) -> None:
+def flip_a_bit(file: Path) -> None:
     """Change one bit in the middle of a file's numbers, in place."""
     header = 128  # bytes, of a file of NumPy
     content = bytearray(file.read_bytes())
@@ -231,7 +238,7 @@ def flip(file: Path) -> None:
 def data_of(kind: str, folder: Path, captions: list[str] | None = None) -> Data:
     """The pairs of a CSV file or of a webdataset, which is written into a folder."""
     folder.mkdir(exist_ok=True)
-    return csv_data(table(folder, captions)) if kind == "csv" else Shards(shards(folder, captions))
+    return csv_data(csv_table(folder, captions)) if kind == "csv" else Shards(shards(folder, captions))
 
 
 def prepare_otherwise(folder: Path, modality: str) -> None:

@@ -33,7 +33,7 @@ from rankloss_trainers.option import options_of
 from rankloss_trainers.run_options import RunOptions
 from registered import NAMES as LOSSES
 from registered import register
-from stored_features import stored
+from stored_features import features_folder
 
 CAPTIONS = "--loss tiny-caption --second-caption-key synthetic"
 LISTS = "--loss ranked-lists --ranked-lists"
@@ -177,9 +177,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("places")
     pairs = [("0.png", "a0"), ("1.png", "a1")]
     of_pairs = {"image_features": FOUR_ROWS[:2], "text_features": FOUR_ROWS[:2]}
-    right = stored(place / "right", pairs, **of_pairs)
-    other_order = stored(place / "other_order", pairs[::-1], **of_pairs)
-    widths = stored(place / "widths", image_features=FOUR_ROWS, text_features=unit_rows(4, 3))
+    right = features_folder(place / "right", pairs, **of_pairs)
+    other_order = features_folder(place / "other_order", pairs[::-1], **of_pairs)
+    widths = features_folder(place / "widths", image_features=FOUR_ROWS, text_features=unit_rows(4, 3))
     file = place / "data.csv"
     file.write_text(
         "filepath\ttitle\tcandidates\tgrades\n"
@@ -509,7 +509,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     (entry_point,) = re.findall('^uniform = "(.*)"$', declared, re.MULTILINE)
     register(monkeypatch, uniform=entry_point)
     teacher = {name: unit_rows(7, 5, seed) for seed, name in enumerate(NAMES)}
-    options = f"--uniform-weight 0.5 --loss-teacher {stored(tmp_path / 'teacher', **teacher)}"
+    options = f"--uniform-weight 0.5 --loss-teacher {features_folder(tmp_path / 'teacher', **teacher)}"
     loss = loss_of(f"--loss clip-smooth+uniform+rankclip {options}")
     loss.start_epoch(1, 2, 1, 1)  # the second of two epochs, each of one batch: the last step
     student = features()

@@ -30,7 +30,7 @@ from rankloss_open_clip.arguments import chosen
 from rankloss_open_clip.trainer_loss import TrainerLoss
 from rankloss_open_clip.training import build_loss, start
 from registered import TINY_PACKAGE
-from stored_features import stored
+from stored_features import features_folder
 
 FORK = """
 import argparse, torch
@@ -241,7 +241,7 @@ def test_a_loss_that_needs_a_teacher_is_content_with_that_of_the_data() -> None:
 
 def test_a_folder_beside_the_teacher_of_the_data_is_refused(tmp_path: Path) -> None:
     args = arguments(loss="rankclip-distill")
-    args.loss_teacher = stored(tmp_path / "x", text_features=unit_rows(4, 2))
+    args.loss_teacher = features_folder(tmp_path / "x", text_features=unit_rows(4, 2))
     with pytest.raises(ValueError, match=r"--loss-teacher: .*--dataset-reinforcement"):
         start(args, chosen(args))
 

@@ -20,7 +20,7 @@ from rankloss_features.teachers import Teacher
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import flag, prefix_of
 from registered import NAMES
-from stored_features import stored
+from stored_features import features_folder
 
 STEPS = 2
 WIDTH = 32  # of the tiny model, which mimicry compares
@@ -65,7 +65,7 @@ def runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """A run of every registered loss, by its name: of STEPS steps, on pairs with every column."""
     pairs = [(Path(picture).name, title) for picture, title, _ in trainer.rows]
     teacher = {name: unit_rows(SAMPLES, WIDTH, seed) for seed, name in enumerate(MODALITIES)}
-    folder = stored(tmp_path_factory.mktemp("every") / "teacher", pairs, **teacher)
+    folder = features_folder(tmp_path_factory.mktemp("every") / "teacher", pairs, **teacher)
     runs = InTurn(tuple(tuple(command_line_of(name, folder)) for name in NAMES))
     data = str(write_table(trainer))
     shared = ["--train-data", data, "--epochs", "1", "--batch-size", str(SAMPLES // STEPS)]

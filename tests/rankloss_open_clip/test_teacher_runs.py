@@ -26,7 +26,7 @@ from rankloss_features.folder import NAMES, identity_of
 from rankloss_features.teachers import Teacher
 from rankloss_open_clip.training import device_of, run_of
 from rankloss_trainers import console
-from stored_features import stored
+from stored_features import features_folder
 from untrusted import bring_tokenizer, trust_tokenizer
 
 OPTION = "--loss-teacher"
@@ -60,9 +60,9 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("teacher")
     pairs = named_pairs(trainer)
     contents = [Path(file).read_bytes() for file, *_ in trainer.rows]
-    both = stored(directory / "both", pairs, pictures=contents, **TEACHER)
+    both = features_folder(directory / "both", pairs, pictures=contents, **TEACHER)
     of_samples = [(identity_of(content), pair[1]) for content, pair in zip(contents, pairs, strict=True)]
-    shards = stored(directory / "shards", of_samples, **TEACHER)
+    shards = features_folder(directory / "shards", of_samples, **TEACHER)
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
     def add(name: str, where: str, *options: str) -> None:
@@ -71,7 +71,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
     add("webdataset", shards, *trainer.webdataset)
-    wide = stored(directory / "wide", pairs, **WIDE)
+    wide = features_folder(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", str(MIMICRY_WEIGHT)]
     options = [*WHOLE_SET, *mimicry, OPTION, wide]
     table.add("mimicry", trainer.call, "features, mimicry", *options, change=Counted())
@@ -262,7 +262,7 @@ def test_a_teacher_that_is_narrower_than_the_model_is_copied_into_some_of_its_di
 ) -> None:
     """The distance is to the teacher's rows with zeros beside, as :func:`mean_of_squares` has it."""
     narrow_rows = {name: unit_rows(SAMPLES, 8, seed=0) for name in NAMES}
-    narrow = stored(tmp_path / "narrow", named_pairs(trainer), **narrow_rows)
+    narrow = features_folder(tmp_path / "narrow", named_pairs(trainer), **narrow_rows)
     teacher, logs = (OPTION, narrow), ("--logs", str(tmp_path / "logs"))
     run = run_of(parse_args(trainer.arguments("narrow", "--loss", "mimicry", *teacher, *logs)))
     rows_of_model = {name: unit_rows(SAMPLES, 32, seed=1) for name in NAMES}

@@ -40,7 +40,7 @@ from rankloss_open_clip.columns.second_caption import SecondCaption
 from rankloss_open_clip.columns.teacher_rows import RowColumn
 from rankloss_open_clip.columns.text_columns import Members, TextColumn, TextColumns
 from rankloss_open_clip.training import run_of
-from stored_features import stored
+from stored_features import features_folder
 
 CONTEXT = 16  # tokens of a caption, as in the tiny model
 SECOND_CAPTION = SecondCaption(caption_key="syn")
@@ -321,7 +321,9 @@ def call(
     lines = [f"{i}.png;{caption};{second}\n" for i, (caption, second) in enumerate(rows)]
     dataset, file = csv_dataset(folder, "filepath;title;syn\n" + "".join(lines))
     teacher = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    columns = TextColumns([SECOND_CAPTION, RowColumn(Features(stored(folder / "teacher", **teacher)))])
+    columns = TextColumns(
+        [SECOND_CAPTION, RowColumn(Features(features_folder(folder / "teacher", **teacher)))]
+    )
 
     plain, clip = tiny_model(trainer), tiny_model(trainer)
     wrappers = {
@@ -448,7 +450,7 @@ def table(tmp_path: Path) -> Table:
 
 def test_rows_of_features_are_those_of_the_table(tmp_path: Path, table: Table) -> None:
     rows = unit_rows(2, 2)
-    column = teacher_column(stored(tmp_path / "teacher", table.pairs, text_features=rows))
+    column = teacher_column(features_folder(tmp_path / "teacher", table.pairs, text_features=rows))
     TextColumns([column]).join_csv(table.dataset, table.file, ";")
     first, second = table.dataset.captions
     (features,) = teacher_features(column, [second, first]).values()
@@ -456,14 +458,14 @@ def test_rows_of_features_are_those_of_the_table(tmp_path: Path, table: Table) -
 
 
 def test_pictures_are_not_opened_for_a_teacher_of_texts(tmp_path: Path, table: Table) -> None:
-    column = teacher_column(stored(tmp_path / "teacher", table.pairs, text_features=unit_rows(2, 2)))
+    column = teacher_column(features_folder(tmp_path / "teacher", table.pairs, text_features=unit_rows(2, 2)))
     with mock.patch.object(teacher_rows, "content_of", side_effect=AssertionError):
         TextColumns([column]).join_csv(table.dataset, table.file, ";")
         teacher_features(column, list(table.dataset.captions))
 
 
 def test_features_of_the_same_pairs_in_another_order_are_refused(tmp_path: Path, table: Table) -> None:
-    reversed_folder = stored(tmp_path / "teacher", table.pairs[::-1], text_features=unit_rows(2, 2))
+    reversed_folder = features_folder(tmp_path / "teacher", table.pairs[::-1], text_features=unit_rows(2, 2))
     with pytest.raises(ValueError, match=r"row 0 .* row 1 "):
         teacher_column(reversed_folder).read_rows(table.file, ";", table.dataset)
 
@@ -501,7 +503,7 @@ ROW_OF_SECOND, ROW_OF_FIRST = 0, 1  # of the folder below
 def folder_of_two_samples(tmp_path: Path) -> str:
     """A teacher's folder of both samples, in the other order."""
     pairs = [(identity_of(b"second"), "b"), (identity_of(b"first"), "a")]
-    return stored(tmp_path / "teacher", pairs, text_features=unit_rows(2, 2))
+    return features_folder(tmp_path / "teacher", pairs, text_features=unit_rows(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -563,7 +565,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PicturesOfTable
         file.write_bytes(content)
     lines = "".join(f"{file};a{i}\n" for i, file in enumerate(files))
     dataset, table = csv_dataset(tmp_path, f"filepath;title\n{lines}")
-    folder = stored(tmp_path / "teacher", pictures=contents, text_features=unit_rows(3, 2))
+    folder = features_folder(tmp_path / "teacher", pictures=contents, text_features=unit_rows(3, 2))
     return PicturesOfTable(files, dataset, table, teacher_column(folder))
 
 

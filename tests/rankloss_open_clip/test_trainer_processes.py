@@ -23,7 +23,7 @@ from collectives import Collectives
 from process_pool import Pools
 from rankloss import metrics, reference
 from rankloss_features.folder import NAMES
-from stored_features import stored
+from stored_features import features_folder
 
 # --- losses ---------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def columns_and_a_teacher(trainer: Trainer, directory: Path) -> list[str]:
     return [
         *ids,
         "--loss-teacher",
-        stored(directory / "x", names_of_pairs, **TEACHER),
+        features_folder(directory / "x", names_of_pairs, **TEACHER),
         "--train-data",
         str(file),
     ]

@@ -16,7 +16,7 @@ from rankloss.losses import TEACHER
 from rankloss_features import Features
 from rankloss_features.data import Table
 from rankloss_features.folder import NAMES
-from stored_features import stored
+from stored_features import features_folder
 
 ROWS = 32
 TAUGHT_LOSS = "rankclip-distill+mimicry"
@@ -46,7 +46,7 @@ def write_teacher_folder(
     """Write a folder of these features of a dataset's pairs, and return its path."""
     pairs = Table(dataset, image_column, caption_column, data="given").pairs()
     names = [pair for block in pairs for pair in zip(block.pictures, block.captions, strict=True)]
-    return stored(path, names, spaces, **{key: x.numpy() for key, x in by_name.items()})
+    return features_folder(path, names, spaces, **{key: x.numpy() for key, x in by_name.items()})
 
 
 def teacher_inputs(path: str, rows: Any) -> dict[str, Tensor]:

@@ -171,7 +171,7 @@ def by_lightning(place: Path, folder: str | None) -> Trained:
 
 
 def csv_file(place: Path) -> list[str]:
-    return ["--data", str(tiny_teacher.table(place))]
+    return ["--data", str(tiny_teacher.csv_table(place))]
 
 
 def by_open_clip(place: Path, folder: str | None) -> Trained:
