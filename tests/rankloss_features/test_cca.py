@@ -87,14 +87,14 @@ def test_features_are_those_of_the_definition_in_numpy(setting: Setting, caption
     cca = CanonicalCorrelation.fit(v, t, **setting.as_options())
     images, texts = cca.images(v).numpy(), cca.texts(t.reshape(-1, t.shape[-1])).numpy()
     expected_images, expected_texts = by_numpy(v, t, setting)
-    for x in (images, texts, expected_images, expected_texts):
-        assert x.shape[1] == setting.dimensions
-    for found, expected in (
+    for projected in (images, texts, expected_images, expected_texts):
+        assert projected.shape[1] == setting.dimensions
+    for similarities, expected in (
         (images @ images.T, expected_images @ expected_images.T),
         (images @ texts.T, expected_images @ expected_texts.T),
         (texts @ texts.T, expected_texts @ expected_texts.T),
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-9)
+        np.testing.assert_allclose(similarities, expected, atol=1e-9)
 
 
 def fit_without_ridges(v: Tensor, t: Tensor) -> CanonicalCorrelation:
@@ -168,17 +168,17 @@ def test_every_dtype_is_fitted_in_float64(dtype: torch.dtype) -> None:
     cca = CanonicalCorrelation.fit(v, t, dimensions=7)
     expected = CanonicalCorrelation.fit(v.double(), t.double(), dimensions=7)
     assert torch.equal(cca.image_projection, expected.image_projection)
-    found = cca.images(v)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(found.double(), expected.images(v.double()), atol=1e-7, rtol=0)
+    images = cca.images(v)
+    assert images.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(images.double(), expected.images(v.double()), atol=1e-7, rtol=0)
 
 
 def test_autocast_and_inference_mode_change_nothing() -> None:
     v, t = (x.float() for x in features())
     expected = CanonicalCorrelation.fit(v, t, dimensions=7)
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        found = CanonicalCorrelation.fit(v, t, dimensions=7)
-        assert torch.equal(found.texts(t), expected.texts(t))
+        cca = CanonicalCorrelation.fit(v, t, dimensions=7)
+        assert torch.equal(cca.texts(t), expected.texts(t))
     v.requires_grad_()
     assert not CanonicalCorrelation.fit(v, t, dimensions=7).images(v).requires_grad
 
@@ -198,7 +198,7 @@ def test_fewer_pairs_than_dimensions_give_as_many_directions_as_there_are(caplog
     v, t = features(6)
     with caplog.at_level(logging.WARNING, "rankloss_features"):
         cca = CanonicalCorrelation.fit(v, t, dimensions=7)
-    assert cca.images(v).shape == (6, 5)
+    assert cca.images(v).shape == (6, 5)  # six rows, whose mean is taken off, span five directions
     assert "dimensions=7: the pairs have 5 canonical directions, which are taken" in caplog.text
     torch.testing.assert_close(cca.images(v).norm(dim=1), torch.ones(6, dtype=torch.float64))
 
@@ -310,6 +310,15 @@ def test_projected_rows_of_another_width_are_refused_by_name() -> None:
         ({"dimensions": 8}, "dimensions must be at most the width of the narrower features, 7; got 8"),
         ({"root": 1}, "root must be True or False; got 1"),
     ],
+    ids=[
+        "a negative ridge",
+        "a ridge of NaN",
+        "an infinite ridge",
+        "a negative power",
+        "no dimensions",
+        "more dimensions than the texts have",
+        "a root that is no boolean",
+    ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -329,8 +338,8 @@ def test_no_ridge_for_as_few_pairs_as_dimensions_is_refused() -> None:
 
 def mean_recall(images: Tensor, texts: Tensor, k: int, **ids: Tensor) -> float:
     """R@k, the mean of both ways."""
-    found = recall(images, texts, k, **ids)
-    return (found[f"image_to_text_R@{k}"] + found[f"text_to_image_R@{k}"]).item() / 2
+    recalls = recall(images, texts, k, **ids)
+    return (recalls[f"image_to_text_R@{k}"] + recalls[f"text_to_image_R@{k}"]).item() / 2
 
 
 @pytest.mark.parametrize("captions", [None, 2])
@@ -340,7 +349,7 @@ def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None
     grid = Grid((0.5, 2.0), (0.1,), (3, 12), (0.0, 1.0))
     learned = [PairSums.of(v[:300], t[:300], root=root) for root in (False, True)]
     trials = search(learned, v[300:], t[300:], grid=grid)
-    assert len({trial.setting for trial in trials}) == len(trials) == 16
+    assert len({trial.setting for trial in trials}) == len(trials) == 8 * 2
     assert [trial.recall for trial in trials] == sorted((trial.recall for trial in trials), reverse=True)
     ids = torch.arange(100)
     text_ids = ids.repeat_interleave(captions or 1)
@@ -366,11 +375,13 @@ def test_ids_make_partners_of_several_pictures_and_captions() -> None:
     v, t = features(300)
     ids = torch.arange(60) // 3
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    given = {"image_ids": ids, "text_ids": ids[order]}
+    partner_ids = {"image_ids": ids, "text_ids": ids[order]}
     sums = PairSums.of(v[60:], t[60:])
-    (trial,) = search([sums], v[:60], t[:60][order], grid=Grid((1.0,), (1.0,), (7,), (1.0,)), k=3, **given)
+    (trial,) = search(
+        [sums], v[:60], t[:60][order], grid=Grid((1.0,), (1.0,), (7,), (1.0,)), k=3, **partner_ids
+    )
     cca = Eigenbases(sums).fit(Setting(dimensions=7))
-    expected = mean_recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **given)
+    expected = mean_recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **partner_ids)
     assert trial.recall == pytest.approx(expected, abs=1e-6)
 
 
@@ -385,7 +396,7 @@ def test_of_equally_good_settings_the_first_of_the_grid_is_the_best() -> None:
 def test_widths_beyond_the_features_are_tried_as_these() -> None:
     v, t = features(200)
     trials = search([PairSums.of(v, t)], v[:50], t[:50], grid=Grid((1.0,), (1.0,), (3, 256, 384), (1.0,)))
-    assert {trial.setting.dimensions for trial in trials} == {3, 7}
+    assert {trial.setting.dimensions for trial in trials} == {3, 7}  # the texts have seven dimensions
 
 
 def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monkeypatch: Any) -> None:
@@ -394,7 +405,7 @@ def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monke
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     monkeypatch.setattr(torch.linalg, "svd", svd)
     trials = search([PairSums.of(v, t)], v, t, grid=Grid((1.0, 2.0, 3.0), (0.1, 0.2), (2, 4, 6), (0.5, 1.0)))
-    assert len(trials) == 36
+    assert len(trials) == 3 * 2 * 3 * 2  # ridges of pictures and of texts, widths, powers
     assert eigh.call_count == 2  # one of each modality
     assert svd.call_count == 3 * 2  # one of each pair of ridges
 
@@ -410,6 +421,7 @@ def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monke
         ),
         ({"grid": Grid(powers=())}, "grid must have at least one setting"),
     ],
+    ids=["k above the pairs", "ids of one modality", "ids without a partner", "an empty grid"],
 )
 def test_a_search_that_cannot_be_ranked_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     v, t = features(200)

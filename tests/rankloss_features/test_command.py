@@ -84,8 +84,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_features(place: Path, data: str, options: str) -> int:
     """Run ``rankloss features`` with options, in which ``{place}`` is the folder; the exit code."""
-    given = options.format(place=place).split()
-    return main(["features", "--data", str(place / data), "--batch-size", "16", "--workers", "0", *given])
+    arguments = options.format(place=place).split()
+    return main(["features", "--data", str(place / data), "--batch-size", "16", "--workers", "0", *arguments])
 
 
 CLIP = "--model local-dir:{place}/clip"
@@ -104,14 +104,14 @@ def test_a_clip_gives_its_own_features_of_every_kind_of_data(
     place: Path, tmp_path: Path, data: str, rows: list[int]
 ) -> None:
     assert run_features(place, data, f"{CLIP} --output {tmp_path}/x --dtype float32") == 0
-    found = Features(f"{tmp_path}/x").check()
+    features = Features(f"{tmp_path}/x").check()
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{place}/clip")
     tokens = open_clip.get_tokenizer(f"local-dir:{place}/clip")([CAPTIONS[i] for i in rows])
     pictures = torch.stack([transform(Image.open(place / f"{i}.png")) for i in rows])
     with torch.no_grad():
         image_features, text_features, _ = model.eval()(pictures, tokens)
-    np.testing.assert_allclose(found.arrays["image_features"][:], image_features, atol=1e-5)
-    np.testing.assert_allclose(found.arrays["text_features"][:], text_features, atol=1e-5)
+    np.testing.assert_allclose(features.arrays["image_features"][:], image_features, atol=1e-5)
+    np.testing.assert_allclose(features.arrays["text_features"][:], text_features, atol=1e-5)
 
 
 @pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
@@ -143,9 +143,9 @@ def test_a_folder_has_the_features_of_its_teacher_and_says_whether_their_spaces_
     """Also a folder that is made of that folder."""
     for source, output in ((teacher, "first"), (f"--features {tmp_path}/first", "second")):
         assert run_features(place, "pairs.csv", f"{source} --output {tmp_path}/{output}") == 0
-        found = Features(f"{tmp_path}/{output}").check()
-        assert [found.about["widths"].get(name, 0) for name in NAMES] == widths
-        assert found.common_space is is_common
+        features = Features(f"{tmp_path}/{output}").check()
+        assert [features.about["widths"].get(name, 0) for name in NAMES] == widths
+        assert features.common_space is is_common
 
 
 @pytest.mark.parametrize("teacher", [teacher for teacher, *_ in TEACHERS])
@@ -211,14 +211,14 @@ def test_the_command_without_its_extra_ends_with_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("option", "named"), [("--merge", "--merge a"), ("--image-encodr", " --image-encoder")]
+    ("option", "message"), [("--merge", "--merge a"), ("--image-encodr", " --image-encoder")]
 )
 def test_an_option_that_there_is_not_is_an_error_with_it_or_the_closest(
-    place: Path, option: str, named: str, capsys: Any
+    place: Path, option: str, message: str, capsys: Any
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_features(place, "pairs.csv", f"{CLIP} --output x {option} a")
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_shows_a_tab(capsys: Any) -> None:
@@ -233,7 +233,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's back
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.console import main
 encode = Teacher.encode
-Teacher.encode = lambda *given: (time.sleep(0.2), encode(*given))[1]
+Teacher.encode = lambda *batch: (time.sleep(0.2), encode(*batch))[1]
 sys.exit(main())
 """
 """The command ``rankloss``, whose encoders take 0.2 seconds longer for a batch."""
@@ -252,22 +252,22 @@ def read_until(words: str, stream: Any) -> None:
 def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_path: Path) -> None:
     """With processes that read the data, and the signal sent to all of them, as a terminal does."""
     options = f"{CLIP} --data {place}/pairs.csv --workers 2 --batch-size 1 --output {tmp_path}/x"
-    given = ["features", *options.format(place=place).split()]
-    command = [sys.executable, "-c", SLOW_COMMAND, *given]
+    arguments = ["features", *options.format(place=place).split()]
+    command = [sys.executable, "-c", SLOW_COMMAND, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        read_until("2/40", process.stderr)
+        read_until("2/40", process.stderr)  # the progress: two of 40 rows are encoded
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
         error = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in error
-    assert f"rankloss {' '.join(given)}" in error.splitlines()[-1]
-    assert main(given) == 0
+    assert f"rankloss {' '.join(arguments)}" in error.splitlines()[-1]
+    assert main(arguments) == 0
     Features(str(tmp_path / "x")).check()
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "named"),
+    ("data", "options", "message"),
     [
         pytest.param(
             "pairs.csv",
@@ -356,10 +356,10 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
     ],
 )
 def test_what_cannot_work_is_an_error_that_names_it(
-    place: Path, tmp_path: Path, data: str, options: str, named: str, capsys: Any, monkeypatch: Any
+    place: Path, tmp_path: Path, data: str, options: str, message: str, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # of the environment at its import
     assert run_features(place, data, f"{options} --output {tmp_path}/x") == 1
     error = capsys.readouterr().err
     assert error.startswith("rankloss features: ")
-    assert re.search(named, error), error
+    assert re.search(message, error), error

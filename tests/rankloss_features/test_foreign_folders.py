@@ -72,6 +72,7 @@ def rewritten(ours: Path, folder: Path, **entries: Any) -> Path:
         ("probe", {"image_features": "3c0"}),
         ("probe", {"sound_features": "3c00"}),
     ],
+    ids=str,
 )
 def test_an_entry_of_another_kind_is_named(ours: Path, tmp_path: Path, entry: str, value: Any) -> None:
     folder = rewritten(ours, tmp_path / "x", **{entry: value})
@@ -109,14 +110,14 @@ def test_any_entries_are_a_folder_or_one_kind_of_error(
 ) -> None:
     """The error names the folder; else its features are those that were written."""
     folder = rewritten(ours, tmp_path_factory.mktemp("foreign") / "x", **entries)
-    found = opened(folder)
-    if isinstance(found, str):
-        assert str(folder) in found
+    folder_or_words = opened_or_refused(folder)
+    if isinstance(folder_or_words, str):
+        assert str(folder) in folder_or_words
     else:
-        np.testing.assert_array_equal(found.arrays["image_features"][:], ROWS)
+        np.testing.assert_array_equal(folder_or_words.arrays["image_features"][:], ROWS)
 
 
-def opened(folder: Path) -> Features | str:
+def opened_or_refused(folder: Path) -> Features | str:
     """The folder, or the words of the refusal; any other error is the test's."""
     try:
         return Features(str(folder)).check()
@@ -124,7 +125,11 @@ def opened(folder: Path) -> Features | str:
         return str(error)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "3", "", "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, "3", "", "\x00"],
+    ids=["deep list", "deep object", "number", "empty", "a zero byte"],
+)
 def test_a_folder_json_that_is_none_is_named(ours: Path, tmp_path: Path, content: str) -> None:
     folder = Path(shutil.copytree(ours, tmp_path / "x"))
     (folder / ABOUT).write_text(content)

@@ -43,7 +43,7 @@ class Missing(ValueError):
 
 def commands(sample: Path) -> dict[str, Command]:
     """The commands on the sample, by their names."""
-    data = ["--data", f"{sample}/train.csv", "--workers", "0"]
+    data_options = ["--data", f"{sample}/train.csv", "--workers", "0"]
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     held_out = ["--val-data", f"{sample}/val.csv", "--ids-key", "product"]
     short = ["--epochs", "2", "--width", "8"]
@@ -74,15 +74,18 @@ def commands(sample: Path) -> dict[str, Command]:
     return {
         "sample": Command(writing_call("sample", "--output", output="new"), read_sample),
         "heads": Command(
-            writing_call("heads", *encoders, *data, *held_out, *short, "--output", output="heads"),
+            writing_call("heads", *encoders, *data_options, *held_out, *short, "--output", output="heads"),
             lambda folder: load_heads(folder / "heads"),
         ),
-        "evaluate": Command(writing_call("evaluate", *model, *data, "--json", output="x.json"), read_json),
+        "evaluate": Command(
+            writing_call("evaluate", *model, *data_options, "--json", output="x.json"), read_json
+        ),
         "features": Command(
-            writing_call("features", *encoders, *data, "--output", output="teacher"), read_features
+            writing_call("features", *encoders, *data_options, "--output", output="teacher"), read_features
         ),
         "aligned": Command(
-            writing_call("features", *encoders, *data, "--align", "--output", output="teacher"), read_aligned
+            writing_call("features", *encoders, *data_options, "--align", "--output", output="teacher"),
+            read_aligned,
         ),
     }
 
@@ -175,7 +178,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 def used_pages(folder: Path) -> int:
     """The pages that the files below a folder take up."""
-    return sum(math.ceil(x.stat().st_size / PAGE) for x in folder.rglob("*") if x.is_file())
+    return sum(math.ceil(file.stat().st_size / PAGE) for file in folder.rglob("*") if file.is_file())
 
 
 @pytest.mark.slow
@@ -187,9 +190,10 @@ def test_whatever_is_left_of_a_disk_nothing_looks_whole(
     command, whole = commands(sample_folder)[name], tmp_path / "whole"
     whole.mkdir()
     assert command.call(whole) == 0
-    for part in (0, 0.3, 0.6, 0.99):
-        disk.clear_and_fill(free=max(0, int(part * used_pages(whole)) - 1) * PAGE)
-        assert command.call(disk.folder) == 1, part
+    for share in (0, 0.3, 0.6, 0.99):
+        pages = max(0, int(share * used_pages(whole)) - 1)  # one less, so that the last share lacks one, too
+        disk.clear_and_fill(free=pages * PAGE)
+        assert command.call(disk.folder) == 1, share
         assert FULL in capsys.readouterr().err
         with pytest.raises(ValueError):  # noqa: PT011
             command.read(disk.folder)
@@ -203,7 +207,7 @@ def test_a_cache_of_teachers_on_a_full_disk_is_no_teacher(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk of every size that is too small; with the rest free, the same call goes on."""
-    monkeypatch.setattr(sources, "load", lambda given, args, device: tiny.teacher())
+    monkeypatch.setattr(sources, "load", lambda *_: tiny.teacher())
     monkeypatch.setattr(caching, "_WORKERS", 0)
     monkeypatch.delenv("RANKLOSS_CACHE", raising=False)
     data, spec = tiny.data_of("csv", tmp_path / "data"), Spec.of("image=some,text=other")
@@ -216,5 +220,5 @@ def test_a_cache_of_teachers_on_a_full_disk_is_no_teacher(
             with pytest.raises(ValueError):  # noqa: PT011
                 Features(str(folder)).check()
         disk.free()
-        found = Path(cached(spec, data, disk.folder / "cache", "cpu"))
-        assert tiny.contents_without_command(found) == tiny.contents_without_command(whole)
+        after = Path(cached(spec, data, disk.folder / "cache", "cpu"))
+        assert tiny.contents_without_command(after) == tiny.contents_without_command(whole)

@@ -53,13 +53,13 @@ def weights_of(folder: Path) -> Path:
 def run_heads(sample: Path, output: Path, data: Path, *options: str) -> int:
     """Run ``rankloss heads`` with the encoders of a folder, to train heads; the exit code."""
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
-    given = ["--data", str(data), "--output", str(output), "--workers", "0", "--epochs", str(EPOCHS)]
-    return main(["heads", *encoders, *given, "--method", TRAINED, *options])
+    options_of_run = ["--data", str(data), "--output", str(output), "--workers", "0", "--epochs", str(EPOCHS)]
+    return main(["heads", *encoders, *options_of_run, "--method", TRAINED, *options])
 
 
 @pytest.fixture(scope="module")
 def folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained heads."""
+    """A folder of heads that were trained on ``train.csv``."""
     output = tmp_path_factory.mktemp("heads") / "heads"
     options = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product")
     assert run_heads(sample_folder, output, sample_folder / "train.csv", *options) == 0
@@ -69,8 +69,8 @@ def folder(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def evaluated(sample_folder: Path, folder: Path, tmp_path: Path) -> dict[str, Any]:
     """The result of ``rankloss evaluate`` of the trained heads."""
-    given = ["--data", str(sample_folder / "val.csv"), "--ids-key", "product", "--workers", "0"]
-    assert main(["evaluate", "--model", str(folder), *given, "--json", str(tmp_path / "x.json")]) == 0
+    options = ["--data", str(sample_folder / "val.csv"), "--ids-key", "product", "--workers", "0"]
+    assert main(["evaluate", "--model", str(folder), *options, "--json", str(tmp_path / "x.json")]) == 0
     return dict(json.loads((tmp_path / "x.json").read_text()))
 
 
@@ -114,9 +114,9 @@ class Printed:
 @pytest.fixture(scope="module")
 def printed(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Printed:
     folder = tmp_path_factory.mktemp("printed")
-    data = write_csv(folder / "many.csv", with_captions(sample_folder, 4))
+    table = write_csv(folder / "many.csv", with_captions(sample_folder, 4))
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert run_heads(sample_folder, folder / "x", data, "--width", "8") == 0
+        assert run_heads(sample_folder, folder / "x", table, "--width", "8") == 0
     return Printed(folder / "x", output.getvalue())
 
 
@@ -126,7 +126,7 @@ def test_the_command_holds_out_a_tenth_of_the_pictures_and_prints_both_numbers(p
 
 
 def test_the_command_prints_losses_that_fall(printed: Printed) -> None:
-    losses = [float(x) for x in re.findall(r"^epoch \d+: loss (\S+)$", printed.text, re.MULTILINE)]
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss (\S+)$", printed.text, re.MULTILINE)]
     assert losses[-1] < losses[0]
 
 
@@ -182,11 +182,11 @@ def test_ids_of_which_one_alone_is_held_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every held-out caption would be a right answer for every held-out picture: an R@1 of 100 %."""
-    monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
+    monkeypatch.setattr(Encoders, "load", None)  # a loading would be a TypeError
     rows = read_csv(sample_folder / "train.csv")
     three_ids = [{**row, "product": f"id {number // 16}"} for number, row in enumerate(rows)]
-    data = write_csv(tmp_path / "three.csv", three_ids)
-    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", data, "--ids-key", "product"))
+    table = write_csv(tmp_path / "three.csv", three_ids)
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", table, "--ids-key", "product"))
     assert re.search("the 16 held-out pairs have one of the ids of 'product', 'id [012]'", error)
     assert not (tmp_path / "x").exists()
 
@@ -194,7 +194,7 @@ def test_ids_of_which_one_alone_is_held_out_are_refused(
 def test_ids_that_leave_no_pair_to_hold_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Encoders, "load", None)  # nothing is loaded
+    monkeypatch.setattr(Encoders, "load", None)  # a loading would be a TypeError
     rows = [{**row, "product": "one"} for row in read_csv(sample_folder / "train.csv")]
     one = write_csv(tmp_path / "one.csv", rows)
     error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", one, "--ids-key", "product"))
@@ -252,8 +252,8 @@ def smoothed_loss_of_new_heads(smoothing: float) -> float:
     features, settings = random_features(), Training()
     torch.manual_seed(settings.seed)
     heads = make_heads(dict.fromkeys(NAMES, 8), settings.hidden, settings.width)
-    for name, x in features.items():
-        heads[name].standardise(name, x)
+    for name, rows in features.items():
+        heads[name].standardise(name, rows)
     v, t = (normalize(heads[name](features[name]), dim=-1) for name in NAMES)
     logits, partners = v @ t.T / 0.07, torch.arange(PAIRS)
     of_images = torch.nn.functional.cross_entropy(logits, partners, label_smoothing=smoothing)
@@ -279,7 +279,7 @@ def test_dropout_is_of_the_loss_that_trains_and_a_share_of_three_tenths_by_defau
 def test_trained_heads_know_their_dropout_and_leave_it_out(dropout: float) -> None:
     features = random_features()
     heads, _, _ = train(features, None, Training(1, batch_size=PAIRS, dropout=dropout))
-    assert {x.p for x in heads.modules() if isinstance(x, torch.nn.Dropout)} == {dropout}
+    assert {module.p for module in heads.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
     once, again = (heads[NAMES[0]](features[NAMES[0]]) for _ in range(2))
     assert torch.equal(once, again)
 
@@ -330,7 +330,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("keys", "value"), [(keys, value) for keys, values in WRONG.items() for value in (ABSENT, *values)]
+    ("keys", "value"),
+    [(keys, value) for keys, values in WRONG.items() for value in (ABSENT, *values)],
+    ids=lambda argument: "absent" if argument is ABSENT else str(argument),
 )
 def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
     folder: Path, tmp_path: Path, keys: tuple[Any, ...], value: Any
@@ -370,9 +372,9 @@ def test_heads_find_their_local_encoders_from_another_folder(
 ) -> None:
     monkeypatch.chdir(sample_folder)
     encoders = ["--image-encoder", "local-dir:image_encoder", "--text-encoder", "text_encoder"]
-    data = ["--data", "train.csv", "--val-data", "val.csv", "--workers", "0", "--epochs", "1"]
-    data += ["--method", TRAINED]
-    assert main(["heads", *encoders, *data, "--output", str(tmp_path / "heads")]) == 0
+    options = ["--data", "train.csv", "--val-data", "val.csv", "--workers", "0", "--epochs", "1"]
+    options += ["--method", TRAINED]
+    assert main(["heads", *encoders, *options, "--output", str(tmp_path / "heads")]) == 0
     monkeypatch.chdir(tmp_path)
     assert load_heads("heads").encode_texts(["a red circle"]).shape == (1, 256)
 
@@ -392,7 +394,7 @@ def on_copies(sample_folder: Path, folder: Path, tmp_path: Path) -> Path:
 
 def test_heads_on_another_encoder_than_they_were_trained_with_are_refused(on_copies: Path) -> None:
     file = next((on_copies / "text_encoder").rglob("*.safetensors"))
-    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"was trained on text_weights .*; the encoder that is found has"):
         load_heads(on_copies / "heads")
 
@@ -444,6 +446,7 @@ def test_a_dimension_that_is_constant_in_a_training_does_not_drown_the_others_la
     heads, _, _ = train(features, None, Training(1, batch_size=32))
     later = features[NAMES[0]].clone()
     later[:, 3] += 0.1  # as much as the others vary
+    # A tenth of the others' spread is the least that divides, which gives some 10; its own is about 0.
     assert heads[NAMES[0]][0](later).abs().max() < 30
 
 
@@ -453,6 +456,7 @@ def test_a_dimension_that_is_constant_in_a_training_does_not_drown_the_others_la
         (torch.full((24, 8), math.nan), "image_features must be finite; got NaN or infinity"),
         (torch.ones(24, 8), "image_features must not be one row 24 times, which ranks nothing"),
     ],
+    ids=["NaN", "one row"],
 )
 def test_features_that_teach_nothing_are_refused(wrong: Tensor, message: str) -> None:
     features = {NAMES[0]: wrong, NAMES[1]: torch.randn(24, 8)}
@@ -474,12 +478,12 @@ def earlier_weights(weights: dict[str, Tensor], batches: list[Tensor]) -> dict[s
     normalisation = torch.nn.BatchNorm1d(64, affine=False)
     for batch in batches:
         normalisation(batch)
-    earlier = {name: x for name, x in weights.items() if not name.startswith("probe.")}
+    earlier = {name: tensor for name, tensor in weights.items() if not name.startswith("probe.")}
     for name in NAMES:
         width = len(earlier.pop(f"{name}.0.mean"))
         del earlier[f"{name}.0.std"]
-        for kind, x in normalisation.state_dict().items():
-            earlier[f"{name}.0.{kind}"] = (x[:width] if x.dim() else x).clone()
+        for kind, tensor in normalisation.state_dict().items():
+            earlier[f"{name}.0.{kind}"] = (tensor[:width] if tensor.dim() else tensor).clone()
     return earlier
 
 
@@ -487,7 +491,9 @@ def earlier_entries(about: dict[str, Any], file: Path) -> dict[str, Any]:
     """Entries as an earlier release stored them: of a single trained head."""
     (part,) = about["parts"]
     kept = {name: value for name, value in about.items() if name not in ("method", "pictures", "parts")}
-    encoders = {name: x for name, x in about["encoders"].items() if name not in ("model", "pretrained")}
+    encoders = {
+        name: encoder for name, encoder in about["encoders"].items() if name not in ("model", "pretrained")
+    }
     sizes = {name: part[name] for name in ("hidden", "width")}
     return {**kept, **sizes, "encoders": encoders, "hash": hash_of(file.read_bytes()).hex()}
 
@@ -511,11 +517,11 @@ def test_an_earlier_folder_is_read_with_the_statistics_of_its_features(earlier: 
     shares = torch.tensor([0.1 * 0.9**2, 0.1 * 0.9, 0.1]) / (1 - 0.9**3)
     mean = sum(share * batch.mean(dim=0) for share, batch in zip(shares, batches, strict=True))
     variance = sum(share * batch.var(dim=0) for share, batch in zip(shares, batches, strict=True))
-    found: Any = load_heads(earlier).heads[name][0]
-    width = len(found.mean)
-    torch.testing.assert_close(found.mean, mean[:width])
+    standardisation: Any = load_heads(earlier).heads[name][0]
+    width = len(standardisation.mean)
+    torch.testing.assert_close(standardisation.mean, mean[:width])
     # The latter term is what batch normalisation adds.
-    torch.testing.assert_close(found.std, (variance[:width] + 1e-5).sqrt(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(standardisation.std, (variance[:width] + 1e-5).sqrt(), rtol=1e-4, atol=0)
 
 
 def test_an_earlier_folder_encodes(earlier: Path) -> None:
@@ -602,24 +608,26 @@ def on_awkward(
 @pytest.mark.parametrize("opened", [str, Image.open, Path.read_bytes])
 def test_new_pictures_are_opened_as_those_that_trained(on_awkward: OnAwkward, opened: Any) -> None:
     """By their paths, opened, or as the bytes of their files."""
-    found = load_heads(on_awkward.folder).encode_images([opened(file) for file in on_awkward.files])
-    torch.testing.assert_close(found, on_awkward.trained, atol=1e-5, rtol=0)
+    features = load_heads(on_awkward.folder).encode_images([opened(file) for file in on_awkward.files])
+    torch.testing.assert_close(features, on_awkward.trained, atol=1e-5, rtol=0)
 
 
 def test_heads_as_a_teacher_open_pictures_as_those_that_trained(on_awkward: OnAwkward) -> None:
     rendering = load_heads(on_awkward.folder).rendering
     assert rendering == Rendering(upright=True, background=BACKGROUND)
-    given = Namespace(model=str(on_awkward.folder), pretrained=None)
-    assert sources.load(["model"], given, torch.device("cpu")).rendering == rendering
+    arguments = Namespace(model=str(on_awkward.folder), pretrained=None)
+    assert sources.load(["model"], arguments, torch.device("cpu")).rendering == rendering
 
 
 def wide_encoders(*_: Any) -> Teacher:
     """Two encoders of 1024 numbers each."""
     generator = torch.Generator().manual_seed(0)
-    of_pixels, of_letters = (torch.randn(width, 1024, generator=generator) for width in (192, 256))
-    pixels = functools.partial(tiny.pixels, 8)
-    images = image_encoder(pixels, lambda x: x @ of_pixels, 1024, torch.device("cpu"))
-    texts = Encoder(tiny.letters, lambda x: x @ of_letters, 1024)
+    of_pixels, of_letters = (
+        torch.randn(inputs, 1024, generator=generator) for inputs in (tiny.PIXELS, tiny.LETTERS)
+    )
+    prepare = functools.partial(tiny.pixels, 8)
+    images = image_encoder(prepare, lambda pixels: pixels @ of_pixels, 1024, torch.device("cpu"))
+    texts = Encoder(tiny.letters, lambda letters: letters @ of_letters, 1024)
     return Teacher({}, dict(zip(NAMES, (images, texts), strict=True)), spaces="separate")
 
 
@@ -632,19 +640,31 @@ def write_many_pairs(file: Path, rows: int, first: int) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("has_val_data", "most"), [(False, 1.75), (True, 1.3)])
+@pytest.mark.parametrize(
+    ("has_val_data", "most"),
+    [
+        # Of both modalities as 1: parting one copies it, which is 1.5. A copy of both would be 2.
+        pytest.param(False, 1.75, id="split off"),
+        # Nothing is parted. A copy of one modality would be 1.5.
+        pytest.param(True, 1.3, id="given"),
+    ],
+)
 def test_memory_holds_the_features_of_all_pairs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_val_data: bool, most: float
 ) -> None:
-    """Where held-out pairs are split off: while one modality is parted, the other is there in whole."""
+    """And, where held-out pairs are split off, a copy of one modality while it is parted.
+
+    Each bound lies between what is needed and one copy more; batches and captions take the rest.
+    """
     rows = 2000  # of both sides; a tenth is held out
     pairs = write_many_pairs(tmp_path / "many.csv", rows * 9 // 10 if has_val_data else rows, first=0)
     others = write_many_pairs(tmp_path / "others.csv", rows // 10, first=40)
     monkeypatch.setattr(Encoders, "load", wide_encoders)
-    live, held = LiveBytes(), list[int]()
+    live, bytes_at_training = LiveBytes(), list[int]()
 
     def train_a_step_and_end(asked: Any, pairs: methods.Pairs) -> Any:
-        held.append(live.now)
+        """In place of the making of heads: note the memory, and end the command after a step."""
+        bytes_at_training.append(live.now)
         train(pairs.features, None, Training(epochs=1, hidden=8, width=8, batch_size=64))
         raise ValueError("made")
 
@@ -654,7 +674,7 @@ def test_memory_holds_the_features_of_all_pairs_once(
         assert run_heads(tmp_path, tmp_path / "x", pairs, *options) == 1
     features = rows * 2 * 1024 * 4  # bytes, float32
     assert live.peak < most * features
-    assert held[0] < 1.2 * features
+    assert bytes_at_training[0] < 1.2 * features  # no copy of a modality is left
 
 
 # --- options that fail before anything is computed -----------------------------------------------------
@@ -673,6 +693,18 @@ def test_memory_holds_the_features_of_all_pairs_once(
         ("width", str(10**9), "--width must be at most 65536; got 1000000000"),
         ("workers", "-1", "--workers must be an integer of at least 0; got -1"),
         ("background", "whitish", "--background must be a colour, such as white or #808080; got 'whitish'"),
+    ],
+    ids=[
+        "an unknown device",
+        "a missing device",
+        "the meta device",
+        "a seed of 65 bits",
+        "a negative seed",
+        "a large learning rate",
+        "a learning rate of NaN",
+        "a large width",
+        "negative workers",
+        "an unknown colour",
     ],
 )
 def test_an_option_that_cannot_be_is_refused_before_the_encoders_are_loaded(
@@ -716,8 +748,8 @@ def test_trained_heads_are_not_replaced_without_a_demand(
 def test_trained_heads_are_replaced_on_demand(sample_folder: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "heads")
     options = ("--val-data", str(sample_folder / "val.csv"), "--ids-key", "product", "--seed", "1")
-    data = sample_folder / "train.csv"
-    assert run_heads(sample_folder, tmp_path / "heads", data, *options, "--overwrite") == 0
+    table = sample_folder / "train.csv"
+    assert run_heads(sample_folder, tmp_path / "heads", table, *options, "--overwrite") == 0
     after = tiny.contents_of_files(tmp_path / "heads")
     assert len(after) == 2  # the entries and the weights
     assert not {*after.values()} & {*tiny.contents_of_files(folder).values()}
@@ -748,7 +780,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: Path, tmp_path: Path) -> None:
     """At each step in turn, until a saving has fewer steps; the next saving goes through."""
     old = load_heads(folder)
-    heads = make_heads({name: x[0].mean.numel() for name, x in old.heads.items()}, 16, 8)
+    heads = make_heads({name: head[0].mean.numel() for name, head in old.heads.items()}, 16, 8)
     new = FrozenEncoders(old.encoders, old._frozen, [Part.trained(heads, 1.0)], 20.0)
     expected = {"old": old.encode_texts(["a red circle"]), "new": new.encode_texts(["a red circle"])}
     left = []  # which heads each kill left
@@ -757,13 +789,13 @@ def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: 
         shutil.copytree(folder, place)
         if tiny.in_process(save_and_die, new, place, step) == 0:
             break
-        found = load_heads(place).encode_texts(["a red circle"])
-        (heads_left,) = [name for name, features in expected.items() if torch.equal(features, found)]
+        encoded = load_heads(place).encode_texts(["a red circle"])
+        (heads_left,) = [name for name, features in expected.items() if torch.equal(features, encoded)]
         left.append(heads_left)
         new.save(place)
         assert torch.equal(load_heads(place).encode_texts(["a red circle"]), expected["new"])
     olds = left.count("old")
-    assert 0 < olds < len(left)
+    assert 0 < olds < len(left)  # there is a kill before the new heads stand, and one after
     assert left == ["old"] * olds + ["new"] * (len(left) - olds)
 
 
@@ -796,8 +828,8 @@ def test_pictures_of_the_training_are_not_held_out_under_another_path(
     for number, row in enumerate(rows[16:32]):
         row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
         row["product"] = f"another {number}"
-    val = ["--val-data", str(write_csv(tmp_path / "val.csv", rows[16:32]))]
-    for options in (val, [*val, "--ids-key", "product"]):
+    held_out = ["--val-data", str(write_csv(tmp_path / "val.csv", rows[16:32]))]
+    for options in (held_out, [*held_out, "--ids-key", "product"]):
         code = run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", *options)
         error = refusal(capsys, code)
         assert "16 pictures of --val-data are in --data, too; the first is '0.png', of row 0" in error
@@ -807,25 +839,27 @@ def test_pictures_of_the_training_are_not_held_out_under_another_path(
 def test_captions_of_one_picture_in_shards_are_on_one_side(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    data = write_webdataset(tmp_path / "x.tar", with_captions(sample_folder, 5))
-    assert run_heads(sample_folder, tmp_path / "x", data) == 0
+    shard = write_webdataset(tmp_path / "x.tar", with_captions(sample_folder, 5))
+    assert run_heads(sample_folder, tmp_path / "x", shard) == 0
     printed = capsys.readouterr().out
     assert "training on 220 pairs of 44 pictures" in printed
     assert "4 pictures, 20 texts" in printed
 
 
 def test_shards_are_held_out_by_other_shards(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    data = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
-    val = write_webdataset(tmp_path / "b.tar", read_csv(sample_folder / "val.csv"))
-    assert run_heads(sample_folder, tmp_path / "x", data, "--val-data", str(val), "--ids-key", "id") == 0
+    shard = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
+    held_out = write_webdataset(tmp_path / "b.tar", read_csv(sample_folder / "val.csv"))
+    assert (
+        run_heads(sample_folder, tmp_path / "x", shard, "--val-data", str(held_out), "--ids-key", "id") == 0
+    )
     assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out
 
 
 def test_shards_with_pictures_of_the_training_are_not_held_out(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    data = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
-    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", data, "--val-data", str(data)))
+    shard = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
+    error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", shard, "--val-data", str(shard)))
     assert "48 pictures of --val-data are in --data, too" in error
 
 

@@ -63,7 +63,7 @@ def test_the_closed_form_as_heads_is_the_closed_form_of_the_best_setting() -> No
 
 def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() -> None:
     pairs = made_up_pairs()
-    closed, trained = (similarities(make(Asked(x, TRAINING), pairs), pairs) for x in (CCA, TRAINED))
+    closed, trained = (similarities(make(Asked(method, TRAINING), pairs), pairs) for method in (CCA, TRAINED))
     both = make(Asked(BOTH, TRAINING), pairs)
     of_closed, of_trained = (part.share for part in both.parts)
     mean = of_closed * closed + of_trained * trained
@@ -85,15 +85,15 @@ def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_c
     recalls = iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.4, 0.3])  # of five weights, the closed form, the trained head
     train = methods.train
 
-    def watched_train(features: dict[str, Tensor], *more: Any) -> Any:
+    def train_noting_step(features: dict[str, Tensor], *arguments: Any) -> Any:
         steps.append(("train", len(features[NAMES[0]])))
-        return train(features, *more)
+        return train(features, *arguments)
 
     def made_up_recall(_: Any, cut: Pairs) -> float:
         steps.append(("evaluate", len(cut.groups)))
         return next(recalls)
 
-    monkeypatch.setattr(methods, "train", watched_train)
+    monkeypatch.setattr(methods, "train", train_noting_step)
     monkeypatch.setattr(methods, "recall_of", made_up_recall)
     made = make(Asked(BOTH, TRAINING), made_up_pairs())
     pairs, cut = 120 * 2, 12 * 2
@@ -110,13 +110,13 @@ def test_several_trained_heads_have_seeds_of_their_own_and_equal_shares() -> Non
 
     first, second, third = trained(3), trained(4), trained(5)
     torch.testing.assert_close(trained(3, count=3), (first + second + third) / 3, atol=1e-5, rtol=0)
-    assert (first - second).abs().max() > 0.01  # or equal seeds would pass
+    assert (first - second).abs().max() > 0.01  # far above the tolerance, or equal seeds would pass
 
 
 def test_a_kept_space_has_its_share_of_the_similarity() -> None:
     """A space of pictures and captions of 16 dimensions."""
     pairs = made_up_pairs()
-    pairs = pairs._replace(features={name: unit_rows(x[:, :16]) for name, x in pairs.features.items()})
+    pairs = pairs._replace(features={name: unit_rows(rows[:, :16]) for name, rows in pairs.features.items()})
     images, texts = pairs.features.values()
     new = similarities(make(Asked(CCA), pairs), pairs)
     kept = similarities(make(Asked(CCA, keep=0.8), pairs), pairs)
@@ -130,9 +130,9 @@ def test_recall_counts_a_picture_once_and_every_caption() -> None:
     t = v.clone()
     t[1] = -v[1]  # the second caption of the first picture fits it worst
     heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in NAMES})
-    found = methods.recall_of(heads, Pairs(dict(zip(NAMES, (v, t), strict=True)), numbers, numbers))
+    recall = methods.recall_of(heads, Pairs(dict(zip(NAMES, (v, t), strict=True)), numbers, numbers))
     of_pictures, of_captions = 1, 13 / 14
-    assert found == pytest.approx((of_pictures + of_captions) / 2)
+    assert recall == pytest.approx((of_pictures + of_captions) / 2)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -142,9 +142,18 @@ def run_heads(sample: Path, output: Path, *options: str, clip: str | None = None
     """Run ``rankloss heads`` on the sample's encoders, or on a CLIP, with two epochs; the exit code."""
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     model = encoders if clip is None else ["--model", clip]
-    data = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
+    data_options = [
+        "--data",
+        f"{sample}/train.csv",
+        "--val-data",
+        f"{sample}/val.csv",
+        "--ids-key",
+        "product",
+    ]
     epochs = [] if CCA in options else ["--epochs", "2"]  # which the closed form has not
-    return main(["heads", *model, *data, "--output", str(output), "--workers", "0", *epochs, *options])
+    return main(
+        ["heads", *model, *data_options, "--output", str(output), "--workers", "0", *epochs, *options]
+    )
 
 
 def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
@@ -207,8 +216,8 @@ def test_evaluate_prints_the_recall_that_the_command_printed(
     def recalls(text: str) -> list[str]:
         return re.findall(r"^(?:picture|text) → .*$", text, re.MULTILINE)
 
-    data = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
-    assert main(["evaluate", "--model", str(saved.folder), *data]) == 0
+    options = ["--data", f"{sample_folder}/val.csv", "--ids-key", "product", "--workers", "0"]
+    assert main(["evaluate", "--model", str(saved.folder), *options]) == 0
     assert recalls(saved.printed) != []
     assert recalls(capsys.readouterr().out) == recalls(saved.printed)
 
@@ -250,15 +259,15 @@ def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, t
 def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
     sample_folder: Path, tmp_path: Path
 ) -> None:
-    own = f"local-dir:{sample_folder}/open_clip"
-    assert run_heads(sample_folder, tmp_path / "x", "--method", CCA, clip=own) == 0
+    clip = f"local-dir:{sample_folder}/open_clip"
+    assert run_heads(sample_folder, tmp_path / "x", "--method", CCA, clip=clip) == 0
     parts = json.loads((tmp_path / "x/heads.json").read_text())["parts"]
     shares = {part["method"]: part["share"] for part in parts}
     assert shares == {CCA: pytest.approx(1 - KEEP), "own": KEEP}
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         (("--keep", "0.5"), "--keep 0.5 keeps the space that images and texts share: it needs --model"),
         (("--keep", "1"), "--keep must be a finite number >= 0 and < 1; got 1.0"),
@@ -269,13 +278,23 @@ def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
         (("--model", "x"), "the teacher must be one of .*; got --model and --image-encoder and --text"),
         (("--pretrained", "openai"), "--pretrained openai belongs to --model, which is not given"),
     ],
+    ids=[
+        "a kept space of two encoders",
+        "all of the similarity kept",
+        "a number of heads of the closed form",
+        "a batch of the closed form",
+        "dropout of the closed form",
+        "no heads",
+        "two teachers",
+        "a tag without a model",
+    ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_encoded(
-    sample_folder: Path, tmp_path: Path, capsys: Any, options: Any, named: str, monkeypatch: Any
+    sample_folder: Path, tmp_path: Path, capsys: Any, options: Any, message: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("rankloss_features.heads.Encoders.load", lambda *_: pytest.fail("loaded"))
     assert run_heads(sample_folder, tmp_path / "x", *options) == 1
-    assert re.search(named, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "x").exists()
 
 
@@ -289,7 +308,7 @@ def test_an_unknown_method_is_refused_by_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"parts": []}, "'parts' must be a method, a share and sizes for each"),
         ({"parts": [{"method": "cca", "share": 1.0, "width": 4}]}, "'parts' must be a method"),
@@ -306,13 +325,13 @@ def test_an_unknown_method_is_refused_by_the_command_line(
     ],
 )
 def test_a_folder_of_unknown_parts_is_refused(
-    sample_folder: Path, tmp_path: Path, change: Any, named: str, capsys: Any
+    sample_folder: Path, tmp_path: Path, change: Any, message: str, capsys: Any
 ) -> None:
     assert run_heads(sample_folder, tmp_path / "x", "--method", CCA) == 0
     capsys.readouterr()
     file = tmp_path / "x/heads.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         load_heads(tmp_path / "x")
 
 

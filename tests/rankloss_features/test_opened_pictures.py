@@ -68,10 +68,10 @@ def test_transparent_pixels_have_the_colour_of_the_background(mode: str, backgro
     else:  # a colour that counts as transparent
         opaque = picture.convert("RGB").convert(mode)
         content = file_content(opaque, "PNG", transparency=opaque.getpixel((0, 0)))
-    found = np.asarray(Rendering(background=background).open(content))
+    pixels = np.asarray(Rendering(background=background).open(content))
     square = grey_of_red() if mode in ("L", "LA") else (204, 0, 0)
-    np.testing.assert_array_equal(found[0, 0], ImageColor.getrgb(background))
-    np.testing.assert_array_equal(found[1:3, 1:3], np.full((2, 2, 3), square))
+    np.testing.assert_array_equal(pixels[0, 0], ImageColor.getrgb(background))
+    np.testing.assert_array_equal(pixels[1:3, 1:3], np.full((2, 2, 3), square))
 
 
 def grey_of_red() -> tuple[int, int, int]:

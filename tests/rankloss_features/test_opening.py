@@ -472,9 +472,9 @@ def test_an_array_that_is_none_is_refused_with_its_name(
             archive.write(tmp_path / "image_features.npy", "image_features.npy")
     else:
         damage(file)
-    given = tmp_path if name.endswith(".npy") else file
-    with pytest.raises(ValueError, match=rf"--features {given}: {file} cannot be read: "):
-        load_by(f"--features {given}")
+    features = tmp_path if name.endswith(".npy") else file
+    with pytest.raises(ValueError, match=rf"--features {features}: {file} cannot be read: "):
+        load_by(f"--features {features}")
     assert not (tmp_path / "made").exists()
 
 

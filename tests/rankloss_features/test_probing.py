@@ -47,6 +47,7 @@ def forget_probe(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
+    """The bytes of each file below a folder."""
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -59,15 +60,15 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_a_folder_does_not_go_on_with_an_encoder_that_prepares_its_inputs_otherwise(
     sample_folder: Path, encoders: Path, state: str, changed: str, align: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    given = (encoders, sample_folder / "train.csv", encoders / "x", *align)
+    arguments = (encoders, sample_folder / "train.csv", encoders / "x", *align)
     with monkeypatch.context() as patch:
         if state == "interrupted":
             patch.setattr(Draft, "finish", interrupt)
-        assert run_features(*given) == {"interrupted": INTERRUPTED, "complete": 0}[state]
+        assert run_features(*arguments) == {"interrupted": INTERRUPTED, "complete": 0}[state]
     before = contents(encoders / "x")
     tiny.prepare_otherwise(encoders, changed)
     capsys.readouterr()
-    assert run_features(*given) == 1
+    assert run_features(*arguments) == 1
     name = changed.replace("_features", "_encoder")
     encoder = f"another {name} {encoders}/{name}: {changed} of a fixed"
     # The encoders' own features stand in .encoders until they are aligned.
@@ -110,11 +111,11 @@ def test_a_folder_has_features_of_a_fixed_input_of_each_encoder(sample_folder: P
 def test_a_folder_of_an_earlier_release_is_read_and_goes_on(
     sample_folder: Path, encoders: Path, align: Any
 ) -> None:
-    given = (encoders, sample_folder / "train.csv", encoders / "x", *align)
-    assert run_features(*given) == 0
+    arguments = (encoders, sample_folder / "train.csv", encoders / "x", *align)
+    assert run_features(*arguments) == 0
     forget_probe(encoders / "x")
     Features(str(encoders / "x")).check()
-    assert run_features(*given) == 0
+    assert run_features(*arguments) == 0
 
 
 def test_projections_of_an_earlier_release_serve_new_pairs(sample_folder: Path, encoders: Path) -> None:
@@ -126,10 +127,10 @@ def test_projections_of_an_earlier_release_serve_new_pairs(sample_folder: Path, 
 def test_the_encoders_own_features_of_an_earlier_release_are_aligned(
     sample_folder: Path, encoders: Path, monkeypatch: Any
 ) -> None:
-    given = (encoders, sample_folder / "train.csv", encoders / "x", "--align")
+    arguments = (encoders, sample_folder / "train.csv", encoders / "x", "--align")
     with monkeypatch.context() as patch:
         patch.setattr("rankloss_features.aligning.align", interrupt)
-        assert run_features(*given) == INTERRUPTED
+        assert run_features(*arguments) == INTERRUPTED
     forget_probe(encoders / "x/.encoders")
-    assert run_features(*given) == 0
+    assert run_features(*arguments) == 0
     assert "probe" not in Features(str(encoders / "x")).check().about

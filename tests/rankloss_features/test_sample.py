@@ -108,4 +108,4 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["sample", "--output", str(tmp_path)]) == 1
     assert f"--output {tmp_path} is there and not empty: give a new folder" in capsys.readouterr().err
-    assert [x.name for x in tmp_path.iterdir()] == ["mine.txt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
