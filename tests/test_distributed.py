@@ -267,20 +267,21 @@ def is_siglip(loss: str) -> bool:
     return loss.startswith("SigLipLoss")
 
 
-Flags = tuple[bool, bool]  # local_loss, gather_with_grad
-FLAGS: list[Flags] = list(itertools.product([False, True], repeat=2))
-EXACT_FLAGS = (True, True)  # the default
+FLAGS: dict[str, Gather] = {
+    "global loss, constants": Gather(local_loss=False, gather_with_grad=False),
+    "global loss, gradients": Gather(local_loss=False, gather_with_grad=True),
+    "local loss, constants": Gather(local_loss=True, gather_with_grad=False),
+    "local loss, gradients": Gather(local_loss=True, gather_with_grad=True),
+}
+"""All flags: of whose rows a process computes the loss, and what other processes' features are in it."""
+WITH_GRADIENTS = ("global loss, gradients", "local loss, gradients")
+DEFAULT_FLAGS = "local loss, gradients"
 
 
-def of_flags(flags: Flags) -> Gather:
-    local_loss, gather_with_grad = flags
-    return Gather(local_loss=local_loss, gather_with_grad=gather_with_grad)
-
-
-def leaves(
+def whole_batch(
     world_size: int, dtype: torch.dtype = F64, *, pairs: int = N, seed: int = 0, duplicates: int = 0
 ) -> tuple[Tensor, ...]:
-    """Features of the whole batch, so many pairs of each process, scale and bias."""
+    """Images and texts of the whole batch, ``pairs`` of each process, then the scale and the bias."""
     batch = random_batch(seed, pairs * world_size, D, SCALE, duplicates=duplicates)
     return (*batch.leaves(dtype), torch.tensor(-2.0, dtype=dtype, requires_grad=True))
 
@@ -290,7 +291,7 @@ def shards(rank: int, world_size: int, *whole: Tensor) -> list[Tensor]:
     return [x.chunk(world_size)[rank] for x in whole]
 
 
-def called(loss: nn.Module, v: Tensor, t: Tensor, s: Tensor, b: Tensor, **more: Any) -> Tensor:
+def value_of(loss: nn.Module, v: Tensor, t: Tensor, s: Tensor, b: Tensor, **more: Any) -> Tensor:
     """The loss's value; the bias is for losses that take one."""
     if not isinstance(loss, RankConsistency):
         more["logit_bias"] = b
@@ -308,11 +309,17 @@ def averaged(results: list[Values]) -> Values:
     return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*results, strict=True)]
 
 
-def expected_of(loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: Flags = EXACT_FLAGS) -> Values:
-    """The mean of the processes' losses and its gradients, computed in this process."""
+def expected_of(loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: str = DEFAULT_FLAGS) -> Values:
+    """The mean of ``world_size`` processes' losses and its gradients, in plain torch in this process.
+
+    With one process that is the loss of the whole batch.
+    """
     *features_and_scale, bias = inputs
     owed = functools.partial(LOSSES[loss].owed, bias=bias)
-    mean = one_process.mean_loss(owed, tuple(features_and_scale), world_size, *flags)
+    gather = FLAGS[flags]
+    mean = one_process.mean_loss(
+        owed, tuple(features_and_scale), world_size, gather.local_loss, gather.gather_with_grad
+    )
     return differentiated(mean, inputs)
 
 
@@ -325,25 +332,29 @@ def parity_group(rank: int, world_size: int) -> Any:
     return groups[rank % 2]
 
 
-def of_this_rank(rank: int, world_size: int) -> dict[Any, Values]:
-    """Every loss under every layout: what this rank, with its share of the batch, makes of it."""
+def results_of_every_layout(rank: int, world_size: int) -> dict[tuple[str, str], Values]:
+    """By loss and layout, this rank's value of its share of the batch, and its gradients by the whole batch.
+
+    Layouts are the names of ``FLAGS``, "default", "group" (the batch of the rank's parity group) and
+    "inference mode", which has the value alone.
+    """
     group = parity_group(rank, world_size)
     group_rank, group_size = dist.get_rank(group), dist.get_world_size(group)
-    whole = leaves(world_size)
+    whole = whole_batch(world_size)
     v, t, *numbers = whole
     share = shards(rank, world_size, v, t)
-    of_group = leaves(group_size, seed=rank % 2)
+    of_group = whole_batch(group_size, seed=rank % 2)
     group_share = shards(group_rank, group_size, *of_group[:2])
-    results: dict[Any, Values] = {}
+    results: dict[tuple[str, str], Values] = {}
     for name, case in LOSSES.items():
-        for flags in FLAGS:
-            value = called(case.build(of_flags(flags)), *share, *numbers)
+        for flags, gather in FLAGS.items():
+            value = value_of(case.build(gather), *share, *numbers)
             results[name, flags] = differentiated(value, whole)
-        results[name, "default"] = differentiated(called(case.build(None), *share, *numbers), whole)
-        value = called(case.build(Gather(group=group)), *group_share, *of_group[2:])
+        results[name, "default"] = differentiated(value_of(case.build(None), *share, *numbers), whole)
+        value = value_of(case.build(Gather(group=group)), *group_share, *of_group[2:])
         results[name, "group"] = differentiated(value, of_group)
         with torch.inference_mode():
-            results[name, "inference mode"] = [called(case.build(None), *share, *numbers)]
+            results[name, "inference mode"] = [value_of(case.build(None), *share, *numbers)]
     return results
 
 
@@ -358,23 +369,24 @@ def test_every_variant_of_a_loss_of_pairs_is_in_the_table() -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, Values]]:
-    """By rank, for each number of processes."""
-    return pools[request.param].run(of_this_rank)
+def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[tuple[str, str], Values]]:
+    """The results of :func:`results_of_every_layout` by rank, for each number of processes in turn."""
+    return pools[request.param].run(results_of_every_layout)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def mean_over_ranks(table: list[dict[Any, Values]], loss: str, layout: Any) -> Values:
+def mean_over_ranks(table: list[dict[tuple[str, str], Values]], loss: str, layout: str) -> Values:
     return averaged([of_rank[loss, layout] for of_rank in table])
 
 
 @every_loss
 @pytest.mark.parametrize("layout", [*FLAGS, "default"])
-def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, layout: Any) -> None:
-    world_size, flags = len(table), EXACT_FLAGS if layout == "default" else layout
-    owed = expected_of(loss, leaves(world_size), world_size, flags)
+def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, layout: str) -> None:
+    world_size = len(table)
+    flags = DEFAULT_FLAGS if layout == "default" else layout
+    owed = expected_of(loss, whole_batch(world_size), world_size, flags)
     assert_same(mean_over_ranks(table, loss, layout), owed)
 
 
@@ -382,19 +394,21 @@ def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str,
 def test_value_and_the_numbers_gradients_are_the_whole_batchs_under_all_flags(
     table: list[Any], loss: str
 ) -> None:
-    value, _, _, by_scale, by_bias = expected_of(loss, leaves(len(table)), 1)
+    expected, _, _, expected_by_scale, expected_by_bias = expected_of(
+        loss, whole_batch(len(table)), world_size=1
+    )
     for flags in FLAGS:
-        actual = mean_over_ranks(table, loss, flags)
-        assert_same([actual[0], *actual[3:]], [value, by_scale, by_bias])
+        value, _, _, by_scale, by_bias = mean_over_ranks(table, loss, flags)
+        assert_same([value, by_scale, by_bias], [expected, expected_by_scale, expected_by_bias])
 
 
 @every_loss
 def test_features_that_are_gathered_with_their_graph_have_the_whole_batchs_gradients(
     table: list[Any], loss: str
 ) -> None:
-    owed = expected_of(loss, leaves(len(table)), 1)
-    for local_loss in (False, True):
-        assert_same(mean_over_ranks(table, loss, (local_loss, True)), owed)
+    owed = expected_of(loss, whole_batch(len(table)), world_size=1)
+    for flags in WITH_GRADIENTS:
+        assert_same(mean_over_ranks(table, loss, flags), owed)
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if not has_siglip(loss)])
@@ -402,23 +416,24 @@ def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_proces
     table: list[Any], loss: str
 ) -> None:
     """Of all terms alike: the launch changes no balance."""
-    _, by_image, by_text, *_ = mean_over_ranks(table, loss, (False, False))
-    _, owed_by_image, owed_by_text, *_ = expected_of(loss, leaves(len(table)), 1)
+    _, by_image, by_text, *_ = mean_over_ranks(table, loss, "global loss, constants")
+    _, owed_by_image, owed_by_text, *_ = expected_of(loss, whole_batch(len(table)), world_size=1)
     assert_same([by_image, by_text], [owed_by_image / len(table), owed_by_text / len(table)])
 
 
 @every_loss
 def test_a_loss_of_a_group_is_that_of_the_groups_batch(table: list[Any], loss: str) -> None:
     for parity, of_group in enumerate((table[::2], table[1::2])):
-        if of_group:
-            owed = expected_of(loss, leaves(len(of_group), seed=parity), 1)
+        if of_group:  # one process has no odd rank
+            owed = expected_of(loss, whole_batch(len(of_group), seed=parity), world_size=1)
             assert_same(mean_over_ranks(of_group, loss, "group"), owed)
 
 
 @every_loss
 def test_the_value_in_inference_mode_is_the_whole_batchs(table: list[Any], loss: str) -> None:
     (value,) = mean_over_ranks(table, loss, "inference mode")
-    assert_same([value], expected_of(loss, leaves(len(table)), 1)[:1])
+    expected, *_ = expected_of(loss, whole_batch(len(table)), world_size=1)
+    assert_same([value], [expected])
 
 
 @dataclass(frozen=True)
@@ -460,25 +475,25 @@ def value_of_share(
     share = shards(rank, world_size, v, t)
     teachers_share = dict(zip(teacher, shards(rank, world_size, *teacher.values()), strict=True))
     with Collectives() as calls:
-        value = called(loss, *share, *numbers, **teachers_share)
-    assert bool(calls.counts) == (world_size > 1)
+        value = value_of(loss, *share, *numbers, **teachers_share)
+    assert bool(calls.counts) == (world_size > 1)  # one process sends nothing
     if value.dim():  # a value per anchor, each of which counts differently in the sum over all processes
         (weights,) = shards(rank, world_size, torch.arange(1.0, 1 + len(v)))
         value = world_size * (weights * value).sum()
     return differentiated(value, inputs)
 
 
-def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
+def of_share_and_whole(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
     """This rank's values of its share, beside those of one process that has the whole batch."""
     results = {}
     for name, case in SHARDED.items():
-        inputs = leaves(world_size, case.dtype, pairs=case.pairs, duplicates=case.duplicates)
+        inputs = whole_batch(world_size, case.dtype, pairs=case.pairs, duplicates=case.duplicates)
         wide = random_batch(seed=1, n=case.pairs * world_size, d=9, scale=1.0, duplicates=1)
         teacher = dict(zip(TEACHER, (wide.image, wide.text), strict=True))
         teacher = {modality: teacher[modality] for modality in case.teacher}
         results[name] = (
             value_of_share(case, None, inputs, teacher, rank, world_size),
-            value_of_share(case, False, inputs, teacher, 0, 1),
+            value_of_share(case, False, inputs, teacher, rank=0, world_size=1),
         )
     return results
 
@@ -486,13 +501,14 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
 @pytest.fixture(scope="module", params=[2, 3])
 def of_all_options(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
     """By rank, for each number of processes."""
-    return pools[request.param].run(of_options)
+    return pools[request.param].run(of_share_and_whole)
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_every_option_shards_exactly(of_all_options: list[dict[str, Any]], name: str) -> None:
     of_shares, of_whole = zip(*(of_rank[name] for of_rank in of_all_options), strict=True)
-    assert_same(averaged(list(of_shares)), of_whole[0], 1e-5 if name == "float32" else 1e-10)
+    expected = of_whole[0]  # every rank has computed the same
+    assert_same(averaged(list(of_shares)), expected, tolerance=1e-5 if name == "float32" else 1e-10)
 
 
 # --- under DistributedDataParallel ------------------------------------------------------------------------
@@ -532,7 +548,7 @@ def trained(request: pytest.FixtureRequest, pools: Pools) -> list[tuple[Values, 
 
 
 def test_training_ends_at_the_single_process_weights(trained: list[tuple[Values, dict[str, int]]]) -> None:
-    expected, _ = train(0, 1, None)
+    expected, _ = train(rank=0, world_size=1, gather=None)
     for weights, _ in trained:
         assert_same(weights, expected)
     # And these are no longer the weights at the start.
@@ -543,9 +559,11 @@ def test_training_ends_at_the_single_process_weights(trained: list[tuple[Values,
 def test_a_training_step_has_one_check_and_two_gatherings(
     trained: list[tuple[Values, dict[str, int]]],
 ) -> None:
-    of_check, of_backward_pass, of_ddp = 1, 2, 1  # all parameters fit one of DDP's buckets
+    modalities = 2
+    of_check, of_backward_pass, of_ddp = 1, modalities, 1  # all parameters fit one of DDP's buckets
     for _, calls in trained:
-        assert (calls["allgather"], calls["allreduce"]) == (2, of_check + of_backward_pass + of_ddp)
+        assert calls["allgather"] == modalities
+        assert calls["allreduce"] == of_check + of_backward_pass + of_ddp
 
 
 # --- the collectives --------------------------------------------------------------------------------------
@@ -639,6 +657,9 @@ def test_all_gather_of_a_group_is_of_its_members_alone(gathered: list[Gathered])
         assert of_rank.is_own == (len(members) == 1)
 
 
+WORLD_SIZE_OF_STEPS = 2
+
+
 @dataclass(frozen=True)
 class Step:
     """A process's step: the collectives, and the value with its gradients."""
@@ -655,17 +676,18 @@ class Step:
 
     @property
     def modalities(self) -> int:
-        """Those that are gathered: two, but SigLIP's loss of this process's images needs the texts alone."""
+        """The number that is gathered: two, but SigLIP's loss of a process's own images needs texts alone."""
         return 1 if is_siglip(self.loss) and self.local_loss else 2
 
     @property
     def bytes_of_features(self) -> int:
-        """Of two processes, in float64."""
-        return self.modalities * 2 * N * D * 8
+        """Of all processes."""
+        return self.modalities * WORLD_SIZE_OF_STEPS * N * D * F64.itemsize
 
     @property
     def bytes_of_checks(self) -> int:
-        return 24 * LOSSES[self.loss].checks
+        """Each check sums three numbers of 8 bytes."""
+        return 3 * 8 * LOSSES[self.loss].checks
 
 
 def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[dict[str, Any]]:
@@ -675,22 +697,21 @@ def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[d
     that fill one tensor, as NCCL has them.
     """
     steps = []
-    has_them = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
-    with has_them if one_tensor else nullcontext():
-        for flags, (name, case) in itertools.product(FLAGS, LOSSES.items()):
-            v, t, *numbers = inputs = leaves(world_size)
+    as_on_nccl = mock.patch.object(distributed, "_has_tensor_collectives", return_value=True)
+    with as_on_nccl if one_tensor else nullcontext():
+        for gather, (name, case) in itertools.product(FLAGS.values(), LOSSES.items()):
+            v, t, *numbers = inputs = whole_batch(world_size)
             share = shards(rank, world_size, v, t)
-            loss = case.build(of_flags(flags))
-            called(loss, *share, *numbers)
+            loss = case.build(gather)
+            value_of(loss, *share, *numbers)  # the first step
             with Collectives() as forward:
-                value = called(loss, *share, *numbers)
+                value = value_of(loss, *share, *numbers)
             with Collectives() as backward:
                 values = differentiated(value, inputs)
-            local_loss, gather_with_grad = flags
             step = {
                 "loss": name,
-                "local_loss": local_loss,
-                "gather_with_grad": gather_with_grad,
+                "local_loss": gather.local_loss,
+                "gather_with_grad": gather.gather_with_grad,
                 "forward": dict(forward.counts),
                 "filled": forward.filled.total(),
                 "backward": dict(backward.counts),
@@ -701,8 +722,8 @@ def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[d
 
 
 def steps_of(pools: Pools, one_tensor: bool) -> list[Step]:
-    """The steps of both of two processes."""
-    of_ranks = pools[2].run(second_steps, one_tensor)
+    """The steps of both processes, one after the other."""
+    of_ranks = pools[WORLD_SIZE_OF_STEPS].run(second_steps, one_tensor)
     return [Step(**step) for of_rank in of_ranks for step in of_rank]
 
 
@@ -712,8 +733,8 @@ def steps(pools: Pools) -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def plain_steps(steps: list[Step]) -> list[Step]:
-    """Those that have no other messages than the features', the ids' and the checks'."""
+def steps_of_pairs_alone(steps: list[Step]) -> list[Step]:
+    """The steps that have no other messages than the features', the ids' and the checks'."""
     return [step for step in steps if LOSSES[step.loss].gathers_pairs_alone]
 
 
@@ -723,19 +744,19 @@ def test_every_loss_that_is_called_compares_its_inputs_once(steps: list[Step]) -
             assert step.forward["allreduce"] == LOSSES[step.loss].checks, step
 
 
-def test_a_step_gathers_each_modality_and_the_ids_once(plain_steps: list[Step]) -> None:
-    for step in plain_steps:
+def test_a_step_gathers_each_modality_and_the_ids_once(steps_of_pairs_alone: list[Step]) -> None:
+    for step in steps_of_pairs_alone:
         assert step.forward["allgather"] == step.modalities + LOSSES[step.loss].has_ids, step
 
 
-def test_a_step_fills_the_bytes_of_features_ids_and_checks_alone(plain_steps: list[Step]) -> None:
-    for step in plain_steps:
-        bytes_of_ids = 2 * N * 8 if LOSSES[step.loss].has_ids else 0
+def test_a_step_fills_the_bytes_of_features_ids_and_checks_alone(steps_of_pairs_alone: list[Step]) -> None:
+    for step in steps_of_pairs_alone:
+        bytes_of_ids = WORLD_SIZE_OF_STEPS * N * torch.int64.itemsize if LOSSES[step.loss].has_ids else 0
         assert step.filled == step.bytes_of_features + bytes_of_ids + step.bytes_of_checks, step
 
 
-def test_the_gradient_of_each_gathered_modality_is_reduced_once(plain_steps: list[Step]) -> None:
-    for step in plain_steps:
+def test_the_gradient_of_each_gathered_modality_is_reduced_once(steps_of_pairs_alone: list[Step]) -> None:
+    for step in steps_of_pairs_alone:
         assert step.backward == ({"allreduce": step.modalities} if step.gather_with_grad else {}), step
 
 
@@ -768,7 +789,7 @@ def test_sums_of_the_spread_are_reduced_backward_unless_other_items_are_constant
     for step in steps_named(steps, "SpreadLoss[covariance]"):
         deviations = 0 if step.local_loss else 2
         are_constants = step.local_loss and not step.gather_with_grad
-        of_sums = 0 if are_constants else 4
+        of_sums = 0 if are_constants else 4  # a mean and a covariance of each modality
         of_features = 2 + deviations if step.gather_with_grad else 0
         assert step.backward.get("allreduce", 0) == of_sums + of_features
 
@@ -780,7 +801,9 @@ def one_tensor_steps(pools: Pools) -> list[Step]:
     return steps_of(pools, one_tensor=True)
 
 
-def test_collectives_of_one_tensor_give_the_same(one_tensor_steps: list[Step], steps: list[Step]) -> None:
+def test_collectives_of_one_tensor_give_the_same_values_and_gradients(
+    one_tensor_steps: list[Step], steps: list[Step]
+) -> None:
     for step, plain in zip(one_tensor_steps, steps, strict=True):
         assert_same(step.values, plain.values, tolerance=1e-14)
 
@@ -792,7 +815,7 @@ def test_collectives_of_one_tensor_fill_no_more_and_scatter_the_gradients(
     for step in steps_named(one_tensor_steps, loss):
         assert step.filled == step.bytes_of_features + step.bytes_of_checks
         assert all("reduce_scatter" in call for call in step.backward)
-        assert sum(step.backward.values()) == (2 if step.gather_with_grad else 0)
+        assert sum(step.backward.values()) == (step.modalities if step.gather_with_grad else 0)
 
 
 @pytest.mark.parametrize(
@@ -818,11 +841,10 @@ def two_losses(rank: int, world_size: int, epoch: int) -> list[tuple[dict[str, i
 
     In the first of the two epochs λ is 0, and RankClipLoss computes its base alone; in the second it is 1.
     """
-    inputs = v, t, s, _ = leaves(world_size)
+    inputs = v, t, s, _ = whole_batch(world_size)
     share = shards(rank, world_size, v, t)
     results = []
-    for flags in FLAGS:
-        gather = of_flags(flags)
+    for gather in FLAGS.values():
         rank_clip_loss = RankClipLoss(schedule="linear", gather=gather)
         rank_clip_loss.set_epoch(epoch, epochs=2)
         losses = rank_clip_loss, RankConsistency(gather=gather)
@@ -844,13 +866,13 @@ def test_one_gathering_serves_several_losses(pools: Pools, epoch: int, checks: i
 
 
 def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> tuple[Values, Values]:
-    v, t, *numbers = inputs = leaves(world_size)
+    v, t, *numbers = inputs = whole_batch(world_size)
     share = shards(rank, world_size, v, t)
     eager = LOSSES[name].build(None)
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # of what tests before have compiled
     compiled = torch.compile(eager, backend=backend)  # with graph breaks around the collectives
     of_eager, of_compiled = (
-        differentiated(called(loss, *share, *numbers), inputs) for loss in (eager, compiled)
+        differentiated(value_of(loss, *share, *numbers), inputs) for loss in (eager, compiled)
     )
     return of_eager, of_compiled
 
@@ -871,8 +893,8 @@ def pairs_with_open_clip(rank: int, world_size: int) -> Iterator[tuple[nn.Module
     from open_clip import loss as open_clip
 
     place = {"rank": rank, "world_size": world_size}
-    for local_loss, gather_with_grad in FLAGS:
-        flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    for gather in FLAGS.values():
+        flags = {"local_loss": gather.local_loss, "gather_with_grad": gather.gather_with_grad}
         yield open_clip.ClipLoss(**place, **flags), ClipLoss(gather=Gather(**place, **flags))
     for exchange, budget in itertools.product(("bidir", "shift", "reduce", "gather"), (0, None)):
         ours = SigLipLoss(gather=Gather(**place), memory_budget=budget)
@@ -881,12 +903,12 @@ def pairs_with_open_clip(rank: int, world_size: int) -> Iterator[tuple[nn.Module
 
 def beside_open_clip(rank: int, world_size: int) -> list[tuple[Values, Values]]:
     """What open_clip's losses and ours make of this rank's share."""
-    v, t, *numbers = inputs = leaves(world_size)
+    v, t, *numbers = inputs = whole_batch(world_size)
     share = shards(rank, world_size, v, t)
     return [
         (
-            differentiated(called(theirs, *share, *numbers), inputs),
-            differentiated(called(ours, *share, *numbers), inputs),
+            differentiated(value_of(theirs, *share, *numbers), inputs),
+            differentiated(value_of(ours, *share, *numbers), inputs),
         )
         for theirs, ours in pairs_with_open_clip(rank, world_size)
     ]
@@ -903,7 +925,7 @@ def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools) -> None
 # --- processes that disagree ------------------------------------------------------------------------------
 
 
-GRADES = torch.eye(2).repeat(2, 1)
+GRADES = torch.eye(2).repeat(2, 1)  # of four lists of two
 IDS = torch.arange(4)
 
 
@@ -931,8 +953,8 @@ def with_bad_row(x: Tensor, value: float) -> Tensor:
     return x.index_fill(0, torch.tensor([2]), value)
 
 
-class FailsElsewhere(nn.Module):
-    """A check with an error that is of no argument."""
+class FailsBeyondRank0(nn.Module):
+    """A loss that fails within its check by an error of another type than those of arguments."""
 
     def forward(self, image_features: Tensor, is_first: bool) -> None:
         with Gather().agreement(self, image_features=image_features):
@@ -946,21 +968,25 @@ class Fault:
 
     build: Callable[[], nn.Module]
     inputs_of: Callable[[int], dict[str, Any]]
-    """By rank."""
-    named: tuple[str, ...]
-    """What the error of all processes has in it."""
+    """The loss's arguments on a rank."""
+    shown: tuple[str, ...]
+    """Parts of the error of all processes."""
 
 
-def fault_of_one(
-    build: Callable[[], nn.Module], *named: str, rank: int = 1, of: Any = pairs_of, **changed: Any
+def fault_of_one_rank(
+    build: Callable[[], nn.Module],
+    *,
+    shown: tuple[str, ...],
+    valid_inputs_of: Callable[..., dict[str, Any]] = pairs_of,
+    bad_rank: int = 1,
+    **bad_inputs: Any,
 ) -> Fault:
-    """One rank has some inputs instead of its own, and is named."""
-    bad = rank
+    """One rank's call has bad inputs in place of its valid ones, and the error of all names that rank."""
 
     def inputs_of(rank: int) -> dict[str, Any]:
-        return of(rank, **changed) if rank == bad else of(rank)
+        return valid_inputs_of(rank, **(bad_inputs if rank == bad_rank else {}))
 
-    return Fault(build, inputs_of, (*named, f"rank {bad}"))
+    return Fault(build, inputs_of, (*shown, f"rank {bad_rank}"))
 
 
 def zero_row_of_teacher(rank: int) -> dict[str, Any]:
@@ -992,8 +1018,8 @@ FAULTS: dict[str, Fault] = {
     "teachers": Fault(
         loss_of_in_modal_ranks, lambda rank: pairs_of(rank, **{TEACHER[rank % 2]: torch.eye(4)}), TEACHER
     ),
-    "a teacher": fault_of_one(
-        mimicry_loss, f"{TEACHER[1]} float32 [4, 6]", **dict.fromkeys(TEACHER, torch.eye(4, D))
+    "a teacher": fault_of_one_rank(
+        mimicry_loss, shown=(f"{TEACHER[1]} float32 [4, 6]",), **dict.fromkeys(TEACHER, torch.eye(4, D))
     ),
     "the number of pairs": Fault(
         RankConsistency,
@@ -1015,15 +1041,22 @@ FAULTS: dict[str, Fault] = {
         pairs_of,
         ("gather_with_grad=True", "gather_with_grad=False", "rank 1"),
     ),
-    "ids": fault_of_one(lambda: ClipLoss(same_id="share"), "pair_ids int64 [4]", pair_ids=IDS),
+    "ids": fault_of_one_rank(lambda: ClipLoss(same_id="share"), shown=("pair_ids int64 [4]",), pair_ids=IDS),
     "ids that are numbers": Fault(
         lambda: rank_clip(SigLipLoss(same_id="share"), None),
         lambda rank: pairs_of(rank, logit_bias=0.0, pair_ids=IDS.double() if rank == 1 else IDS),
         ("pair_ids", "torch.float64 [4]", "rank 1"),
     ),
-    "ids that a base refuses": fault_of_one(loss_with_ranks, "pair_ids", pair_ids=IDS),
-    "an input of the base that is None": fault_of_one(loss_with_ranks, "pair_ids", pair_ids=None),
-    "ids of queries": fault_of_one(term_of_lists, "query_ids int64 [4]", of=scaled_lists_of, query_ids=IDS),
+    "ids that a base refuses": fault_of_one_rank(loss_with_ranks, shown=("pair_ids",), pair_ids=IDS),
+    "an input of the base that is None": fault_of_one_rank(
+        loss_with_ranks, shown=("pair_ids",), pair_ids=None
+    ),
+    "ids of queries": fault_of_one_rank(
+        term_of_lists,
+        shown=("query_ids int64 [4]",),
+        valid_inputs_of=scaled_lists_of,
+        query_ids=IDS,
+    ),
     "a query on two processes": Fault(
         term_of_lists, lambda rank: scaled_lists_of(rank, query_ids=IDS + 3 * rank), ("3 and 4", "query")
     ),
@@ -1032,23 +1065,28 @@ FAULTS: dict[str, Fault] = {
         lambda rank: lists_of(rank, query_features=lists_of(0)["query_features"]),
         ("query_features", "twice"),
     ),
-    "a scale": fault_of_one(ClipLoss, "logit_scale", "0", logit_scale=0.0),
-    "a type": fault_of_one(ClipLoss, "TypeError", "text_features", "list", rank=2, text_features=[1.0]),
+    "a scale": fault_of_one_rank(ClipLoss, shown=("logit_scale", "0"), logit_scale=0.0),
+    "a type": fault_of_one_rank(
+        ClipLoss, shown=("TypeError", "text_features", "list"), bad_rank=2, text_features=[1.0]
+    ),
     "a teacher's row of zeros": Fault(
         loss_with_ranks, zero_row_of_teacher, ("reference_image_features", "row 2", "rank 1")
     ),
-    "a grade": fault_of_one(
-        lists_with_negatives, "grades", "row 2", "nan", of=lists_of, grades=with_bad_row(GRADES, math.nan)
-    ),
-    "an index": fault_of_one(
+    "a grade": fault_of_one_rank(
         lists_with_negatives,
-        *("candidate_index", "row 3", "[4]"),
-        rank=2,
-        of=lists_of,
+        shown=("grades", "row 2", "nan"),
+        valid_inputs_of=lists_of,
+        grades=with_bad_row(GRADES, math.nan),
+    ),
+    "an index": fault_of_one_rank(
+        lists_with_negatives,
+        shown=("candidate_index", "row 3", "[4]"),
+        valid_inputs_of=lists_of,
+        bad_rank=2,
         candidate_index=torch.tensor([[0, 1], [0, 1], [0, 1], [2, 4]]),
     ),
     "an error of another kind": Fault(
-        FailsElsewhere,
+        FailsBeyondRank0,
         lambda rank: {"image_features": torch.eye(2), "is_first": rank == 0},
         ("RuntimeError", "a name", "rank 1"),
     ),
@@ -1065,9 +1103,9 @@ def error_of(call: Callable[[], Any]) -> str:
 
 
 def errors_of_fault(rank: int, world_size: int, kind: str) -> tuple[str, str]:
-    """The error of a loss that meets the others for the first time, and what the same batch gives again.
+    """The errors of a first and a second call of a new loss, as texts; empty where a call has none.
 
-    A wait without end is ended by the pool.
+    The pool ends a rank that waits for another in vain.
     """
     loss, inputs = FAULTS[kind].build(), FAULTS[kind].inputs_of(rank)
     first = error_of(lambda: loss(**inputs))
@@ -1081,7 +1119,7 @@ def test_an_error_of_one_process_is_the_error_of_all(pools: Pools, kind: str) ->
     assert of_others == [of_first_rank] * 2
     first, again = of_first_rank
     assert first == again  # nothing was taken as agreed
-    for part in FAULTS[kind].named:
+    for part in FAULTS[kind].shown:
         assert part in first
 
 
@@ -1092,10 +1130,10 @@ class OnAccelerator(Tensor):
 
 
 def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[Any], list[str]]:
-    """What a loss's checks give, and the devices by which texts are gathered.
+    """The outcomes of five checks of a loss, and the devices by which they gathered texts.
 
-    The first three are of batches of one shape, of which the third is bad on rank 1; the others are of
-    another shape, and bad there. Each gives the number of its collectives, or its error.
+    The outcome of a check that passes is the number of its collectives. An error's is "bad of rank 1" where
+    this process was told of it by the others, "bad" where it raised its own alone.
     """
     devices: list[str] = []
     results: list[Any] = []
@@ -1107,8 +1145,15 @@ def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[An
 
     loss = nn.Identity()  # the checks of one owner know what was agreed before
     is_bad_here = rank == 1
+    batches = [  # rows, which are the batch's shape, and whether this process finds it bad
+        (2, False),
+        (2, False),
+        (2, is_bad_here),
+        (3, is_bad_here),
+        (3, is_bad_here),
+    ]
     with mock.patch.object(distributed, "_gather_text", by_way_of_the_cpu):
-        for rows, is_bad in ((2, False), (2, False), (2, is_bad_here), (3, is_bad_here), (3, is_bad_here)):
+        for rows, is_bad in batches:
             features = torch.ones(rows, 2).as_subclass(kind)
             try:
                 with Collectives() as calls, Gather().agreement(loss, image_features=features):
@@ -1148,12 +1193,13 @@ def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch
 
 
 def errors_of_changing_batches(rank: int, world_size: int, name: str) -> list[str]:
-    """The errors of three kinds of batches, of two in which the processes differ, and of the first again."""
+    """The types of errors of a loss's calls by batches of six kinds; in two of them the ranks differ."""
     if name == "ClipLoss":
         loss = ClipLoss()
     else:
         loss = torch.compile(catalog.load(name).constructor(), backend="eager")
-    kinds = [(4, F64), (3, F64), (4, F32), (4 - rank, F64), (4, (F64, F32)[rank]), (4, F64)]
+    differing_rows, differing_dtype = 4 - rank, (F64, F32)[rank]
+    kinds = [(4, F64), (3, F64), (4, F32), (differing_rows, F64), (4, differing_dtype), (4, F64)]
     errors = []
     for rows, dtype in kinds:
         v, t, captions = F.normalize(torch.randn(3, rows, D, dtype=dtype), dim=-1)
@@ -1168,7 +1214,8 @@ def errors_of_changing_batches(rank: int, world_size: int, name: str) -> list[st
 @pytest.mark.parametrize("name", ["ClipLoss", *OF_PACKAGES])
 def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools, name: str) -> None:
     """Also by compiled losses of other packages."""
-    expected = ["", "", "", "ValueError", "ValueError", ""]
+    agreeing, differing = "", "ValueError"
+    expected = [agreeing, agreeing, agreeing, differing, differing, agreeing]
     assert pools[2].run(errors_of_changing_batches, name) == [expected] * 2
 
 
@@ -1182,20 +1229,22 @@ def test_the_default_of_gather_is_none_and_one_process_is_its_own_group() -> Non
 
 
 def test_one_process_gathers_its_own_tensor() -> None:
-    v, t, *_ = leaves(1)
+    v, t, *_ = whole_batch(1)
     assert Gather()(v, t)[0] is v
 
 
 @every_loss
-@pytest.mark.parametrize("place", [{"rank": 1, "world_size": 4}, {"rank": 1}, {"world_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "rank_and_size", [{"rank": 1, "world_size": 4}, {"rank": 1}, {"world_size": 2}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:logit_bias is given")  # to all losses alike
 def test_a_place_among_processes_that_are_not_initialised_is_an_error_of_the_call(
-    loss: str, place: dict[str, int]
+    loss: str, rank_and_size: dict[str, int]
 ) -> None:
-    built = LOSSES[loss].build(Gather(**place))
-    inputs = [x.detach() for x in leaves(1)]
+    built = LOSSES[loss].build(Gather(**rank_and_size))
+    inputs = [x.detach() for x in whole_batch(1)]
     with pytest.raises(RuntimeError, match="init_process_group"):
-        called(built, *inputs)
+        value_of(built, *inputs)
 
 
 def test_constants_of_one_process_have_no_gradient() -> None:
@@ -1208,7 +1257,7 @@ def test_constants_of_one_process_have_no_gradient() -> None:
 
 
 def errors_of_wrong_places(rank: int, world_size: int) -> list[str]:
-    v, t, s, _ = leaves(1)
+    v, t, s, _ = whole_batch(1)
     other_rank = (rank + 1) % world_size
     default_group = dist.group.WORLD
     attempts: list[Callable[[], Any]] = [
@@ -1222,12 +1271,13 @@ def errors_of_wrong_places(rank: int, world_size: int) -> list[str]:
 
 def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -> None:
     for rank, errors in enumerate(pools[2].run(errors_of_wrong_places)):
+        assert len(errors) == 4
         for error in errors:
             assert re.search(f"ValueError: .*rank {rank} of 2.*rank=", error)
 
 
 def errors_of_wrong_groups(rank: int, world_size: int) -> list[str]:
-    (v, *_), last = leaves(1), world_size - 1
+    (v, *_), last = whole_batch(1), world_size - 1
     group_of_last = dist.new_group([last])
     errors = [error_of(lambda: all_gather(v, "gloo"))]
     if rank != last:
@@ -1237,38 +1287,41 @@ def errors_of_wrong_groups(rank: int, world_size: int) -> list[str]:
 
 
 def test_a_group_that_is_none_or_has_not_this_process_is_refused(pools: Pools) -> None:
-    for errors in pools[2].run(errors_of_wrong_groups):
-        for error in errors:
-            assert error.startswith("ValueError: group ")
+    of_other, of_member = pools[2].run(errors_of_wrong_groups)
+    assert len(of_member) == 1  # "gloo" is no group
+    assert len(of_other) == 3  # and it is not in the group of the last rank
+    for error in (*of_member, *of_other):
+        assert error.startswith("ValueError: group ")
 
 
 def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
-    """What each loss gives of a NaN in rank 0's images: its value, or the sum of the texts' gradient.
+    """By loss and flags, the number of this rank that must show a NaN in rank 0's images.
 
-    Of SigLIP, which sends no image, only the gradient can show it, if there is one for other processes.
+    It is the loss's value, but for SigLIP's, which sends no image: there it is the sum of the gradient by
+    texts, and without gradients from other processes nothing shows it.
     """
     results = {}
-    for flags, (name, case) in itertools.product(FLAGS, LOSSES.items()):
-        needs_finite = name.startswith("MimicryLoss")  # of its teacher, which is made of the features
-        _, gather_with_grad = flags
-        if needs_finite or (is_siglip(name) and not gather_with_grad):
+    for (flags, gather), (name, case) in itertools.product(FLAGS.items(), LOSSES.items()):
+        refuses_nan = name.startswith("MimicryLoss")  # in its teacher, which is made of the features
+        if refuses_nan or (is_siglip(name) and not gather.gather_with_grad):
             continue
-        inputs = leaves(1)
+        inputs = whole_batch(1)
         if rank == 0:
             inputs[0].data[0, 0] = math.nan
-        value, _, by_texts, *_ = differentiated(called(case.build(of_flags(flags)), *inputs), inputs)
+        value, _, by_texts, *_ = differentiated(value_of(case.build(gather), *inputs), inputs)
         results[f"{name} {flags}"] = by_texts.sum() if is_siglip(name) else value
     return results
 
 
 def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
     for of_rank in pools[2].run(sums_with_a_nan):
+        assert len(of_rank) > len(LOSSES)
         assert [name for name, number in of_rank.items() if not number.isnan()] == []
 
 
 def value_where_infinite_rows_are_ignored(rank: int, world_size: int, budget: int | None) -> Tensor:
     """CLIP's loss of pairs that all have one id, of which rank 0 has images of −∞."""
-    v, t, s, _ = leaves(1)
+    v, t, s, _ = whole_batch(1)
     v = torch.full_like(v, -math.inf) if rank == 0 else v.detach()
     ids = torch.zeros(N, dtype=torch.int64)
     return ClipLoss(same_id="ignore", memory_budget=budget)(v, t.abs(), s, pair_ids=ids)
@@ -1279,13 +1332,13 @@ def test_infinity_of_one_rank_is_seen_by_one_whose_rows_ignore_it(pools: Pools, 
     assert all(value.isnan() for value in pools[2].run(value_where_infinite_rows_are_ignored, budget))
 
 
-def remarks(rank: int, world_size: int) -> list[str]:
+def logged_messages(rank: int, world_size: int) -> list[str]:
     """The lines that rankloss logs while a loss is built and trained."""
-    v, t, s, _ = leaves(1)
+    v, t, s, _ = whole_batch(1)
     with TestCase().assertLogs("rankloss", logging.INFO) as caught:
         logging.getLogger("rankloss").info("assertLogs needs one")
-        for flags in FLAGS:
-            loss = RankConsistency(gather=of_flags(flags))
+        for gather in FLAGS.values():
+            loss = RankConsistency(gather=gather)
             for _ in range(2):
                 loss(v, t, s)
         RankClipLoss().set_epoch(epoch=1, epochs=1)
@@ -1293,6 +1346,8 @@ def remarks(rank: int, world_size: int) -> list[str]:
 
 
 def test_the_first_process_alone_warns_once(pools: Pools) -> None:
-    of_first, *of_others = pools[3].run(remarks)
-    assert [re.split("[: ]", message)[0] for message in of_first] == ["local_loss", "epochs=1"]
+    """Of two calls of a loss whose features' gradients are divided, and of a schedule of one epoch."""
+    of_first, *of_others = pools[3].run(logged_messages)
+    first_words = [re.split("[: ]", message)[0] for message in of_first]
+    assert first_words == ["local_loss", "epochs=1"]
     assert of_others == [[], []]
