@@ -25,18 +25,17 @@ terms = pytest.mark.parametrize("term", TERMS)
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_reference_matches_the_vectors(key: str) -> None:
-    """Of row lists, means of CLIP's loss and of both terms."""
+    """CLIP's loss, and both terms of lists that are rows of the batch, each as a mean."""
     case = VECTORS[key]
     inputs = arrays_of(case)
-    owed = {"clip": case["clip"], **case["row_mean"]}
-    found = {name: loss(*inputs) for name, loss in {"clip": reference.clip, **TERMS}.items()}
-    for name, value in found.items():
-        assert relative_error(value, owed[name]) < 1e-10, name
+    expected = {"clip": case["clip"], **case["row_mean"]}
+    for name, loss in {"clip": reference.clip, **TERMS}.items():
+        assert relative_error(loss(*inputs), expected[name]) < 1e-10, name
 
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_a_discount_matches_the_vectors(key: str) -> None:
-    """In the list of all images, ranked for each text."""
+    """Of each image's list of texts, ranked by the similarities of the text of the same row."""
     v, t, s = arrays_of(VECTORS[key])
     (discounted,) = VECTORS[key]["plackett_luce_log_discount"].values()
     logits = s * reference._cosines(v, t)
@@ -80,9 +79,9 @@ def test_gradients_of_tensors_match_the_vectors(key: str) -> None:
     """Of the sum of both terms, that of the scale by its logarithm."""
     case = VECTORS[key]
     v, t, s = (x.detach().cpu().requires_grad_() for x in vector_batch(case).leaves())
-    value = sum(term(v, t, s) for term in TERMS.values())
-    by_v, by_t, by_scale = (slope / 2.5 for slope in torch.autograd.grad(2.5 * value, (v, t, s)))
-    found = {
+    value, upstream = sum(term(v, t, s) for term in TERMS.values()), 2.5
+    by_v, by_t, by_scale = (slope / upstream for slope in torch.autograd.grad(upstream * value, (v, t, s)))
+    actual = {
         "value": value,
         "norm_V": by_v.norm(),
         "norm_T": by_t.norm(),
@@ -90,7 +89,7 @@ def test_gradients_of_tensors_match_the_vectors(key: str) -> None:
         "T_last": by_t[-1, -1],
         "logit_scale": case["scale"] * by_scale,
     }
-    for name, number in found.items():
+    for name, number in actual.items():
         assert relative_error(number, case["row_mean_gradient"][name]) < 1e-10, name
 
 
@@ -102,10 +101,12 @@ OF_PUBLISHED_CODE = [key for key, case in VECTORS.items() if "official_code" in 
 @pytest.mark.parametrize("key", OF_PUBLISHED_CODE)
 def test_random_ties_give_the_published_code_but_for_its_floor(term: str, key: str) -> None:
     case = VECTORS[key]
-    batch = vector_batch(case)
+    batch, n = vector_batch(case), case["N"]
     total = TERMS[term](batch.image, batch.text, batch.scale, ties="random", reduction="sum")
-    # Its term is 1/32 of the sum of two directions, of the mean list, by N.
-    assert total.item() / 16 / case["N"] ** 2 == pytest.approx(case["official_code"][term], rel=1e-3)
+    both_directions = 2 * total.item() / n  # the total has the directions' mean, and the lists of n anchors
+    by_published_constants = both_directions / 32 / n  # as the vectors' note has them
+    of_floor = 1e-3
+    assert by_published_constants == pytest.approx(case["official_code"][term], rel=of_floor)
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -146,6 +147,7 @@ def scored_lists(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     st.none() | st.integers(1, 9),
 )
 def test_a_list_is_the_sum_over_its_items(lists: Any, worth: Any, discount: Any, top_k: int | None) -> None:
+    """Σ μ(rank)·log(Σ worths of no better items / own worth), over the items that top_k leaves."""
     x, y = lists
     worths = np.array([WORTHS[worth](score) for score in x])
     owed = 0.0
@@ -198,7 +200,7 @@ def values_of_random_ties(count: int) -> list[float]:
 def test_random_ties_are_each_of_the_orders() -> None:
     of_both_orders = [
         reference.plackett_luce(TIED_SCORES, torch.tensor(order)).item()
-        for order in ([3.0, 2.0, 1.0, 0.0], [3.0, 1.0, 2.0, 0.0])
+        for order in ([3.0, 2.0, 1.0, 0.0], [3.0, 1.0, 2.0, 0.0])  # the second and third are tied
     ]
     assert sorted({*values_of_random_ties(40)}) == pytest.approx(sorted(of_both_orders))
 
@@ -212,7 +214,8 @@ def test_random_ties_are_one_shuffle_for_all_lists() -> None:
     assert first == second
 
 
-def test_leading_dimensions_are_lists_and_nan_is_that_of_its_list() -> None:
+def test_nan_in_one_of_many_lists_is_in_its_value_and_gradient_alone() -> None:
+    """Leading dimensions are lists."""
     x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = torch.arange(30.0).view(2, 3, 5)
     y[0, 1, 2] = math.nan
@@ -233,6 +236,7 @@ def test_nan_of_an_array_is_nan() -> None:
 
 
 def test_integers_that_are_one_number_in_float64_are_no_tie() -> None:
+    """The second item is the better one, by its score and its order; a tie would cost more."""
     order = np.array([2**53, 2**53 + 1])
     assert reference.plackett_luce([0.0, 1.0], order) == pytest.approx(math.log1p(math.exp(-1)))
 
@@ -270,7 +274,7 @@ def test_tensors_keep_their_device() -> None:
     x = torch.rand(4, 3, device="meta")
     terms = [term(x, x, lists="batch", diagonal=False) for term in TERMS.values()]
     for value in (reference.plackett_luce(x, x, worth="shifted"), *terms):
-        assert value.device.type == "meta"
+        assert value.device == x.device
 
 
 # --- the terms --------------------------------------------------------------------------------------------
@@ -350,7 +354,8 @@ def test_reductions_are_of_the_same_summands(term: str, batch: Batch, lists: str
     assert mean.item() == pytest.approx(total.item() / (n * items), rel=1e-12, abs=1e-12)
 
 
-# Of three orthogonal pairs each list has one winner and two tied others: ranks 1, 2, 2.
+# Of three orthogonal pairs at scale 2 each list has a winner of score 2 and two others, tied at 0:
+# ranks 1, 2, 2. An item costs log(Σ exp of no better scores) − its own score.
 OF_WINNER, OF_OTHERS = math.log(math.exp(2) + 2) - 2, math.log(2)
 
 
@@ -370,13 +375,14 @@ def test_lambda_weights_and_their_loss_written_out_by_hand() -> None:
     scores, grades = [3.0, 2.0, 1.0], [0.0, 2.0, 1.0]
     first, second, third = 1.0, 1 / math.log2(3), 1 / 2  # discounts by rank
     ideal = 2 * first + 1 * second
-    owed = np.zeros((3, 3))  # of a better item and a worse one
-    owed[1, 0] = (first - second + 10 * (first - second)) * 2 / ideal
-    owed[1, 2] = (second - third + 10 * (first - second)) * 1 / ideal
-    owed[2, 0] = (first - third + 10 * (second - third)) * 1 / ideal
-    np.testing.assert_allclose(reference.lambda_weights(scores, grades), owed, rtol=1e-14)
-    value = sum(
-        owed[better, worse] * math.log1p(math.exp(scores[worse] - scores[better]))
+    mu = 10  # NDCG-Loss2++: the discounts' difference by ranks, and μ times that by the ranks' distance
+    weights = np.zeros((3, 3))  # by a better item and a worse one
+    weights[1, 0] = (first - second + mu * (first - second)) * 2 / ideal
+    weights[1, 2] = (second - third + mu * (first - second)) * 1 / ideal
+    weights[2, 0] = (first - third + mu * (second - third)) * 1 / ideal
+    np.testing.assert_allclose(reference.lambda_weights(scores, grades), weights, rtol=1e-14)
+    expected = sum(
+        weights[better, worse] * math.log1p(math.exp(scores[worse] - scores[better]))
         for better, worse in ((1, 0), (1, 2), (2, 0))
     )
-    assert reference.lambda_loss(scores, grades) == pytest.approx(value, rel=1e-14)
+    assert reference.lambda_loss(scores, grades) == pytest.approx(expected, rel=1e-14)

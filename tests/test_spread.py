@@ -26,14 +26,15 @@ from rankloss.spread import EPSILON, spread
 ALONE = Gather.of(False)
 
 
-def pairs_sum(image_features: Tensor, text_features: Tensor, **_: Any) -> Tensor:
-    """A base that needs no memory of its own."""
+def dot_products(image_features: Tensor, text_features: Tensor, **_: Any) -> Tensor:
+    """A base loss without a matrix: minus the mean cosine of the pairs."""
     return -(image_features * text_features).sum(-1).mean()
 
 
 def by_definition(v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The term in plain torch, from the matrices of similarities."""
-    return one_process.spread(one_process.View(v, t, s, v, t, 0))
+    """The term in plain torch, from the matrices of similarities of the whole batch in one process."""
+    whole_batch = one_process.View(v, t, s, image_anchors=v, text_anchors=t, first=0)
+    return one_process.spread(whole_batch)
 
 
 # --- value and gradients ----------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ def test_value_and_slopes_are_the_references(batch: Batch, weight: float) -> Non
     inputs = batch.leaves()
 
     def literal(v: Any, t: Any, s: Any) -> float:
-        return reference.clip(v, t, s) + weight * reference.spread(v, t, batch.scale)  # a constant scale
+        constant_scale = batch.scale
+        return reference.clip(v, t, s) + weight * reference.spread(v, t, constant_scale)
 
     value = SpreadLoss(weight=weight)(*inputs)
     assert relative_error(value, literal(*(x.detach().cpu().numpy() for x in inputs))) < 1e-10
@@ -62,8 +64,8 @@ def test_gradients_of_every_input_are_the_definitions(batch: Batch, upstream: fl
 
 def test_items_are_pushed_by_their_similarities_in_standard_deviations() -> None:
     """The gradient as docs/method.md has it."""
-    n = 9
-    x, _, _ = random_batch(seed=3, n=n, d=5, scale=1.0).leaves()
+    n, d = 9, 5  # computed by the covariance, as d < n
+    x, _, _ = random_batch(seed=3, n=n, d=d, scale=1.0).leaves()
     (gradient,) = torch.autograd.grad(spread(x, ALONE, x.dtype), x)
     similarities, is_other = (x @ x.T).detach(), 1 - torch.eye(n, dtype=x.dtype)
     means = (similarities * is_other).sum(-1, keepdim=True) / (n - 1)
@@ -86,8 +88,8 @@ def test_the_two_ways_to_compute_it_agree() -> None:
 
 @pytest.mark.parametrize("d", [3, 8], ids=["covariance", "similarities"])
 def test_second_derivatives_are_right(d: int) -> None:
-    v, t, s = random_batch(seed=1, n=6, d=d, scale=5.0).leaves()
-    assert torch.autograd.gradgradcheck(lambda v, t: SpreadLoss(pairs_sum)(v, t, s), (v, t))
+    v, t, s = random_batch(seed=1, n=6, d=d, scale=5.0).leaves()  # covariances where d < n
+    assert torch.autograd.gradgradcheck(lambda v, t: SpreadLoss(dot_products)(v, t, s), (v, t))
 
 
 @pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
@@ -103,8 +105,10 @@ def test_the_term_gives_the_scale_no_gradient(d: int) -> None:
 @pytest.mark.parametrize("d", [4, 12], ids=["covariance", "similarities"])
 def test_the_term_is_proportional_to_the_scale(d: int) -> None:
     v, t, s = random_batch(seed=0, n=8, d=d, scale=10.0).leaves()
-    term, of_three_times = (SpreadLoss()(v, t, x, output_dict=True)["spread_loss"] for x in (s, 3 * s))
-    torch.testing.assert_close(of_three_times, 3 * term)
+    of_scale, of_three_times_the_scale = (
+        SpreadLoss()(v, t, scale, output_dict=True)["spread_loss"] for scale in (s, 3 * s)
+    )
+    torch.testing.assert_close(of_three_times_the_scale, 3 * of_scale)
 
 
 def test_a_frozen_modality_changes_no_other_gradient() -> None:
@@ -128,9 +132,10 @@ def test_equal_rows_have_a_finite_gradient_and_next_to_no_spread(n: int, dtype: 
 
 
 def test_two_pairs_have_one_similarity_each_and_no_spread() -> None:
-    v, t, s = random_batch(seed=0, n=2, d=16, scale=100.0).leaves(torch.float32)
-    loss = SpreadLoss(pairs_sum)(v, t, s, output_dict=True)["spread_loss"]
-    assert loss.item() == pytest.approx(0.3 * 100 * math.sqrt(EPSILON))
+    scale, weight = 100.0, 0.3
+    v, t, s = random_batch(seed=0, n=2, d=16, scale=scale).leaves(torch.float32)
+    loss = SpreadLoss(dot_products, weight=weight)(v, t, s, output_dict=True)["spread_loss"]
+    assert loss.item() == pytest.approx(weight * scale * math.sqrt(EPSILON))
     assert all(x.norm() == 0 for x in gradients(loss, (v, t), upstream=1.7))
 
 
@@ -158,7 +163,7 @@ def test_float32_is_as_exact_as_its_sums_at_every_scale(kind: str, n: int, d: in
     of_scale_1 = by_definition(*exact, torch.tensor(1.0, dtype=torch.float64))
     slopes_of_scale_1 = gradients(of_scale_1, exact, upstream=1.7)
     for scale in (1.0, 14.3, 100.0):
-        entry = SpreadLoss(pairs_sum, weight=1.0)(*rounded, scale, output_dict=True)["spread_loss"]
+        entry = SpreadLoss(dot_products, weight=1.0)(*rounded, scale, output_dict=True)["spread_loss"]
         assert relative_error(entry, scale * of_scale_1) < 2e-6
         for slope, owed in zip(gradients(entry, rounded, upstream=1.7), slopes_of_scale_1, strict=True):
             assert relative_error(slope, scale * owed) < 1e-5
@@ -171,7 +176,7 @@ def test_half_precision_features_are_computed_in_float32(n: int, dtype: torch.dt
     owed = spread(half.double(), ALONE, torch.float64)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            entry = SpreadLoss(pairs_sum, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
+            entry = SpreadLoss(dot_products, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
         assert entry.dtype == torch.float32
         assert relative_error(entry, owed) < 1e-4
 
@@ -183,8 +188,11 @@ def test_the_backward_pass_keeps_the_features_as_many_numbers_more_and_the_covar
     n, d = 2048, 64
     x = drawn("independent", n, d).float().requires_grad_()
     kept = saved_bytes(lambda: spread(x, ALONE, torch.float32))
-    features, covariance_and_mean, of_each_row = 2 * n * d, d * d + d, 4 * n
-    assert 4 * features < kept <= 4 * (features + covariance_and_mean + of_each_row) + 64
+    features_and_as_many_more, covariance_and_mean = 2 * n * d, d * d + d
+    numbers_of_each_row, single_numbers = 4 * n, 16
+    at_most = features_and_as_many_more + covariance_and_mean + numbers_of_each_row + single_numbers
+    bytes_of_a_number = torch.float32.itemsize
+    assert bytes_of_a_number * features_and_as_many_more < kept <= bytes_of_a_number * at_most
 
 
 @pytest.mark.parametrize("n", [512, 1024])
@@ -192,46 +200,51 @@ def test_memory_is_linear_in_the_pairs(n: int) -> None:
     d = 32
     v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
     with TensorSizes() as sizes, LiveBytes() as live:
-        SpreadLoss(pairs_sum)(v, t, 10.0).backward()
+        SpreadLoss(dot_products)(v, t, 10.0).backward()
     assert sizes.largest == n * d
-    assert live.peak < 4 * 9 * (n * d + d * d)
+    # Counted: 7 times the features and the covariance of a modality, as both have gradients. One matrix of
+    # similarities would be 16 or 32 times the features.
+    bytes_of_features_and_covariance = torch.float32.itemsize * (n * d + d * d)
+    assert live.peak < 9 * bytes_of_features_and_covariance
 
 
 def test_a_step_holds_the_features_and_a_covariance_a_modality_more_than_its_base() -> None:
     n, d = 1024, 64
 
     def peak_of(loss: Any) -> int:
+        """The most bytes that live at a time in a step."""
         v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
         with LiveBytes() as live:
             loss(v, t, 10.0).backward()
         return live.peak
 
-    features_and_covariances = 2 * (n * d + d * d)
-    more = peak_of(SpreadLoss()) - peak_of(ClipLoss())
-    assert 4 * features_and_covariances <= more <= 4 * (features_and_covariances + 16 * n)
+    features_and_covariances, numbers_of_each_pair = 2 * (n * d + d * d), 16 * n
+    numbers_more = (peak_of(SpreadLoss()) - peak_of(ClipLoss())) / torch.float32.itemsize
+    assert features_and_covariances <= numbers_more <= features_and_covariances + numbers_of_each_pair
 
 
 def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
     n, d = 16, 512
     v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
     with TensorSizes() as sizes:
-        SpreadLoss(pairs_sum)(v, t, 10.0).backward()
+        SpreadLoss(dot_products)(v, t, 10.0).backward()
     assert sizes.largest == n * d
 
 
 def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward() -> None:
     processes, n, d = 1024, 4, 32
     v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
-    everyone = [x.repeat(processes, 1) for x in (v, t)]
-    with one_of(processes, (v, t), everyone):
+    features_of_all = [x.repeat(processes, 1) for x in (v, t)]
+    with one_of(processes, (v, t), features_of_all):
         loss = SpreadLoss()
         with Collectives() as forward:
             value = loss(v, t, 10.0)
         with Collectives() as backward:
             value.backward()
-    numbers, checks = 2 * (d + d * d), 2  # of both modalities; of the loss and its base
-    assert forward.filled == {"allreduce": 4 * numbers + 24 * checks}
-    assert backward.filled == {"allreduce": 4 * numbers}
+    bytes_of_sums = 2 * (d + d * d) * torch.float32.itemsize  # a mean and a covariance of each modality
+    bytes_of_checks = 2 * 24  # of the loss and of its base, three numbers of 8 bytes each
+    assert forward.filled == {"allreduce": bytes_of_sums + bytes_of_checks}
+    assert backward.filled == {"allreduce": bytes_of_sums}
 
 
 # --- composition ------------------------------------------------------------------------------------------
@@ -250,6 +263,7 @@ def test_entries_are_the_bases_and_its_own_and_add_up(base: Any) -> None:
 
 
 def test_encoders_that_share_no_space_have_a_spread() -> None:
+    """Texts of three dimensions, images of six; the base compares items of one modality alone."""
     v, t, s = random_batch(seed=0, n=9, d=6, scale=10.0).leaves()
     narrow = F.normalize(t[:, :3], dim=-1)
     base = RankClipLoss(lambda *_, **__: v.sum(), lambda_cross=0.0, schedule="constant")
