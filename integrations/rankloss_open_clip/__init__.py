@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 _MAINS = ("open_clip_train/main.py", "rankloss_open_clip/__main__.py")
-_reported = False
+_reported = False  # whether this process has been warned of a damaged file
 
 failures: dict[str, Exception] = {}
 """The errors, by the module that could not be patched."""
@@ -97,6 +97,6 @@ def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:
 
 
 def raise_failures() -> None:
-    """Raise an ImportError if a module could not be patched."""
+    """Raise an ImportError for the first module that could not be patched, if there is one."""
     for name, error in failures.items():
         raise ImportError(refusal(name, error)) from error

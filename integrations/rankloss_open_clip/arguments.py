@@ -33,7 +33,10 @@ def chosen(args: Any) -> Choice:
     Raises:
         ValueError: As :meth:`rankloss_trainers.command_line.LossArguments.chosen`.
     """
-    losses = LossArguments(argparse.ArgumentParser(), catalog.names_of(args.loss))
+    unused_parser = (
+        argparse.ArgumentParser()
+    )  # to which the losses add their options; args are parsed already
+    losses = LossArguments(unused_parser, catalog.names_of(args.loss))
     choice = losses.chosen(args)
     assert choice is not None  # the name is of the catalogue
     return choice
@@ -88,7 +91,7 @@ def _parsed_by_trainer(parse_args: Callable[[list[str]], Any], rest: list[str], 
             return parse_args(rest)
         except SystemExit:
             _, _, unknown = errors.getvalue().partition("unrecognized arguments:")  # argparse's words
-            flags_of_losses = parser._option_string_actions
+            flags_of_losses = parser._option_string_actions  # argparse has no public list of them
             hint = misspelt(unknown.split(), flags_of_losses)
             if hint:
                 print(hint.removeprefix("; "), file=sys.stderr)
@@ -119,11 +122,17 @@ def requested(args: Any) -> str | None:
     Raises:
         RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
     """
-    swallowed: Any = getattr(args, "loss_dist_impl", None)
-    is_its_own_value = swallowed in (None, "bidir", "shift", "reduce", "gather")
-    if not is_its_own_value and _is_named(swallowed):
+    dist_impl: Any = getattr(args, "loss_dist_impl", None)
+    is_dist_impl = dist_impl in (
+        None,
+        "bidir",
+        "shift",
+        "reduce",
+        "gather",
+    )  # open_clip's values of the option
+    if not is_dist_impl and _is_named(dist_impl):
         raise RuntimeError(
-            f"--loss {swallowed} was read as --loss-dist-impl {swallowed}: start the training with "
+            f"--loss {dist_impl} was read as --loss-dist-impl {dist_impl}: start the training with "
             "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
         )
     name = getattr(args, "loss", None)

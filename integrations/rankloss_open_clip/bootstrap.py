@@ -47,7 +47,7 @@ def problems() -> list[str]:
         return [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
     from rankloss_trainers.import_hook import waits_for
 
-    if waits_for(PARAMS):
+    if waits_for(PARAMS):  # torch has loaded the plug-in
         return []
     switch = "TORCH_DEVICE_BACKEND_AUTOLOAD"
     return [
@@ -75,6 +75,7 @@ def _patch_or_raise(module: ModuleType) -> None:
         report_damage(error)
         raise
     patch_functions(module)
+    # Asked of the function itself: a damaged patches.py may do nothing, and raise nothing.
     if module.__name__ == PARAMS and not hasattr(module.parse_args, "__wrapped__"):
         raise AttributeError("parse_args is not patched")
 
@@ -96,7 +97,8 @@ def attach() -> None:
     """Patch the modules that are loaded, and the others once they are. Safe to call twice.
 
     Raises:
-        SystemExit: That is impossible, and this process is the trainer, started with ``--loss``.
+        SystemExit: The modules cannot be waited for, and this process is the trainer, started with
+            ``--loss``.
     """
     try:
         from rankloss_trainers.import_hook import after_import, waits_for

@@ -32,28 +32,33 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
         RuntimeError: The loss has a state of tensors, and there is no optimizer.
     """
     has_state = bool(loss.criterion.state_dict())
-    if optimizer is None:  # only the text about the training is lost
+    if optimizer is None:
         if has_state:
             raise RuntimeError(
                 f"{loss.name} has a state, and this trainer's epochs no optimizer to save it with"
             )
-        return
-    is_sharded = getattr(args, "fsdp", False)  # FSDP saves the optimizer's own entries alone
-    if is_sharded and not has_state:
-        return
-    # A file of weights alone begins at epoch 0, and has no state to miss.
-    if getattr(args, "resume", None) is not None and epoch > 0:
-        state: Any = None
-        if not is_sharded:
-            with fsspec.open(args.resume, "rb") as file:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            state = checkpoint["optimizer"].get(KEY)
-        loss.restore(state, warn=getattr(args, "rank", 0) == 0)
+        return  # without a state only the text about the training is lost
 
-    if is_sharded:
+    # A file of weights alone begins at epoch 0, and has no state to miss.
+    is_resumed = getattr(args, "resume", None) is not None and epoch > 0
+    warn = getattr(args, "rank", 0) == 0
+    if getattr(
+        args, "fsdp", False
+    ):  # FSDP saves the optimizer's own entries alone: the hook would do nothing
+        if is_resumed and has_state:
+            loss.restore(None, warn=warn)  # which warns that the state starts anew
         return
+    if is_resumed:
+        loss.restore(_state_in(args.resume), warn=warn)
 
     def with_state_of_loss(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
         return {**saved, KEY: loss.saved()}
 
     optimizer.register_state_dict_post_hook(with_state_of_loss)
+
+
+def _state_in(checkpoint: str) -> Any:
+    """The state of a loss in a checkpoint's file; None in that of a run without rankloss."""
+    with fsspec.open(checkpoint, "rb") as file:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    return content["optimizer"].get(KEY)

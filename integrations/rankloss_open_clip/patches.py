@@ -64,17 +64,19 @@ def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
 
 
 def _with_loss(replacement: str, *layouts: set[str]) -> Wrapper:
-    """Call a function of ``training`` in place of one that has these parameters, in a run with ``--loss``.
+    """A wrapper that calls a function of ``training`` in place of the original, in a run with ``--loss``.
 
     Args:
         replacement: The name of the function of ``training``, which takes the original and the bound
             arguments.
-        *layouts: The parameters that the original has at least, by trainer: one of these sets.
+        *layouts: Sets of parameters, one for each generation of trainers; the original has all of one set,
+            or is refused.
     """
 
     def wrapper(original: Original) -> Original:
         signature = inspect.signature(original)
-        if not any(layout <= signature.parameters.keys() for layout in layouts):
+        is_known = any(layout <= signature.parameters.keys() for layout in layouts)
+        if not is_known:
             raise TypeError(f"{original.__module__}.{original.__name__} has unknown parameters: {signature}")
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -75,19 +75,23 @@ class TrainerLoss(Runtime):
         super().__init__(HOST, losses, options, base=base, gather=gather)
         self.args = args
         self.takes_trainers_teacher = distils(args) and self.teaching.use == "required"
-        self.has_fixed_entries = getattr(args, "torchcompile", False)
+        self.has_fixed_entries = getattr(args, "torchcompile", False)  # or a new entry would compile it again
         self.sums_every_value = True
         self.place: Place | None = None
         self._calls = 0  # in this epoch
 
     def on(self, base: Any) -> TrainerLoss:
-        """The losses on the trainer's loss: this object where it is the expected one of open_clip's."""
-        expected = _SigLipLoss if getattr(self.args, "siglip", False) else open_clip.ClipLoss
-        if self.takes_trainers_teacher or type(base) is expected:
+        """These losses on the loss that the trainer built.
+
+        They are this object itself where that is open_clip's own loss, for which they have rankloss's, or its
+        distillation loss, whose teacher they learn from.
+        """
+        open_clips_own = _SigLipLoss if getattr(self.args, "siglip", False) else open_clip.ClipLoss
+        if self.takes_trainers_teacher or type(base) is open_clips_own:
             return self
-        run = TrainerLoss(self.args, self.losses, self.options, base)
-        run.teaching.features = self.teaching.features  # which may have been computed for this run
-        return run
+        on_base = TrainerLoss(self.args, self.losses, self.options, base)
+        on_base.teaching.features = self.teaching.features  # which may have been computed for this run
+        return on_base
 
     def text_columns(self) -> TextColumns | None:
         """Columns of every training text, as far as they are known; None for losses of pairs alone."""
@@ -110,14 +114,17 @@ class TrainerLoss(Runtime):
 
         Some trainers give the features and the scale by position.
         """
-        inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
+        names_by_position = (*NAMES, "logit_scale")
+        inputs.update(zip(names_by_position, features, strict=False))  # often none is given by position
         if self.takes_trainers_teacher:
             inputs = _with_trainers_teacher(inputs)
         self._announce_step()
         entries: Entries = super().forward(**inputs)
         if not output_dict:
             return entries.total
-        return LoggedTerms(*entries) if self.sums_every_value else {**entries.terms, **entries.metrics}
+        if self.sums_every_value:
+            return LoggedTerms(*entries)  # whose values are the terms alone
+        return {**entries.terms, **entries.metrics}
 
     def _announce_step(self) -> None:
         """Announce the optimizer step of a call; gradient accumulation makes several calls for one."""

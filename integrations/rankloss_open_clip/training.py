@@ -66,8 +66,9 @@ def check_arguments(run: TrainerLoss) -> None:
     for reason, holds in _exclusions(run):
         if holds:
             raise ValueError(f"{run.name} does not work with {reason}")
-    own_teacher, is_required = run.teaching.teacher, run.teaching.use == "required"
+    own_teacher = run.teaching.teacher  # of --loss-teacher
     trainers_teacher = _flags_of_teacher(run.args)
+    is_required = run.teaching.use == "required"
     if own_teacher is not None and trainers_teacher:
         raise OptionError("teacher", f"excludes {trainers_teacher}, which is a teacher too")
     if run.options.teacher == GIVEN and not trainers_teacher:
@@ -88,27 +89,33 @@ def check_distillation(args: Any) -> None:
 
 
 def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
-    """Parts of the trainer that losses may exclude, with True where these do."""
+    """Parts of the trainer in words, with True for those that are in use and that the losses exclude."""
     args = run.args
+    replaces_loss = any(loss.replaces for loss in run.losses)
     takes_more_texts = any(loss.columns is not None for loss in run.losses)
-    takes_columns = takes_more_texts or run.teaching.teacher is not None
-    replaces = any(loss.replaces for loss in run.losses)
+    takes_columns = takes_more_texts or run.teaching.teacher is not None  # whose rows are a column
 
+    horovod = _flags(args, "horovod")
     model = getattr(args, "model", "").lower()
-    is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
+    is_coca, is_generative = "coca" in model, "genlip" in model or "genlap" in model  # of the main branch
     data_type = getattr(args, "dataset_type", None) or ""
-    has_no_pairs = "audio" in data_type or (takes_columns and data_type == "synthetic")
-    other_texts = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
-    teacher = _flags_of_teacher(args)
-    keeps_distillation = bool(teacher) and run.teaching.use != "required"
+    has_no_pairs = "audio" in data_type
+    has_no_columns = data_type == "synthetic"
+    ways_without_columns = _flags(args, "torchscript", "json_text_key", "variable_text", "use_naflex")
+    trainers_teacher = _flags_of_teacher(args)
+    keeps_distillation = trainers_teacher != "" and run.teaching.use != "required"
     return [
-        ("--horovod", bool(_flags(args, "horovod"))),
+        ("--horovod", horovod != ""),
         (model, is_generative),
-        (f"--dataset-type {data_type}", has_no_pairs),
-        (other_texts, takes_columns and bool(other_texts)),
-        ("CoCa", (takes_columns or replaces) and "coca" in model),
-        (f"{teacher}, whose loss it would replace", replaces and keeps_distillation),
-        (f"{teacher}, whose teacher takes one caption per image", takes_more_texts and bool(teacher)),
+        (f"--dataset-type {data_type}", has_no_pairs or (takes_columns and has_no_columns)),
+        (ways_without_columns, takes_columns and ways_without_columns != ""),
+        # CoCa's captioning term would be lost, or would be of texts that the columns have changed.
+        ("CoCa", is_coca and (replaces_loss or takes_columns)),
+        (f"{trainers_teacher}, whose loss it would replace", replaces_loss and keeps_distillation),
+        (
+            f"{trainers_teacher}, whose teacher takes one caption per image",
+            takes_more_texts and trainers_teacher != "",
+        ),
     ]
 
 
@@ -118,7 +125,7 @@ def _flags_of_teacher(args: Any) -> str:
 
 
 def _flags(args: Any, *names: str) -> str:
-    """The flags, of these arguments, that are given."""
+    """The flags of those of these arguments that are given, separated by commas; empty if none is."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
 
@@ -156,7 +163,7 @@ def device_of(args: Any) -> str:
 
 @contextlib.contextmanager
 def _naming_train_data() -> Iterator[None]:
-    """Let an error of the training data begin with their flag, unless it begins with one."""
+    """Let an error of the training data begin with ``--train-data``, unless it begins with another flag."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -217,7 +224,12 @@ def compute_teacher(run: TrainerLoss, data: Any) -> None:
 
 
 def create_loss(original: Callable[..., Any], bound: BoundArguments) -> nn.Module:
-    """A loss for a trainer that adds up every value of the dict that a loss returns."""
+    """A loss for a trainer that adds up every value of the dict that a loss returns.
+
+    Args:
+        original: The trainer's function, which builds its own loss.
+        bound: The arguments of the call.
+    """
     return build_loss(original(*bound.args, **bound.kwargs), bound.arguments["args"], sums_every_value=True)
 
 
@@ -230,7 +242,7 @@ def create_task(original: Callable[..., Any], bound: BoundArguments) -> Any:
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
     """The losses of a run on the loss that the trainer built, which are logged. See :class:`TrainerLoss`."""
-    if isinstance(base, TrainerLoss):  # from a factory within this one
+    if isinstance(base, TrainerLoss):  # from a patched factory that the original has called
         return base
     loss = run_of(args).on(base).to(getattr(args, "device", None))
     loss.sums_every_value = sums_every_value
@@ -255,7 +267,7 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
         RuntimeError: The run asks for a loss of the catalogue and trains with another.
     """
     arguments = dict(bound.arguments)
-    if "state" in arguments:  # of open_clip's later trainer: it holds the task, and the task model and loss
+    if "state" in arguments:  # of open_clip's later trainer, whose epochs take loss and model in a task
         state = arguments["state"]
         of_task = {"loss": state.task.loss, "model": state.task.trainable_module}
         arguments = {**vars(state), **arguments, **of_task}
@@ -266,7 +278,8 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
             "run `rankloss doctor` for advice"
         )
-    if loss.place is None:
+    is_first_epoch_of_run = loss.place is None
+    if is_first_epoch_of_run:
         _log_summary(loss)  # again, where a reader of a long log looks: as the last line before training
         columns = getattr(train, _TEXT_COLUMNS, None)
         if columns is not None:
@@ -284,16 +297,16 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     columns = run_of(args).text_columns() if arguments["is_train"] else None
     if columns is None:
         return original(*bound.args, **bound.kwargs)
-    arguments["tokenizer"] = columns.tokenizer(arguments["tokenizer"])  # of the original's call below
+    arguments["tokenizer"] = columns.tokenizer(arguments["tokenizer"])  # in bound.args and bound.kwargs, too
     # A webdataset's pipeline is built inside the call, so the reader of its samples is replaced during it.
-    module_names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
-    read_samples: Any = module_names.get(reader)
-    members = members_of(args, module_names)
-    module_names[reader] = functools.partial(columns.join_samples, read_samples, members)
+    names_of_module, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
+    read_samples: Any = names_of_module.get(reader)
+    members = members_of(args, names_of_module)
+    names_of_module[reader] = functools.partial(columns.join_samples, read_samples, members)
     try:
         info = original(*bound.args, **bound.kwargs)
     finally:
-        module_names[reader] = read_samples
+        names_of_module[reader] = read_samples
     setattr(info, _TEXT_COLUMNS, columns)
     dataset = getattr(info.dataloader, "dataset", None)
     if hasattr(dataset, "captions"):  # of a CSV file
@@ -301,16 +314,16 @@ def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     return info
 
 
-def members_of(args: Any, module_names: Mapping[str, Any]) -> Members:
+def members_of(args: Any, names_of_module: Mapping[str, Any]) -> Members:
     """The members of a webdataset sample that the trainer takes.
 
     Args:
         args: Its arguments; early releases have no such options, and one extension of captions.
-        module_names: The names of its module of data.
+        names_of_module: The names of its module of data.
     """
     captions, images = getattr(args, "text_key", None), getattr(args, "image_key", None)
     return Members(
         captions=extensions(captions) if captions else Members.captions,
         images=extensions(images) if images else Members.images,
-        skips_blank="FilterNonEmptyText" in module_names,  # the class of releases that do
+        skips_blank="FilterNonEmptyText" in names_of_module,  # the class of releases that do
     )

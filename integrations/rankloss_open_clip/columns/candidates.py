@@ -96,9 +96,10 @@ class Candidates:
         """
         columns = read_columns(path, separator, CANDIDATES, GRADES)
         rows = zip(dataset.images, dataset.captions, *columns, strict=True)
-        pairs, lists = [], []
+        ids_of_rows, lists = [], []
         for number, (image, caption, candidates, grades) in enumerate(rows, start=1):
-            pairs.append((hash_identity(os.path.normpath(str(image))), hash_identity(str(caption))))
+            picture_id = hash_identity(os.path.normpath(str(image)))
+            ids_of_rows.append((picture_id, hash_identity(str(caption))))
             lists.append(self._read_list(caption, candidates, grades, f"row {number} of {path}"))
         if not any(has_order(grades) for _, grades in lists):
             warn_of_ties(path)
@@ -106,7 +107,7 @@ class Candidates:
             self.max_candidates = max(len(captions) for captions, _ in lists) - self.own_places
         return [
             json.dumps([picture_id, own_id, captions, grades])
-            for (picture_id, own_id), (captions, grades) in zip(pairs, lists, strict=True)
+            for (picture_id, own_id), (captions, grades) in zip(ids_of_rows, lists, strict=True)
         ]
 
     def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> str:

@@ -92,7 +92,7 @@ class RowColumn:
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
         widths = list(self._widths.values())
-        padded = encoded.contiguous().view(torch.float32)
+        padded = encoded.contiguous().view(torch.float32)  # as encode has packed them, two to an integer
         parts = padded[:, : sum(widths)].split(widths, dim=1)
         features = {name: part.contiguous() for name, part in zip(self._widths, parts, strict=True)}
         return {**output, **features}

@@ -188,7 +188,7 @@ class TextColumns:
 
     def tokenizer(self, tokenizer: Any) -> Callable[[Any], Tensor]:
         """The trainer's tokenizer for texts with columns: ``[n, 1 + columns, width]``."""
-        self.context = tokenizer([""]).shape[-1]
+        self.context = tokenizer([""]).shape[-1]  # which attach cuts the padded tokens to
         return functools.partial(_tokenized, tokenizer, self.parts)  # which other processes can be sent
 
     # --- the model ----------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def _tokenized(tokenizer: Any, parts: Sequence[TextColumn], texts: str | list[st
             names = " and ".join(part.name for part in parts)
             raise TypeError(f"the trainer's data path has lost the {names} of caption {caption!r:.60}")
         texts_of_captions.append(caption.columns)
-    texts_of_columns = zip(*texts_of_captions, strict=True)
+    texts_of_columns = zip(*texts_of_captions, strict=True)  # transposed: for each column its n texts
     encoded = [tokenize(list(captions))]
     for part, texts_of_column in zip(parts, texts_of_columns, strict=True):
         encoded.append(part.encode(tokenize, list(texts_of_column)))
