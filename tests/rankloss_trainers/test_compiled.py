@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from test_lightning import Module, fit, lambdas
 from test_named_losses import NAMES, N, Towers, loss_of_rows
 from tiny_sentences import rank_clip, tiny_model, train
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import rankloss_trainers
 
@@ -36,26 +37,15 @@ def weights(module: nn.Module) -> torch.Tensor:
 STEPS = 4
 
 
-class CountGraphs:
-    """A backend of ``torch.compile`` that runs each graph as it is, and counts the graphs."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: Any) -> Callable[..., Any]:
-        self.count += 1
-        return graph.forward
-
-
 def train_in_loop(
-    name: str, *, is_told_inside: bool, backend: CountGraphs | None = None
+    name: str, *, is_told_inside: bool, backend: CompileCounter | None = None
 ) -> dict[str, torch.Tensor]:
     """Train in a loop of one's own, with a λ that grows.
 
     Args:
         name: The loss.
         is_told_inside: Whether the step itself tells the loss of its progress, or the loop around it.
-        backend: Compiles the step, if given.
+        backend: Compiles the step, if given: it runs each graph as it is, and counts the graphs.
 
     Returns:
         The loss's values at each step; at the end, the weights of the model and the state of the loss.
@@ -88,9 +78,9 @@ def train_in_loop(
 def test_a_compiled_step_of_a_loop_is_the_step(name: str) -> None:
     expected = train_in_loop(name, is_told_inside=False)
     for is_told_inside in (False, True):
-        backend = CountGraphs()
+        backend = CompileCounter()
         actual = train_in_loop(name, is_told_inside=is_told_inside, backend=backend)
-        assert backend.count > 0, "nothing was compiled"
+        assert backend.frame_count > 0, "nothing was compiled"
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -104,10 +94,10 @@ class Quiet(Module):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lightning's own
 def test_a_compiled_lightning_module_trains_as_the_module(tmp_path: Path) -> None:
-    plain, compiled, backend = Quiet(), Quiet(), CountGraphs()
+    plain, compiled, backend = Quiet(), Quiet(), CompileCounter()
     fit(tmp_path, plain)
     fit(tmp_path, torch.compile(compiled, backend=backend))
-    assert backend.count > 0, "nothing was compiled"
+    assert backend.frame_count > 0, "nothing was compiled"
     assert lambdas(compiled) == lambdas(plain)
     assert len({*lambdas(compiled)}) == 8, "λ changes at each step"
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-5, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from rankloss_trainers.clip_ids import PartnersLog
 from rankloss_trainers.pair_ids import CAPTIONS, check_column, count_partners, hash_tokens, make_ids
 
 TEXTS = ["a cat", "a dog", "a cat", "a cat ", ""]
-OF_A_CAT = 1032509871426853262  # whatever the seed of Python's own hashes
+ID_OF_A_CAT = 1032509871426853262  # as it was in another process: no seed of Python's own hashes is in it
 
 
 def test_texts_have_equal_ids_where_they_are_equal() -> None:
@@ -32,7 +31,7 @@ def test_texts_have_equal_ids_where_they_are_equal() -> None:
 
 
 def test_a_text_has_one_id_in_every_process() -> None:
-    assert make_ids(TEXTS, CAPTIONS)[0] == OF_A_CAT
+    assert make_ids(TEXTS, CAPTIONS)[0] == ID_OF_A_CAT
 
 
 def test_texts_of_an_array_have_the_ids_of_a_list() -> None:
@@ -40,88 +39,116 @@ def test_texts_of_an_array_have_the_ids_of_a_list() -> None:
 
 
 def test_integers_are_ids_as_they_are() -> None:
-    of_one_dtype = torch.tensor([3, -1], dtype=torch.int8), np.array([3, -1], dtype=np.int32)
-    for values in ([3, -1, 2**63 - 1, -(2**63)], [np.int16(3), np.int64(-1)], *of_one_dtype):
+    for values in (
+        [3, -1, 2**63 - 1, -(2**63)],
+        [np.int16(3), np.int64(-1)],
+        torch.tensor([3, -1], dtype=torch.int8),
+        np.array([3, -1], dtype=np.int32),
+    ):
         ids = make_ids(values, "id")
         assert ids.dtype == torch.int64
         assert ids.tolist() == [int(x) for x in values]
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "shown"),
     [
-        ([0.5], r"row 0 has float 0\.5"),
-        (["a", None], "row 1 has NoneType None"),
-        ([1, math.nan], "row 1 has float nan"),
-        ([True, False], "row 0 has bool True"),
-        ([("a", "b")], "tuple"),
-        ([1, "1"], "id .*1 in row 0 .*'1' in row 1"),
-        ([2**63], "9223372036854775808 in row 0"),
-        (torch.ones(3), r"id .*float32 \[3\]"),
-        (torch.ones(3, dtype=torch.bool), r"bool \[3\]"),
-        (torch.ones(3, 1, dtype=torch.int64), r"int64 \[3, 1\]"),
+        pytest.param([0.5], r"row 0 has float 0\.5", id="float"),
+        pytest.param(["a", None], "row 1 has NoneType None", id="None"),
+        pytest.param([1, math.nan], "row 1 has float nan", id="NaN"),
+        pytest.param([True, False], "row 0 has bool True", id="bool"),
+        pytest.param([("a", "b")], "tuple", id="tuple"),
+        pytest.param([1, "1"], "id .*1 in row 0 .*'1' in row 1", id="integer and text"),
+        pytest.param([2**63], "9223372036854775808 in row 0", id="beyond int64"),
+        pytest.param(torch.ones(3), r"id .*float32 \[3\]", id="float tensor"),
+        pytest.param(torch.ones(3, dtype=torch.bool), r"bool \[3\]", id="bool tensor"),
+        pytest.param(torch.ones(3, 1, dtype=torch.int64), r"int64 \[3, 1\]", id="matrix"),
     ],
 )
-def test_values_that_are_no_ids_are_shown(values: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_values_that_are_no_ids_are_shown(values: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=shown):
         make_ids(values, "id")
 
 
 def test_a_column_of_one_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"split .*5 rows"):
         check_column(make_ids(["train"] * 5, "split"), "split")
-    for ids in ([7, 7, 8], [7], []):  # two values, and columns too short to tell
-        check_column(torch.tensor(ids), "split")
+
+
+@pytest.mark.parametrize("ids", [[7, 7, 8], [7], []], ids=["two values", "too short to tell", "empty"])
+def test_a_column_of_two_values_or_less_than_two_rows_is_no_error(ids: list[int]) -> None:
+    check_column(torch.tensor(ids), "split")
 
 
 @given(st.lists(st.integers(-3, 3)))
-def test_partners_are_counted(ids: list[int]) -> None:
+def test_the_rows_whose_id_another_row_has_are_counted(ids: list[int]) -> None:
     assert count_partners(torch.tensor(ids, dtype=torch.int64)) == sum(ids.count(x) > 1 for x in ids)
 
 
-TOKENIZED = st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=2)
+TEXTS_OF_TOKENS = st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=2)
+"""Two or more texts of at most four tokens each, which are 0, 1 or 2."""
 
 
-@given(TOKENIZED)
-def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -> None:
-    """Wherever the padding is, however long a batch's other texts are, and without padding, as in bags."""
-
-    def padded(width: int, left: bool, pad: int) -> Tensor:
-        rows = []
-        for text in texts:
-            padding = [pad] * (width - len(text))
-            rows.append([*padding, *text] if left else [*text, *padding])
-        return torch.tensor(rows)
-
-    # A bag: all tokens in a row, and where each text begins.
+def ids_in_a_bag(texts: list[list[int]]) -> Tensor:
+    """The ids of texts in a bag: the tokens of all in one row, and where each text begins."""
     starts = torch.tensor([0, *map(len, texts)]).cumsum(0)[:-1]
     bag = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-    ids = hash_tokens({"input_ids": bag, "offsets": starts}, None)
+    return hash_tokens({"input_ids": bag, "offsets": starts}, None)
+
+
+def padded(texts: list[list[int]], *, width: int, is_left: bool, pad: int) -> Tensor:
+    """The texts in rows of a width, with padding on the left or on the right."""
+    rows = []
+    for text in texts:
+        padding = [pad] * (width - len(text))
+        rows.append([*padding, *text] if is_left else [*text, *padding])
+    return torch.tensor(rows)
+
+
+@given(TEXTS_OF_TOKENS)
+def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -> None:
+    ids = ids_in_a_bag(texts)
     assert (ids[:, None] == ids).tolist() == [[a == b for b in texts] for a in texts]
-    tokenizer = SimpleNamespace(pad_token_id=9)  # no token of a text
-    for width, left in itertools.product((4, 7), (False, True)):
-        mask = {"attention_mask": (padded(width, left, 9) != 9).float()}
-        assert torch.equal(hash_tokens({"input_ids": padded(width, left, 0), **mask}, None), ids)
-        for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
-            assert torch.equal(hash_tokens({"input_ids": padded(width, left, 9)}, processor), ids)
 
 
-def test_inputs_whose_padding_is_unknown_have_no_ids() -> None:
-    for inputs, tokenizer, named in (
-        ({"pixel_values": torch.ones(2, 3)}, None, "^input_ids .*pixel_values"),
-        ({"input_ids": torch.ones(2, 3)}, None, "^attention_mask,"),
-        ({"input_ids": torch.ones(2, 3)}, SimpleNamespace(pad_token_id=None), "^attention_mask,"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            hash_tokens(inputs, tokenizer)
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("width", [4, 7])
+@given(texts=TEXTS_OF_TOKENS)
+def test_padding_changes_no_id_of_tokens(texts: list[list[int]], width: int, is_left: bool) -> None:
+    """It is known by the attention mask, or by the padding token of a tokenizer or of a processor's."""
+    of_no_text = 9  # a token that no text has
+    unmasked = padded(texts, width=width, is_left=is_left, pad=of_no_text)
+    mask = (unmasked != of_no_text).float()
+    masked = {"input_ids": padded(texts, width=width, is_left=is_left, pad=0), "attention_mask": mask}
+    assert torch.equal(hash_tokens(masked, None), ids_in_a_bag(texts))
+    tokenizer = SimpleNamespace(pad_token_id=of_no_text)
+    for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
+        assert torch.equal(hash_tokens({"input_ids": unmasked}, processor), ids_in_a_bag(texts))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokenizer", "missing"),
+    [
+        pytest.param({"pixel_values": torch.ones(2, 3)}, None, "^input_ids .*pixel_values", id="no tokens"),
+        pytest.param({"input_ids": torch.ones(2, 3)}, None, "^attention_mask,", id="no tokenizer"),
+        pytest.param(
+            {"input_ids": torch.ones(2, 3)},
+            SimpleNamespace(pad_token_id=None),
+            "^attention_mask,",
+            id="a tokenizer without a padding token",
+        ),
+    ],
+)
+def test_inputs_whose_padding_is_unknown_have_no_ids(inputs: Any, tokenizer: Any, missing: str) -> None:
+    with pytest.raises(ValueError, match=missing):
+        hash_tokens(inputs, tokenizer)
 
 
 # --- the loss clip-ids ---------------------------------------------------------------------------------
 
 IDS = torch.tensor([5, 1, 5, 2, 1, 5, 3, 4])
+WITH_A_PARTNER = 5 / 8  # the three rows of id 5, and the two of id 1
 ALONE = rankloss.Gather(rank=0, world_size=1)
-
-
 SAME_ID = ["ignore", "share"]
 WITH_IDS = [
     "clip-ids",
@@ -133,7 +160,7 @@ WITH_IDS = [
 
 
 def options_of_ids(name: str, same_id: str) -> dict[str, Any]:
-    """The option as ``create`` takes it: of joined losses, by the loss that has it."""
+    """The option ``same_id`` as ``create`` takes it: of joined losses, by the loss that has it."""
     return {"clip-ids": {"same_id": same_id}} if "+" in name else {"same_id": same_id}
 
 
@@ -142,9 +169,9 @@ def options_of_ids(name: str, same_id: str) -> dict[str, Any]:
 def test_ids_reach_the_base_under_other_terms(name: str, same_id: str) -> None:
     loss = rankloss_trainers.create(name, **options_of_ids(name, same_id))
     inputs = inputs_of(name.rpartition("+")[2])  # the last loss has all inputs that are needed
-    v, t, s = (inputs[key] for key in ("image_features", "text_features", "logit_scale"))
     ids = inputs.pop("pair_ids", IDS)
-    expected = rankloss.ClipLoss(same_id=same_id)(v, t, s, pair_ids=ids)
+    pairs = {key: inputs[key] for key in ("image_features", "text_features", "logit_scale")}
+    expected = rankloss.ClipLoss(same_id=same_id)(**pairs, pair_ids=ids)
     for step in (1, 3):
         loss.set_progress(step, 3)
         entries = loss(**inputs, pair_ids=ids, output_dict=True)
@@ -166,19 +193,23 @@ def test_ids_that_are_missing_are_named_under_other_terms(name: str) -> None:
 def test_ids_reach_a_sigmoid_base_under_other_terms(name: str, same_id: str) -> None:
     base = rankloss.SigLipLoss(gather=False)
     loss = rankloss_trainers.create(name, base, gather=ALONE, **options_of_ids(name, same_id))
-    bases = [x for x in loss.modules() if isinstance(x, rankloss.SigLipLoss)]
-    assert [x.same_id for x in bases] == [same_id]
+    bases = [part for part in loss.modules() if isinstance(part, rankloss.SigLipLoss)]
+    assert [base.same_id for base in bases] == [same_id]
 
 
-def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_of_none(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("ids", "share", "warnings"),
+    [
+        pytest.param(IDS, WITH_A_PARTNER, 0, id="partners"),
+        pytest.param(torch.arange(8), 0.0, 1, id="no partner"),
+    ],
+)
+def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_once_of_none(
+    caplog: pytest.LogCaptureFixture, ids: Tensor, share: float, warnings: int
 ) -> None:
-    """One warning, after a hundred steps or so without a partner."""
-    loss = rankloss.ClipLoss(same_id="ignore", gather=False)
-    for ids, share, warnings in ((IDS, 5 / 8, 0), (torch.arange(8), 0.0, 1)):
-        log = PartnersLog()
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "rankloss_trainers"):
-            entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(150)]
-        assert {x["pairs_with_partner"].item() for x in entries} == {share}
-        assert len(caplog.records) == warnings
+    loss, log = rankloss.ClipLoss(same_id="ignore", gather=False), PartnersLog()
+    steps = 150  # the warning comes after a hundred or so
+    with caplog.at_level(logging.WARNING, "rankloss_trainers"):
+        entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(steps)]
+    assert {entry["pairs_with_partner"].item() for entry in entries} == {share}
+    assert len(caplog.records) == warnings

@@ -81,65 +81,72 @@ def folders_of_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     taught.write_teacher_folder(tmp_path / "common", data, features, **columns_of_pairs)
 
 
-def run_of(loss: Any, teacher: str, **options: Any) -> Runtime:
+def runtime_of(loss: Any, teacher: str, **options: Any) -> Runtime:
+    """The runtime of a loss by name with its options, or of a module, and of a teacher."""
     losses = choose(loss, options) if isinstance(loss, str) else read_losses(loss)
     return Runtime(HOST, losses, RunOptions(teacher=teacher))
 
 
+@pytest.mark.usefixtures("folders_of_teachers")
 @pytest.mark.parametrize("teacher", WITHOUT_COMMON_SPACE)
 def test_a_copying_loss_of_another_package_is_refused_with_a_teacher_without_a_common_space(
-    teacher: str, folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
+    teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, copying=Copying)
     for loss, name in (("copying", "copying"), ("rankclip-in+copying", "copying"), (Copying(), "Copying")):
         with pytest.raises(ValueError, match=f"{name} cannot copy {WITHOUT_COMMON_SPACE[teacher]}"):
-            run_of(loss, teacher)
+            runtime_of(loss, teacher)
 
 
+@pytest.mark.usefixtures("folders_of_teachers")
 def test_a_created_copying_loss_is_refused_with_a_folder_without_a_common_space(
-    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, copying=Copying)
     with pytest.raises(ValueError, match=f"copying cannot copy {WITHOUT_COMMON_SPACE['separate']}"):
         create("copying", teacher="separate")
 
 
+@pytest.mark.usefixtures("folders_of_teachers")
 @pytest.mark.parametrize(
     ("name", "teacher", "options"),
-    [("copying", "common", {}), ("comparing", "common", {}), ("comparing", "separate", {"crossed": 0.0})],
+    [
+        pytest.param("copying", "common", {}, id="copying, common"),
+        pytest.param("comparing", "common", {}, id="comparing, common"),
+        pytest.param("comparing", "separate", {"crossed": 0.0}, id="comparing within modalities, separate"),
+    ],
 )
 def test_a_loss_of_another_package_is_taught_by_a_folder_that_has_what_it_needs(
-    folders_of_teachers: None,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    teacher: str,
-    options: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch, name: str, teacher: str, options: dict[str, float]
 ) -> None:
     register(monkeypatch, copying=Copying, comparing=Comparing)
-    assert run_of(name, teacher, **options).teaching.use == "required"
+    assert runtime_of(name, teacher, **options).teaching.use == "required"
 
 
+@pytest.mark.usefixtures("folders_of_teachers")
 def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
-    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, comparing=Comparing)
     message = f"crossed must be 0: this teacher is {WITHOUT_COMMON_SPACE['separate']}"
     for name in ("comparing", "rankclip-in+comparing", "comparing+tiny"):
         with pytest.raises(OptionError, match=message) as error:
-            run_of(name, "separate")
+            runtime_of(name, "separate")
         assert (error.value.key, error.value.loss) == ("crossed", "comparing")
 
 
+@pytest.mark.usefixtures("folders_of_teachers")
 def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_and_loop(
-    folders_of_teachers: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, copying=Copying)
-    names = {"image_features": 4, "text_features": 4, "reference_image_features": 8}
-    rows = {
-        name: unit(5, width, seed=n, dtype=torch.float32) for n, (name, width) in enumerate(names.items())
+    inputs = {
+        "image_features": unit(5, 4, seed=0, dtype=torch.float32),
+        "text_features": unit(5, 4, seed=1, dtype=torch.float32),
+        "reference_image_features": unit(5, 8, seed=2, dtype=torch.float32),
+        "logit_scale": 5.0,
     }
-    inputs = {**rows, "logit_scale": 5.0}
-    run, loop = run_of("copying", "common"), create("copying", teacher="common")
+    run, loop = runtime_of("copying", "common"), create("copying", teacher="common")
     entries = run(**inputs).terms
     assert run.criterion.components.shape == (8, 4)
     for loss in (loop, pickle.loads(pickle.dumps(loop)), copy.deepcopy(loop)):
@@ -151,8 +158,9 @@ def test_a_copying_loss_gets_zeros_beside_the_features_of_a_narrower_teacher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, copying=Copying)
-    v, t, narrow = (unit(5, width, seed=width, dtype=torch.float32) for width in (4, 4, 3))
+    images = texts = unit(5, 4, seed=4, dtype=torch.float32)
+    narrow = unit(5, 3, seed=3, dtype=torch.float32)
     loss = create("copying", teacher="given")
-    copied = loss(v, t, 5.0, reference_image_features=narrow, output_dict=True)["copy_loss"]
-    expected = (v - torch.nn.functional.pad(narrow, (0, 1))).square().sum()
+    copied = loss(images, texts, 5.0, reference_image_features=narrow, output_dict=True)["copy_loss"]
+    expected = (images - torch.nn.functional.pad(narrow, (0, 1))).square().sum()  # a fourth column of zeros
     torch.testing.assert_close(copied, expected)
