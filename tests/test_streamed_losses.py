@@ -25,8 +25,9 @@ from rankloss.losses.score_rows import mean_of_rows
 from rankloss.losses.siglip import PairSigmoid
 
 MIB = 2**20
+BYTES_OF_A_NUMBER = torch.float32.itemsize
 
-
+# Each loss with its formula in NumPy, of images, texts, the scale and the bias.
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
     "clip": (ClipLoss, lambda v, t, s, b, **of_ids: reference.clip(v, t, s, **of_ids)),
     "siglip": (SigLipLoss, reference.siglip),
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:logit_bias is given")  # to both
 
 
 def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7.5) -> tuple[Tensor, ...]:
+    """Images, texts, the scale and the bias as tensors that take a gradient."""
     return (*batch.leaves(dtype), torch.tensor(bias, dtype=dtype, requires_grad=True))
 
 
@@ -68,7 +70,7 @@ def test_value_and_all_gradients_are_the_formulas(
     bias: float,
     ids: list[int],
 ) -> None:
-    """Also of logits that no exponential function holds."""
+    """A budget of 0 streams, None is whole; at 30 times a scale of 100 logits have infinite exponentials."""
     loss, formula = LOSSES[name]
     inputs = inputs_of(replace(batch, scale=times * batch.scale), bias=bias)
     pair_ids = torch.tensor(ids[: len(inputs[0])]) if same_id else None
@@ -102,7 +104,7 @@ def test_the_use_of_ids_is_shown(name: str, same_id: Any) -> None:
 
 @pytest.mark.parametrize("budget", [0, None])
 def test_clips_loss_of_pairs_that_all_have_one_id_to_ignore_is_zero(budget: int | None) -> None:
-    """No column but the row's own is left."""
+    """No column but the row's own is left: its cross-entropy is log 1, and has no slope."""
     inputs = inputs_of(random_batch(seed=0, n=11, d=6, scale=20.0))
     loss = ClipLoss(memory_budget=budget, chunk_size=4, same_id="ignore")
     value = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
@@ -123,9 +125,13 @@ def test_no_smoothing_changes_no_bit(same_id: Any, budget: int | None) -> None:
 
 @pytest.mark.parametrize("n_others", [0, 1])
 def test_smoothing_over_the_few_columns_that_are_left(n_others: int) -> None:
-    """All other columns are of the row's id: their sum has to leave no rounding behind."""
-    v, t, s, _ = inputs_of(random_batch(seed=0, n=3000, d=3, scale=100.0), torch.float32)
-    ids = (torch.arange(3000) < n_others).long()
+    """All other columns are of the row's id, and taken out of the sum of all: no rounding may be left behind.
+
+    The loss in float64 is the oracle.
+    """
+    n = 3000
+    v, t, s, _ = inputs_of(random_batch(seed=0, n=n, d=3, scale=100.0), torch.float32)
+    ids = (torch.arange(n) < n_others).long()
     loss = ClipLoss(same_id="ignore", label_smoothing=0.9)
     value = loss(v, t, s, pair_ids=ids)
     exact = tuple(x.detach().double().requires_grad_() for x in (v, t, s))
@@ -155,11 +161,13 @@ def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype
     ("dtype", "entry_bytes"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)]
 )
 def test_the_budget_is_the_bytes_of_one_matrix(name: str, dtype: torch.dtype, entry_bytes: int) -> None:
-    """Of entries in float32 at least."""
-    v, t, s, b = inputs_of(random_batch(seed=0, n=10, d=4, scale=10.0), torch.float32)
-    entries = 10 * 10
+    """A matrix of as many bytes is whole, of one more is streamed; its entries are float32 at least."""
+    n = 10
+    v, t, s, b = inputs_of(random_batch(seed=0, n=n, d=4, scale=10.0), torch.float32)
+    entries = n * n
 
     def streams(budget: int) -> bool:
+        """Whether no tensor of the loss is as large as the matrix."""
         loss = LOSSES[name][0](memory_budget=budget, chunk_size=2)
         with TensorSizes() as sizes:
             loss(v.to(dtype), t.to(dtype), s, b)
@@ -194,7 +202,7 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
     bias_of_formula = torch.zeros(()) if bias is None else b
     expected = formula(*(x.detach().numpy() for x in (v, t, s, bias_of_formula)))
     assert_close([value], [expected], tolerance=1e-10)
-    differentiable = [v, t]  # and what is no number
+    differentiable = [v, t]  # and those of scale and bias that are tensors
     if isinstance(scale, Tensor):
         differentiable.append(s)
     if isinstance(bias, Tensor):
@@ -212,47 +220,54 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
 @any_use_of_ids
 def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any) -> None:
     build, _ = LOSSES[name]
-    n_columns = 4
+    loss, d = build(memory_budget=0, same_id=same_id), 4
     for n in (512, 1024):
-        features_and_gradients = 4 * n * n_columns
-        assert (
-            kept_of(build(memory_budget=0, same_id=same_id), n, n_columns) <= 4 * features_and_gradients + 256
-        )
+        features_and_gradients, single_numbers = 4 * n * d, 64
+        kept = kept_bytes(loss, n, d)
+        assert kept <= BYTES_OF_A_NUMBER * (features_and_gradients + single_numbers)
 
 
 @any_use_of_ids
 def test_with_smoothing_what_is_kept_grows_with_n_too(same_id: Any) -> None:
-    loss = ClipLoss(memory_budget=0, same_id=same_id, label_smoothing=0.2)
+    """Counted: 4 times the features without ids, 14 times with them; one matrix would be 128 or 256 times."""
+    loss, d = ClipLoss(memory_budget=0, same_id=same_id, label_smoothing=0.2), 4
     for n in (512, 1024):
-        assert kept_of(loss, n, 4) <= 4 * 15 * n * 4
+        bytes_of_features = BYTES_OF_A_NUMBER * n * d  # of one modality
+        assert kept_bytes(loss, n, d) <= 15 * bytes_of_features
 
 
 @both
 @any_use_of_ids
 def test_within_the_budget_whole_matrices_are_kept(name: str, same_id: Any) -> None:
+    """So that the tests above would see a matrix."""
     build, _ = LOSSES[name]
-    assert kept_of(build(same_id=same_id), 1024, 4) > 4 * 1024**2
+    n = 1024
+    assert kept_bytes(build(same_id=same_id), n, d=4) > BYTES_OF_A_NUMBER * n**2
 
 
-def kept_of(loss: Any, n: int, d: int) -> int:
-    """The bytes that a loss of n pairs of d numbers keeps for the backward pass."""
+def kept_bytes(loss: Any, n: int, d: int) -> int:
+    """The bytes that a loss of n pairs of d numbers in float32 keeps for the backward pass."""
     inputs = inputs_of(random_batch(seed=0, n=n, d=d, scale=10.0), torch.float32)
-    return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of(n) if loss.same_id else None))
+    return saved_bytes(lambda: loss(*inputs, pair_ids=ids_of_four_pairs_each(n) if loss.same_id else None))
 
 
-def ids_of(n: int) -> Tensor:
-    """Each of four pairs."""
+def ids_of_four_pairs_each(n: int) -> Tensor:
+    """An id for each pair; four pairs have the same."""
     return torch.arange(n) % (n // 4)
 
 
 @both
 @any_use_of_ids
 def test_no_matrix_is_held_beyond_the_default_budget(name: str, same_id: Any) -> None:
+    """Counted: 9 to 17 MiB, of the blocks of rows."""
     n = 4352
+    bytes_of_matrix = BYTES_OF_A_NUMBER * n**2
+    assert bytes_of_matrix > 64 * MIB  # the default budget
     inputs = inputs_of(random_batch(seed=0, n=n, d=4, scale=10.0), torch.float32)
+    build, _ = LOSSES[name]
     with LiveBytes() as live:
-        LOSSES[name][0](same_id=same_id)(*inputs, pair_ids=ids_of(n) if same_id else None).backward()
-    assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 72
+        build(same_id=same_id)(*inputs, pair_ids=ids_of_four_pairs_each(n) if same_id else None).backward()
+    assert 2 * MIB < live.peak < bytes_of_matrix / 2
 
 
 # --- arguments --------------------------------------------------------------------------------------------
@@ -275,16 +290,16 @@ def test_terms_are_exact_from_where_a_pair_is_hopeless_to_where_it_is_certain(
     logit: int, dtype: torch.dtype
 ) -> None:
     """One pair has one logit, s·c + b, over the range of log(1 + e^y) and beyond that of e^y."""
-    one = torch.ones(1, 1, dtype=dtype)
+    one = torch.ones(1, 1, dtype=dtype)  # s·c = 1, so that the bias is the logit less 1
     bias = torch.tensor(logit - 1.0, dtype=dtype, requires_grad=True)
     inputs = {"image": one, "text": one, "scale": torch.ones((), dtype=dtype), "bias": bias}
-    value = mean_of_rows(PairSigmoid(), inputs, 0, factors=[("image", "text")])
+    value = mean_of_rows(PairSigmoid(), inputs, first_row=0, factors=[("image", "text")])
     (slope,) = torch.autograd.grad(value, bias)
     if logit > 0:  # both formulas in the form whose exponential is at most 1
         owed, owed_slope = math.log1p(math.exp(-logit)), -math.exp(-logit) / (1 + math.exp(-logit))
     else:
         owed, owed_slope = -logit + math.log1p(math.exp(logit)), -1 / (1 + math.exp(logit))
-    # float32 holds nothing below 1e-45.
+    # e^-300 is 0 in float32, and e^-90 has few digits there.
     tolerance = {"rel": 4 * torch.finfo(dtype).eps, "abs": 1e-37 if dtype == torch.float32 else 0}
     assert value.dtype == dtype
     assert value.item() == pytest.approx(owed, **tolerance)
@@ -294,32 +309,38 @@ def test_terms_are_exact_from_where_a_pair_is_hopeless_to_where_it_is_certain(
 # --- a loss of one's own ----------------------------------------------------------------------------------
 
 
+# Row losses as a user writes them: of a block of scores [rows, N], and the place of its first row among
+# all, they give a value per row.
+
+
 def softmax(scores: Tensor, first_row: int) -> Tensor:
-    """CLIP's."""
+    """CLIP's cross-entropy."""
     return scores.logsumexp(-1) - scores.diagonal(first_row)
 
 
 def decoupled(scores: Tensor, first_row: int) -> Tensor:
-    """CLIP's without the own pair in the denominator."""
+    """CLIP's cross-entropy without the own pair in the denominator."""
     own = scores.diagonal(first_row)
     others = scores.diagonal_scatter(torch.full_like(own, -math.inf), first_row)
     return others.logsumexp(-1) - own
 
 
 def sigmoid(scores: Tensor, first_row: int) -> Tensor:
+    """SigLIP's: each pair is classified as right or wrong."""
     return nn.functional.softplus(scores).sum(-1) - scores.diagonal(first_row)
 
 
-def spread(scores: Tensor, first_row: int) -> Tensor:
+def squared_margins(scores: Tensor, first_row: int) -> Tensor:
+    """A loss that exponentiates nothing."""
     return (scores - scores.diagonal(first_row)[:, None]).square().mean(-1)
 
 
-ROW_LOSSES = [softmax, decoupled, sigmoid, spread]
+ROW_LOSSES = [softmax, decoupled, sigmoid, squared_margins]
 any_row_loss = pytest.mark.parametrize("row_loss", ROW_LOSSES)
 
 
 def from_matrices(row_loss: Callable[[Tensor, int], Tensor], *inputs: Tensor) -> Tensor:
-    """The mean over the rows of both directions."""
+    """The mean of a row loss over the rows of both directions, from the whole matrix of scores."""
     v, t, s, b = inputs
     scores = s * v @ t.T + b
     return (row_loss(scores, 0).mean() + row_loss(scores.T, 0).mean()) / 2
@@ -338,7 +359,7 @@ def test_an_own_row_loss_has_the_value_and_all_gradients_of_whole_matrices(
     assert_close(
         gradients(value, inputs, upstream=-1.3), gradients(owed, inputs, upstream=-1.3), tolerance=1e-12
     )
-    with torch.no_grad():
+    with torch.no_grad():  # where the pass computes no gradient on the way
         assert torch.equal(GatheringLoss().streamed(row_loss, *inputs, chunk_size=chunk), value)
 
 
@@ -359,12 +380,13 @@ def test_an_own_row_loss_keeps_no_matrix(row_loss: Any) -> None:
     n, d = 1024, 4
     inputs = inputs_of(random_batch(seed=0, n=n, d=d, scale=10.0), torch.float32)
     loss = GatheringLoss()
-    features_and_gradients, some_numbers = 4 * n * d, 64
+    features_and_gradients, single_numbers = 4 * n * d, 64
     kept = saved_bytes(lambda: loss.streamed(row_loss, *inputs, chunk_size=16))
-    assert kept <= 4 * (features_and_gradients + some_numbers)
+    assert kept <= BYTES_OF_A_NUMBER * (features_and_gradients + single_numbers)
+    bytes_of_matrix = BYTES_OF_A_NUMBER * n**2
     with LiveBytes() as live:
         loss.streamed(row_loss, *inputs, chunk_size=16).backward()
-    assert live.peak < MIB  # one matrix is 4
+    assert live.peak < bytes_of_matrix / 4
 
 
 def test_an_own_row_loss_may_be_checkpointed() -> None:
@@ -409,16 +431,16 @@ def test_a_row_loss_that_depends_on_another_tensor_with_a_gradient_is_refused() 
 
     with pytest.raises(ValueError, match="row_loss must depend on the scores alone: another tensor"):
         GatheringLoss().streamed(with_margin, *inputs)
-    margin.requires_grad_(False)
+    margin.requires_grad_(False)  # a constant is taken
     assert GatheringLoss().streamed(with_margin, *inputs).requires_grad
 
 
 @pytest.mark.parametrize(
     ("row_loss", "shown"),
     [
-        (lambda scores, _: scores.sum(), r"\(\)"),
-        (lambda scores, _: scores, r"\(6, 6\)"),
-        (lambda *_: 0.5, "0.5"),
+        pytest.param(lambda scores, _: scores.sum(), r"\(\)", id="one value"),
+        pytest.param(lambda scores, _: scores, r"\(6, 6\)", id="a matrix"),
+        pytest.param(lambda *_: 0.5, "0.5", id="a number"),
     ],
 )
 def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown: str) -> None:
@@ -426,7 +448,7 @@ def test_a_row_loss_that_gives_no_value_per_row_is_refused(row_loss: Any, shown:
     needed = f"row_loss must give one value for each of 6 rows; got {shown}"
     with pytest.raises(ValueError, match=needed):
         GatheringLoss().streamed(row_loss, *inputs)
-    with torch.no_grad(), pytest.raises(ValueError, match=needed):
+    with torch.no_grad(), pytest.raises(ValueError, match=needed):  # another pass, without gradients
         GatheringLoss().streamed(row_loss, *inputs)
 
 
