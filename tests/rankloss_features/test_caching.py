@@ -361,7 +361,9 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     codes = forks.Queue()
     both = [
         forks.Process(target=put_exit_code, args=(codes, train_killed_at, tmp_path, at))
-        for at in np.random.default_rng(seed).integers(2, 40, 2).tolist()
+        for at in np.random.default_rng(seed)
+        .integers(2, 40, 2)
+        .tolist()  # of each, any of its first 40 calls
     ]
     for process in both:
         process.start()

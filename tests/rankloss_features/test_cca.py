@@ -53,7 +53,7 @@ def whitening(x: np.ndarray, ridge: float) -> np.ndarray:
     return np.linalg.inv(scipy.linalg.sqrtm(covariance).real)
 
 
-def by_numpy(v: Tensor, t: Tensor, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def features_by_numpy(v: Tensor, t: Tensor, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """The features of the pictures and of all captions, by the definition."""
     images, texts = unit(v, root=setting.root), unit(t, root=setting.root)
     texts = texts if texts.ndim == 3 else texts[:, None]
@@ -86,7 +86,7 @@ def test_features_are_those_of_the_definition_in_numpy(setting: Setting, caption
     v, t = features(captions=captions)
     cca = CanonicalCorrelation.fit(v, t, **setting.as_options())
     images, texts = cca.images(v).numpy(), cca.texts(t.reshape(-1, t.shape[-1])).numpy()
-    expected_images, expected_texts = by_numpy(v, t, setting)
+    expected_images, expected_texts = features_by_numpy(v, t, setting)
     for projected in (images, texts, expected_images, expected_texts):
         assert projected.shape[1] == setting.dimensions
     for similarities, expected in (

@@ -98,7 +98,9 @@ DEALT = EVERY_ROW[::2] + EVERY_ROW[1::2]  # to two shards
 
 
 @pytest.mark.parametrize(
-    ("data", "rows"), [("pairs.csv", EVERY_ROW), ("{0..1}.tar", DEALT), ("images", EVERY_ROW)]
+    ("data", "rows"),
+    [("pairs.csv", EVERY_ROW), ("{0..1}.tar", DEALT), ("images", EVERY_ROW)],
+    ids=["a table", "shards", "a folder of datasets"],
 )
 def test_a_clip_gives_its_own_features_of_every_kind_of_data(
     place: Path, tmp_path: Path, data: str, rows: list[int]
@@ -136,7 +138,9 @@ TEACHERS = [
 """Each with the widths of its features of pictures and captions, 0 for none, and if they share a space."""
 
 
-@pytest.mark.parametrize(("teacher", "widths", "is_common"), TEACHERS)
+@pytest.mark.parametrize(
+    ("teacher", "widths", "is_common"), TEACHERS, ids=[teacher for teacher, *_ in TEACHERS]
+)
 def test_a_folder_has_the_features_of_its_teacher_and_says_whether_their_spaces_differ(
     place: Path, tmp_path: Path, teacher: str, widths: list[int], is_common: bool
 ) -> None:

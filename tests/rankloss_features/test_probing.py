@@ -64,7 +64,8 @@ def test_a_folder_does_not_go_on_with_an_encoder_that_prepares_its_inputs_otherw
     with monkeypatch.context() as patch:
         if state == "interrupted":
             patch.setattr(Draft, "finish", interrupt)
-        assert run_features(*arguments) == {"interrupted": INTERRUPTED, "complete": 0}[state]
+        exit_code = INTERRUPTED if state == "interrupted" else 0
+        assert run_features(*arguments) == exit_code
     before = contents(encoders / "x")
     tiny.prepare_otherwise(encoders, changed)
     capsys.readouterr()

@@ -20,7 +20,8 @@ from rankloss_trainers.console import main
 CPU = torch.device("cpu")
 
 
-def rows(folder: Path, part: str) -> list[dict[str, str]]:
+def read_rows(folder: Path, part: str) -> list[dict[str, str]]:
+    """The rows of a part's table, ``train`` or ``val``, by the names of its columns."""
     with open(folder / f"{part}.csv", encoding="utf-8") as lines:
         return list(csv.DictReader(lines, delimiter="\t"))
 
@@ -31,7 +32,7 @@ Parts = dict[str, list[dict[str, str]]]
 @pytest.fixture
 def parts(sample_folder: Path) -> Parts:
     """The rows of ``train.csv`` and of ``val.csv``."""
-    return {part: rows(sample_folder, part) for part in ("train", "val")}
+    return {part: read_rows(sample_folder, part) for part in ("train", "val")}
 
 
 def test_48_pairs_are_trained_on_and_16_held_out(parts: Parts) -> None:
@@ -68,7 +69,7 @@ def test_the_pictures_are_the_same_at_every_call(sample_folder: Path, tmp_path: 
 
 
 def test_open_clips_model_encodes_pictures_and_titles(sample_folder: Path) -> None:
-    row, name = rows(sample_folder, "val")[0], f"local-dir:{sample_folder}/open_clip"
+    row, name = read_rows(sample_folder, "val")[0], f"local-dir:{sample_folder}/open_clip"
     model, _, transform = open_clip.create_model_and_transforms(name, require_pretrained=True)
     pictures = transform(Image.open(row["filepath"]))[None]
     tokens = open_clip.get_tokenizer(name)([row["title"]])
@@ -78,12 +79,14 @@ def test_open_clips_model_encodes_pictures_and_titles(sample_folder: Path) -> No
 
 
 def test_transformers_model_encodes_pictures_and_titles_of_a_token_a_word(sample_folder: Path) -> None:
-    row, folder = rows(sample_folder, "val")[0], sample_folder / "transformers"
+    row, folder = read_rows(sample_folder, "val")[0], sample_folder / "transformers"
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     picture = Image.open(row["filepath"])
     inputs: Any = processor(text=[row["title"]], images=picture, return_tensors="pt")
     assert model(**inputs).text_embeds.shape == (1, 32)
-    assert len(processor.tokenizer.tokenize(row["title"])) == len(row["title"].split()) == 4
+    words = row["title"].split()
+    assert len(words) == 4  # so that a title of one word cannot hide a tokenizer of whole titles
+    assert len(processor.tokenizer.tokenize(row["title"])) == len(words)
 
 
 def test_the_image_encoder_is_known_to_the_features_command(sample_folder: Path) -> None:

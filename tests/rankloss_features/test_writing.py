@@ -66,7 +66,7 @@ def kill_at_call(at: int) -> None:
     """Let this process be killed at a call that changes a file."""
     calls = count()
 
-    def kill(_: Any, event: str, called: Any) -> None:
+    def kill(_: Any, event: str, called: Any) -> None:  # is called at each call of a function
         if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -149,10 +149,11 @@ def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
 
 def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "output"
-    tiny.killed_at(6, output, data)
-    begun = sorted(output.glob("*features-*.npy"))
-    assert len(begun) == 2 * len(NAMES)  # two shards are on the disk, of which one is damaged now
-    flip_a_bit(begun[0])
+    tiny.write_killed_in_batch(6, output, data)
+    written_shards = sorted(output.glob("*features-*.npy"))
+    assert len(written_shards) == 2 * len(NAMES)  # two shards are on the disk, of which one is damaged now
+    flip_a_bit(written_shards[0])
+    # The first command keeps the shard that is whole; the second has nothing to do.
     for missing in (ROWS - tiny.SHARD, 0):
         rows_of_batches: list[int] = []
         write_features(output, data, teacher(record_batch_sizes(rows_of_batches))).check()
@@ -199,7 +200,7 @@ def test_nothing_is_written_through_a_link_or_under_a_training(
 
 def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "two"
-    tiny.killed_at(3, output, data)
+    tiny.write_killed_in_batch(3, output, data)
     tiny.under_torchrun(write_features, output, data, teacher())
     assert contents_of_files(output) == contents_of_files(whole)
 
@@ -281,7 +282,7 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose writing was killed."""
     folder = tmp_path_factory.mktemp("begun")
-    tiny.killed_at(3, folder / "output", data_of("csv", folder))
+    tiny.write_killed_in_batch(3, folder / "output", data_of("csv", folder))
     return folder / "output"
 
 

@@ -31,8 +31,8 @@ from rankloss_features.writing import write
 from samples import add_sample
 
 ROWS, WIDTH, BATCH = 40, 6, 8
-SHARD = 12  # rows, of which the second batch is cut
-writing.SHARD_ROWS = SHARD * 16
+SHARD = 12  # rows, so that a shard's second batch is cut to four
+writing.SHARD_ROWS = SHARD * 16  # of which a sixteenth is the least that a shard has
 CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
 SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -175,8 +175,8 @@ def record_batch_sizes(sizes: list[int], name: str = NAMES[0], *, kill_at: int |
     return record
 
 
-def killed_at(batch: int, output: Path, data: Data) -> None:
-    """Write in a process that is killed in that batch of captions, counted from 1."""
+def write_killed_in_batch(batch: int, output: Path, data: Data) -> None:
+    """Write a folder of features in a process that is killed in that batch of captions, counted from 1."""
     killed = in_process(
         write_features, output, data, teacher(record_batch_sizes([], NAMES[1], kill_at=batch))
     )
