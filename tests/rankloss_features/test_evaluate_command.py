@@ -222,10 +222,8 @@ def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
 def base(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of the sample's model, against which others are compared."""
     file = tmp_path_factory.mktemp("base") / "base.json"
-    assert (
-        run_evaluate(sample_folder, sample_folder / "train.csv", "--ids-key", "product", "--json", str(file))
-        == 0
-    )
+    options = ("--ids-key", "product", "--json", str(file))
+    assert run_evaluate(sample_folder, sample_folder / "train.csv", *options) == 0
     return file
 
 

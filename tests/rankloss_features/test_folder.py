@@ -606,7 +606,7 @@ WIDTH, KEPT = 12, 5
 
 
 def spread(widths: tuple[int, ...] = (WIDTH, WIDTH), **about: Any) -> Teacher:
-    """Features of unequal variances, in a basis of their own; of images alone for one width."""
+    """A teacher whose features have unequal variances along a random basis; of images alone for one width."""
 
     def encoder(modality: int, width: int) -> Encoder:
         basis = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0]

@@ -849,9 +849,8 @@ def test_captions_of_one_picture_in_shards_are_on_one_side(
 def test_shards_are_held_out_by_other_shards(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
     shard = write_webdataset(tmp_path / "a.tar", read_csv(sample_folder / "train.csv"))
     held_out = write_webdataset(tmp_path / "b.tar", read_csv(sample_folder / "val.csv"))
-    assert (
-        run_heads(sample_folder, tmp_path / "x", shard, "--val-data", str(held_out), "--ids-key", "id") == 0
-    )
+    options = ("--val-data", str(held_out), "--ids-key", "id")
+    assert run_heads(sample_folder, tmp_path / "x", shard, *options) == 0
     assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out
 
 
