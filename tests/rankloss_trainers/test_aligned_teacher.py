@@ -63,6 +63,7 @@ def captioned() -> Any:
 
 
 def saved(pairs: Any, place: Path, *options: str) -> list[str]:
+    """Write the pairs into a folder; the options by which ``rankloss features`` reads them, and more."""
     pairs.save_to_disk(str(place / "pairs"))
     return ["--data", str(place / "pairs"), *options]
 
@@ -74,9 +75,9 @@ def by_transformers(place: Path, folder: str | None) -> Trained:
     inputs = datasets.Dataset.from_dict({name: x.tolist() for name, x in Pairs(ROWS).columns.items()})
     pairs = captioned() if folder is None else bind(captioned(), folder)
     data = datasets.concatenate_datasets([x.with_format("torch") for x in (pairs, inputs)], axis=1)
-    given = {"loss": LOSS, "loss_options": OPTIONS, "teacher": folder or FLAG, "max_steps": STEPS, **SGD}
-    ended = train(place / "run", pairs=data, **given)
-    return Trained(ended.loss_runtime.teaching.features.path, weights(ended.model))
+    loss = {"loss": LOSS, "loss_options": OPTIONS, "teacher": folder or FLAG}
+    trainer = train(place / "run", pairs=data, **loss, max_steps=STEPS, **SGD)
+    return Trained(trainer.loss_runtime.teaching.features.path, weights(trainer.model))
 
 
 def words_of_sentences() -> Any:
@@ -171,6 +172,7 @@ def by_lightning(place: Path, folder: str | None) -> Trained:
 
 
 def csv_file(place: Path) -> list[str]:
+    """Write pairs as open_clip's trainer reads them; the options by which ``rankloss features`` does."""
     return ["--data", str(tiny_teacher.csv_table(place))]
 
 
@@ -206,7 +208,8 @@ def test_every_trainer_is_tried() -> None:
     assert [*TRAININGS] == [*(trainer.name for trainer in TRAINERS), "a loop of one's own"]
 
 
-def rows_of(folder: str) -> dict[str, Any]:
+def arrays_of(folder: str) -> dict[str, Any]:
+    """The features in a folder, by name."""
     return {name: array[:] for name, array in Features(folder).check().arrays.items()}
 
 
@@ -223,14 +226,15 @@ def test_it_trains_without_a_folder_as_with_it_bit_for_bit(
     written = str(tmp_path / "written")
     write_aligned(written, *training.data(tmp_path))
     by_flag, by_folder = training.train(tmp_path, None), training.train(tmp_path, written)
-    assert Path(by_flag.folder) != Path(by_folder.folder) == Path(written)
-    computed, expected = rows_of(by_flag.folder), rows_of(written)
+    assert Path(by_folder.folder) == Path(written)
+    assert Path(by_flag.folder) != Path(written), "it computes a folder of its own"
+    computed, expected = arrays_of(by_flag.folder), arrays_of(written)
     assert {*computed} == {*NAMES}
     assert all(np.array_equal(computed[name], expected[name]) for name in NAMES)
     assert torch.equal(by_flag.weights, by_folder.weights)
 
 
-def created(teacher: str) -> None:
+def a_loss_of_a_loop(teacher: str) -> None:
     create("mimicry", teacher=teacher)
 
 
@@ -243,7 +247,7 @@ def a_loss_of_sentence_transformers(teacher: str) -> None:
     ContrastiveLoss(tiny_model(), "mimicry", teacher=teacher)
 
 
-@pytest.mark.parametrize("make", [created, a_loss_of_sentence_transformers])
+@pytest.mark.parametrize("make", [a_loss_of_a_loop, a_loss_of_sentence_transformers])
 def test_where_a_loss_has_no_data_the_error_names_the_command_and_the_call(
     make: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,14 +52,18 @@ def test_options_of_a_run_are_refused_by_their_names(name: str, value: Any) -> N
 
 
 class Module(lightning.LightningModule):
+    """Two linear towers that train with RankClipLoss, and keep what each step had."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.loss: Any = rankloss.RankClipLoss(**{"schedule": "linear", **options})
-        self.seen: list[dict[str, float]] = []
+        self.steps: list[dict[str, float]] = []
+        """λ and the loss's terms of each training step."""
         self.validated: list[float] = []
+        """The loss of each validation step."""
 
     def features(self, batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         images, texts = batch
@@ -68,7 +72,7 @@ class Module(lightning.LightningModule):
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         terms = self.loss(*self.features(batch), output_dict=True)
         self.log_dict(terms)
-        self.seen.append({"lambda": self.loss.schedule_value, **{k: v.item() for k, v in terms.items()}})
+        self.steps.append({"lambda": self.loss.schedule_value, **{k: v.item() for k, v in terms.items()}})
         return sum(terms.values())
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
@@ -93,19 +97,29 @@ class Stream(IterableDataset[Any]):
 
 
 def fit(
-    directory: Path, module: Module, *, size: int = 8, data: Any = None, resume: Any = None, **given: Any
+    directory: Path, module: Module, *, size: int = 8, data: Any = None, resume: Any = None, **options: Any
 ) -> lightning.Trainer:
+    """Train, by default two epochs of four batches with the callback, and validate after each.
+
+    Args:
+        directory: The Trainer's.
+        module: The module to train.
+        size: Pairs in a batch.
+        data: Pairs, 32 by default.
+        resume: A checkpoint to resume from.
+        options: Options of the Trainer, before the defaults.
+    """
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
-    given = {**options, "callbacks": [Progress()], **given}
-    trainer = lightning.Trainer(default_root_dir=directory, **given)
+    defaults = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet}
+    with_callback = {**defaults, "callbacks": [Progress()], **options}
+    trainer = lightning.Trainer(default_root_dir=directory, **with_callback)
     loader = DataLoader(pairs() if data is None else data, size)
     trainer.fit(module, loader, DataLoader(pairs(8), 8), ckpt_path=resume)
     return trainer
 
 
 def lambdas(module: Module) -> list[float]:
-    return [line["lambda"] for line in module.seen]
+    return [line["lambda"] for line in module.steps]
 
 
 def weights(module: nn.Module) -> Tensor:
@@ -113,45 +127,83 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def linear(*steps: int) -> list[float]:
+    """λ of the linear schedule at steps of a training that has as many as the last of them."""
     return [schedules.linear(step, max(steps)) for step in steps]
 
 
 def averaging() -> lightning.Callback:
+    """A callback that may add an epoch to a training, so that its number of steps is not known before."""
     return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
 
 
 # By default a training has two epochs of four batches.
 @pytest.mark.parametrize(
-    ("given", "unit", "expected"),
+    ("options", "unit", "expected"),
     [
-        ({}, "step", linear(*range(1, 9))),
-        ({"accumulate_grad_batches": 2}, "step", linear(1, 1, 2, 2, 3, 3, 4, 4)),
-        ({"max_epochs": 10}, "epoch", [epoch / 9 for epoch in range(10) for _ in range(4)]),
-        ({"max_epochs": 10, "max_steps": 6}, "step", linear(*range(1, 7))),
-        ({"callbacks": [Progress("step")], "max_epochs": 10}, "step", linear(*range(1, 41))),
-        ({"callbacks": [Progress("epoch")], "max_epochs": 3}, "epoch", [0] * 4 + [0.5] * 4 + [1] * 4),
-        # One epoch has no ramp, and goes by steps.
-        ({"callbacks": [Progress("epoch")], "max_epochs": 1}, "step", linear(*range(1, 5))),
-        ({"callbacks": [Progress(total_steps=5)], "data": Stream()}, "step", linear(1, 2, 3, 4, 5, 5, 5, 5)),
-        ({"data": Stream(), "max_epochs": -1, "max_steps": 6}, "step", linear(*range(1, 7))),
-        (
+        pytest.param({}, "step", linear(*range(1, 9)), id="two epochs"),
+        pytest.param(
+            {"accumulate_grad_batches": 2}, "step", linear(1, 1, 2, 2, 3, 3, 4, 4), id="accumulated batches"
+        ),
+        pytest.param(
+            {"max_epochs": 10}, "epoch", [epoch / 9 for epoch in range(10) for _ in range(4)], id="ten epochs"
+        ),
+        pytest.param(
+            {"max_epochs": 10, "max_steps": 6}, "step", linear(*range(1, 7)), id="ten epochs or six steps"
+        ),
+        pytest.param(
+            {"callbacks": [Progress("step")], "max_epochs": 10},
+            "step",
+            linear(*range(1, 41)),
+            id="ten epochs by steps",
+        ),
+        pytest.param(
+            {"callbacks": [Progress("epoch")], "max_epochs": 3},
+            "epoch",
+            [0] * 4 + [0.5] * 4 + [1] * 4,
+            id="three epochs by epochs",
+        ),
+        pytest.param(
+            {"callbacks": [Progress("epoch")], "max_epochs": 1},
+            "step",
+            linear(*range(1, 5)),
+            id="one epoch by epochs, which has no ramp and goes by steps",
+        ),
+        pytest.param(
+            {"callbacks": [Progress(total_steps=5)], "data": Stream()},
+            "step",
+            linear(1, 2, 3, 4, 5, 5, 5, 5),
+            id="a stream that is longer than said",
+        ),
+        pytest.param(
+            {"data": Stream(), "max_epochs": -1, "max_steps": 6},
+            "step",
+            linear(*range(1, 7)),
+            id="six steps of a stream",
+        ),
+        pytest.param(
             {"callbacks": [Progress(total_steps=6), GradientAccumulationScheduler({1: 2})]},
             "step",
             linear(1, 2, 3, 4, 5, 5, 6, 6),
+            id="batches accumulated in the second epoch",
         ),
-        ({"callbacks": [Progress(total_steps=8), averaging()]}, "step", linear(*range(1, 9))),
+        pytest.param(
+            {"callbacks": [Progress(total_steps=8), averaging()]},
+            "step",
+            linear(*range(1, 9)),
+            id="averaged weights",
+        ),
     ],
 )
 def test_lambda_follows_the_steps_or_the_epochs_and_the_log_says_which(
     tmp_path: Path,
-    given: dict[str, Any],
+    options: dict[str, Any],
     unit: str,
     expected: list[float],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     module = Module()
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        fit(tmp_path, module, **given)
+        fit(tmp_path, module, **options)
     assert lambdas(module) == pytest.approx(expected, rel=1e-12)
     assert caplog.text.count(f"Loss: lambda per {unit} over ") == 1
 
@@ -160,16 +212,20 @@ def test_a_module_can_log_the_terms_that_it_trains(tmp_path: Path) -> None:
     module = Module()
     trainer = fit(tmp_path, module)
     assert trainer.logged_metrics.keys() >= {*TERMS}
-    assert module.seen[-1]["cross_modal_loss"] > 0
+    assert module.steps[-1]["cross_modal_loss"] > 0, "λ is no longer 0"
 
 
 class Manual(Module):
+    """A module that steps its optimizer itself, so that the callback sees no step."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
 
 class Plain(Module):
+    """A module whose loss has no schedule."""
+
     def __init__(self) -> None:
         super().__init__()
         self.loss = rankloss_trainers.create("clip-streamed")
@@ -180,6 +236,8 @@ class Plain(Module):
 
 
 class Epochs(nn.Module):
+    """A part of a loss that is told of epochs alone; here before any, the run is refused."""
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
         raise AssertionError
 
@@ -191,26 +249,54 @@ class AtEpochs(Plain):
 
 
 @pytest.mark.parametrize(
-    ("module", "given", "message"),
+    ("module_class", "options", "message"),
     [
-        (Module, {"data": Stream()}, "a run without a known end .* total_steps"),
-        (
+        pytest.param(
+            Module, {"data": Stream()}, "a run without a known end .* total_steps", id="a stream by steps"
+        ),
+        pytest.param(
             Module,
             {"callbacks": [Progress(), GradientAccumulationScheduler({1: 2})]},
             "GradientAccumulationScheduler .* total_steps",
+            id="batches accumulated in the second epoch, by steps",
         ),
-        (Module, {"callbacks": [Progress(), averaging()]}, "StochasticWeightAveraging .*total_steps"),
-        (Module, {"max_epochs": -1, "max_steps": 6, "callbacks": [Progress("epoch")]}, "max_epochs=-1"),
-        (Module, {"callbacks": [averaging(), Progress("epoch")]}, "StochasticWeightAveraging"),
-        (Manual, {"callbacks": [Progress(total_steps=4)]}, "set_progress"),
-        (AtEpochs, {}, r"Epochs has set_epoch alone: .*Progress\(\'epoch\'\)"),
+        pytest.param(
+            Module,
+            {"callbacks": [Progress(), averaging()]},
+            "StochasticWeightAveraging .*total_steps",
+            id="averaged weights, by steps",
+        ),
+        pytest.param(
+            Module,
+            {"max_epochs": -1, "max_steps": 6, "callbacks": [Progress("epoch")]},
+            "max_epochs=-1",
+            id="endless epochs, by epochs",
+        ),
+        pytest.param(
+            Module,
+            {"callbacks": [averaging(), Progress("epoch")]},
+            "StochasticWeightAveraging",
+            id="averaged weights, by epochs",
+        ),
+        pytest.param(
+            Manual,
+            {"callbacks": [Progress(total_steps=4)]},
+            "set_progress",
+            id="optimized by hand",
+        ),
+        pytest.param(
+            AtEpochs,
+            {},
+            r"Epochs has set_epoch alone: .*Progress\(\'epoch\'\)",
+            id="a part by epochs in a run by steps",
+        ),
     ],
 )
-def test_run_whose_steps_cannot_be_known_is_refused(
-    tmp_path: Path, module: Any, given: dict[str, Any], message: str
+def test_run_whose_steps_or_epochs_cannot_be_told_is_refused(
+    tmp_path: Path, module_class: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, module(), **given)
+        fit(tmp_path, module_class(), **options)
 
 
 def test_a_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -220,16 +306,14 @@ def test_a_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Pat
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module, data=pairs(33))
     assert torch.equal(weights(module), before)
-    assert module.seen == []
+    assert module.steps == []
 
 
-@pytest.mark.parametrize("given", [{"limit_train_batches": 4}, {"max_steps": 4}])
-def test_a_last_batch_of_one_pair_that_a_run_does_not_reach_is_no_error(
-    tmp_path: Path, given: dict[str, Any]
-) -> None:
-    module = Module()
-    fit(tmp_path, module, data=pairs(33), **given)
-    assert module.seen
+@pytest.mark.parametrize("option", ["limit_train_batches", "max_steps"])
+def test_a_last_batch_of_one_pair_that_a_run_does_not_reach_is_no_error(tmp_path: Path, option: str) -> None:
+    module, batches_of_eight = Module(), 4
+    fit(tmp_path, module, data=pairs(8 * batches_of_eight + 1), **{option: batches_of_eight})
+    assert module.steps
 
 
 def test_a_last_batch_of_one_pair_is_no_error_of_a_loss_that_needs_no_other(tmp_path: Path) -> None:
@@ -256,7 +340,7 @@ def test_loss_without_a_schedule_is_told_nothing(tmp_path: Path) -> None:
 def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:
     module = Module()
     fit(tmp_path, module, num_sanity_val_steps=1)
-    assert len(module.validated) == 3
+    assert len(module.validated) == 1 + 2, "before the first step, and after each of two epochs"
     expected = rankloss.ClipLoss()(*Module().features(list(pairs(8).tensors)))
     assert module.validated[0] == pytest.approx(expected.item(), rel=1e-5), "λ is 0 at the first step"
 
@@ -271,7 +355,7 @@ def test_a_training_of_another_precision_has_the_loss_but_for_its_rounding(
     def totals(precision: Any) -> list[float]:
         module = Module(schedule="constant")
         fit(tmp_path, module, max_steps=3, precision=precision)
-        return [sum(line[term] for term in TERMS) for line in module.seen]
+        return [sum(line[term] for term in TERMS) for line in module.steps]
 
     assert totals(precision) == pytest.approx(totals("32-true"), rel=tolerance)
 
@@ -305,14 +389,14 @@ class Remembering(Module):
 
 
 class Every(Module):
-    """Registered losses with their defaults, and what they take beside the features."""
+    """Registered losses with their defaults; inputs that the towers do not compute are fixed."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(6, D), nn.Linear(5, D)
         self.loss = rankloss_trainers.create(name)
         inputs = functools.reduce(operator.or_, map(inputs_of, name.split("+")))
-        self.given = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
+        self.inputs = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
 
     def training_step(self, batch: list[Tensor], _: int) -> Any:
         images, texts, scale = self.features(batch)
@@ -323,8 +407,8 @@ class Every(Module):
             "query_features": images,
             "caption_features": F.normalize(self.text(batch[1].flip(1))),
         }
-        value = self.loss(**{key: of_model.get(key, x) for key, x in self.given.items()})
-        self.seen.append({"loss": value.item()})
+        value = self.loss(**{key: of_model.get(key, x) for key, x in self.inputs.items()})
+        self.steps.append({"loss": value.item()})
         return value
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
@@ -336,14 +420,24 @@ def test_every_registered_loss_trains_with_its_defaults(tmp_path: Path, name: st
     module = Every(name)
     before = weights(module)
     fit(tmp_path, module, max_epochs=1)
-    assert len(module.seen) == 4
-    assert all(math.isfinite(x["loss"]) for x in module.seen)
+    assert len(module.steps) == 4, "the batches of an epoch"
+    assert all(math.isfinite(step["loss"]) for step in module.steps)
     assert not torch.equal(weights(module), before)
 
 
-def whole_and_resumed(directory: Path, kind: Any, unit: Any, step: int, **saves: Any) -> tuple[Any, Any]:
-    """The modules of a training of three epochs of four steps, and of one resumed from its checkpoint."""
-    whole, resumed = kind(), kind()
+def whole_and_resumed(
+    directory: Path, module_class: Any, unit: Any, *, step: int, **saves: Any
+) -> tuple[Any, Any]:
+    """The modules of a training of three epochs of four steps, and of one resumed from its checkpoint.
+
+    Args:
+        directory: A folder for the checkpoints.
+        module_class: The class of both modules.
+        unit: The callback's unit of schedules.
+        step: The step after which the checkpoint was saved.
+        saves: Options of Lightning's ``ModelCheckpoint``, which say when it saves.
+    """
+    whole, resumed = module_class(), module_class()
     saving = ModelCheckpoint(directory, **saves, save_top_k=-1, filename="{step}")
     fit(directory, whole, callbacks=[Progress(unit), saving], max_epochs=3, enable_checkpointing=True)
     checkpoint = directory / f"step={step}.ckpt"
@@ -353,7 +447,7 @@ def whole_and_resumed(directory: Path, kind: Any, unit: Any, step: int, **saves:
 
 def test_a_run_that_is_resumed_within_an_epoch_has_the_remaining_lambdas(tmp_path: Path) -> None:
     """They come first: after such a checkpoint Lightning 2.4 repeats a batch."""
-    whole, resumed = whole_and_resumed(tmp_path, Module, "step", 6, every_n_train_steps=6)
+    whole, resumed = whole_and_resumed(tmp_path, Module, "step", step=6, every_n_train_steps=6)
     assert lambdas(resumed)[:6] == lambdas(whole)[6:]
 
 
@@ -363,7 +457,7 @@ def test_a_run_that_is_resumed_after_an_epoch_is_the_uninterrupted_one_to_the_bi
 ) -> None:
     saves = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
     steps_of_an_epoch = 4  # 32 pairs in batches of 8
-    whole, resumed = whole_and_resumed(tmp_path, module_class, unit, steps_of_an_epoch, **saves)
+    whole, resumed = whole_and_resumed(tmp_path, module_class, unit, step=steps_of_an_epoch, **saves)
     assert lambdas(resumed) == lambdas(whole)[steps_of_an_epoch:]
     # A new module has the weights from which both began: its constructor sets the seed.
     actual, expected, untrained = (module.state_dict() for module in (resumed, whole, module_class()))
@@ -382,9 +476,9 @@ def checkpoint_of_two_epochs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "epochs", "now"),
     [
-        ({}, 2, None),
-        ({}, 3, "linear per step over 12 step(s)"),
-        ({"lambda_in": 8.0}, 2, "linear per step over 8 step(s)"),
+        pytest.param({}, 2, None, id="the same, no warning"),
+        pytest.param({}, 3, "linear per step over 12 step(s)", id="another length"),
+        pytest.param({"lambda_in": 8.0}, 2, "linear per step over 8 step(s)", id="another option"),
     ],
 )
 def test_resumed_run_of_another_length_or_option_is_one_warning_that_shows_both(
@@ -396,8 +490,8 @@ def test_resumed_run_of_another_length_or_option_is_one_warning_that_shows_both(
 ) -> None:
     caplog.clear()
     module = Module(**options)
-    given = {"callbacks": [Progress()], "max_epochs": epochs, "num_sanity_val_steps": 1}
-    fit(checkpoint_of_two_epochs.parent, module, resume=checkpoint_of_two_epochs, **given)
+    place, checkpoint = checkpoint_of_two_epochs.parent, checkpoint_of_two_epochs
+    fit(place, module, resume=checkpoint, max_epochs=epochs, num_sanity_val_steps=1)
     before = f"trained with {one_line(Module().loss)}: linear per step over 8 step(s); "
     after = f"this run trains with {one_line(module.loss)}: {now}"
     assert caplog.text.count("this run trains with") == (now is not None)
@@ -405,16 +499,22 @@ def test_resumed_run_of_another_length_or_option_is_one_warning_that_shows_both(
 
 
 class OneNumber(nn.Linear):
+    """A layer whose ``set_epoch`` takes no number of epochs, as some samplers have it."""
+
     def set_epoch(self, epoch: int) -> None:
         raise AssertionError(epoch)
 
 
 class TwoNumbers(nn.Linear):
+    """A layer whose ``set_epoch`` takes something else beside the epoch."""
+
     def set_epoch(self, epoch: int, rank: int) -> None:
         raise AssertionError(epoch, rank)
 
 
 class OneOfTwoNumbers(nn.Linear):
+    """A layer whose ``set_epoch`` takes an option beside the epoch."""
+
     def set_epoch(self, epoch: int, verbose: bool = False) -> None:
         raise AssertionError(epoch, verbose)
 
@@ -439,9 +539,10 @@ class OtherNames(nn.Module):
     def set_progress(self, now: int, end: int) -> None:
         self.told = (now, end)
 
-    def forward(self, image_features: Tensor, text_features: Tensor, *rest: Any, **given: Any) -> Any:
-        assert self.told == (round(7 * self.inner.schedule_value) + 1, 8)
-        return self.inner(image_features, text_features, *rest, **given)
+    def forward(self, image_features: Tensor, text_features: Tensor, *scale: Any, **options: Any) -> Any:
+        step = 1 + round(7 * self.inner.schedule_value)  # of eight, as the part is told: λ is (step − 1) / 7
+        assert self.told == (step, 8)
+        return self.inner(image_features, text_features, *scale, **options)
 
     @property
     def schedule_value(self) -> float:
@@ -508,8 +609,8 @@ class Telling(Module):
 
 
 def test_module_that_is_told_again_has_the_lambdas_of_a_new_training(tmp_path: Path) -> None:
-    for kind, callbacks in ((Module, [Progress()]), (Telling, [])):
-        module: Any = kind()
+    for module_class, callbacks in ((Module, [Progress()]), (Telling, [])):
+        module: Any = module_class()
         fit(tmp_path, module, max_epochs=1, callbacks=[Progress()])
         fit(tmp_path, module, max_epochs=1, callbacks=callbacks)
         assert lambdas(module) == pytest.approx(linear(*range(1, 5)) * 2)
@@ -546,7 +647,7 @@ def test_a_callback_by_epochs_that_served_a_run_of_one_epoch_by_steps_goes_by_ep
 
 
 def trained(directory: Path, count: int = 1, rank: int = 0) -> Module:
-    """A training by a process of several, whose i-th batches are together the i-th batch of one."""
+    """The module after a training by one of ``count`` processes, whose i-th batches make up that of one."""
     module = Module(schedule="rankclip")
     fit(
         directory,
@@ -573,6 +674,6 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    module = trained(Path(sys.argv[1]), 2, int(os.environ["RANK"]))
+    module = trained(Path(sys.argv[1]), count=2, rank=int(os.environ["RANK"]))
     if module.global_rank == 0:
         Path(sys.argv[1], "two.json").write_text(json.dumps([lambdas(module), weights(module).tolist()]))

@@ -50,19 +50,21 @@ METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
 
 
 def columns(model: Any) -> list[dict[str, Any]]:
+    """The two columns of eight pairs, tokenized as the trainer gives them to a loss."""
     chosen = pairs(8)
     return [model.preprocess(list(chosen[name])) for name in ("image", "text")]
 
 
-def at(loss: Any, number: int, total_steps: int = 4) -> Any:
-    """The loss in the middle of a training."""
+def at_step(loss: Any, step: int) -> Any:
+    """The loss at a step of a training of four, as the trainer's callback would tell it."""
     for part in loss.modules():
         if isinstance(part, ContrastiveLoss):
-            part.run.set_progress(number, total_steps)
+            part.run.set_progress(step, 4)
     return loss
 
 
-def steps(trainer: Any) -> list[dict[str, float]]:
+def log_of_steps(trainer: Any) -> list[dict[str, float]]:
+    """The lines of a trainer's log that are of training steps."""
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
@@ -82,11 +84,15 @@ class Run:
 
     messages: str
     steps: list[dict[str, float]]
+    """The trainer's log of each step."""
     terms: list[dict[str, float]]
     """The terms of each step of the own loop."""
     start: torch.Tensor
+    """The weights before."""
     trained: torch.Tensor
+    """The weights after the trainer's steps."""
     of_own_loop: torch.Tensor
+    """The weights after the own loop's steps."""
 
 
 @pytest.fixture(
@@ -106,7 +112,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
     terms = train_in_plain_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
     vectors = [weights(x) for x in (start, model, own)]
-    return Run("\n".join(logs.output), steps(trainer), terms, *vectors)
+    return Run("\n".join(logs.output), log_of_steps(trainer), terms, *vectors)
 
 
 def test_a_run_trains_as_an_own_loop(run: Run) -> None:
@@ -148,10 +154,10 @@ def test_an_evaluation_is_of_the_base_alone(tmp_path: Path, mini_batch_size: int
     model, scale = tiny_model(), 30.0
     loss = rank_clip(model, scale=scale, mini_batch_size=mini_batch_size, schedule="constant")
     held_out = pairs(8 + 8 + 1)  # the trainer's batches are of 8; the loss of a last one of 1 is 0
-    given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": held_out}
-    trainer = train(tmp_path, loss, model, **given)
+    evaluation = {"eval_strategy": "epoch", "eval_dataset": held_out}
+    trainer = train(tmp_path, loss, model, learning_rate=0.1, **evaluation)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
-    total = 0.0
+    total = 0.0  # over pairs, of the two whole batches
     with torch.no_grad():
         for start in (0, 8):
             batch = held_out.select(range(start, start + 8))
@@ -185,13 +191,13 @@ def test_raw_terms_are_logged_where_no_step_of_a_line_lacks_them(
 ) -> None:
     """Without a learning rate, of equal batches: λ is 0 in a third of the training, the term the same."""
     loss = rank_clip(tiny_model(), schedule="official", schedule_unit=unit)
-    given = {"train_dataset": pairs(8), "per_device_train_batch_size": 8, "learning_rate": 0.0}
-    trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **given)
-    lines = steps(trainer)
+    one_batch = {"train_dataset": pairs(8), "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    trainer = train(tmp_path, loss, loss.model, num_train_epochs=24, logging_steps=logging_steps, **one_batch)
+    lines = log_of_steps(trainer)
     assert not any("in_modal_raw" in line for line in lines if line["rank_lambda"] == 0)
     raw = [line["in_modal_raw"] for line in lines if "in_modal_raw" in line]
-    assert len(lines) / 2 <= len(raw) < len(lines)
-    assert raw[0] > 0.1
+    assert len(lines) / 2 <= len(raw) < len(lines), "in two thirds, but for lines that have both"
+    assert raw[0] > 0.1, "there is a term"
     assert raw == pytest.approx([raw[0]] * len(raw), abs=2e-4)  # the trainer rounds to four digits
 
 
@@ -199,7 +205,7 @@ def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
     model = tiny_model()
     rows: list[int] = []
     model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
-    loss = at(rank_clip(model, mini_batch_size=3), number=2)
+    loss = at_step(rank_clip(model, mini_batch_size=3), 2)
     sum(loss(columns(model), None).values()).backward()
     assert sorted(rows) == [2] * 4 + [3] * 8  # both columns, and again in the backward pass
 
@@ -211,7 +217,7 @@ def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     repeated = datasets.concatenate_datasets([pairs(8)] * 6)
     options = {"max_steps": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.1}
     trainer = train(tmp_path, loss, model, train_dataset=repeated, **options)
-    assert [line["rank_lambda"] for line in steps(trainer)] == [0, 1]
+    assert [line["rank_lambda"] for line in log_of_steps(trainer)] == [0, 1]
     train_in_plain_loop(own, rankloss.RankClipLoss(schedule="linear"), pairs(8), [range(8)] * 2)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
@@ -221,7 +227,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         model = tiny_model()
         given = {"save_strategy": "epoch", "num_train_epochs": 2, "optim": "adamw_torch"}
         trainer = train(tmp_path, rank_clip(model), model, resume=resume, **given)
-        return weights(model), [line["rank_lambda"] for line in steps(trainer)]
+        return weights(model), [line["rank_lambda"] for line in log_of_steps(trainer)]
 
     whole_weights, whole_lambdas = run(None)
     resumed_weights, resumed_lambdas = run(str(tmp_path / "checkpoint-4"))
@@ -238,7 +244,7 @@ def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     def losses(dtype: torch.dtype) -> list[float]:
         model = tiny_model().to(dtype)
         trainer = train(tmp_path, rank_clip(model, schedule="constant"), model, max_steps=3)
-        return [line["loss"] for line in steps(trainer)]
+        return [line["loss"] for line in log_of_steps(trainer)]
 
     assert losses(dtype) == pytest.approx(losses(torch.float32), rel=tolerance)
 
@@ -325,7 +331,7 @@ def test_loss_of_a_training_that_an_error_ended_does_not_train_without_progress(
 
 
 def test_several_datasets_on_several_processes_do_not_gather() -> None:
-    """Each process has a batch of another one at the same step."""
+    """At one step, each process may have a batch of another dataset."""
     model = tiny_model()
     several, single = ConcatDataset([pairs(), pairs()]), pairs()
     args = SimpleNamespace(dataloader_drop_last=True, gradient_accumulation_steps=1)
@@ -349,35 +355,56 @@ def test_several_datasets_take_turns(tmp_path: Path) -> None:
     given = {"num_train_epochs": 1, "multi_dataset_batch_sampler": "round_robin"}
     trainer = train(tmp_path, losses, model, train_dataset=sets, **given)
     expected = pytest.approx([schedules.linear(i, 4) for i in range(1, 5)], abs=1e-4)
-    assert [line["rank_lambda"] for line in steps(trainer)] == expected
+    assert [line["rank_lambda"] for line in log_of_steps(trainer)] == expected
 
 
 @pytest.mark.parametrize(
-    ("wrong", "argument"),
+    ("build", "message"),
     [
-        (lambda model: at(rank_clip(model, scale=0.0), 2)(columns(model)), "scale"),
-        (
+        pytest.param(
             lambda model: ContrastiveLoss(model, "tiny-caption", {"caption_key": "x"}),
             "tiny-caption needs a column",
+            id="a loss of a second caption",
         ),
-        (lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)), "BatchNorm1d"),
-        (lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size"),
-        (lambda model: rank_clip(model)(columns(model)[:1]), "sentence_features"),
-        (
-            lambda model: ContrastiveLoss(model, "clip-streamed")(columns(model)[:1] * 3),
-            "^sentence_features .*3.*RankedListsLoss",
+        pytest.param(
+            lambda model: ContrastiveLoss(model, torch.nn.BatchNorm1d(16, affine=False)),
+            "BatchNorm1d",
+            id="a module with a state",
         ),
-        (lambda model: ContrastiveLoss(model, "ranked-lists"), "^ranked-lists .*RankedListsLoss"),
-        (
+        pytest.param(
+            lambda model: rank_clip(model, mini_batch_size=0), "mini_batch_size", id="no mini-batch"
+        ),
+        pytest.param(
+            lambda model: ContrastiveLoss(model, "ranked-lists"),
+            "^ranked-lists .*RankedListsLoss",
+            id="a loss of lists",
+        ),
+        pytest.param(
             lambda model: ContrastiveLoss(model, "rankclip-in", teacher="text=other"),
             "teacher.*`rankloss features --text-encoder other --data PAIRS --output FOLDER`.*teacher=FOLDER",
+            id="a teacher that is no folder",
         ),
-        (lambda model: Progress(torch.nn.Identity()), "losses"),
+        pytest.param(lambda _model: Progress(torch.nn.Identity()), "losses", id="progress of another module"),
     ],
 )
-def test_what_is_wrong_is_named(wrong: Any, argument: str) -> None:
-    with pytest.raises(ValueError, match=argument):
-        wrong(tiny_model())
+def test_a_loss_that_cannot_be_built_is_refused_by_its_argument(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tiny_model())
+
+
+@pytest.mark.parametrize(("count", "advice"), [(1, ""), (3, ".*RankedListsLoss")])
+def test_another_number_of_columns_than_two_is_refused(count: int, advice: str) -> None:
+    """Three may be meant as lists of candidates."""
+    model = tiny_model()
+    features = columns(model)[:1] * count
+    with pytest.raises(ValueError, match=f"^sentence_features .*{count}{advice}"):
+        ContrastiveLoss(model, "clip-streamed")(features)
+
+
+def test_a_scale_of_0_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="scale"):
+        at_step(rank_clip(model, scale=0.0), 2)(columns(model))
 
 
 def test_column_that_cannot_be_split_is_named() -> None:
@@ -385,7 +412,7 @@ def test_column_that_cannot_be_split_is_named() -> None:
     features = columns(model)
     features[1]["pixel_values"] = torch.zeros(11, 3)
     with pytest.raises(ValueError, match=r"mini_batch_size cannot split pixel_values: .* 8 pairs"):
-        at(rank_clip(model, mini_batch_size=3), number=2)(features)
+        at_step(rank_clip(model, mini_batch_size=3), 2)(features)
 
 
 # --- ids of pairs ---------------------------------------------------------------------------------------
@@ -417,8 +444,8 @@ def test_the_spread_stands_on_the_loss_of_ids(tmp_path: Path, mini_batch_size: i
     loss = ContrastiveLoss(model, "spread+clip-ids", options, mini_batch_size=mini_batch_size)
     data = datasets.Dataset.from_dict({**rows, "label": labels})
     train(tmp_path, loss, model, train_dataset=data, max_steps=1, learning_rate=0.1)
-    owed = rankloss.SpreadLoss(rankloss.ClipLoss(same_id="ignore"), weight=0.5)
-    step(own, owed(*embed(own, *rows.values()), 20.0, pair_ids=torch.tensor(labels)))
+    expected = rankloss.SpreadLoss(rankloss.ClipLoss(same_id="ignore"), weight=0.5)
+    step(own, expected(*embed(own, *rows.values()), 20.0, pair_ids=torch.tensor(labels)))
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
@@ -453,17 +480,17 @@ def single_pair(model: Any) -> list[dict[str, Any]]:
 def test_a_first_batch_of_one_pair_is_an_error() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="at least two pairs"):
-        at(rank_clip(model, schedule="constant"), 1)(single_pair(model))
+        at_step(rank_clip(model, schedule="constant"), 1)(single_pair(model))
 
 
 def test_a_last_pair_after_others_counts_0(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     loss = rank_clip(model, schedule="constant")
     single = single_pair(model)
-    sum(at(loss, 1)(columns(model)).values()).backward()
+    sum(at_step(loss, 1)(columns(model)).values()).backward()
     model.zero_grad()
     for _ in range(2):
-        total = sum(at(loss, 2)(single).values())
+        total = sum(at_step(loss, 2)(single).values())
         assert total == 0
         total.backward()
     assert all((x.grad == 0).all() for x in model.parameters() if x.grad is not None)
@@ -484,7 +511,7 @@ def test_labels_that_are_not_used_are_one_warning(
     model = tiny_model()
     loss = ContrastiveLoss(model, name)
     for _ in range(2):
-        at(loss, 1)(columns(model), torch.tensor([label] * 8))
+        at_step(loss, 1)(columns(model), torch.tensor([label] * 8))
     (message,) = caplog.messages
     assert f"{name} does not use the column label" in message
 
@@ -492,16 +519,16 @@ def test_labels_that_are_not_used_are_one_warning(
 @pytest.mark.parametrize(
     ("name", "options", "labels"),
     [
-        ("clip-ids", {"key": "label"}, torch.arange(8)),
-        ("rankclip", {}, F.normalize(torch.randn(8, 2, 5), dim=-1)),  # a teacher's features
-        ("rankclip", {}, None),
+        pytest.param("clip-ids", {"key": "label"}, torch.arange(8), id="ids"),
+        pytest.param("rankclip", {}, F.normalize(torch.randn(8, 2, 5), dim=-1), id="a teacher's features"),
+        pytest.param("rankclip", {}, None, id="missing"),
     ],
 )
 def test_labels_that_are_used_or_missing_are_no_warning(
     caplog: pytest.LogCaptureFixture, name: str, options: dict[str, Any], labels: torch.Tensor | None
 ) -> None:
     model = tiny_model()
-    at(ContrastiveLoss(model, name, options), 1)(columns(model), labels)
+    at_step(ContrastiveLoss(model, name, options), 1)(columns(model), labels)
     assert not caplog.messages
 
 

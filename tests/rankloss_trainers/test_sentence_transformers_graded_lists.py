@@ -30,6 +30,7 @@ from rankloss_trainers.sentence_transformers import (
 
 
 def texts(seed: int, number: int) -> list[str]:
+    """Random texts of four words."""
     generator = torch.Generator().manual_seed(seed)
     return [" ".join(WORDS[i] for i in row) for row in torch.randint(0, 40, (number, 4), generator=generator)]
 
@@ -63,22 +64,24 @@ def mean_of_lists(model: Any, data: Any, scale: float) -> torch.Tensor:
     return sum(values) / len(values)
 
 
-def of_layers(model: Any, loss: Any, dimensions: list[int] | None) -> AdaptiveLayerLoss:
-    """A loss of all layers, and of some dimensions of each."""
-    given: Any = {"n_layers_per_step": -1, "kl_div_weight": 0.0}
+def loss_of_layers(model: Any, loss: Any, dimensions: list[int] | None) -> AdaptiveLayerLoss:
+    """The loss applied to each layer of the model, and of each layer to its first dimensions if given."""
+    all_layers: Any = {"n_layers_per_step": -1, "kl_div_weight": 0.0}
     if dimensions is None:
-        return AdaptiveLayerLoss(model, loss, **given)
-    return Matryoshka2dLoss(model, loss, dimensions, n_dims_per_step=-1, **given)
+        return AdaptiveLayerLoss(model, loss, **all_layers)
+    return Matryoshka2dLoss(model, loss, dimensions, n_dims_per_step=-1, **all_layers)
 
 
 def train(
-    directory: Path, loss: Any, model: Any, data: Any, kind: Any = RankedListsTrainer, **given: Any
+    directory: Path, loss: Any, model: Any, data: Any, trainer: Any = RankedListsTrainer, **options: Any
 ) -> Any:
-    given = {"learning_rate": 0.1, "num_train_epochs": 1, **given}
-    return tiny_sentences.train(directory, loss, model, train_dataset=data, kind=kind, **given)
+    """Train by a class of trainers, one epoch by default, with more options; returns the trainer."""
+    options = {"learning_rate": 0.1, "num_train_epochs": 1, **options}
+    return tiny_sentences.train(directory, loss, model, train_dataset=data, kind=trainer, **options)
 
 
 def gradient(model: Any) -> torch.Tensor:
+    """The gradients of all parameters that have one, in one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -97,35 +100,36 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [None, ClipLoss()])
-@pytest.mark.parametrize("kind", [RankedListsTrainer, SentenceTransformerTrainer])
-def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, kind: Any, base: Any) -> None:
+@pytest.mark.parametrize("base", [None, ClipLoss()], ids=["lists alone", "CLIP's loss"])
+@pytest.mark.parametrize("trainer", [RankedListsTrainer, SentenceTransformerTrainer])
+def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, trainer: Any, base: Any) -> None:
     """Lists of one length may be columns of the usual trainer."""
-    model, own, data = tiny_model(), tiny_model(), lists(length=3)
-    table = data if kind is RankedListsTrainer else in_columns(data)
+    model, own, data, scale = tiny_model(), tiny_model(), lists(length=3), 20.0
+    table = data if trainer is RankedListsTrainer else in_columns(data)
     columns = table.to_dict()
-    if base:  # which needs a candidate of one's own beside each query: the second column
-        own_candidates = texts(3, 8)
-        columns = {"query": columns.pop("query"), "own": own_candidates, **columns}
+    if base:  # its pairs are the query and the second column
+        partners = texts(3, 8)
+        columns = {"query": columns.pop("query"), "partner": partners, **columns}
     loss = RankedListsLoss(model, base=base, weight=0.5)
-    train(tmp_path, loss, model, datasets.Dataset.from_dict(columns), kind, max_steps=1)
-    value = 0.5 * mean_of_lists(own, data, 20.0)
+    train(tmp_path, loss, model, datasets.Dataset.from_dict(columns), trainer, max_steps=1)
+    value = 0.5 * mean_of_lists(own, data, scale)
     if base:
-        value = value + base(*embed(own, data["query"], own_candidates), 20.0)
+        value = value + base(*embed(own, data["query"], partners), scale)
     step(own, value)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
 def test_an_evaluation_has_every_list_where_a_training_drops_the_last(tmp_path: Path) -> None:
-    model = tiny_model()
-    given = {"eval_dataset": lists(11), "dataloader_drop_last": True, "max_steps": 1}
-    trained = train(tmp_path, RankedListsLoss(model), model, lists(11), **given)
-    loaders = (
-        trained.get_train_dataloader(),
-        trained.get_eval_dataloader(),
-        trained.get_test_dataloader(lists(11)),
-    )
-    assert [sum(len(batch["label"]) for batch in loader) for loader in loaders] == [8, 11, 11]
+    model, data = tiny_model(), lists(11)  # a batch of 8, and 3 more
+    loss = RankedListsLoss(model)
+    trainer = train(tmp_path, loss, model, data, eval_dataset=data, dataloader_drop_last=True, max_steps=1)
+
+    def number_of_lists(loader: Any) -> int:
+        return sum(len(batch["label"]) for batch in loader)
+
+    assert number_of_lists(trainer.get_train_dataloader()) == 8
+    assert number_of_lists(trainer.get_eval_dataloader()) == 11
+    assert number_of_lists(trainer.get_test_dataloader(data)) == 11
 
 
 @pytest.mark.parametrize("in_batch_negatives", [False, True])
@@ -141,30 +145,32 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
     data = datasets.Dataset.from_dict(columns)
     trainer = train(tmp_path, loss, model, data, SentenceTransformerTrainer, max_steps=1)
     anchor, positive, *negatives = embed(own, *columns.values())
-    x, diagonal = 20 * anchor @ positive.T, torch.arange(8)
-    below = [20 * anchor @ other.T for other in negatives]
-    if not in_batch_negatives:
-        x_of_list = torch.stack([each.diagonal() for each in (x, *below)], dim=1)
-        of_lists = F.cross_entropy(x_of_list, torch.zeros(8, dtype=torch.int64))
-    else:
-        of_lists = F.cross_entropy(torch.cat([x, *below], dim=1), diagonal)
-    expected = (F.cross_entropy(x, diagonal) + F.cross_entropy(x.T, diagonal)) / 2 + 0.5 * of_lists
+    # Scores of each anchor with the eight positives, and with the eight negatives of either column.
+    scores, diagonal = 20 * anchor @ positive.T, torch.arange(8)
+    scores_of_negatives = [20 * anchor @ negative.T for negative in negatives]
+    if in_batch_negatives:
+        of_lists = F.cross_entropy(torch.cat([scores, *scores_of_negatives], dim=1), diagonal)
+    else:  # the anchor's own positive, which comes first, and its two negatives
+        own_scores = torch.stack([each.diagonal() for each in (scores, *scores_of_negatives)], dim=1)
+        of_lists = F.cross_entropy(own_scores, torch.zeros(8, dtype=torch.int64))
+    clip = (F.cross_entropy(scores, diagonal) + F.cross_entropy(scores.T, diagonal)) / 2
+    expected = clip + 0.5 * of_lists
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     step(own, expected)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
 def triplets(model: Any) -> RankedListsLoss:
-    """Lists of a positive and a negative, and those of the batch: the loss of multiple negatives."""
+    """Lists of a positive, a negative and those of the batch, as MultipleNegativesRankingLoss has them."""
     return RankedListsLoss(model, RankedLists(in_batch_negatives=True))
 
 
-@pytest.mark.parametrize("dimensions", [None, [16, 4]])
+@pytest.mark.parametrize("dimensions", [None, [16, 4]], ids=["layers", "layers and dimensions"])
 def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
     values, gradients = [], []
     for make in (triplets, MultipleNegativesRankingLoss):
         model = tiny_model().double()
-        loss = of_layers(model, make(model), dimensions)
+        loss = loss_of_layers(model, make(model), dimensions)
         value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
         value.backward()
         values.append(value.detach())
@@ -173,18 +179,22 @@ def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [RankedListsLoss, ContrastiveLoss])
-@pytest.mark.parametrize("dimensions", [None, [16, 4]])
-def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, kind: Any) -> None:
+@pytest.mark.parametrize("loss_class", [RankedListsLoss, ContrastiveLoss])
+@pytest.mark.parametrize("dimensions", [None, [16, 4]], ids=["layers", "layers and dimensions"])
+def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, loss_class: Any) -> None:
     model = tiny_model().double()
     columns = [model.preprocess(texts(seed, 4)) for seed in (1, 2)]
-    loss = of_layers(model, kind(model, mini_batch_size=2), dimensions)
+    loss = loss_of_layers(model, loss_class(model, mini_batch_size=2), dimensions)
     with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*2"):
         loss(columns, None)
 
 
-@pytest.mark.parametrize("wrapping", [None, [1, 0.25]])
-def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None) -> None:
+@pytest.mark.parametrize(
+    "matryoshka_weights", [None, [1, 0.25]], ids=["all dimensions", "and the first four"]
+)
+def test_mini_batches_have_the_value_and_gradient_of_the_batch(
+    matryoshka_weights: list[float] | None,
+) -> None:
     """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
     data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
 
@@ -192,17 +202,17 @@ def test_cached_gradients_and_matryoshka_are_exact(wrapping: list[float] | None)
         model = tiny_model().double()
         criterion = RankedLists(in_batch_negatives=True)
         loss: Any = RankedListsLoss(model, criterion, mini_batch_size=mini_batch_size)
-        if wrapping:
-            loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
+        if matryoshka_weights:
+            loss = MatryoshkaLoss(model, loss, [16, 4], matryoshka_weights)
         batch = RankedListsCollator(model.preprocess)(data)
         features, labels = SentenceTransformerTrainer.collect_features(None, batch)
         value = loss(features, labels)
-        (0.37 * value).backward()
+        (0.37 * value).backward()  # an upstream gradient that is not 1
         return value.detach(), gradient(model)
 
     expected_value, expected_gradient = value_and_gradient(None)
     assert expected_gradient.norm() > 0.01
-    for mini_batch_size in (2, 100):
+    for mini_batch_size in (2, 100):  # of texts, of which a batch has less than 100
         value, of_weights = value_and_gradient(mini_batch_size)
         torch.testing.assert_close(value, expected_value, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(of_weights, expected_gradient, rtol=1e-8, atol=1e-10)
@@ -233,10 +243,10 @@ ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([{"query": "a", "label": [1]}], "query.*label"),
-        ([{"query": "a", "candidates": ["b"]}], "label .*query.*candidates"),
-        ([{**ROW, "candidates": "bc"}], "^candidates .*row 0 .*'a'"),
-        ([ROW, ROW], "query .*row 0 .*row 1.*NO_DUPLICATES"),
+        pytest.param([{"query": "a", "label": [1]}], "query.*label", id="no candidates"),
+        pytest.param([{"query": "a", "candidates": ["b"]}], "label .*query.*candidates", id="no label"),
+        pytest.param([{**ROW, "candidates": "bc"}], "^candidates .*row 0 .*'a'", id="one text, no list"),
+        pytest.param([ROW, ROW], "query .*row 0 .*row 1.*NO_DUPLICATES", id="a query twice"),
     ],
 )
 def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: str) -> None:
@@ -247,10 +257,14 @@ def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: s
 @pytest.mark.parametrize(
     ("columns", "labels", "message"),
     [
-        (2, None, "label"),  # one candidate without a negative
-        (3, torch.zeros(3, 3), "^labels .*2 .*3, 3"),
-        # As MatryoshkaLoss cuts labels that have as many columns as the embedding has dimensions.
-        (17, torch.zeros(3, 16)[:, :4], "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer"),
+        pytest.param(2, None, "label", id="one candidate without a negative"),
+        pytest.param(3, torch.zeros(3, 3), "^labels .*2 .*3, 3", id="three grades of two candidates"),
+        pytest.param(
+            17,
+            torch.zeros(3, 16)[:, :4],  # as MatryoshkaLoss cuts what is as wide as the embedding
+            "^labels .*MatryoshkaLoss .*4 of 16.*RankedListsTrainer",
+            id="cut by MatryoshkaLoss",
+        ),
     ],
 )
 def test_labels_that_do_not_fit_the_columns_are_refused(columns: int, labels: Any, message: str) -> None:

@@ -27,6 +27,7 @@ RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 
 
 
 def labelled(data: Any, names: tuple[str, ...] = NAMES) -> Any:
+    """Pairs with the teacher's features of both columns as labels, in the order of these names."""
     return data.add_column("label", torch.stack([teacher_features()[name] for name in names], 1).tolist())
 
 
@@ -47,17 +48,20 @@ def trained(
     directory: Path,
     data: Any,
     loss: Any = "rankclip",
-    size: int | None = None,
+    mini_batch_size: int | None = None,
     teacher: str | None = None,
     **options: Any,
 ) -> Any:
+    """The weights after two steps of the trainer, with a loss and its options."""
     model = tiny_model()
-    run = ContrastiveLoss(model, loss, options or None, teacher=teacher, mini_batch_size=size)
-    train(directory, run, model, train_dataset=data, max_steps=2, learning_rate=0.1)
+    of_trainer = ContrastiveLoss(
+        model, loss, options or None, teacher=teacher, mini_batch_size=mini_batch_size
+    )
+    train(directory, of_trainer, model, train_dataset=data, max_steps=2, learning_rate=0.1)
     return weights(model)
 
 
-def of_own_loop(criterion: Any, path: str) -> Any:
+def weights_of_plain_loop(criterion: Any, path: str) -> Any:
     """The weights after the two steps of a plain loop, with the folder's features of each batch."""
     own, batches = tiny_model(), [ORDER[:8], ORDER[8:16]]
     train_in_plain_loop(own, criterion, pairs(ROWS), batches, given=lambda rows: teacher_inputs(path, rows))
@@ -65,7 +69,11 @@ def of_own_loop(criterion: Any, path: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("columns", "modalities"), [(["image", "text"], NAMES), (["text", "image"], NAMES[::-1])]
+    ("columns", "modalities"),
+    [
+        pytest.param(["image", "text"], NAMES, id="images first"),
+        pytest.param(["text", "image"], NAMES[::-1], id="texts first"),
+    ],
 )
 def test_a_teacher_of_labels_trains_as_a_plain_loop_in_either_order_of_columns(
     tmp_path: Path,
@@ -79,11 +87,13 @@ def test_a_teacher_of_labels_trains_as_a_plain_loop_in_either_order_of_columns(
     data = labelled(pairs(ROWS).select_columns(columns), modalities)
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     actual = trained(tmp_path, data.select(ORDER), loss, teacher="given")
-    assert calls == {"build": 1}
-    torch.testing.assert_close(actual, of_own_loop(criterion, path), rtol=1e-4, atol=1e-6)
+    assert calls == {"build": 1}, "one loss is built, in all steps; no folder is opened"
+    torch.testing.assert_close(actual, weights_of_plain_loop(criterion, path), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("is_turned", "mini_batch_size"), [(True, None), (False, 3)])
+@pytest.mark.parametrize(
+    ("is_turned", "mini_batch_size"), [(True, None), (False, 3)], ids=["turned", "in mini-batches"]
+)
 def test_a_folder_trains_as_a_plain_loop(
     tmp_path: Path,
     bound: tuple[str, Any],
@@ -98,8 +108,9 @@ def test_a_folder_trains_as_a_plain_loop(
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     options = taught.taught_options()
     actual = trained(tmp_path, data.select(ORDER), TAUGHT_LOSS, mini_batch_size, teacher=path, **options)
-    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
-    expected = of_own_loop(taught.loss_of_plain_loop(path, width=16), path)
+    assert calls == {"choose": 1, "build": 2, "open": 1}, "two losses are joined, one folder is opened"
+    width_of_model = 16
+    expected = weights_of_plain_loop(taught.loss_of_plain_loop(path, width_of_model), path)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -125,9 +136,7 @@ def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str)
     is_taught, before = TEACHER[0] in input_names(name), weights(model)
     data = pairs(ROWS)
     if is_taught:
-        teacher = teacher_features(
-            width=16
-        )  # the width of the model: mimicry compares the features themselves
+        teacher = teacher_features(width=16)  # as wide as the model: mimicry compares them as they are
         both = torch.stack([teacher[modality] for modality in NAMES], 1)
         data = data.add_column("label", both.tolist())  # the one column that a loss is handed
     loss = ContrastiveLoss(model, name, teacher="given" if is_taught else None)
@@ -143,7 +152,8 @@ def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
     loss = ContrastiveLoss(model, "tiny", agreement_every=2)
     trainer = train(tmp_path, loss, model, max_steps=3)
     taus = [line["in_modal_tau"] for line in trainer.state.log_history if "loss" in line]
-    assert taus[0] == taus[1] != taus[2]
+    assert taus[0] == taus[1], "of the first step, until it is computed again"
+    assert taus[1] != taus[2], "computed every second step"
 
 
 def test_a_narrower_teacher_is_copied_into_some_of_the_dimensions(tmp_path: Path) -> None:
@@ -151,8 +161,9 @@ def test_a_narrower_teacher_is_copied_into_some_of_the_dimensions(tmp_path: Path
         tmp_path / "x", pairs(ROWS), teacher_features(width=8), image_column="image", caption_column="text"
     )
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
-    taught = trained(tmp_path / "taught", data, "mimicry", teacher=path)
-    assert not torch.equal(taught, trained(tmp_path / "alone", pairs(ROWS), "clip-streamed"))
+    by_mimicry = trained(tmp_path / "taught", data, "mimicry", teacher=path)
+    by_clip_alone = trained(tmp_path / "alone", pairs(ROWS), "clip-streamed")
+    assert not torch.equal(by_mimicry, by_clip_alone)
 
 
 def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
@@ -203,8 +214,8 @@ def test_labels_of_a_teacher_that_a_loss_does_not_use_are_refused(tmp_path: Path
         trained(tmp_path, labelled(pairs(ROWS)), "clip-streamed")
 
 
-class Called(NamedTuple):
-    """A loss in the middle of a training, and the columns of all pairs."""
+class LossInTraining(NamedTuple):
+    """A loss that is told of its step, without a trainer, and the tokenized columns of all pairs."""
 
     model: Any
     loss: ContrastiveLoss
@@ -212,11 +223,12 @@ class Called(NamedTuple):
 
 
 @pytest.fixture
-def called() -> Called:
+def in_training() -> LossInTraining:
     model = tiny_model()
     loss = ContrastiveLoss(model, "rankclip", RANKED)
     loss.run.set_progress(1, 1)
-    return Called(model, loss, [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")])
+    columns = [model.preprocess(list(pairs(ROWS)[name])) for name in ("image", "text")]
+    return LossInTraining(model, loss, columns)
 
 
 def with_a_nan() -> torch.Tensor:
@@ -227,32 +239,39 @@ def with_a_nan() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(with_a_nan(), "1 .*labels .*row 3"), (torch.rand(ROWS, 3, 6), "labels|columns")],
+    [
+        pytest.param(with_a_nan(), "1 .*labels .*row 3", id="a NaN"),
+        pytest.param(torch.rand(ROWS, 3, 6), "labels|columns", id="of three columns"),
+    ],
 )
 def test_labels_that_are_no_features_of_two_columns_are_refused(
-    called: Called, labels: torch.Tensor, message: str
+    in_training: LossInTraining, labels: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        called.loss(called.columns, labels)
+        in_training.loss(in_training.columns, labels)
 
 
-@pytest.mark.parametrize("labels", [torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)])
-def test_labels_of_one_number_a_pair_are_no_teacher(called: Called, labels: torch.Tensor) -> None:
-    """Other losses have them."""
-    without = called.loss(called.columns, None)["in_modal_loss"]
-    assert called.loss(called.columns, labels)["in_modal_loss"] == without
+@pytest.mark.parametrize(
+    "labels", [torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)], ids=["float", "integer"]
+)
+def test_labels_of_one_number_a_pair_are_no_teacher(
+    in_training: LossInTraining, labels: torch.Tensor
+) -> None:
+    """They are grades or classes of other losses, and change nothing here."""
+    without = in_training.loss(in_training.columns, None)["in_modal_loss"]
+    assert in_training.loss(in_training.columns, labels)["in_modal_loss"] == without
 
 
-def test_labels_of_one_vector_a_pair_are_the_teacher_of_both_columns(called: Called) -> None:
+def test_labels_of_one_vector_a_pair_are_the_teacher_of_both_columns(in_training: LossInTraining) -> None:
     vectors = teacher_features()[NAMES[1]]
-    images, texts = embed(called.model, *pairs(ROWS).to_dict().values())
-    expected = called.loss.run(
+    images, texts = embed(in_training.model, *pairs(ROWS).to_dict().values())
+    expected = in_training.loss.run(
         image_features=images,
         text_features=texts,
         logit_scale=20.0,
         **dict.fromkeys(TEACHER, vectors),
     )
-    assert called.loss(called.columns, vectors)["in_modal_loss"] == expected.terms["in_modal_loss"]
+    assert in_training.loss(in_training.columns, vectors)["in_modal_loss"] == expected.terms["in_modal_loss"]
 
 
 def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -263,12 +282,14 @@ def test_last_batch_of_one_pair_is_refused_before_the_first_step(tmp_path: Path)
     assert torch.equal(weights(model), before)
 
 
-@pytest.mark.parametrize("given", [{"dataloader_drop_last": True}, {"max_steps": 1}])
+@pytest.mark.parametrize(
+    "option", [{"dataloader_drop_last": True}, {"max_steps": 1}], ids=["dropped", "not reached"]
+)
 def test_last_batch_of_one_pair_that_is_dropped_or_not_reached_is_no_error(
-    tmp_path: Path, given: dict[str, Any]
+    tmp_path: Path, option: dict[str, Any]
 ) -> None:
     model = tiny_model()
-    train(tmp_path, ContrastiveLoss(model), model, train_dataset=pairs(9), **given)
+    train(tmp_path, ContrastiveLoss(model), model, train_dataset=pairs(9), **option)
     assert not torch.equal(weights(model), weights(tiny_model()))
 
 
