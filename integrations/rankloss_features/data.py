@@ -29,8 +29,8 @@ from rankloss_features.folder import (
 from rankloss_features.pictures import Rendering
 
 _BLOCK = 512  # pairs that are hashed together, and the pictures of those without a name
-_LOOKED_AT = 64  # pictures or shards that are read to tell data apart
-_BEGINNING = 2**20  # bytes of each of them
+_LOOKED_AT = 64  # pictures or shards, at most, that are read to tell data apart
+_BEGINNING = 2**20  # bytes that are read of each of them
 _Item = TypeVar("_Item")
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the extensions of images in open_clip's trainer, by preference
 
@@ -89,8 +89,8 @@ class Sample(NamedTuple):
         row: Its row.
         name: Its picture's name.
         caption: Its caption.
-        open: Opens its picture, once it is read.
-        source: Its picture's path or bytes, and once it is read its identity; equal values mean one picture.
+        open: A function that opens its picture; None before the picture's bytes are read.
+        source: Its picture's path or bytes; once these are read, its identity. Equal values mean one picture.
     """
 
     row: int
@@ -241,8 +241,8 @@ class Table:
         """The folder of all pictures."""
         import pyarrow.compute as pc  # type: ignore[import-untyped]  # which datasets brings
 
-        ends = pc.min_max(self._all_paths).as_py()
-        return common_folder([end for end in ends.values() if end])
+        first_and_last = pc.min_max(self._all_paths).as_py()  # in the alphabet; all others lie between them
+        return common_folder([path for path in first_and_last.values() if path])
 
     @functools.cached_property
     def _shared_paths(self) -> set[str | None]:
@@ -720,22 +720,21 @@ def _split(path: str, name: str | None) -> Any:
 
 def _check_options(args: Any) -> None:
     """Raise a ValueError for an option that is of none of the kinds of data that are given."""
-    path_of = {"--data": args.data, "--val-data": getattr(args, "val_data", None)}
-    kind_of_place = {
-        f"{option} {path}": kind_of(str(path), args.dataset_type, option)
-        for option, path in path_of.items()
-        if path is not None
-    }
+    paths = {"--data": args.data, "--val-data": getattr(args, "val_data", None)}
+    given_paths = {option: str(path) for option, path in paths.items() if path is not None}
+    kinds = {option: kind_of(path, args.dataset_type, option) for option, path in given_paths.items()}
     for kind, options in OPTIONS.items():
-        if kind in kind_of_place.values():
+        if kind in kinds.values():
             continue
         for name in options:
             value = getattr(args, name, None)
             if value is not None:
-                places = ", and ".join(
-                    f"{place} is {_NOUNS[other]}" for place, other in kind_of_place.items()
+                given = [
+                    f"{option} {path} is {_NOUNS[kinds[option]]}" for option, path in given_paths.items()
+                ]
+                raise ValueError(
+                    f"{flag(name)} {value!r} is an option of {_NOUNS[kind]}: {', and '.join(given)}"
                 )
-                raise ValueError(f"{flag(name)} {value!r} is an option of {_NOUNS[kind]}: {places}")
 
 
 def rendering_of(background: str | None, *, upright: bool) -> Rendering:

@@ -29,6 +29,7 @@ WAYS = {
     "image_to_image": "picture → picture",
     "text_to_text": "text → text",
 }
+"""The directions of retrieval, query → answer, in a result and in its table; the last two have ids alone."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -176,7 +177,9 @@ def _read(file: Path) -> dict[str, Any]:
 def _check_ranks(file: Path, result: Mapping[str, Any]) -> None:
     """Raise a ValueError unless a file of ``--json`` has a rank, or null, of each query of its directions."""
     ranks = result["ranks"]
-    if not isinstance(ranks, dict) or not {"image_to_text", "text_to_image"} <= {*ranks} <= {*WAYS}:
+    ways = set(ranks) if isinstance(ranks, dict) else set()
+    has_both_ways = {"image_to_text", "text_to_image"} <= ways
+    if not has_both_ways or not ways <= set(WAYS):
         raise ValueError(f"--against {file} is damaged: its ranks are not those of the directions")
     for way, ranks_of_way in ranks.items():
         queries = result["pictures" if way.startswith("image") else "texts"]

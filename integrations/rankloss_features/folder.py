@@ -143,7 +143,8 @@ class PairBlock(NamedTuple):
     Attributes:
         captions: Their captions.
         names: The names of their pictures, for messages.
-        pictures: What :func:`hash_of_pair` has of them: the same, or in shards the pictures' identities.
+        pictures: The names by which :func:`hash_of_pair` knows them: the same, or in shards the identities of
+            their content.
     """
 
     captions: list[str]
@@ -286,19 +287,19 @@ def is_count(value: Any) -> bool:
 
 
 def are_widths(value: Any) -> bool:
-    """True for the width of each of some modalities."""
+    """True for widths by the names of their features, of one modality or both."""
     if not isinstance(value, dict) or not value:
         return False
     return set(value).issubset(NAMES) and all(map(is_count, value.values()))
 
 
 def _are_hashes(value: Any) -> bool:
-    """True for a text for each of some names."""
+    """True for hashes as texts, by the names of their files."""
     return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
 
 
 def _is_probe(value: Any) -> bool:
-    """True for numbers of float16, four hexadecimal digits each, of some modalities."""
+    """True for features by their names, each a text of float16 numbers, four hexadecimal digits for each."""
     if not isinstance(value, dict) or not set(value).issubset(NAMES):
         return False
     texts = value.values()
@@ -379,7 +380,7 @@ def check_rows_differ(name: str, shards: Iterable[Array]) -> None:
     for rows in shards:
         for start in range(0, len(rows), _BLOCK):
             block = rows[start : start + _BLOCK]
-            block = block[block.any(axis=1)]
+            block = block[block.any(axis=1)]  # without rows of zeros
             if not len(block):
                 continue
             first = block[0] if first is None else first
@@ -715,7 +716,7 @@ class Draft(Pairs):
 
         ``folder.json`` is the first of its files: a folder that has others alone is not of this command.
         """
-        _delete_marks(output)  # of other pairs
+        _delete_marks(output)  # of an earlier folder here, which was of other pairs
         about = {**about, "rows": len(pairs), "complete": False, "files": {PAIRS: hash_of(pairs).hex()}}
         if alignment is None:
             write_about(output, about)
@@ -762,7 +763,7 @@ class Draft(Pairs):
         skipped = 0
         for shard in self.shards:
             files |= self._hashes_of(shard)
-            first_modality = next(iter(self.read_shard(shard).values()))
+            first_modality = next(iter(self.read_shard(shard).values()))  # a skipped row is zero in both
             has_features = first_modality.any(axis=1)
             skipped += int((~has_features).sum())
         if skipped == len(self):
@@ -773,7 +774,7 @@ class Draft(Pairs):
             )
         write_about(Path(self.path), {**self.about, "files": files, "complete": True, "skipped": skipped})
         _delete_marks(Path(self.path))
-        for shard in self.shards:  # of an interrupted repair, whose shard is whole without them
+        for shard in self.shards:  # Drafts are of an interrupted repair; the shard is whole without them.
             for file in self.files_of(shard).values():
                 draft_path(file).unlink(missing_ok=True)
 

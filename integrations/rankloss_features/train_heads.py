@@ -25,7 +25,7 @@ from rankloss_features.folder import NAMES
 from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
 from rankloss_features.heads_training import Training
 from rankloss_features.methods import DEFAULT, Asked, Made, closed_form, make
-from rankloss_features.methods import Pairs as Learned
+from rankloss_features.methods import Pairs as PairsToLearn
 
 KEEP = 0.9
 """The share of a CLIP's own similarity without ``--keep``: of those tried, the least that kept its zero-shot
@@ -71,10 +71,9 @@ def _encoders(args: argparse.Namespace) -> Encoders:
     Raises:
         ValueError: They are neither two encoders nor a model that has both, or the method does not fit them.
     """
-    # This command has no option of stored features.
-    options = sources.options_of_teacher(
-        argparse.Namespace(**vars(args), features=None, spaces=None, align=None)
-    )
+    # The options of stored features, which `rankloss features` has and this command has not, are not given.
+    args_of_teacher = argparse.Namespace(**vars(args), features=None, spaces=None, align=None)
+    options = sources.options_of_teacher(args_of_teacher)
     if options == ["image_encoder"] or options == ["text_encoder"]:
         missing = "--text-encoder" if options == ["image_encoder"] else "--image-encoder"
         raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
@@ -104,9 +103,8 @@ def _keep(args: argparse.Namespace) -> float:
 
 def _check_trains_nothing(args: argparse.Namespace) -> None:
     """Raise a ValueError for an option of trained heads, which the closed form would ignore."""
-    defaults = Training()
-    for name in ("heads", *_OF_TRAINED_HEADS):
-        default = 1 if name == "heads" else getattr(defaults, name)
+    defaults = {"heads": 1, **{name: getattr(Training(), name) for name in _OF_TRAINED_HEADS}}
+    for name, default in defaults.items():
         value = getattr(args, name)
         if value != default:
             raise ValueError(f"{flag(name)} {value:g} is of trained heads: --method {CCA} trains none")
@@ -144,8 +142,8 @@ class HeldOut(NamedTuple):
     """Held-out pairs.
 
     Attributes:
-        pairs: Its pairs.
-        features: The encoders' features of them.
+        pairs: The pairs.
+        features: The encoders' features of them, a row for each pair.
     """
 
     pairs: Pairs
@@ -161,39 +159,71 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
         ValueError: An encoder or the data cannot be read, there are too few pairs, or a picture or an id
             stands on both sides.
     """
-    opened = {"--data": data.open_data(args)}
-    pairs = {"--data": Pairs.of(opened["--data"])}
+    # All of these have a value for each option of a file: --data, and --val-data if it is given.
+    data_of = {"--data": data.open_data(args)}
+    pairs_of = {"--data": Pairs.of(data_of["--data"])}
     if args.val_data is not None:
-        opened["--val-data"], pairs["--val-data"] = _held_out(args)
-    _check_numbers(args, pairs)
+        data_of["--val-data"], pairs_of["--val-data"] = _read_val_data(args)
+    features_of: dict[str, dict[str, Tensor]] = {}
+
+    _check_numbers(args, pairs_of)
     seed = asked.training.seed
     if args.ids_key is not None:
-        _split(args, pairs, seed, are_read=False)  # raises before anything is encoded
+        _split(args, pairs_of, seed, are_read=False)  # raises before anything is encoded
+
     rendering = data.rendering_of(args.background, upright=True)
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
-    features = {}
-    for option, of_file in opened.items():
-        encoded = encode_rows(frozen, of_file, batch_size=64, workers=args.workers, shows=True)
-        features[option] = encoded.features
-        pairs[option] = pairs[option].with_pictures(encoded.pictures)
-    learned, held_out = _split(args, pairs, seed, are_read=True)
-    held_out_features = {name: _take_rows(x, held_out.rows) for name, x in features[held_out.option].items()}
-    # One modality after the other leaves the features of all pairs, which memory would hold twice.
-    learned_features = {name: _take_rows(features[learned.option].pop(name), learned.rows) for name in NAMES}
-    learned_pairs = pairs[learned.option].take(learned.rows)
-    validation = HeldOut(pairs[held_out.option].take(held_out.rows), held_out_features)
-    numbered = Learned(
-        learned_features, _number_groups(learned_pairs.pictures), _number_groups(learned_pairs.groups)
-    )
-    print(f"training on {len(learned.rows)} pairs of {numbered.groups.max() + 1} {_noun_of_groups(args)}")
-    made = make(asked, numbered)
-    _print_course(made, _noun_of_groups(args))
+    for option, opened in data_of.items():
+        encoded = encode_rows(frozen, opened, batch_size=64, workers=args.workers, shows=True)
+        features_of[option] = encoded.features
+        pairs_of[option] = pairs_of[option].with_pictures(encoded.pictures)
+
+    learned, held_out = _split(args, pairs_of, seed, are_read=True)
+    # The held-out rows come first: the others are moved out of the features, often those of the same file.
+    held_out_pairs = _take_held_out(pairs_of, features_of, held_out)
+    pairs_to_learn = _move_learned(pairs_of, features_of, learned)
+
+    groups = _noun_of_groups(args)
+    print(f"training on {len(learned.rows)} pairs of {pairs_to_learn.groups.max() + 1} {groups}")
+    made = make(asked, pairs_to_learn)
+    _print_course(made, groups)
     if asked.keep:
         print(f"share of the model's own similarity (--keep): {asked.keep:g}")
     model = FrozenEncoders(encoders, frozen, made.parts, made.scale, rendering)
     model.save(args.output)
-    _print_evaluation(args, model, validation)
+    _print_evaluation(args, model, held_out_pairs)
     print(f'\nSaved. In Python: rankloss_features.heads.load_heads({str(args.output)!r}).encode_texts(["…"])')
+
+
+def _take_held_out(
+    pairs_of: dict[str, Pairs], features_of: dict[str, dict[str, Tensor]], held_out: Selection
+) -> HeldOut:
+    """The held-out pairs with their features, which stay where they are.
+
+    Args:
+        pairs_of: The pairs of each option's file.
+        features_of: The features of all of them.
+        held_out: Those that are held out.
+    """
+    pairs = pairs_of[held_out.option].take(held_out.rows)
+    all_features = features_of[held_out.option]
+    return HeldOut(pairs, {name: _take_rows(x, held_out.rows) for name, x in all_features.items()})
+
+
+def _move_learned(
+    pairs_of: dict[str, Pairs], features_of: dict[str, dict[str, Tensor]], learned: Selection
+) -> PairsToLearn:
+    """The pairs to learn from with their features, which are moved: memory would hold them twice.
+
+    Args:
+        pairs_of: The pairs of each option's file.
+        features_of: The features of all of them, from which one modality after the other is removed.
+        learned: Those to learn from.
+    """
+    pairs = pairs_of[learned.option].take(learned.rows)
+    all_features = features_of[learned.option]
+    features = {name: _take_rows(all_features.pop(name), learned.rows) for name in NAMES}
+    return PairsToLearn(features, _number_groups(pairs.pictures), _number_groups(pairs.groups))
 
 
 def _take_rows(features: Tensor, rows: list[int]) -> Tensor:
@@ -202,21 +232,22 @@ def _take_rows(features: Tensor, rows: list[int]) -> Tensor:
     return features if has_all_rows else features[rows]
 
 
-def _held_out(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
+def _read_val_data(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
     """The data of ``--val-data`` and their pairs."""
     try:
         opened = data.open_data(args, args.val_data)
         return opened, Pairs.of(opened)
     except ValueError as error:
+        # The readers know of --data alone.
         raise ValueError(str(error).replace("--data ", "--val-data ")) from error
 
 
 def _check_numbers(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
     """Raise a ValueError for a file with too few pairs, whichever of them are held out."""
-    sides = 1 if args.val_data is not None else 2
+    sides_in_a_file = 1 if args.val_data is not None else 2  # to train on, and held out
     for option, of_file in pairs.items():
         count = len(of_file.captions)
-        if count < sides * _FEWEST:
+        if count < sides_in_a_file * _FEWEST:
             raise ValueError(
                 f"{option} {of_file.data} has {count} pairs: at least {_FEWEST} are needed to train on, and "
                 f"{_FEWEST} to evaluate on"
@@ -237,30 +268,16 @@ def _split(
     Raises:
         ValueError: They are too few, a picture or an id stands on both sides, or one alone is held out.
     """
-    of_data = pairs["--data"]
-    count = len(of_data.captions)
     if args.val_data is None:
-        if len({*map(str, of_data.groups)}) == 1:
-            group = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
-            raise ValueError(
-                f"--data {args.data}: all {count} pairs have one {group}, so none can be held out: give "
-                "--val-data"
-            )
-        learned_rows, held_out_rows = split(of_data.groups, seed)
-        learned, held_out = Selection("--data", learned_rows), Selection("--data", held_out_rows)
+        learned, held_out = _split_data(args, pairs["--data"], seed)
     else:
-        of_val_data = pairs["--val-data"]
-        learned = Selection("--data", list(range(count)))
-        held_out = Selection("--val-data", list(range(len(of_val_data.captions))))
-        if args.ids_key is not None:
-            _check_disjoint(_noun_of_groups(args), of_val_data.groups, of_data.groups, of_val_data.groups)
-        if are_read:
-            _check_disjoint("pictures", of_val_data.pictures, of_data.pictures, of_val_data.names)
+        learned, held_out = _all_rows("--data", pairs), _all_rows("--val-data", pairs)
+        _check_nothing_on_both_sides(args, pairs, are_read=are_read)
     for purpose, selection in (("train", learned), ("evaluate", held_out)):
         if len(selection.rows) < _FEWEST:
             raise ValueError(
-                f"{len(selection.rows)} pairs are too few to {purpose} on, of {count} in --data {args.data}; "
-                f"at least {_FEWEST} are needed"
+                f"{len(selection.rows)} pairs are too few to {purpose} on, of "
+                f"{len(pairs['--data'].captions)} in --data {args.data}; at least {_FEWEST} are needed"
             )
     groups_of_file = pairs[held_out.option].groups
     held_out_groups = {groups_of_file[row] for row in held_out.rows}
@@ -270,6 +287,38 @@ def _split(
             f"{next(iter(held_out_groups))!r}, so every answer would be right: give --val-data with several"
         )
     return learned, held_out
+
+
+def _split_data(args: argparse.Namespace, pairs: Pairs, seed: int) -> tuple[Selection, Selection]:
+    """The pairs of ``--data`` to train on, and those that are held out; see :func:`split`.
+
+    Raises:
+        ValueError: All of them are of one picture or id.
+    """
+    if len({*map(str, pairs.groups)}) == 1:
+        group = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
+        raise ValueError(
+            f"--data {args.data}: all {len(pairs.captions)} pairs have one {group}, so none can be held out: "
+            "give --val-data"
+        )
+    learned_rows, held_out_rows = split(pairs.groups, seed)
+    return Selection("--data", learned_rows), Selection("--data", held_out_rows)
+
+
+def _all_rows(option: str, pairs: dict[str, Pairs]) -> Selection:
+    """All pairs of an option's file."""
+    return Selection(option, list(range(len(pairs[option].captions))))
+
+
+def _check_nothing_on_both_sides(
+    args: argparse.Namespace, pairs: dict[str, Pairs], *, are_read: bool
+) -> None:
+    """Raise a ValueError for an id of both files, or once pictures are read for a picture of both."""
+    of_data, of_val_data = pairs["--data"], pairs["--val-data"]
+    if args.ids_key is not None:
+        _check_disjoint(_noun_of_groups(args), of_val_data.groups, of_data.groups, of_val_data.groups)
+    if are_read:
+        _check_disjoint("pictures", of_val_data.pictures, of_data.pictures, of_val_data.names)
 
 
 def _check_disjoint(
@@ -293,14 +342,20 @@ def _check_disjoint(
         )
 
 
-def _print_course(made: Made, kind: str) -> None:
-    """Print the losses, the settings that were chosen, and R@10 of each method where they were."""
+def _print_course(made: Made, groups: str) -> None:
+    """Print the losses, the settings that were chosen, and R@10 of each method where they were.
+
+    Args:
+        made: The heads.
+        groups: The noun for the groups of pairs.
+    """
     if made.losses:
         _print_losses(made.losses)
     if made.tuned is None:
         return
     if made.chosen:
-        print(f"R@10 on {made.tuned.cut} {kind} cut from those to learn from, by which settings were chosen:")
+        cut = f"{made.tuned.cut} {groups} cut from those to learn from"
+        print(f"R@10 on {cut}, by which settings were chosen:")
         for method in METHODS:
             if method in made.chosen:
                 print(f"  {method} {100 * made.chosen[method]:.1f}")
@@ -321,8 +376,8 @@ def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out:
     """Print the table of ``rankloss evaluate`` of held-out pairs, from the encoders' features of them."""
     projected = {}
     with torch.no_grad():
-        for name, of_encoder in held_out.features.items():
-            of_heads = model.heads[name](of_encoder.to(model.teacher.device))
+        for name, features in held_out.features.items():
+            of_heads = model.heads[name](features.to(model.teacher.device))
             projected[name] = torch.nn.functional.normalize(of_heads, dim=-1).cpu()
     encoded = held_out.pairs.encoded(projected)
     most_answers = min(len(encoded.image_features), len(encoded.text_features))

@@ -130,7 +130,8 @@ def _share_counts(data: Data) -> None:
 def _begin_group(rank: int, world: int) -> None:
     """Begin a process group, once every process of torchrun runs this command.
 
-    A training's first process that starts this command hands its environment on; its companions never come.
+    Where only the first process of a training starts this command, RANK and WORLD_SIZE are the training's,
+    and the other processes never come.
 
     Raises:
         ConnectionError: Not all have come within :data:`JOINED_WITHIN`, or the port is the training's.
@@ -146,8 +147,9 @@ def _begin_group(rank: int, world: int) -> None:
             f"processes began this command within {JOINED_WITHIN.seconds} seconds. Where one process "
             "alone runs it, unset RANK and WORLD_SIZE"
         ) from error
+    longest_wait = datetime.timedelta(days=7)  # of a process whose share is written, for the others
     torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(days=7)
+        "gloo", store=store, rank=rank, world_size=world, timeout=longest_wait
     )
 
 
@@ -258,7 +260,11 @@ def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, An
 
 
 def _hash_pairs(data: Data) -> Array:
-    """The hashes of all pairs."""
+    """The hashes of all pairs, uint64, of which memory never holds a second copy.
+
+    Raises:
+        ValueError: There are none.
+    """
     hashes = bytearray()  # which grows in place
     for block in data.pairs():
         hashes += hashes_of_pairs(block.captions, block.pictures).data
@@ -270,12 +276,14 @@ def _hash_pairs(data: Data) -> Array:
 def _compute(
     draft: Draft, shards: Sequence[int], data: Data, teacher: Teacher, workers: int, *, shows: bool
 ) -> None:
-    """Write those of some shards that are missing."""
+    """Compute and write those of some shards that are missing or damaged; ``shows`` a bar of progress."""
     shard_rows, batch_size = draft.about["shard_rows"], draft.about["batch_size"]
     rows_left = {shard: len(draft.rows_of(shard)) for shard in shards if not draft.is_whole(shard)}
-    is_written = set(shards).difference(rows_left)
-    compared = [row for row in some_rows(len(draft)) if row // shard_rows in is_written]
+    # Pictures of shards that an earlier call has written may have changed since.
+    written_shards = set(shards).difference(rows_left)
+    compared = [row for row in some_rows(len(draft)) if row // shard_rows in written_shards]
     draft.compare_pictures(data.pictures(compared), str(data.about["data"]))
+
     groups = groups_of(data, batch_size, map(draft.rows_of, rows_left))
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
     arrays_of: dict[int, dict[str, Array]] = {}  # of each shard that is begun and not written
@@ -286,7 +294,7 @@ def _compute(
             shard = first // shard_rows  # of the whole batch, since batches end with a shard
             if shard not in arrays_of:
                 arrays_of[shard] = draft.empty_shard(shard)
-            if rows:  # some pictures of the batch can be read
+            if rows:  # of the batch from first to last those whose pictures can be read
                 _fill(arrays_of[shard], draft, rows, identities, prepared, teacher)
             rows_left[shard] -= last - first
             if rows_left[shard] == 0:

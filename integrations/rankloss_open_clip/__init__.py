@@ -63,7 +63,7 @@ def asks_for_loss(words: list[str]) -> bool:
 
 
 def refusal(name: str, error: Exception) -> str:
-    """The refusal of a run with ``--loss``: a module, and the error for which it is not patched."""
+    """The message that refuses a run with ``--loss``, given a module's name and why it is not patched."""
     return (
         "--loss was given, but rankloss_open_clip could not attach to open_clip's trainer "
         f"({name}: {error!r}). Run `rankloss doctor` for advice, or leave --loss away."

@@ -42,9 +42,8 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     # A file of weights alone begins at epoch 0, and has no state to miss.
     is_resumed = getattr(args, "resume", None) is not None and epoch > 0
     warn = getattr(args, "rank", 0) == 0
-    if getattr(
-        args, "fsdp", False
-    ):  # FSDP saves the optimizer's own entries alone: the hook would do nothing
+    is_sharded = getattr(args, "fsdp", False)
+    if is_sharded:  # FSDP saves the optimizer's own entries alone, so that no checkpoint has a state
         if is_resumed and has_state:
             loss.restore(None, warn=warn)  # which warns that the state starts anew
         return

@@ -97,7 +97,8 @@ def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
 
     horovod = _flags(args, "horovod")
     model = getattr(args, "model", "").lower()
-    is_coca, is_generative = "coca" in model, "genlip" in model or "genlap" in model  # of the main branch
+    is_coca = "coca" in model
+    is_generative = "genlip" in model or "genlap" in model  # as open_clip's main branch names them
     data_type = getattr(args, "dataset_type", None) or ""
     has_no_pairs = "audio" in data_type
     has_no_columns = data_type == "synthetic"
@@ -109,7 +110,7 @@ def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
         (model, is_generative),
         (f"--dataset-type {data_type}", has_no_pairs or (takes_columns and has_no_columns)),
         (ways_without_columns, takes_columns and ways_without_columns != ""),
-        # CoCa's captioning term would be lost, or would be of texts that the columns have changed.
+        # A loss in place of CoCa's would leave out its captioning term.
         ("CoCa", is_coca and (replaces_loss or takes_columns)),
         (f"{trainers_teacher}, whose loss it would replace", replaces_loss and keeps_distillation),
         (

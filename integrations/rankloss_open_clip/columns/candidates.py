@@ -186,7 +186,7 @@ class Candidates:
     ) -> Tensor:
         """The integers of one list, in the order of :class:`_Fields`."""
         used = len(captions)
-        unused = self._places - used
+        unused = self._places - used  # places at the end, of zeros
         of_list = torch.tensor([used, picture_id, own_id])
         caption_ids = torch.tensor([hash_identity(caption) for caption in captions])
         grade_bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
