@@ -86,15 +86,16 @@ def embedding_in(
     if hasattr(model.forward, "fn"):
         # MatryoshkaLoss keeps the output of the forward that it decorates: the batch is split beneath it.
         holder, name = model.forward, "fn"
-    own = vars(holder).get(name)  # of this object, not of its class: accelerate's, which adds mixed precision
+    # A forward of this object, not of its class, is accelerate's, which adds mixed precision: it is put back.
+    objects_own_forward = vars(holder).get(name)
     forward = getattr(holder, name)
     setattr(holder, name, functools.partial(_embedded, forward, split, features_of, of_model))
     try:
         yield
     finally:
         delattr(holder, name)
-        if own is not None:
-            setattr(holder, name, own)
+        if objects_own_forward is not None:
+            setattr(holder, name, objects_own_forward)
 
 
 def _embedded(

@@ -14,7 +14,7 @@ from rankloss.options import check_choice
 from rankloss_trainers.pair_ids import count_partners
 
 _logger = logging.getLogger("rankloss_trainers")
-_BATCHES = 100  # after so many without a partner a run is told
+_WATCHED_BATCHES = 100  # the first of a run, which says so once where none of them has a partner
 
 
 def clip_ids(
@@ -38,14 +38,16 @@ def clip_ids(
         ValueError: The base has a ``same_id``, or is SigLIP's with label smoothing; or for another
             ``same_id``.
     """
-    if of_base := getattr(base, "same_id", None):
-        raise ValueError(f"clip-ids has a same_id of its own, and would replace the base's; got {of_base!r}")
+    if same_id_of_base := getattr(base, "same_id", None):
+        raise ValueError(
+            f"clip-ids has a same_id of its own, and would replace the base's; got {same_id_of_base!r}"
+        )
     check_choice("same_id", same_id, ("ignore", "share"))
     options["same_id"] = same_id
     options.setdefault("label_smoothing", getattr(base, "label_smoothing", 0.0))
     if type(base).__name__ == rankloss.ClipLoss.__name__:  # open_clip's has the same name
         return rankloss.ClipLoss(gather=gather, **options)
-    if smoothing := options.pop("label_smoothing"):
+    if smoothing := options.pop("label_smoothing"):  # the base is SigLIP's, which has none
         raise ValueError(f"label_smoothing is for CLIP's loss; got {smoothing!r} with SigLIP's")
     return rankloss.SigLipLoss(gather=gather, **options)
 
@@ -57,7 +59,7 @@ class PartnersLog:
     """
 
     def __init__(self) -> None:
-        self._with_partner: Tensor | int = 0  # pairs of the first batches
+        self._with_partner: Tensor | int = 0  # pairs of the watched batches
         self._batches = 0
 
     def __call__(
@@ -68,15 +70,16 @@ class PartnersLog:
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """``pairs_with_partner``, from 0 to 1."""
-        with_ids = (x for x in criterion.modules() if getattr(x, "same_id", None) is not None)
-        gather: Gather = next(with_ids).gather  # type: ignore[assignment]
-        ids = gather.items(inputs["pair_ids"])
+        parts_with_ids = (part for part in criterion.modules() if getattr(part, "same_id", None) is not None)
+        gather: Gather = next(parts_with_ids).gather  # type: ignore[assignment]
+        ids = gather.items(inputs["pair_ids"])  # of all processes
         with_partner = count_partners(ids)
         self._batches += 1
-        if self._batches <= _BATCHES:
+        if self._batches <= _WATCHED_BATCHES:
             self._with_partner = self._with_partner + with_partner
         rank, _world_size = gather.place
-        if self._batches == _BATCHES and not bool(self._with_partner) and rank == 0:
+        # The count is read, for which a device has to be waited for, once in a run.
+        if self._batches == _WATCHED_BATCHES and not bool(self._with_partner) and rank == 0:
             text = "No pair had a partner of the same id in the first %d batches: clip-ids changes nothing"
-            _logger.warning(text, _BATCHES)
+            _logger.warning(text, _WATCHED_BATCHES)
         return {"pairs_with_partner": with_partner / len(ids)}

@@ -63,13 +63,14 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     """
     if "-h" in argv or "--help" in argv:
         return list(catalog.known())
-    names = set()
+    # Any word may be the value of --loss, and "a+b" names two losses.
+    possible_names = set()
     for word in argv:
-        names.update(word.removeprefix("--loss=").split(JOIN))
+        possible_names.update(word.removeprefix("--loss=").split(JOIN))
 
     def is_meant(name: str) -> bool:
         flags = f"--{name}-", f"--{catalog.own_prefix(name)}-"
-        return name in names or any(word.startswith(flags) for word in argv)
+        return name in possible_names or any(word.startswith(flags) for word in argv)
 
     return [name for name in catalog.known() if is_meant(name)]
 
@@ -231,7 +232,7 @@ class LossArguments:
         """
         names = self._names(args)
         of_run = ""  # in place of a loss's name, see attributes
-        options: dict[str, dict[str, Any]] = {}
+        options: dict[str, dict[str, Any]] = {}  # by loss; none where the trainer's own loss is asked for
         if names:
             options = {loss: {} for loss in (of_run, *names)}
         given = [
@@ -239,13 +240,14 @@ class LossArguments:
             for loss, key, attribute in attributes(self.losses)
             if hasattr(args, attribute)
         ]
-        used = set()  # losses of one prefix share an attribute
+        # Losses of one prefix share an attribute, which one of those that are asked for has to use.
+        used_attributes = set()
         for loss, key, attribute in given:
             if loss in options:
                 options[loss][key] = getattr(args, attribute)
-                used.add(attribute)
+                used_attributes.add(attribute)
         for _, _, attribute in given:
-            if attribute not in used:
+            if attribute not in used_attributes:
                 owners = [loss or "NAME" for loss, _, other in given if other == attribute]
                 raise ValueError(f"--{attribute.replace('_', '-')}: only with --loss {' or '.join(owners)}")
         if not names:

@@ -69,7 +69,8 @@ def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> 
         built = loss.build(below, gather)
         if not isinstance(built, nn.Module):
             raise ValueError(f"{loss.name} builds no module; got {built!r}")
-        if below is not base and not any(part is below for part in built.modules()):
+        would_drop_the_one_before = below is not base and not any(part is below for part in built.modules())
+        if would_drop_the_one_before:
             raise ValueError(f"{loss.name} stands on no other loss but the trainer's: name it first")
         below = built
     module: nn.Module = below

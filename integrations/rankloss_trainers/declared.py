@@ -230,11 +230,12 @@ class Loss:
             with naming_options(self.named.options, self.name):
                 return make(**options)
         except OptionError as error:
-            presets = self.named.defaults.keys() - self.given
-            in_error = sorted(key for key in presets if re.search(rf"\b{key}\b", str(error)))
-            if not in_error:
+            # The user did not type the loss's own defaults: an error that names some says whose they are.
+            own_defaults = self.named.defaults.keys() - self.given
+            named_in_error = sorted(key for key in own_defaults if re.search(rf"\b{key}\b", str(error)))
+            if not named_in_error:
                 raise
-            text = f"{error.reason} ({' and '.join(in_error)}: by default of {self.name})"
+            text = f"{error.reason} ({' and '.join(named_in_error)}: by default of {self.name})"
             raise OptionError(error.key, text, error.loss) from error
 
 

@@ -27,26 +27,31 @@ class Trainer(NamedTuple):
     use: str
 
 
-_OPEN_CLIP, _OURS = "rankloss_open_clip.bootstrap:problems", "rankloss_trainers"
 TRAINERS = [
-    Trainer("open-clip", "open-clip-torch", _OPEN_CLIP, "python -m open_clip_train.main ... --loss rankclip"),
     Trainer(
-        "transformers",
-        "transformers",
-        f"{_OURS}.transformers.trainer",
-        f"python -m {_OURS}.transformers SCRIPT ... --loss rankclip, or ContrastiveTrainer(loss='rankclip')",
+        name="open-clip",
+        distribution="open-clip-torch",
+        plugin="rankloss_open_clip.bootstrap:problems",
+        use="python -m open_clip_train.main ... --loss rankclip",
     ),
     Trainer(
-        "sentence-transformers",
-        "sentence-transformers",
-        f"{_OURS}.sentence_transformers",
-        "loss = ContrastiveLoss(model, 'rankclip'), and callbacks=[Progress(loss)]",
+        name="transformers",
+        distribution="transformers",
+        plugin="rankloss_trainers.transformers.trainer",
+        use="python -m rankloss_trainers.transformers SCRIPT ... --loss rankclip, or "
+        "ContrastiveTrainer(loss='rankclip')",
     ),
     Trainer(
-        "lightning",
-        "lightning",
-        f"{_OURS}.lightning",
-        f"{_OURS}.create('rankclip') in the module, and callbacks=[Progress()]",
+        name="sentence-transformers",
+        distribution="sentence-transformers",
+        plugin="rankloss_trainers.sentence_transformers",
+        use="loss = ContrastiveLoss(model, 'rankclip'), and callbacks=[Progress(loss)]",
+    ),
+    Trainer(
+        name="lightning",
+        distribution="lightning",
+        plugin="rankloss_trainers.lightning",
+        use="rankloss_trainers.create('rankclip') in the module, and callbacks=[Progress()]",
     ),
 ]
 """The trainers, in the order of the report."""

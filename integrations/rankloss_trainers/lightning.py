@@ -72,7 +72,7 @@ class Progress(Callback):
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
             raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
-        self._tellers: list[Any] = []  # the methods of losses to call
+        self._tellers: list[Any] = []  # the methods to call, bound to the parts of losses that have them
         self._end = 0  # the last step or epoch
         self._told = 0  # the last one that was told, since an accumulated batch is no step of its own
         self._training = ""  # the losses with their course
@@ -86,7 +86,8 @@ class Progress(Callback):
         """Before the first epoch."""
         self.unit = self._unit_of(trainer, pl_module)
         self._check_units(pl_module)
-        self._tellers, self._told = self._listeners(pl_module, self.unit, self.unit), 0
+        self._tellers = self._listeners(pl_module, self.unit, preferred=self.unit)
+        self._told = 0
         self._end = self._end_of(trainer, pl_module) if self._tellers else 0
         self._training = self._described(pl_module)
         if trainer.is_global_zero:
@@ -101,7 +102,7 @@ class Progress(Callback):
     def _check_units(self, pl_module: nn.Module) -> None:
         """Raise a ValueError for a loss that is told at the other unit alone."""
         other = "epoch" if self.unit == "step" else "step"
-        untold = self._listeners(pl_module, other, self.unit)
+        untold = self._listeners(pl_module, other, preferred=self.unit)
         if untold:
             part = type(untold[0].__self__).__name__
             raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
@@ -114,9 +115,10 @@ class Progress(Callback):
         return ": ".join(filter(None, [", ".join(losses), ", ".join(courses)]))
 
     def _unit_of(self, trainer: Any, pl_module: nn.Module) -> Literal["epoch", "step", "auto"]:
-        """The unit of a run."""
-        has_epochs_alone = bool(self._listeners(pl_module, "epoch", "step"))
-        if self._given != "auto" and has_epochs_alone:  # in a run of one epoch, too
+        """The unit of a run: the given one, or the one that its length decides."""
+        has_epochs_alone = bool(self._listeners(pl_module, "epoch", preferred="step"))
+        # A run of one epoch would go by steps, of which such a loss cannot be told.
+        if self._given != "auto" and has_epochs_alone:
             return self._given
         by_steps = self.total_steps is not None or trainer.max_steps != -1
         epochs = math.inf if by_steps else trainer.max_epochs or 0

@@ -128,7 +128,9 @@ class Teacher:
             try:
                 self.spec = Spec.of(text)
             except ValueError as error:
-                if any(sign in text for sign in "=:"):  # else a folder that is not there
+                # Without such a sign the text is the path of a folder, which is missed when it is opened.
+                is_spelled_as_a_model = any(sign in text for sign in "=:")
+                if is_spelled_as_a_model:
                     raise OptionError("teacher", f"{error}; nor is there a folder of this name") from error
         self.folder = text if self.spec is None else None
 

@@ -85,6 +85,7 @@ class Runtime(nn.Module):
         gather: GatherOption = None,
     ) -> None:
         super().__init__()
+        # The module.
         self.host, self.losses = host, losses
         self.options = RunOptions() if options is None else options
         self.name = JOIN.join(loss.name for loss in losses)
@@ -92,20 +93,26 @@ class Runtime(nn.Module):
         is_built = base is not None and not isinstance(base, type)
         self.own_base: Any = base if is_built else base_of(losses, self._gather, base)
         self.criterion = composed(losses, self.own_base, self._gather, host.biased)
-        self.teaching = Teaching(host, self.name, losses, self.criterion, self.options)
         self.takes_lists = bool(arguments_of(self.criterion, "candidate_features"))
-        computed = self.teaching.spec  # a teacher that this host may not compute, but takes as a folder
-        advice = {} if computed is None else {"teacher": computed.two_steps(host.teacher)}
-        host.check_serves(self.name, self._needs(), advice)
+
+        # The teacher, which is looked up once the host is known to serve the losses.
+        self.teaching = Teaching(host, self.name, losses, self.criterion, self.options)
+        host.check_serves(self.name, self._needs(), self._advice_on_teacher())
         self.teaching.look_up()
+
+        # Progress.
         self.unit, self.step = "step", 0
-        self.has_fixed_entries = False
-        self._log = RunLog(self.name, losses, self.criterion, self.options)
-        self._first_state = deepcopy(self.criterion.state_dict())
         self._has_progress = any(units_of(part) for part in self.criterion.modules())
         self._is_told = not self._has_progress
+
+        # The batches of a training, and their log.
+        self.has_fixed_entries = False
+        self._log = RunLog(self.name, losses, self.criterion, self.options)
         self._has_contrasted = False  # a batch of this training
         self._has_met_single = False  # a batch of one pair, which is logged once
+
+        # Checkpoints.
+        self._first_state = deepcopy(self.criterion.state_dict())
         self._training: str | None = None  # the losses with their course, once a training has begun
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
@@ -125,6 +132,13 @@ class Runtime(nn.Module):
         if self.teaching.spec is not None:
             needs.append("teacher")
         return needs
+
+    def _advice_on_teacher(self) -> dict[str, str]:
+        """By the need: a host that computes no teacher takes its features as a folder or as columns."""
+        teacher_to_compute = self.teaching.spec
+        if teacher_to_compute is None:
+            return {}
+        return {"teacher": teacher_to_compute.two_steps(self.host.teacher)}
 
     def on(self, base: Any) -> Runtime:
         """These losses on the loss, or the class, that the trainer built: this object where it expects it."""
@@ -222,8 +236,9 @@ class Runtime(nn.Module):
         """The losses with the options that were given, a module by its own text; and the named teacher."""
         texts = []
         for loss in self.losses:
-            own = str(self.criterion) if loss.package is None else loss.name
-            texts.append(f"{own} ({loss.summary})" if loss.summary else own)
+            is_module_of_the_user = loss.package is None
+            text = str(self.criterion) if is_module_of_the_user else loss.name
+            texts.append(f"{text} ({loss.summary})" if loss.summary else text)
         teacher = self.teaching.teacher
         taught = [] if teacher is None else [f"teacher {teacher.text}"]
         return one_line(", ".join([JOIN.join(texts), *taught]))
@@ -273,8 +288,8 @@ class Runtime(nn.Module):
         if rank == 0:
             self._log.remark_on_teacher(list(teacher))
             self._log.remark_on_products(inputs.get("image_features"))
-        # Always by name: only the names tell which entry is a term.
-        with gather_once():
+        with gather_once():  # for the loss, and for the metrics that the log adds
+            # Always by name: only the names tell which entry is a term.
             entries = dict(self.criterion(**inputs, output_dict=True))
             logged = self._log.entries(entries, inputs, self.gather, self.step)
         for name, value in logged.items():
@@ -337,12 +352,14 @@ class Runtime(nn.Module):
         lists = {name: features.pop(name) for name in OF_LISTS if name in features}
         if not lists:
             return Entries(self._pair_terms(features), {})
-        parts: list[Any] = [part for part in self.criterion.modules() if hasattr(part, "list_terms")]
-        if not parts:  # a module of one's own
+        parts_with_lists: list[Any] = [
+            part for part in self.criterion.modules() if hasattr(part, "list_terms")
+        ]
+        if not parts_with_lists:  # a module of one's own, which is evaluated whole
             entries = dict(self.criterion(**features, **lists, output_dict=True))
             return Entries.of(self.criterion, entries)
         terms = self._pair_terms(features)
-        for part in parts:
+        for part in parts_with_lists:
             terms.update(part.list_terms(features["logit_scale"], **lists))
         return Entries(terms, {})
 
@@ -380,26 +397,28 @@ class Runtime(nn.Module):
         Raises:
             ValueError: It is no state of :meth:`saved`, or one that does not fit the loss.
         """
-        first = self._first_state
+        has_state = bool(self._first_state)
         self._training_before = None
         if state is not None:
             check_saved(state)
         if warn and state is not None:
             self._training_before = state.get("training")
-        elif warn and not first:
+        elif warn and not has_state:  # of a loss with a state, the warning below says it
             self._training_before = "no loss of rankloss"
         if state is not None and state["loss"] == self.name:
             try:
-                self.criterion.load_state_dict(_as_tensors(state["state_dict"], first))
+                self.criterion.load_state_dict(_as_tensors(state["state_dict"], self._first_state))
             except (RuntimeError, TypeError, ValueError) as error:
                 text = f"the checkpoint resumed from holds a state of {self.name} that does not fit the loss"
                 raise ValueError(f"{text}: {error}") from error
             return
-        if first and warn:
-            held = "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
+        if warn and has_state:
+            in_checkpoint = (
+                "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
+            )
             text = "The checkpoint resumed from holds %s: the state of %s starts anew"
-            _logger.warning(text, held, self.name)
-        self.criterion.load_state_dict(first)
+            _logger.warning(text, in_checkpoint, self.name)
+        self.criterion.load_state_dict(self._first_state)
 
 
 def check_saved(state: object) -> None:

@@ -160,10 +160,9 @@ class Teaching:
             raise ValueError(f"the data have {', '.join(features)}, but {self.name} does not use a teacher")
         not_in_batch = [column for column in self.data_columns if column not in features]
         # One of the two features may do, unless the data have the other under a misspelt name.
-        lacks_one = len(features) < len(TEACHER) and any(
-            column.startswith("reference_") for column in not_in_batch
-        )
-        if self.use == "required" and (not features or lacks_one):
+        has_misspelt_name = any(column.startswith("reference_") for column in not_in_batch)
+        is_incomplete = not features or (len(features) < len(TEACHER) and has_misspelt_name)
+        if self.use == "required" and is_incomplete:
             columns = f"; the data have {', '.join(self.data_columns)}" if self.data_columns else ""
             raise ValueError(f"{self.name} needs a teacher's features: {self._remedy()}{columns}")
         dropped = [column for column in not_in_batch if column in TEACHER]
@@ -175,10 +174,10 @@ class Teaching:
     def _remedy(self) -> str:
         """The way to give a teacher's features, with the command that computes those of a loss's own."""
         ways = self._host.teacher
-        own = _own_teachers(self._losses)
-        if not own:
+        own_teachers = _own_teachers(self._losses)
+        if not own_teachers:
             return ways
-        with_command: str = Teacher(own[0]).spec.two_steps(ways)
+        with_command: str = Teacher(own_teachers[0]).spec.two_steps(ways)
         return with_command
 
     def _set_components(self, student: Any, teacher: Any) -> None:
@@ -187,8 +186,10 @@ class Teaching:
         Of a wider teacher these are the folder's principal components; of a narrower one it adds zeros.
         """
         parts = [part for part in self._copying if part.components is None]
-        are_matrices = all(isinstance(x, Tensor) and x.dim() == 2 for x in (student, teacher))
-        if not parts or not are_matrices:  # the loss names wrong inputs
+        are_matrices = all(
+            isinstance(features, Tensor) and features.dim() == 2 for features in (student, teacher)
+        )
+        if not parts or not are_matrices:  # all have one already; or the loss itself names the wrong inputs
             return
         student_width, teacher_width = student.shape[1], teacher.shape[1]
         if student_width > teacher_width:

@@ -237,20 +237,20 @@ def pool_lists(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
     )
 
 
-def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> None:
+def check_unique(queries: Sequence[Any], places: Sequence[str], remedy: str) -> None:
     """Raise a ValueError for a query twice in a batch: its lists' candidates would be each other's negatives.
 
     Args:
         queries: The queries.
-        named: The place of each, "row N of the batch …".
+        places: The place of each, "row N of the batch …".
         remedy: The advice that ends the error.
     """
-    places: dict[Hashable, int] = {}
-    for n, query in enumerate(queries):
-        first = places.setdefault(identify(query), n)
-        if first != n:
+    first_rows: dict[Hashable, int] = {}
+    for row, query in enumerate(queries):
+        first_row = first_rows.setdefault(identify(query), row)
+        if first_row != row:
             raise ValueError(
-                f"a query may be in a batch once; got it in row {first} and {named[n]}. {remedy}"
+                f"a query may be in a batch once; got it in row {first_row} and {places[row]}. {remedy}"
             )
 
 

@@ -91,8 +91,8 @@ class RankedListsTerm(nn.Module):
         if logit_scale is None:
             raise ValueError("logit_scale must be given, the multiplier of the similarities; got None")
         if (image_features is None) != (text_features is None):
-            given = "image_features" if text_features is None else "text_features"
-            raise ValueError(f"pairs are image_features and text_features; got {given} alone")
+            lone = "image_features" if text_features is None else "text_features"
+            raise ValueError(f"pairs are image_features and text_features; got {lone} alone")
         if self.base is not None and self.needs_pairs and image_features is None:
             raise ValueError("base_loss include needs pairs beside the lists; the batch has none")
         if self.base is not None and image_features is not None and text_features is not None:

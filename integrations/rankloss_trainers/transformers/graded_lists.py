@@ -35,8 +35,8 @@ COLUMNS = ("query", "candidates", "grades", "ranks", "own")
 METRICS = ("ndcg", "reciprocal_rank", "pairwise_accuracy", "kendall_tau_b", "kendall_tau_c")
 """The metrics of an evaluation, with the defaults of :mod:`rankloss.metrics`."""
 
-# Of a batch, beside the model's inputs.
-_BATCH = (
+# The keys of a batch that are no inputs of the model.
+_KEYS_OF_LISTS = (
     "grade_bits",
     "graded_by",
     "query_index",
@@ -82,7 +82,7 @@ class RankedListsCollator:
     unique: bool = False
 
     def __post_init__(self) -> None:
-        missing = [x for x in ("tokenizer", "image_processor") if not hasattr(self.processor, x)]
+        missing = [part for part in ("tokenizer", "image_processor") if not hasattr(self.processor, part)]
         if missing:
             kind = type(self.processor).__name__
             raise TypeError(f"lists need the model's processor, with a {' and a '.join(missing)}; got {kind}")
@@ -295,7 +295,7 @@ def embed(
     check_lists_fit(run, inputs["graded_by"], has_pairs=has_pairs)
     plan = inputs["plan"]
     split = plan.split(size)
-    of_model = {name: value for name, value in inputs.items() if name not in (*_BATCH, "return_loss")}
+    of_model = {name: value for name, value in inputs.items() if name not in (*_KEYS_OF_LISTS, "return_loss")}
     outputs, features = embeddings.embedded(call, model, plan.repeated(of_model, split), split)
     of_queries, of_others = NAMES if inputs["queries"] == "image" else reversed(NAMES)
     queries, others = features[of_queries][inputs["query_index"]], features[of_others]

@@ -47,8 +47,10 @@ class Progress(TrainerCallback):
         epochs = math.inf
         if has_length(loader):
             epochs = state.num_train_epochs
-            least = 1 if all(run.takes_lists for run in self.runs) else 2  # a list needs no second query
-            _check_last_batch(loader, args, state.max_steps, least)
+            least_pairs = (
+                1 if all(run.takes_lists for run in self.runs) else 2
+            )  # a list needs no second query
+            _check_last_batch(loader, args, state.max_steps, least_pairs)
         for run in self.runs:
             run.begin(epochs, state.max_steps)
             if state.is_world_process_zero:
@@ -87,14 +89,15 @@ def keeping_last_batch(args: Any) -> Iterator[None]:
         args.dataloader_drop_last = drop_last
 
 
-def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> None:
+def _check_last_batch(loader: Any, args: Any, max_steps: int, least_pairs: int) -> None:
     """Raise a ValueError if a last batch, which the run reaches, has less than the least number of pairs.
 
     Of several processes each must have as many pairs as the others. Where accelerate completes the last batch
     from the first ones, there is none.
     """
     is_completed = getattr(loader.batch_sampler, "even_batches", False)
-    is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
+    batches_of_run = max_steps * args.gradient_accumulation_steps
+    is_reached = batches_of_run >= len(loader)
     if args.dataloader_drop_last or is_completed or not is_reached:
         return
     dataset: Any = loader.dataset
@@ -102,7 +105,8 @@ def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> Non
     size, processes = args.train_batch_size, args.world_size
     for pairs in map(len, datasets):
         last = pairs % (size * processes)  # 0 where all batches are full
-        is_too_small, is_uneven = 0 < last < least, last > 0 and processes > 1
+        is_too_small = 0 < last < least_pairs
+        is_uneven = last > 0 and processes > 1
         if is_too_small or is_uneven:
             reason = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
             data = f"{pairs} pairs in batches of {size} on {processes} process(es)"

@@ -126,8 +126,9 @@ class ContrastiveTrainer(transformers.Trainer):
         if mini_batch_size is not None:
             check_count("mini_batch_size", mini_batch_size)
         self._refuse_other_trainings()
-        embeddings.logit_scale(self.model)  # an error where there is none
-        # Of a Trainer behind this class, too, whose own loss was scaled: see check_scaling.
+        embeddings.logit_scale(self.model)  # raises a ValueError where the model has none
+        # Only where these are false does the Trainer divide the loss by the accumulated batches, see
+        # check_scaling. A Trainer behind this class may have set them for its own loss.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         if self.args.label_names is None:
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
@@ -141,7 +142,8 @@ class ContrastiveTrainer(transformers.Trainer):
             run = Runtime(HOST, read_losses(loss, loss_options), options, base=base)
         self.loss_runtime: Runtime = run.to(self.args.device)
         self._compute_teacher()
-        self._sums: dict[str, tuple[Any, int]] = {}  # of each entry since the log's last line, and its calls
+        # For the next line of the log: of each entry the sum of its values, and their number.
+        self._sums: dict[str, tuple[Any, int]] = {}
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self._retrieval: Retrieval | None = None  # within an evaluation
         self._has_trained_loss = False
