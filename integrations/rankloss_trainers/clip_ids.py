@@ -70,8 +70,8 @@ class PartnersLog:
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """``pairs_with_partner``, from 0 to 1."""
-        parts_with_ids = (part for part in criterion.modules() if getattr(part, "same_id", None) is not None)
-        gather: Gather = next(parts_with_ids).gather  # type: ignore[assignment]
+        losses_of_ids = (loss for loss in criterion.modules() if getattr(loss, "same_id", None) is not None)
+        gather: Gather = next(losses_of_ids).gather  # type: ignore[assignment]
         ids = gather.items(inputs["pair_ids"])  # of all processes
         with_partner = count_partners(ids)
         self._batches += 1

@@ -14,18 +14,18 @@ from rankloss import Gather, RankClipLoss
 from rankloss_baselines.alip import AlipLoss
 from test_distributed import averaged, differentiated, shards
 
-N_PER_RANK, D, SCALE = 3, 5, 10.0
+PAIRS_OF_A_RANK, DIMENSIONS, SCALE = 3, 5, 10.0
 
 
 def leaves(world_size: int) -> tuple[Tensor, ...]:
     """Images, texts, captions and the scale of the whole batch."""
     rng = np.random.default_rng(world_size)
-    rows = [torch.from_numpy(unit_rows(rng, N_PER_RANK * world_size, D)) for _ in range(3)]
+    rows = [torch.from_numpy(unit_rows(rng, PAIRS_OF_A_RANK * world_size, DIMENSIONS)) for _ in range(3)]
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
 
 
 def histories(rank: int, world_size: int) -> list[Tensor]:
-    """After the first call of a step, after a second one of the same, and after that of another step."""
+    """The histories after the first call of step 1, after another call of it, and after one of step 2."""
     *rows, s = leaves(world_size)
     v, t, c = shards(rank, world_size, *rows)
     loss = AlipLoss()
@@ -34,22 +34,22 @@ def histories(rank: int, world_size: int) -> list[Tensor]:
         loss(v, t, s, caption_features=c)
         return loss.histories.clone()
 
-    loss.set_progress(1, 2)
+    loss.set_progress(1, total_steps=2)
     first, accumulated = after_a_call(), after_a_call()
-    loss.set_progress(2, 2)
+    loss.set_progress(2, total_steps=2)
     return [first, accumulated, after_a_call()]
 
 
 def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(pool: Pool) -> None:
     v, t, c, s = leaves(pool.world_size)
-    loss, owed = AlipLoss(), []
-    for _ in range(2):
+    loss, of_one_process = AlipLoss(), []
+    for _step in range(2):
         loss(v, t, s, caption_features=c)
-        owed.append(loss.histories.clone())
+        of_one_process.append(loss.histories.clone())
     of_first_rank, *of_others = pool.run(histories)
     first, accumulated, second = of_first_rank
-    torch.testing.assert_close([first, second], owed, rtol=1e-12, atol=0)
-    assert torch.equal(accumulated, first)
+    torch.testing.assert_close([first, second], of_one_process, rtol=1e-12, atol=0)
+    assert torch.equal(accumulated, first)  # a second batch of a step moves no history
     for of_other in of_others:
         assert all(map(torch.equal, of_other, of_first_rank))
 
@@ -59,8 +59,11 @@ both_gatherings = pytest.mark.parametrize(
 )
 
 
-def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
-    """The value and gradients of a share; None finds the default group."""
+def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
+    """The value and gradients of rank terms on ALIP, of this rank's share of the batch.
+
+    The gathering None finds the default process group.
+    """
     *rows, s = inputs = leaves(world_size)
     v, t, c = shards(rank, world_size, *rows)
     loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
@@ -71,7 +74,7 @@ def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(AlipLoss(), schedule="constant")(v, t, s, caption_features=c)
-    assert_same(averaged(pool.run(composed, gather)), differentiated(value, inputs), 1e-9)
+    assert_same(averaged(pool.run(on_share, gather)), differentiated(value, inputs), tolerance=1e-9)
 
 
 def test_entries_and_state_of_a_base_of_rank_terms_are_those_of_alip() -> None:
@@ -85,10 +88,11 @@ def test_entries_and_state_of_a_base_of_rank_terms_are_those_of_alip() -> None:
 
 def bad_captions(rank: int, world_size: int) -> str:
     """The error of a batch whose second captions are too narrow on the last process."""
-    v, t, s = torch.eye(4, D), torch.eye(4, D).flip(0), 10.0
-    width = D - 1 if rank == world_size - 1 else D
+    v, t = torch.eye(4, DIMENSIONS), torch.eye(4, DIMENSIONS).flip(0)
+    is_last = rank == world_size - 1
+    width = DIMENSIONS - 1 if is_last else DIMENSIONS
     with pytest.raises(ValueError, match="caption_features must be like text_features") as caught:
-        AlipLoss()(v, t, s, caption_features=torch.eye(4, width))
+        AlipLoss()(v, t, SCALE, caption_features=torch.eye(4, width))
     return str(caught.value)
 
 
@@ -98,7 +102,8 @@ def test_bad_captions_of_one_process_are_the_error_of_all(pool: Pool) -> None:
     assert others == [first] * (pool.world_size - 1)
 
 
-def collectives(rank: int, world_size: int) -> dict[str, int]:
+def collectives_of_a_call(rank: int, world_size: int) -> dict[str, int]:
+    """The number of each kind of collective call that the second call of the loss makes."""
     *rows, s = leaves(world_size)
     v, t, c = shards(rank, world_size, *rows)
     loss = AlipLoss()
@@ -109,5 +114,8 @@ def collectives(rank: int, world_size: int) -> dict[str, int]:
 
 
 def test_images_and_both_captions_are_gathered_once(pool: Pool) -> None:
-    """The two captions in one call; the inputs and the second captions are checked."""
-    assert pool.run(collectives) == [{"allreduce": 2, "allgather": 2}] * pool.world_size
+    """By two gathers, of the images and of both captions together.
+
+    Two sums compare what the processes bring: the pairs, and the second captions.
+    """
+    assert pool.run(collectives_of_a_call) == [{"allreduce": 2, "allgather": 2}] * pool.world_size

@@ -16,20 +16,20 @@ from rankloss import ClipLoss
 from rankloss_baselines.cyclip import CyClipLoss
 
 
-def direct(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The formulas with their N×N matrices, in float64 and with autograd."""
+def by_formula(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """CyCLIP's cross-modal and in-modal terms from their N×N matrices, in float64 and with autograd."""
     v, t = v.double(), t.double()
     across, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
     return across.square().sum() / len(v), within.square().sum() / len(v)
 
 
-def terms(v: Tensor, t: Tensor) -> list[Tensor]:
-    """Both terms of the loss without their weights."""
+def unweighted_terms(v: Tensor, t: Tensor) -> list[Tensor]:
+    """Both terms of the loss, with weights of 1."""
     return [*CyClipLoss(lambda_cross=1.0, lambda_in=1.0).own_terms(v, t, 1.0).values()]
 
 
 def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[Tensor, Tensor]:
-    """Float32 texts that are the images up to noise, or up to noise and a rotation of the whole space."""
+    """Images, and texts that are the images up to noise, or up to noise and a rotation of the space."""
     generator = torch.Generator().manual_seed(seed)
     drawn, direction = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
     rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
@@ -41,7 +41,7 @@ def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[
 
 @pytest.mark.parametrize("key", VECTORS)
 def test_entries_are_the_float64_vectors(key: str) -> None:
-    """Whose terms have no weights; the defaults are 1/4."""
+    """The file's terms have no weights, the loss's defaults are 1/4."""
     case = VECTORS[key]
     entries = CyClipLoss()(*vector_batch(case).leaves(), output_dict=True)
     owed = {
@@ -58,24 +58,29 @@ def test_entries_are_the_float64_vectors(key: str) -> None:
 def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: float) -> None:
     v, t, s = inputs = batch.leaves()
     loss = CyClipLoss(lambda_cross=0.7, lambda_in=0.3)
-    across, within = direct(v, t)
+    across, within = by_formula(v, t)
     terms = [*loss.own_terms(v, t, s).values()]
     torch.testing.assert_close(terms, [0.7 * across, 0.3 * within], rtol=1e-9, atol=1e-13)
-    owed = ClipLoss()(v, t, s) + 0.7 * across + 0.3 * within
-    slopes, owed_slopes = gradients(loss(v, t, s), inputs, upstream), gradients(owed, inputs, upstream)
+    owed_value = ClipLoss()(v, t, s) + 0.7 * across + 0.3 * within
+    slopes = gradients(loss(v, t, s), inputs, upstream)
+    owed_slopes = gradients(owed_value, inputs, upstream)
     torch.testing.assert_close(slopes, owed_slopes, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @given(
-    st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 24), st.sampled_from([1, 0.1, 1e-2, 1e-3])
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(2, 40),
+    d=st.integers(2, 24),
+    noise=st.sampled_from([1, 0.1, 1e-2, 1e-3]),
 )
 def test_float32_is_right_however_close_the_modalities(
     rotated: bool, seed: int, n: int, d: int, noise: float
 ) -> None:
-    leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
-    for term, owed in zip(terms(*leaves), direct(*leaves), strict=True):
-        if owed < 1e-9 * n:  # cosines that differ by less than some hundred roundings of float32
+    leaves = [features.requires_grad_() for features in close_pair(seed, n, d, noise, rotated)]
+    for term, owed in zip(unweighted_terms(*leaves), by_formula(*leaves), strict=True):
+        # A term is n times the mean square of differences of cosines: here these are some hundred roundings.
+        if owed < 1e-9 * n:
             continue
         assert term.dtype == torch.float32
         assert relative_error(term, owed) < 1e-5
@@ -87,17 +92,17 @@ def test_float32_is_right_however_close_the_modalities(
 
 def test_memory_is_linear_in_the_batch() -> None:
     n, d = 512, 8
-    v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)
+    v, t, _scale = random_batch(seed=0, n=n, d=d, scale=10.0).leaves(torch.float32)
     with TensorSizes() as sizes:
-        sum(terms(v, t)).backward()
-    assert sizes.largest <= n * d
+        sum(unweighted_terms(v, t)).backward()
+    assert sizes.largest <= n * d  # as the features, where a matrix of similarities would have n·n elements
 
 
 def test_half_precision_features_are_computed_in_full() -> None:
-    v, t, _ = random_batch(0, 32, 16, 10.0).leaves(torch.bfloat16)
-    expected = torch.stack(direct(v.detach(), t.detach())).float()
+    v, t, _scale = random_batch(seed=0, n=32, d=16, scale=10.0).leaves(torch.bfloat16)
+    expected = torch.stack(by_formula(v.detach(), t.detach())).float()
     with torch.autocast("cpu", torch.bfloat16):
-        values = torch.stack(terms(v, t))
+        values = torch.stack(unweighted_terms(v, t))
     assert values.dtype == torch.float32
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
     assert {slope.dtype for slope in torch.autograd.grad(values.sum(), (v, t))} == {torch.bfloat16}
@@ -106,9 +111,10 @@ def test_half_precision_features_are_computed_in_full() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("modality", [0, 1], ids=["images", "texts"])
 def test_no_plausible_number_for_features_that_are_not_finite(modality: int, value: float) -> None:
-    features = [x.detach() for x in random_batch(0, 6, 4, 10.0).leaves()[:2]]
+    batch = random_batch(seed=0, n=6, d=4, scale=10.0)
+    features = [batch.image, batch.text]
     features[modality][2, 1] = value
-    assert not any(term.isfinite() for term in terms(*features))
+    assert not any(term.isfinite() for term in unweighted_terms(*features))
 
 
 @pytest.mark.parametrize(

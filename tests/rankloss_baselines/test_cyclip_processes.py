@@ -14,13 +14,13 @@ from rankloss import Gather, RankClipLoss
 from rankloss_baselines.cyclip import CyClipLoss
 from test_distributed import averaged, differentiated, shards
 
-N_PER_RANK, D, SCALE = 3, 5, 10.0
+PAIRS_OF_A_RANK, DIMENSIONS, SCALE = 3, 5, 10.0
 
 
 def leaves(world_size: int) -> tuple[Tensor, ...]:
     """Images, texts and the scale of the whole batch."""
     rng = np.random.default_rng(world_size)
-    rows = [torch.from_numpy(unit_rows(rng, N_PER_RANK * world_size, D)) for _ in range(2)]
+    rows = [torch.from_numpy(unit_rows(rng, PAIRS_OF_A_RANK * world_size, DIMENSIONS)) for _ in range(2)]
     return tuple(x.requires_grad_() for x in (*rows, torch.tensor(SCALE, dtype=torch.float64)))
 
 
@@ -29,8 +29,11 @@ both_gatherings = pytest.mark.parametrize(
 )
 
 
-def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
-    """The value and gradients of a share; None finds the default group."""
+def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
+    """The value and gradients of rank terms on CyCLIP, of this rank's share of the batch.
+
+    The gathering None finds the default process group.
+    """
     *rows, s = inputs = leaves(world_size)
     v, t = shards(rank, world_size, *rows)
     loss = RankClipLoss(CyClipLoss(gather=gather), schedule="constant", gather=gather)
@@ -41,7 +44,7 @@ def composed(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
 def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s)
-    assert_same(averaged(pool.run(composed, gather)), differentiated(value, inputs), 1e-9)
+    assert_same(averaged(pool.run(on_share, gather)), differentiated(value, inputs), tolerance=1e-9)
 
 
 def test_entries_of_a_base_of_rank_terms_are_those_of_cyclip() -> None:
@@ -50,7 +53,8 @@ def test_entries_of_a_base_of_rank_terms_are_those_of_cyclip() -> None:
     assert list(entries) == [*of_cyclip, "cross_modal_loss", "in_modal_loss"]
 
 
-def collectives(rank: int, world_size: int) -> dict[str, int]:
+def collectives_of_a_call(rank: int, world_size: int) -> dict[str, int]:
+    """The number of each kind of collective call that the second call of the loss makes."""
     *rows, s = leaves(world_size)
     pair, loss = shards(rank, world_size, *rows), CyClipLoss()
     loss(*pair, s)  # processes may compare what they bring, once
@@ -60,5 +64,8 @@ def collectives(rank: int, world_size: int) -> dict[str, int]:
 
 
 def test_features_are_gathered_once_for_the_terms_and_the_base(pool: Pool) -> None:
-    """Whose inputs are both checked."""
-    assert pool.run(collectives) == [{"allreduce": 2, "allgather": 2}] * pool.world_size
+    """By two gathers, of images and of texts.
+
+    Two sums compare what the processes bring: to the terms, and to the base.
+    """
+    assert pool.run(collectives_of_a_call) == [{"allreduce": 2, "allgather": 2}] * pool.world_size
