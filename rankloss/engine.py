@@ -147,7 +147,7 @@ def _times_upstream(
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
-    """The upstream value shared by all terms; None if they differ, or a comparison would wait."""
+    """The upstream value shared by all terms; None if they differ, or comparing would wait for a device."""
     first = upstream[0]
     for g in upstream:
         if first is None or g is None:
@@ -175,14 +175,18 @@ def _by_definition(
         if value.requires_grad and g is not None:
             outputs.append(value)
             upstream_of_outputs.append(g)
-    asked = {place: x for place, x in enumerate(aliases) if x is not None and by[place]}
-    if not outputs:
-        gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in asked.values()]
+    asked_inputs = {place: x for place, x in enumerate(aliases) if x is not None and by[place]}
+    if not outputs:  # no term depends on an input, or none has an upstream value
+        gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in asked_inputs.values()]
     else:
         gradients = torch.autograd.grad(
-            outputs, list(asked.values()), upstream_of_outputs, create_graph=True, materialize_grads=True
+            outputs,
+            list(asked_inputs.values()),
+            upstream_of_outputs,
+            create_graph=True,
+            materialize_grads=True,
         )
-    gradient_at = dict(zip(asked, gradients, strict=True))
+    gradient_at = dict(zip(asked_inputs, gradients, strict=True))
     return [gradient_at.get(place) for place in range(len(inputs))]
 
 
@@ -429,21 +433,24 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
-    """Values of a block of lists; if wanted, the gradient overwrites the cosines.
+    """The cross-entropies (weight α) and C(x | y) (weight β) of a block of lists, and their gradient.
 
-    Sums are in float64 where the weights are. Otherwise they are sums of logarithms, of scores relative to
-    the own pair's.
+    If wanted, the gradient overwrites the cosines. Sums are in float64 where the weights are. Otherwise they
+    are sums of logarithms, of scores relative to the own pair's.
     """
     if block.beta is not None and not options.diagonal:
-        return _without_own(block, options, with_gradient)
-    own = block.cosines.diagonal(block.first_row, 1, 2)[..., None].clone()  # the gradient overwrites it
+        return _without_own_pairs(block, options, with_gradient)
+    # [matrices, n, 1]; always a copy, which keeps its values when the gradient overwrites the cosines.
+    own_cosines = block.cosines.diagonal(block.first_row, 1, 2)[..., None].clone()
+    # Only C(x | y) of Plackett-Luce needs a ranking; a softmax serves top-one, and the cross-entropy alone.
     is_ranked = block.beta is not None and options.model == "plackett_luce"
     evaluate_model = _plackett_luce if is_ranked else _softmax
-    nll, cross_entropy = evaluate_model(block, options, own, with_gradient)
+    # Relative to the own pair's score x_k, log Σ e^x is the cross-entropy, log Σ e^x − x_k.
+    nll, cross_entropy = evaluate_model(block, options, own_cosines, with_gradient)
     gradient = block.cosines if with_gradient else None
-    if block.alpha is None:
+    if block.alpha is None:  # no cross-entropy is wanted
         return Evaluated(None, nll, gradient)
-    if gradient is not None:
+    if gradient is not None:  # the models leave out −α·[q = k]
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
     return Evaluated(cross_entropy.squeeze(-1), nll, gradient)
 
@@ -451,7 +458,11 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
 def _plackett_luce(
     block: Block, options: RankOptions, origin: Tensor, with_gradient: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """C(x | y) and log Σ e^x − s·origin; the gradient, except for α·[q = k], overwrites the cosines."""
+    """C(x | y), ``[matrices, n]``, and log Σ e^x − s·origin, ``[matrices, n, 1]``.
+
+    If wanted, the gradient of β·C(x | y) + α·log Σ e^x by the scores overwrites the cosines. ``origin``
+    is a cosine of each list, ``[matrices, n, 1]``.
+    """
     alpha = _by_list(block.alpha)
     beta = _by_list(block.beta)
     assert beta is not None
@@ -481,7 +492,7 @@ def _softmax(
 ) -> tuple[Tensor | None, Tensor]:
     """C(x | y) of ``top_one``, or None without beta, and log Σ e^x − s·origin.
 
-    The gradient, except for α·[q = k], overwrites the cosines.
+    Shapes, ``origin`` and the gradient are those of :func:`_plackett_luce`.
     """
     alpha = _by_list(block.alpha)
     beta = _by_list(block.beta)
@@ -533,18 +544,22 @@ def _reference(block: Block) -> Tensor:
     return tied
 
 
-def _without_own(block: Block, options: RankOptions, with_gradient: bool) -> Evaluated:
-    """With ``diagonal=False``: cross-entropy of all items, lists of all items except the own pair."""
+def _without_own_pairs(block: Block, options: RankOptions, with_gradient: bool) -> Evaluated:
+    """As :func:`evaluate`, with ``diagonal=False``: C(x | y) leaves out each row's own pair.
+
+    The cross-entropy is still over all items.
+    """
     n_matrices, n, n_items = block.cosines.shape
-    own = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
-    others = other_items(own, n_items).expand(n_matrices, -1, -1)
+    own_columns = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
+    others = other_items(own_columns, n_items).expand(n_matrices, -1, -1)
     cosines = block.cosines.gather(-1, others)
     reference = _reference(block).gather(-1, others)
     already_tied = (None,) * len(reference)
     lists = block._replace(cosines=cosines, alpha=None, reference=reference, first_equal=already_tied)
     evaluate_model = _plackett_luce if options.model == "plackett_luce" else _softmax
     origin = cosines[..., :1].clone()  # any item's serves, in place of the own pair's
-    nll, _ = evaluate_model(lists, options, origin, with_gradient)
+    nll, _ = evaluate_model(lists, options, origin, with_gradient)  # ``cosines`` now holds C's gradient
+    # The block's cosines become the gradient by all items: the cross-entropy's, or zeros without alpha.
     cross_entropy = None
     if block.alpha is not None:
         all_items = block._replace(beta=None)

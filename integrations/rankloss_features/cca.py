@@ -483,10 +483,11 @@ class CanonicalCorrelation:
         Raises:
             ValueError: They are others, of another dtype, of shapes that do not fit, or not finite.
         """
-        D, D_text, K = (
-            tensors[name].numel() if name in tensors else 0
-            for name in ("image_mean", "text_mean", "correlations")
-        )
+        # The three vectors give the sizes; 0, which is refused below, where one is missing.
+        missing = torch.empty(0)
+        D = tensors.get("image_mean", missing).numel()
+        D_text = tensors.get("text_mean", missing).numel()
+        K = tensors.get("correlations", missing).numel()
         needed = {
             "image_mean": (D,),
             "image_projection": (D, K),
@@ -494,10 +495,13 @@ class CanonicalCorrelation:
             "text_projection": (D_text, K),
             "correlations": (K,),
         }
-        found = {name: tuple(x.shape) for name, x in tensors.items()}
-        are_numbers = all(x.dtype == torch.float64 and bool(x.isfinite().all()) for x in tensors.values())
-        if found != needed or 0 in (D, D_text, K) or not are_numbers:
-            raise ValueError(f"tensors must be {', '.join(needed)}, finite float64; got shapes {found}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        are_numbers = all(
+            tensor.dtype == torch.float64 and bool(tensor.isfinite().all()) for tensor in tensors.values()
+        )
+        is_empty = 0 in (D, D_text, K)
+        if shapes != needed or is_empty or not are_numbers:
+            raise ValueError(f"tensors must be {', '.join(needed)}, finite float64; got shapes {shapes}")
         return cls(setting, **tensors)
 
     def images(self, x: Tensor) -> Tensor:
