@@ -415,7 +415,7 @@ def test_features_that_are_gathered_with_their_graph_have_the_whole_batchs_gradi
 def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
     table: list[Any], loss: str
 ) -> None:
-    """Of all terms alike: the launch changes no balance."""
+    """Those of all terms alike, so that no term gains weight over another by the flags of a launch."""
     _, by_image, by_text, *_ = mean_over_ranks(table, loss, "global loss, constants")
     _, owed_by_image, owed_by_text, *_ = expected_of(loss, whole_batch(len(table)), world_size=1)
     assert_same([by_image, by_text], [owed_by_image / len(table), owed_by_text / len(table)])
@@ -740,7 +740,8 @@ def steps_of_pairs_alone(steps: list[Step]) -> list[Step]:
 
 def test_every_loss_that_is_called_compares_its_inputs_once(steps: list[Step]) -> None:
     for step in steps:
-        if step.loss not in ("SpreadLoss[covariance]", "SpreadLoss[over SigLipLoss]"):  # which add up sums
+        # These two also reduce sums, which a test below counts.
+        if step.loss not in ("SpreadLoss[covariance]", "SpreadLoss[over SigLipLoss]"):
             assert step.forward["allreduce"] == LOSSES[step.loss].checks, step
 
 

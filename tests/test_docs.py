@@ -55,6 +55,7 @@ def blocks(text: str, language: str = "python") -> list[str]:
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMPT = ">>> "
 PROMPTED = [page for page in PAGES if PROMPT in page.read_text(encoding="utf-8")]
+PRINTS_OF_README = 4  # the steps after which its loop prints
 OF_MAIN_BRANCH = "CLIPTask("
 """A mark of code that needs a branch of the trainer."""
 
@@ -86,11 +87,11 @@ def readme_loop() -> str:
 
 
 def test_the_loop_of_the_readme_trains(readme_loop: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It can be pasted: it has all that it names, and prints terms whose sum falls."""
+    """It can be pasted: it has all that it names, and prints terms, of which CLIP's own falls by half."""
     exec(readme_loop, {})
     after_the_step = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     printed_terms = [ast.literal_eval(text) for text in after_the_step]
-    assert len(printed_terms) == 4
+    assert len(printed_terms) == PRINTS_OF_README
     first, *_, last = printed_terms
     assert {*last} == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
     assert last["contrastive_loss"] < first["contrastive_loss"] / 2
@@ -108,9 +109,9 @@ def test_the_loop_of_the_readme_trains(readme_loop: str, capsys: pytest.CaptureF
 def test_the_loop_of_the_readme_takes_any_loss_of_pairs(
     readme_loop: str, loss: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "rankloss.RankClipLoss()" in readme_loop
+    assert "rankloss.RankClipLoss()" in readme_loop  # or nothing would be replaced
     executed(readme_loop.replace("rankloss.RankClipLoss()", loss))
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == PRINTS_OF_README
 
 
 def documented_calls() -> dict[str, tuple[str, str]]:
@@ -139,6 +140,7 @@ def loss_of_call(call: str) -> Any:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_both_calls_of_a_loss_have_one_value(name: str) -> None:
+    """Of the inputs that the tests of trainers have for the loss of this name."""
     inputs = importlib.import_module("named_inputs").inputs_of(name)
     if "query_features" in inputs:  # the loss by its name also trains pairs, where there are some
         inputs = {key: x for key, x in inputs.items() if key not in ("image_features", "text_features")}
@@ -185,7 +187,7 @@ def test_code_without_a_prompt_is_quoted_or_run(
     page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = quoted_from(code)
-    if examples:
+    if examples:  # which another test runs
         before, _, _ = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(code)
         links = re.findall(r"\]\(\.\./examples/trainers/(\w+\.py)\)", before)
         assert links, f"{page} does not link the example"
@@ -193,7 +195,7 @@ def test_code_without_a_prompt_is_quoted_or_run(
         return
     runs = [run for mark, run in RUNS.items() if mark in code]
     assert len(runs) == 1, "code of a page is quoted from an example, or has a function below that runs it"
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the code may write
     runs[0](code)
 
 
@@ -204,6 +206,7 @@ def test_every_short_example_is_linked() -> None:
 
 
 def test_pages_that_the_code_names_are_there() -> None:
+    """Such as ``docs/method.md`` in a docstring or an error."""
     for folder in ("rankloss", "integrations"):
         for path in (ROOT / folder).rglob("*.py"):
             pages = re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))
@@ -385,6 +388,7 @@ def streamed_loss(code: str) -> None:
     assert list(loss(*of_30_pairs, output_dict=True)) == ["contrastive_loss"]
     of_1024_pairs = [x.requires_grad_() for x in inputs(1024, torch.float32)]
     bytes_of_features = of_1024_pairs[0].nbytes  # a matrix has 256 times as many
+    # Both modalities with their gradients are 4.
     assert saved_bytes(lambda: loss(*of_1024_pairs)) < 5 * bytes_of_features
 
 
@@ -489,6 +493,7 @@ def logged_by_a_loop(code: str) -> None:
     assert in_wandb["rank_lambda"] > 0
 
 
+# The function that runs a page's code, by a mark: a text that this code alone has.
 RUNS: dict[str, Callable[[str], None]] = {
     'report_to="tensorboard"': logged_by_trainers,
     "TensorBoardLogger(": logged_by_lightning,
@@ -506,7 +511,6 @@ RUNS: dict[str, Callable[[str], None]] = {
     "class CopyLoss": loss_that_copies,
     OF_MAIN_BRANCH: task_of_the_main_branch,
 }
-"""By a mark in the code."""
 
 
 # --- the page of writing a loss ---------------------------------------------------------------------------

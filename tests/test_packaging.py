@@ -59,7 +59,10 @@ def test_every_package_has_its_types() -> None:
 
 
 def test_an_installation_whose_folder_is_gone_names_the_command_that_ends_it(tmp_path: Path) -> None:
-    """torch's own error, at the import of torch, has nothing of ours but the name of the entry point."""
+    """torch's own error, at the import of torch, has nothing of ours but the name of the entry point.
+
+    So that name is the command. The installation is made up: metadata without a package.
+    """
     (name,) = PROJECT["entry-points"]["torch.backends"]
     installed = tmp_path / "rankloss-0.1.dist-info"  # which comes before the real one on the path
     installed.mkdir()
@@ -158,7 +161,9 @@ def test_a_session_installs_every_package_without_which_a_trainers_tests_cannot_
         files = f"rankloss_trainers/test_{trainer.replace('-', '_')}*.py"
     tools = names_of(EXTRAS["test"]) - {"rankloss", "pytest", "hypothesis"}
     installed = names_of([*EXTRAS[trainer], *table_of_nox("TESTED_WITH").get(trainer, [])])
-    for path in (ROOT / "tests").glob(files):
+    paths = [*(ROOT / "tests").glob(files)]
+    assert paths, files
+    for path in paths:
         needed = imported_by(path) & tools
         for pattern, modules in needed_by_tests_of_trainers():
             if path.match(pattern):
@@ -170,7 +175,7 @@ def test_a_session_installs_every_package_without_which_a_trainers_tests_cannot_
 def test_no_extra_claims_a_major_version_that_no_session_tests(extra: str) -> None:
     newest = versions_of_sessions()[extra][-1]
     major, _, _ = newest.partition(".")
-    requirement_of_trainer = EXTRAS[extra][0]
+    requirement_of_trainer = EXTRAS[extra][0]  # "name>=lowest,<next major"
     assert requirement_of_trainer.endswith(f",<{int(major) + 1}")
 
 
@@ -185,8 +190,8 @@ TRAINER_NAMES = [trainer.name for trainer in TRAINERS]
 
 
 def test_every_trainer_of_the_doctor_is_an_extra_that_the_tests_need() -> None:
-    (of_tests,) = re.findall(r"^rankloss\[(.*)\]$", EXTRAS["test"][0])
-    assert {*TRAINER_NAMES} <= {*of_tests.split(",")} & EXTRAS.keys()
+    (extras_of_tests,) = re.findall(r"^rankloss\[(.*)\]$", EXTRAS["test"][0])
+    assert {*TRAINER_NAMES} <= {*extras_of_tests.split(",")} & EXTRAS.keys()
 
 
 def test_every_trainer_of_the_doctor_has_its_sessions_and_its_place_in_ci() -> None:

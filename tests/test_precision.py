@@ -19,14 +19,15 @@ from rankloss.options import RankOptions
 @pytest.mark.parametrize("modalities_agree", [False, True])
 def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agree: bool) -> None:
     """Without float64 a block has the cross-entropies, likelihoods and gradients that it has with float64."""
-    n, n_items, d = 2, 2**14, 512
+    n_lists, n_items, d = 2, 2**14, 512
     v, t = (unit(n_items, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
     if modalities_agree:
         v = torch.nn.functional.normalize(t + 4.0 * v)
-    cosines = torch.stack([v[:n] @ t.T, t[:n] @ v.T])
+    cosines = torch.stack([v[:n_lists] @ t.T, t[:n_lists] @ v.T])  # of both directions
 
     def evaluated(dtype: torch.dtype) -> engine.Evaluated:
-        weights = torch.ones(2, dtype=dtype)
+        """A block of the lists, whose weights have the dtype of its sums."""
+        weights = torch.ones(2, dtype=dtype)  # one for each direction
         block = engine.Block(
             cosines.clone(), torch.tensor(100.0), weights, weights, None, (None, None), first_row=0
         )
@@ -40,6 +41,7 @@ def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agre
         assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
+# Operations whose result depends on a tensor's values, for which a CPU would wait for an accelerator.
 LOOKS: dict[str, Callable[[Tensor], Any]] = {
     "a list": Tensor.tolist,
     "places": Tensor.nonzero,
@@ -53,12 +55,13 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_look_at_an_accelerators_values_would_be_seen(name: str) -> None:
+    """A meta tensor stands for one on the accelerator: it has no values, so that reading them is an error."""
     with meta_is(CUDA), pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
         LOOKS[name](torch.empty(2, device=CUDA))
 
 
 @pytest.mark.parametrize(
-    ("copy", "operation"),
+    ("copy_beside", "operation"),
     [
         (lambda there: torch.tensor([1.0, 2.0], device=CUDA), "aten._to_copy.default"),
         (lambda there: torch.zeros(2).to(CUDA), "aten._to_copy.default"),
@@ -66,15 +69,19 @@ def test_a_look_at_an_accelerators_values_would_be_seen(name: str) -> None:
     ],
     ids=["a tensor of numbers", "a tensor of the CPU", "a number of the CPU"],
 )
-def test_a_copy_to_an_accelerator_would_be_seen(copy: Callable[[Tensor], Tensor], operation: str) -> None:
+def test_a_copy_to_an_accelerator_would_be_seen(
+    copy_beside: Callable[[Tensor], Tensor], operation: str
+) -> None:
+    """The list that ``meta_is`` gives has each operation that copies from the CPU."""
     with meta_is(CUDA) as copies:
         there = torch.empty(2, device=CUDA)
         assert copies == []
-        copy(there)
+        copy_beside(there)
         assert copies == [operation]
 
 
 def test_a_tensor_of_float64_on_a_device_without_it_would_be_seen() -> None:
+    """On Apple's device, and where every device is made to lack it."""
     with meta_is(MPS), pytest.raises(TypeError, match="float64"):
         torch.empty(2, device=MPS).double()
     with no_float64(), pytest.raises(TypeError, match="float64"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,25 +16,28 @@ from rankloss.ranking import ascending, quantize
 # --- sorting ----------------------------------------------------------------------------------------------
 
 
-@given(
-    st.sampled_from([32, 64]).flatmap(
-        lambda bits: hnp.arrays(
-            f"float{bits}",
-            hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
-            elements=st.floats(width=bits, allow_nan=False, allow_infinity=False),
-        )
+def rows_of_floats(bits: int) -> st.SearchStrategy[np.ndarray]:
+    """Arrays of up to nine rows of up to nine finite numbers."""
+    return hnp.arrays(
+        f"float{bits}",
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=9),
+        elements=st.floats(width=bits, allow_nan=False, allow_infinity=False),
     )
-)
-def test_values_are_sorted_and_indices_say_where_they_came_from(rows) -> None:
+
+
+@given(st.sampled_from([32, 64]).flatmap(rows_of_floats))
+def test_values_are_sorted_and_indices_say_where_they_came_from(rows: np.ndarray) -> None:
     """Drawn values have ties, zeros of both signs and subnormal numbers; torch's own sort is the oracle."""
     x = torch.from_numpy(rows)
     values, indices = ascending(x, by_numpy=True)
     assert torch.equal(values, x.sort(dim=-1).values)
     assert torch.equal(x.gather(-1, indices), values)
-    assert torch.equal(indices.sort(dim=-1).values, torch.arange(x.shape[-1]).expand(x.shape))
+    every_place_once = torch.arange(x.shape[-1]).expand(x.shape)
+    assert torch.equal(indices.sort(dim=-1).values, every_place_once)
 
 
 def test_flushed_subnormals_lose_no_index() -> None:
+    """A CPU that takes subnormal numbers for 0 may order them and the zeros in any way."""
     smallest, zeros_and_subnormals, largest = [4], {0, 2, 3, 5, 6}, [7, 1]
     x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, 1e-38]])
     assert torch.set_flush_denormal(True)
@@ -42,7 +46,8 @@ def test_flushed_subnormals_lose_no_index() -> None:
     finally:
         torch.set_flush_denormal(False)
     (order,) = indices.tolist()
-    assert (order[:1], {*order[1:-2]}, order[-2:]) == (smallest, zeros_and_subnormals, largest)
+    first, between, last = order[:1], {*order[1:-2]}, order[-2:]
+    assert (first, between, last) == (smallest, zeros_and_subnormals, largest)
     assert (values.diff() >= 0).all()
 
 
@@ -72,21 +77,26 @@ def test_the_worst_item_has_the_first_bin_and_the_best_alone_the_last(reference:
 
 @any_bins
 def test_the_other_bins_divide_the_range_of_the_rest(reference: Tensor, count: int) -> None:
-    """An item that a rounding moves over an edge is in the next bin."""
+    """All items but the best share the bins 0 to count − 2, each of which is an equal part of their range.
+
+    An item that a rounding moves over an edge is in the next bin.
+    """
     is_rest = reference < reference.max()
     rest, bins = reference[is_rest].double(), quantize(reference, count)[is_rest]
-    if len(rest) and rest.max() - rest.min() > 1e-30:
+    has_a_range = len(rest) > 0 and rest.max() - rest.min() > 1e-30  # not near the least that float32 holds
+    if has_a_range:
         assert bins.max() == count - 2
         width = (rest.max() - rest.min()) / (count - 1)
         in_widths = (rest - rest.min()) / width
-        assert ((in_widths - bins).abs() <= 1 + 1e-4).all()
+        of_rounding = 1e-4
+        assert ((in_widths - bins).abs() <= 1 + of_rounding).all()
 
 
 @pytest.mark.parametrize("bins", [2, 3, 2**24])
 def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
     values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-42, 0.0, -0.0, 1.0])
     rows = torch.cartesian_prod(values, values, values)
-    of_rows = quantize(rows, bins)
+    of_rows = quantize(rows, bins)  # of all triples of the values
     assert (of_rows.min(), of_rows.max()) == (0, bins - 1)
     of_finite_rows = of_rows[rows.isfinite().all(-1)]
     assert (of_finite_rows.amin(-1) == 0).all()
@@ -97,10 +107,11 @@ def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([1.0, 30.0, 1000.0]))
 def test_values_and_derivatives_are_those_of_the_definition(seed: int, n: int, span: float) -> None:
+    """The p-th number is log Σ exp of the first p; derivatives are compared with difference quotients."""
     x = span * torch.rand(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     owed = torch.stack([x[:, : p + 1].logsumexp(-1) for p in range(n)], -1)
     torch.testing.assert_close(log_cumsum_exp(x), owed, rtol=1e-14, atol=1e-14)
-    if span < 1000:
+    if span < 1000:  # the test below has the derivatives at larger ones
         x.requires_grad_()
         assert torch.autograd.gradcheck(log_cumsum_exp, x, atol=1e-6)
         assert torch.autograd.gradgradcheck(log_cumsum_exp, x, atol=1e-6)
@@ -112,6 +123,6 @@ def test_beyond_the_range_of_exp_the_derivatives_are_finite() -> None:
     first_sum, _, third_sum, _ = log_cumsum_exp(x)
     (slope,) = torch.autograd.grad(first_sum + third_sum, x, create_graph=True)
     torch.testing.assert_close(slope, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
-    along = slope @ torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    (second,) = torch.autograd.grad(along, x)
+    any_direction = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    (second,) = torch.autograd.grad(slope @ any_direction, x)
     torch.testing.assert_close(second, torch.zeros_like(x), rtol=0, atol=1e-11)

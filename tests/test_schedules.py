@@ -24,16 +24,21 @@ def positions(draw: st.DrawFn) -> tuple[int, int]:
 
 @given(positions())
 def test_rankclip_is_the_papers_formula(position: tuple[int, int]) -> None:
+    """min(max((3i − 1)/(n − 1), 0), 2); a training of one step is at its end."""
     i, n = position
     printed = (3 * i - 1) / (n - 1) if n > 1 else math.inf
     expected = min(max(printed, 0), 2)
     assert schedules.rankclip(i, n) == pytest.approx(expected, rel=1e-15)
 
 
-def test_official_is_what_the_authors_code_computes() -> None:
-    """In some of the 64 epochs of its recipe, and in each of ten."""
+def test_official_is_what_the_authors_code_computes_in_64_epochs() -> None:
+    """Those of its recipe: min(3·(i − 1)/63, 2), which is 1/21 in the second."""
     for i, expected in [(1, 0.0), (2, 0.047619), (22, 1.0), (43, 2.0), (64, 2.0)]:
         assert schedules.official(i, 64) == pytest.approx(expected, abs=1e-6)
+
+
+def test_official_is_what_the_authors_code_computes_in_ten_epochs() -> None:
+    """A ramp of thirds: min(3·(i − 1)/9, 2)."""
     values = [schedules.official(i, 10) for i in range(1, 11)]
     assert values == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
 
@@ -48,7 +53,8 @@ def test_every_schedule_is_finite_never_negative_and_never_falls(
     name: str, position: tuple[int, int]
 ) -> None:
     schedule, (i, n) = schedules.by_name(name), position
-    assert 0 <= schedule(i, n) <= schedule(min(i + 1, n), n) < math.inf
+    next_i = min(i + 1, n)
+    assert 0 <= schedule(i, n) <= schedule(next_i, n) < math.inf
 
 
 @every

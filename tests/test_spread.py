@@ -178,7 +178,7 @@ def test_half_precision_features_are_computed_in_float32(n: int, dtype: torch.dt
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             entry = SpreadLoss(dot_products, weight=1.0)(half, half, 1.0, output_dict=True)["spread_loss"]
         assert entry.dtype == torch.float32
-        assert relative_error(entry, owed) < 1e-4
+        assert relative_error(entry, owed) < 1e-4  # the features' own dtype would be off by 1e-3 or more
 
 
 # --- memory and messages ----------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_few_pairs_of_many_dimensions_hold_no_covariance() -> None:
     v, t = (drawn("independent", n, d).float().requires_grad_() for _ in range(2))
     with TensorSizes() as sizes:
         SpreadLoss(dot_products)(v, t, 10.0).backward()
-    assert sizes.largest == n * d
+    assert sizes.largest == n * d < d * d
 
 
 def test_one_of_1024_processes_sums_means_and_covariances_forward_and_backward() -> None:
