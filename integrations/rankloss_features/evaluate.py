@@ -19,7 +19,7 @@ from rankloss.options import check_count
 from rankloss_features import clip_models, data, sources
 from rankloss_features.data import Data
 from rankloss_features.errors import last_line
-from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure
+from rankloss_features.evaluation import Encoded, Pairs, differences, encode_rows, measure, noun_of_group
 from rankloss_features.folder import is_count, read_json, write_bytes
 from rankloss_features.teachers import Teacher
 
@@ -107,10 +107,9 @@ def evaluate(
 def _check_groups_differ(pairs: Pairs, ids_key: str | None) -> None:
     """Raise a ValueError for pairs of one id, or one picture: any answer of any model would be right."""
     if len(set(pairs.groups)) == 1:
-        group = "picture" if ids_key is None else f"id of {ids_key!r}"
         raise ValueError(
-            f"--data {pairs.data}: its pairs, {len(pairs.captions)}, have one {group}, so every answer would "
-            "be right"
+            f"--data {pairs.data}: its pairs, {len(pairs.captions)}, have one {noun_of_group(ids_key)}, so "
+            "every answer would be right"
         )
 
 

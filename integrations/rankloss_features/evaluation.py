@@ -167,6 +167,11 @@ class Pairs:
         )
 
 
+def noun_of_group(ids_key: str | None) -> str:
+    """The noun for a group of pairs in messages: a picture, or an id of a column."""
+    return "picture" if ids_key is None else f"id of {ids_key!r}"
+
+
 def _distinct(values: Sequence[Any]) -> tuple[list[int], list[int]]:
     """The first row of each distinct value, and for each row the number of its value, from 0.
 

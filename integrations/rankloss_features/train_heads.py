@@ -20,7 +20,7 @@ from rankloss.options import check_count, check_weight
 from rankloss_features import data, sources
 from rankloss_features.errors import flag, last_line
 from rankloss_features.evaluate import described, lines, quiet_libraries
-from rankloss_features.evaluation import Pairs, encode_rows, measure
+from rankloss_features.evaluation import Pairs, encode_rows, measure, noun_of_group
 from rankloss_features.folder import NAMES
 from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
 from rankloss_features.heads_training import Training
@@ -103,7 +103,8 @@ def _keep(args: argparse.Namespace) -> float:
 
 def _check_trains_nothing(args: argparse.Namespace) -> None:
     """Raise a ValueError for an option of trained heads, which the closed form would ignore."""
-    defaults = {"heads": 1, **{name: getattr(Training(), name) for name in _OF_TRAINED_HEADS}}
+    of_training = Training()
+    defaults = {"heads": 1, **{name: getattr(of_training, name) for name in _OF_TRAINED_HEADS}}
     for name, default in defaults.items():
         value = getattr(args, name)
         if value != default:
@@ -296,10 +297,9 @@ def _split_data(args: argparse.Namespace, pairs: Pairs, seed: int) -> tuple[Sele
         ValueError: All of them are of one picture or id.
     """
     if len({*map(str, pairs.groups)}) == 1:
-        group = "picture" if args.ids_key is None else f"id of {args.ids_key!r}"
         raise ValueError(
-            f"--data {args.data}: all {len(pairs.captions)} pairs have one {group}, so none can be held out: "
-            "give --val-data"
+            f"--data {args.data}: all {len(pairs.captions)} pairs have one {noun_of_group(args.ids_key)}, so "
+            "none can be held out: give --val-data"
         )
     learned_rows, held_out_rows = split(pairs.groups, seed)
     return Selection("--data", learned_rows), Selection("--data", held_out_rows)

@@ -26,8 +26,8 @@ _OF_THE_MODEL = ("force_quick_gelu", "force_custom_text", "force_image_size", "f
 def options_of(model: str, weights: str) -> dict[str, Any]:
     """The options by which open_clip builds a model for the weights in a file as its trainer built it.
 
-    Options that the run was given are obeyed, whatever its ``--model`` was. What it had of ``local-dir:…`` or
-    ``hf-hub:…`` beside them is not at hand.
+    The run's own options are obeyed, whatever its ``--model`` was. The configuration that a ``local-dir:…``
+    or ``hf-hub:…`` brings beside them is not read.
 
     Args:
         model: The name of ``--model``.

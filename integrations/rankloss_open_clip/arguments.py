@@ -33,9 +33,8 @@ def chosen(args: Any) -> Choice:
     Raises:
         ValueError: As :meth:`rankloss_trainers.command_line.LossArguments.chosen`.
     """
-    unused_parser = (
-        argparse.ArgumentParser()
-    )  # to which the losses add their options; args are parsed already
+    # The losses add their options to a parser, which is not used: args are parsed already.
+    unused_parser = argparse.ArgumentParser()
     losses = LossArguments(unused_parser, catalog.names_of(args.loss))
     choice = losses.chosen(args)
     assert choice is not None  # the name is of the catalogue
@@ -123,13 +122,7 @@ def requested(args: Any) -> str | None:
         RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
     """
     dist_impl: Any = getattr(args, "loss_dist_impl", None)
-    is_dist_impl = dist_impl in (
-        None,
-        "bidir",
-        "shift",
-        "reduce",
-        "gather",
-    )  # open_clip's values of the option
+    is_dist_impl = dist_impl in (None, "bidir", "shift", "reduce", "gather")  # open_clip's own values
     if not is_dist_impl and _is_named(dist_impl):
         raise RuntimeError(
             f"--loss {dist_impl} was read as --loss-dist-impl {dist_impl}: start the training with "

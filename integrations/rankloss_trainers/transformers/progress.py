@@ -47,9 +47,8 @@ class Progress(TrainerCallback):
         epochs = math.inf
         if has_length(loader):
             epochs = state.num_train_epochs
-            least_pairs = (
-                1 if all(run.takes_lists for run in self.runs) else 2
-            )  # a list needs no second query
+            # A list needs no second query.
+            least_pairs = 1 if all(run.takes_lists for run in self.runs) else 2
             _check_last_batch(loader, args, state.max_steps, least_pairs)
         for run in self.runs:
             run.begin(epochs, state.max_steps)
