@@ -30,17 +30,17 @@ def by_command(command: str) -> list[Loss]:
     arguments = LossArguments(parser, list(catalog.known()), first_loss)
     chosen = arguments.chosen(parser.parse_args(from_loss_on))
     assert chosen is not None
-    losses, *_ = chosen
+    losses, *_of_run = chosen
     return losses
 
 
 def by_call(call: str) -> list[Loss]:
-    """The losses that a call of ``create`` chooses."""
+    """The losses that a call of ``create``, as text, chooses; they are not built."""
     return eval(call, {"create": lambda name, **options: catalog.choose(name, options)})
 
 
 def options_of_losses(losses: list[Loss]) -> dict[str, dict[str, Any]]:
-    """The options of every loss, without those of columns of the data, which some trainers have not."""
+    """The values of each loss's options, but for columns of the data, which some trainers have not."""
     options = {}
     for loss in losses:
         columns = loss.named.columns_class
@@ -95,7 +95,7 @@ def test_a_gain_of_the_readme_has_its_interval() -> None:
 
 @pytest.mark.parametrize("case", [case for case in cases.CASES if case.in_brief], ids=lambda case: case.loss)
 def test_what_is_shown_in_brief_is_a_part_of_what_was_measured(case: Any) -> None:
-    """Its numbers, each significant or not as there, and no more of them than a reader takes in."""
+    """Its gains, with the stars of those that are not significant; one or two, as a reader takes in."""
     number = re.compile(r"\*?[+−]\d+\.\d+ ± \d+\.\d+\*?")
     shown = number.findall(case.in_brief)
     assert 1 <= len(shown) <= 2
@@ -105,21 +105,17 @@ def test_what_is_shown_in_brief_is_a_part_of_what_was_measured(case: Any) -> Non
 def test_the_readme_has_at_most_three_rows_of_data_and_explains_its_scores_above_them() -> None:
     before = README.read_text(encoding="utf-8").partition("<!-- have -->")[0]
     assert len(cases.HAVE) <= 3
-    for word in (
-        "**R@10**",
-        "**τ_c**",
-        "±",
-        "*Italic*",
-        "**Icons**",
-        "**Emojis**",
-        "**Photographs**",
-        "**heads**",
-    ):
+    scores = ("**R@10**", "**τ_c**", "±", "*Italic*")
+    data_and_models = ("**Icons**", "**Emojis**", "**Photographs**", "**heads**")
+    for word in (*scores, *data_and_models):
         assert word in before, word
 
 
-def test_numbers_of_the_readme_have_one_decimal_of_those_measured() -> None:
+def test_gains_have_one_decimal_in_the_readme_and_versions_stay() -> None:
     assert cases.of_readme("+1.05 ± 0.34, torch 2.13.0") == "+1.1 ± 0.3, torch 2.13.0"
+
+
+def test_links_of_the_readme_lead_into_the_folder_of_pages() -> None:
     assert cases.of_readme("see [it](evidence.md#its-ranks)") == "see [it](docs/evidence.md#its-ranks)"
 
 
@@ -137,4 +133,4 @@ def test_the_commands_beside_the_tables_parse(name: str) -> None:
     typed = [command for command in quoted if command.split("--loss ")[1].strip()]
     typed += re.findall(r"^python -m open_clip_train.main .*?(--loss [^\n]*)$", prose, re.MULTILINE)
     for command in typed:
-        by_command(command)
+        by_command(command)  # or the parser exits

@@ -11,7 +11,8 @@ from tools_folder import ROOT, tool
 
 release_check = tool("release_check.py")
 GITHUB = ROOT / ".github"
-JOBS = yaml.safe_load((GITHUB / "workflows/release.yml").read_text())["jobs"]
+WORKFLOW = yaml.safe_load((GITHUB / "workflows/release.yml").read_text())
+JOBS = WORKFLOW["jobs"]
 
 
 def commands(job: dict[str, Any]) -> list[str]:
@@ -28,6 +29,7 @@ def test_files_are_built_and_uploaded_with_tools_of_known_hashes_alone() -> None
         "python -m build --no-isolation --outdir dist",
         "actions/upload-artifact",
     ]
+    # Then come the list of what an installation brings, and its upload.
     *_, download, tools, check, _, _ = commands(JOBS["check"])
     assert (download, tools) == ("actions/download-artifact", f"{install}check.txt")
     assert "release_check.py --built --tag" in check
@@ -41,9 +43,14 @@ def test_what_is_published_was_built_and_checked() -> None:
 
 
 def test_a_job_has_no_other_right_than_it_needs() -> None:
-    rights = {name: job.get("permissions") for name, job in JOBS.items()}
-    expected = {"publish": {"id-token": "write"}, "attach": {"contents": "write"}}
-    assert rights == {"build": None, "check": None, **expected}
+    """To build and to check it reads the code, as every job that names no right of its own."""
+    rights = {name: job.get("permissions", WORKFLOW["permissions"]) for name, job in JOBS.items()}
+    assert rights == {
+        "build": {"contents": "read"},
+        "check": {"contents": "read"},
+        "publish": {"id-token": "write"},
+        "attach": {"contents": "write"},
+    }
 
 
 def test_a_release_has_a_bill_of_its_materials() -> None:
@@ -51,9 +58,14 @@ def test_a_release_has_a_bill_of_its_materials() -> None:
 
 
 def test_actions_are_pinned_to_commits() -> None:
-    for file in (GITHUB / "workflows").glob("*.yml"):
-        for used in re.findall(r"uses: (.*)", file.read_text()):
-            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", used), (file.name, used)
+    used = [
+        action
+        for file in (GITHUB / "workflows").glob("*.yml")
+        for action in re.findall(r"uses: (.*)", file.read_text())
+    ]
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), action
 
 
 @pytest.mark.parametrize("name", ["build", "check"])
@@ -70,11 +82,13 @@ def test_tools_of_a_release_are_pinned_by_hashes(name: str) -> None:
 
 def test_dependabot_looks_at_actions_and_at_python() -> None:
     updates = yaml.safe_load((GITHUB / "dependabot.yml").read_text())["updates"]
-    found = {(x["package-ecosystem"], x["directory"]) for x in updates}
-    assert found == {("github-actions", "/"), ("pip", "/"), ("pip", "/.github/requirements")}
+    watched = {(update["package-ecosystem"], update["directory"]) for update in updates}
+    assert watched == {("github-actions", "/"), ("pip", "/"), ("pip", "/.github/requirements")}
 
 
-def test_files_of_another_version_are_no_release(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_the_files_of_the_version_is_no_release(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(release_check, "DIST", tmp_path)
     with pytest.raises(release_check.CheckError, match=r"must have rankloss-9\.0-py3-.*; it has nothing"):
         release_check.check_files("9.0")

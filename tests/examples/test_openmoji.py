@@ -28,7 +28,8 @@ def emojis():
 @pytest.fixture(scope="module")
 def few(emojis):
     """Some whole sub-groups, enough for a split."""
-    return [e for e in emojis if e.subgroup in {"food fruit", "person fantasy", "geometric"}]
+    subgroups = {"food fruit", "person fantasy", "geometric"}
+    return [emoji for emoji in emojis if emoji.subgroup in subgroups]
 
 
 # --- the split --------------------------------------------------------------------------------------------
@@ -109,6 +110,11 @@ STEP = "Train Epoch: 0 [5372/5372 (100%)] Contrastive_loss: 5.2 (5.2) Cross_moda
 WARNING = "2026-01-01,00:00:00 | WARNING | beware"
 
 
+def run_of(arm, *, root=Path(), extra=()):
+    """A run of an arm of the demo for one epoch, on split 0 in a folder."""
+    return train.Run(root, "data/split0", arm, seed=0, epochs=1, device="cpu", extra=extra)
+
+
 def script_in_place_of_the_trainer(run):
     """A command that logs a step, writes the run's checkpoint and warns of something if it trains CLIP."""
     lines = [STEP, WARNING] if run.arm.name == "clip" else [STEP]
@@ -130,8 +136,9 @@ def finished(built, monkeypatch, tmp_path_factory):
     model = root / "model" / "open_clip_config.json"
     model.parent.mkdir()
     model.write_text("{}", encoding="utf-8")
-    runs = [train.Run(root, "data/split0", arms.find(name), 5, 1, "cpu") for name in ("clip", "rankclip")]
+    runs = [run_of(arms.find(name), root=root) for name in ("clip", "rankclip")]
     monkeypatch.setattr(train.Run, "command", script_in_place_of_the_trainer)
+    # One after another, each with one thread.
     monkeypatch.setattr(train, "side_by_side", lambda count, device: (1, 1))
     printed = io.StringIO()
     train.train_all(runs, "cpu", Console(file=printed, width=200))
@@ -159,8 +166,8 @@ def test_a_finished_run_of_another_model_is_not_overwritten(finished):
 
 def test_arguments_after_two_dashes_are_the_trainers_last_and_verbatim():
     args = command.parse(["--arms", "encoders", "--", "--lr", "5e-4"])
-    run = train.Run(Path(), "data/split0", *args.arms, 3, 2, "cpu", args.extra)
-    assert run.command()[-2:] == ["--lr", "5e-4"]
+    (arm,) = args.arms
+    assert run_of(arm, extra=args.extra).command()[-2:] == ["--lr", "5e-4"]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +189,8 @@ def test_arguments_that_the_demo_sets_or_does_not_know_are_refused(arguments, re
 )
 def test_an_arm_of_the_demo_is_trained_with_its_loss_and_arguments(name, arguments):
     (arm,) = [arm for arm in command.parse([]).arms if arm.name == name]
-    given = " ".join(train.Run(Path(), "data/split0", arm, 0, 1, "cpu").command())
-    assert [argument for argument in arguments if argument not in given] == []
+    command_line = " ".join(run_of(arm).command())
+    assert [argument for argument in arguments if argument not in command_line] == []
 
 
 def test_any_other_arm_is_a_loss_with_its_defaults():
@@ -191,28 +198,31 @@ def test_any_other_arm_is_a_loss_with_its_defaults():
     assert (arm.label, arm.loss, arm.arguments) == ("siglip-streamed", "siglip-streamed", ())
 
 
-GIVEN = ["--lr", "1", "--rankclip-lambda-in", "3", "--tiny-weight", "2"]
-OF_PRESET = ["--mimicry-weight", "0.1"]
+RATE, LAMBDA = ("--lr", "1"), ("--rankclip-lambda-in", "3")
+TINY_WEIGHT, MIMICRY_WEIGHT = ("--tiny-weight", "2"), ("--mimicry-weight", "0.1")
 
 
 @pytest.mark.parametrize(
-    ("loss", "given", "expected"),
+    ("loss", "arguments", "expected"),
     [
-        ("clip", GIVEN, GIVEN[:2]),
-        ("rankclip-distill+mimicry", GIVEN, GIVEN[:4]),
-        ("rankclip-encoders", OF_PRESET, OF_PRESET),
-        ("rankclip", OF_PRESET, []),
+        ("clip", (*RATE, *LAMBDA, *TINY_WEIGHT), RATE),
+        ("rankclip-distill+mimicry", (*RATE, *LAMBDA, *TINY_WEIGHT), (*RATE, *LAMBDA)),
+        ("rankclip-encoders", MIMICRY_WEIGHT, MIMICRY_WEIGHT),  # a preset of mimicry
+        ("rankclip", MIMICRY_WEIGHT, ()),
     ],
 )
-def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it(loss, given, expected):
-    assert train.arguments_for(loss, given) == tuple(expected)
+def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it(loss, arguments, expected):
+    assert train.arguments_for(loss, list(arguments)) == expected
 
 
 # --- scores -----------------------------------------------------------------------------------------------
 
 
 def compared_models():
-    """Captions, and the features of four models' pictures, of which the first finds half of its captions."""
+    """Captions, and the features of four models' pictures by the models' names.
+
+    "first" and "same" rank the own caption best for half of the pictures, "all" for all, "none" for none.
+    """
     n = 400
     captions = torch.eye(n)
     half = captions.clone()
@@ -223,18 +233,18 @@ def compared_models():
 
 def test_a_difference_is_noise_unless_its_interval_excludes_zero():
     captions, models = compared_models()
-    found = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
-    verdicts = {name: report.verdict(of_model) for name, of_model in found.items()}
+    compared = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
+    verdicts = {name: report.verdict(of_model) for name, of_model in compared.items()}
     assert verdicts == {"first": "", "same": "noise", "all": "higher", "none": "lower"}
 
 
 def test_compared_models_have_the_mean_recall_of_both_ways():
     captions, models = compared_models()
-    found = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
+    compared = evaluate.compare({name: partner_ranks(v, captions) for name, v in models.items()}, k=1)
     for name, v in models.items():
         both_ways = evaluate.metrics.recall(v @ captions.T, ks=(1,))
         mean = (both_ways["image_to_text"][1] + both_ways["text_to_image"][1]) / 2
-        assert found[name].percent == pytest.approx(mean)
+        assert compared[name].percent == pytest.approx(mean)
 
 
 def test_recall_of_ranks_is_that_of_the_scores_where_none_tie():
@@ -274,13 +284,13 @@ def test_the_demo_scores_each_arm_and_both_baselines(demo):
 @pytest.mark.slow
 def test_the_demo_draws_a_picture(demo):
     with Image.open(demo.output / "openmoji.png") as image:
-        assert min(image.size) > 800
+        assert min(image.size) > 800  # pixels, enough to read its texts
 
 
 @pytest.mark.slow
 def test_the_demo_repeated_trains_nothing_and_has_the_same_results(demo, capsys):
     before = results_of(demo)
-    capsys.readouterr()
+    capsys.readouterr()  # of the fixture's run
     assert command.main(demo.argv) == 0
     # The data and each training.
     assert capsys.readouterr().out.count("Complete already") == 1 + len(arms.DEFAULT)
@@ -297,12 +307,13 @@ def ending(request):
         name: {task: {int(k): score for k, score in by_k.items()} for task, by_k in scores.items()}
         for name, scores in colour["rows"].items()
     }  # JSON has made texts of the numbers k
-    block = report.Block("color", 270, 0, 0, rows)
+    block = report.Block("color", n=270, subgroups=0, groups=0, rows=rows)
     found = {
         name: evaluate.Found(of_model["percent"], of_model["minus_first"], of_model["half_width"])
         for name, of_model in results["found"].items()
     }
-    agreement = evaluate.Agreement(results["tau"], {}, 0, [], {})
+    # The sentences have nothing of what is empty here.
+    agreement = evaluate.Agreement(results["tau"], concepts={}, anchor=0, labels=[], scores={})
     first, of_agreement, last = report.closing(block, found, agreement)
     return SimpleNamespace(
         first=first, of_agreement=of_agreement, last=last, rows=rows, found=found, tau=results["tau"]
@@ -313,9 +324,10 @@ ENCODERS = arms.find("encoders").label
 
 
 def test_the_end_has_the_recall_of_two_encoders_their_gain_and_the_recall_of_pixels(ending):
-    best, pixels = ending.found[ENCODERS], ending.rows[report.KNN]
+    """R@10 in percent, the mean of both ways; the gain is over CLIP, the first arm."""
+    encoders, pixels = ending.found[ENCODERS], ending.rows[report.KNN]
     of_pixels = (pixels["image_to_text"][10] + pixels["text_to_image"][10]) / 2
-    for number in (best.percent, best.minus_first, of_pixels):
+    for number in (encoders.percent, encoders.minus_first, of_pixels):
         assert f"{number:.1f}" in ending.first
 
 

@@ -24,9 +24,9 @@ def test_a_split_is_made_when_it_is_trained_on():
             made.append(split)
             self.fingerprint = f"data of {split}"
 
-    of = Splits(Made)
-    settings = [Setting("clip", 1, "test", split=split) for split in (2, 2, 0)]
-    assert [of.fingerprint(one) for one in settings] == ["data of 2", "data of 2", "data of 0"]
+    splits = Splits(Made)
+    settings = [Setting("clip", seed=1, side="test", split=split) for split in (2, 2, 0)]
+    assert [splits.fingerprint(setting) for setting in settings] == ["data of 2", "data of 2", "data of 0"]
     assert made == [2, 0]
 
 
@@ -43,7 +43,8 @@ def test_no_concept_of_emojis_is_on_two_sides_of_a_split(split):
 
 def test_splits_of_emojis_hold_out_other_concepts():
     first, second = ({emoji.concept for emoji in split_emojis(split=split)["test"]} for split in (0, 1))
-    assert len(first & second) < 0.4 * len(first)
+    by_chance = 0.2  # the share of concepts that a split holds out
+    assert len(first & second) < 2 * by_chance * len(first)
 
 
 CONCEPTS = 200
@@ -57,7 +58,21 @@ def icons():
     for i in range(3 * CONCEPTS):
         concept = i % CONCEPTS
         part, is_first = names[concept % len(names)], i < CONCEPTS
-        icon = Record(i, "set", f"n{i}", "", "", "", f"c{concept}", (), (), part, "", is_first, False)
+        icon = Record(
+            index=i,
+            set="set",
+            name=f"n{i}",
+            caption="",
+            text="",
+            style="",
+            concept=f"c{concept}",
+            synonyms=(),
+            categories=(),
+            side=part,
+            shift="",
+            retrieval=is_first,
+            palette=False,
+        )
         parts[part].append(icon)
     return Namespace(part=lambda name: Namespace(records=parts[name]))
 
@@ -85,7 +100,7 @@ def test_all_icons_of_a_concept_are_trained_on_and_one_is_held_out(icons, split)
 def test_the_first_split_of_icons_is_the_builds_own_and_the_others_hold_out_other_concepts(icons):
     own, second, third = (concepts_of(icons, split)["test"] for split in range(3))
     assert own == {f"c{number}" for number in range(0, CONCEPTS, 8)}
-    assert 10 < len(second) < 60
+    assert 10 < len(second) < 60  # the build's own has 25; other splits draw the side of each concept
     assert second != third
 
 
@@ -112,7 +127,7 @@ def test_a_vendors_concepts_are_on_one_side_only(tarball):
     first_captions = {side: {captions[0] for captions in texts} for side, texts in sides.items()}
     assert_no_concept_is_on_two_sides(first_captions.values())
     assert len(set.union(*first_captions.values())) == len(COLOURS) * len(THINGS)
-    assert 5 < len(first_captions["test"]) < 30
+    assert 5 < len(first_captions["test"]) < 30  # of the 60: each thing's side is drawn
 
 
 def test_a_held_out_drawing_of_a_vendor_has_one_caption_and_a_picture(tarball):

@@ -31,7 +31,7 @@ def test_one_seed_has_no_interval():
 @given(st.lists(st.tuples(scores, scores), min_size=2, max_size=10))
 def test_the_paired_difference_is_scipys_and_its_interval_the_t_interval(pairs):
     values, reference = map(np.array, zip(*pairs, strict=True))
-    assume(np.ptp(values - reference) > 1e-6)
+    assume(np.ptp(values - reference) > 1e-6)  # equal differences have no p: a test of their own is below
     found = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
     assert found.p == pytest.approx(stats.ttest_rel(values, reference).pvalue, rel=1e-6, abs=1e-12)
     interval = DescrStatsW(values - reference).tconfint_mean(0.05)
@@ -53,8 +53,8 @@ def test_a_paired_difference_is_the_estimate_of_the_differences(pairs):
 @given(p_values)
 def test_holm_steps_down_from_the_smallest(values):
     """Each p times the number of hypotheses from its rank on, never below an earlier one, and at most 1."""
-    family = {i: Difference(1.0, 0.1, 5, p) for i, p in enumerate(values)}
-    adjusted = [d.adjusted for d in correct(family).values()]
+    family = {i: Difference(mean=1.0, half_width=0.1, n=5, p=p) for i, p in enumerate(values)}
+    adjusted = [difference.adjusted for difference in correct(family).values()]
     largest = 0.0
     for rank, i in enumerate(np.argsort(values, kind="stable")):
         largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
@@ -91,7 +91,8 @@ def corrected(rows):
 @given(scores, scores, st.integers(2, 8))
 def test_differences_without_any_spread_prove_nothing(value, other, n):
     """A variance of zero is what the seeds happened to give, not knowledge."""
-    found = paired_difference({s: value + s for s in range(n)}, {s: other + s for s in range(n)})
+    values, reference = ({seed: score + seed for seed in range(n)} for score in (value, other))
+    found = paired_difference(values, reference)
     assert found.p is None
     assert verdict(correct({0: found})[0]) in ("no significant difference", "too few seeds")
 

@@ -191,11 +191,14 @@ def test_an_example_prints_finite_losses(run):
 
 def test_an_example_prints_an_evaluation(run):
     """A trainer prints a loss; a loop its R@1 of 200 made-up pairs, of which chance finds 0.005."""
-    held_out = run.numbers_after(r"(?:\beval_loss|\bval_loss|R@1)")[-1]
-    assert held_out > (0.3 if "_loop" in run.name else 0)
+    evaluation = run.numbers_after(r"(?:\beval_loss|\bval_loss|R@1)")[-1]
+    far_above_chance = 0.3
+    assert evaluation > (far_above_chance if "_loop" in run.name else 0)
 
 
 def test_an_example_saves_every_weight_that_it_trained(run):
+    """Of an equal one: names in a file are the trainer's, and not all are the model's."""
+    assert run.weights
     for weight in run.weights.values():
         alike = [saved for saved in run.saved if saved.shape == weight.shape]
         assert any(torch.equal(weight.detach(), saved) for saved in alike)
@@ -240,7 +243,9 @@ def own_loss(base=None):
 def test_the_own_loss_is_the_cross_entropy_with_the_teachers_similarities_and_has_a_gradient():
     t = T.clone().requires_grad_()
     term = own_loss()(V, t, 1.0, reference_text_features=EQUAL, output_dict=True)["soft_loss"]
-    logits = 20 * torch.eye(4)  # of the captions; the teacher's softmax is 1/4 everywhere
+    # The loss multiplies similarities of captions, here 1 of a caption with itself and 0 otherwise, by 20.
+    logits = 20 * torch.eye(4)
+    # The teacher's softmax is 1/4 everywhere: the cross-entropy is a mean over a row. The weight is 0.5.
     assert term.item() == pytest.approx(-0.5 * logits.log_softmax(-1).mean().item())
     term.backward()
     assert t.grad is not None
@@ -302,9 +307,12 @@ def accelerated(rank, processes):
 
 
 def assert_one_training(alone, together):
-    """That one process has trained its weights, and each of several processes ends with the same."""
+    """That one process has trained its weights, and each of several processes ends with the same.
+
+    ``alone`` and each of ``together`` have the last loss, and then all weights.
+    """
     _, *weights = alone
-    assert math.dist(weights, weights_of(towers())) > 0.01
+    assert math.dist(weights, weights_of(towers())) > 0.01, "they have moved"
     for of_process in together:
         assert of_process == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
