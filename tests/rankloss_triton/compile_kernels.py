@@ -28,12 +28,16 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
-    """What a kernel for lists of N items needs; no bins is the one that sorts.
+    """Compile a kernel for lists of N items, and return its registers, spilled bytes and launch.
 
-    ``plain`` is with the own pair and without ``top_k``.
+    Args:
+        bins: The number of bins; 0 for the kernel that sorts.
+        N: The items of a list.
+        plain: True with the own pair and without ``top_k``.
     """
     kernel = binned_rows if bins else sorted_rows
-    launch = choose_launch(4096, N, bins, PROCESSORS)
+    many_lists = 4096  # enough for as many programs as fit on the card
+    launch = choose_launch(many_lists, N, bins, PROCESSORS)
     constants = {
         "BLOCK": launch.block,
         "DEEPEST": 64,

@@ -14,5 +14,6 @@ if not HAS_TRITON:
 
 @pytest.fixture(autouse=True)
 def _interpreted() -> Iterator[None]:
+    """The kernels take CPU tensors, where the device is a CPU."""
     with interpreted():
         yield

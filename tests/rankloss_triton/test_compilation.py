@@ -36,26 +36,30 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels: list[dict[str, Any]] = json.loads(done.stdout)
-    assert len(kernels) == 8
+    assert len(kernels) == 2 * 2 * 2  # by the kernel, the length, and whether it is plain
     return kernels
 
 
 def test_two_registers_spill_at_most(compiled: list[dict[str, Any]]) -> None:
     """On Hopper, as the runtime compiles: the ranks of lists of 1,024 items need 130 of 128 registers."""
-    spilled = {
+    bytes_of_stack = {
         (kernel["kernel"], kernel["N"], kernel["plain"]): kernel["stack"]
         for kernel in compiled
         if kernel["stack"]
     }
-    assert spilled in ({}, {("sorted_rows", 1024, True): 8})
+    two_registers = 2 * 4  # bytes
+    # None where Triton's assembler is another version's.
+    assert bytes_of_stack in ({}, {("sorted_rows", 1024, True): two_registers})
+    # The other place to spill to.
     assert [kernel for kernel in compiled if kernel["local"]] == []
 
 
 def test_the_programs_of_a_launch_fit_together_on_a_multiprocessor(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
-        units_of_a_warp = math.ceil(32 * kernel["registers"] / 256)  # in which registers are given out
+        # A warp of 32 threads gets its registers in units of 256.
+        registers_of_a_warp = 256 * math.ceil(32 * kernel["registers"] / 256)
         warps = kernel["programs_per_processor"] * kernel["threads"] // 32
-        assert warps * units_of_a_warp * 256 <= REGISTERS, kernel
+        assert warps * registers_of_a_warp <= REGISTERS, kernel
 
 
 @pytest.mark.parametrize("method", ["sort", "bin"])
@@ -68,4 +72,5 @@ def test_compiled_tensors_have_the_dtypes_of_a_launch(compiled: list[dict[str, A
     _name, _programs, tensors, *_ = launches[0]  # of the cross-modal term, with CLIP's loss
     pointers = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     passed = [pointers[tensor.dtype] for tensor in tensors]
-    assert [x["tensors"] for x in compiled if x["kernel"] == kernel] == [passed] * 4
+    of_method = [each["tensors"] for each in compiled if each["kernel"] == kernel]
+    assert of_method == [passed] * 4  # two lengths, plain or not

@@ -17,7 +17,8 @@ from rankloss_triton.equal_rows import confirm_equals, hash_rows
 ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.25, math.nan, math.inf])
 
 
-def first_equal(features: Tensor) -> list[int]:
+def by_kernels(features: Tensor) -> list[int]:
+    """The place of the first row that equals each row, found by the kernels on the device."""
     return equal_rows.first_equal(features.to(DEVICE)).tolist()
 
 
@@ -33,6 +34,7 @@ def by_definition(features: Tensor) -> list[int]:
 
 @st.composite
 def short_rows(draw: st.DrawFn) -> Tensor:
+    """A few rows of a few entries, of which many are equal."""
     width = draw(st.integers(1, 3))
     row = st.lists(ENTRIES, min_size=width, max_size=width)
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=9)), dtype=torch.float32)
@@ -41,40 +43,44 @@ def short_rows(draw: st.DrawFn) -> Tensor:
 @settings(max_examples=50)
 @given(short_rows())
 def test_the_first_equal_row_is_that_of_the_definition(features: Tensor) -> None:
-    assert first_equal(features) == by_definition(features)
+    assert by_kernels(features) == by_definition(features)
 
 
 def many_rows(width: int) -> Tensor:
     """More rows than a program takes at a time, some of which are equal."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(2 if width == 1 else 5, (150, width), generator=generator).float()
-    rows[[149, 70, 3]] = rows[1].clone()
+    different_entries = 2 if width == 1 else 5
+    rows = torch.randint(different_entries, (150, width), generator=generator).float()
+    rows[[149, 70, 3]] = rows[1].clone()  # some in each program, of 64 rows when interpreted
     return rows
 
 
+# A program takes 256 columns at a time.
 widths = pytest.mark.parametrize("width", [1, 256, 257, 600])
 
 
 @widths
 def test_more_rows_and_columns_than_a_program_takes_at_a_time(width: int) -> None:
-    assert first_equal(many_rows(width)) == by_definition(many_rows(width))
+    assert by_kernels(many_rows(width)) == by_definition(many_rows(width))
 
 
 @widths
 def test_rows_may_be_a_stride_apart(width: int) -> None:
     rows = many_rows(width)
-    columns_of_wider = torch.cat([rows, torch.full((150, 3), math.nan)], 1)[:, :width]
-    assert first_equal(columns_of_wider) == by_definition(rows)
+    wider = torch.cat([rows, torch.full((150, 3), math.nan)], 1)  # NaN, if it were read, would equal nothing
+    columns_of_wider = wider[:, :width]
+    assert by_kernels(columns_of_wider) == by_definition(rows)
 
 
 def test_rows_with_one_hash_that_differ_are_not_equal() -> None:
-    x = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]], device=DEVICE)
-    candidates = torch.zeros(3, dtype=torch.int64, device=DEVICE)  # all have the first row's hash
-    assert confirm_equals(x, candidates).tolist() == [0, 1, 0]
+    rows = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]], device=DEVICE)
+    candidates = torch.zeros(3, dtype=torch.int64, device=DEVICE)  # as if all had the first row's hash
+    assert confirm_equals(rows, candidates).tolist() == [0, 1, 0]
 
 
 def test_an_entry_that_differs_changes_the_hash() -> None:
-    row = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    with_one_sign_changed = row * (1 - 2 * torch.eye(40))
+    entries = 40
+    row = torch.randn(entries, generator=torch.Generator().manual_seed(0))
+    with_one_sign_changed = row * (1 - 2 * torch.eye(entries))  # a row for each entry
     rows = torch.cat([row[None], with_one_sign_changed])
-    assert len(hash_rows(rows.to(DEVICE)).unique()) == 41
+    assert len(hash_rows(rows.to(DEVICE)).unique()) == 1 + entries

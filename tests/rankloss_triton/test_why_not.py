@@ -16,12 +16,16 @@ from rankloss_triton import launching, why_not
 def reason_against(
     n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **options: Any
 ) -> str | None:
+    """The reason against n lists of N items, by default a case that is served; None where there is none."""
     return why_not(RankOptions(**options), torch.device(device), dtype, n, N)
 
 
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
-    """Kernels are compiled by a Triton that is new enough, and not interpreted as in the other files."""
+    """Kernels are compiled by a Triton that is new enough, and not interpreted as in the other files.
+
+    The other fixture is asked for so that it comes first, and its variable can be deleted.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(launching, "triton_version", lambda: "3.7.0")
 
@@ -29,29 +33,30 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ({}, None),
-        ({"method": "bin"}, None),
-        ({"n": 1, "N": 131_072}, None),
-        ({"reduction": "none"}, "reduction='none' is computed from whole matrices"),
-        ({"model": "top_one"}, "model='top_one' has no kernel"),
-        ({"dtype": torch.float64}, "not in float64"),
-        ({"device": "cpu"}, "on CUDA, not on cpu"),
-        ({"device": "xpu"}, "never run on XPU"),
-        ({"N": 131_073}, "131,073"),
-        ({"method": "bin", "bins": 2**20}, "1,048,576"),
+        pytest.param({}, None, id="sorted float32 on CUDA"),
+        pytest.param({"method": "bin"}, None, id="binned"),
+        pytest.param({"n": 1, "N": 131_072}, None, id="the longest list"),
+        pytest.param(
+            {"reduction": "none"}, "reduction='none' is computed from whole matrices", id="no reduction"
+        ),
+        pytest.param({"model": "top_one"}, "model='top_one' has no kernel", id="top one"),
+        pytest.param({"dtype": torch.float64}, "not in float64", id="float64"),
+        pytest.param({"device": "cpu"}, "on CUDA, not on cpu", id="CPU"),
+        pytest.param({"device": "xpu"}, "never run on XPU", id="XPU"),
+        pytest.param({"N": 131_073}, "131,073", id="too long a list"),
+        pytest.param({"method": "bin", "bins": 2**20}, "1,048,576", id="too many bins"),
     ],
-    ids=str,
 )
 def test_the_reason_names_what_is_not_served(case: dict[str, Any], reason: str | None) -> None:
     assert_reason(reason_against(**case), reason)
 
 
-def assert_reason(found: str | None, expected: str | None) -> None:
-    """None where a case is served, else a reason with this part."""
-    if expected is None:
-        assert found is None
+def assert_reason(reason: str | None, expected_part: str | None) -> None:
+    """The reason has this part; there is none where a case is served."""
+    if expected_part is None:
+        assert reason is None
     else:
-        assert expected in str(found)
+        assert expected_part in str(reason)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +82,10 @@ def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPa
             raise importlib.metadata.PackageNotFoundError(asked)
         return "3.5.1"
 
-    monkeypatch.undo()  # or the fixture's version is found
+    monkeypatch.undo()  # the fixture's version, which would be found in place of this one
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    uncached = launching.triton_version.__wrapped__
+    uncached = launching.triton_version.__wrapped__  # by now the function has cached the installed version
     assert uncached() == "3.5.1"
 
 
