@@ -97,14 +97,14 @@ def first_equal(features: Tensor) -> Tensor | None:
     their equals. Memory is O(N·D), and an accelerator's host does not wait.
     """
     features = features.detach().resolve_neg()  # NumPy has no negative bit
-    can_be_looked_at = features.is_cpu
+    can_be_looked_at = features.is_cpu  # a condition on values of an accelerator would make the host wait
     if can_be_looked_at and _have_distinct_beginnings(features):
         return None
     hashes = row_hashes(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
     if can_be_looked_at and not bool((ordered[1:] == ordered[:-1]).any()):
         return None
-    candidate = order[torch.searchsorted(ordered, hashes)]  # equal rows have one candidate
+    candidate = order[torch.searchsorted(ordered, hashes)]  # the first row of the same hash
     is_confirmed = (features[candidate] == features).all(-1)
     itself = torch.arange(len(features), device=features.device)
     return torch.where(is_confirmed, candidate, itself)
@@ -113,7 +113,7 @@ def first_equal(features: Tensor) -> Tensor | None:
 def _have_distinct_beginnings(features: Tensor) -> bool:
     """True if no two rows have the same first eight bytes, a quick proof that none are equal; on a CPU."""
     entries = 8 // features.itemsize
-    beginnings = np.add(features.numpy()[:, :entries], 0.0, order="C")  # a sum, since −0.0 equals 0.0
+    beginnings = np.add(features.numpy()[:, :entries], 0.0, order="C")  # the sum turns −0.0 into 0.0
     integer_of_row = f"i{beginnings[0].nbytes}"  # a NumPy dtype of all bytes of a row's beginning
     integers = beginnings.view(integer_of_row).ravel().tolist()
     return len(set(integers)) == len(integers)
@@ -217,7 +217,7 @@ class Batch:
         features = self.inputs._asdict()
         matrices = []
         for anchors, items in _MODALITIES[term]:
-            if self.inputs.image_anchors is not None:  # this process's, of all items
+            if self.inputs.image_anchors is not None:  # this process has only some of the items as anchors
                 anchors = f"{anchors}_anchors"
             matrices.append(Matrix(features[anchors], features[items], (anchors, items)))
         return matrices[0], matrices[1]

@@ -213,7 +213,14 @@ def check_references(
     reference_image_features: Tensor | None,
     reference_text_features: Tensor | None,
 ) -> None:
-    """Raise a ValueError unless a teacher's features fit the options and the wanted terms."""
+    """Raise a ValueError unless a teacher's features fit the options and the wanted terms.
+
+    Args:
+        options: of the rank terms.
+        cross_modal: True if the cross-modal term is wanted.
+        reference_image_features: a teacher's features, or None.
+        reference_text_features: a teacher's features, or None.
+    """
     image, text = reference_image_features, reference_text_features
     if image is None and text is None:
         if options.reference_scale is not None:
@@ -222,18 +229,18 @@ def check_references(
                 "reference_image_features or reference_text_features"
             )
         return
-    name = "reference_text_features" if image is None else "reference_image_features"
+    given_name = "reference_text_features" if image is None else "reference_image_features"
     if options.fixed_reference is not None:
         raise ValueError(
             f"fixed_reference={options.fixed_reference!r} fixes one of the batch's own rankings; it does not "
-            f"apply beside {name}"
+            f"apply beside {given_name}"
         )
-    if not cross_modal:
+    if not cross_modal:  # the in-modal term takes a teacher of one modality, and modalities of any width
         return
     if image is None or text is None:
         raise ValueError(
             "the cross-modal term needs reference_image_features and reference_text_features; got "
-            f"{name} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
+            f"{given_name} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
         )
     _check_one_space("reference_image_features", image, "reference_text_features", text)
 
@@ -257,10 +264,10 @@ def warn_of_norms(name: str, x: Tensor) -> None:
     if not _has_values(x):
         return
     least, most = torch.stack(_norms(x.detach()).aminmax()).tolist()
-    off = max(abs(least - 1), abs(most - 1))
-    if _UNIT < off < math.inf:
+    error = max(abs(least - 1), abs(most - 1))
+    if _UNIT < error < math.inf:
         warnings.warn(
-            f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
+            f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {error:.4g}. "
             "Features are used unnormalised",
             InputWarning,
             stacklevel=1,  # one place for all losses, so that Python shows an equal text once
@@ -419,7 +426,8 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
         )
     elif value < _LARGEST_LOG:
         is_computed = isinstance(scale, Tensor) and scale.requires_grad and not is_parameter
-        is_given_number = value > least and not is_computed  # 1 itself is what calls without a scale have
+        # 1 itself is the scale of calls that give none.
+        is_given_number = value > least and not is_computed
         if is_parameter or is_given_number:
             warning = (
                 f"{small_value}. CLIP models keep the logarithm of the scale in their parameter; the loss "

@@ -82,6 +82,7 @@ class _ReduceScatter(torch.autograd.Function):
             reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             reduce_scatter(chunk, terms, group=group)
             return chunk.to(y.dtype)
+        # Otherwise every process gets the whole sum, and keeps its chunk.
         total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].to(y.dtype, copy=True)
@@ -142,6 +143,7 @@ def _initialized() -> bool:
 
 
 def _check_group(group: Any) -> None:
+    """Raise a ValueError for what is no process group, or one that this process is not in."""
     # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
@@ -312,7 +314,10 @@ class Gather:
             ...     pass
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
-        if self.place.world_size == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
+        # Without a process group the gathering raises an error; without a tensor the call's checks do.
+        has_others_to_ask = self.place.world_size > 1 and _initialized()
+        can_ask = len(tensors) > 0 and can_be_read(tensors[0])
+        if not (has_others_to_ask and can_ask):
             return contextlib.nullcontext()
         return self._exchange(owner, further, features, tensors[0].device)
 
@@ -331,24 +336,25 @@ class Gather:
         except Exception as raised:
             error = raised
         description = self._description(features, further)
+        # All processes take the same branch: by one reduction, or by the descriptions that all remember.
         if device.type == "cpu":
             is_exchanged = self._has_error_or_difference(error, description)
         else:
             is_exchanged = description not in _agreed.get(owner, ())
         if not is_exchanged:
-            if error is not None:
+            if error is not None:  # on an accelerator: of this process, with features compared before
                 raise error
             return
         name_and_message = None if error is None else [type(error).__name__, str(error)]
         texts = _gather_text(json.dumps([description, name_and_message]), device, self.group)
-        by_rank = [json.loads(text) for text in texts]
-        for rank, (_, error_of_rank) in enumerate(by_rank):
+        descriptions, errors = zip(*(json.loads(text) for text in texts), strict=True)  # by rank
+        for rank, error_of_rank in enumerate(errors):
             if error_of_rank is not None:
                 name, message = error_of_rank
                 raised_by_all = _RAISED_BY_ALL.get(name, RuntimeError)
-                raise raised_by_all(f"{message} (on rank {rank} of {len(by_rank)})") from error
-        first, _ = by_rank[0]
-        for rank, (other, _) in enumerate(by_rank):
+                raise raised_by_all(f"{message} (on rank {rank} of {len(errors)})") from error
+        first = descriptions[0]
+        for rank, other in enumerate(descriptions):
             if other != first:
                 raise ValueError(
                     "all processes must give features of the same names, dtypes, shapes and gradients; got "
@@ -403,11 +409,11 @@ class Gather:
             RuntimeError: for several processes without a process group.
         """
         rank, world_size = self.place
-        if (rank, world_size) == (0, 1):
+        if (rank, world_size) == (0, 1):  # another rank without a group is refused below
             return features
         self._check_ready()
         shared = _gathered.get()
-        key = self, are_anchors, id(features), torch.is_grad_enabled()
+        key = self, are_anchors, id(features), torch.is_grad_enabled()  # all that the result depends on
         if shared is not None and key in shared:
             _, gathered = shared[key]
             return gathered
@@ -415,7 +421,8 @@ class Gather:
             gathered = all_gather(features, self.group)
         else:
             gathered = _gather(features, self.group)
-            if not (self.local_loss and are_anchors):  # put the own features, with their gradient, in place
+            only_rows_have_a_gradient = self.local_loss and are_anchors
+            if not only_rows_have_a_gradient:  # put the own features, with their gradient, in place
                 first = rank * len(features)
                 end = first + len(features)
                 gathered = torch.cat([gathered[:first], features, gathered[end:]])
@@ -454,6 +461,7 @@ class Gather:
         return [None if tensor is None else next(gathered) for tensor in features]
 
     def _check_ready(self) -> None:
+        """Raise a RuntimeError without a process group, which several processes need."""
         if not _initialized():
             raise RuntimeError(
                 f"rank={self.rank!r}, world_size={self.world_size!r} needs "

@@ -89,8 +89,8 @@ def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]
 
     The inputs and the gradients of the terms' sum are kept for the backward pass; under ``torch.no_grad()``,
     or if no input requires a gradient, only values are computed. If the terms have different upstream values,
-    the pass is run once more. A backward pass with ``create_graph=True`` differentiates the definition, in
-    quadratic memory.
+    the gradients of their sum do not serve, and the pass is run once more. A backward pass with
+    ``create_graph=True`` differentiates the definition, in quadratic memory.
     """
     if not torch.is_grad_enabled():  # otherwise autograd asks for the gradients of inputs that have a graph
         inputs = [None if x is None else x.detach() for x in inputs]
@@ -98,6 +98,8 @@ def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]
 
 
 class _Streamed(torch.autograd.Function):
+    """:func:`apply` as an autograd function; the first of the inputs are the images' features."""
+
     @staticmethod
     def forward(
         ctx: Any, terms: StreamedTerms, weights: Tensor, *inputs: Tensor | None
@@ -108,7 +110,7 @@ class _Streamed(torch.autograd.Function):
         assert image is not None
         with full_precision(image.device):
             values, gradients, factor = terms.stream(inputs, weights, any(ctx.needs_input_grad))
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # so that a term that is not used has the upstream value None
         ctx.save_for_backward(*inputs, *gradients, factor)
         return tuple(value.to(image.dtype) for value in values)
 
@@ -117,42 +119,44 @@ class _Streamed(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: each access unpacks them, which triggers hooks and checkpoints
         n_inputs = len(saved) // 2  # as many inputs as gradients, and the factor
         inputs, gradients, factor = saved[:n_inputs], saved[n_inputs:-1], saved[-1]
-        _, _, *by = ctx.needs_input_grad  # behind the terms and the weights
+        # The terms and the weights, which come before the inputs, get no gradients.
+        _, _, *are_asked_for = ctx.needs_input_grad
         with full_precision(inputs[0].device):
-            if torch.is_grad_enabled():
-                return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
+            if torch.is_grad_enabled():  # with create_graph=True: the gradients are to be differentiated
+                return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, are_asked_for, upstream)
             wanted = ctx.terms.wanted
-            common = _common([g for g, is_wanted in zip(upstream, wanted, strict=True) if is_wanted])
-            if common is None:  # the gradients of the terms' sum do not serve; compute those of this sum
+            of_wanted_terms = [g for g, is_wanted in zip(upstream, wanted, strict=True) if is_wanted]
+            shared_upstream = _shared_upstream(of_wanted_terms)
+            if shared_upstream is None:  # stream again, the terms weighted by their upstream values
                 zero = ctx.weights.new_zeros(())
                 weights = ctx.weights * torch.stack([zero if g is None else g for g in upstream])
                 _, gradients, factor = ctx.terms.stream(inputs, weights, with_gradient=True)
-                common = inputs[0].new_ones(())
-            return None, None, *_times_upstream(gradients, by, common, factor)
+                shared_upstream = inputs[0].new_ones(())
+            return None, None, *_times_upstream(gradients, are_asked_for, shared_upstream, factor)
 
 
 def _times_upstream(
-    gradients: Sequence[Tensor | None], by: Sequence[bool], upstream: Tensor, factor: Tensor
+    gradients: Sequence[Tensor | None], are_asked_for: Sequence[bool], upstream: Tensor, factor: Tensor
 ) -> list[Tensor | None]:
     """The gradients that are asked for, times an upstream value; those by features lack ``factor``, too."""
     for_features = upstream * factor
     by_inputs: list[Tensor | None] = []
-    for gradient, is_asked_for in zip(gradients, by, strict=True):
+    for gradient, is_asked_for in zip(gradients, are_asked_for, strict=True):
         if gradient is None or not is_asked_for:
             by_inputs.append(None)
         else:
-            is_by_features = gradient.dim() == 2
+            is_by_features = gradient.dim() == 2  # the others are by numbers, such as the scale
             by_inputs.append((for_features if is_by_features else upstream) * gradient)
     return by_inputs
 
 
-def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
+def _shared_upstream(upstream: Sequence[Tensor | None]) -> Tensor | None:
     """The upstream value shared by all terms; None if they differ, or comparing would wait for a device."""
     first = upstream[0]
     for g in upstream:
         if first is None or g is None:
             return None
-        is_same_tensor = g.data_ptr() == first.data_ptr()
+        is_same_tensor = g.data_ptr() == first.data_ptr()  # as where the terms are added up
         if not is_same_tensor and not (g.is_cpu and torch.equal(g, first)):
             return None
     return first
@@ -162,7 +166,7 @@ def _by_definition(
     terms: StreamedTerms,
     weights: Tensor,
     inputs: Sequence[Tensor | None],
-    by: Sequence[bool],
+    are_asked_for: Sequence[bool],
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients by each of the inputs, None where not asked for, that are differentiable again."""
@@ -175,7 +179,7 @@ def _by_definition(
         if value.requires_grad and g is not None:
             outputs.append(value)
             upstream_of_outputs.append(g)
-    asked_inputs = {place: x for place, x in enumerate(aliases) if x is not None and by[place]}
+    asked_inputs = {place: x for place, x in enumerate(aliases) if x is not None and are_asked_for[place]}
     if not outputs:  # no term depends on an input, or none has an upstream value
         gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in asked_inputs.values()]
     else:
@@ -238,12 +242,17 @@ class Loop(NamedTuple):
 
     @property
     def keeps_gradients(self) -> bool:
-        """True if gradients are kept until their mirror images are known."""
+        """True if gradients are kept until their mirror images are known.
+
+        Only matrices that are each other's transposes have mirror images. Kept gradients take up to a whole
+        matrix, which a ``chunk_size`` is given to avoid, unless all rows are one chunk in any case.
+        """
         n_anchors = len(self.matrices[0].anchors)
         n_items = len(self.matrices[0].items)
         are_all_at_once = self.rows_at_once >= n_anchors
         is_small = self.chunk_size is None and n_items**2 <= _KEPT
-        return (are_all_at_once or is_small) and bool(_mirrors(self.matrices))
+        have_mirror_images = bool(_mirrors(self.matrices))
+        return have_mirror_images and (are_all_at_once or is_small)
 
 
 def streamed(
@@ -279,10 +288,11 @@ def streamed(
 
 
 def _by_scale(features: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Tensor:
-    """Σ G∘C over all matrices.
+    """∂s = Σ G∘C over all matrices, from the sums G·K of the anchors and Gᵀ·Q of the items.
 
-    Each is in the sum of its anchors, G·K, and in that of its items, Gᵀ·Q, and both give it. Anchors of this
-    process alone are the fewer rows.
+    A matrix's Σ G∘C is Σ (G·K)∘Q and also Σ (Gᵀ·Q)∘K. If anchors are this process's alone, they have names
+    and sums of their own, and fewer rows than the items: the first form serves. Otherwise the same features
+    are anchors and items, and the products with their sums contain both forms.
     """
     own_anchors = [name for name in _OWN_ANCHORS if name in features]
     products = [(sums[name] * features[name]).sum() for name in own_anchors or features]
@@ -303,7 +313,7 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
     """
     n_anchors = len(loop.matrices[0].anchors)
     earlier: Mirrored = [] if loop.keeps_gradients else None
-    values: list[Sequence[Tensor | None]] = []
+    values: list[Sequence[Tensor | None]] = []  # of every slice of lists, the first and the second value
     for first in range(0, n_anchors, loop.rows_at_once):
         rows = slice(first, min(first + loop.rows_at_once, n_anchors))
         chunk_values, by_scores = _evaluate_chunk(loop, rows)
@@ -311,8 +321,9 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
         if sums is not None:
             _add_gradients(loop.matrices, rows, by_scores, sums, earlier)
     sums_over_rows = []
-    for of_slices in zip(*values, strict=True):  # of the first value, then of the second
-        sums_over_rows.append(None if of_slices[0] is None else torch.cat(of_slices, -1).sum(-1))
+    for of_slices in zip(*values, strict=True):  # first values, then second values
+        is_computed = of_slices[0] is not None
+        sums_over_rows.append(torch.cat(of_slices, -1).sum(-1) if is_computed else None)
     return sums_over_rows
 
 
@@ -332,8 +343,8 @@ def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | Non
         lists = slice(start, start + loop.lists_at_once)
         reference = None if references is None else references[:, lists]
         first_row = loop.first_row + rows.start + start
-        *of_slice, gradient = loop.evaluate(cosines[:, lists], reference, first_row)
-        values.append(of_slice)
+        *values_of_slice, gradient = loop.evaluate(cosines[:, lists], reference, first_row)
+        values.append(values_of_slice)
         if gradient is not None and not loop.in_slices:
             by_scores = gradient
     return values, by_scores
@@ -368,13 +379,14 @@ def _add_gradients(
     if earlier is not None:  # the later columns' gradients wait for their mirror images
         columns_of_rows = slice(rows.stop)
         columns_of_items = slice(rows.start)
-        images = [by_scores[k, :, rows.start :].T for k in _mirrors(matrices)]
+        # Matrix k's mirror images are in the gradient of its transpose, transposed.
+        images = [by_scores[transpose, :, rows.start :].T for transpose in _mirrors(matrices)]
         copies = [image.clone(memory_format=torch.contiguous_format) for image in images]
         earlier.append((rows.start, copies))
     for k, (matrix, gradient) in enumerate(zip(matrices, by_scores, strict=True)):
         for first_row, images in earlier or ():
-            row = rows.start - first_row  # the image's row that is the first of this chunk
-            image = images[k][row : row + len(gradient)]
+            place = rows.start - first_row  # of this chunk's first row in the image, whose row 0 is first_row
+            image = images[k][place : place + len(gradient)]
             columns = slice(first_row, first_row + image.shape[1])  # the rows of the earlier chunk
             gradient[:, columns].add_(image)  # += would copy the sum onto itself
         anchors, items = matrix.factors
@@ -594,7 +606,7 @@ class RowLists(NamedTuple):
         loops = [self._loop(batch, term, *by_term[term], with_gradient) for term in terms]
         sums, gradients, factor = streamed(loops, batch.inputs._asdict(), with_gradient)
         values = [weights.new_zeros(()) for _ in self.wanted]
-        for term, (cross_entropy, nll) in zip(terms, sums, strict=True):
+        for term, (cross_entropy, nll) in zip(terms, sums, strict=True):  # sums over the rows, by matrix
             alpha, beta = by_term[term]
             if alpha is not None:
                 values[0] = torch.dot(alpha, cross_entropy)
@@ -620,9 +632,10 @@ class RowLists(NamedTuple):
         self, batch: Batch, term: Term, alpha: Tensor | None, beta: Tensor | None, with_gradient: bool
     ) -> Loop:
         """The loop over the rows of a term's matrices."""
-        references = () if beta is None else batch.references(term)
+        is_ranked = beta is not None  # otherwise the cross-entropy alone is wanted
+        references = batch.references(term) if is_ranked else ()
         first_equal = tuple(batch.first_equal[matrix.item_factor] for matrix in references)
-        evaluate_block = evaluate if beta is None else self.evaluate
+        evaluate_block = self.evaluate if is_ranked else evaluate  # a kernel is for ranked lists
 
         def evaluate_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
             block = Block(cosines, batch.inputs.scale, alpha, beta, reference, first_equal, first_row)
@@ -632,6 +645,7 @@ class RowLists(NamedTuple):
             evaluate_lists,
             batch.matrices(term),
             batch.first_row,
+            # Without a teacher the matrices rank each other, and need no products beside their own.
             references=() if batch.teacher is None else references,
             chunk_size=self.options.chunk_size,
             in_slices=evaluate_block is evaluate,
@@ -663,8 +677,8 @@ def weighted_terms(
         Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``.
     """
     inputs = batch.inputs
-    factors = torch.tensor(weights, dtype=batch.sum_dtype, device="cpu")
-    factors = factors.to(inputs.image.device, non_blocking=True)
+    weights_on_cpu = torch.tensor(weights, dtype=batch.sum_dtype, device="cpu")
+    term_weights = weights_on_cpu.to(inputs.image.device, non_blocking=True)
     lists = RowLists(batch, options, wanted)
     if options.kernel != "torch":
         features = inputs.image
@@ -672,5 +686,5 @@ def weighted_terms(
         batch = replace(batch, find_equal=module.first_equal)
         lists = lists._replace(batch=batch, evaluate=module.evaluate)
     if options.reduction == "none":
-        return tuple(lists.definition(inputs, factors))
-    return apply(lists, factors, inputs)
+        return tuple(lists.definition(inputs, term_weights))
+    return apply(lists, term_weights, inputs)

@@ -72,7 +72,7 @@ def _with_rest(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, 
     if rest is None:
         return x, grades
     is_empty = rest.detach().amax(-1, keepdim=True) == -math.inf
-    # Without items the derivative of the logarithm is NaN.
+    # Scores of 0 stand for those of an empty rest, whose log Σ e^−∞ would have a derivative of NaN.
     score = rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).to(x.dtype)
     grade = torch.full_like(score, -math.inf).masked_fill(is_empty, math.inf)
     x = torch.cat([x, score], -1)
@@ -86,15 +86,15 @@ def pairwise(
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
     is_item = grades < math.inf
     is_graded = grades.abs() < math.inf
-    worse_items = torch.searchsorted(grades.sort(-1).values, grades)  # their number, for every item
-    pairs = worse_items.where(is_item, 0).sum(-1)
+    n_worse = torch.searchsorted(grades.sort(-1).values, grades)  # for every item, how many are worse
+    pairs = n_worse.where(is_item, 0).sum(-1)
     x = x if rest is None else x.to(rest.dtype)
-    # Numbers of worse items are in the order of the grades, but finite integers.
-    order = (grades if by_difference else worse_items).to(x.dtype)
-    # Padding is better than no item, by −∞, and worse than none, by the largest number.
-    better = order.masked_fill(~is_item, -math.inf)
-    values = pair_sums(x, x, better, order, by_difference).to(grades.dtype).sum(-1)
-    if rest is not None:
+    # Without differences, numbers of worse items stand for the grades: the same order, as finite integers.
+    order = (grades if by_difference else n_worse).to(x.dtype)
+    # Padding is in no pair: its order is the largest, so it is worse than no item, and better by none at −∞.
+    order_of_better = order.masked_fill(~is_item, -math.inf)
+    values = pair_sums(x, x, order_of_better, order, by_difference).to(grades.dtype).sum(-1)
+    if rest is not None:  # every graded item is better than every item of the rest
         values = values + torch.where(is_graded, rest_sums(x, rest), 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
     return values, pairs
@@ -105,8 +105,9 @@ def lambda_loss(
 ) -> tuple[Tensor, Tensor]:
     """Σ −w_pq·log σ(x_p − x_q) over the pairs with g_p > g_q, with NDCG-Loss2++'s weights: one term.
 
-    ``ranked_by`` has the scores x, equal for equal items. Items of equal scores share their mean rank, and
-    their distance in ranks is 1.
+    w_pq = (ρ_pq + μ·δ_pq)·(G_p − G_q) of the gains G over the ideal DCG. With ranks r, DCG's discount 1/D(r)
+    and d = |r_p − r_q|, ρ_pq = |1/D(r_p) − 1/D(r_q)| and δ_pq = 1/D(d) − 1/D(d + 1). ``ranked_by`` has the
+    scores x, equal for equal items. Items of equal scores share their mean rank, and for them d is 1.
     """
     is_item = grades < math.inf
     gains = _normalized_gains(grades.masked_fill(~is_item, 0.0), gain)
@@ -170,7 +171,12 @@ def _discount(rank: Tensor) -> Tensor:
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
-    """True if two items of the list have different grades: ``[n]``."""
+    """True if two items of the list have different grades: ``[n]``.
+
+    Args:
+        grades: ``[n, K]``.
+        has_rest: ``[n]``, True for a list with items in its rest; None if no list has any.
+    """
     is_padding = grades == math.inf
     best = grades.masked_fill(is_padding, -math.inf).amax(-1)
     worst = grades.amin(-1)
@@ -188,7 +194,7 @@ def first_of_id(ids: Tensor, is_listed: Tensor | None = None) -> Tensor:
     """
     if is_listed is None:
         is_listed = torch.ones_like(ids, dtype=torch.bool)
-    listed_first = is_listed.byte().argsort(descending=True, stable=True)
+    listed_first = is_listed.byte().argsort(descending=True, stable=True)  # all items, the listed ones first
     ordered, order = ids[listed_first].sort(stable=True)  # stable: of one id the listed are still first
     place_in_ordered = torch.searchsorted(ordered, ids.contiguous())  # of the first with this id
     place_in_listed_first = order[place_in_ordered]
@@ -209,6 +215,9 @@ def others(listed: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Ten
         listed: ``[n, K]``, the lists' own items.
         first_equal: ``[M]``, the first item equal to each; None if no two items are equal.
         is_listed: ``[M]``, True for items in any list.
+
+    Returns:
+        True for an item that is listed and none of the list's own.
     """
     own = listed if first_equal is None else first_equal[listed]
     is_own = torch.zeros(len(listed), len(is_listed), dtype=torch.bool, device=listed.device)

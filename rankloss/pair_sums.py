@@ -138,7 +138,7 @@ def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
     # A table of points² numbers shall cost less than the pairs.
     pairs = x.numel() * rest.shape[1]
     most_points = min(_MOST_POINTS, math.sqrt(pairs / _PAIRS_OF_ENTRY))
-    if not points <= most_points:  # NaN, too
+    if not points <= most_points:  # also for a span of NaN, which compares as False
         return pair_sums(x, rest)
     sums: Tensor = _CellSums.apply(x, rest, low, int(cells))  # type: ignore[no-untyped-call]
     return sums

@@ -75,7 +75,7 @@ def constant(x: Tensor) -> Tensor:
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
     dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
-    norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)
+    norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)  # of whole matrices
     sum_of_norms = functools.reduce(torch.add, norms)
     # A product of two rows is at most the product of the norms, and the cube overflows before it does.
     overflows_first = sum_of_norms**3

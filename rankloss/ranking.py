@@ -28,7 +28,8 @@ def rank(reference: Tensor, options: RankOptions, *, by_numpy: bool) -> Ranking:
     n_items = reference.shape[-1]
     if options.method == "bin":
         index = quantize(reference, options.bins)
-        if options.top_k is None and options.bins < n_items:
+        has_fewer_bins_than_items = options.bins < n_items  # otherwise it takes no fewer slots than items
+        if options.top_k is None and has_fewer_bins_than_items:
             return Binned(index, options.bins)
         reference = index.to(reference.dtype)  # exact: bins are at most 2²⁴
     if options.top_k is not None and options.top_k < n_items:
@@ -132,9 +133,11 @@ class Binned(Ranking):
         return by_slot.gather(-1, self._index)
 
     def _by_bin(self, x: Tensor) -> Tensor:
+        """The sum over the items of each bin, ``[..., bins]``."""
         return self._filled(x, 0.0).scatter_add_(-1, self._index, x)
 
     def _filled(self, like: Tensor, value: float) -> Tensor:
+        """One number in every bin of every list, ``[..., bins]``."""
         return like.new_full((*like.shape[:-1], self._bins), value)
 
 

@@ -263,8 +263,9 @@ def _summands(
     x: Tensor, y: Tensor, worth: Worth, ties: Ties, discount: Discount | None, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
     """The summand of every item of lists ``[lists, N]``, and its μ, one list after the other."""
-    # The place of every item in a shuffle, by which tied items are ordered.
-    shuffled = torch.randperm(x.shape[1], device=x.device).argsort() if ties == "random" else None
+    shuffled = None
+    if ties == "random":  # the place of every item in a shuffle, by which tied items are ordered
+        shuffled = torch.randperm(x.shape[1], device=x.device).argsort()
     if len(x) == 0:
         return x, x
     summands = []
@@ -402,6 +403,7 @@ def clip(
     n = len(S)
     is_same = _is_same_id(n, pair_ids, same_id)
     is_own = np.eye(n, dtype=bool)
+    # Texts of the same id as an image's are all right for it, or ignored but for its own.
     is_counted = is_own | ~is_same if same_id == "ignore" else np.ones((n, n), bool)
     is_right = is_own if same_id == "ignore" else is_same
     losses = []
@@ -552,13 +554,13 @@ def recall(
         has_itself = query == answer
         cosines = _cosines_of_arrays(features[query], features[answer])
         ranks = _partner_ranks(cosines, ids[query], ids[answer], has_itself)
-        if not ranks:
+        if not ranks:  # no query has a partner
             continue
         answers = len(ids[answer]) - 1 if has_itself else len(ids[answer])
         for count in k:
             if count <= answers:
-                found = [rank <= count for rank in ranks]
-                values[f"{query}_to_{answer}_R@{count}"] = sum(found) / len(ranks)
+                is_among_best = [rank <= count for rank in ranks]
+                values[f"{query}_to_{answer}_R@{count}"] = sum(is_among_best) / len(ranks)
         values[f"{query}_to_{answer}_median_rank"] = float(np.floor(np.median(ranks)))
     return values
 
