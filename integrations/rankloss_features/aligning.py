@@ -40,7 +40,7 @@ from rankloss_features.writing import (
     check_probe,
     join_processes,
     make_folder,
-    turn,
+    only_writer,
     write,
 )
 
@@ -58,7 +58,10 @@ _SHARED = (
     "has_picture_hashes",
     "probe",
 )
-"""The entries of ``folder.json`` that an aligned folder has from that of its encoders, if it has them."""
+"""The entries of ``folder.json`` that an aligned folder takes from the folder of its encoders' features.
+
+Each may be missing there.
+"""
 
 _IMAGES, _TEXTS = NAMES
 
@@ -86,7 +89,7 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
     is_first = rank == 0
     if is_first:
         make_folder(output)
-    with turn(output / ".lock", output) if is_first else nullcontext():
+    with only_writer(output / ".lock", output) if is_first else nullcontext():
         is_complete = is_first and _is_complete(output, data, teacher, settings)
         if world > 1:  # the others wait here for the answer of the first
             answer = [is_complete]
@@ -121,6 +124,8 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     if entries is None:
         check_has_no_files(output)
         return False
+
+    # A folder that is there must be of this command, finished or not.
     rendering = asdict(teacher.rendering or data.rendering)
     wanted = {"teacher": teacher.about, "pictures": rendering, "spaces": COMMON_SPACE, **settings}
     check_is_of(output, entries, wanted)
@@ -129,6 +134,8 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     check_probe(output, entries, teacher)
     if not entries["complete"]:
         return False
+
+    # A finished one must be undamaged, and of these pairs and pictures.
     features = Features(str(output)).check()
     name_of_data = str(data.about["data"])
     features.compare(data.pairs(), name_of_data)
@@ -170,18 +177,21 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
     draft = Draft(str(output))
     project = {_IMAGES: cca.images, _TEXTS: cca.texts}
     for shard in draft.shards:
-        files = {
-            name: _projected(project[name], encoded.arrays[name].shards[shard], about["dtype"])
-            for name in NAMES
-        }
+        arrays = {}
+        for name in NAMES:
+            rows_of_encoder = encoded.arrays[name].shards[shard]
+            arrays[name] = _projected(project[name], rows_of_encoder, about["dtype"])
         if encoded.pictures is not None:
-            files[PICTURES] = encoded.pictures.shards[shard]
-        draft.save(shard, files)
+            arrays[PICTURES] = encoded.pictures.shards[shard]
+        draft.save(shard, arrays)
     draft.finish()
 
 
 def _picture_of_each_row(encoded: Features, data: Data) -> Array:
-    """A number for each row, equal where rows have one picture, by its content or, unknown, by its name."""
+    """A number for each row, equal where rows have one picture.
+
+    Pictures are told apart by their content, or by their names where no encoder has read them.
+    """
     if encoded.pictures is not None:
         return encoded.pictures[:]
     hashes = bytearray()  # of 64 bits each; it grows in place
@@ -192,7 +202,7 @@ def _picture_of_each_row(encoded: Features, data: Data) -> Array:
 
 
 def _projected(project: Callable[[Tensor], Tensor], rows: Array, dtype: str) -> Array:
-    """The aligned rows; those without features stay zero."""
+    """The rows of a shard in the common space, in a dtype of the folder; rows without features stay zero."""
     has_features = rows.any(axis=1)
     projected = project(torch.from_numpy(rows[has_features])).numpy()
     aligned = np.zeros((len(rows), projected.shape[1]), dtype)
@@ -231,7 +241,7 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
 
 
 def _with_projection(encoder: Encoder, project: Callable[[Tensor], Tensor], width: int) -> Encoder:
-    """The encoder, followed by a projection to some width."""
+    """An encoder, followed by a projection of its features to ``width`` dimensions."""
 
     def encode(inputs: Any) -> Tensor:
         return project(encoder.encode(inputs).float())

@@ -62,7 +62,12 @@ def bind(
 
 
 def references(features: Features, bound: Array) -> dict[str, Tensor]:
-    """The features of bound rows, ``[N, 2]``: their row and pair, by the names that losses have for them.
+    """The features of bound rows, by the names that losses have for them, ``reference_image_features`` say.
+
+    Args:
+        features: The folder.
+        bound: ``[N, 2]``, int64: each row's row of the folder, and the hash of its pair, as :func:`bind` has
+            written them.
 
     Raises:
         ValueError: The rows were bound to another folder.
@@ -79,19 +84,24 @@ def references(features: Features, bound: Array) -> dict[str, Tensor]:
     return {f"reference_{name}": torch.from_numpy(x) for name, x in features.take(rows).items()}
 
 
-def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor]:
+def features_of_labels(features: Features | None, labels: Tensor | None) -> dict[str, Tensor]:
     """A teacher's features of a batch, from the labels that sentence-transformers hands to a loss.
 
     Args:
-        features: The folder that the labels are bound to, ``[N, 2]``; or None.
-        labels: Without a folder the teacher's embeddings, ``[N, columns, D']``, or ``[N, D']`` for both
-            columns. Others are no teacher's: nothing is returned.
+        features: The folder that the labels are bound to; or None.
+        labels: With a folder ``[N, 2]``, as :func:`bind` has written them. Without one the teacher's
+            embeddings, ``[N, 2, D']`` of both columns, or ``[N, D']``, which are those of either column.
+
+    Returns:
+        ``reference_image_features`` and ``reference_text_features``, as far as the folder has them; nothing
+        for labels that are neither bound nor embeddings, such as classes.
 
     Raises:
         ValueError: The labels and the folder do not go together, or the embeddings are no teacher's.
     """
     is_bound = labels is not None and labels.dtype == torch.int64 and labels.shape[1:] == (2,)
-    if is_bound != (features is not None):
+    has_folder = features is not None
+    if is_bound != has_folder:
         raise ValueError(
             "teacher and the column label go together: rankloss_features.bind(dataset, folder, "
             f"column='label'); got {features and features.path!r} and labels {labels}"
@@ -101,10 +111,11 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     if features is not None:
         rows = labels.cpu().numpy()
         return {name: x.to(labels.device) for name, x in references(features, rows).items()}
-    if not labels.is_floating_point() or labels.dim() not in (2, 3):
+    are_embeddings = labels.is_floating_point() and labels.dim() in (2, 3)
+    if not are_embeddings:
         return {}
-    is_of_both_columns = labels.dim() == 2
-    columns = [labels, labels] if is_of_both_columns else list(labels.unbind(1))
+    is_one_for_both_columns = labels.dim() == 2
+    columns = [labels, labels] if is_one_for_both_columns else list(labels.unbind(1))
     if len(columns) != len(NAMES):
         raise ValueError(f"labels must have the embeddings of two columns; got shape {tuple(labels.shape)}")
     for i, column in enumerate(columns):

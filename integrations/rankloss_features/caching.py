@@ -29,7 +29,7 @@ from rankloss_features.folder import FORMAT, Features, read_about
 from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.opening import open_clip_name
 from rankloss_features.teachers import Teacher
-from rankloss_features.writing import precision_on, turn, write
+from rankloss_features.writing import only_writer, precision_on, write
 
 _FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A,text=B,align, image=A or text=B"
 _ALIGN = "align"
@@ -93,7 +93,7 @@ class Spec(NamedTuple):
         raise _no_teacher(text)
 
     def names(self) -> dict[str, str]:
-        """The names of the model or of the encoders, and of the model's weights, by the attributes here."""
+        """The attributes that are given, without ``align``: the model and its weights, or the encoders."""
         values = {name: getattr(self, name) for name in _NAMES}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -138,10 +138,15 @@ class Spec(NamedTuple):
         return sources.load(sources.options_of_teacher(args), args, device)
 
     def _look_up(self, name: str, value: str) -> None:
-        """Look up a model or an encoder, ``name``, by its name or path, ``value``.
+        """Look a model or an encoder up, as far as that needs no loading.
+
+        Args:
+            name: The attribute: ``model``, ``image_encoder`` or ``text_encoder``.
+            value: Its name or path.
 
         Raises:
-            ValueError: It is not found; of a model, or its tag is not.
+            ValueError: There is no such folder or encoder of images; or of a model with ``pretrained``, there
+                is no such model, or no such tag or file of weights.
             ModuleNotFoundError: Its package is not installed.
         """
         folder = value.removeprefix(_LOCAL)
@@ -175,6 +180,7 @@ def _encoders_of(text: str) -> dict[str, Any]:
 
 
 def _no_teacher(text: str) -> ValueError:
+    """The error of a text of no teacher's form."""
     return ValueError(f"{text!r} is no teacher: give {_FORMS}")
 
 
@@ -304,18 +310,19 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = {"dtype": "float16", "precision": precision_on(device), "batch_size": _BATCH_SIZE}
-    folder = Path(os.environ.get("RANKLOSS_CACHE") or cache, _name(spec, data, settings))
+    folder = Path(os.environ.get("RANKLOSS_CACHE") or cache, _folder_name(spec, data, settings))
     if _is_complete(folder):
         _logger.info("a teacher's features are found in %s", folder)
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with turn(Path(f"{folder}.lock"), folder):
+    with only_writer(Path(f"{folder}.lock"), folder):
         if _is_complete(folder):  # by another process, while this one waited
             return str(folder)
         _logger.info("a teacher's features are computed into %s", folder)
         command = spec.command("--data", str(data.about["data"]), "--output", str(folder))
         if spec.align:
             check_pairs_suffice(data)
+            # The encoders' own features have a folder of the cache, too, and serve other trainings.
             encoded = cached(spec._replace(align=False), data, cache, device)
             folder.mkdir(exist_ok=True)
             align(Features(encoded), data, folder, command)
@@ -327,30 +334,35 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
 
 
 def _is_complete(folder: Path) -> bool:
+    """True for a folder of features that is there and finished."""
     about = read_about(folder)
     return about is not None and bool(about["complete"])
 
 
-def _name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
-    """The name of a folder, which tells a reader the data and the teacher, and differs for any others."""
+def _folder_name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
+    """The name of a teacher's folder in the cache.
+
+    It begins with words for the data and the teacher, and ends with a hash that differs for any others, for
+    other settings, and for files of the teacher that have changed.
+    """
     names = list(spec.names().values())
-    files = {name: _files(name) for name in names}
+    files = {name: _states_of_files(name) for name in names}
     described = json.dumps([FORMAT, spec, files, settings, data.identity()])
     digest = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
     words = [str(data.about["data"]), *names]
     if spec.align:
         words.append(_ALIGN)
-    return "_".join([*map(_file_name, words), digest])
+    return "_".join([*map(_short_file_name, words), digest])
 
 
-def _file_name(name: str) -> str:
+def _short_file_name(name: str) -> str:
     """The last part of a path or a name, of characters that every file system has, cut at 32."""
     last_part = os.path.basename(name.rstrip("/"))
     return re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32]
 
 
-def _files(name: str) -> list[Any]:
-    """Path, size and time of change of the files that a name of a teacher means, if it is a path."""
+def _states_of_files(name: str) -> list[Any]:
+    """Path, size and time of change of each file of a teacher whose name is a path; none of other names."""
     place = Path(name.removeprefix(_LOCAL))
     candidates = place.rglob("*") if place.is_dir() else [place]
     files = [file for file in candidates if file.is_file()]

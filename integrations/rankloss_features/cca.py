@@ -35,7 +35,7 @@ Rows: TypeAlias = Tensor | Iterable[Tensor]
 """Rows of features: a tensor, or blocks of it one after the other."""
 
 FEWEST = 3
-"""Pairs, below which there is nothing to fit."""
+"""The fewest pairs that projections are fitted to."""
 
 _BLOCK = 2**22  # numbers that are converted to float64 together, 32 MB
 _logger = logging.getLogger("rankloss_features")
@@ -68,7 +68,7 @@ class Setting:
 
 
 def unit_features(x: Tensor, *, root: bool) -> Tensor:
-    """Rows of unit norm in float64, ``root``: of sign(x)·√|x|.
+    """Rows divided by their norms, in float64; with ``root`` those of sign(x)·√|x| in place of x.
 
     Example:
         >>> unit_features(torch.tensor([[9.0, -16.0]]), root=True)
@@ -141,8 +141,8 @@ class PairSums:
         if self.pairs:
             self.check_widths(image_features, text_features)
         captions = text_features if text_features.dim() == 3 else text_features[:, None]
-        numbers_of_captions = captions.shape[1] * captions.shape[2]  # of one picture
-        rows = max(1, _BLOCK // max(1, image_features.shape[1], numbers_of_captions))
+        features_of_captions = captions.shape[1] * captions.shape[2]  # of one picture
+        rows = max(1, _BLOCK // max(1, image_features.shape[1], features_of_captions))
         for images, texts in zip(image_features.split(rows), captions.split(rows), strict=True):
             if len(images):
                 self._merge(_sums_of_block(images, texts, self.root))
@@ -189,6 +189,7 @@ class PairSums:
         text_shift = other.text_mean - self.text_mean
 
         def joined(C: Tensor, C_other: Tensor, shift_a: Tensor, shift_b: Tensor) -> Tensor:
+            """The second line of the formula, of modalities a and b."""
             return torch.lerp(C, C_other, share).addr_(shift_a, shift_b, alpha=share * (1 - share))
 
         self.image_covariance = joined(
@@ -202,7 +203,13 @@ class PairSums:
 
 
 def _sums_of_block(images: Tensor, texts: Tensor, root: bool) -> PairSums:
-    """The sums of ``[n, D]`` and ``[n, S, D']``."""
+    """The sums of one block of pairs.
+
+    Args:
+        images: ``[n, D]``.
+        texts: ``[n, S, D']``, S captions of each picture.
+        root: Take sign(x)·√|x| of the features first.
+    """
     v, t = unit_features(images, root=root), unit_features(texts, root=root)
     sums = PairSums(root=root)
     sums.pairs = len(v)
@@ -235,10 +242,20 @@ def _blocks(image_features: Rows, text_features: Rows) -> Iterator[tuple[Tensor,
 
 
 def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
-    """Refuse all but ``[n, D]`` and ``[n, D']`` or ``[n, S, D']``, of rows with a direction."""
+    """Check the features of pairs that are fitted.
+
+    Args:
+        image_features: ``[n, D]``.
+        text_features: ``[n, D']``, or ``[n, S, D']``, S captions of each picture.
+
+    Raises:
+        TypeError: Features are no tensors.
+        ValueError: They have other shapes or no float64, or a row has NaN or infinity, or is zero.
+    """
     check_matrix("image_features", image_features)
     check_is_tensor("text_features", text_features)
-    check_matrix("text_features", text_features.flatten(0, 1) if text_features.dim() == 3 else text_features)
+    captions = text_features.flatten(0, 1) if text_features.dim() == 3 else text_features
+    check_matrix("text_features", captions)
     if len(image_features) != len(text_features) or text_features.shape[1] == 0:
         raise ValueError(
             "image_features and text_features must have one row per pair, texts [N, D'] or [N, S, D']; got "
@@ -259,7 +276,7 @@ def check_rows(name: str, x: Tensor, numbers: Sequence[int] | None = None) -> No
     Args:
         name: The features' name.
         x: ``[n, D]`` or ``[n, S, D]``.
-        numbers: ``[n]``, by which the rows are named; None counts them.
+        numbers: ``[n]``, the number by which the error names each row; None: its place in x.
     """
     if not can_be_read(x):
         raise ValueError(f"{name} must have values; got a tensor on the device {x.device}")
@@ -275,7 +292,14 @@ def check_rows(name: str, x: Tensor, numbers: Sequence[int] | None = None) -> No
 
 
 class _Side(NamedTuple):
-    """A modality's eigenvectors of C that have variance, and their variances in units of tr(C)/D."""
+    """The eigenvectors of a modality's covariance C that have variance.
+
+    Attributes:
+        name: ``image`` or ``text``, for errors.
+        vectors: Q, ``[D, rank of C]``.
+        variances: The eigenvalues of C to these, in units of the mean variance.
+        mean_variance: tr(C)/D.
+    """
 
     name: str
     vectors: Tensor
@@ -283,7 +307,7 @@ class _Side(NamedTuple):
     mean_variance: float
 
     def weights(self, ridge: float) -> Tensor:
-        """The eigenvalues of W = (C + ridge·tr(C)/D·I)^−½."""
+        """The eigenvalues of W = (C + ridge·tr(C)/D·I)^−½ to the vectors of :attr:`vectors`."""
         return ((self.variances + ridge) * self.mean_variance).rsqrt()
 
 
@@ -305,7 +329,7 @@ class Eigenbases:
         self.sums = sums
         self._images = _side("image", sums.image_covariance)
         self._texts = _side("text", sums.text_covariance)
-        self._cross = self._images.vectors.T @ sums.cross_covariance @ self._texts.vectors
+        self._cross = self._images.vectors.T @ sums.cross_covariance @ self._texts.vectors  # Q_vᵀ C_vt Q_t
 
     @property
     def most_dimensions(self) -> int:
@@ -340,14 +364,16 @@ class Eigenbases:
                     f"{side.name}_ridge=0 needs more pairs than dimensions, or it fits any pairs; got "
                     f"{sums.pairs} pairs in {side.vectors.shape[1]} dimensions: give a ridge above 0"
                 )
-        of_images, of_texts = images.weights(image_ridge), texts.weights(text_ridge)
-        U, S, Vh = torch.linalg.svd(of_images[:, None] * self._cross * of_texts, full_matrices=False)
+        D_v, D_t = images.weights(image_ridge), texts.weights(text_ridge)  # the diagonals
+        U, S, Vh = torch.linalg.svd(D_v[:, None] * self._cross * D_t, full_matrices=False)
         if S[0] == 0:
             raise ValueError("image_features and text_features must correlate; their covariance is 0")
-        rounding = S[0] * max(self._cross.shape) * torch.finfo(S.dtype).eps
+        rounding = (
+            S[0] * max(self._cross.shape) * torch.finfo(S.dtype).eps
+        )  # as the rank of a matrix is counted
         rank = int((rounding < S).sum())
-        image_projection = images.vectors @ (of_images[:, None] * U[:, :rank])
-        text_projection = texts.vectors @ (of_texts[:, None] * Vh[:rank].T)
+        image_projection = images.vectors @ (D_v[:, None] * U[:, :rank])
+        text_projection = texts.vectors @ (D_t[:, None] * Vh[:rank].T)
         # A direction and its opposite are equally good: the largest entry is positive on every machine.
         largest = image_projection.gather(0, image_projection.abs().argmax(0, keepdim=True))
         signs = largest.sign()
@@ -525,7 +551,7 @@ class CanonicalCorrelation:
 
     @torch.no_grad()
     def _projected(self, name: str, x: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
-        """``normalize((x̂ − mean)·projection)``, ``[M, d]``, with x̂ the unit features, in float64.
+        """``normalize((x̂ − mean)·projection)``, ``[M, K]``, with x̂ the unit features, in float64.
 
         On a device without float64 it is computed on the CPU. The result is on x's device, in float64 if x
         is, otherwise in float32.
@@ -566,6 +592,7 @@ class Grid:
         Raises:
             ValueError: One is out of its range.
         """
+        # A setting checks its own numbers, and is not kept.
         for ridge in self.image_ridges:
             Setting(image_ridge=ridge)
         for ridge in self.text_ridges:
@@ -617,7 +644,7 @@ class _HeldOut:
             raise ValueError(f"image_ids and text_ids go together; got {given} alone")
         if image_ids is None or text_ids is None:
             check_pairs(images, texts)
-            # Images stand for themselves, and each one's captions stand one after the other.
+            # Each image has an id of its own; its captions, which stand one after the other, have the same.
             captions = texts.shape[1] if texts.dim() == 3 else 1
             image_ids = torch.arange(len(images))
             text_ids = image_ids.repeat_interleave(captions)
@@ -646,7 +673,15 @@ class _HeldOut:
         )
 
     def recall(self, v: Tensor, t: Tensor) -> float:
-        """R@k of projected images and texts, as :func:`rankloss.metrics.recall` counts it."""
+        """R@k of projected images and texts, in [0, 1], the mean of both directions.
+
+        It counts as :func:`rankloss.metrics.recall`: a query is a hit if fewer than k wrong answers score at
+        least as much as the best of its partners.
+
+        Args:
+            v: ``[N, K]``.
+            t: ``[M, K]``.
+        """
         scores = product(F.normalize(v, dim=-1), F.normalize(t, dim=-1).T)
         # A product of equal rows is rounded by their place: all take that of the first, and are tied exactly.
         if self.equal_images is not None:
@@ -654,15 +689,16 @@ class _HeldOut:
         if self.equal_texts is not None:
             scores = scores[:, self.equal_texts]
         image, text = self.pairs
-        scores_of_partners = scores[image, text]
+        scores_of_partners = scores[image, text]  # [P]
         is_in_front = torch.empty_like(scores)  # of floats, since sums of booleans take six times as long
         recalls = []
+        # Rows of the scores are images, columns texts: an image's answers lie along dim 1, a text's along 0.
         for query, answers_dim in ((image, 1), (text, 0)):
             queries = scores.shape[1 - answers_dim]
-            # A query counts if fewer than k wrong answers score at least as its best partner.
-            best = scores.new_full((queries,), -math.inf)
+            best = scores.new_full((queries,), -math.inf)  # of each query, the score of its best partner
             best = best.scatter_reduce(0, query, scores_of_partners, "amax")
             in_front = torch.ge(scores, best.unsqueeze(answers_dim), out=is_in_front).sum(answers_dim)
+            # The best partner, and any that is equally good, is itself in front, and no wrong answer.
             is_best_partner = (scores_of_partners >= best[query]).to(in_front)
             best_partners = torch.zeros_like(in_front).scatter_add_(0, query, is_best_partner)
             recalls.append((in_front - best_partners < self.k).double().mean().item())
@@ -730,6 +766,7 @@ def _trials(sums: PairSums, held_out: _HeldOut, grid: Grid) -> Iterator[Trial]:
         projections = bases.projections(image_ridge, text_ridge)
         v = (images @ projections.image_projection).float()
         t = (texts @ projections.text_projection).float()
+        # Each width once, also where several are cut to the number of directions.
         widths = dict.fromkeys(min(width, v.shape[1]) for width in grid.dimensions)
         for power, width in itertools.product(grid.powers, widths):
             setting = Setting(image_ridge, text_ridge, width, power, sums.root)

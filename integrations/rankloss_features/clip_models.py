@@ -88,7 +88,7 @@ def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teach
     return Teacher(about, encoders, float(model.logit_scale.detach().exp()), device=device)
 
 
-# It is sent to other processes, where these are not forked.
+# A function of a module, since it is pickled for the processes that read data, where these are not forked.
 def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
     """The tokens of the samples' captions, the inputs of the model's text tower."""
     tokens: Tensor = tokenizer(captions(samples))

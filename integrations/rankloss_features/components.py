@@ -26,7 +26,18 @@ class Components(NamedTuple):
 
 
 def first_components(features: Any, width: int) -> Components:
-    """See :meth:`rankloss_features.Features.components`."""
+    """The first principal components of a folder's features, about the origin, of both modalities together.
+
+    They are the eigenvectors of Σ x·xᵀ with the largest eigenvalues; x are the unit-norm rows.
+
+    Args:
+        features: A :class:`rankloss_features.Features`, whose method ``components`` this is.
+        width: The number of components.
+
+    Raises:
+        ValueError: Images and texts have separate spaces, ``width`` exceeds the dimensions or the rows, or a
+            row is not as it was written.
+    """
     if not features.common_space:
         raise ValueError(
             f"{features.path} has images and texts of separate spaces, which no one matrix can copy; learn "
@@ -50,10 +61,10 @@ def first_components(features: Any, width: int) -> Components:
     variances, vectors = np.linalg.eigh(products)  # ascending
     matrix = np.flip(vectors, axis=1)[:, :width]
     # The largest entry of each vector is positive, so that all processes have the same signs.
-    places = np.abs(matrix).argmax(axis=0)
-    largest = np.take_along_axis(matrix, places[None], axis=0)
+    row_of_largest = np.abs(matrix).argmax(axis=0)
+    largest = np.take_along_axis(matrix, row_of_largest[None], axis=0)
     matrix = np.ascontiguousarray(matrix * np.sign(largest), np.float32)
-    variances = variances.clip(min=0)
+    variances = variances.clip(min=0)  # which rounding may leave below
     explained = float(variances[-width:].sum() / variances.sum())
     _logger.info(
         "%s: %d of %d dimensions, explained variance %.1f %%",

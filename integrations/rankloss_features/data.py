@@ -182,13 +182,13 @@ class Table:
         self.contents = self.dataset.select_columns(["image.bytes"])
 
     def pairs(self) -> Iterator[PairBlock]:
-        """All pairs, in the order of the rows. It is called first, and counts them."""
+        """All pairs, in the order of the rows. It is called before all else, since it may count them."""
         for first in range(0, len(self.names), _BLOCK):
             captions, names = self._read_captions_and_names(first, self.names[first : first + _BLOCK])
             yield PairBlock(captions, names, names)
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
-        """The row, the name and the content of the pictures of some rows, but of those that are not there."""
+        """Row, name and content of the picture of each of some rows; pictures that are not there are left out."""
         for block in _blocks(rows):
             pictures = self.dataset[block]
             paths, contents = pictures["image.path"], pictures["image.bytes"]
@@ -217,11 +217,11 @@ class Table:
         return block["caption"], [name_of(picture, self._folder) for picture in pictures]
 
     def _pictures(self, first: int, paths: list[str | None]) -> list[Any]:
-        """The path of each row's picture, or the bytes of one whose path does not tell it from others.
+        """The path of each row's picture, or its bytes where the path does not tell it from others.
 
         Args:
             first: The first row.
-            paths: The column ``image.path`` from there on.
+            paths: The paths of this row's picture and of those behind it.
         """
         if self._shared_paths.isdisjoint(paths):
             return list(paths)
@@ -289,7 +289,10 @@ class Table:
         return digest.hexdigest()
 
     def sources(self) -> list[str]:
-        """The picture of each row: its path, or a hash of its bytes if others share the path, as None."""
+        """The source of each row's picture, by which equal pictures are known.
+
+        It is the picture's path, or a hash of its bytes where it has no path or another picture has the same.
+        """
         sources: list[str] = []
         for first in range(0, len(self.names), _BLOCK):
             paths = self.names[first : first + _BLOCK]["image.path"]
@@ -297,8 +300,8 @@ class Table:
             sources += [picture if isinstance(picture, str) else name_of(picture) for picture in pictures]
         return sources
 
-    def read(self, shard: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002 (there is one)
-        """The samples of some batches of a shard, in the order of its rows."""
+    def read(self, shard: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002 (a table is one shard)
+        """The samples of some batches of a shard, in the order of its rows, as a list for each batch."""
         for first, last in spans:
             block = self.dataset[first:last]
             captions, names = self._read_captions_and_names(first, block)
@@ -333,7 +336,16 @@ def _checked_ids(dataset: Any, column: str) -> list[Any]:
 
 
 def is_first_pair(pair: int, dataset: Any, image_column: str, caption_column: str) -> bool:
-    """True if a hash is that of a dataset's first pair, whose image may have any of its possible names.
+    """True if a hash is that of a dataset's first pair.
+
+    The name of its image depends on the folder of all images, which one pair does not tell: each possible
+    name is tried.
+
+    Args:
+        pair: The hash of a pair, as a folder of features has it.
+        dataset: The dataset.
+        image_column: Its images.
+        caption_column: Its captions.
 
     Raises:
         ValueError: As :class:`Table`: the columns hold no images or no captions.
@@ -700,7 +712,7 @@ def open_data(args: Any, path: str | None = None) -> Data:
 
 
 def _split(path: str, name: str | None) -> Any:
-    """A split of a folder of datasets, ``train`` if no name is given, or its only table.
+    """The data of a folder of datasets: the split of a name, ``train`` without one, or the only table.
 
     Raises:
         ValueError: The folder has no such split, or a name is given and the folder has no splits.

@@ -159,7 +159,11 @@ def described(encoded: Encoded, model: str, data: str, ids_key: str | None) -> d
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The result in a file of ``--json``."""
+    """The result that ``--json`` has written into a file.
+
+    Raises:
+        ValueError: It is no such file, an entry is missing, or its ranks are not those of its queries.
+    """
     try:
         result = read_json(file)
     except ValueError as error:
@@ -254,7 +258,12 @@ def _table(
 
 
 def _percent(interval: Mapping[str, float] | None, sign: str) -> str:
-    """A value and its interval, ``12.5 [10.0, 15.0]``, in percent; a dash for none."""
+    """A value and its interval in percent, ``12.5 [10.0, 15.0]``; a dash where there is none.
+
+    Args:
+        interval: ``value``, ``low`` and ``high``, in [0, 1]; or None.
+        sign: ``"+"`` to mark positive numbers, or ``""``.
+    """
     if interval is None:
         return "–"
     value, low, high = (f"{100 * interval[key]:{sign}.1f}" for key in ("value", "low", "high"))

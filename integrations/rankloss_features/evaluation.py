@@ -61,7 +61,7 @@ class Encoded:
     identity: str
 
     def groups(self, way: str) -> NDArray[np.int64]:
-        """The groups of a direction's queries."""
+        """The group of each query of a direction, ``image_to_text`` say: of each picture, or of each text."""
         ids = self.image_ids if way.startswith("image") else self.text_ids
         return ids.numpy()
 
@@ -144,9 +144,12 @@ class Pairs:
         )
 
     def encoded(self, features: Mapping[str, Tensor]) -> Encoded:
-        """The distinct pictures and texts, of the features of all rows.
+        """The distinct pictures and texts of these pairs, with their features.
 
-        A caption that stands in several groups is a text of each.
+        A caption that stands in several groups is a text of each of them.
+
+        Args:
+            features: ``image_features`` and ``text_features`` of all rows.
         """
         picture_rows, _ = _distinct(self.pictures)
         text_rows, text_of_row = _distinct(list(zip(self.captions, self.groups, strict=True)))
@@ -220,19 +223,20 @@ def encode_rows(
     rows = sum(data.counts)
     features = {name: torch.empty(rows, encoder.width) for name, encoder in teacher.encoders.items()}
     pictures = [""] * rows
-    known: dict[str, str] = {}  # so that equal identities are one object in memory
+    identity_objects: dict[str, str] = {}  # of equal identities the first, which stands for all in memory
     was_read = torch.zeros(rows, dtype=torch.bool)
     batches = DataLoader(
         Batches(data, groups_of(data, batch_size, [range(rows)]), teacher), None, num_workers=workers
     )
     with tqdm(total=rows, unit="pair", disable=not shows) as bar:
-        for (first, last), places, identities, prepared in batches:
-            if places:
-                was_read[places] = True
-                for row, identity in zip(places, identities, strict=True):
-                    pictures[row] = known.setdefault(identity, identity)
+        # A batch is of the rows from first to last; of these, ``rows_read`` have pictures that can be read.
+        for (first, last), rows_read, identities, prepared in batches:
+            if rows_read:
+                was_read[rows_read] = True
+                for row, identity in zip(rows_read, identities, strict=True):
+                    pictures[row] = identity_objects.setdefault(identity, identity)
                 for name, encoded in teacher.encode(prepared, torch.float32).items():
-                    features[name][places] = encoded
+                    features[name][rows_read] = encoded
             bar.update(last - first)
     unread = (~was_read).nonzero().flatten().tolist()
     if unread:

@@ -76,7 +76,7 @@ _BLOCK = 65_536  # pairs that are hashed together
 
 
 def hash_of(data: Any, size: int = 16) -> bytes:
-    """A hash of so many bytes, of bytes or of an array."""
+    """The hash, of ``size`` bytes, of bytes or of an array's memory."""
     return hashlib.blake2b(data, digest_size=size).digest()
 
 
@@ -342,7 +342,7 @@ _OPTIONAL_ENTRIES: Entries = {
 def _check_entries(file: Path, about: dict[str, Any]) -> None:
     """Raise a ValueError for the first entry of ``folder.json`` that is missing, or not of its kind."""
     check_entries(file, about, _ENTRIES)
-    if about["complete"]:
+    if about["complete"]:  # the skipped rows are counted when a folder is finished
         check_entries(file, about, {"skipped": _OPTIONAL_ENTRIES["skipped"]})
     present = {name: entry for name, entry in _OPTIONAL_ENTRIES.items() if name in about}
     check_entries(file, about, present)
@@ -536,10 +536,10 @@ class Pairs:
                 named = (
                     f"row {row + place} of {where}, image {names[place]!r} with caption {captions[place]!r},"
                 )
-                own_row = self.find(hashes[place])
-                if own_row is None:
+                row_in_folder = self.find(hashes[place])
+                if row_in_folder is None:
                     raise ValueError(f"{named} is none of the {len(self)} rows of {self.path}")
-                raise ValueError(f"{named} is row {own_row} of the {len(self)} of {self.path}{advice}")
+                raise ValueError(f"{named} is row {row_in_folder} of the {len(self)} of {self.path}{advice}")
             row += len(hashes)
         if row != len(self):
             missing = f"row {row} is missing{advice}"
@@ -712,9 +712,15 @@ class Draft(Pairs):
     def begin(
         output: Path, about: dict[str, Any], pairs: Array, alignment: CanonicalCorrelation | None = None
     ) -> None:
-        """Make a folder without features, of some entries and pairs; of projections if it is aligned.
+        """Write the files of a folder that has no features yet.
 
         ``folder.json`` is the first of its files: a folder that has others alone is not of this command.
+
+        Args:
+            output: The folder, which is there.
+            about: The entries of ``folder.json`` about the teacher, the data and the settings.
+            pairs: The hash of each row's pair.
+            alignment: The projections of an aligned folder.
         """
         _delete_marks(output)  # of an earlier folder here, which was of other pairs
         about = {**about, "rows": len(pairs), "complete": False, "files": {PAIRS: hash_of(pairs).hex()}}
@@ -736,17 +742,22 @@ class Draft(Pairs):
         return {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}
 
     def save(self, shard: int, arrays: dict[str, Array]) -> None:
-        """Write the files of a shard, and their hashes once they are on the disk."""
+        """Write the files of a shard, and once they are on the disk their hashes, its mark.
+
+        Args:
+            shard: Its number.
+            arrays: The content of its files, by the names of :meth:`files_of`.
+        """
         files = self.files_of(shard)
         hashes = {files[name].name: write_array(files[name], array) for name, array in arrays.items()}
         with replacing(self._mark_of(shard)) as file:
             file.write(json.dumps(hashes).encode())
 
     def is_whole(self, shard: int) -> bool:
-        """True if the shard's files are as they were written."""
+        """True if the shard's files are there, and as they were written."""
         try:
             arrays = self.read_shard(shard)
-        except ValueError:
+        except ValueError:  # a file is missing, or of another size
             return False
         files = self.files_of(shard)
         hashes = {files[name].name: hash_of(array).hex() for name, array in arrays.items()}
@@ -783,7 +794,9 @@ class Draft(Pairs):
         return Path(self.path, f"shard-{shard:05}.json")
 
     def _hashes_of(self, shard: int) -> dict[str, Any]:
-        """The hashes of a shard's files as they were written: of its mark, or of a folder that is complete.
+        """The hashes of a shard's files as they were written, by the names of the files.
+
+        They stand in the shard's mark, or without one in ``folder.json`` of a folder that is complete.
 
         Raises:
             ValueError: The mark is damaged.

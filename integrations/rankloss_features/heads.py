@@ -171,7 +171,7 @@ class Part:
 
     @classmethod
     def closed(cls, cca: CanonicalCorrelation, share: float) -> Part:
-        """The projections of a canonical correlation analysis."""
+        """A part of the projections of a canonical correlation analysis."""
         sizes = {"setting": cca.setting.as_options(), "width": len(cca.correlations)}
         widths = {_IMAGES: len(cca.image_mean), _TEXTS: len(cca.text_mean)}
         part = cls.of(CCA, share, sizes, widths)
@@ -184,18 +184,25 @@ class Part:
 
     @classmethod
     def trained(cls, heads: nn.ModuleDict, share: float) -> Part:
-        """Trained heads."""
+        """A part of trained heads."""
         first: Any = heads[_IMAGES]
         return cls(TRAINED, share, {"hidden": first.hidden, "width": first.width}, dict(heads.items()))
 
     @classmethod
     def own(cls, widths: Mapping[str, int], share: float) -> Part:
-        """The encoders' own features, of one width."""
+        """A part of the encoders' own features, which have one width."""
         return cls.of(OWN, share, {}, widths)
 
     @classmethod
     def of(cls, method: str, share: float, sizes: dict[str, Any], widths: Mapping[str, int]) -> Part:
-        """A part with weights that are not its own yet, for features of some widths."""
+        """A part whose modules have initial weights, to be filled from a fit or a file.
+
+        Args:
+            method: :data:`CCA`, :data:`TRAINED` or :data:`OWN`.
+            share: Its share of the similarity.
+            sizes: The sizes of its modules, as ``heads.json`` has them.
+            widths: The width of the encoder's features, for each modality.
+        """
         modules = {name: _module(method, sizes, width) for name, width in widths.items()}
         return cls(method, share, sizes, modules)
 
@@ -205,20 +212,23 @@ class Part:
 
 
 def _module(method: str, sizes: Mapping[str, Any], features: int) -> nn.Module:
-    """The module of a part for features of some width."""
+    """The module of a part, with initial weights, for one modality of so many features."""
     if method == CCA:
-        return Projection(features, sizes["width"], root=sizes["setting"]["root"])
+        setting = sizes["setting"]
+        return Projection(features, sizes["width"], root=setting["root"])
     if method == TRAINED:
         return Head(features, sizes["hidden"], sizes["width"], dropout=0.0)
     return Own(features)
 
 
 def joined(parts: Sequence[Part]) -> nn.ModuleDict:
-    """The head of each modality: that of the one part, or of all side by side."""
-    if len(parts) == 1:
-        return nn.ModuleDict({name: parts[0].modules[name] for name in NAMES})
+    """The head of each modality: the module of the only part, or those of all parts side by side."""
     shares = [part.share for part in parts]
-    return nn.ModuleDict({name: SideBySide([part.modules[name] for part in parts], shares) for name in NAMES})
+    heads = nn.ModuleDict()
+    for name in NAMES:
+        modules = [part.modules[name] for part in parts]
+        heads[name] = modules[0] if len(modules) == 1 else SideBySide(modules, shares)
+    return heads
 
 
 class FrozenEncoders:
@@ -267,13 +277,14 @@ class FrozenEncoders:
             pictures: Paths, bytes of files, or pictures of Pillow.
 
         Raises:
-            ValueError: It is one picture, not several, or an item is none.
+            ValueError: It is one picture, not several, or an item is no picture.
             OSError: A file cannot be read.
         """
         is_one_picture = isinstance(pictures, (str, bytes, os.PathLike)) or hasattr(pictures, "convert")
         if is_one_picture:
             raise ValueError(f"pictures must be several, in a list; got {shown(pictures)}")
-        return self._encode(_IMAGES, [self._sample_of(n, x) for n, x in enumerate(pictures)])
+        samples = [self._sample_of(place, picture) for place, picture in enumerate(pictures)]
+        return self._encode(_IMAGES, samples)
 
     def _sample_of(self, place: int, picture: Any) -> Sample:
         """The sample of a path, of bytes or of a picture of Pillow, which is opened when it is needed.
@@ -294,17 +305,18 @@ class FrozenEncoders:
         """The unit-norm features of texts: ``[n, width]``.
 
         Raises:
-            ValueError: It is one text, not several, or an item is none.
+            ValueError: It is one text, not several, or an item is no text.
         """
         if isinstance(texts, (str, bytes)):
             raise ValueError(f"texts must be several, in a list; got {shown(texts)}")
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts must be of type str; got {shown(text)} in place {place}")
-        return self._encode(_TEXTS, [Sample(n, "", text) for n, text in enumerate(texts)])
+        samples = [Sample(place, "", text) for place, text in enumerate(texts)]  # without a picture's name
+        return self._encode(_TEXTS, samples)
 
     def _encode(self, name: str, samples: list[Sample]) -> Tensor:
-        """The features of one modality of samples, in batches."""
+        """The features of one modality, :data:`NAMES`, of samples: ``[n, width]``, computed in batches."""
         encoder = self.teacher.encoders[name]
         of_modality = Teacher({}, {name: encoder}, device=self.teacher.device)
         features = [torch.empty(0, encoder.width)]  # the result without samples
@@ -323,7 +335,7 @@ class FrozenEncoders:
 
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.contiguous() for name, x in self.heads.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.heads.state_dict().items()}
         weights = save({**tensors, **probing.features_of(self._frozen)})
         methods = {part.method for part in self.parts} - {OWN}
         about = {
@@ -336,12 +348,13 @@ class FrozenEncoders:
             "scale": self.scale,
             "hash": hash_of(weights).hex(),
         }
-        replaced = _weights_in(place)
+        old_file = _weights_in(place)
         file = _weights_file(place, about)
+        # In this order a process that is killed leaves the old heads or the new ones, each with its weights.
         write_bytes(file, weights)
         write_bytes(place / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
-        if replaced not in (None, file):
-            replaced.unlink(missing_ok=True)
+        if old_file is not None and old_file != file:  # equal weights have one file
+            old_file.unlink(missing_ok=True)
 
 
 def _weights_file(folder: Path, about: Mapping[str, Any]) -> Path:
@@ -352,7 +365,7 @@ def _weights_file(folder: Path, about: Mapping[str, Any]) -> Path:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    """The file of weights of the heads in a folder, or None."""
+    """The file of weights of the heads in a folder; None if it has no heads that can be read."""
     with suppress(ValueError):
         return _weights_file(folder, _read(folder))
     return None
@@ -381,12 +394,13 @@ def _are_encoders(value: Any) -> bool:
     """True for the attributes of :class:`Encoders`: those of a model, or of an encoder of each modality."""
     if not isinstance(value, dict) or {*value} != {field.name for field in fields(Encoders)}:
         return False
-    given = {name for name, text in value.items() if text is not None}
-    if not all(isinstance(value[name], str) for name in given):
+    present = {name for name, text in value.items() if text is not None}
+    if not all(isinstance(value[name], str) for name in present):
         return False
-    if "model" in given:
-        return given <= {"model", "pretrained"}
-    return {"image_encoder", "text_encoder"} <= given and "pretrained" not in given
+    if "model" in present:
+        return present <= {"model", "pretrained"}
+    # Two encoders, perhaps with image_weights; pretrained are weights of a model alone.
+    return {"image_encoder", "text_encoder"} <= present and "pretrained" not in present
 
 
 def _are_parts(value: Any) -> bool:
@@ -463,7 +477,8 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
                 f"{teacher.about.get(name)}"
             )
     probing.check_same(f"{folder} was trained on", opening.tensors_of(weights), teacher)
-    with torch.device("meta"):  # the weights are the memory; a file may name any width
+    # On the meta device modules take no memory, whatever widths the file names; its weights come into them.
+    with torch.device("meta"):
         parts = [_part(entry, about["widths"]) for entry in about["parts"]]
     is_of_an_earlier_release = "method" not in about
     convert = _constants_of_batch_norm if is_of_an_earlier_release else _of_heads
@@ -475,7 +490,7 @@ def load_heads(folder: str | Path, device: str | torch.device = "cpu") -> Frozen
 
 
 def _part(entry: Mapping[str, Any], widths: Mapping[str, int]) -> Part:
-    """The part of an entry, with weights that are not its own yet."""
+    """The part that an entry describes, with initial weights."""
     return Part.of(entry["method"], entry["share"], _sizes_of(entry), widths)
 
 
@@ -507,7 +522,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _with_todays_entries(about: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a folder of an earlier release, which has trained heads, with those added since."""
+    """The entries of a folder of an earlier release, which has one trained head, in the form of today."""
     about = {"pictures": asdict(Rendering()), **about}
     if isinstance(about.get("encoders"), dict):
         about["encoders"] = {"model": None, "pretrained": None, **about["encoders"]}
@@ -517,7 +532,7 @@ def _with_todays_entries(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the heads themselves."""
+    """The weights of the heads, without the encoders' features of fixed inputs beside them."""
     return {name: x for name, x in tensors.items() if not name.startswith(probing.PREFIX)}
 
 

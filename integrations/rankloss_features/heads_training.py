@@ -15,6 +15,8 @@ from rankloss_features.folder import NAMES
 from rankloss_features.heads import make_heads
 
 _IMAGES, _TEXTS = NAMES
+_FIRST_LOG_SCALE = 2.6593  # log(1 / 0.07), as CLIP begins
+_WEIGHT_DECAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class Training:
         lr: The learning rate, which falls to 0 by a cosine.
         hidden: The width of a head's hidden layer.
         width: The width of the common space.
-        seed: Of weights, dropout and the order of the pairs.
+        seed: The seed of the weights, of dropout and of the order of the pairs.
         dropout: The share of units that drop out, before each layer of a head.
-        label_smoothing: Of CLIP's loss.
+        label_smoothing: The label smoothing of CLIP's loss, in [0, 1).
         spread_weight: The weight of the spread of each modality beside CLIP's loss; 0 leaves it out.
     """
 
@@ -64,41 +66,42 @@ def train(
     """
     images, texts = features[_IMAGES], features[_TEXTS]
     criterion = _criterion(settings, has_ids=ids is not None)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)  # of the order of the pairs
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        widths = {name: x.shape[1] for name, x in features.items()}
+        torch.manual_seed(settings.seed)  # of the first weights and of dropout
+        widths = {name: of_modality.shape[1] for name, of_modality in features.items()}
         heads = make_heads(widths, settings.hidden, settings.width, settings.dropout)
-        for name, x in features.items():
+        for name, of_modality in features.items():
             head: Any = heads[name]
-            head.standardise(name, x)
-        log_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07), as CLIP begins
-        optimizer = torch.optim.AdamW([*heads.parameters(), log_scale], lr=settings.lr, weight_decay=0.05)
+            head.standardise(name, of_modality)
+        log_scale = nn.Parameter(torch.tensor(_FIRST_LOG_SCALE))
+        trained = [*heads.parameters(), log_scale]
+        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=_WEIGHT_DECAY)
         batch_size = min(settings.batch_size, len(images))
         steps = len(images) // batch_size  # of an epoch; the pairs that are left over wait for the next one
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
-        losses = []
+        mean_losses = []
         for epoch in range(1, settings.epochs + 1):
-            total = 0.0
+            sum_of_losses = 0.0
             order = torch.randperm(len(images), generator=generator)
             for rows in order.split(batch_size)[:steps]:
                 v = F.normalize(heads[_IMAGES](images[rows]), dim=-1)
                 t = F.normalize(heads[_TEXTS](texts[rows]), dim=-1)
-                of_pairs = {} if ids is None else {"pair_ids": ids[rows]}
                 scale = log_scale.exp()
-                if not 0 < scale.item() < math.inf:
+                if not 0 < scale.item() < math.inf:  # which the loss would refuse as bad input
                     raise _divergence(epoch, settings)
-                loss = criterion(v, t, scale, **of_pairs)
+                ids_of_batch = {} if ids is None else {"pair_ids": ids[rows]}
+                loss = criterion(v, t, scale, **ids_of_batch)
                 loss.backward()
                 optimizer.step()
                 decay.step()
                 optimizer.zero_grad()
-                total += loss.item()
-            are_finite = all(bool(x.isfinite().all()) for x in heads.parameters())
-            if not (math.isfinite(total) and are_finite):
+                sum_of_losses += loss.item()
+            has_finite_weights = all(bool(weights.isfinite().all()) for weights in heads.parameters())
+            if not (math.isfinite(sum_of_losses) and has_finite_weights):
                 raise _divergence(epoch, settings)
-            losses.append(total / steps)
-    return heads.eval(), float(log_scale.detach().exp()), losses
+            mean_losses.append(sum_of_losses / steps)
+    return heads.eval(), float(log_scale.detach().exp()), mean_losses
 
 
 def _criterion(settings: Training, *, has_ids: bool) -> nn.Module:

@@ -1,6 +1,6 @@
 """The methods that make heads from features of pairs: in closed form, trained, and both side by side.
 
-Whatever has to be chosen, is chosen on pairs that are cut from those to learn from.
+Settings and weights are chosen on pairs that are cut from those to learn from.
 """
 
 from __future__ import annotations
@@ -93,8 +93,12 @@ class Made(NamedTuple):
 def make(asked: Asked, pairs: Pairs) -> Made:
     """Make heads.
 
-    With ``both``, heads that are trained without the pairs that were cut choose the weight; then all pairs
-    train others.
+    With ``both``, the weight of the closed form is chosen by heads that are trained without the pairs that
+    were cut; then other heads are trained on all pairs.
+
+    Args:
+        asked: The heads that are asked for.
+        pairs: The pairs to learn from.
 
     Raises:
         ValueError: The features cannot be aligned, or are not finite.
@@ -115,12 +119,12 @@ def make(asked: Asked, pairs: Pairs) -> Made:
     if asked.method != CCA:
         trained, scale, losses = _trained(asked, pairs)
         parts += trained
-    shared_parts, modules = _shared(parts, asked.keep, pairs)
-    return Made(shared_parts, modules, scale, losses, closed, chosen)
+    parts = _with_shares(parts, asked.keep, pairs)
+    return Made(parts, joined(parts), scale, losses, closed, chosen)
 
 
 def _tuned(pairs: Pairs, seed: int) -> Tuned:
-    """The closed form, with its search."""
+    """The fit of the closed form to pairs, with the search for its setting."""
 
     def take(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         taken = pairs.take(rows).features
@@ -130,7 +134,7 @@ def _tuned(pairs: Pairs, seed: int) -> Tuned:
 
 
 def _trained(asked: Asked, pairs: Pairs) -> tuple[list[Part], float, list[float]]:
-    """Trained heads, with the scale and the losses of the first."""
+    """As many trained heads as are asked for, each of share 1; the scale and the losses of the first."""
     ids = torch.from_numpy(pairs.groups)
     runs = []
     for number in range(asked.count):
@@ -141,56 +145,77 @@ def _trained(asked: Asked, pairs: Pairs) -> tuple[list[Part], float, list[float]
 
 
 def _choice(asked: Asked, pairs: Pairs, closed: Tuned) -> tuple[float, dict[str, float]]:
-    """The weight of the closed form that is best on the pairs that were cut; R@10 of each method there."""
+    """Choose the weight of the closed form beside trained heads on the pairs that were cut.
+
+    Args:
+        asked: The heads that are asked for.
+        pairs: All pairs to learn from.
+        closed: The closed form; its ``is_held_out`` tells the pairs that were cut.
+
+    Returns:
+        The weight with the best R@10 on the pairs that were cut, and R@10 of each method there.
+    """
     heads, _, _ = _trained(asked, pairs.take(~closed.is_held_out))
     cut = pairs.take(closed.is_held_out)
 
-    def score(parts: Sequence[Part]) -> float:
-        _, modules = _shared(parts, 0.0, cut)
-        return recall_of(modules, cut)
+    def recall_of_parts(*parts: Part) -> float:
+        return recall_of(joined(_with_shares(parts, keep=0.0, pairs=cut)), cut)
 
-    # A part's share of the similarity is in proportion to the square of its features' weight.
-    scores = {weight: score([Part.closed(closed.of_learned, weight**2), *heads]) for weight in WEIGHTS}
-    best = max(WEIGHTS, key=lambda weight: scores[weight])
+    recall_with_weight = {}
+    for weight in WEIGHTS:
+        # A part's share of the similarity is in proportion to the square of its features' weight.
+        closed_part = Part.closed(closed.of_learned, weight**2)
+        recall_with_weight[weight] = recall_of_parts(closed_part, *heads)
+    best = max(WEIGHTS, key=recall_with_weight.__getitem__)
     return best, {
-        CCA: score([Part.closed(closed.of_learned, 1.0)]),
-        TRAINED: score(heads),
-        BOTH: scores[best],
+        CCA: recall_of_parts(Part.closed(closed.of_learned, share=1.0)),
+        TRAINED: recall_of_parts(*heads),
+        BOTH: recall_with_weight[best],
         "weight": best,
     }
 
 
-def _shared(parts: Sequence[Part], keep: float, pairs: Pairs) -> tuple[list[Part], nn.ModuleDict]:
-    """The parts with shares that add up to 1, and the heads that they make.
+def _with_shares(parts: Sequence[Part], keep: float, pairs: Pairs) -> list[Part]:
+    """The parts, with the encoders' own features if these are kept, whose shares add up to 1.
 
     Args:
-        parts: The parts, whose shares are in proportion.
-        keep: The share of the encoders' own features, which become a part of their own above 0.
-        pairs: Pairs, for the width of these features.
+        parts: The parts that were made. Their shares may have any sum; the ratios between them stay.
+        keep: The share of the encoders' own features. Above 0 they are one part more, the last.
+        pairs: Any pairs: their features have the widths of the encoders.
     """
-    widths = {name: x.shape[1] for name, x in pairs.features.items()}
-    total = sum(part.share for part in parts)
-    shared = [dataclasses.replace(part, share=(1 - keep) * part.share / total) for part in parts]
+    sum_of_shares = sum(part.share for part in parts)
+    with_shares = [dataclasses.replace(part, share=(1 - keep) * part.share / sum_of_shares) for part in parts]
     if keep > 0:
-        shared.append(Part.own(widths, keep))
-    return shared, joined(shared)
+        widths = {name: features.shape[1] for name, features in pairs.features.items()}
+        with_shares.append(Part.own(widths, keep))
+    return with_shares
 
 
 @torch.no_grad()
 def recall_of(modules: nn.ModuleDict, pairs: Pairs) -> float:
-    """R@10 of heads on pairs, the mean of both directions, each picture once."""
-    _, first_rows = np.unique(pairs.pictures, return_index=True)
-    rows = torch.from_numpy(np.sort(first_rows))
-    groups = torch.from_numpy(pairs.groups)
-    images = unit_rows(modules[_IMAGES](pairs.features[_IMAGES][rows]))
-    texts = unit_rows(modules[_TEXTS](pairs.features[_TEXTS]))
-    k = min(10, len(images), len(texts))
-    recalls = recall(images, texts, k, image_ids=groups[rows], text_ids=groups)
+    """R@10 of heads on pairs, in [0, 1], the mean of both directions.
+
+    Rows of one picture are several texts and one image, which is ranked once; an image and a text of one
+    group are partners. With fewer than ten images or texts, k is their number.
+
+    Args:
+        modules: The heads, by ``image_features`` and ``text_features``.
+        pairs: The pairs.
+    """
+    # The images are those of each picture's first row, in the order of the rows.
+    _, first_row_of_picture = np.unique(pairs.pictures, return_index=True)
+    image_rows = torch.from_numpy(np.sort(first_row_of_picture))
+    image_features = unit_rows(modules[_IMAGES](pairs.features[_IMAGES][image_rows]))
+    text_features = unit_rows(modules[_TEXTS](pairs.features[_TEXTS]))
+    text_ids = torch.from_numpy(pairs.groups)
+    image_ids = text_ids[image_rows]
+    k = min(10, len(image_features), len(text_features))
+    recalls = recall(image_features, text_features, k, image_ids=image_ids, text_ids=text_ids)
     return float((recalls[f"image_to_text_R@{k}"] + recalls[f"text_to_image_R@{k}"]) / 2)
 
 
-def closed_form(cca: CanonicalCorrelation) -> str:
-    """A setting in words, for the log."""
+def setting_in_words(cca: CanonicalCorrelation) -> str:
+    """The setting of a fit, and the number of its dimensions, in words for the log."""
     setting = cca.setting
     root = ", of roots" if setting.root else ""
     return (

@@ -29,7 +29,7 @@ from rankloss_features.teachers import Encoder, Teacher
 
 _CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
 _TWO_ENCODERS = ["image_encoder", "text_encoder"]
-_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
+_OWNER_OF = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
 
 
 def options_of_teacher(args: Any) -> list[str]:
@@ -43,7 +43,7 @@ def options_of_teacher(args: Any) -> list[str]:
     if len(options) != 1 and options != _TWO_ENCODERS:
         shown = " and ".join(map(flag, options)) or "none"
         raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
-    for name, owner in _BELONG.items():
+    for name, owner in _OWNER_OF.items():
         value = getattr(args, name)
         if value is not None and owner not in options:
             raise ValueError(f"{flag(name)} {value} belongs to {flag(owner)}, which is not given")
@@ -121,7 +121,7 @@ def _load_option(option: str, args: Any, device: torch.device) -> Teacher:
         return text_encoders.load(args.text_encoder, args.batch_size, device)
 
 
-# It is sent to other processes, where these are not forked.
+# A function of a module, since it is pickled for the processes that read data, where these are not forked.
 def _rows(array: Array, samples: list[Sample]) -> Tensor:
     """The rows of an array for some samples, row i for sample i of the data."""
     return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))

@@ -82,7 +82,7 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# Functions that prepare samples are sent to other processes, where these are not forked.
+# A function of a module, since it is pickled for the processes that read data, where these are not forked.
 def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> tuple[Tensor, list[int]]:
     """The pixels of the distinct pictures, each transformed once, and each sample's place among them."""
     place_of: dict[Any, int] = {}  # by the identity of the picture

@@ -24,7 +24,7 @@ from rankloss_features.evaluation import Pairs, encode_rows, measure, noun_of_gr
 from rankloss_features.folder import NAMES
 from rankloss_features.heads import ABOUT, CCA, METHODS, Encoders, FrozenEncoders, has_other_files
 from rankloss_features.heads_training import Training
-from rankloss_features.methods import DEFAULT, Asked, Made, closed_form, make
+from rankloss_features.methods import DEFAULT, Asked, Made, make, setting_in_words
 from rankloss_features.methods import Pairs as PairsToLearn
 
 KEEP = 0.9
@@ -32,7 +32,7 @@ KEEP = 0.9
 accuracy within a point (docs/your_data.md)."""
 
 _FEWEST = 16  # pairs, on either side of the split
-_HELD_OUT = 10  # of so many ids one
+_GROUPS_FOR_ONE_HELD_OUT = 10  # so that a tenth of the pictures, or of the ids, is held out
 _WIDEST = 65_536  # of the common space
 _LARGEST_SEED = 2**63 - 1  # which torch takes
 _OF_TRAINED_HEADS = ("epochs", "batch_size", "lr", "width", "dropout", "label_smoothing", "spread_weight")
@@ -78,7 +78,7 @@ def _encoders(args: argparse.Namespace) -> Encoders:
         missing = "--text-encoder" if options == ["image_encoder"] else "--image-encoder"
         raise ValueError(f"{missing} is missing: heads bring images and texts into one space")
     if args.method == CCA:
-        _check_trains_nothing(args)
+        _check_no_training_options(args)
     if options == ["model"] and (Path(args.model) / ABOUT).is_file():
         raise ValueError(f"--model {args.model} has heads already: give its encoders")
     return Encoders(args.image_encoder, args.text_encoder, args.image_weights, args.model, args.pretrained)
@@ -101,7 +101,7 @@ def _keep(args: argparse.Namespace) -> float:
     return share
 
 
-def _check_trains_nothing(args: argparse.Namespace) -> None:
+def _check_no_training_options(args: argparse.Namespace) -> None:
     """Raise a ValueError for an option of trained heads, which the closed form would ignore."""
     of_training = Training()
     defaults = {"heads": 1, **{name: getattr(of_training, name) for name in _OF_TRAINED_HEADS}}
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
         data_of["--val-data"], pairs_of["--val-data"] = _read_val_data(args)
     features_of: dict[str, dict[str, Tensor]] = {}
 
-    _check_numbers(args, pairs_of)
+    _check_enough_pairs(args, pairs_of)
     seed = asked.training.seed
     if args.ids_key is not None:
         _split(args, pairs_of, seed, are_read=False)  # raises before anything is encoded
@@ -208,13 +208,14 @@ def _take_held_out(
     """
     pairs = pairs_of[held_out.option].take(held_out.rows)
     all_features = features_of[held_out.option]
-    return HeldOut(pairs, {name: _take_rows(x, held_out.rows) for name, x in all_features.items()})
+    features = {name: _take_rows(of_all, held_out.rows) for name, of_all in all_features.items()}
+    return HeldOut(pairs, features)
 
 
 def _move_learned(
     pairs_of: dict[str, Pairs], features_of: dict[str, dict[str, Tensor]], learned: Selection
 ) -> PairsToLearn:
-    """The pairs to learn from with their features, which are moved: memory would hold them twice.
+    """The pairs to learn from with their features, which are moved, so that memory does not hold them twice.
 
     Args:
         pairs_of: The pairs of each option's file.
@@ -239,13 +240,13 @@ def _read_val_data(args: argparse.Namespace) -> tuple[data.Data, Pairs]:
         opened = data.open_data(args, args.val_data)
         return opened, Pairs.of(opened)
     except ValueError as error:
-        # The readers know of --data alone.
+        # The readers name --data in their errors, whichever option gave the path.
         raise ValueError(str(error).replace("--data ", "--val-data ")) from error
 
 
-def _check_numbers(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
-    """Raise a ValueError for a file with too few pairs, whichever of them are held out."""
-    sides_in_a_file = 1 if args.val_data is not None else 2  # to train on, and held out
+def _check_enough_pairs(args: argparse.Namespace, pairs: dict[str, Pairs]) -> None:
+    """Raise a ValueError for a file with so few pairs that no split of them could do."""
+    sides_in_a_file = 1 if args.val_data is not None else 2  # without --val-data both sides are of --data
     for option, of_file in pairs.items():
         count = len(of_file.captions)
         if count < sides_in_a_file * _FEWEST:
@@ -262,12 +263,12 @@ def _split(
 
     Args:
         args: The command line.
-        pairs: Those of each file.
-        seed: Of the part that is held out.
-        are_read: True once the pictures are known by their content.
+        pairs: The pairs of each option's file.
+        seed: The seed of the choice of the pairs of ``--data`` that are held out, without ``--val-data``.
+        are_read: True once the pictures are known by their content, so that equal ones are found.
 
     Raises:
-        ValueError: They are too few, a picture or an id stands on both sides, or one alone is held out.
+        ValueError: The pairs are too few, a picture or an id stands on both sides, or one alone is held out.
     """
     if args.val_data is None:
         learned, held_out = _split_data(args, pairs["--data"], seed)
@@ -322,28 +323,31 @@ def _check_nothing_on_both_sides(
 
 
 def _check_disjoint(
-    kind: str, held_out: Sequence[object], learned: Sequence[object], names: Sequence[object]
+    plural_noun: str, held_out: Sequence[object], learned: Sequence[object], names: Sequence[object]
 ) -> None:
     """Raise a ValueError for an id, or a picture, that is trained on and evaluated on.
 
     Args:
-        kind: The noun for several, in the error.
+        plural_noun: The noun for them in the error: ids, or pictures.
         held_out: The id, or the picture, of each row of ``--val-data``.
         learned: The same of ``--data``.
-        names: The names of those that are held out, for the error.
+        names: The name of the id, or of the picture, of each row of ``--val-data``, for the error.
     """
-    known = {*map(str, learned)}
-    rows = [row for row, group in enumerate(held_out) if str(group) in known]
-    if rows:
-        count = len({str(held_out[row]) for row in rows})
+    learned_values = {*map(str, learned)}  # as texts: 7 in a folder of datasets is "7" elsewhere
+    rows_on_both_sides = [row for row, value in enumerate(held_out) if str(value) in learned_values]
+    if rows_on_both_sides:
+        first = rows_on_both_sides[0]
+        count = len({str(held_out[row]) for row in rows_on_both_sides})
         raise ValueError(
-            f"{count} {kind} of --val-data are in --data, too; the first is {str(names[rows[0]])!r}, "
-            f"of row {rows[0]}"
+            f"{count} {plural_noun} of --val-data are in --data, too; the first is {str(names[first])!r}, "
+            f"of row {first}"
         )
 
 
 def _print_course(made: Made, groups: str) -> None:
-    """Print the losses, the settings that were chosen, and R@10 of each method where they were.
+    """Print the losses of the training, and the setting and the weight of the closed form.
+
+    Where these were chosen, R@10 of each method on the pairs of the choice is printed, too.
 
     Args:
         made: The heads.
@@ -357,10 +361,10 @@ def _print_course(made: Made, groups: str) -> None:
         cut = f"{made.tuned.cut} {groups} cut from those to learn from"
         print(f"R@10 on {cut}, by which settings were chosen:")
         for method in METHODS:
-            if method in made.chosen:
+            if method in made.chosen:  # the closed form alone has no recall of the others
                 print(f"  {method} {100 * made.chosen[method]:.1f}")
     default = "" if made.chosen else ", of the default setting, since there are few pairs"
-    print(f"closed form{default}: {closed_form(made.tuned.cca)}")
+    print(f"closed form{default}: {setting_in_words(made.tuned.cca)}")
     if "weight" in made.chosen:
         print(f"weight of the closed form beside each trained head: {made.chosen['weight']:g}")
 
@@ -381,7 +385,7 @@ def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out:
             projected[name] = torch.nn.functional.normalize(of_heads, dim=-1).cpu()
     encoded = held_out.pairs.encoded(projected)
     most_answers = min(len(encoded.image_features), len(encoded.text_features))
-    ks = [k for k in (1, 5, 10) if k <= most_answers]
+    ks = [k for k in (1, 5, 10) if k <= most_answers]  # R@k needs k answers to choose from
     name_of_data = str(args.val_data or f"held-out {args.data}")
     about = described(encoded, str(args.output), name_of_data, args.ids_key)
     measures = measure(encoded, ks, by_ids=args.ids_key is not None)
@@ -390,23 +394,32 @@ def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out:
 
 
 def split(groups: Sequence[object], seed: int) -> tuple[list[int], list[int]]:
-    """The rows to train on and those held out: of ten groups one, at least one; none is on both sides.
+    """Split rows into those to train on and those to hold out, by groups that are chosen at random.
+
+    All rows of a group are on one side. A tenth of the groups is held out, at least one.
+
+    Args:
+        groups: The group of each row: its picture, or its id.
+        seed: The seed of the choice.
+
+    Returns:
+        The rows to train on, and those that are held out, both ascending.
 
     Example:
         >>> learned, held_out = split(["a", "a", "b", "c"], 0)
         >>> sorted(learned + held_out), len({"aabc"[row] for row in held_out})
         ([0, 1, 2, 3], 1)
     """
-    names = list(dict.fromkeys(groups))
-    count = max(1, len(names) // _HELD_OUT)
-    chosen = set(random.Random(seed).sample(names, count))
-    learned = [row for row, group in enumerate(groups) if group not in chosen]
-    held_out = [row for row, group in enumerate(groups) if group in chosen]
+    distinct_groups = list(dict.fromkeys(groups))
+    count = max(1, len(distinct_groups) // _GROUPS_FOR_ONE_HELD_OUT)
+    chosen_groups = set(random.Random(seed).sample(distinct_groups, count))
+    learned = [row for row, group in enumerate(groups) if group not in chosen_groups]
+    held_out = [row for row, group in enumerate(groups) if group in chosen_groups]
     return learned, held_out
 
 
 def _number_groups(groups: Sequence[object]) -> NDArray[np.int64]:
-    """Groups as numbers from 0, in the order in which they first stand."""
+    """The number of each row's group: groups are counted from 0 in the order of their first rows."""
     number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return np.array([number_of[group] for group in groups])
 
@@ -452,7 +465,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ids-key", metavar="COLUMN", help="column of ids: pairs of one id are on one side, and partners"
     )
     defaults = Training()
-    for name, kind, text in (
+    for name, kind, text in (  # the attributes of Training, whose defaults they have
         ("epochs", int, "passes over the pairs"),
         ("batch-size", int, "pairs of a step"),
         ("lr", float, "learning rate"),

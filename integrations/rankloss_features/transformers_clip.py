@@ -78,7 +78,7 @@ def _pooled(output: Any) -> Tensor:
     return features
 
 
-# Functions that prepare samples are sent to other processes, where these are not forked.
+# Functions of a module, since they are pickled for the processes that read data, where these are not forked.
 def _pixels(processor: Any, picture: Any) -> Tensor:
     """The pixels of a picture, as the model takes them."""
     pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]

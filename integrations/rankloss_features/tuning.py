@@ -27,10 +27,12 @@ Take: TypeAlias = Callable[[Numbers], tuple[Tensor, Tensor]]
 """From the numbers of some rows to the features of their images and texts."""
 
 FEWEST_TO_SEARCH = 100
-"""Groups of pairs, below which the tenth that is held out tells settings apart by chance alone."""
+"""The fewest groups of pairs of which a setting is searched: a tenth of fewer ranks settings by chance."""
 
-MOST_HELD_OUT = 1000  # groups: the standard error of a recall is then below two points
-_HELD_OUT = 10  # of so many groups one
+MOST_HELD_OUT = 1000
+"""The most groups that are held out: with so many, the standard error of a recall is below two points."""
+
+_GROUPS_FOR_ONE_HELD_OUT = 10  # so that a tenth of all groups is held out
 _BLOCK = 4096  # rows that are read together
 _logger = logging.getLogger("rankloss_features")
 
@@ -53,15 +55,16 @@ class Tuned(NamedTuple):
     cut: int
 
 
-def held_out(groups: NDArray[Any], seed: int = 0, share: int = _HELD_OUT) -> NDArray[np.bool_]:
-    """Hold out all rows of some groups: of ten one, at least one, at most :data:`MOST_HELD_OUT`.
+def held_out(groups: NDArray[Any], seed: int = 0, share: int = _GROUPS_FOR_ONE_HELD_OUT) -> NDArray[np.bool_]:
+    """Choose groups of rows at random, and hold out all rows of them.
 
-    The choice depends on the values of the groups, and not on their order.
+    A tenth of the groups is held out, at least one and at most :data:`MOST_HELD_OUT`. The choice depends on
+    the values of the groups, and not on the order of the rows.
 
     Args:
-        groups: ``[N]``: rows of one value are on one side.
-        seed: Of the choice.
-        share: One of so many groups is held out.
+        groups: ``[N]``, the group of each row: rows of equal values are held out together, or not at all.
+        seed: The seed of the choice.
+        share: The number of groups of which one is held out: 10 for a tenth.
 
     Returns:
         ``[N]``, True for the held-out rows.
@@ -73,12 +76,12 @@ def held_out(groups: NDArray[Any], seed: int = 0, share: int = _HELD_OUT) -> NDA
         >>> held_out(np.array([7, 7, 3]), share=2).tolist() in ([True, True, False], [False, False, True])
         True
     """
-    names = np.unique(groups)
-    if len(names) < 2:
+    distinct_groups = np.unique(groups)  # sorted, so that the order of the rows does not matter
+    if len(distinct_groups) < 2:
         raise ValueError(f"ids must differ, so that pairs can be held out; all {len(groups)} are one")
-    count = min(MOST_HELD_OUT, max(1, len(names) // share))
-    chosen = np.random.default_rng(seed).choice(names, count, replace=False)
-    return np.isin(groups, chosen)
+    count = min(MOST_HELD_OUT, max(1, len(distinct_groups) // share))
+    chosen_groups = np.random.default_rng(seed).choice(distinct_groups, count, replace=False)
+    return np.isin(groups, chosen_groups)
 
 
 def tuned(
@@ -89,17 +92,19 @@ def tuned(
     grid: Grid | None = None,
     seed: int = 0,
 ) -> Tuned:
-    """Search a setting on held-out groups, and fit all pairs with it.
+    """Search the setting that ranks held-out groups best, and fit all pairs with it.
 
-    The rows are read once, in blocks; memory holds the sums, of either root, and the held-out rows. With
-    fewer groups than :data:`FEWEST_TO_SEARCH` nothing is searched, and the default setting is fitted.
+    The rows are read once, in blocks; memory holds the sums of the features, those of their square roots, and
+    the held-out rows. With fewer groups than :data:`FEWEST_TO_SEARCH` nothing is searched, and the default
+    setting is fitted.
 
     Args:
         take: From the numbers of some rows to their features, ``[n, D]`` of images and ``[n, D']`` of texts.
         pictures: ``[N]``: rows of one value have one picture, which is ranked once.
-        groups: ``[N]``: rows of one value belong together, on one side and as partners. None: the pictures.
-        grid: The settings; None: those of a :class:`rankloss_features.cca.Grid` by default.
-        seed: Of the choice of the held-out groups.
+        groups: ``[N]``: rows of one value belong together: they are held out together, and their images and
+            texts are partners in the recall. None: the pictures are the groups.
+        grid: The settings to try; None: those of a :class:`rankloss_features.cca.Grid` by default.
+        seed: The seed of the choice of the held-out groups.
 
     Raises:
         ValueError: As :meth:`rankloss_features.cca.CanonicalCorrelation.fit`; or pictures and groups differ
@@ -112,17 +117,21 @@ def tuned(
         )
     number_of_groups = len(np.unique(groups))
     if number_of_groups < FEWEST_TO_SEARCH:
-        return _default(take, len(groups), number_of_groups)
+        return _fit_of_default_setting(take, len(groups), number_of_groups)
     is_held_out = held_out(groups, seed)
+
+    # The sums of the pairs that are not held out, for the settings without a root and for those with it.
     sums_of_learned = {root: PairSums(root=root) for root in (False, True)}
     for rows in _blocks(np.flatnonzero(~is_held_out)):
-        images, texts = _taken(take, rows)
+        images, texts = _checked_features(take, rows)
         for sums in sums_of_learned.values():
             sums.add(images, texts)
+
+    # Each setting is ranked by the held-out pairs: each picture once, every text.
     held_out_rows = np.flatnonzero(is_held_out)
-    images, texts = _taken(take, held_out_rows)
+    images, texts = _checked_features(take, held_out_rows)
     _, first_of_picture = np.unique(pictures[held_out_rows], return_index=True)
-    first_of_picture.sort()
+    first_of_picture.sort()  # from the order of the pictures' values to that of the rows
     held_out_groups, group_numbers = np.unique(groups[held_out_rows], return_inverse=True)
     ids = torch.from_numpy(group_numbers)
     trials = search(
@@ -136,6 +145,7 @@ def tuned(
     )
     setting, recall = trials[0]
     _logger.info("the best of %d settings, held-out R@10 %.1f %%: %s", len(trials), 100 * recall, setting)
+
     learned = sums_of_learned[setting.root]
     all_pairs = learned.merged(PairSums.of(images, texts, root=setting.root))
     return Tuned(
@@ -147,8 +157,12 @@ def tuned(
     )
 
 
-def _taken(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
-    """The features of some rows; one that is not finite is named by its number."""
+def _checked_features(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
+    """The features of some rows, of images and of texts.
+
+    Raises:
+        ValueError: A row has NaN, infinity or zeros alone; the error names it by its number among all rows.
+    """
     images, texts = take(rows)
     numbers = rows.tolist()
     check_rows("image_features", images, numbers)
@@ -156,8 +170,8 @@ def _taken(take: Take, rows: Numbers) -> tuple[Tensor, Tensor]:
     return images, texts
 
 
-def _default(take: Take, rows: int, groups: int) -> Tuned:
-    """The fit of all pairs with the default setting, or as many dimensions as the narrower features have.
+def _fit_of_default_setting(take: Take, rows: int, groups: int) -> Tuned:
+    """The fit of all pairs with the default setting, of at most as many dimensions as the narrower features.
 
     Args:
         take: As for :func:`tuned`.
@@ -166,12 +180,13 @@ def _default(take: Take, rows: int, groups: int) -> Tuned:
     """
     sums = PairSums()
     for block in _blocks(np.arange(rows)):
-        sums.add(*_taken(take, block))
+        sums.add(*_checked_features(take, block))
     bases = Eigenbases(sums)
     setting = Setting(dimensions=min(Setting.dimensions, bases.most_dimensions))
     _logger.info("%d groups of pairs are too few to search a setting: %s", groups, setting)
     cca = bases.fit(setting)
-    return Tuned(cca, of_learned=cca, is_held_out=np.zeros(rows, bool), trials=[], cut=0)
+    is_held_out = np.zeros(rows, bool)  # none is
+    return Tuned(cca, of_learned=cca, is_held_out=is_held_out, trials=[], cut=0)
 
 
 def _blocks(rows: Numbers) -> Iterator[Numbers]:

@@ -83,7 +83,7 @@ def write(
     is_first = rank == 0
     if is_first:
         make_folder(output)
-    with turn(output / ".lock", output) if is_first else nullcontext():
+    with only_writer(output / ".lock", output) if is_first else nullcontext():
         if is_first:
             _begin(output, data, teacher, settings)
         if world > 1:
@@ -154,17 +154,17 @@ def _begin_group(rank: int, world: int) -> None:
 
 
 @contextmanager
-def turn(file: Path, folder: Path) -> Iterator[None]:
-    """Be the only process that writes a folder; a warning says that another is waited for.
+def only_writer(file: Path, folder: Path) -> Iterator[None]:
+    """A context in which this process alone writes a folder: another one is waited for, with a warning.
 
     Args:
-        file: The lock, which ends with the process, however that ends.
+        file: The file of the lock, which ends with the process, however that ends.
         folder: The folder, for the warning.
 
     Raises:
         ValueError: The lock is a link: filelock before 4.2.1 empties a file that has a second name.
     """
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # there is no lock yet
         status = file.lstat()
         has_a_second_name = status.st_nlink > 1
         if stat.S_ISLNK(status.st_mode) or (has_a_second_name and status.st_size > 0):
@@ -182,7 +182,12 @@ def turn(file: Path, folder: Path) -> Iterator[None]:
 
 
 def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> None:
-    """Make the folder, or verify that it is of this command."""
+    """Write the folder's entries and the hashes of its pairs, or verify that those there are of this command.
+
+    Raises:
+        ValueError: The folder holds something else, or was begun with other pairs, another teacher or other
+            settings.
+    """
     about: dict[str, Any] = {
         "teacher": teacher.about,
         "pictures": asdict(teacher.rendering or data.rendering),
@@ -276,13 +281,26 @@ def _hash_pairs(data: Data) -> Array:
 def _compute(
     draft: Draft, shards: Sequence[int], data: Data, teacher: Teacher, workers: int, *, shows: bool
 ) -> None:
-    """Compute and write those of some shards that are missing or damaged; ``shows`` a bar of progress."""
+    """Compute and write the features of some shards, but not of those that are on the disk and whole.
+
+    Args:
+        draft: The folder.
+        shards: The numbers of the shards.
+        data: The pairs.
+        teacher: The source of the features.
+        workers: Processes that read the data.
+        shows: True to show a bar of progress.
+
+    Raises:
+        ValueError: A picture has changed since the folder was begun, or the teacher gives no teacher's
+            features.
+    """
     shard_rows, batch_size = draft.about["shard_rows"], draft.about["batch_size"]
     rows_left = {shard: len(draft.rows_of(shard)) for shard in shards if not draft.is_whole(shard)}
     # Pictures of shards that an earlier call has written may have changed since.
     written_shards = set(shards).difference(rows_left)
-    compared = [row for row in some_rows(len(draft)) if row // shard_rows in written_shards]
-    draft.compare_pictures(data.pictures(compared), str(data.about["data"]))
+    rows_to_compare = [row for row in some_rows(len(draft)) if row // shard_rows in written_shards]
+    draft.compare_pictures(data.pictures(rows_to_compare), str(data.about["data"]))
 
     groups = groups_of(data, batch_size, map(draft.rows_of, rows_left))
     batches = DataLoader(Batches(data, groups, teacher), None, num_workers=workers)
@@ -290,11 +308,12 @@ def _compute(
     total = sum(len(draft.rows_of(shard)) for shard in shards)
     written = total - sum(rows_left.values())
     with tqdm(total=total, initial=written, unit="row", disable=not shows) as bar:
+        # A batch is of the rows from first to last; of these, ``rows`` have pictures that can be read.
         for (first, last), rows, identities, prepared in batches:
             shard = first // shard_rows  # of the whole batch, since batches end with a shard
             if shard not in arrays_of:
                 arrays_of[shard] = draft.empty_shard(shard)
-            if rows:  # of the batch from first to last those whose pictures can be read
+            if rows:
                 _fill(arrays_of[shard], draft, rows, identities, prepared, teacher)
             rows_left[shard] -= last - first
             if rows_left[shard] == 0:

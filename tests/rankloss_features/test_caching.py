@@ -163,7 +163,8 @@ def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder
     data = csv_data(csv_table(tmp_path))
     settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
     name, of_a_copy, of_another = (
-        caching._name(SPEC, data, options) for options in (settings, {**settings}, {**settings, key: value})
+        caching._folder_name(SPEC, data, options)
+        for options in (settings, {**settings}, {**settings, key: value})
     )
     assert name == of_a_copy
     assert name != of_another

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloss.distributed import GatherOption
-from rankloss_features.binding import taught
+from rankloss_features.binding import features_of_labels
 from rankloss_features.folder import NAMES
 from rankloss_trainers.declared import Options
 from rankloss_trainers.entries import Entries, LoggedTerms
@@ -198,7 +198,7 @@ class ContrastiveLoss(EmbeddingLoss):
                 f"MatryoshkaLoss cut the teacher's labels to {labels.shape[-1]} of {labels.stride(-2)} "
                 "dimensions: bind the data to a folder of them, and give it as teacher"
             )
-        of_teacher = taught(self.run.teaching.features, labels)
+        of_teacher = features_of_labels(self.run.teaching.features, labels)
         of_ids = self._ids(labels, texts)
         has_use_for_labels = bool(of_teacher) or self.run.id_key == "label"
         if labels is not None and not has_use_for_labels:
