@@ -188,7 +188,7 @@ class Table:
             yield PairBlock(captions, names, names)
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
-        """Row, name and content of the picture of each of some rows; pictures that are not there are left out."""
+        """The row, name and content of the picture of each of some rows, if the picture is there."""
         for block in _blocks(rows):
             pictures = self.dataset[block]
             paths, contents = pictures["image.path"], pictures["image.bytes"]

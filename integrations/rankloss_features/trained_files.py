@@ -179,14 +179,12 @@ def _configuration_of(trained: str, cache: str | None) -> dict[str, Any] | None:
 
 
 def _cached_files(repository: str, cache: str | None) -> list[Path]:
-    """The configuration of a hub's model, cached in this folder and in the usual one; empty where it is not."""
+    """The configurations of a hub's model that are cached, in this folder first and then in the usual one."""
     from huggingface_hub import try_to_load_from_cache
 
     folders = [str(cache), None] if cache else [None]
     cached = [try_to_load_from_cache(repository, _CONFIGURATION, cache_dir=folder) for folder in folders]
-    return [
-        Path(path) for path in cached if isinstance(path, str)
-    ]  # else it is not cached, or not on the hub
+    return [Path(path) for path in cached if isinstance(path, str)]  # no text where it is not cached
 
 
 def _differences_of_towers(of_run: dict[str, Any], built_in: dict[str, Any], without: set[str]) -> list[str]:
