@@ -157,7 +157,8 @@ class AlipLoss(OwnTerms):
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
         """The weights w_s·w_r and w_s·w_c of all pairs, ``[N]`` each, after a step of the histories."""
-        if self.histories.dtype.itemsize < 4:
+        is_half_precision = self.histories.dtype.itemsize < torch.float32.itemsize
+        if is_half_precision:
             raise ValueError(
                 f"histories must not be rounded to {self.histories.dtype}, in which they stand still: leave "
                 "FSDP's buffer_dtype out"

@@ -131,8 +131,12 @@ class ClipLoss(StreamedLoss):
         bias: Number | None,
         ids: Tensor | None,
     ) -> Tensor:
-        """The loss of checked inputs, by the formula or in chunks."""
-        with gather_once():
+        """The loss of checked inputs, by the formula or in chunks, and the summand of the smoothing.
+
+        Smoothing takes ε of the target from the right logit and gives it to the mean of the counted ones: it
+        adds ε·(right logit − mean logit) to the loss of a row.
+        """
+        with gather_once():  # the loss and the summand of smoothing gather the same features
             loss = super().compute(is_whole, images, texts, scale, bias, ids)
             if self.label_smoothing == 0:
                 return loss
@@ -150,26 +154,34 @@ class ClipLoss(StreamedLoss):
     ) -> Tensor:
         """The loss from whole matrices of logits, of this process's rows or of all."""
         all_images, all_texts = self.gather(images, texts)
-        if all_images is images or self.gather.anchors_are_local:
-            logits = scaled_cosines(scale, images, all_texts), scaled_cosines(scale, texts, all_images)
+        is_one_process = all_images is images
+        # As open_clip: the rows of all processes have one product, other rows one of each direction.
+        if is_one_process or self.gather.anchors_are_local:
+            per_image = scaled_cosines(scale, images, all_texts)
+            per_text = scaled_cosines(scale, texts, all_images)
         else:
             per_image = scaled_cosines(scale, all_images, all_texts)
-            logits = per_image, per_image.T
+            per_text = per_image.T
         if bias is not None:
-            logits = logits[0] + bias, logits[1] + bias
+            per_image = per_image + bias
+            per_text = per_text + bias
         first_row = self.gather.first_row(len(images))
         if ids is not None:
-            loss = _cross_entropy(logits, ids, self.same_id, first_row)
+            loss = _cross_entropy((per_image, per_text), ids, self.same_id, first_row)
+            # A column that the row ignores would hide its NaN.
             return nan_unless_finite(loss, all_images, all_texts).to(loss.dtype)
-        own = torch.arange(len(logits[0]), device=images.device) + first_row
-        return (F.cross_entropy(logits[0], own) + F.cross_entropy(logits[1], own)) / 2
+        own_columns = torch.arange(len(per_image), device=images.device) + first_row
+        return (F.cross_entropy(per_image, own_columns) + F.cross_entropy(per_text, own_columns)) / 2
 
     def _streamed(
         self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None, ids: Tensor | None
     ) -> Tensor:
         """The loss in chunks of rows; without ids it is the first term of the rank terms' pass."""
         if ids is None:
-            return self.weighted_terms((images, texts, scale, bias), self._options, (1.0, 0.0, 0.0))[0]
+            without_rank_terms = 1.0, 0.0, 0.0
+            inputs = images, texts, scale, bias
+            contrastive, _, _ = self.weighted_terms(inputs, self._options, without_rank_terms)
+            return contrastive
         batch = self._batch(images, texts, scale)
         row_loss = PairSoftmax(ids, self.same_id)
         loss = mean_of_rows(row_loss, batch.inputs._asdict(), batch.first_row, self._options.chunk_size)
@@ -181,18 +193,21 @@ class ClipLoss(StreamedLoss):
 def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) -> Tensor:
     """The right logit of a row less the mean of its counted logits, averaged over rows and directions."""
     total: Tensor
-    if ids is None and batch.inputs.image_anchors is None:  # the same in both directions
+    rows_are_whole_batch = batch.inputs.image_anchors is None
+    if ids is None and rows_are_whole_batch:
+        # Both directions have the same sums: Σ_i v_i·t_i of the right cosines, Σ_ij v_i·t_j of all.
         v, t = batch.inputs.image, batch.inputs.text
         of_pairs = torch.dot(v.flatten(), t.flatten())
         of_all = (v.sum(0) * t.sum(0)).sum()
         total = batch.inputs.scale * (of_pairs - of_all / batch.items)
         return total / batch.items
     rows = slice(batch.first_row, batch.first_row + batch.anchors)
-    excess = []
+    of_cosines = []  # Σ_i (right cosine − mean cosine) of each direction
     for anchors, items, _ in batch.matrices("cross_modal"):
         right, mean = _right_and_mean_items(items, rows, ids, same_id)
-        excess.append((anchors * (right - mean)).sum())
-    total = batch.inputs.scale * (excess[0] + excess[1])
+        of_cosines.append((anchors * (right - mean)).sum())
+    of_images, of_texts = of_cosines
+    total = batch.inputs.scale * (of_images + of_texts)
     return total / (2 * batch.anchors)
 
 
@@ -272,7 +287,7 @@ class PairSoftmax(NamedTuple):
         values = log_sums - right
         if not with_gradient:
             return values, None
-        gradient = scores.sub_(log_sums[..., None]).exp_()
+        gradient = scores.sub_(log_sums[..., None]).exp_()  # the softmax, from which the target is taken
         if self.same_id == "ignore":
             gradient.diagonal(first_row, -2, -1).sub_(1)
         else:

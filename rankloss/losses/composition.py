@@ -32,18 +32,19 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True for CLIP's loss without ids, smoothing, hooks or an own forward, with the same ``gather``.
+    """True if the pass of the rank terms, which gather by ``gather``, can also compute this base.
 
-    The pass of the rank terms also gives this loss.
+    It computes CLIP's loss of the same features, without ids and smoothing. Hooks, or a ``forward`` that was
+    set on the module, need a call of the base.
     """
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    attributes_of_hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
         type(base) is ClipLoss
         and base.same_id is None
         and base.label_smoothing == 0
         and base.gather == gather
         and "forward" not in base.__dict__
-        and not any(len(getattr(base, kind)) for kind in kinds)
+        and not any(getattr(base, hooks) for hooks in attributes_of_hooks)
     )
 
 
@@ -55,7 +56,11 @@ TEACHER = ("reference_image_features", "reference_text_features")
 def _keyword_only(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The keyword-only arguments of a function, by name."""
     parameters = inspect.signature(function).parameters
-    return {name: x for name, x in parameters.items() if x.kind is x.KEYWORD_ONLY}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def own_inputs(loss: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -85,7 +90,8 @@ def takes_teacher(loss: Base) -> bool:
     arguments = call_arguments(loss)
     if not set(TEACHER).isdisjoint(arguments):
         return True
-    passes_inputs_on = any(x.kind is x.VAR_KEYWORD for x in arguments.values())
+    kinds = {argument.kind for argument in arguments.values()}
+    passes_inputs_on = inspect.Parameter.VAR_KEYWORD in kinds  # **inputs
     if not passes_inputs_on:
         return False
     losses_within = list(loss.children()) if isinstance(loss, nn.Module) else []
@@ -113,9 +119,10 @@ def base_entries(
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
         logit_bias: passed on unless None, since not every loss takes a bias.
-        teacher: the features of :data:`TEACHER` that the loss itself uses, by name. With it these, and
-            others among the base's inputs, are passed on only to a base that takes them
-            (:func:`takes_teacher`); None of a loss that uses none.
+        teacher: a teacher's features that the calling loss itself uses, by the names of :data:`TEACHER`. With
+            it these features, and others of a teacher among the base's inputs, are passed on only to a base
+            that takes them (:func:`takes_teacher`). None for a loss that uses none: the base then gets its
+            inputs as they are.
         **base_inputs: further arguments of the base.
 
     Returns:
@@ -135,9 +142,10 @@ def base_entries(
         base_inputs["logit_bias"] = logit_bias
     if teacher is not None:
         of_base = {name: base_inputs.pop(name, None) for name in TEACHER}
-        given = {name: x for name, x in {**of_base, **teacher}.items() if x is not None}
-        if given and takes_teacher(base):
-            base_inputs.update(given)
+        all_features = {**of_base, **teacher}
+        known_features = {name: x for name, x in all_features.items() if x is not None}
+        if known_features and takes_teacher(base):
+            base_inputs.update(known_features)
     base_output = base(
         image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,

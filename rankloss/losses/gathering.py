@@ -60,8 +60,9 @@ class GatheringLoss(nn.Module):
         self._tell_losses_within("set_progress", *check_position("step", step, "total_steps", total_steps))
 
     def _tell_losses_within(self, method: str, now: int, end: int) -> None:
-        for loss in self.children():
-            tell: Any = getattr(loss, method, None)
+        """Call a method, ``set_epoch`` or ``set_progress``, of the base and other parts that have it."""
+        for part in self.children():
+            tell: Any = getattr(part, method, None)
             if callable(tell):
                 tell(now, end)
 
@@ -96,6 +97,7 @@ class GatheringLoss(nn.Module):
         """
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, *sorted(base_inputs), **features, **references, pair_ids=pair_ids):
+            # Two processes of one pair each have two.
             min_pairs = 1 if self.gather.place.world_size > 1 else self.min_pairs
             checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
             checks.check_scale(logit_scale, image_features)
@@ -103,12 +105,12 @@ class GatheringLoss(nn.Module):
                 checks.check_is_number("logit_bias", logit_bias, image_features)
             if pair_ids is not None:
                 checks.check_ids("pair_ids", pair_ids, image_features)
-            for name, x in references.items():
-                if x is not None:
-                    self._check_teacher(name, x, image_features)
-            for name, x in features.items():
-                if name not in self._checked_once and can_be_read(x):
-                    checks.warn_of_norms(name, x)
+            for name, of_teacher in references.items():
+                if of_teacher is not None:
+                    self._check_teacher(name, of_teacher, image_features)
+            for name, of_modality in features.items():
+                if name not in self._checked_once and can_be_read(of_modality):
+                    checks.warn_of_norms(name, of_modality)
                     self._checked_once.add(name)
             if "logit_scale" not in self._checked_once:
                 is_read = checks.warn_of_scale("logit_scale", logit_scale, image_features)
@@ -289,13 +291,15 @@ class StreamedLoss(GatheringLoss):
         self._check_ids_are_used(pair_ids)
         ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        # The numbers of a view that torch negates as it reads them, such as z.conj().imag.
         image_features = image_features.resolve_neg().to(dtype)
         text_features = text_features.resolve_neg().to(dtype)
         columns = len(image_features) * self.gather.place.world_size
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))
         may_overflow = dtype == torch.float16  # in a sum over a large batch
-        is_whole = columns == 1 or (fits and not may_overflow)
+        is_one_logit = columns == 1  # of which chunks save nothing
+        is_whole = is_one_logit or (fits and not may_overflow)
         loss = self.compute(is_whole, image_features, text_features, logit_scale, logit_bias, ids)
         return {"contrastive_loss": loss} if output_dict else loss
 

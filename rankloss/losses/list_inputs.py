@@ -78,18 +78,20 @@ class ListInputs(NamedTuple):
         checks.check_scale(self.logit_scale, queries)
         self._check_reference(has_negatives)
 
-    def _check_of_lists(self, name: str, x: Tensor, dtypes: Collection[torch.dtype]) -> None:
-        """Raise an error unless an argument has an entry of one of the dtypes for every item of the lists."""
-        checks.check_is_tensor(name, x)
+    def _check_of_lists(self, name: str, entries: Tensor, dtypes: Collection[torch.dtype]) -> None:
+        """Raise an error unless an argument is ``[N, K]``, an entry for every item, of one of the dtypes."""
+        checks.check_is_tensor(name, entries)
         n = len(self.query_features)
-        if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != self.grades.shape:
+        is_matrix_of_queries = entries.dim() == 2 and len(entries) == n and entries.numel() > 0
+        if not is_matrix_of_queries or entries.shape != self.grades.shape:
             raise ValueError(
                 f"{name} must have shape [N, K], with N = {n} queries and K at least 1 as in grades; "
-                f"got {tuple(x.shape)}"
+                f"got {tuple(entries.shape)}"
             )
-        if x.dtype not in dtypes:
-            raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
-        checks.check_device(name, x, self.query_features, "query_features")
+        if entries.dtype not in dtypes:
+            choices = " or ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"{name} must be of {choices}; got {entries.dtype}")
+        checks.check_device(name, entries, self.query_features, "query_features")
 
     def _check_ids(self) -> None:
         """Raise an error unless ids of candidates are integers, one each; excluded ids need them."""
@@ -106,33 +108,37 @@ class ListInputs(NamedTuple):
             if ids is None:
                 raise ValueError("excluded_ids are ids of candidates, and need candidate_ids")
 
-    def _check_candidates(self, name: str, x: Tensor, width: int) -> None:
-        """Raise an error unless x has features of a width for every item, or with an index for every row."""
-        checks.check_is_tensor(name, x)
+    def _check_candidates(self, name: str, features: Tensor, width: int) -> None:
+        """Raise an error unless candidates' features have a width, and one shape with the library's own.
+
+        It is ``[N, K, width]``, features of every item of the lists, or with ``candidate_index``
+        ``[M, width]``, of every row that the index counts.
+        """
+        checks.check_is_tensor(name, features)
         has_index = self.candidate_index is not None
         shape_of_items = (len(self.candidate_features),) if has_index else self.grades.shape
-        if x.shape != (*shape_of_items, width):
+        if features.shape != (*shape_of_items, width):
             raise ValueError(
                 f"{name} must have shape [N, K, D] = {(*self.grades.shape, width)}, or [M, D] with "
-                f"candidate_index; got {tuple(x.shape)}"
+                f"candidate_index; got {tuple(features.shape)}"
             )
-        checks.check_matrix(name, x.flatten(0, -2))
-        checks.check_device(name, x, self.query_features, "query_features")
+        checks.check_matrix(name, features.flatten(0, -2))
+        checks.check_device(name, features, self.query_features, "query_features")
 
     def _check_reference(self, has_negatives: bool) -> None:
         """Raise an error unless a frozen model's scores, or its features and scale, or neither are given."""
-        names = [name for name in _REFERENCE if getattr(self, name) is not None]
-        if self.reference_scores is not None and names:
-            raise ValueError(f"reference_scores and {names[0]} are two references; give one")
+        names_given = [name for name in _REFERENCE if getattr(self, name) is not None]
+        if self.reference_scores is not None and names_given:
+            raise ValueError(f"reference_scores and {names_given[0]} are two references; give one")
         if self.reference_scores is not None and has_negatives:
             raise ValueError(
                 "reference_scores are of a query's own candidates; with in_batch_negatives give "
                 f"{', '.join(_REFERENCE)}"
             )
-        if not names:
+        if not names_given:
             return
-        if len(names) < len(_REFERENCE):
-            raise ValueError(f"{', '.join(_REFERENCE)} go together; got {' and '.join(names)} alone")
+        if len(names_given) < len(_REFERENCE):
+            raise ValueError(f"{', '.join(_REFERENCE)} go together; got {' and '.join(names_given)} alone")
         assert self.reference_query_features is not None
         assert self.reference_candidate_features is not None
         assert self.reference_scale is not None
@@ -187,13 +193,16 @@ class ListInputs(NamedTuple):
         grades = self.grades.where(is_item, self.grades.gather(1, first_item))
         candidates, order = candidates.sort(-1)
         grades = grades.gather(1, order)
-        is_same_candidate = candidates[:, 1:] == candidates[:, :-1]  # as the one before it
+        # Equal candidates now stand beside each other: each is compared with the one before it.
+        is_same_candidate = candidates[:, 1:] == candidates[:, :-1]
         is_other_grade = grades[:, 1:] != grades[:, :-1]
         is_wrong = is_same_candidate & is_other_grade
         if (row := first_row(is_wrong)) is not None:
             place = int(is_wrong[row].byte().argmax())
-            both = grades[row, place : place + 2].tolist()
-            raise ValueError(f"grades must be one of each candidate; row {row} has one twice, with {both}")
+            both_grades = grades[row, place : place + 2].tolist()
+            raise ValueError(
+                f"grades must be one of each candidate; row {row} has one twice, with {both_grades}"
+            )
 
     def _identities(self) -> Tensor | None:
         """Integers ``[N, K]``, equal for equal candidates; None if nothing tells which are equal."""

@@ -87,42 +87,46 @@ class OwnTerms(GatheringLoss):
             **inputs: those that :meth:`own_terms` names; the others are the base's, such as ``pair_ids``,
                 which refuses unknown ones. A teacher's features are given to both.
         """
-        own = {name: inputs.pop(name) for name in own_inputs(self) if name in inputs}
-        others = inputs
+        of_terms = {name: inputs.pop(name) for name in own_inputs(self) if name in inputs}
+        of_base = inputs  # all that the terms do not name
         self.check_inputs(
             image_features,
             text_features,
             logit_scale,
             one_space=self.one_space,
-            base_inputs=others,
-            **self._teacher_among(own),
+            base_inputs=of_base,
+            **self._teacher_among(of_terms),
         )
         checked = image_features, text_features, logit_scale, logit_bias
-        with gather_once():
-            entries, terms = self._entries_and_terms(checked, own, others)
+        with gather_once():  # the base and the terms gather the same features
+            entries, terms = self._entries_and_terms(checked, of_terms, of_base)
         return combined(entries, terms, output_dict)
 
-    def _teacher_among(self, own: Mapping[str, Any]) -> dict[str, Any]:
+    def _teacher_among(self, of_terms: Mapping[str, Any]) -> dict[str, Any]:
         """A teacher's features that :meth:`own_terms` names, None for those that are not given."""
-        return {name: own.get(name) for name in TEACHER if name in own_inputs(self)}
+        return {name: of_terms.get(name) for name in TEACHER if name in own_inputs(self)}
 
     def _entries_and_terms(
-        self, inputs: Inputs, own: Mapping[str, Any], others: Mapping[str, Any]
+        self, inputs: Inputs, of_terms: Mapping[str, Any], of_base: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The base's entries, here none, and the loss's own terms, of checked inputs."""
-        if others:
-            name = next(iter(others))
+        """The base's entries, here none, and the loss's own terms, of checked inputs.
+
+        ``of_terms`` are the further inputs that :meth:`own_terms` names, ``of_base`` those that it does not.
+        """
+        if of_base:
+            name = next(iter(of_base))
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
         image_features, text_features, scale, bias = inputs
         if bias is not None:  # changes nothing, but is a parameter of which DDP expects a gradient
             scale = scale + 0.0 * bias
-        return {}, self.own_terms(image_features, text_features, scale, **own)
+        return {}, self.own_terms(image_features, text_features, scale, **of_terms)
 
     def extra_repr(self) -> str:
-        """The options."""
+        """The options: keyword-only arguments of the constructor that are attributes, but for ``gather``."""
         arguments = inspect.signature(type(self)).parameters.values()
-        names = [x.name for x in arguments if x.kind is x.KEYWORD_ONLY and x.name != "gather"]
-        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in names if hasattr(self, name))
+        options = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
+        kept = [name for name in options if name != "gather" and hasattr(self, name)]
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in kept)
 
 
 def _shown(value: Any) -> str:
@@ -170,15 +174,18 @@ class AddedTerms(OwnTerms):
         super().__init__(gather)
         self.base = check_base(base, self.gather)
 
-    def entries_of_base(self, *inputs: Any, **more: Any) -> dict[str, Tensor]:
-        """The base's entries, as :func:`base_entries` gives them; a subclass may refuse some."""
-        return base_entries(self.base, *inputs, **more)
+    def entries_of_base(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
+        """The base's entries, as :func:`base_entries` gives them for the same arguments but the base.
+
+        A subclass may refuse some.
+        """
+        return base_entries(self.base, *inputs, **named)
 
     def _entries_and_terms(
-        self, inputs: Inputs, own: Mapping[str, Any], others: Mapping[str, Any]
+        self, inputs: Inputs, of_terms: Mapping[str, Any], of_base: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The base's entries, and the loss's own terms, of checked inputs."""
         image_features, text_features, scale, _ = inputs  # the bias is the base's
-        terms = self.own_terms(image_features, text_features, scale, **own)
-        teacher = self._teacher_among(own) or None
-        return self.entries_of_base(*inputs, teacher=teacher, **others), terms
+        terms = self.own_terms(image_features, text_features, scale, **of_terms)
+        teacher = self._teacher_among(of_terms) or None  # None: the terms name no teacher's features
+        return self.entries_of_base(*inputs, teacher=teacher, **of_base), terms

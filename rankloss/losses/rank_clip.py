@@ -111,13 +111,14 @@ class RankClipLoss(nn.Module):
         self.base = check_base(base, self.consistency.gather, streaming)
         self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
-        self._missing_call: str | None = _PROGRESS  # None as soon as λ is known
+        # The schedule's λ, and the call without which it is not known; None as soon as it is.
+        self._schedule_value = 0.0
+        self._missing_call: str | None = _PROGRESS
         self._goes_by_epochs = False  # True if λ is of an epoch
         self._training_has_ended = False  # True if λ is of a training that has ended
-        self._schedule_value = 0.0
         if self.schedule is schedules.constant:
-            self._missing_call = None
             self._schedule_value = 1.0
+            self._missing_call = None
 
     @property
     def gather(self) -> Gather:
@@ -255,7 +256,7 @@ class RankClipLoss(nn.Module):
             entries = {}
             if not is_fused:
                 entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
-            weights = 1.0 if is_fused else 0.0, cross, in_
+            weights = 1.0 if is_fused else 0.0, cross, in_  # of CLIP's loss and of the rank terms
             contrastive, cross_modal, in_modal = self.consistency.weighted_terms(
                 inputs, options, weights, tuple(teacher.values())
             )
@@ -287,7 +288,8 @@ class RankClipLoss(nn.Module):
     def extra_repr(self) -> str:
         """The schedule and its factors."""
         schedule = getattr(self.schedule, "__name__", repr(self.schedule))
-        factors = (f"{name}={getattr(self, name):g}" for name in ("lambda_cross", "lambda_in", "normalizer"))
+        names_of_factors = ("lambda_cross", "lambda_in", "normalizer")
+        factors = [f"{name}={getattr(self, name):g}" for name in names_of_factors]
         return ", ".join([f"schedule={schedule}", *factors])
 
     def _evaluate_schedule(self, position: int, end: int, *, goes_by_epochs: bool) -> None:

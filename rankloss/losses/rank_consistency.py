@@ -134,7 +134,7 @@ class RankConsistency(GatheringLoss):
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, None
         self.check(inputs, teacher)
-        weights = 0.0, self.cross_modal, self.in_modal
+        weights = 0.0, self.cross_modal, self.in_modal  # of CLIP's loss, which is no term here, and of both
         _, cross, in_ = self.weighted_terms(inputs, self.options, weights, tuple(teacher.values()))
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
@@ -154,10 +154,11 @@ class RankConsistency(GatheringLoss):
             one_space: True if images are compared with texts, apart from the terms.
             base_inputs: see :meth:`check_inputs`.
         """
-        is_crossed = self.cross_modal != 0
-        named: dict[str, Any] = {**teacher, "one_space": one_space or is_crossed}
-        self.check_inputs(*inputs, base_inputs=base_inputs, **named)
-        check_references(self.options, cross_modal=is_crossed, **teacher)
+        has_cross_modal_term = self.cross_modal != 0
+        compares_modalities = one_space or has_cross_modal_term
+        references: dict[str, Any] = dict(teacher)
+        self.check_inputs(*inputs, base_inputs=base_inputs, one_space=compares_modalities, **references)
+        check_references(self.options, cross_modal=has_cross_modal_term, **teacher)
 
     def extra_repr(self) -> str:
         """The weights, and the options with other values than their defaults."""

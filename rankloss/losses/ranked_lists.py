@@ -328,10 +328,12 @@ class RankedLists(GatheringLoss):
     def _gathered(self, lists: _Padded) -> _Padded:
         """The same with the candidates, and if needed the lists, of all processes."""
         gather = self.gather
-        if self.in_batch_negatives or not self._has_own_lists:
+        needs_all_items = self.in_batch_negatives or not self._has_own_lists
+        if needs_all_items:
             (reference_items,) = gather.constants(lists.reference_items)
+            rows_of_earlier_processes = gather.place.rank * len(lists.items)
             lists = lists._replace(
-                places=lists.places + gather.place.rank * len(lists.items),
+                places=lists.places + rows_of_earlier_processes,
                 items=gather.items(lists.items, are_anchors=False),
                 is_listed=gather.items(lists.is_listed),
                 ids=None if lists.ids is None else gather.items(lists.ids),
@@ -390,7 +392,8 @@ class RankedLists(GatheringLoss):
         chunks = lists.split(self.chunk_size or max(1, _SCORES_AT_ONCE // scores_of_list))
         evaluate_chunk = functools.partial(self._evaluate_chunk, items)
         if len(chunks) > 1 and torch.is_grad_enabled():
-            # Not at the top: the lowest supported torch loads sympy with this module.
+            # The backward pass computes each chunk's scores again, so that one chunk's are held at a time.
+            # The import is not at the top: the lowest supported torch loads sympy with this module.
             from torch.utils.checkpoint import checkpoint
 
             evaluate_chunk = functools.partial(
@@ -426,8 +429,9 @@ class RankedLists(GatheringLoss):
         if lists.excluded_ids is not None:
             is_negative = is_negative & (items.ids != lists.excluded_ids[:, None])
         negatives = scores.masked_fill(~is_negative, -math.inf)
-        if places.shape[1] == 1 and self.model != "pairwise":
-            # Both other models are the cross-entropy of one candidate; this way is bit-exact.
+        has_one_candidate = places.shape[1] == 1
+        if has_one_candidate and self.model != "pairwise":
+            # Plackett–Luce and top-one are then CLIP's cross-entropy, to the last bit by its own operations.
             log_p = negatives.scatter(1, places, own_scores).log_softmax(-1)
             values = -log_p.gather(1, places).squeeze(-1)
             terms = torch.ones_like(places[:, 0])
@@ -468,14 +472,19 @@ class RankedLists(GatheringLoss):
         return self.gather.anchors_are_local or gives_values_of_own_queries
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
-        """The reduction over all processes; DDP averages their shares."""
+        """The reduction over the lists of all processes, of values and numbers of terms ``[n]``.
+
+        A process with its own lists alone gives their share of the value, times the number of processes:
+        DDP's average over the processes then has the sum of the shares.
+        """
         shares = self.gather.place.world_size if self.gather.anchors_are_local else 1
         if self.reduction == "none":
             return values
         if self.reduction == "sum":
             return values.sum() * shares
         lists_that_count = (terms > 0).sum()
-        lists_that_count = lists_that_count + 0 * values.detach().sum()  # NaN on one process is NaN on all
+        # NaN of one process becomes NaN of all: this number is gathered, the values are not.
+        lists_that_count = lists_that_count + 0 * values.detach().sum()
         if self.gather.anchors_are_local:
             lists_that_count = self.gather.items(lists_that_count[None]).sum()
         by_list = values / terms.clamp_min(1)

@@ -132,7 +132,7 @@ class ScoreRows(NamedTuple):
     wanted: Sequence[bool] = (True,)
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
-        """L times its weight, and the gradient by each of the inputs."""
+        """L times its weight, and the gradient by each of the inputs; see :class:`engine.Streamed`."""
         by_name = dict(zip(_NAMES, inputs, strict=True))
         scale, bias = by_name["scale"], by_name["bias"]
 
@@ -153,7 +153,7 @@ class ScoreRows(NamedTuple):
         if by_bias is not None:
             gradients["bias"] = (share * by_bias.sum()).to(bias.dtype)
         by_inputs = [gradients.get(name) for name in _NAMES]
-        return engine.Streamed([share * losses.sum()], by_inputs, factor)
+        return engine.Streamed(values=[share * losses.sum()], gradients=by_inputs, factor=factor)
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """L from whole matrices."""
@@ -168,9 +168,10 @@ class ScoreRows(NamedTuple):
         return [self._share(by_name, weights).to(total.dtype) * total]
 
     def _matrices(self, inputs: Mapping[str, Any]) -> list[Matrix]:
+        """The matrices of cosines of the anchors and items that ``factors`` names."""
         return [Matrix(inputs[anchors], inputs[items], (anchors, items)) for anchors, items in self.factors]
 
     def _share(self, inputs: Mapping[str, Any], weights: Tensor) -> Tensor:
-        """The factor of ℓ of every row; NaN unless all features are finite."""
+        """The factor of every ℓ(x_i), L's weight by the number of rows; NaN unless features are finite."""
         rows = sum(len(inputs[anchors]) for anchors, _ in self.factors)
         return nan_unless_finite(weights[0] / rows, inputs["image"], inputs["text"])

@@ -81,9 +81,9 @@ class SpreadLoss(AddedTerms):
         spreads = [spread(x, self.gather, dtype) for x in (image_features, text_features)]
         return {"spread_loss": self.weight * constant_scale * torch.stack(spreads).mean()}
 
-    def entries_of_base(self, *inputs: Any, **more: Any) -> dict[str, Tensor]:
+    def entries_of_base(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """The base's entries; they must have a loss of pairs."""
-        entries = super().entries_of_base(*inputs, **more)
+        entries = super().entries_of_base(*inputs, **named)
         if not isinstance(entries.get("contrastive_loss"), Tensor):
             entries_given = ", ".join(f"{name} ({kind_of(x)})" for name, x in entries.items())
             raise ValueError(

@@ -50,7 +50,8 @@ def rank_agreement(
     n = len(v)
     count = n if max_anchors is None else min(n, check_count("max_anchors", max_anchors))
     anchors = torch.linspace(0, n - 1, count, dtype=v.dtype, device=v.device).round().long()
-    # Products of equal items are rounded by their place: all take that of the first, and are tied exactly.
+    # A product's rounding depends on the place of an item, so equal items would not be tied: each takes the
+    # similarity of the first item that equals it.
     first_v, first_t = first_occurrence(v), first_occurrence(t)
     values: defaultdict[str, list[Tensor]] = defaultdict(list)
     for rows in anchors.split(max(1, _BLOCK // n)):

@@ -267,9 +267,9 @@ def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> _Concordance:
     n = x.shape[-1]
     x_below, x_ties = smaller_and_equal(_padding_last(x, mask))
     y_below, y_ties = smaller_and_equal(_padding_last(y, mask))
-    both = x_below * n + y_below  # in the order of x, and of y where x is tied
+    both = x_below * n + y_below  # one number per item, in the order of x, and of y where x is tied
     _, both_ties = smaller_and_equal(both)
-    y_in_order_of_x = both.sort(dim=-1).values % n  # the y_below of ``both``
+    y_in_order_of_x = both.sort(dim=-1).values % n  # leaves y_below, which is less than n
     discordant = _inversions(y_in_order_of_x)
     # Pairs, of which each is in the ties of two items. Counts are integers: float32 has not all of them.
     x_tied = x_ties.sum(-1) // 2
@@ -280,7 +280,7 @@ def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> _Concordance:
     pairs = n * (n - 1) // 2 - is_item.sum(-1) * (~is_item).sum(-1)
     agreement = (pairs - x_tied - y_tied + both_tied - 2 * discordant).to(x.dtype)
     agreement = torch.where(is_nan, math.nan, agreement)
-    # Of the values, k equal ones are k times 1/k.
+    # Distinct values are counted by 1/k for each of k equal ones.
     x_distinct = (is_item / (x_ties + 1.0)).sum(-1).round()
     y_distinct = (is_item / (y_ties + 1.0)).sum(-1).round()
     return _Concordance(

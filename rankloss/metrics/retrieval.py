@@ -63,28 +63,28 @@ def recall(
     Example:
         >>> v = torch.eye(4)[[0, 0, 1]]  # two photographs of a product, and one of another
         >>> t = torch.eye(4)[[0, 2]]
-        >>> found = recall(v, t, k=(1, 2), image_ids=["shoe", "shoe", "hat"], text_ids=["shoe", "hat"])
-        >>> {name: round(value.item(), 2) for name, value in found.items() if "R@1" in name}
+        >>> values = recall(v, t, k=(1, 2), image_ids=["shoe", "shoe", "hat"], text_ids=["shoe", "hat"])
+        >>> {name: round(value.item(), 2) for name, value in values.items() if "R@1" in name}
         {'image_to_text_R@1': 0.67, 'text_to_image_R@1': 0.5, 'image_to_image_R@1': 1.0}
     """
     ks = _counts(k)
     ranks = partner_ranks(image_features, text_features, image_ids=image_ids, text_ids=text_ids)
-    answers = {
+    n_answers = {  # to a query of each direction
         "image_to_text": len(text_features),
         "text_to_image": len(image_features),
         "image_to_image": len(image_features) - 1,
         "text_to_text": len(text_features) - 1,
     }
     for direction, gallery in (("image_to_text", "texts"), ("text_to_image", "images")):
-        if max(ks, default=0) > answers[direction]:
+        if max(ks, default=0) > n_answers[direction]:
             raise ValueError(
-                f"k must be at most the number of {gallery}, {answers[direction]}; got {max(ks)}"
+                f"k must be at most the number of {gallery}, {n_answers[direction]}; got {max(ks)}"
             )
     values = {}
     for direction, ranks_or_nan in ranks.items():
         ranks_of_queries = ranks_or_nan[~ranks_or_nan.isnan()]  # of those with a partner
         for count in ks:
-            if count <= answers[direction]:
+            if count <= n_answers[direction]:
                 is_found = ranks_of_queries <= count
                 values[f"{direction}_R@{count}"] = is_found.to(ranks_of_queries.dtype).mean()
         values[f"{direction}_median_rank"] = _median(ranks_of_queries).floor()
@@ -142,8 +142,11 @@ def partner_ranks(
     dtype = widest_dtype(image_features.device)
     v, t = image_features.detach().to(dtype), text_features.detach().to(dtype)
     if image_ids is None and text_ids is None:
-        own = torch.arange(len(v), device=v.device)
-        return {"image_to_text": _ranks(v, t, own, own), "text_to_image": _ranks(t, v, own, own)}
+        row_numbers = torch.arange(len(v), device=v.device)  # as ids: row i is the partner of row i
+        return {
+            "image_to_text": _ranks(v, t, row_numbers, row_numbers),
+            "text_to_image": _ranks(t, v, row_numbers, row_numbers),
+        }
     if image_ids is None or text_ids is None:
         given = "image_ids" if text_ids is None else "text_ids"
         raise ValueError(f"image_ids and text_ids go together; got {given} alone")
@@ -183,7 +186,7 @@ def _ranks(
             scores = scores[:, first]
         is_partner = query_ids[rows, None] == answer_ids
         is_other = ~is_partner
-        if is_one_set:
+        if is_one_set:  # the query itself is neither a partner nor another answer
             is_partner[torch.arange(len(rows), device=rows.device), rows] = False
         best = scores.masked_fill(~is_partner, -math.inf).amax(-1, keepdim=True)
         before = ((scores >= best) & is_other).sum(-1).to(ranks.dtype)
