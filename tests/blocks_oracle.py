@@ -10,29 +10,34 @@ from rankloss.engine import Block
 from rankloss.options import RankOptions
 
 
-def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Every list's cross-entropy and C(x | y), and the gradient of their weighted sum, in float64."""
+def terms_and_gradient_by_definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Every list's cross-entropy and C(x | y), and the gradient of their weighted sum, in float64.
+
+    Both terms are ``[matrices, n]``, whether or not the block has a weight for them; the gradient is by the
+    scores, ``[matrices, n, N]``.
+    """
     n_matrices, n, _ = block.cosines.shape
     cosines = block.cosines.to("cpu", torch.float64, copy=True).requires_grad_()
     scale = block.scale.double().cpu()
     references = _references(block).cpu()
-    if options.model == "top_one":  # else they have the block's dtype, in which their bins are computed
+    if options.model == "top_one":  # an order is taken in the block's dtype, in which bins are computed
         references = references.double()
-    own = torch.arange(block.first_row, block.first_row + n)
+    own_columns = torch.arange(block.first_row, block.first_row + n)
     nll = torch.stack(
         [
-            dense.list_terms(of_matrix, reference, scale, own, options).sum(-1)
+            dense.list_terms(of_matrix, reference, scale, own_columns, options).sum(-1)
             for of_matrix, reference in zip(cosines, references, strict=True)
         ]
     )
     scores = scale * cosines
     cross_entropy = scores.logsumexp(-1) - scores.diagonal(block.first_row, 1, 2)
 
-    def weights(given: Tensor | None) -> Tensor:
+    def weights_or_zeros(weights: Tensor | None) -> Tensor:
         """A weight for each matrix, 0 where the block has no such term."""
-        return torch.zeros(n_matrices, dtype=torch.float64) if given is None else given.double().cpu()
+        return torch.zeros(n_matrices, dtype=torch.float64) if weights is None else weights.double().cpu()
 
-    total = weights(block.alpha) @ cross_entropy.sum(-1) + weights(block.beta) @ nll.sum(-1)
+    alpha, beta = weights_or_zeros(block.alpha), weights_or_zeros(block.beta)
+    total = alpha @ cross_entropy.sum(-1) + beta @ nll.sum(-1)
     by_scores = torch.autograd.grad(total, cosines)[0] / scale
     return cross_entropy.detach(), nll.detach(), by_scores
 

@@ -11,7 +11,7 @@ from rankloss.batch import Batch, first_equal, first_occurrence, row_hashes
 # --- equal rows -----------------------------------------------------------------------------------------
 
 single_or_double = st.sampled_from([torch.float32, torch.float64])
-# So few values that rows repeat; Python, too, takes −0 and 0 for equal.
+# So few values that rows repeat; Python's lists and sets, the oracles, take −0.0 and 0.0 for equal, too.
 entries = st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])
 few_rows = st.lists(st.tuples(entries, entries, entries), min_size=1, max_size=12)
 

@@ -16,7 +16,7 @@ import drawn_options
 import rankloss
 from batches import Batch as Drawn
 from batches import assert_close, batches, random_batch, teacher_of
-from blocks_oracle import definition
+from blocks_oracle import terms_and_gradient_by_definition
 from devices import DEVICE
 from drawn_options import CHANGES, is_streamed, together, with_teachers
 from fake_devices import CUDA, meta_is
@@ -27,12 +27,14 @@ from rankloss.engine import Block, evaluate, weighted_terms
 from rankloss.options import RankOptions
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
-FACTORS = (0.8, 1.3, 0.6)
+WEIGHTS = (0.8, 1.3, 0.6)
 """The weights of CLIP's loss, the cross-modal and the in-modal term."""
-WEIGHTS = torch.tensor(FACTORS, dtype=torch.float64, device=DEVICE)
-"""The same, as the definition takes them."""
 IMAGE, TEXT = "reference_image_features", "reference_text_features"
-STREAMED = [x for x in [{}, *CHANGES] if is_streamed(RankOptions(**x)) and "chunk_size" not in x]
+STREAMED = [
+    options
+    for options in [{}, *CHANGES]
+    if is_streamed(RankOptions(**options)) and "chunk_size" not in options
+]
 """No option, and each option alone with which lists are computed in linear memory."""
 LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
@@ -59,8 +61,8 @@ def blocks(draw: st.DrawFn) -> Block:
 
     alpha, beta = weights(), weights()
     has_alpha, has_beta = draw(st.sampled_from([(True, True), (False, True), (True, False)]))
-    pairs_of_equal_items = torch.arange(n_items, device=DEVICE).div(2, rounding_mode="floor")
-    first_equal = draw(st.sampled_from([None, pairs_of_equal_items]))  # of the first matrix alone
+    first_of_two = torch.arange(n_items, device=DEVICE) // 2  # items 2j and 2j + 1 take item j's cosine
+    first_equal = draw(st.sampled_from([None, first_of_two]))  # of the first matrix alone
     scale = draw(st.sampled_from([1.0, 10.0, 100.0, LARGEST_SCORE]))
     return Block(
         cosines=cosines(),
@@ -83,14 +85,14 @@ def blocks(draw: st.DrawFn) -> Block:
 def test_a_block_is_its_lists_in_value_and_gradient(
     block: Block, options: Any, with_gradient: bool, is_on_cpu: bool
 ) -> None:
-    """The lists are those of ``definition``, which computes them one by one from whole rows in float64."""
-    options = RankOptions(**options)
+    """Values and gradient are those of ``rankloss.dense`` and autograd, on whole rows in float64."""
+    rank_options = RankOptions(**options)
     if not is_on_cpu and block.cosines.dtype == torch.float32:
         # Weights in float32 make the engine add logarithms in float32, as on a device without float64.
         alpha, beta = (None if w is None else w.float() for w in (block.alpha, block.beta))
         block = block._replace(alpha=alpha, beta=beta)
-    cross_entropy, nll, by_scores = definition(block, options)
-    owed = (
+    cross_entropy, nll, by_scores = terms_and_gradient_by_definition(block, rank_options)
+    owed = (  # what is not wanted is None
         None if block.alpha is None else cross_entropy,
         None if block.beta is None else nll,
         by_scores if with_gradient else None,
@@ -99,12 +101,12 @@ def test_a_block_is_its_lists_in_value_and_gradient(
     with pytest.MonkeyPatch.context() as patch:
         if not is_on_cpu:  # the code for accelerators, in which no branch depends on a value
             patch.setattr(Tensor, "is_cpu", False)
-        evaluated = evaluate(block, options, with_gradient=with_gradient)
+        evaluated = evaluate(block, rank_options, with_gradient=with_gradient)
     if not with_gradient:  # the gradient, where it is wanted, overwrites the cosines
         assert torch.equal(block.cosines, cosines_before)
     assert [x is None for x in evaluated] == [x is None for x in owed]
     tolerance = TOLERANCE[block.cosines.dtype]
-    if not is_on_cpu:  # then scores are rounded to the cosines' dtype, by up to half an ulp of the scale
+    if not is_on_cpu:  # then scores are rounded to the cosines' dtype, an error that grows with the scale
         tolerance *= max(1.0, block.scale.item() / 5)
     assert_close([x for x in evaluated if x is not None], [x for x in owed if x is not None], tolerance)
 
@@ -156,8 +158,13 @@ def weighted(terms: Sequence[Tensor], upstream: Sequence[float | None]) -> Tenso
     return torch.stack(used).sum()
 
 
-def slopes_of(total: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool = False) -> Sequence[Tensor]:
-    """The gradients, zeros where the total depends on nothing that needs one."""
+def gradients_or_zeros(
+    total: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool = False
+) -> Sequence[Tensor]:
+    """The gradients of the total by the inputs, zeros by those that it does not depend on.
+
+    With ``keep_graph`` they can be differentiated again, which the engine computes in another way.
+    """
     if not (inputs and total.requires_grad):
         return [torch.zeros_like(x) for x in inputs]
     return torch.autograd.grad(
@@ -179,8 +186,8 @@ def forbid_reading(patch: pytest.MonkeyPatch) -> None:
 
 
 @st.composite
-def shares(draw: st.DrawFn, n: int) -> slice:
-    """One process's rows of n."""
+def rows_of_a_process(draw: st.DrawFn, n: int) -> slice:
+    """Neighbouring rows of n, one at least, as one of several processes has them."""
     first = draw(st.integers(0, n - 1))
     return slice(first, draw(st.integers(first + 1, n)))
 
@@ -217,7 +224,8 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     """The definition is ``rankloss.dense``, which computes whole matrices and leaves derivatives to autograd.
 
     Under any upstream values, in chunks of an option or of the engine's choice, with and without a graph of
-    the gradients, and on a device on which reading a value would wait.
+    the gradients, and on a device on which reading a value would wait. The engine computes each of these in
+    its own way.
     """
     n = len(drawn.image)
     excluded_option = "fixed_reference" if modalities_of_teacher else "reference_scale"
@@ -226,29 +234,35 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
         # A teacher of one modality has no cross-modal term, so the in-modal term is always wanted.
         contrastive, cross_modal, _ = wanted_terms
         wanted_terms = (contrastive, cross_modal and len(modalities_of_teacher) == 2, True)
-    rows = data.draw(shares(n)) if is_one_of_several_processes else None
+    rows = data.draw(rows_of_a_process(n)) if is_one_of_several_processes else None
     of_both_modalities = teacher_of(n, duplicates=1)
     teacher = {name: of_both_modalities[name] for name in modalities_of_teacher}
     batch = engine_batch(drawn, rows, teacher, needs_gradient)
     inputs = [x for x in batch.inputs if x is not None and x.requires_grad]
-    owed_terms = dense.terms(batch, rank_options, WEIGHTS, wanted_terms)
-    owed_slopes = slopes_of(weighted(owed_terms, upstream), inputs)
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64, device=DEVICE)
+    owed_terms = dense.terms(batch, rank_options, weights, wanted_terms)
+    owed_gradients = gradients_or_zeros(weighted(owed_terms, upstream), inputs)
     with pytest.MonkeyPatch.context() as patch:
         choose_chunks(patch, chunk_size)
         if not can_read:
             forbid_reading(patch)
-        terms = weighted_terms(batch, rank_options, FACTORS, wanted_terms)
-        slopes = slopes_of(weighted(terms, upstream), inputs, keep_graph=keep_graph)
-    assert_close([*terms, *slopes], [*owed_terms, *owed_slopes], tolerance=1e-9)
+        terms = weighted_terms(batch, rank_options, WEIGHTS, wanted_terms)
+        gradients = gradients_or_zeros(weighted(terms, upstream), inputs, keep_graph=keep_graph)
+    assert_close([*terms, *gradients], [*owed_terms, *owed_gradients], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_equal_items_tie_exactly_whatever_the_products_rounding(n: int, has_teacher: bool) -> None:
-    # A matrix product rounds the columns of equal items differently where they fall on a kernel's edge.
+    """The value is that of NumPy's oracle, which sums every product in one order, so that equal items tie.
+
+    A matrix product rounds the columns of equal items differently where they fall on a kernel's edge. Chunks
+    of several sizes have several edges; items that were not tied would change the value by far more than
+    float32's rounding.
+    """
     inputs = random_batch(seed=n, n=n, d=5, scale=10.0, duplicates=3).leaves(torch.float32)
     teacher = teacher_of(n=n, d=13, duplicates=3) if has_teacher else {}
-    arrays = [x.detach().double().cpu().numpy() for x in inputs]
+    arrays = [x.detach().double().cpu().numpy() for x in inputs]  # the same float32 values, in float64
     teacher_arrays = {name: x.cpu().numpy() for name, x in teacher.items()}
     owed = reference.cross_modal(*arrays, **teacher_arrays) + reference.in_modal(*arrays, **teacher_arrays)
     values = [rankloss.RankConsistency(chunk_size=size)(*inputs, **teacher) for size in (1, 2, n)]
@@ -306,7 +320,10 @@ def test_a_step_computes_similarities_again_in_chunks_of_an_option_or_beyond_wha
     teachers_width: int | None,
     products_of_teacher: int,
 ) -> None:
-    """Of 32 pairs, in chunks of so many rows, where matrices of so many rows at most are kept."""
+    """``chosen_chunk`` is the engine's choice of rows; matrices of ``largest_kept`` rows at most are kept.
+
+    ``products`` and ``products_of_teacher`` count products of two matrices of all features.
+    """
     n, d = 32, 8
     choose_chunks(monkeypatch, chosen_chunk)
     monkeypatch.setattr(engine, "_KEPT", largest_kept**2)
@@ -318,19 +335,22 @@ def test_a_step_computes_similarities_again_in_chunks_of_an_option_or_beyond_wha
     assert counted.of_all_pairs(n, d) == products + products_of_teacher
 
 
+# Products of two matrices of features that the values take.
+OF_BOTH_DIRECTIONS = 2  # S and Sᵀ, in CLIP's loss and in the cross-modal term, which RankClipLoss shares
+OF_IMAGES_ALONE = 1  # S, in SigLIP's loss
+OF_BOTH_MODALITIES = 2  # I and X, in the in-modal term
 LOSSES: dict[str, tuple[Any, int]] = {
-    "clip": (lambda: rankloss.ClipLoss(memory_budget=0), 2),
-    "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), 1),
-    "rankclip": (lambda: rankloss.RankClipLoss(schedule="constant"), 4),
-    "ranks": (lambda: rankloss.RankConsistency(), 4),
-    "bins": (lambda: rankloss.RankConsistency(method="bin", bins=8, in_modal=0.0), 2),
-    "top_one": (lambda: rankloss.RankConsistency(model="top_one", cross_modal=0.0), 2),
+    "clip": (lambda: rankloss.ClipLoss(memory_budget=0), OF_BOTH_DIRECTIONS),
+    "siglip": (lambda: rankloss.SigLipLoss(memory_budget=0), OF_IMAGES_ALONE),
+    "rankclip": (
+        lambda: rankloss.RankClipLoss(schedule="constant"),
+        OF_BOTH_DIRECTIONS + OF_BOTH_MODALITIES,
+    ),
+    "ranks": (lambda: rankloss.RankConsistency(), OF_BOTH_DIRECTIONS + OF_BOTH_MODALITIES),
+    "bins": (lambda: rankloss.RankConsistency(method="bin", bins=8, in_modal=0.0), OF_BOTH_DIRECTIONS),
+    "top_one": (lambda: rankloss.RankConsistency(model="top_one", cross_modal=0.0), OF_BOTH_MODALITIES),
 }
-"""Losses, with the products of two matrices of features that their values take.
-
-Each direction of CLIP's loss and of the cross-modal term takes one (RankClipLoss shares them), SigLIP's loss
-one alone, and the in-modal term one for each modality.
-"""
+"""Losses that are streamed, with the products that their values take."""
 
 
 @pytest.mark.parametrize(
@@ -356,7 +376,7 @@ def test_without_gradients_only_values_are_computed(name: str, mode: Any, has_gr
 
 
 def memory_of_step(n: int, chunk_size: int | None, options: Any, has_teacher: bool) -> tuple[int, int]:
-    """The bytes that forward keeps for backward, and the elements of the largest tensor of both."""
+    """Of n pairs the bytes that forward keeps for backward, and the elements of both's largest tensor."""
     inputs = random_batch(seed=0, n=n, d=8, scale=10.0).leaves(torch.float32)
     teacher = teacher_of(n, duplicates=1) if has_teacher else {}
     loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size, **options)
@@ -368,10 +388,12 @@ def memory_of_step(n: int, chunk_size: int | None, options: Any, has_teacher: bo
 
 @pytest.mark.parametrize(("options", "has_teacher"), with_teachers(STREAMED))
 def test_memory_grows_linearly_in_n(options, has_teacher: bool) -> None:
+    """What is kept for the backward pass, and the largest tensor of a step in chunks of four rows."""
     kept_of_32, _ = memory_of_step(32, chunk_size=4, options=options, has_teacher=has_teacher)
     kept_of_128, largest_of_128 = memory_of_step(128, chunk_size=4, options=options, has_teacher=has_teacher)
-    assert 0 < kept_of_128 <= 4.05 * kept_of_32  # four times the rows
-    assert kept_of_128 < 4 * 128**2  # the bytes of one N×N matrix
+    assert 0 < kept_of_128 <= 4 * kept_of_32  # of four times the rows
+    bytes_of_a_matrix = torch.float32.itemsize * 128**2
+    assert kept_of_128 < bytes_of_a_matrix
     features, chunk_of_two_matrices = 128 * 8, 2 * 4 * 128
     assert features <= largest_of_128 <= chunk_of_two_matrices
 
@@ -385,12 +407,13 @@ def test_a_matrix_of_the_whole_batch_is_seen_in_the_memory_where_there_is_one() 
 # --- limits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [x for x in STREAMED if "model" not in x])
+@pytest.mark.parametrize("options", [options for options in STREAMED if "model" not in options])
 @pytest.mark.parametrize("scale", [1e3, 1e5])
 def test_scores_too_large_for_float64_sums_give_no_number(options, scale: float) -> None:
+    """Of Plackett–Luce, whose sums of e^x overflow where a score, the scale times a cosine, is beyond 709."""
     inputs = random_batch(seed=1, n=12, d=3, scale=scale).leaves()
     rank_terms_alone = (False, True, True)
-    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), FACTORS, rank_terms_alone)
+    _, *terms = weighted_terms(Batch.of(*inputs), RankOptions(**options), WEIGHTS, rank_terms_alone)
     assert not torch.stack(terms).isfinite().any()
 
 
@@ -415,14 +438,15 @@ def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alon
     teacher = tuple(torch.empty(32, 5, device="meta") for _ in range(2)) if has_teacher else (None, None)
     scale = torch.empty((), device="meta") if has_teacher else 10.0
     rows: dict[str, Any] = {}
-    if len(options) == 2 and is_streamed(rank_options):
+    has_two_options = len(options) == 2
+    if has_two_options and is_streamed(rank_options):
         rows = {"anchors": (v[:16], t[:16]), "first_row": 4}
     all_terms = (True, True, True)
     with meta_is(CUDA) as copies:
         batch = Batch.of(v, t, scale, teacher=teacher, **rows)
-        terms = weighted_terms(batch, rank_options, FACTORS, all_terms)
+        terms = weighted_terms(batch, rank_options, WEIGHTS, all_terms)
         shape = (32,) if rank_options.reduction == "none" else ()
         assert {(term.device, term.shape) for term in terms} == {(CUDA, shape)}
         torch.stack(terms).sum().backward()
         assert {v.grad.device, t.grad.device} == {CUDA}
-    assert copies == ["aten._to_copy.default"]  # one copy, of FACTORS
+    assert copies == ["aten._to_copy.default"]  # one copy, of WEIGHTS

@@ -19,9 +19,9 @@ from rankloss.options import RankOptions
 @pytest.mark.parametrize("modalities_agree", [False, True])
 def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agree: bool) -> None:
     """Without float64 a block has the cross-entropies, likelihoods and gradients that it has with float64."""
-    n_lists, n_items, d = 2, 2**14, 512
+    n_lists, n_items, d = 2, 2**14, 512  # two lists for each direction
     v, t = (unit(n_items, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    if modalities_agree:
+    if modalities_agree:  # each image is then nearest to its own text
         v = torch.nn.functional.normalize(t + 4.0 * v)
     cosines = torch.stack([v[:n_lists] @ t.T, t[:n_lists] @ v.T])  # of both directions
 
@@ -29,7 +29,13 @@ def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agre
         """A block of the lists, whose weights have the dtype of its sums."""
         weights = torch.ones(2, dtype=dtype)  # one for each direction
         block = engine.Block(
-            cosines.clone(), torch.tensor(100.0), weights, weights, None, (None, None), first_row=0
+            cosines.clone(),
+            scale=torch.tensor(100.0),
+            alpha=weights,
+            beta=weights,
+            reference=None,  # each direction ranks the other
+            first_equal=(None, None),
+            first_row=0,
         )
         return engine.evaluate(block, RankOptions(method=method), with_gradient=True)
 

@@ -38,51 +38,54 @@ def test_values_are_sorted_and_indices_say_where_they_came_from(rows: np.ndarray
 
 def test_flushed_subnormals_lose_no_index() -> None:
     """A CPU that takes subnormal numbers for 0 may order them and the zeros in any way."""
-    smallest, zeros_and_subnormals, largest = [4], {0, 2, 3, 5, 6}, [7, 1]
-    x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, 1e-38]])
-    assert torch.set_flush_denormal(True)
+    smallest_normal = torch.finfo(torch.float32).tiny
+    x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, smallest_normal]])
+    place_of_smallest, places_of_largest = [4], [7, 1]
+    places_of_zeros_and_subnormals = {0, 2, 3, 5, 6}
+    assert torch.set_flush_denormal(True), "this CPU cannot flush"
     try:
         values, indices = ascending(x, by_numpy=True)
     finally:
         torch.set_flush_denormal(False)
     (order,) = indices.tolist()
-    first, between, last = order[:1], {*order[1:-2]}, order[-2:]
-    assert (first, between, last) == (smallest, zeros_and_subnormals, largest)
+    assert order[:1] == place_of_smallest
+    assert {*order[1:-2]} == places_of_zeros_and_subnormals
+    assert order[-2:] == places_of_largest
     assert (values.diff() >= 0).all()
 
 
 # --- bins -------------------------------------------------------------------------------------------------
 
-lists = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.tensor)
+references = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.tensor)
+any_reference_and_bins = given(reference=references, count=st.integers(2, 40))
 
 
-any_bins = given(reference=lists, count=st.integers(2, 40))
-
-
-@any_bins
+@any_reference_and_bins
 def test_a_bin_never_decreases_with_the_reference(reference: Tensor, count: int) -> None:
     bins = quantize(reference, count)
     assert bins.dtype == torch.int64
     assert (bins[reference.argsort()].diff() >= 0).all()
 
 
-@any_bins
+@any_reference_and_bins
 def test_the_worst_item_has_the_first_bin_and_the_best_alone_the_last(reference: Tensor, count: int) -> None:
     """Where all items are tied, all have the first bin."""
-    bins, all_are_tied = quantize(reference, count), reference.min() == reference.max()
+    bins = quantize(reference, count)
+    all_are_tied = reference.min() == reference.max()
     is_best = (reference == reference.max()) & ~all_are_tied
     assert bins.min() == 0
     assert torch.equal(bins == count - 1, is_best)
 
 
-@any_bins
+@any_reference_and_bins
 def test_the_other_bins_divide_the_range_of_the_rest(reference: Tensor, count: int) -> None:
     """All items but the best share the bins 0 to count − 2, each of which is an equal part of their range.
 
     An item that a rounding moves over an edge is in the next bin.
     """
     is_rest = reference < reference.max()
-    rest, bins = reference[is_rest].double(), quantize(reference, count)[is_rest]
+    rest = reference[is_rest].double()
+    bins = quantize(reference, count)[is_rest]
     has_a_range = len(rest) > 0 and rest.max() - rest.min() > 1e-30  # not near the least that float32 holds
     if has_a_range:
         assert bins.max() == count - 2
@@ -94,12 +97,13 @@ def test_the_other_bins_divide_the_range_of_the_rest(reference: Tensor, count: i
 
 @pytest.mark.parametrize("bins", [2, 3, 2**24])
 def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
+    """Lists of finite numbers also have the first bin; in the others its item may have no order."""
     values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-42, 0.0, -0.0, 1.0])
-    rows = torch.cartesian_prod(values, values, values)
-    of_rows = quantize(rows, bins)  # of all triples of the values
-    assert (of_rows.min(), of_rows.max()) == (0, bins - 1)
-    of_finite_rows = of_rows[rows.isfinite().all(-1)]
-    assert (of_finite_rows.amin(-1) == 0).all()
+    lists = torch.cartesian_prod(values, values, values)  # all triples of the values
+    bins_of_items = quantize(lists, bins)
+    assert (bins_of_items.min(), bins_of_items.max()) == (0, bins - 1)
+    of_finite_lists = bins_of_items[lists.isfinite().all(-1)]
+    assert (of_finite_lists.amin(-1) == 0).all()
 
 
 # --- running sums -----------------------------------------------------------------------------------------
@@ -109,8 +113,8 @@ def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
 def test_values_and_derivatives_are_those_of_the_definition(seed: int, n: int, span: float) -> None:
     """The p-th number is log Σ exp of the first p; derivatives are compared with difference quotients."""
     x = span * torch.rand(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    owed = torch.stack([x[:, : p + 1].logsumexp(-1) for p in range(n)], -1)
-    torch.testing.assert_close(log_cumsum_exp(x), owed, rtol=1e-14, atol=1e-14)
+    expected = torch.stack([x[:, : p + 1].logsumexp(-1) for p in range(n)], -1)
+    torch.testing.assert_close(log_cumsum_exp(x), expected, rtol=1e-14, atol=1e-14)
     if span < 1000:  # the test below has the derivatives at larger ones
         x.requires_grad_()
         assert torch.autograd.gradcheck(log_cumsum_exp, x, atol=1e-6)
@@ -121,8 +125,8 @@ def test_beyond_the_range_of_exp_the_derivatives_are_finite() -> None:
     """The first sum is of −3000 alone, and in the third the second number is all that counts."""
     x = torch.tensor([-3000.0, 3000.0, 0.0, -math.inf], dtype=torch.float64, requires_grad=True)
     first_sum, _, third_sum, _ = log_cumsum_exp(x)
-    (slope,) = torch.autograd.grad(first_sum + third_sum, x, create_graph=True)
-    torch.testing.assert_close(slope, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(first_sum + third_sum, x, create_graph=True)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     any_direction = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    (second,) = torch.autograd.grad(slope @ any_direction, x)
+    (second,) = torch.autograd.grad(gradient @ any_direction, x)
     torch.testing.assert_close(second, torch.zeros_like(x), rtol=0, atol=1e-11)

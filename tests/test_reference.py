@@ -18,9 +18,17 @@ from batches import VECTORS, Batch, assert_slopes, batches, relative_error, teac
 from rankloss import reference
 
 TERMS: dict[str, Callable[..., Any]] = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
-terms = pytest.mark.parametrize("term", TERMS)
+every_term = pytest.mark.parametrize("term", TERMS)
+UPSTREAM = 2.5
+"""A gradient from above that is not 1."""
 
 # --- vectors ----------------------------------------------------------------------------------------------
+
+
+def arrays_of(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images, texts and the scale of a case of the vectors."""
+    batch = vector_batch(case)
+    return batch.image.numpy(), batch.text.numpy(), batch.scale
 
 
 @pytest.mark.parametrize("key", VECTORS)
@@ -37,14 +45,14 @@ def test_reference_matches_the_vectors(key: str) -> None:
 def test_a_discount_matches_the_vectors(key: str) -> None:
     """Of each image's list of texts, ranked by the similarities of the text of the same row."""
     v, t, s = arrays_of(VECTORS[key])
-    (discounted,) = VECTORS[key]["plackett_luce_log_discount"].values()
+    (expected,) = VECTORS[key]["plackett_luce_log_discount"].values()  # by the name of these lists
     logits = s * reference._cosines(v, t)
     value = reference.plackett_luce(logits, logits.T, discount="log")
-    assert relative_error(value, discounted) < 1e-10
+    assert relative_error(value, expected) < 1e-10
 
 
 OF_BATCH_LISTS = [key for key, case in VECTORS.items() if "batch_list_sum" in case]
-# The name in the vectors, the term, and what ranks it; without it both directions are averaged.
+# By the name in the vectors: the term, and the modality that ranks; without it both directions are averaged.
 BATCH_LISTS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "cross_modal": (reference.cross_modal, {}),
     "in_modal I|X": (reference.in_modal, {"fixed_reference": "text"}),
@@ -68,26 +76,21 @@ def test_lists_of_a_whole_batch_with_shifted_worth_match_the_vectors(key: str, n
     assert relative_error(value, VECTORS[key]["batch_list_sum_shifted_worth"][name]) < 1e-10
 
 
-def arrays_of(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Images, texts and the scale of a case of the vectors."""
-    batch = vector_batch(case)
-    return batch.image.numpy(), batch.text.numpy(), batch.scale
-
-
 @pytest.mark.parametrize("key", VECTORS)
 def test_gradients_of_tensors_match_the_vectors(key: str) -> None:
-    """Of the sum of both terms, that of the scale by its logarithm."""
+    """Of the sum of both terms. The vectors have norms and single entries, and for the scale s ∂/∂log s."""
     case = VECTORS[key]
     v, t, s = (x.detach().cpu().requires_grad_() for x in vector_batch(case).leaves())
-    value, upstream = sum(term(v, t, s) for term in TERMS.values()), 2.5
-    by_v, by_t, by_scale = (slope / upstream for slope in torch.autograd.grad(upstream * value, (v, t, s)))
+    value = sum(term(v, t, s) for term in TERMS.values())
+    gradients = torch.autograd.grad(UPSTREAM * value, (v, t, s))
+    by_v, by_t, by_scale = (gradient / UPSTREAM for gradient in gradients)
     actual = {
         "value": value,
         "norm_V": by_v.norm(),
         "norm_T": by_t.norm(),
         "V00": by_v[0, 0],
         "T_last": by_t[-1, -1],
-        "logit_scale": case["scale"] * by_scale,
+        "logit_scale": case["scale"] * by_scale,  # ∂/∂log s = s·∂/∂s
     }
     for name, number in actual.items():
         assert relative_error(number, case["row_mean_gradient"][name]) < 1e-10, name
@@ -97,16 +100,16 @@ OF_PUBLISHED_CODE = [key for key, case in VECTORS.items() if "official_code" in 
 """At a larger scale the code's floor, 1e-10 inside the logarithm, exceeds the sums."""
 
 
-@terms
+@every_term
 @pytest.mark.parametrize("key", OF_PUBLISHED_CODE)
 def test_random_ties_give_the_published_code_but_for_its_floor(term: str, key: str) -> None:
     case = VECTORS[key]
     batch, n = vector_batch(case), case["N"]
     total = TERMS[term](batch.image, batch.text, batch.scale, ties="random", reduction="sum")
-    both_directions = 2 * total.item() / n  # the total has the directions' mean, and the lists of n anchors
-    by_published_constants = both_directions / 32 / n  # as the vectors' note has them
-    of_floor = 1e-3
-    assert by_published_constants == pytest.approx(case["official_code"][term], rel=of_floor)
+    sum_of_directions = 2 * total.item() / n  # of the total, which has their mean, by the n anchors
+    by_published_constants = sum_of_directions / 32 / n  # the code's factor 1/32, and its mean over n items
+    error_by_floor = 1e-3
+    assert by_published_constants == pytest.approx(case["official_code"][term], rel=error_by_floor)
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -150,15 +153,15 @@ def test_a_list_is_the_sum_over_its_items(lists: Any, worth: Any, discount: Any,
     """Σ μ(rank)·log(Σ worths of no better items / own worth), over the items that top_k leaves."""
     x, y = lists
     worths = np.array([WORTHS[worth](score) for score in x])
-    owed = 0.0
+    expected = 0.0
     for p in range(len(x)):
         rank = 1 + sum(y > y[p])
         mu = 1.0 if discount is None else 1 / math.log(1 + rank)
         if top_k is None or rank <= top_k:
             of_no_better_items = math.fsum(worths[y <= y[p]])
-            owed += mu * math.log(of_no_better_items / worths[p])
+            expected += mu * math.log(of_no_better_items / worths[p])
     value = reference.plackett_luce(x, y, worth=worth, discount=discount, top_k=top_k)
-    assert value == pytest.approx(owed, rel=1e-12, abs=1e-12)
+    assert value == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @settings(max_examples=20)
@@ -171,13 +174,13 @@ def test_a_list_is_the_sum_over_its_items(lists: Any, worth: Any, discount: Any,
 def test_derivatives_of_a_list_are_differences_of_the_values(
     lists: Any, worth: Any, discount: Any, top_k: int | None
 ) -> None:
-    """Of the first and the second order."""
+    """First derivatives are differences of the value, second ones of the first."""
     scores, order = lists
     x = torch.tensor(0.1 + 0.8 * scores).requires_grad_()  # where no worth is near 0
     y = torch.tensor(order.astype(float))
     nll = partial(reference.plackett_luce, reference=y, worth=worth, discount=discount, top_k=top_k)
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(nll, x, atol=1e-4, eps=1e-7)
+    for check_by_differences in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check_by_differences(nll, x, atol=1e-4, eps=1e-7)
 
 
 @pytest.mark.parametrize("worth", WORTHS)
@@ -193,6 +196,7 @@ TIED_ORDER = torch.tensor([2.0, 1.0, 1.0, 0.0])
 
 
 def values_of_random_ties(count: int) -> list[float]:
+    """The values of so many calls with the tied order, each with a shuffle of its own, from one seed."""
     torch.manual_seed(0)
     return [reference.plackett_luce(TIED_SCORES, TIED_ORDER, ties="random").item() for _ in range(count)]
 
@@ -210,8 +214,10 @@ def test_random_ties_follow_the_seed() -> None:
 
 
 def test_random_ties_are_one_shuffle_for_all_lists() -> None:
-    first, second = reference.plackett_luce(TIED_SCORES.expand(2, 4), TIED_ORDER.expand(2, 4), ties="random")
-    assert first == second
+    """Thirty equal lists have one value; shuffled one by one, half of them would have the other order's."""
+    scores, order = TIED_SCORES.expand(30, 4), TIED_ORDER.expand(30, 4)
+    values = reference.plackett_luce(scores, order, ties="random")
+    assert len(set(values.tolist())) == 1
 
 
 def test_nan_in_one_of_many_lists_is_in_its_value_and_gradient_alone() -> None:
@@ -292,57 +298,67 @@ variants = st.fixed_dictionaries(
 )
 
 
-def with_worth(batch: Batch, worth: str = "exp") -> tuple[Tensor, Tensor]:
-    """Features whose cosines have this worth, equal or well separated.
+def features_with_worth(batch: Batch, worth: str) -> tuple[Tensor, Tensor]:
+    """Images and texts of the batch, changed so that log w of their cosines exists, and is not too steep.
 
-    Norms of different rows differ: squares that are equal but for rounding would leave the order open.
+    The worth ``"exp"`` takes any cosines. The others' features get norms of 0.7 to 0.9, which differ from row
+    to row, but are the same for equal rows: squares of norms that are equal but for rounding would leave the
+    order open.
     """
     if worth == "exp":
         return batch.image, batch.text
 
     def changed(x: Tensor) -> Tensor:
-        # Near the least cosine that has a worth its logarithm is too steep for differences.
-        far = x.abs() + 0.05 if worth == "identity" else x
+        # log w exists above −1 for "shifted", which norms below 1 keep away from, and above 0 for "identity".
+        directions = x.abs() + 0.05 if worth == "identity" else x
         first_equal = (x[:, None] == x).all(-1).byte().argmax(-1)
         norms = torch.linspace(0.7, 0.9, len(x), dtype=x.dtype)[first_equal]
-        return far * norms[:, None]
+        return directions * norms[:, None]
 
     return changed(batch.image), changed(batch.text)
 
 
-@terms
+@every_term
 @given(batch=batches(max_n=6), options=variants, has_teacher=st.booleans())
 def test_gradients_of_a_term_are_differences_of_its_values(
     term: str, batch: Batch, options: dict[str, Any], has_teacher: bool
 ) -> None:
-    """Of tensors and of arrays."""
-    v, t = with_worth(batch, options.get("worth", "exp"))
+    """The gradients are of tensors, the differences of NumPy arrays.
+
+    Without a teacher each modality is ranked by the other, which must not move with the inputs where values
+    are compared: there the other modality's features stand as a teacher's.
+    """
+    v, t = features_with_worth(batch, options.get("worth", "exp"))
     scale = torch.tensor(batch.scale, dtype=torch.float64)
     inputs = v.requires_grad_(), t.requires_grad_(), scale.requires_grad_()
-    teacher = {name: x.cpu() for name, x in teacher_of(len(v), seed=len(v), duplicates=1).items()}
-    if not has_teacher:  # the order is that of the other modality, which has no gradient
-        teacher = dict(zip(teacher, (t.detach(), v.detach()), strict=True))
-    value = TERMS[term](*inputs, **options, **(teacher if has_teacher else {}))
-    arrays = {name: x.numpy() for name, x in teacher.items()}
-    assert_slopes(value, inputs, partial(TERMS[term], **options, **arrays))
+    if has_teacher:
+        ranked_by = {name: x.cpu() for name, x in teacher_of(len(v), seed=len(v), duplicates=1).items()}
+    else:
+        ranked_by = {"reference_image_features": t.detach(), "reference_text_features": v.detach()}
+    value = TERMS[term](*inputs, **options, **(ranked_by if has_teacher else {}))
+    arrays_ranked_by = {name: x.numpy() for name, x in ranked_by.items()}
+    assert_slopes(value, inputs, partial(TERMS[term], **options, **arrays_ranked_by))
 
 
-@terms
+@every_term
 @given(batch=batches(max_n=7), options=variants, random=st.randoms(use_true_random=False))
 def test_a_term_is_the_same_in_any_order_of_the_pairs(
     term: str, batch: Batch, options: dict[str, Any], random: Any
 ) -> None:
-    v, t = (x.numpy() for x in with_worth(batch, options.get("worth", "exp")))
+    v, t = (x.numpy() for x in features_with_worth(batch, options.get("worth", "exp")))
     order = [*range(len(v))]
     random.shuffle(order)
     value = np.asarray(TERMS[term](v, t, batch.scale, **options))
+    has_value_by_anchor = value.ndim == 1
+    expected = value[order] if has_value_by_anchor else value
     shuffled = TERMS[term](v[order], t[order], batch.scale, **options)
-    np.testing.assert_allclose(shuffled, value[order] if value.ndim else value, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(shuffled, expected, rtol=1e-10, atol=1e-10)
 
 
-@terms
+@every_term
 @given(batch=batches(max_n=6), lists=st.sampled_from(["row", "batch"]), diagonal=st.booleans())
 def test_reductions_are_of_the_same_summands(term: str, batch: Batch, lists: str, diagonal: bool) -> None:
+    """Values by anchor add up to the sum, and the sum over the number of items of all lists is the mean."""
     n = len(batch.image)
     by_anchor, total, mean = (
         TERMS[term](batch.image, batch.text, batch.scale, lists=lists, diagonal=diagonal, reduction=reduction)

@@ -23,41 +23,48 @@ import turns  # noqa: E402
 from products import products_of  # noqa: E402
 
 GROUP = "losses: N = 8"
+A, B, C = (GROUP, "a"), (GROUP, "b"), (GROUP, "c")
 TARGETS = [
-    page.Target("a / b", (GROUP, "a"), (GROUP, "b"), 2.0, at_least=True),
-    page.Target("b / a", (GROUP, "b"), (GROUP, "a"), 0.3),
-    page.Target("a, memory", (GROUP, "a"), (GROUP, "b"), 4.0, quantity="peak_bytes"),
-    page.Target("a", (GROUP, "a"), None, 2.5),
-    page.Target("c / a", (GROUP, "c"), (GROUP, "a"), 1.0),
+    page.Target("a / b", of=A, beside=B, bound=2.0, at_least=True),
+    page.Target("b / a", of=B, beside=A, bound=0.3),
+    page.Target("a, memory", of=A, beside=B, bound=4.0, quantity="peak_bytes"),
+    page.Target("a", of=A, beside=None, bound=2.5),
+    page.Target("c / a", of=C, beside=A, bound=1.0),
 ]
 
 
-def measured(group: str, contender: str, seconds: list[float], **counts: float) -> dict[str, Any]:
-    """A benchmark as pytest-benchmark writes it."""
+def benchmark_result(contender: str, seconds: list[float], **counts: float) -> dict[str, Any]:
+    """A benchmark of the group as pytest-benchmark writes it: the seconds of its rounds, and counts."""
     params = {"contender": contender}
-    return {"group": group, "params": params, "stats": {"data": seconds}, "extra_info": counts}
+    return {"group": GROUP, "params": params, "stats": {"data": seconds}, "extra_info": counts}
 
 
 def test_every_round_runs_every_contender_once_and_in_the_other_order() -> None:
+    """The number of a call stands for its seconds."""
     ran: list[str] = []
     steps = {name: functools.partial(ran.append, name) for name in "abc"}
 
-    def number_of_the_call(step: Any) -> float:
-        """What stands for its seconds."""
+    def call_and_count(step: Any) -> float:
         step()
         return float(len(ran))
 
-    seconds = turns.in_turns(steps, 3, number_of_the_call)
-    assert "".join(ran) == "abccbaabc"
+    rounds = 3
+    seconds = turns.in_turns(steps, rounds, call_and_count)
+    assert "".join(ran) == "abc" + "cba" + "abc"
     assert seconds == {"a": [1.0, 6.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 4.0, 9.0]}
 
 
 @pytest.fixture
 def card_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The calls of a card that is not there: it has 3 bytes allocated, and by each ``"step"`` one more."""
+    """The calls of a card that is not there, in order, to which a test's step adds ``"step"``.
+
+    The card has three bytes allocated, and each step allocates one more.
+    """
     calls: list[str] = []
 
-    def calling(name: str, result: int) -> Any:
+    def recorded(name: str, result: int) -> Any:
+        """A function that adds its name to the calls, and returns the result."""
+
         def call() -> int:
             calls.append(name)
             return result
@@ -66,7 +73,7 @@ def card_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(turns, "DEVICE", torch.device("cuda"))
     for name, result in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 3}.items():
-        monkeypatch.setattr(torch.cuda, name, calling(name, result))
+        monkeypatch.setattr(torch.cuda, name, recorded(name, result))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 + calls.count("step"))
     return calls
 
@@ -78,11 +85,12 @@ def test_on_a_card_seconds_are_of_what_the_card_has_done(card_calls: list[str]) 
 
 def test_on_a_card_the_peak_is_what_the_step_has_allocated(card_calls: list[str]) -> None:
     counted = turns.count_memory(lambda: card_calls.append("step"))
-    assert counted == {"peak_bytes": 1, "saved_bytes": 0}
+    assert counted == {"peak_bytes": 1, "saved_bytes": 0}  # of 3 + 1 bytes 3 were there before
     assert card_calls == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "step"]
 
 
 def test_products_of_a_step_are_all_its_products() -> None:
+    """``products_of`` records a step's matrix products and replays them: torch counts their operations."""
     n, d = 96, 24
     v, t = (F.normalize(torch.randn(n, d), dim=-1).requires_grad_() for _ in range(2))
     loss = rankloss.RankClipLoss(schedule="constant")
@@ -95,8 +103,9 @@ def test_products_of_a_step_are_all_its_products() -> None:
     in_place = {torch.ops.aten.addmm_: of_product_in_place}
     with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
         products()
-    eight_products = 8 * 2 * n * n * d
-    assert flops.get_total_flops() == eight_products
+    forward_and_backward = 4 + 4  # the matrices S, Sᵀ, I and X; as many for the gradients
+    operations_of_product = 2 * n * n * d  # a multiplication and an addition each
+    assert flops.get_total_flops() == forward_and_backward * operations_of_product
 
 
 @pytest.fixture(scope="module", params=["sort", "bin"])
@@ -111,7 +120,8 @@ def test_a_step_by_the_kernels_moves_at_most_35_bytes_for_each_element_of_its_li
     cost_of_a_kernel_step: dict[str, Any],
 ) -> None:
     counted = cost_of_a_kernel_step
-    assert counted["bytes_by_operation"]["kernel"] > 8  # what the lists' kernels move is in the count
+    read_and_written = 2 * torch.float32.itemsize  # of each element, by the kernels of the lists
+    assert counted["bytes_by_operation"]["kernel"] > read_and_written  # so that they are in the count
     assert counted["bytes_per_element"] <= 35
 
 
@@ -125,10 +135,13 @@ def test_a_step_by_the_kernels_launches_at_most_71_operations(cost_of_a_kernel_s
 
 
 def test_a_target_is_judged_by_the_median_of_the_rounds_ratios() -> None:
-    """The rounds' ratios are 3, 3 and 1/2, of which the second is slow; that of the medians is 3/4."""
+    """The rounds' ratios are 3, 3 and 1/2, of which the second is slow; that of the medians is 3/4.
+
+    Contender c has no result.
+    """
     results = [
-        measured(GROUP, "a", [3.0, 30.0, 2.0], peak_bytes=30),
-        measured(GROUP, "b", [1.0, 10.0, 4.0], peak_bytes=10),
+        benchmark_result("a", [3.0, 30.0, 2.0], peak_bytes=30),
+        benchmark_result("b", [1.0, 10.0, 4.0], peak_bytes=10),
     ]
     table = page.judged(page.groups_of({"benchmarks": results}), TARGETS)
     _header, _line, *rows = table.splitlines()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import rankloss_triton
-from blocks_oracle import definition
+from blocks_oracle import terms_and_gradient_by_definition
 from devices import DEVICE
 from interpreter import few_examples
 from rankloss import RankOptions
@@ -98,7 +98,8 @@ def evaluated(block: Block, with_gradient: bool = True, **options: Any) -> Evalu
 def assert_agrees(block: Block, **options: Any) -> None:
     """Values and gradient of the kernel are those of the definition, to float32's rounding."""
     cross_entropy, nll, gradient = evaluated(block, **options)
-    owed_cross_entropy, owed_nll, owed_gradient = definition(block, RankOptions(**options))
+    rank_options = RankOptions(**options)
+    owed_cross_entropy, owed_nll, owed_gradient = terms_and_gradient_by_definition(block, rank_options)
     # A score is a float32 relative to the row's largest: four roundings (2⁻²⁴ each) of the widest span. Where
     # a value comes out near 0, as of a list that is ordered as its reference, these are all that is left.
     span = block.cosines.amax(-1) - block.cosines.amin(-1)
