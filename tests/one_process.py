@@ -33,8 +33,12 @@ class View:
 def clip(
     view: View, ids: Tensor | None = None, same_id: str = "share", label_smoothing: float = 0.0
 ) -> Tensor:
-    """CLIP's loss: the mean of both directions' cross-entropies, with a target of probabilities."""
-    is_own, is_of_same_id = _own_and_same(view, ids)
+    """CLIP's loss: the mean of both directions' cross-entropies, with a target of probabilities.
+
+    Of the items of an anchor's id, all share the target (``same_id="share"``), or the own item alone has it
+    and the others are left out (``"ignore"``).
+    """
+    is_own, is_of_same_id = _is_own_and_of_same_id(view, ids)
     is_right = is_own if same_id == "ignore" else is_of_same_id
     is_counted = is_right | ~is_of_same_id
     directions = []
@@ -54,35 +58,40 @@ def _uniform(chosen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def siglip(view: View, bias: Tensor, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
     """SigLIP's loss: the sum over the images' pairs, by the number of images."""
-    # A text has no row that would carry its gradient: a process's own texts always have one.
+    # Texts are never rows. A process's own always have a gradient, even where gathered ones are constants.
     texts = torch.cat([view.text[: view.rows.start], view.text_anchors, view.text[view.rows.stop :]])
     logits = view.scale * view.image_anchors @ texts.T + bias
-    is_own, is_of_same_id = _own_and_same(view, ids)
+    is_own, is_of_same_id = _is_own_and_of_same_id(view, ids)
     terms = -F.logsigmoid(torch.where(is_of_same_id, logits, -logits))
     if same_id == "ignore":
         terms = terms[is_own | ~is_of_same_id]
     return terms.sum() / len(view.image_anchors)
 
 
-def _own_and_same(view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """True at each anchor's own item, and at the items of its id."""
+def _is_own_and_of_same_id(view: View, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both ``[anchors, items]``: True at each anchor's own item, and at the items of its id."""
     items = torch.arange(len(view.image))
-    own = items[view.rows, None] == items
-    return own, own if ids is None else ids[view.rows, None] == ids
+    is_own = items[view.rows, None] == items
+    is_of_same_id = is_own if ids is None else ids[view.rows, None] == ids
+    return is_own, is_of_same_id
 
 
-def cross(view: View, teacher: View | None = None) -> Tensor:
+def cross_modal(view: View, teacher: View | None = None) -> Tensor:
     """The cross-modal term: each direction is ranked by the other, or by a teacher's of the same."""
-    return _ranked(_across(view), _across(teacher) if teacher else _across(view)[::-1], view)
+    similarities = _across(view)
+    references = similarities[::-1] if teacher is None else _across(teacher)
+    return _mean_nll(similarities, references, view)
 
 
-def in_(view: View, teacher: View | None = None) -> Tensor:
+def in_modal(view: View, teacher: View | None = None) -> Tensor:
     """The in-modal term: each modality is ranked by the other, or by a teacher's of the same."""
-    return _ranked(_within(view), _within(teacher) if teacher else _within(view)[::-1], view)
+    similarities = _within(view)
+    references = similarities[::-1] if teacher is None else _within(teacher)
+    return _mean_nll(similarities, references, view)
 
 
 def rank_terms(view: View, teacher: View | None = None) -> Tensor:
-    return cross(view, teacher) + in_(view, teacher)
+    return cross_modal(view, teacher) + in_modal(view, teacher)
 
 
 def _across(view: View) -> tuple[Tensor, Tensor]:
@@ -95,8 +104,8 @@ def _within(view: View) -> tuple[Tensor, Tensor]:
     return view.image_anchors @ view.image.T, view.text_anchors @ view.text.T
 
 
-def _ranked(similarities: tuple[Tensor, ...], references: tuple[Tensor, ...], view: View) -> Tensor:
-    """The mean of both kinds of lists under the orders of the references, by the items of a list."""
+def _mean_nll(similarities: tuple[Tensor, ...], references: tuple[Tensor, ...], view: View) -> Tensor:
+    """The mean NLL of the lists of both matrices, in the orders of the references, per item of a list."""
     values = [
         plackett_luce_nll(view.scale * similarity, reference)
         for similarity, reference in zip(similarities, references, strict=True)
@@ -110,12 +119,13 @@ def spread(view: View) -> Tensor:
     The scale is a constant in it.
     """
     scale = view.scale.detach()
-    is_own, _ = _own_and_same(view, None)
+    is_own, _ = _is_own_and_of_same_id(view, ids=None)
     deviations = []
     for similarities in _within(view):
         others = (scale * similarities)[~is_own].view(len(similarities), -1)
         variances = others.var(-1, unbiased=False)
-        deviations.append((variances + 1e-9 * scale**2).sqrt().mean())  # ε of rankloss.spread
+        epsilon = 1e-9 * scale**2  # of rankloss.spread, for similarities that are multiplied by the scale
+        deviations.append((variances + epsilon).sqrt().mean())
     return torch.stack(deviations).mean()
 
 
@@ -138,6 +148,7 @@ def mean_loss(
     """
 
     def gathered(features: Tensor, rank: int) -> Tensor:
+        """The features of all processes, as process ``rank`` has them."""
         if gather_with_grad or world_size == 1:
             return features
         chunks = [x.detach() for x in features.chunk(world_size)]

@@ -25,11 +25,11 @@ _PRELOADED = ["torch.distributed", "rankloss", "pytest", "hypothesis", "open_cli
 
 
 def _join(rank: int, world_size: int, port: int) -> None:
-    """Begin a process of the group."""
+    """Make a process that has just started one of the group."""
     threading.Thread(target=_leave_with_the_session, daemon=True).start()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=TIMEOUT * 3 / 4)
+    timeout = timedelta(seconds=TIMEOUT * 3 / 4)  # of a collective, so that it fails before the task does
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -40,9 +40,10 @@ def _leave_with_the_session() -> None:
     os._exit(1)
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+def _result_to_send(function: Callable[..., Any], *arguments: Any) -> Any:
     """What the function returns, its tensors without their graphs, with which they cannot be sent."""
-    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, function(*arguments))
+    result = function(*arguments)
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 class Pool:
@@ -53,14 +54,19 @@ class Pool:
         self._ranks: list[ProcessPoolExecutor] = []
 
     def _start(self) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            _, port = free.getsockname()
         context = mp.get_context(_METHOD)
         if _METHOD == "forkserver":
             context.set_forkserver_preload(_PRELOADED)
         self._ranks = [
-            ProcessPoolExecutor(1, context, _join, (rank, self.world_size, port))
+            ProcessPoolExecutor(
+                max_workers=1,
+                mp_context=context,
+                initializer=_join,
+                initargs=(rank, self.world_size, port),
+            )
             for rank in range(self.world_size)
         ]
 
@@ -69,25 +75,29 @@ class Pool:
         if not self._ranks:
             self._start()
         answers = [
-            executor.submit(_call, function, rank, self.world_size, *arguments)
+            executor.submit(_result_to_send, function, rank, self.world_size, *arguments)
             for rank, executor in enumerate(self._ranks)
         ]
-        done, silent = wait(answers, TIMEOUT, FIRST_EXCEPTION)
-        error = next((answer.exception() for answer in done if answer.exception()), None)
-        if error or silent:
+        done, pending = wait(answers, timeout=TIMEOUT, return_when=FIRST_EXCEPTION)
+        errors = [error for error in (answer.exception() for answer in done) if error is not None]
+        if errors or pending:
             self._terminate()
-            ranks = [rank for rank, answer in enumerate(answers) if answer in silent]
-            raise AssertionError(f"{function.__name__}: {error}; no answer from ranks {ranks}") from error
+            first_error = errors[0] if errors else None
+            silent_ranks = [rank for rank, answer in enumerate(answers) if answer in pending]
+            raise AssertionError(
+                f"{function.__name__}: {first_error}; no answer from ranks {silent_ranks}"
+            ) from first_error
         return [answer.result() for answer in answers]
 
     def _terminate(self) -> None:
         """End the processes, which may be waiting for one that failed; the next task gets new ones."""
         for executor in self._ranks:
-            for process in executor._processes.values():
+            for process in executor._processes.values():  # no public method ends a process that is busy
                 process.terminate()
         self._ranks = []
 
     def close(self) -> None:
+        """Let the processes leave their group together, and end them."""
         for executor in self._ranks:
             executor.submit(dist.destroy_process_group)
         for executor in self._ranks:
@@ -95,7 +105,7 @@ class Pool:
 
 
 class Pools(dict[int, Pool]):
-    """Pools by world size."""
+    """Pools by world size, each made when it is first asked for."""
 
     def __missing__(self, world_size: int) -> Pool:
         self[world_size] = pool = Pool(world_size)

@@ -50,7 +50,7 @@ N, D, SCALE = 4, 6, 10.0  # pairs of a process
 TEACHER = ("reference_image_features", "reference_text_features")
 F64, F32 = torch.float64, torch.float32
 
-Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias
+Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias, or a part of these
 
 
 # --- the losses, and what they owe ------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def of_ids(
     )
 
 
-Rank = functools.partial(RankConsistency, chunk_size=3)
+ChunkedRankConsistency = functools.partial(RankConsistency, chunk_size=3)  # fewer rows than pairs
 smoothed_clip_of = functools.partial(clip_of, label_smoothing=0.2)
 LOSSES = {
     "ClipLoss": Case(lambda gather: ClipLoss(gather=gather), clip_of),
@@ -189,10 +189,12 @@ LOSSES = {
         lambda gather: SigLipLoss(gather=gather, memory_budget=0), one_process.siglip
     ),
     "RankConsistency[cross-modal]": Case(
-        lambda gather: Rank(gather=gather, in_modal=0), lambda view, bias: one_process.cross(view)
+        lambda gather: ChunkedRankConsistency(gather=gather, in_modal=0),
+        lambda view, bias: one_process.cross_modal(view),
     ),
     "RankConsistency[in-modal]": Case(
-        lambda gather: Rank(gather=gather, cross_modal=0), lambda view, bias: one_process.in_(view)
+        lambda gather: ChunkedRankConsistency(gather=gather, cross_modal=0),
+        lambda view, bias: one_process.in_modal(view),
     ),
     "RankClipLoss": Case(
         lambda gather: rank_clip(None, gather), lambda view, bias: one_process.rank_clip(view)
@@ -246,7 +248,8 @@ LOSSES = {
     ),
 }
 """By the names of the subjects of other tests, where they are the same."""
-for same_id, (streamed, budget) in itertools.product(("ignore", "share"), (("", None), (", streamed", 0))):
+BUDGETS = {"": None, ", streamed": 0}  # of the bytes of a whole matrix, by what it adds to a name
+for same_id, (streamed, budget) in itertools.product(("ignore", "share"), BUDGETS.items()):
     LOSSES |= {
         f"ClipLoss[{same_id}{streamed}]": of_ids(ClipLoss, clip_of, same_id, memory_budget=budget),
         f"ClipLoss[smoothed, {same_id}{streamed}]": of_ids(
@@ -264,6 +267,7 @@ def has_siglip(loss: str) -> bool:
 
 
 def is_siglip(loss: str) -> bool:
+    """True for SigLIP's loss alone."""
     return loss.startswith("SigLipLoss")
 
 
@@ -281,7 +285,10 @@ DEFAULT_FLAGS = "local loss, gradients"
 def whole_batch(
     world_size: int, dtype: torch.dtype = F64, *, pairs: int = N, seed: int = 0, duplicates: int = 0
 ) -> tuple[Tensor, ...]:
-    """Images and texts of the whole batch, ``pairs`` of each process, then the scale and the bias."""
+    """Images and texts of the whole batch, ``pairs`` of each process, then the scale and the bias.
+
+    All are leaves that require a gradient.
+    """
     batch = random_batch(seed, pairs * world_size, D, SCALE, duplicates=duplicates)
     return (*batch.leaves(dtype), torch.tensor(-2.0, dtype=dtype, requires_grad=True))
 
@@ -298,13 +305,13 @@ def value_of(loss: nn.Module, v: Tensor, t: Tensor, s: Tensor, b: Tensor, **more
     return loss(v, t, s, **more)
 
 
-def differentiated(value: Tensor, inputs: tuple[Tensor, ...]) -> Values:
+def value_and_gradients(value: Tensor, inputs: tuple[Tensor, ...]) -> Values:
     """The value and its gradients, zeros by inputs that it does not depend on."""
     gradients = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
     return [value.detach(), *gradients]
 
 
-def averaged(results: list[Values]) -> Values:
+def mean_of_ranks(results: list[Values]) -> Values:
     """DDP's mean of the ranks' values."""
     return [torch.stack(of_ranks).mean(0) for of_ranks in zip(*results, strict=True)]
 
@@ -320,10 +327,10 @@ def expected_of(loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: s
     mean = one_process.mean_loss(
         owed, tuple(features_and_scale), world_size, gather.local_loss, gather.gather_with_grad
     )
-    return differentiated(mean, inputs)
+    return value_and_gradients(mean, inputs)
 
 
-# --- the table --------------------------------------------------------------------------------------------
+# --- every loss in every layout -----------------------------------------------------------------------------
 
 
 def parity_group(rank: int, world_size: int) -> Any:
@@ -349,10 +356,10 @@ def results_of_every_layout(rank: int, world_size: int) -> dict[tuple[str, str],
     for name, case in LOSSES.items():
         for flags, gather in FLAGS.items():
             value = value_of(case.build(gather), *share, *numbers)
-            results[name, flags] = differentiated(value, whole)
-        results[name, "default"] = differentiated(value_of(case.build(None), *share, *numbers), whole)
+            results[name, flags] = value_and_gradients(value, whole)
+        results[name, "default"] = value_and_gradients(value_of(case.build(None), *share, *numbers), whole)
         value = value_of(case.build(Gather(group=group)), *group_share, *of_group[2:])
-        results[name, "group"] = differentiated(value, of_group)
+        results[name, "group"] = value_and_gradients(value, of_group)
         with torch.inference_mode():
             results[name, "inference mode"] = [value_of(case.build(None), *share, *numbers)]
     return results
@@ -369,75 +376,79 @@ def test_every_variant_of_a_loss_of_pairs_is_in_the_table() -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[tuple[str, str], Values]]:
-    """The results of :func:`results_of_every_layout` by rank, for each number of processes in turn."""
+def results_by_rank(request: pytest.FixtureRequest, pools: Pools) -> list[dict[tuple[str, str], Values]]:
+    """By rank the results of :func:`results_of_every_layout`, for each number of processes in turn."""
     return pools[request.param].run(results_of_every_layout)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def mean_over_ranks(table: list[dict[tuple[str, str], Values]], loss: str, layout: str) -> Values:
-    return averaged([of_rank[loss, layout] for of_rank in table])
+def mean_over_ranks(results_by_rank: list[dict[tuple[str, str], Values]], loss: str, layout: str) -> Values:
+    return mean_of_ranks([of_rank[loss, layout] for of_rank in results_by_rank])
 
 
 @every_loss
 @pytest.mark.parametrize("layout", [*FLAGS, "default"])
-def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, layout: str) -> None:
-    world_size = len(table)
+def test_value_and_gradients_follow_the_flags_rules(
+    results_by_rank: list[Any], loss: str, layout: str
+) -> None:
+    world_size = len(results_by_rank)
     flags = DEFAULT_FLAGS if layout == "default" else layout
     owed = expected_of(loss, whole_batch(world_size), world_size, flags)
-    assert_same(mean_over_ranks(table, loss, layout), owed)
+    assert_same(mean_over_ranks(results_by_rank, loss, layout), owed)
 
 
 @every_loss
 def test_value_and_the_numbers_gradients_are_the_whole_batchs_under_all_flags(
-    table: list[Any], loss: str
+    results_by_rank: list[Any], loss: str
 ) -> None:
     expected, _, _, expected_by_scale, expected_by_bias = expected_of(
-        loss, whole_batch(len(table)), world_size=1
+        loss, whole_batch(len(results_by_rank)), world_size=1
     )
     for flags in FLAGS:
-        value, _, _, by_scale, by_bias = mean_over_ranks(table, loss, flags)
+        value, _, _, by_scale, by_bias = mean_over_ranks(results_by_rank, loss, flags)
         assert_same([value, by_scale, by_bias], [expected, expected_by_scale, expected_by_bias])
 
 
 @every_loss
 def test_features_that_are_gathered_with_their_graph_have_the_whole_batchs_gradients(
-    table: list[Any], loss: str
+    results_by_rank: list[Any], loss: str
 ) -> None:
-    owed = expected_of(loss, whole_batch(len(table)), world_size=1)
+    owed = expected_of(loss, whole_batch(len(results_by_rank)), world_size=1)
     for flags in WITH_GRADIENTS:
-        assert_same(mean_over_ranks(table, loss, flags), owed)
+        assert_same(mean_over_ranks(results_by_rank, loss, flags), owed)
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if not has_siglip(loss)])
 def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
-    table: list[Any], loss: str
+    results_by_rank: list[Any], loss: str
 ) -> None:
     """Those of all terms alike, so that no term gains weight over another by the flags of a launch."""
-    _, by_image, by_text, *_ = mean_over_ranks(table, loss, "global loss, constants")
-    _, owed_by_image, owed_by_text, *_ = expected_of(loss, whole_batch(len(table)), world_size=1)
-    assert_same([by_image, by_text], [owed_by_image / len(table), owed_by_text / len(table)])
+    _, by_image, by_text, *_ = mean_over_ranks(results_by_rank, loss, "global loss, constants")
+    _, owed_by_image, owed_by_text, *_ = expected_of(loss, whole_batch(len(results_by_rank)), world_size=1)
+    assert_same(
+        [by_image, by_text], [owed_by_image / len(results_by_rank), owed_by_text / len(results_by_rank)]
+    )
 
 
 @every_loss
-def test_a_loss_of_a_group_is_that_of_the_groups_batch(table: list[Any], loss: str) -> None:
-    for parity, of_group in enumerate((table[::2], table[1::2])):
+def test_a_loss_of_a_group_is_that_of_the_groups_batch(results_by_rank: list[Any], loss: str) -> None:
+    for parity, of_group in enumerate((results_by_rank[::2], results_by_rank[1::2])):
         if of_group:  # one process has no odd rank
             owed = expected_of(loss, whole_batch(len(of_group), seed=parity), world_size=1)
             assert_same(mean_over_ranks(of_group, loss, "group"), owed)
 
 
 @every_loss
-def test_the_value_in_inference_mode_is_the_whole_batchs(table: list[Any], loss: str) -> None:
-    (value,) = mean_over_ranks(table, loss, "inference mode")
-    expected, *_ = expected_of(loss, whole_batch(len(table)), world_size=1)
+def test_the_value_in_inference_mode_is_the_whole_batchs(results_by_rank: list[Any], loss: str) -> None:
+    (value,) = mean_over_ranks(results_by_rank, loss, "inference mode")
+    expected, *_ = expected_of(loss, whole_batch(len(results_by_rank)), world_size=1)
     assert_same([value], [expected])
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedCase:
     """Rank terms with some options, of a batch that is spread over processes."""
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -451,18 +462,18 @@ class Sharded:
 
 SHARDED = {
     **{
-        str(options): Sharded(options, TEACHER if "reference_scale" in options else ())
+        str(options): ShardedCase(options, teacher=TEACHER if "reference_scale" in options else ())
         for options in ({}, *CHANGES)
     },
-    "teacher": Sharded(teacher=TEACHER),
-    "teacher of texts": Sharded({"cross_modal": 0.0}, TEACHER[1:]),
-    "one pair": Sharded(pairs=1, duplicates=0),
-    "float32": Sharded(dtype=F32),
+    "teacher": ShardedCase(teacher=TEACHER),
+    "teacher of texts": ShardedCase({"cross_modal": 0.0}, teacher=TEACHER[1:]),
+    "one pair": ShardedCase(pairs=1, duplicates=0),
+    "float32": ShardedCase(dtype=F32),
 }
 
 
 def value_of_share(
-    case: Sharded,
+    case: ShardedCase,
     gather: Any,
     inputs: tuple[Tensor, ...],
     teacher: dict[str, Tensor],
@@ -470,20 +481,20 @@ def value_of_share(
     world_size: int,
 ) -> Values:
     """The rank terms of a rank's share of the inputs, and their gradients by all of them."""
-    loss = Rank(gather=gather, **case.options)
+    loss = ChunkedRankConsistency(gather=gather, **case.options)
     v, t, *numbers = inputs
     share = shards(rank, world_size, v, t)
     teachers_share = dict(zip(teacher, shards(rank, world_size, *teacher.values()), strict=True))
     with Collectives() as calls:
         value = value_of(loss, *share, *numbers, **teachers_share)
     assert bool(calls.counts) == (world_size > 1)  # one process sends nothing
-    if value.dim():  # a value per anchor, each of which counts differently in the sum over all processes
+    if value.dim():  # a value per anchor: sum them, each with a weight of its own
         (weights,) = shards(rank, world_size, torch.arange(1.0, 1 + len(v)))
-        value = world_size * (weights * value).sum()
-    return differentiated(value, inputs)
+        value = world_size * (weights * value).sum()  # so that the mean over the ranks is the sum of all
+    return value_and_gradients(value, inputs)
 
 
-def of_share_and_whole(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
+def values_of_share_and_whole(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
     """This rank's values of its share, beside those of one process that has the whole batch."""
     results = {}
     for name, case in SHARDED.items():
@@ -499,16 +510,17 @@ def of_share_and_whole(rank: int, world_size: int) -> dict[str, tuple[Values, Va
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def of_all_options(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
-    """By rank, for each number of processes."""
-    return pools[request.param].run(of_share_and_whole)
+def shares_and_wholes(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
+    """By rank the results of :func:`values_of_share_and_whole`, for each number of processes in turn."""
+    return pools[request.param].run(values_of_share_and_whole)
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_every_option_shards_exactly(of_all_options: list[dict[str, Any]], name: str) -> None:
-    of_shares, of_whole = zip(*(of_rank[name] for of_rank in of_all_options), strict=True)
-    expected = of_whole[0]  # every rank has computed the same
-    assert_same(averaged(list(of_shares)), expected, tolerance=1e-5 if name == "float32" else 1e-10)
+def test_every_option_shards_exactly(shares_and_wholes: list[dict[str, Any]], name: str) -> None:
+    of_shares = [of_rank[name][0] for of_rank in shares_and_wholes]
+    _, expected = shares_and_wholes[0][name]  # every rank has computed the same of the whole batch
+    tolerance = 1e-5 if name == "float32" else 1e-10
+    assert_same(mean_of_ranks(of_shares), expected, tolerance)
 
 
 # --- under DistributedDataParallel ------------------------------------------------------------------------
@@ -626,7 +638,8 @@ def test_all_gather_concatenates(gathered: list[Gathered]) -> None:
 
 
 def test_gradients_of_all_gather_add_up_over_the_ranks(gathered: list[Gathered]) -> None:
-    total = sum(range(1, len(gathered) + 1))  # of the ranks' factors
+    """Rank r weighs item k by (r + 1)·(k + 1), and a rank's own two items are k = 2·rank and the next."""
+    total = sum(range(1, len(gathered) + 1))  # of the factors r + 1
     for rank, of_rank in enumerate(gathered):
         assert of_rank.first.flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
 
@@ -636,8 +649,8 @@ def test_the_reduction_leaves_the_gradient_of_the_gathered_items_as_it_was(gathe
 
 
 def test_second_derivatives_of_all_gather_add_up_over_the_ranks(gathered: list[Gathered]) -> None:
-    """Σ_r L_r = total·Σ x³; the square of its gradient is 9·total²·x⁴."""
-    total = sum(range(1, len(gathered) + 1))
+    """Σ_r L_r = total·Σ x³ has the gradient 3·total·x², whose square is 9·total²·x⁴."""
+    total = sum(range(1, len(gathered) + 1))  # of the factors r + 1
     for rank, of_rank in enumerate(gathered):
         expected = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]
         assert of_rank.second.flatten().tolist() == pytest.approx(expected)
@@ -707,7 +720,7 @@ def second_steps(rank: int, world_size: int, one_tensor: bool = False) -> list[d
             with Collectives() as forward:
                 value = value_of(loss, *share, *numbers)
             with Collectives() as backward:
-                values = differentiated(value, inputs)
+                values = value_and_gradients(value, inputs)
             step = {
                 "loss": name,
                 "local_loss": gather.local_loss,
@@ -832,9 +845,10 @@ def test_collectives_of_one_tensor_fill_no_more_and_scatter_the_gradients(
 def test_collectives_are_chosen_by_the_backend_of_the_device(
     monkeypatch: pytest.MonkeyPatch, backend: str, device: str, expected: bool
 ) -> None:
+    """True where one tensor is filled; ``backend`` is as torch reports that of a group, or those."""
     monkeypatch.setattr(dist, "get_backend", lambda _: backend)
     features = SimpleNamespace(is_cpu=device == "cpu")
-    assert distributed._has_tensor_collectives(features, None) is expected
+    assert distributed._has_tensor_collectives(features, group=None) is expected
 
 
 def two_losses(rank: int, world_size: int, epoch: int) -> list[tuple[dict[str, int], Values, Values]]:
@@ -852,7 +866,7 @@ def two_losses(rank: int, world_size: int, epoch: int) -> list[tuple[dict[str, i
         separate = sum(loss(*share, s) for loss in losses)
         with Collectives() as calls, gather_once():
             shared = sum(loss(*share, s) for loss in losses)
-        values, values_of_separate = (differentiated(total, inputs) for total in (shared, separate))
+        values, values_of_separate = (value_and_gradients(total, inputs) for total in (shared, separate))
         results.append((dict(calls.counts), values, values_of_separate))
     return results
 
@@ -873,7 +887,7 @@ def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> t
     torch._dynamo.reset()  # of what tests before have compiled
     compiled = torch.compile(eager, backend=backend)  # with graph breaks around the collectives
     of_eager, of_compiled = (
-        differentiated(value_of(loss, *share, *numbers), inputs) for loss in (eager, compiled)
+        value_and_gradients(value_of(loss, *share, *numbers), inputs) for loss in (eager, compiled)
     )
     return of_eager, of_compiled
 
@@ -908,8 +922,8 @@ def beside_open_clip(rank: int, world_size: int) -> list[tuple[Values, Values]]:
     share = shards(rank, world_size, v, t)
     return [
         (
-            differentiated(value_of(theirs, *share, *numbers), inputs),
-            differentiated(value_of(ours, *share, *numbers), inputs),
+            value_and_gradients(value_of(theirs, *share, *numbers), inputs),
+            value_and_gradients(value_of(ours, *share, *numbers), inputs),
         )
         for theirs, ours in pairs_with_open_clip(rank, world_size)
     ]
@@ -1130,7 +1144,7 @@ class OnAccelerator(Tensor):
     device = property(lambda _: torch.device("cuda", 1))  # type: ignore[assignment]
 
 
-def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[Any], list[str]]:
+def five_checks(rank: int, world_size: int, tensor_type: type[Tensor]) -> tuple[list[Any], list[str]]:
     """The outcomes of five checks of a loss, and the devices by which they gathered texts.
 
     The outcome of a check that passes is the number of its collectives. An error's is "bad of rank 1" where
@@ -1155,7 +1169,7 @@ def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[An
     ]
     with mock.patch.object(distributed, "_gather_text", by_way_of_the_cpu):
         for rows, is_bad in batches:
-            features = torch.ones(rows, 2).as_subclass(kind)
+            features = torch.ones(rows, 2).as_subclass(tensor_type)
             try:
                 with Collectives() as calls, Gather().agreement(loss, image_features=features):
                     if is_bad:
@@ -1167,12 +1181,17 @@ def five_checks(rank: int, world_size: int, kind: type[Tensor]) -> tuple[list[An
 
 
 def test_processes_on_cpus_ask_each_other_at_every_call(pools: Pools) -> None:
-    asked, bad = 1, "bad of rank 1"
-    assert pools[2].run(five_checks, Tensor) == [([asked, asked, bad, bad, bad], ["cpu"] * 3)] * 2
+    """By one collective where no process has an error; on three errors texts are gathered, too."""
+    asked, bad, devices = 1, "bad of rank 1", ["cpu"] * 3
+    of_each_rank = ([asked, asked, bad, bad, bad], devices)
+    assert pools[2].run(five_checks, Tensor) == [of_each_rank] * 2
 
 
 def test_processes_on_accelerators_ask_each_other_where_a_batch_is_new(pools: Pools) -> None:
-    """A batch of a shape that was good has no check, and an error is not remembered as agreed."""
+    """A batch of a shape that was good has no check, and an error is not remembered as agreed.
+
+    To ask takes two collectives, which gather the lengths of texts, then the texts.
+    """
     asked, not_asked, bad, devices = 2, 0, "bad of rank 1", ["cuda:1"] * 3
     of_rank_0, of_rank_1 = pools[2].run(five_checks, OnAccelerator)
     assert of_rank_0 == ([asked, not_asked, not_asked, bad, bad], devices)
@@ -1180,11 +1199,13 @@ def test_processes_on_accelerators_ask_each_other_where_a_batch_is_new(pools: Po
 
 
 def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, characters = torch.tensor([3, 2]), torch.tensor([97, 98, 99, 100, 101, 0])
+    """Of two processes with the texts "abc" and "de", which are padded to one length."""
+    lengths, characters = torch.tensor([3, 2]), torch.tensor([*b"abc", *b"de\0"])
     answers = iter([lengths, characters])
     devices: list[str] = []
 
     def gather(x: Tensor, group: Any) -> Tensor:
+        """What both processes give: at the first call the lengths."""
         devices.append(x.device.type)
         return next(answers)
 
@@ -1194,15 +1215,15 @@ def test_text_goes_by_way_of_the_features_device(monkeypatch: pytest.MonkeyPatch
 
 
 def errors_of_changing_batches(rank: int, world_size: int, name: str) -> list[str]:
-    """The types of errors of a loss's calls by batches of six kinds; in two of them the ranks differ."""
+    """The types of the errors, or "", of a loss's calls by six batches; in two of them the ranks differ."""
     if name == "ClipLoss":
         loss = ClipLoss()
     else:
         loss = torch.compile(catalog.load(name).constructor(), backend="eager")
     differing_rows, differing_dtype = 4 - rank, (F64, F32)[rank]
-    kinds = [(4, F64), (3, F64), (4, F32), (differing_rows, F64), (4, differing_dtype), (4, F64)]
+    batches = [(4, F64), (3, F64), (4, F32), (differing_rows, F64), (4, differing_dtype), (4, F64)]
     errors = []
-    for rows, dtype in kinds:
+    for rows, dtype in batches:
         v, t, captions = F.normalize(torch.randn(3, rows, D, dtype=dtype), dim=-1)
         inputs = {"image_features": v, "text_features": t, "logit_scale": 10.0}
         if name != "ClipLoss" and "caption_features" in input_names(name):
@@ -1223,15 +1244,25 @@ def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools, name: str) 
 # --- what else processes must not get wrong ----------------------------------------------------------------
 
 
-def test_the_default_of_gather_is_none_and_one_process_is_its_own_group() -> None:
-    assert Gather() == Gather.of(None)
-    assert Gather().place == Gather.of(False).place == (0, 1)
+def test_none_as_gather_is_the_default_gather() -> None:
+    assert Gather.of(None) == Gather()
+
+
+def test_one_process_is_rank_0_of_1() -> None:
+    rank_and_size = (0, 1)
+    assert Gather().place == rank_and_size
+    assert Gather.of(False).place == rank_and_size
+
+
+def test_without_a_group_a_place_is_the_given_rank_and_size() -> None:
     assert Gather(rank=1, world_size=4).place == (1, 4)
 
 
 def test_one_process_gathers_its_own_tensor() -> None:
-    v, t, *_ = whole_batch(1)
-    assert Gather()(v, t)[0] is v
+    v, t, *_ = whole_batch(world_size=1)
+    images, texts = Gather()(v, t)
+    assert images is v
+    assert texts is t
 
 
 @every_loss
@@ -1309,14 +1340,14 @@ def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
         inputs = whole_batch(1)
         if rank == 0:
             inputs[0].data[0, 0] = math.nan
-        value, _, by_texts, *_ = differentiated(value_of(case.build(gather), *inputs), inputs)
+        value, _, by_texts, *_ = value_and_gradients(value_of(case.build(gather), *inputs), inputs)
         results[f"{name} {flags}"] = by_texts.sum() if is_siglip(name) else value
     return results
 
 
 def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
     for of_rank in pools[2].run(sums_with_a_nan):
-        assert len(of_rank) > len(LOSSES)
+        assert len(of_rank) > len(LOSSES)  # nearly all losses, under several flags
         assert [name for name, number in of_rank.items() if not number.isnan()] == []
 
 

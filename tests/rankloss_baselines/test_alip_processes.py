@@ -12,7 +12,7 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines.alip import AlipLoss
-from test_distributed import averaged, differentiated, shards
+from test_distributed import mean_of_ranks, shards, value_and_gradients
 
 PAIRS_OF_A_RANK, DIMENSIONS, SCALE = 3, 5, 10.0
 
@@ -67,14 +67,14 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
     *rows, s = inputs = leaves(world_size)
     v, t, c = shards(rank, world_size, *rows)
     loss = RankClipLoss(AlipLoss(gather=gather), schedule="constant", gather=gather)
-    return differentiated(loss(v, t, s, caption_features=c), inputs)
+    return value_and_gradients(loss(v, t, s, caption_features=c), inputs)
 
 
 @both_gatherings
 def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(AlipLoss(), schedule="constant")(v, t, s, caption_features=c)
-    assert_same(averaged(pool.run(on_share, gather)), differentiated(value, inputs), tolerance=1e-9)
+    assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)
 
 
 def test_entries_and_state_of_a_base_of_rank_terms_are_those_of_alip() -> None:

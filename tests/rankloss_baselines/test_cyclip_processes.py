@@ -12,7 +12,7 @@ from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
 from rankloss_baselines.cyclip import CyClipLoss
-from test_distributed import averaged, differentiated, shards
+from test_distributed import mean_of_ranks, shards, value_and_gradients
 
 PAIRS_OF_A_RANK, DIMENSIONS, SCALE = 3, 5, 10.0
 
@@ -37,14 +37,14 @@ def on_share(rank: int, world_size: int, gather: Gather | None) -> list[Tensor]:
     *rows, s = inputs = leaves(world_size)
     v, t = shards(rank, world_size, *rows)
     loss = RankClipLoss(CyClipLoss(gather=gather), schedule="constant", gather=gather)
-    return differentiated(loss(v, t, s), inputs)
+    return value_and_gradients(loss(v, t, s), inputs)
 
 
 @both_gatherings
 def test_a_base_of_rank_terms_has_the_gradients_of_the_whole_batch(pool: Pool, gather: Gather | None) -> None:
     v, t, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(CyClipLoss(), schedule="constant")(v, t, s)
-    assert_same(averaged(pool.run(on_share, gather)), differentiated(value, inputs), tolerance=1e-9)
+    assert_same(mean_of_ranks(pool.run(on_share, gather)), value_and_gradients(value, inputs), tolerance=1e-9)
 
 
 def test_entries_of_a_base_of_rank_terms_are_those_of_cyclip() -> None:
