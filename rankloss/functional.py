@@ -147,7 +147,13 @@ def in_modal(
 
 
 def _one_term(term: dict[str, float], *inputs: Any, **named: Any) -> Tensor:
-    """The loss with the weights of ``term``, of inputs, a teacher's features and options by their names."""
+    """The loss of a batch that has one term.
+
+    Args:
+        term: the weights of both terms.
+        *inputs: images, texts and the scale.
+        **named: a teacher's features and the options, by their names.
+    """
     teacher = {name: named.pop(name) for name in TEACHER if name in named}
     options = named
     loss = _loss_of_this_process(**term, **options)

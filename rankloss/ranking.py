@@ -377,7 +377,10 @@ def ascending(x: Tensor, *, by_numpy: bool) -> tuple[Tensor, Tensor]:
         >>> values.tolist(), indices.tolist()
         ([[-1.0, 0.0, 0.5]], [[1, 2, 0]])
     """
-    if not by_numpy or x.dtype != torch.float32 or x.shape[-1] >= 2 ** (_INDEX_BITS - 1):
+    # Less than half a unit in the last place of a float32, so that rounding removes the index again.
+    is_index_small = x.shape[-1] < 2 ** (_INDEX_BITS - 1)
+    leaves_bits_for_index = x.dtype == torch.float32 and is_index_small
+    if not (by_numpy and leaves_bits_for_index):
         values, indices = x.sort(dim=-1)
         return values, indices
     # An index in the bits of 0.0 would be a subnormal number, which some processors flush to 0.
@@ -385,7 +388,6 @@ def ascending(x: Tensor, *, by_numpy: bool) -> tuple[Tensor, Tensor]:
     bits = keys.view(torch.int64)
     bits.bitwise_or_(torch.arange(x.shape[-1], device=x.device))
     keys.numpy().sort(axis=-1)
-    # The index is less than half a unit in the last place of a float32, so rounding removes it.
-    values = keys.float()
+    values = keys.float()  # rounded, without the index
     indices = bits.bitwise_and_(2**_INDEX_BITS - 1)
     return values, indices

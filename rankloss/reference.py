@@ -172,6 +172,7 @@ def in_modal(
         ranking_images, ranking_texts = teacher[0], teacher[-1]
     else:  # each modality ranks the other
         ranking_images, ranking_texts = text_features, image_features
+    # In one list of all pairs the unit vectors' cosines with themselves are tied, in a model that ranks.
     has_structural_ties = options.get("lists") == "batch" and options.get("model") != "top_one"
     cosines_to_rank_by = _cosines_tied_where_equal if has_structural_ties else _cosines_within
     matrices = _cosines_within(image_features), _cosines_within(text_features)
@@ -283,7 +284,7 @@ def _summands_of_list(
     """As :func:`_summands`, of one list; its tied items are ordered by ``shuffled``, or shared for None."""
     log_w = _log_worth(x, worth)
     is_in_tail = y <= y[:, None]  # [p, q]: q is in the denominator of p
-    if shuffled is not None:
+    if shuffled is not None:  # of items tied with p those up to its place in the shuffle
         is_in_tail = (y < y[:, None]) | ((y == y[:, None]) & (shuffled <= shuffled[:, None]))
     rank = 1 + len(y) - is_in_tail.sum(-1)
     mu = torch.ones_like(log_w) if discount is None else 1 / torch.log(1 + rank.to(log_w.dtype))

@@ -57,7 +57,10 @@ def _uniform(chosen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def siglip(view: View, bias: Tensor, ids: Tensor | None = None, same_id: str = "share") -> Tensor:
-    """SigLIP's loss: the sum over the images' pairs, by the number of images."""
+    """SigLIP's loss: −log σ(±logit), summed over the texts of each image, and the mean over the images.
+
+    The sign is + for texts of the image's id. Of these its own alone counts with ``same_id="ignore"``.
+    """
     # Texts are never rows. A process's own always have a gradient, even where gathered ones are constants.
     texts = torch.cat([view.text[: view.rows.start], view.text_anchors, view.text[view.rows.stop :]])
     logits = view.scale * view.image_anchors @ texts.T + bias

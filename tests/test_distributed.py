@@ -160,10 +160,17 @@ def spread_of_clip(view: View, bias: Tensor) -> Tensor:
     return one_process.clip(view) + SPREAD_WEIGHT * one_process.spread(view)
 
 
-def of_ids(
+def case_with_ids(
     build: Callable[..., nn.Module], owed: Callable[..., Tensor], same_id: str, **options: Any
 ) -> Case:
-    """A loss with this use of ids."""
+    """The case of a loss whose inputs have ids, which it uses as ``same_id`` says.
+
+    Args:
+        build: The loss, of its options.
+        owed: Its value in one process for a view, the bias, ``ids`` and ``same_id``.
+        same_id: ``"ignore"`` or ``"share"``.
+        **options: Further options of the loss.
+    """
 
     def owed_with_ids(view: View, bias: Tensor) -> Tensor:
         return owed(view, bias, ids=ids_of(view.image), same_id=same_id)
@@ -251,11 +258,11 @@ LOSSES = {
 BUDGETS = {"": None, ", streamed": 0}  # of the bytes of a whole matrix, by what it adds to a name
 for same_id, (streamed, budget) in itertools.product(("ignore", "share"), BUDGETS.items()):
     LOSSES |= {
-        f"ClipLoss[{same_id}{streamed}]": of_ids(ClipLoss, clip_of, same_id, memory_budget=budget),
-        f"ClipLoss[smoothed, {same_id}{streamed}]": of_ids(
+        f"ClipLoss[{same_id}{streamed}]": case_with_ids(ClipLoss, clip_of, same_id, memory_budget=budget),
+        f"ClipLoss[smoothed, {same_id}{streamed}]": case_with_ids(
             ClipLoss, smoothed_clip_of, same_id, memory_budget=budget, label_smoothing=0.2
         ),
-        f"SigLipLoss[{same_id}{streamed}]": of_ids(
+        f"SigLipLoss[{same_id}{streamed}]": case_with_ids(
             SigLipLoss, one_process.siglip, same_id, memory_budget=budget
         ),
     }
@@ -403,6 +410,7 @@ def test_value_and_gradients_follow_the_flags_rules(
 def test_value_and_the_numbers_gradients_are_the_whole_batchs_under_all_flags(
     results_by_rank: list[Any], loss: str
 ) -> None:
+    """The numbers are the scale and the bias."""
     expected, _, _, expected_by_scale, expected_by_bias = expected_of(
         loss, whole_batch(len(results_by_rank)), world_size=1
     )
@@ -607,8 +615,9 @@ def gatherings(rank: int, world_size: int) -> dict[str, Any]:
     items = all_gather(x)
     weights = (rank + 1) * torch.arange(1, len(items) + 1.0)[:, None]
     first, by_items = torch.autograd.grad((weights * items).sum(), (x, items))
-    (slope,) = torch.autograd.grad((rank + 1) * all_gather(x).pow(3).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(slope.pow(2).sum(), x)
+    sum_of_cubes = all_gather(x).pow(3).sum()
+    (gradient,) = torch.autograd.grad((rank + 1) * sum_of_cubes, x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
     zeros = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
     is_large = torch.arange(2 * world_size) % world_size == rank
     upstream = torch.where(is_large, 256.0, 1.0).bfloat16()
@@ -1130,6 +1139,7 @@ def errors_of_fault(rank: int, world_size: int, kind: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_an_error_of_one_process_is_the_error_of_all(pools: Pools, kind: str) -> None:
+    """In a first call and again in a second one; the message has the parts that the fault says."""
     of_first_rank, *of_others = pools[3].run(errors_of_fault, kind)
     assert of_others == [of_first_rank] * 2
     first, again = of_first_rank
@@ -1235,7 +1245,11 @@ def errors_of_changing_batches(rank: int, world_size: int, name: str) -> list[st
 
 @pytest.mark.parametrize("name", ["ClipLoss", *OF_PACKAGES])
 def test_a_kind_of_batch_seen_before_is_compared_again(pools: Pools, name: str) -> None:
-    """Also by compiled losses of other packages."""
+    """Also by compiled losses of other packages.
+
+    Of six batches the fourth and the fifth differ between the processes, in their rows and in their dtype;
+    the last is of the same kind as the first.
+    """
     agreeing, differing = "", "ValueError"
     expected = [agreeing, agreeing, agreeing, differing, differing, agreeing]
     assert pools[2].run(errors_of_changing_batches, name) == [expected] * 2
@@ -1337,9 +1351,9 @@ def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
         refuses_nan = name.startswith("MimicryLoss")  # in its teacher, which is made of the features
         if refuses_nan or (is_siglip(name) and not gather.gather_with_grad):
             continue
-        inputs = whole_batch(1)
+        images, *_ = inputs = whole_batch(world_size=1)
         if rank == 0:
-            inputs[0].data[0, 0] = math.nan
+            images.data[0, 0] = math.nan
         value, _, by_texts, *_ = value_and_gradients(value_of(case.build(gather), *inputs), inputs)
         results[f"{name} {flags}"] = by_texts.sum() if is_siglip(name) else value
     return results

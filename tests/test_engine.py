@@ -85,7 +85,10 @@ def blocks(draw: st.DrawFn) -> Block:
 def test_a_block_is_its_lists_in_value_and_gradient(
     block: Block, options: Any, with_gradient: bool, is_on_cpu: bool
 ) -> None:
-    """Values and gradient are those of ``rankloss.dense`` and autograd, on whole rows in float64."""
+    """Values and gradient are those of ``rankloss.dense`` and autograd, on whole rows in float64.
+
+    With and without each term and the gradient, on a CPU and by the code for accelerators.
+    """
     rank_options = RankOptions(**options)
     if not is_on_cpu and block.cosines.dtype == torch.float32:
         # Weights in float32 make the engine add logarithms in float32, as on a device without float64.
@@ -264,9 +267,10 @@ def test_equal_items_tie_exactly_whatever_the_products_rounding(n: int, has_teac
     teacher = teacher_of(n=n, d=13, duplicates=3) if has_teacher else {}
     arrays = [x.detach().double().cpu().numpy() for x in inputs]  # the same float32 values, in float64
     teacher_arrays = {name: x.cpu().numpy() for name, x in teacher.items()}
-    owed = reference.cross_modal(*arrays, **teacher_arrays) + reference.in_modal(*arrays, **teacher_arrays)
+    cross_modal = reference.cross_modal(*arrays, **teacher_arrays)
+    in_modal = reference.in_modal(*arrays, **teacher_arrays)
     values = [rankloss.RankConsistency(chunk_size=size)(*inputs, **teacher) for size in (1, 2, n)]
-    assert_close(values, [owed] * 3, tolerance=1e-6)
+    assert_close(values, [cross_modal + in_modal] * 3, tolerance=1e-6)
 
 
 # --- cost --------------------------------------------------------------------------------------------------

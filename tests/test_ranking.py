@@ -122,7 +122,10 @@ def test_values_and_derivatives_are_those_of_the_definition(seed: int, n: int, s
 
 
 def test_beyond_the_range_of_exp_the_derivatives_are_finite() -> None:
-    """The first sum is of −3000 alone, and in the third the second number is all that counts."""
+    """The first sum is −3000, the first number itself, and the third 3000, the second, to all digits.
+
+    So both have the gradient 1 by that number, which is constant: second derivatives are 0.
+    """
     x = torch.tensor([-3000.0, 3000.0, 0.0, -math.inf], dtype=torch.float64, requires_grad=True)
     first_sum, _, third_sum, _ = log_cumsum_exp(x)
     (gradient,) = torch.autograd.grad(first_sum + third_sum, x, create_graph=True)

@@ -345,6 +345,7 @@ def test_gradients_of_a_term_are_differences_of_its_values(
 def test_a_term_is_the_same_in_any_order_of_the_pairs(
     term: str, batch: Batch, options: dict[str, Any], random: Any
 ) -> None:
+    """Of values by anchor, each goes with its anchor."""
     v, t = (x.numpy() for x in features_with_worth(batch, options.get("worth", "exp")))
     order = [*range(len(v))]
     random.shuffle(order)
@@ -391,7 +392,9 @@ def test_lambda_weights_and_their_loss_written_out_by_hand() -> None:
     scores, grades = [3.0, 2.0, 1.0], [0.0, 2.0, 1.0]
     first, second, third = 1.0, 1 / math.log2(3), 1 / 2  # discounts by rank
     ideal = 2 * first + 1 * second
-    mu = 10  # NDCG-Loss2++: the discounts' difference by ranks, and μ times that by the ranks' distance
+    # A pair weighs the discounts' difference at its ranks, and μ times that at its distance in ranks: between
+    # the first and the second discount at a distance of 1, between the second and the third at 2.
+    mu = 10
     weights = np.zeros((3, 3))  # by a better item and a worse one
     weights[1, 0] = (first - second + mu * (first - second)) * 2 / ideal
     weights[1, 2] = (second - third + mu * (first - second)) * 1 / ideal
