@@ -373,7 +373,7 @@ def _add_gradients(
         by_scores: the gradient by the scores, ``[matrices, n, N]``; it is overwritten.
         sums: the gradients by the factors of the matrices, by name, without the factor s.
         earlier: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
-            from this column on; this chunk's are added. None keeps none.
+            from the column of that row on; this chunk's are added. None keeps none.
     """
     columns_of_rows = columns_of_items = slice(None)
     if earlier is not None:  # the later columns' gradients wait for their mirror images

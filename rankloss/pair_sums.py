@@ -125,7 +125,9 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def rest_sums(x: Tensor, rest: Tensor) -> Tensor:
     """``Σ_q log(1 + e^{rest_q − x_p})``: ``[n, K]``, of long lists on a CPU by cells of the scores."""
-    if x.shape[1] < _LONG_LIST or not (x.is_cpu and precision.can_be_read(x)):
+    is_long = x.shape[1] >= _LONG_LIST
+    can_choose_by_values = x.is_cpu and precision.can_be_read(x)  # an accelerator's host would wait for them
+    if not (is_long and can_choose_by_values):
         return pair_sums(x, rest)
     scores = x.detach()
     rest_scores = rest.detach()
@@ -159,6 +161,7 @@ class _CellSums(torch.autograd.Function):
         sums = torch.empty_like(x)
         moments = table.new_empty(len(x), len(table))
         for rows, _ in _blocks(low, y):  # rows alone: low has one column
+            # Moments of y times the table are the coefficients of the sum over y, as polynomials in x.
             moments[rows] = _moments(y[rows], torch.ones_like(y[rows]), low[rows], cells, nodes)
             sums[rows] = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
         ctx.save_for_backward(x, y, low, moments)
@@ -181,6 +184,7 @@ class _CellSums(torch.autograd.Function):
             for rows, _ in _blocks(low, y):
                 slopes = _interpolated(x[rows], moments[rows] @ table, low[rows], cells)
                 by_x[rows] = -g[rows] * slopes
+                # By y the sum is over x, weighted by g: the same with x and y exchanged.
                 moments_of_x = _moments(x[rows], g[rows], low[rows], cells, nodes)
                 by_y[rows] = _interpolated(y[rows], moments_of_x @ table.T, low[rows], cells)
         return by_x, by_y, None, None

@@ -114,8 +114,10 @@ class Binned(Ranking):
         self.items = index.shape[-1]
         self._index = index
         self._bins = bins
-        one = torch.ones((), dtype=torch.float32, device=index.device)
-        self.sizes = self._by_bin(one.expand_as(index))
+        one = torch.ones((), dtype=torch.float32, device=index.device)  # expanded without memory
+        self.sizes = self._by_bin(
+            one.expand_as(index)
+        )  # each item counts 1
 
     def denominators(self, worths: Tensor) -> Tensor:
         """As :meth:`Ranking.denominators`; bin 0 is never empty, so none is 0."""

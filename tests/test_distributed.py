@@ -400,6 +400,7 @@ def mean_over_ranks(results_by_rank: list[dict[tuple[str, str], Values]], loss: 
 def test_value_and_gradients_follow_the_flags_rules(
     results_by_rank: list[Any], loss: str, layout: str
 ) -> None:
+    """The rules are those of ``one_process.mean_loss``, which makes each process's view of the batch."""
     world_size = len(results_by_rank)
     flags = DEFAULT_FLAGS if layout == "default" else layout
     owed = expected_of(loss, whole_batch(world_size), world_size, flags)
@@ -525,6 +526,7 @@ def shares_and_wholes(request: pytest.FixtureRequest, pools: Pools) -> list[dict
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_every_option_shards_exactly(shares_and_wholes: list[dict[str, Any]], name: str) -> None:
+    """The mean over the ranks of the values of their shares is the value of one process with all pairs."""
     of_shares = [of_rank[name][0] for of_rank in shares_and_wholes]
     _, expected = shares_and_wholes[0][name]  # every rank has computed the same of the whole batch
     tolerance = 1e-5 if name == "float32" else 1e-10

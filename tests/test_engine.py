@@ -231,6 +231,7 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     its own way.
     """
     n = len(drawn.image)
+    # The first does not go with a teacher, the second not without one.
     excluded_option = "fixed_reference" if modalities_of_teacher else "reference_scale"
     rank_options = RankOptions(**{**options, excluded_option: None})
     if modalities_of_teacher:
