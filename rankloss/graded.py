@@ -91,7 +91,7 @@ def pairwise(
     x = x if rest is None else x.to(rest.dtype)
     # Without differences, numbers of worse items stand for the grades: the same order, as finite integers.
     order = (grades if by_difference else n_worse).to(x.dtype)
-    # Padding is in no pair: its order is the largest, so it is worse than no item, and better by none at −∞.
+    # Padding is in no pair: at −∞ it is better than no item, and with the largest number worse than none.
     order_of_better = order.masked_fill(~is_item, -math.inf)
     values = pair_sums(x, x, order_of_better, order, by_difference).to(grades.dtype).sum(-1)
     if rest is not None:  # every graded item is better than every item of the rest

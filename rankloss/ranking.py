@@ -114,10 +114,9 @@ class Binned(Ranking):
         self.items = index.shape[-1]
         self._index = index
         self._bins = bins
-        one = torch.ones((), dtype=torch.float32, device=index.device)  # expanded without memory
-        self.sizes = self._by_bin(
-            one.expand_as(index)
-        )  # each item counts 1
+        one = torch.ones((), dtype=torch.float32, device=index.device)
+        ones = one.expand_as(index)  # for each item, without memory of their own
+        self.sizes = self._by_bin(ones)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """As :meth:`Ranking.denominators`; bin 0 is never empty, so none is 0."""
