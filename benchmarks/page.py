@@ -54,7 +54,7 @@ class Target(NamedTuple):
     Attributes:
         what: The quantity in words.
         of: The group and the name of the contender.
-        beside: The group and the name of the other.
+        beside: The group and the name of the other; None for a quantity in seconds by itself.
         bound: The bound.
         at_least: True if the bound is a lower one.
         quantity: ``"seconds"``, or one of the counts.
@@ -69,7 +69,14 @@ class Target(NamedTuple):
 
 
 def _of_losses(
-    what: str, n: int, above: str, below: str, bound: float, at_least: bool = False, quantity: str = "seconds"
+    what: str,
+    n: int,
+    above: str,
+    below: str,
+    bound: float,
+    *,
+    at_least: bool = False,
+    quantity: str = "seconds",
 ) -> Target:
     """A target of two losses, ``above`` as a multiple of ``below``, of n pairs."""
     group = f"losses: N = {n:,}"
@@ -80,7 +87,9 @@ STEP, LISTS = "training step: demo, N = 128", "lists: 512 of 64 candidates, with
 TARGETS = [
     _of_losses("naive / sort", 4096, "naive", "RankConsistency", 4, at_least=True),
     _of_losses("naive / bin", 4096, "naive", "RankConsistency-bin", 5, at_least=True),
-    _of_losses("naive / sort, memory", 4096, "naive", "RankConsistency", 12, True, "peak_bytes"),
+    _of_losses(
+        "naive / sort, memory", 4096, "naive", "RankConsistency", 12, at_least=True, quantity="peak_bytes"
+    ),
     _of_losses("RankClipLoss / its matrix products", 4096, "RankClipLoss", "RankClipLoss-products", 2.1),
     _of_losses("value alone / value and gradient", 1024, "RankClipLoss-no_grad", "RankClipLoss", 0.55),
     _of_losses("value alone / value and gradient", 4096, "RankClipLoss-no_grad", "RankClipLoss", 0.55),
@@ -95,19 +104,24 @@ TARGETS = [
         "RankClipLoss, memory, N = 8,192 / 4,096",
         ("losses: N = 8,192", "RankClipLoss"),
         ("losses: N = 4,096", "RankClipLoss"),
-        2.2,
+        bound=2.2,
         quantity="peak_bytes",
     ),
     Target(
         "Plackett–Luce lists with negatives / cross-entropy",
         (LISTS, "plackett_luce"),
         (LISTS, "cross-entropy"),
-        2,
+        bound=2,
     ),
-    Target("pairwise lists with negatives / Plackett–Luce", (LISTS, "pairwise"), (LISTS, "plackett_luce"), 3),
-    Target("a step of the demo's model, rankclip / clip", (STEP, "rankclip"), (STEP, "clip"), 1.03),
-    Target("import rankloss, after torch", ("start: imports", "rankloss-after-torch"), None, 0.1),
-    Target("python -m rankloss --help", ("start: python -m rankloss", "--help"), None, 3),
+    Target(
+        "pairwise lists with negatives / Plackett–Luce",
+        (LISTS, "pairwise"),
+        (LISTS, "plackett_luce"),
+        bound=3,
+    ),
+    Target("a step of the demo's model, rankclip / clip", (STEP, "rankclip"), (STEP, "clip"), bound=1.03),
+    Target("import rankloss, after torch", ("start: imports", "rankloss-after-torch"), None, bound=0.1),
+    Target("python -m rankloss --help", ("start: python -m rankloss", "--help"), None, bound=3),
 ]
 
 

@@ -20,7 +20,7 @@ CLIP = "cross-entropy"
 def contenders(negatives: bool) -> list[str]:
     """Names, the cross-entropy's first; what this revision of rankloss lacks is left out."""
     models = ["plackett_luce", "top_one", "pairwise"]
-    if not negatives:
+    if not negatives:  # which this model does not take
         models.append("lambda")
     return [CLIP, *filter(_is_known, models)]
 
@@ -34,11 +34,15 @@ def _is_known(model: Any) -> bool:
     return True
 
 
-def step(name: str, negatives: bool, queries: Tensor, candidates: Tensor) -> Step:
-    """Forward and backward of independent features of unit norm; the grades are 0 to 4."""
+def step(name: str, queries: Tensor, candidates: Tensor, *, negatives: bool) -> Step:
+    """Forward and backward of a contender, of queries ``[n, D]`` and candidates ``[n, k, D]``.
+
+    With negatives the candidates of the other lists are in each list as well. The grades are 0 to 4.
+    """
     n, k, _ = candidates.shape
     scale = torch.tensor(SCALE, requires_grad=True)
     if name == CLIP:
+        # The column of each list's first candidate, among those of all lists or of its own.
         first = torch.arange(0, n * k, k) if negatives else torch.zeros(n, dtype=torch.long)
 
         def cross_entropy() -> None:
@@ -72,5 +76,5 @@ def test_lists(
     group = f"lists: {N} of {K} candidates"
     if negatives:
         group += ", with negatives"
-    rounds = 10 if negatives else 40
-    compare(group, contender, lambda name: step(name, negatives, queries, candidates), rounds)
+    rounds = 10 if negatives else 40  # with negatives a round takes longer
+    compare(group, contender, lambda name: step(name, queries, candidates, negatives=negatives), rounds)

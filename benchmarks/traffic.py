@@ -105,13 +105,14 @@ class Count(TorchDispatchMode):
             _, _, kernel = name.partition(".")
             self._add("kernel", feature_bytes(kernel, tensors[0]))
             return
-        lists, items, _, anchors, _, divisions = sizes
+        lists, items, _first_row, anchors, _top_k, divisions = sizes  # as rankloss_triton.rows gives them
+        _cosines, _reference, first_equal, *_ = tensors
         moved = traffic(
             lists, items,
             bins=divisions if name.startswith("binned") else 0,
             processors=PROCESSORS,
             cache=CACHE,
-            index_bytes=tensors[2].element_size(),
+            index_bytes=first_equal.element_size(),
             matrices=lists // anchors,
             opposite=options["OPPOSITE"],
         )  # fmt: skip

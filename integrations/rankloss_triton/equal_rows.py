@@ -29,7 +29,7 @@ def first_equal(features: Tensor) -> Tensor:
     """
     hashes = hash_rows(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-    candidates = order[torch.searchsorted(ordered, hashes)]  # equal rows have one candidate
+    candidates = order[torch.searchsorted(ordered, hashes)]  # of each row, the first with the same hash
     return confirm_equals(features, candidates)
 
 
@@ -50,9 +50,9 @@ def confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _launch(kernel: str, tensors: tuple[Tensor, ...], shape: torch.Size) -> None:
-    """Launch a kernel of tensors of so many rows and columns, of which each program takes some rows."""
+    """Launch a kernel over features of a shape, rows by columns; each program takes some of the rows."""
     rows_of_program = _INTERPRETED_ROWS if launching.is_interpreted() else _ROWS
     programs = math.ceil(shape[0] / rows_of_program)
     options = {"ROWS": rows_of_program, "COLUMNS": _COLUMNS, "num_warps": _WARPS}
-    if programs:
+    if programs:  # a launch of none is an error of CUDA's
         launching.launch(f"equal_rows.{kernel}", programs, tensors, *shape, **options)

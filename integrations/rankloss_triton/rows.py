@@ -105,7 +105,7 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     gradient = x.new_empty(x.shape if with_gradient else 0)
     tensors = (
         x,
-        x if block.reference is None else block.reference.contiguous(),
+        x if block.reference is None else block.reference.contiguous(),  # without one OPPOSITE says so
         _first_equal_of_halves(block),
         gradient,
         cross_entropy,
@@ -133,12 +133,12 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         "binned_rows.binned_rows" if bins else "sorted_rows.sorted_rows",
         launch.programs,
         tensors,
-        matrices * anchors,
+        matrices * anchors,  # n
         N,
         block.first_row,
         anchors,
-        options.top_k or N,
-        bins or N,
+        options.top_k or N,  # without top_k all ranks count
+        bins or N,  # the divisions of a row's range: bins, or as many buckets as items
         **flags,
     )
     return Evaluated(
@@ -211,7 +211,7 @@ def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE
     is_short = N <= _SHORT_LIST
     block_of_list = 1 << (N - 1).bit_length()  # the least power of two that holds a list
     if not processors:
-        block, warps, programs = min(_INTERPRETED_BLOCK, block_of_list), 1, 2
+        block, warps, programs = min(_INTERPRETED_BLOCK, block_of_list), 1, 2  # two share the anchors
     elif bins:
         block = _BLOCK_OF_SHORT_BIN if is_short else _BLOCK_OF_BIN
         warps = block // _PER_WARP_OF_BIN
@@ -221,7 +221,7 @@ def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE
         block = max(_LEAST_BLOCK_OF_SORT, min(block_of_list, largest_block))
         warps = block // _PER_WARP_OF_SORT
         programs = processors * (_WARPS // warps)
-    # As the kernels' docstrings say.
+    # The scratch of a program, as the kernels' docstrings count it; for the exact order in N buckets.
     floats, ints, longs = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
     bytes_of_rows = 8 * N  # of a row of cosines and one of the reference, in float32
     programs_in_cache = cache // (bytes_of_rows + _scratch_bytes(floats, ints, longs))

@@ -32,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-# Weights of the cross-entropies and the likelihoods of two matrices; None leaves the former out.
+# Weights α of the cross-entropies and β of the likelihoods of two matrices; None leaves the former out.
 Weights = tuple[tuple[float, float] | None, tuple[float, float]]
 LIKELIHOODS_ALONE: Weights = (None, (0.7, 0.3))
 BOTH: Weights = ((0.4, 0.2), (0.7, 0.3))

@@ -12,6 +12,7 @@ from rankloss_features.cca import CanonicalCorrelation
 
 PAIRS = 60
 JOINED = 7  # pairs with a line between picture and caption
+FLATNESS, NOISE, DISTANCE = 0.45, 0.12, 2.5  # of the circle: one axis, deviation, above the sphere's centre
 
 
 def clouds() -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,12 +24,12 @@ def clouds() -> tuple[torch.Tensor, torch.Tensor]:
     def features(turn: float, offset: tuple[float, float]) -> torch.Tensor:
         """The circle turned and flattened, with noise, on the sphere around a place beside its pole."""
         cos, sin = math.cos(turn), math.sin(turn)
-        ellipse = subject @ torch.tensor([[cos, sin], [-0.45 * sin, 0.45 * cos]])
-        noisy = ellipse + 0.12 * torch.randn(PAIRS, 2, generator=generator) + torch.tensor(offset)
-        height = torch.full((PAIRS, 1), 2.5)
+        ellipse = subject @ torch.tensor([[cos, sin], [-FLATNESS * sin, FLATNESS * cos]])
+        noisy = ellipse + NOISE * torch.randn(PAIRS, 2, generator=generator) + torch.tensor(offset)
+        height = torch.full((PAIRS, 1), DISTANCE)
         return torch.nn.functional.normalize(torch.cat([noisy, height], dim=1), dim=-1)
 
-    return features(0.5, (0.6, 0.2)), features(2.3, (-0.5, 0.1))
+    return features(turn=0.5, offset=(0.6, 0.2)), features(turn=2.3, offset=(-0.5, 0.1))
 
 
 def draw(colors: Colors) -> Figure:

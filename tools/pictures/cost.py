@@ -52,18 +52,19 @@ def draw_bars(colors: Colors) -> Figure:
     conditions, (time, memory) = measured()
     figure = Figure(figsize=(NARROW, 3.75), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    _bars(panels[0], time, "forward and backward, s", colors, "{:.2f}")
-    _bars(panels[1], memory, "memory, MiB", colors, "{:,.0f}")
+    _bars(panels[0], time, "forward and backward, s", colors, number="{:.2f}")
+    _bars(panels[1], memory, "memory, MiB", colors, number="{:,.0f}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=SMALL)
     unbroken = conditions.rstrip(".").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     figure.supxlabel(textwrap.fill(unbroken, 62), fontsize=9)
     return figure
 
 
-def _bars(axes: Axes, values: dict[str, list[float]], title: str, colors: Colors, number: str) -> None:
+def _bars(axes: Axes, values: dict[str, list[float]], title: str, colors: Colors, *, number: str) -> None:
     """A group of bars for each size, with the value at each bar's end, in the format ``number``."""
     paints = (colors.other, colors.bad, colors.ours_too, colors.ours)
-    groups = np.arange(len(BARS_AT)) * (len(NAMES) + 0.8)  # the place of each group's first bar
+    gap = 0.8  # between groups, in bars
+    groups = np.arange(len(BARS_AT)) * (len(NAMES) + gap)  # the place of each group's first bar
     widest = max(max(values[name]) for name in NAMES)
     for place, (name, paint) in enumerate(zip(NAMES, paints, strict=True)):
         bars = groups + place

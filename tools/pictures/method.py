@@ -42,7 +42,10 @@ def embeddings() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(colors: Colors) -> Figure:
-    """Above the matrices with one anchor's row marked, below the two pairs of rankings that are compared."""
+    """Above the matrices with one anchor's row marked, below the two pairs of rankings that are compared.
+
+    Places are fractions of the figure: across as they are, upwards in inches over HEIGHT.
+    """
     v, t = embeddings()
     matrices = {"S": v @ t.T, "R": t @ v.T, "I": v @ v.T, "X": t @ t.T}
     figure = Figure(figsize=(NARROW, HEIGHT))

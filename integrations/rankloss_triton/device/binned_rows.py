@@ -5,6 +5,11 @@ three are integers while they are collected (the score by a map that keeps the o
 units of 2⁻⁴⁴), so that atomic operations give the same bits in every order. The running sums over bins are
 
     log C_b = log Σ_{c ≤ b} W_c,   log U_b = log Σ_{c ≥ b} n_c·μ_c / C_c.
+
+Names in all functions: x and y are a row's cosines and the reference that ranks its list, equal the index at
+which each item's reference is read, own the column of the anchor's own pair; s is the scale, and top, low and
+high come from :func:`~rankloss_triton.device.pieces.survey`. A list has M of the row's N items. Columns are
+read BLOCK at a time, from c on: c + j.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ def collect_bins(
     x, y, equal, own, N, s, top, low, high, largest, count, total, bins,
     BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Largest score, number of items and sum of worths of every bin."""
+    """Write the largest score, the number of items and the sum of worths of every bin."""
     j = tl.arange(0, BLOCK)
     for c in range(0, bins, BLOCK):
         inside = c + j < bins
@@ -75,7 +80,7 @@ def collect_bins(
 @triton.jit
 def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
                      BLOCK: tl.constexpr, WEIGHS: tl.constexpr):  # fmt: skip
-    """Write log C and μ of every bin; the last log C, Σ n·μ·log C and Σ n·μ."""
+    """Write log C and μ of every bin, and return the last log C, Σ n·μ·log C and Σ n·μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
     total_mu = M.to(tl.float32)
@@ -133,7 +138,7 @@ def sum_scores_and_write_gradient(
     BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr,
     WEIGHS: tl.constexpr,
 ):  # fmt: skip
-    """Σ μ·x of the list; write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) of every item, if wanted."""
+    """Return Σ μ·x of the list; write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) with HAS_GRADIENT."""
     j = tl.arange(0, BLOCK)
     scores = tl.zeros([BLOCK], tl.float32)
     for c in range(0, N, BLOCK):

@@ -54,7 +54,7 @@ def next_row(row, ranked_by, n, anchors, OPPOSITE: tl.constexpr):
 
 @triton.jit
 def at(index, x, place):
-    """The entry of a block at one place."""
+    """The entry of a block x at one place, given the indices of its entries."""
     return tl.sum(tl.where(index == place, x, tl.zeros_like(x)), 0)
 
 
@@ -78,9 +78,20 @@ def reference_at(y, equal, column, inside):
 def survey(
     x, y, equal, own, N, s, BLOCK: tl.constexpr, DIAGONAL: tl.constexpr
 ):  # fmt: skip
-    """Largest cosine of a row, range of its list's reference, and 1 if everything is finite, else 0.
+    """A row's largest cosine, the range of its list's reference, and 1 if everything is finite, else 0.
 
-    The range is that of the items below the best, or of all where all are tied.
+    The range is of the items below the best (a best item far above the others would leave them one division),
+    or of all where all are tied.
+
+    Args:
+        x: the row's cosines.
+        y: the reference that ranks its list.
+        equal: the index at which each item's reference is read.
+        own: the column of the anchor's own pair.
+        N: items of the row.
+        s: the scale.
+        BLOCK: columns that are read at a time.
+        DIAGONAL: the own pair belongs to the list.
     """
     j = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -LARGEST, tl.float32)
@@ -140,7 +151,7 @@ def with_own_pair(log_sum, own_score, DIAGONAL: tl.constexpr):
 def fill_with_nan(
     GRADIENT, CE, NLL, row, N, BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr
 ):
-    """NaN in both values and in the gradient of a row."""
+    """Write NaN into both values and the gradient of a row."""
     tl.store(NLL + row, float("nan"))
     if HAS_ALPHA:
         tl.store(CE + row, float("nan"))

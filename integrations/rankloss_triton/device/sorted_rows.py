@@ -13,6 +13,11 @@ With p the place of an item and its tied items at first_p … last_p, the runnin
 row's largest, pairs as in :mod:`rankloss_triton.device.pieces`)
 
     log C_p = log Σ_{q ≤ last_p} e^{x_q},   log U_p = log Σ_{q ≥ first_p} μ_q / C_q.
+
+Names in all functions: x and y are a row's cosines and the reference that ranks its list, equal the index at
+which each item's reference is read, own the column of the anchor's own pair; s is the scale, and top, low and
+high come from :func:`~rankloss_triton.device.pieces.survey`. A list has M of the row's N items. Columns are
+read BLOCK at a time, from c on: c + j.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ def fill_buckets(
     y, equal, own, N, low, high, keys, items, slot, start, buckets,
     BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Write a list's references and columns bucket by bucket; the depth of the deepest bucket.
+    """Write a list's references and columns bucket by bucket, and return the depth of the deepest bucket.
 
     Bucket q holds places ``start[q]`` to ``start[q + 1]``.
     """
@@ -81,7 +86,7 @@ def fill_buckets(
 def rank_by_comparing(
     x, top, s, low, high, keys, items, first, last, ranked, start, buckets, M, BLOCK: tl.constexpr
 ):
-    """Write each item's score at its place, its last tied item there too, and its first by column."""
+    """Write at each item's place its score, and the last place of its ties; by column their first place."""
     j = tl.arange(0, BLOCK)
     for c in range(0, M, BLOCK):
         inside = c + j < M
@@ -91,9 +96,9 @@ def rank_by_comparing(
         begin = tl.load(start + q, mask=inside, other=0)
         depth = tl.load(start + q + 1, mask=inside, other=0) - begin
         deepest = tl.max(depth, 0)
-        below = tl.zeros([BLOCK], tl.int32)
-        tied = tl.zeros([BLOCK], tl.int32)
-        before = tl.zeros([BLOCK], tl.int32)
+        below = tl.zeros([BLOCK], tl.int32)  # bucket mates of lower references
+        tied = tl.zeros([BLOCK], tl.int32)  # of equal ones, the item itself included
+        before = tl.zeros([BLOCK], tl.int32)  # of those, the ones in smaller columns
         for r in range(0, deepest):
             mate = r < depth
             value = tl.load(keys + begin + r, mask=mate, other=0.0)
@@ -197,7 +202,7 @@ def rank_by_merging(
 
 @triton.jit
 def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
-    """Write log Σ_{q ≤ p} e^{x_q} of every place; the last of them."""
+    """Write log Σ_{q ≤ p} e^{x_q} of every place p, and return the last of them."""
     j = tl.arange(0, BLOCK)
     m0 = tl.full([], NONE, tl.float32)  # m0 and w0 are the sum of all blocks before
     w0 = tl.full([], 0.0, tl.float32)
@@ -213,7 +218,7 @@ def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_downwards(ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl.constexpr):
-    """Replace the score of every place by log Σ_{q ≥ p} μ_q / C_q; the NLL, and Σ μ."""
+    """Replace the score of every place p by log Σ_{q ≥ p} μ_q / C_q, and return the NLL and Σ μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
     total_mu = M.to(tl.float32)
@@ -245,7 +250,7 @@ def write_gradient(
     out, x, own, N, s, top, first, last, ranked, log_sum, alpha, beta, M, top_k,
     BLOCK: tl.constexpr, HAS_ALPHA: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
 ):  # fmt: skip
-    """Write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) of every item, with log U at the places."""
+    """Write β·(e^x·U − μ) + α·(e^x / Σ e^x − [own pair]) of every item; ``ranked`` has log U by place."""
     j = tl.arange(0, BLOCK)
     for c in range(0, N, BLOCK):
         inside = c + j < N
