@@ -14,7 +14,17 @@ sys.path.append(str(Path(__file__).parents[1] / "rankloss_trainers"))  # the inp
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, STOCK, WHOLE_SET, Run, Runs, Trainer
+    from trainer_runs import (
+        PLUGIN_OFF,
+        PRECISIONS,
+        RANKCLIP_IN_WHOLE_BATCHES,
+        RANKCLIP_OFFICIAL,
+        SAMPLES,
+        WITHOUT_PLUGIN,
+        Run,
+        Runs,
+        Trainer,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,43 +37,50 @@ def runs(trainer: Trainer) -> Runs:
     """The training runs that several tests look at."""
     table = Runs()
 
-    def add(name: str, options: list[str] | str, epochs: int = 2, **keywords: object) -> None:
+    def add(name: str, options: list[str], *, epochs: int = 2, **keywords: object) -> None:
+        """A run in an interpreter of its own where a command starts it, else in a fork, which is faster."""
         start = trainer.run if "command" in keywords else trainer.call
         table.add(name, start, name, "--epochs", str(epochs), *options, **keywords)
 
     rankclip, tiny = ["--loss", "rankclip"], f"local-dir:{trainer.directory / 'tiny'}"
     # In interpreters of their own: without the plug-in, with it, and by the runner.
-    add("stock", [], 3, command=("-c", STOCK), TORCH_DEVICE_BACKEND_AUTOLOAD="")
-    add("command", OFFICIAL, 3, command=("-m", "open_clip_train.main"))
-    add("runner", ["--loss=rankclip", *OFFICIAL[2:]], 3, command=("-m", "rankloss_open_clip"), **OFF)
+    add("stock", [], epochs=3, command=("-c", WITHOUT_PLUGIN), TORCH_DEVICE_BACKEND_AUTOLOAD="")
+    add("command", RANKCLIP_OFFICIAL, epochs=3, command=("-m", "open_clip_train.main"))
+    add(
+        "runner",
+        ["--loss=rankclip", *RANKCLIP_OFFICIAL[2:]],  # without "--loss", "rankclip"
+        epochs=3,
+        command=("-m", "rankloss_open_clip"),
+        **PLUGIN_OFF,
+    )
 
-    add("no --loss", [], 3)
-    add("--loss rankclip", OFFICIAL, 3)
-    add("agreement", [*OFFICIAL, "--loss-agreement-every", "3"], 3)
+    add("no --loss", [], epochs=3)
+    add("--loss rankclip", RANKCLIP_OFFICIAL, epochs=3)
+    add("agreement", [*RANKCLIP_OFFICIAL, "--loss-agreement-every", "3"], epochs=3)
     for precision in PRECISIONS:
-        add(precision, [*rankclip, "--precision", precision, "--skip-scheduler"], 1)
+        add(precision, [*rankclip, "--precision", precision, "--skip-scheduler"], epochs=1)
     add("siglip", [*rankclip, "--siglip"])
     # So many pairs that the cube of their features' norms overflows; so large an ε that it is no 0 in half.
     many = [*trainer.webdataset, "--dataset-resampled", "--train-num-samples", "512", "--batch-size", "512"]
-    add("siglip, fp16", [*OFFICIAL, "--siglip", "--precision", "fp16", "--eps", "1e-4", *many])
+    add("siglip, fp16", [*RANKCLIP_OFFICIAL, "--siglip", "--precision", "fp16", "--eps", "1e-4", *many])
     add("coca", [*rankclip, "--model", f"{tiny}-coca"])
     teacher = ["--distill-model", tiny, "--distill-pretrained", "none"]
-    add("distill", [*rankclip, *teacher], 1)
-    add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"], 1)
-    add("rankclip-distill", ["--loss", "rankclip-distill", *teacher], 1)
-    add("mimicry", ["--loss", "mimicry", *teacher], 1)
-    add("spread", ["--loss", "spread+clip-ids", "--spread-weight", "0.5"], 1)
-    add("spread, siglip", ["--loss", "rankclip+spread", "--siglip"], 1)
-    add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
+    add("distill", [*rankclip, *teacher], epochs=1)
+    add("ranked by the teacher", [*rankclip, *teacher, "--loss-teacher", "given"], epochs=1)
+    add("rankclip-distill", ["--loss", "rankclip-distill", *teacher], epochs=1)
+    add("mimicry", ["--loss", "mimicry", *teacher], epochs=1)
+    add("spread", ["--loss", "spread+clip-ids", "--spread-weight", "0.5"], epochs=1)
+    add("spread, siglip", ["--loss", "rankclip+spread", "--siglip"], epochs=1)
+    add("csv, whole set", [*RANKCLIP_IN_WHOLE_BATCHES, "--val-data", str(trainer.directory / "data.csv")])
 
-    add("tiny", ["--loss", "tiny", "--accum-freq", "2"], 1)
-    add("clip-streamed", ["--loss", "clip-streamed"], 3)
-    add("stock siglip", ["--siglip"], 3)
-    add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], 3)
+    add("tiny", ["--loss", "tiny", "--accum-freq", "2"], epochs=1)
+    add("clip-streamed", ["--loss", "clip-streamed"], epochs=3)
+    add("stock siglip", ["--siglip"], epochs=3)
+    add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], epochs=3)
 
     captions = ["--loss", "tiny-caption", "--second-caption-key", "synthetic"]
     captions += ["--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
-    add("tiny-caption", [*captions, "--val-data", str(trainer.directory / "data.csv")], 3)
+    add("tiny-caption", [*captions, "--val-data", str(trainer.directory / "data.csv")], epochs=3)
     first = str(trainer.directory / "logs/tiny-caption/checkpoints/epoch_1.pt")
 
     def resumed() -> Run:

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from rankloss_open_clip import training
 
 
-class Base(nn.Module):
+class LossOfTrainer(nn.Module):
     """A loss with the trainer's calling convention."""
 
     scale: Tensor
@@ -31,20 +31,20 @@ class Base(nn.Module):
         return {"contrastive_loss": value} if output_dict else value
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def refusal_of_command(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The line by which the trainer's parser refuses a command line."""
     with pytest.raises(SystemExit, match="2"):
         parse_args(list(argv))
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def ready(args: Any) -> Any:
-    """Arguments as the trainer completes them before it creates the loss."""
+def completed_args(args: Any) -> Any:
+    """Parsed arguments, completed as the trainer does before it creates the loss: one process, no teacher."""
     args.rank, args.world_size, args.distill = 0, 1, False
     return args
 
 
-def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
+def random_features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = normalize(torch.randn(2, n, 5, generator=generator, dtype=torch.float64), dim=-1).float()
     scale = torch.tensor(8.0, requires_grad=True)
@@ -52,8 +52,8 @@ def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
     return {"image_features": image_features, "text_features": text_features, "logit_scale": scale}
 
 
-def epoch_begins(loss: nn.Module, epoch: int, args: Any, optimizer: Any = None) -> None:
-    """The patched ``train_one_epoch`` with a trainer's own that does nothing; four batches an epoch."""
+def begin_epoch(loss: nn.Module, epoch: int, args: Any, optimizer: Any = None) -> None:
+    """Call the patched ``train_one_epoch``, whose original does nothing; an epoch has four batches."""
     train = SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))
 
     def train_one_epoch(loss: Any, epoch: int, data: Any, args: Any, optimizer: Any) -> None:

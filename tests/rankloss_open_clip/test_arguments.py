@@ -16,7 +16,7 @@ import open_clip.factory
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import Base, features, ready, refused
+from stand_ins import LossOfTrainer, completed_args, random_features, refusal_of_command
 from teacher_features import unit_rows
 from torch import nn
 
@@ -59,7 +59,7 @@ def number_in_place_of_a_loss(base: nn.Module, gather: Any) -> Any:
 
 def loss_of(command: str, base: nn.Module | None = None) -> Any:
     """The loss that the trainer gets for a command line; on ``base`` where one takes its own loss's place."""
-    args = ready(parse_args([*command.split(), "--device", "cpu"]))
+    args = completed_args(parse_args([*command.split(), "--device", "cpu"]))
     return open_clip.create_loss(args) if base is None else build_loss(base, args, sums_every_value=True)
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_work_is_refused(
     for name, path in places.items():
         command, words = command.replace(name, path), words.replace(name, path)
     present, _, absent = words.partition(" not ")
-    error = refused(capsys, *command.split())
+    error = refusal_of_command(capsys, *command.split())
     assert [word for word in present.split() if word not in error] == []
     assert [word for word in absent.split() if word in error] == []
 
@@ -316,18 +316,22 @@ def test_what_the_first_batch_would_be_refused_for_is_refused_at_once(
 ) -> None:
     register(monkeypatch, room=NeedsRoom)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU as well
-    assert f"argument {reason}" in refused(capsys, "--device", "cpu", "--loss", *command.split())
+    assert f"argument {reason}" in refusal_of_command(capsys, "--device", "cpu", "--loss", *command.split())
 
 
 @pytest.mark.parametrize(
     ("command", "variables"),
     [
-        ("clip-streamed --batch-size 1", {}),
-        ("ranked-lists --batch-size 1", {}),
-        ("rankclip --batch-size 1 --accum-freq 2", {}),  # the loss gets both batches at once
-        ("rankclip --batch-size 1", {"WORLD_SIZE": "2", "SLURM_NTASKS": "1"}),
-        ("rankclip --batch-size 1", {"SLURM_NTASKS": "2"}),
-        ("room --batch-size 1", {"WORLD_SIZE": "3"}),
+        pytest.param("clip-streamed --batch-size 1", {}, id="one pair is enough for CLIP's loss"),
+        pytest.param("ranked-lists --batch-size 1", {}, id="one pair is enough for lists"),
+        pytest.param("rankclip --batch-size 1 --accum-freq 2", {}, id="two batches, given at once"),
+        pytest.param(
+            "rankclip --batch-size 1",
+            {"WORLD_SIZE": "2", "SLURM_NTASKS": "1"},
+            id="two processes of torchrun in one task of SLURM",
+        ),
+        pytest.param("rankclip --batch-size 1", {"SLURM_NTASKS": "2"}, id="two tasks of SLURM"),
+        pytest.param("room --batch-size 1", {"WORLD_SIZE": "3"}, id="three processes for three pairs"),
     ],
 )
 def test_the_pairs_of_a_batch_are_counted_over_processes_and_accumulation(
@@ -362,7 +366,7 @@ def test_an_option_that_no_loss_has_is_refused_and_its_place_is_named(
         (with_hyphens, [f"{with_hyphens}=x"]),
         (with_underscores, [with_underscores, "x"]),
     ):
-        error = refused(capsys, "--loss", "clip-ids+mimicry", *words)
+        error = refusal_of_command(capsys, "--loss", "clip-ids+mimicry", *words)
         _, after_the_option, *_ = error.split(f" {typed}")
         assert advice in after_the_option
 
@@ -417,11 +421,14 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
 )
 def test_option_reaches_the_loss(command: str, expected: dict[str, Any]) -> None:
     criterion = loss_of(f"--loss {command}").criterion
-    terms = getattr(criterion, "consistency", criterion)
-    # An option is an attribute of the loss, of its rank terms, of their options, or of their Gather.
-    holders = (criterion, terms, terms.gather, getattr(terms, "options", None))
-    reached = {key: getattr(holder, key) for key in expected for holder in holders if hasattr(holder, key)}
-    assert reached == expected
+    rank_terms = getattr(criterion, "consistency", criterion)  # which a loss without ranks has not
+    options_of_terms = getattr(rank_terms, "options", None)
+    for key, value in expected.items():
+        # An option is an attribute of one of these.
+        holders = (criterion, rank_terms, rank_terms.gather, options_of_terms)
+        reached = [getattr(holder, key) for holder in holders if hasattr(holder, key)]
+        assert reached, key
+        assert reached[-1] == value, key
 
 
 class Pairing(NamedTuple):
@@ -436,8 +443,10 @@ class Pairing(NamedTuple):
 @pytest.fixture(params=["softmax", "sigmoid"])
 def pairing(request: pytest.FixtureRequest) -> Pairing:
     if request.param == "softmax":
-        return Pairing("", open_clip.create_loss(ready(parse_args([]))), rankloss.ClipLoss, "clip-streamed")
-    of_trainer = open_clip.create_loss(ready(parse_args(["--siglip"])))
+        return Pairing(
+            "", open_clip.create_loss(completed_args(parse_args([]))), rankloss.ClipLoss, "clip-streamed"
+        )
+    of_trainer = open_clip.create_loss(completed_args(parse_args(["--siglip"])))
     return Pairing("--siglip", of_trainer, rankloss.SigLipLoss, "siglip-streamed")
 
 
@@ -459,10 +468,10 @@ def test_a_streamed_loss_takes_the_place_of_the_trainers(pairing: Pairing) -> No
 
 
 def test_a_streamed_loss_takes_the_place_of_no_other_loss(pairing: Pairing) -> None:
-    no_such_base = r"clip-streamed .*Base"
+    no_such_base = "clip-streamed .*LossOfTrainer"
     no_sigmoid_base = "siglip-streamed needs --siglip"  # which has made another loss here
     with pytest.raises(ValueError, match=f"{no_such_base}|{no_sigmoid_base}"):
-        loss_of(f"--loss {pairing.streamed} {pairing.flag}", Base())
+        loss_of(f"--loss {pairing.streamed} {pairing.flag}", LossOfTrainer())
 
 
 def test_terms_stand_on_the_loss_itself_where_the_command_did_not_ask_for_it() -> None:
@@ -474,7 +483,7 @@ def test_the_log_names_the_loss_and_its_package_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     register(monkeypatch, x=loss_with_depth)
-    args = ready(parse_args(["--loss", "x", "--x-depth", "4", "--device", "cpu"]))
+    args = completed_args(parse_args(["--loss", "x", "--x-depth", "4", "--device", "cpu"]))
     with caplog.at_level("INFO", logger="rankloss_open_clip"):
         args.rank, args.world_size = 0, 1
         open_clip.create_loss(args)
@@ -491,7 +500,7 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     register(monkeypatch, x="missing:X")  # there is no such module
-    assert "'missing'" in refused(capsys, "--loss", "x")
+    assert "'missing'" in refusal_of_command(capsys, "--loss", "x")
     for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "tiny"]):
         parse_args(argv)
     assert not caplog.records
@@ -512,7 +521,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
     options = f"--uniform-weight 0.5 --loss-teacher {features_folder(tmp_path / 'teacher', **teacher)}"
     loss = loss_of(f"--loss clip-smooth+uniform+rankclip {options}")
     loss.start_epoch(1, 2, 1, 1)  # the second of two epochs, each of one batch: the last step
-    student = features()
+    student = random_features()
     references = {f"reference_{name}": torch.from_numpy(rows) for name, rows in teacher.items()}
     entries = loss(**student, **references, output_dict=True)
     uniformity = importlib.import_module("uniform_clip").uniformity
@@ -525,7 +534,7 @@ def test_a_third_partys_loss_has_its_options_a_teacher_and_a_place_among_joined_
 
 def test_a_loss_with_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, x=base_alone)
-    base = Base()
+    base = LossOfTrainer()
     base.weight = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match="x needs parameters"):
         loss_of("--loss x", base)

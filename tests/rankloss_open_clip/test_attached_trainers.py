@@ -20,7 +20,7 @@ import pytest
 import torch
 from teacher_features import unit_rows
 from torch import Tensor, nn
-from trainer_runs import OFF, OFFICIAL, STEPS, Run, Trainer, assert_equal_training
+from trainer_runs import PLUGIN_OFF, RANKCLIP_OFFICIAL, STEPS, Run, Trainer, assert_equal_training
 
 import batches
 import rankloss_open_clip
@@ -189,7 +189,7 @@ SYNTHETIC = {
 }
 
 
-TOP_K = 4
+TOP_K, SCALE = 4, 10.0
 
 
 def arguments(**options: Any) -> Namespace:
@@ -206,7 +206,6 @@ def entries_of(**options: str) -> dict[str, Tensor]:
     return loss(**STUDENT, logit_scale=scale, **TEACHER, **SYNTHETIC, output_dict=True)
 
 
-SCALE = 10.0
 # The same features as rankloss.reference takes them.
 STUDENT_ARRAYS = {name: x.double().numpy() for name, x in STUDENT.items()}
 TEACHER_ARRAYS = {f"reference_{name.removeprefix('dist_')}": x.numpy() for name, x in TEACHER.items()}
@@ -282,7 +281,7 @@ def run_release(trainer: Trainer, release: tuple[str, str], name: str, module: s
     arguments = trainer.arguments(name, "--model", "tiny-former", "--epochs", "2", *options)
     device = arguments.index("--device")
     del arguments[device : device + 2]  # the option and its value: such releases take what there is
-    return trainer.python("-c", script, *arguments, name=name, PYTHONPATH=python_path, **OFF)
+    return trainer.python("-c", script, *arguments, name=name, PYTHONPATH=python_path, **PLUGIN_OFF)
 
 
 ATTACHED = "rankloss_open_clip --trainer training.main"
@@ -291,7 +290,7 @@ ATTACHED = "rankloss_open_clip --trainer training.main"
 @pytest.fixture(scope="module")
 def run_of_release(trainer: Trainer, release: tuple[str, str]) -> Run:
     """Two epochs of rankclip, of which the first has λ = 0."""
-    return run_release(trainer, release, "rankclip", ATTACHED, *OFFICIAL)
+    return run_release(trainer, release, "rankclip", ATTACHED, *RANKCLIP_OFFICIAL)
 
 
 @pytest.mark.slow
@@ -304,7 +303,9 @@ def test_former_release_trains_as_without_a_loss_while_lambda_is_0(
     with torch.serialization.safe_globals(kinds_in_a_checkpoint):
         assert_equal_training(stock, run_of_release, epochs=(1,))
         # In the second epoch λ is above 0.
-        assert not torch.equal(stock.epoch(2)["visual.proj"], run_of_release.epoch(2)["visual.proj"])
+        assert not torch.equal(
+            stock.tensors_after_epoch(2)["visual.proj"], run_of_release.tensors_after_epoch(2)["visual.proj"]
+        )
 
 
 @pytest.mark.slow

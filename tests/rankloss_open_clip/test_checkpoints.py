@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import epoch_begins
+from stand_ins import begin_epoch
 from torch import nn
-from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_training
+from trainer_runs import LOCAL_LOSS_WITH_GRAD, STEPS, EpochSeeds, Run, Trainer, assert_equal_training
 
 from rankloss import schedules
 from rankloss_open_clip import checkpoints
@@ -71,6 +71,14 @@ def test_job_that_was_killed_in_an_epoch_repeats_the_lines_of_that_epoch(trainin
     assert training.latest.timeless_log == [*lines[:before_the_kill], *lines[PER_EPOCH:]]
 
 
+FOUR_EPOCHS = [*PER_STEP, "--epochs", "4", "--accum-freq", "2"]
+
+
+@pytest.fixture(scope="module")
+def four_epochs(trainer: Trainer) -> Run:
+    return trainer.call("never killed", *FOUR_EPOCHS, change=EpochSeeds(None))
+
+
 # An epoch calls the loss once for each of its four batches, and steps at the second and the fourth.
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -80,22 +88,16 @@ def test_job_that_was_killed_at_any_call_ends_with_the_same_bits(
     trainer: Trainer, four_epochs: Run, epoch: int, call: int
 ) -> None:
     name = f"killed at {epoch}, {call}"
-    trainer.call(name, *FOUR_EPOCHS, change=EpochSeeds(epoch, call), code=-signal.SIGKILL)
+    trainer.call(
+        name, *FOUR_EPOCHS, change=EpochSeeds(kill_in_epoch=epoch, kill_at_call=call), code=-signal.SIGKILL
+    )
     resumed = trainer.call(name, *FOUR_EPOCHS, "--resume", "latest", change=EpochSeeds(None))
     assert_equal_training(four_epochs, resumed, epochs=(4,))
 
 
-FOUR_EPOCHS = [*PER_STEP, "--epochs", "4", "--accum-freq", "2"]
-
-
-@pytest.fixture(scope="module")
-def four_epochs(trainer: Trainer) -> Run:
-    return trainer.call("never killed", *FOUR_EPOCHS, change=EpochSeeds(None))
-
-
 @pytest.mark.slow
 def test_two_processes_resume_with_the_same_bits_and_lines(trainer: Trainer) -> None:
-    options = [*PER_STEP, *BOTH, "--epochs", "2", "--accum-freq", "2"]
+    options = [*PER_STEP, *LOCAL_LOSS_WITH_GRAD, "--epochs", "2", "--accum-freq", "2"]
     whole = trainer.call("resume, two processes", *options, processes=2, change=EpochSeeds(None))
     path = str(whole.directory / "checkpoints" / "epoch_1.pt")
     again = (*options, "--resume", path)
@@ -136,7 +138,7 @@ def state_at_the_begin_of(epoch: int, **changes: Any) -> float:
     """The state of the loss ``tiny-caption``, one running average, when a run begins at an epoch."""
     args = arguments("tiny-caption", **changes)
     loss = loss_of(args)
-    epoch_begins(loss, epoch, args, stepped_optimizer())
+    begin_epoch(loss, epoch, args, stepped_optimizer())
     average: float = loss.criterion.average.item()
     return average
 
@@ -175,7 +177,7 @@ def test_resuming_on_another_course_warns_once_and_shows_both(
 
     def resume(*, epochs: int, rank: int) -> None:
         args = arguments("rankclip", resume=path, rank=rank, epochs=epochs)
-        epoch_begins(loss_of(args), 1, args, stepped_optimizer())
+        begin_epoch(loss_of(args), 1, args, stepped_optimizer())
 
     resume(epochs=3, rank=0)  # the same course
     resume(epochs=4, rank=1)  # another, but the first process alone warns
@@ -190,7 +192,7 @@ def checkpoint_of(folder: Path, name: str | None) -> str:
     optimizer = stepped_optimizer()
     if name is not None:
         args = arguments(name)
-        epoch_begins(loss_of(args), 0, args, optimizer)  # lets the optimizer save the loss's state
+        begin_epoch(loss_of(args), 0, args, optimizer)  # lets the optimizer save the loss's state
     torch.save({"epoch": 1, "optimizer": optimizer.state_dict()}, folder / "epoch_1.pt")
     return str(folder / "epoch_1.pt")
 
@@ -221,7 +223,7 @@ def test_resuming_with_another_loss_or_option_warns_once_and_shows_both(
     messages: list[str],
 ) -> None:
     args = arguments("spread", resume=checkpoint_of(tmp_path, before), **changes)
-    epoch_begins(loss_of(args), 1, args, stepped_optimizer())
+    begin_epoch(loss_of(args), 1, args, stepped_optimizer())
     assert caplog.messages == messages
 
 
@@ -230,7 +232,7 @@ def test_under_fsdp_a_loss_without_a_state_adds_nothing_to_an_optimizer_and_says
 ) -> None:
     """FSDP saves the optimizer's own entries alone. The checkpoint, which is not there, is not opened."""
     optimizer, args = stepped_optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
-    epoch_begins(loss_of(args), 1, args, optimizer)
+    begin_epoch(loss_of(args), 1, args, optimizer)
     assert not optimizer._optimizer_state_dict_post_hooks  # by which a loss's state is saved
     assert not caplog.records
 

@@ -17,8 +17,8 @@ import pandas
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import ready
-from teacher_features import encoded, resumed
+from stand_ins import completed_args
+from teacher_features import features_of_all_pairs, model_after_first_epoch
 from torch import Tensor
 from trainer_runs import SAMPLES, Run, Trainer
 
@@ -282,8 +282,8 @@ def second_step_item_by_item(
     The loss is CLIP's plus half that of the lists, as OPTIONS say: the own caption has a grade above the
     others of its list, and other lists' candidates are negatives.
     """
-    clip, optimizer = resumed(trainer, run)
-    images, own_texts = encoded(trainer, clip)
+    clip, optimizer = model_after_first_epoch(trainer, run)
+    images, own_texts = features_of_all_pairs(trainer, clip)
     scale, lists = clip.logit_scale.exp(), graded_captions()
     titles = [title for _, title, _ in trainer.rows]
     all_captions = sorted({*titles, *(caption for captions, _ in lists for caption in captions)})
@@ -315,7 +315,7 @@ def test_a_run_is_a_loop_of_ones_own(
     if batches_of_a_step > 1:
         sizes += ["--accum-freq", str(batches_of_a_step), "--grad-checkpointing"]
     run = trainer.call(f"lists, {data_format}", *SETTING, *OPTIONS, *data[data_format], *sizes)
-    before, after = run.epoch(1), run.epoch(2)
+    before, after = run.tensors_after_epoch(1), run.tensors_after_epoch(2)
     expected = second_step_item_by_item(trainer, run, scale_gradient_factor=float(batches_of_a_step))
     for name, value in expected.items():
         torch.testing.assert_close(after[name], value, rtol=1e-3, atol=2e-5, msg=name)
@@ -350,7 +350,7 @@ def test_the_pages_file_and_commands_are_read(
             source = data["webdataset"][: -len(MAX_CANDIDATES)]  # which the command itself names
         else:
             source = ["--train-data", str(file), "--batch-size", "2"]
-        run = run_of(ready(parse_args(trainer.arguments("page", *source, *options_of_loss))))
+        run = run_of(completed_args(parse_args(trainer.arguments("page", *source, *options_of_loss))))
         assert "ranked-lists" in run.name
         assert run.text_columns() is not None
 

@@ -12,7 +12,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from trainer_runs import OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
+from trainer_runs import RANKCLIP_OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_wheels_train_in_a_fresh_environment_and_leave_no_file(
     assert len(imported) == 2
     assert all(Path(file).is_relative_to(directory) for file in imported)
 
-    run = trainer.run("wheel", "--epochs", "3", *OFFICIAL, executable=python, **without_path)
+    run = trainer.run("wheel", "--epochs", "3", *RANKCLIP_OFFICIAL, executable=python, **without_path)
     assert_equal_training(runs["--loss rankclip"], run)
     assert run.timeless_log == runs["--loss rankclip"].timeless_log
     options = ["--loss", "uniform", "--uniform-weight", "0.5", "--epochs", "2"]

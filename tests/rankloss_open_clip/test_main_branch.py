@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_encoders import FLAG, TinyEncoders, put_tiny_encoders, write_aligned
-from trainer_runs import BOTH, OFFICIAL, SAMPLES, STEPS, NoRecompilation, Run, Trainer, assert_equal_training
+from trainer_runs import (
+    LOCAL_LOSS_WITH_GRAD,
+    RANKCLIP_OFFICIAL,
+    SAMPLES,
+    STEPS,
+    NoRecompilation,
+    Run,
+    Trainer,
+    assert_equal_training,
+)
 
 from open_clip_main import unpacked
 from rankloss import schedules
@@ -60,10 +69,19 @@ def runs_of(trainer: Trainer) -> dict[str, tuple[list[str], dict[str, Any]]]:
         runs[name] = (["--epochs", str(epochs), *options], keywords)
 
     add("steps", *PER_STEP, epochs=1)
-    add("single", *OFFICIAL)
+    add("single", *RANKCLIP_OFFICIAL)
     add("stock")
-    add("whole batch", *OFFICIAL, *UNCROPPED, "--batch-size", "64")
-    add("fsdp", *OFFICIAL, "--fsdp", *BOTH, *UNCROPPED, "--batch-size", "32", processes=2)
+    add("whole batch", *RANKCLIP_OFFICIAL, *UNCROPPED, "--batch-size", "64")
+    add(
+        "fsdp",
+        *RANKCLIP_OFFICIAL,
+        "--fsdp",
+        *LOCAL_LOSS_WITH_GRAD,
+        *UNCROPPED,
+        "--batch-size",
+        "32",
+        processes=2,
+    )
     eager = ["--torchcompile", "--torchcompile-backend", "eager", "--torchcompile-strategy"]
     for strategy in STRATEGIES:
         add(strategy, *PER_STEP, *eager, strategy, epochs=1, change=NoRecompilation())
@@ -71,11 +89,11 @@ def runs_of(trainer: Trainer) -> dict[str, tuple[list[str], dict[str, Any]]]:
     sizes = ("--naflex-seq-lens", "4", "16", "--naflex-patch-sizes", "16")
     batches = ("--naflex-max-tokens-per-batch", "64", "--naflex-batch-divisor", "4")
     add("naflex", *PER_STEP, *model, *sizes, *batches, *trainer.webdataset, epochs=1)
-    add("generative", *OFFICIAL, "--model", "naflexgenlip_b16", code=2)
+    add("generative", *RANKCLIP_OFFICIAL, "--model", "naflexgenlip_b16", code=2)
     audio = ("--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
-    add("audio", *OFFICIAL, *audio, code=2)
+    add("audio", *RANKCLIP_OFFICIAL, *audio, code=2)
     columns = ("--loss", "clip-ids+rankclip", "--clip-ids-key")
-    halves, shard = (*BOTH, *UNCROPPED, "--batch-size", "32"), blank_captions(trainer)
+    halves, shard = (*LOCAL_LOSS_WITH_GRAD, *UNCROPPED, "--batch-size", "32"), blank_captions(trainer)
     add("csv", *columns, "group", *table_of_groups(trainer), *UNCROPPED, "--batch-size", "64")
     add("csv, accumulated", *columns, "group", *table_of_groups(trainer), *halves, "--accum-freq", "2")
     add("csv, fsdp", *columns, "group", *table_of_groups(trainer), *halves, "--fsdp", processes=2)
@@ -178,7 +196,7 @@ def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: dict[str, R
         # Weights that differ by a rounding change the order of a few close pairs of items.
         tolerance = 1e-3 if name.endswith("_tau") else 1e-5
         assert fsdp.scalars[name] == pytest.approx(single.scalars[name], rel=1e-4, abs=tolerance), name
-    sharded, whole = fsdp.epoch(EPOCHS), single.epoch(EPOCHS)
+    sharded, whole = fsdp.tensors_after_epoch(EPOCHS), single.tensors_after_epoch(EPOCHS)
     weights = [name for name in whole if not name.startswith("optimizer.")]
     assert "visual.proj" in weights
     for name in weights:
@@ -213,7 +231,9 @@ def test_a_task_trains_what_stock_does_until_lambda_grows(main_runs: dict[str, R
     stock, run = main_runs["stock"], main_runs["single"]
     assert "rank" not in "".join(stock.scalars)
     assert_equal_training(stock, run, epochs=(1,))
-    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"])
+    assert not torch.equal(
+        stock.tensors_after_epoch(2)["visual.proj"], run.tensors_after_epoch(2)["visual.proj"]
+    )
 
 
 @pytest.mark.parametrize(

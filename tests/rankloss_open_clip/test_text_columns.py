@@ -23,10 +23,10 @@ import pandas
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import refused
-from teacher_features import student, unit_rows
+from stand_ins import refusal_of_command
+from teacher_features import student_before_last_step, unit_rows
 from torch import Tensor, nn
-from trainer_runs import WHOLE_SET, Trainer
+from trainer_runs import RANKCLIP_IN_WHOLE_BATCHES, Trainer
 
 import rankloss
 from rankloss_features import Features
@@ -131,7 +131,7 @@ def test_a_wrong_separator_is_named_before_a_row_is_read(
     so that an attempt to read the rows would fail with pandas's own message.
     """
     (tmp_path / "data.csv").write_text("filepath,title\n0.png,a\n1.png,a\tb\tc\n")
-    message = refused(capsys, "--loss", loss, "--train-data", str(tmp_path / "data.csv"))
+    message = refusal_of_command(capsys, "--loss", loss, "--train-data", str(tmp_path / "data.csv"))
     for named in ("--train-data", "'filepath'", "filepath,title", "--csv-separator"):
         assert named in message
 
@@ -182,7 +182,7 @@ def test_a_cell_that_swallows_rows_is_refused_before_a_training(
     assert len(dataset) == 4, "the trainer itself reads four of the six rows"
     command = f"--loss {loss} --csv-separator ; --train-data {file}".split()
     refusal = REFUSAL_OF_SWALLOWED.format(file=file)
-    assert f"argument --train-data: {refusal}" in refused(capsys, *command)
+    assert f"argument --train-data: {refusal}" in refusal_of_command(capsys, *command)
     quoted = SWALLOWED.replace('"a cat', '"""a"" cat"').replace('hat"', "hat")
     dataset, _ = csv_dataset(tmp_path, quoted)
     assert (len(dataset), dataset.captions[2]) == (6, '"a" cat')
@@ -195,7 +195,7 @@ def test_a_csv_file_without_rows_is_refused_before_a_training(
     file = tmp_path / "header.csv"
     file.write_text("filepath;title;group\n")
     command = f"--loss clip-ids --clip-ids-key group --csv-separator ; --train-data {file}".split()
-    assert f"argument --train-data: {file} has no rows" in refused(capsys, *command)
+    assert f"argument --train-data: {file} has no rows" in refusal_of_command(capsys, *command)
 
 
 def test_a_cell_that_swallows_rows_is_refused_by_rankloss_features(tmp_path: Path) -> None:
@@ -713,10 +713,10 @@ def test_a_run_leaves_partners_out(trainer: Trainer) -> None:
     file = trainer.directory / "groups.csv"
     file.write_text("\n".join(lines) + "\n")
     options = ["--loss", "clip-ids+rankclip", "--clip-ids-key", "group", "--train-data", str(file)]
-    run = trainer.call("clip-ids", *WHOLE_SET, *options)
+    run = trainer.call("clip-ids", *RANKCLIP_IN_WHOLE_BATCHES, *options)
     assert "Loss: clip-ids+rankclip (rankloss" in run.log
 
-    features, scale = student(trainer, run)  # at the second step, whose number is 1
+    features, scale = student_before_last_step(trainer, run)  # at the second step, whose number is 1
     both = [torch.from_numpy(features[name]) for name in ("image_features", "text_features")]
     plain = rankloss.ClipLoss()(*both, scale).item()
     without_partners = rankloss.ClipLoss(same_id="ignore")(*both, scale, pair_ids=torch.tensor(groups)).item()

@@ -14,9 +14,9 @@ import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from teacher_features import TEACHER
+from teacher_features import TEACHER_FEATURES
 from torch import Tensor
-from trainer_runs import BOTH, OFFICIAL, SAMPLES, Run, Runs, Trainer
+from trainer_runs import LOCAL_LOSS_WITH_GRAD, RANKCLIP_OFFICIAL, SAMPLES, Run, Runs, Trainer
 
 from batches import random_batch, relative_error
 from collectives import Collectives
@@ -86,10 +86,13 @@ def trained_terms(rank: int, world_size: int, base: str, argv: list[str]) -> Ter
 every_base = pytest.mark.parametrize(
     ("base", "argv"),
     [
-        ("CoCaLoss", ["--model", "coca_tiny", "--coca-contrastive-loss-weight", "0.5", *BOTH]),
-        ("SigLipLoss", ["--siglip", "--loss-dist-impl", "gather", *BOTH]),
-        ("DistillClipLoss", [*DISTIL, *BOTH]),
-        ("ClipLoss", [*DISTIL, "--loss-teacher", "given", *BOTH]),
+        (
+            "CoCaLoss",
+            ["--model", "coca_tiny", "--coca-contrastive-loss-weight", "0.5", *LOCAL_LOSS_WITH_GRAD],
+        ),
+        ("SigLipLoss", ["--siglip", "--loss-dist-impl", "gather", *LOCAL_LOSS_WITH_GRAD]),
+        ("DistillClipLoss", [*DISTIL, *LOCAL_LOSS_WITH_GRAD]),
+        ("ClipLoss", [*DISTIL, "--loss-teacher", "given", *LOCAL_LOSS_WITH_GRAD]),
     ],
 )
 
@@ -132,7 +135,7 @@ def logged_agreement(rank: int, world_size: int, flags: list[str]) -> list[dict[
     return [{name: x.item() for name, x in step.items() if name.endswith("tau")} for step in steps]
 
 
-@pytest.mark.parametrize("flags", [[], BOTH], ids=["global loss", "local loss"])
+@pytest.mark.parametrize("flags", [[], LOCAL_LOSS_WITH_GRAD], ids=["global loss", "local loss"])
 def test_every_process_logs_the_agreement_of_the_whole_batch(pools: Pools, flags: list[str]) -> None:
     batch = random_batch(0, N, D, SCALE).leaves(torch.float64)
     whole = metrics.rank_agreement(*batch[:2])
@@ -163,15 +166,15 @@ def ddp_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs
 
     # Each of them makes two steps, of all pairs.
     add("one process")
-    add("two processes", *BOTH, processes=2)
+    add("two processes", *LOCAL_LOSS_WITH_GRAD, processes=2)
     # λ goes from 0 to 2; a static graph allows no change in what is trained.
-    checkpointing = (*OFFICIAL, "--grad-checkpointing")
+    checkpointing = (*RANKCLIP_OFFICIAL, "--grad-checkpointing")
     add("checkpointing", *checkpointing)
-    add("static graph", *checkpointing, *BOTH, "--ddp-static-graph", processes=2)
+    add("static graph", *checkpointing, *LOCAL_LOSS_WITH_GRAD, "--ddp-static-graph", processes=2)
     columns = columns_and_a_teacher(trainer, tmp_path_factory.mktemp("teacher"))
     add("columns", *columns)
     quarter = ("--batch-size", str(SAMPLES // 4), "--accum-freq", "2")
-    add("columns, accumulated", *columns, *BOTH, *quarter, processes=2)
+    add("columns, accumulated", *columns, *LOCAL_LOSS_WITH_GRAD, *quarter, processes=2)
     return table
 
 
@@ -187,7 +190,7 @@ def columns_and_a_teacher(trainer: Trainer, directory: Path) -> list[str]:
     return [
         *ids,
         "--loss-teacher",
-        features_folder(directory / "x", names_of_pairs, **TEACHER),
+        features_folder(directory / "x", names_of_pairs, **TEACHER_FEATURES),
         "--train-data",
         str(file),
     ]
@@ -206,12 +209,14 @@ def of_model(tensors: dict[str, Tensor]) -> OfModel:
 
 
 def parameters_of(run: Run, epoch: int) -> dict[str, Tensor]:
-    return {name: x for name, x in run.epoch(epoch).items() if not name.startswith("optimizer.")}
+    return {
+        name: x for name, x in run.tensors_after_epoch(epoch).items() if not name.startswith("optimizer.")
+    }
 
 
 def first_gradient(run: Run) -> OfModel:
     """The gradient of the first step, which SGD's momentum is after it."""
-    parameters, tensors = parameters_of(run, 1), run.epoch(1)
+    parameters, tensors = parameters_of(run, 1), run.tensors_after_epoch(1)
     # The optimizer numbers the parameters in this order.
     gradient = {name: tensors[f"optimizer.{i}.momentum_buffer"] for i, name in enumerate(parameters)}
     assert all(gradient[name].shape == x.shape for name, x in parameters.items())

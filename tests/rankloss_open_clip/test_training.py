@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import Base, features, ready
+from stand_ins import LossOfTrainer, completed_args, random_features
 from torch.nn.functional import normalize
 
 import rankloss
@@ -18,7 +18,9 @@ from rankloss_open_clip.training import build_loss
 
 def loss_of_a_run() -> TrainerLoss:
     return build_loss(
-        Base(), ready(parse_args(["--loss", "rankclip", "--device", "cpu"])), sums_every_value=True
+        LossOfTrainer(),
+        completed_args(parse_args(["--loss", "rankclip", "--device", "cpu"])),
+        sums_every_value=True,
     )
 
 
@@ -29,7 +31,7 @@ def test_an_epoch_that_is_longer_than_announced_stays_at_its_last_step(accum_fre
     for epoch in range(2):
         loss.start_epoch(epoch, epochs=2, steps=3, accum_freq=accum_freq)
         for _ in range(5 * accum_freq):
-            loss(**features())
+            loss(**random_features())
             step_of_each_call.append(loss.step)
     expected_steps = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]  # three of each epoch's five steps were announced
     assert step_of_each_call == [step for step in expected_steps for _ in range(accum_freq)]

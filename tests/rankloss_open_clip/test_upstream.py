@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_runs import BOTH, OFF, STEPS, Run, Trainer, assert_equal_training
+from trainer_runs import LOCAL_LOSS_WITH_GRAD, PLUGIN_OFF, STEPS, Run, Trainer, assert_equal_training
 
 from open_clip_main import unpacked
 from rankloss import schedules
@@ -45,7 +45,7 @@ RUNS: dict[str, list[str]] = {
     "stock": [],
     "base": rankloss_flags("base"),
     "rankclip": [*rankloss_flags("rankclip", schedule="linear"), "--accum-freq", "2"],
-    "spread": [*rankloss_flags("spread", weight=0.5), *BOTH],
+    "spread": [*rankloss_flags("spread", weight=0.5), *LOCAL_LOSS_WITH_GRAD],
     "siglip": [*rankloss_flags("rankclip+spread"), "--siglip"],
     "stock siglip": ["--siglip"],
 }
@@ -76,7 +76,7 @@ def patched_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> 
     for name, of_run in options.items():
         argv = trainer.arguments(f"upstream {name}", "--epochs", "1", *of_run)
         commands[name] = (argv, str(outputs[name]))
-    done = trainer.python("-c", ALL_RUNS, json.dumps(commands), PYTHONPATH=python_path, **OFF)
+    done = trainer.python("-c", ALL_RUNS, json.dumps(commands), PYTHONPATH=python_path, **PLUGIN_OFF)
     exit_codes, modules_of_rankloss = json.loads(done.output.splitlines()[-1])
     assert modules_of_rankloss == [], "no plug-in is in the process that imported the trainer"
     for name, exit_code in exit_codes.items():
@@ -118,7 +118,9 @@ def test_an_added_term_trains_beside_the_tasks_own(
     own_term = stock.scalars["contrastive_loss"][0]
     assert run.scalars["contrastive_loss"][0] == pytest.approx(own_term, rel=1e-6)
     assert run.scalars["spread_loss"][0] > 0
-    assert not torch.equal(run.epoch(1)["visual.proj"], stock.epoch(1)["visual.proj"])
+    assert not torch.equal(
+        run.tensors_after_epoch(1)["visual.proj"], stock.tensors_after_epoch(1)["visual.proj"]
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -36,18 +36,18 @@ SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
 STEPS = 4  # optimizer steps of an epoch, without accumulation
 TIMEOUT = 600  # seconds; a busy machine takes minutes for what takes seconds
-OFFICIAL = [
+RANKCLIP_OFFICIAL = [
     *("--loss", "rankclip", "--rankclip-schedule", "official"),
     *("--loss-schedule-unit", "epoch"),
 ]
-WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any order
+RANKCLIP_IN_WHOLE_BATCHES = [  # two epochs of one step each, on the same uncropped pairs in any order
     *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),
     *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),
 ]
-BOTH = ["--local-loss", "--gather-with-grad"]
-OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+LOCAL_LOSS_WITH_GRAD = ["--local-loss", "--gather-with-grad"]
+PLUGIN_OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 # A run without the plug-in, and then the modules of ours, the reasons for it, and these after all.
-STOCK = """
+WITHOUT_PLUGIN = """
 import sys
 from open_clip_train.main import main
 main(sys.argv[1:])
@@ -108,7 +108,7 @@ class Run:
         lines = [line for line in self.log.splitlines() if "Train Epoch:" in line]
         return [re.sub(r"^.*(?=Train Epoch:)|Data \(t\):.*?/gpu ", "", line) for line in lines]
 
-    def epoch(self, number: int) -> dict[str, torch.Tensor]:
+    def tensors_after_epoch(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint, those of the optimizer included."""
         path = self.directory / "checkpoints" / f"epoch_{number}.pt"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -120,12 +120,14 @@ class Run:
     def train_lines(self) -> list[dict[str, float]]:
         """The values of each line that the trainer logged while training."""
         lines = [line for line in self.log.splitlines() if "Train Epoch:" in line]
-        return [{k: float(v) for k, v in re.findall(r"(\w+): (-?[\d.]+) \(", line)} for line in lines]
+        name_and_value = re.compile(r"(\w+): (-?[\d.]+) \(")  # before the bracket with the running mean
+        return [{name: float(value) for name, value in name_and_value.findall(line)} for line in lines]
 
 
 def assert_equal_training(one: Run, other: Run, epochs: tuple[int, ...] = (1, 2, 3)) -> None:
+    """Two runs have the same weights and optimizer state, bit for bit, after each of these epochs."""
     for epoch in epochs:
-        left, right = one.epoch(epoch), other.epoch(epoch)
+        left, right = one.tensors_after_epoch(epoch), other.tensors_after_epoch(epoch)
         assert left.keys() == right.keys()
         assert len(left) > 20, "weights and optimizer state must be there to be compared"
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -140,15 +142,12 @@ class Trainer:
         images = {"image_size": 32, "patch_size": 16, "head_width": 16, **tower}
         texts = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
         pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-        tokens = {"custom_text": True, "multimodal_cfg": texts}
-        # open_clip goes by the name to find CoCa's loss.
-        for name, vision, text, more in (
-            ("tiny", {}, {}, {}),
-            ("tiny-coca", pooled, {"embed_cls": True, "output_tokens": True}, tokens),
-        ):
-            self.write_model(
-                name, {"vision_cfg": {**images, **vision}, "text_cfg": {**texts, **text}, **more}
-            )
+        multimodal = {"custom_text": True, "multimodal_cfg": texts}
+        # open_clip finds CoCa's loss by the model's name.
+        self.write_model("tiny", {"vision_cfg": images, "text_cfg": texts})
+        vision_of_coca = {**images, **pooled}
+        text_of_coca = {**texts, "embed_cls": True, "output_tokens": True}
+        self.write_model("tiny-coca", {"vision_cfg": vision_of_coca, "text_cfg": text_of_coca, **multimodal})
         noise = np.random.default_rng(0)
         rows = ["filepath\ttitle\tsynthetic"]
         for i in range(SAMPLES):
@@ -176,6 +175,7 @@ class Trainer:
         return ["--dataset-type", "webdataset", "--train-data", shards, "--train-num-samples", str(SAMPLES)]
 
     def arguments(self, name: str, *options: str) -> list[str]:
+        """The trainer's arguments of a run with this name: the tiny model, the CSV file, and the options."""
         return [
             *("--model", f"local-dir:{self.directory / 'tiny'}", "--device", "cpu", "--precision", "fp32"),
             *("--train-data", str(self.directory / "data.csv"), "--dataset-type", "csv", "--workers", "0"),
@@ -211,17 +211,16 @@ class Trainer:
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             argv = list(options) if alone else self.arguments(name, *options)
-            given = (argv, str(output), change, {**environment, **ranks})
-            process = _forks.Process(target=_train, args=given)
+            process = _forks.Process(target=_train, args=(argv, str(output), change, environment | ranks))
             process.start()
             started.append(process)
-        codes = _ended(started)
-        return self._ended(next(filter(None, codes), 0), output.read_text(), name, code)
+        first_failure = next(filter(None, _exit_codes(started)), 0)
+        return self._finished(first_failure, output.read_text(), name, code)
 
-    def run(self, name: str, *options: str, command: tuple[str, ...] = (), **given: Any) -> Run:
-        """Run the command, or another way to start the trainer, in a fresh interpreter."""
+    def run(self, name: str, *options: str, command: tuple[str, ...] = (), **keywords: Any) -> Run:
+        """Run the command, or another way to start the trainer, in an interpreter; see :meth:`python`."""
         command = command or ("-m", "open_clip_train.main")
-        return self.python(*command, *self.arguments(name, *options), name=name, **given)
+        return self.python(*command, *self.arguments(name, *options), name=name, **keywords)
 
     def python(
         self,
@@ -231,6 +230,7 @@ class Trainer:
         code: int = 0,
         **environment: str,
     ) -> Run:
+        """Run Python with these arguments; ``code`` is the exit code that it must end with."""
         done = subprocess.run(
             [executable, *arguments],
             stdout=subprocess.PIPE,
@@ -241,22 +241,30 @@ class Trainer:
             timeout=20 * TIMEOUT,
             check=False,
         )
-        return self._ended(done.returncode, done.stdout, name, code)
+        return self._finished(done.returncode, done.stdout, name, code)
 
-    def _ended(self, code: int, output: str, name: str, expected: int) -> Run:
+    def _finished(self, code: int, output: str, name: str, expected: int) -> Run:
+        """The run that has ended with an exit code, which must be the expected one."""
         assert code == expected, output[-4000:]
         return Run(output, self.directory / "logs" / name)
 
 
-def _ended(processes: list[Any]) -> list[int]:
-    """The exit codes, the first to fail before those that were killed for it."""
-    end, codes, running = time.monotonic() + TIMEOUT, [], list(processes)
+def _exit_codes(processes: list[Any]) -> list[int]:
+    """Wait for processes, and kill all others when one fails or TIMEOUT is over.
+
+    The exit codes are in the order in which the processes ended, so that of the first to fail comes before
+    those of the ones that were killed for it.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    codes: list[int] = []
+    running = list(processes)
     while running:
-        ready = multiprocessing.connection.wait([p.sentinel for p in running], end - time.monotonic())
-        ended = [p for p in running if p.sentinel in ready]
-        running = [p for p in running if p not in ended]
-        codes += [p.exitcode for p in ended]
-        if not ready or any(codes):
+        sentinels = [process.sentinel for process in running]
+        ended = multiprocessing.connection.wait(sentinels, deadline - time.monotonic())
+        codes += [process.exitcode for process in running if process.sentinel in ended]
+        running = [process for process in running if process.sentinel not in ended]
+        is_timeout = not ended
+        if is_timeout or any(codes):
             for process in running:
                 process.kill()
     return codes
@@ -312,17 +320,17 @@ class NoRecompilation:
         trainer.main = counted
 
 
-ONCE = {
+CALLED_ONCE = {
     "choose": LOSSES_AND_FOLDERS["choose"],
     **{name: f"rankloss.{name}.__init__" for name in ("RankClipLoss", "MimicryLoss", "ClipLoss")},
 }
 
 
-class Counted:
+class PrintsCounts:
     """Prints how often losses are chosen and built, and a folder is opened, before the first step."""
 
     def install(self, trainer: Any) -> None:
-        counts = count_calls(pytest.MonkeyPatch(), **ONCE, open=LOSSES_AND_FOLDERS["open"])
+        counts = count_calls(pytest.MonkeyPatch(), **CALLED_ONCE, open=LOSSES_AND_FOLDERS["open"])
         train = trainer.train_one_epoch
 
         @functools.wraps(train)
@@ -341,6 +349,7 @@ class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):
 
 
 def _train(argv: list[str], output: str, change: Any, environment: dict[str, str]) -> None:
+    """Call the trainer's ``main`` in this forked process, which ends with it; ``output`` gets its words."""
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -188,7 +188,7 @@ def by_open_clip(place: Path, folder: str | None) -> Trained:
     if folder is None:
         (about,) = (runs / "logs/teachers").glob("*align*/folder.json")
         folder = str(about.parent)
-    return Trained(folder, torch.cat([x.flatten() for x in run.epoch(1).values()]))
+    return Trained(folder, torch.cat([x.flatten() for x in run.tensors_after_epoch(1).values()]))
 
 
 TRAININGS = {
