@@ -8,7 +8,7 @@ from typing import Any
 
 from rankloss import metrics
 
-MASKED: dict[str, Callable[..., Any]] = {
+MEASURES_WITH_MASK: dict[str, Callable[..., Any]] = {
     "kendall_tau": metrics.kendall_tau,
     "kendall_tau, c": functools.partial(metrics.kendall_tau, variant="c"),
     "pairwise_accuracy": metrics.pairwise_accuracy,
@@ -16,4 +16,7 @@ MASKED: dict[str, Callable[..., Any]] = {
     "reciprocal_rank": functools.partial(metrics.reciprocal_rank, at_least=0.0),
 }
 """Measures whose lists may be padded."""
-LISTS: dict[str, Callable[..., Any]] = {**MASKED, "spearman_rho": metrics.spearman_rho}
+MEASURES_OF_LISTS: dict[str, Callable[..., Any]] = {
+    **MEASURES_WITH_MASK,
+    "spearman_rho": metrics.spearman_rho,
+}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import rankloss
 import rankloss_trainers
 from batches import upstream_for
-from measures import MASKED
+from measures import MEASURES_WITH_MASK
 from rankloss import metrics, reference
 from rankloss.distributed import all_gather
 from rankloss.losses import GatheringLoss
@@ -114,7 +114,7 @@ def differentiated(
     return Result(value.detach(), dict(zip(wanted, detached, strict=True)))
 
 
-def run(
+def result_of(
     subject: Subject,
     inputs: Inputs,
     built: Any = None,
@@ -128,7 +128,7 @@ def run(
     return differentiated(built(**taken), taken, wanted, upstream)
 
 
-def expected(subject: Subject, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> Result:
+def expected_result_of(subject: Subject, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> Result:
     """The value and gradients owed, in float64 at the inputs' own values."""
     wanted = subject.differentiable if wanted is None else wanted
     exact = {k: x.detach().cpu() for k, x in inputs.items()}
@@ -245,7 +245,7 @@ def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
 
 def of_lists(name: str) -> Subject:
     """A measure of lists, whose last items are padding; grades that gain are at least 0."""
-    measure = MASKED[name]
+    measure = MEASURES_WITH_MASK[name]
 
     def masked(x: Tensor, y: Tensor) -> Tensor:
         items = x.shape[-1]
@@ -468,7 +468,7 @@ SUBJECTS = [
     function("metrics.modality_gap", metrics.modality_gap),
     function("metrics.alignment", metrics.alignment),
     function("metrics.uniformity", metrics.uniformity, "image_features"),
-    *map(of_lists, MASKED),
+    *map(of_lists, MEASURES_WITH_MASK),
     function("metrics.spearman_rho", metrics.spearman_rho, "x", "y"),
     *(registered(name) for name in OF_PACKAGES if not has_state(name)),
 ]
@@ -582,6 +582,6 @@ def _data(kind: str, n: int, seed: int) -> Inputs:
     }
 
 
-def data(kind: str = "plain", n: int = N, seed: int = 7) -> Inputs:
+def drawn_inputs(kind: str = "plain", n: int = N, seed: int = 7) -> Inputs:
     """Features of n pairs, a scale, and lists: all float64, of one kind."""
     return {name: x.clone() for name, x in _data(kind, n, seed).items()}

@@ -28,7 +28,7 @@ from rankloss import (
 )
 from rankloss.checks import check_teacher
 from rankloss.precision import nan_unless_finite
-from subjects import SUBJECTS, TEACHER, Subject, data, run
+from subjects import SUBJECTS, TEACHER, Subject, drawn_inputs, result_of
 
 IMAGE, TEXT = TEACHER
 
@@ -101,13 +101,18 @@ def entries_of_official_recipe(key: str, epoch: int) -> dict[str, Tensor]:
 def test_rank_clip_is_clips_loss_and_a_32nd_of_the_two_directions(
     key: str, epoch: int, lambda_: float
 ) -> None:
-    """A direction's value is the mean over its N lists of their likelihoods, by their N items."""
+    """The vectors have the likelihood of each of a direction's N lists.
+
+    The term of the direction is their mean over the lists, by the N items of a list.
+    """
     case = VECTORS[key]
     entries = entries_of_official_recipe(key, epoch)
     owed = {"contrastive_loss": case["clip"]}
+    lists = items_of_a_list = case["N"]
     for term, directions in DIRECTIONS.items():
-        of_both_directions = [sum(case["plackett_luce"][name]) / case["N"] ** 2 for name in directions]
-        owed[f"{term}_loss"] = lambda_ / 32 * sum(of_both_directions)
+        sums_over_lists = [sum(case["plackett_luce"][direction]) for direction in directions]
+        of_both_directions = sum(sums_over_lists) / lists / items_of_a_list
+        owed[f"{term}_loss"] = lambda_ / 32 * of_both_directions
     values = {name: entry.item() for name, entry in entries.items()}
     assert values == pytest.approx(owed, rel=1e-10)
 
@@ -117,11 +122,12 @@ def test_rank_clip_is_clips_loss_and_a_32nd_of_the_two_directions(
 def test_the_rank_terms_are_the_published_codes_but_for_its_floor(
     key: str, epoch: int, lambda_: float
 ) -> None:
-    """1e-10 inside the logarithm moves its numbers by up to a thousandth at these scales."""
+    """That code adds 1e-10 inside the logarithm; the vectors have its terms."""
+    of_the_floor = 1e-3  # by which it moves the terms at most, at these scales
     entries = entries_of_official_recipe(key, epoch)
     for term in DIRECTIONS:
         published = VECTORS[key]["official_code"][term]
-        assert entries[f"{term}_loss"].item() == pytest.approx(lambda_ * published, rel=1e-3)
+        assert entries[f"{term}_loss"].item() == pytest.approx(lambda_ * published, rel=of_the_floor)
 
 
 @given(batches())
@@ -157,11 +163,11 @@ def test_rank_terms_of_factor_zero_leave_value_and_gradients_of_the_base_to_the_
     loss: nn.Module,
 ) -> None:
     inputs = random_batch(seed=0, n=32, d=16, scale=100.0).leaves(torch.float32)
-    value, expected = loss(*inputs), ClipLoss()(*inputs)
-    assert torch.equal(value, expected)
-    assert all(
-        map(torch.equal, gradients(value, inputs, upstream=1.0), gradients(expected, inputs, upstream=1.0))
-    )
+    value, of_base = loss(*inputs), ClipLoss()(*inputs)
+    assert torch.equal(value, of_base)
+    slopes = gradients(value, inputs, upstream=-1.7)
+    slopes_of_base = gradients(of_base, inputs, upstream=-1.7)
+    assert all(map(torch.equal, slopes, slopes_of_base))
 
 
 @any_loss_without_ranks
@@ -178,25 +184,38 @@ def test_value_and_entries_have_float32_or_a_wider_dtype_at_every_lambda(
     dtype: torch.dtype, lambda_: float
 ) -> None:
     inputs, loss = random_batch(seed=0, n=6, d=4, scale=10.0).leaves(dtype), rank_clip_at(lambda_)
-    dtypes = {entry.dtype for entry in (loss(*inputs), *loss(*inputs, output_dict=True).values())}
+    value, entries = loss(*inputs), loss(*inputs, output_dict=True)
+    dtypes = {x.dtype for x in (value, *entries.values())}
     assert dtypes == {torch.promote_types(dtype, torch.float32)}
 
 
-OF_LARGE_BATCHES = ("ClipLoss", "ClipLoss[share]", "ClipLoss[smoothed, ignore]", "SigLipLoss")
-OF_LARGE_BATCHES += ("RankConsistency[bins]", "RankConsistency[top one]", "RankedLists[negatives, top k]")
-OF_LARGE_BATCHES += ("RankClipLoss", "RankClipLoss[over SigLipLoss]", "MimicryLoss[default]")
-OF_LARGE_BATCHES += ("SpreadLoss[similarities]",)  # and of so many pairs from the covariance
-REGISTERED_BY_PACKAGES = [subject for subject in SUBJECTS if not subject.covers]
-LARGE = [subject for subject in SUBJECTS if subject.name in OF_LARGE_BATCHES] + REGISTERED_BY_PACKAGES
-HALF, SINGLE = (torch.float16, torch.bfloat16), torch.float32
+NAMES_OF_LARGE = [
+    "ClipLoss",
+    "ClipLoss[share]",
+    "ClipLoss[smoothed, ignore]",
+    "SigLipLoss",
+    "RankConsistency[bins]",
+    "RankConsistency[top one]",
+    "RankedLists[negatives, top k]",
+    "RankClipLoss",
+    "RankClipLoss[over SigLipLoss]",
+    "MimicryLoss[default]",
+    "SpreadLoss[similarities]",  # which so many pairs compute from the covariance
+]
+OF_OTHER_PACKAGES = [subject for subject in SUBJECTS if not subject.covers]
+LARGE = [subject for subject in SUBJECTS if subject.name in NAMES_OF_LARGE] + OF_OTHER_PACKAGES
+"""The subjects of large batches: rankloss's own by name, and all of other packages."""
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+ROUNDINGS = {torch.float16: 1e-3, torch.bfloat16: 6e-2, torch.float32: 1e-4}
+"""The largest errors, relative to the norm: some roundings of the dtype, which gradients are rounded to."""
 
 
 @pytest.mark.parametrize(
     ("n", "dtype"),
     [
-        (512, SINGLE),
-        *((512, x) for x in HALF),
-        *(pytest.param(4096, x, marks=pytest.mark.slow) for x in HALF),
+        (512, torch.float32),
+        *((512, dtype) for dtype in HALF_DTYPES),
+        *(pytest.param(4096, dtype, marks=pytest.mark.slow) for dtype in HALF_DTYPES),
     ],
 )
 @pytest.mark.parametrize("subject", LARGE, ids=str)
@@ -207,15 +226,18 @@ def test_a_large_batch_is_as_exact_as_its_dtype(n: int, subject: Subject, dtype:
     Half precision is compared with float32, and float32, of features in clusters, with float64. float16 would
     overflow: the cube of the norms from some 400 pairs on, sums of SigLIP's terms and entropies later.
     """
-    tolerance = {torch.float16: 1e-3, torch.bfloat16: 6e-2, SINGLE: 1e-4}[dtype]
-    drawn = subject.pick(data("clusters" if dtype is SINGLE else "plain", n), SINGLE)
-    rounded = {
-        name: x.to(DEVICE, dtype if name.endswith("features") else x.dtype) for name, x in drawn.items()
-    }
-    wider = torch.float64 if dtype is SINGLE else SINGLE
-    exact = {name: x.to(wider) if x.is_floating_point() else x for name, x in rounded.items()}
+    kind, wider = "plain", torch.float32
+    if dtype is torch.float32:
+        kind, wider = "clusters", torch.float64
+    in_float32 = subject.pick(drawn_inputs(kind, n), torch.float32)
+    rounded, exact = {}, {}
+    for name, x in in_float32.items():
+        is_feature = name.endswith("features")
+        rounded[name] = x.to(DEVICE, dtype) if is_feature else x.to(DEVICE)
+        exact[name] = rounded[name].to(wider) if x.is_floating_point() else rounded[name]
     upstream = torch.tensor(4096.0, device=DEVICE)  # as a scaler of gradients has it
-    of_rounded, of_exact = (run(subject, inputs, upstream=upstream) for inputs in (rounded, exact))
+    of_rounded, of_exact = (result_of(subject, inputs, upstream=upstream) for inputs in (rounded, exact))
+    tolerance = ROUNDINGS[dtype]
     assert (of_rounded.value - of_exact.value).norm() <= tolerance * of_exact.value.norm()
     for name, gradient in of_exact.gradients.items():
         assert (of_rounded.gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
@@ -436,9 +458,8 @@ def test_an_epoch_that_is_set_within_the_compiled_step_does_not_recompile_each_t
         return 2 * loss(v, t, scale)
 
     calls = [(epoch, torch.tensor(10.0 + epoch)) for epoch in range(1, 7)]
-    # Dynamo compiles for the first epoch as a constant, and once more for any; a graph for each of the six
-    # epochs, before and after the loss, would be twelve.
-    assert compilations(step, calls) <= 5
+    # Dynamo may compile for the first epoch as a constant, and once more for any.
+    assert compilations(step, calls) < len(calls), "no graph for each epoch"
 
 
 def test_a_loss_is_no_part_of_a_full_graph() -> None:
@@ -561,7 +582,7 @@ OF_UNIT_NORM = [x for x in SUBJECTS if x.takes_pairs and x.name != "SpreadLoss[c
 
 @pytest.mark.parametrize("subject", OF_UNIT_NORM, ids=str)
 def test_suspicious_input_is_computed_with_a_warning_at_the_first_call(subject: Subject) -> None:
-    inputs, loss = subject.pick(data()), subject.started()
+    inputs, loss = subject.pick(drawn_inputs()), subject.started()
     inputs.update(text_features=2 * inputs["text_features"], logit_scale=LOG)
     with pytest.warns(InputWarning) as warned:
         assert loss(**inputs).isfinite()
@@ -614,8 +635,8 @@ def test_a_scale_that_cannot_be_one_is_a_warning_with_its_remedy(name: str, make
     loss = make()
     with pytest.warns(InputWarning, match=f"^logit_scale is {message}") as warned:
         loss(V, T, scale)
-    messages = {str(warning.message) for warning in warned}
-    of_scale = [message for message in messages if message.startswith("logit_scale")]
+    different_texts = {str(warning.message) for warning in warned}
+    of_scale = [text for text in different_texts if text.startswith("logit_scale")]
     assert len(of_scale) == 1, "a loss and its base say the same, which Python then shows once"
     loss(V, T, scale)  # a second warning would be an error
 
@@ -629,7 +650,15 @@ def test_a_scale_beside_features_without_values_is_not_looked_at(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "scale", [1.0, 5.0, 100.0, 1000.0, nn.Parameter(torch.tensor(10.0)), nn.Parameter(LOG).clamp(0, 4)]
+    "scale",
+    [
+        1.0,
+        5.0,
+        100.0,
+        1000.0,
+        pytest.param(nn.Parameter(torch.tensor(10.0)), id="a parameter"),
+        pytest.param(nn.Parameter(LOG).clamp(0, 4), id="computed from a parameter"),
+    ],
 )
 def test_a_scale_that_can_be_one_is_no_warning(scale: Any) -> None:
     """A warning would be an error."""
@@ -637,7 +666,8 @@ def test_a_scale_that_can_be_one_is_no_warning(scale: Any) -> None:
     assert has_looked
 
 
-# The change that spoils a teacher's nine rows, and the reason of the refusal.
+# The change that spoils a teacher's nine rows, and the reason of the refusal. The largest value of row 0 of
+# ``teacher_of(n=9)``'s texts is 0.727564.
 SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "half of zeros": (
         lambda x: x.index_fill(0, torch.arange(4, 9), 0.0),
@@ -658,6 +688,7 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) -> None:
+    """In the first call, after a call without a teacher, and after one with a good teacher."""
     inputs, teacher = random_batch(seed=0, n=9, d=4, scale=10.0).leaves(), teacher_of(n=9)
     spoil, reason = SPOILT[how]
     bad = {**teacher, TEXT: spoil(teacher[TEXT])}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batches import VECTORS, random_batch, vector_batch
 from fake_devices import no_float64
-from measures import LISTS, MASKED
+from measures import MEASURES_OF_LISTS, MEASURES_WITH_MASK
 from rankloss import metrics
 
 
@@ -151,7 +151,7 @@ def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
     assert_each(metrics.reciprocal_rank, lists, owed, at_least=2.0)
 
 
-every_measure = pytest.mark.parametrize("name", LISTS)  # of two lists, by name
+every_measure = pytest.mark.parametrize("name", MEASURES_OF_LISTS)  # of two lists, by name
 
 
 @every_measure
@@ -160,7 +160,7 @@ def test_integers_that_float64_rounds_are_refused(name: str) -> None:
     large = torch.tensor([1, 2**53 + 1, 2**53 + 1])
     reason = r"(x|y|grades) must be at most 2⁵³, to stay distinct.* 9007199254740993"
     with pytest.raises(ValueError, match=reason):
-        LISTS[name](torch.tensor([1, 2, 3]), large)
+        MEASURES_OF_LISTS[name](torch.tensor([1, 2, 3]), large)
 
 
 @every_measure
@@ -168,14 +168,14 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds(name: str
     large = torch.tensor([2**24 + 1, 2, 3])
     reason = r"(x|scores) must be at most 2²⁴, to stay distinct.*float32.* 16777217"
     with no_float64(), pytest.raises(ValueError, match=reason):
-        LISTS[name](large, torch.tensor([1, 2, 3]))
+        MEASURES_OF_LISTS[name](large, torch.tensor([1, 2, 3]))
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", MEASURES_WITH_MASK)
 def test_padding_may_have_integers_that_float64_rounds(name: str) -> None:
     """Such integers are refused in a list, see above."""
     large, mask = torch.tensor([1, 2**53 + 1, 2**53 + 1]), torch.tensor([True, False, False])
-    assert MASKED[name](torch.tensor([1, 2, 3]), large, mask=mask).shape == ()
+    assert MEASURES_WITH_MASK[name](torch.tensor([1, 2, 3]), large, mask=mask).shape == ()
 
 
 @every_measure
@@ -184,22 +184,22 @@ def test_dtypes_that_no_float_holds_are_refused(name: str) -> None:
     unsigned = torch.tensor([2**64 - 1, 2**64 - 2, 5], dtype=torch.uint64)
     reason = r"(grades|y) must hold floating-point numbers, or integers up to int64.* torch.uint64"
     with pytest.raises(ValueError, match=reason):
-        LISTS[name](x, unsigned)
+        MEASURES_OF_LISTS[name](x, unsigned)
     with pytest.raises(ValueError, match=r"(scores|x) must hold floating-point numbers.* torch.complex64"):
-        LISTS[name](torch.complex(x, x), x)
+        MEASURES_OF_LISTS[name](torch.complex(x, x), x)
 
 
 @every_measure
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int64, torch.float16])
 def test_other_dtypes_are_taken_as_their_numbers(name: str, dtype: torch.dtype) -> None:
     x = torch.tensor([3.0, 2.0, 1.0])
-    assert torch.equal(LISTS[name](x, x.to(dtype)), LISTS[name](x, x))
+    assert torch.equal(MEASURES_OF_LISTS[name](x, x.to(dtype)), MEASURES_OF_LISTS[name](x, x))
 
 
 @every_measure
 def test_booleans_are_taken_as_0_and_1(name: str) -> None:
     x = torch.tensor([3.0, 2.0, 1.0])
-    assert torch.equal(LISTS[name](x, x > 1), LISTS[name](x, (x > 1).double()))
+    assert torch.equal(MEASURES_OF_LISTS[name](x, x > 1), MEASURES_OF_LISTS[name](x, (x > 1).double()))
 
 
 def test_leading_dimensions_are_lists() -> None:

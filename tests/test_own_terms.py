@@ -73,6 +73,11 @@ class Recording(ClipLoss):
         return super().forward(**{name: inputs[name] for name in of_clip})
 
 
+def distance_by_hand(v: Tensor, t: Tensor, s: Tensor, weight: float) -> Tensor:
+    """The term of ``Distance`` with the default power 2, by its formula."""
+    return weight * s * (v - t).square().sum(-1).mean()
+
+
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     """Images, texts and the scale of six pairs."""
     return random_batch(seed=0, n=6, d=4, scale=10.0).leaves()
@@ -86,16 +91,15 @@ def test_the_terms_stand_after_the_bases_entries_and_all_add_up() -> None:
     entries = Distance(weight=0.3)(v, t, s, output_dict=True)
     assert list(entries) == ["contrastive_loss", "distance_loss"]
     assert torch.equal(entries["contrastive_loss"], ClipLoss()(v, t, s))
-    torch.testing.assert_close(entries["distance_loss"], 0.3 * s * (v - t).square().sum(-1).mean())
+    torch.testing.assert_close(entries["distance_loss"], distance_by_hand(v, t, s, weight=0.3))
     assert torch.equal(Distance(weight=0.3)(v, t, s), sum(entries.values()))
 
 
 def test_every_input_has_the_gradient_of_base_and_terms() -> None:
     v, t, s = inputs = batch()
-    owed = ClipLoss()(v, t, s) + 0.5 * s * (v - t).square().sum(-1).mean()  # the default weight and power
-    torch.testing.assert_close(
-        gradients(Distance()(v, t, s), inputs, upstream=-1.7), gradients(owed, inputs, upstream=-1.7)
-    )
+    owed = ClipLoss()(v, t, s) + distance_by_hand(v, t, s, weight=0.5)  # the default weight
+    slopes, owed_slopes = (gradients(x, inputs, upstream=-1.7) for x in (Distance()(v, t, s), owed))
+    torch.testing.assert_close(slopes, owed_slopes)
 
 
 def test_options_of_every_kind_are_shown() -> None:
@@ -110,6 +114,7 @@ def test_options_of_every_kind_are_shown() -> None:
         ("kind", "max", "kind must be one of 'mean', 'sum'; got 'max'"),
         ("base", 3, "base must be a loss, a module or function; got 3"),
     ],
+    ids=lambda x: str(x).partition(" ")[0],
 )
 def test_a_bad_value_of_an_option_is_named_and_shown(option: str, value: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
@@ -118,9 +123,9 @@ def test_a_bad_value_of_an_option_is_named_and_shown(option: str, value: Any, re
 
 def test_inputs_that_the_terms_do_not_name_are_the_bases_alone() -> None:
     v, t, s = batch()
-    ids = torch.arange(6) // 2
-    entries = Distance(ClipLoss(same_id="ignore"))(v, t, s, pair_ids=ids, output_dict=True)
-    assert torch.equal(entries["contrastive_loss"], ClipLoss(same_id="ignore")(v, t, s, pair_ids=ids))
+    base, ids = ClipLoss(same_id="ignore"), torch.arange(6) // 2
+    entries = Distance(base)(v, t, s, pair_ids=ids, output_dict=True)
+    assert torch.equal(entries["contrastive_loss"], base(v, t, s, pair_ids=ids))
 
 
 def test_an_input_that_neither_the_terms_nor_the_base_take_is_refused() -> None:
@@ -131,9 +136,10 @@ def test_an_input_that_neither_the_terms_nor_the_base_take_is_refused() -> None:
 def test_inputs_that_the_terms_name_are_theirs() -> None:
     v, t, s = batch()
     teacher = teacher_of(n=6, d=4)
-    last_alone = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)  # of which the mean is 1
-    entries = Taught()(v, t, s, **teacher, pair_weights=last_alone, output_dict=True)
-    torch.testing.assert_close(entries["taught_loss"], (t - teacher[TEXT])[5].square().sum())
+    last_pair_alone = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 6.0], dtype=v.dtype)  # the mean weight is 1
+    entries = Taught()(v, t, s, **teacher, pair_weights=last_pair_alone, output_dict=True)
+    distance_of_last_pair = (t[-1] - teacher[TEXT][-1]).square().sum()
+    torch.testing.assert_close(entries["taught_loss"], distance_of_last_pair)
 
 
 def test_a_teachers_features_are_the_terms_and_the_bases() -> None:
@@ -183,6 +189,7 @@ def test_required_inputs_that_are_missing_are_named() -> None:
         (torch.full((6, 4), torch.nan), f"{TEXT} must be finite; row 0 has norm nan"),
         (torch.ones(5, 4) / 2, rf"{TEXT} must have one row per pair, 6; got shape \(5, 4\)"),
     ],
+    ids=["zeros", "NaN", "a row too few"],
 )
 def test_a_teachers_features_are_checked_before_the_terms(features: Tensor, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
@@ -219,9 +226,10 @@ def error_of_integers_on_the_last_rank(rank: int, world_size: int) -> str:
 
 
 def test_a_bad_input_of_one_process_is_the_error_of_all(pool: Pool) -> None:
-    first, *others = pool.run(error_of_integers_on_the_last_rank)
-    assert f"on rank {pool.world_size - 1} of {pool.world_size}" in first
-    assert others == [first] * (pool.world_size - 1)
+    first, *others = pool.run(error_of_integers_on_the_last_rank)  # the message of each rank
+    last_rank = pool.world_size - 1
+    assert f"on rank {last_rank} of {pool.world_size}" in first
+    assert others == [first] * len(others)
 
 
 # --- terms on no other loss ---------------------------------------------------------------------------------
@@ -231,7 +239,8 @@ def test_terms_on_no_other_loss_are_the_loss() -> None:
     v, t, s = batch()
     entries = Alone()(v, t, s, output_dict=True)
     assert list(entries) == ["first_loss", "second_loss"]
-    torch.testing.assert_close(Alone()(v, t, s), (1 + 2) * s * (v * t).sum(-1).mean())
+    first = s * (v * t).sum(-1).mean()
+    torch.testing.assert_close(Alone()(v, t, s), first + 2 * first)
     assert not hasattr(Alone(), "base")
 
 
@@ -263,6 +272,5 @@ def test_a_compiled_call_breaks_the_graph_and_has_the_same_value_and_gradients()
     torch._dynamo.reset()  # forgets what other tests compiled
     value, compiled_value = step(*inputs), torch.compile(step, backend="eager")(*inputs)
     torch.testing.assert_close(compiled_value, value)
-    torch.testing.assert_close(
-        gradients(compiled_value, inputs, upstream=1.3), gradients(value, inputs, upstream=1.3)
-    )
+    slopes, compiled_slopes = (gradients(x, inputs, upstream=1.3) for x in (value, compiled_value))
+    torch.testing.assert_close(compiled_slopes, slopes)

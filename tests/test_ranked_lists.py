@@ -41,7 +41,7 @@ F32 = torch.float32
 def test_values_and_gradients_are_those_of_the_definition(
     options: dict[str, Any], lists: Lists, chunk_size: int | None, reduction: Any, frozen_by: str | None
 ) -> None:
-    """Also of scores beyond those of a frozen model, which has no gradient."""
+    """The definition is written item by item; a frozen model's scores are subtracted, and get no gradient."""
     loss = RankedLists(**options, reduction=reduction, chunk_size=chunk_size)
     frozen = Frozen.of(lists)
     frozen_inputs: dict[str, Any] = {}
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_definition(
         frozen_inputs = {"reference_scores": scores_of_lists(frozen, lists)}
     elif frozen_by:
         frozen_inputs = frozen.as_features()
-    # They ask for a gradient, to see that they get none.
+    # They could take a gradient, to see that they get none.
     frozen_inputs = {
         name: torch.as_tensor(x, dtype=F64).clone().requires_grad_() for name, x in frozen_inputs.items()
     }
@@ -83,7 +83,8 @@ def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
     grades = torch.zeros(n, 1)
     of_images, of_texts = loss(v, t[:, None], grades, scale), loss(t, v[:, None], grades, scale)
     assert torch.equal(of_images, F.cross_entropy(scale * v @ t.T, torch.arange(n)))
-    assert torch.equal((of_images + of_texts) / 2, ClipLoss()(v, t, scale))
+    mean_of_directions = (of_images + of_texts) / 2
+    assert torch.equal(mean_of_directions, ClipLoss()(v, t, scale))
 
 
 @every_model
@@ -99,13 +100,15 @@ def test_every_integer_is_an_id_of_a_candidate(options: dict[str, Any], id_of: C
     """Also where items of no list, here the first two, stand before a candidate and have its id."""
     n_items, n_unlisted = 9, 2
     lists = random_lists(seed=0, n=4, k=3, m=n_items)
-    lists = replace(lists, index=lists.index % (n_items - n_unlisted) + n_unlisted)
+    listed_index = n_unlisted + lists.index % (n_items - n_unlisted)
+    lists = replace(lists, index=listed_index)
     id_numbers = [max(item - n_unlisted, 0) for item in range(n_items)]  # 0, 0, 0, 1, 2, …
     ids = torch.tensor([id_of(number) for number in id_numbers])
     by_ids = lists.differentiated(
         lambda *inputs: lists.value_of(RankedLists(**options), *inputs, candidate_ids=ids)
     )
-    assert_same(by_ids, lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options)))
+    owed = lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options))
+    assert_same(by_ids, owed)
 
 
 @every_model
@@ -141,6 +144,12 @@ LAMBDA = {"model": "lambda"}
 DIFFERENCES = {"model": "pairwise", "pair_weight": "difference"}
 
 
+def two_lists_of_three() -> tuple[Tensor, Tensor]:
+    """Queries ``[2, 6]`` and their candidates ``[2, 3, 6]``, which are all orthogonal or equal."""
+    rows = torch.eye(6, dtype=F64)
+    return rows[:2], rows.view(2, 3, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "grade", "needed"),
     [
@@ -157,34 +166,38 @@ def test_grades_that_the_model_does_not_take_are_refused(
     options: dict[str, Any], grade: float, needed: str
 ) -> None:
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, grade]], dtype=F64)
-    q, items = torch.eye(6, dtype=F64)[:2], torch.eye(6, dtype=F64).view(2, 3, 6)
     with pytest.raises(ValueError, match=re.escape(f"grades must be {needed}; row 1 has [{grade}]")):
-        RankedLists(**options)(q, items, grades)
+        RankedLists(**options)(*two_lists_of_three(), grades)
 
 
 @pytest.mark.parametrize("options", [{}, LAMBDA, DIFFERENCES], ids=str)
 @pytest.mark.parametrize("grade", [math.inf, -math.inf, math.nan, -1.0, 2.0**54])
 def test_padding_may_have_any_grade(options: dict[str, Any], grade: float) -> None:
+    """Also one that the test above sees refused."""
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, grade]], dtype=F64)
-    q, items = torch.eye(6, dtype=F64)[:2], torch.eye(6, dtype=F64).view(2, 3, 6)
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    assert RankedLists(**options)(q, items, grades, mask=mask).isfinite()
+    assert RankedLists(**options)(*two_lists_of_three(), grades, mask=mask).isfinite()
 
 
 def with_a_candidate_twice(by: str) -> dict[str, Any]:
-    """Two lists of three; in the second the first and the last candidate are one, by its number or its id."""
-    index = torch.tensor([[3, 4, 5], [0, 1, 0]])
-    inputs: dict[str, Any] = {"query_features": torch.eye(6)[:2], "candidate_features": torch.eye(6)}
-    if by == "index":
-        return {**inputs, "candidate_index": index}
-    if by == "ids":
-        return {**inputs, "candidate_features": torch.eye(6)[index], "candidate_ids": index}
+    """Two queries and their lists of three; the first and the last candidate of the second list are one.
+
+    They are one row of the items, one id of the lists' own features, or two rows of the items with one id.
+    """
+    queries, items = torch.eye(6)[:2], torch.eye(6)
+    with_item_0_twice = torch.tensor([[3, 4, 5], [0, 1, 0]])
     of_different_items = torch.tensor([[3, 4, 5], [0, 1, 2]])
-    return {
-        **inputs,
-        "candidate_index": of_different_items,
-        "candidate_ids": torch.tensor([7, 8, 7, 9, 10, 11]),
+    ids_with_7_at_items_0_and_2 = torch.tensor([7, 8, 7, 9, 10, 11])
+    candidates: dict[str, dict[str, Any]] = {
+        "index": {"candidate_features": items, "candidate_index": with_item_0_twice},
+        "ids": {"candidate_features": items[with_item_0_twice], "candidate_ids": with_item_0_twice},
+        "index and ids": {
+            "candidate_features": items,
+            "candidate_index": of_different_items,
+            "candidate_ids": ids_with_7_at_items_0_and_2,
+        },
     }
+    return {"query_features": queries, **candidates[by]}
 
 
 twice_in_a_list = pytest.mark.parametrize("by", ["index", "ids", "index and ids"])
@@ -200,9 +213,10 @@ def test_a_candidate_with_two_grades_in_a_list_is_refused(by: str) -> None:
 @twice_in_a_list
 def test_a_candidate_that_is_twice_in_a_list_with_one_grade_is_two_tied_items(by: str) -> None:
     grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 1.0]])
-    _, of_second = RankedLists(reduction="none")(grades=grades, **with_a_candidate_twice(by))
-    scores = torch.tensor([0.0, 1.0, 0.0])  # the second query is the second candidate
-    torch.testing.assert_close(of_second, reference.plackett_luce(scores, grades[1]))
+    _, value_of_second_list = RankedLists(reduction="none")(grades=grades, **with_a_candidate_twice(by))
+    scores_of_second_list = torch.tensor([0.0, 1.0, 0.0])  # its query is its second candidate
+    owed = reference.plackett_luce(scores_of_second_list, grades[1])
+    torch.testing.assert_close(value_of_second_list, owed)
 
 
 @twice_in_a_list
@@ -232,12 +246,12 @@ def test_uses_grade_values_tells_if_other_grades_of_the_same_order_change_the_lo
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
     lists = random_lists(seed=4, n=5, k=4, m=9)
     built, changed = RankedLists(**options), RankedLists(model="pairwise", pair_weight="difference")
-    for name, value in {"model": "plackett_luce", "pair_weight": None, **options}.items():
+    defaults_of_other_options = {"model": "plackett_luce", "pair_weight": None}
+    for name, value in {**defaults_of_other_options, **options}.items():
         setattr(changed, name, value)
     of_changed = lists.differentiated(lambda *inputs: lists.value_of(changed, *inputs))
-    assert_same(
-        of_changed, lists.differentiated(lambda *inputs: lists.value_of(built, *inputs)), tolerance=0.0
-    )
+    of_built = lists.differentiated(lambda *inputs: lists.value_of(built, *inputs))
+    assert_same(of_changed, of_built, tolerance=0.0)
 
 
 @every_model
@@ -320,11 +334,8 @@ def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> N
         scale=scale,
     )
     of_loss = lists.differentiated(lambda *inputs: lists.value_of(RankedLists(**options), *inputs))
-    assert_close(
-        of_loss,
-        lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options)),
-        tolerance=1e-11,
-    )
+    owed = lists.differentiated(lambda *inputs: lists.loss_item_by_item(*inputs, **options))
+    assert_close(of_loss, owed, tolerance=1e-11)
 
 
 @every_model
@@ -345,9 +356,8 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
             return [*first, *torch.autograd.grad(along, inputs)]
 
     of_loss = derivatives(lambda *inputs: lists.value_of(RankedLists(**options), *inputs))
-    assert_same(
-        of_loss, derivatives(lambda *inputs: lists.loss_item_by_item(*inputs, **options)), tolerance=1e-9
-    )
+    owed = derivatives(lambda *inputs: lists.loss_item_by_item(*inputs, **options))
+    assert_same(of_loss, owed, tolerance=1e-9)
 
 
 # --- a frozen model's scores --------------------------------------------------------------------------------
@@ -368,7 +378,7 @@ def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(5, 2, dtype=F64, generator=generator, requires_grad=True)
     frozen = torch.randn(5, 2, dtype=F64, generator=generator)
-    beta, better = 0.3, torch.tensor([0, 1, 1, 0, 1])
+    beta, better = 0.3, torch.tensor([0, 1, 1, 0, 1])  # the column of each row's better text
     log_ratios = policy.log_softmax(-1) - frozen.log_softmax(-1)
     worse, rows = 1 - better, torch.arange(5)
     dpo = -F.logsigmoid(beta * (log_ratios[rows, better] - log_ratios[rows, worse])).mean()
@@ -377,9 +387,8 @@ def test_the_pairwise_model_of_two_grades_is_dpo() -> None:
     grades = F.one_hot(better)
     value = RankedLists(model="pairwise")(queries, candidates, grades, beta, reference_scores=beta * frozen)
     assert_same([value], [dpo], tolerance=1e-14)
-    assert_same(
-        gradients(value, (policy,), upstream=1.3), gradients(dpo, (policy,), upstream=1.3), tolerance=1e-14
-    )
+    slopes, owed_slopes = (gradients(x, (policy,), upstream=1.3) for x in (value, dpo))
+    assert_same(slopes, owed_slopes, tolerance=1e-14)
 
 
 # --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
@@ -399,11 +408,11 @@ def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
 def test_exponential_gains_of_any_grade_are_finite() -> None:
     """All but the largest gain vanish beside it: the value is that of one item with a gain."""
     scores = torch.tensor([[0.0, 1.0, 2.0]], dtype=F64)
-    value, _ = graded.lambda_loss(
-        scores, torch.tensor([[2.0**53, 0.0, 2000.0]]).double(), ranked_by=scores, gain="exponential"
-    )
-    of_one_gain, _ = graded.lambda_loss(
-        scores, torch.tensor([[1.0, 0.0, 0.0]]).double(), ranked_by=scores, gain="exponential"
+    large_grades = torch.tensor([[2.0**53, 0.0, 2000.0]], dtype=F64)
+    only_the_first_gains = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64)
+    value, of_one_gain = (
+        graded.lambda_loss(scores, grades, ranked_by=scores, gain="exponential")[0]
+        for grades in (large_grades, only_the_first_gains)
     )
     assert value.item() == pytest.approx(of_one_gain.item(), rel=1e-14)
 
@@ -465,9 +474,8 @@ def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyP
     owed = lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs))
     monkeypatch.setattr(pair_sums, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})  # far fewer than there are
     with TensorSizes() as sizes:
-        assert_same(
-            lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs)), owed, tolerance=1e-12
-        )
+        in_blocks = lists.differentiated(lambda *inputs: lists.value_of(loss, *inputs))
+    assert_same(in_blocks, owed, tolerance=1e-12)
     listed_items = len(lists.index.unique())  # each a negative of the lists without it
     assert sizes.largest < n * k * listed_items / 2
 
@@ -496,7 +504,11 @@ def test_pairs_with_negatives_keep_at_most_the_pairs_within_the_lists_more_than_
 def test_long_lists_are_summed_by_cells(
     dtype: torch.dtype, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Σ log(1 + e^(rest − score)) of each score, with two orders of derivatives, to rounding."""
+    """Σ log(1 + e^(rest − score)) of each score, with two orders of derivatives, to rounding.
+
+    ``rest_sums`` cuts the range of ``rest`` into cells, and has a polynomial of each; ``pair_sums`` adds up
+    all pairs.
+    """
     generator = torch.Generator().manual_seed(0)
     n_lists, n_scores, n_rest = 3, 64, 8000
     scores, rest = (
@@ -518,9 +530,10 @@ def test_long_lists_are_summed_by_cells(
 
     owed = value_and_derivatives(pair_sums.pair_sums, F64)
     monkeypatch.delattr(pair_sums, "pair_sums")  # the cells do not fall back on all pairs
+    by_cells = value_and_derivatives(pair_sums.rest_sums, dtype)
     tolerance = {F64: 1e-13, torch.float32: 1e-6}[dtype]
-    for number, exact in zip(value_and_derivatives(pair_sums.rest_sums, dtype), owed, strict=True):
-        assert (number - exact).norm() <= tolerance * exact.norm()
+    for result, exact in zip(by_cells, owed, strict=True):
+        assert (result - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -44,11 +44,11 @@ from subjects import (
     Result,
     Subject,
     assert_right,
-    data,
     differentiated,
-    expected,
+    drawn_inputs,
+    expected_result_of,
     leaves,
-    run,
+    result_of,
     tolerances,
 )
 
@@ -101,7 +101,7 @@ def test_every_public_name_is_a_subject_or_is_none_for_a_reason() -> None:
 @functools.cache
 def expected_for_kind(subject: Subject, kind: str, dtype: torch.dtype) -> Result:
     """The value and gradients of the definition in float64, for a kind of data rounded to a dtype."""
-    return expected(subject, subject.pick(data(kind), dtype))
+    return expected_result_of(subject, subject.pick(drawn_inputs(kind), dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +109,7 @@ def expected_for_kind(subject: Subject, kind: str, dtype: torch.dtype) -> Result
 def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
     half_dtypes = (BF16, F16) if kind == "sign codes" else ()  # in which these codes are exact
     for dtype in (F64, F32, *half_dtypes):
-        result = run(subject, subject.pick(data(kind), dtype))
+        result = result_of(subject, subject.pick(drawn_inputs(kind), dtype))
         assert_right(result, expected_for_kind(subject, kind, dtype), tolerances(subject, dtype))
         keeps_bfloat16 = subject.is_open_clips and dtype is BF16  # as open_clip's own losses do
         if subject.is_module and not keeps_bfloat16:
@@ -118,9 +118,9 @@ def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
 
 @differentiable
 def test_an_input_may_be_the_only_one_with_a_gradient(subject: Subject) -> None:
-    inputs, of_all = subject.pick(data("equal rows")), expected_for_kind(subject, "equal rows", F64)
+    inputs, of_all = subject.pick(drawn_inputs("equal rows")), expected_for_kind(subject, "equal rows", F64)
     for name in subject.differentiable:
-        alone = run(subject, inputs, wanted=(name,))
+        alone = result_of(subject, inputs, wanted=(name,))
         assert_right(alone, Result(of_all.value, {name: of_all.gradients[name]}))
 
 
@@ -137,7 +137,7 @@ def spoilt_inputs(subject: Subject) -> Iterator[tuple[str, float, Inputs]]:
         # The promise is about features; of a list, infinity is an item like others.
         may_be_infinite = not (has_features and name.endswith("features"))
         for bad in (math.nan,) if may_be_infinite else (math.nan, math.inf, -math.inf):
-            inputs = subject.pick(data(), F32)
+            inputs = subject.pick(drawn_inputs(), F32)
             inputs[name][(2,) * inputs[name].dim()] = bad
             yield name, bad, inputs
 
@@ -148,7 +148,7 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(subject: Subject) -> N
     for name, bad, inputs in spoilt_inputs(subject):
         if name in OF_DATA:
             continue
-        result = run(subject, inputs)
+        result = result_of(subject, inputs)
         has_value_of_each_row = result.value.dim() > 0 and subject.differentiable
         value = result.value[2] if has_value_of_each_row else result.value
         assert not value.isfinite().all(), f"{bad} in {name} gives {value}"
@@ -162,7 +162,7 @@ def test_data_that_are_not_finite_are_refused(subject: Subject) -> None:
     for name, _, inputs in spoilt_inputs(subject):
         if name in OF_DATA:
             with pytest.raises(ValueError, match=f"{name} must be (finite|numbers|positive and finite)"):
-                run(subject, inputs)
+                result_of(subject, inputs)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -177,24 +177,25 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every
 def test_strides_do_not_matter(subject: Subject, layout: str) -> None:
-    inputs = {k: LAYOUTS[layout](x) for k, x in subject.pick(data("equal rows"), F32).items()}
+    inputs = {k: LAYOUTS[layout](x) for k, x in subject.pick(drawn_inputs("equal rows"), F32).items()}
     expected = expected_for_kind(subject, "equal rows", F32)
-    assert_right(run(subject, inputs), expected, tolerances(subject, F32))
+    assert_right(result_of(subject, inputs), expected, tolerances(subject, F32))
 
 
 @differentiable
 def test_rows_that_are_one_row_in_memory_are_right(subject: Subject) -> None:
-    inputs, name = subject.pick(data(), F32), subject.inputs[0]
+    inputs, name = subject.pick(drawn_inputs(), F32), subject.inputs[0]
     inputs[name] = inputs[name][:1].expand_as(inputs[name])
-    assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+    assert_right(result_of(subject, inputs), expected_result_of(subject, inputs), tolerances(subject, F32))
 
 
 @every
 def test_inputs_of_two_dtypes_are_right_or_refused(subject: Subject) -> None:
     for name in subject.inputs:
-        inputs = {k: x.to(F64 if k == name else F32) for k, x in subject.pick(data()).items()}
+        inputs = {k: x.to(F64 if k == name else F32) for k, x in subject.pick(drawn_inputs()).items()}
         with right_or_error():
-            assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+            owed = expected_result_of(subject, inputs)
+            assert_right(result_of(subject, inputs), owed, tolerances(subject, F32))
 
 
 @contextmanager
@@ -247,10 +248,10 @@ def test_orders_names_and_units_do_not_matter(
     change: Callable[[Inputs, list[int]], Inputs], subject: Subject, kind: str, seed: int, order: list[int]
 ) -> None:
     """The order of the pairs, the names of the modalities, and what is scaled: features or their products."""
-    inputs = leaves(subject.pick(data(kind, seed=seed)), subject.differentiable)
+    inputs = leaves(subject.pick(drawn_inputs(kind, seed=seed)), subject.differentiable)
     value = subject.started()(**change(inputs, order))
     of_changed = differentiated(value, inputs, subject.differentiable)
-    assert_right(of_changed, run(subject, inputs), (1e-9, 1e-9))
+    assert_right(of_changed, result_of(subject, inputs), (1e-9, 1e-9))
 
 
 # --- how a loss is built ----------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def saved(module: nn.Module) -> dict[str, Any]:
 def called(subject: Subject) -> nn.Module:
     """A loss with a call behind it."""
     module = subject.started()
-    run(subject, subject.pick(data("sparse")), module)
+    result_of(subject, subject.pick(drawn_inputs("sparse")), module)
     return module
 
 
@@ -308,10 +309,11 @@ CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
 def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: str) -> None:
     """Where it stands in training it has kept, and may be told again."""
     as_built = CONSTRUCTIONS[construction](subject)
-    inputs, expected = subject.pick(data("equal rows"), F32), expected_for_kind(subject, "equal rows", F32)
-    assert_right(run(subject, inputs, as_built), expected, tolerances(subject, F32))
+    inputs = subject.pick(drawn_inputs("equal rows"), F32)
+    expected = expected_for_kind(subject, "equal rows", F32)
+    assert_right(result_of(subject, inputs, as_built), expected, tolerances(subject, F32))
     told_again = subject.started(as_built)
-    assert_right(run(subject, inputs, told_again), expected, tolerances(subject, F32))
+    assert_right(result_of(subject, inputs, told_again), expected, tolerances(subject, F32))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
@@ -326,9 +328,9 @@ def test_a_copy_is_on_its_own(subject: Subject, copied: Callable[[Any], Any]) ->
     shares_a_loss = copied is copy.copy and any(hasattr(part, "set_epoch") for part in original.children())
     if hasattr(duplicate, "set_epoch") and not shares_a_loss:
         duplicate.set_epoch(EPOCHS, EPOCHS)
-    inputs = subject.pick(data("equal rows"))
-    run(subject, inputs, duplicate)
-    assert_right(run(subject, inputs, original), expected_for_kind(subject, "equal rows", F64))
+    inputs = subject.pick(drawn_inputs("equal rows"))
+    result_of(subject, inputs, duplicate)
+    assert_right(result_of(subject, inputs, original), expected_for_kind(subject, "equal rows", F64))
 
 
 # --- what surrounds the call ------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ SURROUNDINGS: dict[str, tuple[Context, Context, torch.dtype | None]] = {
 def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
     around_forward, around_backward, half = SURROUNDINGS[name]
     for kind in ("equal rows", "sparse"):
-        inputs = leaves(subject.pick(data(kind), F32), subject.differentiable)
+        inputs = leaves(subject.pick(drawn_inputs(kind), F32), subject.differentiable)
         expected, built = expected_for_kind(subject, kind, F32), subject.started()
         with around_forward():
             value = built(**inputs)
@@ -395,7 +397,7 @@ def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
 def test_without_a_graph_there_is_the_value_and_in_the_next_call_gradients(
     subject: Subject, mode: Context
 ) -> None:
-    inputs, built = subject.pick(data("equal rows"), F32), subject.started()
+    inputs, built = subject.pick(drawn_inputs("equal rows"), F32), subject.started()
     expected = expected_for_kind(subject, "equal rows", F32)
     with mode():
         of_leaves = built(**leaves(inputs, subject.differentiable))
@@ -404,12 +406,12 @@ def test_without_a_graph_there_is_the_value_and_in_the_next_call_gradients(
         if subject.name != "all_gather":  # of one process, it returns the leaf itself
             assert not value.requires_grad
         assert_right(Result(value, {}), Result(expected.value, {}), tolerances(subject, F32))
-    assert_right(run(subject, inputs, built), expected, tolerances(subject, F32))
+    assert_right(result_of(subject, inputs, built), expected, tolerances(subject, F32))
 
 
 def test_a_teacher_may_come_from_inference_mode() -> None:
     subject = next(s for s in SUBJECTS if {*TEACHER} <= {*s.inputs})  # the first loss that takes a teacher
-    inputs = subject.pick(data("equal rows"))
+    inputs = subject.pick(drawn_inputs("equal rows"))
     with torch.inference_mode():
         teacher = {name: inputs[name].clone() for name in TEACHER}
     student = leaves({k: x for k, x in inputs.items() if k not in TEACHER}, subject.differentiable)
@@ -424,7 +426,7 @@ def test_a_teacher_may_come_from_inference_mode() -> None:
 def test_value_and_gradients_are_right_inside_an_activation_checkpoint(
     subject: Subject, use_reentrant: bool
 ) -> None:
-    inputs, built = subject.pick(data("equal rows")), subject.started()
+    inputs, built = subject.pick(drawn_inputs("equal rows")), subject.started()
 
     def in_order(*x: Tensor) -> Tensor:
         value: Tensor = built(**dict(zip(inputs, x, strict=True)))
@@ -439,7 +441,7 @@ def test_value_and_gradients_are_right_inside_an_activation_checkpoint(
 
 @every
 def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subject) -> None:
-    on_meta = {name: x.to("meta") for name, x in subject.pick(data(), F32).items()}
+    on_meta = {name: x.to("meta") for name, x in subject.pick(drawn_inputs(), F32).items()}
     with right_or_error():
         shape = expected_for_kind(subject, "plain", F32).value.shape
         assert subject.started()(**on_meta).shape == shape
@@ -447,7 +449,7 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
 
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if len(s.inputs) > 1], ids=str)
 def test_one_input_on_another_device_is_an_error_that_says_so(subject: Subject) -> None:
-    inputs = subject.pick(data(), F32)
+    inputs = subject.pick(drawn_inputs(), F32)
     for name, x in inputs.items():
         with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"(?i)meta|device"):
             subject.started()(**{**inputs, name: x.to("meta")})
@@ -462,7 +464,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alon
 
     Reading a value of such a tensor, for which a step would wait, is an error.
     """
-    on_cpu = subject.pick(data(), F32)
+    on_cpu = subject.pick(drawn_inputs(), F32)
     inputs = leaves({name: x.to("meta") for name, x in on_cpu.items()}, subject.differentiable)
     numbers = {name: x.item() for name, x in on_cpu.items() if as_numbers and not x.dim()}
     passes = mock.patch.object(gathering, "weighted_terms", wraps=gathering.weighted_terms)
@@ -502,7 +504,7 @@ OF_FLOAT32 = 2e-4
 def test_second_derivatives_in_float32_are_those_in_float64(
     subject: Subject, around: Context, tolerance_of_half_logits: float
 ) -> None:
-    inputs = subject.pick(data("equal rows"), F32)
+    inputs = subject.pick(drawn_inputs("equal rows"), F32)
 
     def second_in(dtype: torch.dtype, context: Context) -> Result:
         converted = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
@@ -523,7 +525,7 @@ def coupled(inputs: Inputs, wanted: tuple[str, ...]) -> Inputs:
 # Equal candidates have to stay equal: test_ranked_lists has the second derivatives of lists.
 @pytest.mark.parametrize("subject", [s for s in twice_differentiable if s.covers != "RankedLists"], ids=str)
 def test_second_derivatives_are_differences_of_gradients(subject: Subject) -> None:
-    inputs, wanted, step = subject.pick(data()), subject.differentiable, 1e-6
+    inputs, wanted, step = subject.pick(drawn_inputs()), subject.differentiable, 1e-6
 
     def value_and_leaves(inputs: Inputs) -> tuple[Tensor, Inputs]:
         taken = leaves(inputs, wanted)
@@ -543,8 +545,8 @@ def test_second_derivatives_are_differences_of_gradients(subject: Subject) -> No
 @differentiable
 def test_inputs_may_be_computed_of_one_another(subject: Subject) -> None:
     first, *others = wanted = subject.differentiable
-    inputs = subject.pick(data("equal rows"))
-    of_coupled = expected(subject, coupled(inputs, wanted))
+    inputs = subject.pick(drawn_inputs("equal rows"))
+    of_coupled = expected_result_of(subject, coupled(inputs, wanted))
     for name in others:  # the chain rule: every entry has 0.01 of the first input's mean added to it
         of_coupled.gradients[first] += 0.01 * of_coupled.gradients[name].sum() / inputs[first].numel()
     for create_graph in (False, True):
@@ -564,7 +566,7 @@ class OfFirstInput:
 
     def __init__(self, subject: Subject) -> None:
         self.built = subject.started()
-        self.inputs = subject.pick(data("equal rows"))
+        self.inputs = subject.pick(drawn_inputs("equal rows"))
         self.name = subject.differentiable[0]
         self.x = self.inputs[self.name]
         self.tangent = torch.linspace(-1, 2, self.x.numel(), dtype=self.x.dtype).view_as(self.x)
@@ -638,5 +640,5 @@ def compiled(built: Callable[..., Any]) -> Callable[..., Tensor]:
 )
 def test_value_and_gradients_are_right_within_a_compiled_model(name: str) -> None:
     subject = BY_NAME[name]
-    result = run(subject, subject.pick(data("equal rows"), F32), compiled(subject.started()))
+    result = result_of(subject, subject.pick(drawn_inputs("equal rows"), F32), compiled(subject.started()))
     assert_right(result, expected_for_kind(subject, "equal rows", F32), tolerances(subject, F32))
