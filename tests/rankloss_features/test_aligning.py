@@ -36,6 +36,7 @@ from tiny_teacher import (
 )
 from torch import Tensor
 
+from rankloss.metrics import recall
 from rankloss_features import Features, aligning, caching, sources, tuning
 from rankloss_features.caching import Spec, cached, of_open_clip
 from rankloss_features.cca import CanonicalCorrelation, Grid, Setting
@@ -68,10 +69,10 @@ def two_encoders(change: Any = lambda _, features: features, **about: Any) -> An
     return replace(teacher(change, **about), spaces="separate", scale=None)
 
 
-def run_align(data: Path, output: Path, *options: str, encoders: Any = ENCODERS) -> int:
-    """Run ``rankloss features``, with ``--align`` unless other options are given; the exit code."""
+def run_features(data: Path, output: Path, *options: str, encoders: Any = ENCODERS) -> int:
+    """Run ``rankloss features`` with two encoders and some options; the exit code."""
     arguments = ["--data", str(data), "--output", str(output), "--workers", "0"]
-    return main(["features", *encoders, *arguments, *(options or ("--align",))])
+    return main(["features", *encoders, *arguments, *options])
 
 
 # --- the folder -------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def run_align(data: Path, output: Path, *options: str, encoders: Any = ENCODERS)
 
 def test_the_flag_and_the_command_give_the_same_features_bit_for_bit(tmp_path: Path) -> None:
     pairs = csv_table(tmp_path)
-    assert run_align(pairs, tmp_path / "x") == 0
+    assert run_features(pairs, tmp_path / "x", "--align") == 0
     folder = Path(cached(SPEC, csv_data(pairs), tmp_path / "cache", "cpu"))
     assert contents_without_command(folder) == contents_without_command(tmp_path / "x")
 
@@ -137,20 +138,20 @@ def test_a_picture_of_two_names_is_one_where_a_setting_is_chosen(
         return tuned(take, pictures)
 
     monkeypatch.setattr(aligning, "tuned", tuned_noting_numbers)
-    assert run_align(write_pairs(tmp_path), tmp_path / "x") == 0
+    assert run_features(write_pairs(tmp_path), tmp_path / "x", "--align") == 0
     (pictures,) = numbers  # the setting is chosen once
     assert len(np.unique(pictures)) == ROWS - len(COPIES)
     assert {*pictures[[2, *COPIES]]} == {pictures[2]}
 
 
 def test_an_aligned_folder_has_one_space_and_no_folder_of_the_encoders_own_features(tmp_path: Path) -> None:
-    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
+    assert run_features(csv_table(tmp_path), tmp_path / "x", "--align") == 0
     assert Features(str(tmp_path / "x")).check().common_space
     assert not (tmp_path / "x/.encoders").exists()
 
 
 def test_a_folder_without_the_flag_has_no_projections(tmp_path: Path) -> None:
-    assert run_align(csv_table(tmp_path), tmp_path / "raw", "--batch-size", "256") == 0
+    assert run_features(csv_table(tmp_path), tmp_path / "raw") == 0
     assert Features(str(tmp_path / "raw")).check().alignment is None
 
 
@@ -163,8 +164,8 @@ def tensors_of(features: Features) -> list[Tensor]:
 def aligned_and_encoded(tmp_path: Path) -> tuple[Features, Features]:
     """The folder of the pairs with ``--align``, and the one without it."""
     pairs = csv_table(tmp_path)
-    assert run_align(pairs, tmp_path / "aligned") == 0
-    assert run_align(pairs, tmp_path / "encoded", "--batch-size", "256") == 0
+    assert run_features(pairs, tmp_path / "aligned", "--align") == 0
+    assert run_features(pairs, tmp_path / "encoded") == 0
     return Features(str(tmp_path / "aligned")), Features(str(tmp_path / "encoded"))
 
 
@@ -193,9 +194,9 @@ def test_the_projections_of_few_pairs_are_a_fit_of_them_with_the_default_setting
 
 def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
     pairs = csv_table(tmp_path)
-    assert run_align(pairs, tmp_path / "x") == 0
+    assert run_features(pairs, tmp_path / "x", "--align") == 0
     before = contents_of_files(tmp_path / "x")
-    assert run_align(pairs, tmp_path / "x") == 0
+    assert run_features(pairs, tmp_path / "x", "--align") == 0
     assert contents_of_files(tmp_path / "x") == before
 
 
@@ -210,8 +211,8 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_complete_folder_of_other_captions_or_another_dtype_is_refused(
     tmp_path: Path, capsys: Any, captions: list[str], options: tuple[str, ...], reason: str
 ) -> None:
-    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
-    assert run_align(csv_table(tmp_path, captions), tmp_path / "x", "--align", *options) == 1
+    assert run_features(csv_table(tmp_path), tmp_path / "x", "--align") == 0
+    assert run_features(csv_table(tmp_path, captions), tmp_path / "x", "--align", *options) == 1
     assert reason in capsys.readouterr().err
 
 
@@ -238,16 +239,16 @@ def kill_while_aligning(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kill", [kill_while_encoding, kill_while_aligning])
 def test_a_command_that_was_killed_goes_on(tmp_path: Path, kill: Any, monkeypatch: Any) -> None:
     pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
-    assert run_align(pairs, tmp_path / "whole", *options) == 0
+    assert run_features(pairs, tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         kill(patch)
-        assert in_process(run_align, pairs, tmp_path / "x", *options) == -signal.SIGKILL
-    assert run_align(pairs, tmp_path / "x", *options) == 0
+        assert in_process(run_features, pairs, tmp_path / "x", *options) == -signal.SIGKILL
+    assert run_features(pairs, tmp_path / "x", *options) == 0
     assert contents_without_command(tmp_path / "x") == contents_without_command(tmp_path / "whole")
 
 
-def run_align_killed_at_file(number: int, *arguments: Any) -> None:
-    """Run the command in a process that is killed where a file is to be brought to the disk."""
+def run_features_killed_at_file(number: int, *arguments: Any) -> None:
+    """Run the command; kill this process where that file, counted from 0, is to be brought to the disk."""
     fsync, calls = os.fsync, itertools.count()
 
     def fsync_or_die(file: int) -> None:
@@ -256,7 +257,7 @@ def run_align_killed_at_file(number: int, *arguments: Any) -> None:
         fsync(file)
 
     os.fsync = fsync_or_die
-    run_align(*arguments)
+    run_features(*arguments)
 
 
 def files_brought_to_the_disk(pairs: Path, output: Path, *options: str) -> list[str]:
@@ -269,7 +270,7 @@ def files_brought_to_the_disk(pairs: Path, output: Path, *options: str) -> list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync_noting_path)
-        assert run_align(pairs, output, *options) == 0
+        assert run_features(pairs, output, *options) == 0
     return paths
 
 
@@ -281,46 +282,48 @@ def test_a_kill_at_any_file_leaves_a_folder_that_is_refused_or_whole_and_goes_on
     whole = contents_without_command(tmp_path / "whole")
     for number in range(last_of_encoders, len(paths)):
         output = tmp_path / f"{number}"
-        killed = in_process(run_align_killed_at_file, number, pairs, output, *options)
+        killed = in_process(run_features_killed_at_file, number, pairs, output, *options)
         assert killed == -signal.SIGKILL
-        with suppress(ValueError):
+        with suppress(ValueError):  # the folder is refused
             Features(str(output)).check()
             assert contents_without_command(output).items() <= whole.items()
-        assert run_align(pairs, output, *options) == 0
+        assert run_features(pairs, output, *options) == 0
         assert contents_without_command(output) == whole
 
 
 def test_the_processes_of_torchrun_write_what_one_does_and_find_it_complete(tmp_path: Path) -> None:
     pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
-    assert run_align(pairs, tmp_path / "one", *options) == 0
-    for _ in ("writes", "finds"):
-        under_torchrun(run_align, pairs, tmp_path / "two", *options)
+    assert run_features(pairs, tmp_path / "one", *options) == 0
+    for _ in ("the command writes the folder", "the same command finds it complete"):
+        under_torchrun(run_features, pairs, tmp_path / "two", *options)
         assert contents_without_command(tmp_path / "two") == contents_without_command(tmp_path / "one")
 
 
 def test_pairs_whose_picture_cannot_be_read_have_rows_of_zeros(tmp_path: Path) -> None:
-    assert run_align(Path(shards(tmp_path, broken=(3, 8))), tmp_path / "x") == 0
+    assert run_features(Path(shards(tmp_path, broken=(3, 8))), tmp_path / "x", "--align") == 0
     features = Features(str(tmp_path / "x")).check()
-    assert features.about["skipped"] == 2
+    broken = 2  # pictures
+    assert features.about["skipped"] == broken
     for rows in tensors_of(features):
-        assert int((rows == 0).all(dim=1).sum()) == 2
+        assert int((rows == 0).all(dim=1).sum()) == broken
 
 
 def test_the_cache_leaves_out_the_pictures_that_the_command_cannot_read(tmp_path: Path) -> None:
     urls = shards(tmp_path, broken=(3, 8))
-    assert run_align(Path(urls), tmp_path / "x") == 0
+    assert run_features(Path(urls), tmp_path / "x", "--align") == 0
     data = of_open_clip(trainer_arguments(urls), SPEC)
     folder = cached(SPEC, data, tmp_path / "cache", "cpu")
     assert contents_without_command(Path(folder)) == contents_without_command(tmp_path / "x")
 
 
 def double_numbers(file: Path) -> None:
+    """Write tensors of the same shapes, whose numbers are doubled: only their hash tells."""
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, double_numbers, Path.unlink])
 def test_damaged_projections_are_named(tmp_path: Path, damage: Any) -> None:
-    assert run_align(csv_table(tmp_path), tmp_path / "x") == 0
+    assert run_features(csv_table(tmp_path), tmp_path / "x", "--align") == 0
     damage(tmp_path / "x" / ALIGNMENT)
     with pytest.raises(ValueError, match=rf"{ALIGNMENT} is not as it was written"):
         Features(str(tmp_path / "x")).check()
@@ -330,16 +333,17 @@ def test_damaged_projections_are_named(tmp_path: Path, damage: Any) -> None:
 
 
 def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
-    """New pairs that are the first nine of the aligned ones have their features, as float16 rounds."""
+    """New pairs that are the first nine of the aligned ones have their features."""
     for place in ("first", "second"):
         (tmp_path / place).mkdir()
-    assert run_align(csv_table(tmp_path / "first"), tmp_path / "x") == 0
+    assert run_features(csv_table(tmp_path / "first"), tmp_path / "x", "--align") == 0
     new = csv_table(tmp_path / "second", CAPTIONS[:9])
-    assert run_align(new, tmp_path / "y", "--align", str(tmp_path / "x")) == 0
-    whole, part = (Features(str(tmp_path / name)).check() for name in "xy")
-    assert part.common_space
+    assert run_features(new, tmp_path / "y", "--align", str(tmp_path / "x")) == 0
+    of_all, of_new = Features(str(tmp_path / "x")).check(), Features(str(tmp_path / "y")).check()
+    assert of_new.common_space
     for name in NAMES:
-        np.testing.assert_allclose(part.arrays[name][:], whole.arrays[name][:9], atol=4e-3)
+        # The aligned folder has projected what float16 had rounded, the new one the encoders' own features.
+        np.testing.assert_allclose(of_new.arrays[name][:], of_all.arrays[name][:9], atol=4e-3)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +356,7 @@ def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
                 "these have 'another'",
             ),
         ),
-        (("--dtype", "float16"), ("{folder} has no projections: it was written without --align",)),
+        ((), ("{folder} has no projections: it was written without --align",)),
         (None, ("--align {folder}: {folder} is no folder",)),
     ],
     ids=["of other encoders", "not aligned", "no folder"],
@@ -360,13 +364,13 @@ def test_the_projections_of_a_folder_serve_new_pairs(tmp_path: Path) -> None:
 def test_a_folder_whose_projections_do_not_fit_is_refused_before_anything_is_encoded(
     tmp_path: Path, capsys: Any, monkeypatch: Any, options: tuple[str, ...] | None, reasons: tuple[str, ...]
 ) -> None:
-    """The folder is written with these options, or is not there."""
+    """The folder of the projections is written with these options; with None it is not there."""
     pairs, folder, batch_sizes = csv_table(tmp_path), tmp_path / "aligned", list[int]()
     if options is not None:
-        assert run_align(pairs, folder, *options) == 0
+        assert run_features(pairs, folder, *options) == 0
     other = two_encoders(record_batch_sizes(batch_sizes), image_encoder="another")
     monkeypatch.setattr(sources, "load", lambda *_: other)
-    assert run_align(pairs, tmp_path / "y", "--align", str(folder)) == 1
+    assert run_features(pairs, tmp_path / "y", "--align", str(folder)) == 1
     error = capsys.readouterr().err
     for reason in reasons:
         assert reason.format(folder=folder) in error
@@ -380,7 +384,7 @@ def test_two_pairs_are_refused_by_the_command_before_they_are_encoded(
 ) -> None:
     batch_sizes: list[int] = []
     monkeypatch.setattr(sources, "load", lambda *_: two_encoders(record_batch_sizes(batch_sizes)))
-    assert run_align(write_pairs(tmp_path, CAPTIONS[:2]), tmp_path / "x") == 1
+    assert run_features(write_pairs(tmp_path, CAPTIONS[:2]), tmp_path / "x", "--align") == 1
     assert "has 2 pairs: at least 3 bring two encoders into one space" in capsys.readouterr().err
     assert not batch_sizes
 
@@ -406,16 +410,16 @@ def test_two_pairs_are_refused_by_a_training_before_they_are_encoded(
     ids=["pictures alone", "captions alone"],
 )
 def test_one_modality_is_not_aligned(tmp_path: Path, options: Any, named: str, capsys: Any) -> None:
-    assert run_align(csv_table(tmp_path), tmp_path / "x", encoders=options) == 1
+    assert run_features(csv_table(tmp_path), tmp_path / "x", "--align", encoders=options) == 1
     assert re.search(named, capsys.readouterr().err)
     assert not (tmp_path / "x").exists()
 
 
 def test_an_unaligned_folder_is_not_written_over(tmp_path: Path, capsys: Any) -> None:
     pairs = csv_table(tmp_path)
-    assert run_align(pairs, tmp_path / "x", "--dtype", "float16") == 0
+    assert run_features(pairs, tmp_path / "x") == 0
     before = contents_of_files(tmp_path / "x")
-    assert run_align(pairs, tmp_path / "x") == 1
+    assert run_features(pairs, tmp_path / "x", "--align") == 1
     assert "was begun with another spaces, separate, not common" in capsys.readouterr().err
     assert contents_of_files(tmp_path / "x") == before
 
@@ -451,7 +455,7 @@ def features_of_pairs(pictures: int, captions: int = 2) -> tuple[Tensor, Tensor,
     return v.repeat_interleave(captions, 0), t.flatten(0, 1), np.arange(pictures).repeat(captions)
 
 
-GRID = Grid((0.1, 1.0), (0.1, 1.0), (4, 16), (1.0,))
+GRID = Grid(image_ridges=(0.1, 1.0), text_ridges=(0.1, 1.0), dimensions=(4, 16), powers=(1.0,))
 
 
 def taking(v: Tensor, t: Tensor) -> Any:
@@ -462,7 +466,8 @@ def taking(v: Tensor, t: Tensor) -> Any:
 def test_the_best_setting_is_fitted_to_all_pairs_and_to_those_that_were_not_held_out() -> None:
     v, t, pictures = features_of_pairs(150)
     tuned_fit = tuned(taking(v, t), pictures, grid=GRID)
-    options, learned = tuned_fit.trials[0].setting.as_options(), ~tuned_fit.is_held_out
+    options = tuned_fit.trials[0].setting.as_options()  # of the best
+    learned = ~tuned_fit.is_held_out
     of_all = CanonicalCorrelation.fit(v, t, **options)
     of_learned = CanonicalCorrelation.fit(v[learned], t[learned], **options)
     torch.testing.assert_close(tuned_fit.cca.images(v), of_all.images(v))
@@ -485,17 +490,24 @@ def test_a_tenth_of_the_pictures_is_held_out_with_all_captions() -> None:
 
 def test_groups_of_pictures_are_on_one_side() -> None:
     v, t, pictures = features_of_pairs(300)
-    groups = pictures // 2
+    groups = pictures // 2  # of two pictures each
     tuned_fit = tuned(taking(v, t), pictures, groups, grid=GRID)
     assert {*groups[~tuned_fit.is_held_out]}.isdisjoint(groups[tuned_fit.is_held_out])
 
 
 def test_pictures_of_one_group_are_partners() -> None:
-    """So that the recall by which a setting is chosen is another than without groups."""
+    """The best recall by groups is that of the best setting, in which a picture's texts are its group's."""
     v, t, pictures = features_of_pairs(300)
-    grouped = tuned(taking(v, t), pictures, pictures // 2, grid=GRID)
-    alone = tuned(taking(v, t), pictures, pictures, grid=GRID)
-    assert grouped.trials[0].recall != alone.trials[0].recall
+    groups = pictures // 2  # of two pictures each
+    tuned_fit = tuned(taking(v, t), pictures, groups, grid=GRID)
+    is_held_out = tuned_fit.is_held_out
+    images = tuned_fit.of_learned.images(v[is_held_out][::2])  # each picture has two rows: the first
+    texts = tuned_fit.of_learned.texts(t[is_held_out])
+    ids = torch.from_numpy(groups[is_held_out])
+    recalls = recall(images, texts, 10, image_ids=ids[::2], text_ids=ids)
+    expected = (recalls["image_to_text_R@10"] + recalls["text_to_image_R@10"]) / 2
+    assert tuned_fit.trials[0].recall == pytest.approx(expected.item(), abs=1e-6)
+    assert tuned_fit.trials[0].recall != tuned(taking(v, t), pictures, grid=GRID).trials[0].recall
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
@@ -533,13 +545,16 @@ def test_few_groups_are_not_searched(caplog: Any) -> None:
     assert tuned_fit.cca.setting == Setting(dimensions=16)  # all of the narrower features, the texts
 
 
-@pytest.mark.parametrize(("groups", "expected"), [(30, 3), (500, 7)])
+@pytest.mark.parametrize(
+    ("groups", "held_out_groups"), [(30, 3), (500, 7)], ids=["a tenth", "the most that are needed"]
+)
 def test_a_tenth_of_the_groups_is_held_out_but_not_more_than_needed(
-    groups: int, expected: int, monkeypatch: Any
+    groups: int, held_out_groups: int, monkeypatch: Any
 ) -> None:
-    """Of two rows each; as if seven groups were all that is needed."""
+    """As if seven groups were all that is needed."""
     monkeypatch.setattr(tuning, "MOST_HELD_OUT", 7)
-    assert held_out(np.arange(groups).repeat(2)).sum() == 2 * expected
+    rows_of_group = 2
+    assert held_out(np.arange(groups).repeat(rows_of_group)).sum() == rows_of_group * held_out_groups
 
 
 def test_another_seed_holds_out_other_groups() -> None:
@@ -554,6 +569,7 @@ def test_a_single_group_cannot_be_held_out() -> None:
 
 @pytest.fixture
 def cca() -> CanonicalCorrelation:
+    """Projections of 40 made-up pictures with two captions each to four dimensions."""
     v, t, _ = features_of_pairs(40)
     return CanonicalCorrelation.fit(v, t, dimensions=4)
 
@@ -585,4 +601,5 @@ def test_stored_tensors_that_do_not_fit_are_refused(
 
 
 def test_rows_of_the_tests_are_too_few_to_be_searched() -> None:
+    """The premise of the tests above in which a folder is fitted with the default setting."""
     assert ROWS < tuning.FEWEST_TO_SEARCH

@@ -130,6 +130,7 @@ def test_a_tag_of_weights_is_a_teacher_in_any_case_of_its_letters() -> None:
 
 
 def dataset_without_the_usual_names(folder: Path) -> Any:
+    """A data set whose columns are ``picture`` and ``text``."""
     columns = {"picture": [str(folder / f"{i}.png") for i in range(ROWS)], "text": CAPTIONS}
     return datasets.Dataset.from_dict(columns)
 
@@ -162,16 +163,13 @@ def test_features_of_another_dtype_precision_or_batch_size_are_in_another_folder
 ) -> None:
     data = csv_data(csv_table(tmp_path))
     settings = {"dtype": "float16", "precision": "amp_bf16", "batch_size": 256}
-    name, of_a_copy, of_another = (
-        caching._folder_name(SPEC, data, options)
-        for options in (settings, {**settings}, {**settings, key: value})
-    )
-    assert name == of_a_copy
-    assert name != of_another
+    name = caching._folder_name(SPEC, data, settings)
+    assert name == caching._folder_name(SPEC, data, {**settings})
+    assert name != caching._folder_name(SPEC, data, {**settings, key: value})
 
 
 def pictures_inside(folder: Path, first: int) -> Data:
-    """A data set of nine pictures in memory, whose names are the same."""
+    """A data set of nine pictures in memory, from that number on, all of one name."""
     files = [folder / f"{first + row}.png" for row in range(9)]
     images = [{"bytes": file.read_bytes(), "path": "x.png"} for file in files]
     inside = datasets.Dataset.from_dict({"picture": images, "text": CAPTIONS[:9]})
@@ -180,6 +178,7 @@ def pictures_inside(folder: Path, first: int) -> Data:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
+    """Three empty folders."""
     folders = [tmp_path / name for name in ("first", "second", "third")]
     for folder in folders:
         folder.mkdir()
@@ -197,8 +196,8 @@ def test_other_data_have_a_folder_of_their_own(
         "other captions": csv_data(csv_table(third, CAPTIONS[::-1])),
         "two shards": of_open_clip(trainer_arguments(shards(first, number=2)), SPEC),
         "three shards": of_open_clip(trainer_arguments(shards(second, number=3)), SPEC),
-        "pictures inside": pictures_inside(first, 0),
-        "other pictures inside, of the same names": pictures_inside(first, 1),
+        "pictures inside": pictures_inside(folder=first, first=0),
+        "other pictures inside, of the same names": pictures_inside(folder=first, first=1),
     }
     cached_folders = {cached(SPEC, each, tmp_path / "cache", "cpu") for each in data_sets.values()}
     assert len(cached_folders) == len(data_sets)
@@ -207,10 +206,11 @@ def test_other_data_have_a_folder_of_their_own(
 def test_another_teacher_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Also a file of weights that was written anew under its old name."""
     data, weights = csv_data(csv_table(tmp_path)), tmp_path / "weights"
-    teachers = ["image=some,text=other", "text=other", "text=more", "a:b", *[f"ViT-B-32:{weights}"] * 2]
+    same_name = f"ViT-B-32:{weights}"
+    teachers = ["image=some,text=other", "text=other", "text=more", "a:b", same_name, same_name]
     cached_folders = set()
-    for version, text in enumerate(teachers):
-        weights.write_bytes(bytes(version))
+    for size, text in enumerate(teachers):
+        weights.write_bytes(bytes(size))  # another content for each teacher
         cached_folders.add(cached(Spec.of(text), data, tmp_path / "cache", "cpu"))
     assert len(cached_folders) == len(teachers)
 
@@ -261,11 +261,12 @@ def test_data_without_pairs_are_refused_with_the_two_commands(
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-@pytest.mark.parametrize("name", ["{}.lock", "{}/.lock"])
+@pytest.mark.parametrize("name", ["{}.lock", "{}/.lock"], ids=["beside the folder", "in the folder"])
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path, link: Any, name: str) -> None:
-    """Beside the folder, where trainings take turns, and in it."""
+    """Beside the folder trainings take turns; in it the command writes."""
     csv_table(tmp_path)
     data, mine = csv_data(tmp_path / "pairs.csv"), tmp_path / "mine"
+    # The folder's name is known once it is written; then it is empty, as before its features are computed.
     folder = cached(SPEC, data, tmp_path / "cache", "cpu")
     shutil.rmtree(folder)
     os.mkdir(folder)
@@ -337,7 +338,7 @@ CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
 
 
 def train_killed_at(tmp_path: Path, at: int) -> None:
-    """A training that is killed at a call which changes a file, unless it has its teacher before."""
+    """A training that is killed at a call, counted from 0, which changes a file, unless it ends before."""
     calls = itertools.count()
 
     def watch(_: Any, event: str, called: Any) -> None:  # is called at each call of a function
@@ -360,11 +361,9 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     csv_table(tmp_path)
     monkeypatch.setattr(caching, "_BATCH_SIZE", 8)
     codes = forks.Queue()
+    calls = np.random.default_rng(seed).integers(2, 40, size=2).tolist()  # at which each of the two is killed
     both = [
-        forks.Process(target=put_exit_code, args=(codes, train_killed_at, tmp_path, at))
-        for at in np.random.default_rng(seed)
-        .integers(2, 40, 2)
-        .tolist()  # of each, any of its first 40 calls
+        forks.Process(target=put_exit_code, args=(codes, train_killed_at, tmp_path, call)) for call in calls
     ]
     for process in both:
         process.start()
@@ -374,6 +373,5 @@ def test_a_third_training_is_right_after_two_that_shared_its_cache_were_killed(
     data = csv_data(tmp_path / "pairs.csv")
     folder = cached(SPEC, data, tmp_path / "cache", "cpu")
     Features(folder).check()
-    assert contents_without_command(folder) == contents_without_command(
-        cached(SPEC, data, tmp_path / "alone", "cpu")
-    )
+    undisturbed = cached(SPEC, data, tmp_path / "alone", "cpu")
+    assert contents_without_command(folder) == contents_without_command(undisturbed)

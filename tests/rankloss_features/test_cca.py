@@ -72,10 +72,10 @@ def features_by_numpy(v: Tensor, t: Tensor, setting: Setting) -> tuple[np.ndarra
 
 
 SETTINGS = [
-    Setting(1.0, 1.0, 7),
-    Setting(0.3, 0.1, 3, 0.5, root=True),
-    Setting(0.0, 2.0, 5, 0.0),
-    Setting(0.0, 0.0, 4, 2.0, root=True),
+    Setting(image_ridge=1.0, text_ridge=1.0, dimensions=7),
+    Setting(image_ridge=0.3, text_ridge=0.1, dimensions=3, power=0.5, root=True),
+    Setting(image_ridge=0.0, text_ridge=2.0, dimensions=5, power=0.0),
+    Setting(image_ridge=0.0, text_ridge=0.0, dimensions=4, power=2.0, root=True),
 ]
 
 
@@ -98,7 +98,8 @@ def test_features_are_those_of_the_definition_in_numpy(setting: Setting, caption
 
 
 def fit_without_ridges(v: Tensor, t: Tensor) -> CanonicalCorrelation:
-    return CanonicalCorrelation.fit(v, t, dimensions=7, image_ridge=0, text_ridge=0, power=0)
+    """The canonical correlation analysis of textbooks, with all directions of the narrower features."""
+    return CanonicalCorrelation.fit(v, t, dimensions=t.shape[1], image_ridge=0, text_ridge=0, power=0)
 
 
 def test_without_ridges_correlations_are_those_of_statsmodels() -> None:
@@ -108,7 +109,7 @@ def test_without_ridges_correlations_are_those_of_statsmodels() -> None:
 
 
 def test_without_ridges_the_first_correlations_are_those_of_scikit_learn() -> None:
-    """Which are found by iteration."""
+    """scikit-learn finds the directions by iteration, so its correlations are less exact."""
     v, t = features(300)
     x, y = CCA(n_components=3, scale=False, tol=1e-12, max_iter=100_000).fit_transform(unit(v), unit(t))
     expected = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
@@ -120,20 +121,23 @@ def test_without_ridges_projected_features_correlate_by_direction_alone() -> Non
     cca = fit_without_ridges(v, t)
     x = (torch.from_numpy(unit(v)) - cca.image_mean) @ cca.image_projection
     y = (torch.from_numpy(unit(t)) - cca.text_mean) @ cca.text_projection
-    of_images_and_texts = np.corrcoef(x.T, y.T)[:7, 7:]
+    directions = x.shape[1]
+    of_images_and_texts = np.corrcoef(x.T, y.T)[:directions, directions:]  # the block between x and y
     np.testing.assert_allclose(of_images_and_texts, np.diag(cca.correlations), atol=1e-9)
 
 
 def test_captions_of_a_picture_are_pairs_in_which_it_is_repeated() -> None:
     v, t = features(captions=3)
-    setting = Setting(0.5, 0.2, 5).as_options()
-    cca = CanonicalCorrelation.fit(v, t, **setting)
-    pairs = CanonicalCorrelation.fit(v.repeat_interleave(3, 0), t.flatten(0, 1), **setting)
-    torch.testing.assert_close(cca.images(v), pairs.images(v))
-    torch.testing.assert_close(cca.texts(t[:, 0]), pairs.texts(t[:, 0]))
+    options = {"image_ridge": 0.5, "text_ridge": 0.2, "dimensions": 5}
+    of_captions = CanonicalCorrelation.fit(v, t, **options)
+    of_pairs = CanonicalCorrelation.fit(v.repeat_interleave(3, 0), t.flatten(0, 1), **options)
+    torch.testing.assert_close(of_captions.images(v), of_pairs.images(v))
+    torch.testing.assert_close(of_captions.texts(t[:, 0]), of_pairs.texts(t[:, 0]))
 
 
-@pytest.mark.parametrize("cuts", [[120], [1, 2, 117], [0, 60, 60]])
+@pytest.mark.parametrize(
+    "cuts", [[120], [1, 2, 117], [0, 60, 60]], ids=["one block", "unequal blocks", "an empty block"]
+)
 def test_blocks_of_rows_give_the_same_projections(cuts: list[int], monkeypatch: Any) -> None:
     v, t = features(captions=2)
     whole = CanonicalCorrelation.fit(v, t, dimensions=7)
@@ -158,8 +162,9 @@ def test_sums_lose_nothing_to_a_mean_that_is_large() -> None:
     for images, texts in zip((v + 1e5).split(7), (t - 1e5).split(7), strict=True):
         sums.add(images, texts)
     images = unit(v + 1e5)
-    expected = np.cov(images.T, bias=True)
-    np.testing.assert_allclose(sums.image_covariance.numpy(), expected, rtol=1e-4, atol=1e-5 * expected.max())
+    expected = np.cov(images.T, bias=True)  # NumPy subtracts the mean of all rows first
+    # The mean of the squares minus the square of the mean has an error of 4e-7 of the largest covariance.
+    np.testing.assert_allclose(sums.image_covariance.numpy(), expected, rtol=0, atol=1e-9 * expected.max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -326,14 +331,18 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
 
 
 def test_no_ridge_for_as_few_pairs_as_dimensions_is_refused() -> None:
-    """Noise would correlate perfectly."""
+    """Noise would correlate perfectly: eleven centred pictures span all of their ten dimensions."""
     v, t = features(11)
     with pytest.raises(ValueError, match="image_ridge=0 needs more pairs than dimensions"):
         CanonicalCorrelation.fit(v, t, dimensions=3, image_ridge=0)
+    # The texts have seven dimensions, so that their ridge may be 0.
     assert CanonicalCorrelation.fit(v, t, dimensions=3, text_ridge=0).correlations[0] < 1
 
 
 # --- search -----------------------------------------------------------------------------------------------
+
+ONE_SETTING = Grid(image_ridges=(1.0,), text_ridges=(1.0,), dimensions=(7,), powers=(1.0,))
+"""The default setting, with all seven dimensions of the texts."""
 
 
 def mean_recall(images: Tensor, texts: Tensor, k: int, **ids: Tensor) -> float:
@@ -346,48 +355,47 @@ def mean_recall(images: Tensor, texts: Tensor, k: int, **ids: Tensor) -> float:
 def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None:
     """Of a grid of eight settings, each of features and of their square roots; the best comes first."""
     v, t = features(400, (20, 12), captions=captions)
-    grid = Grid((0.5, 2.0), (0.1,), (3, 12), (0.0, 1.0))
+    grid = Grid(image_ridges=(0.5, 2.0), text_ridges=(0.1,), dimensions=(3, 12), powers=(0.0, 1.0))
     learned = [PairSums.of(v[:300], t[:300], root=root) for root in (False, True)]
     trials = search(learned, v[300:], t[300:], grid=grid)
     assert len({trial.setting for trial in trials}) == len(trials) == 8 * 2
-    assert [trial.recall for trial in trials] == sorted((trial.recall for trial in trials), reverse=True)
-    ids = torch.arange(100)
+    recalls = [trial.recall for trial in trials]
+    assert recalls == sorted(recalls, reverse=True)
+    ids = torch.arange(100)  # of the held-out pictures
     text_ids = ids.repeat_interleave(captions or 1)
     for setting, value in trials:
         cca = CanonicalCorrelation.fit(v[:300], t[:300], **setting.as_options())
-        images, texts = cca.images(v[300:]), cca.texts(t[300:].reshape(-1, 12))
-        expected = mean_recall(images, texts, 10, image_ids=ids, text_ids=text_ids)
+        images, texts = cca.images(v[300:]), cca.texts(t[300:].reshape(-1, t.shape[-1]))
+        expected = mean_recall(images, texts, k=10, image_ids=ids, text_ids=text_ids)
         assert value == pytest.approx(expected, abs=0.004)  # less than the hit of one picture, 0.005
 
 
 def test_equal_held_out_rows_are_ties_and_rank_before_the_partner() -> None:
-    """So that the 30 equal pairs of 40 have no hit among the first ten."""
+    """So that of 40 pairs the 30 equal ones have no hit among the first ten: 29 others are as good."""
     v, t = features(200)
     images, texts = v[:40].clone(), t[:40].clone()
     images[:30], texts[:30] = v[0], t[0]
-    (trial,) = search([PairSums.of(v[40:], t[40:])], images, texts, grid=Grid((1.0,), (1.0,), (7,), (1.0,)))
+    (trial,) = search([PairSums.of(v[40:], t[40:])], images, texts, grid=ONE_SETTING)
     cca = CanonicalCorrelation.fit(v[40:], t[40:], dimensions=7)
-    assert trial.recall == mean_recall(cca.images(images), cca.texts(texts), 10)
-    assert trial.recall <= 10 / 40
+    assert trial.recall == mean_recall(cca.images(images), cca.texts(texts), k=10)
+    assert trial.recall <= (40 - 30) / 40
 
 
 def test_ids_make_partners_of_several_pictures_and_captions() -> None:
     v, t = features(300)
-    ids = torch.arange(60) // 3
+    ids = torch.arange(60) // 3  # three pictures and three captions of one id
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     partner_ids = {"image_ids": ids, "text_ids": ids[order]}
     sums = PairSums.of(v[60:], t[60:])
-    (trial,) = search(
-        [sums], v[:60], t[:60][order], grid=Grid((1.0,), (1.0,), (7,), (1.0,)), k=3, **partner_ids
-    )
+    (trial,) = search([sums], v[:60], t[:60][order], grid=ONE_SETTING, k=3, **partner_ids)
     cca = Eigenbases(sums).fit(Setting(dimensions=7))
-    expected = mean_recall(cca.images(v[:60]), cca.texts(t[:60][order]), 3, **partner_ids)
+    expected = mean_recall(cca.images(v[:60]), cca.texts(t[:60][order]), k=3, **partner_ids)
     assert trial.recall == pytest.approx(expected, abs=1e-6)
 
 
 def test_of_equally_good_settings_the_first_of_the_grid_is_the_best() -> None:
     v, t = features(200)
-    grid = Grid((2.0, 1.0, 0.5), (1.0, 0.7), (7,), (1.0,))
+    grid = Grid(image_ridges=(2.0, 1.0, 0.5), text_ridges=(1.0, 0.7), dimensions=(7,), powers=(1.0,))
     trials = search([PairSums.of(v, t)], v[:10], t[:10], grid=grid)  # ten items: all are found
     ridges = [(trial.setting.image_ridge, trial.setting.text_ridge) for trial in trials]
     assert ridges == list(itertools.product(grid.image_ridges, grid.text_ridges))
@@ -395,7 +403,8 @@ def test_of_equally_good_settings_the_first_of_the_grid_is_the_best() -> None:
 
 def test_widths_beyond_the_features_are_tried_as_these() -> None:
     v, t = features(200)
-    trials = search([PairSums.of(v, t)], v[:50], t[:50], grid=Grid((1.0,), (1.0,), (3, 256, 384), (1.0,)))
+    grid = Grid(image_ridges=(1.0,), text_ridges=(1.0,), dimensions=(3, 256, 384), powers=(1.0,))
+    trials = search([PairSums.of(v, t)], v[:50], t[:50], grid=grid)
     assert {trial.setting.dimensions for trial in trials} == {3, 7}  # the texts have seven dimensions
 
 
@@ -404,7 +413,8 @@ def test_one_decomposition_serves_all_ridges_and_one_all_widths_and_powers(monke
     eigh, svd = Mock(wraps=torch.linalg.eigh), Mock(wraps=torch.linalg.svd)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     monkeypatch.setattr(torch.linalg, "svd", svd)
-    trials = search([PairSums.of(v, t)], v, t, grid=Grid((1.0, 2.0, 3.0), (0.1, 0.2), (2, 4, 6), (0.5, 1.0)))
+    grid = Grid(image_ridges=(1.0, 2.0, 3.0), text_ridges=(0.1, 0.2), dimensions=(2, 4, 6), powers=(0.5, 1.0))
+    trials = search([PairSums.of(v, t)], v, t, grid=grid)
     assert len(trials) == 3 * 2 * 3 * 2  # ridges of pictures and of texts, widths, powers
     assert eigh.call_count == 2  # one of each modality
     assert svd.call_count == 3 * 2  # one of each pair of ridges

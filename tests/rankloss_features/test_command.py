@@ -52,9 +52,10 @@ def write_encoders(folder: Path) -> None:
 
 
 def write_damaged_pairs(folder: Path) -> None:
+    """No archive, a table with a pair too few, and one that is not UTF-8."""
     lines = (folder / "pairs.csv").read_text().splitlines()
     (folder / "broken.tar").write_bytes(b"no archive" * 1000)
-    (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
+    (folder / "few.csv").write_text("\n".join(lines[:ROWS]))  # the first line is the header
     (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
 
 
@@ -203,7 +204,7 @@ def test_a_device_that_torch_does_not_know_is_named(place: Path, command: str, c
 def test_the_command_without_its_extra_ends_with_a_sentence(
     place: Path, module: str, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)  # its import is an ImportError
     # Modules that import it are imported once more, as in a new process.
     for loaded in ("rankloss_features.command", "rankloss_features.writing"):
         monkeypatch.delitem(sys.modules, loaded)

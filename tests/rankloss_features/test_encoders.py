@@ -292,6 +292,7 @@ def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
 
 
 def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Weights without those whose key has a part."""
     return {key: value for key, value in state.items() if part not in key}
 
 

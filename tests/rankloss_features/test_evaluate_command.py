@@ -62,7 +62,7 @@ def evaluated(
     return dict(json.loads((tmp_path / "result.json").read_text()))
 
 
-def features(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def features_by_open_clip(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The features of pictures and of titles, as open_clip's evaluation computes them."""
     name = f"local-dir:{sample}/open_clip"
     model, _, transform = open_clip.create_model_and_transforms(name)
@@ -72,8 +72,8 @@ def features(sample: Path, rows: list[dict[str, str]]) -> tuple[torch.Tensor, to
     return v, t
 
 
-def trained(sample: Path, folder: Path) -> Path:
-    """The folder of a copy of the sample's model, whose weights are changed at random."""
+def write_changed_model(sample: Path, folder: Path) -> Path:
+    """A copy of the sample's model, whose weights are changed at random, in a new folder; the folder."""
     shutil.copytree(sample / "open_clip", folder)
     weights = load_file(folder / "open_clip_model.safetensors")
     torch.manual_seed(5)
@@ -86,7 +86,7 @@ def trained(sample: Path, folder: Path) -> Path:
 
 def test_numbers_of_unique_captions_are_open_clips_own(sample_folder: Path, tmp_path: Path) -> None:
     theirs = pytest.importorskip("open_clip_train.train").get_clip_metrics(
-        *features(sample_folder, read_csv(sample_folder / "train.csv")), torch.tensor(1.0)
+        *features_by_open_clip(sample_folder, read_csv(sample_folder / "train.csv")), torch.tensor(1.0)
     )
     result = evaluated(sample_folder, sample_folder / "train.csv", tmp_path, "--batch-size", "7")
     for way in WAYS:
@@ -107,7 +107,7 @@ def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, col
     result = evaluated(sample_folder, table, tmp_path, "--ids-key", column, "--k", "1", "5")
     pictures = list({row["filepath"]: row for row in rows}.values())
     texts = list({row["title"]: row for row in rows}.values())
-    v, t = features(sample_folder, pictures)[0], features(sample_folder, texts)[1]
+    v, t = features_by_open_clip(sample_folder, pictures)[0], features_by_open_clip(sample_folder, texts)[1]
     ids = {
         "image_ids": [row[column] for row in pictures],
         "text_ids": [row[column] for row in texts],
@@ -117,7 +117,8 @@ def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, col
     numbers = {name: recall["value"] for name, recall in result["recall"].items()}
     numbers |= {f"{way}_median_rank": rank for way, rank in result["median_rank"].items()}
     assert numbers == pytest.approx({name: expected[name] for name in numbers})
-    assert len(numbers) == 4 * 3  # ways, with the pictures and the texts among themselves
+    # Two values of R@k and a median rank of each way: also of pictures and of texts among themselves.
+    assert len(numbers) == 4 * 3
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_rows_of_one_picture_are_its_captions(
     """Without ids; a caption that stands beside another picture is a wrong answer there."""
     result = evaluated(sample_folder, write_csv(tmp_path / "two.csv", doubled), tmp_path)
     assert (result["pictures"], result["texts"], result["groups"]) == (16, 32, 16)
-    v, t = features(sample_folder, doubled)
+    v, t = features_by_open_clip(sample_folder, doubled)
     places = [row["filepath"] for row in doubled]
     expected = reference.recall(v[::2].double(), t.double(), image_ids=places[::2], text_ids=places)
     for way in WAYS:
@@ -145,6 +146,7 @@ def test_captions_that_stand_beside_several_pictures_are_counted_with_the_remedy
 ) -> None:
     evaluated(sample_folder, write_csv(tmp_path / "two.csv", doubled), tmp_path)
     printed = capsys.readouterr().out
+    # Each of 16 pictures has the caption of its class; of four classes, all but the first four repeat it.
     assert "12 texts repeat a caption of another picture" in printed
     assert "--ids-key names the column" in printed
 
@@ -184,12 +186,14 @@ def test_a_row_of_the_table_ends_with_the_median_rank(by_product: Evaluation) ->
 
 
 def test_the_modality_gap_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
-    gap = metrics.modality_gap(*features(sample_folder, read_csv(sample_folder / "val.csv"))).item()
+    gap = metrics.modality_gap(
+        *features_by_open_clip(sample_folder, read_csv(sample_folder / "val.csv"))
+    ).item()
     assert by_product.result["modality_gap"] == pytest.approx(gap, rel=1e-4)
 
 
 def test_the_agreement_of_ranks_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
-    v, t = features(sample_folder, read_csv(sample_folder / "val.csv"))
+    v, t = features_by_open_clip(sample_folder, read_csv(sample_folder / "val.csv"))
     tau = metrics.rank_agreement(v, t)["cross_modal_tau"].item()
     assert by_product.result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
     assert f"τ {tau:.3f} cross-modal" in by_product.printed
@@ -214,7 +218,8 @@ def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert interval["value"] == pytest.approx(np.nanmean(values))
-    assert [interval["low"], interval["high"]] == pytest.approx(scipys, abs=0.012)  # of other draws
+    # The draws are others, so the ends differ by some hundredths of the interval.
+    assert [interval["low"], interval["high"]] == pytest.approx(scipys, abs=0.012)
     assert interval["high"] - interval["low"] > 0.15  # so that the tolerance is small beside it
 
 
@@ -242,11 +247,11 @@ def test_a_model_does_not_differ_from_itself(
 def test_two_models_differ_by_their_recalls_with_an_interval_around(
     sample_folder: Path, tmp_path: Path, base: Path
 ) -> None:
-    trained(sample_folder, tmp_path / "other")
+    write_changed_model(sample_folder, tmp_path / "other")
     options = ("--ids-key", "product", "--against", str(base))
     result = evaluated(tmp_path, sample_folder / "train.csv", tmp_path, *options, model="other")
     before = json.loads(base.read_text())["recall"]
-    assert any(x["value"] for x in result["differences"].values())
+    assert any(difference["value"] != 0 for difference in result["differences"].values())
     for name, difference in result["differences"].items():
         assert difference["value"] == pytest.approx(result["recall"][name]["value"] - before[name]["value"])
         assert difference["low"] <= difference["value"] <= difference["high"]
@@ -382,7 +387,9 @@ def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
     assert re.search("ids in column product must be texts or integers; row 0 has (float|bool) ", error)
 
 
-@pytest.mark.parametrize("others", [("8", "9"), ("x", "y")])
+@pytest.mark.parametrize(
+    "others", [("8", "9"), ("x", "y")], ids=["a column of integers", "a column with words"]
+)
 def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
     sample_folder: Path, tmp_path: Path, others: tuple[str, str]
 ) -> None:
@@ -391,7 +398,8 @@ def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
         row["product"] = product
     table = write_csv(tmp_path / "x.csv", rows)
     result = evaluated(sample_folder, table, tmp_path, "--ids-key", "product", "--k", "1")
-    assert "image_to_image" not in str(result)  # since no picture has a partner
+    ways_with_partners = {name.rpartition("_R@")[0] for name in result["recall"]}
+    assert ways_with_partners == {*WAYS}  # pictures of one id would be partners, image_to_image
 
 
 def test_weights_that_open_clip_would_ignore_are_refused(sample_folder: Path, capsys: Any) -> None:
@@ -413,9 +421,10 @@ def test_a_picture_that_cannot_be_read_is_named(
 
 
 def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    weights = load_file(trained(sample_folder, tmp_path / "nan") / "open_clip_model.safetensors")
+    file = write_changed_model(sample_folder, tmp_path / "nan") / "open_clip_model.safetensors"
+    weights = load_file(file)
     weights["visual.proj"][0, 0] = float("nan")
-    save_file(weights, tmp_path / "nan/open_clip_model.safetensors")
+    save_file(weights, file)
     error = refusal(capsys, run_evaluate(tmp_path, sample_folder / "val.csv", model="nan"))
     assert f"--model local-dir:{tmp_path}/nan: image_features must be finite; row 0 has NaN" in error
 

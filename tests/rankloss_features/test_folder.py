@@ -66,18 +66,19 @@ def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("is_pickled", [False, True], ids=["opened", "pickled"])
 def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(
     place: Path, name: str, is_pickled: bool
 ) -> None:
     """Also of a folder that was sent to another process."""
-    features, several = Features(str(place / "whole")).check(), np.array([39, 0, 12, 12])
+    features = Features(str(place / "whole")).check()
     if is_pickled:
         features = pickle.loads(pickle.dumps(features))
+    rows = np.array([39, 0, 12, 12])  # of several shards, without their order, and one of them twice
     whole = np.concatenate([np.load(file) for file in sorted((place / "whole").glob(f"{name}-*.npy"))])
     np.testing.assert_array_equal(features.arrays[name][:], whole)
     np.testing.assert_array_equal(features.arrays[name][11:37:2], whole[11:37:2])
-    np.testing.assert_array_equal(features.take(several)[name], whole[several])
+    np.testing.assert_array_equal(features.take(rows)[name], whole[rows])
 
 
 def test_a_folder_has_a_row_for_each_pair(place: Path) -> None:
@@ -336,13 +337,12 @@ def products(tmp_path: Path, *, is_embedded: bool, folder: str = "data") -> Any:
 
 
 def test_a_picture_has_one_source_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture without a path may stand beside it or not."""
+    """Rows are read in blocks of two: the first has a picture without a path, the second has none."""
     monkeypatch.setattr(data_module, "_BLOCK", 2)
     images = [{"bytes": picture(i), "path": name} for i, name in ((0, "x"), (1, None), (0, "x"), (2, "y"))]
     rows = datasets.Dataset.from_dict({"image": images, "caption": [*"abcd"]})
-    source_of_row = Table(
-        rows.cast_column("image", datasets.Image()), "image", "caption", data="given"
-    ).sources()
+    table = Table(rows.cast_column("image", datasets.Image()), "image", "caption", data="given")
+    source_of_row = table.sources()
     assert source_of_row[0] == source_of_row[2]
     assert len({*source_of_row}) == 3
 
@@ -361,20 +361,18 @@ def test_an_evaluation_tells_pictures_of_one_file_name_apart(of_one_name: Any) -
 
 
 def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_path: Path) -> None:
-    path = write_features(
-        tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()
-    ).path
+    table = Table(of_one_name, "image", "caption", data="given")
+    path = write_features(tmp_path / "x", table, teacher()).path
     bind(of_one_name, path)
-    reordered = of_one_name.select([2, 3, 0, 1, *range(4, ROWS)])
+    reordered = of_one_name.select([2, 3, 0, 1, *range(4, ROWS)])  # the first two products are exchanged
     with pytest.raises(ValueError, match=f"row 0 .* is row 2 of the {ROWS}"):
         bind(reordered, path)
 
 
 def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_path: Path) -> None:
-    """Also of data with pictures of one folder alone."""
-    hashes = write_features(
-        tmp_path / "x", Table(of_one_name, "image", "caption", data="given"), teacher()
-    ).pairs
+    """Also of data with pictures of one product alone, whose common folder is another than that of all."""
+    table = Table(of_one_name, "image", "caption", data="given")
+    hashes = write_features(tmp_path / "x", table, teacher()).pairs
     assert is_first_pair(int(hashes[5]), of_one_name.select([5]), "image", "caption")
     assert is_first_pair(int(hashes[4]), of_one_name.select([4, 5]), "image", "caption")
     # Row 3 has the caption and the file name of row 5, in another product's folder.
@@ -387,21 +385,22 @@ def test_columns_of_a_csv_file_tell_pictures_of_one_file_name_apart(tmp_path: Pa
     images = data.cast_column("image", datasets.Image(decode=False))["image"]
     captions, paths = data["caption"][:], [image["path"] for image in images]
     features.compare_columns(captions, paths, "the CSV file")
+    paths_of_next_product = [*paths[2:], *paths[:2]]
     with pytest.raises(ValueError, match="row 0 of the CSV file"):
-        features.compare_columns(captions, [*paths[2:], *paths[:2]], "the CSV file")
+        features.compare_columns(captions, paths_of_next_product, "the CSV file")
 
 
 # --- pictures by their content ----------------------------------------------------------------------------
 
 
-def embedded(folder: Path, changed: tuple[int, ...] = ()) -> Any:
-    """A data set of pictures in memory with their names, in which rows have another picture."""
+def embedded(_: Path, changed: tuple[int, ...] = ()) -> Any:
+    """A column of pictures in memory with their names, in which the changed rows have another picture."""
     contents = [picture(99 if i in changed else i) for i in range(ROWS)]
     return [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(contents)]
 
 
 def in_files(folder: Path, changed: tuple[int, ...] = ()) -> Any:
-    """The same in files."""
+    """The same as a column of files in a folder."""
     csv_table(folder)
     for row in changed:
         (folder / f"{row}.png").write_bytes(picture(99))
@@ -415,6 +414,7 @@ def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
     """By a check, which reads all, and of few rows by a binding and a resumption, too."""
 
     def dataset(*changed: int) -> Any:
+        """The pairs, of which these rows have another picture."""
         columns = {"image": images_of(tmp_path, changed), "caption": [f"a {i}" for i in range(ROWS)]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
@@ -427,13 +427,13 @@ def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
     named = f"the picture '7.png' is not the one .* {path} .*delete the folder"
     with pytest.raises(ValueError, match=f"row 7 of the data: {named}"):
         bind(other, path)
-    for read in (
-        lambda: report(path, pairs),
-        lambda: write_features(Path(path), pairs, teacher()),
-        lambda: write_features(tmp_path / "y", pairs, stored_teacher(path)),
+    for command in (
+        lambda: report(path, pairs),  # --check
+        lambda: write_features(Path(path), pairs, teacher()),  # the folder's own command once more
+        lambda: write_features(tmp_path / "y", pairs, stored_teacher(path)),  # --features
     ):
         with pytest.raises(ValueError, match=f"row 7 of these: {named}"):
-            read()
+            command()
 
 
 def stored_teacher(path: str) -> Teacher:
@@ -476,6 +476,7 @@ def read_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def paths_and_captions(folder: Path) -> Any:
+    """The pairs as a data set of the paths of their pictures."""
     csv_table(folder)
     columns = {"image": [str(folder / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
     return datasets.Dataset.from_dict(columns)
@@ -572,7 +573,7 @@ def test_a_caption_that_changes_before_the_binding_is_refused(bound: tuple[Any, 
         bind(data.map(lambda _: {"caption": "another"}), path)
 
 
-def test_only_a_table_is_bound_and_once(bound: tuple[Any, str]) -> None:
+def test_only_a_table_is_bound(bound: tuple[Any, str]) -> None:
     data, path = bound
     for other, message in (
         (datasets.DatasetDict(train=data), "got DatasetDict; bind each split"),
@@ -581,6 +582,10 @@ def test_only_a_table_is_bound_and_once(bound: tuple[Any, str]) -> None:
     ):
         with pytest.raises(TypeError, match=f"dataset must be a datasets.Dataset; {message}"):
             bind(other, path)
+
+
+def test_data_are_bound_once(bound: tuple[Any, str]) -> None:
+    data, path = bound
     with pytest.raises(ValueError, match=f"dataset has a column {COLUMN} already: bind it once"):
         bind(bind(data, path), path)
 
@@ -595,7 +600,7 @@ def test_binding_makes_no_objects_of_rows(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"image": images, "caption": captions})
     tracemalloc.start()
     bind(data, path)
-    peak = tracemalloc.get_traced_memory()[1]
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 200 * rows  # bytes: a few copies of 16, far from 1,380
 
@@ -674,7 +679,7 @@ def test_components_are_float32_and_their_largest_entry_is_positive(
 @pytest.mark.parametrize("width", [ROWS + 1, 0])
 def test_more_components_than_rows_or_none_are_refused(tmp_path: Path, data: Data, width: int) -> None:
     features = write_features(tmp_path / "x", data, spread((ROWS + 5,) * 2))
-    features.components(ROWS)
+    features.components(ROWS)  # the most that there are
     bounds = f"width must be at least 1 .*{ROWS + 5} dimensions and the {ROWS} rows .* got {width}$"
     with pytest.raises(ValueError, match=bounds):
         features.components(width)

@@ -21,6 +21,7 @@ from rankloss_features.weights import fill
 from stored_features import features_folder
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+"""Features of six pairs."""
 
 
 @pytest.fixture(scope="module")

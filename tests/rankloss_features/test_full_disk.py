@@ -91,7 +91,7 @@ def commands(sample: Path) -> dict[str, Command]:
 
 
 def fail(_: int) -> None:
-    """In the place of ``os.fsync``, on a full disk."""
+    """The call of ``os.fsync`` on a full disk."""
     raise OSError(errno.ENOSPC, FULL)
 
 
@@ -107,8 +107,14 @@ def fsyncs_of(call: Callable[[], int]) -> int:
 def call_on_full_disk(call: Callable[[], int], at: int) -> int:
     """Call a command while a single file, by its number, cannot be brought to the disk; the exit code."""
     fsync, files = os.fsync, itertools.count()
+
+    def fsync_or_fail(file: int) -> None:
+        if next(files) == at:
+            fail(file)
+        fsync(file)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: (fail if next(files) == at else fsync)(file))
+        patch.setattr(os, "fsync", fsync_or_fail)
         return call()
 
 
@@ -124,7 +130,8 @@ def test_a_disk_that_is_full_is_named_and_the_same_command_goes_on(
     sample_folder: Path, tmp_path: Path, name: str, capsys: Any
 ) -> None:
     """Full where a file is to be brought to the disk, at the first file and at the last."""
-    command, whole, disk = commands(sample_folder)[name], tmp_path / "whole", tmp_path / "disk"
+    command = commands(sample_folder)[name]
+    whole, disk = tmp_path / "whole", tmp_path / "disk"  # written without a fault, and with some
     whole.mkdir()
     disk.mkdir()
     last = fsyncs_of(lambda: command.call(whole)) - 1

@@ -41,7 +41,7 @@ from rankloss_features.train_heads import split
 from rankloss_trainers.console import main
 from samples import add_sample
 
-EPOCHS = 12
+EPOCHS = 12  # of the heads that the command trains
 
 
 def weights_of(folder: Path) -> Path:
@@ -105,7 +105,7 @@ def with_captions(sample: Path, captions: int) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Printed:
-    """Heads of eight dimensions on 48 pictures with four captions each, and what their training printed."""
+    """Heads of eight dimensions on 48 pictures with four captions each, and the command's output."""
 
     folder: Path
     text: str
@@ -121,6 +121,7 @@ def printed(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pr
 
 
 def test_the_command_holds_out_a_tenth_of_the_pictures_and_prints_both_numbers(printed: Printed) -> None:
+    """Of 48 pictures with four captions each, 4 are held out, and 44 are trained on."""
     assert "training on 176 pairs of 44 pictures" in printed.text
     assert re.search(r"held-out .*many.csv: 4 pictures, 16 texts", printed.text)
 
@@ -163,7 +164,7 @@ def test_pairs_of_which_few_would_be_held_out_are_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv"))
-    assert "4 pairs are too few to evaluate on, of 48" in error
+    assert "4 pairs are too few to evaluate on, of 48" in error  # a tenth of 48 pictures with one caption
     assert not (tmp_path / "x").exists()
 
 
@@ -173,6 +174,7 @@ def test_ids_on_both_sides_are_refused_with_their_number(
     both = sample_folder / "val.csv"
     options = ("--val-data", str(both), "--ids-key", "product")
     error = refusal(capsys, run_heads(sample_folder, tmp_path / "x", both, *options))
+    # The 16 pairs of val.csv are two of each product.
     words = "8 ids of 'product' of --val-data are in --data, too; the first is '.*', of row 0"
     assert re.search(words, error)
     assert not (tmp_path / "x").exists()
@@ -215,17 +217,18 @@ def test_batches_of_one_pair_are_refused_by_the_option(
 # --- settings of the training -------------------------------------------------------------------------------
 
 PAIRS = 24
-"""Of one batch."""
+"""The pairs of the trainings below, which are one batch."""
 
 
 def random_features() -> dict[str, Tensor]:
+    """Features of the pairs, eight dimensions of pictures and of captions."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(PAIRS, 8, generator=generator) for name in NAMES}
 
 
 def first_loss(ids: Tensor | None = None, **settings: Any) -> float:
-    """The loss of the first step, in which all random features are one batch."""
-    _, _, (loss,) = train(random_features(), ids, Training(1, batch_size=PAIRS, **settings))
+    """The loss of the only step of a training, in which all random features are one batch."""
+    _, _, (loss,) = train(random_features(), ids, Training(epochs=1, batch_size=PAIRS, **settings))
     return loss
 
 
@@ -240,7 +243,8 @@ def test_trained_similarities_are_less_spread_with_more_weight() -> None:
     features, ids = random_features(), torch.arange(PAIRS) // 2
 
     def spread(weight: float) -> float:
-        heads, _, _ = train(features, ids, Training(30, batch_size=PAIRS, spread_weight=weight))
+        """The standard deviation of the similarities of different pictures, after a training."""
+        heads, _, _ = train(features, ids, Training(epochs=30, batch_size=PAIRS, spread_weight=weight))
         v = normalize(heads[NAMES[0]](features[NAMES[0]]), dim=-1)
         return (v @ v.T)[~torch.eye(PAIRS, dtype=torch.bool)].std().item()
 
@@ -266,26 +270,29 @@ def test_smoothing_is_of_the_loss_that_trains() -> None:
     for smoothing in (0.0, 0.3):
         loss = first_loss(dropout=0.0, label_smoothing=smoothing)
         assert loss == pytest.approx(smoothed_loss_of_new_heads(smoothing), rel=1e-4)
+    # Far above the tolerance, so that a loss without smoothing would not pass.
     assert abs(smoothed_loss_of_new_heads(0.3) - smoothed_loss_of_new_heads(0.0)) > 0.01
 
 
 def test_dropout_is_of_the_loss_that_trains_and_a_share_of_three_tenths_by_default() -> None:
     losses = {dropout: first_loss(dropout=dropout) for dropout in (0.0, 0.3, 0.9)}
-    assert len({*losses.values()}) == 3
+    assert len({*losses.values()}) == len(losses)
     assert losses[0.3] == first_loss()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3, 0.9])
 def test_trained_heads_know_their_dropout_and_leave_it_out(dropout: float) -> None:
     features = random_features()
-    heads, _, _ = train(features, None, Training(1, batch_size=PAIRS, dropout=dropout))
+    heads, _, _ = train(features, None, Training(epochs=1, batch_size=PAIRS, dropout=dropout))
     assert {module.p for module in heads.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
     once, again = (heads[NAMES[0]](features[NAMES[0]]) for _ in range(2))
     assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("spread-weight", "-1"), ("dropout", "1"), ("label-smoothing", "1")]
+    ("option", "value"),
+    [("spread-weight", "-1"), ("dropout", "1"), ("label-smoothing", "1")],
+    ids=["a negative weight", "all units dropped", "all of the label smoothed"],
 )
 def test_a_number_out_of_its_bounds_is_refused(
     sample_folder: Path, tmp_path: Path, capsys: Any, option: str, value: str
@@ -337,6 +344,7 @@ WRONG = {
 def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
     folder: Path, tmp_path: Path, keys: tuple[Any, ...], value: Any
 ) -> None:
+    """A width of 2**40 would take terabytes if a module of it were made before it is refused."""
     shutil.copytree(folder, tmp_path / "heads")
     about = json.loads((folder / "heads.json").read_text())
     *outer, last = keys
@@ -346,6 +354,7 @@ def test_entries_of_a_folder_that_another_made_are_refused_without_their_memory(
     else:
         entries[last] = value
     (tmp_path / "heads/heads.json").write_text(json.dumps(about))
+    # An entry of a right kind is refused by the weights: they do not fit its sizes, or have another hash.
     words = f"heads.json(:| is damaged:) .*{keys[0]}|does not fit|not as it was"
     with pytest.raises(ValueError, match=words):
         load_heads(tmp_path / "heads")
@@ -432,7 +441,7 @@ def unit_features(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_the_statistics_are_those_of_all_features_after_few_steps_as_after_many(epochs: int) -> None:
     features = unit_features(200, torch.Generator().manual_seed(0))
-    heads, _, _ = train(features, None, Training(epochs, batch_size=128))
+    heads, _, _ = train(features, None, Training(epochs=epochs, batch_size=128))
     for name, x in features.items():
         standardised = heads[name][0](x)
         varies = x.std(dim=0) > 0
@@ -443,7 +452,7 @@ def test_the_statistics_are_those_of_all_features_after_few_steps_as_after_many(
 def test_a_dimension_that_is_constant_in_a_training_does_not_drown_the_others_later() -> None:
     generator = torch.Generator().manual_seed(0)
     features = unit_features(64, generator)
-    heads, _, _ = train(features, None, Training(1, batch_size=32))
+    heads, _, _ = train(features, None, Training(epochs=1, batch_size=32))
     later = features[NAMES[0]].clone()
     later[:, 3] += 0.1  # as much as the others vary
     # A tenth of the others' spread is the least that divides, which gives some 10; its own is about 0.
@@ -461,7 +470,7 @@ def test_a_dimension_that_is_constant_in_a_training_does_not_drown_the_others_la
 def test_features_that_teach_nothing_are_refused(wrong: Tensor, message: str) -> None:
     features = {NAMES[0]: wrong, NAMES[1]: torch.randn(24, 8)}
     with pytest.raises(ValueError, match=message):
-        train(features, None, Training(1))
+        train(features, None, Training(epochs=1))
 
 
 def normalised_batches() -> list[Tensor]:
@@ -513,8 +522,9 @@ def earlier(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_earlier_folder_is_read_with_the_statistics_of_its_features(earlier: Path, name: str) -> None:
     """Those of batch normalisation, of which 0.9³ is left of their first values 0 and 1."""
-    batches = normalised_batches()
+    batches = normalised_batches()  # three
     shares = torch.tensor([0.1 * 0.9**2, 0.1 * 0.9, 0.1]) / (1 - 0.9**3)
+    # Its momentum is 0.1, so a batch counts 0.9 times as much as the next one.
     mean = sum(share * batch.mean(dim=0) for share, batch in zip(shares, batches, strict=True))
     variance = sum(share * batch.var(dim=0) for share, batch in zip(shares, batches, strict=True))
     standardisation: Any = load_heads(earlier).heads[name][0]
@@ -570,7 +580,7 @@ BACKGROUND = "gray"
 
 @dataclass(frozen=True)
 class OnAwkward:
-    """Heads trained on awkward pictures."""
+    """Heads that were trained on pictures of :func:`awkward`."""
 
     folder: Path
     files: list[Path]
@@ -725,9 +735,9 @@ def test_an_option_that_cannot_be_is_refused_before_the_encoders_are_loaded(
 def test_a_training_that_diverges_names_the_options() -> None:
     features = unit_features(64, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"diverged in epoch 1: give less than --lr 1e\+30$"):
-        train(features, None, Training(3, batch_size=16, lr=1e30))
+        train(features, None, Training(epochs=3, batch_size=16, lr=1e30))
     with pytest.raises(ValueError, match=r"give less than --lr 1e\+30 or --spread-weight 2$"):
-        train(features, None, Training(3, batch_size=16, lr=1e30, spread_weight=2.0))
+        train(features, None, Training(epochs=3, batch_size=16, lr=1e30, spread_weight=2.0))
 
 
 @pytest.fixture
@@ -780,8 +790,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: Path, tmp_path: Path) -> None:
     """At each step in turn, until a saving has fewer steps; the next saving goes through."""
     old = load_heads(folder)
-    heads = make_heads({name: head[0].mean.numel() for name, head in old.heads.items()}, 16, 8)
-    new = FrozenEncoders(old.encoders, old._frozen, [Part.trained(heads, 1.0)], 20.0)
+    widths = {name: encoder.width for name, encoder in old._frozen.encoders.items()}
+    heads = make_heads(widths, hidden=16, width=8)
+    new = FrozenEncoders(old.encoders, old._frozen, [Part.trained(heads, share=1.0)], scale=20.0)
     expected = {"old": old.encode_texts(["a red circle"]), "new": new.encode_texts(["a red circle"])}
     left = []  # which heads each kill left
     for step in itertools.count(1):
@@ -800,10 +811,12 @@ def test_a_kill_at_any_step_of_a_saving_leaves_the_old_heads_or_the_new(folder: 
 
 
 def save_and_die(model: FrozenEncoders, place: Path, step: int) -> None:
-    """Save, but be killed at a call that opens, brings to the disk, renames or deletes a file."""
+    """Save, but be killed at a call, by its number, that changes a file: these are the steps of a saving."""
     calls = itertools.count(1)
 
     def dying(function: Any) -> Any:
+        """The function, whose call kills this process if it is the one of that number."""
+
         def call(*args: Any, **options: Any) -> Any:
             if next(calls) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -829,6 +842,7 @@ def test_pictures_of_the_training_are_not_held_out_under_another_path(
         row["filepath"] = shutil.copy(row["filepath"], f"{tmp_path}/{number}.png")
         row["product"] = f"another {number}"
     held_out = ["--val-data", str(write_csv(tmp_path / "val.csv", rows[16:32]))]
+    # With ids, whose values are others here, pictures are compared, too.
     for options in (held_out, [*held_out, "--ids-key", "product"]):
         code = run_heads(sample_folder, tmp_path / "x", sample_folder / "train.csv", *options)
         error = refusal(capsys, code)
@@ -842,6 +856,7 @@ def test_captions_of_one_picture_in_shards_are_on_one_side(
     shard = write_webdataset(tmp_path / "x.tar", with_captions(sample_folder, 5))
     assert run_heads(sample_folder, tmp_path / "x", shard) == 0
     printed = capsys.readouterr().out
+    # Of 48 pictures with five captions each, a tenth is held out.
     assert "training on 220 pairs of 44 pictures" in printed
     assert "4 pictures, 20 texts" in printed
 
@@ -851,7 +866,7 @@ def test_shards_are_held_out_by_other_shards(sample_folder: Path, tmp_path: Path
     held_out = write_webdataset(tmp_path / "b.tar", read_csv(sample_folder / "val.csv"))
     options = ("--val-data", str(held_out), "--ids-key", "id")
     assert run_heads(sample_folder, tmp_path / "x", shard, *options) == 0
-    assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out
+    assert "48 pairs of 24 ids of 'id'" in capsys.readouterr().out  # train.csv whole: nothing is split off
 
 
 def test_shards_with_pictures_of_the_training_are_not_held_out(
@@ -903,6 +918,7 @@ def test_an_empty_list_has_no_rows(model: FrozenEncoders) -> None:
 
 
 def test_a_long_list_is_encoded_in_its_order(model: FrozenEncoders) -> None:
-    """In several batches."""
+    """In three batches of at most 64 texts."""
     many = model.encode_texts([f"a red shoe {n}" for n in range(150)])
-    torch.testing.assert_close(many[149], model.encode_texts(["a red shoe 149"])[0], atol=1e-5, rtol=0)
+    (last,) = model.encode_texts(["a red shoe 149"])
+    torch.testing.assert_close(many[149], last, atol=1e-5, rtol=0)

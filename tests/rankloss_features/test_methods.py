@@ -33,13 +33,14 @@ def made_up_pairs() -> Pairs:
     """120 pictures with two captions each; each picture is a group of its own."""
     v, t, numbers = features_of_pairs(120)
     features = dict(zip(NAMES, (unit_rows(v), unit_rows(t)), strict=True))
-    return Pairs(features, numbers, numbers)
+    return Pairs(features, pictures=numbers, groups=numbers)
 
 
 @pytest.fixture(autouse=True)
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of the search for a setting has four points, and their square roots."""
-    monkeypatch.setattr("rankloss_features.tuning.Grid", lambda: Grid((0.1, 1.0), (1.0,), (4, 16), (1.0,)))
+    grid = Grid(image_ridges=(0.1, 1.0), text_ridges=(1.0,), dimensions=(4, 16), powers=(1.0,))
+    monkeypatch.setattr("rankloss_features.tuning.Grid", lambda: grid)
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def test_the_closed_form_as_heads_is_the_closed_form_of_the_best_setting() -> No
     pairs = made_up_pairs()
     made = make(Asked(CCA), pairs)
     assert made.tuned is not None
-    best, (images, texts) = made.tuned.trials[0], pairs.features.values()
+    best = made.tuned.trials[0]
+    images, texts = pairs.features.values()
     cca = CanonicalCorrelation.fit(images, texts, **best.setting.as_options())
     expected = cca.images(images) @ cca.texts(texts).T
     torch.testing.assert_close(similarities(made, pairs), expected, atol=1e-5, rtol=0)
@@ -63,26 +65,28 @@ def test_the_closed_form_as_heads_is_the_closed_form_of_the_best_setting() -> No
 
 def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() -> None:
     pairs = made_up_pairs()
-    closed, trained = (similarities(make(Asked(method, TRAINING), pairs), pairs) for method in (CCA, TRAINED))
+    closed = similarities(make(Asked(CCA, TRAINING), pairs), pairs)
+    trained = similarities(make(Asked(TRAINED, TRAINING), pairs), pairs)
     both = make(Asked(BOTH, TRAINING), pairs)
-    of_closed, of_trained = (part.share for part in both.parts)
-    mean = of_closed * closed + of_trained * trained
+    share_of_closed, share_of_trained = (part.share for part in both.parts)
+    mean = share_of_closed * closed + share_of_trained * trained
     torch.testing.assert_close(similarities(both, pairs), mean, atol=1e-5, rtol=0)
 
 
 def test_shares_add_up_to_one_and_their_ratio_is_the_square_of_the_chosen_weight() -> None:
     both = make(Asked(BOTH, TRAINING), made_up_pairs())
-    of_closed, of_trained = (part.share for part in both.parts)
-    assert of_closed + of_trained == pytest.approx(1)
-    assert of_closed / of_trained == pytest.approx(both.chosen["weight"] ** 2)
+    share_of_closed, share_of_trained = (part.share for part in both.parts)
+    assert share_of_closed + share_of_trained == pytest.approx(1)
+    assert share_of_closed / share_of_trained == pytest.approx(both.chosen["weight"] ** 2)
 
 
 def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_choose_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of 120 pictures with two captions, twelve are cut. By made-up recalls the third weight is best."""
-    steps: list[tuple[str, int]] = []
-    recalls = iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.4, 0.3])  # of five weights, the closed form, the trained head
+    steps: list[tuple[str, int]] = []  # each training and evaluation, with the number of its pairs
+    of_weights, of_closed_form, of_trained_head = [0.5, 0.6, 0.9, 0.7, 0.1], 0.4, 0.3
+    recalls = iter([*of_weights, of_closed_form, of_trained_head])  # in the order of the evaluations
     train = methods.train
 
     def train_noting_step(features: dict[str, Tensor], *arguments: Any) -> Any:
@@ -97,26 +101,30 @@ def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_c
     monkeypatch.setattr(methods, "recall_of", made_up_recall)
     made = make(Asked(BOTH, TRAINING), made_up_pairs())
     pairs, cut = 120 * 2, 12 * 2
-    assert steps == [("train", pairs - cut), *[("evaluate", cut)] * 7, ("train", pairs)]
-    assert made.chosen == {CCA: 0.4, TRAINED: 0.3, BOTH: 0.9, "weight": methods.WEIGHTS[2]}
+    evaluations = [("evaluate", cut)] * (len(of_weights) + 2)
+    assert steps == [("train", pairs - cut), *evaluations, ("train", pairs)]
+    third_weight = methods.WEIGHTS[2]
+    assert made.chosen == {CCA: of_closed_form, TRAINED: of_trained_head, BOTH: 0.9, "weight": third_weight}
 
 
 def test_several_trained_heads_have_seeds_of_their_own_and_equal_shares() -> None:
     pairs = made_up_pairs()
 
     def trained(seed: int, count: int = 1) -> Tensor:
-        training = Training(2, hidden=16, width=8, seed=seed)
+        """The similarities by so many trained heads, whose first has the seed."""
+        training = Training(epochs=2, hidden=16, width=8, seed=seed)
         return similarities(make(Asked(TRAINED, training, count=count), pairs), pairs)
 
-    first, second, third = trained(3), trained(4), trained(5)
-    torch.testing.assert_close(trained(3, count=3), (first + second + third) / 3, atol=1e-5, rtol=0)
+    first, second, third = trained(seed=3), trained(seed=4), trained(seed=5)
+    torch.testing.assert_close(trained(seed=3, count=3), (first + second + third) / 3, atol=1e-5, rtol=0)
     assert (first - second).abs().max() > 0.01  # far above the tolerance, or equal seeds would pass
 
 
 def test_a_kept_space_has_its_share_of_the_similarity() -> None:
-    """A space of pictures and captions of 16 dimensions."""
+    """The encoders' features are cut to one width, so that pictures and captions have a space to keep."""
     pairs = made_up_pairs()
-    pairs = pairs._replace(features={name: unit_rows(rows[:, :16]) for name, rows in pairs.features.items()})
+    of_one_width = {name: unit_rows(rows[:, :16]) for name, rows in pairs.features.items()}
+    pairs = pairs._replace(features=of_one_width)
     images, texts = pairs.features.values()
     new = similarities(make(Asked(CCA), pairs), pairs)
     kept = similarities(make(Asked(CCA, keep=0.8), pairs), pairs)
@@ -124,13 +132,14 @@ def test_a_kept_space_has_its_share_of_the_similarity() -> None:
 
 
 def test_recall_counts_a_picture_once_and_every_caption() -> None:
-    """Twelve pictures, the first two with two captions; one of 14 captions is no hit."""
-    numbers = np.array([0, 0, 1, 1, *range(2, 12)])
+    """Twelve pictures, the first two with two captions; one of 14 captions is no hit among ten pictures."""
+    numbers = np.array([0, 0, 1, 1, *range(2, 12)])  # of each row's picture
     v = torch.eye(12)[numbers]
     t = v.clone()
     t[1] = -v[1]  # the second caption of the first picture fits it worst
     heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in NAMES})
-    recall = methods.recall_of(heads, Pairs(dict(zip(NAMES, (v, t), strict=True)), numbers, numbers))
+    features = dict(zip(NAMES, (v, t), strict=True))
+    recall = methods.recall_of(heads, Pairs(features, pictures=numbers, groups=numbers))
     of_pictures, of_captions = 1, 13 / 14
     assert recall == pytest.approx((of_pictures + of_captions) / 2)
 
@@ -143,7 +152,7 @@ def run_heads(sample: Path, output: Path, *options: str, clip: str | None = None
     encoders = ["--image-encoder", f"{sample}/image_encoder", "--text-encoder", f"{sample}/text_encoder"]
     model = encoders if clip is None else ["--model", clip]
     pairs = ["--data", f"{sample}/train.csv", "--val-data", f"{sample}/val.csv", "--ids-key", "product"]
-    epochs = [] if CCA in options else ["--epochs", "2"]  # which the closed form has not
+    epochs = [] if CCA in options else ["--epochs", "2"]  # which are refused beside the closed form alone
     return main(["heads", *model, *pairs, "--output", str(output), "--workers", "0", *epochs, *options])
 
 
@@ -236,7 +245,7 @@ def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, t
     joined, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
     widths = {name: encoder.width for name, encoder in joined._frozen.encoders.items()}
     as_it_was = FrozenEncoders(
-        joined.encoders, joined._frozen, [Part.own(widths, share=1.0)], 1.0, joined.rendering
+        joined.encoders, joined._frozen, [Part.own(widths, share=1.0)], scale=1.0, rendering=joined.rendering
     )
 
     def scores(model: FrozenEncoders) -> Tensor:

@@ -63,7 +63,7 @@ def test_transparent_pixels_have_the_colour_of_the_background(mode: str, backgro
     """A red square on nothing, which is stored as black."""
     picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     picture.paste((204, 0, 0, 255), (1, 1, 3, 3))
-    if mode in ("RGBA", "LA"):
+    if mode in ("RGBA", "LA"):  # which have a channel of opacity
         content = file_content(picture.convert(mode), "PNG")
     else:  # a colour that counts as transparent
         opaque = picture.convert("RGB").convert(mode)

@@ -36,6 +36,7 @@ def parts(sample_folder: Path) -> Parts:
 
 
 def test_48_pairs_are_trained_on_and_16_held_out(parts: Parts) -> None:
+    """Two pictures of each product; of each of eight colours three shapes are trained on, one is held out."""
     assert (len(parts["train"]), len(parts["val"])) == (48, 16)
 
 

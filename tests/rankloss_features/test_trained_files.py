@@ -22,7 +22,7 @@ from rankloss_features.trained_files import options_of
 
 NAME = "tiny-clip"
 GIVEN = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "force_quick_gelu": True}
-"""Options of a training, which its file of weights does not say."""
+"""Options of a training that are not in its file of weights."""
 SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "image_interpolation": "bicubic"}
 """The pictures of SigLIP's published weights."""
 Save = Callable[..., Path]
@@ -78,6 +78,7 @@ def test_a_checkpoint_of_a_training_with_siglip_is_read_with_its_bias(saved: Sav
 
 
 def picture_file(folder: Path) -> Path:
+    """A file of a picture that is larger than the model's, so that its preparation shows."""
     file = folder / "picture.png"
     file.write_bytes(picture(0, size=16))
     return file

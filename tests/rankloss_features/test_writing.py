@@ -109,6 +109,7 @@ def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
         write_features(output, data, teacher())
 
 
+# Calls and sizes are spread over a writing. An array's header takes 128 bytes, a shard of features 144 more.
 FAULTS = {
     **{f"twice no file above {size} bytes": [(errno.EFBIG, size)] * 2 for size in (0, 100, 260, 600)},
     "thrice a full disk": [(errno.ENOSPC, 2), (errno.EDQUOT, 4), (errno.ENOSPC, 3)],
@@ -149,7 +150,7 @@ def test_faults_leave_a_folder_that_is_refused_or_whole_and_goes_on(
 
 def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "output"
-    tiny.write_killed_in_batch(6, output, data)
+    tiny.write_killed_in_batch(6, output, data)  # a shard has two batches: in the second of the third shard
     written_shards = sorted(output.glob("*features-*.npy"))
     assert len(written_shards) == 2 * len(NAMES)  # two shards are on the disk, of which one is damaged now
     flip_a_bit(written_shards[0])
@@ -363,7 +364,7 @@ def test_what_no_teacher_gives_is_refused(tmp_path: Path, rows: Any, value: floa
         spoilt[rows] = value
         return spoilt
 
-    # Neighbours of one caption have one row of any teacher, which is no error.
+    # Neighbours of one caption have one row of any teacher, which is no error: the second writing passes.
     data = data_of("csv", tmp_path, CAPTIONS + ["one class"] * 20)
     with pytest.raises(ValueError, match=message):
         write_features(tmp_path / "output", data, teacher(spoil))
@@ -412,7 +413,7 @@ def test_a_picture_of_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> No
 
 
 def test_a_sample_of_shards_without_a_readable_picture_has_no_features(tmp_path: Path) -> None:
-    """As the trainer skips it. Row 1 is sample 2, the second of the first shard."""
+    """As the trainer skips it. The first of two shards has the even samples: row 1 is the broken sample 2."""
     features = write_features(tmp_path / "x", Shards(tiny.shards(tmp_path, broken=(2, 5))), teacher()).check()
     assert features.about["skipped"] == 2
     with pytest.raises(ValueError, match=r"row 1 .*picture"):
@@ -444,7 +445,8 @@ def test_a_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
     write_features(
         tmp_path / "shared", data, teacher(record_batch_sizes(rows_of_batches)), batch_size=ROWS
     ).check()
-    assert sum(rows_of_batches) == opened.call_count == math.ceil(ROWS / 3)
+    pictures = math.ceil(ROWS / 3)
+    assert sum(rows_of_batches) == opened.call_count == pictures
 
 
 def test_a_picture_of_several_captions_has_the_features_that_it_has_alone(tmp_path: Path) -> None:
@@ -498,4 +500,4 @@ def test_memory_does_not_grow_with_the_data(
     quarter = len(memory) // 4
     # The heap has some free MiB, which hide small growth: 10,000 rows show what keeps 1.5 KiB of each row, as
     # its pixels and letters together take, and 100,000 rows a tenth of that.
-    assert max(memory[-quarter:]) - max(memory[:quarter]) < 4
+    assert max(memory[-quarter:]) - max(memory[:quarter]) < 4  # MiB

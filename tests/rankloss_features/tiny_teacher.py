@@ -49,6 +49,7 @@ forks = multiprocessing.get_context("fork")
 
 
 def picture(number: int, size: int = 8) -> bytes:
+    """The content of a PNG file of a square picture; each number has another one."""
     noise = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
@@ -87,7 +88,7 @@ def shards(
 
 
 def dataset(folder: Path) -> Any:
-    """The pairs of :func:`csv_table`, whose pictures are there, as a ``datasets.Dataset``."""
+    """The pairs of :func:`csv_table`, which has written their pictures, as a ``datasets.Dataset``."""
     import datasets
 
     images = [str(folder / f"{i}.png") for i in range(ROWS)]
@@ -96,6 +97,7 @@ def dataset(folder: Path) -> Any:
 
 
 def csv_data(file: Path) -> Data:
+    """The pairs of a file of :func:`csv_table`."""
     return open_data(Namespace(data=str(file), dataset_type="auto", **CSV))
 
 
