@@ -49,12 +49,18 @@ class OptionError(ValueError):
         super().__init__(f"{name} {reason}" if reason.startswith("must ") else f"{name}: {reason}")
 
     def __reduce__(self) -> Any:
+        # By default an exception is pickled with its message as the only argument.
         return type(self), (self.key, self.reason, self.loss)
 
 
 @contextlib.contextmanager
 def naming_options(keys: Iterable[str], loss: str = "") -> Iterator[None]:
-    """Turn a ValueError within the context that begins with an option into an :class:`OptionError`."""
+    """Turn a ValueError whose message begins with the name of an option into an :class:`OptionError`.
+
+    Args:
+        keys: The options, as Python spells them.
+        loss: Their loss; empty for options of the run.
+    """
     try:
         yield
     except OptionError:
@@ -169,38 +175,45 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def options_of(make: Make) -> dict[str, Option]:
-    """The options of a callable, by key: its keyword-only arguments but ``base`` and ``gather``."""
-    function: Any = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
+    """The options of a callable, by key: its keyword-only arguments.
+
+    But ``base`` and ``gather``, which the trainer gives.
+    """
     helps = _helps(make.__doc__)
     options = {}
     for key, parameter in inspect.signature(make).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and key not in ("base", "gather"):
-            types_of_option = _members(_type_of(parameter, function))
+            types_of_option = _members(_type_of(parameter, make))
             options[key] = Option(key, types_of_option, parameter.default, helps.get(key, ""))
     return options
 
 
-def _type_of(parameter: inspect.Parameter, function: Any) -> Any:
+def _type_of(parameter: inspect.Parameter, make: Make) -> Any:
     """The type of an option; of one without an annotation that of its default, text without either."""
     if parameter.annotation is parameter.empty:
         return str if parameter.default is parameter.empty else type(parameter.default)
-    # The function's other annotations need not be evaluated, and might fail.
+    # The callable's other annotations need not be evaluated, and might fail.
     annotated_alone = types.SimpleNamespace(__annotations__={"option": parameter.annotation})
     try:
-        return typing.get_type_hints(annotated_alone, _globals_of(function))["option"]
+        return typing.get_type_hints(annotated_alone, _globals_of(make))["option"]
     except NameError:  # imported for type checkers alone: no command line can spell it
         return object
 
 
-def _globals_of(function: Any) -> dict[str, Any]:
-    """The names that a callable's annotations may use: of a function, a partial one, or an object's class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
+def _globals_of(make: Any) -> dict[str, Any]:
+    """The names that a callable's annotations may use: those of the module that defines its function.
+
+    The function of a class is its constructor, which it may inherit from a class of another module; that of a
+    callable object is its class's ``__call__``.
+    """
+    while isinstance(make, functools.partial):
+        make = make.func
+    function = inspect.unwrap(make)
     if isinstance(function, type):
-        function = vars(function).get("__init__", function)
+        function = inspect.unwrap(function.__init__)  # type: ignore[misc]
     elif not hasattr(function, "__globals__"):
-        function = type(function).__call__
+        function = inspect.unwrap(type(function).__call__)
+    # A function that is written in C has no module of Python, and no annotations that would need its names.
     names: dict[str, Any] = getattr(function, "__globals__", {})
     return names
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import inspect
 import math
 from pathlib import Path
@@ -279,6 +281,40 @@ def test_every_type_of_a_union_can_be_typed_and_what_has_no_spelling_is_pythons_
         assert (value_of_text, type(value_of_text)) == (value, type(value))
         with pytest.raises(ValueError, match="'no'"):
             options[key].parsed("no")
+
+
+def test_options_of_partial_functions_and_of_callable_objects_are_read() -> None:
+    class Maker:
+        def __call__(self, base: nn.Module, *, top_k: int = 3) -> nn.Module:
+            return base
+
+    for make in (functools.partial(Maker.__call__, None), Maker(), functools.partial(Maker())):
+        option = options_of(make)["top_k"]
+        assert (option.types, option.default) == ((int,), 3)
+
+
+MODULE_OF_PARENT = """
+from __future__ import annotations
+from typing import Literal
+Kind = Literal["a", "b"]
+class Parent:
+    def __init__(self, *, kind: Kind = "a") -> None: ...
+"""
+
+
+def test_the_type_of_an_inherited_constructors_option_is_found_in_the_module_of_the_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The annotation is the text ``"Kind"``, a name that this module, the child's, does not have."""
+    (tmp_path / "module_of_parent.py").write_text(MODULE_OF_PARENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    parent: Any = importlib.import_module("module_of_parent").Parent
+
+    class Child(parent):
+        """Has no constructor of its own."""
+
+    for make in (parent, Child, functools.partial(parent), functools.partial(Child)):
+        assert options_of(make)["kind"].types == (Literal["a", "b"],), make
 
 
 def test_an_option_that_must_be_given_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from rankloss_trainers import catalog
 from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_products
-from rankloss_trainers.option import options_of
 from rankloss_trainers.progress import listeners
 from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime
@@ -757,16 +756,6 @@ def test_an_attribute_that_no_loss_has_is_an_attribute_error() -> None:
 def test_a_misspelt_folder_with_a_sign_is_said_to_be_none() -> None:
     with pytest.raises(ValueError, match="'lr' is no modality; nor is there a folder of this name"):
         Teacher("lr=3")
-
-
-def test_options_of_partial_functions_and_of_callable_objects_are_read() -> None:
-    class Maker:
-        def __call__(self, base: nn.Module, *, top_k: int = 3) -> nn.Module:
-            return base
-
-    for make in (functools.partial(Maker.__call__, None), Maker(), functools.partial(Maker())):
-        option = options_of(make)["top_k"]
-        assert (option.types, option.default) == ((int,), 3)
 
 
 def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
