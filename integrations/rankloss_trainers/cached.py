@@ -66,8 +66,8 @@ def embedding_in(
         model: The model, without its wrappers. It is called by keywords, or with one dict of columns.
         split: The split of the batch. None leaves the model as it is.
         features_of: The embeddings in an output of the model, by name.
-        of_model: Further features, which do not depend on the batch. As part of the model's output they are
-            seen by DDP, which looks there for the parameters that a step uses.
+        of_model: Gives further features, which do not depend on the batch; by default none. As part of the
+            model's output they are seen by DDP, which looks there for the parameters that a step uses.
 
     Raises:
         ValueError: The model is compiled as a whole; in its call, a column cannot be split.
@@ -125,9 +125,10 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _check_rows(batch: Mapping[str, Any], columns: Mapping[str, Tensor], split: Split) -> None:
     """Raise a ValueError for a column that cannot be split."""
-    others = [name for name, column in columns.items() if len(column) not in split.rows]
-    others += [name for name, column in batch.items() if isinstance(column, list | tuple)]
-    if others:
+    unsplit = [name for name, column in columns.items() if len(column) not in split.rows]
+    # A list would reach the model whole, with each mini-batch.
+    unsplit += [name for name, column in batch.items() if isinstance(column, list | tuple)]
+    if unsplit:
         raise ValueError(
-            f"mini_batch_size cannot split {', '.join(others)}: no rows of {max(split.rows)} pairs"
+            f"mini_batch_size cannot split {', '.join(unsplit)}: no rows of {max(split.rows)} pairs"
         )

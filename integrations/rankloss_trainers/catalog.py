@@ -125,13 +125,14 @@ def own_prefix(name: str) -> str:
     return prefix_of(name, LOSSES[name]) if name in LOSSES else name
 
 
-@functools.cache  # each time every installed package would be read
+@functools.cache  # each call would read the metadata of every installed package
 def known() -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
     """All losses that can be named, rankloss's own first, with the entry points that register them."""
     losses: dict[str, tuple[metadata.EntryPoint, ...]] = dict.fromkeys(LOSSES, ())
     points = sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name)
     for point in points:
-        is_taken = point.name in LOSSES or point.name == TRAINERS_OWN  # as in every other environment
+        # These names mean the same in every environment, whatever packages are installed.
+        is_taken = point.name in LOSSES or point.name == TRAINERS_OWN
         if not is_taken:
             losses[point.name] = (*losses.get(point.name, ()), point)
     return losses

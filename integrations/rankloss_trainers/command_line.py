@@ -248,6 +248,7 @@ class LossArguments:
                 used_attributes.add(attribute)
         for _, _, attribute in given:
             if attribute not in used_attributes:
+                # An option of the run, whose loss is empty, is for a loss of any NAME.
                 owners = [loss or "NAME" for loss, _, other in given if other == attribute]
                 raise ValueError(f"--{attribute.replace('_', '-')}: only with --loss {' or '.join(owners)}")
         if not names:

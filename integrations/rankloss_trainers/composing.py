@@ -16,6 +16,7 @@ from rankloss_trainers.declared import Loss
 from rankloss_trainers.option import naming_options
 
 _STREAMING = {"chunk_size", "memory_budget"}
+"""Options of rankloss's losses that bound their memory."""
 PAIRS = ("ClipLoss", "SigLipLoss")
 """Classes of losses of pairs; open_clip's have the same names."""
 OF_TARGETS = ("same_id", "label_smoothing")

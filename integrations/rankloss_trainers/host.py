@@ -75,4 +75,5 @@ def read_losses(loss: str | nn.Module, options: Options | None = None) -> list[L
         raise TypeError("options are for a loss that is given by its name; a module has its own")
     if not isinstance(loss, nn.Module):
         raise TypeError(f"loss must be a module, or the name of a loss; got {loss!r}")
-    return [Loss(type(loss).__name__, Named(lambda: loss), package=None)]
+    named = Named(lambda: loss)  # whose constructor gives the module as it is
+    return [Loss(type(loss).__name__, named, package=None)]

@@ -79,7 +79,7 @@ class Progress(Callback):
         self._training_before: str | None = None  # that of the checkpoint that is resumed from
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Before the first λ the module is validated."""
+        """Before a validation that precedes the first step, by which λ is told already."""
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:

@@ -36,7 +36,7 @@ class RunLog:
         self._logs = [make() for make in makers if make is not None]
         self._teacher: list[str] = []  # the names of its features in the last batch
         ranks_items = any(getattr(part, "ranks_items", False) for part in criterion.modules())
-        self._has_remark_to_make = ranks_items  # on products, once
+        self._has_remark_to_make = ranks_items  # once, on the precision of the products that rank
 
     def entries(
         self, entries: Mapping[str, Tensor], inputs: Mapping[str, Any], gather: Gather, step: int
@@ -103,7 +103,7 @@ class Agreement:
     def __call__(self, gather: Gather, inputs: Mapping[str, Any], step: int) -> dict[str, Tensor]:
         """The entries of one call with these inputs of the loss."""
         if self._is_due(step):
-            # With gradients, as the loss has gathered them: once for both.
+            # With gradients this is the call that the loss has made, whose result gather_once() has kept.
             both = gather(inputs["image_features"], inputs["text_features"])
             with torch.no_grad():
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)

@@ -89,12 +89,12 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
         raise OptionError("teacher", f"{name} does not use a teacher; got {teacher!r}")
     gather_of_base = getattr(base, "gather", None)
     if gather is None and isinstance(gather_of_base, Gather) and gather_of_base != Gather():
-        gather = gather_of_base
+        gather = gather_of_base  # which its user has chosen
     for loss in losses:
         loss.refuse_column_options("is for a trainer that reads the data: give the inputs at each call")
     run = Runtime(HOST, losses, RunOptions(teacher=teacher), base=base, gather=gather)
     module = _with_progress(run)
-    if run.teaching.use != "optional":
+    if run.teaching.use != "optional":  # each call has to have a teacher's features, or must have none
         run.teaching.name = name  # for its errors, with the base's name
         hook = functools.partial(_before_call, run.teaching)  # which can be pickled
         module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -63,7 +63,7 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
 def _check_id(value: Any, row: int, column: str) -> None:
     """Raise a ValueError for a value that is neither a text nor an integer of 64 bits."""
     if column == CAPTIONS and isinstance(value, str):
-        return  # an empty caption is one
+        return  # also an empty one, which check_id refuses in any other column
     check_id(f"ids in column {column}", value, row)
     if not isinstance(value, str) and not _SMALLEST <= int(value) <= _LARGEST:
         raise ValueError(f"ids of pairs must have 64 bits; column {column} has {value} in row {row}")

@@ -141,9 +141,13 @@ class Runtime(nn.Module):
         return {"teacher": teacher_to_compute.two_steps(self.host.teacher)}
 
     def on(self, base: Any) -> Runtime:
-        """These losses on the loss, or the class, that the trainer built: this object where it expects it."""
-        kind = base if isinstance(base, type) else type(base)
-        if kind is type(self.own_base):
+        """These losses on the loss of a trainer that is built only now: this object if it fits already.
+
+        Args:
+            base: The loss that the trainer built, or the class of its loss.
+        """
+        class_of_base = base if isinstance(base, type) else type(base)
+        if class_of_base is type(self.own_base):
             return self
         return type(self)(self.host, self.losses, self.options, base=base, gather=self._gather)
 
@@ -179,7 +183,8 @@ class Runtime(nn.Module):
             OptionError: An option of a loss does not work there.
             ValueError: The loss does not.
         """
-        with contextlib.ExitStack() as contexts:  # an error may begin with an option of any of the losses
+        with contextlib.ExitStack() as contexts:
+            # A message may begin with the name of an option of any loss: it is an OptionError then.
             for loss in self.losses:
                 contexts.enter_context(naming_options(loss.given, loss.name))
             for part in self.criterion.modules():
@@ -225,7 +230,7 @@ class Runtime(nn.Module):
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs, {text}")
-        self.end()
+        self.end()  # the losses are told again at the first epoch and step
         self._has_contrasted = self._has_met_single = False
         courses = course(self.criterion, self.unit, {"epoch": epochs, "step": total_steps})
         self._training = ": ".join(filter(None, [self._described(), courses]))
@@ -283,6 +288,8 @@ class Runtime(nn.Module):
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
         if self._is_single(inputs):
             return self._of_single(inputs)
+        # On every process: checks that the loss may use these features, which stay among its inputs, and
+        # gives the parts that copy them what they need. Below, only the names are logged.
         teacher = self.teaching.inputs(inputs)
         rank, _world_size = self.gather.place
         if rank == 0:
@@ -303,7 +310,7 @@ class Runtime(nn.Module):
     def _is_single(self, inputs: Mapping[str, Any]) -> bool:
         """True for the one pair that a stream's last batch may have; a first batch of one is refused.
 
-        A stream has no length by which it is known before the first step, and its training may be long.
+        Without a length nobody knows of it before the first step, and an error would end a long training.
         """
         images = inputs.get("image_features")
         if not isinstance(images, Tensor) or len(images) != 1:
@@ -391,8 +398,8 @@ class Runtime(nn.Module):
 
         Args:
             state: The state in the checkpoint that is resumed from, or None.
-            warn: True to warn, on this process, of another state than this loss's, which then starts anew,
-                and at the beginning of the training of another loss, option or course.
+            warn: True on the process that warns: now of a state that is not this loss's, which starts anew;
+                and when the training begins, if its loss, options or course are others than before.
 
         Raises:
             ValueError: It is no state of :meth:`saved`, or one that does not fit the loss.

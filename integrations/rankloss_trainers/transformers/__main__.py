@@ -39,12 +39,14 @@ def main() -> None:
         parser.print_help()
         return
     run, rest = parse(given)
+    # As Python sets both for a script that it runs itself.
     sys.argv = [script, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     attached = None if run is None else Attached(run)
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
+        # After an exit without an error, too, the loss has to have been used.
         if attached is None or end.code not in (None, 0):
             raise
     if attached is not None and not attached.built:

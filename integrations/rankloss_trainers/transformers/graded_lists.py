@@ -153,7 +153,8 @@ class EmbeddingPlan:
             return None
         few, many = sorted((self.queries, self.others))
         mini_batches = math.ceil(many / size)
-        return Split(mini_batches, (many, max(few, mini_batches)))
+        few_repeated = max(few, mini_batches)  # at least a row for each mini-batch, see :meth:`repeated`
+        return Split(number=mini_batches, rows=(many, few_repeated))
 
     def repeated(self, columns: Mapping[str, Tensor], split: Split | None) -> dict[str, Tensor]:
         """The model's inputs with as many rows of each kind as the split needs."""

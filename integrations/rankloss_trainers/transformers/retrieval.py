@@ -126,8 +126,8 @@ def _first_of(items: Tensor, groups: Tensor) -> Tensor:
     rows = torch.arange(len(items))
     in_groups = torch.stack([items, groups], dim=1)
     distinct, number_of_row = in_groups.unique(dim=0, return_inverse=True)
-    beyond = torch.full((len(distinct),), len(items))
-    first = beyond.scatter_reduce(0, number_of_row, rows, "amin")
+    beyond_all_rows = torch.full((len(distinct),), len(items))
+    first = beyond_all_rows.scatter_reduce(0, number_of_row, rows, "amin")
     return first.sort().values
 
 
