@@ -106,8 +106,9 @@ def test_the_typed_value_reaches_the_library(data: st.DataObject) -> None:
     if CHOICES[key]:
         value = data.draw(st.sampled_from(CHOICES[key]))
     else:
-        bounds = RANK_OPTIONS[key].metadata
-        value = data.draw(st.integers(bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)))
+        bounds = RANK_OPTIONS[key].metadata  # of an integer, where the library has any
+        smallest, largest = bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)
+        value = data.draw(st.integers(smallest, largest))
     (loss,), _ = parse_command_line(
         f"--rankclip-{key.replace('_', '-')}", options_of(RankOptions)[key].spelled(value)
     )
@@ -177,7 +178,7 @@ def test_an_error_about_a_default_of_joined_losses_says_so() -> None:
 
 def test_options_for_python_alone_are_not_typed() -> None:
     assert build_on_clip("rankclip", fixed_reference="text").consistency.options.fixed_reference == "text"
-    with pytest.raises((SystemExit, argparse.ArgumentError)):
+    with pytest.raises((SystemExit, argparse.ArgumentError)):  # which of them depends on Python's release
         parse_command_line("--rankclip-fixed-reference", "text")
 
 
@@ -426,7 +427,7 @@ def test_the_help_has_those_options_of_another_package_that_can_be_typed(
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, mine=a_loss)
     (first,) = catalog.known()["mine"]
-    other = SimpleNamespace(**{**vars(first), "value": "y:mine"})
+    other = SimpleNamespace(**{**vars(first), "value": "y:mine"})  # the entry point of another object
     monkeypatch.setattr(catalog, "known", lambda: {"mine": (first, other)})
     with pytest.raises(ValueError, match="mine is registered by both"):
         catalog.load("mine")

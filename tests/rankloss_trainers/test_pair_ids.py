@@ -116,14 +116,15 @@ def test_ids_of_tokens_are_equal_for_equal_texts_alone(texts: list[list[int]]) -
 @given(texts=TEXTS_OF_TOKENS)
 def test_padding_changes_no_id_of_tokens(texts: list[list[int]], width: int, is_left: bool) -> None:
     """It is known by the attention mask, or by the padding token of a tokenizer or of a processor's."""
-    of_no_text = 9  # a token that no text has
-    unmasked = padded(texts, width=width, is_left=is_left, pad=of_no_text)
-    mask = (unmasked != of_no_text).float()
-    masked = {"input_ids": padded(texts, width=width, is_left=is_left, pad=0), "attention_mask": mask}
+    token_of_texts, token_of_none = 0, 9  # texts have 0, 1 and 2
+    told_by_token = padded(texts, width=width, is_left=is_left, pad=token_of_none)
+    is_text = told_by_token != token_of_none
+    told_by_mask = padded(texts, width=width, is_left=is_left, pad=token_of_texts)
+    masked = {"input_ids": told_by_mask, "attention_mask": is_text.float()}
     assert torch.equal(hash_tokens(masked, None), ids_in_a_bag(texts))
-    tokenizer = SimpleNamespace(pad_token_id=of_no_text)
+    tokenizer = SimpleNamespace(pad_token_id=token_of_none)
     for processor in (tokenizer, SimpleNamespace(tokenizer=tokenizer)):
-        assert torch.equal(hash_tokens({"input_ids": unmasked}, processor), ids_in_a_bag(texts))
+        assert torch.equal(hash_tokens({"input_ids": told_by_token}, processor), ids_in_a_bag(texts))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_once_of_none(
     caplog: pytest.LogCaptureFixture, ids: Tensor, share: float, warnings: int
 ) -> None:
     loss, log = rankloss.ClipLoss(same_id="ignore", gather=False), PartnersLog()
-    steps = 150  # the warning comes after a hundred or so
+    steps = 150  # more than the hundred after which the warning comes
     with caplog.at_level(logging.WARNING, "rankloss_trainers"):
         entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(steps)]
     assert {entry["pairs_with_partner"].item() for entry in entries} == {share}

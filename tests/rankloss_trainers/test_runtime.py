@@ -138,7 +138,8 @@ def test_rankclip_in_a_run_has_the_value_and_gradients_of_the_loss_alone(step: i
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_logs_lambda_the_agreement_and_raw_terms_where_they_are_computed(step: int) -> None:
     metrics = linear_rankclip(step)(**loss_inputs(pair_features())).metrics
-    kinds = ("raw", "tau") if step > 1 else ("tau",)  # nothing of the rank terms is computed while λ is 0
+    # τ, the agreement, is measured at every step; the rank terms are computed only where λ is not 0.
+    kinds = ("raw", "tau") if step > 1 else ("tau",)
     of_terms = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
     assert list(metrics) == ["rank_lambda", *of_terms]
     assert metrics["rank_lambda"] == (step - 1) / 2
@@ -243,6 +244,7 @@ def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> 
 @pytest.mark.parametrize("name", VALIDATED)
 def test_the_base_of_a_created_loss_is_its_validation_at_every_step(name: str) -> None:
     base = rankloss.SigLipLoss() if name.startswith("siglip") else rankloss.ClipLoss()
+    # Of all losses, this one cannot stand on CLIP's, which is the default.
     loss = rankloss_trainers.create("siglip+siglip-streamed" if name == "siglip-streamed" else name)
     assert type(loss.base) is type(base)
     inputs = inputs_of("rankclip")
@@ -267,7 +269,7 @@ class NewerMatmul:
 TF32, EXACT = SimpleNamespace(allow_tf32=True), SimpleNamespace(allow_tf32=False)
 
 
-def test_tf32_products_are_told_of_once(
+def test_tf32_products_are_told_of_once_by_a_loss_that_ranks(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
@@ -275,11 +277,14 @@ def test_tf32_products_are_told_of_once(
     remark = remark_on_products(torch.device("cuda"))
     # The runs are on the CPU, and are told that they are on the card.
     monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: remark)
-    run, other = at_step(runtime_of(HOST, "rankclip"), 2), at_step(runtime_of(HOST, "clip-streamed"), 2)
+    ranking = at_step(runtime_of(HOST, "rankclip"), 2)
+    without_ranks = at_step(runtime_of(HOST, "clip-streamed"), 2)
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
-        for each in (run, run, other):
-            each(**loss_inputs(pair_features()))
-    assert caplog.text.count("rankclip: float32 products are computed in TF32") == 1
+        for run in (ranking, ranking, without_ranks):
+            run(**loss_inputs(pair_features()))
+    told = [message for message in caplog.messages if "TF32" in message]
+    assert len(told) == 1
+    assert told[0].startswith("rankclip: float32 products are computed in TF32")
 
 
 def test_there_are_no_tf32_products_on_a_cpu() -> None:
@@ -289,10 +294,16 @@ def test_there_are_no_tf32_products_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("hip", "card", "matmul", "has_tf32"),
     [
-        *((None, card, TF32, card >= (8, 0)) for card in ((7, 5), (8, 0), (8, 9), (12, 0))),
-        *(("7.0", card, TF32, False) for card in ("gfx90a:sramecc+:xnack-", "gfx1100")),
-        *(("7.0", card, TF32, True) for card in ("gfx942:sramecc+:xnack-", "gfx950")),
-        *[(None, (8, 0), EXACT, False), (None, (8, 0), NewerMatmul(), True)],
+        pytest.param(None, (7, 5), TF32, False, id="NVIDIA 7.5"),
+        pytest.param(None, (8, 0), TF32, True, id="NVIDIA 8.0"),
+        pytest.param(None, (8, 9), TF32, True, id="NVIDIA 8.9"),
+        pytest.param(None, (12, 0), TF32, True, id="NVIDIA 12.0"),
+        pytest.param("7.0", "gfx90a:sramecc+:xnack-", TF32, False, id="AMD gfx90a"),
+        pytest.param("7.0", "gfx1100", TF32, False, id="AMD gfx1100"),
+        pytest.param("7.0", "gfx942:sramecc+:xnack-", TF32, True, id="AMD gfx942"),
+        pytest.param("7.0", "gfx950", TF32, True, id="AMD gfx950"),
+        pytest.param(None, (8, 0), EXACT, False, id="not allowed"),
+        pytest.param(None, (8, 0), NewerMatmul(), True, id="allowed by the newer name"),
     ],
 )
 def test_tf32_is_told_of_on_cards_that_have_it_where_it_is_allowed(
@@ -341,7 +352,7 @@ def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str
     """
     both, epochs = Both(), Epochs()
     run = runtime_of(HOST, nn.Sequential(both, nn.ModuleList([epochs])), run_options={"schedule_unit": unit})
-    run.begin(2, 4)
+    run.begin(epochs=2, total_steps=4)
     run.set_epoch(1, 2)
     run.set_progress(3, 4)
     assert both.told == [told]
@@ -356,9 +367,9 @@ def test_the_listeners_to_epochs_are_all_parts_that_have_the_method() -> None:
 
 def test_a_part_that_goes_by_epochs_is_refused_where_there_are_none() -> None:
     run = runtime_of(HOST, nn.Sequential(Epochs()))
-    epochs = float("inf")  # as a trainer says of a stream
+    endless = float("inf")  # as a trainer says of a stream
     with pytest.raises(ValueError, match="Sequential goes by epochs, but data without a length"):
-        run.begin(epochs, 4)
+        run.begin(epochs=endless, total_steps=4)
 
 
 def test_loss_that_is_told_nothing_is_an_error() -> None:
@@ -369,7 +380,7 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 def test_a_loss_of_an_ended_training_is_told_of_the_next_or_is_an_error() -> None:
     """Its λ would be that of the last step: after a training has ended, or the next has begun."""
     run = runtime_of(HOST, "rankclip")
-    begin = functools.partial(run.begin, 1, 3)  # one epoch of three steps
+    begin = functools.partial(run.begin, epochs=1, total_steps=3)
     begin()
     at_step(run, 3)(**loss_inputs(pair_features()))
     for end_or_begin in (run.end, begin):
@@ -398,7 +409,7 @@ def saved_state_of_run(
         options = {"schedule": schedule, **(options or {})}
     run = runtime_of(HOST, loss, loss_options=options, run_options={"schedule_unit": unit})
     run.restore(resumed_from, warn=resumed_from is not None)
-    run.begin(epochs, 10 * epochs)
+    run.begin(epochs, total_steps=10 * epochs)
     return run.saved()
 
 
@@ -469,10 +480,10 @@ def test_a_checkpoint_of_another_loss_or_option_is_one_warning_that_shows_both(
     checkpoint = None if before is None else saved_state_of_run(None, **before)
     run = runtime_of(HOST, now["loss"], loss_options=now.get("options"))
     run.restore(checkpoint)
-    run.begin(2, 20)
+    run.begin(epochs=2, total_steps=20)
     (message,) = caplog.messages
     assert message.endswith(f"trained with {shown[0]}; this run trains with {shown[1]}")
-    run.begin(2, 20)
+    run.begin(epochs=2, total_steps=20)
     assert caplog.messages == [message], "a second training is not resumed"
 
 
@@ -685,7 +696,7 @@ def test_state_that_no_checkpoint_holds_is_refused_before_the_first_step() -> No
 
     run = runtime_of(HOST, Counted())
     with pytest.raises(ValueError, match=r"Counted.*_extra_state"):
-        run.begin(1, 4)
+        run.begin(epochs=1, total_steps=4)
 
 
 @pytest.mark.parametrize(
@@ -862,7 +873,7 @@ def test_create_refuses_the_options_of_a_trainers_run(key: str, value: Any, name
         rankloss_trainers.create(name, **{key: value})
 
 
-def test_options_of_joined_losses_are_given_by_loss_that_of_the_base_too() -> None:
+def test_options_of_joined_losses_are_given_by_loss_and_so_are_the_bases() -> None:
     options = {"rankclip": {"top_k": 3, "schedule": "constant"}, "clip": {"label_smoothing": 0.2}}
     joined = rankloss_trainers.create("clip+rankclip", **options, gather=False)
     base = rankloss.ClipLoss(label_smoothing=0.2, gather=False)
@@ -905,7 +916,7 @@ def test_joined_losses_are_a_base_that_takes_its_teacher(base: str, added: str) 
 
 
 def test_a_loss_with_a_teacher_of_its_own_names_the_command_that_computes_it() -> None:
-    """Where the trainer does not."""
+    """In a loop of one's own, which computes no teacher."""
     loss = rankloss_trainers.create("rankclip-encoders")
     command = (
         "`rankloss features --image-encoder efficientnet-lite0 --text-encoder minilm --align --data PAIRS"
@@ -919,7 +930,8 @@ def test_created_loss_demands_its_teacher_after_pickling_too() -> None:
     loss = pickle.loads(pickle.dumps(loss))
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
         loss(*pair_features(), SCALE)
-    assert loss(*pair_features(), SCALE, **features_of_teacher()) > loss.base(*pair_features(), SCALE)
+    taught = loss(*pair_features(), SCALE, **features_of_teacher())
+    assert taught > loss.base(*pair_features(), SCALE), "the terms of the teacher's ranks are added"
 
 
 def test_created_loss_refuses_a_teacher_that_it_does_not_use() -> None:

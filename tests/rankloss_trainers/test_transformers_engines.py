@@ -29,7 +29,8 @@ from rankloss_trainers.transformers.embeddings import embeddings_of, scale_of
 
 
 def one_dimensional_scale() -> Any:
-    model = tiny_clip()  # a scalar cannot be sharded
+    """The model with a scale of shape [1]: a scalar cannot be sharded."""
+    model = tiny_clip()
     model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
     return model
 
@@ -120,15 +121,31 @@ def fsdp_2() -> dict[str, Any]:
 ENGINES: dict[str, Callable[[], dict[str, Any]]] = {"ddp": dict, "zero_2": zero_2, "fsdp_2": fsdp_2}
 
 
+PROCESSES, PAIRS_OF_EACH = 2, 8
+
+
+def same_loss() -> rankloss.RankClipLoss:
+    """The loss of the processes' trainer and of the plain loop."""
+    return rankloss.RankClipLoss(schedule="linear")
+
+
 def run_as_a_process(engine: str, size: str, file: str) -> None:
+    """One process of a training: writes its log beside the file.
+
+    Args:
+        engine: Of ``ENGINES``.
+        size: Pairs of a mini-batch, in digits; 0 embeds a batch at once.
+        file: The log's path without the rank.
+    """
     faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
     given = {**SGD, "max_steps": 3, "pairs": Pairs(48, "image", "text"), **ENGINES[engine]()}
+    given.update(loss=same_loss(), per_device_train_batch_size=PAIRS_OF_EACH)
     given["mini_batch_size"] = int(size) or None
     model = tiny_clip() if engine == "ddp" else one_dimensional_scale()
     if engine == "fsdp_2":
         model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trained = train(Path(file).parent, model=model, **given)
-    assert trained.args.world_size == 2
+    assert trained.args.world_size == PROCESSES
     if engine == "fsdp_2":
         assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
     logged = [{name: line[name] for name in ("loss", *TERMS)} for line in logged_lines(trained)]
@@ -145,11 +162,11 @@ def test_two_processes_train_as_an_own_loop_with_the_whole_batch(
 ) -> None:
     if engine == "zero_2":
         pytest.importorskip("deepspeed")
-    # DeepSpeed compiles an extension when it is first started.
-    torchrun(__file__, engine, size, tmp_path / "log", DS_ACCELERATOR="cpu")
-    loss = rankloss.RankClipLoss(schedule="linear")
-    expected = train_in_plain_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
-    for rank in (0, 1):  # each logs the batch's values
+    cpu_where_a_gpu_is_too = {"DS_ACCELERATOR": "cpu"}  # of DeepSpeed, which would take the GPU
+    torchrun(__file__, engine, size, tmp_path / "log", processes=PROCESSES, **cpu_where_a_gpu_is_too)
+    data, whole_batch = Pairs(48, "image", "text"), [PROCESSES * PAIRS_OF_EACH]
+    expected = train_in_plain_loop(one_dimensional_scale(), same_loss(), data, whole_batch)
+    for rank in range(PROCESSES):  # each logs the whole batch's values
         for line, terms in zip(json.loads((tmp_path / f"log.{rank}").read_text()), expected, strict=True):
             assert line == pytest.approx({"loss": sum(terms.values()), **terms}, rel=1e-4, abs=1e-6)
 

@@ -67,16 +67,16 @@ def embed(model: Any, items: list[Any]) -> Tensor:
     return features
 
 
-def key(item: Any) -> Any:
-    """What tells a text or a picture from another."""
+def content(item: Any) -> Any:
+    """A text itself, or a picture's bytes: equal for equal items."""
     return item if isinstance(item, str) else item.tobytes()
 
 
 def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str, Any]:
     """The lists of these rows, as the loss takes them; owns are no negatives of their queries."""
-    pool = {key(x): x for row in rows for x in row["candidates"]}
-    places = {x: n for n, x in enumerate(pool)}
-    index = [torch.tensor([places[key(x)] for x in row["candidates"]]) for row in rows]
+    pool = {content(item): item for row in rows for item in row["candidates"]}
+    places = {of_item: place for place, of_item in enumerate(pool)}
+    index = [torch.tensor([places[content(item)] for item in row["candidates"]]) for row in rows]
     grades = [torch.tensor(row["grades"], dtype=torch.float64) for row in rows]
     padded = nn.utils.rnn.pad_sequence(index, batch_first=True, padding_value=-1)
     inputs = {
@@ -89,7 +89,7 @@ def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str,
     }
     if owns:
         inputs["candidate_ids"] = torch.arange(len(pool))
-        inputs["excluded_ids"] = torch.tensor([places.get(key(own), -1) for own in owns])
+        inputs["excluded_ids"] = torch.tensor([places.get(content(own), -1) for own in owns])
     return inputs
 
 
@@ -108,6 +108,7 @@ def trained(rows: list[Any], micro_batches: int, steps: int, **options: Any) -> 
 
 
 def run(directory: Path, data: Any, **given: Any) -> Any:
+    """Train on lists by SGD, by default with ``ranked-lists`` on the tiny model; returns the trainer."""
     options = {
         **LISTS,
         **SGD,
@@ -121,16 +122,16 @@ def run(directory: Path, data: Any, **given: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "of_texts", "size", "micro_batches"),
     [
-        ({}, False, None, 1),
-        ({}, True, 3, 2),
-        ({"model": "pairwise"}, True, None, 1),
-        ({"in_batch_negatives": True}, False, 3, 1),
+        pytest.param({}, False, None, 1, id="texts of pictures"),
+        pytest.param({}, True, 3, 2, id="pictures of texts, in mini-batches, accumulated"),
+        pytest.param({"model": "pairwise"}, True, None, 1, id="pairwise"),
+        pytest.param({"in_batch_negatives": True}, False, 3, 1, id="in-batch negatives, in mini-batches"),
     ],
 )
 def test_weights_are_those_of_an_own_loop(
     tmp_path: Path, options: dict[str, Any], of_texts: bool, size: int | None, micro_batches: int
 ) -> None:
-    """Lists of texts of pictures, and of pictures of texts; in mini-batches, and accumulated."""
+    """Each of three steps is of all eight lists, in one micro-batch or in several."""
     data = graded_table(queries_are_texts=of_texts)
     expected = trained(list(data), micro_batches, steps=3, **options)
     ended = run(
@@ -143,7 +144,7 @@ def test_weights_are_those_of_an_own_loop(
         gradient_accumulation_steps=micro_batches,
     )
     torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
-    assert (expected - weights(tiny_clip())).norm() > 0.05
+    assert (expected - weights(tiny_clip())).norm() > 0.05, "far above the tolerance"
     assert logged_values(ended, "ranked_lists_loss") == pytest.approx(
         logged_values(ended, "loss"), rel=1e-5, abs=LOG_ROUNDING
     )
@@ -170,23 +171,46 @@ def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_pa
     assert {rows for call in one_by_one.seen for rows in call} == {1}
 
 
-@pytest.mark.parametrize("queries", [1, 2, 5, 9])
-@pytest.mark.parametrize("size", [1, 2, 4, 9, 20])
-def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(queries: int, size: int) -> None:
-    for plan in (EmbeddingPlan(queries, 9), EmbeddingPlan(9, queries)):
-        split = plan.split(size)
-        assert split is not None
-        rows = {"queries": torch.arange(plan.queries), "others": torch.arange(plan.others)}
-        repeated = plan.repeated(rows, split)
-        for name, distinct in rows.items():
-            assert len(repeated[name]) in split.rows
-            assert torch.equal(repeated[name][: len(distinct)], distinct), "an index leads to the same rows"
-            shares = [len(share) for share in repeated[name].tensor_split(split.number)]
-            assert 1 <= min(shares) <= max(shares) <= size
+SPLIT = [
+    (plan, size)
+    for few in (1, 2, 5, 9)
+    for plan in (EmbeddingPlan(queries=few, others=9), EmbeddingPlan(queries=9, others=few))
+    for size in (1, 2, 4, 9, 20)
+]
+"""Plans of nine rows of one kind and as many or fewer of the other, and the size of their mini-batches."""
+
+
+def split_columns(plan: EmbeddingPlan, size: int) -> tuple[Split, dict[str, Tensor], dict[str, Tensor]]:
+    """The split of a plan; a column of each kind, with the numbers of its rows; both as repeated for it."""
+    split = plan.split(size)
+    assert split is not None
+    columns = {"queries": torch.arange(plan.queries), "others": torch.arange(plan.others)}
+    return split, columns, plan.repeated(columns, split)
+
+
+@pytest.mark.parametrize(("plan", "size"), SPLIT)
+def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(
+    plan: EmbeddingPlan, size: int
+) -> None:
+    split, _columns, repeated = split_columns(plan, size)
+    for column in repeated.values():
+        shares = [len(share) for share in column.tensor_split(split.number)]  # as each column is split
+        assert 1 <= min(shares) <= max(shares) <= size
+
+
+@pytest.mark.parametrize(("plan", "size"), SPLIT)
+def test_repeated_rows_follow_the_distinct_ones_in_numbers_that_the_split_allows(
+    plan: EmbeddingPlan, size: int
+) -> None:
+    """The distinct rows stay where they are, so that the index of a candidate still leads to its row."""
+    split, columns, repeated = split_columns(plan, size)
+    for name, distinct in columns.items():
+        assert torch.equal(repeated[name][: len(distinct)], distinct)
+        assert len(repeated[name]) in split.rows
 
 
 def test_rows_that_are_fewer_than_the_mini_batches_are_repeated_from_the_first() -> None:
-    plan, split = EmbeddingPlan(2, 9), Split(3, (9, 3))
+    plan, split = EmbeddingPlan(queries=2, others=9), Split(number=3, rows=(9, 3))
     assert plan.repeated({"few": torch.tensor([7, 8])}, split)["few"].tolist() == [7, 8, 7]
 
 
@@ -221,13 +245,13 @@ def test_texts_are_padded_for_a_model_with_a_bias_as_siglip_was_trained(tmp_path
 
 
 def own_of(data: Any) -> list[Any]:
-    """An own candidate of each query: of every second one from its list, of the others from another list."""
+    """For each query a candidate as its own: every second query's is of its list, the others' of another."""
     lists = data["candidates"]
     return [lists[n][0] if n % 2 else lists[(n + 3) % len(lists)][-1] for n in range(len(lists))]
 
 
 PICTURE = Image.new("RGB", (16, 16), "red")
-BESIDE_PAIRS = {
+BESIDE_PAIRS: dict[str, Any] = {
     "loss": "rankclip+ranked-lists",
     "loss_options": {
         "rankclip": {"schedule": "constant", "lambda_in": 16.0},
@@ -249,17 +273,19 @@ class OwnValues(NamedTuple):
 
 
 def beside_pairs(of_texts: bool) -> OwnValues:
-    owns = [
-        PICTURE if of_texts else "40",
-        *own_of(graded_table(queries_are_texts=of_texts))[1:],
-    ]  # the first is in no list
+    in_no_list = PICTURE if of_texts else "40"
+    _, *in_lists = own_of(graded_table(queries_are_texts=of_texts))
+    owns = [in_no_list, *in_lists]
     data, model = graded_table(queries_are_texts=of_texts, own=owns), tiny_clip()
     rows = list(data)
-    assert any(key(own) in map(key, row["candidates"]) for own in owns for row in rows)
+    contents_of_lists = {content(item) for row in rows for item in row["candidates"]}
+    assert contents_of_lists & {*map(content, owns)}, "some are candidates"
     queries, own_features = embed(model, [row["query"] for row in rows]), embed(model, owns)
     images, texts = (own_features, queries) if of_texts else (queries, own_features)
     lists = rankloss.RankedLists(in_batch_negatives=True)(**lists_of(model, rows, owns))
-    return OwnValues(data, model, (images, texts, model.logit_scale.exp()), 0.5 * lists)
+    pairs = images, texts, model.logit_scale.exp()
+    weight = BESIDE_PAIRS["loss_options"]["ranked-lists"]["weight"]
+    return OwnValues(data, model, pairs, of_lists=weight * lists)
 
 
 @pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
@@ -302,11 +328,11 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
         rankloss.RankedLists()(**lists_of(model, batch)).item() * len(batch)
         for batch in (rows[:3], rows[3:6], rows[6:])
     ]
-    assert evaluated["eval_loss"] == pytest.approx(sum(sums) / 8, rel=1e-4)
+    assert evaluated["eval_loss"] == pytest.approx(sum(sums) / len(rows), rel=1e-4)
     accuracies = []
     for row in rows:
-        x = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
-        accuracies.append(metrics.pairwise_accuracy(x, torch.tensor(row["grades"])))
+        scores = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
+        accuracies.append(metrics.pairwise_accuracy(scores, torch.tensor(row["grades"])))
     expected = torch.stack(accuracies).nanmean().item()  # a list without an order has none
     assert evaluated["eval_pairwise_accuracy"] == pytest.approx(expected)
     others = {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"}
