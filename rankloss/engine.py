@@ -328,7 +328,10 @@ def accumulate(loop: Loop, sums: dict[str, Tensor] | None) -> list[Any]:
 
 
 def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | None]], Tensor]:
-    """The values of every slice of a chunk of rows, and the gradient by the scores, ``[matrices, n, N]``."""
+    """The values of every slice of a chunk of rows, and the gradient by the scores, ``[matrices, n, N]``.
+
+    Where the loop wants no gradient, the second tensor has no meaning.
+    """
     n = rows.stop - rows.start
     items = loop.matrices[0].items
     cosines = items.new_empty(len(loop.matrices), n, len(items))
@@ -338,7 +341,9 @@ def _evaluate_chunk(loop: Loop, rows: slice) -> tuple[list[Sequence[Tensor | Non
     if loop.references:
         references = torch.stack([matrix.anchors[rows] @ matrix.items.T for matrix in loop.references])
     values: list[Sequence[Tensor | None]] = []
-    by_scores = cosines  # which a gradient in slices overwrites
+    # In slices, ``evaluate`` writes the gradient over the cosines. Otherwise all lists of the chunk are one
+    # slice, whose gradient is a tensor of its own.
+    by_scores = cosines
     for start in range(0, n, loop.lists_at_once):
         lists = slice(start, start + loop.lists_at_once)
         reference = None if references is None else references[:, lists]

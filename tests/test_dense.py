@@ -125,6 +125,7 @@ def test_gradients_of_scores_a_thousand_nats_apart_are_exact() -> None:
 
 @pytest.mark.parametrize("options", [{"worth": "shifted"}, {"ties": "random"}, {"discount": "log"}], ids=str)
 def test_an_option_of_the_reference_alone_is_computed_by_it(options: Any) -> None:
+    """By the module ``reference``; scores in float16 give float32 there, too."""
     x = torch.tensor([[0.3, -0.2, 0.7, 0.5], [0.1, 0.8, -0.4, 0.6]], dtype=torch.float16)
     y = torch.tensor([[2, 1, 1, 0], [0, 3, 3, 1]])
     torch.manual_seed(0)  # random ties are drawn alike in both calls
@@ -134,7 +135,7 @@ def test_an_option_of_the_reference_alone_is_computed_by_it(options: Any) -> Non
     assert torch.equal(nll, expected)
     assert nll.dtype == torch.float32  # of scores in float16
     without_option = plackett_luce_nll(x, y, top_k=3)
-    assert ((nll - without_option).abs() > 1e-3).all(), "the option changes the value of this list"
+    assert ((nll - without_option).abs() > 1e-3).all(), "the option changes both lists' values"
 
 
 # --- shapes, dtypes, bad input ----------------------------------------------------------------------------

@@ -635,9 +635,10 @@ def test_a_scale_that_cannot_be_one_is_a_warning_with_its_remedy(name: str, make
     loss = make()
     with pytest.warns(InputWarning, match=f"^logit_scale is {message}") as warned:
         loss(V, T, scale)
+    # A loss and its base each warn, in the same words, of which Python shows the first: a set has them once.
     different_texts = {str(warning.message) for warning in warned}
     of_scale = [text for text in different_texts if text.startswith("logit_scale")]
-    assert len(of_scale) == 1, "a loss and its base say the same, which Python then shows once"
+    assert len(of_scale) == 1
     loss(V, T, scale)  # a second warning would be an error
 
 
@@ -708,8 +709,8 @@ def test_check_teacher_refuses_a_teacher_that_ranks_nothing(how: str) -> None:
         check_teacher(TEXT, spoil(teacher_of(n=9)[TEXT]))
 
 
-def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
-    """Sorted data have batches of one caption, whose features are one row of any teacher."""
+def test_a_teacher_of_one_row_is_warned_of_once_and_its_loss_and_gradients_are_finite() -> None:
+    """In sorted data all captions of a batch may be equal: a teacher has one vector for all of them."""
     inputs, teacher = random_batch(seed=0, n=9, d=4, scale=10.0).leaves(), teacher_of(n=9)
     one_row = {**teacher, TEXT: teacher[TEXT][:1].expand_as(teacher[TEXT])}
     loss = RankConsistency()
@@ -717,6 +718,9 @@ def test_a_teacher_of_one_row_is_warned_of_and_the_loss_is_of_ties() -> None:
         value = loss(*inputs, **one_row)
     value.backward()
     assert value.isfinite()
+    for leaf in inputs:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
     # In a later batch, also of another size, a second warning would be an error.
     first_seven = {name: x[:7] for name, x in one_row.items()}
     loss(*random_batch(seed=0, n=7, d=4, scale=10.0).leaves(), **first_seven)

@@ -14,7 +14,7 @@ def report(path: str, data: Data) -> str:
         data: The pairs that it should be of.
 
     Raises:
-        ValueError: It is not of these pairs, a picture has changed, or its rows are no teacher's.
+        ValueError: It is not of these pairs, a picture has changed, or one of its files is damaged.
     """
     features = Features(path).check()
     about = features.about

@@ -173,7 +173,7 @@ def _naming_train_data() -> Iterator[None]:
 
 
 def read_data_of_teacher(run: TrainerLoss) -> Any:
-    """The training data of a teacher that is to be computed; None without such a teacher.
+    """The run's training data, if a teacher's features of them are to be computed; None otherwise.
 
     Raises:
         ValueError: The data cannot be read, or are not of pairs.

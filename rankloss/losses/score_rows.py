@@ -156,7 +156,7 @@ class ScoreRows(NamedTuple):
         return engine.Streamed(values=[share * losses.sum()], gradients=by_inputs, factor=factor)
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
-        """L from whole matrices."""
+        """L times its weight from whole matrices, in operations that can be differentiated twice."""
         by_name = dict(zip(_NAMES, inputs, strict=True))
         scale, bias = by_name["scale"], by_name["bias"]
         losses = []

@@ -161,11 +161,16 @@ def test_the_hits_of_a_record_are_those_of_its_recall(trained):
 
 
 def test_a_search_finds_a_copy():
-    """A picture and a caption of a training pair are each other's best answer."""
+    """A training picture and the mean of its captions are each other's best answer, with equal features.
+
+    A feature is the neighbour's picture beside the mean of its captions: with one neighbour, a training
+    pair's own.
+    """
     generator = torch.Generator().manual_seed(0)
     side = features.Side(torch.randn(40, 6, generator=generator), torch.randn(40, 2, 5, generator=generator))
-    model = Search(side, 1)
-    v, t = model.pictures(side.pictures), model.sentences(side.sentences.mean(1, keepdim=True))[:, 0]
+    model = Search(side, k=1)
+    v = model.pictures(side.pictures)
+    t = model.sentences(side.sentences.mean(1, keepdim=True))[:, 0]
     similarity = v @ t.T
     assert torch.equal(similarity.argmax(1), torch.arange(40))
     assert torch.equal(similarity.argmax(0), torch.arange(40))

@@ -261,7 +261,7 @@ def test_histories_on_mps_are_float32_however_the_loss_came_there(how: str) -> N
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_image_shows_in_the_loss_of_its_step_alone(value: float) -> None:
-    """It moves no history that it is in: that of texts and captions alone is the one of a good step."""
+    """Histories with images stay at their start, 1; that of texts and captions moves as in a good step."""
     v, t, c, s = inputs = triples(**SMALL)
     bad_images = v.detach().clone()
     bad_images[1, 2] = value

@@ -237,7 +237,9 @@ def kill_while_aligning(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kill", [kill_while_encoding, kill_while_aligning])
-def test_a_command_that_was_killed_goes_on(tmp_path: Path, kill: Any, monkeypatch: Any) -> None:
+def test_a_command_that_was_killed_writes_the_same_folder_when_it_is_run_again(
+    tmp_path: Path, kill: Any, monkeypatch: Any
+) -> None:
     pairs, options = csv_table(tmp_path), ("--align", "--batch-size", "8")
     assert run_features(pairs, tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
