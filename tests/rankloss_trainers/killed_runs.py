@@ -199,6 +199,7 @@ def forked(run: Training, folder: Path, last_write: int) -> int:
 
 
 def ended(process: int) -> int:
+    """The exit code of a process, for whose end it waits."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 

@@ -11,9 +11,16 @@ from rankloss.losses import TEACHER
 from rankloss_trainers.host import NEEDS, Host
 from registered import input_names
 
-HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
-N, D = 8, 6
+HOST = Host(
+    name="a trainer",
+    biased="--siglip",
+    teacher="give the columns",
+    progress="give callbacks=[Progress()]",
+    serves=tuple(NEEDS),
+)
+N, D = 8, 6  # the pairs of the batch, and the width of its features
 GRADES = [[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0], [1, 0, 2], [0, 1, 0], [2, 2, 1]]
+"""The grades of three candidates of each pair's query."""
 
 
 def inputs_of(name: str, seed: int = 0) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rankloss_trainers.run_options import GIVEN, RunOptions
 
 
 def _other_value(option: Option) -> Any:
+    """A choice that is not the default; of an option without choices, a number or text of its type."""
     choices = [value for value in option.choices.values() if value != option.default]
     if choices:
         return choices[-1]

@@ -48,9 +48,9 @@ def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[s
 
 
 def test_a_loss_tells_its_other_defaults_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
-    said = printed(capsys, "losses", "rankclip-distill")
+    page = printed(capsys, "losses", "rankclip-distill")
     changed = "lambda-cross 16.0, lambda-in 16.0, top-k 4"
-    assert f"\nBeside mimicry, rankclip-distill has other defaults: {changed}.\n" in said
+    assert f"\nBeside mimicry, rankclip-distill has other defaults: {changed}.\n" in page
 
 
 def test_loss_that_cannot_be_listed_is_named(
@@ -91,12 +91,12 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
 
 # --- rankloss doctor ------------------------------------------------------------------------------------
 
-TRAINER = Trainer("transformers", "transformers", "rankloss", "like this")
+TRAINER = Trainer(name="transformers", distribution="transformers", plugin="rankloss", use="like this")
 SICK = TRAINER._replace(plugin=f"{__name__}:diagnose")
 NEEDY = TRAINER._replace(plugin="no_such_module")
 BROKEN = TRAINER._replace(plugin=f"{__name__}:no_such_function")
 MISSING = TRAINER._replace(distribution="no-such-distribution")
-HERE = {"transformers": "5.24.0"}
+INSTALLED_VERSIONS = {"transformers": "5.24.0"}
 
 
 def diagnose() -> list[str]:
@@ -131,7 +131,9 @@ def test_trainers_are_shown_and_status_is_0_only_if_one_is_ready_and_none_is_bro
     monkeypatch: pytest.MonkeyPatch, capsys: Any, trainers: list[Trainer], code: int, shown: str
 ) -> None:
     version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: HERE.get(name) or version(name))
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: INSTALLED_VERSIONS.get(name) or version(name)
+    )
     monkeypatch.setattr(doctor, "TRAINERS", trainers)
     assert console.main(["doctor"]) == code
     report = capsys.readouterr().out

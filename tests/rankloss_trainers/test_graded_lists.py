@@ -24,7 +24,10 @@ from rankloss_trainers.graded.term import RankedListsTerm
 @pytest.mark.parametrize(
     ("candidates", "grades", "named"),
     [
-        *((["a"], [bad], f"^grades .*{bad!r}") for bad in (math.nan, math.inf, None, "good", True)),
+        *(
+            (["a"], [no_grade], f"^grades .*{no_grade!r}")
+            for no_grade in (math.nan, math.inf, None, "good", True)
+        ),
         (["a"], [2**53 + 1], f"must be at most 2⁵³ to stay distinct grades; got {2**53 + 1}"),
         (["a", "b"], [1], "got 2 candidates and 1 grades"),
         ([], [], "got 0 candidates and 0 grades"),
@@ -59,12 +62,29 @@ def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
 @pytest.mark.parametrize(
     ("candidate", "equal", "other"),
     [
-        (np.eye(2), np.eye(4)[::2, ::2].copy(), np.ones((2, 2))),
-        (np.eye(2), np.asfortranarray(np.eye(2)), np.eye(2, dtype=np.float32)),
-        (torch.eye(2), torch.eye(2).mT, torch.eye(2).reshape(4)),
-        (torch.eye(2).bfloat16(), torch.eye(2).bfloat16(), torch.eye(2).half()),
-        ({"array": np.eye(2), "rate": 8}, {"rate": 8, "array": np.eye(2)}, {"array": np.eye(2), "rate": 9}),
-        (["a", b"b"], ("a", b"b"), ["a", "b"]),
+        pytest.param(np.eye(2), np.eye(4)[::2, ::2].copy(), np.ones((2, 2)), id="arrays by their values"),
+        pytest.param(
+            np.eye(2),
+            np.asfortranarray(np.eye(2)),
+            np.eye(2, dtype=np.float32),
+            id="arrays by their dtype, in any order in memory",
+        ),
+        pytest.param(
+            torch.eye(2),
+            torch.eye(2).mT,
+            torch.eye(2).reshape(4),
+            id="tensors by their shape, in any strides",
+        ),
+        pytest.param(
+            torch.eye(2).bfloat16(), torch.eye(2).bfloat16(), torch.eye(2).half(), id="tensors by their dtype"
+        ),
+        pytest.param(
+            {"array": np.eye(2), "rate": 8},
+            {"rate": 8, "array": np.eye(2)},
+            {"array": np.eye(2), "rate": 9},
+            id="mappings by their values, in any order",
+        ),
+        pytest.param(["a", b"b"], ("a", b"b"), ["a", "b"], id="lists and tuples by the types of their items"),
     ],
 )
 def test_other_candidates_are_told_apart_by_their_content(candidate: Any, equal: Any, other: Any) -> None:

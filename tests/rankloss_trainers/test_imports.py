@@ -226,11 +226,11 @@ def test_import_of_torch_attaches_and_loads_little_and_losses_need_it_and_numpy_
 def test_package_that_is_missing_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, extra: str, package: str, module: str
 ) -> None:
-    for name in [package, *(x for x in sys.modules if x.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, name, None)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # whose import is an error, then
     module = f"rankloss_trainers.{module}"
     trainer = ".".join(module.split(".")[:2])
-    for name in [x for x in sys.modules if x == trainer or x.startswith(f"{trainer}.")]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name == trainer or name.startswith(f"{trainer}.")]:
+        monkeypatch.delitem(sys.modules, name)  # so that it is imported anew
     with pytest.raises(ModuleNotFoundError, match=re.escape(f": pip install 'rankloss[{extra}]'")):
         importlib.import_module(module)

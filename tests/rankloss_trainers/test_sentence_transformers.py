@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import (
+    BATCH_OF_PROCESS,
     embed,
     pairs,
     rank_clip,
@@ -45,6 +46,7 @@ from rankloss_trainers.option import options_of
 from rankloss_trainers.run_options import RunOptions
 from rankloss_trainers.sentence_transformers import ContrastiveLoss, Progress
 
+SCALE_OF_RUN = 30.0
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
 
@@ -106,13 +108,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)  # peft asks for it
         start, model, own = make(), make(), make()
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
-    loss = rank_clip(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
+    loss = rank_clip(model, scale=SCALE_OF_RUN, mini_batch_size=mini_batch_size, **options)
     with TestCase().assertLogs("rankloss_trainers", logging.INFO) as logs:
         trainer = train(tmp_path_factory.mktemp("run"), loss, model, learning_rate=0.1)
-    batches = [range(start, start + 8) for start in (0, 8, 16, 24)] * 2
-    terms = train_in_plain_loop(own, rankloss.RankClipLoss(**options), pairs(), batches, 30.0)
-    vectors = [weights(x) for x in (start, model, own)]
-    return Run("\n".join(logs.output), log_of_steps(trainer), terms, *vectors)
+    batches_of_epoch = [range(row, row + 8) for row in (0, 8, 16, 24)]
+    own_loss = rankloss.RankClipLoss(**options)
+    terms = train_in_plain_loop(own, own_loss, pairs(), 2 * batches_of_epoch, scale=SCALE_OF_RUN)
+    return Run(
+        messages="\n".join(logs.output),
+        steps=log_of_steps(trainer),
+        terms=terms,
+        start=weights(start),
+        trained=weights(model),
+        of_own_loop=weights(own),
+    )
 
 
 def test_a_run_trains_as_an_own_loop(run: Run) -> None:
@@ -207,7 +216,8 @@ def test_cached_loss_embeds_a_mini_batch_at_a_time() -> None:
     model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
     loss = at_step(rank_clip(model, mini_batch_size=3), 2)
     sum(loss(columns(model), None).values()).backward()
-    assert sorted(rows) == [2] * 4 + [3] * 8  # both columns, and again in the backward pass
+    # Eight rows are 3 + 3 + 2, of two columns, each embedded again in the backward pass.
+    assert sorted(rows) == [2] * 4 + [3] * 8
 
 
 def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
@@ -430,8 +440,8 @@ def test_a_run_of_sentence_transformers_trains_with_the_ids_of_its_data(tmp_path
     loss = ContrastiveLoss(model, "clip-ids", {"key": key})
     table = datasets.Dataset.from_dict(data)
     train(tmp_path, loss, model, train_dataset=table, max_steps=1, learning_rate=0.1)
-    own_loss = rankloss.ClipLoss(same_id="ignore")
-    step(own, own_loss(*embed(own, *columns.values()), 20.0, pair_ids=torch.tensor(ids)))
+    own_loss, default_scale = rankloss.ClipLoss(same_id="ignore"), 20.0
+    step(own, own_loss(*embed(own, *columns.values()), default_scale, pair_ids=torch.tensor(ids)))
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
@@ -474,6 +484,7 @@ def test_equal_captions_are_known_in_bags_of_words() -> None:
 
 
 def single_pair(model: Any) -> list[dict[str, Any]]:
+    """The two columns of one pair, tokenized."""
     return [model.preprocess(list(pairs(1)[name])) for name in ("image", "text")]
 
 
@@ -555,11 +566,13 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None
     torchrun(str(Path(__file__).with_name("tiny_sentences.py")), tmp_path)
     results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
     for kind in results[0]:
-        whole = trained(tmp_path, kind, 16)
-        assert len(whole["lines"]) == 4
+        whole = trained(tmp_path, kind, batch_size=2 * BATCH_OF_PROCESS)
+        assert len(whole["lines"]) == 4, "two epochs of 32 pairs in batches of 16"
         for of_process in (result[kind] for result in results):
             for line, expected in zip(of_process["lines"], whole["lines"], strict=True):
                 for name in {"loss", *TERMS} & expected.keys():
                     assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=2e-4)
-            actual_weights, expected_weights = (torch.tensor(x["weights"]) for x in (of_process, whole))
-            torch.testing.assert_close(actual_weights, expected_weights, rtol=1e-3, atol=1e-5)
+            weights_of_process, weights_of_one = (
+                torch.tensor(result["weights"]) for result in (of_process, whole)
+            )
+            torch.testing.assert_close(weights_of_process, weights_of_one, rtol=1e-3, atol=1e-5)

@@ -29,7 +29,7 @@ from rankloss_trainers.sentence_transformers import (
 )
 
 
-def texts(seed: int, number: int) -> list[str]:
+def texts(*, seed: int, number: int) -> list[str]:
     """Random texts of four words."""
     generator = torch.Generator().manual_seed(seed)
     return [" ".join(WORDS[i] for i in row) for row in torch.randint(0, 40, (number, 4), generator=generator)]
@@ -37,7 +37,7 @@ def texts(seed: int, number: int) -> list[str]:
 
 def lists(number: int = 8, *, length: int | None = None) -> Any:
     """Queries with one to four candidates, some in several lists; grades are tied or −∞ here and there."""
-    queries, pool = texts(1, number), texts(2, number + 3)
+    queries, pool = texts(seed=1, number=number), texts(seed=2, number=number + 3)
     cycle = [3.0, 1.0, 1.0, -math.inf]
     candidates, grades = [], []
     for n in range(number):
@@ -93,7 +93,7 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
     lines = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
     for line in lines:
-        value = mean_of_lists(own, lists(), 30.0)
+        value = mean_of_lists(own, lists(), scale=30.0)
         assert line == pytest.approx(value.item(), abs=1e-3)
         step(own, value)
     assert not torch.allclose(weights(own), weights(tiny_model()), atol=1e-4)
@@ -108,7 +108,7 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, trainer: Any, b
     table = data if trainer is RankedListsTrainer else in_columns(data)
     columns = table.to_dict()
     if base:  # its pairs are the query and the second column
-        partners = texts(3, 8)
+        partners = texts(seed=3, number=8)
         columns = {"query": columns.pop("query"), "partner": partners, **columns}
     loss = RankedListsLoss(model, base=base, weight=0.5)
     train(tmp_path, loss, model, datasets.Dataset.from_dict(columns), trainer, max_steps=1)
@@ -139,15 +139,16 @@ def test_without_labels_a_positive_is_a_pair_and_the_best_of_its_list(
     """Beside a base loss too; the expected value is made of cross-entropies alone."""
     model, own = tiny_model(), tiny_model()
     names = ("anchor", "positive", "negative_1", "negative_2")
-    columns = dict(zip(names, (texts(seed, 8) for seed in range(1, 5)), strict=True))
+    columns = dict(zip(names, (texts(seed=seed, number=8) for seed in range(1, 5)), strict=True))
     criterion = RankedLists(in_batch_negatives=in_batch_negatives)
     loss = RankedListsLoss(model, criterion, base=ClipLoss(), weight=0.5)
     data = datasets.Dataset.from_dict(columns)
     trainer = train(tmp_path, loss, model, data, SentenceTransformerTrainer, max_steps=1)
     anchor, positive, *negatives = embed(own, *columns.values())
     # Scores of each anchor with the eight positives, and with the eight negatives of either column.
-    scores, diagonal = 20 * anchor @ positive.T, torch.arange(8)
-    scores_of_negatives = [20 * anchor @ negative.T for negative in negatives]
+    default_scale, diagonal = 20.0, torch.arange(8)
+    scores = default_scale * anchor @ positive.T
+    scores_of_negatives = [default_scale * anchor @ negative.T for negative in negatives]
     if in_batch_negatives:
         of_lists = F.cross_entropy(torch.cat([scores, *scores_of_negatives], dim=1), diagonal)
     else:  # the anchor's own positive, which comes first, and its two negatives
@@ -171,7 +172,7 @@ def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
     for make in (triplets, MultipleNegativesRankingLoss):
         model = tiny_model().double()
         loss = loss_of_layers(model, make(model), dimensions)
-        value = loss([model.preprocess(texts(seed, 4)) for seed in (1, 2, 3)], None)
+        value = loss([model.preprocess(texts(seed=seed, number=4)) for seed in (1, 2, 3)], None)
         value.backward()
         values.append(value.detach())
         gradients.append(gradient(model))
@@ -183,7 +184,7 @@ def test_losses_of_layers_take_lists(dimensions: list[int] | None) -> None:
 @pytest.mark.parametrize("dimensions", [None, [16, 4]], ids=["layers", "layers and dimensions"])
 def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, loss_class: Any) -> None:
     model = tiny_model().double()
-    columns = [model.preprocess(texts(seed, 4)) for seed in (1, 2)]
+    columns = [model.preprocess(texts(seed=seed, number=4)) for seed in (1, 2)]
     loss = loss_of_layers(model, loss_class(model, mini_batch_size=2), dimensions)
     with pytest.raises(ValueError, match=r"^mini_batch_size .*AdaptiveLayerLoss.*2"):
         loss(columns, None)
@@ -196,7 +197,10 @@ def test_mini_batches_have_the_value_and_gradient_of_the_batch(
     matryoshka_weights: list[float] | None,
 ) -> None:
     """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
-    data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
+    data = [
+        {"query": q, "candidates": texts(seed=3, number=16), "label": list(range(16))}
+        for q in texts(seed=1, number=3)
+    ]
 
     def value_and_gradient(mini_batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         model = tiny_model().double()
@@ -270,14 +274,14 @@ def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: s
 def test_labels_that_do_not_fit_the_columns_are_refused(columns: int, labels: Any, message: str) -> None:
     """The columns are a query and its candidates; the labels [3, candidates] are their grades."""
     model = tiny_model()
-    features = [model.preprocess(texts(seed, 3)) for seed in range(columns)]
+    features = [model.preprocess(texts(seed=seed, number=3)) for seed in range(columns)]
     with pytest.raises(ValueError, match=message):
         RankedListsLoss(model)(features, labels)
 
 
 def test_a_scale_of_0_is_refused() -> None:
     model = tiny_model()
-    features = [model.preprocess(texts(seed, 3)) for seed in range(3)]
+    features = [model.preprocess(texts(seed=seed, number=3)) for seed in range(3)]
     with pytest.raises(ValueError, match=r"^scale .*0"):
         RankedListsLoss(model, scale=0.0)(features, None)
 

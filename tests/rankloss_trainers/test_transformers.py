@@ -46,9 +46,11 @@ from rankloss_trainers.transformers.embeddings import logit_scale
 from registered import NAMES, input_names
 
 TEACHER = ("image", "text")
+"""The modalities of a teacher's features, as ``Pairs`` adds them."""
 
 
 def linear(**options: Any) -> rankloss.RankClipLoss:
+    """RankCLIP's loss with a λ that grows from 0 at the first step to 1 at the last."""
     return rankloss.RankClipLoss(schedule="linear", **options)
 
 
@@ -63,36 +65,47 @@ def kept_in_evaluation() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "more", "given", "loss"),
+    ("make", "teacher", "options", "loss"),
     [
-        (tiny_clip, (), {}, linear),
-        (kept_in_evaluation, (), {}, linear),
-        # A teacher's columns are ranked by wherever they are given.
-        (tiny_clip, TEACHER, {"loss": linear()}, linear),
-        (
+        pytest.param(tiny_clip, (), {}, linear, id="no teacher"),
+        pytest.param(kept_in_evaluation, (), {}, linear, id="a model in evaluation mode"),
+        pytest.param(tiny_clip, TEACHER, {"loss": linear()}, linear, id="a teacher, a module"),
+        pytest.param(
             tiny_clip,
             TEACHER,
             {"loss": "rankclip-distill", "loss_options": {"schedule": "linear", "top_k": 4}},
             lambda: linear(lambda_cross=64.0, lambda_in=64.0, top_k=4),
+            id="a teacher, a preset",
         ),
-        (
+        pytest.param(
             tiny_clip,
             ("text",),
             {"loss": "rankclip", "loss_options": {"schedule": "linear", "lambda_cross": 0.0}},
             lambda: linear(lambda_cross=0.0),
+            id="a teacher of texts alone",
         ),
-        # Cached gradients.
-        (tiny_clip, TEACHER, {"mini_batch_size": 3}, linear),
-        (tiny_clip, (), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
+        pytest.param(tiny_clip, TEACHER, {"mini_batch_size": 3}, linear, id="cached gradients"),
+        pytest.param(
+            tiny_clip,
+            (),
+            {"mini_batch_size": 3, "gradient_accumulation_steps": 3},
+            linear,
+            id="cached gradients, accumulated",
+        ),
     ],
 )
 def test_every_step_is_the_step_of_an_own_loop(
-    tmp_path: Path, make: Any, more: tuple[str, ...], given: dict[str, Any], loss: Callable[[], nn.Module]
+    tmp_path: Path,
+    make: Any,
+    teacher: tuple[str, ...],
+    options: dict[str, Any],
+    loss: Callable[[], nn.Module],
 ) -> None:
-    pairs, model = Pairs(72, *more), make()
-    micro_batches = [8] * given.get("gradient_accumulation_steps", 1)
+    """The data have the columns of this teacher, which the loss ranks by wherever they are."""
+    pairs, model = Pairs(72, *teacher), make()  # three steps of at most three batches of eight
+    micro_batches = [8] * options.get("gradient_accumulation_steps", 1)
     expected = train_in_plain_loop(model, loss(), pairs, micro_batches)
-    trained = train(tmp_path, model=make(), pairs=pairs, max_steps=3, **SGD, **given)
+    trained = train(tmp_path, model=make(), pairs=pairs, max_steps=3, **SGD, **options)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-5, atol=1e-6)
     for line, terms in zip(logged_lines(trained), expected, strict=True):
         assert {name: line[name] for name in terms} == pytest.approx(terms, rel=1e-4, abs=1e-6)
@@ -181,9 +194,10 @@ def test_every_model_trains_the_sum_of_the_terms(every_model: EveryModel) -> Non
 
 @pytest.mark.parametrize("every_model", [("CLIP", 3)], indirect=True, ids=["CLIP, mini-batches"])
 def test_in_mini_batches_an_evaluation_has_the_embeddings_of_all_pairs(every_model: EveryModel) -> None:
+    assert len(every_model.predictions) == 2, "before and after the epoch"
+    width = CONFIGS["CLIP"]["projection_dim"]
     for images, texts, *_others in every_model.predictions:
-        assert images.shape == texts.shape == (17, 8)
-    assert len(every_model.predictions) == 2
+        assert images.shape == texts.shape == (len(every_model.held_out), width)
 
 
 def is_served(name: str) -> bool:
@@ -198,16 +212,17 @@ def test_a_loss_of_columns_that_are_open_clips_is_refused(tmp_path: Path, name: 
 
 
 def batch_for(name: str) -> dict[str, Any]:
-    """What a Trainer is given for one step of a named loss."""
+    """The keywords of :func:`train` by which a Trainer has the data of one step of a named loss."""
     if name == "ranked-lists":
         return {
             "pairs": graded_table(queries_are_texts=False, own=[f"{n}" for n in range(8)]),
             "processing_class": PictureProcessor(),
         }
     pairs = Pairs(8, *TEACHER) if catalog.load(name).teacher else Pairs(8)
-    for key in [x for x in pairs.columns if x.startswith("reference_")]:
-        pairs.columns[key] = nn.functional.pad(pairs.columns[key], (0, 2))  # of the model's width
-    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]  # one id
+    for key, column in pairs.columns.items():
+        if key.startswith("reference_"):
+            pairs.columns[key] = nn.functional.pad(column, (0, 2))  # from 6 to the model's width of 8
+    pairs.columns["input_ids"][1] = pairs.columns["input_ids"][0]  # two captions that are one id
     return {"pairs": pairs, "teacher": "given" if catalog.load(name).teacher else None}
 
 
@@ -233,7 +248,10 @@ class Adapted:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Adapted]:
-    """Trainings by the name of the loss and the size of mini-batches; the scale is thawed if there is one."""
+    """Trainings by the name of the loss and the size of mini-batches, or None.
+
+    Adapters freeze the scale. With a size of mini-batches it is thawed, so that both cases are there.
+    """
     peft = pytest.importorskip("peft")
 
     @functools.cache
@@ -274,16 +292,19 @@ def test_a_model_with_adapters_has_the_loss_of_the_whole_model(
 def test_adapters_learn_what_the_whole_layers_learn(
     adapted: Adaptations, name: str, size: int | None
 ) -> None:
-    """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW."""
+    """At their start W + 2·B·A has B = 0, so SGD moves B by 2·ΔW·Aᵀ where it moves the full layer by ΔW.
+
+    The factor 2 is the adapters' ``lora_alpha / r``.
+    """
     one = adapted(name, size)
     moved = {key: x - one.start[key] for key, x in one.full.model.named_parameters()}
     layers = [key for key in moved if key.endswith(("q_proj.weight", "v_proj.weight"))]
-    assert len(layers) == 4
-    assert max(moved[key].abs().max() for key in layers) > 1e-4
+    assert len(layers) == 4, "two in the one layer of each tower"
+    assert max(moved[key].abs().max() for key in layers) > 1e-4, "far above the tolerance"
     for key in layers:
         layer = one.own.get_submodule(key.removesuffix(".weight"))
-        owed = 2 * moved[key] @ layer.lora_A["default"].weight.T
-        torch.testing.assert_close(layer.lora_B["default"].weight, owed, rtol=1e-3, atol=1e-6)
+        expected = 2 * moved[key] @ layer.lora_A["default"].weight.T
+        torch.testing.assert_close(layer.lora_B["default"].weight, expected, rtol=1e-3, atol=1e-6)
 
 
 @peft_warns
@@ -291,11 +312,13 @@ def test_adapters_learn_what_the_whole_layers_learn(
 def test_the_scale_learns_beside_adapters_if_it_is_thawed(
     adapted: Adaptations, name: str, size: int | None
 ) -> None:
-    """``modules_to_save`` does not reach it."""
+    """``modules_to_save`` does not reach it; it is thawed where there are mini-batches."""
     one = adapted(name, size)
+    is_thawed = size is not None
     scale, start = one.own.logit_scale, one.start["logit_scale"]
-    torch.testing.assert_close(scale, one.full.model.logit_scale if size else start, rtol=1e-5, atol=1e-6)
-    assert torch.equal(scale, start) is (size is None)
+    expected = one.full.model.logit_scale if is_thawed else start
+    torch.testing.assert_close(scale, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(scale, start) is not is_thawed
 
 
 @peft_warns
@@ -314,6 +337,7 @@ def test_weights_that_are_frozen_under_adapters_stay(
 
 @pytest.fixture
 def double() -> Iterator[None]:
+    """Models, and all that they compute, are of float64."""
     torch.set_default_dtype(torch.float64)  # models of former releases cannot be converted to it
     yield
     torch.set_default_dtype(torch.float32)
@@ -324,9 +348,10 @@ def double() -> Iterator[None]:
 def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     tmp_path: Path, kind: str, dropout: float
 ) -> None:
-    """The random numbers are drawn per mini-batch, and drawn again in the backward pass.
+    """The expected gradients are of one graph of all embeddings.
 
-    The expected gradients are of one graph of all embeddings, which are computed in as many parts.
+    Dropout draws its random numbers anew for each mini-batch, and the same ones again in the backward pass.
+    So with dropout the expected embeddings, too, are computed in mini-batches.
     """
     batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
     model = tiny_model(kind).train()
@@ -340,15 +365,18 @@ def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     loss = cached.compute_loss(model, batch)
     state = torch.get_rng_state()
     (loss / 4).backward()  # a factor as of accumulated batches
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state), "the numbers after the step are as without a backward"
 
     torch.manual_seed(1)
     columns = {name: x for name, x in batch.items() if not name.startswith("reference_")}
-    rows = zip(*(x.tensor_split(3 if dropout else 1) for x in columns.values()), strict=True)
-    parts = [model(**dict(zip(columns, of_columns, strict=True))) for of_columns in rows]
+    number_of_calls = 3 if dropout else 1  # eight pairs in mini-batches of at most three, or at once
+    split_columns = [column.tensor_split(number_of_calls) for column in columns.values()]
+    calls = zip(*split_columns, strict=True)
+    outputs = [model(**dict(zip(columns, of_call, strict=True))) for of_call in calls]
     inputs = {name: x for name, x in batch.items() if name not in columns}
     for side in ("image", "text"):
-        inputs[f"{side}_features"] = torch.cat([getattr(part, f"{side}_embeds") for part in parts])
+        embeddings = [getattr(output, f"{side}_embeds") for output in outputs]
+        inputs[f"{side}_features"] = torch.cat(embeddings)
     base: Any = rankloss.ClipLoss()
     if kind != "CLIP":
         base, inputs["logit_bias"] = rankloss.SigLipLoss(), model.logit_bias
@@ -378,6 +406,7 @@ class Remembering(rankloss.ClipLoss):
 
 
 def average(trained: Any) -> float:
+    """The moving average of a trainer's loss."""
     (loss,) = (x for x in trained.loss_runtime.modules() if isinstance(x, Remembering))
     return loss.average.item()  # type: ignore[no-any-return, operator]
 
@@ -420,9 +449,10 @@ def test_agreement_is_held_between_measurements(run: Run) -> None:
 
 def test_agreement_is_measured_where_a_run_is_resumed(run: Run) -> None:
     taus = logged_values(run.whole, "cross_modal_tau")
-    after_the_checkpoint = logged_values(run.rest, "cross_modal_tau")[5:]
-    assert after_the_checkpoint == [after_the_checkpoint[0]] * 3 + [taus[8]] * 4
-    assert after_the_checkpoint[0] not in taus
+    first_resumed, *others = logged_values(run.rest, "cross_modal_tau")[5:]  # from step 6 on
+    at_step_9 = taus[8]
+    assert others == [first_resumed] * 2 + [at_step_9] * 4, "of the steps 7 and 8, and 9 to 12"
+    assert first_resumed not in taus, "which the whole run measures at the steps 1, 5 and 9"
 
 
 class Sometimes(rankloss.ClipLoss):
@@ -437,10 +467,11 @@ class Sometimes(rankloss.ClipLoss):
 
 
 def test_means_are_of_the_calls_that_gave_an_entry_and_of_one_training(tmp_path: Path) -> None:
-    """The last two of five steps come after the last line of the log."""
+    """Each training logs one line, of its first three of five calls; the loss counts the calls of both."""
     trained = train(tmp_path, loss=Sometimes(), max_steps=5, logging_steps=3)
-    assert logged_values(trained, "of_even_calls") == [2]
-    trained.train()
+    assert logged_values(trained, "of_even_calls") == [2], "of the calls 1 to 3"
+    trained.train()  # which begins a new log
+    # Of the calls 6 to 8; call 4, after the line of the first training, is in no mean.
     assert logged_values(trained, "of_even_calls") == [(6 + 8) / 2]
 
 
@@ -459,27 +490,72 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
 
 @pytest.mark.parametrize(
-    ("unit", "given", "expected"),
+    ("unit", "options", "logged_unit", "expected"),
     [
-        # max_steps overrides num_train_epochs.
-        ("epoch", {"max_steps": 11, "num_train_epochs": 5}, [0] * 4 + [0.5] * 4 + [1] * 3),
-        # One epoch has no ramp, and goes by steps.
-        ("epoch", {"max_steps": 3, "num_train_epochs": 5}, [0, 0.5, 1]),
-        ("epoch", {"num_train_epochs": 3, "callbacks": [Halving()]}, [0, 0, 0.5, 0.5, 1, 1]),
-        ("step", {"gradient_accumulation_steps": 2, "num_train_epochs": 1}, [0, 1]),
-        ("step", {"pairs": Stream(), "max_steps": 6}, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        ("auto", {"num_train_epochs": 9, "pairs": Pairs(8)}, [i / 8 for i in range(9)]),
-        ("auto", {"num_train_epochs": 10, "pairs": Pairs(16)}, [i // 2 / 9 for i in range(20)]),
+        pytest.param(
+            "epoch",
+            {"max_steps": 11, "num_train_epochs": 5},
+            "epoch",
+            [0] * 4 + [0.5] * 4 + [1] * 3,
+            id="three epochs, as max_steps overrides five",
+        ),
+        pytest.param(
+            "epoch",
+            {"max_steps": 3, "num_train_epochs": 5},
+            "step",
+            [0, 0.5, 1],
+            id="one epoch, which has no ramp and goes by steps",
+        ),
+        pytest.param(
+            "epoch",
+            {"num_train_epochs": 3, "callbacks": [Halving()]},
+            "epoch",
+            [0, 0, 0.5, 0.5, 1, 1],
+            id="epochs that a callback ends after two steps",
+        ),
+        pytest.param(
+            "step",
+            {"gradient_accumulation_steps": 2, "num_train_epochs": 1},
+            "step",
+            [0, 1],
+            id="four batches that are accumulated to two steps",
+        ),
+        pytest.param(
+            "step",
+            {"pairs": Stream(), "max_steps": 6},
+            "step",
+            [0, 0.2, 0.4, 0.6, 0.8, 1],
+            id="six steps of a stream",
+        ),
+        pytest.param(
+            "auto",
+            {"num_train_epochs": 9, "pairs": Pairs(8)},
+            "step",
+            [step / 8 for step in range(9)],
+            id="nine epochs of one step",
+        ),
+        pytest.param(
+            "auto",
+            {"num_train_epochs": 10, "pairs": Pairs(16)},
+            "epoch",
+            [epoch / 9 for epoch in range(10) for _ in range(2)],
+            id="ten epochs of two steps",
+        ),
     ],
 )
 def test_lambda_follows_what_the_trainer_trains_and_the_log_says_it(
-    tmp_path: Path, unit: str, given: Any, expected: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    unit: str,
+    options: dict[str, Any],
+    logged_unit: str,
+    expected: list[float],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """By default an epoch has four batches of eight pairs."""
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
-        trained = train(tmp_path, schedule_unit=unit, **given)
+        trained = train(tmp_path, schedule_unit=unit, **options)
     assert logged_values(trained, "rank_lambda") == pytest.approx(expected)
-    repeats = expected[:2] == [0, 0]
-    assert f"schedule per {'epoch' if repeats else 'step'}" in caplog.text
+    assert f"schedule per {logged_unit}" in caplog.text
 
 
 class Odd(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -504,7 +580,8 @@ def test_a_last_pair_of_a_stream_counts_0_and_the_log_says_so_once(
     )
     assert torch.equal(weights(at_it.model), weights(before_it.model))
     assert logged_values(at_it, "loss")[2] == 0
-    assert min(logged_values(beyond_it, "loss")[3:5]) > 1
+    of_full_batches = logged_values(beyond_it, "loss")[3:5]
+    assert min(of_full_batches) > 1, "the next epoch trains: a random model's loss is near log 8"
     assert caplog.text.count("A batch of one pair counts 0") == 2  # once in each training that reaches it
 
 
@@ -536,10 +613,12 @@ def test_numbers_are_an_own_loops_but_for_rounding(tmp_path: Path, given: Any, t
 
 
 def of_dtype(dtype: torch.dtype) -> Any:
+    """The model with all parameters of a dtype."""
     return tiny_clip().to(dtype)
 
 
-def with_a_double_scale(dtype: torch.dtype) -> Any:
+def with_a_scale_of(dtype: torch.dtype) -> Any:
+    """The model in float32 with a scale of another dtype."""
     model = tiny_clip()
     model.logit_scale.data = model.logit_scale.data.to(dtype)
     return model
@@ -550,7 +629,7 @@ def with_a_double_scale(dtype: torch.dtype) -> Any:
     [
         (of_dtype, torch.bfloat16, 2e-2),
         (of_dtype, torch.float16, 3e-3),
-        (with_a_double_scale, torch.float64, 1e-4),
+        (with_a_scale_of, torch.float64, 1e-4),
     ],
 )
 def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
@@ -613,7 +692,7 @@ class Scaled(transformers.Trainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
 
-def test_accumulated_batches_are_averaged_before_any_trainer(tmp_path: Path) -> None:
+def test_accumulated_batches_are_averaged_whatever_the_trainer_behind_says(tmp_path: Path) -> None:
     class Mine(ContrastiveTrainer, Scaled):
         loss_is_scaled_for_ga = True
 

@@ -56,7 +56,7 @@ def test_an_evaluation_logs_recall_of_all_its_pairs_at_once(tmp_path: Path) -> N
     values = evaluated(tmp_path, Pairs(NUMBER))
     assert values == pytest.approx(recall_of_all())
     assert {"eval_image_to_text_R@10", "eval_text_to_image_median_rank"} < set(values)
-    assert len(values) == 8
+    assert len(values) == 2 * (3 + 1), "in both directions, R@1, R@5, R@10 and the median rank"
 
 
 def test_an_evaluation_has_every_row_where_a_training_drops_the_last(tmp_path: Path) -> None:
@@ -101,6 +101,7 @@ def recall_of_distinct(ids: list[int]) -> dict[str, float]:
 
 
 def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
+    # The rows of the first picture have id 0, and the others one each.
     values = recall_of_distinct([max(0, row - CAPTIONS_OF_ONE + 1) for row in range(NUMBER)])
     across = {name: x for name, x in values.items() if "text_to_text" not in name}
     assert evaluated(tmp_path, repeated(Pairs(NUMBER))) == pytest.approx(across)
@@ -108,7 +109,8 @@ def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
 
 def test_a_picture_in_several_rows_is_no_answer_to_itself_by_ids(tmp_path: Path) -> None:
     pairs = repeated(Pairs(NUMBER))
-    ids = [0] * (CAPTIONS_OF_ONE + 2) + [1] * (NUMBER - CAPTIONS_OF_ONE - 2)
+    rows_of_id_0 = CAPTIONS_OF_ONE + 2  # those of the first picture, and two other pictures
+    ids = [0] * rows_of_id_0 + [1] * (NUMBER - rows_of_id_0)
     pairs.columns["group"] = torch.tensor(ids)
     values = evaluated(tmp_path, pairs, **BY_IDS)
     assert values == pytest.approx(recall_of_distinct(ids))
@@ -129,14 +131,14 @@ def test_pairs_of_one_id_are_partners_in_an_evaluation(tmp_path: Path) -> None:
     assert values["eval_image_to_text_R@5"] > recall_of_all()["eval_image_to_text_R@5"]
 
 
-TWICE = [0, 0, *range(2, NUMBER)]  # rows of which the first two have one caption
+IDS_OF_CAPTIONS = [0, 0, *range(2, NUMBER)]  # the first two rows have one caption
 
 
 @pytest.mark.parametrize(
     ("key", "ids", "rows_of_texts"),
     [
-        ("group", GROUPS, [*range(NUMBER)]),
-        ("captions", TWICE, [0, *range(2, NUMBER)]),  # the caption of two rows counts once
+        pytest.param("group", GROUPS, [*range(NUMBER)], id="a caption of two groups is two texts"),
+        pytest.param("captions", IDS_OF_CAPTIONS, [0, *range(2, NUMBER)], id="a caption is one text"),
     ],
 )
 def test_ids_may_be_texts_of_a_table_or_equal_captions(

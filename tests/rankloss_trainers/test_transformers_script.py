@@ -174,24 +174,30 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "chosen", "rest"),
     [
-        ("--a -- --los -x", None, "--a -- --los -x"),
-        ("--a --loss clip -x", None, "--a -x"),
-        (
+        pytest.param("--a -- --los -x", None, "--a -- --los -x", id="no loss"),
+        pytest.param("--a --loss clip -x", None, "--a -x", id="the trainer's own loss"),
+        pytest.param(
             "--loss rankclip --loss_type x -- --loss_teacher",
             ("rankclip", {}),
             "--loss_type x -- --loss_teacher",
+            id="options of the script that begin with --loss",
         ),
-        (
+        pytest.param(
             "--a -1 --loss rankclip x --rankclip-top-k=3 --b=--loss --lo y",
-            *(("rankclip", {"top_k": 3}), "--a -1 x --b=--loss --lo y"),
+            ("rankclip", {"top_k": 3}),
+            "--a -1 x --b=--loss --lo y",
+            id="options of the script around those of the loss",
         ),
-        (
+        pytest.param(
             "--loss tiny --tiny-weight 1 -- --rankclip-top_k 3",
-            *(("tiny", {"weight": 1.0}), "-- --rankclip-top_k 3"),
+            ("tiny", {"weight": 1.0}),
+            "-- --rankclip-top_k 3",
+            id="options of another loss behind --",
         ),
     ],
 )
 def test_what_is_the_scripts_reaches_it_in_order(typed: str, chosen: Any, rest: str) -> None:
+    """Chosen are a loss and the options that were given to it, or None."""
     choice, others = parse(typed.split())
     assert others == rest.split()
     assert (None if choice is None else (choice.name, choice.losses[0].given)) == chosen

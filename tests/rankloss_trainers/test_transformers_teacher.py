@@ -53,7 +53,14 @@ def joined(bound: Any) -> Any:
     return datasets.concatenate_datasets([bound.with_format("torch"), inputs], axis=1)
 
 
-@pytest.mark.parametrize(("mini_batch_size", "names"), [(None, NAMES), (3, NAMES), (None, NAMES[1:])])
+@pytest.mark.parametrize(
+    ("mini_batch_size", "names"),
+    [
+        pytest.param(None, NAMES, id="images and texts"),
+        pytest.param(3, NAMES, id="images and texts, in mini-batches"),
+        pytest.param(None, NAMES[1:], id="texts alone"),
+    ],
+)
 def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_size: int | None, names: tuple[str, ...]
 ) -> None:
@@ -71,11 +78,12 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
     given = {"loss_options": taught_options(**options), "mini_batch_size": mini_batch_size, **SGD}
     calls = count_calls(monkeypatch, **LOSSES_AND_FOLDERS)
     trained = train(tmp_path, pairs=data, loss=TAUGHT_LOSS, teacher=path, max_steps=2, **given)
-    assert calls == {"choose": 1, "build": 2, "open": 1}  # two losses that are joined
+    assert calls == {"choose": 1, "build": 2, "open": 1}, "two losses are joined, one folder is opened"
     pairs, model = Pairs(ROWS), tiny_clip()
     in_order = {name: x[ORDER] for name, x in pairs.columns.items()}
     pairs.columns = {**in_order, **teacher_inputs(path, ORDER)}
-    log = train_in_plain_loop(model, loss_of_plain_loop(path, width=8, **options), pairs, [8], 2)
+    loss = loss_of_plain_loop(path, width=8, **options)  # of the model's embeddings
+    log = train_in_plain_loop(model, loss, pairs, [8], steps=2)
     torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-4, atol=1e-6)
     expected = [terms["mimicry_loss"] for terms in log]
     assert logged_values(trained, "mimicry_loss") == pytest.approx(expected, rel=1e-4)
@@ -89,6 +97,7 @@ def spoilt(value: float, rows: slice, name: str = "reference_text_features") -> 
 
 
 def renamed(old: str, new: str) -> Pairs:
+    """Pairs with a teacher of both modalities, of which a column has another name."""
     pairs = Pairs(ROWS, *TEACHER)
     pairs.columns[new] = pairs.columns.pop(old)
     return pairs
@@ -130,7 +139,7 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             "reference_image_feature, which rankclip does not use; did you mean reference_image_features",
         ),
         (Pairs(ROWS, "image"), {}, "got reference_image_features alone"),
-        # Two sources that contradict each other.
+        # Sources of a teacher that contradict each other.
         (bound_pairs(), {}, "have reference_pair, of a folder that no option teacher names"),
         (Pairs(), {"teacher": "given"}, "rankclip needs a teacher's features"),
         (

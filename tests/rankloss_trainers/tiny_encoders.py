@@ -16,6 +16,7 @@ from rankloss_features.teachers import Encoder, Teacher
 from rankloss_trainers import console
 
 FLAG = "image=a,text=b,align"
+"""The two encoders in one space, as the option ``teacher`` names them."""
 _IMAGES, _TEXTS = NAMES
 
 
@@ -30,12 +31,12 @@ def put_tiny_encoders(patch: pytest.MonkeyPatch) -> None:
     texts = whole.encoders[_TEXTS]
     encoders = {_IMAGES: Encoder(letters_of_names, texts.encode, texts.width), _TEXTS: texts}
     patch.setattr(sources, "load", lambda *_: Teacher(whole.about, encoders, spaces="separate"))
-    patch.setattr(Spec, "check", lambda spec: spec)
-    patch.setattr(caching, "_WORKERS", 0)
+    patch.setattr(Spec, "check", lambda spec: spec)  # their names are of no encoder that could be installed
+    patch.setattr(caching, "_WORKERS", 0)  # the few rows are read in this process
 
 
 class TinyEncoders:
-    """Puts them into the process of a run."""
+    """The change of a run that puts the tiny encoders into its process."""
 
     def install(self, _: Any) -> None:
         put_tiny_encoders(pytest.MonkeyPatch())

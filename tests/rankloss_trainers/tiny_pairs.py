@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49, "pad_token_id": 0}
+TEXT: dict[str, int] = {
+    **TOWER,
+    "vocab_size": 50,
+    "max_position_embeddings": 8,
+    "eos_token_id": 49,
+    "pad_token_id": 0,
+}
 VISION = {**TOWER, "image_size": 16, "patch_size": 8}
 CONVOLUTIONS = {
     **{"image_size": 16, "hidden_dim": 8, "width_coefficient": 0.25, "depth_coefficient": 0.25},
@@ -33,6 +39,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def tiny_model(kind: str) -> Any:
+    """The model of one of ``CONFIGS``, with the same random weights at each call."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**CONFIGS[kind])
     return getattr(transformers, f"{kind}Model")(config)
@@ -55,7 +62,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(number, 3, 16, 16, generator=generator)
         texts = torch.randint(1, 48, (number, 8), generator=generator)
-        texts[:, -1] = 49
+        texts[:, -1] = TEXT["eos_token_id"]
         mask = torch.ones(number, 8)
         self.columns = {"pixel_values": images, "input_ids": texts, "attention_mask": mask}
         for modality in sorted({"image", "text"} & {*more}):  # of another dimension than the model's

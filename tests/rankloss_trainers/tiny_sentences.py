@@ -29,6 +29,8 @@ from torch.utils.data import SequentialSampler
 from rankloss_trainers import sentence_transformers as ours
 
 WORDS = [f"word{i}" for i in range(40)]
+BATCH_OF_PROCESS = 8
+"""Pairs of a batch of each of the processes that this file starts."""
 datasets.disable_progress_bars()
 
 
@@ -54,6 +56,7 @@ def tiny_model() -> SentenceTransformer:
 
 
 def pairs(number: int = 32) -> Any:
+    """A table with the columns ``image`` and ``text``, both of random texts of two to five words."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 40, (number, 2, 5), generator=generator).tolist()
     texts = [[" ".join(WORDS[i] for i in ids[: 2 + n % 4]) for ids in row] for n, row in enumerate(rows)]
@@ -76,6 +79,16 @@ def train(
     kind: type[SentenceTransformerTrainer] = Trainer,
     **given: Any,
 ) -> Any:
+    """Train, by default two epochs of four batches of :func:`pairs` by SGD; returns the trainer.
+
+    Args:
+        directory: The output's.
+        loss: The loss, or losses by the name of their dataset.
+        model: The model.
+        resume: A checkpoint to resume from.
+        kind: The class of the trainer; :class:`Trainer` gets the callback of the losses, another does not.
+        given: Datasets of the trainer, and training arguments.
+    """
     keywords = {name: given.pop(name) for name in ("eval_dataset", "train_dataset") if name in given}
     arguments = {
         **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
@@ -139,7 +152,13 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
-    """Log and weights of a training, to compare numbers of processes."""
+    """Log and weights of a training, to compare numbers of processes.
+
+    Args:
+        directory: The output's.
+        kind: ``plain``; ``cached``, in mini-batches; or ``ids``, whose ids are of padded captions.
+        batch_size: Pairs of a process's batch.
+    """
     model, data = tiny_model(), pairs()
     loss = rank_clip(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     if kind == "ids":
@@ -147,11 +166,15 @@ def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
         positions = model[0].model.embeddings.position_embeddings  # which would count the padding
         torch.nn.init.zeros_(positions.requires_grad_(False).weight)
         loss = ours.ContrastiveLoss(model, "clip-ids")
-        # Every eighth row has one caption; a process has long others beside it, the next one short others.
-        data = data.map(
-            lambda row, n: {"text": row["text"][: 99 if n % 16 < 8 else 13] if n % 8 else "word1"},
-            with_indices=True,
-        )
+
+        def with_captions(row: dict[str, str], number: int) -> dict[str, str]:
+            """One caption in every eighth row; one process has long others beside it, the next short ones."""
+            if number % 8 == 0:
+                return {"text": "word1"}
+            is_of_first_process = number % 16 < 8
+            return {"text": row["text"] if is_of_first_process else row["text"][:13]}
+
+        data = data.map(with_captions, with_indices=True)
     given = {"per_device_train_batch_size": batch_size, "learning_rate": 0.01, "train_dataset": data}
     trainer = train(directory, loss, model, **given)
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -160,5 +183,5 @@ def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    results = {kind: trained(directory, kind, 8) for kind in ("plain", "cached", "ids")}
+    results = {kind: trained(directory, kind, BATCH_OF_PROCESS) for kind in ("plain", "cached", "ids")}
     (directory / f"result-{os.environ['RANK']}.json").write_text(json.dumps(results))
