@@ -36,7 +36,7 @@ class RunLog:
         self._logs = [make() for make in makers if make is not None]
         self._teacher: list[str] = []  # the names of its features in the last batch
         ranks_items = any(getattr(part, "ranks_items", False) for part in criterion.modules())
-        self._has_remark_to_make = ranks_items  # once, on the precision of the products that rank
+        self._may_remark_on_tf32 = ranks_items  # at the first batch
 
     def entries(
         self, entries: Mapping[str, Tensor], inputs: Mapping[str, Any], gather: Gather, step: int
@@ -72,12 +72,12 @@ class RunLog:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(features))
         self._teacher = features
 
-    def remark_on_products(self, features: Tensor | None) -> None:
+    def remark_on_tf32(self, features: Tensor | None) -> None:
         """Log once that TF32 products rank the lists."""
-        if features is None or not self._has_remark_to_make:
+        if features is None or not self._may_remark_on_tf32:
             return
-        self._has_remark_to_make = False
-        text = remark_on_products(features.device)
+        self._may_remark_on_tf32 = False
+        text = remark_on_tf32(features.device)
         if text is not None:
             _logger.info("%s: %s", self.name, text)
 
@@ -123,8 +123,8 @@ class Agreement:
         return steps_since == 0 or has_passed_a_multiple
 
 
-def remark_on_products(device: torch.device) -> str | None:
-    """A remark for the log where a GPU computes float32 products in TF32; None elsewhere.
+def remark_on_tf32(device: torch.device) -> str | None:
+    """A remark for the log where a GPU computes products of float32 matrices in TF32; None elsewhere.
 
     open_clip's trainer allows TF32, also on cards without it.
     """
@@ -137,10 +137,11 @@ def remark_on_products(device: torch.device) -> str | None:
 
 
 def _allows_tf32() -> bool:
+    """True if this process allows TF32, by either of torch's settings."""
     matmul: Any = torch.backends.cuda.matmul
     try:
         return bool(matmul.allow_tf32)
-    except RuntimeError:  # of releases that have another setting, once that was used
+    except RuntimeError:  # torch refuses to read it once the newer setting has been used
         return bool(matmul.fp32_precision == "tf32")
 
 

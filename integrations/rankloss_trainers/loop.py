@@ -102,11 +102,11 @@ def created(name: str, base: Any, gather: GatherOption, teacher: str | None, opt
 
 
 def _with_progress(run: Runtime) -> nn.Module:
-    """The module of a run, whose methods tell all of its parts where training stands."""
+    """The module of a run, in a :class:`CreatedLoss` unless its own methods and ``base`` do as well."""
     module = run.criterion
-    told = [part for part in module.modules() if units_of(part)]
+    parts_to_tell = [part for part in module.modules() if units_of(part)]
     has_methods = all(hasattr(module, method) for method in METHODS.values())
-    tells_all = has_methods and told in ([], [module])  # its methods tell no part but itself
+    tells_all = has_methods and parts_to_tell in ([], [module])  # its methods tell the module alone
     is_joined = len(run.losses) != 1
     if is_joined or not tells_all or not hasattr(module, "base"):
         return CreatedLoss(module, run.base_to_evaluate)

@@ -134,7 +134,7 @@ class Runtime(nn.Module):
         return needs
 
     def _advice_on_teacher(self) -> dict[str, str]:
-        """By the need: a host that computes no teacher takes its features as a folder or as columns."""
+        """Advice by the need: where a host computes no teacher, the two steps that give its features."""
         teacher_to_compute = self.teaching.spec
         if teacher_to_compute is None:
             return {}
@@ -294,7 +294,7 @@ class Runtime(nn.Module):
         rank, _world_size = self.gather.place
         if rank == 0:
             self._log.remark_on_teacher(list(teacher))
-            self._log.remark_on_products(inputs.get("image_features"))
+            self._log.remark_on_tf32(inputs.get("image_features"))
         with gather_once():  # for the loss, and for the metrics that the log adds
             # Always by name: only the names tell which entry is a term.
             entries = dict(self.criterion(**inputs, output_dict=True))

@@ -482,7 +482,11 @@ def test_a_teacher_is_a_folder_where_there_is_one_of_its_name(tmp_path: Path) ->
     named_like_encoders = tmp_path / "a=b:c"
     named_like_encoders.mkdir()
     assert Teacher(str(named_like_encoders)).folder == str(named_like_encoders)
-    assert Teacher("teacher").folder == "teacher"
+
+
+def test_a_teacher_that_is_not_spelled_as_a_model_is_a_folder_that_has_to_exist_when_it_is_opened() -> None:
+    teacher = Teacher("no-folder-yet")
+    assert (teacher.folder, teacher.spec) == ("no-folder-yet", None)
 
 
 @pytest.mark.parametrize(

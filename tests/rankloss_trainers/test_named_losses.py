@@ -321,9 +321,9 @@ def test_the_state_of_every_loss_that_has_one_is_saved_and_moves(trainings: Trai
     assert all(not torch.equal(states.half[key], states.end[key]) for key in keys)
 
 
-def test_a_wrapper_adds_no_name_to_the_state(trainings: Trainings, request: pytest.FixtureRequest) -> None:
+def test_a_wrapper_adds_no_entry_to_the_state(trainings: Trainings, request: pytest.FixtureRequest) -> None:
     first, _ = trainings.two_processes
-    prefix = "module." if "DDP" in request.node.name else ""
+    prefix = "module." if "DDP" in request.node.name else ""  # DDP's own, of every name
     assert first.names == [f"{prefix}{name}" for name in trainings.one_process.half]
 
 

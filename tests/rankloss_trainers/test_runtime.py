@@ -24,7 +24,7 @@ from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
 from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.host import NEEDS, Host, read_losses
-from rankloss_trainers.logging import remark_on_products
+from rankloss_trainers.logging import remark_on_tf32
 from rankloss_trainers.progress import listeners
 from rankloss_trainers.run_options import RunOptions, Teacher
 from rankloss_trainers.runtime import Runtime
@@ -274,9 +274,9 @@ def test_tf32_products_are_told_of_once_by_a_loss_that_ranks(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    remark = remark_on_products(torch.device("cuda"))
+    remark = remark_on_tf32(torch.device("cuda"))
     # The runs are on the CPU, and are told that they are on the card.
-    monkeypatch.setattr("rankloss_trainers.logging.remark_on_products", lambda _: remark)
+    monkeypatch.setattr("rankloss_trainers.logging.remark_on_tf32", lambda _: remark)
     ranking = at_step(runtime_of(HOST, "rankclip"), 2)
     without_ranks = at_step(runtime_of(HOST, "clip-streamed"), 2)
     with caplog.at_level(logging.INFO, "rankloss_trainers"):
@@ -288,7 +288,7 @@ def test_tf32_products_are_told_of_once_by_a_loss_that_ranks(
 
 
 def test_there_are_no_tf32_products_on_a_cpu() -> None:
-    assert remark_on_products(torch.device("cpu")) is None
+    assert remark_on_tf32(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_tf32_is_told_of_on_cards_that_have_it_where_it_is_allowed(
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    assert (remark_on_products(device) is not None) is has_tf32
+    assert (remark_on_tf32(device) is not None) is has_tf32
 
 
 # --- progress -------------------------------------------------------------------------------------------

@@ -260,11 +260,14 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | No
         names = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["logit_scale"]}
         model = peft.get_peft_model(tiny_model(kind), peft.LoraConfig(r=2, lora_alpha=4, **names))
         model.base_model.model.logit_scale.requires_grad_(size is not None)
-        given = {**batch_for(name), "loss": name, "max_steps": 1, **SGD, "learning_rate": 1.0}
-        start = dict(tiny_model(kind).named_parameters())
-        full = train(tmp_path_factory.mktemp("full"), model=tiny_model(kind), **given)
-        place = tmp_path_factory.mktemp("adapted")
-        return Adapted(start, full, train(place, model=model, mini_batch_size=size, **given))
+        one_large_step = {"max_steps": 1, **SGD, "learning_rate": 1.0}
+        given = {**batch_for(name), "loss": name, **one_large_step}
+        place_of_full, place_of_adapted = map(tmp_path_factory.mktemp, ("full", "adapted"))
+        return Adapted(
+            start=dict(tiny_model(kind).named_parameters()),
+            full=train(place_of_full, model=tiny_model(kind), **given),
+            adapted=train(place_of_adapted, model=model, mini_batch_size=size, **given),
+        )
 
     return of
 
@@ -365,7 +368,7 @@ def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     loss = cached.compute_loss(model, batch)
     state = torch.get_rng_state()
     (loss / 4).backward()  # a factor as of accumulated batches
-    assert torch.equal(torch.get_rng_state(), state), "the numbers after the step are as without a backward"
+    assert torch.equal(torch.get_rng_state(), state), "the backward pass draws nothing"
 
     torch.manual_seed(1)
     columns = {name: x for name, x in batch.items() if not name.startswith("reference_")}
@@ -597,9 +600,12 @@ def test_a_first_batch_of_one_pair_is_an_error_that_names_the_remedy(tmp_path: P
     ("given", "tolerance"),
     [
         pytest.param(
-            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-3, marks=pytest.mark.slow
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+            1e-3,
+            marks=pytest.mark.slow,
+            id="compiled",
         ),
-        ({"bf16": True, "mini_batch_size": 3}, 0.05),
+        pytest.param({"bf16": True, "mini_batch_size": 3}, 0.05, id="autocast to bfloat16, mini-batches"),
     ],
 )
 def test_numbers_are_an_own_loops_but_for_rounding(tmp_path: Path, given: Any, tolerance: float) -> None:
@@ -838,8 +844,9 @@ def test_a_trainer_may_change_the_named_loss_by_its_own_method(tmp_path: Path) -
     )
     doubled.train()
     single.train()
-    twice = [2 * x for x in logged_values(single, "loss")]
-    assert logged_values(doubled, "loss") == pytest.approx(twice, rel=1e-5, abs=3 * LOG_ROUNDING)
+    twice = [2 * loss for loss in logged_values(single, "loss")]
+    rounding = 3 * LOG_ROUNDING  # one of the doubled loss, and two of twice the single one
+    assert logged_values(doubled, "loss") == pytest.approx(twice, rel=1e-5, abs=rounding)
 
 
 def test_the_scale_is_the_multiplier_up_to_its_limit() -> None:
@@ -861,7 +868,7 @@ def test_checkpoint_of_another_loss_is_told_of(tmp_path: Path, caplog: pytest.Lo
     stateless = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
     assert stateless["stateful_callbacks"]["rankloss"]["training"] == "clip-streamed"
     train(tmp_path, max_steps=2, resume=True, loss=Remembering())
-    assert "the state of Remembering" in caplog.text
+    assert "holds the state of the loss clip-streamed: the state of Remembering starts anew" in caplog.text
 
 
 def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
@@ -891,3 +898,5 @@ def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Pa
         trials.train()
         results.append((logged_values(trials, "loss"), average(trials)))
     assert results[0] == results[1]
+    _, moved_average = results[0]
+    assert moved_average != 1, "there is a state that the second training could have been given"

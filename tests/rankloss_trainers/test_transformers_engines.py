@@ -104,7 +104,10 @@ def zero_2() -> dict[str, Any]:
 
 
 def fsdp_2() -> dict[str, Any]:
-    """FSDP, which accelerate starts on accelerators only: here it is told that it runs on some."""
+    """FSDP, which accelerate starts on accelerators only: here it is told that it runs on some.
+
+    No argument does this, so the Trainer of this process is changed.
+    """
     create = transformers.Trainer.create_accelerator_and_postprocess
 
     def create_sharding(trainer: Any) -> None:

@@ -89,6 +89,7 @@ def lists_of(model: Any, rows: list[Any], owns: Sequence[Any] = ()) -> dict[str,
     }
     if owns:
         inputs["candidate_ids"] = torch.arange(len(pool))
+        # −1 is the id of no candidate, of an own one that is in no list.
         inputs["excluded_ids"] = torch.tensor([places.get(content(own), -1) for own in owns])
     return inputs
 
@@ -426,5 +427,6 @@ def test_ranks_are_no_values(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 def test_a_loader_that_slices_batches_is_refused(tmp_path: Path) -> None:
+    """As accelerate makes it for a stream by default, one process reads and slices the batches of all."""
     with pytest.raises(ValueError, match="dispatch_batches"):
         run(tmp_path, graded_table(queries_are_texts=True).to_iterable_dataset(), max_steps=1)

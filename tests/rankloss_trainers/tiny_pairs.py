@@ -69,10 +69,11 @@ class Pairs(Dataset[dict[str, Tensor]]):
             features = F.normalize(torch.randn(number, 6, generator=generator), dim=-1)
             self.columns[f"reference_{modality}_features"] = features
         if "patches" in more:
-            patches = {"pixel_values": F.unfold(images, 8, stride=8).mT}
-            shapes = torch.tensor([2, 2]).expand(number, 2)
+            # Of each image 2 × 2 patches of 8 × 8 pixels, and none that is padding.
             self.columns.update(
-                patches, pixel_attention_mask=torch.ones(number, 4).long(), spatial_shapes=shapes
+                pixel_values=F.unfold(images, kernel_size=8, stride=8).mT,
+                pixel_attention_mask=torch.ones(number, 4).long(),
+                spatial_shapes=torch.tensor([2, 2]).expand(number, 2),
             )
 
     def __len__(self) -> int:
