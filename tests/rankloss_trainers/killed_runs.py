@@ -143,6 +143,7 @@ def end_at_write(number: int, folder: Path) -> list[str]:
     written: list[str] = []
 
     def count_write(path: Any) -> None:
+        """Note a write below the folder; at the n-th, leave half of the file and die."""
         if not isinstance(path, str) or not os.path.abspath(path).startswith(str(folder)):
             return
         written.append(path)

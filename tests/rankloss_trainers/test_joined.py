@@ -231,6 +231,7 @@ def test_a_folder_of_a_common_space_ranks_all_lists(name: str, tmp_path: Path) -
 
 
 def test_an_encoder_is_looked_up_before_the_lists_that_it_can_rank() -> None:
+    """One encoder cannot rank rankclip's cross-modal lists, but the error is about its misspelt name."""
     with pytest.raises(ValueError, match=r"teacher: .*resnet181"):
         runtime_of("rankclip", {}, "image=resnet181")
 

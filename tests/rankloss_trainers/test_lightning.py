@@ -46,7 +46,7 @@ TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 
 @pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
 def test_options_of_a_run_are_refused_by_their_names(name: str, value: Any) -> None:
-    """The unit of schedules is ``unit``; the module's loss has the teacher."""
+    """The callback's own ``unit`` is the schedules' unit, and the module's loss has the teacher."""
     with pytest.raises(TypeError, match=name):
         Progress(**{name: value})
 

@@ -234,7 +234,7 @@ WITH_A_STATE = [name for name in NAMES if rankloss_trainers.create(name).state_d
 def wrapped_with_losses(wrap: Callable[[Any], Any], state: dict[str, Any] | None = None) -> Any:
     """A model with the losses that have a state, from its beginning or a saved one, wrapped in a group."""
     model = WithLosses(Towers().double(), WITH_A_STATE)
-    model.towers.unused.requires_grad_(False)
+    model.towers.unused.requires_grad_(False)  # DDP would wait for its gradients
     if state is not None:
         model.load_state_dict(state)
     return wrap(model) if is_initialized() else model

@@ -240,6 +240,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         return weights(model), [line["rank_lambda"] for line in log_of_steps(trainer)]
 
     whole_weights, whole_lambdas = run(None)
+    # From the checkpoint of the first of two epochs, whose log it goes on with.
     resumed_weights, resumed_lambdas = run(str(tmp_path / "checkpoint-4"))
     assert torch.equal(resumed_weights, whole_weights)
     assert resumed_lambdas == whole_lambdas
@@ -277,6 +278,7 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"save_strategy": "epoch", "optim": "adamw_torch"}
+    # A first run of two epochs; the same, resumed after one; and one of three, resumed there.
     for epochs, resume, count in ((2, None, 0), (2, "checkpoint-4", 0), (3, "checkpoint-4", 1)):
         caplog.clear()
         model, path = tiny_model(), resume and str(tmp_path / resume)
@@ -285,7 +287,7 @@ def test_resumed_run_of_another_length_is_one_warning_that_shows_both(
     assert "this run trains with rankclip: rankclip per step over 12 step(s)" in caplog.text
 
 
-@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize("is_plain", [False, True], ids=["of rankloss", "of sentence-transformers"])
 def test_resumed_run_of_another_loss_is_one_warning_that_shows_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, is_plain: bool
 ) -> None:

@@ -196,7 +196,10 @@ def test_losses_of_layers_refuse_mini_batches(dimensions: list[int] | None, loss
 def test_mini_batches_have_the_value_and_gradient_of_the_batch(
     matryoshka_weights: list[float] | None,
 ) -> None:
-    """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
+    """A list has 16 candidates, as many as the embedding has dimensions.
+
+    MatryoshkaLoss cuts labels of this width, as if they were embeddings; the collator's it has to leave whole.
+    """
     data = [
         {"query": q, "candidates": texts(seed=3, number=16), "label": list(range(16))}
         for q in texts(seed=1, number=3)

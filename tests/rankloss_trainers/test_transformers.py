@@ -189,7 +189,7 @@ def test_every_model_trains_its_scale_and_its_bias(every_model: EveryModel) -> N
 def test_every_model_trains_the_sum_of_the_terms(every_model: EveryModel) -> None:
     for line in logged_lines(every_model.trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
-    assert logged_lines(every_model.trained)[-1]["in_modal_loss"] > 0
+    assert logged_lines(every_model.trained)[-1]["in_modal_loss"] > 0, "λ is no longer 0"
 
 
 @pytest.mark.parametrize("every_model", [("CLIP", 3)], indirect=True, ids=["CLIP, mini-batches"])
@@ -668,6 +668,7 @@ def test_engines_that_hide_pairs_or_the_scale_are_refused(
     class Sharded(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            # As on a machine with so many GPUs, and under FSDP of this version.
             self.args._n_gpu = devices
             self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=fsdp_version)
 

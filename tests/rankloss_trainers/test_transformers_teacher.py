@@ -273,7 +273,7 @@ def test_every_preset_trains_with_its_own_teacher_and_defaults(
 def test_two_encoders_that_are_aligned_teach_every_loss_of_a_common_space(
     tmp_path: Path, cache: Path, loss: str
 ) -> None:
-    """The student is wider than the teacher, too."""
+    """Their features are computed by the flag, or are those of the folder that this has left."""
     given = {"loss": loss, "max_steps": 2, **SGD}
     by_flag = train(tmp_path, pairs=joined(captioned()), teacher="image=a,text=b,align", **given)
     (about,) = cache.glob("*align*/folder.json")
