@@ -198,7 +198,8 @@ def test_mini_batches_have_the_value_and_gradient_of_the_batch(
 ) -> None:
     """A list has 16 candidates, as many as the embedding has dimensions.
 
-    MatryoshkaLoss cuts labels of this width, as if they were embeddings; the collator's it has to leave whole.
+    MatryoshkaLoss cuts labels of this width, as if they were embeddings. It has to leave those whole that
+    the collator makes.
     """
     data = [
         {"query": q, "candidates": texts(seed=3, number=16), "label": list(range(16))}
