@@ -38,10 +38,10 @@ def spread(features: Tensor, gather: Gather, dtype: torch.dtype) -> Tensor:
     """
     items = len(features) * gather.place.world_size
     if items <= features.shape[1]:
-        variances = _of_similarities(features, gather, dtype)  # of all items whose mean is taken
+        variances = _of_similarities(features, gather, dtype)
     else:
-        variances = _of_covariance(features, gather, dtype)  # of this process's items
-        if not gather.anchors_are_local:
+        variances = _of_covariance(features, gather, dtype)
+        if not gather.anchors_are_local:  # of all items, as the similarities' are
             variances = gather.items(variances)
     return (variances.clamp_min(0) + EPSILON).sqrt().mean()  # rounding may leave a variance below 0
 

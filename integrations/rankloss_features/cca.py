@@ -368,9 +368,8 @@ class Eigenbases:
         U, S, Vh = torch.linalg.svd(D_v[:, None] * self._cross * D_t, full_matrices=False)
         if S[0] == 0:
             raise ValueError("image_features and text_features must correlate; their covariance is 0")
-        rounding = (
-            S[0] * max(self._cross.shape) * torch.finfo(S.dtype).eps
-        )  # as the rank of a matrix is counted
+        # The bound below which torch.linalg.matrix_rank takes a singular value for 0.
+        rounding = S[0] * max(self._cross.shape) * torch.finfo(S.dtype).eps
         rank = int((rounding < S).sum())
         image_projection = images.vectors @ (D_v[:, None] * U[:, :rank])
         text_projection = texts.vectors @ (D_t[:, None] * Vh[:rank].T)

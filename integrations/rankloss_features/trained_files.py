@@ -8,10 +8,11 @@ A file of weights says neither. The trainer writes its options beside the checkp
 from __future__ import annotations
 
 import ast
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankloss_features.folder import read_json
 from rankloss_features.opening import open_clip_name
 
 _OF_PICTURES = {
@@ -42,8 +43,8 @@ _WAY_OF_A_FOLDER = (
 def options_of(model: str, weights: str) -> dict[str, Any]:
     """The options by which open_clip builds a model for the weights in a file as its trainer built it.
 
-    The run's own options are obeyed, whatever its ``--model`` was, and so are the activation and the
-    preparation of pictures in the configuration of its ``local-dir:…`` or ``hf-hub:…``.
+    They are the options of the file's run. A model of ``local-dir:…`` or ``hf-hub:…`` adds the activation and
+    the preparation of pictures in its configuration; where both have one, the option of the run counts.
 
     Args:
         model: The name of ``--model``, one of open_clip's own models.
@@ -101,11 +102,13 @@ def _pictures_of_first_weights(name: str, run: dict[str, Any]) -> dict[str, Any]
     import open_clip
 
     tag = str(run.get("pretrained") or "")
-    about_weights = open_clip.get_pretrained_cfg(name, tag)  # empty where the tag is none of the model's
+    return _options_of_pictures(open_clip.get_pretrained_cfg(name, tag))  # empty for no tag of the model's
+
+
+def _options_of_pictures(preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's options for a preparation of pictures by open_clip's names, as far as it says them."""
     return {
-        option: about_weights[key]
-        for option, key in _OF_PICTURES.items()
-        if about_weights.get(key) is not None
+        option: preparation[key] for option, key in _OF_PICTURES.items() if preparation.get(key) is not None
     }
 
 
@@ -137,8 +140,7 @@ def _as_configured(name: str, run: dict[str, Any], weights: str) -> dict[str, An
             f"{trained}, whose {_CONFIGURATION} differs from {name} in {', '.join(differences)}: "
             f"{_WAY_OF_A_FOLDER}"
         )
-    pictures = configuration.get("preprocess_cfg") or {}
-    options = {option: pictures[key] for option, key in _OF_PICTURES.items() if pictures.get(key) is not None}
+    options = _options_of_pictures(configuration.get("preprocess_cfg") or {})
     quick_gelu = bool(of_run.get("quick_gelu"))
     if quick_gelu != bool(built_in.get("quick_gelu")) and not run.get("force_quick_gelu"):
         options["quick_gelu"] = quick_gelu  # in place of the built-in model's
@@ -146,7 +148,7 @@ def _as_configured(name: str, run: dict[str, Any], weights: str) -> dict[str, An
 
 
 def _way_to_configuration(trained: str) -> str:
-    """What to do where the configuration of a ``local-dir:…`` or ``hf-hub:…`` is not found."""
+    """The remedy where the configuration of a ``local-dir:…`` or ``hf-hub:…`` is not found."""
     if trained.startswith("hf-hub:"):
         return f"`hf download {trained.removeprefix('hf-hub:')} {_CONFIGURATION}` brings it"
     return f"put it back there; or {_WAY_OF_A_FOLDER}"
@@ -166,16 +168,13 @@ def _configuration_of(trained: str, cache: str | None) -> dict[str, Any] | None:
     """
     scheme, _, place = trained.partition(":")
     files = [Path(place, _CONFIGURATION)] if scheme == "local-dir" else _cached_files(place, cache)
-    for file in files:
-        if file.is_file():
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
-            if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
-                raise ValueError(f"{file} has no 'model_cfg'")
-            return content
-    return None
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    content = read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+        raise ValueError(f"{file} has no 'model_cfg'")
+    return content
 
 
 def _cached_files(repository: str, cache: str | None) -> list[Path]:
@@ -200,11 +199,13 @@ def _differences_of_towers(of_run: dict[str, Any], built_in: dict[str, Any], wit
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
     differences = []
-    for tower, default in (("vision_cfg", vars(CLIPVisionCfg())), ("text_cfg", vars(CLIPTextCfg()))):
-        first, second = ({**default, **(model.get(tower) or {})} for model in (of_run, built_in))
-        for field in sorted({*first, *second} - without):
-            if first.get(field) != second.get(field):
-                differences.append(f"{tower}.{field} ({first.get(field)}, not {second.get(field)})")
+    for tower, defaults in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        fields_of_run = {**vars(defaults), **(of_run.get(tower) or {})}
+        fields_of_built_in = {**vars(defaults), **(built_in.get(tower) or {})}
+        for field in sorted({*fields_of_run, *fields_of_built_in} - without):
+            value, other = fields_of_run.get(field), fields_of_built_in.get(field)
+            if value != other:
+                differences.append(f"{tower}.{field} ({value}, not {other})")
     return differences
 
 

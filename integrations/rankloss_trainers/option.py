@@ -175,9 +175,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def options_of(make: Make) -> dict[str, Option]:
-    """The options of a callable, by key: its keyword-only arguments.
+    """The options of a callable, by key: its keyword-only arguments without those that the trainer gives.
 
-    But ``base`` and ``gather``, which the trainer gives.
+    The trainer gives ``base`` and ``gather``.
     """
     helps = _helps(make.__doc__)
     options = {}

@@ -61,8 +61,12 @@ def test_gains_in_short_round_those_of_the_tables() -> None:
 
 def first_gains(rows: list[str], column: int) -> dict[str, str]:
     """The gain in a column of a table's rows, as a whole number, by the row's name."""
-    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
-    return {name: whole(gains[column]) for name, *gains in cells if gains[column] != "–"}
+    return {name: whole(gains[column]) for name, *gains in map(cells_of, rows) if gains[column] != "–"}
+
+
+def cells_of(row: str) -> list[str]:
+    """The cells of a row of a table."""
+    return [cell.strip() for cell in row.strip("| ").split(" | ")]
 
 
 def whole(gain: str) -> str:
@@ -389,7 +393,12 @@ ARMS_OF_SPLITS = {"heads": ("heads",), "cca": ("cca",), "both": ("heads", "joine
 
 def mean_recall(lines: dict[int, dict[str, Any]], *place: str) -> float:
     """The mean R@10 of an arm's seeds, at a place in their metrics."""
-    return float(np.mean([reduce(getitem, ("metrics", *place, *RECALL[1:]), of) for of in lines.values()]))
+    return float(np.mean(recalls(lines, *place)))
+
+
+def recalls(lines: dict[int, dict[str, Any]], *place: str) -> list[float]:
+    """R@10 of each of an arm's seeds, the mean of both ways, at a place in their metrics."""
+    return [reduce(getitem, ("metrics", *place, *RECALL[1:]), line) for line in lines.values()]
 
 
 def across_splits() -> list[str]:
@@ -474,11 +483,11 @@ def long_trainings() -> list[str]:
     return [f"| {title} | {' | '.join(row)} |" for title, row in rows.items()]
 
 
-def without_column(rows: list[str], *columns: int) -> list[str]:
+def without_columns(rows: list[str], *columns: int) -> list[str]:
     """The rows of a table without some of their columns, which are counted after the row's name."""
     shorter = []
     for row in rows:
-        name, *cells = row.strip("| ").split(" | ")
+        name, *cells = cells_of(row)
         kept = [cell for column, cell in enumerate(cells) if column not in columns]
         shorter.append(f"| {' | '.join([name, *kept])} |")
     return shorter
@@ -486,12 +495,12 @@ def without_column(rows: list[str], *columns: int) -> list[str]:
 
 def spread_in_short() -> list[str]:
     """The tables of spread without its third column, both encoders beside it."""
-    return without_column([*over_the_higher_clip(), *long_trainings()], 2)
+    return without_columns([*over_the_higher_clip(), *long_trainings()], 2)
 
 
 def mimicry_in_short() -> list[str]:
     """The table of mimicry of two encoders without shuffled pairs, spread beside it, another thousand."""
-    return [row for row in without_column(of_mimicry(), 3, 5) if "another thousand" not in row]
+    return [row for row in without_columns(of_mimicry(), 3, 5) if "another thousand" not in row]
 
 
 def frozen_minus_scratch() -> list[str]:
@@ -502,8 +511,7 @@ def frozen_minus_scratch() -> list[str]:
     differences = []
     for pairs, heads in ((71_680, "both"), (141_093, "both"), (141_093, "both-2")):
         folder = f"alignment/results/icons-{pairs}"
-        of_heads = records(folder, of_cell(500, 20))["heads"]
-        frozen = [reduce(getitem, ("metrics", "joined", heads, *RECALL[1:]), x) for x in of_heads.values()]
+        frozen = recalls(records(folder, of_cell(500, 20))["heads"], "joined", heads)
         trained = records(folder, of_cell(250, 16))
         from_scratch = [list(of_seeds(trained[arm]).values()) for arm in ("smoothing", "spread", "mimicry")]
         differences.append(unpaired(frozen, max(from_scratch, key=np.mean)))

@@ -56,8 +56,9 @@ class EmbeddingLoss(nn.Module):
         is_compiled = hasattr(model, "_orig_mod")  # which cannot be split either, as embedding_in says
         if self.mini_batch_size is None or is_compiled:
             return
-        is_kept = type(model[0].forward).__name__ == "TransformerDecorator"  # sentence-transformers' class
-        if is_kept:
+        # The class by which sentence-transformers keeps every layer.
+        keeps_every_layer = type(model[0].forward).__name__ == "TransformerDecorator"
+        if keeps_every_layer:
             raise ValueError(
                 "mini_batch_size must be None in AdaptiveLayerLoss and Matryoshka2dLoss, which keep every "
                 f"layer of the whole batch; got {self.mini_batch_size}"
