@@ -306,12 +306,17 @@ def of_cell(batch: int, epochs: int) -> Callable[[dict[str, Any]], str]:
     return arm
 
 
-def of_a_pretrained_clip() -> list[str]:
+def of_a_pretrained_clip(names: tuple[str, ...] = ("emojis", "noto-v1", "fxemoji")) -> list[str]:
     """R@10 of the new pairs and of the old ones, of a CLIP that was trained on icons."""
     arms = ("start", "start-cca", "start-joined", "start-heads", "start-tuned")
-    cells = [f"{name}-after{old}" for name in ("emojis", "noto-v1") for old in ("", ", old")]
+    cells = [f"{name}-after{old}" for name in names for old in ("", ", old")]
     rows = [[mean_of("alignment", cell, arm).removesuffix(" ± 0.00") for cell in cells] for arm in arms]
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def of_a_pretrained_clip_on_emojis() -> list[str]:
+    """The table of a pretrained CLIP, of emojis alone."""
+    return of_a_pretrained_clip(("emojis",))
 
 
 def of_keep() -> list[str]:
@@ -331,9 +336,15 @@ def of_keep() -> list[str]:
     return shares
 
 
-def of_the_first_thousand() -> list[str]:
-    """The rows of :func:`from_how_many_pairs` that are of the first thousand of icons."""
-    return from_how_many_pairs()[::2]
+def of_the_most_pairs() -> list[str]:
+    """R@10 of 141,093 icons on both thousands: heads, the closed form, both, and CLIP from scratch."""
+    frozen, scratch = "heads-icons-141093", "pairs-141093"
+    of = [(frozen, arm) for arm in ("heads", "heads-2", "cca", "both", "both-2")] + [(scratch, "clip")]
+    rows = []
+    for cell, arm in of:
+        means = [mean_of("alignment", cell + side, arm).removesuffix(" ± 0.00") for side in ("", ", second")]
+        rows.append(f"| {' | '.join(means)} |")
+    return rows
 
 
 def from_how_many_pairs() -> list[str]:
@@ -494,33 +505,66 @@ def without_columns(rows: list[str], *columns: int) -> list[str]:
 
 
 def spread_in_short() -> list[str]:
-    """The tables of spread without its third column, both encoders beside it."""
-    return without_columns([*over_the_higher_clip(), *long_trainings()], 2)
+    """The tables of spread without the encoders' column, a vendor's emojis, and long trainings of emojis."""
+    rows = without_columns([*over_the_higher_clip(), *long_trainings()], 2)
+    left_out = ("| a vendor's emojis", "| emojis, 250, eight times the epochs")
+    return [row for row in rows if not row.startswith(left_out)]
 
 
 def mimicry_in_short() -> list[str]:
-    """The table of mimicry of two encoders without shuffled pairs, spread beside it, another thousand."""
-    return [row for row in without_columns(of_mimicry(), 3, 5) if "another thousand" not in row]
+    """The gains of mimicry of two encoders over CLIP, of one batch size of each data set, short and long."""
+    cells = ("emojis, 250", "icons, 64", "photographs, 64", "emojis, 250, eight", "icons, 250, eight")
+    rows = without_columns(of_mimicry(), 2, 3, 4, 5)
+    return [
+        row
+        for row in rows
+        if row.startswith(tuple(f"| {cell}" for cell in (*cells, "photographs, 250, four")))
+    ]
 
 
-def frozen_minus_scratch() -> list[str]:
-    """Differences in R@10 on the first thousand of icons, both minus the best model from scratch.
+def frozen_minus_scratch(pairs: int, heads: str, *side: str) -> str:
+    """The difference in R@10 of frozen encoders minus the best model from scratch.
 
-    Of 71,680 and 141,093 pairs the closed form beside one head, and of 141,093 beside two.
+    ``heads`` is the arm of the closed form beside one head or beside two. ``side`` is nothing on the first
+    thousand of icons, and "second" on the second.
     """
-    differences = []
-    for pairs, heads in ((71_680, "both"), (141_093, "both"), (141_093, "both-2")):
-        folder = f"alignment/results/icons-{pairs}"
-        frozen = recalls(records(folder, of_cell(500, 20))["heads"], "joined", heads)
-        trained = records(folder, of_cell(250, 16))
-        from_scratch = [list(of_seeds(trained[arm]).values()) for arm in ("smoothing", "spread", "mimicry")]
-        differences.append(unpaired(frozen, max(from_scratch, key=np.mean)))
-    return differences
+    folder = f"alignment/results/icons-{pairs}"
+    frozen = recalls(records(folder, of_cell(500, 20))["heads"], "joined", heads, *side)
+    return unpaired(frozen, best_from_scratch(pairs, *side))
 
 
-def frozen_encoders() -> list[str]:
+def best_from_scratch(pairs: int, *side: str) -> list[float]:
+    """R@10 of the seeds of the model from scratch whose mean is highest, of 16 epochs."""
+    trained = records(f"alignment/results/icons-{pairs}", of_cell(250, 16))
+    return max((recalls(trained[arm], *side) for arm in ("smoothing", "spread", "mimicry")), key=np.mean)
+
+
+def of_most_pairs_minus_scratch() -> list[str]:
+    """Differences of 141,093 pairs, the closed form beside one head and beside two, on both thousands."""
+    arms = ("both", "both-2")
+    return [frozen_minus_scratch(141_093, arm, *side) for arm in arms for side in ((), ("second",))]
+
+
+def of_many_pairs_minus_scratch() -> list[str]:
+    """Differences on the first thousand beside one head and beside two, and of one head of 141,093 pairs."""
+    beside = [frozen_minus_scratch(pairs, arm) for pairs in (71_680, 141_093) for arm in ("both", "both-2")]
+    one_head = records("alignment/results/icons-141093", of_cell(500, 20))["heads"]
+    alone = [
+        unpaired(recalls(one_head, *side), best_from_scratch(141_093, *side)) for side in ((), ("second",))
+    ]
+    return [*beside, *alone]
+
+
+def frozen_encoders_in_short() -> list[str]:
+    """The table of frozen encoders without the vendors' drawings."""
+    return frozen_encoders(("emojis", "icons", "photographs"))
+
+
+def frozen_encoders(
+    names: tuple[str, ...] = ("emojis", "icons", "photographs", "fxemoji", "noto-v1"),
+) -> list[str]:
     """R@10 without training, of heads, in closed form, of both and beside a search; and the differences."""
-    cells = [f"heads-{name}" for name in ("emojis", "icons", "photographs", "fxemoji", "noto-v1")]
+    cells = [f"heads-{name}" for name in names]
     means = {
         (cell, arm): re.sub(r" ± 0\.00|( ?\(\d+\))", "", recall)  # without the count of seeds
         for cell, arm, recall, *_ in rows_of("alignment/report/alignment.md", "heads-")
@@ -566,7 +610,8 @@ def differences_without_a_report() -> list[str]:
         *heads_beside_smoothing(),
         *over_the_higher_clip(),
         *of_mimicry(),
-        *frozen_minus_scratch(),
+        *of_most_pairs_minus_scratch(),
+        *of_many_pairs_minus_scratch(),
         *uniform_beside_spread(),
         *ranks_beside_spread_in_taught_models(),
         *across_splits(),
@@ -649,14 +694,13 @@ def demo_agreement() -> list[str]:
         (
             "docs/evidence.md",
             [
-                frozen_encoders,
-                of_the_first_thousand,
-                frozen_minus_scratch,
+                frozen_encoders_in_short,
+                of_the_most_pairs,
+                of_most_pairs_minus_scratch,
                 baselines,
                 spread_in_short,
                 mimicry_in_short,
-                ranks_beside_spread_in_taught_models,
-                of_a_pretrained_clip,
+                of_a_pretrained_clip_on_emojis,
             ],
         ),
         (
@@ -669,6 +713,10 @@ def demo_agreement() -> list[str]:
                 over_the_higher_clip,
                 long_trainings,
                 of_mimicry,
+                frozen_encoders,
+                of_many_pairs_minus_scratch,
+                ranks_beside_spread_in_taught_models,
+                of_a_pretrained_clip,
                 beside_shuffled_words,
                 ways_to_learn_from_a_teacher,
                 primary_tests,
