@@ -36,10 +36,12 @@ from rankloss_trainers.graded.term import RankedListsTerm
         (["a", "b", "a"], [1, 2, 3], "^grades must be one of each candidate; 'a' is twice .*with 1 and 3"),
     ],
 )
-def test_a_list_that_is_none_is_refused_with_its_place(candidates: Any, grades: Any, named: str) -> None:
+def test_candidates_and_grades_that_are_no_list_are_refused_with_their_place(
+    candidates: Any, grades: Any, named: str
+) -> None:
     with pytest.raises(ValueError, match=named) as error:
         check_list(candidates, grades, "row 3")
-    assert "row 3" in str(error.value)
+    assert "in row 3" in str(error.value)
 
 
 def test_a_list_is_of_candidates_and_a_grade_for_each() -> None:
@@ -99,13 +101,16 @@ def test_candidates_without_a_content_are_refused(wrong: Any) -> None:
         pool_lists([[("a", 1.0), (wrong, 0.0)]])
 
 
-def test_grades_that_float32_would_tie_keep_their_order() -> None:
+def test_grades_that_float32_would_tie_are_pooled_unchanged() -> None:
     grades = [1_700_000_001.0, 1_700_000_000.0]
     assert pool_lists([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]
 
 
 @pytest.mark.parametrize(("has_float64", "dtype"), [(True, torch.float64), (False, torch.float32)])
-def test_grades_that_float32_holds_reach_any_device(has_float64: bool, dtype: torch.dtype) -> None:
+def test_grades_that_float32_holds_are_decoded_with_and_without_float64(
+    has_float64: bool, dtype: torch.dtype
+) -> None:
+    """As a stand-in for a device without it, the function that tells is replaced."""
     grades = [[0.5, -math.inf, 2.0**24], [1.0, 1.0, 0.0]]
     bits = encode_grades(torch.tensor(grades, dtype=torch.float64))
     with mock.patch("rankloss_trainers.graded.lists.has_float64", return_value=has_float64):
@@ -114,7 +119,14 @@ def test_grades_that_float32_holds_reach_any_device(has_float64: bool, dtype: to
     assert decoded.tolist() == grades
 
 
-@pytest.mark.parametrize("grades", [[2.0**24 + 1, 2.0**24], [1e300, 1.0]])
+@pytest.mark.parametrize(
+    "grades",
+    [
+        pytest.param([2.0**24 + 1, 2.0**24], id="tied"),
+        pytest.param([1e300, 1.0], id="infinite"),
+        pytest.param([1.0, -1e300], id="negative and infinite, which would be a candidate without a rank"),
+    ],
+)
 def test_grades_that_float32_would_tie_or_lose_are_refused_there(
     grades: list[float],
 ) -> None:
@@ -227,7 +239,10 @@ def test_options_of_lists_reach_the_loss() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"gain": "exponential"}, "gain"), ({"base_loss": "x"}, "base_loss.*'x'")],
+    [
+        ({"gain": "exponential"}, r"^ranked-lists\.gain: .* only applies to model='lambda'"),
+        ({"base_loss": "x"}, r"^ranked-lists\.base_loss must be .*'x'"),
+    ],
 )
 def test_options_of_lists_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -245,11 +260,17 @@ def test_a_loss_of_lists_has_the_defaults_of_the_library() -> None:
 @pytest.mark.parametrize("given", [{"model": "lambda"}, {"model": "pairwise", "pair_weight": "difference"}])
 def test_own_caption_on_top_is_refused_with_a_model_of_grades(given: Any) -> None:
     (loss,) = choose("ranked-lists", {"own_caption": "top", **given})
-    with pytest.raises(ValueError, match=r"ranked-lists\.own_caption"):
+    with pytest.raises(ValueError, match=r"^ranked-lists\.own_caption: top is an order and no grade"):
         loss.build(rankloss.ClipLoss(), None)
 
 
-def test_own_caption_on_top_is_a_column_of_a_model_of_orders() -> None:
+def test_another_place_of_the_own_caption_is_refused() -> None:
+    (loss,) = choose("ranked-lists", {"own_caption": "middle"})
+    with pytest.raises(ValueError, match=r"^ranked-lists\.own_caption must be .*; got 'middle'"):
+        loss.build(rankloss.ClipLoss(), None)
+
+
+def test_own_caption_on_top_has_a_place_in_the_lists_of_a_model_of_orders() -> None:
     (loss,) = choose("ranked-lists", {"own_caption": "top"})
     assert loss.build(rankloss.ClipLoss(), None).lists.model == "plackett_luce"
     assert loss.columns.own_places == 1

@@ -47,13 +47,13 @@ def check_list(candidates: Any, grades: Any, where: str) -> list[tuple[Any, floa
     """The candidates of a list with their grades.
 
     Args:
-        candidates: A list.
-        grades: As many numbers; −∞ stands below all other grades.
+        candidates: A list or tuple.
+        grades: As many numbers of Python; −∞ stands below all other grades.
         where: The place of the list in the data, for the errors.
 
     Raises:
-        ValueError: for a list without candidates, another number of grades, a grade that is no number, NaN
-            or +∞, or a text twice with two grades.
+        ValueError: for anything but two lists, a list without candidates, another number of grades, a grade
+            that is no number, NaN or +∞, an integer beyond 2⁵³, or a text twice with two grades.
 
     Example:
         >>> check_list(["a", "b"], [2, float("nan")], "row 3")
@@ -127,7 +127,8 @@ def decode_grades(bits: Tensor) -> Tensor:
     ordered = grades.sort(-1).values
     rounded = ordered.float()
     are_tied = (rounded[:, 1:] == rounded[:, :-1]) & (ordered[:, 1:] != ordered[:, :-1])
-    is_lost = are_tied.any(-1) | (rounded == math.inf).any(-1)  # in each list
+    are_infinite = rounded.isinf() & ordered.isfinite()
+    is_lost = are_tied.any(-1) | are_infinite.any(-1)  # in each list
     if bool(is_lost.any()):
         row = int(is_lost.byte().argmax())
         raise ValueError(
@@ -138,7 +139,9 @@ def decode_grades(bits: Tensor) -> Tensor:
 
 
 def identify(candidate: Any) -> Hashable:
-    """Equal for texts, numbers, pictures and arrays of the same content, and for collections of such.
+    """A key that is equal for texts, numbers, pictures and arrays of the same content.
+
+    And for lists, tuples and mappings of such.
 
     Raises:
         ValueError: for any other object, which could be told apart by its address alone.

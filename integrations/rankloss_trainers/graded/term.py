@@ -36,8 +36,9 @@ class RankedListsTerm(nn.Module):
 
     Raises:
         ValueError: for a weight that is negative or not finite; in ``forward`` for a batch without lists or
-            without a scale, with a base for a batch without pairs, without one for inputs that only a base
-            would use, and as the two losses.
+            without a scale, for images or texts alone, with a base and ``needs_pairs`` for a batch without
+            pairs, for inputs that only a base would use where none is called, with in-batch negatives for a
+            query twice in the batch, and as the two losses.
 
     Example:
         >>> import torch
@@ -169,10 +170,11 @@ def ranked_lists(
         **options: Those of :class:`rankloss.RankedLists`.
 
     Raises:
-        ValueError: ``own_caption="top"`` with a model that goes by the grades' values, another ``base_loss``,
-            and as the two classes.
+        ValueError: ``own_caption="top"`` with a model that goes by the grades' values, another value of
+            ``base_loss`` or ``own_caption``, and as the two classes.
     """
     check_choice("base_loss", base_loss, ("auto", "include", "exclude"))
+    check_choice("own_caption", own_caption, ("apart", "top"))
     lists = rankloss.RankedLists(gather=gather, **options)
     if own_caption == "top" and lists.uses_grade_values:
         text = "top is an order and no grade; it needs a model that goes by the order alone"
