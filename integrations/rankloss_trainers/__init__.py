@@ -27,19 +27,20 @@ def create(
         teacher: A folder of ``rankloss features``, or of
             :func:`rankloss_features.caching.compute_features`, whose rows each call gives as
             ``reference_image_features`` and ``reference_text_features``.
-        gather: See :class:`rankloss.Gather`. None: that of the base, else the default process group, exactly.
+        gather: See :class:`rankloss.Gather`. None: the base's, else ``Gather()``.
         **options: Options by their names without prefix, those of joined losses by loss; ``rankloss losses
             NAME`` lists them.
 
     Returns:
         A module that is called with ``image_features``, ``text_features`` and ``logit_scale``, and is told
         its progress by ``set_epoch`` or ``set_progress``. Its ``base`` is the loss under all others, for a
-        validation. One that needs a teacher refuses a call without its features.
+        validation. One that needs a teacher refuses a call without its features, and one that uses none a
+        call with them.
 
     Raises:
-        TypeError: The loss has no such option.
-        ValueError: There is no such loss, an option has another value, only a trainer can serve it, or the
-            options exclude each other.
+        TypeError: The name is no text, or the loss has no such option.
+        ValueError: There is no such loss, an option has another value, only a trainer can serve it, options
+            exclude each other, or the loss does not work on the base.
 
     Example:
         >>> loss = create("rankclip", top_k=8, schedule="linear")

@@ -21,7 +21,7 @@ class Split:
     """The split of a batch of a model's inputs into mini-batches.
 
     Attributes:
-        number: The mini-batches, of which each gets an equal share of the rows of every column.
+        number: The mini-batches; of every column each gets an equal share of the rows, but for one row.
         rows: The numbers of rows that a column may have, the largest first.
     """
 
@@ -124,11 +124,12 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_rows(batch: Mapping[str, Any], columns: Mapping[str, Tensor], split: Split) -> None:
-    """Raise a ValueError for a column that cannot be split."""
+    """Raise a ValueError for columns that cannot be split: lists, and tensors of another number of rows."""
     unsplit = [name for name, column in columns.items() if len(column) not in split.rows]
-    # A list would reach the model whole, with each mini-batch.
+    # Unlike a tensor, a list is no column to split: it would reach the model whole, with each mini-batch.
     unsplit += [name for name, column in batch.items() if isinstance(column, list | tuple)]
     if unsplit:
+        rows = " or ".join(str(number) for number in sorted({*split.rows}))
         raise ValueError(
-            f"mini_batch_size cannot split {', '.join(unsplit)}: no rows of {max(split.rows)} pairs"
+            f"mini_batch_size cannot split {', '.join(unsplit)}: each column must be a tensor of {rows} rows"
         )

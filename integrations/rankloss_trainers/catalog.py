@@ -36,7 +36,8 @@ _rank_clip = functools.partial(
     "rankloss:RankClipLoss",
     more="rankloss:RankOptions",
     prefix="rankclip",
-    # Searched without a gain, or of no use beside a base.
+    # Left out of command lines: fixed_reference was searched and found no better, normalizer scales both
+    # terms as the λ do, and reduction is of no use beside a base.
     python_only=frozenset({"normalizer", "fixed_reference", "reduction"}),
     citation=citations.RANKCLIP,
 )
@@ -121,7 +122,7 @@ PREFIXES = frozenset(prefix_of(name, named) for name, named in LOSSES.items())
 
 
 def own_prefix(name: str) -> str:
-    """The prefix of the options of a loss of rankloss, the name of any other."""
+    """The prefix of the options of a loss of rankloss; any other's name, since nothing is imported here."""
     return prefix_of(name, LOSSES[name]) if name in LOSSES else name
 
 
@@ -139,7 +140,10 @@ def known() -> Mapping[str, tuple[metadata.EntryPoint, ...]]:
 
 
 def package_of(name: str) -> str:
-    """The distribution that registers a loss, with its version; empty for rankloss's own."""
+    """The distribution that registers a loss, with its version; empty for rankloss's own.
+
+    Several that register the same name are joined by "and".
+    """
     texts = []
     for point in known()[name]:
         package = point.dist
@@ -174,7 +178,8 @@ def load(name: str) -> Named:
     """The declaration of one loss.
 
     Raises:
-        ValueError: There is no such loss, its name or prefix is taken.
+        ValueError: There is no such loss, two packages register another under its name, or its prefix is
+            taken.
         Exception: Any error of the import.
     """
     names_of(name)

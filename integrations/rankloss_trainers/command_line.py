@@ -59,7 +59,8 @@ def fill_in(args: Any, choice: Choice) -> None:
 def mentioned(argv: Sequence[str]) -> list[str]:
     """The losses that a command line may mean: those that it names, and those whose options it has.
 
-    Only these have to be imported, so that another package's loss cannot affect other runs.
+    With ``--help`` it may mean all. Only these have to be imported, so that another package's loss cannot
+    affect other runs.
     """
     if "-h" in argv or "--help" in argv:
         return list(catalog.known())
@@ -76,7 +77,9 @@ def mentioned(argv: Sequence[str]) -> list[str]:
 
 
 def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
-    """A question that ends an error about unknown words of a command line; words without ``--`` are ignored.
+    """A question that ends an error about unknown words of a command line; empty without a similar flag.
+
+    Words without ``--`` are ignored.
 
     Example:
         >>> misspelt(["--rankclip-lamda-in=1", "x"], ["--rankclip-lambda-in", "--model"])
@@ -136,11 +139,12 @@ class LossArguments:
 
     Attributes:
         losses: The losses by name.
-        unusable: The reasons against those that cannot be used: another package's import fails.
+        unusable: The reasons against those that cannot be used, by name: another package's import fails, or
+            the parser has one of their options already.
 
     Raises:
         ValueError: There is no such loss.
-        argparse.ArgumentError: The parser has an option of a loss.
+        argparse.ArgumentError: The parser has ``--loss``, or an option of a run, already.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -198,8 +202,8 @@ class LossArguments:
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The parser's arguments of a command line, and its other words.
 
-        With ``--loss`` a word that begins like an option of a loss is a usage error, unless it comes after
-        ``--``.
+        With ``--loss`` an unknown word that begins like an option of a loss, or is close to one of a run, is
+        a usage error, unless it comes after ``--``.
         """
         args, rest = self.parser.parse_known_args(argv)
         if hasattr(args, "loss"):

@@ -111,7 +111,7 @@ def arguments_of(loss: nn.Module, *names: str) -> list[inspect.Parameter]:
 
 
 def _is_a(name: str, loss: Any) -> bool:
-    """True if a class of the loss has this name, in this package or in open_clip."""
+    """True if the class of the loss, or one it is derived from, has this name: rankloss's or open_clip's."""
     return any(each.__name__ == name for each in type(loss).__mro__)
 
 

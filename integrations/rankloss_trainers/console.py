@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_of_features(command: str, argv: Sequence[str]) -> int:
-    """Carry out a command of ``rankloss_features``."""
+    """Carry out a command of ``rankloss_features``; its exit code, 1 where a package is missing."""
     try:
         with extra("features"):
             module = importlib.import_module(_MODULES_OF_FEATURES[command])

@@ -213,7 +213,7 @@ class Loss:
         """The module on a base loss.
 
         Raises:
-            OptionError: An option cannot have its value, or options exclude each other.
+            OptionError: An option is missing or cannot have its value, or options exclude each other.
         """
         make = self.named.constructor
         parameters = inspect.signature(make).parameters
@@ -241,7 +241,7 @@ class Loss:
 
 _REPLACED = {"reference_features": "teacher", "reference": "teacher"}
 """Options that losses had once, and the option of the run in the place of each."""
-_WITHOUT_REPLACEMENT = "distill_loss"
+_WITHOUT_REPLACEMENT = "distill_loss"  # an option that losses had once, in whose place there is none
 OF_REFERENCE = frozenset({"lists", "worth", "ties", "discount"})
 """Options that ``rankloss.reference`` alone has: ``rankloss.options.OF_REFERENCE``, which needs torch."""
 

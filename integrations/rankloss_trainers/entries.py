@@ -34,8 +34,8 @@ class Entries(NamedTuple):
             entries: All of them.
 
         Raises:
-            ValueError: There is no term, an entry is no tensor of one value, or it takes a gradient that
-                nobody would see.
+            ValueError: There is no term, an entry is no tensor of one value, or a metric has a gradient,
+                which would train nothing.
         """
         name_of_loss = getattr(loss, "__name__", type(loss).__name__)
         for name, value in entries.items():
@@ -64,7 +64,7 @@ def _all_in_the_graph(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     trained = next((value for value in terms.values() if value.requires_grad), None)
     if trained is None:
         return terms
-    # 0 · trained requires a gradient, and changes neither a value nor a gradient.
+    # 0 · trained requires a gradient; where it is finite, it changes neither a value nor a gradient.
     return {name: value if value.requires_grad else value + 0 * trained for name, value in terms.items()}
 
 

@@ -31,9 +31,9 @@ __all__ = ["Progress"]
 class Progress(Callback):
     """Tells every loss in the module where training stands, also in a resumed run.
 
-    Told are the parts of modules that are called with ``image_features`` and ``text_features``, and elsewhere
-    the methods ``set_epoch(epoch, epochs)`` and ``set_progress(step, total_steps)`` by these names alone: a
-    backbone may have a ``set_epoch`` of its own.
+    Told are the parts of modules that are called with ``image_features`` and ``text_features``. Elsewhere
+    the methods ``set_epoch(epoch, epochs)`` and ``set_progress(step, total_steps)`` are called if their
+    parameters have just these names: a backbone may have a ``set_epoch`` of its own.
     The checkpoints say the losses and the course of the training, and a resumed run of others is warned of.
 
     A loss of rankloss may be built in the module's ``__init__``: with the default ``gather=None`` it reads
@@ -158,7 +158,11 @@ class Progress(Callback):
         self._training_before = state_dict.get("training")
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
-        """The steps, or the epochs, of the run."""
+        """The steps, or the epochs, of the run.
+
+        Raises:
+            ValueError: The module is optimized by hand, or the trainer does not know their number.
+        """
         if not pl_module.automatic_optimization:
             raise ValueError("with manual optimization call set_progress(step, total_steps) in training_step")
         changing = (GradientAccumulationScheduler, StochasticWeightAveraging)  # each may change the estimate
@@ -188,7 +192,10 @@ def _losses(module: nn.Module) -> list[nn.Module]:
 
 
 def _check_last_batch(trainer: Any, pl_module: nn.Module) -> None:
-    """Raise a ValueError for a last batch of one pair, which the run reaches and a loss cannot contrast."""
+    """Raise a ValueError for a last batch of one pair, which the run reaches and a loss cannot contrast.
+
+    In one process; of several, each contrasts its pair with the others'.
+    """
     parts = [part for loss in _losses(pl_module) for part in loss.modules()]
     contrasts_pairs = any(getattr(part, "min_pairs", 1) > 1 for part in parts)
     if trainer.world_size > 1 or not contrasts_pairs:
@@ -229,7 +236,12 @@ def _has_names(method: Any, unit: str) -> bool:
 
 
 def _epochs_of(trainer: Any, reasons: list[str]) -> int:
-    """The epochs of a run that ``max_epochs`` ends, unless there are reasons against it."""
+    """The epochs of a run that ``max_epochs`` alone ends; a ValueError for any other run.
+
+    Args:
+        trainer: Lightning's Trainer.
+        reasons: The callbacks that may change the run's length.
+    """
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
     if trainer.max_steps != -1:
         reasons = [*reasons, f"max_steps={trainer.max_steps}"]
@@ -240,7 +252,12 @@ def _epochs_of(trainer: Any, reasons: list[str]) -> int:
 
 
 def _steps_of(trainer: Any, reasons: list[str]) -> int:
-    """The steps of a run as the trainer knows them, unless there are reasons why it does not."""
+    """The steps of a run; a ValueError where the trainer does not know them.
+
+    Args:
+        trainer: Lightning's Trainer.
+        reasons: The callbacks that may change their number, unless ``max_steps`` alone ends the run.
+    """
     is_ended_by_steps_alone = trainer.max_epochs in (None, -1)
     if reasons and not is_ended_by_steps_alone:
         raise ValueError(f"with {reasons[0]} the steps of the run are not known: give Progress total_steps")

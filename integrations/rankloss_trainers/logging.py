@@ -73,7 +73,7 @@ class RunLog:
         self._teacher = features
 
     def remark_on_tf32(self, features: Tensor | None) -> None:
-        """Log once that TF32 products rank the lists."""
+        """Log at the first batch with pairs, whose features these are, if TF32 products rank the lists."""
         if features is None or not self._may_remark_on_tf32:
             return
         self._may_remark_on_tf32 = False

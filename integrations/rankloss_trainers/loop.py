@@ -114,13 +114,20 @@ def _with_progress(run: Runtime) -> nn.Module:
 
 
 def _on_named_base(name: str, gather: GatherOption, options: Options) -> tuple[Any, list[Loss]]:
-    """The loss of pairs that a name begins with, and the losses that are joined to it."""
-    first, joins, others = name.partition(JOIN)
-    of_base = options.get(first, {}) if joins else options
+    """The loss of pairs that a name begins with, and the losses that are joined to it.
+
+    Args:
+        name: One of :data:`BASES`, alone or followed by others.
+        gather: The gathering of the base.
+        options: Options of the base, if it is alone; of joined losses by the name of each.
+    """
+    first, _, others = name.partition(JOIN)
+    is_joined = JOIN in name
+    of_base = options.get(first, {}) if is_joined else options
     if not isinstance(of_base, Mapping):
         raise TypeError(f"options of {first} must be a mapping; got {of_base!r}")
     base = Loss(first, Named(BASES[first]), of_base).build(base=None, gather=Gather.of(gather))
-    if not joins:
+    if not is_joined:
         return base, []
     of_others = {key: value for key, value in options.items() if key != first}
     return base, choose_each(names_of(others), of_others)
@@ -142,5 +149,5 @@ def _set_progress(loss: nn.Module, step: int, total_steps: int) -> None:
 
 def _before_call(teaching: Teaching, _: nn.Module, args: Sequence[Any], inputs: Mapping[str, Any]) -> None:
     """Check a teacher's features, and let the loss have the components to copy them."""
-    by_position = {"image_features": args[0]} if args else {}
+    by_position = {"image_features": args[0]} if args else {}  # a teacher's are by keyword alone
     teaching.inputs({**by_position, **inputs})

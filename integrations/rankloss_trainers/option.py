@@ -189,7 +189,10 @@ def options_of(make: Make) -> dict[str, Option]:
 
 
 def _type_of(parameter: inspect.Parameter, make: Make) -> Any:
-    """The type of an option; of one without an annotation that of its default, text without either."""
+    """The type of an option: its annotation, else the type of its default, else text.
+
+    ``object`` where the annotation cannot be evaluated.
+    """
     if parameter.annotation is parameter.empty:
         return str if parameter.default is parameter.empty else type(parameter.default)
     # The callable's other annotations need not be evaluated, and might fail.

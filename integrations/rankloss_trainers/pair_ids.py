@@ -30,7 +30,9 @@ def make_ids(values: Sequence[Any] | Tensor, column: str) -> Tensor:
         column: The name of the column, for the errors.
 
     Raises:
-        ValueError: for floats, booleans, missing values, texts beside integers, or integers beyond 64 bits.
+        ValueError: for floats, booleans, missing values, texts beside integers, integers beyond 64 bits, a
+            tensor that is no vector, one text in place of several, or an empty text, which as a caption,
+            under the name :data:`CAPTIONS`, is one like any other.
 
     Example:
         >>> ids = make_ids(["a cat", "a dog", "a cat"], "caption")

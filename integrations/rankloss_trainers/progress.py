@@ -22,7 +22,8 @@ METHODS = {"epoch": "set_epoch", "step": "set_progress"}
 def units_of(part: nn.Module) -> dict[str, Any]:
     """The methods of :data:`METHODS` by which the class of a part learns of progress, by unit.
 
-    Those of :class:`rankloss.losses.GatheringLoss` only pass it on to parts, which are told by themselves.
+    Those of :class:`rankloss.losses.GatheringLoss` are left out: they only pass it on to parts, which are
+    told by themselves.
     """
     passing_on = [getattr(GatheringLoss, name) for name in METHODS.values()]
     methods = {}
@@ -49,7 +50,7 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
 
 
 def end_training(parts: Iterable[nn.Module]) -> None:
-    """Tell the parts that have a method ``end_training`` that the training ends, of which they were told."""
+    """Tell the parts that have a method ``end_training`` that the training they were told of has ended."""
     for part in parts:
         end = getattr(type(part), "end_training", None)
         if callable(end):

@@ -161,7 +161,10 @@ class Runtime(nn.Module):
 
     @property
     def gather(self) -> Gather:
-        """The gathering of the loss."""
+        """The gathering of the loss: that of its outermost part that has one, else the given one.
+
+        A module that is given as the loss has a gathering of its own.
+        """
         gathers = (part.gather for part in self.criterion.modules() if hasattr(part, "gather"))
         return next((gather for gather in gathers if isinstance(gather, Gather)), self._gather)
 
@@ -352,9 +355,12 @@ class Runtime(nn.Module):
         return of_pairs
 
     def evaluate(self, **features: Any) -> Entries:
-        """The terms of the innermost base, without those that a schedule weighs, and of graded lists.
+        """The terms of :attr:`base_to_evaluate`, and of graded lists; no rank terms, which a schedule weighs.
 
-        A single pair counts 0.
+        A module of one's own that takes lists is evaluated whole instead.
+
+        Args:
+            **features: As in a call, those of the lists too; without a teacher's or other data of the pairs.
         """
         lists = {name: features.pop(name) for name in OF_LISTS if name in features}
         if not lists:
@@ -371,7 +377,10 @@ class Runtime(nn.Module):
         return Entries(terms, {})
 
     def _pair_terms(self, features: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The terms of the innermost base, of a batch that has pairs."""
+        """The terms of :attr:`base_to_evaluate`; none where there are no pairs or no such base.
+
+        A single pair counts 0 in one process; of several processes it has the others' pairs as negatives.
+        """
         images, base = features.get("image_features"), self.base_to_evaluate
         if images is None or base is None:
             return {}

@@ -75,7 +75,7 @@ def whole_checkpoint(folder: Path) -> str | None:
 
 
 def lightning() -> Training:
-    """Lightning, with a checkpoint after each epoch."""
+    """Lightning, with a checkpoint after each epoch, of four steps."""
     from lightning.pytorch.callbacks import ModelCheckpoint
     from test_lightning import Progress, Remembering, fit
 
@@ -179,7 +179,10 @@ def end_at_write(number: int, folder: Path) -> list[str]:
 
 
 def forked(run: Training, folder: Path, last_write: int) -> int:
-    """Start a training in a fork, which is killed at its n-th write; the process's id."""
+    """Start a training in a fork, which is killed at its n-th write; the process's id.
+
+    One that is not killed leaves its tensors and the number of its writes in the folder.
+    """
     child = os.fork()
     if child:
         return child

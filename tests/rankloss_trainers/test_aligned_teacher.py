@@ -215,7 +215,7 @@ def arrays_of(folder: str) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
 @pytest.mark.parametrize("trainer", TRAININGS)
-def test_it_trains_without_a_folder_as_with_it_bit_for_bit(
+def test_features_and_training_without_a_folder_are_those_of_the_commands_bit_for_bit(
     trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = TRAININGS[trainer]

@@ -22,7 +22,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize(("size", "seen"), [(1, [1] * 7), (3, [3, 2, 2]), (7, [7]), (100, [7])])
-def test_a_batch_is_split_into_equal_mini_batches_of_at_most_the_size(size: int, seen: list[int]) -> None:
+def test_a_batch_is_split_evenly_into_mini_batches_of_at_most_the_size(size: int, seen: list[int]) -> None:
     model, columns = Doubled(), {"pixel_values": torch.randn(7, 2), "input_ids": torch.randn(7, 3)}
     with embedding_in(model, Split.of_pairs(columns, size), dict):
         features = model(**columns)
@@ -47,9 +47,10 @@ def test_without_a_size_nothing_is_split() -> None:
     assert Split.of_pairs(PATCHES_OF_8_PAIRS, None) is None
 
 
-def test_a_column_that_has_no_row_for_each_pair_is_named() -> None:
+def test_columns_that_have_no_row_for_each_pair_or_are_lists_are_named() -> None:
     model = Doubled()
-    message = "mini_batch_size cannot split pixel_values: no rows of 8 pairs"
+    message = "mini_batch_size cannot split pixel_values, names: each column must be a tensor of 8 rows"
     split = Split.of_pairs(PATCHES_OF_8_PAIRS, 3)
     with embedding_in(model, split, dict), pytest.raises(ValueError, match=message):
-        model(**PATCHES_OF_8_PAIRS)
+        model(**PATCHES_OF_8_PAIRS, names=["a text"] * 8)
+    assert model.seen == []

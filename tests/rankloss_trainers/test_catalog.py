@@ -87,9 +87,9 @@ def test_every_loss_has_a_summary_and_its_options_a_help_of_their_own(name: str)
 
 
 @pytest.mark.parametrize("name", catalog.known())
-def test_every_option_of_a_command_line_has_a_type_or_choices(name: str) -> None:
-    for key, option in typed_options(catalog.load(name)).items():
-        assert option.choices or {int, float, str} & {*option.types}, key
+def test_every_option_that_is_not_for_python_alone_has_a_flag(name: str) -> None:
+    named = catalog.load(name)
+    assert typed_options(named).keys() == named.options.keys() - named.python_only
 
 
 def test_defaults_are_those_of_the_library() -> None:
@@ -160,8 +160,9 @@ def test_value_that_an_option_of_a_run_cannot_have_is_refused(key: str, value: A
 
 @pytest.mark.parametrize(("key", "text"), [("lambda_in", "x"), ("top_k", "2.5"), ("diagonal", "x")])
 def test_text_that_is_no_value_of_an_option_is_refused_by_the_command_line(key: str, text: str) -> None:
-    with pytest.raises(argparse.ArgumentError, match=text):
-        parse_command_line(f"--rankclip-{key.replace('_', '-')}", text)
+    typed = f"--rankclip-{key.replace('_', '-')}"
+    with pytest.raises(argparse.ArgumentError, match=f"argument {typed}: must be .*; got '{text}'"):
+        parse_command_line(typed, text)
 
 
 def test_an_error_about_a_default_of_a_preset_says_so() -> None:
@@ -172,14 +173,15 @@ def test_an_error_about_a_default_of_a_preset_says_so() -> None:
 
 def test_an_error_about_a_default_of_joined_losses_says_so() -> None:
     loss, _ = catalog.choose("rankclip-distill+mimicry", {"rankclip-distill": {"model": "top_one"}})
-    with pytest.raises(OptionError, match=r"top_k.*by default of rankclip-distill"):
+    with pytest.raises(OptionError, match=r"got top_k=4 \(top_k: by default of rankclip-distill\)"):
         loss.build(rankloss.ClipLoss(gather=False), ALONE)
 
 
-def test_options_for_python_alone_are_not_typed() -> None:
+def test_an_option_for_python_alone_has_no_flag() -> None:
     assert build_on_clip("rankclip", fixed_reference="text").consistency.options.fixed_reference == "text"
-    with pytest.raises((SystemExit, argparse.ArgumentError)):  # which of them depends on Python's release
-        parse_command_line("--rankclip-fixed-reference", "text")
+    typed = ["--rankclip-fixed-reference", "text"]
+    _, unknown = LossArguments(argparse.ArgumentParser(), ["rankclip"]).parser.parse_known_args(typed)
+    assert unknown == typed
 
 
 PLACE_IN_REFERENCE = "rankloss.reference.cross_modal and in_modal have it"
@@ -209,20 +211,20 @@ def test_trainers_know_the_options_of_the_reference_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "hint"),
     [
-        ("rankclip", "topk", "top_k"),
-        ("mimicry", "reference_features", "teacher"),
-        ("rankclip", "reference", "teacher"),
-        *(("rankclip", key, f"; it is an option of a trainer's run, {key}") for key in OTHER_VALUES),
-        ("rankclip", "distill_loss", "teacher"),
+        ("rankclip", "topk", "did you mean top_k?"),
+        ("mimicry", "reference_features", "it is an option of a trainer's run, teacher"),
+        ("rankclip", "reference", "it is an option of a trainer's run, teacher"),
+        *(("rankclip", key, f"it is an option of a trainer's run, {key}") for key in OTHER_VALUES),
+        ("rankclip", "distill_loss", "a loss that has a teacher leaves it out"),
         ("tiny", "x", "it has weight"),
     ],
 )
-def test_unknown_option_is_refused_with_the_one_that_takes_its_place(name: str, key: str, hint: str) -> None:
+def test_unknown_option_is_refused_with_its_place_or_with_those_that_there_are(
+    name: str, key: str, hint: str
+) -> None:
     with pytest.raises(TypeError) as caught:
         catalog.choose(name, {key: 1})
-    assert f"{name} has no option {key!r}" in str(caught.value)
-    _, _, after_the_key = str(caught.value).partition(key)
-    assert hint in after_the_key
+    assert str(caught.value) == f"{name} has no option {key!r}; {hint}"
 
 
 def a_loss(base, *, weight=0.5, count: int | None = None, kind: Literal["a", "b"] = "a", gather=None):
@@ -349,10 +351,10 @@ def test_each_of_joined_losses_is_typed_with_its_own_options(typed: tuple[str, .
     [
         (("--loss", JOINED, "--tiny-weight", "1"), r"^--tiny-weight: only with --loss tiny"),
         (("--loss", "rankclip+mimcry"), r"^--loss: loss must be one of .*did you mean mimicry"),
-        (("--loss", "clip+mimicry"), "'clip'"),  # the trainer's own loss is no part of a join
+        (("--loss", "clip+mimicry"), r"^--loss: .*; got 'clip', the trainer's own loss, .*: leave it out"),
     ],
 )
-def test_joined_losses_and_options_that_are_not_theirs_are_refused(
+def test_a_join_of_a_name_that_is_no_part_and_an_option_of_another_loss_are_refused(
     typed: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -388,14 +390,14 @@ def test_a_row_that_is_registered_has_its_defaults_and_its_prefix(monkeypatch: p
 
 def test_a_prefix_of_rankloss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, taken=Named(a_loss, prefix="rankclip"), streamed=a_loss)
-    with pytest.raises(ValueError, match="rankclip"):
+    with pytest.raises(ValueError, match="the prefix 'rankclip' of taken is taken"):
         catalog.load("taken")
-    with pytest.raises(ValueError, match="'streamed' of streamed"):
+    with pytest.raises(ValueError, match="the prefix 'streamed' of streamed is taken"):
         catalog.load("streamed")
 
 
 def k_loss(base: Any, *, k: int = 1, gather: Any = None) -> nn.Module:
-    """A loss with an option that, named rankclip-top, it would spell as one of rankclip's."""
+    """A loss whose option k, if its name is rankclip-top, would have the flag of rankclip's top_k."""
     return nn.ModuleList([base])
 
 
@@ -421,7 +423,9 @@ def test_the_help_has_those_options_of_another_package_that_can_be_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, odd=odd_loss)
-    assert "--odd-chunk {auto,N}" in LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
+    page = LossArguments(argparse.ArgumentParser(), ["odd"]).parser.format_help()
+    assert "--odd-chunk {auto,N}" in page
+    assert "--odd-betas" not in page, "a tuple has no spelling"
 
 
 def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +440,7 @@ def test_name_of_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- options of a run ---------------------------------------------------------------------------------------
 
 
-def test_an_error_begins_with_the_flag_of_its_option_or_with_the_losses() -> None:
+def test_an_error_begins_with_the_flag_of_its_option_or_with_that_of_the_loss() -> None:
     losses = catalog.choose("rankclip")
     for loss, key, begins in (
         ("rankclip", "top_k", "--rankclip-top-k: "),
@@ -492,10 +496,10 @@ def test_a_teacher_that_is_not_spelled_as_a_model_is_a_folder_that_has_to_exist_
 @pytest.mark.parametrize(
     ("text", "are_encoders"), [("text=minilm", True), ("image=a,text=b", True), ("ViT-B-32:openai", False)]
 )
-def test_a_teacher_of_named_towers_is_of_encoders(text: str, are_encoders: bool) -> None:
+def test_a_teacher_of_named_towers_is_of_encoders_and_a_model_is_not(text: str, are_encoders: bool) -> None:
     assert Teacher(text).are_encoders is are_encoders
 
 
 def test_an_unknown_model_is_refused_as_a_teacher() -> None:
-    with pytest.raises(OptionError, match=r"^teacher: "):
+    with pytest.raises(OptionError, match=r"^teacher: .*ViT-B-33: unknown model"):
         Teacher("ViT-B-33:openai").check()

@@ -33,8 +33,10 @@ def test_every_loss_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", catalog.known())
-def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """The page shows each option by its flag, a name for its value, its help and its default."""
+def test_the_page_of_a_loss_has_each_option_with_its_own_default(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Each stands there by its flag, a name for its value, its help and its default."""
     loss = catalog.load(name)
     on_one_line = " ".join(printed(capsys, "losses", name).split())
     assert on_one_line.startswith(name)
@@ -53,9 +55,10 @@ def test_a_loss_tells_its_other_defaults_beside_others(capsys: pytest.CaptureFix
     assert f"\nBeside mimicry, rankclip-distill has other defaults: {changed}.\n" in page
 
 
-def test_loss_that_cannot_be_listed_is_named(
+def test_a_loss_that_cannot_be_imported_is_listed_with_the_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And it is offered in place of a misspelt name."""
     register(monkeypatch, mine="no_such_module:LOSS")
     assert "\nmine (p 1.0): cannot be used: ModuleNotFoundError" in printed(capsys, "losses")
     with pytest.raises(SystemExit):

@@ -55,6 +55,7 @@ def test_constant_terms_stay_constants_where_nothing_is_trained() -> None:
     ],
 )
 def test_entries_that_nobody_could_train_or_log_are_refused(entries: Any, message: str) -> None:
+    """The errors name the loss's class, str, as the loss of these tests is a text."""
     with pytest.raises(ValueError, match=re.escape(message)):
         Entries.of("a loss", entries)
 

@@ -101,7 +101,7 @@ def test_module_that_is_not_there_stays_missing(events: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "the other first"])
-def test_another_delegating_finder_asks_back_without_an_end(events: list[str], ours_first: bool) -> None:
+def test_a_search_ends_where_another_finder_asks_ours_back(events: list[str], ours_first: bool) -> None:
     class Other:
         """A finder that asks all others, as ours does; ours asks it back, which has to end."""
 

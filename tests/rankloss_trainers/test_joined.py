@@ -107,7 +107,7 @@ def test_the_softmax_of_two_encoders_and_spread_is_there_by_options() -> None:
         ("rankclip-in+rankclip-encoders", "rankclip-encoders", "weight", 8.0),  # as alone
     ],
 )
-def test_rankclip_distill_and_mimicry_have_other_defaults_beside_each_other(
+def test_rankclip_distill_and_mimicry_have_other_defaults_beside_each_other_alone(
     name: str, loss: str, key: str, value: Any
 ) -> None:
     """In either order, as docs/teachers.md has them."""
@@ -133,7 +133,9 @@ def test_a_loss_in_place_of_the_trainers_is_the_innermost_wherever_it_stands(nam
     losses = choose(f"rankclip+{name}+mimicry", options)
     assert [loss.name for loss in losses] == [name, "rankclip", "mimicry"]
     last, first = (runtime_of(joined, options) for joined in (f"rankclip+{name}", f"{name}+rankclip"))
-    assert type(last.criterion.base) is type(first.criterion.base)
+    assert str(last.criterion) == str(first.criterion), "their classes and options"
+    for run in (last, first):
+        assert run.own_base not in run.criterion.modules(), "the loss stands in its place"
 
 
 def test_another_packages_chunk_size_and_memory_budget_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,24 +211,26 @@ def without_common_space(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
-def test_a_teacher_without_a_common_space_ranks_no_cross_modal_lists(
+def test_a_teacher_without_a_common_space_is_refused_for_cross_modal_lists(
     name: str, without_common_space: str
 ) -> None:
     with pytest.raises(ValueError, match="lambda_cross must be 0"):
         runtime_of(name, {}, without_common_space)
 
 
-def test_a_teacher_without_a_common_space_ranks_the_in_modal_lists(without_common_space: str) -> None:
+def test_a_teacher_without_a_common_space_is_taken_for_in_modal_lists(without_common_space: str) -> None:
     assert runtime_of("rankclip-in", {}, without_common_space).teaching.use == "required"
 
 
-def test_a_teacher_without_a_common_space_is_not_copied_beside_its_ranks(without_common_space: str) -> None:
+def test_a_teacher_without_a_common_space_is_refused_for_a_copy_beside_its_ranks(
+    without_common_space: str,
+) -> None:
     with pytest.raises(ValueError, match="mimicry cannot copy"):
         runtime_of("rankclip-in+mimicry", {}, without_common_space)
 
 
 @pytest.mark.parametrize("name", ["rankclip", "rankclip-distill"])
-def test_a_folder_of_a_common_space_ranks_all_lists(name: str, tmp_path: Path) -> None:
+def test_a_folder_of_a_common_space_is_taken_for_all_lists(name: str, tmp_path: Path) -> None:
     assert runtime_of(name, {}, folder_of_teacher(tmp_path, "common")).teaching.use == "required"
 
 

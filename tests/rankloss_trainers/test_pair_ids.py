@@ -57,7 +57,9 @@ def test_integers_are_ids_as_they_are() -> None:
         pytest.param(["a", None], "row 1 has NoneType None", id="None"),
         pytest.param([1, math.nan], "row 1 has float nan", id="NaN"),
         pytest.param([True, False], "row 0 has bool True", id="bool"),
-        pytest.param([("a", "b")], "tuple", id="tuple"),
+        pytest.param([("a", "b")], "row 0 has tuple", id="tuple"),
+        pytest.param(["a", ""], "row 1 has none: ''", id="an empty text that is no caption"),
+        pytest.param("ab", "must be several, one for each row; got 'ab'", id="one text"),
         pytest.param([1, "1"], "id .*1 in row 0 .*'1' in row 1", id="integer and text"),
         pytest.param([2**63], "9223372036854775808 in row 0", id="beyond int64"),
         pytest.param(torch.ones(3), r"id .*float32 \[3\]", id="float tensor"),
@@ -196,21 +198,28 @@ def test_ids_reach_a_sigmoid_base_under_other_terms(name: str, same_id: str) -> 
     loss = rankloss_trainers.create(name, base, gather=ALONE, **options_of_ids(name, same_id))
     bases = [part for part in loss.modules() if isinstance(part, rankloss.SigLipLoss)]
     assert [base.same_id for base in bases] == [same_id]
+    inputs = inputs_of(name.rpartition("+")[2]) | inputs_of("siglip-streamed")
+    ids = inputs.pop("pair_ids", IDS)
+    pairs = {key: inputs[key] for key in ("image_features", "text_features", "logit_scale", "logit_bias")}
+    loss.set_progress(3, 3)
+    entries = loss(**inputs, pair_ids=ids, output_dict=True)
+    expected = rankloss.SigLipLoss(same_id=same_id)(**pairs, pair_ids=ids)
+    torch.testing.assert_close(entries["contrastive_loss"], expected)
 
 
 @pytest.mark.parametrize(
-    ("ids", "share", "warnings"),
+    ("ids", "share", "number_of_warnings"),
     [
         pytest.param(IDS, WITH_A_PARTNER, 0, id="partners"),
         pytest.param(torch.arange(8), 0.0, 1, id="no partner"),
     ],
 )
 def test_the_log_has_the_share_of_pairs_with_a_partner_and_warns_once_of_none(
-    caplog: pytest.LogCaptureFixture, ids: Tensor, share: float, warnings: int
+    caplog: pytest.LogCaptureFixture, ids: Tensor, share: float, number_of_warnings: int
 ) -> None:
     loss, log = rankloss.ClipLoss(same_id="ignore", gather=False), PartnersLog()
     steps = 150  # more than the hundred after which the warning comes
     with caplog.at_level(logging.WARNING, "rankloss_trainers"):
         entries = [log(loss, {}, step, {"pair_ids": ids}) for step in range(steps)]
     assert {entry["pairs_with_partner"].item() for entry in entries} == {share}
-    assert len(caplog.records) == warnings
+    assert len(caplog.records) == number_of_warnings

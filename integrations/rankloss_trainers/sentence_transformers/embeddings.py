@@ -42,7 +42,12 @@ class EmbeddingLoss(nn.Module):
         self.model, self.scale, self.mini_batch_size = model, scale, mini_batch_size
 
     def embedded(self, column: dict[str, Tensor]) -> Tensor:
-        """The embeddings of a column, divided by their norms, in float32 at least."""
+        """The embeddings of a column, divided by their norms, in float32 at least.
+
+        Raises:
+            ValueError: for mini-batches of a model that is compiled as a whole, or whose layers
+                sentence-transformers keeps.
+        """
         unwrapped = extract_model_from_parallel(self.model)
         self._check_keeps_no_layers(unwrapped)
         split = Split.of_pairs(column, self.mini_batch_size)

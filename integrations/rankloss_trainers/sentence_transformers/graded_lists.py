@@ -59,9 +59,10 @@ class RankedListsCollator(SentenceTransformerDataCollator):
     row of each candidate in this column, or −1 for padding, and the bits of its grade.
 
     Raises:
-        ValueError: unless the rows have these three columns; for a list without candidates, a grade for each
-            candidate missing, a grade that is no number or NaN, and a query twice in a batch, whose lists
-            would be negatives of each other. The message names the row of the batch and shows the query.
+        ValueError: unless the rows have these columns; for a list without candidates or of another number of
+            grades, a grade that is no number, NaN or +∞, a text twice in a list with two grades, and a query
+            twice in a batch, whose lists would be negatives of each other. The message names the row of the
+            batch and shows the query.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:

@@ -73,9 +73,9 @@ class ContrastiveLoss(EmbeddingLoss):
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch. By
             default a column is embedded at once.
         output_dict: Return the terms by name, which the trainer adds up and logs, and with them λ and other
-            values, which it only logs. False returns their sum, which a loss that is wrapped in another
-            (``MatryoshkaLoss``) has to. A raw term is logged from the first line on of whose steps all have λ
-            above 0.
+            values, which it only logs. False returns the sum of the terms, which a loss that is wrapped in
+            another (``MatryoshkaLoss``) has to. The first line with a raw term is the first all of whose
+            steps have λ above 0.
         gather: The gathering of a named loss, see :class:`rankloss.Gather`.
         **run_options: The other options of a run, see :class:`RunOptions
             <rankloss_trainers.run_options.RunOptions>`.
@@ -220,7 +220,7 @@ class ContrastiveLoss(EmbeddingLoss):
             return {"pair_ids": hash_tokens(texts, getattr(first_module, "tokenizer", None))}
         if labels is None:
             raise ValueError("clip-ids needs a column label of integers, the ids of the pairs")
-        return {"pair_ids": labels}
+        return {"pair_ids": labels}  # the key is "label": __init__ refuses any other
 
     def _warn_of_unused_labels(self) -> None:
         """Warn once of labels that are neither a teacher's nor ids, such as grades of the pairs."""

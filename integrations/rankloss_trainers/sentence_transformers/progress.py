@@ -140,16 +140,16 @@ def _check_labels(dataset: Any) -> None:
 
 
 class Binding(enum.Enum):
-    """The columns of data, as the folder knows them that their label may bind them to."""
+    """The relation of a dataset of pairs to a folder of features, as the first row's label tells it."""
 
-    NONE = "the label is of another kind"
+    NONE = "no label of a row and its hash binds the data to the folder"
     IMAGES_FIRST = "the first column has the folder's images"
     IMAGES_SECOND = "the second column has the folder's images"
     OTHER = "the columns are not those of the folder's pairs"
 
 
 def _binding(folder: Features, dataset: Any) -> Binding:
-    """How the columns of data are bound to a folder: its first label is a row of it, and that pair's hash."""
+    """The binding of a dataset to a folder, by its first label: a row of the folder, and that pair's hash."""
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         return Binding.NONE
     columns = [name for name in dataset.column_names if name not in ("label", "dataset_name")]

@@ -73,8 +73,9 @@ class RankedListsCollator:
     Raises:
         TypeError: for a processor without these two.
         ValueError: for rows without these columns, a query or candidates of another kind, a list without
-            candidates, a grade for each missing, or a grade that is no number, NaN or +∞. The message names
-            the row of the batch and shows the query.
+            candidates or of another number of grades, a grade that is no number, NaN or +∞, a text twice in
+            a list with two grades, or, with ``unique``, a query twice. The message names the row of the
+            batch and shows the query.
     """
 
     processor: Any
@@ -264,7 +265,7 @@ def check_loader(loader: Any) -> None:
 
 
 def check_run(run: Runtime) -> None:
-    """Raise an OptionError for options that are for other trainers."""
+    """Raise a ValueError for a loss with ids of pairs, an OptionError for options of open_clip's trainer."""
     if run.id_key is not None:
         raise ValueError(f"{run.name} needs a table of pairs; one of lists has no ids")
     for loss in run.losses:

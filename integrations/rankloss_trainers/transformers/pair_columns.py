@@ -29,7 +29,7 @@ def collate_pairs(
     Raises:
         ValueError: The examples are not bound to the folder, or have features beside it; they are bound and
             there is no folder; the features are no teacher's; there is no column of ids, or its values are
-            none.
+            no ids.
     """
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
     of_loss: dict[str, Any] = {}

@@ -68,9 +68,10 @@ class Retrieval:
         self._batches.append({name: column.cpu() for name, column in zip(columns, gathered, strict=True)})
 
     def measure(self) -> dict[str, float]:
-        """:func:`rankloss.metrics.recall` of all pairs, for k up to their number; NaN if the features are.
+        """:func:`rankloss.metrics.recall` of all pairs, for k up to the distinct pictures and captions.
 
-        And ``mean_R@1``, the mean of the images' R@1 and the texts'.
+        And ``mean_R@1``, the mean of the images' R@1 and the texts'. All are NaN if a feature is not finite;
+        nothing is measured where no pair was added. The pairs are forgotten.
         """
         if not self._batches:
             return {}

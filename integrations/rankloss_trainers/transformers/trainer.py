@@ -44,7 +44,7 @@ class ContrastiveTrainer(transformers.Trainer):
     """``transformers.Trainer`` with a loss of rankloss's catalogue.
 
     For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``. A
-    ``compute_loss`` of one's own belongs into ``Mine`` and calls ``super().compute_loss``. A training that
+    ``compute_loss`` of one's own belongs in ``Mine`` and calls ``super().compute_loss``. A training that
     never does so ends before its first step.
 
     - λ follows the optimizer steps, ``global_step`` of ``max_steps``, in a run of fewer than ten epochs or of
