@@ -57,7 +57,7 @@ def report_damage(error: Exception) -> None:
 
 
 def asks_for_loss(words: list[str]) -> bool:
-    """True if a command line has ``--loss``; the trainer's own parser reads it as ``--loss-dist-impl``."""
+    """True for ``--loss`` or ``--los``, which the trainer's own parser reads as ``--loss-dist-impl``."""
     flags = {word.partition("=")[0] for word in words}
     return "--loss" in flags or "--los" in flags  # a shorter one is ambiguous
 
@@ -74,8 +74,9 @@ def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:
     """Let ``--loss`` work in a trainer that is laid out like open_clip's: its old one, or a fork.
 
     The trainer's main module holds, or imports by name, three functions: the one that builds the loss from
-    the parsed arguments, ``parse_args`` (by argparse), and ``train_one_epoch``. They are patched in that
-    module, if all of them are recognised. Call it before the trainer's ``main()``::
+    the parsed arguments, ``parse_args``, which returns a namespace of argparse, and ``train_one_epoch``. They
+    are patched in that module, and the functions that read its data in the module of its ``get_data``, if it
+    has one: all of them, or none where an error is raised. Call it before the trainer's ``main()``::
 
         import rankloss_open_clip
         import training.main
@@ -88,8 +89,8 @@ def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:
         create_loss: The name of the function that builds the loss.
 
     Raises:
-        AttributeError: The module has not these functions, or its parser is not argparse's.
-        TypeError: Their parameters are others than in open_clip's trainer.
+        AttributeError: The module has not these functions.
+        TypeError: A function's parameters are others than in open_clip's trainer.
     """
     from rankloss_open_clip import patches
 

@@ -116,14 +116,16 @@ class _Copied(io.StringIO):
 
 
 def requested(args: Any) -> str | None:
-    """The loss of the catalogue that the trainer's parsed arguments ask for.
+    """The loss of the catalogue that the trainer's parsed arguments ask for; None without one.
+
+    The trainer's own losses are not of the catalogue.
 
     Raises:
         RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
     """
     dist_impl: Any = getattr(args, "loss_dist_impl", None)
-    is_dist_impl = dist_impl in (None, "bidir", "shift", "reduce", "gather")  # open_clip's own values
-    if not is_dist_impl and _is_named(dist_impl):
+    is_trainers_own = dist_impl in (None, "bidir", "shift", "reduce", "gather")
+    if not is_trainers_own and _is_named(dist_impl):
         raise RuntimeError(
             f"--loss {dist_impl} was read as --loss-dist-impl {dist_impl}: start the training with "
             "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
@@ -142,6 +144,11 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> tuple
     Returns:
         The trainer's arguments, with ``--loss`` :class:`Arguments`, which have the values of all options of
         the losses; and the losses, None for the trainer's own.
+
+    Raises:
+        SystemExit: The command line has an error, or asks for help, which is printed.
+        ImportError: A loss is asked for, and a module of the trainer could not be patched.
+        RuntimeError: As :func:`requested`.
     """
     parser = _parser()
     losses = LossArguments(parser, mentioned(argv))

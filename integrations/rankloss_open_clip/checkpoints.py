@@ -20,7 +20,9 @@ KEY = "rankloss_open_clip"
 
 
 def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
-    """Give the loss of a run that begins its state back, if it has one, and let checkpoints have it.
+    """When a run begins, restore the state of its loss if it is resumed, and let checkpoints have the state.
+
+    Under FSDP neither is possible, and a state starts anew.
 
     Args:
         loss: The loss.
@@ -30,6 +32,7 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
 
     Raises:
         RuntimeError: The loss has a state of tensors, and there is no optimizer.
+        ValueError: As :meth:`rankloss_trainers.runtime.Runtime.restore`.
     """
     has_state = bool(loss.criterion.state_dict())
     if optimizer is None:

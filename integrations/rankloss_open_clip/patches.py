@@ -31,18 +31,26 @@ def patch(module: ModuleType) -> None:
         AttributeError: No function is there to patch.
         TypeError: A function has other parameters than in open_clip's trainer.
     """
-    if not _wrap(vars(module), _WRAPPERS):
+    wrapped = _wrapped(vars(module), _WRAPPERS)
+    if not wrapped:
         raise AttributeError(f"{module.__name__} has none of {', '.join(_WRAPPERS)}")
+    vars(module).update(wrapped)
 
 
 def patch_trainer(module: ModuleType, create_loss: str) -> None:
-    """Patch the main module of a trainer, all of it or nothing; see :func:`rankloss_open_clip.attach`."""
+    """Patch the main module of a trainer, and the module of its data: both, or none if an error is raised.
+
+    For the arguments and the errors see :func:`rankloss_open_clip.attach`.
+    """
     for name in (create_loss, "parse_args", "train_one_epoch"):
         if not callable(getattr(module, name, None)):
             raise AttributeError(f"{module.__name__} has no function {name}")
-    _wrap(vars(module), {**_WRAPPERS, create_loss: _WRAPPERS["create_loss"]})
-    if hasattr(module, "get_data"):
-        _wrap(inspect.unwrap(module.get_data).__globals__, _WRAPPERS)  # the functions that read the data
+    namespaces = [(vars(module), {**_WRAPPERS, create_loss: _WRAPPERS["create_loss"]})]
+    if hasattr(module, "get_data"):  # beside which are the functions that read the data
+        namespaces.append((inspect.unwrap(module.get_data).__globals__, _WRAPPERS))
+    wrapped = [_wrapped(names, wrappers) for names, wrappers in namespaces]  # raises before any is replaced
+    for (names, _), functions in zip(namespaces, wrapped, strict=True):
+        names.update(functions)
 
 
 # --- wrapping -------------------------------------------------------------------------------------------
@@ -50,17 +58,15 @@ def patch_trainer(module: ModuleType, create_loss: str) -> None:
 _PATCHED = "_rankloss_open_clip_patched"
 
 
-def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
-    """Wrap the functions that a module's namespace has, each once; True if it has any."""
-    originals = {name: names[name] for name in wrappers if name in names}
-    replaced = {}
-    for name, original in originals.items():
+def _wrapped(names: Mapping[str, Any], wrappers: Mapping[str, Wrapper]) -> dict[str, Any]:
+    """The functions of a module's namespace that have a wrapper, each wrapped once, by their names."""
+    functions = {name: names[name] for name in wrappers if name in names}
+    for name, original in functions.items():
         # The mark sits on the function, not on the module: a reloaded module has new functions to patch.
         if not getattr(original, _PATCHED, False):
-            replaced[name] = functools.wraps(original)(wrappers[name](original))
-            setattr(replaced[name], _PATCHED, True)
-    names.update(replaced)
-    return bool(originals)
+            functions[name] = functools.wraps(original)(wrappers[name](original))
+            setattr(functions[name], _PATCHED, True)
+    return functions
 
 
 def _with_loss(replacement: str, *layouts: set[str]) -> Wrapper:

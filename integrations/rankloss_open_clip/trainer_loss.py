@@ -52,8 +52,8 @@ class Place(NamedTuple):
 class TrainerLoss(Runtime):
     """Losses in open_clip's trainer, which takes their terms and their metrics in one dict.
 
-    The trainer announces epochs and no steps, so the calls of each epoch are counted. There is no other
-    state, so a resumed run is where an uninterrupted one would be.
+    The trainer announces epochs and no steps, so the calls of each epoch are counted. The schedule depends on
+    nothing else, so λ of a resumed run is that of an uninterrupted one.
 
     Args:
         args: The trainer's parsed arguments.

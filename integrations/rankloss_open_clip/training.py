@@ -92,8 +92,8 @@ def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
     """Parts of the trainer in words, with True for those that are in use and that the losses exclude."""
     args = run.args
     replaces_loss = any(loss.replaces for loss in run.losses)
-    takes_more_texts = any(loss.columns is not None for loss in run.losses)
-    takes_columns = takes_more_texts or run.teaching.teacher is not None  # whose rows are a column
+    has_columns = any(loss.columns is not None for loss in run.losses)
+    takes_columns = has_columns or run.teaching.teacher is not None  # whose rows are a column
 
     horovod = _flags(args, "horovod")
     model = getattr(args, "model", "").lower()
@@ -114,8 +114,8 @@ def _exclusions(run: TrainerLoss) -> list[tuple[str, bool]]:
         ("CoCa", is_coca and (replaces_loss or takes_columns)),
         (f"{trainers_teacher}, whose loss it would replace", replaces_loss and keeps_distillation),
         (
-            f"{trainers_teacher}, whose teacher takes one caption per image",
-            takes_more_texts and trainers_teacher != "",
+            f"{trainers_teacher}, whose teacher takes captions alone",
+            has_columns and trainers_teacher != "",
         ),
     ]
 
@@ -188,9 +188,10 @@ def read_data_of_teacher(run: TrainerLoss) -> Any:
 
 
 def check_csv(run: TrainerLoss) -> None:
-    """Check a CSV file of training data, with all columns beside the pairs, as far as they are known.
+    """Check a CSV file of training data, with all columns beside the pairs.
 
-    Samples of a webdataset are checked when they are read.
+    The column of a teacher is there if its features are; those that are still to be computed have no rows to
+    compare. Samples of a webdataset are checked when they are read.
 
     Raises:
         ValueError: The file lacks a column, a row of it is not the folder's, or its list or id is wrong.
@@ -242,7 +243,10 @@ def create_task(original: Callable[..., Any], bound: BoundArguments) -> Any:
 
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
-    """The losses of a run on the loss that the trainer built, which are logged. See :class:`TrainerLoss`."""
+    """The losses of a run, on the loss that the trainer built, after a line of log that names them.
+
+    For ``sums_every_value`` see :class:`TrainerLoss`.
+    """
     if isinstance(base, TrainerLoss):  # from a patched factory that the original has called
         return base
     loss = run_of(args).on(base).to(getattr(args, "device", None))

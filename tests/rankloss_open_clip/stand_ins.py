@@ -45,6 +45,7 @@ def completed_args(args: Any) -> Any:
 
 
 def random_features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """The output of a model for n pairs: unit rows of width 5, and the scale, each with a gradient."""
     generator = torch.Generator().manual_seed(seed)
     rows = normalize(torch.randn(2, n, 5, generator=generator, dtype=torch.float64), dim=-1).float()
     scale = torch.tensor(8.0, requires_grad=True)

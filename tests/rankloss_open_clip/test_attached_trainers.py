@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,17 @@ def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, definiti
     with pytest.raises((TypeError, AttributeError), match=f"fork.*{name}"):
         rankloss_open_clip.attach(fork)
     assert vars(fork) == before
+
+
+def test_trainer_whose_data_are_read_in_another_way_is_not_patched(fork: Any) -> None:
+    """The functions that read them are in the module of ``get_data``, here another than the main one."""
+    module_of_data = ModuleType("module_of_data")
+    exec("def get_data(args): pass\ndef get_csv_dataset(path): pass", vars(module_of_data))
+    fork.get_data = vars(module_of_data)["get_data"]
+    before = [dict(vars(module)) for module in (fork, module_of_data)]
+    with pytest.raises(TypeError, match=r"get_csv_dataset has unknown parameters: \(path\)"):
+        rankloss_open_clip.attach(fork)
+    assert [vars(fork), vars(module_of_data)] == before
 
 
 @pytest.mark.parametrize(

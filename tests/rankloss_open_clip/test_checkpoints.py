@@ -227,10 +227,27 @@ def test_resuming_with_another_loss_or_option_warns_once_and_shows_both(
     assert caplog.messages == messages
 
 
+def test_under_fsdp_a_state_starts_anew_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """The checkpoint is not opened: there is none. A run that begins warns of nothing."""
+    assert state_at_the_begin_of(0, fsdp=True) == STATE_OF_A_NEW_LOSS
+    assert not caplog.records
+    assert state_at_the_begin_of(1, fsdp=True, resume="x.pt") == STATE_OF_A_NEW_LOSS
+    (logged,) = caplog.messages
+    assert logged.endswith("holds no state of a loss: the state of tiny-caption starts anew")
+
+
+def test_a_state_that_no_optimizer_can_save_is_an_error() -> None:
+    args = arguments("tiny-caption")
+    with pytest.raises(
+        RuntimeError, match="tiny-caption has a state, and this trainer's epochs no optimizer"
+    ):
+        begin_epoch(loss_of(args), 0, args, optimizer=None)
+
+
 def test_under_fsdp_a_loss_without_a_state_adds_nothing_to_an_optimizer_and_says_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """FSDP saves the optimizer's own entries alone. The checkpoint, which is not there, is not opened."""
+    """FSDP saves the optimizer's own entries alone. The checkpoint is not opened: there is none."""
     optimizer, args = stepped_optimizer(), arguments("tiny", fsdp=True, resume="x.pt")
     begin_epoch(loss_of(args), 1, args, optimizer)
     assert not optimizer._optimizer_state_dict_post_hooks  # by which a loss's state is saved
@@ -247,10 +264,8 @@ def test_a_run_that_begins_with_a_file_of_weights_alone_has_a_new_state(
 
 def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for loads that do not say what they are
-    path = tmp_path / "epoch_1.pt"
-    torch.save(
-        {"epoch": 1, "optimizer": Pickled(tmp_path / "made")}, path
-    )  # which makes a folder when it is loaded
+    path, made = tmp_path / "epoch_1.pt", tmp_path / "made"
+    torch.save({"epoch": 1, "optimizer": Pickled(made)}, path)  # which makes the folder if its code runs
     with pytest.raises(pickle.UnpicklingError):
         state_at_the_begin_of(1, resume=str(path))
-    assert not (tmp_path / "made").exists()
+    assert not made.exists()

@@ -141,7 +141,7 @@ def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 def damages(file: str) -> dict[str, str | None]:
-    """What a damaged file holds, by the damage; None where it is gone."""
+    """The contents of a damaged file, by the damage; None where it is gone."""
     lines = WHOLE[file].splitlines(keepends=True)
     return {"gone": None, "empty": "", "cut": "".join(lines[: len(lines) // 2])}
 

@@ -70,7 +70,12 @@ bad_lists = pytest.mark.parametrize(
             "own caption 'a1' cannot be above all candidates and among them, in",
             id="own caption among the candidates",
         ),
-        pytest.param(["x", "y"], [1e308, 1], "1e\\+308", id="no finite grade is above all"),
+        pytest.param(
+            ["x", "y"],
+            [2.0**1023, 1],
+            r"grades must be below 2\*\*1023, .* got 8\.98\d*e\+307 in",
+            id="a grade whose double is infinite",
+        ),
         pytest.param(
             ["a", "b", "c", "d"],
             [1, 1, 1, 1],
@@ -100,6 +105,16 @@ def test_a_bad_list_of_a_webdataset_is_refused_by_its_sample(
     with pytest.raises(ValueError, match=message) as error:
         column.read_sample(sample_of("7", candidates, grades), caption="a1", image=b"")
     assert "sample '7' of x.tar" in str(error.value)
+
+
+def test_the_own_caption_has_a_finite_grade_above_the_highest_that_is_taken() -> None:
+    highest = math.nextafter(2.0**1023, 0)
+    column = Candidates(own_caption="top", max_candidates=2)
+    text = column.read_sample(sample_of("7", ["x", "y"], [highest, 1]), caption="a1", image=b"")
+    _picture_id, _own_id, captions, (top, *others) = json.loads(text)
+    assert captions == ["a1", "x", "y"]
+    assert math.inf > top > highest
+    assert others == [highest, 1]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +163,7 @@ def one_token_each(captions: list[str]) -> Tensor:
 
 
 def evaluate_with_negatives(column: Candidates, texts: list[str]) -> Tensor:
-    """The loss, with in-batch negatives, of a batch of the column's texts; of some features."""
+    """The loss of a batch, with in-batch negatives: of lists that the column has read, and some features."""
     encoded = column.encode(one_token_each, texts)
     own_captions_and_two_candidates_each = 3 * len(texts)
     features = {
@@ -327,12 +342,13 @@ def test_a_run_is_a_loop_of_ones_own(
 @pytest.mark.parametrize(
     ("section", "commands_there"), [("Hard negatives", 1), ("In open_clip's trainer", 2)]
 )
-def test_the_pages_file_and_commands_are_read(
+def test_the_pages_commands_are_accepted_and_its_file_is_read(
     trainer: Trainer, data: dict[str, list[str]], section: str, commands_there: int
 ) -> None:
     """The section's table with this test's pictures, and the options of its commands from ``--loss`` on.
 
-    A command for a webdataset has this file's shard in place of the page's.
+    A command for a webdataset has this file's shard in place of the page's. A shard is not read before it is
+    trained on; a CSV file is, when the command line is parsed.
     """
     text = PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
     (table,) = re.findall(r"^```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -31,13 +31,8 @@ from samples import add_sample
 pytestmark = pytest.mark.slow
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
-METRICS = [
-    "rank_lambda",
-    "cross_modal_raw",
-    "in_modal_raw",
-    "cross_modal_tau",
-    "in_modal_tau",
-]  # logged alone
+METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
+"""The entries that are logged, and not trained."""
 EPOCHS = 3
 STRATEGIES = ("task", "step", "model")
 UNCROPPED = ["--aug-cfg", "scale=(1.0,1.0)", "--loss-agreement-every", "1"]  # for one step an epoch

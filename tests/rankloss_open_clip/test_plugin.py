@@ -54,8 +54,8 @@ def test_the_factorys_patched_function_is_that_of_the_package() -> None:
     assert open_clip.create_loss is open_clip.factory.create_loss
 
 
-def test_a_run_without_a_loss_imports_no_loss() -> None:
-    """Nor the runtime: of rankloss it has the patches."""
+def test_a_command_line_without_a_loss_imports_no_loss_when_it_is_parsed() -> None:
+    """Nor the runtime: of rankloss the process has the patches."""
     script = """
 import sys
 import torch  # which loads the plug-in, by its entry point
@@ -85,11 +85,11 @@ def test_patched_function_keeps_source_signature_and_pickle(function: Any) -> No
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        pytest.param("open_clip.factory", "", "create_loss", id="no such function"),
+        pytest.param("open_clip.factory", "", "has none of create_loss, ", id="no such function"),
         pytest.param(
             "open_clip_train.train",
             "def train_one_epoch(trainer): pass",
-            "trainer",
+            "train_one_epoch has unknown parameters: (trainer)",
             id="a function with other parameters",
         ),
     ],
@@ -108,7 +108,7 @@ def test_unknown_layout_is_kept_as_a_failure(
 PATCHES, HOOK = "rankloss_open_clip.patches", "rankloss_trainers.import_hook"
 
 
-def test_a_trainer_whose_patches_fail_refuses_a_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_whose_patches_fail_refuses_nothing_but_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rankloss_open_clip, "failures", {})
     monkeypatch.setattr(rankloss_open_clip, "_reported", True)  # no warning
     monkeypatch.setitem(sys.modules, PATCHES, None)  # an import of it fails
@@ -218,7 +218,7 @@ def task_trainer() -> TaskTrainer:
 
 @pytest.fixture
 def entries_of_second_epoch(task_trainer: TaskTrainer) -> Any:
-    """What the loss of a task returns after its second epoch of three began."""
+    """The dict that the loss of a task returns after its second epoch of three began."""
     args = arguments()
     task = task_trainer.factory.create_task(args, model=None)
     state = SimpleNamespace(task=task, epoch=1, optimizer=None)
@@ -244,6 +244,6 @@ def test_a_task_without_a_loss_keeps_the_trainers(task_trainer: TaskTrainer) -> 
     assert type(task_trainer.factory.create_task(SimpleNamespace(), model=None).loss) is LossOfTrainer
 
 
-def test_what_cannot_be_trained_with_a_loss_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="Identity"):
+def test_an_epoch_with_another_loss_than_the_one_asked_for_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="--loss rankclip was given, but the trainer trains with Identity"):
         begin_epoch(nn.Identity(), 0, arguments())

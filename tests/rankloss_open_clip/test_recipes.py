@@ -1,4 +1,4 @@
-"""The scripts of ``examples``: what the shell makes of their commands, what the trainer parses and runs."""
+"""The scripts of ``examples``: their commands as the shell expands them, and as the trainer runs them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def whole_batch(args: argparse.Namespace, launch: str) -> int:
 
 
 @each_recipe
-def test_a_recipe_trains_a_known_model_with_its_loss_under_its_name(command: Command, name: str) -> None:
+def test_a_recipe_asks_for_a_known_model_and_for_its_loss_under_its_name(command: Command, name: str) -> None:
     args = parsed_recipe(command, name)
     assert args.loss == ("rankclip-distill" if name.endswith("-distill") else "rankclip")
     assert args.rankclip_schedule == "rankclip"

@@ -250,6 +250,12 @@ def test_samples_without_any_column_are_an_error_that_shows_the_last_one_read(co
         read_samples([SECOND_CAPTION], *[{"txt": b"a"}] * count)
 
 
+def test_the_last_sample_without_a_column_is_shown_where_samples_without_a_caption_follow() -> None:
+    without_caption: list[dict[str, Any]] = [{}, {}]
+    with pytest.raises(ValueError, match=r"the last one, '1', has jpg, txt$"):
+        read_samples([SECOND_CAPTION], {"txt": b"a"}, {"txt": b"b"}, *without_caption)
+
+
 def test_samples_without_a_column_are_skipped_where_one_of_the_first_hundred_has_it() -> None:
     samples = [{"txt": b"a"}] * 99 + [{"txt": b"a", "syn": b"b"}] + [{"txt": b"a"}] * 200
     assert [sample["__key__"] for sample in read_samples([SECOND_CAPTION], *samples)] == ["99"]

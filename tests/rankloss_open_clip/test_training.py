@@ -1,4 +1,4 @@
-"""The progress that a loss in open_clip's trainer counts from its calls."""
+"""A loss in open_clip's trainer counts its steps from its calls; losses of pairs under autocast."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rankloss_open_clip.training import build_loss
 
 
 def loss_of_a_run() -> TrainerLoss:
+    """RankCLIP in the trainer, on a loss of the trainer that is a stand-in."""
     return build_loss(
         LossOfTrainer(),
         completed_args(parse_args(["--loss", "rankclip", "--device", "cpu"])),

@@ -88,7 +88,7 @@ class Candidates:
     # --- reading ---
 
     def read_rows(self, path: str, separator: str, dataset: Any) -> list[str]:
-        """The two columns of a CSV file.
+        """The list of each row of a CSV file, from two columns, as text for :meth:`encode`.
 
         Raises:
             ValueError: The file lacks one, or a row's list is wrong:
@@ -111,10 +111,12 @@ class Candidates:
         ]
 
     def read_sample(self, sample: dict[str, Any], caption: str, image: bytes) -> str:
-        """The two members of a webdataset sample, which are taken out of it; its picture is its content.
+        """The list of a webdataset sample, from two members, which are taken out of it, as text.
+
+        A picture has the id of its content: equal pictures are one, whatever the keys of their samples.
 
         Raises:
-            ValueError: The sample lacks one, or its list is wrong.
+            ValueError: The sample lacks a member, its list is wrong, or ``max_candidates`` is None.
         """
         where = named_sample(sample)
         for member in (f"{CANDIDATES}.json", f"{GRADES}.json"):
@@ -142,7 +144,8 @@ class Candidates:
             where: The place of the list in the data, for the errors.
 
         Raises:
-            ValueError: The list is wrong, too long, or has the own caption twice.
+            ValueError: The list is wrong or too long; or the own caption has a place of its own, and is among
+                the candidates, too, or cannot have a finite grade above theirs.
         """
         graded = check_list(_parsed(candidates, where), _parsed(grades, where), where)
         captions = [candidate for candidate, _ in graded]
@@ -163,7 +166,10 @@ class Candidates:
             )
         top = 2 * max(0.0, *values) + 1  # above all: doubled, as adding 1 leaves a large number as it is
         if math.isinf(top):
-            raise ValueError(f"no finite grade for the own caption is above {max(values)}, in {where}")
+            raise ValueError(
+                "grades must be below 2**1023, so that twice the highest, the own caption's grade, is "
+                f"finite; got {max(values)} in {where}"
+            )
         return [str(caption), *captions], [top, *values]
 
     # --- tokenizing ---
@@ -206,7 +212,7 @@ class Candidates:
     # --- the model ---
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
-        """The texts, then the candidates of all lists, padding left out."""
+        """The tokens of the texts, then of the candidates of all lists, padding left out."""
         fields = _Fields.of(encoded, self._places)
         has_candidate = fields.mask[:, self.own_places :]  # [B, candidates]
         candidates, context = has_candidate.shape[1], texts.shape[1]
@@ -239,7 +245,11 @@ class Candidates:
 
 
 def _parsed(cell: Any, where: str) -> Any:
-    """The list in a cell or a member."""
+    """The content of a cell or a member, which should be a list.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
     try:
         return json.loads(cell)
     except (TypeError, ValueError) as error:

@@ -35,7 +35,11 @@ class RowColumn:
         self._widths = {f"reference_{name}": array.shape[1] for name, array in folder.arrays.items()}
 
     def read_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
-        """The numbers of the rows, once every pair is compared with the folder's, and some pictures."""
+        """The numbers of the rows, once every pair is compared with the folder's, and some pictures.
+
+        Raises:
+            ValueError: A pair or a picture is not the folder's.
+        """
         self.folder.compare_columns(dataset.captions, dataset.images, path)
         self._images, self._file = dataset.images, path
         self._compare_pictures(some_rows(len(self._images)))
@@ -56,7 +60,7 @@ class RowColumn:
         return row
 
     def _compare_pictures(self, rows: Iterable[int]) -> None:
-        """Compare pictures with those that the teacher has read; the trainer names what is not there."""
+        """Compare pictures with those that the teacher has read; the trainer names one that is not there."""
         if self.folder.pictures is None:
             return
         self.folder.compare_pictures(self._pictures_of(rows), self._file)
@@ -69,9 +73,10 @@ class RowColumn:
                 yield row, path, content_of(path)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """The features of the rows that the texts number, as integers ``[n, width]`` of the bits of two each.
+        """The features of the rows that the texts number, as integers ``[n, width]``.
 
-        So they pass unchanged through the trainer's data path, which is made for tokens.
+        An integer has the bits of two features. So they pass unchanged through the trainer's data path, which
+        is made for tokens.
 
         Raises:
             ValueError: The picture of a row has changed since the teacher has read it.

@@ -156,11 +156,11 @@ class TextColumns:
             **kwargs: The same, by name.
 
         Raises:
-            ValueError: None of the first hundred samples has a column, or none at all.
+            ValueError: None of the first hundred samples has all columns, or of all, if they are fewer.
         """
         any_has_columns = False
         missing = 0
-        sample: Sample = {}
+        last_missing: Sample = {}
         for sample in read(*args, **kwargs):
             key = members.key_of_caption(sample)
             if key is None:
@@ -175,13 +175,14 @@ class TextColumns:
                 yield sample
             else:
                 missing += 1
+                last_missing = sample
                 if not any_has_columns and missing >= _MAX_MISSING:
                     break
         if missing and not any_has_columns:
-            names = ", ".join(name for name in sample if not name.startswith("__"))
+            key = last_missing.get("__key__")
+            names = ", ".join(name for name in last_missing if not name.startswith("__"))
             raise ValueError(
-                f"none of {missing} samples has a {self.name}; the last one, {sample.get('__key__')!r}, "
-                f"has {names}"
+                f"none of {missing} samples has a {self.name}; the last one, {key!r}, has {names}"
             )
 
     # --- tokenizing ---------------------------------------------------------------------------------------
