@@ -261,10 +261,9 @@ def test_weights_are_nan_for_an_infinite_entry_and_not_for_the_norms_of_65536_ro
     "loss", [ClipLoss(), ClipLoss(memory_budget=0), rank_clip_at(1.0), rank_clip_at(0.0)], ids=str
 )
 def test_bias_changes_nothing_at_any_lambda(bias: Tensor | float, loss: nn.Module) -> None:
-    v, t, s = features()
-    entries = loss(v, t, s, logit_bias=bias, output_dict=True)
-    without_bias = ClipLoss()(v, t, s)
-    torch.testing.assert_close(entries["contrastive_loss"], without_bias, rtol=1e-12, atol=0)
+    entries = loss(*features(), logit_bias=bias, output_dict=True)
+    without_bias = loss(*features(), output_dict=True)
+    torch.testing.assert_close(entries, without_bias, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +276,9 @@ def test_bias_of_a_softmax_is_warned_of_once(build: Callable[[], nn.Module]) -> 
     v, t, s = features()
     loss = build()
     loss(v, t, s)  # which has no bias, and no warning
-    with pytest.warns(InputWarning, match="logit_bias is given, and CLIP's softmax .*SigLipLoss"):
+    with pytest.warns(InputWarning, match="logit_bias is given, and CLIP's softmax .*SigLipLoss") as warned:
         loss(v, t, s, logit_bias=-10.0)
+    assert len(warned) == 1
     loss(v, t, s, logit_bias=-10.0)  # a second warning would be an error
 
 
@@ -437,7 +437,7 @@ def test_a_loss_is_one_call_between_two_graphs_that_lambda_does_not_recompile(
     loss = RankClipLoss(schedule="official")  # λ is 0 in the first epoch
 
     def step(scale: Any) -> Tensor:
-        return 2 * loss(v, t, scale)
+        return 2 * loss(-v, -t, scale)
 
     def in_each_epoch() -> Iterator[tuple[Any]]:
         for epoch in range(1, 7):
@@ -445,11 +445,11 @@ def test_a_loss_is_one_call_between_two_graphs_that_lambda_does_not_recompile(
             yield (scale_of(epoch),)
 
     before_and_after_the_loss = 2  # graphs, which serve six epochs
-    assert compilations(step, in_each_epoch()) <= before_and_after_the_loss
+    assert compilations(step, in_each_epoch()) == before_and_after_the_loss
 
 
 @needs_numbers_in_graphs
-def test_an_epoch_that_is_set_within_the_compiled_step_does_not_recompile_each_time() -> None:
+def test_an_epoch_that_is_set_within_the_compiled_step_recompiles_once_at_most() -> None:
     v, t, _ = features()
     loss = RankClipLoss(schedule="official")
 
@@ -458,14 +458,14 @@ def test_an_epoch_that_is_set_within_the_compiled_step_does_not_recompile_each_t
         return 2 * loss(v, t, scale)
 
     calls = [(epoch, torch.tensor(10.0 + epoch)) for epoch in range(1, 7)]
-    # Dynamo may compile for the first epoch as a constant, and once more for any.
-    assert compilations(step, calls) < len(calls), "no graph for each epoch"
+    # Dynamo may compile the graph after the loss for the first epoch as a constant, and once more for any.
+    assert compilations(step, calls) <= 2
 
 
 def test_a_loss_is_no_part_of_a_full_graph() -> None:
     loss = RankClipLoss(schedule="constant")
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         torch.compile(loss, backend="eager", fullgraph=True)(*features())
 
 
@@ -555,7 +555,7 @@ def test_a_base_that_is_passed_keeps_its_gathering() -> None:
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
     loss = RankConsistency()
     before = loss(*features(), output_dict=True)
-    loss.cross_modal, loss.in_modal = 0.5, 4.0
+    loss.cross_modal, loss.in_modal = 0.5, 4.0  # powers of two: the products are exact
     owed = {
         "cross_modal_loss": before["cross_modal_loss"] / 2,
         "in_modal_loss": before["in_modal_loss"] * 4,

@@ -51,7 +51,8 @@ def total(values: Tensor, rows: slice = slice(None)) -> Tensor:
     """A value as it is; of values of some queries the sum, each with a weight of its own."""
     if not values.dim():
         return values
-    weights = torch.linspace(-1.7, 0.6, 3 * N, dtype=F64)[rows][: len(values)]
+    most_queries = 3 * N  # of three processes
+    weights = torch.linspace(-1.7, 0.6, most_queries, dtype=F64)[rows][: len(values)]
     return (weights * values).sum()
 
 
@@ -99,9 +100,14 @@ def owed_by(case: int, world_size: int) -> list[Tensor]:
     return lists.differentiated(lambda *inputs: total(lists.loss_item_by_item(*inputs, **options, **frozen)))
 
 
-every_case = pytest.mark.parametrize(
-    "case", range(len(SHARDED)), ids=[f"{options} {is_frozen}" for options, is_frozen in SHARDED]
-)
+def id_of(case: int) -> str:
+    """Its options, and "frozen" where a frozen model's scores are subtracted."""
+    options, is_frozen = SHARDED[case]
+    named = [f"{name}={value}" for name, value in options.items()]
+    return "-".join([*named, *["frozen"] * is_frozen])
+
+
+every_case = pytest.mark.parametrize("case", range(len(SHARDED)), ids=id_of)
 
 
 @every_case
@@ -141,7 +147,7 @@ def test_a_local_loss_of_constants_has_the_queries_gradients_of_one_process(
 
 
 @pytest.mark.parametrize(
-    "case", [case for case, (options, _) in enumerate(SHARDED) if options["reduction"] != "none"]
+    "case", [case for case, (options, _) in enumerate(SHARDED) if options["reduction"] != "none"], ids=id_of
 )
 def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
     table: list[Any], case: int
@@ -172,13 +178,16 @@ def test_nan_of_one_process_is_seen_by_all(pools: Pools, world_size: int) -> Non
     assert all(value.isnan() for value in pools[world_size].run(value_with_nan))
 
 
-def collectives(rank: int, world_size: int, in_batch_negatives: bool) -> dict[str, int]:
-    """Those of a second call: in the first, processes get to know each other."""
+def collectives(rank: int, world_size: int, in_batch_negatives: bool) -> tuple[dict[str, int], int]:
+    """The number of each kind of collective call of a loss's second call, and the bytes of its gatherings.
+
+    In the first call processes may compare more.
+    """
     lists, loss = random_lists(rank, N, K, M), RankedLists(in_batch_negatives=in_batch_negatives)
     for _ in range(2):
         with Collectives() as calls:
             lists.value_of(loss, *lists.leaves())
-    return dict(calls.counts)
+    return dict(calls.counts), calls.filled["allgather"]
 
 
 def excluded_items(lists: Lists) -> Tensor:
@@ -216,8 +225,13 @@ def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools, local_loss:
 
 
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
-    assert pools[2].run(collectives, False) == [{"allreduce": 1, "allgather": 1}] * 2
+    """Beside one sum, by which the processes see that they agree."""
+    numbers_of_two_processes = 2 * F64.itemsize
+    owed = {"allreduce": 1, "allgather": 1}, numbers_of_two_processes
+    assert pools[2].run(collectives, False) == [owed] * 2
 
 
 def test_with_negatives_a_step_has_four_gatherings(pools: Pools) -> None:
-    assert pools[2].run(collectives, True) == [{"allreduce": 1, "allgather": 4}] * 2
+    """Of queries, which may not be equal, candidates, whether each is listed, and the number of lists."""
+    for counts, _bytes in pools[2].run(collectives, True):
+        assert counts == {"allreduce": 1, "allgather": 4}

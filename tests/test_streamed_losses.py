@@ -218,7 +218,7 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(
 
 @both
 @any_use_of_ids
-def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any) -> None:
+def test_what_is_kept_for_the_backward_pass_grows_linearly_with_n(name: str, same_id: Any) -> None:
     build, _ = LOSSES[name]
     loss, d = build(memory_budget=0, same_id=same_id), 4
     for n in (512, 1024):
@@ -228,12 +228,13 @@ def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str, same_id: Any
 
 
 @any_use_of_ids
-def test_with_smoothing_what_is_kept_grows_with_n_too(same_id: Any) -> None:
+def test_with_smoothing_what_is_kept_grows_linearly_with_n_too(same_id: Any) -> None:
     """Counted: 4 times the features without ids, 14 times with them; one matrix would be 128 or 256 times."""
     loss, d = ClipLoss(memory_budget=0, same_id=same_id, label_smoothing=0.2), 4
+    most_times = 5 if same_id is None else 15
     for n in (512, 1024):
         bytes_of_features = BYTES_OF_A_NUMBER * n * d  # of one modality
-        assert kept_bytes(loss, n, d) <= 15 * bytes_of_features
+        assert kept_bytes(loss, n, d) <= most_times * bytes_of_features
 
 
 @both
@@ -273,11 +274,14 @@ def test_no_matrix_is_held_beyond_the_default_budget(name: str, same_id: Any) ->
 # --- arguments --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:logit_bias is not given")  # which other tests ignore
 def test_siglip_without_a_bias_warns_once() -> None:
     v, t, s, _ = inputs_of(random_batch(seed=0, n=6, d=4, scale=10.0))
     loss = SigLipLoss()
-    with pytest.warns(InputWarning, match="logit_bias is not given, so it is 0.* SigLIP starts from −10"):
+    with pytest.warns(InputWarning) as warned:
         loss(v, t, s)
+    (warning,) = warned
+    assert "logit_bias is not given, so it is 0. SigLIP starts from −10" in str(warning.message)
     loss(v, t, s)  # a second warning would be an error
 
 

@@ -156,7 +156,10 @@ class AlipLoss(OwnTerms):
 
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights w_s·w_r and w_s·w_c of all pairs, ``[N]`` each, after a step of the histories."""
+        """The weights w_s·w_r and w_s·w_c of all pairs, ``[N]`` each.
+
+        The first call of a training step moves the histories before.
+        """
         is_half_precision = self.histories.dtype.itemsize < torch.float32.itemsize
         if is_half_precision:
             raise ValueError(

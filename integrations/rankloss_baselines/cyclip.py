@@ -106,11 +106,12 @@ class _Sums(NamedTuple):
 def _widened(image: Tensor, text: Tensor) -> _Pairs:
     """The features in float64 if the device has it: the moments' sums are small differences of large norms.
 
-    Relative errors of a sum, where the compared cosines differ by 1e-2 and by 1e-4:
+    The largest relative error of a sum in ten draws of 256 images in 64 dimensions, whose texts are the
+    images moved by 1e-2 and by 1e-4 in a random direction:
 
-        float32 moments    1e-3    1
-        float32 matrices   6e-8    4e-6
-        float64 moments    8e-13   2e-8
+        float32 moments    2e-3    2e1
+        float32 matrices   4e-7    3e-5
+        float64 moments    2e-11   2e-7
     """
     dtype = widest_dtype(image.device)
     return _Pairs(image.to(dtype), text.to(dtype))

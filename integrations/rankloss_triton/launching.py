@@ -49,7 +49,7 @@ def is_interpreted() -> bool:
 
 @functools.cache
 def triton_version() -> str | None:
-    """Version of the installed Triton, None without one; Triton is not imported."""
+    """Version of the installed Triton, which is not imported; None without one of the known distributions."""
     if importlib.util.find_spec("triton") is None:
         return None
     for distribution in _DISTRIBUTIONS:

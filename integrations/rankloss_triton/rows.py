@@ -58,7 +58,7 @@ def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: i
     if dtype != torch.float32:
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
-        return f"the kernels take lists of 2 to {LARGEST_LIST:,} items; these have {N:,}"
+        return f"the kernels take one list or more, of 2 to {LARGEST_LIST:,} items; got {n:,} of {N:,}"
     if device.type == "xpu":
         return "the kernels were never run on XPU, whose programs have other sizes"
     if not launching.is_interpreted() and device.type != "cuda":

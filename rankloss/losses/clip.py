@@ -155,11 +155,10 @@ class ClipLoss(StreamedLoss):
         """The loss from whole matrices of logits, of this process's rows or of all."""
         all_images, all_texts = self.gather(images, texts)
         is_one_process = all_images is images
-        # As open_clip: the rows of all processes have one product, other rows one of each direction.
         if is_one_process or self.gather.anchors_are_local:
             per_image = scaled_cosines(scale, images, all_texts)
             per_text = scaled_cosines(scale, texts, all_images)
-        else:
+        else:  # both directions have the rows of all processes: one product for both, as open_clip has it
             per_image = scaled_cosines(scale, all_images, all_texts)
             per_text = per_image.T
         if bias is not None:
@@ -214,9 +213,10 @@ def _excess_over_mean(batch: Batch, ids: Tensor | None, same_id: SameId | None) 
 def _right_and_mean_items(
     items: Tensor, rows: slice, ids: Tensor | None, same_id: SameId | None
 ) -> tuple[Tensor, Tensor]:
-    """The mean of a row's right items, and that of its counted items: ``[n, D]`` each, or one for all rows.
+    """The mean of each row's right items, and that of its counted items: ``[n, D]`` each.
 
-    An anchor's products with them, times the scale, are the row's right logit and its mean logit.
+    An anchor's products with them, times the scale, are the row's right logit and its mean logit. Where every
+    row counts all items, without ids and with ``"share"``, the second mean is one row ``[D]`` for all.
     """
     own = items[rows]
     mean_of_all = items.mean(0)
@@ -233,14 +233,14 @@ def _right_and_mean_items(
 
 
 def _sums_by_id(features: Tensor, ids: Tensor) -> Tensor:
-    """The sum over the rows that have the id of row i, for every i: as ``features``."""
+    """For every row i the sum of the rows that have its id: in the shape of ``features``."""
     first = first_of_id(ids)
     sums_at_first = torch.zeros_like(features).index_add(0, first, features)
     return sums_at_first[first]
 
 
 def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None, first_row: int) -> Tensor:
-    """The mean loss of the rows, averaged over the directions; it may overwrite the logits."""
+    """The mean loss of the rows of both directions' logits, averaged; it may overwrite the logits."""
     rows = len(logits[0])
     dtype = logits[0].dtype
     if same_id == "ignore":
@@ -254,7 +254,7 @@ def _cross_entropy(logits: Sequence[Tensor], ids: Tensor, same_id: SameId | None
 
 
 def _shares(ids: Tensor, first_row: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """The targets t of rows, shared by the pairs of their id."""
+    """The targets t of rows, ``[rows, N]``: 1/n_i at each of the n_i pairs of the row's id, else 0."""
     same = equal_ids(ids, first_row, rows)
     return same.to(dtype).div_(same.sum(-1, keepdim=True))
 
@@ -275,7 +275,7 @@ class PairSoftmax(NamedTuple):
         return scores.logsumexp(-1) - (shares * scores).sum(-1)
 
     def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss of every row, and the gradient, which overwrites the scores."""
+        """The loss of every row, and its gradient, which overwrites the scores; None unless it is wanted."""
         rows = scores.shape[-2]
         if self.same_id == "ignore":
             scores.masked_fill_(partners(self.ids, first_row, rows), -math.inf)

@@ -22,7 +22,7 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
     """``base``; for None CLIP's loss with the same gathering and streaming.
 
     Raises:
-        ValueError: for a base that cannot be called.
+        ValueError: for a base that cannot be called, or a class in place of a loss.
     """
     if base is None:
         return ClipLoss(gather=gather, **(streaming or {}))
@@ -127,10 +127,11 @@ def base_entries(
 
     Returns:
         The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Half-precision
-        values become float32, the dtype of the added terms.
+        values become float32, the dtype of the added terms. Entries that are no floating-point tensor stay as
+        they are.
 
     Raises:
-        ValueError: for an entry of several values: the terms would be added to each of them.
+        ValueError: for a floating-point entry of several values: the terms would be added to each of them.
 
     Example:
         >>> import rankloss, torch
@@ -158,7 +159,7 @@ def base_entries(
 
 
 def _checked_entry(name: str, value: Tensor) -> Tensor:
-    """An entry of a base in float32 at least; a ValueError for one of several values."""
+    """An entry of a base, if it is floating-point in float32 at least; a ValueError for several values."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     if value.numel() != 1:

@@ -82,8 +82,9 @@ class GatheringLoss(nn.Module):
         """Raise an error that names a wrong input; warn of a suspicious one.
 
         The values of an argument are read at its first call, which waits for an accelerator once, but not
-        while a graph is captured. Several processes raise the same error: that of the first which has one,
-        see :meth:`rankloss.Gather.agreement`.
+        while a graph is captured; on a CPU the scale and a teacher's features are read at every call. Several
+        processes raise the same error: that of the first which has one, see
+        :meth:`rankloss.Gather.agreement`.
 
         Args:
             image_features: ``[N, D]``.
@@ -94,6 +95,10 @@ class GatheringLoss(nn.Module):
             pair_ids: ``[N]`` integers, equal for pairs that belong together, or None.
             base_inputs: the names of further inputs, which the base checks.
             **references: a teacher's features of the same pairs, or None.
+
+        Raises:
+            TypeError: for an argument that is no tensor or number.
+            ValueError: for all else.
         """
         features = {"image_features": image_features, "text_features": text_features}
         with self.gather.agreement(self, *sorted(base_inputs), **features, **references, pair_ids=pair_ids):
@@ -139,7 +144,8 @@ class GatheringLoss(nn.Module):
                 :meth:`check_inputs`. The bias moves all logits alike; it stays in the graph, as DDP requires
                 for a parameter.
             options: of the rank terms.
-            weights: of the three terms; a term of weight 0 is zero and not computed.
+            weights: of the three terms; a term of weight 0 is not computed, but zero, or NaN unless all
+                features are finite.
             teacher: a teacher's features, image and text, or None for each.
         """
         image_features, text_features, logit_scale, bias = inputs
@@ -215,7 +221,7 @@ class GatheringLoss(nn.Module):
         logit_scale: Number,
         teacher: Sequence[Tensor | None] = (None, None),
     ) -> Batch:
-        """The gathered batch."""
+        """The pairs of all processes, ranked by a teacher's features if there are any."""
         return Batch.of(
             *self.gather(image_features, text_features),
             logit_scale,
@@ -291,9 +297,7 @@ class StreamedLoss(GatheringLoss):
         self._check_ids_are_used(pair_ids)
         ids = None if pair_ids is None else self.gather.items(pair_ids.detach().long())
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        # The numbers of a view that torch negates as it reads them, such as z.conj().imag.
-        image_features = image_features.resolve_neg().to(dtype)
-        text_features = text_features.resolve_neg().to(dtype)
+        image_features, text_features = image_features.to(dtype), text_features.to(dtype)
         columns = len(image_features) * self.gather.place.world_size
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))

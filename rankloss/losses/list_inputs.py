@@ -33,7 +33,7 @@ class ListInputs(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
-        """The arguments of more than one number."""
+        """The arguments without the two scales; None for those that are not given."""
         return {name: x for name, x in self._asdict().items() if not name.endswith("_scale")}
 
     @property
@@ -42,14 +42,20 @@ class ListInputs(NamedTuple):
         return torch.ones_like(self.grades, dtype=torch.bool) if self.mask is None else self.mask
 
     def listed(self, features: Tensor) -> Tensor:
-        """The rows of the lists' candidates, without padding, of features in the form of the candidates'."""
+        """The rows that are items of a list, ``[items, D]``, list by list; padding has none.
+
+        ``features`` are in the form of ``candidate_features``: ``[N, K, D]``, or with an index ``[M, D]``.
+        """
         if self.candidate_index is None:
             return features[self.is_item]
         rows = self.candidate_index[self.is_item].long()
         return features[rows]
 
     def scaled_reference(self) -> tuple[Tensor | None, Tensor | None]:
-        """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``."""
+        """The frozen model's queries times its scale, ``[N, D']``, and its candidates, ``[M, D']``.
+
+        They have no gradient. Both are None without the model's features.
+        """
         queries = self.reference_query_features
         candidates = self.reference_candidate_features
         scale = self.reference_scale
@@ -62,7 +68,10 @@ class ListInputs(NamedTuple):
     # --- errors ---------------------------------------------------------------------------------------------
 
     def check(self, has_negatives: bool) -> None:
-        """Raise an error that names the argument unless types, shapes and devices fit."""
+        """Raise an error that names the argument unless types, shapes and devices fit.
+
+        Scales must be positive. ``has_negatives`` is True with ``in_batch_negatives``.
+        """
         queries = self.query_features
         checks.check_matrix("query_features", queries)
         self._check_of_lists("grades", self.grades, _REALS)
@@ -109,14 +118,14 @@ class ListInputs(NamedTuple):
                 raise ValueError("excluded_ids are ids of candidates, and need candidate_ids")
 
     def _check_candidates(self, name: str, features: Tensor, width: int) -> None:
-        """Raise an error unless candidates' features have a width, and one shape with the library's own.
+        """Raise an error unless features of the candidates, by the model or the frozen one, have their shape.
 
         It is ``[N, K, width]``, features of every item of the lists, or with ``candidate_index``
-        ``[M, width]``, of every row that the index counts.
+        ``[M, width]``, of every row of ``candidate_features``, to which the index points.
         """
         checks.check_is_tensor(name, features)
         has_index = self.candidate_index is not None
-        shape_of_items = (len(self.candidate_features),) if has_index else self.grades.shape
+        shape_of_items = self.candidate_features.shape[:1] if has_index else self.grades.shape
         if features.shape != (*shape_of_items, width):
             raise ValueError(
                 f"{name} must have shape [N, K, D] = {(*self.grades.shape, width)}, or [M, D] with "
@@ -167,7 +176,7 @@ class ListInputs(NamedTuple):
         if not 0 < scale < math.inf:
             raise ValueError(f"reference_scale must be positive and finite; got {float(scale):g}")
 
-    def refuse_wrong_places(self) -> None:
+    def refuse_wrong_places_and_references(self) -> None:
         """Raise a ValueError for an empty list, an index out of range, or a reference that is not finite."""
         if (row := first_row(~self.is_item.any(-1))) is not None:
             raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
@@ -209,11 +218,14 @@ class ListInputs(NamedTuple):
         index, ids = self.candidate_index, self.candidate_ids
         if index is None:
             return ids
-        index = index.long().masked_fill(~self.is_item, 0)
+        index = index.long().masked_fill(~self.is_item, 0)  # at padding it may be out of range
         return index if ids is None else ids[index]
 
     def refuse(self, name: str, is_wrong: Tensor, needed: str) -> None:
-        """Raise a ValueError that shows the first row with wrong values of candidates, if any."""
+        """Raise a ValueError that shows the first list in which an argument has wrong values, if any.
+
+        ``is_wrong`` is ``[N, K]``; at padding it counts nothing.
+        """
         is_wrong = self.is_item & is_wrong
         if (row := first_row(is_wrong)) is not None:
             values = getattr(self, name)[row][is_wrong[row]].tolist()

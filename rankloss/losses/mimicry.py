@@ -47,7 +47,8 @@ class MimicryLoss(AddedTerms):
 
     Raises:
         ValueError: for a weight that is not above 0 or not finite, or a base that cannot be called; in
-            ``forward`` without a teacher's features, and for features of another shape.
+            ``forward`` without a teacher's features, for features of another shape, and for a teacher that is
+            wider than the student without components that fit.
 
     References:
         "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024.
@@ -91,7 +92,11 @@ class MimicryLoss(AddedTerms):
         return {"mimicry_loss": self.weight * self._mean_of_pairs(differences)}
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
-        """The teacher's features as ``[N, D]``, of the student's width: padded or projected; no gradient."""
+        """The teacher's features as ``[N, D]``, of the student's width: padded or projected; no gradient.
+
+        Raises:
+            ValueError: for wider features, unless ``components`` bring them to that width.
+        """
         features = constant(features)
         width = student.shape[1]
         if features.shape[1] == width:

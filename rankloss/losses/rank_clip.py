@@ -172,7 +172,7 @@ class RankClipLoss(nn.Module):
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
         With ``epochs=1`` there is no ramp: no schedule except ``"constant"`` is evaluated, and
-        :meth:`set_progress` must set λ.
+        :meth:`set_progress` must set λ. One that it has set stays.
 
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
@@ -248,7 +248,7 @@ class RankClipLoss(nn.Module):
             )
         gather = self.consistency.gather
         options = self.consistency.options
-        # The rank terms' pass also gives the loss of such a base, as the first of three terms.
+        # If the base is CLIP's loss, the rank terms' pass gives it too, as the first of three terms.
         has_rank_terms = bool(cross or in_)
         is_fused = has_rank_terms and not base_inputs and is_streamed_clip(self.base, gather)
         self.consistency.check(inputs, teacher, one_space=is_fused, base_inputs=base_inputs)
@@ -293,7 +293,7 @@ class RankClipLoss(nn.Module):
         return ", ".join([f"schedule={schedule}", *factors])
 
     def _evaluate_schedule(self, position: int, end: int, *, goes_by_epochs: bool) -> None:
-        """λ at a position, an epoch or a step, of ``end``."""
+        """Set λ to the schedule's at a position, an epoch or a step, of ``end``."""
         self._schedule_value = check_weight("schedule's value", self.schedule(position, end))
         self._missing_call = None
         self._goes_by_epochs = goes_by_epochs

@@ -440,7 +440,7 @@ class RankedLists(GatheringLoss):
         return values, terms, is_negative.any(-1)
 
     def _scores(self, queries: Tensor, items: Tensor, places: Tensor) -> Tensor:
-        """Products of queries and all items, ``[n, M]``, or without negatives their own, ``[n, K]``."""
+        """Products of queries with all items, ``[n, M]``; without negatives with their own, ``[n, K]``."""
         if self.in_batch_negatives:
             return precision.product(queries, items.T)
         of_lists = items.index_select(0, places.flatten()).view(*places.shape, -1)
@@ -449,7 +449,10 @@ class RankedLists(GatheringLoss):
     def _evaluate_lists(
         self, scores: Tensor, rest: Tensor | None, items: _Items, lists: _Lists
     ) -> tuple[Tensor, Tensor]:
-        """The model's values and numbers of terms, of the lists' own scores ``[n, K]`` and the negatives'."""
+        """The model's values and numbers of terms, ``[n]`` each, of the lists' own scores ``[n, K]``.
+
+        ``rest`` has the scores of the negatives, ``[n, M]`` with −∞ at other items; None without negatives.
+        """
         grades = lists.grades
         offsets = lists.offsets
         x = scores if offsets is None else scores - offsets
@@ -506,7 +509,7 @@ class RankedLists(GatheringLoss):
     def _check_values(self, inputs: ListInputs, is_first: bool) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first call."""
         grades = inputs.grades
-        inputs.refuse_wrong_places()
+        inputs.refuse_wrong_places_and_references()
         is_right, range_of_grades = self._valid_grades(grades)
         inputs.refuse("grades", ~is_right, range_of_grades)
         dtype = precision.widest_dtype(grades.device)

@@ -56,7 +56,7 @@ class Differentiated(NamedTuple):
         return values
 
     def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """ℓ of every row, and the gradient, which overwrites the scores.
+        """ℓ of every row, and its gradient, which overwrites the scores; None unless it is wanted.
 
         Raises:
             ValueError: if ℓ depends on another tensor that requires a gradient, which would get none.
@@ -110,7 +110,8 @@ def mean_of_rows(
         inputs: by the names of :class:`rankloss.batch.Inputs`, and ``bias``: b, or None for 0.
         first_row: the column of the first row's own pair.
         chunk_size: rows computed at a time; None chooses from the sizes and the device.
-        factors: the names of each matrix's anchors and items; None: S and R, of the anchors if there are any.
+        factors: the names of each matrix's anchors and items. None: S and R, whose anchors are this process's
+            own features, if ``inputs`` have them, else all.
     """
     image = inputs["image"]
     assert image is not None

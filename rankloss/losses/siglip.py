@@ -145,7 +145,7 @@ class PairSigmoid(NamedTuple):
         return -_log_likelihoods(scores, scores.dtype, first_row, self.ids, self.same_id).sum(-1)
 
     def evaluate(self, scores: Tensor, first_row: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss of every row, and the gradient, which overwrites the scores."""
+        """The loss of every row, and its gradient, which overwrites the scores; None unless it is wanted."""
         rows = scores.shape[-2]
         # y is x with the other sign where a text is right. ``signed`` is a view of the entries with a sign.
         y = scores

@@ -82,7 +82,11 @@ class SpreadLoss(AddedTerms):
         return {"spread_loss": self.weight * constant_scale * torch.stack(spreads).mean()}
 
     def entries_of_base(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
-        """The base's entries; they must have a loss of pairs."""
+        """The base's entries.
+
+        Raises:
+            ValueError: unless they have a loss of pairs, ``contrastive_loss``.
+        """
         entries = super().entries_of_base(*inputs, **named)
         if not isinstance(entries.get("contrastive_loss"), Tensor):
             entries_given = ", ".join(f"{name} ({kind_of(x)})" for name, x in entries.items())

@@ -36,7 +36,8 @@ def rank_agreement(
         max_anchors: number of evenly spaced rows to compare; all rows by default.
 
     Returns:
-        ``cross_modal_tau``, ``cross_modal_rho``, ``in_modal_tau``, ``in_modal_rho``: scalars in [−1, 1].
+        ``cross_modal_tau``, ``cross_modal_rho``, ``in_modal_tau``, ``in_modal_rho``: scalars in [−1, 1]; NaN
+        if a feature is not finite, or if no row has a ranking.
 
     Raises:
         ValueError: for features that are not two matrices of one shape, or ``max_anchors`` < 1.

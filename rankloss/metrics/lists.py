@@ -1,7 +1,8 @@
 r"""Metrics of graded lists: Kendall's τ, Spearman's ρ, nDCG, accuracy of pairs, reciprocal rank.
 
 Functions take ``[..., N]`` and return ``[...]``, one value per list; ``mask``, of the same shape, is False at
-padding. Integers beyond 2⁵³ are refused, since float64 rounds them.
+padding. Lists of two shapes, of complex numbers, or of integers beyond 2⁵³, which float64 rounds, are a
+ValueError.
 """
 
 from __future__ import annotations
@@ -220,7 +221,8 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
 
 def _in_widest_dtype(name: str, numbers: Tensor, mask: Tensor | None) -> Tensor:
     """A list in float64 if the device has it, −∞ at padding; an error names one that it cannot hold."""
-    if numbers.is_complex() or numbers.dtype == torch.uint64:  # torch would drop the imaginary part, and wrap
+    if numbers.is_complex() or numbers.dtype == torch.uint64:
+        # Torch would drop the imaginary part; the check below takes integers as int64, in which uint64 wraps.
         raise ValueError(
             f"{name} must hold floating-point numbers, or integers up to int64; got {numbers.dtype}"
         )

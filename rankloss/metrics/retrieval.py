@@ -128,7 +128,8 @@ def partner_ranks(
 
     Returns:
         ``image_to_text``, ``[N]``, and ``text_to_image``, ``[M]``. With ids also ``image_to_image``, ``[N]``,
-        and ``text_to_text``, ``[M]``, with NaN for a query without another of its id, unless that is all.
+        and ``text_to_text``, ``[M]``, with NaN for a query without another of its id; there is no entry where
+        no query has another.
 
     Raises:
         TypeError, ValueError: as :func:`recall`.

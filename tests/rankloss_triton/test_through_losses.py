@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rankloss
 from batches import gradients, random_batch, teacher_of
+from counting import count_calls
 
 
 def loss_and_gradients(
@@ -30,14 +31,25 @@ def loss_and_gradients(
         ({}, False),
         ({"method": "bin", "bins": 3}, True),
         ({"top_k": 2, "diagonal": False}, False),
-        ({"lambda_cross": 0, "lambda_in": 0}, False),
     ],
-    ids=["sort", "bin by a teacher", "top_k without the own pair", "no rank term"],
+    ids=["sort", "bin by a teacher", "top_k without the own pair"],
 )
-def test_value_and_gradients_are_those_of_torchs_operations(options: dict, has_teacher: bool) -> None:
+def test_value_and_gradients_are_those_of_torchs_operations(
+    options: dict, has_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = count_calls(monkeypatch, kernel="rankloss_triton.launching.launch")
     of_kernel = loss_and_gradients(has_teacher=has_teacher, kernel="triton", **options)
+    assert launches["kernel"] > 0
     of_torch = loss_and_gradients(has_teacher=has_teacher, kernel="torch", **options)
     torch.testing.assert_close(of_kernel, of_torch, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_rank_term_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = count_calls(monkeypatch, kernel="rankloss_triton.launching.launch")
+    options: dict[str, Any] = {"lambda_cross": 0, "lambda_in": 0}
+    value_and_gradients = loss_and_gradients(kernel="triton", **options)
+    assert launches["kernel"] == 0
+    torch.testing.assert_close(value_and_gradients, loss_and_gradients(kernel="torch", **options))
 
 
 def test_a_case_without_a_kernel_is_an_error_with_the_reason() -> None:
