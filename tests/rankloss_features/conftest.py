@@ -10,7 +10,7 @@ if importlib.util.find_spec("datasets") is None or importlib.util.find_spec("web
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tables that datasets reads are cached where the tests end with them."""
+    """The tables that datasets reads are cached in a temporary folder of these tests."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")

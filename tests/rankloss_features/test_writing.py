@@ -58,20 +58,6 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 # --- faults -----------------------------------------------------------------------------------------------
 
-CALLS = {"open", "write", "flush", "fsync", "replace", "unlink"}
-"""Calls that change a file."""
-
-
-def kill_at_call(at: int) -> None:
-    """Let this process be killed at a call that changes a file."""
-    calls = count()
-
-    def kill(_: Any, event: str, called: Any) -> None:  # is called at each call of a function
-        if event == "c_call" and called.__name__ in CALLS and next(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(kill)
-
 
 def limit_size_of_files(size: int) -> None:
     """Let every file of this process that grows beyond a size be an error."""
@@ -97,10 +83,11 @@ def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
         output: The folder.
         data: The pairs.
         fault: The signal that kills, or the number of the error.
-        at: The call at which it comes, or the size of a file from which it does.
+        at: The call at which it comes, as for :func:`tiny_teacher.kill_at_call` or :func:`fail_at_fsync`, or
+            the size of a file from which it does.
     """
     if fault == signal.SIGKILL:
-        kill_at_call(at)
+        tiny.kill_at_call(at)
     elif fault == errno.EFBIG:
         limit_size_of_files(at)
     else:
@@ -109,7 +96,8 @@ def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
         write_features(output, data, teacher())
 
 
-# Calls and sizes are spread over a writing. An array's header takes 128 bytes, a shard of features 144 more.
+# Calls are spread over the 145 of a new folder, and the 132 of a damaged one; sizes over those of the files.
+# An array's header takes 128 bytes, a shard of features 144 more.
 FAULTS = {
     **{f"twice no file above {size} bytes": [(errno.EFBIG, size)] * 2 for size in (0, 100, 260, 600)},
     "thrice a full disk": [(errno.ENOSPC, 2), (errno.EDQUOT, 4), (errno.ENOSPC, 3)],
@@ -117,6 +105,7 @@ FAULTS = {
         f"killed at call {call} and at a third of it": [(signal.SIGKILL, call), (signal.SIGKILL, call // 3)]
         for call in (3, 9, 20, 41, 62, 87)
     },
+    **{f"killed at call {call}": [(signal.SIGKILL, call)] for call in (118, 130)},
 }
 """Faults of commands one after another, as :func:`write_disturbed` takes them."""
 
@@ -165,8 +154,8 @@ def test_only_missing_or_damaged_shards_are_computed(undisturbed: tuple[Any, Pat
 def link_every_file(whole: Path, folder: Path, elsewhere: Path, link: Any) -> None:
     """Make a folder like a whole one, of links to files elsewhere.
 
-    Of every file also the hidden name is a link under which it is written before it is renamed; so is the
-    mark of a shard.
+    Of every file the hidden name, under which it is written before it is renamed, is a link, too; so are the
+    names of a shard's mark.
     """
     folder.mkdir()
     elsewhere.mkdir()
@@ -202,7 +191,7 @@ def test_nothing_is_written_through_a_link_or_under_a_training(
 def test_the_processes_of_torchrun_write_what_one_does(undisturbed: tuple[Any, Path], tmp_path: Path) -> None:
     (data, whole), output = undisturbed, tmp_path / "two"
     tiny.write_killed_in_batch(3, output, data)
-    tiny.under_torchrun(write_features, output, data, teacher())
+    tiny.under_torchrun(writing.write, output, data, teacher(), tiny.SETTINGS, 0)
     assert contents_of_files(output) == contents_of_files(whole)
 
 
@@ -226,9 +215,7 @@ def test_a_process_of_torchrun_whose_companions_never_come_ends_with_an_error(
     group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True) if has_store else None
     errors = tiny.forks.Queue()
-    call = (write_alone_under_torchrun, tmp_path / "x", data, errors)
-    process = tiny.forks.Process(target=in_process, args=call, kwargs=group)
-    process.start()
+    process = tiny.started(write_alone_under_torchrun, tmp_path / "x", data, errors, **group)
     error = errors.get(timeout=60)
     process.join()
     del store  # which has served until here
@@ -266,11 +253,11 @@ def test_a_second_writer_waits_and_finds_the_folder(undisturbed: tuple[Any, Path
         write_features(output, data, teacher(record_batch_sizes(rows_of_batches)))
         batches.put(rows_of_batches)
 
-    first = tiny.forks.Process(target=in_process, args=(write_features, output, data, teacher(hold_the_lock)))
-    first.start()
+    first = tiny.started(write_features, output, data, teacher(hold_the_lock))
     wait_for(output / "pairs.npy", first)  # the first holds the lock once it has begun the folder
     assert in_process(write_as_the_second) == 0
     first.join()
+    assert first.exitcode == 0
     assert str(output) in warnings.get(timeout=10)
     assert batches.get(timeout=10) == []  # of the second
     assert contents_of_files(output) == contents_of_files(whole)
@@ -298,7 +285,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["another teacher", "another dtype", "two captions exchanged", "another caption", "a pair too few"],
 )
-def test_resumed_with_something_else_is_an_error_and_loses_nothing(
+def test_going_on_with_something_else_is_an_error_and_loses_nothing(
     begun: Path, tmp_path: Path, captions: list[str], weights: str, dtype: str, message: str
 ) -> None:
     output = shutil.copytree(begun, tmp_path / "output")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import tarfile
 import threading
 from argparse import Namespace
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from rankloss_features import Features, writing
 from rankloss_features.data import Data, Sample, Shards, open_data
-from rankloss_features.folder import NAMES
+from rankloss_features.folder import NAMES, Draft
 from rankloss_features.probing import FIXED
 from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.writing import write
@@ -185,36 +187,60 @@ def write_killed_in_batch(batch: int, output: Path, data: Data) -> None:
     assert killed == -signal.SIGKILL
 
 
-def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> int:
-    """Call a function in a forked process; the exit code."""
+def started(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
+    """A forked process, started, that calls a function; an exit code that this returns is the process's."""
 
     def call() -> None:
         os.environ.update(environment)
         tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays locked when one is killed
         torch.set_num_threads(1)
-        function(*args)
+        returned = function(*args)
+        sys.exit(returned if isinstance(returned, int) else 0)
 
     process = forks.Process(target=call)
     process.start()
+    return process
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> int:
+    """Call a function in a forked process; its exit code, −9 say where the signal 9 has killed it."""
+    process = started(function, *args)
     process.join()
-    code = process.exitcode
-    assert code is not None
-    return code
+    return int(process.exitcode)
+
+
+CALLS = {"open", "write", "flush", "fsync", "replace", "unlink", "mkdir"}
+"""Functions that change a file or a folder."""
+
+
+def kill_at_call(at: int) -> None:
+    """Let this process be killed at a call, counted from 0, by which a folder of features is changed.
+
+    Counted are those in ``folder.py`` and those of ``pathlib`` but its openings, which read pictures: others
+    write into memory, as pickles are hashed, or onto the terminal.
+    """
+    calls = itertools.count()
+
+    def kill(frame: Any, event: str, called: Any) -> None:  # is called at each call of a function
+        if event != "c_call" or called.__name__ not in CALLS:
+            return
+        module = frame.f_globals["__name__"]
+        is_of_pathlib = module.startswith("pathlib") and called.__name__ != "open"
+        if (is_of_pathlib or module == Draft.__module__) and next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(kill)
 
 
 def under_torchrun(function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in two processes that have the variables of torchrun, and wait for both."""
+    """Call a function in two processes with the variables of torchrun, which must end without an error."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        forks.Process(target=in_process, args=(function, *args), kwargs={"RANK": str(rank), **group})
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
+    processes = [started(function, *args, RANK=str(rank), **group) for rank in range(2)]
     for process in processes:
         process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def contents_of_files(folder: Path) -> dict[str, bytes]:
@@ -222,8 +248,13 @@ def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
+def times_of_writing(folder: Path) -> dict[str, int]:
+    """When each file of a folder was written, by its name, without the lock."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != ".lock"}
+
+
 def contents_without_command(folder: str | Path) -> dict[str, bytes]:
-    """The same without ``folder.json``, which has the command and its ``--output``."""
+    """As :func:`contents_of_files`, without ``folder.json``, which has the command and its ``--output``."""
     return {
         name: content for name, content in contents_of_files(Path(folder)).items() if name != "folder.json"
     }
