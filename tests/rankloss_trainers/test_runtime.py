@@ -91,16 +91,14 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
 
 def test_a_loss_is_given_what_the_trainer_has() -> None:
     criterion = GivenEntries(a_loss=torch.tensor(1.0, requires_grad=True))
-    runtime_of(HOST_THAT_SERVES_NOTHING, criterion)(**loss_inputs(pair_features()), logit_bias=None)
+    inputs = {**loss_inputs(pair_features()), "logit_bias": None}
+    runtime_of(HOST_THAT_SERVES_NOTHING, criterion)(**inputs)
     # ``output_dict`` is the runtime's own: it asks for entries, not for their sum.
-    assert criterion.seen.keys() == {*loss_inputs(pair_features()), "logit_bias", "output_dict"}
+    assert criterion.seen == {**inputs, "output_dict": True}
 
 
-def test_entries_that_nobody_could_tell_apart_are_refused() -> None:
-    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are.
-
-    All entries take a gradient; of these, the runtime trains those whose names end in ``_loss``.
-    """
+def test_entries_with_a_gradient_that_would_not_be_trained_are_refused() -> None:
+    """The runtime trains the entries whose names end in ``_loss``, and logs the others."""
     for names, message in (
         (["depth"], "no entry ending in _loss .*depth"),
         (["a_loss", "itc"], "'itc' .* call it itc_loss .*detach it"),
@@ -118,7 +116,7 @@ def linear_rankclip(step: int) -> Runtime:
     )
 
 
-def test_the_summary_names_the_loss_its_version_and_its_options() -> None:
+def test_the_summary_names_the_loss_the_version_and_the_options() -> None:
     summary = linear_rankclip(1).summary(3)
     assert summary.startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
 
@@ -222,12 +220,13 @@ VALIDATED = [
 
 @pytest.mark.parametrize("name", VALIDATED)
 def test_validation_is_the_innermost_base_and_lists_at_every_step(name: str) -> None:
-    """Where the trainer gives its base as a module, or as a class.
+    """The trainer gives its base as a module, or as a class.
 
     Expected is CLIP's or SigLIP's loss of the pairs, called by itself, plus that of the lists if there are
     any.
     """
     base = rankloss.SigLipLoss() if name.startswith("siglip") else rankloss.ClipLoss()
+    # The base is the trainer's; the name of a run has the losses on it alone, rankclip where there is none.
     of_run = "rankclip" if name in ("clip", "siglip") else name.removeprefix("siglip+")
     lists = inputs_of("ranked-lists")
     pairs = {key: lists.pop(key) for key in ("image_features", "text_features", "logit_scale")}
@@ -287,7 +286,8 @@ def test_tf32_products_are_told_of_once_by_a_loss_that_ranks(
     assert told[0].startswith("rankclip: float32 products are computed in TF32")
 
 
-def test_there_are_no_tf32_products_on_a_cpu() -> None:
+def test_tf32_is_not_told_of_on_a_cpu_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "matmul", TF32)
     assert remark_on_tf32(torch.device("cpu")) is None
 
 
@@ -341,7 +341,7 @@ class Both(nn.Module):
 class Epochs(Both):
     """A part that goes by epochs alone."""
 
-    set_progress = property(None)  # type: ignore[assignment]
+    set_progress = property(None)  # type: ignore[assignment]  # no method, so the runtime passes it over
 
 
 @pytest.mark.parametrize(("unit", "told"), [("epoch", ("epoch", 1, 2)), ("step", ("step", 3, 4))])
@@ -416,12 +416,20 @@ def saved_state_of_run(
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ({}, {}),
-        # Nothing depends on the number of epochs.
-        ({"schedule": "constant"}, {"schedule": "constant", "epochs": 9}),
-        ({"loss": rankloss.SpreadLoss()}, {"loss": rankloss.SpreadLoss(), "epochs": 9}),
-        # A function has no name, by which it could be told from another.
-        ({"schedule": functools.partial(max, 0)}, {"schedule": functools.partial(max, 0)}),
+        pytest.param({}, {}, id="the same run"),
+        pytest.param(
+            {"schedule": "constant"}, {"schedule": "constant", "epochs": 9}, id="a constant, longer"
+        ),
+        pytest.param(
+            {"loss": rankloss.SpreadLoss()},
+            {"loss": rankloss.SpreadLoss(), "epochs": 9},
+            id="no schedule, longer",
+        ),
+        pytest.param(
+            {"schedule": functools.partial(max, 0)},
+            {"schedule": functools.partial(max, 0)},
+            id="a schedule without a name, of which only the address differs",
+        ),
     ],
 )
 def test_a_checkpoint_of_the_same_course_gives_no_warning(
@@ -553,6 +561,12 @@ def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFi
     assert [x for x in caplog.messages if "uses a teacher" in x] == [message]
 
 
+def test_a_folder_that_is_not_there_whose_name_has_an_equals_sign_is_said_to_be_missing() -> None:
+    """Text with the sign may also name encoders by their modality."""
+    with pytest.raises(ValueError, match="'lr' is no modality; nor is there a folder of this name"):
+        Teacher("lr=3")
+
+
 # --- needs and state ------------------------------------------------------------------------------------
 
 
@@ -578,12 +592,12 @@ def test_loss_that_a_host_does_not_serve_is_refused_by_name(
 
 def test_a_sigmoid_loss_is_refused_on_a_softmax_base() -> None:
     with pytest.raises(ValueError, match="siglip-streamed needs --siglip"):
-        runtime_of(HOST_THAT_SERVES_NOTHING, "siglip-streamed", base=rankloss.ClipLoss())
+        runtime_of(HOST, "siglip-streamed", base=rankloss.ClipLoss())
 
 
 def test_loss_that_replaces_the_trainers_own_is_refused_on_another() -> None:
     for name in ("clip-streamed", "clip-smooth", "clip-ids", "tiny-caption"):
-        with pytest.raises(ValueError, match=f"{name} .*TinyLoss"):
+        with pytest.raises(ValueError, match=f"{name} .* cannot replace TinyLoss"):
             runtime_of(HOST, name, base=TinyLoss())
 
 
@@ -603,9 +617,10 @@ def test_the_losses_stand_on_the_loss_that_the_trainer_built() -> None:
     assert other.criterion.consistency.options == run.criterion.consistency.options
 
 
-def test_a_run_whose_base_is_the_trainers_loss_stays_as_it_is() -> None:
+def test_a_run_is_kept_where_the_trainers_loss_is_of_the_class_of_its_base() -> None:
     run = runtime_of(HOST, "rankclip", loss_options={"top_k": 3})
-    assert run.on(rankloss.ClipLoss()) is run
+    assert run.on(rankloss.ClipLoss) is run
+    assert run.on(rankloss.SigLipLoss) is not run
 
 
 def test_a_loss_that_is_no_module_is_refused() -> None:
@@ -614,7 +629,7 @@ def test_a_loss_that_is_no_module_is_refused() -> None:
 
 
 def test_an_entry_of_several_values_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match=r"GivenEntries.*a_loss.*3"):
+    with pytest.raises(ValueError, match=r"GivenEntries .* one value; a_loss is \(3,\)"):
         runtime_of(HOST, GivenEntries(a_loss=torch.zeros(3)))(**loss_inputs(pair_features()))
 
 
@@ -640,7 +655,7 @@ def test_softmax_given_as_a_module_is_refused_on_a_sigmoid_base() -> None:
             runtime_of(HOST, module, base=sigmoid)
 
 
-def test_a_module_that_is_no_softmax_loss_is_trained_on_a_sigmoid_base() -> None:
+def test_a_module_that_is_no_softmax_loss_is_taken_on_a_sigmoid_base() -> None:
     sigmoid = rankloss.SigLipLoss()
     for module in (sigmoid, rankloss.RankClipLoss(sigmoid), GivenEntries(a_loss=SCALE)):
         assert runtime_of(HOST, module, base=sigmoid).criterion is module
@@ -650,6 +665,7 @@ def run_with_a_moved_average() -> Runtime:
     """A run of a loss with a state, which has trained one step: its average is no longer 1."""
     run = at_step(runtime_of(HOST, TinyCaptionLoss()), 1)
     run(**loss_inputs(pair_features()), caption_features=pair_features(seed=2)[0])
+    assert run.criterion.average != 1
     return run
 
 
@@ -760,13 +776,8 @@ def test_joined_losses_have_the_attributes_of_each() -> None:
 
 
 def test_an_attribute_that_no_loss_has_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="schedule"):
+    with pytest.raises(AttributeError, match="has no attribute 'schedule_value'"):
         rankloss_trainers.create("clip-ids").schedule_value  # noqa: B018
-
-
-def test_a_misspelt_folder_with_a_sign_is_said_to_be_none() -> None:
-    with pytest.raises(ValueError, match="'lr' is no modality; nor is there a folder of this name"):
-        Teacher("lr=3")
 
 
 def test_a_copy_of_a_created_loss_is_told_without_the_original() -> None:
@@ -827,12 +838,12 @@ def test_every_created_loss_takes_features_and_scale_by_position(name: str) -> N
     ("name", "options", "error", "message"),
     [
         ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
-        ("rankclip", {"teacher": "no-folder"}, ValueError, "teacher.*no-folder"),
+        ("rankclip", {"teacher": "no-folder"}, ValueError, "teacher: no-folder is no folder"),
         ("rankclip", {"teacher": "text=minilm"}, ValueError, "rankloss features --text-encoder minilm"),
-        ("clip-ids", {"key": "column"}, ValueError, "key.*'column'"),
-        ("clip", {"top_k": 3}, TypeError, "top_k"),
-        ("clip+", {}, ValueError, "''"),
-        ("clip+rankclip", {"top_k": 3}, TypeError, "'top_k'"),
+        ("clip-ids", {"key": "column"}, ValueError, "clip-ids.key: .*'column'"),
+        ("clip", {"top_k": 3}, TypeError, "clip has no option 'top_k'"),
+        ("clip+", {}, ValueError, "loss must be one of .*; got ''"),
+        ("clip+rankclip", {"top_k": 3}, TypeError, "are given by loss, rankclip=.*'top_k'"),
         (torch.nn.Identity(), {}, TypeError, "name .*Identity"),
         ("rankclip+mimicry", {"mimicry": 8}, TypeError, "mimicry .*8"),
         ("rankclip", {"chunk_size": 0}, ValueError, "rankclip.chunk_size.*0"),
@@ -848,16 +859,22 @@ def test_every_created_loss_takes_features_and_scale_by_position(name: str) -> N
         ("rankclip+mimicry", {"mimicry": {"weigt": 1}}, TypeError, "'weigt'; did you mean weight"),
         ("rankclip+mimicry", {"mimicry": {"weight": -1}}, ValueError, "mimicry.weight .*-1"),
         ("rankclip+mimicry", {"rankclip": {"bins": 9}}, ValueError, "rankclip.bins: .*method='bin'"),
-        ("rankclip+rankclip", {}, ValueError, "twice"),
-        ("rankclip+rankclip-in", {}, ValueError, "twice"),
-        ("clip-ids+clip-smooth", {}, ValueError, "clip-smooth .*same_id"),
-        ("clip-ids", {"same_id": None}, ValueError, "same_id.*None"),
+        ("rankclip+rankclip", {}, ValueError, r"rankclip\+rankclip names a loss twice"),
+        # A preset of the same loss.
+        ("rankclip+rankclip-in", {}, ValueError, r"rankclip\+rankclip-in names a loss twice"),
+        ("clip-ids+clip-smooth", {}, ValueError, "clip-smooth .* would lose its same_id"),
+        ("clip-ids", {"same_id": None}, ValueError, "clip-ids.same_id must be one of .*None"),
         ("clip-ids", {"base": SIGMOID, "label_smoothing": 0.1}, ValueError, r"label_smoothing.*0\.1.*SigLIP"),
-        ("clip-ids", {"base": rankloss.ClipLoss(same_id="share")}, ValueError, "same_id.*'share'"),
+        (
+            "clip-ids",
+            {"base": rankloss.ClipLoss(same_id="share")},
+            ValueError,
+            "clip-ids has a same_id .*'share'",
+        ),
     ],
     ids=lambda cell: str(cell) if isinstance(cell, dict | nn.Module) else None,
 )
-def test_create_refuses_options_that_nobody_acts_on(
+def test_create_refuses_names_and_options_that_it_cannot_build(
     name: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -882,7 +899,7 @@ def test_options_of_joined_losses_are_given_by_loss_and_so_are_the_bases() -> No
 
 
 @pytest.mark.parametrize("name", ["clip-ids", "clip-smooth", "clip-streamed"])
-def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that(name: str) -> None:
+def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that_but_for_its_options(name: str) -> None:
     gather = rankloss.Gather(local_loss=True)
     base = rankloss.ClipLoss(gather=gather, chunk_size=3, memory_budget=0)
     for options, chunk_size in (({}, 3), ({"chunk_size": 5}, 5)):

@@ -100,9 +100,9 @@ def test_a_table_of_lists_trains_as_an_own_loop(tmp_path: Path, mini_batch_size:
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [None, ClipLoss()], ids=["lists alone", "CLIP's loss"])
+@pytest.mark.parametrize("base", [None, ClipLoss()], ids=["alone", "beside CLIP's loss"])
 @pytest.mark.parametrize("trainer", [RankedListsTrainer, SentenceTransformerTrainer])
-def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, trainer: Any, base: Any) -> None:
+def test_lists_train_alone_and_beside_a_loss_of_pairs(tmp_path: Path, trainer: Any, base: Any) -> None:
     """Lists of one length may be columns of the usual trainer."""
     model, own, data, scale = tiny_model(), tiny_model(), lists(length=3), 20.0
     table = data if trainer is RankedListsTrainer else in_columns(data)
@@ -226,7 +226,7 @@ def test_mini_batches_have_the_value_and_gradient_of_the_batch(
         torch.testing.assert_close(of_weights, expected_gradient, rtol=1e-8, atol=1e-10)
 
 
-def test_a_candidate_of_several_lists_is_embedded_once() -> None:
+def test_a_candidate_of_several_lists_is_one_row_of_a_batch() -> None:
     batch = RankedListsCollator(tiny_model().preprocess)(list(lists()))
     distinct = {candidate for row in lists() for candidate in row["candidates"]}
     assert len(batch["candidates_input_ids"]) == len(distinct)
@@ -251,8 +251,10 @@ ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        pytest.param([{"query": "a", "label": [1]}], "query.*label", id="no candidates"),
-        pytest.param([{"query": "a", "candidates": ["b"]}], "label .*query.*candidates", id="no label"),
+        pytest.param([{"query": "a", "label": [1]}], "must have .* got query, label$", id="no candidates"),
+        pytest.param(
+            [{"query": "a", "candidates": ["b"]}], "must have .*; got query, candidates$", id="no label"
+        ),
         pytest.param([{**ROW, "candidates": "bc"}], "^candidates .*row 0 .*'a'", id="one text, no list"),
         pytest.param([ROW, ROW], "query .*row 0 .*row 1.*NO_DUPLICATES", id="a query twice"),
     ],
@@ -265,7 +267,9 @@ def test_bad_lists_are_refused_with_the_row(rows: list[dict[str, Any]], named: s
 @pytest.mark.parametrize(
     ("columns", "labels", "message"),
     [
-        pytest.param(2, None, "label", id="one candidate without a negative"),
+        pytest.param(
+            2, None, "need columns of candidates and a label", id="one candidate without a negative"
+        ),
         pytest.param(3, torch.zeros(3, 3), "^labels .*2 .*3, 3", id="three grades of two candidates"),
         pytest.param(
             17,

@@ -57,7 +57,7 @@ class Copying(nn.Module):
 
 
 class Comparing(Copying):
-    """One that compares a teacher's images with its texts, unless its option ``crossed`` is 0."""
+    """A loss that needs a teacher's images and texts in one space, unless its option ``crossed`` is 0."""
 
     def __init__(self, base: Any = None, *, crossed: float = 1.0, gather: Any = None) -> None:
         super().__init__(base, gather=gather)
@@ -113,10 +113,10 @@ def test_a_created_copying_loss_is_refused_with_a_folder_without_a_common_space(
     [
         pytest.param("copying", "common", {}, id="copying, common"),
         pytest.param("comparing", "common", {}, id="comparing, common"),
-        pytest.param("comparing", "separate", {"crossed": 0.0}, id="comparing within modalities, separate"),
+        pytest.param("comparing", "separate", {"crossed": 0.0}, id="comparing with crossed=0, separate"),
     ],
 )
-def test_a_loss_of_another_package_is_taught_by_a_folder_that_has_what_it_needs(
+def test_a_loss_of_another_package_may_have_a_folder_that_has_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, name: str, teacher: str, options: dict[str, float]
 ) -> None:
     register(monkeypatch, copying=Copying, comparing=Comparing)
@@ -129,6 +129,7 @@ def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
 ) -> None:
     register(monkeypatch, comparing=Comparing)
     message = f"crossed must be 0: this teacher is {WITHOUT_COMMON_SPACE['separate']}"
+    # tiny: a loss of tests/tiny_package, registered for all tests
     for name in ("comparing", "rankclip-in+comparing", "comparing+tiny"):
         with pytest.raises(OptionError, match=message) as error:
             runtime_of(name, "separate")
@@ -136,7 +137,7 @@ def test_a_loss_of_another_package_names_the_option_that_needs_a_common_space(
 
 
 @pytest.mark.usefixtures("folders_of_teachers")
-def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_every_trainer_and_loop(
+def test_a_copying_loss_gets_the_components_of_a_wider_folder_in_a_run_and_in_a_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     register(monkeypatch, copying=Copying)

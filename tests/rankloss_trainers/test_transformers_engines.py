@@ -73,9 +73,9 @@ def sharded(model: Any, reshard: bool = True) -> Any:
 @pytest.mark.parametrize(
     "wrap",
     [
-        distributed,
-        pytest.param(sharded, marks=needs_fsdp2),
-        pytest.param(functools.partial(sharded, reshard=False), marks=needs_fsdp2),
+        pytest.param(distributed, id="DDP"),
+        pytest.param(sharded, marks=needs_fsdp2, id="FSDP"),
+        pytest.param(functools.partial(sharded, reshard=False), marks=needs_fsdp2, id="FSDP, not resharded"),
     ],
 )
 def test_two_processes_have_the_gradients_of_the_whole_batch(
@@ -93,6 +93,7 @@ def test_two_processes_have_the_gradients_of_the_whole_batch(
 
 
 def zero_2() -> dict[str, Any]:
+    """DeepSpeed's ZeRO of stage 2, as arguments of the Trainer."""
     settings = {
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,

@@ -144,8 +144,8 @@ def test_weights_are_those_of_an_own_loop(
         per_device_train_batch_size=8 // micro_batches,
         gradient_accumulation_steps=micro_batches,
     )
-    torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
-    assert (expected - weights(tiny_clip())).norm() > 0.05, "far above the tolerance"
+    torch.testing.assert_close(weights(ended.model), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - weights(tiny_clip())).abs().median() > 1e-3, "far above the tolerance"
     assert logged_values(ended, "ranked_lists_loss") == pytest.approx(
         logged_values(ended, "loss"), rel=1e-5, abs=LOG_ROUNDING
     )
@@ -274,6 +274,7 @@ class OwnValues(NamedTuple):
 
 
 def beside_pairs(of_texts: bool) -> OwnValues:
+    """Lists of texts, or of pictures, whose own candidates but one are in lists."""
     in_no_list = PICTURE if of_texts else "40"
     _, *in_lists = own_of(graded_table(queries_are_texts=of_texts))
     owns = [in_no_list, *in_lists]
@@ -297,7 +298,7 @@ def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool,
     ended = run(tmp_path, own.data, max_steps=1, mini_batch_size=size, **BESIDE_PAIRS)
     for (name, actual), start in zip(ended.model.named_parameters(), own.model.parameters(), strict=True):
         expected = start.detach() - RATE * start.grad
-        torch.testing.assert_close(actual.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(actual.detach(), expected, rtol=1e-4, atol=1e-5, msg=name)
     assert logged_lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
 
 
@@ -315,7 +316,7 @@ def test_an_evaluation_is_of_the_base_and_the_lists_without_ranks(
 # --- evaluation -------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path) -> None:
+def test_an_evaluation_has_the_mean_loss_and_the_mean_metrics_of_its_lists(tmp_path: Path) -> None:
     data = graded_table(queries_are_texts=True)
     given = {
         "model": tiny_clip(),
@@ -330,14 +331,20 @@ def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path)
         for batch in (rows[:3], rows[3:6], rows[6:])
     ]
     assert evaluated["eval_loss"] == pytest.approx(sum(sums) / len(rows), rel=1e-4)
-    accuracies = []
-    for row in rows:
-        scores = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
-        accuracies.append(metrics.pairwise_accuracy(scores, torch.tensor(row["grades"])))
-    expected = torch.stack(accuracies).nanmean().item()  # a list without an order has none
-    assert evaluated["eval_pairwise_accuracy"] == pytest.approx(expected)
-    others = {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"}
-    assert others <= evaluated.keys()
+    metrics_of_a_list: dict[str, Any] = {
+        "ndcg": metrics.ndcg,
+        "reciprocal_rank": metrics.reciprocal_rank,
+        "pairwise_accuracy": metrics.pairwise_accuracy,
+        "kendall_tau_b": metrics.kendall_tau,
+        "kendall_tau_c": functools.partial(metrics.kendall_tau, variant="c"),
+    }
+    for name, metric in metrics_of_a_list.items():
+        values = []
+        for row in rows:
+            scores = (embed(model, [row["query"]]) * embed(model, row["candidates"])).sum(-1)
+            values.append(metric(scores, torch.tensor(row["grades"])))
+        expected = torch.stack(values).nanmean().item()  # a list without an order may have none
+        assert evaluated[f"eval_{name}"] == pytest.approx(expected), name
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -380,30 +387,30 @@ def test_a_query_twice_is_taken_where_no_candidates_are_negatives() -> None:
     assert len(RankedListsCollator(PictureProcessor())([ROW, ROW])["grade_bits"]) == 2
 
 
-LAST = {"candidates": [["7"]] * 8}
+ONE_TEXT_EACH = {"candidates": [["7"]] * 8}
 EXCLUDED = {"loss_options": {"base_loss": "exclude"}}
 
 
 @pytest.mark.parametrize(
-    ("more", "given", "named"),
+    ("more", "given", "error", "named"),
     [
-        ({"grades": [[1.0]] * 7 + [[math.nan]], **LAST}, {}, "^grades .*nan .*row 7"),
-        ({"grades": None}, {}, "columns .*grades .*query, candidates"),
-        ({"ranks": [[1]] * 8}, {}, "columns .*query, candidates, grades, ranks"),
-        ({"own": ["7"] * 8}, EXCLUDED, "own.*ranked-lists"),
-        ({}, {"loss_options": {"own_caption": "top"}}, "own_caption"),
-        ({}, {"loss_options": {"base_loss": "include"}}, "column own"),
-        ({}, {"loss": "rankclip+ranked-lists"}, "column own"),
-        ({}, {"data_collator": lambda _: {"input_ids": torch.ones(2)}}, "candidate_index"),
-        ({}, {"loss": "rankclip"}, "forward|columns|query"),
-        ({}, {"processing_class": None}, "tokenizer .*NoneType"),
+        ({"grades": [[1.0]] * 7 + [[math.nan]], **ONE_TEXT_EACH}, {}, ValueError, "^grades .*nan in row 7"),
+        ({"grades": None}, {}, ValueError, "need the columns .*; got query, candidates$"),
+        ({"ranks": [[1]] * 8}, {}, ValueError, "need the columns .*; got query, candidates, grades, ranks$"),
+        ({"own": ["7"] * 8}, EXCLUDED, ValueError, "have own, of pairs that ranked-lists does not train"),
+        ({}, {"loss_options": {"own_caption": "top"}}, ValueError, "own_caption: is for open_clip"),
+        ({}, {"loss_options": {"base_loss": "include"}}, ValueError, "^ranked-lists needs .* column own"),
+        ({}, {"loss": "rankclip+ranked-lists"}, ValueError, r"^rankclip\+ranked-lists needs .* column own"),
+        ({}, {"data_collator": lambda _: {"input_ids": torch.ones(2)}}, KeyError, "candidate_index"),
+        ({}, {"loss": "rankclip"}, ValueError, "No columns in the dataset match"),  # of the Trainer
+        ({}, {"processing_class": None}, TypeError, "tokenizer .*NoneType"),
     ],
 )
-def test_what_cannot_train_is_refused_before_the_first_step(
-    tmp_path: Path, more: Any, given: Any, named: str
+def test_what_cannot_train_is_refused_before_the_model_is_called(
+    tmp_path: Path, more: Any, given: Any, error: type[Exception], named: str
 ) -> None:
     model = watched()
-    with pytest.raises((ValueError, TypeError, KeyError), match=named):
+    with pytest.raises(error, match=named):
         run(
             tmp_path,
             graded_table(queries_are_texts=False, **more),

@@ -148,9 +148,9 @@ def dropping(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             "have reference_image_features, and the batch has not",
         ),
         # Columns of no ids.
-        (grouped(), BY_GROUP, "group .*pixel_values"),
-        (grouped(group=[0.5] * 8), BY_GROUP, "group .*0.5"),
-        (grouped(group=["train"] * 8), BY_GROUP, "group .*8"),
+        (grouped(), BY_GROUP, "no column group of ids; they have pixel_values"),
+        (grouped(group=[0.5] * 8), BY_GROUP, "ids in column group must be texts or integers; .* 0.5"),
+        (grouped(group=["train"] * 8), BY_GROUP, "column group has one value in all 8 rows"),
     ],
 )
 def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_weight_changes(
@@ -170,7 +170,7 @@ def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) 
         next(iter(build_trainer(tmp_path, pairs=bad, dataloader_num_workers=1).get_train_dataloader()))
 
 
-def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -> None:
+def test_data_of_no_folder_of_another_or_of_two_teachers_are_refused(tmp_path: Path) -> None:
     path = write_teacher_folder(
         tmp_path / "x", captioned(), teacher_features(), image_column="image", caption_column="caption"
     )
@@ -188,7 +188,10 @@ def test_data_of_another_folder_or_of_two_teachers_are_refused(tmp_path: Path) -
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, pairs=pairs, loss="rankclip", teacher=path)
-    with pytest.raises(ValueError, match=f"^teacher: {tmp_path} is no folder"):
+
+
+def test_a_teacher_that_is_no_folder_of_features_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^teacher: {tmp_path} is no folder of `rankloss features`"):
         build_trainer(tmp_path, teacher=str(tmp_path))
 
 
@@ -257,7 +260,7 @@ def test_a_named_teacher_that_a_loss_cannot_use_is_refused_before_it_is_loaded(
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", [x for x in NAMES_OF_LOSSES if load(x).teacher not in (None, "required")])
-def test_every_preset_trains_with_its_own_teacher_and_defaults(
+def test_every_loss_with_a_teacher_of_its_own_trains_with_it_and_its_defaults(
     tmp_path: Path, loaded: list[Any], name: str
 ) -> None:
     ended = train(tmp_path, pairs=joined(captioned()), loss=name, max_steps=2, **SGD)
