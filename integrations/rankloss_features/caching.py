@@ -27,11 +27,14 @@ from rankloss_features.data import OPTIONS, Data, Table, kind_of, open_data
 from rankloss_features.errors import flag, named_errors
 from rankloss_features.folder import FORMAT, Features, read_about
 from rankloss_features.image_encoders import did_you_mean
-from rankloss_features.opening import open_clip_name
+from rankloss_features.opening import is_tag, open_clip_name
 from rankloss_features.teachers import Teacher
 from rankloss_features.writing import only_writer, precision_on, write
 
-_FORMS = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A,text=B,align, image=A or text=B"
+_FORMS = (
+    "MODEL:PRETRAINED of open_clip, hf-hub:OWNER/NAME, local-dir:FOLDER, image=A,text=B, "
+    "image=A,text=B,align, image=A or text=B"
+)
 _ALIGN = "align"
 _LOCAL = "local-dir:"  # before a folder with a model of open_clip or timm
 _ENCODERS = {"image": "image_encoder", "text": "text_encoder"}
@@ -62,8 +65,8 @@ class Spec(NamedTuple):
     def of(cls, text: str) -> Spec:
         """Parse a teacher.
 
-        It is ``MODEL:PRETRAINED`` of open_clip, ``image=A,text=B``, ``image=A,text=B,align``, ``image=A`` or
-        ``text=B``.
+        It is ``MODEL:PRETRAINED`` of open_clip, also ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``;
+        ``image=A,text=B``, ``image=A,text=B,align``, ``image=A`` or ``text=B``.
 
         Raises:
             ValueError: It is none of these.
@@ -111,11 +114,15 @@ class Spec(NamedTuple):
         return shlex.join(["rankloss", "features", *self.options(), *more])
 
     def two_steps(self, remedy: str) -> str:
-        """Advice where a trainer cannot compute the features by itself."""
+        """Advice where a trainer cannot compute the features by itself: the command, then ``remedy``.
+
+        Args:
+            remedy: The use of the folder that the command writes, as in ``give the training teacher FOLDER``.
+        """
         return f"compute them, `{self.command('--data', 'PAIRS', '--output', 'FOLDER')}`, and {remedy}"
 
     def check(self) -> Spec:
-        """Look the names up, as far as they are known before anything is loaded; the same teacher.
+        """Look the names up, as far as they are known before anything is loaded, and return itself.
 
         Raises:
             ValueError: There is no such model, tag or encoder, or its package is not installed.
@@ -165,6 +172,9 @@ class Spec(NamedTuple):
 def _encoders_of(text: str) -> dict[str, Any]:
     """The encoders of ``image=A,text=B``, ``image=A`` or ``text=B``, by the attributes of :class:`Spec`.
 
+    Args:
+        text: Parts with ``=`` in each, separated by commas.
+
     Raises:
         ValueError: A modality is unknown, there twice, or without an encoder.
     """
@@ -185,14 +195,16 @@ def _no_teacher(text: str) -> ValueError:
 
 
 def _look_up_weights(name: str, pretrained: str) -> None:
-    """Raise a ValueError unless open_clip has the model, and its weights are a tag of it or a file."""
+    """Raise a ValueError unless open_clip has the model, and its weights are a tag of it or a file.
+
+    A tag of weights for another activation is refused, too, as :func:`clip_models.check_activation` says.
+    """
     import open_clip
 
     models, model = open_clip.list_models(), open_clip_name(name)
     if model not in models:
         raise ValueError(f"unknown model{did_you_mean(model, models)}")
-    is_tag = bool(open_clip.get_pretrained_cfg(model, pretrained))
-    if not is_tag and not os.path.isfile(pretrained):
+    if not is_tag(model, pretrained) and not os.path.isfile(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise ValueError(f"{pretrained} is no file, and none of its tags {tags}")
     clip_models.check_activation(model, pretrained)
@@ -261,12 +273,13 @@ def compute_features(
 ) -> str:
     """The folder of a teacher's features of some pairs, computed unless the cache has it.
 
-    It is the folder of ``rankloss features``, and the one that trainers compute which take a teacher by name;
-    the others take it, as :func:`rankloss_features.bind` and :class:`rankloss_features.Features` do.
+    ``rankloss features`` writes the same folder, and so do trainers that take a teacher by name. Other
+    trainers take its path, as :func:`rankloss_features.bind` and :class:`rankloss_features.Features` do.
 
     Args:
-        teacher: ``"MODEL:PRETRAINED"`` of open_clip, ``"image=A,text=B"``, ``"image=A,text=B,align"`` for
-            two encoders that are brought into one space by these pairs, ``"image=A"`` or ``"text=B"``.
+        teacher: ``"MODEL:PRETRAINED"`` of open_clip, also ``"hf-hub:OWNER/NAME"`` or ``"local-dir:FOLDER"``;
+            ``"image=A,text=B"``, ``"image=A,text=B,align"`` for two encoders that are brought into one space
+            by these pairs, ``"image=A"`` or ``"text=B"``.
         pairs: A ``datasets.Dataset`` of the pairs to train on, and no others: they are what ``align`` fits.
         image_column: The images, or their paths.
         caption_column: The captions.
@@ -304,8 +317,8 @@ def cached(spec: Spec, data: Data, cache: str | Path, device: str | torch.device
         device: The device that computes; by default a GPU where there is one.
 
     Raises:
-        ValueError: The teacher cannot be loaded, or gives no teacher's features; a picture cannot be read; a
-            lock is a link.
+        ValueError: The teacher cannot be loaded, gives no teacher's features, or they cannot be aligned; a
+            picture cannot be read; a folder is damaged; a lock is a link.
         OSError: The disk is full, or the cache cannot be written.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -356,13 +369,16 @@ def _folder_name(spec: Spec, data: Data, settings: dict[str, Any]) -> str:
 
 
 def _short_file_name(name: str) -> str:
-    """The last part of a path or a name, of characters that every file system has, cut at 32."""
+    """The last part of a path or a name, with ``-`` in place of unusual characters, cut at 32."""
     last_part = os.path.basename(name.rstrip("/"))
     return re.sub(r"[^\w.]+", "-", last_part).strip("-")[:32]
 
 
 def _states_of_files(name: str) -> list[Any]:
-    """Path, size and time of change of each file of a teacher whose name is a path; none of other names."""
+    """Path, size and time of change of each file of a teacher whose name is a path.
+
+    Empty for a name that is no path of a file or folder.
+    """
     place = Path(name.removeprefix(_LOCAL))
     candidates = place.rglob("*") if place.is_dir() else [place]
     files = [file for file in candidates if file.is_file()]

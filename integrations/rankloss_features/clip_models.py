@@ -21,10 +21,13 @@ _IMAGES, _TEXTS = NAMES
 
 
 def check_pretrained(model: str | None, pretrained: str | None) -> None:
-    """Raise a ValueError for weights that open_clip ignores: beside a folder or a hub's model."""
+    """Raise a ValueError for weights beside a model that has its own: a folder's, or a hub's.
+
+    A name of open_clip is no folder's, even where the working directory has a folder of that name.
+    """
     if model is None or not pretrained:
         return
-    if Path(model).is_dir():
+    if is_folder_of_transformers(model) or (Path(model).is_dir() and not _is_name_of_open_clip(model)):
         raise ValueError(f"--pretrained {pretrained}: the folder --model {model} has its own weights")
     if not model.startswith(OWN_WEIGHTS):
         return
@@ -38,8 +41,19 @@ def check_pretrained(model: str | None, pretrained: str | None) -> None:
     raise ValueError(f"--pretrained {pretrained}: open_clip ignores it beside --model {model} and {advice}")
 
 
+def is_folder_of_transformers(model: str) -> bool:
+    """True for a folder with a model of transformers; its name would otherwise be open_clip's."""
+    return Path(model, "config.json").is_file()
+
+
+def _is_name_of_open_clip(model: str) -> bool:
+    import open_clip
+
+    return opening.open_clip_name(model) in open_clip.list_models()
+
+
 def check_activation(model: str | None, pretrained: str | None) -> None:
-    """Raise a ValueError for a tag of weights that were trained with another activation than the model has.
+    """Raise a ValueError for a tag of weights that were trained with QuickGELU, beside a model without it.
 
     open_clip warns of it and computes other features: OpenAI's weights need QuickGELU, which ``ViT-B-32`` has
     not and ``ViT-B-32-quickgelu`` has.
@@ -68,13 +82,13 @@ def load(model: str, pretrained: str | None, device: torch.device) -> Teacher:
             they want pictures to be prepared.
         ImportError: A package is not installed.
     """
-    if Path(model, "config.json").is_file():
+    if is_folder_of_transformers(model):
         return transformers_clip.load(model, device)
     return _open_clip(model, pretrained, device)
 
 
 def _open_clip(name: str, pretrained: str | None, device: torch.device) -> Teacher:
-    """A model of open_clip."""
+    """A model of open_clip, as :func:`load`."""
     check_activation(name, pretrained)
     options = trained_files.options_of(name, pretrained) if pretrained else {}
     model, transform, tokenizer = opening.open_clip_model(name, pretrained, device, **options)

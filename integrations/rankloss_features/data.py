@@ -58,7 +58,7 @@ def read_member(sample: Mapping[str, Any], key: str) -> Any:
     """
     extension, _, field = key.partition(":")
     if extension != "json":
-        return sample.get(key.lower())
+        return sample.get(key.lower())  # webdataset's extensions are in lower case
     try:
         return json.loads(sample["json"])[field]
     except (KeyError, TypeError, ValueError):  # no member, no JSON, no object, or an object without the field
@@ -123,9 +123,9 @@ def groups_of(data: Any, size: int, ranges: Iterable[range]) -> list[tuple[int, 
         first = rows.start
         while first < rows.stop:
             shard = bisect.bisect_right(ends, first)
-            last = min(first + size, ends[shard], rows.stop)
-            spans_of_shard.setdefault(shard, []).append((first, last))
-            first = last
+            end = min(first + size, ends[shard], rows.stop)
+            spans_of_shard.setdefault(shard, []).append((first, end))
+            first = end
     if data.is_stream:
         return list(spans_of_shard.items())
     return [(shard, [span]) for shard, spans in spans_of_shard.items() for span in spans]
@@ -145,8 +145,8 @@ class Table:
     Attributes:
         counts: The pairs of each shard; a table is one shard.
         ids: The values of the column of ids, None without one.
-        is_stream: True if a shard is read from its start, by a trainer that knows samples by name, and skips
-            pictures that cannot be read.
+        is_stream: True if a shard can be read from its start alone, and pictures that cannot be read are
+            skipped, as its trainer skips them.
 
     Raises:
         ValueError: It has no such column, or one of another kind, or an id is neither a text nor an integer.
@@ -188,7 +188,7 @@ class Table:
             yield PairBlock(captions, names, names)
 
     def pictures(self, rows: Iterable[int]) -> Iterator[tuple[int, str, bytes]]:
-        """The row, name and content of the picture of each of some rows, if the picture is there."""
+        """The row, name and content of each row's picture, if it is stored or its file is here."""
         for block in _blocks(rows):
             pictures = self.dataset[block]
             paths, contents = pictures["image.path"], pictures["image.bytes"]
@@ -285,7 +285,7 @@ class Table:
             digest.update(described.encode("utf-8", "surrogatepass"))
         for row in some_rows(len(self.dataset)):
             picture = self.dataset[row]
-            digest.update(picture["image.bytes"] or _beginning(picture["image.path"]))
+            digest.update(picture["image.bytes"] or _beginning(picture["image.path"] or ""))
         return digest.hexdigest()
 
     def sources(self) -> list[str]:
@@ -302,12 +302,12 @@ class Table:
 
     def read(self, shard: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002 (a table is one shard)
         """The samples of some batches of a shard, in the order of its rows, as a list for each batch."""
-        for first, last in spans:
-            block = self.dataset[first:last]
+        for first, end in spans:
+            block = self.dataset[first:end]
             captions, names = self._read_captions_and_names(first, block)
             contents_and_paths = zip(block["image.bytes"], block["image.path"], strict=True)
             sources = [content or path for content, path in contents_and_paths]
-            rows = range(first, last)
+            rows = range(first, end)
             yield [
                 Sample(row, name, caption, source=source)
                 for row, name, caption, source in zip(rows, names, captions, sources, strict=True)
@@ -497,9 +497,9 @@ class Shards:
         """See :class:`Table`. Samples before and between the batches are skipped."""
         samples = self._samples(self.urls[shard])
         next_row = sum(self.counts[:shard])  # of the stream's next sample
-        for first, last in spans:
-            batch = itertools.islice(samples, first - next_row, last - next_row)
-            next_row = last
+        for first, end in spans:
+            batch = itertools.islice(samples, first - next_row, end - next_row)
+            next_row = end
             yield [
                 Sample(row, sample.key, sample.caption, source=sample.picture)
                 for row, sample in enumerate(batch, start=first)
@@ -517,11 +517,11 @@ def _preferred_member(sample: Mapping[str, Any], preferred: Iterable[str]) -> An
 Data: TypeAlias = Table | Shards
 
 
-def some_rows(number: int) -> list[int]:
-    """Some of so many rows, equally far apart, the first and the last among them."""
-    if number == 0:
+def some_rows(count: int) -> list[int]:
+    """Up to :data:`_LOOKED_AT` of so many rows, equally far apart, the first and the last among them."""
+    if count == 0:
         return []
-    return sorted({i * (number - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)})
+    return sorted({i * (count - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)})
 
 
 def _beginning(path: str) -> bytes:
@@ -533,9 +533,9 @@ def _beginning(path: str) -> bytes:
 
 
 def _csv(path: str, separator: str, keys: dict[str, str], ids_key: str | None) -> Any:
-    """The columns of a CSV file as open_clip's trainer has them: pandas makes 7 of 007, and drops ``NA``.
+    """A ``datasets.Dataset`` of a CSV file, read as open_clip's trainer reads it: pandas makes 7 of 007.
 
-    Ids are as the file has them.
+    Ids are as the file has them. A cell that pandas takes for a missing value, such as ``NA``, is refused.
 
     Args:
         path: The file.
@@ -682,7 +682,7 @@ def open_data(args: Any, path: str | None = None) -> Data:
 
     Raises:
         ValueError: There are none, they are of no known kind, an option is of another kind than all that the
-            command line names, or they have no captions.
+            command line names, or they cannot be read, or lack a column or captions.
     """
     if args.data is None:
         raise ValueError("--data is needed: the pairs, as the trainer has them")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rankloss.options import shown
 from rankloss.precision import unit_rows
-from rankloss_features import clip_models, image_encoders, opening, probing, text_encoders
+from rankloss_features import clip_models, image_encoders, opening, packages, probing, text_encoders
 from rankloss_features.cca import CanonicalCorrelation
 from rankloss_features.data import Sample
 from rankloss_features.errors import named_errors
@@ -258,7 +258,7 @@ class FrozenEncoders:
         self._frozen = teacher
         with_heads = {name: self._with_head(name, encoder) for name, encoder in teacher.encoders.items()}
         self.teacher = Teacher(teacher.about, with_heads, scale, device=teacher.device, rendering=rendering)
-        """The same as :class:`rankloss_features.teachers.Teacher`, for ``rankloss evaluate``."""
+        """The encoders followed by their heads, for the commands that take a teacher."""
 
     def _with_head(self, name: str, encoder: Encoder) -> Encoder:
         """An encoder, followed by the head of its modality."""
@@ -277,8 +277,8 @@ class FrozenEncoders:
             pictures: Paths, bytes of files, or pictures of Pillow.
 
         Raises:
-            ValueError: It is one picture, not several, or an item is no picture.
-            OSError: A file cannot be read.
+            ValueError: It is one picture, not several, or an item is of another type.
+            OSError: A file cannot be read, or a file or bytes are no picture.
         """
         is_one_picture = isinstance(pictures, (str, bytes, os.PathLike)) or hasattr(pictures, "convert")
         if is_one_picture:
@@ -293,13 +293,15 @@ class FrozenEncoders:
             ValueError: It is none of these.
         """
         if hasattr(picture, "convert"):
-            return Sample(place, "", "", partial(self.rendering.convert, picture), place)
-        if not isinstance(picture, (str, bytes, os.PathLike)):
+            opened = partial(self.rendering.convert, picture)
+        elif isinstance(picture, (str, bytes, os.PathLike)):
+            opened = partial(self.rendering.open, os.fspath(picture))
+        else:
             raise ValueError(
                 f"pictures must be paths, bytes of files or pictures of Pillow; in place {place} stands "
                 f"{shown(picture)}"
             )
-        return Sample(place, "", "", partial(self.rendering.open, os.fspath(picture)), place)
+        return Sample(row=place, name="", caption="", open=opened, source=place)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """The unit-norm features of texts: ``[n, width]``.
@@ -312,7 +314,7 @@ class FrozenEncoders:
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts must be of type str; got {shown(text)} in place {place}")
-        samples = [Sample(place, "", text) for place, text in enumerate(texts)]  # without a picture's name
+        samples = [Sample(row=place, name="", caption=text) for place, text in enumerate(texts)]
         return self._encode(_TEXTS, samples)
 
     def _encode(self, name: str, samples: list[Sample]) -> Tensor:
@@ -340,7 +342,7 @@ class FrozenEncoders:
         methods = {part.method for part in self.parts} - {OWN}
         about = {
             "method": BOTH if len(methods) > 1 else methods.pop(),
-            "encoders": {name: _absolute(value) for name, value in asdict(self.encoders).items()},
+            "encoders": _with_absolute_paths(self.encoders),
             "weights": self._frozen.about,
             "pictures": asdict(self.rendering),
             "widths": {name: encoder.width for name, encoder in self._frozen.encoders.items()},
@@ -358,9 +360,9 @@ class FrozenEncoders:
 
 
 def _weights_file(folder: Path, about: Mapping[str, Any]) -> Path:
-    """The file of weights that ``heads.json`` names."""
+    """The file of weights of the heads whose ``heads.json`` has these entries."""
     if "method" not in about:
-        return folder / "heads.safetensors"  # of earlier folders
+        return folder / "heads.safetensors"  # of a folder of an earlier release
     return folder / f"heads-{about['hash'][:16]}.safetensors"
 
 
@@ -372,22 +374,39 @@ def _weights_in(folder: Path) -> Path | None:
 
 
 def has_other_files(folder: Path) -> bool:
-    """True for a folder with more than heads, or than an interrupted command leaves of them."""
+    """True for a folder with files other than heads, whole or as an interrupted command leaves them."""
     for file in folder.iterdir():
-        name = file.name.removeprefix(".")  # of a file that is not whole yet
+        name = file.name.removeprefix(".")  # which a file has that is not whole yet
         is_weights = re.fullmatch(r"heads(-[0-9a-f]{16})?\.safetensors", name)
         if name != ABOUT and not is_weights:
             return True
     return False
 
 
-def _absolute(name: str | None) -> str | None:
-    """The absolute path of a file or folder, of ``local-dir:FOLDER`` too; other names as they are."""
-    if name is None:
-        return None
-    scheme = _LOCAL if name.startswith(_LOCAL) else ""
-    path = name.removeprefix(scheme)
-    return scheme + os.path.abspath(path) if os.path.exists(path) else name
+def _with_absolute_paths(encoders: Encoders) -> dict[str, str | None]:
+    """The names of encoders, in which the path of a file or folder is absolute, of ``local-dir:FOLDER`` too.
+
+    A name that :meth:`Encoders.load` takes for no path stays as it is, even where the working directory has a
+    file of that name: a model, a tag of its weights, or an encoder inside a package.
+    """
+    names: dict[str, str | None] = asdict(encoders)
+    for kind, name in names.items():
+        if name is not None and _is_path(kind, name, encoders):
+            scheme = _LOCAL if name.startswith(_LOCAL) else ""
+            names[kind] = scheme + os.path.abspath(name.removeprefix(scheme))
+    return names
+
+
+def _is_path(kind: str, name: str, encoders: Encoders) -> bool:
+    """True if the loader of an attribute of :class:`Encoders` opens its name as a file or folder."""
+    if kind == "image_weights" or name.startswith(_LOCAL):
+        return True
+    if kind == "model":
+        return clip_models.is_folder_of_transformers(name)
+    if kind == "pretrained":
+        return not opening.is_tag(str(encoders.model), name)
+    is_inside_a_package = name in {*packages.SHORT, *packages.IMAGES, *packages.TEXTS}
+    return os.path.isdir(name) and not is_inside_a_package
 
 
 def _are_encoders(value: Any) -> bool:
@@ -437,7 +456,7 @@ def _is_rendering(value: Any) -> bool:
 
 
 _ENTRIES: Entries = {
-    "encoders": (_are_encoders, "the names of two encoders"),
+    "encoders": (_are_encoders, "the names of two encoders, or of a model"),
     "weights": (
         lambda value: isinstance(value, dict) and bool(_hashes(value)),
         "the hashes of the encoders' weights",

@@ -87,7 +87,7 @@ def _load_weights(
 ) -> Any:
     """``torch.load`` of weights alone, whatever the caller asks for, where torch reads them safely."""
     del weights_only
-    if torch.__version__ < _SAFE_TORCH:
+    if torch.__version__ < _SAFE_TORCH:  # compared as versions: 2.9 is below 2.10
         raise ValueError(
             f"{file} is a pickle, and torch {torch.__version__} does not read one safely (CVE-2026-24747): "
             "convert it to safetensors, or install torch>=2.10"
@@ -133,6 +133,13 @@ def open_clip_name(model: str) -> str:
     return model.replace("/", "-")
 
 
+def is_tag(model: str, pretrained: str) -> bool:
+    """True if open_clip has weights of this tag for a model. It prefers a tag to a file of that name."""
+    import open_clip
+
+    return bool(open_clip.get_pretrained_cfg(open_clip_name(model), pretrained))
+
+
 def open_clip_model(
     name: str, pretrained: str | None, device: torch.device, **options: Any
 ) -> tuple[Any, Any, Any]:
@@ -146,7 +153,7 @@ def open_clip_model(
 
     Raises:
         ValueError: It needs code of its own.
-        RuntimeError: It has no weights.
+        RuntimeError: It is unknown, or has no weights.
     """
     import open_clip
 
@@ -325,8 +332,8 @@ def picture(source: bytes | str) -> Iterator[Any]:
     try:
         opened = Image.open(io.BytesIO(content_of(source)), formats=formats)
     except UnidentifiedImageError as error:
-        what = source if isinstance(source, str) else "its content"
-        raise OSError(f"{what} is none of {', '.join(formats)}, or it is damaged") from error
+        name = source if isinstance(source, str) else "its content"
+        raise OSError(f"{name} is none of {', '.join(formats)}, or it is damaged") from error
     with opened:
         yield opened
 
@@ -376,7 +383,10 @@ def stored_arrays(file: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Errors of an array's file as one kind, which names it; a header may claim any size."""
+    """A context whose errors are a ValueError that names the array's file.
+
+    Errors of memory are among them, since a header may claim any size.
+    """
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no regular file")

@@ -62,7 +62,12 @@ class Teacher:
 
     @torch.inference_mode()
     def encode(self, prepared: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The features of a batch, of unit norm, computed in a dtype, on the CPU in float32."""
+        """The features of a batch, ``[n, D']`` of each modality, of unit norm, on the CPU and in float32.
+
+        Args:
+            prepared: The inputs of each encoder, by its modality.
+            dtype: The dtype in which the encoders compute.
+        """
         features = {}
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for name, encoder in self.encoders.items():
@@ -124,7 +129,7 @@ def captions(samples: list[Sample]) -> list[str]:
 
 
 class Batches(IterableDataset[Any]):
-    """The batches that are left, prepared for the teacher.
+    """The batches of some groups of batches, prepared for the teacher.
 
     A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
 
@@ -166,6 +171,8 @@ class Batches(IterableDataset[Any]):
         pictures: dict[str, Any] = {}  # by identity
         for sample in samples:
             try:
+                if sample.source is None:  # as in a table with an empty cell
+                    raise ValueError("there is none")
                 if sample.source not in identity_of_source:
                     content = content_of(sample.source)
                     identity = identity_of(content)

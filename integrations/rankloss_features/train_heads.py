@@ -33,6 +33,7 @@ accuracy within a point (docs/your_data.md)."""
 
 _FEWEST = 16  # pairs, on either side of the split
 _GROUPS_FOR_ONE_HELD_OUT = 10  # so that a tenth of the pictures, or of the ids, is held out
+_ENCODED_TOGETHER = 64  # pairs; --batch-size has those of a training step
 _WIDEST = 65_536  # of the common space
 _LARGEST_SEED = 2**63 - 1  # which torch takes
 _OF_TRAINED_HEADS = ("epochs", "batch_size", "lr", "width", "dropout", "label_smoothing", "spread_weight")
@@ -69,7 +70,8 @@ def _encoders(args: argparse.Namespace) -> Encoders:
     """The encoders of the options.
 
     Raises:
-        ValueError: They are neither two encoders nor a model that has both, or the method does not fit them.
+        ValueError: They are neither two encoders nor a model that has both; the model has heads already; or
+            an option of trained heads stands beside ``--method cca``.
     """
     # The options of stored features, which `rankloss features` has and this command has not, are not given.
     args_of_teacher = argparse.Namespace(**vars(args), features=None, spaces=None, align=None)
@@ -175,7 +177,7 @@ def run(args: argparse.Namespace, asked: Asked, encoders: Encoders, device: torc
     rendering = data.rendering_of(args.background, upright=True)
     frozen = replace(encoders.load(device, args.batch_size), rendering=rendering)
     for option, opened in data_of.items():
-        encoded = encode_rows(frozen, opened, batch_size=64, workers=args.workers, shows=True)
+        encoded = encode_rows(frozen, opened, batch_size=_ENCODED_TOGETHER, workers=args.workers, shows=True)
         features_of[option] = encoded.features
         pairs_of[option] = pairs_of[option].with_pictures(encoded.pictures)
 
@@ -268,7 +270,8 @@ def _split(
         are_read: True once the pictures are known by their content, so that equal ones are found.
 
     Raises:
-        ValueError: The pairs are too few, a picture or an id stands on both sides, or one alone is held out.
+        ValueError: The pairs are too few, a picture or an id stands on both sides, or the held-out pairs have
+            one picture, or one id, alone.
     """
     if args.val_data is None:
         learned, held_out = _split_data(args, pairs["--data"], seed)
@@ -370,10 +373,10 @@ def _print_course(made: Made, groups: str) -> None:
 
 
 def _print_losses(losses: list[float]) -> None:
-    """Print the loss of some five epochs, and of the last."""
-    for epoch in range(0, len(losses), max(1, len(losses) // 5)):
-        print(f"epoch {epoch + 1}: loss {losses[epoch]:.3f}")
-    print(f"epoch {len(losses)}: loss {losses[-1]:.3f}")
+    """Print the loss of some five epochs, and of the last, each once."""
+    some_epochs = range(1, len(losses) + 1, max(1, len(losses) // 5))
+    for epoch in sorted({*some_epochs, len(losses)}):
+        print(f"epoch {epoch}: loss {losses[epoch - 1]:.3f}")
 
 
 def _print_evaluation(args: argparse.Namespace, model: FrozenEncoders, held_out: HeldOut) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankloss_features.folder import read_json
-from rankloss_features.opening import open_clip_name
+from rankloss_features.opening import is_tag, open_clip_name
 
 _OF_PICTURES = {
     "image_mean": "mean",
@@ -48,15 +48,15 @@ def options_of(model: str, weights: str) -> dict[str, Any]:
 
     Args:
         model: The name of ``--model``, one of open_clip's own models.
-        weights: A file, ``RUN/checkpoints/epoch_5.pt``, whose options stand in ``RUN/params.txt``; of a tag
-            open_clip knows them.
+        weights: A file, ``RUN/checkpoints/epoch_5.pt``, whose options stand in ``RUN/params.txt``. For a tag
+            none are returned: open_clip knows them.
 
     Raises:
         ValueError: The run trained another model; or the configuration of its model is not found; or nothing
             says how the pictures were prepared, and all known weights of the model want them otherwise than
             open_clip prepares them by default.
     """
-    if not Path(weights).is_file():
+    if is_tag(model, weights) or not Path(weights).is_file():
         return {}
     name = open_clip_name(model)
     run = options_of_run(Path(weights))
