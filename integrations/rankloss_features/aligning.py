@@ -60,7 +60,7 @@ _SHARED = (
 )
 """The entries of ``folder.json`` that an aligned folder takes from the folder of its encoders' features.
 
-Each may be missing there.
+A folder of an earlier release may lack some; ``dtype`` and ``shard_rows`` are always there.
 """
 
 _IMAGES, _TEXTS = NAMES
@@ -82,7 +82,7 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
     Raises:
         ValueError: As there; the features cannot be aligned, or the pairs are too few, which is known before
             they are encoded.
-        OSError: The disk is full, or the folder cannot be written.
+        OSError: As there.
     """
     check_pairs_suffice(data)
     rank, world = join_processes()
@@ -104,7 +104,7 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
 
 
 def check_pairs_suffice(data: Data) -> None:
-    """Raise a ValueError for fewer pairs than projections are fitted to."""
+    """Raise a ValueError for fewer pairs than :data:`rankloss_features.cca.FEWEST`, too few to fit."""
     pairs = 0
     for block in data.pairs():
         pairs += len(block.captions)
@@ -118,7 +118,8 @@ def _is_complete(output: Path, data: Data, teacher: Teacher, settings: dict[str,
     """True for a complete folder of these features; False for one that is empty or unfinished.
 
     Raises:
-        ValueError: It holds something else, or features of other pairs, another teacher or other settings.
+        ValueError: It holds something else, or features of other pairs, another teacher or other settings; it
+            was begun without ``--align``; or it is damaged.
     """
     entries = read_about(output)
     if entries is None:
@@ -150,10 +151,10 @@ def align(encoded: Features, data: Data, output: Path, command: str) -> None:
         encoded: Their own features.
         data: The pairs of the folder, which tell the rows of one picture.
         output: The folder of the aligned ones; what an interrupted command has left there is replaced.
-        command: For ``folder.json``.
+        command: The entry of ``folder.json``.
 
     Raises:
-        ValueError: The features cannot be aligned.
+        ValueError: As :func:`rankloss_features.tuning.tuned`.
         OSError: The disk is full, or the folder cannot be written.
     """
     images, texts = encoded.arrays[_IMAGES], encoded.arrays[_TEXTS]
@@ -214,7 +215,7 @@ def aligned_teacher(teacher: Teacher, folder: str) -> Teacher:
     """Encoders with the projections of a folder, for new pairs.
 
     Raises:
-        ValueError: It is no aligned folder, or one of other encoders.
+        ValueError: It is no aligned folder, or one of other encoders, by their names or by what they compute.
     """
     with named_errors(f"--align {folder}"):
         features = Features(folder)

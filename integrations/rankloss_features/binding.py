@@ -33,15 +33,16 @@ def bind(
     Args:
         dataset: A ``datasets.Dataset``, in the order in which the features were computed.
         folder: A folder of ``rankloss features``.
-        image_column: The images, or their names.
-        caption_column: The captions.
+        image_column: The column of the images, or of their paths.
+        caption_column: The column of the captions.
         column: The name of the new column: ``label`` for sentence-transformers, which hands no other to a
             loss.
 
     Raises:
         TypeError: The data are no ``datasets.Dataset``: a dict of splits, a stream, or a list.
-        ValueError: A row has another pair than the folder's, which the error names, or there are fewer; a
-            picture of the same name has other content; or the data have the column already.
+        ValueError: A row has another pair than the folder's, which the error names, or one of them has fewer
+            rows; a picture of the same name has other content; the data lack a column, or have the new one
+            already; or the folder is none of ``rankloss features``, unfinished or damaged.
     """
     import datasets
     import pyarrow as pa  # type: ignore[import-untyped]  # which datasets brings
@@ -70,7 +71,7 @@ def references(features: Features, bound: Array) -> dict[str, Tensor]:
             written them.
 
     Raises:
-        ValueError: The rows were bound to another folder.
+        ValueError: The rows were bound to another folder, or one has no features.
     """
     rows, pairs = bound[:, 0], bound[:, 1].view(np.uint64)
     is_in_folder = (rows >= 0) & (rows < len(features))
@@ -102,15 +103,16 @@ def features_of_labels(features: Features | None, labels: Tensor | None) -> dict
     is_bound = labels is not None and labels.dtype == torch.int64 and labels.shape[1:] == (2,)
     has_folder = features is not None
     if is_bound != has_folder:
+        path = None if features is None else features.path
         raise ValueError(
             "teacher and the column label go together: rankloss_features.bind(dataset, folder, "
-            f"column='label'); got {features and features.path!r} and labels {labels}"
+            f"column='label'); got {path!r} and labels {labels}"
         )
     if labels is None:
         return {}
     if features is not None:
-        rows = labels.cpu().numpy()
-        return {name: x.to(labels.device) for name, x in references(features, rows).items()}
+        bound = labels.cpu().numpy()
+        return {name: x.to(labels.device) for name, x in references(features, bound).items()}
     are_embeddings = labels.is_floating_point() and labels.dim() in (2, 3)
     if not are_embeddings:
         return {}

@@ -43,7 +43,7 @@ _logger = logging.getLogger("rankloss_features")
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of :meth:`CanonicalCorrelation.fit`, whose options it explains.
+    """A setting of :meth:`CanonicalCorrelation.fit`, which explains these options.
 
     Raises:
         ValueError: An option is out of its range.
@@ -69,6 +69,8 @@ class Setting:
 
 def unit_features(x: Tensor, *, root: bool) -> Tensor:
     """Rows divided by their norms, in float64; with ``root`` those of sign(x)·√|x| in place of x.
+
+    A row of zeros becomes NaN.
 
     Example:
         >>> unit_features(torch.tensor([[9.0, -16.0]]), root=True)
@@ -250,7 +252,8 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
 
     Raises:
         TypeError: Features are no tensors.
-        ValueError: They have other shapes or no float64, or a row has NaN or infinity, or is zero.
+        ValueError: Their shapes do not fit each other; they are on two devices, or on one without float64 or
+            without values; or a row has NaN or infinity, or is zero.
     """
     check_matrix("image_features", image_features)
     check_is_tensor("text_features", text_features)
@@ -271,7 +274,7 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
 
 
 def check_rows(name: str, x: Tensor, numbers: Sequence[int] | None = None) -> None:
-    """Raise a ValueError unless all rows are finite and none is zero.
+    """Raise a ValueError unless all rows are finite and none is zero; on the meta device no values are known.
 
     Args:
         name: The features' name.
@@ -356,13 +359,18 @@ class Eigenbases:
 
         With C_vv = QΛQᵀ, W_v = Q D Qᵀ is symmetric and D diagonal, so W_v C_vt W_t has the singular values of
         D_v (Q_vᵀ C_vt Q_t) D_t, and the singular vectors Q_v U and Q_t V.
+
+        Raises:
+            ValueError: A ridge is 0, and its modality varies in one dimension less than there are pairs; or
+                C_vt is 0.
         """
         sums, images, texts = self.sums, self._images, self._texts
         for side, ridge in ((images, image_ridge), (texts, text_ridge)):
-            if ridge == 0 and side.vectors.shape[1] >= sums.pairs - 1:
+            dimensions = side.vectors.shape[1]
+            if ridge == 0 and dimensions >= sums.pairs - 1:  # centred rows span no more
                 raise ValueError(
-                    f"{side.name}_ridge=0 needs more pairs than dimensions, or it fits any pairs; got "
-                    f"{sums.pairs} pairs in {side.vectors.shape[1]} dimensions: give a ridge above 0"
+                    f"{side.name}_ridge=0 needs at least two pairs more than dimensions, or any pairs are "
+                    f"fitted; got {sums.pairs} pairs in {dimensions} dimensions: give a ridge above 0"
                 )
         D_v, D_t = images.weights(image_ridge), texts.weights(text_ridge)  # the diagonals
         U, S, Vh = torch.linalg.svd(D_v[:, None] * self._cross * D_t, full_matrices=False)
@@ -403,7 +411,10 @@ class _Projections(NamedTuple):
     correlations: Tensor
 
     def of(self, setting: Setting) -> CanonicalCorrelation:
-        """The projections of a setting with these ridges: its dimensions, with its power of S."""
+        """The projections of a setting with these ridges: its dimensions, with its power of S.
+
+        Where there are fewer directions than it has dimensions, all are taken, and a warning is logged.
+        """
         correlations = self.correlations[: setting.dimensions]
         if len(correlations) < setting.dimensions:
             _logger.warning(
@@ -483,7 +494,7 @@ class CanonicalCorrelation:
             TypeError: Features are no tensors.
             ValueError: There are fewer than three pairs, the features differ in length, have NaN or a row of
                 zeros, or are equal in all rows; dimensions are above a width; a ridge or the power is
-                negative or not finite; a ridge is 0 for no more pairs than dimensions.
+                negative or not finite; a ridge is 0, and the pairs are not two more than the dimensions.
 
         Example:
             >>> shared = torch.randn(200, 2)
@@ -540,7 +551,7 @@ class CanonicalCorrelation:
 
         Raises:
             TypeError: No tensor.
-            ValueError: Another width, NaN, or a row of zeros.
+            ValueError: Another width, NaN or infinity, or a row of zeros.
         """
         return self._projected("images", x, self.image_mean, self.image_projection)
 
@@ -576,7 +587,7 @@ class Grid:
     Attributes:
         image_ridges: Ridges of the images.
         text_ridges: Ridges of the texts.
-        dimensions: Widths; those beyond the features' or the canonical directions are tried as these.
+        dimensions: Widths; those above the number of canonical directions are tried as this number.
         powers: Powers of the correlations.
     """
 
@@ -664,7 +675,11 @@ class _HeldOut:
         return cls(images, texts, pairs, _first_equal(images), _first_equal(texts), k)
 
     def centred(self, sums: PairSums) -> tuple[Tensor, Tensor]:
-        """The unit-norm images and texts minus the means of the pairs that are fitted."""
+        """The unit-norm images and texts minus the means of the pairs that are fitted.
+
+        Raises:
+            ValueError: As :meth:`PairSums.check_widths`.
+        """
         sums.check_widths(self.images, self.texts)
         return (
             unit_features(self.images, root=sums.root) - sums.image_mean,

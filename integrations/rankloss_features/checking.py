@@ -7,7 +7,9 @@ from rankloss_features.folder import Features
 
 
 def report(path: str, data: Data) -> str:
-    """Compare a folder with data, read all of its rows and all pictures, and describe them.
+    """Compare a folder with data, read all of its rows and all pictures, and describe the folder.
+
+    Where the teacher has read no pictures, none are read.
 
     Args:
         path: The folder.

@@ -23,7 +23,7 @@ from rankloss_features.image_encoders import did_you_mean
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out a command line, and return the exit code."""
+    """Carry out a command line, and return the exit code: 0, 1 after an error, 130 where it was stopped."""
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -10,7 +10,10 @@ from rankloss_features import packages
 
 @contextmanager
 def named_errors(named: str) -> Iterator[None]:
-    """Errors of a part of a teacher as a ValueError that names it, and what to install."""
+    """A context whose errors become a ValueError that begins with ``named``.
+
+    Where a package is missing, it says which extra to install.
+    """
     try:
         yield
     except ImportError as error:
@@ -24,7 +27,7 @@ def named_errors(named: str) -> Iterator[None]:
 
 
 def last_line(error: Exception) -> str:
-    """The message of an error, without the traceback of a process that reads pictures."""
+    """The message of an error; of one in a process that reads pictures, without the traceback there."""
     text = str(error)
     if "DataLoader worker" in text:
         *_, last = text.strip().splitlines()  # the kind of the error, and its message

@@ -178,7 +178,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_ranks(file: Path, result: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless a file of ``--json`` has a rank, or null, of each query of its directions."""
+    """Raise a ValueError unless a file of ``--json`` has a rank, or null, of each query of its directions.
+
+    These are the first two of :data:`WAYS` at least, and no others than these four.
+    """
     ranks = result["ranks"]
     ways = set(ranks) if isinstance(ranks, dict) else set()
     has_both_ways = {"image_to_text", "text_to_image"} <= ways

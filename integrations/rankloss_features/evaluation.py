@@ -48,7 +48,7 @@ class Encoded:
         image_ids: ``[N]``, the group of each picture, counted from 0 in the order of the data.
         text_ids: ``[M]``, that of each text.
         pair_texts: ``[N]``, the first text of each picture.
-        repeated: The captions that stand beside pictures of several groups.
+        repeated: The number of texts whose caption an earlier text, of another group, has.
         identity: A hash of pictures, captions and ids.
     """
 
@@ -229,15 +229,15 @@ def encode_rows(
         Batches(data, groups_of(data, batch_size, [range(rows)]), teacher), None, num_workers=workers
     )
     with tqdm(total=rows, unit="pair", disable=not shows) as bar:
-        # A batch is of the rows from first to last; of these, ``rows_read`` have pictures that can be read.
-        for (first, last), rows_read, identities, prepared in batches:
+        # A batch is of the rows from first up to end; of these, ``rows_read`` have pictures that can be read.
+        for (first, end), rows_read, identities, prepared in batches:
             if rows_read:
                 was_read[rows_read] = True
                 for row, identity in zip(rows_read, identities, strict=True):
                     pictures[row] = identity_objects.setdefault(identity, identity)
                 for name, encoded in teacher.encode(prepared, torch.float32).items():
                     features[name][rows_read] = encoded
-            bar.update(last - first)
+            bar.update(end - first)
     unread = (~was_read).nonzero().flatten().tolist()
     if unread:
         raise ValueError(
@@ -262,8 +262,9 @@ def measure(encoded: Encoded, ks: Sequence[int], *, by_ids: bool) -> dict[str, A
 
     Returns:
         ``recall``: by name, such as ``image_to_text_R@1``, with ``value``, ``low`` and ``high``, the 95 %
-        interval; ``median_rank`` and ``ranks`` by direction, the latter with None for a query without
-        partner; ``cross_modal_tau`` and ``in_modal_tau`` of :func:`rankloss.metrics.rank_agreement`, and
+        interval, but not for a k above the number of answers within a modality; ``median_rank``, rounded
+        down, and ``ranks`` by direction, the latter with None for a query without partner;
+        ``cross_modal_tau`` and ``in_modal_tau`` of :func:`rankloss.metrics.rank_agreement`, and
         ``modality_gap``, of each picture and its first text.
 
     Raises:

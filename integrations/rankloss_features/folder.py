@@ -372,8 +372,9 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def check_rows_differ(name: str, shards: Iterable[Array]) -> None:
     """Raise a ValueError if all rows of a modality are one, as those of a damaged teacher.
 
-    Neighbours may be equal, since captions and pictures repeat; rows of zeros have no features. Reading stops
-    at the first row that differs.
+    Neighbours may be equal, since captions and pictures repeat, and so may fewer than
+    :data:`rankloss.checks.FEWEST_THAT_DIFFER` rows; rows of zeros have no features and do not count. Reading
+    stops at the first row that differs.
     """
     first: Array | None = None
     count = 0
@@ -414,7 +415,7 @@ class Rows:
         """A copy of some rows.
 
         Args:
-            rows: A slice, or their numbers, from 0.
+            rows: A slice, a number or an array of numbers, from 0.
 
         Raises:
             IndexError: There is no such row.
@@ -453,7 +454,7 @@ class Pairs:
         self.pairs = read_array(Path(path, PAIRS), "uint64", (about["rows"],))
 
     def __reduce__(self) -> Any:
-        return type(self), (self.path,)
+        return type(self), (self.path,)  # another process maps the files itself
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -754,7 +755,11 @@ class Draft(Pairs):
             file.write(json.dumps(hashes).encode())
 
     def is_whole(self, shard: int) -> bool:
-        """True if the shard's files are there, and as they were written."""
+        """True if the shard's files are there, and as they were written.
+
+        Raises:
+            ValueError: The mark is damaged.
+        """
         try:
             arrays = self.read_shard(shard)
         except ValueError:  # a file is missing, or of another size
@@ -767,7 +772,7 @@ class Draft(Pairs):
         """Write that the folder is complete, once its shards are.
 
         Raises:
-            ValueError: No row has features.
+            ValueError: No row has features, all rows of a modality are one, or a file is missing or damaged.
         """
         hashes = self.about["files"]
         files = {name: hashes[name] for name in (PAIRS, ALIGNMENT) if name in hashes}

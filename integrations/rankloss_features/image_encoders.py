@@ -56,7 +56,7 @@ def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
     """The loader of a name or path.
 
     Raises:
-        ValueError: No loader has it.
+        ValueError: No loader has it, or it is a file of weights.
     """
     import timm
     from timm.models import split_model_name_tag
@@ -74,7 +74,7 @@ def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
         raise ValueError("a file of weights is given by --image-weights, beside its model's name")
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(split_model_name_tag(name)[0]):
         return _timm
-    if "/" in name and not os.path.isfile(name):
+    if "/" in name and not os.path.isfile(name):  # OWNER/NAME of a hub
         return _transformers
     known = [*timm.list_models(), *packages.IMAGES, *packages.SHORT]
     _, _, last_part = name.rpartition(":")  # of what may be open_clip's MODEL:PRETRAINED
@@ -83,7 +83,7 @@ def loader_of(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """The names that are like an unknown one, as the end of an error."""
+    """The names that are like an unknown one, as the end of an error; empty if none is."""
     close = difflib.get_close_matches(name, known)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
@@ -126,7 +126,7 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     processor = opening.image_processor(name)
     model, report = opening.transformers_model(name)
     check_complete(report, name)
-    has_pooler = not report["missing_keys"]
+    has_pooler = not report["missing_keys"]  # those of a pooler are the only ones that pass the check
     model = model.float().to(device).eval()
     encode = partial(_image_features, model, has_pooler)
     return encode, partial(_pixels, processor), hash_of_weights(model)

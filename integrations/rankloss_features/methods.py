@@ -94,14 +94,14 @@ def make(asked: Asked, pairs: Pairs) -> Made:
     """Make heads.
 
     With ``both``, the weight of the closed form is chosen by heads that are trained without the pairs that
-    were cut; then other heads are trained on all pairs.
+    were cut; then other heads are trained on all pairs. Where there are too few pairs to cut some, it is 1.
 
     Args:
         asked: The heads that are asked for.
         pairs: The pairs to learn from.
 
     Raises:
-        ValueError: The features cannot be aligned, or are not finite.
+        ValueError: The features cannot be aligned, or are not finite; or the training diverges.
     """
     closed = None if asked.method == TRAINED else _tuned(pairs, asked.training.seed)
     weight = 1.0

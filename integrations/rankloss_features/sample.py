@@ -36,7 +36,7 @@ COLORS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.25, "large": 0.42}  # radius, of the picture's width
+SIZES = {"small": 0.25, "large": 0.42}  # the radius, as a share of the picture's width
 WIDTH = 64  # of a picture, in pixels
 COLUMNS = ("filepath", "title", "product", "class")
 
@@ -73,6 +73,7 @@ def write(folder: Path) -> None:
     Raises:
         ValueError: The folder has files.
         OSError: The disk is full, or the folder cannot be written; nothing of it is left.
+        ImportError: A package is not installed; nothing of the folder is left, either.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {folder} is there and not empty: give a new folder")

@@ -36,7 +36,8 @@ def options_of_teacher(args: Any) -> list[str]:
     """The options that name the teacher of a command line: one, or an encoder of each modality.
 
     Raises:
-        ValueError: There are others, or an option without the one that it belongs to.
+        ValueError: There are others, or an option without the one that it belongs to; ``--pretrained`` stands
+            beside a model with its own weights, or ``--align`` beside one modality.
     """
     names = ("model", "features", *_TWO_ENCODERS)
     options = [name for name in names if getattr(args, name) is not None]
@@ -135,7 +136,12 @@ def _model_of_both(args: Any, device: torch.device) -> Teacher:
 
 
 def _stored_features(args: Any) -> Teacher:
-    """Arrays that are there already, row i for row i of the data."""
+    """Arrays that are there already, row i for row i of the data.
+
+    Raises:
+        ValueError: They cannot be read, or are no teacher's features; or they have separate spaces, beside
+            ``--spaces common``.
+    """
     arrays, folder = _stored_arrays(Path(args.features))
     rows = _checked_rows(arrays)
     widths = {name: array.shape[1] for name, array in arrays.items()}
@@ -171,7 +177,8 @@ def _checked_rows(arrays: dict[str, Any]) -> int:
     """The number of rows of each array.
 
     Raises:
-        ValueError: There is no array, one is no teacher's features, or has rows that are all the same.
+        ValueError: There is no array, their lengths differ, one is no teacher's features, or all rows of one
+            are the same.
     """
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")

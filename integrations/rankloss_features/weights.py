@@ -14,7 +14,7 @@ _SHOWN = 3  # keys in an error
 
 
 def check_complete(report: dict[str, Any], name: str) -> None:
-    """Raise a ValueError for weights that a model of transformers lacks; its pooler alone may lack them.
+    """Raise a ValueError for weights that a model of transformers lacks; those of its pooler may be missing.
 
     Args:
         report: The report of ``from_pretrained``, whose ``missing_keys`` are the weights as initialised.

@@ -52,7 +52,7 @@ def precision_on(device: torch.device) -> str:
 
 
 def size_of_shards(rows: int) -> int:
-    """The rows of a shard: a sixteenth of all, at least 4,096; so an interruption costs little."""
+    """The rows of a shard: a sixteenth of all, so an interruption costs little; from 4,096 to 65,536."""
     return min(SHARD_ROWS, max(SHARD_ROWS // 16, math.ceil(rows / 16)))
 
 
@@ -78,6 +78,7 @@ def write(
             pairs, another teacher or other settings; the teacher gives no teacher's features. Nothing in the
             folder is lost.
         OSError: The disk is full, or the folder cannot be written.
+        ConnectionError: As :func:`join_processes`.
     """
     rank, world = join_processes() if shared else (0, 1)
     is_first = rank == 0
@@ -203,6 +204,7 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     else:
         check_is_of(output, entries, about)
         check_probe(output, entries, teacher)
+    # A complete folder without its pairs is damaged and not begun again: Draft raises the error.
     has_pairs = entries is not None and (entries["complete"] or (output / PAIRS).exists())
     if has_pairs:
         Draft(str(output)).compare(data.pairs(), str(data.about["data"]))
@@ -211,14 +213,14 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
 
 
 def _knows_pictures(teacher: Teacher) -> bool:
-    """True if the content of the pictures is read with them, or is known from the folder of the rows."""
+    """True if the teacher reads pictures, or the folder of its stored rows has the hashes of theirs."""
     if teacher.stored is not None and teacher.stored.pictures is not None:
         return True
     return any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
 
 def check_has_no_files(output: Path) -> None:
-    """Raise a ValueError for a folder with files of another program."""
+    """Raise a ValueError for a folder with files of another program: their names do not begin with a dot."""
     if any(not file.name.startswith(".") for file in output.iterdir()):
         raise ValueError(f"--output {output} has files and no {ABOUT}: it is not of this command")
 
@@ -249,7 +251,11 @@ def check_probe(output: Path, entries: dict[str, Any], teacher: Teacher) -> None
 
 
 def _begin_draft(output: Path, data: Data, teacher: Teacher, about: dict[str, Any]) -> None:
-    """Write all of the folder but its shards: the entries, and the hashes of the pairs."""
+    """Write all of the folder but its shards: the entries, and the hashes of the pairs.
+
+    Raises:
+        ValueError: There are no pairs, or the stored features of ``--features`` are of others.
+    """
     pairs = _hash_pairs(data)
     if teacher.rows not in (None, len(pairs)):
         raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
@@ -308,17 +314,17 @@ def _compute(
     total = sum(len(draft.rows_of(shard)) for shard in shards)
     written = total - sum(rows_left.values())
     with tqdm(total=total, initial=written, unit="row", disable=not shows) as bar:
-        # A batch is of the rows from first to last; of these, ``rows`` have pictures that can be read.
-        for (first, last), rows, identities, prepared in batches:
+        # A batch is of the rows from first up to end; of these, ``rows`` have pictures that can be read.
+        for (first, end), rows, identities, prepared in batches:
             shard = first // shard_rows  # of the whole batch, since batches end with a shard
             if shard not in arrays_of:
                 arrays_of[shard] = draft.empty_shard(shard)
             if rows:
                 _fill(arrays_of[shard], draft, rows, identities, prepared, teacher)
-            rows_left[shard] -= last - first
+            rows_left[shard] -= end - first
             if rows_left[shard] == 0:
                 draft.save(shard, arrays_of.pop(shard))
-            bar.update(last - first)
+            bar.update(end - first)
 
 
 def _fill(

@@ -23,7 +23,7 @@ from rankloss_features.cca import CanonicalCorrelation, Eigenbases, Grid, PairSu
 def features(
     n: int = 120, widths: tuple[int, int] = (10, 7), captions: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Two views of four shared directions, with noise, float64."""
+    """Two views of four shared directions, with noise, float64; captions add a dimension to the texts."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -117,13 +117,14 @@ def test_without_ridges_the_first_correlations_are_those_of_scikit_learn() -> No
 
 
 def test_without_ridges_projected_features_correlate_by_direction_alone() -> None:
+    """Different directions are uncorrelated, within a modality as between the two."""
     v, t = features(300)
     cca = fit_without_ridges(v, t)
     x = (torch.from_numpy(unit(v)) - cca.image_mean) @ cca.image_projection
     y = (torch.from_numpy(unit(t)) - cca.text_mean) @ cca.text_projection
-    directions = x.shape[1]
-    of_images_and_texts = np.corrcoef(x.T, y.T)[:directions, directions:]  # the block between x and y
-    np.testing.assert_allclose(of_images_and_texts, np.diag(cca.correlations), atol=1e-9)
+    between, within = np.diag(cca.correlations), np.eye(len(cca.correlations))
+    expected = np.block([[within, between], [between, within]])
+    np.testing.assert_allclose(np.corrcoef(x.T, y.T), expected, atol=1e-9)
 
 
 def test_captions_of_a_picture_are_pairs_in_which_it_is_repeated() -> None:
@@ -143,8 +144,8 @@ def test_blocks_of_rows_give_the_same_projections(cuts: list[int], monkeypatch: 
     whole = CanonicalCorrelation.fit(v, t, dimensions=7)
     monkeypatch.setattr("rankloss_features.cca._BLOCK", 77)  # blocks are themselves cut, into rows of five
     blocks = CanonicalCorrelation.fit(iter(v.split(cuts)), iter(t.split(cuts)), dimensions=7)
-    torch.testing.assert_close(blocks.image_projection, whole.image_projection, atol=1e-9, rtol=0)
-    torch.testing.assert_close(blocks.texts(t[:, 0]), whole.texts(t[:, 0]), atol=1e-9, rtol=0)
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(blocks.tensors()[name], tensor, atol=1e-9, rtol=0)
 
 
 def test_sums_of_two_parts_are_those_of_all_pairs() -> None:
@@ -156,15 +157,15 @@ def test_sums_of_two_parts_are_those_of_all_pairs() -> None:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-14, rtol=0)
 
 
-def test_sums_lose_nothing_to_a_mean_that_is_large() -> None:
-    v, t = features()
+def test_sums_are_exact_beside_a_mean_that_is_large() -> None:
+    v, t = (x + 1e5 for x in features())
     sums = PairSums()
-    for images, texts in zip((v + 1e5).split(7), (t - 1e5).split(7), strict=True):
+    for images, texts in zip(v.split(7), t.split(7), strict=True):
         sums.add(images, texts)
-    images = unit(v + 1e5)
-    expected = np.cov(images.T, bias=True)  # NumPy subtracts the mean of all rows first
-    # The mean of the squares minus the square of the mean has an error of 4e-7 of the largest covariance.
-    np.testing.assert_allclose(sums.image_covariance.numpy(), expected, rtol=0, atol=1e-9 * expected.max())
+    for covariance, x in ((sums.image_covariance, v), (sums.text_covariance, t)):
+        expected = np.cov(unit(x).T, bias=True)  # NumPy subtracts the mean of all rows first
+        # The mean of the squares minus the square of the mean has an error of 4e-7 of the largest covariance.
+        np.testing.assert_allclose(covariance.numpy(), expected, rtol=0, atol=1e-9 * expected.max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -183,7 +184,12 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
     expected = CanonicalCorrelation.fit(v, t, dimensions=7)
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         cca = CanonicalCorrelation.fit(v, t, dimensions=7)
+        assert torch.equal(cca.images(v), expected.images(v))
         assert torch.equal(cca.texts(t), expected.texts(t))
+
+
+def test_features_that_need_gradients_are_projected_without_them() -> None:
+    v, t = features()
     v.requires_grad_()
     assert not CanonicalCorrelation.fit(v, t, dimensions=7).images(v).requires_grad
 
@@ -330,13 +336,15 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
         CanonicalCorrelation.fit(*features(), **{"dimensions": 3, **options})
 
 
-def test_no_ridge_for_as_few_pairs_as_dimensions_is_refused() -> None:
+def test_a_ridge_of_zero_needs_two_pairs_more_than_dimensions() -> None:
     """Noise would correlate perfectly: eleven centred pictures span all of their ten dimensions."""
     v, t = features(11)
-    with pytest.raises(ValueError, match="image_ridge=0 needs more pairs than dimensions"):
+    message = "image_ridge=0 needs at least two pairs more than dimensions.*; got 11 pairs in 10 dimensions"
+    with pytest.raises(ValueError, match=message):
         CanonicalCorrelation.fit(v, t, dimensions=3, image_ridge=0)
-    # The texts have seven dimensions, so that their ridge may be 0.
-    assert CanonicalCorrelation.fit(v, t, dimensions=3, text_ridge=0).correlations[0] < 1
+    CanonicalCorrelation.fit(*features(12), dimensions=3, image_ridge=0)
+    # The texts have seven dimensions, so that their ridge may be 0 with eleven pairs.
+    CanonicalCorrelation.fit(v, t, dimensions=3, text_ridge=0)
 
 
 # --- search -----------------------------------------------------------------------------------------------
@@ -367,7 +375,8 @@ def test_every_trial_has_the_recall_of_its_own_fit(captions: int | None) -> None
         cca = CanonicalCorrelation.fit(v[:300], t[:300], **setting.as_options())
         images, texts = cca.images(v[300:]), cca.texts(t[300:].reshape(-1, t.shape[-1]))
         expected = mean_recall(images, texts, k=10, image_ids=ids, text_ids=text_ids)
-        assert value == pytest.approx(expected, abs=0.004)  # less than the hit of one picture, 0.005
+        one_hit = 0.5 / len(texts)  # of a text, the least by which two recalls differ
+        assert value == pytest.approx(expected, abs=0.9 * one_hit)
 
 
 def test_equal_held_out_rows_are_ties_and_rank_before_the_partner() -> None:

@@ -30,7 +30,7 @@ TRAINING = Training(epochs=2, hidden=16, width=8)
 
 
 def made_up_pairs() -> Pairs:
-    """120 pictures with two captions each; each picture is a group of its own."""
+    """120 pictures with two captions each, of test_aligning.py; each picture is a group of its own."""
     v, t, numbers = features_of_pairs(120)
     features = dict(zip(NAMES, (unit_rows(v), unit_rows(t)), strict=True))
     return Pairs(features, pictures=numbers, groups=numbers)
@@ -240,12 +240,12 @@ def test_the_share_of_a_clips_own_similarity_is_printed_if_it_has_one(
 
 def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, tmp_path: Path) -> None:
     clip = f"local-dir:{sample_folder}/open_clip"
-    for name, keep in (("joined", "0.75"), ("alone", "0")):
+    for name, keep in (("kept", "0.75"), ("alone", "0")):
         assert run_heads(sample_folder, tmp_path / name, "--method", CCA, "--keep", keep, clip=clip) == 0
-    joined, alone = load_heads(tmp_path / "joined"), load_heads(tmp_path / "alone")
-    widths = {name: encoder.width for name, encoder in joined._frozen.encoders.items()}
+    kept, alone = load_heads(tmp_path / "kept"), load_heads(tmp_path / "alone")
+    widths = {name: encoder.width for name, encoder in kept._frozen.encoders.items()}
     as_it_was = FrozenEncoders(
-        joined.encoders, joined._frozen, [Part.own(widths, share=1.0)], scale=1.0, rendering=joined.rendering
+        kept.encoders, kept._frozen, [Part.own(widths, share=1.0)], scale=1.0, rendering=kept.rendering
     )
 
     def scores(model: FrozenEncoders) -> Tensor:
@@ -253,7 +253,7 @@ def test_a_clip_is_joined_with_its_own_space_by_its_share(sample_folder: Path, t
         return model.encode_images(pictures) @ model.encode_texts(["a red circle", "a blue square"]).T
 
     expected = 0.75 * scores(as_it_was) + 0.25 * scores(alone)
-    torch.testing.assert_close(scores(joined), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores(kept), expected, atol=1e-5, rtol=0)
 
 
 def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
@@ -275,7 +275,7 @@ def test_a_clip_keeps_most_of_its_own_similarity_unless_a_share_is_given(
         (("--method", "cca", "--batch-size", "64"), "--batch-size 64 is of trained heads: --method cca"),
         (("--method", "cca", "--dropout", "0.1"), "--dropout 0.1 is of trained heads: --method cca trains"),
         (("--heads", "0"), "--heads must be an integer of at least 1; got 0"),
-        (("--model", "x"), "the teacher must be one of .*; got --model and --image-encoder and --text"),
+        (("--model", "x"), "teacher must be one of .*; got --model and --image-encoder and --text-encoder"),
         (("--pretrained", "openai"), "--pretrained openai belongs to --model, which is not given"),
     ],
     ids=[
@@ -314,17 +314,17 @@ def test_an_unknown_method_is_refused_by_the_command_line(
         ({"parts": [{"method": "cca", "share": 1.0, "width": 4}]}, "'parts' must be a method"),
         ({"parts": [{"method": "own", "share": 2.0}]}, "'parts' must be a method"),
         ({"method": "pca"}, "its heads are of the method 'pca'; this release has cca, trained, both"),
-        ({"encoders": {"model": "x"}}, "'encoders' must be the names of two encoders"),
+        ({"encoders": {"model": "x"}}, "'encoders' must be the names of two encoders, or of a model"),
     ],
     ids=[
         "no parts",
-        "a part without an entry",
+        "a part without a setting",
         "a share above one",
         "an unknown method",
-        "encoders without names",
+        "a model without the entries of the encoders",
     ],
 )
-def test_a_folder_of_unknown_parts_is_refused(
+def test_a_folder_with_an_entry_of_another_kind_is_refused(
     sample_folder: Path, tmp_path: Path, change: Any, message: str, capsys: Any
 ) -> None:
     assert run_heads(sample_folder, tmp_path / "x", "--method", CCA) == 0
