@@ -50,7 +50,7 @@ class Matrix(NamedTuple):
     Attributes:
         anchors: ``[n, D]``.
         items: ``[N, D]``.
-        factors: the names of both among :class:`Inputs`.
+        factors: the names of both among :class:`Inputs`; of a teacher's matrix the modalities of both.
     """
 
     anchors: Tensor
@@ -71,7 +71,7 @@ class Matrix(NamedTuple):
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: its multiples are far apart
-MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy
+MIXING_SHIFT = 31  # a bit, or its copy so many places below, then has 31 above it, where a product carries it
 
 
 def first_occurrence(features: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def first_occurrence(features: Tensor) -> Tensor:
 
 
 def first_equal(features: Tensor) -> Tensor | None:
-    """Index of the first row that equals row i, for every i, ``[N]``; None if a CPU check finds none.
+    """Index of the first row that equals row i, for every i, ``[N]``; on a CPU None if no two rows are equal.
 
-    The index is i itself for the first of equal rows. A row with NaN equals no row.
+    The index is i itself for the first of equal rows, and for a row with NaN, which equals no row.
 
     Args:
         features: ``[N, D]``, float32 or float64.
@@ -177,9 +177,16 @@ class Batch:
         first_row: int = 0,
         teacher: Sequence[Tensor | None] = (None, None),
     ) -> Batch:
-        """Convert checked features to float32, or to float64 if either is float64.
+        """Convert checked features and the scale to float32, or to float64 if either modality is float64.
 
-        A teacher's features, image and text, are converted to the same dtype and lose their graph.
+        Args:
+            image_features: ``[N, D]``, the items.
+            text_features: ``[N, D]``, the items.
+            logit_scale: the multiplier s.
+            anchors: this process's images and texts; None if every item is an anchor.
+            first_row: the place of the first anchor among the items.
+            teacher: a teacher's features of images and of texts, which get the same dtype and lose their
+                graph.
         """
         dtype = arithmetic_dtype(image_features, text_features)
         device = image_features.device

@@ -20,7 +20,9 @@ class InputWarning(UserWarning):
 
 
 def check_matrix(name: str, x: object) -> None:
-    """Raise an error that names the argument unless it is a dense floating ``[N, D]`` with D at least 1.
+    """Raise an error that names the argument unless it is a dense ``[N, D]`` of floats, with D at least 1.
+
+    Floats must have 16 bits at least, and the tensor must not be inside a transform of torch.func.
 
     Raises:
         TypeError: for anything but a tensor.
@@ -122,7 +124,8 @@ def check_teacher(
             and norms other than 1 give a warning.
 
     Returns:
-        True if values were read; False while a graph is captured, and without values.
+        True if values were read; False on an accelerator after the first look, while a graph is captured,
+        and for a tensor without values.
 
     Raises:
         TypeError: for anything but a tensor.
@@ -153,9 +156,9 @@ def _has_values(x: Tensor) -> bool:
 
 
 def _check_teacher_rows(name: str, features: Tensor) -> None:
-    """Raise a ValueError for a teacher's rows that are zero or not finite, or whose norms overflow.
+    """Raise a ValueError for a teacher's rows that are zero or not finite, or whose norms are out of range.
 
-    Any such row is refused; the message describes the first one.
+    The message describes the first such row.
     """
     norms = _norms(features)
     is_finite = norms.isfinite()
@@ -176,7 +179,7 @@ def _check_teacher_rows(name: str, features: Tensor) -> None:
 
 
 def _refuse_extreme(name: str, x: Tensor, row: int) -> NoReturn:
-    """Raise the error about a row of finite values whose norm is not in the range of its dtype."""
+    """Raise the error about a row of finite values whose squares overflow, or all underflow."""
     largest = x[row].abs().amax().item()
     raise ValueError(
         f"{name} must be unit-norm; row {row} has values up to {largest:g}, whose squares float32 cannot hold"
@@ -190,12 +193,12 @@ FEWEST_THAT_DIFFER = 8
 def warn_of_one_row(name: str, features: Tensor) -> None:
     """Warn of a teacher whose rows of a batch are all equal, and therefore rank nothing.
 
-    No error: a batch may be of one caption or of one picture. On a CPU or at the first look, as
-    :func:`check_teacher`, after it.
+    No error: a batch may be of one caption or of one picture. Nothing for fewer than ``FEWEST_THAT_DIFFER``
+    rows.
 
     Args:
         name: of the argument.
-        features: ``[N, D']``, whose values can be read.
+        features: ``[N, D']``, whose values :func:`check_teacher` has read.
     """
     if len(features) >= FEWEST_THAT_DIFFER and bool((features == features[0]).all()):
         warnings.warn(
@@ -341,7 +344,7 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
     """Raise an error that names the argument unless it is one number, as a factor of features.
 
     Raises:
-        TypeError: unless it is a tensor or a number of Python or NumPy.
+        TypeError: unless it is a tensor or a number of Python or NumPy; a bool is none.
         ValueError: for all else.
     """
     if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.integer, np.floating)):
@@ -353,7 +356,7 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
             raise ValueError(f"{name} must be a number that a float holds; got {shown(value)}") from error
         return
     _check_is_of_this_process(name, value)
-    if value.numel() != 1 or value.dim() > 2:  # a factor of more dimensions would not broadcast
+    if value.numel() != 1 or value.dim() > 2:  # a factor of more dimensions would add one to the product
         raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
     if value.dtype == torch.bool or value.is_complex():
         raise ValueError(f"{name} must be a real number; got {value.dtype}")
@@ -376,6 +379,8 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_fea
 def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
     """Raise an error unless the scale is one positive number; its value is read only on a CPU.
 
+    NaN passes, and shows in the loss.
+
     Raises:
         TypeError: as :func:`check_is_number`.
         ValueError: for all else.
@@ -388,11 +393,11 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
 
 
 _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
-_SCALES = 1.0, 1000.0  # of CLIP models, which clamp theirs at 100, as many also at 1 below
+_SCALES = 1.0, 1000.0  # outside is no CLIP model's: they clamp theirs at 100, many also at 1 from below
 
 
 def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
-    """Warn of a scale that no CLIP model has, with the remedy; False if its value cannot be read.
+    """Warn of a scale that no CLIP model has, with the remedy.
 
     Beside unit-norm features a scale is between 1 and 1,000. One below is likely a temperature, one above has
     been exponentiated twice. CLIP models keep the logarithm of the scale in a parameter, and clamp it at log
@@ -403,6 +408,10 @@ def warn_of_scale(name: str, scale: Tensor | float, *features: Tensor) -> bool:
         name: of the argument.
         scale: the multiplier s.
         *features: ``[N, D]`` each, whose products it multiplies.
+
+    Returns:
+        False if a value cannot be read. Otherwise True, also where features are not unit-norm, beside which
+        any scale may be right.
 
     Example:
         >>> warn_of_scale("logit_scale", 100.0, torch.eye(2))

@@ -73,7 +73,10 @@ def _last_of_ties(ordered: Tensor) -> Tensor:
 
 
 def top_one_probabilities(reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
-    """The p = softmax(y) of lists of cosines, without gradient; y has the given scale or the reference's."""
+    """The p = softmax(y) of lists of cosines, without gradient; y is ``scale`` times the cosines.
+
+    ``options.reference_scale``, where given, takes the place of ``scale``.
+    """
     reference = reference.detach()
     factor = scale.detach() if options.reference_scale is None else options.reference_scale
     # Subtract first: the difference is exact near the largest value, where a product's rounding would matter.

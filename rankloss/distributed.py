@@ -43,7 +43,7 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
         ``[W·n, …]``.
 
     Raises:
-        ValueError: if this process does not belong to ``group``.
+        ValueError: for a ``group`` that is no process group, or to which this process does not belong.
 
     Example:
         >>> all_gather(torch.ones(2, 3)).shape  # one process
@@ -204,9 +204,10 @@ class Gather:
             default group may be initialised after the loss is built. Without a group, one process is assumed.
 
     Raises:
-        ValueError: for a flag that is not a bool; unless rank and size are integers with 0 ≤ rank and 1 ≤
-            world_size; at the first call if they differ from this process's rank in the group and the group's
-            size; for a group that is not a process group, or excludes this process.
+        ValueError: for a flag that is not a bool; unless rank and size are integers with 0 ≤ rank <
+            world_size; if they differ from this process's rank in the group and the group's size, which is
+            seen at once with a ``group``, and at the first call with the default one; for a group that is not
+            a process group, or excludes this process.
 
     Example:
         >>> Gather(local_loss=False).place  # no process group
@@ -226,6 +227,10 @@ class Gather:
             value = getattr(self, count)
             if value is not None:
                 object.__setattr__(self, count, check_count(count, value, at_least=at_least))
+        if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
+            raise ValueError(
+                f"rank must be less than world_size; got rank={self.rank}, world_size={self.world_size}"
+            )
         _check_group(self.group)
         if self.group is not None:
             _ = self.place  # which checks rank and size
@@ -296,9 +301,9 @@ class Gather:
         While the descriptions of an owner are equal call by call, all processes remember the same ones. After
         an error nothing is remembered.
 
-        Not detected: on an accelerator a later error or change on some processes alone, while the others have
-        features compared before; NCCL then waits until its timeout. An error before the call of the loss, or
-        a call without any tensor, on some processes alone. In a captured graph nothing is compared.
+        Not detected: on an accelerator, once a description has been compared, an error or another description
+        on some processes alone; NCCL then waits until its timeout. Anywhere, an error before the call of the
+        loss, or a call without any tensor, on some processes alone. In a captured graph nothing is compared.
 
         Args:
             owner: the gathering loss, or any object that supports weak references.
@@ -310,7 +315,7 @@ class Gather:
             Exception: an error raised inside, on several processes with the rank that has it.
 
         Example:
-            >>> with Gather().agreement(object(), grades=torch.ones(2)):  # one process: any error passes
+            >>> with Gather().agreement(object(), grades=torch.ones(2)):  # one process: changes no error
             ...     pass
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
@@ -448,7 +453,11 @@ class Gather:
         return total
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
-        """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
+        """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None.
+
+        Raises:
+            RuntimeError: for several processes without a process group.
+        """
         detached = [None if tensor is None else tensor.detach() for tensor in features]
         tensors = [tensor for tensor in detached if tensor is not None]
         if not tensors or self.place.world_size == 1:

@@ -245,12 +245,13 @@ class Loop(NamedTuple):
         """True if gradients are kept until their mirror images are known.
 
         Only matrices that are each other's transposes have mirror images. Kept gradients take up to a whole
-        matrix, which a ``chunk_size`` is given to avoid, unless all rows are one chunk in any case.
+        matrix: they are kept if it has at most ``_KEPT`` entries, and no ``chunk_size`` asks for less memory,
+        or if all rows are one chunk in any case.
         """
         n_anchors = len(self.matrices[0].anchors)
         n_items = len(self.matrices[0].items)
         are_all_at_once = self.rows_at_once >= n_anchors
-        is_small = self.chunk_size is None and n_items**2 <= _KEPT
+        is_small = self.chunk_size is None and n_anchors * n_items <= _KEPT
         have_mirror_images = bool(_mirrors(self.matrices))
         return have_mirror_images and (are_all_at_once or is_small)
 
@@ -595,7 +596,14 @@ _PLACES = {term: place for place, term in enumerate(RANK_TERMS, 1)}
 
 
 class RowLists(NamedTuple):
-    """CLIP's cross-entropy, the cross-modal and the in-modal term of a batch of row lists."""
+    """CLIP's cross-entropy, the cross-modal and the in-modal term of a batch of row lists.
+
+    Attributes:
+        batch: the features.
+        options: of the rank terms.
+        wanted: True for each of the three terms to compute.
+        evaluate: of a block of ranked lists: :func:`evaluate`, or a kernel's function of its arguments.
+    """
 
     batch: Batch
     options: RankOptions
@@ -667,7 +675,7 @@ def weighted_terms(
 ) -> tuple[Tensor, ...]:
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
-    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
+    An anchor's rank term is the mean of its lists' NLL over the directions. ``reduction="mean"`` divides
     each list by its number of counted items and averages the anchors. ``"sum"`` is N times the average of the
     anchors' sums: the plain sum if every item is an anchor. If a process has only a share of the anchors,
     this keeps the balance between terms. The cross-entropy is always the mean over the anchors.
@@ -680,6 +688,9 @@ def weighted_terms(
 
     Returns:
         Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``.
+
+    Raises:
+        ValueError: if the options' kernel is missing or does not support the case.
     """
     inputs = batch.inputs
     weights_on_cpu = torch.tensor(weights, dtype=batch.sum_dtype, device="cpu")

@@ -72,9 +72,9 @@ def plackett_luce_nll(
 
     Raises:
         ValueError: for shapes that differ or have no items, tensors on different devices, integer scores, an
-            unknown option, ``top_k`` < 1, or a score whose worth is not positive (the message shows the
-            smallest score; on an accelerator and in a compiled graph the value is NaN instead, since reading
-            scores would wait or break the graph).
+            unknown option, ``top_k`` < 1, a complex reference, or a score whose worth is not positive (the
+            message shows the smallest score; on an accelerator and in a compiled graph the value is NaN
+            instead, since reading scores would wait or break the graph).
         TypeError: for scores or a reference that is not a tensor.
 
     References:
@@ -117,16 +117,16 @@ def cross_modal(
 
     With a teacher's features of both modalities, ``reference_image_features=`` and
     ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. The function is
-    :class:`rankloss.RankConsistency` with one term, for this process's pairs, with the class's options,
-    shapes and errors.
+    :class:`rankloss.RankConsistency` with one term, for this process's pairs, with the class's shapes and
+    errors, and the options of :class:`rankloss.RankOptions`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    term = {"cross_modal": 1.0, "in_modal": 0.0}
-    return _one_term(term, image_features, text_features, logit_scale, **named)
+    weights = {"cross_modal": 1.0, "in_modal": 0.0}
+    return _one_term(weights, image_features, text_features, logit_scale, **named)
 
 
 def in_modal(
@@ -142,24 +142,24 @@ def in_modal(
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    term = {"cross_modal": 0.0, "in_modal": 1.0}
-    return _one_term(term, image_features, text_features, logit_scale, **named)
+    weights = {"cross_modal": 0.0, "in_modal": 1.0}
+    return _one_term(weights, image_features, text_features, logit_scale, **named)
 
 
-def _one_term(term: dict[str, float], *inputs: Any, **named: Any) -> Tensor:
-    """The loss of a batch that has one term.
+def _one_term(weights: dict[str, float], *inputs: Any, **named: Any) -> Tensor:
+    """The loss with one term only, of a batch.
 
     Args:
-        term: the weights of both terms.
+        weights: of both terms, 0 for the other one.
         *inputs: images, texts and the scale.
         **named: a teacher's features and the options, by their names.
     """
     teacher = {name: named.pop(name) for name in TEACHER if name in named}
-    options = named
-    loss = _loss_of_this_process(**term, **options)
+    options = RankOptions(**named)  # checked, and hashable
+    loss = _loss_of_this_process(options, **weights)
     return loss(*inputs, **teacher)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(typed=True)  # a loss reads the values of its inputs, and warns, at its first call alone
-def _loss_of_this_process(**weights_and_options: Any) -> RankConsistency:
-    return RankConsistency(gather=False, **weights_and_options)
+@functools.lru_cache  # a loss reads the values of its inputs, and warns, at its first call alone
+def _loss_of_this_process(options: RankOptions, **weights: float) -> RankConsistency:
+    return RankConsistency(gather=False, **weights, **options.changed)

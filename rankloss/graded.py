@@ -25,7 +25,7 @@ LARGEST_INTEGERS = {torch.float64: "2⁵³", torch.float32: "2²⁴"}
 
 
 def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
-    """True for integers beyond those that are all distinct in a floating-point dtype."""
+    """True for integers beyond those that are all distinct in a floating-point dtype; False for floats."""
     if grades.is_floating_point():
         return torch.zeros_like(grades, dtype=torch.bool)
     largest = round(2 / torch.finfo(dtype).eps)  # 2⁵³ in float64
@@ -56,7 +56,7 @@ def plackett_luce(
 
 
 def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy from softmax(g) to softmax(x): one term."""
+    """Cross-entropy from softmax(g) to softmax(x): one term, none for a list of padding alone."""
     x, grades = _with_rest(x, grades, rest)
     is_item = grades < math.inf
     log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
@@ -104,6 +104,8 @@ def lambda_loss(
     x: Tensor, grades: Tensor, ranked_by: Tensor, *, gain: str = "linear", mu: float = 10.0
 ) -> tuple[Tensor, Tensor]:
     """Σ −w_pq·log σ(x_p − x_q) over the pairs with g_p > g_q, with NDCG-Loss2++'s weights: one term.
+
+    A list of padding alone has none.
 
     w_pq = (ρ_pq + μ·δ_pq)·(G_p − G_q) of the gains G over the ideal DCG. With ranks r, DCG's discount 1/D(r)
     and d = |r_p − r_q|, ρ_pq = |1/D(r_p) − 1/D(r_q)| and δ_pq = 1/D(d) − 1/D(d + 1). ``ranked_by`` has the
@@ -202,7 +204,10 @@ def first_of_id(ids: Tensor, is_listed: Tensor | None = None) -> Tensor:
 
 
 def equal_scores(x: Tensor, items: Tensor) -> Tensor:
-    """The scores of lists ``[n, K]``, for equal items that of the first: products may round them apart."""
+    """The scores of lists ``[n, K]``, for equal items that of the first: products may round them apart.
+
+    ``items`` has a number of each item, ``[n, K]``, the same for equal ones.
+    """
     is_equal = items[:, :, None] == items[:, None, :]
     first_equal = is_equal.byte().argmax(-1)  # the first of the largest values
     return x.gather(1, first_equal)

@@ -173,7 +173,10 @@ class RankOptions:
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
 
     def anchor_weight(self, anchors: int, items: int) -> float:
-        """The factor of each anchor's value in the sum over the anchors."""
+        """The factor of each anchor's value in the sum over the anchors.
+
+        With ``"sum"`` the anchors of one process, a share of the items, stand for all.
+        """
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -73,7 +73,7 @@ def constant(x: Tensor) -> Tensor:
 
 
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
-    """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
+    """The weights if all features are finite and no product can overflow; else NaN, which the loss shows."""
     dtype = arithmetic_dtype(*features)  # in float16 the cube would overflow from some 400 unit-norm rows on
     norms = (torch.linalg.vector_norm(x.detach(), dtype=dtype) for x in features)  # of whole matrices
     sum_of_norms = functools.reduce(torch.add, norms)
@@ -136,7 +136,10 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def can_be_read(x: Tensor) -> bool:
-    """True if a value may be read, even with a wait; False while a graph is captured."""
+    """True if a value may be read, even with a wait; False while a graph is captured, and without values.
+
+    Meta tensors and torch's fake tensors have none.
+    """
     if x.is_meta or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

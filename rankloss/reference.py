@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -79,8 +80,8 @@ def plackett_luce(
         ``[...]``, in nats. NaN in a list gives NaN.
 
     Raises:
-        ValueError: for shapes that differ or have no items, an unknown option, or on a CPU a score whose
-            worth is not positive; the value is NaN on other devices, where reading would wait.
+        ValueError: for shapes that differ or have no items, a value that an option does not take, or on a CPU
+            a score whose worth is not positive; the value is NaN on other devices, where reading would wait.
 
     Example:
         >>> nll = plackett_luce([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])  # log 3!
@@ -130,7 +131,8 @@ def cross_modal(
             ``reduction="mean"`` divides each list by its Σ_p μ_p.
 
     Raises:
-        ValueError: for features of different shapes, an unknown option, or as :func:`plackett_luce`.
+        ValueError: for features of different shapes, a value that an option does not take, a teacher of one
+            modality, or as :func:`plackett_luce`.
 
     Example:
         >>> round(float(cross_modal(np.eye(3), np.eye(3), 10.0)), 4)
@@ -160,7 +162,8 @@ def in_modal(
 ) -> Any:
     """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ; with a teacher ``½[C(I | I') + C(X | X')]``.
 
-    With a teacher of one modality, X' also ranks I, or I' also ranks X. Arguments as :func:`cross_modal`.
+    With a teacher of one modality, X' also ranks I, or I' also ranks X. Arguments and errors as
+    :func:`cross_modal`.
 
     Example:
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
@@ -378,7 +381,8 @@ def _check_options(*, top_k: int | None, **chosen: Any) -> None:
         if value not in _CHOICES[name]:
             choices = ", ".join(map(repr, _CHOICES[name]))
             raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-    if top_k is not None and not top_k >= 1:
+    is_count = isinstance(top_k, Integral) and not isinstance(top_k, bool) and top_k >= 1
+    if top_k is not None and not is_count:
         raise ValueError(f"top_k must be an integer of at least 1; got {top_k!r}")
 
 

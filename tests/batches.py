@@ -49,7 +49,7 @@ def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def random_batch(seed: int, n: int, d: int, scale: float, *, duplicates: int = 0) -> Batch:
-    """A batch in which the last ``duplicates`` texts, and one image more, repeat earlier ones."""
+    """A batch whose last ``duplicates`` texts repeat earlier ones; if any do, the last pair is the first."""
     rng = np.random.default_rng(seed)
     image, text = unit_rows(rng, n, d), unit_rows(rng, n, d)
     for k in range(1, duplicates + 1):
@@ -112,7 +112,7 @@ def assert_close(found: Iterable[Any], wanted: Iterable[Any], tolerance: float) 
 
 
 def assert_same(found: Iterable[Tensor], wanted: Iterable[Tensor], tolerance: float = 1e-10) -> None:
-    """Entry by entry."""
+    """Entry by entry, relative to the entry, or to 1/100 where that is less."""
     torch.testing.assert_close([*found], [*wanted], rtol=tolerance, atol=tolerance / 100)
 
 

@@ -17,8 +17,13 @@ OTHERS_NEEDED: list[dict[str, Any]] = [{}]
 OTHERS_NEEDED += [{name: value} for name in FIELDS for value in CHOICES[name]]
 
 
-def together(chosen: dict[str, Any], accepts: Callable[[RankOptions], bool] = bool) -> dict[str, Any]:
-    """Of these options those that go together, each with the other option that it needs."""
+def any_options(options: RankOptions) -> bool:
+    """True for all."""
+    return True
+
+
+def together(chosen: dict[str, Any], accepts: Callable[[RankOptions], bool] = any_options) -> dict[str, Any]:
+    """Of these options those that go together and are accepted, each with the other option that it needs."""
     options: dict[str, Any] = {}
     for name, value in chosen.items():
         if name not in options:  # as what another one needed
@@ -46,8 +51,8 @@ def small_values(name: str) -> st.SearchStrategy[Any]:
     return st.just(3.0) if "above" in bounds else st.integers(bounds.get("at_least", 1), 12)
 
 
-def options(accepts: Callable[[RankOptions], bool] = bool) -> st.SearchStrategy[dict[str, Any]]:
-    """Options in which the accepted ones go together, with small numbers; torch's kernel."""
+def options(accepts: Callable[[RankOptions], bool] = any_options) -> st.SearchStrategy[dict[str, Any]]:
+    """Options that go together and are accepted, with small numbers; torch's kernel."""
     drawn = {name: small_values(name) for name in FIELDS if name != "kernel"}
     return st.fixed_dictionaries({}, optional=drawn).map(lambda chosen: together(chosen, accepts))
 
@@ -58,7 +63,7 @@ def is_streamed(x: RankOptions) -> bool:
 
 
 def _other_values(name: str) -> list[Any]:
-    """All choices but the default, or of a number 3."""
+    """All choices but the default, or 3 for a number."""
     return [value for value in CHOICES[name] or (3,) if value != FIELDS[name].default]
 
 

@@ -254,14 +254,17 @@ class Frozen:
 
     @classmethod
     def of(cls, lists: Lists, seed: int = 5) -> Frozen:
+        """A model of random features of the lists' queries and items."""
         rng = np.random.default_rng(seed)
         return cls(*(torch.from_numpy(unit_rows(rng, len(x), 3)) for x in (lists.queries, lists.items)))
 
     @property
     def scores(self) -> Tensor:
+        """``[N, M]``."""
         return self.scale * self.queries @ self.items.T
 
     def as_features(self, rows: slice = slice(None), places: slice = slice(None)) -> dict[str, Any]:
+        """The inputs of ``RankedLists`` for some rows of queries and some places of items."""
         return {
             "reference_query_features": self.queries[rows],
             "reference_candidate_features": self.items[places],

@@ -35,10 +35,10 @@ def input_names(name: str) -> tuple[str, ...]:
     if any(getattr(part, "same_id", None) for part in loss.modules()):
         names.append("pair_ids")
     for part in loss.modules():
-        for name, parameter in call_arguments(part).items():
+        for argument, parameter in call_arguments(part).items():
             is_named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if is_named and parameter.default is parameter.empty:
-                names.append(name)
+                names.append(argument)
     return tuple(dict.fromkeys(names))  # each once, in their order
 
 

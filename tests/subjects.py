@@ -49,7 +49,7 @@ class Subject:
     inputs: tuple[str, ...] = (*PAIR, "logit_scale")
     differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
     half: bool = False
-    """Whether logits are computed in the dtype of the features or of autocast, as in open_clip."""
+    """Whether logits, or the result alone, have the dtype of the features or of autocast, as in open_clip."""
     has_unscaled_term: bool = False
     """Whether a part of the value is no function of the scores s·x·y alone, but of features of unit norm."""
 
@@ -231,9 +231,9 @@ _siglip = functools.partial(of_pairs, build=rankloss.SigLipLoss, literal=referen
 
 
 def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
-    """A function that nothing is differentiated through, whose values are those of ``test_metrics``.
+    """A function that nothing is differentiated through; a dict of numbers is taken as a vector.
 
-    A dict of numbers is taken as a vector.
+    What it owes is its own value in float64. ``test_metrics`` compares that with other libraries.
     """
 
     def call(**arguments: Tensor) -> Tensor:

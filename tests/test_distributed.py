@@ -268,11 +268,6 @@ for same_id, (streamed, budget) in itertools.product(("ignore", "share"), BUDGET
     }
 
 
-def has_siglip(loss: str) -> bool:
-    """True for SigLIP's loss, and for a composition with it."""
-    return "SigLipLoss" in loss
-
-
 def is_siglip(loss: str) -> bool:
     """True for SigLIP's loss alone."""
     return loss.startswith("SigLipLoss")
@@ -429,7 +424,7 @@ def test_features_that_are_gathered_with_their_graph_have_the_whole_batchs_gradi
         assert_same(mean_over_ranks(results_by_rank, loss, flags), owed)
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not has_siglip(loss)])
+@every_loss
 def test_a_global_loss_of_constants_divides_the_features_gradients_by_the_processes(
     results_by_rank: list[Any], loss: str
 ) -> None:
@@ -525,11 +520,13 @@ def shares_and_wholes(request: pytest.FixtureRequest, pools: Pools) -> list[dict
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_every_option_shards_exactly(shares_and_wholes: list[dict[str, Any]], name: str) -> None:
+def test_every_option_of_shares_is_that_of_the_whole_batch(
+    shares_and_wholes: list[dict[str, Any]], name: str
+) -> None:
     """The mean over the ranks of the values of their shares is the value of one process with all pairs."""
     of_shares = [of_rank[name][0] for of_rank in shares_and_wholes]
     _, expected = shares_and_wholes[0][name]  # every rank has computed the same of the whole batch
-    tolerance = 1e-5 if name == "float32" else 1e-10
+    tolerance = 1e-5 if SHARDED[name].dtype == F32 else 1e-10
     assert_same(mean_of_ranks(of_shares), expected, tolerance)
 
 
@@ -668,10 +665,12 @@ def test_second_derivatives_of_all_gather_add_up_over_the_ranks(gathered: list[G
 
 
 def test_gradients_of_half_precision_are_added_in_float32(gathered: list[Gathered]) -> None:
+    """Of three processes: 256 + 1 is 256 in bfloat16, but 256 + 1 + 1 in float32 is 258."""
+    sum_of_ranks = 256.0 + (len(gathered) - 1)
+    expected = torch.full((2,), sum_of_ranks).bfloat16()
     for of_rank in gathered:
         assert of_rank.half.dtype == torch.bfloat16
-        if len(gathered) == 3:  # 256 + 1 is 256 in bfloat16, 256 + 1 + 1 in float32 is 258
-            assert of_rank.half.tolist() == [258.0] * 2
+        assert torch.equal(of_rank.half, expected)
 
 
 def test_all_gather_of_a_group_is_of_its_members_alone(gathered: list[Gathered]) -> None:
@@ -796,7 +795,8 @@ def test_mimicry_gathers_distances_where_all_rows_are_computed(steps: list[Step]
         assert step.forward["allgather"] == 2 + distances
 
 
-def test_a_spread_of_more_dimensions_than_pairs_has_the_features_of_its_base(steps: list[Step]) -> None:
+def test_a_spread_of_more_dimensions_than_pairs_gathers_nothing_beside_its_base(steps: list[Step]) -> None:
+    """The base gathers the two modalities."""
     for step in steps_named(steps, "SpreadLoss[similarities]"):
         assert step.forward["allgather"] == 2
 
@@ -892,6 +892,7 @@ def test_one_gathering_serves_several_losses(pools: Pools, epoch: int, checks: i
 
 
 def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> tuple[Values, Values]:
+    """A loss's value and gradients on this rank, called as it is and by ``torch.compile``."""
     v, t, *numbers = inputs = whole_batch(world_size)
     share = shards(rank, world_size, v, t)
     eager = LOSSES[name].build(None)
@@ -906,7 +907,9 @@ def eager_and_compiled(rank: int, world_size: int, name: str, backend: str) -> t
 @pytest.mark.parametrize(
     ("loss", "backend"), [("SigLipLoss[streamed]", "eager"), ("RankClipLoss", "aot_eager")]
 )
-def test_compiled_loss_gathers_as_the_eager_one(pools: Pools, loss: str, backend: str) -> None:
+def test_a_loss_under_a_compiler_has_the_eager_values_and_gradients_on_several_processes(
+    pools: Pools, loss: str, backend: str
+) -> None:
     for eager, compiled in pools[2].run(eager_and_compiled, loss, backend):
         assert_same(compiled, eager)
 
@@ -1304,7 +1307,13 @@ def test_constants_of_one_process_have_no_gradient() -> None:
     assert absent is None
 
 
+def test_a_rank_beyond_the_world_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank must be less than world_size; got rank=1, world_size=1"):
+        Gather(rank=1, world_size=1)
+
+
 def errors_of_wrong_places(rank: int, world_size: int) -> list[str]:
+    """The errors of places that this process does not have in the default group, as texts."""
     v, t, s, _ = whole_batch(1)
     other_rank = (rank + 1) % world_size
     default_group = dist.group.WORLD
@@ -1325,6 +1334,7 @@ def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -
 
 
 def errors_of_wrong_groups(rank: int, world_size: int) -> list[str]:
+    """The errors for a group that is a text, and, but on the last rank, for one of the last rank alone."""
     (v, *_), last = whole_batch(1), world_size - 1
     group_of_last = dist.new_group([last])
     errors = [error_of(lambda: all_gather(v, "gloo"))]
@@ -1334,7 +1344,7 @@ def errors_of_wrong_groups(rank: int, world_size: int) -> list[str]:
     return errors
 
 
-def test_a_group_that_is_none_or_has_not_this_process_is_refused(pools: Pools) -> None:
+def test_what_is_no_group_or_a_group_without_this_process_is_refused(pools: Pools) -> None:
     of_other, of_member = pools[2].run(errors_of_wrong_groups)
     assert len(of_member) == 1  # "gloo" is no group
     assert len(of_other) == 3  # and it is not in the group of the last rank
@@ -1375,7 +1385,7 @@ def value_where_infinite_rows_are_ignored(rank: int, world_size: int, budget: in
     return ClipLoss(same_id="ignore", memory_budget=budget)(v, t.abs(), s, pair_ids=ids)
 
 
-@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("budget", [None, 0], ids=["whole matrices", "streamed"])
 def test_infinity_of_one_rank_is_seen_by_one_whose_rows_ignore_it(pools: Pools, budget: int | None) -> None:
     assert all(value.isnan() for value in pools[2].run(value_where_infinite_rows_are_ignored, budget))
 
@@ -1393,8 +1403,8 @@ def logged_messages(rank: int, world_size: int) -> list[str]:
     return [record.getMessage() for record in caught.records[1:]]
 
 
-def test_the_first_process_alone_warns_once(pools: Pools) -> None:
-    """Of two calls of a loss whose features' gradients are divided, and of a schedule of one epoch."""
+def test_the_first_process_alone_logs_and_once(pools: Pools) -> None:
+    """Under one of four flags, of two calls a loss whose gradients differ; and a schedule of one epoch."""
     of_first, *of_others = pools[3].run(logged_messages)
     first_words = [re.split("[: ]", message)[0] for message in of_first]
     assert first_words == ["local_loss", "epochs=1"]

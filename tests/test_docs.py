@@ -471,6 +471,7 @@ def logged_by_trainers(code: str) -> None:
 
 
 def logged_by_lightning(code: str) -> None:
+    """The trainer that it builds has a logger for TensorBoard."""
     lightning = pytest.importorskip("lightning")
     imports = "from rankloss_trainers.lightning import Progress"
     trainer = executed(code, imports, lightning=lightning)["trainer"]

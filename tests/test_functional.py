@@ -192,7 +192,7 @@ def test_every_option_has_the_references_value_in_any_order_of_the_pairs(
 # --- invariants -------------------------------------------------------------------------------------------
 
 
-def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
+def test_logit_scale_may_be_a_number_or_a_tensor_of_one_element() -> None:
     v, t, s = random_batch(seed=0, n=4, d=3, scale=10.0).leaves()
     for term, _ in TERMS.values():
         for scale in (s.reshape(1), s.item()):
@@ -285,3 +285,18 @@ def test_options_that_do_not_apply_without_a_teacher_or_by_a_kernel_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         in_modal(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), **options)
+
+
+@pytest.mark.parametrize("term", [cross_modal, in_modal])
+def test_a_value_that_cannot_be_hashed_is_refused_by_name(term: Any) -> None:
+    with pytest.raises(ValueError, match=r"top_k must be an integer of at least 1; got \[1\]"):
+        term(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), top_k=[1])
+
+
+@pytest.mark.parametrize("term", [cross_modal, in_modal])
+@pytest.mark.parametrize("fixed", [{"gather": False}, {"cross_modal": 2.0}, {"in_modal": 2.0}], ids=str)
+def test_arguments_of_the_class_that_a_term_fixes_are_no_options(term: Any, fixed: dict[str, Any]) -> None:
+    """They are one term, with the weight 1, of this process's pairs."""
+    (name,) = fixed
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        term(*random_batch(seed=0, n=6, d=4, scale=10.0).leaves(), **fixed)

@@ -20,7 +20,7 @@ NUMBERS = [name for name, field in FIELDS.items() if "above" in field.metadata]
 NAMED = [name for name in FIELDS if CHOICES[name]]
 """Options that are one of some choices."""
 COUNTS = [name for name in FIELDS if name not in (*NAMED, *NUMBERS)]
-"""Options that are a positive integer, or None."""
+"""Options that are an integer, or may be None instead."""
 
 
 @given(st.fixed_dictionaries({}, optional={name: small_values(name) for name in FIELDS}))

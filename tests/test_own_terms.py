@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from batches import gradients, random_batch, teacher_of
 from process_pool import Pool
@@ -65,7 +66,7 @@ class Alone(OwnTerms):
 
 
 class Recording(ClipLoss):
-    """CLIP's loss, which keeps the names of the inputs of its last call, and takes any."""
+    """CLIP's loss, which keeps the names of its last call's inputs; it takes any, and names no teacher's."""
 
     def forward(self, **inputs: Any) -> Any:
         self.names_of_inputs = {*inputs}
@@ -270,7 +271,9 @@ def test_a_compiled_call_breaks_the_graph_and_has_the_same_value_and_gradients()
         return loss(v.flip(0), t, s) + 1
 
     torch._dynamo.reset()  # forgets what other tests compiled
-    value, compiled_value = step(*inputs), torch.compile(step, backend="eager")(*inputs)
+    graphs = CompileCounterWithBackend("eager")
+    value, compiled_value = step(*inputs), torch.compile(step, backend=graphs)(*inputs)
+    assert graphs.frame_count == 2  # before the call and after it
     torch.testing.assert_close(compiled_value, value)
     slopes, compiled_slopes = (gradients(x, inputs, upstream=1.3) for x in (value, compiled_value))
     torch.testing.assert_close(compiled_slopes, slopes)

@@ -17,8 +17,10 @@ from rankloss.options import RankOptions
 
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("modalities_agree", [False, True])
-def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agree: bool) -> None:
-    """Without float64 a block has the cross-entropies, likelihoods and gradients that it has with float64."""
+def test_a_block_of_16384_items_has_float64s_values_and_gradients_without_it(
+    method: str, modalities_agree: bool
+) -> None:
+    """The running sums over a list's items are then of logarithms in float32, and lose no more digits."""
     n_lists, n_items, d = 2, 2**14, 512  # two lists for each direction
     v, t = (unit(n_items, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
     if modalities_agree:  # each image is then nearest to its own text
@@ -42,7 +44,7 @@ def test_running_sums_over_16384_items_are_float64s(method: str, modalities_agre
     in_float64 = evaluated(torch.float64)
     with no_float64():
         in_float32 = evaluated(torch.float32)
-    tolerances = (1e-5, 1e-6, 1e-5)  # of cross-entropies, likelihoods and gradients
+    tolerances = (1e-5, 1e-6, 1e-5)  # of cross-entropies, likelihoods and gradients, relative to their norms
     for actual, expected, tolerance in zip(in_float32, in_float64, tolerances, strict=True):
         assert (actual - expected).norm() <= tolerance * expected.norm()
 
@@ -94,7 +96,7 @@ def test_a_tensor_of_float64_on_a_device_without_it_would_be_seen() -> None:
         torch.zeros(2).double()
 
 
-def test_a_tensor_of_float64_on_an_accelerator_with_it_is_none_of_these() -> None:
+def test_a_tensor_of_float64_on_an_accelerator_that_has_it_is_neither_an_error_nor_a_copy() -> None:
     with meta_is(CUDA) as copies:
         assert torch.empty(2, device=CUDA).double().dtype == torch.float64
     assert copies == []

@@ -258,7 +258,7 @@ def test_a_score_whose_worth_is_not_positive_is_an_error(worth: Any, floor: floa
 
 @pytest.mark.parametrize(("worth", "floor"), [("identity", 0.0), ("shifted", -1.0)])
 @pytest.mark.parametrize("below", [0.0, 0.25])
-def test_a_score_whose_worth_is_not_positive_is_nan_where_it_is_not_looked_at(
+def test_a_score_whose_worth_is_not_positive_gives_nan_where_it_is_not_looked_at(
     worth: Any, floor: float, below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on an accelerator
@@ -281,6 +281,13 @@ def test_tensors_keep_their_device() -> None:
     terms = [term(x, x, lists="batch", diagonal=False) for term in TERMS.values()]
     for value in (reference.plackett_luce(x, x, worth="shifted"), *terms):
         assert value.device == x.device
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, True, "2"])
+def test_a_top_k_that_is_no_count_is_refused(top_k: Any) -> None:
+    for function in (reference.plackett_luce, *TERMS.values()):
+        with pytest.raises(ValueError, match=f"top_k must be an integer of at least 1; got {top_k!r}"):
+            function(np.eye(2), np.eye(2), top_k=top_k)
 
 
 # --- the terms --------------------------------------------------------------------------------------------

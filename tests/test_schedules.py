@@ -31,14 +31,14 @@ def test_rankclip_is_the_papers_formula(position: tuple[int, int]) -> None:
     assert schedules.rankclip(i, n) == pytest.approx(expected, rel=1e-15)
 
 
-def test_official_is_what_the_authors_code_computes_in_64_epochs() -> None:
-    """Those of its recipe: min(3·(i − 1)/63, 2), which is 1/21 in the second."""
-    for i, expected in [(1, 0.0), (2, 0.047619), (22, 1.0), (43, 2.0), (64, 2.0)]:
-        assert schedules.official(i, 64) == pytest.approx(expected, abs=1e-6)
+def test_official_is_the_formula_of_the_authors_code_in_the_64_epochs_of_their_recipe() -> None:
+    """min(3·(i − 1)/63, 2)."""
+    for i, expected in [(1, 0), (2, 1 / 21), (22, 1), (43, 2), (64, 2)]:
+        assert schedules.official(i, 64) == pytest.approx(expected)
 
 
-def test_official_is_what_the_authors_code_computes_in_ten_epochs() -> None:
-    """A ramp of thirds: min(3·(i − 1)/9, 2)."""
+def test_official_in_ten_epochs_is_a_ramp_of_thirds() -> None:
+    """min(3·(i − 1)/9, 2)."""
     values = [schedules.official(i, 10) for i in range(1, 11)]
     assert values == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
 

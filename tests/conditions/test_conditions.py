@@ -107,6 +107,7 @@ def expected_for_kind(subject: Subject, kind: str, dtype: torch.dtype) -> Result
 @pytest.mark.parametrize("kind", KINDS)
 @every
 def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
+    """In every dtype; where ``rankloss.reference`` has no value, in others than float64 as in float64."""
     half_dtypes = (BF16, F16) if kind == "sign codes" else ()  # in which these codes are exact
     for dtype in (F64, F32, *half_dtypes):
         result = result_of(subject, subject.pick(drawn_inputs(kind), dtype))
@@ -144,14 +145,18 @@ def spoilt_inputs(subject: Subject) -> Iterator[tuple[str, float, Inputs]]:
 
 @every
 def test_a_feature_that_is_not_finite_makes_the_value_nan(subject: Subject) -> None:
-    """Value and, where it is differentiated, the gradients: an optimiser's scaler looks at these."""
+    """Value and, where it is differentiated, the gradients: an optimiser's scaler looks at these.
+
+    A measure, which is not differentiated, may be infinite instead.
+    """
     for name, bad, inputs in spoilt_inputs(subject):
         if name in OF_DATA:
             continue
         result = result_of(subject, inputs)
         has_value_of_each_row = result.value.dim() > 0 and subject.differentiable
         value = result.value[2] if has_value_of_each_row else result.value
-        assert not value.isfinite().all(), f"{bad} in {name} gives {value}"
+        is_seen = value.isnan() if subject.differentiable else ~value.isfinite()
+        assert is_seen.any(), f"{bad} in {name} gives {value}"
         for other, gradient in result.gradients.items():
             if subject.name != "all_gather":  # whose gradient is the upstream one
                 assert gradient.isnan().any(), f"{bad} in {name}: the gradient of {other}"
@@ -190,19 +195,12 @@ def test_rows_that_are_one_row_in_memory_are_right(subject: Subject) -> None:
 
 
 @every
-def test_inputs_of_two_dtypes_are_right_or_refused(subject: Subject) -> None:
+def test_one_input_of_another_dtype_gives_the_right_value_and_gradients(subject: Subject) -> None:
+    in_float32, in_float64 = (subject.pick(drawn_inputs(), dtype) for dtype in (F32, F64))
     for name in subject.inputs:
-        inputs = {k: x.to(F64 if k == name else F32) for k, x in subject.pick(drawn_inputs()).items()}
-        with right_or_error():
-            owed = expected_result_of(subject, inputs)
-            assert_right(result_of(subject, inputs), owed, tolerances(subject, F32))
-
-
-@contextmanager
-def right_or_error() -> Iterator[None]:
-    """Lets any error pass but a failed assertion: what is inside holds, or a user sees that it does not."""
-    with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
-        yield
+        inputs = {**in_float32, name: in_float64[name]}  # ids are integers in both
+        owed = expected_result_of(subject, inputs)
+        assert_right(result_of(subject, inputs), owed, tolerances(subject, F32))
 
 
 def permuted(inputs: Inputs, order: list[int]) -> Inputs:
@@ -439,11 +437,15 @@ def test_value_and_gradients_are_right_inside_an_activation_checkpoint(
     assert_right(Result(value.detach(), gradients), expected_for_kind(subject, "equal rows", F64))
 
 
+READING = ("metrics.rank_agreement", "metrics.ndcg")
+"""Measures that look at their inputs' values."""
+
+
 @every
-def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subject) -> None:
+def test_on_the_meta_device_it_has_the_right_shape_or_says_that_there_are_no_values(subject: Subject) -> None:
     on_meta = {name: x.to("meta") for name, x in subject.pick(drawn_inputs(), F32).items()}
-    with right_or_error():
-        shape = expected_for_kind(subject, "plain", F32).value.shape
+    shape = expected_for_kind(subject, "plain", F32).value.shape
+    with pytest.raises(RuntimeError, match="meta") if subject.name in READING else nullcontext():
         assert subject.started()(**on_meta).shape == shape
 
 
@@ -451,7 +453,7 @@ def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subj
 def test_one_input_on_another_device_is_an_error_that_says_so(subject: Subject) -> None:
     inputs = subject.pick(drawn_inputs(), F32)
     for name, x in inputs.items():
-        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"(?i)meta|device"):
+        with pytest.raises((ValueError, RuntimeError), match="device"):
             subject.started()(**{**inputs, name: x.to("meta")})
 
 
@@ -478,6 +480,13 @@ def test_a_step_on_an_accelerator_never_waits_for_it_and_copies_the_weights_alon
 
 
 # --- derivatives ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def right_or_error() -> Iterator[None]:
+    """Lets any error pass but a failed assertion: what is inside holds, or a user sees that it does not."""
+    with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
+        yield
 
 
 def second_order(value: Tensor, inputs: Inputs, wanted: tuple[str, ...]) -> Result:
@@ -539,7 +548,8 @@ def test_second_derivatives_are_differences_of_gradients(subject: Subject) -> No
     second = second_order(*value_and_leaves(inputs), wanted)
     above, below = gradients_after(step), gradients_after(-step)
     quotients = {name: (above[name] - below[name]) / (2 * step) for name in wanted}
-    assert_right(second, Result(second.value, quotients), (0.0, 1e-4))
+    no_error_of_value = 0.0  # it is compared with itself
+    assert_right(second, Result(second.value, quotients), (no_error_of_value, 1e-4))
 
 
 @differentiable
@@ -599,8 +609,8 @@ def test_dual_tensors_give_no_wrong_number(subject: Subject) -> None:
 def test_vmap_gives_no_wrong_number(subject: Subject) -> None:
     number = OfFirstInput(subject)
     stacked = torch.stack([number.x, number.x.flip(0)])
+    one_by_one = torch.stack([number(x) for x in stacked])
     with right_or_error():
-        one_by_one = torch.stack([number(x) for x in stacked])
         assert_right(Result(torch.func.vmap(number)(stacked), {}), Result(one_by_one, {}))
 
 
