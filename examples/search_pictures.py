@@ -12,7 +12,7 @@ from rankloss_trainers import console
 
 
 def align(folder, image_encoder, text_encoder, output):
-    """Bring two encoders into one space by the pairs of ``train.csv``, and save it."""
+    """Bring two encoders into one space by the pairs of ``train.csv``, and save the heads that do so."""
     encoders = ["--image-encoder", image_encoder, "--text-encoder", text_encoder]
     data = ["--data", f"{folder}/train.csv", "--val-data", f"{folder}/val.csv", "--ids-key", "product"]
     how = ["--method", "cca", "--output", output, "--overwrite", "--workers", "0"]

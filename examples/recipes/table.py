@@ -20,7 +20,10 @@ SCORES = {
 
 
 def table(folder):
-    """Return the lines: of every data set and score both means, and the difference with its 95 % interval."""
+    """Yield the lines: of every data set and score both means, and the difference with its 95 % interval.
+
+    Of seeds that either loss lacks there is no pair: they are left out.
+    """
     found = defaultdict(lambda: {"clip": {}, "rankclip": {}})
     for file in sorted(Path(folder).glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ class Tested:
     arms: Arms
 
     def difference(self, pair: Pair) -> Difference | None:
-        """Return the paired difference of two arms, if both have records of one seed."""
+        """Return the paired difference of two arms, None unless both have a record of the same seed."""
         return self.arms.difference(pair, PRIMARY) if set(pair) <= self.arms.records.keys() else None
 
 
@@ -34,7 +34,7 @@ def family(
     Args:
         every: The cells.
         pairs: Of arms.
-        among: A larger family; pairs that belong to it are corrected with all of it.
+        among: A larger family; if all pairs belong to it, they are corrected with all of it.
     """
     together = among if set(pairs) <= set(among) else pairs
     found = {(of.cell, pair): of.difference(pair) for pair in together for of in every}
@@ -82,7 +82,7 @@ def title(pair: Pair) -> str:
 
 
 def verdict_sentence(every: Sequence[Tested], pair: Pair, among: Sequence[Pair] = ()) -> str:
-    """Return in words where a difference is above 0, below it, and neither."""
+    """Return in words on which cells a difference is above 0, below it, neither, or of too few seeds."""
     cells_of: dict[str, list[str]] = {}
     for (name, _), difference in family(every, [pair], among).items():
         cells_of.setdefault(verdict(difference, above="above 0", below="below 0"), []).append(name)
@@ -91,7 +91,7 @@ def verdict_sentence(every: Sequence[Tested], pair: Pair, among: Sequence[Pair] 
 
 
 def mean_of(arms: Arms, arm: str, measure: Measure) -> str:
-    """Return an arm's mean of a measure; a dash where its records do not have it."""
+    """Return an arm's mean of a measure, a dash unless all of its records have it."""
     records = arms.records[arm].values()
     group, *names = measure.path
     is_there = all(set(names) <= record["metrics"].get(group, {}).keys() for record in records)
@@ -112,7 +112,7 @@ def primary_values(
 ) -> dict[str, Any]:
     """Return a report's values of its primary tests, by their letters.
 
-    Each is a family of its own, but those of the larger family ``among`` are corrected with all of it.
+    Each is a family of its own, but a pair of the larger family ``among`` is corrected with all of it.
     """
     return {
         "tests_head": HEAD,

@@ -80,7 +80,11 @@ class Store:
         append_lines(self.path, new)
 
     def find(self, data: Callable[[Any], str] | None = None) -> dict[Any, Record]:
-        """Return the records by their settings: those made from the data of their setting, or from any.
+        """Return the records by their settings.
+
+        Args:
+            data: Returns the fingerprint of a setting's data; records of other data are left out. None: the
+                records of all data.
 
         Raises:
             ValueError: If a line is no record; if two are of one setting, which a report would mix.
@@ -102,6 +106,7 @@ class Store:
 
 
 def _frozen(value: Any) -> Any:
+    """Return a value of JSON with tuples in place of lists, so that settings can be keys."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -124,6 +129,7 @@ def conditions(packages: Iterable[str], **more: Any) -> dict[str, Any]:
 
 
 def _cpu() -> str:
+    """Return the processor's name: of Linux's file, where there is one, else as Python has it."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
         if line.startswith("model name"):

@@ -57,11 +57,12 @@ def mean_text(estimate: Estimate, digits: int = 2) -> str:
 
 
 def difference_text(difference: Difference | None, digits: int = 2) -> str:
-    """Mean difference with sign, and half of its interval."""
+    """Mean difference with sign, and half of its interval; a dash without a difference."""
     return "–" if difference is None else f"{signed(difference.mean, digits)} ± {_half(difference, digits)}"
 
 
 def _half(estimate: Estimate, digits: int) -> str:
+    """Half of an interval, a dash for one seed."""
     return "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
 
 
@@ -89,7 +90,10 @@ def p_text(p: float | None) -> str:
 
 
 def mark(difference: Difference | None) -> str:
-    """Return the sign of a verdict: filled if significant after the correction, open if only before it."""
+    """Return the sign of a verdict: filled if significant after the correction, open if only before it.
+
+    Others are of a difference that is not significant, and of too few seeds; empty without a difference.
+    """
     if difference is None:
         return ""
     said = verdict(difference, above="above", below="below")

@@ -109,13 +109,22 @@ class Run:
         return {name: Find(name, stores[name].find(_fingerprints(of))) for name, of in data.items()}
 
     def results(self, finds: Finds) -> dict[str, Any]:
-        """Return what the records say."""
+        """Return the values of the report's template, given the records.
+
+        Raises:
+            RuntimeError: If there is no record.
+            MissingError: If a training of the plan has none.
+        """
         if not finds:
             raise RuntimeError(f"{self.home / 'results'} holds no record: nothing to report")
         return self.study.results(self.study.sizes(self.preset), finds)
 
     def train(self, data: Mapping[str, DataSet], console: Console) -> None:
-        """Do the trainings that the plan asks for, until none is missing."""
+        """Do the trainings that the plan asks for, until none is missing.
+
+        Raises:
+            MissingError: If a training is of a data set that is not there.
+        """
         while True:
             finds = self.finds(data)
             try:
@@ -130,6 +139,7 @@ class Run:
                 self._do(missing, data[missing.data], console)
 
     def _do(self, missing: MissingError, data: DataSet, console: Console) -> None:
+        """Do missing trainings of a data set, except those that another process does in the meantime."""
         store, fingerprint = self.stores[missing.data], _fingerprints(data)
         keys = {one: key_of(one, fingerprint(one)) for one in missing.settings}
         with bars(console) as progress:
@@ -147,6 +157,7 @@ class Run:
         """Write the report, of all records there are.
 
         Raises:
+            RuntimeError: If there is no record.
             MissingError: If a training is missing.
         """
         values = self.results(self.finds())
@@ -155,6 +166,7 @@ class Run:
 
 
 def _fingerprints(data: DataSet) -> Callable[[Any], str]:
+    """Return the fingerprint of a data set as a function of the setting."""
     of = data.fingerprint
     return of if callable(of) else lambda _: of
 

@@ -18,8 +18,8 @@ from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
-# With two seeds the interval is 12.7 standard errors wide (one degree of freedom) and rests on normality
-# alone: it is shown, but nothing is concluded from it.
+# With two seeds the interval reaches 12.7 standard errors to either side (one degree of freedom) and rests on
+# normality alone: it is shown, but nothing is concluded from it.
 MIN_SEEDS = 3
 # A bootstrap that draws few seeds is too narrow: with four it was often narrower than the seeds' t-interval.
 MIN_SEEDS_OVER_PICTURES = 8
@@ -70,7 +70,11 @@ class Difference(Estimate):
 
 
 def _tested(values: Sequence[float]) -> Difference:
-    """Return mean, interval and the test of a mean of zero."""
+    """Return mean, interval and the test of a mean of zero.
+
+    Raises:
+        ValueError: If there is no value, or one is not finite.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("values: at least one is needed, got none")
@@ -88,7 +92,11 @@ def _tested(values: Sequence[float]) -> Difference:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean and 95 % t-interval of one value per seed."""
+    """Return the mean and 95 % t-interval of one value per seed.
+
+    Raises:
+        ValueError: If there is no value, or one is not finite.
+    """
     found = _tested(values)
     return Estimate(found.mean, found.half_width, found.n)
 
@@ -136,7 +144,7 @@ def correct(family: Mapping[Key, Difference]) -> dict[Key, Difference]:
 
 
 def verdict(difference: Difference | None, *, above: str = BETTER, below: str = WORSE) -> str:
-    """Return the verdict on a corrected difference; None means that there is nothing to compare.
+    """Return the verdict on a corrected difference; without a difference it is that of too few seeds.
 
     ``above`` and ``below`` are the words for established differences of either sign.
     """
@@ -204,6 +212,9 @@ class Arms:
         return two_way(np.stack([read(mine[seed]) - read(others[seed]) for seed in common]))
 
     def tests(self, pairs: Iterable[Pair], measures: Iterable[Measure]) -> dict[tuple[Pair, str], Difference]:
-        """Return the differences by pair and measure's title, corrected together."""
+        """Return the differences by pair and measure's title, corrected together.
+
+        The arms of every pair have a common seed.
+        """
         measures = list(measures)
         return correct({(pair, m.title): self.difference(pair, m) for pair in pairs for m in measures})

@@ -1,4 +1,4 @@
-"""The examples' common parts: the trainer's guard, the queue of runs, tables and pages."""
+"""The examples' common parts: how the trainer's log is read, imports, and the examples in docstrings."""
 
 import ast
 import asyncio

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as st_numpy
 from openmoji_demo import metrics
 from openmoji_demo.model import ClipModel
 from PIL import Image
+from scipy import stats
 from sklearn.metrics import top_k_accuracy_score
 from studies.manifest import HERE
 from torch.nn.functional import normalize
@@ -21,7 +22,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate
 from batches import unit
 
 
-def _in_every_order(similarity, right, k):
+def _recall_over_all_orders(similarity, right, k):
     """R@k, averaged over all orders of the columns, of a ranking that leaves ties as it found them."""
     hits = []
     for scores, is_right in zip(similarity.tolist(), right.tolist(), strict=True):
@@ -40,8 +41,12 @@ def test_recall_shares_places_among_ties(data, images, more, k):
     similarity = torch.tensor(data.draw(scores))
     right = own == torch.arange(images).unsqueeze(1)
     recall = metrics.recall(similarity, own, ks=(k,))
-    assert recall["image_to_text"][k] == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
-    assert recall["text_to_image"][k] == pytest.approx(_in_every_order(similarity.T, right.T, k), abs=1e-9)
+    assert recall["image_to_text"][k] == pytest.approx(
+        _recall_over_all_orders(similarity, right, k), abs=1e-9
+    )
+    assert recall["text_to_image"][k] == pytest.approx(
+        _recall_over_all_orders(similarity.T, right.T, k), abs=1e-9
+    )
 
 
 IMAGES, TEXTS = (unit(n, 8, seed=n, dtype=torch.float32) for n in (17, 40))
@@ -86,7 +91,8 @@ def test_chance_is_the_share_of_the_answers_that_may_be_given():
 
 
 def test_the_standard_error_of_a_share_is_that_of_a_binomial():
-    assert metrics.standard_error(10, 270) == pytest.approx(100 * math.sqrt(0.1 * 0.9 / 270), abs=1e-3)
+    hits = stats.binom(270, 0.1)
+    assert metrics.standard_error(10, 270) == pytest.approx(100 * hits.std() / 270)
 
 
 SCALE = 23.0

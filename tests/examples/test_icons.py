@@ -167,7 +167,7 @@ def test_every_maker_is_named_with_the_number_of_icons_and_their_licence(built, 
     }
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the collector
 def test_shards_hold_pictures_and_texts(built, data):
     train, test = data.part("train"), data.part("test")
     for name, images, texts in (

@@ -148,7 +148,7 @@ def test_records_of_other_data_do_not_count_and_are_not_reported_beside_these(ru
         run.write()
 
 
-def test_trainings_of_another_process_are_left_to_it_and_come_last(run):
+def test_a_training_that_another_process_holds_comes_after_the_others_of_its_search(run):
     data = Data()
     taken = Setting(arm="plain", seed=9, side="dev", lr=1)
     key = key_of(taken, data.fingerprint)

@@ -1,4 +1,4 @@
-"""The example of a search of one's own pictures: it finds pictures of products that were not aligned."""
+"""The example of a search of one's own pictures, of products that are not in the pairs to align by."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def search(
     return Search(request.param, found, printed.getvalue())
 
 
-def test_words_find_pictures_of_their_product(search: Search) -> None:
+def test_words_find_a_picture_of_their_product(search: Search) -> None:
     assert any(search.words.replace(" ", "-") in picture for picture, _ in search.found)
 
 

@@ -16,7 +16,7 @@ from studies.data.sets import vendor
 from studies.icons.records import Record
 
 
-def test_a_split_is_made_when_it_is_trained_on():
+def test_a_split_is_made_once_when_it_is_first_needed():
     made = []
 
     class Made:
@@ -42,6 +42,7 @@ def test_no_concept_of_emojis_is_on_two_sides_of_a_split(split):
 
 
 def test_splits_of_emojis_hold_out_other_concepts():
+    """Of the first split's held-out concepts the second may draw some again: a fifth by chance."""
     first, second = ({emoji.concept for emoji in split_emojis(split=split)["test"]} for split in (0, 1))
     by_chance = 0.2  # the share of concepts that a split holds out
     assert len(first & second) < 2 * by_chance * len(first)
@@ -137,7 +138,7 @@ def test_a_held_out_drawing_of_a_vendor_has_one_caption_and_a_picture(tarball):
     assert len(source.pictures("test")) == len(source.captions["test"])
 
 
-def test_another_split_of_a_vendor_is_another(tarball):
+def test_another_split_of_a_vendor_has_other_captions_on_its_sides(tarball):
     assert vendor(tarball, "made-up", 0).captions != vendor(tarball, "made-up", 1).captions
 
 

@@ -134,7 +134,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_study_without_trainings_has_no_report(tmp_path):
-    with pytest.raises(RuntimeError, match="results"):
+    with pytest.raises(RuntimeError, match="results holds no record: nothing to report"):
         runner.Run(runner.load("alignment"), "quick", tmp_path).write()
 
 

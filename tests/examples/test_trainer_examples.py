@@ -96,7 +96,7 @@ def test_no_loss_of_the_examples_is_offered(capsys):
 
 @dataclass
 class Run:
-    """What an example did when it was run."""
+    """A run of an example: its losses, weights, files and print."""
 
     name: str
     case: Any
@@ -118,6 +118,7 @@ class Run:
 
 
 def weights_in(file):
+    """The weights in a saved file, by name: of safetensors, a state dict or Lightning's checkpoint."""
     if file.suffix == ".safetensors":
         return importlib.import_module("safetensors.torch").load_file(file)
     saved = torch.load(file, weights_only=file.suffix == ".pt")
@@ -197,7 +198,7 @@ def test_an_example_prints_an_evaluation(run):
 
 
 def test_an_example_saves_every_weight_that_it_trained(run):
-    """Of an equal one: names in a file are the trainer's, and not all are the model's."""
+    """One of its shape in the file is equal: the names there are the trainer's, not always the model's."""
     assert run.weights
     for weight in run.weights.values():
         alike = [saved for saved in run.saved if saved.shape == weight.shape]
@@ -237,6 +238,7 @@ EQUAL = torch.ones(4, 3) / 3**0.5
 
 
 def own_loss(base=None):
+    """The loss of the example with half of its term, as this file's tests call it."""
     return imported("own_loss").SoftLoss(base, weight=0.5, gather=rankloss.Gather())
 
 
@@ -270,11 +272,13 @@ PAIRS, BATCH, EPOCHS = 32, 16, 2
 
 
 def towers():
+    """The plain loop's model, with the same first weights at each call."""
     torch.manual_seed(0)
     return imported("plain_loop").Towers()
 
 
 def pairs():
+    """The first pairs of the plain loop."""
     return Subset(imported("plain_loop").made_pairs()[0], range(PAIRS))
 
 
@@ -307,7 +311,7 @@ def accelerated(rank, processes):
 
 
 def assert_one_training(alone, together):
-    """That one process has trained its weights, and each of several processes ends with the same.
+    """Assert that one process has trained its weights, and each of several processes ends with the same.
 
     ``alone`` and each of ``together`` have the last loss, and then all weights.
     """

@@ -115,7 +115,7 @@ Method = Callable[[TestSet], Answers]
 
 
 def knn_answers(training: Pictures, shown: TestSet) -> Answers:
-    """Return the same for the baseline that learns nothing: see :mod:`openmoji_demo.pixel_knn`."""
+    """Return the answers of the baseline that learns nothing: see :mod:`openmoji_demo.pixel_knn`."""
     seen, queries = _pixels(training), _pixels(shown)
     _, neighbours = pixel_knn.nearest(seen, queries)
     similarity = pixel_knn.caption_scores(neighbours, training.captions, shown.captions)
@@ -150,12 +150,15 @@ class Found:
 
     @property
     def is_noise(self) -> bool:
-        """True if the interval of the difference has 0."""
+        """True if the interval of the difference has 0, or there is no difference."""
         return self.minus_first is None or self.half_width is None or abs(self.minus_first) <= self.half_width
 
 
 def compare(ranks: Mapping[str, Mapping[str, Tensor]], k: int = 10) -> dict[str, Found]:
-    """Compare every model with the first by R@k, paired by concept; given are the ranks of its answers."""
+    """Compare every model with the first by R@k, paired by concept.
+
+    ``ranks`` has the ranks of right answers by model and way, as ``Answers.ranks``.
+    """
     hits = {}  # of each concept in percent, the mean of both ways
     for name, ranks_of_ways in ranks.items():
         is_found = torch.stack([ranks_of_way <= k for ranks_of_way in ranks_of_ways.values()])
@@ -199,7 +202,10 @@ class Agreement:
 
 
 def measure_agreement(models: Mapping[str, ClipModel], training: Pictures, held_out: Pictures) -> Agreement:
-    """Compare the rankings of all pictures with those of their captions, under every model."""
+    """Compare the rankings of all pictures with those of their captions, under every model.
+
+    Without a concept in the group SHOWN the rankings of the first concept are those to draw.
+    """
     averages: dict[str, dict[str, float]] = {}
     lists: dict[str, tuple[Tensor, Tensor]] = {}
     distance = torch.zeros(len(training.images), dtype=torch.float64)  # of each concept's τ from the averages

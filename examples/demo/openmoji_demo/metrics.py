@@ -54,7 +54,11 @@ def retrieval(
     *,
     ks: Sequence[int] = RETRIEVAL_KS,
 ) -> Recall:
-    """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products."""
+    """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products.
+
+    Raises:
+        ValueError: As :func:`recall`.
+    """
     return _recall(
         lambda images: image_features[images] @ text_features.T,
         lambda texts: text_features[texts] @ image_features.T,
@@ -99,7 +103,11 @@ def _recall(
 
 
 def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
-    """Return for every row and cut-off the chance that a right column is among the first k."""
+    """Return for every row and cut-off the chance that a right column is among the first k.
+
+    Raises:
+        ValueError: For NaN or infinity, or a row without a right column.
+    """
     if not scores.isfinite().all():
         raise ValueError("similarity: holds NaN or infinity (did training diverge?)")
     right = right.to(scores.device)
@@ -118,6 +126,9 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
 
 def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> dict[int, float]:
     """Return top-k accuracy over all items; a k beyond the number of classes counts as all of them.
+
+    Raises:
+        ValueError: For NaN or infinity.
 
     Example:
         >>> accuracy_at_k(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]), torch.tensor([0, 1]), (1, 3))

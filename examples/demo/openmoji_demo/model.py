@@ -15,7 +15,11 @@ _AT_ONCE = 256
 class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
-    ``name`` is as for open_clip; ``checkpoint`` is one of its trainer's.
+    ``name`` is as for open_clip; ``checkpoint`` is one of its trainer's, None for a folder or a repository
+    with weights, whose name begins with ``local-dir:`` or ``hf-hub:``.
+
+    Raises:
+        ValueError: For another name without a checkpoint.
     """
 
     def __init__(self, name: str, *, checkpoint: str | Path | None = None, device: str = "cpu") -> None:

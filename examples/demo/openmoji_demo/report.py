@@ -54,7 +54,7 @@ class Block:
 
 
 def verdict(found: Found) -> str:
-    """Return the words for a difference."""
+    """Return the word for a difference: noise, higher or lower; empty for the first model itself."""
     if found.minus_first is None:
         return ""
     if found.is_noise:
@@ -128,7 +128,7 @@ def closing(block: Block, found: dict[str, Found], agreement: Agreement) -> list
 
 
 def markdown(blocks: Sequence[Block], found: dict[str, Found], agreement: Agreement) -> str:
-    """Return the tables and the notes as Markdown; no row of a table is longer than 100 columns."""
+    """Return the tables and the notes as Markdown."""
     parts = [
         f"# {_TITLE}",
         f"{_FOUND_TITLE}:",

@@ -71,8 +71,8 @@ async def run_all(
 ) -> None:
     """Do every run, ``jobs`` at a time, with a bar for each and one for all of them.
 
-    Runs are hashable and have a ``name``. The first that fails cancels the others. Cancelling, also by
-    SIGTERM, cancels every run and waits until each has cleaned up.
+    Runs are hashable and have a ``name``. The first that fails cancels the others, and its error is raised.
+    Cancelling, also by SIGTERM, cancels every run and waits until each has cleaned up.
     """
     places = asyncio.Semaphore(jobs)
     finished = itertools.count(1)

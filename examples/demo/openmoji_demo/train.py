@@ -118,7 +118,7 @@ class Run:
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the trainer's arguments that apply to this loss, which may be joined: others' are dropped."""
+    """Return the trainer's arguments without the options of other losses than this, or these joined ones."""
     names = [] if loss == TRAINERS_OWN else names_of(loss)
     prefixes = {name: prefix_of(name, load(name)) for name in known()}
     kept = []
@@ -144,7 +144,7 @@ def side_by_side(count: int, device: str) -> tuple[int, int | None]:
 
 
 def train_all(runs: Sequence[Run], device: str, console: Console) -> None:
-    """Train several models; the first to fail ends the others."""
+    """Train several models; the first to fail ends the others, and its error is raised."""
     jobs, threads = side_by_side(len(runs), device)
 
     async def one(run: Run, report: Report) -> None:

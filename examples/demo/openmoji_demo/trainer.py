@@ -82,7 +82,11 @@ class Log:
         self.first = self.last  # and of the first; its contrastive term is the same for every loss of a seed
 
     def read(self, line: str) -> None:
-        """Take in a line."""
+        """Take in a line.
+
+        Raises:
+            TrainingError: The first step has no term but CLIP's, although the job has another loss.
+        """
         self.tail.append(line)
         step = _STEP.search(line)
         if step is None:
@@ -117,8 +121,12 @@ async def train(
 ) -> Log:
     """Train one model with a command that is started in ``root``; cancelling ends the trainer.
 
-    What an earlier, unfinished run left in ``folder``, where the trainer writes, is replaced. ``on_line`` is
+    Files of an earlier, unfinished run in ``folder``, where the trainer writes, are deleted. ``on_line`` is
     called with every line of output and the log read so far; without ``threads`` their number is torch's.
+
+    Raises:
+        TrainingError: The trainer failed, logged no step, left no last checkpoint, or trained plain CLIP in
+            place of another loss.
     """
     shutil.rmtree(folder, ignore_errors=True)
     log, started = Log(job, folder), time.monotonic()

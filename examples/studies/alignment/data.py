@@ -64,6 +64,7 @@ class Encoded:
         return Side(normalize(found["pictures"], dim=-1), sentences)
 
     def _encode(self, side: str) -> dict[str, Tensor]:
+        """Compute the encoders' features of a side's pictures, and of all their captions in a row."""
         encoders, shown = FrozenEncoders(), self.source.pictures(side)
         starts = range(0, len(shown), _ENCODED_TOGETHER)
         pictures = [encoders.pictures(shown[start : start + _ENCODED_TOGETHER]) for start in starts]
@@ -98,7 +99,7 @@ class Encoded:
 
 
 class Splits:
-    """The splits of a data set, each of which is made when it is trained on.
+    """The splits of a data set, each of which is made once, when it is first needed.
 
     Args:
         make: Returns a split.

@@ -44,7 +44,7 @@ class Part(Protocol):
 
 
 class Standardised:
-    """A model of standardised pictures' features, given unit-norm ones; the train side has the statistics.
+    """A model of features in which those of pictures are standardised, by the statistics of the train side.
 
     Args:
         train: The train side, as the encoders have it.
@@ -72,7 +72,7 @@ class Standardised:
 
 
 class SideBySide:
-    """Several models as one: its similarity is the sum of theirs, times the squares of their weights."""
+    """Several models as one, whose similarity is the mean of theirs, weighted by the weights' squares."""
 
     log_scale = torch.zeros(())
 
@@ -119,6 +119,7 @@ def record(setting: Setting, data: Encoded) -> Record:
 
 
 def _closed_form(setting: Setting, train: Side, data: Encoded) -> Metrics:
+    """Return the metrics of the closed form; on the test side with those beside the search."""
     closed, chosen = searched(data)
     found = {**measured(closed, setting.side, data), "chosen": chosen}
     if setting.side == "test":
@@ -128,6 +129,7 @@ def _closed_form(setting: Setting, train: Side, data: Encoded) -> Metrics:
 
 
 def _trained(setting: Setting, train: Side, data: Encoded) -> Metrics:
+    """Train heads, and return their metrics; on the test side with those of the models in JOINED."""
     first = trained(setting, train, setting.seed)
     found = measured(first, setting.side, data)
     if setting.side == "test":

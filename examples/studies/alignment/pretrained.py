@@ -87,6 +87,7 @@ class Pretrained:
         return recorded(lambda: self._model(setting), lambda model: self._measured(model, setting))
 
     def _model(self, setting: Setting) -> Any:
+        """Return the model of an arm, trained or fitted on the new pairs, or the CLIP as it is."""
         if setting.arm == START or (setting.arm == KEPT and setting.value == 1):
             return self.start
         if setting.arm == KEPT:
@@ -103,6 +104,7 @@ class Pretrained:
 
     @torch.inference_mode()
     def _measured(self, model: Any, setting: Setting) -> Metrics:
+        """Return the metrics on a side of the new pairs, and for the test side on that of the old ones."""
         found: dict[str, Any] = measure(model, self.side(self.new, setting.side), ())
         if setting.side == "test":
             found[OLD] = measure(model, self.side(self.old, setting.side), ())
@@ -191,7 +193,7 @@ class OfFeatures(nn.Module):
 
 
 class PretrainedSplits:
-    """The pretrained CLIP on a data set, made when it is trained on; there is one split.
+    """The pretrained CLIP on a data set, made once, when it is first needed; there is one split.
 
     Args:
         make: Returns it.

@@ -35,5 +35,6 @@ class Search:
         return torch.cat([beside, own], -1) / 2**0.5
 
     def _beside(self, own: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the normalised mean of the values whose keys are the k nearest to each row."""
         nearest = (own @ keys.T).topk(self.k).indices
         return normalize(values[nearest].mean(1), dim=-1)

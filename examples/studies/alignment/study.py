@@ -354,7 +354,7 @@ KEPT_MEASURES: dict[str, Callable[[Record], Scored]] = {
 
 
 def _minus(first: Scored, second: Scored) -> str:
-    """Return a difference with its 95 % interval over pictures, which ties in the hits may forbid."""
+    """Return a difference with its 95 % interval over pictures; a dash where ties in the hits forbid it."""
     difference, each = first[0] - second[0], first[1] - second[1]
     half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
     is_of_score = abs(each.mean() - difference) <= BY_TIES
@@ -373,7 +373,7 @@ def closed_rows(of: Tested) -> Iterator[list[str]]:
 
 
 def _text(setting: Setting) -> str:
-    """Return what a try differs in from others."""
+    """Return a try's settings that differ between the tries of its arm."""
     if setting.arm == heads.SEARCH:
         return f"k {setting.value:g}"
     if setting.arm in HEADS:
@@ -384,6 +384,7 @@ def _text(setting: Setting) -> str:
 
 
 def _texts(tried: Tried) -> str:
+    """Return tries with their scores as text."""
     return "; ".join(f"{_text(one)}: {score:.1f}" for one, score in tried.items())
 
 

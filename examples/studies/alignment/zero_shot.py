@@ -21,6 +21,8 @@ NO_CLASSES = frozenset({"and", "for", "the", "with"})
 def word_classes(held_out: Sequence[str], trained: Sequence[str]) -> list[str | None]:
     """Return the class of each held-out caption: the one class among its words, None with none or several.
 
+    A class is a word that the constants above allow: of so many captions of either kind, and so many letters.
+
     Args:
         held_out: Captions, one of each picture.
         trained: Those that the model has learned from.

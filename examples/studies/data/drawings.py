@@ -70,6 +70,9 @@ def icon_records(build: Icons, train: int, dev: int, test: int, split: int = 0) 
     """Return the records of so many icons of each side, without those of sets of emojis.
 
     Split 0 is the build's own; others hold out other concepts.
+
+    Raises:
+        ValueError: A side has fewer icons.
     """
     counts, found = {"train": train, "dev": dev, "test": test}, {}
     for name, every in _split_icons(build, split).items():
@@ -88,7 +91,10 @@ def drawn(build: Icons, records: Sequence[Record], side: str) -> Drawings:
 
 
 def _split_icons(build: Icons, split: int) -> dict[str, list[Record]]:
-    """Return the records of each side in a random order, of held-out concepts one each."""
+    """Return the records of each side in a random order, of held-out concepts one each.
+
+    Those of sets of emojis are left out of all splits but 0, the build's own.
+    """
     parts = {"train": "train", "dev": "validation", "test": "test"}
     sides = {side: build.part(part).records for side, part in parts.items()}
     if not split:

@@ -90,7 +90,11 @@ def read(folder: Path) -> Photographs:
 
 
 def _lines(path: Path, keep: Callable[[str], object] = bool) -> list[str]:
-    """Return a file's lines, without the space at their ends and the lines that are not kept."""
+    """Return a file's lines, without the space at their ends and the lines that are not kept.
+
+    Raises:
+        FolderError: If the file is not there, or is not the published one.
+    """
     if not path.is_file():
         raise FolderError(path, "no such file")
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -102,6 +106,7 @@ def _lines(path: Path, keep: Callable[[str], object] = bool) -> list[str]:
 
 
 def _judgement(line: str) -> Judgement:
+    """Return a line of the experts' file: picture, ``PICTURE#NUMBER`` of the sentence, and three grades."""
     picture, key, *grades = line.split("\t")
     name, _, number = key.partition("#")
     first, second, third = map(int, grades)

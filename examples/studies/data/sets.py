@@ -63,6 +63,9 @@ def vendor(tarball: Path, prefix: str, split: int) -> Source:
     """Return an icon set of the npm package, split by its drawings' concepts.
 
     Each held-out concept has one drawing; texts to train on are the captions in the icons' templates.
+
+    Raises:
+        ValueError: If the package has no such set.
     """
     found: dict[str, list[package.Icon]] = {side: [] for side in SIDES}
     seen = set()
@@ -85,6 +88,11 @@ def vendor(tarball: Path, prefix: str, split: int) -> Source:
 
 
 def _one_set(tarball: Path, prefix: str) -> dict[str, Any]:
+    """Return an icon set of the package as its JSON says.
+
+    Raises:
+        ValueError: If the package has no such set.
+    """
     with tarfile.open(tarball, "r:gz") as archive:
         for member in archive:
             if Path(member.name).parts[1:] == ("json", f"{prefix}.json"):
@@ -129,6 +137,7 @@ class Opened(Sequence[Image.Image]):
 
 
 def _captions(sides: drawings.Sides) -> dict[str, list[list[str]]]:
+    """Return the captions of each side's pictures as lists."""
     return {side: [list(one) for one in of.captions] for side, of in sides.items()}
 
 

@@ -46,5 +46,6 @@ def draw_all(
 
 
 def _draw_many(svgs: Sequence[str]) -> tuple[list[bytes], np.ndarray]:
+    """Return the PNGs of drawings, and their thumbnails."""
     pngs = [rasterise(svg, SIZE) for svg in svgs]
     return pngs, np.stack([pixels(png, averaged=SIZE // THUMBNAIL) for png in pngs])

@@ -92,7 +92,11 @@ class Icons:
         return list(dict.fromkeys(name.split("/")[0] for name in self.manifest["ranges"] if "/" in name))
 
     def part(self, name: str) -> Part:
-        """Return a block: ``train``, ``validation``, ``test``, or for instance ``noto/test``."""
+        """Return a block: ``train``, ``validation``, ``test``, or for instance ``noto/test``.
+
+        Raises:
+            KeyError: If there is no such block.
+        """
         ranges = self.manifest["ranges"]
         if name not in ranges:
             raise KeyError(f"no part {name!r}; there are {', '.join(ranges)}")
@@ -100,10 +104,17 @@ class Icons:
         return Part(self.images[start:stop], self.records[start:stop])
 
     def retrieval(self, name: str = "test") -> Retrieval:
-        """Return the retrieval items of a block: ``validation``, ``test``, or for instance ``noto/test``."""
+        """Return the retrieval items of a block: ``validation``, ``test``, or for instance ``noto/test``.
+
+        Raises:
+            KeyError: If there is no such block.
+            ValueError: If it has no such items, as ``train``.
+        """
         chosen = [record for record in self.part(name).records if record.retrieval]
         if not chosen:
-            raise ValueError(f"{name!r} holds no retrieval items: shifts have them in their test part only")
+            raise ValueError(
+                f"{name!r} holds no retrieval items: validation and the parts called test have some"
+            )
         index = np.array([record.index for record in chosen], dtype=np.int64)
         captions = [caption for record in chosen for caption in record.captions]
         image_of = np.repeat(np.arange(len(chosen)), [len(record.captions) for record in chosen])
@@ -111,5 +122,9 @@ class Icons:
 
 
 def load(folder: str | Path) -> Icons:
-    """Open what ``python -m studies.icons`` wrote into ``folder``."""
+    """Open what ``python -m studies.icons`` wrote into ``folder``.
+
+    Raises:
+        FileNotFoundError: If the folder holds no finished build.
+    """
     return Icons(Path(folder))

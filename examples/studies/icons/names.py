@@ -115,10 +115,12 @@ class Namer:
 
 
 def _number(word: str) -> int:
+    """Return the number that a word of digits or letters names."""
     return int(word) if word.isdigit() else _NUMBERS.index(word) + 1
 
 
 def _words(name: str) -> tuple[str, ...]:
+    """Return the words of a name, in small letters."""
     return tuple(word for word in re.split(r"[-_\s]+", name.lower()) if word)
 
 

@@ -51,7 +51,11 @@ class Icon(Name):
 
 
 def fetch(folder: Path) -> Path:
-    """Download the package with npm, unless ``folder`` has it already, and return the tarball."""
+    """Download the package with npm, unless ``folder`` has it already, and return the tarball.
+
+    Raises:
+        RuntimeError: If npm is not there, or fails.
+    """
     tarball = folder / f"iconify-json-{VERSION}.tgz"
     if tarball.is_file():
         return tarball
@@ -69,7 +73,11 @@ def fetch(folder: Path) -> Path:
 
 
 def read(tarball: Path) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Return the package's version and every icon set in it, as its JSON says."""
+    """Return the package's version and every icon set in it, as its JSON says.
+
+    Raises:
+        ValueError: If the tarball holds no icon set.
+    """
     version, sets = "", {}
     with tarfile.open(tarball, "r:gz") as archive:
         for member in archive:

@@ -124,6 +124,10 @@ def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
 
 
 def _side(icons: Iterable[Icon], name: str) -> str:
+    """Return the side of a group's icons, by a hash of ``name``: its name with the seed.
+
+    The share that is tested on is larger for groups with emojis, and for groups in shifts alone.
+    """
     if len({icon.concept for icon in icons}) > _HUB:
         return "train"
     shifts = {shift_of(prefix) for prefix in {icon.set for icon in icons}}

@@ -48,11 +48,13 @@ def shards(folder: Path, sides: Mapping[str, Sequence[Record]], pngs: Sequence[b
 
 
 def _sample(record: Record, pngs: Sequence[bytes], **target: str) -> dict[str, Any]:
+    """Return a webdataset sample: a picture, and texts by the extensions of their files."""
     texts = {kind: text.encode() for kind, text in target.items()}
     return {"__key__": f"{record.index:08d}", "png": pngs[record.index], **texts}
 
 
 def _text(record: Record) -> str:
+    """Return the text of a picture to train on, and the caption of a held-out one."""
     return record.text if record.side == "train" else record.caption
 
 

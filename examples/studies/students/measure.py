@@ -40,7 +40,7 @@ class Model(Protocol):
 
 
 def packed_hits(scores: Tensor, right: Tensor, k: int = 10) -> str:
-    """Return a bit for each row, in hexadecimal: 1 where fewer than k columns are above the best right.
+    """Return a bit for each row, in hexadecimal: 1 if fewer than k columns are above the best right one.
 
     Equal captions tie, and :func:`rankloss.metrics.recall` would count their ties against the row; the
     records have the bits of this rule, in which a tie is a hit.

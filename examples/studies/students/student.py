@@ -23,7 +23,7 @@ class Student(nn.Module):
     """Two towers that learn from scratch, and the scale of the similarities.
 
     Args:
-        words: Numbers of words.
+        words: How many numbers words can have, with 0 and 1; see :func:`studies.data.pairs.numbered`.
         scale: Of the similarities, at the start.
     """
 
