@@ -49,7 +49,7 @@ def base_of(losses: Sequence[Loss], gather: Gather, kind: type | None = None) ->
 
 
 def composed(losses: Sequence[Loss], base: Any, gather: Gather, biased: str) -> nn.Module:
-    """The module of the last loss, which stands on those before it and on a base.
+    """The module of the last loss, which stands on those before it, and they on a base or in its place.
 
     Args:
         losses: The losses, the innermost first.

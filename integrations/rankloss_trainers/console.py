@@ -89,7 +89,7 @@ def _run_of_features(command: str, argv: Sequence[str]) -> int:
 
 
 def _lines_about(name: str, *, with_options: bool) -> Iterator[str]:
-    """The line that lists a loss, or joined ones; with options, their other defaults and the options."""
+    """The line that lists a loss, or joined ones; with options, these and their defaults beside others."""
     names = catalog.names_of(name)
     packages = [catalog.package_of(each) for each in names]
     # rankloss's own losses have none; a dictionary has each once, in this order.

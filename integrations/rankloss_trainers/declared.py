@@ -95,7 +95,7 @@ class Named:
 
     @functools.cached_property
     def options(self) -> dict[str, Option]:
-        """Its options, by key, with its own defaults."""
+        """The options of ``make``, ``more`` and ``columns``, by key, with the loss's own defaults."""
         options: dict[str, Option] = {}
         for make in (self.make, self.more, self.columns):
             if make is None:

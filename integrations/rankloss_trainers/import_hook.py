@@ -69,7 +69,7 @@ def _acting(loader: Any, act: Callable[[ModuleType], None]) -> Any:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        loader.exec_module = execute  # its own again, for a reload
+        loader.exec_module = execute  # its own again: for a reload a finder may give the same spec
         execute(module)
         act(module)
 

@@ -121,6 +121,7 @@ class Progress(Callback):
         if self._given != "auto" and has_epochs_alone:
             return self._given
         by_steps = self.total_steps is not None or trainer.max_steps != -1
+        # Of endless epochs, -1 or None, there are fewer than ten by their number: they go by steps.
         epochs = math.inf if by_steps else trainer.max_epochs or 0
         return RunOptions(schedule_unit=self._given).unit(epochs)
 

@@ -27,6 +27,8 @@ def collate_fn(examples: list[dict[str, torch.Tensor]]) -> dict[str, object]:
 
 
 class OwnLoss(Trainer):
+    """Trains the model's own loss, in place of the Trainer's."""
+
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, object], *_: object, **__: object
     ) -> object:
@@ -34,11 +36,15 @@ class OwnLoss(Trainer):
 
 
 class WrappedLoss(Trainer):
+    """Trains the loss of the Trainer that it is derived from."""
+
     def compute_loss(self, *args: object, **kwargs: object) -> object:
         return super().compute_loss(*args, **kwargs)
 
 
 class OwnStep(Trainer):
+    """Trains the model's own loss, in a step that does not ask the Trainer for one."""
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, object], *_: object) -> torch.Tensor:
         loss: torch.Tensor = model(**self._prepare_inputs(inputs)).loss
         self.accelerator.backward(loss)
@@ -46,10 +52,12 @@ class OwnStep(Trainer):
 
 
 class Derived(Trainer):
-    pass
+    """Changes nothing."""
 
 
 class Classifier(torch.nn.Module):
+    """A model without embeddings."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(16, 1)
@@ -65,7 +73,7 @@ def main() -> None:
     model = tiny_clip() if model_args.kind == "clip" else Classifier()
     if model_args.trainer == "none":
         sys.exit()
-    if model_args.trainer == "loop":
+    if model_args.trainer == "loop":  # whose step is to be stopped where a loss is asked for
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(**collate_fn([Pairs(4)[i] for i in range(4)]))["loss"].backward()
         optimizer.step()

@@ -54,6 +54,7 @@ class Training(NamedTuple):
 
 
 # --- the trainings ----------------------------------------------------------------------------------------
+# by_TRAINER trains with a folder of features; without one, by the flag, or by the call if there is no flag.
 
 
 def captioned() -> Any:

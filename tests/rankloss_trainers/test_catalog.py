@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import math
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -284,6 +285,7 @@ def test_every_type_of_a_union_can_be_typed_and_what_has_no_spelling_is_pythons_
         assert (value_of_text, type(value_of_text)) == (value, type(value))
         with pytest.raises(ValueError, match="'no'"):
             options[key].parsed("no")
+    assert [options["share"].spelled(value) for value in (True, 1.0)] == ["include", "1.0"]
 
 
 def test_options_of_partial_functions_and_of_callable_objects_are_read() -> None:
@@ -379,6 +381,20 @@ def test_the_options_of_joined_losses_are_listed() -> None:
 def test_a_callable_that_is_registered_twice_is_a_loss_of_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, mine=a_loss, also=a_loss)
     assert [catalog.choose(name)[0].name for name in ("mine", "also")] == ["mine", "also"]
+
+
+def test_a_package_cannot_register_a_name_of_rankloss_or_of_the_trainers_own_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [EntryPoint(name, "x:y", catalog.GROUP) for name in ("clip", "mine", "rankclip")]
+    monkeypatch.setattr(catalog.metadata, "entry_points", lambda *, group: points)
+    known_without_cache = catalog.known.__wrapped__()
+    assert known_without_cache == {**dict.fromkeys(catalog.LOSSES, ()), "mine": (points[1],)}
+
+
+def test_an_option_of_the_constructor_hides_another_of_its_name() -> None:
+    named = Named(k_loss, more=lambda *, k="hidden", weight=0.5: None)
+    assert {key: option.default for key, option in named.options.items()} == {"k": 1, "weight": 0.5}
 
 
 def test_a_row_that_is_registered_has_its_defaults_and_its_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from registered import register
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The output of a command line, which has to succeed."""
     assert console.main(argv) == 0
     return capsys.readouterr().out
 
@@ -103,6 +104,7 @@ INSTALLED_VERSIONS = {"transformers": "5.24.0"}
 
 
 def diagnose() -> list[str]:
+    """The problems of SICK."""
     return ["It is too old."]
 
 

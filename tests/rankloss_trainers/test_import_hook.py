@@ -58,6 +58,21 @@ def test_a_module_is_acted_on_once_at_each_execution_however_often_it_is_waited_
     assert events == ["executed", NAME] * 2
 
 
+def test_a_reload_by_the_same_spec_is_acted_on_once(events: list[str]) -> None:
+    class Keeping:
+        """A finder that gives the spec of its first search again."""
+
+        spec = PathFinder.find_spec(NAME)
+
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+            return self.spec if name == NAME else None
+
+    sys.meta_path.insert(0, Keeping())
+    after_import({NAME: add_name})
+    importlib.reload(importlib.import_module(NAME))
+    assert events == ["executed", NAME] * 2
+
+
 def test_a_module_that_is_loaded_is_acted_on_at_once(events: list[str]) -> None:
     importlib.import_module(NAME)
     after_import({NAME: add_name})

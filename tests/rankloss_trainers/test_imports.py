@@ -196,6 +196,7 @@ rankloss_trainers.create("clip-ids+rankclip")
 
 
 def printed(script: str) -> str:
+    """The output of a script, which has to succeed in a process where each warning is an error."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -243,6 +243,8 @@ class Epochs(nn.Module):
 
 
 class AtEpochs(Plain):
+    """A module with such a part beside its loss."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = Epochs()
@@ -633,6 +635,8 @@ class Told(nn.Module):
 
 
 class ToldAtEpochs(Plain):
+    """A module with such a part beside its loss."""
+
     def __init__(self) -> None:
         super().__init__()
         self.part = Told()

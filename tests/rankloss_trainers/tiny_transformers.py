@@ -70,7 +70,7 @@ class Theirs(transformers.Trainer):
 
 
 class InOrder(ContrastiveTrainerMixin, Theirs):
-    pass
+    """The tested Trainer, on the pairs as they come."""
 
 
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 1e-2}
@@ -78,6 +78,7 @@ SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "lea
 
 
 def arguments(directory: Path, **changes: Any) -> TrainingArguments:
+    """Arguments of a quiet run on the CPU, by default two epochs of batches of eight, with changes."""
     given = {
         **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
         **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 2},
@@ -104,6 +105,7 @@ def build_trainer(directory: Path, *, model: Any = None, pairs: Any = None, **gi
 
 
 def train(directory: Path, *, resume: Any = None, **given: Any) -> InOrder:
+    """Train what :func:`build_trainer` builds, from the beginning or from a checkpoint."""
     trained = build_trainer(directory, **given)
     trained.train(resume_from_checkpoint=resume)
     return trained

@@ -89,9 +89,9 @@ class ContrastiveLoss(EmbeddingLoss):
     Raises:
         TypeError: for an option that the loss or a run does not have, and for options beside a module.
         ValueError: for an unknown loss, for options that exclude each other, for a loss with parameters, a
-            state, or a second caption, which this trainer does not serve, and for mini-batches of a model
-            that begins with a ``StaticEmbedding``; in ``forward`` unless there are two columns, for a scale
-            that is not positive, and for a teacher that is missing or not used.
+            state, or further columns of the data, which this trainer does not serve, and for mini-batches of
+            a model that begins with a ``StaticEmbedding``; in ``forward`` unless there are two columns, for a
+            scale that is not positive, and for a teacher that is missing or not used.
         RuntimeError: in ``forward``, if :class:`Progress` does not tell the loss where training stands.
 
     References:

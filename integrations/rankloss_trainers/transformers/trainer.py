@@ -198,7 +198,7 @@ class ContrastiveTrainer(transformers.Trainer):
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch on its device; DeepSpeed rounds the model's inputs alone, and not the loss's."""
+        """The batch on its device; DeepSpeed rounds its numbers, but not a teacher's features."""
         of_teacher = {name: inputs[name].to(self.args.device) for name in TEACHER if name in inputs}
         return {**super()._prepare_inputs(inputs), **of_teacher}
 
