@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def list_nll(scores: Tensor, reference: Tensor) -> Tensor:
-    """Sum over a list, mean over the lists."""
+    """The list-wise likelihood's negative logarithm: its sum over a list, its mean over the lists."""
     shuffle = torch.randperm(scores.shape[-1], device=scores.device)
     _, order = reference[:, shuffle].sort(dim=-1, descending=True)
     ranked = scores[:, shuffle].gather(1, order)

@@ -1,7 +1,8 @@
 """Tables of a page from pytest-benchmark's JSON: ``python benchmarks/page.py JSON [PAGE NAME]``.
 
 PAGE has a line ``<!-- bench:NAME -->`` and a line ``<!-- /bench:NAME -->``; the tables replace what is
-between them. Without PAGE they are printed. The rest, and the targets, are always printed.
+between them. Without PAGE they are printed. The tables of graded lists and of the time before the first step,
+and the targets, are always printed.
 """
 
 from __future__ import annotations

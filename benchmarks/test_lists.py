@@ -20,7 +20,7 @@ CLIP = "cross-entropy"
 def contenders(negatives: bool) -> list[str]:
     """Names, the cross-entropy's first; what this revision of rankloss lacks is left out."""
     models = ["plackett_luce", "top_one", "pairwise"]
-    if not negatives:  # which this model does not take
+    if not negatives:  # lambda takes none
         models.append("lambda")
     return [CLIP, *filter(_is_known, models)]
 

@@ -34,11 +34,11 @@ SIZES = ON_CARD if DEVICE.type == "cuda" else ON_CPU
 NAIVE_UP_TO = 16384 if DEVICE.type == "cuda" else 4096
 
 
-def training(loss: Callable[..., Tensor], **references: Tensor | float) -> Callable[[Features], Step]:
-    """Forward and backward of a loss, for any features."""
+def training(loss: Callable[..., Tensor], **inputs: Tensor | float) -> Callable[[Features], Step]:
+    """Forward and backward of a loss, for any features, with its other inputs."""
 
     def with_features(x: Features) -> Step:
-        return lambda: loss(*x, **references).backward()
+        return lambda: loss(*x, **inputs).backward()
 
     return with_features
 
@@ -89,7 +89,8 @@ def sharing_ids(x: Features) -> Step:
     return training(rankloss.ClipLoss(same_id="share"), pair_ids=ids)(x)
 
 
-# Those of open_clip first: ratios are to ClipLoss. Streamed, CLIP's losses are ours as beyond their budget.
+# ClipLoss and SigLipLoss are open_clip's, ClipLoss first: ratios are to it. The others are rankloss's, but
+# for naive; a budget of 0 streams a loss at any size.
 CONTENDERS: dict[str, Callable[[Features], Step]] = {
     "ClipLoss": of_open_clip,
     "SigLipLoss": training(SigLipLoss(), logit_bias=BIAS),
@@ -114,7 +115,7 @@ if "label_smoothing" in inspect.signature(rankloss.ClipLoss).parameters:
 if DEVICE.type == "cuda":
     CONTENDERS["RankClipLoss-triton"] = training(rankloss.RankClipLoss(schedule="constant", kernel="triton"))
 OF_A_SHARE = ("ClipLoss", "RankClipLoss", "RankClipLoss-bin", "RankClipLoss-triton")
-AT_MOST_4096 = (
+AT_MOST_4096 = (  # the beginnings of names
     "RankConsistency",
     "RankClipLoss-",
     "rankclip-",

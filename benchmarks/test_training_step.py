@@ -65,7 +65,7 @@ def training_step(config: dict[str, Any], images: Tensor, texts: Tensor, line: s
 @pytest.mark.parametrize("contender", LOSSES)
 @pytest.mark.parametrize("model", MODELS)
 def test_step(model: str, contender: str, compare: Callable[..., None], size: Callable[[int], int]) -> None:
-    is_timed = size(64) == 64  # of what is not timed it is a 64th
+    is_timed = size(64) == 64  # the fixture leaves a size as it is only where steps are timed
     config = config_of(model if is_timed else "demo")
     n = size(MODELS[model])
     pixels, text = config["vision_cfg"]["image_size"], config["text_cfg"]

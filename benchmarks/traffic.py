@@ -58,7 +58,11 @@ def _to_meta(x: Any) -> Any:
 
 
 class Count(TorchDispatchMode):
-    """Counts what reaches the GPU; operators of rankloss are counted by the operations inside them."""
+    """Counts what reaches the GPU; operators of rankloss are counted by the operations inside them.
+
+    Args:
+        inputs: The tensors that are there before, which the added peak leaves out.
+    """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
@@ -198,7 +202,7 @@ def _without_views_of_the_same(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """Costs of one forward and backward pass, those in bytes per element of its four lists."""
+    """Costs of one forward and backward pass; the bytes moved are per element of its four matrices."""
     v, t, *everyone, s = inputs  # everyone: the image and text features of all processes
     anchors, items = len(v), len(everyone[0])
     counter = Count(inputs)
@@ -224,7 +228,7 @@ def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, An
 
 
 def features(rows: int, items: int, dim: int) -> list[Tensor]:
-    """Local features, those of all processes (the same where there is one), the scale."""
+    """Local features, those of all processes (the same where rows = items, of one process), the scale."""
     local = [torch.empty(rows, dim, device="meta", requires_grad=True) for _ in range(2)]
     everywhere = local
     if rows < items:
