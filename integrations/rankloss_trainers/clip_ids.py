@@ -69,7 +69,7 @@ class PartnersLog:
         step: int,  # noqa: ARG002
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """``pairs_with_partner``, from 0 to 1."""
+        """The entry ``pairs_with_partner``, a share from 0 to 1; of the inputs it takes ``pair_ids``."""
         losses_of_ids = (loss for loss in criterion.modules() if getattr(loss, "same_id", None) is not None)
         gather: Gather = next(losses_of_ids).gather  # type: ignore[assignment]
         ids = gather.items(inputs["pair_ids"])  # of all processes

@@ -93,7 +93,7 @@ def examined(trainer: Trainer) -> tuple[bool | None, list[str]]:
 
 
 def _tested(trainer: Trainer) -> str:
-    """The range of versions that the extra of a trainer asks for."""
+    """The range of versions that the extra of a trainer asks for; a LookupError if it asks for none."""
     from packaging.requirements import Requirement  # every trainer brings it
 
     for text in importlib.metadata.requires("rankloss") or []:

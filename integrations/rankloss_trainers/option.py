@@ -169,7 +169,7 @@ def _choices_of(hint: Any) -> tuple[Any, ...]:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)  # which are flat
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)  # a union of unions is one
     return typing.get_args(hint) if is_union else (hint,)
 
 

@@ -112,6 +112,7 @@ class Teacher:
         text: As the option ``teacher`` of :class:`RunOptions`, but for "given".
 
     Attributes:
+        text: The text that names it.
         folder: The folder of its features, which exists or has to; None while they are to be computed.
         spec: The teacher to compute, of :class:`rankloss_features.caching.Spec`; or None.
 

@@ -72,7 +72,7 @@ def test_every_option_is_an_argument_of_a_constructor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", catalog.known())
-def test_what_changes_beside_other_losses_are_options(name: str) -> None:
+def test_defaults_beside_other_losses_are_of_options_of_the_loss(name: str) -> None:
     named = catalog.load(name)
     for defaults in named.beside.values():
         assert defaults.keys() <= named.options.keys()

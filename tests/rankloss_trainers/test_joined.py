@@ -73,7 +73,7 @@ def test_the_preset_of_two_encoders_is_mimicry(base: Any) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_the_softmax_of_two_encoders_and_spread_is_there_by_options() -> None:
+def test_the_softmax_of_two_encoders_with_spread_is_rankclip_in_and_spread_by_options() -> None:
     """The form that rankclip-encoders had, as docs/teachers.md and the changelog tell it."""
     taught = inputs_of("rankclip-in") | inputs_of("mimicry")
     of_pairs = {key: x for key, x in taught.items() if not key.startswith("reference_")}

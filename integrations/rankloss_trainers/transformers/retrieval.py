@@ -107,7 +107,7 @@ class Retrieval:
 
 
 def _identities(inputs: Mapping[str, Any], processor: Any) -> dict[str, Tensor]:
-    """Hashes of the pictures and of the captions of a batch, of those that the model's inputs have."""
+    """Hashes of a batch's pictures, and of its captions, where the model's inputs have them."""
     hashes = {}
     if isinstance(inputs.get("pixel_values"), Tensor):
         hashes["pictures"] = hash_rows(inputs["pixel_values"])
@@ -123,7 +123,7 @@ def _unit_rows_like(features: Tensor) -> Tensor:
 
 
 def _first_of(items: Tensor, groups: Tensor) -> Tensor:
-    """The first row of each item of each group, in their order."""
+    """The first row of each item in each group, ascending."""
     rows = torch.arange(len(items))
     in_groups = torch.stack([items, groups], dim=1)
     distinct, number_of_row = in_groups.unique(dim=0, return_inverse=True)
