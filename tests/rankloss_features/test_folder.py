@@ -51,12 +51,13 @@ from stored_features import features_folder
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """The pairs of a CSV file."""
     return data_of("csv", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
-    """A folder ``whole``, and a folder ``other`` of the same pairs in another order."""
+    """A folder ``whole`` of the data, and a folder ``other`` of their pairs in another order."""
     place = tmp_path_factory.mktemp("folders")
     write_features(place / "whole", data, teacher())
     (place / "others").mkdir()
@@ -70,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, data: Data) -> Path:
 def test_the_files_are_arrays_of_numpy_in_the_order_of_the_rows(
     place: Path, name: str, is_pickled: bool
 ) -> None:
-    """Also of a folder that was sent to another process."""
+    """Also of a folder that was pickled, as it is for another process."""
     features = Features(str(place / "whole")).check()
     if is_pickled:
         features = pickle.loads(pickle.dumps(features))
@@ -109,16 +110,16 @@ CHANGES: dict[str, Callable[[bytes, bytes, bytes], bytes | None]] = {
     "a bit": lambda content, *_: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:],
     "a digit of the header or an entry": lambda content, *_: re.sub(rb"[468]", b"5", content, count=1),
     "reversed": lambda content, *_: content[:HEADER] + content[HEADER:][::-1],
-    "of another modality": lambda content, of_texts, _: of_texts,
-    "of another data set": lambda content, _, of_others: of_others,
+    "of the first shard of texts": lambda content, of_texts, _: of_texts,
+    "of another folder": lambda content, _, of_other: of_other,
 }
-"""From a file's content, that of a file of texts and that of the file of other data to the damaged one."""
+"""The damaged content: of a file's, of the first shard of texts', and of that file's in another folder."""
 
 every_change = pytest.mark.parametrize("change", CHANGES)
 
 
 def damaged(place: Path, folder: Path, file: str, change: str) -> Path:
-    """A copy of the whole folder with a file that is changed, or is missing."""
+    """A copy of the whole folder, in which a file is changed or missing."""
     shutil.copytree(place / "whole", folder)
     sources = (folder / file, folder / "text_features-00000.npy", place / "other" / file)
     content = CHANGES[change](*(source.read_bytes() for source in sources))
@@ -131,11 +132,10 @@ def damaged(place: Path, folder: Path, file: str, change: str) -> Path:
 @every_change
 @pytest.mark.parametrize("file", ["folder.json", "pairs.npy", *SHARDS])
 def test_a_damaged_file_is_named(place: Path, data: Data, tmp_path: Path, file: str, change: str) -> None:
-    """Or its folder, where the file is whole but another's, or says that the folder is one."""
+    """Or its folder, where ``folder.json`` is missing, or another folder's and no file fits it."""
     folder = damaged(place, tmp_path / "damaged", file, change)
-    is_whole_but_anothers = change == "of another data set"
-    is_no_folder_of_features = (file, change) == ("folder.json", "missing")
-    named = str(folder if is_whole_but_anothers or is_no_folder_of_features else folder / file)
+    is_missing_or_anothers = file == "folder.json" and change in ("missing", "of another folder")
+    named = str(folder if is_missing_or_anothers else folder / file)
     with pytest.raises(ValueError, match=named):
         Features(str(folder)).check()
     with pytest.raises(ValueError, match=named):
@@ -158,8 +158,10 @@ def test_the_folders_command_does_not_go_on_with_damaged_entries_or_pairs(
     place: Path, data: Data, tmp_path: Path, file: str, change: str
 ) -> None:
     folder = damaged(place, tmp_path / "damaged", file, change)
+    before = contents_of_files(folder)
     with pytest.raises(ValueError, match=str(folder)):
         write_features(folder, data, teacher())
+    assert contents_of_files(folder) == before
 
 
 def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_run_refuses_a_damaged_folder(place: Path, tmp_path: Path) -> None:
 COMMAND = "rm -rf ~ #\x1b[2J"
 """The command of a folder that another made, with a character that clears a terminal."""
 QUOTED = r"'rm -rf ~ #\\x1b\[2J'"
-"""An expression of the command as an error may show it."""
+"""A regular expression of the command as an error may show it."""
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def test_the_cameras_orientation_counts_in_a_data_set(turned: Any, tmp_path: Pat
 
 
 def pairs(*, is_named: bool) -> Any:
-    """Pictures in memory, with a path's name or without, of seven captions."""
+    """Pictures in memory, each named by a path or none of them, with seven captions in turn."""
     images = [{"bytes": picture(i), "path": f"{i}.png" if is_named else None} for i in range(ROWS)]
     columns = {"image": images, "caption": [f"a photograph of class {i % 7}" for i in range(ROWS)]}
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
@@ -285,11 +287,11 @@ def with_another_caption(data: Any) -> Any:
 
 CHOSEN = {
     "two rows exchanged": ([7, *range(1, 7), 0, *range(8, ROWS)], "row 0 .* row 7 of the 40"),
-    "the last row left out": (range(ROWS - 1), " 39: row 39"),
-    "two rows": ([3, 4], "row 0 .* row 3"),
+    "the last row left out": (range(ROWS - 1), "has 40 rows, .* has 39: row 39 is missing"),
+    "two rows": ([3, 4], "row 0 .* row 3 of the 40"),
     "the first row again": ([*range(ROWS), 0], "row 40 .* row 0 of the 40"),
 }
-"""Rows that are chosen of the data, and the error of their binding: the data can be bound before."""
+"""Rows that are chosen of the data, and the error of their binding."""
 every_choice = pytest.mark.parametrize(("rows", "error"), CHOSEN.values(), ids=CHOSEN)
 CHANGED_ERROR = f"row {CHANGED_ROW} .*'another', .* {ROWS} rows of .*/x$"
 
@@ -337,7 +339,7 @@ def products(tmp_path: Path, *, is_embedded: bool, folder: str = "data") -> Any:
 
 
 def test_a_picture_has_one_source_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are read in blocks of two: the first has a picture without a path, the second has none."""
+    """Rows are read in blocks of two: the first block has a picture without a path, the second has not."""
     monkeypatch.setattr(data_module, "_BLOCK", 2)
     images = [{"bytes": picture(i), "path": name} for i, name in ((0, "x"), (1, None), (0, "x"), (2, "y"))]
     rows = datasets.Dataset.from_dict({"image": images, "caption": [*"abcd"]})
@@ -353,11 +355,11 @@ def of_one_name(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return products(tmp_path, is_embedded=request.param)
 
 
-def test_an_evaluation_tells_pictures_of_one_file_name_apart(of_one_name: Any) -> None:
-    """It knows the captions of one picture by their source."""
-    sources = Table(of_one_name, "image", "caption", data="given").sources()
-    assert sources[::2] == sources[1::2]
-    assert len({*sources}) == ROWS // 2
+def test_pictures_of_one_file_name_have_different_sources(of_one_name: Any) -> None:
+    """By its source an evaluation knows the captions of one picture."""
+    source_of_row = Table(of_one_name, "image", "caption", data="given").sources()
+    assert source_of_row[::2] == source_of_row[1::2]  # each picture has two rows
+    assert len({*source_of_row}) == ROWS // 2
 
 
 def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_path: Path) -> None:
@@ -369,8 +371,8 @@ def test_a_binding_tells_pictures_of_one_file_name_apart(of_one_name: Any, tmp_p
         bind(reordered, path)
 
 
-def test_the_first_pair_of_data_is_known_by_its_folder(of_one_name: Any, tmp_path: Path) -> None:
-    """Also of data with pictures of one product alone, whose common folder is another than that of all."""
+def test_the_first_pair_of_some_rows_is_known_by_its_hash(of_one_name: Any, tmp_path: Path) -> None:
+    """Although it has the path below the folder of all pictures, and that of some rows may lie deeper."""
     table = Table(of_one_name, "image", "caption", data="given")
     hashes = write_features(tmp_path / "x", table, teacher()).pairs
     assert is_first_pair(int(hashes[5]), of_one_name.select([5]), "image", "caption")
@@ -386,7 +388,7 @@ def test_columns_of_a_csv_file_tell_pictures_of_one_file_name_apart(tmp_path: Pa
     captions, paths = data["caption"][:], [image["path"] for image in images]
     features.compare_columns(captions, paths, "the CSV file")
     paths_of_next_product = [*paths[2:], *paths[:2]]
-    with pytest.raises(ValueError, match="row 0 of the CSV file"):
+    with pytest.raises(ValueError, match=f"row 0 of the CSV file, .* is row 2 of the {ROWS}"):
         features.compare_columns(captions, paths_of_next_product, "the CSV file")
 
 
@@ -411,7 +413,7 @@ def in_files(folder: Path, changed: tuple[int, ...] = ()) -> Any:
 def test_another_picture_of_the_same_name_is_refused_where_pictures_are_read(
     tmp_path: Path, images_of: Any
 ) -> None:
-    """By a check, which reads all, and of few rows by a binding and a resumption, too."""
+    """By a check, which reads all; and by a binding and a writing, which read up to ``_LOOKED_AT``."""
 
     def dataset(*changed: int) -> Any:
         """The pairs, of which these rows have another picture."""
@@ -464,7 +466,7 @@ def test_a_folder_of_texts_knows_pictures_by_their_names(tmp_path: Path, data: D
 
 @pytest.fixture
 def read_pictures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that grows by the name of each file of a picture that is read."""
+    """The names of the files of pictures that are read, in a list that grows."""
     names: list[str] = []
 
     def content_of(path: str) -> bytes:
@@ -485,7 +487,7 @@ def paths_and_captions(folder: Path) -> Any:
 def test_a_binding_reads_few_pictures(
     tmp_path: Path, place: Path, read_pictures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many of a large table as of a small one, in equal distances."""
+    """As many as ``_LOOKED_AT``, in equal distances."""
     monkeypatch.setattr(data_module, "_LOOKED_AT", 6)
     bind(paths_and_captions(tmp_path), str(place / "whole"))
     assert read_pictures == [f"{i}.png" for i in (0, 7, 15, 23, 31, 39)]
@@ -553,7 +555,7 @@ def test_bound_rows_have_no_features_in_another_folder(bound: tuple[Any, str], t
 def test_a_caption_that_changes_after_the_binding_keeps_the_features_of_the_old_one(
     bound: tuple[Any, str], tmp_path: Path
 ) -> None:
-    """As the page says: a batch has no picture's name, and tokens in place of its captions."""
+    """A batch, which has no picture's name, and tokens in place of captions, cannot tell."""
     data, path = bound
     changed = with_another_caption(bind(data, path))
     assert changed["caption"][CHANGED_ROW] == "another"

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankloss_features import Features, command
 from rankloss_features.folder import ABOUT, _hash_of_entries
-from rankloss_features.weights import fill
 from stored_features import features_folder
 
 ROWS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -157,8 +155,3 @@ def test_the_command_reports_a_foreign_folder_in_one_line(
     (tmp_path / "pairs.csv").write_text("filepath\ttitle\n0.png\ta0\n")
     assert command.main(["--check", str(folder), "--data", str(tmp_path / "pairs.csv")]) == 1
     assert "'shard_rows' must be a number of rows from 1; got 0" in capsys.readouterr().err
-
-
-def test_missing_image_weights_are_named() -> None:
-    with pytest.raises(ValueError, match=r"--image-weights no/such\.safetensors: there is no such file"):
-        fill(torch.nn.Linear(1, 1), "no/such.safetensors")

@@ -1,4 +1,4 @@
-"""Commands on a disk that is full at each of their writes: a clear error, and nothing that looks whole."""
+"""Commands on a disk that is full at some of their writes: a clear error, and nothing that looks whole."""
 
 from __future__ import annotations
 

@@ -47,12 +47,14 @@ def test_grey_of_floats_and_of_32_bits_is_scaled(dtype: Any, white: int) -> None
     np.testing.assert_array_equal(grey_of(content), RAMP)
 
 
-@pytest.mark.parametrize("wrong", [-0.5, np.nan, 1e6])
-def test_grey_of_no_known_range_is_refused_with_its_values(wrong: float) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "greys"), [(-0.5, "-0.5 to 255"), (np.nan, "nan to nan"), (1e6, r"1 to 1e\+06")]
+)
+def test_grey_of_no_known_range_is_refused_with_its_least_and_its_most(wrong: float, greys: str) -> None:
     values = RAMP.astype(np.float32)
-    values[0, 0] = wrong
+    values[0, 0] = wrong  # in place of 0, the only pixel of this grey
     with pytest.raises(
-        ValueError, match=r"its grey values are from .* to .*; they must be from 0 to 1, 255 or"
+        ValueError, match=rf"its grey values are from {greys}; they must be from 0 to 1, 255 or 65535"
     ):
         Rendering().open(file_content(Image.fromarray(values), "TIFF"))
 
@@ -103,5 +105,6 @@ def test_grey_of_16_bits_is_turned_too() -> None:
 
 @pytest.mark.parametrize("wrong", ["whitish", "", "#12", "#ffffff80", None, 7])
 def test_a_background_that_is_no_colour_is_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="background must be a colour, such as white or #808080; got"):
+    words = f"background must be a colour, such as white or #808080; got {wrong!r}"
+    with pytest.raises(ValueError, match=f"^{words}$"):
         Rendering(background=wrong)

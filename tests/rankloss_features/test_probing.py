@@ -109,7 +109,7 @@ def test_a_folder_has_features_of_a_fixed_input_of_each_encoder(sample_folder: P
 
 
 @with_and_without_align
-def test_a_folder_of_an_earlier_release_is_read_and_goes_on(
+def test_a_folder_of_an_earlier_release_is_read_and_is_complete_to_its_command(
     sample_folder: Path, encoders: Path, align: Any
 ) -> None:
     arguments = (encoders, sample_folder / "train.csv", encoders / "x", *align)

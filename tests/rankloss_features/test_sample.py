@@ -102,7 +102,7 @@ def test_the_text_encoder_is_known_to_the_features_command(sample_folder: Path) 
     assert not torch.equal(red, blue)
 
 
-def test_the_command_writes_the_folder_and_names_a_next_one(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_the_folder_and_names_a_command_to_try(tmp_path: Path, capsys: Any) -> None:
     assert main(["sample", "--output", str(tmp_path / "new")]) == 0
     assert f"rankloss evaluate --model local-dir:{tmp_path}/new/open_clip" in capsys.readouterr().out
     assert (tmp_path / "new/val.csv").is_file()

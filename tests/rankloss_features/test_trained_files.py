@@ -260,7 +260,7 @@ def test_published_weights_need_no_options() -> None:
 
 
 def test_open_clips_default_is_that_of_openais_weights() -> None:
-    """The premise of the error above."""
+    """So a file in no run needs no options, as above, where the model's published weights are OpenAI's."""
     openais = open_clip.get_pretrained_cfg("ViT-B-32", "openai")
     default = vars(PreprocessCfg())
     for name in ("mean", "std", "interpolation", "resize_mode"):
