@@ -534,6 +534,8 @@ def test_every_option_of_shares_is_that_of_the_whole_batch(
 
 
 class Towers(nn.Module):
+    """A linear model of images and texts, with a scale that is trained, too."""
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -761,11 +763,15 @@ def steps_of_pairs_alone(steps: list[Step]) -> list[Step]:
     return [step for step in steps if LOSSES[step.loss].gathers_pairs_alone]
 
 
+SUMS_OF_SPREAD = 4  # a mean and a covariance of each modality
+LOSSES_WITH_SUMS = ("SpreadLoss[covariance]", "SpreadLoss[over SigLipLoss]")
+
+
 def test_every_loss_that_is_called_compares_its_inputs_once(steps: list[Step]) -> None:
+    """Beside the sums that a spread from covariances reduces."""
     for step in steps:
-        # These two also reduce sums, which a test below counts.
-        if step.loss not in ("SpreadLoss[covariance]", "SpreadLoss[over SigLipLoss]"):
-            assert step.forward["allreduce"] == LOSSES[step.loss].checks, step
+        sums = SUMS_OF_SPREAD if step.loss in LOSSES_WITH_SUMS else 0
+        assert step.forward["allreduce"] == sums + LOSSES[step.loss].checks, step
 
 
 def test_a_step_gathers_each_modality_and_the_ids_once(steps_of_pairs_alone: list[Step]) -> None:
@@ -801,20 +807,18 @@ def test_a_spread_of_more_dimensions_than_pairs_gathers_nothing_beside_its_base(
         assert step.forward["allgather"] == 2
 
 
-def test_the_spread_sums_means_and_covariances_and_gathers_deviations_of_all_rows(steps: list[Step]) -> None:
+def test_the_spread_gathers_deviations_where_all_rows_are_computed(steps: list[Step]) -> None:
     """Beside the two modalities that its base gathers."""
     for step in steps_named(steps, "SpreadLoss[covariance]"):
         deviations = 0 if step.local_loss else 2
-        sums = 4  # a mean and a covariance of each modality
         assert step.forward["allgather"] == 2 + deviations
-        assert step.forward["allreduce"] == sums + LOSSES[step.loss].checks
 
 
 def test_sums_of_the_spread_are_reduced_backward_unless_other_items_are_constants(steps: list[Step]) -> None:
     for step in steps_named(steps, "SpreadLoss[covariance]"):
         deviations = 0 if step.local_loss else 2
         are_constants = step.local_loss and not step.gather_with_grad
-        of_sums = 0 if are_constants else 4  # a mean and a covariance of each modality
+        of_sums = 0 if are_constants else SUMS_OF_SPREAD
         of_features = 2 + deviations if step.gather_with_grad else 0
         assert step.backward.get("allreduce", 0) == of_sums + of_features
 
@@ -1352,7 +1356,7 @@ def test_what_is_no_group_or_a_group_without_this_process_is_refused(pools: Pool
         assert error.startswith("ValueError: group ")
 
 
-def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
+def numbers_that_show_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
     """By loss and flags, the number of this rank that must show a NaN in rank 0's images.
 
     It is the loss's value, but for SigLIP's, which sends no image: there it is the sum of the gradient by
@@ -1372,7 +1376,7 @@ def sums_with_a_nan(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
-    for of_rank in pools[2].run(sums_with_a_nan):
+    for of_rank in pools[2].run(numbers_that_show_a_nan):
         assert len(of_rank) > len(LOSSES)  # nearly all losses, under several flags
         assert [name for name, number in of_rank.items() if not number.isnan()] == []
 
