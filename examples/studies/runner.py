@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    """Train, unless the report alone is asked for, write the report, and return the exit status."""
     run = Run(load(args.study), args.preset, args.output.resolve())
     if not args.report_only:
         torch.set_num_threads(1)

@@ -86,6 +86,7 @@ def _with_loss(replacement: str, *layouts: set[str]) -> Wrapper:
             raise TypeError(f"{original.__module__}.{original.__name__} has unknown parameters: {signature}")
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the original without ``--loss``, the replacement with it."""
             bound = signature.bind(*args, **kwargs)
             if requested(bound.arguments["args"]) is None:
                 return original(*args, **kwargs)

@@ -24,6 +24,7 @@ SMOKE = {
 
 @pytest.hookimpl(tryfirst=True)  # before the slow tests are left out
 def pytest_collection_modifyitems(items):
+    """Mark as slow all tests of this folder but those of a file's entry in SMOKE; other files keep all."""
     for item in items:
         kept = SMOKE.get(item.path.stem, ("test_",))
         if item.path.parent.name == "examples" and not item.name.startswith(kept):

@@ -31,6 +31,7 @@ def test_a_split_is_made_once_when_it_is_first_needed():
 
 
 def assert_no_concept_is_on_two_sides(concepts_of_sides):
+    """Assert that the sides' sets of concepts are disjoint."""
     everywhere = set.union(*concepts_of_sides)
     assert sum(map(len, concepts_of_sides)) == len(everywhere)
 

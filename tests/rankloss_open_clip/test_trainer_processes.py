@@ -157,6 +157,7 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def ddp_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of one process and of two, in pairs that make the same steps."""
     table = Runs()
 
     def add(name: str, *options: str, processes: int = 1) -> None:
@@ -204,11 +205,13 @@ class OfModel(NamedTuple):
 
 
 def of_model(tensors: dict[str, Tensor]) -> OfModel:
+    """Tensors by the names of the model's parameters, the scale's apart."""
     towers = [x.flatten() for name, x in tensors.items() if name != "logit_scale"]
     return OfModel(tensors["logit_scale"], torch.cat(towers))
 
 
 def parameters_of(run: Run, epoch: int) -> dict[str, Tensor]:
+    """The model's parameters in the checkpoint of an epoch, in its order."""
     return {
         name: x for name, x in run.tensors_after_epoch(epoch).items() if not name.startswith("optimizer.")
     }

@@ -1,19 +1,23 @@
-"""A loss in open_clip's trainer counts its steps from its calls; losses of pairs under autocast."""
+"""A loss in open_clip's trainer: the steps that it counts, its base; and losses of pairs under autocast."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from stand_ins import LossOfTrainer, completed_args, random_features
+from stand_ins import LossOfTrainer, begin_epoch, completed_args, random_features
+from teacher_features import unit_rows
 from torch.nn.functional import normalize
 
 import rankloss
+from rankloss_features.folder import NAMES
 from rankloss_open_clip.trainer_loss import TrainerLoss
-from rankloss_open_clip.training import build_loss
+from rankloss_open_clip.training import build_loss, run_of
+from stored_features import features_folder
 
 
 def loss_of_a_run() -> TrainerLoss:
@@ -36,6 +40,29 @@ def test_an_epoch_that_is_longer_than_announced_stays_at_its_last_step(accum_fre
             step_of_each_call.append(loss.step)
     expected_steps = [0, 1, 2, 2, 2, 3, 4, 5, 5, 5]  # three of each epoch's five steps were announced
     assert step_of_each_call == [step for step in expected_steps for _ in range(accum_freq)]
+
+
+def test_an_epoch_of_fewer_batches_than_a_step_takes_has_one_step() -> None:
+    args = completed_args(parse_args(["--loss", "rankclip", "--accum-freq", "8", "--device", "cpu"]))
+    loss = build_loss(LossOfTrainer(), args, sums_every_value=True)
+    begin_epoch(loss, 0, args)  # of four batches
+    assert loss.place is not None
+    assert loss.place.steps == 1
+
+
+def test_a_loss_that_a_patched_factory_has_built_is_not_built_on_again() -> None:
+    loss = loss_of_a_run()
+    assert build_loss(loss, loss.args, sums_every_value=True) is loss
+
+
+def test_a_teachers_features_reach_the_losses_on_a_base_that_is_not_open_clips(tmp_path: Path) -> None:
+    """They may have been computed for the run before the trainer has built its loss."""
+    folder = features_folder(tmp_path / "teacher", **{name: unit_rows(4, 3) for name in NAMES})
+    words = ["--loss", "rankclip", "--loss-teacher", folder, "--device", "cpu"]
+    args = completed_args(parse_args(words))
+    loss = build_loss(LossOfTrainer(), args, sums_every_value=True)
+    assert loss is not run_of(args)
+    assert loss.teaching.features is run_of(args).teaching.features is not None
 
 
 class Values(NamedTuple):

@@ -84,6 +84,7 @@ class Run:
 
     @cached_property
     def params(self) -> dict[str, str]:
+        """The trainer's arguments as it wrote them down, all as text."""
         lines = (self.directory / "params.txt").read_text().splitlines()
         return dict(line.split(": ", 1) for line in lines if ": " in line)
 
@@ -171,6 +172,7 @@ class Trainer:
 
     @property
     def webdataset(self) -> list[str]:
+        """The options that name the pairs as a webdataset of two shards."""
         shards = str(self.directory / "shard-{0..1}.tar")
         return ["--dataset-type", "webdataset", "--train-data", shards, "--train-num-samples", str(SAMPLES)]
 
@@ -372,6 +374,7 @@ class Runs:
         self._done: dict[str, Run] = {}
 
     def add(self, name: str, start: Callable[..., Run], *arguments: Any, **keywords: Any) -> None:
+        """Add a run by the call that starts it, which is made when the run is first asked for."""
         self._starts[name] = functools.partial(start, *arguments, **keywords)
 
     def __getitem__(self, name: str) -> Run:

@@ -134,8 +134,10 @@ def data(sizes: SimpleNamespace, options: argparse.Namespace) -> dict[str, Split
 
 
 def _pretrained(old: Splits, new: Splits) -> Pretrained:
+    """Return a CLIP of the pairs of one data set on those of another: of both the first split."""
     return Pretrained(old.of(0), new.of(0))
 
 
 def _splits(make: Callable[[int], Source], folder: Path) -> Splits:
+    """Return the splits of a data set, whose features are kept in a folder."""
     return Splits(lambda split: Encoded(make(split), folder))

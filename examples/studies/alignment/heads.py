@@ -56,6 +56,7 @@ class Standardised:
         self.model = make(Side(self._of(train.pictures), train.sentences))
 
     def _of(self, pictures: Tensor) -> Tensor:
+        """Return features of pictures, standardised."""
         return (pictures - self.mean) / self.std.clamp(min=1e-6)
 
     @torch.no_grad()
@@ -88,6 +89,7 @@ class SideBySide:
         return self._joined([part.sentences(sentences) for part in self.parts])
 
     def _joined(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the parts' features in one row, each times its weight, with unit norm."""
         weighted = [weight * of for weight, of in zip(self.parts.values(), features, strict=True)]
         return normalize(torch.cat(weighted, -1), dim=-1)
 

@@ -124,12 +124,14 @@ class Cell:
         return [[{"lr": lr} for lr in self.sizes.rates], others]
 
     def _change(self, name: str, value: Any) -> dict[str, Any]:
+        """Return a value of a plan's stage as a setting's entries; a schedule, by its number, is two."""
         if name == "schedule":
             epochs, batch_size = self._schedule(value)
             return {"epochs": epochs, "batch_size": batch_size}
         return {name: value}
 
     def _schedule(self, number: int) -> tuple[int, int]:
+        """Return a schedule's epochs, or those of a small preset for all schedules, and its batch size."""
         epochs, batch_size = self.tuned["schedules"][number]
         return getattr(self.sizes, "epochs", epochs), batch_size
 
@@ -333,16 +335,19 @@ Scored = tuple[float, np.ndarray]  # a score, and each picture's
 
 
 def _zero_shot(record: Record) -> Scored:
+    """Return the zero-shot accuracy on pictures that have a class, and 100 or 0 of each."""
     found = record["metrics"]["zero-shot"]
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(found["hits"]), np.uint8))
     return found["top-1"], 100.0 * bits[: found["pictures"]]
 
 
 def _recall(record: Record) -> Scored:
+    """Return R@10 of new pairs, and of each picture."""
     return PRIMARY(record), hits_of_pictures(record)
 
 
 def _recall_of_old(record: Record) -> Scored:
+    """Return R@10 of the pairs that the CLIP was trained on before, and of each picture."""
     return _recall({"metrics": record["metrics"][pretrained.OLD]})
 
 

@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    """Build the icons that the arguments ask for, unless they are complete, and return the exit status."""
     started = time.monotonic()
     output: Path = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,7 @@ def _words(name: str) -> tuple[str, ...]:
 
 
 def _singular(word: str) -> str:
+    """Return a word without its plural s, as far as its end tells; short words stay."""
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         return word[:-1]
     return word

@@ -49,6 +49,7 @@ class Heads(nn.Module):
 
 
 def _head(width: int, dropout: float) -> nn.Sequential:
+    """Return a head with one hidden layer, from an encoder's width into the common space."""
     return nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(width, HIDDEN),
