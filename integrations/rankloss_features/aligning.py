@@ -96,6 +96,8 @@ def write_aligned(output: Path, data: Data, teacher: Teacher, settings: dict[str
             torch.distributed.broadcast_object_list(answer)
             (is_complete,) = answer
         if is_complete:
+            if is_first:  # which a command that was killed may have left
+                shutil.rmtree(output / _ENCODED, ignore_errors=True)
             return
         write(output / _ENCODED, data, teacher, settings, workers)
         if is_first:

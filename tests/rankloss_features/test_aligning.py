@@ -249,6 +249,19 @@ def test_a_command_that_was_killed_writes_the_same_folder_when_it_is_run_again(
     assert contents_without_command(tmp_path / "x") == contents_without_command(tmp_path / "whole")
 
 
+def test_a_complete_folder_loses_what_a_kill_has_left_of_the_encoders_own_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, output = csv_table(tmp_path), tmp_path / "x"
+    with monkeypatch.context() as patch:
+        patch.setattr(aligning.shutil, "rmtree", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_process(run_features, pairs, output, "--align") == -signal.SIGKILL
+    Features(str(output)).check()
+    assert (output / ".encoders").exists()
+    assert run_features(pairs, output, "--align") == 0
+    assert not (output / ".encoders").exists()
+
+
 def run_features_killed_at_file(number: int, *arguments: Any) -> None:
     """Run the command; kill this process where that file, counted from 0, is to be brought to the disk."""
     fsync, calls = os.fsync, itertools.count()
