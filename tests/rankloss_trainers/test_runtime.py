@@ -689,7 +689,7 @@ def test_a_state_is_restored_to_the_last_bit(form: str) -> None:
 
 
 @pytest.mark.parametrize("is_missing", [True, False], ids=["missing", "of another loss"])
-def test_a_state_that_is_missing_or_another_losses_starts_anew_with_a_warning(
+def test_a_state_that_is_missing_or_of_another_loss_starts_anew_with_a_warning(
     caplog: pytest.LogCaptureFixture, is_missing: bool
 ) -> None:
     run = run_with_a_moved_average()

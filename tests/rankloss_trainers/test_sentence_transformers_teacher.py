@@ -147,7 +147,7 @@ def test_every_loss_of_pairs_trains_with_its_defaults(tmp_path: Path, name: str)
     assert not torch.equal(weights(model), before)
 
 
-def test_agreement_is_logged_with_any_loss(tmp_path: Path) -> None:
+def test_agreement_is_logged_with_a_loss_without_ranks(tmp_path: Path) -> None:
     model = tiny_model()
     loss = ContrastiveLoss(model, "tiny", agreement_every=2)
     trainer = train(tmp_path, loss, model, max_steps=3)

@@ -647,6 +647,7 @@ def with_a_scale_of(dtype: torch.dtype) -> Any:
         (of_dtype, torch.float16, 3e-3),
         (with_a_scale_of, torch.float64, 1e-4),
     ],
+    ids=["bfloat16", "float16", "a scale of float64"],
 )
 def test_a_model_of_another_dtype_has_the_loss_but_for_its_rounding(
     tmp_path: Path, make: Any, dtype: torch.dtype, tolerance: float
@@ -780,7 +781,7 @@ def collate_with_positions(examples: Any) -> dict[str, Tensor]:
         ({"mini_batch_size": 3, "torch_compile_backend": "eager"}, "mini_batch_size .*compiled"),
         (
             {"mini_batch_size": 3, "data_collator": collate_with_positions},
-            "mini_batch_size cannot split position_ids: .* 8 pairs",
+            "mini_batch_size cannot split position_ids: .* of 8 rows",
         ),
     ],
 )

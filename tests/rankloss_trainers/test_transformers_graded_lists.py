@@ -172,7 +172,7 @@ def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_pa
     assert {rows for call in one_by_one.seen for rows in call} == {1}
 
 
-SPLIT = [
+PLANS_AND_SIZES = [
     (plan, size)
     for few in (1, 2, 5, 9)
     for plan in (EmbeddingPlan(queries=few, others=9), EmbeddingPlan(queries=9, others=few))
@@ -189,7 +189,7 @@ def split_columns(plan: EmbeddingPlan, size: int) -> tuple[Split, dict[str, Tens
     return split, columns, plan.repeated(columns, split)
 
 
-@pytest.mark.parametrize(("plan", "size"), SPLIT)
+@pytest.mark.parametrize(("plan", "size"), PLANS_AND_SIZES)
 def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(
     plan: EmbeddingPlan, size: int
 ) -> None:
@@ -199,7 +199,7 @@ def test_every_mini_batch_has_rows_of_both_kinds_and_no_more_than_its_size(
         assert 1 <= min(shares) <= max(shares) <= size
 
 
-@pytest.mark.parametrize(("plan", "size"), SPLIT)
+@pytest.mark.parametrize(("plan", "size"), PLANS_AND_SIZES)
 def test_repeated_rows_follow_the_distinct_ones_in_numbers_that_the_split_allows(
     plan: EmbeddingPlan, size: int
 ) -> None:
@@ -366,12 +366,12 @@ def test_a_bad_row_is_refused_by_its_number(change: dict[str, Any], named: str) 
 
 
 def test_a_table_without_any_order_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    for grades, warned in (([1.0, 1.0], 1), ([1.0, 0.0], 0)):
+    for grades, number_of_warnings in (([1.0, 1.0], 1), ([1.0, 0.0], 0)):
         caplog.clear()
         rows = datasets.Dataset.from_list([{**ROW, "candidates": [PICTURE] * 2, "grades": grades}, ROW])
         with caplog.at_level("WARNING", "rankloss_trainers"):
             check_table(Runtime(HOST, choose("ranked-lists")), rows)
-        assert len(caplog.records) == warned
+        assert len(caplog.records) == number_of_warnings
 
 
 def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:

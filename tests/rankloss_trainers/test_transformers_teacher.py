@@ -36,7 +36,7 @@ from rankloss_trainers.catalog import load
 from rankloss_trainers.pair_ids import hash_tokens
 from registered import NAMES as NAMES_OF_LOSSES
 
-TEACHER = ("image", "text")
+TEACHER = ("image", "text")  # the modalities of a teacher's features, as Pairs adds them
 ORDER = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -46,11 +46,11 @@ def captioned(caption: str = "caption") -> Any:
     return datasets.Dataset.from_dict(columns)
 
 
-def joined(bound: Any) -> Any:
-    """Data that are bound to a folder, with the model's inputs."""
+def joined(names: Any) -> Any:
+    """Names and captions, which may be bound to a folder, with the model's inputs."""
     columns = {name: x.tolist() for name, x in Pairs(ROWS).columns.items()}
     inputs = datasets.Dataset.from_dict(columns).with_format("torch")
-    return datasets.concatenate_datasets([bound.with_format("torch"), inputs], axis=1)
+    return datasets.concatenate_datasets([names.with_format("torch"), inputs], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_every_loss_with_a_teacher_of_its_own_trains_with_it_and_its_defaults(
 
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("loss", ["mimicry", "rankclip-distill", "rankclip-distill+mimicry"])
-def test_two_encoders_that_are_aligned_teach_every_loss_of_a_common_space(
+def test_two_encoders_that_are_aligned_teach_losses_that_need_a_common_space(
     tmp_path: Path, cache: Path, loss: str
 ) -> None:
     """Their features are computed by the flag, or are those of the folder that this has left."""
@@ -347,7 +347,7 @@ def test_a_run_of_transformers_trains_with_the_ids_of_its_data(
     train_in_plain_loop(model, loss_of(rankloss.ClipLoss(same_id="ignore"), **options), data, [8], steps=1)
     torch.testing.assert_close(weights(ended.model), weights(model), rtol=1e-4, atol=1e-6)
     assert logged_values(ended, "pairs_with_partner")[0] > 0
-    assert logged_values(ended, "eval_loss")
+    assert logged_values(ended, "eval_loss"), "of pairs without ids"
 
 
 def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
@@ -364,6 +364,6 @@ def test_ids_are_read_without_the_transform_of_the_data(tmp_path: Path) -> None:
     ended = train(tmp_path, pairs=table.with_transform(decode), max_steps=1, **given)
     assert logged_values(ended, "pairs_with_partner") == [1.0]
     assert len(decoded) <= 1 + 2 * 8
-    dropping = table.with_transform(functools.partial(decode, kept=False))
+    without_group = table.with_transform(functools.partial(decode, kept=False))
     with pytest.raises(ValueError, match=r"group .*transform"):
-        train(tmp_path, pairs=dropping, max_steps=1, **given)
+        train(tmp_path, pairs=without_group, max_steps=1, **given)
