@@ -223,8 +223,9 @@ ROUNDINGS = {torch.float16: 1e-3, torch.bfloat16: 6e-2, torch.float32: 1e-4}
 def test_a_large_batch_is_as_exact_as_its_dtype(n: int, subject: Subject, dtype: torch.dtype) -> None:
     """The same rounded features in a wider dtype give the value and the gradients that are owed.
 
-    Half precision is compared with float32, and float32, of features in clusters, with float64. float16 would
-    overflow: the cube of the norms from some 400 pairs on, sums of SigLIP's terms and entropies later.
+    Half precision is compared with float32, and float32, of features in clusters, with float64. Computed in
+    float16 these would overflow: the cube of the norms by which the losses tell infinite features, from some
+    400 pairs on, and sums of SigLIP's terms and of entropies, of more pairs.
     """
     kind, wider = "plain", torch.float32
     if dtype is torch.float32:
@@ -667,7 +668,7 @@ def test_a_scale_that_can_be_one_is_no_warning(scale: Any) -> None:
     assert has_looked
 
 
-# The change that spoils a teacher's nine rows, and the reason of the refusal. The largest value of row 0 of
+# The change that spoils a teacher of nine rows, and the reason of the refusal. The largest value of row 0 of
 # ``teacher_of(n=9)``'s texts is 0.727564.
 SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "half of zeros": (
@@ -688,8 +689,8 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) -> None:
-    """In the first call, after a call without a teacher, and after one with a good teacher."""
+def test_a_spoilt_teacher_is_an_error_whenever_it_comes(how: str) -> None:
+    """In the first call, after a call without a teacher, and after another one with a good teacher."""
     inputs, teacher = random_batch(seed=0, n=9, d=4, scale=10.0).leaves(), teacher_of(n=9)
     spoil, reason = SPOILT[how]
     bad = {**teacher, TEXT: spoil(teacher[TEXT])}
@@ -703,7 +704,7 @@ def test_a_teacher_that_ranks_nothing_is_an_error_whenever_it_comes(how: str) ->
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_check_teacher_refuses_a_teacher_that_ranks_nothing(how: str) -> None:
+def test_check_teacher_refuses_a_spoilt_teacher(how: str) -> None:
     spoil, reason = SPOILT[how]
     with pytest.raises(ValueError, match=f"{TEXT} {reason}"):
         check_teacher(TEXT, spoil(teacher_of(n=9)[TEXT]))

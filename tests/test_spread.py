@@ -131,7 +131,7 @@ def test_equal_rows_have_a_finite_gradient_and_next_to_no_spread(n: int, dtype: 
     assert gradient.abs().max() < 1e-3
 
 
-def test_two_pairs_have_one_similarity_each_and_no_spread() -> None:
+def test_two_pairs_have_one_similarity_each_and_no_spread_but_epsilons() -> None:
     scale, weight = 100.0, 0.3
     v, t, s = random_batch(seed=0, n=2, d=16, scale=scale).leaves(torch.float32)
     loss = SpreadLoss(dot_products, weight=weight)(v, t, s, output_dict=True)["spread_loss"]

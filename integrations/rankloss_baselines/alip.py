@@ -159,6 +159,9 @@ class AlipLoss(OwnTerms):
         """The weights w_s·w_r and w_s·w_c of all pairs, ``[N]`` each.
 
         The first call of a training step moves the histories before.
+
+        Raises:
+            ValueError: for histories that a wrapper has cast to half precision.
         """
         is_half_precision = self.histories.dtype.itemsize < torch.float32.itemsize
         if is_half_precision:
@@ -230,7 +233,7 @@ def _shape_dtype_device(x: object) -> list[object]:
 def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
     """ALIP's histories: of the two captions, and of the image with each."""
     alip = next(loss for loss in criterion.modules() if isinstance(loss, AlipLoss))
-    # A copy, since the next step moves the histories in place.
+    # A copy, also of histories in float32, since the next step moves them in place.
     text_caption, image_text, image_caption = alip.histories.to(torch.float32, copy=True).unbind()
     return {
         "alip_text_caption": text_caption,

@@ -105,7 +105,7 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     gradient = x.new_empty(x.shape if with_gradient else 0)
     tensors = (
         x,
-        x if block.reference is None else block.reference.contiguous(),  # without one OPPOSITE says so
+        x if block.reference is None else block.reference.contiguous(),  # with OPPOSITE the opposite matrix
         _first_equal_of_halves(block),
         gradient,
         cross_entropy,

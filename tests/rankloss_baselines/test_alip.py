@@ -316,23 +316,22 @@ def test_bad_options_are_named(argument: str, value: Any, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "shown"),
     [
-        lambda c: c[:5],
-        lambda c: normalize(c[:, :3]),
-        lambda c: c.long(),
-        lambda c: c.to("meta"),
-        lambda c: c.detach().numpy(),
+        pytest.param(lambda c: c[:5], r"torch\.Size\(\[5, 4\]\)", id="too few"),
+        pytest.param(lambda c: normalize(c[:, :3]), r"torch\.Size\(\[6, 3\]\)", id="too narrow"),
+        pytest.param(lambda c: c.long(), r"torch\.int64", id="integers"),
+        pytest.param(lambda c: c.to("meta"), "type='meta'", id="elsewhere"),
+        pytest.param(lambda c: c.detach().numpy(), r"\(6, 4\), dtype\('float64'\)", id="an array"),
     ],
-    ids=["too few", "too narrow", "integers", "elsewhere", "an array"],
 )
-def test_bad_captions_are_named(spoil: Any) -> None:
+def test_bad_captions_are_named_and_shown(spoil: Any, shown: str) -> None:
     v, t, c, s = triples(**SMALL)
-    with pytest.raises((ValueError, TypeError), match="caption_features"):
+    with pytest.raises(ValueError, match=f"caption_features must be like text_features, .*; got .*{shown}"):
         AlipLoss()(v, t, s, caption_features=spoil(c))
 
 
 def test_a_single_pair_is_refused() -> None:
     v, t, c, s = triples(**SMALL)
-    with pytest.raises(ValueError, match="image_features"):
+    with pytest.raises(ValueError, match="image_features and text_features must hold at least two pairs"):
         AlipLoss()(v[:1], t[:1], s, caption_features=c[:1])

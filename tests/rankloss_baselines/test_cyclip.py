@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, unit, vector_batch
 from memory import TensorSizes
 from rankloss import ClipLoss
+from rankloss_baselines import cyclip
 from rankloss_baselines.cyclip import CyClipLoss
 
 
@@ -88,6 +89,21 @@ def test_float32_is_right_however_close_the_modalities(
         owed_slopes = torch.autograd.grad(owed, leaves, retain_graph=True)
         for slope, owed_slope in zip(slopes, owed_slopes, strict=True):
             assert relative_error(slope, owed_slope) < 1e-4
+
+
+def test_rounding_leaves_no_term_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are their images but for 1e-9, beside which the sums of moments are large."""
+
+    def least_term() -> float:
+        terms: list[Tensor] = []
+        for seed in range(20):
+            v, moves = unit(64, 8, seed=seed), unit(64, 8, seed=100 + seed)
+            terms += unweighted_terms(v, normalize(v + 1e-9 * moves, dim=-1))
+        return min(term.item() for term in terms)
+
+    assert least_term() == 0
+    monkeypatch.setattr(cyclip, "_without_negative_rounding", lambda sum_of_squares: sum_of_squares)
+    assert least_term() < 0
 
 
 def test_no_tensor_is_larger_than_the_features() -> None:

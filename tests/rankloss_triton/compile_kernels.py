@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from rankloss_triton.device.binned_rows import binned_rows
 from rankloss_triton.device.sorted_rows import sorted_rows
-from rankloss_triton.rows import choose_launch
+from rankloss_triton.rows import _DEEPEST, choose_launch
 
 POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64"}
 FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale", "ALPHA", "BETA")
@@ -40,7 +40,7 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
     launch = choose_launch(many_lists, N, bins, PROCESSORS)
     constants = {
         "BLOCK": launch.block,
-        "DEEPEST": 64,
+        "DEEPEST": _DEEPEST,
         "OPPOSITE": True,
         "HAS_ALPHA": True,
         "HAS_GRADIENT": True,

@@ -43,8 +43,12 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, _interpreted: None) -> None:
         pytest.param({"dtype": torch.float64}, "not in float64", id="float64"),
         pytest.param({"device": "cpu"}, "on CUDA, not on cpu", id="CPU"),
         pytest.param({"device": "xpu"}, "never run on XPU", id="XPU"),
-        pytest.param({"N": 131_073}, "131,073", id="too long a list"),
-        pytest.param({"method": "bin", "bins": 2**20}, "1,048,576", id="too many bins"),
+        pytest.param({"N": 131_073}, "of 2 to 131,072 items; got 64 of 131,073", id="too long a list"),
+        pytest.param({"N": 1}, "of 2 to 131,072 items; got 64 of 1", id="too short a list"),
+        pytest.param({"n": 0}, "take one list or more, of 2 to 131,072 items; got 0 of 64", id="no list"),
+        pytest.param(
+            {"method": "bin", "bins": 2**20}, "up to 131,072 bins, not 1,048,576", id="too many bins"
+        ),
     ],
 )
 def test_the_reason_names_what_is_not_served(case: dict[str, Any], reason: str | None) -> None:
@@ -75,7 +79,9 @@ def test_triton_must_be_there_and_not_too_old(
     assert_reason(reason_against(), reason)
 
 
-@pytest.mark.parametrize("name", ["triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"])
+@pytest.mark.parametrize(
+    "name", ["triton", "pytorch-triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm"]
+)
 def test_every_build_of_triton_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def version(asked: str) -> str:
         if asked != name:
