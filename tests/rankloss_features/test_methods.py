@@ -73,11 +73,14 @@ def test_the_similarity_of_parts_side_by_side_is_the_mean_of_theirs_by_shares() 
     torch.testing.assert_close(similarities(both, pairs), mean, atol=1e-5, rtol=0)
 
 
-def test_shares_add_up_to_one_and_their_ratio_is_the_square_of_the_chosen_weight() -> None:
+def test_shares_add_up_to_one_and_their_ratio_is_the_square_of_the_chosen_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(methods, "WEIGHTS", (2.0,))  # which is chosen; the square of 1 would be 1
     both = make(Asked(BOTH, TRAINING), made_up_pairs())
     share_of_closed, share_of_trained = (part.share for part in both.parts)
     assert share_of_closed + share_of_trained == pytest.approx(1)
-    assert share_of_closed / share_of_trained == pytest.approx(both.chosen["weight"] ** 2)
+    assert share_of_closed / share_of_trained == pytest.approx(2.0**2)
 
 
 def test_the_weight_is_the_best_on_pairs_that_were_cut_and_heads_of_the_others_choose_it(
@@ -132,15 +135,18 @@ def test_a_kept_space_has_its_share_of_the_similarity() -> None:
 
 
 def test_recall_counts_a_picture_once_and_every_caption() -> None:
-    """Twelve pictures, the first two with two captions; one of 14 captions is no hit among ten pictures."""
+    """Twelve pictures, the first two with two captions; both captions of the first fit it worst.
+
+    So of 12 pictures one is no hit among ten, and of 14 captions two.
+    """
     numbers = np.array([0, 0, 1, 1, *range(2, 12)])  # of each row's picture
     v = torch.eye(12)[numbers]
     t = v.clone()
-    t[1] = -v[1]  # the second caption of the first picture fits it worst
+    t[:2] = -v[:2]
     heads = torch.nn.ModuleDict({name: torch.nn.Identity() for name in NAMES})
     features = dict(zip(NAMES, (v, t), strict=True))
     recall = methods.recall_of(heads, Pairs(features, pictures=numbers, groups=numbers))
-    of_pictures, of_captions = 1, 13 / 14
+    of_pictures, of_captions = 11 / 12, 12 / 14
     assert recall == pytest.approx((of_pictures + of_captions) / 2)
 
 
