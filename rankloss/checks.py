@@ -301,7 +301,7 @@ def check_ids(name: str, ids: Tensor, image_features: Tensor) -> None:
 
 
 def check_id(name: str, value: object, row: int) -> None:
-    """Raise a ValueError for an id of a row that is missing, or neither a text nor an integer.
+    """Raise a ValueError for an id of a row that is missing, a bool, or neither a text nor an integer.
 
     Missing ids, None, NaN, an empty or a blank text, would make one group of all their rows, and so would
     floats that are rounded alike.

@@ -57,6 +57,8 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
+    """The rows of all processes; the gradients of this process's are summed over them."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group

@@ -180,7 +180,7 @@ class RankOptions:
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """True if a matrix of the whole batch is within the budget."""
+        """True if a whole matrix of so many rows and columns is within the budget of bytes."""
         budget = self.memory_budget
         if budget is None:
             budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)

@@ -94,6 +94,7 @@ def in_modal(view: View, teacher: View | None = None) -> Tensor:
 
 
 def rank_terms(view: View, teacher: View | None = None) -> Tensor:
+    """The sum of both terms."""
     return cross_modal(view, teacher) + in_modal(view, teacher)
 
 
@@ -133,6 +134,7 @@ def spread(view: View) -> Tensor:
 
 
 def rank_clip(view: View) -> Tensor:
+    """CLIP's loss and both rank terms, each with the weight 1."""
     return clip(view) + rank_terms(view)
 
 

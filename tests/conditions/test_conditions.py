@@ -189,6 +189,7 @@ def test_strides_do_not_matter(subject: Subject, layout: str) -> None:
 
 @differentiable
 def test_rows_that_are_one_row_in_memory_are_right(subject: Subject) -> None:
+    """As ``expand`` makes them, here of the first input."""
     inputs, name = subject.pick(drawn_inputs(), F32), subject.inputs[0]
     inputs[name] = inputs[name][:1].expand_as(inputs[name])
     assert_right(result_of(subject, inputs), expected_result_of(subject, inputs), tolerances(subject, F32))
