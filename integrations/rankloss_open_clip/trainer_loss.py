@@ -139,8 +139,11 @@ class TrainerLoss(Runtime):
 
 
 def gather_of(args: Any) -> Gather:
-    """The gathering that the trainer's arguments ask for; the processes are those of the first call."""
-    # The sigmoid loss is exact in every layout, whatever the flags say, and so must the losses beside it be.
+    """The gathering that the trainer's arguments ask for; with ``--siglip`` an exact one, whatever they say.
+
+    The processes are those that there are when the loss is first called.
+    """
+    # The sigmoid loss is exact in every layout, and so must the losses beside it be.
     exact = getattr(args, "siglip", False)
     return Gather(
         local_loss=exact or getattr(args, "local_loss", False),

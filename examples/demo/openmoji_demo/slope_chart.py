@@ -155,7 +155,7 @@ def _first_equal(features: Tensor) -> Tensor:
 
 def _ranks(scores: Tensor) -> Tensor:
     """Ranks from 1, the largest score first; equal scores share the best rank."""
-    worst_last = -scores.double()  # negated, unsigned integers would wrap
+    worst_last = -scores.double()  # a double, since an unsigned integer would wrap when it is negated
     return torch.searchsorted(worst_last.sort().values, worst_last) + 1
 
 

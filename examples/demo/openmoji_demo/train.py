@@ -98,7 +98,11 @@ class Run:
         return True
 
     async def train(self, threads: int | None, report: Report, console: Console) -> None:
-        """Train, report the share that is done, and pass on the trainer's warnings."""
+        """Train, report the share that is done, pass on the trainer's warnings, and mark the run as complete.
+
+        Raises:
+            TrainingError: As :func:`openmoji_demo.trainer.train`.
+        """
 
         def read(line: str, log: Log) -> None:
             """Show a line of the trainer's log, if it says something, and the share that is done."""
@@ -134,9 +138,10 @@ def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
-    """Return how many trainings run at a time, and with how many threads each.
+    """Return how many of ``count`` trainings run at a time, and with how many threads each.
 
-    On a CPU all of them share the cores: three on two cores end sooner than two and then one.
+    On a CPU all of them share the cores: three on two cores end sooner than two and then one. On a GPU there
+    is one at a time, with torch's number of threads (None).
     """
     if device != "cpu":
         return 1, None

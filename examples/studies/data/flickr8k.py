@@ -90,7 +90,7 @@ def read(folder: Path) -> Photographs:
 
 
 def _lines(path: Path, keep: Callable[[str], object] = bool) -> list[str]:
-    """Return a file's lines, without the space at their ends and the lines that are not kept.
+    """Return a file's lines without the space at their ends, of them those to keep: by default no blank one.
 
     Raises:
         FolderError: If the file is not there, or is not the published one.
