@@ -83,8 +83,9 @@ NO_TEACHERS = {
 
 @pytest.mark.parametrize("text", NO_TEACHERS.values(), ids=NO_TEACHERS)
 def test_a_text_of_no_teachers_form_is_refused_with_all_forms(text: str) -> None:
-    forms = "MODEL:PRETRAINED of open_clip, image=A,text=B, image=A,text=B,align, image=A or text=B"
-    with pytest.raises(ValueError, match=f"^'{text}' is no teacher: give {forms}$"):
+    of_open_clip = "MODEL:PRETRAINED of open_clip, hf-hub:OWNER/NAME, local-dir:FOLDER"
+    of_encoders = "image=A,text=B, image=A,text=B,align, image=A or text=B"
+    with pytest.raises(ValueError, match=f"^'{text}' is no teacher: give {of_open_clip}, {of_encoders}$"):
         Spec.of(text)
 
 

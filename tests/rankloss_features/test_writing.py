@@ -97,8 +97,8 @@ def write_disturbed(output: Path, data: Any, fault: int, at: int) -> None:
 
 
 # Calls are spread over the 145 of a new folder, and the 132 of a damaged one. In a new one 5, 12 and 126 find
-# folder.json, pairs.npy and the last folder.json open and empty; in a damaged one 113 finds the last so. Sizes
-# are spread over those of the files: an array's header takes 128 bytes, a shard of features 144 more.
+# folder.json, pairs.npy and the last folder.json open and empty; in a damaged one 113 finds the last so.
+# Sizes are spread over those of the files: an array's header takes 128 bytes, a shard of features 144 more.
 FAULTS = {
     **{f"twice no file above {size} bytes": [(errno.EFBIG, size)] * 2 for size in (0, 100, 260, 600)},
     "thrice a full disk": [(errno.ENOSPC, 2), (errno.EDQUOT, 4), (errno.ENOSPC, 3)],
