@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from batches import Batch, assert_close, assert_slopes, batches, gradients, random_batch
 from memory import LiveBytes, TensorSizes, saved_bytes
+from process_pool import Pools
 from rankloss import ClipLoss, InputWarning, SigLipLoss, reference
 from rankloss.losses import GatheringLoss
 from rankloss.losses.score_rows import mean_of_rows
@@ -109,6 +110,22 @@ def test_clips_loss_of_pairs_that_all_have_one_id_to_ignore_is_zero(budget: int 
     loss = ClipLoss(memory_budget=budget, chunk_size=4, same_id="ignore")
     value = loss(*inputs, pair_ids=torch.zeros(11, dtype=torch.int32))
     assert all(x.abs().max() < 1e-14 for x in (value, *gradients(value, inputs, upstream=-1.3)))
+
+
+def value_beside_infinity(rank: int, world_size: int, budget: int | None) -> Tensor:
+    """CLIP's loss of pairs of one id to ignore, where a text of the last process has logits of −∞."""
+    v, t = torch.full((2, 3, 4), 0.5)
+    if rank == world_size - 1:
+        t[1] = -math.inf
+    loss = ClipLoss(memory_budget=budget, same_id="ignore")
+    return loss(v, t, 10.0, pair_ids=torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_infinity_of_one_process_is_nan_of_those_too_that_ignore_its_column(
+    pools: Pools, budget: int | None
+) -> None:
+    assert all(value.isnan() for value in pools[2].run(value_beside_infinity, budget))
 
 
 @any_use_of_ids
