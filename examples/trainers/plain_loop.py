@@ -46,7 +46,7 @@ def train(model, batches, optimizer, epochs):
         for images, texts in batches:
             step += 1
             criterion.set_progress(step, total_steps)
-            loss = criterion(*model(images, texts))  # image features, text features, the scale
+            loss = criterion(*model(images, texts))  # unit-norm features of both, and log_scale.exp()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
