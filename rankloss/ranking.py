@@ -169,7 +169,7 @@ class Selected(Ranking):
         return torch.cat([others, worths.gather(-1, self._best)], -1).cumsum_(-1)
 
     def logs_by_slot(self, scores: Tensor) -> LogsBySlot:
-        """As :meth:`Ranking.logs_by_slot`."""
+        """As :meth:`Ranking.logs_by_slot`, relative to the sum of each slot."""
         others = scores.scatter(-1, self._best, -math.inf).logsumexp(-1, keepdim=True)
         sums = torch.cat([others, scores.gather(-1, self._best)], -1)
         return LogsBySlot(sums, sums, (scores - self.read_items(sums)).exp_())

@@ -176,6 +176,9 @@ def test_terms_that_name_a_teachers_features_take_a_teacher() -> None:
     assert takes_teacher(Taught())
     assert takes_teacher(Distance(Taught())), "through the base"
     assert not takes_teacher(Distance())
+    with_a_number = Recording()
+    with_a_number.base = 2.0
+    assert not takes_teacher(with_a_number), "the attribute base is no loss"
 
 
 def test_required_inputs_that_are_missing_are_named() -> None:

@@ -98,8 +98,8 @@ def _with_streaming_of(replaced: Any, loss: Loss) -> Loss:
 
 
 def innermost(loss: Any) -> Any:
-    """The loss under all others, by their attribute ``base``."""
-    while (below := getattr(loss, "base", None)) is not None:
+    """The loss under all others, by their attribute ``base``; one that cannot be called is no loss."""
+    while callable(below := getattr(loss, "base", None)):
         loss = below
     return loss
 

@@ -56,7 +56,7 @@ class Teaching:
         self._copying: list[Any] = [part for part in parts if hasattr(part, "components")]
         self._copying_loss = _loss_of(self._copying, losses) or name
         self._comparing = _comparing_option(parts, losses)
-        # This reason against a teacher comes first, whatever else is wrong with it.
+        # Before the host or look_up refuses this teacher: to serve or to install it would not help.
         if self.teacher is not None and self.teacher.are_encoders:
             self._check_copies()
         self.use = _use(name, losses, criterion, options.teacher)

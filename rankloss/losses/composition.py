@@ -96,7 +96,7 @@ def takes_teacher(loss: Base) -> bool:
         return False
     losses_within = list(loss.children()) if isinstance(loss, nn.Module) else []
     base = getattr(loss, "base", None)  # a function is no child
-    if base is not None:
+    if callable(base):  # in a loss of one's own the name may be that of a number
         losses_within.insert(0, base)
     return any(takes_teacher(within) for within in losses_within)
 

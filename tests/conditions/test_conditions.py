@@ -13,7 +13,7 @@ import math
 import pickle
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
@@ -408,16 +408,25 @@ def test_without_a_graph_there_is_the_value_and_in_the_next_call_gradients(
     assert_right(result_of(subject, inputs, built), expected, tolerances(subject, F32))
 
 
-def test_a_teacher_may_come_from_inference_mode() -> None:
-    subject = next(s for s in SUBJECTS if {*TEACHER} <= {*s.inputs})  # the first loss that takes a teacher
-    inputs = subject.pick(drawn_inputs("equal rows"))
+@pytest.mark.parametrize("within_compiled_model", [False, True], ids=["by itself", "within a compiled model"])
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if {*TEACHER} <= {*s.inputs}], ids=str)
+def test_a_teacher_may_come_from_inference_mode(subject: Subject, within_compiled_model: bool) -> None:
+    inputs, started = subject.pick(drawn_inputs("equal rows")), subject.started()
     with torch.inference_mode():
         teacher = {name: inputs[name].clone() for name in TEACHER}
     student = leaves({k: x for k, x in inputs.items() if k not in TEACHER}, subject.differentiable)
-    expected = expected_for_kind(subject, "equal rows", F64)
-    for built in (subject.build(), compiled(subject.build())):
-        result = differentiated(built(**student, **teacher), student, subject.differentiable)
-        assert_right(result, expected)
+    are_of_inference_mode = []
+
+    @torch.compiler.disable  # so that it sees the tensors themselves
+    def loss(**given: Tensor) -> Tensor:
+        are_of_inference_mode.append(all(given[name].is_inference() for name in TEACHER))
+        value: Tensor = started(**given)
+        return value
+
+    built = compiled(loss, cloned=student.keys()) if within_compiled_model else loss
+    result = differentiated(built(**student, **teacher), student, subject.differentiable)
+    assert are_of_inference_mode == [True]
+    assert_right(result, expected_for_kind(subject, "equal rows", F64))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -620,13 +629,19 @@ def test_vmap_gives_no_wrong_number(subject: Subject) -> None:
 BY_NAME = {subject.name: subject for subject in SUBJECTS}
 
 
-def compiled(built: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A model around a loss, compiled anew; the loss itself, which breaks the graph, is called as it is."""
+def compiled(built: Callable[..., Any], cloned: Collection[str] | None = None) -> Callable[..., Tensor]:
+    """A model around a loss, compiled anew; the loss itself, which breaks the graph, is called as it is.
+
+    Args:
+        built: The loss.
+        cloned: The inputs of which the model passes a clone on, the others as they are; None: all.
+    """
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
 
     def model(**inputs: Tensor) -> Tensor:
-        value: Tensor = built(**{name: x.clone() for name, x in inputs.items()})
+        names = inputs.keys() if cloned is None else cloned
+        value: Tensor = built(**{name: x.clone() if name in names else x for name, x in inputs.items()})
         return value
 
     of_graphs = torch.compile(model, backend=backend)

@@ -1,4 +1,4 @@
-"""The commands that the documents print: their targets, files and options exist."""
+"""The commands that the documents print: their targets, scripts and options exist."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_make_knows_the_target(command: str) -> None:
     subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, check=True)
 
 
-def test_files_of_the_commands_exist() -> None:
+def test_scripts_of_the_commands_exist() -> None:
     script = r"\b\w[\w/.-]*\.(?:py|sh)\b"
     named = {word for command in commands() for word in re.findall(script, command)}
     of_transformers = {"run_clip.py"}

@@ -128,6 +128,7 @@ def test_without_ridges_projected_features_correlate_by_direction_alone() -> Non
 
 
 def test_captions_of_a_picture_are_pairs_in_which_it_is_repeated() -> None:
+    """A fit fixes the sign of each direction, so the features themselves are compared."""
     v, t = features(captions=3)
     options = {"image_ridge": 0.5, "text_ridge": 0.2, "dimensions": 5}
     of_captions = CanonicalCorrelation.fit(v, t, **options)

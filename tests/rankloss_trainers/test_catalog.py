@@ -220,9 +220,7 @@ def test_trainers_know_the_options_of_the_reference_alone() -> None:
         ("tiny", "x", "it has weight"),
     ],
 )
-def test_unknown_option_is_refused_with_its_place_or_with_those_that_there_are(
-    name: str, key: str, hint: str
-) -> None:
+def test_unknown_option_is_refused_with_a_hint(name: str, key: str, hint: str) -> None:
     with pytest.raises(TypeError) as caught:
         catalog.choose(name, {key: 1})
     assert str(caught.value) == f"{name} has no option {key!r}; {hint}"

@@ -22,6 +22,7 @@ import rankloss
 import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_trainers import catalog
+from rankloss_trainers.composing import innermost
 from rankloss_trainers.graded.term import RankedListsTerm
 from rankloss_trainers.host import NEEDS, Host, read_losses
 from rankloss_trainers.logging import remark_on_tf32
@@ -175,6 +176,30 @@ def test_a_module_is_evaluated_by_its_innermost_base(base: str, expected: str, m
     pair = pair_features()
     evaluated = runtime_of(HOST, module_of(BASES[base])).evaluate(**loss_inputs(pair)).total
     assert torch.equal(evaluated, BASES[expected](*pair, SCALE))
+
+
+class NumberAsBase(nn.Module):
+    """CLIP's loss, whose attribute ``base`` is a number and no loss."""
+
+    base = 2.0
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **_: Any) -> Tensor:
+        value: Tensor = rankloss.ClipLoss()(image_features, text_features, logit_scale)
+        return value
+
+
+def clip_as_function(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **_: Any) -> Any:
+    """CLIP's loss as a function."""
+    return rankloss.ClipLoss()(image_features, text_features, logit_scale)
+
+
+@pytest.mark.parametrize("base", [NumberAsBase(), clip_as_function], ids=["with a number", "a function"])
+def test_a_base_is_followed_as_far_as_it_can_be_called(base: Any) -> None:
+    pair = pair_features()
+    loss = rankloss.RankClipLoss(base)
+    assert innermost(loss) is base
+    evaluated = runtime_of(HOST, loss).evaluate(**loss_inputs(pair)).total
+    assert torch.equal(evaluated, rankloss.ClipLoss()(*pair, SCALE))
 
 
 @pytest.mark.parametrize("module_of", [lambda base: base, under_terms], ids=["alone", "under terms"])
@@ -903,7 +928,7 @@ def test_a_loss_in_place_of_its_base_gathers_and_streams_as_that_but_for_its_opt
     gather = rankloss.Gather(local_loss=True)
     base = rankloss.ClipLoss(gather=gather, chunk_size=3, memory_budget=0)
     for options, chunk_size in (({}, 3), ({"chunk_size": 5}, 5)):
-        loss = rankloss_trainers.create(name, base, **options).loss
+        loss = rankloss_trainers.create(name, base, **options)
         assert loss.gather == gather
         assert loss.streaming == {"chunk_size": chunk_size, "memory_budget": 0}
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import taught
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from batches import unit
 from rankloss.losses import base_entries, check_base, combined
+from rankloss_features.caching import Spec
 from rankloss_trainers import create
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.host import read_losses
@@ -96,6 +98,17 @@ def test_a_copying_loss_of_another_package_is_refused_with_a_teacher_without_a_c
     for loss, name in (("copying", "copying"), ("rankclip-in+copying", "copying"), (Copying(), "Copying")):
         with pytest.raises(ValueError, match=f"{name} cannot copy {WITHOUT_COMMON_SPACE[teacher]}"):
             runtime_of(loss, teacher)
+
+
+def test_a_teacher_that_cannot_be_copied_is_refused_before_its_packages_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To install them would not help."""
+    monkeypatch.setattr(Spec, "check", Mock(side_effect=ValueError("minilm is not installed")))
+    with pytest.raises(ValueError, match="minilm is not installed"):
+        runtime_of("rankclip-in", ENCODERS)
+    with pytest.raises(ValueError, match="mimicry cannot copy two encoders"):
+        runtime_of("mimicry", ENCODERS)
 
 
 @pytest.mark.usefixtures("folders_of_teachers")

@@ -501,6 +501,15 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return map(Pairs().__getitem__, range(32))
 
 
+def test_a_resume_with_smaller_batches_stays_at_the_last_epoch(tmp_path: Path) -> None:
+    """At step 8 two epochs of four steps are over, but one of eight: the Trainer repeats the second."""
+    given = {"num_train_epochs": 3, "schedule_unit": "epoch"}
+    train(tmp_path, save_strategy="epoch", **given)
+    checkpoint = str(tmp_path / "checkpoint-8")
+    resumed = train(tmp_path, resume=checkpoint, per_device_train_batch_size=4, **given)
+    assert logged_values(resumed, "rank_lambda") == [0] * 4 + [0.5] * 4 + [1] * 16
+
+
 @pytest.mark.parametrize(
     ("unit", "options", "logged_unit", "expected"),
     [
@@ -873,7 +882,13 @@ def test_the_scale_is_the_multiplier_from_1_to_its_limit(log_scale: float, limit
 
 def test_a_scale_that_another_process_holds_is_refused() -> None:
     model = SimpleNamespace(logit_scale=torch.zeros(0), max_log_logit_scale=None)
-    with pytest.raises(ValueError, match="logit_scale has 0 elements on this process"):
+    with pytest.raises(ValueError, match="logit_scale has no element on this process: use ZeRO stage 2"):
+        logit_scale(model)
+
+
+def test_a_scale_of_several_numbers_is_refused_by_its_shape() -> None:
+    model = SimpleNamespace(logit_scale=torch.zeros(512))
+    with pytest.raises(ValueError, match=r"^logit_scale must be one number; got shape \(512,\)$"):
         logit_scale(model)
 
 

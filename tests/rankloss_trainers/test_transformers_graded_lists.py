@@ -30,8 +30,15 @@ import rankloss
 from rankloss import metrics
 from rankloss_trainers.cached import Split
 from rankloss_trainers.catalog import choose
+from rankloss_trainers.host import read_losses
 from rankloss_trainers.runtime import Runtime
-from rankloss_trainers.transformers.graded_lists import EmbeddingPlan, RankedListsCollator, check_table
+from rankloss_trainers.transformers.graded_lists import (
+    METRICS,
+    EmbeddingPlan,
+    RankedListsCollator,
+    check_lists_fit,
+    check_table,
+)
 from rankloss_trainers.transformers.host import HOST
 
 LISTS, RATE = {"loss": "ranked-lists"}, 0.1
@@ -345,6 +352,35 @@ def test_an_evaluation_has_the_mean_loss_and_the_mean_metrics_of_its_lists(tmp_p
             values.append(metric(scores, torch.tensor(row["grades"])))
         expected = torch.stack(values).nanmean().item()  # a list without an order may have none
         assert evaluated[f"eval_{name}"] == pytest.approx(expected), name
+
+
+def evaluated(directory: Path, model: Any, data: Any) -> Any:
+    """The metrics of a table of lists."""
+    return build_trainer(
+        directory, model=model, pairs=data, processing_class=PictureProcessor(), **LISTS
+    ).evaluate(data)
+
+
+def test_a_metric_that_no_list_defines_is_left_out(tmp_path: Path) -> None:
+    """Of a single candidate there is no order to agree with."""
+    values = evaluated(tmp_path, tiny_clip(), graded_table(queries_are_texts=True, number=1))
+    assert values.keys() & {f"eval_{name}" for name in METRICS} == {"eval_ndcg", "eval_reciprocal_rank"}
+
+
+def test_every_metric_is_nan_where_the_features_of_a_list_are(tmp_path: Path) -> None:
+    """As after a training that has diverged: a mean of the other lists would hide it."""
+    model = tiny_clip()
+    query = PictureProcessor().tokenizer(["0"])["input_ids"][0, 0]
+    with torch.no_grad():
+        model.text_model.embeddings.token_embedding.weight[query] = math.nan
+    values = evaluated(tmp_path, model, graded_table(queries_are_texts=True))
+    assert all(math.isnan(values[f"eval_{name}"]) for name in METRICS)
+
+
+def test_an_attribute_base_that_is_no_loss_makes_no_loss_of_pairs() -> None:
+    loss = rankloss.RankedLists()
+    loss.base = 2.0
+    check_lists_fit(Runtime(HOST, read_losses(loss, None)), "grades", has_pairs=False)
 
 
 # --- bad input --------------------------------------------------------------------------------------------

@@ -24,7 +24,15 @@ from taught import (
     write_teacher_folder,
 )
 from tiny_pairs import Pairs, tiny_clip
-from tiny_transformers import SGD, build_trainer, logged_values, train, train_in_plain_loop, weights
+from tiny_transformers import (
+    SGD,
+    arguments,
+    build_trainer,
+    logged_values,
+    train,
+    train_in_plain_loop,
+    weights,
+)
 
 import rankloss
 from counting import LOSSES_AND_FOLDERS, count_calls
@@ -34,6 +42,7 @@ from rankloss_features.folder import COMMON_SPACE, NAMES, SEPARATE_SPACES
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.catalog import load
 from rankloss_trainers.pair_ids import hash_tokens
+from rankloss_trainers.transformers import ContrastiveTrainer
 from registered import NAMES as NAMES_OF_LOSSES
 
 TEACHER = ("image", "text")  # the modalities of a teacher's features, as Pairs adds them
@@ -160,6 +169,19 @@ def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_wei
     with pytest.raises(ValueError, match=message):
         trained.train()
     assert torch.equal(weights(trained.model), weights(tiny_clip()))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "given"),
+    [([], {}), (grouped(group=["a"] * 8).select([]), BY_GROUP)],
+    ids=["a list", "a table with a column of ids"],
+)
+def test_data_without_rows_are_refused_by_the_trainers_own_error(
+    tmp_path: Path, pairs: Any, given: dict[str, Any]
+) -> None:
+    trainer = ContrastiveTrainer(tiny_clip(), arguments(tmp_path), train_dataset=pairs, **given)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        trainer.train()
 
 
 def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def scale_of(model: Any) -> dict[str, Tensor]:
     """The scale of a model, and its bias if it has one, as losses call them.
 
     Raises:
-        ValueError: It has no scale.
+        ValueError: As :func:`logit_scale`, of the bias too.
     """
     bias = {"logit_bias": _whole(model.logit_bias, "logit_bias")} if has_bias(model) else {}
     return {"logit_scale": logit_scale(model), **bias}
@@ -61,7 +61,7 @@ def logit_scale(model: Any) -> Tensor:
     """The multiplier of the similarities, from the parameter of a model.
 
     Raises:
-        ValueError: The model has none, or this process does not hold it whole.
+        ValueError: The model has none, this process does not hold it, or it is no single number.
     """
     if isinstance(getattr(model, "logit_scale", None), Tensor):
         log_scale = _whole(model.logit_scale, "logit_scale")
@@ -83,17 +83,19 @@ def _whole(parameter: Any, name: str) -> Tensor:
     """A parameter of one number as a scalar, also where FSDP has shared it out among processes.
 
     Raises:
-        ValueError: This process does not hold it, as under ZeRO stage 3.
+        ValueError: This process does not hold it, as under ZeRO stage 3; or it has several numbers.
     """
     if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import Partial
 
         # The gradient is that of this process's share of the batch. Where FSDP has resharded the parameter by
-        # now, nothing else averages it, and torch would assume that it is the same on every process.
+        # now, nothing else averages the gradient, and torch would take it for the same on every process.
         mean = tuple(Partial("avg") for _ in parameter.placements)
         parameter = parameter.full_tensor(grad_placements=mean)
-    if parameter.numel() != 1:
+    if parameter.numel() == 0:
         remedy = "use ZeRO stage 2 or FSDP version 2, which show it outside the forward pass"
-        raise ValueError(f"{name} has {parameter.numel()} elements on this process: {remedy}")
+        raise ValueError(f"{name} has no element on this process: {remedy}")
+    if parameter.numel() > 1:
+        raise ValueError(f"{name} must be one number; got shape {tuple(parameter.shape)}")
     scalar: Tensor = parameter.reshape(())
     return scalar

@@ -248,7 +248,7 @@ def check_lists_fit(run: Runtime, graded_by: str, *, has_pairs: bool) -> None:
     if graded_by == "ranks" and uses_values:
         raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
     # A part on a base trains pairs. One that says whether it needs them trains them beside lists.
-    on_pairs = [part for part in parts if getattr(part, "base", None) is not None]
+    on_pairs = [part for part in parts if callable(getattr(part, "base", None))]
     if not has_pairs and any(getattr(part, "needs_pairs", True) for part in on_pairs):
         raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
     if has_pairs and not any(hasattr(part, "needs_pairs") for part in on_pairs):
@@ -319,7 +319,9 @@ def embed(
 
 
 def measure(features: Mapping[str, Tensor]) -> Tensor:
-    """The metrics of :data:`METRICS` of each list, ``[N, 5]``; NaN where one is not defined.
+    """The metrics of :data:`METRICS` of each list, NaN where one is not defined: ``[N, 6]``.
+
+    The last of the six columns is 1 for a list with finite scores, else 0.
 
     Args:
         features: The arguments of :func:`embed`.
@@ -339,4 +341,20 @@ def measure(features: Mapping[str, Tensor]) -> Tensor:
         metrics.kendall_tau(scores, grades, mask=mask),
         metrics.kendall_tau(scores, grades, variant="c", mask=mask),
     )
-    return torch.stack(values, dim=-1)
+    is_finite = scores.masked_fill(~mask, 0.0).isfinite().all(-1)
+    return torch.stack([*values, is_finite.to(values[0].dtype)], dim=-1)
+
+
+def mean_metrics(measured: Tensor) -> dict[str, float]:
+    """The mean of each metric over the lists that define it; one that no list defines is left out.
+
+    All are NaN where a list's scores are not finite, as after a training that has diverged.
+
+    Args:
+        measured: :func:`measure` of all lists, ``[N, 6]``.
+    """
+    values, is_finite = measured[:, :-1], measured[:, -1].bool()
+    if not is_finite.all():
+        return dict.fromkeys(METRICS, math.nan)
+    means = zip(METRICS, values.nanmean(0).tolist(), strict=True)
+    return {name: mean for name, mean in means if not math.isnan(mean)}

@@ -108,6 +108,8 @@ def check_ids(dataset: Any, key: str) -> None:
     as_stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
     ids = make_ids([_plain(value) for value in as_stored[key]], key)
     check_column(ids, key)
+    if len(ids) == 0:  # the Trainer refuses a table without rows
+        return
     transformed = dataset[0]
     if key not in transformed:
         columns = ", ".join(transformed)
@@ -120,9 +122,13 @@ def _plain(value: Any) -> Any:
 
 
 def list_columns(dataset: Any) -> list[str]:
-    """The columns of a dataset but the binding one, also unused ones; empty if they are not known."""
+    """All columns of a dataset without :data:`COLUMN`, also those that the model does not use.
+
+    A dataset that names none has those of its first row. They are not known, and the list is empty, of a
+    stream, of no rows, and of rows that are no mappings.
+    """
     names = getattr(dataset, "column_names", None)
-    if names is None and not isinstance(dataset, IterableDataset):
+    if names is None and not isinstance(dataset, IterableDataset) and len(dataset) > 0:
         first_row = dataset[0]
         names = list(first_row) if isinstance(first_row, Mapping) else None
     return [name for name in names or () if name != COLUMN]

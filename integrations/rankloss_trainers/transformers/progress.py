@@ -63,6 +63,7 @@ class Progress(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """At each epoch, for losses that go by epochs."""
         # state.epoch is a fraction after an epoch that a callback ended, so the next ones are counted.
+        # A run resumed with smaller batches restarts at an earlier epoch than state.epoch: hence the min.
         self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
         epochs = state.num_train_epochs
         for run in self.runs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -286,9 +285,7 @@ class ContrastiveTrainer(transformers.Trainer):
             return output
         values = dict(retrieved)
         if self._measured:
-            means = torch.cat(self._measured).nanmean(0).tolist()
-            of_lists = zip(graded_lists.METRICS, means, strict=True)
-            values.update({name: mean for name, mean in of_lists if not math.isnan(mean)})
+            values.update(graded_lists.mean_metrics(torch.cat(self._measured)))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
