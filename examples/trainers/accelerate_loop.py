@@ -45,7 +45,7 @@ def train(accelerator, model, batches, optimizer, epochs):
         for images, texts in batches:
             step += 1
             criterion.set_progress(step, total_steps)
-            loss = criterion(*model(images, texts))  # image features, text features, the scale
+            loss = criterion(*model(images, texts))  # unit-norm features of both, and log_scale.exp()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
