@@ -258,10 +258,10 @@ def test_a_score_whose_worth_is_not_positive_is_an_error(worth: Any, floor: floa
 
 @pytest.mark.parametrize(("worth", "floor"), [("identity", 0.0), ("shifted", -1.0)])
 @pytest.mark.parametrize("below", [0.0, 0.25])
-def test_a_score_whose_worth_is_not_positive_gives_nan_where_it_is_not_looked_at(
+def test_a_score_whose_worth_is_not_positive_gives_nan_on_an_accelerator(
     worth: Any, floor: float, below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on an accelerator
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on an accelerator, where values are not checked
     scores = torch.tensor([0.5, floor - below, 0.75], requires_grad=True)
     nll = reference.plackett_luce(scores, torch.arange(3), worth=worth)
     nll.backward()

@@ -76,7 +76,7 @@ def test_recall_and_median_rank_of_unique_captions_are_open_clips(n: int) -> Non
 
 
 @pytest.mark.parametrize("n", [2, 17, 65])
-def test_a_model_that_maps_everything_to_one_point_finds_nothing(n: int) -> None:
+def test_a_model_that_maps_everything_to_one_point_ranks_every_partner_last(n: int) -> None:
     """All answers are tied, and a partner ranks behind those that tie with it."""
     point = unit(1, 5, seed=0, dtype=torch.float32).expand(n, 5)
     recall = as_floats(metrics.recall(point, point, (n - 1, n)))

@@ -76,7 +76,7 @@ class CyClipLoss(AddedTerms):
         anchors = items = _widened(all_images, all_texts)
         if self.gather.anchors_are_local:
             anchors = _widened(image_features, text_features)
-        if items.image.dtype == torch.float64:
+        if items.image.dtype == torch.float64:  # moments in float32 cancel, see _widened
             sums = _sums_from_moments(anchors, items)
         else:
             sums = _sums_from_matrices(anchors, items)

@@ -217,11 +217,11 @@ class Table:
         return block["caption"], [name_of(picture, self._folder) for picture in pictures]
 
     def _pictures(self, first: int, paths: list[str | None]) -> list[Any]:
-        """The path of each row's picture, or its bytes where the path does not tell it from others.
+        """The path of each row's picture, or its stored bytes where the path does not tell it from others.
 
         Args:
-            first: The first row.
-            paths: The paths of this row's picture and of those behind it.
+            first: The row of the first path.
+            paths: The paths of the pictures, row by row.
         """
         if self._shared_paths.isdisjoint(paths):
             return list(paths)
@@ -246,8 +246,8 @@ class Table:
 
     @functools.cached_property
     def _shared_paths(self) -> set[str | None]:
-        """The paths that do not tell a picture from others: None, and those of several stored pictures."""
-        shared: set[str | None] = {None}
+        """The paths that do not tell a picture from others: none, and those of several stored pictures."""
+        shared: set[str | None] = {None, ""}
         stored = self.contents.data.column("image.bytes")
         if stored.null_count == len(stored):  # all pictures are files, one for each path
             return shared

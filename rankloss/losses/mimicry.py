@@ -122,7 +122,7 @@ class MimicryLoss(AddedTerms):
         Over this process's pairs, or over all processes' pairs if every process computes all rows.
         """
         by_modality = [difference.square().sum(-1) for difference in differences]
-        by_pair = torch.stack(by_modality).sum(0)[:, None]
+        by_pair = torch.stack(by_modality).sum(0)
         if not self.gather.anchors_are_local:
-            by_pair = self.gather.items(by_pair)
+            by_pair = self.gather.items(by_pair[:, None])
         return by_pair.mean()

@@ -349,6 +349,19 @@ def test_a_picture_has_one_source_wherever_it_stands(monkeypatch: pytest.MonkeyP
     assert len({*source_of_row}) == 3
 
 
+@pytest.mark.parametrize("path", [None, ""], ids=["no path", "an empty path"])
+def test_the_source_of_a_picture_without_a_path_does_not_depend_on_other_rows(path: str | None) -> None:
+    images = [{"bytes": picture(0), "path": path}, {"bytes": picture(1), "path": path}]
+
+    def sources(of: list[dict[str, Any]]) -> list[str]:
+        rows = datasets.Dataset.from_dict({"image": of, "caption": ["a"] * len(of)})
+        return Table(rows.cast_column("image", datasets.Image()), "image", "caption", data="given").sources()
+
+    alone, beside_another = sources(images[:1]), sources(images)
+    assert alone == beside_another[:1]
+    assert beside_another[0] != beside_another[1]
+
+
 @pytest.fixture(params=[True, False], ids=["embedded", "files"])
 def of_one_name(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A data set whose pictures have one file name."""

@@ -146,7 +146,7 @@ def test_script_that_would_train_something_else_fails(
         run_script(tmp_path, "--loss", "rankclip", *argv)
 
 
-def test_own_compute_loss_that_calls_the_trainers_logs_the_entries_of_the_loss(
+def test_own_compute_loss_that_calls_super_logs_the_entries_of_the_loss(
     tmp_path: Path, run_script: Callable[..., Path]
 ) -> None:
     directory = run_script(tmp_path, "--loss", "rankclip", "--trainer", "WrappedLoss", max_steps=1)

@@ -122,7 +122,10 @@ def merge_runs(
     low, high, keys, items, merged_keys, merged_items, start, buckets, M, width, steps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge neighbouring sorted runs of a width in every bucket; an item's place is found by bisection."""
+    """Merge neighbouring sorted runs of a width in every bucket.
+
+    An item's place is found by bisection in the other run. ``steps`` of it end: 1 + log₂ of the width.
+    """
     j = tl.arange(0, BLOCK)
     for c in range(0, M, BLOCK):
         inside = c + j < M
